@@ -1,0 +1,113 @@
+/* What the scenarios change between passes, as a VMM's main thread would, with all vCPUs stopped. */
+#define _GNU_SOURCE
+#include "vmm.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+
+void smi_to_all(struct run *run, unsigned pass)
+{
+	struct vm *vm = &run->vms[0];
+
+	(void)pass;
+	for (unsigned i = 0; i < vm->n_vcpus; i++)
+		vm->vcpus[i].smi_due = vm->smm;
+}
+
+void smi_to_first(struct run *run, unsigned pass)
+{
+	(void)pass;
+	run->vms[0].vcpus[0].smi_due = true;
+}
+
+void delete_slot(struct run *run, unsigned pass)
+{
+	struct vm *vm = &run->vms[0];
+	uint8_t *host = host_address(vm, DATA_GPA);
+
+	(void)pass;
+	set_slot(run, vm, SLOT_DATA, DATA_GPA, 0, host, 0);
+	set_slot(run, vm, SLOT_DATA, DATA_GPA, vm->data_size, host, 0);
+}
+
+/* A slot that the guest never touches, backed by the working set's memory: only the move itself can show. */
+void move_slot(struct run *run, unsigned pass)
+{
+	struct vm *vm = &run->vms[0];
+	uint64_t gpa = EXTRA_GPA + (uint64_t)(pass % 2) * vm->data_size;
+
+	if (pass == 1) /* moved at once, so that every pass is followed by a move */
+		set_slot(run, vm, SLOT_EXTRA, EXTRA_GPA, vm->data_size, host_address(vm, DATA_GPA), 0);
+	set_slot(run, vm, SLOT_EXTRA, gpa, vm->data_size, host_address(vm, DATA_GPA), 0);
+}
+
+void create_slot(struct run *run, unsigned pass)
+{
+	struct vm *vm = &run->vms[0];
+	unsigned slot = SLOT_EXTRA + pass - 1;
+
+	if (slot >= slot_limit(vm))
+		fail(EXIT_BAD_USAGE, "scenario %s: --loops %u needs more memory slots than the %u of this KVM",
+		     run->scenario->name, run->options->loops, slot_limit(vm));
+	set_slot(run, vm, slot, EXTRA_GPA + (uint64_t)(pass - 1) * vm->data_size, vm->data_size,
+		 host_address(vm, DATA_GPA), 0);
+}
+
+void notify(struct run *run, unsigned pass)
+{
+	struct vm *vm = &run->vms[0];
+	uint8_t *host = host_address(vm, DATA_GPA);
+	int result;
+
+	(void)pass;
+	if (strcmp(run->options->how, "dontneed") == 0) {
+		result = madvise(host, vm->data_size, MADV_DONTNEED);
+		run->tally.host_calls++;
+	} else {
+		result = mprotect(host, vm->data_size, PROT_READ);
+		if (result == 0)
+			result = mprotect(host, vm->data_size, PROT_READ | PROT_WRITE);
+		run->tally.host_calls += 2;
+	}
+	if (result < 0)
+		fail(EXIT_GUEST_FAILED, "scenario %s: %s: %s", run->scenario->name, run->options->how, strerror(errno));
+}
+
+/* Reads the log of the data slot, which also write-protects what was dirty. Must be just what the guest wrote. */
+static void read_dirty_log(struct run *run, struct vm *vm)
+{
+	size_t words = vm->data_size / PAGE / 64;
+	uint64_t *bitmap = calloc(words, sizeof(*bitmap));
+	struct kvm_dirty_log log = {.slot = SLOT_DATA, .dirty_bitmap = bitmap};
+	uint64_t dirty = 0, written = (uint64_t)run->options->pages * vm->n_vcpus;
+
+	if (bitmap == NULL)
+		fail(EXIT_NO_ABILITY, "no memory for the dirty bitmap");
+	if (ioctl(vm->fd, KVM_GET_DIRTY_LOG, &log) < 0)
+		fail(EXIT_GUEST_FAILED, "KVM_GET_DIRTY_LOG: %s", strerror(errno));
+	for (size_t i = 0; i < words; i++)
+		dirty += (uint64_t)__builtin_popcountll(bitmap[i]);
+	free(bitmap);
+	if (dirty != written)
+		fail(EXIT_GUEST_FAILED, "scenario %s: KVM logged %llu dirty pages where the guest wrote %llu",
+		     run->scenario->name, (unsigned long long)dirty, (unsigned long long)written);
+	run->tally.dirty_pages += dirty;
+}
+
+/* Rounds of three: on | read, stay on | read, off. So one pass in three finds everything write-protected by the
+ * start of logging, one by the read, and one finds logging ended. */
+void toggle_dirty_log(struct run *run, unsigned pass)
+{
+	struct vm *vm = &run->vms[0];
+	uint8_t *host = host_address(vm, DATA_GPA);
+
+	if (pass % 3 != 1)
+		read_dirty_log(run, vm);
+	if (pass % 3 == 1)
+		set_slot(run, vm, SLOT_DATA, DATA_GPA, vm->data_size, host, KVM_MEM_LOG_DIRTY_PAGES);
+	else if (pass % 3 == 0)
+		set_slot(run, vm, SLOT_DATA, DATA_GPA, vm->data_size, host, 0);
+}

@@ -1,0 +1,64 @@
+/* The host memory behind a VM: touched before the guest starts, so that no host fault mixes with the guest's. */
+#define _GNU_SOURCE
+#include "vmm.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+
+/* KiB of transparent huge pages in [start, start + size), from the mapping's own smaps entry. */
+static size_t huge_kib(const uint8_t *start, size_t size)
+{
+	FILE *smaps = fopen("/proc/self/smaps", "r");
+	char line[512];
+	bool inside = false;
+	size_t total = 0;
+
+	if (smaps == NULL)
+		fail(EXIT_NO_ABILITY, "cannot read /proc/self/smaps (%s): mount /proc", strerror(errno));
+	while (fgets(line, sizeof(line), smaps) != NULL) {
+		unsigned long from, to;
+		size_t kib;
+
+		if (sscanf(line, "%lx-%lx ", &from, &to) == 2)
+			inside = from < (uintptr_t)start + size && to > (uintptr_t)start;
+		else if (inside && sscanf(line, "AnonHugePages: %zu kB", &kib) == 1)
+			total += kib;
+	}
+	fclose(smaps);
+	return total;
+}
+
+void map_ram(struct vm *vm, size_t data_size, bool huge)
+{
+	size_t size = HUGE_PAGE + data_size;
+	uintptr_t start;
+
+	vm->data_size = data_size;
+	vm->mapping_size = size + HUGE_PAGE; /* room to align */
+	vm->mapping = mmap(NULL, vm->mapping_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+			   -1, 0);
+	if (vm->mapping == MAP_FAILED)
+		fail(EXIT_NO_ABILITY, "no memory for a guest of %zu MiB: %s", size >> 20, strerror(errno));
+	start = ((uintptr_t)vm->mapping + HUGE_PAGE - 1) & ~(uintptr_t)(HUGE_PAGE - 1);
+	vm->ram = (uint8_t *)start;
+	/* A kernel without THP refuses both: right for small pages, and huge ones are checked below. */
+	madvise(vm->ram, size, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
+	/* By hand, not MAP_POPULATE, which would come before the advice. */
+	for (size_t offset = 0; offset < size; offset += PAGE)
+		*(volatile uint8_t *)(vm->ram + offset) = 0;
+	if (huge && huge_kib(vm->ram, size) < size >> 10)
+		fail(EXIT_NO_ABILITY, "--huge: the host gave no 2 MiB pages for %zu MiB: "
+		     "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled", size >> 20);
+}
+
+void unmap_ram(struct vm *vm)
+{
+	munmap(vm->mapping, vm->mapping_size);
+}
+
+uint8_t *host_address(const struct vm *vm, uint32_t gpa)
+{
+	return gpa >= DATA_GPA ? vm->ram + HUGE_PAGE + (gpa - DATA_GPA) : vm->ram + gpa;
+}

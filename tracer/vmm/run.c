@@ -1,0 +1,197 @@
+/* Passes: one thread per vCPU, led through the passes by the main thread. */
+#include "vmm.h"
+
+#include <errno.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <time.h>
+
+uint64_t now_ns(void)
+{
+	struct timespec time;
+
+	clock_gettime(CLOCK_MONOTONIC, &time);
+	return (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
+}
+
+static _Noreturn void guest_failed(const struct vcpu *vcpu, const char *what, unsigned long long number)
+{
+	struct kvm_regs regs = {0};
+
+	ioctl(vcpu->fd, KVM_GET_REGS, &regs);
+	fail(EXIT_GUEST_FAILED, "guest failed: vCPU %u in pass %u at rip 0x%llx: %s (%llu)", vcpu->index, vcpu->pass + 1,
+	     (unsigned long long)regs.rip, what, number);
+}
+
+/* True where the exit ends the pass. Anything that the guest program cannot have done is a failure. */
+static bool exit_ends_pass(struct vcpu *vcpu)
+{
+	const struct kvm_run *run = vcpu->run;
+
+	switch (run->exit_reason) {
+	case KVM_EXIT_IO:
+		if (run->io.direction != KVM_EXIT_IO_OUT || run->io.port != PASS_PORT)
+			guest_failed(vcpu, "I/O on a port it does not use", run->io.port);
+		vcpu->io_exits++;
+		return true;
+	case KVM_EXIT_MMIO:
+		if (!run->mmio.is_write || run->mmio.phys_addr < HOLE_GPA || run->mmio.phys_addr >= DATA_GPA)
+			guest_failed(vcpu, "access to an address that has no memory", run->mmio.phys_addr);
+		vcpu->mmio_exits++;
+		return run->mmio.phys_addr == DOORBELL_GPA;
+	case KVM_EXIT_SHUTDOWN:
+		guest_failed(vcpu, "triple fault, exit reason", run->exit_reason);
+	case KVM_EXIT_INTERNAL_ERROR:
+		guest_failed(vcpu, "KVM internal error, suberror", run->internal.suberror);
+	case KVM_EXIT_FAIL_ENTRY:
+		guest_failed(vcpu, "entry failed, hardware reason", run->fail_entry.hardware_entry_failure_reason);
+	default:
+		guest_failed(vcpu, "unexpected exit reason", run->exit_reason);
+	}
+}
+
+static void run_pass(struct vcpu *vcpu)
+{
+	uint64_t start;
+	int result;
+
+	if (vcpu->smi_due) {
+		if (ioctl(vcpu->fd, KVM_SMI, 0) < 0)
+			fail(EXIT_NO_ABILITY, "KVM_SMI: %s", strerror(errno));
+		vcpu->smi_due = false;
+		vcpu->smis++;
+	}
+	do {
+		start = now_ns();
+		result = ioctl(vcpu->fd, KVM_RUN, 0);
+		vcpu->guest_ns += now_ns() - start;
+		if (result < 0 && errno != EINTR && errno != EAGAIN)
+			guest_failed(vcpu, strerror(errno), (unsigned long long)errno);
+	} while (result < 0 || !exit_ends_pass(vcpu));
+	vcpu->pass++;
+}
+
+static void wait_for(sem_t *semaphore)
+{
+	while (sem_wait(semaphore) < 0 && errno == EINTR)
+		;
+}
+
+static void *vcpu_thread(void *argument)
+{
+	struct vcpu *vcpu = argument;
+
+	for (;;) {
+		wait_for(&vcpu->go);
+		if (vcpu->quit)
+			return NULL;
+		run_pass(vcpu);
+		sem_post(&vcpu->done);
+	}
+}
+
+static void start_threads(struct vm *vm)
+{
+	sigset_t all, old;
+
+	/* The alarm must reach the main thread, which waits where a signal finds it; a vCPU thread may be deep in KVM. */
+	sigfillset(&all);
+	pthread_sigmask(SIG_BLOCK, &all, &old);
+	for (unsigned i = 0; i < vm->n_vcpus; i++) {
+		struct vcpu *vcpu = &vm->vcpus[i];
+		int error;
+
+		sem_init(&vcpu->go, 0, 0);
+		sem_init(&vcpu->done, 0, 0);
+		error = pthread_create(&vcpu->thread, NULL, vcpu_thread, vcpu);
+		if (error != 0)
+			fail(EXIT_NO_ABILITY, "no thread for vCPU %u: %s", i, strerror(error));
+	}
+	pthread_sigmask(SIG_SETMASK, &old, NULL);
+}
+
+static void stop_threads(struct vm *vm)
+{
+	for (unsigned i = 0; i < vm->n_vcpus; i++) {
+		struct vcpu *vcpu = &vm->vcpus[i];
+
+		vcpu->quit = true;
+		sem_post(&vcpu->go);
+		pthread_join(vcpu->thread, NULL);
+		sem_destroy(&vcpu->go);
+		sem_destroy(&vcpu->done);
+	}
+}
+
+/* One pass of every vCPU. In turns, so that racing faults on shared page tables cannot change the counts; at the
+ * same time only where the scenario says so, and then not in the first pass, which does the shared filling. */
+static void one_pass(struct run *run, bool together)
+{
+	for (int wait_apart = together; wait_apart >= 0; wait_apart--)
+		for (unsigned v = 0; v < run->n_vms; v++)
+			for (unsigned i = 0; i < run->vms[v].n_vcpus; i++) {
+				struct vcpu *vcpu = &run->vms[v].vcpus[i];
+
+				if (!together || wait_apart)
+					sem_post(&vcpu->go);
+				if (!wait_apart)
+					wait_for(&vcpu->done);
+			}
+}
+
+static void count(struct run *run)
+{
+	struct tally *tally = &run->tally;
+	unsigned slot = 0;
+
+	for (unsigned v = 0; v < run->n_vms; v++)
+		for (unsigned i = 0; i < run->vms[v].n_vcpus; i++) {
+			const struct vcpu *vcpu = &run->vms[v].vcpus[i];
+
+			tally->guest_ns[slot++] += vcpu->guest_ns;
+			tally->passes += run->scenario->guest.passes_in_guest ? run->options->loops : vcpu->pass;
+			tally->smis += vcpu->smis;
+			tally->io_exits += vcpu->io_exits;
+			tally->mmio_exits += vcpu->mmio_exits;
+		}
+	tally->n_guest_ns = slot;
+}
+
+/* Create the VMs, run their passes, destroy them. */
+static void run_vms(struct run *run, unsigned passes)
+{
+	const struct scenario *scenario = run->scenario;
+	uint64_t start = now_ns();
+
+	for (unsigned v = 0; v < run->n_vms; v++) {
+		create_vm(run, &run->vms[v]);
+		start_threads(&run->vms[v]);
+	}
+	run->tally.setup_ns += now_ns() - start;
+	start = now_ns();
+	for (unsigned pass = 0; pass < passes; pass++) {
+		if (pass > 0 && scenario->between != NULL)
+			scenario->between(run, pass);
+		one_pass(run, scenario->together && pass > 0);
+	}
+	run->tally.wall_ns += now_ns() - start;
+	count(run);
+	for (unsigned v = 0; v < run->n_vms; v++) {
+		stop_threads(&run->vms[v]);
+		destroy_vm(&run->vms[v]);
+	}
+}
+
+void run_scenario(struct run *run)
+{
+	const struct scenario *scenario = run->scenario;
+
+	run->kvm = open_kvm();
+	run->n_vms = scenario->n_vms > 0 ? scenario->n_vms : 1;
+	if (scenario->vm_per_loop)
+		for (unsigned i = 0; i < run->options->loops; i++)
+			run_vms(run, 1);
+	else
+		run_vms(run, scenario->guest.passes_in_guest ? 1 : run->options->loops);
+}

@@ -1,0 +1,150 @@
+/* The scenarios. Counts to expect are those of one pass over the working set, which fills the tables. */
+#include "vmm.h"
+
+#include <string.h>
+
+#define TIMEOUT 60
+#define LOOPS(n) .loops = (n), .timeout = TIMEOUT
+
+const struct scenario scenarios[] = {
+	{
+		.name = "smi-storm",
+		.shows = "an SMI after each pass: a policy that frees unused roots refills the whole working set each time",
+		.defaults = {LOOPS(5), .pages = 512, .vcpus = 1},
+		.smm = SMM_REQUIRED,
+		.between = smi_to_all,
+	},
+	{
+		.name = "smi-one",
+		.shows = "SMIs to one vCPU while another runs on the same pages: the other one's root keeps the tables alive",
+		.defaults = {LOOPS(5), .pages = 512, .vcpus = 2},
+		.min_vcpus = 2,
+		.smm = SMM_REQUIRED,
+		.together = true,
+		.same_pages = true,
+		.between = smi_to_first,
+	},
+	{
+		.name = "smi-both",
+		.shows = "SMIs to both vCPUs, one after the other: the normal root always has a user, the SMM root never keeps one",
+		.defaults = {LOOPS(5), .pages = 512, .vcpus = 2},
+		.min_vcpus = 2,
+		.smm = SMM_REQUIRED,
+		.between = smi_to_all,
+	},
+	{
+		.name = "smi-grow",
+		.shows = "SMIs while each pass touches --pages more than the one before: the cost of a lost root grows with use",
+		.defaults = {LOOPS(5), .pages = 128, .vcpus = 1},
+		.smm = SMM_REQUIRED,
+		.growing = true,
+		.between = smi_to_all,
+	},
+	{
+		.name = "wp-toggle",
+		.shows = "a paging guest flips CR0.WP after each pass: a reset with a new role on old kernels, nothing on new ones",
+		.defaults = {LOOPS(5), .pages = 512, .vcpus = 1},
+		.guest = {.paging = true, .toggle = TOGGLE_CR0_WP},
+	},
+	{
+		.name = "cr4-toggle",
+		.shows = "a paging guest flips a CR4 bit after each pass: every kernel unloads for smep, only old ones for pge",
+		.defaults = {LOOPS(5), .pages = 512, .vcpus = 1, .bit = "smep"},
+		.guest = {.paging = true, .toggle = TOGGLE_CR4},
+		.choices = "smep|smap|pse|pge",
+	},
+	{
+		.name = "efer-toggle",
+		.shows = "a paging guest flips EFER.NX after each pass: every kernel unloads, and NX is in the role of old ones",
+		.defaults = {LOOPS(5), .pages = 512, .vcpus = 1},
+		.guest = {.paging = true, .toggle = TOGGLE_EFER_NX},
+	},
+	{
+		.name = "slot-delete",
+		.shows = "the working set's memslot is deleted and made again after each pass: all roots go, under every policy",
+		.defaults = {LOOPS(5), .pages = 512, .vcpus = 1},
+		.between = delete_slot,
+	},
+	{
+		.name = "slot-move",
+		.shows = "a memslot that the guest never touches moves after each pass: all roots go nevertheless",
+		.defaults = {LOOPS(5), .pages = 512, .vcpus = 1},
+		.between = move_slot,
+	},
+	{
+		.name = "slot-create",
+		.shows = "a memslot is added after each pass: roots and tables stay",
+		.defaults = {LOOPS(5), .pages = 512, .vcpus = 1},
+		.between = create_slot,
+	},
+	{
+		.name = "notifier",
+		.shows = "the host changes the memory under the guest after each pass: leaves go by MMU notifier, roots stay",
+		.defaults = {LOOPS(5), .pages = 512, .vcpus = 1, .how = "mprotect"},
+		.between = notify,
+		.choices = "mprotect|dontneed",
+	},
+	{
+		.name = "dirty-log",
+		.shows = "dirty logging on, read, off between passes: write protection, and with --huge split and recovery",
+		.defaults = {LOOPS(7), .pages = 512, .vcpus = 1},
+		.between = toggle_dirty_log,
+	},
+	{
+		.name = "huge",
+		.shows = "SMIs on 2 MiB-backed memory: the refill costs one fault for 512 pages",
+		.defaults = {LOOPS(5), .pages = 2048, .vcpus = 1, .huge = true},
+		.smm = SMM_REQUIRED,
+		.between = smi_to_all,
+	},
+	{
+		.name = "mmio",
+		.shows = "each pass also stores to addresses without a memslot, with SMIs where there is SMM: MMIO entries go with a root",
+		.defaults = {LOOPS(5), .pages = 512, .vcpus = 1, .mmio = 16},
+		.smm = SMM_IF_PRESENT,
+		.between = smi_to_all,
+	},
+	{
+		.name = "churn",
+		.shows = "each loop creates a VM, runs one pass and destroys it: the whole life of roots, and the teardown's cost",
+		.defaults = {LOOPS(5), .pages = 512, .vcpus = 1},
+		.vm_per_loop = true,
+	},
+	{
+		.name = "two-vms",
+		.shows = "two VMs at once, SMIs to the first only: the second one's roots stay as they are",
+		.defaults = {LOOPS(5), .pages = 512, .vcpus = 1},
+		.smm = SMM_REQUIRED,
+		.n_vms = 2,
+		.together = true,
+		.between = smi_to_all,
+	},
+	{
+		.name = "steady",
+		.shows = "a vCPU that never stops touching its pages: the control, one load and no unload until the end",
+		.defaults = {LOOPS(5), .pages = 512, .vcpus = 1},
+		.guest = {.passes_in_guest = true},
+	},
+	{
+		.name = "roots",
+		.shows = "a paging guest loads the next of --trees page-table trees after each pass: shadow roots made and found again",
+		.defaults = {LOOPS(300), .pages = 8, .vcpus = 1, .trees = 100},
+		.guest = {.paging = true, .toggle = TOGGLE_CR3},
+	},
+	{
+		.name = "storm",
+		.shows = "as roots, and each pass ends by an MMIO store: some 2000 emulator events a pass on a software KVM",
+		.defaults = {LOOPS(1000), .pages = 64, .vcpus = 1, .trees = 100},
+		.guest = {.paging = true, .toggle = TOGGLE_CR3, .ends_by_mmio = true},
+	},
+};
+
+const size_t n_scenarios = sizeof(scenarios) / sizeof(*scenarios);
+
+const struct scenario *find_scenario(const char *name)
+{
+	for (size_t i = 0; i < n_scenarios; i++)
+		if (strcmp(scenarios[i].name, name) == 0)
+			return &scenarios[i];
+	return NULL;
+}

@@ -1,0 +1,178 @@
+/* kvmtrace-vmm: a small VMM over /dev/kvm whose scenarios make MMU events in known numbers.
+ *
+ * A run is one or two VMs. Each vCPU has a thread of its own (the kernel names it by that thread) and runs in
+ * passes: the guest touches its working set and ends the pass with an exit. Between passes, with every vCPU
+ * stopped, the scenario changes something. That order is what makes the numbers repeatable.
+ */
+#ifndef KVMTRACE_VMM_H
+#define KVMTRACE_VMM_H
+
+#include <linux/kvm.h>
+#include <pthread.h>
+#include <semaphore.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define PAGE 0x1000u
+#define HUGE_PAGE 0x200000u
+#define MAX_VCPUS 8u
+#define MAX_VMS 2u
+#define MAX_TREES 256u
+
+/* Guest physical layout. Everything lies below 1 GiB, so that one page directory of 2 MiB entries maps it. */
+#define LOW_BASE 0x0u          /* slot 0, 2 MiB: code, page tables, SMM handler */
+#define CODE_GPA 0x1000u
+#define PDPT_GPA 0x2000u
+#define PD_GPA 0x3000u
+#define SMM_ENTRY_GPA 0x38000u /* the architectural SMBASE 0x30000, plus 0x8000 */
+#define TREES_GPA 0x100000u    /* one top-level page table per tree */
+#define HOLE_GPA 0x200000u     /* 2 MiB that no slot backs: MMIO */
+#define DOORBELL_GPA 0x3ff000u /* last page of the hole: a store here ends a pass */
+#define DATA_GPA 0x400000u     /* slot 1: the working sets, one after another, each on a 2 MiB boundary */
+#define GUEST_TOP 0x40000000u
+#define EXTRA_GPA GUEST_TOP    /* slots that the guest never touches begin here */
+
+#define PASS_PORT 0xe0u
+
+enum slot { SLOT_LOW, SLOT_DATA, SLOT_EXTRA };
+
+/* Exit codes of the program, the project's own. */
+enum exit_code { EXIT_GUEST_FAILED = 1, EXIT_BAD_USAGE = 2, EXIT_NO_ABILITY = 3 };
+
+/* What the user may choose. In a scenario's defaults, zero or NULL means "does not take this option". */
+struct options {
+	unsigned loops;
+	unsigned pages; /* per vCPU, 4 KiB each */
+	unsigned vcpus;
+	unsigned trees;
+	unsigned mmio; /* pages of the hole stored to in each pass */
+	const char *bit;
+	const char *how;
+	bool huge;
+	unsigned timeout; /* seconds */
+};
+
+/* What the guest itself does at the end of each pass. */
+enum toggle { TOGGLE_NONE, TOGGLE_CR0_WP, TOGGLE_CR4, TOGGLE_EFER_NX, TOGGLE_CR3 };
+
+struct guest_program {
+	bool paging;          /* 64-bit mode with page tables; otherwise 32-bit flat protected mode */
+	enum toggle toggle;
+	uint32_t cr4_bit;     /* for TOGGLE_CR4 */
+	unsigned mmio_stores;
+	bool ends_by_mmio;    /* a pass ends by a store to the doorbell instead of an OUT */
+	bool passes_in_guest; /* all passes without an exit between them */
+};
+
+struct vm;
+
+struct vcpu {
+	int fd;
+	unsigned index;
+	struct vm *vm;
+	struct kvm_run *run;
+	size_t run_size;
+	pthread_t thread;
+	sem_t go, done;
+	bool quit;
+	bool smi_due; /* inject an SMI just before the next entry */
+	unsigned pass;
+	uint64_t guest_ns; /* wall time inside KVM_RUN */
+	uint64_t smis, io_exits, mmio_exits;
+};
+
+struct vm {
+	int fd;
+	bool smm;         /* this KVM has SMM, and with it a second address space */
+	uint8_t *mapping; /* host memory as mapped, unaligned */
+	size_t mapping_size;
+	uint8_t *ram;     /* 2 MiB aligned: the low slot, then the data slot */
+	size_t data_size; /* bytes in the data slot, a multiple of 2 MiB */
+	unsigned n_vcpus;
+	struct vcpu vcpus[MAX_VCPUS];
+};
+
+struct tally {
+	uint64_t setup_ns, wall_ns;
+	uint64_t guest_ns[MAX_VMS * MAX_VCPUS]; /* by VM, then vCPU; churn adds up its VMs, one after another */
+	unsigned n_guest_ns;
+	uint64_t vms, passes, smis, io_exits, mmio_exits;
+	uint64_t slot_changes, host_calls, dirty_pages;
+};
+
+struct scenario;
+
+struct run {
+	const struct scenario *scenario;
+	const struct options *options;
+	int kvm; /* /dev/kvm */
+	struct vm vms[MAX_VMS];
+	unsigned n_vms;
+	struct tally tally;
+};
+
+enum smm_use { SMM_UNUSED, SMM_IF_PRESENT, SMM_REQUIRED };
+
+struct scenario {
+	const char *name;
+	const char *shows;
+	struct options defaults;
+	struct guest_program guest;
+	enum smm_use smm;
+	unsigned min_vcpus;
+	unsigned n_vms;       /* VMs that live at once; 0 means 1 */
+	bool vm_per_loop;     /* every loop is a VM of its own */
+	bool together;        /* after the first pass vCPUs run at the same time; otherwise always in turns */
+	bool same_pages;      /* all vCPUs touch the same pages */
+	bool growing;         /* pass k touches k times the pages */
+	/* Called between passes with all vCPUs stopped; `pass` counts the passes done so far, from 1. */
+	void (*between)(struct run *run, unsigned pass);
+	const char *choices; /* what --bit or --how may be, separated by | */
+};
+
+/* scenarios.c */
+extern const struct scenario scenarios[];
+extern const size_t n_scenarios;
+const struct scenario *find_scenario(const char *name);
+
+/* report.c */
+void print_list(void);
+void print_result(const struct run *run);
+_Noreturn void fail(enum exit_code code, const char *format, ...) __attribute__((format(printf, 2, 3)));
+
+/* memory.c */
+void map_ram(struct vm *vm, size_t data_size, bool huge);
+void unmap_ram(struct vm *vm);
+uint8_t *host_address(const struct vm *vm, uint32_t gpa);
+
+/* vm.c */
+int open_kvm(void);
+void create_vm(struct run *run, struct vm *vm);
+void destroy_vm(struct vm *vm);
+size_t working_set_bytes(const struct run *run);
+void set_slot(struct run *run, struct vm *vm, unsigned slot, uint64_t gpa, size_t size, void *host, uint32_t flags);
+unsigned slot_limit(const struct vm *vm);
+
+/* vcpu.c */
+void create_vcpu(struct run *run, struct vm *vm, unsigned index);
+void destroy_vcpu(struct vcpu *vcpu);
+uint32_t cr4_bit_named(const char *name);
+
+/* guest.c */
+void write_guest(const struct vm *vm, const struct guest_program *program, unsigned trees);
+
+/* run.c */
+uint64_t now_ns(void);
+void run_scenario(struct run *run);
+
+/* changes.c: what a scenario changes between passes */
+void smi_to_all(struct run *run, unsigned pass);
+void smi_to_first(struct run *run, unsigned pass);
+void delete_slot(struct run *run, unsigned pass);
+void move_slot(struct run *run, unsigned pass);
+void create_slot(struct run *run, unsigned pass);
+void notify(struct run *run, unsigned pass);
+void toggle_dirty_log(struct run *run, unsigned pass);
+
+#endif
