@@ -60,4 +60,5 @@ def _build(sources: list[str]) -> None:
                 raise Problem(f"cannot build {BINARY.name} ({reason}): {INSTALL}", ENVIRONMENT)
             built.replace(BINARY)
     except OSError as error:
-        raise Problem(f"cannot build {BINARY.name} in {HERE}: {error.strerror}: run make setup as its owner", ENVIRONMENT) from error
+        reason = f"cannot build {BINARY.name} in {HERE} ({error.strerror}): run make setup as its owner"
+        raise Problem(reason, ENVIRONMENT) from error
