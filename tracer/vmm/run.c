@@ -124,38 +124,43 @@ static void stop_threads(struct vm *vm)
 	}
 }
 
+static unsigned total_vcpus(const struct run *run)
+{
+	return run->n_vms * run->options->vcpus;
+}
+
+static struct vcpu *nth_vcpu(struct run *run, unsigned n)
+{
+	return &run->vms[n / run->options->vcpus].vcpus[n % run->options->vcpus];
+}
+
 /* One pass of every vCPU. In turns, so that racing faults on shared page tables cannot change the counts; at the
- * same time only where the scenario says so, and then not in the first pass, which does the shared filling. */
+ * same time only where the scenario says so, and then not in the first pass, which fills the shared tables. */
 static void one_pass(struct run *run, bool together)
 {
-	for (int wait_apart = together; wait_apart >= 0; wait_apart--)
-		for (unsigned v = 0; v < run->n_vms; v++)
-			for (unsigned i = 0; i < run->vms[v].n_vcpus; i++) {
-				struct vcpu *vcpu = &run->vms[v].vcpus[i];
-
-				if (!together || wait_apart)
-					sem_post(&vcpu->go);
-				if (!wait_apart)
-					wait_for(&vcpu->done);
-			}
+	for (unsigned n = 0; n < total_vcpus(run); n++) {
+		sem_post(&nth_vcpu(run, n)->go);
+		if (!together)
+			wait_for(&nth_vcpu(run, n)->done);
+	}
+	for (unsigned n = 0; together && n < total_vcpus(run); n++)
+		wait_for(&nth_vcpu(run, n)->done);
 }
 
 static void count(struct run *run)
 {
 	struct tally *tally = &run->tally;
-	unsigned slot = 0;
 
-	for (unsigned v = 0; v < run->n_vms; v++)
-		for (unsigned i = 0; i < run->vms[v].n_vcpus; i++) {
-			const struct vcpu *vcpu = &run->vms[v].vcpus[i];
+	for (unsigned n = 0; n < total_vcpus(run); n++) {
+		const struct vcpu *vcpu = nth_vcpu(run, n);
 
-			tally->guest_ns[slot++] += vcpu->guest_ns;
-			tally->passes += run->scenario->guest.passes_in_guest ? run->options->loops : vcpu->pass;
-			tally->smis += vcpu->smis;
-			tally->io_exits += vcpu->io_exits;
-			tally->mmio_exits += vcpu->mmio_exits;
-		}
-	tally->n_guest_ns = slot;
+		tally->guest_ns[n] += vcpu->guest_ns;
+		tally->passes += run->scenario->guest.passes_in_guest ? run->options->loops : vcpu->pass;
+		tally->smis += vcpu->smis;
+		tally->io_exits += vcpu->io_exits;
+		tally->mmio_exits += vcpu->mmio_exits;
+	}
+	tally->n_guest_ns = total_vcpus(run);
 }
 
 /* Create the VMs, run their passes, destroy them. */

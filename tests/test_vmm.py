@@ -1,0 +1,198 @@
+"""The VMM: what it prints, how it fails, and that a run is repeatable. Its MMU events are the recorder's tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tracer import vmm
+from traces.errors import ENVIRONMENT, Problem
+
+NEEDS_KVM = pytest.mark.skipif(
+    not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="no usable /dev/kvm: the VMM has nothing to run a guest with"
+)
+# Run on any KVM, a software one without SMM included, and what their result must say.
+WITHOUT_SMM = {
+    "wp-toggle": {"passes": 5, "io_exits": 5},
+    "efer-toggle": {"passes": 5, "io_exits": 5},
+    "slot-delete": {"passes": 5, "io_exits": 5},
+    "slot-move": {"passes": 5, "io_exits": 5},
+    "slot-create": {"passes": 5, "io_exits": 5},
+    "notifier": {"passes": 5, "host_calls": 8},
+    "dirty-log": {"passes": 7, "dirty_pages": 4 * 512},
+    "mmio": {"passes": 5, "io_exits": 5, "mmio_exits": 5 * 16},
+    "churn": {"passes": 5, "vms": 5},
+    "steady": {"passes": 5, "io_exits": 1},
+    "roots": {"passes": 300, "io_exits": 300},
+    "storm": {"passes": 1000, "io_exits": 0, "mmio_exits": 1000},
+}
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([vmm.binary(), *arguments], capture_output=True, text=True, timeout=60)
+
+
+def result(*arguments: str) -> dict[str, Any]:
+    done = run(*arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    (line,) = done.stdout.splitlines()
+    parsed: dict[str, Any] = json.loads(line)
+    return parsed
+
+
+def failure(done: subprocess.CompletedProcess[str]) -> tuple[int, str]:
+    """Exit code and message of a run that failed as it should: one line, nothing on stdout."""
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("kvmtrace-vmm: ")
+    return done.returncode, line
+
+
+def test_every_scenario_says_in_one_line_what_it_shows() -> None:
+    listed = vmm.scenarios()
+    assert len({scenario.name for scenario in listed}) == len(listed)
+    assert set(WITHOUT_SMM) <= {scenario.name for scenario in listed}
+    for scenario in listed:
+        assert 20 < len(scenario.shows) < 130
+        assert {"loops", "pages", "vcpus", "huge", "timeout"} <= set(scenario.defaults)
+
+
+def test_every_scenario_is_known_to_run_without_smm_or_to_need_it() -> None:
+    needs_more = {"cr4-toggle"}  # the default bit, SMEP, is not offered by every KVM
+    needs_smm = {scenario.name for scenario in vmm.scenarios() if scenario.needs_smm}
+    assert {scenario.name for scenario in vmm.scenarios()} == set(WITHOUT_SMM) | needs_smm | needs_more
+
+
+@NEEDS_KVM
+@pytest.mark.parametrize("name", sorted(WITHOUT_SMM))
+def test_scenario_does_what_it_says(name: str) -> None:
+    said = result(name)
+    assert said["schema"] == 1
+    assert said["scenario"] == name
+    assert {key: said[key] for key in WITHOUT_SMM[name]} == WITHOUT_SMM[name]
+    assert 0 < sum(said["guest_ns"]) <= said["wall_ns"]
+
+
+@NEEDS_KVM
+@pytest.mark.parametrize("arguments", ["slot-delete --vcpus 2", "dirty-log --pages 100 --vcpus 3"])
+def test_the_same_run_twice_says_the_same(arguments: str) -> None:
+    first, second = result(*arguments.split()), result(*arguments.split())
+    for clock in ("setup_ns", "wall_ns", "guest_ns"):
+        del first[clock], second[clock]
+    assert first == second
+    assert first["passes"] == first["loops"] * first["vcpus"]
+
+
+@NEEDS_KVM
+def test_options_reach_the_guest() -> None:
+    said = result("mmio", "--loops", "3", "--pages", "40", "--vcpus", "2", "--mmio", "7")
+    assert [said[key] for key in ("loops", "pages", "vcpus", "mmio")] == [3, 40, 2, 7]
+    assert said["mmio_exits"] == 3 * 2 * 7
+    assert len(said["guest_ns"]) == 2
+
+
+@NEEDS_KVM
+def test_scenario_that_needs_smm() -> None:
+    done = run("smi-storm")
+    if done.returncode == 0:
+        assert json.loads(done.stdout)["smis"] == 4
+        return
+    code, line = failure(done)
+    assert code == ENVIRONMENT
+    assert "scenario smi-storm needs SMM: this KVM has none" in line
+
+
+@NEEDS_KVM
+def test_a_guest_that_does_not_end_is_ended() -> None:
+    start = time.monotonic()
+    code, line = failure(run("steady", "--loops", "1000000000", "--timeout", "1"))
+    assert code == 1
+    assert "timeout" in line
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((), "name a scenario"),
+        (("no-such",), "no scenario 'no-such'"),
+        (("steady", "--loops", "0"), "--loops 0: give a whole number"),
+        (("steady", "--loops", "-1"), "--loops -1: give a whole number"),
+        (("steady", "--loops", "5x"), "--loops 5x: give a whole number"),
+        (("steady", "--loops", "99999999999999999999"), "give a whole number"),
+        (("steady", "--loops"), "--loops needs a value"),
+        (("steady", "--vcpus", "9"), "from 1 to 8"),
+        (("steady", "--trees", "3"), "scenario steady takes no --trees"),
+        (("steady", "--frobnicate"), "unknown option --frobnicate"),
+        (("steady", "more"), "unexpected argument 'more'"),
+        (("notifier", "--how", "x"), "give one of mprotect|dontneed"),
+        (("cr4-toggle", "--bit", "vmxe"), "give one of smep|"),
+        (("smi-one", "--vcpus", "1"), "needs --vcpus 2 or more"),
+        (("slot-delete", "--pages", "200000", "--vcpus", "2"), "fewer --pages or --vcpus"),
+        (("smi-grow", "--pages", "100000"), "fewer --pages or --loops"),
+    ],
+)
+def test_bad_usage_is_one_line(arguments: tuple[str, ...], expected: str) -> None:
+    code, line = failure(run(*arguments))
+    assert code == 2
+    assert expected in line
+
+
+@pytest.fixture
+def anyones_copy() -> Iterator[Path]:
+    """The program where every user can reach it, which a checkout or pytest's own directories need not be."""
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory).chmod(0o755)
+        yield Path(shutil.copy(vmm.binary(), directory))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can run it as a user who may not open /dev/kvm")
+def test_a_user_without_access_is_told_what_to_do(anyones_copy: Path) -> None:
+    nobody = 65534
+    done = subprocess.run(
+        [anyones_copy, "steady"], capture_output=True, text=True, timeout=60, user=nobody, group=nobody, extra_groups=[]
+    )
+    if done.returncode == 0:
+        assert Path("/dev/kvm").stat().st_mode & 0o006 == 0o006
+        return
+    code, line = failure(done)
+    assert code == ENVIRONMENT
+    assert "cannot open /dev/kvm" in line
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(vmm, "BINARY", tmp_path / "kvmtrace-vmm")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(Problem, match="apt-get install gcc libc6-dev") as caught:
+        vmm.binary()
+    assert caught.value.code == ENVIRONMENT
+
+
+def test_a_build_that_fails_leaves_no_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "main.c").write_text("this is not C\n")
+    monkeypatch.setattr(vmm, "HERE", tmp_path)
+    monkeypatch.setattr(vmm, "BINARY", tmp_path / "kvmtrace-vmm")
+    with pytest.raises(Problem, match=r"cannot build kvmtrace-vmm \(.*error"):
+        vmm.binary()
+    assert [path.name for path in tmp_path.iterdir()] == ["main.c"]
+
+
+def test_a_program_older_than_its_sources_is_built_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    source = tmp_path / "main.c"
+    monkeypatch.setattr(vmm, "HERE", tmp_path)
+    monkeypatch.setattr(vmm, "BINARY", tmp_path / "kvmtrace-vmm")
+    for status in (3, 4):
+        source.write_text(f"int main(void) {{ return {status}; }}\n")
+        if vmm.BINARY.exists():
+            later = vmm.BINARY.stat().st_mtime + 1
+            os.utime(source, (later, later))
+        assert subprocess.run([vmm.binary()]).returncode == status
