@@ -4,7 +4,8 @@ This table is the single place that binds the BPF programs (which fill the recor
 store the record as it is) and the Parquet trace (which stores named columns). Adding a kind is one line here and one
 probe in `tracer/probes.py`. The written contract is SPEC.md beside this file.
 
-Units: `time` is CLOCK_BOOTTIME in ns, addresses are bytes, `gfn` and `table` are page frame numbers, SPTEs are raw words.
+Units: `time` is CLOCK_BOOTTIME in ns, addresses are bytes, `gfn` and `table` are page frame numbers, SPTEs are raw
+words.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ COMMON_COLUMNS: Final = ("seq", "time", "vm", "vcpu", "cpu", "tid", "kind")
 class Kind:
     """One kind of event: `words` names the columns its four 64-bit words hold, `count` the column of its 32-bit count.
 
-    `fixed` lists which of the record's own small fields (root, role, level, as_id) the kind fills; `flags` says what the
-    bits of the flags column mean, lowest first.
+    `fixed` lists which of the record's own small fields (root, role, level, as_id) the kind fills; `flags` says what
+    the bits of the flags column mean, lowest first.
     """
 
     code: int
@@ -80,8 +81,8 @@ def _kinds() -> tuple[Kind, ...]:
         Kind(19, "kvm_page_fault", "the guest faulted in the second-level or shadow tables", ("addr", "code", "rip"),
              "", function),
         Kind(20, "kvm_entry", "the vCPU enters the guest", ("rip",), "", ("root",), ("immediate_exit",)),
-        Kind(21, "kvm_exit", "the vCPU left the guest: reason, RIP, exit info 1 and 2", ("code", "rip", "value", "addr"),
-             "", ("root",)),
+        Kind(21, "kvm_exit", "the vCPU left the guest: reason, RIP, exit info 1 and 2",
+             ("code", "rip", "value", "addr"), "", ("root",)),
         Kind(22, "kvm_smm_transition", "SMM entered or left; `addr` is SMBASE", ("addr",), "", (), ("entering",)),
         Kind(23, "kvm_cr", "a control register access exited", ("code", "value"), "", (), ("write",)),
         Kind(24, "kvm_msr", "an MSR access exited", ("code", "value"), "", (), ("write", "exception")),
@@ -122,8 +123,8 @@ def _kinds() -> tuple[Kind, ...]:
         Kind(56, "vm_create", "first ioctl on a new VM's descriptor"),
         Kind(57, "ioctl", "a KVM ioctl other than KVM_RUN: command, argument", ("code", "value")),
         Kind(58, "ioctl_end", "that ioctl returned", ("code",), "ret"),
-        Kind(59, "memslot", "KVM_SET_USER_MEMORY_REGION: first gfn, hva, pages, flags", ("gfn", "addr", "value", "code"),
-             "slot", ("as_id",)),
+        Kind(59, "memslot", "KVM_SET_USER_MEMORY_REGION: first gfn, hva, pages, flags",
+             ("gfn", "addr", "value", "code"), "slot", ("as_id",)),
         Kind(60, "new_pgd", "a new guest page-table root is selected", ("value",), "", function),
     )
 
@@ -158,7 +159,7 @@ RECORD_SIZE: Final = 80
 COLUMN_TYPES: Final = {
     "seq": "int64",
     "time": "int64",
-    "vm": "int16",
+    "vm": "int32",
     "vcpu": "int16",
     "cpu": "int16",
     "tid": "int32",

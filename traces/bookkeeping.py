@@ -1,0 +1,94 @@
+"""What compaction counts while the rows go by: kinds, loss, vCPUs, threads, gaps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+
+from traces.columns import KIND_NAMES
+from traces.identity import GAP
+from traces.lives import Ints, dense
+from traces.record import Columns
+
+MAX_ENTRIES: Final = 1 << 16  # threads, vCPUs and gaps that the metadata lists; more are only counted
+
+Loss = dict[str, dict[str, dict[str, int]]]
+
+
+class Books:
+    """Counts per kind and CPU, and the small tables of who was there."""
+
+    def __init__(self) -> None:
+        self.events = 0
+        self.gaps: list[dict[str, int]] = []
+        self.gap_count = 0
+        self._counts = np.zeros((256, 1), np.int64)  # kind, CPU
+        self._threads: dict[int, int] = {}
+        self._vcpus: dict[tuple[int, int, int], None] = {}
+
+    def add(self, columns: Columns, vm: Ints) -> None:
+        kind, cpu = columns["kind"], columns["cpu"]
+        self.events += len(kind)
+        cpus = max(int(cpu.max()) + 1, self._counts.shape[1])
+        if cpus > self._counts.shape[1]:
+            self._counts = np.pad(self._counts, ((0, 0), (0, cpus - self._counts.shape[1])))
+        cells = kind.astype(np.int64) * cpus + cpu
+        self._counts += np.bincount(cells, minlength=256 * cpus).reshape(256, cpus)
+        self._note_threads(columns, vm)
+        for row in np.flatnonzero(kind == GAP).tolist():
+            self.gap_count += 1
+            if len(self.gaps) < MAX_ENTRIES:
+                lost, code, since = (int(columns[name][row]) for name in ("w0", "w1", "w2"))
+                until = int(columns["time"][row])
+                self.gaps.append({"cpu": int(cpu[row]), "lost": lost, "kind": code, "since": since, "until": until})
+
+    def _note_threads(self, columns: Columns, vm: Ints) -> None:
+        tid, tgid, vcpu = columns["tid"], columns["tgid"], columns["vcpu"]
+        _, pairs = dense((tid.astype(np.uint64) << np.uint64(32)) | tgid)
+        for pair in pairs.tolist():
+            if len(self._threads) < MAX_ENTRIES:
+                self._threads.setdefault(pair >> 32, pair & 0xFFFFFFFF)
+        rows = np.flatnonzero((vcpu >= 0) & (vm != 0))
+        if len(rows):
+            key = (vm[rows] << 47) | (vcpu[rows].astype(np.int64) << 32) | tid[rows]
+            for value in dense(key)[1].tolist():
+                if len(self._vcpus) < MAX_ENTRIES:
+                    self._vcpus.setdefault((value >> 47, (value >> 32) & 0x7FFF, value & 0xFFFFFFFF))
+
+    def kinds(self) -> dict[str, int]:
+        """Stored rows by kind name, those that occur."""
+        totals = self._counts.sum(axis=1)
+        return {KIND_NAMES[code]: int(totals[code]) for code in np.flatnonzero(totals).tolist()}
+
+    def threads(self, named: Mapping[int, str]) -> list[dict[str, Any]]:
+        return [{"tid": tid, "tgid": tgid, "comm": named.get(tid, "")} for tid, tgid in sorted(self._threads.items())]
+
+    def vcpus(self, vm: int) -> list[dict[str, int]]:
+        return [{"id": vcpu, "tid": tid} for owner, vcpu, tid in sorted(self._vcpus) if owner == vm]
+
+    def loss(self, reported: Any) -> tuple[Loss, list[str]]:
+        """The loss table with what is stored, and one line for each kind where emitted is not stored plus lost."""
+        table: Loss = {}
+        wrong: list[str] = []
+        if not isinstance(reported, dict):
+            return {}, ["the recorder left no loss counts"]
+        names = {name: code for code, name in enumerate(KIND_NAMES)}
+        for name, code in names.items():
+            stored = {str(cpu): int(self._counts[code, cpu]) for cpu in np.flatnonzero(self._counts[code]).tolist()}
+            if code == GAP or not (stored or name in reported):
+                continue  # gap rows are the recorder's own: nothing emits them
+            emitted, lost = (_cpu_counts(reported.get(name), field) for field in ("emitted", "lost"))
+            table[name] = {"emitted": emitted, "lost": lost, "stored": stored}
+            sums = sum(emitted.values()), sum(stored.values()), sum(lost.values())
+            if sums[0] != sums[1] + sums[2]:
+                wrong.append(f"{name}: {sums[0]:,} emitted, but {sums[1]:,} stored and {sums[2]:,} lost")
+        return table, wrong
+
+
+def _cpu_counts(kind: Any, field: str) -> dict[str, int]:
+    counts = kind.get(field) if isinstance(kind, dict) else None
+    if not isinstance(counts, dict):
+        return {}
+    return {str(cpu): n for cpu, n in counts.items() if isinstance(n, int) and 0 < n < 1 << 62}

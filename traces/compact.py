@@ -1,0 +1,247 @@
+"""From a recording's segments to one Parquet trace, on a clean end and after a crash alike.
+
+Rows stream through in ring order; what is held is at most BUFFERED_ROWS rows. Rows of one VM share row groups, so that
+a reader of one VM reads nothing else and neighbouring values stay close to each other.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from traces.bookkeeping import MAX_ENTRIES, Books
+from traces.columns import to_named
+from traces.errors import Problem
+from traces.identity import Identities, Vm
+from traces.layout import ROW_GROUP_ROWS, ParquetFile
+from traces.lives import Ints
+from traces.memslots import MAX_SLOTS, Memslots
+from traces.metadata import CHECKSUM_KEY, KEY
+from traces.record import Columns
+from traces.schema import FORMAT_MAJOR, FORMAT_MINOR
+from traces.segments import SegmentReader
+
+BUFFERED_ROWS: Final = 2 * ROW_GROUP_ROWS
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a compaction came to: events stored and lost, file size in bytes, and why it is not complete, if so."""
+
+    path: Path
+    events: int
+    lost: int
+    size: int
+    complete: bool
+    discrepancies: tuple[str, ...]
+
+
+@dataclass
+class _Partition:
+    """Rows of one VM that wait for their row group: (columns, row numbers, root ids) in ring order."""
+
+    rows: int = 0
+    parts: list[tuple[Columns, Ints, Ints]] = field(default_factory=list)
+
+
+def compact(directory: Path, out: Path) -> Summary:
+    """Write the recording in `directory` as the trace `out`; the directory is left as it is.
+
+    Reads every sealed batch, so a killed or damaged recording yields what can be had, marked as not complete. `out`
+    appears only when it is whole. Raises Problem where there is no recording, or where `out` cannot be written.
+    """
+    reader = SegmentReader(directory)
+    try:
+        file = ParquetFile(out)
+    except OSError as error:
+        raise _unwritable(out, directory, error) from error
+    try:
+        return _Compaction(reader, file).run()
+    except OSError as error:
+        raise _unwritable(out, directory, error) from error
+    finally:
+        file.discard()
+
+
+def _unwritable(out: Path, directory: Path, error: OSError) -> Problem:
+    return Problem(
+        f"{out}: {error.strerror or error}: the recording is safe in {directory}; "
+        f"mend that and run `kvmtrace recover {directory}`"
+    )
+
+
+class _Compaction:
+    def __init__(self, reader: SegmentReader, file: ParquetFile) -> None:
+        self._reader = reader
+        self._file = file
+        self._snapshot = _snapshot(reader.manifest)
+        self._identities = Identities(self._snapshot)
+        self._books = Books()
+        self._slots = Memslots()
+        self._waiting: dict[int, _Partition] = {}
+        self._buffered = 0
+        self._row_groups: list[dict[str, Any]] = []
+        self._missing = 0  # rows between batches that could be read
+
+    def run(self) -> Summary:
+        expected = 0
+        for first, columns in self._reader.batches():
+            self._missing += first - expected
+            expected = first + len(columns["time"])
+            vm, root = self._identities.resolve(columns, first)
+            self._books.add(columns, vm)
+            self._slots.add(columns, vm)
+            self._partition(columns, np.arange(first, expected), vm, root)
+        for owner in sorted(self._waiting):
+            self._write_row_group(owner)
+        return self._finish()
+
+    def _partition(self, columns: Columns, seq: Ints, vm: Ints, root: Ints) -> None:
+        owners = np.unique(vm).tolist()
+        for owner in owners:
+            part = (columns, seq, root)
+            if len(owners) > 1:
+                rows = np.flatnonzero(vm == owner)
+                part = ({name: values[rows] for name, values in columns.items()}, seq[rows], root[rows])
+            waiting = self._waiting.setdefault(owner, _Partition())
+            waiting.parts.append(part)
+            waiting.rows += len(part[1])
+            self._buffered += len(part[1])
+            if waiting.rows >= ROW_GROUP_ROWS:
+                self._write_row_group(owner)
+        while self._buffered > BUFFERED_ROWS:
+            self._write_row_group(max(self._waiting, key=lambda owner: self._waiting[owner].rows))
+
+    def _write_row_group(self, vm: int) -> None:
+        waiting = self._waiting.pop(vm)
+        self._buffered -= waiting.rows
+        names = waiting.parts[0][0]
+        columns = {name: np.concatenate([part[0][name] for part in waiting.parts]) for name in names}
+        seq, root = (np.concatenate([part[index] for part in waiting.parts]) for index in (1, 2))
+        batch = to_named(columns, seq, np.full(len(seq), vm), root)
+        time = columns["time"].view(np.int64)
+        self._row_groups.append(
+            {
+                "vm": vm or None,
+                "rows": len(seq),
+                "first_seq": int(seq[0]),
+                "last_seq": int(seq[-1]),
+                "first_time": int(time.min()),
+                "last_time": int(time.max()),
+                **self._file.write(batch),
+            }
+        )
+
+    def _finish(self) -> Summary:
+        discrepancies = self._cuts()
+        loss, unbalanced = self._books.loss(self._reader.manifest.get("loss"))
+        if not discrepancies:  # of a killed recording the counts on disk are old
+            discrepancies = unbalanced
+        manifest = {key: value for key, value in self._reader.manifest.items() if key not in ("snapshot", "closed")}
+        metadata = manifest | {
+            "format": {"major": FORMAT_MAJOR, "minor": FORMAT_MINOR},
+            "events": self._books.events,
+            "kinds": self._books.kinds(),
+            "complete": not discrepancies,
+            "discrepancies": discrepancies,
+            "cut": self._cut(),
+            "vms": [self._vm(vm) for vm in self._identities.vms],
+            "roots": self._roots(),
+            "threads": self._books.threads(_names(self._reader.manifest)),
+            "loss": loss,
+            "gaps": self._books.gaps,
+            "gap_count": self._books.gap_count,
+            "row_groups": self._row_groups,
+        }
+        text = json.dumps(metadata, separators=(",", ":")).encode()
+        size = self._file.finish({KEY: text, CHECKSUM_KEY: str(zlib.crc32(text)).encode()})
+        lost = sum(sum(kind["lost"].values()) for kind in loss.values())
+        return Summary(self._file.path, self._books.events, lost, size, not discrepancies, tuple(discrepancies))
+
+    def _cut(self) -> dict[str, Any]:
+        damaged = [segment for segment in self._reader.segments if segment.why]
+        return {
+            "rows_missing": self._missing,
+            "bytes_unread": sum(segment.unread for segment in self._reader.segments),
+            "segments": [{"name": s.name, "rows": s.rows, "unread": s.unread, "why": s.why} for s in damaged],
+        }
+
+    def _cuts(self) -> list[str]:
+        """Why these rows are not all that the recorder took, one line each."""
+        lines = [self._reader.manifest_problem] if self._reader.manifest_problem else []
+        lines += [
+            f"{segment.name}: {segment.why}: {segment.unread:,} bytes not read"
+            for segment in self._reader.segments
+            if segment.why
+        ]
+        closed = self._reader.manifest.get("closed")
+        if not isinstance(closed, dict):
+            lines.append("the recorder did not end: what came after its last flush is missing")
+        elif closed.get("rows") != self._books.events:
+            lines.append(f"the recorder took {closed.get('rows')} rows, {self._books.events} could be read")
+        return lines
+
+    def _vm(self, vm: Vm) -> dict[str, Any]:
+        given = self._snapshot[vm.id - 1] if vm.id <= len(self._snapshot) else {}
+        extra = {key: value for key, value in given.items() if key not in ("kvm", "tgid", "slots", "vcpus", "roots")}
+        slots = self._slots.of_vm(vm.id, given.get("slots", ()))
+        vcpus = {(vcpu["id"], vcpu["tid"]): vcpu for vcpu in given.get("vcpus", ())}
+        vcpus |= {(vcpu["id"], vcpu["tid"]): vcpu for vcpu in self._books.vcpus(vm.id)}
+        return extra | {
+            "id": vm.id,
+            "pid": vm.tgid,
+            "comm": extra.get("comm") or _names(self._reader.manifest).get(vm.tgid, ""),
+            "origin": vm.origin,
+            "since": vm.since,
+            "until": vm.until,
+            "vcpus": [vcpus[key] for key in sorted(vcpus)],
+            "slots": slots[:MAX_SLOTS],
+            "slots_omitted": max(0, len(slots) - MAX_SLOTS),
+        }
+
+    def _roots(self) -> dict[str, Any]:
+        """Roots created in the recording are in the rows; those already there are only here."""
+        uncreated = self._identities.uncreated[:MAX_ENTRIES]
+        return {
+            "count": self._identities.root_count,
+            "uncreated": [vars(root) | {"vm": root.vm or None} for root in uncreated],
+            "uncreated_omitted": len(self._identities.uncreated) - len(uncreated),
+        }
+
+
+def _snapshot(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The VMs alive at the start; entries of a damaged or foreign manifest that make no sense are left out."""
+    snapshot = manifest.get("snapshot")
+    vms = snapshot.get("vms") if isinstance(snapshot, dict) else None
+    return [vm for vm in vms if _is_vm(vm)] if isinstance(vms, list) else []
+
+
+def _is_vm(vm: Any) -> bool:
+    def entries(key: str, *numbers: str) -> bool:
+        rows = vm.get(key, [])
+        return isinstance(rows, list) and all(
+            isinstance(row, dict) and all(isinstance(row.get(name), int) for name in numbers) for row in rows
+        )
+
+    return (
+        isinstance(vm, dict)
+        and all(isinstance(vm.get(key), int) for key in ("kvm", "tgid"))
+        and entries("vcpus", "id", "tid")
+        and entries("slots", "slot", "as_id")
+        and entries("roots", "table", "role")
+    )
+
+
+def _names(manifest: Mapping[str, Any]) -> dict[int, str]:
+    """Thread names by tid, as far as the recorder gave them."""
+    threads = manifest.get("threads")
+    if not isinstance(threads, list):
+        return {}
+    named = [thread for thread in threads if isinstance(thread, dict)]
+    return {t["tid"]: t["comm"] for t in named if isinstance(t.get("tid"), int) and isinstance(t.get("comm"), str)}

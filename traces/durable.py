@@ -1,0 +1,53 @@
+"""Files that are there after a crash: write whole buffers, fsync, replace by rename.
+
+Every write, fsync and rename of a trace goes through these functions, which is also where tests make the n-th one fail.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write_all(fd: int, data: bytes | memoryview) -> None:
+    """Write all of `data`; raises OSError, after which the file may hold a part of it."""
+    view = memoryview(data).cast("B")
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def sync(fd: int) -> None:
+    """Make the file's contents durable."""
+    os.fsync(fd)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make names created in or renamed into `directory` durable."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        sync(fd)
+    finally:
+        os.close(fd)
+
+
+def replace(temporary: Path, final: Path) -> None:
+    """Give a synced temporary file its final name, durably; whoever looks sees the old file or the whole new one."""
+    temporary.replace(final)
+    sync_directory(final.parent)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> int:
+    """Replace `path` by `value` as JSON, durably; the size in bytes."""
+    data = json.dumps(value, indent=1).encode()
+    temporary = path.with_name(path.name + ".tmp")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        write_all(fd, data)
+        sync(fd)
+    finally:
+        os.close(fd)
+    replace(temporary, path)
+    return len(data)

@@ -1,0 +1,167 @@
+"""What a trace says about itself: the JSON under the Parquet key `kvmtrace`, checked before anyone relies on it.
+
+The recorder's manifest is carried through; compaction adds what it found in the rows. Keys that this version does not
+know are kept in `Metadata.raw` untouched.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from traces.errors import Problem
+from traces.schema import FORMAT_MAJOR
+
+KEY: Final = b"kvmtrace"
+CHECKSUM_KEY: Final = b"kvmtrace.crc32"
+MAX_BYTES: Final = 256 << 20
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """One row group: its VM (None: rows of no known VM), its rows, where its bytes lie and their CRC-32."""
+
+    vm: int | None
+    rows: int
+    first_seq: int
+    last_seq: int
+    first_time: int
+    last_time: int
+    offset: int
+    size: int
+    crc32: int
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """Typed view of a trace's metadata; `raw` is all of it, unknown keys included."""
+
+    raw: Mapping[str, Any]
+    format: tuple[int, int]
+    events: int
+    kinds: Mapping[str, int]
+    complete: bool
+    discrepancies: tuple[str, ...]
+    vms: tuple[Mapping[str, Any], ...]
+    threads: tuple[Mapping[str, Any], ...]
+    gaps: tuple[Mapping[str, Any], ...]
+    loss: Mapping[str, Mapping[str, Mapping[str, int]]]
+    row_groups: tuple[RowGroup, ...]
+
+    @property
+    def emitted(self) -> int:
+        """Events the probes met, stored or lost."""
+        return self.events + self.lost
+
+    @property
+    def lost(self) -> int:
+        return sum(sum(kind.get("lost", {}).values()) for kind in self.loss.values())
+
+    @property
+    def kernel(self) -> str:
+        """The recorded kernel's release, empty where the recorder did not say."""
+        return _text(_table(self.raw, "host"), "release")
+
+    @property
+    def policy(self) -> str:
+        """The root policy the recorder found in that kernel, empty where it did not say."""
+        return _text(_table(self.raw, "policy"), "name")
+
+
+def parse(text: bytes, where: str) -> Metadata:
+    """Check and read the JSON; a Problem in one line where it is not what a trace of this major version has."""
+    if len(text) > MAX_BYTES:
+        raise Problem(f"{where}: metadata of {len(text):,} bytes is too large")
+    try:
+        raw = json.loads(text)
+    except (ValueError, RecursionError):
+        raise Problem(f"{where}: damaged: its metadata is not JSON") from None
+    if not isinstance(raw, dict):
+        raise Problem(f"{where}: damaged: its metadata is not an object")
+    version = raw.get("format")
+    if not isinstance(version, dict) or not _is_count(version.get("major")) or not _is_count(version.get("minor")):
+        raise Problem(f"{where}: damaged: its metadata has no format version")
+    if version["major"] > FORMAT_MAJOR:
+        raise Problem(
+            f"{where}: format {version['major']}.{version['minor']} is newer than this kvmtrace reads "
+            f"({FORMAT_MAJOR}.x): upgrade kvmtrace"
+        )
+    try:
+        return _view(raw, (version["major"], version["minor"]))
+    except (_Malformed, KeyError, TypeError, OverflowError) as error:
+        raise Problem(f"{where}: damaged: metadata {error}") from None
+
+
+class _Malformed(Exception):
+    pass
+
+
+def _view(raw: dict[str, Any], version: tuple[int, int]) -> Metadata:
+    kinds = _expect(raw, "kinds", lambda v: isinstance(v, dict) and all(map(_is_count, v.values())))
+    loss = _expect(raw, "loss", _is_loss)
+    return Metadata(
+        raw=raw,
+        format=version,
+        events=_expect(raw, "events", _is_count),
+        kinds=kinds,
+        complete=_expect(raw, "complete", lambda v: isinstance(v, bool)),
+        discrepancies=tuple(_expect(raw, "discrepancies", lambda v: _is_list(v, str))),
+        vms=tuple(_expect(raw, "vms", _is_vms)),
+        threads=tuple(_expect(raw, "threads", lambda v: _is_list(v, dict))),
+        gaps=tuple(_expect(raw, "gaps", lambda v: _is_list(v, dict))),
+        loss=loss,
+        row_groups=tuple(_row_group(group) for group in _expect(raw, "row_groups", lambda v: _is_list(v, dict))),
+    )
+
+
+def _row_group(group: dict[str, Any]) -> RowGroup:
+    vm = group["vm"]
+    if vm is not None and not _is_count(vm):
+        raise _Malformed("`row_groups` has a bad `vm`")
+    names = ("rows", "first_seq", "last_seq", "first_time", "last_time", "offset", "size", "crc32")
+    numbers = {name: group[name] for name in names}
+    if not all(isinstance(value, int) and abs(value) < 1 << 63 for value in numbers.values()):
+        raise _Malformed("`row_groups` has a bad number")
+    return RowGroup(vm=vm, **numbers)
+
+
+def _expect(raw: Mapping[str, Any], key: str, fits: Callable[[Any], bool]) -> Any:
+    if key not in raw:
+        raise _Malformed(f"lacks `{key}`")
+    if not fits(raw[key]):
+        raise _Malformed(f"`{key}` is not what the format says")
+    return raw[key]
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+def _is_list(value: Any, item: type) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, item) for entry in value)
+
+
+def _is_loss(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(kind, dict)
+        and all(isinstance(cpus, dict) and all(map(_is_count, cpus.values())) for cpus in kind.values())
+        for kind in value.values()
+    )
+
+
+def _is_vms(value: Any) -> bool:
+    return _is_list(value, dict) and all(
+        _is_count(vm.get("id")) and _is_list(vm.get("vcpus"), dict) and _is_list(vm.get("slots"), dict) for vm in value
+    )
+
+
+def _table(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = raw.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _text(table: Mapping[str, Any], key: str) -> str:
+    value = table.get(key)
+    return value if isinstance(value, str) else ""

@@ -1,0 +1,295 @@
+"""The recording as it grows: a directory of Arrow IPC streams that survives a kill.
+
+`OUT.kvmt/` holds `manifest.json` (replaced by rename) and `seg-00000.arrows`, `seg-00001.arrows`, ... Each segment is
+an ordinary Arrow IPC stream of the raw records. Every batch of records is followed by its seal: an empty batch whose
+metadata carries the first row's number, the row count and the CRC-32 of all bytes since the previous seal. A batch
+without a seal was being written when the recorder died; one whose seal does not fit is damaged, and is never decoded.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from traces import durable
+from traces.errors import Problem
+from traces.record import RECORD, RECORD_SCHEMA, Columns, to_batch, to_columns
+
+MANIFEST: Final = "manifest.json"
+BATCH_ROWS: Final = 1 << 16
+SEGMENT_ROWS: Final = 1 << 21
+MAX_BATCH_ROWS: Final = 1 << 24  # what a reader accepts from elsewhere
+MAX_MANIFEST: Final = 64 << 20  # bytes; a larger one is not ours
+
+_OPTIONS: Final = pa.ipc.IpcWriteOptions(compression="lz4")
+_EMPTY: Final = to_batch(np.empty(0, RECORD))
+
+
+def segment_name(index: int) -> str:
+    return f"seg-{index:05d}.arrows"
+
+
+class SegmentWriter:
+    """Writes one recording's segments and manifest into a directory of its own.
+
+    Rows given to `write` are durable after the next `flush`; a kill loses at most what came after the last one. The
+    first failing write, fsync or rename ends the recording: it surfaces as a Problem that says what was kept.
+    """
+
+    def __init__(self, directory: Path, manifest: Mapping[str, Any]) -> None:
+        self.directory = directory
+        self.rows = 0  # given to write()
+        self.bytes_written = 0  # segments and manifests
+        self._manifest = dict(manifest)
+        self._sealed = 0  # rows in segments
+        self._segment = 0
+        self._segment_rows = 0
+        self._fd = -1
+        self._stream: pa.RecordBatchStreamWriter | None = None
+        self._sink = io.BytesIO()
+        self._buffer = np.empty(BATCH_ROWS, RECORD)
+        self._filled = 0
+        self._failure: Problem | None = None
+        try:
+            directory.mkdir()
+        except FileExistsError:
+            raise Problem(
+                f"{directory} is what an earlier recording left: run `kvmtrace recover {directory}`, or remove it"
+            ) from None
+        except OSError as error:
+            raise Problem(f"{directory}: cannot create it: {error.strerror}") from None
+        self.update_manifest({})
+
+    def write(self, records: NDArray[np.void]) -> None:
+        """Take records (dtype RECORD; copied, the caller may reuse the memory)."""
+        self.rows += len(records)
+        while len(records):
+            if not self._filled and len(records) >= BATCH_ROWS:
+                self._write_batch(records[:BATCH_ROWS])
+                records = records[BATCH_ROWS:]
+                continue
+            taken = min(len(records), BATCH_ROWS - self._filled)
+            self._buffer[self._filled : self._filled + taken] = records[:taken]
+            self._filled += taken
+            records = records[taken:]
+            if self._filled == BATCH_ROWS:
+                self._write_buffer()
+
+    def flush(self) -> None:
+        """Make every row taken so far durable; call it about once a second."""
+        self._write_buffer()
+        if self._fd >= 0:
+            with self._failing():
+                durable.sync(self._fd)
+
+    def update_manifest(self, changes: Mapping[str, Any]) -> None:
+        """Merge top-level keys into the manifest and replace it on disk."""
+        self._manifest.update(changes)
+        with self._failing():
+            self.bytes_written += durable.write_json(self.directory / MANIFEST, self._manifest)
+
+    def close(self, changes: Mapping[str, Any]) -> None:
+        """End the recording: every row and the final manifest are durable afterwards."""
+        self._write_buffer()
+        self._end_segment()
+        self.update_manifest({**changes, "closed": {"rows": self._sealed}})
+
+    def _write_buffer(self) -> None:
+        filled, self._filled = self._filled, 0
+        if filled:
+            self._write_batch(self._buffer[:filled])
+
+    def _write_batch(self, records: NDArray[np.void]) -> None:
+        if self._stream is None:
+            self._begin_segment()
+        stream = self._stream
+        assert stream is not None
+        stream.write_batch(to_batch(records))
+        message = self._take()
+        seal = {"first": self._sealed, "rows": len(records), "crc32": zlib.crc32(message)}
+        stream.write_batch(_EMPTY, custom_metadata={"seal": json.dumps(seal)})
+        self._append(message + self._take())
+        self._sealed += len(records)
+        self._segment_rows += len(records)
+        if self._segment_rows >= SEGMENT_ROWS:
+            self._end_segment()
+
+    def _begin_segment(self) -> None:
+        with self._failing():
+            path = self.directory / segment_name(self._segment)
+            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            durable.sync_directory(self.directory)
+        self._stream = pa.ipc.new_stream(self._sink, RECORD_SCHEMA, options=_OPTIONS)
+
+    def _end_segment(self) -> None:
+        if self._stream is None:
+            return
+        self._stream.close()
+        self._append(self._take())
+        with self._failing():
+            durable.sync(self._fd)
+        os.close(self._fd)
+        self._fd, self._stream = -1, None
+        self._segment += 1
+        self._segment_rows = 0
+
+    def _take(self) -> bytes:
+        data = self._sink.getvalue()
+        self._sink.seek(0)
+        self._sink.truncate()
+        return data
+
+    def _append(self, data: bytes) -> None:
+        with self._failing():
+            durable.write_all(self._fd, data)
+        self.bytes_written += len(data)
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        if self._failure is not None:
+            raise self._failure
+        try:
+            yield
+        except OSError as error:
+            self._failure = Problem(
+                f"{self.directory}: {error.strerror}: recording ended, {self._sealed:,} events are kept: "
+                f"make room, then run `kvmtrace recover {self.directory}`"
+            )
+            raise self._failure from error
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What reading one segment came to; final once its batches were read to the end."""
+
+    name: str
+    rows: int
+    unread: int  # bytes after the last whole batch
+    why: str  # what ended the reading early, empty where the stream's end was reached
+
+
+class SegmentReader:
+    """Reads the sealed batches of a recording's directory, whatever state a killed recorder left it in.
+
+    Iterate `batches()` once; then `segments` says for each file how far it could be read. Nothing in the directory is
+    trusted: a batch is decoded only after its seal was checked, and used only after Arrow validated it fully.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.segments: list[Segment] = []
+        self.manifest_problem = ""
+        self._expected = 0  # the least number the next row may have
+        try:
+            names = sorted(path.name for path in directory.iterdir())
+        except OSError as error:
+            raise Problem(f"{directory}: cannot read it: {error.strerror}") from None
+        self._names = [name for name in names if re.fullmatch(r"seg-\d{5,}\.arrows", name)]
+        self._names.sort(key=lambda name: (len(name), name))
+        if not self._names and MANIFEST not in names:
+            raise Problem(f"{directory}: no recording in here (neither {MANIFEST} nor segments)")
+        self.manifest = self._read_manifest()
+
+    def batches(self) -> Iterator[tuple[int, Columns]]:
+        """Each sealed batch as (number of its first row in the recording, columns by record field)."""
+        for name in self._names:
+            yield from self._read_segment(name)
+
+    def _read_manifest(self) -> dict[str, Any]:
+        path = self.directory / MANIFEST
+        try:
+            if path.stat().st_size > MAX_MANIFEST:
+                raise ValueError("too large")
+            manifest = json.loads(path.read_bytes())
+            if not isinstance(manifest, dict):
+                raise ValueError("not an object")
+        except (OSError, ValueError, RecursionError) as error:
+            self.manifest_problem = f"{MANIFEST}: {error}"
+            return {}
+        return manifest
+
+    def _read_segment(self, name: str) -> Iterator[tuple[int, Columns]]:
+        path = self.directory / name
+        rows = end = size = 0
+        why = ""
+        try:
+            size = path.stat().st_size
+            with pa.memory_map(str(path)) as source:
+                stream = _Messages(source)
+                while (sealed := stream.next_batch()) is not None:
+                    first, columns = sealed
+                    if first < self._expected:
+                        raise ValueError("a batch repeats rows")
+                    end = stream.end
+                    rows += len(columns["time"])
+                    self._expected = first + len(columns["time"])
+                    yield first, columns
+                end = stream.end
+        except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, MemoryError, RecursionError) as error:
+            why = (str(error).splitlines() or ["damaged"])[0]
+        self.segments.append(Segment(name, rows, size - end, why))
+
+
+class _Messages:
+    """The messages of one segment: the schema, then batches and their seals in turn."""
+
+    def __init__(self, source: pa.MemoryMappedFile) -> None:
+        self._source = source
+        self._bytes = memoryview(source.read_buffer())
+        source.seek(0)
+        self._messages = pa.ipc.MessageReader.open_stream(source)
+        schema = self._next()
+        if schema is None or pa.ipc.read_schema(schema) != RECORD_SCHEMA:
+            raise ValueError("not a segment of a recording")
+        self._head = bytes(self._bytes[: source.tell()])
+        self.end = 0  # of the last sealed batch, or of the stream
+
+    def next_batch(self) -> tuple[int, Columns] | None:
+        """The next sealed batch, or None at the stream's own end; raises where the stream is torn or damaged."""
+        before = self._source.tell()
+        message = self._next()
+        if message is None:
+            if self._source.tell() == before:
+                raise ValueError("ends without the stream's end mark")
+            self.end = self._source.tell()
+            return None
+        middle = self._source.tell()
+        if self._next() is None:
+            raise ValueError("the last batch has no seal")
+        first, rows, crc = self._read_seal(self._bytes[middle : self._source.tell()])
+        if zlib.crc32(self._bytes[self.end : middle]) != crc:
+            raise ValueError("a batch does not fit its seal")
+        batch = pa.ipc.read_record_batch(message, RECORD_SCHEMA)
+        batch.validate(full=True)
+        if batch.num_rows != rows or any(column.null_count for column in batch.columns):
+            raise ValueError("a batch is not what its seal says")
+        self.end = self._source.tell()
+        return first, to_columns(batch)
+
+    def _next(self) -> pa.Message | None:
+        try:
+            return self._messages.read_next_message()
+        except StopIteration:
+            return None
+
+    def _read_seal(self, message: memoryview) -> tuple[int, int, int]:
+        # pyarrow shows a batch's metadata only through a stream reader: give it a stream of just this batch.
+        reader = pa.ipc.open_stream(pa.py_buffer(self._head + bytes(message)))
+        _, metadata = reader.read_next_batch_with_custom_metadata()
+        seal = json.loads(metadata["seal"])
+        first, rows, crc = (int(seal[key]) for key in ("first", "rows", "crc32"))
+        if not (0 <= first < 1 << 62 and 0 < rows <= MAX_BATCH_ROWS):
+            raise ValueError("a seal is out of range")
+        return first, rows, crc
