@@ -1,0 +1,185 @@
+"""The command line of kvmtrace: each verb is a thin layer over the package that does the work."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tracer.lab.cli import app as lab
+from traces.errors import VERDICT_FAILED, Problem
+
+SCHEMA = 1
+
+app = typer.Typer(
+    help="Record, replay and analyse how KVM x86 keeps, frees and rebuilds its MMU roots.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+app.add_typer(lab, name="lab")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON (with its schema version) instead of text.")]
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    print(json.dumps({"schema": SCHEMA, **document}, indent=2))
+
+
+def _size(text: str) -> int:
+    """Bytes of '64M', '1G', '4096'."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    digits, unit = (text[:-1], units[text[-1].upper()]) if text and text[-1].upper() in units else (text, 1)
+    if not digits.isdigit() or not int(digits):
+        raise Problem(f"{text}: not a size; write it like 64M or 1G")
+    return int(digits) * unit
+
+
+def _kinds(events: str) -> tuple[str, frozenset[str]]:
+    from traces.schema import BY_NAME
+    from tracer.probes import PRESETS, preset_kinds
+
+    if events in PRESETS:
+        return events, preset_kinds(events)
+    names = frozenset(name.strip() for name in events.split(",") if name.strip())
+    unknown = sorted(names - (BY_NAME.keys() - {"gap"}))
+    if unknown or not names:
+        raise Problem(f"--events {', '.join(unknown) or events!r}: neither a preset ({', '.join(PRESETS)}) nor kinds of event")
+    return "list", names
+
+
+@app.command(
+    context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False},
+    epilog="Examples: kvmtrace record --duration 10 -o stall.parquet | kvmtrace record --vm 4242 --events roots --duration 60"
+    " | kvmtrace record -o boot.parquet -- qemu-system-x86_64 -accel kvm ...",
+)
+def record(
+    command: Annotated[list[str] | None, typer.Argument(help="Record while this command runs (after --).")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--output", help="The trace to write. [default: kvmtrace-DATE.parquet]")] = None,
+    vm: Annotated[str, typer.Option(help="Process that owns the VM to record, or `all`.")] = "all",
+    duration: Annotated[float | None, typer.Option(help="Seconds to record.", min=0.001)] = None,
+    max_events: Annotated[int | None, typer.Option(help="Stop after this many events.", min=1)] = None,
+    max_size: Annotated[str | None, typer.Option(help="Stop when this much is on disk, such as 2G.")] = None,
+    events: Annotated[str, typer.Option(help="roots (cheap, for production), mmu, all, or kinds separated by commas.")] = "mmu",
+    ring_size: Annotated[str, typer.Option(help="BPF ring buffer, a power of two.")] = "64M",
+    strict: Annotated[bool, typer.Option("--strict", help="Exit 1 when an event was lost.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Record live KVM events into a Parquet trace, every event stored or counted as lost."""
+    import time
+
+    from tracer.recorder import Options
+    from tracer.recorder import record as make_recording
+
+    if vm != "all" and not vm.isdigit():
+        raise Problem(f"--vm {vm}: give the process id of the VM's owner, or `all`")
+    ring = _size(ring_size)
+    if ring & (ring - 1) or ring < 4096:
+        raise Problem(f"--ring-size {ring_size}: must be a power of two, at least 4096")
+    preset, kinds = _kinds(events)
+    outcome = make_recording(
+        Options(
+            out=out or Path(time.strftime("kvmtrace-%Y%m%d-%H%M%S.parquet")),
+            kinds=kinds,
+            preset=preset,
+            vm=None if vm == "all" else int(vm),
+            duration=duration,
+            max_events=max_events,
+            max_size=_size(max_size) if max_size else None,
+            ring_bytes=ring,
+            command=tuple(command or ()),
+        )
+    )
+    summary = outcome.summary
+    if as_json:
+        _print_json({
+            "path": str(summary.path), "events": summary.events, "emitted": summary.events + summary.lost,
+            "lost": summary.lost, "bytes": summary.size, "complete": summary.complete,
+            "discrepancies": list(summary.discrepancies), "stopped": outcome.stopped, "seconds": outcome.seconds,
+            "recorder_cpu_seconds": outcome.cpu_seconds, "command_status": outcome.status,
+        })  # fmt: skip
+    else:
+        each = summary.size / summary.events if summary.events else 0
+        print(
+            f"{summary.path}: {summary.events:,} events, {summary.lost:,} lost, {summary.size:,} bytes ({each:.2f} each); "
+            f"{outcome.stopped}; recorder used {outcome.cpu_seconds:.1f} s CPU in {outcome.seconds:.1f} s",
+            file=sys.stderr,
+        )
+    for line in summary.discrepancies:
+        print(f"kvmtrace: {summary.path}: {line}", file=sys.stderr)
+    if summary.discrepancies or (strict and summary.lost):
+        if strict and summary.lost:
+            print(f"kvmtrace: {summary.lost:,} events were lost (--strict): try --ring-size 256M or fewer events", file=sys.stderr)
+        raise typer.Exit(VERDICT_FAILED)
+    if outcome.status:
+        print(f"kvmtrace: the command ended with status {outcome.status}", file=sys.stderr)
+        raise typer.Exit(VERDICT_FAILED)
+
+
+@app.command(epilog="Example: kvmtrace recover stall.kvmt")
+def recover(
+    directory: Annotated[Path, typer.Argument(help="What a killed recorder left: NAME.kvmt.")],
+    out: Annotated[Path | None, typer.Option("-o", "--output", help="The trace to write. [default: NAME.parquet]")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a trace from what a killed recorder left; repeat it as often as you like."""
+    from traces.compact import compact
+
+    summary = compact(directory, out or directory.with_suffix(".parquet"))
+    if as_json:
+        _print_json({
+            "path": str(summary.path), "events": summary.events, "lost": summary.lost, "bytes": summary.size,
+            "complete": summary.complete, "discrepancies": list(summary.discrepancies),
+        })  # fmt: skip
+        return
+    print(f"{summary.path}: {summary.events:,} events recovered, {summary.lost:,} known lost, {summary.size:,} bytes", file=sys.stderr)
+    for line in summary.discrepancies:
+        print(f"kvmtrace: {line}", file=sys.stderr)
+
+
+@app.command(epilog="Example: kvmtrace info stall.parquet --json")
+def info(
+    trace: Annotated[Path, typer.Argument(help="A recording.")],
+    as_json: Json = False,
+) -> None:
+    """Say what a trace holds: kernel, policy, VMs, probes, events by kind, and what was lost."""
+    from traces.summary import info as facts
+    from traces.summary import render
+
+    if as_json:
+        _print_json(facts(trace))
+    else:
+        print(render(trace), end="")
+
+
+@app.command(epilog="Example: kvmtrace doctor --json")
+def doctor(as_json: Json = False) -> None:
+    """Say what can be recorded on this machine, what cannot, and the one command that mends each lack."""
+    from tracer.doctor import examine, render
+
+    report = examine()
+    if as_json:
+        _print_json(report.document())
+    else:
+        print(render(report), end="")
+    raise typer.Exit(report.exit_code)
+
+
+def main() -> None:
+    """Run the command line; a Problem becomes one line and its exit code."""
+    try:
+        app()
+    except Problem as problem:
+        print(f"kvmtrace: {problem}", file=sys.stderr)
+        raise SystemExit(problem.code) from None
+    except BrokenPipeError:
+        raise SystemExit(0) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,299 @@
+"""bcc, kept in one place: importing it, choosing each probe's point for this kernel, loading, attaching, detaching."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from traces.errors import ENVIRONMENT, Problem
+from traces.schema import BY_CODE
+from tracer import snapshot, tracefs
+from tracer.btf import Btf, kernel_btf
+from tracer.headers import headers
+from tracer.host import kernel_symbols, kernel_version
+from tracer.layout import Layout, kernel_layout
+from tracer.probes import IOCTL_KINDS, PROBES, Point, Probe
+from tracer.program import KIND_SLOTS, Chosen, program
+from tracer.tracefs import Field
+
+DIST_PACKAGES = "/usr/lib/python3/dist-packages"
+INSTALL_BCC = "apt-get install python3-bpfcc"
+_SYSCALLS = (("syscalls:sys_enter_ioctl", "ioctl_enter"), ("syscalls:sys_exit_ioctl", "ioctl_leave"))
+_COUNTERS = np.dtype([("emitted", "u8", KIND_SLOTS), ("lost", "u8", KIND_SLOTS), ("gap_count", "u8"),
+                      ("gap_kinds", "u8"), ("gap_since", "u8")])  # fmt: skip
+
+
+def import_bcc() -> Any:
+    """The distribution's bcc module. It lives outside a virtual environment, so its directory goes LAST on sys.path."""
+    if os.environ.get("KVMTRACE_WITHOUT_BCC"):  # how `doctor` is tested for a machine that lacks it
+        raise Problem(f"bcc is not installed: {INSTALL_BCC}", ENVIRONMENT)
+    if DIST_PACKAGES not in sys.path:
+        sys.path.append(DIST_PACKAGES)
+    try:
+        import bcc
+    except ImportError as error:
+        raise Problem(f"bcc is not usable ({error}): {INSTALL_BCC}", ENVIRONMENT) from None
+    if not hasattr(bcc, "BPF"):
+        raise Problem(f"the `bcc` of PyPI is not iovisor's bcc: pip uninstall bcc, then {INSTALL_BCC}", ENVIRONMENT)
+    return bcc
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """What became of one probe: `how` is the attachment, or "none" with the reason in `why`."""
+
+    kind: str
+    point: str
+    how: str
+    why: str = ""
+
+    def metadata(self) -> dict[str, str]:
+        return {"kind": self.kind, "point": self.point, "how": self.how, "why": self.why}
+
+
+@dataclass
+class Plan:
+    """Which probes this kernel allows, and how; made without root as far as that goes."""
+
+    chosen: list[Chosen] = field(default_factory=list)
+    attachments: list[Attachment] = field(default_factory=list)
+
+
+def kprobes_available() -> bool:
+    return Path("/sys/bus/event_source/devices/kprobe/type").exists()
+
+
+def kvm_built_in() -> bool:
+    return not Path("/proc/modules").exists() or "kvm " not in Path("/proc/modules").read_text()
+
+
+def fentry_refused(bcc: Any) -> str:
+    """Why bcc cannot use fentry on KVM's functions here, or "" where it can."""
+    if not kvm_built_in():
+        return f"bcc {bcc.__version__} finds fentry targets in vmlinux only, and kvm is a module"
+    try:
+        with quiet() as said, headers():
+            bcc.BPF(text="KFUNC_PROBE(kvm_mmu_load) { return 0; }", cflags=["-w"]).cleanup()
+    except Exception:
+        return "fentry refused by this kernel" + (f" ({reason})" if (reason := _last_line(said)) else "")
+    return ""
+
+
+def _choose(probe: Probe, btf: Btf, root: Path | None, layout: Layout, fentry: str, kprobe: bool) -> Chosen | str:
+    """The first of the probe's points that holds on this kernel, or why none does."""
+    version, symbols, why = kernel_version(), kernel_symbols(), []
+    for point in probe.points:
+        if not point.since <= version < point.until:
+            continue
+        if point.how in ("tp", "raw"):
+            fields = tracefs.tracepoint(root, point.where) if root else None
+            if fields is None:
+                why.append(f"no tracepoint {point.where}" if root else f"tracefs not readable: {tracefs.MOUNT_COMMAND}")
+            elif point.how == "raw" and not _raw_matches(point, btf, layout):
+                why.append(f"raw arguments of {point.where} unknown here")
+            else:
+                return Chosen(probe, point, point.how, fields)
+            continue
+        if point.where not in symbols:
+            why.append(f"no function {point.where}")
+        elif (signature := btf.signature(point.where)) and signature[: len(point.signature)] != point.signature:
+            why.append(f"{point.where} has other arguments: {', '.join(signature)}")
+        elif not fentry:
+            return Chosen(probe, point, "fentry" if point.how == "entry" else "fexit", {})
+        elif kprobe:
+            return Chosen(probe, point, "kprobe" if point.how == "entry" else "kretprobe", {})
+        else:
+            why.append(f"{fentry}; no kprobes (CONFIG_KPROBES off)")
+    return "; ".join(dict.fromkeys(why)) or f"not in kernel {version[0]}.{version[1]}"
+
+
+def _raw_matches(point: Point, btf: Btf, layout: Layout) -> bool:
+    """Whether the raw arguments are the ones the table means. Without module BTF only leading pointers are trusted."""
+    needs_page = any("SP_" in text for text in point.fill.values())
+    if needs_page and "SP_ROLE" not in layout.offsets:
+        return False
+    signature = btf.signature("__traceiter_" + point.where.split(":")[1])
+    if signature is None:
+        return len(point.signature) == 1
+    return signature[1 : 1 + len(point.signature)] == point.signature
+
+
+def kernel_bases() -> dict[str, int]:
+    """Addresses of the variables that hold the direct map's and the page array's start; empty where symbols hide them."""
+    symbols = kernel_symbols()
+    wanted = {"PAGE_OFFSET_BASE": "page_offset_base", "VMEMMAP_BASE": "vmemmap_base"}
+    return {macro: symbols[name] for macro, name in wanted.items() if symbols.get(name)}
+
+
+def this_layout() -> Layout:
+    return kernel_layout(kernel_btf(), kernel_version(), kernel_bases())
+
+
+def plan(kinds: frozenset[str], bcc: Any) -> Plan:
+    """How each of `kinds` can be observed here."""
+    btf, layout, root = kernel_btf(), this_layout(), tracefs.tracefs()
+    fentry, kprobe = fentry_refused(bcc), kprobes_available()
+    made = Plan()
+    for probe in PROBES:
+        if probe.kind not in kinds:
+            continue
+        choice = _choose(probe, btf, root, layout, fentry, kprobe)
+        if isinstance(choice, str):
+            made.attachments.append(Attachment(probe.kind, probe.points[0].where, "none", choice))
+        else:
+            made.chosen.append(choice)
+            skipped = probe.points[: probe.points.index(choice.point)]
+            why = f"instead of {skipped[0].how} {skipped[0].where}" if skipped else ""
+            made.attachments.append(Attachment(probe.kind, choice.point.where, choice.how, why))
+    for kind in IOCTL_KINDS:
+        if kind in kinds:
+            made.attachments.append(Attachment(kind, "syscalls:sys_enter_ioctl, sys_exit_ioctl", "tp" if root else "none"))
+    return made
+
+
+class Probes:
+    """The loaded program: `attach`, then `detach`; the maps that ring.py and the recorder read in between."""
+
+    def __init__(self, kinds: frozenset[str], ring_bytes: int, filter_tgid: int | None = None) -> None:
+        """Compile and load for this kernel. Raises Problem where bcc, headers, privileges or tracefs are lacking."""
+        self._bcc = import_bcc()
+        if tracefs.tracefs() is None:
+            raise Problem(f"tracefs is not mounted or not readable: {tracefs.MOUNT_COMMAND}", ENVIRONMENT)
+        self.layout = this_layout()
+        self.plan = plan(kinds, self._bcc)
+        btf = kernel_btf()
+        arguments = {c.point.where: len(btf.signature(c.point.where) or ()) for c in self.plan.chosen}
+        text = program(self.plan.chosen, self.layout, kinds, ring_bytes, snapshot.PROGRAM, filter_tgid, arguments)
+        self._bpf = self._load(text)
+        self._iterator = self._function(snapshot.FUNCTION, self._bcc.BPF.TRACING)
+
+    def _load(self, text: str) -> Any:
+        with quiet() as said, headers():
+            try:
+                return self._bcc.BPF(text=text, cflags=["-w"])
+            except Exception as error:
+                raise Problem(f"bcc could not load the probes: {_last_line(said) or error}", ENVIRONMENT) from None
+
+    def _function(self, name: str, kind: int) -> Any:
+        with quiet() as said:
+            try:
+                return self._bpf.load_func(name, kind)
+            except Exception as error:
+                if ctypes.get_errno() == errno.EPERM or "privileges" in str(error):
+                    raise Problem("BPF programs may not be loaded: run as root (CAP_BPF and CAP_PERFMON)", ENVIRONMENT) from None
+                raise Problem(f"the kernel refused {name}: {_last_line(said) or error}", ENVIRONMENT) from None
+
+    def attach(self) -> None:
+        """Attach everything; a probe that the kernel refuses is recorded as absent, with the reason."""
+        bpf = self._bpf
+        for where, function in _SYSCALLS:
+            if any(kind.kind in IOCTL_KINDS for kind in self.plan.attachments):
+                bpf.attach_tracepoint(tp=where, fn_name=function)
+        for chosen in self.plan.chosen:
+            name = chosen.function
+            try:
+                with quiet() as said:
+                    if chosen.how == "tp":
+                        bpf.attach_tracepoint(tp=chosen.point.where, fn_name=name)
+                    elif chosen.how == "raw":
+                        bpf.attach_raw_tracepoint(tp=chosen.point.where.split(":")[1], fn_name=name)
+                    elif chosen.how == "kprobe":
+                        bpf.attach_kprobe(event=chosen.point.where, fn_name=name)
+                    elif chosen.how == "kretprobe":
+                        bpf.attach_kretprobe(event=chosen.point.where, fn_name=name)
+                    # fentry and fexit were attached as bcc loaded them, by their names
+            except Exception as error:
+                self._refused(chosen, _last_line(said) or str(error))
+
+    def _refused(self, chosen: Chosen, why: str) -> None:
+        for i, attachment in enumerate(self.plan.attachments):
+            if (attachment.kind, attachment.point) == (chosen.probe.kind, chosen.point.where):
+                self.plan.attachments[i] = Attachment(attachment.kind, attachment.point, "none", why)
+
+    def detach(self) -> None:
+        """Detach every probe; the maps stay readable."""
+        bpf = self._bpf
+        with quiet():
+            for table, remove in (
+                (bpf.tracepoint_fds, bpf.detach_tracepoint),
+                (bpf.raw_tracepoint_fds, bpf.detach_raw_tracepoint),
+            ):
+                for name in list(table):
+                    remove(name)
+            for name in list(bpf.kprobe_fds):
+                bpf.detach_kprobe_event(name)
+            for name in list(bpf.kfunc_entry_fds):
+                bpf.detach_kfunc(fn_name=name)
+            for name in list(bpf.kfunc_exit_fds):
+                bpf.detach_kretfunc(fn_name=name)
+
+    def close(self) -> None:
+        self._bpf.cleanup()
+
+    def snapshot(self) -> dict[str, Any]:
+        """VMs alive now, and the probes' thread table primed with their vCPUs; see snapshot.py."""
+        return snapshot.take(self._bcc.lib, self._iterator.fd)
+
+    @property
+    def ring_fd(self) -> int:
+        return int(self._bpf["events"].map_fd)
+
+    def counters(self) -> np.ndarray[Any, Any]:
+        """Counters of each possible CPU: emitted and lost by kind code, and the gap still open."""
+        table = self._bpf["counters"]
+        key, leaf = ctypes.c_int(0), table.Leaf()
+        self._bcc.lib.bpf_lookup_elem(table.map_fd, ctypes.byref(key), ctypes.byref(leaf))
+        return np.frombuffer(bytes(leaf), dtype=_COUNTERS).copy()
+
+    def threads(self) -> dict[int, dict[str, Any]]:
+        """Threads the probes met: {tid: {tgid, comm}}."""
+        return {
+            int(tid.value): {"tgid": int(t.tgid), "comm": bytes(t.comm).split(b"\0")[0].decode(errors="replace")}
+            for tid, t in self._bpf["threads"].items()
+        }
+
+
+def loss_table(counters: np.ndarray[Any, Any]) -> dict[str, dict[str, dict[str, int]]]:
+    """{kind: {"emitted": {cpu: n}, "lost": {cpu: n}}} of the kinds that were seen at all."""
+    table: dict[str, dict[str, dict[str, int]]] = {}
+    for code in np.flatnonzero(counters["emitted"].sum(axis=0)):
+        table[BY_CODE[int(code)].name] = {
+            column: {str(cpu): int(n) for cpu, n in enumerate(counters[column][:, code]) if n}
+            for column in ("emitted", "lost")
+        }
+    return table
+
+
+@contextmanager
+def quiet() -> Iterator[list[str]]:
+    """Catch what bcc's and clang's C code writes to standard error; the lines are in the list afterwards."""
+    lines: list[str] = []
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as sink:
+        os.dup2(sink.fileno(), 2)
+        try:
+            yield lines
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            sink.seek(0)
+            lines.extend(sink.read().decode(errors="replace").splitlines())
+            if os.environ.get("KVMTRACE_DEBUG"):
+                sys.stderr.write("\n".join(lines) + "\n")
+
+
+def _last_line(lines: list[str]) -> str:
+    said = [line.strip() for line in lines if line.strip()]
+    errors = [line for line in said if "error:" in line or "not permitted" in line or "Failed" in line]
+    return (errors or said or [""])[0]

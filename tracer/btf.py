@@ -1,0 +1,195 @@
+"""Struct offsets, bitfields and prototypes of the running kernel, from its BTF through libbpf.
+
+libbpf is already there wherever bcc is (libbpfcc links it), so BTF costs no dependency of its own. Debian's kvm is a
+module with split BTF (`/sys/kernel/btf/kvm`, from 5.11); a kernel with KVM built in has everything in vmlinux.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from traces.errors import ENVIRONMENT, Problem
+
+BTF_DIRECTORY = Path("/sys/kernel/btf")
+
+_PTR, _STRUCT, _UNION, _TYPEDEF, _VOLATILE, _CONST, _RESTRICT, _FUNC, _FUNC_PROTO = 2, 4, 5, 8, 9, 10, 11, 12, 13
+_MODIFIERS = (_TYPEDEF, _VOLATILE, _CONST, _RESTRICT)
+
+
+class _Type(ctypes.Structure):
+    _fields_ = (("name_off", ctypes.c_uint32), ("info", ctypes.c_uint32), ("size_or_type", ctypes.c_uint32))
+
+    @property
+    def kind(self) -> int:
+        return (self.info >> 24) & 0x1F
+
+    @property
+    def count(self) -> int:
+        return int(self.info) & 0xFFFF
+
+    @property
+    def bitfields(self) -> bool:
+        return bool(self.info >> 31)
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where a struct member lies: `offset` in bytes, and for a bitfield its `shift` and `width` in bits from there."""
+
+    offset: int
+    type_id: int
+    shift: int = 0
+    width: int = 0
+
+
+def _library() -> ctypes.CDLL:
+    name = ctypes.util.find_library("bpf") or "libbpf.so.1"
+    try:
+        library = ctypes.CDLL(name, use_errno=True)
+    except OSError:
+        raise Problem(
+            "libbpf not found, cannot read the kernel's BTF: apt-get install python3-bpfcc", ENVIRONMENT
+        ) from None
+    library.btf__parse_split.restype = ctypes.c_void_p
+    library.btf__parse_split.argtypes = (ctypes.c_char_p, ctypes.c_void_p)
+    library.btf__type_by_id.restype = ctypes.POINTER(_Type)
+    library.btf__type_by_id.argtypes = (ctypes.c_void_p, ctypes.c_uint32)
+    library.btf__name_by_offset.restype = ctypes.c_char_p
+    library.btf__name_by_offset.argtypes = (ctypes.c_void_p, ctypes.c_uint32)
+    library.btf__find_by_name_kind.restype = ctypes.c_int
+    library.btf__find_by_name_kind.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint32)
+    library.libbpf_get_error.restype = ctypes.c_long
+    library.libbpf_get_error.argtypes = (ctypes.c_void_p,)
+    return library
+
+
+class Btf:
+    """BTF of the running kernel, with that of the `kvm` module on top where KVM is a module that has one."""
+
+    def __init__(self, directory: Path = BTF_DIRECTORY) -> None:
+        self._lib = _library()
+        vmlinux = directory / "vmlinux"
+        if not vmlinux.exists():
+            raise Problem(f"no {vmlinux}: this kernel has no BTF; run a kernel with CONFIG_DEBUG_INFO_BTF=y", ENVIRONMENT)
+        self._handle = self._parse(vmlinux, None)
+        module = directory / "kvm"
+        self.sources = [str(vmlinux)]
+        if module.exists():
+            self._handle = self._parse(module, self._handle)
+            self.sources.append(str(module))
+
+    def _parse(self, path: Path, base: int | None) -> int:
+        handle = self._lib.btf__parse_split(str(path).encode(), base)
+        if not handle or self._lib.libbpf_get_error(handle):
+            raise Problem(f"cannot read BTF from {path}: damaged, or not readable by this user", ENVIRONMENT)
+        return int(handle)
+
+    def _type(self, type_id: int) -> _Type:
+        entry: _Type = self._lib.btf__type_by_id(self._handle, type_id).contents
+        return entry
+
+    def _name(self, offset: int) -> str:
+        return (self._lib.btf__name_by_offset(self._handle, offset) or b"").decode()
+
+    def _find(self, name: str, kind: int) -> int:
+        return max(0, self._lib.btf__find_by_name_kind(self._handle, name.encode(), kind))
+
+    def _resolve(self, type_id: int) -> int:
+        """The type behind typedefs and qualifiers."""
+        while (entry := self._type(type_id)).kind in _MODIFIERS:
+            type_id = entry.size_or_type
+        return type_id
+
+    def _members(self, type_id: int) -> list[tuple[str, int, int, int]]:
+        """(name, type id, bit offset, bitfield width) of each member."""
+        entry = self._type(type_id)
+        base = ctypes.addressof(entry) + ctypes.sizeof(_Type)
+        words = (ctypes.c_uint32 * (3 * entry.count)).from_address(base)
+        result = []
+        for i in range(entry.count):
+            name_off, member_type, offset = words[3 * i : 3 * i + 3]
+            bits, width = (offset & 0xFFFFFF, offset >> 24) if entry.bitfields else (offset, 0)
+            result.append((self._name(name_off), member_type, bits, width))
+        return result
+
+    def _locate(self, type_id: int, name: str) -> tuple[int, int, int] | None:
+        """(bit offset, width, type id) of a member, looked for inside anonymous structs and unions too."""
+        for member, member_type, bits, width in self._members(type_id):
+            if member == name:
+                return bits, width, member_type
+            inner = self._resolve(member_type)
+            if not member and self._type(inner).kind in (_STRUCT, _UNION):
+                found = self._locate(inner, name)
+                if found:
+                    return bits + found[0], found[1], found[2]
+        return None
+
+    def member(self, struct: str, path: str) -> Member | None:
+        """The member `path` (dotted through embedded structs) of a struct or union, or None where it is not there."""
+        type_id = self._find(struct, _STRUCT) or self._find(struct, _UNION)
+        bits, width = 0, 0
+        for name in path.split("."):
+            if not type_id or self._type(type_id).kind not in (_STRUCT, _UNION):
+                return None
+            found = self._locate(type_id, name)
+            if found is None:
+                return None
+            bits, width = bits + found[0], found[1]
+            type_id = self._resolve(found[2])
+        unit = bits & ~31 if width else bits
+        return Member(unit // 8, type_id, bits - unit, width)
+
+    def bitfields(self, name: str) -> dict[str, tuple[int, int]]:
+        """{field: (shift, width)} of a union whose word is split into bitfields, such as kvm_mmu_page_role."""
+        fields: dict[str, tuple[int, int]] = {}
+
+        def collect(type_id: int, base: int) -> None:
+            for member, member_type, bits, width in self._members(type_id):
+                inner = self._resolve(member_type)
+                if width and member:
+                    fields[member] = (base + bits, width)
+                elif not member and self._type(inner).kind in (_STRUCT, _UNION):
+                    collect(inner, base + bits)
+
+        type_id = self._find(name, _UNION) or self._find(name, _STRUCT)
+        if type_id:
+            collect(type_id, 0)
+        return fields
+
+    def size(self, struct: str) -> int:
+        """Size of a struct in bytes, 0 where it is not known."""
+        type_id = self._find(struct, _STRUCT)
+        return int(self._type(type_id).size_or_type) if type_id else 0
+
+    def has_function(self, name: str) -> bool:
+        return bool(self._find(name, _FUNC))
+
+    def _describe(self, type_id: int) -> str:
+        entry = self._type(type_id) if type_id else None
+        if entry is None:
+            return "void"
+        if entry.kind == _PTR:
+            return self._describe(self._resolve(entry.size_or_type)) + " *"
+        if entry.kind in _MODIFIERS:
+            return self._describe(self._resolve(type_id))
+        return self._name(entry.name_off)
+
+    def signature(self, function: str) -> tuple[str, ...] | None:
+        """Types of a function's parameters, typedefs resolved, such as ("kvm_vcpu *", "unsigned int")."""
+        type_id = self._find(function, _FUNC)
+        if not type_id:
+            return None
+        proto = self._type(self._type(type_id).size_or_type)
+        base = ctypes.addressof(proto) + ctypes.sizeof(_Type)
+        words = (ctypes.c_uint32 * (2 * proto.count)).from_address(base)
+        return tuple(self._describe(words[2 * i + 1]) for i in range(proto.count))
+
+
+@lru_cache(maxsize=1)
+def kernel_btf() -> Btf:
+    """The running kernel's BTF, parsed once."""
+    return Btf()

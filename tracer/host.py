@@ -1,0 +1,141 @@
+"""Facts about this host: kernel, CPU, KVM's module parameters, its root policy, symbols, clocks, counters."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import time
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from tracer.btf import Btf
+from tracer.probes import Version
+
+KALLSYMS = Path("/proc/kallsyms")
+MODULES = ("kvm", "kvm_amd", "kvm_intel")
+DEBUGFS_KVM = Path("/sys/kernel/debug/kvm")
+
+
+def kernel_version(release: str | None = None) -> Version:
+    """(major, minor) of a kernel release string, this machine's by default."""
+    match = re.match(r"(\d+)\.(\d+)", release or platform.release())
+    return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
+@lru_cache(maxsize=1)
+def kernel_symbols() -> dict[str, int]:
+    """Text and data symbols by name; addresses are 0 where kptr_restrict hides them. Module symbols included."""
+    symbols: dict[str, int] = {}
+    with KALLSYMS.open() as lines:
+        for line in lines:
+            address, _, rest = line.split(" ", 2)
+            symbols[rest.split("\t")[0].strip()] = int(address, 16)
+    return symbols
+
+
+def module_parameters() -> dict[str, dict[str, str]]:
+    """{module: {parameter: value}} of the KVM modules loaded (or built in); unreadable ones are left out."""
+    found: dict[str, dict[str, str]] = {}
+    for module in MODULES:
+        directory = Path("/sys/module") / module / "parameters"
+        values = {}
+        for entry in sorted(directory.iterdir()) if directory.is_dir() else ():
+            try:
+                values[entry.name] = entry.read_text().strip()
+            except OSError:
+                continue
+        if values or (Path("/sys/module") / module).is_dir():
+            found[module] = values
+    return found
+
+
+def cpu() -> dict[str, str]:
+    """Vendor and model of the first CPU, as /proc/cpuinfo prints them."""
+    wanted = {"vendor_id": "vendor", "model name": "model"}
+    found: dict[str, str] = {}
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in wanted:
+            found.setdefault(wanted[key.strip()], value.strip())
+        if not line:
+            break
+    return found
+
+
+def clock_sample() -> dict[str, int]:
+    """The same moment on the three clocks, ns: events carry `boot` (CLOCK_BOOTTIME); `real` relates them to wall time."""
+    return {
+        "boot": time.clock_gettime_ns(time.CLOCK_BOOTTIME),
+        "mono": time.clock_gettime_ns(time.CLOCK_MONOTONIC),
+        "real": time.clock_gettime_ns(time.CLOCK_REALTIME),
+    }
+
+
+# What happens to a root whose last vCPU reference is put, by what the kernel's own types say; the version only decides
+# where the types cannot: a worker exists under both async and preserve+worker. Dated 2026-11; sources: the commits named.
+_WORKER_PRESERVES: Version = (6, 4)  # edbdb43fc96b, "Preserve TDP MMU roots until they are explicitly invalidated"
+
+
+def root_policy(btf: Btf, version: Version, release: str) -> dict[str, str]:
+    """{name, why}: sync, async, preserve-worker, preserve-inline, shadow or unknown, and the facts that say so."""
+    parameters = module_parameters().get("kvm", {})
+    tdp_mmu = parameters.get("tdp_mmu")
+    if tdp_mmu == "N":
+        return {"name": "shadow", "why": "kvm.tdp_mmu=N: the shadow MMU keeps unused roots in its hash"}
+    if any(module_parameters().get(m, {}).get(p) in ("N", "0") for m, p in (("kvm_amd", "npt"), ("kvm_intel", "ept"))):
+        return {"name": "shadow", "why": "no nested paging (npt/ept off): every root is a shadow root"}
+    if version < (5, 12):
+        return {"name": "sync", "why": "before 5.12 the last put zaps and frees the root inline"}
+    if btf.member("kvm_mmu_page", "tdp_mmu_scheduled_root_to_zap"):
+        return {"name": "preserve-inline",
+                "why": "kvm_mmu_page.tdp_mmu_scheduled_root_to_zap (6.6+, 6.1.y from 2023-08): the invalidating task zaps"}  # fmt: skip
+    if btf.member("kvm_mmu_page", "tdp_mmu_async_work"):
+        if version >= _WORKER_PRESERVES:
+            return {"name": "preserve-worker", "why": "kvm_mmu_page.tdp_mmu_async_work on 6.4-6.5: a worker zaps"}
+        return {"name": "async",
+                "why": f"kvm_mmu_page.tdp_mmu_async_work on {release}: the last put queues the root for a worker "
+                       "(6.2.y and 6.3.2+ may preserve: check the build)"}  # fmt: skip
+    if version < (5, 18):
+        return {"name": "sync", "why": "5.12 to 5.17: the last put zaps and frees the root inline"}
+    return {"name": "unknown", "why": f"kernel {release} is not in the policy table and BTF does not tell"}
+
+
+def host(btf: Btf) -> dict[str, Any]:
+    """The metadata's `host`, `modules` and `policy`."""
+    uname = platform.uname()
+    return {
+        "host": {"kernel": uname.release, "build": uname.version, "machine": uname.machine, "cpus": os.cpu_count(), **cpu()},
+        "modules": module_parameters(),
+        "policy": root_policy(btf, kernel_version(), uname.release),
+    }
+
+
+def kvm_counters() -> dict[str, dict[str, int]]:
+    """KVM's own counters, {VM directory `pid-fd`: {counter: value}}, from debugfs; empty where it is not readable."""
+    counters: dict[str, dict[str, int]] = {}
+    try:
+        directories = sorted(entry for entry in DEBUGFS_KVM.iterdir() if entry.is_dir())
+    except OSError:
+        return {}
+    for directory in directories:
+        values = {}
+        try:
+            for entry in directory.iterdir():
+                if entry.is_file():
+                    text = entry.read_text().strip()
+                    if text.isdigit():
+                        values[entry.name] = int(text)
+        except OSError:
+            continue  # the VM went away while we were reading
+        for vcpu in directory.glob("vcpu*/"):
+            for entry in vcpu.iterdir():
+                try:
+                    text = entry.read_text().strip()
+                except OSError:
+                    continue
+                if text.isdigit():
+                    values[f"{vcpu.name}/{entry.name}"] = int(text)
+        counters[directory.name] = values
+    return counters

@@ -1,0 +1,118 @@
+"""Where the probes find things: offsets of the running kernel's structs, as #defines for the BPF programs.
+
+Everything comes from BTF. The one exception is `struct kvm_mmu_page` on kernels before module BTF (5.11): KVM is a module
+there and vmlinux knows the struct only by name, so a dated table stands in (DATED_PAGE_LAYOUTS).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tracer.btf import Btf
+
+# macro name: (struct, alternatives in order of age, newest first)
+_MEMBERS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "VCPU_KVM": ("kvm_vcpu", ("kvm",)),
+    "VCPU_ID": ("kvm_vcpu", ("vcpu_id",)),
+    "VCPU_PID": ("kvm_vcpu", ("pid",)),
+    "VCPU_MMU": ("kvm_vcpu", ("arch.mmu",)),
+    # root {hpa, pgd} since 5.18 (b9e5603c2a3a), root_hpa before
+    "MMU_ROOT": ("kvm_mmu", ("root.hpa", "root_hpa")),
+    # root_role since 5.19 (cpu_role/root_role split), mmu_role.base before
+    "MMU_ROLE": ("kvm_mmu", ("root_role", "mmu_role.base")),
+    "SP_ROLE": ("kvm_mmu_page", ("role",)),
+    "SP_GFN": ("kvm_mmu_page", ("gfn",)),
+    "SP_SPT": ("kvm_mmu_page", ("spt",)),
+    "SP_REFS": ("kvm_mmu_page", ("tdp_mmu_root_count", "root_count")),
+    "SP_PTEP": ("kvm_mmu_page", ("ptep",)),  # 5.18+, NULL in a TDP root
+    "SP_TDP": ("kvm_mmu_page", ("tdp_mmu_page",)),
+    "SP_UNSYNC": ("kvm_mmu_page", ("unsync",)),
+    "SP_RCU": ("kvm_mmu_page", ("rcu_head",)),
+    "KVM_ROOTS": ("kvm", ("arch.tdp_mmu_roots",)),
+    "KVM_MEMSLOTS": ("kvm", ("memslots",)),
+    "SLOTS_HASH": ("kvm_memslots", ("id_hash",)),  # 5.17+ (a54d806688fe); an array with used_slots before
+    "SLOTS_NODE": ("kvm_memslots", ("node_idx",)),
+    "SLOTS_USED": ("kvm_memslots", ("used_slots",)),
+    "SLOTS_ARRAY": ("kvm_memslots", ("memslots",)),
+    "SLOT_NODE": ("kvm_memory_slot", ("id_node",)),
+    "SLOT_GFN": ("kvm_memory_slot", ("base_gfn",)),
+    "SLOT_PAGES": ("kvm_memory_slot", ("npages",)),
+    "SLOT_HVA": ("kvm_memory_slot", ("userspace_addr",)),
+    "SLOT_FLAGS": ("kvm_memory_slot", ("flags",)),
+    "SLOT_ID": ("kvm_memory_slot", ("id",)),
+    "FILE_PRIVATE": ("file", ("private_data",)),
+    "FILE_DENTRY": ("file", ("f_path.dentry",)),
+    "DENTRY_NAME": ("dentry", ("d_name.name", "__d_name.name")),
+    "TASK_TGID": ("task_struct", ("tgid",)),
+    "TASK_FILES": ("task_struct", ("files",)),
+    "FILES_FDT": ("files_struct", ("fdt",)),
+    "FDT_FD": ("fdtable", ("fd",)),
+    "PAGE_PRIVATE": ("page", ("private",)),
+    "PID_NR": ("pid", ("numbers",)),
+}
+_SP_RCU_ALTERNATIVES = ("rcu_head", "callback_head")
+
+# Debian 5.10.262: struct kvm_mmu_page of arch/x86/kvm/mmu/mmu_internal.h, checked in the lab against the role words and
+# table frames that the 5.10 tracepoints print. Dated 2026-11.
+DATED_PAGE_LAYOUTS: dict[tuple[int, int], dict[str, int]] = {
+    (5, 10): {"SP_UNSYNC": 48, "SP_ROLE": 52, "SP_GFN": 56, "SP_SPT": 64, "SP_REFS": 80, "SP_TDP": 164},
+}
+# The same kernel's role word, for the trace's metadata (kvm-mmu history: PGE and guest EFER/CR0 bits are still in it).
+DATED_ROLES: dict[tuple[int, int], dict[str, tuple[int, int]]] = {
+    (5, 10): {
+        "level": (0, 4), "gpte_is_8_bytes": (4, 1), "quadrant": (5, 2), "direct": (7, 1), "access": (8, 3),
+        "invalid": (11, 1), "nxe": (12, 1), "cr0_wp": (13, 1), "smep_andnot_wp": (14, 1), "smap_andnot_wp": (15, 1),
+        "ad_disabled": (16, 1), "guest_mode": (17, 1), "smm": (24, 8),
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Offsets found (`offsets`, bytes), the role word's fields, and what could not be found (`missing`)."""
+
+    offsets: dict[str, int]
+    role: dict[str, tuple[int, int]]
+    source: str
+    missing: tuple[str, ...] = ()
+    bases: dict[str, int] = field(default_factory=dict)
+
+    def defines(self) -> str:
+        """C #defines: OFF_X for each offset, HAVE_X where X is known."""
+        lines = [f"#define OFF_{name} {value}\n#define HAVE_{name} 1" for name, value in sorted(self.offsets.items())]
+        lines += [f"#define {name} {value:#x}ULL\n#define HAVE_{name} 1" for name, value in sorted(self.bases.items())]
+        return "\n".join(lines) + "\n"
+
+    def metadata(self) -> dict[str, Any]:
+        return {
+            "role": {name: list(bits) for name, bits in self.role.items()},
+            "offsets": self.offsets,
+            "source": self.source,
+            "missing": list(self.missing),
+            # Without the direct map's base `table` holds the kernel's virtual frame, not the physical one.
+            "table_is_physical": "PAGE_OFFSET_BASE" in self.bases,
+        }
+
+
+def kernel_layout(btf: Btf, version: tuple[int, int], bases: dict[str, int]) -> Layout:
+    """Offsets for this kernel: BTF first, the dated table for what BTF lacks. `bases` are kernel addresses, see host.py."""
+    offsets: dict[str, int] = {}
+    for macro, (struct, alternatives) in _MEMBERS.items():
+        for path in _SP_RCU_ALTERNATIVES if macro == "SP_RCU" else alternatives:
+            member = btf.member(struct, path)
+            if member is not None:
+                offsets[macro] = member.offset
+                break
+    for macro, struct in (("PAGE_STRUCT_SIZE", "page"), ("SLOT_STRUCT_SIZE", "kvm_memory_slot")):
+        if size := btf.size(struct):
+            offsets[macro] = size
+    role = btf.bitfields("kvm_mmu_page_role")
+    source = "BTF of " + " and ".join(Path(path).name for path in btf.sources)
+    if "SP_ROLE" not in offsets and version in DATED_PAGE_LAYOUTS:
+        offsets.update(DATED_PAGE_LAYOUTS[version])
+        source += f"; kvm_mmu_page from the dated table for {version[0]}.{version[1]} (no module BTF before 5.11)"
+    if not role:
+        role = DATED_ROLES.get(version, {})
+    return Layout(offsets, role, source, tuple(m for m in _MEMBERS if m not in offsets), bases)

@@ -1,0 +1,262 @@
+"""The dated table of probes: for each kind of event, the points in the kernel that show it, best first.
+
+A point is one of
+  tp      a classic tracepoint; `$name` in an expression is a field of its format (`$?name`: 0 where this kernel lacks it)
+  raw     the same tracepoint's raw arguments, `@0`, `@1`, ...: for the pointers that the format does not print
+  entry   a function's entry, arguments `@0`, ...; fentry where bcc can (KVM built in), else kprobe
+  return  a function's return, value `@ret`
+Expressions are C over the helpers of program.py (SP_ROLE, VCPU_ROOT, ...). `since`/`until` bound the kernel versions in
+which the point means this (until is exclusive); where BTF knows the function, `signature` must match as well. The first
+point that holds on a kernel is used; what it was, and why an earlier one was not, goes into the trace's metadata.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+Version = tuple[int, int]
+OLDEST: Version = (5, 10)
+FUTURE: Version = (99, 0)
+
+
+@dataclass(frozen=True)
+class Point:
+    how: str
+    where: str
+    fill: Mapping[str, str] = field(default_factory=dict)
+    since: Version = OLDEST
+    until: Version = FUTURE
+    signature: tuple[str, ...] = ()  # leading parameter types to insist on, where BTF can tell
+    only_if: str = ""  # C condition; where it is false the function's call is not this event
+    before: str = ""  # C statement run first: what the recorder learns from this point
+    after: str = ""
+
+
+@dataclass(frozen=True)
+class Probe:
+    kind: str
+    points: tuple[Point, ...]
+    preset: str  # the smallest preset that has it: roots < mmu < all
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}__{self.points[0].where.replace(':', '_')}"
+
+
+PRESETS = ("roots", "mmu", "all")
+
+_SP = {
+    "gfn": "SP_GFN(@0)", "table": "SP_TABLE(@0)", "refs": "SP_REFS_OF(@0)", "role": "SP_ROLE_OF(@0)",
+    "level": "SP_ROLE_OF(@0) & 15", "root": "SP_ROOT(@0, self)",
+}  # fmt: skip
+_SP_FIELDS = {"gfn": "$gfn", "refs": "$root_count", "role": "$role", "level": "$role & 15"}
+_UNSYNC = "(SP_UNSYNC_OF(@0) << 1)"
+
+
+def _page(name: str, preset: str, created: str = "") -> Probe:
+    """A tracepoint of the kvm_mmu_page class: raw for the page's address, its format's fields where layout is unknown."""
+    flags = f"(@1 ? 1 : 0) | {_UNSYNC}" if created else _UNSYNC
+    fields = "($created ? 1 : 0) | ($unsync ? 2 : 0)" if created else "($unsync ? 2 : 0)"
+    return Probe(
+        name,
+        (
+            Point("raw", f"kvmmmu:{name}", {**_SP, "flags": flags}, signature=("kvm_mmu_page *",)),
+            Point("tp", f"kvmmmu:{name}", {**_SP_FIELDS, "flags": fields}),
+        ),
+        preset,
+    )
+
+
+def _tp(kind: str, where: str, preset: str, **fill: str) -> Probe:
+    return Probe(kind, (Point("tp", where, fill),), preset)
+
+
+def _vcpu_function(kind: str, preset: str, function: str, since: Version = OLDEST, **fill: str) -> Probe:
+    """A function whose first argument is the vCPU; the root is the vCPU's current one as the function begins."""
+    base = {"vcpu": "@0", "root": "VCPU_ROOT(@0)", "role": "VCPU_ROLE(@0)"}
+    return Probe(kind, (Point("entry", function, {**base, **fill}, since, signature=("kvm_vcpu *",)),), preset)
+
+
+_CURRENT = {"root": "CURRENT_ROOT(self)"}
+# Whose tree a change belongs to: the root this thread is zapping, else (a fault) the vCPU's own; see CHANGED_ROOT.
+_TREE = {"root": "CHANGED_ROOT(self)"}
+
+TRACEPOINTS: tuple[Probe, ...] = (
+    _page("kvm_mmu_get_page", "roots", created="@1"),
+    _page("kvm_mmu_prepare_zap_page", "mmu"),
+    _page("kvm_mmu_sync_page", "mmu"),
+    _page("kvm_mmu_unsync_page", "mmu"),
+    _tp("kvm_mmu_spte_requested", "kvmmmu:kvm_mmu_spte_requested", "mmu",
+        gfn="$gfn", value="$pfn", level="$level", **_CURRENT),
+    _tp("kvm_mmu_set_spte", "kvmmmu:kvm_mmu_set_spte", "mmu",
+        gfn="$gfn", new="$spte", table="$sptep >> 12", level="$level", **_CURRENT),
+    # 5.15+ (33dd3574f5fe); 5.10's TDP MMU changes SPTEs without an event.
+    Probe("kvm_tdp_mmu_spte_changed", (
+        Point("raw", "kvmmmu:kvm_tdp_mmu_spte_changed",
+              {"gfn": "@1", "old": "@3", "new": "@4", "level": "@2", "as_id": "@0", **_TREE},
+              signature=("int", "long long unsigned int", "int", "long long unsigned int", "long long unsigned int")),
+        Point("tp", "kvmmmu:kvm_tdp_mmu_spte_changed",
+              {"gfn": "$gfn", "old": "$old_spte", "new": "$new_spte", "level": "$level", "as_id": "$as_id",
+               **_TREE}),
+    ), "mmu"),
+    _tp("fast_page_fault", "kvmmmu:fast_page_fault", "mmu",
+        addr="$cr2_or_gpa", code="$error_code", old="$old_spte", new="$new_spte", ret="$ret", **_CURRENT),
+    Probe("kvm_mmu_zap_all_fast", (
+        Point("raw", "kvmmmu:kvm_mmu_zap_all_fast", {"kvm": "@0"}, signature=("kvm *",)),
+        Point("tp", "kvmmmu:kvm_mmu_zap_all_fast", {"value": "$mmu_used_pages", "flags": "$mmu_valid_gen"}),
+    ), "roots"),
+    _tp("kvm_mmu_split_huge_page", "kvmmmu:kvm_mmu_split_huge_page", "mmu",
+        gfn="$gfn", old="$spte", level="$level", ret="$errno"),
+    _tp("mark_mmio_spte", "kvmmmu:mark_mmio_spte", "mmu", gfn="$gfn", code="$access", value="$gen", **_CURRENT),
+    _tp("handle_mmio_page_fault", "kvmmmu:handle_mmio_page_fault", "mmu",
+        addr="$addr", gfn="$gfn", code="$access", **_CURRENT),
+    _tp("check_mmio_spte", "kvmmmu:check_mmio_spte", "mmu", old="$spte", value="$kvm_gen", code="$spte_gen"),
+    _tp("kvm_mmu_pagetable_walk", "kvmmmu:kvm_mmu_pagetable_walk", "all", addr="$addr", code="$pferr"),
+    _tp("kvm_mmu_paging_element", "kvmmmu:kvm_mmu_paging_element", "all", value="$pte", level="$level"),
+    _tp("kvm_mmu_set_accessed_bit", "kvmmmu:kvm_mmu_set_accessed_bit", "all", addr="$gpa"),
+    _tp("kvm_mmu_set_dirty_bit", "kvmmmu:kvm_mmu_set_dirty_bit", "all", addr="$gpa"),
+    _tp("kvm_mmu_walker_error", "kvmmmu:kvm_mmu_walker_error", "all", code="$pferr"),
+    # vcpu and RIP are in the format from 6.1 (faebdc6b4e7c); 5.10 and 5.15 print address and error code only.
+    _tp("kvm_page_fault", "kvm:kvm_page_fault", "mmu", addr="$fault_address", code="$error_code", rip="$?guest_rip",
+        root="CURRENT_ROOT(self)", role="CURRENT_ROLE(self)"),
+    # immediate_exit came in 6.10 and was taken back into 6.1.y
+    _tp("kvm_entry", "kvm:kvm_entry", "mmu", rip="$rip", flags="$?immediate_exit ? 1 : 0", **_CURRENT),
+    _tp("kvm_exit", "kvm:kvm_exit", "mmu", code="$exit_reason", rip="$guest_rip", value="$info1", addr="$info2"),
+    Probe("kvm_smm_transition", (
+        Point("tp", "kvm:kvm_smm_transition", {"addr": "$smbase", "flags": "$entering ? 1 : 0"}),
+        # the name until 5.16
+        Point("tp", "kvm:kvm_enter_smm", {"addr": "$smbase", "flags": "$entering ? 1 : 0"}),
+    ), "roots"),
+    _tp("kvm_cr", "kvm:kvm_cr", "roots", code="$cr", value="$val", flags="$rw ? 1 : 0"),
+    _tp("kvm_msr", "kvm:kvm_msr", "mmu", code="$ecx", value="$data",
+        flags="($write ? 1 : 0) | ($exception ? 2 : 0)"),
+    _tp("kvm_userspace_exit", "kvm:kvm_userspace_exit", "mmu", code="$reason", ret="$errno"),
+    _tp("kvm_unmap_hva_range", "kvm:kvm_unmap_hva_range", "roots", addr="$start", value="$end"),
+    _tp("kvm_age_hva", "kvm:kvm_age_hva", "mmu", addr="$start", value="$end"),
+    _tp("kvm_test_age_hva", "kvm:kvm_test_age_hva", "mmu", addr="$hva"),
+    _tp("kvm_set_spte_hva", "kvm:kvm_set_spte_hva", "roots", addr="$hva"),
+    Probe("kvm_apicv_inhibit_changed", (
+        Point("tp", "kvm:kvm_apicv_inhibit_changed",
+              {"code": "$reason", "value": "$inhibits", "flags": "$set ? 1 : 0"}),
+        # the name until 5.18: `activate` is the opposite of an inhibit being set
+        Point("tp", "kvm:kvm_apicv_update_request", {"code": "$bit", "flags": "$activate ? 0 : 1"}),
+    ), "roots"),
+    Probe("kvm_nested_vmenter", (
+        Point("tp", "kvm:kvm_nested_vmenter", {"rip": "$nested_rip", "addr": "$vmcb", "value": "$?guest_pgd"}),
+        # the name until 6.3
+        Point("tp", "kvm:kvm_nested_vmrun", {"rip": "$nested_rip", "addr": "$vmcb"}),
+    ), "roots"),
+    _tp("kvm_nested_vmexit", "kvm:kvm_nested_vmexit", "roots",
+        code="$exit_reason", rip="$guest_rip", value="$info1", addr="$info2"),
+    _tp("kvm_emulate_insn", "kvm:kvm_emulate_insn", "all", rip="$rip", flags="$failed ? 1 : 0"),
+    _tp("kvm_pio", "kvm:kvm_pio", "all", code="$port", value="$val", flags="$rw ? 1 : 0"),
+    _tp("kvm_mmio", "kvm:kvm_mmio", "all", addr="$gpa", value="$val", code="$len | ($type << 8)"),
+    _tp("kvm_fast_mmio", "kvm:kvm_fast_mmio", "mmu", addr="$gpa"),
+    _tp("vcpu_match_mmio", "kvm:vcpu_match_mmio", "all", addr="$gpa", flags="$write ? 1 : 0"),
+    _tp("kvm_inj_exception", "kvm:kvm_inj_exception", "mmu", code="$exception", value="$error_code",
+        flags="$has_error ? 1 : 0"),
+)  # fmt: skip
+
+_ROOT = {"kvm": "@0", "root": "SP_TABLE(@1)", "role": "SP_ROLE_OF(@1)"}
+
+FUNCTIONS: tuple[Probe, ...] = (
+    Probe("mmu_load", (
+        Point("return", "kvm_mmu_load",
+              {"ret": "@ret", "root": "CURRENT_ROOT(self)", "role": "CURRENT_ROLE(self)"}),
+    ), "roots"),
+    Probe("root_get", (
+        Point("return", "kvm_tdp_mmu_get_vcpu_root_hpa",  # 5.10 to 6.8: returns the root's address
+              {"root": "@ret >> 12", "role": "CURRENT_ROLE(self)", "refs": "HPA_REFS(@ret)"}, until=(6, 9)),
+        Point("return", "kvm_tdp_mmu_alloc_root",  # 6.9+ (f5238c2a60f1): finds or creates, stores it in the slot
+              {"root": "CURRENT_ROOT(self)", "role": "CURRENT_ROLE(self)",
+               "refs": "HPA_REFS(CURRENT_ROOT(self) << 12)"}, since=(6, 9)),
+    ), "roots"),
+    _vcpu_function("mmu_unload", "roots", "kvm_mmu_unload"),
+    _vcpu_function("mmu_reset", "roots", "kvm_mmu_reset_context"),
+    Probe("mmu_free_roots", (
+        Point("entry", "kvm_mmu_free_roots", {"kvm": "@0", "value": "@2"}, since=(5, 18),
+              signature=("kvm *", "kvm_mmu *")),
+        Point("entry", "kvm_mmu_free_roots", {"vcpu": "@0", "value": "@2"}, until=(5, 18),
+              signature=("kvm_vcpu *", "kvm_mmu *")),
+    ), "roots"),
+    _vcpu_function("mmu_free_obsolete_roots", "roots", "kvm_mmu_free_obsolete_roots", since=(5, 18)),
+    _vcpu_function("new_pgd", "roots", "kvm_mmu_new_pgd", value="@1"),
+    # TDP roots from 5.12 (2bdb3d84ce52); `refs` is the count before this put
+    Probe("root_put", (
+        Point("entry", "kvm_tdp_mmu_put_root", {**_ROOT, "refs": "SP_REFS_OF(@1)"}, since=(5, 12),
+              signature=("kvm *", "kvm_mmu_page *")),
+    ), "roots"),
+    # Shadow roots, and every root before 5.12, where the put of a TDP root is inlined into this function.
+    Probe("root_put", (
+        Point("entry", "mmu_free_root_page",
+              {"kvm": "@0", "root": "READ64(@1) >> 12", "refs": "HPA_REFS(READ64(@1))", "role": "HPA_ROLE(READ64(@1))"},
+              since=(5, 12), only_if="HPA_VALID(READ64(@1)) && !HPA_TDP(READ64(@1))"),
+        Point("entry", "mmu_free_root_page",
+              {"kvm": "@0", "root": "READ64(@1) >> 12", "refs": "HPA_REFS(READ64(@1))", "role": "HPA_ROLE(READ64(@1))"},
+              until=(5, 12), only_if="HPA_VALID(READ64(@1))"),
+    ), "roots"),
+    Probe("table_free", (
+        Point("entry", "tdp_mmu_free_sp_rcu_callback",  # 5.12+ (7cca2d0b7e7d): children and roots alike, after RCU
+              {"gfn": "SP_GFN(@0 - OFF_SP_RCU)", "table": "SP_TABLE(@0 - OFF_SP_RCU)",
+               "refs": "SP_REFS_OF(@0 - OFF_SP_RCU)", "role": "SP_ROLE_OF(@0 - OFF_SP_RCU)",
+               "level": "SP_ROLE_OF(@0 - OFF_SP_RCU) & 15", "root": "SP_ROOT(@0 - OFF_SP_RCU, self)"}, since=(5, 12)),
+        Point("return", "kvm_tdp_mmu_free_root",  # 5.10: the root only, freed inline; the zap is bracketed below
+              {"root": "self->zap_root", "table": "self->zap_root"}, until=(5, 12)),
+    ), "mmu"),
+    Probe("roots_invalidate", (
+        Point("entry", "kvm_tdp_mmu_invalidate_roots", {"kvm": "@0", "value": "@1"}, since=(6, 14)),
+        Point("entry", "kvm_tdp_mmu_invalidate_all_roots", {"kvm": "@0"}, since=(5, 12), until=(6, 14)),
+    ), "roots"),
+    Probe("zap_root_begin", (
+        Point("entry", "__tdp_mmu_zap_root",  # 5.18+ (1b6043e8e5c2): once a pass, level is the pass
+              {**_ROOT, "level": "@3", "flags": "@2 ? 1 : 0", "refs": "SP_REFS_OF(@1)"}, since=(5, 18),
+              signature=("kvm *", "kvm_mmu_page *"), before="self->zap_root = SP_TABLE(@1); self->zap_kvm = @0;"),
+        Point("entry", "tdp_mmu_zap_root",
+              {**_ROOT, "flags": "@2 ? 1 : 0", "refs": "SP_REFS_OF(@1)"}, since=(5, 18),
+              signature=("kvm *", "kvm_mmu_page *"), before="self->zap_root = SP_TABLE(@1); self->zap_kvm = @0;"),
+        Point("entry", "kvm_tdp_mmu_free_root", {**_ROOT, "refs": "SP_REFS_OF(@1)"}, until=(5, 12),
+              before="self->zap_root = SP_TABLE(@1);"),
+    ), "roots"),
+    Probe("zap_root_end", (
+        Point("return", "__tdp_mmu_zap_root", {"root": "self->zap_root"}, since=(5, 18),
+              after="self->zap_root = 0; self->zap_kvm = 0;"),
+        Point("return", "tdp_mmu_zap_root", {"root": "self->zap_root"}, since=(5, 18),
+              after="self->zap_root = 0; self->zap_kvm = 0;"),
+        Point("return", "kvm_tdp_mmu_free_root", {}, until=(5, 12)),
+    ), "roots"),
+    Probe("zap_invalidated_begin", (
+        Point("entry", "kvm_tdp_mmu_zap_invalidated_roots", {"kvm": "@0"}, since=(5, 12),
+              before="self->zap_kvm = @0;"),
+    ), "roots"),
+    Probe("zap_invalidated_end", (
+        Point("return", "kvm_tdp_mmu_zap_invalidated_roots", {}, since=(5, 12), after="self->zap_kvm = 0;"),
+    ), "roots"),
+    Probe("zap_leafs", (
+        Point("entry", "kvm_tdp_mmu_zap_leafs", {"kvm": "@0", "gfn": "@1", "value": "@2"}, since=(5, 18),
+              signature=("kvm *", "long long unsigned int", "long long unsigned int")),
+        Point("entry", "kvm_tdp_mmu_zap_leafs", {"kvm": "@0", "as_id": "@1", "gfn": "@2", "value": "@3"},
+              since=(5, 18), signature=("kvm *", "int")),
+        Point("entry", "__kvm_tdp_mmu_zap_gfn_range", {"kvm": "@0", "as_id": "@1", "gfn": "@2", "value": "@3"},
+              since=(5, 12), until=(5, 18)),
+        Point("entry", "kvm_tdp_mmu_zap_gfn_range", {"kvm": "@0", "gfn": "@1", "value": "@2"}, until=(5, 12)),
+    ), "roots"),
+    Probe("zap_all", (
+        Point("entry", "kvm_tdp_mmu_zap_all", {"kvm": "@0"}, before="self->kvm = @0;"),
+        Point("entry", "kvm_mmu_zap_all", {"kvm": "@0"}, before="self->kvm = @0;"),
+    ), "roots"),
+    Probe("vm_destroy", (
+        Point("entry", "kvm_arch_destroy_vm", {"kvm": "@0"}, before="self->kvm = @0;"),
+    ), "roots"),
+)  # fmt: skip
+
+PROBES: tuple[Probe, ...] = (*TRACEPOINTS, *FUNCTIONS)
+
+# Kinds that program.py's ioctl programs write, from the syscall tracepoints: no probe table needed.
+IOCTL_KINDS = ("vm_create", "ioctl", "ioctl_end", "memslot")
+
+
+def preset_kinds(preset: str) -> frozenset[str]:
+    """The kinds a preset records, those of the smaller presets included."""
+    wanted = PRESETS[: PRESETS.index(preset) + 1]
+    return frozenset(probe.kind for probe in PROBES if probe.preset in wanted) | frozenset(IOCTL_KINDS)

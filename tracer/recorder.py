@@ -1,0 +1,300 @@
+"""One recording, from attached probes to a finished Parquet file.
+
+The order matters: nothing is attached before the output can be written, the VMs that are already there are read before the
+first event, and at the end the probes are detached before the last drain, so that every event counted as emitted is either
+in the file or counted as lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from traces.compact import Summary, compact
+from traces.errors import BAD_INPUT, ENVIRONMENT, Problem
+from traces.record import RECORD
+from traces.schema import BY_NAME
+from tracer import host
+from tracer.bpf import Probes, loss_table
+from tracer.btf import kernel_btf
+from tracer.ring import Ring
+from tracer.writer import Writer
+
+IDLE_SECONDS = 0.02  # between drains: long enough for full batches, short against the ring (64 MiB take 0.2 s at 4 M/s)
+FLUSH_SECONDS = 1.0
+SETTLE_SECONDS = 1.0  # after the command ended: RCU callbacks still free its tables
+QUIET_SECONDS = 0.1
+DEFAULT_RING = 64 << 20
+VM_DESCRIPTOR = "anon_inode:kvm-vm"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to record. `vm` is a process that owns a VM, None all of them; `kinds` as in schema.KINDS."""
+
+    out: Path
+    kinds: frozenset[str]
+    preset: str
+    vm: int | None = None
+    duration: float | None = None
+    max_events: int | None = None
+    max_size: int | None = None
+    ring_bytes: int = DEFAULT_RING
+    command: tuple[str, ...] = ()
+
+    @property
+    def directory(self) -> Path:
+        """Where the recording lies until it is compacted."""
+        return self.out.with_name(self.out.stem + ".kvmt")
+
+
+@dataclass
+class Outcome:
+    """How a recording ended: why it stopped, the command's exit status, and what the file holds."""
+
+    summary: Summary
+    stopped: str
+    status: int | None
+    lost: int
+    cpu_seconds: float
+    seconds: float
+    notes: list[str] = field(default_factory=list)
+
+
+def owns_vm(pid: int) -> bool:
+    """Whether a process holds a VM's descriptor."""
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.readlink().name == VM_DESCRIPTOR:
+                return True
+    return False
+
+
+def check(options: Options) -> None:
+    """Refuse what cannot work, before anything is loaded."""
+    if not options.out.parent.is_dir():
+        raise Problem(f"{options.out.parent}: no such directory for the recording")
+    if options.out.exists():
+        raise Problem(f"{options.out}: exists; a recording is never overwritten, choose another name with -o")
+    if os.geteuid() != 0:
+        raise Problem("recording needs root (CAP_BPF, CAP_PERFMON, tracefs): run it with sudo", ENVIRONMENT)
+    if not Path("/dev/kvm").exists():
+        raise Problem("no /dev/kvm: this machine has no KVM; load it with modprobe kvm_amd or kvm_intel", ENVIRONMENT)
+    if options.command and shutil.which(options.command[0]) is None:
+        raise Problem(f"{options.command[0]}: command not found")
+    if options.vm is not None:
+        if not Path(f"/proc/{options.vm}").is_dir():
+            raise Problem(f"--vm {options.vm}: no such process")
+        if not owns_vm(options.vm):
+            raise Problem(f"--vm {options.vm}: that process has no KVM virtual machine")
+
+
+class Stop:
+    """Set by SIGINT and SIGTERM: the first ends the recording cleanly, the second leaves the directory to `recover`."""
+
+    def __init__(self) -> None:
+        self.reason = ""
+        self.hard = False
+
+    def handle(self, number: int, _frame: object) -> None:
+        if self.reason:
+            self.hard = True
+        self.reason = self.reason or f"ended by {signal.Signals(number).name}"
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Recorder:
+    """Drains one loaded program's ring into one directory."""
+
+    def __init__(self, options: Options, probes: Probes, stop: Stop) -> None:
+        self.options = options
+        self.stop = stop
+        self.probes = probes
+        self.ring = Ring(probes.ring_fd, options.ring_bytes)
+        self.drained = 0
+        self.notes: list[str] = []
+        self.snapshot = probes.snapshot()
+        if not options.command and options.vm is None and not self.snapshot["vms"]:
+            raise Problem("no VM is running here: start one, or record a command with `-- COMMAND`", BAD_INPUT)
+        self.clock = [host.clock_sample()]
+        self.stats: dict[str, Any] = {"start": host.kvm_counters(), "end": {}}
+        self.writer = Writer(options.directory, self._manifest())
+        self._child: subprocess.Popen[bytes] | None = None
+        self._shown = 0.0
+
+    def _manifest(self) -> dict[str, Any]:
+        from importlib.metadata import version
+
+        lab = {key.removeprefix("KVMTRACE_LAB_").lower(): value for key, value in os.environ.items()
+               if key.startswith("KVMTRACE_LAB_")}  # fmt: skip
+        return {
+            "recorder": version("kvmtrace"),
+            "command": list(self.options.command),
+            "preset": self.options.preset,
+            "vm_filter": self.options.vm,
+            "ring_bytes": self.options.ring_bytes,
+            "lab": lab,
+            **host.host(kernel_btf()),
+            "layout": self.probes.layout.metadata(),
+            "snapshot": self.snapshot,
+            **self._progress(),
+        }
+
+    def _progress(self) -> dict[str, Any]:
+        """What changes while recording; written with every flush, so that a killed recording still has it."""
+        for directory, values in host.kvm_counters().items():
+            self.stats["end"][directory] = values
+        return {
+            "probes": [attachment.metadata() for attachment in self.probes.plan.attachments],
+            "clock": {"name": "boottime", "samples": [*self.clock, host.clock_sample()]},
+            "threads": {str(tid): thread for tid, thread in self.probes.threads().items()},
+            "stats": self.stats,
+            "loss": loss_table(self.probes.counters()),
+        }
+
+    def run(self) -> tuple[str, int | None]:
+        """Attach, record until something ends it, detach, drain; (why it ended, the command's status)."""
+        options, started, flushed = self.options, time.monotonic(), time.monotonic()
+        self.probes.attach()
+        try:
+            if options.command:
+                self._child = subprocess.Popen(options.command)
+            while not (reason := self._ended(started)):
+                if not self._drain_once():
+                    time.sleep(IDLE_SECONDS)
+                now = time.monotonic()
+                if now - flushed >= FLUSH_SECONDS:
+                    flushed = now
+                    self.writer.flush(self._progress())
+                self._show(now - started)
+            if self._child and self._child.poll() is not None:
+                self._settle()
+            after = self.probes.snapshot()
+        finally:
+            self.probes.detach()
+            if self._child and self._child.poll() is None:
+                self._child.terminate()
+        status = self._child.wait() if self._child else None
+        self._finish(after)
+        return reason, status
+
+    def _drain_once(self) -> bool:
+        """Move one batch from the ring to the writer; whether it was a large one (then there may be more)."""
+        records = self.ring.drain()
+        if records is None:
+            return False
+        self.drained += len(records)
+        self.writer.write(records)
+        return self.ring.fill > 0.05
+
+    def _ended(self, started: float) -> str:
+        options = self.options
+        if self.stop.reason:
+            return self.stop.reason
+        if self.writer.error:
+            return "the disk refused"
+        if self._child and self._child.poll() is not None:
+            return "the command ended"
+        if options.duration is not None and time.monotonic() - started >= options.duration:
+            return f"{options.duration:g} s are over"
+        if options.max_events is not None and self.drained >= options.max_events:
+            return f"{options.max_events:,} events reached"
+        if options.max_size is not None and self.writer.bytes_written >= options.max_size:
+            return f"{options.max_size:,} bytes reached"
+        if options.vm is not None and not Path(f"/proc/{options.vm}").is_dir():
+            return f"the VM's process {options.vm} ended"
+        return ""
+
+    def _settle(self) -> None:
+        """Let the kernel finish with a VM that is gone: until nothing has come for a moment, a second at most."""
+        end = time.monotonic() + SETTLE_SECONDS
+        last = time.monotonic()
+        while (now := time.monotonic()) < end and now - last < QUIET_SECONDS:
+            before = self.drained
+            self._drain_once()
+            if self.drained > before:
+                last = now
+            time.sleep(IDLE_SECONDS / 4)
+
+    def _finish(self, after: dict[str, Any]) -> None:
+        """The last drain; every emitted event is now in the ring, lost, or a bug that the file will name."""
+        deadline = time.monotonic() + 2.0
+        while True:
+            while (records := self.ring.drain()) is not None:
+                self.drained += len(records)
+                self.writer.write(records)
+            counters = self.probes.counters()
+            expected = int(counters["emitted"].sum() - counters["lost"].sum())
+            if self.drained >= expected or time.monotonic() > deadline:
+                break
+            time.sleep(IDLE_SECONDS)
+        gaps = counters[counters["gap_count"] > 0]
+        if len(gaps):
+            self.writer.write(self._open_gaps(counters))
+        self.writer.close({**self._progress(), "snapshot_end": after, "finished": True})
+
+    def _open_gaps(self, counters: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Gap records for the CPUs on which nothing came after the loss."""
+        cpus = np.flatnonzero(counters["gap_count"])
+        records = np.zeros(len(cpus), RECORD)
+        records["time"] = host.clock_sample()["boot"]
+        records["kind"] = BY_NAME["gap"].code
+        records["vcpu"] = -1
+        records["cpu"] = cpus
+        for word, name in (("w0", "gap_count"), ("w1", "gap_kinds"), ("w2", "gap_since")):
+            records[word] = counters[name][cpus]
+        return records
+
+    def _show(self, seconds: float) -> None:
+        """The live line, four times a second, on a terminal only."""
+        if not sys.stderr.isatty() or seconds - self._shown < 0.25:
+            return
+        self._shown = seconds
+        lost = int(self.probes.counters()["lost"].sum())
+        sys.stderr.write(
+            f"\r{seconds:6.1f} s  {self.drained:>12,} events  {self.drained / max(seconds, 0.001):>11,.0f}/s  "
+            f"lost {lost:,}  ring {self.ring.fill:4.0%}  {self.writer.bytes_written / 1e6:,.1f} MB\033[K"
+        )
+        sys.stderr.flush()
+
+
+def record(options: Options) -> Outcome:
+    """Make one recording. Raises Problem, after which whatever was flushed lies in `options.directory`."""
+    check(options)
+    stop = Stop()
+    with stop.listening():
+        probes = Probes(options.kinds, options.ring_bytes, options.vm)
+        try:
+            started, cpu = time.monotonic(), time.process_time()
+            recorder = Recorder(options, probes, stop)
+            reason, status = recorder.run()
+            if sys.stderr.isatty():
+                sys.stderr.write("\n")
+            lost = int(probes.counters()["lost"].sum())
+        finally:
+            probes.close()
+        seconds, cpu = time.monotonic() - started, time.process_time() - cpu
+        if stop.hard:
+            raise Problem(f"stopped before compaction: run `kvmtrace recover {options.directory}`", 1)
+        summary = compact(options.directory, options.out)
+    shutil.rmtree(options.directory)
+    return Outcome(summary, reason, status, lost, cpu, seconds, recorder.notes)
