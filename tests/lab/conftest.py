@@ -1,0 +1,31 @@
+"""An empty place for kernels, and real ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tracer.lab import fetch, kernels
+from traces.errors import Problem
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty kernel directory, and an empty cache beside it."""
+    directory = tmp_path / "kernels"
+    directory.mkdir()
+    monkeypatch.setenv("KVMTRACE_KERNELS", str(directory))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return directory
+
+
+@pytest.fixture
+def lab_kernel(request: pytest.FixtureRequest) -> kernels.Bootable:
+    """A kernel of the table, fetched if need be."""
+    try:
+        return fetch.fetch(request.param)
+    except Problem as problem:
+        if kernels.KERNELS[request.param].variant:
+            pytest.skip(str(problem))
+        raise

@@ -1,0 +1,108 @@
+"""A private apt: Debian's archives as this machine's sources name them, but other suites.
+
+Own state, cache and sources list; the system's are read and never changed. Nothing here needs root.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from traces.errors import ENVIRONMENT, Problem
+
+# The parts a kernel is split into since 7.0; before, linux-image-VERSION was all of it.
+_PART: Final = re.compile(r"\b(linux-(?:image|binary|modules)-[a-z0-9.+-]+)(?: \(= ([^)]+)\))?")
+_KEYRING: Final = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+
+
+class Apt:
+    """A private apt: Debian's archives as the machine's sources name them, but the suites asked for."""
+
+    def __init__(self, home: Path, suites: Sequence[tuple[str, str]]) -> None:
+        """`suites` are (archive label, suite). Raises Problem when the machine has no Debian source for any."""
+        self.home = home
+        sites = _debian_sites()
+        reachable = [(sites[label], suite) for label, suite in suites if label in sites]
+        if not reachable:
+            raise Problem(
+                "no Debian archive among this machine's apt sources: set KVMTRACE_KERNELS to a directory of kernels, "
+                "or give --kernel the path of an image",
+                ENVIRONMENT,
+            )
+        self.suites = ", ".join(suite for _, suite in reachable)
+        for directory in ("state/lists/partial", "cache/archives/partial"):
+            (home / directory).mkdir(parents=True)
+        options = "arch=amd64" + (f" signed-by={_KEYRING}" if _KEYRING.exists() else "")
+        lines = [f"deb [{options}] {site} {suite} main\n" for site, suite in reachable]
+        (home / "sources.list").write_text("".join(lines))
+        self.options = [
+            f"-oDir::State={home / 'state'}",
+            f"-oDir::Cache={home / 'cache'}",
+            f"-oDir::Etc::sourcelist={home / 'sources.list'}",
+            "-oDir::Etc::sourceparts=/dev/null",
+            "-oDir::State::status=/dev/null",
+            "-oAPT::Architecture=amd64",
+            "-oAPT::Sandbox::User=root",  # when run by root: its own sandbox user cannot enter root's cache
+            "-oAcquire::Languages=none",
+            "-oAcquire::Retries=2",
+            "-qq",
+        ]
+
+    def update(self) -> None:
+        """Read the suites' package lists (some 10 MB each)."""
+        self._run("apt-get", "update")
+
+    def parts(self, package: str) -> dict[str, str]:
+        """What the newest version of `package` installs of a kernel: package names with their versions."""
+        found: dict[str, str] = {}
+        pending = [(package, "")]
+        while pending:
+            name, version = pending.pop()
+            for paragraph in self._run("apt-cache", "show", f"{name}={version}" if version else name).split("\n\n"):
+                depends = re.search(r"^(?:Pre-)?Depends: (.*)$", paragraph, re.MULTILINE)
+                # Newest first. A name without a version is an alternative or a metapackage of another kind.
+                exact = [part for part in _PART.findall(depends[1] if depends else "") if part[1]]
+                pending += [part for part in exact if part[0] not in found]
+                found.update(exact)
+                break
+        return found
+
+    def download(self, package: str, version: str) -> Path:
+        """The contents of a package as a tar file; apt checks it against the signed lists."""
+        place = self.home / package
+        place.mkdir()
+        self._run("apt-get", "download", f"{package}={version}", cwd=place)
+        tar = place / "data.tar"
+        for deb in place.glob("*.deb"):
+            with tar.open("wb") as file:
+                done = subprocess.run(["dpkg-deb", "--fsys-tarfile", str(deb)], stdout=file, check=False)
+            deb.unlink()
+            if done.returncode == 0:
+                return tar
+        raise Problem(f"{package} {version}: cannot be downloaded and unpacked", ENVIRONMENT)
+
+    def _run(self, program: str, *arguments: str, cwd: Path | None = None) -> str:
+        command = [program, *self.options, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+        if done.returncode:
+            errors = [line for line in done.stderr.splitlines() if line.startswith("E:")] or done.stderr.splitlines()
+            raise Problem(f"{program} {' '.join(arguments)}: {(errors or ['failed'])[0]}", ENVIRONMENT)
+        return done.stdout
+
+
+def _debian_sites() -> dict[str, str]:
+    """The base addresses of Debian's archives in the machine's sources, by label (Debian, Debian-Security)."""
+    query = ["apt-get", "indextargets", "--format", "$(ORIGIN)|$(LABEL)|$(SITE)", "Created-By: Packages"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return {}
+    sites: dict[str, str] = {}
+    for line in done.stdout.splitlines():
+        origin, label, site = line.split("|", 2)
+        if origin == "Debian":
+            sites.setdefault(label, site)
+    return sites

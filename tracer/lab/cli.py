@@ -1,0 +1,176 @@
+"""`kvmtrace lab`: boot real kernels under emulation and record their own KVM."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from traces.errors import BAD_INPUT, Problem
+
+if TYPE_CHECKING:
+    from tracer.lab.kernels import Bootable
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Boot a real kernel under emulation and record its own KVM: no hardware support, root or network needed.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+
+
+def _say(line: str) -> None:
+    if sys.stderr.isatty():
+        print(line, file=sys.stderr)
+
+
+def _stop_cleanly() -> None:
+    """Have SIGTERM unwind like ^C does, so that the guest and the temporary files go before we do."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+@app.command("list")
+def list_(as_json: Json = False) -> None:
+    """Kernels (known, and which are here) and scenarios."""
+    import json
+
+    from tracer import vmm
+    from tracer.lab.fetch import present
+    from tracer.lab.kernels import KERNELS, POLICIES, TABLE_DATE
+
+    kernels: list[dict[str, Any]] = []
+    for kernel in KERNELS.values():
+        here = present(kernel.name)
+        kernels.append(
+            {
+                "name": kernel.name,
+                "here": here is not None,
+                "release": here.release if here else None,
+                "package": here.package if here else None,
+                "policy": kernel.policy,
+                "meaning": POLICIES[kernel.policy],
+                "reason": kernel.reason,
+                "parameters": list(kernel.parameters),
+            }
+        )
+    scenarios = [one._asdict() for one in vmm.scenarios()]
+    if as_json:
+        print(json.dumps({"schema": 1, "table_date": TABLE_DATE, "kernels": kernels, "scenarios": scenarios}))
+        return
+    print(f"kernels (root policies as of {TABLE_DATE}):")
+    for row in kernels:
+        state = row["package"] or row["release"] or f"kvmtrace lab fetch {row['name']}"
+        print(f"  {row['name']:10} {row['policy']:9} {state}\n  {'':20} {row['reason']}")
+    print("\nroot policies:")
+    for name, meaning in POLICIES.items():
+        print(f"  {name:10} {meaning}")
+    print("\nscenarios:")
+    for scenario in scenarios:
+        print(f"  {scenario['name']:12} {scenario['shows']}")
+
+
+@app.command()
+def fetch(
+    kernel: Annotated[str, typer.Argument(help="A kernel's name in `kvmtrace lab list`.")],
+    update: Annotated[bool, typer.Option("--update", help="Look for a newer one even if one is here.")] = False,
+) -> None:
+    """Get a kernel: from $KVMTRACE_KERNELS, else from Debian through this machine's own apt sources."""
+    from tracer.lab.fetch import fetch as get
+
+    _stop_cleanly()
+    got = get(kernel, _say, update=update)
+    print(f"{got.name}: {got.package or got.release} in {got.image.parent}")
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Options that are none of these are the scenario's own: --loops, --pages, --vcpus ...",
+)
+def run(
+    context: typer.Context,
+    kernel: Annotated[str, typer.Option("--kernel", help="A name in `kvmtrace lab list`, or the path of a bzImage.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The trace to write (.parquet).")] = None,
+    scenario: Annotated[str, typer.Option(help="A scenario of the project's own VMM.")] = "",
+    workload: Annotated[str, typer.Option(help="A command of this machine's to run in the guest instead.")] = "",
+    modules: Annotated[Path | None, typer.Option(help="Modules of a kernel given by path (a tree or flat).")] = None,
+    kvm_modules: Annotated[Path | None, typer.Option(help="Other kvm.ko and kvm-amd.ko for the kernel.")] = None,
+    param: Annotated[list[str] | None, typer.Option(help="A module parameter, such as kvm.tdp_mmu=0.")] = None,
+    events: Annotated[str, typer.Option(help="What to record, as `kvmtrace record --events`.")] = "default",
+    bare: Annotated[bool, typer.Option("--bare", help="Do not record; say how long the command took.")] = False,
+    timeout: Annotated[float, typer.Option(help="Limit for the whole boot in seconds.", min=1)] = 180,
+    memory: Annotated[int, typer.Option(help="The guest's memory in MiB.", min=256)] = 2048,
+) -> None:
+    """Boot a kernel, run a scenario or a command of this machine's in it, and hand back the recorded trace."""
+    from tracer.lab import session
+
+    if bare == bool(output):
+        raise Problem("lab run: give -o OUT.parquet to record, or --bare to only run")
+    if output and not output.absolute().parent.is_dir():
+        raise Problem(f"{output.parent}: no such directory")
+    command = _command(scenario, workload, context.args)
+    booted = _kernel(kernel, modules, kvm_modules)
+    _stop_cleanly()
+    _say(f"kernel {booted.name} ({booted.release}): {' '.join(command)}")
+    try:
+        done = session.boot(
+            booted,
+            command if bare else session.recorder(command, events),
+            trace=output,
+            parameters=param or (),
+            memory=memory,
+            timeout=timeout,
+            follow=True,
+        )
+    except session.GuestFailed as failure:
+        print("\n".join(failure.tail), file=sys.stderr)
+        raise
+    for warning in done.warnings:
+        print(f"kvmtrace: the guest's kernel: {warning}", file=sys.stderr)
+    if done.signalled or done.code:
+        how = f"was killed by signal {done.code}" if done.signalled else f"ended with {done.code}"
+        known = not bare and not done.signalled and done.code <= 3
+        raise Problem(f"lab run: {command[0]} {how} in the guest", done.code if known else BAD_INPUT)
+    if output and not output.is_file():
+        raise Problem(f"{output}: nothing was recorded")
+    if bare:
+        print(f"{done.seconds:.3f} s")
+
+
+def _command(scenario: str, workload: str, rest: list[str]) -> list[str]:
+    """The argv to run in the guest: a scenario of the VMM, or any command, with what the command line has left over."""
+    import shlex
+
+    from tracer import vmm
+
+    if bool(scenario) == bool(workload):
+        raise Problem("lab run: give either --scenario NAME or --workload COMMAND")
+    if workload:
+        return [*shlex.split(workload), *rest]
+    names = [one.name for one in vmm.scenarios()]
+    if scenario not in names:
+        raise Problem(f"{scenario}: no such scenario; there are {', '.join(names)}")
+    return [str(vmm.binary()), scenario, *rest]
+
+
+def _kernel(name: str, modules: Path | None, kvm_modules: Path | None) -> Bootable:
+    """The kernel that --kernel, --modules and --kvm-modules mean together."""
+    from dataclasses import replace
+
+    from tracer.lab.fetch import present
+    from tracer.lab.kernels import KERNELS, missing, own
+
+    if name in KERNELS or ("/" not in name and not Path(name).exists()):
+        found = present(name)
+        if found is None:
+            raise missing(name)
+        if modules:
+            raise Problem("--modules is for a kernel given by path; --kvm-modules replaces KVM's only")
+    else:
+        found = own(Path(name), modules)
+    if kvm_modules:
+        # Which policy the replaced modules have is not ours to say.
+        return replace(found, name=f"{found.name}+{kvm_modules.name}", modules=(*found.modules, kvm_modules), policy="")
+    return found

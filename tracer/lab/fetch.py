@@ -1,0 +1,181 @@
+"""Getting a kernel: from a directory of kernels, or from Debian through the machine's own apt sources.
+
+What is kept of a kernel is its image and the few modules that a lab loads: some 15 MB of a package's 400.
+"""
+
+from __future__ import annotations
+
+import lzma
+import os
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final
+
+from tracer.lab.apt import Apt
+from tracer.lab.kernels import Bootable, Kernel, cache, fetched, known, missing
+from tracer.lab.modules import Directory, load_order, module_name
+from traces.errors import ENVIRONMENT, Problem
+
+Say = Callable[[str], None]
+
+# A package (110 MB) and its contents unpacked once (450 MB), both only for the time of the fetch.
+SPACE_NEEDED: Final = 700 << 20
+METAPACKAGE: Final = "linux-image-amd64"
+
+
+def kernel_directory() -> Path | None:
+    """The directory of kernels that need no network: $KVMTRACE_KERNELS, else ../shared/kernels of a checkout."""
+    if given := os.environ.get("KVMTRACE_KERNELS"):
+        if not Path(given).is_dir():
+            raise Problem(f"KVMTRACE_KERNELS: {given}: no such directory")
+        return Path(given)
+    beside = Path(__file__).resolve().parents[3] / "shared" / "kernels"
+    return beside if beside.is_dir() else None
+
+
+def present(name: str) -> Bootable | None:
+    """A kernel of the table that is here, unpacked from the kernel directory if it is only there; or None."""
+    kernel = known(name)
+    return fetched(name) or _from_directory(kernel)
+
+
+def fetch(name: str, say: Say = lambda line: None, *, update: bool = False) -> Bootable:
+    """A kernel of the table, fetched if it is not here; `update` looks for a newer one even if it is.
+
+    `say` gets a line of progress now and then. Raises Problem (environment): no Debian sources, nothing to download,
+    no space.
+    """
+    kernel = known(name)
+    if found := _from_directory(kernel) if update else present(name):
+        return found
+    if not kernel.suites:
+        raise missing(name)
+    say(f"kernel {name}: looking for it in {', '.join(suite for _, suite in kernel.suites)}")
+    return _from_debian(kernel, say)
+
+
+def _from_directory(kernel: Kernel) -> Bootable | None:
+    directory = kernel_directory()
+    archives = sorted(directory.glob(f"{kernel.series}.*-amd64.tar.xz")) if directory else []
+    replaced: dict[str, bytes] = {}
+    if kernel.variant:
+        folders = {path: path.with_name(path.name.replace(".tar.xz", f"-{kernel.variant}")) for path in archives}
+        archives = [path for path in archives if folders[path].is_dir()]
+        if archives:
+            tree = Directory(folders[archives[-1]])
+            replaced = {name: tree[name] for name in tree}
+    if not archives:
+        return None
+    archive = archives[-1]
+    with _workplace(kernel.name) as work:
+        tar = work / "kernel.tar"
+        try:
+            with lzma.open(archive) as packed, tar.open("wb") as plain:
+                shutil.copyfileobj(packed, plain)
+        except (OSError, EOFError, lzma.LZMAError) as error:
+            raise Problem(f"{archive}: {error}") from None
+        return _keep(kernel.name, [tar], replaced)
+
+
+def _from_debian(kernel: Kernel, say: Say) -> Bootable:
+    with _workplace(kernel.name) as work:
+        apt = Apt(work / "apt", kernel.suites)
+        apt.update()
+        parts = apt.parts(METAPACKAGE)
+        if not parts:
+            raise Problem(f"kernel {kernel.name}: no {METAPACKAGE} in its suites ({apt.suites})", ENVIRONMENT)
+        version = next(iter(parts.values()))
+        if not version.startswith(f"{kernel.series}."):
+            raise Problem(f"kernel {kernel.name}: {apt.suites} has {version}, no {kernel.series}", ENVIRONMENT)
+        tars = []
+        for package in parts:
+            say(f"kernel {kernel.name}: {package} {version}")
+            tars.append(apt.download(package, version))
+        return _keep(kernel.name, tars)
+
+
+class _Tars(Mapping[str, bytes]):
+    """The modules in package contents, by name."""
+
+    def __init__(self, tars: Sequence[tarfile.TarFile]) -> None:
+        self.members: dict[str, tuple[tarfile.TarFile, tarfile.TarInfo]] = {}
+        self.image: tuple[tarfile.TarFile, tarfile.TarInfo] | None = None
+        for tar in tars:
+            for member in tar:
+                base = member.name.rsplit("/", 1)[-1]
+                if not member.isfile():
+                    continue
+                if name := module_name(base):
+                    self.members[name] = (tar, member)
+                elif base == "vmlinuz" or base.startswith("vmlinuz-"):
+                    self.image = (tar, member)
+
+    def __getitem__(self, name: str) -> bytes:
+        return _contents(*self.members[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.members)
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+
+def _contents(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    if file is None:
+        raise Problem(f"{member.name}: not a file")
+    return file.read()
+
+
+def _keep(name: str, paths: Sequence[Path], replaced: Mapping[str, bytes] = MappingProxyType({})) -> Bootable:
+    """Put the image and the modules a lab needs into the cache, all or nothing, and drop the tar files' rest.
+
+    Members are written under names of ours, so nothing in an archive decides where a file goes.
+    """
+    home = cache() / name
+    made = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache()))
+    try:
+        with ExitStack() as opened:
+            tree = _Tars([opened.enter_context(tarfile.open(path)) for path in paths])
+            if tree.image is None or "kvm" not in tree:
+                raise Problem(f"kernel {name}: no kernel image with KVM modules in what was fetched")
+            (made / "modules").mkdir()
+            for module in load_order(tree):
+                (made / "modules" / f"{module}.ko").write_bytes(replaced.get(module) or tree[module])
+            (made / "vmlinuz").write_bytes(_contents(*tree.image))
+        made.chmod(0o755)
+        shutil.rmtree(home, ignore_errors=True)
+        made.rename(home)
+    except tarfile.TarError as error:
+        raise Problem(f"kernel {name}: damaged archive ({error})") from None
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    found = fetched(name)
+    if found is None:
+        raise Problem(f"{home}: cannot be read back", ENVIRONMENT)
+    return found
+
+
+@contextmanager
+def _workplace(name: str) -> Iterator[Path]:
+    """A directory in the cache for the time of a fetch. Raises Problem when it cannot be made or there is no space."""
+    try:
+        cache().mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(cache()).free
+        work = Path(tempfile.mkdtemp(prefix=f".fetch-{name}-", dir=cache()))
+    except OSError as error:
+        raise Problem(f"{cache()}: {error.strerror}: set XDG_CACHE_HOME to a directory of yours", ENVIRONMENT) from None
+    try:
+        if free < SPACE_NEEDED:
+            raise Problem(
+                f"{cache()}: {free >> 20} MiB free, {SPACE_NEEDED >> 20} needed: make room or set XDG_CACHE_HOME",
+                ENVIRONMENT,
+            )
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

@@ -1,0 +1,170 @@
+"""The kernels a lab boots: the one table of what each one's root policy is, and where their files are.
+
+The table is dated: Debian's suites move on, and stable kernels get the policy changes backported.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from traces.errors import ENVIRONMENT, Problem
+
+TABLE_DATE: Final = "2026-11-20"
+
+# What happens to a TDP root when the last vCPU unloads it.
+POLICIES: Final = {
+    "sync": "freed at once, its tables zapped by the unloading vCPU",
+    "async": "invalidated at once, zapped and freed later by a worker",
+    "preserve": "kept until a memslot change or the VM's end invalidates it",
+    "shadow": "no TDP MMU: tables are kept in a hash and reclaimed by page",
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A line of the table. `suites` are (archive label, suite), where Debian has it as `linux-image-amd64`.
+
+    `series` is how its version begins; `parameters` are module parameters as on a command line (kvm.tdp_mmu=1)
+    that it needs for its TDP MMU; `variant` names the folder that replaces kvm.ko and kvm-amd.ko, for a kernel that no
+    package has.
+    """
+
+    name: str
+    series: str
+    policy: str
+    reason: str
+    suites: tuple[tuple[str, str], ...] = ()
+    parameters: tuple[str, ...] = ()
+    variant: str = ""
+
+
+KERNELS: Final = {
+    kernel.name: kernel
+    for kernel in (
+        Kernel(
+            "5.10",
+            "5.10",
+            "sync",
+            "the first TDP MMU (5.10): kvm_tdp_mmu_free_root() zaps without yielding under mmu_lock",
+            suites=(("Debian-Security", "bullseye-security"), ("Debian", "bullseye")),
+            parameters=("kvm.tdp_mmu=1",),  # off by default until 5.14
+        ),
+        Kernel(
+            "6.1",
+            "6.1",
+            "preserve",
+            "6.1.192 has edbdb43fc96b (6.4) and 0df9dab891ff (6.6) backported: the invalidating task zaps",
+            suites=(("Debian-Security", "bookworm-security"), ("Debian", "bookworm")),
+        ),
+        Kernel(
+            "6.1-async",
+            "6.1",
+            "async",
+            "Debian's 6.1.192 with KVM modules that have edbdb43fc96b undone, as in 5.18 to 6.3",
+            variant="async",
+        ),
+        Kernel(
+            "6.12",
+            "6.12",
+            "preserve",
+            "edbdb43fc96b (6.4) and 0df9dab891ff (6.6); roots are made under mmu_lock for read (6.9)",
+            suites=(("Debian-Security", "trixie-security"), ("Debian", "trixie")),
+        ),
+        Kernel(
+            "7.x",
+            "7",
+            "preserve",
+            "the newest at hand; as 6.12, invalidation split into a front and a back half (7.3)",
+            suites=(("Debian", "sid"), ("Debian", "experimental")),
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Bootable:
+    """A kernel whose files are here. `modules` are directories of which the last one to have a module counts.
+
+    `name` and `policy` are the table's, or the image's release and nothing for a user's own kernel.
+    """
+
+    name: str
+    image: Path
+    modules: tuple[Path, ...]
+    policy: str = ""
+    parameters: tuple[str, ...] = ()
+    version: str = field(default="", compare=False)
+
+    @property
+    def release(self) -> str:
+        """What `uname -r` says in it."""
+        return self.version.split(" ", 1)[0]
+
+    @property
+    def package(self) -> str:
+        """Debian's package and its version, empty for a kernel that is not Debian's build."""
+        built = re.search(r" Debian (\S+) \(", self.version)
+        return f"linux-image-{self.release} {built[1]}" if built else ""
+
+
+def cache() -> Path:
+    """Where fetched kernels are kept: $XDG_CACHE_HOME/kvmtrace/kernels."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "kvmtrace" / "kernels"
+
+
+def known(name: str) -> Kernel:
+    """The table's line. Raises Problem for a name that it does not have."""
+    if name in KERNELS:
+        return KERNELS[name]
+    raise Problem(f"{name}: no such kernel; there are {', '.join(KERNELS)}, or the path of a kernel image")
+
+
+def fetched(name: str) -> Bootable | None:
+    """A kernel of the table that is in the cache, or None."""
+    kernel, home = known(name), cache() / name
+    if not (home / "vmlinuz").is_file():
+        return None
+    return Bootable(
+        name,
+        home / "vmlinuz",
+        (home / "modules",),
+        kernel.policy,
+        kernel.parameters,
+        image_version(home / "vmlinuz"),
+    )
+
+
+def own(image: Path, modules: Path | None) -> Bootable:
+    """A kernel of the user's: a bzImage, and where its modules are unless KVM and 9p are built in."""
+    version = image_version(image)
+    return Bootable(version.split(" ", 1)[0], image, (modules,) if modules else (), version=version)
+
+
+def image_version(image: Path) -> str:
+    """The version line within a bzImage (x86 boot protocol, `kernel_version` at 0x20e): release, builder, date.
+
+    Raises Problem when the file cannot be read or is no bzImage.
+    """
+    try:
+        with image.open("rb") as file:
+            head = file.read(0x8200)  # the setup code is at most 64 sectors long
+    except OSError as error:
+        raise Problem(f"{image}: {error.strerror}") from None
+    if head[0x202:0x206] != b"HdrS":
+        raise Problem(f"{image}: not an x86 kernel image (bzImage)")
+    (offset,) = struct.unpack_from("<H", head, 0x20E)
+    version = head[0x200 + offset :].split(b"\0", 1)[0]
+    return version.decode("ascii", "replace")
+
+
+def missing(name: str) -> Problem:
+    """The problem of a kernel of the table that is not here, with the command that gets it."""
+    if KERNELS[name].variant:
+        return Problem(f"kernel {name} is in no package: set KVMTRACE_KERNELS to a directory that has it", ENVIRONMENT)
+    return Problem(f"kernel {name} is not here: kvmtrace lab fetch {name}", ENVIRONMENT)

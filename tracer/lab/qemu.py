@@ -1,0 +1,134 @@
+"""One QEMU process: its command line, its limits, and what its end means."""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from traces.errors import ENVIRONMENT, Problem
+
+PROGRAM: Final = "qemu-system-x86_64"
+
+# quiet .. cryptomgr.notests: a boot in 3 s instead of 8 under emulation. panic=-1 oops=panic: a broken kernel ends the
+# run at once. rcu_expedited: detaching kprobes took 20 s on 5.10 without it. nokaslr: traces of two boots compare.
+COMMAND_LINE: Final = (
+    "console=ttyS0 quiet panic=-1 oops=panic mitigations=off nokaslr tsc=reliable no_timer_check audit=0 "
+    "random.trust_cpu=on cryptomgr.notests rcupdate.rcu_expedited=1"
+)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What QEMU is asked for; `memory` in MiB, `parameters` as on a kernel's command line."""
+
+    image: Path
+    initrd: Path
+    share: Path
+    memory: int
+    parameters: tuple[str, ...] = ()
+
+    def command(self) -> list[str]:
+        """The argv. Two processors, since some scenarios are about two vCPUs; a nested guest needs SVM and NPT."""
+        return [
+            PROGRAM,
+            # Multi-threaded TCG loses runtime code patching (static keys, kprobes) and the guest dies of a stray int3.
+            *("-accel", "tcg,thread=single"),
+            *("-M", "q35", "-cpu", "EPYC,+svm,+npt", "-smp", "2", "-m", str(self.memory)),
+            *("-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"),
+            *("-kernel", str(self.image), "-initrd", str(self.initrd)),
+            *("-append", " ".join((COMMAND_LINE, *self.parameters))),
+            *("-device", "isa-debug-exit,iobase=0xf4,iosize=4"),
+            *("-virtfs", _share(Path("/"), "host") + ",readonly=on"),
+            *("-virtfs", _share(self.share, "lab")),
+        ]
+
+
+def _share(path: Path, tag: str) -> str:
+    # QEMU's option parser takes a comma doubled; multidevs=remap: the host's root may span file systems.
+    return f"local,path={str(path).replace(',', ',,')},mount_tag={tag},security_model=none,multidevs=remap"
+
+
+class Ending(enum.Enum):
+    """How a guest ended. The first five are init.c's, by isa-debug-exit: its code s is QEMU's status s << 1 | 1."""
+
+    ORDERLY = "ran its command"
+    MODULE_REFUSED = "could not load a module"
+    MOUNT_REFUSED = "could not mount a file system"
+    NO_KVM = "has no /dev/kvm"
+    NO_COMMAND = "could not start the command"
+    PANIC = "panicked or reset"
+    QEMU_FAILED = "was lost with QEMU"
+    TIMEOUT = "did not end in time"
+
+
+_BY_DEBUG_EXIT: Final = (
+    Ending.ORDERLY,
+    Ending.MODULE_REFUSED,
+    Ending.MOUNT_REFUSED,
+    Ending.NO_KVM,
+    Ending.NO_COMMAND,
+)
+
+
+def decode(status: int) -> Ending:
+    """What QEMU's exit status says. 0 is a failure: `panic=-1 -no-reboot` makes QEMU leave quietly after a panic."""
+    if status == 0:
+        return Ending.PANIC
+    # An error of QEMU's own (bad option, unreadable image) is 1 as well; `session` tells it by the missing result.
+    if status > 0 and status & 1 and status >> 1 < len(_BY_DEBUG_EXIT):
+        return _BY_DEBUG_EXIT[status >> 1]
+    return Ending.QEMU_FAILED
+
+
+def run(argv: list[str], serial: Path, timeout: float, tick: Callable[[], None] = lambda: None) -> Ending:
+    """Run QEMU until it ends or `timeout` seconds have passed, its output in the file `serial`.
+
+    `tick` is called some ten times a second. QEMU does not outlive this call, whatever ends it, nor this process.
+    Raises Problem (environment) when QEMU is not there.
+    """
+    with serial.open("wb") as output:
+        try:
+            process = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=_die_with_parent(),
+            )
+        except FileNotFoundError:
+            raise Problem(f"no {argv[0]}: apt-get install qemu-system-x86", ENVIRONMENT) from None
+    deadline = time.monotonic() + timeout
+    try:
+        while time.monotonic() < deadline:
+            with suppress(subprocess.TimeoutExpired):
+                return decode(process.wait(0.1))
+            tick()
+        return Ending.TIMEOUT
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _die_with_parent() -> Callable[[], None]:
+    """For the child between fork and exec: have the kernel kill it when we die, even of SIGKILL."""
+    prctl = ctypes.CDLL(None, use_errno=True).prctl  # looked up before the fork
+    parent = os.getpid()
+
+    def arm() -> None:
+        pr_set_pdeathsig = 1
+        prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return arm

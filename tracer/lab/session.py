@@ -1,0 +1,214 @@
+"""One boot of a lab guest: what it is given, what it runs, and what it hands back."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from tracer.lab.initramfs import build, compile_init
+from tracer.lab.kernels import Bootable
+from tracer.lab.modules import Directory, load_order
+from tracer.lab.qemu import Ending, Machine, run
+from traces.errors import BAD_INPUT, ENVIRONMENT, Problem
+
+# Where init.c mounts the share in the guest.
+SHARE: Final = "/mnt/lab"
+TRACE: Final = "out.parquet"
+SPACE_NEEDED: Final = 256 << 20
+DEFAULT_MEMORY: Final = 2048
+DEFAULT_TIMEOUT: Final = 180.0
+
+_PARAMETER: Final = re.compile(r"([\w-]+)\.(\w+=\S*)")
+_WARNING: Final = re.compile(r"WARNING: |BUG: |Oops|INFO: task |rcu: INFO: |unknown parameter")
+
+
+class GuestFailed(Problem):
+    """The guest did not do its work; `tail` is what it last said on its console, a line each."""
+
+    def __init__(self, message: str, tail: Sequence[str], code: int = BAD_INPUT) -> None:
+        super().__init__(message, code)
+        self.tail = tuple(tail)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What came of a command in the guest; `seconds` is its wall time there, `warnings` its kernel's complaints."""
+
+    signalled: bool
+    code: int
+    seconds: float
+    stdout: str
+    stderr: str
+    warnings: tuple[str, ...]
+
+
+def recorder(workload: Sequence[str], events: str) -> list[str]:
+    """The command that records `workload` in the guest, by the interpreter that we run under ourselves."""
+    return [sys.executable, "-m", "kvmtrace", "record", "-o", f"{SHARE}/{TRACE}", "--events", events, "--", *workload]
+
+
+def boot(
+    kernel: Bootable,
+    command: Sequence[str],
+    *,
+    trace: Path | None = None,
+    parameters: Sequence[str] = (),
+    memory: int = DEFAULT_MEMORY,
+    timeout: float = DEFAULT_TIMEOUT,
+    follow: bool = False,
+) -> Finished:
+    """Boot `kernel`, run `command` (the host's file system is the guest's) and power off.
+
+    `trace` is where the trace that the command recorded is moved to; `parameters` are module parameters
+    (kvm.tdp_mmu=0) that come after the kernel's own; `memory` in MiB; `timeout` in seconds for the whole boot;
+    `follow` passes the command's output on as it comes. A command that failed is the caller's to judge.
+
+    Raises Problem when something is missing to begin with, GuestFailed when the guest did not get to the end.
+    """
+    given = _by_module((*kernel.parameters, *parameters))
+    tree = Directory(*kernel.modules)
+    loaded = load_order(tree)
+    for module in given:
+        if "kvm" in loaded and module not in loaded:
+            raise Problem(f"--param {module}.{given[module]}: a lab guest loads no module {module}")
+    with tempfile.TemporaryDirectory(prefix="kvmtrace-lab-") as directory:
+        work = Path(directory)
+        free = shutil.disk_usage(work).free
+        if free < SPACE_NEEDED:
+            raise Problem(
+                f"{work.parent}: {free >> 20} MiB free, {SPACE_NEEDED >> 20} needed: make room or set TMPDIR",
+                ENVIRONMENT,
+            )
+        share = work / "share"
+        share.mkdir()
+        _ask(share, command, _environment(kernel, given))
+        initrd = work / "initrd"
+        initrd.write_bytes(build(tree, given, compile_init(work)))
+        on_command_line = tuple(f"{module}.{one}" for module, several in given.items() for one in several.split())
+        machine = Machine(kernel.image, initrd, share, memory, on_command_line)
+        output = _Output(share) if follow else None
+        ending = run(machine.command(), work / "serial", timeout, output.pass_on if output else lambda: None)
+        if output:
+            output.pass_on()
+        finished = _result(share) if ending is Ending.ORDERLY else None
+        if finished is None:
+            raise _failure(kernel, ending, (work / "serial").read_bytes(), timeout)
+        if trace and (share / TRACE).is_file():
+            try:
+                shutil.move(share / TRACE, trace)
+            except OSError as error:
+                raise Problem(f"{trace}: {error.strerror}") from None
+        return finished
+
+
+def _by_module(parameters: Iterable[str]) -> dict[str, str]:
+    """Parameters as insmod takes them, "a=1 b=2" by module; of one given twice the last counts there."""
+    given: dict[str, str] = {}
+    for parameter in parameters:
+        parts = _PARAMETER.fullmatch(parameter)
+        if not parts:
+            raise Problem(f"--param {parameter}: not of the form MODULE.PARAMETER=VALUE, such as kvm.tdp_mmu=0")
+        module = parts[1].replace("-", "_")
+        given[module] = f"{given.get(module, '')} {parts[2]}".strip()
+    return given
+
+
+def _value(given: dict[str, str], module: str, parameter: str) -> str:
+    return dict(one.split("=", 1) for one in given.get(module, "").split()).get(parameter, "")
+
+
+def _environment(kernel: Bootable, given: dict[str, str]) -> dict[str, str]:
+    off = any(_value(given, *one) in ("0", "n", "N") for one in (("kvm", "tdp_mmu"), ("kvm_amd", "npt")))
+    return {
+        "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
+        "HOME": "/root",
+        "LANG": "C.UTF-8",
+        "TERM": "dumb",
+        # What has our modules, of a checkout as well as of an installed package, then what we were given ourselves.
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONDONTWRITEBYTECODE": "1",  # it would go to the tmpfs and be lost
+        # For the trace's provenance: the release of a kernel with replaced modules does not tell it from the stock one.
+        "KVMTRACE_LAB_KERNEL": kernel.name,
+        "KVMTRACE_LAB_PACKAGE": kernel.package,
+        "KVMTRACE_LAB_POLICY": "shadow" if off else kernel.policy,
+    }
+
+
+def _ask(share: Path, command: Sequence[str], environment: dict[str, str]) -> None:
+    (share / "argv").write_bytes(b"".join(os.fsencode(word) + b"\0" for word in command))
+    pairs = (os.fsencode(f"{name}={value}") + b"\0" for name, value in environment.items())
+    (share / "environ").write_bytes(b"".join(pairs))
+    (share / "cwd").write_bytes(os.fsencode(Path.cwd()))
+
+
+def _result(share: Path) -> Finished | None:
+    """What the guest left in the share; None when it left nothing, which is how QEMU's own errors show."""
+    if not (share / "status").is_file():
+        return None
+    how, code, seconds = (share / "status").read_text().split()
+    log = _text(share / "dmesg").splitlines()
+    return Finished(
+        how == "signal",
+        int(code),
+        float(seconds),
+        _text(share / "stdout"),
+        _text(share / "stderr"),
+        tuple(re.sub(r"^<\d+>", "", line) for line in log if _WARNING.search(line)),
+    )
+
+
+def _text(path: Path) -> str:
+    return path.read_text(errors="replace") if path.is_file() else ""
+
+
+class _Output:
+    """The command's output files in the share, passed on to our own as they grow."""
+
+    def __init__(self, share: Path) -> None:
+        self.files = {share / "stdout": sys.stdout, share / "stderr": sys.stderr}
+        self.read = dict.fromkeys(self.files, 0)
+
+    def pass_on(self) -> None:
+        for path, stream in self.files.items():
+            if not path.is_file():
+                continue
+            with path.open("rb") as file:
+                file.seek(self.read[path])
+                new = file.read()
+            self.read[path] += len(new)
+            stream.write(new.decode(errors="replace"))
+            stream.flush()
+
+
+def _failure(kernel: Bootable, ending: Ending, serial: bytes, timeout: float) -> GuestFailed:
+    """The one line for a guest that did not do its work; its init says the cause on the console."""
+    lines = [line.strip() for line in serial.decode(errors="replace").splitlines()]
+    lines = [line for line in lines if line and "TCG doesn't support requested feature" not in line]
+    cause = next((line.split(": ", 1)[1] for line in reversed(lines) if line.startswith("kvmtrace-lab: ")), "")
+    who = f"kernel {kernel.name}"
+    if ending is Ending.MODULE_REFUSED and "kvm_amd" in cause:
+        message = f"{who}: no SVM for its KVM ({cause}): a lab guest needs KVM with AMD support, and npt not disabled"
+    elif ending is Ending.MODULE_REFUSED:
+        message = f"{who}: {cause}: --modules and --kvm-modules must be of the very build of the image"
+    elif ending is Ending.MOUNT_REFUSED:
+        message = f"{who}: {cause}: it needs 9p over virtio and overlay, built in or in --modules DIR"
+    elif ending is Ending.NO_KVM:
+        message = f"{who}: no /dev/kvm in it: it needs KVM for AMD, built in or in --modules DIR"
+    elif ending is Ending.TIMEOUT:
+        message = f"{who}: the guest did not end within {timeout:g} s and was killed: --timeout gives it longer"
+    elif ending is Ending.PANIC:
+        panic = next((line for line in lines if "Kernel panic" in line or "Oops" in line), "no message on its console")
+        message = f"{who}: the guest panicked or reset ({re.sub(r'^.*?] ', '', panic)})"
+    elif ending is Ending.NO_COMMAND:
+        message = f"{who}: {cause or 'the guest could not start the command'}"
+    else:
+        message = f"{who}: QEMU gave up ({lines[-1] if lines else 'without a word'})"
+    code = ENVIRONMENT if ending in (Ending.QEMU_FAILED, Ending.ORDERLY) else BAD_INPUT
+    return GuestFailed(message, lines[-12:], code)
