@@ -8,6 +8,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 
+/* For vCPUs that run in turns only: they share one SMBASE, where their saved states would overwrite each other. */
 void smi_to_all(struct run *run, unsigned pass)
 {
 	struct vm *vm = &run->vms[0];
@@ -74,6 +75,9 @@ void notify(struct run *run, unsigned pass)
 	}
 	if (result < 0)
 		fail(EXIT_GUEST_FAILED, "scenario %s: %s: %s", run->scenario->name, run->options->how, strerror(errno));
+	/* Or the host's own write fault would come inside KVM's: 5.10 then copies any page that still sits in a per-CPU
+	 * LRU batch, the copy invalidates, and KVM retries the guest's fault, a varying number of times. */
+	populate(host, vm->data_size);
 }
 
 /* Reads the log of the data slot, which also write-protects what was dirty. Must be just what the guest wrote. */

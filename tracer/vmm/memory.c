@@ -30,6 +30,12 @@ static size_t huge_kib(const uint8_t *start, size_t size)
 	return total;
 }
 
+void populate(uint8_t *start, size_t size)
+{
+	for (size_t offset = 0; offset < size; offset += PAGE)
+		*(volatile uint8_t *)(start + offset) = 0;
+}
+
 void map_ram(struct vm *vm, size_t data_size, bool huge)
 {
 	size_t size = HUGE_PAGE + data_size;
@@ -45,9 +51,7 @@ void map_ram(struct vm *vm, size_t data_size, bool huge)
 	vm->ram = (uint8_t *)start;
 	/* A kernel without THP refuses both: right for small pages, and huge ones are checked below. */
 	madvise(vm->ram, size, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
-	/* By hand, not MAP_POPULATE, which would come before the advice. */
-	for (size_t offset = 0; offset < size; offset += PAGE)
-		*(volatile uint8_t *)(vm->ram + offset) = 0;
+	populate(vm->ram, size); /* MAP_POPULATE would come before the advice */
 	if (huge && huge_kib(vm->ram, size) < size >> 10)
 		fail(EXIT_NO_ABILITY, "--huge: the host gave no 2 MiB pages for %zu MiB: "
 		     "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled", size >> 20);

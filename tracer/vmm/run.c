@@ -182,10 +182,11 @@ static void run_vms(struct run *run, unsigned passes)
 	}
 	run->tally.wall_ns += now_ns() - start;
 	count(run);
-	for (unsigned v = 0; v < run->n_vms; v++) {
-		stop_threads(&run->vms[v]);
+	/* In this order, since a thread gives its stack back when it ends, which a live VM's MMU notifiers would see. */
+	for (unsigned v = 0; v < run->n_vms; v++)
 		destroy_vm(&run->vms[v]);
-	}
+	for (unsigned v = 0; v < run->n_vms; v++)
+		stop_threads(&run->vms[v]);
 }
 
 void run_scenario(struct run *run)

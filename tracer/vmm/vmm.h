@@ -144,6 +144,7 @@ _Noreturn void fail(enum exit_code code, const char *format, ...) __attribute__(
 /* memory.c */
 void map_ram(struct vm *vm, size_t data_size, bool huge);
 void unmap_ram(struct vm *vm);
+void populate(uint8_t *start, size_t size); /* makes every page present and writable in the host; clears it */
 uint8_t *host_address(const struct vm *vm, uint32_t gpa);
 
 /* vm.c */
