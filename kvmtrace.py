@@ -41,31 +41,37 @@ def _size(text: str) -> int:
 
 
 def _kinds(events: str) -> tuple[str, frozenset[str]]:
-    from traces.schema import BY_NAME
     from tracer.probes import PRESETS, preset_kinds
+    from traces.schema import BY_NAME
 
     if events in PRESETS:
         return events, preset_kinds(events)
     names = frozenset(name.strip() for name in events.split(",") if name.strip())
     unknown = sorted(names - (BY_NAME.keys() - {"gap"}))
     if unknown or not names:
-        raise Problem(f"--events {', '.join(unknown) or events!r}: neither a preset ({', '.join(PRESETS)}) nor kinds of event")
+        what = ", ".join(unknown) or repr(events)
+        raise Problem(f"--events {what}: neither a preset ({', '.join(PRESETS)}) nor kinds of event")
     return "list", names
 
 
 @app.command(
     context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False},
-    epilog="Examples: kvmtrace record --duration 10 -o stall.parquet | kvmtrace record --vm 4242 --events roots --duration 60"
+    epilog="Examples: kvmtrace record --duration 10 -o stall.parquet"
+    " | kvmtrace record --vm 4242 --events roots --duration 60"
     " | kvmtrace record -o boot.parquet -- qemu-system-x86_64 -accel kvm ...",
 )
 def record(
     command: Annotated[list[str] | None, typer.Argument(help="Record while this command runs (after --).")] = None,
-    out: Annotated[Path | None, typer.Option("-o", "--output", help="The trace to write. [default: kvmtrace-DATE.parquet]")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The trace to write. [default: kvmtrace-DATE.parquet]")
+    ] = None,
     vm: Annotated[str, typer.Option(help="Process that owns the VM to record, or `all`.")] = "all",
     duration: Annotated[float | None, typer.Option(help="Seconds to record.", min=0.001)] = None,
     max_events: Annotated[int | None, typer.Option(help="Stop after this many events.", min=1)] = None,
     max_size: Annotated[str | None, typer.Option(help="Stop when this much is on disk, such as 2G.")] = None,
-    events: Annotated[str, typer.Option(help="roots (cheap, for production), mmu, all, or kinds separated by commas.")] = "mmu",
+    events: Annotated[
+        str, typer.Option(help="roots (cheap, for production), mmu, all, or kinds separated by commas.")
+    ] = "mmu",
     ring_size: Annotated[str, typer.Option(help="BPF ring buffer, a power of two.")] = "64M",
     strict: Annotated[bool, typer.Option("--strict", help="Exit 1 when an event was lost.")] = False,
     as_json: Json = False,
@@ -106,7 +112,8 @@ def record(
     else:
         each = summary.size / summary.events if summary.events else 0
         print(
-            f"{summary.path}: {summary.events:,} events, {summary.lost:,} lost, {summary.size:,} bytes ({each:.2f} each); "
+            f"{summary.path}: {summary.events:,} events, {summary.lost:,} lost, "
+            f"{summary.size:,} bytes ({each:.2f} each); "
             f"{outcome.stopped}; recorder used {outcome.cpu_seconds:.1f} s CPU in {outcome.seconds:.1f} s",
             file=sys.stderr,
         )
@@ -114,7 +121,10 @@ def record(
         print(f"kvmtrace: {summary.path}: {line}", file=sys.stderr)
     if summary.discrepancies or (strict and summary.lost):
         if strict and summary.lost:
-            print(f"kvmtrace: {summary.lost:,} events were lost (--strict): try --ring-size 256M or fewer events", file=sys.stderr)
+            print(
+                f"kvmtrace: {summary.lost:,} events were lost (--strict): try --ring-size 256M or fewer events",
+                file=sys.stderr,
+            )
         raise typer.Exit(VERDICT_FAILED)
     if outcome.status:
         print(f"kvmtrace: the command ended with status {outcome.status}", file=sys.stderr)
@@ -124,7 +134,9 @@ def record(
 @app.command(epilog="Example: kvmtrace recover stall.kvmt")
 def recover(
     directory: Annotated[Path, typer.Argument(help="What a killed recorder left: NAME.kvmt.")],
-    out: Annotated[Path | None, typer.Option("-o", "--output", help="The trace to write. [default: NAME.parquet]")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The trace to write. [default: NAME.parquet]")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Make a trace from what a killed recorder left; repeat it as often as you like."""
@@ -137,7 +149,10 @@ def recover(
             "complete": summary.complete, "discrepancies": list(summary.discrepancies),
         })  # fmt: skip
         return
-    print(f"{summary.path}: {summary.events:,} events recovered, {summary.lost:,} known lost, {summary.size:,} bytes", file=sys.stderr)
+    print(
+        f"{summary.path}: {summary.events:,} events recovered, {summary.lost:,} known lost, {summary.size:,} bytes",
+        file=sys.stderr,
+    )
     for line in summary.discrepancies:
         print(f"kvmtrace: {line}", file=sys.stderr)
 

@@ -15,8 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from traces.errors import ENVIRONMENT, Problem
-from traces.schema import BY_CODE
 from tracer import snapshot, tracefs
 from tracer.btf import Btf, kernel_btf
 from tracer.headers import headers
@@ -24,7 +22,8 @@ from tracer.host import kernel_symbols, kernel_version
 from tracer.layout import Layout, kernel_layout
 from tracer.probes import IOCTL_KINDS, PROBES, Point, Probe
 from tracer.program import KIND_SLOTS, Chosen, program
-from tracer.tracefs import Field
+from traces.errors import ENVIRONMENT, Problem
+from traces.schema import BY_CODE
 
 DIST_PACKAGES = "/usr/lib/python3/dist-packages"
 INSTALL_BCC = "apt-get install python3-bpfcc"
@@ -85,7 +84,8 @@ def fentry_refused(bcc: Any) -> str:
         with quiet() as said, headers():
             bcc.BPF(text="KFUNC_PROBE(kvm_mmu_load) { return 0; }", cflags=["-w"]).cleanup()
     except Exception:
-        return "fentry refused by this kernel" + (f" ({reason})" if (reason := _last_line(said)) else "")
+        reason = _last_line(said).rpartition(": ")[2]
+        return "fentry refused by this kernel" + (f" ({reason})" if reason else "")
     return ""
 
 
@@ -129,7 +129,7 @@ def _raw_matches(point: Point, btf: Btf, layout: Layout) -> bool:
 
 
 def kernel_bases() -> dict[str, int]:
-    """Addresses of the variables that hold the direct map's and the page array's start; empty where symbols hide them."""
+    """Addresses of the variables holding the direct map's and the page array's start; empty where symbols hide them."""
     symbols = kernel_symbols()
     wanted = {"PAGE_OFFSET_BASE": "page_offset_base", "VMEMMAP_BASE": "vmemmap_base"}
     return {macro: symbols[name] for macro, name in wanted.items() if symbols.get(name)}
@@ -157,7 +157,9 @@ def plan(kinds: frozenset[str], bcc: Any) -> Plan:
             made.attachments.append(Attachment(probe.kind, choice.point.where, choice.how, why))
     for kind in IOCTL_KINDS:
         if kind in kinds:
-            made.attachments.append(Attachment(kind, "syscalls:sys_enter_ioctl, sys_exit_ioctl", "tp" if root else "none"))
+            made.attachments.append(
+                Attachment(kind, "syscalls:sys_enter_ioctl, sys_exit_ioctl", "tp" if root else "none")
+            )
     return made
 
 
@@ -173,7 +175,7 @@ class Probes:
         self.plan = plan(kinds, self._bcc)
         btf = kernel_btf()
         arguments = {c.point.where: len(btf.signature(c.point.where) or ()) for c in self.plan.chosen}
-        text = program(self.plan.chosen, self.layout, kinds, ring_bytes, snapshot.PROGRAM, filter_tgid, arguments)
+        text = program(self.plan.chosen, self.layout, kinds, ring_bytes, filter_tgid, arguments)
         self._bpf = self._load(text)
         self._iterator = self._function(snapshot.FUNCTION, self._bcc.BPF.TRACING)
 
@@ -190,7 +192,9 @@ class Probes:
                 return self._bpf.load_func(name, kind)
             except Exception as error:
                 if ctypes.get_errno() == errno.EPERM or "privileges" in str(error):
-                    raise Problem("BPF programs may not be loaded: run as root (CAP_BPF and CAP_PERFMON)", ENVIRONMENT) from None
+                    raise Problem(
+                        "BPF programs may not be loaded: run as root (CAP_BPF and CAP_PERFMON)", ENVIRONMENT
+                    ) from None
                 raise Problem(f"the kernel refused {name}: {_last_line(said) or error}", ENVIRONMENT) from None
 
     def attach(self) -> None:

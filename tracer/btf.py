@@ -25,7 +25,7 @@ class _Type(ctypes.Structure):
 
     @property
     def kind(self) -> int:
-        return (self.info >> 24) & 0x1F
+        return (int(self.info) >> 24) & 0x1F
 
     @property
     def count(self) -> int:
@@ -74,7 +74,9 @@ class Btf:
         self._lib = _library()
         vmlinux = directory / "vmlinux"
         if not vmlinux.exists():
-            raise Problem(f"no {vmlinux}: this kernel has no BTF; run a kernel with CONFIG_DEBUG_INFO_BTF=y", ENVIRONMENT)
+            raise Problem(
+                f"no {vmlinux}: this kernel has no BTF; run a kernel with CONFIG_DEBUG_INFO_BTF=y", ENVIRONMENT
+            )
         self._handle = self._parse(vmlinux, None)
         module = directory / "kvm"
         self.sources = [str(vmlinux)]
@@ -96,7 +98,7 @@ class Btf:
         return (self._lib.btf__name_by_offset(self._handle, offset) or b"").decode()
 
     def _find(self, name: str, kind: int) -> int:
-        return max(0, self._lib.btf__find_by_name_kind(self._handle, name.encode(), kind))
+        return max(0, int(self._lib.btf__find_by_name_kind(self._handle, name.encode(), kind)))
 
     def _resolve(self, type_id: int) -> int:
         """The type behind typedefs and qualifiers."""

@@ -1,8 +1,8 @@
 """The kernel headers that bcc itself wants.
 
 Our programs use uapi types only, so headers of any version serve any kernel. Where those of the running kernel are not
-installed, the newest under /usr/src are used; Debian splits them in two trees, which are joined by symlinks in a temporary
-directory, so that nothing under /lib/modules has to be touched.
+installed, the newest under /usr/src are used; Debian splits them in two trees, which are joined by symlinks in a
+temporary directory, so that nothing under /lib/modules has to be touched.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tracer.btf import Btf
+from tracer.policy import Facts, root_policy
 from tracer.probes import Version
 
 KALLSYMS = Path("/proc/kallsyms")
@@ -65,7 +66,7 @@ def cpu() -> dict[str, str]:
 
 
 def clock_sample() -> dict[str, int]:
-    """The same moment on the three clocks, ns: events carry `boot` (CLOCK_BOOTTIME); `real` relates them to wall time."""
+    """One moment on three clocks, ns: events carry `boot` (CLOCK_BOOTTIME); `real` relates them to wall time."""
     return {
         "boot": time.clock_gettime_ns(time.CLOCK_BOOTTIME),
         "mono": time.clock_gettime_ns(time.CLOCK_MONOTONIC),
@@ -73,42 +74,19 @@ def clock_sample() -> dict[str, int]:
     }
 
 
-# What happens to a root whose last vCPU reference is put, by what the kernel's own types say; the version only decides
-# where the types cannot: a worker exists under both async and preserve+worker. Dated 2026-11; sources: the commits named.
-_WORKER_PRESERVES: Version = (6, 4)  # edbdb43fc96b, "Preserve TDP MMU roots until they are explicitly invalidated"
-
-
-def root_policy(btf: Btf, version: Version, release: str) -> dict[str, str]:
-    """{name, why}: sync, async, preserve-worker, preserve-inline, shadow or unknown, and the facts that say so."""
-    parameters = module_parameters().get("kvm", {})
-    tdp_mmu = parameters.get("tdp_mmu")
-    if tdp_mmu == "N":
-        return {"name": "shadow", "why": "kvm.tdp_mmu=N: the shadow MMU keeps unused roots in its hash"}
-    if any(module_parameters().get(m, {}).get(p) in ("N", "0") for m, p in (("kvm_amd", "npt"), ("kvm_intel", "ept"))):
-        return {"name": "shadow", "why": "no nested paging (npt/ept off): every root is a shadow root"}
-    if version < (5, 12):
-        return {"name": "sync", "why": "before 5.12 the last put zaps and frees the root inline"}
-    if btf.member("kvm_mmu_page", "tdp_mmu_scheduled_root_to_zap"):
-        return {"name": "preserve-inline",
-                "why": "kvm_mmu_page.tdp_mmu_scheduled_root_to_zap (6.6+, 6.1.y from 2023-08): the invalidating task zaps"}  # fmt: skip
-    if btf.member("kvm_mmu_page", "tdp_mmu_async_work"):
-        if version >= _WORKER_PRESERVES:
-            return {"name": "preserve-worker", "why": "kvm_mmu_page.tdp_mmu_async_work on 6.4-6.5: a worker zaps"}
-        return {"name": "async",
-                "why": f"kvm_mmu_page.tdp_mmu_async_work on {release}: the last put queues the root for a worker "
-                       "(6.2.y and 6.3.2+ may preserve: check the build)"}  # fmt: skip
-    if version < (5, 18):
-        return {"name": "sync", "why": "5.12 to 5.17: the last put zaps and frees the root inline"}
-    return {"name": "unknown", "why": f"kernel {release} is not in the policy table and BTF does not tell"}
-
-
 def host(btf: Btf) -> dict[str, Any]:
     """The metadata's `host`, `modules` and `policy`."""
-    uname = platform.uname()
+    uname, parameters = platform.uname(), module_parameters()
     return {
-        "host": {"kernel": uname.release, "build": uname.version, "machine": uname.machine, "cpus": os.cpu_count(), **cpu()},
-        "modules": module_parameters(),
-        "policy": root_policy(btf, kernel_version(), uname.release),
+        "host": {
+            "kernel": uname.release,
+            "build": uname.version,
+            "machine": uname.machine,
+            "cpus": os.cpu_count(),
+            **cpu(),
+        },
+        "modules": parameters,
+        "policy": root_policy(Facts(kernel_version(), btf, parameters)),
     }
 
 

@@ -1,7 +1,7 @@
 """Where the probes find things: offsets of the running kernel's structs, as #defines for the BPF programs.
 
-Everything comes from BTF. The one exception is `struct kvm_mmu_page` on kernels before module BTF (5.11): KVM is a module
-there and vmlinux knows the struct only by name, so a dated table stands in (DATED_PAGE_LAYOUTS).
+Everything comes from BTF. The one exception is `struct kvm_mmu_page` on kernels before module BTF (5.11): KVM is a
+module there and vmlinux knows the struct only by name, so a dated table stands in (DATED_PAGE_LAYOUTS).
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Layout:
 
 
 def kernel_layout(btf: Btf, version: tuple[int, int], bases: dict[str, int]) -> Layout:
-    """Offsets for this kernel: BTF first, the dated table for what BTF lacks. `bases` are kernel addresses, see host.py."""
+    """Offsets for this kernel: BTF first, the dated table for what BTF lacks. `bases`: see bpf.kernel_bases."""
     offsets: dict[str, int] = {}
     for macro, (struct, alternatives) in _MEMBERS.items():
         for path in _SP_RCU_ALTERNATIVES if macro == "SP_RCU" else alternatives:

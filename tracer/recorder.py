@@ -1,8 +1,8 @@
 """One recording, from attached probes to a finished Parquet file.
 
-The order matters: nothing is attached before the output can be written, the VMs that are already there are read before the
-first event, and at the end the probes are detached before the last drain, so that every event counted as emitted is either
-in the file or counted as lost.
+The order matters: nothing is attached before the output can be written, the VMs that are already there are read before
+the first event, and at the end the probes are detached before the last drain, so that every event counted as emitted is
+either in the file or counted as lost.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,21 +22,22 @@ from typing import Any
 
 import numpy as np
 
-from traces.compact import Summary, compact
-from traces.errors import BAD_INPUT, ENVIRONMENT, Problem
-from traces.record import RECORD
-from traces.schema import BY_NAME
 from tracer import host
 from tracer.bpf import Probes, loss_table
 from tracer.btf import kernel_btf
 from tracer.ring import Ring
 from tracer.writer import Writer
+from traces.compact import Summary, compact
+from traces.errors import BAD_INPUT, ENVIRONMENT, Problem
+from traces.record import RECORD
+from traces.schema import BY_NAME
 
 IDLE_SECONDS = 0.02  # between drains: long enough for full batches, short against the ring (64 MiB take 0.2 s at 4 M/s)
 FLUSH_SECONDS = 1.0
 SETTLE_SECONDS = 1.0  # after the command ended: RCU callbacks still free its tables
 QUIET_SECONDS = 0.1
 DEFAULT_RING = 64 << 20
+DRAIN_NICE = -15
 VM_DESCRIPTOR = "anon_inode:kvm-vm"
 
 
@@ -178,6 +180,9 @@ class Recorder:
         try:
             if options.command:
                 self._child = subprocess.Popen(options.command)
+            # The drain before everything else: a ring that is not emptied in time loses, and the drain itself is short.
+            with contextlib.suppress(PermissionError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), DRAIN_NICE)
             while not (reason := self._ended(started)):
                 if not self._drain_once():
                     time.sleep(IDLE_SECONDS)

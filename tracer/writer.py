@@ -1,7 +1,7 @@
 """The disk side of a recording: a thread that writes batches to segments, so that a slow disk cannot stop the drain.
 
-Between drain and disk stands a bounded queue. While the disk keeps up it is empty; when it does not, the queue fills, the
-ring fills behind it, and what the ring then refuses is counted by the probes.
+Between drain and disk stands a bounded queue. While the disk keeps up it is empty; when it does not, the queue fills,
+the ring fills behind it, and what the ring then refuses is counted by the probes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _Work = np.ndarray[Any, Any] | Mapping[str, Any] | None
 
 
 class Writer:
-    """Owns the recording's directory. Give it records and manifest changes; ask `error` whether the disk still takes them."""
+    """Owns the recording's directory; takes records and manifest changes, keeps what the disk refused in `error`."""
 
     def __init__(self, directory: Path, manifest: Mapping[str, Any]) -> None:
         self._segments = SegmentWriter(directory, manifest)

@@ -1,0 +1,166 @@
+/* Reading the kernel's structs, knowing the current thread, and reserving a record that is counted first. */
+static __always_inline u64 read64(u64 at) { u64 v = 0; bpf_probe_read_kernel(&v, 8, (void *)at); return v; }
+static __always_inline u32 read32(u64 at) { u32 v = 0; bpf_probe_read_kernel(&v, 4, (void *)at); return v; }
+static __always_inline u8 read8(u64 at) { u8 v = 0; bpf_probe_read_kernel(&v, 1, (void *)at); return v; }
+#define READ64(at) read64((u64)(at))
+
+static __always_inline struct config *config(void) { int zero = 0; return settings.lookup(&zero); }
+
+/* frame of a table from the kernel's address of it; the virtual frame where the direct map's base is unknown */
+static __always_inline u64 frame_of(u64 address)
+{
+    struct config *c = config();
+    if (!address || !c)
+        return 0;
+    return (c->page_offset ? address - c->page_offset : address) >> 12;
+}
+
+#ifdef HAVE_SP_ROLE
+#define SP_ROLE_OF(sp) read32((u64)(sp) + OFF_SP_ROLE)
+#define SP_GFN(sp) read64((u64)(sp) + OFF_SP_GFN)
+#define SP_TABLE(sp) frame_of(read64((u64)(sp) + OFF_SP_SPT))
+#define SP_REFS_OF(sp) ((s32)read32((u64)(sp) + OFF_SP_REFS))
+#define SP_IS_TDP(sp) read8((u64)(sp) + OFF_SP_TDP)
+#define SP_UNSYNC_OF(sp) (read8((u64)(sp) + OFF_SP_UNSYNC) & 1)
+#else
+#define SP_ROLE_OF(sp) 0
+#define SP_GFN(sp) 0
+#define SP_TABLE(sp) 0
+#define SP_REFS_OF(sp) 0
+#define SP_IS_TDP(sp) 0
+#define SP_UNSYNC_OF(sp) 0
+#endif
+
+static __always_inline u64 vcpu_mmu(u64 vcpu) { return vcpu ? read64(vcpu + OFF_VCPU_MMU) : 0; }
+static __always_inline u64 mmu_root(u64 mmu)
+{
+    u64 frame = mmu ? read64(mmu + OFF_MMU_ROOT) >> 12 : 0;
+    return frame == EMPTY_FRAME ? 0 : frame;
+}
+static __always_inline u32 mmu_role(u64 mmu) { return mmu ? read32(mmu + OFF_MMU_ROLE) : 0; }
+#define MMU_ROOT(mmu) mmu_root((u64)(mmu))
+#define MMU_ROLE(mmu) mmu_role((u64)(mmu))
+static __always_inline u64 vcpu_root(u64 vcpu) { return mmu_root(vcpu_mmu(vcpu)); }
+static __always_inline u32 vcpu_role(u64 vcpu) { return mmu_role(vcpu_mmu(vcpu)); }
+#define VCPU_ROOT(vcpu) vcpu_root((u64)(vcpu))
+#define VCPU_ROLE(vcpu) vcpu_role((u64)(vcpu))
+#define CURRENT_ROOT(self) vcpu_root((self)->vcpu)
+#define CURRENT_ROLE(self) vcpu_role((self)->vcpu)
+#define CHANGED_ROOT(self) ((self)->zap_root ? (self)->zap_root : (self)->zap_kvm ? 0 : vcpu_root((self)->vcpu))
+
+/*
+ * A TDP root has no parent entry; a shadow page as high as its vCPU's root level is a root. Before 5.12 the tracepoints
+ * show no TDP root, and a child's level is one too high.
+ */
+static __always_inline u64 sp_root(u64 sp, struct thread *self)
+{
+    if (SP_IS_TDP(sp)) {
+#ifdef HAVE_SP_PTEP
+        if (!read64(sp + OFF_SP_PTEP))
+            return SP_TABLE(sp);
+#endif
+        return 0;
+    }
+    u32 level = vcpu_role(self->vcpu) & 15;
+    return level && (SP_ROLE_OF(sp) & 15) >= level ? SP_TABLE(sp) : 0;
+}
+#define SP_ROOT(sp, self) sp_root((u64)(sp), self)
+
+/* struct kvm_mmu_page of a root given by its physical address: struct page keeps the pointer */
+static __always_inline u64 hpa_sp(u64 hpa)
+{
+#if defined(HAVE_PAGE_PRIVATE) && defined(HAVE_SP_ROLE)
+    struct config *c = config();
+    u64 frame = hpa >> 12;
+    if (c && c->vmemmap && frame && frame != EMPTY_FRAME)
+        return read64(c->vmemmap + frame * OFF_PAGE_STRUCT_SIZE + OFF_PAGE_PRIVATE);
+#endif
+    return 0;
+}
+static __always_inline s32 hpa_refs(u64 hpa) { u64 sp = hpa_sp(hpa); return sp ? SP_REFS_OF(sp) : -1; }
+static __always_inline u32 hpa_role(u64 hpa) { u64 sp = hpa_sp(hpa); return sp ? SP_ROLE_OF(sp) : 0; }
+static __always_inline u8 hpa_tdp(u64 hpa) { u64 sp = hpa_sp(hpa); return sp ? SP_IS_TDP(sp) : 0; }
+#define HPA_VALID(hpa) ((hpa) != ~0ULL && (hpa) != 0)
+#define HPA_REFS(hpa) hpa_refs(hpa)
+#define HPA_ROLE(hpa) hpa_role(hpa)
+#define HPA_TDP(hpa) hpa_tdp(hpa)
+
+/* What is known of the current thread; a thread met for the first time is remembered. Never fails: `local` stands in. */
+static __always_inline struct thread *current_thread(struct thread *local)
+{
+    u64 id = bpf_get_current_pid_tgid();
+    u32 tid = id, tgid = id >> 32;
+    struct thread *self = threads.lookup(&tid);
+    if (self && self->tgid == tgid)
+        return self;
+    local->tgid = tgid;
+    local->vcpu_id = -1;
+    bpf_get_current_comm(local->comm, sizeof(local->comm));
+    threads.update(&tid, local);
+    self = threads.lookup(&tid);
+    return self ? self : local;
+}
+
+static __always_inline void remember_vcpu(struct thread *self, u64 vcpu)
+{
+    if (!vcpu || self->vcpu == vcpu)
+        return;
+    self->vcpu = vcpu;
+    self->kvm = read64(vcpu + OFF_VCPU_KVM);
+    self->vcpu_id = read32(vcpu + OFF_VCPU_ID);
+}
+
+static __always_inline struct event *reserve(struct thread *self, u8 kind, u64 kvm)
+{
+    int zero = 0;
+    struct percpu *mine = counters.lookup(&zero);
+    u64 now = bpf_ktime_get_boot_ns();
+    struct event *e;
+    if (!mine)
+        return 0;
+#ifdef FILTER_TGID
+    u64 key = kvm;
+    if (self->tgid == FILTER_TGID) {
+        u8 yes = 1;
+        if (kvm && !wanted.lookup(&key))
+            wanted.update(&key, &yes);
+    } else if (!kvm || !wanted.lookup(&key)) {
+        return 0;
+    }
+#endif
+    __sync_fetch_and_add(&mine->emitted[kind], 1);
+    if (mine->gap_count) {
+        e = events.ringbuf_reserve(sizeof(*e));
+        if (e) {
+            __builtin_memset(e, 0, sizeof(*e));
+            e->time = now;
+            e->w0 = mine->gap_count;
+            e->w1 = mine->gap_kinds;
+            e->w2 = mine->gap_since;
+            e->cpu = bpf_get_smp_processor_id();
+            e->vcpu = -1;
+            mine->gap_count = 0;
+            mine->gap_kinds = 0;
+            events.ringbuf_submit(e, BPF_RB_NO_WAKEUP);
+        }
+    }
+    e = events.ringbuf_reserve(sizeof(*e));
+    if (!e) {
+        if (!mine->gap_count)
+            mine->gap_since = now;
+        mine->gap_count++;
+        mine->gap_kinds |= 1ULL << kind;
+        __sync_fetch_and_add(&mine->lost[kind], 1);
+        return 0;
+    }
+    e->time = now;
+    e->kvm = kvm;
+    e->kind = kind;
+    u64 id = bpf_get_current_pid_tgid();
+    e->tid = id;
+    e->tgid = id >> 32;
+    e->cpu = bpf_get_smp_processor_id();
+    e->vcpu = self->vcpu_id;
+    return e;
+}
+#define OWN_KVM(self) ((self)->zap_kvm ? (self)->zap_kvm : (self)->kvm)
