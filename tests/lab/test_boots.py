@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from tracer import vmm
 from tracer.lab import kernels, modules, qemu, session
 from tracer.lab.cli import app
+from traces.compact import compact
 
 pytestmark = pytest.mark.lab
 
@@ -102,3 +104,16 @@ def test_scenario_with_the_shadow_mmu(lab_kernel: kernels.Bootable) -> None:
     report, seconds = result.stdout.splitlines()
     assert json.loads(report)["smis"] == 2
     assert 0 < float(seconds.removesuffix(" s")) < 60
+
+
+@quick("6.1")
+def test_recording_cut_short_by_a_panic_is_kept(lab_kernel: kernels.Bootable, tmp_path: Path) -> None:
+    script = f"{vmm.binary()} smi-storm; sleep 3; echo c > /proc/sysrq-trigger"
+    trace = tmp_path / "crash.parquet"
+    with pytest.raises(
+        session.GuestFailed,
+        match=r"panicked or reset .*; what was recorded until then: kvmtrace recover .*crash\.kvmt$",
+    ):
+        session.boot(lab_kernel, session.recorder(["sh", "-c", script], "mmu"), trace=trace)
+    assert not trace.exists()
+    assert compact(trace.with_suffix(".kvmt"), trace).events > 3000

@@ -122,7 +122,7 @@ def test_directory_prefers_the_last_root(tmp_path: Path) -> None:
 
 def test_the_table_is_complete() -> None:
     policies = {kernel.policy for kernel in kernels.KERNELS.values()}
-    assert policies == {"sync", "async", "preserve"} < set(kernels.POLICIES)
+    assert policies == {"sync", "async", "preserve-inline"} < set(kernels.POLICIES)
     for name, kernel in kernels.KERNELS.items():
         assert kernel.name == name
         assert bool(kernel.suites) != bool(kernel.variant)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from traces.errors import BAD_INPUT, Problem
+from traces.errors import BAD_INPUT, ENVIRONMENT, Problem
 
 if TYPE_CHECKING:
     from tracer.lab.kernels import Bootable
@@ -98,7 +98,7 @@ def run(
     modules: Annotated[Path | None, typer.Option(help="Modules of a kernel given by path (a tree or flat).")] = None,
     kvm_modules: Annotated[Path | None, typer.Option(help="Other kvm.ko and kvm-amd.ko for the kernel.")] = None,
     param: Annotated[list[str] | None, typer.Option(help="A module parameter, such as kvm.tdp_mmu=0.")] = None,
-    events: Annotated[str, typer.Option(help="What to record, as `kvmtrace record --events`.")] = "default",
+    events: Annotated[str, typer.Option(help="What to record, as `kvmtrace record --events`.")] = "mmu",
     bare: Annotated[bool, typer.Option("--bare", help="Do not record; say how long the command took.")] = False,
     timeout: Annotated[float, typer.Option(help="Limit for the whole boot in seconds.", min=1)] = 180,
     memory: Annotated[int, typer.Option(help="The guest's memory in MiB.", min=256)] = 2048,
@@ -110,6 +110,8 @@ def run(
         raise Problem("lab run: give -o OUT.parquet to record, or --bare to only run")
     if output and not output.absolute().parent.is_dir():
         raise Problem(f"{output.parent}: no such directory")
+    if output and output.exists():
+        raise Problem(f"{output}: exists; a recording is never overwritten, choose another name with -o")
     command = _command(scenario, workload, context.args)
     booted = _kernel(kernel, modules, kvm_modules)
     _stop_cleanly()
@@ -137,6 +139,46 @@ def run(
         raise Problem(f"{output}: nothing was recorded")
     if bare:
         print(f"{done.seconds:.3f} s")
+
+
+@app.command()
+def matrix(
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Directory to keep the recordings in.")] = None,
+    kernel: Annotated[list[str] | None, typer.Option(help="Only this kernel (repeatable). [default: all here]")] = None,
+    scenario: Annotated[list[str] | None, typer.Option(help="Only this scenario (repeatable).")] = None,
+    shadow: Annotated[bool, typer.Option(help="Record each with the shadow MMU as well.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Record every scenario on every kernel that is here, with a table; what is in the directory already is kept."""
+    import json
+    import tempfile
+    from contextlib import ExitStack
+    from dataclasses import asdict
+
+    from tracer.lab.fetch import present
+    from tracer.lab.kernels import KERNELS, known
+    from tracer.lab.matrix import cells, fill, render
+
+    names = [known(name).name for name in kernel] if kernel else [name for name in KERNELS if present(name)]
+    if not names:
+        raise Problem("no kernel is here: kvmtrace lab fetch 6.1", ENVIRONMENT)
+    wanted = cells(names, scenario or (), shadow=shadow)
+    _stop_cleanly()
+    with ExitStack() as stack:
+        if output is None:
+            output = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvmtrace-matrix-")))
+        elif not output.is_dir():
+            raise Problem(f"{output}: no such directory")
+        rows, problems = fill(wanted, output, _say)
+    if as_json:
+        document = {"schema": 1, "recordings": [asdict(row) for row in rows], "failed": [str(one) for one in problems]}
+        print(json.dumps(document))
+    else:
+        print(render(rows), end="")
+    for problem in problems:
+        print(f"kvmtrace: {problem}", file=sys.stderr)
+    if problems:
+        raise typer.Exit(max(problem.code for problem in problems))
 
 
 def _command(scenario: str, workload: str, rest: list[str]) -> list[str]:

@@ -20,7 +20,7 @@ TABLE_DATE: Final = "2026-11-20"
 POLICIES: Final = {
     "sync": "freed at once, its tables zapped by the unloading vCPU",
     "async": "invalidated at once, zapped and freed later by a worker",
-    "preserve": "kept until a memslot change or the VM's end invalidates it",
+    "preserve-inline": "kept until a memslot change or the VM's end invalidates it; the task that did zaps it",
     "shadow": "no TDP MMU: tables are kept in a hash and reclaimed by page",
 }
 
@@ -57,8 +57,8 @@ KERNELS: Final = {
         Kernel(
             "6.1",
             "6.1",
-            "preserve",
-            "6.1.192 has edbdb43fc96b (6.4) and 0df9dab891ff (6.6) backported: the invalidating task zaps",
+            "preserve-inline",
+            "6.1.192 has edbdb43fc96b (6.4) and 0df9dab891ff (6.6) backported",
             suites=(("Debian-Security", "bookworm-security"), ("Debian", "bookworm")),
         ),
         Kernel(
@@ -71,14 +71,14 @@ KERNELS: Final = {
         Kernel(
             "6.12",
             "6.12",
-            "preserve",
+            "preserve-inline",
             "edbdb43fc96b (6.4) and 0df9dab891ff (6.6); roots are made under mmu_lock for read (6.9)",
             suites=(("Debian-Security", "trixie-security"), ("Debian", "trixie")),
         ),
         Kernel(
             "7.x",
             "7",
-            "preserve",
+            "preserve-inline",
             "the newest at hand; as 6.12, invalidation split into a front and a back half (7.3)",
             suites=(("Debian", "sid"), ("Debian", "experimental")),
         ),

@@ -93,18 +93,14 @@ def boot(
         initrd.write_bytes(build(tree, given, compile_init(work)))
         on_command_line = tuple(f"{module}.{one}" for module, several in given.items() for one in several.split())
         machine = Machine(kernel.image, initrd, share, memory, on_command_line)
-        output = _Output(share) if follow else None
+        output = _Output(share, trace) if follow else None
         ending = run(machine.command(), work / "serial", timeout, output.pass_on if output else lambda: None)
         if output:
             output.pass_on()
         finished = _result(share) if ending is Ending.ORDERLY else None
+        kept = _take(share, trace) if trace else None
         if finished is None:
-            raise _failure(kernel, ending, (work / "serial").read_bytes(), timeout)
-        if trace and (share / TRACE).is_file():
-            try:
-                shutil.move(share / TRACE, trace)
-            except OSError as error:
-                raise Problem(f"{trace}: {error.strerror}") from None
+            raise _failure(kernel, ending, (work / "serial").read_bytes(), timeout, kept)
         return finished
 
 
@@ -164,6 +160,18 @@ def _result(share: Path) -> Finished | None:
     )
 
 
+def _take(share: Path, trace: Path) -> Path | None:
+    """Move the trace out of the share, or the segments of a recording that was cut short; where it is now."""
+    for made, kept in ((share / TRACE, trace), ((share / TRACE).with_suffix(".kvmt"), trace.with_suffix(".kvmt"))):
+        if made.exists():
+            try:
+                shutil.move(made, kept)
+            except OSError as error:
+                raise Problem(f"{kept}: {error.strerror}") from None
+            return kept
+    return None
+
+
 def _text(path: Path) -> str:
     return path.read_text(errors="replace") if path.is_file() else ""
 
@@ -171,8 +179,9 @@ def _text(path: Path) -> str:
 class _Output:
     """The command's output files in the share, passed on to our own as they grow."""
 
-    def __init__(self, share: Path) -> None:
+    def __init__(self, share: Path, trace: Path | None) -> None:
         self.files = {share / "stdout": sys.stdout, share / "stderr": sys.stderr}
+        self.trace = str(trace or "")
         self.read = dict.fromkeys(self.files, 0)
 
     def pass_on(self) -> None:
@@ -183,11 +192,11 @@ class _Output:
                 file.seek(self.read[path])
                 new = file.read()
             self.read[path] += len(new)
-            stream.write(new.decode(errors="replace"))
+            stream.write(new.decode(errors="replace").replace(f"{SHARE}/{TRACE}", self.trace))
             stream.flush()
 
 
-def _failure(kernel: Bootable, ending: Ending, serial: bytes, timeout: float) -> GuestFailed:
+def _failure(kernel: Bootable, ending: Ending, serial: bytes, timeout: float, kept: Path | None = None) -> GuestFailed:
     """The one line for a guest that did not do its work; its init says the cause on the console."""
     lines = [line.strip() for line in serial.decode(errors="replace").splitlines()]
     lines = [line for line in lines if line and "TCG doesn't support requested feature" not in line]
@@ -211,4 +220,6 @@ def _failure(kernel: Bootable, ending: Ending, serial: bytes, timeout: float) ->
     else:
         message = f"{who}: QEMU gave up ({lines[-1] if lines else 'without a word'})"
     code = ENVIRONMENT if ending in (Ending.QEMU_FAILED, Ending.ORDERLY) else BAD_INPUT
+    if kept:
+        message += f"; what was recorded until then: kvmtrace recover {kept}"
     return GuestFailed(message, lines[-12:], code)

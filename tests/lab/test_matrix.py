@@ -1,0 +1,125 @@
+"""Which recordings the matrix makes, their names, and the table of where they come from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tracer import vmm
+from tracer.lab import matrix
+from tracer.lab.cli import app
+from tracer.lab.kernels import KERNELS
+from tracer.lab.matrix import Cell, Row
+from traces.errors import ENVIRONMENT, Problem
+
+
+def row(cell: Cell, **changes: object) -> Row:
+    made = Row(
+        file=f"{cell.name}.parquet", scenario=cell.scenario, arguments=cell.arguments, kernel=cell.kernel,
+        package="linux-image-1 1-1", release="1", policy="sync", parameters=("kvm.tdp_mmu=1",), recorder="0.1.0",
+        events=1234567, lost=0, roots=2, tables=9, faults=514, leaves=513, guest_ns=12_345_678,
+        kinds={"kvm_page_fault": 514}, bytes=100, sha256="0" * 64,
+    )  # fmt: skip
+    return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("cell", "name"),
+    [
+        (Cell("smi-storm", (), "5.10"), "smi-storm-5.10"),
+        (Cell("smi-storm", (), "6.1", shadow=True), "smi-storm-6.1-shadow"),
+        (Cell("cr4-toggle", ("--bit", "pge"), "6.1-async"), "cr4-toggle-bit-pge-6.1-async"),
+        (Cell("dirty-log", ("--huge",), "7.x", shadow=True), "dirty-log-huge-7.x-shadow"),
+    ],
+)
+def test_names(cell: Cell, name: str) -> None:
+    assert cell.name == name
+
+
+def test_all_scenarios_on_all_kernels_and_both_ways() -> None:
+    cells = matrix.cells(list(KERNELS))
+    assert len({cell.name for cell in cells}) == len(cells)
+    for scenario in vmm.scenarios():
+        made = {(cell.kernel, cell.shadow) for cell in cells if cell.scenario == scenario.name}
+        both = {(kernel, shadow) for kernel in KERNELS for shadow in (False, True)} - {("6.1-async", True)}
+        assert made == (both if scenario.name != "storm" else set())
+    assert [cell.name for cell in matrix.cells(["6.1"], ["storm"], shadow=False)] == ["storm-6.1"]
+
+
+def test_unknown_scenario() -> None:
+    with pytest.raises(Problem, match="none: no such scenario; there are smi-storm"):
+        matrix.cells(["6.1"], ["none"])
+
+
+def test_a_failed_cell_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def record(cell: Cell, directory: Path) -> Row:
+        made.append(cell.name)
+        if cell.scenario == "churn":
+            raise Problem("churn: the guest panicked")
+        (directory / f"{cell.name}.parquet").write_bytes(b"")
+        return row(cell)
+
+    monkeypatch.setattr(matrix, "record", record)
+    cells = [Cell(name, (), "6.1") for name in ("steady", "churn", "huge")]
+    rows, problems = matrix.fill(cells, tmp_path, made.append)
+    assert [one.scenario for one in rows] == ["steady", "huge"]
+    assert [str(one) for one in problems] == ["churn: the guest panicked"]
+    assert made == ["1/3 steady-6.1", "steady-6.1", "2/3 churn-6.1", "churn-6.1", "3/3 huge-6.1", "huge-6.1"]
+
+    # Again: what is there is kept, what failed is tried again, what was deleted is made again.
+    made.clear()
+    (tmp_path / "huge-6.1.parquet").unlink()
+    rows, problems = matrix.fill(cells, tmp_path, lambda line: None)
+    assert made == ["churn-6.1", "huge-6.1"]
+    assert len(rows) == 2
+    assert len(problems) == 1
+
+
+def test_provenance_reads_back_and_has_a_line_for_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def record(cell: Cell, directory: Path) -> Row:
+        (directory / f"{cell.name}.parquet").write_bytes(b"")
+        return row(cell)
+
+    monkeypatch.setattr(matrix, "record", record)
+    cells = [Cell("steady", (), "6.1"), Cell("cr4-toggle", ("--bit", "pge"), "6.1", shadow=True)]
+    matrix.fill(cells, tmp_path, lambda line: None)
+    assert matrix.provenance(tmp_path) == [row(cells[1]), row(cells[0])]
+    assert json.loads((tmp_path / matrix.PROVENANCE).read_text())["schema"] == 1
+    lines = [line for line in (tmp_path / matrix.TABLE).read_text().splitlines() if line.startswith("| ")]
+    assert lines[2] == "| steady-6.1 | linux-image-1 1-1 | sync | 0.1.0 | 1,234,567 | 0 | 2 | 9 | 514 | 513 | 12 |"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", '{"recordings": [{}]}', '{"recordings": [{"file": "x"}]}', '{"recordings": 3}']
+)
+def test_damaged_provenance(tmp_path: Path, text: str) -> None:
+    (tmp_path / matrix.PROVENANCE).write_text(text)
+    with pytest.raises(Problem, match="not a table of provenance"):
+        matrix.provenance(tmp_path)
+
+
+def test_table_for_a_terminal() -> None:
+    lines = matrix.render(
+        [row(Cell("steady", (), "6.1")), row(Cell("cr4-toggle", ("--bit", "pge"), "6.1"))]
+    ).splitlines()
+    assert lines[0].split() == ["recording", "policy", "events", "lost", "roots", "tables", "faults", "leaves", "ms"]
+    assert lines[1].split() == ["steady-6.1", "sync", "1,234,567", "0", "2", "9", "514", "513", "12"]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_no_kernel_here(store: Path) -> None:
+    result = CliRunner().invoke(app, ["matrix"])
+    assert isinstance(result.exception, Problem)
+    assert (str(result.exception), result.exception.code) == ("no kernel is here: kvmtrace lab fetch 6.1", ENVIRONMENT)
+
+
+def test_matrix_needs_its_directory(store: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["matrix", "--kernel", "6.1", "-o", str(tmp_path / "none")])
+    assert isinstance(result.exception, Problem)
+    assert str(result.exception).endswith("/none: no such directory")
