@@ -72,7 +72,9 @@ def record(
     events: Annotated[
         str, typer.Option(help="roots (cheap, for production), mmu, all, or kinds separated by commas.")
     ] = "mmu",
-    ring_size: Annotated[str, typer.Option(help="BPF ring buffer, a power of two.")] = "64M",
+    ring_size: Annotated[
+        str | None, typer.Option(help="BPF ring buffer of each CPU, a power of two. [default: 32M, 256M in all]")
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 1 when an event was lost.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -84,8 +86,8 @@ def record(
 
     if vm != "all" and not vm.isdigit():
         raise Problem(f"--vm {vm}: give the process id of the VM's owner, or `all`")
-    ring = _size(ring_size)
-    if ring & (ring - 1) or ring < 4096:
+    ring = _size(ring_size) if ring_size else None
+    if ring is not None and (ring & (ring - 1) or ring < 4096):
         raise Problem(f"--ring-size {ring_size}: must be a power of two, at least 4096")
     preset, kinds = _kinds(events)
     outcome = make_recording(
@@ -122,7 +124,7 @@ def record(
     if summary.discrepancies or (strict and summary.lost):
         if strict and summary.lost:
             print(
-                f"kvmtrace: {summary.lost:,} events were lost (--strict): try --ring-size 256M or fewer events",
+                f"kvmtrace: {summary.lost:,} events were lost (--strict): try a larger --ring-size, or fewer --events",
                 file=sys.stderr,
             )
         raise typer.Exit(VERDICT_FAILED)

@@ -21,7 +21,7 @@ from tracer.headers import headers
 from tracer.host import kernel_symbols, kernel_version
 from tracer.layout import Layout, kernel_layout
 from tracer.probes import IOCTL_KINDS, PROBES, Point, Probe
-from tracer.program import KIND_SLOTS, Chosen, program
+from tracer.program import KIND_SLOTS, Chosen, program, ring_names
 from traces.errors import ENVIRONMENT, Problem
 from traces.schema import BY_CODE
 
@@ -166,7 +166,7 @@ def plan(kinds: frozenset[str], bcc: Any) -> Plan:
 class Probes:
     """The loaded program: `attach`, then `detach`; the maps that ring.py and the recorder read in between."""
 
-    def __init__(self, kinds: frozenset[str], ring_bytes: int, filter_tgid: int | None = None) -> None:
+    def __init__(self, kinds: frozenset[str], rings: int, ring_bytes: int, filter_tgid: int | None = None) -> None:
         """Compile and load for this kernel. Raises Problem where bcc, headers, privileges or tracefs are lacking."""
         self._bcc = import_bcc()
         if tracefs.tracefs() is None:
@@ -175,8 +175,11 @@ class Probes:
         self.plan = plan(kinds, self._bcc)
         btf = kernel_btf()
         arguments = {c.point.where: len(btf.signature(c.point.where) or ()) for c in self.plan.chosen}
-        text = program(self.plan.chosen, self.layout, kinds, ring_bytes, filter_tgid, arguments)
+        text = program(self.plan.chosen, self.layout, kinds, rings, ring_bytes, filter_tgid, arguments)
         self._bpf = self._load(text)
+        self.ring_fds = [int(self._bpf[name].map_fd) for name in ring_names(rings)]
+        for i, fd in enumerate(self.ring_fds):
+            self._bpf["rings"][ctypes.c_int(i)] = ctypes.c_int(fd)
         self._iterator = self._function(snapshot.FUNCTION, self._bcc.BPF.TRACING)
 
     def _load(self, text: str) -> Any:
@@ -247,10 +250,6 @@ class Probes:
     def snapshot(self) -> dict[str, Any]:
         """VMs alive now, and the probes' thread table primed with their vCPUs; see snapshot.py."""
         return snapshot.take(self._bcc.lib, self._iterator.fd)
-
-    @property
-    def ring_fd(self) -> int:
-        return int(self._bpf["events"].map_fd)
 
     def counters(self) -> np.ndarray[Any, Any]:
         """Counters of each possible CPU: emitted and lost by kind code, and the gap still open."""

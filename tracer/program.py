@@ -102,16 +102,22 @@ def _function(chosen: Chosen, arguments: int) -> str:
     lines += [f"        e->{name} = {f'v_{name}' if text != '0' else '0'};" for name, text in values.items()]
     if vcpu:
         lines.append("        e->vcpu = id;")
-    lines += ["        events.ringbuf_submit(e, BPF_RB_NO_WAKEUP);", "    }"]
+    lines += ["        submit(e);", "    }"]
     if point.after:
         lines.append(f"    {_expand(point.after, chosen, arguments)}")
     return "\n".join([*lines, "    return 0;", "}", ""])
+
+
+def ring_names(rings: int) -> list[str]:
+    """Names of the ring buffer maps."""
+    return [f"ring{i}" for i in range(rings)]
 
 
 def program(
     chosen: list[Chosen],
     layout: Layout,
     kinds: frozenset[str],
+    rings: int,
     ring_bytes: int,
     filter_tgid: int | None = None,
     arguments: Mapping[str, int] | None = None,
@@ -126,7 +132,9 @@ def program(
             layout.defines(),
             *([f"#define FILTER_TGID {filter_tgid}"] if filter_tgid is not None else []),
             *switched,
-            f"#define RING_PAGES {ring_bytes // 4096}",
+            "#define DECLARE_RINGS "
+            + " ".join(f"BPF_RINGBUF_OUTPUT({r}, {ring_bytes // 4096});" for r in ring_names(rings)),
+            f"#define RINGS {rings}",
             f"#define MAX_THREADS {MAX_THREADS}",
             f"struct event {{ {fields} }};",
             f'_Static_assert(sizeof(struct event) == {RECORD_SIZE}, "record size");',

@@ -25,18 +25,17 @@ import numpy as np
 from tracer import host
 from tracer.bpf import Probes, loss_table
 from tracer.btf import kernel_btf
-from tracer.ring import Ring
+from tracer.ring import Rings, default_ring_bytes, ring_count
 from tracer.writer import Writer
 from traces.compact import Summary, compact
 from traces.errors import BAD_INPUT, ENVIRONMENT, Problem
 from traces.record import RECORD
 from traces.schema import BY_NAME
 
-IDLE_SECONDS = 0.02  # between drains: long enough for full batches, short against the ring (64 MiB take 0.2 s at 4 M/s)
+IDLE_SECONDS = 0.02  # between drains: long enough for full batches, short against a ring (32 MiB: 0.1 s at 4 M/s)
 FLUSH_SECONDS = 1.0
 SETTLE_SECONDS = 1.0  # after the command ended: RCU callbacks still free its tables
 QUIET_SECONDS = 0.1
-DEFAULT_RING = 64 << 20
 DRAIN_NICE = -15
 VM_DESCRIPTOR = "anon_inode:kvm-vm"
 
@@ -52,7 +51,7 @@ class Options:
     duration: float | None = None
     max_events: int | None = None
     max_size: int | None = None
-    ring_bytes: int = DEFAULT_RING
+    ring_bytes: int | None = None
     command: tuple[str, ...] = ()
 
     @property
@@ -125,13 +124,13 @@ class Stop:
 
 
 class Recorder:
-    """Drains one loaded program's ring into one directory."""
+    """Drains one loaded program's rings into one directory."""
 
-    def __init__(self, options: Options, probes: Probes, stop: Stop) -> None:
+    def __init__(self, options: Options, probes: Probes, ring_bytes: int, stop: Stop) -> None:
         self.options = options
         self.stop = stop
         self.probes = probes
-        self.ring = Ring(probes.ring_fd, options.ring_bytes)
+        self.rings = Rings(probes.ring_fds, ring_bytes)
         self.drained = 0
         self.notes: list[str] = []
         self.snapshot = probes.snapshot()
@@ -139,11 +138,11 @@ class Recorder:
             raise Problem("no VM is running here: start one, or record a command with `-- COMMAND`", BAD_INPUT)
         self.clock = [host.clock_sample()]
         self.stats: dict[str, Any] = {"start": host.kvm_counters(), "end": {}}
-        self.writer = Writer(options.directory, self._manifest())
+        self.writer = Writer(options.directory, self._manifest(ring_bytes))
         self._child: subprocess.Popen[bytes] | None = None
         self._shown = 0.0
 
-    def _manifest(self) -> dict[str, Any]:
+    def _manifest(self, ring_bytes: int) -> dict[str, Any]:
         from importlib.metadata import version
 
         lab = {key.removeprefix("KVMTRACE_LAB_").lower(): value for key, value in os.environ.items()
@@ -153,7 +152,7 @@ class Recorder:
             "command": list(self.options.command),
             "preset": self.options.preset,
             "vm_filter": self.options.vm,
-            "ring_bytes": self.options.ring_bytes,
+            "rings": {"count": len(self.probes.ring_fds), "bytes": ring_bytes},
             "lab": lab,
             **host.host(kernel_btf()),
             "layout": self.probes.layout.metadata(),
@@ -203,13 +202,12 @@ class Recorder:
         return reason, status
 
     def _drain_once(self) -> bool:
-        """Move one batch from the ring to the writer; whether it was a large one (then there may be more)."""
-        records = self.ring.drain()
-        if records is None:
-            return False
-        self.drained += len(records)
-        self.writer.write(records)
-        return self.ring.fill > 0.05
+        """One round of the rings; whether more waits already."""
+        batches, complete_at = self.rings.drain()
+        if batches:
+            self.drained += sum(len(batch) for batch in batches)
+            self.writer.write(batches, complete_at)
+        return self.rings.fill > 0.05
 
     def _ended(self, started: float) -> str:
         options = self.options
@@ -244,9 +242,7 @@ class Recorder:
         """The last drain; every emitted event is now in the ring, lost, or a bug that the file will name."""
         deadline = time.monotonic() + 2.0
         while True:
-            while (records := self.ring.drain()) is not None:
-                self.drained += len(records)
-                self.writer.write(records)
+            self._drain_once()
             counters = self.probes.counters()
             expected = int(counters["emitted"].sum() - counters["lost"].sum())
             if self.drained >= expected or time.monotonic() > deadline:
@@ -254,7 +250,7 @@ class Recorder:
             time.sleep(IDLE_SECONDS)
         gaps = counters[counters["gap_count"] > 0]
         if len(gaps):
-            self.writer.write(self._open_gaps(counters))
+            self.writer.write([self._open_gaps(counters)], 0)
         self.writer.close({**self._progress(), "snapshot_end": after, "finished": True})
 
     def _open_gaps(self, counters: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -277,7 +273,7 @@ class Recorder:
         lost = int(self.probes.counters()["lost"].sum())
         sys.stderr.write(
             f"\r{seconds:6.1f} s  {self.drained:>12,} events  {self.drained / max(seconds, 0.001):>11,.0f}/s  "
-            f"lost {lost:,}  ring {self.ring.fill:4.0%}  {self.writer.bytes_written / 1e6:,.1f} MB\033[K"
+            f"lost {lost:,}  ring {self.rings.fill:4.0%}  {self.writer.bytes_written / 1e6:,.1f} MB\033[K"
         )
         sys.stderr.flush()
 
@@ -287,10 +283,12 @@ def record(options: Options) -> Outcome:
     check(options)
     stop = Stop()
     with stop.listening():
-        probes = Probes(options.kinds, options.ring_bytes, options.vm)
+        cpus = os.cpu_count() or 1
+        ring_bytes = options.ring_bytes or default_ring_bytes(cpus)
+        probes = Probes(options.kinds, ring_count(cpus), ring_bytes, options.vm)
         try:
             started, cpu = time.monotonic(), time.process_time()
-            recorder = Recorder(options, probes, stop)
+            recorder = Recorder(options, probes, ring_bytes, stop)
             reason, status = recorder.run()
             if sys.stderr.isatty():
                 sys.stderr.write("\n")

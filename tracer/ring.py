@@ -1,4 +1,4 @@
-"""The BPF ring buffer, read in bulk: its memory mapped, records of one size viewed as an array, one copy a batch.
+"""The BPF ring buffers, read in bulk: memory mapped, records of one size viewed as an array, one copy a batch.
 
 Layout (kernel/bpf/ringbuf.c): a consumer page that we may write, a producer page, and the data mapped twice in a row so
 that a record never wraps. Each record has an 8-byte header whose bit 31 says that its probe is still writing.
@@ -7,6 +7,7 @@ that a record never wraps. Each record has an 8-byte header whose bit 31 says th
 from __future__ import annotations
 
 import mmap
+import time
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,22 @@ from traces.schema import RECORD_SIZE
 HEADER_SIZE = 8
 STRIDE = HEADER_SIZE + RECORD_SIZE
 BATCH = 1 << 17  # records a batch, 10 MiB: large enough to be cheap, small enough to keep the ring free
+MAX_RINGS = 16
+DEFAULT_RING = 32 << 20
+DEFAULT_TOTAL = 256 << 20
 _BUSY = np.uint32(1 << 31)
 _SLOT = np.dtype([("length", "u4"), ("page", "u4"), ("record", f"V{RECORD_SIZE}")])
+
+Records = np.ndarray[Any, Any]
+
+
+def ring_count(cpus: int) -> int:
+    return min(cpus, MAX_RINGS)
+
+
+def default_ring_bytes(cpus: int) -> int:
+    """Bytes of each ring: 32 MiB, less on machines with so many CPUs that 256 MiB in all would be exceeded."""
+    return min(DEFAULT_RING, 1 << (DEFAULT_TOTAL // ring_count(cpus)).bit_length() - 1)
 
 
 class Ring:
@@ -34,24 +49,60 @@ class Ring:
         self._data_offset = page
 
     @property
+    def position(self) -> int:
+        """Bytes read since the recording began."""
+        return int(self._consumer[0])
+
+    @property
+    def end(self) -> int:
+        """Bytes written since the recording began."""
+        return int(self._producer[0])
+
+    @property
     def fill(self) -> float:
         """The share of the ring that waits to be read, 0 to 1."""
-        return (int(self._producer[0]) - int(self._consumer[0])) / self.size
+        return (self.end - self.position) / self.size
 
-    def drain(self) -> np.ndarray[Any, Any] | None:
+    def drain(self) -> Records | None:
         """At most BATCH finished records in ring order, copied out and released; None where there are none."""
-        position = int(self._consumer[0])
-        count = min((int(self._producer[0]) - position) // STRIDE, BATCH)
+        position = self.position
+        count = min((self.end - position) // STRIDE, BATCH)
         if count == 0:
             return None
         start = self._data_offset + position % self.size
-        slots: np.ndarray[Any, Any] = np.ndarray((count,), dtype=_SLOT, buffer=self._data_map, offset=start)
+        slots: Records = np.ndarray((count,), dtype=_SLOT, buffer=self._data_map, offset=start)
         busy = np.flatnonzero(slots["length"] & _BUSY)
         if len(busy):
             count = int(busy[0])
             if count == 0:
                 return None
-        records = slots["record"][:count].copy().view(RECORD)
+        records: Records = slots["record"][:count].copy().view(RECORD)
         # x86 keeps loads before later stores: the copy is done before the space is given back.
         self._consumer[0] = position + count * STRIDE
         return records
+
+
+class Rings:
+    """All rings of a recording, read in rounds. Each ring is in order; `order.Order` makes one stream of them."""
+
+    def __init__(self, fds: list[int], size: int) -> None:
+        self._rings = [Ring(fd, size) for fd in fds]
+        self._complete_at = 0
+
+    @property
+    def fill(self) -> float:
+        """How full the fullest ring is, 0 to 1."""
+        return max(ring.fill for ring in self._rings)
+
+    def drain(self) -> tuple[list[Records], int]:
+        """One round: what every ring held as it began, and the time (boot ns) up to which nothing is missing now."""
+        began = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        batches, whole = [], True
+        for ring in self._rings:
+            end = ring.end
+            while ring.position < end and (records := ring.drain()) is not None:
+                batches.append(records)
+            whole &= ring.position >= end
+        if whole:  # else a probe was still writing, and what it writes may be older than this round
+            self._complete_at = began
+        return batches, self._complete_at

@@ -1,24 +1,38 @@
-"""The disk side of a recording: a thread that writes batches to segments, so that a slow disk cannot stop the drain.
+"""The disk side of a recording: a thread that orders batches and writes segments, so that the drain never waits for it.
 
-Between drain and disk stands a bounded queue. While the disk keeps up it is empty; when it does not, the queue fills,
-the ring fills behind it, and what the ring then refuses is counted by the probes.
+Between drain and disk stands a queue bounded in bytes. While the disk keeps up it is empty; when it does not, the queue
+fills, the rings fill behind it, and what they then refuse is counted by the probes.
 """
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from tracer.order import Order
+from tracer.ring import Records
 from traces.segments import SegmentWriter
 
-QUEUE_BATCHES = 64  # of at most ring.BATCH records: 640 MiB at the very worst
+QUEUE_BYTES = 1 << 30
+QUEUE_SHARE = 4  # never more than this part of the memory that is free as the recording begins
+WAIT_SECONDS = 0.01
 
-_Work = np.ndarray[Any, Any] | Mapping[str, Any] | None
+
+@dataclass(frozen=True)
+class _Round:
+    batches: Sequence[Records]
+    complete_at: int
+
+
+@dataclass(frozen=True)
+class _Flush:
+    manifest: Mapping[str, Any]
 
 
 class Writer:
@@ -26,7 +40,11 @@ class Writer:
 
     def __init__(self, directory: Path, manifest: Mapping[str, Any]) -> None:
         self._segments = SegmentWriter(directory, manifest)
-        self._queue: queue.Queue[_Work] = queue.Queue(QUEUE_BATCHES)
+        self._order = Order()
+        self._queue: queue.SimpleQueue[_Round | _Flush | None] = queue.SimpleQueue()
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        self._limit = min(QUEUE_BYTES, free // QUEUE_SHARE)
+        self._queued = self._taken = 0  # bytes; each written by one thread only
         self.error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="segments", daemon=True)
         self._thread.start()
@@ -35,37 +53,41 @@ class Writer:
     def bytes_written(self) -> int:
         return self._segments.bytes_written
 
-    def write(self, records: np.ndarray[Any, Any]) -> None:
-        """Queue records; waits where the queue is full."""
-        self._put(records)
+    def write(self, batches: Sequence[Records], complete_at: int) -> None:
+        """Queue one round of the rings; waits where the queue is full."""
+        while self._queued - self._taken > self._limit and self.error is None:
+            time.sleep(WAIT_SECONDS)
+        self._queued += sum(batch.nbytes for batch in batches)
+        self._queue.put(_Round(batches, complete_at))
 
     def flush(self, manifest: Mapping[str, Any]) -> None:
         """Queue a flush of everything before it, with the manifest's changes."""
-        self._put(manifest)
+        self._queue.put(_Flush(manifest))
 
     def close(self, manifest: Mapping[str, Any]) -> None:
         """Write out the queue and end the recording. Raises what the disk refused."""
-        self._put(None)
+        self._queue.put(None)
         self._thread.join()
         if self.error:
             raise self.error
         self._segments.close(manifest)
 
-    def _put(self, work: _Work) -> None:
-        while self.error is None:
-            try:
-                return self._queue.put(work, timeout=0.1)
-            except queue.Full:
-                continue
-        return None
-
     def _run(self) -> None:
         try:
             while (work := self._queue.get()) is not None:
-                if isinstance(work, np.ndarray):
-                    self._segments.write(work)
+                if isinstance(work, _Round):
+                    self._order.push(work.batches, work.complete_at)
+                    if self._order.worthwhile:
+                        self._store()
+                    self._taken += sum(batch.nbytes for batch in work.batches)
                 else:
+                    self._store()
                     self._segments.flush()
-                    self._segments.update_manifest(work)
+                    self._segments.update_manifest(work.manifest)
+            self._store(everything=True)
         except Exception as error:  # the recorder's loop sees it and ends the recording
             self.error = error
+
+    def _store(self, everything: bool = False) -> None:
+        if (records := self._order.release(everything)) is not None:
+            self._segments.write(records)

@@ -110,13 +110,17 @@ static __always_inline void remember_vcpu(struct thread *self, u64 vcpu)
     self->vcpu_id = read32(vcpu + OFF_VCPU_ID);
 }
 
+static __always_inline void submit(struct event *e) { bpf_ringbuf_submit(e, BPF_RB_NO_WAKEUP); }
+
 static __always_inline struct event *reserve(struct thread *self, u8 kind, u64 kvm)
 {
     int zero = 0;
     struct percpu *mine = counters.lookup(&zero);
     u64 now = bpf_ktime_get_boot_ns();
+    int index = bpf_get_smp_processor_id() % RINGS;
+    void *ring = rings.lookup(&index);
     struct event *e;
-    if (!mine)
+    if (!mine || !ring)
         return 0;
 #ifdef FILTER_TGID
     u64 key = kvm;
@@ -130,7 +134,7 @@ static __always_inline struct event *reserve(struct thread *self, u8 kind, u64 k
 #endif
     __sync_fetch_and_add(&mine->emitted[kind], 1);
     if (mine->gap_count) {
-        e = events.ringbuf_reserve(sizeof(*e));
+        e = bpf_ringbuf_reserve(ring, sizeof(*e), 0);
         if (e) {
             __builtin_memset(e, 0, sizeof(*e));
             e->time = now;
@@ -141,10 +145,10 @@ static __always_inline struct event *reserve(struct thread *self, u8 kind, u64 k
             e->vcpu = -1;
             mine->gap_count = 0;
             mine->gap_kinds = 0;
-            events.ringbuf_submit(e, BPF_RB_NO_WAKEUP);
+            submit(e);
         }
     }
-    e = events.ringbuf_reserve(sizeof(*e));
+    e = bpf_ringbuf_reserve(ring, sizeof(*e), 0);
     if (!e) {
         if (!mine->gap_count)
             mine->gap_since = now;

@@ -76,7 +76,7 @@ int ioctl_enter(void *ctx)
         fill(e, cmd, arg, 0, 0, 0, 0);
         if (what == FILE_VCPU)
             e->vcpu = read32(owner + OFF_VCPU_ID);
-        events.ringbuf_submit(e, BPF_RB_NO_WAKEUP);
+        submit(e);
     }
 #endif
 #ifdef KIND_memslot
@@ -86,7 +86,7 @@ int ioctl_enter(void *ctx)
         e = reserve(self, KIND_memslot, kvm);
         if (e) {
             fill(e, region.gpa >> 12, region.hva, region.size >> 12, region.flags, region.slot & 0xffff, region.slot >> 16);
-            events.ringbuf_submit(e, BPF_RB_NO_WAKEUP);
+            submit(e);
         }
     }
 #endif
@@ -114,7 +114,7 @@ int ioctl_leave(void *ctx)
         e = reserve(self, KIND_vm_create, kvm);
         if (e) {
             fill(e, 0, 0, 0, 0, 0, 0);
-            events.ringbuf_submit(e, BPF_RB_NO_WAKEUP);
+            submit(e);
         }
     }
 #endif
@@ -122,7 +122,7 @@ int ioctl_leave(void *ctx)
     e = reserve(self, KIND_ioctl_end, kvm);
     if (e) {
         fill(e, cmd, 0, 0, 0, ret, 0);
-        events.ringbuf_submit(e, BPF_RB_NO_WAKEUP);
+        submit(e);
     }
 #endif
     return 0;

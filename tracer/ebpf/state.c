@@ -1,6 +1,6 @@
 /*
- * What the probes share: the ring, what is known of each thread, the counters, the settings. `struct event`, RING_PAGES
- * and MAX_THREADS come from program.py, the OFF_* and HAVE_* macros from layout.py.
+ * What the probes share: the rings, what is known of each thread, the counters, the settings. `struct event`, DECLARE_RINGS,
+ * RINGS and MAX_THREADS come from program.py, the OFF_* and HAVE_* macros from layout.py.
  */
 #define EMPTY_FRAME (~0ULL >> 12)
 struct thread {
@@ -25,7 +25,9 @@ struct config {
     u64 page_offset;  /* start of the direct map: 0 where this kernel's symbols do not tell */
     u64 vmemmap;      /* start of the struct page array, the same */
 };
-BPF_RINGBUF_OUTPUT(events, RING_PAGES);
+/* One ring for each CPU (or few CPUs): one ring for all is one spinlock for all, and costs ten times as much. */
+DECLARE_RINGS
+BPF_ARRAY_OF_MAPS(rings, "ring0", RINGS);
 BPF_HASH(threads, u32, struct thread, MAX_THREADS);
 BPF_PERCPU_ARRAY(counters, struct percpu, 1);
 BPF_ARRAY(settings, struct config, 1);
