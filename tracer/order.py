@@ -9,7 +9,7 @@ import numpy as np
 from tracer.ring import Records
 
 # A probe takes its time stamp before its place in the ring. Nothing can come between but an interrupt or, where the
-# host is itself a guest, the hypervisor: records younger than this are held back, so that a late one is still sorted in.
+# host is itself a guest, the hypervisor: records younger than this are held back so that a late one is still sorted in.
 HOLD_NANOSECONDS = 50_000_000
 ENOUGH = 1 << 17  # records worth a merge; fewer wait for the next flush, so that each is copied about once
 

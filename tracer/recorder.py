@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from tracer import host
 from tracer.bpf import Probes, loss_table
 from tracer.btf import kernel_btf
 from tracer.ring import Rings, default_ring_bytes, ring_count
-from tracer.writer import Writer
+from tracer.writer import Writer, prefer_this_thread
 from traces.compact import Summary, compact
 from traces.errors import BAD_INPUT, ENVIRONMENT, Problem
 from traces.record import RECORD
@@ -36,7 +35,6 @@ IDLE_SECONDS = 0.02  # between drains: long enough for full batches, short again
 FLUSH_SECONDS = 1.0
 SETTLE_SECONDS = 1.0  # after the command ended: RCU callbacks still free its tables
 QUIET_SECONDS = 0.1
-DRAIN_NICE = -15
 VM_DESCRIPTOR = "anon_inode:kvm-vm"
 
 
@@ -179,9 +177,7 @@ class Recorder:
         try:
             if options.command:
                 self._child = subprocess.Popen(options.command)
-            # The drain before everything else: a ring that is not emptied in time loses, and the drain itself is short.
-            with contextlib.suppress(PermissionError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), DRAIN_NICE)
+            prefer_this_thread()  # only now: the command must not inherit it
             while not (reason := self._ended(started)):
                 if not self._drain_once():
                     time.sleep(IDLE_SECONDS)

@@ -6,6 +6,7 @@ fills, the rings fill behind it, and what they then refuse is counted by the pro
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import threading
@@ -22,6 +23,17 @@ from traces.segments import SegmentWriter
 QUEUE_BYTES = 1 << 30
 QUEUE_SHARE = 4  # never more than this part of the memory that is free as the recording begins
 WAIT_SECONDS = 0.01
+NICE = -15
+
+
+def prefer_this_thread() -> None:
+    """Let this thread run before others: a ring that is not emptied in time loses.
+
+    Drain and writer both need it. They share the interpreter's lock, and a writer that loses its CPU while it holds the
+    lock would stop the drain as well.
+    """
+    with contextlib.suppress(PermissionError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
 
 
 @dataclass(frozen=True)
@@ -73,6 +85,7 @@ class Writer:
         self._segments.close(manifest)
 
     def _run(self) -> None:
+        prefer_this_thread()
         try:
             while (work := self._queue.get()) is not None:
                 if isinstance(work, _Round):
