@@ -1,0 +1,99 @@
+"""The rings drained in bulk (tracer/ring.py) against bcc's callback API: the same probes, rings and workload.
+
+Both only count what they read, which favours the callback: the bulk drain has copied its records out by then, ready for
+the disk, where a callback that keeps its record pays for that on top.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from benchmarks.recorders import CPUS, KINDS, RING_BYTES
+from tracer.bpf import Probes
+from tracer.program import ring_names
+from tracer.recorder import IDLE_SECONDS
+from tracer.ring import Rings, ring_count
+
+SETTLE_SECONDS = 0.3  # after the workload: RCU callbacks still free its tables
+
+
+@dataclass(frozen=True)
+class Drained:
+    """One run of one way to drain; `cpu_seconds` is the draining thread's."""
+
+    way: str
+    emitted: int
+    read: int
+    lost: int
+    cpu_seconds: float
+
+    @property
+    def per_cpu_second(self) -> float:
+        return self.read / self.cpu_seconds
+
+
+def bulk(probes: Probes) -> Callable[[], int]:
+    """A function that drains one round of all rings and returns how many records it held."""
+    rings = Rings(probes.ring_fds, RING_BYTES)
+
+    def drain() -> int:
+        return sum(len(batch) for batch in rings.drain()[0])
+
+    return drain
+
+
+def callback(probes: Probes) -> Callable[[], int]:
+    """A function that lets bcc call back for every event that waits and returns how many there were."""
+    read = 0
+
+    def on_event(_context: object, _data: object, _size: int) -> int:
+        nonlocal read
+        read += 1
+        return 0
+
+    # The recorder has no use for bcc's callbacks, so Probes does not offer its bcc object: reached for here.
+    bpf = probes._bpf
+    for name in ring_names(len(probes.ring_fds)):
+        bpf[name].open_ring_buffer(on_event)
+
+    def drain() -> int:
+        before = read
+        bpf.ring_buffer_consume()
+        return read - before
+
+    return drain
+
+
+WAYS = {"bulk": bulk, "bcc callback": callback}
+
+
+def run(way: str, workload: Sequence[str], timeout: float) -> Drained:
+    """Drain one workload. Raises subprocess.TimeoutExpired where it takes longer than `timeout` seconds."""
+    probes = Probes(frozenset(KINDS), ring_count(CPUS), RING_BYTES)
+    try:
+        drain = WAYS[way](probes)
+        probes.attach()
+        used, started, ended = time.thread_time(), time.monotonic(), 0.0
+        with subprocess.Popen(workload, stdout=subprocess.DEVNULL) as child:
+            read = 0
+            while not ended or time.monotonic() < ended + SETTLE_SECONDS:
+                batch = drain()
+                read += batch
+                if batch < 1000:
+                    time.sleep(IDLE_SECONDS)
+                if not ended and child.poll() is not None:
+                    ended = time.monotonic()
+                if time.monotonic() > started + timeout:
+                    child.kill()
+                    raise subprocess.TimeoutExpired(workload, timeout)
+        probes.detach()
+        while batch := drain():
+            read += batch
+        used = time.thread_time() - used
+        counters = probes.counters()
+        return Drained(way, int(counters["emitted"].sum()), read, int(counters["lost"].sum()), used)
+    finally:
+        probes.close()

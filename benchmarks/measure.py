@@ -1,0 +1,119 @@
+"""One run of one recorder over the workload: in a session of its own, bounded in time, its files read and removed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import workload
+from benchmarks.recorders import Kept, Recorder
+from tracer import vmm
+from tracer.recorder import owns_vm
+
+ATTEMPTS = 4  # at a run without another VM beside it
+LOOK_SECONDS = 0.5  # between looks for other VMs: reading /proc costs some milliseconds
+
+
+@dataclass(frozen=True)
+class Run:
+    """One recorder in one round; times in seconds. `why` says why there is nothing else."""
+
+    recorder: str
+    why: str = ""
+    loops: int = 0
+    guest_seconds: float = 0.0
+    whole_seconds: float = 0.0
+    recorder_cpu_seconds: float = 0.0
+    kept: Kept | None = None
+    disturbed: bool = False
+
+
+def other_vms(session: int) -> bool:
+    """Whether a process outside `session` owns a VM now: its events would be recorded as well."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                if owns_vm(int(entry.name)) and os.getsid(int(entry.name)) != session:
+                    return True
+    return False
+
+
+def supervise(child: subprocess.Popen[bytes], timeout: float) -> tuple[float, bool]:
+    """Wait for a child that leads its session: (CPU seconds of its whole tree, whether another VM was seen).
+
+    Raises subprocess.TimeoutExpired after ending the whole session.
+    """
+    deadline, look, disturbed = time.monotonic() + timeout, 0.0, False
+    while True:
+        pid, status, usage = os.wait4(child.pid, os.WNOHANG)
+        if pid:
+            child.returncode = os.waitstatus_to_exitcode(status)
+            return usage.ru_utime + usage.ru_stime, disturbed
+        now = time.monotonic()
+        if now > deadline:
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                with contextlib.suppress(OSError):
+                    os.killpg(child.pid, number)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(5)
+            raise subprocess.TimeoutExpired(child.args, timeout)
+        if now > look:
+            look, disturbed = now + LOOK_SECONDS, disturbed or other_vms(child.pid)
+        time.sleep(0.01)
+
+
+def storm(loops: int, timeout: float) -> list[str]:
+    return [str(vmm.binary()), "storm", "--loops", str(loops), "--timeout", str(int(timeout))]
+
+
+def measure(recorder: Recorder, loops: int, timeout: float) -> Run:
+    """Run the workload under one recorder and read what it kept; its files are gone afterwards."""
+    if shutil.which(recorder.program) is None:
+        return Run(recorder.name, f"{recorder.program} is not installed")
+    loops = max(1, round(loops * recorder.share))
+    with tempfile.TemporaryDirectory(prefix="kvmtrace-bench-") as name:
+        scratch = Path(name)
+        result = scratch / "workload.json"
+        argv = recorder.command(
+            scratch, [sys.executable, "-S", str(workload.__file__), str(result), *storm(loops, timeout)]
+        )
+        with (scratch / "stdout").open("wb") as out, (scratch / "stderr").open("wb") as err:
+            started = time.monotonic()
+            environment = {**os.environ, **recorder.environment}
+            child = subprocess.Popen(
+                argv, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment, start_new_session=True
+            )
+            try:
+                cpu, disturbed = supervise(child, timeout)
+            except subprocess.TimeoutExpired:
+                return Run(recorder.name, f"not done after {timeout:g} s")
+            whole = time.monotonic() - started
+        if child.returncode != 0 or not result.exists():
+            return Run(recorder.name, f"refused: {last_words(scratch / 'stderr')}")
+        work = json.loads(result.read_text())
+        guest = sum(work["output"]["guest_ns"]) / 1e9
+        kept = recorder.read(scratch)
+        return Run(recorder.name, "", loops, guest, whole, cpu - work["cpu_seconds"], kept, disturbed)
+
+
+def last_words(path: Path) -> str:
+    lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    return "; ".join(lines[:3]) or "it says nothing"
+
+
+def measure_undisturbed(recorder: Recorder, loops: int, timeout: float) -> Run:
+    """The first of a few runs beside which no other VM was seen, or the last, which then says so."""
+    for _ in range(ATTEMPTS - 1):
+        run = measure(recorder, loops, timeout)
+        if not run.disturbed:
+            return run
+    return measure(recorder, loops, timeout)
