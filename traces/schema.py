@@ -49,40 +49,96 @@ def _kinds() -> tuple[Kind, ...]:
         # The recorder's own
         Kind(0, "gap", "events were lost on this CPU since `addr`", ("value", "code", "addr")),
         # kvmmmu:* tracepoints
-        Kind(1, "kvm_mmu_get_page", "a table page was created or found", ("gfn", "table"), "refs", page,
-             ("created", "unsync")),
-        Kind(2, "kvm_mmu_prepare_zap_page", "a table page is being removed", ("gfn", "table"), "refs", page,
-             ("", "unsync")),
-        Kind(3, "kvm_mmu_sync_page", "an unsync shadow page is being synced", ("gfn", "table"), "refs", page,
-             ("", "unsync")),
-        Kind(4, "kvm_mmu_unsync_page", "a shadow page goes out of sync", ("gfn", "table"), "refs", page,
-             ("", "unsync")),
-        Kind(5, "kvm_mmu_spte_requested", "a fault is about to map `value` (pfn)", ("gfn", "value"), "",
-             ("root", "level")),
+        Kind(
+            1,
+            "kvm_mmu_get_page",
+            "a table page was created or found",
+            ("gfn", "table"),
+            "refs",
+            page,
+            ("created", "unsync"),
+        ),
+        Kind(
+            2,
+            "kvm_mmu_prepare_zap_page",
+            "a table page is being removed",
+            ("gfn", "table"),
+            "refs",
+            page,
+            ("", "unsync"),
+        ),
+        Kind(
+            3,
+            "kvm_mmu_sync_page",
+            "an unsync shadow page is being synced",
+            ("gfn", "table"),
+            "refs",
+            page,
+            ("", "unsync"),
+        ),
+        Kind(
+            4, "kvm_mmu_unsync_page", "a shadow page goes out of sync", ("gfn", "table"), "refs", page, ("", "unsync")
+        ),
+        Kind(
+            5,
+            "kvm_mmu_spte_requested",
+            "a fault is about to map `value` (pfn)",
+            ("gfn", "value"),
+            "",
+            ("root", "level"),
+        ),
         Kind(6, "kvm_mmu_set_spte", "a leaf SPTE was installed", ("gfn", "new", "table"), "", ("root", "level")),
-        Kind(7, "kvm_tdp_mmu_spte_changed", "a TDP SPTE changed", ("gfn", "old", "new"), "",
-             ("root", "level", "as_id")),
-        Kind(8, "fast_page_fault", "a fault was tried without mmu_lock", ("addr", "code", "old", "new"), "ret",
-             ("root",)),
-        Kind(9, "kvm_mmu_zap_all_fast", "all roots are being invalidated; `value` is shadow pages in use", ("value",),
-             "", (), ("generation",)),
+        Kind(
+            7, "kvm_tdp_mmu_spte_changed", "a TDP SPTE changed", ("gfn", "old", "new"), "", ("root", "level", "as_id")
+        ),
+        Kind(
+            8, "fast_page_fault", "a fault was tried without mmu_lock", ("addr", "code", "old", "new"), "ret", ("root",)
+        ),
+        Kind(
+            9,
+            "kvm_mmu_zap_all_fast",
+            "all roots are being invalidated; `value` is shadow pages in use",
+            ("value",),
+            "",
+            (),
+            ("generation",),
+        ),
         Kind(10, "kvm_mmu_split_huge_page", "a huge SPTE was split", ("gfn", "old"), "ret", ("level",)),
-        Kind(11, "mark_mmio_spte", "an MMIO SPTE was cached; `value` is its generation", ("gfn", "code", "value"), "",
-             ("root",)),
+        Kind(
+            11,
+            "mark_mmio_spte",
+            "an MMIO SPTE was cached; `value` is its generation",
+            ("gfn", "code", "value"),
+            "",
+            ("root",),
+        ),
         Kind(12, "handle_mmio_page_fault", "a fault hit a cached MMIO SPTE", ("addr", "gfn", "code"), "", ("root",)),
-        Kind(13, "check_mmio_spte", "an MMIO SPTE's generation (`code`) met the VM's (`value`)",
-             ("old", "value", "code")),
+        Kind(
+            13, "check_mmio_spte", "an MMIO SPTE's generation (`code`) met the VM's (`value`)", ("old", "value", "code")
+        ),
         Kind(14, "kvm_mmu_pagetable_walk", "the guest's page tables are being walked", ("addr", "code")),
         Kind(15, "kvm_mmu_paging_element", "one guest page-table entry was read", ("value",), "", ("level",)),
         Kind(16, "kvm_mmu_set_accessed_bit", "a guest accessed bit was set", ("addr",)),
         Kind(17, "kvm_mmu_set_dirty_bit", "a guest dirty bit was set", ("addr",)),
         Kind(18, "kvm_mmu_walker_error", "a guest page-table walk failed", ("code",)),
         # kvm:* tracepoints
-        Kind(19, "kvm_page_fault", "the guest faulted in the second-level or shadow tables", ("addr", "code", "rip"),
-             "", function),
+        Kind(
+            19,
+            "kvm_page_fault",
+            "the guest faulted in the second-level or shadow tables",
+            ("addr", "code", "rip"),
+            "",
+            function,
+        ),
         Kind(20, "kvm_entry", "the vCPU enters the guest", ("rip",), "", ("root",), ("immediate_exit",)),
-        Kind(21, "kvm_exit", "the vCPU left the guest: reason, RIP, exit info 1 and 2",
-             ("code", "rip", "value", "addr"), "", ("root",)),
+        Kind(
+            21,
+            "kvm_exit",
+            "the vCPU left the guest: reason, RIP, exit info 1 and 2",
+            ("code", "rip", "value", "addr"),
+            "",
+            ("root",),
+        ),
         Kind(22, "kvm_smm_transition", "SMM entered or left; `addr` is SMBASE", ("addr",), "", (), ("entering",)),
         Kind(23, "kvm_cr", "a control register access exited", ("code", "value"), "", (), ("write",)),
         Kind(24, "kvm_msr", "an MSR access exited", ("code", "value"), "", (), ("write", "exception")),
@@ -90,8 +146,9 @@ def _kinds() -> tuple[Kind, ...]:
         Kind(26, "kvm_unmap_hva_range", "an MMU notifier unmaps host addresses [addr, value)", ("addr", "value")),
         Kind(27, "kvm_age_hva", "an MMU notifier ages host addresses [addr, value)", ("addr", "value")),
         Kind(28, "kvm_test_age_hva", "an MMU notifier asks whether `addr` was accessed", ("addr",)),
-        Kind(29, "kvm_apicv_inhibit_changed", "an APICv inhibit was set or cleared", ("code", "value"), "", (),
-             ("set",)),
+        Kind(
+            29, "kvm_apicv_inhibit_changed", "an APICv inhibit was set or cleared", ("code", "value"), "", (), ("set",)
+        ),
         Kind(30, "kvm_nested_vmenter", "a nested guest is entered", ("rip", "addr", "value")),
         Kind(31, "kvm_nested_vmexit", "a nested guest exits", ("code", "rip", "value", "addr")),
         Kind(32, "kvm_emulate_insn", "KVM emulates an instruction", ("rip",), "", (), ("failed",)),
@@ -100,8 +157,15 @@ def _kinds() -> tuple[Kind, ...]:
         Kind(35, "kvm_fast_mmio", "an MMIO eventfd was hit without emulation", ("addr",)),
         Kind(36, "vcpu_match_mmio", "the vCPU's MMIO cache was hit", ("addr",), "", (), ("write",)),
         Kind(37, "kvm_set_spte_hva", "an MMU notifier changes the page behind `addr`", ("addr",)),
-        Kind(38, "kvm_inj_exception", "an exception is injected: vector, error code", ("code", "value"), "", (),
-             ("has_error",)),
+        Kind(
+            38,
+            "kvm_inj_exception",
+            "an exception is injected: vector, error code",
+            ("code", "value"),
+            "",
+            (),
+            ("has_error",),
+        ),
         # Functions of the root's life, by meaning; the probe table says which function each kernel has.
         Kind(40, "mmu_load", "the vCPU loaded a root (at return)", (), "ret", function),
         Kind(41, "mmu_unload", "the vCPU empties all its root slots", (), "", function),
@@ -110,21 +174,41 @@ def _kinds() -> tuple[Kind, ...]:
         Kind(44, "mmu_free_obsolete_roots", "slots holding invalid roots are emptied", (), "", function),
         Kind(45, "root_get", "a root was found or created for the vCPU (at return)", (), "refs", function),
         Kind(46, "root_put", "a reference on a root is dropped; `refs` before the put", ("table",), "refs", function),
-        Kind(47, "table_free", "a table page (a root where `root` is set) returns to the allocator", ("gfn", "table"),
-             "refs", page),
+        Kind(
+            47,
+            "table_free",
+            "a table page (a root where `root` is set) returns to the allocator",
+            ("gfn", "table"),
+            "refs",
+            page,
+        ),
         Kind(48, "roots_invalidate", "every valid root of the VM is marked invalid", ("value",)),
-        Kind(49, "zap_root_begin", "one root's whole tree is being zapped", (), "refs", function, ("shared",)),
+        Kind(
+            49,
+            "zap_root_begin",
+            "one root's tree is being zapped, in the pass for `level`",
+            (),
+            "refs",
+            page,
+            ("shared",),
+        ),
         Kind(50, "zap_root_end", "that zap is done", (), "", ("root",)),
         Kind(51, "zap_invalidated_begin", "the invalidating task zaps the invalid roots", (), "", ()),
         Kind(52, "zap_invalidated_end", "that zap is done", (), "", ()),
-        Kind(53, "zap_leafs", "leaves in [gfn, value) are zapped in every root", ("gfn", "value"), "", ()),
+        Kind(53, "zap_leafs", "leaves in [gfn, value) are zapped in every root", ("gfn", "value"), "", ("as_id",)),
         Kind(54, "zap_all", "every root is emptied (exit of the VM's process, or 5.10 invalidation)"),
         Kind(55, "vm_destroy", "the VM is being destroyed"),
         Kind(56, "vm_create", "first ioctl on a new VM's descriptor"),
         Kind(57, "ioctl", "a KVM ioctl other than KVM_RUN: command, argument", ("code", "value")),
         Kind(58, "ioctl_end", "that ioctl returned", ("code",), "ret"),
-        Kind(59, "memslot", "KVM_SET_USER_MEMORY_REGION: first gfn, hva, pages, flags",
-             ("gfn", "addr", "value", "code"), "slot", ("as_id",)),
+        Kind(
+            59,
+            "memslot",
+            "KVM_SET_USER_MEMORY_REGION: first gfn, hva, pages, flags",
+            ("gfn", "addr", "value", "code"),
+            "slot",
+            ("as_id",),
+        ),
         Kind(60, "new_pgd", "a new guest page-table root is selected", ("value",), "", function),
     )
 
@@ -155,6 +239,9 @@ RECORD_FIELDS: Final = (
 )
 RECORD_SIZE: Final = 80
 
+# Rows of a kind that the recording's own version did not know; `code` then holds the kind's number.
+UNKNOWN: Final = "unknown"
+
 # The named columns of a trace and their Parquet types; `kind` is a dictionary of names.
 COLUMN_TYPES: Final = {
     "seq": "int64",
@@ -181,3 +268,7 @@ COLUMN_TYPES: Final = {
     "slot": "int32",
     "flags": "uint8",
 }
+
+# Null where the row's kind does not fill the column, or where it is not known; every other column is then 0, which is
+# no id, no frame and no role. Here 0 is a real place.
+NULLABLE: Final = ("vm", "vcpu", "gfn", "addr")

@@ -1,0 +1,37 @@
+# make demo and make test do all the set-up they need; see README.md.
+.PHONY: setup demo test lab-test lint check bench corpus clean
+
+PYTHON := .venv/bin/python
+
+setup:
+	@scripts/setup
+
+demo: setup
+	@scripts/demo
+
+# Unit tests, and recordings of this machine's own KVM where it has one (root).
+test: setup
+	$(PYTHON) -m pytest -m "not lab"
+
+# Real kernels under QEMU's emulation: fetched, booted, recorded, compared with the recordings we ship.
+lab-test: setup
+	$(PYTHON) -m pytest -m lab
+
+lint: setup
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+# What CI runs.
+check: lint test lab-test
+
+bench: setup
+	$(PYTHON) -m benchmarks.format
+	$(PYTHON) -m benchmarks.record
+
+# Record traces/corpus anew: every scenario on every kernel of the lab.
+corpus: setup
+	.venv/bin/kvmtrace lab corpus
+
+clean:
+	rm -rf .venv build demo *.egg-info tracer/vmm/kvmtrace-vmm

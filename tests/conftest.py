@@ -1,0 +1,57 @@
+"""What tests need of the machine, and the rule for skips: in CI nothing may be skipped that could have run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+TRACING = Path("/sys/kernel/tracing")
+ROOT = Path(__file__).parents[1]
+
+# The only things a machine may honestly lack; anything else in a skip's reason is a failure in CI.
+NOT_ROOT = "not root: recording live needs it"
+NO_KVM = "this machine has no /dev/kvm"
+_HONEST = {NOT_ROOT: lambda: os.geteuid() != 0, NO_KVM: lambda: not Path("/dev/kvm").exists()}
+
+_dishonest: list[str] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped and not hasattr(report, "wasxfail"):
+        reason = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
+        if not any(text in reason and holds() for text, holds in _HONEST.items()):
+            _dishonest.append(f"{report.nodeid}: {reason}")
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if _dishonest and os.environ.get("CI"):
+        print("\nskipped in CI though this machine could run it:\n  " + "\n  ".join(_dishonest), file=sys.stderr)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture(scope="session")
+def live() -> Iterator[None]:
+    """A machine whose own KVM can be recorded; tracefs is mounted for the session where it was not."""
+    if os.geteuid() != 0:
+        pytest.skip(NOT_ROOT)
+    if not Path("/dev/kvm").exists():
+        pytest.skip(NO_KVM)
+    mounted = not any((path / "events").is_dir() for path in (TRACING, Path("/sys/kernel/debug/tracing")))
+    if mounted:
+        subprocess.run(["mount", "-t", "tracefs", "tracefs", str(TRACING)], check=True)
+    yield
+    if mounted:
+        subprocess.run(["umount", str(TRACING)], check=True)
+
+
+@pytest.fixture(scope="session")
+def vmm() -> str:
+    """Path of the VMM, built where it is not."""
+    from tracer.vmm import binary
+
+    return str(binary())

@@ -1,0 +1,54 @@
+"""The command line itself: help that is quick and has examples, usage errors in one line with exit code 2."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+def kvmtrace(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "kvmtrace", *arguments],
+        capture_output=True, text=True, timeout=60, check=False, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys; sys.argv = ['kvmtrace', '--help']\ntry:\n import kvmtrace; kvmtrace.main()\nexcept SystemExit: pass\n"
+    code += "print(sorted({'numpy', 'polars', 'pyarrow', 'bcc'} & set(sys.modules)), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stderr.strip() == "[]"
+    assert "record" in done.stdout
+
+
+@pytest.mark.parametrize("verb", ["record", "recover", "info", "doctor"])
+def test_every_verb_shows_an_example(verb: str) -> None:
+    done = kvmtrace(verb, "--help")
+    assert done.returncode == 0
+    assert f"kvmtrace {verb}" in done.stdout.split("Example")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("info", "/nonexistent.parquet"), "/nonexistent.parquet"),
+        (("recover", "/nonexistent.kvmt"), "/nonexistent.kvmt"),
+        (("info", "/etc/passwd"), "/etc/passwd"),
+    ],
+)
+def test_what_is_not_there_is_one_line(arguments: tuple[str, ...], said: str) -> None:
+    done = kvmtrace(*arguments)
+    assert done.returncode == 2
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("kvmtrace: ")
+    assert said in lines[0]
+
+
+def test_unknown_verb_and_option_are_usage_errors() -> None:
+    assert kvmtrace("replya").returncode == 2
+    assert kvmtrace("record", "--fast").returncode == 2
+    assert kvmtrace("record", "--duration", "-1").returncode == 2

@@ -1,0 +1,109 @@
+"""`kvmtrace doctor` as root, as an ordinary user, and where bcc is missing: each says the right thing, exits 0 or 3."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import NOT_ROOT
+
+# An ordinary user cannot read this interpreter when it lies under a private home: run the verb once as root, which
+# imports everything, then become nobody and run it again.
+AS_NOBODY = """
+import contextlib, io, os, sys
+import kvmtrace
+sys.argv = ["kvmtrace", "doctor", *sys.argv[1:]]
+with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+    kvmtrace.main()
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+kvmtrace.main()
+"""
+
+
+def doctor(*arguments: str, nobody: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
+    start = ["-c", AS_NOBODY] if nobody else ["-m", "kvmtrace", "doctor"]
+    return subprocess.run(
+        [sys.executable, *start, *arguments],
+        capture_output=True, text=True, timeout=60, check=False, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def checks(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]:
+    document = json.loads(done.stdout)
+    assert document["schema"] == 1
+    assert document["can_record"] is (done.returncode == 0)
+    return {check["name"]: check for check in document["checks"]}
+
+
+@pytest.mark.live
+@pytest.mark.usefixtures("live")
+def test_as_root() -> None:
+    done = doctor("--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = checks(done)
+    assert {found[name]["state"] for name in ("privileges", "bcc", "kernel headers", "tracefs", "BTF")} == {"ok"}
+    document = json.loads(done.stdout)
+    assert {"kvm_mmu_get_page", "kvm_mmu_zap_all_fast", "ioctl", "memslot"} <= set(document["observable"])
+    absent = [probe for probe in document["probes"] if probe["how"] == "none"]
+    assert all(probe["why"] for probe in absent), "what cannot be observed has a reason"
+    text = doctor().stdout
+    assert "this machine can record" in text
+    assert len(text.splitlines()) < 60, "one screen"
+
+
+def test_as_an_ordinary_user() -> None:
+    if os.geteuid() != 0:
+        pytest.skip(NOT_ROOT)
+    done = doctor("--json", nobody=True)
+    assert done.returncode == 3, done.stdout + done.stderr
+    found = checks(done)
+    assert found["privileges"]["state"] == "LACKS"
+    assert "sudo" in found["privileges"]["mend"]
+    assert found["tracefs"]["state"] in ("unseen", "ok")
+    assert found["KVM's counters"]["state"] in ("unseen", "ok")
+    assert not done.stderr
+
+
+def test_with_bcc_missing() -> None:
+    done = doctor("--json", KVMTRACE_WITHOUT_BCC="1")
+    assert done.returncode == 3
+    found = checks(done)
+    assert found["bcc"]["state"] == "LACKS"
+    assert found["bcc"]["mend"] == "apt-get install python3-bpfcc"
+    assert "apt-get install python3-bpfcc" in doctor(KVMTRACE_WITHOUT_BCC="1").stdout
+
+
+def test_with_headers_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tracer import headers
+    from traces.errors import Problem
+
+    monkeypatch.delenv(headers.VARIABLE, raising=False)
+    monkeypatch.setattr(headers, "SOURCES", tmp_path)
+    monkeypatch.setattr(headers.platform, "release", lambda: "9.9.9-none")
+    with pytest.raises(Problem, match="apt-get install linux-headers-amd64") as caught:
+        headers.find_headers()
+    assert caught.value.code == 3
+
+
+def test_debians_two_header_trees_are_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tracer import headers
+
+    for tree, file in (("amd64", "generated/x.h"), ("common", "linux/kconfig.h")):
+        path = tmp_path / f"linux-headers-6.1.0-9-{tree}" / "include" / file
+        path.parent.mkdir(parents=True)
+        path.write_text(tree)
+    monkeypatch.delenv(headers.VARIABLE, raising=False)
+    monkeypatch.setattr(headers, "SOURCES", tmp_path)
+    monkeypatch.setattr(headers.platform, "release", lambda: "9.9.9-none")
+    with headers.headers():
+        joined = Path(os.environ[headers.VARIABLE])
+        assert (joined / "include/generated/x.h").read_text() == "amd64"
+        assert (joined / "include/linux/kconfig.h").read_text() == "common"
+    assert headers.VARIABLE not in os.environ
+    assert not joined.exists()

@@ -1,0 +1,74 @@
+"""The table of probes against the table of kinds, and the C that comes out of it."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tracer.layout import DATED_PAGE_LAYOUTS, DATED_ROLES, Layout
+from tracer.probes import IOCTL_KINDS, PRESETS, PROBES, preset_kinds
+from tracer.program import Chosen, program
+from tracer.tracefs import Field
+from traces.schema import BY_NAME, KINDS, RECORD_FIELDS, RECORD_SIZE
+
+FIXED = {"root", "role", "level", "as_id", "flags"}
+
+
+@pytest.mark.parametrize("probe", PROBES, ids=lambda probe: probe.name)
+def test_points_fill_what_their_kind_has(probe) -> None:  # type: ignore[no-untyped-def]
+    columns = set(BY_NAME[probe.kind].columns) | {"kvm", "vcpu"}
+    for point in probe.points:
+        assert set(point.fill) <= columns, (probe.kind, set(point.fill) - columns)
+        assert point.since < point.until
+        assert point.how in ("tp", "raw", "entry", "return")
+
+
+def test_every_kind_has_a_source() -> None:
+    sources = {probe.kind for probe in PROBES} | set(IOCTL_KINDS) | {"gap"}
+    assert {kind.name for kind in KINDS} == sources
+
+
+def test_presets_grow() -> None:
+    kinds = [preset_kinds(preset) for preset in PRESETS]
+    assert kinds[0] < kinds[1] < kinds[2]
+    assert {"kvm_mmu_get_page", "mmu_load", "root_put", "memslot"} <= kinds[0]
+    assert "kvm_page_fault" in kinds[1] - kinds[0]
+
+
+def test_kinds_fit_the_record() -> None:
+    assert len({kind.code for kind in KINDS}) == len(KINDS)
+    for kind in KINDS:
+        assert kind.code < 64, "the gap record names lost kinds in one 64-bit mask"
+        assert len(kind.words) <= 4
+        assert set(kind.fixed) <= FIXED
+    widths = {"u8": 8, "u4": 4, "i4": 4, "u2": 2, "i2": 2, "u1": 1}
+    assert sum(widths[ctype] for _, ctype in RECORD_FIELDS) == RECORD_SIZE
+
+
+def test_the_dated_layout_knows_what_the_probes_read() -> None:
+    for version, offsets in DATED_PAGE_LAYOUTS.items():
+        assert {"SP_ROLE", "SP_GFN", "SP_SPT", "SP_REFS", "SP_TDP", "SP_UNSYNC"} == offsets.keys()
+        fields = DATED_ROLES[version]
+        assert sum(((1 << width) - 1) << shift for shift, width in fields.values()) < 1 << 32
+
+
+def test_expressions_become_c() -> None:
+    for probe in PROBES:
+        for point in probe.points:
+            how = {"entry": "kprobe", "return": "kretprobe"}.get(point.how, point.how)
+            names = {name for text in point.fill.values() for name in re.findall(r"\$\??(\w+)", text)}
+            fields = {name: Field(8 + 8 * i, 8, False) for i, name in enumerate(sorted(names))}
+            text = program([Chosen(probe, point, how, fields)], Layout({}, {}, ""), frozenset(), 1, 4096)
+            body = text.rpartition("int on_")[2]
+            assert not re.search(r"[@$]", body), body
+            assert f"reserve(self, {BY_NAME[probe.kind].code}, kvm)" in body
+
+
+def test_an_optional_field_that_is_lacking_reads_zero() -> None:
+    probe = next(probe for probe in PROBES if probe.kind == "kvm_page_fault")
+    fields = {"fault_address": Field(8, 8, False), "error_code": Field(16, 4, False)}
+    text = program([Chosen(probe, probe.points[0], "tp", fields)], Layout({}, {}, ""), frozenset(), 1, 4096)
+    body = text.rpartition("int on_")[2]
+    assert "*(u32 *)((u8 *)ctx + 16)" in body
+    assert "e->w2 = 0;" in body, "5.10 prints no RIP"

@@ -1,0 +1,310 @@
+"""Recordings of this machine's own KVM: counted independently, lost on purpose, cut short in every way."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from tracer.bpf import headers, import_bcc, quiet
+from traces.reader import Trace
+
+pytestmark = [pytest.mark.live, pytest.mark.usefixtures("live")]
+
+# Kinds that a guest makes here in numbers, and the tracepoint that an independent program counts for each.
+COUNTED = {
+    "kvm_mmu_get_page": "kvmmmu:kvm_mmu_get_page",
+    "kvm_mmu_prepare_zap_page": "kvmmmu:kvm_mmu_prepare_zap_page",
+    "kvm_mmu_zap_all_fast": "kvmmmu:kvm_mmu_zap_all_fast",
+    "kvm_mmu_pagetable_walk": "kvmmmu:kvm_mmu_pagetable_walk",
+    "kvm_mmu_paging_element": "kvmmmu:kvm_mmu_paging_element",
+    "kvm_emulate_insn": "kvm:kvm_emulate_insn",
+    "kvm_userspace_exit": "kvm:kvm_userspace_exit",
+    "kvm_pio": "kvm:kvm_pio",
+    "kvm_mmio": "kvm:kvm_mmio",
+    "kvm_unmap_hva_range": "kvm:kvm_unmap_hva_range",
+}
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "kvmtrace", *map(str, arguments)]
+
+
+def run(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=120, check=False, **options)
+
+
+@contextmanager
+def independent_counter() -> Iterator[Any]:
+    """A BPF program of the test's own: events by process and tracepoint, added up in a per-CPU map."""
+    bcc = import_bcc()
+    text = "struct key { u32 tgid, kind; };\nBPF_PERCPU_HASH(seen, struct key, u64, 4096);\n"
+    for i, where in enumerate(COUNTED.values()):
+        text += (
+            f"int count_{i}(void *ctx) {{ struct key k = {{bpf_get_current_pid_tgid() >> 32, {i}}};"
+            " u64 one = 1, *n = seen.lookup(&k); if (n) (*n)++; else seen.update(&k, &one); return 0; }\n"
+        )
+    with headers(), quiet():
+        bpf = bcc.BPF(text=text, cflags=["-w"])
+    for i, where in enumerate(COUNTED.values()):
+        bpf.attach_tracepoint(tp=where.encode(), fn_name=f"count_{i}".encode())
+    try:
+        yield bpf
+    finally:
+        bpf.cleanup()
+
+
+def counted(bpf: Any, pid: int) -> dict[str, int]:
+    names = list(COUNTED)
+    found = Counter[str]()
+    for key, per_cpu in bpf["seen"].items():
+        if key.tgid == pid:
+            found[names[key.kind]] += sum(per_cpu)
+    return dict(found)
+
+
+@pytest.mark.parametrize("scenario", [("roots",), ("storm", "--loops", "300"), ("slot-delete",), ("churn",)])
+def test_stored_counts_equal_an_independent_counter(tmp_path: Path, vmm: str, scenario: tuple[str, ...]) -> None:
+    out = tmp_path / "live.parquet"
+    with independent_counter() as bpf:
+        started = ("sh", "-c", 'echo $$ > "$0" && exec "$@"', tmp_path / "pid", vmm, *scenario)
+        done = run("record", "--events", "all", "--json", "-o", out, "--", *started)
+        assert done.returncode == 0, done.stderr
+        pid = int((tmp_path / "pid").read_text())
+        expected = counted(bpf, pid)
+    result = json.loads(done.stdout[done.stdout.index('{\n  "schema"') :])
+    assert result["lost"] == 0
+    assert result["complete"] is True
+    owner = [thread["tid"] for thread in Trace.open(out).metadata.raw["threads"] if thread["tgid"] == pid]
+    rows = pl.scan_parquet(out).filter(pl.col("tid").is_in(owner)).group_by("kind").len().collect()
+    stored = {str(kind): n for kind, n in rows.iter_rows()}
+    assert expected, "the counter saw nothing: the test would prove nothing"
+    assert {kind: stored.get(kind, 0) for kind in expected} == expected
+    assert sum(expected.values()) > 100
+
+
+def test_a_ring_too_small_loses_to_the_event(tmp_path: Path, vmm: str) -> None:
+    out = tmp_path / "small.parquet"
+    arguments = ("record", "--events", "all", "--ring-size", "4096", "--json", "-o", out)
+    done = run(*arguments, "--strict", "--", vmm, "storm", "--loops", "200")
+    assert done.returncode == 1, done.stderr
+    assert "were lost (--strict)" in done.stderr
+    result = json.loads(done.stdout[done.stdout.index('{\n  "schema"') :])
+    assert result["lost"] > 0
+    assert result["emitted"] == result["events"] + result["lost"]
+    assert result["complete"] is True, result["discrepancies"]
+    metadata = Trace.open(out).metadata.raw
+    for kind, counts in metadata["loss"].items():
+        if kind != "gap":
+            stored = metadata["kinds"].get(kind, 0)
+            assert sum(counts["emitted"].values()) == stored + sum(counts["lost"].values()), kind
+    gaps = pl.scan_parquet(out).filter(pl.col("kind") == "gap").collect()
+    assert gaps["value"].sum() == result["lost"], "every lost event lies in a gap"
+
+
+def test_identity_roots_and_slots(tmp_path: Path, vmm: str) -> None:
+    out = tmp_path / "roots.parquet"
+    assert run("record", "-o", out, "--", vmm, "roots", "--loops", "150").returncode == 0
+    trace = Trace.open(out)
+    vm = next(vm for vm in trace.metadata.raw["vms"] if vm["comm"].startswith("kvmtrace-vmm"))
+    assert len(vm["vcpus"]) == 1
+    assert {slot["gfn"] for slot in vm["slots"]} == {0, 0x400}
+    pages = pl.scan_parquet(out).filter(pl.col("kind") == "kvm_mmu_get_page").collect()
+    assert pages["vcpu"].unique().to_list() == [0]
+    assert pages["vm"].unique().to_list() == [vm["id"]]
+    created = pages.filter(pl.col("flags") & 1 == 1)
+    found = pages.filter(pl.col("flags") & 1 == 0)
+    assert len(created) == created["root"].n_unique() >= 100, "100 trees: a root each"
+    assert len(found) >= 50, "the rest of the loops find them again"
+    assert set(found["root"]) <= set(created["root"])
+    assert pages["role"].n_unique() == 1
+    times = pl.scan_parquet(out).sort("seq").select(pl.col("time").is_sorted()).collect().item()
+    assert times, "rows are in the order of time over all CPUs"
+
+
+@contextmanager
+def running(vmm: str, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen([vmm, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        time.sleep(0.5)
+        assert process.poll() is None, "the guest must outlive the test's start"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_attaching_to_a_vm_that_already_runs(tmp_path: Path, vmm: str) -> None:
+    """Its slots and vCPU threads come from the snapshot: no ioctl tells about them any more."""
+    out = tmp_path / "attached.parquet"
+    with running(vmm, "storm", "--loops", "10000000") as guest:
+        done = run("record", "--vm", str(guest.pid), "--events", "all", "--duration", "0.5", "-o", out)
+        assert done.returncode == 0, done.stderr
+    trace = Trace.open(out)
+    (vm,) = [vm for vm in trace.metadata.raw["vms"] if vm["pid"] == guest.pid]
+    assert vm["origin"] == "snapshot"
+    assert {slot["gfn"] for slot in vm["slots"]} >= {0}
+    assert all(slot["pages"] > 0 and slot["hva"] > 0 for slot in vm["slots"])
+    assert [vcpu["id"] for vcpu in vm["vcpus"]] == [0]
+    rows = pl.scan_parquet(out).filter(pl.col("kind") == "kvm_mmu_get_page").select("vm", "vcpu").unique().collect()
+    assert rows.rows() == [(vm["id"], 0)]
+
+
+def test_vm_filter_keeps_others_out(tmp_path: Path, vmm: str) -> None:
+    out = tmp_path / "one.parquet"
+    with running(vmm, "storm", "--loops", "10000000"), running(vmm, "storm", "--loops", "10000000") as wanted:
+        done = run("record", "--vm", str(wanted.pid), "--events", "all", "--max-events", "50000", "-o", out)
+        assert done.returncode == 0, done.stderr
+    assert "50,000 events reached" in done.stderr
+    threads = {thread["tid"]: thread["tgid"] for thread in Trace.open(out).metadata.raw["threads"]}
+    tids = pl.scan_parquet(out).filter(pl.col("kind") != "gap").select(pl.col("tid").unique()).collect()["tid"]
+    assert {threads[tid] for tid in tids} == {wanted.pid}
+
+
+def test_the_vm_ends_while_recording(tmp_path: Path, vmm: str) -> None:
+    out = tmp_path / "ends.parquet"
+    with running(vmm, "storm", "--loops", "10000000") as guest:
+        recorder = subprocess.Popen(
+            command("record", "--vm", str(guest.pid), "-o", out), stderr=subprocess.PIPE, text=True
+        )
+        _wait_for(tmp_path / "ends.kvmt" / "manifest.json")
+        time.sleep(1.5)
+        guest.kill()
+        guest.wait()
+        said = recorder.communicate(timeout=60)[1]
+    assert recorder.returncode == 0, said
+    assert f"the VM's process {guest.pid} ended" in said
+    Trace.open(out)
+
+
+def _wait_for(path: Path) -> None:
+    for _ in range(1200):
+        if path.exists():
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{path} did not appear")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_recording_cleanly(tmp_path: Path, vmm: str, number: signal.Signals) -> None:
+    out = tmp_path / "signal.parquet"
+    with running(vmm, "storm", "--loops", "10000000"):
+        recorder = subprocess.Popen(command("record", "-o", out), stderr=subprocess.PIPE, text=True)
+        _wait_for(tmp_path / "signal.kvmt" / "manifest.json")
+        time.sleep(1.0)
+        recorder.send_signal(number)
+        said = recorder.communicate(timeout=60)[1]
+    assert recorder.returncode == 0, said
+    assert f"ended by {number.name}" in said
+    assert Trace.open(out).metadata.raw["complete"] is True
+    assert not (tmp_path / "signal.kvmt").exists()
+    assert not _our_programs(), "a program of ours is still attached"
+
+
+def _our_programs() -> list[str]:
+    """Names of loaded BPF programs that are the recorder's, through the bpf syscall itself."""
+    library = ctypes.CDLL("libbpf.so.1", use_errno=True)
+    found, current = [], ctypes.c_uint32(0)
+    while library.bpf_prog_get_next_id(current, ctypes.byref(current)) == 0:
+        fd = library.bpf_prog_get_fd_by_id(current)
+        if fd < 0:
+            continue
+        info, size = ctypes.create_string_buffer(256), ctypes.c_uint32(256)
+        if library.bpf_obj_get_info_by_fd(fd, info, ctypes.byref(size)) == 0:
+            name = info.raw[64:80].split(b"\0")[0].decode()  # struct bpf_prog_info: name after 64 bytes
+            if name.startswith(("on_kvm_", "ioctl_enter")):
+                found.append(name)
+        os.close(fd)
+    return found
+
+
+def test_a_killed_recorder_leaves_what_it_flushed(tmp_path: Path, vmm: str) -> None:
+    out, directory = tmp_path / "killed.parquet", tmp_path / "killed.kvmt"
+    with running(vmm, "storm", "--loops", "10000000"):
+        recorder = subprocess.Popen(command("record", "--events", "all", "-o", out), stderr=subprocess.DEVNULL)
+        _wait_for(directory / "seg-00000.arrows")
+        time.sleep(2.5)
+        recorder.kill()
+        recorder.wait()
+    assert not out.exists()
+    for _ in range(2):
+        done = run("recover", directory, "--json")
+        assert done.returncode == 0, done.stderr
+        result = json.loads(done.stdout)
+        assert result["events"] > 0
+        assert result["complete"] is False
+        assert "the recorder did not end" in " ".join(result["discrepancies"])
+    last = pl.scan_parquet(out).select(pl.col("time").max()).collect().item()
+    first = pl.scan_parquet(out).select(pl.col("time").min()).collect().item()
+    assert last - first > 0.5e9, "more than the first flush survived"
+
+
+def test_a_full_disk_keeps_what_was_recorded(tmp_path: Path, vmm: str) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], check=True)
+    try:
+        with running(vmm, "storm", "--loops", "10000000"):
+            done = run("record", "--events", "all", "--duration", "20", "-o", disk / "full.parquet")
+        assert done.returncode == 2, done.stderr
+        lines = done.stderr.strip().splitlines()
+        assert len(lines) == 1
+        assert "No space left on device" in lines[0]
+        assert "kvmtrace recover" in lines[0]
+        elsewhere = tmp_path / "rescued.parquet"
+        assert run("recover", disk / "full.kvmt", "-o", elsewhere).returncode == 0
+        assert Trace.open(elsewhere).metadata.raw["events"] > 1000
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--vm", "4194304"], 2, "no such process"),
+        (["--vm", "1"], 2, "no KVM virtual machine"),
+        (["--vm", "web"], 2, "process id"),
+        (["--duration", "1"], 2, "no VM is running here"),
+        (["-o", "/nonexistent/x.parquet", "--duration", "1"], 2, "no such directory"),
+        (["-o", "/proc/x.parquet", "--", "true"], 2, "/proc/x.kvmt"),
+        (["--events", "rooots", "--", "true"], 2, "rooots"),
+        (["--ring-size", "5000", "--", "true"], 2, "power of two"),
+        (["--ring-size", "many", "--", "true"], 2, "not a size"),
+        (["--", "no-such-command-here"], 2, "command not found"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], code: int, said: str) -> None:
+    done = run("record", *arguments, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("kvmtrace: ")
+    assert said in lines[0]
+
+
+def test_an_existing_file_is_not_overwritten(tmp_path: Path) -> None:
+    out = tmp_path / "mine.parquet"
+    out.write_bytes(b"precious")
+    done = run("record", "-o", out, "--", "true")
+    assert done.returncode == 2
+    assert "never overwritten" in done.stderr
+    assert out.read_bytes() == b"precious"
+
+
+def test_the_commands_status_is_told(tmp_path: Path) -> None:
+    done = run("record", "-o", tmp_path / "false.parquet", "--", "false")
+    assert done.returncode == 1
+    assert "status 1" in done.stderr
+    assert Trace.open(tmp_path / "false.parquet").metadata.raw["events"] >= 0
