@@ -158,7 +158,7 @@ def _filesystems() -> Iterator[Check]:
         yield Check("tracefs", LACK, "not mounted", tracefs.MOUNT_COMMAND)
     else:
         yield Check("tracefs", UNSEEN, "not mounted, or not readable by this user")
-    if host.DEBUGFS_KVM.is_dir():
+    if os.access(host.DEBUGFS_KVM, os.R_OK | os.X_OK):
         yield Check("KVM's counters", OK, str(host.DEBUGFS_KVM))
     elif os.geteuid() == 0:
         yield Check("KVM's counters", WARN, "debugfs is not mounted: no cross-check of fault counts",
