@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from traces.columns import KIND_NAMES
+from traces.columns import kind_name
 from traces.identity import GAP
 from traces.lives import Ints, dense
 from traces.record import Columns
@@ -22,7 +22,7 @@ class Books:
 
     def __init__(self) -> None:
         self.events = 0
-        self.gaps: list[dict[str, int]] = []
+        self.gaps: list[dict[str, Any]] = []
         self.gap_count = 0
         self._counts = np.zeros((256, 1), np.int64)  # kind, CPU
         self._threads: dict[int, int] = {}
@@ -40,9 +40,10 @@ class Books:
         for row in np.flatnonzero(kind == GAP).tolist():
             self.gap_count += 1
             if len(self.gaps) < MAX_ENTRIES:
-                lost, code, since = (int(columns[name][row]) for name in ("w0", "w1", "w2"))
+                lost, mask, since = (int(columns[name][row]) for name in ("w0", "w1", "w2"))
                 until = int(columns["time"][row])
-                self.gaps.append({"cpu": int(cpu[row]), "lost": lost, "kind": code, "since": since, "until": until})
+                kinds = [kind_name(code) for code in range(64) if mask >> code & 1]
+                self.gaps.append({"cpu": int(cpu[row]), "lost": lost, "kinds": kinds, "since": since, "until": until})
 
     def _note_threads(self, columns: Columns, vm: Ints) -> None:
         tid, tgid, vcpu = columns["tid"], columns["tgid"], columns["vcpu"]
@@ -60,28 +61,32 @@ class Books:
     def kinds(self) -> dict[str, int]:
         """Stored rows by kind name, those that occur."""
         totals = self._counts.sum(axis=1)
-        return {KIND_NAMES[code]: int(totals[code]) for code in np.flatnonzero(totals).tolist()}
+        counts: dict[str, int] = {}
+        for code in np.flatnonzero(totals).tolist():
+            counts[kind_name(code)] = counts.get(kind_name(code), 0) + int(totals[code])
+        return counts
 
-    def threads(self, named: Mapping[int, str]) -> list[dict[str, Any]]:
-        return [{"tid": tid, "tgid": tgid, "comm": named.get(tid, "")} for tid, tgid in sorted(self._threads.items())]
+    def threads(self, comms: Mapping[int, str]) -> list[dict[str, Any]]:
+        return [{"tid": tid, "tgid": tgid, "comm": comms.get(tid, "")} for tid, tgid in sorted(self._threads.items())]
 
     def vcpus(self, vm: int) -> list[dict[str, int]]:
         return [{"id": vcpu, "tid": tid} for owner, vcpu, tid in sorted(self._vcpus) if owner == vm]
 
     def loss(self, reported: Any) -> tuple[Loss, list[str]]:
         """The loss table with what is stored, and one line for each kind where emitted is not stored plus lost."""
-        table: Loss = {}
-        wrong: list[str] = []
         if not isinstance(reported, dict):
             return {}, ["the recorder left no loss counts"]
-        names = {name: code for code, name in enumerate(KIND_NAMES)}
-        for name, code in names.items():
-            stored = {str(cpu): int(self._counts[code, cpu]) for cpu in np.flatnonzero(self._counts[code]).tolist()}
-            if code == GAP or not (stored or name in reported):
-                continue  # gap rows are the recorder's own: nothing emits them
+        stored: dict[str, dict[str, int]] = {str(name): {} for name in reported}
+        for code, cpu in np.argwhere(self._counts).tolist():
+            if code != GAP:  # gap rows are the recorder's own: nothing emits them
+                cpus = stored.setdefault(kind_name(code), {})
+                cpus[str(cpu)] = cpus.get(str(cpu), 0) + int(self._counts[code, cpu])
+        table: Loss = {}
+        wrong: list[str] = []
+        for name, cpus in stored.items():
             emitted, lost = (_cpu_counts(reported.get(name), field) for field in ("emitted", "lost"))
-            table[name] = {"emitted": emitted, "lost": lost, "stored": stored}
-            sums = sum(emitted.values()), sum(stored.values()), sum(lost.values())
+            table[name] = {"emitted": emitted, "lost": lost, "stored": cpus}
+            sums = sum(emitted.values()), sum(cpus.values()), sum(lost.values())
             if sums[0] != sums[1] + sums[2]:
                 wrong.append(f"{name}: {sums[0]:,} emitted, but {sums[1]:,} stored and {sums[2]:,} lost")
         return table, wrong

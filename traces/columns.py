@@ -1,12 +1,12 @@
 """From the record's words to named columns, by the table of kinds.
 
-A column that a kind does not fill is null in that kind's rows: nulls cost a fraction of a bit in Parquet, keep the
-packed columns dense, and `gfn == 0` stays a real page.
+What a kind does not fill is 0 in its rows, except in the columns of NULLABLE, where 0 is a real place: there it is
+null. Nulls everywhere would be pleasant, but they cost half of the decoding speed (`benchmarks/format.py`).
 """
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -14,25 +14,37 @@ from numpy.typing import NDArray
 
 from traces.lives import Ints
 from traces.record import Columns
-from traces.schema import COLUMN_TYPES, KINDS
+from traces.schema import BY_CODE, COLUMN_TYPES, KINDS, NULLABLE, UNKNOWN
 
 _WORDS: Final = ("w0", "w1", "w2", "w3")
 _OWN: Final = ("root", "role", "level", "as_id", "flags")
 
 # Where the columns of a row of unknown kind come from, so that nothing of it is lost.
-OPAQUE: Final = {"addr": "w0", "value": "w1", "old": "w2", "new": "w3", "ret": "n"} | {name: name for name in _OWN}
+OPAQUE: Final = {
+    "code": "kind", "addr": "w0", "value": "w1", "old": "w2", "new": "w3", "ret": "n", **{name: name for name in _OWN}
+}  # fmt: skip
 
-KIND_TYPE: Final = pa.dictionary(pa.uint8(), pa.string())
-KIND_NAMES: Final = [f"kind_{code}" for code in range(256)]
-for _kind in KINDS:
-    KIND_NAMES[_kind.code] = _kind.name
+KIND_NAMES: Final = (*(kind.name for kind in KINDS), UNKNOWN)
+_KIND_VALUES: Final = pa.array(KIND_NAMES, pa.string())
+_KIND_INDEX: Final = np.full(256, len(KINDS), np.uint8)
+_KIND_INDEX[[kind.code for kind in KINDS]] = np.arange(len(KINDS))
 
-SCHEMA: Final = pa.schema(
-    [
-        pa.field(name, KIND_TYPE if kind == "kind" else pa.type_for_alias(kind), name not in ("seq", "time", "kind"))
-        for name, kind in COLUMN_TYPES.items()
-    ]
-)
+# By this polars reads the column as an Enum, which it decodes six times as fast as a Categorical.
+_ENUM: Final = {"_PL_ENUM_VALUES2": "".join(f"{len(name)};{name}" for name in KIND_NAMES)}
+
+
+def _field(name: str, kind: str) -> pa.Field:
+    if kind == "kind":
+        return pa.field(name, pa.dictionary(pa.uint8(), pa.string()), nullable=False, metadata=_ENUM)
+    return pa.field(name, pa.type_for_alias(kind), nullable=name in NULLABLE)
+
+
+SCHEMA: Final = pa.schema([_field(name, kind) for name, kind in COLUMN_TYPES.items()])
+
+
+def kind_name(code: int) -> str:
+    """The name that rows of this kind code carry in a trace."""
+    return BY_CODE[code].name if code in BY_CODE else UNKNOWN
 
 
 def _sources() -> dict[str, tuple[tuple[str, ...], NDArray[np.uint8]]]:
@@ -54,7 +66,7 @@ def _sources() -> dict[str, tuple[tuple[str, ...], NDArray[np.uint8]]]:
             bind(kind.code, kind.count, "n")
         if kind.flags:
             bind(kind.code, "flags", "flags")
-    for code in set(range(256)) - {kind.code for kind in KINDS}:
+    for code in set(range(256)) - BY_CODE.keys():
         for column, field in OPAQUE.items():
             bind(code, column, field)
     return {name: (tuple(fields), codes) for name, (fields, codes) in tables.items() if len(fields) > 1}
@@ -63,58 +75,58 @@ def _sources() -> dict[str, tuple[tuple[str, ...], NDArray[np.uint8]]]:
 _SOURCES: Final = _sources()
 
 
-def to_named(columns: Columns, seq: Ints, vm: Ints, root: Ints) -> pa.RecordBatch:
-    """The rows (record fields, row numbers and resolved ids; 0 for an unknown id) as a batch of SCHEMA."""
+def to_named(columns: Columns, seq: Ints, vm: int, root: Ints) -> tuple[pa.RecordBatch, dict[str, int | None]]:
+    """Rows of one VM as a batch of SCHEMA, and the columns that hold one and the same value in all of them.
+
+    `columns` are the record's fields, `seq` the row numbers, `vm` the VM's id (0: not known), `root` the root ids.
+    """
     kind = columns["kind"]
+    count = len(kind)
     present = np.flatnonzero(np.bincount(kind, minlength=256))
     fields = dict(columns, root=root)
-    own = {"seq": seq, "time": columns["time"], "cpu": columns["cpu"], "tid": columns["tid"]}
-    arrays = []
+    direct = {"seq": seq, "time": columns["time"], "cpu": columns["cpu"], "tid": columns["tid"]}
+    arrays: list[pa.Array] = []
+    constants: dict[str, int | None] = {}
     for name, column_type in zip(SCHEMA.names, SCHEMA.types, strict=True):
+        valid = None
         if name == "kind":
-            array = _kind_column(kind, present)
+            arrays.append(pa.DictionaryArray.from_arrays(pa.array(_KIND_INDEX[kind]), _KIND_VALUES))
+            continue
+        if name in direct:
+            values = direct[name]
         elif name == "vm":
-            array = _column(vm, column_type, vm != 0)
+            values = np.full(count, vm)
+            valid = values != 0
         elif name == "vcpu":
-            array = _column(columns["vcpu"], column_type, columns["vcpu"] >= 0)
-        elif name in own:
-            array = _column(own[name], column_type, None)
+            values = columns["vcpu"]
+            valid = values >= 0
         else:
-            array = _filled_column(name, column_type, kind, present, fields)
-        arrays.append(array)
-    return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
+            values, filled = _values(name, kind, present, fields)
+            valid = filled if name in NULLABLE else None
+        data = np.ascontiguousarray(values.astype(column_type.to_pandas_dtype(), copy=False))
+        nulls = 0 if valid is None else count - int(np.count_nonzero(valid))
+        bitmap = pa.py_buffer(np.packbits(valid, bitorder="little")) if nulls and valid is not None else None
+        arrays.append(pa.Array.from_buffers(column_type, count, [bitmap, pa.py_buffer(data)], nulls))
+        if nulls == count:
+            constants[name] = None
+        elif not nulls and bool((data == data[0]).all()):
+            constants[name] = int(data[0])
+    return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA), constants
 
 
-def _kind_column(kind: NDArray[np.generic], present: NDArray[np.intp]) -> pa.Array:
-    index = np.zeros(256, np.uint8)
-    index[present] = np.arange(len(present))
-    names = pa.array([KIND_NAMES[code] for code in present], pa.string())
-    return pa.DictionaryArray.from_arrays(pa.array(index[kind]), names)
-
-
-def _filled_column(
-    name: str, column_type: pa.DataType, kind: NDArray[np.generic], present: NDArray[np.intp], fields: Columns
-) -> pa.Array:
+def _values(
+    name: str, kind: NDArray[Any], present: NDArray[np.intp], fields: Columns
+) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
+    """A column's values, 0 where the row's kind does not fill it, and which rows are filled (None: all)."""
     sources, by_kind = _SOURCES[name]
     used = np.unique(by_kind[present]).tolist()
     if used == [0]:
-        return pa.nulls(len(kind), column_type)
-    needed = [source for source in used if source]
+        return np.zeros(len(kind), np.int64), np.zeros(len(kind), np.bool_)
+    if len(used) == 1:
+        return fields[sources[used[0]]], None
     choice = by_kind[kind]
-    values = fields[sources[needed[0]]]
-    for source in needed[1:]:
-        values = np.where(choice == source, fields[sources[source]], values)
-    valid = None if used[0] else choice != 0
-    if name in ("root", "role"):  # 0 is no root and no role word
-        valid = values != 0 if valid is None else valid & (values != 0)
-    return _column(values, column_type, valid)
-
-
-def _column(values: NDArray[np.generic], column_type: pa.DataType, valid: NDArray[np.bool_] | None) -> pa.Array:
-    """An array of the type; integers that do not fit wrap, which only records of no sane kernel can do."""
-    data = np.ascontiguousarray(values.astype(column_type.to_pandas_dtype(), copy=False))
-    bitmap, nulls = None, 0
-    if valid is not None:
-        nulls = len(data) - int(np.count_nonzero(valid))
-        bitmap = pa.py_buffer(np.packbits(valid, bitorder="little")) if nulls else None
-    return pa.Array.from_buffers(column_type, len(data), [bitmap, pa.py_buffer(data)], nulls)
+    values: NDArray[Any] = np.zeros(len(kind), fields[sources[used[-1]]].dtype)
+    for source in used:
+        if source:
+            values = np.where(choice == source, fields[sources[source]], values)
+    return values, choice != 0 if used[0] == 0 else None

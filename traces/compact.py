@@ -7,7 +7,6 @@ a reader of one VM reads nothing else and neighbouring values stay close to each
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,15 +18,18 @@ from traces.bookkeeping import MAX_ENTRIES, Books
 from traces.columns import to_named
 from traces.errors import Problem
 from traces.identity import Identities, Vm
-from traces.layout import ROW_GROUP_ROWS, ParquetFile
+from traces.layout import ROW_GROUP_ROWS, TraceFile
 from traces.lives import Ints
 from traces.memslots import MAX_SLOTS, Memslots
-from traces.metadata import CHECKSUM_KEY, KEY
+from traces.metadata import KEY
 from traces.record import Columns
 from traces.schema import FORMAT_MAJOR, FORMAT_MINOR
 from traces.segments import SegmentReader
 
 BUFFERED_ROWS: Final = 2 * ROW_GROUP_ROWS
+
+# What compaction uses up. Snapshots hold kernel addresses, which are not for a file that gets mailed around.
+_WORKING_KEYS: Final = ("snapshot", "snapshot_end", "closed")
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def compact(directory: Path, out: Path) -> Summary:
     """
     reader = SegmentReader(directory)
     try:
-        file = ParquetFile(out)
+        file = TraceFile(out)
     except OSError as error:
         raise _unwritable(out, directory, error) from error
     try:
@@ -77,7 +79,7 @@ def _unwritable(out: Path, directory: Path, error: OSError) -> Problem:
 
 
 class _Compaction:
-    def __init__(self, reader: SegmentReader, file: ParquetFile) -> None:
+    def __init__(self, reader: SegmentReader, file: TraceFile) -> None:
         self._reader = reader
         self._file = file
         self._snapshot = _snapshot(reader.manifest)
@@ -124,7 +126,7 @@ class _Compaction:
         names = waiting.parts[0][0]
         columns = {name: np.concatenate([part[0][name] for part in waiting.parts]) for name in names}
         seq, root = (np.concatenate([part[index] for part in waiting.parts]) for index in (1, 2))
-        batch = to_named(columns, seq, np.full(len(seq), vm), root)
+        batch, constants = to_named(columns, seq, vm, root)
         time = columns["time"].view(np.int64)
         self._row_groups.append(
             {
@@ -134,6 +136,7 @@ class _Compaction:
                 "last_seq": int(seq[-1]),
                 "first_time": int(time.min()),
                 "last_time": int(time.max()),
+                "constants": constants,
                 **self._file.write(batch),
             }
         )
@@ -143,7 +146,7 @@ class _Compaction:
         loss, unbalanced = self._books.loss(self._reader.manifest.get("loss"))
         if not discrepancies:  # of a killed recording the counts on disk are old
             discrepancies = unbalanced
-        manifest = {key: value for key, value in self._reader.manifest.items() if key not in ("snapshot", "closed")}
+        manifest = {key: value for key, value in self._reader.manifest.items() if key not in _WORKING_KEYS}
         metadata = manifest | {
             "format": {"major": FORMAT_MAJOR, "minor": FORMAT_MINOR},
             "events": self._books.events,
@@ -153,14 +156,13 @@ class _Compaction:
             "cut": self._cut(),
             "vms": [self._vm(vm) for vm in self._identities.vms],
             "roots": self._roots(),
-            "threads": self._books.threads(_names(self._reader.manifest)),
+            "threads": self._books.threads(_comms(self._reader.manifest)),
             "loss": loss,
             "gaps": self._books.gaps,
             "gap_count": self._books.gap_count,
             "row_groups": self._row_groups,
         }
-        text = json.dumps(metadata, separators=(",", ":")).encode()
-        size = self._file.finish({KEY: text, CHECKSUM_KEY: str(zlib.crc32(text)).encode()})
+        size = self._file.finish({KEY: json.dumps(metadata, separators=(",", ":")).encode()})
         lost = sum(sum(kind["lost"].values()) for kind in loss.values())
         return Summary(self._file.path, self._books.events, lost, size, not discrepancies, tuple(discrepancies))
 
@@ -196,7 +198,7 @@ class _Compaction:
         return extra | {
             "id": vm.id,
             "pid": vm.tgid,
-            "comm": extra.get("comm") or _names(self._reader.manifest).get(vm.tgid, ""),
+            "comm": extra.get("comm") or _comms(self._reader.manifest).get(vm.tgid, ""),
             "origin": vm.origin,
             "since": vm.since,
             "until": vm.until,
@@ -238,10 +240,11 @@ def _is_vm(vm: Any) -> bool:
     )
 
 
-def _names(manifest: Mapping[str, Any]) -> dict[int, str]:
-    """Thread names by tid, as far as the recorder gave them."""
+def _comms(manifest: Mapping[str, Any]) -> dict[int, str]:
+    """Thread names by tid, as far as the recorder gave them: {"threads": {tid: {"comm": ...}}}."""
     threads = manifest.get("threads")
-    if not isinstance(threads, list):
-        return {}
-    named = [thread for thread in threads if isinstance(thread, dict)]
-    return {t["tid"]: t["comm"] for t in named if isinstance(t.get("tid"), int) and isinstance(t.get("comm"), str)}
+    comms = {}
+    for tid, thread in threads.items() if isinstance(threads, dict) else ():
+        if str(tid).isdecimal() and isinstance(thread, dict) and isinstance(thread.get("comm"), str):
+            comms[int(tid)] = thread["comm"]
+    return comms

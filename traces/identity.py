@@ -67,7 +67,7 @@ class Identities:
     """Gives every record its VM id and root id (0: unknown or none), batch after batch in ring order."""
 
     def __init__(self, alive: Iterable[Mapping[str, Any]]) -> None:
-        """`alive` are the VMs at the start: each with its `kvm` pointer, its `tgid`, and `roots` of `table` and `role`."""
+        """`alive` are the VMs at the start: each with its `kvm` pointer, its `tgid`, and `roots` (`table`, `role`)."""
         self.vms: list[Vm] = []
         self.root_count = 0
         self.uncreated: list[Root] = []

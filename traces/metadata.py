@@ -15,13 +15,15 @@ from traces.errors import Problem
 from traces.schema import FORMAT_MAJOR
 
 KEY: Final = b"kvmtrace"
-CHECKSUM_KEY: Final = b"kvmtrace.crc32"
-MAX_BYTES: Final = 256 << 20
+MAX_BYTES: Final = 64 << 20  # Arrow reads no longer strings than 100 MB from a footer
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """One row group: its VM (None: rows of no known VM), its rows, where its bytes lie and their CRC-32."""
+    """One row group: its VM (None: rows of no known VM), its rows, where its bytes lie and their CRC-32.
+
+    `constants` are the columns with one value (None: null) in all rows; a reader need not decode them.
+    """
 
     vm: int | None
     rows: int
@@ -32,6 +34,7 @@ class RowGroup:
     offset: int
     size: int
     crc32: int
+    constants: Mapping[str, int | None]
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,11 @@ class Metadata:
     discrepancies: tuple[str, ...]
     vms: tuple[Mapping[str, Any], ...]
     threads: tuple[Mapping[str, Any], ...]
+    probes: tuple[Mapping[str, Any], ...]
     gaps: tuple[Mapping[str, Any], ...]
+    gap_count: int
+    root_count: int
+    uncreated_roots: tuple[Mapping[str, Any], ...]
     loss: Mapping[str, Mapping[str, Mapping[str, int]]]
     row_groups: tuple[RowGroup, ...]
 
@@ -57,12 +64,16 @@ class Metadata:
 
     @property
     def lost(self) -> int:
-        return sum(sum(kind.get("lost", {}).values()) for kind in self.loss.values())
+        return sum(self.lost_of(kind) for kind in self.loss)
+
+    def lost_of(self, kind: str) -> int:
+        """Events of one kind that the rings refused."""
+        return sum(self.loss[kind].get("lost", {}).values())
 
     @property
     def kernel(self) -> str:
         """The recorded kernel's release, empty where the recorder did not say."""
-        return _text(_table(self.raw, "host"), "release")
+        return _text(_table(self.raw, "host"), "kernel")
 
     @property
     def policy(self) -> str:
@@ -111,6 +122,10 @@ def _view(raw: dict[str, Any], version: tuple[int, int]) -> Metadata:
         vms=tuple(_expect(raw, "vms", _is_vms)),
         threads=tuple(_expect(raw, "threads", lambda v: _is_list(v, dict))),
         gaps=tuple(_expect(raw, "gaps", lambda v: _is_list(v, dict))),
+        probes=tuple(_expect(raw, "probes", lambda v: _is_list(v, dict)) if "probes" in raw else ()),
+        gap_count=_expect(raw, "gap_count", _is_count),
+        root_count=_expect(_expect(raw, "roots", _is_object), "count", _is_count),
+        uncreated_roots=tuple(_expect(_expect(raw, "roots", _is_object), "uncreated", _is_roots)),
         loss=loss,
         row_groups=tuple(_row_group(group) for group in _expect(raw, "row_groups", lambda v: _is_list(v, dict))),
     )
@@ -124,7 +139,10 @@ def _row_group(group: dict[str, Any]) -> RowGroup:
     numbers = {name: group[name] for name in names}
     if not all(isinstance(value, int) and abs(value) < 1 << 63 for value in numbers.values()):
         raise _Malformed("`row_groups` has a bad number")
-    return RowGroup(vm=vm, **numbers)
+    constants = group["constants"]
+    if not isinstance(constants, dict) or not all(v is None or isinstance(v, int) for v in constants.values()):
+        raise _Malformed("`row_groups` has bad `constants`")
+    return RowGroup(vm=vm, **numbers, constants=constants)
 
 
 def _expect(raw: Mapping[str, Any], key: str, fits: Callable[[Any], bool]) -> Any:
@@ -141,6 +159,17 @@ def _is_count(value: Any) -> bool:
 
 def _is_list(value: Any, item: type) -> bool:
     return isinstance(value, list) and all(isinstance(entry, item) for entry in value)
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_roots(value: Any) -> bool:
+    return _is_list(value, dict) and all(
+        _is_count(root.get("id")) and _is_count(root.get("table")) and _is_count(root.get("role")) and "vm" in root
+        for root in value
+    )
 
 
 def _is_loss(value: Any) -> bool:

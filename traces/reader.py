@@ -1,29 +1,30 @@
 """Reading a trace: nothing of the file is trusted before it was checked.
 
-The footer's metadata carries its own CRC; every row group's bytes are checked against theirs before Arrow decodes a
-single page, and every decoded batch is validated fully.
+Every byte is under a CRC: the footer is checked before Arrow parses it, each row group before Arrow decodes it, and
+every decoded batch is validated fully. Decoding is Arrow's, not polars's, because polars aborts the process on some
+files made to harm it, where Arrow raises.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
-from traces.columns import SCHEMA
 from traces.errors import Problem
-from traces.metadata import CHECKSUM_KEY, KEY, MAX_BYTES, Metadata, RowGroup, parse
+from traces.frame import check_footer, check_row_groups, check_schema, crc_of
+from traces.metadata import KEY, Metadata, RowGroup, parse
+from traces.schema import BY_NAME
 
 BATCH_ROWS: Final = 1 << 16
-MAX_ROW_GROUP_ROWS: Final = 1 << 24
-_MAX_FOOTER: Final = MAX_BYTES + (64 << 20)
-_MAGIC: Final = b"PAR1"
-# What decoding damaged bytes can raise in pyarrow; MemoryError where a length lies.
+UNKNOWN_CODE: Final = 255
+# What decoding a file made to harm can raise in pyarrow; MemoryError where a length lies.
 _DECODE_ERRORS: Final = (
     pa.ArrowException,
     OSError,
@@ -50,21 +51,19 @@ class Trace:
     def open(cls, path: Path | str) -> Trace:
         """Open and check the file; raises Problem (one line, with the path) if it is not a sound trace of format 1."""
         path = Path(path)
-        _check_frame(path)
+        rows_end = check_footer(path)
         try:
-            file = pq.ParquetFile(path, read_dictionary=["kind"], memory_map=False, pre_buffer=False)
+            file = pq.ParquetFile(path, read_dictionary=["kind"], pre_buffer=False)
             pairs = file.metadata.metadata or {}
         except _DECODE_ERRORS as error:
             raise _damaged(path, "footer", error) from None
         text = pairs.get(KEY)
         if text is None:
             raise Problem(f"{path}: not a kvmtrace trace (a Parquet file without `{KEY.decode()}` metadata)")
-        if pairs.get(CHECKSUM_KEY) != str(zlib.crc32(text)).encode():
-            raise Problem(f"{path}: damaged: its metadata does not fit its checksum")
-        trace = cls(path, file, parse(text, str(path)))
-        trace._check_schema()
-        trace._check_row_groups()
-        return trace
+        metadata = parse(text, str(path))
+        check_schema(path, file.schema_arrow)
+        check_row_groups(path, file.metadata, metadata, rows_end)
+        return cls(path, file, metadata)
 
     def counts(self) -> dict[str, int]:
         """Stored rows by kind name."""
@@ -78,109 +77,98 @@ class Trace:
         Within one VM, file order is ring order (ascending `seq`). With `vm`, only that VM's rows; rows of no known VM,
         and `gap` rows, are not among them (gaps are in `metadata.gaps`). `columns` in the order wanted; all by default.
         """
-        unknown = [name for name in columns or () if name not in self.schema.names]
+        names = list(self.schema.names if columns is None else columns)
+        unknown = [name for name in names if name not in self.schema.names]
         if unknown:
             raise Problem(f"{self.path}: no column `{unknown[0]}` in this trace")
         for index, group in enumerate(self.metadata.row_groups):
             if vm is None or group.vm == vm:
-                yield from self._decode(index, list(columns) if columns is not None else None, size)
+                yield from self._decode(index, names, size)
 
     def scan(self) -> pl.LazyFrame:
         """The whole trace as a polars LazyFrame, after every row group was checked against its CRC."""
         self.verify()
         return pl.scan_parquet(self.path)
 
+    def roots(self) -> pl.DataFrame:
+        """Every root: `root`, `vm`, `table`, `role`, `first_seq`, `first_time` (ns), `created`; times null if unused.
+
+        `created` says that its creation was recorded; if not, `table` and `role` are what the snapshot or its first
+        use said.
+        """
+        first = [pl.col(name).first() for name in ("vm", "table", "role")]
+        times = [pl.col("seq").first().alias("first_seq"), pl.col("time").first().alias("first_time")]
+        used = self.scan().filter(pl.col("root") != 0).group_by("root").agg(*first, *times).collect()
+        kept = ("vm", "table", "role")
+        known = pl.DataFrame(
+            [{"root": root["id"], **{name: root[name] for name in kept}} for root in self.metadata.uncreated_roots],
+            schema={"root": pl.Int32, **{name: used.schema[name] for name in kept}},
+        )
+        uncreated = known.join(used.drop(kept), on="root", how="left").with_columns(created=False)
+        created = used.join(known, on="root", how="anti").with_columns(created=True)
+        return pl.concat([created, uncreated.select(created.columns)]).sort("root")
+
     def verify(self) -> None:
         """Check every row group's bytes against their CRC; a Problem names the first that does not fit."""
         for index in range(len(self.metadata.row_groups)):
             self._verify(index)
 
-    def _decode(self, index: int, columns: list[str] | None, size: int) -> Iterator[pa.RecordBatch]:
+    def _decode(self, index: int, names: list[str], size: int) -> Iterator[pa.RecordBatch]:
         self._verify(index)
+        group = self.metadata.row_groups[index]
         rows = 0
         try:
-            for batch in self._file.iter_batches(size, [index], columns, use_threads=False):
+            fields = pa.schema([self.schema.field(name) for name in names])
+            constants = _Constants(fields, group, min(size, group.rows))
+            stored = [name for name in names if name not in constants] or ["time"]
+            for batch in self._file.iter_batches(size, [index], stored, use_threads=False):
                 batch.validate(full=True)
-                rows += batch.num_rows
-                yield batch if columns is None else batch.select(columns)
+                count = batch.num_rows
+                arrays = [constants.get(n, rows, count) if n in constants else batch.column(n) for n in names]
+                rows += count
+                yield pa.RecordBatch.from_arrays(arrays, schema=fields)
         except _DECODE_ERRORS as error:
             raise _damaged(self.path, f"row group {index}", error) from None
-        if rows != self.metadata.row_groups[index].rows:
-            raise Problem(f"{self.path}: damaged: row group {index} has {rows} rows, not what its metadata says")
+        if rows != group.rows:
+            raise Problem(f"{self.path}: damaged: row group {index} has not the rows that its metadata says")
 
     def _verify(self, index: int) -> None:
-        if index in self._verified:
-            return
-        group = self.metadata.row_groups[index]
-        crc, left = 0, group.size
-        try:
-            with self.path.open("rb") as file:
-                file.seek(group.offset)
-                while left and (data := file.read(min(left, 1 << 20))):
-                    crc = zlib.crc32(data, crc)
-                    left -= len(data)
-        except OSError as error:
-            raise Problem(f"{self.path}: {error.strerror}") from None
-        if left or crc != group.crc32:
-            raise Problem(f"{self.path}: damaged: row group {index} does not fit its checksum")
-        self._verified.add(index)
-
-    def _check_schema(self) -> None:
-        for field in SCHEMA:
-            at = self.schema.get_field_index(field.name)
-            if at < 0:
-                raise Problem(f"{self.path}: damaged: column `{field.name}` is missing")
-            found = self.schema.field(at).type
-            wanted = pa.string() if field.name == "kind" else field.type
-            if (found.value_type if pa.types.is_dictionary(found) else found) != wanted:
-                raise Problem(f"{self.path}: damaged: column `{field.name}` is {found}, not {field.type}")
-
-    def _check_row_groups(self) -> None:
-        """The footer and our own index must tell the same story, within the file, in sizes that rows can have."""
-        footer = self._file.metadata
-        groups = self.metadata.row_groups
-        end = len(_MAGIC)
-        fits = footer.num_row_groups == len(groups) and sum(g.rows for g in groups) == self.metadata.events
-        fits = fits and sum(self.metadata.kinds.values()) == self.metadata.events == footer.num_rows
-        for index, group in enumerate(groups):
-            fits = fits and group.offset >= end and 0 < group.rows <= MAX_ROW_GROUP_ROWS and group.size > 0
-            end = group.offset + group.size
-            fits = fits and _chunks_fit(footer.row_group(index), group)
-        if not fits or end > self.path.stat().st_size:
-            raise Problem(f"{self.path}: damaged: its row groups are not where its metadata says")
+        if index not in self._verified:
+            group = self.metadata.row_groups[index]
+            if crc_of(self.path, group.offset, group.size) != group.crc32:
+                raise Problem(f"{self.path}: damaged: row group {index} does not fit its checksum")
+            self._verified.add(index)
 
 
-def _check_frame(path: Path) -> None:
-    """Magic numbers and the footer's length, before Arrow sees the file."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(4)
-            file.seek(max(0, size - 8))
-            tail = file.read(8)
-    except OSError as error:
-        raise Problem(f"{path}: {error.strerror}") from None
-    if head != _MAGIC:
-        raise Problem(f"{path}: not a kvmtrace trace (not a Parquet file)")
-    if size < 12 or tail[4:] != _MAGIC:
-        raise Problem(f"{path}: cut short: the end of the Parquet file is missing")
-    if int.from_bytes(tail[:4], "little") > min(size - 12, _MAX_FOOTER):
-        raise Problem(f"{path}: damaged: its footer has an impossible length")
+class _Constants:
+    """The columns of a row group that need no decoding: one value in all rows, or row numbers without a gap."""
+
+    def __init__(self, fields: pa.Schema, group: RowGroup, size: int) -> None:
+        self._arrays = {
+            field.name: pa.repeat(pa.scalar(group.constants[field.name], field.type), size)
+            for field in fields
+            if field.name in group.constants
+        }
+        self._first_seq = group.first_seq if group.last_seq - group.first_seq == group.rows - 1 else None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._arrays or (name == "seq" and self._first_seq is not None)
+
+    def get(self, name: str, start: int, count: int) -> pa.Array:
+        """`count` values of a column in here, from row `start` of the group on."""
+        if name in self._arrays:
+            return self._arrays[name].slice(0, count)
+        assert self._first_seq is not None
+        return pa.array(np.arange(self._first_seq + start, self._first_seq + start + count))
 
 
-def _chunks_fit(footer: Any, group: RowGroup) -> bool:
-    if footer.num_rows != group.rows:
-        return False
-    for index in range(footer.num_columns):
-        chunk = footer.column(index)
-        start = chunk.data_page_offset
-        if chunk.has_dictionary_page and chunk.dictionary_page_offset is not None:
-            start = min(start, chunk.dictionary_page_offset)
-        inside = group.offset <= start and start + chunk.total_compressed_size <= group.offset + group.size
-        bound = (1 << 16) + 24 * group.rows  # no encoding of ours takes more for a number or a kind's name
-        if not (inside and chunk.num_values == group.rows and 0 <= chunk.total_uncompressed_size <= bound):
-            return False
-    return True
+def kind_codes(batch: pa.RecordBatch) -> NDArray[np.uint8]:
+    """The `kind` column as kind codes of this version's schema; 255 for a kind that it does not know."""
+    kind = batch.column("kind")
+    names = kind.dictionary.to_pylist()
+    codes = np.array([BY_NAME[name].code if name in BY_NAME else UNKNOWN_CODE for name in names], np.uint8)
+    indices: NDArray[np.int32] = kind.indices.to_numpy()
+    return codes[indices]
 
 
 def _damaged(path: Path, what: str, error: BaseException) -> Problem:

@@ -1,0 +1,104 @@
+"""Checks of a trace file before any of its rows is decoded: magics, CRCs, sizes, schema, row groups."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+from typing import Any, Final
+
+import pyarrow as pa
+
+from traces.columns import SCHEMA
+from traces.errors import Problem
+from traces.layout import MAGIC, PARQUET_MAGIC, SEAL_SIZE
+from traces.metadata import MAX_BYTES, Metadata, RowGroup
+
+MAX_ROW_GROUP_ROWS: Final = 1 << 24
+_MAX_FOOTER: Final = MAX_BYTES + (64 << 20)
+_TAIL_SIZE: Final = 8  # the footer's length, Parquet's magic
+_CHUNK: Final = 1 << 20
+
+
+def check_footer(path: Path) -> int:
+    """Check magics and the footer's CRC; where the row groups end. Raises Problem."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(len(PARQUET_MAGIC))
+            file.seek(max(size - _TAIL_SIZE, 0))
+            tail = file.read(_TAIL_SIZE)
+            if head != PARQUET_MAGIC:
+                raise Problem(f"{path}: not a kvmtrace trace (not a Parquet file)")
+            length = int.from_bytes(tail[:4], "little")
+            footer = size - _TAIL_SIZE - length
+            if tail[4:] != PARQUET_MAGIC or length > _MAX_FOOTER or footer < len(PARQUET_MAGIC) + SEAL_SIZE:
+                raise Problem(f"{path}: damaged: the end of the Parquet file is missing")
+            file.seek(footer - SEAL_SIZE)
+            seal = file.read(SEAL_SIZE)
+    except OSError as error:
+        raise Problem(f"{path}: {error.strerror}") from None
+    if seal[: len(MAGIC)] != MAGIC:
+        raise Problem(f"{path}: not a kvmtrace trace (a Parquet file without its seal)")
+    if crc_of(path, footer, size - footer) != int.from_bytes(seal[len(MAGIC) :], "little"):
+        raise Problem(f"{path}: damaged: its footer does not fit its checksum")
+    return footer - SEAL_SIZE
+
+
+def crc_of(path: Path, offset: int, size: int) -> int | None:
+    """CRC-32 of `size` bytes at `offset`; None where the file ends before."""
+    crc = 0
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            while size:
+                data = file.read(min(size, _CHUNK))
+                if not data:
+                    return None
+                crc = zlib.crc32(data, crc)
+                size -= len(data)
+    except OSError as error:
+        raise Problem(f"{path}: {error.strerror}") from None
+    return crc
+
+
+def check_schema(path: Path, schema: pa.Schema) -> None:
+    """Every column of this version is there with its type; columns of other names are none of our business."""
+    for field in SCHEMA:
+        positions = schema.get_all_field_indices(field.name)
+        if len(positions) != 1:
+            raise Problem(f"{path}: damaged: column `{field.name}` is {'missing' if not positions else 'there twice'}")
+        found = schema.field(positions[0])
+        if field.name == "kind":
+            fits = pa.types.is_dictionary(found.type) and found.type.value_type == pa.string()
+        else:
+            fits = found.type == field.type
+        if not fits:
+            raise Problem(f"{path}: damaged: column `{field.name}` is {found.type}, not {field.type}")
+
+
+def check_row_groups(path: Path, footer: Any, metadata: Metadata, rows_end: int) -> None:
+    """Parquet's footer and our own index tell one story, in sizes that rows can have, and cover every byte."""
+    groups = metadata.row_groups
+    fits = footer.num_row_groups == len(groups) and footer.num_rows == metadata.events
+    fits = fits and sum(group.rows for group in groups) == sum(metadata.kinds.values()) == metadata.events
+    end = len(PARQUET_MAGIC)
+    for index, group in enumerate(groups):
+        fits = fits and group.offset == end and _chunks_fit(footer.row_group(index), group)
+        end = group.offset + group.size
+    if not fits or end != rows_end:
+        raise Problem(f"{path}: damaged: its row groups are not what its metadata says")
+
+
+def _chunks_fit(footer: Any, group: RowGroup) -> bool:
+    if not 0 < group.rows <= MAX_ROW_GROUP_ROWS or footer.num_rows != group.rows:
+        return False
+    bound = (1 << 20) + 24 * group.rows  # no encoding of a number, nor the names of kinds, takes more
+    for index in range(footer.num_columns):
+        chunk = footer.column(index)
+        start = chunk.data_page_offset
+        if chunk.has_dictionary_page and chunk.dictionary_page_offset is not None:
+            start = min(start, chunk.dictionary_page_offset)
+        inside = group.offset <= start and start + chunk.total_compressed_size <= group.offset + group.size
+        if not (inside and chunk.num_values == group.rows and 0 <= chunk.total_uncompressed_size <= bound):
+            return False
+    return True

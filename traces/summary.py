@@ -1,0 +1,160 @@
+"""What `kvmtrace info` says about a trace: facts for programs, and one screen for people."""
+
+from __future__ import annotations
+
+import io
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from traces.metadata import Metadata
+from traces.reader import Trace
+
+WIDTH: Final = 100
+_VMS_SHOWN: Final = 8
+
+
+def info(path: Path) -> dict[str, Any]:
+    """The facts of `kvmtrace info --json`; sizes in bytes, times in ns. Raises Problem for a file that is no trace."""
+    trace = Trace.open(path)
+    meta = trace.metadata
+    first, last = _span(meta)
+    size = path.stat().st_size
+    return {
+        "schema": 1,
+        "path": str(path),
+        "format": f"{meta.format[0]}.{meta.format[1]}",
+        "size": size,
+        "bytes_per_event": round(size / meta.events, 2) if meta.events else None,
+        "events": meta.events,
+        "emitted": meta.emitted,
+        "lost": meta.lost,
+        "complete": meta.complete,
+        "discrepancies": list(meta.discrepancies),
+        "gaps": meta.gap_count,
+        "first_time": first,
+        "last_time": last,
+        "duration": last - first,
+        "began": _wall_time(meta, first),
+        "kernel": meta.kernel,
+        "policy": meta.policy,
+        "host": meta.raw.get("host", {}),
+        "recorder": meta.raw.get("recorder", ""),
+        "preset": meta.raw.get("preset", ""),
+        "command": meta.raw.get("command", []),
+        "kinds": dict(sorted(meta.kinds.items(), key=lambda item: -item[1])),
+        "lost_kinds": {name: lost for name in meta.loss if (lost := meta.lost_of(name))},
+        "roots": meta.root_count,
+        "vms": [
+            {key: vm.get(key) for key in ("id", "pid", "comm", "origin", "since", "until")}
+            | {"vcpus": len({vcpu.get("id") for vcpu in vm["vcpus"]}), "slots": len(vm["slots"])}
+            for vm in meta.vms
+        ],
+        "probes": [dict(probe) for probe in meta.probes],
+    }
+
+
+def render(path: Path) -> str:
+    """The same on one screen; plain text where standard output is no terminal."""
+    facts = info(path)
+    terminal = sys.stdout.isatty()
+    console = Console(
+        file=io.StringIO(),
+        force_terminal=terminal,
+        no_color=not terminal,
+        width=None if terminal else WIDTH,
+        highlight=False,
+    )
+    console.print(_head(facts))
+    console.print(_vms(facts))
+    console.print(_kinds(facts))
+    console.print(_probes(facts), soft_wrap=False)
+    output = console.file
+    assert isinstance(output, io.StringIO)
+    return "\n".join(line.rstrip() for line in output.getvalue().splitlines()) + "\n"
+
+
+def _span(meta: Metadata) -> tuple[int, int]:
+    groups = meta.row_groups
+    if not groups:
+        return 0, 0
+    return min(group.first_time for group in groups), max(group.last_time for group in groups)
+
+
+def _wall_time(meta: Metadata, boot: int) -> str:
+    """A boot time as UTC, by the recorder's first clock sample; empty where there is none."""
+    clock = meta.raw.get("clock")
+    samples = clock.get("samples") if isinstance(clock, dict) else None
+    sample = samples[0] if isinstance(samples, list) and samples and isinstance(samples[0], dict) else {}
+    real, base = sample.get("real"), sample.get("boot")
+    if not isinstance(real, int) or not isinstance(base, int) or not 0 < real - base + boot < 1 << 63:
+        return ""
+    return datetime.fromtimestamp((real - base + boot) / 1e9, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _head(facts: dict[str, Any]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    each = f", {facts['bytes_per_event']} bytes each" if facts["events"] else ""
+    host = facts["host"] if isinstance(facts["host"], dict) else {}
+    rows = {
+        "trace": f"{facts['path']} (format {facts['format']}, {facts['size']:,} bytes{each})",
+        "recorded": f"{facts['began']}, {facts['duration'] / 1e9:.3f} s, preset {facts['preset'] or 'unknown'}",
+        "kernel": f"{facts['kernel'] or 'unknown'}  {host.get('model', '')}",
+        "policy": facts["policy"] or "unknown",
+        "events": f"{facts['events']:,} stored, {facts['lost']:,} lost, {facts['gaps']:,} gaps",
+    }
+    for name, value in rows.items():
+        table.add_row(Text(name, style="bold"), Text(_printable(value)))
+    for line in facts["discrepancies"][:5]:
+        table.add_row(Text("incomplete", style="bold red"), Text(_printable(line)))
+    return table
+
+
+def _vms(facts: dict[str, Any]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for name in ("VM", "process", "vCPUs", "slots", "seen"):
+        table.add_column(name, justify="left" if name in ("process", "seen") else "right")
+    for vm in facts["vms"][:_VMS_SHOWN]:
+        seen = str(vm["origin"]) + ("" if vm["until"] is None else ", destroyed")
+        process = _printable(f"{vm['comm'] or '?'} ({vm['pid']})")
+        table.add_row(str(vm["id"]), Text(process), str(vm["vcpus"]), str(vm["slots"]), Text(_printable(seen)))
+    if len(facts["vms"]) > _VMS_SHOWN:
+        table.add_row("...", f"{len(facts['vms']) - _VMS_SHOWN} more", "", "", "")
+    return table
+
+
+def _kinds(facts: dict[str, Any]) -> Table:
+    """Kinds by count, two to a line: name, stored, lost where any were."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    names = list(facts["kinds"]) + [name for name in facts["lost_kinds"] if name not in facts["kinds"]]
+    for _ in range(2):
+        table.add_column("kind")
+        table.add_column("stored", justify="right")
+        table.add_column("lost", justify="right")
+    cells = [
+        (_printable(name), f"{facts['kinds'].get(name, 0):,}", f"{facts['lost_kinds'].get(name, 0) or ''}")
+        for name in names
+    ]
+    half = (len(cells) + 1) // 2
+    for left, right in zip(cells[:half], [*cells[half:], ("", "", "")], strict=False):
+        table.add_row(*left, *right)
+    return table
+
+
+def _probes(facts: dict[str, Any]) -> Text:
+    attached = [probe for probe in facts["probes"] if probe.get("how") != "none"]
+    lacking = [str(probe.get("kind")) for probe in facts["probes"] if probe.get("how") == "none"]
+    text = f"{len(attached)} probes attached"
+    if lacking:
+        text += f"; not observable here: {', '.join(lacking)}"
+    return Text(_printable(text))
+
+
+def _printable(text: str) -> str:
+    """Text of a file from elsewhere, without what could steer a terminal."""
+    return "".join(char if char.isprintable() else "?" for char in text)
