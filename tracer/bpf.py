@@ -30,6 +30,8 @@ INSTALL_BCC = "apt-get install python3-bpfcc"
 _SYSCALLS = (("syscalls:sys_enter_ioctl", "ioctl_enter"), ("syscalls:sys_exit_ioctl", "ioctl_leave"))
 _COUNTERS = np.dtype([("emitted", "u8", KIND_SLOTS), ("lost", "u8", KIND_SLOTS), ("gap_count", "u8"),
                       ("gap_kinds", "u8"), ("gap_since", "u8")])  # fmt: skip
+# struct bpf_prog_info of the bpf(2) interface: recursion_misses, which older kernels leave zero
+_PROG_INFO_SIZE, _RECURSION_MISSES = 224, 208
 
 
 def import_bcc() -> Any:
@@ -104,16 +106,16 @@ def _choose(probe: Probe, btf: Btf, root: Path | None, layout: Layout, fentry: s
             else:
                 return Chosen(probe, point, point.how, fields)
             continue
-        if point.where not in symbols:
+        if fentry and not kprobe:
+            why.append(f"{fentry}; no kprobes (CONFIG_KPROBES off)")
+        elif point.where not in symbols:
             why.append(f"no function {point.where}")
         elif (signature := btf.signature(point.where)) and signature[: len(point.signature)] != point.signature:
             why.append(f"{point.where} has other arguments: {', '.join(signature)}")
         elif not fentry:
             return Chosen(probe, point, "fentry" if point.how == "entry" else "fexit", {})
-        elif kprobe:
-            return Chosen(probe, point, "kprobe" if point.how == "entry" else "kretprobe", {})
         else:
-            why.append(f"{fentry}; no kprobes (CONFIG_KPROBES off)")
+            return Chosen(probe, point, "kprobe" if point.how == "entry" else "kretprobe", {})
     return "; ".join(dict.fromkeys(why)) or f"not in kernel {version[0]}.{version[1]}"
 
 
@@ -250,6 +252,16 @@ class Probes:
     def snapshot(self) -> dict[str, Any]:
         """VMs alive now, and the probes' thread table primed with their vCPUs; see snapshot.py."""
         return snapshot.take(self._bcc.lib, self._iterator.fd)
+
+    def missed(self) -> dict[str, int]:
+        """{probe: runs that the kernel skipped} because another BPF program was running on that CPU (from 5.12 on)."""
+        library = ctypes.CDLL("libbpf.so.1")
+        found = {}
+        for name, function in self._bpf.funcs.items():
+            info, size = ctypes.create_string_buffer(_PROG_INFO_SIZE), ctypes.c_uint32(_PROG_INFO_SIZE)
+            if library.bpf_obj_get_info_by_fd(function.fd, info, ctypes.byref(size)) == 0:
+                found[name.decode()] = int.from_bytes(info.raw[_RECURSION_MISSES:][:8], sys.byteorder)
+        return {name: misses for name, misses in found.items() if misses}
 
     def counters(self) -> np.ndarray[Any, Any]:
         """Counters of each possible CPU: emitted and lost by kind code, and the gap still open."""

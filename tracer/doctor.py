@@ -5,6 +5,7 @@ Everything is looked at without changing anything; what an ordinary user may not
 
 from __future__ import annotations
 
+import mmap
 import os
 import platform
 import re
@@ -16,7 +17,7 @@ from typing import Any
 from tracer import bpf, host, tracefs
 from tracer.btf import BTF_DIRECTORY, kernel_btf
 from tracer.headers import find_headers
-from tracer.probes import IOCTL_KINDS, preset_kinds
+from tracer.probes import preset_kinds
 from traces.errors import ENVIRONMENT, Problem
 from traces.schema import KINDS
 
@@ -38,6 +39,7 @@ class Check:
 class Report:
     checks: list[Check] = field(default_factory=list)
     probes: list[bpf.Attachment] = field(default_factory=list)
+    attached: bool = False  # whether the probes were really attached, or only looked up
 
     @property
     def exit_code(self) -> int:
@@ -51,6 +53,7 @@ class Report:
         return {
             "can_record": self.exit_code == 0,
             "checks": [vars(check) for check in self.checks],
+            "attached": self.attached,
             "probes": [probe.metadata() for probe in self.probes],
             "observable": self.observable,
         }
@@ -167,6 +170,19 @@ def _filesystems() -> Iterator[Check]:
         yield Check("KVM's counters", UNSEEN, "debugfs is not readable by this user")
 
 
+def _probes() -> tuple[list[bpf.Attachment], bool]:
+    """How each probe fares: as root all are attached and detached again at once, else they are only looked up."""
+    if os.geteuid() != 0:
+        return bpf.plan(preset_kinds("all"), bpf.import_bcc()).attachments, False
+    probes = bpf.Probes(preset_kinds("all"), 1, mmap.PAGESIZE)
+    try:
+        probes.attach()
+        probes.detach()
+    finally:
+        probes.close()
+    return probes.plan.attachments, True
+
+
 def examine() -> Report:
     """Look at everything; never raises for what is merely absent."""
     report = Report()
@@ -179,8 +195,11 @@ def examine() -> Report:
             )
     blocked = {check.name for check in report.checks if check.state in (LACK, UNSEEN)}
     if not blocked & {"bcc", "kernel headers", "tracefs", "BTF"}:
-        everything = preset_kinds("all") | frozenset(IOCTL_KINDS)
-        report.probes = bpf.plan(everything, bpf.import_bcc()).attachments
+        try:
+            report.probes, report.attached = _probes()
+        except Problem as problem:
+            text, _, mend = str(problem).rpartition(": ")
+            report.checks.append(Check("probes", LACK, text, mend))
     return report
 
 
@@ -200,7 +219,7 @@ def render(report: Report) -> str:
         lines.append("")
         for how, kinds in by_how.items():
             if how != "none":
-                lines.append(f"{len(kinds):>6}  probes by {how}")
+                lines.append(f"{len(kinds):>6}  probes {'attached' if report.attached else 'to attach'} by {how}")
         missing: dict[str, list[str]] = {}
         for probe in report.probes:
             if probe.how == "none" and probe.kind not in seen:

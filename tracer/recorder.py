@@ -168,6 +168,7 @@ class Recorder:
             "threads": {str(tid): thread for tid, thread in self.probes.threads().items()},
             "stats": self.stats,
             "loss": loss_table(self.probes.counters()),
+            "missed": self.probes.missed(),
         }
 
     def run(self) -> tuple[str, int | None]:
@@ -291,6 +292,8 @@ def record(options: Options) -> Outcome:
             lost = int(probes.counters()["lost"].sum())
         finally:
             probes.close()
+        if sys.stderr.isatty():
+            sys.stderr.write(f"compacting {recorder.drained:,} events into {options.out}\n")
         seconds, cpu = time.monotonic() - started, time.process_time() - cpu
         if stop.hard:
             raise Problem(f"stopped before compaction: run `kvmtrace recover {options.directory}`", 1)
