@@ -9,6 +9,7 @@ from __future__ import annotations
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from benchmarks.recorders import CPUS, KINDS, RING_BYTES
@@ -16,13 +17,14 @@ from tracer.bpf import Probes
 from tracer.program import ring_names
 from tracer.recorder import IDLE_SECONDS
 from tracer.ring import Rings, ring_count
+from tracer.writer import prefer_this_thread
 
 SETTLE_SECONDS = 0.3  # after the workload: RCU callbacks still free its tables
 
 
 @dataclass(frozen=True)
 class Drained:
-    """One run of one way to drain; `cpu_seconds` is the draining thread's."""
+    """One run of one way to drain: `read` includes gap records, `cpu_seconds` are the draining thread's."""
 
     way: str
     emitted: int
@@ -70,14 +72,14 @@ def callback(probes: Probes) -> Callable[[], int]:
 WAYS = {"bulk": bulk, "bcc callback": callback}
 
 
-def run(way: str, workload: Sequence[str], timeout: float) -> Drained:
-    """Drain one workload. Raises subprocess.TimeoutExpired where it takes longer than `timeout` seconds."""
+def _drain(way: str, workload: Sequence[str], timeout: float) -> Drained:
     probes = Probes(frozenset(KINDS), ring_count(CPUS), RING_BYTES)
     try:
         drain = WAYS[way](probes)
         probes.attach()
         used, started, ended = time.thread_time(), time.monotonic(), 0.0
         with subprocess.Popen(workload, stdout=subprocess.DEVNULL) as child:
+            prefer_this_thread()  # not before: the workload would inherit it
             read = 0
             while not ended or time.monotonic() < ended + SETTLE_SECONDS:
                 batch = drain()
@@ -97,3 +99,12 @@ def run(way: str, workload: Sequence[str], timeout: float) -> Drained:
         return Drained(way, int(counters["emitted"].sum()), read, int(counters["lost"].sum()), used)
     finally:
         probes.close()
+
+
+def run(way: str, workload: Sequence[str], timeout: float) -> Drained:
+    """Drain one workload, with the recorder's own priority; the thread, and the priority with it, ends with the run.
+
+    Raises subprocess.TimeoutExpired where it takes longer than `timeout` seconds.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_drain, way, workload, timeout).result()

@@ -66,9 +66,9 @@ def compare(rounds: int, loops: int, timeout: float) -> list[list[Run]]:
 
 
 def spread(values: Sequence[float], form: str = ".2f") -> str:
-    """Median, and the range where there is one: `3.10 (2.90-3.40)`."""
+    """Median, and the range where there is one: `3.10 (2.90 to 3.40)`."""
     middle, low, high = (f"{value:{form}}" for value in (statistics.median(values), min(values), max(values)))
-    return middle if low == high else f"{middle} ({low}-{high})"
+    return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def slow_downs(rounds: list[list[Run]], column: int) -> list[float]:
