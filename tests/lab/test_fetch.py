@@ -7,8 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from synthetic import TREE, add_archive, elf, program, whole_kernel
 
+from tests.lab.synthetic import TREE, add_archive, elf, program, whole_kernel
 from tracer.lab import apt, fetch, kernels, modules
 from traces.errors import ENVIRONMENT, Problem
 

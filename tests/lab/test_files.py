@@ -12,8 +12,8 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic import TREE, bzimage
 
+from tests.lab.synthetic import TREE, bzimage
 from tracer.lab import initramfs, kernels, modules, session
 from traces.errors import Problem
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from synthetic import TREE, add_archive, whole_kernel
 from typer.testing import CliRunner
 
+from tests.lab.synthetic import TREE, add_archive, whole_kernel
 from tracer.lab import kernels, qemu, session
 from tracer.lab.cli import app
 from traces.errors import BAD_INPUT, ENVIRONMENT, Problem

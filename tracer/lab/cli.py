@@ -13,6 +13,7 @@ from traces.errors import BAD_INPUT, ENVIRONMENT, Problem
 
 if TYPE_CHECKING:
     from tracer.lab.kernels import Bootable
+    from tracer.lab.matrix import Cell
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -150,26 +151,49 @@ def matrix(
     as_json: Json = False,
 ) -> None:
     """Record every scenario on every kernel that is here, with a table; what is in the directory already is kept."""
-    import json
     import tempfile
     from contextlib import ExitStack
-    from dataclasses import asdict
 
     from tracer.lab.fetch import present
     from tracer.lab.kernels import KERNELS, known
-    from tracer.lab.matrix import cells, fill, render
+    from tracer.lab.matrix import cells
 
     names = [known(name).name for name in kernel] if kernel else [name for name in KERNELS if present(name)]
     if not names:
         raise Problem("no kernel is here: kvmtrace lab fetch 6.1", ENVIRONMENT)
     wanted = cells(names, scenario or (), shadow=shadow)
-    _stop_cleanly()
     with ExitStack() as stack:
         if output is None:
             output = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvmtrace-matrix-")))
         elif not output.is_dir():
             raise Problem(f"{output}: no such directory")
-        rows, problems = fill(wanted, output, _say)
+        _fill(wanted, output, as_json)
+
+
+@app.command()
+def corpus(
+    directory: Annotated[Path | None, typer.Argument(help="[default: the checkout's traces/corpus]")] = None,
+    as_json: Json = False,
+) -> None:
+    """Fetch every kernel and record the corpus that is shipped; what is there already is kept."""
+    from tracer.lab.fetch import fetch as get
+    from tracer.lab.kernels import KERNELS
+    from tracer.lab.matrix import cells
+
+    directory = directory or Path(__file__).resolve().parents[2] / "traces" / "corpus"
+    directory.mkdir(parents=True, exist_ok=True)
+    _fill(cells([get(name, _say).name for name in KERNELS]), directory, as_json)
+
+
+def _fill(wanted: list[Cell], directory: Path, as_json: bool) -> None:
+    """Record what is wanted and not there yet, print the table, and leave with 2 or 3 if something failed."""
+    import json
+    from dataclasses import asdict
+
+    from tracer.lab.matrix import fill, render
+
+    _stop_cleanly()
+    rows, problems = fill(wanted, directory, _say)
     if as_json:
         document = {"schema": 1, "recordings": [asdict(row) for row in rows], "failed": [str(one) for one in problems]}
         print(json.dumps(document))

@@ -167,12 +167,12 @@ def fill(
     A failed cell does not keep the others from being recorded. Returns the rows of all `wanted` cells that are there,
     and what failed.
     """
-    rows = {row.file: row for row in provenance(directory)}
+    rows = {row.file: row for row in provenance(directory) if (directory / row.file).is_file()}
     problems: list[Problem] = []
     wanted = list(wanted)
     for number, cell in enumerate(wanted, 1):
         file = f"{cell.name}.parquet"
-        if file in rows and (directory / file).is_file():
+        if file in rows:
             continue
         say(f"{number}/{len(wanted)} {cell.name}")
         try:
