@@ -29,6 +29,7 @@ class Point:
     until: Version = FUTURE
     signature: tuple[str, ...] = ()  # leading parameter types to insist on, where BTF can tell
     only_if: str = ""  # C condition; where it is false the function's call is not this event
+    in_interrupt: bool = False  # runs on top of whatever thread was there: that thread says nothing about the event
     before: str = ""  # C statement run first: what the recorder learns from this point
     after: str = ""
 
@@ -214,7 +215,8 @@ FUNCTIONS: tuple[Probe, ...] = (
         Point("entry", "tdp_mmu_free_sp_rcu_callback",  # 5.12+ (7cca2d0b7e7d): children and roots alike, after RCU
               {"gfn": "SP_GFN(@0 - OFF_SP_RCU)", "table": "SP_TABLE(@0 - OFF_SP_RCU)",
                "refs": "SP_REFS_OF(@0 - OFF_SP_RCU)", "role": "SP_ROLE_OF(@0 - OFF_SP_RCU)",
-               "level": "SP_ROLE_OF(@0 - OFF_SP_RCU) & 15", "root": "SP_ROOT(@0 - OFF_SP_RCU, self)"}, since=(5, 12)),
+               "level": "SP_ROLE_OF(@0 - OFF_SP_RCU) & 15", "root": "SP_ROOT(@0 - OFF_SP_RCU, self)"},
+              since=(5, 12), in_interrupt=True),
         Point("return", "kvm_tdp_mmu_free_root",  # 5.10: the root only, freed inline; the zap is bracketed below
               {"root": "self->zap_root", "table": "self->zap_root"}, until=(5, 12)),
     ), "mmu"),

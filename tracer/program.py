@@ -3,6 +3,7 @@
 Counting comes before everything: a record is first counted as emitted, then reserved in the ring; if the ring refuses,
 it is counted as lost, and the next record that fits on that CPU is preceded by a `gap` record. Counters are per CPU,
 and added to atomically because a probe in an interrupt (RCU callbacks) may run between the two halves of an addition.
+Programs return 1: a 0 from a tracepoint's program would take the event away from everybody else's perf as well.
 The C that does not depend on the kernel lies in `ebpf/`; what is generated here is one function per probe.
 """
 
@@ -88,10 +89,12 @@ def _function(chosen: Chosen, arguments: int) -> str:
         f"int {chosen.function}(void *ctx)",
         "{",
         "    struct thread local = {};",
-        "    struct thread *self = current_thread(&local);",
+        "    struct thread *self = nobody(&local);"
+        if point.in_interrupt
+        else "    struct thread *self = current_thread(&local);",
     ]
     if point.only_if:
-        lines.append(f"    if (!({_expand(point.only_if, chosen, arguments)})) return 0;")
+        lines.append(f"    if (!({_expand(point.only_if, chosen, arguments)})) return 1;")
     if point.before:
         lines.append(f"    {_expand(point.before, chosen, arguments)}")
     lines += [f"    u64 kvm = {kvm};"]
@@ -102,10 +105,12 @@ def _function(chosen: Chosen, arguments: int) -> str:
     lines += [f"        e->{name} = {f'v_{name}' if text != '0' else '0'};" for name, text in values.items()]
     if vcpu:
         lines.append("        e->vcpu = id;")
+    if point.in_interrupt:
+        lines.append("        e->tid = e->tgid = 0;")
     lines += ["        submit(e);", "    }"]
     if point.after:
         lines.append(f"    {_expand(point.after, chosen, arguments)}")
-    return "\n".join([*lines, "    return 0;", "}", ""])
+    return "\n".join([*lines, "    return 1;", "}", ""])
 
 
 def ring_names(rings: int) -> list[str]:

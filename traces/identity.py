@@ -21,11 +21,12 @@ import numpy as np
 
 from traces.lives import Ints, dense, fill_forward, first_rows, follow
 from traces.record import Columns
-from traces.schema import BY_NAME
+from traces.schema import BY_NAME, KINDS
 
 GAP: Final = BY_NAME["gap"].code
 GET_PAGE: Final = BY_NAME["kvm_mmu_get_page"].code
 TABLE_FREE: Final = BY_NAME["table_free"].code
+PAGE_KINDS: Final = tuple(kind.code for kind in KINDS if kind.words == ("gfn", "table"))
 VM_CREATE: Final = BY_NAME["vm_create"].code
 VM_DESTROY: Final = BY_NAME["vm_destroy"].code
 CREATED: Final = 1  # bit 0 of kvm_mmu_get_page's flags
@@ -87,7 +88,7 @@ class Identities:
     def resolve(self, columns: Columns, first_seq: int) -> tuple[Ints, Ints]:
         """(VM ids, root ids) of one batch, whose first row has number `first_seq`."""
         vm, changes = self._by_pointer_life(columns)
-        self._by_root_user(columns, vm)
+        self._by_table_user(columns, vm)
         self._by_process(columns, vm, changes)
         vm[columns["kind"] == GAP] = 0  # what was lost may have been any VM's
         return vm, self._roots(columns, vm, first_seq)
@@ -130,12 +131,16 @@ class Identities:
                 changes.append(self._end_vm(self.vms[int(ids[row]) - 1], time, row + 1))
         return ids, changes
 
-    def _by_root_user(self, columns: Columns, vm: Ints) -> None:
-        """Fill in the VM of rows that have a root but no pointer; remember who uses which root frame."""
-        rows = np.flatnonzero((columns["root"] != 0) & (columns["kind"] != GAP))
+    def _by_table_user(self, columns: Columns, vm: Ints) -> None:
+        """Fill in the VM of rows that have a table or root but no pointer; remember who uses which frame.
+
+        Tables are freed by RCU callbacks, which know no VM: whoever got the page last had it.
+        """
+        frame = np.where(np.isin(columns["kind"], PAGE_KINDS), columns["w1"], columns["root"])
+        rows = np.flatnonzero((frame != 0) & (columns["kind"] != GAP))
         if not len(rows):
             return
-        codes, frames = dense(columns["root"][rows])
+        codes, frames = dense(frame[rows])
         user = vm[rows]
         if not user.all():
             order = np.argsort(codes, kind="stable")

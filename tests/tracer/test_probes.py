@@ -62,6 +62,7 @@ def test_expressions_become_c() -> None:
             text = program([Chosen(probe, point, how, fields)], Layout({}, {}, ""), frozenset(), 1, 4096)
             body = text.rpartition("int on_")[2]
             assert not re.search(r"[@$]", body), body
+            assert "return 0;" not in body, "a 0 would take the event away from everybody else's perf"
             assert f"reserve(self, {BY_NAME[probe.kind].code}, kvm)" in body
 
 

@@ -121,7 +121,8 @@ def test_identity_roots_and_slots(tmp_path: Path, vmm: str) -> None:
     vm = next(vm for vm in trace.metadata.raw["vms"] if vm["comm"].startswith("kvmtrace-vmm"))
     assert len(vm["vcpus"]) == 1
     assert {slot["gfn"] for slot in vm["slots"]} == {0, 0x400}
-    pages = pl.scan_parquet(out).filter(pl.col("kind") == "kvm_mmu_get_page").collect()
+    tids = [vcpu["tid"] for vcpu in vm["vcpus"]]
+    pages = pl.scan_parquet(out).filter(pl.col("kind") == "kvm_mmu_get_page", pl.col("tid").is_in(tids)).collect()
     assert pages["vcpu"].unique().to_list() == [0]
     assert pages["vm"].unique().to_list() == [vm["id"]]
     created = pages.filter(pl.col("flags") & 1 == 1)

@@ -101,6 +101,16 @@ static __always_inline struct thread *current_thread(struct thread *local)
     return self ? self : local;
 }
 
+/* In an interrupt no thread is to blame; what cannot be attributed passes the filter. */
+static __always_inline struct thread *nobody(struct thread *local)
+{
+#ifdef FILTER_TGID
+    local->tgid = FILTER_TGID;
+#endif
+    local->vcpu_id = -1;
+    return local;
+}
+
 static __always_inline void remember_vcpu(struct thread *self, u64 vcpu)
 {
     if (!vcpu || self->vcpu == vcpu)

@@ -55,7 +55,7 @@ int ioctl_enter(void *ctx)
     u64 arg = *(u64 *)((u8 *)ctx + 32);
     struct event *e;
     if (((cmd >> 8) & 0xff) != KVMIO_TYPE)
-        return 0;
+        return 1;
     struct thread local = {};
     struct thread *self = current_thread(&local);
     u64 file = file_of(fd);
@@ -64,7 +64,7 @@ int ioctl_enter(void *ctx)
     self->ioctl = 0;
     if (what == FILE_VCPU && (cmd & 0xff) == NR_RUN) {
         remember_vcpu(self, owner);
-        return 0;
+        return 1;
     }
     u64 kvm = what == FILE_VCPU ? read64(owner + OFF_VCPU_KVM) : what == FILE_VM ? owner : 0;
     if (kvm)
@@ -90,7 +90,7 @@ int ioctl_enter(void *ctx)
         }
     }
 #endif
-    return 0;
+    return 1;
 }
 
 int ioctl_leave(void *ctx)
@@ -100,7 +100,7 @@ int ioctl_leave(void *ctx)
     struct thread *self = threads.lookup(&tid);
     struct event *e;
     if (!self || !self->ioctl)
-        return 0;
+        return 1;
     u32 cmd = self->ioctl;
     self->ioctl = 0;
     u64 kvm = self->kvm;
@@ -125,5 +125,5 @@ int ioctl_leave(void *ctx)
         submit(e);
     }
 #endif
-    return 0;
+    return 1;
 }

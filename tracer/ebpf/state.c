@@ -25,7 +25,7 @@ struct config {
     u64 page_offset;  /* start of the direct map: 0 where this kernel's symbols do not tell */
     u64 vmemmap;      /* start of the struct page array, the same */
 };
-/* One ring for each CPU (or few CPUs): one ring for all is one spinlock for all, and costs ten times as much. */
+/* One ring for each CPU (or few CPUs): one ring for all is one spinlock for all. */
 DECLARE_RINGS
 BPF_ARRAY_OF_MAPS(rings, "ring0", RINGS);
 BPF_HASH(threads, u32, struct thread, MAX_THREADS);
