@@ -90,7 +90,7 @@ def record(
     if ring is not None and (ring & (ring - 1) or ring < 4096):
         raise Problem(f"--ring-size {ring_size}: must be a power of two, at least 4096")
     preset, kinds = _kinds(events)
-    outcome = make_recording(
+    (outcome,) = make_recording(
         Options(
             out=out or Path(time.strftime("kvmtrace-%Y%m%d-%H%M%S.parquet")),
             kinds=kinds,

@@ -249,6 +249,13 @@ class Probes:
     def close(self) -> None:
         self._bpf.cleanup()
 
+    def reset(self) -> None:
+        """Forget counts and threads of an earlier recording; nothing may be attached."""
+        counters = self._bpf["counters"]
+        counters[counters.Key(0)] = counters.Leaf()
+        for name in ("threads", "wanted"):
+            self._bpf[name].clear()
+
     def snapshot(self) -> dict[str, Any]:
         """VMs alive now, and the probes' thread table primed with their vCPUs; see snapshot.py."""
         return snapshot.take(self._bcc.lib, self._iterator.fd)

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from tracer.btf import kernel_btf
 from tracer.ring import Rings, default_ring_bytes, ring_count
 from tracer.writer import Writer, prefer_this_thread
 from traces.compact import Summary, compact
-from traces.errors import BAD_INPUT, ENVIRONMENT, Problem
+from traces.errors import BAD_INPUT, ENVIRONMENT, VERDICT_FAILED, Problem
 from traces.record import RECORD
 from traces.schema import BY_NAME
 
@@ -60,15 +60,13 @@ class Options:
 
 @dataclass
 class Outcome:
-    """How a recording ended: why it stopped, the command's exit status, and what the file holds."""
+    """How a recording ended: what the file holds, why it stopped, the command's exit status, and what it cost."""
 
     summary: Summary
     stopped: str
     status: int | None
-    lost: int
     cpu_seconds: float
     seconds: float
-    notes: list[str] = field(default_factory=list)
 
 
 def owns_vm(pid: int) -> bool:
@@ -130,7 +128,6 @@ class Recorder:
         self.probes = probes
         self.rings = Rings(probes.ring_fds, ring_bytes)
         self.drained = 0
-        self.notes: list[str] = []
         self.snapshot = probes.snapshot()
         if not options.command and options.vm is None and not self.snapshot["vms"]:
             raise Problem("no VM is running here: start one, or record a command with `-- COMMAND`", BAD_INPUT)
@@ -275,28 +272,34 @@ class Recorder:
         sys.stderr.flush()
 
 
-def record(options: Options) -> Outcome:
-    """Make one recording. Raises Problem, after which whatever was flushed lies in `options.directory`."""
-    check(options)
-    stop = Stop()
+def record(*several: Options) -> Iterator[Outcome]:
+    """Make recordings one after the other with one set of probes; all must ask for the same events, rings and VM.
+
+    Raises Problem, after which whatever was flushed lies in the recording's `directory`.
+    """
+    for options in several:
+        check(options)
+    stop, cpus, first = Stop(), os.cpu_count() or 1, several[0]
+    ring_bytes = first.ring_bytes or default_ring_bytes(cpus)
     with stop.listening():
-        cpus = os.cpu_count() or 1
-        ring_bytes = options.ring_bytes or default_ring_bytes(cpus)
-        probes = Probes(options.kinds, ring_count(cpus), ring_bytes, options.vm)
+        started, cpu = time.monotonic(), time.process_time()
+        probes = Probes(first.kinds, ring_count(cpus), ring_bytes, first.vm)
         try:
-            started, cpu = time.monotonic(), time.process_time()
-            recorder = Recorder(options, probes, ring_bytes, stop)
-            reason, status = recorder.run()
-            if sys.stderr.isatty():
-                sys.stderr.write("\n")
-            lost = int(probes.counters()["lost"].sum())
+            for options in several:
+                probes.reset()
+                yield _record(options, probes, ring_bytes, stop, started, cpu)
+                started, cpu = time.monotonic(), time.process_time()
         finally:
             probes.close()
-        if sys.stderr.isatty():
-            sys.stderr.write(f"compacting {recorder.drained:,} events into {options.out}\n")
-        seconds, cpu = time.monotonic() - started, time.process_time() - cpu
-        if stop.hard:
-            raise Problem(f"stopped before compaction: run `kvmtrace recover {options.directory}`", 1)
-        summary = compact(options.directory, options.out)
+
+
+def _record(options: Options, probes: Probes, ring_bytes: int, stop: Stop, started: float, cpu: float) -> Outcome:
+    recorder = Recorder(options, probes, ring_bytes, stop)
+    reason, status = recorder.run()
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\ncompacting {recorder.drained:,} events into {options.out}\n")
+    if stop.hard:
+        raise Problem(f"stopped before compaction: run `kvmtrace recover {options.directory}`", VERDICT_FAILED)
+    summary = compact(options.directory, options.out)
     shutil.rmtree(options.directory)
-    return Outcome(summary, reason, status, lost, cpu, seconds, recorder.notes)
+    return Outcome(summary, reason, status, time.process_time() - cpu, time.monotonic() - started)
