@@ -36,10 +36,9 @@ def _output_to(path: Path) -> Iterator[None]:
 def run(specification: Path) -> None:
     """Make the recordings that the specification lists; raises Problem."""
     asked = json.loads(specification.read_text())
-    kinds = preset_kinds(asked["events"])
-    several = [
-        Options(Path(job["out"]), kinds, asked["events"], command=tuple(job["command"])) for job in asked["jobs"]
-    ]
+    preset = asked["events"]
+    kinds = preset_kinds(preset)
+    several = [Options(Path(job["out"]), kinds, preset, command=tuple(job["command"])) for job in asked["jobs"]]
     recordings = record(*several)
     for options in several:
         with _output_to(options.out.with_suffix(".stdout")):

@@ -1,8 +1,9 @@
-"""Tracepoint formats: a fixture as the kernel prints it, and every format of this machine against its own print line."""
+"""Tracepoint formats: a fixture as the kernel prints it, and every format of this machine against its print line."""
 
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 import pytest
 
@@ -48,4 +49,4 @@ def test_every_format_of_this_kernel() -> None:
         printed = set(re.findall(r"REC->(\w+)", text))
         assert printed - {"__data_loc_msg"} <= fields.keys() | {"__data_loc"}, path
         ends = sorted((field.offset, field.offset + field.size) for field in fields.values())
-        assert all(end <= start for (_, end), (start, _) in zip(ends, ends[1:], strict=False)), path
+        assert all(end <= start for (_, end), (start, _) in pairwise(ends)), path
