@@ -31,7 +31,7 @@ bench: setup
 
 # Record traces/corpus anew: every scenario on every kernel of the lab.
 corpus: setup
-	.venv/bin/kvmtrace lab matrix -o traces/corpus
+	.venv/bin/kvmtrace lab corpus --jobs 2
 
 clean:
 	rm -rf .venv build demo *.egg-info tracer/vmm/kvmtrace-vmm

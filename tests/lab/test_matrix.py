@@ -55,36 +55,41 @@ def test_unknown_scenario() -> None:
         matrix.cells(["6.1"], ["none"])
 
 
-def test_a_failed_cell_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[str] = []
+def test_a_failed_boot_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    boots: list[list[str]] = []
 
-    def record(cell: Cell, directory: Path) -> Row:
-        made.append(cell.name)
-        if cell.scenario == "churn":
-            raise Problem("churn: the guest panicked")
-        (directory / f"{cell.name}.parquet").write_bytes(b"")
-        return row(cell)
+    def record(group: list[Cell], directory: Path) -> tuple[list[Row], list[Problem]]:
+        boots.append([cell.name for cell in group])
+        made = [cell for cell in group if cell.scenario != "churn"]
+        for cell in made:
+            (directory / f"{cell.name}.parquet").write_bytes(b"")
+        return [row(cell) for cell in made], [Problem("churn: panicked")] if made != group else []
 
     monkeypatch.setattr(matrix, "record", record)
-    cells = [Cell(name, (), "6.1") for name in ("steady", "churn", "huge")]
-    rows, problems = matrix.fill(cells, tmp_path, made.append)
-    assert [one.scenario for one in rows] == ["steady", "huge"]
-    assert [str(one) for one in problems] == ["churn: the guest panicked"]
-    assert made == ["1/3 steady-6.1", "steady-6.1", "2/3 churn-6.1", "churn-6.1", "3/3 huge-6.1", "huge-6.1"]
+    scenarios = ("steady", "churn", "huge")
+    cells = [Cell(name, (), kernel) for name in scenarios for kernel in ("6.1", "5.10")]
+    said: list[str] = []
+    rows, problems = matrix.fill(cells, tmp_path, said.append)
+    assert boots == [["steady-6.1", "churn-6.1", "huge-6.1"], ["steady-5.10", "churn-5.10", "huge-5.10"]]
+    assert [one.file for one in rows] == [
+        f"{name}.parquet" for name in ("steady-6.1", "steady-5.10", "huge-6.1", "huge-5.10")
+    ]
+    assert [str(one) for one in problems] == ["churn: panicked"] * 2
+    assert sorted(line.split(" ", 1)[1] for line in said) == ["5.10: 2 recordings", "6.1: 2 recordings"]
 
     # Again: what is there is kept, what failed is tried again, what was deleted is made again.
-    made.clear()
+    boots.clear()
     (tmp_path / "huge-6.1.parquet").unlink()
-    rows, problems = matrix.fill(cells, tmp_path, lambda line: None)
-    assert made == ["churn-6.1", "huge-6.1"]
-    assert len(rows) == 2
-    assert len(problems) == 1
+    rows, problems = matrix.fill(cells, tmp_path, said.append)
+    assert boots == [["churn-6.1", "huge-6.1"], ["churn-5.10"]]
+    assert len(rows) == 4
 
 
 def test_provenance_reads_back_and_has_a_line_for_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def record(cell: Cell, directory: Path) -> Row:
-        (directory / f"{cell.name}.parquet").write_bytes(b"")
-        return row(cell)
+    def record(group: list[Cell], directory: Path) -> tuple[list[Row], list[Problem]]:
+        for cell in group:
+            (directory / f"{cell.name}.parquet").write_bytes(b"")
+        return [row(cell) for cell in group], []
 
     monkeypatch.setattr(matrix, "record", record)
     cells = [Cell("steady", (), "6.1"), Cell("cr4-toggle", ("--bit", "pge"), "6.1", shadow=True)]

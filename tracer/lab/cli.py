@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+Jobs = Annotated[int, typer.Option(help="Boots at a time; each keeps one CPU busy.", min=1)]
 
 
 def _say(line: str) -> None:
@@ -148,6 +149,7 @@ def matrix(
     kernel: Annotated[list[str] | None, typer.Option(help="Only this kernel (repeatable). [default: all here]")] = None,
     scenario: Annotated[list[str] | None, typer.Option(help="Only this scenario (repeatable).")] = None,
     shadow: Annotated[bool, typer.Option(help="Record each with the shadow MMU as well.")] = True,
+    jobs: Jobs = 1,
     as_json: Json = False,
 ) -> None:
     """Record every scenario on every kernel that is here, with a table; what is in the directory already is kept."""
@@ -167,12 +169,13 @@ def matrix(
             output = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvmtrace-matrix-")))
         elif not output.is_dir():
             raise Problem(f"{output}: no such directory")
-        _fill(wanted, output, as_json)
+        _fill(wanted, output, jobs, as_json)
 
 
 @app.command()
 def corpus(
     directory: Annotated[Path | None, typer.Argument(help="[default: the checkout's traces/corpus]")] = None,
+    jobs: Jobs = 1,
     as_json: Json = False,
 ) -> None:
     """Fetch every kernel and record the corpus that is shipped; what is there already is kept."""
@@ -182,10 +185,10 @@ def corpus(
 
     directory = directory or Path(__file__).resolve().parents[2] / "traces" / "corpus"
     directory.mkdir(parents=True, exist_ok=True)
-    _fill(cells([get(name, _say).name for name in KERNELS]), directory, as_json)
+    _fill(cells([get(name, _say).name for name in KERNELS]), directory, jobs, as_json)
 
 
-def _fill(wanted: list[Cell], directory: Path, as_json: bool) -> None:
+def _fill(wanted: list[Cell], directory: Path, jobs: int, as_json: bool) -> None:
     """Record what is wanted and not there yet, print the table, and leave with 2 or 3 if something failed."""
     import json
     from dataclasses import asdict
@@ -193,7 +196,7 @@ def _fill(wanted: list[Cell], directory: Path, as_json: bool) -> None:
     from tracer.lab.matrix import fill, render
 
     _stop_cleanly()
-    rows, problems = fill(wanted, directory, _say)
+    rows, problems = fill(wanted, directory, _say, jobs)
     if as_json:
         document = {"schema": 1, "recordings": [asdict(row) for row in rows], "failed": [str(one) for one in problems]}
         print(json.dumps(document))

@@ -1,13 +1,16 @@
 """Every scenario on every kernel: the recordings that are shipped, and the table of where they come from.
 
-A cell is one boot that records one scenario; its file is `SCENARIO[-PARAMETERS]-KERNEL[-shadow].parquet`.
+A cell is one scenario on one kernel, recorded to `SCENARIO[-PARAMETERS]-KERNEL[-shadow].parquet`; cells of one kernel
+share a boot.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -15,12 +18,16 @@ from typing import Any, Final
 from tracer import vmm
 from tracer.lab.fetch import present
 from tracer.lab.kernels import KERNELS, missing
-from tracer.lab.session import boot, recorder
-from traces.errors import BAD_INPUT, Problem
+from tracer.lab.session import DEFAULT_TIMEOUT, SHARE, boot
+from traces.errors import BAD_INPUT, ENVIRONMENT, Problem
 
 PROVENANCE: Final = "provenance.json"
 TABLE: Final = "README.md"
 SHADOW: Final = "kvm.tdp_mmu=0"
+
+EVENTS: Final = "mmu"
+JOBS: Final = "jobs.json"
+SECONDS_PER_CELL: Final = 30
 
 # `storm` is for volume on software KVM; it adds to `roots` nothing but emulator events.
 _LEFT_OUT: Final = ("storm",)
@@ -98,21 +105,45 @@ def cells(kernels: Sequence[str], scenarios: Sequence[str] = (), *, shadow: bool
     ]
 
 
-def record(cell: Cell, directory: Path) -> Row:
-    """Make one recording in `directory`. Raises Problem when the guest, the scenario or the recorder fails."""
-    kernel = present(cell.kernel)
+def record(group: Sequence[Cell], directory: Path) -> tuple[list[Row], list[Problem]]:
+    """Record cells of one kernel and one MMU in one boot; the rows of those that were made, and what failed."""
+    first = group[0]
+    kernel = present(first.kernel)
     if kernel is None:
-        raise missing(cell.kernel)
-    path = directory / f"{cell.name}.parquet"
-    command = recorder([str(vmm.binary()), cell.scenario, *cell.arguments], "mmu")
-    parameters = (SHADOW,) if cell.shadow else ()
-    done = boot(kernel, command, trace=path, parameters=parameters)
-    if done.signalled or done.code or not path.is_file():
-        said = (done.stderr.strip().splitlines() or ["without a word"])[-1]
-        raise Problem(f"{cell.name}: not recorded ({said})", done.code if done.code <= BAD_INPUT else BAD_INPUT)
-    if done.warnings:
-        raise Problem(f"{cell.name}: the guest's kernel complained ({done.warnings[0]})")
-    return examine(cell, path, kernel.package, (*kernel.parameters, *parameters), _guest_ns(done.stdout))
+        raise missing(first.kernel)
+    jobs = [
+        {"out": f"{SHARE}/{cell.name}.parquet", "command": [str(vmm.binary()), cell.scenario, *cell.arguments]}
+        for cell in group
+    ]
+    parameters = (SHADOW,) if first.shadow else ()
+    problems: list[Problem] = []
+    try:
+        done = boot(
+            kernel,
+            [sys.executable, "-m", "tracer.batch", f"{SHARE}/{JOBS}"],
+            give={JOBS: json.dumps({"events": EVENTS, "jobs": jobs})},
+            into=directory,
+            parameters=parameters,
+            timeout=DEFAULT_TIMEOUT + SECONDS_PER_CELL * len(group),
+        )
+    except Problem as problem:
+        problems.append(problem)
+    else:
+        if done.signalled or done.code:
+            said = (done.stderr.strip().splitlines() or ["without a word"])[-1]
+            problems.append(Problem(f"{first.kernel}: {said}", done.code if done.code <= ENVIRONMENT else BAD_INPUT))
+        problems += [Problem(f"{first.kernel}: the guest's kernel complained ({line})") for line in done.warnings[:1]]
+    rows = []
+    for cell in group:
+        path = directory / f"{cell.name}.parquet"
+        said_by_vmm = path.with_suffix(".stdout")
+        if path.is_file() and said_by_vmm.is_file():
+            guest_ns = _guest_ns(said_by_vmm.read_text())
+            rows.append(examine(cell, path, kernel.package, (*kernel.parameters, *parameters), guest_ns))
+        elif not problems:
+            problems.append(Problem(f"{cell.name}: not recorded"))
+        said_by_vmm.unlink(missing_ok=True)
+    return rows, problems
 
 
 def _guest_ns(stdout: str) -> int:
@@ -158,29 +189,30 @@ def examine(cell: Cell, path: Path, package: str, parameters: tuple[str, ...], g
 
 
 def fill(
-    wanted: Iterable[Cell],
-    directory: Path,
-    say: Callable[[str], None],
+    wanted: Iterable[Cell], directory: Path, say: Callable[[str], None], jobs: int = 1
 ) -> tuple[list[Row], list[Problem]]:
     """Make those of the recordings that are not in `directory` yet, and bring its provenance up to date each time.
 
-    A failed cell does not keep the others from being recorded. Returns the rows of all `wanted` cells that are there,
-    and what failed.
+    One boot for each kernel and MMU, `jobs` of them at a time; a failed one does not keep the others from being
+    recorded. Returns the rows of all `wanted` cells that are there, and what failed.
     """
-    rows = {row.file: row for row in provenance(directory) if (directory / row.file).is_file()}
+    rows = {row.file: row for row in provenance(directory)}
     problems: list[Problem] = []
     wanted = list(wanted)
-    for number, cell in enumerate(wanted, 1):
+    groups: dict[tuple[str, bool], list[Cell]] = {}
+    for cell in wanted:
         file = f"{cell.name}.parquet"
-        if file in rows:
-            continue
-        say(f"{number}/{len(wanted)} {cell.name}")
-        try:
-            rows[file] = record(cell, directory)
-        except Problem as problem:
-            problems.append(problem)
-            continue
-        _write(directory, [rows[name] for name in sorted(rows)])
+        if file not in rows or not (directory / file).is_file():
+            groups.setdefault((cell.kernel, cell.shadow), []).append(cell)
+    with ThreadPoolExecutor(jobs) as pool:
+        running = {pool.submit(record, group, directory): name for name, group in groups.items()}
+        for number, done in enumerate(as_completed(running), 1):
+            made, failed = done.result()
+            problems += failed
+            rows |= {row.file: row for row in made}
+            _write(directory, [rows[name] for name in sorted(rows)])
+            kernel, shadow = running[done]
+            say(f"{number}/{len(groups)} {kernel}{' shadow' if shadow else ''}: {len(made)} recordings")
     return [rows[file] for file in (f"{cell.name}.parquet" for cell in wanted) if file in rows], problems
 
 

@@ -7,7 +7,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -59,6 +59,8 @@ def boot(
     command: Sequence[str],
     *,
     trace: Path | None = None,
+    give: Mapping[str, str] | None = None,
+    into: Path | None = None,
     parameters: Sequence[str] = (),
     memory: int = DEFAULT_MEMORY,
     timeout: float = DEFAULT_TIMEOUT,
@@ -66,7 +68,8 @@ def boot(
 ) -> Finished:
     """Boot `kernel`, run `command` (the host's file system is the guest's) and power off.
 
-    `trace` is where the trace that the command recorded is moved to; `parameters` are module parameters
+    `trace` is where the trace that the command recorded is moved to; `give` are files to put in the share by name, and
+    `into` is a directory that takes every trace and .stdout file from there; `parameters` are module parameters
     (kvm.tdp_mmu=0) that come after the kernel's own; `memory` in MiB; `timeout` in seconds for the whole boot;
     `follow` passes the command's output on as it comes. A command that failed is the caller's to judge.
 
@@ -89,6 +92,8 @@ def boot(
         share = work / "share"
         share.mkdir()
         _ask(share, command, _environment(kernel, given))
+        for name, text in (give or {}).items():
+            (share / name).write_text(text)
         initrd = work / "initrd"
         initrd.write_bytes(build(tree, given, compile_init(work)))
         on_command_line = tuple(f"{module}.{one}" for module, several in given.items() for one in several.split())
@@ -99,6 +104,9 @@ def boot(
             output.pass_on()
         finished = _result(share) if ending is Ending.ORDERLY else None
         kept = _take(share, trace) if trace else None
+        if into:
+            for made in (*share.glob("*.parquet"), *share.glob("*.stdout")):
+                shutil.move(made, into / made.name)
         if finished is None:
             raise _failure(kernel, ending, (work / "serial").read_bytes(), timeout, kept)
         return finished
