@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from tracer import vmm
-from tracer.lab import matrix
+from tracer.lab import matrix, qemu
 from tracer.lab.cli import app
 from tracer.lab.kernels import KERNELS
 from tracer.lab.matrix import Cell, Row
@@ -128,3 +129,30 @@ def test_matrix_needs_its_directory(store: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["matrix", "--kernel", "6.1", "-o", str(tmp_path / "none")])
     assert isinstance(result.exception, Problem)
     assert str(result.exception).endswith("/none: no such directory")
+
+
+def test_an_interrupt_does_not_wait_for_the_boots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    endings: list[qemu.Ending] = []
+
+    def record(group: list[Cell], directory: Path) -> tuple[list[Row], list[Problem]]:
+        if group[0].kernel == "6.1":
+            endings.append(qemu.run(["sh", "-c", f"echo > {tmp_path}/runs; exec sleep 60"], tmp_path / "serial", 60))
+        while not (tmp_path / "runs").exists():
+            time.sleep(0.01)
+        return [], []
+
+    def interrupt(line: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(matrix, "record", record)
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        matrix.fill([Cell("steady", (), "6.1"), Cell("steady", (), "5.10")], tmp_path, interrupt, jobs=2)
+    assert time.monotonic() - begin < 10
+    assert endings == [qemu.Ending.QEMU_FAILED]
+
+
+def test_a_kernel_that_is_not_here_does_not_stop_the_others(store: Path, tmp_path: Path) -> None:
+    rows, problems = matrix.fill([Cell("steady", (), "6.12")], tmp_path, lambda line: None)
+    assert rows == []
+    assert [str(problem) for problem in problems] == ["kernel 6.12 is not here: kvmtrace lab fetch 6.12"]

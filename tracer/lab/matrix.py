@@ -10,12 +10,13 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from tracer import vmm
+from tracer.lab import qemu
 from tracer.lab.fetch import present
 from tracer.lab.kernels import KERNELS, missing
 from tracer.lab.session import DEFAULT_TIMEOUT, SHARE, boot
@@ -196,24 +197,37 @@ def fill(
     One boot for each kernel and MMU, `jobs` of them at a time; a failed one does not keep the others from being
     recorded. Returns the rows of all `wanted` cells that are there, and what failed.
     """
-    rows = {row.file: row for row in provenance(directory)}
+    rows = {row.file: row for row in provenance(directory) if (directory / row.file).is_file()}
     problems: list[Problem] = []
     wanted = list(wanted)
     groups: dict[tuple[str, bool], list[Cell]] = {}
     for cell in wanted:
         file = f"{cell.name}.parquet"
-        if file not in rows or not (directory / file).is_file():
+        if file not in rows:
             groups.setdefault((cell.kernel, cell.shadow), []).append(cell)
     with ThreadPoolExecutor(jobs) as pool:
         running = {pool.submit(record, group, directory): name for name, group in groups.items()}
-        for number, done in enumerate(as_completed(running), 1):
-            made, failed = done.result()
-            problems += failed
-            rows |= {row.file: row for row in made}
-            _write(directory, [rows[name] for name in sorted(rows)])
-            kernel, shadow = running[done]
-            say(f"{number}/{len(groups)} {kernel}{' shadow' if shadow else ''}: {len(made)} recordings")
+        try:
+            for number, done in enumerate(as_completed(running), 1):
+                made, failed = _outcome(done)
+                problems += failed
+                rows |= {row.file: row for row in made}
+                _write(directory, [rows[name] for name in sorted(rows)])
+                kernel, shadow = running[done]
+                say(f"{number}/{len(groups)} {kernel}{' shadow' if shadow else ''}: {len(made)} recordings")
+        except BaseException:
+            # The pool would wait for boots of several minutes.
+            pool.shutdown(wait=False, cancel_futures=True)
+            qemu.kill_running()
+            raise
     return [rows[file] for file in (f"{cell.name}.parquet" for cell in wanted) if file in rows], problems
+
+
+def _outcome(done: Future[tuple[list[Row], list[Problem]]]) -> tuple[list[Row], list[Problem]]:
+    try:
+        return done.result()
+    except Problem as problem:
+        return [], [problem]
 
 
 def provenance(directory: Path) -> list[Row]:

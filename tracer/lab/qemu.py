@@ -57,6 +57,9 @@ def _share(path: Path, tag: str) -> str:
     return f"local,path={str(path).replace(',', ',,')},mount_tag={tag},security_model=none,multidevs=remap"
 
 
+_running: Final[set[subprocess.Popen[bytes]]] = set()
+
+
 class Ending(enum.Enum):
     """How a guest ended. The first five are init.c's, by isa-debug-exit: its code s is QEMU's status s << 1 | 1."""
 
@@ -108,6 +111,7 @@ def run(argv: list[str], serial: Path, timeout: float, tick: Callable[[], None] 
         except FileNotFoundError:
             raise Problem(f"no {argv[0]}: apt-get install qemu-system-x86", ENVIRONMENT) from None
     deadline = time.monotonic() + timeout
+    _running.add(process)
     try:
         while time.monotonic() < deadline:
             with suppress(subprocess.TimeoutExpired):
@@ -115,9 +119,20 @@ def run(argv: list[str], serial: Path, timeout: float, tick: Callable[[], None] 
             tick()
         return Ending.TIMEOUT
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        _running.discard(process)
+        _kill(process)
         process.wait()
+
+
+def kill_running() -> None:
+    """End every QEMU that other threads wait for in `run`, which returns there at once."""
+    for process in tuple(_running):
+        _kill(process)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _die_with_parent() -> Callable[[], None]:
