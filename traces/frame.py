@@ -16,7 +16,7 @@ from traces.metadata import MAX_BYTES, Metadata, RowGroup
 MAX_ROW_GROUP_ROWS: Final = 1 << 24
 _MAX_FOOTER: Final = MAX_BYTES + (64 << 20)
 _TAIL_SIZE: Final = 8  # the footer's length, Parquet's magic
-_CHUNK: Final = 1 << 20
+_CHUNK: Final = 1 << 18
 
 
 def check_footer(path: Path) -> int:
@@ -47,15 +47,16 @@ def check_footer(path: Path) -> int:
 def crc_of(path: Path, offset: int, size: int) -> int | None:
     """CRC-32 of `size` bytes at `offset`; None where the file ends before."""
     crc = 0
+    buffer = memoryview(bytearray(min(size, _CHUNK)))
     try:
-        with path.open("rb") as file:
+        with path.open("rb", buffering=0) as file:
             file.seek(offset)
             while size:
-                data = file.read(min(size, _CHUNK))
-                if not data:
+                count = file.readinto(buffer[: min(size, _CHUNK)])
+                if not count:
                     return None
-                crc = zlib.crc32(data, crc)
-                size -= len(data)
+                crc = zlib.crc32(buffer[:count], crc)
+                size -= count
     except OSError as error:
         raise Problem(f"{path}: {error.strerror}") from None
     return crc

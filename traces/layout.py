@@ -25,12 +25,12 @@ SEAL_SIZE: Final = len(MAGIC) + 4
 ROW_GROUP_ROWS: Final = 1 << 20
 
 # Rising or page-like numbers pack best as differences; everything else repeats and is a dictionary.
-_DELTA: Final = ("seq", "time", "gfn", "addr")
+DELTA: Final = ("seq", "time", "gfn")
 
 OPTIONS: Final[dict[str, Any]] = {
     "compression": "lz4",
-    "use_dictionary": [name for name in SCHEMA.names if name not in _DELTA],
-    "column_encoding": dict.fromkeys(_DELTA, "DELTA_BINARY_PACKED"),
+    "use_dictionary": [name for name in SCHEMA.names if name not in DELTA],
+    "column_encoding": dict.fromkeys(DELTA, "DELTA_BINARY_PACKED"),
     "dictionary_pagesize_limit": 8 << 20,
     "max_rows_per_page": ROW_GROUP_ROWS,
 }
@@ -111,6 +111,8 @@ class _Sink:
         self.abandon()
 
     def abandon(self) -> None:
+        """Close the file; what Arrow's writer still sends when it is collected goes nowhere."""
+        self._held = []
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

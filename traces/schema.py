@@ -271,4 +271,4 @@ COLUMN_TYPES: Final = {
 
 # Null where the row's kind does not fill the column, or where it is not known; every other column is then 0, which is
 # no id, no frame and no role. Here 0 is a real place.
-NULLABLE: Final = ("vm", "vcpu", "gfn", "addr")
+NULLABLE: Final = ("vm", "vcpu", "gfn")

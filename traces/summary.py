@@ -73,7 +73,7 @@ def render(path: Path) -> str:
     console.print(_head(facts))
     console.print(_vms(facts))
     console.print(_kinds(facts))
-    console.print(_probes(facts), soft_wrap=False)
+    console.print(_probes(facts))
     output = console.file
     assert isinstance(output, io.StringIO)
     return "\n".join(line.rstrip() for line in output.getvalue().splitlines()) + "\n"
@@ -147,9 +147,9 @@ def _kinds(facts: dict[str, Any]) -> Table:
 
 
 def _probes(facts: dict[str, Any]) -> Text:
-    attached = [probe for probe in facts["probes"] if probe.get("how") != "none"]
-    lacking = [str(probe.get("kind")) for probe in facts["probes"] if probe.get("how") == "none"]
-    text = f"{len(attached)} probes attached"
+    attached = {str(probe.get("kind")) for probe in facts["probes"] if probe.get("how") != "none"}
+    lacking = sorted({str(probe.get("kind")) for probe in facts["probes"]} - attached)
+    text = f"{len(attached)} kinds observed"
     if lacking:
         text += f"; not observable here: {', '.join(lacking)}"
     return Text(_printable(text))
