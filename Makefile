@@ -26,6 +26,7 @@ lint: setup
 check: lint test lab-test
 
 bench: setup
+	$(PYTHON) -m benchmarks.soft_hang
 	$(PYTHON) -m benchmarks.format
 	$(PYTHON) -m benchmarks.record
 
