@@ -2,8 +2,8 @@
 
     python -m benchmarks.soft_hang [--loops 200] [--pages 512] [--json]
 
-Counts are the recording's. Times are of the guest's passes without a recorder, the median of three runs in one boot,
-under emulation: they compare the kernels with each other, on the same machine in the same run, and say nothing of
+Counts are the recording's. Times are of the guest's passes without a recorder, the median of three boots, under
+emulation: they compare the kernels with each other, on the same machine in the same run, and say nothing of
 hardware.
 """
 
@@ -53,11 +53,13 @@ def measure(kernel: str, loops: int, pages: int, directory: Path) -> Line:
     entering = (pl.col("kind") == "kvm_smm_transition") & (pl.col("flags") & 1 == 1)
     loading = pl.col("kind") == "mmu_load"
     smis, loads = rows.select(entering.sum(), loading.sum()).collect().row(0)
-    script = f"for i in {' '.join('x' * RUNS)}; do {vmm.binary()} smi-storm {' '.join(arguments)} || exit 1; done"
-    done = boot(fetch(kernel), ["/bin/sh", "-c", script])
-    if done.code or done.signalled:
-        raise Problem(f"smi-storm without a recorder failed on {kernel}")
-    median = statistics.median(json.loads(line)["wall_ns"] / 1e6 for line in done.stdout.splitlines())
+    times = []
+    for _ in range(RUNS):
+        done = boot(fetch(kernel), [str(vmm.binary()), "smi-storm", *arguments])
+        if done.code or done.signalled:
+            raise Problem(f"smi-storm without a recorder failed on {kernel}")
+        times.append(json.loads(done.stdout)["wall_ns"] / 1e6)
+    median = statistics.median(times)
     return Line(kernel, row.policy, smis, loads, row.roots, row.faults, row.leaves, median)
 
 
