@@ -30,7 +30,7 @@ WITHOUT_SMM = {
     "notifier": {"passes": 5, "host_calls": 8},
     "dirty-log": {"passes": 7, "dirty_pages": 4 * 512},
     "mmio": {"passes": 5, "io_exits": 5, "mmio_exits": 5 * 16},
-    "churn": {"passes": 5, "vms": 5},
+    "churn": {"passes": 3, "vms": 3},
     "steady": {"passes": 5, "io_exits": 1},
     "roots": {"passes": 300, "io_exits": 300},
     "storm": {"passes": 1000, "io_exits": 0, "mmio_exits": 1000},

@@ -107,7 +107,7 @@ const struct scenario scenarios[] = {
 	{
 		.name = "churn",
 		.shows = "each loop creates a VM, runs one pass and destroys it: the whole life of roots, and the teardown's cost",
-		.defaults = {LOOPS(5), .pages = 512, .vcpus = 1},
+		.defaults = {LOOPS(3), .pages = 512, .vcpus = 1},
 		.vm_per_loop = true,
 	},
 	{
