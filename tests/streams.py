@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from traces.columns import kind_name
 from traces.record import RECORD
 from traces.schema import BY_NAME
 
@@ -185,11 +186,11 @@ def interleave(streams: list[Records]) -> Records:
 
 def loss_table(records: Records) -> dict[str, dict[str, dict[str, int]]]:
     """What a recorder that lost nothing would report."""
-    names = {kind.code: kind.name for kind in BY_NAME.values()}
     table: dict[str, dict[str, dict[str, int]]] = {}
-    pairs, counts = np.unique(np.stack([records["kind"], records["cpu"]]), axis=1, return_counts=True)
-    for (kind, cpu), count in zip(pairs.T.tolist(), counts.tolist(), strict=True):
-        if kind:
-            entry = table.setdefault(names.get(kind, f"kind_{kind}"), {"emitted": {}, "lost": {}})
-            entry["emitted"][str(cpu)] = count
+    cells = records["kind"].astype(np.int64) << 16 | records["cpu"]
+    for cell, count in zip(*np.unique(cells, return_counts=True), strict=True):
+        code, cpu = int(cell) >> 16, str(int(cell) & 0xFFFF)
+        if code:  # gaps are not emitted by probes
+            emitted = table.setdefault(kind_name(code), {"emitted": {}, "lost": {}})["emitted"]
+            emitted[cpu] = emitted.get(cpu, 0) + int(count)
     return table

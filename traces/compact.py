@@ -198,7 +198,7 @@ class _Compaction:
         return extra | {
             "id": vm.id,
             "pid": vm.tgid,
-            "comm": extra.get("comm") or _comms(self._reader.manifest).get(vm.tgid, ""),
+            "comm": str(extra.get("comm") or _comms(self._reader.manifest).get(vm.tgid, "")),
             "origin": vm.origin,
             "since": vm.since,
             "until": vm.until,
@@ -225,17 +225,21 @@ def _snapshot(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _is_vm(vm: Any) -> bool:
-    def entries(key: str, *numbers: str) -> bool:
-        rows = vm.get(key, [])
-        return isinstance(rows, list) and all(
-            isinstance(row, dict) and all(isinstance(row.get(name), int) for name in numbers) for row in rows
+    def counts(row: Any, *names: str) -> bool:
+        return isinstance(row, dict) and all(
+            isinstance(row.get(name), int) and 0 <= row[name] < 1 << (32 if name == "role" else 63) for name in names
         )
+
+    def entries(key: str, *names: str) -> bool:
+        rows = vm.get(key, [])
+        return isinstance(rows, list) and all(counts(row, *names) for row in rows)
 
     return (
         isinstance(vm, dict)
-        and all(isinstance(vm.get(key), int) for key in ("kvm", "tgid"))
+        and isinstance(vm.get("kvm"), int)  # a kernel address: the upper half of 64 bits
+        and counts(vm, "tgid")
         and entries("vcpus", "id", "tid")
-        and entries("slots", "slot", "as_id")
+        and entries("slots", "slot", "as_id", "gfn", "pages", "hva")
         and entries("roots", "table", "role")
     )
 

@@ -13,7 +13,7 @@ from traces.errors import Problem
 from traces.layout import MAGIC, PARQUET_MAGIC, SEAL_SIZE
 from traces.metadata import MAX_BYTES, Metadata, RowGroup
 
-MAX_ROW_GROUP_ROWS: Final = 1 << 24
+MAX_ROW_GROUP_ROWS: Final = 1 << 22
 _MAX_FOOTER: Final = MAX_BYTES + (64 << 20)
 _TAIL_SIZE: Final = 8  # the footer's length, Parquet's magic
 _CHUNK: Final = 1 << 18

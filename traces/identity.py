@@ -29,6 +29,7 @@ TABLE_FREE: Final = BY_NAME["table_free"].code
 PAGE_KINDS: Final = tuple(kind.code for kind in KINDS if kind.words == ("gfn", "table"))
 VM_CREATE: Final = BY_NAME["vm_create"].code
 VM_DESTROY: Final = BY_NAME["vm_destroy"].code
+_INT64: Final = (1 << 63) - 1
 CREATED: Final = 1  # bit 0 of kvm_mmu_get_page's flags
 
 
@@ -194,7 +195,7 @@ class Identities:
         self._root_of.update(zip(keys, lives.current.tolist(), strict=True))
         for row in lives.began[~born[lives.began]]:
             at = int(rows[row])
-            place = (int(vm[at]), int(columns["root"][at]), int(columns["role"][at]))
+            place = (int(vm[at]), int(columns["root"][at]) & _INT64, int(columns["role"][at]))
             self.uncreated.append(Root(int(lives.ids[row]), *place, first_seq + at))
         roots[rows] = lives.ids
         return roots

@@ -122,7 +122,7 @@ def _view(raw: dict[str, Any], version: tuple[int, int]) -> Metadata:
         vms=tuple(_expect(raw, "vms", _is_vms)),
         threads=tuple(_expect(raw, "threads", lambda v: _is_list(v, dict))),
         gaps=tuple(_expect(raw, "gaps", lambda v: _is_list(v, dict))),
-        probes=tuple(_expect(raw, "probes", lambda v: _is_list(v, dict)) if "probes" in raw else ()),
+        probes=tuple(raw["probes"] if _is_list(raw.get("probes"), dict) else ()),
         gap_count=_expect(raw, "gap_count", _is_count),
         root_count=_expect(_expect(raw, "roots", _is_object), "count", _is_count),
         uncreated_roots=tuple(_expect(_expect(raw, "roots", _is_object), "uncreated", _is_roots)),
@@ -154,7 +154,7 @@ def _expect(raw: Mapping[str, Any], key: str, fits: Callable[[Any], bool]) -> An
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 64
 
 
 def _is_list(value: Any, item: type) -> bool:
@@ -166,9 +166,11 @@ def _is_object(value: Any) -> bool:
 
 
 def _is_roots(value: Any) -> bool:
+    bounds = {"id": 31, "vm": 31, "table": 63, "role": 32}
     return _is_list(value, dict) and all(
-        _is_count(root.get("id")) and _is_count(root.get("table")) and _is_count(root.get("role")) and "vm" in root
+        (name == "vm" and root.get(name, 0) is None) or (_is_count(root.get(name)) and root[name] >> bits == 0)
         for root in value
+        for name, bits in bounds.items()
     )
 
 
@@ -182,8 +184,18 @@ def _is_loss(value: Any) -> bool:
 
 def _is_vms(value: Any) -> bool:
     return _is_list(value, dict) and all(
-        _is_count(vm.get("id")) and _is_list(vm.get("vcpus"), dict) and _is_list(vm.get("slots"), dict) for vm in value
+        _is_count(vm.get("id"))
+        and _is_count(vm.get("pid"))
+        and all(isinstance(vm.get(key), str) for key in ("comm", "origin"))
+        and all(vm.get(key) is None or _is_count(vm[key]) for key in ("since", "until"))
+        and _has_counts(vm.get("vcpus"), "id", "tid")
+        and _has_counts(vm.get("slots"), "slot", "as_id", "gfn", "pages", "hva")
+        for vm in value
     )
+
+
+def _has_counts(rows: Any, *names: str) -> bool:
+    return _is_list(rows, dict) and all(_is_count(row.get(name)) for row in rows for name in names)
 
 
 def _table(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:

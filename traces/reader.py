@@ -198,5 +198,5 @@ def _validate(batch: pa.RecordBatch, foreign: Sequence[str]) -> None:
 
 
 def _damaged(path: Path, what: str, error: BaseException) -> Problem:
-    why = (str(error).splitlines() or [type(error).__name__])[0]
-    return Problem(f"{path}: damaged: {what}: {why[:200]}")
+    why = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return Problem(f"{path}: damaged: {what}: {''.join(char if char.isprintable() else '?' for char in why)}")

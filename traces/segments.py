@@ -12,6 +12,7 @@ import io
 import json
 import os
 import re
+import shutil
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from traces.record import RECORD, RECORD_SCHEMA, Columns, to_batch, to_columns
 MANIFEST: Final = "manifest.json"
 BATCH_ROWS: Final = 1 << 16
 SEGMENT_ROWS: Final = 1 << 21
-MAX_BATCH_ROWS: Final = 1 << 24  # what a reader accepts from elsewhere
+MAX_BATCH_ROWS: Final = 1 << 20  # what a reader accepts from elsewhere
 MAX_MANIFEST: Final = 64 << 20  # bytes; a larger one is not ours
 
 _OPTIONS: Final = pa.ipc.IpcWriteOptions(compression="lz4")
@@ -70,7 +71,11 @@ class SegmentWriter:
             ) from None
         except OSError as error:
             raise Problem(f"{directory}: cannot create it: {error.strerror}") from None
-        self.update_manifest({})
+        try:
+            self.update_manifest({})
+        except Problem:
+            shutil.rmtree(directory, ignore_errors=True)  # nothing is in it yet
+            raise
 
     def write(self, records: NDArray[np.void]) -> None:
         """Take records (dtype RECORD; copied, the caller may reuse the memory)."""
@@ -112,6 +117,8 @@ class SegmentWriter:
             self._write_batch(self._buffer[:filled])
 
     def _write_batch(self, records: NDArray[np.void]) -> None:
+        if self._failure is not None:
+            raise self._failure
         if self._stream is None:
             self._begin_segment()
         stream = self._stream
