@@ -80,12 +80,12 @@ def owns_vm(pid: int) -> bool:
 
 def check(options: Options) -> None:
     """Refuse what cannot work, before anything is loaded."""
+    if os.geteuid() != 0:
+        raise Problem("recording needs root (CAP_BPF, CAP_PERFMON, tracefs): run it with sudo", ENVIRONMENT)
     if not options.out.parent.is_dir():
         raise Problem(f"{options.out.parent}: no such directory for the recording")
     if options.out.exists():
         raise Problem(f"{options.out}: exists; a recording is never overwritten, choose another name with -o")
-    if os.geteuid() != 0:
-        raise Problem("recording needs root (CAP_BPF, CAP_PERFMON, tracefs): run it with sudo", ENVIRONMENT)
     if not Path("/dev/kvm").exists():
         raise Problem("no /dev/kvm: this machine has no KVM; load it with modprobe kvm_amd or kvm_intel", ENVIRONMENT)
     if options.command and shutil.which(options.command[0]) is None:

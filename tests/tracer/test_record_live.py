@@ -214,6 +214,22 @@ def test_a_signal_ends_the_recording_cleanly(tmp_path: Path, vmm: str, number: s
     assert not _our_programs(), "a program of ours is still attached"
 
 
+def test_a_second_ctrl_c_leaves_a_directory_to_recover(tmp_path: Path, vmm: str) -> None:
+    out, directory = tmp_path / "hard.parquet", tmp_path / "hard.kvmt"
+    with running(vmm, "storm", "--loops", "10000000"):
+        recorder = subprocess.Popen(command("record", "--events", "all", "-o", out), stderr=subprocess.PIPE, text=True)
+        _wait_for(directory / "seg-00000.arrows")
+        recorder.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+        recorder.send_signal(signal.SIGINT)
+        said = recorder.communicate(timeout=60)[1]
+    assert recorder.returncode == 1, said
+    assert f"kvmtrace recover {directory}" in said
+    assert not out.exists()
+    assert run("recover", directory).returncode == 0
+    assert Trace.open(out).metadata.raw["events"] > 0
+
+
 def _our_programs() -> list[str]:
     """Names of loaded BPF programs that are the recorder's, through the bpf syscall itself."""
     library = ctypes.CDLL("libbpf.so.1", use_errno=True)
@@ -293,6 +309,24 @@ def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], code: int, 
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("kvmtrace: ")
     assert said in lines[0]
+
+
+def test_without_root_is_one_line(tmp_path: Path) -> None:
+    """The verb runs once as root, up to its own check, so that nobody needs to read this interpreter's files."""
+    script = (
+        "import contextlib, os, sys, kvmtrace\n"
+        "sys.argv = ['kvmtrace', 'record', '--vm', 'x', '-o', 'y.parquet']\n"
+        "with contextlib.redirect_stderr(open(os.devnull, 'w')), contextlib.suppress(SystemExit): kvmtrace.main()\n"
+        "import tracer.recorder\n"
+        "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "sys.argv = ['kvmtrace', 'record', '-o', 'y.parquet', '--', 'true']\n"
+        "kvmtrace.main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 3, done.stderr
+    assert done.stderr == "kvmtrace: recording needs root (CAP_BPF, CAP_PERFMON, tracefs): run it with sudo\n"
 
 
 def test_an_existing_file_is_not_overwritten(tmp_path: Path) -> None:
