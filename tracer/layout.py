@@ -30,6 +30,8 @@ _MEMBERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "SP_TDP": ("kvm_mmu_page", ("tdp_mmu_page",)),
     "SP_UNSYNC": ("kvm_mmu_page", ("unsync",)),
     "SP_RCU": ("kvm_mmu_page", ("rcu_head",)),
+    "KVM_USED_PAGES": ("kvm", ("arch.n_used_mmu_pages",)),
+    "KVM_GENERATION": ("kvm", ("arch.mmu_valid_gen",)),
     "KVM_ROOTS": ("kvm", ("arch.tdp_mmu_roots",)),
     "KVM_MEMSLOTS": ("kvm", ("memslots",)),
     "SLOTS_HASH": ("kvm_memslots", ("id_hash",)),  # 5.17+ (a54d806688fe); an array with used_slots before

@@ -104,7 +104,8 @@ TRACEPOINTS: tuple[Probe, ...] = (
     _tp("fast_page_fault", "kvmmmu:fast_page_fault", "mmu",
         addr="$cr2_or_gpa", code="$error_code", old="$old_spte", new="$new_spte", ret="$ret", **_CURRENT),
     Probe("kvm_mmu_zap_all_fast", (
-        Point("raw", "kvmmmu:kvm_mmu_zap_all_fast", {"kvm": "@0"}, signature=("kvm *",)),
+        Point("raw", "kvmmmu:kvm_mmu_zap_all_fast", {"kvm": "@0", "value": "KVM_USED(@0)", "flags": "KVM_GEN(@0)"},
+              signature=("kvm *",)),
         Point("tp", "kvmmmu:kvm_mmu_zap_all_fast", {"value": "$mmu_used_pages", "flags": "$mmu_valid_gen"}),
     ), "roots"),
     _tp("kvm_mmu_split_huge_page", "kvmmmu:kvm_mmu_split_huge_page", "mmu",

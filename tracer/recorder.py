@@ -144,7 +144,8 @@ class Recorder:
                if key.startswith("KVMTRACE_LAB_")}  # fmt: skip
         return {
             "recorder": version("kvmtrace"),
-            "command": list(self.options.command),
+            # Without its directory: a trace gets mailed around.
+            "command": [Path(self.options.command[0]).name, *self.options.command[1:]] if self.options.command else [],
             "preset": self.options.preset,
             "vm_filter": self.options.vm,
             "rings": {"count": len(self.probes.ring_fds), "bytes": ring_bytes},

@@ -31,6 +31,14 @@ static __always_inline u64 frame_of(u64 address)
 #define SP_UNSYNC_OF(sp) 0
 #endif
 
+#ifdef HAVE_KVM_USED_PAGES
+#define KVM_USED(kvm) read64((u64)(kvm) + OFF_KVM_USED_PAGES)
+#define KVM_GEN(kvm) read8((u64)(kvm) + OFF_KVM_GENERATION)
+#else
+#define KVM_USED(kvm) 0
+#define KVM_GEN(kvm) 0
+#endif
+
 static __always_inline u64 vcpu_mmu(u64 vcpu) { return vcpu ? read64(vcpu + OFF_VCPU_MMU) : 0; }
 static __always_inline u64 mmu_root(u64 mmu)
 {
