@@ -163,7 +163,9 @@ def matrix(
     names = [known(name).name for name in kernel] if kernel else [name for name in KERNELS if present(name)]
     if not names:
         raise Problem("no kernel is here: kvmtrace lab fetch 6.1", ENVIRONMENT)
-    wanted = cells(names, scenario or (), shadow=shadow)
+    # A variant differs from its stock kernel only in the TDP MMU.
+    both_ways = [name for name in names if shadow and not KERNELS[name].variant]
+    wanted = cells(names, scenario or (), shadow=both_ways)
     with ExitStack() as stack:
         if output is None:
             output = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvmtrace-matrix-")))
@@ -180,12 +182,19 @@ def corpus(
 ) -> None:
     """Fetch every kernel and record the corpus that is shipped; what is there already is kept."""
     from tracer.lab.fetch import fetch as get
-    from tracer.lab.kernels import KERNELS
-    from tracer.lab.matrix import cells
+    from tracer.lab.fetch import present
+    from tracer.lab.kernels import KERNELS, missing
+    from tracer.lab.matrix import SHADOW_IN_CORPUS, cells
 
     directory = directory or Path(__file__).resolve().parents[2] / "traces" / "corpus"
     directory.mkdir(parents=True, exist_ok=True)
-    _fill(cells([get(name, _say).name for name in KERNELS]), directory, jobs, as_json)
+    names = [name for name, kernel in KERNELS.items() if kernel.suites or present(name)]
+    for name in KERNELS:
+        if name not in names:
+            print(f"kvmtrace: {missing(name)}; its recordings are left as they are", file=sys.stderr)
+    for name in names:
+        get(name, _say)
+    _fill(cells(names, shadow=SHADOW_IN_CORPUS), directory, jobs, as_json)
 
 
 def _fill(wanted: list[Cell], directory: Path, jobs: int, as_json: bool) -> None:

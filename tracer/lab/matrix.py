@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any, Final
 from tracer import vmm
 from tracer.lab import qemu
 from tracer.lab.fetch import present
-from tracer.lab.kernels import KERNELS, missing
+from tracer.lab.kernels import missing
 from tracer.lab.session import DEFAULT_TIMEOUT, SHARE, boot
 from traces.errors import BAD_INPUT, ENVIRONMENT, Problem
 
@@ -32,6 +32,8 @@ SECONDS_PER_CELL: Final = 30
 
 # `storm` is for volume on software KVM; it adds to `roots` nothing but emulator events.
 _LEFT_OUT: Final = ("storm",)
+# The corpus is to stay below 10 MB, and the kernels' shadow MMUs differ less than their TDP MMUs.
+SHADOW_IN_CORPUS: Final = ("6.1",)
 # Besides each scenario with its defaults; with the TDP MMU only, to keep what is shipped below 10 MB.
 _VARIATIONS: Final = (
     ("cr4-toggle", ("--bit", "pge")),
@@ -86,11 +88,11 @@ class Row:
     sha256: str
 
 
-def cells(kernels: Sequence[str], scenarios: Sequence[str] = (), *, shadow: bool = True) -> list[Cell]:
+def cells(kernels: Sequence[str], scenarios: Sequence[str] = (), *, shadow: Container[str] = ()) -> list[Cell]:
     """The cells for these kernels (names of the table) and scenarios (all by default).
 
-    With `shadow`, each twice, except on a kernel that only differs in what the shadow MMU does not use. Raises Problem
-    for a name that is not there.
+    Those on the kernels in `shadow` are recorded with the shadow MMU as well. Raises Problem for a scenario that is not
+    there.
     """
     listed = [scenario.name for scenario in vmm.scenarios()]
     for name in scenarios:
@@ -102,7 +104,7 @@ def cells(kernels: Sequence[str], scenarios: Sequence[str] = (), *, shadow: bool
         Cell(name, arguments, kernel, is_shadow)
         for name, arguments in sorted(pairs)
         for kernel in kernels
-        for is_shadow in ((False, True) if shadow and not arguments and not KERNELS[kernel].variant else (False,))
+        for is_shadow in ((False, True) if kernel in shadow else (False,))
     ]
 
 
