@@ -101,6 +101,7 @@ def record(
             max_size=_size(max_size) if max_size else None,
             ring_bytes=ring,
             command=tuple(command or ()),
+            command_stdout=sys.stderr.fileno() if as_json else None,  # standard output is the document's
         )
     )
     summary = outcome.summary

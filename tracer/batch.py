@@ -7,10 +7,8 @@ command prints goes to OUT with the suffix .stdout; the first job that fails end
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 from tracer.probes import preset_kinds
@@ -18,34 +16,22 @@ from tracer.recorder import Options, record
 from traces.errors import VERDICT_FAILED, Problem
 
 
-@contextmanager
-def _output_to(path: Path) -> Iterator[None]:
-    """Standard output, our own and that of commands we start, goes to a file meanwhile."""
-    sys.stdout.flush()
-    saved = os.dup(1)
-    with path.open("wb") as file:
-        os.dup2(file.fileno(), 1)
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
-            os.dup2(saved, 1)
-            os.close(saved)
-
-
 def run(specification: Path) -> None:
     """Make the recordings that the specification lists; raises Problem."""
     asked = json.loads(specification.read_text())
     preset = asked["events"]
     kinds = preset_kinds(preset)
-    several = [Options(Path(job["out"]), kinds, preset, command=tuple(job["command"])) for job in asked["jobs"]]
-    recordings = record(*several)
-    for options in several:
-        with _output_to(options.out.with_suffix(".stdout")):
-            outcome = next(recordings)
-        if outcome.status or not outcome.summary.complete:
-            why = f"its command ended with {outcome.status}" if outcome.status else outcome.summary.discrepancies[0]
-            raise Problem(f"{options.out.name}: {why}", VERDICT_FAILED)
+    with ExitStack() as files:
+        several = []
+        for job in asked["jobs"]:
+            out = Path(job["out"])
+            printed = files.enter_context(out.with_suffix(".stdout").open("wb"))
+            command = tuple(job["command"])
+            several.append(Options(out, kinds, preset, command=command, command_stdout=printed.fileno()))
+        for options, outcome in zip(several, record(*several), strict=True):
+            if outcome.status or not outcome.summary.complete:
+                why = f"its command ended with {outcome.status}" if outcome.status else outcome.summary.discrepancies[0]
+                raise Problem(f"{options.out.name}: {why}", VERDICT_FAILED)
 
 
 def main() -> None:

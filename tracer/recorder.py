@@ -51,6 +51,7 @@ class Options:
     max_size: int | None = None
     ring_bytes: int | None = None
     command: tuple[str, ...] = ()
+    command_stdout: int | None = None  # descriptor for what the command prints; None: our own standard output
 
     @property
     def directory(self) -> Path:
@@ -175,7 +176,7 @@ class Recorder:
         self.probes.attach()
         try:
             if options.command:
-                self._child = subprocess.Popen(options.command)
+                self._child = subprocess.Popen(options.command, stdout=options.command_stdout)
             prefer_this_thread()  # only now: the command must not inherit it
             while not (reason := self._ended(started)):
                 if not self._drain_once():
