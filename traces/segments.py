@@ -2,8 +2,9 @@
 
 `OUT.kvmt/` holds `manifest.json` (replaced by rename) and `seg-00000.arrows`, `seg-00001.arrows`, ... Each segment is
 an ordinary Arrow IPC stream of the raw records. Every batch of records is followed by its seal: an empty batch whose
-metadata carries the first row's number, the row count and the CRC-32 of all bytes since the previous seal. A batch
-without a seal was being written when the recorder died; one whose seal does not fit is damaged, and is never decoded.
+metadata carries the first row's number, the row count and the CRC-32 of all bytes since the previous seal and of these
+two numbers. A batch without a seal was being written when the recorder died; one whose seal does not fit is damaged,
+and is never decoded.
 """
 
 from __future__ import annotations
@@ -36,6 +37,11 @@ MAX_MANIFEST: Final = 64 << 20  # bytes; a larger one is not ours
 
 _OPTIONS: Final = pa.ipc.IpcWriteOptions(compression="lz4")
 _EMPTY: Final = to_batch(np.empty(0, RECORD))
+
+
+def _seal_crc(message: bytes | memoryview, first: int, rows: int) -> int:
+    """CRC-32 of a batch's bytes and of what its seal says of them, so that a damaged seal renumbers nothing."""
+    return zlib.crc32(f"{first} {rows}".encode(), zlib.crc32(message))
 
 
 def segment_name(index: int) -> str:
@@ -125,7 +131,7 @@ class SegmentWriter:
         assert stream is not None
         stream.write_batch(to_batch(records))
         message = self._take()
-        seal = {"first": self._sealed, "rows": len(records), "crc32": zlib.crc32(message)}
+        seal = {"first": self._sealed, "rows": len(records), "crc32": _seal_crc(message, self._sealed, len(records))}
         stream.write_batch(_EMPTY, custom_metadata={"seal": json.dumps(seal)})
         self._append(message + self._take())
         self._sealed += len(records)
@@ -276,7 +282,7 @@ class _Messages:
         if self._next() is None:
             raise ValueError("the last batch has no seal")
         first, rows, crc = self._read_seal(self._bytes[middle : self._source.tell()])
-        if zlib.crc32(self._bytes[self.end : middle]) != crc:
+        if _seal_crc(self._bytes[self.end : middle], first, rows) != crc:
             raise ValueError("a batch does not fit its seal")
         batch = pa.ipc.read_record_batch(message, RECORD_SCHEMA)
         batch.validate(full=True)
