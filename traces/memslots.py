@@ -53,7 +53,7 @@ class Memslots:
                     self._pending.pop(tid)[1] = int(columns["n"][row]) >= 0
                 continue
             w0, w1, w2, w3 = (int(columns[name][row]) for name in ("w0", "w1", "w2", "w3"))
-            slot, as_id = int(columns["n"][row]) & 0xFFFF, int(columns["flags"][row]) & 1
+            slot, as_id = int(columns["n"][row]) & 0xFFFF, int(columns["as_id"][row])
             change = _Change(int(columns["time"][row]), int(vm[row]), slot, as_id, w0, w1, w2, w3)
             entry = [change, None]
             self._changes.append(entry)

@@ -162,7 +162,7 @@ def test_a_free_by_rcu_belongs_to_the_vm_that_used_the_frame(identify) -> None: 
 
 def slot_call(slot: int, pages: int, ret: int | None = 0, command: int = 0x4020AE46, **at: Any) -> list[Any]:
     caller = {"kvm": KVM_A, "tgid": 100, "tid": 100} | at
-    call = [event("memslot", w0=256 * slot, w1=0x7F0000000000, w2=pages, w3=1, n=slot, flags=0, **caller)]
+    call = [event("memslot", w0=256 * slot, w1=0x7F0000000000, w2=pages, w3=1, n=slot, **caller)]
     return call if ret is None else [*call, event("ioctl_end", w0=command, n=ret, **caller)]
 
 
@@ -183,3 +183,11 @@ def test_slots_have_times_and_failed_calls_do_nothing(identify) -> None:  # type
         (0, 8, None, 7000, False), (9, 8, None, None, False), (1, 512, 1000, 5000, False), (0, 16, 7000, None, False),
         (3, 32, 9000, None, True),
     ]  # fmt: skip
+
+
+def test_the_slots_of_smm_are_their_own(identify) -> None:  # type: ignore[no-untyped-def]
+    opened, _ = identify(
+        event("vm_create", **A), *slot_call(1, 512), *slot_call(1, 256, as_id=1), *slot_call(1, 0, as_id=1)
+    )
+    slots = [(slot["as_id"], slot["pages"], slot["until"]) for slot in opened.metadata.vms[0]["slots"]]
+    assert slots == [(0, 512, None), (1, 256, 6000)]
