@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import resource
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +24,7 @@ from tests.traces.making import event, numbered, stream, trace, write
 from traces.compact import compact
 from traces.errors import Problem
 from traces.reader import UNKNOWN_CODE, Trace, kind_codes
-from traces.segments import SegmentReader
+from traces.segments import MANIFEST, SegmentReader, segment_name
 from traces.summary import render
 
 ROOT = Path(__file__).parents[2]
@@ -178,3 +182,129 @@ def test_an_absent_column_is_said(tmp_path: Path) -> None:
     trace(tmp_path / "a.parquet", stream([event("kvm_entry")]))
     with pytest.raises(Problem, match="no column `nonsense`"):
         list(Trace.open(tmp_path / "a.parquet").batches(["seq", "nonsense"]))
+
+
+def _sparse(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 1 << 40)
+
+
+_STRANGE_FILES: dict[str, Callable[[Path], Any]] = {
+    "a pipe": os.mkfifo,
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+    "a directory": Path.mkdir,
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "a terabyte": _sparse,
+}
+
+
+def _known(*values: Any, bug: str) -> Any:
+    """A case that fails today; strict, so that mending the bug makes the mark go."""
+    return pytest.param(*values, marks=pytest.mark.xfail(strict=True, reason=bug))
+
+
+@pytest.mark.parametrize(
+    ("name", "strange"),
+    [
+        _known(MANIFEST, "a pipe", bug="recover waits for ever for a manifest that is a FIFO"),
+        _known(segment_name(0), "a pipe", bug="recover waits for ever for a segment that is a FIFO"),
+        _known(MANIFEST, "a device", bug="recover reads a manifest linked to /dev/zero until memory ends: MemoryError"),
+        (segment_name(0), "a device"),
+        *((name, strange) for name in (MANIFEST, segment_name(0)) for strange in list(_STRANGE_FILES)[2:]),
+    ],
+)
+def test_strange_files_in_a_recording_are_named_and_do_not_hang(tmp_path: Path, name: str, strange: str) -> None:
+    directory = write(tmp_path / "a.kvmt", numbered(20))
+    (directory / name).unlink()
+    _STRANGE_FILES[strange](directory / name)
+    done = subprocess.run(
+        [sys.executable, "-c", "import kvmtrace; kvmtrace.main()", "recover", str(directory)],
+        cwd=ROOT, capture_output=True, text=True, timeout=15,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30)),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert name in done.stderr
+    assert all(line.startswith(("kvmtrace: ", str(tmp_path))) for line in done.stderr.splitlines()), done.stderr
+    assert Trace.open(tmp_path / "a.parquet").metadata.events == (20 if name == MANIFEST else 0)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        _known({"threads": {"9" * 5000: {"comm": "x"}}}, bug="_comms: int() of over 4300 digits is a ValueError"),
+        _known({"loss": {"a\nb\x1b[31m": {"emitted": {"0": 3}}}}, bug="a discrepancy repeats a kind's name as it is"),
+        _known({"closed": {"rows": "a\nb\x1b[31m"}}, bug="a discrepancy repeats `closed.rows` as it is"),
+        # Read as 60 MB of UTF-8, written as 180 MB of escapes, which Arrow's footer cannot hold.
+        _known(
+            {"host": "\u00e9" * (30 << 20)}, bug="MAX_MANIFEST lets in what compaction writes as an unreadable trace"
+        ),
+    ],
+    ids=["thread id", "kind name", "closed", "size"],
+)
+def test_odd_manifests_become_readable_traces_and_single_lines(tmp_path: Path, odd: dict[str, Any]) -> None:
+    directory = write(tmp_path / "a.kvmt", numbered(20))
+    manifest = json.loads((directory / MANIFEST).read_bytes()) | odd
+    (directory / MANIFEST).write_text(json.dumps(manifest, ensure_ascii=False), encoding="utf-8")
+    summary = compact(directory, tmp_path / "a.parquet")
+    assert summary.events == 20
+    assert all(line.isprintable() for line in summary.discrepancies), "these are printed as they are"
+    assert Trace.open(tmp_path / "a.parquet").metadata.events == 20
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("time", (1 << 63) - 1),
+        _known("time", 1 << 63, bug="written as -(1 << 63), which metadata.py refuses as a bad number"),
+        *((field, (1 << 64) - 1) for field in ("time", "kvm", "root", "w0", "w1", "w2", "w3")),
+        *((field, (1 << 32) - 1) for field in ("tid", "tgid", "role")),
+        ("cpu", (1 << 16) - 1),
+        ("vcpu", -(1 << 15)),
+        ("kind", 255),
+    ],
+)
+def test_records_of_extreme_values_become_a_readable_trace(tmp_path: Path, field: str, value: int) -> None:
+    records = stream([event("kvm_mmu_get_page", vcpu=0), event("gap"), event("memslot"), event("table_free")])
+    records[field][:2] = value
+    assert trace(tmp_path / "a.parquet", records).events == 4
+    assert sum(batch.num_rows for batch in Trace.open(tmp_path / "a.parquet").batches()) == 4
+    assert render(tmp_path / "a.parquet")
+
+
+def _forge(path: Path, table: pa.Table, metadata: dict[str, Any], **group: Any) -> None:
+    """A trace of one row group with fitting CRCs, whatever the table and the group's other facts are."""
+    draft = with_metadata(table, [table.num_rows], b"{}")
+    chunks = pq.read_metadata(pa.BufferReader(draft)).row_group(0)
+    size = sum(chunks.column(index).total_compressed_size for index in range(chunks.num_columns))
+    fitting = {"size": size, "crc32": zlib.crc32(draft[4 : 4 + size])}
+    forged = metadata | {"row_groups": [metadata["row_groups"][0] | fitting | group]}
+    path.write_bytes(with_metadata(table, [table.num_rows], json.dumps(forged).encode()))
+
+
+@pytest.mark.xfail(strict=True, reason="check_schema repeats the names in a foreign type as they are")
+def test_a_type_of_a_foreign_file_cannot_steer_the_terminal(tmp_path: Path) -> None:
+    table, metadata = _sample(tmp_path / "a.parquet")
+    table = table.set_column(1, "time", pa.nulls(2, pa.struct({"a\nb\x1b[31m": pa.int32()})))
+    _forge(tmp_path / "b.parquet", table, metadata)
+    with pytest.raises(Problem, match=r"column `time` is ") as caught:
+        Trace.open(tmp_path / "b.parquet")
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "constants",
+    [
+        _known({"kind": 0}, bug="to_pandas_dtype of a dictionary: NotImplementedError is not in _DECODE_ERRORS"),
+        _known({"kind": None}, bug="a null constant makes nulls in columns that have none"),
+        _known({"seq": None}, bug="a null constant makes nulls in columns that have none"),
+        {"vm": 1 << 40},
+        {"time": -1 << 70},
+    ],
+    ids=str,
+)
+def test_constants_that_no_column_can_hold(tmp_path: Path, constants: dict[str, int | None]) -> None:
+    table, metadata = _sample(tmp_path / "a.parquet")
+    _forge(tmp_path / "b.parquet", table, metadata, constants=constants)
+    with pytest.raises(Problem, match=r"b\.parquet: damaged: row group 0") as caught:
+        list(Trace.open(tmp_path / "b.parquet").batches())
+    assert str(caught.value).isprintable()
