@@ -11,8 +11,10 @@ from traces.columns import kind_name
 from traces.identity import GAP
 from traces.lives import Ints, dense
 from traces.record import Columns
+from traces.text import printable
 
-MAX_ENTRIES: Final = 1 << 16  # threads, vCPUs and gaps that the metadata lists; more are only counted
+MAX_ENTRIES: Final = 1 << 16  # threads, vCPUs, roots that the metadata lists; more are only counted
+MAX_GAPS: Final = 1 << 14
 
 Loss = dict[str, dict[str, dict[str, int]]]
 
@@ -39,7 +41,7 @@ class Books:
         self._note_threads(columns, vm)
         for row in np.flatnonzero(kind == GAP).tolist():
             self.gap_count += 1
-            if len(self.gaps) < MAX_ENTRIES:
+            if len(self.gaps) < MAX_GAPS:
                 lost, mask, since = (int(columns[name][row]) for name in ("w0", "w1", "w2"))
                 until = int(columns["time"][row])
                 kinds = [kind_name(code) for code in range(64) if mask >> code & 1]
@@ -88,7 +90,7 @@ class Books:
             table[name] = {"emitted": emitted, "lost": lost, "stored": cpus}
             sums = sum(emitted.values()), sum(cpus.values()), sum(lost.values())
             if sums[0] != sums[1] + sums[2]:
-                wrong.append(f"{name}: {sums[0]:,} emitted, but {sums[1]:,} stored and {sums[2]:,} lost")
+                wrong.append(f"{printable(name)}: {sums[0]:,} emitted, but {sums[1]:,} stored and {sums[2]:,} lost")
         return table, wrong
 
 

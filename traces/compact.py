@@ -7,6 +7,7 @@ a reader of one VM reads nothing else and neighbouring values stay close to each
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from traces.metadata import KEY
 from traces.record import Columns
 from traces.schema import FORMAT_MAJOR, FORMAT_MINOR
 from traces.segments import SegmentReader
+from traces.text import printable
 
 BUFFERED_ROWS: Final = 2 * ROW_GROUP_ROWS
 
@@ -162,7 +164,8 @@ class _Compaction:
             "gap_count": self._books.gap_count,
             "row_groups": self._row_groups,
         }
-        size = self._file.finish({KEY: json.dumps(metadata, separators=(",", ":")).encode()})
+        text = json.dumps(metadata, separators=(",", ":"), ensure_ascii=False)
+        size = self._file.finish({KEY: text.encode(errors="backslashreplace")})  # lone surrogates stay JSON escapes
         lost = sum(sum(kind["lost"].values()) for kind in loss.values())
         return Summary(self._file.path, self._books.events, lost, size, not discrepancies, tuple(discrepancies))
 
@@ -186,7 +189,7 @@ class _Compaction:
         if not isinstance(closed, dict):
             lines.append("the recorder did not end: what came after its last flush is missing")
         elif closed.get("rows") != self._books.events:
-            lines.append(f"the recorder took {closed.get('rows')} rows, {self._books.events} could be read")
+            lines.append(f"the recorder took {printable(closed.get('rows'))} rows, {self._books.events} could be read")
         return lines
 
     def _vm(self, vm: Vm) -> dict[str, Any]:
@@ -249,6 +252,6 @@ def _comms(manifest: Mapping[str, Any]) -> dict[int, str]:
     threads = manifest.get("threads")
     comms = {}
     for tid, thread in threads.items() if isinstance(threads, dict) else ():
-        if str(tid).isdecimal() and isinstance(thread, dict) and isinstance(thread.get("comm"), str):
+        if re.fullmatch(r"[0-9]{1,10}", tid) and isinstance(thread, dict) and isinstance(thread.get("comm"), str):
             comms[int(tid)] = thread["comm"]
     return comms

@@ -12,6 +12,7 @@ from traces.columns import SCHEMA
 from traces.errors import Problem
 from traces.layout import MAGIC, PARQUET_MAGIC, SEAL_SIZE
 from traces.metadata import MAX_BYTES, Metadata, RowGroup
+from traces.text import printable
 
 MAX_ROW_GROUP_ROWS: Final = 1 << 22
 _MAX_FOOTER: Final = MAX_BYTES + (64 << 20)
@@ -74,7 +75,7 @@ def check_schema(path: Path, schema: pa.Schema) -> None:
         else:
             fits = found.type == field.type
         if not fits:
-            raise Problem(f"{path}: damaged: column `{field.name}` is {found.type}, not {field.type}")
+            raise Problem(f"{path}: damaged: column `{field.name}` is {printable(found.type)}, not {field.type}")
 
 
 def check_row_groups(path: Path, footer: Any, metadata: Metadata, rows_end: int) -> None:

@@ -137,7 +137,7 @@ def _row_group(group: dict[str, Any]) -> RowGroup:
         raise _Malformed("`row_groups` has a bad `vm`")
     names = ("rows", "first_seq", "last_seq", "first_time", "last_time", "offset", "size", "crc32")
     numbers = {name: group[name] for name in names}
-    if not all(isinstance(value, int) and abs(value) < 1 << 63 for value in numbers.values()):
+    if not all(isinstance(value, int) and -(1 << 63) <= value < 1 << 63 for value in numbers.values()):
         raise _Malformed("`row_groups` has a bad number")
     constants = group["constants"]
     if not isinstance(constants, dict) or not all(v is None or isinstance(v, int) for v in constants.values()):

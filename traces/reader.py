@@ -22,6 +22,7 @@ from traces.errors import Problem
 from traces.frame import check_footer, check_row_groups, check_schema, crc_of
 from traces.metadata import KEY, Metadata, RowGroup, parse
 from traces.schema import BY_NAME
+from traces.text import printable
 
 BATCH_ROWS: Final = 1 << 16
 UNKNOWN_CODE: Final = 255
@@ -149,7 +150,7 @@ class _Constants:
         self._first_seq = group.first_seq
         self._dense_seq = "seq" in fields.names and group.last_seq - group.first_seq == group.rows - 1
         self._arrays = {
-            field.name: _repeat(group.constants[field.name], field.type, size)
+            field.name: _repeat(group.constants[field.name], field, size)
             for field in fields
             if field.name in group.constants
         }
@@ -167,10 +168,12 @@ class _Constants:
         return arrays | {"seq": pa.array(np.arange(first, first + count))}
 
 
-def _repeat(value: int | None, column_type: pa.DataType, size: int) -> pa.Array:
+def _repeat(value: int | None, field: pa.Field, size: int) -> pa.Array:
+    if not pa.types.is_integer(field.type) or (value is None and not field.nullable):
+        raise ValueError(f"{value} is no constant for `{field.name}`")
     if value is None:
-        return pa.nulls(size, column_type)
-    return pa.array(np.full(size, value, column_type.to_pandas_dtype()))
+        return pa.nulls(size, field.type)
+    return pa.array(np.full(size, value, field.type.to_pandas_dtype()))
 
 
 def kind_codes(batch: pa.RecordBatch) -> NDArray[np.uint8]:
@@ -198,5 +201,5 @@ def _validate(batch: pa.RecordBatch, foreign: Sequence[str]) -> None:
 
 
 def _damaged(path: Path, what: str, error: BaseException) -> Problem:
-    why = (str(error).splitlines() or [type(error).__name__])[0][:200]
-    return Problem(f"{path}: damaged: {what}: {''.join(char if char.isprintable() else '?' for char in why)}")
+    why = (str(error).splitlines() or [type(error).__name__])[0]
+    return Problem(f"{path}: damaged: {what}: {printable(why[:200])}")

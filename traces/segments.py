@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,10 +34,18 @@ MANIFEST: Final = "manifest.json"
 BATCH_ROWS: Final = 1 << 16
 SEGMENT_ROWS: Final = 1 << 21
 MAX_BATCH_ROWS: Final = 1 << 20  # what a reader accepts from elsewhere
-MAX_MANIFEST: Final = 64 << 20  # bytes; a larger one is not ours
+MAX_MANIFEST: Final = 24 << 20  # bytes; a larger one is not ours, and a trace's metadata must have room for it
 
 _OPTIONS: Final = pa.ipc.IpcWriteOptions(compression="lz4")
 _EMPTY: Final = to_batch(np.empty(0, RECORD))
+
+
+def _size(path: Path) -> int:
+    """Bytes of a regular file; a pipe or a device would keep its reader waiting, or never end."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("not a regular file")
+    return status.st_size
 
 
 def _seal_crc(message: bytes | memoryview, first: int, rows: int) -> int:
@@ -223,7 +232,7 @@ class SegmentReader:
     def _read_manifest(self) -> dict[str, Any]:
         path = self.directory / MANIFEST
         try:
-            if path.stat().st_size > MAX_MANIFEST:
+            if _size(path) > MAX_MANIFEST:
                 raise ValueError("too large")
             manifest = json.loads(path.read_bytes())
             if not isinstance(manifest, dict):
@@ -238,7 +247,7 @@ class SegmentReader:
         rows = end = size = 0
         why = ""
         try:
-            size = path.stat().st_size
+            size = _size(path)
             with pa.memory_map(str(path)) as source:
                 stream = _Messages(source)
                 while (sealed := stream.next_batch()) is not None:

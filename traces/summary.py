@@ -14,9 +14,11 @@ from rich.text import Text
 
 from traces.metadata import Metadata
 from traces.reader import Trace
+from traces.text import printable
 
 WIDTH: Final = 100
 _VMS_SHOWN: Final = 8
+_LAST_TIME: Final = 250_000_000_000 * 10**9  # ns since 1970: datetime ends with the year 9999
 
 
 def info(path: Path) -> dict[str, Any]:
@@ -92,7 +94,7 @@ def _wall_time(meta: Metadata, boot: int) -> str:
     samples = clock.get("samples") if isinstance(clock, dict) else None
     sample = samples[0] if isinstance(samples, list) and samples and isinstance(samples[0], dict) else {}
     real, base = sample.get("real"), sample.get("boot")
-    if not isinstance(real, int) or not isinstance(base, int) or not 0 < real - base + boot < 1 << 63:
+    if not isinstance(real, int) or not isinstance(base, int) or not 0 < real - base + boot < _LAST_TIME:
         return ""
     return datetime.fromtimestamp((real - base + boot) / 1e9, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
@@ -109,9 +111,9 @@ def _head(facts: dict[str, Any]) -> Table:
         "events": f"{facts['events']:,} stored, {facts['lost']:,} lost, {facts['gaps']:,} gaps",
     }
     for name, value in rows.items():
-        table.add_row(Text(name, style="bold"), Text(_printable(value)))
+        table.add_row(Text(name, style="bold"), Text(printable(value)))
     for line in facts["discrepancies"][:5]:
-        table.add_row(Text("incomplete", style="bold red"), Text(_printable(line)))
+        table.add_row(Text("incomplete", style="bold red"), Text(printable(line)))
     return table
 
 
@@ -121,8 +123,8 @@ def _vms(facts: dict[str, Any]) -> Table:
         table.add_column(name, justify="left" if name in ("process", "seen") else "right")
     for vm in facts["vms"][:_VMS_SHOWN]:
         seen = str(vm["origin"]) + ("" if vm["until"] is None else ", destroyed")
-        process = _printable(f"{vm['comm'] or '?'} ({vm['pid']})")
-        table.add_row(str(vm["id"]), Text(process), str(vm["vcpus"]), str(vm["slots"]), Text(_printable(seen)))
+        process = printable(f"{vm['comm'] or '?'} ({vm['pid']})")
+        table.add_row(str(vm["id"]), Text(process), str(vm["vcpus"]), str(vm["slots"]), Text(printable(seen)))
     if len(facts["vms"]) > _VMS_SHOWN:
         table.add_row("...", f"{len(facts['vms']) - _VMS_SHOWN} more", "", "", "")
     return table
@@ -137,7 +139,7 @@ def _kinds(facts: dict[str, Any]) -> Table:
         table.add_column("stored", justify="right")
         table.add_column("lost", justify="right")
     cells = [
-        (_printable(name), f"{facts['kinds'].get(name, 0):,}", f"{facts['lost_kinds'].get(name, 0) or ''}")
+        (printable(name), f"{facts['kinds'].get(name, 0):,}", f"{facts['lost_kinds'].get(name, 0) or ''}")
         for name in names
     ]
     half = (len(cells) + 1) // 2
@@ -152,9 +154,4 @@ def _probes(facts: dict[str, Any]) -> Text:
     text = f"{len(attached)} kinds observed"
     if lacking:
         text += f"; not observable here: {', '.join(lacking)}"
-    return Text(_printable(text))
-
-
-def _printable(text: str) -> str:
-    """Text of a file from elsewhere, without what could steer a terminal."""
-    return "".join(char if char.isprintable() else "?" for char in text)
+    return Text(printable(text))

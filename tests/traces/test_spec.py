@@ -10,7 +10,7 @@ import pytest
 
 import traces
 from tests.traces.making import event, stream, trace
-from traces.bookkeeping import MAX_ENTRIES
+from traces.bookkeeping import MAX_ENTRIES, MAX_GAPS
 from traces.frame import MAX_ROW_GROUP_ROWS
 from traces.layout import MAGIC
 from traces.memslots import MAX_SLOTS
@@ -53,7 +53,7 @@ def test_the_table_of_kinds() -> None:
 
 
 def test_the_numbers() -> None:
-    for number in (MAX_ROW_GROUP_ROWS, MAX_ENTRIES, MAX_SLOTS):
+    for number in (MAX_ROW_GROUP_ROWS, MAX_ENTRIES, MAX_GAPS, MAX_SLOTS):
         assert f"{number:,}" in SPEC
     assert f"{MAX_BYTES >> 20} MiB" in SPEC
     assert f"`{MAGIC.decode()}`" in SPEC
