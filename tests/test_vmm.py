@@ -28,7 +28,7 @@ WITHOUT_SMM = {
     "slot-move": {"passes": 5, "io_exits": 5},
     "slot-create": {"passes": 5, "io_exits": 5},
     "notifier": {"passes": 5, "host_calls": 8},
-    "dirty-log": {"passes": 7, "dirty_pages": 4 * 512},
+    "dirty-log": {"passes": 7, "dirty_pages": 4 * 256},
     "mmio": {"passes": 5, "io_exits": 5, "mmio_exits": 5 * 16},
     "churn": {"passes": 3, "vms": 3},
     "steady": {"passes": 5, "io_exits": 1},

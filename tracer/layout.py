@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tracer.btf import Btf
+from tracer.spte import spte_layout
 
 # macro name: (struct, alternatives in order of age, newest first)
 _MEMBERS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -80,6 +81,7 @@ class Layout:
     source: str
     missing: tuple[str, ...] = ()
     bases: dict[str, int] = field(default_factory=dict)
+    spte: dict[str, Any] = field(default_factory=dict)
 
     def defines(self) -> str:
         """C #defines: OFF_X for each offset, HAVE_X where X is known."""
@@ -90,7 +92,7 @@ class Layout:
     def metadata(self) -> dict[str, Any]:
         return {
             "role": {name: list(bits) for name, bits in self.role.items()},
-            "offsets": self.offsets,
+            "spte": self.spte,
             "source": self.source,
             "missing": list(self.missing),
             # Without the direct map's base `table` holds the kernel's virtual frame, not the physical one.
@@ -117,4 +119,5 @@ def kernel_layout(btf: Btf, version: tuple[int, int], bases: dict[str, int]) -> 
         source += f"; kvm_mmu_page from the dated table for {version[0]}.{version[1]} (no module BTF before 5.11)"
     if not role:
         role = DATED_ROLES.get(version, {})
-    return Layout(offsets, role, source, tuple(m for m in _MEMBERS if m not in offsets), bases)
+    missing = tuple(macro for macro in _MEMBERS if macro not in offsets)
+    return Layout(offsets, role, source, missing, bases, spte_layout(version))

@@ -163,9 +163,7 @@ def matrix(
     names = [known(name).name for name in kernel] if kernel else [name for name in KERNELS if present(name)]
     if not names:
         raise Problem("no kernel is here: kvmtrace lab fetch 6.1", ENVIRONMENT)
-    # A variant differs from its stock kernel only in the TDP MMU.
-    both_ways = [name for name in names if shadow and not KERNELS[name].variant]
-    wanted = cells(names, scenario or (), shadow=both_ways)
+    wanted = cells(names, scenario or (), shadow=_with_shadow(names) if shadow else ())
     with ExitStack() as stack:
         if output is None:
             output = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvmtrace-matrix-")))
@@ -184,7 +182,7 @@ def corpus(
     from tracer.lab.fetch import fetch as get
     from tracer.lab.fetch import present
     from tracer.lab.kernels import KERNELS, missing
-    from tracer.lab.matrix import SHADOW_IN_CORPUS, cells
+    from tracer.lab.matrix import cells
 
     directory = directory or Path(__file__).resolve().parents[2] / "traces" / "corpus"
     directory.mkdir(parents=True, exist_ok=True)
@@ -194,7 +192,14 @@ def corpus(
             print(f"kvmtrace: {missing(name)}; its recordings are left as they are", file=sys.stderr)
     for name in names:
         get(name, _say)
-    _fill(cells(names, shadow=SHADOW_IN_CORPUS), directory, jobs, as_json)
+    _fill(cells(names, shadow=_with_shadow(names)), directory, jobs, as_json)
+
+
+def _with_shadow(names: list[str]) -> list[str]:
+    """The kernels whose shadow MMU is worth recording: a variant differs from its stock kernel in the TDP MMU."""
+    from tracer.lab.kernels import KERNELS
+
+    return [name for name in names if not KERNELS[name].variant]
 
 
 def _fill(wanted: list[Cell], directory: Path, jobs: int, as_json: bool) -> None:

@@ -68,7 +68,7 @@ const struct scenario scenarios[] = {
 	{
 		.name = "slot-move",
 		.shows = "a memslot that the guest never touches moves after each pass: all roots go nevertheless",
-		.defaults = {LOOPS(5), .pages = 512, .vcpus = 1},
+		.defaults = {LOOPS(5), .pages = 256, .vcpus = 1},
 		.between = move_slot,
 	},
 	{
@@ -80,14 +80,14 @@ const struct scenario scenarios[] = {
 	{
 		.name = "notifier",
 		.shows = "the host changes the memory under the guest after each pass: leaves go by MMU notifier, roots stay",
-		.defaults = {LOOPS(5), .pages = 512, .vcpus = 1, .how = "mprotect"},
+		.defaults = {LOOPS(5), .pages = 256, .vcpus = 1, .how = "mprotect"},
 		.between = notify,
 		.choices = "mprotect|dontneed",
 	},
 	{
 		.name = "dirty-log",
 		.shows = "dirty logging on, read, off between passes: write protection, and with --huge split and recovery",
-		.defaults = {LOOPS(7), .pages = 512, .vcpus = 1},
+		.defaults = {LOOPS(7), .pages = 256, .vcpus = 1},
 		.between = toggle_dirty_log,
 	},
 	{
@@ -113,7 +113,7 @@ const struct scenario scenarios[] = {
 	{
 		.name = "two-vms",
 		.shows = "two VMs at once, SMIs to the first one's first vCPU only: the second one's roots stay as they are",
-		.defaults = {LOOPS(5), .pages = 512, .vcpus = 1},
+		.defaults = {LOOPS(5), .pages = 256, .vcpus = 1},
 		.smm = SMM_REQUIRED,
 		.n_vms = 2,
 		.together = true,
