@@ -16,7 +16,20 @@ ROOT = Path(__file__).parents[1]
 # The only things a machine may honestly lack; anything else in a skip's reason is a failure in CI.
 NOT_ROOT = "not root: recording live needs it"
 NO_KVM = "this machine has no /dev/kvm"
-_HONEST = {NOT_ROOT: lambda: os.geteuid() != 0, NO_KVM: lambda: not Path("/dev/kvm").exists()}
+NO_VARIANT = "kernel 6.1-async is in no package"
+
+
+def _variant_missing() -> bool:
+    from tracer.lab.fetch import present
+
+    return present("6.1-async") is None
+
+
+_HONEST = {
+    NOT_ROOT: lambda: os.geteuid() != 0,
+    NO_KVM: lambda: not Path("/dev/kvm").exists(),
+    NO_VARIANT: _variant_missing,
+}
 
 _dishonest: list[str] = []
 
