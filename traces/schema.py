@@ -136,8 +136,6 @@ def _kinds() -> tuple[Kind, ...]:
             "kvm_exit",
             "the vCPU left the guest: reason, RIP, exit info 1 and 2",
             ("code", "rip", "value", "addr"),
-            "",
-            ("root",),
         ),
         Kind(22, "kvm_smm_transition", "SMM entered or left; `addr` is SMBASE", ("addr",), "", (), ("entering",)),
         Kind(23, "kvm_cr", "a control register access exited", ("code", "value"), "", (), ("write",)),

@@ -22,6 +22,9 @@ def test_points_fill_what_their_kind_has(probe) -> None:  # type: ignore[no-unty
         assert set(point.fill) <= columns, (probe.kind, set(point.fill) - columns)
         assert point.since < point.until
         assert point.how in ("tp", "raw", "entry", "return")
+    promised = set(BY_NAME[probe.kind].columns) - {"flags"}
+    filled = {name for point in probe.points for name in point.fill}
+    assert promised <= filled, (probe.kind, promised - filled)
 
 
 def test_every_kind_has_a_source() -> None:
