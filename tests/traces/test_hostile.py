@@ -294,3 +294,27 @@ def test_constants_that_no_column_can_hold(tmp_path: Path, constants: dict[str, 
     with pytest.raises(Problem, match=r"b\.parquet: damaged: row group 0") as caught:
         list(Trace.open(tmp_path / "b.parquet").batches())
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("metadata", "group"),
+    [
+        ({"events": 3}, {}),
+        ({"kinds": {"kvm_entry": 1 << 40}}, {}),
+        ({}, {"rows": 1 << 40}),
+        ({}, {"offset": 0}),
+        ({}, {"size": 1}),
+        ({}, {"size": 1 << 62}),
+        ({"events": 1 << 40, "kinds": {"kvm_entry": 1 << 40}}, {"rows": 1 << 40}),
+    ],
+    ids=str,
+)
+def test_declared_numbers_that_the_file_does_not_bear_out(
+    tmp_path: Path, metadata: dict[str, Any], group: dict[str, int]
+) -> None:
+    table, sound = _sample(tmp_path / "a.parquet")
+    _forge(tmp_path / "b.parquet", table, sound)
+    assert Trace.open(tmp_path / "b.parquet").metadata.events == 2
+    _forge(tmp_path / "b.parquet", table, sound | metadata, **group)
+    with pytest.raises(Problem, match=r"b\.parquet: damaged: its row groups are not what its metadata says"):
+        Trace.open(tmp_path / "b.parquet")
