@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -47,6 +48,13 @@ def test_what_is_not_there_is_one_line(arguments: tuple[str, ...], said: str) ->
     assert len(lines) == 1
     assert lines[0].startswith("kvmtrace: ")
     assert said in lines[0]
+
+
+def test_a_pipe_is_refused_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.parquet")
+    done = kvmtrace("info", str(tmp_path / "pipe.parquet"))
+    assert done.returncode == 2
+    assert "not a file" in done.stderr
 
 
 def test_unknown_verb_and_option_are_usage_errors() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -90,30 +91,28 @@ def host(btf: Btf) -> dict[str, Any]:
     }
 
 
+def _numbers(directory: Path, prefix: str = "") -> dict[str, int]:
+    """The counters in a debugfs directory; what goes away while we look is left out."""
+    values = {}
+    with contextlib.suppress(OSError):
+        for entry in directory.iterdir():
+            if entry.is_dir():
+                continue
+            with contextlib.suppress(OSError, ValueError):
+                values[prefix + entry.name] = int(entry.read_text())
+    return values
+
+
 def kvm_counters() -> dict[str, dict[str, int]]:
     """KVM's own counters, {VM directory `pid-fd`: {counter: value}}, from debugfs; empty where it is not readable."""
-    counters: dict[str, dict[str, int]] = {}
     try:
         directories = sorted(entry for entry in DEBUGFS_KVM.iterdir() if entry.is_dir())
     except OSError:
         return {}
+    counters = {}
     for directory in directories:
-        values = {}
-        try:
-            for entry in directory.iterdir():
-                if entry.is_file():
-                    text = entry.read_text().strip()
-                    if text.isdigit():
-                        values[entry.name] = int(text)
-        except OSError:
-            continue  # the VM went away while we were reading
-        for vcpu in directory.glob("vcpu*/"):
-            for entry in vcpu.iterdir():
-                try:
-                    text = entry.read_text().strip()
-                except OSError:
-                    continue
-                if text.isdigit():
-                    values[f"{vcpu.name}/{entry.name}"] = int(text)
+        values = _numbers(directory)
+        for vcpu in directory.glob("vcpu*"):
+            values |= _numbers(vcpu, f"{vcpu.name}/")
         counters[directory.name] = values
     return counters

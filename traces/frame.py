@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 import zlib
 from pathlib import Path
 from typing import Any, Final
@@ -23,7 +24,10 @@ _CHUNK: Final = 1 << 18
 def check_footer(path: Path) -> int:
     """Check magics and the footer's CRC; where the row groups end. Raises Problem."""
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+            raise Problem(f"{path}: not a kvmtrace trace (not a file)")
+        size = status.st_size
         with path.open("rb") as file:
             head = file.read(len(PARQUET_MAGIC))
             file.seek(max(size - _TAIL_SIZE, 0))
