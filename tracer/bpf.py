@@ -182,6 +182,7 @@ class Probes:
         self.ring_fds = [int(self._bpf[name].map_fd) for name in ring_names(rings)]
         for i, fd in enumerate(self.ring_fds):
             self._bpf["rings"][ctypes.c_int(i)] = ctypes.c_int(fd)
+        self._missed_before: dict[str, int] = {}
         self._iterator = self._function(snapshot.FUNCTION, self._bcc.BPF.TRACING)
 
     def _load(self, text: str) -> Any:
@@ -251,6 +252,7 @@ class Probes:
 
     def reset(self) -> None:
         """Forget counts and threads of an earlier recording; nothing may be attached."""
+        self._missed_before = self._misses()
         counters = self._bpf["counters"]
         counters[counters.Key(0)] = counters.Leaf()
         for name in ("threads", "wanted"):
@@ -262,13 +264,17 @@ class Probes:
 
     def missed(self) -> dict[str, int]:
         """{probe: runs that the kernel skipped} because another BPF program was running on that CPU (from 5.12 on)."""
+        before = self._missed_before
+        return {name: more for name, misses in self._misses().items() if (more := misses - before.get(name, 0))}
+
+    def _misses(self) -> dict[str, int]:
         library = ctypes.CDLL("libbpf.so.1")
         found = {}
         for name, function in self._bpf.funcs.items():
             info, size = ctypes.create_string_buffer(_PROG_INFO_SIZE), ctypes.c_uint32(_PROG_INFO_SIZE)
             if library.bpf_obj_get_info_by_fd(function.fd, info, ctypes.byref(size)) == 0:
                 found[name.decode()] = int.from_bytes(info.raw[_RECURSION_MISSES:][:8], sys.byteorder)
-        return {name: misses for name, misses in found.items() if misses}
+        return found
 
     def counters(self) -> np.ndarray[Any, Any]:
         """Counters of each possible CPU: emitted and lost by kind code, and the gap still open."""
