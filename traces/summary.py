@@ -39,6 +39,7 @@ def info(path: Path) -> dict[str, Any]:
         "complete": meta.complete,
         "discrepancies": list(meta.discrepancies),
         "gaps": meta.gap_count,
+        "missed": _missed(meta),
         "first_time": first,
         "last_time": last,
         "duration": last - first,
@@ -99,6 +100,12 @@ def _wall_time(meta: Metadata, boot: int) -> str:
     return datetime.fromtimestamp((real - base + boot) / 1e9, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def _missed(meta: Metadata) -> dict[str, int]:
+    """Runs that the kernel skipped, by probe; nothing of a file that says something else there."""
+    missed = meta.raw.get("missed")
+    return {str(k): v for k, v in missed.items() if isinstance(v, int)} if isinstance(missed, dict) else {}
+
+
 def _head(facts: dict[str, Any]) -> Table:
     table = Table.grid(padding=(0, 2))
     each = f", {facts['bytes_per_event']} bytes each" if facts["events"] else ""
@@ -112,6 +119,9 @@ def _head(facts: dict[str, Any]) -> Table:
     }
     for name, value in rows.items():
         table.add_row(Text(name, style="bold"), Text(printable(value)))
+    for probe, runs in list(facts["missed"].items())[:5]:
+        text = f"the kernel skipped {probe} {runs:,} times: these events were never seen"
+        table.add_row(Text("unseen", style="bold red"), Text(printable(text)))
     for line in facts["discrepancies"][:5]:
         table.add_row(Text("incomplete", style="bold red"), Text(printable(line)))
     return table

@@ -68,6 +68,13 @@ def test_a_file_from_elsewhere_cannot_steer_the_terminal(tmp_path: Path) -> None
     assert "preset [bold]" in text
 
 
+def test_skipped_probes_are_shown(tmp_path: Path) -> None:
+    manifest = {"missed": {"on_table_free": 3, "odd": "x"}}
+    trace(tmp_path / "a.parquet", stream([event("kvm_entry", kvm=5)]), manifest)
+    assert info(tmp_path / "a.parquet")["missed"] == {"on_table_free": 3}
+    assert "skipped on_table_free 3 times" in render(tmp_path / "a.parquet")
+
+
 def test_many_vms_do_not_fill_the_screen(tmp_path: Path) -> None:
     parts = [event("vm_create", kvm=16 * number, tgid=number) for number in range(1, 40)]
     trace(tmp_path / "a.parquet", stream(parts))

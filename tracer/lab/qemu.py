@@ -19,8 +19,8 @@ from traces.errors import ENVIRONMENT, Problem
 PROGRAM: Final = "qemu-system-x86_64"
 
 # quiet .. cryptomgr.notests: a boot in 3 s instead of 8 under emulation. panic=-1 oops=panic: a broken kernel ends the
-# run at once. rcu_expedited: detaching kprobes took 20 s on 5.10 without it. use_softirq=0: an RCU callback in a softirq
-# interrupts other probes, and the kernel then skips its own. nokaslr: traces of two boots compare.
+# run at once. rcu_expedited: detaching kprobes took 20 s on 5.10 without it. use_softirq=0: an RCU callback in a
+# softirq interrupts other probes, and the kernel then skips its own. nokaslr: traces of two boots compare.
 COMMAND_LINE: Final = (
     "console=ttyS0 quiet panic=-1 oops=panic mitigations=off nokaslr tsc=reliable no_timer_check audit=0 "
     "random.trust_cpu=on cryptomgr.notests rcupdate.rcu_expedited=1 rcutree.use_softirq=0"
