@@ -53,7 +53,7 @@ def test_command_line() -> None:
     machine = qemu.Machine(Path("/k"), Path("/i"), Path("/tmp/a,b"), 512, ("kvm.tdp_mmu=0",))
     command = machine.command()
     assert command[command.index("-accel") + 1] == "tcg,thread=single"
-    assert command[command.index("-append") + 1].endswith(" rcupdate.rcu_expedited=1 kvm.tdp_mmu=0")
+    assert command[command.index("-append") + 1].endswith(" rcutree.use_softirq=0 kvm.tdp_mmu=0")
     shares = [command[index + 1] for index, word in enumerate(command) if word == "-virtfs"]
     assert [share.endswith(",readonly=on") for share in shares] == [True, False]
     assert ",path=/tmp/a,,b,mount_tag=lab," in shares[1]
