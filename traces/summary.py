@@ -40,6 +40,7 @@ def info(path: Path) -> dict[str, Any]:
         "discrepancies": list(meta.discrepancies),
         "gaps": meta.gap_count,
         "missed": _missed(meta),
+        "kvm_counted": _kvm_counted(meta),
         "first_time": first,
         "last_time": last,
         "duration": last - first,
@@ -106,6 +107,23 @@ def _missed(meta: Metadata) -> dict[str, int]:
     return {str(k): v for k, v in missed.items() if isinstance(v, int)} if isinstance(missed, dict) else {}
 
 
+def _kvm_counted(meta: Metadata) -> dict[str, int]:
+    """How far KVM's own fault counters rose while recording, over all VMs it still had; a cross-check.
+
+    debugfs keeps each vCPU counter's sum in the VM's directory.
+    """
+    stats = meta.raw.get("stats")
+    start, end = (stats.get(key) if isinstance(stats, dict) else None for key in ("start", "end"))
+    rose: dict[str, int] = {}
+    for vm, counters in end.items() if isinstance(end, dict) else ():
+        before = start.get(vm) if isinstance(start, dict) else None
+        for name, value in counters.items() if isinstance(counters, dict) else ():
+            base = before.get(name, 0) if isinstance(before, dict) else 0
+            if name.startswith("pf_") and isinstance(value, int) and isinstance(base, int):
+                rose[name] = rose.get(name, 0) + value - base
+    return {name: count for name, count in sorted(rose.items()) if count}
+
+
 def _head(facts: dict[str, Any]) -> Table:
     table = Table.grid(padding=(0, 2))
     each = f", {facts['bytes_per_event']} bytes each" if facts["events"] else ""
@@ -117,6 +135,9 @@ def _head(facts: dict[str, Any]) -> Table:
         "policy": facts["policy"] or "unknown",
         "events": f"{facts['events']:,} stored, {facts['lost']:,} lost, {facts['gaps']:,} gaps",
     }
+    if facts["kvm_counted"]:
+        counted = ", ".join(f"{name} {count:,}" for name, count in facts["kvm_counted"].items())
+        rows["KVM itself"] = f"{counted} (the trace has {facts['kinds'].get('kvm_page_fault', 0):,} kvm_page_fault)"
     for name, value in rows.items():
         table.add_row(Text(name, style="bold"), Text(printable(value)))
     for probe, runs in list(facts["missed"].items())[:5]:

@@ -68,6 +68,15 @@ def test_a_file_from_elsewhere_cannot_steer_the_terminal(tmp_path: Path) -> None
     assert "preset [bold]" in text
 
 
+def test_kvms_own_counters_are_shown_beside_the_traces(tmp_path: Path) -> None:
+    """Over all VMs, less what was there before."""
+    end = {"7-9": {"pf_taken": 520, "exits": 9, "vcpu0/pf_x": 1}, "8-1": {"pf_taken": 6, "pf_odd": "x"}}
+    manifest = {"stats": {"start": {"7-9": {"pf_taken": 20}}, "end": end}}
+    trace(tmp_path / "a.parquet", stream([event("kvm_page_fault", kvm=5)]), manifest)
+    assert info(tmp_path / "a.parquet")["kvm_counted"] == {"pf_taken": 506}
+    assert "pf_taken 506 (the trace has 1 kvm_page_fault)" in render(tmp_path / "a.parquet")
+
+
 def test_skipped_probes_are_shown(tmp_path: Path) -> None:
     manifest = {"missed": {"on_table_free": 3, "odd": "x"}}
     trace(tmp_path / "a.parquet", stream([event("kvm_entry", kvm=5)]), manifest)
