@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tracer import snapshot, tracefs
-from tracer.btf import Btf, kernel_btf
+from tracer.btf import Btf, kernel_btf, libbpf
 from tracer.headers import headers
 from tracer.host import kernel_symbols, kernel_version
 from tracer.layout import Layout, kernel_layout
@@ -206,8 +206,8 @@ class Probes:
     def attach(self) -> None:
         """Attach everything; a probe that the kernel refuses is recorded as absent, with the reason."""
         bpf = self._bpf
-        for where, function in _SYSCALLS:
-            if any(kind.kind in IOCTL_KINDS for kind in self.plan.attachments):
+        if any(attachment.kind in IOCTL_KINDS for attachment in self.plan.attachments):
+            for where, function in _SYSCALLS:
                 bpf.attach_tracepoint(tp=where, fn_name=function)
         for chosen in self.plan.chosen:
             name = chosen.function
@@ -268,11 +268,10 @@ class Probes:
         return {name: more for name, misses in self._misses().items() if (more := misses - before.get(name, 0))}
 
     def _misses(self) -> dict[str, int]:
-        library = ctypes.CDLL("libbpf.so.1")
         found = {}
         for name, function in self._bpf.funcs.items():
             info, size = ctypes.create_string_buffer(_PROG_INFO_SIZE), ctypes.c_uint32(_PROG_INFO_SIZE)
-            if library.bpf_obj_get_info_by_fd(function.fd, info, ctypes.byref(size)) == 0:
+            if libbpf().bpf_obj_get_info_by_fd(function.fd, info, ctypes.byref(size)) == 0:
                 found[name.decode()] = int.from_bytes(info.raw[_RECURSION_MISSES:][:8], sys.byteorder)
         return found
 

@@ -46,7 +46,9 @@ class Member:
     width: int = 0
 
 
-def _library() -> ctypes.CDLL:
+@lru_cache(maxsize=1)
+def libbpf() -> ctypes.CDLL:
+    """The distribution's libbpf, its prototypes set. Raises Problem where it is not there."""
     name = ctypes.util.find_library("bpf") or "libbpf.so.1"
     try:
         library = ctypes.CDLL(name, use_errno=True)
@@ -71,7 +73,7 @@ class Btf:
     """BTF of the running kernel, with that of the `kvm` module on top where KVM is a module that has one."""
 
     def __init__(self, directory: Path = BTF_DIRECTORY) -> None:
-        self._lib = _library()
+        self._lib = libbpf()
         vmlinux = directory / "vmlinux"
         if not vmlinux.exists():
             raise Problem(

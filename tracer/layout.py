@@ -30,7 +30,7 @@ _MEMBERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "SP_PTEP": ("kvm_mmu_page", ("ptep",)),  # 5.18+, NULL in a TDP root
     "SP_TDP": ("kvm_mmu_page", ("tdp_mmu_page",)),
     "SP_UNSYNC": ("kvm_mmu_page", ("unsync",)),
-    "SP_RCU": ("kvm_mmu_page", ("rcu_head",)),
+    "SP_RCU": ("kvm_mmu_page", ("rcu_head", "callback_head")),
     "KVM_USED_PAGES": ("kvm", ("arch.n_used_mmu_pages",)),
     "KVM_GENERATION": ("kvm", ("arch.mmu_valid_gen",)),
     "KVM_ROOTS": ("kvm", ("arch.tdp_mmu_roots",)),
@@ -55,7 +55,6 @@ _MEMBERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "PAGE_PRIVATE": ("page", ("private",)),
     "PID_NR": ("pid", ("numbers",)),
 }
-_SP_RCU_ALTERNATIVES = ("rcu_head", "callback_head")
 
 # Debian 5.10.262: struct kvm_mmu_page of arch/x86/kvm/mmu/mmu_internal.h, checked in the lab against the role words and
 # table frames that the 5.10 tracepoints print. Dated 2026-11.
@@ -104,7 +103,7 @@ def kernel_layout(btf: Btf, version: tuple[int, int], bases: dict[str, int]) -> 
     """Offsets for this kernel: BTF first, the dated table for what BTF lacks. `bases`: see bpf.kernel_bases."""
     offsets: dict[str, int] = {}
     for macro, (struct, alternatives) in _MEMBERS.items():
-        for path in _SP_RCU_ALTERNATIVES if macro == "SP_RCU" else alternatives:
+        for path in alternatives:
             member = btf.member(struct, path)
             if member is not None:
                 offsets[macro] = member.offset

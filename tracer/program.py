@@ -73,10 +73,10 @@ def _function(chosen: Chosen, arguments: int) -> str:
     kind = BY_NAME[chosen.probe.kind]
     point = chosen.point
     fill = {name: _expand(text, chosen, arguments) for name, text in point.fill.items()}
-    slots = {f"w{i}": fill.get(column, "0") for i, column in enumerate(kind.words)}
+    words = [fill.get(column, "0") for column in kind.words]
     values = {
         "root": fill.get("root", "0"),
-        **{f"w{i}": slots.get(f"w{i}", "0") for i in range(4)},
+        **{f"w{i}": words[i] if i < len(words) else "0" for i in range(4)},
         "role": fill.get("role", "0"),
         "n": fill.get(kind.count, "0") if kind.count else "0",
         "level": fill.get("level", "0"),
@@ -127,7 +127,7 @@ def program(
     filter_tgid: int | None = None,
     arguments: Mapping[str, int] | None = None,
 ) -> str:
-    """The whole C text. `arguments` gives the parameter count of each fexit function;"""
+    """The whole C text. `arguments` gives the parameter count of each fexit function."""
     fields = " ".join(f"{_CTYPES[ctype]} {name};" for name, ctype in RECORD_FIELDS)
     switched = [f"#define KIND_{name} {BY_NAME[name].code}" for name in IOCTL_KINDS if name in kinds]
     return "\n".join(

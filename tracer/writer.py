@@ -11,7 +11,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class _Round:
 
 @dataclass(frozen=True)
 class _Flush:
-    manifest: Mapping[str, Any]
+    manifest: Callable[[], Mapping[str, Any]]
 
 
 class Writer:
@@ -72,17 +72,17 @@ class Writer:
         self._queued += sum(batch.nbytes for batch in batches)
         self._queue.put(_Round(batches, complete_at))
 
-    def flush(self, manifest: Mapping[str, Any]) -> None:
-        """Queue a flush of everything before it, with the manifest's changes."""
+    def flush(self, manifest: Callable[[], Mapping[str, Any]]) -> None:
+        """Queue a flush of everything before it; the manifest's changes are gathered then, by the writer's thread."""
         self._queue.put(_Flush(manifest))
 
-    def close(self, manifest: Mapping[str, Any]) -> None:
-        """Write out the queue and end the recording. Raises what the disk refused."""
+    def close(self, manifest: Callable[[], Mapping[str, Any]]) -> None:
+        """Write out the queue and end the recording with these changes. Raises what the disk refused."""
         self._queue.put(None)
         self._thread.join()
         if self.error:
             raise self.error
-        self._segments.close(manifest)
+        self._segments.close(manifest())
 
     def _run(self) -> None:
         prefer_this_thread()
@@ -96,7 +96,7 @@ class Writer:
                 else:
                     self._store()
                     self._segments.flush()
-                    self._segments.update_manifest(work.manifest)
+                    self._segments.update_manifest(work.manifest())
             self._store(everything=True)
         except Exception as error:  # the recorder's loop sees it and ends the recording
             self.error = error
