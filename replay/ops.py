@@ -1,0 +1,114 @@
+"""The stimuli of a replay: what happened to a VM that no root policy decides, as a stream of small operations.
+
+Both implementations of the model (`reference`, `engine`) read this stream and nothing else. It has two columns, one
+row an operation: `op` (uint32, packed as below) and `gfn` (int64, a guest frame or the operation's argument). What an
+operation means is in the table of `Op`; how a trace becomes operations is in `stimuli`.
+
+    bits  0-3  operation (Op)
+    bits  4-6  level of the leaf (TOUCH, FIX, COLLAPSE), address space (ZAP, SPLIT)
+    bits  7-9  first, bits 10-12 last entry of the aligned group of 8 that lie in the touched page's memslot
+               (what the shadow MMU may prefetch)
+    bit    13  RESETS: the exit of a fault here unloads the roots, as every exit of this VM does
+    bits 16-31 vCPU, numbered densely within the VM
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Op(IntEnum):
+    """What happens. `v` is the vCPU of bits 16-31, `gfn` the second column."""
+
+    TOUCH = 0  # v needs a leaf of `level` at `gfn` (aligned to it): a fault unless a leaf covers it
+    FIX = 1  # v faults on a leaf of `level` that is there but write-protected: counted, or a fault if it is not there
+    ENTER = 2  # v is about to enter the guest: pending requests, then a load if its current slot is empty
+    UNLOAD = 3  # v empties all its root slots; `gfn` is the Cause
+    ROLE = 4  # v's next load is of the word with index `gfn`
+    SWITCH = 5  # v goes over to the word with index `gfn` by the fast switch, which keeps previous roots
+    INVALIDATE = 6  # kvm_mmu_zap_all_fast: every root of the VM becomes obsolete
+    ZAP = 7  # leaves in ranges[gfn] of one address space are removed from every root
+    ZAP_ALL = 8  # every root is emptied and stays (exit of the VM's process)
+    SPLIT = 9  # huge leaves in ranges[gfn] of one address space become tables (dirty logging begins)
+    COLLAPSE = 10  # the table below the entry of `level` at `gfn` is removed (dirty logging ended); vCPU bits: space
+    END = 11  # the VM is destroyed
+
+
+class Cause(IntEnum):
+    """Why slots were emptied, a root built or freed."""
+
+    FIRST = 0  # a vCPU's first load
+    SMI = 1
+    RSM = 2
+    CR0_WP = 3
+    CR0 = 4
+    CR4 = 5
+    EFER = 6
+    SREGS = 7  # KVM_SET_SREGS, KVM_SET_SREGS2 and what else userspace sets
+    CPUID = 8
+    EXIT = 9  # an exit that resets without a reason of its own
+    MEMSLOT = 10  # kvm_mmu_zap_all_fast: slot deleted or moved, nx_huge_pages written
+    VM_END = 11
+    OTHER = 12
+    POLICY = 13  # a policy gave up an idle root
+
+
+LEVEL_SHIFT: Final = 4
+FIRST_SHIFT: Final = 7
+LAST_SHIFT: Final = 10
+RESETS: Final = 1 << 13
+VCPU_SHIFT: Final = 16
+MAX_VCPUS: Final = 1 << 16
+PREFETCH: Final = 8
+
+
+def pack(op: Op, vcpu: int = 0, level: int = 0, first: int = 0, last: int = 0, resets: bool = False) -> int:
+    """One operation's first column."""
+    return (
+        int(op)
+        | level << LEVEL_SHIFT
+        | first << FIRST_SHIFT
+        | last << LAST_SHIFT
+        | (RESETS if resets else 0)
+        | vcpu << VCPU_SHIFT
+    )
+
+
+@dataclass(frozen=True)
+class Word:
+    """A root's role word as the model sees it: `as_id` 1 in SMM; `level` of the root table, 4 or 5."""
+
+    word: int
+    level: int = 4
+    as_id: int = 0
+
+
+@dataclass
+class Block:
+    """A stretch of one VM's stream. `time` (ns) and `seq` (trace row) are for reports: the model reads neither."""
+
+    op: NDArray[np.uint32]
+    gfn: NDArray[np.int64]
+    time: NDArray[np.int64]
+    seq: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.op)
+
+
+@dataclass
+class Ranges:
+    """The ranges [start, end) of ZAP and SPLIT, in gfns: operations hold an index into this list."""
+
+    rows: list[tuple[int, int]] = field(default_factory=list)
+
+    def add(self, start: int, end: int) -> int:
+        """The index of a range, added if it is new as the last."""
+        if not self.rows or self.rows[-1] != (start, end):
+            self.rows.append((start, end))
+        return len(self.rows) - 1
