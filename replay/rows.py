@@ -1,0 +1,41 @@
+"""A trace's rows as Python tuples, for what must look at them one by one (`validate`; never `replay`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from traces.reader import Trace
+
+
+class Row(NamedTuple):
+    """One event; columns as in traces/SPEC.md."""
+
+    seq: int
+    time: int
+    vcpu: int | None
+    cpu: int
+    tid: int
+    kind: str
+    root: int
+    role: int
+    level: int
+    as_id: int
+    gfn: int | None
+    old: int
+    new: int
+    table: int
+    addr: int
+    code: int
+    value: int
+    rip: int
+    refs: int
+    ret: int
+    slot: int
+    flags: int
+
+
+def rows_of(trace: Trace, vm: int) -> Iterator[Row]:
+    """One VM's rows in order of recording."""
+    for batch in trace.batches(Row._fields, vm=vm):
+        yield from map(Row._make, zip(*(column.to_pylist() for column in batch.columns), strict=True))
