@@ -170,6 +170,8 @@ class Lockstep:
         if row.kind in _LOADING and thread.vcpu is not None:
             vcpu = self._vcpu(thread.vcpu)
             return machine.load(vcpu) if vcpu.slots[CURRENT] is None else None
+        if row.kind == "kvm_mmu_prepare_zap_page" and machine.axes.mmu == "shadow":
+            return machine.zap_all()
         if row.kind == "zap_root_begin":
             root = machine.recorded.get(row.root)
             return machine.worker(root) if root in machine.queued and root is not None else None
@@ -214,7 +216,9 @@ class Lockstep:
         elif row.kind == "mmu_free_roots":
             self._free_roots(thread, row)
         elif row.kind == "kvm_mmu_zap_all_fast":
-            machine.invalidate()
+            zap = machine.invalidate()
+            if zap is not None:
+                self._begin(thread, zap)
         elif row.kind == "zap_invalidated_begin":
             if machine.destroyed:
                 machine.invalidate()
@@ -226,6 +230,8 @@ class Lockstep:
             self._memslot(thread, row)
         elif row.kind == "ioctl":
             thread.ioctl = row.code
+            if row.code == _GET_DIRTY_LOG:
+                machine.read_dirty_log()
         elif row.kind == "ioctl_end":
             thread.ioctl = 0
         elif row.kind == "vm_destroy":

@@ -220,7 +220,7 @@ class Machine:
         yield Expect("zap_root_end")
         yield None
 
-    def invalidate(self) -> None:
+    def invalidate(self) -> Activity | None:
         """Every valid root is marked (3.3 to 3.5), or emptied (3.1)."""
         self.sequence += 1
         for root in self.roots:
@@ -233,8 +233,7 @@ class Machine:
                     self.queued.append(root)
                 else:
                     self.scheduled.add(root.id)
-        for vcpu in self.vcpus.values():
-            vcpu.request = True
+        return None
 
     def worker(self, root: Root) -> Activity:
         """tdp_mmu_zap_root_work: zap one queued root, put the reference it came with."""
@@ -255,16 +254,16 @@ class Machine:
     def zap_all(self) -> Activity:
         """kvm_tdp_mmu_zap_all: every root is emptied under mmu_lock held for write; none is invalidated."""
         self.sequence += 1
-        if not self.shape.changes:
-            for root in self.roots:
-                root.top.entries.clear()
-            return
         for root in self.held():
-            yield from self.zap_root(root, shared=False)
-            yield from self.put(root)
+            if self.shape.changes:
+                yield from self.zap_root(root, shared=False)
+                yield from self.put(root)
+            else:
+                root.refs -= 1
+                root.top.entries.clear()
 
     def held(self, only_valid: bool = False) -> Iterator[Root]:
-        """Roots as the kernel's yielding iterator visits them: newest first, with a reference while it stands on one."""
+        """Roots as the kernel's yielding iterator visits them: newest first, each with a reference meanwhile."""
         for root in list(self.roots):
             if root in self.roots and (root.valid or not only_valid):
                 root.refs += 1
@@ -363,18 +362,23 @@ class Machine:
         if not self.shape.changes:
             return
         self.sequence += 1
-        overlapping = [
-            slot
-            for slot in sorted(self.slots.values(), key=lambda s: (s.as_id, s.hva))
-            if slot.hva < end and start < slot.hva + slot.pages * 4096
-        ]
-        for slot in overlapping:
-            first = slot.gfn + (max(start, slot.hva) - slot.hva >> 12)
-            last = slot.gfn + (min(end, slot.hva + slot.pages * 4096) - slot.hva + 4095 >> 12)
+        for slot, first, last in self.overlaps(start, end):
             for root in self.held():
                 if self.as_id(root) == slot.as_id:
                     yield from self.zap_leafs(root, first, last)
                 yield from self.put(root)
+
+    def overlaps(self, start: int, end: int) -> list[tuple[Slot, int, int]]:
+        """The memslots that host addresses [start, end) overlap, each with the guest frames [first, last) there."""
+        return [
+            (
+                slot,
+                slot.gfn + (max(start, slot.hva) - slot.hva >> 12),
+                slot.gfn + (min(end, slot.hva + slot.pages * 4096) - slot.hva + 4095 >> 12),
+            )
+            for slot in sorted(self.slots.values(), key=lambda s: (s.as_id, s.hva))
+            if slot.hva < end and start < slot.hva + slot.pages * 4096
+        ]
 
     # Faults (section 4)
 
@@ -387,14 +391,14 @@ class Machine:
         present, write, reserved = bool(code & 1), bool(code & 2), bool(code & 8)
         if reserved:
             found = tree.leaf(root.top, gfn)
-            old = self.spte(*found) if found else expect.absent(self.shape)
+            old = self.mmio(*found) if found else expect.absent(self.shape)
             row = yield Expect("check_mmio_spte", {"old": old}, may_stop=True)
             yield None
             if row is not None and row.code == row.value:
                 yield Expect("handle_mmio_page_fault", {"gfn": gfn})
                 yield None
                 return
-        elif present and write and self.shape.fast:
+        elif present and write and self.fast:
             found = tree.leaf(root.top, gfn)
             if found is not None:
                 table, at = found
@@ -426,6 +430,22 @@ class Machine:
         del found[0].entries[found[1]]
         self.inferred += 1
         return True
+
+    @property
+    def fast(self) -> bool:
+        """Whether faults are tried without mmu_lock."""
+        return self.shape.fast
+
+    def mmio(self, table: Table, at: int) -> Spte:
+        """The MMIO SPTE in an entry."""
+        return self.spte(table, at)
+
+    def page(self, frame: int) -> Spte:
+        """A leaf of a page frame."""
+        return expect.to_page(frame)
+
+    def read_dirty_log(self) -> None:
+        """KVM_GET_DIRTY_LOG: `clear_dirty` does it, once its first event says which slot."""
 
     def logged(self, as_id: int, gfn: int) -> bool:
         """Whether the page lies in a memslot whose dirty pages are logged."""
@@ -538,7 +558,7 @@ class Machine:
     # Dirty logging
 
     def log_on(self, slot: Slot) -> Activity:
-        """A slot's dirty pages are logged from now on: huge leaves are split (eager_page_split), all write-protected."""
+        """A slot's dirty pages are logged from now on: huge leaves are split (eager_page_split), all protected."""
         if not self.shape.changes:
             return
         for root in self.held(only_valid=True):
@@ -564,8 +584,8 @@ class Machine:
             yield None
             yield from self.link(root, table, at, child)
             old = expect.leaf(whole, self.vendor)
-            want = {"level": table.level, "gfn": table.gfn_of(at), "old": old, "ret": 0}
-            yield Expect("kvm_mmu_split_huge_page", want)
+            place = {"level": table.level, "gfn": table.gfn_of(at)}
+            yield Expect("kvm_mmu_split_huge_page", {**place, "old": old, "ret": 0})
             yield None
 
     def write_protect(self, root: Root, start: int, end: int) -> Zapped:

@@ -6,7 +6,7 @@ State is carried from batch to batch; within a batch everything is arrays. The r
   first row with a pointer never seen. Rows after `vm_destroy` still belong to the life that ended, because tables are
   freed by RCU after it.
 - A row without a VM pointer belongs to the VM that used the row's root last; failing that, to the only VM alive in the
-  row's process; otherwise its VM is unknown.
+  row's process; otherwise its VM is unknown. A table being removed is its getter's, whatever VM its thread served last.
 - A root is one life of a (VM, root frame). It starts where `kvm_mmu_get_page` created it or at its first use, and ends
   with its `table_free`.
 """
@@ -25,6 +25,7 @@ from traces.schema import BY_NAME, KINDS
 
 GAP: Final = BY_NAME["gap"].code
 GET_PAGE: Final = BY_NAME["kvm_mmu_get_page"].code
+PREPARE_ZAP: Final = BY_NAME["kvm_mmu_prepare_zap_page"].code
 TABLE_FREE: Final = BY_NAME["table_free"].code
 PAGE_KINDS: Final = tuple(kind.code for kind in KINDS if kind.words == ("gfn", "table"))
 VM_CREATE: Final = BY_NAME["vm_create"].code
@@ -135,7 +136,8 @@ class Identities:
     def _by_table_user(self, columns: Columns, vm: Ints) -> None:
         """Fill in the VM of rows that have a table or root but no pointer; remember who uses which frame.
 
-        Tables are freed by RCU callbacks, which know no VM: whoever got the page last had it.
+        Tables are freed by RCU callbacks, which know no VM, and removed by threads of which only the VM they served
+        last is known, which in a process of several may be another: whoever got the page last had it.
         """
         frame = np.where(np.isin(columns["kind"], PAGE_KINDS), columns["w1"], columns["root"])
         rows = np.flatnonzero((frame != 0) & (columns["kind"] != GAP))
@@ -143,6 +145,7 @@ class Identities:
             return
         codes, frames = dense(frame[rows])
         user = vm[rows]
+        user[columns["kind"][rows] == PREPARE_ZAP] = 0
         if not user.all():
             order = np.argsort(codes, kind="stable")
             grouped, user = codes[order], user[order]
@@ -150,6 +153,7 @@ class Identities:
             before = np.array([self._user_of.get(int(frame), 0) for frame in frames], np.int64)
             user = np.where((user == 0) & first, before[grouped], user)
             user = fill_forward(user, (user != 0) | first)
+            user = np.where(user != 0, user, vm[rows[order]])
             vm[rows[order]] = user
             user = vm[rows]
         last = np.zeros(len(frames), np.int64)

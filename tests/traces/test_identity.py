@@ -160,6 +160,16 @@ def test_a_free_by_rcu_belongs_to_the_vm_that_used_the_frame(identify) -> None: 
     assert rows[2:] == [(1, 1), (1, 1), (2, 2), (2, 2)]
 
 
+def test_a_removed_table_belongs_to_the_vm_that_got_it(identify) -> None:  # type: ignore[no-untyped-def]
+    """The process of both VMs exits: its thread served B last when the notifier removes A's pages."""
+    page, stray = {"root": 0, "w1": 50}, {"root": 0, "w1": 51}
+    _, rows = identify(
+        event("vm_create", **A), event("vm_create", **B), created(50, **A),
+        event("kvm_mmu_prepare_zap_page", **page, **B), event("kvm_mmu_prepare_zap_page", **stray, **B),
+    )  # fmt: skip
+    assert [vm for vm, _ in rows[3:]] == [1, 2]
+
+
 def slot_call(slot: int, pages: int, ret: int | None = 0, command: int = 0x4020AE46, **at: Any) -> list[Any]:
     caller = {"kvm": KVM_A, "tgid": 100, "tid": 100} | at
     call = [event("memslot", w0=256 * slot, w1=0x7F0000000000, w2=pages, w3=1, n=slot, **caller)]
