@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from replay.rows import Row
-from replay.shapes import PRESENT, Shape, pfn, same_leaf
+from replay.shapes import PRESENT, pfn, same_leaf
 
 
 @dataclass(frozen=True)
@@ -21,34 +21,29 @@ class Spte:
         return self.what
 
 
-def absent(shape: Shape) -> Spte:
-    """Nothing mapped."""
-    return Spte("nothing", lambda word: word == shape.absent)
-
-
-def frozen(shape: Shape) -> Spte:
-    """The word that keeps faults out of an entry whose table is being removed."""
-    return Spte("frozen", lambda word: word == shape.frozen)
+def word(what: str, wanted: int) -> Spte:
+    """One of the kernel's own words: for an entry that maps nothing, or one whose table is being removed."""
+    return Spte(what, lambda got: got == wanted)
 
 
 def to_table(frame: int) -> Spte:
     """A pointer to the table in page frame `frame`."""
-    return Spte(f"table {frame:#x}", lambda word: bool(word & PRESENT) and pfn(word) == frame)
+    return Spte(f"table {frame:#x}", lambda got: bool(got & PRESENT) and pfn(got) == frame)
 
 
 def to_page(frame: int) -> Spte:
     """A leaf that maps page frame `frame`."""
-    return Spte(f"leaf of page {frame:#x}", lambda word: bool(word & PRESENT) and pfn(word) == frame)
+    return Spte(f"leaf of page {frame:#x}", lambda got: bool(got & PRESENT) and pfn(got) == frame)
 
 
-def leaf(word: int, vendor: str) -> Spte:
+def leaf(spte: int, vendor: str) -> Spte:
     """The very leaf installed before, but for accessed and dirty bits."""
-    return Spte(f"leaf {word:#x}", lambda other: same_leaf(word, other, vendor))
+    return Spte(f"leaf {spte:#x}", lambda got: same_leaf(spte, got, vendor))
 
 
 def any_mmio() -> Spte:
     """An MMIO SPTE: not present, not empty."""
-    return Spte("MMIO", lambda word: word != 0 and not word & PRESENT)
+    return Spte("MMIO", lambda got: got != 0 and not got & PRESENT)
 
 
 @dataclass(frozen=True)

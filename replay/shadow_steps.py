@@ -56,8 +56,8 @@ class ShadowMachine(Machine):
             want["root"] = self.name(found)
         row = yield Expect("kvm_mmu_get_page", want)
         assert row is not None
-        if page is None and not word:  # its word was not known before: learned, not foretold
-            self.learned += 1
+        self.learned += not word
+        if page is None and not word:
             page = self.find(0, row.role)
             found = page.root if page is not None else None
             if found is not None:

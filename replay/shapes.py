@@ -10,7 +10,6 @@ import re
 from dataclasses import dataclass, replace
 from typing import Final
 
-_BIT63: Final = 1 << 63
 PRESENT: Final = 1 << 11  # 5.12 and later
 WRITABLE: Final = 1 << 1
 LARGE: Final = 1 << 7
@@ -32,9 +31,6 @@ class Shape:
     get_page_twice: bool = False
     # A child's recorded level is one too high (5.10 took it from the entry that points to the child).
     child_level: int = 0
-    # What an entry that maps nothing holds, and one whose table is being removed.
-    absent: int = 0
-    frozen: int = 0x5A0
     # The levels that a root's zap goes through, one pass each; 0 stands for the root's own.
     passes: tuple[int, ...] = (3, 0)
     # A removed entry is shown after what was below it (7.x), not before.
@@ -73,13 +69,9 @@ _TO_5_17: Final = Shape(
     (5, 12), get_page_twice=True, passes=(), invalid=2, fixed=3, guest_bits=True, zapped_as_frozen=True
 )
 _TO_6_8: Final = Shape((5, 18), passes=(3, 0), zapped_as_frozen=True)
-_TO_6_12: Final = Shape(
-    (6, 9), absent=_BIT63, frozen=_BIT63 | 0x5A0, passes=(1, 2, 3, 0), invalid=4, fixed=5, search_puts=True
-)
+_TO_6_12: Final = Shape((6, 9), passes=(1, 2, 3, 0), invalid=4, fixed=5, search_puts=True)
 _TO_6_18: Final = replace(_TO_6_12, since=(6, 13), recovers=True, ends_exclusively=True)
-_FROM_7_0: Final = replace(
-    _TO_6_18, since=(7, 0), frozen=_BIT63 | 0x1A0, children_first=True, set_spte_when_spurious=False
-)
+_FROM_7_0: Final = replace(_TO_6_18, since=(7, 0), children_first=True, set_spte_when_spurious=False)
 _TABLE: Final = (_TO_5_11, _TO_5_17, _TO_6_8, _TO_6_12, _TO_6_18, _FROM_7_0)
 
 

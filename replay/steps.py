@@ -21,8 +21,6 @@ from replay.tree import Table
 Step = Generator[Expect | None, Row | None, Row]
 Zapped = Generator[Expect | None, Row | None, None]
 
-_INVALID_BITS = {"": 0}
-
 
 @dataclass
 class Slot:
@@ -47,6 +45,8 @@ class Machine:
     axes: Axes
     shape: Shape
     vendor: str
+    nothing: Spte  # an entry that maps nothing
+    frozen: Spte  # an entry whose table is being removed
     invalid_bit: int  # of the role word
     smm_bit: int  # lowest bit of the role word's smm field
     wp_bit: int = 0  # of the role word, where the guest's CR0.WP and EFER.NX are in it
@@ -67,7 +67,7 @@ class Machine:
     sequence: int = 0  # moves with each invalidation and notifier
     destroyed: bool = False
     inferred: int = 0  # removals that no event showed
-    learned: int = 0  # role words that the trace does not tell beforehand
+    learned: int = 0  # loads whose role word the trace does not tell beforehand
     _ids: int = 0
 
     # Helpers
@@ -99,7 +99,7 @@ class Machine:
         """What the model holds in an entry, to be met in `old`."""
         entry = table.entries.get(at)
         if entry is None:
-            return expect.absent(self.shape)
+            return self.nothing
         if isinstance(entry, Table):
             return expect.to_table(entry.frame)
         return expect.leaf(entry, self.vendor)
@@ -128,6 +128,7 @@ class Machine:
             else:
                 other.refs -= 1
         role = self.role_of(vcpu, word)
+        self.learned += not word
         if root is None and self.shape.root_get_page:
             row = yield Expect("kvm_mmu_get_page", {"gfn": 0, "flags": 1, "role": role})
             assert row is not None
@@ -136,8 +137,7 @@ class Machine:
         refs = {"refs": root.refs if root else self.first_refs} if word else {}
         row = yield Expect("root_get", {"role": role, **refs, **({"root": self.name(root)} if root else {})})
         assert row is not None
-        if root is None and not word:  # its word was not known before: learned, not foretold
-            self.learned += 1
+        if root is None and not word:
             root = next((r for r in self.roots if r.valid and self.words[r.word] == row.role), None)
             if root is not None:
                 root.refs += 1
@@ -301,7 +301,7 @@ class Machine:
                 "as_id": self.as_id(root),
                 "gfn": table.gfn_of(at),
                 "old": self.spte(table, at),
-                "new": put or expect.absent(self.shape),
+                "new": put or self.nothing,
             },
         )
         if not self.shape.children_first or not isinstance(entry, Table):
@@ -339,7 +339,7 @@ class Machine:
                     "as_id": self.as_id(root),
                     "gfn": table.gfn_of(at),
                     "old": self.spte(table, at),
-                    "new": expect.frozen(self.shape),
+                    "new": self.frozen,
                 },
             )
             if isinstance(entry, Table) and self.shape.children_first:
@@ -391,7 +391,7 @@ class Machine:
         present, write, reserved = bool(code & 1), bool(code & 2), bool(code & 8)
         if reserved:
             found = tree.leaf(root.top, gfn)
-            old = self.mmio(*found) if found else expect.absent(self.shape)
+            old = self.mmio(*found) if found else self.nothing
             row = yield Expect("check_mmio_spte", {"old": old}, may_stop=True)
             yield None
             if row is not None and row.code == row.value:
@@ -492,7 +492,7 @@ class Machine:
 
     def zapped(self) -> Spte | None:
         """What a single entry zapped under mmu_lock for read is shown to become; None: nothing."""
-        return expect.frozen(self.shape) if self.shape.zapped_as_frozen else None
+        return self.frozen if self.shape.zapped_as_frozen else None
 
     def zap_huge(self, root: Root, table: Table, at: int) -> Zapped:
         """To 6.2 a huge leaf above the goal is zapped, and the walk goes on as if there had been nothing."""

@@ -1,0 +1,227 @@
+"""`kvmtrace validate`: does the model do what the recorded kernel did, event for event?"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from replay import expect
+from replay.axes import ASYNC, PRESERVE, PRESERVE_WORKER, SHADOW, SYNC, SYNC_RW, Axes
+from replay.lockstep import RESPONSES, Divergence, Lockstep, Tally
+from replay.rows import Row, rows_of
+from replay.shadow_steps import ShadowMachine
+from replay.shapes import Shape, shape_of
+from replay.steps import Machine
+from traces.errors import Problem
+from traces.metadata import Metadata
+from traces.reader import Trace
+
+# What a recording must have watched, so that the model knows when slots are filled and emptied.
+_NEEDED: Final = {
+    "tdp": ("kvm_mmu_get_page", "kvm_mmu_set_spte", "kvm_page_fault", "mmu_load", "mmu_free_roots", "root_put"),
+    "shadow": ("kvm_mmu_get_page", "kvm_mmu_set_spte", "kvm_page_fault", "mmu_load", "mmu_free_roots"),
+}
+_AXES: Final = {
+    "async": ASYNC,
+    "preserve-inline": PRESERVE,
+    "preserve-worker": PRESERVE_WORKER,
+    "shadow": SHADOW,
+}
+_PROGRESS: Final = 1 << 17  # rows
+
+
+@dataclass(frozen=True)
+class VmReport:
+    """One VM's outcome. `left` counts removed tables that were never freed, and roots still alive at the end."""
+
+    vm: int
+    tallies: Mapping[str, Tally]
+    first: Divergence | None
+    left: int
+    inferred: int
+    learned: int
+    skipped: str = ""  # why it was not validated; empty if it was
+    until: str = ""  # why it was validated only to some point; empty if to the end
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `validate` found. `complete` is False where the recording could not be validated to its end."""
+
+    path: Path
+    kernel: str
+    policy: str
+    vms: list[VmReport]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def tallies(self) -> dict[str, Tally]:
+        """Over all VMs, by kind."""
+        total: dict[str, Tally] = {}
+        for vm in self.vms:
+            for kind, tally in vm.tallies.items():
+                sum_ = total.setdefault(kind, Tally())
+                sum_.reproduced += tally.reproduced
+                sum_.wrong += tally.wrong
+                sum_.missing += tally.missing
+        return dict(sorted(total.items(), key=lambda item: -item[1].reproduced))
+
+    @property
+    def expected(self) -> int:
+        """Responses recorded, and foretold ones that never came."""
+        return sum(t.reproduced + t.wrong + t.missing for t in self.tallies.values())
+
+    @property
+    def reproduced(self) -> int:
+        return sum(t.reproduced for t in self.tallies.values())
+
+    @property
+    def left(self) -> int:
+        return sum(vm.left for vm in self.vms)
+
+    @property
+    def holds(self) -> bool:
+        """Every response as foretold, and nothing left at a VM's end."""
+        return self.reproduced == self.expected and not self.left
+
+
+def validate(path: Path, policy: str = "") -> Report:
+    """Replay a recording under its own policy (or `policy`), in lock-step.
+
+    Raises Problem where there is nothing that could be validated.
+    """
+    trace = Trace.open(path)
+    meta = trace.metadata
+    policy = policy or meta.policy
+    shape = shape_of(meta.kernel)
+    axes = axes_of(policy, shape)
+    if shape is None or axes is None:
+        what = f"kernel {meta.kernel or 'unknown'}, root policy {policy or 'unknown'}"
+        raise Problem(f"{path}: cannot be validated: {what}; record it with `kvmtrace record` on 5.10 or later")
+    unseen = _unseen(meta)
+    lacking = [kind for kind in _NEEDED[axes.mmu] if kind in unseen]
+    if lacking:
+        why = unseen[lacking[0]] or "its probe did not attach"
+        raise Problem(f"{path}: cannot be validated: {', '.join(lacking)} not recorded ({why})")
+    cut = _cut(meta)
+    vms = [_vm(trace, vm, axes, shape, cut) for vm in meta.vms]
+    if all(vm.skipped for vm in vms):
+        raise Problem(f"{path}: cannot be validated: {vms[0].skipped if vms else 'it has no VM'}")
+    return Report(path, meta.kernel, policy, vms, _notes(unseen, vms))
+
+
+def axes_of(policy: str, shape: Shape | None) -> Axes | None:
+    """The axes of a recorded policy's name, on a kernel of that shape."""
+    if policy == "sync":
+        return SYNC if shape is not None and not shape.changes else SYNC_RW
+    return _AXES.get(policy)
+
+
+def machine_of(meta: Metadata, axes: Axes, shape: Shape) -> Machine:
+    """An empty machine for one VM of a recording."""
+    layout = meta.raw["layout"]
+    role, spte = layout["role"], layout["spte"]
+    guest = {}
+    if shape.guest_bits:
+        nx = role.get("nxe") or role["efer_nx"]
+        guest = {"wp_bit": 1 << role["cr0_wp"][0], "nx_bit": 1 << nx[0]}
+    return (ShadowMachine if axes.mmu == "shadow" else Machine)(
+        axes=axes,
+        shape=shape,
+        vendor=meta.raw["host"].get("vendor", ""),
+        nothing=expect.word("nothing", spte["nonpresent"]),
+        frozen=expect.word("frozen", spte["frozen"]),
+        invalid_bit=1 << role["invalid"][0],
+        smm_bit=1 << role["smm"][0],
+        **guest,
+    )
+
+
+def _vm(trace: Trace, vm: Mapping[str, Any], axes: Axes, shape: Shape, cut: int | None) -> VmReport:
+    number = int(vm["id"])
+    if vm["origin"] != "created":
+        why = f"VM {number} was running before the recording began: what it had mapped is not known"
+        return VmReport(number, {}, None, 0, 0, 0, skipped=why)
+    try:
+        machine = machine_of(trace.metadata, axes, shape)
+    except (KeyError, IndexError, TypeError) as error:
+        raise Problem(f"{trace.path}: cannot be validated: its metadata has no layout of {error}") from None
+    lockstep = Lockstep(machine)
+    rows = _Stretch(rows_of(trace, number), cut)
+    lockstep.run(_shown(rows, number))
+    ended = machine.destroyed and not rows.stopped
+    left = len(machine.removed) * ("table_free" in trace.metadata.kinds) + len(machine.roots) if ended else 0
+    until = "events were lost; validated up to the first loss" if rows.stopped else ""
+    if not until and not machine.destroyed:
+        until = "the VM was not destroyed in the recording; what it would leave is not known"
+    return VmReport(number, lockstep.tallies, lockstep.first, left, machine.inferred, machine.learned, until=until)
+
+
+class _Stretch:
+    """Rows up to the first loss: after it, a divergence may be the recorder's."""
+
+    def __init__(self, rows: Iterator[Row], until: int | None) -> None:
+        self._rows = rows
+        self._until = until
+        self.stopped = False
+
+    def __iter__(self) -> Iterator[Row]:
+        for row in self._rows:
+            if self._until is not None and row.time >= self._until:
+                self.stopped = True
+                return
+            yield row
+
+
+def _shown(rows: Iterable[Row], vm: int) -> Iterator[Row]:
+    """Rows, with progress on a terminal."""
+    terminal = sys.stderr.isatty()
+    began = time.monotonic()
+    for count, row in enumerate(rows):
+        if terminal and count % _PROGRESS == 0 and time.monotonic() - began > 1:
+            print(f"\rVM {vm}: {count:,} rows validated", end="", file=sys.stderr, flush=True)
+        yield row
+    if terminal and time.monotonic() - began > 1:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def _cut(meta: Metadata) -> int | None:
+    """When the first event was lost (boot ns); None if none was."""
+    times = [int(gap["since"]) for gap in meta.gaps]
+    if meta.raw.get("cut", {}).get("rows_missing") or (meta.lost and not times):
+        return 0
+    return min(times, default=None)
+
+
+def _unseen(meta: Metadata) -> dict[str, str]:
+    """Kinds that no probe watched, with the reason."""
+    return {
+        str(probe.get("kind")): str(probe.get("why", ""))
+        for probe in meta.probes
+        if probe.get("how") == "none" and probe.get("kind") not in meta.kinds
+    }
+
+
+def _notes(unseen: Mapping[str, str], vms: list[VmReport]) -> list[str]:
+    notes = []
+    blind = sorted(kind for kind in unseen if kind in RESPONSES)
+    if blind:
+        notes.append(f"not observable in this recording, hence not compared: {', '.join(blind)}")
+    inferred = sum(vm.inferred for vm in vms)
+    if inferred:
+        notes.append(
+            f"{inferred:,} removals inferred: this kernel shows no notifier, and faulted on pages the model still held"
+        )
+    learned = sum(vm.learned for vm in vms)
+    if learned:
+        notes.append(
+            f"{learned:,} role words taken from the recording, not foretold: a VM's first, and what depends on "
+            "CR0 or EFER values that the recording lacks"
+        )
+    for vm in vms:
+        notes += [f"VM {vm.vm}: {why}" for why in (vm.skipped, vm.until) if why]
+    return notes
