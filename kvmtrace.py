@@ -160,6 +160,96 @@ def recover(
         print(f"kvmtrace: {line}", file=sys.stderr)
 
 
+@app.command(epilog="Example: kvmtrace validate stall.parquet")
+def validate(
+    trace: Annotated[Path, typer.Argument(help="The recording.")],
+    policy: Annotated[
+        str, typer.Option(help="Root policy to hold it against. [default: the recorded kernel's]", show_default=False)
+    ] = "",
+    as_json: Json = False,
+) -> None:
+    """Replay a recording under its own kernel's policy and compare each response of the MMU; exit 1 below 100 %."""
+    from replay.validate import validate as compare
+    from replay.verdict import facts, render
+
+    report = compare(trace, policy)
+    if as_json:
+        _print_json(facts(report))
+    else:
+        print(render(report), end="")
+    if not report.holds:
+        raise typer.Exit(VERDICT_FAILED)
+
+
+@app.command(
+    epilog="Examples: kvmtrace synth storm.parquet --policy async --smi-rate 1000 --events 1000000"
+    " | kvmtrace synth published.parquet --reset-on non-fault",
+)
+def synth(
+    out: Annotated[Path, typer.Argument(help="The trace to write.")],
+    policy: Annotated[str, typer.Option(help="Of the host that `recorded` it: preserve or async.")] = "preserve",
+    vms: Annotated[int, typer.Option(help="Virtual machines.")] = 1,
+    vcpus: Annotated[int, typer.Option(help="vCPUs of each VM.")] = 1,
+    smi_rate: Annotated[
+        float | None, typer.Option(help="SMIs per second of guest time. [default: 100; 0.75 with --reset-on]")
+    ] = None,
+    working_set: Annotated[int, typer.Option(help="Pages touched between two SMIs, repeats counted.")] = 512,
+    memory: Annotated[str, typer.Option(help="Guest memory, a multiple of 2M.")] = "64M",
+    locality: Annotated[
+        str, typer.Option(help="Which pages: sequential (the same run each time), zipf, uniform, or mixed.")
+    ] = "sequential",
+    page_size: Annotated[str, typer.Option(help="What the host maps: 4k, 2m or mixed.")] = "4k",
+    memslot_rate: Annotated[
+        float | None, typer.Option(help="Slots deleted and made again, per second. [default: 0; 0.7 with --reset-on]")
+    ] = None,
+    exit_rate: Annotated[
+        float | None, typer.Option(help="Exits but faults, per second. [default: 0; 10000 with --reset-on]")
+    ] = None,
+    cr0_wp_rate: Annotated[float, typer.Option(help="CR0.WP writes that reset the MMU, per second.")] = 0.0,
+    reset_on: Annotated[
+        str | None, typer.Option(help="The host resets the MMU after these exits: exit (all) or non-fault.")
+    ] = None,
+    duration: Annotated[
+        float | None, typer.Option(help="Seconds of guest time. [default: 1; 10 with --reset-on]")
+    ] = None,
+    events: Annotated[int | None, typer.Option(help="Instead: end after about this many events.")] = None,
+    zap_rows: Annotated[bool, typer.Option("--zap-rows", help="With the rows of zaps: 513 for each table.")] = False,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Write a synthetic trace for benchmarks and what-ifs; its metadata says that nobody recorded it."""
+    import time
+
+    from traces.synth import Parameters, synthesize
+
+    shown = time.monotonic()
+
+    def progress(rows: int) -> None:
+        nonlocal shown
+        if time.monotonic() - shown >= 1:
+            shown = time.monotonic()
+            print(f"\r{rows:,} events", end="", file=sys.stderr, flush=True)
+
+    parameters = Parameters(
+        policy=policy, vms=vms, vcpus=vcpus, smi_rate=smi_rate, working_set=working_set, memory=_size(memory),
+        locality=locality, page_size=page_size, memslot_rate=memslot_rate, exit_rate=exit_rate,
+        cr0_wp_rate=cr0_wp_rate, reset_on=reset_on, duration=duration, events=events, zap_rows=zap_rows, seed=seed,
+    )  # fmt: skip
+    terminal = sys.stderr.isatty()
+    summary = synthesize(out, parameters, progress if terminal else None)
+    if as_json:
+        settled = parameters.settled().document()
+        _print_json({
+            "path": str(summary.path), "events": summary.events, "bytes": summary.size, "parameters": settled,
+        })  # fmt: skip
+        return
+    each = summary.size / max(summary.events, 1)
+    start = "\r" if terminal else ""
+    print(
+        f"{start}{summary.path}: {summary.events:,} events, {summary.size:,} bytes ({each:.2f} each)", file=sys.stderr
+    )
+
+
 @app.command(epilog="Example: kvmtrace info stall.parquet --json")
 def info(
     trace: Annotated[Path, typer.Argument(help="A recording.")],

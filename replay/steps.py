@@ -127,12 +127,13 @@ class Machine:
                 yield from self.put(other)
             else:
                 other.refs -= 1
-        role = self.role_of(vcpu, word)
+        role: int | Spte = self.role_of(vcpu, word)
         self.learned += not word
         if root is None and self.shape.root_get_page:
             row = yield Expect("kvm_mmu_get_page", {"gfn": 0, "flags": 1, "role": role})
             assert row is not None
             root = self.new_root(vcpu, row.role, row.root, row.table)
+            role = row.role
             yield None
         refs = {"refs": root.refs if root else self.first_refs} if word else {}
         row = yield Expect("root_get", {"role": role, **refs, **({"root": self.name(root)} if root else {})})

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from replay import expect
-from replay.axes import ASYNC, PRESERVE, PRESERVE_WORKER, SHADOW, SYNC, SYNC_RW, Axes
+from replay.axes import NAMED, PRESERVE, SYNC, SYNC_RW, Axes
 from replay.lockstep import RESPONSES, Divergence, Lockstep, Tally
 from replay.rows import Row, rows_of
 from replay.shadow_steps import ShadowMachine
@@ -25,12 +25,7 @@ _NEEDED: Final = {
     "tdp": ("kvm_mmu_get_page", "kvm_mmu_set_spte", "kvm_page_fault", "mmu_load", "mmu_free_roots", "root_put"),
     "shadow": ("kvm_mmu_get_page", "kvm_mmu_set_spte", "kvm_page_fault", "mmu_load", "mmu_free_roots"),
 }
-_AXES: Final = {
-    "async": ASYNC,
-    "preserve-inline": PRESERVE,
-    "preserve-worker": PRESERVE_WORKER,
-    "shadow": SHADOW,
-}
+_AXES: Final = {"preserve-inline": PRESERVE}  # the recorder's names, where they are not the axes' own
 _PROGRESS: Final = 1 << 17  # rows
 
 
@@ -118,7 +113,7 @@ def axes_of(policy: str, shape: Shape | None) -> Axes | None:
     """The axes of a recorded policy's name, on a kernel of that shape."""
     if policy == "sync":
         return SYNC if shape is not None and not shape.changes else SYNC_RW
-    return _AXES.get(policy)
+    return _AXES.get(policy) or NAMED.get(policy)
 
 
 def machine_of(meta: Metadata, axes: Axes, shape: Shape) -> Machine:
@@ -219,8 +214,8 @@ def _notes(unseen: Mapping[str, str], vms: list[VmReport]) -> list[str]:
     learned = sum(vm.learned for vm in vms)
     if learned:
         notes.append(
-            f"{learned:,} role words taken from the recording, not foretold: a VM's first, and what depends on "
-            "CR0 or EFER values that the recording lacks"
+            f"{learned:,} loads whose role word was taken from the recording, not foretold: a VM's first, and those "
+            "after a CR0 or EFER write of which the recording lacks the value"
         )
     for vm in vms:
         notes += [f"VM {vm.vm}: {why}" for why in (vm.skipped, vm.until) if why]

@@ -1,0 +1,148 @@
+"""The model against real kernels: every response of every recording, and that a wrong one is found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+import kvmtrace
+from replay.lockstep import RESPONSES, Lockstep
+from replay.rows import Row, rows_of
+from replay.shapes import shape_of
+from replay.validate import axes_of, machine_of, validate
+from replay.verdict import render
+from traces.errors import Problem
+from traces.reader import Trace
+
+CORPUS = Path(__file__).parents[2] / "traces" / "corpus"
+RECORDINGS = sorted(CORPUS.glob("*.parquet"))
+# One of each kernel and policy, with SMM, memslots, notifiers, dirty logging, huge pages and several vCPUs among them.
+CHOSEN = (
+    "smi-storm-5.10",
+    "slot-delete-5.10",
+    "smi-one-6.1-async",
+    "slot-move-6.1",
+    "dirty-log-huge-6.1",
+    "notifier-6.12",
+    "smi-both-7.x",
+    "dirty-log-huge-7.x",
+)
+# Columns that a response cannot have otherwise; a leaf's own flags and a root's frame it may.
+TELLING = {
+    "kvm_mmu_get_page": ("role", "gfn", "level", "flags"),
+    "kvm_mmu_prepare_zap_page": ("role", "gfn", "level", "table"),
+    "kvm_tdp_mmu_spte_changed": ("gfn", "level", "as_id", "old"),
+    "kvm_mmu_set_spte": ("gfn", "level"),
+    "root_get": ("role", "refs"),
+    "root_put": ("role", "refs"),
+    "mmu_load": ("role",),
+    "table_free": ("role", "level", "table"),
+    "zap_root_begin": ("role",),
+    "mmu_free_roots": ("root",),
+}
+
+
+def run(rows: list[Row], trace: Trace) -> bool:
+    """Whether every response is as foretold and nothing is left."""
+    meta = trace.metadata
+    shape = shape_of(meta.kernel)
+    assert shape is not None
+    axes = axes_of(meta.policy, shape)
+    assert axes is not None
+    machine = machine_of(meta, axes, shape)
+    lockstep = Lockstep(machine)
+    lockstep.run(rows)
+    clean = all(not tally.wrong and not tally.missing for tally in lockstep.tallies.values())
+    return clean and not machine.removed and not machine.roots
+
+
+@pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
+def test_every_response_of_every_recording_is_foretold(path: Path) -> None:
+    report = validate(path)
+    assert report.reproduced == report.expected > 0, render(report)
+    assert report.left == 0
+    assert not any(vm.skipped or vm.until for vm in report.vms)
+    met = set(Trace.open(path).counts()) & set(RESPONSES)
+    assert met <= set(report.tallies), "a kind of response that was recorded was not compared"
+
+
+def test_the_corpus_has_every_kernel() -> None:
+    assert {path.stem.removesuffix("-shadow").split("-", 1)[1][-5:] for path in RECORDINGS} >= {"async"}
+    assert len(RECORDINGS) >= 177
+
+
+@pytest.mark.parametrize(("name", "policy"), [
+    ("smi-storm-6.1", "async"), ("smi-storm-6.1", "sync"), ("smi-storm-6.1", "shadow"),
+    ("smi-storm-6.1-async", "preserve"), ("smi-storm-6.1-async", "sync"), ("smi-storm-5.10", "preserve"),
+    ("slot-delete-6.1", "async"), ("smi-storm-6.1-shadow", "preserve"),
+])  # fmt: skip
+def test_another_policy_does_not_reproduce_it(name: str, policy: str) -> None:
+    report = validate(CORPUS / f"{name}.parquet", policy)
+    assert not report.holds
+    assert any(vm.first is not None for vm in report.vms)
+
+
+@pytest.fixture(scope="module")
+def chosen() -> list[tuple[Trace, list[Row]]]:
+    found = []
+    for name in CHOSEN:
+        trace = Trace.open(CORPUS / f"{name}.parquet")
+        found.append((trace, list(rows_of(trace, 1))))
+        assert run(found[-1][1], trace)
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_response_that_is_missing_doubled_or_altered_is_found(data: st.DataObject, chosen) -> None:  # type: ignore[no-untyped-def]
+    trace, rows = chosen[data.draw(st.integers(0, len(chosen) - 1))]
+    kind = data.draw(st.sampled_from([k for k in TELLING if any(row.kind == k for row in rows)]))
+    places = [i for i, row in enumerate(rows) if row.kind == kind and (kind != "mmu_free_roots" or row.root)]
+    at = places[data.draw(st.integers(0, len(places) - 1))]
+    row = rows[at]
+    harm = data.draw(st.sampled_from(["drop", "double", *TELLING[kind]]))
+    if harm == "drop":
+        if kind == "mmu_free_roots":
+            return  # what follows of it is foretold, itself it is what happens
+        harmed = [*rows[:at], *rows[at + 1 :]]
+    elif harm == "double":
+        harmed = [*rows[: at + 1], row, *rows[at + 1 :]]
+        if kind in ("mmu_free_roots", "kvm_mmu_spte_requested"):
+            return
+    else:
+        value = getattr(row, harm) or 0
+        changed = value ^ 0x10000 if harm == "old" else value + 1
+        harmed = [*rows[:at], row._replace(**{harm: changed}), *rows[at + 1 :]]
+    assert not run(harmed, trace), f"{harm} of {row} was not found"
+
+
+def test_the_command_says_how_much_and_where(tmp_path: Path) -> None:
+    runner = CliRunner()
+    done = runner.invoke(kvmtrace.app, ["validate", str(CORPUS / "smi-storm-6.1.parquet"), "--json"])
+    assert done.exit_code == 0
+    document = json.loads(done.stdout)
+    assert document["schema"] == 1
+    assert document["share"] == 1
+    assert document["kinds"]["root_get"] == {"reproduced": 9, "wrong": 0, "missing": 0}
+    done = runner.invoke(kvmtrace.app, ["validate", str(CORPUS / "smi-storm-6.1.parquet"), "--policy", "async"])
+    assert done.exit_code == 1
+    assert not done.stdout.startswith("100 %")
+    assert "first divergence at row" in done.stdout
+    assert "refs 1 expected, 2 recorded" in done.stdout
+
+
+def test_a_share_is_not_rounded_up_to_all() -> None:
+    from replay.verdict import _share
+
+    assert _share(999_999, 1_000_000) == "99.99 %"
+    assert _share(5, 5) == "100 %"
+
+
+def test_an_unknown_policy_is_one_clear_line() -> None:
+    with pytest.raises(Problem, match="root policy none-such"):
+        validate(CORPUS / "smi-storm-6.1.parquet", "none-such")
