@@ -97,6 +97,9 @@ class Lockstep:
             self._recent.append(row)
             if self.first is not None and len(self.first.after) < _CONTEXT:
                 self.first.after.append(row)
+
+    def finish(self) -> None:
+        """The recording ended: what threads are still expected to show will not come."""
         for thread in self._threads.values():
             self._settle(thread, None)
 

@@ -45,7 +45,7 @@ class VmReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What `validate` found. `complete` is False where the recording could not be validated to its end."""
+    """What `validate` found."""
 
     path: Path
     kernel: str
@@ -79,6 +79,11 @@ class Report:
         return sum(vm.left for vm in self.vms)
 
     @property
+    def complete(self) -> bool:
+        """Every VM was validated from its creation to its end."""
+        return not any(vm.skipped or vm.until for vm in self.vms)
+
+    @property
     def holds(self) -> bool:
         """Every response as foretold, and nothing left at a VM's end."""
         return self.reproduced == self.expected and not self.left
@@ -104,9 +109,11 @@ def validate(path: Path, policy: str = "") -> Report:
         raise Problem(f"{path}: cannot be validated: {', '.join(lacking)} not recorded ({why})")
     cut = _cut(meta)
     vms = [_vm(trace, vm, axes, shape, cut) for vm in meta.vms]
-    if all(vm.skipped for vm in vms):
-        raise Problem(f"{path}: cannot be validated: {vms[0].skipped if vms else 'it has no VM'}")
-    return Report(path, meta.kernel, policy, vms, _notes(unseen, vms))
+    report = Report(path, meta.kernel, policy, vms, _notes(unseen, vms))
+    if not report.expected:
+        whys = [why for vm in vms for why in (vm.skipped, vm.until) if why]
+        raise Problem(f"{path}: cannot be validated: {whys[0] if whys else 'it has no VM'}")
+    return report
 
 
 def axes_of(policy: str, shape: Shape | None) -> Axes | None:
@@ -148,6 +155,8 @@ def _vm(trace: Trace, vm: Mapping[str, Any], axes: Axes, shape: Shape, cut: int 
     lockstep = Lockstep(machine)
     rows = _Stretch(rows_of(trace, number), cut)
     lockstep.run(_shown(rows, number))
+    if not rows.stopped:
+        lockstep.finish()
     ended = machine.destroyed and not rows.stopped
     left = len(machine.removed) * ("table_free" in trace.metadata.kinds) + len(machine.roots) if ended else 0
     until = "events were lost; validated up to the first loss" if rows.stopped else ""

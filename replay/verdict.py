@@ -27,6 +27,7 @@ def facts(report: Report) -> dict[str, Any]:
         "kernel": report.kernel,
         "policy": report.policy,
         "holds": report.holds,
+        "complete": report.complete,
         "responses": report.expected,
         "reproduced": report.reproduced,
         "share": report.reproduced / report.expected if report.expected else 1.0,
@@ -56,7 +57,8 @@ def headline(report: Report) -> str:
     what = f"{report.reproduced:,} of {report.expected:,} responses reproduced"
     where = f"{report.path} ({report.kernel}, policy {report.policy})"
     left = f"; {report.left:,} tables and roots left at the end" if report.left else ""
-    return f"{_share(report.reproduced, report.expected)}: {what}{left}: {where}"
+    part = "" if report.complete else " of what could be validated (see the notes)"
+    return f"{_share(report.reproduced, report.expected)}{part}: {what}{left}: {where}"
 
 
 def render(report: Report) -> str:

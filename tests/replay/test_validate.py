@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -57,6 +59,7 @@ def run(rows: list[Row], trace: Trace) -> bool:
     machine = machine_of(meta, axes, shape)
     lockstep = Lockstep(machine)
     lockstep.run(rows)
+    lockstep.finish()
     clean = all(not tally.wrong and not tally.missing for tally in lockstep.tallies.values())
     return clean and not machine.removed and not machine.roots
 
@@ -141,6 +144,45 @@ def test_a_share_is_not_rounded_up_to_all() -> None:
 
     assert _share(999_999, 1_000_000) == "99.99 %"
     assert _share(5, 5) == "100 %"
+
+
+def altered(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Path:
+    """A recording whose metadata says otherwise."""
+    path = CORPUS / "smi-storm-6.1.parquet"
+    opened = Trace.open(path)
+    opened.metadata = replace(opened.metadata, **changes)
+    monkeypatch.setattr(Trace, "open", classmethod(lambda cls, path: opened))
+    return path
+
+
+def test_after_a_loss_nothing_is_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = list(rows_of(Trace.open(CORPUS / "smi-storm-6.1.parquet"), 1))
+    gap = {"cpu": 0, "lost": 3, "kinds": [], "since": rows[2000].time, "until": rows[2010].time}
+    report = validate(altered(monkeypatch, gaps=(gap,), gap_count=1))
+    assert report.holds
+    assert not report.complete
+    assert report.expected < 2000
+    assert any("up to the first loss" in note for note in report.notes)
+    assert not render(report).startswith("100 %:")
+
+
+def test_a_loss_that_nobody_can_date_leaves_nothing_to_validate(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss = {"root_put": {"emitted": {"0": 5}, "lost": {"0": 5}, "stored": {}}}
+    with pytest.raises(Problem, match="events were lost"):
+        validate(altered(monkeypatch, loss=loss))
+
+
+def test_a_vm_that_was_running_before_is_not_validated(monkeypatch: pytest.MonkeyPatch) -> None:
+    vms = tuple({**vm, "origin": "snapshot"} for vm in Trace.open(CORPUS / "smi-storm-6.1.parquet").metadata.vms)
+    with pytest.raises(Problem, match="running before the recording began"):
+        validate(altered(monkeypatch, vms=vms))
+
+
+def test_without_the_functions_of_a_root_there_is_nothing_to_compare(monkeypatch: pytest.MonkeyPatch) -> None:
+    probes = ({"kind": "root_put", "point": "", "how": "none", "why": "CONFIG_KPROBES is off"},)
+    kinds = {k: n for k, n in Trace.open(CORPUS / "smi-storm-6.1.parquet").metadata.kinds.items() if k != "root_put"}
+    with pytest.raises(Problem, match=r"root_put not recorded \(CONFIG_KPROBES is off\)"):
+        validate(altered(monkeypatch, probes=probes, kinds=kinds))
 
 
 def test_an_unknown_policy_is_one_clear_line() -> None:
