@@ -1,0 +1,1074 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+"""The compiled engine: `reference` at the speed of C, bit for bit. Cython in pure-Python mode, so it runs as it is too.
+
+Each role word has one radix tree that is never taken down. A table of it exists if its generation is the word's, so
+that a tree is zapped by giving the word a new generation, and a table whose generation is right has live ancestors all
+the way up. A table is 512 pairs of bits, (present, ever), in eight pairs of 64-bit words: "ever" outlives the table,
+and tells a re-fault. Tables above level 1 are also nodes: 512 children, which are nodes, or tables of level 1.
+
+A block is done 64 operations at a time. A first pass walks the trees for each touch and leaves a guess at the table;
+the second takes it if the table's generation is that of the vCPU's current root, and sets the bits without a branch.
+All else (controls, missing tables, huge pages, prefetch) goes the slow way, which trusts nothing but the slots.
+
+Nothing here allocates: `run` stops before an operation that may not find room, and `pools` makes some. In C, pools are
+pointers; as plain Python, memoryviews and arrays of ctypes structures over the same numpy memory.
+"""
+
+from __future__ import annotations
+
+import cython
+
+COMPILED: bool = cython.compiled
+
+NONE = cython.declare(cython.longlong, -1)  # no generation, no vCPU
+ALL = cython.declare(cython.ulonglong, 0xFFFFFFFFFFFFFFFF)
+PAIRS = cython.declare(cython.ulonglong, 0x5555555555555555)
+NIBBLES = cython.declare(cython.ulonglong, 0x3333333333333333)
+BYTES = cython.declare(cython.ulonglong, 0x0F0F0F0F0F0F0F0F)
+
+# ops.Op, ops.Cause, model.Happened and what `error` says; test_engine compares the first three.
+FIX = cython.declare(cython.longlong, 1)
+ENTER = cython.declare(cython.longlong, 2)
+UNLOAD = cython.declare(cython.longlong, 3)
+ROLE = cython.declare(cython.longlong, 4)
+SWITCH = cython.declare(cython.longlong, 5)
+INVALIDATE = cython.declare(cython.longlong, 6)
+ZAP = cython.declare(cython.longlong, 7)
+ZAP_ALL = cython.declare(cython.longlong, 8)
+SPLIT = cython.declare(cython.longlong, 9)
+COLLAPSE = cython.declare(cython.longlong, 10)
+END = cython.declare(cython.longlong, 11)
+
+EXIT = cython.declare(cython.longlong, 9)
+MEMSLOT = cython.declare(cython.longlong, 10)
+VM_END = cython.declare(cython.longlong, 11)
+OTHER = cython.declare(cython.longlong, 12)
+
+CREATED = cython.declare(cython.longlong, 0)
+FOUND = cython.declare(cython.longlong, 1)
+FREED = cython.declare(cython.longlong, 2)
+INVALIDATED = cython.declare(cython.longlong, 3)
+EMPTIED = cython.declare(cython.longlong, 4)
+
+FINAL_PUT = cython.declare(cython.longlong, 1)
+LEFT_AT_END = cython.declare(cython.longlong, 2)
+
+# The rows of the pools; `pools` has the same as numpy types.
+Vcpu = cython.struct(  # 64 bytes: all that a touch reads and writes of its vCPU
+    gen=cython.longlong,  # of the current root's tree; NONE: no root, or a pending request, or stuck
+    top=cython.longlong,  # where the first pass begins: a guess
+    deep=cython.longlong,  # whether that is a node of level 5
+    word=cython.longlong,  # index of the current root's word
+    faults=cython.longlong,
+    refaults=cython.longlong,
+    hits=cython.longlong,
+    stuck=cython.longlong,
+)
+Slots = cython.struct(
+    slot=cython.longlong[4],  # indices of roots, 0 for none: one current, three previous
+    word=cython.longlong,
+    cause=cython.longlong,
+    request=cython.longlong,
+    loads=cython.longlong,
+    creations=cython.longlong,
+    reuses=cython.longlong,
+    fixes=cython.longlong,
+)
+Word = cython.struct(
+    gen=cython.longlong,
+    leaves=cython.longlong,  # of the valid root, or of the ghost
+    tables=cython.longlong,
+    root=cython.longlong,  # the valid root with this word, 0 for none
+    ghost=cython.longlong,  # the tree is only remembered, for `revive`
+    top=cython.longlong,  # node of the root table
+    level=cython.longlong,
+    as_id=cython.longlong,
+)
+Root = cython.struct(
+    id=cython.longlong,
+    word=cython.longlong,
+    refs=cython.longlong,
+    valid=cython.longlong,
+    cause=cython.longlong,
+    before=cython.longlong,  # the list of roots alive, in order of creation; row 0 is its head
+    after=cython.longlong,
+)
+Row = cython.struct(
+    at=cython.longlong,
+    event=cython.longlong,
+    vcpu=cython.longlong,
+    root=cython.longlong,
+    word=cython.longlong,
+    cause=cython.longlong,
+    leaves=cython.longlong,
+    tables=cython.longlong,
+    roots_alive=cython.longlong,
+    tables_alive=cython.longlong,
+)
+
+
+@cython.cfunc
+@cython.nogil
+@cython.inline
+@cython.exceptval(check=False)
+def ones(x: cython.ulonglong) -> cython.longlong:
+    """How many bits are set."""
+    x = x - (x >> 1 & PAIRS)
+    x = (x & NIBBLES) + (x >> 2 & NIBBLES)
+    x = x + (x >> 4) & BYTES
+    x = x + (x >> 8)
+    x = x + (x >> 16)
+    x = x + (x >> 32)
+    return cython.cast(cython.longlong, x & 127)
+
+
+@cython.final
+@cython.cclass
+class Core:
+    """One VM's state: pointers into pools, and what there is once. `pools.Engine` sets it up and reads it."""
+
+    # Pools
+    bits: cython.pointer[cython.ulonglong]
+    gen: cython.pointer[cython.longlong]
+    child: cython.pointer[cython.uint]
+    page_of: cython.pointer[cython.uint]
+    vcpu: cython.pointer[Vcpu]
+    slots: cython.pointer[Slots]
+    word: cython.pointer[Word]
+    root: cython.pointer[Root]
+    log: cython.pointer[Row]
+    ranges: cython.pointer[cython.longlong]
+    page_room = cython.declare(cython.longlong, visibility="public")
+    node_room = cython.declare(cython.longlong, visibility="public")
+    log_room = cython.declare(cython.longlong, visibility="public")
+    pages = cython.declare(cython.longlong, visibility="public")
+    nodes = cython.declare(cython.longlong, visibility="public")
+    rows = cython.declare(cython.longlong, visibility="public")
+    vcpus = cython.declare(cython.longlong, visibility="public")
+    words = cython.declare(cython.longlong, visibility="public")
+
+    # Axes
+    own_reference = cython.declare(cython.longlong, visibility="public")
+    empties = cython.declare(cython.longlong, visibility="public")
+    reloads = cython.declare(cython.longlong, visibility="public")
+    flush_per_table = cython.declare(cython.longlong, visibility="public")
+    zap_tables = cython.declare(cython.longlong, visibility="public")
+    split_in_place = cython.declare(cython.longlong, visibility="public")
+    prefetch = cython.declare(cython.longlong, visibility="public")
+    revive = cython.declare(cython.longlong, visibility="public")
+    logging = cython.declare(cython.longlong, visibility="public")
+
+    # State
+    at = cython.declare(cython.longlong, visibility="public")
+    last_gen = cython.declare(cython.longlong, visibility="public")
+    ids = cython.declare(cython.longlong, visibility="public")
+    alive = cython.declare(cython.longlong, visibility="public")
+    free_root = cython.declare(cython.longlong, visibility="public")
+    frees = cython.declare(cython.longlong, visibility="public")
+    prefetched = cython.declare(cython.longlong, visibility="public")
+    tables = cython.declare(cython.longlong, visibility="public")
+    tables_freed = cython.declare(cython.longlong, visibility="public")
+    zapped = cython.declare(cython.longlong, visibility="public")
+    flushes = cython.declare(cython.longlong, visibility="public")
+    error = cython.declare(cython.longlong, visibility="public")
+    error_root = cython.declare(cython.longlong, visibility="public")
+    error_tables = cython.declare(cython.longlong, visibility="public")
+    gone_leaves: cython.longlong  # what `drop` and `clear` took away
+    gone_tables: cython.longlong
+
+    def attach_trees(
+        self,
+        bits: cython.ulonglong[::1],
+        gen: cython.longlong[::1],
+        child: cython.uint[::1],
+        page_of: cython.uint[::1],
+    ) -> None:
+        """Use these pools, which hold what the last ones held."""
+        if cython.compiled:
+            self.bits = cython.address(bits[0])
+            self.gen = cython.address(gen[0])
+            self.child = cython.address(child[0])
+            self.page_of = cython.address(page_of[0])
+        else:
+            self.bits, self.gen = memoryview(bits), memoryview(gen)
+            self.child, self.page_of = memoryview(child), memoryview(page_of)
+        self.page_room = gen.shape[0]
+        self.node_room = page_of.shape[0]
+
+    def attach_rows(
+        self, vcpu: cython.uchar[::1], slots: cython.uchar[::1], word: cython.uchar[::1], root: cython.uchar[::1]
+    ) -> None:
+        """Use these pools of structures, given as bytes (as plain Python: as arrays of ctypes structures)."""
+        if cython.compiled:
+            self.vcpu = cython.cast(cython.pointer[Vcpu], cython.address(vcpu[0]))
+            self.slots = cython.cast(cython.pointer[Slots], cython.address(slots[0]))
+            self.word = cython.cast(cython.pointer[Word], cython.address(word[0]))
+            self.root = cython.cast(cython.pointer[Root], cython.address(root[0]))
+        else:
+            self.vcpu, self.slots, self.word, self.root = vcpu, slots, word, root
+
+    def attach_log(self, log: cython.uchar[::1], room: cython.longlong) -> None:
+        """Write the root log here, from row `rows` on."""
+        if cython.compiled:
+            self.log = cython.cast(cython.pointer[Row], cython.address(log[0]))
+        else:
+            self.log = log
+        self.log_room = room
+
+    def check(
+        self,
+        op: cython.const[cython.uint][::1],
+        gfn: cython.const[cython.ulonglong][::1],
+        last_gfn: cython.const[cython.ulonglong][::1],
+        vcpus: cython.const[cython.longlong][::1],
+        levels: cython.const[cython.longlong][::1],
+    ) -> cython.longlong:
+        """The first operation that is beyond what its kind allows, or how many there are."""
+        i: cython.longlong
+        n: cython.longlong = op.shape[0]
+        o: cython.longlong
+        with cython.nogil:
+            for i in range(n):
+                o = op[i]
+                if gfn[i] > last_gfn[o & 15] or o >> 16 >= vcpus[o & 15] or not levels[o & 15] >> (o >> 4 & 7) & 1:
+                    n = i
+                    break
+        return n
+
+    def run(
+        self,
+        op: cython.const[cython.uint][::1],
+        gfn: cython.const[cython.longlong][::1],
+        ranges: cython.const[cython.longlong][::1],
+        start: cython.longlong,
+        first: cython.longlong,
+    ) -> cython.longlong:
+        """Do the operations from `start` on: the index of the first that is not done, for want of room or in error."""
+        n: cython.longlong = op.shape[0]
+        if cython.compiled:
+            self.ranges = cython.cast(cython.pointer[cython.longlong], cython.address(ranges[0]))
+            with cython.nogil:
+                start = self._run(cython.address(op[0]), cython.address(gfn[0]), n, start, first)
+        else:
+            self.ranges = memoryview(ranges)
+            start = self._run(memoryview(op), memoryview(gfn), n, start, first)
+        return start
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _run(
+        self,
+        op: cython.pointer[cython.const[cython.uint]],
+        gfn: cython.pointer[cython.const[cython.longlong]],
+        n: cython.longlong,
+        i: cython.longlong,
+        first: cython.longlong,
+    ) -> cython.longlong:
+        bits: cython.pointer[cython.ulonglong] = self.bits
+        gen: cython.pointer[cython.longlong] = self.gen
+        child: cython.pointer[cython.uint] = self.child
+        page_of: cython.pointer[cython.uint] = self.page_of
+        vcpu: cython.pointer[Vcpu] = self.vcpu
+        word: cython.pointer[Word] = self.word
+        guess: cython.uint[64]
+        if not cython.compiled:
+            guess = [0] * 64
+        # Faults on huge pages, with a reset, or with prefetch are not the second pass's.
+        special: cython.longlong = 0x2070 if self.prefetch else 0x2060
+        end: cython.longlong
+        j: cython.longlong
+        o: cython.longlong
+        g: cython.longlong
+        v: cython.longlong
+        level: cython.longlong
+        node: cython.longlong
+        low: cython.longlong
+        page: cython.longlong
+        k: cython.longlong
+        bit: cython.longlong
+        fault: cython.longlong
+        present: cython.ulonglong
+        ever: cython.ulonglong
+        one: cython.ulonglong = 1
+
+        while i < n:
+            end = i + 64 if n - i > 64 else n
+            for j in range(end - i):
+                o = op[i + j]
+                if o & 15 == 0:  # TOUCH
+                    g = gfn[i + j]
+                    v = o >> 16
+                    node = vcpu[v].top
+                    if vcpu[v].deep:
+                        node = child[node * 512 + (g >> 36 & 511)]
+                    node = child[node * 512 + (g >> 27 & 511)]
+                    low = child[node * 512 + (g >> 18 & 511)]
+                    page = child[low * 512 + (g >> 9 & 511)]
+                    level = o >> 4 & 7
+                    if level != 1:
+                        page = page_of[low if level == 2 else node]
+                    guess[j] = page
+                elif o & 14 == 4:  # ROLE, SWITCH: most likely the root of the touches that follow
+                    vcpu[o >> 16].top = word[gfn[i + j]].top
+                    vcpu[o >> 16].deep = word[gfn[i + j]].level == 5
+            for j in range(end - i):
+                o = op[i]
+                g = gfn[i]
+                if o & 15 == 0:
+                    v = o >> 16
+                    page = guess[j]
+                    if gen[page] == vcpu[v].gen:
+                        level = o >> 4 & 7
+                        k = g >> (level - 1) * 9 & 511
+                        bit = k & 63
+                        k = page * 16 + (k >> 6) * 2
+                        present = bits[k]
+                        fault = present >> bit & 1 ^ 1
+                        if not (fault and o & special):
+                            ever = bits[k + 1]
+                            bits[k] = present | one << bit
+                            bits[k + 1] = ever | one << bit
+                            vcpu[v].faults += fault
+                            vcpu[v].refaults += ever >> bit & fault
+                            vcpu[v].hits += fault ^ 1
+                            word[vcpu[v].word].leaves += fault
+                            i += 1
+                            continue
+                if not self._room():
+                    return i
+                self.at = first + i
+                if self._do(o, g):
+                    return i
+                i += 1
+        return i
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.inline
+    @cython.exceptval(check=False)
+    def _room(self) -> cython.bint:
+        """Whether any one operation finds room. SPLIT asks again for each leaf, and can be begun anew."""
+        return (
+            self.pages + 8 <= self.page_room
+            and self.nodes + 8 <= self.node_room
+            and self.rows + 2 * self.alive + 24 <= self.log_room
+        )
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _do(self, o: cython.longlong, g: cython.longlong) -> cython.bint:
+        """One operation, the slow way; True: it could not be finished."""
+        kind: cython.longlong = o & 15
+        v: cython.longlong = o >> 16
+        level: cython.longlong = o >> 4 & 7
+        if kind <= SWITCH:
+            if self.vcpu[v].stuck >= 0:
+                return False
+            if kind == 0:
+                self._touch(v, g, level, o >> 7 & 7, o >> 10 & 7, o >> 13 & 1)
+            elif kind == ENTER:
+                self._enter(v)
+            elif kind == FIX:
+                self._fix(v, g, level, o >> 13 & 1)
+            elif kind == UNLOAD:
+                self._unload(v, g)
+            elif kind == ROLE:
+                self.slots[v].word = g
+            else:
+                self._switch(v, g)
+        elif kind == INVALIDATE:
+            self._invalidate()
+        elif kind == ZAP:
+            self._zap(level, self.ranges[g * 2], self.ranges[g * 2 + 1])
+        elif kind == ZAP_ALL:
+            self._zap_all()
+        elif kind == SPLIT:
+            return self._split(level, self.ranges[g * 2], self.ranges[g * 2 + 1])
+        elif kind == COLLAPSE:
+            self._collapse(v, level, g)
+        elif kind == END:
+            self._end()
+        return self.error != 0
+
+    # What a vCPU does
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _touch(
+        self,
+        v: cython.longlong,
+        g: cython.longlong,
+        level: cython.longlong,
+        first: cython.longlong,
+        last: cython.longlong,
+        resets: cython.longlong,
+    ) -> cython.void:
+        self._enter(v)
+        if self._leaf(self.vcpu[v].word, g) >= level:
+            self.vcpu[v].hits += 1
+            return
+        self._fault(v, g, level, first, last)
+        if resets:
+            self._reset(v, g, level)
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _fix(
+        self, v: cython.longlong, g: cython.longlong, level: cython.longlong, resets: cython.longlong
+    ) -> cython.void:
+        self._enter(v)
+        if self._leaf(self.vcpu[v].word, g) == level:
+            self.slots[v].fixes += 1
+        else:
+            self._fault(v, g, level, g & 7, g & 7)
+        if resets:
+            self._reset(v, g, level)
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _reset(self, v: cython.longlong, g: cython.longlong, level: cython.longlong) -> cython.void:
+        self._unload(v, EXIT)
+        self._enter(v)
+        if self._leaf(self.vcpu[v].word, g) < level:
+            self.vcpu[v].stuck = self.at
+            self.vcpu[v].gen = NONE
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _enter(self, v: cython.longlong) -> cython.void:
+        if self.vcpu[v].gen == NONE:
+            if self.slots[v].request:
+                self.slots[v].request = 0
+                self._empty(v, MEMSLOT, not self.reloads)
+            if self.slots[v].slot[0] == 0:
+                self._load(v)
+        self._refresh(v)
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _refresh(self, v: cython.longlong) -> cython.void:
+        """Bring what the fast way reads of a vCPU in line with its slots. Without a root the guess stays."""
+        r: cython.longlong = self.slots[v].slot[0]
+        w: cython.longlong = self.root[r].word
+        self.vcpu[v].gen = NONE
+        if r:
+            self.vcpu[v].word = w
+            self.vcpu[v].top = self.word[w].top
+            self.vcpu[v].deep = self.word[w].level == 5
+            if not self.slots[v].request and self.vcpu[v].stuck < 0:
+                self.vcpu[v].gen = self.word[w].gen
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _unload(self, v: cython.longlong, cause: cython.longlong) -> cython.void:
+        self.slots[v].request = 0
+        self._empty(v, cause, False)
+        self._refresh(v)
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _switch(self, v: cython.longlong, w: cython.longlong) -> cython.void:
+        self.slots[v].word = w
+        self._search(v, w)
+        self._refresh(v)
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _search(self, v: cython.longlong, w: cython.longlong) -> cython.void:
+        i: cython.longlong
+        r: cython.longlong = self.slots[v].slot[0]
+        good: cython.longlong = self.word[w].root  # the only one that is valid and has this word
+        if r and r == good:
+            return
+        if r == 0:
+            for i in range(1, 4):
+                r = self.slots[v].slot[i]
+                if r and r == good:
+                    self.slots[v].slot[0] = r
+                    self.slots[v].slot[i] = 0
+                    return
+            return
+        for i in range(1, 4):
+            r = self.slots[v].slot[i]
+            self.slots[v].slot[i] = self.slots[v].slot[0]
+            self.slots[v].slot[0] = r
+            if r and r == good:
+                return
+        r = self.slots[v].slot[0]
+        self.slots[v].slot[0] = 0
+        if r:
+            self._put(r, OTHER, v)
+
+    # What happens to the VM
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _invalidate(self) -> cython.void:
+        r: cython.longlong = self.root[0].after
+        after: cython.longlong
+        v: cython.longlong
+        flush: cython.longlong = 0
+        self._forget()
+        while r:
+            after = self.root[r].after
+            if self.root[r].valid:
+                flush = 1
+                if self.empties:
+                    self._zap_tree(self.root[r].word)
+                    self._note(EMPTIED, r, MEMSLOT, NONE, 0, 0)
+                else:
+                    self._retire(r, MEMSLOT)
+            r = after
+        for v in range(self.vcpus):
+            self.slots[v].request = 1
+            self.vcpu[v].gen = NONE
+        self.flushes += flush
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _zap(self, as_id: cython.longlong, start: cython.longlong, end: cython.longlong) -> cython.void:
+        w: cython.longlong
+        removed: cython.longlong = 0
+        for w in range(self.words):
+            if self.word[w].as_id == as_id and (self.word[w].root or self.word[w].ghost):
+                self.gone_leaves = self.gone_tables = 0
+                self._zap_range(w, self.word[w].top, self.word[w].level, 0, start, end)
+                self.word[w].leaves -= self.gone_leaves
+                self.word[w].tables -= self.gone_tables
+                if not self.word[w].ghost:
+                    removed += self.gone_leaves
+                    self.zapped += self.gone_leaves
+                    self.tables_freed += self.gone_tables
+        self.flushes += removed > 0
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _zap_all(self) -> cython.void:
+        r: cython.longlong = self.root[0].after
+        w: cython.longlong
+        v: cython.longlong
+        removed: cython.longlong = 0
+        self._forget()
+        while r:
+            w = self.root[r].word
+            if self.root[r].valid and (self.word[w].leaves or self.word[w].tables):
+                removed += self.word[w].leaves
+                self._zap_tree(w)
+                self._note(EMPTIED, r, VM_END, NONE, 0, 0)
+            r = self.root[r].after
+        for v in range(self.vcpus):
+            self._refresh(v)
+        self.flushes += removed > 0
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _split(self, as_id: cython.longlong, start: cython.longlong, end: cython.longlong) -> cython.bint:
+        w: cython.longlong
+        before: cython.longlong
+        short: cython.bint = False
+        for w in range(self.words):
+            if self.word[w].as_id == as_id and (self.word[w].root or self.word[w].ghost):
+                before = self.word[w].tables
+                short = self._split_range(w, self.word[w].top, self.word[w].level, 0, start, end)
+                if not self.word[w].ghost:
+                    self.tables += self.word[w].tables - before
+                if short:
+                    break
+        return short
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _collapse(self, as_id: cython.longlong, level: cython.longlong, g: cython.longlong) -> cython.void:
+        w: cython.longlong
+        node: cython.longlong
+        below: cython.longlong
+        at: cython.longlong
+        removed: cython.longlong = 0
+        for w in range(self.words):
+            if self.word[w].as_id == as_id and (self.word[w].root or self.word[w].ghost):
+                at = self.word[w].level
+                node = self.word[w].top
+                while at > level:
+                    node = self._below(w, node, at, g >> (at - 1) * 9 & 511)
+                    at -= 1
+                    if node == 0:
+                        break
+                below = self._below(w, node, at, g >> (at - 1) * 9 & 511) if node and level > 1 else 0
+                if below:
+                    self.gone_leaves = self.gone_tables = 0
+                    self._drop(w, below, level - 1)
+                    self.word[w].leaves -= self.gone_leaves
+                    self.word[w].tables -= self.gone_tables
+                    if not self.word[w].ghost:
+                        removed += 1
+                        self.zapped += self.gone_leaves
+                        self.tables_freed += self.gone_tables
+        self.flushes += removed > 0
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _end(self) -> cython.void:
+        v: cython.longlong
+        r: cython.longlong
+        after: cython.longlong
+        self._forget()
+        for v in range(self.vcpus):
+            self.slots[v].request = 0
+            self._empty(v, VM_END, False)
+            self._refresh(v)
+        r = self.root[0].after
+        while r:
+            after = self.root[r].after
+            if self.root[r].valid:
+                self._retire(r, VM_END)
+            r = after
+        if self.error == 0 and (self.alive or self._tables_alive()):
+            self.error = LEFT_AT_END
+            self.error_tables = self._tables_alive()
+
+    # Roots
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _load(self, v: cython.longlong) -> cython.void:
+        w: cython.longlong = self.slots[v].word
+        r: cython.longlong = self.word[w].root
+        last: cython.longlong
+        self.slots[v].loads += 1
+        self.flushes += 1
+        if r:
+            self.root[r].refs += 1
+            self.slots[v].slot[0] = r
+            self.slots[v].reuses += 1
+            self._note(FOUND, r, self.slots[v].cause, v, self.word[w].leaves, self.word[w].tables)
+            return
+        r = self.free_root
+        self.free_root = self.root[r].after
+        last = self.root[0].before
+        self.root[r].id = self.ids
+        self.root[r].word = w
+        self.root[r].refs = 2 if self.own_reference else 1
+        self.root[r].valid = 1
+        self.root[r].cause = OTHER
+        self.root[r].before = last
+        self.root[r].after = 0
+        self.root[last].after = r
+        self.root[0].before = r
+        self.ids += 1
+        self.alive += 1
+        self.word[w].root = r
+        self.slots[v].slot[0] = r
+        self.slots[v].creations += 1
+        if self.word[w].ghost:
+            self.word[w].ghost = 0
+            self.vcpu[v].faults += self.word[w].leaves
+            self.vcpu[v].refaults += self.word[w].leaves
+            self.tables += self.word[w].tables
+        self._note(CREATED, r, self.slots[v].cause, v, self.word[w].leaves, self.word[w].tables)
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _empty(self, v: cython.longlong, cause: cython.longlong, only_invalid: cython.bint) -> cython.void:
+        i: cython.longlong
+        r: cython.longlong
+        for i in range(1, 5):
+            r = self.slots[v].slot[i & 3]
+            if r and not (only_invalid and self.root[r].valid):
+                self.slots[v].slot[i & 3] = 0
+                self.slots[v].cause = cause
+                self._put(r, cause, v)
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _put(self, r: cython.longlong, cause: cython.longlong, v: cython.longlong) -> cython.void:
+        self.root[r].refs -= 1
+        if self.root[r].refs:
+            return
+        if not self.root[r].valid:
+            self._free(r, self.root[r].cause, v)
+        elif not self.own_reference:
+            self._free(r, cause, v)
+        elif self.error == 0:
+            self.error = FINAL_PUT
+            self.error_root = self.root[r].id
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _retire(self, r: cython.longlong, cause: cython.longlong) -> cython.void:
+        w: cython.longlong = self.root[r].word
+        self._zap_tree(w)
+        self.root[r].valid = 0
+        self.root[r].cause = cause
+        self.word[w].root = 0
+        self._note(INVALIDATED, r, cause, NONE, 0, 0)
+        if self.own_reference:
+            self.root[r].refs -= 1
+        if self.root[r].refs == 0:
+            self._free(r, cause, NONE)
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _free(self, r: cython.longlong, cause: cython.longlong, v: cython.longlong) -> cython.void:
+        w: cython.longlong = self.root[r].word
+        leaves: cython.longlong = 0
+        tables: cython.longlong = 0
+        if self.root[r].valid:  # a husk is empty, and the tree another root's
+            leaves = self.word[w].leaves
+            tables = self.word[w].tables
+            self.word[w].root = 0
+            if self.revive and (leaves or tables):
+                self.word[w].ghost = 1
+                self.zapped += leaves
+                self.tables_freed += tables
+            else:
+                self._zap_tree(w)
+        if self.flush_per_table:
+            self.flushes += tables
+        self.root[self.root[r].before].after = self.root[r].after
+        self.root[self.root[r].after].before = self.root[r].before
+        self.root[r].after = self.free_root
+        self.free_root = r
+        self.alive -= 1
+        self.frees += 1
+        self._note(FREED, r, cause, v, leaves, tables)
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _forget(self) -> cython.void:
+        """No ghost can be revived any more."""
+        w: cython.longlong
+        for w in range(self.words):
+            if self.word[w].ghost:
+                self.word[w].ghost = 0
+                self._raze(w)
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _tables_alive(self) -> cython.longlong:
+        w: cython.longlong
+        tables: cython.longlong = 0
+        for w in range(self.words):
+            if self.word[w].root:
+                tables += self.word[w].tables
+        return tables
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _note(
+        self,
+        event: cython.longlong,
+        r: cython.longlong,
+        cause: cython.longlong,
+        v: cython.longlong,
+        leaves: cython.longlong,
+        tables: cython.longlong,
+    ) -> cython.void:
+        i: cython.longlong = self.rows
+        if self.logging:
+            self.log[i].at = self.at
+            self.log[i].event = event
+            self.log[i].vcpu = v
+            self.log[i].root = self.root[r].id
+            self.log[i].word = self.root[r].word
+            self.log[i].cause = cause
+            self.log[i].leaves = leaves
+            self.log[i].tables = tables
+            self.log[i].roots_alive = self.alive
+            self.log[i].tables_alive = self._tables_alive()
+            self.rows = i + 1
+
+    # Trees. A child is a table of level 1, or a node with a table of its own; 0 for neither.
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.inline
+    @cython.exceptval(check=False)
+    def _below(
+        self, w: cython.longlong, node: cython.longlong, level: cython.longlong, at: cython.longlong
+    ) -> cython.longlong:
+        """The child at an entry of a node of `level`, if it is alive."""
+        c: cython.longlong = self.child[node * 512 + at]
+        return c if self.gen[c if level == 2 else self.page_of[c]] == self.word[w].gen else 0
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _leaf(self, w: cython.longlong, g: cython.longlong) -> cython.longlong:
+        """The level of the leaf that covers a frame, 0 for none."""
+        level: cython.longlong = self.word[w].level
+        c: cython.longlong = self.word[w].top
+        page: cython.longlong
+        at: cython.longlong
+        while c:
+            at = g >> (level - 1) * 9 & 511
+            page = c if level == 1 else self.page_of[c]
+            if self.bits[page * 16 + (at >> 6) * 2] >> (at & 63) & 1:
+                return level
+            if level == 1:
+                return 0
+            c = self._below(w, c, level, at)
+            level -= 1
+        return 0
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _fault(
+        self,
+        v: cython.longlong,
+        g: cython.longlong,
+        level: cython.longlong,
+        first: cython.longlong,
+        last: cython.longlong,
+    ) -> cython.void:
+        w: cython.longlong = self.vcpu[v].word
+        c: cython.longlong = self._descend(w, g, level)
+        at: cython.longlong = g >> (level - 1) * 9 & 511
+        page: cython.longlong = c if level == 1 else self.page_of[c]
+        k: cython.longlong = page * 16 + (at >> 6) * 2
+        below: cython.longlong
+        mask: cython.ulonglong = 1
+        self.vcpu[v].faults += 1
+        if level > 1:
+            below = self._below(w, c, level, at)
+            if below:
+                self.gone_leaves = self.gone_tables = 0
+                self._drop(w, below, level - 1)
+                self.word[w].leaves -= self.gone_leaves
+                self.word[w].tables -= self.gone_tables
+                self.zapped += self.gone_leaves
+                self.tables_freed += self.gone_tables
+        self.vcpu[v].refaults += self.bits[k + 1] >> (at & 63) & 1
+        mask = mask << (at & 63)
+        self.word[w].leaves += ones(mask & ~self.bits[k])
+        self.bits[k] |= mask
+        self.bits[k + 1] |= mask
+        if level == 1 and self.prefetch and first <= last:
+            mask = (2 << last) - (1 << first)
+            mask = mask << (at & 56) & ~self.bits[k]
+            self.word[w].leaves += ones(mask)
+            self.prefetched += ones(mask)
+            self.bits[k] |= mask
+            self.bits[k + 1] |= mask
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _descend(self, w: cython.longlong, g: cython.longlong, goal: cython.longlong) -> cython.longlong:
+        """The table of level `goal` for a frame (a node, above level 1), made if it is not there."""
+        level: cython.longlong = self.word[w].level
+        node: cython.longlong = self.word[w].top
+        below: cython.longlong
+        at: cython.longlong
+        k: cython.longlong
+        while level > goal:
+            at = g >> (level - 1) * 9 & 511
+            below = self._below(w, node, level, at)
+            if below == 0:
+                k = self.page_of[node] * 16 + (at >> 6) * 2
+                if not self.bits[k] >> (at & 63) & 1:
+                    below = self._table(w, node, level, at)
+                elif self.split_in_place:
+                    below = self._split_leaf(w, node, level, at)
+                else:
+                    self._clear(self.page_of[node], at, at)
+                    self.word[w].leaves -= 1
+                    self.zapped += 1
+                    below = self._table(w, node, level, at)
+                self.tables += 1
+            node = below
+            level -= 1
+        return node
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _table(
+        self, w: cython.longlong, node: cython.longlong, level: cython.longlong, at: cython.longlong
+    ) -> cython.longlong:
+        """An empty table at an entry of a node of `level`: a new one, or the one that was there once."""
+        c: cython.longlong = self.child[node * 512 + at]
+        page: cython.longlong
+        i: cython.longlong
+        if c == 0:
+            page = c = self.pages
+            self.pages += 1
+            if level > 2:
+                c = self.nodes
+                self.nodes += 1
+                self.page_of[c] = cython.cast(cython.uint, page)
+            self.child[node * 512 + at] = cython.cast(cython.uint, c)
+        else:
+            page = c if level == 2 else self.page_of[c]
+            for i in range(8):
+                self.bits[page * 16 + i * 2] = 0
+        self.gen[page] = self.word[w].gen
+        self.word[w].tables += 1
+        return c
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _split_leaf(
+        self, w: cython.longlong, node: cython.longlong, level: cython.longlong, at: cython.longlong
+    ) -> cython.longlong:
+        """A table full of leaves where a leaf of `level` was."""
+        c: cython.longlong = self._table(w, node, level, at)
+        page: cython.longlong = c if level == 2 else self.page_of[c]
+        i: cython.longlong
+        for i in range(16):
+            self.bits[page * 16 + i] = ALL
+        self._clear(self.page_of[node], at, at)
+        self.word[w].leaves += 511
+        return c
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _clear(self, page: cython.longlong, first: cython.longlong, last: cython.longlong) -> cython.longlong:
+        """Remove the leaves at entries `first` to `last`; how many there were."""
+        i: cython.longlong
+        leaves: cython.longlong = 0
+        mask: cython.ulonglong
+        if first > last:
+            return 0
+        for i in range(first >> 6, (last >> 6) + 1):
+            mask = ALL
+            if i == first >> 6:
+                mask = mask >> (first & 63) << (first & 63)
+            if i == last >> 6:
+                mask = mask & ALL >> (63 - (last & 63))
+            leaves += ones(self.bits[page * 16 + i * 2] & mask)
+            self.bits[page * 16 + i * 2] &= ~mask
+        return leaves
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _drop(self, w: cython.longlong, c: cython.longlong, level: cython.longlong) -> cython.void:
+        """Remove a table of `level` with all that is below it."""
+        page: cython.longlong = c if level == 1 else self.page_of[c]
+        at: cython.longlong
+        below: cython.longlong
+        self.gone_tables += 1
+        for at in range(8):
+            self.gone_leaves += ones(self.bits[page * 16 + at * 2])
+        if level > 1:
+            for at in range(512):
+                below = self._below(w, c, level, at)
+                if below:
+                    self._drop(w, below, level - 1)
+        self.gen[page] = 0
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _zap_tree(self, w: cython.longlong) -> cython.void:
+        self.zapped += self.word[w].leaves
+        self.tables_freed += self.word[w].tables
+        self._raze(w)
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _raze(self, w: cython.longlong) -> cython.void:
+        """A new generation, in which the tree has no tables. No leaf is without one."""
+        if self.word[w].tables:
+            self.last_gen += 1
+            self.word[w].gen = self.last_gen
+            self.word[w].leaves = 0
+            self.word[w].tables = 0
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _zap_range(
+        self,
+        w: cython.longlong,
+        node: cython.longlong,
+        level: cython.longlong,
+        base: cython.longlong,
+        start: cython.longlong,
+        end: cython.longlong,
+    ) -> cython.void:
+        """Remove leaves in [start, end) below a node of `level` that begins at frame `base`."""
+        shift: cython.longlong = (level - 1) * 9
+        size: cython.longlong = 1
+        first: cython.longlong = (start - base) >> shift
+        last: cython.longlong = (end - 1 - base) >> shift
+        at: cython.longlong
+        below: cython.longlong
+        low: cython.longlong
+        size = size << shift
+        first = max(first, 0)
+        last = min(last, 511)
+        self.gone_leaves += self._clear(self.page_of[node], first, last)
+        for at in range(first, last + 1):
+            below = self._below(w, node, level, at)
+            if below:
+                low = base + at * size
+                if self.zap_tables and start <= low and low + size <= end:
+                    self._drop(w, below, level - 1)
+                elif level > 2:
+                    self._zap_range(w, below, level - 1, low, start, end)
+                else:
+                    self.gone_leaves += self._clear(below, max(start - low, 0), min(end - 1 - low, 511))
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _split_range(
+        self,
+        w: cython.longlong,
+        node: cython.longlong,
+        level: cython.longlong,
+        base: cython.longlong,
+        start: cython.longlong,
+        end: cython.longlong,
+    ) -> cython.bint:
+        """Split huge leaves inside [start, end) below a node down to level 1; True: for want of room, not all."""
+        shift: cython.longlong = (level - 1) * 9
+        size: cython.longlong = 1
+        first: cython.longlong = (start - base) >> shift
+        last: cython.longlong = (end - 1 - base) >> shift
+        page: cython.longlong = self.page_of[node]
+        at: cython.longlong
+        below: cython.longlong
+        low: cython.longlong
+        size = size << shift
+        first = max(first, 0)
+        last = min(last, 511)
+        for at in range(first, last + 1):
+            low = base + at * size
+            if self.bits[page * 16 + (at >> 6) * 2] >> (at & 63) & 1 and start <= low and low + size <= end:
+                if not self._room():
+                    return True
+                self._split_leaf(w, node, level, at)
+            below = self._below(w, node, level, at) if level > 2 else 0
+            if below and self._split_range(w, below, level - 1, low, start, end):
+                return True
+        return False

@@ -1,0 +1,311 @@
+"""The engine does what the reference does, bit for bit: compiled, and the same file as plain Python."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from replay import engine, pools, reference
+from replay.axes import ASYNC, NAMED, PRESERVE, SYNC, Axes
+from replay.model import Happened, Violation, Vm
+from replay.ops import Block, Cause, Op, Ranges, Word, pack
+from replay.pools import Engine, RootState, Vcpus
+from replay.tree import Table
+from tests.replay.streams import Stream, block_of, streams
+from traces.errors import Problem
+
+TINY = (16, 16, 32)  # tables, nodes and log rows at first: pools grow all the time
+COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+
+
+def plain() -> Any:
+    """The engine's module, not compiled."""
+    spec = importlib.util.spec_from_file_location("engine_as_python", Path(pools.__file__).with_name("engine.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+PLAIN = plain()
+
+
+def mapped(vm: Vm, word: int) -> list[tuple[int, int]]:
+    """(gfn, level) of the leaves of the valid root with this word."""
+    found: list[tuple[int, int]] = []
+
+    def below(table: Table) -> None:
+        for at, entry in table.entries.items():
+            if isinstance(entry, Table):
+                below(entry)
+            else:
+                found.append((table.gfn_of(at), table.level))
+
+    root = vm.find(word)
+    if root is not None:
+        below(root.top)
+    return sorted(found)
+
+
+def run(stream: Stream, core: Any, sizes: list[int]) -> tuple[Engine, Vm]:
+    """Both implementations after the whole stream, which the engine gets in blocks of `sizes`, taken in turn."""
+    vm = reference.begin(stream.axes, stream.words, stream.vcpus)
+    reference.feed(vm, stream.block, stream.ranges)
+    made = Engine(stream.axes, stream.words, stream.vcpus, core=core, rows=TINY)
+    at = turn = 0
+    while at < len(stream.block):
+        size = sizes[turn % len(sizes)]
+        made.feed(stream.cut(at, at + size), stream.ranges, at)
+        at, turn = at + size, turn + 1
+    return made, vm
+
+
+def assert_same(made: Engine, vm: Vm) -> None:
+    counted = made.vcpus
+    for field in fields(Vcpus):
+        assert getattr(counted, field.name).tolist() == [getattr(v, field.name) for v in vm.vcpus], field.name
+    assert made.counters == vm.counters
+    log = made.take_log()
+    columns = [getattr(log, field.name).tolist() for field in fields(log)]
+    expected = [tuple(int(value) for value in asdict(row).values()) for row in vm.log]
+    assert list(zip(*columns, strict=True)) == expected
+    roots = [RootState(r.id, r.word, r.refs, r.valid, r.leaves, r.tables) for r in vm.roots]
+    assert made.roots == roots
+    held = [[-1 if root is None else root.id for root in v.slots] for v in vm.vcpus]
+    assert made.slots.tolist() == held
+    for word in range(len(vm.words)):
+        levels, gfns = made.mapped(word)
+        assert list(zip(gfns.tolist(), levels.tolist(), strict=True)) == mapped(vm, word)
+
+
+SIZES = st.lists(st.sampled_from([1, 3, 63, 64, 65, 200]), min_size=1, max_size=3)
+
+
+@given(stream=streams(), sizes=SIZES)
+@settings(max_examples=300, **COMMON)  # type: ignore[arg-type]
+def test_compiled_is_the_reference(stream: Stream, sizes: list[int]) -> None:
+    assert_same(*run(stream, engine.Core, sizes))
+
+
+@given(stream=streams(), sizes=SIZES)
+@settings(max_examples=40, **COMMON)  # type: ignore[arg-type]
+def test_as_plain_python_is_the_reference(stream: Stream, sizes: list[int]) -> None:
+    assert_same(*run(stream, PLAIN.Core, sizes))
+
+
+def storm(axes: Axes, seed: int = 0, count: int = 6000) -> Stream:
+    """Two vCPUs over some hundred tables, with roles, SMIs and memslot changes between: long enough to reuse tables."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for _ in range(count):
+        vcpu = int(rng.integers(2))
+        dice = rng.integers(100)
+        if dice < 92:
+            gfn = int(rng.integers(1 << 16)) * 64 + int(rng.integers(4))
+            rows.append((pack(Op.TOUCH, vcpu, 2 if dice < 2 else 1, 0, 7), gfn))
+        elif dice < 98:
+            rows += [
+                (pack(Op.UNLOAD, vcpu), int(rng.integers(2)) + 1),
+                (pack(Op.ROLE, vcpu), int(rng.integers(2))),
+                (pack(Op.ENTER, vcpu), 0),
+            ]
+        else:
+            rows.append([(pack(Op.INVALIDATE), 0), (pack(Op.ZAP, level=0), 0)][int(rng.integers(2))])
+    return Stream(axes, [Word(1), Word(2, as_id=1)], 2, block_of(rows), Ranges([(4096, 1 << 20)]))
+
+
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("revive", [False, True])
+def test_named_policies_on_a_longer_stream(name: str, revive: bool) -> None:
+    assert_same(*run(storm(replace(NAMED[name], revive=revive)), engine.Core, [1000, 77]))
+
+
+@pytest.mark.parametrize("core", [engine.Core, PLAIN.Core])
+def test_split_of_a_gigabyte_takes_up_where_memory_ended(core: Any) -> None:
+    rows = [
+        (pack(Op.TOUCH, level=3), 5),
+        (pack(Op.SPLIT), 0),
+        (pack(Op.TOUCH, level=1), 7),
+        (pack(Op.COLLAPSE, level=3), 9),
+    ]
+    for stop in (3, 4):
+        stream = Stream(PRESERVE, [Word(0)], 1, block_of(rows[:stop]), Ranges([(0, 1 << 18)]))
+        made, vm = run(stream, core, [10])
+        assert made.counters == vm.counters
+        assert made.counters.tables == 1 + 513
+        if core is engine.Core:
+            assert_same(made, vm)
+
+
+@pytest.mark.parametrize("core", [engine.Core, PLAIN.Core])
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([(pack(Op.TOUCH, level=1), 1 << 40)], "operation 7 (TOUCH): frame 0x10000000000"),
+        ([(pack(Op.TOUCH, level=1), -1)], "operation 7 (TOUCH): frame -0x1"),
+        ([(pack(Op.FIX, level=1), 1 << 62)], "FIX"),
+        ([(pack(Op.COLLAPSE, level=2), 1 << 41)], "COLLAPSE"),
+        ([(pack(Op.TOUCH, level=4), 0)], "level 4"),
+        ([(pack(Op.TOUCH, level=0), 0)], "level 0"),
+        ([(pack(Op.TOUCH, vcpu=2, level=1), 0)], "vCPU 2 of a VM that has 2"),
+        ([(pack(Op.ENTER, vcpu=65535), 0)], "vCPU 65535"),
+        ([(pack(Op.ROLE), 1)], "word 1 of a VM that has 1"),
+        ([(pack(Op.SWITCH), -1)], "word -1"),
+        ([(pack(Op.UNLOAD), 14)], "cause 14"),
+        ([(pack(Op.ZAP), 1)], "range 1 of 1"),
+        ([(pack(Op.SPLIT), -1)], "range -1 of 1"),
+        ([(pack(Op.ENTER), 0)] * 100 + [(12, 0)], "operation 107: there is no operation 12"),
+    ],
+)
+def test_bad_operations_are_refused_before_any_is_done(core: Any, rows: list[tuple[int, int]], words: str) -> None:
+    made = Engine(PRESERVE, [Word(0)], 2, core=core)
+    block = block_of([(pack(Op.TOUCH, level=1), 0), *rows])
+    with pytest.raises(Problem) as caught:
+        made.feed(block, Ranges([(0, 8)]), 6)
+    assert words in str(caught.value)
+    assert made.vcpus.faults.tolist() == [0, 0]
+    assert made.roots == []
+
+
+def test_a_range_zap_without_ranges_is_refused() -> None:
+    made = Engine(PRESERVE, [Word(0)], 1)
+    with pytest.raises(Problem, match="range 0 of 0"):
+        made.feed(block_of([(pack(Op.ZAP), 0)]), Ranges())
+
+
+def test_ranges_may_be_added_between_blocks() -> None:
+    ranges = Ranges([(0, 1)])
+    made, vm = Engine(PRESERVE, [Word(0)], 1), reference.begin(PRESERVE, [Word(0)], 1)
+    for end in (1, 600, 9):
+        block = block_of(
+            [(pack(Op.TOUCH, level=1), 0), (pack(Op.TOUCH, level=1), 513), (pack(Op.ZAP), ranges.add(0, end))]
+        )
+        made.feed(block, ranges)
+        reference.feed(vm, block, ranges)
+    made.feed(block_of([(pack(Op.ZAP), 0)]), Ranges([(512, 514)]))
+    reference.feed(vm, block_of([(pack(Op.ZAP), 0)]), Ranges([(512, 514)]))
+    assert_same(made, vm)
+
+
+@pytest.mark.parametrize(
+    ("axes", "words", "vcpus", "says"),
+    [
+        (PRESERVE, [Word(0)], 0, "vCPUs"),
+        (PRESERVE, [], 1, "role word"),
+        (PRESERVE, [Word(0, level=3)], 1, "level 4 or 5"),
+        (replace(PRESERVE, prefetch=4), [Word(0)], 1, "prefetch"),
+    ],
+)
+def test_a_vm_that_cannot_be_is_refused(axes: Axes, words: list[Word], vcpus: int, says: str) -> None:
+    with pytest.raises(Problem, match=says):
+        Engine(axes, words, vcpus)
+
+
+def test_columns_of_other_types_are_refused() -> None:
+    block = block_of([(pack(Op.ENTER), 0)])
+    with pytest.raises(Problem, match="uint32 and int64"):
+        Engine(PRESERVE, [Word(0)], 1).feed(replace(block, gfn=block.gfn.astype(np.int32)), Ranges())
+
+
+def test_read_only_and_strided_columns_will_do() -> None:
+    block = block_of([(pack(Op.TOUCH, level=1), gfn) for gfn in range(40)])
+    block.op.flags.writeable = block.gfn.flags.writeable = False
+    made = Engine(PRESERVE, [Word(0)], 1)
+    made.feed(block, Ranges())
+    made.feed(Block(block.op[::2], block.gfn[::2], block.time[::2], block.seq[::2]), Ranges())
+    assert made.vcpus.faults.tolist() == [40]
+    assert made.vcpus.hits.tolist() == [20]
+
+
+@pytest.mark.parametrize("core", [engine.Core, PLAIN.Core])
+def test_broken_reference_counts_are_violations(core: Any) -> None:
+    """No stream breaks the invariants, so the state is broken by hand."""
+    load, unload, end = (block_of([(pack(op), 0)]) for op in (Op.ENTER, Op.UNLOAD, Op.END))
+    made = Engine(PRESERVE, [Word(0)], 1, core=core)
+    made.feed(load, Ranges())
+    made._root["refs"][1] = 1
+    with pytest.raises(Violation, match="final put of the valid root 0"):
+        made.feed(unload, Ranges())
+    made = Engine(ASYNC, [Word(0)], 1, core=core)
+    made.feed(load, Ranges())
+    made._root["refs"][1] = 5
+    with pytest.raises(Violation, match="VM end: 1 roots and 0 tables are left"):
+        made.feed(end, Ranges())
+
+
+def test_without_a_log_all_else_is_the_same() -> None:
+    stream = storm(SYNC)
+    with_log, without = (Engine(stream.axes, stream.words, stream.vcpus, log=log) for log in (True, False))
+    for made in (with_log, without):
+        made.feed(stream.block, stream.ranges)
+    assert len(with_log.take_log()) > 100
+    assert len(with_log.take_log()) == 0
+    assert len(without.take_log()) == 0
+    assert with_log.counters == without.counters
+    assert with_log.roots == without.roots
+
+
+def test_memory_follows_the_state_not_the_stream() -> None:
+    made = Engine(ASYNC, [Word(0)], 1, log=False)
+    pages = 1 << 18
+    gfns = np.arange(pages, dtype=np.int64)
+    touch = Block(np.full(pages, pack(Op.TOUCH, level=1), np.uint32), gfns, gfns, gfns)
+    made.feed(touch, Ranges())
+    once = made.bytes_used
+    assert once < pages
+    for _ in range(3):
+        made.feed(block_of([(pack(Op.UNLOAD), Cause.SMI)]), Ranges())
+        made.feed(touch, Ranges())
+    assert made.bytes_used == once
+    assert made.vcpus.refaults.tolist() == [3 * pages]
+
+
+def test_numbers_are_those_of_the_operations() -> None:
+    for kind in list(Op)[1:]:
+        assert getattr(PLAIN, kind.name) == kind
+    for cause in (Cause.EXIT, Cause.MEMSLOT, Cause.VM_END, Cause.OTHER):
+        assert getattr(PLAIN, cause.name) == cause
+    for event in Happened:
+        assert getattr(PLAIN, event.name) == event
+
+
+def test_structures_are_those_of_the_pools() -> None:
+    """The compiled engine reads numpy's memory as C structures: fields, in order, all of 8 bytes."""
+    pairs = [
+        ("Vcpu", pools._VCPU),
+        ("Word", pools._WORD),
+        ("Root", pools._ROOT),
+        ("Row", pools._LOG),
+        ("Slots", pools._SLOTS),
+    ]
+    for name, dtype in pairs:
+        assert list(getattr(PLAIN, name)._members) == list(dtype.names or ()), name
+    assert pools._VCPU.itemsize == 64
+
+
+@pytest.mark.skipif(
+    not os.environ.get("CI") and not engine.COMPILED, reason="the engine is not compiled: scripts/setup"
+)
+def test_what_runs_is_compiled() -> None:
+    """Never a silent fallback in CI."""
+    assert engine.COMPILED
+    source = Path(pools.__file__).with_name("engine.py")
+    assert Path(engine.__file__).stat().st_mtime >= source.stat().st_mtime, "older than its source: scripts/setup"
+
+
+def test_running_as_plain_python_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pools, "COMPILED", False)
+    monkeypatch.setattr(pools, "Core", PLAIN.Core)
+    monkeypatch.setattr(Engine, "said", False)
+    for _ in range(2):
+        Engine(PRESERVE, [Word(0)], 1, core=PLAIN.Core)
+    assert capsys.readouterr().err.count("uncompiled") == 1
