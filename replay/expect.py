@@ -50,13 +50,14 @@ def any_mmio() -> Spte:
 class Expect:
     """The next row of a thread: its kind, and by column what it must hold (a value, or an Spte).
 
-    `optional`: what follows may come without it. `may_stop`: the activity may end before it; `why` says for what.
+    `optional`: what follows may come without it. `may_stop`: the activity may end before it.
     """
 
     kind: str
     want: dict[str, Any] = field(default_factory=dict)
     optional: bool = False
     may_stop: bool = False
+    agrees: Callable[[Row], bool] | None = None  # what must hold between the row's own columns
 
     def misfit(self, row: Row) -> str:
         """Why a row is not the expected one; empty if it is."""
@@ -68,7 +69,7 @@ class Expect:
                 continue  # the recorder could not tell the root
             if not (wanted.fits(got) if isinstance(wanted, Spte) else wanted == got):
                 return f"{column} {_text(wanted, column)} expected, {_text(got, column)} recorded"
-        return ""
+        return "" if self.agrees is None or self.agrees(row) else "columns that contradict each other recorded"
 
     def __str__(self) -> str:
         return " ".join([self.kind, *(f"{column}={_text(w, column)}" for column, w in self.want.items())])

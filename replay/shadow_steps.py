@@ -13,7 +13,7 @@ from replay.expect import Activity, Expect
 from replay.model import CURRENT, Root, Vcpu
 from replay.ops import PREFETCH
 from replay.shapes import PRESENT, WRITABLE, pfn
-from replay.steps import Machine, Slot, Zapped
+from replay.steps import Machine, Slot, Zapped, top_level
 from replay.tree import Table
 
 
@@ -54,7 +54,7 @@ class ShadowMachine(Machine):
             want |= {"flags": int(page is None), "refs": found.refs if found else 0}
         if found is not None:
             want["root"] = self.name(found)
-        row = yield Expect("kvm_mmu_get_page", want)
+        row = yield Expect("kvm_mmu_get_page", want, agrees=top_level)
         assert row is not None
         self.learned += not word
         if page is None and not word:

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from replay import expect, tree
 from replay.axes import Axes
 from replay.expect import Activity, Expect, Spte
-from replay.model import CURRENT, SLOTS, Root, Vcpu
-from replay.ops import Cause
+from replay.model import CURRENT, Root, Vcpu
 from replay.rows import Row
 from replay.shapes import PRESENT, WRITABLE, Shape, pfn
 from replay.tree import Table
@@ -130,16 +129,16 @@ class Machine:
         role: int | Spte = self.role_of(vcpu, word)
         self.learned += not word
         if root is None and self.shape.root_get_page:
-            row = yield Expect("kvm_mmu_get_page", {"gfn": 0, "flags": 1, "role": role})
+            row = yield Expect("kvm_mmu_get_page", {"gfn": 0, "flags": 1, "role": role}, agrees=top_level)
             assert row is not None
             root = self.new_root(vcpu, row.role, row.root, row.table)
             role = row.role
             yield None
-        refs = {"refs": root.refs if root else self.first_refs} if word else {}
-        row = yield Expect("root_get", {"role": role, **refs, **({"root": self.name(root)} if root else {})})
+        want = {"role": role} if root is None else {"role": role, "root": self.name(root), "refs": root.refs}
+        row = yield Expect("root_get", want, agrees=lambda got: got.refs == self.refs_after(root, got.role))
         assert row is not None
         if root is None and not word:
-            root = next((r for r in self.roots if r.valid and self.words[r.word] == row.role), None)
+            root = self.valid(row.role)
             if root is not None:
                 root.refs += 1
                 self.guest[vcpu.index] = row.role & self.guest_bits
@@ -148,6 +147,17 @@ class Machine:
         yield None
         yield Expect("mmu_load", {"root": self.name(root), "role": self.words[root.word], "ret": 0})
         yield None
+
+    def valid(self, role: int) -> Root | None:
+        """The valid root of a role word."""
+        return next((root for root in self.roots if root.valid and self.words[root.word] == role), None)
+
+    def refs_after(self, root: Root | None, role: int) -> int:
+        """References after a load of a role word, which found `root`, or what the word leads to."""
+        if root is not None:
+            return root.refs
+        found = self.valid(role)
+        return self.first_refs if found is None else found.refs + 1
 
     @property
     def first_refs(self) -> int:
@@ -216,7 +226,8 @@ class Machine:
         yield Expect("zap_root_begin", {"root": self.name(root), "role": self.words[root.word]})
         root.top.entries.clear()
         yield None
-        yield Expect("table_free", {"root": self.name(root), "table": self.frames[root.id]})
+        freed = {"root": self.name(root), "role": 0, "level": 0, "gfn": 0}  # a bare page: its struct is gone
+        yield Expect("table_free", {**freed, "table": self.frames[root.id]})
         yield None
         yield Expect("zap_root_end")
         yield None
@@ -653,6 +664,11 @@ class Machine:
                     yield from self.write_protect(root, start, min(start + 64, slot.end))
 
 
+def top_level(row: Row) -> bool:
+    """A root's level is its role's."""
+    return row.level == row.role & 15
+
+
 def _tables(table: Table, level: int) -> Iterator[Table]:
     """The tables of one level below (or at) `table`, in order of gfn."""
     if table.level == level:
@@ -662,9 +678,3 @@ def _tables(table: Table, level: int) -> Iterator[Table]:
         below = table.entries[at]
         if isinstance(below, Table):
             yield from _tables(below, level)
-
-
-def empty_slots(vcpu: Vcpu, cause: Cause) -> None:
-    """Forget a vCPU's slots."""
-    vcpu.slots = [None] * SLOTS
-    vcpu.cause = cause
