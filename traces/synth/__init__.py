@@ -1,0 +1,11 @@
+"""Traces to order: synthetic recordings for benchmarks and what-ifs, in the format of real ones.
+
+from traces.synth import Parameters, synthesize
+synthesize(Path("storm.parquet"), Parameters(policy="async", smi_rate=1000, events=1_000_000))
+"""
+
+from traces.compact import Summary
+from traces.synth.parameters import Costs, Parameters
+from traces.synth.source import synthesize
+
+__all__ = ["Costs", "Parameters", "Summary", "synthesize"]
