@@ -81,6 +81,7 @@ class Machine:
                 yield self._out(columns)
             if churn == now and now < end and not self._enough():
                 self._guest.memslots.until(churn + 1)
+                self._wait(self._worker_free, now)  # which the ioctl does, before the worker zaps for it
                 listing, fallen = self._life.churn(now % self._parameters.vcpus)
                 columns = self._listed(listing, now)
                 self._fell(fallen, int(columns["time"][-1]))
@@ -90,12 +91,16 @@ class Machine:
 
     def _end(self, now: int) -> Columns:
         """The VM's end, once its workers are done."""
-        self._elapsed = max(self._elapsed, float(self._busy - self._begin - now))
+        self._wait(self._busy, now)
         listing, fallen = self._life.destroy()
         columns = self._listed(listing, now)
         self._fell(fallen, int(columns["time"][-1]))
         columns = join([columns, *self._later])
         return take(columns, np.argsort(columns["time"], kind="stable"))
+
+    def _wait(self, until: int, now: int) -> None:
+        """Let host time pass until then, the guest standing at `now` of its own."""
+        self._elapsed = max(self._elapsed, float(until - self._begin - now))
 
     def _enough(self) -> bool:
         return self._share is not None and self._written >= self._share
