@@ -169,8 +169,8 @@ def validate(
     as_json: Json = False,
 ) -> None:
     """Replay a recording under its own kernel's policy and compare each response of the MMU; exit 1 below 100 %."""
-    from replay.validate import validate as compare
-    from replay.verdict import facts, render
+    from replay.lockstep.validate import validate as compare
+    from replay.lockstep.verdict import facts, render
 
     report = compare(trace, policy)
     if as_json:
@@ -263,6 +263,54 @@ def info(
         _print_json(facts(trace))
     else:
         print(render(trace), end="")
+
+
+@app.command(
+    epilog="Examples: kvmtrace replay stall.parquet"
+    " | kvmtrace replay stall.parquet --policy preserve --policy ./mine.py -o result.parquet"
+    " | kvmtrace replay new.parquet --policy async --refault recent:512",
+)
+def replay(
+    trace: Annotated[Path, typer.Argument(help="A recording.")],
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="sync, async, preserve-worker, preserve, shadow, a file with a policy of your own, or an entry point; "
+            "repeatable. [default: the recorded one, preserve, async]"
+        ),
+    ] = None,
+    kernel: Annotated[
+        str, typer.Option(help="Unload when this version does, such as 5.15; its policy unless --policy is given.")
+    ] = "",
+    refault: Annotated[
+        str,
+        typer.Option(
+            help="Where the trace does not say what the guest touched again: none, all, accessed, or recent:PAGES. "
+            "[default: the interval from none to all]"
+        ),
+    ] = "",
+    out: Annotated[Path | None, typer.Option("-o", "--output", help="Write the result, a Parquet file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what the recorded VMs would have done under other root policies."""
+    from replay import bounds, evidence, plan, report, run
+    from replay.result import Writer
+    from traces.reader import Trace
+
+    assumed = plan.refault(refault)
+    shown = evidence.Evidence(Trace.open(trace))
+    share = bounds.accessed_share(shown.trace, shown.intel) if assumed.name == "accessed" else 0.0
+    wanted = plan.make(shown, policy or [], kernel, assumed)
+    if out is None:
+        replayed = run.replay(wanted)
+    else:
+        with Writer(out, [target.name for target in wanted.targets]) as writer:
+            replayed = run.replay(wanted, writer)
+            writer.close(run.document(replayed))
+    if as_json:
+        _print_json(report.facts(replayed, share))
+    else:
+        print(report.render(replayed, share), end="")
 
 
 @app.command(epilog="Example: kvmtrace doctor --json")

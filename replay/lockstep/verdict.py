@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from replay.lockstep import Divergence, Tally
-from replay.rows import Row
-from replay.validate import Report
+from replay.lockstep.rows import Row
+from replay.lockstep.threads import Divergence, Tally
+from replay.lockstep.validate import Report
 from traces.text import printable
 
 WIDTH: Final = 110

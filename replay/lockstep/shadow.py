@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from replay import expect, tree
-from replay.expect import Activity, Expect
+from replay import tree
+from replay.lockstep import expect
+from replay.lockstep.expect import Activity, Expect
+from replay.lockstep.kernel import Kernel
+from replay.lockstep.roots import top_level
+from replay.lockstep.shapes import PRESENT, WRITABLE, pfn
+from replay.lockstep.state import Slot
 from replay.model import CURRENT, Root, Vcpu
 from replay.ops import PREFETCH
-from replay.shapes import PRESENT, WRITABLE, pfn
-from replay.steps import Machine, Slot, Zapped, top_level
 from replay.tree import Table
 
 
@@ -28,8 +31,8 @@ class Page:
 
 
 @dataclass
-class ShadowMachine(Machine):
-    """As `Machine`, with the shadow MMU. `pages` are the active ones, the oldest first."""
+class ShadowKernel(Kernel):
+    """As `Kernel`, with the shadow MMU. `pages` are the active ones, the oldest first."""
 
     pages: list[Page] = field(default_factory=list)
 
@@ -72,7 +75,7 @@ class ShadowMachine(Machine):
         yield Expect("mmu_load", {"root": self.name(found), "role": self.words[found.word], "ret": 0})
         yield None
 
-    def put(self, root: Root) -> Zapped:
+    def put(self, root: Root) -> Activity:
         """mmu_free_root_page: a root that nobody has loaded stays in the hash, unless it was zapped meanwhile."""
         role = self.role(root)
         yield Expect("root_put", {"root": self.name(root), "role": role, "refs": root.refs})
@@ -94,7 +97,7 @@ class ShadowMachine(Machine):
         self.sequence += 1
         return self.zap_pages(self.pages[::-1])
 
-    def zap_pages(self, pages: list[Page]) -> Zapped:
+    def zap_pages(self, pages: list[Page]) -> Activity:
         """__kvm_mmu_prepare_zap_page of each: a loaded root becomes invalid and stays until its last put."""
         for page in pages:
             refs = page.root.refs if page.root is not None else 0
@@ -114,7 +117,7 @@ class ShadowMachine(Machine):
     def zap_invalidated(self) -> Activity:
         return _silent()
 
-    def map(self, root: Root, gfn: int, goal: int, frame: int, unseen: bool = False) -> Zapped:
+    def map(self, root: Root, gfn: int, goal: int, frame: int, unseen: bool = False) -> Activity:
         """direct_map: pages from the hash or new ones downwards, the leaf, and neighbours that the host has at hand."""
         table = root.top
         while table.level > goal:
@@ -141,7 +144,7 @@ class ShadowMachine(Machine):
             table = page.table
         yield from self.install(root, table, gfn, frame)
 
-    def install(self, root: Root, table: Table, gfn: int, frame: int) -> Zapped:
+    def install(self, root: Root, table: Table, gfn: int, frame: int) -> Activity:
         """mmu_set_spte, then direct_pte_prefetch: of the aligned group of 8 what is absent, if the host has it."""
         at = tree.index(gfn, table.level)
         if self.slot_of(self.as_id(root), gfn) is None:

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from replay import expect
 from replay.axes import NAMED, PRESERVE, SYNC, SYNC_RW, Axes
-from replay.lockstep import RESPONSES, Divergence, Lockstep, Tally
-from replay.rows import Row, rows_of
-from replay.shadow_steps import ShadowMachine
-from replay.shapes import Shape, shape_of
-from replay.steps import Machine
+from replay.lockstep import expect
+from replay.lockstep.kernel import Kernel
+from replay.lockstep.rows import Row, rows_of
+from replay.lockstep.shadow import ShadowKernel
+from replay.lockstep.shapes import Shape, shape_of
+from replay.lockstep.threads import RESPONSES, Divergence, Lockstep, Tally
 from traces.errors import Problem
 from traces.metadata import Metadata
 from traces.reader import Trace
@@ -25,6 +25,7 @@ _NEEDED: Final = {
     "tdp": ("kvm_mmu_get_page", "kvm_mmu_set_spte", "kvm_page_fault", "mmu_load", "mmu_free_roots", "root_put"),
     "shadow": ("kvm_mmu_get_page", "kvm_mmu_set_spte", "kvm_page_fault", "mmu_load", "mmu_free_roots"),
 }
+_ZAPS: Final = ("kvm_tdp_mmu_spte_changed", "kvm_mmu_prepare_zap_page", "zap_root_begin", "zap_root_end")
 _AXES: Final = {"preserve-inline": PRESERVE}  # the recorder's names, where they are not the axes' own
 _PROGRESS: Final = 1 << 17  # rows
 
@@ -103,7 +104,8 @@ def validate(path: Path, policy: str = "") -> Report:
         what = f"kernel {meta.kernel or 'unknown'}, root policy {policy or 'unknown'}"
         raise Problem(f"{path}: cannot be validated: {what}; record it with `kvmtrace record` on 5.10 or later")
     unseen = _unseen(meta)
-    lacking = [kind for kind in _NEEDED[axes.mmu] if kind in unseen]
+    needed = (*_NEEDED[axes.mmu], *(_ZAPS if axes.mmu == "tdp" and shape.changes else ()))
+    lacking = [kind for kind in needed if kind in unseen]
     if lacking:
         why = unseen[lacking[0]] or "its probe did not attach"
         raise Problem(f"{path}: cannot be validated: {', '.join(lacking)} not recorded ({why})")
@@ -123,7 +125,7 @@ def axes_of(policy: str, shape: Shape | None) -> Axes | None:
     return _AXES.get(policy) or NAMED.get(policy)
 
 
-def machine_of(meta: Metadata, axes: Axes, shape: Shape) -> Machine:
+def machine_of(meta: Metadata, axes: Axes, shape: Shape) -> Kernel:
     """An empty machine for one VM of a recording."""
     layout = meta.raw["layout"]
     role, spte = layout["role"], layout["spte"]
@@ -131,7 +133,7 @@ def machine_of(meta: Metadata, axes: Axes, shape: Shape) -> Machine:
     if shape.guest_bits:
         nx = role.get("nxe") or role["efer_nx"]
         guest = {"wp_bit": 1 << role["cr0_wp"][0], "nx_bit": 1 << nx[0]}
-    return (ShadowMachine if axes.mmu == "shadow" else Machine)(
+    return (ShadowKernel if axes.mmu == "shadow" else Kernel)(
         axes=axes,
         shape=shape,
         vendor=meta.raw["host"].get("vendor", ""),

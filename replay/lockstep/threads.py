@@ -11,10 +11,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
-from replay.expect import Activity, Expect
+from replay.lockstep.expect import Activity, Expect
+from replay.lockstep.kernel import Kernel
+from replay.lockstep.rows import Row
+from replay.lockstep.state import Slot
 from replay.model import CURRENT, Vcpu
-from replay.rows import Row
-from replay.steps import Machine, Slot
 
 # What the kernel does in response, and the model therefore foretells.
 RESPONSES: Final = (
@@ -76,7 +77,7 @@ class _Thread:
 class Lockstep:
     """One VM."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Kernel) -> None:
         self.machine = machine
         self.tallies: dict[str, Tally] = {}
         self.first: Divergence | None = None

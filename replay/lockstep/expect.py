@@ -6,8 +6,8 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
 
-from replay.rows import Row
-from replay.shapes import PRESENT, pfn, same_leaf
+from replay.lockstep.rows import Row
+from replay.lockstep.shapes import PRESENT, pfn, same_leaf
 
 
 @dataclass(frozen=True)

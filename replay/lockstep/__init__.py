@@ -1,0 +1,1 @@
+"""A recording and the model in lock-step: what `kvmtrace validate` does."""
