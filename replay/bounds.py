@@ -1,0 +1,98 @@
+"""From the two ends of what a trace leaves open to what is said of it: one number, an interval, or one with a name.
+
+An assumption about the working set makes one number of the interval of re-faults, and of nothing else: `recent:K` that
+each root built anew is needed for the K pages last mapped in it, `accessed` that of its pages the share is needed which
+the recording shows to have been accessed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from replay.plan import Refault
+from replay.run import Outcome
+from traces.errors import Problem
+from traces.reader import Trace
+
+_ASSUMED = ("faults", "refaults")
+_LARGE = np.uint64(1 << 7)
+_PRESENT = np.uint64(1 << 11)
+
+
+@dataclass(frozen=True)
+class Count:
+    """A count that lies between `low` and `high`; `assumed` is the one number under the assumption, if there is one."""
+
+    low: int
+    high: int
+    assumed: int | None = None
+
+    @property
+    def text(self) -> str:
+        """For people: the number, or `low .. high`."""
+        if self.assumed is not None:
+            return f"{self.assumed:,}"
+        return f"{self.low:,}" if self.low == self.high else f"{self.low:,} .. {self.high:,}"
+
+    @property
+    def value(self) -> int | list[int]:
+        """For programs: the number, or [low, high]."""
+        if self.assumed is not None:
+            return self.assumed
+        return self.low if self.low == self.high else [self.low, self.high]
+
+    def __contains__(self, number: int) -> bool:
+        return self.low <= number <= self.high
+
+
+def counts(outcomes: list[Outcome], refault: Refault, share: float = 0.0) -> dict[str, Count]:
+    """The counts of one policy: `outcomes` are its runs of one VM, or of all. `share` is what `accessed` goes by."""
+    sums: dict[str, dict[str, int]] = {}
+    for outcome in outcomes:
+        ends = sums.setdefault(outcome.run.bound, {})
+        for name, value in outcome.counts().items():
+            # VMs do not peak at one time, but there is never more than this.
+            ends[name] = ends.get(name, 0) + value
+    low, high = (sums.get(bound) or next(iter(sums.values())) for bound in ("low", "high"))
+    found = {name: Count(min(low[name], high[name]), max(low[name], high[name])) for name in low}
+    for name in _ASSUMED:
+        count = found[name]
+        if refault.name == "recent" and len(sums) > 1:
+            revived = [part for outcome in outcomes for part in outcome.revived]
+            more = sum(int(np.minimum(part, refault.pages).sum()) for part in revived)
+            found[name] = Count(count.low, count.high, min(count.low + more, count.high))
+        elif refault.name == "accessed" and len(sums) > 1:
+            found[name] = Count(count.low, count.high, count.low + round(share * (count.high - count.low)))
+    return found
+
+
+def accessed_share(trace: Trace, intel: bool) -> float:
+    """Of the leaves that went after the host had begun to age pages, the share with the accessed bit set.
+
+    Raises Problem where a trace has no such rows: an accessed bit that nothing ever cleared says nothing.
+    """
+    bit = np.uint64(1 << 8 if intel else 1 << 5)
+    aged, accessed, removed = set[int](), 0, 0
+    wanted = ("kvm_age_hva", "kvm_tdp_mmu_spte_changed")
+    if all(trace.metadata.kinds.get(kind) for kind in wanted):
+        for batch in trace.batches(["vm", "kind", "level", "old", "new"]):
+            kind = np.array(batch.column("kind").to_pylist(), object)
+            vm = batch.column("vm").fill_null(-1).to_numpy()
+            old, new = batch.column("old").to_numpy(), batch.column("new").to_numpy()
+            leaf = (batch.column("level").to_numpy() == 1) | (old & _LARGE != 0)
+            begins = np.flatnonzero(kind == wanted[0])
+            since = np.isin(vm, list(aged))
+            for row in begins.tolist():
+                since[row:] |= vm[row:] == vm[row]
+            aged |= set(vm[begins].tolist())
+            gone = since & (kind == wanted[1]) & leaf & (old & _PRESENT != 0) & (new & _PRESENT == 0)
+            removed += int(gone.sum())
+            accessed += int((old[gone] & bit != 0).sum())
+    if not removed:
+        raise Problem(
+            f"{trace.path}: --refault accessed: no leaf was removed after the host had aged pages, "
+            "so that nothing says which were accessed: use none, all or recent:PAGES"
+        )
+    return accessed / removed

@@ -1,0 +1,100 @@
+"""Triggers: what makes a vCPU give up its roots, as a recording shows it and before a kernel version decides.
+
+Which of them unload is a property of the kernel replayed (`kernels`), and so is which change the role word.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Final
+
+from replay.ops import Cause
+
+
+class Trigger(IntEnum):
+    """Why roots may be unloaded. The last four are what recordings leave open: see `OPEN`."""
+
+    SMI = 0
+    RSM = 1
+    CR0_WP = 2  # CR0.WP alone
+    CR0 = 3  # CR0.PG
+    CR4 = 4  # a role bit: PSE, PAE, LA57, SMEP, SMAP, PKE
+    CR4_PGE = 5
+    CR4_PCIDE = 6  # 1 to 0
+    EFER = 7
+    SREGS = 8
+    CPUID = 9
+    INVPCID = 10  # of all contexts
+    EXIT = 11  # a reset between exit and entry that nothing recorded explains
+    OTHER = 12
+    CR0_SILENT = 13  # CR0 was written, its value not recorded, and nothing was reset: CR0.WP, or nothing
+    CR4_SILENT = 14  # the same of CR4: PGE or PCIDE, or nothing
+    CR0_RESET = 15  # CR0 was written, its value not recorded, and it was reset where WP alone does: WP, or PG
+    CR4_RESET = 16  # the same of CR4: PGE, or a role bit
+
+
+CAUSES: Final = {
+    Trigger.SMI: Cause.SMI,
+    Trigger.RSM: Cause.RSM,
+    Trigger.CR0_WP: Cause.CR0_WP,
+    Trigger.CR0: Cause.CR0,
+    Trigger.CR4: Cause.CR4,
+    Trigger.CR4_PGE: Cause.CR4,
+    Trigger.CR4_PCIDE: Cause.CR4,
+    Trigger.EFER: Cause.EFER,
+    Trigger.SREGS: Cause.SREGS,
+    Trigger.CPUID: Cause.CPUID,
+    Trigger.INVPCID: Cause.OTHER,
+    Trigger.EXIT: Cause.EXIT,
+    Trigger.OTHER: Cause.OTHER,
+    Trigger.CR0_SILENT: Cause.CR0_WP,
+    Trigger.CR4_SILENT: Cause.CR4,
+    Trigger.CR0_RESET: Cause.CR0,
+    Trigger.CR4_RESET: Cause.CR4,
+}
+
+# A trigger that is open -> what it is in the case that unloads least (None: nothing), and in the one that unloads most.
+OPEN: Final[dict[Trigger, tuple[Trigger | None, Trigger]]] = {
+    Trigger.CR0_SILENT: (None, Trigger.CR0_WP),
+    Trigger.CR4_SILENT: (None, Trigger.CR4_PGE),
+    Trigger.CR0_RESET: (Trigger.CR0_WP, Trigger.CR0),
+    Trigger.CR4_RESET: (Trigger.CR4_PGE, Trigger.CR4),
+}
+# Every kernel unloads for these.
+ALWAYS: Final = frozenset({
+    Trigger.SMI,
+    Trigger.RSM,
+    Trigger.CR0,
+    Trigger.CR4,
+    Trigger.EFER,
+    Trigger.SREGS,
+    Trigger.CPUID,
+    Trigger.EXIT,
+    Trigger.OTHER,
+})  # fmt: skip
+
+# Bits of the control registers.
+CR0_WP: Final = 1 << 16
+CR0_PG: Final = 1 << 31
+CR4_PGE: Final = 1 << 7
+CR4_PCIDE: Final = 1 << 17
+CR4_ROLE: Final = 1 << 4 | 1 << 5 | 1 << 12 | 1 << 20 | 1 << 21 | 1 << 22  # PSE PAE LA57 SMEP SMAP PKE
+EFER_MSR: Final = 0xC0000080
+EFER_NX: Final = 1 << 11
+
+# Exits, by vendor: SVM exit codes, VMX basic reasons.
+SVM_CR0: Final = (0x10, 0x65)
+SVM_CR4: Final = 0x14
+SVM_UD: Final = 0x46
+SVM_RSM: Final = 0x73
+SVM_MSR: Final = 0x7C
+SVM_INVPCID: Final = 0xA2
+VMX_EXCEPTION: Final = 0
+VMX_RSM: Final = 17
+VMX_CR: Final = 28
+VMX_WRMSR: Final = 32
+VMX_INVPCID: Final = 58
+
+# ioctls, type and number.
+SET_SREGS: Final = (0xAE84, 0xAECD)
+SET_CPUID2: Final = 0xAE90

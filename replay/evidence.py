@@ -1,0 +1,94 @@
+"""What a trace can show: the recorded kernel, the kinds observed, and what is missing for a replay, by line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from replay import kernels
+from traces.errors import Problem
+from traces.reader import Trace
+
+_NEEDED: Final = {
+    "kvm_mmu_set_spte": "leaf installs",
+    "kvm_page_fault": "page faults",
+    "kvm_entry": "guest entries",
+    "kvm_exit": "guest exits",
+}
+# Kind -> what is then not in the result.
+_WANTED: Final = {
+    "kvm_smm_transition": "SMIs are not recorded: unloads for them are missing",
+    "mmu_reset": "resets are not recorded: unloads are those of SMIs, and of registers whose values are known",
+    "memslot": "memslot changes are not recorded",
+    "kvm_mmu_zap_all_fast": "invalidations are not recorded",
+    "vm_destroy": "the end of VMs is not recorded: their last roots are not freed",
+}
+_OFF: Final = ("N", "0")
+
+
+class Evidence:
+    """A trace that can be replayed; Problem (bad input) where it cannot."""
+
+    def __init__(self, trace: Trace) -> None:
+        meta = trace.metadata
+        path = trace.path
+        if not meta.events or not meta.vms:
+            raise Problem(f"{path}: there is {'no event' if not meta.events else 'no VM'} in it: nothing to replay")
+        try:
+            self.kernel, self.own = kernels.recorded(meta)
+        except Problem as problem:
+            raise Problem(f"{path}: {problem}") from None
+        if any(
+            self._parameter(trace, module, name) in _OFF for module, name in (("kvm_amd", "npt"), ("kvm_intel", "ept"))
+        ):
+            raise Problem(
+                f"{path}: nested paging was off: roots then follow the guest's page tables, which replay has not"
+            )
+        self.trace = trace
+        known = {str(probe.get("kind")) for probe in meta.probes if probe.get("how") != "none"}
+        self.kinds = frozenset(known | {kind for kind, rows in meta.kinds.items() if rows})
+        lacking = [what for kind, what in _NEEDED.items() if kind not in self.kinds]
+        if lacking:
+            raise Problem(f"{path}: {', '.join(lacking)} are not recorded (--events mmu has them): nothing to replay")
+        host = meta.raw.get("host")
+        self.intel = isinstance(host, dict) and host.get("vendor") == "GenuineIntel"
+        self.shadow = self.own.mmu == "shadow"
+        # 5.10 shows neither notifiers nor SPTE changes: what the host took away can only be inferred.
+        self.infers = "kvm_unmap_hva_range" not in self.kinds
+        self.missing = tuple(self._missing(trace))
+
+    def has(self, kind: str) -> bool:
+        """Whether a kind was observed."""
+        return kind in self.kinds
+
+    def of_vm(self, vm: Mapping[str, Any]) -> list[str]:
+        """What is missing of one VM."""
+        lines = []
+        if vm.get("origin") != "created":
+            lines.append(f"VM {vm['id']} was running before: what it had mapped then is not known")
+        if vm.get("slots_omitted"):
+            lines.append(f"VM {vm['id']}: {vm['slots_omitted']:,} memslot entries are not in the metadata")
+        if vm.get("until") is None:
+            lines.append(f"VM {vm['id']} was still running at the end: its last roots are not freed")
+        return lines
+
+    def _missing(self, trace: Trace) -> list[str]:
+        meta = trace.metadata
+        lines = [line for line in meta.discrepancies if line]
+        if meta.lost:
+            lines.append(f"{meta.lost:,} events were lost in {meta.gap_count:,} gaps")
+        if not meta.complete and not lines:
+            lines.append("the recording is not complete")
+        cut = meta.raw.get("cut")
+        if isinstance(cut, dict) and cut.get("rows_missing"):
+            lines.append(f"{cut['rows_missing']:,} rows are missing: segments were damaged")
+        missed = meta.raw.get("missed")
+        if isinstance(missed, dict) and (skipped := sum(runs for runs in missed.values() if isinstance(runs, int))):
+            lines.append(f"the kernel skipped {skipped:,} runs of probes: events nobody saw")
+        return lines + [line for kind, line in _WANTED.items() if kind not in self.kinds]
+
+    @staticmethod
+    def _parameter(trace: Trace, module: str, name: str) -> str:
+        modules = trace.metadata.raw.get("modules")
+        values = modules.get(module) if isinstance(modules, dict) else None
+        return str(values.get(name, "")) if isinstance(values, dict) else ""

@@ -1,0 +1,179 @@
+"""Which policies a replay runs, on which kernel's triggers, and what of the answer the trace leaves open.
+
+From a recording whose kernel frees roots, another policy's outcome follows: what the guest touched again is recorded.
+From one that keeps roots it does not, for touches of pages that were mapped are silent: the outcome lies between no
+page touched again and every one. Both ends are replays too (`axes.revive`, `lower.Case`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Final
+
+from replay import kernels
+from replay.axes import Axes
+from replay.causes import OPEN, Trigger
+from replay.evidence import Evidence
+from replay.kernels import Kernel
+from replay.lower import Case
+from replay.policies import Policy
+from traces.errors import Problem
+
+GROUP: Final = "kvmtrace.policies"
+DEFAULT: Final = ("preserve", "async")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One replay: `bound` is exact, low or high."""
+
+    bound: str
+    revive: bool
+    case: Case
+
+
+@dataclass(frozen=True)
+class Target:
+    """A policy to replay. `policy` is a user's own, a kernel's otherwise.
+
+    `open` says what such a trace leaves open; `writes` are the triggers for which that is only so if there are any.
+    """
+
+    name: str
+    kernel: Kernel
+    axes: Axes
+    policy: type[Policy] | None
+    recorded: bool
+    open: tuple[str, ...]
+    runs: tuple[Run, ...]
+    writes: frozenset[Trigger] = frozenset()
+
+
+@dataclass(frozen=True)
+class Refault:
+    """The working-set assumption: none, all, accessed, or recent with `pages`; empty: the interval is given."""
+
+    name: str = ""
+    pages: int = 0
+
+    @property
+    def text(self) -> str:
+        """As it is written on the command line."""
+        return f"{self.name}:{self.pages}" if self.name == "recent" else self.name
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a replay is to do."""
+
+    evidence: Evidence
+    targets: tuple[Target, ...]
+    refault: Refault = field(default_factory=Refault)
+
+
+def refault(text: str) -> Refault:
+    """What --refault says; a Problem if it is none of what there is."""
+    if text in ("", "none", "all", "accessed"):
+        return Refault(text)
+    match = re.fullmatch(r"recent:(\d+)", text)
+    if match is None:
+        raise Problem(f"--refault {text}: give none, all, accessed or recent:PAGES")
+    return Refault("recent", int(match[1]))
+
+
+def make(evidence: Evidence, names: Sequence[str], version: str = "", assumed: Refault | None = None) -> Plan:
+    """The plan for these policies (none: the recorded kernel's own, preserve and async), on a kernel's triggers."""
+    kernel = kernels.at(version) if version else evidence.kernel
+    own = evidence.own.name
+    wanted = list(names) or ([kernel.axes.name] if version else [own, *(name for name in DEFAULT if name != own)])
+    assumed = assumed or Refault()
+    targets = tuple(_target(evidence, name, kernel, bool(version), assumed) for name in dict.fromkeys(wanted))
+    return Plan(evidence, targets, assumed)
+
+
+def _target(evidence: Evidence, name: str, kernel: Kernel, other: bool, assumed: Refault) -> Target:
+    policy = _own_policy(name)
+    axes = policy.axes if policy else kernel.policy(name)
+    label = policy.name or policy.__name__ if policy else name
+    recorded = policy is None and not other and name == evidence.own.name
+    if recorded:
+        return Target(label, kernel, evidence.own, None, True, (), (Run("exact", False, Case()),))
+    keeps = evidence.own.own_reference or evidence.shadow
+    revive = keeps and not (axes.own_reference or axes.mmu == "shadow")
+    hidden = evidence.shadow and axes.mmu == "tdp"
+    writes = frozenset(
+        trigger
+        for trigger in _may_show(evidence.kernel)
+        if (OPEN[trigger][0] in kernel.unloads) != (OPEN[trigger][1] in kernel.unloads)
+    )
+    most = bool(writes)
+    open_ = [
+        *(["the recorded kernel kept its roots: what the guest touched again is not in the trace"] if revive else []),
+        *(["the shadow MMU prefetched: which of those pages the guest needed is not in the trace"] if hidden else []),
+    ]
+    low = Run("low", False, Case())
+    revive = revive or (most and not axes.own_reference and axes.mmu == "tdp")
+    merged = revive and kernel.layout.guest_bits and not evidence.kernel.layout.guest_bits
+    high = Run("high", revive, Case(most, hidden, merged))
+    if not (open_ or most):
+        runs: tuple[Run, ...] = (replace(low, bound="exact"),)
+    elif assumed.name in ("none", "all"):
+        runs = (low,) if assumed.name == "none" else (high,)
+    else:
+        runs = (low, high)
+    return Target(label, kernel, axes, policy, False, tuple(open_), runs, writes)
+
+
+def _may_show(kernel: Kernel) -> tuple[Trigger, Trigger]:
+    """The open triggers that a recording of a kernel can have: resets where it unloads for all, silence elsewhere."""
+    return (
+        Trigger.CR0_RESET if Trigger.CR0_WP in kernel.unloads else Trigger.CR0_SILENT,
+        Trigger.CR4_RESET if Trigger.CR4_PGE in kernel.unloads else Trigger.CR4_SILENT,
+    )
+
+
+def _own_policy(name: str) -> type[Policy] | None:
+    """A user's policy, by path or entry point; None for a name of a kernel's."""
+    if name.endswith(".py") or "/" in name:
+        return _from_file(Path(name))
+    found = [entry for entry in entry_points(group=GROUP) if entry.name == name]
+    if not found:
+        return None
+    try:
+        policy = found[0].load()
+    except Exception as error:
+        raise Problem(f"--policy {name}: entry point {found[0].value} does not load: {_one_line(error)}") from None
+    if not (isinstance(policy, type) and issubclass(policy, Policy)):
+        raise Problem(f"--policy {name}: entry point {found[0].value} is no subclass of replay.policies.Policy")
+    return policy
+
+
+def _from_file(path: Path) -> type[Policy]:
+    if not path.is_file():
+        raise Problem(f"--policy {path}: there is no such file")
+    spec = importlib.util.spec_from_file_location(f"kvmtrace_policy_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise Problem(f"--policy {path}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise Problem(f"--policy {path}: does not load: {_one_line(error)}") from None
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Policy) and value.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        what = "has no subclass" if not found else f"has {len(found)} subclasses"
+        raise Problem(f"--policy {path}: {what} of replay.policies.Policy: it must have one")
+    return found[0]
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

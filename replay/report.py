@@ -1,0 +1,142 @@
+"""What `kvmtrace replay` prints: one table a VM, or the same as a JSON document."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections import Counter
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from replay import bounds
+from replay.bounds import Count
+from replay.plan import Target
+from replay.result import OF_VCPU
+from replay.run import Outcome, Replayed, document, left_open
+from traces.text import printable
+
+WIDTH: Final = 140
+_COLUMNS: Final = (
+    ("creations", "roots"),
+    ("reuses", "reused"),
+    ("frees", "freed"),
+    ("faults", "faults"),
+    ("refaults", "re-faults"),
+    ("hits", "hits"),
+    ("tables_built", "tables"),
+    ("zapped", "SPTEs zapped"),
+    ("flushes", "flushes"),
+    ("roots_peak", "roots alive"),
+    ("tables_peak", "tables alive"),
+)
+_VMS_SHOWN: Final = 8
+
+
+def facts(replayed: Replayed, share: float = 0.0) -> dict[str, Any]:
+    """The document of `--json`. A count is a number, or [low, high] where the trace leaves it open."""
+    plan = replayed.plan
+    return {
+        **document(replayed),
+        "vms": [
+            {
+                "vm": vm,
+                "policies": [
+                    {"policy": target.name, **_of_policy(of_target, replayed, share)}
+                    for target in plan.targets
+                    if (of_target := _of(replayed, target, vm))
+                ],
+            }
+            for vm in _vms(replayed)
+        ],
+    }
+
+
+def _of_policy(outcomes: list[Outcome], replayed: Replayed, share: float) -> dict[str, Any]:
+    counts = bounds.counts(outcomes, replayed.plan.refault, share)
+    ends = {"low": outcomes[0], "high": outcomes[-1]}
+    return {
+        **{name: count.value for name, count in counts.items()},
+        "frees_by_cause": _merged(ends["low"].frees, ends["high"].frees),
+        "roots_by_role": _merged(*({f"{word:#x}": n for word, n in end.roles.items()} for end in ends.values())),
+        "vcpus": [_of_vcpu(outcomes, index, vcpu) for index, vcpu in enumerate(outcomes[0].vcpu_ids)],
+    }
+
+
+def _of_vcpu(outcomes: list[Outcome], index: int, vcpu: int) -> dict[str, Any]:
+    row: dict[str, Any] = {"vcpu": vcpu}
+    for name in OF_VCPU:
+        ends = [int(getattr(outcome.vcpus, name)[index]) for outcome in (outcomes[0], outcomes[-1])]
+        row[name] = Count(min(ends), max(ends)).value
+    row["stuck_at"] = outcomes[-1].stuck[index]
+    return row
+
+
+def _merged(low: Any, high: Any) -> dict[str, int | list[int]]:
+    names = sorted({*low, *high})
+    return {name: Count(*sorted((low.get(name, 0), high.get(name, 0)))).value for name in names}
+
+
+def _vms(replayed: Replayed) -> list[int]:
+    return list(dict.fromkeys(outcome.vm for outcome in replayed.outcomes))
+
+
+def _of(replayed: Replayed, target: Target, vm: int) -> list[Outcome]:
+    return [outcome for outcome in replayed.outcomes if outcome.target is target and outcome.vm == vm]
+
+
+def render(replayed: Replayed, share: float = 0.0) -> str:
+    """The same for people; plain text where standard output is no terminal."""
+    terminal = sys.stdout.isatty()
+    output = io.StringIO()
+    console = Console(
+        file=output, force_terminal=terminal, no_color=not terminal, width=None if terminal else WIDTH, highlight=False
+    )
+    plan = replayed.plan
+    meta = plan.evidence.trace.metadata
+    console.print(Text(printable(f"{plan.evidence.trace.path}: kernel {meta.kernel}, {meta.policy} roots")))
+    vms = _vms(replayed)
+    for vm in vms[:_VMS_SHOWN]:
+        console.print(_table(replayed, vm, share))
+    if len(vms) > _VMS_SHOWN:
+        console.print(Text(f"{len(vms) - _VMS_SHOWN} VMs more: see --json, or -o"))
+    for line in _remarks(replayed):
+        console.print(line, soft_wrap=True)
+    return "\n".join(line.rstrip() for line in output.getvalue().splitlines()) + "\n"
+
+
+def _table(replayed: Replayed, vm: int, share: float) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", title_justify="left")
+    table.add_column(f"VM {vm}")
+    for _, title in _COLUMNS:
+        table.add_column(title, justify="right")
+    table.add_column("freed by")
+    for target in replayed.plan.targets:
+        outcomes = _of(replayed, target, vm)
+        counts = bounds.counts(outcomes, replayed.plan.refault, share)
+        name = target.name + (" (recorded)" if target.recorded else "")
+        frees: Counter[str] = outcomes[-1].frees
+        why = ", ".join(f"{cause} {count:,}" for cause, count in frees.most_common(3))
+        table.add_row(Text(printable(name)), *(counts[column].text for column, _ in _COLUMNS), why)
+    return table
+
+
+def _remarks(replayed: Replayed) -> list[Text]:
+    plan = replayed.plan
+    lines: list[Text] = []
+    for target in plan.targets:
+        for why in left_open(replayed, target):
+            given = f"assumed: --refault {plan.refault.text}" if plan.refault.name else "least .. most"
+            lines.append(Text(f"{printable(target.name)}: {why} ({given})"))
+        for outcome in replayed.outcomes:
+            for index, seq in enumerate(outcome.stuck):
+                if outcome.target is target and seq is not None:
+                    where = f"VM {outcome.vm}, vCPU {outcome.vcpu_ids[index]}"
+                    lines.append(Text(f"{printable(target.name)}: {where} makes no progress from row {seq:,} on"))
+    if inferred := replayed.notes.get("inferred removals"):
+        lines.append(Text(f"{inferred:,} removals by the host are inferred: this kernel has no event for them"))
+    lines += [Text(f"incomplete: {printable(line)}", style="bold red") for line in replayed.missing]
+    lines += [Text(f"broken: {printable(line)}", style="bold red") for line in replayed.broken]
+    return lines

@@ -1,0 +1,156 @@
+"""The result of a replay as a Parquet file of its own; RESULT.md beside this file says what a reader may rely on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from replay.model import Counters, Happened
+from replay.ops import Block, Cause, Word
+from replay.pools import RootLog, Vcpus
+from traces.errors import Problem
+
+KEY: Final = b"kvmtrace.result"
+FORMAT: Final = {"major": 1, "minor": 0}
+_NAMES: Final = pa.dictionary(pa.int8(), pa.string())
+_LABELS: Final = pa.dictionary(pa.int16(), pa.string())
+_EVENTS: Final = pa.array([event.name.lower() for event in Happened])
+_CAUSES: Final = pa.array([cause.name.lower() for cause in Cause])
+
+# Columns that count: of a vCPU, and of a VM (where those of its vCPUs are summed).
+OF_VCPU: Final = tuple(field.name for field in fields(Vcpus) if field.name != "stuck")
+OF_VM: Final = tuple({"tables": "tables_built"}.get(field.name, field.name) for field in fields(Counters))
+_LOGGED: Final = ("root", "leaves", "tables", "roots_alive", "tables_alive")
+
+SCHEMA: Final = pa.schema([
+    pa.field("row", _NAMES, nullable=False),
+    pa.field("policy", _LABELS, nullable=False),
+    pa.field("bound", _NAMES, nullable=False),
+    pa.field("vm", pa.int32(), nullable=False),
+    pa.field("vcpu", pa.int16()),
+    pa.field("seq", pa.int64()),
+    pa.field("time", pa.int64()),
+    pa.field("event", _NAMES),
+    pa.field("cause", _NAMES),
+    pa.field("role", pa.uint32()),
+    *(pa.field(name, pa.int64()) for name in (*_LOGGED, *OF_VCPU, *OF_VM, "roots_peak", "tables_peak")),
+])  # fmt: skip
+
+
+def vm_counts(counters: Counters) -> dict[str, int]:
+    """A VM's counters by their names in the result."""
+    return {{"tables": "tables_built"}.get(name, name): int(value) for name, value in vars(counters).items()}
+
+
+class Writer:
+    """Writes a result row group by row group; the file appears under its name when all of it is written."""
+
+    def __init__(self, path: Path, policies: list[str]) -> None:
+        self._path = path
+        self._part = path.with_name(path.name + ".part")
+        self._policies = pa.array(policies)
+        try:
+            self._file = pq.ParquetWriter(self._part, SCHEMA, compression="zstd")
+        except OSError as error:
+            raise Problem(f"{path}: cannot be written: {error.strerror or error}") from None
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with contextlib.suppress(pa.ArrowException, OSError):
+            self._file.close()
+        self._part.unlink(missing_ok=True)
+
+    def log(
+        self,
+        policy: int,
+        bound: str,
+        vm: int,
+        words: list[Word],
+        ids: list[int],
+        log: RootLog,
+        block: Block,
+        first: int,
+    ) -> None:
+        """Rows of kind `root`: a block's part of a root log. `ids` are the vCPUs' recorded ids."""
+        if not len(log):
+            return
+        at = log.at - first
+        vcpu = np.array([*ids, 0], np.int16)[log.vcpu]
+        roles = np.array([word.word for word in words], np.uint32)
+        self._write("root", policy, bound, vm, len(log), {
+            "vcpu": pa.array(vcpu, mask=log.vcpu < 0),
+            "seq": block.seq[at],
+            "time": block.time[at],
+            "event": _coded(log.event, _EVENTS),
+            "cause": _coded(log.cause, _CAUSES),
+            "role": roles[log.word],
+            **{name: getattr(log, name) for name in _LOGGED},
+        })  # fmt: skip
+
+    def counts(
+        self,
+        policy: int,
+        bound: str,
+        vm: int,
+        ids: list[int],
+        vcpus: Vcpus,
+        whole: dict[str, int],
+        stuck: list[int | None],
+    ) -> None:
+        """Rows of kind `vcpu`, one each, and one of kind `vm`. `stuck`: the rows (seq) where vCPUs came to a stop."""
+        own = {name: getattr(vcpus, name) for name in OF_VCPU}
+        self._write("vcpu", policy, bound, vm, len(ids), {
+            "vcpu": np.array(ids, np.int16), "seq": pa.array(stuck, pa.int64()), **own
+        })  # fmt: skip
+        sums = {name: np.array([values.sum()]) for name, values in own.items()}
+        self._write("vm", policy, bound, vm, 1, {**sums, **{name: np.array([n]) for name, n in whole.items()}})
+
+    def close(self, metadata: dict[str, Any]) -> None:
+        """Finish the file, with what it says of itself."""
+        self._file.add_key_value_metadata({KEY: json.dumps({"format": FORMAT, **metadata}).encode()})
+        self._file.close()
+        self._part.replace(self._path)
+
+    def _write(self, row: str, policy: int, bound: str, vm: int, count: int, columns: dict[str, Any]) -> None:
+        arrays = []
+        for field in SCHEMA:
+            if field.name == "policy":
+                arrays.append(pa.DictionaryArray.from_arrays(np.full(count, policy, np.int16), self._policies))
+            elif field.name in ("row", "bound"):
+                text = row if field.name == "row" else bound
+                arrays.append(pa.DictionaryArray.from_arrays(np.zeros(count, np.int8), pa.array([text])))
+            elif field.name == "vm":
+                arrays.append(pa.array(np.full(count, vm, np.int32)))
+            elif field.name in columns:
+                column = columns[field.name]
+                coded = isinstance(column, pa.DictionaryArray)
+                arrays.append(column if coded else pa.array(column).cast(field.type))
+            else:
+                arrays.append(pa.nulls(count, field.type))
+        self._file.write_batch(pa.record_batch(arrays, schema=SCHEMA))
+
+
+def _coded(values: Any, names: pa.Array) -> pa.DictionaryArray:
+    return pa.DictionaryArray.from_arrays(values.astype(np.int8), names)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What a result says of itself; a Problem if the file is none."""
+    try:
+        pairs = pq.read_schema(path).metadata or {}
+        document: dict[str, Any] = json.loads(pairs[KEY])
+    except (pa.ArrowException, OSError, ValueError, KeyError):
+        raise Problem(f"{path}: not the result of a replay") from None
+    return document

@@ -1,0 +1,159 @@
+"""From a trace to each VM's stimuli, a batch at a time: decoded once, whatever number of policies replay them.
+
+Memory is a batch, a few numbers a vCPU and the memslot table; for recordings that show no removals (5.10), also what
+the recorded roots have mapped. Rules by part: `touches`, `controls`, `registers`, `host`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from replay import stream
+from replay.controls import Controls
+from replay.evidence import Evidence
+from replay.host import Host
+from replay.lookback import COLUMNS, Rows
+from replay.ops import RESETS, Op, Ranges
+from replay.slots import Slots
+from replay.stream import TRIGGER, Out, Stimuli
+from replay.touches import Touches
+from traces.errors import Problem
+from traces.reader import BATCH_ROWS
+
+_IDS: Final = 1 << 15  # vCPU ids are int16 in a trace
+
+
+class VmStimuli:
+    """One VM of a trace. Iterate once; `vcpus` gives the recorded id of each of its dense numbers.
+
+    `notes` counts, after the iteration, what had to be inferred or left open. `groups`: see `touches`.
+    """
+
+    def __init__(
+        self, evidence: Evidence, vm: Mapping[str, Any], *, groups: bool = True, size: int = BATCH_ROWS
+    ) -> None:
+        self.id = int(vm["id"])
+        self.vcpus = sorted({int(vcpu["id"]) for vcpu in vm["vcpus"]})
+        if self.vcpus and self.vcpus[-1] >= _IDS:
+            raise Problem(f"{evidence.trace.path}: VM {self.id} has a vCPU {self.vcpus[-1]}, which no row can name")
+        self._evidence = evidence
+        self._size = size
+        # The last place is that of index -1: no vCPU.
+        self._numbers = np.full(_IDS + 1, -1, np.int32)
+        self._numbers[self.vcpus] = np.arange(len(self.vcpus))
+        slots = Slots(vm["slots"])
+        count = max(len(self.vcpus), 1)
+        self._touches = Touches(evidence, count, slots, groups)
+        self._controls = Controls(evidence, count)
+        self._host = Host(evidence, slots)
+        self._roots = np.zeros(evidence.trace.metadata.root_count + 2, np.uint32)
+        for root in evidence.trace.metadata.uncreated_roots:
+            if root["id"] < len(self._roots):
+                self._roots[root["id"]] = root["role"]
+        self.nested = 0
+        self.ended = False
+
+    @property
+    def notes(self) -> Counter[str]:
+        """Counts by what they are of."""
+        counts = Counter({f"trigger {trigger.name}": n for trigger, n in self._controls.counts.items()})
+        counts.update({"inferred removals": self._touches.inferred, "prefetched rows": self._touches.hidden})
+        counts.update({"nested entries": self.nested})
+        return counts
+
+    def __iter__(self) -> Iterator[Stimuli]:
+        held: Stimuli | None = None
+        for batch in self._evidence.trace.batches(COLUMNS, vm=self.id, size=self._size):
+            if self.ended:
+                return
+            rows = Rows(batch, self._numbers)
+            ends = rows.of("vm_destroy")
+            if len(ends):
+                rows = rows.cut(int(ends[0]) + 1)
+                self.ended = True
+            fresh = self._decode(rows)
+            whole = fresh if held is None else _joined(held, fresh)
+            self._revise(whole)
+            # What the next batch does not explain is explained by nothing, so that no more than one is held.
+            since = None if self.ended else self._controls.pending(self._touches.last, int(rows.seq[0]))
+            held = None
+            if since is not None and (at := int(np.searchsorted(whole.seq, since))) < len(whole):
+                whole, held = _parted(whole, at)
+            if len(whole):
+                yield whole
+        if held is not None and len(held):
+            yield held
+
+    def _decode(self, rows: Rows) -> Stimuli:
+        out = Out()
+        self._name_roots(rows)
+        touched, _ = self._touches.emit(rows, out, self._roots)
+        self._controls.emit(rows, out, self._roots, touched, self._touches.last)
+        self._host.emit(rows, out)
+        self.nested += len(rows.of("kvm_nested_vmenter"))
+        return out.build(rows)
+
+    def _name_roots(self, rows: Rows) -> None:
+        """Remember each root's role word."""
+        at = rows.of("kvm_mmu_get_page", "root_get", "mmu_load")
+        root = rows.root[at]
+        fits = (root > 0) & (root < len(self._roots))
+        self._roots[root[fits]] = rows.role[at][fits]
+
+    def _revise(self, whole: Stimuli) -> None:
+        """Mark touches whose exit reset, and tell apart resets for CR0, now that what followed is known."""
+        _set_last(whole, self._controls.by_fault, whole.op & 15 <= Op.FIX, RESETS)
+        at, trigger = self._controls.explained
+        if len(at):
+            row, found = _last_of(whole, at, whole.op & 15 == TRIGGER)
+            whole.gfn[row] = whole.gfn[row] >> stream.STATE_SHIFT << stream.STATE_SHIFT | trigger[found]
+
+
+def _last_of(whole: Stimuli, seqs: NDArray[np.int64], which: NDArray[np.bool_]) -> tuple[Any, NDArray[np.bool_]]:
+    """Rows of the last of these stimuli at each seq, and for which seqs there was one."""
+    candidates = np.flatnonzero(which)
+    at = np.searchsorted(whole.seq[candidates], seqs, "right") - 1
+    found = at >= 0
+    found[found] = whole.seq[candidates[at[found]]] == seqs[found]
+    return candidates[at[found]], found
+
+
+def _set_last(whole: Stimuli, seqs: NDArray[np.int64], which: NDArray[np.bool_], bit: int) -> None:
+    if len(seqs):
+        row, _ = _last_of(whole, seqs, which)
+        whole.op[row] |= np.uint32(bit)
+
+
+def _joined(first: Stimuli, second: Stimuli) -> Stimuli:
+    """Two stretches as one."""
+    gfn = second.gfn.copy()
+    ranged = np.isin(second.op & 15, (int(Op.ZAP), int(Op.SPLIT)))
+    gfn[ranged] += len(first.ranges.rows)
+    return Stimuli(
+        np.concatenate([first.op, second.op]),
+        np.concatenate([first.gfn, gfn]),
+        np.concatenate([first.time, second.time]),
+        np.concatenate([first.seq, second.seq]),
+        Ranges(first.ranges.rows + second.ranges.rows),
+        first.plain and second.plain,
+    )
+
+
+def _parted(whole: Stimuli, at: int) -> tuple[Stimuli, Stimuli]:
+    """What is before index `at`, and the rest."""
+    first, second = (
+        Stimuli(whole.op[part], whole.gfn[part], whole.time[part], whole.seq[part], whole.ranges, whole.plain)
+        for part in (slice(None, at), slice(at, None))
+    )
+    # The rest takes only the ranges that it needs along, or they would pile up.
+    ranged = np.flatnonzero(np.isin(second.op & 15, (int(Op.ZAP), int(Op.SPLIT))))
+    second.gfn = second.gfn.copy()
+    kept = [whole.ranges.rows[i] for i in second.gfn[ranged].tolist()]
+    second.gfn[ranged] = np.arange(len(kept))
+    second.ranges = Ranges(kept)
+    return first, second

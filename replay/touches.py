@@ -1,0 +1,127 @@
+"""The touch path of decoding: which rows say that a vCPU needed a page mapped.
+
+A leaf install is a touch; on shadow-MMU recordings only that of the frame last requested, the others being prefetch
+(HIDDEN: whether the guest needed those is not known). A fault on a present leaf is a FIX.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from replay.evidence import Evidence
+from replay.inferred import Unseen
+from replay.lookback import Ints, Last, Rows
+from replay.ops import FIRST_SHIFT, LAST_SHIFT, LEVEL_SHIFT, VCPU_SHIFT, Op
+from replay.slots import Slots
+from replay.stream import HIDDEN, Out
+from traces.schema import BY_NAME
+
+_MARK: Final = BY_NAME["mark_mmio_spte"].code
+_SET: Final = BY_NAME["kvm_mmu_set_spte"].code
+_BITS: Final = 9
+_LARGE: Final = np.uint64(1 << 7)
+_SMM_SHIFT: Final = 24
+# Bits that say a leaf was there: SVM's error code (as of #PF); VMX's qualification (readable, writable, executable).
+_PRESENT_SVM: Final = np.uint64(1)
+_PRESENT_VMX: Final = np.uint64(7 << 3)
+
+
+class Touches:
+    """Of one VM. `groups`: also find out what the shadow MMU may prefetch around each touch."""
+
+    def __init__(self, evidence: Evidence, vcpus: int, slots: Slots, groups: bool) -> None:
+        self._evidence = evidence
+        self._slots = slots
+        self._groups = groups
+        self._requested = Last(vcpus, -1)
+        self._present = Last(vcpus, 0)
+        self._began = Last(vcpus, -1)
+        self._bit = _PRESENT_VMX if evidence.intel else _PRESENT_SVM
+        self._unseen = Unseen() if evidence.infers else None
+        self.last = Last(vcpus, -1)  # the row number (seq) of each vCPU's last touch
+        self.inferred = 0
+        self.hidden = 0
+
+    def emit(self, rows: Rows, out: Out, roles: NDArray[np.uint32]) -> tuple[Ints, NDArray[np.int32]]:
+        """Put touches and fixes out; returns the rows that were touches, and their vCPUs."""
+        at = rows.of_vcpu("kvm_mmu_set_spte", "mark_mmio_spte")
+        faults = rows.of_vcpu("kvm_page_fault")
+        touched = np.empty(0, np.int64)
+        if len(at):
+            touched = self._installs(rows, out, at, faults, roles)
+        if len(faults):
+            self._present.keep(rows.vcpu[faults], (rows.code[faults] & self._bit != 0).astype(np.int64))
+            self._began.keep(rows.vcpu[faults], rows.seq[faults])
+        fixed = self._fast(rows, out)
+        if len(fixed):
+            touched = np.sort(np.concatenate([touched, fixed]))
+        return touched, rows.vcpu[touched]
+
+    def _installs(self, rows: Rows, out: Out, at: Ints, faults: Ints, roles: NDArray[np.uint32]) -> Ints:
+        level = np.where(rows.kind[at] == _MARK, 1, rows.level[at]).astype(np.int64)
+        gfn = rows.gfn[at] & -(1 << _BITS * (level - 1))
+        # 5.10's TDP MMU reports one MMIO SPTE by both events.
+        marked = rows.kind[at] == _MARK
+        if marked.any():
+            twice = np.zeros(len(at), np.bool_)
+            twice[1:] = marked[:-1] & ~marked[1:] & (gfn[1:] == gfn[:-1]) & (rows.vcpu[at][1:] == rows.vcpu[at][:-1])
+            at, level, gfn = at[~twice], level[~twice], gfn[~twice]
+        vcpu = rows.vcpu[at]
+        flags = np.zeros(len(at), np.int64)
+        if self._evidence.shadow:
+            hidden = self._is_hidden(rows, at, vcpu, level, gfn)
+            self.hidden += int(hidden.sum())
+            flags |= hidden * HIDDEN
+        present = self._is_present(rows, faults, at, vcpu)
+        space = (roles[rows.root[at]] >> _SMM_SHIFT != 0).astype(np.int64)
+        op = (
+            np.where(present, int(Op.FIX), int(Op.TOUCH))
+            | level << LEVEL_SHIFT
+            | vcpu.astype(np.int64) << VCPU_SHIFT
+            | flags
+        )
+        if self._groups:
+            first, last = self._slots.groups(space, gfn, rows.time[at])
+            op |= first << FIRST_SHIFT | last << LAST_SHIFT
+        if self._unseen is not None:
+            began = self._began.before(rows.vcpu[faults], faults, rows.seq[faults], vcpu, at)
+            asks = ~present & (flags == 0)
+            gone = self._unseen.find(rows, rows.root[at].astype(np.int64), gfn, level, rows.seq[at], began, asks)
+            self.inferred += len(gone)
+            ends = gfn[gone] + (1 << _BITS * (level[gone] - 1))
+            out.ranges(at[gone], int(Op.ZAP) | space[gone] << LEVEL_SHIFT, gfn[gone], ends)
+        out.add(at, op, gfn)
+        return at
+
+    def _is_hidden(self, rows: Rows, at: Ints, vcpu: NDArray[np.int32], level: Ints, gfn: Ints) -> NDArray[np.bool_]:
+        requests = rows.of_vcpu("kvm_mmu_spte_requested")
+        asked = self._requested.before(rows.vcpu[requests], requests, rows.gfn[requests], vcpu, at)
+        self._requested.keep(rows.vcpu[requests], rows.gfn[requests])
+        other: NDArray[np.bool_] = (asked & -(1 << _BITS * (level - 1)) != gfn) & (rows.kind[at] == _SET)
+        return other
+
+    def _is_present(self, rows: Rows, faults: Ints, at: Ints, vcpu: NDArray[np.int32]) -> NDArray[np.bool_]:
+        present = rows.code[faults] & self._bit != 0
+        if not present.any() and not self._present.left.any():
+            return np.zeros(len(at), np.bool_)
+        before: NDArray[np.bool_] = (
+            self._present.before(rows.vcpu[faults], faults, present.astype(np.int64), vcpu, at) != 0
+        )
+        return before
+
+    def _fast(self, rows: Rows, out: Out) -> Ints:
+        """Faults mended without mmu_lock."""
+        at = rows.of_vcpu("fast_page_fault")
+        fixed: NDArray[np.bool_] = rows.ret[at] == self._evidence.kernel.fixed
+        at = at[fixed]
+        if len(at):
+            level = np.where((rows.old[at] | rows.new[at]) & _LARGE != 0, 2, 1)
+            gfn = (rows.addr[at] >> np.uint64(12)).astype(np.int64) & -(1 << _BITS * (level - 1))
+            vcpu = rows.vcpu[at].astype(np.int64)
+            own = gfn & 7
+            op = int(Op.FIX) | level << LEVEL_SHIFT | vcpu << VCPU_SHIFT | own << FIRST_SHIFT | own << LAST_SHIFT
+            out.add(at, op, gfn)
+        return at
