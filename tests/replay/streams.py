@@ -71,7 +71,7 @@ def _operation(choose: Any, vcpus: int, words: int, ranges: int, few: int) -> tu
     level = _LEVELS[choose(len(_LEVELS))]
     gfn = FRAMES[choose(few)]
     if kind in (Op.TOUCH, Op.FIX):
-        return pack(kind, vcpu, level, choose(8), choose(8), choose(16) == 1), gfn
+        return pack(kind, vcpu, level, choose(8), choose(8), choose(12) == 1), gfn
     if kind == Op.UNLOAD:
         return pack(kind, vcpu), choose(len(Cause))
     if kind in (Op.ROLE, Op.SWITCH):
@@ -86,7 +86,7 @@ def _operation(choose: Any, vcpus: int, words: int, ranges: int, few: int) -> tu
 @st.composite
 def streams(draw: st.DrawFn, longest: int = 60) -> Stream:
     """Short streams, drawn one by one so that a failure shrinks; or, as often, longer ones from a drawn seed."""
-    words = draw(st.lists(st.sampled_from(WORDS), min_size=1, max_size=4))
+    words = draw(st.lists(st.sampled_from(WORDS), min_size=1, max_size=6))  # six overfill the four slots
     vcpus = draw(st.integers(1, 3))
     few = draw(st.sampled_from([4, 12, len(FRAMES)]))
     bounds = st.sampled_from(BOUNDS)

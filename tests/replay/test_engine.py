@@ -130,6 +130,29 @@ def test_named_policies_on_a_longer_stream(name: str, revive: bool) -> None:
 
 
 @pytest.mark.parametrize("core", [engine.Core, PLAIN.Core])
+def test_a_stuck_vcpu_stays_stuck_whatever_happens_to_its_root(core: Any) -> None:
+    page, reset = pack(Op.TOUCH, 1, 1), pack(Op.TOUCH, level=1, resets=True)
+    later = (pack(Op.TOUCH, level=1), 0)
+    rows = [(reset, 0), (page, 1), (pack(Op.ZAP_ALL), 0), (page, 1), later, (pack(Op.INVALIDATE), 0), (page, 1), later]
+    made, vm = run(Stream(ASYNC, [Word(0)], 2, block_of([*rows, (pack(Op.END), 0), later]), Ranges()), core, [64])
+    assert_same(made, vm)
+    assert made.vcpus.stuck.tolist() == [0, -1]
+    assert made.vcpus.hits.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("core", [engine.Core, PLAIN.Core])
+@pytest.mark.parametrize("axes", [ASYNC, PRESERVE])
+def test_a_switch_evicts_the_eldest_of_four(core: Any, axes: Axes) -> None:
+    rows = [(pack(Op.ENTER), 0)]
+    for word in (1, 2, 3, 4, 2, 0, 1):
+        rows += [(pack(Op.SWITCH), word), (pack(Op.ENTER), 0), (pack(Op.TOUCH, level=1), word)]
+    words = [Word(number) for number in range(5)]
+    made, vm = run(Stream(axes, words, 1, block_of(rows), Ranges()), core, [64])
+    assert_same(made, vm)
+    assert made.counters.frees == (0 if axes is PRESERVE else 3)
+
+
+@pytest.mark.parametrize("core", [engine.Core, PLAIN.Core])
 def test_split_of_a_gigabyte_takes_up_where_memory_ended(core: Any) -> None:
     rows = [
         (pack(Op.TOUCH, level=3), 5),
@@ -163,6 +186,12 @@ def test_split_of_a_gigabyte_takes_up_where_memory_ended(core: Any) -> None:
         ([(pack(Op.UNLOAD), 14)], "cause 14"),
         ([(pack(Op.ZAP), 1)], "range 1 of 1"),
         ([(pack(Op.SPLIT), -1)], "range -1 of 1"),
+        ([(pack(Op.TOUCH, level=1), 0)] * 300 + [(pack(Op.TOUCH, 2, 1), 0)], "operation 307 (TOUCH): vCPU 2"),
+        (
+            [(pack(Op.TOUCH, level=1), 0)] * 65 + [(pack(Op.TOUCH, level=5), 0)],
+            "operation 72 (TOUCH): a leaf of level 5",
+        ),
+        ([(pack(Op.TOUCH, level=1), 0)] * 63 + [(pack(Op.TOUCH), 0), (pack(Op.ENTER), 0)], "operation 70"),
         ([(pack(Op.ENTER), 0)] * 100 + [(12, 0)], "operation 107: there is no operation 12"),
     ],
 )
