@@ -53,6 +53,11 @@ class Target:
     runs: tuple[Run, ...]
     writes: frozenset[Trigger] = frozenset()
 
+    @property
+    def merged(self) -> bool:
+        """Whether its ends are of different role words (`lower.Case`)."""
+        return any(run.case.merged for run in self.runs)
+
 
 @dataclass(frozen=True)
 class Refault:

@@ -1,0 +1,1 @@
+"""Root policies that no kernel has, as examples of what a file for `kvmtrace replay --policy` looks like."""

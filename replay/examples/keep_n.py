@@ -1,0 +1,20 @@
+"""Keep at most N roots that no vCPU uses; of more, the least recently used is freed."""
+
+from __future__ import annotations
+
+from replay.model import Root, Vcpu, Vm
+from replay.ops import Cause
+from replay.policies import Policy
+
+N = 2
+
+
+class KeepN(Policy):
+    """Half way between the old kernels (0) and `preserve` (every one)."""
+
+    name = f"keep-{N}"
+
+    def on_put_to_zero(self, vm: Vm, root: Root, cause: Cause, vcpu: Vcpu) -> None:
+        idle = [root for root in vm.roots if root.valid and not root.refs]
+        for oldest in sorted(idle, key=lambda root: root.idle_since)[: max(len(idle) - N, 0)]:
+            vm.free(oldest, Cause.POLICY, vcpu)
