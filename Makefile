@@ -29,6 +29,7 @@ bench: setup
 	$(PYTHON) -m benchmarks.soft_hang
 	$(PYTHON) -m benchmarks.format
 	$(PYTHON) -m benchmarks.record
+	$(PYTHON) -m benchmarks.replay
 
 # Record traces/corpus anew: every scenario on every kernel of the lab.
 corpus: setup

@@ -1,0 +1,290 @@
+"""How fast the replay engine is: against C, the reference model, libCacheSim, decoding, and itself on two threads.
+
+    python -m benchmarks.replay [--rounds 5] [--touches 1000000] [--trace TRACE] [--json]
+
+Everything takes turns in one run on one core; figures are medians (and ranges) over the rounds, ratios are of the same
+round. Times are CPU seconds; two threads against one are also of the wall clock, which on a machine that has other work
+shows that work.
+
+C: `replay_baseline.c`, the engine's algorithm by hand, gcc -O3, which checks nothing; the engine's time has its checks
+of what goes in. Both get the stream in pieces of 65,536 operations, just written, as a reader hands them over. Counts
+are compared in every run; a difference ends the benchmark. Streams: `replay_streams`.
+Reference: the first operations of the mixed VMs.
+libCacheSim: its LRU (`.venv/bin/pip install --no-deps libcachesim`; without it the rows say so) on the same keys as the
+engine: zipf 1.0 over a million frames, a cache of 100,000; the mixed VMs' own (VM, frame), a cache of 500,000.
+Decoding and end to end: one trace, by default a synthetic SMI storm made at the start, read from Parquet with every
+check; end to end is `kvmtrace replay`'s work in this process, stimuli and lowering included. Both find their memory
+mapped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import replay_streams
+from benchmarks.record import machine, say, spread, table
+from benchmarks.replay_peers import Baseline, Lru, run_engine, run_reference, zipf
+from benchmarks.replay_streams import NORMAL, Stream
+from replay.axes import ASYNC, PRESERVE, Axes
+from replay.ops import Block, Op, Ranges, pack
+from replay.pools import Engine
+from traces.errors import VERDICT_FAILED, Problem
+
+REFERENCE_TOUCHES = 100_000  # of each mixed VM
+KEYS = 2_000_000
+ZIPF_OBJECTS, ZIPF_CACHE, OWN_CACHE = 1_000_000, 100_000, 500_000
+DENSE_PAGES = 1 << 20  # 4 GiB
+SYNTHETIC_EVENTS = 400_000
+THREAD_REPEATS = 10  # so that the scheduler has time to use both cores
+POLICIES = (PRESERVE, ASYNC)
+
+
+@dataclass
+class Line:
+    """One comparison: by round, ns per operation (or event) of the engine and of the other, and their ratio."""
+
+    name: str
+    wanted: float  # of the ratio; 0: nothing
+    ours: list[float] = field(default_factory=list)
+    theirs: list[float] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
+    why: str = ""  # there is nothing
+
+    def add(self, ours: float, theirs: float, ratio: float | None = None) -> None:
+        """A round's times, in the same unit; the ratio is theirs over ours if it is not given."""
+        self.ours.append(ours)
+        self.theirs.append(theirs)
+        self.ratios.append(theirs / ours if ratio is None else ratio)
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.ratios) and statistics.median(self.ratios) < self.wanted
+
+    def row(self) -> list[str]:
+        if self.why:
+            return [self.name, self.why, "", "", ""]
+        wanted = f"{self.wanted:g}" if self.wanted else ""
+        form = ".2f" if statistics.median(self.ratios) < 10 else ".0f"
+        return [self.name, spread(self.ours), spread(self.theirs), spread(self.ratios, form), wanted]
+
+
+Turn = Callable[[], None]
+
+
+def count(streams: Sequence[Stream]) -> int:
+    return sum(len(stream.block) for stream in streams)
+
+
+def against(
+    name: str, streams: list[Stream], axes: Axes, other: Callable[..., Any], wanted: float
+) -> tuple[Line, Turn]:
+    """The engine and another implementation of it, stream by stream."""
+    line = Line(f"{name}, {axes.name}", wanted)
+
+    def turn() -> None:
+        ours = theirs = 0.0
+        for stream in streams:
+            one, counts, _ = run_engine(stream, axes)
+            two, expected = other(stream, axes)
+            if counts != expected:
+                raise Problem(f"{line.name}: the counts differ on {stream.name}", VERDICT_FAILED)
+            ours, theirs = ours + one, theirs + two
+        line.add(ours * 1e9 / count(streams), theirs * 1e9 / count(streams))
+
+    return line, turn
+
+
+def against_lru(name: str, streams: list[Stream], capacity: int, wanted: float) -> tuple[Line, Turn]:
+    """The engine on streams, libCacheSim on the keys that they touch; ns per touch of both."""
+    line = Line(f"libCacheSim LRU, {name}", wanted)
+    try:
+        import libcachesim  # type: ignore[import-not-found]  # noqa: F401
+    except ImportError as missing:
+        line.why = f"{missing}: .venv/bin/pip install --no-deps libcachesim"
+        return line, lambda: None
+    touched = [
+        stream.block.gfn[stream.block.op & 15 == Op.TOUCH] | number << 40 for number, stream in enumerate(streams)
+    ]
+    keys = np.concatenate(touched)
+    lru = Lru(keys, capacity)
+
+    def turn() -> None:
+        ours = sum(run_engine(stream, PRESERVE)[0] for stream in streams)
+        line.add(ours * 1e9 / len(keys), lru.run() * 1e9 / len(keys))
+
+    return line, turn
+
+
+def two_threads(streams: list[Stream]) -> list[tuple[Line, Turn]]:
+    """Two equal sets of VMs after one another, and at once."""
+    wall = Line("two VMs on two threads, wall clock", 1.8)
+    cpu = Line("two VMs on two threads, CPU time as if on idle cores", 0)
+
+    def replay(times: int, taken: list[float]) -> None:
+        began = time.thread_time()
+        for stream in streams * times * THREAD_REPEATS:
+            made = Engine(PRESERVE, stream.words, stream.vcpus, log=False)
+            block = stream.block
+            for at in range(0, len(block), replay_streams.BATCH):
+                rows = slice(at, at + replay_streams.BATCH)
+                made.feed(Block(block.op[rows], block.gfn[rows], block.time[rows], block.seq[rows]), stream.ranges, at)
+        taken.append(time.thread_time() - began)
+
+    def run(threads: int) -> tuple[float, float]:
+        """(Wall clock, mean CPU time of a thread) for all the work, by so many threads."""
+        taken: list[float] = []
+        began = time.perf_counter()
+        each = [threading.Thread(target=replay, args=(2 // threads, taken)) for _ in range(threads)]
+        for thread in each:
+            thread.start()
+        for thread in each:
+            thread.join()
+        scale = 1e9 / (2 * THREAD_REPEATS * count(streams))
+        return (time.perf_counter() - began) * scale, statistics.mean(taken) * scale
+
+    def turn() -> None:
+        one, two = run(1), run(2)
+        wall.add(two[0], one[0])
+        cpu.add(two[1], one[1])
+
+    return [(wall, turn), (cpu, lambda: None)]
+
+
+def from_parquet(path: Path) -> list[tuple[Line, Turn]]:
+    """Decoding a trace, and replaying it from the file; ns per event."""
+    from replay import plan, run
+    from replay.evidence import Evidence
+    from replay.lookback import COLUMNS
+    from traces.reader import Trace
+
+    trace = Trace.open(path)
+    events = trace.metadata.events
+
+    def decode() -> float:
+        began = time.process_time()
+        for vm in trace.metadata.vms:
+            for _ in trace.batches(COLUMNS, vm=vm["id"]):
+                pass
+        return (time.process_time() - began) * 1e9 / events
+
+    def replay(names: list[str]) -> float:
+        began = time.process_time()
+        run.replay(plan.make(Evidence(trace), names))
+        return (time.process_time() - began) * 1e9 / events
+
+    def take(line: Line, names: list[str]) -> None:
+        replay(names)  # maps the memory
+        line.add(replay(names), decode())
+
+    found: list[tuple[Line, Turn]] = []
+    for names, wanted in ((["async"], 0.5), (["preserve", "async"], 0.0)):
+        line = Line(f"decoding alone / end to end, {' and '.join(names)}", wanted)
+
+        found.append((line, functools.partial(take, line, names)))
+    return found
+
+
+def dense() -> float:
+    """Bytes of trees per mapped page, every page of 4 GiB touched once."""
+    gfn = np.arange(DENSE_PAGES, dtype=np.int64)
+    op = np.full(DENSE_PAGES, pack(Op.TOUCH, level=1), np.uint32)
+    return run_engine(Stream("dense", [NORMAL], 1, Block(op, gfn, gfn, gfn), Ranges()), PRESERVE)[2] / DENSE_PAGES
+
+
+def zipf_stream() -> Stream:
+    gfn = zipf(KEYS, ZIPF_OBJECTS)
+    op = np.full(KEYS, pack(Op.TOUCH, level=1), np.uint32)
+    return Stream("zipf", [NORMAL], 1, Block(op, gfn, gfn, gfn), Ranges())
+
+
+def lines(touches: int, trace: Path) -> list[tuple[Line, Turn]]:
+    """All that is compared, each with what a round of it does."""
+    mixed = replay_streams.mixed(touches)
+    few = [stream.first(REFERENCE_TOUCHES) for stream in mixed]
+    storms = [
+        replay_streams.storm(2 * touches, size, every) for size, every in ((512, 64), (1 << 15, 64), (1 << 15, 1000))
+    ]
+    baseline = Baseline()
+    found: list[tuple[Line, Turn]] = []
+    for axes in POLICIES:
+        found.append(against("C, mixed", mixed, axes, baseline.run, 0.9))
+        found += [against(f"C, {storm.name}", [storm], axes, baseline.run, 0.9) for storm in storms]
+    found += [against("reference, mixed", few, axes, run_reference, 150) for axes in POLICIES]
+    found.append(against_lru("zipf 1.0", [zipf_stream()], ZIPF_CACHE, 0))
+    found.append(against_lru("the mixed VMs' keys", mixed, OWN_CACHE, 10))
+    return found + two_threads(mixed[:2]) + from_parquet(trace)
+
+
+def synthetic(path: Path) -> Path:
+    from traces.synth import Parameters, synthesize
+
+    say(f"making a trace of {SYNTHETIC_EVENTS:,} events")
+    synthesize(path, Parameters(policy="async", vcpus=2, locality="mixed", memory=256 << 20, events=SYNTHETIC_EVENTS))
+    return path
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="benchmarks.replay", description="How fast the replay engine is.")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--touches", type=int, default=1_000_000, help="of each of the mixed VMs; storms have twice that"
+    )
+    parser.add_argument("--trace", type=Path, help="to decode and replay, instead of a synthetic one")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    if options.rounds < 1 or options.touches < REFERENCE_TOUCHES:
+        parser.error(f"--rounds from 1, --touches from {REFERENCE_TOUCHES}")
+    return options
+
+
+def benchmark(arguments: Sequence[str]) -> int:
+    options = parse(arguments)
+    facts = machine()
+    with tempfile.TemporaryDirectory(prefix="kvmtrace-bench-") as scratch:
+        found = lines(options.touches, options.trace or synthetic(Path(scratch) / "synthetic.parquet"))
+        for number in range(options.rounds):
+            for line, turn in found:
+                say(f"round {number + 1} of {options.rounds}: {line.name}")
+                turn()
+    size = dense()
+    done = [line for line, _ in found]
+    short = [line.name for line in done if line.failed]
+    if options.json:
+        rows = [{**vars(line), "failed": line.failed} for line in done]
+        print(json.dumps({"schema": 1, **facts, "lines": rows, "bytes_per_dense_page": size}, indent=2))
+    else:
+        print(
+            f"{facts['date']}, kernel {facts['kernel']}, {facts['cpu']}, {facts['cpus']} CPUs, load before "
+            f"{facts['load']:.1f}; medians (and ranges) of {options.rounds} rounds\n"
+        )
+        print(table(["against", "engine, ns", "other, ns", "ratio", "wanted"], [line.row() for line in done]))
+        print(f"\n{size:.2f} bytes of trees for each page of a dense 4 GiB (wanted: at most 1).")
+        if short:
+            print(f"Not reached: {'; '.join(short)}.")
+    return VERDICT_FAILED if short or size > 1 else 0
+
+
+def main() -> None:
+    try:
+        code = benchmark(sys.argv[1:])
+    except Problem as problem:
+        print(f"benchmarks.replay: {problem}", file=sys.stderr)
+        code = problem.code
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()
