@@ -18,6 +18,7 @@ from replay.lookback import Ints, Last, Rows, following
 from replay.ops import VCPU_SHIFT, Op
 from replay.registers import DETAIL, NEVER, Registers
 from replay.stream import NO_STATE, STATE_SHIFT, TRIGGER, Out
+from traces.schema import BY_NAME
 
 _IOCTL: Final = 1 << 32
 Vcpus = NDArray[np.int32]
@@ -90,8 +91,8 @@ class Controls:
         code = rows.code[opens].astype(np.int64)
         detailed = code == (causes.VMX_CR if self._intel else causes.SVM_MSR)
         exit_ = code & 0xFFFF | np.where(detailed, (rows.value[opens].astype(np.int64) & 0xF) << DETAIL, 0)
-        ioctls = rows.of("ioctl")
-        return opens, np.where(np.isin(opens, ioctls), code & 0xFFFF | _IOCTL, exit_) if len(ioctls) else exit_
+        ioctl = rows.kind[opens] == BY_NAME["ioctl"].code
+        return opens, np.where(ioctl, code & 0xFFFF | _IOCTL, exit_)
 
     def _loads(self, rows: Rows, roots: NDArray[np.uint32]) -> tuple[Ints, Ints]:
         if self._loads_by:
@@ -117,8 +118,8 @@ class Controls:
 
     def _trigger(self, rows: Rows, out: Out, at: Ints, trigger: Ints, state: Ints | int = NO_STATE) -> None:
         if len(at):
-            for value, count in zip(*np.unique(trigger, return_counts=True), strict=True):
-                self.counts[Trigger(int(value))] += int(count)
+            for value, count in enumerate(np.bincount(trigger).tolist()):
+                self.counts[Trigger(value)] += count
             out.plain = False
             state = np.asarray(state, np.int64)
             out.add(at, TRIGGER | rows.vcpu[at].astype(np.int64) << VCPU_SHIFT, trigger | state << STATE_SHIFT)
@@ -152,7 +153,7 @@ class Controls:
         # An unload outside of a reset after an invalidation is the one that it asked for (5.10 to 5.17).
         invalidated = np.append([self._invalidated], seq[rows.of("kvm_mmu_zap_all_fast")])
         asked_for = invalidated[np.searchsorted(invalidated[1:], seq[at])] > loaded
-        kept &= ~(asked_for & np.isin(at, rows.of("mmu_unload")))
+        kept &= ~(asked_for & (rows.kind[at] == BY_NAME["mmu_unload"].code))
         trigger = self._classify(latest(self._code, batch.opens, batch.codes), rows.role[at] >> 24 != 0)
         wrote = self._registers.wrote(rows, asker, at, base)
         trigger = np.where(wrote >= 0, wrote, trigger)

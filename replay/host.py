@@ -60,7 +60,7 @@ class Host:
     def _logging(self, rows: Rows, out: Out) -> None:
         """Dirty logging begins: huge leaves are split. It ends: tables whose memory is huge are removed."""
         for thread in self._collapsing.copy():
-            self._collapse(rows, out, thread, 0)
+            self._collapse(rows, out, thread, -1)
         for row in rows.of("memslot").tolist():
             space = int(rows.as_id[row])
             before, after = self._slots.changed(int(rows.time[row]), int(rows.slot[row]) & 0xFFFF, space)
@@ -75,7 +75,7 @@ class Host:
                 self._collapse(rows, out, int(rows.tid[row]), row)
 
     def _collapse(self, rows: Rows, out: Out, thread: int, start: int) -> None:
-        """Tables that this thread removes from row `start` on, until its ioctl returns."""
+        """Tables that this thread removes after row `start`, until its ioctl returns."""
         ends = rows.of("ioctl_end")
         ends = ends[(rows.tid[ends] == thread) & (ends > start)]
         end = int(ends[0]) if len(ends) else len(rows)

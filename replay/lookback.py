@@ -23,9 +23,8 @@ _SHIFT: Final = 40  # bits of a position within a batch, in keys
 
 
 class Rows:
-    """One batch of one VM. Columns are made when asked for; where a row does not fill one it is 0, `vcpu` is -1.
-
-    `vcpu` is the VM's own dense number. `keep` rows count: a VM has none after its end.
+    """One batch of one VM. Columns are made when asked for; `vcpu` is the VM's own dense number, -1 where there is
+    none; `gfn` is nothing to go by in rows of a kind that does not fill it.
     """
 
     def __init__(self, batch: pa.RecordBatch, numbers: NDArray[np.int32]) -> None:
@@ -44,12 +43,19 @@ class Rows:
             raise AttributeError(name)
         if name not in self._columns:
             column = self._batch.column(name)
-            if column.null_count:
-                column = column.fill_null(-1 if name == "vcpu" else 0)
-            values = column.to_numpy()
-            # Index -1 of the numbers stands for no vCPU.
-            self._columns[name] = self._numbers[values] if name == "vcpu" else values
+            if name == "vcpu":
+                self._columns[name] = self._vcpus(column)
+            else:
+                self._columns[name] = _values(column) if column.null_count else column.to_numpy()
         return self._columns[name]
+
+    def _vcpus(self, column: pa.Array) -> NDArray[np.int32]:
+        if not column.null_count:
+            dense: NDArray[np.int32] = self._numbers[column.to_numpy()]
+            return dense
+        bits = np.frombuffer(column.buffers()[0], np.uint8)
+        valid = np.unpackbits(bits, count=column.offset + len(column), bitorder="little")[column.offset :]
+        return np.where(valid != 0, self._numbers[_values(column)], -1)
 
     def cut(self, count: int) -> Rows:
         """The first `count` rows."""
@@ -70,6 +76,12 @@ class Rows:
         if code not in self._of:
             self._of[code] = np.flatnonzero(self.kind == code) if self._present[code] else np.empty(0, np.int64)
         return self._of[code]
+
+
+def _values(column: pa.Array) -> NDArray[Any]:
+    """A column's values as they lie in memory: where it is null, anything that the type can hold."""
+    values = np.frombuffer(column.buffers()[1], column.type.to_pandas_dtype())
+    return values[column.offset : column.offset + len(column)]
 
 
 class Last:

@@ -38,6 +38,8 @@ class Registers:
         else:
             parts = [self._bare_writes(exits, codes, register) for register in (0, 4)]
         at, trigger = (np.concatenate(column) for column in zip(*parts, strict=True))
+        if not len(at) and not len(self._rows):
+            return at, trigger
         order = np.argsort(at, kind="stable")
         self._rows, self._triggers = at[order], trigger[order]
         quiet = (self._triggers >= 0) & ~np.isin(self._triggers, list(self._unloads))
@@ -79,10 +81,13 @@ class Registers:
     def is_write(self, codes: Ints, register: int) -> NDArray[np.bool_]:
         """Which exits (with detail) are writes of CR0 or CR4."""
         if self._intel:
-            wanted = [causes.VMX_CR | register << DETAIL]
+            wanted: tuple[int, ...] = (causes.VMX_CR | register << DETAIL,)
         else:
-            wanted = list(causes.SVM_CR0) if register == 0 else [causes.SVM_CR4]
-        return np.isin(codes, wanted)
+            wanted = causes.SVM_CR0 if register == 0 else (causes.SVM_CR4,)
+        is_one: NDArray[np.bool_] = codes == wanted[0]
+        for code in wanted[1:]:
+            is_one = is_one | (codes == code)
+        return is_one
 
     def _bare_writes(self, exits: Ints, codes: Ints, register: int) -> tuple[Ints, Ints]:
         usual, silent = (Trigger.CR0_WP, Trigger.CR0_SILENT) if register == 0 else (Trigger.CR4_PGE, Trigger.CR4_SILENT)

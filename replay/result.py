@@ -149,7 +149,7 @@ def _coded(values: Any, names: pa.Array) -> pa.DictionaryArray:
 def read_metadata(path: Path) -> dict[str, Any]:
     """What a result says of itself; a Problem if the file is none."""
     try:
-        pairs = pq.read_schema(path).metadata or {}
+        pairs = pq.read_metadata(path).metadata or {}
         document: dict[str, Any] = json.loads(pairs[KEY])
     except (pa.ArrowException, OSError, ValueError, KeyError):
         raise Problem(f"{path}: not the result of a replay") from None

@@ -107,11 +107,13 @@ class _Running:
             return
         outcome = self.outcome
         freed = log.event == Happened.FREED
-        for cause, count in zip(*np.unique(log.cause[freed], return_counts=True), strict=True):
-            outcome.frees[Cause(int(cause)).name.lower()] += int(count)
+        for cause, count in enumerate(np.bincount(log.cause[freed]).tolist()):
+            if count:
+                outcome.frees[Cause(cause).name.lower()] += count
         created = log.event == Happened.CREATED
-        for word, count in zip(*np.unique(log.word[created], return_counts=True), strict=True):
-            outcome.roles[self.lowering.words[int(word)].word] += int(count)
+        for word, count in enumerate(np.bincount(log.word[created]).tolist()):
+            if count:
+                outcome.roles[self.lowering.words[word].word] += count
         outcome.roots_peak = max(outcome.roots_peak, int(log.roots_alive.max()))
         outcome.tables_peak = max(outcome.tables_peak, int((log.tables_alive + np.where(freed, log.tables, 0)).max()))
         if outcome.run.revive:

@@ -1,0 +1,66 @@
+"""What replay foretells of other policies and kernels is what their recordings show; its table is current."""
+
+from __future__ import annotations
+
+import pytest
+
+from replay import foretell
+from replay.foretell import Cell, Direction
+
+TABLES = {direction: foretell.table(direction) for direction in foretell.directions()}
+# What does not follow from the source recording, so that an interval is all there can be.
+OPEN = {
+    ("6.1", "6.1-async"), ("6.1-shadow", "6.1-async"), ("6.1-shadow", "6.1"), ("6.12-shadow", "6.12"),
+    ("7.x-shadow", "7.x"), ("5.10-shadow", "5.10"), ("5.10", "6.1-async"), ("6.1", "5.10"), ("6.1-async", "5.10"),
+}  # fmt: skip
+
+
+def cells(direction: Direction) -> list[tuple[str, str, Cell]]:
+    return [(scenario, name, cell) for scenario, row in TABLES[direction].items() for name, cell in row.items()]
+
+
+def test_the_table_is_current() -> None:
+    assert foretell.document() == foretell.DOCUMENT.read_text(), "python -m replay.foretell"
+
+
+def test_every_scenario_is_in_it() -> None:
+    for direction, rows in TABLES.items():
+        assert set(rows) == set(foretell.scenarios(direction))
+        assert len(rows) == (18 if "shadow" in direction.source + direction.target else 21)
+
+
+@pytest.mark.parametrize("direction", TABLES, ids=lambda d: f"{d.source}-{d.target}-{d.options.replace(' ', '')}")
+def test_what_is_off_has_its_reason_and_the_rest_is_exact(direction: Direction) -> None:
+    for scenario, name, cell in cells(direction):
+        if cell.verdict == "off":
+            assert foretell.reason(direction, scenario, name), (scenario, name, cell)
+        elif (direction.source, direction.target) not in OPEN:
+            assert cell.verdict in ("exact", "unseen"), (scenario, name, cell)
+
+
+def test_every_reason_is_needed() -> None:
+    given = {
+        foretell.reason(direction, scenario, name)
+        for direction in TABLES
+        for scenario, name, cell in cells(direction)
+        if cell.verdict == "off"
+    }
+    assert given == set(foretell.REASONS)
+
+
+def test_the_promised_numbers() -> None:
+    old, new = Direction("6.1-async", "6.1", "preserve"), Direction("6.1", "6.1-async", "async")
+    whole = Direction("6.1", "6.1-async", "async", refault="all")
+    assert [cell.foretold.text for cell in TABLES[old]["smi-storm"].values()] == ["2", "7", "514", "514", "514"]
+    assert TABLES[new]["smi-storm"]["installs"].foretold.text == "514 .. 2,569"
+    assert [cell.recorded for cell in TABLES[new]["smi-storm"].values()] == [9, 32, 2569, 514, 2569]
+    # Where each pass touches everything, the assumption that each root is needed whole is exact.
+    for scenario in ("smi-storm", "smi-one", "smi-both", "smi-grow", "huge", "two-vms"):
+        assert {cell.verdict for cell in TABLES[whole][scenario].values()} == {"exact"}, scenario
+
+
+def test_a_recording_is_counted_without_the_model() -> None:
+    assert foretell.recorded("smi-storm-6.1") == {
+        "roots": 2, "tables": 7, "installs": 514, "first touches": 514, "zaps": 514
+    }  # fmt: skip
+    assert foretell.recorded("smi-storm-5.10")["zaps"] is None
