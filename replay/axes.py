@@ -31,13 +31,15 @@ class Axes:
     split_in_place: bool = True
     # Entries of an aligned group that a fault fills when host memory is there; 1: just its own. Shadow MMU only.
     prefetch: int = 1
+    # Loads and unloads take mmu_lock for read (6.9), or for write. Virtual time alone asks.
+    loads_share: bool = True
     # An assumption, not a policy: a root built anew gets all at once what the recorded kernel still had mapped.
     revive: bool = False
 
 
 PRESERVE: Final = Axes("preserve")
-PRESERVE_WORKER: Final = Axes("preserve-worker", teardown="worker")
-ASYNC: Final = Axes("async", own_reference=False, teardown="worker", split_in_place=False)
+PRESERVE_WORKER: Final = Axes("preserve-worker", teardown="worker", loads_share=False)
+ASYNC: Final = Axes("async", own_reference=False, teardown="worker", split_in_place=False, loads_share=False)
 SYNC_RW: Final = Axes(
     "sync",
     own_reference=False,
@@ -46,8 +48,11 @@ SYNC_RW: Final = Axes(
     flush_per_table=True,
     zap_tables=True,
     split_in_place=False,
+    loads_share=False,
 )
 SYNC: Final = replace(SYNC_RW, invalidate="empty")
-SHADOW: Final = Axes("shadow", mmu="shadow", teardown="invalidator", split_in_place=False, prefetch=8)
+SHADOW: Final = Axes(
+    "shadow", mmu="shadow", teardown="invalidator", split_in_place=False, prefetch=8, loads_share=False
+)
 
 NAMED: Final = {axes.name: axes for axes in (SYNC, ASYNC, PRESERVE_WORKER, PRESERVE, SHADOW)}

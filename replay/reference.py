@@ -19,10 +19,11 @@ def feed(vm: Vm, block: Block, ranges: Ranges, first: int = 0) -> None:
     for i in range(len(ops)):
         vm.at = first + i
         vm.now = times[i]
-        _do(vm, ops[i], gfns[i], ranges)
+        perform(vm, ops[i], gfns[i], ranges)
 
 
-def _do(vm: Vm, op: int, gfn: int, ranges: Ranges) -> None:
+def perform(vm: Vm, op: int, gfn: int, ranges: Ranges) -> None:
+    """Do one operation."""
     kind = Op(op & 15)
     level = op >> LEVEL_SHIFT & 7
     number = op >> VCPU_SHIFT

@@ -1,0 +1,198 @@
+"""Joins a VM's operations with the time they took: what `timeline` found of an exit is given to its operations.
+
+An exit's handling of faults goes to its touch, of loads to its entry, of unloads to its unload; the rest of it, the
+guest time before it, and exits without an operation are the `lead` of the next operation. Nothing is given twice or
+left out. What happens to the VM as a whole takes its turn behind the vCPU that acted last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, fields
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from replay.lookback import Ints, Rows
+from replay.ops import VCPU_SHIFT, Block, Op
+from replay.virtual.costs import Samples
+from replay.virtual.stolen import Stolen
+from replay.virtual.timed import CREATED, FOUND, Timed
+from replay.virtual.timeline import Doing, Spans, Timeline
+from traces.schema import BY_NAME
+
+_EXIT: Final = BY_NAME["kvm_exit"].code
+_GET_PAGE: Final = BY_NAME["kvm_mmu_get_page"].code
+_LOADED: Final = (BY_NAME["root_get"].code, BY_NAME["mmu_load"].code, _GET_PAGE)
+_DOINGS: Final = len(Doing)
+
+
+@dataclass
+class _Exits:
+    """One vCPU's exits that no operation has taken yet: first row's seq, ns by Doing, tables and roots built."""
+
+    seq: Ints
+    ns: NDArray[np.int64]
+    tables: Ints
+    built_root: NDArray[np.bool_]
+
+
+class Timing:
+    """One VM's times. `watch` each batch of rows, then `join` its operations; `samples` are of costs."""
+
+    def __init__(self, vcpus: int, cpus: int, workers: Collection[int] = ()) -> None:
+        """`cpus` that vCPUs and workers share (0: enough); `workers` are the tids of kernel workers."""
+        self.timeline = Timeline(vcpus)
+        self.samples: dict[str, Samples] = {
+            name: Samples() for name in ("switch", "fault", "table", "found", "created", "unload", "zap_table")
+        }
+        self.stolen = Stolen(cpus == 1, workers)
+        self._vcpus = vcpus
+        self._exits = [_empty() for _ in range(vcpus)]
+        self._lead = np.zeros(vcpus, np.int64)  # carried to the next operation
+        self._guest = np.zeros(vcpus, np.int64)
+        self._last_root = 0
+        self._actor = 0
+
+    def watch(self, rows: Rows) -> None:
+        """Take in a batch of rows."""
+        spans = self.timeline.feed(rows)
+        spans = self.stolen.purge(rows, spans)
+        roots = np.where(np.isin(spans.kind, _LOADED), spans.root, 0)
+        for vcpu in range(self._vcpus):
+            start, stop = np.searchsorted(spans.vcpu, [vcpu, vcpu + 1])
+            if stop > start:
+                part = slice(int(start), int(stop))
+                self._exits[vcpu] = _joined(self._exits[vcpu], self._gather(_cut(spans, part), roots[part]))
+        self._last_root = max(self._last_root, int(roots.max(initial=0)))
+
+    def join(self, block: Block) -> Timed:
+        """The times of operations whose rows have been watched."""
+        n = len(block)
+        lead, guest, cost = (np.zeros(n, np.int64) for _ in range(3))
+        was = np.zeros(n, np.uint8)
+        vcpu = (block.op >> VCPU_SHIFT).astype(np.int32)
+        own = block.op & 15 <= Op.SWITCH
+        for v in range(self._vcpus):
+            mine = np.flatnonzero(own & (vcpu == v))
+            if len(mine):
+                self._take(v, mine, block, lead, guest, cost, was)
+        acted = np.where(own, np.arange(n), -1)
+        acted = np.maximum.accumulate(acted)
+        queue = np.where(acted >= 0, vcpu[acted], self._actor).astype(np.int32)
+        self._actor = int(queue[-1]) if n else self._actor
+        self._sample(block, lead, guest, cost, was)
+        return Timed(block, queue, lead, guest, cost, was, np.full(n, -1, np.int64))
+
+    def rest(self) -> tuple[Ints, Ints]:
+        """What came after the last operation, by vCPU: (ns, ns in the guest)."""
+        for v, exits in enumerate(self._exits):
+            self._lead[v] += exits.ns.sum()
+            self._guest[v] += exits.ns[:, Doing.GUEST].sum()
+            self._exits[v] = _empty()
+        return self._lead, self._guest
+
+    def _gather(self, spans: Spans, roots: Ints) -> _Exits:
+        """A vCPU's spans by exit; what is before the first kvm_exit goes on with the exit before."""
+        exit_of = np.cumsum(spans.kind == _EXIT)
+        count = int(exit_of[-1]) + 1
+        ns = np.zeros((count, _DOINGS), np.int64)
+        np.add.at(ns, (exit_of, spans.doing), spans.ns)
+        seq = np.full(count, -1, np.int64)
+        at = np.flatnonzero(spans.kind == _EXIT)
+        seq[1:] = spans.seq[at]
+        table = (spans.kind == _GET_PAGE) & (spans.doing == Doing.FAULT)
+        tables = np.bincount(exit_of[table], minlength=count)
+        newest = np.maximum.accumulate(np.maximum(roots, self._last_root))
+        before = np.append(self._last_root, newest[:-1])
+        built = np.zeros(count, np.bool_)
+        built[exit_of[roots > before]] = True
+        return _Exits(seq, ns, tables.astype(np.int64), built)
+
+    def _take(
+        self, v: int, mine: Ints, block: Block, lead: Ints, guest: Ints, cost: Ints, was: NDArray[np.uint8]
+    ) -> None:
+        exits = self._exits[v]
+        if not len(exits.seq):
+            lead[mine[0]] += self._lead[v]
+            guest[mine[0]] += self._guest[v]
+            self._lead[v] = self._guest[v] = 0
+            return
+        at = np.maximum(np.searchsorted(exits.seq, block.seq[mine], "right") - 1, 0)
+        kind = block.op[mine] & 15
+        fixed = exits.ns.copy()
+        for doing, kinds in (
+            (Doing.FAULT, (Op.TOUCH, Op.FIX)),
+            (Doing.LOAD, (Op.ENTER, Op.SWITCH)),
+            (Doing.UNLOAD, (Op.UNLOAD,)),
+        ):
+            takes = np.flatnonzero(np.isin(kind, kinds))
+            takes = takes[np.unique(at[takes], return_index=True)[1]]
+            cost[mine[takes]] = exits.ns[at[takes], doing]
+            fixed[at[takes], doing] = 0
+            if doing == Doing.FAULT:
+                was[mine[takes]] = 1 + np.minimum(exits.tables[at[takes]], 200)
+            elif doing == Doing.LOAD:
+                loaded = takes[cost[mine[takes]] > 0]
+                was[mine[loaded]] = np.where(exits.built_root[at[loaded]], CREATED, FOUND)
+        # An exit's first operation takes what no operation owns of it and of the exits since the last one.
+        first = np.unique(at, return_index=True)[1]
+        total = np.append(0, np.cumsum(fixed.sum(1)))
+        ran = np.append(0, np.cumsum(fixed[:, Doing.GUEST]))
+        upto = at[first] + 1
+        lead[mine[first]] = np.diff(total[np.append(0, upto)])
+        guest[mine[first]] = np.diff(ran[np.append(0, upto)])
+        lead[mine[0]] += self._lead[v]
+        guest[mine[0]] += self._guest[v]
+        self._lead[v] = self._guest[v] = 0
+        # The last exit may go on in the next batch: what it has been given is gone from it.
+        end = int(upto[-1])
+        left = _part(exits, slice(end - 1, None))
+        left.ns[0] = 0
+        self._exits[v] = left
+
+    def _sample(self, block: Block, lead: Ints, guest: Ints, cost: Ints, was: NDArray[np.uint8]) -> None:
+        kind = block.op & 15
+        fault = (kind == Op.TOUCH) & (was > 0)
+        plain = fault & (was == 1)
+        self.samples["fault"].add(cost[plain])
+        self.samples["switch"].add(guest[plain & (guest == lead) & (guest > 0)])
+        tables = fault & (was > 1)
+        if tables.any() and self.samples["fault"].count:
+            extra = cost[tables] - round(self.samples["fault"].mean)
+            self.samples["table"].add(np.maximum(extra, 0) // (was[tables] - 1))
+        load = kind == Op.ENTER
+        self.samples["found"].add(cost[load & (was == FOUND)])
+        self.samples["created"].add(cost[load & (was == CREATED)])
+        self.samples["unload"].add(cost[(kind == Op.UNLOAD) & (cost > 0)])
+
+
+def _empty() -> _Exits:
+    none = np.empty(0, np.int64)
+    return _Exits(none, np.empty((0, _DOINGS), np.int64), none, none.astype(np.bool_))
+
+
+def _cut(spans: Spans, part: slice) -> Spans:
+    return Spans(*(getattr(spans, each.name)[part] for each in fields(Spans)))
+
+
+def _part(exits: _Exits, part: slice) -> _Exits:
+    return _Exits(
+        exits.seq[part].copy(), exits.ns[part].copy(), exits.tables[part].copy(), exits.built_root[part].copy()
+    )
+
+
+def _joined(old: _Exits, new: _Exits) -> _Exits:
+    """`new` begins with what still belongs to the last exit of `old`."""
+    if not len(old.seq):
+        return new
+    old.ns[-1] += new.ns[0]
+    old.tables[-1] += new.tables[0]
+    old.built_root[-1] |= new.built_root[0]
+    return _Exits(
+        np.concatenate([old.seq, new.seq[1:]]),
+        np.concatenate([old.ns, new.ns[1:]]),
+        np.concatenate([old.tables, new.tables[1:]]),
+        np.concatenate([old.built_root, new.built_root[1:]]),
+    )

@@ -1,0 +1,45 @@
+"""Operations with the time they took: what virtual time reads.
+
+A timed block is a `Block` with five more columns, one value an operation:
+
+    queue  whose turn it is: vCPU v's own program (v), what the wall clock does to vCPU v (vcpus + v), or to the VM
+           (2 * vcpus). Operations of one queue stay in order; queues move against each other.
+    lead   ns from the end of the queue's previous operation to the exit of this one; no policy changes it
+    guest  how much of `lead` the guest ran, the switch to it and back included
+    cost   ns that this operation took as recorded
+    was    what it came to as recorded: of a TOUCH 1 + tables built (0: it was no fault), of an ENTER 1 found, 2 created
+
+In a wall-clock queue `wall` is when it is due (ns since the VM's first entry); MORE goes on with what is under way
+there (an SMI's inside), LAST ends it. In a program `wall` is MORE. What is due takes at least two operations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from replay.ops import Block
+
+Ints = NDArray[np.int64]
+FOUND = 1
+CREATED = 2
+MORE = -1
+LAST = -2
+
+
+@dataclass
+class Timed:
+    """A stretch of one VM's timed operations."""
+
+    block: Block
+    queue: NDArray[np.int32]
+    lead: Ints
+    guest: Ints
+    cost: Ints
+    was: NDArray[np.uint8]
+    wall: Ints
+
+    def __len__(self) -> int:
+        return len(self.block)

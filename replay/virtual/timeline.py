@@ -1,0 +1,129 @@
+"""Where a vCPU's time went, as recorded: in the guest, or in what part of handling an exit.
+
+The time between two rows of a vCPU's thread is put down to what the later row says was being done, or, where that says
+nothing (an exit's reason, the entry itself), to what the earlier one began. Every ns between a vCPU's first entry and
+its last row is put down exactly once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from replay.lookback import Ints, Rows
+from traces.schema import BY_NAME
+
+
+class Doing(IntEnum):
+    """What a vCPU's thread spends its time on."""
+
+    GUEST = 0  # kvm_entry to kvm_exit: the guest runs, and the switch there and back
+    FAULT = 1  # a fault in the second-level (or shadow) tables
+    LOAD = 2  # a root is found or built
+    UNLOAD = 3  # root slots are emptied, with whatever the last put zaps inline
+    SMM = 4  # an SMI or RSM is emulated
+    USER = 5  # userspace has the vCPU
+    OTHER = 6  # any other exit
+
+
+_NEUTRAL: Final = 255
+_OF_KIND: Final = {
+    Doing.FAULT: (
+        "kvm_page_fault", "kvm_mmu_spte_requested", "kvm_mmu_get_page", "kvm_tdp_mmu_spte_changed",
+        "kvm_mmu_set_spte", "fast_page_fault", "mark_mmio_spte", "handle_mmio_page_fault", "check_mmio_spte",
+        "kvm_mmu_sync_page", "kvm_mmu_unsync_page",
+    ),
+    Doing.LOAD: ("root_get", "mmu_load", "new_pgd"),
+    Doing.UNLOAD: (
+        "mmu_unload", "mmu_free_roots", "mmu_free_obsolete_roots", "root_put", "zap_root_begin", "zap_root_end",
+        "kvm_mmu_prepare_zap_page",
+    ),
+    Doing.SMM: ("kvm_smm_transition",),
+    Doing.USER: ("kvm_userspace_exit", "ioctl", "ioctl_end"),
+    Doing.OTHER: ("kvm_exit",),
+}  # fmt: skip
+_ENTRY: Final = BY_NAME["kvm_entry"].code
+_EXIT: Final = BY_NAME["kvm_exit"].code
+_USER_EXIT: Final = BY_NAME["kvm_userspace_exit"].code
+_GET_PAGE: Final = BY_NAME["kvm_mmu_get_page"].code
+_TABLE_FREE: Final = BY_NAME["table_free"].code  # an RCU callback that interrupts whatever runs
+
+
+def _classes() -> NDArray[np.uint8]:
+    classes = np.full(256, _NEUTRAL, np.uint8)
+    for doing, names in _OF_KIND.items():
+        for name in names:
+            classes[BY_NAME[name].code] = doing
+    return classes
+
+
+_CLASS: Final = _classes()
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Stretches of vCPUs' time in one batch, by vCPU and in order: each ends at `time` with row `seq`, `ns` long."""
+
+    vcpu: NDArray[np.int32]
+    seq: Ints
+    time: Ints
+    ns: Ints
+    doing: NDArray[np.uint8]
+    kind: NDArray[np.uint8]
+    root: Ints
+
+
+class Timeline:
+    """Splits batch after batch of one VM. `totals` is ns by vCPU and Doing."""
+
+    def __init__(self, vcpus: int) -> None:
+        self.totals = np.zeros((vcpus, len(Doing)), np.int64)
+        self.backwards = 0  # rows whose clock was behind their thread's last one
+        self._time = np.full(vcpus, -1, np.int64)
+        self._kind = np.full(vcpus, _NEUTRAL, np.uint8)
+        self._about = np.full(vcpus, Doing.OTHER, np.uint8)
+        self._threads: set[int] = set()
+
+    def feed(self, rows: Rows) -> Spans:
+        """The spans that end in a batch."""
+        entries = rows.of_vcpu("kvm_entry")
+        self._threads.update(np.unique(rows.tid[entries]).tolist())
+        kept = np.flatnonzero((rows.vcpu >= 0) & (rows.kind != _TABLE_FREE))
+        kept = kept[np.isin(rows.tid[kept], list(self._threads))]
+        kept = kept[np.argsort(rows.vcpu[kept].astype(np.uint16), kind="stable")]
+        vcpu, kind, time = rows.vcpu[kept], rows.kind[kept], rows.time[kept]
+        first = np.ones(len(kept), np.bool_)
+        first[1:] = vcpu[1:] != vcpu[:-1]
+        before, past = np.empty_like(kind), np.empty_like(time)
+        before[1:], past[1:] = kind[:-1], time[:-1]
+        before[first], past[first] = self._kind[vcpu[first]], self._time[vcpu[first]]
+
+        own = _CLASS[kind]
+        own[(kind == _GET_PAGE) & (rows.root[kept] != 0)] = Doing.LOAD
+        about = self._carried(own, vcpu, first)
+        doing = np.where(before == _USER_EXIT, np.uint8(Doing.USER), about)
+        doing = np.where((before == _ENTRY) & (kind == _EXIT), np.uint8(Doing.GUEST), doing)
+
+        started = past >= 0
+        ns = np.where(started, time - past, 0)
+        self.backwards += int((ns < 0).sum())
+        ns = np.maximum(ns, 0)
+        np.add.at(self.totals, (vcpu, doing), ns)
+        last = np.flatnonzero(np.append(first[1:], True)) if len(kept) else kept
+        self._time[vcpu[last]], self._kind[vcpu[last]] = time[last], kind[last]
+        self._about[vcpu[last]] = about[last]
+        return Spans(vcpu, rows.seq[kept], time, ns, doing, kind, rows.root[kept].astype(np.int64))
+
+    def _carried(self, own: NDArray[np.uint8], vcpu: NDArray[np.int32], first: NDArray[np.bool_]) -> NDArray[np.uint8]:
+        """What each row is about: its own class, or that of its thread's last row that had one."""
+        if not len(own):
+            return own
+        about = own.copy()
+        head = np.flatnonzero(first & (own == _NEUTRAL))
+        about[head] = self._about[vcpu[head]]
+        at = np.where(about != _NEUTRAL, np.arange(len(about)), 0)
+        return about[np.maximum.accumulate(at)]
