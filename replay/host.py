@@ -14,6 +14,8 @@ from replay.stream import Out
 
 _PRESENT: Final = np.uint64(1 << 11)
 _LARGE: Final = np.uint64(1 << 7)
+# Before this version the same function empties roots when they are invalidated and when the process ends.
+ONE_FUNCTION: Final = (5, 12, 0)
 
 
 class Host:
@@ -21,8 +23,7 @@ class Host:
 
     def __init__(self, evidence: Evidence, slots: Slots) -> None:
         self._slots = slots
-        # 5.10 empties roots by the same function when it invalidates and when the process ends.
-        self._one_function = evidence.kernel.since < (5, 12, 0)
+        self._one_function = evidence.kernel.since < ONE_FUNCTION
         self._invalidating: set[int] = set()  # threads
         self._collapsing: set[int] = set()  # threads in an ioctl that ends dirty logging
 

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from traces.columns import SCHEMA
 from traces.reader import kind_codes
 from traces.schema import BY_NAME
 
@@ -24,7 +25,7 @@ _SHIFT: Final = 40  # bits of a position within a batch, in keys
 
 class Rows:
     """One batch of one VM. Columns are made when asked for; `vcpu` is the VM's own dense number, -1 where there is
-    none; `gfn` is nothing to go by in rows of a kind that does not fill it.
+    none; `gfn` is nothing to go by in rows of a kind that does not fill it. A column that was not read holds 0.
     """
 
     def __init__(self, batch: pa.RecordBatch, numbers: NDArray[np.int32]) -> None:
@@ -32,7 +33,6 @@ class Rows:
         self._columns: dict[str, NDArray[Any]] = {}
         self._of: dict[int, Ints] = {}
         self.kind = kind_codes(batch)
-        self._present = np.bincount(self.kind, minlength=256)
         self._numbers = numbers
 
     def __len__(self) -> int:
@@ -41,7 +41,9 @@ class Rows:
     def __getattr__(self, name: str) -> NDArray[Any]:
         if name not in COLUMNS:
             raise AttributeError(name)
-        if name not in self._columns:
+        if name not in self._columns and name not in self._batch.schema.names:
+            self._columns[name] = np.zeros(len(self), SCHEMA.field(name).type.to_pandas_dtype())
+        elif name not in self._columns:
             column = self._batch.column(name)
             if name == "vcpu":
                 self._columns[name] = self._vcpus(column)
@@ -74,7 +76,7 @@ class Rows:
 
     def _of_one(self, code: int) -> Ints:
         if code not in self._of:
-            self._of[code] = np.flatnonzero(self.kind == code) if self._present[code] else np.empty(0, np.int64)
+            self._of[code] = np.flatnonzero(self.kind == code)
         return self._of[code]
 
 

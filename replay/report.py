@@ -18,7 +18,7 @@ from replay.result import OF_VCPU
 from replay.run import Outcome, Replayed, document, left_open
 from traces.text import printable
 
-WIDTH: Final = 140
+WIDTH: Final = 220  # where there is no terminal: nothing is wrapped
 _COLUMNS: Final = (
     ("creations", "roots"),
     ("reuses", "reused"),

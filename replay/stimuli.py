@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from replay import stream
 from replay.controls import Controls
 from replay.evidence import Evidence
-from replay.host import Host
+from replay.host import ONE_FUNCTION, Host
 from replay.lookback import COLUMNS, Rows
 from replay.ops import RESETS, Op, Ranges
-from replay.slots import Slots
+from replay.slots import LOG_DIRTY, Slots
 from replay.stream import TRIGGER, Out, Stimuli
 from replay.touches import Touches
 from traces.errors import Problem
@@ -43,6 +43,7 @@ class VmStimuli:
             raise Problem(f"{evidence.trace.path}: VM {self.id} has a vCPU {self.vcpus[-1]}, which no row can name")
         self._evidence = evidence
         self._size = size
+        self._columns = _columns(evidence, vm)
         # The last place is that of index -1: no vCPU.
         self._numbers = np.full(_IDS + 1, -1, np.int32)
         self._numbers[self.vcpus] = np.arange(len(self.vcpus))
@@ -68,7 +69,7 @@ class VmStimuli:
 
     def __iter__(self) -> Iterator[Stimuli]:
         held: Stimuli | None = None
-        for batch in self._evidence.trace.batches(COLUMNS, vm=self.id, size=self._size):
+        for batch in self._evidence.trace.batches(self._columns, vm=self.id, size=self._size):
             if self.ended:
                 return
             rows = Rows(batch, self._numbers)
@@ -100,10 +101,12 @@ class VmStimuli:
 
     def _name_roots(self, rows: Rows) -> None:
         """Remember each root's role word."""
-        at = rows.of("kvm_mmu_get_page", "root_get", "mmu_load")
-        root = rows.root[at]
-        fits = (root > 0) & (root < len(self._roots))
-        self._roots[root[fits]] = rows.role[at][fits]
+        for kind in ("kvm_mmu_get_page", "root_get", "mmu_load"):
+            at = rows.of(kind)
+            root = rows.root[at]
+            at, root = at[root > 0], root[root > 0]
+            fits = root < len(self._roots)
+            self._roots[root[fits]] = rows.role[at[fits]]
 
     def _revise(self, whole: Stimuli) -> None:
         """Mark touches whose exit reset, and tell apart resets for CR0, now that what followed is known."""
@@ -112,6 +115,23 @@ class VmStimuli:
         if len(at):
             row, found = _last_of(whole, at, whole.op & 15 == TRIGGER)
             whole.gfn[row] = whole.gfn[row] >> stream.STATE_SHIFT << stream.STATE_SHIFT | trigger[found]
+
+
+def _columns(evidence: Evidence, vm: Mapping[str, Any]) -> list[str]:
+    """The columns that say anything of this VM: reading the others takes as long as all the rest."""
+    counts = evidence.trace.metadata.kinds
+    logs = any(int(slot.get("flags", 0)) & LOG_DIRTY for slot in vm["slots"])
+    fast = bool(counts.get("fast_page_fault"))
+    wanted = {
+        "addr": fast or bool(counts.get("kvm_unmap_hva_range")),
+        "old": fast or logs,
+        "new": fast or logs,
+        "ret": fast or not counts.get("root_get"),
+        "as_id": logs or bool(counts.get("zap_leafs")),
+        "slot": logs,
+        "tid": logs or evidence.kernel.since < ONE_FUNCTION,
+    }
+    return [name for name in COLUMNS if wanted.get(name, True)]
 
 
 def _last_of(whole: Stimuli, seqs: NDArray[np.int64], which: NDArray[np.bool_]) -> tuple[Any, NDArray[np.bool_]]:

@@ -343,3 +343,64 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     missing = run.replay(plan.make(evidence, [])).missing
     for words in ("SMIs are not recorded", "skipped 3 runs", "still running at the end", "1 entries of nested guests"):
         assert any(words in line for line in missing), words
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "fields", "trigger"),
+    [
+        (28, {"w2": 0x00}, "CR0"),
+        (28, {"w2": 0x04}, "CR4"),
+        (28, {"w2": 0x03}, "EXIT"),
+        (17, {}, "RSM"),
+        (32, {}, "EFER"),
+        (48, {}, "EXIT"),
+    ],
+)
+def test_exits_of_intel(tmp_path: Path, exit_code: int, fields: dict[str, int], trigger: str) -> None:
+    guest = Guest()
+    guest.load()
+    guest.exit(exit_code, **fields)
+    guest.of("mmu_reset", role=guest.role)
+    guest.load()
+    evidence = guest.write(tmp_path / "t.parquet", host={"kernel": "6.1.55", "vendor": "GenuineIntel"})
+    assert [name for name in names(evidence) if name not in ("ROLE", "ENTER")][-1] == trigger
+
+
+@pytest.mark.parametrize(("qualification", "name"), [(0x182, "TOUCH"), (0x18A, "FIX"), (0x1BA, "FIX")])
+def test_what_was_present_for_intel_is_in_the_qualification(tmp_path: Path, qualification: int, name: str) -> None:
+    guest = Guest()
+    guest.load()
+    guest.fault(9, code=qualification)
+    evidence = guest.write(tmp_path / "t.parquet", host={"kernel": "6.1.55", "vendor": "GenuineIntel"})
+    assert names(evidence)[-1] == name
+
+
+def test_a_vm_that_ran_before_is_entered_with_the_root_it_has(tmp_path: Path) -> None:
+    guest = Guest()
+    guest.rows.clear()
+    for vcpu in (0, 1):
+        guest.of("kvm_page_fault", vcpu, root=guest.root, role=SMM_ROLE)
+        guest.of("kvm_entry", vcpu, root=guest.root)
+        guest.of("kvm_entry", vcpu, root=guest.root)
+    evidence = guest.write(tmp_path / "t.parquet")
+    assert [row for row in rows(evidence) if row[0] != "TOUCH"] == [
+        ("ROLE", 0, roles.USUAL | roles.SMM), ("ENTER", 0, 0), ("ROLE", 1, roles.USUAL | roles.SMM), ("ENTER", 1, 0)
+    ]  # fmt: skip
+    assert any("was running before" in line for line in run.replay(plan.make(evidence, [])).missing)
+
+
+def test_without_function_probes_entries_show_the_loads(tmp_path: Path) -> None:
+    """Tracepoints only: SMM transitions unload, and the next entry loads; the root it has tells the word."""
+    guest = Guest()
+    for role, entering in ((0x3784, None), (SMM_ROLE, 1), (0x3784, 0)):
+        if entering is not None:
+            guest.exit(0x73)
+            guest.of("kvm_smm_transition", flags=entering)
+        guest.root += 1
+        guest.of("kvm_mmu_get_page", root=guest.root, role=role, level=4, w1=guest.root, flags=1)
+        guest.of("kvm_entry", root=guest.root)
+        guest.role = role
+        guest.fault(5)
+    old, new = run.replay(plan.make(guest.write(tmp_path / "t.parquet"), ["async", "preserve"])).outcomes
+    assert (old.counts()["creations"], old.counts()["faults"]) == (3, 3)
+    assert (new.counts()["creations"], new.counts()["faults"], new.counts()["hits"]) == (2, 2, 1)
