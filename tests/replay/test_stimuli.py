@@ -67,10 +67,11 @@ def _whole(name: str) -> tuple[Evidence, list[Row]]:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.sampled_from(BATCHED), st.integers(1, 400))
+@given(st.sampled_from(BATCHED), st.integers(12, 400))
 def test_batches_of_any_size_say_the_same(name: str, size: int) -> None:
+    """A row is explained by rows of its own batch or of the next: between a reset and its load lie some ten."""
     evidence, whole = _whole(name)
-    assert rows(evidence, max(size, 5)) == whole
+    assert rows(evidence, size) == whole
 
 
 def test_a_fault_on_a_present_leaf_is_a_fix(tmp_path: Path) -> None:
