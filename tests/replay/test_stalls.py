@@ -1,0 +1,124 @@
+"""Soft-hangs in progress, and vCPUs stuck at an instruction."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from replay.virtual.stalls import RCU_STALL, SOFT_LOCKUP, Rule, stalls, watchdogs
+from replay.virtual.stuck import longest_runs
+from traces.reader import Trace
+
+CORPUS = Path(__file__).parents[2] / "traces" / "corpus"
+MS = 1_000_000
+
+
+def progress(*stretches: tuple[int, float]) -> tuple[Any, Any]:
+    """Moments 1 ms apart through stretches of (ms, guest share)."""
+    time, guest = [0], [0.0]
+    for ms, share in stretches:
+        for _ in range(ms):
+            time.append(time[-1] + MS)
+            guest.append(guest[-1] + share * MS)
+    return np.array(time, np.int64), np.array(guest).astype(np.int64)
+
+
+def test_a_stall_is_found_where_it_is() -> None:
+    (found,) = stalls(*progress((500, 0.9), (300, 0.01), (500, 0.9)), Rule())
+    # A window may reach a little beyond the stall: 10 % of 100 ms is 11 ms of a guest that runs 90 % of the time.
+    assert 489 * MS <= found.begin <= 500 * MS
+    assert 800 * MS <= found.end <= 811 * MS
+    assert found.guest < 0.1 * found.ns
+
+
+@pytest.mark.parametrize(("ms", "share", "count"), [(300, 0.05, 1), (300, 0.2, 0), (80, 0.0, 0), (120, 0.0, 1)])
+def test_what_is_too_short_or_not_slow_enough_is_none(ms: int, share: float, count: int) -> None:
+    assert len(stalls(*progress((300, 1.0), (ms, share), (300, 1.0)), Rule())) == count
+
+
+def test_the_rule_is_adjustable() -> None:
+    slow = progress((300, 1.0), (300, 0.2), (300, 1.0))
+    assert not stalls(*slow, Rule())
+    assert len(stalls(*slow, Rule(share=0.3))) == 1
+    assert not stalls(*slow, Rule(share=0.3, window=1_000 * MS))
+
+
+def test_two_stalls_apart_are_two() -> None:
+    assert len(stalls(*progress((300, 1.0), (200, 0.0), (400, 1.0), (200, 0.0), (300, 1.0)), Rule())) == 2
+
+
+@given(st.lists(st.tuples(st.integers(1, 300), st.floats(0, 1)), min_size=1, max_size=8))
+def test_stalls_are_stalls_in_order_and_apart(stretches: list[tuple[int, float]]) -> None:
+    time, guest = progress(*stretches)
+    rule = Rule()
+    found = stalls(time, guest, rule)
+    for stall in found:
+        assert stall.ns >= rule.window
+    for one, other in itertools.pairwise(found):
+        assert one.end < other.begin
+    # A whole window of nothing is never missed.
+    still = np.flatnonzero(guest[100:] == guest[:-100]) if len(guest) > 100 else []
+    for at in still:
+        assert any(stall.begin <= time[at] and time[at + 100] <= stall.end for stall in found)
+
+
+def test_watchdogs_of_the_guest() -> None:
+    assert watchdogs(SOFT_LOCKUP - 1) == []
+    assert watchdogs(SOFT_LOCKUP) == ["soft lockup"]
+    assert watchdogs(RCU_STALL) == ["soft lockup", "RCU stall"]
+
+
+def rows(monkeypatch: pytest.MonkeyPatch, events: list[dict[str, int]], size: int) -> Trace:
+    """A trace of these rows of one vCPU."""
+    trace = Trace.open(CORPUS / "steady-6.1.parquet")
+
+    def batches(columns: Any = None, vm: int | None = None, size_: int = size) -> Any:
+        for at in range(0, len(events), size):
+            part = events[at : at + size]
+            data = {
+                name: pa.array([each.get(name, 0) for each in part], trace.schema.field(name).type)
+                for name in columns
+                if name != "kind"
+            }
+            kinds = pa.array([each["kind"] for each in part]).dictionary_encode()
+            arrays = [kinds if name == "kind" else data[name] for name in columns]
+            yield pa.RecordBatch.from_arrays(arrays, names=list(columns))
+
+    monkeypatch.setattr(trace, "batches", batches)
+    return trace
+
+
+@pytest.mark.parametrize("size", [7, 1000])
+@pytest.mark.parametrize(("inside", "why"), [
+    (["kvm_page_fault"], "mmu_seq"),
+    (["kvm_page_fault", "kvm_mmu_spte_requested"], "host's page"),
+    (["kvm_page_fault", "kvm_mmu_spte_requested", "kvm_mmu_set_spte"], "served and come again"),
+    (["kvm_mmio"], "MMIO"),
+    (["mmu_load"], "roots"),
+    ([], "another kind"),
+])  # fmt: skip
+def test_hangs_are_told_apart(monkeypatch: pytest.MonkeyPatch, inside: list[str], why: str, size: int) -> None:
+    events: list[dict[str, Any]] = [{"kind": "kvm_exit", "rip": 1}]
+    for _ in range(200):
+        events += [{"kind": "kvm_exit", "rip": 7, "addr": 0x5000}]
+        events += [{"kind": kind, "addr": 0x5000} for kind in inside]
+    events.append({"kind": "kvm_exit", "rip": 9})
+    for seq, event in enumerate(events):
+        event |= {"seq": seq, "time": 1000 + seq}
+    run = longest_runs(rows(monkeypatch, events, size), 1)[0]
+    assert (run.rip, run.exits, run.seq) == (7, 200, 1)
+    assert why in run.why
+    assert run.certain is False
+
+
+def test_a_loop_of_one_instruction_is_progress() -> None:
+    run = longest_runs(Trace.open(CORPUS / "steady-6.1.parquet"), 1)[0]
+    assert run.exits > 500
+    assert "progress" in run.why
