@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from replay import causes, roles
 from replay.causes import Trigger
 from replay.evidence import Evidence
-from replay.lookback import Ints, Last, Rows, following
+from replay.lookback import Ints, Last, Rows, following, word_of
 from replay.ops import VCPU_SHIFT, Op
 from replay.registers import DETAIL, NEVER, Registers
 from replay.stream import NO_STATE, STATE_SHIFT, TRIGGER, Out
@@ -105,7 +105,7 @@ class Controls:
             self._root.keep(vcpu, root)
             loads = loads[(root != before) & (root > 0)]
         known = rows.role[loads]
-        return loads, roles.states(np.where(known != 0, known, roots[rows.root[loads]]), self._kernel.layout)
+        return loads, roles.states(np.where(known != 0, known, word_of(roots, rows.root[loads])), self._kernel.layout)
 
     def _state(self, batch: _Batch, at: Ints) -> Ints:
         """The states of these rows' vCPUs, there."""
@@ -242,7 +242,7 @@ class Controls:
             mine = batch.entries[rows.vcpu[batch.entries] == vcpu][:1]
             if len(mine):
                 self._started[vcpu] = True
-                role = roots[rows.root[mine]]
+                role = word_of(roots, rows.root[mine])
                 state = np.where(role != 0, roles.states(role, self._kernel.layout), roles.USUAL)
                 self._plain.keep(rows.vcpu[mine], state)
                 self._arrive(out, mine, rows.vcpu[mine], state)

@@ -9,7 +9,7 @@ import numpy as np
 from replay.evidence import Evidence
 from replay.lookback import Ints, Rows
 from replay.ops import LEVEL_SHIFT, VCPU_SHIFT, Op
-from replay.slots import LOG_DIRTY, Slots
+from replay.slots import Slots, logs_dirty
 from replay.stream import Out
 
 _PRESENT: Final = np.uint64(1 << 11)
@@ -67,7 +67,7 @@ class Host:
             before, after = self._slots.changed(int(rows.time[row]), int(rows.slot[row]) & 0xFFFF, space)
             if before is None or after is None or before["pages"] != after["pages"]:
                 continue
-            was, now = (int(entry.get("flags", 0)) & LOG_DIRTY for entry in (before, after))
+            was, now = logs_dirty(before), logs_dirty(after)
             if now and not was:
                 start, end = np.array([after["gfn"]]), np.array([after["gfn"] + after["pages"]])
                 out.ranges(np.array([row]), int(Op.SPLIT) | space << LEVEL_SHIFT, start, end)

@@ -34,7 +34,7 @@ class Kernel:
     prefetches_tail: bool  # the shadow MMU prefetches behind the fault, too, not only before it
 
     def policy(self, name: str) -> Axes:
-        """A named policy as this kernel would have it: how huge leaves are split is the kernel's, not the policy's."""
+        """A named policy as this kernel would have it: how it splits huge leaves and locks is not the policy's."""
         if name == self.axes.name:
             return self.axes
         if name not in NAMED:
@@ -42,7 +42,7 @@ class Kernel:
         axes = NAMED[name]
         if axes.mmu == "shadow":
             return replace(axes, request=self.axes.request)
-        return replace(axes, split_in_place=self.axes.split_in_place)
+        return replace(axes, split_in_place=self.axes.split_in_place, loads_share=self.axes.loads_share)
 
 
 _WITH_WP: Final = ALWAYS | {Trigger.CR0_WP}  # until 01b31714bd90
@@ -62,6 +62,7 @@ def _kernel(
     *,
     fixed: int = 4,
 ) -> Kernel:
+    axes = replace(axes, loads_share=since >= (6, 9, 0))
     return Kernel(name, since, axes, unloads, layout, since >= (5, 18, 0), fixed, since >= (5, 15, 0))
 
 
@@ -80,6 +81,7 @@ KERNELS: Final = (
     _kernel("6.3.0", (6, 3, 0), _ASYNC_63, _WITH_WP, roles.FIXED),
     _kernel("6.3", (6, 3, 2), PRESERVE_WORKER, ALWAYS, roles.FIXED),
     _kernel("6.6", (6, 6, 0), PRESERVE, ALWAYS, roles.FIXED),
+    _kernel("6.9", (6, 9, 0), PRESERVE, ALWAYS, roles.FIXED),
     _kernel("6.12", (6, 12, 0), PRESERVE, ALWAYS, roles.FIXED, fixed=5),
     _kernel("7.x", (7, 0, 0), PRESERVE, ALWAYS, roles.WIDE, fixed=5),
 )

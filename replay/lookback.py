@@ -86,6 +86,12 @@ def _values(column: pa.Array) -> NDArray[Any]:
     return values[column.offset : column.offset + len(column)]
 
 
+def word_of(words: NDArray[np.uint32], root: NDArray[Any]) -> NDArray[np.uint32]:
+    """Role words of roots by id, the last of them for every id beyond."""
+    found: NDArray[np.uint32] = words[np.clip(root, 0, len(words) - 1)]
+    return found
+
+
 class Last:
     """The value that the last of some rows left, by vCPU; `unset` before the first."""
 

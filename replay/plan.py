@@ -54,6 +54,15 @@ class Target:
     writes: frozenset[Trigger] = frozenset()
 
     @property
+    def assumes(self) -> str:
+        """What is taken to be so of the host, without which the outcome would be another; empty where nothing is."""
+        if self.axes.mmu == "tdp" or self.recorded:
+            return ""
+        return (
+            "host memory is taken to be there wherever the shadow MMU prefetches, and its page limit not to be reached"
+        )
+
+    @property
     def merged(self) -> bool:
         """Whether its ends are of different role words (`lower.Case`)."""
         return any(run.case.merged for run in self.runs)

@@ -130,6 +130,8 @@ def _remarks(replayed: Replayed) -> list[Text]:
         for why in left_open(replayed, target):
             given = f"assumed: --refault {plan.refault.text}" if plan.refault.name else "least .. most"
             lines.append(Text(f"{printable(target.name)}: {why} ({given})"))
+        if target.assumes:
+            lines.append(Text(f"{printable(target.name)}: {target.assumes}"))
         for outcome in replayed.outcomes:
             for index, seq in enumerate(outcome.stuck):
                 if outcome.target is target and seq is not None:

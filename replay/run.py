@@ -219,7 +219,10 @@ def left_open(replayed: Replayed, target: Target) -> list[str]:
     """What this trace leaves open of a policy's outcome, one line each."""
     writes = sum(replayed.notes.get(f"trigger {trigger.name}", 0) for trigger in target.writes)
     why = f"{writes:,} writes of CR0 or CR4 have no value: whether they unload is not in the trace"
-    return [*target.open, *([why] if writes else [])]
+    lines = [*target.open, *([why] if writes else [])]
+    if target.merged and any(len(outcome.vcpu_ids) > 1 for outcome in replayed.outcomes):
+        lines.append("vCPUs whose CR0.WP or EFER.NX differ share roots at the upper end: it may be more")
+    return lines
 
 
 def document(replayed: Replayed) -> dict[str, Any]:
@@ -239,6 +242,7 @@ def document(replayed: Replayed) -> dict[str, Any]:
                 "axes": vars(target.axes),
                 "bounds": [run.bound for run in target.runs],
                 "open": left_open(replayed, target),
+                "assumes": target.assumes,
             }
             for target in plan.targets
         ],

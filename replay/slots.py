@@ -16,8 +16,20 @@ Ints = NDArray[np.int64]
 LOG_DIRTY: Final = 1  # KVM_MEM_LOG_DIRTY_PAGES
 _EVER: Final = 1 << 62
 _SPACE: Final = 52  # bits of a frame; above it the address space, in keys
+_SPACES: Final = 0xFF
+_LARGEST: Final = 1 << 48  # no address space has more pages; what a file says beyond it is cut
 _PAGE: Final = 12
 _CHUNK: Final = 1 << 12
+
+
+def _number(value: Any, otherwise: int) -> int:
+    """A number of the metadata, which may say anything."""
+    return min(value, _EVER) if isinstance(value, int) else otherwise
+
+
+def logs_dirty(slot: Mapping[str, Any]) -> bool:
+    """Whether a slot's dirty pages are logged."""
+    return bool(_number(slot.get("flags"), 0) & LOG_DIRTY)
 
 
 @dataclass(frozen=True)
@@ -36,12 +48,12 @@ class Slots:
 
     def __init__(self, entries: Sequence[Mapping[str, Any]]) -> None:
         def column(name: str, otherwise: int, kind: type[Any] = np.int64) -> Any:
-            values = [entry.get(name) for entry in entries]
-            return np.array([otherwise if value is None else value for value in values], kind)
+            return np.array([_number(entry.get(name), otherwise) for entry in entries], kind)
 
         self._began = {(entry["as_id"], entry["slot"], entry.get("since")): entry for entry in entries}
         self._ended = {(entry["as_id"], entry["slot"], entry.get("until")): entry for entry in entries}
-        self._gfn, self._pages, self._as_id = column("gfn", 0), column("pages", 0), column("as_id", 0)
+        self._gfn, self._pages, self._as_id = column("gfn", 0), column("pages", 0), column("as_id", 0) & _SPACES
+        self._gfn, self._pages = np.minimum(self._gfn, _LARGEST), np.minimum(self._pages, _LARGEST)
         self._hva = column("hva", 0, np.uint64)
         self._since, self._until = column("since", -1), column("until", _EVER)
         self._changes = np.unique(np.concatenate([self._since, self._until]))

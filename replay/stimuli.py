@@ -19,12 +19,13 @@ from replay.evidence import Evidence
 from replay.host import ONE_FUNCTION, Host
 from replay.lookback import COLUMNS, Rows
 from replay.ops import RESETS, Op, Ranges
-from replay.slots import LOG_DIRTY, Slots
+from replay.slots import Slots, logs_dirty
 from replay.stream import TRIGGER, Out, Stimuli
 from replay.touches import Touches
 from traces.errors import Problem
 from traces.reader import BATCH_ROWS
 
+_ROOTS: Final = 1 << 24  # whose words are kept; beyond, touches count as outside of SMM
 _IDS: Final = 1 << 15  # vCPU ids are int16 in a trace
 
 
@@ -52,9 +53,10 @@ class VmStimuli:
         self._touches = Touches(evidence, count, slots, groups)
         self._controls = Controls(evidence, count)
         self._host = Host(evidence, slots)
-        self._roots = np.zeros(evidence.trace.metadata.root_count + 2, np.uint32)
+        # Role words by root id; the last place stays empty, for ids beyond.
+        self._roots = np.zeros(min(evidence.trace.metadata.root_count, _ROOTS) + 2, np.uint32)
         for root in evidence.trace.metadata.uncreated_roots:
-            if root["id"] < len(self._roots):
+            if root["id"] < len(self._roots) - 1:
                 self._roots[root["id"]] = root["role"]
         self.nested = 0
         self.ended = False
@@ -105,7 +107,7 @@ class VmStimuli:
             at = rows.of(kind)
             root = rows.root[at]
             at, root = at[root > 0], root[root > 0]
-            fits = root < len(self._roots)
+            fits = root < len(self._roots) - 1
             self._roots[root[fits]] = rows.role[at[fits]]
 
     def _revise(self, whole: Stimuli) -> None:
@@ -120,7 +122,7 @@ class VmStimuli:
 def _columns(evidence: Evidence, vm: Mapping[str, Any]) -> list[str]:
     """The columns that say anything of this VM: reading the others takes as long as all the rest."""
     counts = evidence.trace.metadata.kinds
-    logs = any(int(slot.get("flags", 0)) & LOG_DIRTY for slot in vm["slots"])
+    logs = any(map(logs_dirty, vm["slots"]))
     fast = bool(counts.get("fast_page_fault"))
     wanted = {
         "addr": fast or bool(counts.get("kvm_unmap_hva_range")),

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from replay.evidence import Evidence
 from replay.inferred import Installs, Unseen
-from replay.lookback import Ints, Last, Rows
+from replay.lookback import Ints, Last, Rows, word_of
 from replay.ops import FIRST_SHIFT, LAST_SHIFT, LEVEL_SHIFT, VCPU_SHIFT, Op
 from replay.slots import Slots
 from replay.stream import HIDDEN, Out
@@ -84,7 +84,7 @@ class Touches:
             self.hidden += int(hidden.sum())
             flags |= hidden * HIDDEN
         present = self._is_present(rows, faults, at, vcpu)
-        space = (roles[rows.root[at]] >> _SMM_SHIFT != 0).astype(np.int64)
+        space = (word_of(roles, rows.root[at]) >> _SMM_SHIFT != 0).astype(np.int64)
         op = (
             np.where(present, int(Op.FIX), int(Op.TOUCH))
             | level << LEVEL_SHIFT

@@ -405,3 +405,21 @@ def test_without_function_probes_entries_show_the_loads(tmp_path: Path) -> None:
     old, new = run.replay(plan.make(guest.write(tmp_path / "t.parquet"), ["async", "preserve"])).outcomes
     assert (old.counts()["creations"], old.counts()["faults"]) == (3, 3)
     assert (new.counts()["creations"], new.counts()["faults"], new.counts()["hits"]) == (2, 2, 1)
+
+
+def test_metadata_may_say_anything(tmp_path: Path) -> None:
+    """Numbers beyond what a machine has are cut; a vCPU that no row can name is refused."""
+    guest = Guest()
+    guest.load()
+    guest.fault(9)
+    guest.vm("kvm_unmap_hva_range", w0=0, w1=(1 << 64) - 1)
+    guest.of("kvm_mmu_set_spte", w0=10, level=1, root=guest.root + 100)
+    evidence = guest.write(tmp_path / "t.parquet")
+    most = (1 << 64) - 1
+    slot = {"slot": 1, "as_id": most, "gfn": most, "pages": most, "hva": 0, "flags": "x", "since": most, "until": "y"}
+    slots = [slot, dict(slot, since=None, until=None)]
+    vm = dict(evidence.trace.metadata.vms[0], slots=slots)
+    found = [name for part in VmStimuli(evidence, vm) for name in part.op & 15]
+    assert found.count(Op.TOUCH) == 2
+    with pytest.raises(Problem, match="no row can name"):
+        VmStimuli(evidence, dict(vm, vcpus=[{"id": 1 << 20, "tid": 1}]))
