@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from replay import roles
+from replay.causes import Trigger
 from replay.evidence import Evidence
 from replay.lower import Case, Lowering
 from replay.machine import Machine, Reference
@@ -23,6 +24,7 @@ from replay.pools import Engine, RootLog, Vcpus
 from replay.result import Writer, vm_counts
 from replay.stimuli import VmStimuli
 
+_FLIPS: Final = (Trigger.CR0_WP, Trigger.CR0_SILENT, Trigger.EFER)  # of bits that old kernels have in role words
 PROMISED: Final = 6  # roots that a VM can have under `preserve`, by its commit's text
 
 
@@ -220,7 +222,8 @@ def left_open(replayed: Replayed, target: Target) -> list[str]:
     writes = sum(replayed.notes.get(f"trigger {trigger.name}", 0) for trigger in target.writes)
     why = f"{writes:,} writes of CR0 or CR4 have no value: whether they unload is not in the trace"
     lines = [*target.open, *([why] if writes else [])]
-    if target.merged and any(len(outcome.vcpu_ids) > 1 for outcome in replayed.outcomes):
+    flips = any(replayed.notes.get(f"trigger {trigger.name}") for trigger in _FLIPS)
+    if flips and target.merged and any(len(outcome.vcpu_ids) > 1 for outcome in replayed.outcomes):
         lines.append("vCPUs whose CR0.WP or EFER.NX differ share roots at the upper end: it may be more")
     return lines
 
