@@ -290,27 +290,49 @@ def replay(
         ),
     ] = "",
     out: Annotated[Path | None, typer.Option("-o", "--output", help="Write the result, a Parquet file.")] = None,
+    timed: Annotated[
+        bool, typer.Option("--time/--no-time", help="Also how long each vCPU takes and stands still, in virtual time.")
+    ] = True,
+    smi: Annotated[
+        str,
+        typer.Option(help="open: SMIs keep their wall-clock time; closed: they move with the guest. [default: auto]"),
+    ] = "auto",
+    stall_share: Annotated[
+        float, typer.Option(help="A soft-hang has less than this share of its time in the guest...", min=0, max=1)
+    ] = 0.1,
+    stall_window: Annotated[int, typer.Option(help="... for at least this many ms.", min=1)] = 100,
     as_json: Json = False,
 ) -> None:
-    """Say what the recorded VMs would have done under other root policies."""
+    """Say what the recorded VMs would have done under other root policies, and how long it would have taken."""
     from replay import bounds, evidence, plan, report, run
     from replay.result import Writer
+    from replay.virtual import report as time_report
+    from replay.virtual.run import Settings, replay_timed
+    from replay.virtual.stalls import Rule
     from traces.reader import Trace
+
+    if smi not in ("auto", "open", "closed"):
+        raise Problem(f"--smi {smi}: give auto, open or closed")
+    settings = Settings(smi, Rule(stall_share, stall_window * 1_000_000))
 
     assumed = plan.refault(refault)
     shown = evidence.Evidence(Trace.open(trace))
     share = bounds.accessed_share(shown.trace, shown.intel) if assumed.name == "accessed" else 0.0
     wanted = plan.make(shown, policy or [], kernel, assumed)
+    times = replay_timed(wanted, settings) if timed else []
     if out is None:
         replayed = run.replay(wanted)
     else:
         with Writer(out, [target.name for target in wanted.targets]) as writer:
             replayed = run.replay(wanted, writer)
-            writer.close(run.document(replayed))
+            writer.close({**run.document(replayed), "time": time_report.facts(times, settings) if timed else None})
     if as_json:
-        _print_json(report.facts(replayed, share))
+        time = {"time": time_report.facts(times, settings)} if timed else {}
+        _print_json({**report.facts(replayed, share), **time})
     else:
         print(report.render(replayed, share), end="")
+        if timed:
+            print(time_report.render(times, wanted), end="")
 
 
 @app.command(epilog="Example: kvmtrace doctor --json")

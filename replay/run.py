@@ -137,7 +137,7 @@ class _Running:
 def replay(plan: Plan, writer: Writer | None = None) -> Replayed:
     """Run a plan. With a writer the root logs go to it as they come; it is for the caller to close."""
     evidence = plan.evidence
-    ad_disabled = _ad_disabled(evidence)
+    ad_disabled = has_ad_disabled(evidence)
     done = Replayed(plan, [], Counter(), list(evidence.missing), [])
     groups = any(target.axes.prefetch > 1 for target in plan.targets)
     progress = _Progress(evidence.trace.metadata.events)
@@ -172,7 +172,7 @@ def _replay_vm(
     return [one.finish(writer) for one in running]
 
 
-def _ad_disabled(evidence: Evidence) -> bool:
+def has_ad_disabled(evidence: Evidence) -> bool:
     """Whether the recorded module has accessed and dirty bits off: a bit of every root's word."""
     for batch in evidence.trace.batches(["root", "role"], size=1 << 12):
         root, role = (batch.column(name).to_numpy() for name in ("root", "role"))

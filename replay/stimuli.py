@@ -7,7 +7,7 @@ the recorded roots have mapped. Rules by part: `touches`, `controls`, `registers
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -36,15 +36,23 @@ class VmStimuli:
     """
 
     def __init__(
-        self, evidence: Evidence, vm: Mapping[str, Any], *, groups: bool = True, size: int = BATCH_ROWS
+        self,
+        evidence: Evidence,
+        vm: Mapping[str, Any],
+        *,
+        groups: bool = True,
+        size: int = BATCH_ROWS,
+        watch: Callable[[Rows], None] | None = None,
     ) -> None:
+        """`watch` sees each batch's rows, all columns of them, before the stimuli that come of it."""
         self.id = int(vm["id"])
         self.vcpus = sorted({int(vcpu["id"]) for vcpu in vm["vcpus"]})
         if self.vcpus and self.vcpus[-1] >= _IDS:
             raise Problem(f"{evidence.trace.path}: VM {self.id} has a vCPU {self.vcpus[-1]}, which no row can name")
         self._evidence = evidence
         self._size = size
-        self._columns = _columns(evidence, vm)
+        self._watch = watch
+        self._columns = list(COLUMNS) if watch else _columns(evidence, vm)
         # The last place is that of index -1: no vCPU.
         self._numbers = np.full(_IDS + 1, -1, np.int32)
         self._numbers[self.vcpus] = np.arange(len(self.vcpus))
@@ -79,6 +87,8 @@ class VmStimuli:
             if len(ends):
                 rows = rows.cut(int(ends[0]) + 1)
                 self.ended = True
+            if self._watch is not None:
+                self._watch(rows)
             fresh = self._decode(rows)
             whole = fresh if held is None else _joined(held, fresh)
             self._revise(whole)

@@ -2,7 +2,8 @@
 
 An exit's handling of faults goes to its touch, of loads to its entry, of unloads to its unload; the rest of it, the
 guest time before it, and exits without an operation are the `lead` of the next operation. Nothing is given twice or
-left out. What happens to the VM as a whole takes its turn behind the vCPU that acted last.
+left out but inline zaps, which are the policy's (`zapped`). What happens to the VM as a whole takes its turn behind the
+vCPU that acted last.
 """
 
 from __future__ import annotations
@@ -44,9 +45,8 @@ class Timing:
     def __init__(self, vcpus: int, cpus: int, workers: Collection[int] = ()) -> None:
         """`cpus` that vCPUs and workers share (0: enough); `workers` are the tids of kernel workers."""
         self.timeline = Timeline(vcpus)
-        self.samples: dict[str, Samples] = {
-            name: Samples() for name in ("switch", "fault", "table", "found", "created", "unload", "zap_table")
-        }
+        self.samples = {name: Samples() for name in ("switch", "fault", "table", "found", "created", "unload")}
+        self.zapped = 0  # ns of inline zaps
         self.stolen = Stolen(cpus == 1, workers)
         self._vcpus = vcpus
         self._exits = [_empty() for _ in range(vcpus)]
@@ -88,6 +88,8 @@ class Timing:
     def rest(self) -> tuple[Ints, Ints]:
         """What came after the last operation, by vCPU: (ns, ns in the guest)."""
         for v, exits in enumerate(self._exits):
+            self.zapped += int(exits.ns[:, Doing.ZAP].sum())
+            exits.ns[:, Doing.ZAP] = 0
             self._lead[v] += exits.ns.sum()
             self._guest[v] += exits.ns[:, Doing.GUEST].sum()
             self._exits[v] = _empty()
@@ -136,6 +138,8 @@ class Timing:
             elif doing == Doing.LOAD:
                 loaded = takes[cost[mine[takes]] > 0]
                 was[mine[loaded]] = np.where(exits.built_root[at[loaded]], CREATED, FOUND)
+        self.zapped += int(fixed[:, Doing.ZAP].sum())
+        fixed[:, Doing.ZAP] = 0
         # An exit's first operation takes what no operation owns of it and of the exits since the last one.
         first = np.unique(at, return_index=True)[1]
         total = np.append(0, np.cumsum(fixed.sum(1)))
@@ -150,6 +154,7 @@ class Timing:
         end = int(upto[-1])
         left = _part(exits, slice(end - 1, None))
         left.ns[0] = 0
+        self.zapped -= int(left.ns[:, Doing.ZAP].sum())  # it is counted when it is taken
         self._exits[v] = left
 
     def _sample(self, block: Block, lead: Ints, guest: Ints, cost: Ints, was: NDArray[np.uint8]) -> None:

@@ -24,10 +24,11 @@ class Doing(IntEnum):
     GUEST = 0  # kvm_entry to kvm_exit: the guest runs, and the switch there and back
     FAULT = 1  # a fault in the second-level (or shadow) tables
     LOAD = 2  # a root is found or built
-    UNLOAD = 3  # root slots are emptied, with whatever the last put zaps inline
-    SMM = 4  # an SMI or RSM is emulated
-    USER = 5  # userspace has the vCPU
-    OTHER = 6  # any other exit
+    UNLOAD = 3  # root slots are emptied
+    ZAP = 4  # a root's last put zaps it inline
+    SMM = 5  # an SMI or RSM is emulated
+    USER = 6  # userspace has the vCPU
+    OTHER = 7  # any other exit
 
 
 _NEUTRAL: Final = 255
@@ -39,9 +40,10 @@ _OF_KIND: Final = {
     ),
     Doing.LOAD: ("root_get", "mmu_load", "new_pgd"),
     Doing.UNLOAD: (
-        "mmu_unload", "mmu_free_roots", "mmu_free_obsolete_roots", "root_put", "zap_root_begin", "zap_root_end",
+        "mmu_unload", "mmu_free_roots", "mmu_free_obsolete_roots", "root_put", "zap_root_begin",
         "kvm_mmu_prepare_zap_page",
     ),
+    Doing.ZAP: ("zap_root_end",),
     Doing.SMM: ("kvm_smm_transition",),
     Doing.USER: ("kvm_userspace_exit", "ioctl", "ioctl_end"),
     Doing.OTHER: ("kvm_exit",),

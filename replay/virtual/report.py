@@ -1,0 +1,187 @@
+"""What `kvmtrace replay` says of time: a verdict in a sentence for each vCPU, then the figures it rests on."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterator
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from replay.plan import Plan
+from replay.virtual.clock import Spent
+from replay.virtual.run import Settings, Timed, VcpuTime, VmTime
+from replay.virtual.stalls import watchdogs
+from traces.text import printable
+
+WIDTH: Final = 220  # where there is no terminal: nothing is wrapped
+_VMS_SHOWN: Final = 8
+_PRESERVED: Final = ("preserve", "preserve-worker")
+
+
+def facts(times: list[VmTime], settings: Settings) -> dict[str, Any]:
+    """The document's part on time; all times in ns."""
+    return {
+        "rule": {"share": settings.rule.share, "window": settings.rule.window},
+        "vms": [
+            {
+                "vm": vm.vm,
+                "refused": vm.refused,
+                "began": vm.began,
+                "smis": {"by_guest": vm.driven.by_guest, "by_clock": vm.driven.by_clock, "open": vm.open},
+                "costs": {
+                    name: {"ns": getattr(vm.fitted.costs, name), "from": source, "error": vm.fitted.error.get(name)}
+                    for name, source in vm.fitted.source.items()
+                },
+                "recorded": vm.recorded,
+                "policies": [_policy(outcome) for outcome in vm.outcomes],
+            }
+            for vm in times
+        ],
+    }
+
+
+def render(times: list[VmTime], plan: Plan) -> str:
+    """Plain text where standard output is no terminal."""
+    terminal = sys.stdout.isatty()
+    console = Console(
+        file=io.StringIO(),
+        force_terminal=terminal,
+        no_color=not terminal,
+        width=None if terminal else WIDTH,
+        highlight=False,
+    )
+    for vm in times[:_VMS_SHOWN]:
+        if vm.refused:
+            console.print(Text(f"VM {vm.vm}: no times: {vm.refused}"))
+            continue
+        for line in verdicts(vm):
+            console.print(Text(line, style="bold"))
+        console.print(_table(vm))
+        for line in _trust(vm):
+            console.print(Text(printable(line)), soft_wrap=True)
+    if len(times) > _VMS_SHOWN:
+        console.print(Text(f"... {len(times) - _VMS_SHOWN} more VMs: --json has them"))
+    own = [target.name for target in plan.targets if target.policy is not None]
+    if own:
+        console.print(Text(printable(f"{', '.join(own)}: counted only; policies of users are not timed")))
+    output = console.file
+    assert isinstance(output, io.StringIO)
+    return "\n".join(line.rstrip() for line in output.getvalue().splitlines()) + "\n"
+
+
+def verdicts(vm: VmTime) -> Iterator[str]:
+    """One sentence a vCPU: every other policy against the one that keeps roots (or, without it, the quickest)."""
+    ends = _ends(vm)
+    if not ends:
+        return
+    for i, first in enumerate(vm.outcomes[0].vcpus):
+        quickest = min(ends, key=lambda name: ends[name][1].vcpus[i].wall)
+        base = next((name for name in _PRESERVED if name in ends), quickest)
+        for name, (low, high) in ends.items():
+            if name != base:
+                yield f"vCPU {first.id}: {_against(name, low.vcpus[i], high.vcpus[i], base, ends[base][0].vcpus[i])}"
+
+
+def _against(name: str, low: VcpuTime, high: VcpuTime, base: str, other: VcpuTime) -> str:
+    least, most = (each.wall / max(other.wall, 1) for each in (low, high))
+    factor = f"{least:.2f}x" if low is high else f"{least:.2f}x to {most:.2f}x"
+    hangs = [_hangs(low)] if low is high else [_hangs(low), _hangs(high)]
+    if not (low.stalls or high.stalls or other.stalls):
+        return f"{factor} the time under {name} as under {base}; no soft-hang"
+    under = " to ".join(dict.fromkeys(hangs))
+    return f"{factor} the time under {name} as under {base}; under {name} {under}; under {base} {_hangs(other)}"
+
+
+def _hangs(vcpu: VcpuTime) -> str:
+    if not vcpu.stalls:
+        return "no soft-hang"
+    worst = max(vcpu.stalls, key=lambda stall: stall.ns)
+    count = f"{len(vcpu.stalls)} soft-hang{'s' if len(vcpu.stalls) > 1 else ''}"
+    fires = watchdogs(worst.ns)
+    guest = f", long enough for the guest's {' and '.join(fires)} watchdog" if fires else ""
+    return f"{count}, longest {_time(worst.ns)} ({_time(worst.begin)} to {_time(worst.end)}){guest}"
+
+
+def _ends(vm: VmTime) -> dict[str, tuple[Timed, Timed]]:
+    """By policy, its one outcome or both ends."""
+    found: dict[str, tuple[Timed, Timed]] = {}
+    for outcome in vm.outcomes:
+        name = outcome.target.name
+        found[name] = (found[name][0], outcome) if name in found else (outcome, outcome)
+    return found
+
+
+def _table(vm: VmTime) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column(f"VM {vm.vm}")
+    for name in ("vCPU", "time", "from", "to"):
+        table.add_column(name, justify="right")
+    for each in Spent:
+        table.add_column(each.name.lower(), justify="right")
+    for name in ("soft-hangs", "longest"):
+        table.add_column(name, justify="right")
+    for i, recorded in enumerate(vm.recorded):
+        table.add_row("as recorded", str(vm.outcomes[0].vcpus[i].id) if vm.outcomes else "", _time(recorded))
+    for outcome in vm.outcomes:
+        name = outcome.target.name + ("" if outcome.run.bound == "exact" else f", {outcome.run.bound}")
+        for vcpu in outcome.vcpus:
+            low, high = band(vcpu)
+            shares = (f"{spent / vcpu.wall:.1%}" if vcpu.wall else "" for spent in vcpu.spent)
+            hangs = (str(len(vcpu.stalls)), _time(vcpu.longest)) if vcpu.stalls else ("", "")
+            table.add_row(printable(name), str(vcpu.id), _time(vcpu.wall), _time(low), _time(high), *shares, *hangs)
+    return table
+
+
+def band(vcpu: VcpuTime) -> tuple[int, int]:
+    """Two standard errors about the time."""
+    return round(vcpu.wall * max(0.0, 1 - 2 * vcpu.error)), round(vcpu.wall * (1 + 2 * vcpu.error))
+
+
+def _trust(vm: VmTime) -> Iterator[str]:
+    costs = vm.fitted.costs
+    measured = [name for name, source in vm.fitted.source.items() if source.startswith("measured")]
+    assumed = [name for name in vm.fitted.source if name not in measured]
+    yield "costs measured: " + (", ".join(f"{name} {_time(getattr(costs, name))}" for name in measured) or "none")
+    if assumed:
+        listed = ", ".join(f"{name} {_time(getattr(costs, name))}" for name in assumed)
+        yield f"costs assumed ({vm.fitted.source[assumed[0]]}): {listed}"
+    if vm.driven.by_guest + vm.driven.by_clock:
+        kept = "keep their wall-clock times" if vm.open else "move with the guest's progress"
+        yield (
+            f"SMIs {kept} ({vm.driven.by_guest:,} followed an exit of the guest's own making, "
+            f"{vm.driven.by_clock:,} did not; --smi overrides)"
+        )
+
+
+def _policy(outcome: Timed) -> dict[str, Any]:
+    return {
+        "policy": outcome.target.name,
+        "bound": outcome.run.bound,
+        "jobs": outcome.jobs,
+        "worked": outcome.worked,
+        "vcpus": [
+            {
+                "vcpu": vcpu.id,
+                "wall": vcpu.wall,
+                "band": list(band(vcpu)),
+                **{f"{each.name.lower()}_ns": vcpu.spent[each] for each in Spent},
+                "stalls": [{"begin": s.begin, "end": s.end, "guest": s.guest} for s in vcpu.stalls],
+            }
+            for vcpu in outcome.vcpus
+        ],
+    }
+
+
+def _time(ns: int) -> str:
+    """Three figures, in the unit that fits."""
+    for unit, size in (("s", 10**9), ("ms", 10**6), ("us", 10**3)):
+        if ns >= size:
+            value = ns / size
+            return (
+                f"{value:.2f} {unit}" if value < 10 else f"{value:.1f} {unit}" if value < 100 else f"{value:.0f} {unit}"
+            )
+    return f"{ns} ns"

@@ -1,0 +1,244 @@
+"""Replays a trace in virtual time: once through to measure what things cost there, once more to run the clock."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from replay.evidence import Evidence
+from replay.lower import Case, Lowering
+from replay.model import Happened, Vm
+from replay.ops import Word
+from replay.plan import Plan, Run, Target
+from replay.pools import Engine
+from replay.run import has_ad_disabled
+from replay.stimuli import VmStimuli
+from replay.virtual.clock import Clock, Spent
+from replay.virtual.costs import Fitted, Samples, fit
+from replay.virtual.join import Timing
+from replay.virtual.smis import Apart, Driven
+from replay.virtual.stalls import Rule, Stall, stalls
+
+# Relative standard deviation between two runs of the same work, dated 2026-11: of the lab's recordings of scenarios
+# that no policy touches as measured, of bare-metal hosts as assumed.
+NOISE_LAB: Final = 0.15
+NOISE: Final = 0.03
+_LAB_CPUS: Final = 1  # QEMU emulates the lab's CPUs in turn, in one thread
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How virtual time is to be taken. `smi`: auto, open (SMIs keep their wall-clock time) or closed (their place)."""
+
+    smi: str = "auto"
+    rule: Rule = field(default_factory=Rule)
+
+
+@dataclass(frozen=True)
+class VcpuTime:
+    """One vCPU under one run of a policy. `spent` is ns by Spent; `wall` their sum. `error` is relative, of `wall`."""
+
+    id: int
+    wall: int
+    spent: tuple[int, ...]
+    stalls: list[Stall]
+    error: float
+
+    @property
+    def guest_share(self) -> float:
+        return self.spent[Spent.GUEST] / self.wall if self.wall else 1.0
+
+    @property
+    def longest(self) -> int:
+        """The longest soft-hang, ns."""
+        return max((stall.ns for stall in self.stalls), default=0)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One VM under one run of one policy."""
+
+    target: Target
+    run: Run
+    vcpus: list[VcpuTime]
+    jobs: int  # of the zap worker
+    worked: int  # ns it took
+
+
+@dataclass(frozen=True)
+class VmTime:
+    """One VM: what was recorded (ns by vCPU), what things cost, and how it would have gone."""
+
+    vm: int
+    began: int  # boot ns of its first entry
+    recorded: list[int]
+    fitted: Fitted
+    driven: Driven
+    open: bool
+    outcomes: list[Timed]
+    refused: str = ""  # why there are no times
+
+
+def replay_timed(plan: Plan, settings: Settings) -> list[VmTime]:
+    """Virtual time for each VM and each run of the plan's policies that a kernel has (users' own are not timed)."""
+    evidence = plan.evidence
+    ad_disabled = has_ad_disabled(evidence)
+    return [
+        _vm(plan, settings, vm, ad_disabled) for vm in evidence.trace.metadata.vms if any(True for _ in vm["vcpus"])
+    ]
+
+
+def _vm(plan: Plan, settings: Settings, vm: Mapping[str, Any], ad_disabled: bool) -> VmTime:
+    evidence = plan.evidence
+    measured = _Measured(evidence, vm, ad_disabled)
+    number = int(vm["id"])
+    if measured.refused:
+        return VmTime(number, 0, [], fit({}, 0), measured.driven, False, [], measured.refused)
+    open_ = measured.driven.open if settings.smi == "auto" else settings.smi == "open"
+    outcomes = _run(plan, settings, vm, ad_disabled, measured, open_)
+    recorded = measured.timing.timeline.totals.sum(1).tolist()
+    return VmTime(number, measured.began, recorded, measured.fitted, measured.driven, open_, outcomes)
+
+
+class _Measured:
+    """The first pass: the recorded kernel's own run, for the costs and for what it zapped."""
+
+    def __init__(self, evidence: Evidence, vm: Mapping[str, Any], ad_disabled: bool) -> None:
+        self.timing = _timing(evidence, vm)
+        self.driven = Driven()
+        stimuli = VmStimuli(evidence, vm, watch=self._watch)
+        lowering = Lowering(evidence.kernel, Case(), ad_disabled)
+        engine = Engine(evidence.own, lowering.words, len(stimuli.vcpus))
+        self.began = -1
+        self.refused = ""
+        leaves = tables = 0
+        for stretch in stimuli:
+            block = lowering.apply(stretch)
+            self.timing.join(block)
+            engine.feed(block, stretch.ranges)
+            log = engine.take_log()
+            freed = log.event == Happened.FREED
+            leaves += int(log.leaves[freed].sum())
+            tables += int(log.tables[freed].sum())
+        self.timing.rest()
+        backwards = self.timing.timeline.backwards
+        if self.began < 0:
+            self.refused = "no entry into the guest is recorded: times are not known (--events mmu records them)"
+        elif backwards:
+            self.refused = f"the clock runs backwards at {backwards:,} rows: times are not to be had"
+        samples: dict[str, Samples] = dict(self.timing.samples)
+        taken = self.timing.stolen.ns if evidence.own.teardown == "worker" else self.timing.zapped
+        if tables and taken:
+            zaps = Samples()
+            zaps.add(np.full(tables, taken // tables, np.int64))
+            samples["zap_table"] = zaps
+        elif self.timing.stolen.removed:
+            zaps = Samples()
+            zaps.add(np.full(self.timing.stolen.removed, self.timing.stolen.removing // self.timing.stolen.removed))
+            samples["zap_table"] = zaps
+        self.fitted = fit(samples, _cpus(evidence))
+
+    def _watch(self, rows: Any) -> None:
+        self.timing.watch(rows)
+        self.driven.watch(rows)
+        if self.began < 0:
+            entries = rows.of_vcpu("kvm_entry")
+            if len(entries):
+                self.began = int(rows.time[entries[0]])
+
+
+def _run(
+    plan: Plan, settings: Settings, vm: Mapping[str, Any], ad_disabled: bool, measured: _Measured, open_: bool
+) -> list[Timed]:
+    evidence = plan.evidence
+    groups = any(target.axes.prefetch > 1 for target in plan.targets)
+    cases = {
+        (target.kernel.name, run.case): target.kernel
+        for target in plan.targets
+        if target.policy is None
+        for run in target.runs
+    }
+    lowerings = {key: Lowering(kernel, key[1], ad_disabled) for key, kernel in cases.items()}
+    timings = {key: _timing(evidence, vm) for key in cases}
+    aparts = {key: Apart(len(timing.timeline.totals)) for key, timing in timings.items()}
+
+    def watch(rows: Any) -> None:
+        for timing in timings.values():
+            timing.watch(rows)
+
+    stimuli = VmStimuli(evidence, vm, groups=groups, watch=watch)
+    running = [
+        (target, run, _clock(target, run, lowerings[target.kernel.name, run.case].words, len(stimuli.vcpus), measured))
+        for target in plan.targets
+        if target.policy is None
+        for run in target.runs
+    ]
+    done = dict.fromkeys(cases, 0)
+    for stretch in stimuli:
+        for key, lowering in lowerings.items():
+            timed = timings[key].join(lowering.apply(stretch))
+            if open_:
+                timed = aparts[key].part(timed, measured.began)
+            for target, run, clock in running:
+                if (target.kernel.name, run.case) == key:
+                    clock.feed(timed, stretch.ranges, done[key])
+            done[key] += len(timed)
+    rests = {key: timing.rest() for key, timing in timings.items()}
+    outcomes = []
+    for target, run, clock in running:
+        clock.finish()
+        outcomes.append(
+            _outcome(target, run, clock, stimuli.vcpus, rests[target.kernel.name, run.case], settings, measured)
+        )
+    return outcomes
+
+
+def _clock(target: Target, run: Run, words: list[Word], vcpus: int, measured: _Measured) -> Clock:
+    vm = Vm(replace(target.axes, revive=run.revive), words, vcpus)
+    return Clock(vm, measured.fitted.costs)
+
+
+def _outcome(
+    target: Target,
+    run: Run,
+    clock: Clock,
+    ids: list[int],
+    rest: tuple[NDArray[np.int64], NDArray[np.int64]],
+    settings: Settings,
+    measured: _Measured,
+) -> Timed:
+    vcpus = []
+    for i, pace in enumerate(clock.paces):
+        spent = list(pace.spent)
+        lead, guest = int(rest[0][i]), int(rest[1][i])
+        spent[Spent.GUEST] += guest
+        spent[Spent.OTHER] += lead - guest
+        wall = pace.clock + lead
+        moments = np.array([(0, 0), *pace.samples, (pace.clock, pace.spent[Spent.GUEST]), (wall, spent[Spent.GUEST])])
+        found = stalls(moments[:, 0], moments[:, 1], settings.rule)
+        vcpus.append(VcpuTime(ids[i], wall, tuple(spent), found, _error(measured, i, wall)))
+    return Timed(target, run, vcpus, clock.jobs, clock.worked)
+
+
+def _error(measured: _Measured, vcpu: int, wall: int) -> float:
+    """Relative standard error: of one run against another, and of the costs of what was added or taken away."""
+    recorded = int(measured.timing.timeline.totals[vcpu].sum())
+    changed = abs(wall - recorded) / max(wall, 1)
+    noise = NOISE_LAB if measured.fitted.costs.cpus else NOISE
+    of_costs = max(measured.fitted.error.get(name, 0.5) for name in ("fault", "switch"))
+    return float(np.hypot(noise, min(changed * of_costs, 1.0)))
+
+
+def _timing(evidence: Evidence, vm: Mapping[str, Any]) -> Timing:
+    vcpus = len({int(vcpu["id"]) for vcpu in vm["vcpus"]})
+    workers = [int(t["tid"]) for t in evidence.trace.metadata.threads if str(t.get("comm", "")).startswith("kworker")]
+    return Timing(vcpus, _cpus(evidence), workers)
+
+
+def _cpus(evidence: Evidence) -> int:
+    """CPUs that vCPUs and the worker share: the lab's one, else enough."""
+    return _LAB_CPUS if evidence.trace.metadata.raw.get("lab") else 0
