@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import io
-import sys
 from collections import Counter
 from typing import Any, Final
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -16,6 +13,7 @@ from replay.bounds import Count
 from replay.plan import Target
 from replay.result import OF_VCPU
 from replay.run import Outcome, Replayed, document, left_open
+from traces.screen import page, text_of
 from traces.text import printable
 
 WIDTH: Final = 220  # where there is no terminal: nothing is wrapped
@@ -89,11 +87,7 @@ def _of(replayed: Replayed, target: Target, vm: int) -> list[Outcome]:
 
 def render(replayed: Replayed, share: float = 0.0) -> str:
     """The same for people; plain text where standard output is no terminal."""
-    terminal = sys.stdout.isatty()
-    output = io.StringIO()
-    console = Console(
-        file=output, force_terminal=terminal, no_color=not terminal, width=None if terminal else WIDTH, highlight=False
-    )
+    console = page(WIDTH)
     plan = replayed.plan
     meta = plan.evidence.trace.metadata
     console.print(Text(printable(f"{plan.evidence.trace.path}: kernel {meta.kernel}, {meta.policy} roots")))
@@ -104,7 +98,7 @@ def render(replayed: Replayed, share: float = 0.0) -> str:
         console.print(Text(f"{len(vms) - _VMS_SHOWN} VMs more: see --json, or -o"))
     for line in _remarks(replayed):
         console.print(line, soft_wrap=True)
-    return "\n".join(line.rstrip() for line in output.getvalue().splitlines()) + "\n"
+    return text_of(console)
 
 
 def _table(replayed: Replayed, vm: int, share: float) -> Table:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import io
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from traces.metadata import Metadata
 from traces.reader import Trace
+from traces.screen import page, text_of
 from traces.text import printable
 
 WIDTH: Final = 100
@@ -66,21 +64,12 @@ def info(path: Path) -> dict[str, Any]:
 def render(path: Path) -> str:
     """The same on one screen; plain text where standard output is no terminal."""
     facts = info(path)
-    terminal = sys.stdout.isatty()
-    console = Console(
-        file=io.StringIO(),
-        force_terminal=terminal,
-        no_color=not terminal,
-        width=None if terminal else WIDTH,
-        highlight=False,
-    )
+    console = page(WIDTH)
     console.print(_head(facts))
     console.print(_vms(facts))
     console.print(_kinds(facts))
     console.print(_probes(facts))
-    output = console.file
-    assert isinstance(output, io.StringIO)
-    return "\n".join(line.rstrip() for line in output.getvalue().splitlines()) + "\n"
+    return text_of(console)
 
 
 def _span(meta: Metadata) -> tuple[int, int]:

@@ -113,17 +113,7 @@ class Faults(Zaps):
             for i in range(tree.ENTRIES):
                 piece = whole + (i * size << 12)
                 child.entries[i] = piece if child.level > 1 else piece & ~(1 << 7)
-        yield Expect(
-            "kvm_tdp_mmu_spte_changed",
-            {
-                "root": self.name(root),
-                "level": table.level,
-                "as_id": self.as_id(root),
-                "gfn": table.gfn_of(at),
-                "old": self.spte(table, at),
-                "new": expect.to_table(child.frame),
-            },
-        )
+        yield self.change(root, table, at, expect.to_table(child.frame))
         table.entries[at] = child
         yield None
         if self.shape.get_page_twice:
@@ -141,8 +131,7 @@ class Faults(Zaps):
         new = expect.any_mmio() if mmio else expect.to_page(frame)
         place = {"root": self.name(root), "level": table.level, "gfn": table.gfn_of(at)}
         if self.shape.changes:
-            change = {**place, "as_id": self.as_id(root), "old": self.spte(table, at), "new": new}
-            row = yield Expect("kvm_tdp_mmu_spte_changed", change, optional=same)
+            row = yield self.change(root, table, at, new, optional=same)
             if row is not None:
                 table.entries[at] = row.new
                 new = Spte(f"{row.new:#x}", lambda word, installed=row.new: word == installed)  # type: ignore[misc]

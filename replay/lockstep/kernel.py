@@ -64,15 +64,7 @@ class Kernel(Roots, Faults):
             word = table.entries.get(at)
             if not isinstance(word, int) or not word & PRESENT or not word & WRITABLE:
                 continue
-            want = {
-                "root": self.name(root),
-                "level": table.level,
-                "as_id": self.as_id(root),
-                "gfn": table.gfn_of(at),
-                "old": expect.leaf(word, self.vendor),
-                "new": expect.leaf(word & ~WRITABLE, self.vendor),
-            }
-            row = yield Expect("kvm_tdp_mmu_spte_changed", want)
+            row = yield self.change(root, table, at, expect.leaf(word & ~WRITABLE, self.vendor))
             assert row is not None
             table.entries[at] = row.new
             yield None

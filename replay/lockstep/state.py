@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from replay.axes import Axes
 from replay.lockstep import expect
-from replay.lockstep.expect import Spte
+from replay.lockstep.expect import Expect, Spte
 from replay.lockstep.shapes import PRESENT, Shape
 from replay.model import Root, Vcpu
 from replay.tree import Table
@@ -92,6 +92,11 @@ class State:
         if isinstance(entry, Table):
             return expect.to_table(entry.frame)
         return expect.leaf(entry, self.vendor)
+
+    def change(self, root: Root, table: Table, at: int, new: Spte, optional: bool = False) -> Expect:
+        """The event of an entry that becomes `new`, from what the model holds in it."""
+        place = {"root": self.name(root), "level": table.level, "as_id": self.as_id(root), "gfn": table.gfn_of(at)}
+        return Expect("kvm_tdp_mmu_spte_changed", {**place, "old": self.spte(table, at), "new": new}, optional)
 
     def word_of(self, vcpu: Vcpu) -> int:
         """The role word that the vCPU's next load is of; 0 if there was none yet to learn it from."""

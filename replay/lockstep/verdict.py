@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
-import sys
 from typing import Any, Final
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from replay.lockstep.rows import Row
 from replay.lockstep.threads import Divergence, Tally
 from replay.lockstep.validate import Report
+from traces.screen import page, text_of
 from traces.text import printable
 
 WIDTH: Final = 110
@@ -63,7 +61,7 @@ def headline(report: Report) -> str:
 
 def render(report: Report) -> str:
     """One screen, plain text where standard output is no terminal."""
-    console = Console(file=io.StringIO(), width=WIDTH, force_terminal=sys.stdout.isatty(), highlight=False)
+    console = page(WIDTH)
     console.print(Text(printable(headline(report)), style="bold green" if report.holds else "bold red"), soft_wrap=True)
     console.print(_kinds(report))
     for note in report.notes:
@@ -71,9 +69,7 @@ def render(report: Report) -> str:
     for vm in report.vms:
         for line in _divergence(vm.vm, vm.first) if vm.first is not None else ():
             console.print(Text(printable(line)), soft_wrap=True)
-    output = console.file
-    assert isinstance(output, io.StringIO)
-    return "\n".join(line.rstrip() for line in output.getvalue().splitlines()) + "\n"
+    return text_of(console)
 
 
 def _share(part: int, whole: int) -> str:

@@ -32,17 +32,7 @@ class Zaps(State):
     def zap_entry(self, root: Root, table: Table, at: int, shared: bool, put: Spte | None = None) -> Activity:
         """One present entry becomes absent (or `put`), with all that is below it (5.2, 5.3)."""
         entry = table.entries[at]
-        change = Expect(
-            "kvm_tdp_mmu_spte_changed",
-            {
-                "root": self.name(root),
-                "level": table.level,
-                "as_id": self.as_id(root),
-                "gfn": table.gfn_of(at),
-                "old": self.spte(table, at),
-                "new": put or self.nothing,
-            },
-        )
+        change = self.change(root, table, at, put or self.nothing)
         if not self.shape.children_first or not isinstance(entry, Table):
             yield change
             del table.entries[at]
@@ -70,17 +60,7 @@ class Zaps(State):
             entry = table.entries.get(at)
             if not shared and entry is not None and not self.present(entry):
                 continue
-            change = Expect(
-                "kvm_tdp_mmu_spte_changed",
-                {
-                    "root": self.name(root),
-                    "level": table.level,
-                    "as_id": self.as_id(root),
-                    "gfn": table.gfn_of(at),
-                    "old": self.spte(table, at),
-                    "new": self.frozen,
-                },
-            )
+            change = self.change(root, table, at, self.frozen)
             if isinstance(entry, Table) and self.shape.children_first:
                 yield from self.remove_table(root, entry, shared)
             yield change

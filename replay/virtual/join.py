@@ -19,7 +19,7 @@ from replay.lookback import Ints, Rows
 from replay.ops import VCPU_SHIFT, Block, Op
 from replay.virtual.costs import Samples
 from replay.virtual.stolen import Stolen
-from replay.virtual.timed import CREATED, FOUND, Timed
+from replay.virtual.timed import CREATED, FOUND, MORE, NEVER, Timed
 from replay.virtual.timeline import Doing, Spans, Timeline
 from traces.schema import BY_NAME
 
@@ -81,9 +81,12 @@ class Timing:
         acted = np.where(own, np.arange(n), -1)
         acted = np.maximum.accumulate(acted)
         queue = np.where(acted >= 0, vcpu[acted], self._actor).astype(np.int32)
-        self._actor = int(queue[-1]) if n else self._actor
+        wall = np.full(n, MORE, np.int64)
+        ends = block.op & 15 == Op.END
+        queue[ends], wall[ends] = 2 * self._vcpus, NEVER  # no vCPU waits for what is left to free then
+        self._actor = int(queue[~ends][-1]) if not ends.all() else self._actor
         self._sample(block, lead, guest, cost, was)
-        return Timed(block, queue, lead, guest, cost, was, np.full(n, -1, np.int64))
+        return Timed(block, queue, lead, guest, cost, was, wall)
 
     def rest(self) -> tuple[Ints, Ints]:
         """What came after the last operation, by vCPU: (ns, ns in the guest)."""

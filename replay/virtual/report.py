@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import io
-import sys
 from collections.abc import Iterator
 from typing import Any, Final
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -15,6 +12,7 @@ from replay.plan import Plan
 from replay.virtual.clock import Spent
 from replay.virtual.run import Settings, Timed, VcpuTime, VmTime
 from replay.virtual.stalls import watchdogs
+from traces.screen import page, text_of
 from traces.text import printable
 
 WIDTH: Final = 220  # where there is no terminal: nothing is wrapped
@@ -46,14 +44,7 @@ def facts(times: list[VmTime], settings: Settings) -> dict[str, Any]:
 
 def render(times: list[VmTime], plan: Plan) -> str:
     """Plain text where standard output is no terminal."""
-    terminal = sys.stdout.isatty()
-    console = Console(
-        file=io.StringIO(),
-        force_terminal=terminal,
-        no_color=not terminal,
-        width=None if terminal else WIDTH,
-        highlight=False,
-    )
+    console = page(WIDTH)
     for vm in times[:_VMS_SHOWN]:
         if vm.refused:
             console.print(Text(f"VM {vm.vm}: no times: {vm.refused}"))
@@ -68,9 +59,7 @@ def render(times: list[VmTime], plan: Plan) -> str:
     own = [target.name for target in plan.targets if target.policy is not None]
     if own:
         console.print(Text(printable(f"{', '.join(own)}: counted only; policies of users are not timed")))
-    output = console.file
-    assert isinstance(output, io.StringIO)
-    return "\n".join(line.rstrip() for line in output.getvalue().splitlines()) + "\n"
+    return text_of(console)
 
 
 def verdicts(vm: VmTime) -> Iterator[str]:

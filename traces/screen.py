@@ -1,0 +1,27 @@
+"""A page of text for a terminal, or plain for a file: made in memory, so that what prints it decides where it goes."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+from rich.console import Console
+
+
+def page(width: int) -> Console:
+    """A console in memory: in colour and as wide as the terminal if standard output is one, else plain and `width`."""
+    terminal = sys.stdout.isatty()
+    return Console(
+        file=io.StringIO(),
+        force_terminal=terminal,
+        no_color=not terminal,
+        width=None if terminal else width,
+        highlight=False,
+    )
+
+
+def text_of(console: Console) -> str:
+    """What was printed on a `page`, no line with blanks at its end."""
+    output = console.file
+    assert isinstance(output, io.StringIO)
+    return "\n".join(line.rstrip() for line in output.getvalue().splitlines()) + "\n"
