@@ -24,7 +24,7 @@ from replay import reference
 from replay.model import Happened, Vcpu, Vm
 from replay.ops import Op, Ranges
 from replay.virtual.costs import Costs
-from replay.virtual.timed import CREATED, FOUND, LAST, Timed
+from replay.virtual.timed import CREATED, FOUND, LAST, NEVER, Timed
 
 SAMPLE = 1_000_000  # ns between two samples of a vCPU's progress
 
@@ -87,13 +87,13 @@ class Clock:
         for i, (op, gfn, lead, guest, cost, was, wall) in enumerate(rows):
             todo = _Todo(op, gfn, lead, guest, cost, was, wall, first + i, ranges)
             self._queues[int(timed.queue[i])].append(todo)
-        self._run(final=False)
+        self._run(final=False, until=timed.until)
 
     def finish(self) -> None:
         """There are no more operations. The wall clock's are done until every program is at its end."""
-        self._run(final=True)
+        self._run(final=True, until=NEVER)
 
-    def _run(self, final: bool) -> None:
+    def _run(self, final: bool, until: int) -> None:
         while not final or any(self._queues[: len(self.paces)]):
             best: tuple[int, int, int] | None = None
             for queue in range(len(self._queues)):
@@ -102,7 +102,7 @@ class Clock:
                     return
                 if when is not None and (best is None or (when, self._priority(queue), queue) < best):
                     best = (when, self._priority(queue), queue)
-            if best is None:
+            if best is None or best[0] >= until:
                 return
             self._do(best[0], best[2])
 

@@ -10,7 +10,12 @@ A timed block is a `Block` with five more columns, one value an operation:
     was    what it came to as recorded: of a TOUCH 1 + tables built (0: it was no fault), of an ENTER 1 found, 2 created
 
 In a wall-clock queue `wall` is when it is due (ns since the VM's first entry); MORE goes on with what is under way
-there (an SMI's inside), LAST ends it. In a program `wall` is MORE. What is due takes at least two operations.
+there (an SMI's inside), LAST ends it. In a program `wall` is MORE. What is due takes at least two operations, but of
+those that are due to the VM each stands alone.
+
+`until` is what makes blocks of any size come to the same: what the wall clock does in later blocks is due then at the
+earliest (MORE is due with what it goes on with), so that programs may run up to there. With no wall-clock queues it is
+NEVER.
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ FOUND = 1
 CREATED = 2
 MORE = -1
 LAST = -2
+NEVER = 1 << 62
 
 
 @dataclass
@@ -40,6 +46,7 @@ class Timed:
     cost: Ints
     was: NDArray[np.uint8]
     wall: Ints
+    until: int = NEVER
 
     def __len__(self) -> int:
         return len(self.block)
