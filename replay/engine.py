@@ -12,6 +12,8 @@ All else (controls, missing tables, huge pages, prefetch) goes the slow way, whi
 
 Nothing here allocates: `run` stops before an operation that may not find room, and `pools` makes some. In C, pools are
 pointers; as plain Python, memoryviews and arrays of ctypes structures over the same numpy memory.
+
+`Timer` runs a Core's operations in virtual time, as `virtual.clock` does, to the ns.
 """
 
 from __future__ import annotations
@@ -52,6 +54,20 @@ EMPTIED = cython.declare(cython.longlong, 4)
 
 FINAL_PUT = cython.declare(cython.longlong, 1)
 LEFT_AT_END = cython.declare(cython.longlong, 2)
+
+# virtual.timed, virtual.clock.Spent and SAMPLE; test_clock compares them.
+WAS_FOUND = cython.declare(cython.longlong, 1)
+WAS_CREATED = cython.declare(cython.longlong, 2)
+LAST = cython.declare(cython.longlong, -2)
+NEVER = cython.declare(cython.longlong, 0x4000000000000000)
+SAMPLE = cython.declare(cython.longlong, 1000000)
+
+ON_GUEST = cython.declare(cython.longlong, 0)
+ON_FAULT = cython.declare(cython.longlong, 1)
+ON_LOAD = cython.declare(cython.longlong, 2)
+ON_UNLOAD = cython.declare(cython.longlong, 3)
+ON_WAIT = cython.declare(cython.longlong, 4)
+ON_OTHER = cython.declare(cython.longlong, 5)
 
 # The rows of the pools; `pools` has the same as numpy types.
 Vcpu = cython.struct(  # 64 bytes: all that a touch reads and writes of its vCPU
@@ -105,6 +121,32 @@ Row = cython.struct(
     roots_alive=cython.longlong,
     tables_alive=cython.longlong,
 )
+
+# The rows of a timer's pools; `virtual.engine` has the same as numpy types.
+Todo = cython.struct(  # 64 bytes: an operation until it is done, in the order of the stream
+    gfn=cython.longlong,
+    lead=cython.longlong,
+    guest=cython.longlong,
+    cost=cython.longlong,
+    wall=cython.longlong,
+    at=cython.longlong,
+    op=cython.uint,
+    was=cython.uint,
+    next=cython.uint,  # how many rows on is the next one of its queue; 0: not yet there
+    guess=cython.uint,  # a touch's table, perhaps
+)
+Pace = cython.struct(
+    clock=cython.longlong,
+    lead=cython.longlong,  # what is left of the next operation's; NONE: as the operation says
+    guest=cython.longlong,
+    inside=cython.longlong,
+    sampled=cython.longlong,
+    guessed=cython.longlong,  # rows of the program that have their guess
+    spent=cython.longlong[6],
+)
+Queue = cython.struct(head=cython.longlong, tail=cython.longlong)  # rows; NONE: it is empty
+Sample = cython.struct(vcpu=cython.longlong, clock=cython.longlong, guest=cython.longlong)
+Zapped = cython.struct(leaves=cython.longlong, tables=cython.longlong)
 
 
 @cython.cfunc
@@ -175,6 +217,13 @@ class Core:
     error_tables = cython.declare(cython.longlong, visibility="public")
     gone_leaves: cython.longlong  # what `drop` and `clear` took away
     gone_tables: cython.longlong
+
+    # What a timer asks of one operation
+    revived_leaves = cython.declare(cython.longlong, visibility="public")
+    revived_tables = cython.declare(cython.longlong, visibility="public")
+    put: cython.pointer[Zapped]  # trees zapped with a root's last put
+    put_room = cython.declare(cython.longlong, visibility="public")  # 0: nobody asks
+    puts = cython.declare(cython.longlong, visibility="public")
 
     def attach_trees(
         self,
@@ -712,6 +761,8 @@ class Core:
             self.vcpu[v].faults += self.word[w].leaves
             self.vcpu[v].refaults += self.word[w].leaves
             self.tables += self.word[w].tables
+            self.revived_leaves += self.word[w].leaves
+            self.revived_tables += self.word[w].tables
         self._note(CREATED, r, self.slots[v].cause, v, self.word[w].leaves, self.word[w].tables)
 
     @cython.cfunc
@@ -776,6 +827,10 @@ class Core:
                 self._zap_tree(w)
         if self.flush_per_table:
             self.flushes += tables
+        if tables and self.puts < self.put_room:
+            self.put[self.puts].leaves = leaves
+            self.put[self.puts].tables = tables
+            self.puts += 1
         self.root[self.root[r].before].after = self.root[r].after
         self.root[self.root[r].after].before = self.root[r].before
         self.root[r].after = self.free_root
@@ -1103,3 +1158,504 @@ class Core:
             if below and self._split_range(w, below, level - 1, low, start, end):
                 return True
         return False
+
+
+@cython.final
+@cython.cclass
+class Timer:
+    """Virtual time of a Core. `virtual.engine.TimedEngine` sets it up and reads it."""
+
+    core: Core
+
+    # Pools
+    todo: cython.pointer[Todo]
+    queue: cython.pointer[Queue]
+    pace: cython.pointer[Pace]
+    sample: cython.pointer[Sample]
+    todo_room = cython.declare(cython.longlong, visibility="public")
+    sample_room = cython.declare(cython.longlong, visibility="public")
+    todos = cython.declare(cython.longlong, visibility="public")
+    samples = cython.declare(cython.longlong, visibility="public")
+
+    # Costs, ns, and axes; `inline` and `by_worker` say who zaps a root that dies
+    switch = cython.declare(cython.longlong, visibility="public")
+    fault = cython.declare(cython.longlong, visibility="public")
+    table = cython.declare(cython.longlong, visibility="public")
+    found = cython.declare(cython.longlong, visibility="public")
+    created = cython.declare(cython.longlong, visibility="public")
+    unload = cython.declare(cython.longlong, visibility="public")
+    zap_leaf = cython.declare(cython.longlong, visibility="public")
+    zap_table = cython.declare(cython.longlong, visibility="public")
+    job = cython.declare(cython.longlong, visibility="public")
+    chunk = cython.declare(cython.longlong, visibility="public")
+    cpus = cython.declare(cython.longlong, visibility="public")
+    loads_share = cython.declare(cython.longlong, visibility="public")
+    inline = cython.declare(cython.longlong, visibility="public")
+    by_worker = cython.declare(cython.longlong, visibility="public")
+
+    # State
+    worker = cython.declare(cython.longlong, visibility="public")
+    locked = cython.declare(cython.longlong, visibility="public")
+    worked = cython.declare(cython.longlong, visibility="public")
+    jobs = cython.declare(cython.longlong, visibility="public")
+
+    def attach(
+        self,
+        core: Core,
+        queue: cython.uchar[::1],
+        pace: cython.uchar[::1],
+        put: cython.uchar[::1],
+        room: cython.longlong,
+    ) -> None:
+        """Time this core, with these pools. `put` has room for all roots that one operation can free."""
+        self.core = core
+        core.put_room = room
+        if cython.compiled:
+            self.queue = cython.cast(cython.pointer[Queue], cython.address(queue[0]))
+            self.pace = cython.cast(cython.pointer[Pace], cython.address(pace[0]))
+            core.put = cython.cast(cython.pointer[Zapped], cython.address(put[0]))
+        else:
+            self.queue, self.pace, core.put = queue, pace, put
+
+    def attach_todo(self, todo: cython.uchar[::1], room: cython.longlong) -> None:
+        """Keep operations here, which holds what the last pool held."""
+        if cython.compiled:
+            self.todo = cython.cast(cython.pointer[Todo], cython.address(todo[0]))
+        else:
+            self.todo = todo
+        self.todo_room = room
+
+    def attach_samples(self, sample: cython.uchar[::1], room: cython.longlong) -> None:
+        """Write samples here, from row `samples` on."""
+        if cython.compiled:
+            self.sample = cython.cast(cython.pointer[Sample], cython.address(sample[0]))
+        else:
+            self.sample = sample
+        self.sample_room = room
+
+    def check(
+        self,
+        op: cython.const[cython.uint][::1],
+        queue: cython.const[cython.int][::1],
+        lead: cython.const[cython.longlong][::1],
+        guest: cython.const[cython.longlong][::1],
+        cost: cython.const[cython.longlong][::1],
+    ) -> cython.longlong:
+        """The first operation in a queue that is not its own, or with a time that cannot be; or how many there are."""
+        i: cython.longlong
+        q: cython.longlong
+        vcpus: cython.longlong = self.core.vcpus
+        for i in range(op.shape[0]):
+            q = queue[i]
+            if q < 0 or q > 2 * vcpus or guest[i] < 0 or lead[i] < guest[i] or cost[i] < 0:
+                return i
+            if op[i] & 15 <= SWITCH and op[i] >> 16 != (q - vcpus if q >= vcpus else q):
+                return i
+        return op.shape[0]
+
+    def take(
+        self,
+        op: cython.const[cython.uint][::1],
+        gfn: cython.const[cython.longlong][::1],
+        queue: cython.const[cython.int][::1],
+        lead: cython.const[cython.longlong][::1],
+        guest: cython.const[cython.longlong][::1],
+        cost: cython.const[cython.longlong][::1],
+        was: cython.const[cython.uchar][::1],
+        wall: cython.const[cython.longlong][::1],
+        first: cython.longlong,
+        ranges: cython.longlong,
+    ) -> None:
+        """Put operations, which have been checked, into their queues. Their ranges begin with number `ranges`."""
+        i: cython.longlong
+        at: cython.longlong = self.todos
+        tail: cython.longlong
+        kind: cython.longlong
+        for i in range(op.shape[0]):
+            kind = op[i] & 15
+            self.todo[at].op = op[i]
+            self.todo[at].gfn = gfn[i] + ranges if kind in (ZAP, SPLIT) else gfn[i]
+            self.todo[at].lead = lead[i]
+            self.todo[at].guest = guest[i]
+            self.todo[at].cost = cost[i]
+            self.todo[at].was = was[i]
+            self.todo[at].wall = wall[i]
+            self.todo[at].at = first + i
+            self.todo[at].next = 0
+            tail = self.queue[queue[i]].tail
+            if tail == NONE:
+                self.queue[queue[i]].head = at
+            else:
+                self.todo[tail].next = cython.cast(cython.uint, at - tail)
+            self.queue[queue[i]].tail = at
+            at += 1
+        self.todos = at
+
+    def run(
+        self, ranges: cython.const[cython.longlong][::1], until: cython.longlong, final: cython.bint
+    ) -> cython.bint:
+        """Do what is due before `until` and can be told; True: it wants room, or the core is in error."""
+        if cython.compiled:
+            self.core.ranges = cython.cast(cython.pointer[cython.longlong], cython.address(ranges[0]))
+            with cython.nogil:
+                final = self._run(until, final)
+        else:
+            self.core.ranges = memoryview(ranges)
+            final = self._run(until, final)
+        return final
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _run(self, until: cython.longlong, final: cython.bint) -> cython.bint:
+        """The next is what is due first: of what is due at once the VM's, then the wall clock's, then programs'."""
+        vcpus: cython.longlong = self.core.vcpus
+        v: cython.longlong
+        i: cython.longlong
+        when: cython.longlong
+        due: cython.longlong
+        which: cython.longlong
+        bound: cython.longlong  # a program that is next may run up to here: then it is another queue's turn
+        more: cython.bint
+        while True:
+            due = NEVER
+            bound = until
+            which = NONE
+            more = not final
+            i = self.queue[2 * vcpus].head
+            if i != NONE:
+                due = max(self.todo[i].wall, 0)
+                which = 2 * vcpus
+            for v in range(vcpus):
+                i = self.queue[vcpus + v].head
+                if i == NONE:
+                    if self.pace[v].inside and not final:
+                        return False
+                    continue
+                when = self.todo[i].wall
+                if when < 0:
+                    when = self.pace[v].clock + self.todo[i].lead
+                elif when < self.pace[v].clock:
+                    when = self.pace[v].clock
+                if when < due:
+                    due = when
+                    which = vcpus + v
+            for v in range(vcpus):
+                i = self.queue[v].head
+                if i == NONE:
+                    if not final:
+                        return False
+                    continue
+                more = True
+                if self.pace[v].inside:
+                    continue
+                when = self.pace[v].clock + (self.todo[i].lead if self.pace[v].lead < 0 else self.pace[v].lead)
+                if when < due:
+                    bound = min(due, until)
+                    due = when
+                    which = v
+                else:
+                    bound = min(bound, when + 1)
+            if which == NONE or not more or due >= until:
+                return False
+            if self._program(which, bound) if which < vcpus else self._event(which, due):
+                return True
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _program(self, v: cython.longlong, bound: cython.longlong) -> cython.bint:
+        """A vCPU's own operations that are due before `bound`; True: one of them could not be finished."""
+        bits: cython.pointer[cython.ulonglong] = self.core.bits
+        gen: cython.pointer[cython.longlong] = self.core.gen
+        vcpu: cython.pointer[Vcpu] = self.core.vcpu
+        word: cython.pointer[Word] = self.core.word
+        todo: cython.pointer[Todo] = self.todo
+        pace: cython.pointer[Pace] = self.pace
+        special: cython.longlong = 0x2070 if self.core.prefetch else 0x2060
+        i: cython.longlong = self.queue[v].head
+        o: cython.longlong
+        level: cython.longlong
+        page: cython.longlong
+        k: cython.longlong
+        bit: cython.longlong
+        fault: cython.longlong
+        lead: cython.longlong
+        guest: cython.longlong
+        time: cython.longlong
+        was: cython.longlong
+        present: cython.ulonglong
+        ever: cython.ulonglong
+        one: cython.ulonglong = 1
+
+        while i != NONE:
+            lead = todo[i].lead
+            guest = todo[i].guest
+            if pace[v].lead >= 0:
+                lead = pace[v].lead
+                guest = pace[v].guest
+            if pace[v].clock + lead >= bound:
+                break
+            if self.samples == self.sample_room:
+                return True
+            if pace[v].guessed == 0:
+                self._guess(v, i)
+            o = todo[i].op
+            page = todo[i].guess
+            fault = NONE
+            if o & 15 == 0 and gen[page] == vcpu[v].gen:
+                # As in Core._run.
+                level = o >> 4 & 7
+                k = todo[i].gfn >> (level - 1) * 9 & 511
+                bit = k & 63
+                k = page * 16 + (k >> 6) * 2
+                present = bits[k]
+                fault = present >> bit & 1 ^ 1
+                if o & special & -fault:
+                    fault = NONE
+            if fault == NONE:
+                if not self.core._room():
+                    return True
+                self._pass(v, lead, guest)
+                if self._step(v, i, guest):
+                    todo[i].lead = todo[i].guest = 0
+                    pace[v].lead = NONE
+                    return True
+            else:
+                self._pass(v, lead, guest)
+                ever = bits[k + 1]
+                bits[k] = present | one << bit
+                bits[k + 1] = ever | one << bit
+                vcpu[v].faults += fault
+                vcpu[v].refaults += ever >> bit & fault
+                vcpu[v].hits += fault ^ 1
+                word[vcpu[v].word].leaves += fault
+                was = todo[i].was
+                if fault:
+                    if self.locked > pace[v].clock:
+                        self._wait(v, False)
+                    time = todo[i].cost if was else self.fault
+                    if was > 1:
+                        time = max(time - (was - 1) * self.table, 0)
+                    self._spend(v, ON_FAULT, time)
+                elif was:
+                    self._spend(v, ON_GUEST, -min(self.switch, guest))
+            pace[v].lead = NONE
+            pace[v].guessed -= 1
+            self._pop(v, i)
+            self._sample(v)
+            i = self.queue[v].head
+        return False
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _guess(self, v: cython.longlong, i: cython.longlong) -> cython.void:
+        """The first pass of Core._run, over the next operations of a program."""
+        child: cython.pointer[cython.uint] = self.core.child
+        vcpu: cython.pointer[Vcpu] = self.core.vcpu
+        todo: cython.pointer[Todo] = self.todo
+        g: cython.longlong
+        o: cython.longlong
+        level: cython.longlong
+        node: cython.longlong
+        low: cython.longlong
+        page: cython.longlong
+        guessed: cython.longlong = 0
+        while guessed < 64:
+            guessed += 1
+            o = todo[i].op
+            g = todo[i].gfn
+            if o & 15 == 0:
+                node = vcpu[v].top
+                if vcpu[v].deep:
+                    node = child[node * 512 + (g >> 36 & 511)]
+                node = child[node * 512 + (g >> 27 & 511)]
+                low = child[node * 512 + (g >> 18 & 511)]
+                page = child[low * 512 + (g >> 9 & 511)]
+                level = o >> 4 & 7
+                if level != 1:
+                    page = self.core.page_of[low if level == 2 else node]
+                todo[i].guess = cython.cast(cython.uint, page)
+            elif o & 14 == 4:
+                vcpu[v].top = self.core.word[g].top
+                vcpu[v].deep = self.core.word[g].level == 5
+            if todo[i].next == 0:
+                break
+            i += todo[i].next
+        self.pace[v].guessed = guessed
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _event(self, q: cython.longlong, when: cython.longlong) -> cython.bint:
+        """One operation of a wall-clock queue; True: it could not be finished."""
+        v: cython.longlong = q - self.core.vcpus
+        i: cython.longlong = self.queue[q].head
+        guest: cython.longlong = 0
+        if self.samples == self.sample_room or not self.core._room():
+            return True
+        if v == self.core.vcpus:
+            self.core.at = self.todo[i].at
+            if self.core._do(self.todo[i].op, self.todo[i].gfn):
+                return True
+            self._pop(q, i)
+            return False
+        if self.todo[i].wall >= 0:
+            self._interrupt(v, when)
+        else:
+            guest = self.todo[i].guest
+            self._pass(v, self.todo[i].lead, guest)
+        if self._step(v, i, guest):
+            self.todo[i].lead = self.todo[i].guest = 0
+            return True
+        self.pace[v].inside = self.todo[i].wall != LAST
+        self._pop(q, i)
+        self._sample(v)
+        return False
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _interrupt(self, v: cython.longlong, when: cython.longlong) -> cython.void:
+        i: cython.longlong = self.queue[v].head
+        passed: cython.longlong = when - self.pace[v].clock
+        ran: cython.longlong
+        if i == NONE:
+            self._pass(v, passed, 0)
+            return
+        if self.pace[v].lead < 0:
+            self.pace[v].lead = self.todo[i].lead
+            self.pace[v].guest = self.todo[i].guest
+        ran = min(passed, self.pace[v].guest)
+        self._pass(v, passed, ran)
+        self.pace[v].lead -= passed
+        self.pace[v].guest -= ran
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _step(self, v: cython.longlong, i: cython.longlong, guest: cython.longlong) -> cython.bint:
+        """An operation of a vCPU, the slow way, and what it takes; True: it could not be finished."""
+        o: cython.longlong = self.todo[i].op
+        was: cython.longlong = self.todo[i].was
+        kind: cython.longlong = o & 15
+        faults: cython.longlong = self.core.vcpu[v].faults
+        hits: cython.longlong = self.core.vcpu[v].hits
+        tables: cython.longlong = self.core.tables
+        fixes: cython.longlong = self.core.slots[v].fixes
+        created: cython.longlong = self.core.slots[v].creations
+        found: cython.longlong = self.core.slots[v].reuses
+        leaves: cython.longlong
+        time: cython.longlong
+        put: cython.longlong
+        self.core.revived_leaves = self.core.revived_tables = self.core.puts = 0
+        self.core.at = self.todo[i].at
+        if self.core._do(o, self.todo[i].gfn):
+            return True
+        leaves = self.core.revived_leaves
+        faults = self.core.vcpu[v].faults - faults - leaves
+        tables = self.core.tables - tables - self.core.revived_tables
+        created = self.core.slots[v].creations - created
+        found = self.core.slots[v].reuses - found
+
+        if created or found or kind == UNLOAD:
+            self._wait(v, not self.loads_share)
+        elif faults:
+            self._wait(v, False)
+        if leaves or self.core.revived_tables:
+            self._spend(v, ON_FAULT, leaves * self.fault + self.core.revived_tables * self.table)
+            self._spend(v, ON_GUEST, leaves * self.switch)
+        if kind <= FIX:
+            if self.core.vcpu[v].hits > hits:
+                if was:
+                    self._spend(v, ON_GUEST, -min(self.switch, guest))
+            elif faults or self.core.slots[v].fixes > fixes:
+                time = self.todo[i].cost if was else self.fault
+                if faults:
+                    time += (tables - max(was - 1, 0)) * self.table
+                self._spend(v, ON_FAULT, max(time, 0))
+        elif kind == UNLOAD:
+            self._spend(v, ON_UNLOAD, self.todo[i].cost if self.todo[i].cost else self.unload)
+        if created or found:
+            time = self.created if created else self.found
+            if kind == ENTER and was:
+                if was == (WAS_CREATED if created else WAS_FOUND):
+                    time = self.todo[i].cost
+                else:
+                    time += self.todo[i].cost - (self.created if was == WAS_CREATED else self.found)
+            self._spend(v, ON_LOAD, max(time, 0))
+        for put in range(self.core.puts):
+            time = self.core.put[put].leaves * self.zap_leaf + self.core.put[put].tables * self.zap_table
+            if self.inline:
+                self._spend(v, ON_UNLOAD, time)
+                self.locked = max(self.locked, self.pace[v].clock)
+            elif self.by_worker:
+                self._queue_zap(self.pace[v].clock, time)
+        return False
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _wait(self, v: cython.longlong, exclusive: cython.bint) -> cython.void:
+        until: cython.longlong = self.locked
+        left: cython.longlong = self.worker - self.pace[v].clock
+        if exclusive and left > 0:
+            if self.chunk:
+                left = min(left, self.chunk)
+            until = max(until, self.pace[v].clock + left)
+        if until > self.pace[v].clock:
+            self._spend(v, ON_WAIT, until - self.pace[v].clock)
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _queue_zap(self, now: cython.longlong, work: cython.longlong) -> cython.void:
+        vcpus: cython.longlong = self.core.vcpus
+        v: cython.longlong
+        self.worker = max(now + self.job, self.worker) + work
+        self.worked += work
+        self.jobs += 1
+        if 0 < self.cpus < vcpus + 1:
+            for v in range(vcpus):
+                self._spend(v, ON_WAIT, work * (vcpus + 1 - self.cpus) // vcpus)
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.inline
+    @cython.exceptval(check=False)
+    def _pass(self, v: cython.longlong, lead: cython.longlong, guest: cython.longlong) -> cython.void:
+        self.pace[v].clock += lead
+        self.pace[v].spent[ON_GUEST] += guest
+        self.pace[v].spent[ON_OTHER] += lead - guest
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.inline
+    @cython.exceptval(check=False)
+    def _spend(self, v: cython.longlong, on: cython.longlong, ns: cython.longlong) -> cython.void:
+        self.pace[v].clock += ns
+        self.pace[v].spent[on] += ns
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.inline
+    @cython.exceptval(check=False)
+    def _pop(self, q: cython.longlong, i: cython.longlong) -> cython.void:
+        if self.todo[i].next:
+            self.queue[q].head = i + self.todo[i].next
+        else:
+            self.queue[q].head = self.queue[q].tail = NONE
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.inline
+    @cython.exceptval(check=False)
+    def _sample(self, v: cython.longlong) -> cython.void:
+        i: cython.longlong = self.samples
+        if self.pace[v].clock - self.pace[v].sampled >= SAMPLE:
+            self.pace[v].sampled = self.pace[v].clock
+            self.sample[i].vcpu = v
+            self.sample[i].clock = self.pace[v].clock
+            self.sample[i].guest = self.pace[v].spent[ON_GUEST]
+            self.samples = i + 1

@@ -30,17 +30,21 @@ _ANY: Final = (1 << 64) - 1
 _LINE: Final = 64  # bytes of a cache line, to which pools are aligned
 
 
-def _row(*names: str) -> np.dtype[np.void]:
+_FOR_TIMERS: Final = ("revived_leaves", "revived_tables", "put_room", "puts")
+
+
+def row_type(*names: str) -> np.dtype[np.void]:
+    """A structure of int64 fields."""
     return np.dtype([(name, np.int64) for name in names])
 
 
-_VCPU: Final = _row("gen", "top", "deep", "word", "faults", "refaults", "hits", "stuck")
+_VCPU: Final = row_type("gen", "top", "deep", "word", "faults", "refaults", "hits", "stuck")
 _SLOTS: Final = np.dtype(
     [("slot", np.int64, SLOTS)]
     + [(name, np.int64) for name in ("word", "cause", "request", "loads", "creations", "reuses", "fixes")]
 )
-_WORD: Final = _row("gen", "leaves", "tables", "root", "ghost", "top", "level", "as_id")
-_ROOT: Final = _row("id", "word", "refs", "valid", "cause", "before", "after")
+_WORD: Final = row_type("gen", "leaves", "tables", "root", "ghost", "top", "level", "as_id")
+_ROOT: Final = row_type("id", "word", "refs", "valid", "cause", "before", "after")
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class RootLog:
         return len(self.at)
 
 
-_LOG: Final = _row(*(field.name for field in fields(RootLog)))
+_LOG: Final = row_type(*(field.name for field in fields(RootLog)))
 _NARROW: Final = {"event": np.uint8, "vcpu": np.int32, "word": np.int32, "cause": np.uint8}
 
 
@@ -92,7 +96,7 @@ class RootState:
     tables: int
 
 
-def _pool(rows: int, dtype: Any) -> NDArray[Any]:
+def make_pool(rows: int, dtype: Any) -> NDArray[Any]:
     """Zeroes that begin with a cache line; memory that is not touched costs nothing yet."""
     size = rows * np.dtype(dtype).itemsize
     raw = np.zeros(size + _LINE, np.uint8)
@@ -100,8 +104,9 @@ def _pool(rows: int, dtype: Any) -> NDArray[Any]:
     return raw[skip : skip + size].view(dtype)
 
 
-def _grown(old: NDArray[Any], rows: int) -> NDArray[Any]:
-    new = _pool(rows, old.dtype)
+def grown(old: NDArray[Any], rows: int) -> NDArray[Any]:
+    """A larger pool that begins with what `old` holds."""
+    new = make_pool(rows, old.dtype)
     new[: len(old)] = old
     return new
 
@@ -136,44 +141,50 @@ class Engine:
             print("kvmtrace: the replay engine runs uncompiled, some 500 times slower: scripts/setup", file=sys.stderr)
         self.axes = axes
         self.words = words
-        self._core = core()
-        self._vcpu = _pool(vcpus, _VCPU)
+        self.core = core()
+        self._vcpu = make_pool(vcpus, _VCPU)
         self._vcpu["gen"] = self._vcpu["stuck"] = -1
-        self._slots = _pool(vcpus, _SLOTS)
+        self._slots = make_pool(vcpus, _SLOTS)
         self._slots["cause"] = Cause.FIRST
         self._begin_words(words)
         self._begin_roots(len(words) + SLOTS * vcpus + 2)
         self._begin_core(log)
         self._attach_rows()
         tables, nodes, log_rows = rows
-        self._bits = _pool(16 * tables, np.uint64)
-        self._gen = _pool(tables, np.int64)
-        self._child = _pool(512 * nodes, np.uint32)
-        self._page_of = _pool(nodes, np.uint32)
-        self._log = _pool(log_rows, _LOG)
-        self._grow()
+        self._bits = make_pool(16 * tables, np.uint64)
+        self._gen = make_pool(tables, np.int64)
+        self._child = make_pool(512 * nodes, np.uint32)
+        self._page_of = make_pool(nodes, np.uint32)
+        self._log = make_pool(log_rows, _LOG)
+        self.grow()
         self._page_of[1 : len(words) + 1] = np.arange(1, len(words) + 1)
         self._ranges: Ranges | None = None
-        self._bounds = np.zeros(2, np.int64)
+        self.bounds = np.zeros(2, np.int64)
         self._limits(vcpus)
 
     def feed(self, block: Block, ranges: Ranges, first: int = 0) -> None:
         """Do a block's operations; `first` is the number of the block's first one in the stream."""
+        op, gfn = self.check(block, ranges, first)
+        done = 0
+        while (done := self.core.run(op, gfn, self.bounds, done, first)) < len(op):
+            self.go_on()
+
+    def check(self, block: Block, ranges: Ranges, first: int = 0) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        """A block's columns as the core takes them: op, gfn. Raises Problem (bad input) if one of them cannot be."""
         self._read_ranges(ranges)
         op, gfn = np.ascontiguousarray(block.op), np.ascontiguousarray(block.gfn)
         if op.dtype != np.uint32 or gfn.dtype != np.int64 or op.shape != gfn.shape or op.ndim != 1:
             raise Problem(f"a block is uint32 and int64 columns of one length, not {op.dtype} and {gfn.dtype}")
-        n = len(op)
-        if n == 0:
-            return
-        at = self._core.check(op, gfn.view(np.uint64), self._last_gfn, self._vcpu_limit, self._levels)
-        if at < n:
+        at = self.core.check(op, gfn.view(np.uint64), self._last_gfn, self._vcpu_limit, self._levels)
+        if at < len(op):
             raise Problem(self._what_is_wrong(int(op[at]), int(gfn[at]), first + at))
-        done = 0
-        while (done := self._core.run(op, gfn, self._bounds, done, first)) < n:
-            if self._core.error:
-                raise Violation(self._violation())
-            self._grow()
+        return op, gfn
+
+    def go_on(self) -> None:
+        """The core stopped before an operation: give it memory. Raises model.Violation if that is not why."""
+        if self.core.error:
+            raise Violation(self._violation())
+        self.grow()
 
     # What comes out
 
@@ -188,7 +199,7 @@ class Engine:
     @property
     def counters(self) -> Counters:
         """Counts of the VM, as they are now."""
-        return Counters(**{field.name: getattr(self._core, field.name) for field in fields(Counters)})
+        return Counters(**{field.name: getattr(self.core, field.name) for field in fields(Counters)})
 
     @property
     def roots(self) -> list[RootState]:
@@ -224,12 +235,12 @@ class Engine:
     @property
     def bytes_used(self) -> int:
         """Memory that the trees take, without what is there for growth."""
-        return int(self._core.pages) * 136 + int(self._core.nodes) * 2052
+        return int(self.core.pages) * 136 + int(self.core.nodes) * 2052
 
     def take_log(self) -> RootLog:
         """What the root log holds since it was last taken."""
-        rows = self._log[: self._core.rows]
-        self._core.rows = 0
+        rows = self._log[: self.core.rows]
+        self.core.rows = 0
         return RootLog(**{
             field.name: rows[field.name].astype(_NARROW.get(field.name, np.int64)) for field in fields(RootLog)
         })  # fmt: skip
@@ -238,18 +249,18 @@ class Engine:
 
     def _begin_words(self, words: list[Word]) -> None:
         """Each word has its root table, which is node and table number 1 and on; 0 stands for none."""
-        self._word = _pool(len(words), _WORD)
+        self._word = make_pool(len(words), _WORD)
         self._word["gen"] = self._word["top"] = np.arange(1, len(words) + 1)
         self._word["level"] = [word.level for word in words]
         self._word["as_id"] = [word.as_id for word in words]
 
     def _begin_roots(self, rows: int) -> None:
         """Never more are alive than words and slots; row 0 is the head of the list, the others are free."""
-        self._root = _pool(rows, _ROOT)
+        self._root = make_pool(rows, _ROOT)
         self._root["after"][1:-1] = np.arange(2, rows)
 
     def _begin_core(self, log: bool) -> None:
-        core, axes, words = self._core, self.axes, len(self.words)
+        core, axes, words = self.core, self.axes, len(self.words)
         core.vcpus, core.words = len(self._vcpu), words
         core.own_reference = axes.own_reference
         core.empties = axes.invalidate == "empty"
@@ -263,23 +274,23 @@ class Engine:
         core.pages = core.nodes = words + 1
         core.last_gen = words
         core.free_root = 1
-        for name in ("rows", "at", "ids", "alive", "error", "error_root", "error_tables"):
+        for name in ("rows", "at", "ids", "alive", "error", "error_root", "error_tables", *_FOR_TIMERS):
             setattr(core, name, 0)
         for field in fields(Counters):
             setattr(core, field.name, 0)
 
     def _attach_rows(self) -> None:
-        self._core.attach_rows(*map(self._rows, (self._vcpu, self._slots, self._word, self._root)))
+        self.core.attach_rows(*map(self.rows_of, (self._vcpu, self._slots, self._word, self._root)))
 
-    def _rows(self, pool: NDArray[Any]) -> Any:
+    def rows_of(self, pool: NDArray[Any]) -> Any:
         """A pool of structures as the core takes it."""
-        if COMPILED and isinstance(self._core, Core):
+        if COMPILED and isinstance(self.core, Core):
             return pool.view(np.uint8)
         return (np.ctypeslib.as_ctypes_type(pool.dtype) * len(pool)).from_buffer(pool.view(np.uint8))
 
-    def _grow(self) -> None:
+    def grow(self) -> None:
         """Double what has become short; what `engine.Core._room` wants is what this gives."""
-        core = self._core
+        core = self.core
         tables, nodes, rows = len(self._gen), len(self._page_of), len(self._log)
         while core.pages + 8 > tables:
             tables *= 2
@@ -288,13 +299,13 @@ class Engine:
         while core.rows + 2 * core.alive + 24 > rows:
             rows *= 2
         if tables > len(self._gen):
-            self._bits, self._gen = _grown(self._bits, 16 * tables), _grown(self._gen, tables)
+            self._bits, self._gen = grown(self._bits, 16 * tables), grown(self._gen, tables)
         if nodes > len(self._page_of):
-            self._child, self._page_of = _grown(self._child, 512 * nodes), _grown(self._page_of, nodes)
+            self._child, self._page_of = grown(self._child, 512 * nodes), grown(self._page_of, nodes)
         if rows > len(self._log):
-            self._log = _grown(self._log, rows)
+            self._log = grown(self._log, rows)
         core.attach_trees(self._bits, self._gen, self._child, self._page_of)
-        core.attach_log(self._rows(self._log), rows)
+        core.attach_log(self.rows_of(self._log), rows)
 
     # What goes in
 
@@ -317,7 +328,7 @@ class Engine:
             return f"{where}: there is no operation {kind}"
         where += f" ({Op(kind).name})"
         if kind in (Op.ZAP, Op.SPLIT):
-            return f"{where}: range {gfn} of {len(self._bounds) // 2}"
+            return f"{where}: range {gfn} of {len(self.bounds) // 2}"
         if vcpu >= self._vcpu_limit[kind]:
             return f"{where}: vCPU {vcpu} of a VM that has {len(self._vcpu)}"
         if not self._levels[kind] >> level & 1:
@@ -330,19 +341,19 @@ class Engine:
 
     def _read_ranges(self, ranges: Ranges) -> None:
         """Take over rows that are new. No table lies beyond the limit, so that a range may be cut there."""
-        known = len(self._bounds) // 2 if ranges is self._ranges else 0
+        known = len(self.bounds) // 2 if ranges is self._ranges else 0
         rows = ranges.rows[known:]
         if ranges is self._ranges and not rows:
             return
         cut = [min(max(bound, 0), GFN_LIMIT) for row in rows for bound in row]
-        self._bounds = np.concatenate([self._bounds[: 2 * known], np.array(cut, np.int64)])
+        self.bounds = np.concatenate([self.bounds[: 2 * known], np.array(cut, np.int64)])
         self._ranges = ranges
         # There is always memory to point at; without rows, no index is allowed.
         self._last_gfn[[Op.ZAP, Op.SPLIT]] = max(len(ranges.rows) - 1, 0)
         self._vcpu_limit[[Op.ZAP, Op.SPLIT]] = MAX_VCPUS if ranges.rows else 0
 
     def _violation(self) -> str:
-        core = self._core
+        core = self.core
         if core.error == 1:
             return f"final put of the valid root {core.error_root} (KVM_BUG_ON)"
         return f"VM end: {core.alive} roots and {core.error_tables} tables are left"

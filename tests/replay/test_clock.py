@@ -1,0 +1,267 @@
+"""Virtual time: what the clock keeps to, and that the compiled one says the same to the ns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from replay import engine, reference
+from replay.axes import ASYNC, NAMED, PRESERVE, Axes
+from replay.ops import Cause, Op, Ranges, Word, pack
+from replay.virtual import clock as clocks
+from replay.virtual import engine as timing
+from replay.virtual import timed as columns
+from replay.virtual.clock import Clock, Spent
+from replay.virtual.costs import Costs
+from replay.virtual.engine import TimedEngine
+from replay.virtual.timed import FOUND, LAST, MORE
+from tests.replay.test_engine import COMMON, PLAIN, assert_same
+from tests.replay.timed_streams import TimedStream, timed_of, timed_streams
+from traces.errors import Problem
+
+WHOLE = [1 << 30]
+SIZES = st.lists(st.sampled_from([1, 2, 3, 17, 64, 100]), min_size=1, max_size=3)
+
+
+def by_reference(stream: TimedStream, sizes: Sequence[int] = WHOLE) -> Clock:
+    clock = Clock(reference.begin(stream.axes, stream.words, stream.vcpus), stream.costs)
+    for at, block in stream.blocks(sizes):
+        clock.feed(block, stream.ranges, at)
+    clock.finish()
+    return clock
+
+
+def by_engine(stream: TimedStream, sizes: Sequence[int] = WHOLE, module: Any = engine) -> TimedEngine:
+    made = TimedEngine(
+        stream.axes, stream.words, stream.vcpus, stream.costs, core=module.Core, timer=module.Timer, rows=(1, 1)
+    )
+    for at, block in stream.blocks(sizes):
+        made.feed(block, stream.ranges, at)
+    made.finish()
+    return made
+
+
+def times(clock: Clock) -> list[Any]:
+    paces = [(p.clock, p.spent, p.sampled, p.inside, p.samples) for p in clock.paces]
+    return [paces, clock.worker, clock.locked, clock.worked, clock.jobs]
+
+
+def assert_on_time(made: TimedEngine, clock: Clock) -> None:
+    assert made.clock.tolist() == [pace.clock for pace in clock.paces]
+    assert made.spent.tolist() == [pace.spent for pace in clock.paces]
+    assert [samples.tolist() for samples in made.samples] == [
+        [list(sample) for sample in pace.samples] for pace in clock.paces
+    ]
+    found = [made.worker, made.locked, made.worked, made.jobs]
+    assert found == [clock.worker, clock.locked, clock.worked, clock.jobs]
+    assert_same(made.engine, clock.vm)
+
+
+@given(stream=timed_streams(), sizes=SIZES)
+@settings(max_examples=300, **COMMON)  # type: ignore[arg-type]
+def test_compiled_is_the_reference_to_the_ns(stream: TimedStream, sizes: list[int]) -> None:
+    assert_on_time(by_engine(stream, sizes), by_reference(stream))
+
+
+@given(stream=timed_streams(), sizes=SIZES)
+@settings(max_examples=40, **COMMON)  # type: ignore[arg-type]
+def test_as_plain_python_is_the_reference_to_the_ns(stream: TimedStream, sizes: list[int]) -> None:
+    assert_on_time(by_engine(stream, sizes, PLAIN), by_reference(stream))
+
+
+@given(stream=timed_streams(), sizes=SIZES)
+@settings(max_examples=100, **COMMON)  # type: ignore[arg-type]
+def test_blocks_may_be_cut_anywhere(stream: TimedStream, sizes: list[int]) -> None:
+    assert times(by_reference(stream, sizes)) == times(by_reference(stream))
+
+
+@given(stream=timed_streams())
+@settings(max_examples=100, **COMMON)  # type: ignore[arg-type]
+def test_every_ns_is_spent_on_something(stream: TimedStream) -> None:
+    for pace in by_reference(stream).paces:
+        assert sum(pace.spent) == pace.clock
+        assert min(pace.spent) >= 0
+        assert pace.samples == sorted(pace.samples)
+
+
+BIG = st.integers(0, 1 << 40)
+
+
+@given(leads=st.lists(st.tuples(BIG, st.integers(0, 100), BIG, st.integers(0, 201)), min_size=1, max_size=50))
+@settings(max_examples=50, **COMMON)  # type: ignore[arg-type]
+def test_what_no_policy_changes_is_kept(leads: list[tuple[int, int, int, int]]) -> None:
+    """Where nothing hits, the time between operations passes as recorded, and the guest gets its part of it."""
+    rows = [
+        (pack(Op.TOUCH, level=1), page, 0, lead, lead * part // 100, cost, was, MORE)
+        for page, (lead, part, cost, was) in enumerate(leads)
+    ]
+    pace = by_reference(TimedStream(ASYNC, [Word(0)], 1, Costs(), timed_of(rows), Ranges())).paces[0]
+    guest = sum(row[4] for row in rows)
+    assert pace.spent[Spent.GUEST] == guest
+    assert pace.spent[Spent.OTHER] == sum(row[3] for row in rows) - guest
+
+
+PAGES, STEPS, SMIS = 200, 1000, 100
+SET_UP = 2_000_000  # ns: more than the pages take
+
+
+def smi_storm(axes: Axes, period: int) -> TimedStream:
+    """A working set of PAGES, built before the first SMI; then STEPS of 10 us each, which only FIX counts."""
+    rows = [(pack(Op.TOUCH, level=1), page, 0, 2000, 2000, 2500, 1, MORE) for page in range(PAGES)]
+    rows += [(pack(Op.FIX, level=1), step % PAGES, 0, 9_000, 9_000, 1_000, 1, MORE) for step in range(STEPS)]
+    for number in range(SMIS):
+        walls = [SET_UP + number * period, *[MORE] * 5, LAST]
+        inside = [(Op.UNLOAD, Cause.SMI), (Op.ROLE, 1), (Op.ENTER, 0), (Op.TOUCH, 5000)]
+        inside += [(Op.UNLOAD, Cause.RSM), (Op.ROLE, 0), (Op.ENTER, 0)]
+        rows += [
+            (pack(op, level=int(op == Op.TOUCH)), int(gfn), 1, 1000, 0, 0, 0, wall)
+            for (op, gfn), wall in zip(inside, walls, strict=True)
+        ]
+    return TimedStream(axes, [Word(0), Word(1, as_id=1)], 1, Costs(), timed_of(rows), Ranges())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("axes", "period", "goes_on"),
+    [
+        (replace(ASYNC, revive=True), 500_000, False),  # refilling 200 pages takes 700 us
+        (replace(ASYNC, revive=True), 1_000_000, True),
+        (replace(PRESERVE, revive=True), 500_000, True),
+    ],
+)
+def test_no_progress_where_smis_come_faster_than_the_refill(
+    axes: Axes, period: int, goes_on: bool, compiled: bool
+) -> None:
+    stream = smi_storm(axes, period)
+    over = SET_UP + SMIS * period
+    fixes, clock = [], []
+    made = TimedEngine(axes, stream.words, 1, stream.costs)
+    model = Clock(reference.begin(axes, stream.words, 1), stream.costs)
+    feed, finish = (made.feed, made.finish) if compiled else (model.feed, model.finish)
+    feed(replace(stream.timed, until=over), stream.ranges)
+    for _ in range(2):
+        fixes.append(int(made.vcpus.fixes[0]) if compiled else model.vm.vcpus[0].fixes)
+        clock.append(int(made.clock[0]) if compiled else model.paces[0].clock)
+        finish()
+    built = PAGES * 4500 + Costs().created + 3 * Costs().table
+    before = (SET_UP - built) // 10_000  # steps done when the first SMI came
+    assert fixes == [STEPS if goes_on else before, STEPS]
+    if not goes_on:
+        assert clock[1] > SET_UP + SMIS * 700_000 + (STEPS - before) * 10_000 > over
+
+
+@pytest.mark.parametrize("module", [engine, PLAIN])
+@pytest.mark.parametrize("queue", [0, 1, 2])
+def test_split_of_a_gigabyte_takes_up_where_memory_ended(module: Any, queue: int) -> None:
+    """An operation that is begun twice passes its time once."""
+    walls = {0: [MORE, MORE], 1: [70, MORE], 2: [70, 71]}[queue]
+    rows = [(pack(Op.TOUCH, level=3), 5, 0, 60, 30, 7, 1, MORE)]
+    rows += [(pack(Op.SPLIT), 0, queue, 50, 20, 7, 0, walls[0]), (pack(Op.ZAP), 1, queue, 40, 20, 7, 0, walls[1])]
+    rows += [(pack(Op.SPLIT), 0, queue, 30, 20, 7, 0, LAST if queue == 1 else MORE)]
+    rows += [(pack(Op.TOUCH, level=1), 7, 0, 900, 400, 7, 1, MORE)]
+    stream = TimedStream(PRESERVE, [Word(0)], 1, Costs(), timed_of(rows), Ranges([(0, 1 << 18), (0, 4)]))
+    made, clock = by_engine(stream, module=module), by_reference(stream)
+    assert times(clock)[1:] == [made.worker, made.locked, made.worked, made.jobs]
+    assert made.spent.tolist() == [clock.paces[0].spent]
+    assert made.counters == clock.vm.counters
+    assert made.counters.tables > 500
+
+
+def test_each_block_may_have_ranges_of_its_own() -> None:
+    """A range zap that waits for the other vCPU goes on to mean the ranges that it came with."""
+    touch = pack(Op.TOUCH, level=1)
+    first = timed_of([
+        (touch, 3, 0, 10, 0, 5, 1, MORE),
+        (pack(Op.ZAP), 0, 0, 10, 0, 5, 0, MORE),
+        (touch, 3, 0, 10, 0, 5, 1, MORE),
+    ])  # fmt: skip
+    second = timed_of([
+        (pack(Op.ZAP), 1, 0, 10, 0, 5, 0, MORE),
+        (touch, 9, 0, 10, 0, 5, 1, MORE),
+        (pack(Op.TOUCH, 1, 1), 9, 1, 1000, 0, 5, 1, MORE),
+    ])  # fmt: skip
+    blocks = [(first, Ranges([(3, 4)])), (second, Ranges([(500, 600), (9, 10)])), (first, Ranges([(0, 1)]))]
+    made = TimedEngine(PRESERVE, [Word(0)], 2, Costs())
+    clock = Clock(reference.begin(PRESERVE, [Word(0)], 2), Costs())
+    for number, (block, ranges) in enumerate(blocks):
+        made.feed(block, ranges, number * 3)
+        clock.feed(block, ranges, number * 3)
+    made.finish()
+    clock.finish()
+    assert_on_time(made, clock)
+    assert made.vcpus.faults.tolist() == [3, 1]
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ((pack(Op.TOUCH, level=1), 0, 1, 5, 5, 0, 0, MORE), "operation 7 of vCPU 0: queue 1 of 5"),
+        ((pack(Op.TOUCH, 1, 1), 0, 2, 5, 5, 0, 0, 0), "queue 2 of 5"),
+        ((pack(Op.ENTER), 0, 4, 5, 5, 0, 0, 0), "queue 4 of 5"),
+        ((pack(Op.INVALIDATE), 0, 5, 5, 5, 0, 0, 0), "queue 5 of 5"),
+        ((pack(Op.INVALIDATE), 0, -1, 5, 5, 0, 0, 0), "queue -1 of 5"),
+        ((pack(Op.ENTER), 0, 0, 5, 6, 0, 0, MORE), "5 ns until it, 6 of them in the guest"),
+        ((pack(Op.ENTER), 0, 0, 5, -1, 0, 0, MORE), "-1 of them in the guest"),
+        ((pack(Op.ENTER), 0, 0, 5, 5, -3, 0, MORE), "-3 for it"),
+        ((pack(Op.ENTER, 2), 0, 0, 5, 5, 0, 0, MORE), "vCPU 2 of a VM that has 2"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_done(row: tuple[int, ...], says: str) -> None:
+    made = TimedEngine(PRESERVE, [Word(0)], 2, Costs())
+    good = [(pack(Op.TOUCH, v, 1), 0, v, 9, 0, 0, 0, MORE) for v in range(2)]
+    with pytest.raises(Problem) as caught:
+        made.feed(timed_of([*good, row]), Ranges(), 5)  # type: ignore[list-item]
+    assert says in str(caught.value)
+    made.finish()
+    assert made.clock.tolist() == [0, 0]
+
+
+def test_memory_follows_what_waits_not_the_stream() -> None:
+    rows = [(pack(Op.TOUCH, v, 1), page, v, 1000, 0, 5, 1, MORE) for page in range(500) for v in range(2)]
+    block = timed_of(rows)
+    made = TimedEngine(PRESERVE, [Word(0)], 2, Costs())
+    for number in range(50):
+        made.feed(block, Ranges(), number * len(block))
+    assert len(made._todo) <= 4 * len(block)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_worker_and_a_lock_that_loads_wait_for(name: str) -> None:
+    """What zaps a root that dies is the policy's, and so is who waits."""
+    stream = smi_storm(NAMED[name], 1_000_000)
+    made, clock = by_engine(stream), by_reference(stream)
+    assert_on_time(made, clock)
+    assert (made.jobs > 0) == (name == "async")
+    assert (made.locked > 0) == (name == "sync")
+    assert (made.spent[0, Spent.WAIT] > 0) == (name == "async")
+
+
+def test_numbers_are_those_of_the_clock() -> None:
+    for spent in Spent:
+        assert getattr(PLAIN, f"ON_{spent.name}") == spent
+    assert (PLAIN.WAS_FOUND, PLAIN.WAS_CREATED, PLAIN.LAST) == (FOUND, columns.CREATED, LAST)
+    assert (PLAIN.NEVER, PLAIN.SAMPLE) == (columns.NEVER, clocks.SAMPLE)
+    timer = TimedEngine(PRESERVE, [Word(0)], 1, Costs())._timer
+    assert [getattr(timer, field.name) for field in fields(Costs)] == [getattr(Costs(), f.name) for f in fields(Costs)]
+
+
+def test_structures_are_those_of_the_pools() -> None:
+    """The compiled clock reads numpy's memory as C structures."""
+    pairs = [
+        ("Todo", timing.TODO),
+        ("Pace", timing.PACE),
+        ("Queue", timing.QUEUE),
+        ("Sample", timing.SAMPLED),
+        ("Zapped", timing.ZAPPED),
+    ]
+    for name, dtype in pairs:
+        assert list(getattr(PLAIN, name)._members) == list(dtype.names or ()), name
+    assert timing.TODO.itemsize == 64
+    assert timing.PACE["spent"].shape == (len(Spent),)
+    assert np.dtype(np.int64).itemsize * (6 + len(Spent)) == timing.PACE.itemsize

@@ -1,0 +1,103 @@
+"""Timed streams for tests: `streams` with times drawn for them, SMIs and VM-wide operations in wall-clock queues."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from replay.axes import Axes
+from replay.ops import Op, Ranges, Word
+from replay.virtual.costs import Costs
+from replay.virtual.smis import take
+from replay.virtual.timed import LAST, MORE, NEVER, Timed
+from tests.replay.streams import Stream, block_of, streams
+
+TIMES = [0, 0, 1, 7, 100, 1000, 30_000, 1_500_000, 1 << 40]
+
+
+@dataclass
+class TimedStream:
+    """A VM's stream, whole."""
+
+    axes: Axes
+    words: list[Word]
+    vcpus: int
+    costs: Costs
+    timed: Timed
+    ranges: Ranges
+
+    def blocks(self, sizes: Sequence[int]) -> Iterator[tuple[int, Timed]]:
+        """(Number of the first operation, block): blocks of `sizes`, taken in turn."""
+        at = turn = 0
+        while at < len(self.timed):
+            stop = at + sizes[turn % len(sizes)]
+            later = self.timed.wall[stop:]
+            until = int(later[later >= 0].min(initial=NEVER))
+            yield at, replace(take(self.timed, np.arange(at, min(stop, len(self.timed)))), until=until)
+            at, turn = stop, turn + 1
+
+
+def timed_of(rows: Sequence[tuple[int, int, int, int, int, int, int, int]]) -> Timed:
+    """A block of (op, gfn, queue, lead, guest, cost, was, wall)."""
+    block = block_of([row[:2] for row in rows])
+    columns = np.array([row[2:] for row in rows], np.int64).reshape(-1, 6).T
+    queue, lead, guest, cost, was, wall = (np.ascontiguousarray(column) for column in columns)
+    return Timed(block, queue.astype(np.int32), lead, guest, cost, was.astype(np.uint8), wall)
+
+
+def costs() -> st.SearchStrategy[Costs]:
+    ns = st.sampled_from([0, 1, 3, 50, 2500])
+    return st.builds(
+        Costs, ns, ns, ns, ns, ns, ns, ns, ns, ns, chunk=st.sampled_from([0, 1, 40, 5000]), cpus=st.integers(0, 2)
+    )
+
+
+def _timed(stream: Stream, choose: Any) -> Timed:
+    """`choose(n)` is a number below n."""
+    vcpus = stream.vcpus
+    walled = choose(3) > 0  # else all is programs'
+    inside = [False] * vcpus
+    walls = [0] * (2 * vcpus + 1)
+    actor = 0
+    rows = []
+    for op, gfn in zip(stream.block.op.tolist(), stream.block.gfn.tolist(), strict=True):
+        lead = TIMES[choose(len(TIMES) - (choose(40) > 0))]
+        guest = (0, lead // 3, lead)[choose(3)]
+        cost = TIMES[choose(len(TIMES) - 1)]
+        was = choose(4) if choose(8) else choose(256)
+        wall = MORE
+        if op & 15 > Op.SWITCH:
+            queue = actor
+            if walled and choose(2):
+                queue = 2 * vcpus
+        else:
+            queue = actor = op >> 16
+            if inside[actor] or (walled and choose(6) == 0):
+                queue += vcpus
+        if queue == 2 * vcpus or (queue >= vcpus and not inside[actor]):
+            walls[queue] += TIMES[choose(len(TIMES) - 1)] - TIMES[choose(4)]
+            wall = walls[queue] = max(walls[queue], 0)
+            inside[actor] |= queue < 2 * vcpus
+        elif queue >= vcpus and choose(3) == 0:
+            wall = LAST
+            inside[actor] = False
+        rows.append((op, gfn, queue, lead, guest, cost, was, wall))
+    return timed_of(rows)
+
+
+@st.composite
+def timed_streams(draw: st.DrawFn) -> TimedStream:
+    """What `streams` draws, with times and queues."""
+    stream = draw(streams())
+    rng = np.random.default_rng(draw(st.integers(0, 1 << 32)))
+    axes = replace(
+        stream.axes,
+        teardown=draw(st.sampled_from(["inline", "worker", "invalidator"])),
+        loads_share=draw(st.booleans()),
+    )
+    timed = _timed(stream, lambda n: int(rng.integers(n)))
+    return TimedStream(axes, stream.words, stream.vcpus, draw(costs()), timed, stream.ranges)
