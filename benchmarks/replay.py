@@ -12,6 +12,7 @@ are compared in every run; a difference ends the benchmark. Streams: `replay_str
 Reference: the first operations of the mixed VMs.
 libCacheSim: its LRU (`.venv/bin/pip install --no-deps libcachesim`; without it the rows say so) on the same keys as the
 engine: zipf 1.0 over a million frames, a cache of 100,000; the mixed VMs' own (VM, frame), a cache of 500,000.
+Virtual time: SMI storms with times on each operation; at most 100 ns for one, or the benchmark ends.
 Decoding and end to end: one trace, by default a synthetic SMI storm made at the start, read from Parquet with every
 check; end to end is `kvmtrace replay`'s work in this process, stimuli and lowering included. Both find their memory
 mapped.
@@ -36,7 +37,7 @@ import numpy as np
 
 from benchmarks import replay_streams
 from benchmarks.record import machine, say, spread, table
-from benchmarks.replay_peers import Baseline, Lru, run_engine, run_reference, zipf
+from benchmarks.replay_peers import Baseline, Lru, run_engine, run_reference, run_timed, zipf
 from benchmarks.replay_streams import NORMAL, Stream
 from replay.axes import ASYNC, PRESERVE, Axes
 from replay.ops import Block, Op, Ranges, pack
@@ -44,6 +45,7 @@ from replay.pools import Engine
 from traces.errors import VERDICT_FAILED, Problem
 
 REFERENCE_TOUCHES = 100_000  # of each mixed VM
+TIMED_NS = 100  # 10 million operations a second
 KEYS = 2_000_000
 ZIPF_OBJECTS, ZIPF_CACHE, OWN_CACHE = 1_000_000, 100_000, 500_000
 DENSE_PAGES = 1 << 20  # 4 GiB
@@ -124,6 +126,20 @@ def against_lru(name: str, streams: list[Stream], capacity: int, wanted: float) 
     def turn() -> None:
         ours = sum(run_engine(stream, PRESERVE)[0] for stream in streams)
         line.add(ours * 1e9 / len(keys), lru.run() * 1e9 / len(keys))
+
+    return line, turn
+
+
+def in_virtual_time(stream: Stream, axes: Axes) -> tuple[Line, Turn]:
+    """The clock's engine on a stream, and counting alone."""
+    line = Line(f"virtual time / counting alone, {stream.name}, {axes.name}", 0)
+
+    def turn() -> None:
+        ours, theirs = run_timed(stream, axes), run_engine(stream, axes)[0]
+        each = ours * 1e9 / len(stream.block)
+        if each > TIMED_NS:
+            raise Problem(f"{line.name}: {each:.0f} ns an operation, at most {TIMED_NS} are wanted", VERDICT_FAILED)
+        line.add(each, theirs * 1e9 / len(stream.block))
 
     return line, turn
 
@@ -223,6 +239,7 @@ def lines(touches: int, trace: Path) -> list[tuple[Line, Turn]]:
         found.append(against("C, mixed", mixed, axes, baseline.run, 0.9))
         found += [against(f"C, {storm.name}", [storm], axes, baseline.run, 0.9) for storm in storms]
     found += [against("reference, mixed", few, axes, run_reference, 150) for axes in POLICIES]
+    found += [in_virtual_time(storm, axes) for axes in POLICIES for storm in storms]
     found.append(against_lru("zipf 1.0", [zipf_stream()], ZIPF_CACHE, 0))
     found.append(against_lru("the mixed VMs' keys", mixed, OWN_CACHE, 10))
     return found + two_threads(mixed[:2]) + from_parquet(trace)

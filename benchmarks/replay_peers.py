@@ -17,7 +17,11 @@ from benchmarks.replay_streams import Stream
 from replay import reference
 from replay.axes import Axes
 from replay.model import Vm
+from replay.ops import VCPU_SHIFT
 from replay.pools import Engine
+from replay.virtual.costs import DEFAULT
+from replay.virtual.engine import TimedEngine
+from replay.virtual.timed import MORE, Timed
 from traces.errors import ENVIRONMENT, VERDICT_FAILED, Problem
 
 SOURCE = Path(__file__).with_name("replay_baseline.c")
@@ -50,6 +54,25 @@ def run_engine(stream: Stream, axes: Axes) -> tuple[float, Counts, int]:
         taken += time.thread_time() - began
         at += len(block)
     return taken, engine_counts(made), made.bytes_used
+
+
+def run_timed(stream: Stream, axes: Axes, seed: int = 1) -> float:
+    """CPU seconds of the engine in virtual time: a few us between operations, half of which were faults."""
+    rng = np.random.default_rng(seed)
+    made = TimedEngine(axes, stream.words, stream.vcpus, DEFAULT, log=False)
+    taken, at = 0.0, 0
+    for block in stream.batches():
+        lead, cost = (rng.integers(500, 5000, len(block)) for _ in range(2))
+        was = rng.integers(0, 2, len(block)).astype(np.uint8)
+        queue = (block.op >> VCPU_SHIFT).astype(np.int32)
+        timed = Timed(block, queue, lead, lead // 2, cost, was, np.full(len(block), MORE))
+        began = time.thread_time()
+        made.feed(timed, stream.ranges, at)
+        taken += time.thread_time() - began
+        at += len(block)
+    began = time.thread_time()
+    made.finish()
+    return taken + time.thread_time() - began
 
 
 def run_reference(stream: Stream, axes: Axes) -> tuple[float, Counts]:

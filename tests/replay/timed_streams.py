@@ -17,6 +17,7 @@ from replay.virtual.timed import LAST, MORE, NEVER, Timed
 from tests.replay.streams import Stream, block_of, streams
 
 TIMES = [0, 0, 1, 7, 100, 1000, 30_000, 1_500_000, 1 << 40]
+CLOSE = [0, 0, 1, 1, 1, 2, 2, 3, 4]  # many are due at once
 
 
 @dataclass
@@ -52,22 +53,24 @@ def timed_of(rows: Sequence[tuple[int, int, int, int, int, int, int, int]]) -> T
 def costs() -> st.SearchStrategy[Costs]:
     ns = st.sampled_from([0, 1, 3, 50, 2500])
     return st.builds(
-        Costs, ns, ns, ns, ns, ns, ns, ns, ns, ns, chunk=st.sampled_from([0, 1, 40, 5000]), cpus=st.integers(0, 2)
-    )
+        Costs, ns, ns, ns, ns, ns, ns, ns, ns, ns,
+        chunk=st.sampled_from([0, 1, 40, 5000]), refill=st.sampled_from([0, 1, 1000, 2500]), cpus=st.integers(0, 2)
+    )  # fmt: skip
 
 
 def _timed(stream: Stream, choose: Any) -> Timed:
     """`choose(n)` is a number below n."""
     vcpus = stream.vcpus
+    times = TIMES if choose(2) else CLOSE
     walled = choose(3) > 0  # else all is programs'
     inside = [False] * vcpus
     walls = [0] * (2 * vcpus + 1)
     actor = 0
     rows = []
     for op, gfn in zip(stream.block.op.tolist(), stream.block.gfn.tolist(), strict=True):
-        lead = TIMES[choose(len(TIMES) - (choose(40) > 0))]
+        lead = times[choose(len(times) - (choose(40) > 0))]
         guest = (0, lead // 3, lead)[choose(3)]
-        cost = TIMES[choose(len(TIMES) - 1)]
+        cost = times[choose(len(times) - 1)]
         was = choose(4) if choose(8) else choose(256)
         wall = MORE
         if op & 15 > Op.SWITCH:
@@ -79,7 +82,7 @@ def _timed(stream: Stream, choose: Any) -> Timed:
             if inside[actor] or (walled and choose(6) == 0):
                 queue += vcpus
         if queue == 2 * vcpus or (queue >= vcpus and not inside[actor]):
-            walls[queue] += TIMES[choose(len(TIMES) - 1)] - TIMES[choose(4)]
+            walls[queue] += times[choose(len(times) - 1)] - times[choose(4)]
             wall = walls[queue] = max(walls[queue], 0)
             inside[actor] |= queue < 2 * vcpus
         elif queue >= vcpus and choose(3) == 0:
