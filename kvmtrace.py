@@ -70,7 +70,11 @@ def record(
     max_events: Annotated[int | None, typer.Option(help="Stop after this many events.", min=1)] = None,
     max_size: Annotated[str | None, typer.Option(help="Stop when this much is on disk, such as 2G.")] = None,
     events: Annotated[
-        str, typer.Option(help="roots (cheap, for production), mmu, all, or kinds separated by commas.")
+        str,
+        typer.Option(
+            help="roots (cheap, for production), time (what replay needs), mmu (what validate needs), all, or kinds, "
+            "separated by commas."
+        ),
     ] = "mmu",
     ring_size: Annotated[
         str | None, typer.Option(help="BPF ring buffer of each CPU, a power of two. [default: 32M, 256M in all]")

@@ -68,6 +68,7 @@ ON_LOAD = cython.declare(cython.longlong, 2)
 ON_UNLOAD = cython.declare(cython.longlong, 3)
 ON_WAIT = cython.declare(cython.longlong, 4)
 ON_OTHER = cython.declare(cython.longlong, 5)
+ON_SWITCH = cython.declare(cython.longlong, 6)
 
 # The rows of the pools; `pools` has the same as numpy types.
 Vcpu = cython.struct(  # 64 bytes: all that a touch reads and writes of its vCPU
@@ -142,7 +143,7 @@ Pace = cython.struct(
     inside=cython.longlong,
     sampled=cython.longlong,
     guessed=cython.longlong,  # rows of the program that have their guess
-    spent=cython.longlong[6],
+    spent=cython.longlong[7],
 )
 Queue = cython.struct(head=cython.longlong, tail=cython.longlong)  # rows; NONE: it is empty
 Sample = cython.struct(vcpu=cython.longlong, clock=cython.longlong, guest=cython.longlong)
@@ -1188,6 +1189,7 @@ class Timer:
     zap_table = cython.declare(cython.longlong, visibility="public")
     job = cython.declare(cython.longlong, visibility="public")
     chunk = cython.declare(cython.longlong, visibility="public")
+    refill = cython.declare(cython.longlong, visibility="public")
     cpus = cython.declare(cython.longlong, visibility="public")
     loads_share = cython.declare(cython.longlong, visibility="public")
     inline = cython.declare(cython.longlong, visibility="public")
@@ -1438,6 +1440,7 @@ class Timer:
                     if was > 1:
                         time = max(time - (was - 1) * self.table, 0)
                     self._spend(v, ON_FAULT, time)
+                    self._switch(v, was, guest)
                 elif was:
                     self._spend(v, ON_GUEST, -min(self.switch, guest))
             pace[v].lead = NONE
@@ -1564,8 +1567,9 @@ class Timer:
         elif faults:
             self._wait(v, False)
         if leaves or self.core.revived_tables:
-            self._spend(v, ON_FAULT, leaves * self.fault + self.core.revived_tables * self.table)
-            self._spend(v, ON_GUEST, leaves * self.switch)
+            time = (leaves * self.fault + self.core.revived_tables * self.table) * self.refill // 1000
+            self._spend(v, ON_FAULT, time)
+            self._spend(v, ON_SWITCH, leaves * self.switch * self.refill // 1000)
         if kind <= FIX:
             if self.core.vcpu[v].hits > hits:
                 if was:
@@ -1575,8 +1579,9 @@ class Timer:
                 if faults:
                     time += (tables - max(was - 1, 0)) * self.table
                 self._spend(v, ON_FAULT, max(time, 0))
+                self._switch(v, was, guest)
         elif kind == UNLOAD:
-            self._spend(v, ON_UNLOAD, self.todo[i].cost if self.todo[i].cost else self.unload)
+            self._spend(v, ON_UNLOAD, self.todo[i].cost if was else self.unload)
         if created or found:
             time = self.created if created else self.found
             if kind == ENTER and was:
@@ -1628,6 +1633,19 @@ class Timer:
         self.pace[v].clock += lead
         self.pace[v].spent[ON_GUEST] += guest
         self.pace[v].spent[ON_OTHER] += lead - guest
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.inline
+    @cython.exceptval(check=False)
+    def _switch(self, v: cython.longlong, was: cython.longlong, guest: cython.longlong) -> cython.void:
+        within: cython.longlong
+        if was:
+            within = min(self.switch, guest)
+            self.pace[v].spent[ON_GUEST] -= within
+            self.pace[v].spent[ON_SWITCH] += within
+        else:
+            self._spend(v, ON_SWITCH, self.switch)
 
     @cython.cfunc
     @cython.nogil

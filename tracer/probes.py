@@ -45,7 +45,7 @@ class Probe:
         return f"{self.kind}__{self.points[0].where.replace(':', '_')}"
 
 
-PRESETS = ("roots", "mmu", "all")
+PRESETS = ("roots", "time", "mmu", "all")
 
 _SP = {
     "gfn": "SP_GFN(@0)", "table": "SP_TABLE(@0)", "refs": "SP_REFS_OF(@0)", "role": "SP_ROLE_OF(@0)",
@@ -88,9 +88,9 @@ TRACEPOINTS: tuple[Probe, ...] = (
     _page("kvm_mmu_prepare_zap_page", "mmu"),
     _page("kvm_mmu_sync_page", "mmu"),
     _page("kvm_mmu_unsync_page", "mmu"),
-    _tp("kvm_mmu_spte_requested", "kvmmmu:kvm_mmu_spte_requested", "mmu",
+    _tp("kvm_mmu_spte_requested", "kvmmmu:kvm_mmu_spte_requested", "time",
         gfn="$gfn", value="$pfn", level="$level", **_CURRENT),
-    _tp("kvm_mmu_set_spte", "kvmmmu:kvm_mmu_set_spte", "mmu",
+    _tp("kvm_mmu_set_spte", "kvmmmu:kvm_mmu_set_spte", "time",
         gfn="$gfn", new="$spte", table="$sptep >> 12", level="$level", **_CURRENT),
     # 5.15+ (33dd3574f5fe); 5.10's TDP MMU changes SPTEs without an event.
     Probe("kvm_tdp_mmu_spte_changed", (
@@ -101,7 +101,7 @@ TRACEPOINTS: tuple[Probe, ...] = (
               {"gfn": "$gfn", "old": "$old_spte", "new": "$new_spte", "level": "$level", "as_id": "$as_id",
                **_TREE}),
     ), "mmu"),
-    _tp("fast_page_fault", "kvmmmu:fast_page_fault", "mmu",
+    _tp("fast_page_fault", "kvmmmu:fast_page_fault", "time",
         addr="$cr2_or_gpa", code="$error_code", old="$old_spte", new="$new_spte", ret="$ret", **_CURRENT),
     Probe("kvm_mmu_zap_all_fast", (
         Point("raw", "kvmmmu:kvm_mmu_zap_all_fast", {"kvm": "@0", "value": "KVM_USED(@0)", "flags": "KVM_GEN(@0)"},
@@ -110,10 +110,10 @@ TRACEPOINTS: tuple[Probe, ...] = (
     ), "roots"),
     _tp("kvm_mmu_split_huge_page", "kvmmmu:kvm_mmu_split_huge_page", "mmu",
         gfn="$gfn", old="$spte", level="$level", ret="$errno"),
-    _tp("mark_mmio_spte", "kvmmmu:mark_mmio_spte", "mmu", gfn="$gfn", code="$access", value="$gen", **_CURRENT),
-    _tp("handle_mmio_page_fault", "kvmmmu:handle_mmio_page_fault", "mmu",
+    _tp("mark_mmio_spte", "kvmmmu:mark_mmio_spte", "time", gfn="$gfn", code="$access", value="$gen", **_CURRENT),
+    _tp("handle_mmio_page_fault", "kvmmmu:handle_mmio_page_fault", "time",
         addr="$addr", gfn="$gfn", code="$access", **_CURRENT),
-    _tp("check_mmio_spte", "kvmmmu:check_mmio_spte", "mmu", old="$spte", value="$kvm_gen", code="$spte_gen"),
+    _tp("check_mmio_spte", "kvmmmu:check_mmio_spte", "time", old="$spte", value="$kvm_gen", code="$spte_gen"),
     # The emulator's two hottest events: raw costs about half of the classic tracepoint.
     Probe("kvm_mmu_pagetable_walk", (
         Point("raw", "kvmmmu:kvm_mmu_pagetable_walk", {"addr": "@0", "code": "@1"},
@@ -129,20 +129,20 @@ TRACEPOINTS: tuple[Probe, ...] = (
     _tp("kvm_mmu_set_dirty_bit", "kvmmmu:kvm_mmu_set_dirty_bit", "all", addr="$gpa"),
     _tp("kvm_mmu_walker_error", "kvmmmu:kvm_mmu_walker_error", "all", code="$pferr"),
     # vcpu and RIP are in the format from 6.1 (faebdc6b4e7c); 5.10 and 5.15 print address and error code only.
-    _tp("kvm_page_fault", "kvm:kvm_page_fault", "mmu", addr="$fault_address", code="$error_code", rip="$?guest_rip",
+    _tp("kvm_page_fault", "kvm:kvm_page_fault", "time", addr="$fault_address", code="$error_code", rip="$?guest_rip",
         root="CURRENT_ROOT(self)", role="CURRENT_ROLE(self)"),
     # immediate_exit came in 6.10 and was taken back into 6.1.y
-    _tp("kvm_entry", "kvm:kvm_entry", "mmu", rip="$rip", flags="$?immediate_exit ? 1 : 0", **_CURRENT),
-    _tp("kvm_exit", "kvm:kvm_exit", "mmu", code="$exit_reason", rip="$guest_rip", value="$info1", addr="$info2"),
+    _tp("kvm_entry", "kvm:kvm_entry", "time", rip="$rip", flags="$?immediate_exit ? 1 : 0", **_CURRENT),
+    _tp("kvm_exit", "kvm:kvm_exit", "time", code="$exit_reason", rip="$guest_rip", value="$info1", addr="$info2"),
     Probe("kvm_smm_transition", (
         Point("tp", "kvm:kvm_smm_transition", {"addr": "$smbase", "flags": "$entering ? 1 : 0"}),
         # the name until 5.16
         Point("tp", "kvm:kvm_enter_smm", {"addr": "$smbase", "flags": "$entering ? 1 : 0"}),
     ), "roots"),
     _tp("kvm_cr", "kvm:kvm_cr", "roots", code="$cr", value="$val", flags="$rw ? 1 : 0"),
-    _tp("kvm_msr", "kvm:kvm_msr", "mmu", code="$ecx", value="$data",
+    _tp("kvm_msr", "kvm:kvm_msr", "time", code="$ecx", value="$data",
         flags="($write ? 1 : 0) | ($exception ? 2 : 0)"),
-    _tp("kvm_userspace_exit", "kvm:kvm_userspace_exit", "mmu", code="$reason", ret="$errno"),
+    _tp("kvm_userspace_exit", "kvm:kvm_userspace_exit", "time", code="$reason", ret="$errno"),
     _tp("kvm_unmap_hva_range", "kvm:kvm_unmap_hva_range", "roots", addr="$start", value="$end"),
     _tp("kvm_age_hva", "kvm:kvm_age_hva", "mmu", addr="$start", value="$end"),
     _tp("kvm_test_age_hva", "kvm:kvm_test_age_hva", "mmu", addr="$hva"),

@@ -38,6 +38,7 @@ class Spent(IntEnum):
     UNLOAD = 3  # with whatever is zapped inline
     WAIT = 4  # for mmu_lock, or for a CPU
     OTHER = 5  # exits that no policy changes
+    SWITCH = 6  # to the guest and back, for what faults: recorded within guest time
 
 
 @dataclass
@@ -184,9 +185,8 @@ class Clock:
         if exclusive or own:
             self._wait(pace, exclusive and not self.vm.axes.loads_share)
         if leaves or built:
-            refill = leaves * (costs.fault + costs.switch) + built * costs.table
-            self._spend(pace, Spent.FAULT, refill - leaves * costs.switch)
-            self._spend(pace, Spent.GUEST, leaves * costs.switch)
+            self._spend(pace, Spent.FAULT, (leaves * costs.fault + built * costs.table) * costs.refill // 1000)
+            self._spend(pace, Spent.SWITCH, leaves * costs.switch * costs.refill // 1000)
         if kind in (Op.TOUCH, Op.FIX):
             if vcpu.hits > hits:
                 saved = min(costs.switch, guest) if todo.was else 0
@@ -195,8 +195,9 @@ class Clock:
                 time = todo.cost if todo.was else costs.fault
                 time += (built_now - max(todo.was - 1, 0)) * costs.table if own else 0
                 self._spend(pace, Spent.FAULT, max(time, 0))
+                self._switch(pace, todo.was, guest)
         elif kind == Op.UNLOAD:
-            self._spend(pace, Spent.UNLOAD, todo.cost or costs.unload)
+            self._spend(pace, Spent.UNLOAD, todo.cost if todo.was else costs.unload)
         if created + found:
             ended = CREATED if created else FOUND
             expected = costs.created if created else costs.found
@@ -206,6 +207,15 @@ class Clock:
                 time = todo.cost + (expected - recorded if ended != todo.was else 0)
             self._spend(pace, Spent.LOAD, max(time, 0))
         self._account_frees(pace, logged)
+
+    def _switch(self, pace: Pace, was: int, guest: int) -> None:
+        """A fault's exit and entry: within the guest time before it, or added if it was none as recorded."""
+        if not was:
+            self._spend(pace, Spent.SWITCH, self.costs.switch)
+            return
+        within = min(self.costs.switch, guest)
+        pace.spent[Spent.GUEST] -= within
+        pace.spent[Spent.SWITCH] += within
 
     def _spend(self, pace: Pace, on: Spent, ns: int) -> None:
         pace.clock += ns

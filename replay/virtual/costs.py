@@ -31,6 +31,7 @@ class Costs:
     zap_table: int = 2_000  # each table removed: its 512 entries
     job: int = 20_000  # until the worker begins
     chunk: int = 0  # the longest stretch that a zap does not yield mmu_lock; 0: the whole zap
+    refill: int = 1_000  # per mille of the pages that a refill is taken to need; 1,000: those that are mapped
     cpus: int = 0  # CPUs that vCPUs and the worker share; 0: enough
 
 
@@ -84,7 +85,7 @@ def fit(samples: Mapping[str, Samples], cpus: int) -> Fitted:
     error: dict[str, float] = {}
     for each in fields(Costs):
         seen = samples.get(each.name)
-        if each.name == "cpus":
+        if each.name in ("cpus", "refill"):
             continue
         if seen is None or seen.count < _ENOUGH:
             source[each.name] = SOURCE

@@ -47,7 +47,7 @@ class Timing:
         self.timeline = Timeline(vcpus)
         self.samples = {name: Samples() for name in ("switch", "fault", "table", "found", "created", "unload")}
         self.zapped = 0  # ns of inline zaps
-        self.stolen = Stolen(cpus == 1, workers)
+        self.stolen = Stolen(vcpus, cpus == 1, workers)
         self._vcpus = vcpus
         self._exits = [_empty() for _ in range(vcpus)]
         self._lead = np.zeros(vcpus, np.int64)  # carried to the next operation
@@ -138,6 +138,8 @@ class Timing:
             fixed[at[takes], doing] = 0
             if doing == Doing.FAULT:
                 was[mine[takes]] = 1 + np.minimum(exits.tables[at[takes]], 200)
+            elif doing == Doing.UNLOAD:
+                was[mine[(kind == Op.UNLOAD) & (exits.ns[at, Doing.UNLOAD] > 0)]] = 1
             elif doing == Doing.LOAD:
                 loaded = takes[cost[mine[takes]] > 0]
                 was[mine[loaded]] = np.where(exits.built_root[at[loaded]], CREATED, FOUND)

@@ -11,14 +11,15 @@ from numpy.typing import NDArray
 
 from replay.evidence import Evidence
 from replay.lower import Case, Lowering
-from replay.model import Happened, Vm
+from replay.model import Happened
 from replay.ops import Word
 from replay.plan import Plan, Run, Target
 from replay.pools import Engine
 from replay.run import has_ad_disabled
 from replay.stimuli import VmStimuli
-from replay.virtual.clock import Clock, Spent
+from replay.virtual.clock import Spent
 from replay.virtual.costs import Fitted, Samples, fit
+from replay.virtual.engine import TimedEngine
 from replay.virtual.join import Timing
 from replay.virtual.smis import Apart, Driven
 from replay.virtual.stalls import Rule, Stall, stalls
@@ -197,28 +198,29 @@ def _run(
     return outcomes
 
 
-def _clock(target: Target, run: Run, words: list[Word], vcpus: int, measured: _Measured) -> Clock:
-    vm = Vm(replace(target.axes, revive=run.revive), words, vcpus)
-    return Clock(vm, measured.fitted.costs)
+def _clock(target: Target, run: Run, words: list[Word], vcpus: int, measured: _Measured) -> TimedEngine:
+    return TimedEngine(replace(target.axes, revive=run.revive), words, vcpus, measured.fitted.costs, log=False)
 
 
 def _outcome(
     target: Target,
     run: Run,
-    clock: Clock,
+    clock: TimedEngine,
     ids: list[int],
     rest: tuple[NDArray[np.int64], NDArray[np.int64]],
     settings: Settings,
     measured: _Measured,
 ) -> Timed:
     vcpus = []
-    for i, pace in enumerate(clock.paces):
-        spent = list(pace.spent)
+    ended, parts = clock.clock, clock.spent
+    for i, samples in enumerate(clock.samples):
+        spent = parts[i].tolist()
         lead, guest = int(rest[0][i]), int(rest[1][i])
+        ran, now = spent[Spent.GUEST], int(ended[i])
         spent[Spent.GUEST] += guest
         spent[Spent.OTHER] += lead - guest
-        wall = pace.clock + lead
-        moments = np.array([(0, 0), *pace.samples, (pace.clock, pace.spent[Spent.GUEST]), (wall, spent[Spent.GUEST])])
+        wall = now + lead
+        moments = np.array([(0, 0), *samples.tolist(), (now, ran), (wall, ran + guest)], np.int64)
         found = stalls(moments[:, 0], moments[:, 1], settings.rule)
         vcpus.append(VcpuTime(ids[i], wall, tuple(spent), found, _error(measured, i, wall)))
     return Timed(target, run, vcpus, clock.jobs, clock.worked)

@@ -10,65 +10,54 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import fields
-from typing import Final
 
 import numpy as np
 
-from replay.lookback import Ints, Rows
+from replay.lookback import Rows
 from replay.virtual.timeline import Spans
-
-_LONG: Final = 100_000  # ns: a span this long beside a job was not going on
 
 
 class Stolen:
-    """Finds zaps, and takes the worker's jobs out of spans.
+    """Finds zaps, and takes the worker's time out of spans where all share one CPU.
 
-    `ns` was taken out in all, of the vCPU most hit by each job. `removed` tables took other tasks `removing` ns.
+    There one thing goes on at a time, so that the time between two rows of the VM is that of the later row's thread.
+    `ns` is what the worker took in all; `removed` tables took other tasks `removing` ns.
     """
 
-    def __init__(self, shared: bool, workers: Collection[int]) -> None:
+    def __init__(self, vcpus: int, shared: bool, workers: Collection[int]) -> None:
         """`shared`: all run on one CPU. `workers` are the tids of kernel workers."""
         self.shared = shared
         self._workers = np.array(sorted(workers), np.int64)
         self.ns = 0
         self.removed = 0
         self.removing = 0
-        self._begun: dict[int, int] = {}
+        self._time = -1  # of the last row
+        self._taken = np.zeros(vcpus, np.int64)  # `ns` as it was at each vCPU's last row
         self._zapping: dict[int, int] = {}
 
     def purge(self, rows: Rows, spans: Spans) -> Spans:
-        """Spans without the jobs in them."""
-        begin, end = self._jobs(rows)
+        """Spans without the worker's time in them."""
         self._others(rows)
-        if not self.shared or not len(begin):
+        if not self.shared or not len(rows):
             return spans
-        ns = spans.ns.copy()
-        for job in range(len(begin)):  # few: one a root that died
-            over = np.minimum(spans.time, end[job]) - np.maximum(spans.time - spans.ns, begin[job])
-            hit = np.flatnonzero((over > _LONG) & (ns >= over))
-            ns[hit] -= over[hit]
-            self.ns += int(over[hit].max(initial=0))
-        values = {each.name: getattr(spans, each.name) for each in fields(Spans)}
-        return Spans(**{**values, "ns": ns})
-
-    def _jobs(self, rows: Rows) -> tuple[Ints, Ints]:
-        """When the worker's jobs in this batch began and ended."""
-        at = rows.of("zap_root_begin", "root_put")
-        at = at[np.isin(rows.tid[at], self._workers)]
+        time = rows.time
+        before = np.append(time[0] if self._time < 0 else self._time, time[:-1])
+        self._time = int(time[-1])
         # What an invalidation waits for is done under every policy.
-        opened = np.searchsorted(rows.of("zap_invalidated_begin"), at)
-        at = at[opened == np.searchsorted(rows.of("zap_invalidated_end"), at)]
-        begins = set(rows.of("zap_root_begin").tolist())
-        begin: list[int] = []
-        end: list[int] = []
-        for row in at.tolist():
-            thread = int(rows.tid[row])
-            if row in begins:
-                self._begun.setdefault(thread, int(rows.time[row]))
-            elif thread in self._begun:
-                begin.append(self._begun.pop(thread))
-                end.append(int(rows.time[row]))
-        return np.array(begin, np.int64), np.array(end, np.int64)
+        at = np.arange(len(time))
+        opened = np.searchsorted(rows.of("zap_invalidated_begin"), at, "right")
+        waited = opened > np.searchsorted(rows.of("zap_invalidated_end"), at, "right")
+        ours = np.isin(rows.tid, self._workers) & ~waited
+        taken = self.ns + np.cumsum(np.where(ours, time - before, 0))
+        self.ns = int(taken[-1])
+        own = taken[np.searchsorted(rows.seq, spans.seq)]
+        past = np.append(0, own[:-1])
+        first = np.append(True, spans.vcpu[1:] != spans.vcpu[:-1])[: len(own)]
+        past[first] = self._taken[spans.vcpu[first]]
+        last = np.append(first[1:], True)[: len(own)]
+        self._taken[spans.vcpu[last]] = own[last]
+        values = {each.name: getattr(spans, each.name) for each in fields(Spans)}
+        return Spans(**{**values, "ns": np.maximum(spans.ns - (own - past), 0)})
 
     def _others(self, rows: Rows) -> None:
         """Zaps by tasks that are neither vCPUs nor workers: they measure a table's removal where no worker does."""

@@ -7,7 +7,8 @@ A timed block is a `Block` with five more columns, one value an operation:
     lead   ns from the end of the queue's previous operation to the exit of this one; no policy changes it
     guest  how much of `lead` the guest ran, the switch to it and back included
     cost   ns that this operation took as recorded
-    was    what it came to as recorded: of a TOUCH 1 + tables built (0: it was no fault), of an ENTER 1 found, 2 created
+    was    what it came to as recorded: of a TOUCH 1 + tables built (0: it was no fault), of an ENTER 1 found, 2 created,
+           of an UNLOAD 1 if it was one
 
 In a wall-clock queue `wall` is when it is due (ns since the VM's first entry); MORE goes on with what is under way
 there (an SMI's inside), LAST ends it. In a program `wall` is MORE. What is due takes at least two operations, but of

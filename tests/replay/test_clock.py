@@ -93,17 +93,17 @@ def test_every_ns_is_spent_on_something(stream: TimedStream) -> None:
 BIG = st.integers(0, 1 << 40)
 
 
-@given(leads=st.lists(st.tuples(BIG, st.integers(0, 100), BIG, st.integers(0, 201)), min_size=1, max_size=50))
+@given(leads=st.lists(st.tuples(BIG, st.integers(0, 100), BIG, st.integers(1, 201)), min_size=1, max_size=50))
 @settings(max_examples=50, **COMMON)  # type: ignore[arg-type]
 def test_what_no_policy_changes_is_kept(leads: list[tuple[int, int, int, int]]) -> None:
-    """Where nothing hits, the time between operations passes as recorded, and the guest gets its part of it."""
+    """Where nothing hits, the time between operations passes as recorded; the guest and the switch get their part."""
     rows = [
         (pack(Op.TOUCH, level=1), page, 0, lead, lead * part // 100, cost, was, MORE)
         for page, (lead, part, cost, was) in enumerate(leads)
     ]
     pace = by_reference(TimedStream(ASYNC, [Word(0)], 1, Costs(), timed_of(rows), Ranges())).paces[0]
     guest = sum(row[4] for row in rows)
-    assert pace.spent[Spent.GUEST] == guest
+    assert pace.spent[Spent.GUEST] + pace.spent[Spent.SWITCH] == guest
     assert pace.spent[Spent.OTHER] == sum(row[3] for row in rows) - guest
 
 

@@ -106,7 +106,7 @@ def cells(kernels: Sequence[str], scenarios: Sequence[str] = (), *, shadow: Cont
     ]
 
 
-def record(group: Sequence[Cell], directory: Path) -> tuple[list[Row], list[Problem]]:
+def record(group: Sequence[Cell], directory: Path, events: str = EVENTS) -> tuple[list[Row], list[Problem]]:
     """Record cells of one kernel and one MMU in one boot; the rows of those that were made, and what failed."""
     first = group[0]
     kernel = present(first.kernel)
@@ -122,7 +122,7 @@ def record(group: Sequence[Cell], directory: Path) -> tuple[list[Row], list[Prob
         done = boot(
             kernel,
             [sys.executable, "-m", "tracer.batch", f"{SHARE}/{JOBS}"],
-            give={JOBS: json.dumps({"events": EVENTS, "jobs": jobs})},
+            give={JOBS: json.dumps({"events": events, "jobs": jobs})},
             into=directory,
             parameters=parameters,
             timeout=DEFAULT_TIMEOUT + SECONDS_PER_CELL * len(group),
