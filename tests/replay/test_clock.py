@@ -157,15 +157,58 @@ def test_no_progress_where_smis_come_faster_than_the_refill(
 
 
 @pytest.mark.parametrize("module", [engine, PLAIN])
+def test_an_smi_under_way_is_waited_for(module: Any) -> None:
+    """A block may end within an SMI: another vCPU's later load finds the root that the SMI's load has yet to build."""
+    rows = [(pack(Op.TOUCH, v, 1), v, v, 1000, 0, 0, 0, MORE) for v in range(2)]
+    rows[1:1] = [(pack(Op.ENTER, 1), 0, 1, 20, 0, 0, 0, MORE), (pack(Op.UNLOAD), Cause.SMI, 2, 0, 0, 0, 0, 10)]
+    rows += [(pack(Op.ENTER), 0, 2, 5, 0, 0, 0, LAST)]
+    stream = TimedStream(ASYNC, [Word(0)], 2, Costs(unload=1), timed_of(rows), Ranges())
+    made, clock = by_engine(stream, [4], module), by_reference(stream, [4])
+    assert_on_time(made, clock)
+    assert made.vcpus.creations.tolist() == [1, 0]
+
+
+def crowd(axes: Axes, costs: Costs, seed: int, count: int = 1500) -> TimedStream:
+    """Three vCPUs in one role or another, close together, whose last puts of roots make others wait."""
+    rng = np.random.default_rng(seed)
+    rows: list[tuple[int, int, int, int, int, int, int, int]] = []
+    for _ in range(count):
+        v = int(rng.integers(3))
+        dice = rng.integers(100)
+        steps = [(pack(Op.TOUCH, v, 1), int(rng.integers(40) * 300))]
+        if dice < 15:
+            steps = [(pack(Op.UNLOAD, v), Cause.SMI), (pack(Op.ROLE, v), int(rng.integers(2))), (pack(Op.ENTER, v), 0)]
+        for op, gfn in steps:
+            lead, cost, was = (int(value) for value in rng.integers(0, (12, 9, 3)))
+            rows.append((op, int(gfn), v, lead, lead // 2, cost, was, MORE))
+    return TimedStream(axes, [Word(0), Word(1, as_id=1)], 3, costs, timed_of(rows), Ranges())
+
+
+@pytest.mark.parametrize("module", [engine, PLAIN])
+@pytest.mark.parametrize(("chunk", "cpus"), [(0, 0), (5, 1), (0, 3), (50, 4)])
+@pytest.mark.parametrize("teardown", ["inline", "worker"])
+@pytest.mark.parametrize("revive", [False, True])
+def test_vcpus_that_wait_for_each_other(module: Any, chunk: int, cpus: int, teardown: Any, revive: bool) -> None:
+    axes = replace(ASYNC, teardown=teardown, loads_share=cpus == 3, revive=revive)
+    costs = Costs(3, 5, 2, 4, 9, 3, zap_leaf=2, zap_table=7, job=6, chunk=chunk, cpus=cpus)
+    stream = crowd(axes, costs, cpus)
+    clock = by_reference(stream)
+    assert_on_time(by_engine(stream, [700], module), clock)
+    assert sum(pace.spent[Spent.WAIT] for pace in clock.paces) > 0 or (teardown, cpus) == ("worker", 3)
+
+
+@pytest.mark.parametrize("module", [engine, PLAIN])
 @pytest.mark.parametrize("queue", [0, 1, 2])
 def test_split_of_a_gigabyte_takes_up_where_memory_ended(module: Any, queue: int) -> None:
     """An operation that is begun twice passes its time once."""
-    walls = {0: [MORE, MORE], 1: [70, MORE], 2: [70, 71]}[queue]
+    walls = {0: [MORE, MORE, MORE], 1: [70, MORE, LAST], 2: [70, 71, 72]}[queue]
     rows = [(pack(Op.TOUCH, level=3), 5, 0, 60, 30, 7, 1, MORE)]
-    rows += [(pack(Op.SPLIT), 0, queue, 50, 20, 7, 0, walls[0]), (pack(Op.ZAP), 1, queue, 40, 20, 7, 0, walls[1])]
-    rows += [(pack(Op.SPLIT), 0, queue, 30, 20, 7, 0, LAST if queue == 1 else MORE)]
+    rows += [
+        (pack(op), at, queue, 50, 20, 7, 0, wall)
+        for (op, at), wall in zip([(Op.ZAP, 1), (Op.SPLIT, 0), (Op.ZAP, 1)], walls, strict=True)
+    ]
     rows += [(pack(Op.TOUCH, level=1), 7, 0, 900, 400, 7, 1, MORE)]
-    stream = TimedStream(PRESERVE, [Word(0)], 1, Costs(), timed_of(rows), Ranges([(0, 1 << 18), (0, 4)]))
+    stream = TimedStream(PRESERVE, [Word(0)], 1, Costs(), timed_of(rows), Ranges([(0, 1 << 18), (1 << 20, 1 << 21)]))
     made, clock = by_engine(stream, module=module), by_reference(stream)
     assert times(clock)[1:] == [made.worker, made.locked, made.worked, made.jobs]
     assert made.spent.tolist() == [clock.paces[0].spent]
