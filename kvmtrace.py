@@ -305,12 +305,23 @@ def replay(
         float, typer.Option(help="A soft-hang has less than this share of its time in the guest...", min=0, max=1)
     ] = 0.1,
     stall_window: Annotated[int, typer.Option(help="... for at least this many ms.", min=1)] = 100,
+    sweep: Annotated[
+        str, typer.Option(help="Instead: SMIs at other rates, such as smi-rate=10:10000:log; where does it hang?")
+    ] = "",
+    smi_rate: Annotated[float, typer.Option(help="Instead: SMIs at this rate, per second and vCPU.", min=0)] = 0.0,
+    scale_working_set: Annotated[
+        float, typer.Option(help="With these two: a refill needs this many times the pages.", min=0)
+    ] = 1.0,
+    vcpus_holding_root: Annotated[
+        int, typer.Option(help="With these two: so many vCPUs have the root loaded.", min=1)
+    ] = 1,
     as_json: Json = False,
 ) -> None:
     """Say what the recorded VMs would have done under other root policies, and how long it would have taken."""
     from replay import bounds, evidence, plan, report, run
     from replay.result import Writer
     from replay.virtual import report as time_report
+    from replay.virtual import whatif
     from replay.virtual.run import Settings, replay_timed
     from replay.virtual.stalls import Rule
     from traces.reader import Trace
@@ -323,6 +334,16 @@ def replay(
     shown = evidence.Evidence(Trace.open(trace))
     share = bounds.accessed_share(shown.trace, shown.intel) if assumed.name == "accessed" else 0.0
     wanted = plan.make(shown, policy or [], kernel, assumed)
+    if sweep or smi_rate:
+        rates = whatif.parse(sweep) if sweep else whatif.Sweep(smi_rate, smi_rate)
+        change = whatif.Change(scale_working_set, vcpus_holding_root)
+        kernels = (target.axes for target in wanted.targets if target.policy is None)
+        swept = whatif.swept(shown, kernels, rates, change)
+        if as_json:
+            _print_json({"trace": str(trace), "sweep": time_report.sweep_facts(swept, rates)})
+        else:
+            print(time_report.render_sweep(swept, rates), end="")
+        return
     times = replay_timed(wanted, settings) if timed else []
     if out is None:
         replayed = run.replay(wanted)

@@ -513,9 +513,10 @@ class Core:
     @cython.nogil
     @cython.exceptval(check=False)
     def _reset(self, v: cython.longlong, g: cython.longlong, level: cython.longlong) -> cython.void:
+        built: cython.longlong = self.slots[v].creations
         self._unload(v, EXIT)
         self._enter(v)
-        if self._leaf(self.vcpu[v].word, g) < level:
+        if self.slots[v].creations > built or self._leaf(self.vcpu[v].word, g) < level:
             self.vcpu[v].stuck = self.at
             self.vcpu[v].gen = NONE
 

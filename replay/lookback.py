@@ -18,7 +18,7 @@ from traces.schema import BY_NAME
 Ints = NDArray[np.int64]
 COLUMNS: Final = (
     "seq", "time", "vcpu", "tid", "kind", "root", "role", "level", "as_id", "gfn", "old", "new", "addr", "code",
-    "value", "ret", "slot", "flags",
+    "value", "rip", "ret", "slot", "flags",
 )  # fmt: skip
 _SHIFT: Final = 40  # bits of a position within a batch, in keys
 

@@ -490,10 +490,14 @@ class Vm:
         return leaves, tables
 
     def _reset(self, vcpu: Vcpu, gfn: int, level: int) -> None:
-        """The fault's own exit unloads the roots: if that takes the new leaf away, the guest never gets past it."""
+        """The fault's own exit unloads the roots. A guest that gets a new root for it never gets past the instruction.
+
+        Under `revive` the new root has the leaf, but by faults, each of which would have reset as well.
+        """
+        built = vcpu.creations
         self.unload(vcpu, Cause.EXIT)
         self.enter(vcpu)
         root = vcpu.slots[CURRENT]
         assert root is not None
-        if not self._covered(root, gfn, level):
+        if vcpu.creations > built or not self._covered(root, gfn, level):
             vcpu.stuck = self.at

@@ -130,7 +130,8 @@ def _remarks(replayed: Replayed) -> list[Text]:
             for index, seq in enumerate(outcome.stuck):
                 if outcome.target is target and seq is not None:
                     where = f"VM {outcome.vm}, vCPU {outcome.vcpu_ids[index]}"
-                    lines.append(Text(f"{printable(target.name)}: {where} makes no progress from row {seq:,} on"))
+                    line = f"{printable(target.name)}: {where} makes no progress from row {seq:,} on"
+                    lines += [] if any(line == each.plain for each in lines) else [Text(line)]
     if inferred := replayed.notes.get("inferred removals"):
         lines.append(Text(f"{inferred:,} removals by the host are inferred: this kernel has no event for them"))
     lines += [Text(f"incomplete: {printable(line)}", style="bold red") for line in replayed.missing]

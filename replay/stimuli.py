@@ -135,6 +135,7 @@ def _columns(evidence: Evidence, vm: Mapping[str, Any]) -> list[str]:
     logs = any(map(logs_dirty, vm["slots"]))
     fast = bool(counts.get("fast_page_fault"))
     wanted = {
+        "rip": False,
         "addr": fast or bool(counts.get("kvm_unmap_hva_range")),
         "old": fast or logs,
         "new": fast or logs,

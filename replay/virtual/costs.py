@@ -76,10 +76,7 @@ class Fitted:
 
 
 def fit(samples: Mapping[str, Samples], cpus: int) -> Fitted:
-    """Mean costs: sums come out right, which is what total times need; the tail of a cost is part of it.
-
-    `switch` alone is a low quantile, because the rest of a guest segment is the guest's own work.
-    """
+    """Mean costs: sums come out right, which is what total times need; the tail of a cost is part of it."""
     found: dict[str, int] = {}
     source: dict[str, str] = {}
     error: dict[str, float] = {}
@@ -90,7 +87,7 @@ def fit(samples: Mapping[str, Samples], cpus: int) -> Fitted:
         if seen is None or seen.count < _ENOUGH:
             source[each.name] = SOURCE
             continue
-        value = float(np.quantile(seen.values, 0.25)) if each.name == "switch" else seen.mean
+        value = seen.mean
         found[each.name] = max(round(value), 0)
         source[each.name] = f"measured, {seen.count:,} times"
         error[each.name] = float(seen.values.std() / max(value, 1) / np.sqrt(seen.count))

@@ -37,6 +37,8 @@ class _Exits:
     ns: NDArray[np.int64]
     tables: Ints
     built_root: NDArray[np.bool_]
+    still: NDArray[np.bool_]  # the guest before it did next to nothing
+    interrupt: NDArray[np.bool_]  # of the host
 
 
 class Timing:
@@ -47,6 +49,8 @@ class Timing:
         self.timeline = Timeline(vcpus)
         self.samples = {name: Samples() for name in ("switch", "fault", "table", "found", "created", "unload")}
         self.zapped = 0  # ns of inline zaps
+        self.interrupts = np.zeros(vcpus, np.int64)  # of the host, by vCPU
+        self.interrupted = np.zeros(vcpus, np.int64)  # ns they took
         self.stolen = Stolen(vcpus, cpus == 1, workers)
         self._vcpus = vcpus
         self._exits = [_empty() for _ in range(vcpus)]
@@ -72,12 +76,13 @@ class Timing:
         n = len(block)
         lead, guest, cost = (np.zeros(n, np.int64) for _ in range(3))
         was = np.zeros(n, np.uint8)
+        still = np.zeros(n, np.bool_)
         vcpu = (block.op >> VCPU_SHIFT).astype(np.int32)
         own = block.op & 15 <= Op.SWITCH
         for v in range(self._vcpus):
             mine = np.flatnonzero(own & (vcpu == v))
             if len(mine):
-                self._take(v, mine, block, lead, guest, cost, was)
+                self._take(v, mine, block, (lead, guest, cost), was, still)
         acted = np.where(own, np.arange(n), -1)
         acted = np.maximum.accumulate(acted)
         queue = np.where(acted >= 0, vcpu[acted], self._actor).astype(np.int32)
@@ -85,7 +90,7 @@ class Timing:
         ends = block.op & 15 == Op.END
         queue[ends], wall[ends] = 2 * self._vcpus, NEVER  # no vCPU waits for what is left to free then
         self._actor = int(queue[~ends][-1]) if not ends.all() else self._actor
-        self._sample(block, lead, guest, cost, was)
+        self._sample(block, (lead, guest, cost), was, still)
         return Timed(block, queue, lead, guest, cost, was, wall)
 
     def rest(self) -> tuple[Ints, Ints]:
@@ -93,6 +98,7 @@ class Timing:
         for v, exits in enumerate(self._exits):
             self.zapped += int(exits.ns[:, Doing.ZAP].sum())
             exits.ns[:, Doing.ZAP] = 0
+            self._interrupted(v, exits, slice(None))
             self._lead[v] += exits.ns.sum()
             self._guest[v] += exits.ns[:, Doing.GUEST].sum()
             self._exits[v] = _empty()
@@ -113,11 +119,22 @@ class Timing:
         before = np.append(self._last_root, newest[:-1])
         built = np.zeros(count, np.bool_)
         built[exit_of[roots > before]] = True
-        return _Exits(seq, ns, tables.astype(np.int64), built)
+        still = np.zeros(count, np.bool_)
+        still[exit_of[spans.still]] = True
+        interrupt = np.zeros(count, np.bool_)
+        interrupt[exit_of[spans.interrupt]] = True
+        return _Exits(seq, ns, tables.astype(np.int64), built, still, interrupt)
 
     def _take(
-        self, v: int, mine: Ints, block: Block, lead: Ints, guest: Ints, cost: Ints, was: NDArray[np.uint8]
+        self,
+        v: int,
+        mine: Ints,
+        block: Block,
+        times: tuple[Ints, Ints, Ints],
+        was: NDArray[np.uint8],
+        still: NDArray[np.bool_],
     ) -> None:
+        lead, guest, cost = times
         exits = self._exits[v]
         if not len(exits.seq):
             lead[mine[0]] += self._lead[v]
@@ -126,6 +143,7 @@ class Timing:
             return
         at = np.maximum(np.searchsorted(exits.seq, block.seq[mine], "right") - 1, 0)
         kind = block.op[mine] & 15
+        still[mine] = exits.still[at]
         fixed = exits.ns.copy()
         for doing, kinds in (
             (Doing.FAULT, (Op.TOUCH, Op.FIX)),
@@ -145,6 +163,7 @@ class Timing:
                 was[mine[loaded]] = np.where(exits.built_root[at[loaded]], CREATED, FOUND)
         self.zapped += int(fixed[:, Doing.ZAP].sum())
         fixed[:, Doing.ZAP] = 0
+        self._interrupted(v, exits, slice(int(at[-1]) + 1))
         # An exit's first operation takes what no operation owns of it and of the exits since the last one.
         first = np.unique(at, return_index=True)[1]
         total = np.append(0, np.cumsum(fixed.sum(1)))
@@ -159,15 +178,25 @@ class Timing:
         end = int(upto[-1])
         left = _part(exits, slice(end - 1, None))
         left.ns[0] = 0
+        left.interrupt[0] = False
         self.zapped -= int(left.ns[:, Doing.ZAP].sum())  # it is counted when it is taken
         self._exits[v] = left
 
-    def _sample(self, block: Block, lead: Ints, guest: Ints, cost: Ints, was: NDArray[np.uint8]) -> None:
+    def _interrupted(self, v: int, exits: _Exits, part: slice) -> None:
+        """Count host interrupts, and the time they took: another run has as many as its length brings."""
+        hit = exits.interrupt[part]
+        self.interrupts[v] += int(hit.sum())
+        self.interrupted[v] += int(exits.ns[part][hit, Doing.OTHER].sum())
+
+    def _sample(
+        self, block: Block, times: tuple[Ints, Ints, Ints], was: NDArray[np.uint8], still: NDArray[np.bool_]
+    ) -> None:
+        _, guest, cost = times
         kind = block.op & 15
         fault = (kind == Op.TOUCH) & (was > 0)
         plain = fault & (was == 1)
         self.samples["fault"].add(cost[plain])
-        self.samples["switch"].add(guest[plain & (guest == lead) & (guest > 0)])
+        self.samples["switch"].add(guest[plain & still & (guest > 0)])
         tables = fault & (was > 1)
         if tables.any() and self.samples["fault"].count:
             extra = cost[tables] - round(self.samples["fault"].mean)
@@ -180,7 +209,7 @@ class Timing:
 
 def _empty() -> _Exits:
     none = np.empty(0, np.int64)
-    return _Exits(none, np.empty((0, _DOINGS), np.int64), none, none.astype(np.bool_))
+    return _Exits(none, np.empty((0, _DOINGS), np.int64), none, *[none.astype(np.bool_)] * 3)
 
 
 def _cut(spans: Spans, part: slice) -> Spans:
@@ -188,9 +217,7 @@ def _cut(spans: Spans, part: slice) -> Spans:
 
 
 def _part(exits: _Exits, part: slice) -> _Exits:
-    return _Exits(
-        exits.seq[part].copy(), exits.ns[part].copy(), exits.tables[part].copy(), exits.built_root[part].copy()
-    )
+    return _Exits(*(getattr(exits, each.name)[part].copy() for each in fields(_Exits)))
 
 
 def _joined(old: _Exits, new: _Exits) -> _Exits:
@@ -205,4 +232,6 @@ def _joined(old: _Exits, new: _Exits) -> _Exits:
         np.concatenate([old.ns, new.ns[1:]]),
         np.concatenate([old.tables, new.tables[1:]]),
         np.concatenate([old.built_root, new.built_root[1:]]),
+        np.concatenate([old.still, new.still[1:]]),
+        np.concatenate([old.interrupt, new.interrupt[1:]]),
     )

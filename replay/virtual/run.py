@@ -7,12 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from replay.evidence import Evidence
 from replay.lower import Case, Lowering
 from replay.model import Happened
-from replay.ops import Word
+from replay.ops import Ranges, Word
 from replay.plan import Plan, Run, Target
 from replay.pools import Engine
 from replay.run import has_ad_disabled
@@ -23,6 +22,7 @@ from replay.virtual.engine import TimedEngine
 from replay.virtual.join import Timing
 from replay.virtual.smis import Apart, Driven
 from replay.virtual.stalls import Rule, Stall, stalls
+from replay.virtual.timed import tail
 
 # Relative standard deviation between two runs of the same work, dated 2026-11: of the lab's recordings of scenarios
 # that no policy touches as measured, of bare-metal hosts as assumed.
@@ -95,7 +95,7 @@ def replay_timed(plan: Plan, settings: Settings) -> list[VmTime]:
 
 def _vm(plan: Plan, settings: Settings, vm: Mapping[str, Any], ad_disabled: bool) -> VmTime:
     evidence = plan.evidence
-    measured = _Measured(evidence, vm, ad_disabled)
+    measured = Measured(evidence, vm, ad_disabled)
     number = int(vm["id"])
     if measured.refused:
         return VmTime(number, 0, [], fit({}, 0), measured.driven, False, [], measured.refused)
@@ -105,11 +105,11 @@ def _vm(plan: Plan, settings: Settings, vm: Mapping[str, Any], ad_disabled: bool
     return VmTime(number, measured.began, recorded, measured.fitted, measured.driven, open_, outcomes)
 
 
-class _Measured:
-    """The first pass: the recorded kernel's own run, for the costs and for what it zapped."""
+class Measured:
+    """A VM's first pass: the recorded kernel's own run, for the costs and for what it zapped."""
 
     def __init__(self, evidence: Evidence, vm: Mapping[str, Any], ad_disabled: bool) -> None:
-        self.timing = _timing(evidence, vm)
+        self.timing = timing_of(evidence, vm)
         self.driven = Driven()
         stimuli = VmStimuli(evidence, vm, watch=self._watch)
         lowering = Lowering(evidence.kernel, Case(), ad_disabled)
@@ -132,7 +132,9 @@ class _Measured:
         elif backwards:
             self.refused = f"the clock runs backwards at {backwards:,} rows: times are not to be had"
         samples: dict[str, Samples] = dict(self.timing.samples)
-        taken = self.timing.stolen.ns if evidence.own.teardown == "worker" else self.timing.zapped
+        # Each vCPU gives up its part of a job (`Clock`), so that a job takes what they lost on average.
+        lost = int(self.timing.stolen.lost.mean()) if len(stimuli.vcpus) else 0
+        taken = lost if evidence.own.teardown == "worker" else self.timing.zapped
         if tables and taken:
             zaps = Samples()
             zaps.add(np.full(tables, taken // tables, np.int64))
@@ -153,7 +155,7 @@ class _Measured:
 
 
 def _run(
-    plan: Plan, settings: Settings, vm: Mapping[str, Any], ad_disabled: bool, measured: _Measured, open_: bool
+    plan: Plan, settings: Settings, vm: Mapping[str, Any], ad_disabled: bool, measured: Measured, open_: bool
 ) -> list[Timed]:
     evidence = plan.evidence
     groups = any(target.axes.prefetch > 1 for target in plan.targets)
@@ -164,7 +166,7 @@ def _run(
         for run in target.runs
     }
     lowerings = {key: Lowering(kernel, key[1], ad_disabled) for key, kernel in cases.items()}
-    timings = {key: _timing(evidence, vm) for key in cases}
+    timings = {key: timing_of(evidence, vm) for key in cases}
     aparts = {key: Apart(len(timing.timeline.totals)) for key, timing in timings.items()}
 
     def watch(rows: Any) -> None:
@@ -188,17 +190,20 @@ def _run(
                 if (target.kernel.name, run.case) == key:
                     clock.feed(timed, stretch.ranges, done[key])
             done[key] += len(timed)
-    rests = {key: timing.rest() for key, timing in timings.items()}
+    for key, timing in timings.items():
+        (lead, guest), (before, ran) = timing.rest(), aparts[key].rest()
+        last = tail(lead + before, guest + ran)
+        for target, run, clock in running:
+            if (target.kernel.name, run.case) == key:
+                clock.feed(last, Ranges(), done[key])
     outcomes = []
     for target, run, clock in running:
         clock.finish()
-        outcomes.append(
-            _outcome(target, run, clock, stimuli.vcpus, rests[target.kernel.name, run.case], settings, measured)
-        )
+        outcomes.append(_outcome(target, run, clock, stimuli.vcpus, settings, measured))
     return outcomes
 
 
-def _clock(target: Target, run: Run, words: list[Word], vcpus: int, measured: _Measured) -> TimedEngine:
+def _clock(target: Target, run: Run, words: list[Word], vcpus: int, measured: Measured) -> TimedEngine:
     return TimedEngine(replace(target.axes, revive=run.revive), words, vcpus, measured.fitted.costs, log=False)
 
 
@@ -207,26 +212,34 @@ def _outcome(
     run: Run,
     clock: TimedEngine,
     ids: list[int],
-    rest: tuple[NDArray[np.int64], NDArray[np.int64]],
     settings: Settings,
-    measured: _Measured,
+    measured: Measured,
 ) -> Timed:
     vcpus = []
     ended, parts = clock.clock, clock.spent
     for i, samples in enumerate(clock.samples):
         spent = parts[i].tolist()
-        lead, guest = int(rest[0][i]), int(rest[1][i])
         ran, now = spent[Spent.GUEST], int(ended[i])
-        spent[Spent.GUEST] += guest
-        spent[Spent.OTHER] += lead - guest
-        wall = now + lead
-        moments = np.array([(0, 0), *samples.tolist(), (now, ran), (wall, ran + guest)], np.int64)
+        # What others took from the vCPU, and the host's interrupts, any run would have in proportion to its length.
+        timing = measured.timing
+        others = int(timing.stolen.preempted[i])
+        if not target.recorded:
+            switches = min(int(timing.interrupts[i]) * measured.fitted.costs.switch, ran)
+            within = min(int(timing.interrupted[i]), spent[Spent.OTHER])
+            spent[Spent.GUEST] -= switches
+            spent[Spent.OTHER] -= within
+            now -= switches + within
+            others += switches + within
+            others = now * others // max(int(timing.timeline.totals[i].sum()) - others, 1)
+        spent[Spent.OTHER] += others
+        wall = now + others
+        moments = np.array([(0, 0), *samples.tolist(), (int(ended[i]), ran)], np.int64)
         found = stalls(moments[:, 0], moments[:, 1], settings.rule)
         vcpus.append(VcpuTime(ids[i], wall, tuple(spent), found, _error(measured, i, wall)))
     return Timed(target, run, vcpus, clock.jobs, clock.worked)
 
 
-def _error(measured: _Measured, vcpu: int, wall: int) -> float:
+def _error(measured: Measured, vcpu: int, wall: int) -> float:
     """Relative standard error: of one run against another, and of the costs of what was added or taken away."""
     recorded = int(measured.timing.timeline.totals[vcpu].sum())
     changed = abs(wall - recorded) / max(wall, 1)
@@ -235,7 +248,8 @@ def _error(measured: _Measured, vcpu: int, wall: int) -> float:
     return float(np.hypot(noise, min(changed * of_costs, 1.0)))
 
 
-def _timing(evidence: Evidence, vm: Mapping[str, Any]) -> Timing:
+def timing_of(evidence: Evidence, vm: Mapping[str, Any]) -> Timing:
+    """What measures a VM's times, before its first row."""
     vcpus = len({int(vcpu["id"]) for vcpu in vm["vcpus"]})
     workers = [int(t["tid"]) for t in evidence.trace.metadata.threads if str(t.get("comm", "")).startswith("kworker")]
     return Timing(vcpus, _cpus(evidence), workers)

@@ -1,4 +1,4 @@
-"""SMIs in virtual time: whether the guest brings them on, or the wall clock; and what one of them consists of."""
+"""SMIs in virtual time: whether the guest brings them on, or the wall clock."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from replay.lookback import Ints, Rows
-from replay.ops import Block, Cause, Op
+from replay.ops import Cause, Op
 from replay.virtual.timed import LAST, MORE, Timed
 
 KVM_SMI: Final = 0xAEB7
@@ -73,7 +73,12 @@ class Apart:
                 continue
             for i in mine.tolist():  # few operations: those of SMIs, and the first behind each
                 self._place(v, i, int(kind[i]), int(gfn[i]), timed, began, (queue, lead, guest, wall))
-        return replace(timed, queue=queue, lead=lead, guest=guest, wall=wall)
+        until = max(int(timed.block.time[-1]) - began, 0) if len(timed) else timed.until
+        return replace(timed, queue=queue, lead=lead, guest=guest, wall=wall, until=until)
+
+    def rest(self) -> tuple[Ints, Ints]:
+        """What passed of programs after their last operation, before SMIs, by vCPU: (ns, ns in the guest)."""
+        return self._lead, self._guest
 
     def _place(
         self,
@@ -108,28 +113,6 @@ class Apart:
         lead[i] += self._lead[v]
         guest[i] += self._guest[v]
         self._lead[v] = self._guest[v] = 0
-
-
-def template(timed: Timed, vcpu: int) -> Timed | None:
-    """The operations of a vCPU's last whole SMI in a stretch of its program, to be repeated; None: there is none."""
-    mine = np.flatnonzero(timed.queue == vcpu)
-    kind, gfn = timed.block.op[mine] & 15, timed.block.gfn[mine]
-    starts = np.flatnonzero((kind == Op.UNLOAD) & (gfn == Cause.SMI))
-    leaves = np.flatnonzero((kind == Op.UNLOAD) & (gfn == Cause.RSM))
-    loads = np.flatnonzero(kind == Op.ENTER)
-    for start in starts[::-1].tolist():
-        leave = leaves[leaves > start]
-        end = loads[loads > leave[0]] if len(leave) else leave
-        if len(end):
-            return take(timed, mine[start : int(end[0]) + 1])
-    return None
-
-
-def take(timed: Timed, at: Ints) -> Timed:
-    """Some operations of a stretch."""
-    block = timed.block
-    part = Block(block.op[at], block.gfn[at], block.time[at], block.seq[at])
-    return Timed(part, timed.queue[at], timed.lead[at], timed.guest[at], timed.cost[at], timed.was[at], timed.wall[at])
 
 
 def _before(sorted_rows: Ints, at: Ints) -> Ints:

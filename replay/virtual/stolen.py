@@ -1,6 +1,4 @@
-"""What zaps took: of the worker, which takes time from vCPUs where all share one CPU, and of other tasks.
-
-In the lab all share one CPU, for its CPUs are emulated in turn.
+"""What zaps took, and what others took from vCPUs where all share one CPU, as in the lab, whose CPUs take turns.
 
 Recorded spans contain it, and another policy would not have it: what a worker's job overlaps of a long span is taken
 out, and is the measure of what zaps cost there.
@@ -13,26 +11,34 @@ from dataclasses import fields
 
 import numpy as np
 
-from replay.lookback import Rows
+from replay.lookback import Ints, Rows
 from replay.virtual.timeline import Spans
+
+_TIMES = 10  # a span this many times the median of its kind, and longer than this many ns, was interrupted
+_LEAST = 50_000
+_ENOUGH = 20  # spans of a kind, for a median
 
 
 class Stolen:
     """Finds zaps, and takes the worker's time out of spans where all share one CPU.
 
     There one thing goes on at a time, so that the time between two rows of the VM is that of the later row's thread.
-    `ns` is what the worker took in all; `removed` tables took other tasks `removing` ns.
+    `lost` is what the worker took, by vCPU in ns; `removed` tables took other tasks `removing` ns. What others took
+    (the recorder above all) has no rows: a span many times as long as its like was interrupted. `preempted` is that,
+    by vCPU, in ns.
     """
 
     def __init__(self, vcpus: int, shared: bool, workers: Collection[int]) -> None:
         """`shared`: all run on one CPU. `workers` are the tids of kernel workers."""
         self.shared = shared
         self._workers = np.array(sorted(workers), np.int64)
-        self.ns = 0
+        self.lost = np.zeros(vcpus, np.int64)
         self.removed = 0
         self.removing = 0
+        self.preempted = np.zeros(vcpus, np.int64)
         self._time = -1  # of the last row
-        self._taken = np.zeros(vcpus, np.int64)  # `ns` as it was at each vCPU's last row
+        self._worked = 0  # ns of the worker, in all
+        self._taken = np.zeros(vcpus, np.int64)  # that, as it was at each vCPU's last row
         self._zapping: dict[int, int] = {}
 
     def purge(self, rows: Rows, spans: Spans) -> Spans:
@@ -48,16 +54,31 @@ class Stolen:
         opened = np.searchsorted(rows.of("zap_invalidated_begin"), at, "right")
         waited = opened > np.searchsorted(rows.of("zap_invalidated_end"), at, "right")
         ours = np.isin(rows.tid, self._workers) & ~waited
-        taken = self.ns + np.cumsum(np.where(ours, time - before, 0))
-        self.ns = int(taken[-1])
+        taken = self._worked + np.cumsum(np.where(ours, time - before, 0))
+        self._worked = int(taken[-1])
         own = taken[np.searchsorted(rows.seq, spans.seq)]
         past = np.append(0, own[:-1])
         first = np.append(True, spans.vcpu[1:] != spans.vcpu[:-1])[: len(own)]
         past[first] = self._taken[spans.vcpu[first]]
         last = np.append(first[1:], True)[: len(own)]
         self._taken[spans.vcpu[last]] = own[last]
+        taken = np.minimum(own - past, spans.ns)
+        np.add.at(self.lost, spans.vcpu, taken)
+        ns = self._uninterrupted(spans, spans.ns - taken)
         values = {each.name: getattr(spans, each.name) for each in fields(Spans)}
-        return Spans(**{**values, "ns": np.maximum(spans.ns - (own - past), 0)})
+        return Spans(**{**values, "ns": ns})
+
+    def _uninterrupted(self, spans: Spans, ns: Ints) -> Ints:
+        """Spans cut to what is usual of their kind, where they are beyond all measure."""
+        for doing in np.unique(spans.doing).tolist():
+            like = np.flatnonzero(spans.doing == doing)
+            if len(like) < _ENOUGH:
+                continue
+            usual = int(np.median(ns[like]))
+            long = like[ns[like] > max(_TIMES * usual, _LEAST)]
+            np.add.at(self.preempted, spans.vcpu[long], ns[long] - usual)
+            ns[long] = usual
+        return ns
 
     def _others(self, rows: Rows) -> None:
         """Zaps by tasks that are neither vCPUs nor workers: they measure a table's removal where no worker does."""

@@ -7,8 +7,8 @@ A timed block is a `Block` with five more columns, one value an operation:
     lead   ns from the end of the queue's previous operation to the exit of this one; no policy changes it
     guest  how much of `lead` the guest ran, the switch to it and back included
     cost   ns that this operation took as recorded
-    was    what it came to as recorded: of a TOUCH 1 + tables built (0: it was no fault), of an ENTER 1 found, 2 created,
-           of an UNLOAD 1 if it was one
+    was    what it came to as recorded: of a TOUCH 1 + tables built (0: it was no fault), of an ENTER 1 found,
+           2 created, of an UNLOAD 1 if it was one
 
 In a wall-clock queue `wall` is when it is due (ns since the VM's first entry); MORE goes on with what is under way
 there (an SMI's inside), LAST ends it. In a program `wall` is MORE. What is due takes at least two operations, but of
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from replay.ops import Block
+from replay.ops import VCPU_SHIFT, Block, Op
 
 Ints = NDArray[np.int64]
 FOUND = 1
@@ -51,3 +51,12 @@ class Timed:
 
     def __len__(self) -> int:
         return len(self.block)
+
+
+def tail(lead: Ints, guest: Ints) -> Timed:
+    """What each vCPU still did behind its last operation, as an operation that does nothing."""
+    count = len(lead)
+    none = np.zeros(count, np.int64)
+    op = (int(Op.ROLE) | np.arange(count) << VCPU_SHIFT).astype(np.uint32)
+    block = Block(op, none, none, none)
+    return Timed(block, np.arange(count, dtype=np.int32), lead, guest, none, none.astype(np.uint8), none + MORE)

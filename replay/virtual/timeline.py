@@ -50,6 +50,7 @@ _OF_KIND: Final = {
 }  # fmt: skip
 _ENTRY: Final = BY_NAME["kvm_entry"].code
 _EXIT: Final = BY_NAME["kvm_exit"].code
+_INTERRUPTS: Final = (0x60, 1)  # SVM_EXIT_INTR, EXIT_REASON_EXTERNAL_INTERRUPT
 _USER_EXIT: Final = BY_NAME["kvm_userspace_exit"].code
 _GET_PAGE: Final = BY_NAME["kvm_mmu_get_page"].code
 _TABLE_FREE: Final = BY_NAME["table_free"].code  # an RCU callback that interrupts whatever runs
@@ -77,6 +78,8 @@ class Spans:
     doing: NDArray[np.uint8]
     kind: NDArray[np.uint8]
     root: Ints
+    still: NDArray[np.bool_]  # in the guest, which came back at the RIP it had gone in with
+    interrupt: NDArray[np.bool_]  # ends with an exit for a host interrupt
 
 
 class Timeline:
@@ -87,6 +90,7 @@ class Timeline:
         self.backwards = 0  # rows whose clock was behind their thread's last one
         self._time = np.full(vcpus, -1, np.int64)
         self._kind = np.full(vcpus, _NEUTRAL, np.uint8)
+        self._rip = np.zeros(vcpus, np.uint64)
         self._about = np.full(vcpus, Doing.OTHER, np.uint8)
         self._threads: set[int] = set()
 
@@ -110,15 +114,23 @@ class Timeline:
         doing = np.where(before == _USER_EXIT, np.uint8(Doing.USER), about)
         doing = np.where((before == _ENTRY) & (kind == _EXIT), np.uint8(Doing.GUEST), doing)
 
+        rip = rows.rip[kept]
+        entered = np.empty_like(rip)
+        entered[1:] = rip[:-1]
+        entered[first] = self._rip[vcpu[first]]
+        still = (doing == Doing.GUEST) & (rip == entered)
+
+        interrupt = (kind == _EXIT) & np.isin(rows.code[kept], _INTERRUPTS)
+
         started = past >= 0
         ns = np.where(started, time - past, 0)
         self.backwards += int((ns < 0).sum())
         ns = np.maximum(ns, 0)
         np.add.at(self.totals, (vcpu, doing), ns)
         last = np.flatnonzero(np.append(first[1:], True)) if len(kept) else kept
-        self._time[vcpu[last]], self._kind[vcpu[last]] = time[last], kind[last]
+        self._time[vcpu[last]], self._kind[vcpu[last]], self._rip[vcpu[last]] = time[last], kind[last], rip[last]
         self._about[vcpu[last]] = about[last]
-        return Spans(vcpu, rows.seq[kept], time, ns, doing, kind, rows.root[kept].astype(np.int64))
+        return Spans(vcpu, rows.seq[kept], time, ns, doing, kind, rows.root[kept].astype(np.int64), still, interrupt)
 
     def _carried(self, own: NDArray[np.uint8], vcpu: NDArray[np.int32], first: NDArray[np.bool_]) -> NDArray[np.uint8]:
         """What each row is about: its own class, or that of its thread's last row that had one."""

@@ -1,0 +1,123 @@
+"""Virtual time on recordings: it gives back what was recorded, and says what rests on what."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import kvmtrace
+from replay import plan
+from replay.evidence import Evidence
+from replay.virtual import foretell
+from replay.virtual.clock import Spent
+from replay.virtual.run import Settings, VmTime, replay_timed
+from replay.virtual.stalls import Rule
+from traces.reader import Trace
+from traces.synth import Parameters, synthesize
+
+CORPUS = Path(__file__).parents[2] / "traces" / "corpus"
+RECORDINGS = sorted(path for path in CORPUS.glob("*.parquet") if "-shadow" not in path.name)
+# Two vCPUs on the lab's one CPU, and roots that are freed: which of them lost time to the zaps is not in the recording.
+SHARED = ("smi-one-6.1-async", "smi-both-6.1-async", "smi-one-5.10", "smi-both-5.10")
+
+
+def timed(path: Path, *policies: str, settings: Settings | None = None) -> list[VmTime]:
+    return replay_timed(plan.make(Evidence(Trace.open(path)), policies), settings or Settings())
+
+
+@pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
+def test_under_its_own_policy_a_recording_takes_as_long_as_it_took(path: Path) -> None:
+    """Within 1 % of each vCPU's time, or 0.3 ms of it: recordings of a few ms rest on single costs."""
+    evidence = Evidence(Trace.open(path))
+    for vm in replay_timed(plan.make(evidence, [evidence.own.name]), Settings()):
+        (outcome,) = vm.outcomes
+        assert all(sum(vcpu.spent) == vcpu.wall for vcpu in outcome.vcpus)
+        slack = 0.03 if path.stem in SHARED else 0.01
+        for recorded, vcpu in zip(vm.recorded, outcome.vcpus, strict=True):
+            assert abs(vcpu.wall - recorded) <= max(slack * recorded, 300_000)
+
+
+def test_a_storm_is_a_soft_hang_under_the_old_policy_alone(tmp_path: Path) -> None:
+    path = tmp_path / "storm.parquet"
+    synthesize(path, Parameters(policy="async", smi_rate=400, working_set=1500, duration=0.2))
+    (vm,) = timed(path, "async", "preserve", "shadow")
+    by_name = {outcome.target.name: outcome.vcpus[0] for outcome in vm.outcomes}
+    assert by_name["async"].wall > 20 * by_name["preserve"].wall
+    assert by_name["async"].longest > 0.9 * by_name["async"].wall
+    assert not by_name["preserve"].stalls
+    assert not by_name["shadow"].stalls
+    assert by_name["async"].spent[Spent.FAULT] > 0.4 * by_name["async"].wall
+    strict = timed(path, "async", settings=Settings(rule=Rule(share=0.001)))[0]
+    assert not strict.outcomes[0].vcpus[0].stalls
+
+
+def test_wall_clock_smis_strike_a_slow_guest_more_often(tmp_path: Path) -> None:
+    """Closed: as many SMIs as recorded, wherever they come. Open: at their times, of which fewer fit in a quick run."""
+    path = tmp_path / "storm.parquet"
+    synthesize(path, Parameters(policy="async", smi_rate=400, working_set=1500, duration=0.2))
+    closed = timed(path, "async", "preserve", settings=Settings(smi="closed"))[0]
+    opened = timed(path, "async", "preserve", settings=Settings(smi="open"))[0]
+    assert not closed.open
+    assert opened.open
+    quick = {outcome.target.name: outcome.vcpus[0].wall for outcome in opened.outcomes}
+    slow = {outcome.target.name: outcome.vcpus[0].wall for outcome in closed.outcomes}
+    assert quick["preserve"] < slow["preserve"], "SMIs that come later than the guest's end do not delay it"
+    assert abs(quick["async"] - slow["async"]) < 0.02 * slow["async"], "the recorded policy meets its SMIs as recorded"
+
+
+def test_costs_say_where_they_are_from() -> None:
+    (vm,) = timed(CORPUS / "smi-storm-6.1-async.parquet", "preserve")
+    assert vm.fitted.source["fault"].startswith("measured")
+    assert vm.fitted.source["created"].startswith("measured")
+    assert vm.fitted.source["found"].startswith("dated table")
+    assert 0 < vm.fitted.error["fault"] < 1
+    (vm,) = timed(CORPUS / "smi-storm-6.1.parquet", "preserve")
+    assert vm.fitted.source["found"].startswith("measured")
+
+
+def test_a_clock_that_runs_backwards_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from replay.virtual.timeline import Timeline
+
+    real = Timeline.feed
+
+    def feed(self: Timeline, rows: object) -> object:
+        self.backwards += 3
+        return real(self, rows)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Timeline, "feed", feed)
+    (vm,) = timed(CORPUS / "smi-storm-6.1.parquet", "preserve")
+    assert "backwards" in vm.refused
+    assert vm.outcomes == []
+
+
+def test_the_command_gives_a_verdict_and_a_document() -> None:
+    runner = CliRunner()
+    trace = str(CORPUS / "smi-storm-6.1-async.parquet")
+    done = runner.invoke(kvmtrace.app, ["replay", trace])
+    assert done.exit_code == 0
+    assert "the time under async as under preserve" in done.stdout
+    assert "costs measured: " in done.stdout
+    assert "costs assumed (dated table" in done.stdout
+    assert "SMIs move with the guest's progress" in done.stdout
+    document = json.loads(runner.invoke(kvmtrace.app, ["replay", trace, "--json"]).stdout)
+    (vm,) = document["time"]["vms"]
+    for policy in vm["policies"]:
+        for vcpu in policy["vcpus"]:
+            assert sum(vcpu[f"{each.name.lower()}_ns"] for each in Spent) == vcpu["wall"]
+            assert vcpu["band"][0] <= vcpu["wall"] <= vcpu["band"][1]
+    assert "time" not in json.loads(runner.invoke(kvmtrace.app, ["replay", trace, "--json", "--no-time"]).stdout)
+    done = runner.invoke(kvmtrace.app, ["replay", trace, "--smi", "often"])
+    assert "give auto, open or closed" in str(done.exception)
+
+
+def test_what_it_foretells_is_kept_in_the_documents() -> None:
+    found = foretell.lines()
+    assert foretell.DOCUMENT.read_text() == foretell.document(found)
+    assert {(line.recorded, line.policy) for line in found} == {each[:2] for each in foretell.DIRECTIONS}
+    worse = replace(found[0], measured=(10**12,))
+    assert not worse.inside
+    assert worse.error < -0.9
