@@ -21,7 +21,8 @@ NEVER.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +54,9 @@ class Timed:
         return len(self.block)
 
 
+_COLUMNS: Final = tuple(each.name for each in fields(Timed) if each.name not in ("block", "until"))
+
+
 def tail(lead: Ints, guest: Ints) -> Timed:
     """What each vCPU still did behind its last operation, as an operation that does nothing."""
     count = len(lead)
@@ -60,3 +64,16 @@ def tail(lead: Ints, guest: Ints) -> Timed:
     op = (int(Op.ROLE) | np.arange(count) << VCPU_SHIFT).astype(np.uint32)
     block = Block(op, none, none, none)
     return Timed(block, np.arange(count, dtype=np.int32), lead, guest, none, none.astype(np.uint8), none + MORE)
+
+
+def take(timed: Timed, at: Ints) -> Timed:
+    """Some operations, in the order of `at`."""
+    block = Block(*(getattr(timed.block, each.name)[at] for each in fields(Block)))
+    return replace(timed, block=block, **{name: getattr(timed, name)[at] for name in _COLUMNS})
+
+
+def joined(parts: list[Timed]) -> Timed:
+    """Stretches as one, behind which nothing comes."""
+    block = Block(*(np.concatenate([getattr(each.block, field.name) for each in parts]) for field in fields(Block)))
+    columns: dict[str, Any] = {name: np.concatenate([getattr(each, name) for each in parts]) for name in _COLUMNS}
+    return Timed(block, **columns)

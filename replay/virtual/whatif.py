@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -25,7 +25,7 @@ from replay.virtual.costs import Costs
 from replay.virtual.engine import TimedEngine
 from replay.virtual.run import Measured, timing_of
 from replay.virtual.smis import Apart
-from replay.virtual.timed import LAST, MORE, Timed, tail
+from replay.virtual.timed import LAST, MORE, Timed, joined, tail, take
 from traces.errors import Problem
 
 Ints = NDArray[np.int64]
@@ -33,7 +33,6 @@ _SMIS: Final = 500  # of a run, and of one with twice as many, by which the firs
 _PROGRESS: Final = 0.001  # of its undisturbed speed: a program slower than that hangs
 _POINTS: Final = 3  # of a sweep, in each factor of ten
 _BISECTIONS: Final = 12
-_COLUMNS: Final = tuple(each.name for each in fields(Timed) if each.name not in ("block", "until"))
 
 
 @dataclass(frozen=True)
@@ -112,11 +111,11 @@ class Program:
             self._ranges.rows += stretch.ranges.rows
             parts.append(timed)
         (lead, guest), (before, ran) = timing.rest(), apart.rest()
-        whole = _joined([*parts, tail(lead + before, guest + ran)])
+        whole = joined([*parts, tail(lead + before, guest + ran)])
         self._smis = [self._last_smi(whole, vcpu) for vcpu in range(self.recorded)]
         if all(smi is None for smi in self._smis):
             raise Problem(f"{where} has no whole SMI to repeat: record one, or make a trace with kvmtrace synth")
-        self._program = _some(whole, np.flatnonzero(whole.queue < self.recorded))
+        self._program = take(whole, np.flatnonzero(whole.queue < self.recorded))
         # The exit of the VM's process, which empties every root, is to be like any other moment.
         ends = self._program.block.op & 15 == Op.ZAP_ALL
         self._program.block.op[ends] = int(Op.ROLE) | self._program.queue[ends].astype(np.uint32) << VCPU_SHIFT
@@ -181,7 +180,7 @@ class Program:
         return int(engine.clock[: self.recorded].max()), engine
 
     def _storm(self, vcpu: int, smi: Timed, period: float, count: int) -> Timed:
-        many = _some(smi, np.tile(np.arange(len(smi)), count))
+        many = take(smi, np.tile(np.arange(len(smi)), count))
         many.queue[:] = self.vcpus + vcpu
         many.wall[:: len(smi)] = (np.arange(1, count + 1) * period).astype(np.int64)
         return replace(many, until=0)  # to be done beside the program, not before it
@@ -194,7 +193,7 @@ class Program:
         if not len(ends):
             return None
         start = starts[np.searchsorted(starts, ends[-1]) - 1]
-        return _some(whole, mine[start : ends[-1] + 1])
+        return take(whole, mine[start : ends[-1] + 1])
 
 
 def _entry(vcpu: int) -> Timed:
@@ -209,18 +208,6 @@ def _shifted(block: Block, by: int) -> Block:
     gfn = block.gfn.copy()
     gfn[np.isin(block.op & 15, (int(Op.ZAP), int(Op.SPLIT)))] += by
     return Block(block.op, gfn, block.time, block.seq)
-
-
-def _some(timed: Timed, at: Ints) -> Timed:
-    """Some operations, in the order of `at`."""
-    block = Block(*(getattr(timed.block, each.name)[at] for each in fields(Block)))
-    return replace(timed, block=block, **{name: getattr(timed, name)[at] for name in _COLUMNS})
-
-
-def _joined(parts: list[Timed]) -> Timed:
-    block = Block(*(np.concatenate([getattr(each.block, field.name) for each in parts]) for field in fields(Block)))
-    columns: dict[str, Any] = {name: np.concatenate([getattr(each, name) for each in parts]) for name in _COLUMNS}
-    return Timed(block, **columns)
 
 
 def swept(evidence: Evidence, policies: Iterable[Axes], sweep: Sweep, change: Change) -> dict[int, list[Swept]]:
