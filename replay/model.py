@@ -97,7 +97,15 @@ class Logged:
 
 
 class Violation(Exception):
-    """An invariant of section 9.6 does not hold: the trace or the model is wrong, never the user."""
+    """An invariant of section 9.6 does not hold: the trace, the model or a policy of one's own is wrong.
+
+    `at` is the operation, `root` the root it is about (None: the VM).
+    """
+
+    def __init__(self, what: str, at: int, root: int | None = None) -> None:
+        super().__init__(what)
+        self.at = at
+        self.root = root
 
 
 class Vm:
@@ -266,7 +274,7 @@ class Vm:
             self.retire(root, Cause.VM_END)
         self.policy.on_vm_end(self)
         if self.roots or self.tables_alive:
-            raise Violation(f"VM end: {len(self.roots)} roots and {self.tables_alive} tables are left")
+            raise Violation(f"VM end: {len(self.roots)} roots and {self.tables_alive} tables are left", self.at)
 
     # What policies use
 
@@ -293,7 +301,7 @@ class Vm:
     def free(self, root: Root, cause: Cause, vcpu: Vcpu | None = None) -> None:
         """Zap and free a root that no slot holds, at the hands of `vcpu` if it is one's."""
         if root.refs:
-            raise Violation(f"root {root.id} is freed with {root.refs} references")
+            raise Violation(f"root {root.id} is freed with {root.refs} references", self.at, root.id)
         root.valid = False
         self._free(root, cause, vcpu)
 
@@ -348,7 +356,7 @@ class Vm:
         if not root.valid:
             self._free(root, root.cause, vcpu)
         elif self.axes.own_reference:
-            raise Violation(f"final put of the valid root {root.id} (KVM_BUG_ON)")
+            raise Violation(f"final put of the valid root {root.id} (KVM_BUG_ON)", self.at, root.id)
         else:
             root.idle_since = self.now
             self.policy.on_put_to_zero(self, root, cause, vcpu)

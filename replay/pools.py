@@ -183,7 +183,7 @@ class Engine:
     def go_on(self) -> None:
         """The core stopped before an operation: give it memory. Raises model.Violation if that is not why."""
         if self.core.error:
-            raise Violation(self._violation())
+            raise self._violation()
         self.grow()
 
     # What comes out
@@ -352,11 +352,12 @@ class Engine:
         self._last_gfn[[Op.ZAP, Op.SPLIT]] = max(len(ranges.rows) - 1, 0)
         self._vcpu_limit[[Op.ZAP, Op.SPLIT]] = MAX_VCPUS if ranges.rows else 0
 
-    def _violation(self) -> str:
+    def _violation(self) -> Violation:
         core = self.core
         if core.error == 1:
-            return f"final put of the valid root {core.error_root} (KVM_BUG_ON)"
-        return f"VM end: {core.alive} roots and {core.error_tables} tables are left"
+            root = int(core.error_root)
+            return Violation(f"final put of the valid root {root} (KVM_BUG_ON)", int(core.at), root)
+        return Violation(f"VM end: {core.alive} roots and {core.error_tables} tables are left", int(core.at))
 
     # The trees
 

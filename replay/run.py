@@ -17,14 +17,16 @@ from replay.causes import Trigger
 from replay.evidence import Evidence
 from replay.lower import Case, Lowering
 from replay.machine import Machine, Reference
-from replay.model import Counters, Happened
+from replay.model import Counters, Happened, Violation
 from replay.ops import Block, Cause, Op, Ranges
 from replay.plan import Plan, Run, Target
 from replay.pools import Engine, RootLog, Vcpus
 from replay.result import Writer, vm_counts
 from replay.stimuli import VmStimuli
+from traces.errors import VERDICT_FAILED, Problem
 
 _FLIPS: Final = (Trigger.CR0_WP, Trigger.CR0_SILENT, Trigger.EFER)  # of bits that old kernels have in role words
+_HISTORY: Final = 6  # rows of a root's life that a violation shows
 PROMISED: Final = 6  # roots that a VM can have under `preserve`, by its commit's text
 
 
@@ -85,9 +87,12 @@ class _Running:
         start = 0
         for end in [*ends.tolist(), len(block)]:
             part = slice(start, end)
-            self.machine.feed(
-                Block(block.op[part], block.gfn[part], block.time[part], block.seq[part]), ranges, first + start
-            )
+            try:
+                self.machine.feed(
+                    Block(block.op[part], block.gfn[part], block.time[part], block.seq[part]), ranges, first + start
+                )
+            except Violation as violation:
+                raise self._broken(violation, block, first) from None
             counters = self.machine.counters
             self.outcome.tables_peak = max(self.outcome.tables_peak, counters.tables - counters.tables_freed)
             start = end
@@ -98,6 +103,21 @@ class _Running:
         if writer is not None:
             words, ids = self.lowering.words, self.outcome.vcpu_ids
             writer.log(self.number, self.outcome.run.bound, self.outcome.vm, words, ids, log, block, first)
+
+    def _broken(self, violation: Violation, block: Block, first: int) -> Problem:
+        """What an invariant's violation looks like to a user: the event, the root, and its history as far as logged."""
+        log = self.machine.take_log()
+        rows = np.flatnonzero(log.root == violation.root) if violation.root is not None else np.arange(len(log))
+        told = [
+            f"root {log.root[i]} {Happened(int(log.event[i])).name.lower()} ({Cause(int(log.cause[i])).name.lower()})"
+            + (f" at row {block.seq[log.at[i] - first]:,}" if log.at[i] >= first else "")
+            for i in rows[-_HISTORY:]
+        ]
+        at = violation.at - first
+        where = f"row {block.seq[at]:,}, {Op(int(block.op[at]) & 15).name}" if at >= 0 else "an earlier row"
+        name, vm = self.outcome.target.name, self.outcome.vm
+        history = f"; before: {', '.join(told)}" if told else ""
+        return Problem(f"{name}: VM {vm}, {where}: {violation}{history}", VERDICT_FAILED)
 
     def _stop(self, block: Block, first: int) -> None:
         for index, at in enumerate(self.machine.vcpus.stuck.tolist()):

@@ -127,3 +127,26 @@ def test_the_rules_of_a_kernel_are_the_default() -> None:
 
 
 _EXACT = plan.Run("exact", False, plan.Case())
+
+
+LEAKS = """
+from replay.model import Root
+from replay.policies import Policy
+from replay.tree import Table
+
+
+class Leaks(Policy):
+    name = "leaks"
+
+    def on_vm_end(self, vm):
+        vm.roots.append(Root(99, 0, Table(4, 0), 0))
+"""
+
+
+def test_a_broken_invariant_names_the_event_and_what_went_before(tmp_path: Path) -> None:
+    left = r"leaks: VM 1, row [\d,]+, END: VM end: 1 roots and 0 tables are left"
+    with pytest.raises(Problem, match=left) as raised:
+        storm("6.1-async", written(tmp_path, LEAKS))
+    assert raised.value.code == 1
+    assert "before: root" in str(raised.value)
+    assert "\n" not in str(raised.value)
