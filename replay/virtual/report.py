@@ -36,6 +36,7 @@ def facts(times: list[VmTime], settings: Settings) -> dict[str, Any]:
                     for name, source in vm.fitted.source.items()
                 },
                 "recorded": vm.recorded,
+                "stuck": [{**vars(run), "why": run.why} for run in vm.stuck],
                 "policies": [_policy(outcome) for outcome in vm.outcomes],
             }
             for vm in times
@@ -50,8 +51,8 @@ def render(times: list[VmTime], plan: Plan) -> str:
         if vm.refused:
             console.print(Text(f"VM {vm.vm}: no times: {vm.refused}"))
             continue
-        for line in verdicts(vm):
-            console.print(Text(line, style="bold"))
+        for line in (*stuck_lines(vm), *verdicts(vm)):
+            console.print(Text(printable(line), style="bold"), soft_wrap=True)
         console.print(_table(vm))
         for line in _trust(vm):
             console.print(Text(printable(line)), soft_wrap=True)
@@ -177,6 +178,13 @@ def render_sweep(found: dict[int, list[Swept]], sweep: Sweep) -> str:
             console.print(Text(printable(f"{swept.policy}: each SMI costs {parts}")), soft_wrap=True)
     console.print(Text("assumed: after each SMI the guest needs every page that is mapped, at once (--refault all)"))
     return text_of(console)
+
+
+def stuck_lines(vm: VmTime) -> Iterator[str]:
+    """One line for each vCPU that hung in the recording, and whether roots had to do with it."""
+    for run in vm.stuck:
+        took = f"{run.exits:,} exits at RIP {run.rip:#x} in {_time(run.until - run.since)}, from row {run.seq:,} on"
+        yield f"vCPU {run.vcpu} of VM {vm.vm} is stuck in the recording: {took}: {run.why}"
 
 
 def _policy(outcome: Timed) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from replay.virtual.engine import TimedEngine
 from replay.virtual.join import Timing
 from replay.virtual.smis import Apart, Driven
 from replay.virtual.stalls import Rule, Stall, stalls
+from replay.virtual.stuck import Run as Stuck
+from replay.virtual.stuck import longest_runs
 from replay.virtual.timed import tail
 
 # Relative standard deviation between two runs of the same work, dated 2026-11: of the lab's recordings of scenarios
@@ -81,6 +83,7 @@ class VmTime:
     driven: Driven
     open: bool
     outcomes: list[Timed]
+    stuck: list[Stuck] = field(default_factory=list)  # vCPUs that certainly did not get past an instruction
     refused: str = ""  # why there are no times
 
 
@@ -98,11 +101,12 @@ def _vm(plan: Plan, settings: Settings, vm: Mapping[str, Any], ad_disabled: bool
     measured = Measured(evidence, vm, ad_disabled)
     number = int(vm["id"])
     if measured.refused:
-        return VmTime(number, 0, [], fit({}, 0), measured.driven, False, [], measured.refused)
+        return VmTime(number, 0, [], fit({}, 0), measured.driven, False, [], refused=measured.refused)
     open_ = measured.driven.open if settings.smi == "auto" else settings.smi == "open"
     outcomes = _run(plan, settings, vm, ad_disabled, measured, open_)
     recorded = measured.timing.timeline.totals.sum(1).tolist()
-    return VmTime(number, measured.began, recorded, measured.fitted, measured.driven, open_, outcomes)
+    stuck = [each for each in longest_runs(evidence.trace, number).values() if each.certain]
+    return VmTime(number, measured.began, recorded, measured.fitted, measured.driven, open_, outcomes, stuck)
 
 
 class Measured:

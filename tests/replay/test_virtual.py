@@ -14,8 +14,10 @@ from replay import plan
 from replay.evidence import Evidence
 from replay.virtual import foretell
 from replay.virtual.clock import Spent
+from replay.virtual.report import stuck_lines
 from replay.virtual.run import Settings, VmTime, replay_timed
 from replay.virtual.stalls import Rule
+from replay.virtual.stuck import Run
 from traces.reader import Trace
 from traces.synth import Parameters, synthesize
 
@@ -112,6 +114,19 @@ def test_the_command_gives_a_verdict_and_a_document() -> None:
     assert "time" not in json.loads(runner.invoke(kvmtrace.app, ["replay", trace, "--json", "--no-time"]).stdout)
     done = runner.invoke(kvmtrace.app, ["replay", trace, "--smi", "often"])
     assert "give auto, open or closed" in str(done.exception)
+
+
+def test_a_stuck_vcpu_is_named_with_its_reason() -> None:
+    (vm,) = timed(CORPUS / "steady-6.1.parquet", "preserve")
+    assert vm.stuck == []
+    hung = Run(0, 0x1004, 10, 2_000_000_010, 77, 150_000, faults=150_000)
+    assert hung.certain
+    (line,) = stuck_lines(replace(vm, stuck=[hung]))
+    assert line.startswith(
+        "vCPU 0 of VM 1 is stuck in the recording: 150,000 exits at RIP 0x1004 in 2.00 s, from row 77 on"
+    )
+    assert "mmu_seq" in line
+    assert "no matter of roots" in line
 
 
 def test_what_it_foretells_is_kept_in_the_documents() -> None:
