@@ -299,7 +299,9 @@ def replay(
     ] = True,
     smi: Annotated[
         str,
-        typer.Option(help="open: SMIs keep their wall-clock time; closed: they move with the guest. [default: auto]"),
+        typer.Option(
+            help="open: SMIs keep their wall-clock time; closed: they move with the guest; auto: as recorded."
+        ),
     ] = "auto",
     stall_share: Annotated[
         float, typer.Option(help="A soft-hang has less than this share of its time in the guest...", min=0, max=1)

@@ -23,6 +23,7 @@ _WANTED: Final = {
     "kvm_mmu_zap_all_fast": "invalidations are not recorded",
     "vm_destroy": "the end of VMs is not recorded: their last roots are not freed",
 }
+_SEEN: Final = ("kvm_entry", "kvm_page_fault", "mmu_load")  # one of them, or there is nothing a vCPU did
 _OFF: Final = ("N", "0")
 
 
@@ -50,6 +51,11 @@ class Evidence:
         lacking = [what for kind, what in _NEEDED.items() if kind not in self.kinds]
         if lacking:
             raise Problem(f"{path}: {', '.join(lacking)} are not recorded (--events mmu has them): nothing to replay")
+        if not any(meta.kinds.get(kind) for kind in _SEEN):
+            raise Problem(
+                f"{path}: no entry into a guest, no fault and no load of a root is in it (this kernel shows none of "
+                "them for these guests): nothing to replay"
+            )
         host = meta.raw.get("host")
         self.intel = isinstance(host, dict) and host.get("vendor") == "GenuineIntel"
         self.shadow = self.own.mmu == "shadow"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from replay import plan, roles, run
 from replay.causes import Trigger
-from replay.evidence import Evidence
+from replay.evidence import _SEEN, Evidence
 from replay.lower import Case, Lowering
 from replay.ops import RESETS, Cause, Op
 from replay.stimuli import VmStimuli
@@ -423,3 +424,12 @@ def test_metadata_may_say_anything(tmp_path: Path) -> None:
     assert found.count(Op.TOUCH) == 2
     with pytest.raises(Problem, match="no row can name"):
         VmStimuli(evidence, dict(vm, vcpus=[{"id": 1 << 20, "tid": 1}]))
+
+
+def test_a_trace_in_which_no_vcpu_did_anything_is_refused() -> None:
+    """As live recordings of software KVM are: roots come and go, but no entry, fault or load is shown."""
+    trace = Trace.open(CORPUS / "steady-6.1.parquet")
+    quiet = {kind: rows for kind, rows in trace.metadata.kinds.items() if kind not in _SEEN}
+    trace.metadata = replace(trace.metadata, kinds=quiet)
+    with pytest.raises(Problem, match="no entry into a guest, no fault and no load of a root"):
+        Evidence(trace)
