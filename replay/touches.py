@@ -85,8 +85,10 @@ class Touches:
             flags |= hidden * HIDDEN
         present = self._is_present(rows, faults, at, vcpu)
         space = (word_of(roles, rows.root[at]) >> _SMM_SHIFT != 0).astype(np.int64)
+        # MMIO exits whether its SPTE is there or not: then it is emulated.
+        exits = present | (rows.kind[at] == _MARK)
         op = (
-            np.where(present, int(Op.FIX), int(Op.TOUCH))
+            np.where(exits, int(Op.FIX), int(Op.TOUCH))
             | level << LEVEL_SHIFT
             | vcpu.astype(np.int64) << VCPU_SHIFT
             | flags

@@ -31,8 +31,6 @@ DIRECTIONS: Final = (
     ("6.1", "shadow", "6.1-shadow"),
     ("6.1-async", "shadow", "6.1-shadow"),
 )
-# What no model of roots can foretell, by (scenario, measured on).
-REASONS: Final[dict[tuple[str, str], str]] = {}
 
 
 @dataclass(frozen=True)
@@ -126,6 +124,10 @@ def document(found: list[Line]) -> str:
         *_rows(found),
         "",
         *_factors(found),
+        "",
+        "What is known to be missing: a fault of the shadow MMU is taken to cost what a TDP fault costs, but it fills up",
+        "to eight entries, each with its reverse map and its event (smi-storm under `shadow`); and what an invalidation",
+        "zaps is kept as recorded, though the shadow MMU does that in its own way (slot-delete under `shadow`).",
     ]) + "\n"  # fmt: skip
 
 

@@ -70,12 +70,15 @@ class Stolen:
 
     def _uninterrupted(self, spans: Spans, ns: Ints) -> Ints:
         """Spans cut to what is usual of their kind, where they are beyond all measure."""
-        for doing in np.unique(spans.doing).tolist():
-            like = np.flatnonzero(spans.doing == doing)
+        # Where the guest did nothing, all beyond the switch is interruption.
+        kinds = [(spans.still, 1, 0)]
+        kinds += [(~spans.still & (spans.doing == doing), _TIMES, _LEAST) for doing in np.unique(spans.doing)]
+        for which, times, least in kinds:
+            like = np.flatnonzero(which)
             if len(like) < _ENOUGH:
                 continue
             usual = int(np.median(ns[like]))
-            long = like[ns[like] > max(_TIMES * usual, _LEAST)]
+            long = like[ns[like] > max(times * usual, least)]
             np.add.at(self.preempted, spans.vcpu[long], ns[long] - usual)
             ns[long] = usual
         return ns
