@@ -125,9 +125,9 @@ def document(found: list[Line]) -> str:
         "",
         *_factors(found),
         "",
-        "What is known to be missing: a fault of the shadow MMU is taken to cost what a TDP fault costs, but it fills up",
-        "to eight entries, each with its reverse map and its event (smi-storm under `shadow`); and what an invalidation",
-        "zaps is kept as recorded, though the shadow MMU does that in its own way (slot-delete under `shadow`).",
+        "What is known to be missing: a fault of the shadow MMU is taken to cost what a TDP fault costs, but it",
+        "fills up to eight entries, each with its reverse map and its event (smi-storm under `shadow`); and what an",
+        "invalidation zaps is kept as recorded, though the shadow MMU has its own way (slot-delete under `shadow`).",
     ]) + "\n"  # fmt: skip
 
 
