@@ -1,8 +1,8 @@
 """Where a vCPU's time went, as recorded: in the guest, or in what part of handling an exit.
 
 The time between two rows of a vCPU's thread is put down to what the later row says was being done, or, where that says
-nothing (an exit's reason, the entry itself), to what the earlier one began. Every ns between a vCPU's first entry and
-its last row is put down exactly once.
+nothing (an exit's reason, the entry itself), to what the earlier one began. Every ns between the first root a vCPU
+loads (or its first entry) and its last row is put down exactly once.
 """
 
 from __future__ import annotations
@@ -96,10 +96,8 @@ class Timeline:
 
     def feed(self, rows: Rows) -> Spans:
         """The spans that end in a batch."""
-        entries = rows.of_vcpu("kvm_entry")
-        self._threads.update(np.unique(rows.tid[entries]).tolist())
         kept = np.flatnonzero((rows.vcpu >= 0) & (rows.kind != _TABLE_FREE))
-        kept = kept[np.isin(rows.tid[kept], list(self._threads))]
+        kept = kept[self._running(rows.tid[kept], self._classes(rows, kept), rows.kind[kept])]
         kept = kept[np.argsort(rows.vcpu[kept].astype(np.uint16), kind="stable")]
         vcpu, kind, time = rows.vcpu[kept], rows.kind[kept], rows.time[kept]
         first = np.ones(len(kept), np.bool_)
@@ -108,8 +106,7 @@ class Timeline:
         before[1:], past[1:] = kind[:-1], time[:-1]
         before[first], past[first] = self._kind[vcpu[first]], self._time[vcpu[first]]
 
-        own = _CLASS[kind]
-        own[(kind == _GET_PAGE) & (rows.root[kept] != 0)] = Doing.LOAD
+        own = self._classes(rows, kept)
         about = self._carried(own, vcpu, first)
         doing = np.where(before == _USER_EXIT, np.uint8(Doing.USER), about)
         doing = np.where((before == _ENTRY) & (kind == _EXIT), np.uint8(Doing.GUEST), doing)
@@ -131,6 +128,25 @@ class Timeline:
         self._time[vcpu[last]], self._kind[vcpu[last]], self._rip[vcpu[last]] = time[last], kind[last], rip[last]
         self._about[vcpu[last]] = about[last]
         return Spans(vcpu, rows.seq[kept], time, ns, doing, kind, rows.root[kept].astype(np.int64), still, interrupt)
+
+    @staticmethod
+    def _classes(rows: Rows, at: Ints) -> NDArray[np.uint8]:
+        own = _CLASS[rows.kind[at]]
+        own[(rows.kind[at] == _GET_PAGE) & (rows.root[at] != 0)] = Doing.LOAD
+        return own
+
+    def _running(self, tid: Ints, own: NDArray[np.uint8], kind: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        """Which rows are of threads that run a vCPU, from the first root they load or guest they enter on.
+
+        Row by row, not by batch: what a thread did before (as userspace sets a vCPU up) must not depend on the cut.
+        """
+        runs = np.flatnonzero((own == Doing.LOAD) | (kind == _ENTRY))
+        threads, firsts = np.unique(tid[runs], return_index=True)
+        begun = np.isin(tid, list(self._threads))
+        for thread, first in zip(threads.tolist(), runs[firsts].tolist(), strict=True):
+            begun[first:] |= tid[first:] == thread
+            self._threads.add(thread)
+        return begun
 
     def _carried(self, own: NDArray[np.uint8], vcpu: NDArray[np.int32], first: NDArray[np.bool_]) -> NDArray[np.uint8]:
         """What each row is about: its own class, or that of its thread's last row that had one."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from replay.evidence import Evidence
@@ -62,6 +62,7 @@ def test_every_ns_is_put_down_once(name: str) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(st.sampled_from(NAMES), st.integers(1, 3000))
+@example("smi-both-5.10", 66)  # between a vCPU's first load and its first entry
 def test_batches_may_be_cut_anywhere(name: str, size: int) -> None:
     assert (totals(name, max(size, 37)) == totals(name, 1 << 16)).all()
 
