@@ -323,7 +323,7 @@ def replay(
     from replay import bounds, evidence, plan, report, run
     from replay.result import Writer
     from replay.virtual import report as time_report
-    from replay.virtual import whatif
+    from replay.virtual import rows, whatif
     from replay.virtual.run import Settings, replay_timed
     from replay.virtual.stalls import Rule
     from traces.reader import Trace
@@ -350,7 +350,9 @@ def replay(
     if out is None:
         replayed = run.replay(wanted)
     else:
-        with Writer(out, [target.name for target in wanted.targets]) as writer:
+        names = [target.name for target in wanted.targets]
+        with Writer(out, names) as writer:
+            rows.write(writer, times, names)
             replayed = run.replay(wanted, writer)
             writer.close({**run.document(replayed), "time": time_report.facts(times, settings) if timed else None})
     if as_json:

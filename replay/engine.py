@@ -146,7 +146,7 @@ Pace = cython.struct(
     spent=cython.longlong[7],
 )
 Queue = cython.struct(head=cython.longlong, tail=cython.longlong)  # rows; NONE: it is empty
-Sample = cython.struct(vcpu=cython.longlong, clock=cython.longlong, guest=cython.longlong)
+Sample = cython.struct(vcpu=cython.longlong, clock=cython.longlong, cause=cython.longlong, spent=cython.longlong[7])
 Zapped = cython.struct(leaves=cython.longlong, tables=cython.longlong)
 
 
@@ -1672,9 +1672,12 @@ class Timer:
     @cython.exceptval(check=False)
     def _sample(self, v: cython.longlong) -> cython.void:
         i: cython.longlong = self.samples
+        on: cython.longlong
         if self.pace[v].clock - self.pace[v].sampled >= SAMPLE:
             self.pace[v].sampled = self.pace[v].clock
             self.sample[i].vcpu = v
             self.sample[i].clock = self.pace[v].clock
-            self.sample[i].guest = self.pace[v].spent[ON_GUEST]
+            self.sample[i].cause = self.core.slots[v].cause
+            for on in range(7):
+                self.sample[i].spent[on] = self.pace[v].spent[on]
             self.samples = i + 1

@@ -197,6 +197,12 @@ class Engine:
         })  # fmt: skip
 
     @property
+    def causes(self) -> NDArray[np.int64]:
+        """The Cause of each vCPU's last unload."""
+        causes: NDArray[np.int64] = self._slots["cause"].copy()
+        return causes
+
+    @property
     def counters(self) -> Counters:
         """Counts of the VM, as they are now."""
         return Counters(**{field.name: getattr(self.core, field.name) for field in fields(Counters)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +20,7 @@ from replay.pools import RootLog, Vcpus
 from traces.errors import Problem
 
 KEY: Final = b"kvmtrace.result"
-FORMAT: Final = {"major": 1, "minor": 0}
+FORMAT: Final = {"major": 1, "minor": 1}
 _NAMES: Final = pa.dictionary(pa.int8(), pa.string())
 _LABELS: Final = pa.dictionary(pa.int16(), pa.string())
 _EVENTS: Final = pa.array([event.name.lower() for event in Happened])
@@ -29,6 +30,10 @@ _CAUSES: Final = pa.array([cause.name.lower() for cause in Cause])
 OF_VCPU: Final = tuple(field.name for field in fields(Vcpus) if field.name != "stuck")
 OF_VM: Final = tuple({"tables": "tables_built"}.get(field.name, field.name) for field in fields(Counters))
 _LOGGED: Final = ("root", "leaves", "tables", "roots_alive", "tables_alive")
+# Virtual time, ns.
+SPENT: Final = tuple(f"{name}_ns" for name in ("guest", "fault", "load", "unload", "wait", "other", "switch"))
+_TIMED: Final = ("clock", "recorded_ns", "wall_ns", "wall_low_ns", "wall_high_ns", *SPENT)
+_STALLED: Final = ("stalls", "stalled_ns", "longest_stall_ns")
 
 SCHEMA: Final = pa.schema([
     pa.field("row", _NAMES, nullable=False),
@@ -42,6 +47,7 @@ SCHEMA: Final = pa.schema([
     pa.field("cause", _NAMES),
     pa.field("role", pa.uint32()),
     *(pa.field(name, pa.int64()) for name in (*_LOGGED, *OF_VCPU, *OF_VM, "roots_peak", "tables_peak")),
+    *(pa.field(name, pa.int64()) for name in (*_TIMED, *_STALLED)),
 ])  # fmt: skip
 
 
@@ -51,9 +57,13 @@ def vm_counts(counters: Counters) -> dict[str, int]:
 
 
 class Writer:
-    """Writes a result row group by row group; the file appears under its name when all of it is written."""
+    """Writes a result row group by row group; the file appears under its name when all of it is written.
+
+    `timed` is what `counts` adds to the rows of vCPUs: columns by policy, bound and VM.
+    """
 
     def __init__(self, path: Path, policies: list[str]) -> None:
+        self.timed: dict[tuple[int, str, int], dict[str, list[int]]] = {}
         self._path = path
         self._part = path.with_name(path.name + ".part")
         self._policies = pa.array(policies)
@@ -99,6 +109,14 @@ class Writer:
             **{name: getattr(log, name) for name in _LOGGED},
         })  # fmt: skip
 
+    def moments(self, row: str, policy: int, bound: str, vm: int, vcpu: int, columns: Mapping[str, Any]) -> None:
+        """Rows of kind `progress` or `stall`: a vCPU's, with `cause` as a Cause."""
+        if count := len(columns["clock"]):
+            cause = _coded(np.asarray(columns["cause"]), _CAUSES)
+            self._write(
+                row, policy, bound, vm, count, {**columns, "vcpu": np.full(count, vcpu, np.int16), "cause": cause}
+            )
+
     def counts(
         self,
         policy: int,
@@ -112,7 +130,8 @@ class Writer:
         """Rows of kind `vcpu`, one each, and one of kind `vm`. `stuck`: the rows (seq) where vCPUs came to a stop."""
         own = {name: getattr(vcpus, name) for name in OF_VCPU}
         self._write("vcpu", policy, bound, vm, len(ids), {
-            "vcpu": np.array(ids, np.int16), "seq": pa.array(stuck, pa.int64()), **own
+            "vcpu": np.array(ids, np.int16), "seq": pa.array(stuck, pa.int64()), **own,
+            **self.timed.get((policy, bound, vm), {}),
         })  # fmt: skip
         sums = {name: np.array([values.sum()]) for name, values in own.items()}
         self._write("vm", policy, bound, vm, 1, {**sums, **{name: np.array([n]) for name, n in whole.items()}})

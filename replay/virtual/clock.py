@@ -51,7 +51,7 @@ class Pace:
     inside: bool = False  # an SMI is under way
     spent: list[int] = field(default_factory=lambda: [0] * len(Spent))
     sampled: int = 0
-    samples: list[tuple[int, int]] = field(default_factory=list)  # (clock, guest ns until then)
+    samples: list[tuple[int, ...]] = field(default_factory=list)  # (clock, Cause of the last unload, *spent)
 
 
 @dataclass
@@ -148,7 +148,7 @@ class Clock:
         if queue >= vcpus:
             pace.inside = todo.wall != LAST
         self._step(pace, self.vm.vcpus[number], todo, guest)
-        self._sample(pace)
+        self._sample(pace, self.vm.vcpus[number])
 
     def _pass(self, pace: Pace, lead: int, guest: int) -> None:
         pace.clock += lead
@@ -257,7 +257,7 @@ class Clock:
         self.vm.at = todo.at
         reference.perform(self.vm, todo.op, todo.gfn, todo.ranges)
 
-    def _sample(self, pace: Pace) -> None:
+    def _sample(self, pace: Pace, vcpu: Vcpu) -> None:
         if pace.clock - pace.sampled >= SAMPLE:
             pace.sampled = pace.clock
-            pace.samples.append((pace.clock, pace.spent[Spent.GUEST]))
+            pace.samples.append((pace.clock, int(vcpu.cause), *pace.spent))

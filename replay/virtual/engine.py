@@ -32,7 +32,7 @@ PACE: Final = np.dtype(
     + [("spent", np.int64, len(Spent))]
 )
 QUEUE: Final = row_type("head", "tail")
-SAMPLED: Final = row_type("vcpu", "clock", "guest")
+SAMPLED: Final = np.dtype([(name, np.int64) for name in ("vcpu", "clock", "cause")] + [("spent", np.int64, len(Spent))])
 ZAPPED: Final = row_type("leaves", "tables")
 
 _COLUMNS: Final = {
@@ -112,10 +112,15 @@ class TimedEngine:
 
     @property
     def samples(self) -> list[NDArray[np.int64]]:
-        """Each vCPU's progress: rows of (clock, time in the guest until then)."""
+        """Each vCPU's progress: rows of (clock, Cause of its last unload, *spent until then)."""
         rows = self._sample[: self._timer.samples]
-        pairs = np.stack([rows["clock"], rows["guest"]], 1)
-        return [pairs[rows["vcpu"] == vcpu] for vcpu in range(len(self._pace))]
+        table = np.column_stack([rows["clock"], rows["cause"], rows["spent"]])
+        return [table[rows["vcpu"] == vcpu] for vcpu in range(len(self._pace))]
+
+    @property
+    def causes(self) -> NDArray[np.int64]:
+        """The Cause of each vCPU's last unload, as it is now."""
+        return self.engine.causes
 
     @property
     def worker(self) -> int:

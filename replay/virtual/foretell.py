@@ -17,7 +17,6 @@ from typing import Any, Final
 
 from replay import plan
 from replay.evidence import Evidence
-from replay.virtual.report import band
 from replay.virtual.run import Settings, VmTime, replay_timed
 from traces.reader import Trace
 
@@ -96,8 +95,8 @@ def _line(directory: Path, scenario: str, recorded: str, policy: str, target: st
 def _foretold(vm: VmTime, scale: float) -> tuple[int, int, tuple[int, int]]:
     first, last = vm.outcomes[0].vcpus, vm.outcomes[-1].vcpus
     low, high = (round(scale * sum(vcpu.wall for vcpu in vcpus)) for vcpus in (first, last))
-    least = round(scale * sum(band(vcpu)[0] for vcpu in first))
-    most = round(scale * sum(band(vcpu)[1] for vcpu in last))
+    least = round(scale * sum(vcpu.band[0] for vcpu in first))
+    most = round(scale * sum(vcpu.band[1] for vcpu in last))
     return low, high, (least, most)
 
 

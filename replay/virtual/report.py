@@ -10,6 +10,8 @@ from rich.text import Text
 
 from replay.plan import Plan
 from replay.virtual.clock import Spent
+from replay.virtual.hangs import told
+from replay.virtual.rows import named
 from replay.virtual.run import Settings, Timed, VcpuTime, VmTime
 from replay.virtual.stalls import watchdogs
 from replay.virtual.whatif import Sweep, Swept
@@ -94,7 +96,8 @@ def _hangs(vcpu: VcpuTime) -> str:
     count = f"{len(vcpu.stalls)} soft-hang{'s' if len(vcpu.stalls) > 1 else ''}"
     fires = watchdogs(worst.ns)
     guest = f", long enough for the guest's {' and '.join(fires)} watchdog" if fires else ""
-    return f"{count}, longest {_time(worst.ns)} ({_time(worst.begin)} to {_time(worst.end)}){guest}"
+    longest = f"longest {_time(worst.ns)} ({_time(worst.begin)} to {_time(worst.end)})"
+    return f"{count}, {longest}, {told(vcpu.stalls)}{guest}"
 
 
 def _ends(vm: VmTime) -> dict[str, tuple[Timed, Timed]]:
@@ -120,16 +123,11 @@ def _table(vm: VmTime) -> Table:
     for outcome in vm.outcomes:
         name = outcome.target.name + ("" if outcome.run.bound == "exact" else f", {outcome.run.bound}")
         for vcpu in outcome.vcpus:
-            low, high = band(vcpu)
+            low, high = vcpu.band
             shares = (f"{spent / vcpu.wall:.1%}" if vcpu.wall else "" for spent in vcpu.spent)
             hangs = (str(len(vcpu.stalls)), _time(vcpu.longest)) if vcpu.stalls else ("", "")
             table.add_row(printable(name), str(vcpu.id), _time(vcpu.wall), _time(low), _time(high), *shares, *hangs)
     return table
-
-
-def band(vcpu: VcpuTime) -> tuple[int, int]:
-    """Two standard errors about the time."""
-    return round(vcpu.wall * max(0.0, 1 - 2 * vcpu.error)), round(vcpu.wall * (1 + 2 * vcpu.error))
 
 
 def _trust(vm: VmTime) -> Iterator[str]:
@@ -197,9 +195,12 @@ def _policy(outcome: Timed) -> dict[str, Any]:
             {
                 "vcpu": vcpu.id,
                 "wall": vcpu.wall,
-                "band": list(band(vcpu)),
-                **{f"{each.name.lower()}_ns": vcpu.spent[each] for each in Spent},
-                "stalls": [{"begin": s.begin, "end": s.end, "guest": s.guest} for s in vcpu.stalls],
+                "band": list(vcpu.band),
+                **named(vcpu.spent),
+                "stalls": [
+                    {"begin": hang.begin, "end": hang.end, "cause": hang.cause.name.lower(), **named(hang.spent)}
+                    for hang in vcpu.stalls
+                ],
             }
             for vcpu in outcome.vcpus
         ],

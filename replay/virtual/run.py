@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from replay.evidence import Evidence
 from replay.lower import Case, Lowering
@@ -19,9 +20,10 @@ from replay.stimuli import VmStimuli
 from replay.virtual.clock import Spent
 from replay.virtual.costs import Fitted, Samples, fit
 from replay.virtual.engine import TimedEngine
+from replay.virtual.hangs import SoftHang, soft_hangs
 from replay.virtual.join import Timing
 from replay.virtual.smis import Apart, Driven
-from replay.virtual.stalls import Rule, Stall, stalls
+from replay.virtual.stalls import Rule
 from replay.virtual.stuck import Run as Stuck
 from replay.virtual.stuck import longest_runs
 from replay.virtual.timed import tail
@@ -43,13 +45,22 @@ class Settings:
 
 @dataclass(frozen=True)
 class VcpuTime:
-    """One vCPU under one run of a policy. `spent` is ns by Spent; `wall` their sum. `error` is relative, of `wall`."""
+    """One vCPU under one run of a policy. `spent` is ns by Spent; `wall` their sum. `error` is relative, of `wall`.
+
+    `progress` is rows of (clock, Cause of the last unload, *spent until then), without what others took from the vCPU.
+    """
 
     id: int
     wall: int
     spent: tuple[int, ...]
-    stalls: list[Stall]
+    stalls: list[SoftHang]
     error: float
+    progress: NDArray[np.int64]
+
+    @property
+    def band(self) -> tuple[int, int]:
+        """Two standard errors about the time."""
+        return round(self.wall * max(0.0, 1 - 2 * self.error)), round(self.wall * (1 + 2 * self.error))
 
     @property
     def guest_share(self) -> float:
@@ -220,15 +231,16 @@ def _outcome(
     measured: Measured,
 ) -> Timed:
     vcpus = []
-    ended, parts = clock.clock, clock.spent
+    ended, parts, causes = clock.clock, clock.spent, clock.causes
     for i, samples in enumerate(clock.samples):
         spent = parts[i].tolist()
-        ran, now = spent[Spent.GUEST], int(ended[i])
+        now = int(ended[i])
+        progress = np.vstack([np.zeros((1, samples.shape[1]), np.int64), samples, [[now, causes[i], *spent]]])
         # What others took from the vCPU, and the host's interrupts, any run would have in proportion to its length.
         timing = measured.timing
         others = int(timing.stolen.preempted[i])
         if not target.recorded:
-            switches = min(int(timing.interrupts[i]) * measured.fitted.costs.switch, ran)
+            switches = min(int(timing.interrupts[i]) * measured.fitted.costs.switch, spent[Spent.GUEST])
             within = min(int(timing.interrupted[i]), spent[Spent.OTHER])
             spent[Spent.GUEST] -= switches
             spent[Spent.OTHER] -= within
@@ -237,9 +249,8 @@ def _outcome(
             others = now * others // max(int(timing.timeline.totals[i].sum()) - others, 1)
         spent[Spent.OTHER] += others
         wall = now + others
-        moments = np.array([(0, 0), *samples.tolist(), (int(ended[i]), ran)], np.int64)
-        found = stalls(moments[:, 0], moments[:, 1], settings.rule)
-        vcpus.append(VcpuTime(ids[i], wall, tuple(spent), found, _error(measured, i, wall)))
+        hangs = soft_hangs(progress, settings.rule)
+        vcpus.append(VcpuTime(ids[i], wall, tuple(spent), hangs, _error(measured, i, wall), progress))
     return Timed(target, run, vcpus, clock.jobs, clock.worked)
 
 

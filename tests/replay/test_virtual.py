@@ -6,14 +6,20 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import polars as pl
 import pytest
+from numpy.typing import NDArray
 from typer.testing import CliRunner
 
 import kvmtrace
 from replay import plan
 from replay.evidence import Evidence
+from replay.ops import Cause
+from replay.result import SPENT
 from replay.virtual import foretell
 from replay.virtual.clock import Spent
+from replay.virtual.hangs import soft_hangs, told
 from replay.virtual.report import stuck_lines
 from replay.virtual.run import Settings, VmTime, replay_timed
 from replay.virtual.stalls import Rule
@@ -81,6 +87,36 @@ def test_costs_say_where_they_are_from() -> None:
     assert vm.fitted.source["found"].startswith("measured")
 
 
+def progress(*stretches: tuple[int, Cause, Spent]) -> NDArray[np.int64]:
+    """Moments 1 ms apart through stretches of (ms, cause of the last unload, what the time goes on)."""
+    rows = [np.zeros(2 + len(Spent), np.int64)]
+    for ms, cause, on in stretches:
+        for _ in range(ms):
+            row = rows[-1].copy()
+            row[0] += 1_000_000
+            row[1] = cause
+            row[2 + on] += 1_000_000
+            rows.append(row)
+    return np.array(rows)
+
+
+def test_a_soft_hang_has_what_began_it_and_what_it_went_on() -> None:
+    guest, fault, other = Spent.GUEST, Spent.FAULT, Spent.OTHER
+    found = soft_hangs(
+        progress(
+            (300, Cause.FIRST, guest), (200, Cause.RSM, fault), (300, Cause.RSM, guest), (200, Cause.CR0_WP, fault),
+            (300, Cause.CR0_WP, guest), (200, Cause.CR0_WP, other), (100, Cause.CR0_WP, guest),
+        ), Rule(),
+    )  # fmt: skip
+    assert [hang.why for hang in found] == ["an SMI", "a write of CR0.WP", "exits that no root policy changes"]
+    assert [hang.cause for hang in found] == [Cause.RSM, Cause.CR0_WP, Cause.CR0_WP]
+    assert [hang.spent[on] for hang, on in zip(found, (fault, fault, other), strict=True)] == [200_000_000] * 3
+    assert all(sum(hang.spent) == hang.ns for hang in found)
+    assert told(found[:1]) == "begun by an SMI"
+    assert told(found[:1] * 3) == "each begun by an SMI"
+    assert told(found) == "begun by an SMI (1), a write of CR0.WP (1), exits that no root policy changes (1)"
+
+
 def test_a_clock_that_runs_backwards_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from replay.virtual.timeline import Timeline
 
@@ -136,3 +172,31 @@ def test_what_it_foretells_is_kept_in_the_documents() -> None:
     worse = replace(found[0], measured=(10**12,))
     assert not worse.inside
     assert worse.error < -0.9
+
+
+def test_the_result_has_times_in_rows(tmp_path: Path) -> None:
+    trace, out = tmp_path / "storm.parquet", tmp_path / "result.parquet"
+    synthesize(trace, Parameters(policy="async", smi_rate=400, working_set=1500, duration=0.2))
+    done = CliRunner().invoke(kvmtrace.app, ["replay", str(trace), "-o", str(out), "--json"])
+    vms = json.loads(done.stdout)["time"]["vms"]
+    rows = pl.read_parquet(out)
+    for policy in vms[0]["policies"]:
+        (vcpu,) = policy["vcpus"]
+        of_policy = rows.filter(pl.col("policy") == policy["policy"])
+        row = of_policy.filter(pl.col("row") == "vcpu").to_dicts()[0]
+        assert row["wall_ns"] == vcpu["wall"] == sum(row[name] for name in SPENT)
+        assert [row["wall_low_ns"], row["wall_high_ns"]] == vcpu["band"]
+        assert row["recorded_ns"] == vms[0]["recorded"][0]
+        stalls = of_policy.filter(pl.col("row") == "stall").to_dicts()
+        assert row["stalls"] == len(stalls) == len(vcpu["stalls"])
+        assert row["stalled_ns"] == sum(stall["wall_ns"] for stall in stalls)
+        for stall, said in zip(stalls, vcpu["stalls"], strict=True):
+            assert stall["cause"] == said["cause"] in ("smi", "rsm")
+            assert (stall["clock"], stall["clock"] + stall["wall_ns"]) == (said["begin"], said["end"])
+            assert sum(stall[name] for name in SPENT) == stall["wall_ns"]
+            assert stall["guest_ns"] < 0.1 * stall["wall_ns"]
+        progress = of_policy.filter(pl.col("row") == "progress").select("clock", *SPENT)
+        assert progress.row(0) == (0,) * (1 + len(SPENT))
+        assert progress["clock"].is_sorted()
+        assert (progress.select(pl.sum_horizontal(SPENT)).to_series() == progress["clock"]).all()
+    assert "begun by an SMI" in CliRunner().invoke(kvmtrace.app, ["replay", str(trace)]).stdout
