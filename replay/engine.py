@@ -1192,11 +1192,13 @@ class Timer:
     chunk = cython.declare(cython.longlong, visibility="public")
     refill = cython.declare(cython.longlong, visibility="public")
     cpus = cython.declare(cython.longlong, visibility="public")
+    prefetch = cython.declare(cython.longlong, visibility="public")
     loads_share = cython.declare(cython.longlong, visibility="public")
     inline = cython.declare(cython.longlong, visibility="public")
     by_worker = cython.declare(cython.longlong, visibility="public")
 
     # State
+    begun = cython.declare(cython.longlong, visibility="public")
     worker = cython.declare(cython.longlong, visibility="public")
     locked = cython.declare(cython.longlong, visibility="public")
     worked = cython.declare(cython.longlong, visibility="public")
@@ -1547,6 +1549,11 @@ class Timer:
         faults: cython.longlong = self.core.vcpu[v].faults
         hits: cython.longlong = self.core.vcpu[v].hits
         tables: cython.longlong = self.core.tables
+        prefetched: cython.longlong = self.core.prefetched
+        held: cython.bint = (
+            self.core.slots[v].slot[0] | self.core.slots[v].slot[1] | self.core.slots[v].slot[2]
+            | self.core.slots[v].slot[3]
+        ) != 0  # fmt: skip
         fixes: cython.longlong = self.core.slots[v].fixes
         created: cython.longlong = self.core.slots[v].creations
         found: cython.longlong = self.core.slots[v].reuses
@@ -1579,10 +1586,13 @@ class Timer:
                 time = self.todo[i].cost if was else self.fault
                 if faults:
                     time += (tables - max(was - 1, 0)) * self.table
-                self._spend(v, ON_FAULT, max(time, 0))
+                self._spend(v, ON_FAULT, max(time, 0) + (self.core.prefetched - prefetched) * self.prefetch)
                 self._switch(v, was, guest)
         elif kind == UNLOAD:
-            self._spend(v, ON_UNLOAD, self.todo[i].cost if was else self.unload)
+            if was:
+                self._spend(v, ON_UNLOAD, self.todo[i].cost)
+            elif held:
+                self._spend(v, ON_UNLOAD, self.unload)
         if created or found:
             time = self.created if created else self.found
             if kind == ENTER and was:
@@ -1606,7 +1616,7 @@ class Timer:
     def _wait(self, v: cython.longlong, exclusive: cython.bint) -> cython.void:
         until: cython.longlong = self.locked
         left: cython.longlong = self.worker - self.pace[v].clock
-        if exclusive and left > 0:
+        if exclusive and left > 0 and self.begun <= self.pace[v].clock:
             if self.chunk:
                 left = min(left, self.chunk)
             until = max(until, self.pace[v].clock + left)
@@ -1619,7 +1629,9 @@ class Timer:
     def _queue_zap(self, now: cython.longlong, work: cython.longlong) -> cython.void:
         vcpus: cython.longlong = self.core.vcpus
         v: cython.longlong
-        self.worker = max(now + self.job, self.worker) + work
+        if now + self.job > self.worker:
+            self.begun = self.worker = now + self.job
+        self.worker += work
         self.worked += work
         self.jobs += 1
         if 0 < self.cpus < vcpus + 1:

@@ -74,7 +74,8 @@ class Clock:
         self.vm = vm
         self.costs = costs
         self.paces = [Pace() for _ in vm.vcpus]
-        self.worker = 0  # until when the worker is at it
+        self.begun = 0  # since when the worker is at it, or will be
+        self.worker = 0  # until when
         self.locked = 0  # until when someone zaps inline, mmu_lock held
         self.worked = 0  # ns the worker took in all
         self.jobs = 0
@@ -173,6 +174,8 @@ class Clock:
         kind = todo.op & 15
         counters, costs = self.vm.counters, self.costs
         faults, hits, tables = vcpu.faults, vcpu.hits, counters.tables
+        prefetched = counters.prefetched
+        held = any(root is not None for root in vcpu.slots)
         fixes, creations, reuses, logged = vcpu.fixes, vcpu.creations, vcpu.reuses, len(self.vm.log)
         self._perform(todo)
         refilled = [row for row in self.vm.log[logged:] if row.event == Happened.CREATED and row.leaves + row.tables]
@@ -194,10 +197,10 @@ class Clock:
             elif own or vcpu.fixes > fixes:
                 time = todo.cost if todo.was else costs.fault
                 time += (built_now - max(todo.was - 1, 0)) * costs.table if own else 0
-                self._spend(pace, Spent.FAULT, max(time, 0))
+                self._spend(pace, Spent.FAULT, max(time, 0) + (counters.prefetched - prefetched) * costs.prefetch)
                 self._switch(pace, todo.was, guest)
         elif kind == Op.UNLOAD:
-            self._spend(pace, Spent.UNLOAD, todo.cost if todo.was else costs.unload)
+            self._spend(pace, Spent.UNLOAD, todo.cost if todo.was else costs.unload if held else 0)
         if created + found:
             ended = CREATED if created else FOUND
             expected = costs.created if created else costs.found
@@ -224,7 +227,7 @@ class Clock:
     def _wait(self, pace: Pace, exclusive: bool) -> None:
         """For mmu_lock: held by an inline zap it stops whoever wants it, by the worker whoever wants it for write."""
         until = self.locked
-        if exclusive and self.worker > pace.clock:
+        if exclusive and self.begun <= pace.clock < self.worker:
             left = self.worker - pace.clock
             until = max(until, pace.clock + (min(left, self.costs.chunk) if self.costs.chunk else left))
         if until > pace.clock:
@@ -244,8 +247,10 @@ class Clock:
                 self._queue_zap(pace.clock, work)
 
     def _queue_zap(self, now: int, work: int) -> None:
-        begins = max(now + self.costs.job, self.worker)
-        self.worker = begins + work
+        begins = now + self.costs.job
+        if begins > self.worker:
+            self.begun = self.worker = begins
+        self.worker += work
         self.worked += work
         self.jobs += 1
         busy = len(self.paces) + 1

@@ -165,7 +165,7 @@ class TimedEngine:
         timer.loads_share = axes.loads_share
         timer.inline = axes.teardown == "inline"
         timer.by_worker = axes.teardown == "worker"
-        for name in ("todos", "samples", "worker", "locked", "worked", "jobs"):
+        for name in ("todos", "samples", "begun", "worker", "locked", "worked", "jobs"):
             setattr(timer, name, 0)
 
     def _attach(self) -> None:

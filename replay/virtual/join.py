@@ -2,8 +2,8 @@
 
 An exit's handling of faults goes to its touch, of loads to its entry, of unloads to its unload; the rest of it, the
 guest time before it, and exits without an operation are the `lead` of the next operation. Nothing is given twice or
-left out but inline zaps, which are the policy's (`zapped`). What happens to the VM as a whole takes its turn behind the
-vCPU that acted last.
+left out but inline zaps and what is prefetched, which are the policy's (`totals` has them). What happens to the VM
+as a whole takes its turn behind the vCPU that acted last.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from replay.virtual.timeline import Doing, Spans, Timeline
 from traces.schema import BY_NAME
 
 _EXIT: Final = BY_NAME["kvm_exit"].code
+_FAULT: Final = BY_NAME["kvm_page_fault"].code
 _GET_PAGE: Final = BY_NAME["kvm_mmu_get_page"].code
 _LOADED: Final = (BY_NAME["root_get"].code, BY_NAME["mmu_load"].code, _GET_PAGE)
 _DOINGS: Final = len(Doing)
@@ -44,14 +45,19 @@ class _Exits:
 class Timing:
     """One VM's times. `watch` each batch of rows, then `join` its operations; `samples` are of costs."""
 
-    def __init__(self, vcpus: int, cpus: int, workers: Collection[int] = ()) -> None:
+    def __init__(self, vcpus: int, cpus: int, workers: Collection[int] = (), prefetches: bool = False) -> None:
         """`cpus` that vCPUs and workers share (0: enough); `workers` are the tids of kernel workers."""
-        self.timeline = Timeline(vcpus)
-        self.samples = {name: Samples() for name in ("switch", "fault", "table", "found", "created", "unload")}
-        self.zapped = 0  # ns of inline zaps
+        self.timeline = Timeline(vcpus, prefetches)
+        costs = ("switch", "fault", "table", "found", "created", "unload", "prefetch")
+        self.samples = {name: Samples() for name in costs}
         self.interrupts = np.zeros(vcpus, np.int64)  # of the host, by vCPU
         self.interrupted = np.zeros(vcpus, np.int64)  # ns they took
         self.stolen = Stolen(vcpus, cpus == 1, workers)
+        # ns by vCPU and Doing, without what others took; OTHER has all that is no operation's.
+        self.totals = np.zeros((vcpus, _DOINGS), np.int64)
+        self.rows = np.zeros(vcpus, np.int64)  # of each vCPU's thread
+        self.fault_rows = np.zeros(vcpus, np.int64)  # of these, of faults
+        self.faults = np.zeros(vcpus, np.int64)
         self._vcpus = vcpus
         self._exits = [_empty() for _ in range(vcpus)]
         self._lead = np.zeros(vcpus, np.int64)  # carried to the next operation
@@ -63,6 +69,12 @@ class Timing:
         """Take in a batch of rows."""
         spans = self.timeline.feed(rows)
         spans = self.stolen.purge(rows, spans)
+        of_fault = spans.doing == Doing.FAULT
+        faults = of_fault & (spans.kind == _FAULT)
+        self.rows += np.bincount(spans.vcpu, minlength=self._vcpus)
+        self.faults += np.bincount(spans.vcpu[faults], minlength=self._vcpus)
+        self.fault_rows += np.bincount(spans.vcpu[of_fault | faults], minlength=self._vcpus)
+        self.samples["prefetch"].add(spans.ns[spans.doing == Doing.PREFETCH])
         roots = np.where(np.isin(spans.kind, _LOADED), spans.root, 0)
         for vcpu in range(self._vcpus):
             start, stop = np.searchsorted(spans.vcpu, [vcpu, vcpu + 1])
@@ -96,13 +108,24 @@ class Timing:
     def rest(self) -> tuple[Ints, Ints]:
         """What came after the last operation, by vCPU: (ns, ns in the guest)."""
         for v, exits in enumerate(self._exits):
-            self.zapped += int(exits.ns[:, Doing.ZAP].sum())
-            exits.ns[:, Doing.ZAP] = 0
+            self._keep_apart(v, exits.ns)
+            self._count(v, exits.ns)
             self._interrupted(v, exits, slice(None))
             self._lead[v] += exits.ns.sum()
             self._guest[v] += exits.ns[:, Doing.GUEST].sum()
             self._exits[v] = _empty()
         return self._lead, self._guest
+
+    def _keep_apart(self, v: int, ns: NDArray[np.int64]) -> None:
+        """Take out of exits what is the policy's."""
+        for doing in (Doing.ZAP, Doing.PREFETCH):
+            self.totals[v, doing] += int(ns[:, doing].sum())
+            ns[:, doing] = 0
+
+    def _count(self, v: int, lead: NDArray[np.int64]) -> None:
+        ran = int(lead[:, Doing.GUEST].sum())
+        self.totals[v, Doing.GUEST] += ran
+        self.totals[v, Doing.OTHER] += int(lead.sum()) - ran
 
     def _gather(self, spans: Spans, roots: Ints) -> _Exits:
         """A vCPU's spans by exit; what is before the first kvm_exit goes on with the exit before."""
@@ -154,6 +177,7 @@ class Timing:
             takes = takes[np.unique(at[takes], return_index=True)[1]]
             cost[mine[takes]] = exits.ns[at[takes], doing]
             fixed[at[takes], doing] = 0
+            self.totals[v, doing] += int(cost[mine[takes]].sum())
             if doing == Doing.FAULT:
                 was[mine[takes]] = 1 + np.minimum(exits.tables[at[takes]], 200)
             elif doing == Doing.UNLOAD:
@@ -161,25 +185,24 @@ class Timing:
             elif doing == Doing.LOAD:
                 loaded = takes[cost[mine[takes]] > 0]
                 was[mine[loaded]] = np.where(exits.built_root[at[loaded]], CREATED, FOUND)
-        self.zapped += int(fixed[:, Doing.ZAP].sum())
-        fixed[:, Doing.ZAP] = 0
-        self._interrupted(v, exits, slice(int(at[-1]) + 1))
+        end = int(at[-1]) + 1
+        self._keep_apart(v, fixed[:end])
+        self._interrupted(v, exits, slice(end))
         # An exit's first operation takes what no operation owns of it and of the exits since the last one.
         first = np.unique(at, return_index=True)[1]
         total = np.append(0, np.cumsum(fixed.sum(1)))
         ran = np.append(0, np.cumsum(fixed[:, Doing.GUEST]))
         upto = at[first] + 1
+        self._count(v, fixed[:end])
         lead[mine[first]] = np.diff(total[np.append(0, upto)])
         guest[mine[first]] = np.diff(ran[np.append(0, upto)])
         lead[mine[0]] += self._lead[v]
         guest[mine[0]] += self._guest[v]
         self._lead[v] = self._guest[v] = 0
         # The last exit may go on in the next batch: what it has been given is gone from it.
-        end = int(upto[-1])
         left = _part(exits, slice(end - 1, None))
         left.ns[0] = 0
         left.interrupt[0] = False
-        self.zapped -= int(left.ns[:, Doing.ZAP].sum())  # it is counted when it is taken
         self._exits[v] = left
 
     def _interrupted(self, v: int, exits: _Exits, part: slice) -> None:

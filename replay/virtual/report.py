@@ -37,7 +37,8 @@ def facts(times: list[VmTime], settings: Settings) -> dict[str, Any]:
                     name: {"ns": getattr(vm.fitted.costs, name), "from": source, "error": vm.fitted.error.get(name)}
                     for name, source in vm.fitted.source.items()
                 },
-                "recorded": vm.recorded,
+                "recorded": [sum(spent) for spent in vm.recorded],
+                "recorded_spent": [named(spent) for spent in vm.recorded],
                 "stuck": [{**vars(run), "why": run.why} for run in vm.stuck],
                 "policies": [_policy(outcome) for outcome in vm.outcomes],
             }
@@ -119,7 +120,10 @@ def _table(vm: VmTime) -> Table:
     for name in ("soft-hangs", "longest"):
         table.add_column(name, justify="right")
     for i, recorded in enumerate(vm.recorded):
-        table.add_row("as recorded", str(vm.outcomes[0].vcpus[i].id) if vm.outcomes else "", _time(recorded))
+        vcpu_id = str(vm.outcomes[0].vcpus[i].id) if vm.outcomes else ""
+        wall = sum(recorded)
+        shares = ("" if on == Spent.SWITCH else f"{ns / wall:.1%}" for on, ns in enumerate(recorded) if wall)
+        table.add_row("as recorded (guest with switch)", vcpu_id, _time(wall), "", "", *shares)
     for outcome in vm.outcomes:
         name = outcome.target.name + ("" if outcome.run.bound == "exact" else f", {outcome.run.bound}")
         for vcpu in outcome.vcpus:
@@ -133,11 +137,13 @@ def _table(vm: VmTime) -> Table:
 def _trust(vm: VmTime) -> Iterator[str]:
     costs = vm.fitted.costs
     measured = [name for name, source in vm.fitted.source.items() if source.startswith("measured")]
-    assumed = [name for name in vm.fitted.source if name not in measured]
+    assumed: dict[str, list[str]] = {}
+    for name, source in vm.fitted.source.items():
+        if name not in measured:
+            assumed.setdefault(source, []).append(f"{name} {_time(getattr(costs, name))}")
     yield "costs measured: " + (", ".join(f"{name} {_time(getattr(costs, name))}" for name in measured) or "none")
     if assumed:
-        listed = ", ".join(f"{name} {_time(getattr(costs, name))}" for name in assumed)
-        yield f"costs assumed ({vm.fitted.source[assumed[0]]}): {listed}"
+        yield "costs assumed: " + "; ".join(f"{', '.join(names)} ({source})" for source, names in assumed.items())
     if vm.driven.by_guest + vm.driven.by_clock:
         kept = "keep their wall-clock times" if vm.open else "move with the guest's progress"
         yield (

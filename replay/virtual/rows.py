@@ -20,7 +20,7 @@ def write(writer: Writer, times: Iterable[VmTime], policies: Sequence[str]) -> N
     for vm in times:
         for outcome in vm.outcomes:
             key = (policies.index(outcome.target.name), outcome.run.bound, vm.vm)
-            rows = [_row(*pair) for pair in zip(vm.recorded, outcome.vcpus, strict=True)]
+            rows = [_row(sum(recorded), vcpu) for recorded, vcpu in zip(vm.recorded, outcome.vcpus, strict=True)]
             writer.timed[key] = {name: [row[name] for row in rows] for name in rows[0]}
             for vcpu in outcome.vcpus:
                 moments = dict(zip(("clock", "cause", *SPENT), vcpu.progress.T, strict=True))

@@ -16,7 +16,7 @@ from replay.virtual.timeline import Spans
 
 _TIMES = 10  # a span this many times the median of its kind, and longer than this many ns, was interrupted
 _LEAST = 50_000
-_ENOUGH = 20  # spans of a kind, for a median
+_ENOUGH = 10  # spans of a kind, for a median
 
 
 class Stolen:
@@ -72,7 +72,8 @@ class Stolen:
         """Spans cut to what is usual of their kind, where they are beyond all measure."""
         # Where the guest did nothing, all beyond the switch is interruption.
         kinds = [(spans.still, 1, 0)]
-        kinds += [(~spans.still & (spans.doing == doing), _TIMES, _LEAST) for doing in np.unique(spans.doing)]
+        pair = spans.before.astype(np.int64) << 8 | spans.kind
+        kinds += [(~spans.still & (pair == each), _TIMES, _LEAST) for each in np.unique(pair)]
         for which, times, least in kinds:
             like = np.flatnonzero(which)
             if len(like) < _ENOUGH:

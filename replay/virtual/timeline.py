@@ -29,6 +29,7 @@ class Doing(IntEnum):
     SMM = 5  # an SMI or RSM is emulated
     USER = 6  # userspace has the vCPU
     OTHER = 7  # any other exit
+    PREFETCH = 8  # the shadow MMU fills one entry more than it was asked for
 
 
 _NEUTRAL: Final = 255
@@ -53,6 +54,7 @@ _EXIT: Final = BY_NAME["kvm_exit"].code
 _INTERRUPTS: Final = (0x60, 1)  # SVM_EXIT_INTR, EXIT_REASON_EXTERNAL_INTERRUPT
 _USER_EXIT: Final = BY_NAME["kvm_userspace_exit"].code
 _GET_PAGE: Final = BY_NAME["kvm_mmu_get_page"].code
+_SET: Final = BY_NAME["kvm_mmu_set_spte"].code
 _TABLE_FREE: Final = BY_NAME["table_free"].code  # an RCU callback that interrupts whatever runs
 
 
@@ -77,6 +79,7 @@ class Spans:
     ns: Ints
     doing: NDArray[np.uint8]
     kind: NDArray[np.uint8]
+    before: NDArray[np.uint8]  # kind of the row that it begins with
     root: Ints
     still: NDArray[np.bool_]  # in the guest, which came back at the RIP it had gone in with
     interrupt: NDArray[np.bool_]  # ends with an exit for a host interrupt
@@ -85,7 +88,9 @@ class Spans:
 class Timeline:
     """Splits batch after batch of one VM. `totals` is ns by vCPU and Doing."""
 
-    def __init__(self, vcpus: int) -> None:
+    def __init__(self, vcpus: int, prefetches: bool = False) -> None:
+        """`prefetches`: the recorded MMU does, as the shadow MMU."""
+        self._prefetches = prefetches
         self.totals = np.zeros((vcpus, len(Doing)), np.int64)
         self.backwards = 0  # rows whose clock was behind their thread's last one
         self._time = np.full(vcpus, -1, np.int64)
@@ -110,6 +115,8 @@ class Timeline:
         about = self._carried(own, vcpu, first)
         doing = np.where(before == _USER_EXIT, np.uint8(Doing.USER), about)
         doing = np.where((before == _ENTRY) & (kind == _EXIT), np.uint8(Doing.GUEST), doing)
+        if self._prefetches:
+            doing = np.where((before == _SET) & (kind == _SET), np.uint8(Doing.PREFETCH), doing)
 
         rip = rows.rip[kept]
         entered = np.empty_like(rip)
@@ -127,7 +134,8 @@ class Timeline:
         last = np.flatnonzero(np.append(first[1:], True)) if len(kept) else kept
         self._time[vcpu[last]], self._kind[vcpu[last]], self._rip[vcpu[last]] = time[last], kind[last], rip[last]
         self._about[vcpu[last]] = about[last]
-        return Spans(vcpu, rows.seq[kept], time, ns, doing, kind, rows.root[kept].astype(np.int64), still, interrupt)
+        root = rows.root[kept].astype(np.int64)
+        return Spans(vcpu, rows.seq[kept], time, ns, doing, kind, before, root, still, interrupt)
 
     @staticmethod
     def _classes(rows: Rows, at: Ints) -> NDArray[np.uint8]:

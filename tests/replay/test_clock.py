@@ -277,7 +277,7 @@ def test_memory_follows_what_waits_not_the_stream() -> None:
 @pytest.mark.parametrize("name", NAMED)
 def test_a_worker_and_a_lock_that_loads_wait_for(name: str) -> None:
     """What zaps a root that dies is the policy's, and so is who waits."""
-    stream = smi_storm(NAMED[name], 1_000_000)
+    stream = replace(smi_storm(NAMED[name], 1_000_000), costs=Costs(job=500))  # the load comes 2 us after the unload
     made, clock = by_engine(stream), by_reference(stream)
     assert_on_time(made, clock)
     assert (made.jobs > 0) == (name == "async")

@@ -53,7 +53,8 @@ def costs() -> st.SearchStrategy[Costs]:
     ns = st.sampled_from([0, 1, 3, 50, 2500])
     return st.builds(
         Costs, ns, ns, ns, ns, ns, ns, ns, ns, ns,
-        chunk=st.sampled_from([0, 1, 40, 5000]), refill=st.sampled_from([0, 1, 1000, 2500]), cpus=st.integers(0, 2)
+        prefetch=ns, chunk=st.sampled_from([0, 1, 40, 5000]),
+        refill=st.sampled_from([0, 1, 1000, 2500]), cpus=st.integers(0, 2)
     )  # fmt: skip
 
 
