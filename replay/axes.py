@@ -33,6 +33,9 @@ class Axes:
     prefetch: int = 1
     # Loads and unloads take mmu_lock for read (6.9), or for write. Virtual time alone asks.
     loads_share: bool = True
+    # Faults take mmu_lock for read (TDP from 5.12 on: a2855afc7ee8), or one at a time (5.10's spinlock, shadow MMU).
+    # Virtual time alone asks.
+    faults_share: bool = True
     # An assumption, not a policy: a root built anew gets all at once what the recorded kernel still had mapped.
     revive: bool = False
 
@@ -50,9 +53,15 @@ SYNC_RW: Final = Axes(
     split_in_place=False,
     loads_share=False,
 )
-SYNC: Final = replace(SYNC_RW, invalidate="empty")
+SYNC: Final = replace(SYNC_RW, invalidate="empty", faults_share=False)
 SHADOW: Final = Axes(
-    "shadow", mmu="shadow", teardown="invalidator", split_in_place=False, prefetch=8, loads_share=False
+    "shadow",
+    mmu="shadow",
+    teardown="invalidator",
+    split_in_place=False,
+    prefetch=8,
+    loads_share=False,
+    faults_share=False,
 )
 
 NAMED: Final = {axes.name: axes for axes in (SYNC, ASYNC, PRESERVE_WORKER, PRESERVE, SHADOW)}

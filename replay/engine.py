@@ -1192,7 +1192,9 @@ class Timer:
     chunk = cython.declare(cython.longlong, visibility="public")
     refill = cython.declare(cython.longlong, visibility="public")
     cpus = cython.declare(cython.longlong, visibility="public")
+    hold = cython.declare(cython.longlong, visibility="public")
     prefetch = cython.declare(cython.longlong, visibility="public")
+    faults_share = cython.declare(cython.longlong, visibility="public")
     loads_share = cython.declare(cython.longlong, visibility="public")
     inline = cython.declare(cython.longlong, visibility="public")
     by_worker = cython.declare(cython.longlong, visibility="public")
@@ -1201,6 +1203,7 @@ class Timer:
     begun = cython.declare(cython.longlong, visibility="public")
     worker = cython.declare(cython.longlong, visibility="public")
     locked = cython.declare(cython.longlong, visibility="public")
+    shared = cython.declare(cython.longlong, visibility="public")
     worked = cython.declare(cython.longlong, visibility="public")
     jobs = cython.declare(cython.longlong, visibility="public")
 
@@ -1388,6 +1391,7 @@ class Timer:
         lead: cython.longlong
         guest: cython.longlong
         time: cython.longlong
+        since: cython.longlong
         was: cython.longlong
         present: cython.ulonglong
         ever: cython.ulonglong
@@ -1437,13 +1441,16 @@ class Timer:
                 word[vcpu[v].word].leaves += fault
                 was = todo[i].was
                 if fault:
-                    if self.locked > pace[v].clock:
-                        self._wait(v, False)
+                    if self.core.vcpus > 1:
+                        self._wait(v, not self.faults_share)
+                    since = pace[v].clock
                     time = todo[i].cost if was else self.fault
                     if was > 1:
                         time = max(time - (was - 1) * self.table, 0)
                     self._spend(v, ON_FAULT, time)
                     self._switch(v, was, guest)
+                    if self.core.vcpus > 1:
+                        self._take(v, not self.faults_share, since)
                 elif was:
                     self._spend(v, ON_GUEST, -min(self.switch, guest))
             pace[v].lead = NONE
@@ -1559,7 +1566,10 @@ class Timer:
         found: cython.longlong = self.core.slots[v].reuses
         leaves: cython.longlong
         time: cython.longlong
+        since: cython.longlong
         put: cython.longlong
+        loads: cython.bint
+        exclusive: cython.bint
         self.core.revived_leaves = self.core.revived_tables = self.core.puts = 0
         self.core.at = self.todo[i].at
         if self.core._do(o, self.todo[i].gfn):
@@ -1570,10 +1580,11 @@ class Timer:
         created = self.core.slots[v].creations - created
         found = self.core.slots[v].reuses - found
 
-        if created or found or kind == UNLOAD:
-            self._wait(v, not self.loads_share)
-        elif faults:
-            self._wait(v, False)
+        loads = created or found or kind == UNLOAD
+        exclusive = (loads and not self.loads_share) or (faults > 0 and not self.faults_share)
+        if loads or faults:
+            self._wait(v, exclusive)
+        since = self.pace[v].clock
         if leaves or self.core.revived_tables:
             time = (leaves * self.fault + self.core.revived_tables * self.table) * self.refill // 1000
             self._spend(v, ON_FAULT, time)
@@ -1601,6 +1612,8 @@ class Timer:
                 else:
                     time += self.todo[i].cost - (self.created if was == WAS_CREATED else self.found)
             self._spend(v, ON_LOAD, max(time, 0))
+        if loads or faults:
+            self._take(v, exclusive, since)
         for put in range(self.core.puts):
             time = self.core.put[put].leaves * self.zap_leaf + self.core.put[put].tables * self.zap_table
             if self.inline:
@@ -1614,7 +1627,7 @@ class Timer:
     @cython.nogil
     @cython.exceptval(check=False)
     def _wait(self, v: cython.longlong, exclusive: cython.bint) -> cython.void:
-        until: cython.longlong = self.locked
+        until: cython.longlong = max(self.locked, self.shared) if exclusive else self.locked
         left: cython.longlong = self.worker - self.pace[v].clock
         if exclusive and left > 0 and self.begun <= self.pace[v].clock:
             if self.chunk:
@@ -1622,6 +1635,17 @@ class Timer:
             until = max(until, self.pace[v].clock + left)
         if until > self.pace[v].clock:
             self._spend(v, ON_WAIT, until - self.pace[v].clock)
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _take(self, v: cython.longlong, exclusive: cython.bint, since: cython.longlong) -> cython.void:
+        until: cython.longlong = min(since + (self.hold if self.core.vcpus > 1 else 0), self.pace[v].clock)
+        if until > since:
+            if exclusive:
+                self.locked = max(self.locked, until)
+            else:
+                self.shared = max(self.shared, until)
 
     @cython.cfunc
     @cython.nogil

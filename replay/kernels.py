@@ -42,7 +42,10 @@ class Kernel:
         axes = NAMED[name]
         if axes.mmu == "shadow":
             return replace(axes, request=self.axes.request)
-        return replace(axes, split_in_place=self.axes.split_in_place, loads_share=self.axes.loads_share)
+        own = self.axes
+        return replace(
+            axes, split_in_place=own.split_in_place, loads_share=own.loads_share, faults_share=own.faults_share
+        )
 
 
 _WITH_WP: Final = ALWAYS | {Trigger.CR0_WP}  # until 01b31714bd90
@@ -62,7 +65,7 @@ def _kernel(
     *,
     fixed: int = 4,
 ) -> Kernel:
-    axes = replace(axes, loads_share=since >= (6, 9, 0))
+    axes = replace(axes, loads_share=since >= (6, 9, 0), faults_share=since >= (5, 12, 0))
     return Kernel(name, since, axes, unloads, layout, since >= (5, 18, 0), fixed, since >= (5, 15, 0))
 
 

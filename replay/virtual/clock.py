@@ -7,11 +7,12 @@ an operation's `lead` passes as recorded. What changes is which operations cost 
 - A touch that hits takes no exit: its handling and the switch are saved.
 - A fault takes its recorded handling, more or less by the tables it now builds. A refill takes that much for each leaf.
 - A load takes its recorded time if it ends as recorded, else what the other kind of load costs.
+- Faults, loads and unloads have mmu_lock for a while, for read or for write as the kernel takes it: others queue.
 - A root's last put zaps inline, where that is the policy: the vCPU pays, and others wait for mmu_lock; or queues it
   for the worker, which holds mmu_lock for read meanwhile: loads that want it for write wait, and where CPUs are short,
   all do.
 
-That vCPUs contend for mmu_lock among each other is in the recorded costs, and stays as recorded.
+What the recorded costs hold of waits for mmu_lock is taken out of them before (`contended`).
 """
 
 from __future__ import annotations
@@ -76,9 +77,11 @@ class Clock:
         self.paces = [Pace() for _ in vm.vcpus]
         self.begun = 0  # since when the worker is at it, or will be
         self.worker = 0  # until when
-        self.locked = 0  # until when someone zaps inline, mmu_lock held
+        self.locked = 0  # until when someone has mmu_lock for write
+        self.shared = 0  # until when someone has it for read, the worker apart
         self.worked = 0  # ns the worker took in all
         self.jobs = 0
+        self._hold = costs.hold if len(vm.vcpus) > 1 else 0
         self._queues: list[deque[_Todo]] = [deque() for _ in range(2 * len(vm.vcpus) + 1)]
 
     def feed(self, timed: Timed, ranges: Ranges, first: int = 0) -> None:
@@ -184,9 +187,12 @@ class Clock:
         own = vcpu.faults - faults - leaves
         created, found = vcpu.creations - creations, vcpu.reuses - reuses
 
-        exclusive = created + found > 0 or kind == Op.UNLOAD
-        if exclusive or own:
-            self._wait(pace, exclusive and not self.vm.axes.loads_share)
+        axes = self.vm.axes
+        loads = created + found > 0 or kind == Op.UNLOAD
+        exclusive = (loads and not axes.loads_share) or (own > 0 and not axes.faults_share)
+        if loads or own:
+            self._wait(pace, exclusive)
+        since = pace.clock
         if leaves or built:
             self._spend(pace, Spent.FAULT, (leaves * costs.fault + built * costs.table) * costs.refill // 1000)
             self._spend(pace, Spent.SWITCH, leaves * costs.switch * costs.refill // 1000)
@@ -209,6 +215,8 @@ class Clock:
                 recorded = costs.created if todo.was == CREATED else costs.found
                 time = todo.cost + (expected - recorded if ended != todo.was else 0)
             self._spend(pace, Spent.LOAD, max(time, 0))
+        if loads or own:
+            self._take(exclusive, since, min(since + self._hold, pace.clock))
         self._account_frees(pace, logged)
 
     def _switch(self, pace: Pace, was: int, guest: int) -> None:
@@ -225,13 +233,23 @@ class Clock:
         pace.spent[on] += ns
 
     def _wait(self, pace: Pace, exclusive: bool) -> None:
-        """For mmu_lock: held by an inline zap it stops whoever wants it, by the worker whoever wants it for write."""
-        until = self.locked
+        """For mmu_lock: held for write it stops whoever wants it, for read (as the worker does) who wants it for write.
+
+        Who comes first has it first, as with the queue of the kernel's lock: vCPUs come in the order of their exits.
+        """
+        until = max(self.locked, self.shared) if exclusive else self.locked
         if exclusive and self.begun <= pace.clock < self.worker:
             left = self.worker - pace.clock
             until = max(until, pace.clock + (min(left, self.costs.chunk) if self.costs.chunk else left))
         if until > pace.clock:
             self._spend(pace, Spent.WAIT, until - pace.clock)
+
+    def _take(self, exclusive: bool, since: int, until: int) -> None:
+        """mmu_lock, which is free then."""
+        if until > since and exclusive:
+            self.locked = max(self.locked, until)
+        elif until > since:
+            self.shared = max(self.shared, until)
 
     def _account_frees(self, pace: Pace, logged: int) -> None:
         """What the last put of a valid root left to zap is zapped, by whom the policy says."""

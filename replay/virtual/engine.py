@@ -129,8 +129,13 @@ class TimedEngine:
 
     @property
     def locked(self) -> int:
-        """Until when someone zaps inline."""
+        """Until when someone has mmu_lock for write."""
         return int(self._timer.locked)
+
+    @property
+    def shared(self) -> int:
+        """Until when someone has it for read, the worker apart."""
+        return int(self._timer.shared)
 
     @property
     def worked(self) -> int:
@@ -163,9 +168,10 @@ class TimedEngine:
         for field in fields(Costs):
             setattr(timer, field.name, getattr(costs, field.name))
         timer.loads_share = axes.loads_share
+        timer.faults_share = axes.faults_share
         timer.inline = axes.teardown == "inline"
         timer.by_worker = axes.teardown == "worker"
-        for name in ("todos", "samples", "begun", "worker", "locked", "worked", "jobs"):
+        for name in ("todos", "samples", "begun", "worker", "locked", "shared", "worked", "jobs"):
             setattr(timer, name, 0)
 
     def _attach(self) -> None:

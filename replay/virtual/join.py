@@ -15,8 +15,10 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from replay.axes import PRESERVE, Axes
 from replay.lookback import Ints, Rows
 from replay.ops import VCPU_SHIFT, Block, Op
+from replay.virtual.contended import Contended
 from replay.virtual.costs import Samples
 from replay.virtual.stolen import Stolen
 from replay.virtual.timed import CREATED, FOUND, MORE, NEVER, Timed
@@ -45,9 +47,10 @@ class _Exits:
 class Timing:
     """One VM's times. `watch` each batch of rows, then `join` its operations; `samples` are of costs."""
 
-    def __init__(self, vcpus: int, cpus: int, workers: Collection[int] = (), prefetches: bool = False) -> None:
+    def __init__(self, vcpus: int, cpus: int, workers: Collection[int] = (), own: Axes = PRESERVE) -> None:
         """`cpus` that vCPUs and workers share (0: enough); `workers` are the tids of kernel workers."""
-        self.timeline = Timeline(vcpus, prefetches)
+        self.timeline = Timeline(vcpus, own.prefetch > 1)
+        self.contended = Contended(vcpus, cpus != 1 and not own.faults_share)
         costs = ("switch", "fault", "table", "found", "created", "unload", "prefetch")
         self.samples = {name: Samples() for name in costs}
         self.interrupts = np.zeros(vcpus, np.int64)  # of the host, by vCPU
@@ -68,7 +71,7 @@ class Timing:
     def watch(self, rows: Rows) -> None:
         """Take in a batch of rows."""
         spans = self.timeline.feed(rows)
-        spans = self.stolen.purge(rows, spans)
+        spans = self.contended.purge(self.stolen.purge(rows, spans))
         of_fault = spans.doing == Doing.FAULT
         faults = of_fault & (spans.kind == _FAULT)
         self.rows += np.bincount(spans.vcpu, minlength=self._vcpus)

@@ -157,6 +157,10 @@ class Measured:
         elif backwards:
             self.refused = f"the clock runs backwards at {backwards:,} rows: times are not to be had"
         samples: dict[str, Samples] = dict(self.timing.samples)
+        contended = self.timing.contended
+        if contended.faults:
+            samples["hold"] = Samples()
+            samples["hold"].add(np.full(contended.faults, contended.held // contended.faults, np.int64))
         # Each vCPU gives up its part of a job (`Clock`), so that a job takes what they lost on average.
         lost = int(self.timing.stolen.lost.mean()) if len(stimuli.vcpus) else 0
         taken = lost if evidence.own.teardown == "worker" else int(self.timing.totals[:, Doing.ZAP].sum())
@@ -176,7 +180,7 @@ class Measured:
         spent = np.zeros((len(self.timing.totals), len(Spent)), np.int64)
         for doing, on in _SPENT.items():
             spent[:, on] += self.timing.totals[:, doing]
-        spent[:, Spent.WAIT] += self.timing.stolen.lost
+        spent[:, Spent.WAIT] += self.timing.stolen.lost + self.timing.contended.waited
         spent[:, Spent.OTHER] += self.timing.stolen.preempted
         return [tuple(row) for row in spent.tolist()]
 
@@ -302,7 +306,7 @@ def timing_of(evidence: Evidence, vm: Mapping[str, Any]) -> Timing:
     """What measures a VM's times, before its first row."""
     vcpus = len({int(vcpu["id"]) for vcpu in vm["vcpus"]})
     workers = [int(t["tid"]) for t in evidence.trace.metadata.threads if str(t.get("comm", "")).startswith("kworker")]
-    return Timing(vcpus, _cpus(evidence), workers, evidence.shadow)
+    return Timing(vcpus, _cpus(evidence), workers, evidence.own)
 
 
 def _cpus(evidence: Evidence) -> int:

@@ -49,7 +49,7 @@ def by_engine(stream: TimedStream, sizes: Sequence[int] = WHOLE, module: Any = e
 
 def times(clock: Clock) -> list[Any]:
     paces = [(p.clock, p.spent, p.sampled, p.inside, p.samples) for p in clock.paces]
-    return [paces, clock.worker, clock.locked, clock.worked, clock.jobs]
+    return [paces, clock.worker, clock.locked, clock.shared, clock.worked, clock.jobs]
 
 
 def assert_on_time(made: TimedEngine, clock: Clock) -> None:
@@ -58,8 +58,8 @@ def assert_on_time(made: TimedEngine, clock: Clock) -> None:
     assert [samples.tolist() for samples in made.samples] == [
         [list(sample) for sample in pace.samples] for pace in clock.paces
     ]
-    found = [made.worker, made.locked, made.worked, made.jobs]
-    assert found == [clock.worker, clock.locked, clock.worked, clock.jobs]
+    found = [made.worker, made.locked, made.shared, made.worked, made.jobs]
+    assert found == [clock.worker, clock.locked, clock.shared, clock.worked, clock.jobs]
     assert_same(made.engine, clock.vm)
 
 
@@ -197,6 +197,24 @@ def test_vcpus_that_wait_for_each_other(module: Any, chunk: int, cpus: int, tear
     assert sum(pace.spent[Spent.WAIT] for pace in clock.paces) > 0 or (teardown, cpus) == ("worker", 3)
 
 
+@pytest.mark.parametrize("vcpus", [1, 2, 8])
+@pytest.mark.parametrize(("share", "hold"), [(True, 50), (False, 50), (False, 20)])
+def test_faults_that_exclude_each_other_queue(vcpus: int, share: bool, hold: int) -> None:
+    """Faults of 50 ns, back to back: side by side where they share mmu_lock, else no more than one per `hold`."""
+    count = 400
+    rows = [(pack(Op.TOUCH, v, 1), page, v, 0, 0, 50, 1, MORE) for page in range(count) for v in range(vcpus)]
+    # Each vCPU has pages of its own.
+    rows = [(op, gfn * vcpus + v, v, *rest) for op, gfn, v, *rest in rows]  # type: ignore[misc]
+    costs = Costs(switch=0, fault=50, table=0, found=0, created=0, hold=hold)
+    stream = TimedStream(replace(PRESERVE, faults_share=share), [Word(0)], vcpus, costs, timed_of(rows), Ranges())
+    made, clock = by_engine(stream, [64]), by_reference(stream)
+    assert_on_time(made, clock)
+    alone = count * 50
+    assert made.clock.max() - made.spent[:, Spent.WAIT].max() == alone
+    limit = alone if share or vcpus == 1 else max(alone, vcpus * count * hold)
+    assert limit <= made.clock.max() <= limit + 50 * vcpus
+
+
 @pytest.mark.parametrize("module", [engine, PLAIN])
 @pytest.mark.parametrize("queue", [0, 1, 2])
 def test_split_of_a_gigabyte_takes_up_where_memory_ended(module: Any, queue: int) -> None:
@@ -210,7 +228,7 @@ def test_split_of_a_gigabyte_takes_up_where_memory_ended(module: Any, queue: int
     rows += [(pack(Op.TOUCH, level=1), 7, 0, 900, 400, 7, 1, MORE)]
     stream = TimedStream(PRESERVE, [Word(0)], 1, Costs(), timed_of(rows), Ranges([(0, 1 << 18), (1 << 20, 1 << 21)]))
     made, clock = by_engine(stream, module=module), by_reference(stream)
-    assert times(clock)[1:] == [made.worker, made.locked, made.worked, made.jobs]
+    assert times(clock)[1:] == [made.worker, made.locked, made.shared, made.worked, made.jobs]
     assert made.spent.tolist() == [clock.paces[0].spent]
     assert made.counters == clock.vm.counters
     assert made.counters.tables > 500

@@ -55,6 +55,13 @@ def test_other_versions_are_refused(version: str) -> None:
         kernels.at(version)
 
 
+def test_faults_share_the_lock_from_5_12_on() -> None:
+    assert [kernel.name for kernel in KERNELS if not kernel.axes.faults_share] == ["5.10"]
+    assert not kernels.at("5.10").policy("async").faults_share
+    assert kernels.at("5.12").policy("sync").faults_share
+    assert not kernels.at("6.12").policy("shadow").faults_share
+
+
 def test_loads_share_the_lock_from_6_9_on() -> None:
     assert [kernel.name for kernel in KERNELS if kernel.axes.loads_share] == ["6.9", "6.12", "7.x"]
     assert kernels.at("6.12").policy("async").loads_share
@@ -64,7 +71,7 @@ def test_loads_share_the_lock_from_6_9_on() -> None:
 
 def test_only_5_10_empties_roots_and_leaves_them_valid() -> None:
     assert kernels.at("5.10").axes.invalidate == "empty"
-    assert kernels.at("5.15").axes == replace(kernels.at("5.10").axes, invalidate="retire")
+    assert kernels.at("5.15").axes == replace(kernels.at("5.10").axes, invalidate="retire", faults_share=True)
 
 
 def test_a_policy_takes_over_what_is_the_kernels_own() -> None:

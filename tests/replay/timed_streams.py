@@ -53,7 +53,7 @@ def costs() -> st.SearchStrategy[Costs]:
     ns = st.sampled_from([0, 1, 3, 50, 2500])
     return st.builds(
         Costs, ns, ns, ns, ns, ns, ns, ns, ns, ns,
-        prefetch=ns, chunk=st.sampled_from([0, 1, 40, 5000]),
+        prefetch=ns, hold=ns, chunk=st.sampled_from([0, 1, 40, 5000]),
         refill=st.sampled_from([0, 1, 1000, 2500]), cpus=st.integers(0, 2)
     )  # fmt: skip
 
@@ -101,6 +101,7 @@ def timed_streams(draw: st.DrawFn) -> TimedStream:
         stream.axes,
         teardown=draw(st.sampled_from(["inline", "worker", "invalidator"])),
         loads_share=draw(st.booleans()),
+        faults_share=draw(st.booleans()),
     )
     timed = _timed(stream, lambda n: int(rng.integers(n)))
     return TimedStream(axes, stream.words, stream.vcpus, draw(costs()), timed, stream.ranges)
