@@ -307,6 +307,9 @@ def replay(
         float, typer.Option(help="A soft-hang has less than this share of its time in the guest...", min=0, max=1)
     ] = 0.1,
     stall_window: Annotated[int, typer.Option(help="... for at least this many ms.", min=1)] = 100,
+    stuck_exits: Annotated[
+        int, typer.Option(help="A recorded vCPU is stuck after so many exits at one RIP.", min=1)
+    ] = 100_000,
     sweep: Annotated[
         str, typer.Option(help="Instead: SMIs at other rates, such as smi-rate=10:10000:log; where does it hang?")
     ] = "",
@@ -330,7 +333,7 @@ def replay(
 
     if smi not in ("auto", "open", "closed"):
         raise Problem(f"--smi {smi}: give auto, open or closed")
-    settings = Settings(smi, Rule(stall_share, stall_window * 1_000_000))
+    settings = Settings(smi, Rule(stall_share, stall_window * 1_000_000), stuck_exits)
 
     assumed = plan.refault(refault)
     shown = evidence.Evidence(Trace.open(trace))

@@ -12,11 +12,12 @@ from traces.reader import Trace
 _NEEDED: Final = {
     "kvm_mmu_set_spte": "leaf installs",
     "kvm_page_fault": "page faults",
-    "kvm_entry": "guest entries",
-    "kvm_exit": "guest exits",
 }
+_LOADS: Final = ("root_get", "mmu_load", "kvm_entry")  # one of them shows loads of roots
 # Kind -> what is then not in the result.
 _WANTED: Final = {
+    "kvm_entry": "entries into the guest are not recorded: times are not known (--events time has them)",
+    "kvm_exit": "exits are not recorded: times are not known, nor what resets were for (--events time has them)",
     "kvm_smm_transition": "SMIs are not recorded: unloads for them are missing",
     "mmu_reset": "resets are not recorded: unloads are those of SMIs, and of registers whose values are known",
     "memslot": "memslot changes are not recorded",
@@ -49,6 +50,8 @@ class Evidence:
         known = {str(probe.get("kind")) for probe in meta.probes if probe.get("how") != "none"}
         self.kinds = frozenset(known | {kind for kind, rows in meta.kinds.items() if rows})
         lacking = [what for kind, what in _NEEDED.items() if kind not in self.kinds]
+        if not self.kinds & set(_LOADS):
+            lacking.append("loads of roots")
         if lacking:
             raise Problem(f"{path}: {', '.join(lacking)} are not recorded (--events mmu has them): nothing to replay")
         if not any(meta.kinds.get(kind) for kind in _SEEN):

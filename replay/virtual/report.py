@@ -31,6 +31,7 @@ def facts(times: list[VmTime], settings: Settings) -> dict[str, Any]:
             {
                 "vm": vm.vm,
                 "refused": vm.refused,
+                "marked": vm.marked,
                 "began": vm.began,
                 "smis": {"by_guest": vm.driven.by_guest, "by_clock": vm.driven.by_clock, "open": vm.open},
                 "costs": {
@@ -135,6 +136,8 @@ def _table(vm: VmTime) -> Table:
 
 
 def _trust(vm: VmTime) -> Iterator[str]:
+    if vm.marked:
+        yield f"marked: {vm.marked}"
     costs = vm.fitted.costs
     measured = [name for name, source in vm.fitted.source.items() if source.startswith("measured")]
     assumed: dict[str, list[str]] = {}

@@ -24,8 +24,8 @@ from replay.virtual.hangs import SoftHang, soft_hangs
 from replay.virtual.join import Timing
 from replay.virtual.smis import Apart, Driven
 from replay.virtual.stalls import Rule
+from replay.virtual.stuck import CERTAIN, longest_runs
 from replay.virtual.stuck import Run as Stuck
-from replay.virtual.stuck import longest_runs
 from replay.virtual.timed import tail
 from replay.virtual.timeline import Doing
 
@@ -43,10 +43,14 @@ _LAB_CPUS: Final = 1  # QEMU emulates the lab's CPUs in turn, in one thread
 
 @dataclass(frozen=True)
 class Settings:
-    """How virtual time is to be taken. `smi`: auto, open (SMIs keep their wall-clock time) or closed (their place)."""
+    """How virtual time is to be taken. `smi`: auto, open (SMIs keep their wall-clock time) or closed (their place).
+
+    `stuck` is after how many exits at one RIP a recorded vCPU is taken to be stuck.
+    """
 
     smi: str = "auto"
     rule: Rule = field(default_factory=Rule)
+    stuck: int = CERTAIN
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,7 @@ class VmTime:
     outcomes: list[Timed]
     stuck: list[Stuck] = field(default_factory=list)  # vCPUs that certainly did not get past an instruction
     refused: str = ""  # why there are no times
+    marked: str = ""  # what makes them less than they seem
 
 
 def replay_timed(plan: Plan, settings: Settings) -> list[VmTime]:
@@ -125,8 +130,16 @@ def _vm(plan: Plan, settings: Settings, vm: Mapping[str, Any], ad_disabled: bool
     open_ = measured.driven.open if settings.smi == "auto" else settings.smi == "open"
     outcomes = _run(plan, settings, vm, ad_disabled, measured, open_)
     recorded = measured.recorded
-    stuck = [each for each in longest_runs(evidence.trace, number).values() if each.certain]
-    return VmTime(number, measured.began, recorded, measured.fitted, measured.driven, open_, outcomes, stuck)
+    stuck = [each for each in longest_runs(evidence.trace, number).values() if each.certain(settings.stuck)]
+    meta = evidence.trace.metadata
+    marked = (
+        f"{meta.lost:,} events were lost in {meta.gap_count:,} gaps: their time counts as what went on before them"
+        if meta.lost
+        else ""
+    )
+    return VmTime(
+        number, measured.began, recorded, measured.fitted, measured.driven, open_, outcomes, stuck, marked=marked
+    )
 
 
 class Measured:
@@ -153,7 +166,7 @@ class Measured:
         self.faults = engine.vcpus.faults.tolist()
         backwards = self.timing.timeline.backwards
         if self.began < 0:
-            self.refused = "no entry into the guest is recorded: times are not known (--events mmu records them)"
+            self.refused = "no entry into the guest is recorded: times are not known (--events time records them)"
         elif backwards:
             self.refused = f"the clock runs backwards at {backwards:,} rows: times are not to be had"
         samples: dict[str, Samples] = dict(self.timing.samples)

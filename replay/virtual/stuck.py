@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from traces.reader import Trace, kind_codes
 from traces.schema import BY_NAME
 
-CERTAIN: Final = 100_000  # exits at one RIP
+CERTAIN: Final = 100_000  # exits at one RIP, by default
 _COLUMNS: Final = ("seq", "time", "vcpu", "kind", "rip", "addr")
 _EXIT, _FAULT, _REQUESTED, _SET, _MMIO, _LOAD = (
     BY_NAME[name].code
@@ -41,10 +41,9 @@ class Run:
     loads: int = 0
     moves: int = 0  # faults on another page than the one before
 
-    @property
-    def certain(self) -> bool:
-        """Stuck, as maintainers judge it."""
-        return self.exits >= CERTAIN and self.moves * 100 < self.exits
+    def certain(self, exits: int = CERTAIN) -> bool:
+        """Stuck, as maintainers judge it, by so many exits."""
+        return self.exits >= exits and self.moves * 100 < self.exits
 
     @property
     def why(self) -> str:

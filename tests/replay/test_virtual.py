@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 from numpy.typing import NDArray
 from typer.testing import CliRunner
@@ -17,6 +20,7 @@ from replay import plan
 from replay.evidence import Evidence
 from replay.ops import Cause
 from replay.result import SPENT
+from replay.run import replay
 from replay.virtual import foretell
 from replay.virtual.clock import Spent
 from replay.virtual.hangs import soft_hangs, told
@@ -24,7 +28,9 @@ from replay.virtual.report import stuck_lines
 from replay.virtual.run import Settings, VmTime, replay_timed
 from replay.virtual.stalls import Rule
 from replay.virtual.stuck import Run
-from traces.reader import Trace
+from tests.replay.recording import Guest
+from traces.reader import Trace, kind_codes
+from traces.schema import BY_NAME
 from traces.synth import Parameters, synthesize
 
 CORPUS = Path(__file__).parents[2] / "traces" / "corpus"
@@ -167,7 +173,7 @@ def test_a_stuck_vcpu_is_named_with_its_reason() -> None:
     (vm,) = timed(CORPUS / "steady-6.1.parquet", "preserve")
     assert vm.stuck == []
     hung = Run(0, 0x1004, 10, 2_000_000_010, 77, 150_000, faults=150_000)
-    assert hung.certain
+    assert hung.certain()
     (line,) = stuck_lines(replace(vm, stuck=[hung]))
     assert line.startswith(
         "vCPU 0 of VM 1 is stuck in the recording: 150,000 exits at RIP 0x1004 in 2.00 s, from row 77 on"
@@ -211,3 +217,78 @@ def test_the_result_has_times_in_rows(tmp_path: Path) -> None:
         assert progress["clock"].is_sorted()
         assert (progress.select(pl.sum_horizontal(SPENT)).to_series() == progress["clock"]).all()
     assert "begun by an SMI" in CliRunner().invoke(kvmtrace.app, ["replay", str(trace)]).stdout
+
+
+def guest_with_faults() -> Guest:
+    guest = Guest()
+    guest.slot(0, 64, 0x4000)
+    guest.load()
+    for page in range(20):
+        guest.fault(page)
+    return guest
+
+
+def test_without_entries_counts_stand_and_times_are_refused(tmp_path: Path) -> None:
+    guest = guest_with_faults()
+    dropped = ("kvm_entry", "kvm_exit")
+    guest.rows = [row for row in guest.rows if row["kind"][0] not in [BY_NAME[kind].code for kind in dropped]]
+    evidence = guest.write(tmp_path / "counts.parquet", lacking=dropped)
+    done = CliRunner().invoke(kvmtrace.app, ["replay", str(evidence.trace.path), "--json"])
+    document = json.loads(done.stdout)
+    assert document["vms"][0]["policies"][0]["faults"] == 20
+    (vm,) = document["time"]["vms"]
+    assert "--events time records them" in vm["refused"]
+    text = CliRunner().invoke(kvmtrace.app, ["replay", str(evidence.trace.path)]).stdout
+    assert "no times: no entry" in text
+    assert "entries into the guest are not recorded" in text
+
+
+def test_gaps_mark_the_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = guest_with_faults().write(tmp_path / "gap.parquet").trace.path
+    assert timed(path, "async")[0].marked == ""
+    real = Trace.open
+    loss = {"kvm_page_fault": {"emitted": {"0": 25}, "lost": {"0": 5}, "stored": {"0": 20}}}
+
+    def lossy(path: Path) -> Trace:
+        trace = real(path)
+        monkeypatch.setattr(trace, "metadata", replace(trace.metadata, loss=loss, gap_count=1))
+        return trace
+
+    monkeypatch.setattr(Trace, "open", lossy)
+    (vm,) = timed(path, "async")
+    assert vm.outcomes
+    assert vm.marked.startswith("5 events were lost in 1 gaps")
+    assert "marked: 5 events were lost" in CliRunner().invoke(kvmtrace.app, ["replay", str(path)]).stdout
+
+
+def test_how_long_is_stuck_is_adjustable(tmp_path: Path) -> None:
+    guest = guest_with_faults()
+    for _ in range(3000):
+        guest.fault(5, installs=False)
+    path = guest.write(tmp_path / "stuck.parquet").trace.path
+    assert timed(path, "async")[0].stuck == []
+    (run,) = timed(path, "async", settings=Settings(stuck=2500))[0].stuck
+    assert run.exits >= 3000
+
+
+@pytest.mark.parametrize("name", ["smi-both-5.10", "smi-storm-6.1-async", "cr4-toggle-6.1", "mmio-7.x-shadow"])
+def test_counts_need_no_entries_and_no_exits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loads are seen by their functions: what entries and exits add is time, and why registers were reset."""
+    real = Trace.batches
+    trace = Trace.open(CORPUS / f"{name}.parquet")
+
+    def counts() -> list[dict[str, int]]:
+        evidence = Evidence(trace)
+        return [outcome.counts() for outcome in replay(plan.make(evidence, [evidence.own.name, "preserve"])).outcomes]
+
+    def batches(self: Trace, columns: Sequence[str] | None = None, *given: Any, **named: Any) -> Iterator[Any]:
+        names = list(columns or self.schema.names)
+        for batch in real(self, [*names, *({"kind"} - set(names))], *given, **named):
+            kept = np.isin(kind_codes(batch), [BY_NAME["kvm_entry"].code, BY_NAME["kvm_exit"].code], invert=True)
+            yield batch.filter(pa.array(kept)).select(names)
+
+    whole = counts()
+    monkeypatch.setattr(Trace, "batches", batches)
+    kinds = {kind: rows for kind, rows in trace.metadata.kinds.items() if kind not in ("kvm_entry", "kvm_exit")}
+    monkeypatch.setattr(trace, "metadata", replace(trace.metadata, kinds=kinds, probes=()))
+    assert counts() == whole
