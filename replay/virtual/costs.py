@@ -72,11 +72,15 @@ class Samples:
 
 @dataclass(frozen=True)
 class Fitted:
-    """Costs with where each is from ("measured" or the table), and the relative standard error of the measured ones."""
+    """Costs with where each is from ("measured" or the table), and the relative standard error of the measured ones.
+
+    `open` is by how many ns the switch may be less than it is taken to be.
+    """
 
     costs: Costs
     source: Mapping[str, str]
     error: Mapping[str, float]
+    open: int = 0
 
 
 def fit(samples: Mapping[str, Samples], cpus: int) -> Fitted:
@@ -102,6 +106,7 @@ def fit(samples: Mapping[str, Samples], cpus: int) -> Fitted:
         found[each.name] = max(round(value), 0)
         source[each.name] = f"measured, {seen.count:,} times"
         error[each.name] = float(seen.values.std() / max(value, 1) / np.sqrt(seen.count))
+    open_ = _bare(samples.get("bare", Samples()), found, source) if "switch" in error else 0
     if "zap_table" in error:  # tables as they were recorded, with what leaves they had
         found["zap_leaf"], source["zap_leaf"], error["zap_leaf"] = 0, "measured, within zap_table", error["zap_table"]
     if cpus:  # on the vCPU's own CPU the worker's time is the vCPU's, at once
@@ -110,4 +115,17 @@ def fit(samples: Mapping[str, Samples], cpus: int) -> Fitted:
     # A root's first pass takes a GiB at a step, without a chance to yield (5.18 to 6.8: tdp_mmu_zap_root).
     found["chunk"] = 513 * found["zap_table"] + (1 << 18) * found["zap_leaf"]
     source["chunk"] = "a GiB's tables and leaves"
-    return Fitted(replace(DEFAULT, **found, cpus=cpus), source, error)
+    return Fitted(replace(DEFAULT, **found, cpus=cpus), source, error, open_)
+
+
+def _bare(seen: Samples, found: dict[str, int], source: dict[str, str]) -> int:
+    """The switch is no longer than guest stretches in which no instruction ended; the others may have had work in them.
+
+    Without such stretches what was measured is the most that it can be, and the table's the least. Returns what lies
+    between them.
+    """
+    if seen.count >= _ENOUGH:
+        found["switch"] = min(found["switch"], round(float(np.median(seen.values))))
+        return 0
+    source["switch"] += ", at most"
+    return max(found["switch"] - DEFAULT.switch * found["fault"] // DEFAULT.fault, 0)

@@ -116,7 +116,8 @@ def document(found: list[Line]) -> str:
         "",
         f"{len(exact)} foretold as one number: median error {statistics.median(errors):.0%}, the largest "
         f"{max(errors):.0%}. {inside} of {len(found)} medians lie",
-        "inside the band (two standard errors about the number or the interval).",
+        "inside the band (two standard errors about the number or the interval; and what is open of the switch to the guest,",
+        "where no recorded stretch shows it bare).",
         "",
         "| scenario | recorded on | replayed under | foretold | band | measured | error | in band | bare |",
         "|-|-|-|-:|-:|-:|-:|-|-:|",
@@ -124,7 +125,7 @@ def document(found: list[Line]) -> str:
         "",
         *_factors(found),
         "",
-        "What misses the band is smi-storm under `shadow` from 6.1: 18.8 of the 35 ms measured there are not the",
+        "What misses the band is smi-storm under `shadow`: 18.8 of the 35 ms of its median recording are not the",
         "vCPU's but others' on the lab's one CPU, the recorder's above all, which is taken to be in proportion to rows",
         "(8 to 9 us each on the other recordings; 14.8 us there). Bare, it takes 27.8 ms. What an invalidation zaps is",
         "kept as recorded, though the shadow MMU has its own way.",

@@ -47,11 +47,13 @@ class _Exits:
 class Timing:
     """One VM's times. `watch` each batch of rows, then `join` its operations; `samples` are of costs."""
 
-    def __init__(self, vcpus: int, cpus: int, workers: Collection[int] = (), own: Axes = PRESERVE) -> None:
+    def __init__(
+        self, vcpus: int, cpus: int, workers: Collection[int] = (), own: Axes = PRESERVE, intel: bool = False
+    ) -> None:
         """`cpus` that vCPUs and workers share (0: enough); `workers` are the tids of kernel workers."""
-        self.timeline = Timeline(vcpus, own.prefetch > 1)
+        self.timeline = Timeline(vcpus, own.prefetch > 1, intel)
         self.contended = Contended(vcpus, cpus != 1 and not own.faults_share)
-        costs = ("switch", "fault", "table", "found", "created", "unload", "prefetch")
+        costs = ("switch", "fault", "table", "found", "created", "unload", "prefetch", "bare")
         self.samples = {name: Samples() for name in costs}
         self.interrupts = np.zeros(vcpus, np.int64)  # of the host, by vCPU
         self.interrupted = np.zeros(vcpus, np.int64)  # ns they took
@@ -77,6 +79,7 @@ class Timing:
         self.rows += np.bincount(spans.vcpu, minlength=self._vcpus)
         self.faults += np.bincount(spans.vcpu[faults], minlength=self._vcpus)
         self.fault_rows += np.bincount(spans.vcpu[of_fault | faults], minlength=self._vcpus)
+        self.samples["bare"].add(spans.ns[spans.bare])
         self.samples["prefetch"].add(spans.ns[spans.doing == Doing.PREFETCH])
         roots = np.where(np.isin(spans.kind, _LOADED), spans.root, 0)
         for vcpu in range(self._vcpus):

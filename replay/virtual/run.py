@@ -33,6 +33,7 @@ from replay.virtual.timeline import Doing
 # that no policy touches as measured, of bare-metal hosts as assumed.
 NOISE_LAB: Final = 0.15
 NOISE: Final = 0.03
+_UNKNOWN: Final = 0.5  # relative, of a cost that is the table's
 _SPENT: Final = {
     Doing.GUEST: Spent.GUEST, Doing.FAULT: Spent.FAULT, Doing.PREFETCH: Spent.FAULT, Doing.LOAD: Spent.LOAD,
     Doing.UNLOAD: Spent.UNLOAD, Doing.ZAP: Spent.UNLOAD, Doing.SMM: Spent.OTHER, Doing.USER: Spent.OTHER,
@@ -57,6 +58,7 @@ class Settings:
 class VcpuTime:
     """One vCPU under one run of a policy. `spent` is ns by Spent; `wall` their sum. `error` is relative, of `wall`.
 
+    `open` is by how many ns it may be more (or, below 0, less) for what the recording does not tell of the switch.
     `progress` is rows of (clock, Cause of the last unload, *spent until then), without what others took from the vCPU.
     """
 
@@ -65,12 +67,14 @@ class VcpuTime:
     spent: tuple[int, ...]
     stalls: list[SoftHang]
     error: float
+    open: int
     progress: NDArray[np.int64]
 
     @property
     def band(self) -> tuple[int, int]:
-        """Two standard errors about the time."""
-        return round(self.wall * max(0.0, 1 - 2 * self.error)), round(self.wall * (1 + 2 * self.error))
+        """Two standard errors about the time, and what is open."""
+        low, high = self.wall + min(self.open, 0), self.wall + max(self.open, 0)
+        return max(round(low - 2 * self.error * self.wall), 0), round(high + 2 * self.error * self.wall)
 
     @property
     def guest_share(self) -> float:
@@ -278,7 +282,9 @@ def _outcome(
         spent[Spent.OTHER] += others
         wall = sum(spent)
         hangs = soft_hangs(progress, settings.rule)
-        vcpus.append(VcpuTime(ids[i], wall, tuple(spent), hangs, _error(measured, i, wall), progress))
+        more = int(clock.vcpus.faults[i]) - int(measured.faults[i])
+        error = _error(measured, i, spent, more)
+        vcpus.append(VcpuTime(ids[i], wall, tuple(spent), hangs, error, -more * measured.fitted.open, progress))
     return Timed(target, run, vcpus, clock.jobs, clock.worked)
 
 
@@ -306,20 +312,20 @@ def _rows(measured: Measured, vcpu: int, clock: TimedEngine) -> float:
     return max(1 + more * each / rows, 0.0)
 
 
-def _error(measured: Measured, vcpu: int, wall: int) -> float:
-    """Relative standard error: of one run against another, and of the costs of what was added or taken away."""
-    recorded = int(measured.timing.timeline.totals[vcpu].sum())
-    changed = abs(wall - recorded) / max(wall, 1)
-    noise = NOISE_LAB if measured.fitted.costs.cpus else NOISE
-    of_costs = max(measured.fitted.error.get(name, 0.5) for name in ("fault", "switch"))
-    return float(np.hypot(noise, min(changed * of_costs, 1.0)))
+def _error(measured: Measured, vcpu: int, spent: list[int], more: int) -> float:
+    """Relative standard error: of one run against another, and of the costs of faults added or taken away (`more`)."""
+    costs, errors = measured.fitted.costs, measured.fitted.error
+    noise = NOISE_LAB if costs.cpus else NOISE
+    of_switch = more * costs.switch * errors.get("switch", _UNKNOWN)
+    of_faults = (spent[Spent.FAULT] - measured.recorded[vcpu][Spent.FAULT]) * errors.get("fault", _UNKNOWN)
+    return float(np.hypot(noise, np.hypot(of_switch, of_faults) / max(sum(spent), 1)))
 
 
 def timing_of(evidence: Evidence, vm: Mapping[str, Any]) -> Timing:
     """What measures a VM's times, before its first row."""
     vcpus = len({int(vcpu["id"]) for vcpu in vm["vcpus"]})
     workers = [int(t["tid"]) for t in evidence.trace.metadata.threads if str(t.get("comm", "")).startswith("kworker")]
-    return Timing(vcpus, _cpus(evidence), workers, evidence.own)
+    return Timing(vcpus, _cpus(evidence), workers, evidence.own, evidence.intel)
 
 
 def _cpus(evidence: Evidence) -> int:

@@ -52,6 +52,7 @@ _OF_KIND: Final = {
 _ENTRY: Final = BY_NAME["kvm_entry"].code
 _EXIT: Final = BY_NAME["kvm_exit"].code
 _INTERRUPTS: Final = (0x60, 1)  # SVM_EXIT_INTR, EXIT_REASON_EXTERNAL_INTERRUPT
+_FAULT: Final = BY_NAME["kvm_page_fault"].code
 _USER_EXIT: Final = BY_NAME["kvm_userspace_exit"].code
 _GET_PAGE: Final = BY_NAME["kvm_mmu_get_page"].code
 _SET: Final = BY_NAME["kvm_mmu_set_spte"].code
@@ -82,15 +83,18 @@ class Spans:
     before: NDArray[np.uint8]  # kind of the row that it begins with
     root: Ints
     still: NDArray[np.bool_]  # in the guest, which came back at the RIP it had gone in with
+    bare: NDArray[np.bool_]  # of these, those in which no instruction can have ended: the switch, and nothing else
     interrupt: NDArray[np.bool_]  # ends with an exit for a host interrupt
 
 
 class Timeline:
     """Splits batch after batch of one VM. `totals` is ns by vCPU and Doing."""
 
-    def __init__(self, vcpus: int, prefetches: bool = False) -> None:
-        """`prefetches`: the recorded MMU does, as the shadow MMU."""
+    def __init__(self, vcpus: int, prefetches: bool = False, intel: bool = False) -> None:
+        """`prefetches`: the recorded MMU does, as the shadow MMU. `intel`: faults have EPT's codes."""
         self._prefetches = prefetches
+        self._intel = intel
+        self._fetched = np.zeros(vcpus, np.bool_)
         self.totals = np.zeros((vcpus, len(Doing)), np.int64)
         self.backwards = 0  # rows whose clock was behind their thread's last one
         self._time = np.full(vcpus, -1, np.int64)
@@ -124,6 +128,8 @@ class Timeline:
         entered[first] = self._rip[vcpu[first]]
         still = (doing == Doing.GUEST) & (rip == entered)
 
+        bare = still & (kind == _EXIT) & self._fetching(kind, rows.code[kept], vcpu, first)
+
         interrupt = (kind == _EXIT) & np.isin(rows.code[kept], _INTERRUPTS)
 
         started = past >= 0
@@ -135,13 +141,33 @@ class Timeline:
         self._time[vcpu[last]], self._kind[vcpu[last]], self._rip[vcpu[last]] = time[last], kind[last], rip[last]
         self._about[vcpu[last]] = about[last]
         root = rows.root[kept].astype(np.int64)
-        return Spans(vcpu, rows.seq[kept], time, ns, doing, kind, before, root, still, interrupt)
+        return Spans(vcpu, rows.seq[kept], time, ns, doing, kind, before, root, still, bare, interrupt)
 
     @staticmethod
     def _classes(rows: Rows, at: Ints) -> NDArray[np.uint8]:
         own = _CLASS[rows.kind[at]]
         own[(rows.kind[at] == _GET_PAGE) & (rows.root[at] != 0)] = Doing.LOAD
         return own
+
+    def _fetching(
+        self, kind: NDArray[np.uint8], code: NDArray[np.uint64], vcpu: NDArray[np.int32], first: NDArray[np.bool_]
+    ) -> NDArray[np.bool_]:
+        """Whether the last exit before each row was a fault on an instruction or on the guest's own page tables.
+
+        Then the guest has yet to end the instruction that it goes in with, and a fault at it again is of its data.
+        """
+        # EPT, bit 2: fetch; 7 and 8: a linear address, of which the access itself (1) or the walk (0).
+        # Nested paging of AMD, bit 4: fetch; 33: the walk.
+        bits = (code & 4 != 0) | (code & 0x180 == 0x80) if self._intel else code & (1 << 4 | 1 << 33) != 0
+        of_fault = bits & (kind == _FAULT)
+        sets = np.where((kind == _FAULT) | (kind == _EXIT), np.arange(len(kind)), -1)
+        begins = np.maximum.accumulate(np.where(first, np.arange(len(kind)), 0))
+        last = np.append(-1, np.maximum.accumulate(sets)[:-1])[: len(kind)]  # before each row
+        here = last >= begins
+        found = np.where(here, of_fault[last], self._fetched[vcpu])
+        ends = np.flatnonzero(np.append(first[1:], True)) if len(kind) else begins
+        self._fetched[vcpu[ends]] = np.where(sets[ends] >= 0, of_fault[ends], found[ends])
+        return np.asarray(found, np.bool_)
 
     def _running(self, tid: Ints, own: NDArray[np.uint8], kind: NDArray[np.uint8]) -> NDArray[np.bool_]:
         """Which rows are of threads that run a vCPU, from the first root they load or guest they enter on.

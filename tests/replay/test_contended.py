@@ -30,7 +30,7 @@ def faults(*rows: tuple[int, int, int, int, int]) -> Spans:
     doing = np.full(len(vcpu), Doing.FAULT, np.uint8)
     return Spans(
         vcpu.astype(np.int32), none, end, end - begin, doing, kind.astype(np.uint8), before.astype(np.uint8), none,
-        still, still,
+        still, still, still,
     )  # fmt: skip
 
 

@@ -68,10 +68,10 @@ def test_under_its_own_policy_a_recording_takes_as_long_as_it_took(path: Path) -
 
 def test_a_storm_is_a_soft_hang_under_the_old_policy_alone(tmp_path: Path) -> None:
     path = tmp_path / "storm.parquet"
-    synthesize(path, Parameters(policy="async", smi_rate=400, working_set=1500, duration=0.2))
+    synthesize(path, Parameters(policy="async", smi_rate=400, working_set=15_000, duration=0.05))
     (vm,) = timed(path, "async", "preserve", "shadow")
     by_name = {outcome.target.name: outcome.vcpus[0] for outcome in vm.outcomes}
-    assert by_name["async"].wall > 20 * by_name["preserve"].wall
+    assert by_name["async"].wall > 10 * by_name["preserve"].wall
     assert by_name["async"].longest > 0.9 * by_name["async"].wall
     assert not by_name["preserve"].stalls
     assert not by_name["shadow"].stalls
@@ -80,10 +80,35 @@ def test_a_storm_is_a_soft_hang_under_the_old_policy_alone(tmp_path: Path) -> No
     assert not strict.outcomes[0].vcpus[0].stalls
 
 
+@pytest.mark.parametrize("working_set", [300, 1500])
+def test_guest_work_between_faults_is_kept(tmp_path: Path, working_set: int) -> None:
+    """A storm made for either policy is the same guest's: the time of the one is foretold from the other's recording.
+
+    A guest that stores in a loop faults at one RIP: only faults that ended no instruction tell the switch from work.
+    """
+    made = {}
+    for policy in ("async", "preserve"):
+        made[policy] = tmp_path / f"{policy}.parquet"
+        synthesize(made[policy], Parameters(policy=policy, smi_rate=400, working_set=working_set, duration=0.5))
+    (vm,) = timed(made["async"], "preserve")
+    (truth,) = (sum(spent) for spent in timed(made["preserve"], "preserve")[0].recorded)
+    (vcpu,) = vm.outcomes[0].vcpus
+    assert abs(vcpu.wall / truth - 1) < 0.02
+    assert vcpu.band[0] < truth < vcpu.band[1]
+    assert not vm.fitted.open
+    assert vm.fitted.costs.switch < 1000
+    (kept,) = timed(made["preserve"], "async")
+    assert kept.fitted.open > 0
+    assert "at most" in kept.fitted.source["switch"]
+    low, high = kept.outcomes
+    (slow,) = (sum(spent) for spent in vm.recorded)
+    assert low.vcpus[0].band[0] < slow < high.vcpus[0].band[1]
+
+
 def test_wall_clock_smis_strike_a_slow_guest_more_often(tmp_path: Path) -> None:
     """Closed: as many SMIs as recorded, wherever they come. Open: at their times, of which fewer fit in a quick run."""
     path = tmp_path / "storm.parquet"
-    synthesize(path, Parameters(policy="async", smi_rate=400, working_set=1500, duration=0.2))
+    synthesize(path, Parameters(policy="async", smi_rate=400, working_set=15_000, duration=0.05))
     closed = timed(path, "async", "preserve", settings=Settings(smi="closed"))[0]
     opened = timed(path, "async", "preserve", settings=Settings(smi="open"))[0]
     assert not closed.open
@@ -193,7 +218,7 @@ def test_what_it_foretells_is_kept_in_the_documents() -> None:
 
 def test_the_result_has_times_in_rows(tmp_path: Path) -> None:
     trace, out = tmp_path / "storm.parquet", tmp_path / "result.parquet"
-    synthesize(trace, Parameters(policy="async", smi_rate=400, working_set=1500, duration=0.2))
+    synthesize(trace, Parameters(policy="async", smi_rate=400, working_set=15_000, duration=0.05))
     done = CliRunner().invoke(kvmtrace.app, ["replay", str(trace), "-o", str(out), "--json"])
     vms = json.loads(done.stdout)["time"]["vms"]
     rows = pl.read_parquet(out)
