@@ -1,0 +1,1 @@
+"""Named queries: each gives a LazyFrame of a recording or a result."""

@@ -1,0 +1,132 @@
+"""The report: what every format renders, so that the same figures are in each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Final
+
+import polars as pl
+
+from analysis.units import Unit, shown, span
+
+if TYPE_CHECKING:
+    from analysis.sources import Recording, Result
+
+SCHEMA: Final = 1  # of the JSON format
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column as shown. `name` is the frame's; with `high` a value lies between `name` and that column.
+
+    `wide`: left out where there are only 72 columns.
+    """
+
+    name: str
+    title: str
+    unit: Unit = Unit.COUNT
+    high: str = ""
+    wide: bool = False
+
+    @property
+    def key(self) -> str:
+        """Its name in JSON: without `_low` where it is an interval."""
+        return self.name.removesuffix("_low") if self.high else self.name
+
+    @property
+    def right(self) -> bool:
+        """Whether it is aligned to the right."""
+        return self.unit is not Unit.TEXT
+
+    def text(self, row: dict[str, Any]) -> str:
+        return span(row[self.name], row[self.high], self.unit) if self.high else shown(row[self.name], self.unit)
+
+    def value(self, row: dict[str, Any]) -> Any:
+        """Exact: a number or text, null, or [low, high] where the two differ."""
+        low = row[self.name]
+        return low if not self.high or low == row[self.high] else [low, row[self.high]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A query's rows. `first`: how many of them a first screen has room for; `omitted`: rows that are not in `frame`.
+
+    `query` is the query's name: `kvmtrace export FILE --csv QUERY` gives all of its rows and columns.
+    """
+
+    query: str
+    title: str
+    columns: tuple[Column, ...]
+    frame: pl.DataFrame
+    note: str = ""
+    first: int = 4
+    omitted: int = 0
+
+    def texts(self, columns: tuple[Column, ...] | None = None, rows: int | None = None) -> list[list[str]]:
+        """The cells as text, row by row."""
+        chosen = self.columns if columns is None else columns
+        frame = self.frame if rows is None else self.frame.head(rows)
+        return [[column.text(row) for column in chosen] for row in frame.iter_rows(named=True)]
+
+    def values(self) -> list[dict[str, Any]]:
+        """The cells as they are, row by row."""
+        return [{column.key: column.value(row) for column in self.columns} for row in self.frame.iter_rows(named=True)]
+
+    @property
+    def narrow(self) -> tuple[Column, ...]:
+        """The columns for 72 characters."""
+        return tuple(column for column in self.columns if not column.wide)
+
+
+class Status(Enum):
+    """How a check came out. What cannot be decided, for the trace leaves it open, counts as failed."""
+
+    PASSED = "passed"
+    FAILED = "failed"
+    UNDECIDED = "undecided"
+    SKIPPED = "skipped"
+
+
+@dataclass(frozen=True)
+class Check:
+    """A gate (`--fail-on`) or an invariant. `name` is the condition or the promise; `why` is one line."""
+
+    kind: str  # gate, invariant
+    name: str
+    status: Status
+    why: str
+
+    @property
+    def fails(self) -> bool:
+        return self.status in (Status.FAILED, Status.UNDECIDED)
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that is said of one trace or result.
+
+    `verdict`: sentences, the most important first. `trust`: name and text of what the figures rest on.
+    `recording`, `result`: what it is made from, for formats that draw; either may be missing.
+    """
+
+    title: str
+    verdict: tuple[str, ...]
+    trust: tuple[tuple[str, str], ...]
+    tables: tuple[Table, ...]
+    checks: tuple[Check, ...] = ()
+    recording: Recording | None = field(default=None, compare=False)
+    result: Result | None = field(default=None, compare=False)
+
+    @property
+    def failed(self) -> tuple[Check, ...]:
+        return tuple(check for check in self.checks if check.fails)
+
+    @property
+    def headline(self) -> str:
+        """The first line of every format: why a check failed, if one did, else the verdict."""
+        failed = self.failed
+        if failed:
+            more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+            return f"FAILED: {failed[0].name}: {failed[0].why}{more}"
+        return self.verdict[0] if self.verdict else "nothing to say"

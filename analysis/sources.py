@@ -1,0 +1,347 @@
+"""What is analysed: recordings and results of replays, checked before anything is asked of them."""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+from polars.io.plugins import register_io_source
+
+from replay.result import KEY, SCHEMA
+from traces import metadata
+from traces.errors import Problem
+from traces.reader import Trace
+from traces.text import printable
+
+BATCH_ROWS: Final = 1 << 16
+_MAJOR: Final = 1
+# What reading a file made to harm can raise in pyarrow.
+_ERRORS: Final = (pa.ArrowException, OSError, ValueError, TypeError, KeyError, IndexError, MemoryError, OverflowError)
+_TEXTS: Final = tuple(field.name for field in SCHEMA if pa.types.is_dictionary(field.type))
+
+
+class Recording:
+    """A trace, with the kinds of event that it could have seen."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self.path = trace.path
+        meta = trace.metadata
+        watched = {str(probe.get("kind")) for probe in meta.probes if probe.get("how") != "none"}
+        self.kinds = frozenset(watched | {kind for kind, rows in meta.kinds.items() if rows})
+
+    @classmethod
+    def open(cls, path: Path | str) -> Recording:
+        """Raises Problem for what is no sound trace."""
+        return cls(Trace.open(path))
+
+    @property
+    def metadata(self) -> metadata.Metadata:
+        return self.trace.metadata
+
+    def scan(self) -> pl.LazyFrame:
+        """Its rows, after each row group was checked."""
+        return self.trace.scan()
+
+    def need(self, kinds: Iterable[str], what: str) -> None:
+        """Raise Problem unless these kinds of event were watched."""
+        lacking = [kind for kind in kinds if kind not in self.kinds]
+        if lacking:
+            whys = {str(probe.get("kind")): str(probe.get("why", "")) for probe in self.metadata.probes}
+            why = whys.get(lacking[0]) or "the preset did not ask for it: --events mmu has most, all has every kind"
+            raise Problem(f"{self.path}: {what}: {', '.join(lacking)} not recorded ({why})")
+
+    def lacks(self, kinds: Iterable[str]) -> bool:
+        return any(kind not in self.kinds for kind in kinds)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A policy of a result. `open`: what the trace leaves open of its outcome; `assumes`: what is taken to be so."""
+
+    name: str
+    kernel: str
+    recorded: bool
+    own: bool
+    bounds: tuple[str, ...]
+    open: tuple[str, ...]
+    assumes: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What something costs, ns; `source` says whether that was measured; `error` is relative, null if assumed."""
+
+    name: str
+    ns: int
+    source: str
+    error: float | None
+
+    @property
+    def measured(self) -> bool:
+        return self.source.startswith("measured")
+
+
+@dataclass(frozen=True)
+class Stuck:
+    """A vCPU that hung in the recording: `exits` at `rip` from row `seq` on, [since, until] in boot ns, and why."""
+
+    vcpu: int
+    rip: int
+    since: int
+    until: int
+    seq: int
+    exits: int
+    why: str
+
+
+@dataclass(frozen=True)
+class VmTime:
+    """What a result's metadata says of one VM's times. `refused`: why there are none; empty if there are."""
+
+    vm: int
+    began: int
+    refused: str
+    costs: tuple[Cost, ...]
+    stuck: tuple[Stuck, ...]
+
+
+class Result:
+    """A result of `kvmtrace replay -o`. Every byte of it is untrusted: Arrow decodes it and every batch is validated.
+
+    polars's own reader is not let near it, for it aborts the process on some files made to harm it.
+    """
+
+    def __init__(self, path: Path, document: Mapping[str, Any]) -> None:
+        self.path = path
+        self.document = document
+        try:
+            self.policies = tuple(_policy(each) for each in _list(document, "policies", dict))
+            self.trace_path = Path(_text(_object(document, "trace"), "path"))
+            self.trace_events = _count(_object(document, "trace"), "events")
+            self.kernel = _text(_object(document, "trace"), "kernel")
+            self.refault = _text(document, "refault")
+            self.missing = tuple(_list(document, "missing", str))
+            self.broken = tuple(_list(document, "broken", str))
+            self.vms = tuple(_vm(each) for each in _list(document.get("time") or {"vms": []}, "vms", dict))
+        except _Malformed as error:
+            raise Problem(f"{path}: damaged: {error} of its metadata is not what the format says") from None
+        names = [policy.name for policy in self.policies]
+        if len(set(names)) != len(names):
+            raise Problem(f"{path}: damaged: a policy is in its metadata twice")
+
+    @classmethod
+    def open(cls, path: Path | str) -> Result:
+        """Raises Problem for what is no result that this version reads; decodes all of it once, to be sure."""
+        path = Path(path)
+        file = _opened(path)
+        pairs = file.metadata.metadata or {}
+        if KEY not in pairs:
+            raise Problem(f"{path}: not the result of a replay")
+        document = metadata_of(pairs[KEY], path)
+        result = cls(path, document)
+        known = {(policy.name, bound) for policy in result.policies for bound in policy.bounds}
+        for batch in result.batches():
+            there = pl.DataFrame(pl.from_arrow(batch.select(["policy", "bound"]))).unique().rows()
+            strange = [row for row in there if row not in known]
+            if strange:
+                what = printable(f"{strange[0][0]} ({strange[0][1]})")
+                raise Problem(f"{path}: damaged: there are rows of {what}, of which its metadata says nothing")
+        return result
+
+    @property
+    def timed(self) -> bool:
+        """Whether it says how long anything took."""
+        return self.document.get("time") is not None
+
+    def scan(self) -> pl.LazyFrame:
+        """Its rows, all columns of this version; those that an older one lacks are null."""
+
+        def rows(
+            columns: list[str] | None, predicate: pl.Expr | None, limit: int | None, _size: int | None
+        ) -> Iterator[pl.DataFrame]:
+            left = limit
+            for batch in self.batches():
+                frame = pl.DataFrame(pl.from_arrow(batch))
+                if left is not None:
+                    frame = frame.head(left)
+                    left -= len(frame)
+                if predicate is not None:
+                    frame = frame.filter(predicate)
+                yield frame if columns is None else frame.select(columns)
+                if left == 0:
+                    return
+
+        schema = {field.name: pl.String() if field.name in _TEXTS else _polars(field) for field in SCHEMA}
+        return register_io_source(rows, schema=schema, validate_schema=True, is_pure=True)
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """Its rows as validated batches, with text where the file has a dictionary."""
+        file = _opened(self.path)
+        _check_types(self.path, file.schema_arrow)
+        fields = [field.with_type(pa.large_string()) if field.name in _TEXTS else field for field in SCHEMA]
+        stored = [field.name for field in fields if field.name in file.schema_arrow.names]
+        try:
+            for batch in file.iter_batches(BATCH_ROWS, columns=stored, use_threads=False):
+                batch.validate(full=True)
+                columns = [
+                    batch.column(field.name).cast(field.type)
+                    if field.name in stored
+                    else pa.nulls(batch.num_rows, field.type)
+                    for field in fields
+                ]
+                for field, column in zip(fields, columns, strict=True):
+                    if column.null_count and not field.nullable:
+                        raise ValueError(f"`{field.name}` is null in a row")
+                yield pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields))
+        except _ERRORS as error:
+            raise _damaged(self.path, error) from None
+
+
+def open_source(path: Path | str) -> Recording | Result:
+    """A trace or a result, whichever the file is; Problem where it is neither."""
+    path = Path(path)
+    pairs = _opened(path).metadata.metadata or {}
+    if KEY in pairs:
+        return Result.open(path)
+    if metadata.KEY in pairs:
+        return Recording.open(path)
+    raise Problem(f"{path}: neither a trace nor the result of a replay")
+
+
+def metadata_of(text: bytes, path: Path) -> Mapping[str, Any]:
+    """The JSON of a result, of a version that is known."""
+    try:
+        document: dict[str, Any] = json.loads(text)
+    except (ValueError, RecursionError):
+        raise Problem(f"{path}: damaged: its metadata is not JSON") from None
+    version = document.get("format") if isinstance(document, dict) else None
+    if not isinstance(version, dict) or not isinstance(version.get("major"), int):
+        raise Problem(f"{path}: damaged: its metadata has no format version")
+    if version["major"] > _MAJOR:
+        raise Problem(
+            f"{path}: a result of format {version['major']}, newer than this kvmtrace reads: upgrade kvmtrace"
+        )
+    return document
+
+
+class _Malformed(Exception):
+    """The key of a result's metadata that is not what it should be."""
+
+
+def _opened(path: Path) -> pq.ParquetFile:
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
+            raise Problem(f"{path}: neither a trace nor the result of a replay (not a file)")
+        return pq.ParquetFile(path, pre_buffer=False)
+    except pa.ArrowInvalid:
+        raise Problem(f"{path}: neither a trace nor the result of a replay (not a whole Parquet file)") from None
+    except OSError as error:
+        raise Problem(f"{path}: {error.strerror or 'damaged: its footer cannot be read'}") from None
+    except _ERRORS as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: BaseException) -> Problem:
+    lines = str(error).splitlines()
+    return Problem(f"{path}: damaged: {printable(lines[0]) if lines else type(error).__name__}")
+
+
+def _check_types(path: Path, schema: pa.Schema) -> None:
+    for field in SCHEMA:
+        positions = schema.get_all_field_indices(field.name)
+        if len(positions) > 1 or (not positions and not field.nullable):
+            raise Problem(f"{path}: damaged: column `{field.name}` is {'there twice' if positions else 'missing'}")
+        if positions:
+            found = schema.field(positions[0]).type
+            text = pa.types.is_dictionary(found) and found.value_type == pa.string()
+            if not (text if field.name in _TEXTS else found == field.type):
+                raise Problem(f"{path}: damaged: column `{field.name}` is of type {printable(found)}")
+
+
+def _object(document: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = document.get(key)
+    if not isinstance(value, dict):
+        raise _Malformed(f"`{key}`")
+    return value
+
+
+def _list(document: Any, key: str, of: type) -> list[Any]:
+    value = document.get(key) if isinstance(document, dict) else None
+    if not isinstance(value, list) or not all(isinstance(each, of) for each in value):
+        raise _Malformed(f"`{key}`")
+    return value
+
+
+def _text(document: Mapping[str, Any], key: str) -> str:
+    value = document.get(key)
+    if not isinstance(value, str):
+        raise _Malformed(f"`{key}`")
+    return value
+
+
+def _count(document: Mapping[str, Any], key: str) -> int:
+    value = document.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 64:
+        raise _Malformed(f"`{key}`")
+    return value
+
+
+def _flag(document: Mapping[str, Any], key: str) -> bool:
+    value = document.get(key)
+    if not isinstance(value, bool):
+        raise _Malformed(f"`{key}`")
+    return value
+
+
+def _policy(document: Mapping[str, Any]) -> Policy:
+    return Policy(
+        _text(document, "name"),
+        _text(document, "kernel"),
+        _flag(document, "recorded"),
+        _flag(document, "own"),
+        tuple(_list(document, "bounds", str)),
+        tuple(_list(document, "open", str)),
+        _text(document, "assumes"),
+    )
+
+
+def _vm(document: Mapping[str, Any]) -> VmTime:
+    costs = _object(document, "costs")
+    stuck = [
+        Stuck(
+            vcpu=_count(run, "vcpu"),
+            rip=_count(run, "rip"),
+            since=_count(run, "since"),
+            until=_count(run, "until"),
+            seq=_count(run, "seq"),
+            exits=_count(run, "exits"),
+            why=_text(run, "why"),
+        )
+        for run in _list(document, "stuck", dict)
+    ]
+    return VmTime(
+        _count(document, "vm"),
+        _count(document, "began") if not document.get("refused") else 0,
+        _text(document, "refused"),
+        tuple(_cost(name, _object(costs, name)) for name in costs),
+        tuple(stuck),
+    )
+
+
+def _cost(name: str, document: Mapping[str, Any]) -> Cost:
+    error = document.get("error")
+    if error is not None and (not isinstance(error, int | float) or isinstance(error, bool)):
+        raise _Malformed("`error`")
+    return Cost(name, _count(document, "ns"), _text(document, "from"), None if error is None else float(error))
+
+
+def _polars(field: pa.Field) -> pl.DataType:
+    return pl.Series(pa.nulls(0, field.type)).dtype

@@ -1,0 +1,81 @@
+"""How values read: one place for the text of every number, so that it is the same in every format."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any, Final
+
+from traces.text import printable
+
+NONE: Final = "-"  # not known, or not applicable; never 0
+_SPAN: Final = " .. "
+
+
+class Unit(Enum):
+    """What a column's values are."""
+
+    TEXT = "text"
+    ID = "id"  # a number that names something
+    COUNT = "count"
+    NS = "ns"
+    BOOT = "boot ns"  # CLOCK_BOOTTIME, shown in seconds as dmesg and trace_pipe do
+    SHARE = "share"  # of 1
+    RATIO = "ratio"
+    BYTES = "bytes"
+    HEX = "hex"
+
+
+def shown(value: Any, unit: Unit) -> str:
+    """A value as every format shows it; `-` for null."""
+    if value is None:
+        return NONE
+    match unit:
+        case Unit.COUNT:
+            return f"{value:,}"
+        case Unit.NS:
+            return duration(int(value))
+        case Unit.BOOT:
+            return f"{value / 1e9:.6f}"
+        case Unit.SHARE:
+            return share(float(value))
+        case Unit.RATIO:
+            return f"{value:,.2f}x"
+        case Unit.BYTES:
+            return size(int(value))
+        case Unit.HEX:
+            return f"{value:#x}"
+        case _:
+            return printable(value)
+
+
+def span(low: Any, high: Any, unit: Unit) -> str:
+    """An interval, or the one value that both its ends are."""
+    least, most = shown(low, unit), shown(high, unit)
+    return least if least == most else least + _SPAN + most
+
+
+def duration(ns: int) -> str:
+    """Three figures, in the unit that fits."""
+    for unit, one in (("s", 10**9), ("ms", 10**6), ("us", 10**3)):
+        if abs(ns) >= one:
+            value = ns / one
+            return f"{value:.{2 if abs(value) < 10 else 1 if abs(value) < 100 else 0}f} {unit}"
+    return f"{ns} ns"
+
+
+def size(count: int) -> str:
+    """Bytes, in the binary unit that fits."""
+    for unit, one in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= one:
+            return f"{count / one:,.1f} {unit}" if count % one else f"{count // one:,} {unit}"
+    return f"{count} B"
+
+
+def share(part: float) -> str:
+    """In percent; what is not all or nothing never reads 100 % or 0 %."""
+    percent = part * 100
+    if 0 < percent < 0.1:
+        return "<0.1 %"
+    if 99.9 < percent < 100:
+        return ">99.9 %"
+    return f"{percent:.1f} %" if 0 < percent < 100 else f"{percent:.0f} %"
