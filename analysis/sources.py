@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from polars.io.plugins import register_io_source
 
 from replay.result import KEY, SCHEMA
+from replay.virtual.stuck import Run
 from traces import metadata
 from traces.errors import Problem
 from traces.reader import Trace
@@ -24,6 +25,7 @@ BATCH_ROWS: Final = 1 << 16
 _MAJOR: Final = 1
 # What reading a file made to harm can raise in pyarrow.
 _ERRORS: Final = (pa.ArrowException, OSError, ValueError, TypeError, KeyError, IndexError, MemoryError, OverflowError)
+_RUN: Final = tuple(field.name for field in fields(Run))
 _TEXTS: Final = tuple(field.name for field in SCHEMA if pa.types.is_dictionary(field.type))
 
 
@@ -90,27 +92,17 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Stuck:
-    """A vCPU that hung in the recording: `exits` at `rip` from row `seq` on, [since, until] in boot ns, and why."""
-
-    vcpu: int
-    rip: int
-    since: int
-    until: int
-    seq: int
-    exits: int
-    why: str
-
-
-@dataclass(frozen=True)
 class VmTime:
-    """What a result's metadata says of one VM's times. `refused`: why there are none; empty if there are."""
+    """What a result's metadata says of one VM's times.
+
+    `refused`: why there are none; empty if there are. `stuck`: vCPUs that hung in the recording.
+    """
 
     vm: int
     began: int
     refused: str
     costs: tuple[Cost, ...]
-    stuck: tuple[Stuck, ...]
+    stuck: tuple[Run, ...]
 
 
 class Result:
@@ -315,18 +307,7 @@ def _policy(document: Mapping[str, Any]) -> Policy:
 
 def _vm(document: Mapping[str, Any]) -> VmTime:
     costs = _object(document, "costs")
-    stuck = [
-        Stuck(
-            vcpu=_count(run, "vcpu"),
-            rip=_count(run, "rip"),
-            since=_count(run, "since"),
-            until=_count(run, "until"),
-            seq=_count(run, "seq"),
-            exits=_count(run, "exits"),
-            why=_text(run, "why"),
-        )
-        for run in _list(document, "stuck", dict)
-    ]
+    stuck = [Run(**{name: _count(run, name) for name in _RUN}) for run in _list(document, "stuck", dict)]
     return VmTime(
         _count(document, "vm"),
         _count(document, "began") if not document.get("refused") else 0,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from rich.table import Table
@@ -14,6 +14,7 @@ from replay.virtual.hangs import told
 from replay.virtual.rows import named
 from replay.virtual.run import Settings, Timed, VcpuTime, VmTime
 from replay.virtual.stalls import watchdogs
+from replay.virtual.stuck import Run
 from replay.virtual.whatif import Sweep, Swept
 from traces.screen import page, text_of
 from traces.text import printable
@@ -55,7 +56,7 @@ def render(times: list[VmTime], plan: Plan) -> str:
         if vm.refused:
             console.print(Text(f"VM {vm.vm}: no times: {vm.refused}"))
             continue
-        for line in (*stuck_lines(vm), *verdicts(vm)):
+        for line in (*stuck_lines(vm.vm, vm.stuck), *verdicts(vm)):
             console.print(Text(printable(line), style="bold"), soft_wrap=True)
         console.print(_table(vm))
         for line in _trust(vm):
@@ -69,16 +70,24 @@ def render(times: list[VmTime], plan: Plan) -> str:
 
 
 def verdicts(vm: VmTime) -> Iterator[str]:
-    """One sentence a vCPU: every other policy against the one that keeps roots (or, without it, the quickest)."""
+    """One sentence a vCPU and policy: see `compared`."""
     ends = _ends(vm)
-    if not ends:
-        return
-    for i, first in enumerate(vm.outcomes[0].vcpus):
-        quickest = min(ends, key=lambda name: ends[name][1].vcpus[i].wall)
-        base = next((name for name in _PRESERVED if name in ends), quickest)
-        for name, (low, high) in ends.items():
-            if name != base:
-                yield f"vCPU {first.id}: {_against(name, low.vcpus[i], high.vcpus[i], base, ends[base][0].vcpus[i])}"
+    for i in range(len(vm.outcomes[0].vcpus) if vm.outcomes else 0):
+        yield from compared({name: (low.vcpus[i], high.vcpus[i]) for name, (low, high) in ends.items()})
+
+
+def base_of(ends: Mapping[str, tuple[VcpuTime, VcpuTime]]) -> str:
+    """The policy that others are held against: the one that keeps roots, or, without it, the quickest."""
+    quickest = min(ends, key=lambda name: ends[name][1].wall)
+    return next((name for name in _PRESERVED if name in ends), quickest)
+
+
+def compared(ends: Mapping[str, tuple[VcpuTime, VcpuTime]]) -> Iterator[str]:
+    """One vCPU under each policy (both ends of an interval, or the same twice): every other one against the base."""
+    base = base_of(ends)
+    for name, (low, high) in ends.items():
+        if name != base:
+            yield f"vCPU {low.id}: {_against(name, low, high, base, ends[base][0])}"
 
 
 def _against(name: str, low: VcpuTime, high: VcpuTime, base: str, other: VcpuTime) -> str:
@@ -187,11 +196,11 @@ def render_sweep(found: dict[int, list[Swept]], sweep: Sweep) -> str:
     return text_of(console)
 
 
-def stuck_lines(vm: VmTime) -> Iterator[str]:
+def stuck_lines(vm: int, runs: Iterable[Run]) -> Iterator[str]:
     """One line for each vCPU that hung in the recording, and whether roots had to do with it."""
-    for run in vm.stuck:
+    for run in runs:
         took = f"{run.exits:,} exits at RIP {run.rip:#x} in {_time(run.until - run.since)}, from row {run.seq:,} on"
-        yield f"vCPU {run.vcpu} of VM {vm.vm} is stuck in the recording: {took}: {run.why}"
+        yield f"vCPU {run.vcpu} of VM {vm} is stuck in the recording: {took}: {run.why}"
 
 
 def _policy(outcome: Timed) -> dict[str, Any]:

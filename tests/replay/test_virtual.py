@@ -199,7 +199,7 @@ def test_a_stuck_vcpu_is_named_with_its_reason() -> None:
     assert vm.stuck == []
     hung = Run(0, 0x1004, 10, 2_000_000_010, 77, 150_000, faults=150_000)
     assert hung.certain()
-    (line,) = stuck_lines(replace(vm, stuck=[hung]))
+    (line,) = stuck_lines(vm.vm, [hung])
     assert line.startswith(
         "vCPU 0 of VM 1 is stuck in the recording: 150,000 exits at RIP 0x1004 in 2.00 s, from row 77 on"
     )

@@ -1,0 +1,275 @@
+"""Queries over the rows of a recording. They stream: memory grows with groups, not with rows."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import polars as pl
+
+from analysis.queries.registry import query
+from analysis.sources import Recording
+from replay.virtual.stuck import longest_runs
+from traces.errors import Problem
+
+WINDOW_NS: Final = 100_000_000
+REGION_PAGES: Final = 512  # 2 MiB
+_SLOT: Final = {"vm": pl.Int32, "slot": pl.Int32, "gfn": pl.Int64, "pages": pl.Int64}
+_ENTERING: Final = pl.col("flags") & 1 == 1
+
+
+def _is(*kinds: str) -> pl.Expr:
+    kind = pl.col("kind")
+    return kind == kinds[0] if len(kinds) == 1 else kind.cast(pl.String).is_in(kinds)
+
+
+def _count(kind: str, also: pl.Expr | None = None) -> pl.Expr:
+    return (_is(kind) if also is None else _is(kind) & also).sum().cast(pl.Int64)
+
+
+@query(Recording, needs=("kvm_entry", "kvm_exit"))
+def windows(recording: Recording, window_ns: int = WINDOW_NS) -> pl.LazyFrame:
+    """Each vCPU's time in windows of 100 ms, the most faults first: guest time, exits, faults, SMIs, loads of a root.
+
+    A window without a row of the vCPU is not there. `guest_ns` is null where entries and exits do not alternate (events
+    were lost), a count where its kind was not watched. `time` is its begin in boot ns, `since_ns` counted from the
+    recording's first row.
+    """
+    groups = recording.metadata.row_groups
+    first = min((group.first_time for group in groups), default=0)
+    last = max((group.last_time for group in groups), default=0)
+    time, entry, exit_ = pl.col("time"), _is("kvm_entry"), _is("kvm_exit")
+    window = (time - first) // window_ns
+    at = (time - first) % window_ns
+    counted = ("kvm_entry", "kvm_exit", "kvm_page_fault", "kvm_smm_transition", "mmu_load")
+    begin = first + pl.col("window") * window_ns
+    length = pl.min_horizontal(pl.lit(window_ns, pl.Int64), last - begin + 1)
+    # Guest time is the sum of exits' times less that of entries; one that is in at the end stays to the end.
+    stays = pl.col("entered") > pl.col("left").fill_null(-1)
+    guest = pl.col("crossed") + pl.when(stays).then(pl.col("length_ns")).otherwise(0)
+    alternate = (pl.col("entries") - pl.col("exits")).abs() <= 1
+    return (
+        recording.scan()
+        .filter(pl.col("vcpu").is_not_null(), _is(*counted))
+        .group_by("vm", "vcpu", window.alias("window"))
+        .agg(
+            crossed=pl.when(exit_).then(at).when(entry).then(-at).otherwise(0).sum(),
+            entered=pl.when(entry).then(time).max(),
+            left=pl.when(exit_).then(time).max(),
+            entries=_count("kvm_entry"),
+            exits=_count("kvm_exit"),
+            faults=_count("kvm_page_fault"),
+            smis=_count("kvm_smm_transition", _ENTERING),
+            loads=_count("mmu_load"),
+        )
+        .with_columns(_nulled(recording, faults="kvm_page_fault", smis="kvm_smm_transition", loads="mmu_load"))
+        .with_columns(time=begin, since_ns=begin - first, length_ns=length)
+        .with_columns(guest_ns=pl.when(alternate & guest.is_between(0, pl.col("length_ns"))).then(guest))
+        .with_columns(guest_share=pl.col("guest_ns") / pl.col("length_ns"))
+        .select(
+            "vm", "vcpu", "time", "since_ns", "length_ns", "guest_ns", "guest_share", "exits", "faults", "smis", "loads"
+        )
+        .sort("faults", "guest_share", "time", "vm", "vcpu", descending=[True, *[False] * 4], nulls_last=True)
+    )  # fmt: skip
+
+
+@query(Recording, needs=("kvm_mmu_set_spte",))
+def gfns(recording: Recording, top: int | None = None) -> pl.LazyFrame:
+    """How often each page was mapped, and in which memory slot it is, the most often first; `top` of them.
+
+    `slot` is null for a page in no slot that is known. `level` is that of the SPTE: 1 for 4 KiB, 2 for 2 MiB.
+    """
+    found = _installs(recording).sort("installs", "vm", "gfn", "level", descending=[True, False, False, False])
+    return _with_slots(found if top is None else found.head(top), recording).sort(
+        "installs", "vm", "gfn", "level", descending=[True, False, False, False]
+    )
+
+
+@query(Recording, needs=("kvm_mmu_set_spte",))
+def regions(recording: Recording) -> pl.LazyFrame:
+    """The same by regions of 2 MiB: pages mapped, installs, and installs a page; the hottest first."""
+    found = (
+        _installs(recording)
+        .group_by("vm", (pl.col("gfn") // REGION_PAGES * REGION_PAGES).alias("region"))
+        .agg(
+            gfn=pl.col("gfn").min(),
+            pages=pl.len().cast(pl.Int64),
+            installs=pl.col("installs").sum(),
+            first_time=pl.col("first_time").min(),
+            last_time=pl.col("last_time").max(),
+        )
+        .with_columns(per_page=pl.col("installs") / pl.col("pages"))
+    )
+    return (
+        _with_slots(found, recording)
+        .select("vm", "slot", "region", "pages", "installs", "per_page", "first_time", "last_time")
+        .sort("installs", "vm", "region", descending=[True, False, False])
+    )
+
+
+@query(Recording, needs=("kvm_mmu_set_spte",))
+def slots(recording: Recording) -> pl.LazyFrame:
+    """The same by memory slot: pages it has, pages of it that were mapped, installs."""
+    return (
+        _with_slots(_installs(recording), recording)
+        .group_by("vm", "slot", "slot_gfn", "slot_pages")
+        .agg(mapped=pl.len().cast(pl.Int64), installs=pl.col("installs").sum())
+        .select(
+            "vm", "slot", pl.col("slot_gfn").alias("gfn"), pl.col("slot_pages").alias("pages"), "mapped", "installs",
+            per_page=pl.col("installs") / pl.col("mapped"),
+        )
+        .sort("installs", "vm", "gfn", descending=[True, False, False])
+    )  # fmt: skip
+
+
+@query(Recording, needs=("kvm_page_fault", "kvm_mmu_spte_requested"))
+def unserved(recording: Recording) -> pl.LazyFrame:
+    """Pages on which a vCPU faulted again and again though nothing was mapped for it: spurious, stale, or emulated.
+
+    `unserved` is faults less those for which a mapping was requested or a permission fixed. A page in no memory slot is
+    emulated MMIO. Nested paging only: under the shadow MMU a fault's address is the guest's own.
+    """
+    if recording.metadata.policy == "shadow":
+        raise Problem(f"{recording.path}: query unserved: addresses of faults are the guest's own under the shadow MMU")
+    page = (pl.col("addr") // 4096).cast(pl.Int64)
+    fixed = _is("fast_page_fault") & (pl.col("old") != pl.col("new"))
+    found = (
+        recording.scan()
+        .filter(pl.col("vcpu").is_not_null(), _is("kvm_page_fault", "kvm_mmu_spte_requested", "fast_page_fault"))
+        .with_columns(gfn=pl.when(_is("kvm_mmu_spte_requested")).then(pl.col("gfn")).otherwise(page))
+        .group_by("vm", "vcpu", "gfn")
+        .agg(
+            faults=_count("kvm_page_fault"),
+            served=(_is("kvm_mmu_spte_requested") | fixed).sum().cast(pl.Int64),
+            first_time=pl.col("time").min(),
+            last_time=pl.col("time").max(),
+        )
+        .with_columns(unserved=pl.col("faults") - pl.col("served"))
+        .filter(pl.col("unserved") > 1)
+    )
+    return (
+        _with_slots(found, recording)
+        .select("vm", "vcpu", "gfn", "slot", "faults", "served", "unserved", "first_time", "last_time")
+        .sort("unserved", "vm", "vcpu", "gfn", descending=[True, False, False, False])
+    )
+
+
+@query(Recording)
+def lives(recording: Recording) -> pl.LazyFrame:
+    """Every root that the recording shows: its role word, from when to when it is seen, loads and faults under it."""
+    loaded = _is("kvm_mmu_get_page", "mmu_load", "root_get")
+    return (
+        recording.scan()
+        .filter(pl.col("root") != 0)
+        .group_by("vm", "root")
+        .agg(
+            role=pl.when(loaded & (pl.col("role") != 0)).then(pl.col("role")).min(),
+            first_time=pl.col("time").min(),
+            last_time=pl.col("time").max(),
+            loads=_count("mmu_load"),
+            faults=_count("kvm_page_fault"),
+        )
+        .with_columns(life_ns=pl.col("last_time") - pl.col("first_time"))
+        .sort("vm", "root")
+    )
+
+
+@query(Recording)
+def roles(recording: Recording) -> pl.LazyFrame:
+    """Root lives by role word: how many roots, how long they are seen (median and longest), loads, faults."""
+    return (
+        lives(recording)
+        .group_by("vm", "role")
+        .agg(
+            roots=pl.len().cast(pl.Int64),
+            median_life_ns=pl.col("life_ns").median().cast(pl.Int64),
+            longest_life_ns=pl.col("life_ns").max(),
+            loads=pl.col("loads").sum(),
+            faults=pl.col("faults").sum(),
+        )
+        .sort("roots", "vm", "role", descending=[True, False, False])
+    )
+
+
+@query(Recording, needs=("kvm_exit",))
+def stuck(recording: Recording) -> pl.LazyFrame:
+    """vCPUs that certainly did not get past an instruction: 100,000 exits and more at one RIP, and why.
+
+    The recording is read for this when the query is made.
+    """
+    found = [
+        {"vm": int(vm["id"]), **{name: getattr(run, name) for name in _RUN}, "why": run.why}
+        for vm in recording.metadata.vms
+        for run in longest_runs(recording.trace, int(vm["id"])).values()
+        if run.certain
+    ]
+    return pl.LazyFrame(found, schema={"vm": pl.Int32, **_RUN, "why": pl.String})
+
+
+_RUN: Final[dict[str, Any]] = {
+    "vcpu": pl.Int16, "rip": pl.UInt64, "since": pl.Int64, "until": pl.Int64, "seq": pl.Int64, "exits": pl.Int64,
+}  # fmt: skip
+
+
+@query(Recording)
+def kinds(recording: Recording) -> pl.LazyFrame:
+    """Events by kind: stored, lost, and whether the kind was watched at all."""
+    meta = recording.metadata
+    names = sorted({*meta.kinds, *recording.kinds, *(str(probe.get("kind")) for probe in meta.probes)})
+    rows = [
+        {
+            "kind": name,
+            "events": meta.kinds.get(name, 0),
+            "lost": meta.lost_of(name) if name in meta.loss else 0,
+            "watched": name in recording.kinds,
+        }
+        for name in names
+    ]
+    schema = {"kind": pl.String, "events": pl.Int64, "lost": pl.Int64, "watched": pl.Boolean}
+    return pl.LazyFrame(rows, schema=schema).sort("events", "kind", descending=[True, False])
+
+
+def _nulled(recording: Recording, **kinds: str) -> list[pl.Expr]:
+    """Counts of kinds that were not watched are not 0 but null."""
+    return [pl.lit(None, pl.Int64).alias(name) for name, kind in kinds.items() if kind not in recording.kinds]
+
+
+def _installs(recording: Recording) -> pl.LazyFrame:
+    return (
+        recording.scan()
+        .filter(_is("kvm_mmu_set_spte"))
+        .group_by("vm", "gfn", "level")
+        .agg(
+            installs=pl.len().cast(pl.Int64),
+            first_time=pl.col("time").min(),
+            last_time=pl.col("time").max(),
+        )
+    )
+
+
+def known_slots(recording: Recording) -> pl.DataFrame:
+    """Every place that a memory slot had, in the snapshot or later: `vm`, `slot`, `gfn`, `pages`, in order of `gfn`."""
+    meta = recording.metadata
+    rows = [
+        {"vm": int(vm["id"]), **{name: slot[name] for name in ("slot", "gfn", "pages")}}
+        for vm in meta.vms
+        for slot in vm["slots"]
+        if slot["pages"] and slot["slot"] < 1 << 31 and max(slot["gfn"], slot["pages"]) < 1 << 52
+    ]
+    found = pl.DataFrame(rows, schema=_SLOT)
+    if any(vm.get("slots_omitted") for vm in meta.vms):
+        later = recording.scan().filter(_is("memslot"), pl.col("value").is_between(1, 1 << 52))
+        found = pl.concat([found, later.select("vm", "slot", "gfn", pages=pl.col("value").cast(pl.Int64)).collect()])
+    return found.unique().sort("gfn", "pages", "vm", "slot")
+
+
+def _with_slots(rows: pl.LazyFrame, recording: Recording) -> pl.LazyFrame:
+    """Rows with a `gfn`, and the slot that it lies in: the one that begins last at or before it."""
+    places = known_slots(recording).lazy().select(
+        "vm", "gfn", "slot", slot_gfn="gfn", slot_pages="pages"
+    )  # fmt: skip
+    inside = pl.col("gfn") < pl.col("slot_gfn") + pl.col("slot_pages")
+    return (
+        rows.sort("gfn")
+        .join_asof(places, on="gfn", by="vm", strategy="backward", check_sortedness=False)
+        .with_columns(pl.when(inside).then(pl.col(name)).alias(name) for name in ("slot", "slot_gfn", "slot_pages"))
+    )

@@ -1,0 +1,70 @@
+"""Named queries: what each asks, the kinds of event it needs, and where to find it by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Final, Generic, TypeVar
+
+import polars as pl
+
+from analysis.sources import Recording, Result
+from traces.errors import Problem
+
+Source = TypeVar("Source", Recording, Result)
+_MODULES: Final = ("analysis.queries.recorded", "analysis.queries.replayed")
+_QUERIES: Final[dict[str, Query[Any]]] = {}
+
+
+@dataclass(frozen=True)
+class Query(Generic[Source]):
+    """A named query: called with an opened recording or result it gives a LazyFrame.
+
+    `needs`: kinds of event without which there is no answer.
+    """
+
+    name: str
+    source: type[Source]
+    needs: tuple[str, ...]
+    make: Callable[..., pl.LazyFrame]
+
+    def __call__(self, source: Source, **options: Any) -> pl.LazyFrame:
+        """Raises Problem where the source is of the other sort, or was not watched for what the query needs."""
+        if not isinstance(source, self.source):
+            what = "recordings" if self.source is Recording else "results of `kvmtrace replay -o`"
+            raise Problem(f"{source.path}: query {self.name} is for {what}")
+        if isinstance(source, Recording):
+            source.need(self.needs, f"query {self.name}")
+        return self.make(source, **options)
+
+    @property
+    def about(self) -> str:
+        """What it asks, in a line."""
+        return (self.make.__doc__ or "").splitlines()[0]
+
+
+def query(source: type[Source], needs: tuple[str, ...] = ()) -> Callable[[Callable[..., pl.LazyFrame]], Query[Source]]:
+    """Make a function of an opened source (and options) a query under the function's name."""
+
+    def register(make: Callable[..., pl.LazyFrame]) -> Query[Source]:
+        made = Query(make.__name__, source, needs, make)
+        _QUERIES[made.name] = made
+        return made
+
+    return register
+
+
+def queries() -> dict[str, Query[Any]]:
+    """All of them by name."""
+    for module in _MODULES:
+        import_module(module)
+    return dict(sorted(_QUERIES.items()))
+
+
+def named(name: str) -> Query[Any]:
+    """The query of this name; a Problem that lists them where there is none."""
+    known = queries()
+    if name not in known:
+        raise Problem(f"{name}: no such query; there are {', '.join(known)}")
+    return known[name]

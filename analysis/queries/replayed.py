@@ -1,0 +1,204 @@
+"""Queries over the rows of a replay's result.
+
+What a trace leaves open is two rows of a policy in the result, and here an interval: `NAME_low` and `NAME_high`. Where
+it leaves nothing open both are the same.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import polars as pl
+
+from analysis.queries.registry import query
+from analysis.sources import Result
+from replay.result import OF_VCPU, OF_VM, SPENT
+
+PAGE: Final = 4096
+# Counts that are summed over VMs, and those of which the greatest is taken.
+_SUMMED: Final = (*OF_VCPU, *OF_VM)
+_PEAKS: Final = ("roots_peak", "tables_peak", "memory_bytes")
+_TIMES: Final = ("stalls", "stalled_ns", "longest_stall_ns", "wall_ns", *SPENT)
+REFILL: Final = ("fault_ns", "load_ns", "unload_ns", "wait_ns")  # what root policies decide
+
+
+def _ends(rows: pl.LazyFrame, keys: list[str], names: list[str]) -> pl.LazyFrame:
+    """Rows of each bound folded to one, each value the interval of the two."""
+    low = [pl.col(name).min().alias(f"{name}_low") for name in names]
+    return rows.group_by(keys).agg(*low, *(pl.col(name).max().alias(f"{name}_high") for name in names))
+
+
+def _of(result: Result, row: str) -> pl.LazyFrame:
+    """Rows of one kind, with the policy's place in the metadata and whether it is the recorded one."""
+    known = pl.LazyFrame(
+        [(policy.name, number, policy.recorded) for number, policy in enumerate(result.policies)],
+        schema={"policy": pl.String, "policy_number": pl.Int64, "recorded": pl.Boolean},
+        orient="row",
+    )
+    return result.scan().filter(pl.col("row") == row).join(known, on="policy")
+
+
+def _sorted(rows: pl.LazyFrame, *names: str) -> pl.LazyFrame:
+    return rows.sort("policy_number", *names).drop("policy_number")
+
+
+def _counts(rows: pl.LazyFrame) -> pl.LazyFrame:
+    """A `vm` row's counts under the names that reports give them."""
+    return rows.with_columns(memory_bytes=(pl.col("tables_peak") + pl.col("roots_peak")) * PAGE).rename(
+        {"creations": "roots_created"}
+    )
+
+
+_NAMES: Final = tuple("roots_created" if name == "creations" else name for name in _SUMMED)
+
+
+@query(Result)
+def policies(result: Result) -> pl.LazyFrame:
+    """What each policy comes to, over all VMs: counts, memory held, time, soft-hangs.
+
+    Peaks, `memory_bytes` (tables and roots alive, 4 KiB each), and `wall_ns` are those of the VM or vCPU with the most.
+    `stall_share` and `refill_share` (faults, loads, unloads, waits) are of the vCPUs' time. `error`
+    is half the time's band, relative. Times are null where there are none.
+    """
+    keys = ["policy", "policy_number", "recorded"]
+    counts = (
+        _counts(_of(result, "vm"))
+        .group_by(*keys, "bound")
+        .agg(*(pl.col(name).sum() for name in _NAMES), *(pl.col(name).max() for name in _PEAKS), vms=pl.len())
+    )
+    timed = pl.col("wall_ns").count() > 0
+    times = (
+        _of(result, "vcpu")
+        .group_by(*keys, "bound")
+        .agg(
+            *(pl.when(timed).then(pl.col(name).sum()).alias(name) for name in ("stalls", "stalled_ns", *SPENT)),
+            pl.col("wall_ns").max(),
+            pl.col("longest_stall_ns").max(),
+            band_low_ns=pl.col("wall_low_ns").max(),
+            band_high_ns=pl.col("wall_high_ns").max(),
+            walls=pl.when(timed).then(pl.col("wall_ns").sum()),
+            error=((pl.col("wall_high_ns") - pl.col("wall_low_ns")) / (2 * pl.col("wall_ns"))).max(),
+        )
+        .with_columns(
+            stall_share=pl.col("stalled_ns") / pl.col("walls"),
+            refill_share=pl.sum_horizontal(REFILL) / pl.col("walls"),
+        )
+    )
+    names = [*_NAMES, *_PEAKS, *_TIMES, "stall_share", "refill_share", "error"]
+    both = _ends(counts.join(times, on=[*keys, "bound"], how="left"), keys, [*names, "band_low_ns", "band_high_ns"])
+    band = both.with_columns(band_low_ns=pl.col("band_low_ns_low"), band_high_ns=pl.col("band_high_ns_high"))
+    return _sorted(band.drop("band_low_ns_low", "band_low_ns_high", "band_high_ns_low", "band_high_ns_high"))
+
+
+@query(Result)
+def vms(result: Result) -> pl.LazyFrame:
+    """The same counts, each VM by itself."""
+    keys = ["policy", "policy_number", "recorded", "vm"]
+    return _sorted(_ends(_counts(_of(result, "vm")), keys, [*_NAMES, *_PEAKS]), "vm")
+
+
+@query(Result)
+def vcpus(result: Result) -> pl.LazyFrame:
+    """Each vCPU under each policy and bound: counts, where its time goes, its soft-hangs."""
+    stopped = pl.col("seq").alias("stopped_at")
+    return _sorted(
+        _of(result, "vcpu").select(
+            "policy", "policy_number", "recorded", "bound", "vm", "vcpu", stopped,
+            *(pl.col(name).alias("roots_created" if name == "creations" else name) for name in OF_VCPU),
+            "recorded_ns", "wall_ns", "wall_low_ns", "wall_high_ns", *SPENT,
+            "stalls", "stalled_ns", "longest_stall_ns",
+            refill_share=pl.sum_horizontal(REFILL) / pl.col("wall_ns"),
+        ),
+        "vm", "vcpu", "bound",
+    )  # fmt: skip
+
+
+@query(Result)
+def causes(result: Result) -> pl.LazyFrame:
+    """Why roots were freed, by policy: how many, and the leaves and tables that went with them; the most first."""
+    keys = ["policy", "policy_number", "recorded", "cause"]
+    freed = _of(result, "root").filter(pl.col("event") == "freed")
+    counts = freed.group_by(*keys, "bound").agg(
+        freed=pl.len().cast(pl.Int64), leaves=pl.col("leaves").sum(), tables=pl.col("tables").sum()
+    )
+    # A cause that one bound lacks is 0 there.
+    bounds = pl.LazyFrame(
+        [{"policy": policy.name, "bounds": len(policy.bounds)} for policy in result.policies],
+        schema={"policy": pl.String, "bounds": pl.Int64},
+    )
+    names = ("freed", "leaves", "tables")
+    ends = (
+        counts.group_by(keys)
+        .agg(
+            *(pl.col(name).min().alias(f"{name}_low") for name in names),
+            *(pl.col(name).max().alias(f"{name}_high") for name in names),
+            seen=pl.len(),
+        )
+        .join(bounds, on="policy")
+        .with_columns(
+            pl.when(pl.col("seen") < pl.col("bounds")).then(0).otherwise(pl.col(f"{name}_low")).alias(f"{name}_low")
+            for name in names
+        )
+    )
+    order = ["policy_number", "freed_high", "freed_low", "cause"]
+    return (
+        ends.sort(order, descending=[False, True, True, False])
+        .select("policy", "recorded", "cause", *(f"{name}_{end}" for name in names for end in ("low", "high")))
+    )  # fmt: skip
+
+
+@query(Result)
+def stalls(result: Result) -> pl.LazyFrame:
+    """Every soft-hang in virtual time, the longest first: its begin, what it goes on, what emptied the root slots."""
+    return (
+        _of(result, "stall")
+        .select("policy", "recorded", "bound", "vm", "vcpu", "clock", "wall_ns", "cause", *SPENT)
+        .sort("wall_ns", "policy", "bound", "vm", "vcpu", "clock", descending=[True, *[False] * 5])
+    )
+
+
+@query(Result)
+def progress(result: Result) -> pl.LazyFrame:
+    """Each vCPU's progress in virtual time, a ms or more apart: the clock, and what the time until then went on."""
+    return _sorted(
+        _of(result, "progress").select(
+            "policy", "policy_number", "recorded", "bound", "vm", "vcpu", "clock", "cause", *SPENT
+        ),
+        "bound", "vm", "vcpu", "clock",
+    )  # fmt: skip
+
+
+@query(Result)
+def roots(result: Result) -> pl.LazyFrame:
+    """Every root under every policy and bound: its role word, when it was made and freed and why, and what it held."""
+    keys = ["policy", "policy_number", "recorded", "bound", "vm", "root"]
+    made, freed = pl.col("event") == "created", pl.col("event") == "freed"
+    return _sorted(
+        _of(result, "root")
+        .filter(made | freed)
+        .group_by(keys)
+        .agg(
+            role=pl.col("role").max(),
+            created_time=pl.when(made).then(pl.col("time")).min(),
+            created_for=pl.when(made).then(pl.col("cause")).max(),
+            freed_time=pl.when(freed).then(pl.col("time")).max(),
+            freed_for=pl.when(freed).then(pl.col("cause")).max(),
+            leaves=pl.when(freed).then(pl.col("leaves")).max(),
+            tables=pl.when(freed).then(pl.col("tables")).max(),
+        )
+        .with_columns(life_ns=pl.col("freed_time") - pl.col("created_time")),
+        "bound", "vm", "root",
+    )  # fmt: skip
+
+
+@query(Result)
+def costs(result: Result) -> pl.LazyFrame:
+    """What things cost in each VM's recording, ns, and whether that was measured there or taken from a dated table."""
+    rows = [
+        (vm.vm, cost.name, cost.ns, cost.measured, cost.source, cost.error) for vm in result.vms for cost in vm.costs
+    ]
+    schema = {
+        "vm": pl.Int64, "cost": pl.String, "ns": pl.UInt64, "measured": pl.Boolean, "source": pl.String,
+        "error": pl.Float64,
+    }  # fmt: skip
+    return pl.LazyFrame(rows, schema=schema, orient="row")
