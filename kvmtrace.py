@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from analysis.cli import app as analysis
 from tracer.lab.cli import app as lab
 from traces.errors import VERDICT_FAILED, Problem
 
@@ -22,6 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
+app.add_typer(analysis)
 app.add_typer(lab, name="lab")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON (with its schema version) instead of text.")]
@@ -324,9 +326,9 @@ def replay(
 ) -> None:
     """Say what the recorded VMs would have done under other root policies, and how long it would have taken."""
     from replay import bounds, evidence, plan, report, run
-    from replay.result import Writer
+    from replay.keep import keep
     from replay.virtual import report as time_report
-    from replay.virtual import rows, whatif
+    from replay.virtual import whatif
     from replay.virtual.run import Settings, replay_timed
     from replay.virtual.stalls import Rule
     from traces.reader import Trace
@@ -349,15 +351,11 @@ def replay(
         else:
             print(time_report.render_sweep(swept, rates), end="")
         return
-    times = replay_timed(wanted, settings) if timed else []
     if out is None:
+        times = replay_timed(wanted, settings) if timed else []
         replayed = run.replay(wanted)
     else:
-        names = [target.name for target in wanted.targets]
-        with Writer(out, names) as writer:
-            rows.write(writer, times, names)
-            replayed = run.replay(wanted, writer)
-            writer.close({**run.document(replayed), "time": time_report.facts(times, settings) if timed else None})
+        replayed, times = keep(wanted, out, settings, timed=timed)
     if as_json:
         time = {"time": time_report.facts(times, settings)} if timed else {}
         _print_json({**report.facts(replayed, share), **time})

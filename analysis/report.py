@@ -11,6 +11,7 @@ import polars as pl
 from analysis.units import Unit, shown, span
 
 if TYPE_CHECKING:
+    from analysis.gates import Figures
     from analysis.sources import Recording, Result
 
 SCHEMA: Final = 1  # of the JSON format
@@ -50,7 +51,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A query's rows. `first`: how many of them a first screen has room for; `omitted`: rows that are not in `frame`.
+    """A query's rows. `first`: how many of them a first screen has room for; `more`: there are rows that are not here.
 
     `query` is the query's name: `kvmtrace export FILE --csv QUERY` gives all of its rows and columns.
     """
@@ -61,7 +62,7 @@ class Table:
     frame: pl.DataFrame
     note: str = ""
     first: int = 4
-    omitted: int = 0
+    more: bool = False
 
     def texts(self, columns: tuple[Column, ...] | None = None, rows: int | None = None) -> list[list[str]]:
         """The cells as text, row by row."""
@@ -72,6 +73,11 @@ class Table:
     def values(self) -> list[dict[str, Any]]:
         """The cells as they are, row by row."""
         return [{column.key: column.value(row) for column in self.columns} for row in self.frame.iter_rows(named=True)]
+
+    @property
+    def heading(self) -> str:
+        """Its title with the query that made it."""
+        return f"{self.title} (query {self.query}{', the first rows' if self.more else ''})"
 
     @property
     def narrow(self) -> tuple[Column, ...]:
@@ -106,7 +112,8 @@ class Check:
 class Report:
     """All that is said of one trace or result.
 
-    `verdict`: sentences, the most important first. `trust`: name and text of what the figures rest on.
+    `verdict`: sentences, the most important first. `trust`: name and text of what the figures rest on. `figures`: all
+    that gates can be on, exactly.
     `recording`, `result`: what it is made from, for formats that draw; either may be missing.
     """
 
@@ -115,6 +122,7 @@ class Report:
     trust: tuple[tuple[str, str], ...]
     tables: tuple[Table, ...]
     checks: tuple[Check, ...] = ()
+    figures: Figures | None = None
     recording: Recording | None = field(default=None, compare=False)
     result: Result | None = field(default=None, compare=False)
 

@@ -60,9 +60,6 @@ class Recording:
             why = whys.get(lacking[0]) or "the preset did not ask for it: --events mmu has most, all has every kind"
             raise Problem(f"{self.path}: {what}: {', '.join(lacking)} not recorded ({why})")
 
-    def lacks(self, kinds: Iterable[str]) -> bool:
-        return any(kind not in self.kinds for kind in kinds)
-
 
 @dataclass(frozen=True)
 class Policy:

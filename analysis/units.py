@@ -23,6 +23,7 @@ class Unit(Enum):
     RATIO = "ratio"
     BYTES = "bytes"
     HEX = "hex"
+    FLAG = "flag"
 
 
 def shown(value: Any, unit: Unit) -> str:
@@ -42,6 +43,8 @@ def shown(value: Any, unit: Unit) -> str:
             return f"{value:,.2f}x"
         case Unit.BYTES:
             return size(int(value))
+        case Unit.FLAG:
+            return "yes" if value else "no"
         case Unit.HEX:
             return f"{value:#x}"
         case _:

@@ -1,1 +1,26 @@
-"""The formats of a report: each renders the same model."""
+"""The formats of a report: each module renders the same model, and none computes a figure of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Final
+
+from analysis.report import Report
+from traces.errors import Problem
+
+# Format -> module; each has `render(*reports) -> str`.
+FORMATS: Final = {"text": "text", "md": "markdown", "mail": "mail", "json": "json", "junit": "junit"}
+
+
+def renderer(name: str) -> Callable[..., str]:
+    """The function that renders reports in this format; a Problem where there is none."""
+    if name not in FORMATS:
+        raise Problem(f"--format {name}: give {', '.join(FORMATS)}")
+    render: Callable[..., str] = import_module(f"analysis.formats.{FORMATS[name]}").render
+    return render
+
+
+def lines(report: Report) -> list[str]:
+    """The first line of a report and its verdict: the same in every format for people."""
+    return list(dict.fromkeys((report.headline, *report.verdict)))

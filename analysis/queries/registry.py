@@ -38,6 +38,10 @@ class Query(Generic[Source]):
             source.need(self.needs, f"query {self.name}")
         return self.make(source, **options)
 
+    def lacking(self, source: Source) -> list[str]:
+        """The kinds that it needs and that were not watched."""
+        return [kind for kind in self.needs if isinstance(source, Recording) and kind not in source.kinds]
+
     @property
     def about(self) -> str:
         """What it asks, in a line."""

@@ -42,6 +42,11 @@ def _sorted(rows: pl.LazyFrame, *names: str) -> pl.LazyFrame:
     return rows.sort("policy_number", *names).drop("policy_number")
 
 
+def _share(part: pl.Expr, whole: pl.Expr) -> pl.Expr:
+    """Null where there is no whole."""
+    return pl.when(whole > 0).then(part / whole)
+
+
 def _counts(rows: pl.LazyFrame) -> pl.LazyFrame:
     """A `vm` row's counts under the names that reports give them."""
     return rows.with_columns(memory_bytes=(pl.col("tables_peak") + pl.col("roots_peak")) * PAGE).rename(
@@ -77,17 +82,17 @@ def policies(result: Result) -> pl.LazyFrame:
             band_low_ns=pl.col("wall_low_ns").max(),
             band_high_ns=pl.col("wall_high_ns").max(),
             walls=pl.when(timed).then(pl.col("wall_ns").sum()),
-            error=((pl.col("wall_high_ns") - pl.col("wall_low_ns")) / (2 * pl.col("wall_ns"))).max(),
+            error=_share(pl.col("wall_high_ns") - pl.col("wall_low_ns"), 2 * pl.col("wall_ns")).max(),
         )
         .with_columns(
-            stall_share=pl.col("stalled_ns") / pl.col("walls"),
-            refill_share=pl.sum_horizontal(REFILL) / pl.col("walls"),
+            stall_share=_share(pl.col("stalled_ns"), pl.col("walls")),
+            refill_share=_share(pl.sum_horizontal(REFILL), pl.col("walls")),
         )
     )
     names = [*_NAMES, *_PEAKS, *_TIMES, "stall_share", "refill_share", "error"]
-    both = _ends(counts.join(times, on=[*keys, "bound"], how="left"), keys, [*names, "band_low_ns", "band_high_ns"])
-    band = both.with_columns(band_low_ns=pl.col("band_low_ns_low"), band_high_ns=pl.col("band_high_ns_high"))
-    return _sorted(band.drop("band_low_ns_low", "band_low_ns_high", "band_high_ns_low", "band_high_ns_high"))
+    both = counts.join(times, on=[*keys, "bound"], how="left")
+    band = both.group_by(keys).agg(band_ns_low=pl.col("band_low_ns").min(), band_ns_high=pl.col("band_high_ns").max())
+    return _sorted(_ends(both, keys, names).join(band, on=keys))
 
 
 @query(Result)
@@ -107,7 +112,7 @@ def vcpus(result: Result) -> pl.LazyFrame:
             *(pl.col(name).alias("roots_created" if name == "creations" else name) for name in OF_VCPU),
             "recorded_ns", "wall_ns", "wall_low_ns", "wall_high_ns", *SPENT,
             "stalls", "stalled_ns", "longest_stall_ns",
-            refill_share=pl.sum_horizontal(REFILL) / pl.col("wall_ns"),
+            refill_share=_share(pl.sum_horizontal(REFILL), pl.col("wall_ns")),
         ),
         "vm", "vcpu", "bound",
     )  # fmt: skip

@@ -1,0 +1,188 @@
+"""Makes the report of a recording, a result, or both: which queries it asks and how their columns read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from analysis import verdict as sentences
+from analysis.gates import Figures, figures_of
+from analysis.queries import recorded, replayed
+from analysis.queries.registry import Query
+from analysis.report import Check, Column, Report, Status, Table
+from analysis.sources import Recording, Result
+from analysis.trust import trust
+from analysis.units import Unit
+from analysis.validation import Validated
+from traces.errors import Problem
+from traces.text import printable
+
+ROWS: Final = 20  # of a table, in formats with room for them
+
+
+def _interval(name: str, title: str, unit: Unit = Unit.COUNT, *, wide: bool = False) -> Column:
+    return Column(f"{name}_low", title, unit, high=f"{name}_high", wide=wide)
+
+
+_POLICY: Final = Column("policy", "policy", Unit.TEXT)
+_VM: Final = Column("vm", "VM", Unit.ID)
+_VCPU: Final = Column("vcpu", "vCPU", Unit.ID)
+_SLOT: Final = Column("slot", "slot", Unit.ID)
+_FIRST: Final = Column("first_time", "from, s", Unit.BOOT, wide=True)
+_LAST: Final = Column("last_time", "to, s", Unit.BOOT, wide=True)
+
+_POLICIES: Final = (
+    _POLICY,
+    Column("recorded", "recorded", Unit.FLAG, wide=True),
+    _interval("wall_ns", "time", Unit.NS),
+    _interval("band_ns", "band", Unit.NS, wide=True),
+    _interval("stall_share", "stalled", Unit.SHARE),
+    _interval("longest_stall_ns", "longest", Unit.NS),
+    _interval("roots_created", "roots"),
+    _interval("faults", "faults"),
+    _interval("refaults", "re-faults"),
+    _interval("tables_built", "tables", wide=True),
+    _interval("memory_bytes", "held", Unit.BYTES, wide=True),
+)
+_CAUSES: Final = (
+    _POLICY,
+    Column("cause", "freed by", Unit.TEXT),
+    _interval("freed", "roots"),
+    _interval("leaves", "leaves lost"),
+    _interval("tables", "tables lost"),
+)
+_WINDOWS: Final = (
+    _VM,
+    _VCPU,
+    Column("time", "boot time, s", Unit.BOOT),
+    Column("since_ns", "after", Unit.NS, wide=True),
+    Column("length_ns", "length", Unit.NS, wide=True),
+    Column("guest_share", "in guest", Unit.SHARE),
+    Column("exits", "exits", wide=True),
+    Column("faults", "faults"),
+    Column("smis", "SMIs"),
+    Column("loads", "loads"),
+)
+_STALLS: Final = (
+    _POLICY,
+    Column("bound", "bound", Unit.TEXT, wide=True),
+    _VM,
+    _VCPU,
+    Column("clock", "after", Unit.NS),
+    Column("wall_ns", "length", Unit.NS),
+    Column("cause", "slots emptied by", Unit.TEXT),
+    Column("fault_ns", "on faults", Unit.NS, wide=True),
+    Column("load_ns", "on loads", Unit.NS, wide=True),
+)
+_STUCK: Final = (
+    _VM,
+    _VCPU,
+    Column("rip", "RIP", Unit.HEX),
+    Column("exits", "exits"),
+    Column("since", "from, s", Unit.BOOT),
+    Column("until", "to, s", Unit.BOOT, wide=True),
+    Column("why", "why", Unit.TEXT, wide=True),
+)
+_GFNS: Final = (_VM, _SLOT, Column("gfn", "gfn", Unit.HEX), Column("level", "level", Unit.ID),
+                Column("installs", "installs"), _FIRST, _LAST)  # fmt: skip
+_REGIONS: Final = (
+    _VM, _SLOT, Column("region", "gfn", Unit.HEX), Column("pages", "pages"), Column("installs", "installs"),
+    Column("per_page", "a page", Unit.RATIO), _FIRST, _LAST,
+)  # fmt: skip
+_UNSERVED: Final = (
+    _VM, _VCPU, Column("gfn", "gfn", Unit.HEX), _SLOT, Column("faults", "faults"), Column("served", "served"),
+    Column("unserved", "unserved"), _FIRST, _LAST,
+)  # fmt: skip
+_ROLES: Final = (
+    _VM, Column("role", "role", Unit.HEX), Column("roots", "roots"), Column("median_life_ns", "median life", Unit.NS),
+    Column("longest_life_ns", "longest", Unit.NS), Column("loads", "loads"), Column("faults", "faults"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One table: a query, its columns, rows of it that a first screen shows; left out where it has none and `quiet`."""
+
+    query: Query[Any]
+    title: str
+    columns: tuple[Column, ...]
+    first: int = 3
+    quiet: bool = False
+    note: str = ""
+
+
+_OF_RESULT: Final = (
+    _Part(replayed.policies, "Policies", _POLICIES, first=4),
+    _Part(replayed.causes, "Why roots were freed", _CAUSES, first=3),
+    _Part(replayed.stalls, "Longest soft-hangs, in virtual time", _STALLS, first=1, quiet=True),
+)
+_OF_RECORDING: Final = (
+    _Part(recorded.windows, "Worst windows as recorded", _WINDOWS, first=2),
+    _Part(recorded.stuck, "Stuck vCPUs", _STUCK, first=2, quiet=True),
+    _Part(recorded.roles, "Root lives as recorded", _ROLES, first=0),
+    _Part(recorded.gfns, "Hottest gfns as recorded", _GFNS, first=2),
+    _Part(recorded.regions, "Hottest 2 MiB regions as recorded", _REGIONS, first=2),
+    _Part(recorded.unserved, "Faults for which nothing was mapped", _UNSERVED, first=2, quiet=True),
+)
+
+
+def assemble(
+    recording: Recording | None,
+    result: Result | None,
+    validation: Validated | str,
+    *,
+    remarks: tuple[str, ...] = (),
+    gates: Callable[[Figures], Iterable[Check]] = lambda _: (),
+    step: Callable[[str], None] = lambda _: None,
+) -> Report:
+    """The report of one source, or of both a recording and its replay. `step` is told what is being asked."""
+    tables, unanswered = [], []
+    for part, source in [*((p, result) for p in _OF_RESULT), *((p, recording) for p in _OF_RECORDING)]:
+        if source is None:
+            continue
+        step(part.query.name)
+        try:
+            table = _table(part, source)
+        except Problem as problem:
+            unanswered.append(str(problem).removeprefix(f"{source.path}: "))
+            continue
+        if len(table.frame) or not part.quiet:
+            tables.append(table)
+    figures = figures_of(recording, result, validation)
+    path = recording.path if recording is not None else result.path if result is not None else ""
+    return Report(
+        title=printable(path),
+        verdict=tuple(map(printable, sentences.verdict(result, recording))),
+        trust=tuple(
+            (name, printable(text)) for name, text in trust(recording, result, validation, (*remarks, *unanswered))
+        ),
+        tables=tuple(tables),
+        checks=(*gates(figures), *_invariants(result, validation)),
+        figures=figures,
+        recording=recording,
+        result=result,
+    )
+
+
+def _table(part: _Part, source: Recording | Result) -> Table:
+    options = {"top": ROWS + 1} if part.query is recorded.gfns else {}
+    frame = part.query(source, **options).head(ROWS + 1).collect(engine="streaming")
+    return Table(
+        query=part.query.name, title=part.title, columns=part.columns, frame=frame.head(ROWS), note=part.note,
+        first=part.first, more=len(frame) > ROWS,
+    )  # fmt: skip
+
+
+def _invariants(result: Result | None, validation: Validated | str) -> Iterator[Check]:
+    """What must hold whatever the gates are; one that does not fails the report."""
+    for policy in result.policies if result is not None else ():
+        broken = [line for line in result.broken if f", {policy.name}: " in line] if result is not None else []
+        status = Status.FAILED if broken else Status.PASSED
+        yield Check("invariant", f"promises of {policy.name}", status, "; ".join(broken) or "kept")
+    if isinstance(validation, str):
+        yield Check("invariant", "responses reproduced", Status.SKIPPED, validation)
+    else:
+        yield Check(
+            "invariant", "responses reproduced", Status.PASSED if validation.holds else Status.FAILED, validation.text
+        )

@@ -1,0 +1,110 @@
+"""The verbs of analysis: `kvmtrace report`, `diff` and `export`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from traces.errors import VERDICT_FAILED, Problem
+
+app = typer.Typer()
+
+_SOURCES = "Traces, or results of `kvmtrace replay -o`."
+
+
+@app.command(
+    epilog="Examples: kvmtrace report stall.parquet"
+    " | kvmtrace report result.parquet --format md -o $GITHUB_STEP_SUMMARY"
+    " | kvmtrace report new.parquet --fail-on 'refaults > 0' --fail-on 'roots_created > baseline' --baseline old.json",
+)
+def report(
+    files: Annotated[list[Path], typer.Argument(help=_SOURCES)],
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="Replay a trace under this one; repeatable. [default: the recorded one, preserve, async]"),
+    ] = None,
+    replay: Annotated[
+        bool, typer.Option("--replay/--no-replay", help="Replay traces; without, only what was recorded is reported.")
+    ] = True,
+    validate: Annotated[
+        bool, typer.Option("--validate", help="Hold the recording against the model as well: 100,000 rows a second.")
+    ] = False,
+    format_: Annotated[
+        str, typer.Option("--format", help="text, md, mail, json or junit. [default: text]", show_default=False)
+    ] = "text",
+    out: Annotated[Path | None, typer.Option("-o", "--output", help="Write to this file, not to stdout.")] = None,
+    fail_on: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Exit 1 where this holds: [POLICY.]COLUMN OPERATOR NUMBER, or `baseline` for the number; repeatable. "
+            "Without a policy it is the recorded one, else every one. An interval that leaves it open fails. "
+            "Not on time."
+        ),
+    ] = None,
+    baseline: Annotated[
+        Path | None, typer.Option(help="A result, or a report in JSON, that gates are held against.")
+    ] = None,
+) -> None:
+    """Say what a recording or a replay comes to: verdict, what it rests on, policies, causes, worst windows, gfns."""
+    from contextlib import ExitStack
+
+    from analysis import gates
+    from analysis.formats import renderer
+    from analysis.progress import Progress
+    from analysis.reporting import Wanted, exit_code, reported
+
+    render = renderer(format_)
+    wanted = Wanted(
+        policies=tuple(policy or ()),
+        replay=replay,
+        validate=validate,
+        gates=tuple(map(gates.parse, fail_on or ())),
+        baseline=gates.load_baseline(baseline) if baseline else None,
+    )
+    progress = Progress()
+    with ExitStack() as stack:
+        stack.callback(progress.end)
+        reports = [stack.enter_context(reported(path, wanted, progress)) for path in files]
+        text = render(*reports)
+        progress.end()
+        _write(text, out)
+        for one in reports:
+            if one.failed and (out or format_ in ("json", "junit")):
+                print(f"kvmtrace: {one.title}: {one.headline}", file=sys.stderr)
+        if exit_code(reports):
+            raise typer.Exit(VERDICT_FAILED)
+
+
+@app.command(
+    epilog="Examples: kvmtrace export stall.parquet --list"
+    " | kvmtrace export stall.parquet --csv windows > windows.csv"
+    " | kvmtrace export result.parquet --csv roots -o roots.csv",
+)
+def export(
+    file: Annotated[Path, typer.Argument(help="A trace, or a result of `kvmtrace replay -o`.")],
+    csv: Annotated[str, typer.Option(help="Write all rows of this query as CSV.", show_default=False)] = "",
+    list_: Annotated[bool, typer.Option("--list", help="Say which queries there are for this file.")] = False,
+    out: Annotated[Path | None, typer.Option("-o", "--output", help="Write to this file, not to stdout.")] = None,
+) -> None:
+    """Give the rows behind a report's tables to other tools."""
+    from analysis import exporting
+
+    if bool(csv) == list_:
+        raise Problem("export: give either --csv QUERY or --list")
+    if list_:
+        _write(exporting.listing(file), out)
+    else:
+        exporting.csv(file, csv, out)
+
+
+def _write(text: str, out: Path | None) -> None:
+    if out is None:
+        sys.stdout.write(text)
+        return
+    try:
+        out.write_text(text)
+    except OSError as error:
+        raise Problem(f"{out}: cannot be written: {error.strerror or error}") from None

@@ -1,0 +1,72 @@
+"""For the job summaries of GitHub and GitLab: tables, and under the 1 MiB that these take."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Final
+
+from analysis.formats import lines
+from analysis.report import Report, Table
+
+LIMIT: Final = (1 << 20) - 1  # bytes
+_ROWS: Final = (20, 5, 1, 0)
+_MARKS: Final = re.compile(r"([\\`*_{}\[\]<>#|~&$@!])")
+
+
+def render(*reports: Report) -> str:
+    """One report after another; with fewer rows a table, and then fewer reports, where it would be too long."""
+    for rows in _ROWS:
+        text = "\n".join("\n".join(_lines(report, rows)) + "\n" for report in reports)
+        if len(text.encode()) <= LIMIT:
+            return text
+    parts: list[str] = []
+    size = 0
+    for number, report in enumerate(reports):
+        part = "\n".join(_lines(report, 0)) + "\n"
+        size += len(part.encode()) + 1
+        if size > LIMIT - 200:
+            return "\n".join(
+                [*parts, f"{len(reports) - number} more reports: too long for a summary, see --format json\n"]
+            )
+        parts.append(part)
+    return "\n".join(parts)
+
+
+def escaped(text: str) -> str:
+    """Text that reads as it is in Markdown, in a table as well."""
+    return _MARKS.sub(r"\\\1", text)
+
+
+def _lines(report: Report, rows: int) -> Iterator[str]:
+    first, *more = lines(report)
+    yield f"**{escaped(first)}**"
+    yield ""
+    for line in more:
+        yield escaped(line)
+        yield ""
+    yield "| | |"
+    yield "|-|-|"
+    yield f"| of | {escaped(report.title)} |"
+    for name, text in report.trust:
+        yield f"| {name} | {escaped(text)} |"
+    for check in report.checks:
+        yield f"| {check.status.value} | {check.kind} {escaped(check.name)}: {escaped(check.why)} |"
+    for table in report.tables:
+        yield from _table(table, rows) if rows else ()
+
+
+def _table(table: Table, rows: int) -> Iterator[str]:
+    yield ""
+    yield f"### {table.title}"
+    yield ""
+    if not len(table.frame):
+        yield f"none (query `{table.query}`)"
+        return
+    yield f"| {' | '.join(escaped(column.title) for column in table.columns)} |"
+    yield f"|{'|'.join('-:' if column.right else '-' for column in table.columns)}|"
+    for texts in table.texts(rows=rows):
+        yield f"| {' | '.join(map(escaped, texts))} |"
+    yield ""
+    more = ", which has more rows" if table.more or len(table.frame) > rows else ""
+    yield f"Query `{table.query}`{more}. {escaped(table.note)}".rstrip()

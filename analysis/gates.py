@@ -1,0 +1,251 @@
+"""Gates: conditions on what is exact, under which a report fails. `preserve.refaults > 0`, `roots_created > baseline`.
+
+What a trace leaves open is an interval; a gate on it is decided only if it comes out the same at every value in it, and
+fails as undecided otherwise. There is no gate on time: it differs from run to run of the same work.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Final
+
+from analysis.queries import replayed
+from analysis.report import Check, Status
+from analysis.sources import Recording, Result, open_source
+from analysis.units import Unit, span
+from analysis.validation import Validated
+from traces.errors import Problem
+from traces.text import printable
+
+Number = int | float | Fraction
+Ends = tuple[Number, Number] | None  # None: not known
+
+WHOLE: Final = ("fidelity", "lost", "gaps", "missing", "broken")  # of the recording or the replay, under no policy
+_TIMES: Final = ("wall", "time", "stalls", "stall_share", "refill_share")  # and whatever ends in _ns
+_GATE: Final = re.compile(
+    r"\s*(?:(?P<policy>[^<>=!]*[^<>=!\s])\s*\.)?\s*(?P<column>[A-Za-z_]\w*)\s*"
+    r"(?P<op>[<>]=?|[=!]=)\s*(?P<right>baseline|-?\d+(?:\.\d+)?)\s*",
+    re.ASCII,
+)
+_MAX_JSON: Final = 64 << 20
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Fails where `column` stands in `op` to `number`, or to the baseline's where that is None."""
+
+    policy: str  # empty: the recorded one
+    column: str
+    op: str
+    number: Decimal | None
+
+    def __str__(self) -> str:
+        policy = f"{self.policy}." if self.policy else ""
+        return f"{policy}{self.column} {self.op} {'baseline' if self.number is None else format(self.number, 'f')}"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """All that a gate can be on: of the whole, and of each policy, each as the ends of what it lies between."""
+
+    recorded: str  # which policy the recording's is; empty if it was not replayed
+    whole: Mapping[str, Ends]
+    policies: Mapping[str, Mapping[str, Ends]]
+    unvalidated: str = ""  # why `fidelity` is not known
+
+    def document(self) -> dict[str, Any]:
+        """For JSON: a number, [low, high], or null where it is not known."""
+        return {
+            "recorded": self.recorded,
+            "whole": {name: _plain(ends) for name, ends in self.whole.items()},
+            "policies": {
+                policy: {name: _plain(ends) for name, ends in columns.items()}
+                for policy, columns in self.policies.items()
+            },
+        }
+
+
+def figures_of(recording: Recording | None, result: Result | None, validation: Validated | str) -> Figures:
+    """The figures of a report's sources."""
+    whole: dict[str, Ends] = dict.fromkeys(WHOLE)
+    if recording is not None:
+        meta = recording.metadata
+        whole |= {"lost": (meta.lost, meta.lost), "gaps": (meta.gap_count, meta.gap_count)}
+    policies: dict[str, dict[str, Ends]] = {}
+    if result is not None:
+        whole |= {name: (len(lines),) * 2 for name, lines in (("missing", result.missing), ("broken", result.broken))}
+        for row in replayed.policies(result).collect(engine="streaming").iter_rows(named=True):
+            names = [name.removesuffix("_low") for name in row if name.endswith("_low")]
+            policies[row["policy"]] = {
+                name: None if row[f"{name}_low"] is None else (row[f"{name}_low"], row[f"{name}_high"])
+                for name in names
+                if not _is_time(name)
+            }
+    if isinstance(validation, Validated):
+        whole["fidelity"] = (Fraction(validation.reproduced, validation.expected),) * 2
+    recorded = next((p.name for p in result.policies if p.recorded), "") if result is not None else ""
+    return Figures(recorded, whole, policies, validation if isinstance(validation, str) else "")
+
+
+def parse(text: str) -> Gate:
+    """A condition as --fail-on takes it; a Problem that says what is wrong with it."""
+    match = _GATE.fullmatch(text)
+    if match is None:
+        raise Problem(
+            f"--fail-on {printable(text)!r}: write [POLICY.]COLUMN OPERATOR NUMBER-or-baseline, such as "
+            "'preserve.refaults > 0' or 'roots_created > baseline'"
+        )
+    column = "roots_created" if match["column"] == "creations" else match["column"]
+    if _is_time(column):
+        raise Problem(
+            f"--fail-on {printable(text)!r}: there is no gate on time: {column} differs from run to run of the same "
+            "work; gate the counts that make it, such as refaults, faults or roots_created"
+        )
+    policy = (match["policy"] or "").strip()
+    if policy and column in WHOLE:
+        raise Problem(f"--fail-on {printable(text)!r}: {column} is of the whole replay, under no policy")
+    return Gate(policy, column, match["op"], None if match["right"] == "baseline" else Decimal(match["right"]))
+
+
+def check(gates: Sequence[Gate], figures: Figures, baseline: Figures | None) -> Iterator[Check]:
+    """How each gate comes out, under each policy that it is on. Problem for columns and policies that are not there."""
+    for gate in gates:
+        if gate.number is None and baseline is None:
+            raise Problem(f"--fail-on '{gate}': give the --baseline that it is held against")
+        if gate.column in WHOLE:
+            other = _other(gate, baseline.whole if baseline else {}, "")
+            yield _checked(gate, figures.whole[gate.column], other, "", figures.unvalidated)
+            continue
+        for policy in _chosen(gate, figures):
+            columns = figures.policies[policy]
+            if gate.column not in columns:
+                known = ", ".join(sorted({*WHOLE, *columns}))
+                raise Problem(f"--fail-on '{gate}': no column {gate.column}; there are {known}")
+            theirs = policy
+            if baseline is not None and not gate.policy and policy == figures.recorded:
+                theirs = baseline.recorded  # as recorded, whatever policy that was
+            other = _other(gate, baseline.policies.get(theirs, {}) if baseline else {}, theirs)
+            yield _checked(gate, columns[gate.column], other, policy, "")
+
+
+def load_baseline(path: Path) -> Figures:
+    """The figures of a result, or of a report's JSON (one report); Problem for anything else."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(1)
+            text = start + file.read(_MAX_JSON) if start == b"{" else b""
+    except OSError as error:
+        raise Problem(f"{path}: {error.strerror}") from None
+    if not text:
+        source = open_source(path)
+        if isinstance(source, Recording):
+            raise Problem(
+                f"{path}: a baseline is a result (kvmtrace replay -o) or a report (--format json), not a trace"
+            )
+        return figures_of(None, source, "")
+    try:
+        (report,) = json.loads(text)["reports"]
+        found = report["figures"]
+        policies = {
+            str(policy): {str(name): _ends(value) for name, value in columns.items()}
+            for policy, columns in found["policies"].items()
+        }
+        whole = {str(name): _ends(value) for name, value in found["whole"].items()}
+        return Figures(str(found["recorded"]), whole, policies)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise Problem(f"{path}: not the JSON of one report (kvmtrace report FILE --format json)") from None
+
+
+def _is_time(column: str) -> bool:
+    return column.endswith("_ns") or column in _TIMES
+
+
+def _chosen(gate: Gate, figures: Figures) -> list[str]:
+    """The policies that a gate is on: the one it names, else the recorded one, else every one."""
+    if not figures.policies:
+        raise Problem(f"--fail-on '{gate}': nothing was replayed, so that no policy has a {gate.column}")
+    name = gate.policy or figures.recorded
+    if not name:
+        return list(figures.policies)
+    if name not in figures.policies:
+        raise Problem(f"--fail-on '{gate}': no policy {name}; there are {', '.join(figures.policies)}")
+    return [name]
+
+
+def _other(gate: Gate, columns: Mapping[str, Ends], policy: str) -> tuple[Number, Number]:
+    if gate.number is not None:
+        number = Fraction(gate.number)
+        return number, number
+    ends = columns.get(gate.column)
+    if ends is None:
+        under = f" under {policy}" if policy else ""
+        raise Problem(f"--fail-on '{gate}': the baseline has no {gate.column}{under}")
+    return ends
+
+
+def _checked(gate: Gate, mine: Ends, other: tuple[Number, Number], policy: str, unknown: str) -> Check:
+    under = f" under {printable(policy)}" if policy else ""
+    name = str(gate) if gate.policy or not policy else f"{policy}.{gate}"
+    if mine is None:
+        return Check(
+            "gate", name, Status.UNDECIDED, f"{gate.column} is not known{under}" + (unknown and f": {unknown}")
+        )
+    why = f"{gate.column} is {_shown(mine)}{under}"
+    why += f"; the baseline's {_shown(other)}" if gate.number is None else ""
+    holds = decided(gate.op, mine, other)
+    if holds is None:
+        return Check(
+            "gate",
+            name,
+            Status.UNDECIDED,
+            f"{why}: cannot be decided, the trace leaves it open (replay --refault assumes)",
+        )
+    return Check("gate", name, Status.FAILED if holds else Status.PASSED, why)
+
+
+def decided(op: str, left: tuple[Number, Number], right: tuple[Number, Number]) -> bool | None:
+    """Whether `op` holds between every value of two intervals (True), none (False), or some (None)."""
+    (low, high), (least, most) = left, right
+    match op:
+        case ">":
+            always, never = low > most, high <= least
+        case ">=":
+            always, never = low >= most, high < least
+        case "<":
+            always, never = high < least, low >= most
+        case "<=":
+            always, never = high <= least, low > most
+        case _:
+            same, apart = low == high == least == most, high < least or low > most
+            always, never = (same, apart) if op == "==" else (apart, same)
+    return True if always else False if never else None
+
+
+def _shown(ends: tuple[Number, Number]) -> str:
+    low, high = ends
+    if all(isinstance(end, int) for end in ends):
+        return span(low, high, Unit.COUNT)
+    texts = [f"{float(end):.6g}" if end == 1 or float(end) != 1 else "just below 1" for end in ends]
+    return texts[0] if texts[0] == texts[1] else " .. ".join(texts)
+
+
+def _plain(ends: Ends) -> Any:
+    if ends is None:
+        return None
+    low, high = (float(end) if isinstance(end, Fraction) else end for end in ends)
+    return low if low == high else [low, high]
+
+
+def _ends(value: Any) -> Ends:
+    if value is None:
+        return None
+    ends = value if isinstance(value, list) else [value, value]
+    if len(ends) != 2 or not all(isinstance(end, int | float) and not isinstance(end, bool) for end in ends):
+        raise TypeError
+    return ends[0], ends[1]

@@ -1,0 +1,106 @@
+"""`kvmtrace report`: finds what belongs to a file, replays and validates it where asked, and has it assembled."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from analysis.assemble import assemble
+from analysis.gates import Figures, Gate, check
+from analysis.report import Check, Report
+from analysis.sources import Recording, Result, open_source
+from analysis.validation import Validated, validated
+from traces.errors import Problem
+
+UNVALIDATED: Final = "not done: --validate holds the recording against the model (100,000 rows a second)"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of each file."""
+
+    policies: tuple[str, ...] = ()
+    replay: bool = True
+    validate: bool = False
+    gates: tuple[Gate, ...] = ()
+    baseline: Figures | None = None
+
+
+@contextmanager
+def reported(path: Path, wanted: Wanted, step: Callable[[str], None] = lambda _: None) -> Iterator[Report]:
+    """The report of one trace or result, while its sources last: a trace's replay is in a file that goes afterwards."""
+    with tempfile.TemporaryDirectory(prefix="kvmtrace-") as scratch:
+        step(f"reading {path}")
+        source = open_source(path)
+        remarks: list[str] = []
+        result: Result | None
+        recording: Recording | None
+        if isinstance(source, Result):
+            result, recording = source, _recording_of(source, remarks)
+        else:
+            recording = source
+            result = (
+                _replayed(source, wanted, Path(scratch) / "result.parquet", remarks, step) if wanted.replay else None
+            )
+        asked = wanted.validate or any(gate.column == "fidelity" for gate in wanted.gates)
+        step("")  # it shows its own progress
+        validation = _validated(recording) if asked else UNVALIDATED
+
+        def checks(figures: Figures) -> Iterator[Check]:
+            return check(wanted.gates, figures, wanted.baseline)
+
+        yield assemble(
+            recording, result, validation, remarks=tuple(remarks), gates=checks,
+            step=lambda query: step(f"{path}: query {query}"),
+        )  # fmt: skip
+
+
+def _recording_of(result: Result, remarks: list[str]) -> Recording | None:
+    """The trace that a result is of, where it is still there and the same."""
+    try:
+        recording = Recording.open(result.trace_path)
+    except Problem as problem:
+        remarks.append(f"without the recording's rows: {problem}")
+        return None
+    meta = recording.metadata
+    if (meta.events, meta.kernel) != (result.trace_events, result.kernel):
+        remarks.append(f"without the recording's rows: {result.trace_path} is another recording now")
+        return None
+    return recording
+
+
+def _replayed(
+    recording: Recording, wanted: Wanted, path: Path, remarks: list[str], step: Callable[[str], None]
+) -> Result | None:
+    from replay.evidence import Evidence
+    from replay.keep import keep
+    from replay.plan import make
+
+    try:
+        plan = make(Evidence(recording.trace), wanted.policies)
+    except Problem as problem:
+        if wanted.policies or wanted.gates:
+            raise
+        remarks.append(f"not replayed: {str(problem).removeprefix(f'{recording.path}: ')}")
+        return None
+    step("")  # it shows its own progress
+    keep(plan, path)
+    return Result.open(path)
+
+
+def _validated(recording: Recording | None) -> Validated | str:
+    if recording is None:
+        return "not done: the recording is not at hand"
+    try:
+        return validated(recording.path)
+    except Problem as problem:
+        return f"not possible: {str(problem).removeprefix(f'{recording.path}: ')}"
+
+
+def exit_code(reports: Sequence[Report]) -> int:
+    """1 where a gate or an invariant failed."""
+    return int(any(report.failed for report in reports))

@@ -1,0 +1,40 @@
+"""The validated share of a recording, as a report states it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Validated:
+    """How many of the recorded responses the model reproduced; `partial`: not every VM from its begin to its end."""
+
+    reproduced: int
+    expected: int
+    left: int
+    partial: bool
+
+    @property
+    def share(self) -> float:
+        return self.reproduced / self.expected
+
+    @property
+    def holds(self) -> bool:
+        return self.reproduced == self.expected and not self.left
+
+    @property
+    def text(self) -> str:
+        """Never rounded up to all of it."""
+        share = "100 %" if self.reproduced == self.expected else f"{int(10_000 * self.share) / 100:.2f} %"
+        left = f"; {self.left:,} tables and roots left at the end" if self.left else ""
+        part = ", of what can be validated of it" if self.partial else ""
+        return f"{share}: {self.reproduced:,} of {self.expected:,} responses reproduced{part}{left}"
+
+
+def validated(path: Path) -> Validated:
+    """Runs `kvmtrace validate` on a trace, event by event (some 100,000 a second); Problem where it cannot be."""
+    from replay.lockstep.validate import validate
+
+    report = validate(path)
+    return Validated(report.reproduced, report.expected, report.left, not report.complete)

@@ -1,0 +1,123 @@
+"""The verdict: what the recorded policy cost the vCPU that it cost most, and what another would have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+import numpy as np
+import polars as pl
+
+from analysis.queries import replayed
+from analysis.sources import Recording, Result
+from analysis.units import Unit, duration, shown, span
+from replay.ops import Cause
+from replay.result import SPENT
+from replay.virtual.hangs import SoftHang
+from replay.virtual.report import base_of, compared, stuck_lines
+from replay.virtual.run import VcpuTime
+
+_Ends = dict[str, tuple[VcpuTime, VcpuTime]]
+_STUCK_SHOWN: Final = 2
+_UNREAD: Final = np.zeros((0, 2 + len(SPENT)), np.int64)  # no sentence is about it
+_BOUNDS: Final = {"exact": 0, "low": 0, "high": 1}
+
+
+def verdict(result: Result | None, recording: Recording | None) -> Iterator[str]:
+    """Sentences, the most important first."""
+    if result is None:
+        yield from _recorded(recording)
+        return
+    for vm in result.vms:
+        yield from list(stuck_lines(vm.vm, vm.stuck))[:_STUCK_SHOWN]
+    timed = pl.all_horizontal(pl.col("wall_low_ns", "wall_high_ns", *SPENT).is_not_null())
+    rows = replayed.vcpus(result).filter(pl.col("wall_ns") > 0, timed).collect(engine="streaming")
+    subject = next((policy.name for policy in result.policies if policy.recorded), "")
+    if rows.is_empty():
+        yield _counted(replayed.policies(result).collect(engine="streaming"))
+        return
+    subject = subject if subject in rows["policy"] else rows["policy"][0]
+    cost = pl.sum_horizontal(replayed.REFILL)
+    worst = rows.filter(policy=subject).sort(cost, "vm", "vcpu", descending=[True, False, False]).row(0, named=True)
+    mine = rows.filter(vm=worst["vm"], vcpu=worst["vcpu"])
+    ends = _ends(mine, _hangs(result, worst["vm"], worst["vcpu"]))
+    base = base_of(ends)
+    others = sorted((name for name in ends if name != subject), key=lambda name: -ends[name][1].wall)
+    other = base if base != subject else next(iter(others), "")
+    several = rows.select("vm", "vcpu").n_unique() > 1
+    yield _headline(mine, subject, other, worst, several, recorded=bool(worst["recorded"]))
+    yield from compared(ends)
+
+
+def _headline(
+    rows: pl.DataFrame, subject: str, other: str, worst: dict[str, Any], several: bool, *, recorded: bool
+) -> str:
+    who = f"vCPU {worst['vcpu']}" + (f" of VM {worst['vm']}" if several else "")
+    share, wall, roots = _facts(rows, subject)
+    text = f"{who} spent {share} of {wall} on faults and roots, {roots} built, under {subject}"
+    text += " (as recorded)" if recorded else ""
+    if other:
+        share, wall, roots = _facts(rows, other)
+        text += f"; under {other} {share} of {wall}, {roots} built"
+    return text
+
+
+def _facts(rows: pl.DataFrame, policy: str) -> tuple[str, str, str]:
+    mine = rows.filter(policy=policy)
+
+    def over(name: str, unit: Unit) -> str:
+        return span(mine[name].min(), mine[name].max(), unit)
+
+    return over("refill_share", Unit.SHARE), over("wall_ns", Unit.NS), over("roots_created", Unit.COUNT)
+
+
+def _ends(rows: pl.DataFrame, hangs: dict[tuple[str, str], list[SoftHang]]) -> _Ends:
+    """A vCPU's times under each policy: low and high, or the same twice."""
+    found: _Ends = {}
+    for row in sorted(rows.iter_rows(named=True), key=lambda row: _BOUNDS.get(row["bound"], 0)):
+        spent = tuple(int(row[name]) for name in SPENT)
+        error = (row["wall_high_ns"] - row["wall_low_ns"]) / (4 * row["wall_ns"])
+        mine = hangs.get((row["policy"], row["bound"]), [])
+        time = VcpuTime(
+            id=row["vcpu"], wall=row["wall_ns"], spent=spent, progress=_UNREAD, stalls=mine, error=error
+        )  # fmt: skip
+        found[row["policy"]] = (found[row["policy"]][0], time) if row["policy"] in found else (time, time)
+    return {policy: found[policy] for policy in rows["policy"].unique(maintain_order=True)}
+
+
+def _hangs(result: Result, vm: int, vcpu: int) -> dict[tuple[str, str], list[SoftHang]]:
+    found: dict[tuple[str, str], list[SoftHang]] = {}
+    rows = replayed.stalls(result).filter(pl.col("vm") == vm, pl.col("vcpu") == vcpu).collect(engine="streaming")
+    for row in rows.drop_nulls(("clock", "wall_ns")).sort("clock").iter_rows(named=True):
+        cause = Cause.__members__.get((row["cause"] or "").upper(), Cause.OTHER)
+        spent = tuple(int(row[name] or 0) for name in SPENT)
+        hang = SoftHang(row["clock"], row["clock"] + row["wall_ns"], cause, spent)
+        found.setdefault((row["policy"], row["bound"]), []).append(hang)
+    return found
+
+
+def _counted(policies: pl.DataFrame) -> str:
+    """Without times: the counts."""
+    parts = []
+    for row in policies.iter_rows(named=True):
+        counts = ", ".join(
+            f"{span(row[f'{name}_low'], row[f'{name}_high'], Unit.COUNT)} {what}"
+            for name, what in (("roots_created", "roots built"), ("faults", "faults"), ("refaults", "re-faults"))
+        )
+        parts.append(f"{row['policy']}{' (as recorded)' if row['recorded'] else ''}: {counts}")
+    return "; ".join(parts) or "no policy was replayed"
+
+
+def _recorded(recording: Recording | None) -> Iterator[str]:
+    """Of what was recorded alone."""
+    if recording is None:
+        return
+    meta = recording.metadata
+    counts = [
+        f"{shown(meta.kinds.get(kind, 0), Unit.COUNT)} {what}"
+        for kind, what in (("kvm_page_fault", "faults"), ("mmu_load", "loads of a root"), ("kvm_exit", "exits"))
+        if kind in recording.kinds
+    ]
+    groups = meta.row_groups
+    took = max((group.last_time for group in groups), default=0) - min((g.first_time for g in groups), default=0)
+    yield f"{meta.root_count:,} roots seen{''.join(f', {count}' for count in counts)} in {duration(took)}"
