@@ -66,16 +66,63 @@ def report(
     )
     progress = Progress()
     with ExitStack() as stack:
-        stack.callback(progress.end)
+        stack.callback(progress.close)
         reports = [stack.enter_context(reported(path, wanted, progress)) for path in files]
         text = render(*reports)
-        progress.end()
+        progress.close()
         _write(text, out)
         for one in reports:
             if one.failed and (out or format_ in ("json", "junit")):
                 print(f"kvmtrace: {one.title}: {one.headline}", file=sys.stderr)
         if exit_code(reports):
             raise typer.Exit(VERDICT_FAILED)
+
+
+@app.command(
+    epilog="Examples: kvmtrace diff before.parquet after.parquet"
+    " | kvmtrace diff result.parquet result.parquet --policy async --policy preserve --format mail",
+)
+def diff(
+    base: Annotated[Path, typer.Argument(help="A trace or a result.")],
+    new: Annotated[Path, typer.Argument(help="What is held against it.")],
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Compare under this policy; given twice: base, then new. [default: the recorded one of each]"
+        ),
+    ] = None,
+    unlike: Annotated[
+        bool, typer.Option("--unlike", help="Compare other machines as well, and mark that their times are no measure.")
+    ] = False,
+    format_: Annotated[
+        str, typer.Option("--format", help="text, md, mail or json. [default: text]", show_default=False)
+    ] = "text",
+    out: Annotated[Path | None, typer.Option("-o", "--output", help="Write to this file, not to stdout.")] = None,
+) -> None:
+    """Compare two recordings or results: vCPU by vCPU, what each difference costs, the dearest first."""
+    from contextlib import closing
+    from tempfile import TemporaryDirectory
+
+    from analysis.diff import compare, opened
+    from analysis.formats import renderer
+    from analysis.progress import Progress
+
+    policies = list(policy or [""])
+    if len(policies) > 2:
+        raise Problem("diff: give --policy once, or twice: base, then new")
+    if format_ == "junit":
+        raise Problem("diff: there is no gate in it, so that JUnit would always be green: gate with `kvmtrace report`")
+    render = renderer(format_)
+    remarks: list[str] = []
+    progress = Progress()
+    with TemporaryDirectory(prefix="kvmtrace-") as scratch, closing(progress):
+        sides = [
+            opened(path, policies[min(number, len(policies) - 1)], Path(scratch) / f"{number}.parquet", remarks)
+            for number, path in enumerate((base, new))
+        ]
+        progress("comparing")
+        text = render(compare(*sides, mark=unlike, remarks=remarks))
+    _write(text, out)
 
 
 @app.command(

@@ -33,4 +33,4 @@ def csv(path: Path, name: str, out: Path | None) -> None:
     except OSError as error:
         raise Problem(f"{out or 'standard output'}: cannot be written: {error.strerror or error}") from None
     finally:
-        progress.end()
+        progress.close()

@@ -11,7 +11,7 @@ _NEXT: Final = 0.2
 
 
 class Progress:
-    """Call it with what is being done from now on (empty: nothing to show); `end` takes the line away.
+    """Call it with what is being done from now on (empty: nothing to show); `close` takes the line away.
 
     A thread shows it, for most of what takes long is in a library's hands.
     """
@@ -29,7 +29,7 @@ class Progress:
             if not what:
                 self._clear()
 
-    def end(self) -> None:
+    def close(self) -> None:
         """Show nothing from now on."""
         with self._lock:
             self._ended.set()

@@ -21,7 +21,7 @@ SCHEMA: Final = 1  # of the JSON format
 class Column:
     """One column as shown. `name` is the frame's; with `high` a value lies between `name` and that column.
 
-    `wide`: left out where there are only 72 columns.
+    `wide`: left out where there are only 72 columns. `signed`: a change, more has a plus.
     """
 
     name: str
@@ -29,6 +29,7 @@ class Column:
     unit: Unit = Unit.COUNT
     high: str = ""
     wide: bool = False
+    signed: bool = False
 
     @property
     def key(self) -> str:
@@ -41,7 +42,9 @@ class Column:
         return self.unit is not Unit.TEXT
 
     def text(self, row: dict[str, Any]) -> str:
-        return span(row[self.name], row[self.high], self.unit) if self.high else shown(row[self.name], self.unit)
+        if self.high:
+            return span(row[self.name], row[self.high], self.unit, signed=self.signed)
+        return shown(row[self.name], self.unit, signed=self.signed)
 
     def value(self, row: dict[str, Any]) -> Any:
         """Exact: a number or text, null, or [low, high] where the two differ."""

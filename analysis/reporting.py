@@ -14,7 +14,7 @@ from analysis.gates import Figures, Gate, check
 from analysis.report import Check, Report
 from analysis.sources import Recording, Result, open_source
 from analysis.validation import Validated, validated
-from traces.errors import Problem
+from traces.errors import BAD_INPUT, Problem
 
 UNVALIDATED: Final = "not done: --validate holds the recording against the model (100,000 rows a second)"
 
@@ -40,7 +40,7 @@ def reported(path: Path, wanted: Wanted, step: Callable[[str], None] = lambda _:
         result: Result | None
         recording: Recording | None
         if isinstance(source, Result):
-            result, recording = source, _recording_of(source, remarks)
+            result, recording = source, recording_of(source, remarks)
         else:
             recording = source
             result = (
@@ -59,8 +59,8 @@ def reported(path: Path, wanted: Wanted, step: Callable[[str], None] = lambda _:
         )  # fmt: skip
 
 
-def _recording_of(result: Result, remarks: list[str]) -> Recording | None:
-    """The trace that a result is of, where it is still there and the same."""
+def recording_of(result: Result, remarks: list[str]) -> Recording | None:
+    """The trace that a result is of, where it is still there and the same; else a remark why not."""
     try:
         recording = Recording.open(result.trace_path)
     except Problem as problem:
@@ -76,19 +76,23 @@ def _recording_of(result: Result, remarks: list[str]) -> Recording | None:
 def _replayed(
     recording: Recording, wanted: Wanted, path: Path, remarks: list[str], step: Callable[[str], None]
 ) -> Result | None:
+    step("")  # it shows its own progress
+    try:
+        return replayed_under(recording, wanted.policies, path)
+    except Problem as problem:
+        if wanted.policies or wanted.gates or problem.code != BAD_INPUT:
+            raise
+        remarks.append(f"not replayed: {str(problem).removeprefix(f'{recording.path}: ')}")
+        return None
+
+
+def replayed_under(recording: Recording, policies: tuple[str, ...], path: Path) -> Result:
+    """Replay a recording, with times, into a result at `path`; none named: the recorded policy, preserve and async."""
     from replay.evidence import Evidence
     from replay.keep import keep
     from replay.plan import make
 
-    try:
-        plan = make(Evidence(recording.trace), wanted.policies)
-    except Problem as problem:
-        if wanted.policies or wanted.gates:
-            raise
-        remarks.append(f"not replayed: {str(problem).removeprefix(f'{recording.path}: ')}")
-        return None
-    step("")  # it shows its own progress
-    keep(plan, path)
+    keep(make(Evidence(recording.trace), policies), path)
     return Result.open(path)
 
 

@@ -26,10 +26,12 @@ class Unit(Enum):
     FLAG = "flag"
 
 
-def shown(value: Any, unit: Unit) -> str:
-    """A value as every format shows it; `-` for null."""
+def shown(value: Any, unit: Unit, *, signed: bool = False) -> str:
+    """A value as every format shows it; `-` for null. `signed`: with a plus where it is more than 0."""
     if value is None:
         return NONE
+    if signed and value > 0:
+        return "+" + shown(value, unit)
     match unit:
         case Unit.COUNT:
             return f"{value:,}"
@@ -40,7 +42,7 @@ def shown(value: Any, unit: Unit) -> str:
         case Unit.SHARE:
             return share(float(value))
         case Unit.RATIO:
-            return f"{value:,.2f}x"
+            return f"{value:,.2f}x" if value >= 1 or not value else f"{value:.3g}x"
         case Unit.BYTES:
             return size(int(value))
         case Unit.FLAG:
@@ -51,9 +53,9 @@ def shown(value: Any, unit: Unit) -> str:
             return printable(value)
 
 
-def span(low: Any, high: Any, unit: Unit) -> str:
+def span(low: Any, high: Any, unit: Unit, *, signed: bool = False) -> str:
     """An interval, or the one value that both its ends are."""
-    least, most = shown(low, unit), shown(high, unit)
+    least, most = shown(low, unit, signed=signed), shown(high, unit, signed=signed)
     return least if least == most else least + _SPAN + most
 
 

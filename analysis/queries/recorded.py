@@ -30,9 +30,9 @@ def _count(kind: str, also: pl.Expr | None = None) -> pl.Expr:
 def windows(recording: Recording, window_ns: int = WINDOW_NS) -> pl.LazyFrame:
     """Each vCPU's time in windows of 100 ms, the most faults first: guest time, exits, faults, SMIs, loads of a root.
 
-    A window without a row of the vCPU is not there. `guest_ns` is from entries to exits, the switch included; it is null
-    where these do not alternate (events were lost), a count where its kind was not watched. `time` is the window's begin
-    in boot ns, `since_ns` counted from the recording's first row.
+    A window without a row of the vCPU is not there. `guest_ns` is from entries to exits, with the switch; null where
+    these do not alternate (events were lost), as is a count whose kind was not watched. `time` is the window's begin in
+    boot ns, `since_ns` counted from the recording's first row.
     """
     groups = recording.metadata.row_groups
     first = min((group.first_time for group in groups), default=0)

@@ -54,7 +54,7 @@ def _counts(rows: pl.LazyFrame) -> pl.LazyFrame:
     )
 
 
-_NAMES: Final = tuple("roots_created" if name == "creations" else name for name in _SUMMED)
+COUNTS: Final = tuple("roots_created" if name == "creations" else name for name in _SUMMED)
 
 
 @query(Result)
@@ -69,7 +69,7 @@ def policies(result: Result) -> pl.LazyFrame:
     counts = (
         _counts(_of(result, "vm"))
         .group_by(*keys, "bound")
-        .agg(*(pl.col(name).sum() for name in _NAMES), *(pl.col(name).max() for name in _PEAKS), vms=pl.len())
+        .agg(*(pl.col(name).sum() for name in COUNTS), *(pl.col(name).max() for name in _PEAKS), vms=pl.len())
     )
     timed = pl.col("wall_ns").count() > 0
     times = (
@@ -89,7 +89,7 @@ def policies(result: Result) -> pl.LazyFrame:
             refill_share=_share(pl.sum_horizontal(REFILL), pl.col("walls")),
         )
     )
-    names = [*_NAMES, *_PEAKS, *_TIMES, "stall_share", "refill_share", "error"]
+    names = [*COUNTS, *_PEAKS, *_TIMES, "stall_share", "refill_share", "error"]
     both = counts.join(times, on=[*keys, "bound"], how="left")
     band = both.group_by(keys).agg(band_ns_low=pl.col("band_low_ns").min(), band_ns_high=pl.col("band_high_ns").max())
     return _sorted(_ends(both, keys, names).join(band, on=keys))
@@ -99,7 +99,7 @@ def policies(result: Result) -> pl.LazyFrame:
 def vms(result: Result) -> pl.LazyFrame:
     """The same counts, each VM by itself."""
     keys = ["policy", "policy_number", "recorded", "vm"]
-    return _sorted(_ends(_counts(_of(result, "vm")), keys, [*_NAMES, *_PEAKS]), "vm")
+    return _sorted(_ends(_counts(_of(result, "vm")), keys, [*COUNTS, *_PEAKS]), "vm")
 
 
 @query(Result)

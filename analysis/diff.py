@@ -1,0 +1,247 @@
+"""`kvmtrace diff`: two recordings or results, vCPU by vCPU and phase by phase, the dearest difference first.
+
+A recording is replayed under its own policy (or the one asked for), so that both sides are results. VMs are matched in
+order of their ids, vCPUs by their ids, and phases are tenths of a vCPU's guest work: what no root policy changes, if
+both sides ran the same program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import polars as pl
+
+from analysis.assemble import ROWS
+from analysis.machines import changed, unlike
+from analysis.queries import recorded, replayed
+from analysis.report import Column, Report, Table
+from analysis.reporting import recording_of, replayed_under
+from analysis.sources import Recording, Result, open_source
+from analysis.units import Unit, span
+from replay.result import SPENT
+from traces.errors import Problem
+from traces.text import printable
+
+PHASES: Final = 10
+_COUNTS: Final = (*replayed.COUNTS, "roots_peak", "tables_peak")
+_SAID: Final = {"roots_created": "roots", "faults": "faults", "refaults": "re-faults"}
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two: a result, the policy in it that is compared, and the recording where it is at hand."""
+
+    path: Path
+    result: Result
+    policy: str
+    recording: Recording | None
+
+    @property
+    def name(self) -> str:
+        return printable(f"{self.path} ({self.policy})")
+
+
+def opened(path: Path, policy: str, scratch: Path, remarks: list[str]) -> Side:
+    """A side; a recording is replayed into `scratch`. Problem where the policy to compare is not clear or not there."""
+    source = open_source(path)
+    recording: Recording | None
+    if isinstance(source, Recording):
+        recording, result = source, replayed_under(source, (policy,) if policy else (), scratch)
+    else:
+        recording, result = recording_of(source, remarks), source
+    names = [each.name for each in result.policies]
+    own = next((each.name for each in result.policies if each.recorded), names[0] if len(names) == 1 else "")
+    if (policy or own) not in names:
+        what = f"no policy {policy}" if policy else "it has no recorded policy: say which with --policy"
+        raise Problem(f"{path}: {what}; there are {', '.join(names)}")
+    return Side(path, result, policy or own, recording)
+
+
+def times(base: Side, new: Side) -> pl.LazyFrame:
+    """What each vCPU's time went on, ns, and the change; the largest first. `what` is `wall` for all of it."""
+    names = ("wall_ns", *SPENT)
+
+    def of(side: Side) -> pl.LazyFrame:
+        rows = replayed.vcpus(side.result).filter(pl.col("policy") == side.policy, pl.col("wall_ns").is_not_null())
+        return _long(_ranked(rows), ["vm", "vcpu"], names).with_columns(pl.col("what").str.strip_suffix("_ns"))
+
+    return _compared(of(base), of(new), ["vm", "vcpu", "what"])
+
+
+def counts(base: Side, new: Side) -> pl.LazyFrame:
+    """Counts over all VMs, and the change; the largest first, what did not change left out."""
+
+    def of(side: Side) -> pl.LazyFrame:
+        rows = replayed.policies(side.result).filter(pl.col("policy") == side.policy)
+        ends = [
+            rows.select(what=pl.lit(name), low=pl.col(f"{name}_low"), high=pl.col(f"{name}_high")) for name in _COUNTS
+        ]
+        return pl.concat(ends)
+
+    return _compared(of(base), of(new), ["what"])
+
+
+def phases(base: Side, new: Side) -> pl.LazyFrame:
+    """How long each vCPU took for each tenth of its guest work, ns, and the change; the largest first."""
+    return _compared(_tenths(base), _tenths(new), ["vm", "vcpu", "phase"])
+
+
+def causes(base: Side, new: Side) -> pl.LazyFrame:
+    """Roots freed, by cause, and the change; the largest first."""
+
+    def of(side: Side) -> pl.LazyFrame:
+        rows = replayed.causes(side.result).filter(pl.col("policy") == side.policy)
+        return rows.select("cause", low="freed_low", high="freed_high")
+
+    return _compared(of(base), of(new), ["cause"], missing=0)
+
+
+def events(base: Side, new: Side) -> pl.LazyFrame:
+    """Events recorded, by kind, and the change; the largest first. Null where a kind was not watched."""
+
+    def of(side: Side) -> pl.LazyFrame:
+        if side.recording is None:
+            raise Problem(f"{side.path}: query kinds: the recording is not at hand")
+        count = pl.when("watched").then(pl.col("events"))
+        return recorded.kinds(side.recording).select("kind", low=count, high=count)
+
+    return _compared(of(base), of(new), ["kind"])
+
+
+def compare(base: Side, new: Side, *, mark: bool, remarks: Sequence[str] = ()) -> Report:
+    """The report of a comparison. Its tables are of base and new, by the queries that they name. Problem for unlike machines, unless they are only to be marked."""
+    apart = list(unlike(base.recording, new.recording))
+    if apart and not mark:
+        raise Problem(f"{base.path} and {new.path}: unlike: {'; '.join(apart)} (--unlike compares them all the same)")
+    trust = [
+        *(("unlike", f"{line}: times are not comparable") for line in apart),
+        *changed(base.recording, new.recording),
+        *(("note", remark) for remark in remarks),
+        *(("left open", line) for line in _assumed(base, new)),
+        ("matched", "VMs in order, vCPUs by id, phases by tenths of guest work: holds if both ran the same program"),
+    ]
+    return Report(
+        title=f"{base.name} against {new.name}",
+        verdict=tuple(map(printable, _verdict(base, new))),
+        trust=tuple((name, printable(text)) for name, text in trust),
+        tables=tuple(_tables(base, new)),
+    )
+
+
+def _ranked(rows: pl.LazyFrame) -> pl.LazyFrame:
+    """VMs by their place in the order of ids."""
+    return rows.with_columns(vm=pl.col("vm").rank("dense").cast(pl.Int64))
+
+
+def _long(rows: pl.LazyFrame, keys: list[str], names: Sequence[str]) -> pl.LazyFrame:
+    """One row for each of the columns, with the least and the greatest value over the bounds."""
+    ends = rows.unpivot(on=list(names), index=keys, variable_name="what", value_name="value")
+    return ends.group_by(*keys, "what").agg(low=pl.col("value").min(), high=pl.col("value").max())
+
+
+def _compared(base: pl.LazyFrame, new: pl.LazyFrame, keys: list[str], missing: int | None = None) -> pl.LazyFrame:
+    names = ("base_low", "base_high", "new_low", "new_high")
+    both = base.select(*keys, base_low="low", base_high="high").join(
+        new.select(*keys, new_low="low", new_high="high"), on=keys, how="full", coalesce=True
+    )
+    if missing is not None:
+        both = both.with_columns(pl.col(names).fill_null(missing))
+    change = both.with_columns(
+        change_low=pl.col("new_low") - pl.col("base_high"), change_high=pl.col("new_high") - pl.col("base_low")
+    )
+    size = pl.max_horizontal(pl.col("change_low").abs(), pl.col("change_high").abs())
+    differs = (size > 0) | size.is_null() & pl.any_horizontal(pl.col(names).is_not_null())
+    return change.filter(differs).sort(size, *keys, descending=[True, *[False] * len(keys)], nulls_last=True)
+
+
+def _tenths(side: Side) -> pl.LazyFrame:
+    """Time of each tenth of a vCPU's guest work: the clock at its last moment, less that of the tenth before."""
+    keys = ["vm", "vcpu", "bound"]
+    rows = _ranked(replayed.progress(side.result).filter(pl.col("policy") == side.policy))
+    work = rows.group_by(keys).agg(work=pl.col("guest_ns").max())
+    tenth = pl.min_horizontal(pl.col("guest_ns") * PHASES // pl.max_horizontal("work", 1), PHASES - 1) + 1
+    reached = (
+        rows.join(work, on=keys).group_by(*keys, tenth.alias("phase")).agg(clock=pl.col("clock").max())
+    )  # fmt: skip
+    all_phases = pl.LazyFrame({"phase": range(1, PHASES + 1)}, schema={"phase": pl.Int64})
+    clock = pl.col("clock").forward_fill().over(keys, order_by="phase").fill_null(0)
+    lengths = (
+        work.join(all_phases, how="cross")
+        .join(reached, on=[*keys, "phase"], how="left")
+        .with_columns(clock=clock)
+        .with_columns(ns=pl.col("clock") - pl.col("clock").shift(1, fill_value=0).over(keys, order_by="phase"))
+    )
+    return lengths.group_by("vm", "vcpu", "phase").agg(low=pl.col("ns").min(), high=pl.col("ns").max())
+
+
+def _assumed(base: Side, new: Side) -> Iterator[str]:
+    for name, side in (("base", base), ("new", new)):
+        given = f"--refault {side.result.refault}" if side.result.refault else "least .. most"
+        for policy in side.result.policies:
+            if policy.name == side.policy:
+                yield from (f"{name}: {line} ({given})" for line in policy.open)
+    if base.result.refault != new.result.refault:
+        yield f"other assumptions: --refault {base.result.refault or '(none)'} against {new.result.refault or '(none)'}"
+
+
+def _verdict(base: Side, new: Side) -> Iterator[str]:
+    rows = times(base, new).filter(pl.col("what") == "wall").head(1).collect(engine="streaming")
+    for row in rows.drop_nulls().iter_rows(named=True):
+        least, most = row["new_low"] / max(row["base_high"], 1), row["new_high"] / max(row["base_low"], 1)
+        mine, theirs = (span(row[f"{side}_low"], row[f"{side}_high"], Unit.NS) for side in ("base", "new"))
+        who = f"vCPU {row['vcpu']} of VM {row['vm']}"
+        text = f"{who} takes {span(least, most, Unit.RATIO)} the time: {mine}, then {theirs}"
+        bands = [_band(side, row["vm"], row["vcpu"]) for side in (base, new)]
+        within = bands[0][0] <= bands[1][1] and bands[1][0] <= bands[0][1]
+        yield text + (", a difference within the error of the two" if within else "")
+    found = {row["what"]: row for row in counts(base, new).collect(engine="streaming").iter_rows(named=True)}
+    said = [
+        f"{title} {span(row['base_low'], row['base_high'], Unit.COUNT)}, then "
+        f"{span(row['new_low'], row['new_high'], Unit.COUNT)}"
+        for name, title in _SAID.items()
+        if name in found
+        for row in (found[name],)
+    ]
+    yield "; ".join(said) if said else "no difference in roots, faults and re-faults"
+
+
+def _band(side: Side, vm: int, vcpu: int) -> tuple[int, int]:
+    rows = _ranked(replayed.vcpus(side.result).filter(pl.col("policy") == side.policy))
+    mine = rows.filter(pl.col("vm") == vm, pl.col("vcpu") == vcpu)
+    low, high = (
+        mine.select(pl.col("wall_low_ns").min(), pl.col("wall_high_ns").max()).collect(engine="streaming").row(0)
+    )
+    return low or 0, high or 0
+
+
+def _tables(base: Side, new: Side) -> Iterator[Table]:
+    vcpu = (Column("vm", "VM", Unit.ID), Column("vcpu", "vCPU", Unit.ID))
+    what = Column("what", "what", Unit.TEXT)
+    asked: list[tuple[Callable[[Side, Side], pl.LazyFrame], str, str, tuple[Column, ...], Unit, int]] = [
+        (times, "vcpus", "Time, by what it goes on", (*vcpu, what), Unit.NS, 8),
+        (phases, "progress", "Time, by tenths of guest work", (*vcpu, Column("phase", "tenth", Unit.ID)), Unit.NS, 4),
+        (counts, "policies", "Counts", (what,), Unit.COUNT, 6),
+        (causes, "causes", "Roots freed", (Column("cause", "by", Unit.TEXT),), Unit.COUNT, 4),
+        (events, "kinds", "Events recorded", (Column("kind", "kind", Unit.TEXT),), Unit.COUNT, 4),
+    ]
+    for function, query, title, keys, unit, first in asked:
+        try:
+            frame = function(base, new).head(ROWS + 1).collect(engine="streaming")
+        except Problem:
+            continue  # of a result alone there are no events
+        values = [
+            Column(f"{name}_low", name, unit, high=f"{name}_high", signed=name == "change")
+            for name in ("base", "new", "change")
+        ]  # fmt: skip
+        yield Table(
+            query,
+            title,
+            (*keys, *values),
+            frame.head(ROWS),
+            note="of base and new",
+            first=first,
+            more=len(frame) > ROWS,
+        )

@@ -1,0 +1,71 @@
+"""What two recordings must have in common before times of theirs are compared, and what a reader must know besides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from analysis.sources import Recording
+
+_PARAMETERS_SHOWN: Final = 4
+
+
+def unlike(base: Recording | None, new: Recording | None) -> Iterator[str]:
+    """Differences of the machines themselves: times are then not comparable."""
+    if base is None or new is None:
+        which = " and ".join(name for name, side in (("base", base), ("new", new)) if side is None)
+        yield f"the machine of the {which} is not known: the recording is not at hand"
+        return
+    for name, title in (("vendor", "CPUs"), ("model", "CPUs"), ("cpus", "number of CPUs"), ("machine", "machines")):
+        mine, theirs = (_object(side.metadata.raw, "host").get(name) for side in (base, new))
+        if mine != theirs:
+            yield f"other {title}: {mine or 'unknown'} against {theirs or 'unknown'}"
+            if name == "vendor":
+                return
+    kinds = [_kind(side) for side in (base, new)]
+    if kinds[0] != kinds[1]:
+        yield f"{kinds[0]} against {kinds[1]}"
+
+
+def changed(base: Recording | None, new: Recording | None) -> Iterator[tuple[str, str]]:
+    """Differences that may be the very thing compared: kernel, root policy, module parameters, what was watched."""
+    if base is None or new is None:
+        return
+    one, two = base.metadata, new.metadata
+    builds = [str(_object(meta.raw, "host").get("build", "")) for meta in (one, two)]
+    if one.kernel != two.kernel or builds[0] != builds[1]:
+        yield "kernel", f"{one.kernel or 'unknown'} {builds[0]} against {two.kernel or 'unknown'} {builds[1]}"
+    if one.policy != two.policy:
+        yield "policy", f"{one.policy or 'unknown'} against {two.policy or 'unknown'}"
+    parameters = list(_parameters(_object(one.raw, "modules"), _object(two.raw, "modules")))
+    if parameters:
+        more = len(parameters) - _PARAMETERS_SHOWN
+        yield "modules", ", ".join(parameters[:_PARAMETERS_SHOWN]) + (f", and {more} more" if more > 0 else "")
+    if base.kinds != new.kinds:
+        yield (
+            "watched",
+            f"{len(base.kinds)} kinds against {len(new.kinds)}: {', '.join(sorted(base.kinds ^ new.kinds))}",
+        )
+    for name, meta in (("base", one), ("new", two)):
+        if meta.lost or not meta.complete:
+            yield "lost", f"{meta.lost:,} events of the {name}{'' if meta.complete else ', which is not complete'}"
+
+
+def _parameters(one: Mapping[str, Any], two: Mapping[str, Any]) -> Iterator[str]:
+    for module in sorted({*one, *two}):
+        mine, theirs = _object(one, module), _object(two, module)
+        for name in sorted({*mine, *theirs}):
+            if mine.get(name) != theirs.get(name):
+                yield f"{module}.{name} {mine.get(name, 'not there')} against {theirs.get(name, 'not there')}"
+
+
+def _kind(recording: Recording) -> str:
+    raw = recording.metadata.raw
+    if raw.get("origin") == "synthetic":
+        return "a synthetic trace"
+    return "the lab's emulation" if isinstance(raw.get("lab"), dict) else "a host"
+
+
+def _object(document: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = document.get(key)
+    return value if isinstance(value, dict) else {}
