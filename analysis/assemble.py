@@ -21,7 +21,7 @@ from traces.text import printable
 ROWS: Final = 20  # of a table, in formats with room for them
 
 
-def _interval(name: str, title: str, unit: Unit = Unit.COUNT, *, wide: bool = False) -> Column:
+def _interval(name: str, title: str, unit: Unit = Unit.COUNT, *, wide: int = 0) -> Column:
     return Column(f"{name}_low", title, unit, high=f"{name}_high", wide=wide)
 
 
@@ -29,21 +29,21 @@ _POLICY: Final = Column("policy", "policy", Unit.TEXT)
 _VM: Final = Column("vm", "VM", Unit.ID)
 _VCPU: Final = Column("vcpu", "vCPU", Unit.ID)
 _SLOT: Final = Column("slot", "slot", Unit.ID)
-_FIRST: Final = Column("first_time", "from, s", Unit.BOOT, wide=True)
-_LAST: Final = Column("last_time", "to, s", Unit.BOOT, wide=True)
+_FIRST: Final = Column("first_time", "from, s", Unit.BOOT, wide=1)
+_LAST: Final = Column("last_time", "to, s", Unit.BOOT, wide=1)
 
 _POLICIES: Final = (
     _POLICY,
-    Column("recorded", "recorded", Unit.FLAG, wide=True),
+    Column("recorded", "recorded", Unit.FLAG, wide=2),
     _interval("wall_ns", "time", Unit.NS),
-    _interval("band_ns", "band", Unit.NS, wide=True),
+    _interval("band_ns", "band", Unit.NS, wide=2),
     _interval("stall_share", "stalled", Unit.SHARE),
     _interval("longest_stall_ns", "longest", Unit.NS),
     _interval("roots_created", "roots"),
     _interval("faults", "faults"),
     _interval("refaults", "re-faults"),
-    _interval("tables_built", "tables", wide=True),
-    _interval("memory_bytes", "held", Unit.BYTES, wide=True),
+    _interval("tables_built", "tables", wide=1),
+    _interval("memory_bytes", "held", Unit.BYTES, wide=1),
 )
 _CAUSES: Final = (
     _POLICY,
@@ -56,24 +56,24 @@ _WINDOWS: Final = (
     _VM,
     _VCPU,
     Column("time", "boot time, s", Unit.BOOT),
-    Column("since_ns", "after", Unit.NS, wide=True),
-    Column("length_ns", "length", Unit.NS, wide=True),
+    Column("since_ns", "after", Unit.NS, wide=1),
+    Column("length_ns", "length", Unit.NS, wide=1),
     Column("guest_share", "in guest", Unit.SHARE),
-    Column("exits", "exits", wide=True),
+    Column("exits", "exits", wide=1),
     Column("faults", "faults"),
     Column("smis", "SMIs"),
     Column("loads", "loads"),
 )
 _STALLS: Final = (
     _POLICY,
-    Column("bound", "bound", Unit.TEXT, wide=True),
+    Column("bound", "bound", Unit.TEXT, wide=1),
     _VM,
     _VCPU,
     Column("clock", "after", Unit.NS),
     Column("wall_ns", "length", Unit.NS),
     Column("cause", "slots emptied by", Unit.TEXT),
-    Column("fault_ns", "on faults", Unit.NS, wide=True),
-    Column("load_ns", "on loads", Unit.NS, wide=True),
+    Column("fault_ns", "on faults", Unit.NS, wide=1),
+    Column("load_ns", "on loads", Unit.NS, wide=1),
 )
 _STUCK: Final = (
     _VM,
@@ -81,8 +81,8 @@ _STUCK: Final = (
     Column("rip", "RIP", Unit.HEX),
     Column("exits", "exits"),
     Column("since", "from, s", Unit.BOOT),
-    Column("until", "to, s", Unit.BOOT, wide=True),
-    Column("why", "why", Unit.TEXT, wide=True),
+    Column("until", "to, s", Unit.BOOT, wide=1),
+    Column("why", "why", Unit.TEXT, wide=1),
 )
 _GFNS: Final = (_VM, _SLOT, Column("gfn", "gfn", Unit.HEX), Column("level", "level", Unit.ID),
                 Column("installs", "installs"), _FIRST, _LAST)  # fmt: skip

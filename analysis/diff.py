@@ -112,7 +112,10 @@ def events(base: Side, new: Side) -> pl.LazyFrame:
 
 
 def compare(base: Side, new: Side, *, mark: bool, remarks: Sequence[str] = ()) -> Report:
-    """The report of a comparison. Its tables are of base and new, by the queries that they name. Problem for unlike machines, unless they are only to be marked."""
+    """The report of a comparison; its tables are of base and new, by the queries that they name.
+
+    Problem for unlike machines, unless they are only to be marked.
+    """
     apart = list(unlike(base.recording, new.recording))
     if apart and not mark:
         raise Problem(f"{base.path} and {new.path}: unlike: {'; '.join(apart)} (--unlike compares them all the same)")

@@ -21,14 +21,14 @@ SCHEMA: Final = 1  # of the JSON format
 class Column:
     """One column as shown. `name` is the frame's; with `high` a value lies between `name` and that column.
 
-    `wide`: left out where there are only 72 columns. `signed`: a change, more has a plus.
+    `wide`: 1 where it is left out of 72 columns, 2 where a terminal too small leaves it out too. `signed`: a change.
     """
 
     name: str
     title: str
     unit: Unit = Unit.COUNT
     high: str = ""
-    wide: bool = False
+    wide: int = 0
     signed: bool = False
 
     @property
@@ -85,7 +85,11 @@ class Table:
     @property
     def narrow(self) -> tuple[Column, ...]:
         """The columns for 72 characters."""
-        return tuple(column for column in self.columns if not column.wide)
+        return self.up_to(0)
+
+    def up_to(self, wide: int) -> tuple[Column, ...]:
+        """The columns that are no wider than this (`Column.wide`)."""
+        return tuple(column for column in self.columns if column.wide <= wide)
 
 
 class Status(Enum):
