@@ -231,7 +231,8 @@ def _shown(ends: tuple[Number, Number]) -> str:
     low, high = ends
     if all(isinstance(end, int) for end in ends):
         return span(low, high, Unit.COUNT)
-    texts = [f"{float(end):.6g}" if end == 1 or float(end) != 1 else "just below 1" for end in ends]
+    # What is just below 1 must not read as 1.
+    texts = [text if (float(text := f"{float(end):.6g}") == 1) == (end == 1) else repr(float(end)) for end in ends]
     return texts[0] if texts[0] == texts[1] else " .. ".join(texts)
 
 

@@ -1,0 +1,66 @@
+"""Make the golden reports again: `python -m tests.golden.reports`. Review what changed; it is what users see.
+
+Each is of a recording of the corpus: one whose other policy is an interval, one with gates that pass and fail, and a
+comparison of the two.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from analysis.diff import compare, opened
+from analysis.formats import FORMATS, renderer
+from analysis.gates import parse
+from analysis.report import Report
+from analysis.reporting import Wanted, reported
+
+HERE: Final = Path(__file__).parent
+ROOT: Final = HERE.parents[1]
+STORM: Final = Path("traces/corpus/smi-storm-6.1.parquet")
+OLD_STORM: Final = Path("traces/corpus/smi-storm-6.1-async.parquet")
+SUFFIXES: Final = {"text": "txt", "md": "md", "mail": "mail.txt", "json": "json", "junit": "xml"}
+GATES: Final = ("preserve.refaults > 0", "faults > 10000", "refaults > 2000", "fidelity < 1")
+
+
+@contextmanager
+def reports() -> Iterator[dict[str, Report]]:
+    """The reports by name. Paths in them are relative to the project, so that they are the same everywhere."""
+    before = Path.cwd()
+    os.chdir(ROOT)
+    try:
+        with (
+            tempfile.TemporaryDirectory() as scratch,
+            reported(STORM, Wanted()) as storm,
+            reported(OLD_STORM, Wanted(gates=tuple(map(parse, GATES)))) as gated,
+        ):
+            sides = [opened(path, "", Path(scratch) / path.name, []) for path in (STORM, OLD_STORM)]
+            yield {"storm": storm, "gated": gated, "diff": compare(*sides, mark=False)}
+    finally:
+        os.chdir(before)
+
+
+def golden(name: str, form: str) -> Path:
+    return HERE / f"report-{name}.{SUFFIXES[form]}"
+
+
+def wanted() -> Iterator[tuple[str, str]]:
+    """Which report in which format; a comparison has no gate, and so no JUnit."""
+    for name in ("storm", "gated", "diff"):
+        for form in FORMATS:
+            if form in SUFFIXES and (name, form) != ("diff", "junit"):
+                yield name, form
+
+
+def main() -> None:
+    with reports() as made:
+        for name, form in wanted():
+            golden(name, form).write_text(renderer(form)(made[name]))
+
+
+if __name__ == "__main__":
+    main()
