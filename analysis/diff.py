@@ -21,6 +21,7 @@ from analysis.report import Column, Report, Table
 from analysis.reporting import recording_of, replayed_under
 from analysis.sources import Recording, Result, open_source
 from analysis.units import Unit, span
+from replay.evidence import Evidence
 from replay.result import SPENT
 from traces.errors import Problem
 from traces.text import printable
@@ -49,7 +50,7 @@ def opened(path: Path, policy: str, scratch: Path, remarks: list[str]) -> Side:
     source = open_source(path)
     recording: Recording | None
     if isinstance(source, Recording):
-        recording, result = source, replayed_under(source, (policy,) if policy else (), scratch)
+        recording, result = source, replayed_under(source, (policy or Evidence(source.trace).own.name,), scratch)
     else:
         recording, result = recording_of(source, remarks), source
     names = [each.name for each in result.policies]
@@ -223,14 +224,19 @@ def _band(side: Side, vm: int, vcpu: int) -> tuple[int, int]:
 def _tables(base: Side, new: Side) -> Iterator[Table]:
     vcpu = (Column("vm", "VM", Unit.ID), Column("vcpu", "vCPU", Unit.ID))
     what = Column("what", "what", Unit.TEXT)
-    asked: list[tuple[Callable[[Side, Side], pl.LazyFrame], str, str, tuple[Column, ...], Unit, int]] = [
-        (times, "vcpus", "Time, by what it goes on", (*vcpu, what), Unit.NS, 8),
-        (phases, "progress", "Time, by tenths of guest work", (*vcpu, Column("phase", "tenth", Unit.ID)), Unit.NS, 4),
-        (counts, "policies", "Counts", (what,), Unit.COUNT, 6),
-        (causes, "causes", "Roots freed", (Column("cause", "by", Unit.TEXT),), Unit.COUNT, 4),
-        (events, "kinds", "Events recorded", (Column("kind", "kind", Unit.TEXT),), Unit.COUNT, 4),
+    tenth, cause, kind = (
+        Column("phase", "tenth", Unit.ID),
+        Column("cause", "by", Unit.TEXT),
+        Column("kind", "kind", Unit.TEXT),
+    )
+    asked: list[tuple[Callable[[Side, Side], pl.LazyFrame], str, str, tuple[Column, ...], Unit, int, str]] = [
+        (times, "vcpus", "Time, by what it goes on", (*vcpu, what), Unit.NS, 8, ""),
+        (phases, "progress", "Time, by tenths of guest work", (*vcpu, tenth), Unit.NS, 4, "seen a ms or more apart"),
+        (counts, "policies", "Counts", (what,), Unit.COUNT, 6, ""),
+        (causes, "causes", "Roots freed", (cause,), Unit.COUNT, 4, ""),
+        (events, "kinds", "Events recorded", (kind,), Unit.COUNT, 4, ""),
     ]
-    for function, query, title, keys, unit, first in asked:
+    for function, query, title, keys, unit, first, note in asked:
         try:
             frame = function(base, new).head(ROWS + 1).collect(engine="streaming")
         except Problem:
@@ -244,7 +250,7 @@ def _tables(base: Side, new: Side) -> Iterator[Table]:
             title,
             (*keys, *values),
             frame.head(ROWS),
-            note="of base and new",
+            note,
             first=first,
             more=len(frame) > ROWS,
         )

@@ -79,8 +79,9 @@ class Table:
 
     @property
     def heading(self) -> str:
-        """Its title with the query that made it."""
-        return f"{self.title} (query {self.query}{', the first rows' if self.more else ''})"
+        """Its title with the query that made it, and what there is to know of it."""
+        parts = [f"query {self.query}", *(["the first rows"] if self.more else []), *([self.note] if self.note else [])]
+        return f"{self.title} ({', '.join(parts)})"
 
     @property
     def narrow(self) -> tuple[Column, ...]:

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from polars.io.plugins import register_io_source
 
@@ -189,6 +190,8 @@ class Result:
                 for field, column in zip(fields, columns, strict=True):
                     if column.null_count and not field.nullable:
                         raise ValueError(f"`{field.name}` is null in a row")
+                    if pa.types.is_signed_integer(field.type) and (pc.min(column).as_py() or 0) < 0:
+                        raise ValueError(f"`{field.name}` is below 0 in a row")
                 yield pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields))
         except _ERRORS as error:
             raise _damaged(self.path, error) from None

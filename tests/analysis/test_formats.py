@@ -222,14 +222,28 @@ def test_every_format_of_the_list_renders() -> None:
 @pytest.mark.parametrize(
     ("value", "unit", "text"),
     [
-        (None, Unit.COUNT, "-"), (1234567, Unit.COUNT, "1,234,567"), (999, Unit.NS, "999 ns"),
-        (1_500, Unit.NS, "1.50 us"), (-2_000_000, Unit.NS, "-2.00 ms"), (12_300_000_000, Unit.NS, "12.3 s"), (0.0, Unit.SHARE, "0 %"),
-        (1.0, Unit.SHARE, "100 %"), (0.99999, Unit.SHARE, ">99.9 %"), (0.0001, Unit.SHARE, "<0.1 %"),
-        (0.5, Unit.SHARE, "50.0 %"), (36864, Unit.BYTES, "36 KiB"), (5000, Unit.BYTES, "4.9 KiB"),
-        (0, Unit.BYTES, "0 B"), (59225725123, Unit.BOOT, "59.225725"), (0x3784, Unit.HEX, "0x3784"),
-        (7, Unit.ID, "7"), (True, Unit.FLAG, "yes"),
-        ("a\x1b[2J", Unit.TEXT, "a?[2J"), (11.806, Unit.RATIO, "11.81x"), (0.0616, Unit.RATIO, "0.0616x"),
+        (None, Unit.COUNT, "-"),
+        (1234567, Unit.COUNT, "1,234,567"),
+        (999, Unit.NS, "999 ns"),
+        (1_500, Unit.NS, "1.50 us"),
+        (-2_000_000, Unit.NS, "-2.00 ms"),
+        (12_300_000_000, Unit.NS, "12.3 s"),
+        (0.0, Unit.SHARE, "0 %"),
+        (1.0, Unit.SHARE, "100 %"),
+        (0.99999, Unit.SHARE, ">99.9 %"),
+        (0.0001, Unit.SHARE, "<0.1 %"),
+        (0.5, Unit.SHARE, "50.0 %"),
+        (36864, Unit.BYTES, "36 KiB"),
+        (5000, Unit.BYTES, "4.9 KiB"),
+        (0, Unit.BYTES, "0 B"),
+        (59225725123, Unit.BOOT, "59.225725"),
+        (0x3784, Unit.HEX, "0x3784"),
+        (7, Unit.ID, "7"),
+        (True, Unit.FLAG, "yes"),
+        ("a\x1b[2J", Unit.TEXT, "a?[2J"),
+        (11.806, Unit.RATIO, "11.81x"),
+        (0.0616, Unit.RATIO, "0.0616x"),
     ],
-)  # fmt: skip
+)
 def test_values_read_as_they_are(value: Any, unit: Unit, text: str) -> None:
     assert shown(value, unit) == text

@@ -1,0 +1,96 @@
+"""Reads mutated results in a process of its own; `python -m tests.analysis.hostile SEED KIND FIRST COUNT SCRATCH`.
+
+Prints one JSON line a mutant before it is read and one after, as `tests.traces.hostile` does.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import resource
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from analysis.formats import FORMATS, renderer
+from analysis.queries.registry import queries
+from analysis.reporting import Wanted, reported
+from analysis.sources import Result
+from replay.result import KEY
+from tests.traces.hostile import flipped, in_chunk_headers, odd_metadata, odd_schema
+from traces.errors import Problem
+
+MEMORY = 4 << 30
+SECONDS = 20
+
+
+def with_metadata(table: pa.Table, metadata: bytes) -> bytes:
+    sink = io.BytesIO()
+    with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({KEY: metadata})
+    return sink.getvalue()
+
+
+def odd_values(table: pa.Table, rng: random.Random) -> pa.Table:
+    """Numbers that nobody counted: columns filled with extremes, or with nulls."""
+    for _ in range(3):
+        index = rng.randrange(table.num_columns)
+        field = table.schema.field(index)
+        if pa.types.is_integer(field.type):
+            bits = field.type.bit_width - (1 if pa.types.is_signed_integer(field.type) else 0)
+            choices: tuple[Any, ...] = (0, (1 << bits) - 1, *([None] if field.nullable else []))
+            if pa.types.is_signed_integer(field.type):
+                choices += (-(1 << bits), -1)
+            values = pa.array([rng.choice(choices) for _ in range(len(table))], field.type)
+            table = table.set_column(index, field, values)
+    return table
+
+
+def mutants(path: Path, kind: str, first: int, count: int) -> Iterator[tuple[int, bytes]]:
+    seed = path.read_bytes()
+    table = pq.read_table(path).replace_schema_metadata(None)
+    metadata = json.loads(pq.read_metadata(path).metadata[KEY])
+    text = json.dumps(metadata).encode()
+    for number in range(first, first + count):
+        rng = random.Random(f"{kind} {number}")
+        if kind == "bytes":
+            yield number, flipped(seed, rng) if rng.random() < 0.5 else in_chunk_headers(seed, rng)
+        elif kind == "metadata":
+            yield number, with_metadata(table, odd_metadata(metadata, rng))
+        elif kind == "values":
+            yield number, with_metadata(odd_values(table, rng), text)
+        else:
+            yield number, with_metadata(odd_schema(table, rng), text)
+
+
+def main(seed: str, kind: str, first: str, count: str, scratch: str) -> None:
+    path = Path(scratch) / "mutant.parquet"
+    made = mutants(Path(seed), kind, int(first), int(count))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    for number, data in made:
+        path.write_bytes(data)
+        print(json.dumps({"mutant": number}), flush=True)
+        signal.alarm(SECONDS)
+        try:
+            with reported(path, Wanted()) as report:
+                for form in FORMATS:
+                    renderer(form)(report)
+            for query in queries().values():
+                if query.source is Result:
+                    query(Result.open(path)).collect(engine="streaming")
+            outcome = "read"
+        except Problem as problem:
+            outcome = str(problem)
+        signal.alarm(0)
+        print(json.dumps({"outcome": outcome}), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
