@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final
@@ -158,7 +158,10 @@ class Result:
             columns: list[str] | None, predicate: pl.Expr | None, limit: int | None, _size: int | None
         ) -> Iterator[pl.DataFrame]:
             left = limit
-            for batch in self.batches():
+            asked = (
+                None if columns is None else {*columns, *(predicate.meta.root_names() if predicate is not None else ())}
+            )
+            for batch in self.batches(asked):
                 frame = pl.DataFrame(pl.from_arrow(batch))
                 if left is not None:
                     frame = frame.head(left)
@@ -172,27 +175,31 @@ class Result:
         schema = {field.name: pl.String() if field.name in _TEXTS else _polars(field) for field in SCHEMA}
         return register_io_source(rows, schema=schema, validate_schema=True, is_pure=True)
 
-    def batches(self) -> Iterator[pa.RecordBatch]:
-        """Its rows as validated batches, with text where the file has a dictionary."""
+    def batches(self, columns: Collection[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """Its rows as validated batches of these columns (all by default); dictionaries become text."""
         file = _opened(self.path)
         _check_types(self.path, file.schema_arrow)
-        fields = [field.with_type(pa.large_string()) if field.name in _TEXTS else field for field in SCHEMA]
+        fields = [
+            field.with_type(pa.large_string()) if field.name in _TEXTS else field
+            for field in SCHEMA
+            if columns is None or field.name in columns
+        ]
         stored = [field.name for field in fields if field.name in file.schema_arrow.names]
         try:
             for batch in file.iter_batches(BATCH_ROWS, columns=stored, use_threads=False):
                 batch.validate(full=True)
-                columns = [
+                arrays = [
                     batch.column(field.name).cast(field.type)
                     if field.name in stored
                     else pa.nulls(batch.num_rows, field.type)
                     for field in fields
                 ]
-                for field, column in zip(fields, columns, strict=True):
-                    if column.null_count and not field.nullable:
+                for field, array in zip(fields, arrays, strict=True):
+                    if array.null_count and not field.nullable:
                         raise ValueError(f"`{field.name}` is null in a row")
-                    if pa.types.is_signed_integer(field.type) and (pc.min(column).as_py() or 0) < 0:
+                    if pa.types.is_signed_integer(field.type) and (pc.min(array).as_py() or 0) < 0:
                         raise ValueError(f"`{field.name}` is below 0 in a row")
-                yield pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields))
+                yield pa.RecordBatch.from_arrays(arrays, schema=pa.schema(fields))
         except _ERRORS as error:
             raise _damaged(self.path, error) from None
 

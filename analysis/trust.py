@@ -40,9 +40,9 @@ def trust(
 def _kernel(meta: Metadata) -> str:
     host = meta.raw.get("host")
     model = host.get("model", "") if isinstance(host, dict) else ""
-    parts = [meta.kernel or "unknown", f"{meta.policy or 'unknown'} roots", str(model)]
-    if meta.raw.get("origin") == "synthetic":
-        parts.append("synthetic: nobody recorded it")
+    synthetic = meta.raw.get("origin") == "synthetic"
+    parts = [meta.kernel or "unknown", f"{meta.policy or 'unknown'} roots"]
+    parts.append("synthetic: nobody recorded it" if synthetic else str(model))
     if isinstance(meta.raw.get("lab"), dict):
         parts.append("lab, under QEMU's emulation")
     return ", ".join(part for part in parts if part)

@@ -15,7 +15,7 @@ from analysis.sources import Recording, Result
 from replay import bounds, plan, run
 from replay.evidence import Evidence
 from replay.virtual import stuck
-from tests.analysis.sources import CORPUS, OLD_STORM, STORM, TIMING, result_of
+from tests.analysis.sources import CORPUS, OLD_STORM, ROOT, STORM, TIMING, result_of
 from tests.replay.recording import Guest, manifest
 from tests.traces.making import stream, trace
 from traces.errors import Problem
@@ -246,3 +246,16 @@ def test_every_query_answers_and_says_what_it_asks(name: str, tmp_path: Path) ->
 def test_a_query_that_is_not_there_names_those_that_are() -> None:
     with pytest.raises(Problem, match=r"no such query; there are .*windows"):
         named("nothing")
+
+
+def test_every_query_is_documented_with_what_it_needs() -> None:
+    text = (ROOT / "analysis" / "REPORT.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")]
+    told = {row[0].strip("`"): row[1:3] for row in rows if row[1] in ("recording", "result")}
+    assert told == {
+        name: [
+            "recording" if query.source is Recording else "result",
+            ", ".join(f"`{kind}`" for kind in query.needs),
+        ]
+        for name, query in queries().items()
+    }
