@@ -1,4 +1,4 @@
-"""Mutated results: read, or one line that says what is wrong; never a traceback, a hang or a crash."""
+"""Mutated results and odd traces: read, or one line that says what is wrong; never a traceback, a hang or a crash."""
 
 from __future__ import annotations
 
@@ -9,12 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.analysis.sources import ROOT, STORM, result_of
+from tests.analysis.sources import OLD_STORM, ROOT, STORM, result_of
 
 
 @pytest.mark.parametrize(("kind", "count"), [("bytes", 60), ("metadata", 60), ("values", 24), ("schema", 24)], ids=str)
 def test_mutated_results(tmp_path: Path, kind: str, count: int) -> None:
-    seed = result_of(STORM, tmp_path).path
+    run(result_of(STORM, tmp_path).path, kind, count, tmp_path)
+
+
+def test_traces_with_odd_metadata(tmp_path: Path) -> None:
+    run(OLD_STORM, "trace", 80, tmp_path)
+
+
+def run(seed: Path, kind: str, count: int, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.analysis.hostile", str(seed), kind, "0", str(count), str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
