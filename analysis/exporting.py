@@ -31,6 +31,8 @@ def csv(path: Path, name: str, out: Path | None) -> None:
     try:
         rows.sink_csv(sys.stdout.buffer if out is None else out, engine="streaming")
     except OSError as error:
+        if "Broken pipe" in str(error):  # polars raises it without its number: whoever read has enough
+            raise BrokenPipeError from None
         raise Problem(f"{out or 'standard output'}: cannot be written: {error.strerror or error}") from None
     finally:
         progress.close()

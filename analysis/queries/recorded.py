@@ -202,7 +202,7 @@ def stuck(recording: Recording) -> pl.LazyFrame:
         for run in longest_runs(recording.trace, int(vm["id"])).values()
         if run.certain
     ]
-    return pl.LazyFrame(found, schema={"vm": pl.Int32, **_RUN, "why": pl.String})
+    return pl.LazyFrame(found, schema={"vm": pl.UInt64, **_RUN, "why": pl.String})
 
 
 _RUN: Final[dict[str, Any]] = {
@@ -253,7 +253,7 @@ def known_slots(recording: Recording) -> pl.DataFrame:
         {"vm": int(vm["id"]), **{name: slot[name] for name in ("slot", "gfn", "pages")}}
         for vm in meta.vms
         for slot in vm["slots"]
-        if slot["pages"] and slot["slot"] < 1 << 31 and max(slot["gfn"], slot["pages"]) < 1 << 52
+        if slot["pages"] and max(slot["slot"], vm["id"]) < 1 << 31 and max(slot["gfn"], slot["pages"]) < 1 << 52
     ]
     found = pl.DataFrame(rows, schema=_SLOT)
     if any(vm.get("slots_omitted") for vm in meta.vms):

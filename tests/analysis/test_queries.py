@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,14 @@ def test_pages_find_their_slot_and_holes_have_none(tmp_path: Path) -> None:
     found = asked(recorded.gfns(Recording.open(tmp_path / "t.parquet")))
     where = dict(found.select("gfn", "slot").iter_rows())
     assert where == {0: 0, 15: 0, 16: 1, 31: 1, 32: None, 63: None, 64: 2, 65: None}
+
+
+def test_slots_of_impossible_vms_are_left_out(tmp_path: Path) -> None:
+    recording = Recording.open(STORM)
+    odd = [{**recording.metadata.vms[0], "id": 1 << 40}, *recording.metadata.vms]
+    recording.trace.metadata = replace(recording.metadata, vms=tuple(odd))
+    assert asked(recorded.gfns(recording))["slot"].null_count() == 0
+    assert asked(recorded.stuck(recording)).is_empty()
 
 
 def test_faults_that_map_nothing_are_found_and_refaults_are_not(tmp_path: Path) -> None:

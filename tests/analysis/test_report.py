@@ -206,6 +206,16 @@ def test_export_gives_all_rows_of_a_query(tmp_path: Path) -> None:
     assert not done.stderr
 
 
+def test_a_reader_that_has_enough_ends_an_export_quietly() -> None:
+    command = [sys.executable, "-m", "kvmtrace", "export", str(CORPUS / "churn-6.1.parquet"), "--csv", "gfns"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as export:
+        assert export.stdout is not None
+        assert export.stderr is not None
+        export.stdout.close()
+        assert export.stderr.read() == ""
+        assert export.wait(60) == 0
+
+
 def test_export_lists_what_a_file_can_answer() -> None:
     listed = run("export", OLD_STORM, "--list").stdout
     assert "windows" in listed
