@@ -1,1 +1,1 @@
-"""Not built yet."""
+"""Reports on recordings and replays: named queries in polars, one report model, its formats, gates, comparing."""

@@ -57,7 +57,7 @@ def opened(path: Path, policy: str, scratch: Path, remarks: list[str]) -> Side:
     own = next((each.name for each in result.policies if each.recorded), names[0] if len(names) == 1 else "")
     if (policy or own) not in names:
         what = f"no policy {policy}" if policy else "it has no recorded policy: say which with --policy"
-        raise Problem(f"{path}: {what}; there are {', '.join(names)}")
+        raise Problem(f"{path}: {what}; there are {printable(', '.join(names))}")
     return Side(path, result, policy or own, recording)
 
 

@@ -96,7 +96,7 @@ def figures_of(recording: Recording | None, result: Result | None, validation: V
 def parse(text: str) -> Gate:
     """A condition as --fail-on takes it; a Problem that says what is wrong with it."""
     match = _GATE.fullmatch(text)
-    if match is None:
+    if match is None or not text.isprintable():
         raise Problem(
             f"--fail-on {printable(text)!r}: write [POLICY.]COLUMN OPERATOR NUMBER-or-baseline, such as "
             "'preserve.refaults > 0' or 'roots_created > baseline'"
@@ -120,7 +120,8 @@ def check(gates: Sequence[Gate], figures: Figures, baseline: Figures | None) -> 
             raise Problem(f"--fail-on '{gate}': give the --baseline that it is held against")
         if gate.column in WHOLE:
             other = _other(gate, baseline.whole if baseline else {}, "")
-            yield _checked(gate, figures.whole[gate.column], other, "", figures.unvalidated)
+            unknown = figures.unvalidated if gate.column == "fidelity" else ""
+            yield _checked(gate, figures.whole[gate.column], other, "", unknown)
             continue
         for policy in _chosen(gate, figures):
             columns = figures.policies[policy]
@@ -174,7 +175,8 @@ def _chosen(gate: Gate, figures: Figures) -> list[str]:
     if not name:
         return list(figures.policies)
     if name not in figures.policies:
-        raise Problem(f"--fail-on '{gate}': no policy {name}; there are {', '.join(figures.policies)}")
+        known = printable(", ".join(figures.policies))
+        raise Problem(f"--fail-on '{gate}': no policy {name}; there are {known}")
     return [name]
 
 
@@ -184,14 +186,14 @@ def _other(gate: Gate, columns: Mapping[str, Ends], policy: str) -> tuple[Number
         return number, number
     ends = columns.get(gate.column)
     if ends is None:
-        under = f" under {policy}" if policy else ""
+        under = f" under {printable(policy)}" if policy else ""
         raise Problem(f"--fail-on '{gate}': the baseline has no {gate.column}{under}")
     return ends
 
 
 def _checked(gate: Gate, mine: Ends, other: tuple[Number, Number], policy: str, unknown: str) -> Check:
     under = f" under {printable(policy)}" if policy else ""
-    name = str(gate) if gate.policy or not policy else f"{policy}.{gate}"
+    name = str(gate) if gate.policy or not policy else f"{printable(policy)}.{gate}"
     if mine is None:
         return Check(
             "gate", name, Status.UNDECIDED, f"{gate.column} is not known{under}" + (unknown and f": {unknown}")

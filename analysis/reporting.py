@@ -40,6 +40,8 @@ def reported(path: Path, wanted: Wanted, step: Callable[[str], None] = lambda _:
         result: Result | None
         recording: Recording | None
         if isinstance(source, Result):
+            if wanted.policies:
+                raise Problem(f"{path}: a result has its policies already: --policy is for traces")
             result, recording = source, recording_of(source, remarks)
         else:
             recording = source
@@ -63,7 +65,7 @@ def recording_of(result: Result, remarks: list[str]) -> Recording | None:
     """The trace that a result is of, where it is still there and the same; else a remark why not."""
     try:
         recording = Recording.open(result.trace_path)
-    except Problem as problem:
+    except (Problem, ValueError) as problem:  # ValueError: a path that no file can have
         remarks.append(f"without the recording's rows: {problem}")
         return None
     meta = recording.metadata

@@ -13,13 +13,14 @@ import polars as pl
 from analysis.queries.registry import query
 from analysis.sources import Result
 from replay.result import OF_VCPU, OF_VM, SPENT
+from replay.virtual.hangs import OF_ROOTS
 
 PAGE: Final = 4096
 # Counts that are summed over VMs, and those of which the greatest is taken.
 _SUMMED: Final = (*OF_VCPU, *OF_VM)
 _PEAKS: Final = ("roots_peak", "tables_peak", "memory_bytes")
 _TIMES: Final = ("stalls", "stalled_ns", "longest_stall_ns", "wall_ns", *SPENT)
-REFILL: Final = ("fault_ns", "load_ns", "unload_ns", "wait_ns")  # what root policies decide
+REFILL: Final = tuple(SPENT[each] for each in OF_ROOTS)  # what root policies decide
 
 
 def _ends(rows: pl.LazyFrame, keys: list[str], names: list[str]) -> pl.LazyFrame:
@@ -62,7 +63,7 @@ def policies(result: Result) -> pl.LazyFrame:
     """What each policy comes to, over all VMs: counts, memory held, time, soft-hangs.
 
     Peaks, `memory_bytes` (tables and roots alive, 4 KiB each), and `wall_ns` are those of the VM or vCPU with the most.
-    `stall_share` and `refill_share` (faults, loads, unloads, waits) are of the vCPUs' time. `error`
+    `stall_share` and `refill_share` (faults with their switches, loads, unloads, waits) are of the vCPUs' time. `error`
     is half the time's band, relative. Times are null where there are none.
     """
     keys = ["policy", "policy_number", "recorded"]

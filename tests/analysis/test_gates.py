@@ -123,6 +123,7 @@ def test_what_is_open_or_not_known_fails() -> None:
     (share,) = outcome("fidelity < 1", mine)
     assert share.status is Status.UNDECIDED
     assert "not known: not done" in share.why
+    assert outcome("lost > 0", mine)[0].why == "lost is not known"
 
 
 def test_a_share_just_below_one_is_below_one() -> None:

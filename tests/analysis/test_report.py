@@ -51,6 +51,15 @@ def document(*arguments: object) -> dict[str, Any]:
     return found
 
 
+def rewritten(path: Path, to: Path, metadata: dict[str, Any]) -> Path:
+    """A result with other metadata."""
+    table = pq.read_table(path).replace_schema_metadata(None)
+    with pq.ParquetWriter(to, table.schema) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({KEY: json.dumps(metadata).encode()})
+    return to
+
+
 @pytest.mark.parametrize(
     "path",
     [STORM, OLD_STORM, TIMING / "smi-grow-loops-20-6.1.parquet", CORPUS / "wp-toggle-5.10.parquet"],
@@ -85,6 +94,18 @@ def test_a_result_whose_trace_is_gone_or_another_says_so(tmp_path: Path) -> None
     with reported(result, Wanted(validate=True)) as report:
         assert "without the recording's rows" in dict(report.trust)["note"]
         assert dict(report.trust)["validated"] == "not done: the recording is not at hand"
+
+
+def test_a_result_may_name_a_trace_that_no_file_can_be(tmp_path: Path) -> None:
+    result = result_of(STORM, tmp_path)
+    named = {**result.document, "trace": {**result.document["trace"], "path": "a\0\x1b[2Jb"}}
+    odd = rewritten(result.path, tmp_path / "odd.parquet", named)
+    with reported(odd, Wanted()) as report:
+        note = dict(report.trust)["note"]
+        assert note.startswith("without the recording's rows")
+        assert note.isprintable()
+    done = run("report", result.path, "--policy", "async")
+    assert "--policy is for traces" in str(done.exception)
 
 
 def test_gates_decide_the_exit_code_and_the_first_line(tmp_path: Path) -> None:
@@ -168,10 +189,7 @@ def test_a_recording_that_cannot_be_replayed_is_reported_all_the_same(tmp_path: 
 def test_a_broken_promise_fails(tmp_path: Path) -> None:
     result = result_of(STORM, tmp_path)
     broken = "VM 1, preserve: 7 role words where 6 are promised: 0x1"
-    table = pq.read_table(result.path).replace_schema_metadata(None)
-    with pq.ParquetWriter(tmp_path / "b.parquet", table.schema) as writer:
-        writer.write_table(table)
-        writer.add_key_value_metadata({KEY: json.dumps({**result.document, "broken": [broken]}).encode()})
+    rewritten(result.path, tmp_path / "b.parquet", {**result.document, "broken": [broken]})
     done = run("report", tmp_path / "b.parquet", "--format", "junit")
     assert done.exit_code == 1
     cases = Xml.fromstring(done.stdout).iter("testcase")
@@ -244,6 +262,7 @@ def test_every_verb_shows_an_example(verb: str) -> None:
         (("diff", STORM, OLD_STORM, "--format", "junit"), "always be green"),
         (("export", STORM, "--csv", "windows", "-o", "/nowhere/x"), "cannot be written"),
         (("report", STORM, "--fail-on", "refaults > baseline"), "give the --baseline"),
+        (("report", STORM, "--fail-on", "sync.refaults > 0"), "no policy sync; there are preserve, async"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_one_line(arguments: tuple[object, ...], said: str) -> None:
