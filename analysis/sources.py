@@ -93,12 +93,14 @@ class Cost:
 class VmTime:
     """What a result's metadata says of one VM's times.
 
-    `refused`: why there are none; empty if there are. `stuck`: vCPUs that hung in the recording.
+    `refused`: why there are none; empty if there are. `marked`: what makes them less than they seem; empty if nothing
+    does. `stuck`: vCPUs that hung in the recording.
     """
 
     vm: int
     began: int
     refused: str
+    marked: str
     costs: tuple[Cost, ...]
     stuck: tuple[Run, ...]
 
@@ -319,6 +321,7 @@ def _vm(document: Mapping[str, Any]) -> VmTime:
         _count(document, "vm"),
         _count(document, "began") if not document.get("refused") else 0,
         _text(document, "refused"),
+        _text({"marked": "", **document}, "marked"),
         tuple(_cost(name, _object(costs, name)) for name in costs),
         tuple(stuck),
     )

@@ -34,6 +34,7 @@ def trust(
     yield "validated", validation if isinstance(validation, str) else validation.text
     if result is not None:
         yield "costs", _costs(result)
+        yield from [("marked", f"VM {vm.vm}: {vm.marked}") for vm in result.vms if vm.marked][:_SHOWN]
         yield from (("left open", line) for line in _open(result))
 
 

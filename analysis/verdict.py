@@ -19,7 +19,7 @@ from replay.virtual.run import VcpuTime
 
 _Ends = dict[str, tuple[VcpuTime, VcpuTime]]
 _STUCK_SHOWN: Final = 2
-_UNREAD: Final = np.zeros((0, 2 + len(SPENT)), np.int64)  # no sentence is about it
+_UNREAD: Final = np.zeros((0, 2 + len(SPENT)), np.int64)
 _BOUNDS: Final = {"exact": 0, "low": 0, "high": 1}
 
 
@@ -76,10 +76,10 @@ def _ends(rows: pl.DataFrame, hangs: dict[tuple[str, str], list[SoftHang]]) -> _
     found: _Ends = {}
     for row in sorted(rows.iter_rows(named=True), key=lambda row: _BOUNDS.get(row["bound"], 0)):
         spent = tuple(int(row[name]) for name in SPENT)
-        error = (row["wall_high_ns"] - row["wall_low_ns"]) / (4 * row["wall_ns"])
         mine = hangs.get((row["policy"], row["bound"]), [])
+        # No sentence is about its error and progress.
         time = VcpuTime(
-            id=row["vcpu"], wall=row["wall_ns"], spent=spent, progress=_UNREAD, stalls=mine, error=error
+            id=row["vcpu"], wall=row["wall_ns"], spent=spent, stalls=mine, error=0.0, open=0, progress=_UNREAD
         )  # fmt: skip
         found[row["policy"]] = (found[row["policy"]][0], time) if row["policy"] in found else (time, time)
     return {policy: found[policy] for policy in rows["policy"].unique(maintain_order=True)}

@@ -8,7 +8,7 @@ import polars as pl
 
 from analysis.queries.registry import query
 from analysis.sources import Recording
-from replay.virtual.stuck import longest_runs
+from replay.virtual.stuck import CERTAIN, longest_runs
 from traces.errors import Problem
 
 WINDOW_NS: Final = 100_000_000
@@ -191,7 +191,7 @@ def roles(recording: Recording) -> pl.LazyFrame:
 
 
 @query(Recording, needs=("kvm_exit",))
-def stuck(recording: Recording) -> pl.LazyFrame:
+def stuck(recording: Recording, exits: int = CERTAIN) -> pl.LazyFrame:
     """vCPUs that certainly did not get past an instruction: 100,000 exits and more at one RIP, and why.
 
     The recording is read for this when the query is made.
@@ -200,7 +200,7 @@ def stuck(recording: Recording) -> pl.LazyFrame:
         {"vm": int(vm["id"]), **{name: getattr(run, name) for name in _RUN}, "why": run.why}
         for vm in recording.metadata.vms
         for run in longest_runs(recording.trace, int(vm["id"])).values()
-        if run.certain
+        if run.certain(exits)
     ]
     return pl.LazyFrame(found, schema={"vm": pl.UInt64, **_RUN, "why": pl.String})
 

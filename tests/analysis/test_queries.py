@@ -15,7 +15,6 @@ from analysis.queries.registry import named, queries
 from analysis.sources import Recording, Result
 from replay import bounds, plan, run
 from replay.evidence import Evidence
-from replay.virtual import stuck
 from tests.analysis.sources import CORPUS, OLD_STORM, ROOT, STORM, TIMING, result_of
 from tests.replay.recording import Guest, manifest
 from tests.traces.making import stream, trace
@@ -186,7 +185,7 @@ def test_roots_live_as_long_as_they_are_seen() -> None:
     assert {f"{role:#x}" for role in roles["role"]} == {"0x3784", "0x1003784"}
 
 
-def test_a_vcpu_at_one_instruction_is_stuck(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vcpu_at_one_instruction_is_stuck(tmp_path: Path) -> None:
     guest = Guest()
     guest.load()
     for _ in range(40):
@@ -196,8 +195,7 @@ def test_a_vcpu_at_one_instruction_is_stuck(tmp_path: Path, monkeypatch: pytest.
     guest.write(tmp_path / "t.parquet")
     recording = Recording.open(tmp_path / "t.parquet")
     assert asked(recorded.stuck(recording)).is_empty()
-    monkeypatch.setattr(stuck, "CERTAIN", 30)
-    (row,) = asked(recorded.stuck(recording)).iter_rows(named=True)
+    (row,) = asked(recorded.stuck(recording, exits=30)).iter_rows(named=True)
     assert (row["vcpu"], row["exits"]) == (0, 40)
     assert "mmu_seq" in row["why"]
 
