@@ -124,6 +124,7 @@ def compare(base: Side, new: Side, *, mark: bool, remarks: Sequence[str] = ()) -
         *(("unlike", f"{line}: times are not comparable") for line in apart),
         *changed(base.recording, new.recording),
         *(("note", remark) for remark in remarks),
+        *(("no times", f"the replay of {side.path} has none") for side in (base, new) if not side.result.timed),
         *(("left open", line) for line in _assumed(base, new)),
         ("matched", "VMs in order, vCPUs by id, phases by tenths of guest work: holds if both ran the same program"),
     ]

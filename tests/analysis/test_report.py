@@ -25,7 +25,7 @@ from analysis.sources import Recording
 from analysis.units import duration
 from replay import plan
 from replay.evidence import Evidence
-from replay.result import KEY
+from replay.result import KEY, SPENT
 from replay.virtual.report import verdicts
 from replay.virtual.run import Settings, replay_timed
 from tests.analysis.sources import CORPUS, OLD_STORM, ROOT, STORM, TIMING, result_of
@@ -37,6 +37,17 @@ from traces.summary import info
 from traces.synth import Parameters, synthesize
 
 RUNNER = CliRunner()
+TIMED = (
+    "clock",
+    "recorded_ns",
+    "wall_ns",
+    "wall_low_ns",
+    "wall_high_ns",
+    *SPENT,
+    "stalls",
+    "stalled_ns",
+    "longest_stall_ns",
+)
 
 
 def run(*arguments: object) -> Result:
@@ -275,3 +286,33 @@ def test_what_cannot_be_is_one_line(arguments: tuple[object, ...], said: str) ->
 def test_a_pipe_is_refused_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     assert "not a file" in str(run("report", tmp_path / "pipe").exception)
+
+
+def test_a_result_without_times_has_counts_and_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "untimed.parquet"
+    assert run("replay", STORM, "--no-time", "-o", path).exit_code == 0
+    with reported(path, Wanted()) as report:
+        assert report.verdict == (
+            "preserve (as recorded): 2 roots built, 514 faults, 0 re-faults; "
+            "async: 9 roots built, 514 .. 2,569 faults, 0 .. 2,055 re-faults",
+        )
+        assert dict(report.trust)["costs"] == "none: this result has no times"
+        assert "stalls" not in [table.query for table in report.tables]
+        assert report.tables[0].texts()[0][2] == "-"
+
+
+def test_a_result_of_format_1_0_reads_as_one_without_times(tmp_path: Path) -> None:
+    result = result_of(STORM, tmp_path)
+    table = pq.read_table(result.path).replace_schema_metadata(None)
+    old = table.select([name for name in table.column_names if name not in TIMED])
+    metadata = {**result.document, "format": {"major": 1, "minor": 0}}
+    with pq.ParquetWriter(tmp_path / "old.parquet", old.schema) as writer:
+        writer.write_table(old)
+        writer.add_key_value_metadata({KEY: json.dumps(metadata).encode()})
+    with reported(tmp_path / "old.parquet", Wanted()) as report:
+        assert report.verdict[0].startswith("preserve (as recorded): 2 roots built")
+        (policies,) = [table for table in report.tables if table.query == "policies"]
+        assert policies.values()[1]["faults"] == [514, 2569]
+        assert policies.values()[1]["wall_ns"] is None
+    newer = rewritten(result.path, tmp_path / "new.parquet", {**result.document, "format": {"major": 2, "minor": 0}})
+    assert "upgrade kvmtrace" in str(run("report", newer).exception)
