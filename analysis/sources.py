@@ -64,7 +64,10 @@ class Recording:
 
 @dataclass(frozen=True)
 class Policy:
-    """A policy of a result. `open`: what the trace leaves open of its outcome; `assumes`: what is taken to be so."""
+    """A policy of a result. `open`: what the trace leaves open of its outcome; `assumes`: what is taken to be so.
+
+    `keeps`: whether the TDP MMU holds a reference of its own on roots, so that they stay until they are invalidated.
+    """
 
     name: str
     kernel: str
@@ -73,6 +76,7 @@ class Policy:
     bounds: tuple[str, ...]
     open: tuple[str, ...]
     assumes: str
+    keeps: bool
 
 
 @dataclass(frozen=True)
@@ -303,6 +307,7 @@ def _flag(document: Mapping[str, Any], key: str) -> bool:
 
 
 def _policy(document: Mapping[str, Any]) -> Policy:
+    axes = _object(document, "axes")
     return Policy(
         _text(document, "name"),
         _text(document, "kernel"),
@@ -311,6 +316,7 @@ def _policy(document: Mapping[str, Any]) -> Policy:
         tuple(_list(document, "bounds", str)),
         tuple(_list(document, "open", str)),
         _text(document, "assumes"),
+        _flag(axes, "own_reference") and _text(axes, "mmu") == "tdp",
     )
 
 

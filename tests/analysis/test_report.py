@@ -205,8 +205,10 @@ def test_a_broken_promise_fails(tmp_path: Path) -> None:
     assert done.exit_code == 1
     cases = Xml.fromstring(done.stdout).iter("testcase")
     failures = [case.attrib["name"] for case in cases if case.find("failure") is not None]
-    assert failures == ["promises of preserve"]
-    assert run("report", tmp_path / "b.parquet").stdout.startswith("FAILED: promises of preserve: VM 1, preserve: 7")
+    assert failures == ["at most 6 role words under preserve"]
+    assert run("report", tmp_path / "b.parquet").stdout.startswith(
+        "FAILED: at most 6 role words under preserve: VM 1, preserve: 7"
+    )
     assert run("report", tmp_path / "b.parquet", "--fail-on", "broken > 0").exit_code == 1
 
 
