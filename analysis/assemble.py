@@ -193,7 +193,7 @@ def _invariants(result: Result | None, validation: Validated | str) -> Iterator[
 
 
 def _promises(policy: Policy) -> bool:
-    """Whether its roots are bounded: a policy that keeps them, by the commit that made it, where words are the host's."""
+    """Whether its roots are bounded, by the text of its commit: it keeps them, and role words are the host's."""
     try:
         return policy.keeps and not kernels.at(policy.kernel).layout.guest_bits
     except Problem:
