@@ -1,5 +1,5 @@
 # make demo and make test do all the set-up they need; see README.md.
-.PHONY: setup demo test lab-test lint check bench corpus clean
+.PHONY: setup demo test lab-test lint check ci-example bench corpus clean
 
 PYTHON := .venv/bin/python
 
@@ -23,13 +23,18 @@ lint: setup
 	$(PYTHON) -m mypy
 
 # What CI runs.
-check: lint test lab-test
+check: lint test lab-test ci-example
+
+# docs/ci.md: record in the lab, validate, replay, report, gate; and see the gate fail.
+ci-example: setup
+	@scripts/ci-example
 
 bench: setup
 	$(PYTHON) -m benchmarks.soft_hang
 	$(PYTHON) -m benchmarks.format
 	$(PYTHON) -m benchmarks.record
 	$(PYTHON) -m benchmarks.replay
+	$(PYTHON) -m benchmarks.report
 
 # Record traces/corpus anew: every scenario on every kernel of the lab.
 corpus: setup
