@@ -7,7 +7,6 @@ page touched again and every one. Both ends are replays too (`axes.revive`, `low
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,7 @@ from replay.evidence import Evidence
 from replay.kernels import Kernel
 from replay.lower import Case
 from replay.policies import Policy
+from replay.userfile import load, one_line
 from traces.errors import Problem
 
 GROUP: Final = "kvmtrace.policies"
@@ -161,23 +161,14 @@ def _own_policy(name: str) -> type[Policy] | None:
     try:
         policy = found[0].load()
     except Exception as error:
-        raise Problem(f"--policy {name}: entry point {found[0].value} does not load: {_one_line(error)}") from None
+        raise Problem(f"--policy {name}: entry point {found[0].value} does not load: {one_line(error)}") from None
     if not (isinstance(policy, type) and issubclass(policy, Policy)):
         raise Problem(f"--policy {name}: entry point {found[0].value} is no subclass of replay.policies.Policy")
     return policy
 
 
 def _from_file(path: Path) -> type[Policy]:
-    if not path.is_file():
-        raise Problem(f"--policy {path}: there is no such file")
-    spec = importlib.util.spec_from_file_location(f"kvmtrace_policy_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise Problem(f"--policy {path}: not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise Problem(f"--policy {path}: does not load: {_one_line(error)}") from None
+    module = load(path, f"--policy {path}")
     found = [
         value
         for value in vars(module).values()
@@ -187,7 +178,3 @@ def _from_file(path: Path) -> type[Policy]:
         what = "has no subclass" if not found else f"has {len(found)} subclasses"
         raise Problem(f"--policy {path}: {what} of replay.policies.Policy: it must have one")
     return found[0]
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -1,0 +1,229 @@
+"""Actors as what they are to a search: places in their code, and what a step from there does to a given memory.
+
+A generator cannot be copied. But what it does is determined by what it read, so that one run for each way to read is
+enough; the rest is `Memo`. To get back to a place a new generator is run along what led there, on what was read then.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from types import (
+    BuiltinFunctionType,
+    CellType,
+    CodeType,
+    FrameType,
+    FunctionType,
+    GeneratorType,
+    MappingProxyType,
+    MethodType,
+    ModuleType,
+)
+from typing import Any, Final
+
+from replay.explore.memo import Memo
+from replay.explore.memory import Memory, Thing, Violation
+from replay.explore.model import Model, Mutex, Part, Rcu, RwLock, Step, Steps
+from replay.userfile import one_line
+from traces.errors import Problem
+
+_PLAIN: Final = (int, float, str, bytes, type(None), Thing, range, type, ModuleType)
+_LASTING: Final = (Model, Mutex, RwLock, Rcu, MappingProxyType)
+_OF_EVERY_FRAME: Final = (FrameType, CodeType, FunctionType, dict)
+
+
+class Place:
+    """Where an actor stands: what it is about to do and all it remembers. `waits`: its step has a condition."""
+
+    __slots__ = ("before", "done", "future_reads", "future_writes", "label", "memo", "number", "outcomes", "reads")
+
+    def __init__(self, number: int, label: str, done: bool, before: Place | None, reads: Mapping[int, Any]) -> None:
+        self.number = number
+        self.label = label
+        self.done = done
+        self.before = before  # one way to get here, and what its last step read
+        self.reads = reads
+        self.memo: Memo[Outcome] = Memo()
+        self.outcomes: list[Outcome] = []
+        self.future_reads = 0  # bits of places in memory: `search` keeps these
+        self.future_writes = 0
+
+
+@dataclass(eq=False)
+class Outcome:
+    """What a step does: `place` is None if it has to wait or breaks an invariant. `read` and `written` are bit sets."""
+
+    place: Place | None
+    writes: tuple[tuple[int, Any], ...]
+    read: int
+    written: int
+    violation: Violation | None = None
+
+
+class Actor:
+    """One actor of a model, with all its places found so far."""
+
+    def __init__(self, memory: Memory, part: Part) -> None:
+        self.memory = memory
+        self.name = part.name
+        self.daemon = part.daemon
+        self._start = part.start
+        self.places: list[Place] = []
+        self._by_key: dict[Any, Place] = {}
+        steps = self._fresh()
+        self.first = self._place(steps, self._advance(steps, {}, ""), None, {})
+
+    def step(self, place: Place, values: Sequence[Any]) -> Outcome:
+        """What its step from this place does to this memory."""
+        return place.memo.look(values) or self._run(place, values)
+
+    def _fresh(self) -> Steps:
+        steps = self._start()
+        if not isinstance(steps, GeneratorType):
+            raise Problem(f"actor {self.name}: its function is no generator: it has no yield")
+        return steps
+
+    def _run(self, place: Place, values: Sequence[Any]) -> Outcome:
+        memory = self.memory
+        steps, step = self._again(place)
+        following, violation = None, None
+        memory.begin(self.name, values)
+        try:
+            if step.ready is None or step.ready():
+                following = self._advance(steps, None, step.label)
+        except Violation as broken:
+            violation = broken
+        except Problem:
+            raise
+        except Exception as error:
+            raise Problem(f"actor {self.name}, {step.label!r}: {one_line(error)}") from None
+        reads, writes = memory.reads, memory.writes
+        goes = following is not None and violation is None
+        outcome = Outcome(
+            self._place(steps, following, place, reads) if following is not None and goes else None,
+            tuple(writes.items()) if goes else (),
+            _bits(reads),
+            _bits(writes) if goes else 0,
+            violation,
+        )
+        place.memo.store(reads, outcome)
+        place.outcomes.append(outcome)
+        return outcome
+
+    def _advance(self, steps: Steps, given: Mapping[int, Any] | None, label: str) -> Step:
+        """Let it run to its next yield; an empty label says that it has ended."""
+        if given is not None:
+            self.memory.begin(self.name, given)
+        try:
+            said = next(steps)
+        except StopIteration:
+            return Step("")
+        if isinstance(said, str) and said:
+            return Step(said)
+        if isinstance(said, Step):
+            return said
+        raise Problem(f"actor {self.name}, after {label!r}: yields {said!r}, which is neither a text nor until(...)")
+
+    def _again(self, place: Place) -> tuple[Steps, Step]:
+        """A generator that stands at this place, and what it says it is about to do."""
+        path = [place]
+        while path[-1].before is not None:
+            path.append(path[-1].before)
+        steps = self._fresh()
+        step = Step("")
+        for way in reversed(path):
+            try:
+                # A condition's reads are part of the step's, and it was true.
+                step = self._advance(steps, way.reads, step.label)
+            except Violation as violation:
+                raise self._undetermined(place) from violation
+        if step.label != place.label or self._by_key.get(self._key(steps, step)) is not place:
+            raise self._undetermined(place)
+        return steps, step
+
+    def _undetermined(self, place: Place) -> Problem:
+        return Problem(
+            f"actor {self.name}, before {place.label!r}: does another thing on the same memory; actors must be "
+            "deterministic and keep nothing outside of the model"
+        )
+
+    def _place(self, steps: Steps, step: Step, before: Place | None, reads: Mapping[int, Any]) -> Place:
+        key = self._key(steps, step)
+        if key not in self._by_key:
+            place = Place(len(self.places), step.label, not step.label, before, reads)
+            self._by_key[key] = place
+            self.places.append(place)
+        return self._by_key[key]
+
+    def _key(self, steps: Steps, step: Step) -> Any:
+        if not step.label:
+            return None
+        try:
+            return step.label, _frozen(step.ready), _frozen(steps)
+        except _Unfit as unfit:
+            raise Problem(
+                f"actor {self.name}, before {step.label!r}: keeps {unfit} across a yield; keep numbers, strings, "
+                "tuples, frozensets or things"
+            ) from None
+
+
+def _bits(places: Mapping[int, Any]) -> int:
+    bits = 0
+    for place in places:
+        bits |= 1 << place
+    return bits
+
+
+class _Unfit(Exception):
+    pass
+
+
+def _frozen(value: Any, inside: frozenset[int] = frozenset()) -> Any:
+    """What is equal exactly for equal values, of what an actor may keep; equal places go on equally."""
+    if isinstance(value, _PLAIN):
+        return type(value), value
+    if isinstance(value, _LASTING):  # as long as the search does, and what changes of them is shared memory
+        return id(value)
+    if isinstance(value, GeneratorType):
+        return _frame(value)
+    if isinstance(value, tuple | frozenset):
+        parts = (_frozen(part, inside) for part in value)
+        return type(value), frozenset(parts) if isinstance(value, frozenset) else tuple(parts)
+    if isinstance(value, CellType):
+        try:
+            return _frozen(value.cell_contents, inside)
+        except ValueError:  # empty still
+            return None
+    if isinstance(value, FunctionType):
+        if id(value) in inside:
+            return value.__code__
+        inside |= {id(value)}
+        kept = (*(value.__closure__ or ()), *(value.__defaults__ or ()))
+        return value.__code__, tuple(_frozen(part, inside) for part in kept)
+    if isinstance(value, BuiltinFunctionType):
+        return value.__name__
+    if isinstance(value, MethodType):
+        return value.__func__, _frozen(value.__self__, inside)
+    if is_dataclass(value) and value.__hash__ is not None:  # a frozen one
+        return type(value), tuple(_frozen(getattr(value, field.name), inside) for field in fields(value))
+    if hasattr(value, "__next__"):
+        _, *state = value.__reduce__()
+        return type(value), tuple(_frozen(tuple(part) if isinstance(part, list) else part, inside) for part in
+                                  (*state[0], *state[1:]))
+    raise _Unfit(f"a {type(value).__name__}")
+
+
+def _frame(steps: Any) -> Any:
+    """All that a suspended generator remembers: its variables, and what lies on its stack (an iterator of a `for`)."""
+    frame: FrameType | None = steps.gi_frame
+    if frame is None:
+        return None
+    variables = []
+    for name, value in sorted(frame.f_locals.items()):
+        try:
+            variables.append((name, _frozen(value)))
+        except _Unfit as unfit:
+            raise (unfit if "(" in str(unfit) else _Unfit(f"{unfit} ({name})")) from None
+    hidden = (held for held in gc.get_referents(steps) if not isinstance(held, _OF_EVERY_FRAME))
+    return frame.f_code, frame.f_lasti, tuple(variables), tuple(map(_frozen, hidden))

@@ -1,0 +1,43 @@
+"""What a function of shared memory comes to, remembered by what it read: a tree of the places it reads in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+Leaf = TypeVar("Leaf")
+
+
+class _Fork:
+    __slots__ = ("place", "ways")
+
+    def __init__(self, place: int) -> None:
+        self.place = place
+        self.ways: dict[Any, Any] = {}
+
+
+class Memo(Generic[Leaf]):
+    """Sound because the function is deterministic: with the same values read so far it reads the same place next."""
+
+    __slots__ = ("root",)
+
+    def __init__(self) -> None:
+        self.root: Any = None
+
+    def look(self, values: Sequence[Any]) -> Leaf | None:
+        """The result for this memory, if one with the same values where it matters is known."""
+        node = self.root
+        while node.__class__ is _Fork:
+            node = node.ways.get(values[node.place])
+        return node  # type: ignore[no-any-return]
+
+    def store(self, reads: Mapping[int, Any], leaf: Leaf) -> None:
+        """Remember a result; `reads` in the order in which they were made."""
+        if not reads:
+            self.root = leaf
+            return
+        *path, last = reads
+        node = self.root = self.root or _Fork(next(iter(reads)))
+        for place, following in zip(path, list(reads)[1:], strict=True):
+            node = node.ways.setdefault(reads[place], _Fork(following))
+        node.ways[reads[last]] = leaf

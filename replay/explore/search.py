@@ -1,0 +1,366 @@
+"""Every interleaving of a model's actors, breadth first, so that what is found first is as short as can be.
+
+A state is the shared memory and where each actor stands. Found are: invariants that do not hold, deadlocks, and
+livelocks (states from which, whatever is scheduled, not all actors can come to their end any more).
+
+Reduction. Where the next step of one actor reads nothing that another may still write, and writes nothing that another
+may still read or write or that an invariant for every state reads, it can change places with all that the others may
+do before it: only that actor is followed (a persistent set of one). What an actor may still touch is learned: a search
+begins with what is known, and is done again when it saw more, until it saw nothing new. Taking such a step always leads
+to a new state, or all actors are followed, so that no actor is put off for ever. Kept are all broken invariants,
+deadlocks and livelocks, but not the shortest way to them: that is searched for without reduction.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+from replay.explore.actors import Actor, Outcome, Place
+from replay.explore.memo import Memo
+from replay.explore.memory import Memory, Violation
+from replay.explore.model import Invariant, Model
+from traces.errors import Problem
+
+LIMIT: Final = 3_000_000
+NO_DEADLOCK: Final = "no deadlock"
+NO_LIVELOCK: Final = "no livelock"
+
+Values = tuple[Any, ...]
+Key = tuple[Any, ...]  # the number of a memory, then each actor's place
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A violation and the way to it: numbers of actors. `cycle`: what can then go on for ever, of a livelock."""
+
+    violation: Violation
+    path: tuple[int, ...]
+    cycle: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Exploration:
+    """What a search came to. `shortest`: no schedule to any violation has fewer steps (before the cycle, if any)."""
+
+    found: Found | None
+    states: int
+    transitions: int
+    seconds: float
+    shortest: bool = True
+
+
+class Machine:
+    """A model made ready to run: actors with their places, and predicates with what they came to."""
+
+    def __init__(self, model: Model) -> None:
+        self.memory: Memory = model.memory
+        self.actors = [Actor(model.memory, part) for part in model.parts]
+        if not self.actors:
+            raise Problem("the scenario has no actors")
+        if len({actor.name for actor in self.actors}) < len(self.actors):
+            raise Problem("the scenario has two actors of one name")
+        self.everywhere = [(invariant, Memo[bool]()) for invariant in model.everywhere]
+        self.ends = [(invariant, Memo[bool]()) for invariant in model.ends]
+        self.visible = 0  # what predicates for every state read
+        self.start: Values = tuple(model.memory.initial)
+        self.places: tuple[Place, ...] = tuple(actor.first for actor in self.actors)
+
+    def broken(self, values: Values) -> Violation | None:
+        """The first invariant for every state that does not hold in this memory."""
+        return next((Violation(i.name) for i, memo in self.everywhere if not self._holds(i, memo, values, True)), None)
+
+    def broken_at_end(self, values: Values) -> Violation | None:
+        return next((Violation(i.name) for i, memo in self.ends if not self._holds(i, memo, values, False)), None)
+
+    def ended(self, places: Sequence[Place]) -> bool:
+        return all(place.done or actor.daemon for actor, place in zip(self.actors, places, strict=True))
+
+    def stopped(self, values: Values, places: Sequence[Place]) -> Violation | None:
+        """What is wrong with a state in which no actor can step."""
+        if self.ended(places):
+            return self.broken_at_end(values)
+        waiting = (
+            f"{actor.name}: {place.label}"
+            for actor, place in zip(self.actors, places, strict=True)
+            if not (place.done or actor.daemon)
+        )
+        return Violation(NO_DEADLOCK, "waiting for ever: " + "; ".join(waiting))
+
+    def _holds(self, invariant: Invariant, memo: Memo[bool], values: Values, visible: bool) -> bool:
+        known = memo.look(values)
+        if known is not None:
+            return known
+        self.memory.begin("", values)
+        try:
+            holds = bool(invariant.holds())
+        except (Problem, Violation):
+            raise
+        except Exception as error:
+            raise Problem(f"invariant {invariant.name!r}: {type(error).__name__}: {error}") from None
+        memo.store(self.memory.reads, holds)
+        if visible:
+            for place in self.memory.reads:
+                self.visible |= 1 << place
+        return holds
+
+
+def after(values: Values, outcome: Outcome) -> Values:
+    """The memory after a step."""
+    if not outcome.writes:
+        return values
+    changed = list(values)
+    for place, value in outcome.writes:
+        changed[place] = value
+    return tuple(changed)
+
+
+def explore(
+    model: Model, limit: int = LIMIT, progress: Progress | None = None, reduced: bool = True
+) -> Exploration:
+    """All that can happen. A Problem when that is more than `limit` states."""
+    began = time.monotonic()
+    machine = Machine(model)
+    search = _settled(machine, limit, progress) if reduced else _Search(machine, limit, progress, None).run()
+    found, shortest = search.found, True
+    if reduced and found is not None:
+        try:
+            found = _Search(machine, limit, progress, None).run().found
+        except _TooMany:
+            shortest = False
+    return Exploration(found, search.states, search.transitions, time.monotonic() - began, shortest)
+
+
+class _TooMany(Problem):
+    pass
+
+
+def _settled(machine: Machine, limit: int, progress: Progress | None) -> _Search:
+    while True:
+        visible = machine.visible
+        known = _learn(machine)
+        search = _Search(machine, limit, progress, visible).run()
+        if search.found is not None or (_learn(machine) == known and machine.visible == visible):
+            return search
+
+
+def _learn(machine: Machine) -> dict[Place, tuple[int, int]]:
+    """Work out what each actor may still read and write from each of its places, as far as is known."""
+    for actor in machine.actors:
+        changed = True
+        while changed:
+            changed = False
+            for place in reversed(actor.places):
+                read, written = place.future_reads, place.future_writes
+                for outcome in place.outcomes:
+                    read |= outcome.read
+                    written |= outcome.written
+                    if outcome.place is not None:
+                        read |= outcome.place.future_reads
+                        written |= outcome.place.future_writes
+                if (read, written) != (place.future_reads, place.future_writes):
+                    place.future_reads, place.future_writes = read, written
+                    changed = True
+    return {
+        place: (place.future_reads, place.future_writes)
+        for actor in machine.actors
+        for place in actor.places
+        if place.future_reads or place.future_writes
+    }
+
+
+@dataclass(eq=False)
+class _Search:
+    """One search through the states; `visible` is what must be taken for visible, or None: without reduction."""
+
+    machine: Machine
+    limit: int
+    progress: Progress | None
+    visible: int | None
+    found: Found | None = None
+    transitions: int = 0
+    memories: dict[Values, int] = field(default_factory=dict)
+    known: dict[Key, int] = field(default_factory=dict)
+    keys: list[Key] = field(default_factory=list)
+    values: list[Values] = field(default_factory=list)
+    parents: array[int] = field(default_factory=lambda: array("q"))
+    by: array[int] = field(default_factory=lambda: array("b"))
+    edges: tuple[array[int], array[int]] = field(default_factory=lambda: (array("q"), array("q")))
+    backward: bool = False  # some step led to a state no deeper than its own: there may be cycles
+
+    @property
+    def states(self) -> int:
+        return len(self.keys)
+
+    def run(self) -> _Search:
+        """Layer by layer; within one, what is broken in a state goes before what a step from it breaks."""
+        violation, _ = self._reach(self.machine.start, self.machine.places, -1, -1)
+        if violation is not None:
+            self.found = Found(violation, ())
+            return self
+        layer = 0
+        shown = time.monotonic()
+        while layer < self.states and self.found is None:
+            end = self.states
+            for state in range(layer, end):
+                found = self._expand(state, layer)
+                if found is not None and (self.found is None or len(found.path) < len(self.found.path)):
+                    self.found = found
+            if self.states > self.limit:
+                raise _TooMany(
+                    f"not exhausted: more than {self.limit:,} states; lower the bounds, or raise --max-states"
+                )
+            if self.progress is not None and time.monotonic() - shown > 1:
+                self.progress(self.states)
+                shown = time.monotonic()
+            layer = end
+        if self.found is None and self.backward:
+            self.found = self._livelock()
+        return self
+
+    def _reach(self, values: Values, places: tuple[Place, ...], parent: int, by: int) -> tuple[Violation | None, int]:
+        """A state's number, which is new if it is the last; and what is broken in it."""
+        memory = self.memories.setdefault(values, len(self.values))
+        violation = None
+        if memory == len(self.values):
+            self.values.append(values)
+            violation = self.machine.broken(values)
+        key = (memory, *places)
+        state = self.known.setdefault(key, len(self.keys))
+        if state == len(self.keys):
+            self.keys.append(key)
+            self.parents.append(parent)
+            self.by.append(by)
+        return violation, state
+
+    def _expand(self, state: int, layer: int) -> Found | None:
+        """Follow the actors from a state; the shortest of what is found to be broken."""
+        machine = self.machine
+        memory, *places = self.keys[state]
+        values = self.values[memory]
+        outcomes = []
+        for number, (actor, place) in enumerate(zip(machine.actors, places, strict=True)):
+            if place.done:
+                continue
+            outcome = actor.step(place, values)
+            if outcome.violation is not None:
+                return Found(outcome.violation, (*self._path(state), number))
+            if outcome.place is not None:
+                outcomes.append((number, outcome))
+        if not outcomes:
+            stopped = machine.stopped(values, places)
+            return Found(stopped, self._path(state)) if stopped is not None else None
+        following = []
+        if self.visible is not None and len(outcomes) > 1:
+            alone = self._alone(outcomes, places, values)
+            following = [alone] if alone is not None else []
+        for number, outcome in following or outcomes:
+            broken, reached = self._reach(after(values, outcome), _moved(places, number, outcome), state, number)
+            if broken is not None:
+                return Found(broken, (*self._path(state), number))
+            self.transitions += 1
+            self.edges[0].append(state)
+            self.edges[1].append(reached)
+            if reached < layer or reached <= state:
+                self.backward = True
+        return None
+
+    def _alone(
+        self, outcomes: list[tuple[int, Outcome]], places: Sequence[Place], values: Values
+    ) -> tuple[int, Outcome] | None:
+        """A step that can change places with all that other actors may still do, and that leads to a new state."""
+        for number, outcome in outcomes:
+            read, written = outcome.read, outcome.written
+            if written & self.visible:  # type: ignore[operator]
+                continue
+            if any(
+                (written & (place.future_reads | place.future_writes)) or (read & place.future_writes)
+                for other, place in enumerate(places)
+                if other != number
+            ):
+                continue
+            memory = self.memories.get(after(values, outcome))
+            if memory is None or (memory, *_moved(places, number, outcome)) not in self.known:
+                return number, outcome
+        return None
+
+    def _path(self, state: int) -> tuple[int, ...]:
+        path = []
+        while self.parents[state] >= 0:
+            path.append(self.by[state])
+            state = self.parents[state]
+        return tuple(reversed(path))
+
+    def _livelock(self) -> Found | None:
+        """The first state from which no end can be reached, and how its actors go round."""
+        import numpy as np
+
+        ends = np.fromiter((self.machine.ended(key[1:]) for key in self.keys), bool, self.states)
+        source, target = (np.frombuffer(side, np.int64) for side in self.edges)
+        count = -1
+        while count != (count := int(ends.sum())):
+            ends[source[ends[target]]] = True
+        stuck = np.flatnonzero(~ends)
+        if not len(stuck):
+            return None
+        state = int(stuck[0])
+        memory, *places = self.keys[state]
+        names, on, cycle = round_trip(self.machine, self.values[memory], tuple(places))
+        return Found(
+            Violation(NO_LIVELOCK, f"{names} for ever, whatever the others do"), (*self._path(state), *on), cycle
+        )
+
+
+def _moved(places: Sequence[Place], number: int, outcome: Outcome) -> tuple[Place, ...]:
+    assert outcome.place is not None
+    return (*places[:number], outcome.place, *places[number + 1 :])
+
+
+def round_trip(
+    machine: Machine, values: Values, places: tuple[Place, ...]
+) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+    """From a state without an end: who goes round, the steps up to there, and the steps of the round.
+
+    One actor by itself if there is such a one, the shortest; otherwise all in turn.
+    """
+    count = len(machine.actors)
+    single = [_lasso(machine, values, places, (number,)) for number in range(count)]
+    rounds = [lasso for lasso in single if lasso is not None]
+    on, cycle = min(rounds, key=lambda lasso: len(lasso[0]) + len(lasso[1])) if rounds else _must(
+        _lasso(machine, values, places, tuple(range(count)))
+    )
+    names = [machine.actors[number].name for number in sorted(set(cycle))]
+    return " and ".join(names) + (" goes" if len(names) == 1 else " go") + " round", on, cycle
+
+
+def _must(lasso: tuple[tuple[int, ...], tuple[int, ...]] | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    assert lasso is not None  # nobody can end and there is no deadlock
+    return lasso
+
+
+def _lasso(
+    machine: Machine, values: Values, places: tuple[Place, ...], turns: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Let these actors step in turn until a state comes again; None if they all wait or have ended."""
+    seen: dict[Key, int] = {}
+    path: list[int] = []
+    turn = 0
+    while (values, turn, *places) not in seen:
+        seen[(values, turn, *places)] = len(path)
+        for ahead in range(len(turns)):
+            number = turns[(turn + ahead) % len(turns)]
+            place = places[number]
+            outcome = machine.actors[number].step(place, values) if not place.done else None
+            if outcome is not None and outcome.place is not None:
+                values, places = after(values, outcome), _moved(places, number, outcome)
+                path.append(number)
+                turn = (turn + ahead + 1) % len(turns)
+                break
+        else:
+            return None
+    begin = seen[(values, turn, *places)]
+    return tuple(path[:begin]), tuple(path[begin:])
