@@ -209,8 +209,9 @@ def _frozen(value: Any, inside: frozenset[int] = frozenset()) -> Any:
         return type(value), tuple(_frozen(getattr(value, field.name), inside) for field in fields(value))
     if hasattr(value, "__next__"):
         _, *state = value.__reduce__()
-        return type(value), tuple(_frozen(tuple(part) if isinstance(part, list) else part, inside) for part in
-                                  (*state[0], *state[1:]))
+        return type(value), tuple(
+            _frozen(tuple(part) if isinstance(part, list) else part, inside) for part in (*state[0], *state[1:])
+        )
     raise _Unfit(f"a {type(value).__name__}")
 
 

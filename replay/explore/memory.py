@@ -1,8 +1,8 @@
 """Shared memory of a model: every read and write of it is seen, so that a step is known by what it read.
 
 Nothing is kept in the things themselves: a state's memory is one tuple, a place for each field of each thing. What a
-step does is a function of what it read (`memo.Memo`), which makes exploring cheap, and of what it read and wrote follows
-which steps of different actors can change places (`search`).
+step does is a function of what it read (`memo.Memo`), which makes exploring cheap; what it read and wrote says which
+steps of different actors can change places (`search`).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ class Step(NamedTuple):
     ready: Callable[[], Any] | None = None
 
 
-Steps = Generator[str | Step, None, None]
+Steps = Generator[str | Step, None, Any]
 
 
 def until(label: str, ready: Callable[[], Any]) -> Step:

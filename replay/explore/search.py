@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from replay.explore.actors import Actor, Outcome, Place
@@ -119,9 +119,7 @@ def after(values: Values, outcome: Outcome) -> Values:
     return tuple(changed)
 
 
-def explore(
-    model: Model, limit: int = LIMIT, progress: Progress | None = None, reduced: bool = True
-) -> Exploration:
+def explore(model: Model, limit: int = LIMIT, progress: Progress | None = None, reduced: bool = True) -> Exploration:
     """All that can happen. A Problem when that is more than `limit` states."""
     began = time.monotonic()
     machine = Machine(model)
@@ -133,6 +131,14 @@ def explore(
         except _TooMany:
             shortest = False
     return Exploration(found, search.states, search.transitions, time.monotonic() - began, shortest)
+
+
+def explore_from(machine: Machine, values: Values, places: tuple[Place, ...]) -> Exploration:
+    """All that can happen from this state on."""
+    began = time.monotonic()
+    machine.start, machine.places = values, places
+    search = _Search(machine, LIMIT, None, None).run()
+    return Exploration(search.found, search.states, search.transitions, time.monotonic() - began)
 
 
 class _TooMany(Problem):
@@ -190,7 +196,7 @@ class _Search:
     parents: array[int] = field(default_factory=lambda: array("q"))
     by: array[int] = field(default_factory=lambda: array("b"))
     edges: tuple[array[int], array[int]] = field(default_factory=lambda: (array("q"), array("q")))
-    backward: bool = False  # some step led to a state no deeper than its own: there may be cycles
+    backward: bool = False  # some step led to a state found no later than its own: there may be cycles
 
     @property
     def states(self) -> int:
@@ -207,7 +213,7 @@ class _Search:
         while layer < self.states and self.found is None:
             end = self.states
             for state in range(layer, end):
-                found = self._expand(state, layer)
+                found = self._expand(state)
                 if found is not None and (self.found is None or len(found.path) < len(self.found.path)):
                     self.found = found
             if self.states > self.limit:
@@ -237,7 +243,7 @@ class _Search:
             self.by.append(by)
         return violation, state
 
-    def _expand(self, state: int, layer: int) -> Found | None:
+    def _expand(self, state: int) -> Found | None:
         """Follow the actors from a state; the shortest of what is found to be broken."""
         machine = self.machine
         memory, *places = self.keys[state]
@@ -265,7 +271,7 @@ class _Search:
             self.transitions += 1
             self.edges[0].append(state)
             self.edges[1].append(reached)
-            if reached < layer or reached <= state:
+            if reached <= state:
                 self.backward = True
         return None
 
@@ -307,12 +313,20 @@ class _Search:
         stuck = np.flatnonzero(~ends)
         if not len(stuck):
             return None
-        state = int(stuck[0])
-        memory, *places = self.keys[state]
-        names, on, cycle = round_trip(self.machine, self.values[memory], tuple(places))
-        return Found(
-            Violation(NO_LIVELOCK, f"{names} for ever, whatever the others do"), (*self._path(state), *on), cycle
-        )
+        # Best one actor going round by itself, from the first state that allows it; otherwise all in turn.
+        count = len(self.machine.actors)
+        for state, turns in (
+            *((state, (number,)) for state in stuck.tolist() for number in range(count)),
+            (int(stuck[0]), tuple(range(count))),
+        ):
+            memory, *places = self.keys[state]
+            on, cycle = _lasso(self.machine, self.values[memory], tuple(places), turns)
+            if cycle and (len(turns) > 1 or not on):
+                break
+        names = [self.machine.actors[number].name for number in sorted(set(cycle))]
+        who = " and ".join(names) + (" goes" if len(names) == 1 else " go")
+        detail = f"{who} round for ever, whatever the others do"
+        return Found(Violation(NO_LIVELOCK, detail), (*self._path(state), *on), cycle)
 
 
 def _moved(places: Sequence[Place], number: int, outcome: Outcome) -> tuple[Place, ...]:
@@ -320,32 +334,10 @@ def _moved(places: Sequence[Place], number: int, outcome: Outcome) -> tuple[Plac
     return (*places[:number], outcome.place, *places[number + 1 :])
 
 
-def round_trip(
-    machine: Machine, values: Values, places: tuple[Place, ...]
-) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
-    """From a state without an end: who goes round, the steps up to there, and the steps of the round.
-
-    One actor by itself if there is such a one, the shortest; otherwise all in turn.
-    """
-    count = len(machine.actors)
-    single = [_lasso(machine, values, places, (number,)) for number in range(count)]
-    rounds = [lasso for lasso in single if lasso is not None]
-    on, cycle = min(rounds, key=lambda lasso: len(lasso[0]) + len(lasso[1])) if rounds else _must(
-        _lasso(machine, values, places, tuple(range(count)))
-    )
-    names = [machine.actors[number].name for number in sorted(set(cycle))]
-    return " and ".join(names) + (" goes" if len(names) == 1 else " go") + " round", on, cycle
-
-
-def _must(lasso: tuple[tuple[int, ...], tuple[int, ...]] | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    assert lasso is not None  # nobody can end and there is no deadlock
-    return lasso
-
-
 def _lasso(
     machine: Machine, values: Values, places: tuple[Place, ...], turns: tuple[int, ...]
-) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Let these actors step in turn until a state comes again; None if they all wait or have ended."""
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Let these actors step in turn until a state comes again: the way there, and round; no round if they all stop."""
     seen: dict[Key, int] = {}
     path: list[int] = []
     turn = 0
@@ -361,6 +353,6 @@ def _lasso(
                 turn = (turn + ahead + 1) % len(turns)
                 break
         else:
-            return None
+            return tuple(path), ()
     begin = seen[(values, turn, *places)]
     return tuple(path[:begin]), tuple(path[begin:])

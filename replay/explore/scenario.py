@@ -1,0 +1,95 @@
+"""A scenario: a model in several variants, each with what is expected of it; and one run of one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Final
+
+from replay.explore import schedule
+from replay.explore.model import Model
+from replay.explore.schedule import Schedule
+from replay.explore.search import LIMIT, Exploration, Machine, Progress, explore
+from replay.userfile import one_line
+from traces.errors import Problem
+
+VIOLATION: Final = "violation"
+HOLDS: Final = "holds"
+
+Bounds = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """`expect` is "violation" or "holds"; `about` says in a line how it differs and why that matters."""
+
+    name: str
+    expect: str
+    about: str = ""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """`build(model, variant, bounds)` describes the model; `bounds` are how many of what, with their defaults."""
+
+    name: str
+    title: str
+    variants: tuple[Variant, ...]
+    build: Callable[[Model, str, Bounds], None]
+    bounds: Bounds = field(default_factory=dict)
+
+    def variant(self, name: str) -> Variant:
+        """The variant of this name; a Problem if there is none."""
+        for variant in self.variants:
+            if variant.name == name:
+                return variant
+        known = ", ".join(variant.name for variant in self.variants)
+        raise Problem(f"scenario {self.name} has no variant {name}: it has {known}")
+
+    def bounded(self, given: Bounds) -> Bounds:
+        """Its bounds, with these in place of the defaults."""
+        for name, count in given.items():
+            if name not in self.bounds:
+                raise Problem(f"scenario {self.name} has no bound {name}: it has {', '.join(self.bounds) or 'none'}")
+            if count < 1:
+                raise Problem(f"bound {name}={count}: must be at least 1")
+        return MappingProxyType({**self.bounds, **given})
+
+    def model(self, variant: str, bounds: Bounds) -> Model:
+        """The model of a variant, ready to be explored; an error in its code is a Problem."""
+        model = Model()
+        try:
+            self.build(model, variant, bounds)
+        except Problem:
+            raise
+        except Exception as error:
+            raise Problem(f"scenario {self.name}, variant {variant}: does not build: {one_line(error)}") from None
+        return model
+
+
+@dataclass(frozen=True)
+class Run:
+    """A variant that was explored; `schedule` leads to what was found, if anything was."""
+
+    scenario: Scenario
+    variant: Variant
+    bounds: Bounds
+    exploration: Exploration
+    schedule: Schedule | None
+
+    @property
+    def outcome(self) -> str:
+        return HOLDS if self.schedule is None else VIOLATION
+
+
+def run(
+    scenario: Scenario, variant: str, bounds: Bounds, limit: int = LIMIT, progress: Progress | None = None
+) -> Run:
+    """Explore one variant."""
+    chosen, bounded = scenario.variant(variant), scenario.bounded(bounds)
+    model = scenario.model(variant, bounded)
+    exploration = explore(model, limit, progress)
+    found = exploration.found
+    made = schedule.make(Machine(model), found, scenario.name, variant, bounded) if found is not None else None
+    return Run(scenario, chosen, bounded, exploration, made)

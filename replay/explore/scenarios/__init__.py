@@ -1,0 +1,18 @@
+"""The scenarios that come with kvmtrace, a module for each family. Abstractions of kernel paths; no kernel code."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from replay.explore.scenario import Scenario
+from replay.explore.scenarios import accounting, apicv, invalidate, last_put, mmu_seq, rmap, vm_destroy
+
+SCENARIOS: Final[tuple[Scenario, ...]] = (
+    vm_destroy.SCENARIO,
+    last_put.SCENARIO,
+    invalidate.SCENARIO,
+    apicv.SCENARIO,
+    rmap.SCENARIO,
+    accounting.SCENARIO,
+    mmu_seq.SCENARIO,
+)

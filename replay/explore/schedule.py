@@ -1,0 +1,177 @@
+"""A schedule that leads to a violation: as columns to read, as JSON, and run again."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from replay.explore.memory import FREED, Violation
+from replay.explore.search import NO_LIVELOCK, Found, Machine, after, explore_from
+from traces.errors import Problem
+
+WIDTH: Final = 120
+
+
+@dataclass(frozen=True)
+class Line:
+    """One step: who, what, and what it changed (name, before, after)."""
+
+    actor: str
+    step: str
+    changes: tuple[tuple[str, str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps from the start to what is broken. `cycle`: the steps from this index on can go round for ever."""
+
+    scenario: str
+    variant: str
+    bounds: Mapping[str, int]
+    invariant: str
+    detail: str
+    lines: tuple[Line, ...]
+    cycle: int | None = None
+
+    def document(self) -> dict[str, Any]:
+        """As JSON; `parse` reads it."""
+        return {
+            "scenario": self.scenario,
+            "variant": self.variant,
+            "bounds": dict(self.bounds),
+            "invariant": self.invariant,
+            "detail": self.detail,
+            "cycle": self.cycle,
+            "steps": [
+                {"actor": line.actor, "step": line.step, "changes": [list(change) for change in line.changes]}
+                for line in self.lines
+            ],
+        }
+
+
+def parse(document: Any, where: str) -> Schedule:
+    """A schedule from its JSON; a Problem that begins with `where` if it is none."""
+    try:
+        cycle = document["cycle"]
+        lines = tuple(Line(str(step["actor"]), str(step["step"])) for step in document["steps"])
+        if cycle is not None and not 0 <= int(cycle) < len(lines):
+            raise ValueError("the cycle is outside of the steps")
+        return Schedule(
+            str(document["scenario"]), str(document["variant"]),
+            {str(name): int(count) for name, count in document["bounds"].items()},
+            str(document["invariant"]), str(document["detail"]), lines, cycle if cycle is None else int(cycle),
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise Problem(f"{where}: not a schedule: {type(error).__name__}: {error}") from None
+
+
+def make(machine: Machine, found: Found, scenario: str, variant: str, bounds: Mapping[str, int]) -> Schedule:
+    """What was found, step by step."""
+    values, places = machine.start, machine.places
+    lines = []
+    for number in (*found.path, *found.cycle):
+        actor, place = machine.actors[number], places[number]
+        outcome = actor.step(place, values)
+        changed = after(values, outcome)
+        lines.append(Line(actor.name, place.label, _changes(machine, values, changed)))
+        if outcome.place is not None:
+            values, places = changed, (*places[:number], outcome.place, *places[number + 1 :])
+    return Schedule(
+        scenario, variant, bounds, found.violation.invariant, found.violation.detail, tuple(lines),
+        len(found.path) if found.cycle else None,
+    )  # fmt: skip
+
+
+def replay(machine: Machine, schedule: Schedule, where: str) -> Violation | None:
+    """Run a schedule again: what is broken at its end. A Problem if its steps are not those of the scenario now."""
+    numbers = {actor.name: number for number, actor in enumerate(machine.actors)}
+    values, places = machine.start, machine.places
+    round_begins = None
+    for at, line in enumerate(schedule.lines):
+        if at == schedule.cycle:
+            round_begins = values, places
+        number = numbers.get(line.actor)
+        said = f"{where}: step {at + 1} of {schedule.scenario} {schedule.variant}: the schedule is out of date: "
+        if number is None:
+            raise Problem(f"{said}there is no actor {line.actor}")
+        place = places[number]
+        if place.label != line.step:
+            raise Problem(f"{said}{line.actor} does not come to {line.step!r} but {place.label or 'its end'!r}")
+        outcome = machine.actors[number].step(place, values)
+        if outcome.violation is not None:
+            return outcome.violation
+        if outcome.place is None:
+            raise Problem(f"{said}{line.actor} would have to wait: {line.step!r}")
+        values, places = after(values, outcome), (*places[:number], outcome.place, *places[number + 1 :])
+        broken = machine.broken(values)
+        if broken is not None:
+            return broken
+    if schedule.cycle is not None:
+        closes = round_begins == (values, places)
+        found = explore_from(machine, values, places).found if closes else None
+        return found.violation if found is not None and found.violation.invariant == NO_LIVELOCK else None
+    if any(
+        actor.step(place, values).place is not None
+        for actor, place in zip(machine.actors, places, strict=True)
+        if not place.done
+    ):
+        return None
+    return machine.stopped(values, places)
+
+
+def _changes(machine: Machine, before: Sequence[Any], now: Sequence[Any]) -> tuple[tuple[str, str, str], ...]:
+    changes = (
+        (name.rpartition(".")[0], "", "freed") if new is FREED else (name, _text(old), _text(new))
+        for name, old, new in zip(machine.memory.names, before, now, strict=True)
+        if old is not new and old != new
+    )
+    return tuple(dict.fromkeys(changes))  # a freed thing once, not for each of its fields
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, frozenset):
+        return "{" + ", ".join(sorted(map(_text, value))) + "}"
+    if isinstance(value, tuple):
+        return "(" + ", ".join(map(_text, value)) + ")"
+    return value if isinstance(value, str) else repr(value)
+
+
+def render(schedule: Schedule) -> str:
+    """A column for each actor that steps, and one for what changed."""
+    actors = list(dict.fromkeys(line.actor for line in schedule.lines))
+    if not actors:
+        return f"     in the first state: {_said(schedule)}\n"
+    notes = [", ".join(_change(*change) for change in line.changes) for line in schedule.lines]
+    share = (WIDTH - 5 - 30) // len(actors) - 2
+    widths = [
+        min(max(len(line.step) for line in schedule.lines if line.actor == actor), max(share, 16)) for actor in actors
+    ]
+    widths = [max(width, len(actor)) for width, actor in zip(widths, actors, strict=True)]
+    rest = max(WIDTH - 5 - sum(width + 2 for width in widths), 30)
+    rows = [_row("", [*actors, "changes"], [*widths, rest])]
+    for at, (line, note) in enumerate(zip(schedule.lines, notes, strict=True)):
+        if at == schedule.cycle:
+            rows.append("     from here on, for ever:\n")
+        cells = [line.step if line.actor == actor else "" for actor in actors]
+        rows.append(_row(str(at + 1), [*cells, note], [*widths, rest]))
+    return "".join(rows) + f"     => {_said(schedule)}\n"
+
+
+def _said(schedule: Schedule) -> str:
+    return f"broken: {schedule.invariant}" + (f" ({schedule.detail})" if schedule.detail else "")
+
+
+def _change(name: str, before: str, now: str) -> str:
+    return f"{name} {now}" if now == "freed" else f"{name} {before} -> {now}"
+
+
+def _row(number: str, cells: Sequence[str], widths: Sequence[int]) -> str:
+    wrapped = [textwrap.wrap(cell, width) or [""] for cell, width in zip(cells, widths, strict=True)]
+    lines = []
+    for at in range(max(map(len, wrapped))):
+        parts = (part[at] if at < len(part) else "" for part in wrapped)
+        text = "  ".join(part.ljust(width) for part, width in zip(parts, widths, strict=True))
+        lines.append(f"{number if at == 0 else '':>3}  {text}".rstrip() + "\n")
+    return "".join(lines)
