@@ -8,9 +8,10 @@ from types import MappingProxyType
 from typing import Final
 
 from replay.explore import schedule
+from replay.explore.machine import Machine
 from replay.explore.model import Model
 from replay.explore.schedule import Schedule
-from replay.explore.search import LIMIT, Exploration, Machine, Progress, explore
+from replay.explore.search import LIMIT, Exploration, Progress, explore
 from replay.userfile import one_line
 from traces.errors import Problem
 
@@ -83,9 +84,7 @@ class Run:
         return HOLDS if self.schedule is None else VIOLATION
 
 
-def run(
-    scenario: Scenario, variant: str, bounds: Bounds, limit: int = LIMIT, progress: Progress | None = None
-) -> Run:
+def run(scenario: Scenario, variant: str, bounds: Bounds, limit: int = LIMIT, progress: Progress | None = None) -> Run:
     """Explore one variant."""
     chosen, bounded = scenario.variant(variant), scenario.bounded(bounds)
     model = scenario.model(variant, bounded)

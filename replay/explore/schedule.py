@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from replay.explore.machine import Machine, after, moved
 from replay.explore.memory import FREED, Violation
-from replay.explore.search import NO_LIVELOCK, Found, Machine, after, explore_from
+from replay.explore.search import NO_LIVELOCK, Found, explore_from
 from traces.errors import Problem
 
 WIDTH: Final = 120
@@ -77,7 +78,7 @@ def make(machine: Machine, found: Found, scenario: str, variant: str, bounds: Ma
         changed = after(values, outcome)
         lines.append(Line(actor.name, place.label, _changes(machine, values, changed)))
         if outcome.place is not None:
-            values, places = changed, (*places[:number], outcome.place, *places[number + 1 :])
+            values, places = changed, moved(places, number, outcome)
     return Schedule(
         scenario, variant, bounds, found.violation.invariant, found.violation.detail, tuple(lines),
         len(found.path) if found.cycle else None,
@@ -104,7 +105,7 @@ def replay(machine: Machine, schedule: Schedule, where: str) -> Violation | None
             return outcome.violation
         if outcome.place is None:
             raise Problem(f"{said}{line.actor} would have to wait: {line.step!r}")
-        values, places = after(values, outcome), (*places[:number], outcome.place, *places[number + 1 :])
+        values, places = after(values, outcome), moved(places, number, outcome)
         broken = machine.broken(values)
         if broken is not None:
             return broken

@@ -19,17 +19,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from replay.explore.actors import Actor, Outcome, Place
-from replay.explore.memo import Memo
-from replay.explore.memory import Memory, Violation
-from replay.explore.model import Invariant, Model
+from replay.explore.actors import Outcome, Place
+from replay.explore.machine import Machine, Values, after, lasso, moved
+from replay.explore.memory import Violation
+from replay.explore.model import Model
 from traces.errors import Problem
 
 LIMIT: Final = 3_000_000
-NO_DEADLOCK: Final = "no deadlock"
 NO_LIVELOCK: Final = "no livelock"
 
-Values = tuple[Any, ...]
 Key = tuple[Any, ...]  # the number of a memory, then each actor's place
 Progress = Callable[[int], None]
 
@@ -52,71 +50,6 @@ class Exploration:
     transitions: int
     seconds: float
     shortest: bool = True
-
-
-class Machine:
-    """A model made ready to run: actors with their places, and predicates with what they came to."""
-
-    def __init__(self, model: Model) -> None:
-        self.memory: Memory = model.memory
-        self.actors = [Actor(model.memory, part) for part in model.parts]
-        if not self.actors:
-            raise Problem("the scenario has no actors")
-        if len({actor.name for actor in self.actors}) < len(self.actors):
-            raise Problem("the scenario has two actors of one name")
-        self.everywhere = [(invariant, Memo[bool]()) for invariant in model.everywhere]
-        self.ends = [(invariant, Memo[bool]()) for invariant in model.ends]
-        self.visible = 0  # what predicates for every state read
-        self.start: Values = tuple(model.memory.initial)
-        self.places: tuple[Place, ...] = tuple(actor.first for actor in self.actors)
-
-    def broken(self, values: Values) -> Violation | None:
-        """The first invariant for every state that does not hold in this memory."""
-        return next((Violation(i.name) for i, memo in self.everywhere if not self._holds(i, memo, values, True)), None)
-
-    def broken_at_end(self, values: Values) -> Violation | None:
-        return next((Violation(i.name) for i, memo in self.ends if not self._holds(i, memo, values, False)), None)
-
-    def ended(self, places: Sequence[Place]) -> bool:
-        return all(place.done or actor.daemon for actor, place in zip(self.actors, places, strict=True))
-
-    def stopped(self, values: Values, places: Sequence[Place]) -> Violation | None:
-        """What is wrong with a state in which no actor can step."""
-        if self.ended(places):
-            return self.broken_at_end(values)
-        waiting = (
-            f"{actor.name}: {place.label}"
-            for actor, place in zip(self.actors, places, strict=True)
-            if not (place.done or actor.daemon)
-        )
-        return Violation(NO_DEADLOCK, "waiting for ever: " + "; ".join(waiting))
-
-    def _holds(self, invariant: Invariant, memo: Memo[bool], values: Values, visible: bool) -> bool:
-        known = memo.look(values)
-        if known is not None:
-            return known
-        self.memory.begin("", values)
-        try:
-            holds = bool(invariant.holds())
-        except (Problem, Violation):
-            raise
-        except Exception as error:
-            raise Problem(f"invariant {invariant.name!r}: {type(error).__name__}: {error}") from None
-        memo.store(self.memory.reads, holds)
-        if visible:
-            for place in self.memory.reads:
-                self.visible |= 1 << place
-        return holds
-
-
-def after(values: Values, outcome: Outcome) -> Values:
-    """The memory after a step."""
-    if not outcome.writes:
-        return values
-    changed = list(values)
-    for place, value in outcome.writes:
-        changed[place] = value
-    return tuple(changed)
 
 
 def explore(model: Model, limit: int = LIMIT, progress: Progress | None = None, reduced: bool = True) -> Exploration:
@@ -265,7 +198,7 @@ class _Search:
             alone = self._alone(outcomes, places, values)
             following = [alone] if alone is not None else []
         for number, outcome in following or outcomes:
-            broken, reached = self._reach(after(values, outcome), _moved(places, number, outcome), state, number)
+            broken, reached = self._reach(after(values, outcome), moved(places, number, outcome), state, number)
             if broken is not None:
                 return Found(broken, (*self._path(state), number))
             self.transitions += 1
@@ -290,7 +223,7 @@ class _Search:
             ):
                 continue
             memory = self.memories.get(after(values, outcome))
-            if memory is None or (memory, *_moved(places, number, outcome)) not in self.known:
+            if memory is None or (memory, *moved(places, number, outcome)) not in self.known:
                 return number, outcome
         return None
 
@@ -313,46 +246,40 @@ class _Search:
         stuck = np.flatnonzero(~ends)
         if not len(stuck):
             return None
-        # Best one actor going round by itself, from the first state that allows it; otherwise all in turn.
-        count = len(self.machine.actors)
-        for state, turns in (
-            *((state, (number,)) for state in stuck.tolist() for number in range(count)),
-            (int(stuck[0]), tuple(range(count))),
-        ):
-            memory, *places = self.keys[state]
-            on, cycle = _lasso(self.machine, self.values[memory], tuple(places), turns)
-            if cycle and (len(turns) > 1 or not on):
-                break
+        state, on, cycle = self._round_of_one(stuck.tolist()) or self._round_of_all(int(stuck[0]))
         names = [self.machine.actors[number].name for number in sorted(set(cycle))]
         who = " and ".join(names) + (" goes" if len(names) == 1 else " go")
         detail = f"{who} round for ever, whatever the others do"
         return Found(Violation(NO_LIVELOCK, detail), (*self._path(state), *on), cycle)
 
+    def _round_of_one(self, stuck: Sequence[int]) -> tuple[int, tuple[int, ...], tuple[int, ...]] | None:
+        """The first state in which one actor goes round by itself, on what no other will change any more."""
+        machine = self.machine
+        _learn(machine)
+        for state in stuck:
+            memory, *places = self.keys[state]
+            cycles = []
+            for number in range(len(places)):
+                on, cycle = lasso(machine, self.values[memory], tuple(places), (number,))
+                if cycle and not on:
+                    others = (place.future_writes for at, place in enumerate(places) if at != number)
+                    if not any(self._reads_only(state, cycle) & written for written in others):
+                        cycles.append(cycle)
+            if cycles:
+                return state, (), min(cycles, key=len)
+        return None
 
-def _moved(places: Sequence[Place], number: int, outcome: Outcome) -> tuple[Place, ...]:
-    assert outcome.place is not None
-    return (*places[:number], outcome.place, *places[number + 1 :])
+    def _reads_only(self, state: int, path: Sequence[int]) -> int:
+        """What these steps read and do not write themselves."""
+        memory, *places = self.keys[state]
+        values, read, written = self.values[memory], 0, 0
+        for number in path:
+            outcome = self.machine.actors[number].step(places[number], values)
+            read, written = read | outcome.read, written | outcome.written
+            values, places = after(values, outcome), list(moved(places, number, outcome))
+        return read & ~written
 
-
-def _lasso(
-    machine: Machine, values: Values, places: tuple[Place, ...], turns: tuple[int, ...]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Let these actors step in turn until a state comes again: the way there, and round; no round if they all stop."""
-    seen: dict[Key, int] = {}
-    path: list[int] = []
-    turn = 0
-    while (values, turn, *places) not in seen:
-        seen[(values, turn, *places)] = len(path)
-        for ahead in range(len(turns)):
-            number = turns[(turn + ahead) % len(turns)]
-            place = places[number]
-            outcome = machine.actors[number].step(place, values) if not place.done else None
-            if outcome is not None and outcome.place is not None:
-                values, places = after(values, outcome), _moved(places, number, outcome)
-                path.append(number)
-                turn = (turn + ahead + 1) % len(turns)
-                break
-        else:
-            return tuple(path), ()
-    begin = seen[(values, turn, *places)]
-    return tuple(path[:begin]), tuple(path[begin:])
+    def _round_of_all(self, state: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+        memory, *places = self.keys[state]
+        on, cycle = lasso(self.machine, self.values[memory], tuple(places), tuple(range(len(places))))
+        return state, on, cycle

@@ -99,9 +99,13 @@ SCENARIO = Scenario(
     title="Inhibiting APICv while vCPUs fault on the APIC page",
     variants=(
         Variant("read", VIOLATION, "zap under mmu_lock for read"),
-        Variant("read-count-seq", VIOLATION, "for read with count and sequence: both may change after the fault looked"),
+        Variant(
+            "read-count-seq", VIOLATION, "for read with count and sequence: both may change after the fault looked"
+        ),
         Variant("read-recheck", VIOLATION, "for read, the fault looks at the flag under mmu_lock: not enough either"),
-        Variant("write", VIOLATION, "for write alone: a fault that saw the flag before maps after (the thread's table)"),
+        Variant(
+            "write", VIOLATION, "for write alone: a fault that saw the flag before maps after (the thread's table)"
+        ),
         Variant("write-recheck", HOLDS, "for write alone, if the fault looked at the flag under mmu_lock"),
         Variant("write-count", VIOLATION, "count alone: raised and lowered under the lock, no fault ever sees it"),
         Variant("write-seq", HOLDS, "sequence alone, as long as the zap does not yield"),

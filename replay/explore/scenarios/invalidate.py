@@ -2,9 +2,9 @@
 
 A fault picks its root before it takes mmu_lock. kvm_mmu_zap_all_fast() may invalidate that root and zap it in between:
 what the fault installs then is never zapped, for the last put of a root zaps nothing. So a fault looks, under
-mmu_lock, whether its root is obsolete, and retries (a955cad84cda, Linux 5.17). That is enough because roots become
-invalid under mmu_lock for write, "to ensure that a root doesn't become invalid while there are active readers"
-(edbdb43fc96b), and because vCPUs are asked to drop obsolete roots after these are marked, so that a retry gets a new one.
+mmu_lock, whether its root is obsolete, and retries (a955cad84cda). That is enough because roots become invalid under
+mmu_lock for write, "to ensure that a root doesn't become invalid while there are active readers" (edbdb43fc96b), and
+because vCPUs are asked to drop obsolete roots after these are marked, so that a retry gets a new one.
 
 Since Linux 6.9 roots are looked up and made under mmu_lock for read. Two vCPUs may both find none; a second look, under
 tdp_mmu_pages_lock, keeps at most one valid root for each role word.
@@ -130,9 +130,7 @@ def build(model: Model, variant: str, bounds: Bounds) -> None:
     for vcpu, word in zip(vcpus, words, strict=True):
         model.actor(str(vcpu), run, vcpu, word)
     model.actor("ioctl", zap_all_fast)
-    model.always(
-        ONE_VALID, lambda: all(sum(r.word == w and not r.invalid for r in kvm.roots) <= 1 for w in WORDS)
-    )
+    model.always(ONE_VALID, lambda: all(sum(r.word == w and not r.invalid for r in kvm.roots) <= 1 for w in WORDS))
 
 
 def find(kvm: Thing, word: str) -> Thing | None:
@@ -147,7 +145,9 @@ SCENARIO = Scenario(
         Variant("no-check", VIOLATION, "the fault trusts the root it picked: a leaf goes into a zapped root"),
         Variant("early-check", VIOLATION, "it looks whether the root is obsolete, but before it has mmu_lock"),
         Variant("read-invalidate", VIOLATION, "it looks under mmu_lock, but roots become invalid under it for read"),
-        Variant("request-first", VIOLATION, "vCPUs are asked to drop obsolete roots before there are any: endless retry"),
+        Variant(
+            "request-first", VIOLATION, "vCPUs are asked to drop obsolete roots before there are any: endless retry"
+        ),
         Variant("check", HOLDS, "it looks under mmu_lock, roots become invalid under it for write, then the requests"),
         Variant("one-look", VIOLATION, "load under mmu_lock for read, without the second look"),
         Variant("two-looks", HOLDS, "load under mmu_lock for read, with the second look"),
