@@ -365,6 +365,70 @@ def replay(
             print(time_report.render(times, wanted), end="")
 
 
+@app.command(
+    epilog="Examples: kvmtrace explore --list | kvmtrace explore vm-destroy | kvmtrace explore apicv --variant write"
+    " | kvmtrace explore ./mine.py --bound vcpus=4 --json >found.json | kvmtrace explore --replay found.json",
+)
+def explore(
+    scenario: Annotated[
+        str, typer.Argument(help="One of --list, or a Python file with one of your own (docs/explore.md).")
+    ] = "",
+    variant: Annotated[list[str] | None, typer.Option(help="Only this variant; repeatable. [default: all]")] = None,
+    bound: Annotated[
+        list[str] | None, typer.Option(help="How many of what, such as vcpus=4; repeatable. [default: as in --list]")
+    ] = None,
+    max_states: Annotated[
+        int, typer.Option(help="Give up beyond this many states (about 1 KiB each).", min=1)
+    ] = 3_000_000,
+    replay: Annotated[
+        Path | None, typer.Option(help="Instead: run the schedules in what --json printed, and say what breaks.")
+    ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="Instead: list the scenarios and their variants.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Try every interleaving of a small model of kernel paths; exit 1 when one breaks an invariant, 0 if none does."""
+    from replay.explore import catalogue, report
+    from replay.explore.scenario import run
+    from replay.explore.scenarios import SCENARIOS
+
+    if list_:
+        if as_json:
+            _print_json(report.listing(SCENARIOS))
+        else:
+            print(report.render_listing(SCENARIOS), end="")
+        return
+    if replay is not None:
+        own = catalogue.find(scenario) if scenario else None
+        replayed = [report.replay(given, own, str(replay)) for given in report.schedules(replay)]
+        if as_json:
+            _print_json({"replays": replayed})
+        else:
+            print("".join(map(report.render_replay, replayed)), end="")
+        if any(one["broken"] for one in replayed):
+            raise typer.Exit(VERDICT_FAILED)
+        return
+    if not scenario:
+        raise Problem("give a scenario, or --list to see those there are")
+
+    def progress(states: int) -> None:
+        print(f"\r{states:,} states", end="", file=sys.stderr, flush=True)
+
+    terminal = sys.stderr.isatty()
+    wanted, bounds = catalogue.find(scenario), report.bounds(bound or [])
+    names = variant or [each.name for each in wanted.variants]
+    runs = []
+    for name in names:
+        runs.append(run(wanted, name, bounds, max_states, progress if terminal else None))
+        if terminal and runs[-1].exploration.seconds > 1:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        if not as_json:
+            print(report.render(runs[-1]), flush=True)
+    if as_json:
+        _print_json({"scenario": wanted.name, "title": wanted.title, "runs": [report.facts(each) for each in runs]})
+    if any(each.schedule for each in runs):
+        raise typer.Exit(VERDICT_FAILED)
+
+
 @app.command(epilog="Example: kvmtrace doctor --json")
 def doctor(as_json: Json = False) -> None:
     """Say what can be recorded on this machine, what cannot, and the one command that mends each lack."""

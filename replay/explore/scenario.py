@@ -40,6 +40,13 @@ class Scenario:
     build: Callable[[Model, str, Bounds], None]
     bounds: Bounds = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not self.variants:
+            raise Problem(f"scenario {self.name} has no variants")
+        for variant in self.variants:
+            if variant.expect not in (VIOLATION, HOLDS):
+                raise Problem(f"variant {variant.name}: expects {variant.expect!r}; give {VIOLATION} or {HOLDS}")
+
     def variant(self, name: str) -> Variant:
         """The variant of this name; a Problem if there is none."""
         for variant in self.variants:
