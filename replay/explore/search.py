@@ -147,12 +147,12 @@ class _Search:
             end = self.states
             for state in range(layer, end):
                 found = self._expand(state)
+                if self.states > self.limit:
+                    raise _TooMany(
+                        f"not exhausted: more than {self.limit:,} states; lower the bounds, or raise --max-states"
+                    )
                 if found is not None and (self.found is None or len(found.path) < len(self.found.path)):
                     self.found = found
-            if self.states > self.limit:
-                raise _TooMany(
-                    f"not exhausted: more than {self.limit:,} states; lower the bounds, or raise --max-states"
-                )
             if self.progress is not None and time.monotonic() - shown > 1:
                 self.progress(self.states)
                 shown = time.monotonic()

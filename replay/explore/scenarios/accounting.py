@@ -137,7 +137,7 @@ def build(model: Model, variant: str, bounds: Bounds) -> None:
             free(table)
         remove_all(root)
         require(not kvm.tdp_mmu_pages, "no table is counted at teardown", f"tdp_mmu_pages is {kvm.tdp_mmu_pages}")
-        require(not kvm.pages_list, "no table is on the list at teardown", " ".join(map(str, kvm.pages_list)))
+        require(not kvm.pages_list, "no table is on the list at teardown", " ".join(sorted(map(str, kvm.pages_list))))
 
     def remove_all(table: Thing) -> None:
         for child in table.entries:
