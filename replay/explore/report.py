@@ -78,8 +78,9 @@ def render(run: Run) -> str:
         bounded = _bounds(run.bounds)
         return f"{name}: no violation in {seen.states:,} states, {bounded}, {seen.seconds:.1f} s{expected}\n{about}"
     short = "" if seen.shortest else ", perhaps not the shortest"
-    steps = f"{len(run.schedule.lines)} steps{short}"
-    return f"{name}: violation in {steps}{expected}\n{about}\n{schedule.render(run.schedule)}"
+    steps = len(run.schedule.lines)
+    head = f"{name}: violation in {steps} step{'s' if steps != 1 else ''}{short}{expected}"
+    return f"{head}\n{about}\n{schedule.render(run.schedule)}"
 
 
 def _bounds(bounds: Mapping[str, int]) -> str:

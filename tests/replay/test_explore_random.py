@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from replay.explore import Model, Steps, Thing, require, until
 from replay.explore.machine import NO_DEADLOCK, Machine
-from replay.explore.search import NO_LIVELOCK, LIMIT, _settled, explore
+from replay.explore.search import LIMIT, NO_LIVELOCK, _settled, explore
 
 FAILS, NEVER, AT_END = "a value that fails", "a pair that never is", "a value at the end"
 
