@@ -26,7 +26,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert "record" in done.stdout
 
 
-@pytest.mark.parametrize("verb", ["record", "recover", "info", "doctor"])
+@pytest.mark.parametrize("verb", ["record", "recover", "info", "doctor", "explore"])
 def test_every_verb_shows_an_example(verb: str) -> None:
     done = kvmtrace(verb, "--help")
     assert done.returncode == 0

@@ -5,10 +5,10 @@ livelocks (states from which, whatever is scheduled, not all actors can come to 
 
 Reduction. Where the next step of one actor reads nothing that another may still write, and writes nothing that another
 may still read or write or that an invariant for every state reads, it can change places with all that the others may
-do before it: only that actor is followed (a persistent set of one). What an actor may still touch is learned: a search
-begins with what is known, and is done again when it saw more, until it saw nothing new. Taking such a step always leads
-to a new state, or all actors are followed, so that no actor is put off for ever. Kept are all broken invariants,
-deadlocks and livelocks, but not the shortest way to them: that is searched for without reduction.
+do before it: only that actor is followed (a persistent set of one). What an actor may still touch is learned on the
+way. When nothing is left to follow, states where too little was known are followed up with all actors, until there
+are none. The step of one actor alone always leads to a new state, so that no actor is put off for ever. Kept are all
+broken invariants, deadlocks and livelocks, but not the shortest way to them: that is searched for without reduction.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ def explore(model: Model, limit: int = LIMIT, progress: Progress | None = None, 
     """All that can happen. A Problem when that is more than `limit` states."""
     began = time.monotonic()
     machine = Machine(model)
-    search = _settled(machine, limit, progress) if reduced else _Search(machine, limit, progress, None).run()
+    search = _Search(machine, limit, progress, reduced).run()
     found, shortest = search.found, True
     if reduced and found is not None:
         try:
-            found = _Search(machine, limit, progress, None).run().found
+            found = _Search(machine, limit, progress, False).run().found
         except _TooMany:
             shortest = False
     return Exploration(found, search.states, search.transitions, time.monotonic() - began, shortest)
@@ -70,7 +70,7 @@ def explore_from(machine: Machine, values: Values, places: tuple[Place, ...]) ->
     """All that can happen from this state on."""
     began = time.monotonic()
     machine.start, machine.places = values, places
-    search = _Search(machine, LIMIT, None, None).run()
+    search = _Search(machine, LIMIT, None, False).run()
     return Exploration(search.found, search.states, search.transitions, time.monotonic() - began)
 
 
@@ -78,16 +78,7 @@ class _TooMany(Problem):
     pass
 
 
-def _settled(machine: Machine, limit: int, progress: Progress | None) -> _Search:
-    while True:
-        visible = machine.visible
-        known = _learn(machine)
-        search = _Search(machine, limit, progress, visible).run()
-        if search.found is not None or (_learn(machine) == known and machine.visible == visible):
-            return search
-
-
-def _learn(machine: Machine) -> dict[Place, tuple[int, int]]:
+def _learn(machine: Machine) -> None:
     """Work out what each actor may still read and write from each of its places, as far as is known."""
     for actor in machine.actors:
         changed = True
@@ -104,22 +95,16 @@ def _learn(machine: Machine) -> dict[Place, tuple[int, int]]:
                 if (read, written) != (place.future_reads, place.future_writes):
                     place.future_reads, place.future_writes = read, written
                     changed = True
-    return {
-        place: (place.future_reads, place.future_writes)
-        for actor in machine.actors
-        for place in actor.places
-        if place.future_reads or place.future_writes
-    }
 
 
 @dataclass(eq=False)
 class _Search:
-    """One search through the states; `visible` is what must be taken for visible, or None: without reduction."""
+    """One search through the states."""
 
     machine: Machine
     limit: int
     progress: Progress | None
-    visible: int | None
+    reduced: bool
     found: Found | None = None
     transitions: int = 0
     memories: dict[Values, int] = field(default_factory=dict)
@@ -129,6 +114,7 @@ class _Search:
     parents: array[int] = field(default_factory=lambda: array("q"))
     by: array[int] = field(default_factory=lambda: array("b"))
     edges: tuple[array[int], array[int]] = field(default_factory=lambda: (array("q"), array("q")))
+    alone: list[tuple[int, int, Outcome]] = field(default_factory=list)  # states where one actor was followed, and how
     backward: bool = False  # some step led to a state found no later than its own: there may be cycles
 
     @property
@@ -143,23 +129,40 @@ class _Search:
             return self
         layer = 0
         shown = time.monotonic()
-        while layer < self.states and self.found is None:
+        while self.found is None and (layer < self.states or self._follow_up()):
             end = self.states
             for state in range(layer, end):
-                found = self._expand(state)
+                self._note(self._expand(state))
                 if self.states > self.limit:
                     raise _TooMany(
                         f"not exhausted: more than {self.limit:,} states; lower the bounds, or raise --max-states"
                     )
-                if found is not None and (self.found is None or len(found.path) < len(self.found.path)):
-                    self.found = found
             if self.progress is not None and time.monotonic() - shown > 1:
                 self.progress(self.states)
                 shown = time.monotonic()
+            if self.reduced:
+                _learn(self.machine)
             layer = end
         if self.found is None and self.backward:
             self.found = self._livelock()
         return self
+
+    def _note(self, found: Found | None) -> None:
+        if found is not None and (self.found is None or len(found.path) < len(self.found.path)):
+            self.found = found
+
+    def _follow_up(self) -> bool:
+        """Follow all actors where one was followed for want of knowledge; whether there were such states."""
+        mistaken = [
+            (state, number)
+            for state, number, outcome in self.alone
+            if not self._independent(number, outcome, self.keys[state][1:])
+        ]
+        again = dict(mistaken)
+        self.alone = [followed for followed in self.alone if followed[0] not in again]
+        for state, number in mistaken:
+            self._note(self._expand(state, number))
+        return bool(mistaken)
 
     def _reach(self, values: Values, places: tuple[Place, ...], parent: int, by: int) -> tuple[Violation | None, int]:
         """A state's number, which is new if it is the last; and what is broken in it."""
@@ -176,8 +179,8 @@ class _Search:
             self.by.append(by)
         return violation, state
 
-    def _expand(self, state: int) -> Found | None:
-        """Follow the actors from a state; the shortest of what is found to be broken."""
+    def _expand(self, state: int, followed: int | None = None) -> Found | None:
+        """Follow the actors from a state, but the one that was; the shortest of what is found to be broken."""
         machine = self.machine
         memory, *places = self.keys[state]
         values = self.values[memory]
@@ -193,11 +196,14 @@ class _Search:
         if not outcomes:
             stopped = machine.stopped(values, places)
             return Found(stopped, self._path(state)) if stopped is not None else None
-        following = []
-        if self.visible is not None and len(outcomes) > 1:
+        if followed is not None:
+            outcomes = [each for each in outcomes if each[0] != followed]
+        elif self.reduced and len(outcomes) > 1:
             alone = self._alone(outcomes, places, values)
-            following = [alone] if alone is not None else []
-        for number, outcome in following or outcomes:
+            if alone is not None:
+                self.alone.append((state, *alone))
+                outcomes = [alone]
+        for number, outcome in outcomes:
             broken, reached = self._reach(after(values, outcome), moved(places, number, outcome), state, number)
             if broken is not None:
                 return Found(broken, (*self._path(state), number))
@@ -211,21 +217,23 @@ class _Search:
     def _alone(
         self, outcomes: list[tuple[int, Outcome]], places: Sequence[Place], values: Values
     ) -> tuple[int, Outcome] | None:
-        """A step that can change places with all that other actors may still do, and that leads to a new state."""
+        """An actor's step that can be followed alone, as far as is known."""
         for number, outcome in outcomes:
-            read, written = outcome.read, outcome.written
-            if written & self.visible:  # type: ignore[operator]
-                continue
-            if any(
-                (written & (place.future_reads | place.future_writes)) or (read & place.future_writes)
-                for other, place in enumerate(places)
-                if other != number
-            ):
-                continue
-            memory = self.memories.get(after(values, outcome))
-            if memory is None or (memory, *moved(places, number, outcome)) not in self.known:
-                return number, outcome
+            if self._independent(number, outcome, places):
+                memory = self.memories.get(after(values, outcome))
+                if memory is None or (memory, *moved(places, number, outcome)) not in self.known:
+                    return number, outcome
         return None
+
+    def _independent(self, number: int, outcome: Outcome, places: Sequence[Place]) -> bool:
+        """Whether a step can change places with all that others may still do, and no invariant sees it."""
+        read, written = outcome.read, outcome.written
+        if written & self.machine.visible:
+            return False
+        for other, place in enumerate(places):
+            if other != number and (written & (place.future_reads | place.future_writes) or read & place.future_writes):
+                return False
+        return True
 
     def _path(self, state: int) -> tuple[int, ...]:
         path = []

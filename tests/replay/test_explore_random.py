@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from replay.explore import Model, Steps, Thing, require, until
 from replay.explore.machine import NO_DEADLOCK, Machine
-from replay.explore.search import LIMIT, NO_LIVELOCK, _settled, explore
+from replay.explore.search import LIMIT, NO_LIVELOCK, _Search, explore
 
 FAILS, NEVER, AT_END = "a value that fails", "a pair that never is", "a value at the end"
 
@@ -160,7 +160,7 @@ def test_as_enumerated(case: Case) -> None:
         else:
             assert found is None
             assert exploration.states <= states
-    alone = _settled(Machine(model(case)), LIMIT, None).found  # what reduction by itself says
+    alone = _Search(Machine(model(case)), LIMIT, None, True).run().found  # what reduction by itself says
     assert (alone is not None) == (shortest is not None or livelock)
 
 

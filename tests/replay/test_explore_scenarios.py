@@ -147,12 +147,6 @@ def test_list() -> None:
     assert all(f"{each.name}: {each.title}" in text for each in SCENARIOS)
 
 
-def test_help_has_examples() -> None:
-    done = kvmtrace("explore", "--help")
-    assert done.returncode == 0
-    assert "kvmtrace explore" in done.stdout.split("Example")[1].replace("kvmtrace\n  explore", "kvmtrace explore")
-
-
 def test_text_and_exit_codes() -> None:
     both = kvmtrace("explore", "vm-destroy")
     assert both.returncode == 1
