@@ -18,8 +18,7 @@ _ENTERING: Final = pl.col("flags") & 1 == 1
 
 
 def _is(*kinds: str) -> pl.Expr:
-    kind = pl.col("kind")
-    return kind == kinds[0] if len(kinds) == 1 else kind.cast(pl.String).is_in(kinds)
+    return pl.any_horizontal(pl.col("kind") == kind for kind in kinds)  # each by its code: a cast to text takes twice
 
 
 def _count(kind: str, also: pl.Expr | None = None) -> pl.Expr:
