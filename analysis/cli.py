@@ -128,20 +128,28 @@ def diff(
 @app.command(
     epilog="Examples: kvmtrace export stall.parquet --list"
     " | kvmtrace export stall.parquet --csv windows > windows.csv"
-    " | kvmtrace export result.parquet --csv roots -o roots.csv",
+    " | kvmtrace export result.parquet --csv roots -o roots.csv"
+    " | kvmtrace export stall.parquet --perfetto -o stall.pftrace",
 )
 def export(
     file: Annotated[Path, typer.Argument(help="A trace, or a result of `kvmtrace replay -o`.")],
     csv: Annotated[str, typer.Option(help="Write all rows of this query as CSV.", show_default=False)] = "",
     list_: Annotated[bool, typer.Option("--list", help="Say which queries there are for this file.")] = False,
+    perfetto: Annotated[
+        bool, typer.Option("--perfetto", help="Write what each vCPU did, and when, for ui.perfetto.dev; needs -o.")
+    ] = False,
     out: Annotated[Path | None, typer.Option("-o", "--output", help="Write to this file, not to stdout.")] = None,
 ) -> None:
-    """Give the rows behind a report's tables to other tools."""
+    """Give the rows behind a report's tables, or a recording's course, to other tools."""
     from analysis import exporting
 
-    if bool(csv) == list_:
-        raise Problem("export: give either --csv QUERY or --list")
-    if list_:
+    if bool(csv) + list_ + perfetto != 1:
+        raise Problem("export: give one of --csv QUERY, --list and --perfetto")
+    if perfetto:
+        if out is None:
+            raise Problem("export --perfetto: say with -o which file to write")
+        exporting.perfetto(file, out)
+    elif list_:
         _write(exporting.listing(file), out)
     else:
         exporting.csv(file, csv, out)

@@ -1,4 +1,4 @@
-"""`kvmtrace export`: a named query's rows as CSV."""
+"""`kvmtrace export`: a named query's rows as CSV, a recording's course for Perfetto."""
 
 from __future__ import annotations
 
@@ -36,3 +36,18 @@ def csv(path: Path, name: str, out: Path | None) -> None:
         raise Problem(f"{out or 'standard output'}: cannot be written: {error.strerror or error}") from None
     finally:
         progress.close()
+
+
+def perfetto(path: Path, out: Path) -> None:
+    """A recording's course, or a replay's, as a trace for ui.perfetto.dev; remarks on stderr."""
+    from analysis.perfetto import export
+
+    source = open_source(path)
+    progress = Progress()
+    try:
+        remarks = export(source, out, lambda rows: progress(f"{out}: {rows:,} rows"))
+    finally:
+        progress.close()
+    for remark in remarks:
+        print(f"kvmtrace: {path}: {remark}", file=sys.stderr)
+    print(f"{out}: {out.stat().st_size:,} bytes", file=sys.stderr)

@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from analysis.perfetto import recorded
+from analysis.perfetto import foretold, recorded
 from analysis.perfetto.packets import Writer
+from analysis.sources import Recording, Result
 from replay.virtual.stalls import Rule
-from traces.reader import Trace
 
 
-def export_trace(trace: Trace, out: Path, progress: Callable[[int], None]) -> recorded.Told:
-    """Write a recording's VMs, vCPUs, workers and roots; soft-hangs by the usual rule. `progress` is told of rows."""
+def export(source: Recording | Result, out: Path, progress: Callable[[int], None]) -> list[str]:
+    """Write what was recorded, or what a replay foretold; gives remarks, one line each. `progress` is told of rows."""
+    if isinstance(source, Result):
+        with Writer(out, (), ()) as writer:
+            foretold.write(source, writer, progress)
+        return []
     with Writer(out, recorded.NAMES, recorded.NOTES) as writer:
-        return recorded.write(trace, writer, Rule(), progress)
+        told = recorded.write(source.trace, writer, Rule(), progress)
+    remarks = [f"soft-hangs are not known: {why}" for why in told.unjudged]
+    if told.clipped:
+        remarks.append(f"{told.clipped:,} ns are left out: clocks of two CPUs differ, and spans would cross")
+    return remarks

@@ -1,19 +1,19 @@
 """Writes a Perfetto trace as a stream: single packets as objects of the `perfetto` package, many alike as arrays.
 
-Objects take some 2.5 us a packet. For spans and counters a packet is therefore serialised once by the package, and numbers
-are put into copies of its bytes: where they go is found by serialising it again with another number of the same length,
-so that every field number is the package's. Varints of one array have one length; the shorter are padded, as Perfetto's
-own writer pads lengths.
+Objects take some 2.5 us a packet. For spans and counters a packet is therefore serialised once by the package, and
+numbers are put into copies of its bytes: where they go is found by serialising it again with another number of the same
+length, so that every field number is the package's. Varints of one array have one length; the shorter are padded, as
+Perfetto's own writer pads lengths.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,16 +26,12 @@ _SEQUENCE: Final = 1  # all packets are of one writer
 _FIXED: Final = 8  # bytes of a double or a flow id
 
 
-class Filling(Protocol):
-    """Makes a trace of one or two packets that hold these numbers."""
-
-    def __call__(self, **numbers: Any) -> Any: ...
-
-
 class Template:
-    """Bytes of packets with places for numbers. `widths`: bytes of each varint."""
+    """Bytes of packets with places for numbers. `fill` makes a trace that has them; `widths`: bytes of each varint;
+    `fixed`: names of those of eight bytes.
+    """
 
-    def __init__(self, fill: Filling, widths: Mapping[str, int], fixed: Sequence[str] = ()) -> None:
+    def __init__(self, fill: Callable[..., Any], widths: Mapping[str, int], fixed: Sequence[str] = ()) -> None:
         self._widths = widths
         low: dict[str, Any] = {name: 1 << 7 * (width - 1) for name, width in widths.items()}
         high: dict[str, Any] = {name: (1 << 7 * width) - 1 for name, width in widths.items()}
@@ -142,17 +138,22 @@ class Writer:
         """Spans of one track in order of time; `flows` are the places of those with a flow through them, and its id."""
         if not len(begin):
             return
+        at, flow = flows
         columns = {"begin": begin, "end": end, "name": name + 1, **notes}
         widths = tuple((key, _width(values)) for key, values in columns.items())
-        rows = _spans(widths, track, tuple(self._notes[key] for key in notes)).encode(columns)
-        start = 0
-        for at, flow in zip(*(each.tolist() for each in flows), strict=True):
-            self._raw(rows[start:at])
-            numbers = {key: int(values[at]) for key, values in columns.items()}
-            one = _span(track, tuple(self._notes[key] for key in notes), flow)(**numbers)
-            self._raw(np.frombuffer(one.SerializeToString(), np.uint8))
-            start = at + 1
-        self._raw(rows[start:])
+        numbers = tuple(self._notes[key] for key in notes)
+        plain = _spans(widths, track, numbers, False)
+        if not len(at):
+            self._raw(plain.encode(columns))
+        else:
+            flowing = np.zeros(len(begin), np.bool_)
+            flowing[at] = True
+            rest = {key: values[~flowing] for key, values in columns.items()}
+            those = {key: values[at] for key, values in columns.items()}
+            ids = flow.view(np.float64)  # of eight bytes as well
+            self._raw(
+                _woven(plain.encode(rest), _spans(widths, track, numbers, True).encode({**those, "flow": ids}), flowing)
+            )
         self.packets += 2 * len(begin)
 
     def counter(self, track: int, time: Ints, values: NDArray[np.float64]) -> None:
@@ -195,10 +196,20 @@ def _bytes(trace: Any) -> NDArray[np.uint8]:
     return np.frombuffer(trace.SerializeToString(), np.uint8)
 
 
-def _span(track: int, notes: tuple[int, ...], flow: int | None) -> Filling:
+def _woven(first: NDArray[np.uint8], second: NDArray[np.uint8], which: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """Rows of two lengths in one order: those of `second` where `which`."""
+    size: Ints = np.array([first.shape[1], second.shape[1]])[which.astype(np.int8)]
+    start = np.cumsum(size) - size
+    woven = np.empty(int(size.sum()), np.uint8)
+    for rows, at in ((first, start[~which]), (second, start[which])):
+        woven[at[:, None] + np.arange(rows.shape[1])] = rows
+    return woven
+
+
+def _span(track: int, notes: tuple[int, ...]) -> Callable[..., Any]:
     """Both ends of a span. Annotations come with their numbers in the order of `notes`."""
 
-    def fill(begin: int, end: int, name: int, **values: int) -> Any:
+    def fill(begin: int, end: int, name: int, flow: float | None = None, **values: int) -> Any:
         trace = pb.Trace()
         for time, kind in ((begin, pb.TrackEvent.TYPE_SLICE_BEGIN), (end, pb.TrackEvent.TYPE_SLICE_END)):
             packet = trace.packet.add(timestamp=time, trusted_packet_sequence_id=_SEQUENCE)
@@ -210,18 +221,18 @@ def _span(track: int, notes: tuple[int, ...], flow: int | None) -> Filling:
                 for number, value in zip(notes, values.values(), strict=True):
                     packet.track_event.debug_annotations.add(name_iid=number, int_value=value)
                 if flow is not None:
-                    packet.track_event.flow_ids.append(flow)
+                    packet.track_event.flow_ids.append(int(np.float64(flow).view(np.uint64)))
         return trace
 
     return fill
 
 
-@cache
-def _spans(widths: tuple[tuple[str, int], ...], track: int, notes: tuple[int, ...]) -> Template:
-    return Template(_span(track, notes, None), dict(widths))
+@lru_cache(256)
+def _spans(widths: tuple[tuple[str, int], ...], track: int, notes: tuple[int, ...], flowing: bool) -> Template:
+    return Template(_span(track, notes), dict(widths), ("flow",) if flowing else ())
 
 
-@cache
+@lru_cache(256)
 def _counter(width: int, track: int) -> Template:
     def fill(time: int, value: float) -> Any:
         trace = pb.Trace()
@@ -232,6 +243,3 @@ def _counter(width: int, track: int) -> Template:
         return trace
 
     return Template(fill, {"time": width}, ("value",))
-
-
-Progress = Callable[[int], None]

@@ -1,7 +1,7 @@
 """A trace as Perfetto tracks: of each VM its vCPUs, the tasks that zap its roots, and its roots.
 
-What a vCPU did is what `replay.virtual.timeline` says; adjoining spans of one kind are one. A flow leads from each SMI and
-RSM to the first fault in a root that was not there before: the refill it cost.
+What a vCPU did is what `replay.virtual.timeline` says; adjoining spans of one kind are one. A flow leads from each SMI
+and RSM to the first fault in a root that was not there before: the refill it cost.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from numpy.typing import NDArray
 
 from analysis.perfetto.packets import Ints, Writer
 from replay import roles
+from replay.evidence import Evidence
 from replay.lookback import COLUMNS, Rows
+from replay.run import has_ad_disabled
+from replay.virtual.run import Measured
 from replay.virtual.stalls import Rule, stalls
 from replay.virtual.timeline import Doing, Spans, Timeline
 from traces.errors import Problem
@@ -40,10 +43,8 @@ class Told:
     """What was written, and what could not be shown as it is."""
 
     rows: int = 0
-    transitions: int = 0  # SMIs and RSMs
-    refills: int = 0  # those that a fault in a new root followed
-    stalls: int = 0
     clipped: int = 0  # ns of spans that would begin before the span before them ends: clocks of two CPUs
+    unjudged: list[str] = field(default_factory=list)  # why a VM's soft-hangs are not known
 
 
 def write(trace: Trace, writer: Writer, rule: Rule, progress: Callable[[int], None]) -> Told:
@@ -52,13 +53,27 @@ def write(trace: Trace, writer: Writer, rule: Rule, progress: Callable[[int], No
     writer.clocks(_samples(trace))
     threads = {int(thread["tid"]): printable(thread.get("comm", "")) for thread in trace.metadata.threads}
     for vm in trace.metadata.vms:
-        one = _Vm(trace, vm, writer, threads, told)
+        one = _Vm(trace, vm, writer, threads, told, _switch(trace, vm, told))
         for rows in _rows(trace, int(vm["id"])):
             one.feed(rows)
             told.rows += len(rows)
             progress(told.rows)
         one.finish(rule)
     return told
+
+
+def _switch(trace: Trace, vm: Mapping[str, Any], told: Told) -> int | None:
+    """What an exit and entry take, which a recording shows as guest time: as a replay measures it."""
+    try:
+        evidence = Evidence(trace)
+        measured = Measured(evidence, vm, has_ad_disabled(evidence))
+        why = measured.refused
+    except Problem as problem:
+        why = str(problem)
+    if why:
+        told.unjudged.append(f"VM {vm['id']}: {why}")
+        return None
+    return measured.fitted.costs.switch
 
 
 def _samples(trace: Trace) -> list[Mapping[str, int]]:
@@ -87,7 +102,11 @@ def _rows(trace: Trace, vm: int) -> Iterator[Rows]:
         raise Problem(f"{trace.path}: VM {vm} has a vCPU {ids[-1]}, which no row can name")
     numbers = np.full(_IDS + 1, -1, np.int32)
     numbers[ids] = np.arange(len(ids))
-    columns = [name for name in COLUMNS if name in ("seq", "time", "vcpu", "tid", "kind", "root", "role", "code", "rip", "flags")]
+    columns = [
+        name
+        for name in COLUMNS
+        if name in ("seq", "time", "vcpu", "tid", "kind", "root", "role", "code", "rip", "flags")
+    ]
     for batch in trace.batches(columns, vm=vm):
         rows = Rows(batch, numbers)
         if len(rows) and int(rows.time.min()) < 0:
@@ -96,13 +115,29 @@ def _rows(trace: Trace, vm: int) -> Iterator[Rows]:
 
 
 class _Vm:
-    def __init__(self, trace: Trace, vm: Mapping[str, Any], writer: Writer, threads: Mapping[int, str], told: Told) -> None:
+    def __init__(
+        self,
+        trace: Trace,
+        vm: Mapping[str, Any],
+        writer: Writer,
+        threads: Mapping[int, str],
+        told: Told,
+        switch: int | None,
+    ) -> None:
+        """`switch`: ns of an exit and entry; None: not known, and with it no soft-hang."""
         self._writer, self._threads, self._told = writer, threads, told
         name = f"VM {vm['id']} {printable(vm.get('comm') or '')}".rstrip()
         self._track = writer.track(name, description=f"process {vm.get('pid') or 'not known'}, as recorded")
         ids = sorted({int(vcpu["id"]) for vcpu in vm["vcpus"]})
-        self._vcpus = [_Vcpu(writer, writer.track(f"vCPU {each}", self._track), told) for each in ids]
-        self._hangs = [writer.track(f"vCPU {each} soft-hangs", self._track) for each in ids]
+        self._vcpus, self._hangs = [], []
+        for each in ids:
+            about = "guest: from kvm_entry to kvm_exit, the switch there and back included"
+            self._vcpus.append(
+                _Vcpu(writer, writer.track(f"vCPU {each}", self._track, description=about), told, switch)
+            )
+            if switch is not None:
+                about = f"guest time without {switch} ns for each switch"
+                self._hangs.append(writer.track(f"vCPU {each} soft-hangs", self._track, description=about))
         self._timeline = Timeline(len(ids))
         self._workers: dict[int, int] = {}
         self._zaps: dict[int, tuple[int, int, int]] = {}
@@ -124,12 +159,12 @@ class _Vm:
 
     def finish(self, rule: Rule) -> None:
         """What is still open ends with the VM's last row."""
-        for vcpu, hangs in zip(self._vcpus, self._hangs, strict=True):
+        for vcpu in self._vcpus:
             vcpu.finish()
+        for vcpu, hangs in zip(self._vcpus, self._hangs, strict=False):
             for stall in stalls(*vcpu.moments(), rule):
                 share = f"{stall.guest / stall.ns:.2%} in the guest"
                 self._writer.span(hangs, stall.begin, stall.end, f"soft-hang, {share}", {"guest_ns": stall.guest})
-                self._told.stalls += 1
         for tid, (begin, seq, root) in self._zaps.items():
             self._job(tid, np.array([[begin, self._last, seq, root]]))
         self._roots.finish(self._last)
@@ -171,12 +206,14 @@ class _Vm:
         begin, end, seq, root = jobs.T
         none = np.empty(0, np.int64)
         name = np.full(len(jobs), _ZAP)
-        self._writer.spans(self._workers[tid], begin, end, name, {"seq": seq, "root": np.maximum(root, 0)}, (none, none))
+        self._writer.spans(
+            self._workers[tid], begin, end, name, {"seq": seq, "root": np.maximum(root, 0)}, (none, none)
+        )
 
 
 @dataclass
 class _Runs:
-    """Adjoining spans of one kind as one. `seq` is the row that ended the first of them, `moved`: it was a transition."""
+    """Adjoining spans of one kind as one. `seq` is the row that ended the first of them; `moved`: a transition."""
 
     begin: Ints
     end: Ints
@@ -190,8 +227,9 @@ class _Runs:
 class _Vcpu:
     """One vCPU's track."""
 
-    def __init__(self, writer: Writer, track: int, told: Told) -> None:
+    def __init__(self, writer: Writer, track: int, told: Told, switch: int | None) -> None:
         self._writer, self._track, self._told = writer, track, told
+        self._switch = switch
         self._held: _Runs | None = None  # the last run, which may go on
         self._since = _NEVER  # the newest root at the last transition that no refill followed yet
         self._flow = 0
@@ -209,7 +247,8 @@ class _Vcpu:
         self._told.clipped += int(ns.sum() - (end - np.minimum(begin, end)).sum())
         begin = np.where(ns > 0, begin, end)
         self._end = int(end[-1])
-        self._note(end, np.where(spans.doing[part] == Doing.GUEST, ns, 0))
+        if self._switch is not None:
+            self._note(end, np.where(spans.doing[part] == Doing.GUEST, np.maximum(ns - self._switch, 0), 0))
         fresh = _Runs(begin, end, self._told_apart(what, moved), spans.seq[part], spans.root[part], newest, moved)
         whole = fresh if self._held is None else _joined(self._held, fresh)
         runs = _merged(whole)
@@ -252,14 +291,12 @@ class _Vcpu:
             return
         at, flow = self._flows(runs)
         root = np.maximum(runs.root, 0)
-        self._writer.spans(
-            self._track, runs.begin, runs.end, runs.what, {"seq": runs.seq, "root": root}, (at, flow)
-        )
+        self._writer.spans(self._track, runs.begin, runs.end, runs.what, {"seq": runs.seq, "root": root}, (at, flow))
 
     def _flows(self, runs: _Runs) -> tuple[Ints, Ints]:
         """Places and ids of the flows that begin or end in these runs."""
         moves = np.flatnonzero(runs.moved)
-        ids = self._told.transitions + 1 + np.arange(len(moves))
+        ids = runs.seq[moves] + 1  # of the transition's row; 0 is no id
         of = np.searchsorted(moves, np.arange(len(runs.begin)), "right")
         since = np.append(self._since, runs.newest[moves])
         flow = np.append(self._flow, ids)
@@ -267,8 +304,6 @@ class _Vcpu:
         refills = refills[np.unique(of[refills], return_index=True)[1]]
         since[of[refills]] = _NEVER
         self._since, self._flow = int(since[-1]), int(flow[-1])
-        self._told.transitions += len(moves)
-        self._told.refills += len(refills)
         places = np.concatenate([moves, refills])
         order = np.argsort(places, kind="stable")
         return places[order], np.concatenate([ids, flow[of[refills]]])[order]
