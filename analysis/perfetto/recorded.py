@@ -7,7 +7,7 @@ and RSM to the first fault in a root that was not there before: the refill it co
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -15,12 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.perfetto.packets import Ints, Writer
+from analysis.timeline import Progress, ids_of, rows_of, switch_of
 from replay import roles
-from replay.evidence import Evidence
-from replay.lookback import COLUMNS, Rows
-from replay.run import has_ad_disabled
-from replay.virtual.run import Measured
-from replay.virtual.stalls import Rule, stalls
+from replay.lookback import Rows
+from replay.virtual.stalls import Rule
 from replay.virtual.timeline import Doing, Spans, Timeline
 from traces.errors import Problem
 from traces.reader import Trace
@@ -33,8 +31,6 @@ _ZAP: Final = NAMES.index("zap")
 NOTES: Final = ("seq", "root")
 _SMM: Final = BY_NAME["kvm_smm_transition"].code
 _LOADS: Final = ("kvm_mmu_get_page", "root_get", "mmu_load")
-_IDS: Final = 1 << 15  # vCPU ids are int16 in a trace
-_STEP: Final = 1_000_000  # ns between two moments of a vCPU's progress
 _NEVER: Final = np.iinfo(np.int64).max
 
 
@@ -54,7 +50,7 @@ def write(trace: Trace, writer: Writer, rule: Rule, progress: Callable[[int], No
     threads = {int(thread["tid"]): printable(thread.get("comm", "")) for thread in trace.metadata.threads}
     for vm in trace.metadata.vms:
         one = _Vm(trace, vm, writer, threads, told, _switch(trace, vm, told))
-        for rows in _rows(trace, int(vm["id"])):
+        for rows in rows_of(trace, vm):
             one.feed(rows)
             told.rows += len(rows)
             progress(told.rows)
@@ -63,17 +59,11 @@ def write(trace: Trace, writer: Writer, rule: Rule, progress: Callable[[int], No
 
 
 def _switch(trace: Trace, vm: Mapping[str, Any], told: Told) -> int | None:
-    """What an exit and entry take, which a recording shows as guest time: as a replay measures it."""
     try:
-        evidence = Evidence(trace)
-        measured = Measured(evidence, vm, has_ad_disabled(evidence))
-        why = measured.refused
+        return switch_of(trace, vm)
     except Problem as problem:
-        why = str(problem)
-    if why:
-        told.unjudged.append(f"VM {vm['id']}: {why}")
+        told.unjudged.append(f"VM {vm['id']}: {problem}")
         return None
-    return measured.fitted.costs.switch
 
 
 def _samples(trace: Trace) -> list[Mapping[str, int]]:
@@ -95,25 +85,6 @@ def _there_before(trace: Trace, vm: Mapping[str, Any]) -> dict[int, int]:
     return {int(root["id"]): int(root["role"]) for root in trace.metadata.uncreated_roots if root["vm"] == vm["id"]}
 
 
-def _rows(trace: Trace, vm: int) -> Iterator[Rows]:
-    (known,) = [each for each in trace.metadata.vms if each["id"] == vm]
-    ids = sorted({int(vcpu["id"]) for vcpu in known["vcpus"]})
-    if ids and ids[-1] >= _IDS:
-        raise Problem(f"{trace.path}: VM {vm} has a vCPU {ids[-1]}, which no row can name")
-    numbers = np.full(_IDS + 1, -1, np.int32)
-    numbers[ids] = np.arange(len(ids))
-    columns = [
-        name
-        for name in COLUMNS
-        if name in ("seq", "time", "vcpu", "tid", "kind", "root", "role", "code", "rip", "flags")
-    ]
-    for batch in trace.batches(columns, vm=vm):
-        rows = Rows(batch, numbers)
-        if len(rows) and int(rows.time.min()) < 0:
-            raise Problem(f"{trace.path}: damaged: VM {vm} has rows before the clock began")
-        yield rows
-
-
 class _Vm:
     def __init__(
         self,
@@ -128,16 +99,17 @@ class _Vm:
         self._writer, self._threads, self._told = writer, threads, told
         name = f"VM {vm['id']} {printable(vm.get('comm') or '')}".rstrip()
         self._track = writer.track(name, description=f"process {vm.get('pid') or 'not known'}, as recorded")
-        ids = sorted({int(vcpu["id"]) for vcpu in vm["vcpus"]})
-        self._vcpus, self._hangs = [], []
+        ids = ids_of(vm)
+        self._vcpus: list[_Vcpu] = []
+        self._hangs: list[tuple[Progress, int]] = []
         for each in ids:
+            progress = None if switch is None else Progress(switch)
             about = "guest: from kvm_entry to kvm_exit, the switch there and back included"
-            self._vcpus.append(
-                _Vcpu(writer, writer.track(f"vCPU {each}", self._track, description=about), told, switch)
-            )
-            if switch is not None:
+            track = writer.track(f"vCPU {each}", self._track, description=about)
+            self._vcpus.append(_Vcpu(writer, track, told, progress))
+            if progress is not None:
                 about = f"guest time without {switch} ns for each switch"
-                self._hangs.append(writer.track(f"vCPU {each} soft-hangs", self._track, description=about))
+                self._hangs.append((progress, writer.track(f"vCPU {each} soft-hangs", self._track, description=about)))
         self._timeline = Timeline(len(ids))
         self._workers: dict[int, int] = {}
         self._zaps: dict[int, tuple[int, int, int]] = {}
@@ -161,8 +133,8 @@ class _Vm:
         """What is still open ends with the VM's last row."""
         for vcpu in self._vcpus:
             vcpu.finish()
-        for vcpu, hangs in zip(self._vcpus, self._hangs, strict=False):
-            for stall in stalls(*vcpu.moments(), rule):
+        for progress, hangs in self._hangs:
+            for stall in progress.stalls(rule):
                 share = f"{stall.guest / stall.ns:.2%} in the guest"
                 self._writer.span(hangs, stall.begin, stall.end, f"soft-hang, {share}", {"guest_ns": stall.guest})
         for tid, (begin, seq, root) in self._zaps.items():
@@ -227,16 +199,13 @@ class _Runs:
 class _Vcpu:
     """One vCPU's track."""
 
-    def __init__(self, writer: Writer, track: int, told: Told, switch: int | None) -> None:
+    def __init__(self, writer: Writer, track: int, told: Told, progress: Progress | None) -> None:
         self._writer, self._track, self._told = writer, track, told
-        self._switch = switch
+        self._progress = progress
         self._held: _Runs | None = None  # the last run, which may go on
         self._since = _NEVER  # the newest root at the last transition that no refill followed yet
         self._flow = 0
         self._end = 0
-        self._guest = 0
-        self._times: list[Ints] = []
-        self._ran: list[Ints] = []
 
     def feed(self, spans: Spans, part: slice, what: Ints, moved: NDArray[np.bool_], newest: Ints) -> None:
         time, ns = spans.time[part], spans.ns[part]
@@ -247,8 +216,8 @@ class _Vcpu:
         self._told.clipped += int(ns.sum() - (end - np.minimum(begin, end)).sum())
         begin = np.where(ns > 0, begin, end)
         self._end = int(end[-1])
-        if self._switch is not None:
-            self._note(end, np.where(spans.doing[part] == Doing.GUEST, np.maximum(ns - self._switch, 0), 0))
+        if self._progress is not None:
+            self._progress.note(end, ns, spans.doing[part] == Doing.GUEST)
         fresh = _Runs(begin, end, self._told_apart(what, moved), spans.seq[part], spans.root[part], newest, moved)
         whole = fresh if self._held is None else _joined(self._held, fresh)
         runs = _merged(whole)
@@ -258,19 +227,6 @@ class _Vcpu:
     def finish(self) -> None:
         if self._held is not None:
             self._write(self._held)
-
-    def moments(self) -> tuple[Ints, Ints]:
-        """Progress: boot ns, and ns in the guest until then."""
-        if not self._times:
-            return np.empty(0, np.int64), np.empty(0, np.int64)
-        return np.concatenate(self._times), np.concatenate(self._ran)
-
-    def _note(self, end: Ints, guest: Ints) -> None:
-        ran = self._guest + np.cumsum(guest)
-        self._guest = int(ran[-1])
-        last = np.append(np.diff(end // _STEP) != 0, True)
-        self._times.append(end[last])
-        self._ran.append(ran[last])
 
     def _told_apart(self, what: Ints, moved: NDArray[np.bool_]) -> Ints:
         """`what`, where spans that go on with an RSM are the RSM's as well."""

@@ -22,6 +22,7 @@ from analysis.perfetto.packets import Writer
 from analysis.sources import Result, open_source
 from replay.evidence import Evidence
 from replay.stimuli import VmStimuli
+from replay.virtual.run import Measured
 from replay.virtual.timeline import Doing, Timeline
 from traces.errors import Problem
 from traces.reader import Trace
@@ -159,7 +160,7 @@ def test_batches_cut_no_span(size: int, tmp_path: Path, monkeypatch: pytest.Monk
     source = CORPUS / "smi-both-6.1-async.parquet"
     whole = exported(source, tmp_path / "whole.pftrace")
     batches = Trace.batches
-    monkeypatch.setattr("analysis.perfetto.recorded.Measured", _measured(source))
+    monkeypatch.setattr("analysis.timeline.Measured", _measured(source))
     monkeypatch.setattr(
         Trace, "batches", lambda self, columns, **asked: batches(self, columns, **{**asked, "size": size})
     )
@@ -170,10 +171,8 @@ def test_batches_cut_no_span(size: int, tmp_path: Path, monkeypatch: pytest.Monk
 
 def _measured(source: Path) -> Any:
     """The costs as whole batches give them: a replay's batches are not this test's."""
-    from analysis.perfetto import recorded
-
     trace = Trace.open(source)
-    done = {vm["id"]: recorded.Measured(Evidence(trace), vm, False) for vm in trace.metadata.vms}
+    done = {vm["id"]: Measured(Evidence(trace), vm, False) for vm in trace.metadata.vms}
     return lambda evidence, vm, ad_disabled: done[vm["id"]]
 
 
