@@ -13,7 +13,7 @@ from analysis.sources import Recording, Result
 from traces.errors import Problem
 
 Source = TypeVar("Source", Recording, Result)
-_MODULES: Final = ("analysis.queries.recorded", "analysis.queries.replayed")
+_MODULES: Final = ("analysis.queries.recorded", "analysis.queries.replayed", "analysis.queries.drawn")
 _QUERIES: Final[dict[str, Query[Any]]] = {}
 
 
