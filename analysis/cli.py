@@ -33,7 +33,7 @@ def report(
         bool, typer.Option("--validate", help="Hold the recording against the model as well: 100,000 rows a second.")
     ] = False,
     format_: Annotated[
-        str, typer.Option("--format", help="text, md, mail, json or junit. [default: text]", show_default=False)
+        str, typer.Option("--format", help="text, md, mail, html, json or junit. [default: text]", show_default=False)
     ] = "text",
     out: Annotated[Path | None, typer.Option("-o", "--output", help="Write to this file, not to stdout.")] = None,
     fail_on: Annotated[

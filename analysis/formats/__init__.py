@@ -10,7 +10,7 @@ from analysis.report import Report
 from traces.errors import Problem
 
 # Format -> module; each has `render(*reports) -> str`.
-FORMATS: Final = {"text": "text", "md": "markdown", "mail": "mail", "json": "json", "junit": "junit"}
+FORMATS: Final = {"text": "text", "md": "markdown", "mail": "mail", "json": "json", "junit": "junit", "html": "html"}
 
 
 def renderer(name: str) -> Callable[..., str]:

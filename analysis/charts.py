@@ -1,0 +1,492 @@
+"""Pictures of a recording and of what replays made of it: Vega-Lite charts over frames of a few thousand rows at most.
+
+A chart's `width` is "container" for whoever embeds it to put a number in; colours of text and lines are the page's.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import altair as alt
+import polars as pl
+
+from analysis.queries import drawn, recorded
+from analysis.report import Column, Report
+from analysis.sources import Recording, Result
+from analysis.units import Unit, duration, share
+from traces.errors import Problem
+
+_POINTS: Final = 4000  # of one chart
+_VCPUS: Final = 8
+_ROOTS: Final = 600
+_PARTS: Final = 16  # of the time, in the text alternative
+_MINUTE: Final = 60 * 10**9
+_AXIS: Final = 50  # px left of every plot, so that plots one above the other are in line
+_COLOURS: Final = ("#3f7fd4", "#d9772b", "#3f9a6c", "#b5478f", "#8b6fd0", "#9a7b2f")
+_KINDS: Final = {
+    "guest": ("guest_ns",),
+    "faults": ("fault_ns",),
+    "roots": ("load_ns", "unload_ns", "zap_ns"),
+    "other": ("smm_ns", "user_ns", "other_ns"),
+}
+_OF_KIND: Final = ("#3f9a6c", "#d9772b", "#b5478f", "#8b93a1")
+_STALL: Final = "#d33a3a"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A chart with the text that stands for it: `about` in words, `frame` in figures, from query `query`.
+
+    `broad`: worth the whole width of a page.
+    """
+
+    query: str
+    source: Recording | Result
+    title: str
+    about: str
+    chart: Any
+    frame: pl.DataFrame
+    columns: tuple[Column, ...]
+    broad: bool = False
+
+
+def pictures(report: Report) -> tuple[list[Picture], list[str]]:
+    """What can be drawn of a report's sources, and why the rest cannot."""
+    drawn_, lacking = [], []
+    for make in _makers(report):
+        try:
+            picture = make()
+        except Problem as problem:
+            lacking.append(str(problem))
+            continue
+        if picture is not None:
+            drawn_.append(picture)
+    return drawn_, lacking
+
+
+def _makers(report: Report) -> Iterator[Callable[[], Picture | None]]:
+    recording, result = report.recording, report.result
+    if recording is not None:
+        yield lambda: timeline(recording)
+        yield lambda: lives(recording)
+    if result is not None and result.timed:
+        yield lambda: shares(result)
+    if result is not None:
+        yield lambda: refills(result)
+    elif recording is not None:
+        yield lambda: fills(recording)
+    if recording is not None:
+        yield lambda: heat(recording)
+
+
+def timeline(recording: Recording) -> Picture | None:
+    """What each vCPU of the busiest VM did over its time, with soft-hangs above."""
+    parts = drawn.doings(recording).collect()
+    if parts.is_empty():
+        return None
+    lost = pl.sum_horizontal("fault_ns", *_KINDS["roots"])
+    vm = parts.group_by("vm").agg(lost.sum().alias("lost")).sort("lost", "vm", descending=[True, False])["vm"][0]
+    parts = parts.filter(vm=vm)
+    vcpus = parts.group_by("vcpu").agg(lost.sum().alias("lost")).sort("lost", "vcpu", descending=[True, False])["vcpu"]
+    shown = vcpus.head(_VCPUS).sort().to_list()
+    begin, end = drawn.during(recording)[vm]
+    parts = parts.filter(pl.col("vcpu").is_in(shown))
+    fine = _coarser(parts, begin, -(-drawn.PARTS * len(_KINDS) * len(shown) // _POINTS))
+    try:
+        hangs, unknown = drawn.soft_hangs(recording).filter(pl.col("vm") == vm).collect(), ""
+    except Problem as problem:
+        hangs = pl.DataFrame(schema=dict.fromkeys(("vm", "vcpu", "time", "length_ns", "guest_ns"), pl.Int64))
+        unknown = f" Soft-hangs are not known: {problem}."
+    unit, name = _scale(end - begin)
+    zoom = _zoom("timeline")
+    rows = []
+    for number, vcpu in enumerate(shown):
+        stacked = _stacked(fine.filter(vcpu=vcpu), begin, unit)
+        mine = _timed(hangs.filter(vcpu=vcpu), begin, unit)
+        last = number == len(shown) - 1
+        row = alt.layer(
+            _bands(stacked, last, name, (end - begin) / unit, f"vCPU {vcpu}"),
+            alt.Chart(mine)
+            .mark_rule(strokeWidth=5, color=_STALL)
+            .encode(
+                x="x:Q", x2="x2:Q", y=alt.datum(1.09),
+                tooltip=[alt.Tooltip("what:N", title="soft-hang"), _at("x", f"from, {name}")],
+            ),
+        ).properties(width="container", height=max(46, 130 // len(shown)))  # fmt: skip
+        rows.append(row.add_params(zoom))
+    chart = _above(*rows)
+    omitted = f" {len(vcpus) - len(shown)} more vCPUs lost less time." if len(vcpus) > len(shown) else ""
+    others = len(drawn.during(recording)) - 1
+    omitted += f" {others} more VM{'s' if others > 1 else ''} lost less time to faults and roots." if others else ""
+    counted = [f"{len(hangs.filter(vcpu=vcpu))} of vCPU {vcpu}" for vcpu in shown if len(hangs.filter(vcpu=vcpu))]
+    told = f" Red bars: soft-hangs as recorded, {', '.join(counted)}." if counted else " No soft-hang as recorded."
+    table = (
+        _coarser(parts, begin, drawn.PARTS // _PARTS)
+        .with_columns(
+            **{kind: pl.sum_horizontal(names) for kind, names in _KINDS.items()}, begin=pl.col("time") - begin
+        )
+        .select("vcpu", "begin", *_KINDS)
+    )
+    return Picture(
+        "doings", recording, f"What vCPUs of VM {vm} did, as recorded",
+        "Each strip is a vCPU; its height is all of its time: in the guest (the switch there and back included), on "
+        f"faults, on roots (loads, unloads, inline zaps), on all else.{'' if unknown else told}{unknown}{omitted}",
+        chart, table.sort("vcpu", "begin"),
+        (Column("vcpu", "vCPU", Unit.ID), Column("begin", "from", Unit.NS),
+         *(Column(kind, kind, Unit.NS) for kind in _KINDS)),
+        broad=True,
+    )  # fmt: skip
+
+
+def _coarser(parts: pl.DataFrame, begin: int, by: int) -> pl.DataFrame:
+    """Parts of the query `doings` taken together, `by` of them to one."""
+    width = pl.col("length_ns") * by
+    return (
+        parts.with_columns(time=begin + (pl.col("time") - begin) // width * width, length_ns=width)
+        .group_by("vcpu", "time", "length_ns")
+        .agg(pl.col(*drawn.DOINGS).sum())
+        .sort("vcpu", "time")
+    )
+
+
+def lives(recording: Recording) -> Picture | None:
+    """Every root of the VM with the most of them, from its first to its last row."""
+    roots = recorded.lives(recording).collect(engine="streaming").drop_nulls("vm")
+    if roots.is_empty():
+        return None
+    vm = roots["vm"].value_counts(sort=True)["vm"][0]
+    roots = roots.filter(vm=vm)
+    begin, end = drawn.during(recording)[vm]
+    unit, name = _scale(end - begin)
+    every = -(-len(roots) // _ROOTS)
+    fine = roots.gather_every(every).with_columns(
+        x=(pl.col("first_time") - begin) / unit, x2=(pl.col("last_time") - begin) / unit,
+        mode=pl.when(pl.col("role") >= 1 << 24).then(pl.lit("in SMM")).otherwise(pl.lit("not in SMM")),
+        word=pl.format("0x{}", pl.col("role").map_elements(lambda word: f"{word:08x}", pl.String)),
+        life=pl.col("life_ns").map_elements(duration, pl.String),
+    ).select("root", "word", "mode", "x", "x2", "life", "loads", "faults")  # fmt: skip
+    chart = (
+        alt.Chart(fine)
+        .mark_rule(strokeWidth=max(2.5, min(6.0, 120 / len(fine))), strokeCap="round")
+        .encode(
+            x=_time("x", name, (end - begin) / unit), x2="x2:Q",
+            y=alt.Y("root:Q", title="root", scale=alt.Scale(zero=False, nice=False, padding=6),
+                    axis=_axis(**_whole(fine["root"]))),
+            color=_colour("mode", ["not in SMM", "in SMM"], _COLOURS),
+            tooltip=["root:Q", alt.Tooltip("word:N", title="role"), "life:N", "loads:Q", "faults:Q"],
+        )
+        .properties(width="container", height=180)
+        .add_params(_zoom("lives"))
+    )  # fmt: skip
+    thinned = f" One in {every} is drawn." if every > 1 else ""
+    by_role = (
+        roots.group_by("role")
+        .agg(pl.len().alias("roots"), pl.col("life_ns").median().cast(pl.Int64), pl.col("loads", "faults").sum())
+        .sort("roots", "role", descending=[True, False])
+    )
+    return Picture(
+        "lives", recording, f"Lives of the roots of VM {vm}",
+        f"Each line is a root, from the first row that names it to the last: {len(roots):,} in all. A staircase is "
+        f"roots that are built again and again; a kernel that keeps them has a few long lines.{thinned}",
+        chart, by_role.head(_PARTS),
+        (Column("role", "role", Unit.HEX), Column("roots", "roots"), Column("life_ns", "median life", Unit.NS),
+         Column("loads", "loads"), Column("faults", "faults")),
+        broad=True,
+    )  # fmt: skip
+
+
+def shares(result: Result) -> Picture | None:
+    """Guest share over virtual time, a line a policy, with soft-hangs beneath."""
+    fine = drawn.shares(result).collect()
+    if fine.is_empty():
+        return None
+    vm = fine.group_by("vm").agg(pl.col("guest_share").mean()).sort("guest_share", "vm")["vm"][0]
+    every = _named(fine.filter(vm=vm))
+    names = _runs(result, every)
+    fine = _averaged(every, -(-drawn.PARTS * len(names) // _POINTS))
+    hangs = _named(result_stalls(result).filter(vm=vm))
+    end = int((fine["clock"] + fine["length_ns"]).max())  # type: ignore[arg-type]
+    unit, name = _scale(end)
+    # A step's last value stands to its end.
+    steps = pl.concat([
+        fine.select("run", x=pl.col("clock") / unit, share="guest_share"),
+        fine.group_by("run", maintain_order=True).last().select(
+            "run", x=(pl.col("clock") + pl.col("length_ns")) / unit, share="guest_share"
+        ),
+    ]).sort("run", "x")  # fmt: skip
+    colour = _colour("run", names, _COLOURS)
+    zoom = _zoom("shares")
+    lines = (
+        alt.Chart(steps)
+        .mark_line(interpolate="step-after", strokeWidth=2)
+        .encode(
+            x=_time("x", None if len(hangs) else f"virtual time, {name}", end / unit),
+            y=alt.Y("share:Q", title="in guest", scale=alt.Scale(domain=[0, 1]), axis=_axis(format="%")),
+            color=colour,
+            tooltip=[alt.Tooltip("run:N", title="policy"), _at("x", name),
+                     alt.Tooltip("share:Q", title="in guest", format=".1%")],
+        )
+        .properties(width="container", height=170)
+        .add_params(zoom)
+    )  # fmt: skip
+    chart: Any = lines
+    if len(hangs):
+        worst = hangs.group_by("vcpu").agg(pl.col("wall_ns").sum()).sort("wall_ns", "vcpu", descending=[True, False])
+        bars = hangs.filter(pl.col("vcpu").is_in(worst["vcpu"].head(_VCPUS).to_list())).head(_ROOTS).select(
+            "run", "vcpu", "cause", x=pl.col("clock") / unit, x2=(pl.col("clock") + pl.col("wall_ns")) / unit,
+            what=pl.col("wall_ns").map_elements(duration, pl.String),
+        )  # fmt: skip
+        hung = (
+            alt.Chart(bars)
+            .mark_rule(strokeWidth=6)
+            .encode(
+                x=_time("x", f"virtual time, {name}", end / unit), x2="x2:Q",
+                y=alt.Y("vcpu:N", title="hung vCPU", axis=_axis(grid=False)), yOffset=alt.YOffset("run:N", sort=names),
+                color=colour,
+                tooltip=[alt.Tooltip("run:N", title="policy"), alt.Tooltip("what:N", title="soft-hang"),
+                         alt.Tooltip("cause:N", title="slots emptied by")],
+            )
+            .properties(width="container", height=max(40, 16 * bars["vcpu"].n_unique()))
+            .add_params(zoom)
+        )  # fmt: skip
+        chart = _above(lines, hung)
+    told = [f"{len(hangs.filter(run=each)) or 'none'} under {each}" for each in names]
+    coarse = _averaged(every, drawn.PARTS // _PARTS)
+    return Picture(
+        "shares", result, f"Share of VM {vm}'s time in the guest, by policy",
+        f"Of all its vCPUs, in virtual time; a line ends where the same work is done. Soft-hangs: {', '.join(told)}.",
+        chart, coarse.select("run", "clock", "length_ns", "guest_share"),
+        (Column("run", "policy", Unit.TEXT), Column("clock", "from", Unit.NS), Column("length_ns", "length", Unit.NS),
+         Column("guest_share", "in guest", Unit.SHARE)),
+    )  # fmt: skip
+
+
+def _averaged(shares_: pl.DataFrame, by: int) -> pl.DataFrame:
+    """Parts of the query `shares` taken together, `by` of them to one."""
+    width = pl.col("length_ns").max() * by
+    ran = (pl.col("guest_share") * pl.col("length_ns")).sum() / pl.col("length_ns").sum()
+    return (
+        shares_.with_columns(part=pl.col("clock") // width)
+        .group_by("run", "part", maintain_order=True)
+        .agg(pl.col("clock").min(), pl.col("length_ns").sum(), guest_share=ran)
+    )
+
+
+def result_stalls(result: Result) -> pl.DataFrame:
+    """Soft-hangs of a result, in order of time."""
+    from analysis.queries import replayed
+
+    return replayed.stalls(result).drop_nulls(("clock", "wall_ns")).collect(engine="streaming").sort("clock")
+
+
+def refills(result: Result) -> Picture | None:
+    """How large refills were, by policy."""
+    rows = _named(drawn.refills(result).collect())
+    return _sizes("refills", result, rows, _runs(result, rows), "pages", "Refills by size and policy")
+
+
+def fills(recording: Recording) -> Picture | None:
+    """How large refills were, as recorded."""
+    rows = drawn.fills(recording).collect().with_columns(run=pl.lit("as recorded"))
+    return _sizes("fills", recording, rows, ["as recorded"], "faults", "Refills by size, as recorded")
+
+
+def _sizes(
+    query: str, source: Recording | Result, rows: pl.DataFrame, names: list[str], what: str, title: str
+) -> Picture | None:
+    if rows.is_empty():
+        return None
+    sizes = rows.filter("refill").group_by("run", "pages_from", "pages_to", maintain_order=True).agg(
+        pl.col("roots", "pages").sum()
+    ).with_columns(size=pl.when(pl.col("pages_from") == pl.col("pages_to")).then(pl.col("pages_from").cast(pl.String))
+                   .otherwise(pl.format("{}-{}", "pages_from", "pages_to")))  # fmt: skip
+    order = sizes.sort("pages_from")["size"].unique(maintain_order=True).to_list()
+    total = {each: sizes.filter(run=each)["pages"].sum() for each in names}
+    count = {each: sizes.filter(run=each)["roots"].sum() for each in names}
+    told = "; ".join(
+        f"{each} {count[each]:,} refill{'' if count[each] == 1 else 's'}, {total[each]:,} {what}" for each in names
+    )
+    chart = (
+        alt.Chart(sizes.select("run", "size", "roots", "pages"))
+        .mark_bar()
+        .encode(
+            x=alt.X("size:N", title=f"{what} to fill the root", sort=order,
+                    axis=_axis(labelAngle=0, labelOverlap=True, minExtent=0)),
+            xOffset=alt.XOffset("run:N", sort=names),
+            y=alt.Y("roots:Q", title="roots", axis=_axis(tickMinStep=1)),
+            color=_colour("run", names, _COLOURS),
+            tooltip=[alt.Tooltip("run:N", title="policy"), alt.Tooltip("size:N", title=f"{what} each"), "roots:Q",
+                     alt.Tooltip("pages:Q", title=f"{what} in all", format=",")],
+        )
+        .properties(width="container", height=170)
+    )  # fmt: skip
+    return Picture(
+        query, source, title,
+        f"Roots by how much they were filled with, but for the first of each role word: what was there before and was "
+        f"fetched again. In all: {told}.",
+        chart, sizes.select("run", "size", "roots", "pages"),
+        (Column("run", "policy", Unit.TEXT), Column("size", f"{what} each", Unit.TEXT), Column("roots", "roots"),
+         Column("pages", f"{what} in all")),
+    )  # fmt: skip
+
+
+def heat(recording: Recording) -> Picture | None:
+    """Installs of leaves over time and guest memory, of the VM with the most."""
+    fine = drawn.heat(recording).collect(engine="streaming")
+    if fine.is_empty():
+        return None
+    vm = fine.group_by("vm").agg(pl.col("installs").sum()).sort("installs", "vm", descending=[True, False])["vm"][0]
+    fine = fine.filter(vm=vm)
+    if len(fine) > _POINTS:
+        fine = drawn.heat(recording, parts=_POINTS // drawn.ROWS).collect(engine="streaming").filter(vm=vm)
+    begin, end = drawn.during(recording)[vm]
+    unit, name = _scale(end - begin)
+    pages = int(fine["pages"][0])
+    cells = fine.with_columns(
+        x=(pl.col("time") - begin) / unit, x2=(pl.col("time") - begin + pl.col("length_ns")) / unit,
+        page=_hex("gfn"),
+    ).sort("gfn").select("x", "x2", "page", "installs")  # fmt: skip
+    order = cells["page"].unique(maintain_order=True).to_list()
+    chart = (
+        alt.Chart(cells)
+        .mark_rect()
+        .encode(
+            x=_time("x", name, (end - begin) / unit), x2="x2:Q",
+            y=alt.Y("page:N", title="gfn from", sort=order, axis=_axis(labelOverlap=True)),
+            color=alt.Color("installs:Q", title="leaf installs", legend=_legend(gradientLength=140)),
+            tooltip=[alt.Tooltip("page:N", title="gfn from"), _at("x", name), "installs:Q"],
+        )
+        .properties(width="container", height=min(240, max(80, 6 * len(order))))
+        .add_params(_zoom("heat"))
+    )  # fmt: skip
+    table = (
+        fine.group_by("gfn", "pages")
+        .agg(pl.col("installs").sum(), parts=pl.len(), most=pl.col("installs").max())
+        .sort("installs", "gfn", descending=[True, False])
+    )
+    return Picture(
+        "heat", recording, f"Where leaves were installed in VM {vm}'s memory",
+        f"A row is {pages} page{'' if pages == 1 else 's'} from its gfn on; ranges in which nothing was mapped are not "
+        "there. Columns that repeat are refills of the same pages.",
+        chart, table.head(_PARTS),
+        (Column("gfn", "gfn from", Unit.HEX), Column("pages", "pages"), Column("installs", "installs"),
+         Column("most", "most in one cell")),
+        broad=True,
+    )  # fmt: skip
+
+
+def _above(*charts: Any) -> Any:
+    """One above the other, with one time for all."""
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that they share their zoom
+        return alt.vconcat(*charts, spacing=6).resolve_scale(x="shared", color="shared")
+
+
+def _stacked(parts: pl.DataFrame, begin: int, unit: int) -> pl.DataFrame:
+    """A part's kinds one above the other, as shares of its length."""
+    sums = {kind: pl.sum_horizontal(names) for kind, names in _KINDS.items()}
+    wide = parts.with_columns(**sums).select("time", "length_ns", *_KINDS)
+    long = wide.unpivot(list(_KINDS), index=["time", "length_ns"], variable_name="kind", value_name="ns")
+    order = pl.col("kind").replace_strict({kind: i for i, kind in enumerate(_KINDS)}, return_dtype=pl.Int8)
+    return (
+        long.sort("time", order)
+        .with_columns(part=pl.col("ns") / pl.col("length_ns"))
+        .with_columns(top=pl.col("part").cum_sum().over("time"))
+        .filter(pl.col("ns") > 0)
+        .select(
+            "kind", "part",
+            x=(pl.col("time") - begin) / unit, x2=(pl.col("time") - begin + pl.col("length_ns")) / unit,
+            y=pl.col("top") - pl.col("part"), y2=pl.col("top"),
+        )
+    )  # fmt: skip
+
+
+def _bands(stacked: pl.DataFrame, last: bool, name: str, end: float, title: str) -> Any:
+    scale = alt.Scale(domain=[0, 1.18], nice=False)
+    return (
+        alt.Chart(stacked)
+        .mark_rect(strokeWidth=0)
+        .encode(
+            x=_time("x", name if last else None, end), x2="x2:Q",
+            y=alt.Y("y:Q", title=title, scale=scale, axis=_axis(values=[0, 0.5, 1], format="%")), y2="y2:Q",
+            color=_colour("kind", list(_KINDS), _OF_KIND),
+            tooltip=[alt.Tooltip("kind:N", title="on"), alt.Tooltip("part:Q", title="share", format=".1%"),
+                     _at("x", f"from, {name}")],
+        )
+    )  # fmt: skip
+
+
+def _timed(hangs: pl.DataFrame, begin: int, unit: int) -> pl.DataFrame:
+    return hangs.select(
+        x=(pl.col("time") - begin) / unit,
+        x2=(pl.col("time") - begin + pl.col("length_ns")) / unit,
+        what=pl.struct("length_ns", "guest_ns").map_elements(
+            lambda row: f"{duration(row['length_ns'])}, {share(row['guest_ns'] / row['length_ns'])} in the guest",
+            pl.String,
+        ),
+    )
+
+
+def _named(rows: pl.DataFrame) -> pl.DataFrame:
+    """Rows with `run`: the policy, with its bound where there are two, and whether it is the recorded one."""
+    bound = pl.when(pl.col("bound") == "exact").then(pl.lit("")).otherwise(pl.format(" ({})", pl.col("bound")))
+    own = pl.when("recorded").then(pl.lit(" (recorded)")).otherwise(pl.lit(""))
+    return rows.with_columns(run=pl.col("policy") + bound + own)
+
+
+def _runs(result: Result, rows: pl.DataFrame) -> list[str]:
+    """The runs in such rows, in the result's order, so that a run has one colour in all pictures."""
+    place = {policy.name: number for number, policy in enumerate(result.policies)}
+    order = sorted(
+        rows.select("policy", "bound", "run").unique().rows(), key=lambda row: (place[row[0]], row[1] == "high")
+    )
+    return [run for _, _, run in order]
+
+
+def _hex(name: str) -> pl.Expr:
+    return pl.col(name).map_elements(lambda value: f"{value:#x}", pl.String)
+
+
+def _scale(ns: int) -> tuple[int, str]:
+    """ns of the unit for an axis of this length, and its name."""
+    for name, unit in (("s", 10**9), ("ms", 10**6), ("us", 10**3)):
+        if ns >= 2 * unit:
+            return unit, name
+    return 1, "ns"
+
+
+def _time(field: str, title: str | None, end: float) -> Any:
+    axis = _axis(grid=False, labels=title is not None, ticks=title is not None, minExtent=0, maxExtent=60)
+    return alt.X(f"{field}:Q", title=title, scale=alt.Scale(domain=[0, end], nice=False), axis=axis)
+
+
+def _at(field: str, title: str) -> Any:
+    return alt.Tooltip(f"{field}:Q", title=title, format=".4~f")
+
+
+def _axis(**options: Any) -> Any:
+    return alt.Axis(**{"minExtent": _AXIS, "maxExtent": _AXIS, "tickCount": 5, **options})
+
+
+def _whole(values: pl.Series) -> dict[str, Any]:
+    """Axis options that let no tick stand between two whole numbers."""
+    least, most = int(values.min()), int(values.max())  # type: ignore[arg-type]
+    return {"values": list(range(least, most + 1))} if most - least < 6 else {"format": "d"}
+
+
+def _legend(**options: Any) -> Any:
+    return alt.Legend(orient="top", **options)
+
+
+def _colour(field: str, names: list[str], colours: tuple[str, ...]) -> Any:
+    scale = alt.Scale(domain=names, range=[colours[i % len(colours)] for i in range(len(names))])
+    return alt.Color(
+        f"{field}:N", title=None, scale=scale, legend=_legend(columns=0 if len(names) in (1, 2, len(_KINDS)) else 2)
+    )
+
+
+def _zoom(name: str) -> Any:
+    # The wheel alone scrolls the page.
+    return alt.selection_interval(name=name, encodings=["x"], bind="scales", zoom="wheel![event.shiftKey]")

@@ -1,0 +1,135 @@
+"""One page for a browser, offline: the same tables as the other formats, and pictures.
+
+Everything that comes from a file is escaped by the template; beyond that the page's policy lets no script run but its
+own, and nothing be fetched. Charts are Vega-Lite's, with one copy of its JavaScript in the page.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import shlex
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any, Final
+
+import jinja2
+import vl_convert
+from markupsafe import Markup
+
+from analysis.charts import Picture, pictures
+from analysis.formats import lines
+from analysis.queries.registry import named
+from analysis.report import Check, Report
+from analysis.sources import Recording
+from traces.text import printable
+
+_LIBRARIES: Final = "window.vegaEmbed = vegaEmbed;"
+
+
+@dataclass(frozen=True)
+class _Figure:
+    id: str
+    picture: Picture
+
+    @property
+    def texts(self) -> list[list[str]]:
+        return [
+            [column.text(row) for column in self.picture.columns] for row in self.picture.frame.iter_rows(named=True)
+        ]
+
+
+@dataclass(frozen=True)
+class _Query:
+    name: str
+    about: str
+    command: str
+
+
+@dataclass(frozen=True)
+class _Page:
+    id: str
+    report: Report
+    figures: list[_Figure]
+    lacking: list[str]
+
+    @property
+    def lines(self) -> list[str]:
+        return lines(self.report)
+
+    @property
+    def checks(self) -> list[Check]:
+        return [check for check in self.report.checks if check.kind == "gate" or check.fails]
+
+    @property
+    def queries(self) -> list[_Query]:
+        names = [*(figure.picture.query for figure in self.figures), *(table.query for table in self.report.tables)]
+        return [_query(self.report, name) for name in sorted(set(names))]
+
+
+def render(*reports: Report) -> str:
+    """All reports on one page."""
+    pages = []
+    for number, report in enumerate(reports, 1):
+        found, lacking = pictures(report)
+        figures = [_Figure(f"r{number}-{place}", picture) for place, picture in enumerate(found, 1)]
+        pages.append(_Page(f"r{number}", report, figures, lacking))
+    charts = {figure.id: _spec(figure) for page in pages for figure in page.figures}
+    scripts = [_script(vl_convert.javascript_bundle(_LIBRARIES)), _script(_part("page.js"))] if charts else []
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(_part("page.html")).render(
+        title=f"kvmtrace: {printable(reports[0].headline)}" if reports else "kvmtrace",
+        style=Markup(_part("page.css")),
+        hashes=Markup(" ".join(map(_hash, scripts)) or "'none'"),
+        pages=pages,
+        charts=Markup(_json(charts)),
+        scripts=[Markup(script) for script in scripts],
+    )
+
+
+def _spec(figure: _Figure) -> dict[str, Any]:
+    document: dict[str, Any] = figure.picture.chart.to_dict()
+    document["description"] = f"{figure.picture.title}. {figure.picture.about}"
+    document.pop("config", None)  # the page's
+    return document
+
+
+def _query(report: Report, name: str) -> _Query:
+    """How to run it: a recording's replay may have been made for the report only."""
+    query = named(name)
+    file = shlex.quote(report.title)
+    export = f"kvmtrace export {{}} --csv {name}"
+    if query.source is Recording:
+        command = export.format(shlex.quote(str(report.recording.path)) if report.recording else file)
+    elif report.result is not None and str(report.result.path) == report.title:
+        command = export.format(file)
+    else:
+        command = f"kvmtrace replay {file} -o result.parquet\n{export.format('result.parquet')}"
+    return _Query(name, query.about, printable_lines(command))
+
+
+def printable_lines(text: str) -> str:
+    """Lines of a command without what could steer whatever they are pasted into."""
+    return "\n".join(printable(line) for line in text.split("\n"))
+
+
+def _part(name: str) -> str:
+    return files("analysis.formats").joinpath(name).read_text()
+
+
+def _json(document: Any) -> str:
+    """JSON that no HTML parser takes for the end of its script element, or the begin of another."""
+    return json.dumps(document, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def _script(text: str) -> str:
+    if "</script" in text.lower() or "<!--" in text:
+        raise ValueError("a script that cannot stand in a page")
+    return text
+
+
+def _hash(script: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"

@@ -1,0 +1,54 @@
+// Draws the charts in the page's own colours, anew when its width or its scheme of colours changes.
+"use strict";
+(() => {
+  const BESIDE = 80; // px of axis and margins beside a plot
+  const root = document.documentElement;
+  const charts = JSON.parse(document.getElementById("charts").textContent);
+  const colour = (name) => getComputedStyle(root).getPropertyValue(name).trim();
+  let views = [];
+  let drawing = Promise.resolve();
+
+  function config() {
+    const ink = colour("--ink"), soft = colour("--soft"), line = colour("--line");
+    const ramp = [colour("--few"), colour("--many")];
+    return {
+      background: "transparent", font: "system-ui, sans-serif", padding: 4,
+      view: { stroke: line }, range: { heatmap: ramp, ramp },
+      axis: { labelColor: soft, titleColor: soft, gridColor: line, domainColor: line, tickColor: line,
+        labelFontSize: 11, titleFontSize: 12, titleFontWeight: "normal", gridOpacity: 0.6 },
+      legend: { labelColor: ink, titleColor: soft, labelFontSize: 12, titleFontWeight: "normal", symbolStrokeWidth: 3 },
+      title: { color: ink },
+    };
+  }
+
+  const fitted = (spec, width) => JSON.parse(JSON.stringify(spec), (key, value) =>
+    key === "width" && value === "container" ? width : value);
+
+  async function draw() {
+    delete root.dataset.drawn;
+    views.forEach((view) => view.finalize());
+    views = [];
+    const options = { actions: false, ast: true, renderer: "svg", defaultStyle: false, config: config(),
+      tooltip: { disableDefaultStyle: true, theme: "page" } };
+    for (const [id, spec] of Object.entries(charts)) {
+      const place = document.getElementById(id);
+      const width = Math.max(place.clientWidth - BESIDE, 120);
+      try {
+        views.push(await vegaEmbed(place, fitted(spec, width), options));
+      } catch (error) {
+        place.textContent = "This picture could not be drawn; its figures are below.";
+        console.error(id, error);
+      }
+    }
+    root.dataset.drawn = String(views.length);
+  }
+
+  const again = () => { drawing = drawing.then(draw); };
+  let seen = innerWidth, waiting = 0;
+  addEventListener("resize", () => {
+    clearTimeout(waiting);
+    waiting = setTimeout(() => { if (innerWidth !== seen) { seen = innerWidth; again(); } }, 150);
+  });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", again);
+  again();
+})();
