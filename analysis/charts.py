@@ -356,7 +356,7 @@ def heat(recording: Recording) -> Picture | None:
         .encode(
             x=_time("x", name, (end - begin) / unit), x2="x2:Q",
             y=alt.Y("page:N", title="gfn from", sort=order, axis=_axis(labelOverlap=True)),
-            color=alt.Color("installs:Q", title="leaf installs", legend=_legend(gradientLength=140)),
+            color=alt.Color("installs:Q", title="leaf installs", legend=alt.Legend(orient="top", gradientLength=140)),
             tooltip=[alt.Tooltip("page:N", title="gfn from"), _at("x", name), "installs:Q"],
         )
         .properties(width="container", height=min(240, max(80, 6 * len(order))))
@@ -476,15 +476,9 @@ def _whole(values: pl.Series) -> dict[str, Any]:
     return {"values": list(range(least, most + 1))} if most - least < 6 else {"format": "d"}
 
 
-def _legend(**options: Any) -> Any:
-    return alt.Legend(orient="top", **options)
-
-
 def _colour(field: str, names: list[str], colours: tuple[str, ...]) -> Any:
     scale = alt.Scale(domain=names, range=[colours[i % len(colours)] for i in range(len(names))])
-    return alt.Color(
-        f"{field}:N", title=None, scale=scale, legend=_legend(columns=0 if len(names) in (1, 2, len(_KINDS)) else 2)
-    )
+    return alt.Color(f"{field}:N", title=None, scale=scale, legend=alt.Legend(orient="top"))
 
 
 def _zoom(name: str) -> Any:

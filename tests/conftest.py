@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 # The only things a machine may honestly lack; anything else in a skip's reason is a failure in CI.
 NOT_ROOT = "not root: recording live needs it"
 NO_KVM = "this machine has no /dev/kvm"
+NO_CHROMIUM = "chromium is not installed, and only root can install it"
 NO_VARIANT = "kernel 6.1-async is in no package"
 
 
@@ -28,6 +30,7 @@ def _variant_missing() -> bool:
 _HONEST = {
     NOT_ROOT: lambda: os.geteuid() != 0,
     NO_KVM: lambda: not Path("/dev/kvm").exists(),
+    NO_CHROMIUM: lambda: os.geteuid() != 0 and shutil.which("chromium") is None,
     NO_VARIANT: _variant_missing,
 }
 

@@ -92,7 +92,6 @@ def render(*reports: Report) -> str:
 
 def _spec(figure: _Figure) -> dict[str, Any]:
     document: dict[str, Any] = figure.picture.chart.to_dict()
-    document["description"] = f"{figure.picture.title}. {figure.picture.about}"
     document.pop("config", None)  # the page's
     return document
 

@@ -8,15 +8,28 @@
   let views = [];
   let drawing = Promise.resolve();
 
-  function config() {
+  // Names in a legend: as many in a row as there is room for.
+  function longest(spec) {
+    let most = 0;
+    JSON.stringify(spec, (key, value) => {
+      if (key === "domain" && Array.isArray(value))
+        for (const each of value) if (typeof each === "string") most = Math.max(most, each.length);
+      return value;
+    });
+    return most;
+  }
+
+  function config(names, width) {
     const ink = colour("--ink"), soft = colour("--soft"), line = colour("--line");
     const ramp = [colour("--few"), colour("--many")];
     return {
       background: "transparent", font: "system-ui, sans-serif", padding: 4,
-      view: { stroke: line }, range: { heatmap: ramp, ramp },
+      view: { stroke: line }, mark: { aria: false }, // the table beneath says it in order
+      range: { heatmap: ramp, ramp },
       axis: { labelColor: soft, titleColor: soft, gridColor: line, domainColor: line, tickColor: line,
         labelFontSize: 11, titleFontSize: 12, titleFontWeight: "normal", gridOpacity: 0.6 },
-      legend: { labelColor: ink, titleColor: soft, labelFontSize: 12, titleFontWeight: "normal", symbolStrokeWidth: 3 },
+      legend: { labelColor: ink, titleColor: soft, labelFontSize: 12, titleFontWeight: "normal", symbolStrokeWidth: 3,
+        labelLimit: width - 30, columns: Math.max(Math.floor(width / (names * 7 + 30)), 1) },
       title: { color: ink },
     };
   }
@@ -28,13 +41,13 @@
     delete root.dataset.drawn;
     views.forEach((view) => view.finalize());
     views = [];
-    const options = { actions: false, ast: true, renderer: "svg", defaultStyle: false, config: config(),
+    const options = { actions: false, ast: true, renderer: "svg", defaultStyle: false,
       tooltip: { disableDefaultStyle: true, theme: "page" } };
     for (const [id, spec] of Object.entries(charts)) {
       const place = document.getElementById(id);
       const width = Math.max(place.clientWidth - BESIDE, 120);
       try {
-        views.push(await vegaEmbed(place, fitted(spec, width), options));
+        views.push(await vegaEmbed(place, fitted(spec, width), { ...options, config: config(longest(spec), width) }));
       } catch (error) {
         place.textContent = "This picture could not be drawn; its figures are below.";
         console.error(id, error);

@@ -23,8 +23,8 @@ _SECONDS = 60
 
 
 def chromium() -> str | None:
-    """Where Debian or others have it."""
-    return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    """Where it is installed."""
+    return shutil.which("chromium")
 
 
 class Browser:
@@ -32,7 +32,7 @@ class Browser:
 
     def __init__(self) -> None:
         program = chromium()
-        assert program, "chromium is not installed"
+        assert program, "chromium is not installed: scripts/setup does that"
         self._profile = tempfile.TemporaryDirectory(prefix="kvmtrace-chromium-", ignore_cleanup_errors=True)
         down, self._down = os.pipe()
         self._up, up = os.pipe()
@@ -91,13 +91,13 @@ class Browser:
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self.send("Page.navigate", url=page.resolve().as_uri())
-        self.drawn()
+        self.until("document.readyState === 'complete' && document.documentElement.dataset.drawn")
 
-    def drawn(self) -> None:
-        """Wait for the charts."""
+    def until(self, expression: str) -> None:
+        """Wait until this holds."""
         until = time.monotonic() + _SECONDS
-        while not self.value("document.readyState === 'complete' && document.documentElement.dataset.drawn"):
-            assert time.monotonic() < until, f"nothing drawn: {self.complaints()}"
+        while not self.value(f"Boolean({expression})"):
+            assert time.monotonic() < until, f"never came to be: {expression}; {self.complaints()}"
             time.sleep(0.05)
 
     def value(self, expression: str) -> Any:
