@@ -1,0 +1,129 @@
+"""Queries that pictures are drawn from, against the rows they are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import polars as pl
+import pytest
+
+from analysis.queries import drawn, recorded, replayed
+from analysis.queries.registry import queries
+from analysis.report import Report
+from analysis.reporting import Wanted, reported
+from analysis.sources import Recording
+from analysis.timeline import ids_of, spans_of, split
+from replay.virtual.timeline import Doing
+from tests.analysis.sources import CORPUS
+from traces.errors import Problem
+from traces.synth import Parameters, synthesize
+
+
+@pytest.fixture(scope="module")
+def storm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Report]:
+    path = tmp_path_factory.mktemp("storm") / "storm.parquet"
+    synthesize(path, Parameters(policy="async", smi_rate=400, working_set=1500, events=300_000), None)
+    with reported(path, Wanted()) as report:
+        yield report
+
+
+@pytest.mark.parametrize("parts", [1, 7, 400, 50_000])
+@pytest.mark.parametrize("name", ["two-vms-6.1-async", "smi-both-7.x"])
+def test_time_is_split_exactly(name: str, parts: int) -> None:
+    recording = Recording.open(CORPUS / f"{name}.parquet")
+    for vm in recording.metadata.vms:
+        first, last = drawn.during(recording)[vm["id"]]
+        width = (last - first) // parts + 1
+        found = split(recording.trace, vm, first, width, parts)
+        wanted = np.zeros((len(ids_of(vm)), parts, len(Doing)), np.int64)
+        for spans in spans_of(recording.trace, vm):
+            ends = zip(spans.vcpu.tolist(), spans.time.tolist(), spans.ns.tolist(), spans.doing.tolist(), strict=True)
+            for vcpu, end, ns, doing in ends:
+                at = end - ns - first
+                while at < end - first:  # one part after another
+                    stop = min((at // width + 1) * width, end - first)
+                    wanted[vcpu, at // width, doing] += stop - at
+                    at = stop
+        assert found.sum() > 0
+        assert (found == wanted).all()
+        assert found.sum(2).max() <= width
+
+
+def test_doings_are_the_parts(storm: Report) -> None:
+    assert storm.recording is not None
+    rows = drawn.doings(storm.recording).collect()
+    whole = split(storm.recording.trace, storm.recording.metadata.vms[0], 0, 1 << 62, 1)
+    assert rows.select(drawn.DOINGS).sum().row(0) == tuple(whole.sum((0, 1)).tolist())
+    assert rows["time"].is_sorted()
+    assert len(rows) <= drawn.PARTS
+
+
+def test_soft_hangs_are_near_those_of_the_replay(storm: Report) -> None:
+    assert storm.recording is not None
+    assert storm.result is not None
+    own = drawn.soft_hangs(storm.recording).collect()
+    virtual = replayed.stalls(storm.result).filter(pl.col("recorded")).collect()
+    assert len(own) == len(virtual) == 1
+    assert own["length_ns"][0] == pytest.approx(virtual["wall_ns"][0], rel=0.05)
+    assert own["guest_ns"][0] < 0.1 * own["length_ns"][0]
+
+
+def test_soft_hangs_that_cannot_be_known_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    recording = Recording.open(CORPUS / "huge-6.1.parquet")
+    kinds = {**recording.metadata.kinds, "kvm_mmu_set_spte": 0}
+    probes = tuple(each for each in recording.metadata.probes if each["kind"] != "kvm_mmu_set_spte")
+    monkeypatch.setattr(recording.trace, "metadata", replace(recording.metadata, kinds=kinds, probes=probes))
+    with pytest.raises(Problem, match="query soft_hangs: VM 1: .*leaf installs are not recorded"):
+        drawn.soft_hangs(recording).collect()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 50])
+def test_heat_counts_every_install_once(rows: int) -> None:
+    recording = Recording.open(CORPUS / "two-vms-6.1-async.parquet")
+    found = drawn.heat(recording, rows=rows).collect()
+    assert found["installs"].sum() == recording.metadata.kinds["kvm_mmu_set_spte"]
+    assert found.group_by("vm").agg(pl.col("gfn").n_unique())["gfn"].max() <= rows
+    assert (found["gfn"] % found["pages"] == 0).all()
+
+
+def test_refills_are_roots_after_the_first_of_their_role(storm: Report) -> None:
+    assert storm.result is not None
+    rows = drawn.refills(storm.result).collect()
+    made = dict(rows.group_by("policy").agg(pl.col("roots").sum()).iter_rows())
+    again = dict(rows.filter("refill").group_by("policy").agg(pl.col("roots").sum()).iter_rows())
+    assert made == {"async": 67, "preserve": 2}
+    assert again == {"async": 65}
+    faults = replayed.policies(storm.result).filter(policy="async").collect()["faults_low"][0]
+    assert rows.filter(policy="async")["pages"].sum() == pytest.approx(faults, rel=0.01)
+    assert (
+        (rows["pages"] >= rows["pages_from"] * rows["roots"]) & (rows["pages"] <= rows["pages_to"] * rows["roots"])
+    ).all()
+
+
+def test_fills_count_every_root_and_fault(storm: Report) -> None:
+    assert storm.recording is not None
+    rows = drawn.fills(storm.recording).collect()
+    lives = recorded.lives(storm.recording).collect()
+    assert rows["roots"].sum() == len(lives)
+    assert rows["pages"].sum() == lives["faults"].sum()
+
+
+def test_shares_keep_the_guest_time(storm: Report) -> None:
+    assert storm.result is not None
+    for parts in (1, 10, 400):
+        rows = drawn.shares(storm.result, parts=parts).collect()
+        ends = replayed.progress(storm.result).group_by("policy").agg(pl.col("guest_ns").max()).collect()
+        for policy, guest in ends.iter_rows():
+            mine = rows.filter(policy=policy)
+            assert (mine["guest_share"] * mine["length_ns"]).sum() == pytest.approx(guest, rel=0.02)
+
+
+def test_they_are_queries_like_others(storm: Report) -> None:
+    for query in queries().values():
+        if query.make.__module__ == drawn.__name__:
+            source = storm.recording if query.source is Recording else storm.result
+            assert source is not None
+            assert query(source).collect().height > 0
+            assert query.about.endswith((".", "there."))
