@@ -147,7 +147,7 @@ def _coarser(parts: pl.DataFrame, begin: int, by: int) -> pl.DataFrame:
     return (
         parts.with_columns(time=begin + (pl.col("time") - begin) // width * width, length_ns=width)
         .group_by("vcpu", "time", "length_ns")
-        .agg(pl.col(*drawn.DOINGS).sum())
+        .agg(pl.col(list(drawn.DOINGS)).sum())
         .sort("vcpu", "time")
     )
 

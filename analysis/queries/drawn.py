@@ -18,7 +18,8 @@ from traces.errors import Problem
 
 PARTS: Final = 400  # of the time
 ROWS: Final = 100  # of the pages
-DOINGS: Final = tuple(f"{doing.name.lower()}_ns" for doing in Doing)
+# A prefetch is part of its fault here.
+DOINGS: Final = {f"{doing.name.lower()}_ns": doing for doing in Doing if doing != Doing.PREFETCH}
 
 
 def during(recording: Recording) -> dict[int, tuple[int, int]]:
@@ -44,7 +45,7 @@ def doings(recording: Recording, parts: int = PARTS) -> pl.LazyFrame:
         width = (last - first) // parts + 1
         found = split(recording.trace, vm, first, width, parts)
         vcpu, part = np.nonzero(found.sum(2))
-        times = {name: found[vcpu, part, doing] for doing, name in enumerate(DOINGS)}
+        times = {name: found[vcpu, part, doing] for name, doing in DOINGS.items()}
         ids = np.array(ids_of(vm), np.int16)
         frames.append(
             pl.DataFrame({

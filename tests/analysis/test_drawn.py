@@ -55,7 +55,10 @@ def test_doings_are_the_parts(storm: Report) -> None:
     assert storm.recording is not None
     rows = drawn.doings(storm.recording).collect()
     whole = split(storm.recording.trace, storm.recording.metadata.vms[0], 0, 1 << 62, 1)
-    assert rows.select(drawn.DOINGS).sum().row(0) == tuple(whole.sum((0, 1)).tolist())
+    assert rows.select(list(drawn.DOINGS)).sum().row(0) == tuple(
+        whole.sum((0, 1))[list(drawn.DOINGS.values())].tolist()
+    )
+    assert rows.select(list(drawn.DOINGS)).sum().sum_horizontal()[0] == whole.sum()
     assert rows["time"].is_sorted()
     assert len(rows) <= drawn.PARTS
 
@@ -75,7 +78,7 @@ def test_soft_hangs_that_cannot_be_known_are_a_problem(monkeypatch: pytest.Monke
     kinds = {**recording.metadata.kinds, "kvm_mmu_set_spte": 0}
     probes = tuple(each for each in recording.metadata.probes if each["kind"] != "kvm_mmu_set_spte")
     monkeypatch.setattr(recording.trace, "metadata", replace(recording.metadata, kinds=kinds, probes=probes))
-    with pytest.raises(Problem, match="query soft_hangs: VM 1: .*leaf installs are not recorded"):
+    with pytest.raises(Problem, match=r"query soft_hangs: VM 1: .*leaf installs are not recorded"):
         drawn.soft_hangs(recording).collect()
 
 

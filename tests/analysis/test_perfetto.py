@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,6 +23,7 @@ from analysis.perfetto import export
 from analysis.perfetto.packets import Writer
 from analysis.sources import Result, open_source
 from replay.evidence import Evidence
+from replay.result import KEY
 from replay.stimuli import VmStimuli
 from replay.virtual.run import Measured
 from replay.virtual.timeline import Doing, Timeline
@@ -29,7 +32,7 @@ from traces.reader import Trace
 from traces.synth import Parameters, synthesize
 
 CORPUS = Path(__file__).parents[2] / "traces" / "corpus"
-NAMES = ("guest", "fault", "load", "unload", "zap", "smm", "user", "other")
+NAMES = tuple(doing.name.lower() for doing in Doing)
 
 
 @dataclass
@@ -318,5 +321,19 @@ def test_command_line(tmp_path: Path) -> None:
     assert (done.returncode, "Traceback" in done.stderr) == (2, False)
 
 
-def test_every_kind_of_span_has_its_name() -> None:
-    assert tuple(each.name.lower() for each in Doing) == NAMES
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("clock", None), ("clock", -1), ("clock", 1 << 62), ("guest_ns", -5), ("vm", 77), ("vcpu", None)],
+)
+def test_times_that_no_clock_shows_are_damage(result: Path, column: str, value: int | None, tmp_path: Path) -> None:
+    rows = pq.read_table(result)
+    row = [str(each) for each in rows["row"].to_pylist()].index("progress")
+    values = rows[column].to_pylist()
+    values[row] = value
+    at = rows.schema.get_field_index(column)
+    rows = rows.set_column(at, rows.schema.field(at), pa.array(values, rows.schema.field(at).type))
+    meta = {KEY: pq.read_metadata(result).metadata[KEY]}
+    pq.write_table(rows.replace_schema_metadata(meta), tmp_path / "bad.parquet")
+    with pytest.raises(Problem, match="damaged"):
+        exported(tmp_path / "bad.parquet", tmp_path / "out.pftrace")
+    assert [each.name for each in tmp_path.iterdir()] == ["bad.parquet"]
