@@ -98,7 +98,7 @@ def timeline(recording: Recording) -> Picture | None:
     try:
         hangs, unknown = drawn.soft_hangs(recording).filter(pl.col("vm") == vm).collect(), ""
     except Problem as problem:
-        hangs = pl.DataFrame(schema=dict.fromkeys(("vm", "vcpu", "time", "length_ns", "guest_ns"), pl.Int64))
+        hangs = pl.DataFrame(schema=drawn.HANGS)
         unknown = f" Soft-hangs are not known: {problem}."
     unit, name = _scale(end - begin)
     zoom = _zoom("timeline")
@@ -122,7 +122,9 @@ def timeline(recording: Recording) -> Picture | None:
     others = len(drawn.during(recording)) - 1
     omitted += f" {others} more VM{'s' if others > 1 else ''} lost less time to faults and roots." if others else ""
     counted = [f"{len(hangs.filter(vcpu=vcpu))} of vCPU {vcpu}" for vcpu in shown if len(hangs.filter(vcpu=vcpu))]
-    told = f" Red bars: soft-hangs as recorded, {', '.join(counted)}." if counted else " No soft-hang as recorded."
+    told = f" Red bars: soft-hangs as recorded, {', '.join(counted)}" if counted else " No soft-hang as recorded"
+    open_ = (hangs["switch_low_ns"] < hangs["switch_ns"]).any()
+    told += ", with the switch to the guest taken at the most that it can be." if open_ else "."
     table = (
         _coarser(parts, begin, drawn.PARTS // _PARTS)
         .with_columns(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from analysis.units import duration
 from replay.evidence import Evidence
 from replay.lookback import Ints, Rows
 from replay.run import has_ad_disabled
@@ -41,20 +43,39 @@ def rows_of(trace: Trace, vm: Mapping[str, Any]) -> Iterator[Rows]:
         yield rows
 
 
-def switch_of(trace: Trace, vm: Mapping[str, Any]) -> int:
-    """ns of an exit and entry, which a recording shows as guest time, as a replay takes it; Problem if it cannot."""
+@dataclass(frozen=True)
+class Switch:
+    """ns of an exit and entry, which a recording shows as guest time; `least`: what it may be, `ns` being the most."""
+
+    ns: int
+    least: int
+
+    @property
+    def text(self) -> str:
+        return duration(self.ns) + (
+            f" (the most that it can be; the least is {duration(self.least)})" if self.open else ""
+        )
+
+    @property
+    def open(self) -> bool:
+        return self.least < self.ns
+
+
+def switch_of(trace: Trace, vm: Mapping[str, Any]) -> Switch:
+    """The switch as a replay takes it; Problem if it cannot."""
     evidence = Evidence(trace)
     measured = Measured(evidence, vm, has_ad_disabled(evidence))
     if measured.refused:
         raise Problem(measured.refused)
-    return measured.fitted.costs.switch
+    ns = measured.fitted.costs.switch
+    return Switch(ns, ns - measured.fitted.open)
 
 
 class Progress:
     """One vCPU's progress at moments a ms or more apart: boot ns, and ns in the guest until then."""
 
-    def __init__(self, switch: int) -> None:
-        self._switch = switch
+    def __init__(self, switch: Switch) -> None:
+        self._switch = switch.ns
         self._guest = 0
         self._times: list[Ints] = []
         self._ran: list[Ints] = []

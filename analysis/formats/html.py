@@ -11,8 +11,9 @@ import hashlib
 import json
 import shlex
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
-from typing import Any, Final
+from typing import Any
 
 import jinja2
 import vl_convert
@@ -24,8 +25,6 @@ from analysis.queries.registry import named
 from analysis.report import Check, Report
 from analysis.sources import Recording
 from traces.text import printable
-
-_LIBRARIES: Final = "window.vegaEmbed = vegaEmbed;"
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def render(*reports: Report) -> str:
         figures = [_Figure(f"r{number}-{place}", picture) for place, picture in enumerate(found, 1)]
         pages.append(_Page(f"r{number}", report, figures, lacking))
     charts = {figure.id: _spec(figure) for page in pages for figure in page.figures}
-    scripts = [_script(vl_convert.javascript_bundle(_LIBRARIES)), _script(_part("page.js"))] if charts else []
+    scripts = [_script(_library()), _script(_part("page.js"))] if charts else []
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -122,6 +121,11 @@ def _part(name: str) -> str:
 def _json(document: Any) -> str:
     """JSON that no HTML parser takes for the end of its script element, or the begin of another."""
     return json.dumps(document, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+@cache
+def _library() -> str:
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
 
 
 def _script(text: str) -> str:

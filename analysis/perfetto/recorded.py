@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.perfetto.packets import Ints, Writer
-from analysis.timeline import Progress, ids_of, rows_of, switch_of
+from analysis.timeline import Progress, Switch, ids_of, rows_of, switch_of
 from replay import roles
 from replay.lookback import Rows
 from replay.virtual.stalls import Rule
@@ -47,7 +47,7 @@ def write(trace: Trace, writer: Writer, rule: Rule, progress: Callable[[int], No
     """Every VM of a trace. Memory is a batch, the roots alive, and 16 bytes for each ms of each vCPU."""
     told = Told()
     writer.clocks(_samples(trace))
-    threads = {int(thread["tid"]): printable(thread.get("comm", "")) for thread in trace.metadata.threads}
+    threads = {each["tid"]: printable(each.get("comm", "")) for each in trace.metadata.threads if "tid" in each}
     for vm in trace.metadata.vms:
         one = _Vm(trace, vm, writer, threads, told, _switch(trace, vm, told))
         for rows in rows_of(trace, vm):
@@ -58,7 +58,7 @@ def write(trace: Trace, writer: Writer, rule: Rule, progress: Callable[[int], No
     return told
 
 
-def _switch(trace: Trace, vm: Mapping[str, Any], told: Told) -> int | None:
+def _switch(trace: Trace, vm: Mapping[str, Any], told: Told) -> Switch | None:
     try:
         return switch_of(trace, vm)
     except Problem as problem:
@@ -93,9 +93,9 @@ class _Vm:
         writer: Writer,
         threads: Mapping[int, str],
         told: Told,
-        switch: int | None,
+        switch: Switch | None,
     ) -> None:
-        """`switch`: ns of an exit and entry; None: not known, and with it no soft-hang."""
+        """`switch`: None where it is not known, and with it no soft-hang."""
         self._writer, self._threads, self._told = writer, threads, told
         name = f"VM {vm['id']} {printable(vm.get('comm') or '')}".rstrip()
         self._track = writer.track(name, description=f"process {vm.get('pid') or 'not known'}, as recorded")
@@ -107,8 +107,8 @@ class _Vm:
             about = "guest: from kvm_entry to kvm_exit, the switch there and back included"
             track = writer.track(f"vCPU {each}", self._track, description=about)
             self._vcpus.append(_Vcpu(writer, track, told, progress))
-            if progress is not None:
-                about = f"guest time without {switch} ns for each switch"
+            if switch is not None and progress is not None:
+                about = f"guest time without the switch, {switch.text} each"
                 self._hangs.append((progress, writer.track(f"vCPU {each} soft-hangs", self._track, description=about)))
         self._timeline = Timeline(len(ids))
         self._workers: dict[int, int] = {}

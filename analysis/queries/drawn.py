@@ -21,6 +21,11 @@ ROWS: Final = 100  # of the pages
 # A prefetch is part of its fault here.
 DOINGS: Final = {f"{doing.name.lower()}_ns": doing for doing in Doing if doing != Doing.PREFETCH}
 
+HANGS: Final = {
+    "vm": pl.Int32, "vcpu": pl.Int16,
+    **dict.fromkeys(("time", "length_ns", "guest_ns", "switch_low_ns", "switch_ns"), pl.Int64),
+}  # fmt: skip
+
 
 def during(recording: Recording) -> dict[int, tuple[int, int]]:
     """Boot ns of each VM's first and last row."""
@@ -61,7 +66,8 @@ def doings(recording: Recording, parts: int = PARTS) -> pl.LazyFrame:
 def soft_hangs(recording: Recording) -> pl.LazyFrame:
     """Soft-hangs as recorded, by the usual rule: under 10 % of 100 ms or more in the guest, the longest first.
 
-    Guest time is without the switch to the guest and back, whose cost is measured as a replay does; a Problem where no
+    `guest_ns` is without the switch to the guest and back, `switch_ns` each, as a replay measures it; where the
+    recording does not show it bare, that is the most that it can be, and `switch_low_ns` the least. A Problem where no
     replay can. The recording is read for this when the query is made.
     """
     found: list[dict[str, Any]] = []
@@ -81,12 +87,19 @@ def soft_hangs(recording: Recording) -> pl.LazyFrame:
                 vcpus[v].note(spans.time[part], spans.ns[part], spans.doing[part] == Doing.GUEST)
         for number, vcpu in zip(ids, vcpus, strict=True):
             found += [
-                {"vm": int(vm["id"]), "vcpu": number, "time": one.begin, "length_ns": one.ns, "guest_ns": one.guest}
+                {
+                    "vm": int(vm["id"]),
+                    "vcpu": number,
+                    "time": one.begin,
+                    "length_ns": one.ns,
+                    "guest_ns": one.guest,
+                    "switch_low_ns": switch.least,
+                    "switch_ns": switch.ns,
+                }
                 for one in vcpu.stalls(Rule())
             ]
-    schema = {"vm": pl.Int32, "vcpu": pl.Int16, "time": pl.Int64, "length_ns": pl.Int64, "guest_ns": pl.Int64}
     order = ["length_ns", "vm", "vcpu", "time"]
-    return pl.LazyFrame(found, schema=schema).sort(order, descending=[True, False, False, False])
+    return pl.LazyFrame(found, schema=HANGS).sort(order, descending=[True, False, False, False])
 
 
 @query(Recording, needs=("kvm_mmu_set_spte",))

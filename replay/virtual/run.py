@@ -324,7 +324,8 @@ def _error(measured: Measured, vcpu: int, spent: list[int], more: int) -> float:
 def timing_of(evidence: Evidence, vm: Mapping[str, Any]) -> Timing:
     """What measures a VM's times, before its first row."""
     vcpus = len({int(vcpu["id"]) for vcpu in vm["vcpus"]})
-    workers = [int(t["tid"]) for t in evidence.trace.metadata.threads if str(t.get("comm", "")).startswith("kworker")]
+    named = [t for t in evidence.trace.metadata.threads if str(t.get("comm", "")).startswith("kworker")]
+    workers = [t["tid"] for t in named if isinstance(t.get("tid"), int) and 0 <= t["tid"] < 1 << 31]
     return Timing(vcpus, _cpus(evidence), workers, evidence.own, evidence.intel)
 
 

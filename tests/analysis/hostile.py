@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from analysis.formats import FORMATS, renderer
+from analysis.perfetto import export
 from analysis.queries.registry import queries
 from analysis.reporting import Wanted, reported
 from analysis.sources import open_source
@@ -103,6 +104,7 @@ def main(seed: str, kind: str, first: str, count: str, scratch: str) -> None:
             for query in queries().values():
                 if isinstance(source, query.source):
                     query(source).collect(engine="streaming")
+            export(source, path.with_suffix(".pftrace"), lambda _: None)
             outcome = "read"
         except Problem as problem:
             outcome = str(problem)

@@ -104,7 +104,7 @@ def exported(source: Path, out: Path) -> Parsed:
 def storm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A vCPU whose roots go at each SMI, which soft-hangs it."""
     path = tmp_path_factory.mktemp("storm") / "storm.parquet"
-    synthesize(path, Parameters(policy="async", smi_rate=400, working_set=1500, events=300_000), None)
+    synthesize(path, Parameters(policy="async", smi_rate=2000, working_set=3000, events=600_000), None)
     return path
 
 
