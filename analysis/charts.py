@@ -5,7 +5,6 @@ A chart's `width` is "container" for whoever embeds it to put a number in; colou
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -13,7 +12,8 @@ from typing import Any, Final
 import altair as alt
 import polars as pl
 
-from analysis.queries import drawn, recorded
+from analysis.marks import above, axis, colour, in_hex, time_axis, tip, unit_of, whole_ticks, zoom
+from analysis.queries import drawn, recorded, replayed
 from analysis.report import Column, Report
 from analysis.sources import Recording, Result
 from analysis.units import Unit, duration, share
@@ -24,7 +24,6 @@ _VCPUS: Final = 8
 _ROOTS: Final = 600
 _PARTS: Final = 16  # of the time, in the text alternative
 _MINUTE: Final = 60 * 10**9
-_AXIS: Final = 50  # px left of every plot, so that plots one above the other are in line
 _COLOURS: Final = ("#3f7fd4", "#d9772b", "#3f9a6c", "#b5478f", "#8b6fd0", "#9a7b2f")
 _KINDS: Final = {
     "guest": ("guest_ns",),
@@ -100,8 +99,8 @@ def timeline(recording: Recording) -> Picture | None:
     except Problem as problem:
         hangs = pl.DataFrame(schema=drawn.HANGS)
         unknown = f" Soft-hangs are not known: {problem}."
-    unit, name = _scale(end - begin)
-    zoom = _zoom("timeline")
+    unit, name = unit_of(end - begin)
+    moving = zoom("timeline")
     rows = []
     for number, vcpu in enumerate(shown):
         stacked = _stacked(fine.filter(vcpu=vcpu), begin, unit)
@@ -113,11 +112,11 @@ def timeline(recording: Recording) -> Picture | None:
             .mark_rule(strokeWidth=5, color=_STALL)
             .encode(
                 x="x:Q", x2="x2:Q", y=alt.datum(1.09),
-                tooltip=[alt.Tooltip("what:N", title="soft-hang"), _at("x", f"from, {name}")],
+                tooltip=[alt.Tooltip("what:N", title="soft-hang"), tip("x", f"from, {name}")],
             ),
         ).properties(width="container", height=max(46, 130 // len(shown)))  # fmt: skip
-        rows.append(row.add_params(zoom))
-    chart = _above(*rows)
+        rows.append(row.add_params(moving))
+    chart = above(*rows)
     omitted = f" {len(vcpus) - len(shown)} more vCPUs lost less time." if len(vcpus) > len(shown) else ""
     others = len(drawn.during(recording)) - 1
     omitted += f" {others} more VM{'s' if others > 1 else ''} lost less time to faults and roots." if others else ""
@@ -162,7 +161,7 @@ def lives(recording: Recording) -> Picture | None:
     vm = roots["vm"].value_counts(sort=True)["vm"][0]
     roots = roots.filter(vm=vm)
     begin, end = drawn.during(recording)[vm]
-    unit, name = _scale(end - begin)
+    unit, name = unit_of(end - begin)
     every = -(-len(roots) // _ROOTS)
     fine = roots.gather_every(every).with_columns(
         x=(pl.col("first_time") - begin) / unit, x2=(pl.col("last_time") - begin) / unit,
@@ -174,14 +173,14 @@ def lives(recording: Recording) -> Picture | None:
         alt.Chart(fine)
         .mark_rule(strokeWidth=max(2.5, min(6.0, 120 / len(fine))), strokeCap="round")
         .encode(
-            x=_time("x", name, (end - begin) / unit), x2="x2:Q",
+            x=time_axis("x", name, (end - begin) / unit), x2="x2:Q",
             y=alt.Y("root:Q", title="root", scale=alt.Scale(zero=False, nice=False, padding=6),
-                    axis=_axis(**_whole(fine["root"]))),
-            color=_colour("mode", ["not in SMM", "in SMM"], _COLOURS),
+                    axis=axis(**whole_ticks(fine["root"]))),
+            color=colour("mode", ["not in SMM", "in SMM"], _COLOURS),
             tooltip=["root:Q", alt.Tooltip("word:N", title="role"), "life:N", "loads:Q", "faults:Q"],
         )
         .properties(width="container", height=180)
-        .add_params(_zoom("lives"))
+        .add_params(zoom("lives"))
     )  # fmt: skip
     thinned = f" One in {every} is drawn." if every > 1 else ""
     by_role = (
@@ -211,7 +210,7 @@ def shares(result: Result) -> Picture | None:
     fine = _averaged(every, -(-drawn.PARTS * len(names) // _POINTS))
     hangs = _named(result_stalls(result).filter(vm=vm))
     end = int((fine["clock"] + fine["length_ns"]).max())  # type: ignore[arg-type]
-    unit, name = _scale(end)
+    unit, name = unit_of(end)
     # A step's last value stands to its end.
     steps = pl.concat([
         fine.select("run", x=pl.col("clock") / unit, share="guest_share"),
@@ -219,20 +218,20 @@ def shares(result: Result) -> Picture | None:
             "run", x=(pl.col("clock") + pl.col("length_ns")) / unit, share="guest_share"
         ),
     ]).sort("run", "x")  # fmt: skip
-    colour = _colour("run", names, _COLOURS)
-    zoom = _zoom("shares")
+    by_run = colour("run", names, _COLOURS)
+    moving = zoom("shares")
     lines = (
         alt.Chart(steps)
         .mark_line(interpolate="step-after", strokeWidth=2)
         .encode(
-            x=_time("x", None if len(hangs) else f"virtual time, {name}", end / unit),
-            y=alt.Y("share:Q", title="in guest", scale=alt.Scale(domain=[0, 1]), axis=_axis(format="%")),
-            color=colour,
-            tooltip=[alt.Tooltip("run:N", title="policy"), _at("x", name),
+            x=time_axis("x", None if len(hangs) else f"virtual time, {name}", end / unit),
+            y=alt.Y("share:Q", title="in guest", scale=alt.Scale(domain=[0, 1]), axis=axis(format="%")),
+            color=by_run,
+            tooltip=[alt.Tooltip("run:N", title="policy"), tip("x", name),
                      alt.Tooltip("share:Q", title="in guest", format=".1%")],
         )
         .properties(width="container", height=170)
-        .add_params(zoom)
+        .add_params(moving)
     )  # fmt: skip
     chart: Any = lines
     if len(hangs):
@@ -245,16 +244,16 @@ def shares(result: Result) -> Picture | None:
             alt.Chart(bars)
             .mark_rule(strokeWidth=6)
             .encode(
-                x=_time("x", f"virtual time, {name}", end / unit), x2="x2:Q",
-                y=alt.Y("vcpu:N", title="hung vCPU", axis=_axis(grid=False)), yOffset=alt.YOffset("run:N", sort=names),
-                color=colour,
+                x=time_axis("x", f"virtual time, {name}", end / unit), x2="x2:Q",
+                y=alt.Y("vcpu:N", title="hung vCPU", axis=axis(grid=False)), yOffset=alt.YOffset("run:N", sort=names),
+                color=by_run,
                 tooltip=[alt.Tooltip("run:N", title="policy"), alt.Tooltip("what:N", title="soft-hang"),
                          alt.Tooltip("cause:N", title="slots emptied by")],
             )
             .properties(width="container", height=max(40, 16 * bars["vcpu"].n_unique()))
-            .add_params(zoom)
+            .add_params(moving)
         )  # fmt: skip
-        chart = _above(lines, hung)
+        chart = above(lines, hung)
     told = [f"{len(hangs.filter(run=each)) or 'none'} under {each}" for each in names]
     coarse = _averaged(every, drawn.PARTS // _PARTS)
     return Picture(
@@ -279,8 +278,6 @@ def _averaged(shares_: pl.DataFrame, by: int) -> pl.DataFrame:
 
 def result_stalls(result: Result) -> pl.DataFrame:
     """Soft-hangs of a result, in order of time."""
-    from analysis.queries import replayed
-
     return replayed.stalls(result).drop_nulls(("clock", "wall_ns")).collect(engine="streaming").sort("clock")
 
 
@@ -316,10 +313,10 @@ def _sizes(
         .mark_bar()
         .encode(
             x=alt.X("size:N", title=f"{what} to fill the root", sort=order,
-                    axis=_axis(labelAngle=0, labelOverlap=True, minExtent=0)),
+                    axis=axis(labelAngle=0, labelOverlap=True, minExtent=0)),
             xOffset=alt.XOffset("run:N", sort=names),
-            y=alt.Y("roots:Q", title="roots", axis=_axis(tickMinStep=1)),
-            color=_colour("run", names, _COLOURS),
+            y=alt.Y("roots:Q", title="roots", axis=axis(tickMinStep=1)),
+            color=colour("run", names, _COLOURS),
             tooltip=[alt.Tooltip("run:N", title="policy"), alt.Tooltip("size:N", title=f"{what} each"), "roots:Q",
                      alt.Tooltip("pages:Q", title=f"{what} in all", format=",")],
         )
@@ -345,24 +342,24 @@ def heat(recording: Recording) -> Picture | None:
     if len(fine) > _POINTS:
         fine = drawn.heat(recording, parts=_POINTS // drawn.ROWS).collect(engine="streaming").filter(vm=vm)
     begin, end = drawn.during(recording)[vm]
-    unit, name = _scale(end - begin)
+    unit, name = unit_of(end - begin)
     pages = int(fine["pages"][0])
     cells = fine.with_columns(
         x=(pl.col("time") - begin) / unit, x2=(pl.col("time") - begin + pl.col("length_ns")) / unit,
-        page=_hex("gfn"),
+        page=in_hex("gfn"),
     ).sort("gfn").select("x", "x2", "page", "installs")  # fmt: skip
     order = cells["page"].unique(maintain_order=True).to_list()
     chart = (
         alt.Chart(cells)
         .mark_rect()
         .encode(
-            x=_time("x", name, (end - begin) / unit), x2="x2:Q",
-            y=alt.Y("page:N", title="gfn from", sort=order, axis=_axis(labelOverlap=True)),
+            x=time_axis("x", name, (end - begin) / unit), x2="x2:Q",
+            y=alt.Y("page:N", title="gfn from", sort=order, axis=axis(labelOverlap=True)),
             color=alt.Color("installs:Q", title="leaf installs", legend=alt.Legend(orient="top", gradientLength=140)),
-            tooltip=[alt.Tooltip("page:N", title="gfn from"), _at("x", name), "installs:Q"],
+            tooltip=[alt.Tooltip("page:N", title="gfn from"), tip("x", name), "installs:Q"],
         )
         .properties(width="container", height=min(240, max(80, 6 * len(order))))
-        .add_params(_zoom("heat"))
+        .add_params(zoom("heat"))
     )  # fmt: skip
     table = (
         fine.group_by("gfn", "pages")
@@ -378,12 +375,6 @@ def heat(recording: Recording) -> Picture | None:
          Column("most", "most in one cell")),
         broad=True,
     )  # fmt: skip
-
-
-def _above(*charts: Any) -> Any:
-    """One above the other, with one time for all."""
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that they share their zoom
-        return alt.vconcat(*charts, spacing=6).resolve_scale(x="shared", color="shared")
 
 
 def _stacked(parts: pl.DataFrame, begin: int, unit: int) -> pl.DataFrame:
@@ -411,11 +402,11 @@ def _bands(stacked: pl.DataFrame, last: bool, name: str, end: float, title: str)
         alt.Chart(stacked)
         .mark_rect(strokeWidth=0)
         .encode(
-            x=_time("x", name if last else None, end), x2="x2:Q",
-            y=alt.Y("y:Q", title=title, scale=scale, axis=_axis(values=[0, 0.5, 1], format="%")), y2="y2:Q",
-            color=_colour("kind", list(_KINDS), _OF_KIND),
+            x=time_axis("x", name if last else None, end), x2="x2:Q",
+            y=alt.Y("y:Q", title=title, scale=scale, axis=axis(values=[0, 0.5, 1], format="%")), y2="y2:Q",
+            color=colour("kind", list(_KINDS), _OF_KIND),
             tooltip=[alt.Tooltip("kind:N", title="on"), alt.Tooltip("part:Q", title="share", format=".1%"),
-                     _at("x", f"from, {name}")],
+                     tip("x", f"from, {name}")],
         )
     )  # fmt: skip
 
@@ -445,44 +436,3 @@ def _runs(result: Result, rows: pl.DataFrame) -> list[str]:
         rows.select("policy", "bound", "run").unique().rows(), key=lambda row: (place[row[0]], row[1] == "high")
     )
     return [run for _, _, run in order]
-
-
-def _hex(name: str) -> pl.Expr:
-    return pl.col(name).map_elements(lambda value: f"{value:#x}", pl.String)
-
-
-def _scale(ns: int) -> tuple[int, str]:
-    """ns of the unit for an axis of this length, and its name."""
-    for name, unit in (("s", 10**9), ("ms", 10**6), ("us", 10**3)):
-        if ns >= 2 * unit:
-            return unit, name
-    return 1, "ns"
-
-
-def _time(field: str, title: str | None, end: float) -> Any:
-    axis = _axis(grid=False, labels=title is not None, ticks=title is not None, minExtent=0, maxExtent=60)
-    return alt.X(f"{field}:Q", title=title, scale=alt.Scale(domain=[0, end], nice=False), axis=axis)
-
-
-def _at(field: str, title: str) -> Any:
-    return alt.Tooltip(f"{field}:Q", title=title, format=".4~f")
-
-
-def _axis(**options: Any) -> Any:
-    return alt.Axis(**{"minExtent": _AXIS, "maxExtent": _AXIS, "tickCount": 5, **options})
-
-
-def _whole(values: pl.Series) -> dict[str, Any]:
-    """Axis options that let no tick stand between two whole numbers."""
-    least, most = int(values.min()), int(values.max())  # type: ignore[arg-type]
-    return {"values": list(range(least, most + 1))} if most - least < 6 else {"format": "d"}
-
-
-def _colour(field: str, names: list[str], colours: tuple[str, ...]) -> Any:
-    scale = alt.Scale(domain=names, range=[colours[i % len(colours)] for i in range(len(names))])
-    return alt.Color(f"{field}:N", title=None, scale=scale, legend=alt.Legend(orient="top"))
-
-
-def _zoom(name: str) -> Any:
-    # The wheel alone scrolls the page.
-    return alt.selection_interval(name=name, encodings=["x"], bind="scales", zoom="wheel![event.shiftKey]")
