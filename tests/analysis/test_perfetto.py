@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+import tempfile
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -283,14 +284,12 @@ def test_bulk_packets_hold_the_numbers(spans: list[tuple[int, int, int]], data: 
     begin, length, name = (np.array(column, np.int64) for column in zip(*spans, strict=True))
     at = np.array(sorted(data.draw(st.sets(st.integers(0, len(spans) - 1)))), np.int64)
     flow = np.array(data.draw(st.lists(st.integers(1, 1 << 62), min_size=len(at), max_size=len(at))), np.int64)
-    path = Path(data.draw(st.just("/tmp"))) / f"kvmtrace-bulk-{id(data)}"
-    try:
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "bulk.pftrace"
         with Writer(path, ("a", "b", "c", "d"), ("seq",)) as writer:
             track = writer.track("t")
             writer.spans(track, begin, begin + length, name, {"seq": length}, (at, flow))
         trace = pb.Trace.FromString(path.read_bytes())
-    finally:
-        path.unlink(missing_ok=True)
     events = [packet for packet in trace.packet if packet.HasField("track_event")]
     flows = dict(zip(at.tolist(), flow.tolist(), strict=True))
     assert len(trace.packet) == writer.packets
