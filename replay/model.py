@@ -7,6 +7,7 @@ leaves out are `axes`; this file has no version in it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING
@@ -33,7 +34,7 @@ class Happened(IntEnum):
     EMPTIED = 4
 
 
-@dataclass
+@dataclass(eq=False)
 class Root:
     """A top-level table: `refs` as the kernel counts them, `valid` until it is invalidated."""
 
@@ -47,6 +48,8 @@ class Root:
     cause: Cause = Cause.OTHER  # of the invalidation, once there was one
     ghost: bool = False  # under `revive`: freed here, and only remembered for what it had mapped
     idle_since: int = 0  # ns; for policies
+    linked: set[Table] = field(default_factory=set)  # every table below `top`: what the kernel counts (tdp_mmu_pages)
+    stale: int = 0  # leaves removed that a vCPU's TLB may still have: a flush is due before mmu_lock is dropped
 
 
 @dataclass
@@ -70,7 +73,10 @@ class Vcpu:
 
 @dataclass
 class Counters:
-    """Of one VM, what is not counted by vCPU. SPTEs zapped are leaves; roots are no tables; loads flush TLBs too."""
+    """Of one VM, what is not counted by vCPU. SPTEs zapped are leaves; roots are no tables; loads flush TLBs too.
+
+    Flushes of the one range that a fault replaces are not counted.
+    """
 
     frees: int = 0
     prefetched: int = 0
@@ -97,7 +103,10 @@ class Logged:
 
 
 class Violation(Exception):
-    """An invariant of section 9.6 does not hold: the trace, the model or a policy of one's own is wrong.
+    """An invariant does not hold: the trace, the model or a policy of one's own is wrong.
+
+    Of references (section 9.6 of the reference), of tables (each linked once and unlinked once before its root is
+    freed) and of TLBs (what is removed from a root that a vCPU holds is flushed before mmu_lock is dropped).
 
     `at` is the operation, `root` the root it is about (None: the VM).
     """
@@ -210,7 +219,7 @@ class Vm:
                 self.retire(root, Cause.MEMSLOT)
         for vcpu in self.vcpus:
             vcpu.request = True
-        self.counters.flushes += flush
+        self._unlock(flush)
         self.policy.on_invalidate(self)
 
     def zap(self, as_id: int, start: int, end: int) -> None:
@@ -223,7 +232,7 @@ class Vm:
                     removed += leaves
                     self.counters.zapped += leaves
                     self.counters.tables_freed += tables
-        self.counters.flushes += removed > 0
+        self._unlock(removed > 0)
 
     def zap_all(self) -> None:
         """kvm_mmu_zap_all: every root is emptied, and stays."""
@@ -234,7 +243,7 @@ class Vm:
             if root.tables or root.leaves:
                 self._zap_tree(root)
                 self._note(Happened.EMPTIED, root, Cause.VM_END)
-        self.counters.flushes += removed > 0
+        self._unlock(removed > 0)
 
     def split(self, as_id: int, start: int, end: int) -> None:
         """Huge leaves inside [start, end) become tables of 4 KiB leaves in every valid root of the address space."""
@@ -262,7 +271,7 @@ class Vm:
                     removed += 1
                     self.counters.zapped += leaves
                     self.counters.tables_freed += tables
-        self.counters.flushes += removed > 0
+        self._unlock(removed > 0)
 
     def end(self) -> None:
         """kvm_arch_destroy_vm: every vCPU unloads, then every root goes; nothing may be left."""
@@ -274,7 +283,9 @@ class Vm:
             self.retire(root, Cause.VM_END)
         self.policy.on_vm_end(self)
         if self.roots or self.tables_alive:
-            raise Violation(f"VM end: {len(self.roots)} roots and {self.tables_alive} tables are left", self.at)
+            first = self.roots[0].id
+            left = f"{len(self.roots)} roots and {self.tables_alive} tables are left, root {first} among them"
+            raise Violation(f"VM end: {left}", self.at, first)
 
     # What policies use
 
@@ -320,6 +331,8 @@ class Vm:
         self.counters.flushes += 1
         root = self.policy.on_load(self, vcpu.word)
         if root is not None:
+            if root not in self.roots:
+                raise Violation(f"root {root.id} is loaded after it was freed", self.at, root.id)
             root.refs += 1
             vcpu.slots[CURRENT] = root
             vcpu.reuses += 1
@@ -334,6 +347,7 @@ class Vm:
         ghost = self.ghosts.pop(vcpu.word, None)
         if ghost is not None:
             root.top, root.leaves, root.tables = ghost.top, ghost.leaves, ghost.tables
+            root.linked = set(tree.tables(root.top))
             vcpu.faults += root.leaves
             vcpu.refaults += root.leaves
             self.counters.tables += root.tables
@@ -351,6 +365,8 @@ class Vm:
 
     def _put(self, root: Root, cause: Cause, vcpu: Vcpu) -> None:
         root.refs -= 1
+        if root.refs < 0:
+            raise Violation(f"root {root.id} is put more often than it was taken", self.at, root.id)
         if root.refs:
             return
         if not root.valid:
@@ -362,6 +378,8 @@ class Vm:
             self.policy.on_put_to_zero(self, root, cause, vcpu)
 
     def _free(self, root: Root, cause: Cause, vcpu: Vcpu | None) -> None:
+        if root not in self.roots:
+            raise Violation(f"root {root.id} is freed twice", self.at, root.id)
         if self.axes.revive and (root.leaves or root.tables):
             # The tree lives on as what the recorded kernel still has; here it is zapped.
             ghost = Root(root.id, root.word, root.top, 0, True, root.leaves, root.tables, ghost=True)
@@ -369,11 +387,16 @@ class Vm:
             self.counters.zapped += root.leaves
             self.counters.tables_freed += root.tables
             leaves, tables = root.leaves, root.tables
+            self._unlink(root, tree.tables(root.top))
             root.top, root.leaves, root.tables = Table(root.top.level, 0), 0, 0
         else:
             leaves, tables = self._zap_tree(root)
         if self.axes.flush_per_table:
             self.counters.flushes += tables
+        if root.linked:
+            table = min(root.linked, key=lambda each: (each.level, each.gfn))
+            left = f"{len(root.linked)} of its tables left, the first of level {table.level} at gfn {table.gfn:#x}"
+            raise Violation(f"root {root.id} is freed with {left}", self.at, root.id)
         self.roots.remove(root)
         self.counters.frees += 1
         self._note(Happened.FREED, root, cause, vcpu, leaves, tables)
@@ -417,6 +440,7 @@ class Vm:
             leaves, tables = self._remove(root, table, at)
             self.counters.zapped += leaves
             self.counters.tables_freed += tables
+            self._flush(root)
         vcpu.refaults += (root.word, level, table.gfn_of(at)) in self.ever
         self._install(root, table, at)
         if level == 1 and self.axes.prefetch > 1:
@@ -440,10 +464,10 @@ class Vm:
                 self.counters.tables += root.tables - tables
             else:
                 if below is not None:
-                    root.leaves -= 1
+                    self._remove(root, table, at)
                     self.counters.zapped += 1
-                table.entries[at] = Table(table.level - 1, table.gfn_of(at))
-                root.tables += 1
+                    self._flush(root)
+                self._link(root, table, at, Table(table.level - 1, table.gfn_of(at)))
                 self.counters.tables += 1
         return table
 
@@ -455,8 +479,7 @@ class Vm:
     def _split(self, root: Root, table: Table, at: int, down_to: int) -> None:
         """Put a full table of smaller leaves where a huge leaf was, down to tables of level `down_to`."""
         child = Table(table.level - 1, table.gfn_of(at))
-        table.entries[at] = child
-        root.tables += 1
+        self._link(root, table, at, child)
         root.leaves -= 1
         for i in range(tree.ENTRIES):
             self._install(root, child, i)
@@ -475,8 +498,10 @@ class Vm:
         if isinstance(entry, Table):
             leaves, tables = tree.count(entry)
             tables += 1
+            self._unlink(root, [entry, *tree.tables(entry)])
         root.leaves -= leaves
         root.tables -= tables
+        self._expose(root, leaves)
         return leaves, tables
 
     def _zap_range(self, root: Root, start: int, end: int) -> tuple[int, int]:
@@ -493,9 +518,49 @@ class Vm:
         leaves, tables = root.leaves, root.tables
         self.counters.zapped += leaves
         self.counters.tables_freed += tables
+        self._unlink(root, tree.tables(root.top))
+        self._expose(root, leaves)
         root.top.entries.clear()
         root.leaves = root.tables = 0
         return leaves, tables
+
+    # Accounting, of tables and of TLBs
+
+    def _link(self, root: Root, table: Table, at: int, child: Table) -> None:
+        """tdp_mmu_link_sp: the table counts from now on."""
+        table.entries[at] = child
+        root.tables += 1
+        if not root.ghost:
+            root.linked.add(child)
+
+    def _unlink(self, root: Root, gone: Iterable[Table]) -> None:
+        """tdp_mmu_unlink_sp, of each table that is removed."""
+        if root.ghost:
+            return
+        for table in gone:
+            if table not in root.linked:
+                which = f"the table of level {table.level} at gfn {table.gfn:#x}"
+                raise Violation(f"{which} of root {root.id} is freed twice", self.at, root.id)
+            root.linked.remove(table)
+
+    def _expose(self, root: Root, leaves: int) -> None:
+        """Leaves are gone that a vCPU with the root in a slot may still use; others flush when they load it."""
+        if any(root in vcpu.slots for vcpu in self.vcpus):
+            root.stale += leaves
+
+    def _flush(self, root: Root) -> None:
+        """A remote flush, of what was removed from this root."""
+        root.stale = 0
+
+    def _unlock(self, flush: bool) -> None:
+        """mmu_lock is dropped, after a flush of all that was removed if one is due."""
+        self.counters.flushes += flush
+        for root in self.roots:
+            if flush:
+                self._flush(root)
+            if root.stale:
+                what = f"{root.stale} leaves of root {root.id} are removed without a flush"
+                raise Violation(f"{what}: a vCPU that has it loaded still reaches the pages", self.at, root.id)
 
     def _reset(self, vcpu: Vcpu, gfn: int, level: int) -> None:
         """The fault's own exit unloads the roots. A guest that gets a new root for it never gets past the instruction.

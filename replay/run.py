@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -27,6 +27,7 @@ from traces.errors import VERDICT_FAILED, Problem
 
 _FLIPS: Final = (Trigger.CR0_WP, Trigger.CR0_SILENT, Trigger.EFER)  # of bits that old kernels have in role words
 _HISTORY: Final = 6  # rows of a root's life that a violation shows
+_LIVES: Final = 1 << 12  # roots of which they are kept
 PROMISED: Final = 6  # roots that a VM can have under `preserve`, by its commit's text
 
 
@@ -79,6 +80,8 @@ class _Running:
         else:
             self.machine = Engine(replace(target.axes, revive=run.revive), lowering.words, vcpus)
         self._done = 0
+        # What happened to each root last, in words, the latest root last: users' own policies may break invariants.
+        self._lives: OrderedDict[int, list[str]] | None = OrderedDict() if target.policy is not None else None
 
     def feed(self, block: Block, ranges: Ranges, writer: Writer | None) -> None:
         """Do a block; the memory that tables take is looked at before they all go."""
@@ -99,6 +102,7 @@ class _Running:
         self._done += len(block)
         log = self.machine.take_log()
         self._read(log)
+        self._remember(log, block, first)
         self._stop(block, first)
         if writer is not None:
             words, ids = self.lowering.words, self.outcome.vcpu_ids
@@ -107,17 +111,27 @@ class _Running:
     def _broken(self, violation: Violation, block: Block, first: int) -> Problem:
         """What an invariant's violation looks like to a user: the event, the root, and its history as far as logged."""
         log = self.machine.take_log()
-        rows = np.flatnonzero(log.root == violation.root) if violation.root is not None else np.arange(len(log))
-        told = [
-            f"root {log.root[i]} {Happened(int(log.event[i])).name.lower()} ({Cause(int(log.cause[i])).name.lower()})"
-            + (f" at row {block.seq[log.at[i] - first]:,}" if log.at[i] >= first else "")
-            for i in rows[-_HISTORY:]
-        ]
+        self._remember(log, block, first)
+        told = self._lives.get(violation.root, []) if self._lives and violation.root is not None else []
+        if not told:
+            rows = np.flatnonzero(log.root == violation.root)
+            rows = rows if len(rows) else np.arange(len(log))
+            told = [_told(log, i, block, first) for i in rows[-_HISTORY:].tolist()]
         at = violation.at - first
         where = f"row {block.seq[at]:,}, {Op(int(block.op[at]) & 15).name}" if at >= 0 else "an earlier row"
         name, vm = self.outcome.target.name, self.outcome.vm
         history = f"; before: {', '.join(told)}" if told else ""
         return Problem(f"{name}: VM {vm}, {where}: {violation}{history}", VERDICT_FAILED)
+
+    def _remember(self, log: RootLog, block: Block, first: int) -> None:
+        lives = self._lives
+        if lives is None:
+            return
+        for i in range(len(log)):
+            root = int(log.root[i])
+            lives[root] = [*lives.pop(root, []), _told(log, i, block, first)][-_HISTORY:]
+        while len(lives) > _LIVES:
+            lives.popitem(last=False)
 
     def _stop(self, block: Block, first: int) -> None:
         for index, at in enumerate(self.machine.vcpus.stuck.tolist()):
@@ -215,6 +229,12 @@ def _broken(outcomes: list[Outcome]) -> Iterator[str]:
             words = ", ".join(f"{word:#x}" for word in sorted(outcome.roles))
             what = f"{len(outcome.roles)} role words where {PROMISED} are promised"
             yield f"VM {outcome.vm}, {outcome.target.name}: {what}: {words}"
+
+
+def _told(log: RootLog, i: int, block: Block, first: int) -> str:
+    """One row of a root's life in words."""
+    what = f"root {log.root[i]} {Happened(int(log.event[i])).name.lower()} ({Cause(int(log.cause[i])).name.lower()})"
+    return f"{what} at row {block.seq[log.at[i] - first]:,}" if log.at[i] >= first else what
 
 
 class _Progress:

@@ -70,6 +70,15 @@ def count(table: Table) -> tuple[int, int]:
     return leaves, tables
 
 
+def tables(table: Table) -> Iterator[Table]:
+    """Every table below a table, itself not counted."""
+    if table.level > 1:
+        for entry in table.entries.values():
+            if isinstance(entry, Table):
+                yield entry
+                yield from tables(entry)
+
+
 def within(table: Table, start: int, end: int) -> Iterator[tuple[Table, int]]:
     """Tables and entries that overlap [start, end), parents before children, in order of gfn.
 
