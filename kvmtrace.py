@@ -274,7 +274,8 @@ def info(
 @app.command(
     epilog="Examples: kvmtrace replay stall.parquet"
     " | kvmtrace replay stall.parquet --policy preserve --policy ./mine.py -o result.parquet"
-    " | kvmtrace replay new.parquet --policy async --refault recent:512",
+    " | kvmtrace replay new.parquet --policy async --refault recent:512"
+    " | kvmtrace replay stall.parquet --aging locked,lockless@20000x1 --tdp-pages list,counter",
 )
 def replay(
     trace: Annotated[Path, typer.Argument(help="A recording.")],
@@ -322,10 +323,27 @@ def replay(
     vcpus_holding_root: Annotated[
         int, typer.Option(help="With these two: so many vCPUs have the root loaded.", min=1)
     ] = 1,
+    aging: Annotated[
+        str,
+        typer.Option(
+            help="Instead: agers that hold mmu_lock (locked) or do not (lockless): what faults wait, 1 to 64 vCPUs. "
+            "locked,lockless@20000x1: 20,000 a second of 1 page each."
+        ),
+    ] = "",
+    zap_lock: Annotated[
+        str, typer.Option(help="Instead: range zaps under mmu_lock for read or for write, such as read,write@1000x1.")
+    ] = "",
+    apicv: Annotated[
+        str, typer.Option(help="Instead: APICv inhibits by memslot (every SPTE goes) or by gfn: SPTEs and refills.")
+    ] = "",
+    tdp_pages: Annotated[
+        str, typer.Option(help="Instead: tables kept in a list under a spinlock, or by a counter: time and waits.")
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Say what the recorded VMs would have done under other root policies, and how long it would have taken."""
     from replay import bounds, evidence, plan, report, run
+    from replay.designs import report as designs
     from replay.keep import keep
     from replay.virtual import report as time_report
     from replay.virtual import whatif
@@ -339,6 +357,13 @@ def replay(
 
     assumed = plan.refault(refault)
     shown = evidence.Evidence(Trace.open(trace))
+    if questions := designs.asked(aging=aging, zap_lock=zap_lock, apicv=apicv, tdp_pages=tdp_pages):
+        found = designs.answer(shown, questions)
+        if as_json:
+            _print_json({"trace": str(trace), "designs": designs.facts(found)})
+        else:
+            print(designs.render(found), end="")
+        return
     share = bounds.accessed_share(shown.trace, shown.intel) if assumed.name == "accessed" else 0.0
     wanted = plan.make(shown, policy or [], kernel, assumed)
     if sweep or smi_rate:

@@ -40,6 +40,22 @@ class Axes:
     revive: bool = False
 
 
+@dataclass(frozen=True)
+class Designs:
+    """Where a kernel stands on the questions beside the root policy (`designs`). The defaults are today's kernel."""
+
+    # kvm_age_hva and kvm_test_age_hva hold mmu_lock for write, or walk under RCU (shadow MMU: the rmap's own bit).
+    aging: Literal["locked", "lockless"] = "lockless"
+    # kvm_zap_gfn_range holds mmu_lock for read or for write; `counted`: it moves the notifier's count and sequence,
+    # so that a fault that began before it tries again.
+    zap_lock: Literal["read", "write"] = "write"
+    counted: bool = True
+    # An APICv inhibit deletes the APIC page's memslot, which invalidates every root, or zaps that one gfn. AMD's AVIC.
+    apicv: Literal["memslot", "gfn"] = "gfn"
+    # Tables of the TDP MMU are in a list under tdp_mmu_pages_lock, or only counted.
+    tdp_pages: Literal["list", "counter"] = "counter"
+
+
 PRESERVE: Final = Axes("preserve")
 PRESERVE_WORKER: Final = Axes("preserve-worker", teardown="worker", loads_share=False)
 ASYNC: Final = Axes("async", own_reference=False, teardown="worker", split_in_place=False, loads_share=False)

@@ -40,13 +40,11 @@ class Evidence:
             self.kernel, self.own = kernels.recorded(meta)
         except Problem as problem:
             raise Problem(f"{path}: {problem}") from None
-        if any(
-            self._parameter(trace, module, name) in _OFF for module, name in (("kvm_amd", "npt"), ("kvm_intel", "ept"))
-        ):
+        self.trace = trace
+        if self.off("kvm_amd", "npt") or self.off("kvm_intel", "ept"):
             raise Problem(
                 f"{path}: nested paging was off: roots then follow the guest's page tables, which replay has not"
             )
-        self.trace = trace
         known = {str(probe.get("kind")) for probe in meta.probes if probe.get("how") != "none"}
         self.kinds = frozenset(known | {kind for kind, rows in meta.kinds.items() if rows})
         lacking = [what for kind, what in _NEEDED.items() if kind not in self.kinds]
@@ -96,8 +94,8 @@ class Evidence:
             lines.append(f"the kernel skipped {skipped:,} runs of probes: events nobody saw")
         return lines + [line for kind, line in _WANTED.items() if kind not in self.kinds]
 
-    @staticmethod
-    def _parameter(trace: Trace, module: str, name: str) -> str:
-        modules = trace.metadata.raw.get("modules")
+    def off(self, module: str, name: str) -> bool:
+        """Whether the trace says that a module's parameter was off."""
+        modules = self.trace.metadata.raw.get("modules")
         values = modules.get(module) if isinstance(modules, dict) else None
-        return str(values.get(name, "")) if isinstance(values, dict) else ""
+        return isinstance(values, dict) and str(values.get(name, "")) in _OFF

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from replay import roles
-from replay.axes import ASYNC, NAMED, PRESERVE, PRESERVE_WORKER, SYNC, SYNC_RW, Axes
+from replay.axes import ASYNC, NAMED, PRESERVE, PRESERVE_WORKER, SYNC, SYNC_RW, Axes, Designs
 from replay.causes import ALWAYS, Trigger
 from replay.roles import Layout
 from traces.errors import Problem
@@ -88,6 +88,22 @@ KERNELS: Final = (
     _kernel("6.12", (6, 12, 0), PRESERVE, ALWAYS, roles.FIXED, fixed=5),
     _kernel("7.x", (7, 0, 0), PRESERVE, ALWAYS, roles.WIDE, fixed=5),
 )
+_DESIGNS_510: Final = Designs("locked", "write", False, "memslot", "list")
+_DESIGNS_515: Final = replace(_DESIGNS_510, counted=True, apicv="gfn")
+_DESIGNS_62: Final = replace(_DESIGNS_515, tdp_pages="counter")
+# (since, where it stands, what changed). 5.10's mmu_lock is a spinlock: write. In later kernels than 6.2 the counter is
+# there only with CONFIG_KVM_PROVE_MMU (no field of it in a live 6.18's BTF): then neither way costs anything.
+DESIGNS: Final = (
+    ((5, 10, 0), _DESIGNS_510, "5.10"),
+    ((5, 13, 0), replace(_DESIGNS_510, zap_lock="read"), "6103bc074048: zaps under the read lock"),
+    (
+        (5, 15, 0),
+        _DESIGNS_515,
+        "5a324c24b638, edb298c663fc, 36222b117e36: write lock again, with count and sequence; the APIC memslot stays",
+    ),
+    ((6, 2, 0), _DESIGNS_62, "d25ceb926436: tables are counted, not listed"),
+    ((6, 15, 0), replace(_DESIGNS_62, aging="lockless"), "b146a9b34aed, af3b6a9eba48: aging without mmu_lock"),
+)  # fmt: skip
 # What the recorder calls a policy -> what it is called here.
 RECORDED: Final = {
     "sync": "sync",
@@ -100,23 +116,54 @@ RECORDED: Final = {
 
 def at(version: str) -> Kernel:
     """The kernel of a version such as `5.15`, `6.1.20` or `7.x`."""
-    match = re.match(r"v?(\d+)\.(\d+|x)(?:\.(\d+))?", version)
-    if match is None:
-        raise Problem(f"--kernel {version}: not a version; write it like 5.15 or 6.1.20")
-    major, minor, patch = match[1], match[2], match[3]
-    wanted = (
-        int(major),
-        _LAST_PATCH if minor == "x" else int(minor),
-        _LAST_PATCH if patch is None else int(patch),
-    )
+    wanted = _version(version)
     found = [kernel for kernel in KERNELS if kernel.since <= wanted]
     if not found:
         raise Problem(f"--kernel {version}: there is no TDP MMU before 5.10")
     return found[-1]
 
 
+def designs(metadata: Metadata) -> Designs:
+    """Where the recorded kernel stands on the questions beside the root policy."""
+    wanted = _version(_release(metadata))
+    return [design for since, design, _ in DESIGNS if since <= wanted][-1]
+
+
+def since(axis: str, variant: str) -> str:
+    """From which version on a variant of an axis (`Designs`) was the kernel's, and what made it so."""
+    told = []
+    before = None
+    for version, design, why in DESIGNS:
+        now = getattr(design, axis)
+        if now == variant and before != variant:
+            told.append(f"{version[0]}.{version[1]}" + ("" if version == (5, 10, 0) else f" ({why})"))
+        before = now
+    return " and from ".join(told)
+
+
+def _version(version: str) -> tuple[int, int, int]:
+    match = re.match(r"v?(\d+)\.(\d+|x)(?:\.(\d+))?", version)
+    if match is None:
+        raise Problem(f"--kernel {version}: not a version; write it like 5.15 or 6.1.20")
+    major, minor, patch = match[1], match[2], match[3]
+    return (
+        int(major),
+        _LAST_PATCH if minor == "x" else int(minor),
+        _LAST_PATCH if patch is None else int(patch),
+    )
+
+
 def recorded(metadata: Metadata) -> tuple[Kernel, Axes]:
     """The recorded kernel with the layout of its own words, and the root policy that the recorder found in it."""
+    kernel = at(_release(metadata))
+    if metadata.policy not in RECORDED:
+        raise Problem(f"the recorder could not tell this kernel's root policy ({metadata.policy or 'none given'})")
+    layout = metadata.raw.get("layout")
+    kernel = replace(kernel, layout=roles.recorded(layout if isinstance(layout, dict) else {}, kernel.layout))
+    return kernel, kernel.policy(RECORDED[metadata.policy])
+
+
+def _release(metadata: Metadata) -> str:
     host = metadata.raw.get("host")
     build = str(host.get("build", "")) if isinstance(host, dict) else ""
     release = metadata.kernel
@@ -127,9 +174,4 @@ def recorded(metadata: Metadata) -> tuple[Kernel, Axes]:
         raise Problem(
             f"the trace does not say which kernel it is of ({release or 'no release'}): it cannot be replayed"
         )
-    kernel = at(exact[1] if exact else release)
-    if metadata.policy not in RECORDED:
-        raise Problem(f"the recorder could not tell this kernel's root policy ({metadata.policy or 'none given'})")
-    layout = metadata.raw.get("layout")
-    kernel = replace(kernel, layout=roles.recorded(layout if isinstance(layout, dict) else {}, kernel.layout))
-    return kernel, kernel.policy(RECORDED[metadata.policy])
+    return exact[1] if exact else release

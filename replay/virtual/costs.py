@@ -46,6 +46,29 @@ DEFAULT: Final = Costs()
 SOURCE: Final = "dated table of 2026-11"
 
 
+@dataclass(frozen=True)
+class LockCosts:
+    """ns of what no recording shows: what is done under the locks of `replay.designs`, orders of magnitude.
+
+    Dated 2026-11. age_leaf, zap_spte: efd995dae5eb's 52 ns an SPTE, all included (900 s for 64 TB of 4 KiB SPTEs);
+    call: a contended-free rwlock, the memslot's look-up and a walk of four levels; flush: an IPI to running CPUs and
+    its answers, 1 to 4 us on x86 hosts of 2018 to 2022; line: a cache line from another core of the same socket, 50 to
+    100 ns there; link, atomic: list_add under a spinlock, an atomic increment, both with the line at hand.
+    """
+
+    call: int = 300  # an aging walk or a range zap, without its SPTEs
+    age_leaf: int = 52  # each SPTE more
+    zap_spte: int = 52
+    flush: int = 2_000  # of remote TLBs
+    line: int = 70
+    link: int = 30
+    atomic: int = 10
+
+    def times(self, factor: float) -> LockCosts:
+        """All of them as many times."""
+        return LockCosts(**{each.name: round(getattr(self, each.name) * factor) for each in fields(self)})
+
+
 @dataclass
 class Samples:
     """Up to _KEPT of the values seen, evenly thinned, and their exact count and sum."""

@@ -1,0 +1,84 @@
+"""What is asked of the design questions, and the shape of what comes back."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from traces.errors import Problem
+
+VCPUS: Final = (1, 2, 4, 8, 16, 32, 64)
+VARIANTS: Final = {
+    "aging": ("locked", "lockless"),
+    "zap_lock": ("read", "write"),
+    "apicv": ("memslot", "gfn"),
+    "tdp_pages": ("list", "counter"),
+}
+_RATES: Final = {"aging": 100_000.0, "zap_lock": 1_000.0}  # a second, where neither the trace nor the user says
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One axis: which ways of it, how often a second the actor comes (None: as recorded), and for how many pages."""
+
+    axis: str
+    variants: tuple[str, ...]
+    rate: float | None = None
+    pages: int | None = None
+
+    @property
+    def option(self) -> str:
+        """As it is written on the command line."""
+        return f"--{self.axis.replace('_', '-')}"
+
+    @property
+    def default_rate(self) -> float:
+        """What is assumed."""
+        return _RATES[self.axis]
+
+
+@dataclass
+class Answer:
+    """One axis on one VM. `rows` are in ns and counts; `table` is the same for people: (headers, cells)."""
+
+    axis: str
+    own: str  # the recorded kernel's way
+    rows: list[dict[str, Any]]
+    table: tuple[list[str], list[list[str]]]
+    notes: list[str] = field(default_factory=list)  # what is assumed, what the arithmetic is
+
+
+def parse(axis: str, text: str) -> Asked:
+    """What an option says: `locked`, `locked,lockless`, `lockless@20000x512` (20,000 a second, 512 pages each)."""
+    known = VARIANTS[axis]
+    rated = axis in _RATES
+    match = re.fullmatch(r"([a-z,]+)(?:@(\d+(?:\.\d+)?)(?:x(\d+))?)?", text)
+    names = tuple(dict.fromkeys(match[1].split(","))) if match else ()
+    bad = match is None or not set(names) <= set(known) or (match[2] is not None and not rated)
+    if match is None or bad or (match[2] and not 0 < float(match[2]) <= 1e9) or (match[3] and not int(match[3])):
+        example = f", such as {known[0]}@20000x1 for 20,000 a second of 1 page each" if rated else ""
+        raise Problem(f"--{axis.replace('_', '-')} {text}: give {known[0]}, {known[1]} or {','.join(known)}{example}")
+    rate = float(match[2]) if match[2] else None
+    return Asked(axis, names, rate, int(match[3]) if match[3] else None)
+
+
+def time(ns: float) -> str:
+    """Three figures in the unit that fits."""
+    for unit, size in (("s", 1e9), ("ms", 1e6), ("us", 1e3)):
+        if ns >= size:
+            value = ns / size
+            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
+    return f"{ns:.{0 if ns >= 100 or ns == 0 else 1 if ns >= 10 else 2}f} ns"
+
+
+def count(number: int, what: str) -> str:
+    """So many of something."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def spread(low: float, middle: float, high: float) -> str:
+    """A number with the ends that its assumed costs leave open."""
+    if low == middle == high:
+        return time(middle)
+    return f"{time(middle)} ({time(min(low, middle, high))} .. {time(max(low, middle, high))})"
