@@ -10,6 +10,8 @@ import heapq
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
+
 from replay.designs.answers import VCPUS, Answer, Asked, count, spread, time
 from replay.designs.locks import Lock
 from replay.designs.workload import Workload
@@ -69,19 +71,29 @@ def meet(work: Workload, vcpus: int, period: float | None, ns: int, locks: bool 
     return met
 
 
-def limit(work: Workload, vcpus: int, faults: int, calls: int, rate: float, ns: int) -> tuple[float, float]:
-    """Arithmetic: what so many faults wait, at moments of chance, for a lock that is taken `rate` times a second.
+def limit(work: Workload, vcpus: int, calls: int, rate: float, ns: int) -> tuple[float, float]:
+    """Arithmetic: what faults wait for a lock that is taken `rate` times a second, at moments of chance, for `ns`.
 
-    The least: each call keeps them out for its own `ns`, half of which is left on average. The most: also while it
-    waits for a reader, `hold` at the longest; and no fault waits for more than one of each. Where faults exclude each
-    other they queue, and each of the `calls` puts off every vCPU by `ns` at the most.
+    The least: each call keeps them out for its own `ns`. The most: also while it waits for a reader, `hold` at the
+    longest; and no fault waits for more than one of each. Where faults exclude each other they queue, and each of the
+    `calls` puts off every vCPU by `ns` at the most.
     """
-    share = min(rate, 1e9 / ns) / 1e9
-    least = faults * share * ns * ns / 2
+    rate = min(rate, 1e9 / ns)
+    least = _kept_out(work, vcpus, rate, ns)
     if not work.faults_share:
         return least, max(least, float(calls * vcpus * ns))
-    kept_out = ns + work.hold
-    return least, min(faults * share * kept_out * kept_out / 2, float(faults * kept_out))
+    longest = ns + work.hold
+    faults = sum(len(program.gap) for program, _ in work.crowd(vcpus))
+    return least, min(_kept_out(work, vcpus, rate, longest), float(faults * longest))
+
+
+def _kept_out(work: Workload, vcpus: int, rate: float, ns: int) -> float:
+    """A vCPU whose next request is due in r < `ns` when the lock is taken waits for `ns` - r, once."""
+    waited = 0.0
+    for program, _ in work.crowd(vcpus):
+        short = np.minimum(program.gap + work.hold, ns).astype(np.float64)
+        waited += float((short * ns - short * short / 2).sum())
+    return waited * rate / 1e9
 
 
 def non_present(work: Workload, rate: float, ns: int, pages: int) -> float:
@@ -112,8 +124,8 @@ def answer(work: Workload, asked: Asked, own: str) -> Answer:
         if "locked" in asked.variants:
             runs = [meet(work, vcpus, period, walk(work, work.locks.times(f), pages)) for f in FACTORS]
             middle = runs[1]
-            least, most = limit(work, vcpus, middle.faults, middle.calls, rate, ns)
-            waits = [max(run.waited - alone.waited, 0) for run in runs]
+            least, most = limit(work, vcpus, middle.calls, rate, ns)
+            waits = [run.waited - alone.waited for run in runs]
             row["locked"] = {
                 "waited": waits[1], "between": [waits[0], waits[2]], "longest": middle.longest,
                 "calls": middle.calls, "ager_waited": middle.ager_waited, "end": middle.end,
@@ -138,9 +150,10 @@ def answer(work: Workload, asked: Asked, own: str) -> Answer:
         headers.append("lockless: waited")
     source = "asked for" if asked.rate else "as recorded" if recorded else "assumed: none is recorded"
     each = f"{count(pages, 'page')} each, {count(work.sptes, 'SPTE')} a page"
+    load = f"{rate * ns / 1e9:.1%} of its time" if rate * ns < 1e9 else "all of its time"
     notes = [
         f"one ager, {rate:,.0f} calls a second ({source}), {each}: "
-        f"{time(ns)} under the lock, {rate * ns / 1e9:.1%} of its time; it cannot be more than {1e9 / ns:,.0f} a second",
+        f"{time(ns)} under the lock, {load}; it cannot be more than {1e9 / ns:,.0f} a second",
         f"lockless walks that may meet a non-present SPTE: at most {met:,.3g} over the recording, of "
         f"{len(work.zaps):,} zaps that took {sum(work.zaps):,} SPTEs; under mmu_lock none can",
     ]

@@ -33,6 +33,12 @@ class Asked:
         return f"--{self.axis.replace('_', '-')}"
 
     @property
+    def text(self) -> str:
+        """Its value, as it is written there."""
+        rate = "" if self.rate is None else f"@{self.rate:.15g}"
+        return f"{','.join(self.variants)}{rate}{'' if self.pages is None else f'x{self.pages}'}"
+
+    @property
     def default_rate(self) -> float:
         """What is assumed."""
         return _RATES[self.axis]
@@ -65,6 +71,8 @@ def parse(axis: str, text: str) -> Asked:
 
 def time(ns: float) -> str:
     """Three figures in the unit that fits."""
+    if ns < 0:
+        return f"-{time(-ns)}"
     for unit, size in (("s", 1e9), ("ms", 1e6), ("us", 1e3)):
         if ns >= size:
             value = ns / size

@@ -41,9 +41,9 @@ def answer(work: Workload, asked: Asked, own: str) -> Answer:
         ])  # fmt: skip
     headers = ["inhibit by", "SPTEs zapped", "refills", "refill takes", "no time is left from"]
     notes = [
-        f"an inhibit at each of {len(moments)} moments spread over the recording; {each:,} ns a refill (switch and fault)",
+        f"an inhibit at each of {len(moments)} moments over the recording; a refill: {each:,} ns (switch, fault)",
         "memslot: once when APICv is inhibited, perhaps again when it comes back (the sources do not agree): once "
         "to twice these numbers a cycle; only AMD's AVIC ever did so",
-        f"gfn: {count(max(seen), 'SPTE')} of the APIC page mapped; at most one in each of {count(roots, 'root')} can be",
+        f"gfn: {count(max(seen), 'SPTE')} of the APIC page mapped; each of {count(roots, 'root')} can have one at most",
     ]
     return Answer("apicv", own, rows, (headers, cells), notes)

@@ -67,6 +67,7 @@ class Workload:
     shadow: bool
     wall: int  # of the slowest vCPU
     leaves: int = 0  # at the end
+    alive: int = 0  # roots, at the end
     gfns: int = 0  # distinct ones that were touched
     tables: int = 0  # linked in all
     freed: int = 0  # unlinked under the read lock, by the zap worker
@@ -85,8 +86,11 @@ class Workload:
 
     @property
     def sptes(self) -> int:
-        """SPTEs that map one page, rounded up."""
-        return max(-(-self.leaves // max(self.gfns, 1)), 1)
+        """SPTEs that map one page, rounded up: of the pages that were touched, but no more than there are roots.
+
+        (What the shadow MMU prefetches is of other pages.)
+        """
+        return max(min(-(-self.leaves // max(self.gfns, 1)), self.alive), 1)
 
     @property
     def faults(self) -> int:
@@ -209,11 +213,9 @@ class _Replay:
                 start = cut + 1
                 self._found.zaps.append(self._engines[0].counters.zapped - before)
         self._do(block, ranges, start, end)
-        if len(ends) or end:
-            counters = self._engines[0].counters
-            alive = self._alive
-            self._found.leaves = alive or self._found.leaves
-            self._found.freed = counters.tables_freed if self._worker else 0
+        if self._alive:  # what is there before it all goes
+            self._found.leaves, self._found.alive = self._alive, self._roots
+        self._found.freed = self._engines[0].counters.tables_freed if self._worker else 0
         self._do(block, ranges, end, len(block))
 
     @property

@@ -1,8 +1,10 @@
 """--zap-lock: kvm_zap_gfn_range under mmu_lock for read or write, with or without the notifier's count and sequence.
 
 For write, faults wait until the range is zapped and flushed once. For read nobody waits, but each SPTE is frozen and
-flushed by itself, and a fault that has read the old state may install it behind the zap. The sequence makes that fault
-try again; it is compared under mmu_lock, so that it means something only if the zap had the lock for write.
+flushed by itself. What a fault will map it reads before it has mmu_lock: a fault that reads before the zap begins and
+installs after it installs what is stale (the APIC page, as if APICv were still on). With count and sequence it compares
+under mmu_lock whether a zap has ended since it read, or is under way, and tries again. With the lock for read that is
+not enough: a zap may begin between the comparison and the install.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass
 from typing import Any, Final
+
+import numpy as np
 
 from replay.designs.aging import FACTORS, limit
 from replay.designs.answers import VCPUS, Answer, Asked, count, spread, time
@@ -23,16 +27,17 @@ _TRIES: Final = 100  # of one fault, before it is taken to hang
 
 @dataclass
 class Met:
-    """A run: what faults waited and what retries took (ns), how many; `late` began before a zap that they end behind.
+    """A run: what faults waited in all and at most, what retries took (ns); how many faults, retries, zaps.
 
-    With count and sequence they are retried, without they install what they have read.
+    `stale` is how many install what they read before a zap, after it began; `hung` gave up trying.
     """
 
     waited: int = 0
     longest: int = 0
     faults: int = 0
-    late: int = 0
+    retried: int = 0
     again: int = 0
+    stale: int = 0
     hung: int = 0
     zaps: int = 0
     end: int = 0
@@ -59,29 +64,34 @@ def meet(work: Workload, vcpus: int, period: float, ns: int, shared: bool, count
         heap.append((at, vcpu, 0, max(at - work.window, 0), 0))
     heapq.heapify(heap)
     again = work.costs.switch + work.window
-    zapped = -1  # when the last zap ended that has been asked for
-    before = -1  # and the one before it
+    zaps = [(-1, -1), (-1, -1)]  # the last two that have been asked for: when each begins and ends
+    holding: list[tuple[int, int]] = []  # faults since the last zap: when each has the lock, until when
     left = vcpus
     while left:
         at, who, i, read, tries = heapq.heappop(heap)
         if who == _ZAPPER:
-            start = lock.take(at, ns, shared)
+            begin = lock.take(at, ns, shared)
             met.zaps += 1
-            before, zapped = zapped, start + ns
-            heapq.heappush(heap, (max(round((i + 1) * period), zapped), who, i + 1, 0, 0))
+            met.stale += sum(since < begin < until for since, until in holding)
+            holding = [(since, until) for since, until in holding if until > begin]
+            zaps = [zaps[1], (begin, begin + ns)]
+            heapq.heappush(heap, (max(round((i + 1) * period), begin + ns), who, i + 1, 0, 0))
             continue
         start = lock.free(at, work.faults_share)
         met.waited += start - at
         met.longest = max(met.longest, start - at)
-        late = read < zapped <= start or read < before <= start
-        met.late += late
-        if late and counted and tries < _TRIES:  # it compares, and drops the lock
+        sees = any(read < ended and begin <= start for begin, ended in zaps)
+        if sees and counted and tries < _TRIES:  # it compares, and drops the lock
+            met.retried += 1
             met.again += again
             heapq.heappush(heap, (start + again, who, i, start + again - work.window, tries + 1))
             continue
-        met.hung += late and counted
+        met.hung += sees and counted
+        met.stale += not counted and any(read < begin <= start for begin, _ in zaps)
         met.faults += 1
         end = lock.take(at, work.hold, work.faults_share) + work.hold
+        if shared:
+            holding.append((start, end))
         if i + 1 < len(gaps[who]):
             at = end + gaps[who][i + 1]
             heapq.heappush(heap, (at, who, i + 1, max(at - work.window, end), 0))
@@ -91,7 +101,28 @@ def meet(work: Workload, vcpus: int, period: float, ns: int, shared: bool, count
     return met
 
 
-WAYS: Final = (("write", True), ("write", False), ("read", False))
+def caught(
+    work: Workload, vcpus: int, rate: float, ns: int, shared: bool, counted: bool, waited: int
+) -> tuple[float, float]:
+    """Arithmetic: faults that are retried and faults that install what is stale, at moments of chance.
+
+    Stale: those that have read and not yet asked, or wait for other reasons (`waited` ns in all), when a zap begins;
+    under a shared lock those that have it then, too. Retried: those, and the ones that ask while a zap is under way.
+    """
+    crowd = work.crowd(vcpus)
+    faults = sum(len(program.gap) for program, _ in crowd)
+    each = rate / 1e9
+    read = sum(float(np.minimum(program.gap, work.window).sum()) for program, _ in crowd) + waited
+    held = faults * work.hold if shared else 0
+    if not counted:
+        return 0.0, each * (read + held)
+    if shared:
+        return each * (read + faults * ns), each * held
+    reach = sum(float(np.minimum(program.gap, work.window + ns).sum()) for program, _ in crowd) + waited
+    return each * reach, 0.0
+
+
+WAYS: Final = (("write", True), ("write", False), ("read", True), ("read", False))
 
 
 def answer(work: Workload, asked: Asked, own: str) -> Answer:
@@ -112,27 +143,24 @@ def answer(work: Workload, asked: Asked, own: str) -> Answer:
             ]
             middle = runs[1]
             ns = last(work, work.locks, pages, shared)
-            waits = [max(run.waited - alone.waited, 0) for run in runs]
+            waits = [run.waited - alone.waited for run in runs]
             free = shared and work.faults_share
-            least, most = (0.0, 0.0) if free else limit(work, vcpus, middle.faults, middle.zaps, rate, ns)
-            # In flight when a zap ends: for as long as a fault takes to ask, and for as long as it is kept out.
-            late = rate / 1e9 * (middle.faults * (work.window + (0 if free else ns)) + alone.waited)
+            least, most = (0.0, 0.0) if free else limit(work, vcpus, middle.zaps, rate, ns)
+            retried, stale = caught(work, vcpus, rate, ns, free, counted, alone.waited)
             rows.append({
                 "vcpus": vcpus, "lock": lock, "counted": counted, "faults": middle.faults, "zaps": middle.zaps,
                 "zap": ns, "waited": waits[1], "between": [waits[0], waits[2]], "longest": middle.longest,
-                "limit": [round(least), round(most)], "retried": middle.late if counted else 0,
-                "retries_took": middle.again, "exposed": 0 if counted else middle.late, "late_limit": late,
-                "hung": middle.hung,
+                "limit": [round(least), round(most)], "retried": middle.retried, "retried_limit": retried,
+                "retries_took": middle.again, "stale": middle.stale, "stale_limit": stale, "hung": middle.hung,
             })  # fmt: skip
             arithmetic = time(0) if free else f"{time(least)} .. {time(most)}"
             cells.append([
                 str(vcpus), f"{lock}{', counted' if counted else ''}", time(ns), spread(*waits), arithmetic,
-                f"{middle.late:,}" if counted else "-", time(middle.again) if counted else "-",
-                "-" if counted else f"{middle.late:,}", f"{late:,.3g}",
+                f"{middle.retried:,}", f"{retried:,.0f}", time(middle.again), f"{middle.stale:,}", f"{stale:,.0f}",
             ])  # fmt: skip
     headers = [
-        "vCPUs", "zap under the lock for", "a zap", "faults waited", "arithmetic", "retried", "retries took",
-        "may install what is stale", "arithmetic",
+        "vCPUs", "zap under the lock for", "a zap", "faults waited", "arithmetic", "retried", "arithmetic",
+        "retries took", "may install what is stale", "arithmetic",
     ]  # fmt: skip
     notes = [
         f"{rate:,.0f} zaps a second ({'asked for' if asked.rate else 'assumed'}) of "
