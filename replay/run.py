@@ -174,7 +174,7 @@ def replay(plan: Plan, writer: Writer | None = None) -> Replayed:
     ad_disabled = has_ad_disabled(evidence)
     done = Replayed(plan, [], Counter(), list(evidence.missing), [])
     groups = any(target.axes.prefetch > 1 for target in plan.targets)
-    progress = _Progress(evidence.trace.metadata.events)
+    progress = Progress(evidence.trace.metadata.events)
     for vm in evidence.trace.metadata.vms:
         stimuli = VmStimuli(evidence, vm, groups=groups)
         if stimuli.vcpus:
@@ -188,7 +188,7 @@ def replay(plan: Plan, writer: Writer | None = None) -> Replayed:
 
 
 def _replay_vm(
-    plan: Plan, stimuli: VmStimuli, ad_disabled: bool, writer: Writer | None, progress: _Progress
+    plan: Plan, stimuli: VmStimuli, ad_disabled: bool, writer: Writer | None, progress: Progress
 ) -> list[Outcome]:
     lowerings: dict[tuple[str, Case], Lowering] = {}
     running = []
@@ -237,10 +237,11 @@ def _told(log: RootLog, i: int, block: Block, first: int) -> str:
     return f"{what} at row {block.seq[log.at[i] - first]:,}" if log.at[i] >= first else what
 
 
-class _Progress:
+class Progress:
     """On stderr, where that is a terminal and it takes more than a second."""
 
-    def __init__(self, events: int) -> None:
+    def __init__(self, events: int, what: str = "replaying") -> None:
+        self._what = what
         self._events = max(events, 1)
         self._shown = False
         self._next = time.monotonic() + 1 if sys.stderr.isatty() else float("inf")
@@ -249,7 +250,7 @@ class _Progress:
         """A row has been reached."""
         if time.monotonic() >= self._next:
             self._shown, self._next = True, time.monotonic() + 0.2
-            print(f"\rreplaying: {min(seq / self._events, 1):4.0%}", end="", file=sys.stderr, flush=True)
+            print(f"\r{self._what}: {min(seq / self._events, 1):4.0%}", end="", file=sys.stderr, flush=True)
 
     def end(self) -> None:
         """Take the line away."""

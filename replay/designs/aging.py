@@ -14,7 +14,7 @@ import numpy as np
 
 from replay.designs.answers import VCPUS, Answer, Asked, count, spread, time
 from replay.designs.locks import Lock
-from replay.designs.workload import Workload
+from replay.designs.workload import Program, Workload
 from replay.virtual.costs import LockCosts
 
 _AGER: Final = -1
@@ -75,25 +75,28 @@ def limit(work: Workload, vcpus: int, calls: int, rate: float, ns: int) -> tuple
     """Arithmetic: what faults wait for a lock that is taken `rate` times a second, at moments of chance, for `ns`.
 
     The least: each call keeps them out for its own `ns`. The most: also while it waits for a reader, `hold` at the
-    longest; and no fault waits for more than one of each. Where faults exclude each other they queue, and each of the
-    `calls` puts off every vCPU by `ns` at the most.
+    longest, and the run is longer for all that, so that more calls fall into it; and no fault waits for more than one
+    call and one reader. Where faults exclude each other they queue, and each of the `calls` puts off every vCPU by
+    `ns` at the most.
     """
-    rate = min(rate, 1e9 / ns)
-    least = _kept_out(work, vcpus, rate, ns)
+    rate = min(rate, 1e9 / ns) / 1e9
+    least = sum(_kept_out(program, work.hold, ns) * rate for program, _ in work.crowd(vcpus))
     if not work.faults_share:
         return least, max(least, float(calls * vcpus * ns))
     longest = ns + work.hold
-    faults = sum(len(program.gap) for program, _ in work.crowd(vcpus))
-    return least, min(_kept_out(work, vcpus, rate, longest), float(faults * longest))
-
-
-def _kept_out(work: Workload, vcpus: int, rate: float, ns: int) -> float:
-    """A vCPU whose next request is due in r < `ns` when the lock is taken waits for `ns` - r, once."""
-    waited = 0.0
+    most = 0.0
     for program, _ in work.crowd(vcpus):
-        short = np.minimum(program.gap + work.hold, ns).astype(np.float64)
-        waited += float((short * ns - short * short / 2).sum())
-    return waited * rate / 1e9
+        kept_out = _kept_out(program, work.hold, longest) * rate
+        alone = int(program.gap.sum()) + len(program.gap) * work.hold
+        stretched = kept_out / max(1 - kept_out / alone, 1e-9)
+        most += min(stretched, float(len(program.gap) * longest))
+    return least, most
+
+
+def _kept_out(program: Program, hold: int, ns: int) -> float:
+    """ns * ns: a vCPU whose next request is due in r < `ns` when the lock is taken waits for `ns` - r, once."""
+    short = np.minimum(program.gap + hold, ns).astype(np.float64)
+    return float((short * ns - short * short / 2).sum())
 
 
 def non_present(work: Workload, rate: float, ns: int, pages: int) -> float:

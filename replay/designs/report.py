@@ -13,6 +13,7 @@ from replay.designs import aging, apicv, pages, zaps
 from replay.designs.answers import VARIANTS, Answer, Asked, parse, time
 from replay.designs.workload import FAULTS, Workload, workload
 from replay.evidence import Evidence
+from replay.run import Progress
 from traces.screen import page, text_of
 from traces.text import printable
 
@@ -31,9 +32,9 @@ def answer(evidence: Evidence, questions: Sequence[Asked]) -> list[tuple[Workloa
     """Each VM with a table for each question; the recorded kernel's own way is always among the variants."""
     found = []
     stands = kernels.designs(evidence.trace.metadata)
-    for vm in evidence.trace.metadata.vms:
-        if not vm["vcpus"]:
-            continue
+    vms = [vm for vm in evidence.trace.metadata.vms if vm["vcpus"]]
+    progress = Progress(len(vms) * (len(questions) + 1), "simulating")
+    for vm in vms:
         work = workload(evidence, vm)
         answers = []
         for question in questions:
@@ -42,8 +43,10 @@ def answer(evidence: Evidence, questions: Sequence[Asked]) -> list[tuple[Workloa
             variants = tuple(name for name in VARIANTS[question.axis] if name in wanted)
             whole = Asked(question.axis, variants, question.rate, question.pages)
             label = f"{own}{', counted' if question.axis == 'zap_lock' and stands.counted else ''}"
+            progress.at(len(found) * (len(questions) + 1) + len(answers) + 1)
             answers.append(_ANSWER[question.axis](work, whole, label))
         found.append((work, answers))
+    progress.end()
     return found
 
 

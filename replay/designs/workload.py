@@ -21,7 +21,7 @@ from replay.virtual.run import Measured, timing_of
 from traces.errors import Problem
 
 Ints = NDArray[np.int64]
-FAULTS: Final = 1_000  # of each recorded vCPU that are simulated: the first ones
+FAULTS: Final = 500  # of each recorded vCPU that are simulated: the first ones
 MOMENTS: Final = 8  # at which it is asked what is mapped, evenly spaced over the trace's rows
 APIC_GFN: Final = 0xFEE00
 _ALONE: Final = 0.23  # of a fault that it has mmu_lock: `costs`

@@ -137,14 +137,15 @@ def answer(work: Workload, asked: Asked, own: str) -> Answer:
         alone = meet(work, vcpus, 1e18, 0, False, False)
         for lock, counted in ways:
             shared = lock == "read"
+            free = shared and work.faults_share  # nobody waits, whatever a zap costs
+            ns = last(work, work.locks, pages, shared)
+            middle = meet(work, vcpus, period, ns, shared, counted)
             runs = [
+                middle if free or f == 1 else
                 meet(work, vcpus, period, last(work, work.locks.times(f), pages, shared), shared, counted)
                 for f in FACTORS
-            ]
-            middle = runs[1]
-            ns = last(work, work.locks, pages, shared)
+            ]  # fmt: skip
             waits = [run.waited - alone.waited for run in runs]
-            free = shared and work.faults_share
             least, most = (0.0, 0.0) if free else limit(work, vcpus, middle.zaps, rate, ns)
             retried, stale = caught(work, vcpus, rate, ns, free, counted, alone.waited)
             rows.append({
