@@ -32,6 +32,7 @@ def answer(work: Workload, asked: Asked, own: str) -> Answer:
         refill = high * each + (tables if memslot else 0.0)
         rows.append({
             "variant": variant, "zapped": list(zapped), "refills": [low, high], "refill_ns": [low * each, refill],
+            "mmio": work.mmio if memslot else 0,
             "limit": 1e9 / refill if refill else None,
         })  # fmt: skip
         limit = f"{1e9 / refill:,.3g} a second" if refill else "none"
@@ -42,8 +43,9 @@ def answer(work: Workload, asked: Asked, own: str) -> Answer:
     headers = ["inhibit by", "SPTEs zapped", "refills", "refill takes", "no time is left from"]
     notes = [
         f"an inhibit at each of {len(moments)} moments over the recording; a refill: {each:,} ns (switch, fault)",
-        "memslot: once when APICv is inhibited, perhaps again when it comes back (the sources do not agree): once "
-        "to twice these numbers a cycle; only AMD's AVIC ever did so",
-        f"gfn: {count(max(seen), 'SPTE')} of the APIC page mapped; each of {count(roots, 'root')} can have one at most",
+        "memslot: once when APICv is inhibited, perhaps again when it comes back (the sources do not agree): once to "
+        "twice these numbers a cycle; only AMD's AVIC ever did so",
+        f"{count(work.mmio, 'page')} had a cached MMIO SPTE at some time: it goes as the others do; by gfn it stays",
+        f"gfn: {count(max(seen), 'SPTE')} of the APIC page mapped; {count(roots, 'root')} can have one each",
     ]
     return Answer("apicv", own, rows, (headers, cells), notes)

@@ -30,13 +30,13 @@ def asked(**given: str) -> list[Asked]:
 
 def answer(evidence: Evidence, questions: Sequence[Asked]) -> list[tuple[Workload, list[Answer]]]:
     """Each VM with a table for each question; the recorded kernel's own way is always among the variants."""
-    found = []
+    found: list[tuple[Workload, list[Answer]]] = []
     stands = kernels.designs(evidence.trace.metadata)
     vms = [vm for vm in evidence.trace.metadata.vms if vm["vcpus"]]
     progress = Progress(len(vms) * (len(questions) + 1), "simulating")
     for vm in vms:
         work = workload(evidence, vm)
-        answers = []
+        answers: list[Answer] = []
         for question in questions:
             own = getattr(stands, question.axis)
             wanted = {own, *question.variants}

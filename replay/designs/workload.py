@@ -76,6 +76,7 @@ class Workload:
     moments: list[Mapped] = field(default_factory=list)
     refaults: tuple[int, int] = (0, 0)  # faults more with an inhibit at each moment: by memslot, by gfn
     zaps: list[int] = field(default_factory=list)  # SPTEs that each recorded range zap or unmap removed
+    mmio: int = 0  # pages with a cached MMIO SPTE, as far as recorded
     aged: int = 0  # recorded aging walks
     aged_pages: int = 0
 
@@ -144,6 +145,7 @@ class _Replay:
         self._links: list[list[Ints]] = [[] for _ in range(found.recorded)]
         self._since = np.zeros(found.recorded, np.int64)  # ns since the vCPU's last fault had mmu_lock
         self._seen: Ints = np.empty(0, np.int64)
+        self._mmio: Ints = np.empty(0, np.int64)
 
     def run(self) -> None:
         """Fill the workload."""
@@ -162,12 +164,13 @@ class _Replay:
         base, memslot, gfn = (int(engine.vcpus.faults.sum()) for engine in self._engines)
         found.refaults = (memslot - base, gfn - base)
         found.tables = self._engines[0].counters.tables
-        found.gfns = len(self._seen)
+        found.gfns, found.mmio = len(self._seen), len(self._mmio)
         found.wall = int(self._timing.totals.sum(1).max())
 
     def _watch(self, rows: Rows) -> None:
         self._timing.watch(rows)
         found = self._found
+        self._mmio = np.union1d(self._mmio, rows.gfn[rows.of("mark_mmio_spte")])
         ranges, pages = rows.of("kvm_age_hva"), rows.of("kvm_test_age_hva")
         found.aged += len(ranges) + len(pages)
         found.aged_pages += int(
