@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 
 from replay.designs.answers import VCPUS, Answer, Asked, count, spread, time
-from replay.designs.locks import Lock
+from replay.designs.locks import Lock, skipped
 from replay.designs.workload import Program, Workload
 from replay.virtual.costs import LockCosts
 
@@ -56,7 +56,10 @@ def meet(work: Workload, vcpus: int, period: float | None, ns: int, locks: bool 
             met.calls += 1
             met.ager_waited += start - at
             assert period is not None
-            heapq.heappush(heap, (max(round((i + 1) * period), start + ns), who, i + 1))
+            more = skipped(i, start + ns, heap[0][0], period, ns)
+            met.calls += more
+            ended = start + ns * (1 + more) if ns > period else start + ns
+            heapq.heappush(heap, (max(round((i + more + 1) * period), ended), who, i + more + 1))
             continue
         start = lock.take(at, work.hold, work.faults_share)
         end = start + work.hold

@@ -15,6 +15,7 @@ VARIANTS: Final = {
     "apicv": ("memslot", "gfn"),
     "tdp_pages": ("list", "counter"),
 }
+MOST_PAGES: Final = 1 << 36  # of one call: 256 TiB
 _RATES: Final = {"aging": 100_000.0, "zap_lock": 1_000.0}  # a second, where neither the trace nor the user says
 
 
@@ -62,7 +63,12 @@ def parse(axis: str, text: str) -> Asked:
     match = re.fullmatch(r"([a-z,]+)(?:@(\d+(?:\.\d+)?)(?:x(\d+))?)?", text)
     names = tuple(dict.fromkeys(match[1].split(","))) if match else ()
     bad = match is None or not set(names) <= set(known) or (match[2] is not None and not rated)
-    if match is None or bad or (match[2] and not 0 < float(match[2]) <= 1e9) or (match[3] and not int(match[3])):
+    if (
+        match is None
+        or bad
+        or (match[2] and not 0 < float(match[2]) <= 1e9)
+        or (match[3] and not 0 < int(match[3]) <= MOST_PAGES)
+    ):
         example = f", such as {known[0]}@20000x1 for 20,000 a second of 1 page each" if rated else ""
         raise Problem(f"--{axis.replace('_', '-')} {text}: give {known[0]}, {known[1]} or {','.join(known)}{example}")
     rate = float(match[2]) if match[2] else None

@@ -28,3 +28,16 @@ class Lock:
         else:
             self.locked = start + ns
         return start
+
+
+def skipped(i: int, ended: int, until: int, period: float, ns: int) -> int:
+    """Of calls that come each `period` and take `ns`, one at a time, how many after the `i`th, which ended at `ended`,
+    are over before `until` with one more to come before: if nobody else wants the lock until then, none need be made.
+    """
+    if until <= ended:
+        return 0
+    if ns > period:  # back to back
+        return max((until - ended) // ns - 2, 0)
+    if (i + 1) * period < ended:  # the last one was late
+        return 0
+    return max(int(until / period) - 2 - i, 0)

@@ -18,6 +18,7 @@ from traces.screen import page, text_of
 from traces.text import printable
 
 _WIDTH: Final = 220
+_VMS_SHOWN: Final = 8
 _ANSWER: Final[Mapping[str, Callable[[Workload, Asked, str], Answer]]] = {
     "aging": aging.answer, "zap_lock": zaps.answer, "apicv": apicv.answer, "tdp_pages": pages.answer,
 }  # fmt: skip
@@ -71,7 +72,7 @@ def facts(found: Sequence[tuple[Workload, list[Answer]]]) -> list[dict[str, Any]
 def render(found: Sequence[tuple[Workload, list[Answer]]]) -> str:
     """Plain text where standard output is no terminal."""
     console = page(_WIDTH)
-    for work, answers in found:
+    for work, answers in found[:_VMS_SHOWN]:
         for each in answers:
             option = each.axis.replace("_", "-")
             console.print(Text(f"VM {work.vm}, {option}: this kernel's way is {each.own}", style="bold"))
@@ -86,6 +87,8 @@ def render(found: Sequence[tuple[Workload, list[Answer]]]) -> str:
                 console.print(Text(printable(note)), soft_wrap=True)
         for line in trust(work):
             console.print(Text(printable(line)), soft_wrap=True)
+    if len(found) > _VMS_SHOWN:
+        console.print(Text(f"... {len(found) - _VMS_SHOWN} more VMs: --json has them"))
     return text_of(console)
 
 

@@ -9,9 +9,11 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from replay.designs.answers import MOST_PAGES
 from replay.evidence import Evidence
 from replay.lookback import Rows
 from replay.lower import Case, Lowering
+from replay.model import Happened
 from replay.ops import LEVEL_SHIFT, VCPU_SHIFT, Block, Op, Ranges
 from replay.pools import Engine
 from replay.run import has_ad_disabled
@@ -116,7 +118,7 @@ def workload(evidence: Evidence, vm: Mapping[str, Any]) -> Workload:
     contended = measured.timing.contended
     hold = contended.held // contended.faults if contended.held else round(costs.fault * _ALONE)
     found = Workload(
-        int(vm["id"]), 0, [], max(hold, 1), max(costs.fault - hold, 0), costs, costs.fault / DEFAULT.fault,
+        int(vm["id"]), 0, [], max(hold, 1), max(costs.fault - hold, 0), costs, max(costs.fault, 1) / DEFAULT.fault,
         contended.held > 0, evidence.own.faults_share, evidence.shadow, 0,
         nx=not evidence.off("kvm", "nx_huge_pages"),
     )  # fmt: skip
@@ -139,7 +141,6 @@ class _Replay:
         self._worker = evidence.own.teardown == "worker"
         events = evidence.trace.metadata.events
         self._moments = [events * i // (MOMENTS + 1) for i in range(1, MOMENTS + 1)]
-        self._roots = 0
         self._done = 0
         self._gaps: list[list[Ints]] = [[] for _ in range(found.recorded)]
         self._links: list[list[Ints]] = [[] for _ in range(found.recorded)]
@@ -173,10 +174,9 @@ class _Replay:
         self._mmio = np.union1d(self._mmio, rows.gfn[rows.of("mark_mmio_spte")])
         ranges, pages = rows.of("kvm_age_hva"), rows.of("kvm_test_age_hva")
         found.aged += len(ranges) + len(pages)
-        found.aged_pages += int(
-            (rows.value[ranges].astype(np.int64) - rows.addr[ranges].astype(np.int64)).sum() >> _PAGE
-        )
-        found.aged_pages += len(pages)
+        start, end = rows.addr[ranges], rows.value[ranges]
+        aged = np.where(end > start, end - start, 0) >> np.uint64(_PAGE)
+        found.aged_pages += sum(np.minimum(aged, MOST_PAGES).tolist()) + len(pages)
 
     def _faults(self, op: NDArray[np.uint32], lead: Ints, cost: Ints, was: NDArray[np.uint8]) -> None:
         vcpu = op >> VCPU_SHIFT
@@ -216,15 +216,17 @@ class _Replay:
                 start = cut + 1
                 self._found.zaps.append(self._engines[0].counters.zapped - before)
         self._do(block, ranges, start, end)
-        if self._alive:  # what is there before it all goes
-            self._found.leaves, self._found.alive = self._alive, self._roots
+        leaves, _, roots = self._alive
+        if leaves:  # what is there before it all goes
+            self._found.leaves, self._found.alive = leaves, roots
         self._found.freed = self._engines[0].counters.tables_freed if self._worker else 0
         self._do(block, ranges, end, len(block))
 
     @property
-    def _alive(self) -> int:
-        counters = self._engines[0].counters
-        return int(self._engines[0].vcpus.faults.sum()) + counters.prefetched - counters.zapped
+    def _alive(self) -> tuple[int, int, int]:
+        """SPTEs, tables and roots that the recorded kernel has now."""
+        roots = self._engines[0].roots
+        return sum(root.leaves for root in roots), sum(root.tables for root in roots), len(roots)
 
     def _do(self, block: Block, ranges: Ranges, start: int, end: int) -> None:
         if end <= start:
@@ -234,21 +236,17 @@ class _Replay:
         for engine in self._engines:
             engine.feed(piece, ranges, self._done)
             log = engine.take_log()
-            if engine is self._engines[0] and len(log):
-                self._roots = int(log.roots_alive[-1])
-                self._found.roots += int((log.event == 0).sum())
+            if engine is self._engines[0]:
+                self._found.roots += int((log.event == Happened.CREATED).sum())
         self._done += end - start
 
     def _inhibit(self) -> None:
         """At this moment: as it is in the first engine, by memslot in the second, by gfn in the third."""
         none = np.zeros(1, np.int64)
-        leaves, counters = self._alive, self._engines[0].counters
         memslot, gfn = self._engines[1:]
         memslot.feed(Block(np.array([int(Op.INVALIDATE)], np.uint32), none, none, none), Ranges(), self._done)
         before = gfn.counters.zapped
         for space in (0, 1):
             zap = np.array([int(Op.ZAP) | space << LEVEL_SHIFT], np.uint32)
             gfn.feed(Block(zap, none, none, none), Ranges([(APIC_GFN, APIC_GFN + 1)]), self._done)
-        self._found.moments.append(
-            Mapped(leaves, counters.tables - counters.tables_freed, self._roots, gfn.counters.zapped - before)
-        )
+        self._found.moments.append(Mapped(*self._alive, gfn.counters.zapped - before))

@@ -17,7 +17,7 @@ import numpy as np
 
 from replay.designs.aging import FACTORS, limit
 from replay.designs.answers import VCPUS, Answer, Asked, count, spread, time
-from replay.designs.locks import Lock
+from replay.designs.locks import Lock, skipped
 from replay.designs.workload import Workload
 from replay.virtual.costs import LockCosts
 
@@ -75,7 +75,10 @@ def meet(work: Workload, vcpus: int, period: float, ns: int, shared: bool, count
             met.stale += sum(since < begin < until for since, until in holding)
             holding = [(since, until) for since, until in holding if until > begin]
             zaps = [zaps[1], (begin, begin + ns)]
-            heapq.heappush(heap, (max(round((i + 1) * period), begin + ns), who, i + 1, 0, 0))
+            more = 0 if holding else skipped(i, begin + ns, heap[0][0], period, ns)
+            met.zaps += more
+            ended = begin + ns * (1 + more) if ns > period else begin + ns
+            heapq.heappush(heap, (max(round((i + more + 1) * period), ended), who, i + more + 1, 0, 0))
             continue
         start = lock.free(at, work.faults_share)
         met.waited += start - at

@@ -66,7 +66,7 @@ class LockCosts:
 
     def times(self, factor: float) -> LockCosts:
         """All of them as many times."""
-        return LockCosts(**{each.name: round(getattr(self, each.name) * factor) for each in fields(self)})
+        return LockCosts(**{each.name: max(round(getattr(self, each.name) * factor), 1) for each in fields(self)})
 
 
 @dataclass

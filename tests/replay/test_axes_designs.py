@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -56,6 +56,7 @@ requests = st.lists(st.tuples(st.integers(0, 300), st.integers(1, 200), st.boole
 # Queues
 
 
+@settings(deadline=None)
 @given(requests)
 def test_a_lock_is_the_clocks_mmu_lock_and_first_come_first_served(asked: list[tuple[int, int, bool]]) -> None:
     lock, clock = Lock(), Clock(Vm(PRESERVE, [Word(0)], 2), Costs())
@@ -70,6 +71,7 @@ def test_a_lock_is_the_clocks_mmu_lock_and_first_come_first_served(asked: list[t
         assert lock.take(at, ns, shares) == pace.clock == expected
 
 
+@settings(deadline=None)
 @given(programs, st.integers(1, 4), st.integers(1, 400), st.integers(50, 2000), st.integers(1, 300))
 def test_no_fault_waits_for_more_than_one_walk_and_one_reader(
     gaps: list[list[int]], vcpus: int, ns: int, period: int, hold: int
@@ -87,6 +89,7 @@ def test_no_fault_waits_for_more_than_one_walk_and_one_reader(
     assert free.calls >= met.calls - 1 - (met.end - free.end) / min(period, ns)
 
 
+@settings(deadline=None)
 @given(programs, st.integers(1, 4), st.integers(1, 300))
 def test_faults_that_exclude_each_other_queue_even_without_an_ager(
     gaps: list[list[int]], vcpus: int, hold: int
@@ -117,6 +120,7 @@ def test_waits_at_moments_of_chance_are_what_the_arithmetic_says(vcpus: int, ns:
     assert most <= met.faults * (ns + work.hold)
 
 
+@settings(deadline=None)
 @given(programs, st.integers(1, 4), st.integers(1, 400), st.integers(500, 3000), st.booleans(), st.booleans())
 def test_only_the_write_lock_with_count_and_sequence_leaves_nothing_stale(
     gaps: list[list[int]], vcpus: int, ns: int, period: int, shares: bool, shared: bool
@@ -143,12 +147,41 @@ def test_retries_and_stale_installs_are_what_the_arithmetic_says(shared: bool, c
         assert met.waited == 0
 
 
+@settings(deadline=None, max_examples=50)
+@given(
+    programs,
+    st.integers(1, 3),
+    st.integers(20, 90),
+    st.floats(20, 90),
+    st.integers(1, 300),
+    st.booleans(),
+    st.booleans(),
+)
+def test_calls_that_nobody_meets_need_not_be_made(
+    gaps: list[list[int]], vcpus: int, ns: int, period: float, hold: int, shares: bool, flag: bool
+) -> None:
+    work = made([[gap * 3 for gap in each] for each in gaps], hold, shares=shares)
+    quick = aging.meet(work, vcpus, period, ns, flag), zaps.meet(work, vcpus, period, ns, flag, not flag)
+    with pytest.MonkeyPatch.context() as patched:
+        for module in (aging, zaps):
+            patched.setattr(module, "skipped", lambda *_: 0)
+        assert quick == (aging.meet(work, vcpus, period, ns, flag), zaps.meet(work, vcpus, period, ns, flag, not flag))
+
+
+def test_an_idle_guest_takes_no_longer() -> None:
+    """A million seconds, a call each ns."""
+    met = aging.meet(made([[10**15] * 3]), 1, 1, 300)
+    assert met.calls == pytest.approx(3 * 10**15 / 300, rel=1e-6)
+    assert zaps.meet(made([[10**15] * 3]), 1, 1000, 300, True, True).zaps == pytest.approx(3 * 10**12, rel=1e-6)
+
+
 def test_a_fault_that_retries_for_ever_is_seen() -> None:
     """A zap comes more often than a fault takes."""
     met = zaps.meet(made([[5000]], window=5000), 1, 1000, 10, False, True)
     assert (met.hung, met.retried) == (1, 100)
 
 
+@settings(deadline=None)
 @given(programs, st.integers(1, 4), st.integers(0, 3), st.integers(1, 300))
 def test_links_take_turns(gaps: list[list[int]], vcpus: int, links: int, ns: int) -> None:
     work = made(gaps, links=links)
@@ -191,6 +224,13 @@ def test_recorded_zaps_are_the_notifiers() -> None:
     assert aging.non_present(of_corpus("smi-storm-6.1"), 1e5, 300, 1) == 0
 
 
+def test_split_huge_pages_are_mapped() -> None:
+    """SPTEs that no fault made."""
+    leaves = [moment.leaves for moment in of_corpus("dirty-log-huge-6.1").moments]
+    assert max(leaves) > 1024
+    assert min(leaves) >= 0
+
+
 def test_recorded_agers_are_the_rate(tmp_path: Path) -> None:
     guest = Guest()
     guest.slot(0, 512, 0x7F0000000000)
@@ -231,7 +271,19 @@ def test_since_when_a_kernel_does_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "x", "locked,x", "locked@", "locked@0", "locked@5x0", "locked@1e4", "@5", "locked,"]
+    "text",
+    [
+        "",
+        "x",
+        "locked,x",
+        "locked@",
+        "locked@0",
+        "locked@5x0",
+        "locked@5x99999999999999",
+        "locked@1e4",
+        "@5",
+        "locked,",
+    ],
 )
 def test_what_is_no_question_is_one_line(text: str) -> None:
     with pytest.raises(Problem, match=r"^--aging .*: give locked, lockless or locked,lockless, such as"):
