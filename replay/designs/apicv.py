@@ -46,6 +46,6 @@ def answer(work: Workload, asked: Asked, own: str) -> Answer:
         "memslot: once when APICv is inhibited, perhaps again when it comes back (the sources do not agree): once to "
         "twice these numbers a cycle; only AMD's AVIC ever did so",
         f"{count(work.mmio, 'page')} had a cached MMIO SPTE at some time: it goes as the others do; by gfn it stays",
-        f"gfn: {count(max(seen), 'SPTE')} of the APIC page mapped; {count(roots, 'root')} can have one each",
+        f"gfn: {count(max(seen), 'SPTE')} of the APIC page mapped; at most one in each root, of {roots}",
     ]
     return Answer("apicv", own, rows, (headers, cells), notes)

@@ -104,6 +104,7 @@ def answer(work: Workload, asked: Asked, own: str) -> Answer:
         f"counter for those that the NX workaround tracks only ({'0 to all' if work.nx else 'none: it was off'})",
         f"its {count(work.roots, 'root')} stand in neither; the list of roots has the same spinlock under either",
         "a counter's waits are for its cache line",
+        "arithmetic: waits at moments of chance .. with all vCPUs at once (in step they can also meet more rarely)",
     ]
     if work.shadow:
         notes.append("recorded with the shadow MMU, which has neither: as the TDP MMU would link such tables")
