@@ -1,0 +1,218 @@
+"""The verbs of replay: `kvmtrace validate`, `replay` and `explore`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from traces.documents import Json, print_json
+from traces.errors import VERDICT_FAILED, Problem
+
+app = typer.Typer()
+
+
+@app.command(epilog="Example: kvmtrace validate stall.parquet")
+def validate(
+    trace: Annotated[Path, typer.Argument(help="The recording.")],
+    policy: Annotated[
+        str, typer.Option(help="Root policy to hold it against. [default: the recorded kernel's]", show_default=False)
+    ] = "",
+    as_json: Json = False,
+) -> None:
+    """Replay a recording under its own kernel's policy and compare each response of the MMU; exit 1 below 100 %."""
+    from replay.lockstep.validate import validate as compare
+    from replay.lockstep.verdict import facts, render
+
+    report = compare(trace, policy)
+    if as_json:
+        print_json(facts(report))
+    else:
+        print(render(report), end="")
+    if not report.holds:
+        raise typer.Exit(VERDICT_FAILED)
+
+
+@app.command(
+    epilog="Examples: kvmtrace replay stall.parquet"
+    " | kvmtrace replay stall.parquet --policy preserve --policy ./mine.py -o result.parquet"
+    " | kvmtrace replay new.parquet --policy async --refault recent:512"
+    " | kvmtrace replay stall.parquet --aging locked,lockless@20000x1 --tdp-pages list,counter",
+)
+def replay(
+    trace: Annotated[Path, typer.Argument(help="A recording.")],
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="sync, async, preserve-worker, preserve, shadow, a file with a policy of your own, or an entry point; "
+            "repeatable. [default: the recorded one, preserve, async]"
+        ),
+    ] = None,
+    kernel: Annotated[
+        str, typer.Option(help="Unload when this version does, such as 5.15; its policy unless --policy is given.")
+    ] = "",
+    refault: Annotated[
+        str,
+        typer.Option(
+            help="Where the trace does not say what the guest touched again: none, all, accessed, or recent:PAGES. "
+            "[default: the interval from none to all]"
+        ),
+    ] = "",
+    out: Annotated[Path | None, typer.Option("-o", "--output", help="Write the result, a Parquet file.")] = None,
+    timed: Annotated[
+        bool, typer.Option("--time/--no-time", help="Also how long each vCPU takes and stands still, in virtual time.")
+    ] = True,
+    smi: Annotated[
+        str,
+        typer.Option(
+            help="open: SMIs keep their wall-clock time; closed: they move with the guest; auto: as recorded."
+        ),
+    ] = "auto",
+    stall_share: Annotated[
+        float, typer.Option(help="A soft-hang has less than this share of its time in the guest...", min=0, max=1)
+    ] = 0.1,
+    stall_window: Annotated[int, typer.Option(help="... for at least this many ms.", min=1)] = 100,
+    stuck_exits: Annotated[
+        int, typer.Option(help="A recorded vCPU is stuck after so many exits at one RIP.", min=1)
+    ] = 100_000,
+    sweep: Annotated[
+        str, typer.Option(help="Instead: SMIs at other rates, such as smi-rate=10:10000:log; where does it hang?")
+    ] = "",
+    smi_rate: Annotated[float, typer.Option(help="Instead: SMIs at this rate, per second and vCPU.", min=0)] = 0.0,
+    scale_working_set: Annotated[
+        float, typer.Option(help="With these two: a refill needs this many times the pages.", min=0)
+    ] = 1.0,
+    vcpus_holding_root: Annotated[
+        int, typer.Option(help="With these two: so many vCPUs have the root loaded.", min=1)
+    ] = 1,
+    aging: Annotated[
+        str,
+        typer.Option(
+            help="Instead: agers that hold mmu_lock (locked) or do not (lockless): what faults wait, 1 to 64 vCPUs. "
+            "locked,lockless@20000x1: 20,000 a second of 1 page each."
+        ),
+    ] = "",
+    zap_lock: Annotated[
+        str, typer.Option(help="Instead: range zaps under mmu_lock for read or for write, such as read,write@1000x1.")
+    ] = "",
+    apicv: Annotated[
+        str, typer.Option(help="Instead: APICv inhibits by memslot (every SPTE goes) or by gfn: SPTEs and refills.")
+    ] = "",
+    tdp_pages: Annotated[
+        str, typer.Option(help="Instead: tables kept in a list under a spinlock, or by a counter: time and waits.")
+    ] = "",
+    as_json: Json = False,
+) -> None:
+    """Say what the recorded VMs would have done under other root policies, and how long it would have taken."""
+    from replay import bounds, evidence, plan, report, run
+    from replay.designs import report as designs
+    from replay.keep import keep
+    from replay.virtual import report as time_report
+    from replay.virtual import whatif
+    from replay.virtual.run import Settings, replay_timed
+    from replay.virtual.stalls import Rule
+    from traces.reader import Trace
+
+    if smi not in ("auto", "open", "closed"):
+        raise Problem(f"--smi {smi}: give auto, open or closed")
+    settings = Settings(smi, Rule(stall_share, stall_window * 1_000_000), stuck_exits)
+
+    assumed = plan.refault(refault)
+    shown = evidence.Evidence(Trace.open(trace))
+    if questions := designs.asked(aging=aging, zap_lock=zap_lock, apicv=apicv, tdp_pages=tdp_pages):
+        found = designs.answer(shown, questions)
+        if as_json:
+            print_json({"trace": str(trace), "designs": designs.facts(found)})
+        else:
+            print(designs.render(found), end="")
+        return
+    share = bounds.accessed_share(shown.trace, shown.intel) if assumed.name == "accessed" else 0.0
+    wanted = plan.make(shown, policy or [], kernel, assumed)
+    if sweep or smi_rate:
+        rates = whatif.parse(sweep) if sweep else whatif.Sweep(smi_rate, smi_rate)
+        change = whatif.Change(scale_working_set, vcpus_holding_root)
+        kernels = (target.axes for target in wanted.targets if target.policy is None)
+        swept = whatif.swept(shown, kernels, rates, change)
+        if as_json:
+            print_json({"trace": str(trace), "sweep": time_report.sweep_facts(swept, rates)})
+        else:
+            print(time_report.render_sweep(swept, rates), end="")
+        return
+    if out is None:
+        times = replay_timed(wanted, settings) if timed else []
+        replayed = run.replay(wanted)
+    else:
+        replayed, times = keep(wanted, out, settings, timed=timed)
+    if as_json:
+        time = {"time": time_report.facts(times, settings)} if timed else {}
+        print_json({**report.facts(replayed, share), **time})
+    else:
+        print(report.render(replayed, share), end="")
+        if timed:
+            print(time_report.render(times, wanted), end="")
+
+
+@app.command(
+    epilog="Examples: kvmtrace explore --list | kvmtrace explore vm-destroy | kvmtrace explore apicv --variant write"
+    " | kvmtrace explore ./mine.py --bound vcpus=4 --json >found.json | kvmtrace explore --replay found.json",
+)
+def explore(
+    scenario: Annotated[
+        str, typer.Argument(help="One of --list, or a Python file with one of your own (docs/explore.md).")
+    ] = "",
+    variant: Annotated[list[str] | None, typer.Option(help="Only this variant; repeatable. [default: all]")] = None,
+    bound: Annotated[
+        list[str] | None, typer.Option(help="How many of what, such as vcpus=4; repeatable. [default: as in --list]")
+    ] = None,
+    max_states: Annotated[
+        int, typer.Option(help="Give up beyond this many states (about 1 KiB each).", min=1)
+    ] = 3_000_000,
+    replay: Annotated[
+        Path | None, typer.Option(help="Instead: run the schedules in what --json printed, and say what breaks.")
+    ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="Instead: list the scenarios and their variants.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Try every interleaving of a small model of kernel paths; exit 1 when one breaks an invariant, 0 if none does."""
+    from replay.explore import catalogue, report
+    from replay.explore.scenario import run
+    from replay.explore.scenarios import SCENARIOS
+
+    if list_:
+        if as_json:
+            print_json(report.listing(SCENARIOS))
+        else:
+            print(report.render_listing(SCENARIOS), end="")
+        return
+    if replay is not None:
+        own = catalogue.find(scenario) if scenario else None
+        replayed = [report.replay(given, own, str(replay)) for given in report.schedules(replay)]
+        if as_json:
+            print_json({"replays": replayed})
+        else:
+            print("".join(map(report.render_replay, replayed)), end="")
+        if any(one["broken"] for one in replayed):
+            raise typer.Exit(VERDICT_FAILED)
+        return
+    if not scenario:
+        raise Problem("give a scenario, or --list to see those there are")
+
+    def progress(states: int) -> None:
+        print(f"\r{states:,} states", end="", file=sys.stderr, flush=True)
+
+    terminal = sys.stderr.isatty()
+    wanted, bounds = catalogue.find(scenario), report.bounds(bound or [])
+    names = variant or [each.name for each in wanted.variants]
+    runs = []
+    for name in names:
+        runs.append(run(wanted, name, bounds, max_states, progress if terminal else None))
+        if terminal and runs[-1].exploration.seconds > 1:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        if not as_json:
+            print(report.render(runs[-1]), flush=True)
+    if as_json:
+        print_json({"scenario": wanted.name, "title": wanted.title, "runs": [report.facts(each) for each in runs]})
+    if any(each.schedule for each in runs):
+        raise typer.Exit(VERDICT_FAILED)

@@ -1,0 +1,17 @@
+"""Documents for machines: what `--json` prints of any verb."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+SCHEMA = 1
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON (with its schema version) instead of text.")]
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """Print a document with its schema version first."""
+    print(json.dumps({"schema": SCHEMA, **document}, indent=2))
