@@ -6,8 +6,9 @@ put into the model; every row that is the MMU's response is foretold by the thre
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -66,7 +67,7 @@ class Divergence:
 
 
 @dataclass
-class _Thread:
+class Thread:
     activities: list[Activity] = field(default_factory=list)
     pending: Expect | None = None  # what the top activity has said, unless it waits
     vcpu: int | None = None
@@ -74,24 +75,24 @@ class _Thread:
     ioctl: int = 0
 
 
-class Lockstep:
-    """One VM."""
+class Threads(ABC):
+    """A VM's threads, each with what it is in the middle of; subclasses say what begins and what happens."""
 
-    def __init__(self, machine: Kernel) -> None:
-        self.machine = machine
+    responses: Collection[str] = RESPONSES
+
+    def __init__(self) -> None:
         self.tallies: dict[str, Tally] = {}
         self.first: Divergence | None = None
-        self.notes: Counter[str] = Counter()
-        self._threads: dict[int, _Thread] = {}
+        self._threads: dict[int, Thread] = {}
         self._recent: deque[Row] = deque(maxlen=_CONTEXT)
 
     def run(self, rows: Iterable[Row]) -> None:
         """Go through a VM's rows in order of recording."""
         for row in rows:
-            thread = self._threads.setdefault(row.tid, _Thread())
+            thread = self._threads.setdefault(row.tid, Thread())
             if row.vcpu is not None:
                 thread.vcpu = row.vcpu
-            if row.kind in RESPONSES:
+            if row.kind in self.responses:
                 self._respond(thread, row)
             else:
                 self._happen(thread, row)
@@ -104,12 +105,15 @@ class Lockstep:
         for thread in self._threads.values():
             self._settle(thread, None)
 
-    # Responses
+    @abstractmethod
+    def _begun_by(self, thread: Thread, row: Row) -> Activity | None:
+        """The activity whose first sign a response is, where nothing was expected of the thread."""
 
-    def _respond(self, thread: _Thread, row: Row) -> None:
-        if row.kind == "table_free" and not self._awaits(thread, "table_free"):
-            self._free(row)
-            return
+    @abstractmethod
+    def _happen(self, thread: Thread, row: Row) -> None:
+        """What is no response is put into the model."""
+
+    def _respond(self, thread: Thread, row: Row) -> None:
         expected = self._expected(thread)
         if expected is None:
             activity = self._begun_by(thread, row)
@@ -138,11 +142,7 @@ class Lockstep:
             return
         self._diverge(row, f"{row.kind} recorded, nothing more expected of this thread")
 
-    def _awaits(self, thread: _Thread, kind: str) -> bool:
-        expected = self._expected(thread)
-        return expected is not None and expected.kind == kind
-
-    def _expected(self, thread: _Thread) -> Expect | None:
+    def _expected(self, thread: Thread) -> Expect | None:
         """What the thread's innermost unfinished activity expects now, given what other threads did meanwhile."""
         while thread.activities:
             if thread.pending is None:
@@ -155,20 +155,72 @@ class Lockstep:
                 return thread.pending
         return None
 
-    def _send(self, thread: _Thread, row: Row | None) -> None:
+    def _send(self, thread: Thread, row: Row | None) -> None:
         thread.pending = None
         try:
             thread.pending = thread.activities[-1].send(row)
         except StopIteration:
             thread.activities.pop()
 
-    def _drop(self, thread: _Thread) -> None:
+    def _drop(self, thread: Thread) -> None:
         for activity in thread.activities:
             activity.close()
         thread.activities.clear()
         thread.pending = None
 
-    def _begun_by(self, thread: _Thread, row: Row) -> Activity | None:
+    def _begin(self, thread: Thread, activity: Activity) -> None:
+        thread.activities.append(activity)
+        thread.pending = None
+
+    def _check(self, row: Row, holds: bool, why: str) -> None:
+        if holds:
+            self._tally(row.kind).reproduced += 1
+        else:
+            self._diverge(row, why)
+
+    def _settle(self, thread: Thread, row: Row | None) -> None:
+        """The thread goes on to something else: what its activities still expect never came."""
+        while (expected := self._expected(thread)) is not None:
+            if expected.optional:
+                self._send(thread, None)
+                continue
+            if not expected.may_stop:
+                self._tally(expected.kind).missing += 1
+                if row is not None:
+                    self._remember(row, f"{expected} expected, {row.kind} recorded")
+            thread.activities.pop().close()
+            thread.pending = None
+
+    def _tally(self, kind: str) -> Tally:
+        return self.tallies.setdefault(kind, Tally())
+
+    def _diverge(self, row: Row, why: str) -> None:
+        self._tally(row.kind).wrong += 1
+        self._remember(row, why)
+
+    def _remember(self, row: Row, why: str) -> None:
+        if self.first is None:
+            self.first = Divergence(row, why, tuple(self._recent), [])
+
+
+class Lockstep(Threads):
+    """One VM whose roots map guest-physical addresses."""
+
+    def __init__(self, machine: Kernel) -> None:
+        super().__init__()
+        self.machine = machine
+
+    def _respond(self, thread: Thread, row: Row) -> None:
+        if row.kind == "table_free" and not self._awaits(thread, "table_free"):
+            self._free(row)
+            return
+        super()._respond(thread, row)
+
+    def _awaits(self, thread: Thread, kind: str) -> bool:
+        expected = self._expected(thread)
+        return expected is not None and expected.kind == kind
+
+    def _begun_by(self, thread: Thread, row: Row) -> Activity | None:
         """The activity whose first sign a row is: loads, the zap worker and dirty logs have no event at their start."""
         machine = self.machine
         if row.kind in _LOADING and thread.vcpu is not None:
@@ -194,9 +246,7 @@ class Lockstep:
         else:
             self._tally("table_free").reproduced += 1
 
-    # What happens to the VM
-
-    def _happen(self, thread: _Thread, row: Row) -> None:
+    def _happen(self, thread: Thread, row: Row) -> None:
         machine = self.machine
         if row.kind in ("kvm_unmap_hva_range", "kvm_set_spte_hva"):
             if row.kind == "kvm_unmap_hva_range":
@@ -241,11 +291,7 @@ class Lockstep:
         elif row.kind == "vm_destroy":
             machine.destroyed = True
 
-    def _begin(self, thread: _Thread, activity: Activity) -> None:
-        thread.activities.append(activity)
-        thread.pending = None
-
-    def _free_roots(self, thread: _Thread, row: Row) -> None:
+    def _free_roots(self, thread: Thread, row: Row) -> None:
         if thread.vcpu is None:
             return
         vcpu = self._vcpu(thread.vcpu)
@@ -260,13 +306,7 @@ class Lockstep:
             self._check(row, name == row.root, f"root {row.root} is the current one, the model has {name or 'none'}")
         self._begin(thread, self.machine.free_slots(vcpu, mask))
 
-    def _check(self, row: Row, holds: bool, why: str) -> None:
-        if holds:
-            self._tally(row.kind).reproduced += 1
-        else:
-            self._diverge(row, why)
-
-    def _memslot(self, thread: _Thread, row: Row) -> None:
+    def _memslot(self, thread: Thread, row: Row) -> None:
         machine = self.machine
         key = (row.as_id, row.slot)
         before = machine.slots.get(key)
@@ -279,31 +319,5 @@ class Lockstep:
         if before is not None and before.logged != slot.logged:
             self._begin(thread, machine.log_on(slot) if slot.logged else machine.log_off(slot))
 
-    # Bookkeeping
-
-    def _settle(self, thread: _Thread, row: Row | None) -> None:
-        """The thread goes on to something else: what its activities still expect never came."""
-        while (expected := self._expected(thread)) is not None:
-            if expected.optional:
-                self._send(thread, None)
-                continue
-            if not expected.may_stop:
-                self._tally(expected.kind).missing += 1
-                if row is not None:
-                    self._remember(row, f"{expected} expected, {row.kind} recorded")
-            thread.activities.pop().close()
-            thread.pending = None
-
     def _vcpu(self, index: int) -> Vcpu:
         return self.machine.vcpus.setdefault(index, Vcpu(index))
-
-    def _tally(self, kind: str) -> Tally:
-        return self.tallies.setdefault(kind, Tally())
-
-    def _diverge(self, row: Row, why: str) -> None:
-        self._tally(row.kind).wrong += 1
-        self._remember(row, why)
-
-    def _remember(self, row: Row, why: str) -> None:
-        if self.first is None:
-            self.first = Divergence(row, why, tuple(self._recent), [])

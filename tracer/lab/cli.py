@@ -148,7 +148,7 @@ def matrix(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Directory to keep the recordings in.")] = None,
     kernel: Annotated[list[str] | None, typer.Option(help="Only this kernel (repeatable). [default: all here]")] = None,
     scenario: Annotated[list[str] | None, typer.Option(help="Only this scenario (repeatable).")] = None,
-    shadow: Annotated[bool, typer.Option(help="Record each with the shadow MMU as well.")] = True,
+    shadow: Annotated[bool, typer.Option(help="Record with the shadow MMU as well: tdp_mmu=0 and npt=0.")] = True,
     jobs: Jobs = 1,
     as_json: Json = False,
 ) -> None:
@@ -158,12 +158,12 @@ def matrix(
 
     from tracer.lab.fetch import present
     from tracer.lab.kernels import KERNELS, known
-    from tracer.lab.matrix import cells
+    from tracer.lab.matrix import TDP, cells
 
     names = [known(name).name for name in kernel] if kernel else [name for name in KERNELS if present(name)]
     if not names:
         raise Problem("no kernel is here: kvmtrace lab fetch 6.1", ENVIRONMENT)
-    wanted = cells(names, scenario or (), shadow=_with_shadow(names) if shadow else ())
+    wanted = cells(_mmus(names) if shadow else dict.fromkeys(names, (TDP,)), scenario or ())
     with ExitStack() as stack:
         if output is None:
             output = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvmtrace-matrix-")))
@@ -192,14 +192,15 @@ def corpus(
             print(f"kvmtrace: {missing(name)}; its recordings are left as they are", file=sys.stderr)
     for name in names:
         get(name, _say)
-    _fill(cells(names, shadow=_with_shadow(names)), directory, jobs, as_json)
+    _fill(cells(_mmus(names)), directory, jobs, as_json)
 
 
-def _with_shadow(names: list[str]) -> list[str]:
-    """The kernels whose shadow MMU is worth recording: a variant differs from its stock kernel in the TDP MMU."""
+def _mmus(names: list[str]) -> dict[str, tuple[str, ...]]:
+    """The MMUs of each kernel that are worth recording: a variant differs from its stock kernel in the TDP MMU."""
     from tracer.lab.kernels import KERNELS
+    from tracer.lab.matrix import MMUS, TDP
 
-    return [name for name in names if not KERNELS[name].variant]
+    return {name: (TDP,) if KERNELS[name].variant else tuple(MMUS) for name in names}
 
 
 def _fill(wanted: list[Cell], directory: Path, jobs: int, as_json: bool) -> None:

@@ -1,7 +1,7 @@
 """Every scenario on every kernel: the recordings that are shipped, and the table of where they come from.
 
-A cell is one scenario on one kernel, recorded to `SCENARIO[-PARAMETERS]-KERNEL[-shadow].parquet`; cells of one kernel
-share a boot.
+A cell is one scenario on one kernel with one of its MMUs, recorded to `SCENARIO[-PARAMETERS]-KERNEL[-MMU].parquet`;
+cells of one kernel and MMU share a boot.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +24,12 @@ from traces.errors import BAD_INPUT, ENVIRONMENT, Problem
 
 PROVENANCE: Final = "provenance.json"
 TABLE: Final = "README.md"
-SHADOW: Final = "kvm.tdp_mmu=0"
+# What a kernel's MMUs are called here, and the module parameters that choose them; TDP roots have no name. Direct
+# shadow pages stand for guest-physical ranges, with NPT off they stand for the guest's own page tables.
+TDP: Final = ""
+DIRECT: Final = "shadow"
+PAGING: Final = "npt0"
+MMUS: Final[Mapping[str, tuple[str, ...]]] = {TDP: (), DIRECT: ("kvm.tdp_mmu=0",), PAGING: ("kvm_amd.npt=0",)}
 
 EVENTS: Final = "mmu"
 JOBS: Final = "jobs.json"
@@ -38,22 +43,26 @@ _VARIATIONS: Final = (
     ("dirty-log", ("--huge",)),
     ("notifier", ("--how", "dontneed")),
 )
+# With NPT off only those in which pages of the guest's tables are found again, go out of sync, or are zapped.
+_PAGING: Final = (
+    "churn", "cr4-toggle", "efer-toggle", "notifier", "roots", "slot-delete", "smi-storm", "wp-toggle"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One recording to make: a scenario with its arguments on a kernel, with the TDP MMU or the shadow MMU."""
+    """One recording to make: a scenario with its arguments on a kernel, with one of `MMUS`."""
 
     scenario: str
     arguments: tuple[str, ...]
     kernel: str
-    shadow: bool = False
+    mmu: str = TDP
 
     @property
     def name(self) -> str:
         """The file's name without its ending."""
         values = "-".join(argument.lstrip("-") for argument in self.arguments)
-        return "-".join(filter(None, (self.scenario, values, self.kernel, "shadow" if self.shadow else "")))
+        return "-".join(filter(None, (self.scenario, values, self.kernel, self.mmu)))
 
 
 @dataclass(frozen=True)
@@ -86,11 +95,11 @@ class Row:
     sha256: str
 
 
-def cells(kernels: Sequence[str], scenarios: Sequence[str] = (), *, shadow: Container[str] = ()) -> list[Cell]:
-    """The cells for these kernels (names of the table) and scenarios (all by default).
+def cells(kernels: Mapping[str, Sequence[str]], scenarios: Sequence[str] = ()) -> list[Cell]:
+    """The cells for these kernels (names of the table), each with its MMUs, and these scenarios (all by default).
 
-    On the kernels in `shadow`, scenarios with their defaults are recorded with the shadow MMU as well. Raises Problem
-    for a scenario that is not there.
+    Scenarios with other than their defaults are recorded with TDP only; with NPT off, only the telling ones are. Raises
+    Problem for a scenario that is not there.
     """
     listed = [scenario.name for scenario in vmm.scenarios()]
     for name in scenarios:
@@ -99,10 +108,11 @@ def cells(kernels: Sequence[str], scenarios: Sequence[str] = (), *, shadow: Cont
     wanted = scenarios or [name for name in listed if name not in _LEFT_OUT]
     pairs = [(name, ()) for name in wanted] + [(name, given) for name, given in _VARIATIONS if name in wanted]
     return [
-        Cell(name, arguments, kernel, is_shadow)
+        Cell(name, arguments, kernel, mmu)
         for name, arguments in sorted(pairs)
-        for kernel in kernels
-        for is_shadow in ((False, True) if kernel in shadow and not arguments else (False,))
+        for kernel, mmus in kernels.items()
+        for mmu in mmus
+        if mmu == TDP or (not arguments and (mmu != PAGING or name in _PAGING))
     ]
 
 
@@ -116,7 +126,7 @@ def record(group: Sequence[Cell], directory: Path, events: str = EVENTS) -> tupl
         {"out": f"{SHARE}/{cell.name}.parquet", "command": [str(vmm.binary()), cell.scenario, *cell.arguments]}
         for cell in group
     ]
-    parameters = (SHADOW,) if first.shadow else ()
+    parameters = MMUS[first.mmu]
     problems: list[Problem] = []
     try:
         done = boot(
@@ -200,11 +210,11 @@ def fill(
     rows = {row.file: row for row in provenance(directory) if (directory / row.file).is_file()}
     problems: list[Problem] = []
     wanted = list(wanted)
-    groups: dict[tuple[str, bool], list[Cell]] = {}
+    groups: dict[tuple[str, str], list[Cell]] = {}
     for cell in wanted:
         file = f"{cell.name}.parquet"
         if file not in rows:
-            groups.setdefault((cell.kernel, cell.shadow), []).append(cell)
+            groups.setdefault((cell.kernel, cell.mmu), []).append(cell)
     with ThreadPoolExecutor(jobs) as pool:
         running = {pool.submit(record, group, directory): name for name, group in groups.items()}
         try:
@@ -213,8 +223,8 @@ def fill(
                 problems += failed
                 rows |= {row.file: row for row in made}
                 _write(directory, [rows[name] for name in sorted(rows)])
-                kernel, shadow = running[done]
-                say(f"{number}/{len(groups)} {kernel}{' shadow' if shadow else ''}: {len(made)} recordings")
+                said = " ".join(filter(None, running[done]))
+                say(f"{number}/{len(groups)} {said}: {len(made)} recordings")
         except BaseException:
             # The pool would wait for boots of several minutes.
             pool.shutdown(wait=False, cancel_futures=True)
