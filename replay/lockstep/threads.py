@@ -210,6 +210,15 @@ class Lockstep(Threads):
         super().__init__()
         self.machine = machine
 
+    @property
+    def ended(self) -> bool:
+        """Whether the VM was destroyed."""
+        return self.machine.destroyed
+
+    def left(self, shows_frees: bool) -> int:
+        """Removed tables that were never freed, where that is recorded, and roots still alive."""
+        return len(self.machine.removed) * shows_frees + len(self.machine.roots)
+
     def _respond(self, thread: Thread, row: Row) -> None:
         if row.kind == "table_free" and not self._awaits(thread, "table_free"):
             self._free(row)

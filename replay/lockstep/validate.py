@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 from replay.axes import NAMED, PRESERVE, SYNC, SYNC_RW, Axes
-from replay.lockstep import expect
+from replay.lockstep import expect, paged
 from replay.lockstep.kernel import Kernel
 from replay.lockstep.rows import Row, rows_of
 from replay.lockstep.shadow import ShadowKernel
@@ -24,6 +24,7 @@ from traces.reader import Trace
 _NEEDED: Final = {
     "tdp": ("kvm_mmu_get_page", "kvm_mmu_set_spte", "kvm_page_fault", "mmu_load", "mmu_free_roots", "root_put"),
     "shadow": ("kvm_mmu_get_page", "kvm_mmu_set_spte", "kvm_page_fault", "mmu_load", "mmu_free_roots"),
+    "paged": ("kvm_mmu_get_page", "kvm_mmu_prepare_zap_page"),
 }
 _ZAPS: Final = ("kvm_tdp_mmu_spte_changed", "kvm_mmu_prepare_zap_page", "zap_root_begin", "zap_root_end")
 _AXES: Final = {"preserve-inline": PRESERVE}  # the recorder's names, where they are not the axes' own
@@ -42,6 +43,7 @@ class VmReport:
     learned: int
     skipped: str = ""  # why it was not validated; empty if it was
     until: str = ""  # why it was validated only to some point; empty if to the end
+    taken: Mapping[str, int] = field(default_factory=dict)  # by what it is: taken from the recording, not foretold
 
 
 @dataclass(frozen=True)
@@ -104,14 +106,16 @@ def validate(path: Path, policy: str = "") -> Report:
         what = f"kernel {meta.kernel or 'unknown'}, root policy {policy or 'unknown'}"
         raise Problem(f"{path}: cannot be validated: {what}; record it with `kvmtrace record` on 5.10 or later")
     unseen = _unseen(meta)
-    needed = (*_NEEDED[axes.mmu], *(_ZAPS if axes.mmu == "tdp" and shape.changes else ()))
+    follows = paged.is_paged(meta) and axes.mmu == "shadow"
+    needed = _NEEDED["paged" if follows else axes.mmu] + (_ZAPS if axes.mmu == "tdp" and shape.changes else ())
     lacking = [kind for kind in needed if kind in unseen]
     if lacking:
         why = unseen[lacking[0]] or "its probe did not attach"
         raise Problem(f"{path}: cannot be validated: {', '.join(lacking)} not recorded ({why})")
     cut = _cut(meta)
-    vms = [_vm(trace, vm, axes, shape, cut) for vm in meta.vms]
-    report = Report(path, meta.kernel, policy, vms, _notes(unseen, vms))
+    vms = [_vm(trace, vm, None if follows else axes, shape, cut) for vm in meta.vms]
+    blind = paged.blind(meta) if follows else [kind for kind in unseen if kind in RESPONSES]
+    report = Report(path, meta.kernel, policy, vms, _notes(blind, vms))
     if not report.expected:
         whys = [why for vm in vms for why in (vm.skipped, vm.until) if why]
         raise Problem(f"{path}: cannot be validated: {whys[0] if whys else 'it has no VM'}")
@@ -145,26 +149,32 @@ def machine_of(meta: Metadata, axes: Axes, shape: Shape) -> Kernel:
     )
 
 
-def _vm(trace: Trace, vm: Mapping[str, Any], axes: Axes, shape: Shape, cut: int | None) -> VmReport:
+def _vm(trace: Trace, vm: Mapping[str, Any], axes: Axes | None, shape: Shape, cut: int | None) -> VmReport:
+    """One VM. `axes`: None where its roots follow its own page tables."""
     number = int(vm["id"])
     if vm["origin"] != "created":
         why = f"VM {number} was running before the recording began: what it had mapped is not known"
         return VmReport(number, {}, None, 0, 0, 0, skipped=why)
+    rows = _Stretch(rows_of(trace, number), cut)
     try:
-        machine = machine_of(trace.metadata, axes, shape)
+        lockstep: Lockstep | paged.Paged
+        lockstep = (
+            paged.paged_of(trace, number, shape) if axes is None else Lockstep(machine_of(trace.metadata, axes, shape))
+        )
     except (KeyError, IndexError, TypeError) as error:
         raise Problem(f"{trace.path}: cannot be validated: its metadata has no layout of {error}") from None
-    lockstep = Lockstep(machine)
-    rows = _Stretch(rows_of(trace, number), cut)
     lockstep.run(_shown(rows, number))
     if not rows.stopped:
         lockstep.finish()
-    ended = machine.destroyed and not rows.stopped
-    left = len(machine.removed) * ("table_free" in trace.metadata.kinds) + len(machine.roots) if ended else 0
+    ended = lockstep.ended and not rows.stopped
+    left = lockstep.left("table_free" in trace.metadata.kinds) if ended else 0
     until = "events were lost; validated up to the first loss" if rows.stopped else ""
-    if not until and not machine.destroyed:
+    if not until and not ended:
         until = "the VM was not destroyed in the recording; what it would leave is not known"
-    return VmReport(number, lockstep.tallies, lockstep.first, left, machine.inferred, machine.learned, until=until)
+    found = VmReport(number, lockstep.tallies, lockstep.first, left, 0, 0, until=until)
+    if isinstance(lockstep, paged.Paged):
+        return replace(found, taken=lockstep.taken)
+    return replace(found, inferred=lockstep.machine.inferred, learned=lockstep.machine.learned)
 
 
 class _Stretch:
@@ -212,11 +222,12 @@ def _unseen(meta: Metadata) -> dict[str, str]:
     }
 
 
-def _notes(unseen: Mapping[str, str], vms: list[VmReport]) -> list[str]:
+def _notes(blind: Iterable[str], vms: list[VmReport]) -> list[str]:
     notes = []
-    blind = sorted(kind for kind in unseen if kind in RESPONSES)
-    if blind:
+    if blind := sorted(blind):
         notes.append(f"not observable in this recording, hence not compared: {', '.join(blind)}")
+    for what in dict.fromkeys(what for vm in vms for what in vm.taken):
+        notes.append(f"taken from the recording, not foretold: {sum(vm.taken.get(what, 0) for vm in vms):,} {what}")
     inferred = sum(vm.inferred for vm in vms)
     if inferred:
         notes.append(

@@ -1,0 +1,431 @@
+"""What KVM's shadow MMU does with the pages that shadow a guest's own page tables: one hash, found, created, zapped.
+
+Section 7 of the reference document. Which page is looked up (gfn, role word, level) is the guest's doing and is taken
+from the recording. What the kernel makes of it is foretold, and certain, as `struct kvm_mmu_page` is only changed
+under mmu_lock held for write: whether the page is there, which table it has, its references and whether it is in sync;
+that a page is zapped once, in the order of the list of active pages where a walk of that list zaps it; that a page
+which is somebody's root stays, invalid, until its last put zaps it again.
+
+What links pages to one another shows no event. Which unsync pages go with the page above them is therefore taken, and
+so are zaps that the guest brought about by writing to its page tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from replay.lockstep.expect import Activity, Expect, Spte
+from replay.lockstep.rows import Row
+from replay.lockstep.shapes import pfn
+
+ROOTS: Final = 4  # a vCPU's slots: the current root and three before it (KVM_MMU_NUM_PREV_ROOTS)
+_HELD_MOST: Final = ROOTS  # pages that a vCPU holds: its slots, or the directories of a PAE root, which has no others
+CURRENT: Final = 0
+CREATED, UNSYNC = 1, 2  # of a row's flags
+PAE: Final = 3  # level of roots of four page directories, none of which is the root itself
+_LEVEL: Final = 15
+# make_mmu_pages_available: below the first so many are zapped that the second are free.
+_FREE_LEAST: Final = 5
+_REFILL: Final = 25
+# kvm_mmu_calculate_default_mmu_pages: the least, and thousandths of the memslots' pages.
+_LIMIT_LEAST: Final = 64
+_PERMILLE: Final = 20
+
+
+@dataclass(eq=False)
+class Page:
+    """A kvm_mmu_page. `role` without the invalid bit, `root` the recording's id of it as a root (0: not known)."""
+
+    gfn: int
+    role: int
+    table: int
+    refs: int = 0
+    root: int = 0
+    unsync: bool = False
+    obsolete: bool = False
+    invalid: bool = False
+    held: bool = False  # loaded since it was last seen without references, where these are not recorded
+    leaves: dict[int, int] = field(default_factory=dict)  # gfn -> SPTE, as installed last
+
+    @property
+    def level(self) -> int:
+        return self.role & _LEVEL
+
+
+@dataclass(eq=False)
+class Slot:
+    """What a vCPU has in a root slot: one page, or the page directories of a PAE root. `root` as recorded."""
+
+    pages: list[Page]
+    root: int
+    role: int  # of the load
+
+    @property
+    def obsolete(self) -> bool:
+        """is_obsolete_root: a root that is no page itself always is."""
+        return self.role & _LEVEL == PAE or any(page.invalid or page.obsolete for page in self.pages)
+
+
+@dataclass
+class Pages:
+    """A VM's shadow pages. `active` and `husks` (zapped while they were roots) by table, the oldest first."""
+
+    invalid_bit: int
+    direct_bit: int
+    guest_bits: int  # of a role word: those that a root and all pages under it share
+    counted: bool  # loads and puts of roots are recorded, hence references known
+    # As 5.10 does and 6.1 no more (what is between was not read): a lookup for an upper level syncs unsync pages of its
+    # gfn rather than zap them; a switch of page tables rotates an empty current slot as well; kvm_mmu_spte_requested
+    # tells the frame of the guest's virtual address, its bits below the guest's page size set in the page frame too.
+    old: bool
+    vcpus: int = 1
+    active: dict[int, Page] = field(default_factory=dict)
+    husks: dict[int, Page] = field(default_factory=dict)
+    by_gfn: dict[int, list[Page]] = field(default_factory=dict)  # active pages, the newest first
+    by_root: dict[int, Page] = field(default_factory=dict)
+    slots: dict[int, list[Slot | None]] = field(default_factory=dict)  # by vCPU: current, three previous
+    memslots: dict[tuple[int, int], int] = field(default_factory=dict)  # pages
+    limit: int = 0  # of KVM_SET_NR_MMU_PAGES; 0: the default
+    generation: int = 0
+    destroyed: bool = False
+    emptied: bool = False  # kvm_mmu_zap_all has begun
+    lookups: int = 0
+    taken: int = 0  # zaps, syncs and unsyncs whose cause is the guest's
+    puts: int = 0  # final zaps of roots whose put is not recorded
+    counts: int = 0  # references that are not known
+    neighbours: int = 0  # leaves nobody asked for
+
+    # What is there
+
+    def find(self, gfn: int, role: int) -> Page | None:
+        """kvm_mmu_find_shadow_page, obsolete pages passed over."""
+        return next((p for p in self.by_gfn.get(gfn, ()) if p.role == role and not p.obsolete), None)
+
+    def in_the_way(self, gfn: int, role: int) -> Page | None:
+        """An unsync page of the gfn that a lookup for an upper level does not leave as it is."""
+        if role & _LEVEL == 1:
+            return None
+        for page in self.by_gfn.get(gfn, ()):
+            if page.role == role and not page.obsolete and not self.old:
+                return None
+            if page.unsync and not page.obsolete and page.role != role:
+                return page
+        return None
+
+    @property
+    def used(self) -> int:
+        return len(self.active) + len(self.husks)
+
+    @property
+    def available(self) -> int:
+        """How many more pages the VM may have."""
+        default = max(_LIMIT_LEAST, sum(self.memslots.values()) * _PERMILLE // 1000)
+        return max((self.limit or default) - self.used, 0)
+
+    @property
+    def short(self) -> bool:
+        """Whether the next fault or load zaps the oldest pages first."""
+        return self.available < _FREE_LEAST
+
+    def slots_of(self, vcpu: int) -> list[Slot | None]:
+        return self.slots.setdefault(vcpu, [None] * ROOTS)
+
+    def want(self, page: Page) -> dict[str, Any]:
+        """A page's columns as its events must have them."""
+        role = page.role | (self.invalid_bit if page.invalid else 0)
+        want: dict[str, Any] = {"gfn": page.gfn, "role": role, "level": page.level, "table": page.table}
+        want["flags"] = UNSYNC * page.unsync
+        if page.root:
+            want["root"] = page.root
+        if self.counted or not page.held or page.invalid:
+            want["refs"] = page.refs
+        else:
+            # A vCPU has a page in one of its slots at most: with two, the first would have been taken for the second.
+            want["refs"] = Spte(f"0 to {self.vcpus}", lambda got: 0 <= got <= self.vcpus)
+        return want
+
+    # Lookups
+
+    def lookup(self, row: Row, load: bool, below: int, beside: int) -> Activity:
+        """kvm_mmu_get_page: found or created.
+
+        `load`: as a root. `below`: the level that a fault's lookups have come to, 0 before the first of a fault or
+        load, when pages must be free. `beside`: the role word of the root in use, 0 if not known.
+        """
+        assert row.gfn is not None
+        hidden = self.in_the_way(row.gfn, row.role)
+        if hidden is not None:
+            yield Expect("kvm_mmu_sync_page" if self.old else "kvm_mmu_prepare_zap_page", self.want(hidden))
+        if not below and self.short:
+            oldest = next((p for p in self.active.values() if not p.refs and not p.held), None)
+            if oldest is not None:
+                yield Expect("kvm_mmu_prepare_zap_page", self.want(oldest))
+        page = self.find(row.gfn, row.role)
+        if page is None:
+            fresh = Spte("a table that is not in use", lambda got: got not in self.active and got not in self.husks)
+            want: dict[str, Any] = {"level": row.role & _LEVEL, "flags": CREATED, "refs": 0, "table": fresh}
+        else:
+            want = self.want(page)
+        if below:
+            want["level"] = Spte(f"a level below {below}", lambda got: got == row.role & _LEVEL and got < below)
+        if beside:
+            like = Spte(f"a word of root {beside:#x}", lambda got: not (got ^ beside) & self.guest_bits)
+            want["role"] = like
+        got = yield Expect("kvm_mmu_get_page", want, agrees=lambda new: self._named(new, page))
+        assert got is not None
+        self.lookups += 1
+        if page is None:
+            page = Page(row.gfn, row.role, got.table)
+            self.active[got.table] = page
+            self.by_gfn.setdefault(row.gfn, []).insert(0, page)
+        self._name(page, got.root)
+        page.held |= load and not self.counted
+        yield None
+
+    def _named(self, row: Row, page: Page | None) -> bool:
+        """A root's id is that of its page and no other's; a word that is looked up has no invalid bit."""
+        return not row.role & self.invalid_bit and (not row.root or self.by_root.get(row.root, page) is page)
+
+    def _name(self, page: Page, root: int) -> None:
+        if root and not page.root:
+            page.root = root
+            self.by_root[root] = page
+
+    # Roots
+
+    def load(self, vcpu: int, pages: list[Page]) -> Activity:
+        """kvm_mmu_load, at its return: the pages it looked up are the current root from now on."""
+        top = pages[-1]
+        whole = len(pages) == 1
+        if top.level < PAE:
+            whole = len(pages) <= ROOTS
+            if top.role & self.direct_bit:  # a directory for each GiB of the guest's first four
+                whole = [page.gfn for page in pages] == [quarter << 18 for quarter in range(ROOTS)]
+        if not whole:
+            yield Expect("kvm_mmu_get_page", {"level": top.level})
+        want: dict[str, Any] = {"ret": 0}
+        if top.level > PAE:
+            want["role"] = top.role
+            if top.root:
+                want["root"] = top.root
+        else:
+            want["role"] = Spte(
+                f"a PAE root of {top.role:#x}",
+                lambda got: got & _LEVEL == PAE and not (got ^ top.role) & self.guest_bits,
+            )
+        row = yield Expect("mmu_load", want)
+        assert row is not None
+        for page in pages:
+            page.refs += 1
+        self.slots_of(vcpu)[CURRENT] = Slot(pages, row.root, row.role)
+        yield None
+
+    def switch(self, vcpu: int, pgd: int, role: int) -> Activity:
+        """kvm_mmu_new_pgd (2.1): a slot of that page table becomes current, or the least recent one is emptied."""
+        slots = self.slots_of(vcpu)
+        if slots[CURRENT] is None and not self.old:
+            at = next((i for i in range(1, ROOTS) if self._usable(slots[i], pgd, role)), 0)
+            if at:
+                slots[:] = [slots[at], *slots[1:at], *slots[at + 1 :], None]
+            return
+        if role & _LEVEL > PAE and all(slot is None or slot.role & _LEVEL > PAE for slot in slots):
+            if self._usable(slots[CURRENT], pgd, role):
+                return
+            for i in range(1, ROOTS):
+                slots[CURRENT], slots[i] = slots[i], slots[CURRENT]
+                if self._usable(slots[CURRENT], pgd, role):
+                    return
+        yield from self.free(vcpu, 1 << CURRENT)
+
+    def _usable(self, slot: Slot | None, pgd: int, role: int) -> bool:
+        """is_root_usable: the role word as it reads now has the invalid bit once the page was zapped."""
+        if slot is None or slot.role & _LEVEL <= PAE:
+            return False
+        page = slot.pages[0]
+        return not page.invalid and page.role == role and bool(role & self.direct_bit or page.gfn == pgd >> 12)
+
+    def free_obsolete(self, vcpu: int) -> Activity:
+        """kvm_mmu_free_obsolete_roots."""
+        mask = sum(1 << i for i, slot in enumerate(self.slots_of(vcpu)) if slot is not None and slot.obsolete)
+        if mask:
+            yield from self.free(vcpu, mask)
+
+    def free(self, vcpu: int, mask: int | None = None) -> Activity:
+        """kvm_mmu_free_roots: previous slots in order, then the current one; an invalid root goes with its last put.
+
+        `mask`: the slots that must be emptied; without it those that the recording says.
+        """
+        slots = self.slots_of(vcpu)
+        current = slots[CURRENT]
+        want: dict[str, Any] = {"root": 0 if current is None else current.root}
+        if mask is not None:
+            want["value"] = Spte(f"slots {mask:#x}", lambda got: got & (1 << ROOTS) - 1 == mask)
+        row = yield Expect("mmu_free_roots", want)
+        assert row is not None
+        freed = [(i, slots[i]) for i in (1, 2, 3, CURRENT) if row.value >> i & 1]
+        if not row.role & ~self.invalid_bit:
+            freed = []  # the vCPU's other context, of nested guests
+        for i, _ in freed:
+            slots[i] = None
+        yield None
+        for page in [page for _, slot in freed if slot is not None for page in slot.pages]:
+            want = self.want(page)
+            want = {column: want[column] for column in ("root", "role", "table", "refs") if column in want}
+            row = yield Expect("root_put", want, agrees=_of(self, page))
+            assert row is not None
+            self._name(page, row.root)
+            page.refs -= 1
+            yield None
+            if not page.refs and page.invalid:
+                yield from self.zap(page)
+
+    # Zaps
+
+    def zap(self, page: Page) -> Activity:
+        """__kvm_mmu_prepare_zap_page: the page, the unsync pages below it, and the end of its own being unsync."""
+        row = yield Expect("kvm_mmu_prepare_zap_page", self.want(page))
+        assert row is not None
+        yield from self._zapped(page, row)
+
+    def _zapped(self, page: Page, row: Row) -> Activity:
+        want = self.want(page)  # as the row of its sync reads, which comes before it is invalid
+        unsync, page.unsync = page.unsync, False
+        if page.invalid:
+            del self.husks[page.table]
+            self.by_root.pop(page.root, None)
+        else:
+            del self.active[page.table]
+            self.by_gfn[page.gfn].remove(page)
+            self._name(page, row.root)
+            self.counts += page.held
+            page.refs = row.refs
+            page.invalid = True
+            if page.refs:
+                self.husks[page.table] = page
+            else:
+                self.by_root.pop(page.root, None)
+        yield None
+        while page.level > 1:
+            child = yield Expect("kvm_mmu_prepare_zap_page", {"table": Spte("an unsync page", self._unsync)}, True)
+            if child is None:
+                break
+            self.taken += 1
+            below = self.active[child.table]
+            why = Expect("kvm_mmu_prepare_zap_page", self.want(below)).misfit(child)
+            if why:
+                yield Expect("kvm_mmu_prepare_zap_page", self.want(below))
+            yield from self._zapped(below, child)
+        if unsync:
+            yield Expect("kvm_mmu_sync_page", want)
+            yield None
+
+    def _unsync(self, table: int) -> bool:
+        page = self.active.get(table)
+        return page is not None and page.unsync
+
+    def zap_all(self) -> Activity:
+        """kvm_mmu_zap_all, as the VM's process ends: the newest first."""
+        self.emptied = True
+        while self.active:
+            yield from self.zap(next(reversed(self.active.values())))
+
+    def zap_obsolete(self) -> Activity:
+        """kvm_zap_obsolete_pages: the oldest first, until one of this generation comes."""
+        while (oldest := next(iter(self.active.values()), None)) is not None and oldest.obsolete:
+            yield from self.zap(oldest)
+
+    def invalidate(self) -> Activity:
+        """kvm_mmu_zap_all_fast: no page that is there is found again."""
+        self.generation ^= 1
+        for page in self.active.values():
+            page.obsolete = True
+        return self.zap_obsolete()
+
+    def recycle(self) -> Activity:
+        """make_mmu_pages_available: the oldest first, roots that have references passed over."""
+        goal = self.used - (_REFILL - self.available)
+        passed = 0
+        for page in list(self.active.values()):
+            if self.used <= goal:
+                return
+            if page.refs or page.table not in self.active:
+                continue
+            want = self.want(page) | {"refs": 0}
+            row = yield Expect("kvm_mmu_prepare_zap_page", want, page.held and passed < _HELD_MOST * self.vcpus)
+            if row is None:
+                passed += 1
+            else:
+                page.held = False
+                yield from self._zapped(page, row)
+
+    def last_put(self, page: Page) -> Activity:
+        """The last put of an invalid root, where puts are not recorded: what it brings about."""
+        page.refs = 0
+        self.puts += 1
+        return self.zap(page)
+
+    def given_up(self, page: Page) -> Activity:
+        """A zap that the guest brought about: it wrote to the page table, or what it holds cannot be synced."""
+        self.taken += 1
+        return self.zap(page)
+
+    # In and out of sync
+
+    def out_of_sync(self, page: Page) -> Activity:
+        """kvm_unsync_page: the guest may write to the page table from now on."""
+        yield Expect("kvm_mmu_unsync_page", self.want(page))
+        self.taken += 1
+        page.unsync = True
+        yield None
+
+    def in_sync(self, page: Page) -> Activity:
+        """kvm_unlink_unsync_page, for a flush or a lookup."""
+        yield Expect("kvm_mmu_sync_page", self.want(page))
+        self.taken += 1
+        page.unsync = False
+        yield None
+
+    # Leaves
+
+    def install(self, page: Page, asked: Row | None, fresh: bool) -> Activity:
+        """mmu_set_spte: what was asked for first, then its neighbours, each once."""
+        span = 1 << 9 * (page.level - 1)
+        want: dict[str, Any] = {"level": page.level}
+        if page.role & self.direct_bit:
+            end = page.gfn + 512 * span
+            want["gfn"] = Spte(f"{page.gfn:#x} to {end:#x}", lambda got: page.gfn <= got < end)
+        if asked is not None:
+            want["new"] = Spte(f"leaf of page {asked.value:#x}", lambda got: self.answers(pfn(got), asked, page.level))
+            if not self.old:
+                want |= {"gfn": asked.gfn, "level": asked.level}
+        else:
+            self.neighbours += 1
+        if not fresh:
+            want["gfn"] = Spte("another leaf", lambda got: False)
+        row = yield Expect("kvm_mmu_set_spte", want)
+        assert row is not None
+        assert row.gfn is not None
+        page.leaves[row.gfn] = pfn(row.new)
+        yield None
+
+    def answers(self, frame: int, asked: Row, level: int) -> bool:
+        """Whether a leaf of this page frame is what kvm_mmu_spte_requested said."""
+        if self.old:
+            return frame | (asked.gfn or 0) & (1 << 9 * (asked.level - 1)) - 1 == asked.value
+        return frame == asked.value & -(1 << 9 * (level - 1))
+
+    def has_leaf(self, asked: Row) -> bool:
+        """Whether what a fault asked for was there before: it then shows no kvm_mmu_set_spte."""
+        return any(
+            self.answers(page.leaves[gfn], asked, page.level)
+            for page in self.active.values()
+            for gfn in (page.leaves if self.old else (asked.gfn,))
+            if gfn in page.leaves
+        )
+
+
+def _of(pages: Pages, page: Page) -> Callable[[Row], bool]:
+    """Whether a row's root is the page's, or not known yet."""
+    return lambda row: pages.by_root.get(row.root, page) is page
