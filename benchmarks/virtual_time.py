@@ -20,20 +20,20 @@ from pathlib import Path
 
 from tracer import vmm
 from tracer.lab.fetch import fetch
-from tracer.lab.matrix import SHADOW, Cell, record
+from tracer.lab.matrix import DIRECT, MMUS, TDP, Cell, record
 from tracer.lab.session import boot
 from traces.errors import Problem
 
 LOOPS = "20"
 SCENARIOS = ("smi-storm", "smi-grow", "cr4-toggle", "efer-toggle", "mmio", "slot-delete")
-MACHINES = (("6.1", False), ("6.1-async", False), ("6.1", True))
+MACHINES = (("6.1", TDP), ("6.1-async", TDP), ("6.1", DIRECT))
 
 
-def bare(kernel: str, shadow: bool) -> list[int]:
+def bare(kernel: str, mmu: str) -> list[int]:
     """Guest ns of each scenario without a recorder, in one boot."""
     program = str(vmm.binary())
     script = "\n".join(f"{program} {scenario} --loops {LOOPS} || exit 1; echo" for scenario in SCENARIOS)
-    done = boot(fetch(kernel), ["sh", "-c", script], parameters=(SHADOW,) if shadow else ())
+    done = boot(fetch(kernel), ["sh", "-c", script], parameters=MMUS[mmu])
     if done.code or done.signalled:
         raise Problem(f"a scenario without a recorder failed on {kernel}")
     return [int(json.loads(line)["wall_ns"]) for line in done.stdout.splitlines() if line.strip()]
@@ -47,19 +47,19 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     measured: dict[str, dict[str, list[int]]] = {}
     with tempfile.TemporaryDirectory() as name:
-        for kernel, shadow in MACHINES:
-            cells = [Cell(scenario, ("--loops", LOOPS), kernel, shadow) for scenario in SCENARIOS]
+        for kernel, mmu in MACHINES:
+            cells = [Cell(scenario, ("--loops", LOOPS), kernel, mmu) for scenario in SCENARIOS]
             recorded: list[list[int]] = []
             without: list[list[int]] = []
             for run in range(options.runs):
-                print(f"virtual_time: {kernel}{', shadow MMU' if shadow else ''}, run {run + 1}", file=sys.stderr)
+                print(f"virtual_time: {' '.join(filter(None, (kernel, mmu)))}, run {run + 1}", file=sys.stderr)
                 directory = Path(name) / str(run)
                 directory.mkdir(exist_ok=True)
                 rows, problems = record(cells, directory, events="time")
                 if problems:
                     raise problems[0]
                 recorded.append([next(row.guest_ns for row in rows if row.scenario == s) for s in SCENARIOS])
-                without.append(bare(kernel, shadow))
+                without.append(bare(kernel, mmu))
             for i, cell in enumerate(cells):
                 times = [each[i] for each in recorded]
                 median = sorted(range(options.runs), key=times.__getitem__)[options.runs // 2]

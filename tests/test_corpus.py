@@ -10,12 +10,12 @@ import polars as pl
 import pytest
 
 from tracer.lab.kernels import KERNELS
-from tracer.lab.matrix import PROVENANCE, Row, provenance
+from tracer.lab.matrix import MMUS, PROVENANCE, Cell, Row, cells, provenance
 from traces.reader import Trace
 
 CORPUS = Path(__file__).parents[1] / "traces" / "corpus"
 ROWS = provenance(CORPUS)
-LIMIT = 10_000_000
+LIMIT = 11_500_000
 OLD = ("sync", "async")
 
 
@@ -31,6 +31,8 @@ def test_all_of_it_and_nothing_else() -> None:
     scenarios = {row.scenario for row in ROWS}
     for kernel in KERNELS:
         assert {row.scenario for row in ROWS if row.kernel == kernel} == scenarios
+    stock = {name: tuple(MMUS) for name, kernel in KERNELS.items() if not kernel.variant}
+    assert {f"{cell.name}.parquet" for cell in cells(stock)} <= files, "`kvmtrace lab corpus` would make others"
     assert json.loads((CORPUS / PROVENANCE).read_text())["schema"] == 1
 
 
@@ -44,8 +46,9 @@ def test_each_is_what_its_table_says(row: Row) -> None:
     assert trace.metadata.lost == row.lost == 0
     assert trace.metadata.policy == row.policy
     assert trace.metadata.raw["missed"] == {}, "no probe was skipped by the kernel"
-    shadow = row.file.endswith("-shadow.parquet")
-    assert row.policy == ("shadow" if shadow else KERNELS[row.kernel].policy)
+    (mmu,) = [mmu for mmu, chosen in MMUS.items() if row.parameters[len(KERNELS[row.kernel].parameters) :] == chosen]
+    assert row.file == f"{Cell(row.scenario, row.arguments, row.kernel, mmu).name}.parquet"
+    assert row.policy == ("shadow" if mmu else KERNELS[row.kernel].policy)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -399,7 +399,7 @@ class Pages:
         if asked is not None:
             want["new"] = Spte(f"leaf of page {asked.value:#x}", lambda got: self.answers(pfn(got), asked, page.level))
             if not self.old:
-                want |= {"gfn": asked.gfn, "level": asked.level}
+                want |= {"gfn": (asked.gfn or 0) & -span, "level": asked.level}
         else:
             self.neighbours += 1
         if not fresh:
@@ -421,7 +421,7 @@ class Pages:
         return any(
             self.answers(page.leaves[gfn], asked, page.level)
             for page in self.active.values()
-            for gfn in (page.leaves if self.old else (asked.gfn,))
+            for gfn in (page.leaves if self.old else ((asked.gfn or 0) & -(1 << 9 * (page.level - 1)),))
             if gfn in page.leaves
         )
 

@@ -14,7 +14,7 @@ from tracer import vmm
 from tracer.lab import fetch, matrix, qemu
 from tracer.lab.cli import app
 from tracer.lab.kernels import KERNELS
-from tracer.lab.matrix import Cell, Row
+from tracer.lab.matrix import DIRECT, MMUS, PAGING, TDP, Cell, Row
 from traces.errors import ENVIRONMENT, Problem
 
 
@@ -32,9 +32,10 @@ def row(cell: Cell, **changes: object) -> Row:
     ("cell", "name"),
     [
         (Cell("smi-storm", (), "5.10"), "smi-storm-5.10"),
-        (Cell("smi-storm", (), "6.1", shadow=True), "smi-storm-6.1-shadow"),
+        (Cell("smi-storm", (), "6.1", DIRECT), "smi-storm-6.1-shadow"),
+        (Cell("smi-storm", (), "6.1", PAGING), "smi-storm-6.1-npt0"),
         (Cell("cr4-toggle", ("--bit", "pge"), "6.1-async"), "cr4-toggle-bit-pge-6.1-async"),
-        (Cell("dirty-log", ("--huge",), "7.x", shadow=True), "dirty-log-huge-7.x-shadow"),
+        (Cell("dirty-log", ("--huge",), "7.x", DIRECT), "dirty-log-huge-7.x-shadow"),
     ],
 )
 def test_names(cell: Cell, name: str) -> None:
@@ -42,18 +43,21 @@ def test_names(cell: Cell, name: str) -> None:
 
 
 def test_all_scenarios_on_all_kernels() -> None:
-    cells = matrix.cells(list(KERNELS), shadow=["5.10", "6.1"])
+    cells = matrix.cells({name: tuple(MMUS) if name in ("5.10", "6.1") else (TDP,) for name in KERNELS})
     assert len({cell.name for cell in cells}) == len(cells)
     for scenario in vmm.scenarios():
-        made = {(cell.kernel, cell.shadow) for cell in cells if cell.scenario == scenario.name}
-        both = {(kernel, False) for kernel in KERNELS} | {("5.10", True), ("6.1", True)}
-        assert made == (both if scenario.name != "storm" else set())
-    assert [cell.name for cell in matrix.cells(["6.1"], ["storm"])] == ["storm-6.1"]
+        made = {(cell.kernel, cell.mmu) for cell in cells if cell.scenario == scenario.name}
+        both = {(kernel, TDP) for kernel in KERNELS} | {("5.10", DIRECT), ("6.1", DIRECT)}
+        assert made - {("5.10", PAGING), ("6.1", PAGING)} == (both if scenario.name != "storm" else set())
+    assert [cell.name for cell in matrix.cells({"6.1": (TDP,)}, ["storm"])] == ["storm-6.1"]
+    paged = [cell for cell in cells if cell.mmu == PAGING]
+    assert len(paged) == 2 * 8, "the telling ones only: what is shipped has its limit"
+    assert not any(cell.arguments for cell in cells if cell.mmu != TDP)
 
 
 def test_unknown_scenario() -> None:
     with pytest.raises(Problem, match="none: no such scenario; there are smi-storm"):
-        matrix.cells(["6.1"], ["none"])
+        matrix.cells({"6.1": (TDP,)}, ["none"])
 
 
 def test_a_failed_boot_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +97,7 @@ def test_provenance_reads_back_and_has_a_line_for_each(tmp_path: Path, monkeypat
         return [row(cell) for cell in group], []
 
     monkeypatch.setattr(matrix, "record", record)
-    cells = [Cell("steady", (), "6.1"), Cell("cr4-toggle", ("--bit", "pge"), "6.1", shadow=True)]
+    cells = [Cell("steady", (), "6.1"), Cell("cr4-toggle", ("--bit", "pge"), "6.1", DIRECT)]
     matrix.fill(cells, tmp_path, lambda line: None)
     assert matrix.provenance(tmp_path) == [row(cells[1]), row(cells[0])]
     assert json.loads((tmp_path / matrix.PROVENANCE).read_text())["schema"] == 1
@@ -161,10 +165,10 @@ def test_a_kernel_that_is_not_here_does_not_stop_the_others(store: Path, tmp_pat
 def test_corpus_without_the_kernel_that_is_in_no_package(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    groups: list[tuple[str, bool]] = []
+    groups: list[tuple[str, str]] = []
 
     def record(group: list[Cell], directory: Path) -> tuple[list[Row], list[Problem]]:
-        groups.append((group[0].kernel, group[0].shadow))
+        groups.append((group[0].kernel, group[0].mmu))
         return [], []
 
     monkeypatch.setattr(matrix, "record", record)
@@ -172,4 +176,4 @@ def test_corpus_without_the_kernel_that_is_in_no_package(
     result = CliRunner().invoke(app, ["corpus", str(tmp_path / "corpus")])
     assert result.exit_code == 0, result.exception
     assert "kernel 6.1-async is in no package" in result.stderr
-    assert sorted(groups) == [(kernel, shadow) for kernel in ("5.10", "6.1", "6.12", "7.x") for shadow in (False, True)]
+    assert sorted(groups) == sorted((kernel, mmu) for kernel in ("5.10", "6.1", "6.12", "7.x") for mmu in MMUS)

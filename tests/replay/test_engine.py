@@ -22,11 +22,11 @@ from replay.ops import Block, Cause, Op, Ranges, Word, pack
 from replay.pools import Engine, RootState, Vcpus
 from replay.stimuli import VmStimuli
 from replay.tree import Table
+from tests.replay.recording import REPLAYED
 from tests.replay.streams import Stream, block_of, streams
 from traces.errors import Problem
 from traces.reader import Trace
 
-CORPUS = Path(pools.__file__).parents[1] / "traces" / "corpus"
 TINY = (16, 16, 32)  # tables, nodes and log rows at first: pools grow all the time
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 
@@ -134,7 +134,7 @@ def test_named_policies_on_a_longer_stream(name: str, revive: bool) -> None:
     assert_same(*run(storm(replace(NAMED[name], revive=revive)), engine.Core, [1000, 77]))
 
 
-@pytest.mark.parametrize("path", sorted(CORPUS.glob("*.parquet")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", REPLAYED, ids=lambda path: path.stem)
 def test_every_shipped_recording_under_every_policy(path: Path) -> None:
     evidence = Evidence(Trace.open(path))
     named = [replace(axes, revive=revive) for axes in NAMED.values() for revive in (False, True)]

@@ -18,11 +18,10 @@ from replay.lockstep.shapes import shape_of
 from replay.lockstep.threads import RESPONSES, Lockstep
 from replay.lockstep.validate import axes_of, machine_of, validate
 from replay.lockstep.verdict import render
+from tests.replay.recording import CORPUS, REPLAYED
 from traces.errors import Problem
 from traces.reader import Trace
 
-CORPUS = Path(__file__).parents[2] / "traces" / "corpus"
-RECORDINGS = sorted(CORPUS.glob("*.parquet"))
 # One of each kernel and policy, with SMM, memslots, notifiers, dirty logging, huge pages and several vCPUs among them.
 CHOSEN = (
     "smi-storm-5.10",
@@ -64,7 +63,7 @@ def run(rows: list[Row], trace: Trace) -> bool:
     return clean and not machine.removed and not machine.roots
 
 
-@pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", REPLAYED, ids=lambda path: path.stem)
 def test_every_response_of_every_recording_is_foretold(path: Path) -> None:
     report = validate(path)
     assert report.reproduced == report.expected > 0, render(report)
@@ -75,8 +74,8 @@ def test_every_response_of_every_recording_is_foretold(path: Path) -> None:
 
 
 def test_the_corpus_has_every_kernel() -> None:
-    assert {path.stem.removesuffix("-shadow").split("-", 1)[1][-5:] for path in RECORDINGS} >= {"async"}
-    assert len(RECORDINGS) >= 177
+    assert {path.stem.removesuffix("-shadow").split("-", 1)[1][-5:] for path in REPLAYED} >= {"async"}
+    assert len(REPLAYED) >= 177
 
 
 @pytest.mark.parametrize(("name", "policy"), [

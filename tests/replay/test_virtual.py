@@ -28,13 +28,11 @@ from replay.virtual.report import stuck_lines
 from replay.virtual.run import Settings, VmTime, replay_timed
 from replay.virtual.stalls import Rule
 from replay.virtual.stuck import Run
-from tests.replay.recording import Guest
+from tests.replay.recording import CORPUS, REPLAYED, Guest
 from traces.reader import Trace, kind_codes
 from traces.schema import BY_NAME
 from traces.synth import Parameters, synthesize
 
-CORPUS = Path(__file__).parents[2] / "traces" / "corpus"
-RECORDINGS = sorted(CORPUS.glob("*.parquet"))
 # Two vCPUs on the lab's one CPU, and roots that are freed: which of them lost time to the zaps is not in the recording.
 SHARED = ("smi-one-6.1-async", "smi-both-6.1-async", "smi-one-5.10", "smi-both-5.10")
 
@@ -48,7 +46,7 @@ def parts(spent: tuple[int, ...]) -> list[int]:
     return [spent[Spent.GUEST] + spent[Spent.SWITCH], *spent[Spent.FAULT : Spent.SWITCH]]
 
 
-@pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", REPLAYED, ids=lambda path: path.stem)
 def test_under_its_own_policy_a_recording_takes_as_long_as_it_took(path: Path) -> None:
     """Within 1 % of each vCPU's time, or 0.3 ms of it: recordings of a few ms rest on single costs.
 
