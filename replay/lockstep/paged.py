@@ -107,6 +107,7 @@ class _Work:
     fault: bool = False
     level: int = 0  # of the fault's last lookup
     asked: Row | None = None  # kvm_mmu_spte_requested, until the leaf is there
+    ioctl: int = 0
     installed: set[tuple[int, int]] = field(default_factory=set)
 
 
@@ -138,7 +139,8 @@ class Paged(Threads):
         """What is taken from the recording rather than foretold, by what it is."""
         counts = {
             "lookups (gfn, role word and level: the guest's page tables decide them)": self.pages.lookups,
-            "zaps and turns in or out of sync that the guest's writes brought about": self.pages.taken,
+            "zaps that the guest's writes to its page tables brought about": self.pages.zaps,
+            "moments when a page went out of sync or back: the guest writes and flushes": self.pages.turns,
             "moments of an invalid root's last put (its zap is foretold, once; puts are not recorded)": self.pages.puts,
             "counts of references of pages that may be a root (loads and puts are not recorded)": self.pages.counts,
             "leaves' neighbours, of which only the page they are in is known": self.pages.neighbours,
@@ -211,7 +213,8 @@ class Paged(Threads):
         if pages.short:
             return pages.recycle()
         page = pages.active.get(row.table)
-        return None if page is None else pages.given_up(page)
+        # The host's ioctls zap by walks that are foretold, but for a limit that it sets.
+        return None if page is None or work.ioctl not in (0, _SET_NR_MMU_PAGES) else pages.given_up(page)
 
     def _happen(self, thread: Thread, row: Row) -> None:
         if row.kind in _ASIDE:
@@ -240,8 +243,10 @@ class Paged(Threads):
             self._begin(thread, pages.zap_all())
         elif row.kind == "memslot":
             pages.memslots[row.as_id, row.slot] = row.value
-        elif row.kind == "ioctl" and row.code == _SET_NR_MMU_PAGES:
-            pages.limit = row.value
+        elif row.kind in ("ioctl", "ioctl_end"):
+            work.ioctl = row.code if row.kind == "ioctl" else 0
+            if work.ioctl == _SET_NR_MMU_PAGES:
+                pages.limit = row.value
         elif row.kind == "vm_destroy":
             pages.destroyed = True
 

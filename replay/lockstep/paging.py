@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from replay.lockstep.expect import Activity, Expect, Spte
 from replay.lockstep.rows import Row
-from replay.lockstep.shapes import pfn
+from replay.lockstep.shapes import WRITABLE, pfn
 
 ROOTS: Final = 4  # a vCPU's slots: the current root and three before it (KVM_MMU_NUM_PREV_ROOTS)
 _HELD_MOST: Final = ROOTS  # pages that a vCPU holds: its slots, or the directories of a PAE root, which has no others
@@ -92,7 +92,8 @@ class Pages:
     destroyed: bool = False
     emptied: bool = False  # kvm_mmu_zap_all has begun
     lookups: int = 0
-    taken: int = 0  # zaps, syncs and unsyncs whose cause is the guest's
+    zaps: int = 0  # whose cause is the guest's
+    turns: int = 0  # in and out of sync, likewise
     puts: int = 0  # final zaps of roots whose put is not recorded
     counts: int = 0  # references that are not known
     neighbours: int = 0  # leaves nobody asked for
@@ -143,8 +144,12 @@ class Pages:
             want["refs"] = page.refs
         else:
             # A vCPU has a page in one of its slots at most: with two, the first would have been taken for the second.
-            want["refs"] = Spte(f"0 to {self.vcpus}", lambda got: 0 <= got <= self.vcpus)
+            want["refs"] = self._up_to(self.vcpus)
         return want
+
+    @staticmethod
+    def _up_to(most: int) -> Spte:
+        return Spte(f"0 to {most}", lambda got: 0 <= got <= most)
 
     # Lookups
 
@@ -168,6 +173,8 @@ class Pages:
             want: dict[str, Any] = {"level": row.role & _LEVEL, "flags": CREATED, "refs": 0, "table": fresh}
         else:
             want = self.want(page)
+            if load and not self.counted and page.held:
+                want["refs"] = self._up_to(self.vcpus - 1)  # the vCPU itself would not have to look up what it has
         if below:
             want["level"] = Spte(f"a level below {below}", lambda got: got == row.role & _LEVEL and got < below)
         if beside:
@@ -311,7 +318,7 @@ class Pages:
             child = yield Expect("kvm_mmu_prepare_zap_page", {"table": Spte("an unsync page", self._unsync)}, True)
             if child is None:
                 break
-            self.taken += 1
+            self.zaps += 1
             below = self.active[child.table]
             why = Expect("kvm_mmu_prepare_zap_page", self.want(below)).misfit(child)
             if why:
@@ -368,7 +375,7 @@ class Pages:
 
     def given_up(self, page: Page) -> Activity:
         """A zap that the guest brought about: it wrote to the page table, or what it holds cannot be synced."""
-        self.taken += 1
+        self.zaps += 1
         return self.zap(page)
 
     # In and out of sync
@@ -376,21 +383,24 @@ class Pages:
     def out_of_sync(self, page: Page) -> Activity:
         """kvm_unsync_page: the guest may write to the page table from now on."""
         yield Expect("kvm_mmu_unsync_page", self.want(page))
-        self.taken += 1
+        self.turns += 1
         page.unsync = True
         yield None
 
     def in_sync(self, page: Page) -> Activity:
         """kvm_unlink_unsync_page, for a flush or a lookup."""
         yield Expect("kvm_mmu_sync_page", self.want(page))
-        self.taken += 1
+        self.turns += 1
         page.unsync = False
         yield None
 
     # Leaves
 
     def install(self, page: Page, asked: Row | None, fresh: bool) -> Activity:
-        """mmu_set_spte: what was asked for first, then its neighbours, each once."""
+        """mmu_set_spte: what was asked for first, then its neighbours, each once.
+
+        What the guest may write from now on is no page table, or one that is out of sync (mmu_try_to_unsync_pages).
+        """
         span = 1 << 9 * (page.level - 1)
         want: dict[str, Any] = {"level": page.level}
         if page.role & self.direct_bit:
@@ -404,11 +414,15 @@ class Pages:
             self.neighbours += 1
         if not fresh:
             want["gfn"] = Spte("another leaf", lambda got: False)
-        row = yield Expect("kvm_mmu_set_spte", want)
+        row = yield Expect("kvm_mmu_set_spte", want, agrees=lambda new: not new.new & WRITABLE or self._open(new.gfn))
         assert row is not None
         assert row.gfn is not None
         page.leaves[row.gfn] = pfn(row.new)
         yield None
+
+    def _open(self, gfn: int | None) -> bool:
+        shadows = [page for page in self.by_gfn.get(gfn or 0, ()) if not page.role & self.direct_bit]
+        return all(page.unsync or page.obsolete for page in shadows)
 
     def answers(self, frame: int, asked: Row, level: int) -> bool:
         """Whether a leaf of this page frame is what kvm_mmu_spte_requested said."""
