@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 NOT_ROOT = "not root: recording live needs it"
 NO_KVM = "this machine has no /dev/kvm"
 NO_CHROMIUM = "chromium is not installed, and only root can install it"
+NESTED_PAGING = "this machine's KVM has nested paging: it shows no shadow paging"
 NO_VARIANT = "kernel 6.1-async is in no package"
 
 
@@ -27,7 +28,14 @@ def _variant_missing() -> bool:
     return present("6.1-async") is None
 
 
+def nested_paging() -> bool:
+    """Whether this machine's KVM runs guests on a second level of page tables."""
+    switches = [Path("/sys/module/kvm_amd/parameters/npt"), Path("/sys/module/kvm_intel/parameters/ept")]
+    return any(path.exists() and path.read_text().strip() in ("Y", "1") for path in switches)
+
+
 _HONEST = {
+    NESTED_PAGING: nested_paging,
     NOT_ROOT: lambda: os.geteuid() != 0,
     NO_KVM: lambda: not Path("/dev/kvm").exists(),
     NO_CHROMIUM: lambda: os.geteuid() != 0 and shutil.which("chromium") is None,
