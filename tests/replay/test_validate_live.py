@@ -38,25 +38,29 @@ def shadow_paging() -> None:
 
 def recorded(vmm: str, out: Path, scenario: str) -> tuple[Trace, list[int]]:
     """A recording and its VMs that are the scenario's own: others may run on this machine meanwhile."""
-    words = [sys.executable, "-m", "kvmtrace", "record", "--events", "all", "-o", str(out), "--", vmm]
-    done = subprocess.run([*words, *SCENARIOS[scenario]], capture_output=True, text=True, timeout=120, check=False)
+    pid = out.with_suffix(".pid")
+    words = [sys.executable, "-m", "kvmtrace", "record", "--events", "all", "-o", str(out), "--"]
+    words += ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(pid), vmm, *SCENARIOS[scenario]]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     trace = Trace.open(out)
-    own = [int(vm["id"]) for vm in trace.metadata.vms if vm["comm"].startswith("kvmtrace-vmm")]
+    own = [int(vm["id"]) for vm in trace.metadata.vms if vm["pid"] == int(pid.read_text())]
     assert is_paged(trace.metadata)
     return trace, own
 
 
 def whole(report: Report, own: list[int]) -> bool:
+    """Whether each of these VMs is as foretold from its creation to its end."""
     found = [vm for vm in report.vms if vm.vm in own]
-    return bool(found) and not any(vm.skipped or vm.until or vm.left for vm in found)
+    tallies = [tally for vm in found for tally in vm.tallies.values()]
+    unlike = any(tally.wrong or tally.missing for tally in tallies)
+    return bool(tallies) and not unlike and not any(vm.skipped or vm.until or vm.left or vm.first for vm in found)
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_every_root_is_found_created_and_zapped_as_recorded(tmp_path: Path, vmm: str, scenario: str) -> None:
     trace, own = recorded(vmm, tmp_path / "live.parquet", scenario)
     report = validate(trace.path)
-    assert report.holds, render(report)
     assert whole(report, own), render(report)
     for kind in ("kvm_mmu_get_page", "kvm_mmu_prepare_zap_page"):
         compared = sum(vm.tallies[kind].reproduced for vm in report.vms if vm.vm in own)
