@@ -70,7 +70,7 @@ def paged_of(trace: Trace, vm: int, shape: Shape) -> Paged:
     return Paged(
         pages_of(meta, shape, vm),
         last_run(trace, vm),
-        shows_use="KVM_USED_PAGES" not in meta.raw["layout"].get("missing", ()),
+        shows_use=_shows_use(meta),
         shows_end="vm_destroy" not in _unseen(meta),
     )
 
@@ -78,9 +78,14 @@ def paged_of(trace: Trace, vm: int, shape: Shape) -> Paged:
 def blind(meta: Metadata) -> list[str]:
     """Kinds that would be compared and are not recorded, and what zap_all_fast does not tell."""
     kinds = sorted(_unseen(meta) & {*COMPARED, *_COUNTING, "vm_destroy"})
-    if "KVM_USED_PAGES" in meta.raw["layout"].get("missing", ()) and "kvm_mmu_zap_all_fast" in meta.kinds:
+    if not _shows_use(meta) and "kvm_mmu_zap_all_fast" in meta.kinds:
         kinds.append("pages in use at kvm_mmu_zap_all_fast")
     return kinds
+
+
+def _shows_use(meta: Metadata) -> bool:
+    layout = meta.raw.get("layout")
+    return not (isinstance(layout, dict) and "KVM_USED_PAGES" in (layout.get("missing") or ()))
 
 
 def _unseen(meta: Metadata) -> set[str]:
@@ -164,8 +169,10 @@ class Paged(Threads):
     def _begun_by(self, thread: Thread, row: Row) -> Activity | None:
         pages = self.pages
         work = self._of(row)
+        if row.kind in ("kvm_mmu_get_page", "kvm_mmu_set_spte") and row.gfn is None:
+            return None
         if row.kind == "kvm_mmu_get_page":
-            return None if row.gfn is None else self._lookup(thread, row, work)
+            return self._lookup(thread, row, work) if row.role & 15 else None
         if row.kind == "mmu_load":
             return self._load(thread, work)
         if row.kind == "mmu_free_roots":
@@ -227,7 +234,7 @@ class Paged(Threads):
             work.installed.clear()
             work.fault, work.level = row.kind == "kvm_page_fault", 0
         elif row.kind == "kvm_mmu_spte_requested":
-            work.asked = row
+            work.asked = row if row.level > 0 and row.gfn is not None else None
         elif row.kind == "mark_mmio_spte":
             work.asked = None
         elif row.kind == "new_pgd" and row.vcpu is not None and pages.counted:
@@ -253,9 +260,7 @@ class Paged(Threads):
     def _unasked(self, row: Row, work: _Work) -> None:
         """A leaf that was asked for never came, and was not there before."""
         asked, work.asked = work.asked, None
-        if asked is None or asked.gfn is None:
-            return
-        if not self.pages.has_leaf(asked):
+        if asked is not None and not self.pages.has_leaf(asked):
             self._tally("kvm_mmu_set_spte").missing += 1
             self._remember(row, f"a leaf of {asked.gfn:#x} expected, {row.kind} recorded")
 

@@ -292,7 +292,7 @@ class Pages:
 
     def zap(self, page: Page) -> Activity:
         """__kvm_mmu_prepare_zap_page: the page, the unsync pages below it, and the end of its own being unsync."""
-        row = yield Expect("kvm_mmu_prepare_zap_page", self.want(page))
+        row = yield Expect("kvm_mmu_prepare_zap_page", self.want(page), agrees=_still(self, page))
         assert row is not None
         yield from self._zapped(page, row)
 
@@ -360,7 +360,8 @@ class Pages:
             if page.refs or page.table not in self.active:
                 continue
             want = self.want(page) | {"refs": 0}
-            row = yield Expect("kvm_mmu_prepare_zap_page", want, page.held and passed < _HELD_MOST * self.vcpus)
+            may_be_held = page.held and passed < _HELD_MOST * self.vcpus
+            row = yield Expect("kvm_mmu_prepare_zap_page", want, may_be_held, agrees=_still(self, page))
             if row is None:
                 passed += 1
             else:
@@ -438,6 +439,11 @@ class Pages:
             for gfn in (page.leaves if self.old else ((asked.gfn or 0) & -(1 << 9 * (page.level - 1)),))
             if gfn in page.leaves
         )
+
+
+def _still(pages: Pages, page: Page) -> Callable[[Row], bool]:
+    """Whether no other thread's zap came before this one's."""
+    return lambda row: (pages.husks if page.invalid else pages.active).get(page.table) is page
 
 
 def _of(pages: Pages, page: Page) -> Callable[[Row], bool]:

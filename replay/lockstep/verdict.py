@@ -42,6 +42,7 @@ def facts(report: Report) -> dict[str, Any]:
                 "left": vm.left,
                 "inferred_removals": vm.inferred,
                 "role_words_taken": vm.learned,
+                "taken": dict(vm.taken),
                 "first_divergence": None if vm.first is None else {"seq": vm.first.row.seq, "why": vm.first.why},
             }
             for vm in report.vms
