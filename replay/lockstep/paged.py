@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from replay.lockstep.expect import Activity
-from replay.lockstep.paging import CURRENT, PAE, Page, Pages
+from replay.lockstep.paging import CURRENT, PAE, Leaf, Page, Pages
 from replay.lockstep.rows import Row
 from replay.lockstep.shapes import Shape
 from replay.lockstep.threads import Thread, Threads
@@ -113,7 +113,7 @@ class _Work:
     level: int = 0  # of the fault's last lookup
     asked: Row | None = None  # kvm_mmu_spte_requested, until the leaf is there
     ioctl: int = 0
-    installed: set[tuple[int, int]] = field(default_factory=set)
+    leaf: Leaf | None = None  # what was asked for and came
 
 
 class Paged(Threads):
@@ -148,7 +148,7 @@ class Paged(Threads):
             "moments when a page went out of sync or back: the guest writes and flushes": self.pages.turns,
             "moments of an invalid root's last put (its zap is foretold, once; puts are not recorded)": self.pages.puts,
             "counts of references of pages that may be a root (loads and puts are not recorded)": self.pages.counts,
-            "leaves' neighbours, of which only the page they are in is known": self.pages.neighbours,
+            "leaves beside the one asked for: their page frames, and in indirect pages which": self.pages.neighbours,
         }
         return {what: count for what, count in counts.items() if count}
 
@@ -161,8 +161,10 @@ class Paged(Threads):
             work.looked.append(page)
             work.level = row.level
         elif row.kind == "kvm_mmu_set_spte" and row.gfn is not None:
-            work.asked = None
-            work.installed.add((row.table, row.gfn))
+            if work.asked is not None:
+                work.asked, work.leaf = None, Leaf(row.table, row.gfn)
+            elif work.leaf is not None:
+                work.leaf.last = row.gfn
         elif row.kind in _STRETCH:
             work.looked.clear()
 
@@ -182,8 +184,7 @@ class Paged(Threads):
         page = pages.active.get(row.table)
         if row.kind == "kvm_mmu_set_spte":
             page = page or pages.husks.get(row.table)
-            fresh = (row.table, row.gfn) not in work.installed or page is None or not page.role & pages.direct_bit
-            return None if page is None else pages.install(page, work.asked, fresh)
+            return None if page is None else pages.install(page, work.asked, work.leaf)
         if page is None or page.level != 1 or page.role & pages.direct_bit:
             return None
         if row.kind == "kvm_mmu_unsync_page":
@@ -231,7 +232,7 @@ class Paged(Threads):
         if row.kind in _STRETCH:
             self._unasked(row, work)
             work.looked.clear()
-            work.installed.clear()
+            work.leaf = None
             work.fault, work.level = row.kind == "kvm_page_fault", 0
         elif row.kind == "kvm_mmu_spte_requested":
             work.asked = row if row.level > 0 and row.gfn is not None else None

@@ -19,6 +19,7 @@ from typing import Any, Final
 from replay.lockstep.expect import Activity, Expect, Spte
 from replay.lockstep.rows import Row
 from replay.lockstep.shapes import WRITABLE, pfn
+from replay.ops import PREFETCH
 
 ROOTS: Final = 4  # a vCPU's slots: the current root and three before it (KVM_MMU_NUM_PREV_ROOTS)
 _HELD_MOST: Final = ROOTS  # pages that a vCPU holds: its slots, or the directories of a PAE root, which has no others
@@ -69,6 +70,15 @@ class Slot:
 
 
 @dataclass
+class Leaf:
+    """The leaf that a fault asked for, and the last of its neighbours that came with it."""
+
+    table: int
+    gfn: int
+    last: int | None = None
+
+
+@dataclass
 class Pages:
     """A VM's shadow pages. `active` and `husks` (zapped while they were roots) by table, the oldest first."""
 
@@ -96,7 +106,7 @@ class Pages:
     turns: int = 0  # in and out of sync, likewise
     puts: int = 0  # final zaps of roots whose put is not recorded
     counts: int = 0  # references that are not known
-    neighbours: int = 0  # leaves nobody asked for
+    neighbours: int = 0  # leaves that nobody asked for
 
     # What is there
 
@@ -397,9 +407,11 @@ class Pages:
 
     # Leaves
 
-    def install(self, page: Page, asked: Row | None, fresh: bool) -> Activity:
-        """mmu_set_spte: what was asked for first, then its neighbours, each once.
+    def install(self, page: Page, asked: Row | None, beside: Leaf | None) -> Activity:
+        """mmu_set_spte: the leaf that was asked for, or a neighbour of that one, `beside`.
 
+        In a direct page the neighbours are those of an aligned group of 8 that the host has, in ascending order
+        (direct_pte_prefetch); in others the guest's entries say which.
         What the guest may write from now on is no page table, or one that is out of sync (mmu_try_to_unsync_pages).
         """
         span = 1 << 9 * (page.level - 1)
@@ -413,8 +425,11 @@ class Pages:
                 want |= {"gfn": (asked.gfn or 0) & -span, "level": asked.level}
         else:
             self.neighbours += 1
-        if not fresh:
-            want["gfn"] = Spte("another leaf", lambda got: False)
+        if asked is None and beside is not None and page.role & self.direct_bit and page.table == beside.table:
+            start = beside.gfn & -PREFETCH
+            least = start if beside.last is None else beside.last + 1
+            near = range(least, start + PREFETCH if page.level == 1 else least)
+            want["gfn"] = Spte(f"another of {near}", lambda got: got in near and got != beside.gfn)
         row = yield Expect("kvm_mmu_set_spte", want, agrees=lambda new: not new.new & WRITABLE or self._open(new.gfn))
         assert row is not None
         assert row.gfn is not None

@@ -45,12 +45,14 @@ def shows(trace: Trace, rows: list[Row], at: int, harm: str) -> bool:
         # That a page is looked up again is the guest's doing; a load's lookups are counted, a fault's go downwards.
         return counted and (harm == "double" or row.level >= 4)
     if row.kind == "kvm_mmu_set_spte" and harm in ("drop", "gfn", "new"):
-        # What a leaf's neighbours map the guest's page tables say; 5.10 tells the frame of its virtual address. A leaf
-        # that was there before may be met again without a row.
+        # Which neighbours of a leaf the host has at hand, and their page frames, nothing foretells. 5.10 tells the frame
+        # of the guest's virtual address. A leaf that was there before may be met again without a row.
         old = trace.metadata.kernel.startswith("5.10")
         asks = next(one for one in reversed(rows[:at]) if one.kind == "kvm_mmu_spte_requested")
         low = (asks.gfn or 0) & 511 if old else 0
         known = {pfn(one.new) | low for one in rows[:at] if one.kind == "kvm_mmu_set_spte"}
+        if harm == "gfn" and not asked:
+            return True  # a neighbour is one of a group of 8, and they come in order
         return asked and (harm == "new" or (harm == "gfn" and not old) or (harm == "drop" and asks.value not in known))
     if row.kind == "mmu_free_roots":
         return row.root != 0
