@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from replay.lockstep.expect import Activity
-from replay.lockstep.paging import CURRENT, PAE, Leaf, Page, Pages
+from replay.lockstep.pages import PAE, Leaf, Page
+from replay.lockstep.paging import Pages
 from replay.lockstep.rows import Row
 from replay.lockstep.shapes import Shape
 from replay.lockstep.threads import Thread, Threads
+from replay.model import CURRENT
 from traces.metadata import Metadata
 from traces.reader import Trace
 

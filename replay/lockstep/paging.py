@@ -13,153 +13,21 @@ so are zaps that the guest brought about by writing to its page tables.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 from replay.lockstep.expect import Activity, Expect, Spte
+from replay.lockstep.pages import CREATED, LEVEL, PAE, ROOTS, Leaf, Page, PagesState, Slot
 from replay.lockstep.rows import Row
 from replay.lockstep.shapes import WRITABLE, pfn
+from replay.model import CURRENT
 from replay.ops import PREFETCH
 
-ROOTS: Final = 4  # a vCPU's slots: the current root and three before it (KVM_MMU_NUM_PREV_ROOTS)
 _HELD_MOST: Final = ROOTS  # pages that a vCPU holds: its slots, or the directories of a PAE root, which has no others
-CURRENT: Final = 0
-CREATED, UNSYNC = 1, 2  # of a row's flags
-PAE: Final = 3  # level of roots of four page directories, none of which is the root itself
-_LEVEL: Final = 15
-# make_mmu_pages_available: below the first so many are zapped that the second are free.
-_FREE_LEAST: Final = 5
-_REFILL: Final = 25
-# kvm_mmu_calculate_default_mmu_pages: the least, and thousandths of the memslots' pages.
-_LIMIT_LEAST: Final = 64
-_PERMILLE: Final = 20
+_REFILL: Final = 25  # make_mmu_pages_available makes so many free
 
 
-@dataclass(eq=False)
-class Page:
-    """A kvm_mmu_page. `role` without the invalid bit, `root` the recording's id of it as a root (0: not known)."""
-
-    gfn: int
-    role: int
-    table: int
-    refs: int = 0
-    root: int = 0
-    unsync: bool = False
-    obsolete: bool = False
-    invalid: bool = False
-    held: bool = False  # loaded since it was last seen without references, where these are not recorded
-    leaves: dict[int, int] = field(default_factory=dict)  # gfn -> SPTE, as installed last
-
-    @property
-    def level(self) -> int:
-        return self.role & _LEVEL
-
-
-@dataclass(eq=False)
-class Slot:
-    """What a vCPU has in a root slot: one page, or the page directories of a PAE root. `root` as recorded."""
-
-    pages: list[Page]
-    root: int
-    role: int  # of the load
-
-    @property
-    def obsolete(self) -> bool:
-        """is_obsolete_root: a root that is no page itself always is."""
-        return self.role & _LEVEL == PAE or any(page.invalid or page.obsolete for page in self.pages)
-
-
-@dataclass
-class Leaf:
-    """The leaf that a fault asked for, and the last of its neighbours that came with it."""
-
-    table: int
-    gfn: int
-    last: int | None = None
-
-
-@dataclass
-class Pages:
-    """A VM's shadow pages. `active` and `husks` (zapped while they were roots) by table, the oldest first."""
-
-    invalid_bit: int
-    direct_bit: int
-    guest_bits: int  # of a role word: those that a root and all pages under it share
-    counted: bool  # loads and puts of roots are recorded, hence references known
-    # As 5.10 does and 6.1 no more (what is between was not read): a lookup for an upper level syncs unsync pages of its
-    # gfn rather than zap them; a switch of page tables rotates an empty current slot as well; kvm_mmu_spte_requested
-    # tells the frame of the guest's virtual address, its bits below the guest's page size set in the page frame too.
-    old: bool
-    vcpus: int = 1
-    active: dict[int, Page] = field(default_factory=dict)
-    husks: dict[int, Page] = field(default_factory=dict)
-    by_gfn: dict[int, list[Page]] = field(default_factory=dict)  # active pages, the newest first
-    by_root: dict[int, Page] = field(default_factory=dict)
-    slots: dict[int, list[Slot | None]] = field(default_factory=dict)  # by vCPU: current, three previous
-    memslots: dict[tuple[int, int], int] = field(default_factory=dict)  # pages
-    limit: int = 0  # of KVM_SET_NR_MMU_PAGES; 0: the default
-    generation: int = 0
-    destroyed: bool = False
-    emptied: bool = False  # kvm_mmu_zap_all has begun
-    lookups: int = 0
-    zaps: int = 0  # whose cause is the guest's
-    turns: int = 0  # in and out of sync, likewise
-    puts: int = 0  # final zaps of roots whose put is not recorded
-    counts: int = 0  # references that are not known
-    neighbours: int = 0  # leaves that nobody asked for
-
-    # What is there
-
-    def find(self, gfn: int, role: int) -> Page | None:
-        """kvm_mmu_find_shadow_page, obsolete pages passed over."""
-        return next((p for p in self.by_gfn.get(gfn, ()) if p.role == role and not p.obsolete), None)
-
-    def in_the_way(self, gfn: int, role: int) -> Page | None:
-        """An unsync page of the gfn that a lookup for an upper level does not leave as it is."""
-        if role & _LEVEL == 1:
-            return None
-        for page in self.by_gfn.get(gfn, ()):
-            if page.role == role and not page.obsolete and not self.old:
-                return None
-            if page.unsync and not page.obsolete and page.role != role:
-                return page
-        return None
-
-    @property
-    def used(self) -> int:
-        return len(self.active) + len(self.husks)
-
-    @property
-    def available(self) -> int:
-        """How many more pages the VM may have."""
-        default = max(_LIMIT_LEAST, sum(self.memslots.values()) * _PERMILLE // 1000)
-        return max((self.limit or default) - self.used, 0)
-
-    @property
-    def short(self) -> bool:
-        """Whether the next fault or load zaps the oldest pages first."""
-        return self.available < _FREE_LEAST
-
-    def slots_of(self, vcpu: int) -> list[Slot | None]:
-        return self.slots.setdefault(vcpu, [None] * ROOTS)
-
-    def want(self, page: Page) -> dict[str, Any]:
-        """A page's columns as its events must have them."""
-        role = page.role | (self.invalid_bit if page.invalid else 0)
-        want: dict[str, Any] = {"gfn": page.gfn, "role": role, "level": page.level, "table": page.table}
-        want["flags"] = UNSYNC * page.unsync
-        if page.root:
-            want["root"] = page.root
-        if self.counted or not page.held or page.invalid:
-            want["refs"] = page.refs
-        else:
-            # A vCPU has a page in one of its slots at most: with two, the first would have been taken for the second.
-            want["refs"] = self._up_to(self.vcpus)
-        return want
-
-    @staticmethod
-    def _up_to(most: int) -> Spte:
-        return Spte(f"0 to {most}", lambda got: 0 <= got <= most)
+class Pages(PagesState):
+    """What the kernel does with a VM's shadow pages, step by step."""
 
     # Lookups
 
@@ -180,13 +48,13 @@ class Pages:
         page = self.find(row.gfn, row.role)
         if page is None:
             fresh = Spte("a table that is not in use", lambda got: got not in self.active and got not in self.husks)
-            want: dict[str, Any] = {"level": row.role & _LEVEL, "flags": CREATED, "refs": 0, "table": fresh}
+            want: dict[str, Any] = {"level": row.role & LEVEL, "flags": CREATED, "refs": 0, "table": fresh}
         else:
             want = self.want(page)
             if load and not self.counted and page.held:
                 want["refs"] = self._up_to(self.vcpus - 1)  # the vCPU itself would not have to look up what it has
         if below:
-            want["level"] = Spte(f"a level below {below}", lambda got: got == row.role & _LEVEL and got < below)
+            want["level"] = Spte(f"a level below {below}", lambda got: got == row.role & LEVEL and got < below)
         if beside:
             like = Spte(f"a word of root {beside:#x}", lambda got: not (got ^ beside) & self.guest_bits)
             want["role"] = like
@@ -230,7 +98,7 @@ class Pages:
         else:
             want["role"] = Spte(
                 f"a PAE root of {top.role:#x}",
-                lambda got: got & _LEVEL == PAE and not (got ^ top.role) & self.guest_bits,
+                lambda got: got & LEVEL == PAE and not (got ^ top.role) & self.guest_bits,
             )
         row = yield Expect("mmu_load", want)
         assert row is not None
@@ -247,7 +115,7 @@ class Pages:
             if at:
                 slots[:] = [slots[at], *slots[1:at], *slots[at + 1 :], None]
             return
-        if role & _LEVEL > PAE and all(slot is None or slot.role & _LEVEL > PAE for slot in slots):
+        if role & LEVEL > PAE and all(slot is None or slot.role & LEVEL > PAE for slot in slots):
             if self._usable(slots[CURRENT], pgd, role):
                 return
             for i in range(1, ROOTS):
@@ -258,7 +126,7 @@ class Pages:
 
     def _usable(self, slot: Slot | None, pgd: int, role: int) -> bool:
         """is_root_usable: the role word as it reads now has the invalid bit once the page was zapped."""
-        if slot is None or slot.role & _LEVEL <= PAE:
+        if slot is None or slot.role & LEVEL <= PAE:
             return False
         page = slot.pages[0]
         return not page.invalid and page.role == role and bool(role & self.direct_bit or page.gfn == pgd >> 12)

@@ -45,8 +45,8 @@ def shows(trace: Trace, rows: list[Row], at: int, harm: str) -> bool:
         # That a page is looked up again is the guest's doing; a load's lookups are counted, a fault's go downwards.
         return counted and (harm == "double" or row.level >= 4)
     if row.kind == "kvm_mmu_set_spte" and harm in ("drop", "gfn", "new"):
-        # Which neighbours of a leaf the host has at hand, and their page frames, nothing foretells. 5.10 tells the frame
-        # of the guest's virtual address. A leaf that was there before may be met again without a row.
+        # Which neighbours of a leaf the host has at hand, and their page frames, nothing foretells. 5.10 tells the
+        # frame of the guest's virtual address. A leaf that was there before may be met again without a row.
         old = trace.metadata.kernel.startswith("5.10")
         asks = next(one for one in reversed(rows[:at]) if one.kind == "kvm_mmu_spte_requested")
         low = (asks.gfn or 0) & 511 if old else 0

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 import kvmtrace
 from replay.evidence import Evidence
 from replay.lockstep.paged import COMPARED, Paged, is_paged
-from replay.lockstep.paging import CREATED, UNSYNC, Pages
+from replay.lockstep.pages import CREATED, UNSYNC
+from replay.lockstep.paging import Pages
 from replay.lockstep.rows import Row, rows_of
 from replay.lockstep.validate import validate
 from replay.lockstep.verdict import render
@@ -228,6 +229,15 @@ def test_an_unsync_page_does_not_outlive_a_lookup_of_its_gfn_for_an_upper_level(
     assert "kvm_mmu_prepare_zap_page expected" in two_levels().fault().get(UPPER, 3, 4).why()
     assert not two_levels(old=True).fault().sync(LEAF, 3, 3).get(UPPER, 3, 4).why()
     assert "kvm_mmu_sync_page expected" in two_levels(old=True).fault().get(UPPER, 3, 4).why()
+
+
+def test_a_page_that_is_found_leaves_unsync_pages_made_before_it_alone() -> None:
+    """6.1 walks the hash chain, newest first, up to the page it looks for; 5.10 syncs only for a page it creates."""
+    for old in (False, True):
+        guest = Guest(old=old).get(ROOT, 1, 1).fault().get(LEAF, 3, 3).fault().get(UPPER, 3, 4)
+        assert not guest.fault().unsync(LEAF, 3, 3).fault().get(UPPER, 3, 4, 0).why()
+    newer = Guest().get(ROOT, 1, 1).fault().get(UPPER, 3, 4).fault().get(LEAF, 3, 3).unsync(LEAF, 3, 3)
+    assert "kvm_mmu_prepare_zap_page expected" in newer.fault().get(UPPER, 3, 4, 0).why()
 
 
 def test_unsync_pages_go_with_the_page_above_them() -> None:
