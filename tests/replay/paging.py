@@ -49,7 +49,7 @@ def shows(trace: Trace, rows: list[Row], at: int, harm: str) -> bool:
         # frame of the guest's virtual address. A leaf that was there before may be met again without a row.
         old = trace.metadata.kernel.startswith("5.10")
         asks = next(one for one in reversed(rows[:at]) if one.kind == "kvm_mmu_spte_requested")
-        low = (asks.gfn or 0) & 511 if old else 0
+        low = (asks.gfn or 0) & ((1 << 9 * (asks.level - 1)) - 1) if old else 0
         known = {pfn(one.new) | low for one in rows[:at] if one.kind == "kvm_mmu_set_spte"}
         if harm == "gfn" and not asked:
             return True  # a neighbour is one of a group of 8, and they come in order
