@@ -54,6 +54,8 @@ class Designs:
     apicv: Literal["memslot", "gfn"] = "gfn"
     # Tables of the TDP MMU are in a list under tdp_mmu_pages_lock, or only counted.
     tdp_pages: Literal["list", "counter"] = "counter"
+    # SPTEs that one pte_list_desc of the shadow MMU's reverse maps holds; 0: not known of that version.
+    pte_list_ext: int = 14
 
 
 PRESERVE: Final = Axes("preserve")

@@ -88,19 +88,22 @@ KERNELS: Final = (
     _kernel("6.12", (6, 12, 0), PRESERVE, ALWAYS, roles.FIXED, fixed=5),
     _kernel("7.x", (7, 0, 0), PRESERVE, ALWAYS, roles.WIDE, fixed=5),
 )
-_DESIGNS_510: Final = Designs("locked", "write", False, "memslot", "list")
-_DESIGNS_515: Final = replace(_DESIGNS_510, counted=True, apicv="gfn")
-_DESIGNS_62: Final = replace(_DESIGNS_515, tdp_pages="counter")
+_DESIGNS_510: Final = Designs("locked", "write", False, "memslot", "list", 3)
+_DESIGNS_513: Final = replace(_DESIGNS_510, pte_list_ext=0)  # 3 or 14: not read
+_DESIGNS_515: Final = replace(_DESIGNS_513, counted=True, apicv="gfn")
+_DESIGNS_61: Final = replace(_DESIGNS_515, pte_list_ext=14)
+_DESIGNS_62: Final = replace(_DESIGNS_61, tdp_pages="counter")
 # (since, where it stands, what changed). 5.10's mmu_lock is a spinlock: write. In later kernels than 6.2 the counter is
 # there only with CONFIG_KVM_PROVE_MMU (no field of it in a live 6.18's BTF): then neither way costs anything.
 DESIGNS: Final = (
     ((5, 10, 0), _DESIGNS_510, "5.10"),
-    ((5, 13, 0), replace(_DESIGNS_510, zap_lock="read"), "6103bc074048: zaps under the read lock"),
+    ((5, 13, 0), replace(_DESIGNS_513, zap_lock="read"), "6103bc074048: zaps under the read lock"),
     (
         (5, 15, 0),
         _DESIGNS_515,
         "5a324c24b638, edb298c663fc, 36222b117e36: write lock again, with count and sequence; the APIC memslot stays",
     ),
+    ((6, 1, 0), _DESIGNS_61, "SPTEs of a page in chains of 14, not of 3"),
     ((6, 2, 0), _DESIGNS_62, "d25ceb926436: tables are counted, not listed"),
     ((6, 15, 0), replace(_DESIGNS_62, aging="lockless"), "b146a9b34aed, af3b6a9eba48: aging without mmu_lock"),
 )  # fmt: skip

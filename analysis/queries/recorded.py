@@ -8,6 +8,7 @@ import polars as pl
 
 from analysis.queries.registry import query
 from analysis.sources import Recording
+from replay.kernels import designs
 from replay.virtual.stuck import CERTAIN, longest_runs
 from traces.errors import Problem
 
@@ -118,6 +119,45 @@ def slots(recording: Recording) -> pl.LazyFrame:
         )
         .sort("installs", "vm", "gfn", descending=[True, False, False])
     )  # fmt: skip
+
+
+@query(Recording, needs=("kvm_mmu_set_spte", "kvm_mmu_prepare_zap_page"))
+def rmaps(recording: Recording) -> pl.LazyFrame:
+    """The shadow MMU's reverse maps: the most SPTEs that map a page at one time, the longest chains first.
+
+    A page's reverse map is one word: none, its only SPTE, or a chain of `descs` pte_list_desc (null where the
+    version's length of one is not known). SPTEs go with their shadow page; those that notifiers or the guest's own
+    writes take have no event, and SMM's address space, whose reverse maps are its own, is counted with the other,
+    so that `sptes` is the most that there can have been. KVM's statistic max_mmu_rmap_size is one less than the
+    largest: it is taken before the last was added.
+    """
+    if recording.metadata.policy != "shadow":
+        raise Problem(f"{recording.path}: query rmaps: the TDP MMU has no reverse maps")
+    each = designs(recording.metadata).pte_list_ext
+    table, spte = ["vm", "table"], ["vm", "table", "level", "gfn"]
+    gone = recording.scan().filter(_is("kvm_mmu_prepare_zap_page")).select(*table, "seq", end="seq").sort("seq")
+    sets = recording.scan().filter(_is("kvm_mmu_set_spte"), pl.col("new") != 0).select(*spte, "seq").sort("seq")
+    lives = (
+        sets.join_asof(gone, on="seq", by=table, strategy="forward", check_sortedness=False)
+        .group_by(*spte, "end")
+        .agg(begin=pl.col("seq").min())
+    )
+    page = ["vm", "level", "gfn"]
+    comes = lives.select(*page, at="begin", change=pl.lit(1, pl.Int64))
+    goes = lives.filter(pl.col("end").is_not_null()).select(*page, at="end", change=pl.lit(-1, pl.Int64))
+    most = (
+        pl.concat([comes, goes])
+        .with_columns(there=pl.col("change").cum_sum().over(page, order_by=["at", "change"]))
+        .group_by(page)
+        .agg(sptes=pl.col("there").max())
+    )
+    chained = (pl.col("sptes") + (each - 1)) // max(each, 1)
+    descs = pl.when(pl.col("sptes") > 1).then(chained).otherwise(0) if each else pl.lit(None, pl.Int64)
+    return (
+        _with_slots(most, recording)
+        .select("vm", "slot", "gfn", "level", "sptes", descs=descs.cast(pl.Int64))
+        .sort("sptes", "vm", "gfn", "level", descending=[True, False, False, False])
+    )
 
 
 @query(Recording, needs=("kvm_page_fault", "kvm_mmu_spte_requested"))

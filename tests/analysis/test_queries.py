@@ -13,7 +13,7 @@ import pytest
 from analysis.queries import recorded, replayed
 from analysis.queries.registry import named, queries
 from analysis.sources import Recording, Result
-from replay import bounds, plan, run
+from replay import bounds, kernels, plan, run
 from replay.evidence import Evidence
 from tests.analysis.sources import CORPUS, OLD_STORM, ROOT, STORM, TIMING, result_of
 from tests.replay.recording import Guest, manifest
@@ -241,7 +241,7 @@ def test_every_query_answers_and_says_what_it_asks(name: str, tmp_path: Path) ->
     query = named(name)
     assert query.about.endswith((".", ":"))
     assert len(query.about) < 120
-    recording = Recording.open(OLD_STORM)
+    recording = Recording.open(CORPUS / "smi-storm-6.1-shadow.parquet" if name == "rmaps" else OLD_STORM)
     source = recording if query.source is Recording else result_of(OLD_STORM, tmp_path)
     assert isinstance(query(source), pl.LazyFrame)
     assert set(asked(query(source).head(1)).columns)
@@ -266,3 +266,35 @@ def test_every_query_is_documented_with_what_it_needs() -> None:
         ]
         for name, query in queries().items()
     }
+
+
+def test_reverse_maps_grow_with_shadow_pages_and_go_with_them(tmp_path: Path) -> None:
+    guest = Guest()
+    guest.slot(0, 64, 0x4000)
+    guest.load()
+
+    def spte(gfn: int, table: int, level: int = 1) -> None:
+        guest.of("kvm_mmu_set_spte", w0=gfn, w1=0xE67, w2=table, level=level)
+
+    for table in (0x100, 0x101, 0x102):
+        spte(5, table)
+    spte(5, 0x102)  # the same SPTE again
+    guest.of("kvm_mmu_prepare_zap_page", w1=0x101, level=1)
+    spte(5, 0x103)
+    spte(5, 0x101)  # the table's frame has been given to another page
+    spte(6, 0x103)
+    spte(5, 0x103, level=2)
+    path = guest.write(tmp_path / "shadow.parquet", policy="shadow").trace.path
+    found = recorded.rmaps(Recording.open(path)).collect()
+    assert found.select("gfn", "level", "sptes", "descs", "slot").rows() == [
+        (5, 1, 4, 1, 0), (5, 2, 1, 0, 0), (6, 1, 1, 0, 0),
+    ]  # fmt: skip
+
+
+def test_chains_are_as_long_as_the_kernel_makes_them() -> None:
+    assert [kernels.DESIGNS[i][1].pte_list_ext for i in (0, -1)] == [3, 14]
+    with pytest.raises(Problem, match="the TDP MMU has no reverse maps"):
+        recorded.rmaps(Recording.open(CORPUS / "smi-storm-6.1.parquet"))
+    longest = recorded.rmaps(Recording.open(CORPUS / "wp-toggle-6.1-npt0.parquet")).collect()
+    assert longest["sptes"].max() == 2
+    assert longest["descs"].max() == 1

@@ -249,9 +249,9 @@ def test_recorded_agers_are_the_rate(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kernel", "expected"),
     [
-        ("5.10.150", Designs("locked", "write", False, "memslot", "list")),
-        ("5.14.21", Designs("locked", "read", False, "memslot", "list")),
-        ("5.15.0", Designs("locked", "write", True, "gfn", "list")),
+        ("5.10.150", Designs("locked", "write", False, "memslot", "list", 3)),
+        ("5.14.21", Designs("locked", "read", False, "memslot", "list", 0)),
+        ("5.15.0", Designs("locked", "write", True, "gfn", "list", 0)),
         ("6.1.192", Designs("locked", "write", True, "gfn", "list")),
         ("6.2.0", Designs("locked", "write", True, "gfn", "counter")),
         ("6.14.11", Designs("locked", "write", True, "gfn", "counter")),
