@@ -63,7 +63,7 @@ def _kind(recording: Recording) -> str:
     raw = recording.metadata.raw
     if raw.get("origin") == "synthetic":
         return "a synthetic trace"
-    return "the lab's emulation" if isinstance(raw.get("lab"), dict) else "a host"
+    return "the lab's emulation" if raw.get("lab") else "a host"
 
 
 def _object(document: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -44,7 +44,7 @@ def _kernel(meta: Metadata) -> str:
     synthetic = meta.raw.get("origin") == "synthetic"
     parts = [meta.kernel or "unknown", f"{meta.policy or 'unknown'} roots"]
     parts.append("synthetic: nobody recorded it" if synthetic else str(model))
-    if isinstance(meta.raw.get("lab"), dict):
+    if meta.raw.get("lab"):  # {} on a host
         parts.append("lab, under QEMU's emulation")
     return ", ".join(part for part in parts if part)
 

@@ -10,6 +10,7 @@ import pytest
 from analysis import diff, machines
 from analysis.queries import replayed
 from analysis.sources import Recording
+from analysis.trust import trust
 from replay.result import SPENT
 from tests.analysis.sources import CORPUS, OLD_STORM, STORM, TIMING, result_of
 from tests.replay.recording import Guest, manifest
@@ -157,3 +158,11 @@ def test_which_policy_is_compared_must_be_clear(tmp_path: Path) -> None:
         diff.opened(result, "", tmp_path, [])
     with pytest.raises(Problem, match="no policy shadow; there are"):
         diff.opened(result, "shadow", tmp_path, [])
+
+
+def test_a_host_is_no_lab(tmp_path: Path) -> None:
+    """The recorder writes an empty `lab` on hosts."""
+    host, lab = written(tmp_path / "host.parquet", lab={}), written(tmp_path / "lab.parquet", lab={"kernel": "6.1"})
+    assert not list(machines.unlike(host, written(tmp_path / "bare.parquet")))
+    told = [dict(trust(each, None, "not done", ()))["kernel"] for each in (host, lab)]
+    assert ["emulation" in text for text in told] == [False, True]
