@@ -157,17 +157,15 @@ class Measured:
         engine = Engine(evidence.own, lowering.words, len(stimuli.vcpus))
         self.began = -1
         self.refused = ""
-        leaves = tables = 0
+        tables = 0
         for stretch in stimuli:
             block = lowering.apply(stretch)
             self.timing.join(block)
             engine.feed(block, stretch.ranges)
             log = engine.take_log()
-            freed = log.event == Happened.FREED
-            leaves += int(log.leaves[freed].sum())
-            tables += int(log.tables[freed].sum())
+            tables += int(log.tables[log.event == Happened.FREED].sum())
         self.timing.rest()
-        self.faults = engine.vcpus.faults.tolist()
+        self.faults: list[int] = engine.vcpus.faults.tolist()  # by vCPU, as recorded
         backwards = self.timing.timeline.backwards
         if self.began < 0:
             self.refused = "no entry into the guest is recorded: times are not known (--events time records them)"
@@ -282,7 +280,7 @@ def _outcome(
         spent[Spent.OTHER] += others
         wall = sum(spent)
         hangs = soft_hangs(progress, settings.rule)
-        more = int(clock.vcpus.faults[i]) - int(measured.faults[i])
+        more = int(clock.vcpus.faults[i]) - measured.faults[i]
         error = _error(measured, i, spent, more)
         vcpus.append(VcpuTime(ids[i], wall, tuple(spent), hangs, error, -more * measured.fitted.open, progress))
     return Timed(target, run, vcpus, clock.jobs, clock.worked)
@@ -308,7 +306,7 @@ def _rows(measured: Measured, vcpu: int, clock: TimedEngine) -> float:
     timing = measured.timing
     rows = max(int(timing.rows[vcpu]), 1)
     each = 1 + int(timing.fault_rows[vcpu]) / max(int(timing.faults[vcpu]), 1)
-    more = int(clock.vcpus.faults[vcpu]) - int(measured.faults[vcpu])
+    more = int(clock.vcpus.faults[vcpu]) - measured.faults[vcpu]
     return max(1 + more * each / rows, 0.0)
 
 
