@@ -121,9 +121,10 @@ def _choose(probe: Probe, btf: Btf, root: Path | None, layout: Layout, fentry: s
 
 def _raw_matches(point: Point, btf: Btf, layout: Layout) -> bool:
     """Whether the raw arguments are the ones the table means. Without module BTF only leading pointers are trusted."""
-    needs_page = any("SP_" in text for text in point.fill.values())
-    if needs_page and "SP_ROLE" not in layout.offsets:
-        return False
+    # Members that the probe would read: without them it would store 0, where the tracepoint has the value (7.3).
+    for macro, member in (("SP_", "SP_ROLE"), ("KVM_USED", "KVM_USED_PAGES")):
+        if member not in layout.offsets and any(macro in text for text in point.fill.values()):
+            return False
     signature = btf.signature("__traceiter_" + point.where.split(":")[1])
     if signature is None:
         return len(point.signature) == 1

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
+from tracer import bpf
+from tracer.btf import Btf
 from tracer.layout import DATED_PAGE_LAYOUTS, DATED_ROLES, Layout
 from tracer.probes import IOCTL_KINDS, PRESETS, PROBES, preset_kinds
 from tracer.program import Chosen, program
@@ -76,3 +80,12 @@ def test_an_optional_field_that_is_lacking_reads_zero() -> None:
     body = text.rpartition("int on_")[2]
     assert "*(u32 *)((u8 *)ctx + 16)" in body
     assert "e->w2 = 0;" in body, "5.10 prints no RIP"
+
+
+@pytest.mark.parametrize(("offsets", "raw"), [({}, False), ({"KVM_USED_PAGES": 8, "KVM_GENERATION": 16}, True)])
+def test_a_member_that_is_gone_is_taken_from_the_tracepoint(offsets: dict[str, int], raw: bool) -> None:
+    """7.3 has no arch.n_used_mmu_pages: the raw probe would store 0 for what the tracepoint still tells."""
+    (probe,) = (probe for probe in PROBES if probe.kind == "kvm_mmu_zap_all_fast")
+    assert [point.how for point in probe.points] == ["raw", "tp"]
+    btf = SimpleNamespace(signature=lambda _: None)
+    assert bpf._raw_matches(probe.points[0], cast("Btf", btf), Layout(offsets, {}, "")) == raw
