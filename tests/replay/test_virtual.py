@@ -33,9 +33,6 @@ from traces.reader import Trace, kind_codes
 from traces.schema import BY_NAME
 from traces.synth import Parameters, synthesize
 
-# Two vCPUs on the lab's one CPU, and roots that are freed: which of them lost time to the zaps is not in the recording.
-SHARED = ("smi-one-6.1-async", "smi-both-6.1-async", "smi-one-5.10", "smi-both-5.10")
-
 
 def timed(path: Path, *policies: str, settings: Settings | None = None) -> list[VmTime]:
     return replay_timed(plan.make(Evidence(Trace.open(path)), policies), settings or Settings())
@@ -56,10 +53,9 @@ def test_under_its_own_policy_a_recording_takes_as_long_as_it_took(path: Path) -
     for vm in replay_timed(plan.make(evidence, [evidence.own.name]), Settings()):
         (outcome,) = vm.outcomes
         assert all(sum(vcpu.spent) == vcpu.wall for vcpu in outcome.vcpus)
-        slack = 0.03 if path.stem in SHARED else 0.01
         for recorded, vcpu in zip(vm.recorded, outcome.vcpus, strict=True):
             took = sum(recorded)
-            assert abs(vcpu.wall - took) <= max(slack * took, 300_000)
+            assert abs(vcpu.wall - took) <= max(0.01 * took, 300_000)
             for before, after in zip(parts(recorded), parts(vcpu.spent), strict=True):
                 assert abs(after / vcpu.wall - before / took) <= max(0.02, 300_000 / took)
 
