@@ -78,6 +78,12 @@ class Samples:
     total: int = 0
     _every: int = 1
 
+    @classmethod
+    def alike(cls, count: int, total: int) -> Samples:
+        """What is known in sum only: `count` (above 0) values, each the mean, in whole ns."""
+        mean = total // count
+        return cls(np.array([mean], np.int64), count, count * mean)
+
     def add(self, new: Ints) -> None:
         """Take in more."""
         first = -self.count % self._every

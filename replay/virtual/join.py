@@ -78,7 +78,7 @@ class Timing:
         faults = of_fault & (spans.kind == _FAULT)
         self.rows += np.bincount(spans.vcpu, minlength=self._vcpus)
         self.faults += np.bincount(spans.vcpu[faults], minlength=self._vcpus)
-        self.fault_rows += np.bincount(spans.vcpu[of_fault | faults], minlength=self._vcpus)
+        self.fault_rows += np.bincount(spans.vcpu[of_fault], minlength=self._vcpus)
         self.samples["bare"].add(spans.ns[spans.bare])
         self.samples["prefetch"].add(spans.ns[spans.doing == Doing.PREFETCH])
         roots = np.where(np.isin(spans.kind, _LOADED), spans.root, 0)

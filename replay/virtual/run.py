@@ -174,19 +174,14 @@ class Measured:
         samples: dict[str, Samples] = dict(self.timing.samples)
         contended = self.timing.contended
         if contended.faults:
-            samples["hold"] = Samples()
-            samples["hold"].add(np.full(contended.faults, contended.held // contended.faults, np.int64))
+            samples["hold"] = Samples.alike(contended.faults, contended.held)
         # Each vCPU gives up its part of a job (`Clock`), so that a job takes what they lost on average.
         lost = int(self.timing.stolen.lost.mean()) if len(stimuli.vcpus) else 0
         taken = lost if evidence.own.teardown == "worker" else int(self.timing.totals[:, Doing.ZAP].sum())
         if tables and taken:
-            zaps = Samples()
-            zaps.add(np.full(tables, taken // tables, np.int64))
-            samples["zap_table"] = zaps
+            samples["zap_table"] = Samples.alike(tables, taken)
         elif self.timing.stolen.removed:
-            zaps = Samples()
-            zaps.add(np.full(self.timing.stolen.removed, self.timing.stolen.removing // self.timing.stolen.removed))
-            samples["zap_table"] = zaps
+            samples["zap_table"] = Samples.alike(self.timing.stolen.removed, self.timing.stolen.removing)
         self.fitted = fit(samples, _cpus(evidence))
 
     @property
