@@ -41,4 +41,4 @@ corpus: setup
 	.venv/bin/kvmtrace lab corpus --jobs 2
 
 clean:
-	rm -rf .venv build demo *.egg-info tracer/vmm/kvmtrace-vmm replay/*.so
+	rm -rf .venv build demo *.egg-info tracer/vmm/kvmtrace-vmm replay/*/*.so

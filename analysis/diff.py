@@ -21,7 +21,7 @@ from analysis.report import Column, Report, Table
 from analysis.reporting import recording_of, replayed_under
 from analysis.sources import Recording, Result, open_source
 from analysis.units import Unit, span
-from replay.evidence import Evidence
+from replay.decode.capabilities import Evidence
 from replay.result import SPENT
 from traces.errors import Problem
 from traces.text import printable

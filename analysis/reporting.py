@@ -90,7 +90,7 @@ def _replayed(
 
 def replayed_under(recording: Recording, policies: tuple[str, ...], path: Path) -> Result:
     """Replay a recording, with times, into a result at `path`; none named: the recorded policy, preserve and async."""
-    from replay.evidence import Evidence
+    from replay.decode.capabilities import Evidence
     from replay.keep import keep
     from replay.plan import make
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from polars.io.plugins import register_io_source
 
 from replay.result import KEY, SCHEMA
-from replay.virtual.stuck import Run
+from replay.timing.stuck_rip import Run
 from traces import metadata
 from traces.errors import Problem
 from traces.reader import Trace

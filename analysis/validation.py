@@ -34,7 +34,7 @@ class Validated:
 
 def validated(path: Path) -> Validated:
     """Runs `kvmtrace validate` on a trace, event by event (some 100,000 a second); Problem where it cannot be."""
-    from replay.lockstep.validate import validate
+    from replay.validate.compare import validate
 
     report = validate(path)
     return Validated(report.reproduced, report.expected, report.left, not report.complete)

@@ -11,11 +11,11 @@ import polars as pl
 from analysis.queries import replayed
 from analysis.sources import Recording, Result
 from analysis.units import Unit, duration, shown, span
-from replay.ops import Cause
 from replay.result import SPENT
-from replay.virtual.hangs import SoftHang
-from replay.virtual.report import base_of, compared, stuck_lines
-from replay.virtual.run import VcpuTime
+from replay.simulate.operations import Cause
+from replay.timing.soft_hangs import SoftHang
+from replay.timing.time_text import base_of, compared, stuck_lines
+from replay.timing.timed_run import VcpuTime
 
 _Ends = dict[str, tuple[VcpuTime, VcpuTime]]
 _STUCK_SHOWN: Final = 2

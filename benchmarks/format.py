@@ -33,7 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tests import streams
-from traces import layout
+from traces import encoding
 from traces.columns import SCHEMA
 from traces.compact import compact
 from traces.reader import Trace
@@ -101,7 +101,7 @@ def all_nullable(table: pa.Table) -> pa.Table:
 def write(table: pa.Table, path: Path, groups: list[int], **changes: Any) -> float:
     """Write the table in row groups of the given sizes with our options, changed; CPU seconds."""
     started = time.process_time()
-    with pq.ParquetWriter(path, table.schema, **{**layout.OPTIONS, **changes}) as writer:
+    with pq.ParquetWriter(path, table.schema, **{**encoding.OPTIONS, **changes}) as writer:
         offset = 0
         for rows in groups:
             writer.write_table(table.slice(offset, rows), row_group_size=rows)
@@ -123,7 +123,7 @@ def write_layouts(trace: Path, scratch: Path) -> dict[str, Any]:
         (OURS, str(trace), 0.0),
     ]
     everything = {name: "DELTA_BINARY_PACKED" for name in SCHEMA.names if name != "kind"}
-    split = dict.fromkeys(layout.DELTA, "BYTE_STREAM_SPLIT")
+    split = dict.fromkeys(encoding.DELTA, "BYTE_STREAM_SPLIT")
     variants: list[tuple[str, pa.Table, list[int], dict[str, Any]]] = [
         ("layout, no checks", table, groups, {}),
         ("  uncompressed", table, groups, {"compression": "none"}),

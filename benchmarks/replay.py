@@ -40,8 +40,8 @@ from benchmarks.record import machine, say, spread, table
 from benchmarks.replay_peers import Baseline, Lru, run_engine, run_reference, run_timed, zipf
 from benchmarks.replay_streams import NORMAL, Stream
 from replay.axes import ASYNC, PRESERVE, Axes
-from replay.ops import Block, Op, Ranges, pack
-from replay.pools import Engine
+from replay.simulate.engine import Engine
+from replay.simulate.operations import Block, Op, Ranges, pack
 from traces.errors import VERDICT_FAILED, Problem
 
 REFERENCE_TOUCHES = 100_000  # of each mixed VM
@@ -182,8 +182,8 @@ def two_threads(streams: list[Stream]) -> list[tuple[Line, Turn]]:
 def from_parquet(path: Path) -> list[tuple[Line, Turn]]:
     """Decoding a trace, and replaying it from the file; ns per event."""
     from replay import plan, run
-    from replay.evidence import Evidence
-    from replay.lookback import COLUMNS
+    from replay.decode.capabilities import Evidence
+    from replay.decode.lookback import COLUMNS
     from traces.reader import Trace
 
     trace = Trace.open(path)

@@ -14,14 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.replay_streams import Stream
-from replay import reference
 from replay.axes import Axes
-from replay.model import Vm
-from replay.ops import VCPU_SHIFT
-from replay.pools import Engine
-from replay.virtual.costs import DEFAULT
-from replay.virtual.engine import TimedEngine
-from replay.virtual.timed import MORE, Timed
+from replay.simulate import dispatch
+from replay.simulate.engine import Engine
+from replay.simulate.operations import VCPU_SHIFT
+from replay.simulate.reference import Vm
+from replay.timing.costs import DEFAULT
+from replay.timing.timed_engine import TimedEngine
+from replay.timing.timed_operations import MORE, Timed
 from traces.errors import ENVIRONMENT, VERDICT_FAILED, Problem
 
 SOURCE = Path(__file__).with_name("replay_baseline.c")
@@ -77,8 +77,8 @@ def run_timed(stream: Stream, axes: Axes, seed: int = 1) -> float:
 
 def run_reference(stream: Stream, axes: Axes) -> tuple[float, Counts]:
     began = time.thread_time()
-    vm: Vm = reference.begin(axes, stream.words, stream.vcpus)
-    reference.feed(vm, stream.block, stream.ranges)
+    vm: Vm = dispatch.begin(axes, stream.words, stream.vcpus)
+    dispatch.feed(vm, stream.block, stream.ranges)
     return time.thread_time() - began, counts_of(vm.vcpus, vm.counters)
 
 

@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from replay.ops import VCPU_SHIFT, Block, Cause, Op, Ranges, Word, pack
+from replay.simulate.operations import VCPU_SHIFT, Block, Cause, Op, Ranges, Word, pack
 
 BATCH: Final = 1 << 16  # operations
 RUN: Final = 64

@@ -8,7 +8,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Final
 
-from replay.ops import Cause
+from replay.simulate.operations import Cause
 
 
 class Trigger(IntEnum):

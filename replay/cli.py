@@ -23,8 +23,8 @@ def validate(
     as_json: Json = False,
 ) -> None:
     """Replay a recording under its own kernel's policy and compare each response of the MMU; exit 1 below 100 %."""
-    from replay.lockstep.validate import validate as compare
-    from replay.lockstep.verdict import facts, render
+    from replay.validate.compare import validate as compare
+    from replay.validate.validate_text import facts, render
 
     report = compare(trace, policy)
     if as_json:
@@ -106,13 +106,14 @@ def replay(
     as_json: Json = False,
 ) -> None:
     """Say what the recorded VMs would have done under other root policies, and how long it would have taken."""
-    from replay import bounds, evidence, plan, report, run
-    from replay.designs import report as designs
+    from replay import bounds, counts_text, plan, run
+    from replay.decode import capabilities
     from replay.keep import keep
-    from replay.virtual import report as time_report
-    from replay.virtual import whatif
-    from replay.virtual.run import Settings, replay_timed
-    from replay.virtual.stalls import Rule
+    from replay.timing import time_text as time_report
+    from replay.timing.stalls import Rule
+    from replay.timing.timed_run import Settings, replay_timed
+    from replay.whatif import questions as designs
+    from replay.whatif import smi_rate as rates
     from traces.reader import Trace
 
     if smi not in ("auto", "open", "closed"):
@@ -120,7 +121,7 @@ def replay(
     settings = Settings(smi, Rule(stall_share, stall_window * 1_000_000), stuck_exits)
 
     assumed = plan.refault(refault)
-    shown = evidence.Evidence(Trace.open(trace))
+    shown = capabilities.Evidence(Trace.open(trace))
     if questions := designs.asked(aging=aging, zap_lock=zap_lock, apicv=apicv, tdp_pages=tdp_pages):
         found = designs.answer(shown, questions)
         if as_json:
@@ -131,14 +132,14 @@ def replay(
     share = bounds.accessed_share(shown.trace, shown.intel) if assumed.name == "accessed" else 0.0
     wanted = plan.make(shown, policy or [], kernel, assumed)
     if sweep or smi_rate:
-        rates = whatif.parse(sweep) if sweep else whatif.Sweep(smi_rate, smi_rate)
-        change = whatif.Change(scale_working_set, vcpus_holding_root)
+        wide = rates.parse(sweep) if sweep else rates.Sweep(smi_rate, smi_rate)
+        change = rates.Change(scale_working_set, vcpus_holding_root)
         kernels = (target.axes for target in wanted.targets if target.policy is None)
-        swept = whatif.swept(shown, kernels, rates, change)
+        swept = rates.swept(shown, kernels, wide, change)
         if as_json:
-            print_json({"trace": str(trace), "sweep": time_report.sweep_facts(swept, rates)})
+            print_json({"trace": str(trace), "sweep": time_report.sweep_facts(swept, wide)})
         else:
-            print(time_report.render_sweep(swept, rates), end="")
+            print(time_report.render_sweep(swept, wide), end="")
         return
     if out is None:
         times = replay_timed(wanted, settings) if timed else []
@@ -147,9 +148,9 @@ def replay(
         replayed, times = keep(wanted, out, settings, timed=timed)
     if as_json:
         time = {"time": time_report.facts(times, settings)} if timed else {}
-        print_json({**report.facts(replayed, share), **time})
+        print_json({**counts_text.facts(replayed, share), **time})
     else:
-        print(report.render(replayed, share), end="")
+        print(counts_text.render(replayed, share), end="")
         if timed:
             print(time_report.render(times, wanted), end="")
 
@@ -176,23 +177,23 @@ def explore(
     as_json: Json = False,
 ) -> None:
     """Try every interleaving of a small model of kernel paths; exit 1 when one breaks an invariant, 0 if none does."""
-    from replay.explore import catalogue, report
+    from replay.explore import catalogue, explore_text
     from replay.explore.scenario import run
     from replay.explore.scenarios import SCENARIOS
 
     if list_:
         if as_json:
-            print_json(report.listing(SCENARIOS))
+            print_json(explore_text.listing(SCENARIOS))
         else:
-            print(report.render_listing(SCENARIOS), end="")
+            print(explore_text.render_listing(SCENARIOS), end="")
         return
     if replay is not None:
         own = catalogue.find(scenario) if scenario else None
-        replayed = [report.replay(given, own, str(replay)) for given in report.schedules(replay)]
+        replayed = [explore_text.replay(given, own, str(replay)) for given in explore_text.schedules(replay)]
         if as_json:
             print_json({"replays": replayed})
         else:
-            print("".join(map(report.render_replay, replayed)), end="")
+            print("".join(map(explore_text.render_replay, replayed)), end="")
         if any(one["broken"] for one in replayed):
             raise typer.Exit(VERDICT_FAILED)
         return
@@ -203,7 +204,7 @@ def explore(
         print(f"\r{states:,} states", end="", file=sys.stderr, flush=True)
 
     terminal = sys.stderr.isatty()
-    wanted, bounds = catalogue.find(scenario), report.bounds(bound or [])
+    wanted, bounds = catalogue.find(scenario), explore_text.bounds(bound or [])
     names = variant or [each.name for each in wanted.variants]
     runs = []
     for name in names:
@@ -211,8 +212,10 @@ def explore(
         if terminal and runs[-1].exploration.seconds > 1:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
         if not as_json:
-            print(report.render(runs[-1]), flush=True)
+            print(explore_text.render(runs[-1]), flush=True)
     if as_json:
-        print_json({"scenario": wanted.name, "title": wanted.title, "runs": [report.facts(each) for each in runs]})
+        print_json(
+            {"scenario": wanted.name, "title": wanted.title, "runs": [explore_text.facts(each) for each in runs]}
+        )
     if any(each.schedule for each in runs):
         raise typer.Exit(VERDICT_FAILED)

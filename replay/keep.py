@@ -7,8 +7,8 @@ from pathlib import Path
 from replay.plan import Plan
 from replay.result import Writer
 from replay.run import Replayed, document, replay
-from replay.virtual import report, rows
-from replay.virtual.run import Settings, VmTime, replay_timed
+from replay.timing import time_rows, time_text
+from replay.timing.timed_run import Settings, VmTime, replay_timed
 
 
 def keep(
@@ -19,7 +19,7 @@ def keep(
     times = replay_timed(plan, settings) if timed else []
     names = [target.name for target in plan.targets]
     with Writer(path, names) as writer:
-        rows.write(writer, times, names)
+        time_rows.write(writer, times, names)
         replayed = replay(plan, writer)
-        writer.close({**document(replayed), "time": report.facts(times, settings) if timed else None})
+        writer.close({**document(replayed), "time": time_text.facts(times, settings) if timed else None})
     return replayed, times

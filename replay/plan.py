@@ -17,10 +17,10 @@ from typing import Final
 from replay import kernels
 from replay.axes import Axes
 from replay.causes import OPEN, Trigger
-from replay.evidence import Evidence
+from replay.decode.capabilities import Evidence
 from replay.kernels import Kernel
-from replay.lower import Case
-from replay.policies import Policy
+from replay.simulate.policy_api import Policy
+from replay.simulate.specialize import Case
 from replay.userfile import load, one_line
 from traces.errors import Problem
 
@@ -163,7 +163,7 @@ def _own_policy(name: str) -> type[Policy] | None:
     except Exception as error:
         raise Problem(f"--policy {name}: entry point {found[0].value} does not load: {one_line(error)}") from None
     if not (isinstance(policy, type) and issubclass(policy, Policy)):
-        raise Problem(f"--policy {name}: entry point {found[0].value} is no subclass of replay.policies.Policy")
+        raise Problem(f"--policy {name}: entry point {found[0].value} is no subclass of policy_api.Policy")
     return policy
 
 
@@ -176,5 +176,5 @@ def _from_file(path: Path) -> type[Policy]:
     ]
     if len(found) != 1:
         what = "has no subclass" if not found else f"has {len(found)} subclasses"
-        raise Problem(f"--policy {path}: {what} of replay.policies.Policy: it must have one")
+        raise Problem(f"--policy {path}: {what} of replay.simulate.policy_api.Policy: it must have one")
     return found[0]

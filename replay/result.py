@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from replay.model import Counters, Happened
-from replay.ops import Block, Cause, Word
-from replay.pools import RootLog, Vcpus
+from replay.simulate.engine import RootLog, Vcpus
+from replay.simulate.operations import Block, Cause, Word
+from replay.simulate.reference import Counters, Happened
 from traces.errors import Problem
 
 KEY: Final = b"kvmtrace.result"

@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from replay.ops import Word
+from replay.simulate.operations import Word
 
 LEVEL5: Final = 1
 SMM: Final = 2

@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 
 from replay import roles
 from replay.causes import Trigger
-from replay.evidence import Evidence
-from replay.lower import Case, Lowering
-from replay.machine import Machine, Reference
-from replay.model import Counters, Happened, Violation
-from replay.ops import Block, Cause, Op, Ranges
+from replay.decode.capabilities import Evidence
+from replay.decode.decoder import VmStimuli
 from replay.plan import Plan, Run, Target
-from replay.pools import Engine, RootLog, Vcpus
 from replay.result import Writer, vm_counts
-from replay.stimuli import VmStimuli
+from replay.simulate.engine import Engine, RootLog, Vcpus
+from replay.simulate.operations import Block, Cause, Op, Ranges
+from replay.simulate.reference import Counters, Happened, Violation
+from replay.simulate.simulator import Machine, Reference
+from replay.simulate.specialize import Case, Lowering
 from traces.errors import VERDICT_FAILED, Problem
 
 _FLIPS: Final = (Trigger.CR0_WP, Trigger.CR0_SILENT, Trigger.EFER)  # of bits that old kernels have in role words

@@ -9,7 +9,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from tracer.lab.kernels import KERNELS
+from tracer.lab.lab_kernels import KERNELS
 from tracer.lab.matrix import MMUS, PROVENANCE, Cell, Row, cells, provenance
 from traces.reader import Trace
 

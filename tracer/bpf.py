@@ -19,7 +19,7 @@ from tracer import snapshot, tracefs
 from tracer.btf import Btf, kernel_btf, libbpf
 from tracer.headers import headers
 from tracer.host import kernel_symbols, kernel_version
-from tracer.layout import Layout, kernel_layout
+from tracer.offsets import Layout, kernel_layout
 from tracer.probes import IOCTL_KINDS, PROBES, Point, Probe
 from tracer.program import KIND_SLOTS, Chosen, program, ring_names
 from traces.errors import ENVIRONMENT, Problem

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tracer.layout import Layout
+from tracer.offsets import Layout
 from tracer.probes import IOCTL_KINDS, Point, Probe
 from tracer.tracefs import Field
 from traces.schema import BY_NAME, RECORD_FIELDS, RECORD_SIZE

@@ -17,9 +17,9 @@ import numpy as np
 
 from traces.bookkeeping import MAX_ENTRIES, Books
 from traces.columns import to_named
+from traces.encoding import ROW_GROUP_ROWS, TraceFile
 from traces.errors import Problem
 from traces.identity import Identities, Vm
-from traces.layout import ROW_GROUP_ROWS, TraceFile
 from traces.lives import Ints
 from traces.memslots import MAX_SLOTS, Memslots
 from traces.metadata import KEY

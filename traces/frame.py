@@ -10,8 +10,8 @@ from typing import Any, Final
 import pyarrow as pa
 
 from traces.columns import SCHEMA
+from traces.encoding import MAGIC, PARQUET_MAGIC, SEAL_SIZE
 from traces.errors import Problem
-from traces.layout import MAGIC, PARQUET_MAGIC, SEAL_SIZE
 from traces.metadata import MAX_BYTES, Metadata, RowGroup
 from traces.text import printable
 

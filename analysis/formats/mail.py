@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from analysis.formats import lines
-from analysis.formats.layout import aligned, listed, turned, wrapped
+from analysis.formats.text_table import aligned, listed, turned, wrapped
 from analysis.report import Report, Table
 
 WIDTH: Final = 72

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from analysis.formats import lines
-from analysis.formats.layout import aligned, wrapped
+from analysis.formats.text_table import aligned, wrapped
 from analysis.report import Report, Table
 
 WIDTH: Final = 120

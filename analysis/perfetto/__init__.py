@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from analysis.perfetto import foretold, recorded
+from analysis.perfetto import predicted, recording
 from analysis.perfetto.packets import Writer
 from analysis.sources import Recording, Result
-from replay.virtual.stalls import Rule
+from replay.timing.stalls import Rule
 
 
 def export(source: Recording | Result, out: Path, progress: Callable[[int], None]) -> list[str]:
     """Write what was recorded, or what a replay foretold; gives remarks, one line each. `progress` is told of rows."""
     if isinstance(source, Result):
         with Writer(out, (), ()) as writer:
-            foretold.write(source, writer, progress)
+            predicted.write(source, writer, progress)
         return []
-    with Writer(out, recorded.NAMES, recorded.NOTES) as writer:
-        told = recorded.write(source.trace, writer, Rule(), progress)
+    with Writer(out, recording.NAMES, recording.NOTES) as writer:
+        told = recording.write(source.trace, writer, Rule(), progress)
     remarks = [f"soft-hangs are not known: {why}" for why in told.unjudged]
     if told.clipped:
         remarks.append(f"{told.clipped:,} ns are left out: clocks of two CPUs differ, and spans would cross")

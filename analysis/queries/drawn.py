@@ -10,10 +10,10 @@ import polars as pl
 from analysis.queries.recorded import lives
 from analysis.queries.registry import query
 from analysis.queries.replayed import progress
+from analysis.recorded_time import Progress, ids_of, spans_of, split, switch_of
 from analysis.sources import Recording, Result
-from analysis.timeline import Progress, ids_of, spans_of, split, switch_of
-from replay.virtual.stalls import Rule
-from replay.virtual.timeline import Doing
+from replay.timing.stalls import Rule
+from replay.timing.timeline import Doing
 from traces.errors import Problem
 
 PARTS: Final = 400  # of the time

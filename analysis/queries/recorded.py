@@ -9,7 +9,7 @@ import polars as pl
 from analysis.queries.registry import query
 from analysis.sources import Recording
 from replay.kernels import designs
-from replay.virtual.stuck import CERTAIN, longest_runs
+from replay.timing.stuck_rip import CERTAIN, longest_runs
 from traces.errors import Problem
 
 WINDOW_NS: Final = 100_000_000

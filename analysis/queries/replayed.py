@@ -13,7 +13,7 @@ import polars as pl
 from analysis.queries.registry import query
 from analysis.sources import Result
 from replay.result import OF_VCPU, OF_VM, SPENT
-from replay.virtual.hangs import OF_ROOTS
+from replay.timing.soft_hangs import OF_ROOTS
 
 PAGE: Final = 4096
 # Counts that are summed over VMs, and those of which the greatest is taken.

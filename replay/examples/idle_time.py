@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from replay.model import Root, Vcpu, Vm
-from replay.ops import Cause
-from replay.policies import Policy
+from replay.simulate.operations import Cause
+from replay.simulate.policy_api import Policy
+from replay.simulate.reference import Root, Vcpu, Vm
 
 IDLE_NS = 10_000_000
 

@@ -8,8 +8,8 @@ from types import MappingProxyType
 from typing import Final
 
 from replay.explore import schedule
-from replay.explore.machine import Machine
 from replay.explore.model import Model
+from replay.explore.ready_model import Machine
 from replay.explore.schedule import Schedule
 from replay.explore.search import LIMIT, Exploration, Progress, explore
 from replay.userfile import one_line

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from replay.explore.machine import Machine, after, moved
 from replay.explore.memory import FREED, Violation
+from replay.explore.ready_model import Machine, after, moved
 from replay.explore.search import NO_LIVELOCK, Found, explore_from
 from traces.errors import Problem
 

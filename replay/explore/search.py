@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from replay.explore.actors import Outcome, Place
-from replay.explore.machine import Machine, Values, after, lasso, moved
 from replay.explore.memory import Violation
 from replay.explore.model import Model
+from replay.explore.ready_model import Machine, Values, after, lasso, moved
 from traces.errors import Problem
 
 LIMIT: Final = 3_000_000

@@ -11,11 +11,11 @@ import pytest
 
 from analysis.queries import drawn, recorded, replayed
 from analysis.queries.registry import queries
+from analysis.recorded_time import ids_of, spans_of, split
 from analysis.report import Report
 from analysis.reporting import Wanted, reported
 from analysis.sources import Recording
-from analysis.timeline import ids_of, spans_of, split
-from replay.virtual.timeline import Doing
+from replay.timing.timeline import Doing
 from tests.analysis.sources import CORPUS
 from traces.errors import Problem
 from traces.synth import Parameters, synthesize

@@ -23,11 +23,11 @@ from perfetto.protos.perfetto.trace import perfetto_trace_pb2 as pb
 from analysis.perfetto import export
 from analysis.perfetto.packets import Writer
 from analysis.sources import Result, open_source
-from replay.evidence import Evidence
+from replay.decode.capabilities import Evidence
+from replay.decode.decoder import VmStimuli
 from replay.result import KEY
-from replay.stimuli import VmStimuli
-from replay.virtual.run import Measured
-from replay.virtual.timeline import Doing, Timeline
+from replay.timing.timed_run import Measured
+from replay.timing.timeline import Doing, Timeline
 from traces.errors import Problem
 from traces.reader import Trace
 from traces.synth import Parameters, synthesize
@@ -164,7 +164,7 @@ def test_batches_cut_no_span(size: int, tmp_path: Path, monkeypatch: pytest.Monk
     source = CORPUS / "smi-both-6.1-async.parquet"
     whole = exported(source, tmp_path / "whole.pftrace")
     batches = Trace.batches
-    monkeypatch.setattr("analysis.timeline.Measured", _measured(source))
+    monkeypatch.setattr("analysis.recorded_time.Measured", _measured(source))
     monkeypatch.setattr(
         Trace, "batches", lambda self, columns, **asked: batches(self, columns, **{**asked, "size": size})
     )

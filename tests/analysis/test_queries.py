@@ -14,7 +14,7 @@ from analysis.queries import recorded, replayed
 from analysis.queries.registry import named, queries
 from analysis.sources import Recording, Result
 from replay import bounds, kernels, plan, run
-from replay.evidence import Evidence
+from replay.decode.capabilities import Evidence
 from tests.analysis.sources import CORPUS, OLD_STORM, ROOT, STORM, TIMING, result_of
 from tests.replay.recording import Guest, manifest
 from tests.traces.making import stream, trace

@@ -24,10 +24,10 @@ from analysis.reporting import Wanted, reported
 from analysis.sources import Recording
 from analysis.units import duration
 from replay import plan
-from replay.evidence import Evidence
+from replay.decode.capabilities import Evidence
 from replay.result import KEY, SPENT
-from replay.virtual.report import verdicts
-from replay.virtual.run import Settings, replay_timed
+from replay.timing.time_text import verdicts
+from replay.timing.timed_run import Settings, replay_timed
 from tests.analysis.sources import CORPUS, OLD_STORM, ROOT, STORM, TIMING, result_of
 from tests.replay.recording import Guest, manifest
 from tests.traces.making import stream, trace

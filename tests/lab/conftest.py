@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tracer.lab import fetch, kernels
+from tracer.lab import fetch, lab_kernels
 from traces.errors import Problem
 
 
@@ -21,11 +21,11 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def lab_kernel(request: pytest.FixtureRequest) -> kernels.Bootable:
+def lab_kernel(request: pytest.FixtureRequest) -> lab_kernels.Bootable:
     """A kernel of the table, fetched if need be."""
     try:
         return fetch.fetch(request.param)
     except Problem as problem:
-        if kernels.KERNELS[request.param].variant:
+        if lab_kernels.KERNELS[request.param].variant:
             pytest.skip(str(problem))
         raise

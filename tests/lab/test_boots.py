@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tracer import vmm
-from tracer.lab import kernels, modules, qemu, session
+from tracer.lab import lab_kernels, modules, qemu, session
 from tracer.lab.cli import app
 from traces.compact import compact
 
@@ -18,11 +18,11 @@ pytestmark = pytest.mark.lab
 
 
 def quick(*names: str) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("lab_kernel", names or list(kernels.KERNELS), indirect=True)
+    return pytest.mark.parametrize("lab_kernel", names or list(lab_kernels.KERNELS), indirect=True)
 
 
 @quick()
-def test_boots_with_nested_paging(lab_kernel: kernels.Bootable, tmp_path: Path) -> None:
+def test_boots_with_nested_paging(lab_kernel: lab_kernels.Bootable, tmp_path: Path) -> None:
     script = (
         "uname -r; cat /sys/module/kvm/parameters/tdp_mmu; tr 1 Y < /sys/module/kvm_amd/parameters/npt; "
         "test -c /dev/kvm; echo $?; "
@@ -44,7 +44,7 @@ def test_boots_with_nested_paging(lab_kernel: kernels.Bootable, tmp_path: Path) 
 
 
 @quick("6.1")
-def test_guest_cannot_change_the_host(lab_kernel: kernels.Bootable, tmp_path: Path) -> None:
+def test_guest_cannot_change_the_host(lab_kernel: lab_kernels.Bootable, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     kept.write_text("as it was")
     done = session.boot(
@@ -56,14 +56,14 @@ def test_guest_cannot_change_the_host(lab_kernel: kernels.Bootable, tmp_path: Pa
 
 
 @quick("6.1")
-def test_panic_ends_the_run(lab_kernel: kernels.Bootable) -> None:
+def test_panic_ends_the_run(lab_kernel: lab_kernels.Bootable) -> None:
     with pytest.raises(session.GuestFailed, match=r"panicked or reset .*sysrq triggered crash") as caught:
         session.boot(lab_kernel, ["sh", "-c", "echo c > /proc/sysrq-trigger"])
     assert caught.value.tail
 
 
 @quick("6.1")
-def test_hang_ends_at_the_limit(lab_kernel: kernels.Bootable) -> None:
+def test_hang_ends_at_the_limit(lab_kernel: lab_kernels.Bootable) -> None:
     begin = time.monotonic()
     with pytest.raises(session.GuestFailed, match="did not end within 12 s") as caught:
         session.boot(lab_kernel, ["sleep", "1000"], timeout=12)
@@ -72,7 +72,7 @@ def test_hang_ends_at_the_limit(lab_kernel: kernels.Bootable) -> None:
 
 
 @quick("6.1")
-def test_processor_without_svm(lab_kernel: kernels.Bootable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processor_without_svm(lab_kernel: lab_kernels.Bootable, monkeypatch: pytest.MonkeyPatch) -> None:
     with_svm = qemu.Machine.command
     monkeypatch.setattr(
         qemu.Machine, "command", lambda machine: [word.replace("+svm,+npt", "-svm") for word in with_svm(machine)]
@@ -82,22 +82,22 @@ def test_processor_without_svm(lab_kernel: kernels.Bootable, monkeypatch: pytest
 
 
 @quick("6.1")
-def test_kernel_without_kvm(lab_kernel: kernels.Bootable, tmp_path: Path) -> None:
+def test_kernel_without_kvm(lab_kernel: lab_kernels.Bootable, tmp_path: Path) -> None:
     for name, data in modules.Directory(*lab_kernel.modules).items():
         if not name.startswith("kvm"):
             (tmp_path / f"{name}.ko").write_bytes(data)
     with pytest.raises(session.GuestFailed, match="no /dev/kvm in it"):
-        session.boot(kernels.own(lab_kernel.image, tmp_path), ["true"])
+        session.boot(lab_kernels.own(lab_kernel.image, tmp_path), ["true"])
 
 
 @quick("6.1")
-def test_unknown_parameter_is_reported(lab_kernel: kernels.Bootable) -> None:
+def test_unknown_parameter_is_reported(lab_kernel: lab_kernels.Bootable) -> None:
     done = session.boot(lab_kernel, ["true"], parameters=["kvm.no_such=1"])
     assert any("unknown parameter 'no_such'" in warning for warning in done.warnings)
 
 
 @quick("6.1")
-def test_scenario_with_the_shadow_mmu(lab_kernel: kernels.Bootable) -> None:
+def test_scenario_with_the_shadow_mmu(lab_kernel: lab_kernels.Bootable) -> None:
     arguments = ["--kernel", "6.1", "--param", "kvm.tdp_mmu=0", "--bare", "--scenario", "smi-storm", "--loops", "3"]
     result = CliRunner().invoke(app, ["run", *arguments])
     assert result.exit_code == 0, result.exception
@@ -107,7 +107,7 @@ def test_scenario_with_the_shadow_mmu(lab_kernel: kernels.Bootable) -> None:
 
 
 @quick("6.1")
-def test_recording_cut_short_by_a_panic_is_kept(lab_kernel: kernels.Bootable, tmp_path: Path) -> None:
+def test_recording_cut_short_by_a_panic_is_kept(lab_kernel: lab_kernels.Bootable, tmp_path: Path) -> None:
     script = f"{vmm.binary()} smi-storm; sleep 3; echo c > /proc/sysrq-trigger"
     trace = tmp_path / "crash.parquet"
     with pytest.raises(

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tracer.lab.kernels import Bootable
+from tracer.lab.lab_kernels import Bootable
 from tracer.lab.session import boot
 
 pytestmark = pytest.mark.lab

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.lab.synthetic import TREE, add_archive, elf, program, whole_kernel
-from tracer.lab import apt, fetch, kernels, modules
+from tracer.lab import apt, fetch, lab_kernels, modules
 from traces.errors import ENVIRONMENT, Problem
 
 
@@ -20,7 +20,7 @@ def test_kernel_from_a_directory(store: Path) -> None:
     assert kernel is not None
     assert kernel.package == "linux-image-6.1.0-56-amd64 6.1.192-2"
     assert set(modules.Directory(*kernel.modules)) == set(TREE) - {"unused"}
-    assert sorted(path.name for path in kernels.cache().iterdir()) == ["6.1"]
+    assert sorted(path.name for path in lab_kernels.cache().iterdir()) == ["6.1"]
     assert fetch.present("5.10") is None
     assert fetch.present("6.1-async") is None
 
@@ -64,7 +64,7 @@ def test_incomplete_archive_leaves_no_kernel(store: Path, missing: str) -> None:
     add_archive(store, members)
     with pytest.raises(Problem):
         fetch.present("6.1")
-    assert list(kernels.cache().iterdir()) == []
+    assert list(lab_kernels.cache().iterdir()) == []
 
 
 def test_damaged_archive(store: Path) -> None:
@@ -90,7 +90,7 @@ def test_sites_come_from_the_machines_own_sources(tmp_path: Path, monkeypatch: p
         "echo 'Debian|Debian|file:/mirror'; echo 'Other|Debian|file:/not'; echo 'Debian|Debian-Security|file:/sec'",
     )
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    made = apt.Apt(tmp_path / "apt", kernels.KERNELS["6.12"].suites)
+    made = apt.Apt(tmp_path / "apt", lab_kernels.KERNELS["6.12"].suites)
     sources = (tmp_path / "apt" / "sources.list").read_text().splitlines()
     assert [line.split("] ")[1] for line in sources] == ["file:/sec trixie-security main", "file:/mirror trixie main"]
     assert made.suites == "trixie-security, trixie"
@@ -102,7 +102,7 @@ def test_machine_without_debian_sources(store: Path, tmp_path: Path, monkeypatch
     with pytest.raises(Problem, match="no Debian archive among this machine's apt sources") as caught:
         fetch.fetch("6.12")
     assert caught.value.code == ENVIRONMENT
-    assert list(kernels.cache().iterdir()) == []
+    assert list(lab_kernels.cache().iterdir()) == []
 
 
 # What `apt-cache show` says: paragraphs, newest version first.

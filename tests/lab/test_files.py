@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.lab.synthetic import TREE, bzimage
-from tracer.lab import initramfs, kernels, modules, session
+from tracer.lab import initramfs, lab_kernels, modules, session
 from traces.errors import Problem
 
 
@@ -121,23 +121,23 @@ def test_directory_prefers_the_last_root(tmp_path: Path) -> None:
 
 
 def test_the_table_is_complete() -> None:
-    policies = {kernel.policy for kernel in kernels.KERNELS.values()}
-    assert policies == {"sync", "async", "preserve-inline"} < set(kernels.POLICIES)
-    for name, kernel in kernels.KERNELS.items():
+    policies = {kernel.policy for kernel in lab_kernels.KERNELS.values()}
+    assert policies == {"sync", "async", "preserve-inline"} < set(lab_kernels.POLICIES)
+    for name, kernel in lab_kernels.KERNELS.items():
         assert kernel.name == name
         assert bool(kernel.suites) != bool(kernel.variant)
         assert session._by_module(kernel.parameters) is not None
-    assert kernels.KERNELS["5.10"].parameters == ("kvm.tdp_mmu=1",)
+    assert lab_kernels.KERNELS["5.10"].parameters == ("kvm.tdp_mmu=1",)
 
 
 def test_image_version(tmp_path: Path) -> None:
     image = tmp_path / "bzImage"
     image.write_bytes(bzimage("6.1.0-56-amd64 (builder@host) #1 SMP PREEMPT_DYNAMIC Debian 6.1.192-2 (2026-11-16)"))
-    kernel = kernels.own(image, None)
+    kernel = lab_kernels.own(image, None)
     assert (kernel.name, kernel.release) == ("6.1.0-56-amd64", "6.1.0-56-amd64")
     assert kernel.package == "linux-image-6.1.0-56-amd64 6.1.192-2"
     image.write_bytes(bzimage("6.9.0-mine (me@here) #3 SMP"))
-    assert kernels.own(image, None).package == ""
+    assert lab_kernels.own(image, None).package == ""
 
 
 @pytest.mark.parametrize("contents", [b"", b"#!/bin/sh\n", bytes(0x300)])
@@ -145,4 +145,4 @@ def test_no_kernel_image(tmp_path: Path, contents: bytes) -> None:
     image = tmp_path / "vmlinuz"
     image.write_bytes(contents)
     with pytest.raises(Problem, match="not an x86 kernel image"):
-        kernels.own(image, None)
+        lab_kernels.own(image, None)

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.lab.synthetic import TREE, add_archive, whole_kernel
-from tracer.lab import kernels, qemu, session
+from tracer.lab import lab_kernels, qemu, session
 from tracer.lab.cli import app
 from traces.errors import BAD_INPUT, ENVIRONMENT, Problem
 
@@ -105,11 +105,11 @@ def test_no_qemu(tmp_path: Path) -> None:
 # sessions
 
 
-def own_kernel(tmp_path: Path) -> kernels.Bootable:
+def own_kernel(tmp_path: Path) -> lab_kernels.Bootable:
     (tmp_path / "modules").mkdir()
     for name, data in TREE.items():
         (tmp_path / "modules" / f"{name}.ko").write_bytes(data)
-    return kernels.Bootable("own", tmp_path / "bzImage", (tmp_path / "modules",), version="6.9.0 (me)")
+    return lab_kernels.Bootable("own", tmp_path / "bzImage", (tmp_path / "modules",), version="6.9.0 (me)")
 
 
 @pytest.mark.parametrize("parameter", ["tdp_mmu=0", "kvm.tdp_mmu", "kvm", "", "kvm.tdp mmu=0", "kvm.tdp_mmu=0 init=/x"])
@@ -142,7 +142,9 @@ def test_no_space_for_a_boot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ],
 )
 def test_policy_told_to_the_guest(default: str, parameters: list[str], policy: str) -> None:
-    kernel = kernels.Bootable("5.10", Path("k"), (), "sync", (default,), "5.10.0-46-amd64 (b@h) Debian 5.10.262-1 (x)")
+    kernel = lab_kernels.Bootable(
+        "5.10", Path("k"), (), "sync", (default,), "5.10.0-46-amd64 (b@h) Debian 5.10.262-1 (x)"
+    )
     environment = session._environment(kernel, session._by_module((*kernel.parameters, *parameters)))
     assert environment["KVMTRACE_LAB_KERNEL"] == "5.10"
     assert environment["KVMTRACE_LAB_PACKAGE"] == "linux-image-5.10.0-46-amd64 5.10.262-1"
@@ -164,7 +166,7 @@ def test_policy_told_to_the_guest(default: str, parameters: list[str], policy: s
     ],
 )
 def test_failures_are_one_line(ending: str, serial: str, expected: str, code: int) -> None:
-    kernel = kernels.Bootable("6.1", Path("k"), ())
+    kernel = lab_kernels.Bootable("6.1", Path("k"), ())
     failure = session._failure(kernel, qemu.Ending[ending], serial.encode(), 7)
     assert "\n" not in str(failure)
     with pytest.raises(session.GuestFailed, match=f"^kernel 6.1: .*{expected}") as caught:
@@ -203,7 +205,9 @@ def test_list_as_json(store: Path) -> None:
     add_archive(store, whole_kernel())
     listed = json.loads(CliRunner().invoke(app, ["list", "--json"]).stdout)
     assert listed["schema"] == 1
-    assert {row["name"]: row["here"] for row in listed["kernels"]} == {name: name == "6.1" for name in kernels.KERNELS}
+    assert {row["name"]: row["here"] for row in listed["kernels"]} == {
+        name: name == "6.1" for name in lab_kernels.KERNELS
+    }
     assert "smi-storm" in [scenario["name"] for scenario in listed["scenarios"]]
 
 

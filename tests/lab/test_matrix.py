@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from tracer import vmm
 from tracer.lab import fetch, matrix, qemu
 from tracer.lab.cli import app
-from tracer.lab.kernels import KERNELS
+from tracer.lab.lab_kernels import KERNELS
 from tracer.lab.matrix import DIRECT, MMUS, PAGING, TDP, Cell, Row
 from traces.errors import ENVIRONMENT, Problem
 

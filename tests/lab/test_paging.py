@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from replay.lockstep.validate import validate
-from replay.lockstep.verdict import render
-from tracer.lab import kernels, session
+from replay.validate.compare import validate
+from replay.validate.validate_text import render
+from tracer.lab import lab_kernels, session
 from traces.reader import Trace
 
 pytestmark = pytest.mark.lab
@@ -25,7 +25,7 @@ LINUX = "console=ttyS0 panic=-1 mitigations=off nokaslr"
 
 
 @pytest.mark.parametrize("lab_kernel", ["6.1"], indirect=True)
-def test_a_guest_that_writes_its_page_tables(lab_kernel: kernels.Bootable, tmp_path: Path) -> None:
+def test_a_guest_that_writes_its_page_tables(lab_kernel: lab_kernels.Bootable, tmp_path: Path) -> None:
     guest = f"{QEMU} -serial stdio -kernel {shlex.quote(str(lab_kernel.image))} -append {shlex.quote(LINUX)}"
     out = tmp_path / "linux.parquet"
     session.boot(

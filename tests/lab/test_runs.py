@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tracer.lab import fetch, kernels, matrix
+from tracer.lab import fetch, lab_kernels, matrix
 from traces.errors import Problem
 
 pytestmark = pytest.mark.lab
@@ -25,7 +25,7 @@ def test_same_counts_as_shipped_twice_in_a_row(kernel: str, tmp_path: Path) -> N
     try:
         fetch.fetch(kernel)
     except Problem as problem:
-        if kernels.KERNELS[kernel].variant:
+        if lab_kernels.KERNELS[kernel].variant:
             pytest.skip(str(problem))
         raise
     shipped = {row.file: row for row in matrix.provenance(CORPUS)}
@@ -45,4 +45,4 @@ def test_same_counts_as_shipped_twice_in_a_row(kernel: str, tmp_path: Path) -> N
                 was.leaves,
             )
             assert (made.lost, was.lost) == (0, 0)
-            assert made.policy == was.policy == kernels.KERNELS[kernel].policy
+            assert made.policy == was.policy == lab_kernels.KERNELS[kernel].policy

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-from replay.lockstep.paged import Paged, paged_of
-from replay.lockstep.rows import Row
-from replay.lockstep.shapes import pfn, shape_of
+from replay.validate.row_tuples import Row
+from replay.validate.shadow_driver import Paged, paged_of
+from replay.validate.shapes import pfn, shape_of
 from traces.reader import Trace
 
 # Columns that a response cannot have otherwise.

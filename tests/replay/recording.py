@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from replay.evidence import Evidence
+from replay.decode.capabilities import Evidence
 from tests.traces.making import KVM_A, event, stream, trace
 from traces.reader import Trace
 

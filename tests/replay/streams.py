@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from replay.axes import Axes
-from replay.ops import Block, Cause, Op, Ranges, Word, pack
+from replay.simulate.operations import Block, Cause, Op, Ranges, Word, pack
 
 # Around the borders of tables of each level, groups of 8 and words of 64 bits; the last ones need level 5.
 _NEAR = [0, 1, 7, 8, 9, 63, 64, 511, 512, 513, 1023, 1024, (1 << 18) - 1, 1 << 18, (1 << 18) + 512, 1 << 19]

@@ -14,17 +14,18 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import kvmtrace
+from benchmarks import design_questions
 from replay import kernels, plan, run
 from replay.axes import PRESERVE, Designs
-from replay.designs import aging, document, pages, report, zaps
-from replay.designs.answers import VCPUS, parse, spread, time
-from replay.designs.locks import Lock
-from replay.designs.workload import MOMENTS, Program, Workload, workload
-from replay.evidence import Evidence
-from replay.model import Vm
-from replay.ops import Word
-from replay.virtual.clock import Clock
-from replay.virtual.costs import Costs, LockCosts
+from replay.decode.capabilities import Evidence
+from replay.simulate.operations import Word
+from replay.simulate.reference import Vm
+from replay.timing.costs import Costs, LockCosts
+from replay.timing.reference_clock import Clock
+from replay.whatif import aging, questions, range_zaps, table_accounting
+from replay.whatif.answers import VCPUS, parse, spread, time
+from replay.whatif.locks import Lock
+from replay.whatif.workload import MOMENTS, Program, Workload, workload
 from tests.replay.recording import Guest
 from traces.errors import Problem
 from traces.metadata import Metadata
@@ -106,7 +107,7 @@ def test_a_saturated_lock_serves_one_over_its_hold() -> None:
     idle = made([[10**6]])
     alone = aging.meet(idle, 1, 1, 250)
     assert alone.calls / alone.end == pytest.approx(1 / 250, rel=0.01), "asked for one each ns"
-    storm = pages.meet(even(500, 0, 1, hold=0, links=3), 64, 1000)
+    storm = table_accounting.meet(even(500, 0, 1, hold=0, links=3), 64, 1000)
     assert storm.end / (storm.links * 1000) == pytest.approx(1, rel=0.01)
 
 
@@ -126,9 +127,9 @@ def test_only_the_write_lock_with_count_and_sequence_leaves_nothing_stale(
     gaps: list[list[int]], vcpus: int, ns: int, period: int, shares: bool, shared: bool
 ) -> None:
     work = made(gaps, shares=shares)
-    with_both = zaps.meet(work, vcpus, period, ns, False, True)
+    with_both = range_zaps.meet(work, vcpus, period, ns, False, True)
     assert with_both.stale == 0
-    without = zaps.meet(work, vcpus, period, ns, shared, False)
+    without = range_zaps.meet(work, vcpus, period, ns, shared, False)
     assert without.retried == without.again == without.hung == 0
     assert with_both.faults == without.faults == sum(len(program.gap) for program, _ in work.crowd(vcpus))
     if shared and shares:
@@ -138,8 +139,8 @@ def test_only_the_write_lock_with_count_and_sequence_leaves_nothing_stale(
 @pytest.mark.parametrize(("shared", "counted"), [(False, True), (False, False), (True, True), (True, False)])
 def test_retries_and_stale_installs_are_what_the_arithmetic_says(shared: bool, counted: bool) -> None:
     work = even(5000, 500, 6000, window=400)
-    met = zaps.meet(work, 8, 20_011, 300, shared, counted)
-    retried, stale = zaps.caught(work, 8, 1e9 / 20_011, 300, shared, counted, 0)
+    met = range_zaps.meet(work, 8, 20_011, 300, shared, counted)
+    retried, stale = range_zaps.caught(work, 8, 1e9 / 20_011, 300, shared, counted, 0)
     assert met.retried == pytest.approx(retried, rel=0.15)
     assert met.stale == pytest.approx(stale, rel=0.2)
     assert met.hung == 0
@@ -161,23 +162,26 @@ def test_calls_that_nobody_meets_need_not_be_made(
     gaps: list[list[int]], vcpus: int, ns: int, period: float, hold: int, shares: bool, flag: bool
 ) -> None:
     work = made([[gap * 3 for gap in each] for each in gaps], hold, shares=shares)
-    quick = aging.meet(work, vcpus, period, ns, flag), zaps.meet(work, vcpus, period, ns, flag, not flag)
+    quick = aging.meet(work, vcpus, period, ns, flag), range_zaps.meet(work, vcpus, period, ns, flag, not flag)
     with pytest.MonkeyPatch.context() as patched:
-        for module in (aging, zaps):
+        for module in (aging, range_zaps):
             patched.setattr(module, "skipped", lambda *_: 0)
-        assert quick == (aging.meet(work, vcpus, period, ns, flag), zaps.meet(work, vcpus, period, ns, flag, not flag))
+        assert quick == (
+            aging.meet(work, vcpus, period, ns, flag),
+            range_zaps.meet(work, vcpus, period, ns, flag, not flag),
+        )
 
 
 def test_an_idle_guest_takes_no_longer() -> None:
     """A million seconds, a call each ns."""
     met = aging.meet(made([[10**15] * 3]), 1, 1, 300)
     assert met.calls == pytest.approx(3 * 10**15 / 300, rel=1e-6)
-    assert zaps.meet(made([[10**15] * 3]), 1, 1000, 300, True, True).zaps == pytest.approx(3 * 10**12, rel=1e-6)
+    assert range_zaps.meet(made([[10**15] * 3]), 1, 1000, 300, True, True).zaps == pytest.approx(3 * 10**12, rel=1e-6)
 
 
 def test_a_fault_that_retries_for_ever_is_seen() -> None:
     """A zap comes more often than a fault takes."""
-    met = zaps.meet(made([[5000]], window=5000), 1, 1000, 10, False, True)
+    met = range_zaps.meet(made([[5000]], window=5000), 1, 1000, 10, False, True)
     assert (met.hung, met.retried) == (1, 100)
 
 
@@ -185,7 +189,7 @@ def test_a_fault_that_retries_for_ever_is_seen() -> None:
 @given(programs, st.integers(1, 4), st.integers(0, 3), st.integers(1, 300))
 def test_links_take_turns(gaps: list[list[int]], vcpus: int, links: int, ns: int) -> None:
     work = made(gaps, links=links)
-    met = pages.meet(work, vcpus, ns)
+    met = table_accounting.meet(work, vcpus, ns)
     assert met.links == links * met.faults
     assert met.held == met.links * ns <= met.end
     assert met.waited <= met.links * (vcpus - 1) * ns
@@ -195,7 +199,7 @@ def test_links_take_turns(gaps: list[list[int]], vcpus: int, links: int, ns: int
 
 def test_a_list_holds_longer_than_a_counter() -> None:
     for vcpus in VCPUS:
-        assert pages.hold(LockCosts(), "list", vcpus) > pages.hold(LockCosts(), "counter", vcpus)
+        assert table_accounting.hold(LockCosts(), "list", vcpus) > table_accounting.hold(LockCosts(), "counter", vcpus)
 
 
 # What a trace brings
@@ -239,7 +243,7 @@ def test_recorded_agers_are_the_rate(tmp_path: Path) -> None:
         guest.vm("kvm_age_hva", w0=0x7F0000000000 + (gfn << 12), w1=0x7F0000000000 + (gfn + 4 << 12))
         guest.fault(gfn)
     evidence = guest.write(tmp_path / "aged.parquet", kernel="6.14.0")
-    ((work, (answer,)),) = report.answer(evidence, report.asked(aging="lockless"))
+    ((work, (answer,)),) = questions.answer(evidence, questions.asked(aging="lockless"))
     assert (work.aged, work.aged_pages) == (40, 160)
     assert "as recorded), 4 pages each, 1 SPTE a page" in answer.notes[0]
     assert answer.own == "locked"
@@ -323,7 +327,7 @@ def test_a_trace_without_times_is_one_line(tmp_path: Path) -> None:
     guest.fault(3, enter=False)
     evidence = guest.write(tmp_path / "untimed.parquet", lacking=("kvm_entry",))
     with pytest.raises(Problem, match="no entry into the guest is recorded"):
-        report.answer(evidence, report.asked(aging="locked"))
+        questions.answer(evidence, questions.asked(aging="locked"))
 
 
 def test_numbers_for_people() -> None:
@@ -337,15 +341,17 @@ def test_numbers_for_people() -> None:
 
 
 @pytest.fixture(scope="module")
-def tables() -> list[document.Found]:
-    return document.tables()
+def tables() -> list[design_questions.Found]:
+    return design_questions.tables()
 
 
-def test_the_document_is_current(tables: list[document.Found]) -> None:
-    assert document.document(tables) == document.DOCUMENT.read_text(), "python -m replay.designs.document"
+def test_the_document_is_current(tables: list[design_questions.Found]) -> None:
+    assert design_questions.document(tables) == design_questions.DOCUMENT.read_text(), (
+        "python -m benchmarks.design_questions"
+    )
 
 
-def test_what_the_document_concludes(tables: list[document.Found]) -> None:
+def test_what_the_document_concludes(tables: list[design_questions.Found]) -> None:
     for found in tables:
         axis, rows = found.asked.axis, found.answer.rows
         if axis == "aging":

@@ -9,20 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from replay import plan, run, tree
+from replay import plan, run
 from replay.axes import PRESERVE, SYNC, Axes
-from replay.evidence import Evidence
-from replay.model import Cause, Root, Vcpu, Violation, Vm
-from replay.ops import Block, Op, Ranges, Word, pack
-from replay.reference import begin, feed
-from replay.tree import Table
+from replay.decode.capabilities import Evidence
+from replay.simulate import page_table
+from replay.simulate.dispatch import begin, feed
+from replay.simulate.operations import Block, Op, Ranges, Word, pack
+from replay.simulate.page_table import Table
+from replay.simulate.reference import Cause, Root, Vcpu, Violation, Vm
 from traces.errors import VERDICT_FAILED, Problem
 from traces.reader import Trace
 
 CORPUS = Path(__file__).parents[2] / "traces" / "corpus"
 FRESH = """
 from replay.axes import PRESERVE
-from replay.policies import Policy
+from replay.simulate.policy_api import Policy
 class Own(Policy):
     name = "own"
     axes = PRESERVE
@@ -93,7 +94,7 @@ def test_a_table_freed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     remove = Vm._zap_tree
 
     def twice(vm: Vm, root: Root) -> tuple[int, int]:
-        top = list(tree.tables(root.top))
+        top = list(page_table.tables(root.top))
         gone = remove(vm, root)
         vm._unlink(root, top[-1:])
         return gone

@@ -11,16 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from replay import engine, reference
 from replay.axes import ASYNC, NAMED, PRESERVE, Axes
-from replay.ops import Cause, Op, Ranges, Word, pack
-from replay.virtual import clock as clocks
-from replay.virtual import engine as timing
-from replay.virtual import timed as columns
-from replay.virtual.clock import Clock, Spent
-from replay.virtual.costs import Costs
-from replay.virtual.engine import TimedEngine
-from replay.virtual.timed import FOUND, LAST, MORE
+from replay.simulate import core, dispatch
+from replay.simulate.operations import Cause, Op, Ranges, Word, pack
+from replay.timing import reference_clock as clocks
+from replay.timing import timed_engine as timing
+from replay.timing import timed_operations as columns
+from replay.timing.costs import Costs
+from replay.timing.reference_clock import Clock, Spent
+from replay.timing.timed_engine import TimedEngine
+from replay.timing.timed_operations import FOUND, LAST, MORE
 from tests.replay.test_engine import COMMON, PLAIN, assert_same
 from tests.replay.timed_streams import TimedStream, timed_of, timed_streams
 from traces.errors import Problem
@@ -30,14 +30,14 @@ SIZES = st.lists(st.sampled_from([1, 2, 3, 17, 64, 100]), min_size=1, max_size=3
 
 
 def by_reference(stream: TimedStream, sizes: Sequence[int] = WHOLE) -> Clock:
-    clock = Clock(reference.begin(stream.axes, stream.words, stream.vcpus), stream.costs)
+    clock = Clock(dispatch.begin(stream.axes, stream.words, stream.vcpus), stream.costs)
     for at, block in stream.blocks(sizes):
         clock.feed(block, stream.ranges, at)
     clock.finish()
     return clock
 
 
-def by_engine(stream: TimedStream, sizes: Sequence[int] = WHOLE, module: Any = engine) -> TimedEngine:
+def by_engine(stream: TimedStream, sizes: Sequence[int] = WHOLE, module: Any = core) -> TimedEngine:
     made = TimedEngine(
         stream.axes, stream.words, stream.vcpus, stream.costs, core=module.Core, timer=module.Timer, rows=(1, 1)
     )
@@ -142,7 +142,7 @@ def test_no_progress_where_smis_come_faster_than_the_refill(
     over = SET_UP + SMIS * period
     fixes, clock = [], []
     made = TimedEngine(axes, stream.words, 1, stream.costs)
-    model = Clock(reference.begin(axes, stream.words, 1), stream.costs)
+    model = Clock(dispatch.begin(axes, stream.words, 1), stream.costs)
     feed, finish = (made.feed, made.finish) if compiled else (model.feed, model.finish)
     feed(replace(stream.timed, until=over), stream.ranges)
     for _ in range(2):
@@ -156,7 +156,7 @@ def test_no_progress_where_smis_come_faster_than_the_refill(
         assert clock[1] > SET_UP + SMIS * 700_000 + (STEPS - before) * 10_000 > over
 
 
-@pytest.mark.parametrize("module", [engine, PLAIN])
+@pytest.mark.parametrize("module", [core, PLAIN])
 def test_an_smi_under_way_is_waited_for(module: Any) -> None:
     """A block may end within an SMI: another vCPU's later load finds the root that the SMI's load has yet to build."""
     rows = [(pack(Op.TOUCH, v, 1), v, v, 1000, 0, 0, 0, MORE) for v in range(2)]
@@ -184,7 +184,7 @@ def crowd(axes: Axes, costs: Costs, seed: int, count: int = 1500) -> TimedStream
     return TimedStream(axes, [Word(0), Word(1, as_id=1)], 3, costs, timed_of(rows), Ranges())
 
 
-@pytest.mark.parametrize("module", [engine, PLAIN])
+@pytest.mark.parametrize("module", [core, PLAIN])
 @pytest.mark.parametrize(("chunk", "cpus"), [(0, 0), (5, 1), (0, 3), (50, 4)])
 @pytest.mark.parametrize("teardown", ["inline", "worker"])
 @pytest.mark.parametrize("revive", [False, True])
@@ -215,7 +215,7 @@ def test_faults_that_exclude_each_other_queue(vcpus: int, share: bool, hold: int
     assert limit <= made.clock.max() <= limit + 50 * vcpus
 
 
-@pytest.mark.parametrize("module", [engine, PLAIN])
+@pytest.mark.parametrize("module", [core, PLAIN])
 @pytest.mark.parametrize("queue", [0, 1, 2])
 def test_split_of_a_gigabyte_takes_up_where_memory_ended(module: Any, queue: int) -> None:
     """An operation that is begun twice passes its time once."""
@@ -249,7 +249,7 @@ def test_each_block_may_have_ranges_of_its_own() -> None:
     ])  # fmt: skip
     blocks = [(first, Ranges([(3, 4)])), (second, Ranges([(500, 600), (9, 10)])), (first, Ranges([(0, 1)]))]
     made = TimedEngine(PRESERVE, [Word(0)], 2, Costs())
-    clock = Clock(reference.begin(PRESERVE, [Word(0)], 2), Costs())
+    clock = Clock(dispatch.begin(PRESERVE, [Word(0)], 2), Costs())
     for number, (block, ranges) in enumerate(blocks):
         made.feed(block, ranges, number * 3)
         clock.feed(block, ranges, number * 3)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from replay.virtual.contended import Contended, _within
-from replay.virtual.timeline import Doing, Spans
+from replay.timing.lock_waits import Contended, _within
+from replay.timing.timeline import Doing, Spans
 from traces.schema import BY_NAME
 
 ENTRY, EXIT, FAULT, REQUESTED, SET = (

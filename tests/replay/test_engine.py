@@ -13,15 +13,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from replay import engine, pools, reference
 from replay.axes import ASYNC, NAMED, PRESERVE, SYNC, Axes
-from replay.evidence import Evidence
-from replay.lower import Case, Lowering
-from replay.model import Happened, Violation, Vm
-from replay.ops import Block, Cause, Op, Ranges, Word, pack
-from replay.pools import Engine, RootState, Vcpus
-from replay.stimuli import VmStimuli
-from replay.tree import Table
+from replay.decode.capabilities import Evidence
+from replay.decode.decoder import VmStimuli
+from replay.simulate import core, dispatch, engine
+from replay.simulate.engine import Engine, RootState, Vcpus
+from replay.simulate.operations import Block, Cause, Op, Ranges, Word, pack
+from replay.simulate.page_table import Table
+from replay.simulate.reference import Happened, Violation, Vm
+from replay.simulate.specialize import Case, Lowering
 from tests.replay.recording import REPLAYED
 from tests.replay.streams import Stream, block_of, streams
 from traces.errors import Problem
@@ -33,7 +33,7 @@ COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, Heal
 
 def plain() -> Any:
     """The engine's module, not compiled."""
-    spec = importlib.util.spec_from_file_location("engine_as_python", Path(pools.__file__).with_name("engine.py"))
+    spec = importlib.util.spec_from_file_location("engine_as_python", Path(core.__file__).with_name("core.py"))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -63,8 +63,8 @@ def mapped(vm: Vm, word: int) -> list[tuple[int, int]]:
 
 def run(stream: Stream, core: Any, sizes: list[int]) -> tuple[Engine, Vm]:
     """Both implementations after the whole stream, which the engine gets in blocks of `sizes`, taken in turn."""
-    vm = reference.begin(stream.axes, stream.words, stream.vcpus)
-    reference.feed(vm, stream.block, stream.ranges)
+    vm = dispatch.begin(stream.axes, stream.words, stream.vcpus)
+    dispatch.feed(vm, stream.block, stream.ranges)
     made = Engine(stream.axes, stream.words, stream.vcpus, core=core, rows=TINY)
     at = turn = 0
     while at < len(stream.block):
@@ -98,7 +98,7 @@ SIZES = st.lists(st.sampled_from([1, 3, 63, 64, 65, 200]), min_size=1, max_size=
 @given(stream=streams(), sizes=SIZES)
 @settings(max_examples=300, **COMMON)  # type: ignore[arg-type]
 def test_compiled_is_the_reference(stream: Stream, sizes: list[int]) -> None:
-    assert_same(*run(stream, engine.Core, sizes))
+    assert_same(*run(stream, core.Core, sizes))
 
 
 @given(stream=streams(), sizes=SIZES)
@@ -131,7 +131,7 @@ def storm(axes: Axes, seed: int = 0, count: int = 6000) -> Stream:
 @pytest.mark.parametrize("name", NAMED)
 @pytest.mark.parametrize("revive", [False, True])
 def test_named_policies_on_a_longer_stream(name: str, revive: bool) -> None:
-    assert_same(*run(storm(replace(NAMED[name], revive=revive)), engine.Core, [1000, 77]))
+    assert_same(*run(storm(replace(NAMED[name], revive=revive)), core.Core, [1000, 77]))
 
 
 @pytest.mark.parametrize("path", REPLAYED, ids=lambda path: path.stem)
@@ -144,18 +144,18 @@ def test_every_shipped_recording_under_every_policy(path: Path) -> None:
             continue
         lowering = Lowering(evidence.kernel, Case(), ad_disabled=False)
         size, words, at = len(stimuli.vcpus), lowering.words, 0
-        pairs = [(Engine(axes, words, size, rows=TINY), reference.begin(axes, words, size)) for axes in named]
+        pairs = [(Engine(axes, words, size, rows=TINY), dispatch.begin(axes, words, size)) for axes in named]
         for stretch in stimuli:
             block = lowering.apply(stretch)
             for made, model in pairs:
                 made.feed(block, stretch.ranges, at)
-                reference.feed(model, block, stretch.ranges, at)
+                dispatch.feed(model, block, stretch.ranges, at)
             at += len(block)
         for pair in pairs:
             assert_same(*pair)
 
 
-@pytest.mark.parametrize("core", [engine.Core, PLAIN.Core])
+@pytest.mark.parametrize("core", [core.Core, PLAIN.Core])
 def test_a_stuck_vcpu_stays_stuck_whatever_happens_to_its_root(core: Any) -> None:
     page, reset = pack(Op.TOUCH, 1, 1), pack(Op.TOUCH, level=1, resets=True)
     later = (pack(Op.TOUCH, level=1), 0)
@@ -166,7 +166,7 @@ def test_a_stuck_vcpu_stays_stuck_whatever_happens_to_its_root(core: Any) -> Non
     assert made.vcpus.hits.tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("core", [engine.Core, PLAIN.Core])
+@pytest.mark.parametrize("core", [core.Core, PLAIN.Core])
 @pytest.mark.parametrize("axes", [ASYNC, PRESERVE])
 def test_a_switch_evicts_the_eldest_of_four(core: Any, axes: Axes) -> None:
     rows = [(pack(Op.ENTER), 0)]
@@ -178,7 +178,7 @@ def test_a_switch_evicts_the_eldest_of_four(core: Any, axes: Axes) -> None:
     assert made.counters.frees == (0 if axes is PRESERVE else 3)
 
 
-@pytest.mark.parametrize("core", [engine.Core, PLAIN.Core])
+@pytest.mark.parametrize("core", [core.Core, PLAIN.Core])
 def test_split_of_a_gigabyte_takes_up_where_memory_ended(core: Any) -> None:
     rows = [
         (pack(Op.TOUCH, level=3), 5),
@@ -191,11 +191,11 @@ def test_split_of_a_gigabyte_takes_up_where_memory_ended(core: Any) -> None:
         made, vm = run(stream, core, [10])
         assert made.counters == vm.counters
         assert made.counters.tables == 1 + 513
-        if core is engine.Core:
+        if core is core.Core:
             assert_same(made, vm)
 
 
-@pytest.mark.parametrize("core", [engine.Core, PLAIN.Core])
+@pytest.mark.parametrize("core", [core.Core, PLAIN.Core])
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
@@ -239,15 +239,15 @@ def test_a_range_zap_without_ranges_is_refused() -> None:
 
 def test_ranges_may_be_added_between_blocks() -> None:
     ranges = Ranges([(0, 1)])
-    made, vm = Engine(PRESERVE, [Word(0)], 1), reference.begin(PRESERVE, [Word(0)], 1)
+    made, vm = Engine(PRESERVE, [Word(0)], 1), dispatch.begin(PRESERVE, [Word(0)], 1)
     for end in (1, 600, 9):
         block = block_of(
             [(pack(Op.TOUCH, level=1), 0), (pack(Op.TOUCH, level=1), 513), (pack(Op.ZAP), ranges.add(0, end))]
         )
         made.feed(block, ranges)
-        reference.feed(vm, block, ranges)
+        dispatch.feed(vm, block, ranges)
     made.feed(block_of([(pack(Op.ZAP), 0)]), Ranges([(512, 514)]))
-    reference.feed(vm, block_of([(pack(Op.ZAP), 0)]), Ranges([(512, 514)]))
+    dispatch.feed(vm, block_of([(pack(Op.ZAP), 0)]), Ranges([(512, 514)]))
     assert_same(made, vm)
 
 
@@ -281,7 +281,7 @@ def test_read_only_and_strided_columns_will_do() -> None:
     assert made.vcpus.hits.tolist() == [20]
 
 
-@pytest.mark.parametrize("core", [engine.Core, PLAIN.Core])
+@pytest.mark.parametrize("core", [core.Core, PLAIN.Core])
 def test_broken_reference_counts_are_violations(core: Any) -> None:
     """No stream breaks the invariants, so the state is broken by hand."""
     load, unload, end = (block_of([(pack(op), 0)]) for op in (Op.ENTER, Op.UNLOAD, Op.END))
@@ -336,30 +336,28 @@ def test_numbers_are_those_of_the_operations() -> None:
 def test_structures_are_those_of_the_pools() -> None:
     """The compiled engine reads numpy's memory as C structures: fields, in order, all of 8 bytes."""
     pairs = [
-        ("Vcpu", pools._VCPU),
-        ("Word", pools._WORD),
-        ("Root", pools._ROOT),
-        ("Row", pools._LOG),
-        ("Slots", pools._SLOTS),
+        ("Vcpu", engine._VCPU),
+        ("Word", engine._WORD),
+        ("Root", engine._ROOT),
+        ("Row", engine._LOG),
+        ("Slots", engine._SLOTS),
     ]
     for name, dtype in pairs:
         assert list(getattr(PLAIN, name)._members) == list(dtype.names or ()), name
-    assert pools._VCPU.itemsize == 64
+    assert engine._VCPU.itemsize == 64
 
 
-@pytest.mark.skipif(
-    not os.environ.get("CI") and not engine.COMPILED, reason="the engine is not compiled: scripts/setup"
-)
+@pytest.mark.skipif(not os.environ.get("CI") and not core.COMPILED, reason="the engine is not compiled: scripts/setup")
 def test_what_runs_is_compiled() -> None:
     """Never a silent fallback in CI."""
-    assert engine.COMPILED
-    source = Path(pools.__file__).with_name("engine.py")
-    assert Path(engine.__file__).stat().st_mtime >= source.stat().st_mtime, "older than its source: scripts/setup"
+    assert core.COMPILED
+    source = Path(core.__file__).with_name("core.py")
+    assert Path(core.__file__).stat().st_mtime >= source.stat().st_mtime, "older than its source: scripts/setup"
 
 
 def test_running_as_plain_python_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pools, "COMPILED", False)
-    monkeypatch.setattr(pools, "Core", PLAIN.Core)
+    monkeypatch.setattr(engine, "COMPILED", False)
+    monkeypatch.setattr(engine, "Core", PLAIN.Core)
     monkeypatch.setattr(Engine, "said", False)
     for _ in range(2):
         Engine(PRESERVE, [Word(0)], 1, core=PLAIN.Core)

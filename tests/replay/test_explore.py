@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from replay.explore import Model, Mutex, Rcu, RwLock, Steps, Thing, free, freed, require, until
-from replay.explore.machine import Machine
+from replay.explore.ready_model import Machine
 from replay.explore.scenario import HOLDS, VIOLATION, Scenario, Variant, run
 from replay.explore.schedule import replay
 from replay.explore.search import Exploration, explore

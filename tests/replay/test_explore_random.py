@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from replay.explore import Model, Steps, Thing, require, until
-from replay.explore.machine import NO_DEADLOCK, Machine
+from replay.explore.ready_model import NO_DEADLOCK, Machine
 from replay.explore.search import LIMIT, NO_LIVELOCK, _Search, explore
 
 FAILS, NEVER, AT_END = "a value that fails", "a pair that never is", "a value at the end"

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from replay.explore import report, table
+from benchmarks import explore_table
+from replay.explore import explore_text
 from replay.explore.catalogue import find
 from replay.explore.scenario import VIOLATION, Run, run
 from replay.explore.scenarios import SCENARIOS
@@ -90,9 +91,9 @@ def test_each_variant_is_as_expected(scenario: str, variant: str) -> None:
 @pytest.mark.parametrize(("scenario", "variant"), BROKEN)
 def test_its_schedule_replays_from_json(scenario: str, variant: str, tmp_path: Path) -> None:
     path = tmp_path / "found.json"
-    path.write_text(json.dumps({"runs": [report.facts(made(scenario, variant))]}))
-    (given,) = report.schedules(path)
-    replayed = report.replay(given, None, str(path))
+    path.write_text(json.dumps({"runs": [explore_text.facts(made(scenario, variant))]}))
+    (given,) = explore_text.schedules(path)
+    replayed = explore_text.replay(given, None, str(path))
     assert (replayed["broken"], replayed["again"]) == (BROKEN[scenario, variant][0], True)
 
 
@@ -127,13 +128,13 @@ def test_the_outcome_is_the_same_at_other_bounds(scenario: str, bounds: dict[str
 
 
 def test_the_table_is_current() -> None:
-    _, current, _ = table.split(table.DOCUMENT.read_text())
+    _, current, _ = explore_table.split(explore_table.DOCUMENT.read_text())
     written = [tuple(cell.strip() for cell in line.split("|")[1:-2]) for line in current.splitlines()[2:]]
-    assert written == [row[:-1] for row in table.rows(made(*names) for names in VARIANTS)]
+    assert written == [row[:-1] for row in explore_table.rows(made(*names) for names in VARIANTS)]
 
 
 def test_the_schedule_in_the_document_is_current() -> None:
-    assert report.render(made("vm-destroy", "v2")) in table.DOCUMENT.read_text()
+    assert explore_text.render(made("vm-destroy", "v2")) in explore_table.DOCUMENT.read_text()
 
 
 def test_list() -> None:
@@ -225,7 +226,7 @@ def test_a_schedule_that_is_none(document: str, said: str, tmp_path: Path) -> No
     path = tmp_path / "given.json"
     path.write_text(json.dumps(documents[document]) if document in documents else document)
     with pytest.raises(Problem) as problem:
-        report.replay(report.schedules(path)[0], None, str(path))
+        explore_text.replay(explore_text.schedules(path)[0], None, str(path))
     assert said in str(problem.value)
     assert "\n" not in str(problem.value)
 

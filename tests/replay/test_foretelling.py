@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from replay import foretell
-from replay.foretell import Cell, Direction
+from benchmarks import accuracy
+from benchmarks.accuracy import Cell, Direction
 
-TABLES = {direction: foretell.table(direction) for direction in foretell.directions()}
+TABLES = {direction: accuracy.table(direction) for direction in accuracy.directions()}
 # What does not follow from the source recording, so that an interval is all there can be.
 OPEN = {
     ("6.1", "6.1-async"), ("6.1-shadow", "6.1-async"), ("6.1-shadow", "6.1"), ("6.12-shadow", "6.12"),
@@ -20,12 +20,12 @@ def cells(direction: Direction) -> list[tuple[str, str, Cell]]:
 
 
 def test_the_table_is_current() -> None:
-    assert foretell.document() == foretell.DOCUMENT.read_text(), "python -m replay.foretell"
+    assert accuracy.document() == accuracy.DOCUMENT.read_text(), "python -m benchmarks.accuracy"
 
 
 def test_every_scenario_is_in_it() -> None:
     for direction, rows in TABLES.items():
-        assert set(rows) == set(foretell.scenarios(direction))
+        assert set(rows) == set(accuracy.scenarios(direction))
         assert len(rows) == (18 if "shadow" in direction.source + direction.target else 21)
 
 
@@ -33,19 +33,19 @@ def test_every_scenario_is_in_it() -> None:
 def test_what_is_off_has_its_reason_and_the_rest_is_exact(direction: Direction) -> None:
     for scenario, name, cell in cells(direction):
         if cell.verdict == "off":
-            assert foretell.reason(direction, scenario, name), (scenario, name, cell)
+            assert accuracy.reason(direction, scenario, name), (scenario, name, cell)
         elif (direction.source, direction.target) not in OPEN:
             assert cell.verdict in ("exact", "unseen"), (scenario, name, cell)
 
 
 def test_every_reason_is_needed() -> None:
     given = {
-        foretell.reason(direction, scenario, name)
+        accuracy.reason(direction, scenario, name)
         for direction in TABLES
         for scenario, name, cell in cells(direction)
         if cell.verdict == "off"
     }
-    assert given == set(foretell.REASONS)
+    assert given == set(accuracy.REASONS)
 
 
 def test_the_promised_numbers() -> None:
@@ -60,7 +60,7 @@ def test_the_promised_numbers() -> None:
 
 
 def test_a_recording_is_counted_without_the_model() -> None:
-    assert foretell.recorded("smi-storm-6.1") == {
+    assert accuracy.recorded("smi-storm-6.1") == {
         "roots": 2, "tables": 7, "installs": 514, "first touches": 514, "zaps": 514
     }  # fmt: skip
-    assert foretell.recorded("smi-storm-5.10")["zaps"] is None
+    assert accuracy.recorded("smi-storm-5.10")["zaps"] is None

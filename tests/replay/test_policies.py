@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from replay import plan, run
-from replay.evidence import Evidence
+from replay.decode.capabilities import Evidence
 from replay.examples import idle_time, keep_n
-from replay.policies import Policy
 from replay.run import Outcome
+from replay.simulate.policy_api import Policy
 from traces.errors import Problem
 from traces.reader import Trace
 
@@ -80,8 +80,11 @@ def test_from_a_recording_that_kept_roots_there_is_an_interval() -> None:
     ("text", "words"),
     [
         ("", "has no subclass"),
-        ("from replay.policies import Policy\n", "has no subclass"),
-        ("from replay.policies import Policy\nclass A(Policy): ...\nclass B(Policy): ...\n", "has 2 subclasses"),
+        ("from replay.simulate.policy_api import Policy\n", "has no subclass"),
+        (
+            "from replay.simulate.policy_api import Policy\nclass A(Policy): ...\nclass B(Policy): ...\n",
+            "has 2 subclasses",
+        ),
         ("this is no Python\n", "does not load: SyntaxError"),
         ("1 / 0\n", "does not load: ZeroDivisionError"),
     ],
@@ -101,7 +104,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 def test_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
     entries = [
         importlib.metadata.EntryPoint("lazy", "replay.examples.idle_time:IdleTime", plan.GROUP),
-        importlib.metadata.EntryPoint("wrong", "replay.model:Vm", plan.GROUP),
+        importlib.metadata.EntryPoint("wrong", "replay.simulate.reference:Vm", plan.GROUP),
         importlib.metadata.EntryPoint("gone", "replay.nowhere:Policy", plan.GROUP),
     ]
     monkeypatch.setattr(plan, "entry_points", lambda group: entries if group == plan.GROUP else [])
@@ -130,9 +133,9 @@ _EXACT = plan.Run("exact", False, plan.Case())
 
 
 LEAKS = """
-from replay.model import Root
-from replay.policies import Policy
-from replay.tree import Table
+from replay.simulate.reference import Root
+from replay.simulate.policy_api import Policy
+from replay.simulate.page_table import Table
 
 
 class Leaks(Policy):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from replay import plan
-from replay.evidence import Evidence
+from replay.decode.capabilities import Evidence
 from replay.run import Outcome, replay
 from traces.reader import Trace
 from traces.synth import Parameters, synthesize

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from replay.virtual.stalls import RCU_STALL, SOFT_LOCKUP, Rule, stalls, watchdogs
-from replay.virtual.stuck import longest_runs
+from replay.timing.stalls import RCU_STALL, SOFT_LOCKUP, Rule, stalls, watchdogs
+from replay.timing.stuck_rip import longest_runs
 from traces.reader import Trace
 
 CORPUS = Path(__file__).parents[2] / "traces" / "corpus"

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from replay import plan, roles, run
 from replay.causes import Trigger
-from replay.evidence import _SEEN, Evidence
-from replay.lower import Case, Lowering
-from replay.ops import RESETS, Cause, Op
-from replay.stimuli import VmStimuli
-from replay.stream import HIDDEN, NO_STATE, TRIGGER
+from replay.decode.capabilities import _SEEN, Evidence
+from replay.decode.decoder import VmStimuli
+from replay.decode.inputs import HIDDEN, NO_STATE, TRIGGER
+from replay.simulate.operations import RESETS, Cause, Op
+from replay.simulate.specialize import Case, Lowering
 from tests.replay.recording import OLD_ROLE, OLD_WP, SMM_ROLE, Guest
 from traces.errors import Problem
 from traces.reader import Trace

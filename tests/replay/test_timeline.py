@@ -9,14 +9,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from replay.evidence import Evidence
-from replay.lookback import COLUMNS, Rows
-from replay.lower import Case, Lowering
-from replay.stimuli import VmStimuli
-from replay.virtual.join import Timing
-from replay.virtual.smis import Driven
-from replay.virtual.timed import CREATED, FOUND
-from replay.virtual.timeline import Doing, Timeline
+from replay.decode.capabilities import Evidence
+from replay.decode.decoder import VmStimuli
+from replay.decode.lookback import COLUMNS, Rows
+from replay.simulate.specialize import Case, Lowering
+from replay.timing.attribute import Timing
+from replay.timing.smis import Driven
+from replay.timing.timed_operations import CREATED, FOUND
+from replay.timing.timeline import Doing, Timeline
 from traces.reader import Trace
 
 CORPUS = Path(__file__).parents[2] / "traces" / "corpus"

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import kvmtrace
-from replay.lockstep.rows import Row, rows_of
-from replay.lockstep.shapes import shape_of
-from replay.lockstep.threads import RESPONSES, Lockstep
-from replay.lockstep.validate import axes_of, machine_of, validate
-from replay.lockstep.verdict import render
+from replay.validate.compare import axes_of, machine_of, validate
+from replay.validate.row_tuples import Row, rows_of
+from replay.validate.shapes import shape_of
+from replay.validate.threads import RESPONSES, Lockstep
+from replay.validate.validate_text import render
 from tests.replay.recording import CORPUS, REPLAYED
 from traces.errors import Problem
 from traces.reader import Trace
@@ -139,7 +139,7 @@ def test_the_command_says_how_much_and_where(tmp_path: Path) -> None:
 
 
 def test_a_share_is_not_rounded_up_to_all() -> None:
-    from replay.lockstep.verdict import _share
+    from replay.validate.validate_text import _share
 
     assert _share(999_999, 1_000_000) == "99.99 %"
     assert _share(5, 5) == "100 %"

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from replay.lockstep.paged import is_paged
-from replay.lockstep.rows import rows_of
-from replay.lockstep.validate import Report, validate
-from replay.lockstep.verdict import render
+from replay.validate.compare import Report, validate
+from replay.validate.row_tuples import rows_of
+from replay.validate.shadow_driver import is_paged
+from replay.validate.validate_text import render
 from tests.conftest import NESTED_PAGING, nested_paging
 from tests.replay.paging import harmed, harms, run
 from traces.reader import Trace

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import kvmtrace
-from replay.evidence import Evidence
-from replay.lockstep.paged import COMPARED, Paged, is_paged
-from replay.lockstep.pages import CREATED, UNSYNC
-from replay.lockstep.paging import Pages
-from replay.lockstep.rows import Row, rows_of
-from replay.lockstep.validate import validate
-from replay.lockstep.verdict import render
+from replay.decode.capabilities import Evidence
+from replay.validate.compare import validate
+from replay.validate.row_tuples import Row, rows_of
+from replay.validate.shadow_driver import COMPARED, Paged, is_paged
+from replay.validate.shadow_model import Pages
+from replay.validate.shadow_state import CREATED, UNSYNC
+from replay.validate.validate_text import render
 from tests.replay.paging import harmed, harms, run, unwatched
 from tests.replay.recording import CORPUS, PAGED
 from traces.errors import Problem

@@ -16,18 +16,18 @@ from numpy.typing import NDArray
 from typer.testing import CliRunner
 
 import kvmtrace
+from benchmarks import time_accuracy
 from replay import plan
-from replay.evidence import Evidence
-from replay.ops import Cause
+from replay.decode.capabilities import Evidence
 from replay.result import SPENT
 from replay.run import replay
-from replay.virtual import foretell
-from replay.virtual.clock import Spent
-from replay.virtual.hangs import soft_hangs, told
-from replay.virtual.report import stuck_lines
-from replay.virtual.run import Settings, VmTime, replay_timed
-from replay.virtual.stalls import Rule
-from replay.virtual.stuck import Run
+from replay.simulate.operations import Cause
+from replay.timing.reference_clock import Spent
+from replay.timing.soft_hangs import soft_hangs, told
+from replay.timing.stalls import Rule
+from replay.timing.stuck_rip import Run
+from replay.timing.time_text import stuck_lines
+from replay.timing.timed_run import Settings, VmTime, replay_timed
 from tests.replay.recording import CORPUS, REPLAYED, Guest
 from traces.reader import Trace, kind_codes
 from traces.schema import BY_NAME
@@ -154,7 +154,7 @@ def test_a_soft_hang_has_what_began_it_and_what_it_went_on() -> None:
 
 
 def test_a_clock_that_runs_backwards_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from replay.virtual.timeline import Timeline
+    from replay.timing.timeline import Timeline
 
     real = Timeline.feed
 
@@ -202,9 +202,9 @@ def test_a_stuck_vcpu_is_named_with_its_reason() -> None:
 
 
 def test_what_it_foretells_is_kept_in_the_documents() -> None:
-    found = foretell.lines()
-    assert foretell.DOCUMENT.read_text() == foretell.document(found)
-    assert {(line.recorded, line.policy) for line in found} == {each[:2] for each in foretell.DIRECTIONS}
+    found = time_accuracy.lines()
+    assert time_accuracy.DOCUMENT.read_text() == time_accuracy.document(found)
+    assert {(line.recorded, line.policy) for line in found} == {each[:2] for each in time_accuracy.DIRECTIONS}
     worse = replace(found[0], measured=(10**12,))
     assert not worse.inside
     assert worse.error < -0.9

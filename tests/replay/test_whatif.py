@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 import kvmtrace
 from replay.axes import ASYNC, PRESERVE, SHADOW, SYNC_RW
-from replay.evidence import Evidence
-from replay.virtual.whatif import Change, Sweep, Swept, parse, swept
+from replay.decode.capabilities import Evidence
+from replay.whatif.smi_rate import Change, Sweep, Swept, parse, swept
 from traces.errors import Problem
 from traces.reader import Trace
 from traces.synth import Parameters, synthesize

@@ -10,9 +10,9 @@ import numpy as np
 from hypothesis import strategies as st
 
 from replay.axes import Axes
-from replay.ops import Op, Ranges, Word
-from replay.virtual.costs import Costs
-from replay.virtual.timed import LAST, MORE, NEVER, Timed, take
+from replay.simulate.operations import Op, Ranges, Word
+from replay.timing.costs import Costs
+from replay.timing.timed_operations import LAST, MORE, NEVER, Timed, take
 from tests.replay.streams import Stream, block_of, streams
 
 TIMES = [0, 0, 1, 7, 100, 1000, 30_000, 1_500_000, 1 << 40]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tracer.btf import BTF_DIRECTORY, Btf, kernel_btf
-from tracer.layout import kernel_layout
+from tracer.offsets import kernel_layout
 from traces.errors import Problem
 
 needs_btf = pytest.mark.skipif(not (BTF_DIRECTORY / "vmlinux").exists(), reason="this kernel has no BTF")

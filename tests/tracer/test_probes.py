@@ -10,7 +10,7 @@ import pytest
 
 from tracer import bpf
 from tracer.btf import Btf
-from tracer.layout import DATED_PAGE_LAYOUTS, DATED_ROLES, Layout
+from tracer.offsets import DATED_PAGE_LAYOUTS, DATED_ROLES, Layout
 from tracer.probes import IOCTL_KINDS, PRESETS, PROBES, preset_kinds
 from tracer.program import Chosen, program
 from tracer.tracefs import Field

@@ -21,7 +21,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from traces import frame, layout, reader
+from traces import encoding, frame, reader
 from traces.errors import Problem
 from traces.metadata import KEY
 from traces.reader import Trace
@@ -35,11 +35,11 @@ _ODD = (None, -1, 0, 1 << 70, 1.5, "x", "\x1b[2J", [], {}, True, [[]], [{}], {"x
 def parts(data: bytes) -> tuple[bytes, bytes]:
     """A trace's row groups with the leading magic, and its footer with the tail."""
     start = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
-    return data[: start - layout.SEAL_SIZE], data[start:]
+    return data[: start - encoding.SEAL_SIZE], data[start:]
 
 
 def sealed(rows: bytes, footer: bytes) -> bytes:
-    return rows + layout.MAGIC + zlib.crc32(footer).to_bytes(4, "little") + footer
+    return rows + encoding.MAGIC + zlib.crc32(footer).to_bytes(4, "little") + footer
 
 
 def flipped(data: bytes, rng: random.Random) -> bytes:
@@ -80,8 +80,8 @@ def in_chunk_headers(data: bytes, rng: random.Random) -> bytes:
 def with_metadata(table: pa.Table, groups: list[int], metadata: bytes) -> bytes:
     """The table as a sealed trace with this metadata, in the row groups given."""
     sink = io.BytesIO()
-    packed = {name: code for name, code in layout.OPTIONS["column_encoding"].items() if _is_int64(table.schema, name)}
-    with pq.ParquetWriter(sink, table.schema, **{**layout.OPTIONS, "column_encoding": packed}) as writer:
+    packed = {name: code for name, code in encoding.OPTIONS["column_encoding"].items() if _is_int64(table.schema, name)}
+    with pq.ParquetWriter(sink, table.schema, **{**encoding.OPTIONS, "column_encoding": packed}) as writer:
         for index, rows in enumerate(groups):
             writer.write_table(table.slice(sum(groups[:index]), rows), row_group_size=rows)
         writer.add_key_value_metadata({KEY: metadata})

@@ -11,8 +11,8 @@ import pytest
 import traces
 from tests.traces.making import event, stream, trace
 from traces.bookkeeping import MAX_ENTRIES, MAX_GAPS
+from traces.encoding import MAGIC
 from traces.frame import MAX_ROW_GROUP_ROWS
-from traces.layout import MAGIC
 from traces.memslots import MAX_SLOTS
 from traces.metadata import MAX_BYTES
 from traces.reader import UNKNOWN_CODE, Trace

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from traces.errors import BAD_INPUT, Problem
 from traces.reader import Trace
 from traces.schema import BY_NAME
-from traces.synth import Costs, Parameters, machine, synthesize
+from traces.synth import Costs, Parameters, synthesize, vm
 
 CORPUS = Path(__file__).parents[2] / "traces" / "corpus"
 FROZEN = 0x5A0
@@ -191,10 +191,10 @@ class Model:
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(order=orders(), batch=st.sampled_from([machine.BATCH_STEPS, 40, 7]))
+@given(order=orders(), batch=st.sampled_from([vm.BATCH_STEPS, 40, 7]))
 def test_rows_keep_kvms_rules(order: dict[str, Any], batch: int, tmp_path: Path) -> None:
     """Whatever the size of the batches, over which roots live on."""
-    with patch.multiple(machine, BATCH_STEPS=batch, ZAP_BATCH_STEPS=batch, MIN_BATCH_STEPS=1):
+    with patch.multiple(vm, BATCH_STEPS=batch, ZAP_BATCH_STEPS=batch, MIN_BATCH_STEPS=1):
         trace = make(tmp_path / "any.parquet", **order)
     listed = rows(trace)
     times = [row["time"] for row in listed]

@@ -12,7 +12,7 @@ import typer
 from traces.errors import BAD_INPUT, ENVIRONMENT, Problem
 
 if TYPE_CHECKING:
-    from tracer.lab.kernels import Bootable
+    from tracer.lab.lab_kernels import Bootable
     from tracer.lab.matrix import Cell
 
 app = typer.Typer(
@@ -41,7 +41,7 @@ def list_(as_json: Json = False) -> None:
 
     from tracer import vmm
     from tracer.lab.fetch import present
-    from tracer.lab.kernels import KERNELS, POLICIES, TABLE_DATE
+    from tracer.lab.lab_kernels import KERNELS, POLICIES, TABLE_DATE
 
     kernels: list[dict[str, Any]] = []
     for kernel in KERNELS.values():
@@ -157,7 +157,7 @@ def matrix(
     from contextlib import ExitStack
 
     from tracer.lab.fetch import present
-    from tracer.lab.kernels import KERNELS, known
+    from tracer.lab.lab_kernels import KERNELS, known
     from tracer.lab.matrix import TDP, cells
 
     names = [known(name).name for name in kernel] if kernel else [name for name in KERNELS if present(name)]
@@ -181,7 +181,7 @@ def corpus(
     """Fetch every kernel and record the corpus that is shipped; what is there already is kept."""
     from tracer.lab.fetch import fetch as get
     from tracer.lab.fetch import present
-    from tracer.lab.kernels import KERNELS, missing
+    from tracer.lab.lab_kernels import KERNELS, missing
     from tracer.lab.matrix import cells
 
     directory = directory or Path(__file__).resolve().parents[2] / "traces" / "corpus"
@@ -197,7 +197,7 @@ def corpus(
 
 def _mmus(names: list[str]) -> dict[str, tuple[str, ...]]:
     """The MMUs of each kernel that are worth recording: a variant differs from its stock kernel in the TDP MMU."""
-    from tracer.lab.kernels import KERNELS
+    from tracer.lab.lab_kernels import KERNELS
     from tracer.lab.matrix import MMUS, TDP
 
     return {name: (TDP,) if KERNELS[name].variant else tuple(MMUS) for name in names}
@@ -244,7 +244,7 @@ def _kernel(name: str, modules: Path | None, kvm_modules: Path | None) -> Bootab
     from dataclasses import replace
 
     from tracer.lab.fetch import present
-    from tracer.lab.kernels import KERNELS, missing, own
+    from tracer.lab.lab_kernels import KERNELS, missing, own
 
     if name in KERNELS or ("/" not in name and not Path(name).exists()):
         found = present(name)

@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Final
 
 from tracer.lab.apt import Apt
-from tracer.lab.kernels import Bootable, Kernel, cache, fetched, known, missing
+from tracer.lab.lab_kernels import Bootable, Kernel, cache, fetched, known, missing
 from tracer.lab.modules import Directory, load_order, module_name
 from traces.errors import ENVIRONMENT, Problem
 

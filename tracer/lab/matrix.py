@@ -18,7 +18,7 @@ from typing import Any, Final
 from tracer import vmm
 from tracer.lab import qemu
 from tracer.lab.fetch import present
-from tracer.lab.kernels import missing
+from tracer.lab.lab_kernels import missing
 from tracer.lab.session import DEFAULT_TIMEOUT, SHARE, boot
 from traces.errors import BAD_INPUT, ENVIRONMENT, Problem
 

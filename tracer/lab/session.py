@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from tracer.lab.initramfs import build, compile_init
-from tracer.lab.kernels import Bootable
+from tracer.lab.lab_kernels import Bootable
 from tracer.lab.modules import Directory, load_order
 from tracer.lab.qemu import Ending, Machine, run
 from traces.errors import BAD_INPUT, ENVIRONMENT, Problem

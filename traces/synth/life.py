@@ -9,11 +9,11 @@ import numpy as np
 
 from traces.record import Columns
 from traces.synth.guest import AFTER_RIP, DATA_GFN, DATA_RIP, LOW_PAGES, RESET_RIP
-from traces.synth.host import EXIT_INTR, EXIT_IO, IO_INFO, IO_RIP, USERSPACE_IO
+from traces.synth.kvm_rows import EXIT_INTR, EXIT_IO, IO_INFO, IO_RIP, USERSPACE_IO
 from traces.synth.mmu import ALL_ROOTS, LEVEL, ROLE, SMM_ROLE, Leaves, Mmu, Tables
 from traces.synth.parameters import Costs, Parameters
-from traces.synth.rows import Listing, rows
-from traces.synth.zaps import Dying, zap
+from traces.synth.root_zaps import Dying, zap
+from traces.synth.row_columns import Listing, rows
 
 GET_API_VERSION, CREATE_VM, CHECK_EXTENSION, GET_VCPU_MMAP_SIZE = 0xAE00, 0xAE01, 0xAE03, 0xAE04
 CREATE_VCPU, SET_MEMSLOT, SET_TSS_ADDR = 0xAE41, 0x4020AE46, 0xAE47

@@ -11,13 +11,13 @@ import numpy as np
 
 from traces.columns import kind_name
 from traces.compact import Summary, _Compaction
+from traces.encoding import TraceFile
 from traces.errors import Problem
-from traces.layout import TraceFile
 from traces.record import Columns
 from traces.segments import Segment, SegmentReader
-from traces.synth.machine import Machine
 from traces.synth.parameters import Parameters
-from traces.synth.rows import join, take
+from traces.synth.row_columns import join, take
+from traces.synth.vm import Machine
 
 KERNEL: Final = "6.1-synthetic"
 GENERATOR: Final = 1  # raised when the same parameters give other rows

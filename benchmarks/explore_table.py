@@ -1,0 +1,63 @@
+"""Makes the table of docs/explore.md: each scenario and variant, what was found, and what that took.
+
+    python -m benchmarks.explore_table
+
+States and steps are the same everywhere; seconds are of the machine that made the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+from replay.explore.scenario import Run, run
+from replay.explore.scenarios import SCENARIOS
+
+DOCUMENT: Final = Path(__file__).parents[1] / "docs" / "explore.md"
+BEGIN: Final = "<!-- Made by `python -m benchmarks.explore_table`. -->\n"
+END: Final = "<!-- End of what was made. -->\n"
+
+
+def rows(runs: Iterable[Run]) -> list[tuple[str, ...]]:
+    """Cells of each run; the last is seconds."""
+    return [
+        (
+            f"`{made.scenario.name}`",
+            ", ".join(f"{name} {count}" for name, count in made.bounds.items()),
+            f"`{made.variant.name}`",
+            f"**{made.schedule.invariant}**" if made.schedule else "holds",
+            f"{len(made.schedule.lines)}" if made.schedule else "",
+            f"{made.exploration.states:,}",
+            f"{made.exploration.seconds:.1f}",
+        )
+        for made in runs
+    ]
+
+
+def render(runs: Iterable[Run]) -> str:
+    """The table."""
+    lines = [
+        "| scenario | bounds | variant | found: broken invariant | steps | states | s |",
+        "|-|-|-|-|-:|-:|-:|",
+        *("| " + " | ".join(row) + " |" for row in rows(runs)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def split(text: str) -> tuple[str, str, str]:
+    """The document before the table, the table, and after it."""
+    before, _, rest = text.partition(BEGIN)
+    table, _, after = rest.partition(END)
+    return before, table, after
+
+
+def main() -> None:
+    """Make it."""
+    runs = [run(scenario, variant.name, {}) for scenario in SCENARIOS for variant in scenario.variants]
+    before, _, after = split(DOCUMENT.read_text())
+    DOCUMENT.write_text(before + BEGIN + render(runs) + END + after)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""What an exploration says: as text, and as the JSON that replays what it found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from replay.explore import catalogue, schedule
+from replay.explore.ready_model import Machine
+from replay.explore.scenario import Run, Scenario
+from replay.explore.schedule import Schedule
+from traces.errors import Problem
+
+
+def bounds(texts: Sequence[str]) -> dict[str, int]:
+    """What --bound says: NAME=N, repeated."""
+    found = {}
+    for text in texts:
+        name, _, count = text.partition("=")
+        if not name or not count.isdigit():
+            raise Problem(f"--bound {text}: give NAME=N, such as vcpus=3")
+        found[name] = int(count)
+    return found
+
+
+def listing(scenarios: Sequence[Scenario]) -> dict[str, Any]:
+    """The document of --list."""
+    return {
+        "scenarios": [
+            {
+                "name": scenario.name,
+                "title": scenario.title,
+                "bounds": dict(scenario.bounds),
+                "variants": [
+                    {"name": variant.name, "expect": variant.expect, "about": variant.about}
+                    for variant in scenario.variants
+                ],
+            }
+            for scenario in scenarios
+        ]
+    }
+
+
+def render_listing(scenarios: Sequence[Scenario]) -> str:
+    """The text of --list."""
+    lines = []
+    for scenario in scenarios:
+        lines.append(f"{scenario.name}: {scenario.title}  ({_bounds(scenario.bounds)})")
+        width = max(len(variant.name) for variant in scenario.variants)
+        lines += [f"  {v.name:{width}}  {v.expect:9}  {v.about}" for v in scenario.variants]
+    return "\n".join(lines) + "\n"
+
+
+def facts(run: Run) -> dict[str, Any]:
+    """One run of the JSON document."""
+    return {
+        "variant": run.variant.name,
+        "expect": run.variant.expect,
+        "outcome": run.outcome,
+        "bounds": dict(run.bounds),
+        "states": run.exploration.states,
+        "transitions": run.exploration.transitions,
+        "seconds": round(run.exploration.seconds, 3),
+        "steps": len(run.schedule.lines) if run.schedule else None,
+        "shortest": run.exploration.shortest if run.schedule else None,
+        "schedule": run.schedule.document() if run.schedule else None,
+    }
+
+
+def render(run: Run) -> str:
+    """A variant's outcome, with the schedule of what was found."""
+    name, seen = f"{run.scenario.name} {run.variant.name}", run.exploration
+    expected = "" if run.outcome == run.variant.expect else f"  NOT AS EXPECTED: {run.variant.expect}"
+    about = f"  {run.variant.about}\n" if run.variant.about else ""
+    if run.schedule is None:
+        bounded = _bounds(run.bounds)
+        return f"{name}: no violation in {seen.states:,} states, {bounded}, {seen.seconds:.1f} s{expected}\n{about}"
+    short = "" if seen.shortest else ", perhaps not the shortest"
+    steps = len(run.schedule.lines)
+    head = f"{name}: violation in {steps} step{'s' if steps != 1 else ''}{short}{expected}"
+    return f"{head}\n{about}\n{schedule.render(run.schedule)}"
+
+
+def _bounds(bounds: Mapping[str, int]) -> str:
+    return "bounds " + (", ".join(f"{name}={count}" for name, count in bounds.items()) or "none")
+
+
+def schedules(path: Path) -> list[Schedule]:
+    """Those of a document that `explore --json` printed, or a single one."""
+    try:
+        document = json.loads(path.read_text())
+    except OSError as error:
+        raise Problem(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise Problem(f"{path}: not JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise Problem(f"{path}: not what kvmtrace explore --json prints")
+    runs = document.get("runs", [{"schedule": document}])
+    if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
+        raise Problem(f"{path}: not what kvmtrace explore --json prints")
+    found = [schedule.parse(run["schedule"], str(path)) for run in runs if run.get("schedule")]
+    if not found:
+        raise Problem(f"{path}: has no schedule: no violation was found in that run")
+    return found
+
+
+def replay(given: Schedule, scenario: Scenario | None, where: str) -> dict[str, Any]:
+    """Run a schedule again: `broken` is the invariant that breaks at its end, `again` whether it is the same one."""
+    scenario = scenario or _named(given, where)
+    if scenario.name != given.scenario:
+        raise Problem(f"{where}: is of scenario {given.scenario}, not of {scenario.name}")
+    model = scenario.model(scenario.variant(given.variant).name, scenario.bounded(given.bounds))
+    broken = schedule.replay(Machine(model), given, where)
+    return {
+        "scenario": given.scenario,
+        "variant": given.variant,
+        "steps": len(given.lines),
+        "invariant": given.invariant,
+        "broken": broken.invariant if broken is not None else None,
+        "again": broken is not None and broken.invariant == given.invariant,
+    }
+
+
+def _named(given: Schedule, where: str) -> Scenario:
+    if "/" in given.scenario or given.scenario.endswith(".py"):
+        raise Problem(f"{where}: {given.scenario!r} is no name of a scenario")
+    try:
+        return catalogue.find(given.scenario)
+    except Problem:
+        raise Problem(
+            f"{where}: {given.scenario!r} is no scenario of kvmtrace; give the file it is in before --replay"
+        ) from None
+
+
+def render_replay(replayed: Mapping[str, Any]) -> str:
+    """The text of a replay."""
+    name = f"{replayed['scenario']} {replayed['variant']}, {replayed['steps']} steps"
+    if replayed["again"]:
+        return f"{name}: broken again: {replayed['broken']}\n"
+    now = f"now broken: {replayed['broken']}" if replayed["broken"] else "nothing is broken now"
+    return f"{name}: {now} (before: {replayed['invariant']})\n"

@@ -1,0 +1,1 @@
+"""Operations run under a root policy: the reference model in plain Python, and the compiled engine that equals it."""

@@ -1,0 +1,380 @@
+"""The engine as Python sees it: owns the memory that `engine` works on, makes more of it, checks what goes in, reads
+what comes out.
+
+Memory follows the model's state, never the stream's length: 136 bytes for each table that ever was (0.27 a page where
+tables are full), 2 KiB more for one above level 1, all doubled at most. The root log is the exception: whoever feeds
+long streams takes it block by block (`take_log`).
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, fields
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from replay.axes import Axes
+from replay.simulate.operations import MAX_VCPUS, PREFETCH, Block, Cause, Op, Ranges, Word
+from replay.simulate.reference import SLOTS, Counters, Violation
+from traces.errors import ENVIRONMENT, Problem
+
+try:
+    from replay.simulate.core import COMPILED, Core
+except ModuleNotFoundError as missing:  # only as plain Python does it need Cython when it runs
+    raise Problem(f"the replay engine is not compiled ({missing}): scripts/setup", ENVIRONMENT) from None
+
+GFN_LIMIT: Final = 1 << 40
+_ANY: Final = (1 << 64) - 1
+_LINE: Final = 64  # bytes of a cache line, to which pools are aligned
+
+
+_FOR_TIMERS: Final = ("revived_leaves", "revived_tables", "put_room", "puts")
+
+
+def row_type(*names: str) -> np.dtype[np.void]:
+    """A structure of int64 fields."""
+    return np.dtype([(name, np.int64) for name in names])
+
+
+_VCPU: Final = row_type("gen", "top", "deep", "word", "faults", "refaults", "hits", "stuck")
+_SLOTS: Final = np.dtype(
+    [("slot", np.int64, SLOTS)]
+    + [(name, np.int64) for name in ("word", "cause", "request", "loads", "creations", "reuses", "fixes")]
+)
+_WORD: Final = row_type("gen", "leaves", "tables", "root", "ghost", "top", "level", "as_id")
+_ROOT: Final = row_type("id", "word", "refs", "valid", "cause", "before", "after")
+
+
+@dataclass(frozen=True)
+class RootLog:
+    """`model.Logged` as columns: events in roots' lives, in order. `vcpu` is -1 where no vCPU acted."""
+
+    at: NDArray[np.int64]
+    event: NDArray[np.uint8]
+    vcpu: NDArray[np.int32]
+    root: NDArray[np.int64]
+    word: NDArray[np.int32]
+    cause: NDArray[np.uint8]
+    leaves: NDArray[np.int64]
+    tables: NDArray[np.int64]
+    roots_alive: NDArray[np.int64]
+    tables_alive: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.at)
+
+
+_LOG: Final = row_type(*(field.name for field in fields(RootLog)))
+_NARROW: Final = {"event": np.uint8, "vcpu": np.int32, "word": np.int32, "cause": np.uint8}
+
+
+@dataclass(frozen=True)
+class Vcpus:
+    """What is counted by vCPU: arrays with a row a vCPU. `stuck`: the operation at which one stands still, or -1."""
+
+    loads: NDArray[np.int64]
+    creations: NDArray[np.int64]
+    reuses: NDArray[np.int64]
+    faults: NDArray[np.int64]
+    refaults: NDArray[np.int64]
+    hits: NDArray[np.int64]
+    fixes: NDArray[np.int64]
+    stuck: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class RootState:
+    """A root that is alive."""
+
+    id: int
+    word: int
+    refs: int
+    valid: bool
+    leaves: int
+    tables: int
+
+
+def make_pool(rows: int, dtype: Any) -> NDArray[Any]:
+    """Zeroes that begin with a cache line; memory that is not touched costs nothing yet."""
+    size = rows * np.dtype(dtype).itemsize
+    raw = np.zeros(size + _LINE, np.uint8)
+    skip = -raw.ctypes.data % _LINE
+    return raw[skip : skip + size].view(dtype)
+
+
+def grown(old: NDArray[Any], rows: int) -> NDArray[Any]:
+    """A larger pool that begins with what `old` holds."""
+    new = make_pool(rows, old.dtype)
+    new[: len(old)] = old
+    return new
+
+
+class Engine:
+    """One VM under one policy, as `reference` does it, at about 150 million operations a second.
+
+    Feed it a stream in blocks of any size. Raises Problem (bad input) for a block with an operation that cannot be;
+    nothing of the block is then done. Raises `model.Violation` where the reference does; then the VM is of no more use.
+    """
+
+    said = False  # the notice that it runs uncompiled
+
+    def __init__(
+        self,
+        axes: Axes,
+        words: list[Word],
+        vcpus: int,
+        log: bool = True,
+        core: type[Any] = Core,
+        rows: tuple[int, int, int] = (256, 32, 256),
+    ) -> None:
+        """`log`: keep a root log. `rows`: tables, nodes and log rows that there is memory for at first."""
+        if not 0 < vcpus <= MAX_VCPUS:
+            raise Problem(f"a VM has 1 to {MAX_VCPUS} vCPUs, not {vcpus}")
+        if bad := [word for word in words if word.level not in (4, 5)] or not words:
+            raise Problem(f"a VM's roots are of level 4 or 5, and at least one role word is needed: {bad or words}")
+        if axes.prefetch not in (1, PREFETCH):
+            raise Problem(f"{axes.name}: prefetch is 1 or {PREFETCH}, not {axes.prefetch}")
+        if core is Core and not COMPILED and not Engine.said:
+            Engine.said = True
+            print("kvmtrace: the replay engine runs uncompiled, some 500 times slower: scripts/setup", file=sys.stderr)
+        self.axes = axes
+        self.words = words
+        self.core = core()
+        self._vcpu = make_pool(vcpus, _VCPU)
+        self._vcpu["gen"] = self._vcpu["stuck"] = -1
+        self._slots = make_pool(vcpus, _SLOTS)
+        self._slots["cause"] = Cause.FIRST
+        self._begin_words(words)
+        self._begin_roots(len(words) + SLOTS * vcpus + 2)
+        self._begin_core(log)
+        self._attach_rows()
+        tables, nodes, log_rows = rows
+        self._bits = make_pool(16 * tables, np.uint64)
+        self._gen = make_pool(tables, np.int64)
+        self._child = make_pool(512 * nodes, np.uint32)
+        self._page_of = make_pool(nodes, np.uint32)
+        self._log = make_pool(log_rows, _LOG)
+        self.grow()
+        self._page_of[1 : len(words) + 1] = np.arange(1, len(words) + 1)
+        self._ranges: Ranges | None = None
+        self.bounds = np.zeros(2, np.int64)
+        self._limits(vcpus)
+
+    def feed(self, block: Block, ranges: Ranges, first: int = 0) -> None:
+        """Do a block's operations; `first` is the number of the block's first one in the stream."""
+        op, gfn = self.check(block, ranges, first)
+        done = 0
+        while (done := self.core.run(op, gfn, self.bounds, done, first)) < len(op):
+            self.go_on()
+
+    def check(self, block: Block, ranges: Ranges, first: int = 0) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        """A block's columns as the core takes them: op, gfn. Raises Problem (bad input) if one of them cannot be."""
+        self._read_ranges(ranges)
+        op, gfn = np.ascontiguousarray(block.op), np.ascontiguousarray(block.gfn)
+        if op.dtype != np.uint32 or gfn.dtype != np.int64 or op.shape != gfn.shape or op.ndim != 1:
+            raise Problem(f"a block is uint32 and int64 columns of one length, not {op.dtype} and {gfn.dtype}")
+        at = self.core.check(op, gfn.view(np.uint64), self._last_gfn, self._vcpu_limit, self._levels)
+        if at < len(op):
+            raise Problem(self._what_is_wrong(int(op[at]), int(gfn[at]), first + at))
+        return op, gfn
+
+    def go_on(self) -> None:
+        """The core stopped before an operation: give it memory. Raises model.Violation if that is not why."""
+        if self.core.error:
+            raise self._violation()
+        self.grow()
+
+    # What comes out
+
+    @property
+    def vcpus(self) -> Vcpus:
+        """Counts by vCPU, as they are now."""
+        return Vcpus(**{
+            field.name: (self._vcpu if field.name in _VCPU.fields else self._slots)[field.name].copy()  # type: ignore[operator]
+            for field in fields(Vcpus)
+        })  # fmt: skip
+
+    @property
+    def causes(self) -> NDArray[np.int64]:
+        """The Cause of each vCPU's last unload."""
+        causes: NDArray[np.int64] = self._slots["cause"].copy()
+        return causes
+
+    @property
+    def counters(self) -> Counters:
+        """Counts of the VM, as they are now."""
+        return Counters(**{field.name: getattr(self.core, field.name) for field in fields(Counters)})
+
+    @property
+    def roots(self) -> list[RootState]:
+        """Roots alive, the eldest first: valid ones, and husks that a slot still holds."""
+        states = []
+        at = int(self._root[0]["after"])
+        while at:
+            root = self._root[at]
+            word = self._word[root["word"]]
+            leaves, tables = (int(word["leaves"]), int(word["tables"])) if root["valid"] else (0, 0)
+            index = int(root["word"])
+            states.append(RootState(int(root["id"]), index, int(root["refs"]), bool(root["valid"]), leaves, tables))
+            at = int(root["after"])
+        return states
+
+    @property
+    def slots(self) -> NDArray[np.int64]:
+        """Each vCPU's slots, the current one first: ids of roots, -1 for none."""
+        held = self._slots["slot"]
+        return np.where(held > 0, self._root["id"][held], -1)
+
+    def mapped(self, word: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(level, gfn) of each leaf of the valid root with this word, in order of gfn."""
+        row = self._word[word]
+        found: list[tuple[NDArray[np.int64], int]] = []
+        if row["root"]:
+            self._leaves(int(row["top"]), int(row["level"]), 0, int(row["gen"]), found)
+        levels = np.concatenate([np.full(len(gfns), level) for gfns, level in found] or [np.empty(0, np.int64)])
+        gfns = np.concatenate([gfns for gfns, _ in found] or [np.empty(0, np.int64)])
+        order = np.argsort(gfns)
+        return levels[order], gfns[order]
+
+    @property
+    def bytes_used(self) -> int:
+        """Memory that the trees take, without what is there for growth."""
+        return int(self.core.pages) * 136 + int(self.core.nodes) * 2052
+
+    def take_log(self) -> RootLog:
+        """What the root log holds since it was last taken."""
+        rows = self._log[: self.core.rows]
+        self.core.rows = 0
+        return RootLog(**{
+            field.name: rows[field.name].astype(_NARROW.get(field.name, np.int64)) for field in fields(RootLog)
+        })  # fmt: skip
+
+    # How it is set up
+
+    def _begin_words(self, words: list[Word]) -> None:
+        """Each word has its root table, which is node and table number 1 and on; 0 stands for none."""
+        self._word = make_pool(len(words), _WORD)
+        self._word["gen"] = self._word["top"] = np.arange(1, len(words) + 1)
+        self._word["level"] = [word.level for word in words]
+        self._word["as_id"] = [word.as_id for word in words]
+
+    def _begin_roots(self, rows: int) -> None:
+        """Never more are alive than words and slots; row 0 is the head of the list, the others are free."""
+        self._root = make_pool(rows, _ROOT)
+        self._root["after"][1:-1] = np.arange(2, rows)
+
+    def _begin_core(self, log: bool) -> None:
+        core, axes, words = self.core, self.axes, len(self.words)
+        core.vcpus, core.words = len(self._vcpu), words
+        core.own_reference = axes.own_reference
+        core.empties = axes.invalidate == "empty"
+        core.reloads = axes.request == "reload"
+        core.flush_per_table = axes.flush_per_table
+        core.zap_tables = axes.zap_tables
+        core.split_in_place = axes.split_in_place
+        core.prefetch = axes.prefetch > 1
+        core.revive = axes.revive
+        core.logging = log
+        core.pages = core.nodes = words + 1
+        core.last_gen = words
+        core.free_root = 1
+        for name in ("rows", "at", "ids", "alive", "error", "error_root", "error_tables", *_FOR_TIMERS):
+            setattr(core, name, 0)
+        for field in fields(Counters):
+            setattr(core, field.name, 0)
+
+    def _attach_rows(self) -> None:
+        self.core.attach_rows(*map(self.rows_of, (self._vcpu, self._slots, self._word, self._root)))
+
+    def rows_of(self, pool: NDArray[Any]) -> Any:
+        """A pool of structures as the core takes it."""
+        if COMPILED and isinstance(self.core, Core):
+            return pool.view(np.uint8)
+        return (np.ctypeslib.as_ctypes_type(pool.dtype) * len(pool)).from_buffer(pool.view(np.uint8))
+
+    def grow(self) -> None:
+        """Double what has become short; what `engine.Core._room` wants is what this gives."""
+        core = self.core
+        tables, nodes, rows = len(self._gen), len(self._page_of), len(self._log)
+        while core.pages + 8 > tables:
+            tables *= 2
+        while core.nodes + 8 > nodes:
+            nodes *= 2
+        while core.rows + 2 * core.alive + 24 > rows:
+            rows *= 2
+        if tables > len(self._gen):
+            self._bits, self._gen = grown(self._bits, 16 * tables), grown(self._gen, tables)
+        if nodes > len(self._page_of):
+            self._child, self._page_of = grown(self._child, 512 * nodes), grown(self._page_of, nodes)
+        if rows > len(self._log):
+            self._log = grown(self._log, rows)
+        core.attach_trees(self._bits, self._gen, self._child, self._page_of)
+        core.attach_log(self.rows_of(self._log), rows)
+
+    # What goes in
+
+    def _limits(self, vcpus: int) -> None:
+        """By kind of operation: the last argument, one more than the last vCPU, and a bit for each level allowed."""
+        self._last_gfn = np.full(16, _ANY, np.uint64)
+        self._last_gfn[[Op.TOUCH, Op.FIX, Op.COLLAPSE]] = GFN_LIMIT - 1
+        self._last_gfn[[Op.ROLE, Op.SWITCH]] = len(self.words) - 1
+        self._last_gfn[Op.UNLOAD] = max(Cause)
+        self._vcpu_limit = np.full(16, MAX_VCPUS, np.int64)
+        self._vcpu_limit[: Op.SWITCH + 1] = vcpus
+        self._levels = np.zeros(16, np.int64)
+        self._levels[list(Op)] = 0xFF
+        self._levels[[Op.TOUCH, Op.FIX, Op.COLLAPSE]] = 0b1110
+
+    def _what_is_wrong(self, op: int, gfn: int, at: int) -> str:
+        kind, level, vcpu = op & 15, op >> 4 & 7, op >> 16
+        where = f"operation {at}"
+        if kind not in list(Op):
+            return f"{where}: there is no operation {kind}"
+        where += f" ({Op(kind).name})"
+        if kind in (Op.ZAP, Op.SPLIT):
+            return f"{where}: range {gfn} of {len(self.bounds) // 2}"
+        if vcpu >= self._vcpu_limit[kind]:
+            return f"{where}: vCPU {vcpu} of a VM that has {len(self._vcpu)}"
+        if not self._levels[kind] >> level & 1:
+            return f"{where}: a leaf of level {level}; there are 1, 2 and 3"
+        if kind in (Op.ROLE, Op.SWITCH):
+            return f"{where}: word {gfn} of a VM that has {len(self.words)}"
+        if kind == Op.UNLOAD:
+            return f"{where}: cause {gfn} is none of ops.Cause"
+        return f"{where}: frame {gfn:#x} is not within the {GFN_LIMIT:#x} of a guest's memory"
+
+    def _read_ranges(self, ranges: Ranges) -> None:
+        """Take over rows that are new. No table lies beyond the limit, so that a range may be cut there."""
+        known = len(self.bounds) // 2 if ranges is self._ranges else 0
+        rows = ranges.rows[known:]
+        if ranges is self._ranges and not rows:
+            return
+        cut = [min(max(bound, 0), GFN_LIMIT) for row in rows for bound in row]
+        self.bounds = np.concatenate([self.bounds[: 2 * known], np.array(cut, np.int64)])
+        self._ranges = ranges
+        # There is always memory to point at; without rows, no index is allowed.
+        self._last_gfn[[Op.ZAP, Op.SPLIT]] = max(len(ranges.rows) - 1, 0)
+        self._vcpu_limit[[Op.ZAP, Op.SPLIT]] = MAX_VCPUS if ranges.rows else 0
+
+    def _violation(self) -> Violation:
+        core = self.core
+        if core.error == 1:
+            root = int(core.error_root)
+            return Violation(f"final put of the valid root {root} (KVM_BUG_ON)", int(core.at), root)
+        return Violation(f"VM end: {core.alive} roots and {core.error_tables} tables are left", int(core.at))
+
+    # The trees
+
+    def _leaves(self, node: int, level: int, base: int, gen: int, found: list[tuple[NDArray[np.int64], int]]) -> None:
+        page = int(self._page_of[node]) if level > 1 else node
+        words = self._bits[page * 16 : page * 16 + 16 : 2].copy()
+        at = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
+        size = 1 << 9 * (level - 1)
+        found.append((base + at * size, level))
+        if level > 1:
+            children = self._child[node * 512 : node * 512 + 512]
+            pages = children if level == 2 else self._page_of[children]
+            for i in np.flatnonzero(self._gen[pages] == gen):
+                self._leaves(int(children[i]), level - 1, base + int(i) * size, gen, found)

@@ -1,0 +1,576 @@
+"""The reference model of a VM's roots: plain Python that reads like the description of the kernel it follows.
+
+Source: reference/kvm-mmu.md of the project (sections 2, 3 and 3.6b: slots, references, state machine). `engine` does
+the same at speed and must agree bit for bit; user policies plug in here (`policies`). What a kernel version adds or
+leaves out are `axes`; this file has no version in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+from replay.axes import Axes
+from replay.simulate import page_table
+from replay.simulate.operations import Cause, Word
+from replay.simulate.page_table import Table
+
+if TYPE_CHECKING:
+    from replay.simulate.policy_api import Policy
+
+CURRENT = 0
+SLOTS = 4  # one current root, three previous ones
+
+
+class Happened(IntEnum):
+    """A row of the root log."""
+
+    CREATED = 0
+    FOUND = 1
+    FREED = 2
+    INVALIDATED = 3
+    EMPTIED = 4
+
+
+@dataclass(eq=False)
+class Root:
+    """A top-level table: `refs` as the kernel counts them, `valid` until it is invalidated."""
+
+    id: int
+    word: int  # index into the VM's words
+    top: Table
+    refs: int
+    valid: bool = True
+    leaves: int = 0
+    tables: int = 0
+    cause: Cause = Cause.OTHER  # of the invalidation, once there was one
+    ghost: bool = False  # under `revive`: freed here, and only remembered for what it had mapped
+    idle_since: int = 0  # ns; for policies
+    linked: set[Table] = field(default_factory=set)  # every table below `top`: what the kernel counts (tdp_mmu_pages)
+    stale: int = 0  # leaves removed that a vCPU's TLB may still have: a flush is due before mmu_lock is dropped
+
+
+@dataclass
+class Vcpu:
+    """A vCPU's root slots, of its current role. `request`: an invalidation it has yet to take note of."""
+
+    index: int
+    slots: list[Root | None] = field(default_factory=lambda: [None] * SLOTS)
+    word: int = 0
+    cause: Cause = Cause.FIRST  # of its last unload
+    request: bool = False
+    stuck: int = -1  # operation at which it can make no more progress
+    loads: int = 0
+    creations: int = 0
+    reuses: int = 0
+    faults: int = 0
+    refaults: int = 0
+    hits: int = 0
+    fixes: int = 0
+
+
+@dataclass
+class Counters:
+    """Of one VM, what is not counted by vCPU. SPTEs zapped are leaves; roots are no tables; loads flush TLBs too.
+
+    Flushes of the one range that a fault replaces are not counted.
+    """
+
+    frees: int = 0
+    prefetched: int = 0
+    tables: int = 0
+    tables_freed: int = 0
+    zapped: int = 0
+    flushes: int = 0
+
+
+@dataclass(frozen=True)
+class Logged:
+    """What the log holds of each event in a root's life; `leaves` and `tables` are the root's, at that moment."""
+
+    at: int  # operation
+    event: Happened
+    vcpu: int  # -1: no vCPU
+    root: int
+    word: int
+    cause: Cause
+    leaves: int
+    tables: int
+    roots_alive: int
+    tables_alive: int
+
+
+class Violation(Exception):
+    """An invariant does not hold: the trace, the model or a policy of one's own is wrong.
+
+    Of references (section 9.6 of the reference), of tables (each linked once and unlinked once before its root is
+    freed) and of TLBs (what is removed from a root that a vCPU holds is flushed before mmu_lock is dropped).
+
+    `at` is the operation, `root` the root it is about (None: the VM).
+    """
+
+    def __init__(self, what: str, at: int, root: int | None = None) -> None:
+        super().__init__(what)
+        self.at = at
+        self.root = root
+
+
+class Vm:
+    """One VM under one policy. Each operation of `ops.Op` is a method of the same name."""
+
+    def __init__(self, axes: Axes, words: list[Word], vcpus: int, policy: Policy | None = None) -> None:
+        from replay.simulate.policy_api import Policy
+
+        self.axes = axes
+        self.words = words
+        self.vcpus = [Vcpu(i) for i in range(vcpus)]
+        self.policy = policy or Policy()
+        self.roots: list[Root] = []  # alive: valid ones, and husks that a slot still holds
+        self.ever: set[tuple[int, int, int]] = set()  # (word, level, gfn) mapped at some time
+        self.ghosts: dict[int, Root] = {}  # under `revive`: by word, what a freed root had mapped
+        self.counters = Counters()
+        self.log: list[Logged] = []
+        self.at = 0
+        self.now = 0
+        self._ids = 0
+
+    # What a vCPU does
+
+    def enter(self, vcpu: Vcpu) -> None:
+        """kvm_mmu_reload: serve a pending request, then load if the current slot is empty."""
+        if vcpu.request:
+            vcpu.request = False
+            if self.axes.request == "reload":
+                self._empty(vcpu, Cause.MEMSLOT)
+            else:
+                self._empty(vcpu, Cause.MEMSLOT, only_invalid=True)
+        if vcpu.slots[CURRENT] is None:
+            self._load(vcpu)
+
+    def unload(self, vcpu: Vcpu, cause: Cause) -> None:
+        """kvm_mmu_unload: every slot's reference is put, the previous ones first."""
+        vcpu.request = False
+        self._empty(vcpu, cause)
+        self.policy.on_unload(self, vcpu)
+
+    def role(self, vcpu: Vcpu, word: int) -> None:
+        """The vCPU's role changed; the current root goes on until it is unloaded."""
+        vcpu.word = word
+
+    def switch(self, vcpu: Vcpu, word: int) -> None:
+        """fast_pgd_switch: the current root goes to the previous ones, which are searched, the latest first."""
+        vcpu.word = word
+        slots = vcpu.slots
+        current = slots[CURRENT]
+        if current is not None and current.valid and current.word == word:
+            return
+        if current is None:
+            for i in range(1, SLOTS):
+                root = slots[i]
+                if root is not None and root.valid and root.word == word:
+                    slots[CURRENT : i + 1] = [root, *slots[1:i], None]
+                    return
+            return
+        for i in range(1, SLOTS):
+            slots[CURRENT], slots[i] = slots[i], slots[CURRENT]
+            root = slots[CURRENT]
+            if root is not None and root.valid and root.word == word:
+                return
+        victim = slots[CURRENT]
+        slots[CURRENT] = None
+        if victim is not None:
+            self._put(victim, Cause.OTHER, vcpu)
+
+    def touch(self, vcpu: Vcpu, gfn: int, level: int, first: int = 0, last: int = 7, resets: bool = False) -> None:
+        """The guest needs `gfn` mapped at `level`: a hit if a leaf covers it, else a fault that installs one."""
+        root = self._current(vcpu)
+        if self._covered(root, gfn, level):
+            vcpu.hits += 1
+            return
+        self._fault(vcpu, root, gfn, level, first, last)
+        if resets:
+            self._reset(vcpu, gfn, level)
+
+    def fix(self, vcpu: Vcpu, gfn: int, level: int, resets: bool = False) -> None:
+        """A fault on a leaf that is there but lets too little through, as dirty logging leaves it."""
+        root = self._current(vcpu)
+        found = page_table.leaf(root.top, gfn)
+        if found is not None and found[0].level == level:
+            vcpu.fixes += 1
+        else:
+            self._fault(vcpu, root, gfn, level, gfn & 7, gfn & 7)
+        if resets:
+            self._reset(vcpu, gfn, level)
+
+    # What happens to the VM
+
+    def invalidate(self) -> None:
+        """kvm_mmu_zap_all_fast: every root becomes obsolete, and every vCPU is asked to give it up."""
+        self.ghosts.clear()
+        flush = False
+        for root in [r for r in self.roots if r.valid]:
+            flush = True
+            if self.axes.invalidate == "empty":
+                self._zap_tree(root)
+                self._note(Happened.EMPTIED, root, Cause.MEMSLOT)
+            else:
+                self.retire(root, Cause.MEMSLOT)
+        for vcpu in self.vcpus:
+            vcpu.request = True
+        self._unlock(flush)
+        self.policy.on_invalidate(self)
+
+    def zap(self, as_id: int, start: int, end: int) -> None:
+        """Leaves in [start, end) of an address space are removed from every root of it, invalid ones too."""
+        removed = 0
+        for root in [*self.roots, *self.ghosts.values()]:
+            if self.words[root.word].as_id == as_id:
+                leaves, tables = self._zap_range(root, start, end)
+                if not root.ghost:
+                    removed += leaves
+                    self.counters.zapped += leaves
+                    self.counters.tables_freed += tables
+        self._unlock(removed > 0)
+
+    def zap_all(self) -> None:
+        """kvm_mmu_zap_all: every root is emptied, and stays."""
+        self.ghosts.clear()
+        removed = 0
+        for root in self.roots:
+            removed += root.leaves
+            if root.tables or root.leaves:
+                self._zap_tree(root)
+                self._note(Happened.EMPTIED, root, Cause.VM_END)
+        self._unlock(removed > 0)
+
+    def split(self, as_id: int, start: int, end: int) -> None:
+        """Huge leaves inside [start, end) become tables of 4 KiB leaves in every valid root of the address space."""
+        for root in [*self.roots, *self.ghosts.values()]:
+            if not root.valid or self.words[root.word].as_id != as_id:
+                continue
+            before = root.tables
+            for table, at in page_table.within(root.top, start, end):
+                if table.level > 1 and isinstance(table.entries[at], int) and self._inside(table, at, start, end):
+                    self._split(root, table, at, 1)
+            if not root.ghost:
+                self.counters.tables += root.tables - before
+
+    def collapse(self, as_id: int, level: int, gfn: int) -> None:
+        """The table below the entry of `level` that covers `gfn` is removed from every valid root."""
+        removed = 0
+        for root in [*self.roots, *self.ghosts.values()]:
+            if not root.valid or self.words[root.word].as_id != as_id:
+                continue
+            table = page_table.walk(root.top, gfn, level)
+            at = page_table.index(gfn, table.level)
+            if table.level == level and isinstance(table.entries.get(at), Table):
+                leaves, tables = self._remove(root, table, at)
+                if not root.ghost:
+                    removed += 1
+                    self.counters.zapped += leaves
+                    self.counters.tables_freed += tables
+        self._unlock(removed > 0)
+
+    def end(self) -> None:
+        """kvm_arch_destroy_vm: every vCPU unloads, then every root goes; nothing may be left."""
+        self.ghosts.clear()
+        for vcpu in self.vcpus:
+            vcpu.request = False
+            self._empty(vcpu, Cause.VM_END)
+        for root in [r for r in self.roots if r.valid]:
+            self.retire(root, Cause.VM_END)
+        self.policy.on_vm_end(self)
+        if self.roots or self.tables_alive:
+            first = self.roots[0].id
+            left = f"{len(self.roots)} roots and {self.tables_alive} tables are left, root {first} among them"
+            raise Violation(f"VM end: {left}", self.at, first)
+
+    # What policies use
+
+    @property
+    def tables_alive(self) -> int:
+        """Tables of all roots, the roots not counted."""
+        return sum(root.tables for root in self.roots)
+
+    def find(self, word: int) -> Root | None:
+        """The valid root with exactly this role word: there is at most one."""
+        return next((r for r in self.roots if r.valid and r.word == word), None)
+
+    def retire(self, root: Root, cause: Cause) -> None:
+        """Mark a root invalid and zap it. It is freed with its last reference: the VM's own is given back here."""
+        root.valid = False
+        root.cause = cause
+        self._zap_tree(root)
+        self._note(Happened.INVALIDATED, root, cause)
+        if self.axes.own_reference:
+            root.refs -= 1
+        if root.refs == 0:
+            self._free(root, cause, None)
+
+    def free(self, root: Root, cause: Cause, vcpu: Vcpu | None = None) -> None:
+        """Zap and free a root that no slot holds, at the hands of `vcpu` if it is one's."""
+        if root.refs:
+            raise Violation(f"root {root.id} is freed with {root.refs} references", self.at, root.id)
+        root.valid = False
+        self._free(root, cause, vcpu)
+
+    # How it is done
+
+    def _current(self, vcpu: Vcpu) -> Root:
+        root = vcpu.slots[CURRENT]
+        if root is None or vcpu.request:
+            self.enter(vcpu)
+            root = vcpu.slots[CURRENT]
+            assert root is not None
+        return root
+
+    def _load(self, vcpu: Vcpu) -> None:
+        vcpu.loads += 1
+        self.counters.flushes += 1
+        root = self.policy.on_load(self, vcpu.word)
+        if root is not None:
+            if root not in self.roots:
+                raise Violation(f"root {root.id} is loaded after it was freed", self.at, root.id)
+            root.refs += 1
+            vcpu.slots[CURRENT] = root
+            vcpu.reuses += 1
+            self._note(Happened.FOUND, root, vcpu.cause, vcpu)
+            return
+        word = self.words[vcpu.word]
+        root = Root(self._ids, vcpu.word, Table(word.level, 0), 2 if self.axes.own_reference else 1)
+        self._ids += 1
+        self.roots.append(root)
+        vcpu.slots[CURRENT] = root
+        vcpu.creations += 1
+        ghost = self.ghosts.pop(vcpu.word, None)
+        if ghost is not None:
+            root.top, root.leaves, root.tables = ghost.top, ghost.leaves, ghost.tables
+            root.linked = set(page_table.tables(root.top))
+            vcpu.faults += root.leaves
+            vcpu.refaults += root.leaves
+            self.counters.tables += root.tables
+        self._note(Happened.CREATED, root, vcpu.cause, vcpu)
+
+    def _empty(self, vcpu: Vcpu, cause: Cause, only_invalid: bool = False) -> None:
+        """kvm_mmu_free_roots: previous slots in order, then the current one."""
+        for i in (1, 2, 3, CURRENT):
+            root = vcpu.slots[i]
+            if root is None or (only_invalid and root.valid):
+                continue
+            vcpu.slots[i] = None
+            vcpu.cause = cause
+            self._put(root, cause, vcpu)
+
+    def _put(self, root: Root, cause: Cause, vcpu: Vcpu) -> None:
+        root.refs -= 1
+        if root.refs < 0:
+            raise Violation(f"root {root.id} is put more often than it was taken", self.at, root.id)
+        if root.refs:
+            return
+        if not root.valid:
+            self._free(root, root.cause, vcpu)
+        elif self.axes.own_reference:
+            raise Violation(f"final put of the valid root {root.id} (KVM_BUG_ON)", self.at, root.id)
+        else:
+            root.idle_since = self.now
+            self.policy.on_put_to_zero(self, root, cause, vcpu)
+
+    def _free(self, root: Root, cause: Cause, vcpu: Vcpu | None) -> None:
+        if root not in self.roots:
+            raise Violation(f"root {root.id} is freed twice", self.at, root.id)
+        if self.axes.revive and (root.leaves or root.tables):
+            # The tree lives on as what the recorded kernel still has; here it is zapped.
+            ghost = Root(root.id, root.word, root.top, 0, True, root.leaves, root.tables, ghost=True)
+            self.ghosts[root.word] = ghost
+            self.counters.zapped += root.leaves
+            self.counters.tables_freed += root.tables
+            leaves, tables = root.leaves, root.tables
+            self._unlink(root, page_table.tables(root.top))
+            root.top, root.leaves, root.tables = Table(root.top.level, 0), 0, 0
+        else:
+            leaves, tables = self._zap_tree(root)
+        if self.axes.flush_per_table:
+            self.counters.flushes += tables
+        if root.linked:
+            table = min(root.linked, key=lambda each: (each.level, each.gfn))
+            left = f"{len(root.linked)} of its tables left, the first of level {table.level} at gfn {table.gfn:#x}"
+            raise Violation(f"root {root.id} is freed with {left}", self.at, root.id)
+        self.roots.remove(root)
+        self.counters.frees += 1
+        self._note(Happened.FREED, root, cause, vcpu, leaves, tables)
+
+    def _note(
+        self,
+        event: Happened,
+        root: Root,
+        cause: Cause,
+        vcpu: Vcpu | None = None,
+        leaves: int | None = None,
+        tables: int | None = None,
+    ) -> None:
+        self.log.append(
+            Logged(
+                self.at,
+                event,
+                -1 if vcpu is None else vcpu.index,
+                root.id,
+                root.word,
+                cause,
+                root.leaves if leaves is None else leaves,
+                root.tables if tables is None else tables,
+                len(self.roots),
+                self.tables_alive,
+            )
+        )
+
+    # The trees
+
+    def _covered(self, root: Root, gfn: int, level: int) -> bool:
+        found = page_table.leaf(root.top, gfn)
+        return found is not None and found[0].level >= level
+
+    def _fault(self, vcpu: Vcpu, root: Root, gfn: int, level: int, first: int, last: int) -> None:
+        """kvm_tdp_mmu_map: tables on the way down, then one leaf (and its neighbours, where the MMU prefetches)."""
+        vcpu.faults += 1
+        table = self._descend(root, gfn, level)
+        at = page_table.index(gfn, level)
+        if isinstance(table.entries.get(at), Table):
+            leaves, tables = self._remove(root, table, at)
+            self.counters.zapped += leaves
+            self.counters.tables_freed += tables
+            self._flush(root)
+        vcpu.refaults += (root.word, level, table.gfn_of(at)) in self.ever
+        self._install(root, table, at)
+        if level == 1 and self.axes.prefetch > 1:
+            base = at & -self.axes.prefetch
+            for near in range(base + first, base + last + 1):
+                if near not in table.entries:
+                    self._install(root, table, near)
+                    self.counters.prefetched += 1
+
+    def _descend(self, root: Root, gfn: int, level: int) -> Table:
+        table = root.top
+        while table.level > level:
+            at = page_table.index(gfn, table.level)
+            below = table.entries.get(at)
+            if isinstance(below, Table):
+                table = below
+                continue
+            if below is not None and self.axes.split_in_place:
+                tables = root.tables
+                self._split(root, table, at, table.level - 1)
+                self.counters.tables += root.tables - tables
+            else:
+                if below is not None:
+                    self._remove(root, table, at)
+                    self.counters.zapped += 1
+                    self._flush(root)
+                self._link(root, table, at, Table(table.level - 1, table.gfn_of(at)))
+                self.counters.tables += 1
+        return table
+
+    def _install(self, root: Root, table: Table, at: int) -> None:
+        root.leaves += at not in table.entries
+        table.entries[at] = 1
+        self.ever.add((root.word, table.level, table.gfn_of(at)))
+
+    def _split(self, root: Root, table: Table, at: int, down_to: int) -> None:
+        """Put a full table of smaller leaves where a huge leaf was, down to tables of level `down_to`."""
+        child = Table(table.level - 1, table.gfn_of(at))
+        self._link(root, table, at, child)
+        root.leaves -= 1
+        for i in range(page_table.ENTRIES):
+            self._install(root, child, i)
+        if child.level > down_to:
+            for i in range(page_table.ENTRIES):
+                self._split(root, child, i, down_to)
+
+    def _inside(self, table: Table, at: int, start: int, end: int) -> bool:
+        gfn = table.gfn_of(at)
+        return start <= gfn and gfn + page_table.span(table.level) <= end
+
+    def _remove(self, root: Root, table: Table, at: int) -> tuple[int, int]:
+        """Take one entry out, with what is below it: (leaves, tables) that went."""
+        entry = table.entries.pop(at)
+        leaves, tables = 1, 0
+        if isinstance(entry, Table):
+            leaves, tables = page_table.count(entry)
+            tables += 1
+            self._unlink(root, [entry, *page_table.tables(entry)])
+        root.leaves -= leaves
+        root.tables -= tables
+        self._expose(root, leaves)
+        return leaves, tables
+
+    def _zap_range(self, root: Root, start: int, end: int) -> tuple[int, int]:
+        leaves = tables = 0
+        for table, at in page_table.within(root.top, start, end):
+            whole = self.axes.zap_tables and self._inside(table, at, start, end)
+            if whole or isinstance(table.entries[at], int):
+                gone = self._remove(root, table, at)
+                leaves += gone[0]
+                tables += gone[1]
+        return leaves, tables
+
+    def _zap_tree(self, root: Root) -> tuple[int, int]:
+        leaves, tables = root.leaves, root.tables
+        self.counters.zapped += leaves
+        self.counters.tables_freed += tables
+        self._unlink(root, page_table.tables(root.top))
+        self._expose(root, leaves)
+        root.top.entries.clear()
+        root.leaves = root.tables = 0
+        return leaves, tables
+
+    # Accounting, of tables and of TLBs
+
+    def _link(self, root: Root, table: Table, at: int, child: Table) -> None:
+        """tdp_mmu_link_sp: the table counts from now on."""
+        table.entries[at] = child
+        root.tables += 1
+        if not root.ghost:
+            root.linked.add(child)
+
+    def _unlink(self, root: Root, gone: Iterable[Table]) -> None:
+        """tdp_mmu_unlink_sp, of each table that is removed."""
+        if root.ghost:
+            return
+        for table in gone:
+            if table not in root.linked:
+                which = f"the table of level {table.level} at gfn {table.gfn:#x}"
+                raise Violation(f"{which} of root {root.id} is freed twice", self.at, root.id)
+            root.linked.remove(table)
+
+    def _expose(self, root: Root, leaves: int) -> None:
+        """Leaves are gone that a vCPU with the root in a slot may still use; others flush when they load it."""
+        if any(root in vcpu.slots for vcpu in self.vcpus):
+            root.stale += leaves
+
+    def _flush(self, root: Root) -> None:
+        """A remote flush, of what was removed from this root."""
+        root.stale = 0
+
+    def _unlock(self, flush: bool) -> None:
+        """mmu_lock is dropped, after a flush of all that was removed if one is due."""
+        self.counters.flushes += flush
+        for root in self.roots:
+            if flush:
+                self._flush(root)
+            if root.stale:
+                what = f"{root.stale} leaves of root {root.id} are removed without a flush"
+                raise Violation(f"{what}: a vCPU that has it loaded still reaches the pages", self.at, root.id)
+
+    def _reset(self, vcpu: Vcpu, gfn: int, level: int) -> None:
+        """The fault's own exit unloads the roots. A guest that gets a new root for it never gets past the instruction.
+
+        Under `revive` the new root has the leaf, but by faults, each of which would have reset as well.
+        """
+        built = vcpu.creations
+        self.unload(vcpu, Cause.EXIT)
+        self.enter(vcpu)
+        root = vcpu.slots[CURRENT]
+        assert root is not None
+        if vcpu.creations > built or not self._covered(root, gfn, level):
+            vcpu.stuck = self.at

@@ -1,0 +1,160 @@
+"""What things cost, in ns: measured in the recording where it can tell, else from a dated table.
+
+`Costs` is what the clock computes with; `Measured` collects samples; `fit` says of each cost where it is from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+_KEPT: Final = 1 << 14  # samples of each cost
+_ENOUGH: Final = 3  # samples, for a measured cost
+
+
+@dataclass(frozen=True)
+class Costs:
+    """ns. `switch` is the exit and entry themselves, which a recording shows as guest time."""
+
+    switch: int = 1_000
+    fault: int = 2_500  # handling of one fault that installs one leaf and no table
+    table: int = 600  # each table more
+    found: int = 1_500  # a load that finds its root
+    created: int = 4_000  # a load that builds it
+    unload: int = 1_000
+    zap_leaf: int = 20  # each entry visited when a table is removed counts as a leaf or not at all
+    zap_table: int = 2_000  # each table removed: its 512 entries
+    job: int = 20_000  # until the worker begins
+    hold: int = 600  # of a fault, load or unload: how long it has mmu_lock
+    prefetch: int = 225  # each entry more that a fault of the shadow MMU fills
+    chunk: int = 0  # the longest stretch that a worker's zap does not yield mmu_lock; 0: the whole zap
+    refill: int = 1_000  # per mille of the pages that a refill is taken to need; 1,000: those that are mapped
+    cpus: int = 0  # CPUs that vCPUs and the worker share; 0: enough
+
+
+# Dated 2026-11, orders of magnitude. switch, fault: x86 hosts of 2018 to 2022 exit and enter in about 1 us and handle a
+# 4 KiB fault in 2 to 4; zap_leaf: efd995dae5eb (900 s for 64 TB of 4 KiB SPTEs: 52 ns each, all included); created: the
+# reporter's trace of April 2023 has 94 us from exit to entry in a nested host, 13 of them to the root's creation;
+# hold: 0.23 of a fault in the lab's recordings of 6.1 (kvm_mmu_spte_requested to kvm_mmu_set_spte);
+# prefetch: 0.09 of a fault, as in the corpus (6.1, 6.12, 7.x: 0.085 to 0.095).
+DEFAULT: Final = Costs()
+SOURCE: Final = "dated table of 2026-11"
+
+
+@dataclass(frozen=True)
+class LockCosts:
+    """ns of what no recording shows: what is done under the locks of `replay.whatif`, orders of magnitude.
+
+    Dated 2026-11. age_leaf, zap_spte: efd995dae5eb's 52 ns an SPTE, all included (900 s for 64 TB of 4 KiB SPTEs);
+    call: a contended-free rwlock, the memslot's look-up and a walk of four levels; flush: an IPI to running CPUs and
+    its answers, 1 to 4 us on x86 hosts of 2018 to 2022; line: a cache line from another core of the same socket, 50 to
+    100 ns there; link, atomic: list_add under a spinlock, an atomic increment, both with the line at hand.
+    """
+
+    call: int = 300  # an aging walk or a range zap, without its SPTEs
+    age_leaf: int = 52  # each SPTE more
+    zap_spte: int = 52
+    flush: int = 2_000  # of remote TLBs
+    line: int = 70
+    link: int = 30
+    atomic: int = 10
+
+    def times(self, factor: float) -> LockCosts:
+        """All of them as many times."""
+        return LockCosts(**{each.name: max(round(getattr(self, each.name) * factor), 1) for each in fields(self)})
+
+
+@dataclass
+class Samples:
+    """Up to _KEPT of the values seen, evenly thinned, and their exact count and sum."""
+
+    values: Ints = field(default_factory=lambda: np.empty(0, np.int64))
+    count: int = 0
+    total: int = 0
+    _every: int = 1
+
+    @classmethod
+    def alike(cls, count: int, total: int) -> Samples:
+        """What is known in sum only: `count` (above 0) values, each the mean, in whole ns."""
+        mean = total // count
+        return cls(np.array([mean], np.int64), count, count * mean)
+
+    def add(self, new: Ints) -> None:
+        """Take in more."""
+        first = -self.count % self._every
+        self.count += len(new)
+        self.total += int(new.sum())
+        self.values = np.concatenate([self.values, new[first :: self._every]])
+        while len(self.values) > _KEPT:
+            self.values = self.values[::2]
+            self._every *= 2
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.count if self.count else 0.0
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Costs with where each is from ("measured" or the table), and the relative standard error of the measured ones.
+
+    `open` is by how many ns the switch may be less than it is taken to be.
+    """
+
+    costs: Costs
+    source: Mapping[str, str]
+    error: Mapping[str, float]
+    open: int = 0
+
+
+def fit(samples: Mapping[str, Samples], cpus: int) -> Fitted:
+    """Mean costs: sums come out right, which is what total times need; the tail of a cost is part of it.
+
+    The table's are taken as many times as the recording's faults cost the table's: a slow machine is slow at all of it.
+    """
+    faults = samples.get("fault", Samples())
+    scale = faults.mean / DEFAULT.fault if faults.count >= _ENOUGH else 1.0
+    table = f"{SOURCE}, times {scale:.2g}" if faults.count >= _ENOUGH else SOURCE
+    found: dict[str, int] = {}
+    source: dict[str, str] = {}
+    error: dict[str, float] = {}
+    for each in fields(Costs):
+        seen = samples.get(each.name)
+        if each.name in ("cpus", "refill"):
+            continue
+        if seen is None or seen.count < _ENOUGH:
+            source[each.name] = table
+            found[each.name] = round(getattr(DEFAULT, each.name) * scale)
+            continue
+        value = seen.mean
+        found[each.name] = max(round(value), 0)
+        source[each.name] = f"measured, {seen.count:,} times"
+        error[each.name] = float(seen.values.std() / max(value, 1) / np.sqrt(seen.count))
+    open_ = _bare(samples.get("bare", Samples()), found, source) if "switch" in error else 0
+    if "zap_table" in error:  # tables as they were recorded, with what leaves they had
+        found["zap_leaf"], source["zap_leaf"], error["zap_leaf"] = 0, "measured, within zap_table", error["zap_table"]
+    if cpus:  # on the vCPU's own CPU the worker's time is the vCPU's, at once
+        found["job"] = found["hold"] = 0  # and vCPUs that take turns do not meet at mmu_lock
+        source["job"] = source["hold"] = "the lab's one CPU"
+    # A root's first pass takes a GiB at a step, without a chance to yield (5.18 to 6.8: tdp_mmu_zap_root).
+    found["chunk"] = 513 * found["zap_table"] + (1 << 18) * found["zap_leaf"]
+    source["chunk"] = "a GiB's tables and leaves"
+    return Fitted(replace(DEFAULT, **found, cpus=cpus), source, error, open_)
+
+
+def _bare(seen: Samples, found: dict[str, int], source: dict[str, str]) -> int:
+    """The switch is no longer than guest stretches in which no instruction ended; the others may have had work in them.
+
+    Without such stretches what was measured is the most that it can be, and the table's the least. Returns what lies
+    between them.
+    """
+    if seen.count >= _ENOUGH:
+        found["switch"] = min(found["switch"], round(float(np.median(seen.values))))
+        return 0
+    source["switch"] += ", at most"
+    return max(found["switch"] - DEFAULT.switch * found["fault"] // DEFAULT.fault, 0)

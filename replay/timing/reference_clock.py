@@ -1,0 +1,286 @@
+"""The reference clock: a discrete-event simulation of one VM over its reference model, one operation at a time.
+
+Actors are the vCPUs, what the wall clock does to them and to the VM, and the zap worker. The next event is the one with
+the least (time, priority, queue), so that a replay is the same to the ns wherever blocks are cut. Guest work is kept:
+an operation's `lead` passes as recorded. What changes is which operations cost an exit, and how much:
+
+- A touch that hits takes no exit: its handling and the switch are saved.
+- A fault takes its recorded handling, more or less by the tables it now builds. A refill takes that much for each leaf.
+- A load takes its recorded time if it ends as recorded, else what the other kind of load costs.
+- Faults, loads and unloads have mmu_lock for a while, for read or for write as the kernel takes it: others queue.
+- A root's last put zaps inline, where that is the policy: the vCPU pays, and others wait for mmu_lock; or queues it
+  for the worker, which holds mmu_lock for read meanwhile: loads that want it for write wait, and where CPUs are short,
+  all do.
+
+What the recorded costs hold of waits for mmu_lock is taken out of them before (`contended`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from replay.simulate import dispatch
+from replay.simulate.operations import Op, Ranges
+from replay.simulate.reference import Happened, Vcpu, Vm
+from replay.timing.costs import Costs
+from replay.timing.timed_operations import CREATED, FOUND, LAST, NEVER, Timed
+
+SAMPLE = 1_000_000  # ns between two samples of a vCPU's progress
+
+
+class Spent(IntEnum):
+    """What a vCPU's virtual time goes on."""
+
+    GUEST = 0
+    FAULT = 1
+    LOAD = 2
+    UNLOAD = 3  # with whatever is zapped inline
+    WAIT = 4  # for mmu_lock, or for a CPU
+    OTHER = 5  # exits that no policy changes
+    SWITCH = 6  # to the guest and back, for what faults: recorded within guest time
+
+
+@dataclass
+class Pace:
+    """One vCPU's progress through its operations."""
+
+    clock: int = 0  # ns
+    lead: int = -1  # what is left of its next operation's lead; -1: as the operation says
+    guest: int = 0  # of that, in the guest
+    inside: bool = False  # an SMI is under way
+    spent: list[int] = field(default_factory=lambda: [0] * len(Spent))
+    sampled: int = 0
+    samples: list[tuple[int, ...]] = field(default_factory=list)  # (clock, Cause of the last unload, *spent)
+
+
+@dataclass
+class _Todo:
+    op: int
+    gfn: int
+    lead: int
+    guest: int
+    cost: int
+    was: int
+    wall: int
+    at: int
+    ranges: Ranges
+
+
+class Clock:
+    """One VM. `feed` timed blocks, then `finish`."""
+
+    def __init__(self, vm: Vm, costs: Costs) -> None:
+        self.vm = vm
+        self.costs = costs
+        self.paces = [Pace() for _ in vm.vcpus]
+        self.begun = 0  # since when the worker is at it, or will be
+        self.worker = 0  # until when
+        self.locked = 0  # until when someone has mmu_lock for write
+        self.shared = 0  # until when someone has it for read, the worker apart
+        self.worked = 0  # ns the worker took in all
+        self.jobs = 0
+        self._hold = costs.hold if len(vm.vcpus) > 1 else 0
+        self._queues: list[deque[_Todo]] = [deque() for _ in range(2 * len(vm.vcpus) + 1)]
+
+    def feed(self, timed: Timed, ranges: Ranges, first: int = 0) -> None:
+        """Take in operations, and do what can be done before the next ones are known."""
+        block = timed.block
+        columns = (block.op, block.gfn, timed.lead, timed.guest, timed.cost, timed.was, timed.wall)
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        for i, (op, gfn, lead, guest, cost, was, wall) in enumerate(rows):
+            todo = _Todo(op, gfn, lead, guest, cost, was, wall, first + i, ranges)
+            self._queues[int(timed.queue[i])].append(todo)
+        self._run(final=False, until=timed.until)
+
+    def finish(self) -> None:
+        """There are no more operations. The wall clock's are done until every program is at its end."""
+        self._run(final=True, until=NEVER)
+
+    def _run(self, final: bool, until: int) -> None:
+        while not final or any(self._queues[: len(self.paces)]):
+            best: tuple[int, int, int] | None = None
+            for queue in range(len(self._queues)):
+                when = self._when(queue, final)
+                if when == -1:
+                    return
+                if when is not None and (best is None or (when, self._priority(queue), queue) < best):
+                    best = (when, self._priority(queue), queue)
+            if best is None or best[0] >= until:
+                return
+            self._do(best[0], best[2])
+
+    def _priority(self, queue: int) -> int:
+        vcpus = len(self.paces)
+        return 0 if queue == 2 * vcpus else 1 if queue >= vcpus else 2
+
+    def _when(self, queue: int, final: bool) -> int | None:
+        """When a queue's next operation is due; None: it has none, or has to wait; -1: that is not known yet."""
+        vcpus = len(self.paces)
+        todo = self._queues[queue][0] if self._queues[queue] else None
+        if todo is None:
+            awaited = queue < vcpus or (queue < 2 * vcpus and self.paces[queue - vcpus].inside)
+            return -1 if awaited and not final else None
+        if queue == 2 * vcpus:
+            return max(todo.wall, 0)
+        pace = self.paces[queue % vcpus]
+        if queue < vcpus:
+            if pace.inside:
+                return None
+            return pace.clock + (todo.lead if pace.lead < 0 else pace.lead)
+        return max(todo.wall, pace.clock) if todo.wall >= 0 else pace.clock + todo.lead
+
+    def _do(self, when: int, queue: int) -> None:
+        vcpus = len(self.paces)
+        todo = self._queues[queue].popleft()
+        if queue == 2 * vcpus:
+            self._perform(todo)  # what an invalidation zaps is zapped under every policy: it is in the leads
+            return
+        number = queue % vcpus
+        pace = self.paces[number]
+        if queue < vcpus:
+            lead, guest = (todo.lead, todo.guest) if pace.lead < 0 else (pace.lead, pace.guest)
+            pace.lead = -1
+            self._pass(pace, lead, guest)
+        elif todo.wall >= 0:
+            self._interrupt(pace, queue - vcpus, when)
+            guest = 0
+        else:
+            guest = todo.guest
+            self._pass(pace, todo.lead, guest)
+        if queue >= vcpus:
+            pace.inside = todo.wall != LAST
+        self._step(pace, self.vm.vcpus[number], todo, guest)
+        self._sample(pace, self.vm.vcpus[number])
+
+    def _pass(self, pace: Pace, lead: int, guest: int) -> None:
+        pace.clock += lead
+        pace.spent[Spent.GUEST] += guest
+        pace.spent[Spent.OTHER] += lead - guest
+
+    def _interrupt(self, pace: Pace, program: int, when: int) -> None:
+        """Part of the program's lead has passed when the wall clock strikes; guest time is taken from it first."""
+        passed = when - pace.clock
+        head = self._queues[program][0] if self._queues[program] else None
+        if head is None:
+            self._pass(pace, passed, 0)
+            return
+        if pace.lead < 0:
+            pace.lead, pace.guest = head.lead, head.guest
+        ran = min(passed, pace.guest)
+        self._pass(pace, passed, ran)
+        pace.lead -= passed
+        pace.guest -= ran
+
+    def _step(self, pace: Pace, vcpu: Vcpu, todo: _Todo, guest: int) -> None:
+        kind = todo.op & 15
+        counters, costs = self.vm.counters, self.costs
+        faults, hits, tables = vcpu.faults, vcpu.hits, counters.tables
+        prefetched = counters.prefetched
+        held = any(root is not None for root in vcpu.slots)
+        fixes, creations, reuses, logged = vcpu.fixes, vcpu.creations, vcpu.reuses, len(self.vm.log)
+        self._perform(todo)
+        refilled = [row for row in self.vm.log[logged:] if row.event == Happened.CREATED and row.leaves + row.tables]
+        leaves, built = sum(row.leaves for row in refilled), sum(row.tables for row in refilled)
+        built_now = counters.tables - tables - built
+        own = vcpu.faults - faults - leaves
+        created, found = vcpu.creations - creations, vcpu.reuses - reuses
+
+        axes = self.vm.axes
+        loads = created + found > 0 or kind == Op.UNLOAD
+        exclusive = (loads and not axes.loads_share) or (own > 0 and not axes.faults_share)
+        if loads or own:
+            self._wait(pace, exclusive)
+        since = pace.clock
+        if leaves or built:
+            self._spend(pace, Spent.FAULT, (leaves * costs.fault + built * costs.table) * costs.refill // 1000)
+            self._spend(pace, Spent.SWITCH, leaves * costs.switch * costs.refill // 1000)
+        if kind in (Op.TOUCH, Op.FIX):
+            if vcpu.hits > hits:
+                saved = min(costs.switch, guest) if todo.was else 0
+                self._spend(pace, Spent.GUEST, -saved)
+            elif own or vcpu.fixes > fixes:
+                time = todo.cost if todo.was else costs.fault
+                time += (built_now - max(todo.was - 1, 0)) * costs.table if own else 0
+                self._spend(pace, Spent.FAULT, max(time, 0) + (counters.prefetched - prefetched) * costs.prefetch)
+                self._switch(pace, todo.was, guest)
+        elif kind == Op.UNLOAD:
+            self._spend(pace, Spent.UNLOAD, todo.cost if todo.was else costs.unload if held else 0)
+        if created + found:
+            ended = CREATED if created else FOUND
+            expected = costs.created if created else costs.found
+            time = expected
+            if kind == Op.ENTER and todo.was:
+                recorded = costs.created if todo.was == CREATED else costs.found
+                time = todo.cost + (expected - recorded if ended != todo.was else 0)
+            self._spend(pace, Spent.LOAD, max(time, 0))
+        if loads or own:
+            self._take(exclusive, since, min(since + self._hold, pace.clock))
+        self._account_frees(pace, logged)
+
+    def _switch(self, pace: Pace, was: int, guest: int) -> None:
+        """A fault's exit and entry: within the guest time before it, or added if it was none as recorded."""
+        if not was:
+            self._spend(pace, Spent.SWITCH, self.costs.switch)
+            return
+        within = min(self.costs.switch, guest)
+        pace.spent[Spent.GUEST] -= within
+        pace.spent[Spent.SWITCH] += within
+
+    def _spend(self, pace: Pace, on: Spent, ns: int) -> None:
+        pace.clock += ns
+        pace.spent[on] += ns
+
+    def _wait(self, pace: Pace, exclusive: bool) -> None:
+        """For mmu_lock: held for write it stops whoever wants it, for read (as the worker does) who wants it for write.
+
+        Who comes first has it first, as with the queue of the kernel's lock: vCPUs come in the order of their exits.
+        """
+        until = max(self.locked, self.shared) if exclusive else self.locked
+        if exclusive and self.begun <= pace.clock < self.worker:
+            left = self.worker - pace.clock
+            until = max(until, pace.clock + (min(left, self.costs.chunk) if self.costs.chunk else left))
+        if until > pace.clock:
+            self._spend(pace, Spent.WAIT, until - pace.clock)
+
+    def _take(self, exclusive: bool, since: int, until: int) -> None:
+        """mmu_lock, which is free then."""
+        if until > since and exclusive:
+            self.locked = max(self.locked, until)
+        elif until > since:
+            self.shared = max(self.shared, until)
+
+    def _account_frees(self, pace: Pace, logged: int) -> None:
+        """What the last put of a valid root left to zap is zapped, by whom the policy says."""
+        teardown, costs = self.vm.axes.teardown, self.costs
+        for row in self.vm.log[logged:]:
+            if row.event != Happened.FREED or not row.tables:
+                continue
+            work = row.leaves * costs.zap_leaf + row.tables * costs.zap_table
+            if teardown == "inline":
+                self._spend(pace, Spent.UNLOAD, work)
+                self.locked = max(self.locked, pace.clock)
+            elif teardown == "worker":
+                self._queue_zap(pace.clock, work)
+
+    def _queue_zap(self, now: int, work: int) -> None:
+        begins = now + self.costs.job
+        if begins > self.worker:
+            self.begun = self.worker = begins
+        self.worker += work
+        self.worked += work
+        self.jobs += 1
+        busy = len(self.paces) + 1
+        if 0 < self.costs.cpus < busy:
+            for pace in self.paces:  # each gives up its part of the worker's time
+                self._spend(pace, Spent.WAIT, work * (busy - self.costs.cpus) // len(self.paces))
+
+    def _perform(self, todo: _Todo) -> None:
+        self.vm.at = todo.at
+        dispatch.perform(self.vm, todo.op, todo.gfn, todo.ranges)
+
+    def _sample(self, pace: Pace, vcpu: Vcpu) -> None:
+        if pace.clock - pace.sampled >= SAMPLE:
+            pace.sampled = pace.clock
+            pace.samples.append((pace.clock, int(vcpu.cause), *pace.spent))

@@ -1,0 +1,78 @@
+"""Why a vCPU hung in virtual time: what emptied its roots, and what its time went on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from replay.simulate.operations import Cause
+from replay.timing.reference_clock import Spent
+from replay.timing.stalls import Rule, Stall, stalls
+
+OF_ROOTS: Final = (Spent.FAULT, Spent.LOAD, Spent.UNLOAD, Spent.WAIT, Spent.SWITCH)
+_SAID: Final = {
+    Cause.FIRST: "the guest's first touches",
+    Cause.SMI: "an SMI",
+    Cause.RSM: "an SMI",  # its end, after which the guest's own working set is due
+    Cause.CR0_WP: "a write of CR0.WP",
+    Cause.CR0: "a write of CR0",
+    Cause.CR4: "a write of CR4",
+    Cause.EFER: "a write of EFER",
+    Cause.SREGS: "userspace setting registers",
+    Cause.CPUID: "userspace setting CPUID",
+    Cause.EXIT: "an exit that resets the MMU",
+    Cause.MEMSLOT: "an invalidation of all roots",
+    Cause.VM_END: "the VM's end",
+    Cause.OTHER: "a root given up",
+    Cause.POLICY: "a root given up by the policy",
+}
+
+
+@dataclass(frozen=True)
+class SoftHang:
+    """A soft-hang of a vCPU; `cause` emptied its root slots most often in it, `spent` is ns by Spent."""
+
+    begin: int  # ns of virtual time
+    end: int
+    cause: Cause
+    spent: tuple[int, ...]
+
+    @property
+    def ns(self) -> int:
+        return self.end - self.begin
+
+    @property
+    def of_roots(self) -> bool:
+        """Whether most of it went on what root policies decide, not on other exits."""
+        return 2 * sum(self.spent[each] for each in OF_ROOTS) >= self.ns
+
+    @property
+    def why(self) -> str:
+        """What began it."""
+        return _SAID[self.cause] if self.of_roots else "exits that no root policy changes"
+
+
+def soft_hangs(progress: NDArray[np.int64], rule: Rule) -> list[SoftHang]:
+    """The soft-hangs in rows of (clock, Cause of the last unload, *spent until then)."""
+    clock, spent = progress[:, 0], progress[:, 2:]
+    return [_explained(each, clock, progress[:, 1], spent) for each in stalls(clock, spent[:, Spent.GUEST], rule)]
+
+
+def _explained(stall: Stall, clock: NDArray[np.int64], causes: NDArray[np.int64], spent: NDArray[np.int64]) -> SoftHang:
+    first, last = np.searchsorted(clock, [stall.begin, stall.end])
+    cause = np.bincount(causes[first + 1 : last + 1]).argmax()  # each row has the cause of the time before it
+    return SoftHang(stall.begin, stall.end, Cause(int(cause)), tuple((spent[last] - spent[first]).tolist()))
+
+
+def told(hangs: Iterable[SoftHang]) -> str:
+    """What began them, in a phrase: `begun by an SMI`, or the number of each."""
+    counts = Counter(each.why for each in hangs)
+    if len(counts) == 1:
+        (why,) = counts
+        return f"{'each ' if counts[why] > 1 else ''}begun by {why}"
+    return "begun by " + ", ".join(f"{why} ({count:,})" for why, count in counts.most_common())

@@ -1,0 +1,236 @@
+"""What `kvmtrace replay` says of time: a verdict in a sentence for each vCPU, then the figures it rests on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Final
+
+from rich.table import Table
+from rich.text import Text
+
+from replay.plan import Plan
+from replay.timing.reference_clock import Spent
+from replay.timing.soft_hangs import told
+from replay.timing.stalls import watchdogs
+from replay.timing.stuck_rip import Run
+from replay.timing.time_rows import named
+from replay.timing.timed_run import Settings, Timed, VcpuTime, VmTime
+from replay.whatif.smi_rate import Sweep, Swept
+from traces.screen import page, text_of
+from traces.text import printable
+
+WIDTH: Final = 220  # where there is no terminal: nothing is wrapped
+_VMS_SHOWN: Final = 8
+_PRESERVED: Final = ("preserve", "preserve-worker")
+
+
+def facts(times: list[VmTime], settings: Settings) -> dict[str, Any]:
+    """The document's part on time; all times in ns."""
+    return {
+        "rule": {"share": settings.rule.share, "window": settings.rule.window},
+        "vms": [
+            {
+                "vm": vm.vm,
+                "refused": vm.refused,
+                "marked": vm.marked,
+                "began": vm.began,
+                "smis": {"by_guest": vm.driven.by_guest, "by_clock": vm.driven.by_clock, "open": vm.open},
+                "costs": {
+                    name: {"ns": getattr(vm.fitted.costs, name), "from": source, "error": vm.fitted.error.get(name)}
+                    for name, source in vm.fitted.source.items()
+                },
+                "recorded": [sum(spent) for spent in vm.recorded],
+                "recorded_spent": [named(spent) for spent in vm.recorded],
+                "stuck": [{**vars(run), "why": run.why} for run in vm.stuck],
+                "policies": [_policy(outcome) for outcome in vm.outcomes],
+            }
+            for vm in times
+        ],
+    }
+
+
+def render(times: list[VmTime], plan: Plan) -> str:
+    """Plain text where standard output is no terminal."""
+    console = page(WIDTH)
+    for vm in times[:_VMS_SHOWN]:
+        if vm.refused:
+            console.print(Text(f"VM {vm.vm}: no times: {vm.refused}"))
+            continue
+        for line in (*stuck_lines(vm.vm, vm.stuck), *verdicts(vm)):
+            console.print(Text(printable(line), style="bold"), soft_wrap=True)
+        console.print(_table(vm))
+        for line in _trust(vm):
+            console.print(Text(printable(line)), soft_wrap=True)
+    if len(times) > _VMS_SHOWN:
+        console.print(Text(f"... {len(times) - _VMS_SHOWN} more VMs: --json has them"))
+    own = [target.name for target in plan.targets if target.policy is not None]
+    if own:
+        console.print(Text(printable(f"{', '.join(own)}: counted only; policies of users are not timed")))
+    return text_of(console)
+
+
+def verdicts(vm: VmTime) -> Iterator[str]:
+    """One sentence a vCPU and policy: see `compared`."""
+    ends = _ends(vm)
+    for i in range(len(vm.outcomes[0].vcpus) if vm.outcomes else 0):
+        yield from compared({name: (low.vcpus[i], high.vcpus[i]) for name, (low, high) in ends.items()})
+
+
+def base_of(ends: Mapping[str, tuple[VcpuTime, VcpuTime]]) -> str:
+    """The policy that others are held against: the one that keeps roots, or, without it, the quickest."""
+    quickest = min(ends, key=lambda name: ends[name][1].wall)
+    return next((name for name in _PRESERVED if name in ends), quickest)
+
+
+def compared(ends: Mapping[str, tuple[VcpuTime, VcpuTime]]) -> Iterator[str]:
+    """One vCPU under each policy (both ends of an interval, or the same twice): every other one against the base."""
+    base = base_of(ends)
+    for name, (low, high) in ends.items():
+        if name != base:
+            yield f"vCPU {low.id}: {_against(name, low, high, base, ends[base][0])}"
+
+
+def _against(name: str, low: VcpuTime, high: VcpuTime, base: str, other: VcpuTime) -> str:
+    least, most = (each.wall / max(other.wall, 1) for each in (low, high))
+    factor = f"{least:.2f}x" if low is high else f"{least:.2f}x to {most:.2f}x"
+    hangs = [_hangs(low)] if low is high else [_hangs(low), _hangs(high)]
+    if not (low.stalls or high.stalls or other.stalls):
+        return f"{factor} the time under {name} as under {base}; no soft-hang"
+    under = " to ".join(dict.fromkeys(hangs))
+    return f"{factor} the time under {name} as under {base}; under {name} {under}; under {base} {_hangs(other)}"
+
+
+def _hangs(vcpu: VcpuTime) -> str:
+    if not vcpu.stalls:
+        return "no soft-hang"
+    worst = max(vcpu.stalls, key=lambda stall: stall.ns)
+    count = f"{len(vcpu.stalls)} soft-hang{'s' if len(vcpu.stalls) > 1 else ''}"
+    fires = watchdogs(worst.ns)
+    guest = f", long enough for the guest's {' and '.join(fires)} watchdog" if fires else ""
+    longest = f"longest {_time(worst.ns)} ({_time(worst.begin)} to {_time(worst.end)})"
+    return f"{count}, {longest}, {told(vcpu.stalls)}{guest}"
+
+
+def _ends(vm: VmTime) -> dict[str, tuple[Timed, Timed]]:
+    """By policy, its one outcome or both ends."""
+    found: dict[str, tuple[Timed, Timed]] = {}
+    for outcome in vm.outcomes:
+        name = outcome.target.name
+        found[name] = (found[name][0], outcome) if name in found else (outcome, outcome)
+    return found
+
+
+def _table(vm: VmTime) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column(f"VM {vm.vm}")
+    for name in ("vCPU", "time", "from", "to"):
+        table.add_column(name, justify="right")
+    for each in Spent:
+        table.add_column(each.name.lower(), justify="right")
+    for name in ("soft-hangs", "longest"):
+        table.add_column(name, justify="right")
+    for i, recorded in enumerate(vm.recorded):
+        vcpu_id = str(vm.outcomes[0].vcpus[i].id) if vm.outcomes else ""
+        wall = sum(recorded)
+        shares = ("" if on == Spent.SWITCH else f"{ns / wall:.1%}" for on, ns in enumerate(recorded) if wall)
+        table.add_row("as recorded (guest with switch)", vcpu_id, _time(wall), "", "", *shares)
+    for outcome in vm.outcomes:
+        name = outcome.target.name + ("" if outcome.run.bound == "exact" else f", {outcome.run.bound}")
+        for vcpu in outcome.vcpus:
+            low, high = vcpu.band
+            shares = (f"{spent / vcpu.wall:.1%}" if vcpu.wall else "" for spent in vcpu.spent)
+            hangs = (str(len(vcpu.stalls)), _time(vcpu.longest)) if vcpu.stalls else ("", "")
+            table.add_row(printable(name), str(vcpu.id), _time(vcpu.wall), _time(low), _time(high), *shares, *hangs)
+    return table
+
+
+def _trust(vm: VmTime) -> Iterator[str]:
+    if vm.marked:
+        yield f"marked: {vm.marked}"
+    costs = vm.fitted.costs
+    measured = [name for name, source in vm.fitted.source.items() if source.startswith("measured")]
+    assumed: dict[str, list[str]] = {}
+    for name, source in vm.fitted.source.items():
+        if name not in measured:
+            assumed.setdefault(source, []).append(f"{name} {_time(getattr(costs, name))}")
+    yield "costs measured: " + (", ".join(f"{name} {_time(getattr(costs, name))}" for name in measured) or "none")
+    if assumed:
+        yield "costs assumed: " + "; ".join(f"{', '.join(names)} ({source})" for source, names in assumed.items())
+    if vm.driven.by_guest + vm.driven.by_clock:
+        kept = "keep their wall-clock times" if vm.open else "move with the guest's progress"
+        yield (
+            f"SMIs {kept} ({vm.driven.by_guest:,} followed an exit of the guest's own making, "
+            f"{vm.driven.by_clock:,} did not; --smi overrides)"
+        )
+
+
+def sweep_facts(found: dict[int, list[Swept]], sweep: Sweep) -> dict[str, Any]:
+    """The document's part on a sweep: factors by rate, null where the program hangs; rates in SMIs a second."""
+    return {
+        "rates": sweep.rates,
+        "vms": [
+            {"vm": vm, "policies": [{**vars(swept), "limit": swept.limit} for swept in policies]}
+            for vm, policies in found.items()
+        ],
+    }
+
+
+def render_sweep(found: dict[int, list[Swept]], sweep: Sweep) -> str:
+    """For each VM how many times as long its program takes, by rate and policy, and where it tips."""
+    console = page(WIDTH)
+    for vm, policies in found.items():
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+        table.add_column(f"VM {vm}, SMIs a second", justify="right")
+        for swept in policies:
+            table.add_column(printable(swept.policy), justify="right")
+        for i, rate in enumerate(sweep.rates):
+            factors = (swept.factors[i] for swept in policies)
+            table.add_row(f"{rate:,.4g}", *("hangs" if factor is None else f"{factor:,.2f}x" for factor in factors))
+        table.add_row("hangs from", *("-" if swept.tips is None else f"{swept.tips:,.4g}" for swept in policies))
+        table.add_row("arithmetic limit", *(f"{swept.limit:,.4g}" for swept in policies))
+        console.print(table)
+        for swept in policies:
+            parts = f"refill {_time(swept.refill)}, SMI {_time(swept.smi)}"
+            console.print(Text(printable(f"{swept.policy}: each SMI costs {parts}")), soft_wrap=True)
+    console.print(Text("assumed: after each SMI the guest needs every page that is mapped, at once (--refault all)"))
+    return text_of(console)
+
+
+def stuck_lines(vm: int, runs: Iterable[Run]) -> Iterator[str]:
+    """One line for each vCPU that hung in the recording, and whether roots had to do with it."""
+    for run in runs:
+        took = f"{run.exits:,} exits at RIP {run.rip:#x} in {_time(run.until - run.since)}, from row {run.seq:,} on"
+        yield f"vCPU {run.vcpu} of VM {vm} is stuck in the recording: {took}: {run.why}"
+
+
+def _policy(outcome: Timed) -> dict[str, Any]:
+    return {
+        "policy": outcome.target.name,
+        "bound": outcome.run.bound,
+        "jobs": outcome.jobs,
+        "worked": outcome.worked,
+        "vcpus": [
+            {
+                "vcpu": vcpu.id,
+                "wall": vcpu.wall,
+                "band": list(vcpu.band),
+                **named(vcpu.spent),
+                "stalls": [
+                    {"begin": hang.begin, "end": hang.end, "cause": hang.cause.name.lower(), **named(hang.spent)}
+                    for hang in vcpu.stalls
+                ],
+            }
+            for vcpu in outcome.vcpus
+        ],
+    }
+
+
+def _time(ns: int) -> str:
+    """Three figures, in the unit that fits."""
+    for unit, size in (("s", 10**9), ("ms", 10**6), ("us", 10**3)):
+        if ns >= size:
+            value = ns / size
+            return (
+                f"{value:.2f} {unit}" if value < 10 else f"{value:.1f} {unit}" if value < 100 else f"{value:.0f} {unit}"
+            )
+    return f"{ns} ns"

@@ -1,0 +1,208 @@
+"""The compiled clock as Python sees it: `pools.Engine` in virtual time, as `clock.Clock` does it to the ns.
+
+Operations wait in one pool, 64 bytes each, in the order of the stream, until their turn has come. Where only programs
+are (no wall-clock queues) and all vCPUs go on, that is a block's worth. A VM that falls behind the wall clock, or a
+vCPU without operations, makes all the others' wait.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from replay.axes import Axes
+from replay.simulate.core import Core, Timer
+from replay.simulate.engine import Engine, RootLog, Vcpus, grown, make_pool, row_type
+from replay.simulate.operations import Ranges, Word
+from replay.simulate.reference import SLOTS, Counters
+from replay.timing.costs import Costs
+from replay.timing.reference_clock import Spent
+from replay.timing.timed_operations import NEVER, Timed
+from traces.errors import Problem
+
+TODO: Final = np.dtype(
+    [(name, np.int64) for name in ("gfn", "lead", "guest", "cost", "wall", "at")]
+    + [(name, np.uint32) for name in ("op", "was", "next", "guess")]
+)
+PACE: Final = np.dtype(
+    [(name, np.int64) for name in ("clock", "lead", "guest", "inside", "sampled", "guessed")]
+    + [("spent", np.int64, len(Spent))]
+)
+QUEUE: Final = row_type("head", "tail")
+SAMPLED: Final = np.dtype([(name, np.int64) for name in ("vcpu", "clock", "cause")] + [("spent", np.int64, len(Spent))])
+ZAPPED: Final = row_type("leaves", "tables")
+
+_COLUMNS: Final = {
+    "queue": np.int32, "lead": np.int64, "guest": np.int64, "cost": np.int64, "was": np.uint8, "wall": np.int64
+}  # fmt: skip
+
+
+class TimedEngine:
+    """One VM under one policy, timed. `feed` blocks of any size, then `finish`. `engine` is the VM apart from times."""
+
+    def __init__(
+        self,
+        axes: Axes,
+        words: list[Word],
+        vcpus: int,
+        costs: Costs,
+        log: bool = True,
+        core: type[Any] = Core,
+        timer: type[Any] = Timer,
+        rows: tuple[int, int] = (256, 256),
+    ) -> None:
+        """`log`: keep a root log. `rows`: operations and samples that there is memory for at first."""
+        self.engine = Engine(axes, words, vcpus, log, core)
+        self._timer = timer()
+        self._pace = make_pool(vcpus, PACE)
+        self._pace["lead"] = -1
+        self._queue = make_pool(2 * vcpus + 1, QUEUE)
+        self._queue["head"] = self._queue["tail"] = -1
+        # One operation frees no more roots than can be alive, and what it loads itself.
+        puts = len(words) + SLOTS * vcpus + 4
+        self._put = make_pool(puts, ZAPPED)
+        self._todo = make_pool(rows[0], TODO)
+        self._sample = make_pool(rows[1], SAMPLED)
+        self._bounds = np.zeros(2, np.int64)
+        self._begin(axes, costs)
+        pools = (self.engine.rows_of(pool) for pool in (self._queue, self._pace, self._put))
+        self._timer.attach(self.engine.core, *pools, puts)
+        self._attach()
+
+    def feed(self, timed: Timed, ranges: Ranges, first: int = 0) -> None:
+        """Take in operations, and do what can be done before the next ones are known.
+
+        Raises Problem (bad input) for an operation that cannot be, or is in another vCPU's queue, or whose times are
+        negative; nothing of the block is then taken. Raises `model.Violation` where the reference does.
+        """
+        op, gfn = self.engine.check(timed.block, ranges, first)
+        columns = [np.ascontiguousarray(getattr(timed, name), dtype) for name, dtype in _COLUMNS.items()]
+        if any(column.shape != op.shape for column in columns):
+            raise Problem("a timed block is columns of one length")
+        if (at := self._timer.check(op, *columns[:4])) < len(op):
+            queue, lead, guest, cost = (int(column[at]) for column in columns[:4])
+            raise Problem(
+                f"operation {first + at} of vCPU {op[at] >> 16}: queue {queue} of {len(self._queue)}, "
+                f"{lead} ns until it, {guest} of them in the guest, and {cost} for it cannot be"
+            )
+        self._make_room(len(op))
+        self._timer.take(op, gfn, *columns, first, self._add_ranges())
+        self._run(timed.until, False)
+
+    def finish(self) -> None:
+        """There are no more operations. The wall clock's are done until every program is at its end."""
+        self._run(NEVER, True)
+
+    # What comes out: times are ns
+
+    @property
+    def clock(self) -> NDArray[np.int64]:
+        """How far each vCPU is."""
+        clock: NDArray[np.int64] = self._pace["clock"].copy()
+        return clock
+
+    @property
+    def spent(self) -> NDArray[np.int64]:
+        """What it went on: a row a vCPU, a column each of `Spent`."""
+        spent: NDArray[np.int64] = self._pace["spent"].copy()
+        return spent
+
+    @property
+    def samples(self) -> list[NDArray[np.int64]]:
+        """Each vCPU's progress: rows of (clock, Cause of its last unload, *spent until then)."""
+        rows = self._sample[: self._timer.samples]
+        table = np.column_stack([rows["clock"], rows["cause"], rows["spent"]])
+        return [table[rows["vcpu"] == vcpu] for vcpu in range(len(self._pace))]
+
+    @property
+    def causes(self) -> NDArray[np.int64]:
+        """The Cause of each vCPU's last unload, as it is now."""
+        return self.engine.causes
+
+    @property
+    def worker(self) -> int:
+        """Until when the zap worker is at it."""
+        return int(self._timer.worker)
+
+    @property
+    def locked(self) -> int:
+        """Until when someone has mmu_lock for write."""
+        return int(self._timer.locked)
+
+    @property
+    def shared(self) -> int:
+        """Until when someone has it for read, the worker apart."""
+        return int(self._timer.shared)
+
+    @property
+    def worked(self) -> int:
+        """What the zap worker took in all."""
+        return int(self._timer.worked)
+
+    @property
+    def jobs(self) -> int:
+        """How often it was given work."""
+        return int(self._timer.jobs)
+
+    @property
+    def vcpus(self) -> Vcpus:
+        """Counts by vCPU, as they are now."""
+        return self.engine.vcpus
+
+    @property
+    def counters(self) -> Counters:
+        """Counts of the VM, as they are now."""
+        return self.engine.counters
+
+    def take_log(self) -> RootLog:
+        """What the root log holds since it was last taken."""
+        return self.engine.take_log()
+
+    # How it is done
+
+    def _begin(self, axes: Axes, costs: Costs) -> None:
+        timer = self._timer
+        for field in fields(Costs):
+            setattr(timer, field.name, getattr(costs, field.name))
+        timer.loads_share = axes.loads_share
+        timer.faults_share = axes.faults_share
+        timer.inline = axes.teardown == "inline"
+        timer.by_worker = axes.teardown == "worker"
+        for name in ("todos", "samples", "begun", "worker", "locked", "shared", "worked", "jobs"):
+            setattr(timer, name, 0)
+
+    def _attach(self) -> None:
+        self._timer.attach_todo(self.engine.rows_of(self._todo), len(self._todo))
+        self._timer.attach_samples(self.engine.rows_of(self._sample), len(self._sample))
+
+    def _run(self, until: int, final: bool) -> None:
+        while self._timer.run(self._bounds, until, final):
+            self.engine.go_on()
+            if self._timer.samples == len(self._sample):
+                self._sample = grown(self._sample, 2 * len(self._sample))
+                self._attach()
+
+    def _make_room(self, count: int) -> None:
+        """For so many operations more: over the rows of those that are done, if they are half of all."""
+        held = self._queue["head"] >= 0
+        end = int(self._timer.todos)
+        begin = int(self._queue["head"][held].min()) if held.any() else end
+        if 2 * begin >= end:
+            self._todo[: end - begin] = self._todo[begin:end]
+            for name in ("head", "tail"):
+                self._queue[name][held] -= begin
+            self._timer.todos = end = end - begin
+        if end + count > len(self._todo):
+            self._todo = grown(self._todo, max(2 * len(self._todo), end + count))
+            self._attach()
+
+    def _add_ranges(self) -> int:
+        """The number of the first range of the block that has just been checked; what none waits for is forgotten."""
+        if self._timer.todos == 0:
+            self._bounds = self.engine.bounds
+            return 0
+        self._bounds = np.concatenate([self._bounds, self.engine.bounds])
+        return len(self._bounds) // 2 - len(self.engine.bounds) // 2

@@ -1,0 +1,245 @@
+"""`kvmtrace validate`: does the model do what the recorded kernel did, event for event?"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+from replay.axes import NAMED, PRESERVE, SYNC, SYNC_RW, Axes
+from replay.validate import expect, shadow_driver
+from replay.validate.direct_shadow import ShadowKernel
+from replay.validate.kernel_steps import Kernel
+from replay.validate.row_tuples import Row, rows_of
+from replay.validate.shapes import Shape, shape_of
+from replay.validate.threads import RESPONSES, Divergence, Lockstep, Tally
+from traces.errors import Problem
+from traces.metadata import Metadata
+from traces.reader import Trace
+
+# What a recording must have watched, so that the model knows when slots are filled and emptied.
+_NEEDED: Final = {
+    "tdp": ("kvm_mmu_get_page", "kvm_mmu_set_spte", "kvm_page_fault", "mmu_load", "mmu_free_roots", "root_put"),
+    "shadow": ("kvm_mmu_get_page", "kvm_mmu_set_spte", "kvm_page_fault", "mmu_load", "mmu_free_roots"),
+    "paged": ("kvm_mmu_get_page", "kvm_mmu_prepare_zap_page"),
+}
+_ZAPS: Final = ("kvm_tdp_mmu_spte_changed", "kvm_mmu_prepare_zap_page", "zap_root_begin", "zap_root_end")
+_AXES: Final = {"preserve-inline": PRESERVE}  # the recorder's names, where they are not the axes' own
+_PROGRESS: Final = 1 << 17  # rows
+
+
+@dataclass(frozen=True)
+class VmReport:
+    """One VM's outcome. `left` counts removed tables that were never freed, and roots still alive at the end."""
+
+    vm: int
+    tallies: Mapping[str, Tally]
+    first: Divergence | None
+    left: int
+    inferred: int
+    learned: int
+    skipped: str = ""  # why it was not validated; empty if it was
+    until: str = ""  # why it was validated only to some point; empty if to the end
+    taken: Mapping[str, int] = field(default_factory=dict)  # by what it is: taken from the recording, not foretold
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `validate` found."""
+
+    path: Path
+    kernel: str
+    policy: str
+    vms: list[VmReport]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def tallies(self) -> dict[str, Tally]:
+        """Over all VMs, by kind."""
+        total: dict[str, Tally] = {}
+        for vm in self.vms:
+            for kind, tally in vm.tallies.items():
+                sum_ = total.setdefault(kind, Tally())
+                sum_.reproduced += tally.reproduced
+                sum_.wrong += tally.wrong
+                sum_.missing += tally.missing
+        return dict(sorted(total.items(), key=lambda item: -item[1].reproduced))
+
+    @property
+    def expected(self) -> int:
+        """Responses recorded, and foretold ones that never came."""
+        return sum(t.reproduced + t.wrong + t.missing for t in self.tallies.values())
+
+    @property
+    def reproduced(self) -> int:
+        return sum(t.reproduced for t in self.tallies.values())
+
+    @property
+    def left(self) -> int:
+        return sum(vm.left for vm in self.vms)
+
+    @property
+    def complete(self) -> bool:
+        """Every VM was validated from its creation to its end."""
+        return not any(vm.skipped or vm.until for vm in self.vms)
+
+    @property
+    def holds(self) -> bool:
+        """Every response as foretold, and nothing left at a VM's end."""
+        return self.reproduced == self.expected and not self.left
+
+
+def validate(path: Path, policy: str = "") -> Report:
+    """Replay a recording under its own policy (or `policy`), in lock-step.
+
+    Raises Problem where there is nothing that could be validated.
+    """
+    trace = Trace.open(path)
+    meta = trace.metadata
+    policy = policy or meta.policy
+    shape = shape_of(meta.kernel)
+    axes = axes_of(policy, shape)
+    if shape is None or axes is None:
+        what = f"kernel {meta.kernel or 'unknown'}, root policy {policy or 'unknown'}"
+        raise Problem(f"{path}: cannot be validated: {what}; record it with `kvmtrace record` on 5.10 or later")
+    unseen = _unseen(meta)
+    follows = shadow_driver.is_paged(meta) and axes.mmu == "shadow"
+    needed = _NEEDED["paged" if follows else axes.mmu] + (_ZAPS if axes.mmu == "tdp" and shape.changes else ())
+    lacking = [kind for kind in needed if kind in unseen]
+    if lacking:
+        why = unseen[lacking[0]] or "its probe did not attach"
+        raise Problem(f"{path}: cannot be validated: {', '.join(lacking)} not recorded ({why})")
+    cut = _cut(meta)
+    vms = [_vm(trace, vm, None if follows else axes, shape, cut) for vm in meta.vms]
+    blind = shadow_driver.blind(meta) if follows else [kind for kind in unseen if kind in RESPONSES]
+    report = Report(path, meta.kernel, policy, vms, _notes(blind, vms))
+    if not report.expected:
+        whys = [why for vm in vms for why in (vm.skipped, vm.until) if why]
+        raise Problem(f"{path}: cannot be validated: {whys[0] if whys else 'it has no VM'}")
+    return report
+
+
+def axes_of(policy: str, shape: Shape | None) -> Axes | None:
+    """The axes of a recorded policy's name, on a kernel of that shape."""
+    if policy == "sync":
+        return SYNC if shape is not None and not shape.changes else SYNC_RW
+    return _AXES.get(policy) or NAMED.get(policy)
+
+
+def machine_of(meta: Metadata, axes: Axes, shape: Shape) -> Kernel:
+    """An empty machine for one VM of a recording."""
+    layout = meta.raw["layout"]
+    role, spte = layout["role"], layout["spte"]
+    guest = {}
+    if shape.guest_bits:
+        nx = role.get("nxe") or role["efer_nx"]
+        guest = {"wp_bit": 1 << role["cr0_wp"][0], "nx_bit": 1 << nx[0]}
+    return (ShadowKernel if axes.mmu == "shadow" else Kernel)(
+        axes=axes,
+        shape=shape,
+        vendor=meta.raw["host"].get("vendor", ""),
+        nothing=expect.word("nothing", spte["nonpresent"]),
+        frozen=expect.word("frozen", spte["frozen"]),
+        invalid_bit=1 << role["invalid"][0],
+        smm_bit=1 << role["smm"][0],
+        **guest,
+    )
+
+
+def _vm(trace: Trace, vm: Mapping[str, Any], axes: Axes | None, shape: Shape, cut: int | None) -> VmReport:
+    """One VM. `axes`: None where its roots follow its own page tables."""
+    number = int(vm["id"])
+    if vm["origin"] != "created":
+        why = f"VM {number} was running before the recording began: what it had mapped is not known"
+        return VmReport(number, {}, None, 0, 0, 0, skipped=why)
+    rows = _Stretch(rows_of(trace, number), cut)
+    try:
+        lockstep: Lockstep | shadow_driver.Paged
+        if axes is None:
+            lockstep = shadow_driver.paged_of(trace, number, shape)
+        else:
+            lockstep = Lockstep(machine_of(trace.metadata, axes, shape))
+    except (KeyError, IndexError, TypeError) as error:
+        raise Problem(f"{trace.path}: cannot be validated: its metadata has no layout of {error}") from None
+    lockstep.run(_shown(rows, number))
+    if not rows.stopped:
+        lockstep.finish()
+    ended = lockstep.ended and not rows.stopped
+    left = lockstep.left("table_free" in trace.metadata.kinds) if ended else 0
+    until = "events were lost; validated up to the first loss" if rows.stopped else ""
+    if not until and not ended:
+        until = "the VM was not destroyed in the recording; what it would leave is not known"
+    found = VmReport(number, lockstep.tallies, lockstep.first, left, 0, 0, until=until)
+    if isinstance(lockstep, shadow_driver.Paged):
+        return replace(found, taken=lockstep.taken)
+    return replace(found, inferred=lockstep.machine.inferred, learned=lockstep.machine.learned)
+
+
+class _Stretch:
+    """Rows up to the first loss: after it, a divergence may be the recorder's."""
+
+    def __init__(self, rows: Iterator[Row], until: int | None) -> None:
+        self._rows = rows
+        self._until = until
+        self.stopped = False
+
+    def __iter__(self) -> Iterator[Row]:
+        for row in self._rows:
+            if self._until is not None and row.time >= self._until:
+                self.stopped = True
+                return
+            yield row
+
+
+def _shown(rows: Iterable[Row], vm: int) -> Iterator[Row]:
+    """Rows, with progress on a terminal."""
+    terminal = sys.stderr.isatty()
+    began = time.monotonic()
+    for count, row in enumerate(rows):
+        if terminal and count % _PROGRESS == 0 and time.monotonic() - began > 1:
+            print(f"\rVM {vm}: {count:,} rows validated", end="", file=sys.stderr, flush=True)
+        yield row
+    if terminal and time.monotonic() - began > 1:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def _cut(meta: Metadata) -> int | None:
+    """When the first event was lost (boot ns); None if none was."""
+    times = [int(gap["since"]) for gap in meta.gaps]
+    if meta.raw.get("cut", {}).get("rows_missing") or (meta.lost and not times):
+        return 0
+    return min(times, default=None)
+
+
+def _unseen(meta: Metadata) -> dict[str, str]:
+    """Kinds that no probe watched, with the reason."""
+    return {
+        str(probe.get("kind")): str(probe.get("why", ""))
+        for probe in meta.probes
+        if probe.get("how") == "none" and probe.get("kind") not in meta.kinds
+    }
+
+
+def _notes(blind: Iterable[str], vms: list[VmReport]) -> list[str]:
+    notes = []
+    if blind := sorted(blind):
+        notes.append(f"not observable in this recording, hence not compared: {', '.join(blind)}")
+    for what in dict.fromkeys(what for vm in vms for what in vm.taken):
+        notes.append(f"taken from the recording, not foretold: {sum(vm.taken.get(what, 0) for vm in vms):,} {what}")
+    inferred = sum(vm.inferred for vm in vms)
+    if inferred:
+        notes.append(
+            f"{inferred:,} removals inferred: this kernel shows no notifier, and faulted on pages the model still held"
+        )
+    learned = sum(vm.learned for vm in vms)
+    if learned:
+        notes.append(
+            f"{learned:,} loads whose role word was taken from the recording, not foretold: a VM's first, and those "
+            "after a CR0 or EFER write of which the recording lacks the value"
+        )
+    for vm in vms:
+        notes += [f"VM {vm.vm}: {why}" for why in (vm.skipped, vm.until) if why]
+    return notes

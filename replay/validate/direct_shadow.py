@@ -1,0 +1,223 @@
+"""What KVM's shadow MMU does step by step in direct mode (`kvm.tdp_mmu=0`): a VM's pages in one hash, roots among them.
+
+Section 7 of the reference document. Few of its steps have an event: links, removals by notifiers and write protection
+are silent, and show only in which later faults find what.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from replay.simulate import page_table
+from replay.simulate.operations import PREFETCH
+from replay.simulate.page_table import Table
+from replay.simulate.reference import CURRENT, Root, Vcpu
+from replay.validate import expect
+from replay.validate.expect import Activity, Expect
+from replay.validate.kernel_steps import Kernel
+from replay.validate.roots import top_level
+from replay.validate.shapes import PRESENT, WRITABLE, pfn
+from replay.validate.vm_state import Slot
+
+
+@dataclass(eq=False)
+class Page:
+    """A kvm_mmu_page: its table, role word, and the entries that point to it. `root` if it was ever loaded."""
+
+    table: Table
+    role: int
+    parents: list[tuple[Table, int]] = field(default_factory=list)
+    root: Root | None = None
+
+
+@dataclass
+class ShadowKernel(Kernel):
+    """As `Kernel`, with the shadow MMU. `pages` are the active ones, the oldest first."""
+
+    pages: list[Page] = field(default_factory=list)
+
+    def child_role(self, root: Root, level: int) -> int:
+        return (self.words[root.word] & ~15) | level
+
+    @property
+    def fast(self) -> bool:
+        return True
+
+    def find(self, gfn: int, role: int) -> Page | None:
+        """The active page of this gfn and role word."""
+        return next((page for page in self.pages if page.role == role and page.table.gfn == gfn), None)
+
+    def load(self, vcpu: Vcpu) -> Activity:
+        """mmu_alloc_direct_roots: the page of gfn 0 and the vCPU's role word, found in the hash or created."""
+        word = self.word_of(vcpu)
+        page = self.find(0, word) if word else None
+        found = page.root if page is not None else None
+        want = {"gfn": 0, "role": self.role_of(vcpu, word)}
+        if word:
+            want |= {"flags": int(page is None), "refs": found.refs if found else 0}
+        if found is not None:
+            want["root"] = self.name(found)
+        row = yield Expect("kvm_mmu_get_page", want, agrees=top_level)
+        assert row is not None
+        self.learned += not word
+        if page is None and not word:
+            page = self.find(0, row.role)
+            found = page.root if page is not None else None
+            if found is not None:
+                self.guest[vcpu.index] = row.role & self.guest_bits
+        if found is None:
+            found = self.new_root(vcpu, row.role, row.root, row.table)
+            found.refs = 0
+            self.pages.append(Page(found.top, row.role, root=found))
+        found.refs += 1
+        vcpu.slots[CURRENT] = found
+        yield None
+        yield Expect("mmu_load", {"root": self.name(found), "role": self.words[found.word], "ret": 0})
+        yield None
+
+    def put(self, root: Root) -> Activity:
+        """mmu_free_root_page: a root that nobody has loaded stays in the hash, unless it was zapped meanwhile."""
+        role = self.role(root)
+        yield Expect("root_put", {"root": self.name(root), "role": role, "refs": root.refs})
+        root.refs -= 1
+        yield None
+        if root.refs == 0 and not root.valid:
+            want = {"root": self.name(root), "role": role, "level": root.top.level, "gfn": 0, "table": root.top.frame}
+            yield Expect("kvm_mmu_prepare_zap_page", {**want, "refs": 0})
+            self.roots.remove(root)
+            yield None
+
+    def invalidate(self) -> Activity:
+        """kvm_mmu_zap_all_fast: every page is obsolete and zapped, the oldest first."""
+        self.sequence += 1
+        return self.zap_pages(list(self.pages))
+
+    def zap_all(self) -> Activity:
+        """kvm_mmu_zap_all: the newest first."""
+        self.sequence += 1
+        return self.zap_pages(self.pages[::-1])
+
+    def zap_pages(self, pages: list[Page]) -> Activity:
+        """__kvm_mmu_prepare_zap_page of each: a loaded root becomes invalid and stays until its last put."""
+        for page in pages:
+            refs = page.root.refs if page.root is not None else 0
+            want = {"role": page.role, "level": page.table.level, "gfn": page.table.gfn, "table": page.table.frame}
+            yield Expect("kvm_mmu_prepare_zap_page", {**want, "refs": refs})
+            self.pages.remove(page)
+            for table, at in page.parents:
+                if table.entries.get(at) is page.table:
+                    del table.entries[at]
+            page.table.entries.clear()
+            if page.root is not None:
+                page.root.valid = False
+                if not refs:
+                    self.roots.remove(page.root)
+            yield None
+
+    def zap_invalidated(self) -> Activity:
+        return _silent()
+
+    def map(self, root: Root, gfn: int, goal: int, frame: int, unseen: bool = False) -> Activity:
+        """direct_map: pages from the hash or new ones downwards, the leaf, and neighbours that the host has at hand."""
+        table = root.top
+        while table.level > goal:
+            at = page_table.index(gfn, table.level)
+            below = table.entries.get(at)
+            if isinstance(below, Table):
+                table = below
+                continue
+            level = table.level - 1
+            role = self.child_role(root, level)
+            start = gfn & -(page_table.span(level) * page_table.ENTRIES)
+            page = self.find(start, role)
+            want = {"role": role, "level": level, "gfn": start, "flags": int(page is None)}
+            if page is not None:
+                want["table"] = page.table.frame
+            row = yield Expect("kvm_mmu_get_page", want)
+            assert row is not None
+            if page is None:
+                page = Page(Table(level, gfn, row.table), role)
+                self.pages.append(page)
+            table.entries[at] = page.table
+            page.parents.append((table, at))
+            yield None
+            table = page.table
+        yield from self.install(root, table, gfn, frame)
+
+    def install(self, root: Root, table: Table, gfn: int, frame: int) -> Activity:
+        """mmu_set_spte, then direct_pte_prefetch: of the aligned group of 8 what is absent, if the host has it."""
+        at = page_table.index(gfn, table.level)
+        if self.slot_of(self.as_id(root), gfn) is None:
+            yield Expect("mark_mmio_spte", {"root": self.name(root), "gfn": gfn})
+            table.entries[at] = 1  # not PRESENT; its word has no event, but for 5.10
+            yield None
+            if not self.shape.changes:
+                yield Expect("kvm_mmu_set_spte", {"gfn": gfn, "new": expect.any_mmio(), "table": table.frame})
+                yield None
+            return
+        frame &= -page_table.span(table.level)
+        before = table.entries.get(at)
+        same = isinstance(before, int) and bool(before & PRESENT) and pfn(before) == frame
+        place = {"root": self.name(root), "level": table.level}
+        want = {**place, "gfn": table.gfn_of(at), "new": self.page(frame), "table": table.frame}
+        row = yield Expect("kvm_mmu_set_spte", want, optional=same)
+        if row is None:
+            return
+        table.entries[at] = row.new
+        yield None
+        base = at & -PREFETCH
+        for near in range(base, base + PREFETCH) if table.level == 1 else ():
+            if near in table.entries or self.slot_of(self.as_id(root), table.gfn_of(near)) is None:
+                continue
+            want = {**place, "gfn": table.gfn_of(near), "table": table.frame}
+            row = yield Expect("kvm_mmu_set_spte", want, optional=True)
+            if row is not None:
+                table.entries[near] = row.new
+                yield None
+
+    def mmio(self, table: Table, at: int) -> expect.Spte:
+        return expect.any_mmio()
+
+    def unmap(self, start: int, end: int) -> Activity:
+        """A notifier zaps what the reverse maps of the range hold; nothing shows it."""
+        self.sequence += 1
+        for slot, first, last in self.overlaps(start, end):
+            for table, at in self.leaves(slot.as_id, first, last):
+                del table.entries[at]
+        return _silent()
+
+    def leaves(self, as_id: int, start: int, end: int) -> list[tuple[Table, int]]:
+        """Present leaves in [start, end) of an address space."""
+        return [
+            (page.table, at)
+            for page in self.pages
+            if bool(page.role & self.smm_bit) == bool(as_id)
+            for at, entry in list(page.table.entries.items())
+            if isinstance(entry, int) and entry & PRESENT and start <= page.table.gfn_of(at) < end
+        ]
+
+    def log_on(self, slot: Slot) -> Activity:
+        """Write protection of a slot that is logged from now on; nothing shows it."""
+        self.protect(slot)
+        return _silent()
+
+    def log_off(self, slot: Slot) -> Activity:
+        return _silent()
+
+    def protect(self, slot: Slot) -> None:
+        """Each leaf of the slot loses its W bit."""
+        for table, at in self.leaves(slot.as_id, slot.gfn, slot.end):
+            entry = table.entries[at]
+            assert isinstance(entry, int)
+            table.entries[at] = entry & ~WRITABLE
+
+    def read_dirty_log(self) -> None:
+        """KVM_GET_DIRTY_LOG, of which slot the trace does not say: what is logged is write-protected again."""
+        for slot in self.slots.values():
+            if slot.logged:
+                self.protect(slot)
+
+
+def _silent() -> Activity:
+    """What is done at once and shows no event."""
+    yield from ()

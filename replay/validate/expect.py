@@ -1,0 +1,86 @@
+"""What the model expects a thread to show next, and whether what it showed fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from typing import Any
+
+from replay.validate.row_tuples import Row
+from replay.validate.shapes import PRESENT, pfn, same_leaf
+
+
+@dataclass(frozen=True)
+class Spte:
+    """An SPTE as the model knows it, to hold against a recorded word."""
+
+    what: str
+    fits: Callable[[int], bool]
+
+    def __repr__(self) -> str:
+        return self.what
+
+
+def word(what: str, wanted: int) -> Spte:
+    """One of the kernel's own words: for an entry that maps nothing, or one whose table is being removed."""
+    return Spte(what, lambda got: got == wanted)
+
+
+def to_table(frame: int) -> Spte:
+    """A pointer to the table in page frame `frame`."""
+    return Spte(f"table {frame:#x}", lambda got: bool(got & PRESENT) and pfn(got) == frame)
+
+
+def to_page(frame: int) -> Spte:
+    """A leaf that maps page frame `frame`."""
+    return Spte(f"leaf of page {frame:#x}", lambda got: bool(got & PRESENT) and pfn(got) == frame)
+
+
+def leaf(spte: int, vendor: str) -> Spte:
+    """The very leaf installed before, but for accessed and dirty bits."""
+    return Spte(f"leaf {spte:#x}", lambda got: same_leaf(spte, got, vendor))
+
+
+def any_mmio() -> Spte:
+    """An MMIO SPTE: not present, not empty."""
+    return Spte("MMIO", lambda got: got != 0 and not got & PRESENT)
+
+
+@dataclass(frozen=True)
+class Expect:
+    """The next row of a thread: its kind, and by column what it must hold (a value, or an Spte).
+
+    `optional`: what follows may come without it. `may_stop`: the activity may end before it.
+    """
+
+    kind: str
+    want: dict[str, Any] = field(default_factory=dict)
+    optional: bool = False
+    may_stop: bool = False
+    agrees: Callable[[Row], bool] | None = None  # what must hold between the row's own columns
+
+    def misfit(self, row: Row) -> str:
+        """Why a row is not the expected one; empty if it is."""
+        if row.kind != self.kind:
+            return f"{self.kind} expected, {row.kind} recorded"
+        for column, wanted in self.want.items():
+            got = getattr(row, column)
+            if column == "root" and got == 0:
+                continue  # the recorder could not tell the root
+            if not (wanted.fits(got) if isinstance(wanted, Spte) else wanted == got):
+                return f"{column} {_text(wanted, column)} expected, {_text(got, column)} recorded"
+        return "" if self.agrees is None or self.agrees(row) else "columns that contradict each other recorded"
+
+    def __str__(self) -> str:
+        return " ".join([self.kind, *(f"{column}={_text(w, column)}" for column, w in self.want.items())])
+
+
+# An activity of one thread: it yields what it expects, is sent the row that fitted, changes the model, and yields None
+# to wait for the thread's next row, so that other threads' changes in between are seen.
+Activity = Generator[Expect | None, Row | None, None]
+
+
+def _text(value: Any, column: str) -> str:
+    if isinstance(value, int) and column in ("old", "new", "role", "table", "addr", "code", "value"):
+        return f"{value:#x}"
+    return repr(value) if isinstance(value, Spte) else str(value)

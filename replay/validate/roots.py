@@ -1,0 +1,174 @@
+"""The steps of a root's life: load, unload, put, invalidation (sections 2 and 3 of the reference document)."""
+
+from __future__ import annotations
+
+from replay.simulate.page_table import Table
+from replay.simulate.reference import CURRENT, Root, Vcpu
+from replay.validate.expect import Activity, Expect, Spte
+from replay.validate.row_tuples import Row
+from replay.validate.zap_steps import Zaps
+
+
+class Roots(Zaps):
+    """Who holds a root, and what its last reference brings about."""
+
+    def load(self, vcpu: Vcpu) -> Activity:
+        """kvm_mmu_load: the valid root of the vCPU's role word, or a new one."""
+        word = self.word_of(vcpu)
+        root = None
+        for other in self.held(only_valid=True):
+            if self.words[other.word] == word:
+                root = other  # the reference is the slot's from now on
+                break
+            if self.shape.search_puts:
+                yield from self.put(other)
+            else:
+                other.refs -= 1
+        role: int | Spte = self.role_of(vcpu, word)
+        self.learned += not word
+        if root is None and self.shape.root_get_page:
+            row = yield Expect("kvm_mmu_get_page", {"gfn": 0, "flags": 1, "role": role}, agrees=top_level)
+            assert row is not None
+            root = self.new_root(vcpu, row.role, row.root, row.table)
+            role = row.role
+            yield None
+        want = {"role": role} if root is None else {"role": role, "root": self.name(root), "refs": root.refs}
+        row = yield Expect("root_get", want, agrees=lambda got: got.refs == self.refs_after(root, got.role))
+        assert row is not None
+        if root is None and not word:
+            root = self.valid(row.role)
+            if root is not None:
+                root.refs += 1
+                self.guest[vcpu.index] = row.role & self.guest_bits
+        root = root or self.new_root(vcpu, row.role, row.root, 0)
+        vcpu.slots[CURRENT] = root
+        yield None
+        yield Expect("mmu_load", {"root": self.name(root), "role": self.words[root.word], "ret": 0})
+        yield None
+
+    def refs_after(self, root: Root | None, role: int) -> int:
+        """References after a load of a role word, which found `root`, or what the word leads to."""
+        if root is not None:
+            return root.refs
+        found = self.valid(role)
+        return self.first_refs if found is None else found.refs + 1
+
+    @property
+    def first_refs(self) -> int:
+        """References on a root just built: the slot's, and the VM's own."""
+        return 1 + self.axes.own_reference
+
+    def role_of(self, vcpu: Vcpu, word: int) -> int | Spte:
+        """What the role word of a load must be, as far as it is known."""
+        if word or self.base is None:
+            return word or Spte("a role word", lambda got: True)
+        known = self.base | (self.smm_bit if vcpu.index in self.smm else 0)
+        return Spte(f"{known:#x} with any guest bits", lambda got: got & ~self.guest_bits == known)
+
+    def new_root(self, vcpu: Vcpu, word: int, name: int, frame: int) -> Root:
+        """A root that the kernel has just built."""
+        if vcpu.index not in self.guest and vcpu.index not in self.smm:
+            self.guest[vcpu.index] = word & self.guest_bits
+        if self.base is None:
+            self.base = word & ~self.smm_bit & ~self.guest_bits
+        if word not in self.words.values():
+            self.words[len(self.words)] = word
+        index = next(i for i, w in self.words.items() if w == word)
+        root = Root(self._ids, index, Table(word & 15, 0, frame), self.first_refs)
+        self._ids += 1
+        self.roots.insert(0, root)
+        self.recorded[name] = root
+        self.names[root.id] = name
+        self.frames[root.id] = frame
+        return root
+
+    def free_slots(self, vcpu: Vcpu, mask: int) -> Activity:
+        """kvm_mmu_free_roots (2.1): previous slots in order, then the current one."""
+        for i in (1, 2, 3, CURRENT):
+            root = vcpu.slots[i]
+            if root is not None and mask >> i & 1:
+                vcpu.slots[i] = None
+                yield from self.put(root)
+
+    def put(self, root: Root) -> Activity:
+        """One reference less; what the last one brings about is the policy (3.1 to 3.5)."""
+        row = yield Expect("root_put", {"root": self.name(root), "role": self.role(root), "refs": root.refs})
+        assert row is not None
+        self.frames[root.id] = row.table
+        root.refs -= 1
+        if root.refs == 0:
+            if root.valid and self.axes.teardown == "worker":
+                root.valid = False
+                root.refs = 1
+                self.queued.append(root)
+            elif root.valid and self.axes.teardown == "inline":
+                self.roots.remove(root)
+                yield None
+                yield from self.zap_inline(root)
+                return
+            else:
+                self.gone(root)
+        yield None
+
+    def gone(self, root: Root) -> None:
+        """Off the list; its page is freed after a grace period."""
+        self.roots.remove(root)
+        self.removed[self.frames[root.id]] = (self.role(root), root.top.level, 0)
+
+    def zap_inline(self, root: Root) -> Activity:
+        """kvm_tdp_mmu_free_root (3.1): the last putter zaps the tree and frees the page."""
+        yield Expect("zap_root_begin", {"root": self.name(root), "role": self.words[root.word]})
+        root.top.entries.clear()
+        yield None
+        freed = {"root": self.name(root), "role": 0, "level": 0, "gfn": 0}  # a bare page: its struct is gone
+        yield Expect("table_free", {**freed, "table": self.frames[root.id]})
+        yield None
+        yield Expect("zap_root_end")
+        yield None
+
+    def invalidate(self) -> Activity | None:
+        """Every valid root is marked (3.3 to 3.5), or emptied (3.1)."""
+        self.sequence += 1
+        for root in self.roots:
+            if self.axes.invalidate == "empty":
+                root.top.entries.clear()
+            elif root.valid:
+                root.valid = False
+                if self.axes.teardown == "worker":
+                    root.refs += not self.axes.own_reference
+                    self.queued.append(root)
+                else:
+                    self.scheduled.add(root.id)
+        return None
+
+    def worker(self, root: Root) -> Activity:
+        """tdp_mmu_zap_root_work: zap one queued root, put the reference it came with."""
+        self.queued.remove(root)
+        yield from self.zap_root(root, shared=True)
+        yield from self.put(root)
+
+    def zap_invalidated(self) -> Activity:
+        """kvm_tdp_mmu_zap_invalidated_roots (3.5): roots visited newest first, each with a reference meanwhile."""
+        shared = not (self.destroyed and self.shape.ends_exclusively)
+        for root in self.held():
+            if root.id in self.scheduled:
+                self.scheduled.discard(root.id)
+                yield from self.zap_root(root, shared)
+                yield from self.put(root)
+            yield from self.put(root)
+
+    def zap_all(self) -> Activity:
+        """kvm_tdp_mmu_zap_all: every root is emptied under mmu_lock held for write; none is invalidated."""
+        self.sequence += 1
+        for root in self.held():
+            if self.shape.changes:
+                yield from self.zap_root(root, shared=False)
+                yield from self.put(root)
+            else:
+                root.refs -= 1
+                root.top.entries.clear()
+
+
+def top_level(row: Row) -> bool:
+    """A root's level is its role's."""
+    return row.level == row.role & 15

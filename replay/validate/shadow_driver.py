@@ -1,0 +1,274 @@
+"""A recording of shadow paging and the model of its pages in lock-step, thread by thread."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+from replay.simulate.reference import CURRENT
+from replay.validate.expect import Activity
+from replay.validate.row_tuples import Row
+from replay.validate.shadow_model import Pages
+from replay.validate.shadow_state import PAE, Leaf, Page
+from replay.validate.shapes import Shape
+from replay.validate.threads import Thread, Threads
+from traces.metadata import Metadata
+from traces.reader import Trace
+
+_OFF: Final = ("N", "0")
+_SET_NR_MMU_PAGES: Final = 0xAE44
+# What shows that a vCPU still runs: zaps after the last of these are those of the VM's end.
+_RUNNING: Final = (
+    "kvm_mmu_get_page", "kvm_mmu_zap_all_fast", "kvm_page_fault", "kvm_entry", "kvm_exit", "kvm_userspace_exit",
+    "kvm_mmu_pagetable_walk", "kvm_emulate_insn", "mmu_load", "new_pgd",
+)  # fmt: skip
+# Of the host, in the middle of whatever the thread does.
+_ASIDE: Final = ("kvm_unmap_hva_range", "kvm_set_spte_hva", "kvm_age_hva", "kvm_test_age_hva")
+_STRETCH: Final = ("kvm_page_fault", "kvm_entry", "kvm_exit", "kvm_userspace_exit", "mmu_free_roots", "mmu_load")
+COMPARED: Final = (
+    "kvm_mmu_get_page",
+    "kvm_mmu_prepare_zap_page",
+    "kvm_mmu_sync_page",
+    "kvm_mmu_unsync_page",
+    "kvm_mmu_set_spte",
+    "mmu_load",
+    "mmu_free_roots",
+    "root_put",
+)
+_NONE: Final = -1  # the vCPU of a thread that has made none yet, or whose first is being made
+# Without these nothing is known of who holds a root.
+_COUNTING: Final = ("mmu_load", "mmu_free_roots", "root_put", "new_pgd")
+
+
+def is_paged(meta: Metadata) -> bool:
+    """Whether roots follow the guest's page tables: nested paging is off, or the host has none (software KVM)."""
+    modules = meta.raw.get("modules")
+    if meta.policy != "shadow" or not isinstance(modules, dict):
+        return False
+    vendors = [modules[name] for name in ("kvm_amd", "kvm_intel") if isinstance(modules.get(name), dict)]
+    off = any(values.get(name) in _OFF for values in vendors for name in ("npt", "ept"))
+    return off or (not vendors and "kvm" in modules)
+
+
+def pages_of(meta: Metadata, shape: Shape, vm: int) -> Pages:
+    """A VM without a page yet, on the recorded kernel."""
+    role = meta.raw["layout"]["role"]
+    own = ("level", "has_4_byte_gpte", "gpte_is_8_bytes", "quadrant", "direct", "access", "passthrough")
+    masks = [((1 << role[name][1]) - 1) << role[name][0] for name in own if name in role]
+    vcpus = {int(vcpu["id"]) for found in meta.vms if found["id"] == vm for vcpu in found.get("vcpus", ())}
+    return Pages(
+        vcpus=max(len(vcpus), 1),
+        invalid_bit=1 << role["invalid"][0],
+        direct_bit=1 << role["direct"][0],
+        guest_bits=~sum(masks) & 0xFFFF_FFFF,
+        counted=not _unseen(meta) & set(_COUNTING),
+        old=shape.since < (5, 12),
+    )
+
+
+def paged_of(trace: Trace, vm: int, shape: Shape) -> Paged:
+    """A VM of a recording, to be run through its rows. Raises KeyError or the like where the layout is not there."""
+    meta = trace.metadata
+    return Paged(
+        pages_of(meta, shape, vm),
+        last_run(trace, vm),
+        shows_use=_shows_use(meta),
+        shows_end="vm_destroy" not in _unseen(meta),
+    )
+
+
+def blind(meta: Metadata) -> list[str]:
+    """Kinds that would be compared and are not recorded, and what zap_all_fast does not tell."""
+    kinds = sorted(_unseen(meta) & {*COMPARED, *_COUNTING, "vm_destroy"})
+    if not _shows_use(meta) and "kvm_mmu_zap_all_fast" in meta.kinds:
+        kinds.append("pages in use at kvm_mmu_zap_all_fast")
+    return kinds
+
+
+def _shows_use(meta: Metadata) -> bool:
+    """Recordings of 7.3 made until 2026-11-24 have 0 there: the member that the raw probe read is gone."""
+    if any(probe.get("kind") == "kvm_mmu_zap_all_fast" and probe.get("how") == "tp" for probe in meta.probes):
+        return True
+    layout = meta.raw.get("layout")
+    return not (isinstance(layout, dict) and "KVM_USED_PAGES" in (layout.get("missing") or ()))
+
+
+def _unseen(meta: Metadata) -> set[str]:
+    return {str(probe.get("kind")) for probe in meta.probes if probe.get("how") == "none"} - set(meta.kinds)
+
+
+def last_run(trace: Trace, vm: int) -> int:
+    """The last row that shows a VM's vCPU at work; -1 if there is none."""
+    last = -1
+    for batch in trace.batches(("seq", "kind"), vm=vm):
+        kinds = batch["kind"].to_pylist()
+        for at in range(len(kinds) - 1, -1, -1):
+            if kinds[at] in _RUNNING:
+                last = batch["seq"][at].as_py()
+                break
+    return last
+
+
+@dataclass
+class _Work:
+    """What a thread is at: the pages it looked up since it last began something, and its fault."""
+
+    looked: list[Page] = field(default_factory=list)
+    fault: bool = False
+    level: int = 0  # of the fault's last lookup
+    asked: Row | None = None  # kvm_mmu_spte_requested, until the leaf is there
+    ioctl: int = 0
+    leaf: Leaf | None = None  # what was asked for and came
+
+
+class Paged(Threads):
+    """One VM whose roots follow its page tables. `last`: the row after which only its end is left."""
+
+    responses = COMPARED
+
+    def __init__(self, pages: Pages, last: int, *, shows_use: bool = True, shows_end: bool = True) -> None:
+        super().__init__()
+        self.pages = pages
+        self._last = last
+        self._shows_use = shows_use  # kvm_mmu_zap_all_fast tells the pages in use and the generation
+        self._shows_end = shows_end  # there is a vm_destroy
+        self._work: dict[int, _Work] = {}
+
+    @property
+    def ended(self) -> bool:
+        """Whether the VM was destroyed or, where that is not shown, all its pages were zapped."""
+        return self.pages.destroyed or (not self._shows_end and self.pages.emptied)
+
+    def left(self, shows_frees: bool) -> int:
+        """Pages that were not zapped, and roots that were not put."""
+        slots = [slot for slots in self.pages.slots.values() for slot in slots if slot is not None]
+        return self.pages.used + len(slots)
+
+    @property
+    def taken(self) -> dict[str, int]:
+        """What is taken from the recording rather than foretold, by what it is."""
+        counts = {
+            "lookups (gfn, role word and level: the guest's page tables decide them)": self.pages.lookups,
+            "zaps that the guest's writes to its page tables brought about": self.pages.zaps,
+            "moments when a page went out of sync or back: the guest writes and flushes": self.pages.turns,
+            "moments of an invalid root's last put (its zap is foretold, once; puts are not recorded)": self.pages.puts,
+            "counts of references of pages that may be a root (loads and puts are not recorded)": self.pages.counts,
+            "leaves beside the one asked for: their page frames, and in indirect pages which": self.pages.neighbours,
+        }
+        return {what: count for what, count in counts.items() if count}
+
+    def _respond(self, thread: Thread, row: Row) -> None:
+        while (expected := self._expected(thread)) is not None and expected.optional and expected.misfit(row):
+            self._send(thread, None)
+        super()._respond(thread, row)
+        work = self._of(row)
+        if row.kind == "kvm_mmu_get_page" and (page := self.pages.active.get(row.table)) is not None:
+            work.looked.append(page)
+            work.level = row.level
+        elif row.kind == "kvm_mmu_set_spte" and row.gfn is not None:
+            if work.asked is not None:
+                work.asked, work.leaf = None, Leaf(row.table, row.gfn)
+            elif work.leaf is not None:
+                work.leaf.last = row.gfn
+        elif row.kind in _STRETCH:
+            work.looked.clear()
+
+    def _begun_by(self, thread: Thread, row: Row) -> Activity | None:
+        pages = self.pages
+        work = self._of(row)
+        if row.kind in ("kvm_mmu_get_page", "kvm_mmu_set_spte") and row.gfn is None:
+            return None
+        if row.kind == "kvm_mmu_get_page":
+            return self._lookup(thread, row, work) if row.role & 15 else None
+        if row.kind == "mmu_load":
+            return self._load(thread, work)
+        if row.kind == "mmu_free_roots":
+            return pages.free(_NONE if thread.vcpu is None else thread.vcpu)
+        if row.kind == "kvm_mmu_prepare_zap_page":
+            return self._zap(row, work)
+        page = pages.active.get(row.table)
+        if row.kind == "kvm_mmu_set_spte":
+            page = page or pages.husks.get(row.table)
+            return None if page is None else pages.install(page, work.asked, work.leaf)
+        if page is None or page.level != 1 or page.role & pages.direct_bit:
+            return None
+        if row.kind == "kvm_mmu_unsync_page":
+            return pages.out_of_sync(page)
+        if row.kind == "kvm_mmu_sync_page" and page.unsync:
+            return pages.in_sync(page)
+        return None
+
+    def _lookup(self, thread: Thread, row: Row, work: _Work) -> Activity:
+        pages = self.pages
+        slot = pages.slots_of(thread.vcpu)[CURRENT] if pages.counted and thread.vcpu is not None else None
+        # A fault's lookups are below its root; a load may follow without an entry into the guest.
+        inside = work.fault and (slot is not None or not pages.counted)
+        beside = slot.role if inside and slot is not None else 0
+        first = not work.looked
+        below = (work.level or (slot.role & 15 if slot is not None else 0)) if inside and not first else 0
+        return pages.lookup(row, not inside, below if inside else int(not first) * 16, beside)
+
+    def _load(self, thread: Thread, work: _Work) -> Activity | None:
+        if thread.vcpu is None or not work.looked or self.pages.slots_of(thread.vcpu)[CURRENT] is not None:
+            return None
+        level = work.looked[-1].level
+        count = next((i for i, page in enumerate(reversed(work.looked)) if page.level != level), len(work.looked))
+        if level in (1, PAE):
+            return None
+        return self.pages.load(thread.vcpu, work.looked[-count:])
+
+    def _zap(self, row: Row, work: _Work) -> Activity | None:
+        pages = self.pages
+        if (husk := pages.husks.get(row.table)) is not None:
+            return None if pages.counted else pages.last_put(husk)
+        if row.seq > self._last and not work.fault:
+            return pages.zap_all()
+        if pages.short:
+            return pages.recycle()
+        page = pages.active.get(row.table)
+        # The host's ioctls zap by walks that are foretold, but for a limit that it sets.
+        return None if page is None or work.ioctl not in (0, _SET_NR_MMU_PAGES) else pages.given_up(page)
+
+    def _happen(self, thread: Thread, row: Row) -> None:
+        if row.kind in _ASIDE:
+            return
+        self._settle(thread, row)
+        pages, work = self.pages, self._of(row)
+        if row.kind in _STRETCH:
+            self._unasked(row, work)
+            work.looked.clear()
+            work.leaf = None
+            work.fault, work.level = row.kind == "kvm_page_fault", 0
+        elif row.kind == "kvm_mmu_spte_requested":
+            work.asked = row if row.level > 0 and row.gfn is not None else None
+        elif row.kind == "mark_mmio_spte":
+            work.asked = None
+        elif row.kind == "new_pgd" and row.vcpu is not None and pages.counted:
+            self._begin(thread, pages.switch(row.vcpu, row.value, row.role))
+        elif row.kind == "mmu_free_obsolete_roots" and row.vcpu is not None:
+            self._begin(thread, pages.free_obsolete(row.vcpu))
+        elif row.kind == "kvm_mmu_zap_all_fast":
+            if self._shows_use:
+                used = row.value == pages.used and row.flags == pages.generation
+                self._check(row, used, f"{pages.used} pages of generation {pages.generation} are in use in the model")
+            self._begin(thread, pages.invalidate())
+        elif row.kind == "zap_all":
+            self._begin(thread, pages.zap_all())
+        elif row.kind == "memslot":
+            pages.memslots[row.as_id, row.slot] = row.value
+        elif row.kind in ("ioctl", "ioctl_end"):
+            work.ioctl = row.code if row.kind == "ioctl" else 0
+            if work.ioctl == _SET_NR_MMU_PAGES:
+                pages.limit = row.value
+        elif row.kind == "vm_destroy":
+            pages.destroyed = True
+
+    def _unasked(self, row: Row, work: _Work) -> None:
+        """A leaf that was asked for never came, and was not there before."""
+        asked, work.asked = work.asked, None
+        if asked is not None and not self.pages.has_leaf(asked):
+            self._tally("kvm_mmu_set_spte").missing += 1
+            self._remember(row, f"a leaf of {asked.gfn:#x} expected, {row.kind} recorded")
+
+    def _of(self, row: Row) -> _Work:
+        return self._work.setdefault(row.tid, _Work())

@@ -1,0 +1,334 @@
+"""What KVM's shadow MMU does with the pages that shadow a guest's own page tables: one hash, found, created, zapped.
+
+Section 7 of the reference document. Which page is looked up (gfn, role word, level) is the guest's doing and is taken
+from the recording. What the kernel makes of it is foretold, and certain, as `struct kvm_mmu_page` is only changed
+under mmu_lock held for write: whether the page is there, which table it has, its references and whether it is in sync;
+that a page is zapped once, in the order of the list of active pages where a walk of that list zaps it; that a page
+which is somebody's root stays, invalid, until its last put zaps it again.
+
+What links pages to one another shows no event. Which unsync pages go with the page above them is therefore taken, and
+so are zaps that the guest brought about by writing to its page tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from replay.simulate.operations import PREFETCH
+from replay.simulate.reference import CURRENT
+from replay.validate.expect import Activity, Expect, Spte
+from replay.validate.row_tuples import Row
+from replay.validate.shadow_state import CREATED, LEVEL, PAE, ROOTS, Leaf, Page, PagesState, Slot
+from replay.validate.shapes import WRITABLE, pfn
+
+_HELD_MOST: Final = ROOTS  # pages that a vCPU holds: its slots, or the directories of a PAE root, which has no others
+_REFILL: Final = 25  # make_mmu_pages_available makes so many free
+
+
+class Pages(PagesState):
+    """What the kernel does with a VM's shadow pages, step by step."""
+
+    # Lookups
+
+    def lookup(self, row: Row, load: bool, below: int, beside: int) -> Activity:
+        """kvm_mmu_get_page: found or created.
+
+        `load`: as a root. `below`: the level that a fault's lookups have come to, 0 before the first of a fault or
+        load, when pages must be free. `beside`: the role word of the root in use, 0 if not known.
+        """
+        assert row.gfn is not None
+        hidden = self.in_the_way(row.gfn, row.role)
+        if hidden is not None:
+            yield Expect("kvm_mmu_sync_page" if self.old else "kvm_mmu_prepare_zap_page", self.want(hidden))
+        if not below and self.short:
+            oldest = next((p for p in self.active.values() if not p.refs and not p.held), None)
+            if oldest is not None:
+                yield Expect("kvm_mmu_prepare_zap_page", self.want(oldest))
+        page = self.find(row.gfn, row.role)
+        if page is None:
+            fresh = Spte("a table that is not in use", lambda got: got not in self.active and got not in self.husks)
+            want: dict[str, Any] = {"level": row.role & LEVEL, "flags": CREATED, "refs": 0, "table": fresh}
+        else:
+            want = self.want(page)
+            if load and not self.counted and page.held:
+                want["refs"] = self._up_to(self.vcpus - 1)  # the vCPU itself would not have to look up what it has
+        if below:
+            want["level"] = Spte(f"a level below {below}", lambda got: got == row.role & LEVEL and got < below)
+        if beside:
+            like = Spte(f"a word of root {beside:#x}", lambda got: not (got ^ beside) & self.guest_bits)
+            want["role"] = like
+        got = yield Expect("kvm_mmu_get_page", want, agrees=lambda new: self._named(new, page))
+        assert got is not None
+        self.lookups += 1
+        if page is None:
+            page = Page(row.gfn, row.role, got.table)
+            self.active[got.table] = page
+            self.by_gfn.setdefault(row.gfn, []).insert(0, page)
+        self._name(page, got.root)
+        page.held |= load and not self.counted
+        yield None
+
+    def _named(self, row: Row, page: Page | None) -> bool:
+        """A root's id is that of its page and no other's; a word that is looked up has no invalid bit."""
+        return not row.role & self.invalid_bit and (not row.root or self.by_root.get(row.root, page) is page)
+
+    def _name(self, page: Page, root: int) -> None:
+        if root and not page.root:
+            page.root = root
+            self.by_root[root] = page
+
+    # Roots
+
+    def load(self, vcpu: int, pages: list[Page]) -> Activity:
+        """kvm_mmu_load, at its return: the pages it looked up are the current root from now on."""
+        top = pages[-1]
+        whole = len(pages) == 1
+        if top.level < PAE:
+            whole = len(pages) <= ROOTS
+            if top.role & self.direct_bit:  # a directory for each GiB of the guest's first four
+                whole = [page.gfn for page in pages] == [quarter << 18 for quarter in range(ROOTS)]
+        if not whole:
+            yield Expect("kvm_mmu_get_page", {"level": top.level})
+        want: dict[str, Any] = {"ret": 0}
+        if top.level > PAE:
+            want["role"] = top.role
+            if top.root:
+                want["root"] = top.root
+        else:
+            want["role"] = Spte(
+                f"a PAE root of {top.role:#x}",
+                lambda got: got & LEVEL == PAE and not (got ^ top.role) & self.guest_bits,
+            )
+        row = yield Expect("mmu_load", want)
+        assert row is not None
+        for page in pages:
+            page.refs += 1
+        self.slots_of(vcpu)[CURRENT] = Slot(pages, row.root, row.role)
+        yield None
+
+    def switch(self, vcpu: int, pgd: int, role: int) -> Activity:
+        """kvm_mmu_new_pgd (2.1): a slot of that page table becomes current, or the least recent one is emptied."""
+        slots = self.slots_of(vcpu)
+        if slots[CURRENT] is None and not self.old:
+            at = next((i for i in range(1, ROOTS) if self._usable(slots[i], pgd, role)), 0)
+            if at:
+                slots[:] = [slots[at], *slots[1:at], *slots[at + 1 :], None]
+            return
+        if role & LEVEL > PAE and all(slot is None or slot.role & LEVEL > PAE for slot in slots):
+            if self._usable(slots[CURRENT], pgd, role):
+                return
+            for i in range(1, ROOTS):
+                slots[CURRENT], slots[i] = slots[i], slots[CURRENT]
+                if self._usable(slots[CURRENT], pgd, role):
+                    return
+        yield from self.free(vcpu, 1 << CURRENT)
+
+    def _usable(self, slot: Slot | None, pgd: int, role: int) -> bool:
+        """is_root_usable: the role word as it reads now has the invalid bit once the page was zapped."""
+        if slot is None or slot.role & LEVEL <= PAE:
+            return False
+        page = slot.pages[0]
+        return not page.invalid and page.role == role and bool(role & self.direct_bit or page.gfn == pgd >> 12)
+
+    def free_obsolete(self, vcpu: int) -> Activity:
+        """kvm_mmu_free_obsolete_roots."""
+        mask = sum(1 << i for i, slot in enumerate(self.slots_of(vcpu)) if slot is not None and slot.obsolete)
+        if mask:
+            yield from self.free(vcpu, mask)
+
+    def free(self, vcpu: int, mask: int | None = None) -> Activity:
+        """kvm_mmu_free_roots: previous slots in order, then the current one; an invalid root goes with its last put.
+
+        `mask`: the slots that must be emptied; without it those that the recording says.
+        """
+        slots = self.slots_of(vcpu)
+        current = slots[CURRENT]
+        want: dict[str, Any] = {"root": 0 if current is None else current.root}
+        if mask is not None:
+            want["value"] = Spte(f"slots {mask:#x}", lambda got: got & (1 << ROOTS) - 1 == mask)
+        row = yield Expect("mmu_free_roots", want)
+        assert row is not None
+        freed = [(i, slots[i]) for i in (1, 2, 3, CURRENT) if row.value >> i & 1]
+        if not row.role & ~self.invalid_bit:
+            freed = []  # the vCPU's other context, of nested guests
+        for i, _ in freed:
+            slots[i] = None
+        yield None
+        for page in [page for _, slot in freed if slot is not None for page in slot.pages]:
+            want = self.want(page)
+            want = {column: want[column] for column in ("root", "role", "table", "refs") if column in want}
+            row = yield Expect("root_put", want, agrees=_of(self, page))
+            assert row is not None
+            self._name(page, row.root)
+            page.refs -= 1
+            yield None
+            if not page.refs and page.invalid:
+                yield from self.zap(page)
+
+    # Zaps
+
+    def zap(self, page: Page) -> Activity:
+        """__kvm_mmu_prepare_zap_page: the page, the unsync pages below it, and the end of its own being unsync."""
+        row = yield Expect("kvm_mmu_prepare_zap_page", self.want(page), agrees=_still(self, page))
+        assert row is not None
+        yield from self._zapped(page, row)
+
+    def _zapped(self, page: Page, row: Row) -> Activity:
+        want = self.want(page)  # as the row of its sync reads, which comes before it is invalid
+        unsync, page.unsync = page.unsync, False
+        if page.invalid:
+            del self.husks[page.table]
+            self.by_root.pop(page.root, None)
+        else:
+            del self.active[page.table]
+            self.by_gfn[page.gfn].remove(page)
+            self._name(page, row.root)
+            self.counts += page.held
+            page.refs = row.refs
+            page.invalid = True
+            if page.refs:
+                self.husks[page.table] = page
+            else:
+                self.by_root.pop(page.root, None)
+        yield None
+        while page.level > 1:
+            child = yield Expect("kvm_mmu_prepare_zap_page", {"table": Spte("an unsync page", self._unsync)}, True)
+            if child is None:
+                break
+            self.zaps += 1
+            below = self.active[child.table]
+            why = Expect("kvm_mmu_prepare_zap_page", self.want(below)).misfit(child)
+            if why:
+                yield Expect("kvm_mmu_prepare_zap_page", self.want(below))
+            yield from self._zapped(below, child)
+        if unsync:
+            yield Expect("kvm_mmu_sync_page", want)
+            yield None
+
+    def _unsync(self, table: int) -> bool:
+        page = self.active.get(table)
+        return page is not None and page.unsync
+
+    def zap_all(self) -> Activity:
+        """kvm_mmu_zap_all, as the VM's process ends: the newest first."""
+        self.emptied = True
+        while self.active:
+            yield from self.zap(next(reversed(self.active.values())))
+
+    def zap_obsolete(self) -> Activity:
+        """kvm_zap_obsolete_pages: the oldest first, until one of this generation comes."""
+        while (oldest := next(iter(self.active.values()), None)) is not None and oldest.obsolete:
+            yield from self.zap(oldest)
+
+    def invalidate(self) -> Activity:
+        """kvm_mmu_zap_all_fast: no page that is there is found again."""
+        self.generation ^= 1
+        for page in self.active.values():
+            page.obsolete = True
+        return self.zap_obsolete()
+
+    def recycle(self) -> Activity:
+        """make_mmu_pages_available: the oldest first, roots that have references passed over."""
+        goal = self.used - (_REFILL - self.available)
+        passed = 0
+        for page in list(self.active.values()):
+            if self.used <= goal:
+                return
+            if page.refs or page.table not in self.active:
+                continue
+            want = self.want(page) | {"refs": 0}
+            may_be_held = page.held and passed < _HELD_MOST * self.vcpus
+            row = yield Expect("kvm_mmu_prepare_zap_page", want, may_be_held, agrees=_still(self, page))
+            if row is None:
+                passed += 1
+            else:
+                page.held = False
+                yield from self._zapped(page, row)
+
+    def last_put(self, page: Page) -> Activity:
+        """The last put of an invalid root, where puts are not recorded: what it brings about."""
+        page.refs = 0
+        self.puts += 1
+        return self.zap(page)
+
+    def given_up(self, page: Page) -> Activity:
+        """A zap that the guest brought about: it wrote to the page table, or what it holds cannot be synced."""
+        self.zaps += 1
+        return self.zap(page)
+
+    # In and out of sync
+
+    def out_of_sync(self, page: Page) -> Activity:
+        """kvm_unsync_page: the guest may write to the page table from now on."""
+        yield Expect("kvm_mmu_unsync_page", self.want(page))
+        self.turns += 1
+        page.unsync = True
+        yield None
+
+    def in_sync(self, page: Page) -> Activity:
+        """kvm_unlink_unsync_page, for a flush or a lookup."""
+        yield Expect("kvm_mmu_sync_page", self.want(page))
+        self.turns += 1
+        page.unsync = False
+        yield None
+
+    # Leaves
+
+    def install(self, page: Page, asked: Row | None, beside: Leaf | None) -> Activity:
+        """mmu_set_spte: the leaf that was asked for, or a neighbour of that one, `beside`.
+
+        In a direct page the neighbours are those of an aligned group of 8 that the host has, in ascending order
+        (direct_pte_prefetch); in others the guest's entries say which.
+        What the guest may write from now on is no page table, or one that is out of sync (mmu_try_to_unsync_pages).
+        """
+        span = 1 << 9 * (page.level - 1)
+        want: dict[str, Any] = {"level": page.level}
+        if page.role & self.direct_bit:
+            end = page.gfn + 512 * span
+            want["gfn"] = Spte(f"{page.gfn:#x} to {end:#x}", lambda got: page.gfn <= got < end)
+        if asked is not None:
+            want["new"] = Spte(f"leaf of page {asked.value:#x}", lambda got: self.answers(pfn(got), asked, page.level))
+            if not self.old:
+                want |= {"gfn": (asked.gfn or 0) & -span, "level": asked.level}
+        else:
+            self.neighbours += 1
+        if asked is None and beside is not None and page.role & self.direct_bit and page.table == beside.table:
+            start = beside.gfn & -PREFETCH
+            least = start if beside.last is None else beside.last + 1
+            near = range(least, start + PREFETCH if page.level == 1 else least)
+            want["gfn"] = Spte(f"another of {near}", lambda got: got in near and got != beside.gfn)
+        row = yield Expect("kvm_mmu_set_spte", want, agrees=lambda new: not new.new & WRITABLE or self._open(new.gfn))
+        assert row is not None
+        assert row.gfn is not None
+        page.leaves[row.gfn] = pfn(row.new)
+        yield None
+
+    def _open(self, gfn: int | None) -> bool:
+        shadows = [page for page in self.by_gfn.get(gfn or 0, ()) if not page.role & self.direct_bit]
+        return all(page.unsync or page.obsolete for page in shadows)
+
+    def answers(self, frame: int, asked: Row, level: int) -> bool:
+        """Whether a leaf of this page frame is what kvm_mmu_spte_requested said."""
+        if self.old:
+            return frame | (asked.gfn or 0) & (1 << 9 * (asked.level - 1)) - 1 == asked.value
+        return frame == asked.value & -(1 << 9 * (level - 1))
+
+    def has_leaf(self, asked: Row) -> bool:
+        """Whether what a fault asked for was there before: it then shows no kvm_mmu_set_spte."""
+        return any(
+            self.answers(page.leaves[gfn], asked, page.level)
+            for page in self.active.values()
+            for gfn in (page.leaves if self.old else ((asked.gfn or 0) & -(1 << 9 * (page.level - 1)),))
+            if gfn in page.leaves
+        )
+
+
+def _still(pages: Pages, page: Page) -> Callable[[Row], bool]:
+    """Whether no other thread's zap came before this one's."""
+    return lambda row: (pages.husks if page.invalid else pages.active).get(page.table) is page
+
+
+def _of(pages: Pages, page: Page) -> Callable[[Row], bool]:
+    """Whether a row's root is the page's, or not known yet."""
+    return lambda row: pages.by_root.get(row.root, page) is page

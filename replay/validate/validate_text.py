@@ -1,0 +1,112 @@
+"""What `kvmtrace validate` says: facts for programs, one screen for people."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from rich.table import Table
+from rich.text import Text
+
+from replay.validate.compare import Report
+from replay.validate.row_tuples import Row
+from replay.validate.threads import Divergence, Tally
+from traces.screen import page, text_of
+from traces.text import printable
+
+WIDTH: Final = 110
+_HEX: Final = frozenset(("role", "old", "new", "table", "addr", "code", "value", "rip"))
+_PLACE: Final = frozenset(("seq", "time", "cpu", "kind"))
+
+
+def facts(report: Report) -> dict[str, Any]:
+    """The document of `kvmtrace validate --json`."""
+    return {
+        "path": str(report.path),
+        "kernel": report.kernel,
+        "policy": report.policy,
+        "holds": report.holds,
+        "complete": report.complete,
+        "responses": report.expected,
+        "reproduced": report.reproduced,
+        "share": report.reproduced / report.expected if report.expected else 1.0,
+        "left_at_vm_end": report.left,
+        "kinds": {
+            kind: {"reproduced": tally.reproduced, "wrong": tally.wrong, "missing": tally.missing}
+            for kind, tally in report.tallies.items()
+        },
+        "vms": [
+            {
+                "id": vm.vm,
+                "skipped": vm.skipped,
+                "until": vm.until,
+                "left": vm.left,
+                "inferred_removals": vm.inferred,
+                "role_words_taken": vm.learned,
+                "taken": dict(vm.taken),
+                "first_divergence": None if vm.first is None else {"seq": vm.first.row.seq, "why": vm.first.why},
+            }
+            for vm in report.vms
+        ],
+        "notes": report.notes,
+    }
+
+
+def headline(report: Report) -> str:
+    """The verdict in one line; a share is never rounded up to 100 %."""
+    what = f"{report.reproduced:,} of {report.expected:,} responses reproduced"
+    where = f"{report.path} ({report.kernel}, policy {report.policy})"
+    left = f"; {report.left:,} tables and roots left at the end" if report.left else ""
+    part = "" if report.complete else " of what could be validated (see the notes)"
+    return f"{_share(report.reproduced, report.expected)}{part}: {what}{left}: {where}"
+
+
+def render(report: Report) -> str:
+    """One screen, plain text where standard output is no terminal."""
+    console = page(WIDTH)
+    console.print(Text(printable(headline(report)), style="bold green" if report.holds else "bold red"), soft_wrap=True)
+    console.print(_kinds(report))
+    for note in report.notes:
+        console.print(Text(printable(f"note: {note}")), soft_wrap=True)
+    for vm in report.vms:
+        for line in _divergence(vm.vm, vm.first) if vm.first is not None else ():
+            console.print(Text(printable(line)), soft_wrap=True)
+    return text_of(console)
+
+
+def _share(part: int, whole: int) -> str:
+    return "100 %" if part == whole else f"{int(10_000 * part / whole) / 100:.2f} %"
+
+
+def _kinds(report: Report) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("response of the MMU")
+    for name in ("reproduced", "otherwise", "never came", "share"):
+        table.add_column(name, justify="right")
+    for kind, tally in report.tallies.items():
+        table.add_row(kind, *(f"{count or '':,}" if count else "" for count in _counts(tally)), _of(tally))
+    return table
+
+
+def _counts(tally: Tally) -> tuple[int, int, int]:
+    return tally.reproduced, tally.wrong, tally.missing
+
+
+def _of(tally: Tally) -> str:
+    return _share(tally.reproduced, sum(_counts(tally)))
+
+
+def _divergence(vm: int, first: Divergence) -> list[str]:
+    return [
+        f"VM {vm}, first divergence at row {first.row.seq}: {first.why}",
+        *(f"    {_line(row)}" for row in first.before),
+        f" -> {_line(first.row)}",
+        *(f"    {_line(row)}" for row in first.after if row.seq != first.row.seq),
+    ]
+
+
+def _line(row: Row) -> str:
+    cells = []
+    for name, value in zip(row._fields, row, strict=True):
+        if name not in _PLACE and (value or (name == "gfn" and value is not None)):
+            cells.append(f"{name}={value:#x}" if name in _HEX else f"{name}={value}")
+    return f"{row.seq} {row.kind} {' '.join(cells)}"

@@ -1,0 +1,92 @@
+"""The steps of zaps: whole roots, single entries, ranges (section 5 of the reference document)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from replay.simulate import page_table
+from replay.simulate.page_table import Table
+from replay.simulate.reference import Root
+from replay.validate.expect import Activity, Expect, Spte
+from replay.validate.shapes import PRESENT
+from replay.validate.vm_state import State
+
+
+class Zaps(State):
+    """What is removed, in which order, and how it shows."""
+
+    def zap_root(self, root: Root, shared: bool) -> Activity:
+        """tdp_mmu_zap_root (5.1): one pass a level, biggest last."""
+        for level in self.shape.passes:
+            level = level or root.top.level
+            want = {"root": self.name(root), "role": self.role(root), "refs": root.refs, "flags": int(shared)}
+            yield Expect("zap_root_begin", {**want, "level": level})
+            yield None
+            for table in list(_tables(root.top, level)):
+                for at in sorted(table.entries):
+                    if self.present(table.entries[at]):
+                        yield from self.zap_entry(root, table, at, shared)
+            yield Expect("zap_root_end", {"root": self.name(root)})
+            yield None
+
+    def zap_entry(self, root: Root, table: Table, at: int, shared: bool, put: Spte | None = None) -> Activity:
+        """One present entry becomes absent (or `put`), with all that is below it (5.2, 5.3)."""
+        entry = table.entries[at]
+        change = self.change(root, table, at, put or self.nothing)
+        if not self.shape.children_first or not isinstance(entry, Table):
+            yield change
+            del table.entries[at]
+            yield None
+            if isinstance(entry, Table):
+                yield from self.remove_table(root, entry, shared)
+        else:
+            yield from self.remove_table(root, entry, shared)
+            row = yield change
+            del table.entries[at]
+            if put is not None and row is not None and row.new & PRESENT:
+                table.entries[at] = row.new
+            yield None
+
+    def remove_table(self, root: Root, table: Table, shared: bool) -> Activity:
+        """handle_removed_pt: under mmu_lock held for read every entry is frozen, even absent ones."""
+        role = self.child_role(root, table.level)
+        yield Expect(
+            "kvm_mmu_prepare_zap_page",
+            {"role": role, "level": table.level, "gfn": table.gfn, "table": table.frame},
+        )
+        self.removed[table.frame] = (role, table.level, table.gfn)
+        yield None
+        for at in range(page_table.ENTRIES) if shared else sorted(table.entries):
+            entry = table.entries.get(at)
+            if not shared and entry is not None and not self.present(entry):
+                continue
+            change = self.change(root, table, at, self.frozen)
+            if isinstance(entry, Table) and self.shape.children_first:
+                yield from self.remove_table(root, entry, shared)
+            yield change
+            table.entries.pop(at, None)
+            yield None
+            if isinstance(entry, Table) and not self.shape.children_first:
+                yield from self.remove_table(root, entry, shared)
+
+    def zap_leafs(self, root: Root, start: int, end: int) -> Activity:
+        """tdp_mmu_zap_leafs (5.5): leaves in [start, end) go, tables stay."""
+        for table, at in list(page_table.within(root.top, start, end)):
+            entry = table.entries.get(at)
+            if isinstance(entry, int) and self.present(entry):
+                yield from self.zap_entry(root, table, at, shared=False)
+
+    def zapped(self) -> Spte | None:
+        """What a single entry zapped under mmu_lock for read is shown to become; None: nothing."""
+        return self.frozen if self.shape.zapped_as_frozen else None
+
+
+def _tables(table: Table, level: int) -> Iterator[Table]:
+    """The tables of one level below (or at) `table`, in order of gfn."""
+    if table.level == level:
+        yield table
+        return
+    for at in sorted(table.entries):
+        below = table.entries[at]
+        if isinstance(below, Table):
+            yield from _tables(below, level)

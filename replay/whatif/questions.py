@@ -1,0 +1,106 @@
+"""Runs the design questions over a trace's VMs, and says what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+from rich.table import Table
+from rich.text import Text
+
+from replay import kernels
+from replay.decode.capabilities import Evidence
+from replay.run import Progress
+from replay.whatif import aging, apicv, range_zaps, table_accounting
+from replay.whatif.answers import VARIANTS, Answer, Asked, parse, time
+from replay.whatif.workload import FAULTS, Workload, workload
+from traces.screen import page, text_of
+from traces.text import printable
+
+_WIDTH: Final = 220
+_VMS_SHOWN: Final = 8
+_ANSWER: Final[Mapping[str, Callable[[Workload, Asked, str], Answer]]] = {
+    "aging": aging.answer, "zap_lock": range_zaps.answer, "apicv": apicv.answer, "tdp_pages": table_accounting.answer,
+}  # fmt: skip
+
+
+def asked(**given: str) -> list[Asked]:
+    """The axes that are asked for, by name of `VARIANTS`: texts of their options, empty where they are not given."""
+    return [parse(axis, text) for axis, text in given.items() if text]
+
+
+def answer(evidence: Evidence, questions: Sequence[Asked]) -> list[tuple[Workload, list[Answer]]]:
+    """Each VM with a table for each question; the recorded kernel's own way is always among the variants."""
+    found: list[tuple[Workload, list[Answer]]] = []
+    stands = kernels.designs(evidence.trace.metadata)
+    vms = [vm for vm in evidence.trace.metadata.vms if vm["vcpus"]]
+    progress = Progress(len(vms) * (len(questions) + 1), "simulating")
+    for vm in vms:
+        work = workload(evidence, vm)
+        answers: list[Answer] = []
+        for question in questions:
+            own = getattr(stands, question.axis)
+            wanted = {own, *question.variants}
+            variants = tuple(name for name in VARIANTS[question.axis] if name in wanted)
+            whole = Asked(question.axis, variants, question.rate, question.pages)
+            label = f"{own}{', counted' if question.axis == 'zap_lock' and stands.counted else ''}"
+            progress.at(len(found) * (len(questions) + 1) + len(answers) + 1)
+            answers.append(_ANSWER[question.axis](work, whole, label))
+        found.append((work, answers))
+    progress.end()
+    return found
+
+
+def facts(found: Sequence[tuple[Workload, list[Answer]]]) -> list[dict[str, Any]]:
+    """The document's part on design questions; times in ns."""
+    return [
+        {
+            "vm": work.vm,
+            "hold": work.hold,
+            "hold_measured": work.measured,
+            "window": work.window,
+            "costs": {"scale": work.scale, **vars(work.locks)},
+            "recorded_vcpus": work.recorded,
+            "questions": [
+                {"axis": each.axis, "recorded": each.own, "rows": each.rows, "notes": each.notes} for each in answers
+            ],
+        }
+        for work, answers in found
+    ]
+
+
+def render(found: Sequence[tuple[Workload, list[Answer]]]) -> str:
+    """Plain text where standard output is no terminal."""
+    console = page(_WIDTH)
+    for work, answers in found[:_VMS_SHOWN]:
+        for each in answers:
+            option = each.axis.replace("_", "-")
+            console.print(Text(f"VM {work.vm}, {option}: this kernel's way is {each.own}", style="bold"))
+            table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+            headers, cells = each.table
+            for i, name in enumerate(headers):
+                table.add_column(name, justify="left" if i == 0 else "right")
+            for row in cells:
+                table.add_row(*map(printable, row))
+            console.print(table)
+            for note in each.notes:
+                console.print(Text(printable(note)), soft_wrap=True)
+        for line in trust(work):
+            console.print(Text(printable(line)), soft_wrap=True)
+    if len(found) > _VMS_SHOWN:
+        console.print(Text(f"... {len(found) - _VMS_SHOWN} more VMs: --json has them"))
+    return text_of(console)
+
+
+def trust(work: Workload) -> list[str]:
+    """What all of a VM's tables rest on."""
+    how = "measured" if work.measured else "0.23 of a fault, assumed"
+    shared = "shared with" if work.faults_share else "not with"
+    return [
+        f"a fault has mmu_lock for {time(work.hold)} ({how}), {shared} others; {FAULTS:,} faults of each recorded vCPU "
+        "are simulated, the first ones",
+        f"vCPUs beyond the {work.recorded} recorded do what a recorded one did, on CPUs of their own, and begin within "
+        "the time between two faults: as when all start at once",
+        f"what agers, zaps and links themselves cost is the dated table's, times {work.scale:.2g} as this machine's "
+        "faults are; in brackets with half and with twice of it",
+    ]

@@ -1,0 +1,221 @@
+"""What if SMIs came more often, the working set were larger, or other vCPUs held the root as well?
+
+The recorded program is kept without its SMIs, and copies of its last SMI strike each vCPU at a steady rate of the wall
+clock. What the guest needs after each is in no recording made at another rate: every page that is mapped is taken to be
+touched again at once, so that policies which free roots come out at their worst.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from replay.axes import Axes
+from replay.decode.capabilities import Evidence
+from replay.decode.decoder import VmStimuli
+from replay.run import has_ad_disabled
+from replay.simulate.operations import VCPU_SHIFT, Block, Op, Ranges
+from replay.simulate.specialize import Case, Lowering
+from replay.timing.costs import Costs
+from replay.timing.smis import Apart
+from replay.timing.timed_engine import TimedEngine
+from replay.timing.timed_operations import LAST, MORE, Timed, joined, tail, take
+from replay.timing.timed_run import Measured, timing_of
+from traces.errors import Problem
+
+Ints = NDArray[np.int64]
+_SMIS: Final = 500  # of a run, and of one with twice as many, by which the first is judged
+_PROGRESS: Final = 0.001  # of its undisturbed speed: a program slower than that hangs
+_POINTS: Final = 3  # of a sweep, in each factor of ten
+_BISECTIONS: Final = 12
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is otherwise. `holders` vCPUs have the root loaded, of which all but the recorded ones do nothing."""
+
+    working_set: float = 1.0
+    holders: int = 1
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """SMIs a second to try: from `low` to `high`, by equal factors (`log`) or in equal steps."""
+
+    low: float
+    high: float
+    log: bool = True
+
+    @property
+    def rates(self) -> list[float]:
+        """The points."""
+        if self.low == self.high:
+            return [self.low]
+        if not self.log:
+            return [float(rate) for rate in np.linspace(self.low, self.high, 10)]
+        points = max(2, round(_POINTS * float(np.log10(self.high / self.low))) + 1)
+        return [float(rate) for rate in np.geomspace(self.low, self.high, points)]
+
+
+@dataclass(frozen=True)
+class Swept:
+    """One policy: at each rate how many times its undisturbed time the program takes, None where it hangs.
+
+    `tips` is the rate from which on it hangs (None: at none that was tried); `limit` is the arithmetic: SMIs a second
+    at which each leaves no time until the next, `refill` ns to fault everything in again and `smi` ns of its own.
+    """
+
+    policy: str
+    factors: list[float | None]
+    tips: float | None
+    refill: int
+    smi: int
+
+    @property
+    def limit(self) -> float:
+        return 1e9 / max(self.refill + self.smi, 1)
+
+
+def parse(text: str) -> Sweep:
+    """What --sweep says: `smi-rate=10:10000:log`, or `:lin`."""
+    match = re.fullmatch(r"smi-rate=(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)(?::(log|lin))?", text)
+    if match is None or not 0 < float(match[1]) <= float(match[2]):
+        raise Problem(f"--sweep {text}: write it like smi-rate=10:10000:log")
+    return Sweep(float(match[1]), float(match[2]), match[3] != "lin")
+
+
+class Program:
+    """One VM's program without its SMIs, and an SMI of each vCPU that had one; by the recorded kernel's triggers."""
+
+    def __init__(self, evidence: Evidence, vm: Mapping[str, Any], change: Change) -> None:
+        ad_disabled = has_ad_disabled(evidence)
+        measured = Measured(evidence, vm, ad_disabled)
+        where = f"{evidence.trace.path}: VM {vm['id']}"
+        if measured.refused:
+            raise Problem(f"{where}: {measured.refused}")
+        lowering = Lowering(evidence.kernel, Case(), ad_disabled)
+        timing = timing_of(evidence, vm)
+        stimuli = VmStimuli(evidence, vm, watch=timing.watch)
+        self.recorded = len(stimuli.vcpus)
+        self.vcpus = max(self.recorded, change.holders)
+        apart = Apart(self.recorded)
+        parts = []
+        self._ranges = Ranges()
+        for stretch in stimuli:
+            timed = apart.part(timing.join(_shifted(lowering.apply(stretch), len(self._ranges.rows))), measured.began)
+            self._ranges.rows += stretch.ranges.rows
+            parts.append(timed)
+        (lead, guest), (before, ran) = timing.rest(), apart.rest()
+        whole = joined([*parts, tail(lead + before, guest + ran)])
+        self._smis = [self._last_smi(whole, vcpu) for vcpu in range(self.recorded)]
+        if all(smi is None for smi in self._smis):
+            raise Problem(f"{where} has no whole SMI to repeat: record one, or make a trace with kvmtrace synth")
+        self._program = take(whole, np.flatnonzero(whole.queue < self.recorded))
+        # The exit of the VM's process, which empties every root, is to be like any other moment.
+        ends = self._program.block.op & 15 == Op.ZAP_ALL
+        self._program.block.op[ends] = int(Op.ROLE) | self._program.queue[ends].astype(np.uint32) << VCPU_SHIFT
+        self._program.block.gfn[ends] = 0
+        self._words = lowering.words
+        self._costs: Costs = replace(measured.fitted.costs, refill=round(1000 * change.working_set))
+
+    def sweep(self, axes: Axes, rates: Iterable[float]) -> Swept:
+        """A policy at each rate, and where it tips."""
+        alone, engine = self._run(axes, None, 0)
+        tried = {rate: self._factor(axes, rate, alone) for rate in rates}
+        hangs = min((rate for rate, factor in tried.items() if factor is None), default=None)
+        slow = max((rate for rate, factor in tried.items() if factor is not None), default=None)
+        tips = hangs
+        if hangs is not None and slow is not None and slow < hangs:
+            for _ in range(_BISECTIONS):
+                middle = float(np.sqrt(slow * hangs))
+                slow, hangs = (middle, hangs) if self._factor(axes, middle, alone) is not None else (slow, middle)
+            tips = hangs
+        smi = max(int(each.lead.sum() + each.cost.sum()) for each in self._smis if each is not None)
+        return Swept(axes.name, list(tried.values()), tips, self._refill(axes, engine), smi)
+
+    def _refill(self, axes: Axes, engine: TimedEngine) -> int:
+        """ns to fault in again all that is mapped at the end, where a policy's root does not outlive the SMI."""
+        if axes.own_reference or axes.mmu == "shadow" or self.vcpus > 1:
+            return 0
+        counters, costs = engine.counters, self._costs
+        leaves = int(engine.vcpus.faults.sum()) + counters.prefetched - counters.zapped
+        tables = counters.tables - counters.tables_freed
+        refill = leaves * (costs.fault + costs.switch) + tables * costs.table
+        return refill * costs.refill // 1000 + costs.created
+
+    def _factor(self, axes: Axes, rate: float, alone: int) -> float | None:
+        """How many times its undisturbed time the program takes; None: it does not get on.
+
+        What is left of the program after so many SMIs passes undisturbed: from that, and from what is left after twice
+        as many, follow the speed and the end.
+        """
+        period = 1e9 / rate
+        ended, _ = self._run(axes, period, _SMIS)
+        if ended <= _SMIS * period:
+            return ended / alone
+        later, _ = self._run(axes, period, 2 * _SMIS)
+        if later <= 2 * _SMIS * period:
+            return later / alone
+        left, then = ended - _SMIS * period, later - 2 * _SMIS * period
+        speed = (left - then) / (_SMIS * period)
+        return (2 * _SMIS * period + then / speed) / alone if speed > _PROGRESS else None
+
+    def _run(self, axes: Axes, period: float | None, count: int) -> tuple[int, TimedEngine]:
+        """(ns of the slowest vCPU, the engine at the end)."""
+        revive = not (axes.own_reference or axes.mmu == "shadow")
+        engine = TimedEngine(replace(axes, revive=revive), self._words, self.vcpus, self._costs, log=False)
+        for idle in range(self.recorded, self.vcpus):
+            engine.feed(_entry(idle), self._ranges)
+        if period is not None:
+            for vcpu, smi in enumerate(self._smis):
+                if smi is not None:
+                    engine.feed(self._storm(vcpu, smi, period, count), self._ranges)
+        engine.feed(self._program, self._ranges)
+        engine.finish()
+        return int(engine.clock[: self.recorded].max()), engine
+
+    def _storm(self, vcpu: int, smi: Timed, period: float, count: int) -> Timed:
+        many = take(smi, np.tile(np.arange(len(smi)), count))
+        many.queue[:] = self.vcpus + vcpu
+        many.wall[:: len(smi)] = (np.arange(1, count + 1) * period).astype(np.int64)
+        return replace(many, until=0)  # to be done beside the program, not before it
+
+    def _last_smi(self, whole: Timed, vcpu: int) -> Timed | None:
+        """A vCPU's last whole SMI."""
+        mine = np.flatnonzero(whole.queue == self.recorded + vcpu)
+        ends = np.flatnonzero(whole.wall[mine] == LAST)
+        starts = np.flatnonzero(whole.wall[mine] >= 0)
+        if not len(ends):
+            return None
+        start = starts[np.searchsorted(starts, ends[-1]) - 1]
+        return take(whole, mine[start : ends[-1] + 1])
+
+
+def _entry(vcpu: int) -> Timed:
+    """A vCPU that enters the guest once and stays there."""
+    none = np.zeros(1, np.int64)
+    block = Block(np.array([int(Op.ENTER) | vcpu << VCPU_SHIFT], np.uint32), none, none, none)
+    return Timed(block, np.array([vcpu], np.int32), none, none, none, none.astype(np.uint8), none + MORE, until=0)
+
+
+def _shifted(block: Block, by: int) -> Block:
+    """With ranges numbered from `by` on."""
+    gfn = block.gfn.copy()
+    gfn[np.isin(block.op & 15, (int(Op.ZAP), int(Op.SPLIT)))] += by
+    return Block(block.op, gfn, block.time, block.seq)
+
+
+def swept(evidence: Evidence, policies: Iterable[Axes], sweep: Sweep, change: Change) -> dict[int, list[Swept]]:
+    """By VM, each policy at each rate."""
+    chosen = list(policies)
+    found = {}
+    for vm in evidence.trace.metadata.vms:
+        if vm["vcpus"]:
+            program = Program(evidence, vm, change)
+            found[int(vm["id"])] = [program.sweep(axes, sweep.rates) for axes in chosen]
+    return found

@@ -1,0 +1,111 @@
+"""--tdp-pages: each table that a fault links goes into a list under tdp_mmu_pages_lock, or is counted.
+
+The faults are the recorded ones with the tables that they linked; roots are in neither. A table that is linked in place
+of a huge page that the NX workaround forbids takes the spinlock either way: how many do is not in a trace.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+from typing import Any
+
+from replay.timing.costs import LockCosts
+from replay.whatif.aging import FACTORS
+from replay.whatif.answers import VCPUS, Answer, Asked, count, spread, time
+from replay.whatif.locks import Lock
+from replay.whatif.workload import Workload
+
+
+@dataclass
+class Met:
+    """A run: links, how many of them waited, for how long in all (ns), what was held; faults, and until when."""
+
+    links: int = 0
+    contended: int = 0
+    waited: int = 0
+    held: int = 0
+    faults: int = 0
+    end: int = 0
+
+
+def hold(costs: LockCosts, variant: str, vcpus: int) -> int:
+    """ns that one link keeps the next one out: with others about, the lock's line, and the list's, come from them."""
+    lines = 0 if vcpus == 1 else 2 if variant == "list" else 1
+    return (costs.link if variant == "list" else costs.atomic) + lines * costs.line
+
+
+def meet(work: Workload, vcpus: int, ns: int) -> Met:
+    """So many vCPUs fault at their pace; each table that they link takes a turn of `ns`."""
+    turn = Lock()
+    met = Met()
+    crowd = work.crowd(vcpus)
+    gaps = [program.gap.tolist() for program, _ in crowd]
+    links = [program.links.tolist() for program, _ in crowd]
+    heap = [(begin + int(program.gap[0]), vcpu, 0, 0) for vcpu, (program, begin) in enumerate(crowd)]
+    heapq.heapify(heap)
+    left = vcpus
+    while left:
+        at, who, i, done = heapq.heappop(heap)
+        if done < links[who][i]:
+            start = turn.take(at, ns, shares=False)
+            met.links += 1
+            met.contended += start > at
+            met.waited += start - at
+            met.held += ns
+            heapq.heappush(heap, (start + ns + work.costs.table, who, i, done + 1))
+            continue
+        met.faults += 1
+        end = at + max(work.hold - done * work.costs.table, 0)
+        if i + 1 < len(gaps[who]):
+            heapq.heappush(heap, (end + gaps[who][i + 1], who, i + 1, 0))
+        else:
+            met.end = max(met.end, end)
+            left -= 1
+    return met
+
+
+def answer(work: Workload, asked: Asked, own: str) -> Answer:
+    """The table of --tdp-pages."""
+    rows: list[dict[str, Any]] = []
+    cells = []
+    handling = work.costs.fault
+    for vcpus in VCPUS:
+        for variant in asked.variants:
+            runs = [meet(work, vcpus, hold(work.locks.times(f), variant, vcpus)) for f in FACTORS]
+            middle = runs[1]
+            ns = hold(work.locks, variant, vcpus)
+            spent = [run.waited + run.held for run in runs]
+            path = middle.faults * handling + middle.links * work.costs.table
+            demand = middle.links / max(middle.end, 1)  # links a ns
+            busy = min(demand * ns, 1.0)
+            chance = middle.links * busy * ns / 2  # at moments of chance, half of what another still has
+            at_once = middle.links * (vcpus - 1) * ns // 2  # everyone at each other's heels
+            taken = (middle.links, middle.links) if variant == "list" else (0, middle.links if work.nx else 0)
+            rows.append({
+                "vcpus": vcpus, "variant": variant, "faults": middle.faults, "links": middle.links,
+                "acquisitions": list(taken), "contended": middle.contended, "waited": middle.waited,
+                "spent": spent[1], "between": [spent[0], spent[2]], "share": spent[1] / max(path, 1),
+                "limit": [min(round(chance), at_once), at_once], "ceiling": 1e9 / ns, "demand": demand * 1e9,
+            })  # fmt: skip
+            cells.append([
+                str(vcpus), variant, f"{middle.links:,}",
+                f"{taken[0]:,}" if taken[0] == taken[1] else f"{taken[0]:,} .. {taken[1]:,}",
+                f"{middle.contended:,}", time(middle.waited), f"{time(min(chance, at_once))} .. {time(at_once)}",
+                spread(*spent), f"{spent[1] / max(path, 1):.3%}", f"{demand * 1e9:,.3g} of {1e9 / ns:,.3g}",
+            ])  # fmt: skip
+    headers = [
+        "vCPUs", "tables", "linked", "spinlock taken", "links that waited", "waited", "arithmetic", "time in it",
+        "of the fault path", "links a second",
+    ]  # fmt: skip
+    unlinks = f", and {work.freed:,} times by the zap worker" if work.freed else ""
+    notes = [
+        f"the recording links {work.tables:,} tables: the list takes the spinlock {work.tables:,} times{unlinks}, the "
+        f"counter for those that the NX workaround tracks only ({'0 to all' if work.nx else 'none: it was off'})",
+        f"its {count(work.roots, 'root')} stand in neither; the list of roots has the same spinlock under either",
+        "a counter's waits are for its cache line",
+        "arithmetic: waits at moments of chance .. with all vCPUs at once (in step they can also meet more rarely)",
+    ]
+    if work.shadow:
+        notes.append("recorded with the shadow MMU, which has neither: as the TDP MMU would link such tables")
+    return Answer("tdp_pages", own, rows, (headers, cells), notes)
