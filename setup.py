@@ -1,9 +1,21 @@
-"""The one compiled module. All else about the package is in pyproject.toml."""
+"""The compiled modules. All else about the package is in pyproject.toml."""
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 # gcc's vectoriser of straight-line code costs up to 4 % in storms. Without a compiler it runs as Python, and says so.
 FLAGS = ["-O3", "-fno-tree-slp-vectorize"]
-ENGINE = Extension("replay.simulate.core", ["replay/simulate/core.py"], extra_compile_args=FLAGS, optional=True)
-setup(ext_modules=cythonize([ENGINE], build_dir="build"))
+COMPILED = (
+    "replay/decode/decoder.py",
+    "replay/decode/inferred.py",
+    "replay/decode/timeline.py",
+    "replay/simulate/core.py",
+    "replay/simulate/specialize.py",
+    "replay/timing/lock_waits.py",
+    "replay/timing/steal.py",
+)
+EXTENSIONS = [
+    Extension(path.removesuffix(".py").replace("/", "."), [path], extra_compile_args=FLAGS, optional=True)
+    for path in COMPILED
+]
+setup(ext_modules=cythonize(EXTENSIONS, build_dir="build"))

@@ -12,6 +12,7 @@ from typing import Any, Final
 import altair as alt
 import polars as pl
 
+from analysis import recorded_time
 from analysis.marks import above, axis, colour, in_hex, time_axis, tip, unit_of, whole_ticks, zoom
 from analysis.queries import drawn, recorded, replayed
 from analysis.report import Column, Report
@@ -91,9 +92,9 @@ def timeline(recording: Recording) -> Picture | None:
     parts = parts.filter(vm=vm)
     vcpus = parts.group_by("vcpu").agg(lost.sum().alias("lost")).sort("lost", "vcpu", descending=[True, False])["vcpu"]
     shown = vcpus.head(_VCPUS).sort().to_list()
-    begin, end = drawn.during(recording)[vm]
+    begin, end = recorded_time.during(recording.trace)[vm]
     parts = parts.filter(pl.col("vcpu").is_in(shown))
-    fine = _coarser(parts, begin, -(-drawn.PARTS * len(_KINDS) * len(shown) // _POINTS))
+    fine = _coarser(parts, begin, -(-recorded_time.PARTS * len(_KINDS) * len(shown) // _POINTS))
     try:
         hangs, unknown = drawn.soft_hangs(recording).filter(pl.col("vm") == vm).collect(), ""
     except Problem as problem:
@@ -118,14 +119,14 @@ def timeline(recording: Recording) -> Picture | None:
         rows.append(row.add_params(moving))
     chart = above(*rows)
     omitted = f" {len(vcpus) - len(shown)} more vCPUs lost less time." if len(vcpus) > len(shown) else ""
-    others = len(drawn.during(recording)) - 1
+    others = len(recorded_time.during(recording.trace)) - 1
     omitted += f" {others} more VM{'s' if others > 1 else ''} lost less time to faults and roots." if others else ""
     counted = [f"{len(hangs.filter(vcpu=vcpu))} of vCPU {vcpu}" for vcpu in shown if len(hangs.filter(vcpu=vcpu))]
     told = f" Red bars: soft-hangs as recorded, {', '.join(counted)}" if counted else " No soft-hang as recorded"
     open_ = (hangs["switch_low_ns"] < hangs["switch_ns"]).any()
     told += ", with the switch to the guest taken at the most that it can be." if open_ else "."
     table = (
-        _coarser(parts, begin, drawn.PARTS // _PARTS)
+        _coarser(parts, begin, recorded_time.PARTS // _PARTS)
         .with_columns(
             **{kind: pl.sum_horizontal(names) for kind, names in _KINDS.items()}, begin=pl.col("time") - begin
         )
@@ -160,7 +161,7 @@ def lives(recording: Recording) -> Picture | None:
         return None
     vm = roots["vm"].value_counts(sort=True)["vm"][0]
     roots = roots.filter(vm=vm)
-    begin, end = drawn.during(recording)[vm]
+    begin, end = recorded_time.during(recording.trace)[vm]
     unit, name = unit_of(end - begin)
     every = -(-len(roots) // _ROOTS)
     fine = roots.gather_every(every).with_columns(
@@ -207,7 +208,7 @@ def shares(result: Result) -> Picture | None:
     vm = fine.group_by("vm").agg(pl.col("guest_share").mean()).sort("guest_share", "vm")["vm"][0]
     every = _named(fine.filter(vm=vm))
     names = _runs(result, every)
-    fine = _averaged(every, -(-drawn.PARTS * len(names) // _POINTS))
+    fine = _averaged(every, -(-recorded_time.PARTS * len(names) // _POINTS))
     hangs = _named(result_stalls(result).filter(vm=vm))
     end = int((fine["clock"] + fine["length_ns"]).max())  # type: ignore[arg-type]
     unit, name = unit_of(end)
@@ -255,7 +256,7 @@ def shares(result: Result) -> Picture | None:
         )  # fmt: skip
         chart = above(lines, hung)
     told = [f"{len(hangs.filter(run=each)) or 'none'} under {each}" for each in names]
-    coarse = _averaged(every, drawn.PARTS // _PARTS)
+    coarse = _averaged(every, recorded_time.PARTS // _PARTS)
     return Picture(
         "shares", result, f"Share of VM {vm}'s time in the guest, by policy",
         f"Of all its vCPUs, in virtual time; a line ends where the same work is done. Soft-hangs: {', '.join(told)}.",
@@ -341,7 +342,7 @@ def heat(recording: Recording) -> Picture | None:
     fine = fine.filter(vm=vm)
     if len(fine) > _POINTS:
         fine = drawn.heat(recording, parts=_POINTS // drawn.ROWS).collect(engine="streaming").filter(vm=vm)
-    begin, end = drawn.during(recording)[vm]
+    begin, end = recorded_time.during(recording.trace)[vm]
     unit, name = unit_of(end - begin)
     pages = int(fine["pages"][0])
     cells = fine.with_columns(

@@ -21,7 +21,7 @@ from analysis.report import Column, Report, Table
 from analysis.reporting import recording_of, replayed_under
 from analysis.sources import Recording, Result, open_source
 from analysis.units import Unit, span
-from replay.decode.capabilities import Evidence
+from replay.decode.capabilities import Capabilities
 from replay.result import SPENT
 from traces.errors import Problem
 from traces.text import printable
@@ -50,7 +50,7 @@ def opened(path: Path, policy: str, scratch: Path, remarks: list[str]) -> Side:
     source = open_source(path)
     recording: Recording | None
     if isinstance(source, Recording):
-        recording, result = source, replayed_under(source, (policy or Evidence(source.trace).own.name,), scratch)
+        recording, result = source, replayed_under(source, (policy or Capabilities(source.trace).own.name,), scratch)
     else:
         recording, result = recording_of(source, remarks), source
     names = [each.name for each in result.policies]

@@ -1,46 +1,34 @@
-"""A recording's time: what each vCPU did in each part of it, and where it hardly ran its guest."""
+"""A recording's time: what each vCPU did in each part of it, where it hardly ran its guest, where it got no further.
+
+All of it comes of one pass over a VM's rows: the one that replays it, where a report does that anyway.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from analysis.units import duration
-from replay.decode.capabilities import Evidence
-from replay.decode.lookback import Ints, Rows
-from replay.run import has_ad_disabled
+from replay.decode.batch import Batch
+from replay.decode.capabilities import Capabilities
+from replay.decode.inputs import Ints
+from replay.decode.timeline import Timeline
+from replay.decode.vcpu_states import NO_SPAN
+from replay.decode.vm_inputs import dense_numbers, vcpu_ids
+from replay.timing.measure import Measured, SpanTimes
+from replay.timing.measured_vm import measure_vm
 from replay.timing.stalls import Rule, Stall, stalls
-from replay.timing.timed_run import Measured
-from replay.timing.timeline import Doing, Spans, Timeline
+from replay.timing.stuck_rip import RipRun, longest_runs
+from replay.timing.timed_run import VmTime
 from traces.errors import Problem
 from traces.reader import Trace
 
-_COLUMNS: Final = ("seq", "time", "vcpu", "tid", "kind", "root", "role", "code", "rip", "flags")
-_IDS: Final = 1 << 15  # vCPU ids are int16 in a trace
-_STEP: Final = 1_000_000  # ns between two moments of a vCPU's progress
-
-
-def ids_of(vm: Mapping[str, Any]) -> list[int]:
-    """A VM's vCPUs by their recorded ids; a place in it is a vCPU's dense number."""
-    return sorted({int(vcpu["id"]) for vcpu in vm["vcpus"]})
-
-
-def rows_of(trace: Trace, vm: Mapping[str, Any]) -> Iterator[Rows]:
-    """One VM's rows, batch by batch. Raises Problem where a row's time or vCPU cannot be."""
-    ids = ids_of(vm)
-    if ids and ids[-1] >= _IDS:
-        raise Problem(f"{trace.path}: VM {vm['id']} has a vCPU {ids[-1]}, which no row can name")
-    numbers = np.full(_IDS + 1, -1, np.int32)
-    numbers[ids] = np.arange(len(ids))
-    for batch in trace.batches(_COLUMNS, vm=int(vm["id"])):
-        rows = Rows(batch, numbers)
-        if len(rows) and int(rows.time.min()) < 0:
-            raise Problem(f"{trace.path}: damaged: VM {vm['id']} has rows before the clock began")
-        yield rows
+PARTS: Final = 400  # of a VM's time
+COLUMNS: Final = ("seq", "time", "vcpu", "tid", "kind", "root", "role", "code", "rip", "addr", "flags")
 
 
 @dataclass(frozen=True)
@@ -61,66 +49,138 @@ class Switch:
         return self.least < self.ns
 
 
-def switch_of(trace: Trace, vm: Mapping[str, Any]) -> Switch:
-    """The switch as a replay takes it; Problem if it cannot."""
-    evidence = Evidence(trace)
-    measured = Measured(evidence, vm, has_ad_disabled(evidence))
-    if measured.refused:
-        raise Problem(measured.refused)
-    ns = measured.fitted.costs.switch
-    return Switch(ns, ns - measured.fitted.open)
+@dataclass(frozen=True)
+class RecordedTime:
+    """One VM. `switch` is what a replay takes the switch to be; None where no replay can, and `unknown` says why."""
+
+    vm: int
+    ids: list[int]
+    first: int  # boot ns of the first of PARTS, `width` ns each
+    width: int
+    timeline: Timeline
+    switch: Switch | None
+    unknown: str = ""
+
+    @property
+    def parts(self) -> NDArray[np.int64]:
+        """ns by vCPU (dense), part of the time, and VcpuState."""
+        parts: NDArray[np.int64] = self.timeline.parts
+        return parts[: len(self.ids), :PARTS]
+
+    @property
+    def runs(self) -> list[RipRun]:
+        """Each vCPU's longest run of exits at one RIP."""
+        return [replace(run, vcpu=self.ids[run.vcpu]) for run in longest_runs(self.timeline.runs)]
+
+    def stalls(self, rule: Rule) -> dict[int, list[Stall]]:
+        """Soft-hangs by vCPU id. Guest time is without the switch; where that is not known, there is none."""
+        if self.switch is None:
+            return {}
+        moments = np.concatenate(self.timeline.progress)
+        found = {}
+        for dense, number in enumerate(self.ids):
+            mine = moments[moments["vcpu"] == dense]
+            found[number] = stalls(mine["time"], guest_time(mine["guest"], mine["guests"], self.switch.ns), rule)
+        return found
 
 
-class Progress:
-    """One vCPU's progress at moments a ms or more apart: boot ns, and ns in the guest until then."""
+def guest_time(guest: Ints, guests: Ints, switch: int) -> Ints:
+    """ns that a guest ran until some moments: `guest` ns in `guests` spans, each with a switch in it.
 
-    def __init__(self, switch: Switch) -> None:
-        self._switch = switch.ns
-        self._guest = 0
-        self._times: list[Ints] = []
-        self._ran: list[Ints] = []
-
-    def note(self, end: Ints, ns: Ints, guest: NDArray[np.bool_]) -> None:
-        """Spans in order: when they end, how long they are, which are the guest's."""
-        ran = self._guest + np.cumsum(np.where(guest, np.maximum(ns - self._switch, 0), 0))
-        self._guest = int(ran[-1])
-        last = np.append(np.diff(end // _STEP) != 0, True)
-        self._times.append(end[last])
-        self._ran.append(ran[last])
-
-    def stalls(self, rule: Rule) -> list[Stall]:
-        """The soft-hangs in it."""
-        if not self._times:
-            return []
-        return stalls(np.concatenate(self._times), np.concatenate(self._ran), rule)
+    Between two moments it is never below 0, as the switch is a mean.
+    """
+    ran = np.diff(guest, prepend=0) - np.diff(guests, prepend=0) * switch
+    total: Ints = np.cumsum(np.maximum(ran, 0))
+    return total
 
 
-def spans_of(trace: Trace, vm: Mapping[str, Any]) -> Iterator[Spans]:
-    """What a VM's vCPUs did, as a replay splits it: up to the VM's end."""
-    timeline = Timeline(len(ids_of(vm)))
-    for rows in rows_of(trace, vm):
-        ends = rows.of("vm_destroy")
-        yield timeline.feed(rows.cut(int(ends[0]) + 1) if len(ends) else rows)
+def during(trace: Trace) -> dict[int, tuple[int, int]]:
+    """Boot ns of each VM's first and last row."""
+    found: dict[int, tuple[int, int]] = {}
+    for group in trace.metadata.row_groups:
+        if group.vm is not None:
+            first, last = found.get(group.vm, (group.first_time, group.last_time))
+            found[group.vm] = min(first, group.first_time), max(last, group.last_time)
+    return found
+
+
+def recorded_times(trace: Trace) -> list[RecordedTime]:
+    """Of each VM, in one pass. Raises Problem where a row's time or vCPU cannot be."""
+    capabilities: Capabilities | None = None
+    why = ""
+    try:
+        capabilities = Capabilities(trace)
+    except Problem as problem:
+        why = str(problem)
+    times = during(trace)
+    found = []
+    for vm in trace.metadata.vms:
+        first, width = part_of(times.get(int(vm["id"]), (0, 0)), trace, vm)
+        if capabilities is not None and vcpu_ids(vm):
+            spans = SpanTimes(capabilities, vm, (first, width, PARTS))
+            _, measured = measure_vm(capabilities, vm, None, spans)
+            found.append(_of(vm, first, width, measured))
+        else:
+            found.append(_unmeasured(trace, vm, first, width, why))
+    return found
+
+
+def of_replay(trace: Trace, times: Iterable[VmTime]) -> list[RecordedTime]:
+    """The same, where a replay has made the pass (`Settings.parts`)."""
+    made, spans = {time.vm: time.measured for time in times}, during(trace)
+    found = []
+    for vm in trace.metadata.vms:
+        first, width = part_of(spans.get(int(vm["id"]), (0, 0)), trace, vm)
+        measured = made.get(int(vm["id"]))
+        found.append(_unmeasured(trace, vm, first, width, "") if measured is None else _of(vm, first, width, measured))
+    return found
+
+
+def part_of(during: tuple[int, int], trace: Trace, vm: Mapping[str, Any]) -> tuple[int, int]:
+    """Where the first of a VM's PARTS begins, and how long each is (ns)."""
+    first, last = during
+    if first < 0:
+        raise Problem(f"{trace.path}: damaged: VM {vm['id']} has rows before the clock began")
+    return first, (last - first) // PARTS + 1
+
+
+def _of(vm: Mapping[str, Any], first: int, width: int, measured: Measured) -> RecordedTime:
+    ns, open_ = measured.fitted.costs.switch, measured.fitted.open
+    switch = None if measured.refused else Switch(ns, ns - open_)
+    return RecordedTime(int(vm["id"]), vcpu_ids(vm), first, width, measured.timeline, switch, measured.refused)
+
+
+def _unmeasured(trace: Trace, vm: Mapping[str, Any], first: int, width: int, why: str) -> RecordedTime:
+    ids = vcpu_ids(vm)
+    timeline = Timeline(len(ids), parts=(first, width, PARTS))
+    numbers = dense_numbers(trace.path, vm)
+    for rows in trace.batches(COLUMNS, vm=int(vm["id"])):
+        batch = Batch(rows, numbers)
+        ends = batch.of("vm_destroy")
+        spans_of(timeline, batch.cut(int(ends[0]) + 1) if len(ends) else batch)
         if len(ends):
-            return
+            break
+    timeline.finish()
+    return RecordedTime(int(vm["id"]), ids, first, width, timeline, None, why)
 
 
-def split(trace: Trace, vm: Mapping[str, Any], first: int, width: int, count: int) -> NDArray[np.int64]:
-    """ns by vCPU (dense), part of the time (`count` of `width` ns each, from `first`), and Doing."""
-    found = np.zeros((len(ids_of(vm)), count + 1, len(Doing)), np.int64)
-    whole = np.zeros_like(found)  # in parts that a span fills: +1 where they begin, -1 behind them
-    for spans in spans_of(trace, vm):
-        end = np.clip(spans.time - first, 0, width * count)
-        begin = np.clip(spans.time - spans.ns - first, 0, width * count)
-        vcpu, doing = spans.vcpu, spans.doing
-        one, other = begin // width, end // width
-        same = one == other
-        np.add.at(found, (vcpu[same], one[same], doing[same]), (end - begin)[same])
-        far = ~same
-        vcpu, doing, one, other = vcpu[far], doing[far], one[far], other[far]
-        np.add.at(found, (vcpu, one, doing), (one + 1) * width - begin[far])
-        np.add.at(found, (vcpu, other, doing), end[far] - other * width)
-        np.add.at(whole, (vcpu, one + 1, doing), 1)
-        np.add.at(whole, (vcpu, other, doing), -1)
-    found += np.cumsum(whole, axis=1) * width
-    return found[:, :count]
+@dataclass(frozen=True)
+class Spans:
+    """Spans of vCPUs' time in one batch, by vCPU and in order: each ends at `time` with row `at` of it, `ns` long."""
+
+    at: Ints
+    vcpu: NDArray[np.int32]
+    time: Ints
+    ns: Ints
+    state: NDArray[np.uint8]
+
+
+def spans_of(timeline: Timeline, batch: Batch) -> Spans:
+    """The spans that end in a batch."""
+    rows = len(batch)
+    state, mark, before = (np.empty(rows, np.uint8) for _ in range(3))
+    ns = np.empty(rows, np.int64)
+    timeline.feed(batch, state, ns, mark, before)
+    at = np.flatnonzero(state != NO_SPAN)
+    at = at[np.argsort(batch.vcpu[at], kind="stable")]
+    return Spans(at, batch.vcpu[at], batch.time[at], ns[at], state[at])

@@ -90,11 +90,15 @@ def _replayed(
 
 def replayed_under(recording: Recording, policies: tuple[str, ...], path: Path) -> Result:
     """Replay a recording, with times, into a result at `path`; none named: the recorded policy, preserve and async."""
-    from replay.decode.capabilities import Evidence
-    from replay.keep import keep
+    from analysis.recorded_time import PARTS, of_replay
+    from replay.decode.capabilities import Capabilities
     from replay.plan import make
+    from replay.run import replay_into
+    from replay.timing.timed_run import Settings
 
-    keep(make(Evidence(recording.trace), policies), path)
+    plan = make(Capabilities(recording.trace), policies)
+    replayed = replay_into(plan, path, Settings(parts=PARTS))
+    recording.times = of_replay(recording.trace, replayed.times)
     return Result.open(path)
 
 

@@ -6,6 +6,7 @@ import json
 import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,8 +16,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from polars.io.plugins import register_io_source
 
+from analysis.recorded_time import RecordedTime, recorded_times
 from replay.result import KEY, SCHEMA
-from replay.timing.stuck_rip import Run
+from replay.timing.stuck_rip import RipRun
 from traces import metadata
 from traces.errors import Problem
 from traces.reader import Trace
@@ -26,7 +28,7 @@ BATCH_ROWS: Final = 1 << 16
 _MAJOR: Final = 1
 # What reading a file made to harm can raise in pyarrow.
 _ERRORS: Final = (pa.ArrowException, OSError, ValueError, TypeError, KeyError, IndexError, MemoryError, OverflowError)
-_RUN: Final = tuple(field.name for field in fields(Run))
+_RUN: Final = tuple(field.name for field in fields(RipRun))
 _TEXTS: Final = tuple(field.name for field in SCHEMA if pa.types.is_dictionary(field.type))
 
 
@@ -44,6 +46,11 @@ class Recording:
     def open(cls, path: Path | str) -> Recording:
         """Raises Problem for what is no sound trace."""
         return cls(Trace.open(path))
+
+    @cached_property
+    def times(self) -> list[RecordedTime]:
+        """Each VM's time; the recording is read for it, unless its replay has set it."""
+        return recorded_times(self.trace)
 
     @property
     def metadata(self) -> metadata.Metadata:
@@ -106,7 +113,7 @@ class VmTime:
     refused: str
     marked: str
     costs: tuple[Cost, ...]
-    stuck: tuple[Run, ...]
+    stuck: tuple[RipRun, ...]
 
 
 class Result:
@@ -322,7 +329,7 @@ def _policy(document: Mapping[str, Any]) -> Policy:
 
 def _vm(document: Mapping[str, Any]) -> VmTime:
     costs = _object(document, "costs")
-    stuck = [Run(**{name: _count(run, name) for name in _RUN}) for run in _list(document, "stuck", dict)]
+    stuck = [RipRun(**{name: _count(run, name) for name in _RUN}) for run in _list(document, "stuck", dict)]
     return VmTime(
         _count(document, "vm"),
         _count(document, "began") if not document.get("refused") else 0,

@@ -18,7 +18,7 @@ import polars as pl
 
 from replay import bounds, plan, run
 from replay.bounds import Count
-from replay.decode.capabilities import Evidence
+from replay.decode.capabilities import Capabilities
 from traces.reader import Trace
 
 ROOT: Final = Path(__file__).parents[1]
@@ -129,18 +129,18 @@ def scenarios(direction: Direction) -> list[str]:
 
 
 @cache
-def _evidence(name: str) -> Evidence:
-    return Evidence(Trace.open(CORPUS / f"{name}.parquet"))
+def _evidence(name: str) -> Capabilities:
+    return Capabilities(Trace.open(CORPUS / f"{name}.parquet"))
 
 
 def foretold(direction: Direction, scenario: str) -> dict[str, Count]:
     """What the replay says of the target's counts."""
-    evidence = _evidence(f"{scenario}-{direction.source}")
+    capabilities = _evidence(f"{scenario}-{direction.source}")
     names = [direction.policy] if direction.policy else []
     if not names and not direction.kernel:
-        names = [evidence.own.name]
+        names = [capabilities.own.name]
     assumed = plan.refault(direction.refault)
-    wanted = plan.make(evidence, names, direction.kernel, assumed)
+    wanted = plan.make(capabilities, names, direction.kernel, assumed)
     found = bounds.counts(run.replay(wanted).outcomes, assumed)
     faults, refaults = found["faults"], found["refaults"]
     ends = [faults.low - refaults.low, faults.high - refaults.high]
@@ -159,8 +159,8 @@ def foretold(direction: Direction, scenario: str) -> dict[str, Count]:
 @cache
 def recorded(name: str) -> dict[str, int | None]:
     """What a recording's rows say, counted without the model."""
-    evidence = _evidence(name)
-    trace = evidence.trace
+    capabilities = _evidence(name)
+    trace = capabilities.trace
     rows = trace.scan().with_columns(pl.col("kind").cast(pl.String)).sort("seq")
     kind = pl.col("kind")
     built = rows.filter(kind == "kvm_mmu_get_page", pl.col("flags") & 1 == 1, pl.col("root") == 0)
@@ -195,7 +195,7 @@ def recorded(name: str) -> dict[str, int | None]:
     first = int((sets["first"] & sets["asked"]).sum())
     installs = int((~sets["present"] | sets["first"] | sets["other"]).sum())
     zaps: int | None = None
-    if evidence.has("kvm_tdp_mmu_spte_changed") and not evidence.shadow:
+    if capabilities.has("kvm_tdp_mmu_spte_changed") and not capabilities.shadow:
         spte = trace.metadata.raw["layout"]["spte"]
         gone = [0, spte["nonpresent"], spte["frozen"]]
         leaf = pl.col("level") == 1

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from replay import kernels
-from replay.decode.capabilities import Evidence
+from replay.decode.capabilities import Capabilities
 from replay.whatif import questions, range_zaps
 from replay.whatif.answers import Answer, Asked, count, parse, time
 from replay.whatif.workload import Workload
@@ -76,15 +76,15 @@ class Found:
 
 def tables() -> list[Found]:
     """Every table of the document."""
-    evidence = {}
+    capabilities = {}
     with tempfile.TemporaryDirectory() as directory:
         for name, parameters in GENERATED.items():
             path = Path(directory) / f"{name}.parquet"
             synthesize(path, parameters)
-            evidence[name] = Evidence(Trace.open(path))
+            capabilities[name] = Capabilities(Trace.open(path))
         found = []
         for name in dict.fromkeys(trace for trace, _, _ in TABLES):
-            shown = evidence.get(name) or Evidence(Trace.open(CORPUS / f"{name}.parquet"))
+            shown = capabilities.get(name) or Capabilities(Trace.open(CORPUS / f"{name}.parquet"))
             asked = [parse(axis, text) for trace, axis, text in TABLES if trace == name]
             ((work, answers),) = questions.answer(shown, asked)
             found += [Found(name, each, work, answer) for each, answer in zip(asked, answers, strict=True)]

@@ -181,9 +181,10 @@ def two_threads(streams: list[Stream]) -> list[tuple[Line, Turn]]:
 
 def from_parquet(path: Path) -> list[tuple[Line, Turn]]:
     """Decoding a trace, and replaying it from the file; ns per event."""
-    from replay import plan, run
-    from replay.decode.capabilities import Evidence
     from replay.decode.lookback import COLUMNS
+
+    from replay import plan, run
+    from replay.decode.capabilities import Capabilities
     from traces.reader import Trace
 
     trace = Trace.open(path)
@@ -198,7 +199,7 @@ def from_parquet(path: Path) -> list[tuple[Line, Turn]]:
 
     def replay(names: list[str]) -> float:
         began = time.process_time()
-        run.replay(plan.make(Evidence(trace), names))
+        run.replay(plan.make(Capabilities(trace), names))
         return (time.process_time() - began) * 1e9 / events
 
     def take(line: Line, names: list[str]) -> None:

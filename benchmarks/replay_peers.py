@@ -19,9 +19,9 @@ from replay.simulate import dispatch
 from replay.simulate.engine import Engine
 from replay.simulate.operations import VCPU_SHIFT
 from replay.simulate.reference import Vm
+from replay.simulate.timed_operations import MORE, Timed
 from replay.timing.costs import DEFAULT
 from replay.timing.timed_engine import TimedEngine
-from replay.timing.timed_operations import MORE, Timed
 from traces.errors import ENVIRONMENT, VERDICT_FAILED, Problem
 
 SOURCE = Path(__file__).with_name("replay_baseline.c")

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from replay import plan
-from replay.decode.capabilities import Evidence
-from replay.timing.timed_run import Settings, VmTime, replay_timed
+from replay.decode.capabilities import Capabilities
+from replay.run import replay
+from replay.timing.timed_run import Settings, VmTime
 from traces.reader import Trace
 
 ROOT: Final = Path(__file__).parents[1]
@@ -78,8 +79,8 @@ def lines(directory: Path = TIMING) -> list[Line]:
 
 
 def _line(directory: Path, scenario: str, recorded: str, policy: str, target: str, measured: dict[str, Any]) -> Line:
-    evidence = Evidence(Trace.open(directory / f"{scenario}-{recorded}.parquet"))
-    (vm,) = replay_timed(plan.make(evidence, [policy]), Settings())
+    capabilities = Capabilities(Trace.open(directory / f"{scenario}-{recorded}.parquet"))
+    (vm,) = replay(plan.make(capabilities, [policy]), Settings()).times
     runs = measured[f"{scenario}-{recorded}"]
     # The VMM's own measure has a little around what the vCPU's rows show.
     scale = statistics.median(runs["recorded"]) / sum(map(sum, vm.recorded))

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from replay.counted import Outcome
 from replay.plan import Refault
-from replay.run import Outcome
 from traces.errors import Problem
 from traces.reader import Trace
 

@@ -108,10 +108,9 @@ def replay(
     """Say what the recorded VMs would have done under other root policies, and how long it would have taken."""
     from replay import bounds, counts_text, plan, run
     from replay.decode import capabilities
-    from replay.keep import keep
     from replay.timing import time_text as time_report
     from replay.timing.stalls import Rule
-    from replay.timing.timed_run import Settings, replay_timed
+    from replay.timing.timed_run import Settings
     from replay.whatif import questions as designs
     from replay.whatif import smi_rate as rates
     from traces.reader import Trace
@@ -121,7 +120,7 @@ def replay(
     settings = Settings(smi, Rule(stall_share, stall_window * 1_000_000), stuck_exits)
 
     assumed = plan.refault(refault)
-    shown = capabilities.Evidence(Trace.open(trace))
+    shown = capabilities.Capabilities(Trace.open(trace))
     if questions := designs.asked(aging=aging, zap_lock=zap_lock, apicv=apicv, tdp_pages=tdp_pages):
         found = designs.answer(shown, questions)
         if as_json:
@@ -141,18 +140,15 @@ def replay(
         else:
             print(time_report.render_sweep(swept, wide), end="")
         return
-    if out is None:
-        times = replay_timed(wanted, settings) if timed else []
-        replayed = run.replay(wanted)
-    else:
-        replayed, times = keep(wanted, out, settings, timed=timed)
+    taken = settings if timed else None
+    replayed = run.replay(wanted, taken) if out is None else run.replay_into(wanted, out, taken)
     if as_json:
-        time = {"time": time_report.facts(times, settings)} if timed else {}
+        time = {"time": time_report.facts(replayed.times, settings)} if timed else {}
         print_json({**counts_text.facts(replayed, share), **time})
     else:
         print(counts_text.render(replayed, share), end="")
         if timed:
-            print(time_report.render(times, wanted), end="")
+            print(time_report.render(replayed.times, wanted), end="")
 
 
 @app.command(

@@ -10,9 +10,10 @@ from rich.text import Text
 
 from replay import bounds
 from replay.bounds import Count
+from replay.counted import Outcome
 from replay.plan import Target
 from replay.result import OF_VCPU
-from replay.run import Outcome, Replayed, document, left_open
+from replay.run import Replayed, document, left_open
 from traces.screen import page, text_of
 from traces.text import printable
 
@@ -89,8 +90,8 @@ def render(replayed: Replayed, share: float = 0.0) -> str:
     """The same for people; plain text where standard output is no terminal."""
     console = page(WIDTH)
     plan = replayed.plan
-    meta = plan.evidence.trace.metadata
-    console.print(Text(printable(f"{plan.evidence.trace.path}: kernel {meta.kernel}, {meta.policy} roots")))
+    meta = plan.capabilities.trace.metadata
+    console.print(Text(printable(f"{plan.capabilities.trace.path}: kernel {meta.kernel}, {meta.policy} roots")))
     vms = _vms(replayed)
     for vm in vms[:_VMS_SHOWN]:
         console.print(_table(replayed, vm, share))

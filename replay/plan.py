@@ -17,10 +17,10 @@ from typing import Final
 from replay import kernels
 from replay.axes import Axes
 from replay.causes import OPEN, Trigger
-from replay.decode.capabilities import Evidence
+from replay.decode.capabilities import Capabilities
 from replay.kernels import Kernel
+from replay.simulate.cases import Case
 from replay.simulate.policy_api import Policy
-from replay.simulate.specialize import Case
 from replay.userfile import load, one_line
 from traces.errors import Problem
 
@@ -85,7 +85,7 @@ class Refault:
 class Plan:
     """All that a replay is to do."""
 
-    evidence: Evidence
+    capabilities: Capabilities
     targets: tuple[Target, ...]
     refault: Refault = field(default_factory=Refault)
 
@@ -100,29 +100,29 @@ def refault(text: str) -> Refault:
     return Refault("recent", int(match[1]))
 
 
-def make(evidence: Evidence, names: Sequence[str], version: str = "", assumed: Refault | None = None) -> Plan:
+def make(capabilities: Capabilities, names: Sequence[str], version: str = "", assumed: Refault | None = None) -> Plan:
     """The plan for these policies (none: the recorded kernel's own, preserve and async), on a kernel's triggers."""
-    kernel = kernels.at(version) if version else evidence.kernel
-    own = evidence.own.name
+    kernel = kernels.at(version) if version else capabilities.kernel
+    own = capabilities.own.name
     wanted = list(names) or ([kernel.axes.name] if version else [own, *(name for name in DEFAULT if name != own)])
     assumed = assumed or Refault()
-    targets = tuple(_target(evidence, name, kernel, bool(version), assumed) for name in dict.fromkeys(wanted))
-    return Plan(evidence, targets, assumed)
+    targets = tuple(_target(capabilities, name, kernel, bool(version), assumed) for name in dict.fromkeys(wanted))
+    return Plan(capabilities, targets, assumed)
 
 
-def _target(evidence: Evidence, name: str, kernel: Kernel, other: bool, assumed: Refault) -> Target:
+def _target(capabilities: Capabilities, name: str, kernel: Kernel, other: bool, assumed: Refault) -> Target:
     policy = _own_policy(name)
     axes = policy.axes if policy else kernel.policy(name)
     label = policy.name or policy.__name__ if policy else name
-    recorded = policy is None and not other and name == evidence.own.name
+    recorded = policy is None and not other and name == capabilities.own.name
     if recorded:
-        return Target(label, kernel, evidence.own, None, True, (), (Run("exact", False, Case()),))
-    keeps = evidence.own.own_reference or evidence.shadow
+        return Target(label, kernel, capabilities.own, None, True, (), (Run("exact", False, Case()),))
+    keeps = capabilities.own.own_reference or capabilities.shadow
     revive = keeps and not (axes.own_reference or axes.mmu == "shadow")
-    hidden = evidence.shadow and axes.mmu == "tdp"
+    hidden = capabilities.shadow and axes.mmu == "tdp"
     writes = frozenset(
         trigger
-        for trigger in _may_show(evidence.kernel)
+        for trigger in _may_show(capabilities.kernel)
         if (OPEN[trigger][0] in kernel.unloads) != (OPEN[trigger][1] in kernel.unloads)
     )
     most = bool(writes)
@@ -132,7 +132,7 @@ def _target(evidence: Evidence, name: str, kernel: Kernel, other: bool, assumed:
     ]
     low = Run("low", False, Case())
     revive = revive or (most and not axes.own_reference and axes.mmu == "tdp")
-    merged = revive and kernel.layout.guest_bits and not evidence.kernel.layout.guest_bits
+    merged = revive and kernel.layout.guest_bits and not capabilities.kernel.layout.guest_bits
     high = Run("high", revive, Case(most, hidden, merged))
     if not (open_ or most):
         runs: tuple[Run, ...] = (replace(low, bound="exact"),)

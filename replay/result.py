@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
@@ -57,13 +57,9 @@ def vm_counts(counters: Counters) -> dict[str, int]:
 
 
 class Writer:
-    """Writes a result row group by row group; the file appears under its name when all of it is written.
-
-    `timed` is what `counts` adds to the rows of vCPUs: columns by policy, bound and VM.
-    """
+    """Writes a result row group by row group; the file appears under its name when all of it is written."""
 
     def __init__(self, path: Path, policies: list[str]) -> None:
-        self.timed: dict[tuple[int, str, int], dict[str, list[int]]] = {}
         self._path = path
         self._part = path.with_name(path.name + ".part")
         self._policies = pa.array(policies)
@@ -82,16 +78,37 @@ class Writer:
             self._file.close()
         self._part.unlink(missing_ok=True)
 
+    def of_vm(self, vm: int, held: bool) -> VmWriter:
+        """What writes the rows of one VM; `held`: they wait for its `release`, so that VMs stay in order."""
+        return VmWriter(vm, self._policies, self.write, held)
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Rows of SCHEMA."""
+        self._file.write_batch(batch)
+
+    def close(self, metadata: dict[str, Any]) -> None:
+        """Finish the file, with what it says of itself."""
+        self._file.add_key_value_metadata({KEY: json.dumps({"format": FORMAT, **metadata}).encode()})
+        self._file.close()
+        self._part.replace(self._path)
+
+
+class VmWriter:
+    """Makes the rows of one VM."""
+
+    def __init__(self, vm: int, policies: pa.Array, write: Callable[[pa.RecordBatch], None], held: bool) -> None:
+        self._vm, self._policies = vm, policies
+        self._write_out = write
+        self._held: list[pa.RecordBatch] | None = [] if held else None
+
+    def release(self) -> None:
+        """Write what was held."""
+        for batch in self._held or ():
+            self._write_out(batch)
+        self._held = None
+
     def log(
-        self,
-        policy: int,
-        bound: str,
-        vm: int,
-        words: list[Word],
-        ids: list[int],
-        log: RootLog,
-        block: Block,
-        first: int,
+        self, policy: int, bound: str, words: list[Word], ids: list[int], log: RootLog, block: Block, first: int
     ) -> None:
         """Rows of kind `root`: a block's part of a root log. `ids` are the vCPUs' recorded ids."""
         if not len(log):
@@ -99,7 +116,7 @@ class Writer:
         at = log.at - first
         vcpu = np.array([*ids, 0], np.int16)[log.vcpu]
         roles = np.array([word.word for word in words], np.uint32)
-        self._write("root", policy, bound, vm, len(log), {
+        self._write("root", policy, bound, len(log), {
             "vcpu": pa.array(vcpu, mask=log.vcpu < 0),
             "seq": block.seq[at],
             "time": block.time[at],
@@ -109,40 +126,33 @@ class Writer:
             **{name: getattr(log, name) for name in _LOGGED},
         })  # fmt: skip
 
-    def moments(self, row: str, policy: int, bound: str, vm: int, vcpu: int, columns: Mapping[str, Any]) -> None:
+    def moments(self, row: str, policy: int, bound: str, vcpu: int, columns: Mapping[str, Any]) -> None:
         """Rows of kind `progress` or `stall`: a vCPU's, with `cause` as a Cause."""
         if count := len(columns["clock"]):
             cause = _coded(np.asarray(columns["cause"]), _CAUSES)
-            self._write(
-                row, policy, bound, vm, count, {**columns, "vcpu": np.full(count, vcpu, np.int16), "cause": cause}
-            )
+            self._write(row, policy, bound, count, {**columns, "vcpu": np.full(count, vcpu, np.int16), "cause": cause})
 
     def counts(
         self,
         policy: int,
         bound: str,
-        vm: int,
         ids: list[int],
         vcpus: Vcpus,
         whole: dict[str, int],
         stuck: list[int | None],
+        timed: Mapping[str, list[int]],
     ) -> None:
-        """Rows of kind `vcpu`, one each, and one of kind `vm`. `stuck`: the rows (seq) where vCPUs came to a stop."""
+        """Rows of kind `vcpu`, one each, and one of kind `vm`. `stuck`: the rows (seq) where vCPUs came to a stop.
+
+        `timed`: the columns of times of rows of vCPUs.
+        """
         own = {name: getattr(vcpus, name) for name in OF_VCPU}
-        self._write("vcpu", policy, bound, vm, len(ids), {
-            "vcpu": np.array(ids, np.int16), "seq": pa.array(stuck, pa.int64()), **own,
-            **self.timed.get((policy, bound, vm), {}),
-        })  # fmt: skip
+        columns = {"vcpu": np.array(ids, np.int16), "seq": pa.array(stuck, pa.int64()), **own, **timed}
+        self._write("vcpu", policy, bound, len(ids), columns)
         sums = {name: np.array([values.sum()]) for name, values in own.items()}
-        self._write("vm", policy, bound, vm, 1, {**sums, **{name: np.array([n]) for name, n in whole.items()}})
+        self._write("vm", policy, bound, 1, {**sums, **{name: np.array([n]) for name, n in whole.items()}})
 
-    def close(self, metadata: dict[str, Any]) -> None:
-        """Finish the file, with what it says of itself."""
-        self._file.add_key_value_metadata({KEY: json.dumps({"format": FORMAT, **metadata}).encode()})
-        self._file.close()
-        self._part.replace(self._path)
-
-    def _write(self, row: str, policy: int, bound: str, vm: int, count: int, columns: dict[str, Any]) -> None:
+    def _write(self, row: str, policy: int, bound: str, count: int, columns: Mapping[str, Any]) -> None:
         arrays = []
         for field in SCHEMA:
             if field.name == "policy":
@@ -151,14 +161,18 @@ class Writer:
                 text = row if field.name == "row" else bound
                 arrays.append(pa.DictionaryArray.from_arrays(np.zeros(count, np.int8), pa.array([text])))
             elif field.name == "vm":
-                arrays.append(pa.array(np.full(count, vm, np.int32)))
+                arrays.append(pa.array(np.full(count, self._vm, np.int32)))
             elif field.name in columns:
                 column = columns[field.name]
                 coded = isinstance(column, pa.DictionaryArray)
                 arrays.append(column if coded else pa.array(column).cast(field.type))
             else:
                 arrays.append(pa.nulls(count, field.type))
-        self._file.write_batch(pa.record_batch(arrays, schema=SCHEMA))
+        batch = pa.record_batch(arrays, schema=SCHEMA)
+        if self._held is None:
+            self._write_out(batch)
+        else:
+            self._held.append(batch)
 
 
 def _coded(values: Any, names: pa.Array) -> pa.DictionaryArray:

@@ -1,219 +1,203 @@
-"""Replays a trace under every policy of a plan, decoding it once: each batch goes to all of them before the next."""
+"""Replays a trace under every policy of a plan, decoding it once.
+
+Of each VM the rows go through the decoder, batch by batch; each batch's inputs go to all policies before the next, to
+be counted. Where times are wanted, the inputs are kept until the costs are known that the clock runs with. VMs are
+independent of each other: they run on all CPUs.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-from numpy.typing import NDArray
-
-from replay import roles
 from replay.causes import Trigger
-from replay.decode.capabilities import Evidence
-from replay.decode.decoder import VmStimuli
+from replay.counted import Counting, Outcome
+from replay.decode.capabilities import Capabilities
+from replay.decode.inputs import Inputs
+from replay.decode.vm_inputs import VmInputs
 from replay.plan import Plan, Run, Target
-from replay.result import Writer, vm_counts
-from replay.simulate.engine import Engine, RootLog, Vcpus
-from replay.simulate.operations import Block, Cause, Op, Ranges
-from replay.simulate.reference import Counters, Happened, Violation
-from replay.simulate.simulator import Machine, Reference
-from replay.simulate.specialize import Case, Lowering
-from traces.errors import VERDICT_FAILED, Problem
+from replay.result import VmWriter, Writer
+from replay.simulate.cases import Case
+from replay.simulate.operations import Block
+from replay.simulate.specialize import Specialization
+from replay.spool import Spool
+from replay.timing import time_rows
+from replay.timing.measure import Measurement, SpanTimes
+from replay.timing.timed_run import Clock, Settings, VmTime, vm_time
 
 _FLIPS: Final = (Trigger.CR0_WP, Trigger.CR0_SILENT, Trigger.EFER)  # of bits that old kernels have in role words
-_HISTORY: Final = 6  # rows of a root's life that a violation shows
-_LIVES: Final = 1 << 12  # roots of which they are kept
 PROMISED: Final = 6  # roots that a VM can have under `preserve`, by its commit's text
 
 
 @dataclass
-class Outcome:
-    """One VM under one run of one policy."""
-
-    target: Target
-    run: Run
-    vm: int
-    vcpu_ids: list[int]
-    vcpus: Vcpus | None = None
-    counters: Counters = field(default_factory=Counters)
-    frees: Counter[str] = field(default_factory=Counter)  # by cause
-    roles: Counter[int] = field(default_factory=Counter)  # roots created, by role word
-    roots_peak: int = 0
-    tables_peak: int = 0  # as seen where roots come and go, and at the end of each batch
-    revived: list[NDArray[np.int64]] = field(default_factory=list)  # leaves that each new root had at once
-    stuck: list[int | None] = field(default_factory=list)  # by vCPU: the trace's row at which it came to a stop
-
-    def counts(self) -> dict[str, int]:
-        """Everything that is counted, of the VM as a whole."""
-        assert self.vcpus is not None
-        sums = {name: int(values.sum()) for name, values in vars(self.vcpus).items() if name != "stuck"}
-        return {**sums, **vm_counts(self.counters), "roots_peak": self.roots_peak, "tables_peak": self.tables_peak}
-
-
-@dataclass
 class Replayed:
-    """All of a plan's outcomes, and what was noted on the way."""
+    """All of a plan's outcomes, their times where these were wanted, and what was noted on the way."""
 
     plan: Plan
     outcomes: list[Outcome]
+    times: list[VmTime]
     notes: Counter[str]
     missing: list[str]
-    broken: list[str]  # promises of a policy that its outcome does not keep
+    broken: list[str] = field(default_factory=list)  # promises of a policy that its outcome does not keep
 
 
-class _Running:
-    """A VM under one run, while it is replayed."""
+def replay(plan: Plan, settings: Settings | None = None, writer: Writer | None = None) -> Replayed:
+    """Run a plan; with `settings` in virtual time, too. What comes out goes to the writer; its caller closes it."""
+    capabilities = plan.capabilities
+    vms = [vm for vm in capabilities.trace.metadata.vms if any(True for _ in vm["vcpus"])]
+    done = Replayed(plan, [], [], Counter(), list(capabilities.missing))
+    progress = Progress(capabilities.trace.metadata.events)
+    workers = min(os.cpu_count() or 1, len(vms))
 
-    def __init__(self, number: int, target: Target, run: Run, stimuli: VmStimuli, lowering: Lowering) -> None:
-        vcpus = len(stimuli.vcpus)
-        self.number = number
-        self.lowering = lowering
-        self.outcome = Outcome(target, run, stimuli.id, stimuli.vcpus, stuck=[None] * vcpus)
-        self.machine: Machine
-        if target.policy is not None:
-            self.machine = Reference(target.policy(), run.revive, lowering.words, vcpus)
-        else:
-            self.machine = Engine(replace(target.axes, revive=run.revive), lowering.words, vcpus)
-        self._done = 0
-        # What happened to each root last, in words, the latest root last: users' own policies may break invariants.
-        self._lives: OrderedDict[int, list[str]] | None = OrderedDict() if target.policy is not None else None
+    def one(vm: Mapping[str, Any]) -> _Vm:
+        own = capabilities.reopened() if workers > 1 else capabilities
+        into = None if writer is None else writer.of_vm(int(vm["id"]), held=workers > 1)
+        return _Vm(plan, own, vm, settings, into, progress).run()
 
-    def feed(self, block: Block, ranges: Ranges, writer: Writer | None) -> None:
-        """Do a block; the memory that tables take is looked at before they all go."""
-        first = self._done
-        ends = np.flatnonzero((block.op & 15 == Op.ZAP_ALL) | (block.op & 15 == Op.END))
-        start = 0
-        for end in [*ends.tolist(), len(block)]:
-            part = slice(start, end)
-            try:
-                self.machine.feed(
-                    Block(block.op[part], block.gfn[part], block.time[part], block.seq[part]), ranges, first + start
-                )
-            except Violation as violation:
-                raise self._broken(violation, block, first) from None
-            counters = self.machine.counters
-            self.outcome.tables_peak = max(self.outcome.tables_peak, counters.tables - counters.tables_freed)
-            start = end
-        self._done += len(block)
-        log = self.machine.take_log()
-        self._read(log)
-        self._remember(log, block, first)
-        self._stop(block, first)
-        if writer is not None:
-            words, ids = self.lowering.words, self.outcome.vcpu_ids
-            writer.log(self.number, self.outcome.run.bound, self.outcome.vm, words, ids, log, block, first)
-
-    def _broken(self, violation: Violation, block: Block, first: int) -> Problem:
-        """What an invariant's violation looks like to a user: the event, the root, and its history as far as logged."""
-        log = self.machine.take_log()
-        self._remember(log, block, first)
-        told = self._lives.get(violation.root, []) if self._lives and violation.root is not None else []
-        if not told:
-            rows = np.flatnonzero(log.root == violation.root)
-            rows = rows if len(rows) else np.arange(len(log))
-            told = [_told(log, i, block, first) for i in rows[-_HISTORY:].tolist()]
-        at = violation.at - first
-        where = f"row {block.seq[at]:,}, {Op(int(block.op[at]) & 15).name}" if at >= 0 else "an earlier row"
-        name, vm = self.outcome.target.name, self.outcome.vm
-        history = f"; before: {', '.join(told)}" if told else ""
-        return Problem(f"{name}: VM {vm}, {where}: {violation}{history}", VERDICT_FAILED)
-
-    def _remember(self, log: RootLog, block: Block, first: int) -> None:
-        lives = self._lives
-        if lives is None:
-            return
-        for i in range(len(log)):
-            root = int(log.root[i])
-            lives[root] = [*lives.pop(root, []), _told(log, i, block, first)][-_HISTORY:]
-        while len(lives) > _LIVES:
-            lives.popitem(last=False)
-
-    def _stop(self, block: Block, first: int) -> None:
-        for index, at in enumerate(self.machine.vcpus.stuck.tolist()):
-            if at >= first:
-                self.outcome.stuck[index] = int(block.seq[at - first])
-
-    def _read(self, log: RootLog) -> None:
-        if not len(log):
-            return
-        outcome = self.outcome
-        freed = log.event == Happened.FREED
-        for cause, count in enumerate(np.bincount(log.cause[freed]).tolist()):
-            if count:
-                outcome.frees[Cause(cause).name.lower()] += count
-        created = log.event == Happened.CREATED
-        for word, count in enumerate(np.bincount(log.word[created]).tolist()):
-            if count:
-                outcome.roles[self.lowering.words[word].word] += count
-        outcome.roots_peak = max(outcome.roots_peak, int(log.roots_alive.max()))
-        outcome.tables_peak = max(outcome.tables_peak, int((log.tables_alive + np.where(freed, log.tables, 0)).max()))
-        if outcome.run.revive:
-            outcome.revived.append(log.leaves[created])
-
-    def finish(self, writer: Writer | None) -> Outcome:
-        """The outcome."""
-        outcome = self.outcome
-        outcome.vcpus, outcome.counters = self.machine.vcpus, self.machine.counters
-        if writer is not None:
-            peaks = {"roots_peak": outcome.roots_peak, "tables_peak": outcome.tables_peak}
-            whole = {**vm_counts(outcome.counters), **peaks}
-            writer.counts(
-                self.number, outcome.run.bound, outcome.vm, outcome.vcpu_ids, outcome.vcpus, whole, outcome.stuck
-            )
-        return outcome
-
-
-def replay(plan: Plan, writer: Writer | None = None) -> Replayed:
-    """Run a plan. With a writer the root logs go to it as they come; it is for the caller to close."""
-    evidence = plan.evidence
-    ad_disabled = has_ad_disabled(evidence)
-    done = Replayed(plan, [], Counter(), list(evidence.missing), [])
-    groups = any(target.axes.prefetch > 1 for target in plan.targets)
-    progress = Progress(evidence.trace.metadata.events)
-    for vm in evidence.trace.metadata.vms:
-        stimuli = VmStimuli(evidence, vm, groups=groups)
-        if stimuli.vcpus:
-            done.outcomes += _replay_vm(plan, stimuli, ad_disabled, writer, progress)
-            done.notes.update(stimuli.notes)
-            done.missing += evidence.of_vm(vm)
+    with ThreadPoolExecutor(workers) if workers > 1 else nullcontext() as pool:
+        for vm, found in zip(vms, pool.map(one, vms) if pool else map(one, vms), strict=True):
+            if found.writer is not None:
+                found.writer.release()
+            done.outcomes += found.outcomes
+            done.times += found.times
+            done.notes.update(found.notes)
+            done.missing += capabilities.of_vm(vm)
     progress.end()
     done.missing += _nested(done.notes)
     done.broken += _broken(done.outcomes)
     return done
 
 
-def _replay_vm(
-    plan: Plan, stimuli: VmStimuli, ad_disabled: bool, writer: Writer | None, progress: Progress
-) -> list[Outcome]:
-    lowerings: dict[tuple[str, Case], Lowering] = {}
-    running = []
-    for number, target in enumerate(plan.targets):
-        for run in target.runs:
-            key = (target.kernel.name, run.case)
-            if key not in lowerings:
-                lowerings[key] = Lowering(target.kernel, run.case, ad_disabled)
-            running.append(_Running(number, target, run, stimuli, lowerings[key]))
-    for stretch in stimuli:
-        blocks = {id(lowering): lowering.apply(stretch) for lowering in lowerings.values()}
-        for one in running:
-            one.feed(blocks[id(one.lowering)], stretch.ranges, writer)
-        progress.at(int(stretch.seq[-1]))
-    return [one.finish(writer) for one in running]
+def replay_into(plan: Plan, path: Path, settings: Settings | None) -> Replayed:
+    """Run a plan and write its result."""
+    from replay.timing import time_text
+
+    with Writer(path, [target.name for target in plan.targets]) as writer:
+        replayed = replay(plan, settings, writer)
+        times = time_text.facts(replayed.times, settings) if settings is not None else None
+        writer.close({**document(replayed), "time": times})
+    return replayed
 
 
-def has_ad_disabled(evidence: Evidence) -> bool:
-    """Whether the recorded module has accessed and dirty bits off: a bit of every root's word."""
-    for batch in evidence.trace.batches(["root", "role"], size=1 << 12):
-        root, role = (batch.column(name).to_numpy() for name in ("root", "role"))
-        found = role[(root > 0) & (role > 0)]
-        if len(found):
-            return roles.has_ad_disabled(int(found[0]))
-    return False
+class _Vm:
+    """One VM's replay."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        capabilities: Capabilities,
+        vm: Mapping[str, Any],
+        settings: Settings | None,
+        writer: VmWriter | None,
+        progress: Progress,
+    ) -> None:
+        self._plan, self._capabilities, self._settings, self._progress = plan, capabilities, settings, progress
+        self.writer = writer
+        groups = any(target.axes.prefetch > 1 for target in plan.targets)
+        times = SpanTimes(capabilities, vm, _parts(capabilities, vm, settings)) if settings is not None else None
+        self._inputs = VmInputs(capabilities, vm, groups=groups, times=times)
+        self._times = times
+        self.outcomes: list[Outcome] = []
+        self.times: list[VmTime] = []
+
+    @property
+    def notes(self) -> Counter[str]:
+        """What decoding had to infer or leave open."""
+        return self._inputs.notes
+
+    def run(self) -> _Vm:
+        """Replay it."""
+        inputs = self._inputs
+        counting = self._counting()
+        if self._settings is None or self._times is None:
+            for part in inputs:
+                self._count(counting, part)
+            self.outcomes = [each.finish(self.writer) for each in counting]
+            return self
+        measurement = Measurement(self._capabilities, inputs, self._times)
+        own = next((each for each in counting if each.outcome.target.recorded), None) or self._own()
+        with Spool() as spool:
+            for part in inputs:
+                self._count(counting, part, own, measurement.take(part).block)
+                spool.append(part)
+            own.finish(None)
+            assert own.outcome.vcpus is not None
+            measured = measurement.result(own.outcome.vcpus.faults, own.outcome.freed_tables)
+            clocks: dict[int, Clock] = {}
+            if not measured.refused:
+                specialized = self._specialized()
+                for number, each in enumerate(counting):
+                    target, run = each.outcome.target, each.outcome.run
+                    if target.policy is None:
+                        kernel = specialized[target.kernel.name, run.case]
+                        clocks[number] = Clock(target, run, kernel, len(inputs.vcpus), measured)
+                began = measured.began if self._settings.smis_open(measured) else -1
+                Clock.run_all(list(clocks.values()), spool, inputs.rest, began)
+        timed = {number: clock.outcome(inputs.vcpus, self._settings) for number, clock in clocks.items()}
+        time = vm_time(inputs.id, inputs.vcpus, self._capabilities, measured, list(timed.values()), self._settings)
+        self.times = [time]
+        for number, each in enumerate(counting):
+            columns = None
+            if self.writer is not None and number in timed:
+                columns = time_rows.write(self.writer, each.number, timed[number], time.recorded)
+            self.outcomes.append(each.finish(self.writer, columns))
+        return self
+
+    def _counting(self) -> list[Counting]:
+        specialized = self._specialized()
+        return [
+            Counting(
+                number, target, run, self._inputs.id, self._inputs.vcpus, specialized[target.kernel.name, run.case]
+            )
+            for number, target in enumerate(self._plan.targets)
+            for run in target.runs
+        ]
+
+    def _own(self) -> Counting:
+        """The recorded policy's run, which says what the recorded kernel did."""
+        kernel, own = self._capabilities.kernel, self._capabilities.own
+        target = Target(own.name, kernel, own, None, True, (), (Run("exact", False, Case()),))
+        specialized = Specialization(kernel, Case(), self._capabilities.ad_disabled, len(self._inputs.vcpus))
+        return Counting(-1, target, target.runs[0], self._inputs.id, self._inputs.vcpus, specialized)
+
+    def _specialized(self) -> dict[tuple[str, Case], Specialization]:
+        """One for each kernel and case of the plan."""
+        found = {}
+        for target in self._plan.targets:
+            for run in target.runs:
+                found[target.kernel.name, run.case] = Specialization(
+                    target.kernel, run.case, self._capabilities.ad_disabled, len(self._inputs.vcpus)
+                )
+        return found
+
+    def _count(
+        self, counting: list[Counting], part: Inputs, own: Counting | None = None, block: Block | None = None
+    ) -> None:
+        """Take in a part; `own` and `block`: the recorded policy's run, and the part's operations of its kernel."""
+        blocks = {} if own is None or block is None else {own.specialized: block}
+        for each in counting if own is None or own in counting else [*counting, own]:
+            if each.specialized not in blocks:
+                blocks[each.specialized] = each.specialized.block(part)
+            each.feed(blocks[each.specialized], part.ranges, self.writer if each.number >= 0 else None)
+        self._progress.at(int(part.seq[-1]))
+
+
+def _parts(capabilities: Capabilities, vm: Mapping[str, Any], settings: Settings) -> tuple[int, int, int] | None:
+    """The parts of its time in which a VM's vCPUs' states are to be added up: (first, width, count)."""
+    if not settings.parts:
+        return None
+    groups = [group for group in capabilities.trace.metadata.row_groups if group.vm == int(vm["id"])]
+    first = min((group.first_time for group in groups), default=0)
+    last = max((group.last_time for group in groups), default=0)
+    return first, (last - first) // settings.parts + 1, settings.parts
 
 
 def _nested(notes: Mapping[str, int]) -> Iterator[str]:
@@ -229,12 +213,6 @@ def _broken(outcomes: list[Outcome]) -> Iterator[str]:
             words = ", ".join(f"{word:#x}" for word in sorted(outcome.roles))
             what = f"{len(outcome.roles)} role words where {PROMISED} are promised"
             yield f"VM {outcome.vm}, {outcome.target.name}: {what}: {words}"
-
-
-def _told(log: RootLog, i: int, block: Block, first: int) -> str:
-    """One row of a root's life in words."""
-    what = f"root {log.root[i]} {Happened(int(log.event[i])).name.lower()} ({Cause(int(log.cause[i])).name.lower()})"
-    return f"{what} at row {block.seq[log.at[i] - first]:,}" if log.at[i] >= first else what
 
 
 class Progress:
@@ -272,10 +250,11 @@ def left_open(replayed: Replayed, target: Target) -> list[str]:
 def document(replayed: Replayed) -> dict[str, Any]:
     """What a result file says of itself."""
     plan = replayed.plan
-    meta = plan.evidence.trace.metadata
+    meta = plan.capabilities.trace.metadata
     return {
         "trace": {
-            "path": str(plan.evidence.trace.path), "events": meta.events, "kernel": meta.kernel, "policy": meta.policy
+            "path": str(plan.capabilities.trace.path), "events": meta.events, "kernel": meta.kernel,
+            "policy": meta.policy,
         },
         "policies": [
             {

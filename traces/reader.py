@@ -67,6 +67,13 @@ class Trace:
         check_row_groups(path, file.metadata, metadata, rows_end)
         return cls(path, file, metadata)
 
+    def reopened(self) -> Trace:
+        """The same trace with a file of its own, so that another thread can read it meanwhile."""
+        file = pq.ParquetFile(self.path, metadata=self._file.metadata, read_dictionary=["kind"], pre_buffer=False)
+        other = Trace(self.path, file, self.metadata)
+        other._verified = self._verified
+        return other
+
     def counts(self) -> dict[str, int]:
         """Stored rows by kind name."""
         return dict(self.metadata.kinds)

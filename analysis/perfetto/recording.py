@@ -1,6 +1,6 @@
 """A trace as Perfetto tracks: of each VM its vCPUs, the tasks that zap its roots, and its roots.
 
-What a vCPU did is what `replay.timing.timeline` says; adjoining spans of one kind are one. A flow leads from each SMI
+What a vCPU did is what `replay.decode.timeline` says; adjoining spans of one kind are one. A flow leads from each SMI
 and RSM to the first fault in a root that was not there before: the refill it cost.
 """
 
@@ -15,18 +15,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.perfetto.packets import Ints, Writer
-from analysis.recorded_time import Progress, Switch, ids_of, rows_of, switch_of
+from analysis.recorded_time import COLUMNS, RecordedTime, Spans, recorded_times, spans_of
 from replay import roles
-from replay.decode.lookback import Rows
+from replay.decode.batch import Batch
+from replay.decode.timeline import Timeline
+from replay.decode.vcpu_states import VcpuState
+from replay.decode.vm_inputs import dense_numbers, vcpu_ids
 from replay.timing.stalls import Rule
-from replay.timing.timeline import Doing, Spans, Timeline
-from traces.errors import Problem
 from traces.reader import Trace
 from traces.schema import BY_NAME
 from traces.text import printable
 
-_RSM: Final = len(Doing)  # an SMM transition that leaves; Doing.SMM then is one that enters
-NAMES: Final = (*("SMI" if doing == Doing.SMM else doing.name.lower() for doing in Doing), "RSM", "zap")
+_RSM: Final = len(VcpuState)  # an SMM transition that leaves; VcpuState.SMM then is one that enters
+NAMES: Final = (*("SMI" if doing == VcpuState.SMM else doing.name.lower() for doing in VcpuState), "RSM", "zap")
 _ZAP: Final = NAMES.index("zap")
 NOTES: Final = ("seq", "root")
 _SMM: Final = BY_NAME["kvm_smm_transition"].code
@@ -48,22 +49,17 @@ def write(trace: Trace, writer: Writer, rule: Rule, progress: Callable[[int], No
     told = Told()
     writer.clocks(_samples(trace))
     threads = {each["tid"]: printable(each.get("comm", "")) for each in trace.metadata.threads if "tid" in each}
-    for vm in trace.metadata.vms:
-        one = _Vm(trace, vm, writer, threads, told, _switch(trace, vm, told))
-        for rows in rows_of(trace, vm):
-            one.feed(rows)
-            told.rows += len(rows)
+    for vm, times in zip(trace.metadata.vms, recorded_times(trace), strict=True):
+        if times.switch is None:
+            told.unjudged.append(f"VM {vm['id']}: {times.unknown}")
+        one = _Vm(trace, vm, writer, threads, told, times)
+        numbers = dense_numbers(trace.path, vm)
+        for rows in trace.batches(COLUMNS, vm=int(vm["id"])):
+            one.feed(Batch(rows, numbers))
+            told.rows += rows.num_rows
             progress(told.rows)
         one.finish(rule)
     return told
-
-
-def _switch(trace: Trace, vm: Mapping[str, Any], told: Told) -> Switch | None:
-    try:
-        return switch_of(trace, vm)
-    except Problem as problem:
-        told.unjudged.append(f"VM {vm['id']}: {problem}")
-        return None
 
 
 def _samples(trace: Trace) -> list[Mapping[str, int]]:
@@ -93,23 +89,23 @@ class _Vm:
         writer: Writer,
         threads: Mapping[int, str],
         told: Told,
-        switch: Switch | None,
+        times: RecordedTime,
     ) -> None:
-        """`switch`: None where it is not known, and with it no soft-hang."""
+        """`times` say where its vCPUs hung, as far as that is known."""
         self._writer, self._threads, self._told = writer, threads, told
         name = f"VM {vm['id']} {printable(vm.get('comm') or '')}".rstrip()
         self._track = writer.track(name, description=f"process {vm.get('pid') or 'not known'}, as recorded")
-        ids = ids_of(vm)
+        ids = vcpu_ids(vm)
         self._vcpus: list[_Vcpu] = []
-        self._hangs: list[tuple[Progress, int]] = []
+        self._times = times
+        self._hangs: dict[int, int] = {}  # tracks
         for each in ids:
-            progress = None if switch is None else Progress(switch)
             about = "guest: from kvm_entry to kvm_exit, the switch there and back included"
             track = writer.track(f"vCPU {each}", self._track, description=about)
-            self._vcpus.append(_Vcpu(writer, track, told, progress))
-            if switch is not None and progress is not None:
-                about = f"guest time without the switch, {switch.text} each"
-                self._hangs.append((progress, writer.track(f"vCPU {each} soft-hangs", self._track, description=about)))
+            self._vcpus.append(_Vcpu(writer, track, told))
+            if times.switch is not None:
+                about = f"guest time without the switch, {times.switch.text} each"
+                self._hangs[each] = writer.track(f"vCPU {each} soft-hangs", self._track, description=about)
         self._timeline = Timeline(len(ids))
         self._workers: dict[int, int] = {}
         self._zaps: dict[int, tuple[int, int, int]] = {}
@@ -118,7 +114,7 @@ class _Vm:
         self._last = 0
         self._ended = False
 
-    def feed(self, rows: Rows) -> None:
+    def feed(self, rows: Batch) -> None:
         if not len(rows):
             return
         self._last = max(self._last, int(rows.time.max()))
@@ -133,19 +129,20 @@ class _Vm:
         """What is still open ends with the VM's last row."""
         for vcpu in self._vcpus:
             vcpu.finish()
-        for progress, hangs in self._hangs:
-            for stall in progress.stalls(rule):
+        for number, stalls in self._times.stalls(rule).items():
+            for stall in stalls:
                 share = f"{stall.guest / stall.ns:.2%} in the guest"
-                self._writer.span(hangs, stall.begin, stall.end, f"soft-hang, {share}", {"guest_ns": stall.guest})
+                track = self._hangs[number]
+                self._writer.span(track, stall.begin, stall.end, f"soft-hang, {share}", {"guest_ns": stall.guest})
         for tid, (begin, seq, root) in self._zaps.items():
             self._job(tid, np.array([[begin, self._last, seq, root]]))
         self._roots.finish(self._last)
 
-    def _run(self, rows: Rows) -> None:
-        spans = self._timeline.feed(rows)
-        at = np.searchsorted(rows.seq, spans.seq)
-        what = spans.doing.astype(np.int64)
-        moved = spans.kind == _SMM
+    def _run(self, rows: Batch) -> None:
+        spans = spans_of(self._timeline, rows)
+        at = spans.at
+        what = spans.state.astype(np.int64)
+        moved = rows.kind[at] == _SMM
         what[moved & (rows.flags[at] & 1 == 0)] = _RSM
         loads = rows.of(*_LOADS)
         root = np.zeros(len(rows), np.int64)
@@ -155,9 +152,11 @@ class _Vm:
         for v in np.unique(spans.vcpu).tolist():
             start, stop = np.searchsorted(spans.vcpu, [v, v + 1])
             part = slice(int(start), int(stop))
-            self._vcpus[v].feed(spans, part, what[part], moved[part], newest[at[part]])
+            mine = at[part]
+            runs = rows.seq[mine], rows.root[mine].astype(np.int64), newest[mine]
+            self._vcpus[v].feed(spans, part, what[part], moved[part], runs)
 
-    def _zap(self, rows: Rows) -> None:
+    def _zap(self, rows: Batch) -> None:
         at = rows.of("zap_root_begin", "zap_root_end")
         at = at[rows.vcpu[at] < 0]
         begins = rows.kind[at] == BY_NAME["zap_root_begin"].code
@@ -199,15 +198,18 @@ class _Runs:
 class _Vcpu:
     """One vCPU's track."""
 
-    def __init__(self, writer: Writer, track: int, told: Told, progress: Progress | None) -> None:
+    def __init__(self, writer: Writer, track: int, told: Told) -> None:
         self._writer, self._track, self._told = writer, track, told
-        self._progress = progress
         self._held: _Runs | None = None  # the last run, which may go on
         self._since = _NEVER  # the newest root at the last transition that no refill followed yet
         self._flow = 0
         self._end = 0
 
-    def feed(self, spans: Spans, part: slice, what: Ints, moved: NDArray[np.bool_], newest: Ints) -> None:
+    def feed(
+        self, spans: Spans, part: slice, what: Ints, moved: NDArray[np.bool_], rows: tuple[Ints, Ints, Ints]
+    ) -> None:
+        """`rows`: of each span the row that ends it, its root, and the newest root until then."""
+        seq, root, newest = rows
         time, ns = spans.time[part], spans.ns[part]
         # A clock behind its thread's last row must not make spans cross.
         past = np.maximum.accumulate(np.append(self._end, time))
@@ -216,9 +218,7 @@ class _Vcpu:
         self._told.clipped += int(ns.sum() - (end - np.minimum(begin, end)).sum())
         begin = np.where(ns > 0, begin, end)
         self._end = int(end[-1])
-        if self._progress is not None:
-            self._progress.note(end, ns, spans.doing[part] == Doing.GUEST)
-        fresh = _Runs(begin, end, self._told_apart(what, moved), spans.seq[part], spans.root[part], newest, moved)
+        fresh = _Runs(begin, end, self._told_apart(what, moved), seq, root, newest, moved)
         whole = fresh if self._held is None else _joined(self._held, fresh)
         runs = _merged(whole)
         self._held = _cut(runs, slice(-1, None))
@@ -230,14 +230,14 @@ class _Vcpu:
 
     def _told_apart(self, what: Ints, moved: NDArray[np.bool_]) -> Ints:
         """`what`, where spans that go on with an RSM are the RSM's as well."""
-        carried = np.flatnonzero((what == Doing.SMM) & ~moved)
+        carried = np.flatnonzero((what == VcpuState.SMM) & ~moved)
         if not len(carried):
             return what
         own = np.where(moved, np.arange(len(what)), -1)
         at = np.maximum.accumulate(own)[carried]
-        held = self._held.what[-1] if self._held is not None and len(self._held.what) else Doing.SMM
+        held = self._held.what[-1] if self._held is not None and len(self._held.what) else VcpuState.SMM
         what = what.copy()
-        what[carried] = np.where(at >= 0, what[np.maximum(at, 0)], held if held == _RSM else Doing.SMM)
+        what[carried] = np.where(at >= 0, what[np.maximum(at, 0)], held if held == _RSM else VcpuState.SMM)
         return what
 
     def _write(self, runs: _Runs) -> None:
@@ -256,7 +256,7 @@ class _Vcpu:
         of = np.searchsorted(moves, np.arange(len(runs.begin)), "right")
         since = np.append(self._since, runs.newest[moves])
         flow = np.append(self._flow, ids)
-        refills = np.flatnonzero((runs.what == Doing.FAULT) & (runs.root > since[of]))
+        refills = np.flatnonzero((runs.what == VcpuState.FAULT) & (runs.root > since[of]))
         refills = refills[np.unique(of[refills], return_index=True)[1]]
         since[of[refills]] = _NEVER
         self._since, self._flow = int(since[-1]), int(flow[-1])
@@ -312,7 +312,7 @@ class _Roots:
         self._of: dict[int, _Lanes] = {}
         self._begun = False
 
-    def feed(self, rows: Rows) -> None:
+    def feed(self, rows: Batch) -> None:
         if not self._begun:
             self._begun = True
             for root, role in self._there.items():

@@ -10,16 +10,15 @@ import polars as pl
 from analysis.queries.recorded import lives
 from analysis.queries.registry import query
 from analysis.queries.replayed import progress
-from analysis.recorded_time import Progress, ids_of, spans_of, split, switch_of
+from analysis.recorded_time import PARTS, during
 from analysis.sources import Recording, Result
+from replay.decode.vcpu_states import VcpuState
 from replay.timing.stalls import Rule
-from replay.timing.timeline import Doing
 from traces.errors import Problem
 
-PARTS: Final = 400  # of the time
 ROWS: Final = 100  # of the pages
 # A prefetch is part of its fault here.
-DOINGS: Final = {f"{doing.name.lower()}_ns": doing for doing in Doing if doing != Doing.PREFETCH}
+DOINGS: Final = {f"{state.name.lower()}_ns": state for state in VcpuState if state != VcpuState.PREFETCH}
 
 HANGS: Final = {
     "vm": pl.Int32, "vcpu": pl.Int16,
@@ -27,35 +26,25 @@ HANGS: Final = {
 }  # fmt: skip
 
 
-def during(recording: Recording) -> dict[int, tuple[int, int]]:
-    """Boot ns of each VM's first and last row."""
-    found: dict[int, tuple[int, int]] = {}
-    for group in recording.metadata.row_groups:
-        if group.vm is not None:
-            first, last = found.get(group.vm, (group.first_time, group.last_time))
-            found[group.vm] = min(first, group.first_time), max(last, group.last_time)
-    return found
-
-
 @query(Recording, needs=("kvm_entry", "kvm_exit"))
-def doings(recording: Recording, parts: int = PARTS) -> pl.LazyFrame:
+def doings(recording: Recording) -> pl.LazyFrame:
     """What each vCPU did in each of 400 parts of its VM's time: ns in the guest, on faults, loads, unloads, zaps, SMM.
 
     `guest_ns` has the switch to the guest and back in it. Parts in which a vCPU did nothing that was recorded are not
     there. The recording is read for this when the query is made.
     """
     frames = []
-    for vm in recording.metadata.vms:
-        first, last = during(recording).get(int(vm["id"]), (0, 0))
-        width = (last - first) // parts + 1
-        found = split(recording.trace, vm, first, width, parts)
+    for one in recording.times:
+        found = one.parts.copy()
+        found[:, :, VcpuState.FAULT] += found[:, :, VcpuState.PREFETCH]
+        found[:, :, VcpuState.PREFETCH] = 0
         vcpu, part = np.nonzero(found.sum(2))
-        times = {name: found[vcpu, part, doing] for name, doing in DOINGS.items()}
-        ids = np.array(ids_of(vm), np.int16)
+        times = {name: found[vcpu, part, state] for name, state in DOINGS.items()}
+        ids = np.array(one.ids, np.int16)
         frames.append(
             pl.DataFrame({
-                "vm": np.full(len(vcpu), vm["id"], np.int32), "vcpu": ids[vcpu] if len(ids) else np.empty(0, np.int16),
-                "time": first + part * width, "length_ns": np.full(len(vcpu), width), **times,
+                "vm": np.full(len(vcpu), one.vm, np.int32), "vcpu": ids[vcpu] if len(ids) else np.empty(0, np.int16),
+                "time": one.first + part * one.width, "length_ns": np.full(len(vcpu), one.width), **times,
             })
         )  # fmt: skip
     schema = {"vm": pl.Int32, "vcpu": pl.Int16, "time": pl.Int64, "length_ns": pl.Int64}
@@ -71,33 +60,25 @@ def soft_hangs(recording: Recording) -> pl.LazyFrame:
     replay can. The recording is read for this when the query is made.
     """
     found: list[dict[str, Any]] = []
-    for vm in recording.metadata.vms:
-        ids = ids_of(vm)
-        if not ids:
+    for vm in recording.times:
+        if not vm.ids:
             continue
-        try:
-            switch = switch_of(recording.trace, vm)
-        except Problem as problem:
-            raise Problem(f"{recording.path}: query soft_hangs: VM {vm['id']}: {problem}") from None
-        vcpus = [Progress(switch) for _ in ids]
-        for spans in spans_of(recording.trace, vm):
-            for v in np.unique(spans.vcpu).tolist():
-                start, stop = np.searchsorted(spans.vcpu, [v, v + 1])
-                part = slice(int(start), int(stop))
-                vcpus[v].note(spans.time[part], spans.ns[part], spans.doing[part] == Doing.GUEST)
-        for number, vcpu in zip(ids, vcpus, strict=True):
-            found += [
-                {
-                    "vm": int(vm["id"]),
-                    "vcpu": number,
-                    "time": one.begin,
-                    "length_ns": one.ns,
-                    "guest_ns": one.guest,
-                    "switch_low_ns": switch.least,
-                    "switch_ns": switch.ns,
-                }
-                for one in vcpu.stalls(Rule())
-            ]
+        if vm.switch is None:
+            why = vm.unknown.removeprefix(f"{recording.path}: ")
+            raise Problem(f"{recording.path}: query soft_hangs: VM {vm.vm}: {why}")
+        found += [
+            {
+                "vm": vm.vm,
+                "vcpu": number,
+                "time": one.begin,
+                "length_ns": one.ns,
+                "guest_ns": one.guest,
+                "switch_low_ns": vm.switch.least,
+                "switch_ns": vm.switch.ns,
+            }
+            for number, hangs in vm.stalls(Rule()).items()
+            for one in hangs
+        ]
     order = ["length_ns", "vm", "vcpu", "time"]
     return pl.LazyFrame(found, schema=HANGS).sort(order, descending=[True, False, False, False])
 
@@ -109,7 +90,7 @@ def heat(recording: Recording, parts: int = PARTS // 4, rows: int = ROWS // 2) -
     Ranges are of one size and aligned to it; those in which nothing was ever mapped are not there.
     """
     frames = []
-    for vm, (first, last) in during(recording).items():
+    for vm, (first, last) in during(recording.trace).items():
         width = (last - first) // parts + 1
         mapped = recording.scan().filter(pl.col("kind") == "kvm_mmu_set_spte", pl.col("vm") == vm)
         gfns = mapped.select(pl.col("gfn").unique()).collect(engine="streaming")["gfn"].drop_nulls()

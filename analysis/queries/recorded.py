@@ -9,7 +9,7 @@ import polars as pl
 from analysis.queries.registry import query
 from analysis.sources import Recording
 from replay.kernels import designs
-from replay.timing.stuck_rip import CERTAIN, longest_runs
+from replay.timing.stuck_rip import CERTAIN
 from traces.errors import Problem
 
 WINDOW_NS: Final = 100_000_000
@@ -236,9 +236,9 @@ def stuck(recording: Recording, exits: int = CERTAIN) -> pl.LazyFrame:
     The recording is read for this when the query is made.
     """
     found = [
-        {"vm": int(vm["id"]), **{name: getattr(run, name) for name in _RUN}, "why": run.why}
-        for vm in recording.metadata.vms
-        for run in longest_runs(recording.trace, int(vm["id"])).values()
+        {"vm": vm.vm, **{name: getattr(run, name) for name in _RUN}, "why": run.why}
+        for vm in recording.times
+        for run in vm.runs
         if run.certain(exits)
     ]
     return pl.LazyFrame(found, schema={"vm": pl.UInt64, **_RUN, "why": pl.String})

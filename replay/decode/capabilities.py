@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
+from functools import cached_property
 from typing import Any, Final
 
-from replay import kernels
+from replay import kernels, roles
 from traces.errors import Problem
 from traces.reader import Trace
 
@@ -28,7 +30,7 @@ _SEEN: Final = ("kvm_entry", "kvm_page_fault", "mmu_load")  # one of them, or th
 _OFF: Final = ("N", "0")
 
 
-class Evidence:
+class Capabilities:
     """A trace that can be replayed; Problem (bad input) where it cannot."""
 
     def __init__(self, trace: Trace) -> None:
@@ -63,6 +65,22 @@ class Evidence:
         # 5.10 shows neither notifiers nor SPTE changes: what the host took away can only be inferred.
         self.infers = "kvm_unmap_hva_range" not in self.kinds
         self.missing = tuple(self._missing(trace))
+
+    @cached_property
+    def ad_disabled(self) -> bool:
+        """Whether the recorded module has accessed and dirty bits off: a bit of every root's role word."""
+        for batch in self.trace.batches(["root", "role"], size=1 << 12):
+            root, role = (batch.column(name).to_numpy() for name in ("root", "role"))
+            found = role[(root > 0) & (role > 0)]
+            if len(found):
+                return roles.has_ad_disabled(int(found[0]))
+        return False
+
+    def reopened(self) -> Capabilities:
+        """The same with a reader of its own, for another thread."""
+        own = copy(self)
+        own.trace = self.trace.reopened()
+        return own
 
     def has(self, kind: str) -> bool:
         """Whether a kind was observed."""

@@ -1,192 +1,1199 @@
-"""From a trace to each VM's stimuli, a batch at a time: decoded once, whatever number of policies replay them.
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+"""From the rows of one VM to its inputs: what happened to it that no root policy decides. One row at a time.
 
-Memory is a batch, a few numbers a vCPU and the memslot table; for recordings that show no removals (5.10), also what
-the recorded roots have mapped. Rules by part: `touches`, `controls`, `registers`, `host`.
+Inputs are operations (`simulate.operations`), and triggers that a kernel version turns into operations (`inputs` says
+which columns they have). What each kind of row says:
+
+    kvm_mmu_set_spte, mark_mmio_spte   the vCPU needed a page: TOUCH; or FIX where the leaf was there already
+    fast_page_fault                    FIX, where it was repaired without mmu_lock
+    kvm_smm_transition, mmu_reset,
+    kvm_cr, exits that write CR0/CR4   a trigger: an unload under some kernels
+    root_get or mmu_load               ROLE and ENTER: a root was loaded
+    kvm_entry                          ENTER, where a vCPU may have to load though the recorded one did not
+    kvm_mmu_zap_all_fast               INVALIDATE
+    zap_leafs, kvm_unmap_hva_range     ZAP of a range
+    memslot, kvm_tdp_mmu_spte_changed  SPLIT and COLLAPSE, where dirty logging begins and ends
+    zap_all, vm_destroy                ZAP_ALL, END
+
+A reset's cause is what the same vCPU did since it last left the guest. Resets come in pairs (entering SMM resets
+twice) and by more than one function; the first since the exit, or since the last load, is the one that empties slots.
+
+Time goes with the exits. Each exit of a vCPU that has an input is a record: what the guest and everything else took
+until then that no input owns (`lead`), and what faults, loads and unloads took in it. An exit is done when the next
+one begins; inputs wait until then, as an input may still be explained by a later row of its exit.
+
+Cython in pure-Python mode, like `simulate.core`. Nothing here allocates but for rare rows: `run` stops before a row
+that may find no room, and `vm_inputs` makes some.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final
+from typing import Any
 
+import cython
 import numpy as np
-from numpy.typing import NDArray
 
-from replay.decode import inputs
-from replay.decode.capabilities import Evidence
-from replay.decode.controls import Controls
-from replay.decode.inputs import TRIGGER, Out, Stimuli
-from replay.decode.lookback import COLUMNS, Rows
-from replay.decode.slots import Slots, logs_dirty
-from replay.decode.touches import Touches
-from replay.decode.vm_events import ONE_FUNCTION, Host
-from replay.simulate.operations import RESETS, Op, Ranges
-from traces.errors import Problem
-from traces.reader import BATCH_ROWS
+from replay import causes, roles
+from replay.causes import Trigger
+from replay.decode.inferred import GONE_PAGE, GONE_TABLE, Unseen
+from replay.decode.inputs import (
+    BUILT_ROOT,
+    HAS_ENTER,
+    HAS_HIDDEN,
+    HAS_ROLE,
+    HAS_TOUCH,
+    HAS_TRIGGER,
+    HIDDEN,
+    NO_STATE,
+    STATE_SHIFT,
+    TRIGGER,
+    WAS_STILL,
+)
+from replay.decode.pools import as_bytes, as_structures, pool_of
+from replay.decode.vcpu_states import INTERRUPT, NO_SPAN, STILL, VcpuState
+from replay.simulate.operations import Op
+from traces.schema import BY_NAME
 
-_ROOTS: Final = 1 << 24  # whose words are kept; beyond, touches count as outside of SMM
-_IDS: Final = 1 << 15  # vCPU ids are int16 in a trace
+COMPILED: bool = cython.compiled
+
+_NONE = cython.declare(cython.longlong, -1)
+_IOCTL = cython.declare(cython.longlong, 1 << 32)  # set in what a vCPU did last, where that was an ioctl
+_DETAIL = cython.declare(cython.int, 16)  # where an exit's detail stands above its code
+_PAGE_BITS = cython.declare(cython.int, 9)  # of a table's index
+
+# What a row says, by kind: see `_MEANINGS`.
+_NOTHING = cython.declare(cython.int, 0)
+_EXIT = cython.declare(cython.int, 1)
+_ENTRY = cython.declare(cython.int, 2)
+_FAULT = cython.declare(cython.int, 3)
+_REQUESTED = cython.declare(cython.int, 4)
+_SET = cython.declare(cython.int, 5)
+_MARK = cython.declare(cython.int, 6)
+_CHANGED = cython.declare(cython.int, 7)
+_FAST = cython.declare(cython.int, 8)
+_GET_PAGE = cython.declare(cython.int, 9)
+_ROOT_GET = cython.declare(cython.int, 10)
+_MMU_LOAD = cython.declare(cython.int, 11)
+_RESET = cython.declare(cython.int, 12)
+_UNLOAD = cython.declare(cython.int, 13)
+_SMM_MOVE = cython.declare(cython.int, 14)
+_CR = cython.declare(cython.int, 15)
+_MSR = cython.declare(cython.int, 16)
+_IOCTL_BEGIN = cython.declare(cython.int, 17)
+_IOCTL_END = cython.declare(cython.int, 18)
+_INVALIDATE = cython.declare(cython.int, 19)
+_ZAP_LEAFS = cython.declare(cython.int, 20)
+_UNMAP = cython.declare(cython.int, 21)
+_ZAP_ALL = cython.declare(cython.int, 22)
+_MEMSLOT = cython.declare(cython.int, 23)
+_DESTROY = cython.declare(cython.int, 24)
+_NESTED = cython.declare(cython.int, 25)
+_TABLE_FREE = cython.declare(cython.int, 26)
+MEANINGS = (
+    "", "kvm_exit", "kvm_entry", "kvm_page_fault", "kvm_mmu_spte_requested", "kvm_mmu_set_spte", "mark_mmio_spte",
+    "kvm_tdp_mmu_spte_changed", "fast_page_fault", "kvm_mmu_get_page", "root_get", "mmu_load", "mmu_reset",
+    "mmu_unload", "kvm_smm_transition", "kvm_cr", "kvm_msr", "ioctl", "ioctl_end", "kvm_mmu_zap_all_fast",
+    "zap_leafs", "kvm_unmap_hva_range", "zap_all", "memslot", "vm_destroy", "kvm_nested_vmenter", "table_free",
+)  # fmt: skip
+
+_TOUCH = cython.declare(cython.uint, int(Op.TOUCH))
+_FIX = cython.declare(cython.uint, int(Op.FIX))
+_ENTER = cython.declare(cython.uint, int(Op.ENTER))
+_ROLE = cython.declare(cython.uint, int(Op.ROLE))
+_OP_INVALIDATE = cython.declare(cython.uint, int(Op.INVALIDATE))
+_ZAP = cython.declare(cython.uint, int(Op.ZAP))
+_OP_ZAP_ALL = cython.declare(cython.uint, int(Op.ZAP_ALL))
+_SPLIT = cython.declare(cython.uint, int(Op.SPLIT))
+_COLLAPSE = cython.declare(cython.uint, int(Op.COLLAPSE))
+_END = cython.declare(cython.uint, int(Op.END))
+_TRIGGER = cython.declare(cython.uint, TRIGGER)
+_HIDDEN = cython.declare(cython.uint, HIDDEN)
+_RESETS = cython.declare(cython.uint, 1 << 13)
+_LEVEL_SHIFT = cython.declare(cython.int, 4)
+_FIRST_SHIFT = cython.declare(cython.int, 7)
+_LAST_SHIFT = cython.declare(cython.int, 10)
+_VCPU_SHIFT = cython.declare(cython.int, 16)
+_STATE_SHIFT = cython.declare(cython.int, STATE_SHIFT)
+_NO_STATE = cython.declare(cython.longlong, NO_STATE)
+_HAS_TOUCH = cython.declare(cython.longlong, HAS_TOUCH)
+_HAS_HIDDEN = cython.declare(cython.longlong, HAS_HIDDEN)
+_HAS_ENTER = cython.declare(cython.longlong, HAS_ENTER)
+_HAS_ROLE = cython.declare(cython.longlong, HAS_ROLE)
+_HAS_TRIGGER = cython.declare(cython.longlong, HAS_TRIGGER)
+_WAS_STILL = cython.declare(cython.uchar, WAS_STILL)
+_BUILT_ROOT = cython.declare(cython.uchar, BUILT_ROOT)
+
+_SMI = cython.declare(cython.longlong, int(Trigger.SMI))
+_RSM = cython.declare(cython.longlong, int(Trigger.RSM))
+_CR0_WP = cython.declare(cython.longlong, int(Trigger.CR0_WP))
+_CR0 = cython.declare(cython.longlong, int(Trigger.CR0))
+_CR4 = cython.declare(cython.longlong, int(Trigger.CR4))
+_CR4_PGE = cython.declare(cython.longlong, int(Trigger.CR4_PGE))
+_CR4_PCIDE = cython.declare(cython.longlong, int(Trigger.CR4_PCIDE))
+_EFER = cython.declare(cython.longlong, int(Trigger.EFER))
+_SREGS = cython.declare(cython.longlong, int(Trigger.SREGS))
+_CPUID = cython.declare(cython.longlong, int(Trigger.CPUID))
+_INVPCID = cython.declare(cython.longlong, int(Trigger.INVPCID))
+_BY_EXIT = cython.declare(cython.longlong, int(Trigger.EXIT))
+_OTHER = cython.declare(cython.longlong, int(Trigger.OTHER))
+_CR0_SILENT = cython.declare(cython.longlong, int(Trigger.CR0_SILENT))
+_CR4_SILENT = cython.declare(cython.longlong, int(Trigger.CR4_SILENT))
+_CR0_RESET = cython.declare(cython.longlong, int(Trigger.CR0_RESET))
+_CR4_RESET = cython.declare(cython.longlong, int(Trigger.CR4_RESET))
+
+_IN_SMM = cython.declare(cython.longlong, roles.SMM)
+_WP = cython.declare(cython.longlong, roles.WP)
+_NX = cython.declare(cython.longlong, roles.NX)
+_MAYBE_WP = cython.declare(cython.longlong, roles.MAYBE_WP)
+_USUAL = cython.declare(cython.longlong, roles.USUAL)
+
+_CR0_PG_BIT = cython.declare(cython.longlong, causes.CR0_PG)
+_CR0_WP_BIT = cython.declare(cython.longlong, causes.CR0_WP)
+_CR4_ROLE_BITS = cython.declare(cython.longlong, causes.CR4_ROLE)
+_CR4_PGE_BIT = cython.declare(cython.longlong, causes.CR4_PGE)
+_CR4_PCIDE_BIT = cython.declare(cython.longlong, causes.CR4_PCIDE)
+_EFER_MSR = cython.declare(cython.ulonglong, causes.EFER_MSR)
+_EFER_NX = cython.declare(cython.longlong, causes.EFER_NX)
+_SET_SREGS = cython.declare(cython.longlong, causes.SET_SREGS[0])
+_SET_SREGS2 = cython.declare(cython.longlong, causes.SET_SREGS[1])
+_SET_CPUID2 = cython.declare(cython.longlong, causes.SET_CPUID2)
+_KVM_SMI = cython.declare(cython.ulonglong, 0xAEB7)
+_LARGE = cython.declare(cython.ulonglong, 1 << 7)
+_PRESENT = cython.declare(cython.ulonglong, 1 << 11)
+_LEVEL5 = cython.declare(cython.longlong, roles.LEVEL5)
+_NESTED_GUEST = cython.declare(cython.longlong, roles.GUEST)
+_GUEST_MODE = cython.declare(cython.uint, 1 << 17)
+_SVM_MSR = cython.declare(cython.ulonglong, causes.SVM_MSR)
+_SVM_RSM = cython.declare(cython.longlong, causes.SVM_RSM)
+_SVM_UD = cython.declare(cython.longlong, causes.SVM_UD)
+_SVM_INVPCID = cython.declare(cython.longlong, causes.SVM_INVPCID)
+_VMX_CR = cython.declare(cython.ulonglong, causes.VMX_CR)
+_VMX_RSM = cython.declare(cython.longlong, causes.VMX_RSM)
+_VMX_EXCEPTION = cython.declare(cython.longlong, causes.VMX_EXCEPTION)
+_VMX_WRMSR = cython.declare(cython.longlong, causes.VMX_WRMSR)
+_VMX_INVPCID = cython.declare(cython.longlong, causes.VMX_INVPCID)
+_GONE_PAGE = cython.declare(cython.int, GONE_PAGE)
+_GONE_TABLE = cython.declare(cython.int, GONE_TABLE)
+# Before this version the same function empties roots when they are invalidated and when the process ends.
+ONE_FUNCTION = (5, 12, 0)
+
+_NO_SPAN = cython.declare(cython.int, NO_SPAN)
+_STILL = cython.declare(cython.int, STILL)
+_INTERRUPT = cython.declare(cython.int, INTERRUPT)
+_IS_GUEST = cython.declare(cython.int, int(VcpuState.GUEST))
+_IS_FAULT = cython.declare(cython.int, int(VcpuState.FAULT))
+_IS_LOAD = cython.declare(cython.int, int(VcpuState.LOAD))
+_IS_UNLOAD = cython.declare(cython.int, int(VcpuState.UNLOAD))
+_IS_ZAP = cython.declare(cython.int, int(VcpuState.ZAP))
+_IS_PREFETCH = cython.declare(cython.int, int(VcpuState.PREFETCH))
+_IS_OTHER = cython.declare(cython.int, int(VcpuState.OTHER))
+
+Vcpu = cython.struct(  # what is known of a vCPU after its last row; rows are named by their seq, -1 for none
+    opened=cython.longlong,  # its last exit or ioctl
+    code=cython.longlong,  # what that was
+    loaded=cython.longlong,  # its last load of a root
+    state=cython.longlong,  # (`roles`) by the word of that root
+    smm=cython.longlong,  # its last SMM transition
+    reset=cython.longlong,
+    cr0_reset=cython.longlong,  # its last reset for a write of CR0 whose value is not known, and that input
+    cr0_input=cython.longlong,
+    entered=cython.longlong,
+    root=cython.longlong,  # at its last entry
+    dirty=cython.longlong,  # it may have to load at its next entry
+    invalidated=cython.longlong,  # how many invalidations it has taken note of
+    started=cython.longlong,
+    touch=cython.longlong,  # its last touch, and that input
+    touch_input=cython.longlong,
+    requested=cython.longlong,  # the gfn that its fault is about to map
+    marked=cython.longlong,  # the gfn of an MMIO SPTE, if its last leaf was one
+    present=cython.longlong,  # its last fault was on a leaf that is there
+    faulted=cython.longlong,
+    built=cython.longlong,  # the last table that it built, and where that is
+    built_at=cython.longlong,
+    wp_flips=cython.longlong,  # writes of CR0.WP that its root's word does not tell, odd or even
+    maybe_flips=cython.longlong,  # and of CR0 whose value is not known
+    efer=cython.longlong,  # its last written value, and those of CR0 and CR4; -1: none
+    cr0=cython.longlong,
+    cr4=cython.longlong,
+    wrote=cython.longlong,  # its last write of CR0 or CR4 with a value, and what that triggers (-1: nothing)
+    wrote_trigger=cython.longlong,
+    left=cython.longlong,  # its last exit, and that one's code
+    left_code=cython.ulonglong,
+    asked_smi=cython.longlong,  # the last KVM_SMI ioctl by its thread
+    # The exit that goes on
+    record=cython.longlong,  # -1: it has no input yet
+    first=cython.longlong,  # its first input
+    has=cython.longlong,  # which inputs it has (`inputs.HAS_*`)
+    guest=cython.longlong,  # ns
+    fault=cython.longlong,
+    load=cython.longlong,
+    unload=cython.longlong,
+    rest=cython.longlong,
+    other=cython.longlong,  # of the rest, exits that no input is about
+    tables=cython.longlong,
+    built_root=cython.longlong,
+    still=cython.longlong,
+    interrupt=cython.longlong,
+    # What came after its last exit with an input: ns, and ns in the guest
+    lead=cython.longlong,
+    lead_guest=cython.longlong,
+    # Sums
+    zapped=cython.longlong,  # ns of inline zaps, and of prefetches: the policy's own
+    prefetched=cython.longlong,
+    rows=cython.longlong,  # of its thread
+    fault_rows=cython.longlong,
+    faults=cython.longlong,
+    interrupts=cython.longlong,  # of the host, and ns they took
+    interrupted=cython.longlong,
+)
 
 
-class VmStimuli:
-    """One VM of a trace. Iterate once; `vcpus` gives the recorded id of each of its dense numbers.
+@cython.final
+@cython.cclass
+class Decoder:
+    """The rows of one VM to inputs; `vm_inputs.VmInputs` gives it memory and takes what comes out.
 
-    `notes` counts, after the iteration, what had to be inferred or left open. `groups`: see `touches`.
+    `counts` is triggers by number; `nested` entries of nested guests, `inferred` removals and `hidden` prefetches are
+    counted. `by_guest` SMIs followed an exit of the guest's own making, `by_clock` none. `began` is the time of the
+    VM's first entry, -1: it had none.
     """
 
-    def __init__(
-        self,
-        evidence: Evidence,
-        vm: Mapping[str, Any],
-        *,
-        groups: bool = True,
-        size: int = BATCH_ROWS,
-        watch: Callable[[Rows], None] | None = None,
-    ) -> None:
-        """`watch` sees each batch's rows, all columns of them, before the stimuli that come of it."""
-        self.id = int(vm["id"])
-        self.vcpus = sorted({int(vcpu["id"]) for vcpu in vm["vcpus"]})
-        if self.vcpus and self.vcpus[-1] >= _IDS:
-            raise Problem(f"{evidence.trace.path}: VM {self.id} has a vCPU {self.vcpus[-1]}, which no row can name")
-        self._evidence = evidence
-        self._size = size
-        self._watch = watch
-        self._columns = list(COLUMNS) if watch else _columns(evidence, vm)
-        # The last place is that of index -1: no vCPU.
-        self._numbers = np.full(_IDS + 1, -1, np.int32)
-        self._numbers[self.vcpus] = np.arange(len(self.vcpus))
-        slots = Slots(vm["slots"])
-        count = max(len(self.vcpus), 1)
-        self._touches = Touches(evidence, count, slots, groups)
-        self._controls = Controls(evidence, count)
-        self._host = Host(evidence, slots)
-        # Role words by root id; the last place stays empty, for ids beyond.
-        self._roots = np.zeros(min(evidence.trace.metadata.root_count, _ROOTS) + 2, np.uint32)
-        for root in evidence.trace.metadata.uncreated_roots:
-            if root["id"] < len(self._roots) - 1:
-                self._roots[root["id"]] = root["role"]
-        self.nested = 0
+    vcpus = cython.declare(object, visibility="public")  # rows of Vcpu
+    counts = cython.declare(object, visibility="public")
+    ended = cython.declare(cython.bint, visibility="public")
+    nested = cython.declare(cython.longlong, visibility="public")
+    inferred = cython.declare(cython.longlong, visibility="public")
+    hidden = cython.declare(cython.longlong, visibility="public")
+    by_guest = cython.declare(cython.longlong, visibility="public")
+    by_clock = cython.declare(cython.longlong, visibility="public")
+    began = cython.declare(cython.longlong, visibility="public")
+    # What is held: inputs, records of exits, ranges
+    inputs = cython.declare(cython.longlong, visibility="public")
+    records = cython.declare(cython.longlong, visibility="public")
+    ranges = cython.declare(cython.longlong, visibility="public")
+
+    _room: cython.longlong
+    _op: cython.uint[::1]
+    _gfn: cython.longlong[::1]
+    _time: cython.longlong[::1]
+    _seq: cython.longlong[::1]
+    _exit: cython.longlong[::1]
+    _start: cython.longlong[::1]
+    _end: cython.longlong[::1]
+    _lead: cython.longlong[::1]
+    _guest: cython.longlong[::1]
+    _fault: cython.longlong[::1]
+    _load: cython.longlong[::1]
+    _unload: cython.longlong[::1]
+    _tables: cython.longlong[::1]
+    _has: cython.longlong[::1]
+    _flags: cython.uchar[::1]
+
+    _vcpu: cython.pointer[Vcpu]
+    _count: cython.longlong[::1]
+    _count_vcpus: cython.Py_ssize_t
+    _means: cython.uchar[::1]
+    _unloads: cython.uchar[::1]
+    _roles: cython.uint[::1]  # by root id; the last place stays 0, for ids beyond
+    _slots: Any
+    _unseen: Any
+    _collapsing: set  # type: ignore[type-arg]  # threads in an ioctl that ends dirty logging
+    _invalidating: set  # type: ignore[type-arg]  # threads
+    _now: cython.longlong  # of the row under way: time, seq
+    _at: cython.longlong
+    _loads_by: cython.int
+    _invalidations: cython.longlong
+    _invalidated: cython.longlong  # the last one
+    _newest_root: cython.longlong
+    _starting: cython.longlong  # vCPUs that have not loaded a root yet
+    _timed: cython.bint
+    _groups: cython.bint
+    _collapses: cython.bint
+    # The memory slots at one time: from `_slots_since` on, before `_slots_until`
+    _slots_since: cython.longlong
+    _slots_until: cython.longlong
+    _slot_count: cython.Py_ssize_t
+    _most_slots: cython.Py_ssize_t
+    _slot_key: cython.const[cython.longlong][::1]
+    _slot_gfn: cython.const[cython.longlong][::1]
+    _slot_pages: cython.const[cython.longlong][::1]
+    _slot_hva: cython.const[cython.ulonglong][::1]
+    _slot_space: cython.const[cython.longlong][::1]
+    # The recorded kernel
+    _intel: cython.bint
+    _shadow: cython.bint
+    _infers: cython.bint
+    _valued: cython.bint  # writes of control registers come with values
+    _guest_bits: cython.bint
+    _one_function: cython.bint
+    _fixed: cython.longlong
+    _wp: cython.longlong
+    _nx: cython.longlong
+    _present: cython.ulonglong  # bits of a fault's code that say that the leaf was there
+
+    def __init__(self, capabilities: Any, vcpus: int, slots: Any, role_words: Any, groups: bool, timed: bool) -> None:
+        """`role_words`: by root id, those known before. `groups`: find out what the shadow MMU may prefetch around
+        each touch. `timed`: spans of time come with the rows.
+        """
+        kernel, kinds = capabilities.kernel, capabilities.trace.metadata.kinds
+        vcpus = max(vcpus, 1)
+        self.vcpus = pool_of(vcpus, VCPU)
+        for name in NEVER:
+            self.vcpus[name] = -1
+        self.vcpus["state"] = roles.USUAL
+        self.vcpus["root"] = 0
+        if cython.compiled:
+            view: cython.uchar[::1] = as_bytes(self.vcpus)
+            self._vcpu = cython.cast(cython.pointer[Vcpu], cython.address(view[0]))
+        else:
+            self._vcpu = as_structures(self.vcpus)
+        self.counts = np.zeros(len(Trigger), np.int64)
+        self._count = self.counts
+        self._count_vcpus = self._starting = vcpus
+        self._means = np.zeros(256, np.uint8)
+        for meaning, name in enumerate(MEANINGS):
+            if name:
+                self._means[BY_NAME[name].code] = meaning
+        self._unloads = np.array([trigger in kernel.unloads for trigger in Trigger], np.uint8)
+        self._roles = role_words
+        self._slots, self._slots_since, self._slots_until = slots, 0, 0
+        self._slot_count, self._most_slots = 0, len(slots)
+        self._unseen = Unseen() if capabilities.infers else None
+        self._collapsing, self._invalidating = set(), set()
+        self._collapses = False
+        self._loads_by = _ROOT_GET if kinds.get("root_get") else _MMU_LOAD if kinds.get("mmu_load") else _ENTRY
+        self._invalidations, self._invalidated, self._newest_root = 0, -1, 0
+        self._timed, self._groups = timed, groups
+        self._intel, self._shadow, self._infers = capabilities.intel, capabilities.shadow, capabilities.infers
+        self._valued = bool(kinds.get("kvm_cr"))
+        self._guest_bits = kernel.layout.guest_bits
+        self._one_function = kernel.since < ONE_FUNCTION
+        self._fixed, self._wp, self._nx = kernel.fixed, kernel.layout.wp, kernel.layout.nx
+        # SVM's error code, as of #PF; VMX's qualification: readable, writable, executable.
+        self._present = 7 << 3 if capabilities.intel else 1
         self.ended = False
+        self.nested = self.inferred = self.hidden = self.by_guest = self.by_clock = 0
+        self.began = -1
+        self.inputs = self.records = self.ranges = 0
 
-    @property
-    def notes(self) -> Counter[str]:
-        """Counts by what they are of."""
-        counts = Counter({f"trigger {trigger.name}": n for trigger, n in self._controls.counts.items()})
-        counts.update({"inferred removals": self._touches.inferred, "prefetched rows": self._touches.hidden})
-        counts.update({"nested entries": self.nested})
-        return counts
+    def attach(self, held: Any) -> None:
+        """Write inputs, records and ranges into these arrays (`vm_inputs.Held`), which hold what there is so far."""
+        self._op, self._gfn, self._time, self._seq, self._exit = held.op, held.gfn, held.time, held.seq, held.exit
+        self._lead, self._guest, self._fault = held.lead, held.guest, held.fault
+        self._load, self._unload, self._tables = held.load, held.unload, held.tables
+        self._has, self._flags = held.has, held.flags
+        self._start, self._end = held.start, held.end
+        self._room = len(held.op)
 
-    def __iter__(self) -> Iterator[Stimuli]:
-        held: Stimuli | None = None
-        for batch in self._evidence.trace.batches(self._columns, vm=self.id, size=self._size):
-            if self.ended:
-                return
-            rows = Rows(batch, self._numbers)
-            ends = rows.of("vm_destroy")
-            if len(ends):
-                rows = rows.cut(int(ends[0]) + 1)
-                self.ended = True
-            if self._watch is not None:
-                self._watch(rows)
-            fresh = self._decode(rows)
-            whole = fresh if held is None else _joined(held, fresh)
-            self._revise(whole)
-            # What the next batch does not explain is explained by nothing, so that no more than one is held.
-            since = None if self.ended else self._controls.pending(self._touches.last, int(rows.seq[0]))
-            held = None
-            if since is not None and (at := int(np.searchsorted(whole.seq, since))) < len(whole):
-                whole, held = _parted(whole, at)
-            if len(whole):
-                yield whole
-        if held is not None and len(held):
-            yield held
+    def run(self, batch: Any, start: int, state: Any, ns: Any, mark: Any) -> int:
+        """Take in rows from `start` on; the first that is not done, for want of room, or how many there are.
 
-    def _decode(self, rows: Rows) -> Stimuli:
-        out = Out()
-        self._name_roots(rows)
-        touched, _ = self._touches.emit(rows, out, self._roots)
-        self._controls.emit(rows, out, self._roots, touched, self._touches.last)
-        self._host.emit(rows, out)
-        self.nested += len(rows.of("kvm_nested_vmenter"))
-        return out.build(rows)
+        `state`, `ns` and `mark` are the spans that end with each row (`Timeline.feed`).
+        """
+        done: cython.longlong = self._run(
+            batch.seq, batch.time, batch.vcpu, batch.tid, batch.kind, batch.root, batch.role, batch.level, batch.as_id,
+            batch.gfn, batch.old, batch.new, batch.addr, batch.code, batch.value, batch.ret, batch.slot, batch.flags,
+            start, state, ns, mark,
+        )  # fmt: skip
+        if self._unseen is not None:
+            self._unseen.forget()
+        return done
 
-    def _name_roots(self, rows: Rows) -> None:
-        """Remember each root's role word."""
-        for kind in ("kvm_mmu_get_page", "root_get", "mmu_load"):
-            at = rows.of(kind)
-            root = rows.root[at]
-            at, root = at[root > 0], root[root > 0]
-            fits = root < len(self._roots) - 1
-            self._roots[root[fits]] = rows.role[at[fits]]
+    def settle(self, since: int) -> int:
+        """How many inputs no later row can change. What was held before (the first `since`) is settled now.
 
-    def _revise(self, whole: Stimuli) -> None:
-        """Mark touches whose exit reset, and tell apart resets for CR0, now that what followed is known."""
-        _set_last(whole, self._controls.by_fault, whole.op & 15 <= Op.FIX, RESETS)
-        at, trigger = self._controls.explained
-        if len(at):
-            row, found = _last_of(whole, at, whole.op & 15 == TRIGGER)
-            whole.gfn[row] = whole.gfn[row] >> inputs.STATE_SHIFT << inputs.STATE_SHIFT | trigger[found]
+        An exit that goes on gives what it has so far; what comes later of it is the next input's.
+        """
+        v: cython.Py_ssize_t
+        settled: cython.longlong = self.inputs
+        vcpu: cython.pointer[Vcpu] = self._vcpu
+        for v in range(self._count_vcpus):
+            if vcpu[v].record >= 0:
+                if vcpu[v].first < since:
+                    self._close(v)
+                else:
+                    settled = min(settled, vcpu[v].first)
+            if vcpu[v].touch_input >= since and vcpu[v].touch > max(
+                vcpu[v].opened, vcpu[v].entered, vcpu[v].reset, vcpu[v].loaded
+            ):
+                settled = min(settled, vcpu[v].touch_input)
+            if vcpu[v].cr0_input >= since and vcpu[v].cr0_reset > vcpu[v].loaded:
+                settled = min(settled, vcpu[v].cr0_input)
+        return settled
+
+    def finish(self) -> None:
+        """There are no more rows: every exit is done."""
+        v: cython.Py_ssize_t
+        for v in range(self._count_vcpus):
+            self._close(v)
+
+    def drop(self, inputs: int, records: int, ranges: int) -> None:
+        """So many of the held ones are no longer held: the others have moved to the front."""
+        v: cython.Py_ssize_t
+        vcpu: cython.pointer[Vcpu] = self._vcpu
+        self.inputs -= inputs
+        self.records -= records
+        self.ranges -= ranges
+        for v in range(self._count_vcpus):
+            vcpu[v].first -= inputs
+            vcpu[v].touch_input = max(vcpu[v].touch_input - inputs, -1)
+            vcpu[v].cr0_input = max(vcpu[v].cr0_input - inputs, -1)
+            if vcpu[v].record >= 0:
+                vcpu[v].record -= records
+
+    def _run(
+        self,
+        seq: cython.const[cython.longlong][::1],
+        time: cython.const[cython.longlong][::1],
+        vcpu_of: cython.const[cython.int][::1],
+        tid: cython.const[cython.int][::1],
+        kind: cython.const[cython.uchar][::1],
+        root: cython.const[cython.int][::1],
+        role: cython.const[cython.uint][::1],
+        level: cython.const[cython.schar][::1],
+        as_id: cython.const[cython.schar][::1],
+        gfn: cython.const[cython.longlong][::1],
+        old: cython.const[cython.ulonglong][::1],
+        new: cython.const[cython.ulonglong][::1],
+        addr: cython.const[cython.ulonglong][::1],
+        code: cython.const[cython.ulonglong][::1],
+        value: cython.const[cython.ulonglong][::1],
+        ret: cython.const[cython.int][::1],
+        slot: cython.const[cython.int][::1],
+        flags: cython.const[cython.uchar][::1],
+        start: cython.longlong,
+        state: cython.const[cython.uchar][::1],
+        ns: cython.const[cython.longlong][::1],
+        mark: cython.const[cython.uchar][::1],
+    ) -> cython.longlong:
+        i: cython.Py_ssize_t = start
+        rows: cython.Py_ssize_t = kind.shape[0]
+        v: cython.Py_ssize_t
+        means: cython.int
+        vcpu: cython.pointer[Vcpu] = self._vcpu
+        if not cython.compiled:
+            seq, time, vcpu_of, tid, kind = map(memoryview, (seq, time, vcpu_of, tid, kind))  # type: ignore[arg-type]
+            root, role, level, as_id = map(memoryview, (root, role, level, as_id))  # type: ignore[arg-type]
+            gfn, old, new, addr = map(memoryview, (gfn, old, new, addr))  # type: ignore[arg-type]
+            code, value, ret, slot = map(memoryview, (code, value, ret, slot))  # type: ignore[arg-type]
+            flags, state, ns, mark = map(memoryview, (flags, state, ns, mark))  # type: ignore[arg-type]
+        with cython.nogil:
+            while i < rows and not self.ended:
+                if self.inputs + self._most_slots + 8 > self._room:
+                    break
+                v = vcpu_of[i]
+                means = self._means[kind[i]]
+                self._at = seq[i]
+                self._now = time[i]
+                if self._timed and state[i] != _NO_SPAN:
+                    self._spend(v, means, state[i], ns[i], mark[i], root[i])
+                if v >= 0:
+                    if means in (_SET, _MARK):
+                        self._leaf(v, means == _MARK, level[i], gfn[i], root[i])
+                    elif means == _FAULT:
+                        vcpu[v].present = code[i] & self._present != 0
+                        vcpu[v].faulted = seq[i]
+                    elif means == _REQUESTED:
+                        vcpu[v].requested = gfn[i]
+                    elif means == _EXIT:
+                        self._exits(v, code[i], value[i])
+                    elif means == _ENTRY:
+                        self._enters(v, root[i], role[i])
+                    elif means in (_ROOT_GET, _MMU_LOAD):
+                        if root[i] > 0:
+                            self._name(root[i], role[i])
+                            if means == self._loads_by and ret[i] >= 0:
+                                self._load_root(v, root[i], role[i])
+                    elif means == _GET_PAGE:
+                        if root[i] > 0:
+                            self._name(root[i], role[i])
+                        elif flags[i] & 1 and root[i] == 0:
+                            vcpu[v].built = seq[i]
+                            vcpu[v].built_at = gfn[i]
+                    elif means in (_RESET, _UNLOAD):
+                        self._resets(v, means == _UNLOAD, role[i] >> 24 != 0)
+                    elif means == _SMM_MOVE:
+                        self._moves(v, flags[i] & 1 != 0)
+                    elif means == _CR:
+                        if flags[i] & 1:
+                            self._writes(v, code[i], cython.cast(cython.longlong, value[i]))
+                    elif means == _MSR:
+                        if flags[i] & 1 and code[i] == _EFER_MSR:
+                            vcpu[v].efer = cython.cast(cython.longlong, value[i])
+                    elif means == _FAST:
+                        if ret[i] == self._fixed:
+                            self._repaired(v, addr[i], (old[i] | new[i]) & _LARGE != 0)
+                    elif means == _IOCTL_BEGIN:
+                        vcpu[v].opened = seq[i]
+                        vcpu[v].code = cython.cast(cython.longlong, code[i] & 0xFFFF) | _IOCTL
+                        if code[i] == _KVM_SMI:
+                            vcpu[v].asked_smi = seq[i]
+                elif means in (_ROOT_GET, _MMU_LOAD, _GET_PAGE) and root[i] > 0:
+                    self._name(root[i], role[i])
+
+                if means == _CHANGED:
+                    if self._collapses and level[i] > 1:
+                        self._collapse(tid[i], level[i], as_id[i], gfn[i], old[i], new[i])
+                elif means == _INVALIDATE:
+                    self._put(_OP_INVALIDATE, 0)
+                    self._invalidations += 1
+                    self._invalidated = seq[i]
+                    if self._one_function:
+                        self._is_empty(tid[i], False)
+                    if self._infers:
+                        self._forget(0)
+                elif means == _ZAP_LEAFS:
+                    self._put_range(_ZAP, as_id[i], gfn[i], cython.cast(cython.longlong, value[i]))
+                elif means == _UNMAP:
+                    self._unmap(addr[i], value[i])
+                elif means == _ZAP_ALL:
+                    if not self._one_function or self._is_empty(tid[i], True):
+                        self._put(_OP_ZAP_ALL, 0)
+                elif means == _MEMSLOT:
+                    self._change_slot(tid[i], slot[i] & 0xFFFF, as_id[i])
+                elif means == _IOCTL_END:
+                    if self._collapses:
+                        self._end_collapse(tid[i])
+                elif means == _TABLE_FREE:
+                    if self._infers and root[i] > 0:
+                        self._forget(root[i])
+                elif means == _NESTED:
+                    self.nested += 1
+                elif means == _DESTROY:
+                    self._put(_END, 0)
+                    self.ended = True
+                i += 1
+        return i
+
+    # Inputs
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.inline
+    @cython.exceptval(check=False)
+    def _put(self, op: cython.uint, gfn: cython.longlong) -> cython.void:
+        """An input of this row that is no vCPU's."""
+        n: cython.Py_ssize_t = self.inputs
+        self._op[n] = op
+        self._gfn[n] = gfn
+        self._time[n] = self._now
+        self._seq[n] = self._at
+        self._exit[n] = -1
+        self.inputs = n + 1
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.inline
+    @cython.exceptval(check=False)
+    def _put_of(self, v: cython.Py_ssize_t, op: cython.uint, gfn: cython.longlong, has: cython.longlong) -> cython.void:
+        """An input of this row and vCPU, and of the exit that it is in."""
+        n: cython.Py_ssize_t = self.inputs
+        self._put(op | cython.cast(cython.uint, v << _VCPU_SHIFT), gfn)
+        if self._timed:
+            if self._vcpu[v].record < 0:
+                self._vcpu[v].record = self.records
+                self._vcpu[v].first = n
+                self._vcpu[v].has = 0
+                self.records += 1
+            self._vcpu[v].has |= has
+            self._exit[n] = self._vcpu[v].record
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _put_range(
+        self, op: cython.uint, space: cython.longlong, start: cython.longlong, end: cython.longlong
+    ) -> cython.void:
+        """An operation on [start, end) of one address space."""
+        self._start[self.ranges] = start
+        self._end[self.ranges] = end
+        self._put(op | cython.cast(cython.uint, (space & 7) << _LEVEL_SHIFT), self.ranges)
+        self.ranges += 1
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _pull(self, v: cython.Py_ssize_t, trigger: cython.longlong, state: cython.longlong) -> cython.void:
+        """A trigger, and the state that it puts the vCPU in."""
+        has: cython.longlong = _HAS_TRIGGER << trigger
+        if state != _NO_STATE:
+            has |= _HAS_ROLE
+        self._count[trigger] += 1
+        self._put_of(v, _TRIGGER, trigger | state << _STATE_SHIFT, has)
+
+    # Time
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.inline
+    @cython.exceptval(check=False)
+    def _spend(
+        self,
+        v: cython.Py_ssize_t,
+        means: cython.int,
+        state: cython.int,
+        ns: cython.longlong,
+        mark: cython.int,
+        root: cython.longlong,
+    ) -> cython.void:
+        """Add the span that ends with this row to the vCPU's exit; a kvm_exit begins the next one."""
+        vcpu: cython.pointer[Vcpu] = self._vcpu
+        if means == _EXIT:
+            self._close(v)
+            vcpu[v].tables = vcpu[v].built_root = 0
+            vcpu[v].still = mark & _STILL
+            vcpu[v].interrupt = mark & _INTERRUPT
+        vcpu[v].rows += 1
+        if state == _IS_FAULT:
+            vcpu[v].fault += ns
+            vcpu[v].fault_rows += 1
+            if means == _FAULT:
+                vcpu[v].faults += 1
+            elif means == _GET_PAGE:
+                vcpu[v].tables += 1
+        elif state == _IS_GUEST:
+            vcpu[v].guest += ns
+        elif state == _IS_LOAD:
+            vcpu[v].load += ns
+        elif state == _IS_UNLOAD:
+            vcpu[v].unload += ns
+        elif state == _IS_ZAP:
+            vcpu[v].zapped += ns
+        elif state == _IS_PREFETCH:
+            vcpu[v].prefetched += ns
+        else:
+            vcpu[v].rest += ns
+            if state == _IS_OTHER:
+                vcpu[v].other += ns
+        if root > self._newest_root and means in (_ROOT_GET, _MMU_LOAD, _GET_PAGE):
+            self._newest_root = root
+            vcpu[v].built_root = True
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _close(self, v: cython.Py_ssize_t) -> cython.void:
+        """The vCPU's exit is done: its time is its record's, or, where it has none, the next one's."""
+        vcpu: cython.pointer[Vcpu] = self._vcpu
+        r: cython.Py_ssize_t = vcpu[v].record
+        if r >= 0:
+            self._lead[r] = vcpu[v].lead + vcpu[v].guest + vcpu[v].rest
+            self._guest[r] = vcpu[v].lead_guest + vcpu[v].guest
+            self._fault[r] = vcpu[v].fault
+            self._load[r] = vcpu[v].load
+            self._unload[r] = vcpu[v].unload
+            self._tables[r] = vcpu[v].tables
+            self._has[r] = vcpu[v].has
+            self._flags[r] = (_WAS_STILL if vcpu[v].still else 0) | (_BUILT_ROOT if vcpu[v].built_root else 0)
+            vcpu[v].lead = vcpu[v].lead_guest = 0
+        else:
+            vcpu[v].lead += vcpu[v].guest + vcpu[v].rest + vcpu[v].fault + vcpu[v].load + vcpu[v].unload
+            vcpu[v].lead_guest += vcpu[v].guest
+        if vcpu[v].interrupt:
+            vcpu[v].interrupts += 1
+            vcpu[v].interrupted += vcpu[v].other
+        vcpu[v].record = -1
+        vcpu[v].interrupt = 0
+        vcpu[v].guest = vcpu[v].fault = vcpu[v].load = vcpu[v].unload = vcpu[v].rest = vcpu[v].other = 0
+
+    # Touches
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _leaf(
+        self,
+        v: cython.Py_ssize_t,
+        mmio: cython.bint,
+        level: cython.longlong,
+        gfn: cython.longlong,
+        root: cython.longlong,
+    ) -> cython.void:
+        """A leaf was installed: the vCPU needed it; or, by the shadow MMU, one more than was asked for."""
+        vcpu: cython.pointer[Vcpu] = self._vcpu
+        space: cython.longlong
+        op: cython.uint
+        asked: cython.longlong
+        has: cython.longlong = _HAS_TOUCH
+        marked: cython.longlong = vcpu[v].marked
+        if mmio:
+            level = 1
+        if level < 1 or level > 5:
+            level = 1
+        gfn &= -(cython.cast(cython.longlong, 1) << _PAGE_BITS * (level - 1))
+        # 5.10's TDP MMU reports one MMIO SPTE by both events.
+        vcpu[v].marked = gfn if mmio else -1
+        if not mmio and marked == gfn:
+            return
+        # MMIO exits whether its SPTE is there or not: then it is emulated.
+        op = _FIX if mmio or vcpu[v].present else _TOUCH
+        asked = vcpu[v].requested & -(cython.cast(cython.longlong, 1) << _PAGE_BITS * (level - 1))
+        if self._shadow and not mmio and asked != gfn:
+            op |= _HIDDEN
+            has = _HAS_HIDDEN
+            self.hidden += 1
+        space = 1 if self._role_of(root) >> 24 else 0
+        op |= cython.cast(cython.uint, level << _LEVEL_SHIFT)
+        if self._groups:
+            op |= self._group(space, gfn)
+        if self._infers:
+            self._infer(v, root, gfn, level, space, not vcpu[v].present and has == _HAS_TOUCH)
+        vcpu[v].touch = self._at
+        vcpu[v].touch_input = self.inputs
+        self._put_of(v, op, gfn, has)
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _repaired(self, v: cython.Py_ssize_t, addr: cython.ulonglong, huge: cython.bint) -> cython.void:
+        """A fault was repaired without mmu_lock."""
+        level: cython.longlong = 2 if huge else 1
+        gfn: cython.longlong = cython.cast(cython.longlong, addr >> 12) & -(
+            cython.cast(cython.longlong, 1) << _PAGE_BITS * (level - 1)
+        )
+        own: cython.longlong = gfn & 7
+        op: cython.longlong = level << _LEVEL_SHIFT | own << _FIRST_SHIFT | own << _LAST_SHIFT
+        self._vcpu[v].touch = self._at
+        self._vcpu[v].touch_input = self.inputs
+        self._put_of(v, _FIX | cython.cast(cython.uint, op), gfn, _HAS_TOUCH)
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _infer(
+        self,
+        v: cython.Py_ssize_t,
+        root: cython.longlong,
+        gfn: cython.longlong,
+        level: cython.longlong,
+        space: cython.longlong,
+        asks: cython.bint,
+    ) -> cython.void:
+        """Where removals are not recorded: a page that its root had was taken away before it was installed again."""
+        vcpu: cython.pointer[Vcpu] = self._vcpu
+        region: cython.longlong = gfn & -512
+        rebuilt: cython.bint = vcpu[v].built > vcpu[v].faulted and vcpu[v].built_at == region
+        gone: cython.int
+        with cython.gil:
+            gone = self._unseen.find(root, gfn, level, self._at, vcpu[v].faulted, asks, rebuilt, self._invalidated)
+        if gone & _GONE_PAGE:
+            self.inferred += 1
+            self._put_range(_ZAP, space, gfn, gfn + (cython.cast(cython.longlong, 1) << _PAGE_BITS * (level - 1)))
+        if gone & _GONE_TABLE:
+            self.inferred += 1
+            self._put_range(_ZAP, space, region, region + 512)
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _forget(self, root: cython.longlong) -> cython.void:
+        """A root has ended: what it had mapped need not be remembered."""
+        if root:
+            with cython.gil:
+                self._unseen.end(root)
+
+    # What a vCPU does to its roots
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _exits(self, v: cython.Py_ssize_t, code: cython.ulonglong, value: cython.ulonglong) -> cython.void:
+        vcpu: cython.pointer[Vcpu] = self._vcpu
+        what: cython.longlong = cython.cast(cython.longlong, code & 0xFFFF)
+        if code == (_VMX_CR if self._intel else _SVM_MSR):
+            what |= cython.cast(cython.longlong, value & 0xF) << _DETAIL
+        vcpu[v].opened = vcpu[v].left = self._at
+        vcpu[v].code = what
+        vcpu[v].left_code = code
+        if self._valued:
+            return
+        # Where the kernel unloads for the usual write, no reset means that nothing of the kind was written.
+        if self._is_cr0_write(what) and not self._unloads[_CR0_WP]:
+            self._silent(v, _CR0_SILENT)
+        elif self._is_cr4_write(what) and not self._unloads[_CR4_PGE]:
+            self._silent(v, _CR4_SILENT)
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _writes(self, v: cython.Py_ssize_t, register: cython.ulonglong, value: cython.longlong) -> cython.void:
+        """A write of CR0 or CR4, with its value."""
+        vcpu: cython.pointer[Vcpu] = self._vcpu
+        trigger: cython.longlong = _NONE
+        changed: cython.longlong
+        if register == 0:
+            changed = value ^ vcpu[v].cr0
+            if vcpu[v].cr0 == _NONE:
+                # Of the first write it is not known what it changed; a kernel that unloads for all of it shows that by
+                # a reset.
+                trigger = _NONE if self._unloads[_CR0_WP] else _CR0_SILENT
+            elif changed & _CR0_PG_BIT:
+                trigger = _CR0
+            elif changed & _CR0_WP_BIT:
+                trigger = _CR0_WP
+            vcpu[v].cr0 = value
+        elif register == 4:
+            changed = value ^ vcpu[v].cr4
+            if vcpu[v].cr4 == _NONE:
+                trigger = _NONE if self._unloads[_CR4_PGE] else _CR4_SILENT
+            elif changed & _CR4_ROLE_BITS:
+                trigger = _CR4
+            elif changed & _CR4_PGE_BIT:
+                trigger = _CR4_PGE
+            elif changed & _CR4_PCIDE_BIT and not value & _CR4_PCIDE_BIT:
+                trigger = _CR4_PCIDE
+            vcpu[v].cr4 = value
+        else:
+            return
+        vcpu[v].wrote = self._at
+        vcpu[v].wrote_trigger = trigger
+        if trigger != _NONE and not self._unloads[trigger]:
+            self._silent(v, trigger)
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _silent(self, v: cython.Py_ssize_t, trigger: cython.longlong) -> cython.void:
+        """A write that the recorded kernel does not unload for: another may, so that there is a load at its entry."""
+        if trigger == _CR0_WP:
+            self._vcpu[v].wp_flips ^= 1
+        elif trigger == _CR0_SILENT:
+            self._vcpu[v].maybe_flips ^= 1
+        if trigger in (_CR0_WP, _CR0_SILENT):
+            self._pull(v, trigger, self._with_registers(v, self._vcpu[v].state))
+        else:
+            self._pull(v, trigger, _NO_STATE)
+        self._vcpu[v].dirty = True
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _moves(self, v: cython.Py_ssize_t, entering: cython.bint) -> cython.void:
+        """SMM is entered or left."""
+        vcpu: cython.pointer[Vcpu] = self._vcpu
+        state: cython.longlong = self._with_registers(v, vcpu[v].state)
+        by_io: cython.bint
+        if entering:
+            by_io = vcpu[v].left > vcpu[v].entered and (
+                vcpu[v].left_code == 0x7B or vcpu[v].left_code == 30  # SVM_EXIT_IOIO, EXIT_REASON_IO_INSTRUCTION
+            )
+            if by_io or vcpu[v].asked_smi > vcpu[v].entered:
+                self.by_guest += 1
+            else:
+                self.by_clock += 1
+            self._pull(v, _SMI, state | _IN_SMM)
+        else:
+            self._pull(v, _RSM, state & ~_IN_SMM)
+        vcpu[v].smm = self._at
+        if self._loads_by == _ENTRY:
+            vcpu[v].dirty = True
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _resets(self, v: cython.Py_ssize_t, unload: cython.bint, in_smm: cython.bint) -> cython.void:
+        """The vCPU's MMU context is reset, or its roots are unloaded."""
+        vcpu: cython.pointer[Vcpu] = self._vcpu
+        trigger: cython.longlong
+        base: cython.longlong = max(vcpu[v].opened, vcpu[v].loaded)
+        former: cython.longlong = vcpu[v].reset
+        vcpu[v].reset = self._at
+        if former >= 0 and former >= base:
+            return
+        if vcpu[v].smm > base:
+            return
+        # An unload outside of a reset after an invalidation is the one that it asked for (5.10 to 5.17).
+        if unload and self._invalidated > vcpu[v].loaded:
+            return
+        trigger = self._cause(vcpu[v].code, in_smm)
+        if self._valued and vcpu[v].wrote > base and vcpu[v].wrote_trigger >= 0:
+            trigger = vcpu[v].wrote_trigger
+        if trigger == _BY_EXIT and vcpu[v].touch > base:
+            if vcpu[v].touch_input >= 0:
+                self._op[vcpu[v].touch_input] |= _RESETS
+            return
+        if trigger == _CR0_RESET:
+            vcpu[v].cr0_reset = self._at
+            vcpu[v].cr0_input = self.inputs
+        self._pull(v, trigger, _NO_STATE)
+        if self._loads_by == _ENTRY:
+            vcpu[v].dirty = True
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _cause(self, code: cython.longlong, in_smm: cython.bint) -> cython.longlong:
+        """A reset's trigger, by what the vCPU did last: exit or ioctl."""
+        ioctl: cython.longlong = code & 0xFFFF
+        if code == _NONE:
+            return _OTHER
+        if code >= _IOCTL:
+            if ioctl in (_SET_SREGS, _SET_SREGS2):
+                return _SREGS
+            return _CPUID if ioctl == _SET_CPUID2 else _OTHER
+        if code == (_VMX_RSM if self._intel else _SVM_RSM):
+            return _RSM
+        if in_smm and code == (_VMX_EXCEPTION if self._intel else _SVM_UD):
+            return _RSM
+        if self._is_cr0_write(code):
+            return _CR0_RESET if self._unloads[_CR0_WP] else _CR0
+        if self._is_cr4_write(code):
+            return _CR4_RESET if self._unloads[_CR4_PGE] else _CR4
+        if code == (_VMX_WRMSR if self._intel else _SVM_MSR | 1 << _DETAIL):
+            return _EFER
+        return _INVPCID if code == (_VMX_INVPCID if self._intel else _SVM_INVPCID) else _BY_EXIT
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.inline
+    @cython.exceptval(check=False)
+    def _is_cr0_write(self, code: cython.longlong) -> cython.bint:
+        return code == _VMX_CR if self._intel else code == 0x10 or code == 0x65  # WRITE_CR0, CR0_SEL_WRITE
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.inline
+    @cython.exceptval(check=False)
+    def _is_cr4_write(self, code: cython.longlong) -> cython.bint:
+        return code == (_VMX_CR | 4 << _DETAIL) if self._intel else code == 0x14  # WRITE_CR4
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _load_root(self, v: cython.Py_ssize_t, root: cython.longlong, role: cython.uint) -> cython.void:
+        """The vCPU loads a root."""
+        vcpu: cython.pointer[Vcpu] = self._vcpu
+        state: cython.longlong = self._state(role if role else self._role_of(root))
+        cr0: cython.longlong
+        if self._guest_bits and vcpu[v].cr0_reset > vcpu[v].loaded and vcpu[v].cr0_input >= 0:
+            # A reset for a write of CR0: for WP alone where the next word differs in WP, and only then.
+            cr0 = _CR0_WP if (vcpu[v].state ^ state) & _WP else _CR0
+            self._gfn[vcpu[v].cr0_input] = self._gfn[vcpu[v].cr0_input] >> _STATE_SHIFT << _STATE_SHIFT | cr0
+            vcpu[v].has = vcpu[v].has & ~(_HAS_TRIGGER << _CR0_RESET) | _HAS_TRIGGER << cr0
+        vcpu[v].state = state
+        self._arrive(v, self._with_registers(v, state))
+        vcpu[v].loaded = self._at
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _arrive(self, v: cython.Py_ssize_t, state: cython.longlong) -> cython.void:
+        self._vcpu[v].started = True
+        self._put_of(v, _ROLE, state, _HAS_ROLE)
+        self._put_of(v, _ENTER, 0, _HAS_ENTER)
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _enters(self, v: cython.Py_ssize_t, root: cython.longlong, role: cython.uint) -> cython.void:
+        """The vCPU enters the guest."""
+        vcpu: cython.pointer[Vcpu] = self._vcpu
+        word: cython.uint
+        if self.began < 0:
+            self.began = self._now
+        if self._loads_by == _ENTRY and root > 0 and root != vcpu[v].root:
+            self._load_root(v, root, role)
+        vcpu[v].root = root
+        if not vcpu[v].started:  # it ran already when the recording began: its root is the one that it enters with
+            word = self._role_of(root)
+            vcpu[v].state = self._state(word) if word else _USUAL
+            self._arrive(v, vcpu[v].state)
+        if vcpu[v].dirty or vcpu[v].invalidated != self._invalidations:
+            self._put_of(v, _ENTER, 0, _HAS_ENTER)
+            vcpu[v].dirty = False
+            vcpu[v].invalidated = self._invalidations
+        vcpu[v].entered = self._at
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.inline
+    @cython.exceptval(check=False)
+    def _name(self, root: cython.longlong, role: cython.uint) -> cython.void:
+        """Remember a root's role word."""
+        if root < self._roles.shape[0] - 1:
+            self._roles[root] = role
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.inline
+    @cython.exceptval(check=False)
+    def _role_of(self, root: cython.longlong) -> cython.uint:
+        if root < 0:
+            root = 0
+        return self._roles[min(root, self._roles.shape[0] - 1)]
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _state(self, word: cython.uint) -> cython.longlong:
+        """The state in a role word (`roles`); where words have no guest bits, WP and NX are set."""
+        state: cython.longlong = _USUAL
+        if self._guest_bits:
+            state = (_WP if word & self._wp else 0) | (_NX if word & self._nx else 0)
+        if word & 0xF == 5:
+            state |= _LEVEL5
+        if word >> 24:
+            state |= _IN_SMM
+        if word & _GUEST_MODE:
+            state |= _NESTED_GUEST
+        return state
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _with_registers(self, v: cython.Py_ssize_t, state: cython.longlong) -> cython.longlong:
+        """A state with WP and NX as writes left them; as it is where words have the bits."""
+        vcpu: cython.pointer[Vcpu] = self._vcpu
+        if self._guest_bits:
+            return state
+        if vcpu[v].wp_flips:
+            state ^= _WP
+        if vcpu[v].maybe_flips:
+            state |= _MAYBE_WP
+        # SMM begins with EFER 0.
+        if vcpu[v].efer != _NONE and (not vcpu[v].efer & _EFER_NX or state & _IN_SMM):
+            state &= ~_NX
+        return state
+
+    # What happens to the VM as a whole
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _is_empty(self, tid: cython.int, all_roots: cython.bint) -> cython.bint:
+        """Whether a zap_all empties every root for good: before 5.12 an invalidation calls the same function."""
+        empties: cython.bint
+        with cython.gil:
+            empties = all_roots and tid not in self._invalidating
+            if not all_roots:
+                self._invalidating.add(tid)
+            elif not empties:
+                self._invalidating.discard(tid)
+        return empties
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _change_slot(self, tid: cython.int, slot: cython.int, space: cython.int) -> cython.void:
+        """Dirty logging begins: huge leaves are split. It ends: tables whose memory is huge are removed."""
+        with cython.gil:
+            change, start, end = self._slots.logging_change(self._now, slot, space)
+            if change > 0:
+                self._put_range(_SPLIT, space, start, end)
+            elif change < 0:
+                self._collapsing.add(tid)
+                self._collapses = True
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _end_collapse(self, tid: cython.int) -> cython.void:
+        with cython.gil:
+            self._collapsing.discard(tid)
+            self._collapses = bool(self._collapsing)
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _collapse(
+        self,
+        tid: cython.int,
+        level: cython.int,
+        space: cython.int,
+        gfn: cython.longlong,
+        old: cython.ulonglong,
+        new: cython.ulonglong,
+    ) -> cython.void:
+        """A table is removed by the thread whose ioctl ends dirty logging."""
+        mine: cython.bint
+        was_table: cython.bint = old & _PRESENT != 0 and old & _LARGE == 0
+        is_table: cython.bint = new & _PRESENT != 0 and new & _LARGE == 0
+        if not was_table or is_table:
+            return
+        with cython.gil:
+            mine = tid in self._collapsing
+        if mine:
+            self._put(
+                _COLLAPSE
+                | cython.cast(cython.uint, level << _LEVEL_SHIFT)
+                | cython.cast(cython.uint, space << _VCPU_SHIFT),
+                gfn,
+            )
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _look_up_slots(self) -> cython.void:
+        """Have the memory slots as they are at the time of this row. Times may go back a little between CPUs."""
+        if self._slots_since <= self._now < self._slots_until:
+            return
+        with cython.gil:
+            table = self._slots.at(self._now)
+            self._slots_since, self._slots_until = table.since, table.until
+            self._slot_count = len(table.key)
+            self._slot_key, self._slot_gfn, self._slot_pages = table.key, table.gfn, table.pages
+            self._slot_hva, self._slot_space = table.hva, table.as_id
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _group(self, space: cython.longlong, gfn: cython.longlong) -> cython.uint:
+        """First and last entry of a page's aligned group of 8 that its slot reaches; its own where it has none."""
+        own: cython.longlong = gfn & 7
+        base: cython.longlong = gfn - own
+        first: cython.longlong = own
+        last: cython.longlong = own
+        low: cython.Py_ssize_t = 0
+        high: cython.Py_ssize_t
+        middle: cython.Py_ssize_t
+        key: cython.longlong = space << 52 | gfn
+        self._look_up_slots()
+        high = self._slot_count
+        while low < high:
+            middle = (low + high) // 2
+            if self._slot_key[middle] <= key:
+                low = middle + 1
+            else:
+                high = middle
+        low -= 1
+        if low >= 0 and self._slot_space[low] == space and gfn < self._slot_gfn[low] + self._slot_pages[low]:
+            first = max(self._slot_gfn[low] - base, 0)
+            last = min(self._slot_gfn[low] + self._slot_pages[low] - base, 8) - 1
+        return cython.cast(cython.uint, first << _FIRST_SHIFT | last << _LAST_SHIFT)
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _unmap(self, start: cython.ulonglong, end: cython.ulonglong) -> cython.void:
+        """An MMU notifier unmaps host addresses: in each slot that has some of them, the frames behind them."""
+        s: cython.Py_ssize_t
+        low: cython.ulonglong
+        high: cython.ulonglong
+        top: cython.ulonglong
+        first: cython.longlong
+        past: cython.longlong
+        self._look_up_slots()
+        for s in range(self._slot_count):
+            top = self._slot_hva[s] + (cython.cast(cython.ulonglong, self._slot_pages[s]) << 12)
+            low = max(start, self._slot_hva[s])
+            high = min(end, top)
+            if low < high:
+                first = self._slot_gfn[s] + cython.cast(cython.longlong, (low - self._slot_hva[s]) >> 12)
+                past = self._slot_gfn[s] + cython.cast(cython.longlong, (high - self._slot_hva[s] + 4095) >> 12)
+                self._put_range(_ZAP, self._slot_space[s], first, past)
 
 
-def _columns(evidence: Evidence, vm: Mapping[str, Any]) -> list[str]:
-    """The columns that say anything of this VM: reading the others takes as long as all the rest."""
-    counts = evidence.trace.metadata.kinds
-    logs = any(map(logs_dirty, vm["slots"]))
-    fast = bool(counts.get("fast_page_fault"))
-    wanted = {
-        "rip": False,
-        "addr": fast or bool(counts.get("kvm_unmap_hva_range")),
-        "old": fast or logs,
-        "new": fast or logs,
-        "ret": fast or not counts.get("root_get"),
-        "as_id": logs or bool(counts.get("zap_leafs")),
-        "slot": logs,
-        "tid": logs or evidence.kernel.since < ONE_FUNCTION,
-    }
-    return [name for name in COLUMNS if wanted.get(name, True)]
-
-
-def _last_of(whole: Stimuli, seqs: NDArray[np.int64], which: NDArray[np.bool_]) -> tuple[Any, NDArray[np.bool_]]:
-    """Rows of the last of these stimuli at each seq, and for which seqs there was one."""
-    candidates = np.flatnonzero(which)
-    at = np.searchsorted(whole.seq[candidates], seqs, "right") - 1
-    found = at >= 0
-    found[found] = whole.seq[candidates[at[found]]] == seqs[found]
-    return candidates[at[found]], found
-
-
-def _set_last(whole: Stimuli, seqs: NDArray[np.int64], which: NDArray[np.bool_], bit: int) -> None:
-    if len(seqs):
-        row, _ = _last_of(whole, seqs, which)
-        whole.op[row] |= np.uint32(bit)
-
-
-def _joined(first: Stimuli, second: Stimuli) -> Stimuli:
-    """Two stretches as one."""
-    gfn = second.gfn.copy()
-    ranged = np.isin(second.op & 15, (int(Op.ZAP), int(Op.SPLIT)))
-    gfn[ranged] += len(first.ranges.rows)
-    return Stimuli(
-        np.concatenate([first.op, second.op]),
-        np.concatenate([first.gfn, gfn]),
-        np.concatenate([first.time, second.time]),
-        np.concatenate([first.seq, second.seq]),
-        Ranges(first.ranges.rows + second.ranges.rows),
-        first.plain and second.plain,
-    )
-
-
-def _parted(whole: Stimuli, at: int) -> tuple[Stimuli, Stimuli]:
-    """What is before index `at`, and the rest."""
-    first, second = (
-        Stimuli(whole.op[part], whole.gfn[part], whole.time[part], whole.seq[part], whole.ranges, whole.plain)
-        for part in (slice(None, at), slice(at, None))
-    )
-    # The rest takes only the ranges that it needs along, or they would pile up.
-    ranged = np.flatnonzero(np.isin(second.op & 15, (int(Op.ZAP), int(Op.SPLIT))))
-    second.gfn = second.gfn.copy()
-    kept = [whole.ranges.rows[i] for i in second.gfn[ranged].tolist()]
-    second.gfn[ranged] = np.arange(len(kept))
-    second.ranges = Ranges(kept)
-    return first, second
+# Rows of Vcpu, and which of their fields are -1 at first.
+VCPU = [(name, "u8" if name == "left_code" else "i8") for name in (
+    "opened", "code", "loaded", "state", "smm", "reset", "cr0_reset", "cr0_input", "entered", "root", "dirty",
+    "invalidated", "started", "touch", "touch_input", "requested", "marked", "present", "faulted", "built", "built_at",
+    "wp_flips", "maybe_flips", "efer", "cr0", "cr4", "wrote", "wrote_trigger", "left", "left_code", "asked_smi",
+    "record", "first", "has", "guest", "fault", "load", "unload", "rest", "other", "tables", "built_root", "still",
+    "interrupt", "lead", "lead_guest", "zapped", "prefetched", "rows", "fault_rows", "faults", "interrupts",
+    "interrupted",
+)]  # fmt: skip
+NEVER = (
+    "opened", "code", "loaded", "smm", "reset", "cr0_reset", "cr0_input", "entered", "touch", "touch_input",
+    "requested", "marked", "faulted", "built", "built_at", "efer", "cr0", "cr4", "wrote", "wrote_trigger", "left",
+    "asked_smi", "record",
+)  # fmt: skip

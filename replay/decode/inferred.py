@@ -1,4 +1,5 @@
-"""Removals that a recording could not show: a page is faulted in again by a root that had it, so it was taken away.
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+"""Removals that a recording could not show (5.10): a page is installed again by a root that had it, so it was removed.
 
 What a root mapped in a region of 2 MiB counts only since the region last changed between a table and a huge leaf (the
 kernel's own doing, when dirty logging begins and ends), or since its table was built anew. Where the table was built
@@ -7,103 +8,150 @@ anew the range removed was all of it: these kernels drop a table with a range th
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
-
+import cython
 import numpy as np
-from numpy.typing import NDArray
 
-from replay.decode.lookback import Ints, Rows
+COMPILED: bool = cython.compiled
 
-Flags = NDArray[np.bool_]
-_ROOT_SHIFT: Final = 36
-_REGION: Final = 512
-_RECENT: Final = 64  # roots that are remembered where their ends are not recorded
-_SEQ_BITS: Final = 40
-
-
-class Installs(NamedTuple):
-    """A batch's leaf installs: `began` is the row (seq) where each one's fault began.
-
-    `asks`: by a fault of an absent page. `rebuilt`: the fault built the table that the leaf is in.
-    """
-
-    root: Ints
-    gfn: Ints
-    level: Ints
-    seq: Ints
-    began: Ints
-    asks: Flags
-    rebuilt: Flags
+GONE_PAGE = 1  # the page was removed before it was installed again
+GONE_TABLE = 2  # the whole table was
+_EMPTY = cython.declare(cython.longlong, -1)
+_ROOT_SHIFT = cython.declare(cython.int, 36)
+_RECENT = cython.declare(cython.longlong, 64)  # roots that are remembered where their ends are not recorded
 
 
+@cython.final
+@cython.cclass
+class _Table:
+    """A hash table from keys (not below 0) to two numbers, in open addressing: 24 bytes a place, half of them free."""
+
+    keys: cython.longlong[::1]
+    one: cython.longlong[::1]
+    two: cython.longlong[::1]
+    held: cython.Py_ssize_t
+    _mask: cython.Py_ssize_t
+
+    def __init__(self, places: int) -> None:
+        self.keys = np.full(places, -1, np.int64)
+        self.one = np.zeros(places, np.int64)
+        self.two = np.zeros(places, np.int64)
+        self.held = 0
+        self._mask = places - 1
+
+    @cython.cfunc
+    @cython.exceptval(check=False)
+    def place(self, key: cython.longlong) -> cython.Py_ssize_t:
+        """Where a key is, or is to be put."""
+        mixed: cython.ulonglong = cython.cast(cython.ulonglong, key)
+        at: cython.Py_ssize_t
+        mixed = (mixed ^ mixed >> 29) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+        at = cython.cast(cython.Py_ssize_t, mixed >> 20) & self._mask
+        while self.keys[at] != key and self.keys[at] != _EMPTY:
+            at = at + 1 & self._mask
+        return at
+
+
+@cython.final
+@cython.cclass
 class Unseen:
-    """What each living root has mapped, as sorted keys, and when it was last mapped; and the same of regions."""
+    """What each living root has mapped, and when it was last mapped; and the same of regions of 2 MiB."""
+
+    _pages: _Table  # (root, gfn, level) -> the last row that mapped it
+    _regions: _Table  # (root, first gfn) -> its level, and the row at which that last changed
+    _ended: set  # type: ignore[type-arg]
+    _newest: cython.longlong
+    _swept: cython.longlong  # the newest root when what is not needed was last thrown away
 
     def __init__(self) -> None:
-        none = np.empty(0, np.int64)
-        self._keys, self._seqs = none, none
-        self._regions, self._levels, self._since = none, none, none
-        self._emptied = -1  # row of the last invalidation, which empties every root
+        self._pages, self._regions = _Table(1 << 10), _Table(1 << 10)
+        self._ended = set()
+        self._newest = self._swept = 0
 
-    def find(self, rows: Rows, new: Installs) -> tuple[Ints, Ints]:
-        """Installs before which their page was removed, and those before which their whole table was."""
-        changed, table = self._region(new)
-        key = new.root << _ROOT_SHIFT | new.gfn | (new.level - 1)
-        keys, seqs = np.concatenate([self._keys, key]), np.concatenate([self._seqs, new.seq])
-        order, same = _grouped(keys, seqs)
-        before = np.full(len(keys), -1, np.int64)
-        before[order[1:]] = np.where(same[1:], seqs[order][:-1], -1)
-        before = before[len(self._keys) :]
-        known = (before >= 0) & (before > self._emptied_before(rows, new.seq)) & (before > changed)
-        # A fault that began before the page was mapped was only late.
-        gone = new.asks & known & (before < new.began)
-        last = np.append(~same[1:], True)
-        self._keys, self._seqs = keys[order][last], seqs[order][last]
-        self._forget(rows)
-        return np.flatnonzero(gone), np.flatnonzero(table)
+    def find(
+        self,
+        root: cython.longlong,
+        gfn: cython.longlong,
+        level: cython.longlong,
+        seq: cython.longlong,
+        began: cython.longlong,
+        asks: cython.bint,
+        rebuilt: cython.bint,
+        emptied: cython.longlong,
+    ) -> int:
+        """Note an install at row `seq`; GONE_PAGE and GONE_TABLE by what must have been removed before it.
 
-    def _region(self, new: Installs) -> tuple[Ints, Flags]:
-        """When each install's region last changed (its row, or -1), and which found their table gone."""
-        region = new.root << _ROOT_SHIFT | new.gfn & -_REGION
-        keys = np.concatenate([self._regions, region])
-        old = len(self._regions)
-        seqs = np.concatenate([np.full(old, -1), new.seq])
-        levels = np.concatenate([self._levels, new.level])
-        order, same = _grouped(keys, seqs)
-        former = np.zeros(len(keys), np.int64)
-        former[order[1:]] = np.where(same[1:], levels[order][:-1], 0)
-        rebuilt = np.concatenate([np.zeros(old, np.bool_), new.rebuilt])
-        changes = (former > 0) & (rebuilt | (former != levels))
-        since = np.concatenate([self._since, np.where(changes[old:], new.seq, -1)])
-        group = np.cumsum(~same) << _SEQ_BITS
-        since[order] = (np.maximum.accumulate(group | (since[order] + 1)) & (1 << _SEQ_BITS) - 1) - 1
-        last = order[np.append(~same[1:], True)]
-        self._regions, self._levels, self._since = keys[last], levels[last], since[last]
-        return since[old:], (changes & rebuilt & (former == levels))[old:] & (new.level == 1) & new.asks
+        `began` is the row where its fault began; `asks`: by a fault on an absent page; `rebuilt`: the fault built the
+        table that the leaf is in; `emptied` is the row of the last invalidation, which empties every root.
+        """
+        at: cython.Py_ssize_t
+        former: cython.longlong
+        before: cython.longlong
+        changed: cython.longlong
+        gone: cython.int = 0
+        root = max(root, 0)
+        self._newest = max(self._newest, root)
+        if 2 * self._regions.held >= len(self._regions.keys):
+            self._regions = self._kept(self._regions, 0)
+        if 2 * self._pages.held >= len(self._pages.keys):
+            self._pages = self._kept(self._pages, 0)
 
-    def _emptied_before(self, rows: Rows, seq: Ints) -> Ints:
-        at = np.append([self._emptied], rows.seq[rows.of("kvm_mmu_zap_all_fast")])
-        self._emptied = int(at[-1])
-        return at[np.maximum(np.searchsorted(at, seq) - 1, 0)]
+        at = self._regions.place((root << _ROOT_SHIFT | gfn & -512) & 0x7FFFFFFFFFFFFFFF)
+        if self._regions.keys[at] == _EMPTY:
+            self._regions.keys[at] = (root << _ROOT_SHIFT | gfn & -512) & 0x7FFFFFFFFFFFFFFF
+            self._regions.two[at] = -1
+            self._regions.held += 1
+        else:
+            former = self._regions.one[at]
+            if rebuilt or former != level:
+                self._regions.two[at] = seq
+                if rebuilt and former == level == 1 and asks:
+                    gone |= GONE_TABLE
+        self._regions.one[at] = level
+        changed = self._regions.two[at]
 
-    def _forget(self, rows: Rows) -> None:
-        freed = rows.of("table_free")
-        ended = rows.root[freed][rows.root[freed] > 0]
-        newest = int(self._keys[-1] >> _ROOT_SHIFT) if len(self._keys) else 0
+        at = self._pages.place((root << _ROOT_SHIFT | gfn | level - 1) & 0x7FFFFFFFFFFFFFFF)
+        if self._pages.keys[at] == _EMPTY:
+            self._pages.keys[at] = (root << _ROOT_SHIFT | gfn | level - 1) & 0x7FFFFFFFFFFFFFFF
+            self._pages.held += 1
+        else:
+            before = self._pages.one[at]
+            # A fault that began before the page was mapped was only late.
+            if asks and before > emptied and before > changed and before < began:
+                gone |= GONE_PAGE
+        self._pages.one[at] = seq
+        return gone
 
-        def alive(keys: Ints) -> Flags:
-            roots = keys >> _ROOT_SHIFT
-            return ~np.isin(roots, ended) & (roots >= newest - _RECENT)
+    def end(self, root: int) -> None:
+        """A root has ended; root ids are never used again."""
+        self._ended.add(root)
 
-        kept = alive(self._keys)
-        self._keys, self._seqs = self._keys[kept], self._seqs[kept]
-        kept = alive(self._regions)
-        self._regions, self._levels, self._since = self._regions[kept], self._levels[kept], self._since[kept]
+    def forget(self) -> None:
+        """Throw away what roots had that have ended, or are far from the newest."""
+        if self._ended or self._newest >= self._swept + _RECENT:
+            self._pages, self._regions = self._kept(self._pages, 1), self._kept(self._regions, 1)
+            self._swept = self._newest
+            self._ended.clear()
 
-
-def _grouped(keys: Ints, seqs: Ints) -> tuple[Ints, Flags]:
-    """The order by key and then row, and which in that order has the key of the one before."""
-    order = np.lexsort((seqs, keys))
-    same = np.zeros(len(keys), np.bool_)
-    same[1:] = keys[order][1:] == keys[order][:-1]
-    return order, same
+    @cython.cfunc
+    def _kept(self, old: _Table, sweeps: cython.bint) -> _Table:
+        """A table with room for twice what is held; without the roots that are gone, if it `sweeps`."""
+        places: cython.Py_ssize_t = 1 << 10
+        i: cython.Py_ssize_t
+        at: cython.Py_ssize_t
+        root: cython.longlong
+        new: _Table
+        while places < 4 * old.held:
+            places *= 2
+        new = _Table(places)
+        for i in range(old.keys.shape[0]):
+            if old.keys[i] == _EMPTY:
+                continue
+            root = old.keys[i] >> _ROOT_SHIFT
+            if sweeps and (root < self._newest - _RECENT or root in self._ended):
+                continue
+            at = new.place(old.keys[i])
+            new.keys[at] = old.keys[i]
+            new.one[at] = old.one[i]
+            new.two[at] = old.two[i]
+            new.held += 1
+        return new

@@ -1,79 +1,85 @@
-"""Stimuli: operations, and triggers that a kernel version turns into operations. What decoding puts out, in order.
+"""Inputs: what happened to a VM that no root policy decides, in order; what decoding puts out.
 
-A stimulus has the two columns of an operation (`ops`), and two marks more:
+An input has the two columns of an operation (`simulate.operations`), and two marks more:
 
     op 15 (TRIGGER)  `gfn` is the Trigger, and from bit 8 on the state (`roles`) that it puts the vCPU in, or NO_STATE
     bit 14 (HIDDEN)  a touch that the recording kernel may have made of its own accord, by prefetch
 
-A ROLE's `gfn` is a state, too, until a kernel makes a word of it.
+A ROLE's `gfn` is a state, too, until a kernel makes a role word of it (`simulate.specialize`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from replay.decode.lookback import Ints, Rows
 from replay.simulate.operations import Ranges
 
+Ints = NDArray[np.int64]
 TRIGGER: Final = 15
 HIDDEN: Final = 1 << 14
 STATE_SHIFT: Final = 8
 NO_STATE: Final = 255
 
+# What inputs an exit has, in Exits.has: touches, hidden ones, entries, changes of role; and HAS_TRIGGER << Trigger.
+HAS_TOUCH: Final = 1
+HAS_HIDDEN: Final = 2
+HAS_ENTER: Final = 4
+HAS_ROLE: Final = 8
+HAS_TRIGGER: Final = 1 << 8
+# Exits.flags: the guest before it did next to nothing; it built a root.
+WAS_STILL: Final = 1
+BUILT_ROOT: Final = 2
+
 
 @dataclass
-class Stimuli:
-    """A stretch of one VM's stimuli. `ranges` are those of this stretch alone."""
+class Exits:
+    """Exits of vCPUs, in the order of their first inputs; times are ns.
+
+    `lead` is what no input owns, of this exit and of those before it that have no input: the guest's time (`guest`,
+    the switch there and back included) and what no policy changes. `fault`, `load` and `unload` are what these took;
+    `tables` were built. `first` is the number of the first of them in the stream.
+    """
+
+    lead: Ints
+    guest: Ints
+    fault: Ints
+    load: Ints
+    unload: Ints
+    tables: Ints
+    has: Ints
+    flags: NDArray[np.uint8]
+    first: int = 0
+
+    def __len__(self) -> int:
+        return len(self.lead)
+
+
+@dataclass
+class Inputs:
+    """A part of one VM's inputs. `exit` is each one's place in `exits`, -1 for what is no vCPU's or has no time."""
 
     op: NDArray[np.uint32]
     gfn: Ints
     time: Ints
     seq: Ints
+    exit: Ints
     ranges: Ranges
-    plain: bool  # nothing but touches, fixes and entries, none hidden: the same operations for every kernel
+    exits: Exits
 
     def __len__(self) -> int:
         return len(self.op)
 
 
-class Out:
-    """Collects a batch's stimuli by row, and gives them in the order of rows; of one row, in the order put in."""
+@dataclass
+class Rest:
+    """What each vCPU still did after its last exit that has an input: ns, and ns of them in the guest."""
 
-    def __init__(self) -> None:
-        self._at: list[Ints] = []
-        self._op: list[Ints] = []
-        self._gfn: list[Ints] = []
-        self._rows: list[tuple[int, int]] = []
-        self.plain = True
+    lead: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    guest: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
 
-    def add(self, at: Ints, op: Ints | int, gfn: Ints | int) -> None:
-        """Stimuli at these rows."""
-        if len(at):
-            self._at.append(at)
-            self._op.append(np.broadcast_to(np.asarray(op, np.int64), at.shape))
-            self._gfn.append(np.broadcast_to(np.asarray(gfn, np.int64), at.shape))
 
-    def ranges(self, at: Ints, op: Ints | int, start: Ints, end: Ints) -> None:
-        """Operations on [start, end), at these rows."""
-        if len(at):
-            index = len(self._rows) + np.arange(len(at))
-            self._rows += zip(start.tolist(), end.tolist(), strict=True)
-            self.add(at, op, index)
-
-    def build(self, rows: Rows) -> Stimuli:
-        """All of it, in order."""
-        if not self._at:
-            none = np.empty(0, np.int64)
-            return Stimuli(none.astype(np.uint32), none, none, none, Ranges(self._rows), True)
-        at, op, gfn = self._at[0], self._op[0], self._gfn[0]
-        if len(self._at) > 1:
-            at, op, gfn = (np.concatenate(parts) for parts in (self._at, self._op, self._gfn))
-            order = np.argsort(at, kind="stable")
-            at, op, gfn = at[order], op[order], gfn[order]
-        return Stimuli(
-            op.astype(np.uint32), np.ascontiguousarray(gfn), rows.time[at], rows.seq[at], Ranges(self._rows), self.plain
-        )
+EXIT_COLUMNS: Final = tuple(each.name for each in fields(Exits) if each.name != "first")

@@ -143,6 +143,7 @@ Pace = cython.struct(
     inside=cython.longlong,
     sampled=cython.longlong,
     guessed=cython.longlong,  # rows of the program that have their guess
+    weight=cython.longlong,  # its part of what a worker takes where CPUs are short, of all vCPUs' weights
     spent=cython.longlong[7],
 )
 Queue = cython.struct(head=cython.longlong, tail=cython.longlong)  # rows; NONE: it is empty
@@ -1198,6 +1199,7 @@ class Timer:
     loads_share = cython.declare(cython.longlong, visibility="public")
     inline = cython.declare(cython.longlong, visibility="public")
     by_worker = cython.declare(cython.longlong, visibility="public")
+    weights = cython.declare(cython.longlong, visibility="public")
 
     # State
     begun = cython.declare(cython.longlong, visibility="public")
@@ -1660,7 +1662,7 @@ class Timer:
         self.jobs += 1
         if 0 < self.cpus < vcpus + 1:
             for v in range(vcpus):
-                self._spend(v, ON_WAIT, work * (vcpus + 1 - self.cpus) // vcpus)
+                self._spend(v, ON_WAIT, work * (vcpus + 1 - self.cpus) * self.pace[v].weight // self.weights)
 
     @cython.cfunc
     @cython.nogil

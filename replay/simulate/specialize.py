@@ -1,96 +1,416 @@
-"""Stimuli to operations: what a kernel version makes of each trigger, and of each state a role word.
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+"""Inputs to operations for one kernel: what it makes of triggers and states, and which operation took which time.
 
-Touches go through as they are; what is rewritten are the few other rows.
+An exit's time goes to its operations: what its faults took to its first touch, loads to its first entry, unloads to
+its first unload. All else of it, the guest's time before it, and exits without an operation are the `lead` of the next
+exit's first operation. For example, three exits of a vCPU of which the second has no operation:
+
+    exit                     guest  faults  other     operation   lead              cost
+    1, fault at gfn 7          10      3      1       TOUCH 7     10 + 1            3
+    2, a port is read           5             4       -
+    3, fault at gfn 8          20      6      1       TOUCH 8     5 + 4 + 20 + 1    6
+
+Nothing is given twice or left out. What happens to the VM as a whole takes its turn behind the vCPU that acted last.
+
+SMIs that the wall clock brings on ("open") are taken out of vCPUs' programs into queues of their own, due at their
+recorded time: from the unload for the SMI to the load that follows the one for its RSM.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
+import cython
 import numpy as np
-from numpy.typing import NDArray
 
 from replay import roles
 from replay.causes import CAUSES, OPEN, Trigger
-from replay.decode.inputs import HIDDEN, NO_STATE, STATE_SHIFT, TRIGGER, Stimuli
+from replay.decode.inputs import (
+    BUILT_ROOT,
+    HAS_ENTER,
+    HAS_HIDDEN,
+    HAS_TOUCH,
+    HAS_TRIGGER,
+    HIDDEN,
+    NO_STATE,
+    STATE_SHIFT,
+    TRIGGER,
+    WAS_STILL,
+)
+from replay.decode.pools import as_bytes, as_structures, pool_of
 from replay.kernels import Kernel
-from replay.simulate.operations import LAST_SHIFT, Block, Op, Word
+from replay.simulate.cases import Case
+from replay.simulate.operations import Block, Cause, Op
+from replay.simulate.timed_operations import CREATED, FOUND, LAST, MORE, NEVER, Timed
 
-_LAST: int = 7 << LAST_SHIFT
+COMPILED: bool = cython.compiled
+
+_TOUCH = cython.declare(cython.int, int(Op.TOUCH))
+_FIX = cython.declare(cython.int, int(Op.FIX))
+_ENTER = cython.declare(cython.int, int(Op.ENTER))
+_UNLOAD = cython.declare(cython.int, int(Op.UNLOAD))
+_ROLE = cython.declare(cython.int, int(Op.ROLE))
+_SWITCH = cython.declare(cython.int, int(Op.SWITCH))
+_SPLIT = cython.declare(cython.int, int(Op.SPLIT))
+_END = cython.declare(cython.int, int(Op.END))
+_TRIGGER = cython.declare(cython.int, TRIGGER)
+_HIDDEN = cython.declare(cython.uint, HIDDEN)
+_NOT_HIDDEN = cython.declare(cython.uint, 0xFFFFFFFF ^ HIDDEN)
+_NOT_LAST = cython.declare(cython.uint, 0xFFFFFFFF ^ 7 << 10)
+_NOT_KIND = cython.declare(cython.uint, 0xFFFFFFF0)
+_LAST_SHIFT = cython.declare(cython.int, 10)
+_STATE_SHIFT = cython.declare(cython.int, STATE_SHIFT)
+_TRIGGER_BITS = cython.declare(cython.longlong, (1 << STATE_SHIFT) - 1)
+_NO_STATE = cython.declare(cython.longlong, NO_STATE)
+_SMI = cython.declare(cython.longlong, int(Cause.SMI))
+_RSM = cython.declare(cython.longlong, int(Cause.RSM))
+_WAS_FOUND = cython.declare(cython.uchar, FOUND)
+_WAS_CREATED = cython.declare(cython.uchar, CREATED)
+_WALL_MORE = cython.declare(cython.longlong, MORE)
+_WALL_LAST = cython.declare(cython.longlong, LAST)
+_WALL_NEVER = cython.declare(cython.longlong, NEVER)
+_MOST_TABLES = cython.declare(cython.longlong, 200)  # that `was` can tell
+
+_HAS_TOUCH = cython.declare(cython.longlong, HAS_TOUCH)
+_HAS_HIDDEN = cython.declare(cython.longlong, HAS_HIDDEN)
+_HAS_ENTER = cython.declare(cython.longlong, HAS_ENTER)
+_IS_STILL = cython.declare(cython.longlong, WAS_STILL)
+_IS_BUILT = cython.declare(cython.longlong, BUILT_ROOT)
+
+# What of an exit's time an operation of it takes.
+_FAULTS = cython.declare(cython.longlong, 1)
+_LOADS = cython.declare(cython.longlong, 2)
+_UNLOADS = cython.declare(cython.longlong, 4)
+
+Program = cython.struct(  # one vCPU's
+    exit=cython.longlong,  # the exit under way, -1: none
+    takes=cython.longlong,  # parts of it that an operation is to take, and has not yet
+    fault=cython.longlong,  # ns
+    load=cython.longlong,
+    unload=cython.longlong,
+    tables=cython.longlong,
+    flags=cython.longlong,
+    lead=cython.longlong,  # of the next operation
+    guest=cython.longlong,
+    kept=cython.longlong,  # what passed before an SMI of the wall clock
+    kept_guest=cython.longlong,
+    inside=cython.longlong,  # an SMI of the wall clock
+    leaving=cython.longlong,  # after the RSM's unload, before the load that ends it
+    total_guest=cython.longlong,  # ns in all: as `VcpuState` has them
+    total_fault=cython.longlong,
+    total_load=cython.longlong,
+    total_unload=cython.longlong,
+    total_other=cython.longlong,
+)
+PROGRAM = [(name, "i8") for name in (
+    "exit", "takes", "fault", "load", "unload", "tables", "flags", "lead", "guest", "kept", "kept_guest", "inside",
+    "leaving", "total_guest", "total_fault", "total_load", "total_unload", "total_other",
+)]  # fmt: skip
+
+COLUMNS = {
+    "op": np.uint32, "queue": np.int32, "was": np.uint8, "still": np.uint8,
+    **dict.fromkeys(("gfn", "time", "seq", "lead", "guest", "cost", "wall"), np.int64),
+}  # fmt: skip
+
+TIMED_COLUMNS = ("queue", "lead", "guest", "cost", "was", "wall")
 
 
-@dataclass(frozen=True)
-class Case:
-    """One end of what a trace leaves open."""
+@cython.final
+@cython.cclass
+class Specialization:
+    """For one VM, kernel and case. `words` are all role words that its roots can have; index 0 is the usual state's.
 
-    most: bool = False  # writes of CR0 and CR4 of unknown value unload
-    hidden: bool = False  # prefetched pages were needed
-    # CR0.WP and EFER.NX make no roots of their own: of a kernel whose words have neither, all that it had mapped in the
-    # one root is what a root built anew is given (`axes.revive`).
-    merged: bool = False
+    `programs` has a row of Program for each vCPU: what is left of leads, and totals.
+    """
 
+    words = cython.declare(object, visibility="public")
+    programs = cython.declare(object, visibility="public")
+    _program: cython.pointer[Program]
+    _vcpus: cython.longlong
+    _word: cython.longlong[::1]  # index by state
+    _unloads: cython.uchar[::1]  # by trigger
+    _cause: cython.longlong[::1]
+    _hidden: cython.bint
+    _splits: cython.bint
+    _tail: cython.bint
+    _actor: cython.longlong
+    _unloading: cython.longlong  # triggers that unload, as bits of Exits.has
+    _out: dict  # type: ignore[type-arg]  # the columns of the last operations
+    _op: cython.uint[::1]
+    _gfn: cython.longlong[::1]
+    _time: cython.longlong[::1]
+    _seq: cython.longlong[::1]
+    _queue: cython.int[::1]
+    _lead: cython.longlong[::1]
+    _guest: cython.longlong[::1]
+    _cost: cython.longlong[::1]
+    _was: cython.uchar[::1]
+    _still: cython.uchar[::1]
+    _wall: cython.longlong[::1]
 
-class Lowering:
-    """For one kernel and one case. `words` are all that its roots can have; Word index 0 is that of the usual state."""
-
-    def __init__(self, kernel: Kernel, case: Case, ad_disabled: bool) -> None:
-        self._case = case
-        self._splits = kernel.eager_split
-        self._tail = kernel.prefetches_tail
-        self.words: list[Word]
+    def __init__(self, kernel: Kernel, case: Case, ad_disabled: bool, vcpus: int) -> None:
         self.words, index = roles.words(kernel.layout, ad_disabled)
         states = np.arange(2 * roles.STATES)
         if case.merged:
             states |= roles.USUAL
         elif case.most:
             states ^= (states & roles.MAYBE_WP != 0) * roles.WP
-        self._word = index[states & roles.STATES - 1]
-        self._unloads = np.zeros(len(Trigger), np.bool_)
-        for trigger in Trigger:
-            least, most = OPEN.get(trigger, (trigger, trigger))
-            meant = most if case.most else least
-            self._unloads[trigger] = meant in kernel.unloads
+        self._word = np.ascontiguousarray(index[states & roles.STATES - 1])
+        meant = {trigger: OPEN.get(trigger, (trigger, trigger))[int(case.most)] for trigger in Trigger}
+        unloads = np.array([meant[trigger] in kernel.unloads for trigger in Trigger], np.uint8)
+        self._unloads = unloads
+        self._unloading = sum(HAS_TRIGGER << int(trigger) for trigger in Trigger if unloads[trigger])
         self._cause = np.array([int(CAUSES[trigger]) for trigger in Trigger])
+        self._hidden, self._splits, self._tail = case.hidden, kernel.eager_split, kernel.prefetches_tail
+        self._vcpus, self._actor = max(vcpus, 1), 0
+        self.programs = pool_of(self._vcpus, PROGRAM)
+        self.programs["exit"] = -1
+        if cython.compiled:
+            view: cython.uchar[::1] = as_bytes(self.programs)
+            self._program = cython.cast(cython.pointer[Program], cython.address(view[0]))
+        else:
+            self._program = as_structures(self.programs)
 
-    def apply(self, stimuli: Stimuli) -> Block:
-        """The operations of a stretch."""
-        op, gfn = stimuli.op, stimuli.gfn
-        time, seq = stimuli.time, stimuli.seq
-        if not self._tail:
-            op = self._without_tail(op, gfn)
-        if stimuli.plain and not (op & HIDDEN).any():
-            return Block(op, gfn, time, seq)
-        kind = op & 15
-        triggers = np.flatnonzero(kind == TRIGGER)
-        trigger, state = gfn[triggers] & (1 << STATE_SHIFT) - 1, gfn[triggers] >> STATE_SHIFT
-        unloads, has_state = self._unloads[trigger], state != NO_STATE
-        copies = np.ones(len(op), np.int64)
-        copies[triggers] = unloads.astype(np.int64) + has_state
-        if not self._case.hidden:
-            copies[op & HIDDEN != 0] = 0
-        if not self._splits:
-            copies[kind == Op.SPLIT] = 0
-        gfn = gfn.copy()
-        loads = np.flatnonzero((kind == Op.ROLE) | (kind == Op.SWITCH))
-        gfn[loads] = self._word[gfn[loads]]
-        op = op & ~np.uint32(HIDDEN)
-        # A trigger's first copy is the unload, if it unloads; the last one the role.
-        which = op[triggers] & ~np.uint32(15)
-        op[triggers] = which | np.where(unloads, int(Op.UNLOAD), int(Op.ROLE)).astype(np.uint32)
-        word = self._word[np.where(has_state, state, 0)]
-        gfn[triggers] = np.where(unloads, self._cause[trigger], word)
-        if (copies == 1).all():
-            return Block(op, gfn, time, seq)
-        rows = np.repeat(np.arange(len(op)), copies)
-        op, gfn = op[rows], gfn[rows]
-        both = unloads & has_state
-        second = np.cumsum(copies)[triggers[both]] - 1
-        op[second] = which[both] | np.uint32(Op.ROLE)
-        gfn[second] = word[both]
-        return Block(op, gfn, time[rows], seq[rows])
+    def block(self, inputs: Any) -> Block:
+        """The operations of inputs, without times."""
+        count = self._write(inputs, -1)
+        return Block(*(self._out[name][:count] for name in ("op", "gfn", "time", "seq")))
 
-    @staticmethod
-    def _without_tail(op: NDArray[np.uint32], gfn: NDArray[np.int64]) -> NDArray[np.uint32]:
-        """Prefetch ends with the faulting entry."""
-        touch = op & 15 == Op.TOUCH
-        return np.where(touch, op & ~np.uint32(_LAST) | ((gfn & 7) << LAST_SHIFT).astype(np.uint32), op)
+    def timed(self, inputs: Any, began: int = -1) -> Timed:
+        """The operations of inputs with their times. `began`: SMIs are due at their recorded time, ns since then
+        (boot clock); below 0 they keep their place in vCPUs' programs.
+        """
+        count = self._write(inputs, began)
+        block = Block(*(self._out[name][:count] for name in ("op", "gfn", "time", "seq")))
+        until = NEVER if began < 0 or not count else max(int(block.time[count - 1]) - began, 0)
+        columns: dict = {name: self._out[name][:count] for name in TIMED_COLUMNS}  # type: ignore[type-arg]
+        return Timed(block, until=until, **columns)
+
+    @property
+    def still(self) -> Any:
+        """Of the last operations with times: whether the guest did next to nothing before their exit."""
+        return self._out["still"]
+
+    def rest(self, rest: Any) -> tuple[Any, Any]:
+        """What came after the last operation, by vCPU: ns, and ns in the guest. `rest` is that of the inputs."""
+        v: cython.Py_ssize_t
+        for v in range(self._vcpus):
+            self._leave(v)
+            self._program[v].total_guest += self._program[v].guest + rest.guest[v]
+            self._program[v].total_other += self._program[v].lead - self._program[v].guest
+            self._program[v].total_other += rest.lead[v] - rest.guest[v]
+        programs = self.programs
+        return programs["lead"] + programs["kept"] + rest.lead, programs["guest"] + programs["kept_guest"] + rest.guest
+
+    def _write(self, inputs: Any, began: int) -> int:
+        exits, room = inputs.exits, 2 * len(inputs)
+        out = {name: np.empty(room, kind) for name, kind in COLUMNS.items()}
+        self._out = out
+        self._op, self._queue, self._was, self._still = out["op"], out["queue"], out["was"], out["still"]
+        self._gfn, self._time, self._seq = out["gfn"], out["time"], out["seq"]
+        self._lead, self._guest, self._cost, self._wall = out["lead"], out["guest"], out["cost"], out["wall"]
+        count: cython.longlong = self._run(
+            inputs.op, inputs.gfn, inputs.time, inputs.seq, inputs.exit, exits.lead, exits.guest, exits.fault,
+            exits.load, exits.unload, exits.tables, exits.has, exits.flags, exits.first, began,
+        )  # fmt: skip
+        return count
+
+    def _run(
+        self,
+        op: cython.const[cython.uint][::1],
+        gfn: cython.const[cython.longlong][::1],
+        time: cython.const[cython.longlong][::1],
+        seq: cython.const[cython.longlong][::1],
+        exit_: cython.const[cython.longlong][::1],
+        lead: cython.const[cython.longlong][::1],
+        guest: cython.const[cython.longlong][::1],
+        fault: cython.const[cython.longlong][::1],
+        load: cython.const[cython.longlong][::1],
+        unload: cython.const[cython.longlong][::1],
+        tables: cython.const[cython.longlong][::1],
+        has: cython.const[cython.longlong][::1],
+        flags: cython.const[cython.uchar][::1],
+        first: cython.longlong,
+        began: cython.longlong,
+    ) -> int:
+        i: cython.Py_ssize_t
+        n: cython.Py_ssize_t = 0
+        end: cython.Py_ssize_t
+        e: cython.Py_ssize_t
+        v: cython.Py_ssize_t
+        o: cython.uint
+        g: cython.longlong
+        kind: cython.int
+        trigger: cython.longlong
+        state: cython.longlong
+        program: cython.pointer[Program] = self._program
+        if not cython.compiled:
+            op, gfn, time, seq, exit_ = map(memoryview, (op, gfn, time, seq, exit_))  # type: ignore[arg-type]
+            lead, guest, fault, load = map(memoryview, (lead, guest, fault, load))  # type: ignore[arg-type]
+            unload, tables, has, flags = map(memoryview, (unload, tables, has, flags))  # type: ignore[arg-type]
+        with cython.nogil:
+            for i in range(op.shape[0]):
+                o = op[i]
+                g = gfn[i]
+                e = exit_[i]
+                kind = o & 15
+                v = o >> 16
+                if e >= 0 and program[v].exit != first + e:
+                    self._leave(v)
+                    program[v].exit = first + e
+                    program[v].lead += lead[e]
+                    program[v].guest += guest[e]
+                    program[v].fault = fault[e]
+                    program[v].load = load[e]
+                    program[v].unload = unload[e]
+                    program[v].tables = tables[e]
+                    program[v].flags = flags[e]
+                    self._divide(v, has[e])
+                end = n + 1
+                self._op[n] = o
+                self._gfn[n] = g
+                if kind <= _FIX:
+                    if o & _HIDDEN:
+                        if not self._hidden:
+                            continue
+                        o &= _NOT_HIDDEN
+                        self._op[n] = o
+                    if kind == _TOUCH and not self._tail:  # prefetch ends with the faulting entry
+                        self._op[n] = o & _NOT_LAST | cython.cast(cython.uint, (g & 7) << _LAST_SHIFT)
+                elif kind == _TRIGGER:
+                    trigger = g & _TRIGGER_BITS
+                    state = g >> _STATE_SHIFT
+                    end = n
+                    if self._unloads[trigger]:
+                        self._op[end] = o & _NOT_KIND | _UNLOAD
+                        self._gfn[end] = self._cause[trigger]
+                        end += 1
+                    if state != _NO_STATE:
+                        self._op[end] = o & _NOT_KIND | _ROLE
+                        self._gfn[end] = self._word[state]
+                        end += 1
+                elif kind in (_ROLE, _SWITCH):
+                    self._gfn[n] = self._word[g]
+                elif kind == _SPLIT and not self._splits:
+                    continue
+                while n < end:
+                    self._time[n] = time[i]
+                    self._seq[n] = seq[i]
+                    self._attribute(n, v, e >= 0)
+                    if began >= 0:
+                        self._set_apart(n, began)
+                    n += 1
+        return n
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.inline
+    @cython.exceptval(check=False)
+    def _divide(self, v: cython.Py_ssize_t, has: cython.longlong) -> cython.void:
+        """Which parts of an exit its operations will take; the others are led to the next operation."""
+        program: cython.pointer[Program] = self._program
+        program[v].takes = 0
+        if has & _HAS_TOUCH or (self._hidden and has & _HAS_HIDDEN):
+            program[v].takes |= _FAULTS
+        else:
+            program[v].lead += program[v].fault
+        if has & _HAS_ENTER:
+            program[v].takes |= _LOADS
+        else:
+            program[v].lead += program[v].load
+        if has & self._unloading:
+            program[v].takes |= _UNLOADS
+        else:
+            program[v].lead += program[v].unload
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.inline
+    @cython.exceptval(check=False)
+    def _leave(self, v: cython.Py_ssize_t) -> cython.void:
+        """The exit under way is done: what none of its operations has taken goes to the next one's."""
+        program: cython.pointer[Program] = self._program
+        if program[v].takes & _FAULTS:
+            program[v].lead += program[v].fault
+        if program[v].takes & _LOADS:
+            program[v].lead += program[v].load
+        if program[v].takes & _UNLOADS:
+            program[v].lead += program[v].unload
+        program[v].takes = 0
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.inline
+    @cython.exceptval(check=False)
+    def _attribute(self, n: cython.Py_ssize_t, v: cython.Py_ssize_t, timed: cython.bint) -> cython.void:
+        """Give operation `n` its time, and its turn."""
+        program: cython.pointer[Program] = self._program
+        kind: cython.int = self._op[n] & 15
+        self._lead[n] = self._guest[n] = self._cost[n] = 0
+        self._was[n] = self._still[n] = 0
+        self._wall[n] = _WALL_MORE
+        if kind > _SWITCH:
+            self._queue[n] = self._actor
+            if kind == _END:  # no vCPU waits for what is left to free then
+                self._queue[n] = 2 * self._vcpus
+                self._wall[n] = _WALL_NEVER
+            return
+        self._queue[n] = self._actor = v
+        if not timed:
+            return
+        self._lead[n] = program[v].lead
+        self._guest[n] = program[v].guest
+        program[v].total_guest += program[v].guest
+        program[v].total_other += program[v].lead - program[v].guest
+        program[v].lead = program[v].guest = 0
+        self._still[n] = program[v].flags & _IS_STILL
+        if kind <= _FIX:
+            if program[v].takes & _FAULTS:
+                program[v].takes &= ~_FAULTS
+                self._cost[n] = program[v].fault
+                program[v].total_fault += program[v].fault
+                self._was[n] = cython.cast(cython.uchar, 1 + min(program[v].tables, _MOST_TABLES))
+        elif kind in (_ENTER, _SWITCH):
+            if program[v].takes & _LOADS:
+                program[v].takes &= ~_LOADS
+                self._cost[n] = program[v].load
+                program[v].total_load += program[v].load
+                if program[v].load:
+                    self._was[n] = _WAS_CREATED if program[v].flags & _IS_BUILT else _WAS_FOUND
+        elif kind == _UNLOAD:
+            self._was[n] = program[v].unload > 0
+            if program[v].takes & _UNLOADS:
+                program[v].takes &= ~_UNLOADS
+                self._cost[n] = program[v].unload
+                program[v].total_unload += program[v].unload
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _set_apart(self, n: cython.Py_ssize_t, began: cython.longlong) -> cython.void:
+        """Take operation `n` out of its vCPU's program if it is an SMI's."""
+        program: cython.pointer[Program] = self._program
+        v: cython.Py_ssize_t = self._queue[n]
+        kind: cython.int = self._op[n] & 15
+        if kind == _END:
+            return
+        if program[v].inside:
+            self._wall[n] = _WALL_MORE
+            if kind == _UNLOAD and self._gfn[n] == _RSM:
+                program[v].leaving = True
+            if program[v].leaving and kind == _ENTER:
+                self._wall[n] = _WALL_LAST
+                program[v].inside = program[v].leaving = False
+        elif kind == _UNLOAD and self._gfn[n] == _SMI:
+            # What passed until the SMI is the program's.
+            program[v].kept += self._lead[n]
+            program[v].kept_guest += self._guest[n]
+            self._lead[n] = self._guest[n] = 0
+            program[v].inside = True
+            self._wall[n] = max(self._time[n] - began, 0)
+        else:
+            self._lead[n] += program[v].kept
+            self._guest[n] += program[v].kept_guest
+            program[v].kept = program[v].kept_guest = 0
+            return
+        self._queue[n] = cython.cast(cython.int, self._vcpus + v)

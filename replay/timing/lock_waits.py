@@ -1,64 +1,109 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """How long faults have mmu_lock, and what vCPUs waited for it, as recorded: the clock reckons its waits for itself.
 
 A fault has mmu_lock from about its kvm_mmu_spte_requested to the last SPTE it sets. Where faults exclude each other
-(5.10, whose lock is a spinlock, and the shadow MMU), another vCPU that is between its exit and that event meanwhile
-waits. At the ends of a batch one wait a vCPU may go unseen: it then stays in that fault's cost.
+(5.10, whose lock is a spinlock, and the shadow MMU), another vCPU that is between its kvm_page_fault and that event
+meanwhile waits:
+
+    vCPU 0   requested ------ set_spte            has mmu_lock
+    vCPU 1        page_fault ..waits.. requested  waits from its fault on until vCPU 0 is done
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Final
+from typing import Any
 
+import cython
 import numpy as np
 
-from replay.decode.lookback import Ints
-from replay.timing.timeline import Doing, Spans
+from replay.decode.vcpu_states import VcpuState
 from traces.schema import BY_NAME
 
-_REQUESTED, _FAULT = (BY_NAME[name].code for name in ("kvm_mmu_spte_requested", "kvm_page_fault"))
-_SETS: Final = (BY_NAME["kvm_mmu_set_spte"].code, BY_NAME["kvm_mmu_get_page"].code)
+COMPILED: bool = cython.compiled
+
+_KEPT = cython.declare(cython.int, 256)  # stretches under the lock that are remembered
+_IS_FAULT = cython.declare(cython.int, int(VcpuState.FAULT))
+_IS_PREFETCH = cython.declare(cython.int, int(VcpuState.PREFETCH))
+_FAULT = cython.declare(cython.int, BY_NAME["kvm_page_fault"].code)
+_REQUESTED = cython.declare(cython.int, BY_NAME["kvm_mmu_spte_requested"].code)
+_SET = cython.declare(cython.int, BY_NAME["kvm_mmu_set_spte"].code)
+_GET_PAGE = cython.declare(cython.int, BY_NAME["kvm_mmu_get_page"].code)
 
 
-class Contended:
+@cython.final
+@cython.cclass
+class LockWaits:
     """Takes waits for mmu_lock out of faults. `waited` is ns by vCPU; `held` and `faults` are of all, ns and number."""
+
+    waited = cython.declare(object, visibility="public")
+    held = cython.declare(cython.longlong, visibility="public")
+    faults = cython.declare(cython.longlong, visibility="public")
+    _waited: cython.longlong[::1]
+    _begin: cython.longlong[::1]
+    _end: cython.longlong[::1]
+    _vcpu: cython.longlong[::1]
+    _newest: cython.longlong
+    _exclusive: cython.bint
 
     def __init__(self, vcpus: int, exclusive: bool) -> None:
         """`exclusive`: the recorded kernel's faults take mmu_lock for write."""
         self.waited = np.zeros(vcpus, np.int64)
-        self.held = 0
-        self.faults = 0
+        self.held = self.faults = 0
+        self._waited = self.waited
+        self._begin, self._end, self._vcpu = (np.full(_KEPT, -1, np.int64) for _ in range(3))
+        self._newest = 0
         self._exclusive = exclusive and vcpus > 1
 
-    def purge(self, spans: Spans) -> Spans:
-        """Spans without the waits in them."""
-        of_fault = (spans.doing == Doing.FAULT) | (spans.doing == Doing.PREFETCH)
-        holds = np.flatnonzero(of_fault & np.isin(spans.kind, _SETS))
-        self.held += int(spans.ns[holds].sum())
-        self.faults += int((of_fault & (spans.kind == _REQUESTED)).sum())
-        if not self._exclusive or not len(holds):
-            return spans
-        gaps = np.flatnonzero(of_fault & (spans.kind == _REQUESTED) & (spans.before == _FAULT))
-        waited = np.zeros(len(gaps), np.int64)
-        for vcpu in np.unique(spans.vcpu[gaps]).tolist():
-            mine = spans.vcpu[gaps] == vcpu
-            others = holds[spans.vcpu[holds] != vcpu]
-            end = spans.time[gaps[mine]]
-            waited[mine] = _within(spans.time[others], spans.ns[others], end) - _within(
-                spans.time[others], spans.ns[others], end - spans.ns[gaps[mine]]
-            )
-        np.add.at(self.waited, spans.vcpu[gaps], waited)
-        ns = spans.ns.copy()
-        ns[gaps] -= waited
-        return replace(spans, ns=ns)
+    def feed(self, batch: Any, state: Any, ns: Any, before: Any) -> None:
+        """Shorten the spans of a batch (`Timeline.feed`) by the waits in them."""
+        self._feed(batch.time, batch.vcpu, batch.kind, state, ns, before)
 
+    def _feed(
+        self,
+        time: cython.const[cython.longlong][::1],
+        vcpu: cython.const[cython.int][::1],
+        kind: cython.const[cython.uchar][::1],
+        state: cython.const[cython.uchar][::1],
+        ns: cython.longlong[::1],
+        before: cython.const[cython.uchar][::1],
+    ) -> None:
+        i: cython.Py_ssize_t
+        waited: cython.longlong
+        with cython.nogil:
+            for i in range(kind.shape[0]):
+                if state[i] != _IS_FAULT and state[i] != _IS_PREFETCH:
+                    continue
+                if kind[i] == _SET or kind[i] == _GET_PAGE:
+                    self.held += ns[i]
+                    if self._exclusive and ns[i]:
+                        self._newest = (self._newest + 1) % _KEPT
+                        self._begin[self._newest] = time[i] - ns[i]
+                        self._end[self._newest] = time[i]
+                        self._vcpu[self._newest] = vcpu[i]
+                elif kind[i] == _REQUESTED:
+                    self.faults += 1
+                    if self._exclusive and before[i] == _FAULT:
+                        waited = self._wait_of(vcpu[i], time[i] - ns[i], time[i])
+                        self._waited[vcpu[i]] += waited
+                        ns[i] -= waited
 
-def _within(ends: Ints, lengths: Ints, until: Ints) -> Ints:
-    """ns of stretches, none over another, that have passed at each moment of `until`."""
-    order = np.argsort(ends, kind="stable")
-    ends, lengths = ends[order], lengths[order]
-    begins = np.maximum(ends - lengths, np.append(-1, ends[:-1])) if len(ends) else ends
-    total = np.append(0, np.cumsum(ends - begins))
-    at = np.searchsorted(ends, until)  # stretches that have ended before
-    going = np.append(begins, np.iinfo(np.int64).max)[at]
-    return np.asarray(total[at] + np.maximum(until - going, 0), np.int64)
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _wait_of(self, v: cython.longlong, begin: cython.longlong, end: cython.longlong) -> cython.longlong:
+        """ns of [begin, end) in which another vCPU had the lock; no ns counts twice."""
+        waited: cython.longlong = 0
+        at: cython.longlong = self._newest
+        first: cython.longlong
+        last: cython.longlong
+        for _ in range(_KEPT):
+            if self._end[at] <= begin:
+                break
+            if self._vcpu[at] != v:
+                first = max(self._begin[at], begin)
+                last = min(self._end[at], end)
+                if last > first:
+                    waited += last - first
+                    end = first
+            at = (at + _KEPT - 1) % _KEPT
+        return waited

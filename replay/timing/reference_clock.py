@@ -18,14 +18,15 @@ What the recorded costs hold of waits for mmu_lock is taken out of them before (
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
 from replay.simulate import dispatch
 from replay.simulate.operations import Op, Ranges
 from replay.simulate.reference import Happened, Vcpu, Vm
+from replay.simulate.timed_operations import CREATED, FOUND, LAST, NEVER, Timed
 from replay.timing.costs import Costs
-from replay.timing.timed_operations import CREATED, FOUND, LAST, NEVER, Timed
 
 SAMPLE = 1_000_000  # ns between two samples of a vCPU's progress
 
@@ -71,8 +72,10 @@ class _Todo:
 class Clock:
     """One VM. `feed` timed blocks, then `finish`."""
 
-    def __init__(self, vm: Vm, costs: Costs) -> None:
+    def __init__(self, vm: Vm, costs: Costs, weights: Sequence[int] = ()) -> None:
+        """`weights`: what part each vCPU has in what a worker takes where CPUs are short; none given: the same."""
         self.vm = vm
+        self._weights = weights or [1] * len(vm.vcpus)
         self.costs = costs
         self.paces = [Pace() for _ in vm.vcpus]
         self.begun = 0  # since when the worker is at it, or will be
@@ -273,8 +276,8 @@ class Clock:
         self.jobs += 1
         busy = len(self.paces) + 1
         if 0 < self.costs.cpus < busy:
-            for pace in self.paces:  # each gives up its part of the worker's time
-                self._spend(pace, Spent.WAIT, work * (busy - self.costs.cpus) // len(self.paces))
+            for pace, weight in zip(self.paces, self._weights, strict=True):  # each gives up its part
+                self._spend(pace, Spent.WAIT, work * (busy - self.costs.cpus) * weight // sum(self._weights))
 
     def _perform(self, todo: _Todo) -> None:
         self.vm.at = todo.at

@@ -1,99 +1,148 @@
-"""What zaps took, and what others took from vCPUs where all share one CPU, as in the lab, whose CPUs take turns.
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+"""Steal time where all CPUs share one, as in the lab, whose emulator runs its CPUs in turn.
 
-Recorded spans contain it, and another policy would not have it: what a worker's job overlaps of a long span is taken
-out, and is the measure of what zaps cost there.
+Recorded spans of vCPUs contain what others ran meanwhile, and another policy would not have it. There one thing goes
+on at a time, so that the time between two rows of the VM is that of the later row's thread: what a zap worker took of
+a vCPU's span is taken out of it (`lost`), and is the measure of what zaps cost there. What others took (the recorder
+above all) has no rows: a span many times as long as others between the same two kinds of row was preempted, and is
+cut to their median (`preempted`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import fields
+from typing import Any
 
+import cython
 import numpy as np
 
-from replay.decode.lookback import Ints, Rows
-from replay.timing.timeline import Spans
+from replay.decode.vcpu_states import NO_SPAN, STILL
+from traces.schema import BY_NAME
 
-_TIMES = 10  # a span this many times the median of its kind, and longer than this many ns, was interrupted
+COMPILED: bool = cython.compiled
+
+_TIMES = 10  # a span this many times the median of its like, and longer than _LEAST ns, was preempted
 _LEAST = 50_000
 _ENOUGH = 10  # spans of a kind, for a median
 
+_NO_SPAN = cython.declare(cython.int, NO_SPAN)
+_WAITS = cython.declare(cython.int, BY_NAME["zap_invalidated_begin"].code)
+_WAITED = cython.declare(cython.int, BY_NAME["zap_invalidated_end"].code)
+_BEGIN = cython.declare(cython.int, BY_NAME["zap_root_begin"].code)
+_END = cython.declare(cython.int, BY_NAME["zap_root_end"].code)
+_REMOVES = cython.declare(cython.int, BY_NAME["kvm_mmu_prepare_zap_page"].code)
 
-class Stolen:
-    """Finds zaps, and takes the worker's time out of spans where all share one CPU.
 
-    There one thing goes on at a time, so that the time between two rows of the VM is that of the later row's thread.
-    `lost` is what the worker took, by vCPU in ns; `removed` tables took other tasks `removing` ns. What others took
-    (the recorder above all) has no rows: a span many times as long as its like was interrupted. `preempted` is that,
-    by vCPU, in ns.
+@cython.final
+@cython.cclass
+class Steal:
+    """Takes steal time out of the spans of one VM, where `shared`; and measures zaps by other tasks everywhere.
+
+    `lost` is what zap workers took, `preempted` what others did, ns by vCPU. `removed` tables took tasks that are
+    neither vCPUs nor workers `removing` ns.
     """
+
+    shared = cython.declare(cython.bint, visibility="public")
+    lost = cython.declare(object, visibility="public")
+    preempted = cython.declare(object, visibility="public")
+    removed = cython.declare(cython.longlong, visibility="public")
+    removing = cython.declare(cython.longlong, visibility="public")
+    _workers: set  # type: ignore[type-arg]
+    _zapping: dict  # type: ignore[type-arg]
+    _time: cython.longlong  # of the last row
+    _worked: cython.longlong  # ns of the workers, in all
+    _waiting: cython.longlong  # invalidations that wait for the worker
+    _taken_of: object
+    _taken: cython.longlong[::1]  # `_worked` at each vCPU's last row
+    _lost: cython.longlong[::1]
 
     def __init__(self, vcpus: int, shared: bool, workers: Collection[int]) -> None:
         """`shared`: all run on one CPU. `workers` are the tids of kernel workers."""
         self.shared = shared
-        self._workers = np.array(sorted(workers), np.int64)
         self.lost = np.zeros(vcpus, np.int64)
-        self.removed = 0
-        self.removing = 0
         self.preempted = np.zeros(vcpus, np.int64)
-        self._time = -1  # of the last row
-        self._worked = 0  # ns of the worker, in all
-        self._taken = np.zeros(vcpus, np.int64)  # that, as it was at each vCPU's last row
-        self._zapping: dict[int, int] = {}
+        self.removed = self.removing = 0
+        self._workers = set(workers)
+        self._zapping = {}
+        self._time = -1
+        self._worked = self._waiting = 0
+        self._taken = np.zeros(vcpus, np.int64)
+        self._lost = self.lost
 
-    def purge(self, rows: Rows, spans: Spans) -> Spans:
-        """Spans without the worker's time in them."""
-        self._others(rows)
-        if not self.shared or not len(rows):
-            return spans
-        time = rows.time
-        before = np.append(time[0] if self._time < 0 else self._time, time[:-1])
-        self._time = int(time[-1])
-        # What an invalidation waits for is done under every policy.
-        at = np.arange(len(time))
-        opened = np.searchsorted(rows.of("zap_invalidated_begin"), at, "right")
-        waited = opened > np.searchsorted(rows.of("zap_invalidated_end"), at, "right")
-        ours = np.isin(rows.tid, self._workers) & ~waited
-        taken = self._worked + np.cumsum(np.where(ours, time - before, 0))
-        self._worked = int(taken[-1])
-        own = taken[np.searchsorted(rows.seq, spans.seq)]
-        past = np.append(0, own[:-1])
-        first = np.append(True, spans.vcpu[1:] != spans.vcpu[:-1])[: len(own)]
-        past[first] = self._taken[spans.vcpu[first]]
-        last = np.append(first[1:], True)[: len(own)]
-        self._taken[spans.vcpu[last]] = own[last]
-        taken = np.minimum(own - past, spans.ns)
-        np.add.at(self.lost, spans.vcpu, taken)
-        ns = self._uninterrupted(spans, spans.ns - taken)
-        values = {each.name: getattr(spans, each.name) for each in fields(Spans)}
-        return Spans(**{**values, "ns": ns})
+    def feed(self, batch: Any, state: Any, ns: Any, mark: Any, before: Any) -> None:
+        """Shorten the spans of a batch (`Timeline.feed`) by what was not theirs."""
+        self._feed(batch.time, batch.vcpu, batch.tid, batch.kind, state, ns)
+        if self.shared:
+            self._cut(batch, state, ns, mark, before)
 
-    def _uninterrupted(self, spans: Spans, ns: Ints) -> Ints:
-        """Spans cut to what is usual of their kind, where they are beyond all measure."""
-        # Where the guest did nothing, all beyond the switch is interruption.
-        kinds = [(spans.still, 1, 0)]
-        pair = spans.before.astype(np.int64) << 8 | spans.kind
-        kinds += [(~spans.still & (pair == each), _TIMES, _LEAST) for each in np.unique(pair)]
-        for which, times, least in kinds:
-            like = np.flatnonzero(which)
-            if len(like) < _ENOUGH:
+    def _feed(
+        self,
+        time: cython.const[cython.longlong][::1],
+        vcpu: cython.const[cython.int][::1],
+        tid: cython.const[cython.int][::1],
+        kind: cython.const[cython.uchar][::1],
+        state: cython.const[cython.uchar][::1],
+        ns: cython.longlong[::1],
+    ) -> None:
+        i: cython.Py_ssize_t
+        v: cython.Py_ssize_t
+        k: cython.int
+        taken: cython.longlong
+        with cython.nogil:
+            for i in range(kind.shape[0]):
+                v = vcpu[i]
+                k = kind[i]
+                if v < 0 and k in (_BEGIN, _END, _REMOVES):
+                    with cython.gil:
+                        self._zap(tid[i], k, time[i])
+                if not self.shared:
+                    continue
+                if k == _WAITS:
+                    self._waiting += 1
+                elif k == _WAITED and self._waiting:
+                    self._waiting -= 1
+                # What an invalidation waits for is done under every policy.
+                if v < 0 and not self._waiting and self._time >= 0 and self._is_worker(tid[i]):
+                    self._worked += time[i] - self._time
+                self._time = time[i]
+                if state[i] != _NO_SPAN:
+                    taken = min(self._worked - self._taken[v], ns[i])
+                    self._taken[v] = self._worked
+                    self._lost[v] += taken
+                    ns[i] -= taken
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _is_worker(self, tid: cython.int) -> cython.bint:
+        found: cython.bint
+        with cython.gil:
+            found = tid in self._workers
+        return found
+
+    def _zap(self, tid: int, kind: int, time: int) -> None:
+        """Zaps by other tasks measure a table's removal where no worker does."""
+        if tid in self._workers:
+            return
+        if kind == _REMOVES:
+            self.removed += 1
+        elif kind == _BEGIN:
+            self._zapping[tid] = time
+        elif tid in self._zapping:
+            self.removing += time - self._zapping.pop(tid)
+
+    def _cut(self, batch: Any, state: Any, ns: Any, mark: Any, before: Any) -> None:
+        """Cut spans that are far longer than their like to the median of these."""
+        spans = np.flatnonzero(state != NO_SPAN)
+        still = mark[spans] & STILL != 0
+        between = before[spans].astype(np.int64) << 8 | batch.kind[spans]
+        # Where the guest did nothing, all beyond the switch is preemption.
+        like = [(spans[still], 1, 0)]
+        like += [(spans[~still & (between == pair)], _TIMES, _LEAST) for pair in np.unique(between)]
+        for alike, times, least in like:
+            if len(alike) < _ENOUGH:
                 continue
-            usual = int(np.median(ns[like]))
-            long = like[ns[like] > max(times * usual, least)]
-            np.add.at(self.preempted, spans.vcpu[long], ns[long] - usual)
+            usual = int(np.median(ns[alike]))
+            long = alike[ns[alike] > max(times * usual, least)]
+            np.add.at(self.preempted, batch.vcpu[long], ns[long] - usual)
             ns[long] = usual
-        return ns
-
-    def _others(self, rows: Rows) -> None:
-        """Zaps by tasks that are neither vCPUs nor workers: they measure a table's removal where no worker does."""
-        at = rows.of("zap_root_begin", "zap_root_end")
-        at = at[(rows.vcpu[at] < 0) & ~np.isin(rows.tid[at], self._workers)]
-        ends = set(rows.of("zap_root_end").tolist())
-        for row in at.tolist():
-            thread, time = int(rows.tid[row]), int(rows.time[row])
-            if row in ends and thread in self._zapping:
-                self.removing += time - self._zapping.pop(thread)
-            elif row not in ends:
-                self._zapping[thread] = time
-        gone = rows.of("kvm_mmu_prepare_zap_page")
-        self.removed += int(((rows.vcpu[gone] < 0) & ~np.isin(rows.tid[gone], self._workers)).sum())

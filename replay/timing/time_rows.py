@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from replay.result import SPENT, Writer
-from replay.timing.timed_run import VcpuTime, VmTime
+from replay.result import SPENT, VmWriter
+from replay.timing.timed_run import PolicyTime, VcpuTime
 
 
 def named(spent: Sequence[int]) -> dict[str, int]:
@@ -15,21 +15,22 @@ def named(spent: Sequence[int]) -> dict[str, int]:
     return dict(zip(SPENT, spent, strict=True))
 
 
-def write(writer: Writer, times: Iterable[VmTime], policies: Sequence[str]) -> None:
-    """Rows of kind `progress` and `stall`, and the times that rows of vCPUs get with their counts."""
-    for vm in times:
-        for outcome in vm.outcomes:
-            key = (policies.index(outcome.target.name), outcome.run.bound, vm.vm)
-            rows = [_row(sum(recorded), vcpu) for recorded, vcpu in zip(vm.recorded, outcome.vcpus, strict=True)]
-            writer.timed[key] = {name: [row[name] for row in rows] for name in rows[0]}
-            for vcpu in outcome.vcpus:
-                moments = dict(zip(("clock", "cause", *SPENT), vcpu.progress.T, strict=True))
-                writer.moments("progress", *key, vcpu.id, moments)
-                hangs = [(hang.begin, hang.cause, hang.ns, *hang.spent) for hang in vcpu.stalls]
-                if hangs:
-                    columns = np.array(hangs, np.int64).T
-                    stalls = dict(zip(("clock", "cause", "wall_ns", *SPENT), columns, strict=True))
-                    writer.moments("stall", *key, vcpu.id, stalls)
+def write(writer: VmWriter, policy: int, time: PolicyTime, recorded: Sequence[Sequence[int]]) -> dict[str, list[int]]:
+    """Rows of kind `progress` and `stall` under one policy; the columns of times that rows of vCPUs get.
+
+    `recorded` is ns by vCPU and Spent, as recorded; `policy` the policy's place in the result.
+    """
+    bound = time.run.bound
+    for vcpu in time.vcpus:
+        moments = dict(zip(("clock", "cause", *SPENT), vcpu.progress.T, strict=True))
+        writer.moments("progress", policy, bound, vcpu.id, moments)
+        hangs = [(hang.begin, hang.cause, hang.ns, *hang.spent) for hang in vcpu.stalls]
+        if hangs:
+            columns = np.array(hangs, np.int64).T
+            stalls = dict(zip(("clock", "cause", "wall_ns", *SPENT), columns, strict=True))
+            writer.moments("stall", policy, bound, vcpu.id, stalls)
+    rows = [_row(sum(spent), vcpu) for spent, vcpu in zip(recorded, time.vcpus, strict=True)]
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def _row(recorded: int, vcpu: VcpuTime) -> dict[str, int]:

@@ -12,9 +12,9 @@ from replay.plan import Plan
 from replay.timing.reference_clock import Spent
 from replay.timing.soft_hangs import told
 from replay.timing.stalls import watchdogs
-from replay.timing.stuck_rip import Run
+from replay.timing.stuck_rip import RipRun
 from replay.timing.time_rows import named
-from replay.timing.timed_run import Settings, Timed, VcpuTime, VmTime
+from replay.timing.timed_run import PolicyTime, Settings, VcpuTime, VmTime
 from replay.whatif.smi_rate import Sweep, Swept
 from traces.screen import page, text_of
 from traces.text import printable
@@ -33,8 +33,8 @@ def facts(times: list[VmTime], settings: Settings) -> dict[str, Any]:
                 "vm": vm.vm,
                 "refused": vm.refused,
                 "marked": vm.marked,
-                "began": vm.began,
-                "smis": {"by_guest": vm.driven.by_guest, "by_clock": vm.driven.by_clock, "open": vm.open},
+                "began": vm.measured.began,
+                "smis": {"by_guest": vm.measured.by_guest, "by_clock": vm.measured.by_clock, "open": vm.open},
                 "costs": {
                     name: {"ns": getattr(vm.fitted.costs, name), "from": source, "error": vm.fitted.error.get(name)}
                     for name, source in vm.fitted.source.items()
@@ -111,9 +111,9 @@ def _hangs(vcpu: VcpuTime) -> str:
     return f"{count}, {longest}, {told(vcpu.stalls)}{guest}"
 
 
-def _ends(vm: VmTime) -> dict[str, tuple[Timed, Timed]]:
+def _ends(vm: VmTime) -> dict[str, tuple[PolicyTime, PolicyTime]]:
     """By policy, its one outcome or both ends."""
-    found: dict[str, tuple[Timed, Timed]] = {}
+    found: dict[str, tuple[PolicyTime, PolicyTime]] = {}
     for outcome in vm.outcomes:
         name = outcome.target.name
         found[name] = (found[name][0], outcome) if name in found else (outcome, outcome)
@@ -156,11 +156,11 @@ def _trust(vm: VmTime) -> Iterator[str]:
     yield "costs measured: " + (", ".join(f"{name} {_time(getattr(costs, name))}" for name in measured) or "none")
     if assumed:
         yield "costs assumed: " + "; ".join(f"{', '.join(names)} ({source})" for source, names in assumed.items())
-    if vm.driven.by_guest + vm.driven.by_clock:
+    if vm.measured.by_guest + vm.measured.by_clock:
         kept = "keep their wall-clock times" if vm.open else "move with the guest's progress"
         yield (
-            f"SMIs {kept} ({vm.driven.by_guest:,} followed an exit of the guest's own making, "
-            f"{vm.driven.by_clock:,} did not; --smi overrides)"
+            f"SMIs {kept} ({vm.measured.by_guest:,} followed an exit of the guest's own making, "
+            f"{vm.measured.by_clock:,} did not; --smi overrides)"
         )
 
 
@@ -196,14 +196,14 @@ def render_sweep(found: dict[int, list[Swept]], sweep: Sweep) -> str:
     return text_of(console)
 
 
-def stuck_lines(vm: int, runs: Iterable[Run]) -> Iterator[str]:
+def stuck_lines(vm: int, runs: Iterable[RipRun]) -> Iterator[str]:
     """One line for each vCPU that hung in the recording, and whether roots had to do with it."""
     for run in runs:
         took = f"{run.exits:,} exits at RIP {run.rip:#x} in {_time(run.until - run.since)}, from row {run.seq:,} on"
         yield f"vCPU {run.vcpu} of VM {vm} is stuck in the recording: {took}: {run.why}"
 
 
-def _policy(outcome: Timed) -> dict[str, Any]:
+def _policy(outcome: PolicyTime) -> dict[str, Any]:
     return {
         "policy": outcome.target.name,
         "bound": outcome.run.bound,

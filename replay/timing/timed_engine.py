@@ -7,6 +7,7 @@ vCPU without operations, makes all the others' wait.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, Final
 
@@ -18,9 +19,9 @@ from replay.simulate.core import Core, Timer
 from replay.simulate.engine import Engine, RootLog, Vcpus, grown, make_pool, row_type
 from replay.simulate.operations import Ranges, Word
 from replay.simulate.reference import SLOTS, Counters
+from replay.simulate.timed_operations import NEVER, Timed
 from replay.timing.costs import Costs
 from replay.timing.reference_clock import Spent
-from replay.timing.timed_operations import NEVER, Timed
 from traces.errors import Problem
 
 TODO: Final = np.dtype(
@@ -28,7 +29,7 @@ TODO: Final = np.dtype(
     + [(name, np.uint32) for name in ("op", "was", "next", "guess")]
 )
 PACE: Final = np.dtype(
-    [(name, np.int64) for name in ("clock", "lead", "guest", "inside", "sampled", "guessed")]
+    [(name, np.int64) for name in ("clock", "lead", "guest", "inside", "sampled", "guessed", "weight")]
     + [("spent", np.int64, len(Spent))]
 )
 QUEUE: Final = row_type("head", "tail")
@@ -53,12 +54,17 @@ class TimedEngine:
         core: type[Any] = Core,
         timer: type[Any] = Timer,
         rows: tuple[int, int] = (256, 256),
+        weights: Sequence[int] = (),
     ) -> None:
-        """`log`: keep a root log. `rows`: operations and samples that there is memory for at first."""
+        """`log`: keep a root log. `rows`: operations and samples that there is memory for at first.
+
+        `weights`: what part each vCPU has in what a worker takes where CPUs are short; none given: the same for all.
+        """
         self.engine = Engine(axes, words, vcpus, log, core)
         self._timer = timer()
         self._pace = make_pool(vcpus, PACE)
         self._pace["lead"] = -1
+        self._pace["weight"] = weights or 1
         self._queue = make_pool(2 * vcpus + 1, QUEUE)
         self._queue["head"] = self._queue["tail"] = -1
         # One operation frees no more roots than can be alive, and what it loads itself.
@@ -171,6 +177,7 @@ class TimedEngine:
         timer.faults_share = axes.faults_share
         timer.inline = axes.teardown == "inline"
         timer.by_worker = axes.teardown == "worker"
+        timer.weights = int(self._pace["weight"].sum())
         for name in ("todos", "samples", "begun", "worker", "locked", "shared", "worked", "jobs"):
             setattr(timer, name, 0)
 

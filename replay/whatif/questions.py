@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from replay import kernels
-from replay.decode.capabilities import Evidence
+from replay.decode.capabilities import Capabilities
 from replay.run import Progress
 from replay.whatif import aging, apicv, range_zaps, table_accounting
 from replay.whatif.answers import VARIANTS, Answer, Asked, parse, time
@@ -29,14 +29,14 @@ def asked(**given: str) -> list[Asked]:
     return [parse(axis, text) for axis, text in given.items() if text]
 
 
-def answer(evidence: Evidence, questions: Sequence[Asked]) -> list[tuple[Workload, list[Answer]]]:
+def answer(capabilities: Capabilities, questions: Sequence[Asked]) -> list[tuple[Workload, list[Answer]]]:
     """Each VM with a table for each question; the recorded kernel's own way is always among the variants."""
     found: list[tuple[Workload, list[Answer]]] = []
-    stands = kernels.designs(evidence.trace.metadata)
-    vms = [vm for vm in evidence.trace.metadata.vms if vm["vcpus"]]
+    stands = kernels.designs(capabilities.trace.metadata)
+    vms = [vm for vm in capabilities.trace.metadata.vms if vm["vcpus"]]
     progress = Progress(len(vms) * (len(questions) + 1), "simulating")
     for vm in vms:
-        work = workload(evidence, vm)
+        work = workload(capabilities, vm)
         answers: list[Answer] = []
         for question in questions:
             own = getattr(stands, question.axis)

@@ -16,16 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from replay.axes import Axes
-from replay.decode.capabilities import Evidence
-from replay.decode.decoder import VmStimuli
-from replay.run import has_ad_disabled
+from replay.decode.capabilities import Capabilities
+from replay.simulate.cases import Case
 from replay.simulate.operations import VCPU_SHIFT, Block, Op, Ranges
-from replay.simulate.specialize import Case, Lowering
+from replay.simulate.specialize import Specialization
+from replay.simulate.timed_operations import LAST, MORE, Timed, joined, tail, take
+from replay.spool import Spool
 from replay.timing.costs import Costs
-from replay.timing.smis import Apart
+from replay.timing.measured_vm import measure_vm
 from replay.timing.timed_engine import TimedEngine
-from replay.timing.timed_operations import LAST, MORE, Timed, joined, tail, take
-from replay.timing.timed_run import Measured, timing_of
 from traces.errors import Problem
 
 Ints = NDArray[np.int64]
@@ -92,26 +91,21 @@ def parse(text: str) -> Sweep:
 class Program:
     """One VM's program without its SMIs, and an SMI of each vCPU that had one; by the recorded kernel's triggers."""
 
-    def __init__(self, evidence: Evidence, vm: Mapping[str, Any], change: Change) -> None:
-        ad_disabled = has_ad_disabled(evidence)
-        measured = Measured(evidence, vm, ad_disabled)
-        where = f"{evidence.trace.path}: VM {vm['id']}"
-        if measured.refused:
-            raise Problem(f"{where}: {measured.refused}")
-        lowering = Lowering(evidence.kernel, Case(), ad_disabled)
-        timing = timing_of(evidence, vm)
-        stimuli = VmStimuli(evidence, vm, watch=timing.watch)
-        self.recorded = len(stimuli.vcpus)
-        self.vcpus = max(self.recorded, change.holders)
-        apart = Apart(self.recorded)
+    def __init__(self, capabilities: Capabilities, vm: Mapping[str, Any], change: Change) -> None:
+        where = f"{capabilities.trace.path}: VM {vm['id']}"
         parts = []
         self._ranges = Ranges()
-        for stretch in stimuli:
-            timed = apart.part(timing.join(_shifted(lowering.apply(stretch), len(self._ranges.rows))), measured.began)
-            self._ranges.rows += stretch.ranges.rows
-            parts.append(timed)
-        (lead, guest), (before, ran) = timing.rest(), apart.rest()
-        whole = joined([*parts, tail(lead + before, guest + ran)])
+        with Spool() as spool:
+            inputs, measured = measure_vm(capabilities, vm, spool)
+            if measured.refused:
+                raise Problem(f"{where}: {measured.refused}")
+            self.recorded = len(inputs.vcpus)
+            self.vcpus = max(self.recorded, change.holders)
+            specialized = Specialization(capabilities.kernel, Case(), capabilities.ad_disabled, self.recorded)
+            for part in spool:
+                parts.append(_shifted(specialized.timed(part, measured.began), len(self._ranges.rows)))
+                self._ranges.rows += part.ranges.rows
+        whole = joined([*parts, tail(*specialized.rest(inputs.rest))])
         self._smis = [self._last_smi(whole, vcpu) for vcpu in range(self.recorded)]
         if all(smi is None for smi in self._smis):
             raise Problem(f"{where} has no whole SMI to repeat: record one, or make a trace with kvmtrace synth")
@@ -120,7 +114,7 @@ class Program:
         ends = self._program.block.op & 15 == Op.ZAP_ALL
         self._program.block.op[ends] = int(Op.ROLE) | self._program.queue[ends].astype(np.uint32) << VCPU_SHIFT
         self._program.block.gfn[ends] = 0
-        self._words = lowering.words
+        self._words = specialized.words
         self._costs: Costs = replace(measured.fitted.costs, refill=round(1000 * change.working_set))
 
     def sweep(self, axes: Axes, rates: Iterable[float]) -> Swept:
@@ -203,19 +197,18 @@ def _entry(vcpu: int) -> Timed:
     return Timed(block, np.array([vcpu], np.int32), none, none, none, none.astype(np.uint8), none + MORE, until=0)
 
 
-def _shifted(block: Block, by: int) -> Block:
+def _shifted(timed: Timed, by: int) -> Timed:
     """With ranges numbered from `by` on."""
-    gfn = block.gfn.copy()
-    gfn[np.isin(block.op & 15, (int(Op.ZAP), int(Op.SPLIT)))] += by
-    return Block(block.op, gfn, block.time, block.seq)
+    timed.block.gfn[np.isin(timed.block.op & 15, (int(Op.ZAP), int(Op.SPLIT)))] += by
+    return timed
 
 
-def swept(evidence: Evidence, policies: Iterable[Axes], sweep: Sweep, change: Change) -> dict[int, list[Swept]]:
+def swept(capabilities: Capabilities, policies: Iterable[Axes], sweep: Sweep, change: Change) -> dict[int, list[Swept]]:
     """By VM, each policy at each rate."""
     chosen = list(policies)
     found = {}
-    for vm in evidence.trace.metadata.vms:
+    for vm in capabilities.trace.metadata.vms:
         if vm["vcpus"]:
-            program = Program(evidence, vm, change)
+            program = Program(capabilities, vm, change)
             found[int(vm["id"])] = [program.sweep(axes, sweep.rates) for axes in chosen]
     return found

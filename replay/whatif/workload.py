@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from replay.decode.capabilities import Evidence
-from replay.decode.decoder import VmStimuli
-from replay.decode.lookback import Rows
-from replay.run import has_ad_disabled
+from replay.decode.batch import Batch
+from replay.decode.capabilities import Capabilities
+from replay.decode.inputs import Inputs
+from replay.simulate.cases import Case
 from replay.simulate.engine import Engine
 from replay.simulate.operations import LEVEL_SHIFT, VCPU_SHIFT, Block, Op, Ranges
 from replay.simulate.reference import Happened
-from replay.simulate.specialize import Case, Lowering
+from replay.simulate.specialize import Specialization
+from replay.spool import Spool
 from replay.timing.costs import DEFAULT, Costs, LockCosts
-from replay.timing.timed_run import Measured, timing_of
+from replay.timing.measure import SpanTimes
+from replay.timing.measured_vm import measure_vm
 from replay.whatif.answers import MOST_PAGES
 from traces.errors import Problem
 
@@ -107,57 +109,72 @@ class Workload:
         return [(program, round(i * cycle / vcpus)) for i, program in enumerate(chosen)]
 
 
-def workload(evidence: Evidence, vm: Mapping[str, Any]) -> Workload:
+def workload(capabilities: Capabilities, vm: Mapping[str, Any]) -> Workload:
     """Of one VM; Problem where the trace has no times, or no fault."""
-    ad_disabled = has_ad_disabled(evidence)
-    measured = Measured(evidence, vm, ad_disabled)
-    where = f"{evidence.trace.path}: VM {vm['id']}"
-    if measured.refused:
-        raise Problem(f"{where}: {measured.refused}")
-    costs = measured.fitted.costs
-    contended = measured.timing.contended
-    hold = contended.held // contended.faults if contended.held else round(costs.fault * _ALONE)
-    found = Workload(
-        int(vm["id"]), 0, [], max(hold, 1), max(costs.fault - hold, 0), costs, max(costs.fault, 1) / DEFAULT.fault,
-        contended.held > 0, evidence.own.faults_share, evidence.shadow, 0,
-        nx=not evidence.off("kvm", "nx_huge_pages"),
-    )  # fmt: skip
-    _Replay(evidence, vm, ad_disabled, found).run()
+    where = f"{capabilities.trace.path}: VM {vm['id']}"
+    with Spool() as spool:
+        watch = _Watch(capabilities, vm)
+        inputs, measured = measure_vm(capabilities, vm, spool, watch)
+        if measured.refused:
+            raise Problem(f"{where}: {measured.refused}")
+        costs = measured.fitted.costs
+        hold = measured.held // measured.requests if measured.held else round(costs.fault * _ALONE)
+        found = Workload(
+            int(vm["id"]), len(inputs.vcpus), [], max(hold, 1), max(costs.fault - hold, 0), costs,
+            max(costs.fault, 1) / DEFAULT.fault, measured.held > 0, capabilities.own.faults_share, capabilities.shadow,
+            int(measured.totals.sum(1).max()), nx=not capabilities.off("kvm", "nx_huge_pages"),
+            mmio=len(watch.mmio), aged=watch.aged, aged_pages=watch.aged_pages,
+        )  # fmt: skip
+        _Replay(capabilities, found).run(spool)
     if not found.programs:
         raise Problem(f"{where} has no fault with a time of its own: there is nothing to wait for mmu_lock")
     return found
 
 
-class _Replay:
-    """The second pass: faults by vCPU, and three engines: as recorded, with inhibits by memslot, with ones by gfn."""
+class _Watch(SpanTimes):
+    """Sees each batch of rows: pages with a cached MMIO SPTE, and what was aged."""
 
-    def __init__(self, evidence: Evidence, vm: Mapping[str, Any], ad_disabled: bool, found: Workload) -> None:
+    def __init__(self, capabilities: Capabilities, vm: Mapping[str, Any]) -> None:
+        super().__init__(capabilities, vm)
+        self.mmio: Ints = np.empty(0, np.int64)
+        self.aged = 0
+        self.aged_pages = 0
+
+    def feed(self, batch: Batch) -> tuple[NDArray[np.uint8], Ints, NDArray[np.uint8]]:
+        self.mmio = np.union1d(self.mmio, batch.gfn[batch.of("mark_mmio_spte")])
+        ranges, pages = batch.of("kvm_age_hva"), batch.of("kvm_test_age_hva")
+        self.aged += len(ranges) + len(pages)
+        start, end = batch.addr[ranges], batch.value[ranges]
+        aged = np.where(end > start, end - start, 0) >> np.uint64(_PAGE)
+        self.aged_pages += sum(np.minimum(aged, MOST_PAGES).tolist()) + len(pages)
+        return super().feed(batch)
+
+
+class _Replay:
+    """Faults by vCPU, and three engines: as recorded, with inhibits by memslot, with ones by gfn."""
+
+    def __init__(self, capabilities: Capabilities, found: Workload) -> None:
         self._found = found
-        self._timing = timing_of(evidence, vm)
-        self._stimuli = VmStimuli(evidence, vm, watch=self._watch)
-        self._lowering = Lowering(evidence.kernel, Case(), ad_disabled)
-        found.recorded = len(self._stimuli.vcpus)
-        self._engines = [Engine(evidence.own, self._lowering.words, found.recorded) for _ in range(3)]
-        self._worker = evidence.own.teardown == "worker"
-        events = evidence.trace.metadata.events
+        self._specialized = Specialization(capabilities.kernel, Case(), capabilities.ad_disabled, found.recorded)
+        self._engines = [Engine(capabilities.own, self._specialized.words, found.recorded) for _ in range(3)]
+        self._worker = capabilities.own.teardown == "worker"
+        events = capabilities.trace.metadata.events
         self._moments = [events * i // (MOMENTS + 1) for i in range(1, MOMENTS + 1)]
         self._done = 0
         self._gaps: list[list[Ints]] = [[] for _ in range(found.recorded)]
         self._links: list[list[Ints]] = [[] for _ in range(found.recorded)]
         self._since = np.zeros(found.recorded, np.int64)  # ns since the vCPU's last fault had mmu_lock
         self._seen: Ints = np.empty(0, np.int64)
-        self._mmio: Ints = np.empty(0, np.int64)
 
-    def run(self) -> None:
+    def run(self, parts: Iterable[Inputs]) -> None:
         """Fill the workload."""
         found = self._found
-        for stretch in self._stimuli:
-            block = self._lowering.apply(stretch)
-            timed = self._timing.join(block)
-            self._faults(timed.block.op, timed.lead, timed.cost, timed.was)
-            touches = block.gfn[block.op & 15 == Op.TOUCH]
-            self._seen = np.union1d(self._seen, touches)
-            self._feed(block, stretch.ranges)
+        for part in parts:
+            timed = self._specialized.timed(part)
+            block = timed.block
+            self._faults(block.op, timed.lead, timed.cost, timed.was)
+            self._seen = np.union1d(self._seen, block.gfn[block.op & 15 == Op.TOUCH])
+            self._feed(block, part.ranges)
         for gaps, links in zip(self._gaps, self._links, strict=True):
             if gaps:
                 gap, link = np.concatenate(gaps), np.concatenate(links)
@@ -165,18 +182,7 @@ class _Replay:
         base, memslot, gfn = (int(engine.vcpus.faults.sum()) for engine in self._engines)
         found.refaults = (memslot - base, gfn - base)
         found.tables = self._engines[0].counters.tables
-        found.gfns, found.mmio = len(self._seen), len(self._mmio)
-        found.wall = int(self._timing.totals.sum(1).max())
-
-    def _watch(self, rows: Rows) -> None:
-        self._timing.watch(rows)
-        found = self._found
-        self._mmio = np.union1d(self._mmio, rows.gfn[rows.of("mark_mmio_spte")])
-        ranges, pages = rows.of("kvm_age_hva"), rows.of("kvm_test_age_hva")
-        found.aged += len(ranges) + len(pages)
-        start, end = rows.addr[ranges], rows.value[ranges]
-        aged = np.where(end > start, end - start, 0) >> np.uint64(_PAGE)
-        found.aged_pages += sum(np.minimum(aged, MOST_PAGES).tolist()) + len(pages)
+        found.gfns = len(self._seen)
 
     def _faults(self, op: NDArray[np.uint32], lead: Ints, cost: Ints, was: NDArray[np.uint8]) -> None:
         vcpu = op >> VCPU_SHIFT

@@ -11,13 +11,17 @@ import pytest
 
 from analysis.queries import drawn, recorded, replayed
 from analysis.queries.registry import queries
-from analysis.recorded_time import ids_of, spans_of, split
+from analysis.recorded_time import COLUMNS, during, recorded_times, spans_of
 from analysis.report import Report
 from analysis.reporting import Wanted, reported
 from analysis.sources import Recording
-from replay.timing.timeline import Doing
+from replay.decode.batch import Batch
+from replay.decode.timeline import Timeline
+from replay.decode.vcpu_states import VcpuState
+from replay.decode.vm_inputs import dense_numbers, vcpu_ids
 from tests.analysis.sources import CORPUS
 from traces.errors import Problem
+from traces.reader import Trace
 from traces.synth import Parameters, synthesize
 
 
@@ -32,20 +36,22 @@ def storm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Report]:
 @pytest.mark.parametrize("parts", [1, 7, 400, 50_000])
 @pytest.mark.parametrize("name", ["two-vms-6.1-async", "smi-both-7.x"])
 def test_time_is_split_exactly(name: str, parts: int) -> None:
-    recording = Recording.open(CORPUS / f"{name}.parquet")
-    for vm in recording.metadata.vms:
-        first, last = drawn.during(recording)[vm["id"]]
+    trace = Trace.open(CORPUS / f"{name}.parquet")
+    for vm in trace.metadata.vms:
+        first, last = during(trace)[vm["id"]]
         width = (last - first) // parts + 1
-        found = split(recording.trace, vm, first, width, parts)
-        wanted = np.zeros((len(ids_of(vm)), parts, len(Doing)), np.int64)
-        for spans in spans_of(recording.trace, vm):
-            ends = zip(spans.vcpu.tolist(), spans.time.tolist(), spans.ns.tolist(), spans.doing.tolist(), strict=True)
-            for vcpu, end, ns, doing in ends:
+        timeline = Timeline(len(vcpu_ids(vm)), parts=(first, width, parts))
+        wanted = np.zeros((len(vcpu_ids(vm)), parts, len(VcpuState)), np.int64)
+        for rows in trace.batches(COLUMNS, vm=vm["id"], size=1000):
+            spans = spans_of(timeline, Batch(rows, dense_numbers(trace.path, vm)))
+            ends = zip(spans.vcpu.tolist(), spans.time.tolist(), spans.ns.tolist(), spans.state.tolist(), strict=True)
+            for vcpu, end, ns, state in ends:
                 at = end - ns - first
                 while at < end - first:  # one part after another
                     stop = min((at // width + 1) * width, end - first)
-                    wanted[vcpu, at // width, doing] += stop - at
+                    wanted[vcpu, at // width, state] += stop - at
                     at = stop
+        found = timeline.parts[:, :parts]
         assert found.sum() > 0
         assert (found == wanted).all()
         assert found.sum(2).max() <= width
@@ -54,10 +60,9 @@ def test_time_is_split_exactly(name: str, parts: int) -> None:
 def test_doings_are_the_parts(storm: Report) -> None:
     assert storm.recording is not None
     rows = drawn.doings(storm.recording).collect()
-    whole = split(storm.recording.trace, storm.recording.metadata.vms[0], 0, 1 << 62, 1)
-    assert rows.select(list(drawn.DOINGS)).sum().row(0) == tuple(
-        whole.sum((0, 1))[list(drawn.DOINGS.values())].tolist()
-    )
+    (vm,) = recorded_times(storm.recording.trace)
+    whole = vm.timeline.totals.sum(0)
+    assert rows.select(list(drawn.DOINGS)).sum().row(0) == tuple(whole[list(drawn.DOINGS.values())].tolist())
     assert rows.select(list(drawn.DOINGS)).sum().sum_horizontal()[0] == whole.sum()
     assert rows["time"].is_sorted()
     assert len(rows) <= drawn.PARTS

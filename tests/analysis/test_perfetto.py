@@ -22,18 +22,19 @@ from perfetto.protos.perfetto.trace import perfetto_trace_pb2 as pb
 
 from analysis.perfetto import export
 from analysis.perfetto.packets import Writer
+from analysis.recorded_time import recorded_times
 from analysis.sources import Result, open_source
-from replay.decode.capabilities import Evidence
-from replay.decode.decoder import VmStimuli
+from replay.decode.capabilities import Capabilities
+from replay.decode.vcpu_states import VcpuState
+from replay.decode.vm_inputs import VmInputs, vcpu_ids
 from replay.result import KEY
-from replay.timing.timed_run import Measured
-from replay.timing.timeline import Doing, Timeline
+from replay.timing.measure import SpanTimes
 from traces.errors import Problem
 from traces.reader import Trace
 from traces.synth import Parameters, synthesize
 
 CORPUS = Path(__file__).parents[2] / "traces" / "corpus"
-NAMES = tuple(doing.name.lower() for doing in Doing)
+NAMES = tuple(state.name.lower() for state in VcpuState)
 
 
 @dataclass
@@ -129,10 +130,13 @@ def test_spans_sum_up_to_the_times_of_the_replay(name: str, storm: Path, tmp_pat
     trace = Trace.open(source)
     seen = 0
     for vm in trace.metadata.vms:
-        ids = sorted({int(vcpu["id"]) for vcpu in vm["vcpus"]})
-        timeline = Timeline(len(ids))
-        for _ in VmStimuli(Evidence(trace), vm, watch=lambda rows, timeline=timeline: timeline.feed(rows)):
+        times = SpanTimes(Capabilities(trace), vm)
+        for _ in VmInputs(Capabilities(trace), vm, times=times):
             pass
+        ids, timeline = vcpu_ids(vm), times.timeline
+        # A prefetch is part of its fault in pictures.
+        timeline.totals[:, VcpuState.FAULT] += timeline.totals[:, VcpuState.PREFETCH]
+        timeline.totals[:, VcpuState.PREFETCH] = 0
         for number, totals in zip(ids, timeline.totals.tolist(), strict=True):
             sums: Counter[str] = Counter()
             for each in found.of(f"vCPU {number}", f"VM {vm['id']} "):
@@ -164,20 +168,15 @@ def test_batches_cut_no_span(size: int, tmp_path: Path, monkeypatch: pytest.Monk
     source = CORPUS / "smi-both-6.1-async.parquet"
     whole = exported(source, tmp_path / "whole.pftrace")
     batches = Trace.batches
-    monkeypatch.setattr("analysis.recorded_time.Measured", _measured(source))
+    # The costs are as whole batches give them: a replay's batches are not this test's.
+    times = recorded_times(Trace.open(source))
+    monkeypatch.setattr("analysis.perfetto.recording.recorded_times", lambda _: times)
     monkeypatch.setattr(
         Trace, "batches", lambda self, columns, **asked: batches(self, columns, **{**asked, "size": size})
     )
     cut = exported(source, tmp_path / "cut.pftrace")
     key = lambda each: (each.group, each.track, each.begin, each.end, each.name)  # noqa: E731
     assert sorted(cut.slices, key=key) == sorted(whole.slices, key=key)
-
-
-def _measured(source: Path) -> Any:
-    """The costs as whole batches give them: a replay's batches are not this test's."""
-    trace = Trace.open(source)
-    done = {vm["id"]: Measured(Evidence(trace), vm, False) for vm in trace.metadata.vms}
-    return lambda evidence, vm, ad_disabled: done[vm["id"]]
 
 
 def test_roots_live_from_creation_to_free(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from analysis.queries import recorded, replayed
 from analysis.queries.registry import named, queries
 from analysis.sources import Recording, Result
 from replay import bounds, kernels, plan, run
-from replay.decode.capabilities import Evidence
+from replay.decode.capabilities import Capabilities
 from tests.analysis.sources import CORPUS, OLD_STORM, ROOT, STORM, TIMING, result_of
 from tests.replay.recording import Guest, manifest
 from tests.traces.making import stream, trace
@@ -202,7 +202,7 @@ def test_a_vcpu_at_one_instruction_is_stuck(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", [STORM, OLD_STORM, CORPUS / "two-vms-6.1.parquet"], ids=lambda path: path.stem)
 def test_policies_are_what_the_replay_counts(path: Path, tmp_path: Path) -> None:
-    counted = run.replay(plan.make(Evidence(Trace.open(path)), []))
+    counted = run.replay(plan.make(Capabilities(Trace.open(path)), []))
     found = asked(replayed.vms(result_of(path, tmp_path)))
     assert len(found)
     for row in found.iter_rows(named=True):

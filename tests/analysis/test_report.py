@@ -24,10 +24,11 @@ from analysis.reporting import Wanted, reported
 from analysis.sources import Recording
 from analysis.units import duration
 from replay import plan
-from replay.decode.capabilities import Evidence
+from replay.decode.capabilities import Capabilities
 from replay.result import KEY, SPENT
+from replay.run import replay
 from replay.timing.time_text import verdicts
-from replay.timing.timed_run import Settings, replay_timed
+from replay.timing.timed_run import Settings
 from tests.analysis.sources import CORPUS, OLD_STORM, ROOT, STORM, TIMING, result_of
 from tests.replay.recording import Guest, manifest
 from tests.traces.making import stream, trace
@@ -77,7 +78,7 @@ def rewritten(path: Path, to: Path, metadata: dict[str, Any]) -> Path:
     ids=lambda path: path.stem,
 )
 def test_the_verdict_is_the_replays_own(path: Path) -> None:
-    (vm,) = replay_timed(plan.make(Evidence(Trace.open(path)), []), Settings())
+    (vm,) = replay(plan.make(Capabilities(Trace.open(path)), []), Settings()).times
     with reported(path, Wanted()) as report:
         assert report.verdict[1:] == tuple(verdicts(vm))
         assert "as recorded" in report.verdict[0]

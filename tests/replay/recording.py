@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from replay.decode.capabilities import Evidence
+from replay.decode.capabilities import Capabilities
 from tests.traces.making import KVM_A, event, stream, trace
 from traces.reader import Trace
 
@@ -81,7 +81,7 @@ class Guest:
     def exit(self, code: int, vcpu: int = 0, **fields: Any) -> None:
         self.of("kvm_exit", vcpu, w0=code, **fields)
 
-    def write(self, path: Path, **given: Any) -> Evidence:
+    def write(self, path: Path, **given: Any) -> Capabilities:
         """The trace, ready to be decoded."""
         trace(path, stream(self.rows), manifest(**given))
-        return Evidence(Trace.open(path))
+        return Capabilities(Trace.open(path))

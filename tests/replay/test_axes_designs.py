@@ -17,7 +17,7 @@ import kvmtrace
 from benchmarks import design_questions
 from replay import kernels, plan, run
 from replay.axes import PRESERVE, Designs
-from replay.decode.capabilities import Evidence
+from replay.decode.capabilities import Capabilities
 from replay.simulate.operations import Word
 from replay.simulate.reference import Vm
 from replay.timing.costs import Costs, LockCosts
@@ -46,8 +46,8 @@ def even(faults: int, low: int, high: int, **more: Any) -> Workload:
 
 
 def of_corpus(name: str) -> Workload:
-    evidence = Evidence(Trace.open(CORPUS / f"{name}.parquet"))
-    return workload(evidence, evidence.trace.metadata.vms[0])
+    capabilities = Capabilities(Trace.open(CORPUS / f"{name}.parquet"))
+    return workload(capabilities, capabilities.trace.metadata.vms[0])
 
 
 programs = st.lists(st.lists(st.integers(0, 3000), min_size=1, max_size=12), min_size=1, max_size=3)
@@ -207,10 +207,10 @@ def test_a_list_holds_longer_than_a_counter() -> None:
 
 @pytest.mark.parametrize("name", ["smi-storm-6.1-async", "notifier-6.1", "huge-7.x", "two-vms-6.12", "smi-both-5.10"])
 def test_a_workload_counts_what_the_replay_counts(name: str) -> None:
-    evidence = Evidence(Trace.open(CORPUS / f"{name}.parquet"))
-    replayed = run.replay(plan.make(evidence, [evidence.own.name]))
-    for vm, outcome in zip(evidence.trace.metadata.vms, replayed.outcomes, strict=True):
-        work = workload(evidence, vm)
+    capabilities = Capabilities(Trace.open(CORPUS / f"{name}.parquet"))
+    replayed = run.replay(plan.make(capabilities, [capabilities.own.name]))
+    for vm, outcome in zip(capabilities.trace.metadata.vms, replayed.outcomes, strict=True):
+        work = workload(capabilities, vm)
         counts, counters = outcome.counts(), outcome.counters
         assert work.tables == counters.tables
         assert work.roots == counts["creations"]
@@ -242,8 +242,8 @@ def test_recorded_agers_are_the_rate(tmp_path: Path) -> None:
     for gfn in range(40):
         guest.vm("kvm_age_hva", w0=0x7F0000000000 + (gfn << 12), w1=0x7F0000000000 + (gfn + 4 << 12))
         guest.fault(gfn)
-    evidence = guest.write(tmp_path / "aged.parquet", kernel="6.14.0")
-    ((work, (answer,)),) = questions.answer(evidence, questions.asked(aging="lockless"))
+    capabilities = guest.write(tmp_path / "aged.parquet", kernel="6.14.0")
+    ((work, (answer,)),) = questions.answer(capabilities, questions.asked(aging="lockless"))
     assert (work.aged, work.aged_pages) == (40, 160)
     assert "as recorded), 4 pages each, 1 SPTE a page" in answer.notes[0]
     assert answer.own == "locked"
@@ -325,9 +325,9 @@ def test_a_trace_without_times_is_one_line(tmp_path: Path) -> None:
     guest.of("kvm_mmu_get_page", root=0x1001, role=guest.role, level=4, w1=0x1001, flags=1)
     guest.of("root_get", root=0x1001, role=guest.role, n=2)
     guest.fault(3, enter=False)
-    evidence = guest.write(tmp_path / "untimed.parquet", lacking=("kvm_entry",))
+    capabilities = guest.write(tmp_path / "untimed.parquet", lacking=("kvm_entry",))
     with pytest.raises(Problem, match="no entry into the guest is recorded"):
-        questions.answer(evidence, questions.asked(aging="locked"))
+        questions.answer(capabilities, questions.asked(aging="locked"))
 
 
 def test_numbers_for_people() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from replay import plan, run
 from replay.axes import PRESERVE, SYNC, Axes
-from replay.decode.capabilities import Evidence
+from replay.decode.capabilities import Capabilities
 from replay.simulate import page_table
 from replay.simulate.dispatch import begin, feed
 from replay.simulate.operations import Block, Op, Ranges, Word, pack
@@ -33,7 +33,7 @@ class Own(Policy):
 def replayed(tmp_path: Path, recording: str, policy: str = FRESH) -> None:
     path = tmp_path / "own.py"
     path.write_text(policy)
-    run.replay(plan.make(Evidence(Trace.open(CORPUS / f"{recording}.parquet")), [str(path)]))
+    run.replay(plan.make(Capabilities(Trace.open(CORPUS / f"{recording}.parquet")), [str(path)]))
 
 
 def broken(tmp_path: Path, recording: str, policy: str = FRESH) -> str:

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 
 from replay.axes import ASYNC, NAMED, PRESERVE, Axes
 from replay.simulate import core, dispatch
+from replay.simulate import timed_operations as columns
 from replay.simulate.operations import Cause, Op, Ranges, Word, pack
+from replay.simulate.timed_operations import FOUND, LAST, MORE
 from replay.timing import reference_clock as clocks
 from replay.timing import timed_engine as timing
-from replay.timing import timed_operations as columns
 from replay.timing.costs import Costs
 from replay.timing.reference_clock import Clock, Spent
 from replay.timing.timed_engine import TimedEngine
-from replay.timing.timed_operations import FOUND, LAST, MORE
 from tests.replay.test_engine import COMMON, PLAIN, assert_same
 from tests.replay.timed_streams import TimedStream, timed_of, timed_streams
 from traces.errors import Problem
@@ -29,8 +29,12 @@ WHOLE = [1 << 30]
 SIZES = st.lists(st.sampled_from([1, 2, 3, 17, 64, 100]), min_size=1, max_size=3)
 
 
+def weights_of(stream: TimedStream) -> list[int]:
+    return [1 + 3 * vcpu for vcpu in range(stream.vcpus)]
+
+
 def by_reference(stream: TimedStream, sizes: Sequence[int] = WHOLE) -> Clock:
-    clock = Clock(dispatch.begin(stream.axes, stream.words, stream.vcpus), stream.costs)
+    clock = Clock(dispatch.begin(stream.axes, stream.words, stream.vcpus), stream.costs, weights_of(stream))
     for at, block in stream.blocks(sizes):
         clock.feed(block, stream.ranges, at)
     clock.finish()
@@ -39,8 +43,9 @@ def by_reference(stream: TimedStream, sizes: Sequence[int] = WHOLE) -> Clock:
 
 def by_engine(stream: TimedStream, sizes: Sequence[int] = WHOLE, module: Any = core) -> TimedEngine:
     made = TimedEngine(
-        stream.axes, stream.words, stream.vcpus, stream.costs, core=module.Core, timer=module.Timer, rows=(1, 1)
-    )
+        stream.axes, stream.words, stream.vcpus, stream.costs, core=module.Core, timer=module.Timer, rows=(1, 1),
+        weights=weights_of(stream),
+    )  # fmt: skip
     for at, block in stream.blocks(sizes):
         made.feed(block, stream.ranges, at)
     made.finish()
@@ -325,4 +330,4 @@ def test_structures_are_those_of_the_pools() -> None:
         assert list(getattr(PLAIN, name)._members) == list(dtype.names or ()), name
     assert timing.TODO.itemsize == 64
     assert timing.PACE["spent"].shape == (len(Spent),)
-    assert np.dtype(np.int64).itemsize * (6 + len(Spent)) == timing.PACE.itemsize
+    assert np.dtype(np.int64).itemsize * (7 + len(Spent)) == timing.PACE.itemsize

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -14,14 +14,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from replay.axes import ASYNC, NAMED, PRESERVE, SYNC, Axes
-from replay.decode.capabilities import Evidence
-from replay.decode.decoder import VmStimuli
+from replay.decode.capabilities import Capabilities
+from replay.decode.vm_inputs import VmInputs
 from replay.simulate import core, dispatch, engine
+from replay.simulate.cases import Case
 from replay.simulate.engine import Engine, RootState, Vcpus
 from replay.simulate.operations import Block, Cause, Op, Ranges, Word, pack
 from replay.simulate.page_table import Table
 from replay.simulate.reference import Happened, Violation, Vm
-from replay.simulate.specialize import Case, Lowering
+from replay.simulate.specialize import Specialization
+from tests.replay.plain import COMPILED, plain
 from tests.replay.recording import REPLAYED
 from tests.replay.streams import Stream, block_of, streams
 from traces.errors import Problem
@@ -31,17 +33,7 @@ TINY = (16, 16, 32)  # tables, nodes and log rows at first: pools grow all the t
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 
 
-def plain() -> Any:
-    """The engine's module, not compiled."""
-    spec = importlib.util.spec_from_file_location("engine_as_python", Path(core.__file__).with_name("core.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-PLAIN = plain()
+PLAIN: Any = plain("replay.simulate.core")
 
 
 def mapped(vm: Vm, word: int) -> list[tuple[int, int]]:
@@ -136,20 +128,20 @@ def test_named_policies_on_a_longer_stream(name: str, revive: bool) -> None:
 
 @pytest.mark.parametrize("path", REPLAYED, ids=lambda path: path.stem)
 def test_every_shipped_recording_under_every_policy(path: Path) -> None:
-    evidence = Evidence(Trace.open(path))
+    capabilities = Capabilities(Trace.open(path))
     named = [replace(axes, revive=revive) for axes in NAMED.values() for revive in (False, True)]
-    for vm in evidence.trace.metadata.vms:
-        stimuli = VmStimuli(evidence, vm)
-        if not stimuli.vcpus:
+    for vm in capabilities.trace.metadata.vms:
+        inputs = VmInputs(capabilities, vm)
+        if not inputs.vcpus:
             continue
-        lowering = Lowering(evidence.kernel, Case(), ad_disabled=False)
-        size, words, at = len(stimuli.vcpus), lowering.words, 0
+        specialized = Specialization(capabilities.kernel, Case(), False, len(inputs.vcpus))
+        size, words, at = len(inputs.vcpus), specialized.words, 0
         pairs = [(Engine(axes, words, size, rows=TINY), dispatch.begin(axes, words, size)) for axes in named]
-        for stretch in stimuli:
-            block = lowering.apply(stretch)
+        for part in inputs:
+            block = specialized.block(part)
             for made, model in pairs:
-                made.feed(block, stretch.ranges, at)
-                dispatch.feed(model, block, stretch.ranges, at)
+                made.feed(block, part.ranges, at)
+                dispatch.feed(model, block, part.ranges, at)
             at += len(block)
         for pair in pairs:
             assert_same(*pair)
@@ -191,7 +183,7 @@ def test_split_of_a_gigabyte_takes_up_where_memory_ended(core: Any) -> None:
         made, vm = run(stream, core, [10])
         assert made.counters == vm.counters
         assert made.counters.tables == 1 + 513
-        if core is core.Core:
+        if core is not PLAIN.Core:
             assert_same(made, vm)
 
 
@@ -348,11 +340,28 @@ def test_structures_are_those_of_the_pools() -> None:
 
 
 @pytest.mark.skipif(not os.environ.get("CI") and not core.COMPILED, reason="the engine is not compiled: scripts/setup")
-def test_what_runs_is_compiled() -> None:
+@pytest.mark.parametrize("name", COMPILED)
+def test_what_runs_is_compiled(name: str) -> None:
     """Never a silent fallback in CI."""
-    assert core.COMPILED
-    source = Path(core.__file__).with_name("core.py")
-    assert Path(core.__file__).stat().st_mtime >= source.stat().st_mtime, "older than its source: scripts/setup"
+    module = importlib.import_module(name)
+    assert module.COMPILED
+    built = Path(str(module.__file__))
+    source = built.with_name(f"{name.rpartition('.')[2]}.py")
+    assert built.stat().st_mtime >= source.stat().st_mtime, "older than its source: scripts/setup"
+
+
+@pytest.mark.parametrize(("module", "structure", "layout"), [
+    ("replay.decode.decoder", "Vcpu", "VCPU"),
+    ("replay.decode.timeline", "Thread", "THREAD"),
+    ("replay.decode.timeline", "RipRun", "RIP_RUN"),
+    ("replay.decode.timeline", "Moment", "MOMENT"),
+    ("replay.simulate.specialize", "Program", "PROGRAM"),
+])  # fmt: skip
+def test_structures_of_decoding_are_those_of_their_pools(module: str, structure: str, layout: str) -> None:
+    as_python = plain(module)
+    assert list(getattr(as_python, structure)._members) == [name for name, _ in getattr(as_python, layout)]
+    dtype = np.dtype(getattr(as_python, layout))
+    assert dtype.itemsize == 8 * len(dtype.names or ())
 
 
 def test_running_as_plain_python_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

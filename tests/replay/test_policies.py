@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from replay import plan, run
-from replay.decode.capabilities import Evidence
+from replay.decode.capabilities import Capabilities
 from replay.examples import idle_time, keep_n
 from replay.run import Outcome
 from replay.simulate.policy_api import Policy
@@ -24,8 +24,8 @@ LOADS = 9  # of smi-storm: one, and two for each of four SMIs
 
 
 def storm(source: str, *policies: str) -> list[Outcome]:
-    evidence = Evidence(Trace.open(CORPUS / f"smi-storm-{source}.parquet"))
-    return run.replay(plan.make(evidence, policies)).outcomes
+    capabilities = Capabilities(Trace.open(CORPUS / f"smi-storm-{source}.parquet"))
+    return run.replay(plan.make(capabilities, policies)).outcomes
 
 
 def written(directory: Path, text: str) -> str:
@@ -120,11 +120,11 @@ def test_the_rules_of_a_kernel_are_the_default() -> None:
     class Plain(Policy):
         pass
 
-    evidence = Evidence(Trace.open(CORPUS / "smi-both-6.1-async.parquet"))
+    capabilities = Capabilities(Trace.open(CORPUS / "smi-both-6.1-async.parquet"))
     (reference,) = run.replay(
-        plan.Plan(evidence, (plan.Target("plain", evidence.kernel, Plain.axes, Plain, False, (), (_EXACT,)),))
+        plan.Plan(capabilities, (plan.Target("plain", capabilities.kernel, Plain.axes, Plain, False, (), (_EXACT,)),))
     ).outcomes
-    (engine,) = run.replay(plan.make(evidence, ["async"])).outcomes
+    (engine,) = run.replay(plan.make(capabilities, ["async"])).outcomes
     assert reference.counts() == engine.counts()
     assert reference.frees == engine.frees
 

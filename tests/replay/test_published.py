@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from replay import plan
-from replay.decode.capabilities import Evidence
+from replay.decode.capabilities import Capabilities
 from replay.run import Outcome, replay
 from traces.reader import Trace
 from traces.synth import Parameters, synthesize
 
 
 def outcomes(path: Path, *policies: str) -> dict[tuple[str, str], Outcome]:
-    replayed = replay(plan.make(Evidence(Trace.open(path)), policies))
+    replayed = replay(plan.make(Capabilities(Trace.open(path)), policies))
     return {(outcome.target.name, outcome.run.bound): outcome for outcome in replayed.outcomes}
 
 

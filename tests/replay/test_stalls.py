@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from replay.decode.batch import COLUMNS, Batch
+from replay.decode.timeline import Timeline
 from replay.timing.stalls import RCU_STALL, SOFT_LOCKUP, Rule, stalls, watchdogs
-from replay.timing.stuck_rip import longest_runs
+from replay.timing.stuck_rip import RipRun, longest_runs
 from traces.reader import Trace
 
 CORPUS = Path(__file__).parents[2] / "traces" / "corpus"
@@ -75,24 +78,27 @@ def test_watchdogs_of_the_guest() -> None:
     assert watchdogs(RCU_STALL) == ["soft lockup", "RCU stall"]
 
 
-def rows(monkeypatch: pytest.MonkeyPatch, events: list[dict[str, int]], size: int) -> Trace:
-    """A trace of these rows of one vCPU."""
-    trace = Trace.open(CORPUS / "steady-6.1.parquet")
+def longest(trace: Trace, size: int, events: list[dict[str, Any]] | None = None) -> RipRun:
+    """vCPU 0's longest run of exits at one RIP, in a trace or in these rows of one vCPU."""
+    timeline = Timeline(1)
+    numbers = np.array([0, -1], np.int32)
+    for rows in trace.batches(COLUMNS, vm=1, size=size) if events is None else made(trace, events, size):
+        state, mark, before = (np.empty(rows.num_rows, np.uint8) for _ in range(3))
+        timeline.feed(Batch(rows, numbers), state, np.empty(rows.num_rows, np.int64), mark, before)
+    timeline.finish()
+    return longest_runs(timeline.runs)[0]
 
-    def batches(columns: Any = None, vm: int | None = None, size_: int = size) -> Any:
-        for at in range(0, len(events), size):
-            part = events[at : at + size]
-            data = {
-                name: pa.array([each.get(name, 0) for each in part], trace.schema.field(name).type)
-                for name in columns
-                if name != "kind"
-            }
-            kinds = pa.array([each["kind"] for each in part]).dictionary_encode()
-            arrays = [kinds if name == "kind" else data[name] for name in columns]
-            yield pa.RecordBatch.from_arrays(arrays, names=list(columns))
 
-    monkeypatch.setattr(trace, "batches", batches)
-    return trace
+def made(trace: Trace, events: list[dict[str, Any]], size: int) -> Iterator[pa.RecordBatch]:
+    for at in range(0, len(events), size):
+        part = events[at : at + size]
+        kinds = pa.array([each["kind"] for each in part]).dictionary_encode()
+        data = {
+            name: pa.array([each.get(name, 0) for each in part], trace.schema.field(name).type)
+            for name in COLUMNS
+            if name != "kind"
+        }
+        yield pa.RecordBatch.from_pydict(data | {"kind": kinds})
 
 
 @pytest.mark.parametrize("size", [7, 1000])
@@ -104,7 +110,7 @@ def rows(monkeypatch: pytest.MonkeyPatch, events: list[dict[str, int]], size: in
     (["mmu_load"], "roots"),
     ([], "another kind"),
 ])  # fmt: skip
-def test_hangs_are_told_apart(monkeypatch: pytest.MonkeyPatch, inside: list[str], why: str, size: int) -> None:
+def test_hangs_are_told_apart(inside: list[str], why: str, size: int) -> None:
     events: list[dict[str, Any]] = [{"kind": "kvm_exit", "rip": 1}]
     for _ in range(200):
         events += [{"kind": "kvm_exit", "rip": 7, "addr": 0x5000}]
@@ -112,13 +118,13 @@ def test_hangs_are_told_apart(monkeypatch: pytest.MonkeyPatch, inside: list[str]
     events.append({"kind": "kvm_exit", "rip": 9})
     for seq, event in enumerate(events):
         event |= {"seq": seq, "time": 1000 + seq}
-    run = longest_runs(rows(monkeypatch, events, size), 1)[0]
+    run = longest(Trace.open(CORPUS / "steady-6.1.parquet"), size, events)
     assert (run.rip, run.exits, run.seq) == (7, 200, 1)
     assert why in run.why
     assert not run.certain()
 
 
 def test_a_loop_of_one_instruction_is_progress() -> None:
-    run = longest_runs(Trace.open(CORPUS / "steady-6.1.parquet"), 1)[0]
+    run = longest(Trace.open(CORPUS / "steady-6.1.parquet"), 1 << 16)
     assert run.exits > 500
     assert "progress" in run.why

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from replay.decode.capabilities import Evidence
-from replay.decode.decoder import VmStimuli
-from replay.decode.lookback import COLUMNS, Rows
-from replay.simulate.specialize import Case, Lowering
-from replay.timing.attribute import Timing
-from replay.timing.smis import Driven
-from replay.timing.timed_operations import CREATED, FOUND
-from replay.timing.timeline import Doing, Timeline
+from replay.decode import vm_inputs
+from replay.decode.batch import COLUMNS, Batch
+from replay.decode.capabilities import Capabilities
+from replay.decode.timeline import Timeline
+from replay.decode.vcpu_states import VcpuState
+from replay.decode.vm_inputs import VmInputs, dense_numbers, vcpu_ids
+from replay.simulate.cases import Case
+from replay.simulate.operations import Op
+from replay.simulate.specialize import Specialization
+from replay.simulate.timed_operations import CREATED, FOUND
+from replay.timing import measure
+from replay.timing.measure import Measurement, SpanTimes
+from tests.replay.plain import plain
 from traces.reader import Trace
 
 CORPUS = Path(__file__).parents[2] / "traces" / "corpus"
@@ -30,26 +36,24 @@ NAMES = (
 )
 
 
-def numbers(vm: object) -> np.ndarray:  # type: ignore[type-arg]
-    ids = sorted({vcpu["id"] for vcpu in vm["vcpus"]})  # type: ignore[index]
-    found = np.full(max(ids) + 2, -1, np.int32)
-    found[ids] = np.arange(len(ids))
-    return found
+def opened(name: str) -> Capabilities:
+    return Capabilities(Trace.open(CORPUS / f"{name}.parquet"))
 
 
-def totals(name: str, size: int) -> np.ndarray:  # type: ignore[type-arg]
+def totals(name: str, size: int) -> Any:
     trace = Trace.open(CORPUS / f"{name}.parquet")
     vm = trace.metadata.vms[0]
-    dense = numbers(vm)
-    timeline = Timeline(int(dense.max()) + 1)
-    for batch in trace.batches(COLUMNS, vm=vm["id"], size=size):
-        timeline.feed(Rows(batch, dense))
+    timeline = Timeline(len(vcpu_ids(vm)))
+    for rows in trace.batches(COLUMNS, vm=vm["id"], size=size):
+        state, mark, before = (np.empty(rows.num_rows, np.uint8) for _ in range(3))
+        batch = Batch(rows, dense_numbers(trace.path, vm))
+        timeline.feed(batch, state, np.empty(rows.num_rows, np.int64), mark, before)
     assert timeline.backwards == 0
     return timeline.totals
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_ns_is_put_down_once(name: str) -> None:
+def test_every_ns_belongs_to_one_state(name: str) -> None:
     trace = Trace.open(CORPUS / f"{name}.parquet")
     vm = trace.metadata.vms[0]
     found = totals(name, 1 << 16)
@@ -77,69 +81,114 @@ def test_guest_and_faults_are_told_apart() -> None:
         elif row["vcpu"] == 0 and row["kind"] == "kvm_exit" and entered is not None:
             guest += row["time"] - entered
     found = totals("steady-6.1", 1 << 16)[0]
-    assert found[Doing.GUEST] == guest
-    assert found[Doing.SMM] == found[Doing.UNLOAD] == 0
-    assert found[Doing.FAULT] > found[Doing.OTHER]
+    assert found[VcpuState.GUEST] == guest
+    assert found[VcpuState.SMM] == found[VcpuState.UNLOAD] == 0
+    assert found[VcpuState.FAULT] > found[VcpuState.OTHER]
 
 
 @pytest.mark.parametrize("size", [1 << 16, 211])
 @pytest.mark.parametrize("name", NAMES)
-def test_operations_are_given_all_of_it(name: str, size: int) -> None:
+@pytest.mark.parametrize("case", [Case(), Case(most=True, hidden=True)], ids=["least", "most"])
+def test_operations_are_given_all_of_it(name: str, size: int, case: Case) -> None:
     """Leads, costs, what is the policy's, and what is left behind the last operation make up each vCPU's time."""
-    evidence = Evidence(Trace.open(CORPUS / f"{name}.parquet"))
-    vm = evidence.trace.metadata.vms[0]
-    vcpus = len({vcpu["id"] for vcpu in vm["vcpus"]})
-    timing = Timing(vcpus, 0, own=evidence.own)
-    stimuli = VmStimuli(evidence, vm, watch=timing.watch, size=size)
-    lowering = Lowering(evidence.kernel, Case(), False)
+    capabilities = opened(name)
+    vm = capabilities.trace.metadata.vms[0]
+    times = SpanTimes(capabilities, vm)
+    inputs = VmInputs(capabilities, vm, times=times, size=size)
+    vcpus = len(inputs.vcpus)
+    specialized = Specialization(capabilities.kernel, case, False, vcpus)
     given_ = np.zeros(vcpus, np.int64)
     guest = np.zeros(vcpus, np.int64)
-    for stretch in stimuli:
-        timed = timing.join(lowering.apply(stretch))
+    for part in inputs:
+        timed = specialized.timed(part)
         for vcpu in range(vcpus):
             mine = timed.queue == vcpu
             given_[vcpu] += timed.lead[mine].sum() + timed.cost[mine].sum()
             guest[vcpu] += timed.guest[mine].sum()
         assert (timed.guest <= timed.lead).all()
         assert (timed.lead >= 0).all()
-    lead, rest = timing.rest()
-    recorded = timing.timeline.totals
-    apart = timing.totals[:, [Doing.ZAP, Doing.PREFETCH]].sum(1)
-    apart += timing.contended.waited
-    assert (given_ + lead + apart == recorded.sum(1)).all()
-    assert (timing.totals.sum(1) + timing.contended.waited == recorded.sum(1)).all()
-    assert ((guest + rest) == recorded[:, Doing.GUEST]).all()
+    lead, rest = specialized.rest(inputs.rest)
+    recorded = times.timeline.totals
+    apart = inputs.decoder.vcpus["zapped"] + inputs.decoder.vcpus["prefetched"]
+    others = times.waits.waited + times.steal.lost + times.steal.preempted
+    assert (given_ + lead + apart + others == recorded.sum(1)).all()
+    programs = specialized.programs
+    states = sum(programs[f"total_{name}"] for name in ("guest", "fault", "load", "unload", "other"))
+    assert (states + apart + others == recorded.sum(1)).all()
+    if not times.steal.shared:
+        assert ((guest + rest) == recorded[:, VcpuState.GUEST]).all()
+
+
+def _was(name: str) -> list[tuple[int, int]]:
+    """What the operations came to as recorded: (operation, `was`)."""
+    capabilities = opened(name)
+    vm = capabilities.trace.metadata.vms[0]
+    times = SpanTimes(capabilities, vm)
+    inputs = VmInputs(capabilities, vm, times=times)
+    measurement = Measurement(capabilities, inputs, times)
+    found = []
+    for part in inputs:
+        timed = measurement.take(part)
+        found += list(zip((timed.block.op & 15).tolist(), timed.was.tolist(), strict=True))
+    return found
 
 
 def test_what_was_recorded_is_known_of_loads_and_faults() -> None:
-    evidence = Evidence(Trace.open(CORPUS / "smi-storm-6.1-async.parquet"))
-    vm = evidence.trace.metadata.vms[0]
-    timing = Timing(1, 0)
-    lowering = Lowering(evidence.kernel, Case(), False)
-    was: list[int] = []
-    kinds: list[int] = []
-    for stretch in VmStimuli(evidence, vm, watch=timing.watch):
-        timed = timing.join(lowering.apply(stretch))
-        was += timed.was.tolist()
-        kinds += (timed.block.op & 15).tolist()
-    entered = [w for w, kind in zip(was, kinds, strict=True) if kind == 2 and w]
-    assert entered == [CREATED] * 9
-    touched = [w for w, kind in zip(was, kinds, strict=True) if kind == 0]
+    found = _was("smi-storm-6.1-async")
+    assert [was for kind, was in found if kind == Op.ENTER and was] == [CREATED] * 9
+    touched = [was for kind, was in found if kind == Op.TOUCH]
     assert len(touched) == 2569
-    assert sum(w - 1 for w in touched) == 32  # tables
-    evidence = Evidence(Trace.open(CORPUS / "smi-storm-6.1.parquet"))
-    timing = Timing(1, 0)
-    was = []
-    for stretch in VmStimuli(evidence, evidence.trace.metadata.vms[0], watch=timing.watch):
-        timed = timing.join(Lowering(evidence.kernel, Case(), False).apply(stretch))
-        was += [w for w, op in zip(timed.was.tolist(), timed.block.op.tolist(), strict=True) if op & 15 == 2 and w]
-    assert was == [CREATED, CREATED, *[FOUND] * 7]
+    assert sum(was - 1 for was in touched) == 32  # tables
+    kept = _was("smi-storm-6.1")
+    assert [was for kind, was in kept if kind == Op.ENTER and was] == [CREATED, CREATED, *[FOUND] * 7]
+
+
+def test_a_root_that_another_vcpu_built_is_found_not_built() -> None:
+    """Two vCPUs, four SMIs: each root is built once."""
+    capabilities = opened("smi-both-6.1")
+    built = capabilities.trace.metadata.root_count
+    found = [was for kind, was in _was("smi-both-6.1") if kind == Op.ENTER and was]
+    assert found.count(CREATED) == built == 2
+    assert found.count(FOUND) > 8
 
 
 def test_smis_of_the_lab_follow_the_guest() -> None:
-    trace = Trace.open(CORPUS / "smi-both-6.1.parquet")
-    vm = trace.metadata.vms[0]
-    driven = Driven()
-    for batch in trace.batches(COLUMNS, vm=vm["id"]):
-        driven.watch(Rows(batch, numbers(vm)))
-    assert (driven.by_guest, driven.by_clock, driven.open) == (8, 0, False)
+    capabilities = opened("smi-both-6.1")
+    inputs = VmInputs(capabilities, capabilities.trace.metadata.vms[0])
+    for _ in inputs:
+        pass
+    assert (inputs.decoder.by_guest, inputs.decoder.by_clock) == (8, 0)
+
+
+def _everything(name: str, size: int) -> list[Any]:
+    """All that decoding and measuring puts out."""
+    capabilities = opened(name)
+    found: list[Any] = []
+    for vm in capabilities.trace.metadata.vms:
+        times = SpanTimes(capabilities, vm, (0, 1 << 20, 100))
+        inputs = VmInputs(capabilities, vm, times=times, size=size)
+        measurement = Measurement(capabilities, inputs, times)
+        for part in inputs:
+            timed = measurement.take(part)
+            columns = (part.op, part.gfn, part.seq, timed.lead, timed.guest, timed.cost, timed.was, timed.queue)
+            found.append(([column.tolist() for column in columns], part.ranges.rows))
+        times.timeline.finish()
+        made = (inputs.rest.lead, times.timeline.totals, times.timeline.runs, times.timeline.parts)
+        progress = np.concatenate(times.timeline.progress)
+        found.append([inputs.notes, *(each.tolist() for each in made), progress.tolist()])
+        found.append([each.tolist() for each in (times.steal.lost, times.steal.preempted, times.waits.waited)])
+    return found
+
+
+@pytest.mark.parametrize("name", [*NAMES, "dirty-log-huge-7.x", "notifier-5.10", "roots-6.1-shadow", "two-vms-7.x"])
+def test_compiled_loops_do_what_they_do_as_plain_python(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = _everything(name, 1000)
+    decoder, timeline = plain("replay.decode.decoder"), plain("replay.decode.timeline")
+    monkeypatch.setattr(decoder, "Unseen", plain("replay.decode.inferred").Unseen)
+    monkeypatch.setattr(vm_inputs, "Decoder", decoder.Decoder)
+    monkeypatch.setattr(measure, "Timeline", timeline.Timeline)
+    monkeypatch.setattr(measure, "Specialization", plain("replay.simulate.specialize").Specialization)
+    monkeypatch.setattr(measure, "LockWaits", plain("replay.timing.lock_waits").LockWaits)
+    monkeypatch.setattr(measure, "Steal", plain("replay.timing.steal").Steal)
+    assert not decoder.COMPILED
+    assert _everything(name, 1000) == compiled

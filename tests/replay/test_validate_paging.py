@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import kvmtrace
-from replay.decode.capabilities import Evidence
+from replay.decode.capabilities import Capabilities
 from replay.validate.compare import validate
 from replay.validate.row_tuples import Row, rows_of
 from replay.validate.shadow_driver import COMPARED, Paged, is_paged
@@ -46,7 +46,7 @@ def test_every_response_of_every_recording_is_foretold(path: Path) -> None:
 @pytest.mark.parametrize("path", PAGED, ids=lambda path: path.stem)
 def test_replay_refuses_it_and_says_why(path: Path) -> None:
     with pytest.raises(Problem, match="nested paging was off: roots then follow the guest's page tables"):
-        Evidence(Trace.open(path))
+        Capabilities(Trace.open(path))
 
 
 def test_every_kernel_has_its_recordings() -> None:

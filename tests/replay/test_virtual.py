@@ -18,16 +18,16 @@ from typer.testing import CliRunner
 import kvmtrace
 from benchmarks import time_accuracy
 from replay import plan
-from replay.decode.capabilities import Evidence
+from replay.decode.capabilities import Capabilities
 from replay.result import SPENT
 from replay.run import replay
 from replay.simulate.operations import Cause
 from replay.timing.reference_clock import Spent
 from replay.timing.soft_hangs import soft_hangs, told
 from replay.timing.stalls import Rule
-from replay.timing.stuck_rip import Run
+from replay.timing.stuck_rip import RipRun
 from replay.timing.time_text import stuck_lines
-from replay.timing.timed_run import Settings, VmTime, replay_timed
+from replay.timing.timed_run import Settings, VmTime
 from tests.replay.recording import CORPUS, REPLAYED, Guest
 from traces.reader import Trace, kind_codes
 from traces.schema import BY_NAME
@@ -35,7 +35,7 @@ from traces.synth import Parameters, synthesize
 
 
 def timed(path: Path, *policies: str, settings: Settings | None = None) -> list[VmTime]:
-    return replay_timed(plan.make(Evidence(Trace.open(path)), policies), settings or Settings())
+    return replay(plan.make(Capabilities(Trace.open(path)), policies), settings or Settings()).times
 
 
 def parts(spent: tuple[int, ...]) -> list[int]:
@@ -49,8 +49,8 @@ def test_under_its_own_policy_a_recording_takes_as_long_as_it_took(path: Path) -
 
     What the time goes on comes out within 2 points of all of it, or 0.3 ms.
     """
-    evidence = Evidence(Trace.open(path))
-    for vm in replay_timed(plan.make(evidence, [evidence.own.name]), Settings()):
+    capabilities = Capabilities(Trace.open(path))
+    for vm in replay(plan.make(capabilities, [capabilities.own.name]), Settings()).times:
         (outcome,) = vm.outcomes
         assert all(sum(vcpu.spent) == vcpu.wall for vcpu in outcome.vcpus)
         for recorded, vcpu in zip(vm.recorded, outcome.vcpus, strict=True):
@@ -154,15 +154,15 @@ def test_a_soft_hang_has_what_began_it_and_what_it_went_on() -> None:
 
 
 def test_a_clock_that_runs_backwards_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from replay.timing.timeline import Timeline
+    from replay.timing.measure import SpanTimes
 
-    real = Timeline.feed
+    real = SpanTimes.feed
 
-    def feed(self: Timeline, rows: object) -> object:
-        self.backwards += 3
-        return real(self, rows)  # type: ignore[arg-type]
+    def feed(self: SpanTimes, batch: Any) -> Any:
+        self.timeline.backwards += 3
+        return real(self, batch)
 
-    monkeypatch.setattr(Timeline, "feed", feed)
+    monkeypatch.setattr(SpanTimes, "feed", feed)
     (vm,) = timed(CORPUS / "smi-storm-6.1.parquet", "preserve")
     assert "backwards" in vm.refused
     assert vm.outcomes == []
@@ -191,7 +191,7 @@ def test_the_command_gives_a_verdict_and_a_document() -> None:
 def test_a_stuck_vcpu_is_named_with_its_reason() -> None:
     (vm,) = timed(CORPUS / "steady-6.1.parquet", "preserve")
     assert vm.stuck == []
-    hung = Run(0, 0x1004, 10, 2_000_000_010, 77, 150_000, faults=150_000)
+    hung = RipRun(0, 0x1004, 10, 2_000_000_010, 77, 150_000, faults=150_000)
     assert hung.certain()
     (line,) = stuck_lines(vm.vm, [hung])
     assert line.startswith(
@@ -251,13 +251,13 @@ def test_without_entries_counts_stand_and_times_are_refused(tmp_path: Path) -> N
     guest = guest_with_faults()
     dropped = ("kvm_entry", "kvm_exit")
     guest.rows = [row for row in guest.rows if row["kind"][0] not in [BY_NAME[kind].code for kind in dropped]]
-    evidence = guest.write(tmp_path / "counts.parquet", lacking=dropped)
-    done = CliRunner().invoke(kvmtrace.app, ["replay", str(evidence.trace.path), "--json"])
+    capabilities = guest.write(tmp_path / "counts.parquet", lacking=dropped)
+    done = CliRunner().invoke(kvmtrace.app, ["replay", str(capabilities.trace.path), "--json"])
     document = json.loads(done.stdout)
     assert document["vms"][0]["policies"][0]["faults"] == 20
     (vm,) = document["time"]["vms"]
     assert "--events time records them" in vm["refused"]
-    text = CliRunner().invoke(kvmtrace.app, ["replay", str(evidence.trace.path)]).stdout
+    text = CliRunner().invoke(kvmtrace.app, ["replay", str(capabilities.trace.path)]).stdout
     assert "no times: no entry" in text
     assert "entries into the guest are not recorded" in text
 
@@ -297,8 +297,11 @@ def test_counts_need_no_entries_and_no_exits(name: str, monkeypatch: pytest.Monk
     trace = Trace.open(CORPUS / f"{name}.parquet")
 
     def counts() -> list[dict[str, int]]:
-        evidence = Evidence(trace)
-        return [outcome.counts() for outcome in replay(plan.make(evidence, [evidence.own.name, "preserve"])).outcomes]
+        capabilities = Capabilities(trace)
+        return [
+            outcome.counts()
+            for outcome in replay(plan.make(capabilities, [capabilities.own.name, "preserve"])).outcomes
+        ]
 
     def batches(self: Trace, columns: Sequence[str] | None = None, *given: Any, **named: Any) -> Iterator[Any]:
         names = list(columns or self.schema.names)

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import kvmtrace
 from replay.axes import ASYNC, PRESERVE, SHADOW, SYNC_RW
-from replay.decode.capabilities import Evidence
+from replay.decode.capabilities import Capabilities
 from replay.whatif.smi_rate import Change, Sweep, Swept, parse, swept
 from traces.errors import Problem
 from traces.reader import Trace
@@ -28,7 +28,9 @@ def firmware(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def by_policy(path: Path, sweep: Sweep, change: Change | None = None) -> dict[str, Swept]:
-    (found,) = swept(Evidence(Trace.open(path)), (SYNC_RW, ASYNC, SHADOW, PRESERVE), sweep, change or Change()).values()
+    (found,) = swept(
+        Capabilities(Trace.open(path)), (SYNC_RW, ASYNC, SHADOW, PRESERVE), sweep, change or Change()
+    ).values()
     return {each.policy: each for each in found}
 
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from replay.axes import Axes
 from replay.simulate.operations import Op, Ranges, Word
+from replay.simulate.timed_operations import LAST, MORE, NEVER, Timed, take
 from replay.timing.costs import Costs
-from replay.timing.timed_operations import LAST, MORE, NEVER, Timed, take
 from tests.replay.streams import Stream, block_of, streams
 
 TIMES = [0, 0, 1, 7, 100, 1000, 30_000, 1_500_000, 1 << 40]

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from replay import plan, roles, run
 from replay.causes import Trigger
-from replay.decode.capabilities import _SEEN, Evidence
-from replay.decode.decoder import VmStimuli
+from replay.decode.capabilities import _SEEN, Capabilities
 from replay.decode.inputs import HIDDEN, NO_STATE, TRIGGER
+from replay.decode.vm_inputs import VmInputs
+from replay.simulate.cases import Case
 from replay.simulate.operations import RESETS, Cause, Op
-from replay.simulate.specialize import Case, Lowering
+from replay.simulate.specialize import Specialization
 from tests.replay.recording import OLD_ROLE, OLD_WP, SMM_ROLE, Guest
 from traces.errors import Problem
 from traces.reader import Trace
@@ -37,11 +38,11 @@ BATCHED = (
 Row = tuple[str, int, Any]
 
 
-def rows(evidence: Evidence, size: int = 1 << 16) -> list[Row]:
-    """All stimuli as (what, vCPU, argument); of a trigger its name, of a range its bounds."""
+def rows(capabilities: Capabilities, size: int = 1 << 16) -> list[Row]:
+    """All inputs as (what, vCPU, argument); of a trigger its name, of a range its bounds."""
     found: list[Row] = []
-    for vm in evidence.trace.metadata.vms:
-        for part in VmStimuli(evidence, vm, size=size):
+    for vm in capabilities.trace.metadata.vms:
+        for part in VmInputs(capabilities, vm, size=size):
             for op, gfn in zip(part.op.tolist(), part.gfn.tolist(), strict=True):
                 found.append(_row(op, gfn, part.ranges.rows))
     return found
@@ -57,22 +58,22 @@ def _row(op: int, gfn: int, ranges: list[tuple[int, int]]) -> Row:
     return Op(kind).name + marks, vcpu, gfn
 
 
-def names(evidence: Evidence) -> list[str]:
-    return [name for name, _, _ in rows(evidence)]
+def names(capabilities: Capabilities) -> list[str]:
+    return [name for name, _, _ in rows(capabilities)]
 
 
 @cache
-def _whole(name: str) -> tuple[Evidence, list[Row]]:
-    evidence = Evidence(Trace.open(CORPUS / f"{name}.parquet"))
-    return evidence, rows(evidence)
+def _whole(name: str) -> tuple[Capabilities, list[Row]]:
+    capabilities = Capabilities(Trace.open(CORPUS / f"{name}.parquet"))
+    return capabilities, rows(capabilities)
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.sampled_from(BATCHED), st.integers(12, 400))
 def test_batches_of_any_size_say_the_same(name: str, size: int) -> None:
     """A row is explained by rows of its own batch or of the next: between a reset and its load lie some ten."""
-    evidence, whole = _whole(name)
-    assert rows(evidence, size) == whole
+    capabilities, whole = _whole(name)
+    assert rows(capabilities, size) == whole
 
 
 def test_a_fault_on_a_present_leaf_is_a_fix(tmp_path: Path) -> None:
@@ -129,8 +130,8 @@ def test_a_guest_that_every_exit_resets_gets_on_only_with_roots_that_stay(tmp_pa
         guest.fault(gfn, enter=False)
         guest.of("mmu_reset", role=guest.role)
         guest.load()
-    evidence = guest.write(tmp_path / "t.parquet")
-    old, new = run.replay(plan.make(evidence, ["async", "preserve"])).outcomes
+    capabilities = guest.write(tmp_path / "t.parquet")
+    old, new = run.replay(plan.make(capabilities, ["async", "preserve"])).outcomes
     assert old.stuck[0] is not None
     assert old.counts()["faults"] == 1
     assert new.stuck == [None]
@@ -234,8 +235,8 @@ def test_groups_end_with_their_slot(tmp_path: Path) -> None:
     guest.load()
     for gfn in (11, 40):
         guest.fault(gfn)
-    evidence = guest.write(tmp_path / "t.parquet")
-    (part,) = VmStimuli(evidence, evidence.trace.metadata.vms[0])
+    capabilities = guest.write(tmp_path / "t.parquet")
+    (part,) = VmInputs(capabilities, capabilities.trace.metadata.vms[0])
     touches = part.op[part.op & 15 == Op.TOUCH]
     assert [(op >> 7 & 7, op >> 10 & 7) for op in touches.tolist()] == [(2, 4), (0, 0)]
 
@@ -273,8 +274,8 @@ def test_an_invalidation_may_make_each_vcpu_load(tmp_path: Path) -> None:
 
 def _unmapped(tmp_path: Path, guest: Guest) -> list[Row]:
     lacking = ("kvm_unmap_hva_range", "kvm_tdp_mmu_spte_changed")
-    evidence = guest.write(tmp_path / "t.parquet", kernel="5.10.200", policy="sync", lacking=lacking)
-    return [row for row in rows(evidence) if row[0] in ("ZAP", "TOUCH")]
+    capabilities = guest.write(tmp_path / "t.parquet", kernel="5.10.200", policy="sync", lacking=lacking)
+    return [row for row in rows(capabilities) if row[0] in ("ZAP", "TOUCH")]
 
 
 def test_a_page_faulted_in_again_was_removed(tmp_path: Path) -> None:
@@ -310,12 +311,12 @@ def test_states_become_the_words_of_the_kernel_replayed(tmp_path: Path) -> None:
     guest.exit(0x60)
     guest.of("kvm_smm_transition", flags=1)
     guest.load(role=SMM_ROLE)
-    evidence = guest.write(tmp_path / "t.parquet")
-    (part,) = VmStimuli(evidence, evidence.trace.metadata.vms[0])
-    lowering = Lowering(evidence.kernel, Case(), ad_disabled=False)
-    block = lowering.apply(part)
+    capabilities = guest.write(tmp_path / "t.parquet")
+    (part,) = VmInputs(capabilities, capabilities.trace.metadata.vms[0])
+    specialized = Specialization(capabilities.kernel, Case(), False, 1)
+    block = specialized.block(part)
     assert [Op(int(op) & 15).name for op in block.op] == ["ROLE", "ENTER", "UNLOAD", "ROLE", "ROLE", "ENTER"]
-    assert [lowering.words[i].word for i in block.gfn[[0, 3, 4]]] == [0x3784, SMM_ROLE, SMM_ROLE]
+    assert [specialized.words[i].word for i in block.gfn[[0, 3, 4]]] == [0x3784, SMM_ROLE, SMM_ROLE]
     assert block.gfn[2] == Cause.SMI
     assert np.array_equal(block.seq, np.sort(block.seq))
 
@@ -341,8 +342,8 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     guest.load()
     guest.fault(5)
     guest.of("kvm_nested_vmenter")
-    evidence = guest.write(tmp_path / "t.parquet", lacking=("kvm_smm_transition",), missed={"x": 3})
-    missing = run.replay(plan.make(evidence, [])).missing
+    capabilities = guest.write(tmp_path / "t.parquet", lacking=("kvm_smm_transition",), missed={"x": 3})
+    missing = run.replay(plan.make(capabilities, [])).missing
     for words in ("SMIs are not recorded", "skipped 3 runs", "still running at the end", "1 entries of nested guests"):
         assert any(words in line for line in missing), words
 
@@ -364,8 +365,8 @@ def test_exits_of_intel(tmp_path: Path, exit_code: int, fields: dict[str, int], 
     guest.exit(exit_code, **fields)
     guest.of("mmu_reset", role=guest.role)
     guest.load()
-    evidence = guest.write(tmp_path / "t.parquet", host={"kernel": "6.1.55", "vendor": "GenuineIntel"})
-    assert [name for name in names(evidence) if name not in ("ROLE", "ENTER")][-1] == trigger
+    capabilities = guest.write(tmp_path / "t.parquet", host={"kernel": "6.1.55", "vendor": "GenuineIntel"})
+    assert [name for name in names(capabilities) if name not in ("ROLE", "ENTER")][-1] == trigger
 
 
 @pytest.mark.parametrize(("qualification", "name"), [(0x182, "TOUCH"), (0x18A, "FIX"), (0x1BA, "FIX")])
@@ -373,8 +374,8 @@ def test_what_was_present_for_intel_is_in_the_qualification(tmp_path: Path, qual
     guest = Guest()
     guest.load()
     guest.fault(9, code=qualification)
-    evidence = guest.write(tmp_path / "t.parquet", host={"kernel": "6.1.55", "vendor": "GenuineIntel"})
-    assert names(evidence)[-1] == name
+    capabilities = guest.write(tmp_path / "t.parquet", host={"kernel": "6.1.55", "vendor": "GenuineIntel"})
+    assert names(capabilities)[-1] == name
 
 
 def test_a_vm_that_ran_before_is_entered_with_the_root_it_has(tmp_path: Path) -> None:
@@ -384,11 +385,11 @@ def test_a_vm_that_ran_before_is_entered_with_the_root_it_has(tmp_path: Path) ->
         guest.of("kvm_page_fault", vcpu, root=guest.root, role=SMM_ROLE)
         guest.of("kvm_entry", vcpu, root=guest.root)
         guest.of("kvm_entry", vcpu, root=guest.root)
-    evidence = guest.write(tmp_path / "t.parquet")
-    assert [row for row in rows(evidence) if row[0] != "TOUCH"] == [
+    capabilities = guest.write(tmp_path / "t.parquet")
+    assert [row for row in rows(capabilities) if row[0] != "TOUCH"] == [
         ("ROLE", 0, roles.USUAL | roles.SMM), ("ENTER", 0, 0), ("ROLE", 1, roles.USUAL | roles.SMM), ("ENTER", 1, 0)
     ]  # fmt: skip
-    assert any("was running before" in line for line in run.replay(plan.make(evidence, [])).missing)
+    assert any("was running before" in line for line in run.replay(plan.make(capabilities, [])).missing)
 
 
 def test_without_function_probes_entries_show_the_loads(tmp_path: Path) -> None:
@@ -415,15 +416,15 @@ def test_metadata_may_say_anything(tmp_path: Path) -> None:
     guest.fault(9)
     guest.vm("kvm_unmap_hva_range", w0=0, w1=(1 << 64) - 1)
     guest.of("kvm_mmu_set_spte", w0=10, level=1, root=guest.root + 100)
-    evidence = guest.write(tmp_path / "t.parquet")
+    capabilities = guest.write(tmp_path / "t.parquet")
     most = (1 << 64) - 1
     slot = {"slot": 1, "as_id": most, "gfn": most, "pages": most, "hva": 0, "flags": "x", "since": most, "until": "y"}
     slots = [slot, dict(slot, since=None, until=None)]
-    vm = dict(evidence.trace.metadata.vms[0], slots=slots)
-    found = [name for part in VmStimuli(evidence, vm) for name in part.op & 15]
+    vm = dict(capabilities.trace.metadata.vms[0], slots=slots)
+    found = [name for part in VmInputs(capabilities, vm) for name in part.op & 15]
     assert found.count(Op.TOUCH) == 2
     with pytest.raises(Problem, match="no row can name"):
-        VmStimuli(evidence, dict(vm, vcpus=[{"id": 1 << 20, "tid": 1}]))
+        VmInputs(capabilities, dict(vm, vcpus=[{"id": 1 << 20, "tid": 1}]))
 
 
 def test_a_trace_in_which_no_vcpu_did_anything_is_refused() -> None:
@@ -432,4 +433,4 @@ def test_a_trace_in_which_no_vcpu_did_anything_is_refused() -> None:
     quiet = {kind: rows for kind, rows in trace.metadata.kinds.items() if kind not in _SEEN}
     trace.metadata = replace(trace.metadata, kinds=quiet)
     with pytest.raises(Problem, match="no entry into a guest, no fault and no load of a root"):
-        Evidence(trace)
+        Capabilities(trace)

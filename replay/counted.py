@@ -1,0 +1,158 @@
+"""Counts of one VM under one run of one policy: what its roots did, in the order of the recording."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from replay.plan import Run, Target
+from replay.result import VmWriter, vm_counts
+from replay.simulate.engine import Engine, RootLog, Vcpus
+from replay.simulate.operations import Block, Cause, Op, Ranges
+from replay.simulate.reference import Counters, Happened, Violation
+from replay.simulate.simulator import Machine, Reference
+from replay.simulate.specialize import Specialization
+from traces.errors import VERDICT_FAILED, Problem
+
+_HISTORY: Final = 6  # rows of a root's life that a violation shows
+_LIVES: Final = 1 << 12  # roots of which they are kept
+
+
+@dataclass
+class Outcome:
+    """One VM under one run of one policy."""
+
+    target: Target
+    run: Run
+    vm: int
+    vcpu_ids: list[int]
+    vcpus: Vcpus | None = None
+    counters: Counters = field(default_factory=Counters)
+    frees: Counter[str] = field(default_factory=Counter)  # by cause
+    roles: Counter[int] = field(default_factory=Counter)  # roots created, by role word
+    roots_peak: int = 0
+    tables_peak: int = 0  # as seen where roots come and go, and at the end of each batch
+    revived: list[NDArray[np.int64]] = field(default_factory=list)  # leaves that each new root had at once
+    freed_tables: int = 0  # of roots, when they were freed
+    stuck: list[int | None] = field(default_factory=list)  # by vCPU: the trace's row at which it came to a stop
+
+    def counts(self) -> dict[str, int]:
+        """Everything that is counted, of the VM as a whole."""
+        assert self.vcpus is not None
+        sums = {name: int(values.sum()) for name, values in vars(self.vcpus).items() if name != "stuck"}
+        return {**sums, **vm_counts(self.counters), "roots_peak": self.roots_peak, "tables_peak": self.tables_peak}
+
+
+class Counting:
+    """A VM under one run, while it is replayed."""
+
+    def __init__(
+        self, number: int, target: Target, run: Run, vm: int, vcpu_ids: list[int], specialized: Specialization
+    ) -> None:
+        """`number` is the target's place in the plan; `vcpu_ids` are the recorded ids by dense number."""
+        vcpus = len(vcpu_ids)
+        self.number = number
+        self.specialized = specialized
+        self.outcome = Outcome(target, run, vm, vcpu_ids, stuck=[None] * vcpus)
+        self.machine: Machine
+        if target.policy is not None:
+            self.machine = Reference(target.policy(), run.revive, specialized.words, vcpus)
+        else:
+            self.machine = Engine(replace(target.axes, revive=run.revive), specialized.words, vcpus)
+        self._done = 0
+        # What happened to each root last, in words, the latest root last: users' own policies may break invariants.
+        self._lives: OrderedDict[int, list[str]] | None = OrderedDict() if target.policy is not None else None
+
+    def feed(self, block: Block, ranges: Ranges, writer: VmWriter | None) -> None:
+        """Do a block; the memory that tables take is looked at before they all go."""
+        first = self._done
+        ends = np.flatnonzero((block.op & 15 == Op.ZAP_ALL) | (block.op & 15 == Op.END))
+        start = 0
+        for end in [*ends.tolist(), len(block)]:
+            part = slice(start, end)
+            try:
+                self.machine.feed(
+                    Block(block.op[part], block.gfn[part], block.time[part], block.seq[part]), ranges, first + start
+                )
+            except Violation as violation:
+                raise self._broken(violation, block, first) from None
+            counters = self.machine.counters
+            self.outcome.tables_peak = max(self.outcome.tables_peak, counters.tables - counters.tables_freed)
+            start = end
+        self._done += len(block)
+        log = self.machine.take_log()
+        self._read(log)
+        self._remember(log, block, first)
+        self._stop(block, first)
+        if writer is not None:
+            ids = self.outcome.vcpu_ids
+            writer.log(self.number, self.outcome.run.bound, self.specialized.words, ids, log, block, first)
+
+    def _broken(self, violation: Violation, block: Block, first: int) -> Problem:
+        """What an invariant's violation looks like to a user: the event, the root, and its history as far as logged."""
+        log = self.machine.take_log()
+        self._remember(log, block, first)
+        told = self._lives.get(violation.root, []) if self._lives and violation.root is not None else []
+        if not told:
+            rows = np.flatnonzero(log.root == violation.root)
+            rows = rows if len(rows) else np.arange(len(log))
+            told = [_told(log, i, block, first) for i in rows[-_HISTORY:].tolist()]
+        at = violation.at - first
+        where = f"row {block.seq[at]:,}, {Op(int(block.op[at]) & 15).name}" if at >= 0 else "an earlier row"
+        name, vm = self.outcome.target.name, self.outcome.vm
+        history = f"; before: {', '.join(told)}" if told else ""
+        return Problem(f"{name}: VM {vm}, {where}: {violation}{history}", VERDICT_FAILED)
+
+    def _remember(self, log: RootLog, block: Block, first: int) -> None:
+        lives = self._lives
+        if lives is None:
+            return
+        for i in range(len(log)):
+            root = int(log.root[i])
+            lives[root] = [*lives.pop(root, []), _told(log, i, block, first)][-_HISTORY:]
+        while len(lives) > _LIVES:
+            lives.popitem(last=False)
+
+    def _stop(self, block: Block, first: int) -> None:
+        for index, at in enumerate(self.machine.vcpus.stuck.tolist()):
+            if at >= first:
+                self.outcome.stuck[index] = int(block.seq[at - first])
+
+    def _read(self, log: RootLog) -> None:
+        if not len(log):
+            return
+        outcome = self.outcome
+        freed = log.event == Happened.FREED
+        outcome.freed_tables += int(log.tables[freed].sum())
+        for cause, count in enumerate(np.bincount(log.cause[freed]).tolist()):
+            if count:
+                outcome.frees[Cause(cause).name.lower()] += count
+        created = log.event == Happened.CREATED
+        for word, count in enumerate(np.bincount(log.word[created]).tolist()):
+            if count:
+                outcome.roles[self.specialized.words[word].word] += count
+        outcome.roots_peak = max(outcome.roots_peak, int(log.roots_alive.max()))
+        outcome.tables_peak = max(outcome.tables_peak, int((log.tables_alive + np.where(freed, log.tables, 0)).max()))
+        if outcome.run.revive:
+            outcome.revived.append(log.leaves[created])
+
+    def finish(self, writer: VmWriter | None, timed: dict[str, list[int]] | None = None) -> Outcome:
+        """The outcome; `timed` is what the rows of vCPUs in a result say of times."""
+        outcome = self.outcome
+        outcome.vcpus, outcome.counters = self.machine.vcpus, self.machine.counters
+        if writer is not None:
+            peaks = {"roots_peak": outcome.roots_peak, "tables_peak": outcome.tables_peak}
+            whole = {**vm_counts(outcome.counters), **peaks}
+            bound, ids = outcome.run.bound, outcome.vcpu_ids
+            writer.counts(self.number, bound, ids, outcome.vcpus, whole, outcome.stuck, timed or {})
+        return outcome
+
+
+def _told(log: RootLog, i: int, block: Block, first: int) -> str:
+    """One row of a root's life in words."""
+    what = f"root {log.root[i]} {Happened(int(log.event[i])).name.lower()} ({Cause(int(log.cause[i])).name.lower()})"
+    return f"{what} at row {block.seq[log.at[i] - first]:,}" if log.at[i] >= first else what

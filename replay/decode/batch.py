@@ -1,0 +1,79 @@
+"""One batch of a VM's rows as arrays, one a column, in the types that compiled loops read."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from traces.columns import SCHEMA
+from traces.reader import kind_codes
+from traces.schema import BY_NAME
+
+Ints = NDArray[np.int64]
+COLUMNS: Final = (
+    "seq", "time", "vcpu", "tid", "kind", "root", "role", "level", "as_id", "gfn", "old", "new", "addr", "code",
+    "value", "rip", "ret", "slot", "flags",
+)  # fmt: skip
+_TYPES: Final = {name: np.dtype(SCHEMA.field(name).type.to_pandas_dtype()) for name in COLUMNS if name != "kind"}
+
+
+class Batch:
+    """Columns are made when asked for; one that was not read holds 0.
+
+    `kind` is kind codes; `vcpu` the VM's own dense number, -1 where there is none. `gfn` is undefined in rows of a kind
+    that does not fill it.
+    """
+
+    def __init__(self, batch: pa.RecordBatch, numbers: NDArray[np.int32]) -> None:
+        """`numbers`: the dense number of each vCPU id, and in the last place that of no vCPU."""
+        self._batch = batch
+        self._numbers = numbers
+        self._columns: dict[str, NDArray[Any]] = {}
+        self.kind = kind_codes(batch)
+
+    def __len__(self) -> int:
+        return len(self.kind)
+
+    def __getattr__(self, name: str) -> NDArray[Any]:
+        if name not in COLUMNS:
+            raise AttributeError(name)
+        if name not in self._columns:
+            self._columns[name] = self._made(name)
+        return self._columns[name]
+
+    def _made(self, name: str) -> NDArray[Any]:
+        if name not in self._batch.schema.names:
+            return _zeros(len(self))[name]
+        column = self._batch.column(name)
+        if name != "vcpu":
+            return _values(column)
+        dense: NDArray[np.int32] = self._numbers[_values(column)]
+        if column.null_count:
+            bits = np.frombuffer(column.buffers()[0], np.uint8)
+            valid = np.unpackbits(bits, count=column.offset + len(column), bitorder="little")[column.offset :]
+            dense[valid == 0] = -1
+        return dense
+
+    def cut(self, count: int) -> Batch:
+        """The first `count` rows."""
+        return Batch(self._batch.slice(0, count), self._numbers)
+
+    def of(self, *kinds: str) -> Ints:
+        """Row numbers of these kinds, in order."""
+        return np.flatnonzero(np.isin(self.kind, [BY_NAME[name].code for name in kinds]))
+
+
+@lru_cache(2)
+def _zeros(rows: int) -> dict[str, NDArray[Any]]:
+    """Columns that were not read."""
+    return {name: np.zeros(rows, dtype) for name, dtype in _TYPES.items()}
+
+
+def _values(column: pa.Array) -> NDArray[Any]:
+    """A column's values as they lie in memory: where it is null, anything that the type can hold."""
+    values = np.frombuffer(column.buffers()[1], column.type.to_pandas_dtype())
+    return values[column.offset : column.offset + len(column)]

@@ -1,0 +1,29 @@
+"""Memory that compiled loops read as C structures, and numpy as rows with named fields."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+_LINE: Final = 64  # bytes of a cache line, to which pools are aligned
+
+
+def pool_of(rows: int, layout: Any) -> NDArray[Any]:
+    """Zeroed rows of a structure that begin with a cache line; memory that is not touched costs nothing yet."""
+    dtype = np.dtype(layout)
+    size = rows * dtype.itemsize
+    raw = np.zeros(size + _LINE, np.uint8)
+    skip = -raw.ctypes.data % _LINE
+    return raw[skip : skip + size].view(dtype)
+
+
+def as_bytes(pool: NDArray[Any]) -> NDArray[np.uint8]:
+    """A pool as a compiled loop takes it."""
+    return pool.view(np.uint8)
+
+
+def as_structures(pool: NDArray[Any]) -> Any:
+    """The same memory as the loop takes it uncompiled: an array of ctypes structures."""
+    return (np.ctypeslib.as_ctypes_type(pool.dtype) * len(pool)).from_buffer(pool.view(np.uint8))

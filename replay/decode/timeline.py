@@ -1,0 +1,414 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+"""Where each vCPU's time went, row by row: in the guest, or in what part of handling an exit.
+
+The time between two rows of a vCPU's thread is the state that the later row shows (`vcpu_states`), or, where that row
+shows none (an exit's reason, the entry itself), the state that the earlier one began. Every ns between the first root
+that a vCPU loads (or its first entry) and its last row belongs to exactly one state:
+
+    row                         ends a span in state
+    kvm_entry                   OTHER, or what went on before
+    kvm_exit                    GUEST
+    kvm_page_fault              FAULT
+    kvm_mmu_set_spte            FAULT
+    kvm_entry                   FAULT
+
+On the way the longest run of exits at one RIP is kept of each vCPU, with what happened in it (`stuck_rip`).
+
+Cython in pure-Python mode: the compiled form does some 200 million rows a second; uncompiled it is the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import cython
+import numpy as np
+
+from replay.decode.pools import as_bytes, as_structures, pool_of
+from replay.decode.vcpu_states import BARE, INTERRUPT, NO_SPAN, STILL, UNTOLD, VcpuState, states_of_kinds
+from traces.schema import BY_NAME
+
+COMPILED: bool = cython.compiled
+
+_STILL = cython.declare(cython.int, STILL)
+_BARE = cython.declare(cython.int, BARE)
+_INTERRUPT = cython.declare(cython.int, INTERRUPT)
+_ENTRY = cython.declare(cython.int, BY_NAME["kvm_entry"].code)
+_EXIT = cython.declare(cython.int, BY_NAME["kvm_exit"].code)
+_FAULT = cython.declare(cython.int, BY_NAME["kvm_page_fault"].code)
+_USER_EXIT = cython.declare(cython.int, BY_NAME["kvm_userspace_exit"].code)
+_GET_PAGE = cython.declare(cython.int, BY_NAME["kvm_mmu_get_page"].code)
+_SET = cython.declare(cython.int, BY_NAME["kvm_mmu_set_spte"].code)
+_REQUESTED = cython.declare(cython.int, BY_NAME["kvm_mmu_spte_requested"].code)
+_MMIO = cython.declare(cython.int, BY_NAME["kvm_mmio"].code)
+_MMU_LOAD = cython.declare(cython.int, BY_NAME["mmu_load"].code)
+_TABLE_FREE = cython.declare(cython.int, BY_NAME["table_free"].code)  # an RCU callback interrupts whatever runs
+_GUEST = cython.declare(cython.int, int(VcpuState.GUEST))
+_LOAD = cython.declare(cython.int, int(VcpuState.LOAD))
+_USER = cython.declare(cython.int, int(VcpuState.USER))
+_PREFETCH = cython.declare(cython.int, int(VcpuState.PREFETCH))
+_STEP = cython.declare(cython.longlong, 1_000_000)  # ns between two moments of a vCPU's progress, about
+_UNTOLD = cython.declare(cython.int, UNTOLD)
+_NO_SPAN = cython.declare(cython.int, NO_SPAN)
+
+Thread = cython.struct(  # what is known of a vCPU's thread after its last row
+    time=cython.longlong,  # -1: it had none
+    kind=cython.longlong,
+    rip=cython.ulonglong,
+    state=cython.longlong,
+    fetched=cython.longlong,  # the last exit was a fault on an instruction, or on the guest's own page tables
+    tid=cython.longlong,
+    part=cython.longlong,  # the part of the time in which that row is, and where the part ends
+    part_end=cython.longlong,
+    next_ms=cython.longlong,  # where the ms ends in which that row is
+    guest=cython.longlong,  # ns in the guest until then, and how many spans that was in
+    guests=cython.longlong,
+)
+Moment = cython.struct(  # a vCPU's progress after a row
+    vcpu=cython.longlong,
+    time=cython.longlong,
+    guest=cython.longlong,
+    guests=cython.longlong,
+)
+RipRun = cython.struct(  # exits of a vCPU at one RIP, without another between them, and rows among them
+    rip=cython.ulonglong,
+    since=cython.longlong,
+    until=cython.longlong,
+    seq=cython.longlong,
+    exits=cython.longlong,
+    faults=cython.longlong,
+    requested=cython.longlong,
+    installed=cython.longlong,
+    mmio=cython.longlong,
+    loads=cython.longlong,
+    moves=cython.longlong,  # faults on another page than the one before
+    page=cython.longlong,  # of the vCPU's last fault, -1: it had none
+)
+
+
+@cython.final
+@cython.cclass
+class Timeline:
+    """Splits the rows of one VM, batch after batch, into spans.
+
+    `totals` is ns by vCPU and VcpuState; `backwards` counts rows whose clock was behind their thread's last row;
+    `runs` has the longest run of exits at one RIP of each vCPU (fields of `RipRun`; 0 exits: none). `progress` is
+    arrays of Moment: the last row of each vCPU in each ms, with its guest time until then, and how many spans that is.
+    """
+
+    totals = cython.declare(object, visibility="public")
+    runs = cython.declare(object, visibility="public")
+    parts = cython.declare(object, visibility="public")
+    progress = cython.declare(list, visibility="public")
+    backwards = cython.declare(cython.longlong, visibility="public")
+    _pool: Any
+    _runs_going: Any
+    _threads: set  # type: ignore[type-arg]
+    _thread: cython.pointer[Thread]
+    _going: cython.pointer[RipRun]
+    _longest: cython.pointer[RipRun]
+    _moment: cython.pointer[Moment]
+    _moments: cython.Py_ssize_t
+    _total: cython.longlong[:, ::1]
+    _in_part: cython.longlong[:, :, ::1]
+    _states: cython.uchar[::1]
+    _prefetches: cython.bint
+    _intel: cython.bint
+    _first: cython.longlong
+    _width: cython.longlong
+    _count: cython.longlong
+
+    def __init__(
+        self,
+        vcpus: int,
+        prefetches: bool = False,
+        intel: bool = False,
+        runners: Collection[int] = (),
+        parts: tuple[int, int, int] | None = None,
+    ) -> None:
+        """`prefetches`: the recorded MMU does, as the shadow MMU. `intel`: faults have EPT's codes.
+
+        `runners` are threads known to run vCPUs before the first row. `parts` = (first, width, count): also add up
+        `parts`, ns by vCPU, part of the time and state, in `count` parts of `width` ns from `first` on.
+        """
+        vcpus = max(vcpus, 1)
+        self._pool, self._runs_going, self.runs = (pool_of(vcpus, layout) for layout in (THREAD, RIP_RUN, RIP_RUN))
+        self._pool["time"] = -1
+        self._pool["kind"] = UNTOLD
+        self._pool["state"] = VcpuState.OTHER
+        self._pool["tid"] = -1
+        self._runs_going["page"] = -1
+        self._threads = set(runners)
+        self.totals = np.zeros((vcpus, len(VcpuState)), np.int64)
+        first, width, count = parts or (0, 1, 0)
+        self.parts = np.zeros((vcpus, count + 1, len(VcpuState)), np.int64)
+        self._first, self._width, self._count = first, width, count
+        self._pool["part_end"] = -(1 << 62)
+        self._states = states_of_kinds()
+        self._prefetches, self._intel = prefetches, intel
+        self.backwards = 0
+        self.progress = []
+        self._total = self.totals
+        self._in_part = self.parts
+        if cython.compiled:
+            thread: cython.uchar[::1] = as_bytes(self._pool)
+            going: cython.uchar[::1] = as_bytes(self._runs_going)
+            longest: cython.uchar[::1] = as_bytes(self.runs)
+            self._thread = cython.cast(cython.pointer[Thread], cython.address(thread[0]))
+            self._going = cython.cast(cython.pointer[RipRun], cython.address(going[0]))
+            self._longest = cython.cast(cython.pointer[RipRun], cython.address(longest[0]))
+        else:
+            self._thread, self._going = as_structures(self._pool), as_structures(self._runs_going)
+            self._longest = as_structures(self.runs)
+
+    def feed(self, batch: Any, state: Any, ns: Any, mark: Any, before: Any) -> None:
+        """Write the span that ends with each row: its VcpuState (NO_SPAN: none does), ns, marks, kind before it."""
+        moments = pool_of(len(batch) + 1, MOMENT)
+        self._moments = 0
+        if cython.compiled:
+            view: cython.uchar[::1] = as_bytes(moments)
+            self._moment = cython.cast(cython.pointer[Moment], cython.address(view[0]))
+        else:
+            self._moment = as_structures(moments)
+        self._feed(
+            batch.seq, batch.time, batch.vcpu, batch.tid, batch.kind, batch.root, batch.code, batch.rip, batch.addr,
+            state, ns, mark, before,
+        )  # fmt: skip
+        if self._moments:
+            self.progress.append(moments[: self._moments].copy())
+
+    def finish(self) -> None:
+        """There are no more rows: runs that go on end here, and so does each vCPU's last ms."""
+        v: cython.Py_ssize_t
+        count: cython.Py_ssize_t = self.totals.shape[0]
+        last = pool_of(count, MOMENT)
+        for v in range(count):
+            self._end_run(v)
+        last["vcpu"] = np.arange(count)
+        for name in ("time", "guest", "guests"):
+            last[name] = self._pool[name]
+        self.progress.append(last[self._pool["time"] >= 0])
+
+    def _feed(
+        self,
+        seq: cython.const[cython.longlong][::1],
+        time: cython.const[cython.longlong][::1],
+        vcpu: cython.const[cython.int][::1],
+        tid: cython.const[cython.int][::1],
+        kind: cython.const[cython.uchar][::1],
+        root: cython.const[cython.int][::1],
+        code: cython.const[cython.ulonglong][::1],
+        rip: cython.const[cython.ulonglong][::1],
+        addr: cython.const[cython.ulonglong][::1],
+        state: cython.uchar[::1],
+        ns: cython.longlong[::1],
+        mark: cython.uchar[::1],
+        before: cython.uchar[::1],
+    ) -> None:
+        i: cython.Py_ssize_t
+        rows: cython.Py_ssize_t = kind.shape[0]
+        v: cython.Py_ssize_t
+        k: cython.int
+        own: cython.int
+        what: cython.int
+        marks: cython.int
+        passed: cython.longlong
+        thread: cython.pointer[Thread] = self._thread
+        if not cython.compiled:
+            seq, time, vcpu, tid, kind = map(memoryview, (seq, time, vcpu, tid, kind))  # type: ignore[arg-type]
+            root, code, rip, addr = map(memoryview, (root, code, rip, addr))  # type: ignore[arg-type]
+        with cython.nogil:
+            for i in range(rows):
+                state[i] = _NO_SPAN
+                ns[i] = mark[i] = 0
+                v = vcpu[i]
+                k = kind[i]
+                if v < 0:
+                    continue
+                self._follow_rip(v, k, seq[i], time[i], rip[i], addr[i])
+                if k == _TABLE_FREE:
+                    continue
+                own = self._states[k]
+                if k == _GET_PAGE and root[i] != 0:
+                    own = _LOAD
+                if tid[i] != thread[v].tid:
+                    # What a thread did before it ran a vCPU (as userspace sets it up) is no time of the vCPU's.
+                    if not self._runs_vcpus(tid[i], own == _LOAD or k == _ENTRY):
+                        continue
+                    thread[v].tid = tid[i]
+
+                if own != _UNTOLD:
+                    thread[v].state = own
+                what = cython.cast(cython.int, thread[v].state)
+                if thread[v].kind == _USER_EXIT:
+                    what = _USER
+                if thread[v].kind == _ENTRY and k == _EXIT:
+                    what = _GUEST
+                elif self._prefetches and thread[v].kind == _SET and k == _SET:
+                    what = _PREFETCH
+
+                marks = 0
+                if what == _GUEST and rip[i] == thread[v].rip:
+                    marks = _STILL
+                    if k == _EXIT and thread[v].fetched:
+                        marks |= _BARE
+                if k == _EXIT:
+                    thread[v].fetched = False
+                    if code[i] == 0x60 or code[i] == 1:  # SVM_EXIT_INTR, EXIT_REASON_EXTERNAL_INTERRUPT
+                        marks |= _INTERRUPT
+                elif k == _FAULT:
+                    thread[v].fetched = self._is_fetch(code[i])
+
+                passed = 0
+                if thread[v].time >= 0:
+                    passed = time[i] - thread[v].time
+                    if passed < 0:
+                        self.backwards += 1
+                        passed = 0
+                    if time[i] >= thread[v].next_ms:
+                        self._note(v)
+                        thread[v].next_ms = (time[i] // _STEP + 1) * _STEP
+                    self._total[v, what] += passed
+                    if what == _GUEST:
+                        thread[v].guest += passed
+                        thread[v].guests += 1
+                    if self._count:
+                        self._spread(v, what, time[i] - passed, time[i])
+                state[i] = what
+                ns[i] = passed
+                mark[i] = marks
+                before[i] = cython.cast(cython.uchar, thread[v].kind)
+                thread[v].time = time[i]
+                thread[v].kind = k
+                thread[v].rip = rip[i]
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.inline
+    @cython.exceptval(check=False)
+    def _note(self, v: cython.Py_ssize_t) -> cython.void:
+        """A vCPU's last row was the last one of its ms."""
+        at: cython.Py_ssize_t = self._moments
+        self._moment[at].vcpu = v
+        self._moment[at].time = self._thread[v].time
+        self._moment[at].guest = self._thread[v].guest
+        self._moment[at].guests = self._thread[v].guests
+        self._moments = at + 1
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.inline
+    @cython.exceptval(check=False)
+    def _is_fetch(self, code: cython.ulonglong) -> cython.bint:
+        """Whether a fault was on an instruction, or on the guest's own page tables.
+
+        Then the guest has yet to end the instruction that it goes in with, and a fault at it again is of its data.
+        """
+        if self._intel:  # EPT, bit 2: fetch; 7 and 8: a linear address, of which the access itself (1) or the walk (0)
+            return code & 4 != 0 or code & 0x180 == 0x80
+        return code & (1 << 4) != 0 or code >> 33 & 1 != 0  # nested paging of AMD, bit 4: fetch; 33: the walk
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _runs_vcpus(self, tid: cython.int, begins: cython.bint) -> cython.bint:
+        """Whether a thread runs vCPUs: from the first root that it loads, or the first guest that it enters."""
+        found: cython.bint
+        with cython.gil:
+            if begins:
+                self._threads.add(tid)
+            found = tid in self._threads
+        return found
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _spread(
+        self, v: cython.Py_ssize_t, what: cython.int, begin: cython.longlong, end: cython.longlong
+    ) -> cython.void:
+        """Add a span to the parts of the time that it lies in."""
+        part: cython.longlong
+        cut: cython.longlong
+        last: cython.longlong = self._first + self._width * self._count
+        begin = min(max(begin, self._first), last)
+        end = min(max(end, self._first), last)
+        part = self._thread[v].part
+        cut = self._thread[v].part_end
+        if begin < cut - self._width or begin >= cut:
+            part = (begin - self._first) // self._width
+            cut = self._first + (part + 1) * self._width
+        while end > cut:
+            self._in_part[v, part, what] += cut - begin
+            begin = cut
+            part += 1
+            cut += self._width
+        self._in_part[v, part, what] += end - begin
+        self._thread[v].part = part
+        self._thread[v].part_end = cut
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.inline
+    @cython.exceptval(check=False)
+    def _follow_rip(
+        self,
+        v: cython.Py_ssize_t,
+        k: cython.int,
+        seq: cython.longlong,
+        time: cython.longlong,
+        rip: cython.ulonglong,
+        addr: cython.ulonglong,
+    ) -> cython.void:
+        """Go on with the vCPU's run of exits at one RIP, or begin another."""
+        run: cython.pointer[RipRun] = self._going
+        page: cython.longlong
+        if k == _EXIT:
+            if run[v].exits and run[v].rip == rip:
+                run[v].exits += 1
+                run[v].until = time
+            else:
+                self._end_run(v)
+                run[v].rip = rip
+                run[v].since = run[v].until = time
+                run[v].seq = seq
+                run[v].exits = 1
+                run[v].faults = run[v].requested = run[v].installed = run[v].mmio = run[v].loads = run[v].moves = 0
+        elif k == _FAULT:
+            page = cython.cast(cython.longlong, addr >> 12)
+            run[v].faults += 1
+            if page != run[v].page and run[v].page >= 0:
+                run[v].moves += 1
+            run[v].page = page
+        elif k == _REQUESTED:
+            run[v].requested += 1
+        elif k == _SET:
+            run[v].installed += 1
+        elif k == _MMIO:
+            run[v].mmio += 1
+        elif k == _MMU_LOAD:
+            run[v].loads += 1
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.inline
+    @cython.exceptval(check=False)
+    def _end_run(self, v: cython.Py_ssize_t) -> cython.void:
+        if self._going[v].exits > self._longest[v].exits:
+            if cython.compiled:
+                self._longest[v] = self._going[v]
+            else:
+                self.runs[v] = self._runs_going[v]
+
+
+THREAD = [
+    ("time", "i8"), ("kind", "i8"), ("rip", "u8"), ("state", "i8"), ("fetched", "i8"), ("tid", "i8"), ("part", "i8"),
+    ("part_end", "i8"), ("next_ms", "i8"), ("guest", "i8"), ("guests", "i8"),
+]  # fmt: skip
+MOMENT = [(name, "i8") for name in ("vcpu", "time", "guest", "guests")]
+RIP_RUN = [("rip", "u8")] + [
+    (name, "i8")
+    for name in (
+        "since", "until", "seq", "exits", "faults", "requested", "installed", "mmio", "loads", "moves", "page"
+    )
+]  # fmt: skip

@@ -1,0 +1,202 @@
+"""One VM of a trace, decoded once: its rows through the decoder, batch by batch, and out as parts of its inputs.
+
+Memory is a batch, a few numbers a vCPU and the memslot table; for recordings that show no removals (5.10), also what
+the recorded roots have mapped.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any, Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from replay.causes import Trigger
+from replay.decode.batch import COLUMNS, Batch
+from replay.decode.capabilities import Capabilities
+from replay.decode.decoder import ONE_FUNCTION, Decoder
+from replay.decode.inputs import EXIT_COLUMNS, Exits, Inputs, Ints, Rest
+from replay.decode.slots import Slots, logs_dirty
+from replay.simulate.operations import Op, Ranges
+from traces.errors import Problem
+from traces.reader import BATCH_ROWS
+
+_ROOTS: Final = 1 << 24  # whose role words are kept; beyond, touches count as outside of SMM
+_IDS: Final = 1 << 15  # vCPU ids are int16 in a trace
+_TYPES: Final = {"op": np.uint32, "flags": np.uint8}
+_RANGED: Final = (int(Op.ZAP), int(Op.SPLIT))
+
+
+class RowTimes(Protocol):
+    """What finds the spans of time that end with the rows of a batch."""
+
+    def feed(self, batch: Batch) -> tuple[NDArray[np.uint8], Ints, NDArray[np.uint8]]:
+        """By row: VcpuState (NO_SPAN: none ends there), ns, marks."""
+
+
+def vcpu_ids(vm: Mapping[str, Any]) -> list[int]:
+    """A VM's vCPUs by their recorded ids; a place in the list is a vCPU's dense number."""
+    return sorted({int(vcpu["id"]) for vcpu in vm["vcpus"]})
+
+
+def dense_numbers(where: object, vm: Mapping[str, Any]) -> NDArray[np.int32]:
+    """The dense number of each vCPU id, -1 for none; the last place is that of no vCPU."""
+    ids = vcpu_ids(vm)
+    if ids and not 0 <= ids[0] <= ids[-1] < _IDS:
+        wrong = ids[-1] if ids[-1] >= _IDS else ids[0]
+        raise Problem(f"{where}: VM {vm['id']} has a vCPU {wrong}, which no row can name")
+    numbers = np.full(_IDS + 1, -1, np.int32)
+    numbers[ids] = np.arange(len(ids))
+    return numbers
+
+
+class VmInputs:
+    """One VM of a trace. Iterate once; `vcpus` gives the recorded id of each of its dense numbers.
+
+    After the iteration `decoder` has what was counted, `notes` what had to be inferred or left open, and `rest` what
+    each vCPU still did after its last input.
+    """
+
+    def __init__(
+        self,
+        capabilities: Capabilities,
+        vm: Mapping[str, Any],
+        *,
+        groups: bool = True,
+        size: int = BATCH_ROWS,
+        times: RowTimes | None = None,
+        columns: tuple[str, ...] = (),
+    ) -> None:
+        """`groups`: find out what the shadow MMU may prefetch around touches. `times`: inputs come with times.
+
+        `columns`: to be read though decoding does not need them, for `times`.
+        """
+        self.id = int(vm["id"])
+        self.vcpus = vcpu_ids(vm)
+        self._numbers = dense_numbers(capabilities.trace.path, vm)
+        self._capabilities, self._size, self._times = capabilities, size, times
+        self._columns = _columns(capabilities, vm, times is not None, columns)
+        count = max(len(self.vcpus), 1)
+        meta = capabilities.trace.metadata
+        roles = np.zeros(min(meta.root_count, _ROOTS) + 2, np.uint32)
+        for root in meta.uncreated_roots:
+            if root["id"] < len(roles) - 1:
+                roles[root["id"]] = root["role"]
+        self.decoder = Decoder(capabilities, count, Slots(vm["slots"]), roles, groups, times is not None)
+        self._held = _Held(2 * size)
+        self._first_exit = 0
+        self.rest = Rest(np.zeros(count, np.int64), np.zeros(count, np.int64))
+
+    @property
+    def notes(self) -> Counter[str]:
+        """Counts by what they are of."""
+        decoder = self.decoder
+        counts = Counter({f"trigger {trigger.name}": int(decoder.counts[trigger]) for trigger in Trigger})
+        counts.update({"inferred removals": decoder.inferred, "prefetched rows": decoder.hidden})
+        counts.update({"nested entries": decoder.nested})
+        return counts
+
+    def __iter__(self) -> Iterator[Inputs]:
+        decoder = self.decoder
+        decoder.attach(self._held)
+        for rows in self._capabilities.trace.batches(self._columns, vm=self.id, size=self._size):
+            batch = Batch(rows, self._numbers)
+            ends = batch.of("vm_destroy")
+            if len(ends):
+                batch = batch.cut(int(ends[0]) + 1)
+            since = decoder.inputs
+            self._decode(batch)
+            if settled := decoder.settle(since):
+                yield self._taken(settled)
+            if decoder.ended:
+                break
+        decoder.finish()
+        if decoder.inputs:
+            yield self._taken(decoder.inputs)
+        self.rest = Rest(decoder.vcpus["lead"].copy(), decoder.vcpus["lead_guest"].copy())
+
+    def _decode(self, batch: Batch) -> None:
+        if self._times is not None:
+            spans = self._times.feed(batch)
+        else:
+            spans = (np.zeros(0, np.uint8), np.zeros(0, np.int64), np.zeros(0, np.uint8))
+        done = 0
+        while (done := self.decoder.run(batch, done, *spans)) < len(batch) and not self.decoder.ended:
+            self._held = self._held.grown()
+            self.decoder.attach(self._held)
+
+    def _taken(self, count: int) -> Inputs:
+        """The first inputs, which no later row can change; what is behind them moves to the front."""
+        decoder, held = self.decoder, self._held
+        left = held.exit[count : decoder.inputs]
+        op, gfn, time, seq, exit_ = (getattr(held, name)[:count].copy() for name in _Held.INPUTS)
+        ranges = int(np.isin(op & 15, _RANGED).sum()) if decoder.ranges else 0
+        bounds = zip(held.start[:ranges].tolist(), held.end[:ranges].tolist(), strict=True)
+        records = int(exit_.max(initial=-1)) + 1
+        exits = Exits(**{name: getattr(held, name)[:records].copy() for name in EXIT_COLUMNS}, first=self._first_exit)
+        # An exit may have inputs on both sides.
+        done = int(left[left >= 0].min(initial=decoder.records))
+        moved = left - done
+        held.move(count, decoder.inputs, done, decoder.records, ranges, decoder.ranges)
+        held.exit[: len(moved)] = np.where(left >= 0, moved, -1)
+        if ranges:
+            ranged = np.isin(held.op[: len(left)] & 15, _RANGED)
+            held.gfn[: len(left)][ranged] -= ranges
+        decoder.drop(count, done, ranges)
+        self._first_exit += done
+        return Inputs(op, gfn, time, seq, exit_, Ranges(list(bounds)), exits)
+
+
+class _Held:
+    """Memory for the inputs, exits and ranges that are held, `room` of each."""
+
+    INPUTS: Final = ("op", "gfn", "time", "seq", "exit")
+    RANGES: Final = ("start", "end")
+
+    def __init__(self, room: int) -> None:
+        for name in (*self.INPUTS, *EXIT_COLUMNS, *self.RANGES):
+            setattr(self, name, np.zeros(room, _TYPES.get(name, np.int64)))
+
+    op: NDArray[np.uint32]
+    gfn: Ints
+    exit: Ints
+    start: Ints
+    end: Ints
+
+    def grown(self) -> _Held:
+        """Twice the room, with the same in it."""
+        new = _Held(2 * len(self.op))
+        for name, column in vars(self).items():
+            getattr(new, name)[: len(column)] = column
+        return new
+
+    def move(self, inputs: int, inputs_end: int, exits: int, exits_end: int, ranges: int, ranges_end: int) -> None:
+        """What is behind the first so many, up to the ends, to the front."""
+        for names, first, end in (
+            (self.INPUTS, inputs, inputs_end),
+            (EXIT_COLUMNS, exits, exits_end),
+            (self.RANGES, ranges, ranges_end),
+        ):
+            for name in names:
+                column = getattr(self, name)
+                column[: end - first] = column[first:end].copy()
+
+
+def _columns(capabilities: Capabilities, vm: Mapping[str, Any], timed: bool, more: tuple[str, ...]) -> list[str]:
+    """The columns that say anything of this VM: reading the others takes as long as all the rest."""
+    counts = capabilities.trace.metadata.kinds
+    logs = any(map(logs_dirty, vm["slots"]))
+    fast = bool(counts.get("fast_page_fault"))
+    wanted = {
+        "rip": timed,
+        "addr": timed or fast or bool(counts.get("kvm_unmap_hva_range")),
+        "old": fast or logs,
+        "new": fast or logs,
+        "ret": fast or not counts.get("root_get"),
+        "as_id": logs or bool(counts.get("zap_leafs")),
+        "slot": logs,
+        "tid": timed or logs or capabilities.kernel.since < ONE_FUNCTION,
+    }
+    return [name for name in COLUMNS if wanted.get(name, True) or name in more]

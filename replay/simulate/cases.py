@@ -1,0 +1,16 @@
+"""The ends of what a trace leaves open of a replay's inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Case:
+    """One end of what a trace leaves open."""
+
+    most: bool = False  # writes of CR0 and CR4 of unknown value unload
+    hidden: bool = False  # prefetched pages were needed
+    # CR0.WP and EFER.NX make no roots of their own: of a kernel whose words have neither, all that it had mapped in the
+    # one root is what a root built anew is given (`axes.revive`).
+    merged: bool = False

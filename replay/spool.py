@@ -1,0 +1,113 @@
+"""A VM's inputs kept until its costs are known: in memory up to a bound, beyond it in a temporary file.
+
+Columns are kept in as few bytes as their values need: some 30 an input, where they take 100 in memory.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import IO, Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from replay.decode.inputs import EXIT_COLUMNS, Exits, Inputs
+from replay.simulate.operations import Ranges
+from traces.errors import Problem
+
+IN_MEMORY: Final = 32 << 20  # bytes
+_COLUMNS: Final = ("op", "gfn", "time", "seq", "exit")
+_NARROW: Final = (np.uint8, np.uint16, np.uint32)
+
+
+@dataclass(frozen=True)
+class _Column:
+    """`count` values of int64, less `base`; or as they are, where `base` is None. `data` None: they are in the file."""
+
+    base: int | None
+    dtype: np.dtype[Any]
+    count: int
+    data: NDArray[Any] | None
+
+    @property
+    def size(self) -> int:
+        return self.count * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class _Part:
+    columns: tuple[_Column, ...]
+    ranges: Ranges
+    first_exit: int
+
+
+class Spool:
+    """Parts of inputs, in order: `append`, then iterate as often as needed."""
+
+    def __init__(self) -> None:
+        self._spilled: list[_Part] = []
+        self._parts: list[_Part] = []
+        self._held = 0
+        self._file: IO[bytes] | None = None
+
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def append(self, part: Inputs) -> None:
+        """Keep a part."""
+        arrays = [getattr(part, name) for name in _COLUMNS] + [getattr(part.exits, name) for name in EXIT_COLUMNS]
+        columns = tuple(map(_narrowed, arrays))
+        self._parts.append(_Part(columns, part.ranges, part.exits.first))
+        self._held += sum(column.size for column in columns)
+        if self._held > IN_MEMORY:
+            self._spill()
+
+    def __iter__(self) -> Iterator[Inputs]:
+        if self._file is not None:
+            self._file.seek(0)
+        for part in (*self._spilled, *self._parts):
+            arrays: list[Any] = [self._read(column) for column in part.columns]
+            exits = Exits(**dict(zip(EXIT_COLUMNS, arrays[len(_COLUMNS) :], strict=True)), first=part.first_exit)
+            yield Inputs(**dict(zip(_COLUMNS, arrays, strict=False)), ranges=part.ranges, exits=exits)
+
+    def _spill(self) -> None:
+        try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(prefix="kvmtrace-")  # noqa: SIM115 (closed by __exit__)
+            for part in self._parts:
+                for column in part.columns:
+                    self._file.write(b"" if column.data is None else column.data.tobytes())
+                self._spilled.append(replace(part, columns=tuple(replace(each, data=None) for each in part.columns)))
+        except OSError as error:
+            why = error.strerror or error
+            raise Problem(
+                f"{tempfile.gettempdir()}: no room for what a long recording needs meanwhile ({why}): "
+                "free some, or set TMPDIR to a directory that has it"
+            ) from None
+        self._parts, self._held = [], 0
+
+    def _read(self, column: _Column) -> NDArray[Any]:
+        data = column.data
+        if data is None:
+            assert self._file is not None
+            data = np.frombuffer(self._file.read(column.size), column.dtype)
+        return data if column.base is None else data.astype(np.int64) + column.base
+
+
+def _narrowed(values: NDArray[Any]) -> _Column:
+    if values.dtype == np.int64 and len(values):
+        base = int(values.min())
+        span = int(values.max()) - base
+        for dtype in _NARROW:
+            if span <= np.iinfo(dtype).max:
+                return _Column(base, np.dtype(dtype), len(values), (values - base).astype(dtype))
+    return _Column(None, values.dtype, len(values), values)

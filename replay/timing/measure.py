@@ -1,0 +1,201 @@
+"""What things cost in a recording, and where its time went: measured of one VM while it is decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from replay.decode.batch import Batch
+from replay.decode.capabilities import Capabilities
+from replay.decode.inputs import Inputs, Ints
+from replay.decode.timeline import Timeline
+from replay.decode.vcpu_states import BARE, VcpuState
+from replay.decode.vm_inputs import VmInputs, vcpu_ids
+from replay.simulate.cases import Case
+from replay.simulate.operations import Op, Word
+from replay.simulate.specialize import Specialization
+from replay.simulate.timed_operations import CREATED, FOUND, Timed
+from replay.timing.costs import Fitted, Samples, fit
+from replay.timing.lock_waits import LockWaits
+from replay.timing.reference_clock import Spent
+from replay.timing.steal import Steal
+
+_LAB_CPUS: Final = 1  # QEMU emulates the lab's CPUs in turn, in one thread
+_COSTS: Final = ("switch", "fault", "table", "found", "created", "unload", "prefetch", "bare")
+
+
+class SpanTimes:
+    """The spans of time that end with a VM's rows, without what others took from its vCPUs. `samples` are of costs."""
+
+    def __init__(
+        self, capabilities: Capabilities, vm: Mapping[str, Any], parts: tuple[int, int, int] | None = None
+    ) -> None:
+        """`parts`: see `Timeline`."""
+        vcpus, own, cpus = max(len(vcpu_ids(vm)), 1), capabilities.own, cpus_of(capabilities)
+        named = [t for t in capabilities.trace.metadata.threads if str(t.get("comm", "")).startswith("kworker")]
+        workers = {t["tid"] for t in named if isinstance(t.get("tid"), int) and 0 <= t["tid"] < 1 << 31}
+        self._prefetches = own.prefetch > 1
+        self.timeline = Timeline(vcpus, self._prefetches, capabilities.intel, (), parts)
+        self.steal = Steal(vcpus, cpus == 1, workers)
+        self.waits = LockWaits(vcpus, cpus != 1 and not own.faults_share)
+        self.samples = {name: Samples() for name in _COSTS}
+
+    def feed(self, batch: Batch) -> tuple[NDArray[np.uint8], Ints, NDArray[np.uint8]]:
+        """By row: VcpuState (NO_SPAN: none ends there), ns, marks."""
+        rows = len(batch)
+        state, mark, before = (np.empty(rows, np.uint8) for _ in range(3))
+        ns = np.empty(rows, np.int64)
+        self.timeline.feed(batch, state, ns, mark, before)
+        self.steal.feed(batch, state, ns, mark, before)
+        self.waits.feed(batch, state, ns, before)
+        self.samples["bare"].add(ns[mark & BARE != 0])
+        if self._prefetches:
+            self.samples["prefetch"].add(ns[state == VcpuState.PREFETCH])
+        return state, ns, mark
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One VM as recorded. By vCPU, where nothing else is said; times are ns.
+
+    `refused`: why there are no times, empty if there are. `began` is the boot time of its first entry. `recorded` is
+    the time breakdown by Spent, the switch within the guest's. `totals` is by VcpuState, without what others took;
+    OTHER has all that is no operation's. `faults` are those of the recorded policy's own replay.
+    """
+
+    refused: str
+    began: int
+    by_guest: int  # SMIs that followed an exit of the guest's own making, and those that did not
+    by_clock: int
+    fitted: Fitted
+    recorded: list[tuple[int, ...]]
+    totals: Ints
+    lost: Ints  # to zap workers, where all share one CPU
+    waited: Ints  # for mmu_lock
+    preempted: Ints
+    rows: Ints  # of its thread, and of these those of faults
+    fault_rows: Ints
+    fault_events: Ints
+    interrupts: Ints  # of the host, and what they took
+    interrupted: Ints
+    faults: Ints
+    held: int  # under mmu_lock by so many `requests`, of all vCPUs
+    requests: int
+    timeline: Timeline
+
+    @property
+    def weights(self) -> list[int]:
+        """What part each vCPU has in what a zap worker takes: as recorded, else the same."""
+        most = int(self.lost.max(initial=0))
+        return [1000 * int(lost) // most for lost in self.lost] if most else [1] * len(self.lost)
+
+    @property
+    def smis_open(self) -> bool:
+        """Whether most SMIs came of the wall clock."""
+        return self.by_clock > self.by_guest
+
+
+class Measurement:
+    """Measures a VM part by part: `take` each part of its inputs; `result` when there are no more."""
+
+    def __init__(self, capabilities: Capabilities, inputs: VmInputs, times: SpanTimes) -> None:
+        self._capabilities, self._inputs, self._times = capabilities, inputs, times
+        count = max(len(inputs.vcpus), 1)
+        self._own = Specialization(capabilities.kernel, Case(), capabilities.ad_disabled, count)
+
+    @property
+    def words(self) -> list[Word]:
+        """The role words that roots of the recorded kernel can have."""
+        words: list[Word] = self._own.words
+        return words
+
+    def take(self, part: Inputs) -> Timed:
+        """Sample what a part's operations took; the operations, as the recorded kernel had them."""
+        timed = self._own.timed(part)
+        self._sample(timed, self._own.still[: len(timed)] != 0)
+        return timed
+
+    def result(self, faults: Ints, tables_freed: int) -> Measured:
+        """What was measured. The recorded policy's own replay: `faults` by vCPU, tables of roots that it freed."""
+        decoder, times = self._inputs.decoder, self._times
+        self._own.rest(self._inputs.rest)
+        times.timeline.finish()
+        vcpus = decoder.vcpus
+        totals = self._totals()
+        lost, preempted, waited = times.steal.lost, times.steal.preempted, times.waits.waited
+        counted = {name: vcpus[name].copy() for name in ("rows", "fault_rows", "interrupts", "interrupted")}
+        return Measured(
+            refused=self._refusal(), began=decoder.began, by_guest=decoder.by_guest, by_clock=decoder.by_clock,
+            fitted=self._fitted(totals, tables_freed), recorded=_breakdown(totals, lost + waited, preempted),
+            totals=totals, lost=lost, waited=waited, preempted=preempted, fault_events=vcpus["faults"].copy(),
+            faults=faults, held=times.waits.held, requests=times.waits.faults, timeline=times.timeline, **counted,
+        )  # fmt: skip
+
+    def _refusal(self) -> str:
+        backwards = self._times.timeline.backwards
+        if self._inputs.decoder.began < 0:
+            return "no entry into the guest is recorded: times are not known (--events time records them)"
+        return f"the clock runs backwards at {backwards:,} rows: times are not to be had" if backwards else ""
+
+    def _totals(self) -> Ints:
+        """ns by vCPU and VcpuState."""
+        programs, vcpus = self._own.programs, self._inputs.decoder.vcpus
+        totals = np.zeros((len(programs), len(VcpuState)), np.int64)
+        for state in (VcpuState.GUEST, VcpuState.FAULT, VcpuState.LOAD, VcpuState.UNLOAD, VcpuState.OTHER):
+            totals[:, state] = programs[f"total_{state.name.lower()}"]
+        totals[:, VcpuState.ZAP], totals[:, VcpuState.PREFETCH] = vcpus["zapped"], vcpus["prefetched"]
+        return totals
+
+    def _fitted(self, totals: Ints, tables_freed: int) -> Fitted:
+        times, own = self._times, self._capabilities.own
+        samples, waits, steal = dict(times.samples), times.waits, times.steal
+        if waits.faults:
+            samples["hold"] = Samples.alike(waits.faults, waits.held)
+        # Each vCPU gives up its part of a job (`reference_clock`), so that a job takes what they lost on average.
+        lost = int(steal.lost.mean())
+        taken = lost if own.teardown == "worker" else int(totals[:, VcpuState.ZAP].sum())
+        if tables_freed and taken:
+            samples["zap_table"] = Samples.alike(tables_freed, taken)
+        elif steal.removed:
+            samples["zap_table"] = Samples.alike(steal.removed, steal.removing)
+        return fit(samples, cpus_of(self._capabilities))
+
+    def _sample(self, timed: Timed, still: NDArray[np.bool_]) -> None:
+        samples, kind, was, cost = self._times.samples, timed.block.op & 15, timed.was, timed.cost
+        fault = (kind == Op.TOUCH) & (was > 0)
+        plain = fault & (was == 1)
+        samples["fault"].add(cost[plain])
+        samples["switch"].add(timed.guest[plain & still & (timed.guest > 0)])
+        tables = fault & (was > 1)
+        if tables.any() and samples["fault"].count:
+            extra = cost[tables] - round(samples["fault"].mean)
+            samples["table"].add(np.maximum(extra, 0) // (was[tables] - 1))
+        load = kind == Op.ENTER
+        samples["found"].add(cost[load & (was == FOUND)])
+        samples["created"].add(cost[load & (was == CREATED)])
+        samples["unload"].add(cost[(kind == Op.UNLOAD) & (cost > 0)])
+
+
+def _breakdown(totals: Ints, waited: Ints, preempted: Ints) -> list[tuple[int, ...]]:
+    spent = np.zeros((len(totals), len(Spent)), np.int64)
+    for state in VcpuState:
+        spent[:, _SPENT[state]] += totals[:, state]
+    spent[:, Spent.WAIT] += waited
+    spent[:, Spent.OTHER] += preempted
+    return [tuple(row) for row in spent.tolist()]
+
+
+_SPENT: Final = {
+    VcpuState.GUEST: Spent.GUEST, VcpuState.FAULT: Spent.FAULT, VcpuState.PREFETCH: Spent.FAULT,
+    VcpuState.LOAD: Spent.LOAD, VcpuState.UNLOAD: Spent.UNLOAD, VcpuState.ZAP: Spent.UNLOAD,
+    VcpuState.SMM: Spent.OTHER, VcpuState.USER: Spent.OTHER, VcpuState.OTHER: Spent.OTHER,
+}  # fmt: skip
+
+
+def cpus_of(capabilities: Capabilities) -> int:
+    """CPUs that vCPUs and the worker share: the lab's one, else enough (0)."""
+    return _LAB_CPUS if capabilities.trace.metadata.raw.get("lab") else 0

@@ -1,0 +1,29 @@
+"""The compiled modules as plain Python, which is the readable reference that their compiled forms are held against."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+COMPILED = (
+    "replay.decode.decoder",
+    "replay.decode.inferred",
+    "replay.decode.timeline",
+    "replay.simulate.core",
+    "replay.simulate.specialize",
+    "replay.timing.lock_waits",
+    "replay.timing.steal",
+)
+ROOT = Path(__file__).parents[2]
+
+
+def plain(name: str) -> ModuleType:
+    """The module of this name, not compiled."""
+    path = ROOT / f"{name.replace('.', '/')}.py"
+    spec = importlib.util.spec_from_file_location(f"{name.rpartition('.')[2]}_as_python", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
