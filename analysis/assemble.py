@@ -15,8 +15,8 @@ from analysis.sources import Policy, Recording, Result
 from analysis.trust import trust
 from analysis.units import Unit
 from analysis.validation import Validated
-from replay import kernels
 from replay.run import PROMISED
+from traces import kernels
 from traces.errors import Problem
 from traces.text import printable
 

@@ -314,7 +314,7 @@ def _flag(document: Mapping[str, Any], key: str) -> bool:
 
 
 def _policy(document: Mapping[str, Any]) -> Policy:
-    axes = _object(document, "axes")
+    parameters = _object(document, "parameters")
     return Policy(
         _text(document, "name"),
         _text(document, "kernel"),
@@ -323,7 +323,7 @@ def _policy(document: Mapping[str, Any]) -> Policy:
         tuple(_list(document, "bounds", str)),
         tuple(_list(document, "open", str)),
         _text(document, "assumes"),
-        _flag(axes, "own_reference") and _text(axes, "mmu") == "tdp",
+        _flag(parameters, "own_reference") and _text(parameters, "mmu") == "tdp",
     )
 
 

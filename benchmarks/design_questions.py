@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from replay import kernels
 from replay.decode.capabilities import Capabilities
 from replay.whatif import questions, range_zaps
 from replay.whatif.answers import Answer, Asked, count, parse, time
 from replay.whatif.workload import Workload
+from traces.kernels.changes import CHANGES, FIRST
+from traces.kernels.fold import since
 from traces.reader import Trace
 from traces.synth import Parameters, synthesize
 
@@ -129,8 +130,9 @@ def document(found: list[Found]) -> str:
 
 def _stands(axis: str) -> Iterator[str]:
     told = []
-    for variant in dict.fromkeys(getattr(design, axis) for _, design, _ in kernels.DESIGNS):
-        told.append(f"`{variant}` from {kernels.since(axis, variant)}")
+    values = [getattr(FIRST, axis), *(change.fields[axis] for change in CHANGES if axis in change.fields)]
+    for variant in dict.fromkeys(values):
+        told.append(f"`{variant}` from {since(axis, variant)}")
     yield from _filled(f"`kvmtrace replay TRACE --{axis.replace('_', '-')} ...`. In kernels: {'; '.join(told)}.")
 
 

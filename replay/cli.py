@@ -128,12 +128,12 @@ def replay(
         else:
             print(designs.render(found), end="")
         return
-    share = bounds.accessed_share(shown.trace, shown.intel) if assumed.name == "accessed" else 0.0
+    share = bounds.accessed_share(shown.trace, shown.kernel) if assumed.name == "accessed" else 0.0
     wanted = plan.make(shown, policy or [], kernel, assumed)
     if sweep or smi_rate:
         wide = rates.parse(sweep) if sweep else rates.Sweep(smi_rate, smi_rate)
         change = rates.Change(scale_working_set, vcpus_holding_root)
-        kernels = (target.axes for target in wanted.targets if target.policy is None)
+        kernels = (target.parameters for target in wanted.targets if target.policy is None)
         swept = rates.swept(shown, kernels, wide, change)
         if as_json:
             print_json({"trace": str(trace), "sweep": time_report.sweep_facts(swept, wide)})

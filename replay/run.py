@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from replay.causes import Trigger
 from replay.counted import Counting, Outcome
 from replay.decode.capabilities import Capabilities
 from replay.decode.inputs import Inputs
@@ -32,6 +31,7 @@ from replay.spool import Spool
 from replay.timing import time_rows
 from replay.timing.measure import Measurement, SpanTimes
 from replay.timing.timed_run import Clock, Settings, VmTime, vm_time
+from traces.kernels.triggers import Trigger
 
 _FLIPS: Final = (Trigger.CR0_WP, Trigger.CR0_SILENT, Trigger.EFER)  # of bits that old kernels have in role words
 PROMISED: Final = 6  # roots that a VM can have under `preserve`, by its commit's text
@@ -101,7 +101,7 @@ class _Vm:
     ) -> None:
         self._plan, self._capabilities, self._settings, self._progress = plan, capabilities, settings, progress
         self.writer = writer
-        groups = any(target.axes.prefetch > 1 for target in plan.targets)
+        groups = any(target.parameters.prefetch > 1 for target in plan.targets)
         times = SpanTimes(capabilities, vm, _parts(capabilities, vm, settings)) if settings is not None else None
         self._inputs = VmInputs(capabilities, vm, groups=groups, times=times)
         self._times = times
@@ -207,8 +207,8 @@ def _nested(notes: Mapping[str, int]) -> Iterator[str]:
 
 def _broken(outcomes: list[Outcome]) -> Iterator[str]:
     for outcome in outcomes:
-        axes = outcome.target.axes
-        promises = axes.own_reference and axes.mmu == "tdp" and not outcome.target.kernel.layout.guest_bits
+        parameters = outcome.target.parameters
+        promises = parameters.own_reference and parameters.mmu == "tdp" and not outcome.target.kernel.layout.guest_bits
         if promises and len(outcome.roles) > PROMISED:
             words = ", ".join(f"{word:#x}" for word in sorted(outcome.roles))
             what = f"{len(outcome.roles)} role words where {PROMISED} are promised"
@@ -262,7 +262,7 @@ def document(replayed: Replayed) -> dict[str, Any]:
                 "kernel": target.kernel.name,
                 "recorded": target.recorded,
                 "own": target.policy is not None,
-                "axes": vars(target.axes),
+                "parameters": vars(target.parameters),
                 "bounds": [run.bound for run in target.runs],
                 "open": left_open(replayed, target),
                 "assumes": target.assumes,

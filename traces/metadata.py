@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from traces.errors import Problem
+from traces.kernels.policies import current_name
 from traces.schema import FORMAT_MAJOR
 
 KEY: Final = b"kvmtrace"
@@ -77,8 +78,8 @@ class Metadata:
 
     @property
     def policy(self) -> str:
-        """The root policy the recorder found in that kernel, empty where it did not say."""
-        return _text(_table(self.raw, "policy"), "name")
+        """The root policy the recorder found in that kernel, by today's name; empty where it did not say."""
+        return current_name(_text(_table(self.raw, "policy"), "name"))
 
 
 def parse(text: bytes, where: str) -> Metadata:

@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 
 from analysis.perfetto.packets import Ints, Writer
 from analysis.recorded_time import COLUMNS, RecordedTime, Spans, recorded_times, spans_of
-from replay import roles
 from replay.decode.batch import Batch
 from replay.decode.timeline import Timeline
 from replay.decode.vcpu_states import VcpuState
 from replay.decode.vm_inputs import dense_numbers, vcpu_ids
 from replay.timing.stalls import Rule
+from traces import kernels
+from traces.kernels import roles
 from traces.reader import Trace
 from traces.schema import BY_NAME
 from traces.text import printable
@@ -339,7 +340,7 @@ class _Roots:
         if lanes.free:
             lane = heapq.heappop(lanes.free)
         else:
-            smm = roles.states(np.array([role], np.uint32), roles.FIXED)[0] & roles.SMM
+            smm = roles.states(np.array([role], np.uint32), kernels.at("6.1").layout)[0] & roles.SMM
             name = f"roots of role {role:#010x}{' (SMM)' if smm else ''}"
             lanes.tracks.append(self._writer.track(name, self._parent))
             lane = len(lanes.tracks) - 1

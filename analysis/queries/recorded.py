@@ -8,8 +8,8 @@ import polars as pl
 
 from analysis.queries.registry import query
 from analysis.sources import Recording
-from replay.kernels import designs
 from replay.timing.stuck_rip import CERTAIN
+from traces import kernels
 from traces.errors import Problem
 
 WINDOW_NS: Final = 100_000_000
@@ -133,7 +133,7 @@ def rmaps(recording: Recording) -> pl.LazyFrame:
     """
     if recording.metadata.policy != "shadow":
         raise Problem(f"{recording.path}: query rmaps: the TDP MMU has no reverse maps")
-    each = designs(recording.metadata).pte_list_ext
+    each = kernels.recorded(recording.metadata).pte_list_ext
     table, spte = ["vm", "table"], ["vm", "table", "level", "gfn"]
     gone = recording.scan().filter(_is("kvm_mmu_prepare_zap_page")).select(*table, "seq", end="seq").sort("seq")
     sets = recording.scan().filter(_is("kvm_mmu_set_spte"), pl.col("new") != 0).select(*spte, "seq").sort("seq")

@@ -33,8 +33,6 @@ from typing import Any
 import cython
 import numpy as np
 
-from replay import causes, roles
-from replay.causes import Trigger
 from replay.decode.inferred import GONE_PAGE, GONE_TABLE, Unseen
 from replay.decode.inputs import (
     BUILT_ROOT,
@@ -52,6 +50,10 @@ from replay.decode.inputs import (
 from replay.decode.pools import as_bytes, as_structures, pool_of
 from replay.decode.vcpu_states import INTERRUPT, NO_SPAN, STILL, VcpuState
 from replay.simulate.operations import Op
+from traces.kernels import roles, triggers
+from traces.kernels.spte import LARGE
+from traces.kernels.triggers import Trigger
+from traces.kernels.vendors import SVM, VMX
 from traces.schema import BY_NAME
 
 COMPILED: bool = cython.compiled
@@ -147,35 +149,37 @@ _NX = cython.declare(cython.longlong, roles.NX)
 _MAYBE_WP = cython.declare(cython.longlong, roles.MAYBE_WP)
 _USUAL = cython.declare(cython.longlong, roles.USUAL)
 
-_CR0_PG_BIT = cython.declare(cython.longlong, causes.CR0_PG)
-_CR0_WP_BIT = cython.declare(cython.longlong, causes.CR0_WP)
-_CR4_ROLE_BITS = cython.declare(cython.longlong, causes.CR4_ROLE)
-_CR4_PGE_BIT = cython.declare(cython.longlong, causes.CR4_PGE)
-_CR4_PCIDE_BIT = cython.declare(cython.longlong, causes.CR4_PCIDE)
-_EFER_MSR = cython.declare(cython.ulonglong, causes.EFER_MSR)
-_EFER_NX = cython.declare(cython.longlong, causes.EFER_NX)
-_SET_SREGS = cython.declare(cython.longlong, causes.SET_SREGS[0])
-_SET_SREGS2 = cython.declare(cython.longlong, causes.SET_SREGS[1])
-_SET_CPUID2 = cython.declare(cython.longlong, causes.SET_CPUID2)
+_CR0_PG_BIT = cython.declare(cython.longlong, triggers.CR0_PG)
+_CR0_WP_BIT = cython.declare(cython.longlong, triggers.CR0_WP)
+_CR4_ROLE_BITS = cython.declare(cython.longlong, triggers.CR4_ROLE)
+_CR4_PGE_BIT = cython.declare(cython.longlong, triggers.CR4_PGE)
+_CR4_PCIDE_BIT = cython.declare(cython.longlong, triggers.CR4_PCIDE)
+_EFER_MSR = cython.declare(cython.ulonglong, triggers.EFER_MSR)
+_EFER_NX = cython.declare(cython.longlong, triggers.EFER_NX)
+_SET_SREGS = cython.declare(cython.longlong, triggers.SET_SREGS[0])
+_SET_SREGS2 = cython.declare(cython.longlong, triggers.SET_SREGS[1])
+_SET_CPUID2 = cython.declare(cython.longlong, triggers.SET_CPUID2)
 _KVM_SMI = cython.declare(cython.ulonglong, 0xAEB7)
-_LARGE = cython.declare(cython.ulonglong, 1 << 7)
-_PRESENT = cython.declare(cython.ulonglong, 1 << 11)
+_LARGE = cython.declare(cython.ulonglong, LARGE)
 _LEVEL5 = cython.declare(cython.longlong, roles.LEVEL5)
 _NESTED_GUEST = cython.declare(cython.longlong, roles.GUEST)
 _GUEST_MODE = cython.declare(cython.uint, 1 << 17)
-_SVM_MSR = cython.declare(cython.ulonglong, causes.SVM_MSR)
-_SVM_RSM = cython.declare(cython.longlong, causes.SVM_RSM)
-_SVM_UD = cython.declare(cython.longlong, causes.SVM_UD)
-_SVM_INVPCID = cython.declare(cython.longlong, causes.SVM_INVPCID)
-_VMX_CR = cython.declare(cython.ulonglong, causes.VMX_CR)
-_VMX_RSM = cython.declare(cython.longlong, causes.VMX_RSM)
-_VMX_EXCEPTION = cython.declare(cython.longlong, causes.VMX_EXCEPTION)
-_VMX_WRMSR = cython.declare(cython.longlong, causes.VMX_WRMSR)
-_VMX_INVPCID = cython.declare(cython.longlong, causes.VMX_INVPCID)
+_SVM_MSR = cython.declare(cython.ulonglong, SVM.msr)
+_SVM_RSM = cython.declare(cython.longlong, SVM.rsm[0])
+_SVM_UD = cython.declare(cython.longlong, SVM.undefined[0])
+_SVM_INVPCID = cython.declare(cython.longlong, SVM.invpcid[0])
+_SVM_CR0 = cython.declare(cython.longlong, SVM.cr0_write[0])
+_SVM_CR0_SELECTIVE = cython.declare(cython.longlong, SVM.cr0_write[1])
+_SVM_CR4 = cython.declare(cython.longlong, SVM.cr4_write[0])
+_SVM_IO = cython.declare(cython.longlong, SVM.io[0])
+_VMX_IO = cython.declare(cython.longlong, VMX.io[0])
+_VMX_CR = cython.declare(cython.ulonglong, VMX.cr)
+_VMX_RSM = cython.declare(cython.longlong, VMX.rsm[0])
+_VMX_EXCEPTION = cython.declare(cython.longlong, VMX.undefined[0])
+_VMX_WRMSR = cython.declare(cython.longlong, VMX.msr_write[0])
+_VMX_INVPCID = cython.declare(cython.longlong, VMX.invpcid[0])
 _GONE_PAGE = cython.declare(cython.int, GONE_PAGE)
 _GONE_TABLE = cython.declare(cython.int, GONE_TABLE)
-# Before this version the same function empties roots when they are invalidated and when the process ends.
-ONE_FUNCTION = (5, 12, 0)
 
 _NO_SPAN = cython.declare(cython.int, NO_SPAN)
 _STILL = cython.declare(cython.int, STILL)
@@ -330,6 +334,7 @@ class Decoder:
     _wp: cython.longlong
     _nx: cython.longlong
     _present: cython.ulonglong  # bits of a fault's code that say that the leaf was there
+    _spte_present: cython.ulonglong  # the bit of an SPTE
 
     def __init__(self, capabilities: Any, vcpus: int, slots: Any, role_words: Any, groups: bool, timed: bool) -> None:
         """`role_words`: by root id, those known before. `groups`: find out what the shadow MMU may prefetch around
@@ -367,10 +372,10 @@ class Decoder:
         self._intel, self._shadow, self._infers = capabilities.intel, capabilities.shadow, capabilities.infers
         self._valued = bool(kinds.get("kvm_cr"))
         self._guest_bits = kernel.layout.guest_bits
-        self._one_function = kernel.since < ONE_FUNCTION
-        self._fixed, self._wp, self._nx = kernel.fixed, kernel.layout.wp, kernel.layout.nx
-        # SVM's error code, as of #PF; VMX's qualification: readable, writable, executable.
-        self._present = 7 << 3 if capabilities.intel else 1
+        # 5.10: the same function empties roots when they are invalidated and when the process ends.
+        self._one_function = kernel.zap_all_fast == "empty"
+        self._fixed, self._wp, self._nx = kernel.ret_pf.fixed, kernel.layout.wp, kernel.layout.nx
+        self._present, self._spte_present = kernel.vendor.fault.present, kernel.spte.present
         self.ended = False
         self.nested = self.inferred = self.hidden = self.by_guest = self.by_clock = 0
         self.began = -1
@@ -874,9 +879,7 @@ class Decoder:
         state: cython.longlong = self._with_registers(v, vcpu[v].state)
         by_io: cython.bint
         if entering:
-            by_io = vcpu[v].left > vcpu[v].entered and (
-                vcpu[v].left_code == 0x7B or vcpu[v].left_code == 30  # SVM_EXIT_IOIO, EXIT_REASON_IO_INSTRUCTION
-            )
+            by_io = vcpu[v].left > vcpu[v].entered and (vcpu[v].left_code == _SVM_IO or vcpu[v].left_code == _VMX_IO)
             if by_io or vcpu[v].asked_smi > vcpu[v].entered:
                 self.by_guest += 1
             else:
@@ -948,14 +951,14 @@ class Decoder:
     @cython.inline
     @cython.exceptval(check=False)
     def _is_cr0_write(self, code: cython.longlong) -> cython.bint:
-        return code == _VMX_CR if self._intel else code == 0x10 or code == 0x65  # WRITE_CR0, CR0_SEL_WRITE
+        return code == _VMX_CR if self._intel else code in (_SVM_CR0, _SVM_CR0_SELECTIVE)
 
     @cython.cfunc
     @cython.nogil
     @cython.inline
     @cython.exceptval(check=False)
     def _is_cr4_write(self, code: cython.longlong) -> cython.bint:
-        return code == (_VMX_CR | 4 << _DETAIL) if self._intel else code == 0x14  # WRITE_CR4
+        return code == (_VMX_CR | 4 << _DETAIL) if self._intel else code == _SVM_CR4
 
     @cython.cfunc
     @cython.nogil
@@ -1106,8 +1109,8 @@ class Decoder:
     ) -> cython.void:
         """A table is removed by the thread whose ioctl ends dirty logging."""
         mine: cython.bint
-        was_table: cython.bint = old & _PRESENT != 0 and old & _LARGE == 0
-        is_table: cython.bint = new & _PRESENT != 0 and new & _LARGE == 0
+        was_table: cython.bint = old & self._spte_present != 0 and old & _LARGE == 0
+        is_table: cython.bint = new & self._spte_present != 0 and new & _LARGE == 0
         if not was_table or is_table:
             return
         with cython.gil:

@@ -27,6 +27,7 @@ import numpy as np
 
 from replay.decode.pools import as_bytes, as_structures, pool_of
 from replay.decode.vcpu_states import BARE, INTERRUPT, NO_SPAN, STILL, UNTOLD, VcpuState, states_of_kinds
+from traces.kernels.vendors import SVM, VMX
 from traces.schema import BY_NAME
 
 COMPILED: bool = cython.compiled
@@ -34,6 +35,8 @@ COMPILED: bool = cython.compiled
 _STILL = cython.declare(cython.int, STILL)
 _BARE = cython.declare(cython.int, BARE)
 _INTERRUPT = cython.declare(cython.int, INTERRUPT)
+_SVM_INTERRUPT = cython.declare(cython.ulonglong, SVM.interrupt[0])
+_VMX_INTERRUPT = cython.declare(cython.ulonglong, VMX.interrupt[0])
 _ENTRY = cython.declare(cython.int, BY_NAME["kvm_entry"].code)
 _EXIT = cython.declare(cython.int, BY_NAME["kvm_exit"].code)
 _FAULT = cython.declare(cython.int, BY_NAME["kvm_page_fault"].code)
@@ -255,7 +258,7 @@ class Timeline:
                         marks |= _BARE
                 if k == _EXIT:
                     thread[v].fetched = False
-                    if code[i] == 0x60 or code[i] == 1:  # SVM_EXIT_INTR, EXIT_REASON_EXTERNAL_INTERRUPT
+                    if code[i] == _SVM_INTERRUPT or code[i] == _VMX_INTERRUPT:
                         marks |= _INTERRUPT
                 elif k == _FAULT:
                     thread[v].fetched = self._is_fetch(code[i])

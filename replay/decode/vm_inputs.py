@@ -13,14 +13,14 @@ from typing import Any, Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from replay.causes import Trigger
 from replay.decode.batch import COLUMNS, Batch
 from replay.decode.capabilities import Capabilities
-from replay.decode.decoder import ONE_FUNCTION, Decoder
+from replay.decode.decoder import Decoder
 from replay.decode.inputs import EXIT_COLUMNS, Exits, Inputs, Ints, Rest
 from replay.decode.slots import Slots, logs_dirty
 from replay.simulate.operations import Op, Ranges
 from traces.errors import Problem
+from traces.kernels.triggers import Trigger
 from traces.reader import BATCH_ROWS
 
 _ROOTS: Final = 1 << 24  # whose role words are kept; beyond, touches count as outside of SMM
@@ -197,6 +197,6 @@ def _columns(capabilities: Capabilities, vm: Mapping[str, Any], timed: bool, mor
         "ret": fast or not counts.get("root_get"),
         "as_id": logs or bool(counts.get("zap_leafs")),
         "slot": logs,
-        "tid": timed or logs or capabilities.kernel.since < ONE_FUNCTION,
+        "tid": timed or logs or capabilities.kernel.zap_all_fast == "empty",
     }
     return [name for name in COLUMNS if wanted.get(name, True) or name in more]

@@ -23,8 +23,6 @@ from typing import Any
 import cython
 import numpy as np
 
-from replay import roles
-from replay.causes import CAUSES, OPEN, Trigger
 from replay.decode.inputs import (
     BUILT_ROOT,
     HAS_ENTER,
@@ -38,10 +36,11 @@ from replay.decode.inputs import (
     WAS_STILL,
 )
 from replay.decode.pools import as_bytes, as_structures, pool_of
-from replay.kernels import Kernel
 from replay.simulate.cases import Case
-from replay.simulate.operations import Block, Cause, Op
+from replay.simulate.operations import CAUSES, Block, Cause, Op
 from replay.simulate.timed_operations import CREATED, FOUND, LAST, MORE, NEVER, Timed
+from traces.kernels import Kernel, roles
+from traces.kernels.triggers import OPEN, Trigger
 
 COMPILED: bool = cython.compiled
 

@@ -144,9 +144,9 @@ class Clock:
     def __init__(self, target: Target, run: Run, specialized: Specialization, vcpus: int, measured: Measured) -> None:
         self.specialized = specialized
         self._target, self._run, self._measured = target, run, measured
-        axes = replace(target.axes, revive=run.revive)
+        parameters = replace(target.parameters, assume_refault=run.assume_refault)
         costs, weights = measured.fitted.costs, measured.weights
-        self._engine = TimedEngine(axes, specialized.words, vcpus, costs, log=False, weights=weights)
+        self._engine = TimedEngine(parameters, specialized.words, vcpus, costs, log=False, weights=weights)
         self._done = 0
 
     @staticmethod

@@ -9,14 +9,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from replay.axes import NAMED, PRESERVE, SYNC, SYNC_RW, Axes
 from replay.validate import expect, shadow_driver
-from replay.validate.direct_shadow import ShadowKernel
-from replay.validate.kernel_steps import Kernel
+from replay.validate.direct_shadow import ShadowSteps
+from replay.validate.kernel_steps import KernelSteps
 from replay.validate.row_tuples import Row, rows_of
-from replay.validate.shapes import Shape, shape_of
 from replay.validate.threads import RESPONSES, Divergence, Lockstep, Tally
+from traces import kernels
 from traces.errors import Problem
+from traces.kernels import Kernel
+from traces.kernels.policies import POLICIES, PolicyParameters
 from traces.metadata import Metadata
 from traces.reader import Trace
 
@@ -27,7 +28,6 @@ _NEEDED: Final = {
     "paged": ("kvm_mmu_get_page", "kvm_mmu_prepare_zap_page"),
 }
 _ZAPS: Final = ("kvm_tdp_mmu_spte_changed", "kvm_mmu_prepare_zap_page", "zap_root_begin", "zap_root_end")
-_AXES: Final = {"preserve-inline": PRESERVE}  # the recorder's names, where they are not the axes' own
 _PROGRESS: Final = 1 << 17  # rows
 
 
@@ -100,20 +100,21 @@ def validate(path: Path, policy: str = "") -> Report:
     trace = Trace.open(path)
     meta = trace.metadata
     policy = policy or meta.policy
-    shape = shape_of(meta.kernel)
-    axes = axes_of(policy, shape)
-    if shape is None or axes is None:
+    kernel = _kernel(meta)
+    if kernel is None or policy not in POLICIES:
         what = f"kernel {meta.kernel or 'unknown'}, root policy {policy or 'unknown'}"
         raise Problem(f"{path}: cannot be validated: {what}; record it with `kvmtrace record` on 5.10 or later")
+    parameters = kernel.parameters(policy)
     unseen = _unseen(meta)
-    follows = shadow_driver.is_paged(meta) and axes.mmu == "shadow"
-    needed = _NEEDED["paged" if follows else axes.mmu] + (_ZAPS if axes.mmu == "tdp" and shape.changes else ())
+    follows = shadow_driver.is_paged(meta) and parameters.mmu == "shadow"
+    needed = _NEEDED["paged" if follows else parameters.mmu]
+    needed += _ZAPS if parameters.mmu == "tdp" and kernel.spte_changed else ()
     lacking = [kind for kind in needed if kind in unseen]
     if lacking:
         why = unseen[lacking[0]] or "its probe did not attach"
         raise Problem(f"{path}: cannot be validated: {', '.join(lacking)} not recorded ({why})")
     cut = _cut(meta)
-    vms = [_vm(trace, vm, None if follows else axes, shape, cut) for vm in meta.vms]
+    vms = [_vm(trace, vm, None if follows else parameters, kernel, cut) for vm in meta.vms]
     blind = shadow_driver.blind(meta) if follows else [kind for kind in unseen if kind in RESPONSES]
     report = Report(path, meta.kernel, policy, vms, _notes(blind, vms))
     if not report.expected:
@@ -122,48 +123,43 @@ def validate(path: Path, policy: str = "") -> Report:
     return report
 
 
-def axes_of(policy: str, shape: Shape | None) -> Axes | None:
-    """The axes of a recorded policy's name, on a kernel of that shape."""
-    if policy == "sync":
-        return SYNC if shape is not None and not shape.changes else SYNC_RW
-    return _AXES.get(policy) or NAMED.get(policy)
+def _kernel(meta: Metadata) -> Kernel | None:
+    """The recorded kernel; None where the trace does not say, or where it is too old."""
+    try:
+        return kernels.recorded(meta)
+    except Problem:
+        return None
 
 
-def machine_of(meta: Metadata, axes: Axes, shape: Shape) -> Kernel:
+def machine_of(kernel: Kernel, parameters: PolicyParameters) -> KernelSteps:
     """An empty machine for one VM of a recording."""
-    layout = meta.raw["layout"]
-    role, spte = layout["role"], layout["spte"]
-    guest = {}
-    if shape.guest_bits:
-        nx = role.get("nxe") or role["efer_nx"]
-        guest = {"wp_bit": 1 << role["cr0_wp"][0], "nx_bit": 1 << nx[0]}
-    return (ShadowKernel if axes.mmu == "shadow" else Kernel)(
-        axes=axes,
-        shape=shape,
-        vendor=meta.raw["host"].get("vendor", ""),
-        nothing=expect.word("nothing", spte["nonpresent"]),
-        frozen=expect.word("frozen", spte["frozen"]),
-        invalid_bit=1 << role["invalid"][0],
-        smm_bit=1 << role["smm"][0],
-        **guest,
+    layout = kernel.layout
+    return (ShadowSteps if parameters.mmu == "shadow" else KernelSteps)(
+        parameters=parameters,
+        kernel=kernel,
+        nothing=expect.word("nothing", kernel.spte.nonpresent),
+        frozen=expect.word("frozen", kernel.spte.frozen),
+        invalid_bit=layout.invalid,
+        smm_bit=layout.smm,
+        wp_bit=layout.wp if layout.guest_bits else 0,
+        nx_bit=layout.nx if layout.guest_bits else 0,
     )
 
 
-def _vm(trace: Trace, vm: Mapping[str, Any], axes: Axes | None, shape: Shape, cut: int | None) -> VmReport:
-    """One VM. `axes`: None where its roots follow its own page tables."""
+def _vm(
+    trace: Trace, vm: Mapping[str, Any], parameters: PolicyParameters | None, kernel: Kernel, cut: int | None
+) -> VmReport:
+    """One VM. `parameters`: None where its roots follow its own page tables."""
     number = int(vm["id"])
     if vm["origin"] != "created":
         why = f"VM {number} was running before the recording began: what it had mapped is not known"
         return VmReport(number, {}, None, 0, 0, 0, skipped=why)
     rows = _Stretch(rows_of(trace, number), cut)
-    try:
-        lockstep: Lockstep | shadow_driver.Paged
-        if axes is None:
-            lockstep = shadow_driver.paged_of(trace, number, shape)
-        else:
-            lockstep = Lockstep(machine_of(trace.metadata, axes, shape))
-    except (KeyError, IndexError, TypeError) as error:
-        raise Problem(f"{trace.path}: cannot be validated: its metadata has no layout of {error}") from None
+    lockstep: Lockstep | shadow_driver.Paged
+    if parameters is None:
+        lockstep = shadow_driver.paged_of(trace, number, kernel)
+    else:
+        lockstep = Lockstep(machine_of(kernel, parameters))
     lockstep.run(_shown(rows, number))
     if not rows.stopped:
         lockstep.finish()

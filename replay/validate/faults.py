@@ -7,8 +7,8 @@ from replay.simulate.page_table import Table
 from replay.simulate.reference import CURRENT, Root, Vcpu
 from replay.validate import expect
 from replay.validate.expect import Activity, Expect, Spte
-from replay.validate.shapes import PRESENT, WRITABLE, pfn
 from replay.validate.zap_steps import Zaps
+from traces.kernels.spte import LARGE, WRITABLE, pfn
 
 
 class Faults(Zaps):
@@ -37,10 +37,10 @@ class Faults(Zaps):
                 word = table.entries[at]
                 assert isinstance(word, int)
                 fixable = table.level == 1 or not self.logged(self.as_id(root), gfn)
-                ret = self.shape.fixed if fixable else self.shape.invalid
-                want = {"root": self.name(root), "addr": addr, "old": expect.leaf(word, self.vendor), "ret": ret}
+                ret = self.kernel.ret_pf.fixed if fixable else self.kernel.ret_pf.invalid
+                want = {"root": self.name(root), "addr": addr, "old": expect.leaf(word, self.kernel), "ret": ret}
                 if fixable:
-                    want["new"] = expect.leaf(word | WRITABLE, self.vendor)
+                    want["new"] = expect.leaf(word | WRITABLE, self.kernel)
                 row = yield Expect("fast_page_fault", want)
                 assert row is not None
                 if fixable:
@@ -50,7 +50,7 @@ class Faults(Zaps):
                     return
         row = yield Expect("kvm_mmu_spte_requested", {"root": self.name(root), "gfn": gfn}, may_stop=True)
         assert row is not None
-        unseen = not present and not self.shape.changes and self.infer(root, gfn)
+        unseen = not present and not self.kernel.spte_changed and self.infer(root, gfn)
         yield None
         yield from self.map(root, gfn, row.level, row.value, unseen)
 
@@ -75,18 +75,18 @@ class Faults(Zaps):
             if isinstance(below, Table) and not unseen:
                 table = below
                 continue
-            if isinstance(below, int) and not self.axes.split_in_place:
+            if isinstance(below, int) and not self.parameters.split_in_place:
                 yield from self.zap_huge(root, table, at)
             child = Table(table.level - 1, gfn)
             level = child.level
-            want = {"role": self.child_role(root, level), "level": level + self.shape.child_level, "flags": 1}
+            want = {"role": self.child_role(root, level), "level": level + self.kernel.child_level, "flags": 1}
             row = yield Expect("kvm_mmu_get_page", {**want, "gfn": child.gfn}, optional=isinstance(below, Table))
             if row is None:
                 assert isinstance(below, Table)
                 table = below
                 continue
             child.frame = row.table
-            if not self.shape.changes:
+            if not self.kernel.spte_changed:
                 table.entries[at] = child
                 yield None
                 table = child
@@ -100,7 +100,7 @@ class Faults(Zaps):
 
     def zap_huge(self, root: Root, table: Table, at: int) -> Activity:
         """To 6.2 a huge leaf above the goal is zapped, and the walk goes on as if there had been nothing."""
-        if self.shape.changes:
+        if self.kernel.spte_changed:
             yield from self.zap_entry(root, table, at, shared=False, put=self.zapped())
         else:
             del table.entries[at]
@@ -112,11 +112,11 @@ class Faults(Zaps):
             size = page_table.span(child.level)
             for i in range(page_table.ENTRIES):
                 piece = whole + (i * size << 12)
-                child.entries[i] = piece if child.level > 1 else piece & ~(1 << 7)
-        yield self.change(root, table, at, expect.to_table(child.frame))
+                child.entries[i] = piece if child.level > 1 else piece & ~LARGE
+        yield self.change(root, table, at, expect.to_table(child.frame, self.kernel))
         table.entries[at] = child
         yield None
-        if self.shape.get_page_twice:
+        if self.kernel.get_page_twice:
             want = {"role": self.child_role(root, child.level), "gfn": child.gfn, "table": child.frame}
             yield Expect("kvm_mmu_get_page", want)
             yield None
@@ -127,10 +127,10 @@ class Faults(Zaps):
         mmio = self.slot_of(self.as_id(root), gfn) is None
         frame &= -page_table.span(table.level)
         before = table.entries.get(at)
-        same = isinstance(before, int) and bool(before & PRESENT) and pfn(before) == frame and not mmio
-        new = expect.any_mmio() if mmio else expect.to_page(frame)
+        same = isinstance(before, int) and self.present(before) and pfn(before) == frame and not mmio
+        new = expect.any_mmio(self.kernel) if mmio else expect.to_page(frame, self.kernel)
         place = {"root": self.name(root), "level": table.level, "gfn": table.gfn_of(at)}
-        if self.shape.changes:
+        if self.kernel.spte_changed:
             row = yield self.change(root, table, at, new, optional=same)
             if row is not None:
                 table.entries[at] = row.new
@@ -142,8 +142,8 @@ class Faults(Zaps):
         if mmio:
             yield Expect("mark_mmio_spte", {"root": self.name(root), "gfn": gfn})
             yield None
-        if (not mmio or not self.shape.changes) and not (same and not self.shape.set_spte_when_spurious):
+        if (not mmio or not self.kernel.spte_changed) and not (same and not self.kernel.set_spte_when_spurious):
             row = yield Expect("kvm_mmu_set_spte", {**place, "gfn": gfn if mmio else place["gfn"], "new": new})
-            if row is not None and not self.shape.changes:
+            if row is not None and not self.kernel.spte_changed:
                 table.entries[at] = row.new
             yield None

@@ -20,13 +20,13 @@ class Roots(Zaps):
             if self.words[other.word] == word:
                 root = other  # the reference is the slot's from now on
                 break
-            if self.shape.search_puts:
+            if self.kernel.search_puts:
                 yield from self.put(other)
             else:
                 other.refs -= 1
         role: int | Spte = self.role_of(vcpu, word)
         self.learned += not word
-        if root is None and self.shape.root_get_page:
+        if root is None and self.kernel.root_get_page:
             row = yield Expect("kvm_mmu_get_page", {"gfn": 0, "flags": 1, "role": role}, agrees=top_level)
             assert row is not None
             root = self.new_root(vcpu, row.role, row.root, row.table)
@@ -56,7 +56,7 @@ class Roots(Zaps):
     @property
     def first_refs(self) -> int:
         """References on a root just built: the slot's, and the VM's own."""
-        return 1 + self.axes.own_reference
+        return 1 + self.parameters.own_reference
 
     def role_of(self, vcpu: Vcpu, word: int) -> int | Spte:
         """What the role word of a load must be, as far as it is known."""
@@ -97,11 +97,11 @@ class Roots(Zaps):
         self.frames[root.id] = row.table
         root.refs -= 1
         if root.refs == 0:
-            if root.valid and self.axes.teardown == "worker":
+            if root.valid and self.parameters.teardown == "worker":
                 root.valid = False
                 root.refs = 1
                 self.queued.append(root)
-            elif root.valid and self.axes.teardown == "inline":
+            elif root.valid and self.parameters.teardown == "inline":
                 self.roots.remove(root)
                 yield None
                 yield from self.zap_inline(root)
@@ -130,12 +130,12 @@ class Roots(Zaps):
         """Every valid root is marked (3.3 to 3.5), or emptied (3.1)."""
         self.sequence += 1
         for root in self.roots:
-            if self.axes.invalidate == "empty":
+            if self.parameters.zap_all_fast == "empty":
                 root.top.entries.clear()
             elif root.valid:
                 root.valid = False
-                if self.axes.teardown == "worker":
-                    root.refs += not self.axes.own_reference
+                if self.parameters.teardown == "worker":
+                    root.refs += not self.parameters.own_reference
                     self.queued.append(root)
                 else:
                     self.scheduled.add(root.id)
@@ -149,7 +149,7 @@ class Roots(Zaps):
 
     def zap_invalidated(self) -> Activity:
         """kvm_tdp_mmu_zap_invalidated_roots (3.5): roots visited newest first, each with a reference meanwhile."""
-        shared = not (self.destroyed and self.shape.ends_exclusively)
+        shared = not (self.destroyed and self.kernel.ends_exclusively)
         for root in self.held():
             if root.id in self.scheduled:
                 self.scheduled.discard(root.id)
@@ -161,7 +161,7 @@ class Roots(Zaps):
         """kvm_tdp_mmu_zap_all: every root is emptied under mmu_lock held for write; none is invalidated."""
         self.sequence += 1
         for root in self.held():
-            if self.shape.changes:
+            if self.kernel.spte_changed:
                 yield from self.zap_root(root, shared=False)
                 yield from self.put(root)
             else:

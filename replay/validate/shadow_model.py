@@ -20,7 +20,7 @@ from replay.simulate.reference import CURRENT
 from replay.validate.expect import Activity, Expect, Spte
 from replay.validate.row_tuples import Row
 from replay.validate.shadow_state import CREATED, LEVEL, PAE, ROOTS, Leaf, Page, PagesState, Slot
-from replay.validate.shapes import WRITABLE, pfn
+from traces.kernels.spte import WRITABLE, pfn
 
 _HELD_MOST: Final = ROOTS  # pages that a vCPU holds: its slots, or the directories of a PAE root, which has no others
 _REFILL: Final = 25  # make_mmu_pages_available makes so many free

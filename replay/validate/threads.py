@@ -14,7 +14,7 @@ from typing import Final
 
 from replay.simulate.reference import CURRENT, Vcpu
 from replay.validate.expect import Activity, Expect
-from replay.validate.kernel_steps import Kernel
+from replay.validate.kernel_steps import KernelSteps
 from replay.validate.row_tuples import Row
 from replay.validate.vm_state import Slot
 
@@ -206,7 +206,7 @@ class Threads(ABC):
 class Lockstep(Threads):
     """One VM whose roots map guest-physical addresses."""
 
-    def __init__(self, machine: Kernel) -> None:
+    def __init__(self, machine: KernelSteps) -> None:
         super().__init__()
         self.machine = machine
 
@@ -235,7 +235,7 @@ class Lockstep(Threads):
         if row.kind in _LOADING and thread.vcpu is not None:
             vcpu = self._vcpu(thread.vcpu)
             return machine.load(vcpu) if vcpu.slots[CURRENT] is None else None
-        if row.kind == "kvm_mmu_prepare_zap_page" and machine.axes.mmu == "shadow":
+        if row.kind == "kvm_mmu_prepare_zap_page" and machine.parameters.mmu == "shadow":
             return machine.zap_all()
         if row.kind == "zap_root_begin":
             root = machine.recorded.get(row.root)
@@ -261,7 +261,7 @@ class Lockstep(Threads):
             if row.kind == "kvm_unmap_hva_range":
                 self._begin(thread, machine.unmap(row.addr, row.value))  # may interrupt a fault of the same thread
             return
-        if row.kind == "zap_all" and thread.ioctl and not machine.shape.changes:
+        if row.kind == "zap_all" and thread.ioctl and not machine.kernel.spte_changed:
             return  # 5.10's way to empty the roots in kvm_mmu_zap_all_fast
         self._settle(thread, row)
         if row.kind == "kvm_page_fault" and row.vcpu is not None:
@@ -285,7 +285,7 @@ class Lockstep(Threads):
         elif row.kind == "zap_invalidated_begin":
             if machine.destroyed:
                 machine.invalidate()
-            if machine.axes.teardown == "invalidator":
+            if machine.parameters.teardown == "invalidator":
                 self._begin(thread, machine.zap_invalidated())
         elif row.kind == "zap_all":
             self._begin(thread, machine.zap_all())

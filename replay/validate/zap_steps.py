@@ -8,7 +8,6 @@ from replay.simulate import page_table
 from replay.simulate.page_table import Table
 from replay.simulate.reference import Root
 from replay.validate.expect import Activity, Expect, Spte
-from replay.validate.shapes import PRESENT
 from replay.validate.vm_state import State
 
 
@@ -17,7 +16,7 @@ class Zaps(State):
 
     def zap_root(self, root: Root, shared: bool) -> Activity:
         """tdp_mmu_zap_root (5.1): one pass a level, biggest last."""
-        for level in self.shape.passes:
+        for level in self.kernel.passes:
             level = level or root.top.level
             want = {"root": self.name(root), "role": self.role(root), "refs": root.refs, "flags": int(shared)}
             yield Expect("zap_root_begin", {**want, "level": level})
@@ -33,7 +32,7 @@ class Zaps(State):
         """One present entry becomes absent (or `put`), with all that is below it (5.2, 5.3)."""
         entry = table.entries[at]
         change = self.change(root, table, at, put or self.nothing)
-        if not self.shape.children_first or not isinstance(entry, Table):
+        if not self.kernel.children_first or not isinstance(entry, Table):
             yield change
             del table.entries[at]
             yield None
@@ -43,7 +42,7 @@ class Zaps(State):
             yield from self.remove_table(root, entry, shared)
             row = yield change
             del table.entries[at]
-            if put is not None and row is not None and row.new & PRESENT:
+            if put is not None and row is not None and self.present(row.new):
                 table.entries[at] = row.new
             yield None
 
@@ -61,12 +60,12 @@ class Zaps(State):
             if not shared and entry is not None and not self.present(entry):
                 continue
             change = self.change(root, table, at, self.frozen)
-            if isinstance(entry, Table) and self.shape.children_first:
+            if isinstance(entry, Table) and self.kernel.children_first:
                 yield from self.remove_table(root, entry, shared)
             yield change
             table.entries.pop(at, None)
             yield None
-            if isinstance(entry, Table) and not self.shape.children_first:
+            if isinstance(entry, Table) and not self.kernel.children_first:
                 yield from self.remove_table(root, entry, shared)
 
     def zap_leafs(self, root: Root, start: int, end: int) -> Activity:
@@ -78,7 +77,7 @@ class Zaps(State):
 
     def zapped(self) -> Spte | None:
         """What a single entry zapped under mmu_lock for read is shown to become; None: nothing."""
-        return self.frozen if self.shape.zapped_as_frozen else None
+        return self.frozen if self.kernel.zapped_as_frozen else None
 
 
 def _tables(table: Table, level: int) -> Iterator[Table]:

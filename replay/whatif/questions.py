@@ -8,7 +8,6 @@ from typing import Any, Final
 from rich.table import Table
 from rich.text import Text
 
-from replay import kernels
 from replay.decode.capabilities import Capabilities
 from replay.run import Progress
 from replay.whatif import aging, apicv, range_zaps, table_accounting
@@ -32,7 +31,7 @@ def asked(**given: str) -> list[Asked]:
 def answer(capabilities: Capabilities, questions: Sequence[Asked]) -> list[tuple[Workload, list[Answer]]]:
     """Each VM with a table for each question; the recorded kernel's own way is always among the variants."""
     found: list[tuple[Workload, list[Answer]]] = []
-    stands = kernels.designs(capabilities.trace.metadata)
+    stands = capabilities.kernel
     vms = [vm for vm in capabilities.trace.metadata.vms if vm["vcpus"]]
     progress = Progress(len(vms) * (len(questions) + 1), "simulating")
     for vm in vms:
@@ -43,7 +42,7 @@ def answer(capabilities: Capabilities, questions: Sequence[Asked]) -> list[tuple
             wanted = {own, *question.variants}
             variants = tuple(name for name in VARIANTS[question.axis] if name in wanted)
             whole = Asked(question.axis, variants, question.rate, question.pages)
-            label = f"{own}{', counted' if question.axis == 'zap_lock' and stands.counted else ''}"
+            label = f"{own}{', counted' if question.axis == 'zap_lock' and stands.zap_counted else ''}"
             progress.at(len(found) * (len(questions) + 1) + len(answers) + 1)
             answers.append(_ANSWER[question.axis](work, whole, label))
         found.append((work, answers))

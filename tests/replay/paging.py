@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from replay.validate.row_tuples import Row
 from replay.validate.shadow_driver import Paged, paged_of
-from replay.validate.shapes import pfn, shape_of
+from traces import kernels
+from traces.kernels.spte import pfn
 from traces.reader import Trace
 
 # Columns that a response cannot have otherwise.
@@ -26,9 +27,7 @@ OTHER_FRAME = 1 << 30  # likewise of an SPTE's page frame
 
 def run(trace: Trace, vm: int, rows: list[Row]) -> Paged | None:
     """The model after these rows, None if a response is not as foretold or pages are left."""
-    shape = shape_of(trace.metadata.kernel)
-    assert shape is not None
-    lockstep = paged_of(trace, vm, shape)
+    lockstep = paged_of(trace, vm, kernels.recorded(trace.metadata))
     lockstep.run(rows)
     lockstep.finish()
     clean = all(not tally.wrong and not tally.missing for tally in lockstep.tallies.values())

@@ -15,8 +15,7 @@ from typer.testing import CliRunner
 
 import kvmtrace
 from benchmarks import design_questions
-from replay import kernels, plan, run
-from replay.axes import PRESERVE, Designs
+from replay import plan, run
 from replay.decode.capabilities import Capabilities
 from replay.simulate.operations import Word
 from replay.simulate.reference import Vm
@@ -27,7 +26,10 @@ from replay.whatif.answers import VCPUS, parse, spread, time
 from replay.whatif.locks import Lock
 from replay.whatif.workload import MOMENTS, Program, Workload, workload
 from tests.replay.recording import Guest
+from traces import kernels
 from traces.errors import Problem
+from traces.kernels.fold import since
+from traces.kernels.policies import PRESERVE
 from traces.metadata import Metadata
 from traces.reader import Trace
 
@@ -253,22 +255,24 @@ def test_recorded_agers_are_the_rate(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kernel", "expected"),
     [
-        ("5.10.150", Designs("locked", "write", False, "memslot", "list", 3)),
-        ("5.14.21", Designs("locked", "read", False, "memslot", "list", 0)),
-        ("5.15.0", Designs("locked", "write", True, "gfn", "list", 0)),
-        ("6.1.192", Designs("locked", "write", True, "gfn", "list")),
-        ("6.2.0", Designs("locked", "write", True, "gfn", "counter")),
-        ("6.14.11", Designs("locked", "write", True, "gfn", "counter")),
-        ("6.15.0", Designs()),
+        ("5.10.150", ("locked", "write", False, "memslot", "list", 3)),
+        ("5.14.21", ("locked", "read", False, "memslot", "list", 0)),
+        ("5.15.0", ("locked", "write", True, "gfn", "list", 0)),
+        ("6.1.192", ("locked", "write", True, "gfn", "list", 14)),
+        ("6.2.0", ("locked", "write", True, "gfn", "counter", 14)),
+        ("6.14.11", ("locked", "write", True, "gfn", "counter", 14)),
+        ("6.15.0", ("lockless", "write", True, "gfn", "counter", 14)),
     ],
 )
-def test_the_recorded_kernels_way(kernel: str, expected: Designs) -> None:
-    assert kernels.designs(cast("Metadata", SimpleNamespace(raw={}, kernel=kernel))) == expected
+def test_the_recorded_kernels_way(kernel: str, expected: tuple[Any, ...]) -> None:
+    found = kernels.recorded(cast("Metadata", SimpleNamespace(raw={}, kernel=kernel, policy="")))
+    names = ("aging", "zap_lock", "zap_counted", "apicv", "tdp_pages", "pte_list_ext")
+    assert tuple(getattr(found, name) for name in names) == expected
 
 
 def test_since_when_a_kernel_does_it() -> None:
-    assert kernels.since("aging", "lockless").startswith("6.15 (b146a9b34aed")
-    assert kernels.since("zap_lock", "write").startswith("5.10 and from 5.15 (")
+    assert since("aging", "lockless").startswith("6.15 (b146a9b34aed")
+    assert since("zap_lock", "write").startswith("5.10 and from 5.15 (")
 
 
 # The command

@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from replay import plan, roles, run
-from replay.causes import Trigger
+from replay import plan, run
 from replay.decode.capabilities import _SEEN, Capabilities
 from replay.decode.inputs import HIDDEN, NO_STATE, TRIGGER
 from replay.decode.vm_inputs import VmInputs
@@ -22,6 +21,8 @@ from replay.simulate.operations import RESETS, Cause, Op
 from replay.simulate.specialize import Specialization
 from tests.replay.recording import OLD_ROLE, OLD_WP, SMM_ROLE, Guest
 from traces.errors import Problem
+from traces.kernels import roles
+from traces.kernels.triggers import Trigger
 from traces.reader import Trace
 
 CORPUS = Path(__file__).parents[2] / "traces" / "corpus"

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import kvmtrace
-from replay.validate.compare import axes_of, machine_of, validate
+from replay.validate.compare import machine_of, validate
 from replay.validate.row_tuples import Row, rows_of
-from replay.validate.shapes import shape_of
 from replay.validate.threads import RESPONSES, Lockstep
 from replay.validate.validate_text import render
 from tests.replay.recording import CORPUS, REPLAYED
+from traces import kernels
 from traces.errors import Problem
 from traces.reader import Trace
 
@@ -50,12 +50,8 @@ TELLING = {
 
 def run(rows: list[Row], trace: Trace) -> bool:
     """Whether every response is as foretold and nothing is left."""
-    meta = trace.metadata
-    shape = shape_of(meta.kernel)
-    assert shape is not None
-    axes = axes_of(meta.policy, shape)
-    assert axes is not None
-    machine = machine_of(meta, axes, shape)
+    kernel = kernels.recorded(trace.metadata)
+    machine = machine_of(kernel, kernel.parameters())
     lockstep = Lockstep(machine)
     lockstep.run(rows)
     lockstep.finish()
