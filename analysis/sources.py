@@ -314,7 +314,7 @@ def _flag(document: Mapping[str, Any], key: str) -> bool:
 
 
 def _policy(document: Mapping[str, Any]) -> Policy:
-    parameters = _object(document, "parameters")
+    parameters = _object(document, "parameters" if "parameters" in document else "axes")  # the latter until 1.1
     return Policy(
         _text(document, "name"),
         _text(document, "kernel"),

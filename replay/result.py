@@ -20,7 +20,7 @@ from replay.simulate.reference import Counters, Happened
 from traces.errors import Problem
 
 KEY: Final = b"kvmtrace.result"
-FORMAT: Final = {"major": 1, "minor": 1}
+FORMAT: Final = {"major": 1, "minor": 2}
 _NAMES: Final = pa.dictionary(pa.int8(), pa.string())
 _LABELS: Final = pa.dictionary(pa.int16(), pa.string())
 _EVENTS: Final = pa.array([event.name.lower() for event in Happened])

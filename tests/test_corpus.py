@@ -96,7 +96,7 @@ def test_sptes_tables_and_roots_hang_together(name: str) -> None:
     assert set(linked["root"]) == set(rows(name).filter(pl.col("kind") == "root_get").collect()["root"])
 
 
-@pytest.mark.parametrize("row", [r for r in ROWS if r.policy in ("async", "preserve-inline")], ids=lambda row: row.file)
+@pytest.mark.parametrize("row", [r for r in ROWS if r.policy in ("async", "preserve")], ids=lambda row: row.file)
 def test_every_table_is_freed_once_and_by_the_vm_that_got_it(row: Row) -> None:
     """No leak, no event missing: RCU frees tables behind everybody's back, and each comes back to its VM."""
     trace = rows(row.file.removesuffix(".parquet"))

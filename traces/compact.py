@@ -6,6 +6,7 @@ a reader of one VM reads nothing else and neighbouring values stay close to each
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -15,11 +16,13 @@ from typing import Any, Final
 
 import numpy as np
 
+from traces import kernels
 from traces.bookkeeping import MAX_ENTRIES, Books
 from traces.columns import to_named
 from traces.encoding import ROW_GROUP_ROWS, TraceFile
 from traces.errors import Problem
 from traces.identity import Identities, Vm
+from traces.kernels import stored
 from traces.lives import Ints
 from traces.memslots import MAX_SLOTS, Memslots
 from traces.metadata import KEY
@@ -164,6 +167,8 @@ class _Compaction:
             "gap_count": self._books.gap_count,
             "row_groups": self._row_groups,
         }
+        with contextlib.suppress(Problem):  # a damaged manifest may not say which kernel it was
+            metadata["kernel"] = stored.document(kernels.described(metadata))
         text = json.dumps(metadata, separators=(",", ":"), ensure_ascii=False)
         size = self._file.finish({KEY: text.encode(errors="backslashreplace")})  # lone surrogates stay JSON escapes
         lost = sum(sum(kind["lost"].values()) for kind in loss.values())

@@ -81,7 +81,7 @@ def test_two_kernels_as_recorded(tmp_path: Path) -> None:
     report = diff.compare(base, new, mark=False)
     assert report.verdict[0].startswith("vCPU 0 of VM 1 takes 16")
     assert "error of the two" not in report.verdict[0]
-    assert ("policy", "preserve-inline against async") in report.trust
+    assert ("policy", "preserve against async") in report.trust
 
 
 def test_a_small_difference_is_called_within_the_error(tmp_path: Path) -> None:

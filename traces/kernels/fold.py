@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from traces.errors import Problem
-from traces.kernels import roles, spte
+from traces.kernels import roles, spte, stored
 from traces.kernels.changes import CHANGES, FIRST, Change
 from traces.kernels.kernel import Kernel, Version
 from traces.kernels.policies import POLICIES, current_name
@@ -40,16 +40,25 @@ def at(version: str, facts: Facts | None = None) -> Kernel:
 
 
 def recorded(metadata: Metadata) -> Kernel:
-    """The kernel that a trace was recorded on. Raises Problem where the trace does not say which it is.
+    """The kernel that a trace was recorded on: as it describes it (format 1.1), or folded from what it says.
 
-    `policy` is what the recorder found; `unknown` where it could not tell.
+    Raises Problem where the trace does not say which kernel it is, or where its description is damaged. `policy` is
+    what the recorder found; `unknown` where it could not tell.
     """
-    raw = metadata.raw
-    layout, host = (_table(raw, name) for name in ("layout", "host"))
-    policy = metadata.policy if metadata.policy in POLICIES else "unknown"
-    cpu = host.get("vendor")
-    facts = Facts(policy, layout.get("role"), layout.get("spte"), cpu if isinstance(cpu, str) else "")
-    return at(release_of(metadata), facts)
+    kernel = described(metadata.raw)
+    return stored.kernel_of(metadata.raw["kernel"], kernel) if "kernel" in metadata.raw else kernel
+
+
+def described(raw: Mapping[str, Any]) -> Kernel:
+    """The kernel of a recording by its manifest or metadata, folded now. Raises Problem where these do not say."""
+    layout, host, policy = (_table(raw, name) for name in ("layout", "host", "policy"))
+    facts = Facts(_known(policy.get("name")), layout.get("role"), layout.get("spte"), _text(host, "vendor"))
+    return at(release_of(raw), facts)
+
+
+def _known(policy: object) -> str:
+    name = current_name(policy) if isinstance(policy, str) else ""
+    return name if name in POLICIES else "unknown"
 
 
 def parse_version(version: str) -> Version:
@@ -65,11 +74,11 @@ def parse_version(version: str) -> Version:
     )
 
 
-def release_of(metadata: Metadata) -> str:
+def release_of(raw: Mapping[str, Any]) -> str:
     """The recorded kernel's version. Debian's release has the ABI where the patch level would be; its build tells."""
-    build = str(_table(metadata.raw, "host").get("build", ""))
-    release = metadata.kernel
-    exact = re.search(r"Debian (\d{1,4}\.\d{1,4}\.\d{1,5})", build)
+    host = _table(raw, "host")
+    release = _text(host, "kernel")
+    exact = re.search(r"Debian (\d{1,4}\.\d{1,4}\.\d{1,5})", _text(host, "build"))
     match = re.match(r"\d{1,4}\.\d{1,4}(\.\d{1,5})?", release)
     if exact is None and match is None:
         raise Problem(
@@ -134,7 +143,7 @@ def _name(version: Version) -> str:
 
 def _with_facts(kernel: Kernel, facts: Facts) -> Kernel:
     if facts.policy:
-        kernel = replace(kernel, policy=current_name(facts.policy))
+        kernel = replace(kernel, policy=facts.policy)
     fields = roles.fields_of(facts.role)
     if fields:
         kernel = replace(kernel, layout=replace(kernel.layout, fields=fields))
@@ -147,3 +156,8 @@ def _with_facts(kernel: Kernel, facts: Facts) -> Kernel:
 def _table(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     value = raw.get(key)
     return value if isinstance(value, dict) else {}
+
+
+def _text(table: Mapping[str, Any], key: str) -> str:
+    value = table.get(key)
+    return value if isinstance(value, str) else ""

@@ -7,7 +7,7 @@ are VMX basic exit reasons and the exit qualification of an EPT violation (docs/
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 
@@ -40,7 +40,7 @@ class Vendor:
     fault: FaultCode
     accessed: int  # the SPTE bits that the processor sets by itself
     dirty: int
-    exits: Mapping[int, str]
+    exits: Mapping[int, str] = field(repr=False, hash=False)
     hlt: tuple[int, ...]
     io: tuple[int, ...]
     interrupt: tuple[int, ...]

@@ -13,6 +13,7 @@ from traces.columns import kind_name
 from traces.compact import Summary, _Compaction
 from traces.encoding import TraceFile
 from traces.errors import Problem
+from traces.kernels import at
 from traces.record import Columns
 from traces.segments import Segment, SegmentReader
 from traces.synth.parameters import Parameters
@@ -37,18 +38,6 @@ ZAPS: Final = ("kvm_mmu_prepare_zap_page", "zap_root_begin", "zap_root_end")
 
 _LEFT_OUT: Final = "left out: made with --zap-rows"
 _FAULTS_ONLY: Final = "changes by faults only; those by zaps were left out"
-
-# Of 6.1 on AMD; bits as (first, count).
-_ROLE: Final = {
-    "level": [0, 4], "has_4_byte_gpte": [4, 1], "quadrant": [5, 2], "direct": [7, 1], "access": [8, 3],
-    "invalid": [11, 1], "efer_nx": [12, 1], "cr0_wp": [13, 1], "smep_andnot_wp": [14, 1], "smap_andnot_wp": [15, 1],
-    "ad_disabled": [16, 1], "guest_mode": [17, 1], "passthrough": [18, 1], "smm": [24, 8],
-}  # fmt: skip
-_SPTE: Final = {
-    "large": [7, 1], "pfn": [12, 40], "present": [11, 1], "ad_type": [52, 2], "nonpresent": 0, "frozen": 0x5A0,
-    "npt": {"host_writable": [9, 1], "mmu_writable": [10, 1]},
-    "ept": {"host_writable": [57, 1], "mmu_writable": [58, 1]},
-}  # fmt: skip
 
 _PART_ROWS: Final = 1 << 18  # a row group ends with the part that fills it, so parts must be small beside it
 
@@ -128,7 +117,8 @@ def synthesize(path: Path, parameters: Parameters, progress: Progress | None = N
 def manifest(parameters: Parameters) -> dict[str, Any]:
     """What a recorder would say of itself, and that there was none."""
     zaps = parameters.zap_rows
-    name = "async" if parameters.policy == "async" else "preserve-inline"
+    kernel = at(KERNEL)  # 6.1 on AMD
+    role = {name: list(place) for name, place in kernel.layout.shifts.items()}
     probes = [{"kind": kind, "point": "synthetic", "how": "synthetic", "why": ""} for kind in WATCHED]
     how = "synthetic" if zaps else "none"
     probes += [{"kind": kind, "point": "synthetic", "how": how, "why": "" if zaps else _LEFT_OUT} for kind in ZAPS]
@@ -144,8 +134,10 @@ def manifest(parameters: Parameters) -> dict[str, Any]:
             "kernel": KERNEL, "build": "synthetic", "machine": "x86_64", "cpus": 256,
             "vendor": "AuthenticAMD", "model": "synthetic: no machine recorded this",
         },
-        "policy": {"name": name, "why": "synthetic: as ordered"},
-        "layout": {"role": _ROLE, "spte": _SPTE, "source": "6.1", "missing": [], "table_is_physical": True},
+        "policy": {"name": parameters.policy, "why": "synthetic: as ordered"},
+        "layout": {
+            "role": role, "spte": kernel.spte.document(), "source": "6.1", "missing": [], "table_is_physical": True,
+        },
         "probes": probes,
         "clock": {"name": "boottime", "samples": []},
         "missed": {},
