@@ -20,8 +20,9 @@ class Faults(Zaps):
         root = vcpu.slots[CURRENT]
         if root is None:
             return
-        present, write, reserved = bool(code & 1), bool(code & 2), bool(code & 8)
-        if reserved:
+        codes = self.kernel.vendor.fault
+        present, write = bool(code & codes.present), bool(code & codes.write)
+        if code & codes.reserved:
             found = page_table.leaf(root.top, gfn)
             old = self.mmio(*found) if found else self.nothing
             row = yield Expect("check_mmio_spte", {"old": old}, may_stop=True)
@@ -48,6 +49,33 @@ class Faults(Zaps):
                 yield None
                 if fixable:
                     return
+        yield from self.requested(root, gfn, present)
+
+    def misconfigured(self, vcpu: Vcpu) -> Activity:
+        """An EPT misconfiguration: the guest touched an MMIO SPTE. Which one, the exit does not say: its SPTE does."""
+        root = vcpu.slots[CURRENT]
+        if root is None:
+            return
+        mmio = Spte("an MMIO SPTE of this root", lambda got: self.mmio_at(root, got) is not None)
+        row = yield Expect("check_mmio_spte", {"old": mmio}, may_stop=True)
+        assert row is not None
+        gfn = self.mmio_at(root, row.old)
+        assert gfn is not None
+        yield None
+        if row.code == row.value:
+            yield Expect("handle_mmio_page_fault", {"gfn": gfn})
+            yield None
+        else:
+            yield from self.requested(root, gfn, present=True)
+
+    def mmio_at(self, root: Root, word: int) -> int | None:
+        """The guest frame that a root has this very MMIO SPTE for."""
+        gfn = self.mmio_words.get(word)
+        found = None if gfn is None else page_table.leaf(root.top, gfn)
+        return gfn if found is not None and self.mmio(*found).fits(word) else None
+
+    def requested(self, root: Root, gfn: int, present: bool) -> Activity:
+        """The fault's way under mmu_lock: what it is about to map, and the mapping."""
         row = yield Expect("kvm_mmu_spte_requested", {"root": self.name(root), "gfn": gfn}, may_stop=True)
         assert row is not None
         unseen = not present and not self.kernel.spte_changed and self.infer(root, gfn)
@@ -134,6 +162,8 @@ class Faults(Zaps):
             row = yield self.change(root, table, at, new, optional=same)
             if row is not None:
                 table.entries[at] = row.new
+                if mmio:
+                    self.mmio_words[row.new] = gfn
                 new = Spte(f"{row.new:#x}", lambda word, installed=row.new: word == installed)  # type: ignore[misc]
                 same = False
                 yield None

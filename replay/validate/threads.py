@@ -17,6 +17,7 @@ from replay.validate.expect import Activity, Expect
 from replay.validate.kernel_steps import KernelSteps
 from replay.validate.row_tuples import Row
 from replay.validate.vm_state import Slot
+from traces.kernels.triggers import CR0_WP, EFER_MSR, EFER_NX
 
 # What the kernel does in response, and the model therefore foretells.
 RESPONSES: Final = (
@@ -41,9 +42,6 @@ _LOG_DIRTY: Final = 1
 _GET_DIRTY_LOG: Final = 0x4010AE42
 # A load's first sign: a root passed over in the search (6.9), one built, one found.
 _LOADING: Final = ("root_put", "kvm_mmu_get_page", "root_get", "mmu_load")
-# SVM_EXIT_WRITE_CR0, SVM_EXIT_CR0_SEL_WRITE
-_CR0_WRITTEN: Final = (0x10, 0x65)
-_EFER: Final = 0xC0000080
 _CONTEXT: Final = 6
 
 
@@ -269,11 +267,13 @@ class Lockstep(Threads):
         elif row.kind == "kvm_smm_transition" and row.vcpu is not None:
             (machine.smm.add if row.flags & 1 else machine.smm.discard)(row.vcpu)
         elif row.kind == "kvm_cr" and row.vcpu is not None and row.flags & 1 and row.code == 0:
-            machine.guest_bit(row.vcpu, machine.wp_bit, bool(row.value >> 16 & 1))
-        elif row.kind == "kvm_exit" and row.vcpu is not None and row.code in _CR0_WRITTEN:
+            machine.guest_bit(row.vcpu, machine.wp_bit, bool(row.value & CR0_WP))
+        elif row.kind == "kvm_exit" and row.vcpu is not None and row.code in machine.kernel.vendor.cr0_write:
             machine.guest.pop(row.vcpu, None)  # to what, only kvm_cr says, and emulated writes have none
-        elif row.kind == "kvm_msr" and row.vcpu is not None and row.flags & 1 and row.code == _EFER:
-            machine.guest_bit(row.vcpu, machine.nx_bit, bool(row.value >> 11 & 1))
+        elif row.kind == "kvm_exit" and row.vcpu is not None and row.code in machine.kernel.vendor.mmio:
+            self._begin(thread, machine.misconfigured(self._vcpu(row.vcpu)))
+        elif row.kind == "kvm_msr" and row.vcpu is not None and row.flags & 1 and row.code == EFER_MSR:
+            machine.guest_bit(row.vcpu, machine.nx_bit, bool(row.value & EFER_NX))
         elif row.kind == "mmu_free_obsolete_roots":
             thread.obsolete = True
         elif row.kind == "mmu_free_roots":

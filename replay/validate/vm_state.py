@@ -51,6 +51,7 @@ class State:
     queued: list[Root] = field(default_factory=list)  # for the zap worker
     scheduled: set[int] = field(default_factory=set)  # invalid roots whose zap is due
     removed: dict[int, tuple[int, int, int]] = field(default_factory=dict)  # frames to be freed: (role, level, gfn)
+    mmio_words: dict[int, int] = field(default_factory=dict)  # MMIO SPTEs -> the guest frames they were made for
     base: int | None = None  # the role word of the VM's first root, smm bits off
     smm: set[int] = field(default_factory=set)  # vCPUs in SMM
     guest: dict[int, int] = field(default_factory=dict)  # by vCPU, the role word's guest bits

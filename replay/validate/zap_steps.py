@@ -8,6 +8,7 @@ from replay.simulate import page_table
 from replay.simulate.page_table import Table
 from replay.simulate.reference import Root
 from replay.validate.expect import Activity, Expect, Spte
+from replay.validate.row_tuples import Row
 from replay.validate.vm_state import State
 
 
@@ -33,18 +34,22 @@ class Zaps(State):
         entry = table.entries[at]
         change = self.change(root, table, at, put or self.nothing)
         if not self.kernel.children_first or not isinstance(entry, Table):
-            yield change
-            del table.entries[at]
+            row = yield change
+            self._replace(table, at, row, put)
             yield None
             if isinstance(entry, Table):
                 yield from self.remove_table(root, entry, shared)
         else:
             yield from self.remove_table(root, entry, shared)
             row = yield change
-            del table.entries[at]
-            if put is not None and row is not None and self.present(row.new):
-                table.entries[at] = row.new
+            self._replace(table, at, row, put)
             yield None
+
+    def _replace(self, table: Table, at: int, row: Row | None, put: Spte | None) -> None:
+        """The entry goes, or a huge leaf takes its place (`put`)."""
+        del table.entries[at]
+        if put is not None and row is not None and self.present(row.new):
+            table.entries[at] = row.new
 
     def remove_table(self, root: Root, table: Table, shared: bool) -> Activity:
         """handle_removed_pt: under mmu_lock held for read every entry is frozen, even absent ones."""
