@@ -70,6 +70,7 @@ class Thread:
     pending: Expect | None = None  # what the top activity has said, unless it waits
     vcpu: int | None = None
     obsolete: bool = False  # in kvm_mmu_free_obsolete_roots
+    unloads: int | None = None  # in kvm_mmu_unload of this vCPU, which need not be the thread's own
     ioctl: int = 0
 
 
@@ -262,6 +263,8 @@ class Lockstep(Threads):
         if row.kind == "zap_all" and thread.ioctl and not machine.kernel.spte_changed:
             return  # 5.10's way to empty the roots in kvm_mmu_zap_all_fast
         self._settle(thread, row)
+        if row.kind != "mmu_free_roots":
+            thread.unloads = row.vcpu if row.kind == "mmu_unload" else None
         if row.kind == "kvm_page_fault" and row.vcpu is not None:
             self._begin(thread, machine.fault(self._vcpu(row.vcpu), row.addr, row.code))
         elif row.kind == "kvm_smm_transition" and row.vcpu is not None:
@@ -301,9 +304,10 @@ class Lockstep(Threads):
             machine.destroyed = True
 
     def _free_roots(self, thread: Thread, row: Row) -> None:
-        if thread.vcpu is None:
-            return
-        vcpu = self._vcpu(thread.vcpu)
+        index = thread.vcpu if thread.unloads is None else thread.unloads
+        if index is None or (self.machine.destroyed and not row.root):
+            return  # at the VM's end one thread frees the slots of all vCPUs, and once more when they are empty
+        vcpu = self._vcpu(index)
         mask = row.value & 15
         if thread.obsolete:
             invalid = sum(1 << i for i, root in enumerate(vcpu.slots) if root is not None and not root.valid)
