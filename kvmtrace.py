@@ -134,6 +134,27 @@ def record(
         raise typer.Exit(VERDICT_FAILED)
 
 
+@app.command(
+    epilog="Examples: kvmtrace kernels | kvmtrace kernels 6.1.20 | kvmtrace kernels 5.15 6.12"
+    " | kvmtrace kernels 7.x --json"
+)
+def kernels(
+    version: Annotated[str, typer.Argument(help="A kernel version, such as 5.15, 6.1.20 or 7.x.")] = "",
+    other: Annotated[str, typer.Argument(metavar="VERSION", help="A second one: what changed from the first.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Say what a kernel's MMU does with roots, or what changed between two versions, with commits."""
+    from traces.kernels import describe
+
+    document, text = (
+        describe.two(version, other) if other else describe.one(version) if version else describe.every_change()
+    )
+    if as_json:
+        print_json(document)
+    else:
+        print(text, end="")
+
+
 @app.command(epilog="Example: kvmtrace recover stall.kvmt")
 def recover(
     directory: Annotated[Path, typer.Argument(help="What a killed recorder left: NAME.kvmt.")],

@@ -102,12 +102,19 @@ def refault(text: str) -> Refault:
 
 def make(capabilities: Capabilities, names: Sequence[str], version: str = "", assumed: Refault | None = None) -> Plan:
     """The plan for these policies (none: the recorded kernel's own, preserve and async), on a kernel's triggers."""
-    kernel = kernels.at(version) if version else capabilities.kernel
+    kernel = _kernel(version) if version else capabilities.kernel
     own = capabilities.own.name
     wanted = list(names) or ([kernel.policy] if version else [own, *(name for name in DEFAULT if name != own)])
     assumed = assumed or Refault()
     targets = tuple(_target(capabilities, name, kernel, bool(version), assumed) for name in dict.fromkeys(wanted))
     return Plan(capabilities, targets, assumed)
+
+
+def _kernel(version: str) -> Kernel:
+    try:
+        return kernels.at(version)
+    except Problem as problem:
+        raise Problem(f"--kernel {problem}") from None
 
 
 def _target(capabilities: Capabilities, name: str, kernel: Kernel, other: bool, assumed: Refault) -> Target:

@@ -102,13 +102,24 @@ class Roots(Zaps):
                 root.refs = 1
                 self.queued.append(root)
             elif root.valid and self.parameters.teardown == "inline":
-                self.roots.remove(root)
                 yield None
-                yield from self.zap_inline(root)
+                if self.kernel.passes:
+                    yield from self.zap_marked(root)
+                else:
+                    self.roots.remove(root)
+                    yield from self.zap_inline(root)
                 return
             else:
                 self.gone(root)
         yield None
+
+    def zap_marked(self, root: Root) -> Activity:
+        """A root that is freed inline on top of 5.18's code: marked invalid, then zapped pass by pass, then gone."""
+        root.valid = False
+        root.refs = 1
+        yield from self.zap_root(root, shared=False)
+        root.refs = 0
+        self.gone(root)
 
     def gone(self, root: Root) -> None:
         """Off the list; its page is freed after a grace period."""
@@ -116,7 +127,7 @@ class Roots(Zaps):
         self.removed[self.frames[root.id]] = (self.role(root), root.top.level, 0)
 
     def zap_inline(self, root: Root) -> Activity:
-        """kvm_tdp_mmu_free_root (3.1): the last putter zaps the tree and frees the page."""
+        """kvm_tdp_mmu_free_root: the last putter zaps the tree and frees the page."""
         yield Expect("zap_root_begin", {"root": self.name(root), "role": self.words[root.word]})
         root.top.entries.clear()
         yield None
@@ -134,8 +145,8 @@ class Roots(Zaps):
                 root.top.entries.clear()
             elif root.valid:
                 root.valid = False
+                root.refs += not self.parameters.own_reference
                 if self.parameters.teardown == "worker":
-                    root.refs += not self.parameters.own_reference
                     self.queued.append(root)
                 else:
                     self.scheduled.add(root.id)

@@ -288,7 +288,7 @@ class Lockstep(Threads):
         elif row.kind == "zap_invalidated_begin":
             if machine.destroyed:
                 machine.invalidate()
-            if machine.parameters.teardown == "invalidator":
+            if machine.parameters.teardown != "worker":
                 self._begin(thread, machine.zap_invalidated())
         elif row.kind == "zap_all":
             self._begin(thread, machine.zap_all())

@@ -265,7 +265,7 @@ def test_recorded_agers_are_the_rate(tmp_path: Path) -> None:
     ],
 )
 def test_the_recorded_kernels_way(kernel: str, expected: tuple[Any, ...]) -> None:
-    found = kernels.recorded(cast("Metadata", SimpleNamespace(raw={"host": {"kernel": kernel}})))
+    found = kernels.recorded(cast("Metadata", SimpleNamespace(raw={"host": {"kernel": kernel}}, seen_policy="")))
     names = ("aging", "zap_lock", "zap_counted", "apicv", "tdp_pages", "pte_list_ext")
     assert tuple(getattr(found, name) for name in names) == expected
 

@@ -156,8 +156,8 @@ def test_accessed_takes_the_share_that_the_trace_shows(tmp_path: Path) -> None:
     guest.vm("kvm_age_hva", w0=0, w1=0x4000)
     for gfn, old in enumerate((0xE67, 0xE47, 0xE47, 0xE47)):
         guest.vm("kvm_tdp_mmu_spte_changed", w0=gfn, w1=old, **change)
-    capabilities = guest.write(tmp_path / "t.parquet")
-    assert bounds.accessed_share(capabilities.trace, intel=False) == 0.25
+    evidence = guest.write(tmp_path / "t.parquet")
+    assert bounds.accessed_share(capabilities.trace, capabilities.kernel) == 0.25
 
 
 def test_counts_read_as_they_are() -> None:

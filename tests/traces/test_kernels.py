@@ -100,7 +100,7 @@ def test_a_version_picks_policy_and_triggers(version: str, policy: str, wp: bool
 
 @pytest.mark.parametrize("version", ["", "new", "6", "5.4", "4.19.1"])
 def test_other_versions_are_refused(version: str) -> None:
-    with pytest.raises(Problem, match="--kernel"):
+    with pytest.raises(Problem, match=r"not a version|no TDP MMU before"):
         kernels.at(version)
 
 

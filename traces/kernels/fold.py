@@ -14,6 +14,7 @@ from traces.kernels.kernel import Kernel, Version
 from traces.kernels.policies import POLICIES, current_name
 from traces.kernels.triggers import Trigger
 from traces.kernels.vendors import vendor_of
+from traces.text import printable
 
 if TYPE_CHECKING:
     from traces.metadata import Metadata
@@ -46,6 +47,8 @@ def recorded(metadata: Metadata) -> Kernel:
     what the recorder found; `unknown` where it could not tell.
     """
     kernel = described(metadata.raw)
+    if metadata.seen_policy:
+        kernel = replace(kernel, policy=metadata.seen_policy)
     return stored.kernel_of(metadata.raw["kernel"], kernel) if "kernel" in metadata.raw else kernel
 
 
@@ -65,7 +68,7 @@ def parse_version(version: str) -> Version:
     """A version as three numbers; raises Problem."""
     match = re.match(r"v?(\d{1,4})\.(\d{1,4}|x)(?:\.(\d{1,5}))?", version)
     if match is None:
-        raise Problem(f"--kernel {version}: not a version; write it like 5.15 or 6.1.20")
+        raise Problem(f"{printable(version)}: not a version; write it like 5.15 or 6.1.20")
     major, minor, patch = match[1], match[2], match[3]
     return (
         int(major),
@@ -108,7 +111,7 @@ def since(name: str, value: object) -> str:
 
 def _folded(version: Version) -> Kernel:
     if version < FIRST.version:
-        raise Problem(f"--kernel {version[0]}.{version[1]}: there is no TDP MMU before 5.10")
+        raise Problem(f"{version[0]}.{version[1]}: there is no TDP MMU before 5.10")
     kernel = replace(FIRST, name=_name(version), version=version)
     for change in CHANGES:
         if change.holds(version):
