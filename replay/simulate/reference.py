@@ -1,6 +1,6 @@
 """The reference model of a VM's roots: plain Python that reads like the description of the kernel it follows.
 
-Source: reference/kvm-mmu.md of the project (sections 2, 3 and 3.6b: slots, references, state machine). `engine` does
+Source: docs/kvm-mmu.md ("Root slots of a vCPU", "The life of a root, by policy"). `engine` does
 the same at speed and must agree bit for bit; user policies plug in here (`policies`). What a kernel version adds or
 leaves out are `parameters`; this file has no version in it.
 """
@@ -105,7 +105,7 @@ class Logged:
 class Violation(Exception):
     """An invariant does not hold: the trace, the model or a policy of one's own is wrong.
 
-    Of references (section 9.6 of the reference), of tables (each linked once and unlinked once before its root is
+    Of references (docs/kvm-mmu.md, "Invariants"), of tables (each linked once and unlinked once before its root is
     freed) and of TLBs (what is removed from a root that a vCPU holds is flushed before mmu_lock is dropped).
 
     `at` is the operation, `root` the root it is about (None: the VM).

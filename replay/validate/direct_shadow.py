@@ -1,6 +1,6 @@
 """What KVM's shadow MMU does step by step in direct mode (`kvm.tdp_mmu=0`): a VM's pages in one hash, roots among them.
 
-Section 7 of the reference document. Few of its steps have an event: links, removals by notifiers and write protection
+docs/kvm-mmu.md, "The shadow MMU". Few of its steps have an event: links, removals by notifiers and write protection
 are silent, and show only in which later faults find what.
 """
 

@@ -1,4 +1,4 @@
-"""The steps of a fault (section 4 of the reference document), and of mapping by other hands."""
+"""The steps of a fault (docs/kvm-mmu.md, "Page faults"), and of mapping by other hands."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Faults(Zaps):
         return True
 
     def map(self, root: Root, gfn: int, goal: int, frame: int, unseen: bool = False) -> Activity:
-        """kvm_tdp_mmu_map (4.2): tables downwards to the goal level, then the leaf.
+        """kvm_tdp_mmu_map: tables downwards to the goal level, then the leaf.
 
         `unseen`: something was removed here that no event showed, so that a table may be built anew.
         """

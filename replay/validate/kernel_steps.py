@@ -17,7 +17,7 @@ class KernelSteps(Roots, Faults):
     """All that the recorded kernel does of its own accord or at the host's bidding, for one VM."""
 
     def unmap(self, start: int, end: int) -> Activity:
-        """An MMU notifier (5.6): host addresses become guest frames by each memslot that they overlap."""
+        """An MMU notifier: host addresses become guest frames by each memslot that they overlap."""
         if not self.kernel.spte_changed:
             return
         self.sequence += 1

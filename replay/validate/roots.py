@@ -1,4 +1,4 @@
-"""The steps of a root's life: load, unload, put, invalidation (sections 2 and 3 of the reference document)."""
+"""The steps of a root's life: load, unload, put, invalidation (docs/kvm-mmu.md, "The life of a root, by policy")."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Roots(Zaps):
         return root
 
     def free_slots(self, vcpu: Vcpu, mask: int) -> Activity:
-        """kvm_mmu_free_roots (2.1): previous slots in order, then the current one."""
+        """kvm_mmu_free_roots: previous slots in order, then the current one."""
         for i in (1, 2, 3, CURRENT):
             root = vcpu.slots[i]
             if root is not None and mask >> i & 1:
@@ -91,7 +91,7 @@ class Roots(Zaps):
                 yield from self.put(root)
 
     def put(self, root: Root) -> Activity:
-        """One reference less; what the last one brings about is the policy (3.1 to 3.5)."""
+        """One reference less; what the last one brings about is the policy."""
         row = yield Expect("root_put", {"root": self.name(root), "role": self.role(root), "refs": root.refs})
         assert row is not None
         self.frames[root.id] = row.table
@@ -138,7 +138,7 @@ class Roots(Zaps):
         yield None
 
     def invalidate(self) -> Activity | None:
-        """Every valid root is marked (3.3 to 3.5), or emptied (3.1)."""
+        """Every valid root is marked invalid, or emptied (5.10)."""
         self.sequence += 1
         for root in self.roots:
             if self.parameters.zap_all_fast == "empty":
@@ -159,7 +159,7 @@ class Roots(Zaps):
         yield from self.put(root)
 
     def zap_invalidated(self) -> Activity:
-        """kvm_tdp_mmu_zap_invalidated_roots (3.5): roots visited newest first, each with a reference meanwhile."""
+        """kvm_tdp_mmu_zap_invalidated_roots: roots visited newest first, each with a reference meanwhile."""
         shared = not (self.destroyed and self.kernel.ends_exclusively)
         for root in self.held():
             if root.id in self.scheduled:

@@ -1,4 +1,4 @@
-"""The steps of zaps: whole roots, single entries, ranges (section 5 of the reference document)."""
+"""The steps of zaps: whole roots, single entries, ranges (docs/kvm-mmu.md, "Zaps")."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Zaps(State):
     """What is removed, in which order, and how it shows."""
 
     def zap_root(self, root: Root, shared: bool) -> Activity:
-        """tdp_mmu_zap_root (5.1): one pass a level, biggest last."""
+        """tdp_mmu_zap_root: one pass a level, biggest last."""
         for level in self.kernel.passes:
             level = level or root.top.level
             want = {"root": self.name(root), "role": self.role(root), "refs": root.refs, "flags": int(shared)}
@@ -30,7 +30,7 @@ class Zaps(State):
             yield None
 
     def zap_entry(self, root: Root, table: Table, at: int, shared: bool, put: Spte | None = None) -> Activity:
-        """One present entry becomes absent (or `put`), with all that is below it (5.2, 5.3)."""
+        """One present entry becomes absent (or `put`), with all that is below it."""
         entry = table.entries[at]
         change = self.change(root, table, at, put or self.nothing)
         if not self.kernel.children_first or not isinstance(entry, Table):
@@ -74,7 +74,7 @@ class Zaps(State):
                 yield from self.remove_table(root, entry, shared)
 
     def zap_leafs(self, root: Root, start: int, end: int) -> Activity:
-        """tdp_mmu_zap_leafs (5.5): leaves in [start, end) go, tables stay."""
+        """tdp_mmu_zap_leafs: leaves in [start, end) go, tables stay."""
         for table, at in list(page_table.within(root.top, start, end)):
             entry = table.entries.get(at)
             if isinstance(entry, int) and self.present(entry):

@@ -214,3 +214,18 @@ def test_sync_on_a_newer_kernel_has_that_kernels_habits(version: str) -> None:
 
 def test_huge_pages_are_put_back_from_6_13_on() -> None:
     assert [kernels.at(version).recovers for version in ("6.12", "6.13", "6.18", "7.3")] == [False, True, True, True]
+
+
+def test_sections_of_the_document_that_the_code_cites_are_there() -> None:
+    root = Path(__file__).parents[2]
+    text = (root / "docs" / "kvm-mmu.md").read_text()
+    heads = {line.lstrip("# ") for line in text.splitlines() if line.startswith("##")}
+    cited = set()
+    for folder in ("replay", "traces", "tracer", "analysis"):
+        for path in (root / folder).rglob("*.py"):
+            for found in re.findall(r'docs/kvm-mmu\.md((?:,| \()(?: ?"[^"]+",?)+)', path.read_text()):
+                cited |= set(re.findall(r'"([^"]+)"', found))
+    assert cited, "the code cites none"
+    assert cited <= heads
+    anchors = {re.sub(r"[^a-z0-9 -]", "", head.lower()).replace(" ", "-") for head in heads}
+    assert set(re.findall(r"\]\(#([a-z0-9-]+)\)", text)) <= anchors
