@@ -198,6 +198,7 @@ class Core:
     flush_per_table = cython.declare(cython.longlong, visibility="public")
     zap_tables = cython.declare(cython.longlong, visibility="public")
     split_in_place = cython.declare(cython.longlong, visibility="public")
+    recovers = cython.declare(cython.longlong, visibility="public")
     prefetch = cython.declare(cython.longlong, visibility="public")
     assume_refault = cython.declare(cython.longlong, visibility="public")
     logging = cython.declare(cython.longlong, visibility="public")
@@ -681,6 +682,8 @@ class Core:
         node: cython.longlong
         below: cython.longlong
         at: cython.longlong
+        k: cython.longlong
+        one: cython.ulonglong = 1
         removed: cython.longlong = 0
         for w in range(self.words):
             if self.word[w].as_id == as_id and (self.word[w].root or self.word[w].ghost):
@@ -697,6 +700,12 @@ class Core:
                     self._drop(w, below, level - 1)
                     self.word[w].leaves -= self.gone_leaves
                     self.word[w].tables -= self.gone_tables
+                    if self.recovers:
+                        at = g >> (level - 1) * 9 & 511
+                        k = self.page_of[node] * 16 + (at >> 6) * 2
+                        self.bits[k] |= one << (at & 63)
+                        self.bits[k + 1] |= one << (at & 63)
+                        self.word[w].leaves += 1
                     if not self.word[w].ghost:
                         removed += 1
                         self.zapped += self.gone_leaves

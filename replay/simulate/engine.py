@@ -274,6 +274,7 @@ class Engine:
         core.flush_per_table = parameters.flush_per_table
         core.zap_tables = parameters.zap_tables
         core.split_in_place = parameters.split_in_place
+        core.recovers = parameters.recovers
         core.prefetch = parameters.prefetch > 1
         core.assume_refault = parameters.assume_refault
         core.logging = log

@@ -260,7 +260,7 @@ class Vm:
                 self.counters.tables += root.tables - before
 
     def collapse(self, as_id: int, level: int, gfn: int) -> None:
-        """The table below the entry of `level` that covers `gfn` is removed from every valid root."""
+        """The table below the entry of `level` that covers `gfn` goes from every valid root, or becomes a huge leaf."""
         removed = 0
         for root in [*self.roots, *self.ghosts.values()]:
             if not root.valid or self.words[root.word].as_id != as_id:
@@ -269,6 +269,8 @@ class Vm:
             at = page_table.index(gfn, table.level)
             if table.level == level and isinstance(table.entries.get(at), Table):
                 leaves, tables = self._remove(root, table, at)
+                if self.parameters.recovers:
+                    self._install(root, table, at)
                 if not root.ghost:
                     removed += 1
                     self.counters.zapped += leaves

@@ -61,6 +61,7 @@ def parameters() -> st.SearchStrategy[PolicyParameters]:
         split_in_place=st.booleans(),
         prefetch=st.sampled_from([1, 8]),
         assume_refault=st.booleans(),
+        recovers=st.booleans(),
     )
 
 

@@ -157,7 +157,7 @@ def test_accessed_takes_the_share_that_the_trace_shows(tmp_path: Path) -> None:
     for gfn, old in enumerate((0xE67, 0xE47, 0xE47, 0xE47)):
         guest.vm("kvm_tdp_mmu_spte_changed", w0=gfn, w1=old, **change)
     evidence = guest.write(tmp_path / "t.parquet")
-    assert bounds.accessed_share(capabilities.trace, capabilities.kernel) == 0.25
+    assert bounds.accessed_share(evidence.trace, evidence.kernel) == 0.25
 
 
 def test_counts_read_as_they_are() -> None:

@@ -92,7 +92,7 @@ class Kernel:
     def parameters(self, name: str = "") -> PolicyParameters:
         """A policy (none: this kernel's own) as this kernel would have it. Raises Problem for a name that is none.
 
-        The policy is what is chosen; how huge leaves are split and who shares mmu_lock is the kernel's. So is, with
+        The policy is what is chosen; how huge leaves come and go and who shares mmu_lock is the kernel's. So is, with
         `sync`, what zap_all_fast and range zaps do. The other policies came with 5.18's way of doing that, or later: on
         an older kernel they bring it with them.
         """
@@ -113,6 +113,7 @@ class Kernel:
         return replace(
             chosen,
             split_in_place=self.split_in_place,
+            recovers=self.recovers,
             loads_share=self.loads_share,
             faults_share=self.faults_share,
         )

@@ -30,6 +30,8 @@ class PolicyParameters:
     zap_tables: bool = False
     # A small fault below a huge leaf splits it in place (6.3), or zaps it.
     split_in_place: bool = True
+    # When dirty logging ends, a huge leaf takes the place of a table (6.13: 13e2e4f62a4b), or nothing does.
+    recovers: bool = False
     # Entries of an aligned group that a fault fills when host memory is there; 1: just its own. Shadow MMU only.
     prefetch: int = 1
     # Loads and unloads take mmu_lock for read (6.9), or for write. Virtual time alone asks.
