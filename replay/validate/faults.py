@@ -37,7 +37,10 @@ class Faults(Zaps):
                 table, at = found
                 word = table.entries[at]
                 assert isinstance(word, int)
-                fixable = table.level == 1 or not self.logged(self.as_id(root), gfn)
+                # A page that the host lets KVM only read (zero page, COW, KSM) takes a full fault.
+                fixable = bool(word & self.mmu_writable) and (
+                    table.level == 1 or not self.logged(self.as_id(root), gfn)
+                )
                 ret = self.kernel.ret_pf.fixed if fixable else self.kernel.ret_pf.invalid
                 want = {"root": self.name(root), "addr": addr, "old": expect.leaf(word, self.kernel), "ret": ret}
                 if fixable:

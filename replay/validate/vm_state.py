@@ -62,6 +62,11 @@ class State:
     _ids: int = 0
 
     @property
+    def mmu_writable(self) -> int:
+        """The bit of an SPTE whose page KVM may make writable by itself."""
+        return self.kernel.spte.mmu_writable[self.kernel.vendor.paging == "ept"]
+
+    @property
     def guest_bits(self) -> int:
         return self.wp_bit | self.nx_bit
 
