@@ -61,9 +61,10 @@ class Watch:
     @property
     def other(self) -> str:
         """The policy that the rows show where it is another one than the recorder's; else empty."""
-        if not self.settled or self.own_reference in (None, POLICIES[self.found].own_reference):
-            return ""
-        return self.policy
+        told = self.policy
+        return (
+            told if told and self.found in POLICIES and POLICIES[self.found].own_reference != self.own_reference else ""
+        )
 
     def see(self, rows: Iterable[Row]) -> None:
         """Take rows in, in order of recording, until it is settled."""
