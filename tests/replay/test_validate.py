@@ -202,7 +202,7 @@ def in_intels_codes(row: Row) -> Row | None:
     return row
 
 
-@pytest.mark.parametrize("name", ["smi-storm-6.1-ept", "steady-6.1-ept", "smi-storm-6.1-sync"])
+@pytest.mark.parametrize("name", ["smi-storm-6.1-ept", "steady-6.1-ept", "smi-storm-6.1-sync", "field-6.1"])
 def test_recordings_of_other_vendors_and_modified_kernels(name: str) -> None:
     report = validate(RECORDINGS_HERE / f"{name}.parquet")
     assert report.reproduced == report.expected > 200, render(report)

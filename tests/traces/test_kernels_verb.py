@@ -62,7 +62,7 @@ def test_a_newer_release_may_lack_what_an_older_series_took_back() -> None:
     assert "no change that kvmtrace knows of" in said("6.16", "6.17")
 
 
-@pytest.mark.parametrize("version", ["nope", "5.4", "6", "-1", "6.1\x1b[31m"])
+@pytest.mark.parametrize("version", ["nope", "5.4", "6", "-1", "x6.1\x1b[31m"])
 def test_what_is_no_version_is_one_line(version: str) -> None:
     with pytest.raises(Problem) as problem:
         CliRunner().invoke(kvmtrace.app, ["kernels", "--", version], catch_exceptions=False)
