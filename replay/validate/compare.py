@@ -100,7 +100,7 @@ def validate(path: Path, policy: str = "") -> Report:
     trace = Trace.open(path)
     meta = trace.metadata
     policy = policy or meta.policy
-    kernel = _kernel(meta)
+    kernel = _kernel(path, meta)
     if kernel is None or policy not in POLICIES:
         what = f"kernel {meta.kernel or 'unknown'}, root policy {policy or 'unknown'}"
         raise Problem(f"{path}: cannot be validated: {what}; record it with `kvmtrace record` on 5.10 or later")
@@ -123,11 +123,13 @@ def validate(path: Path, policy: str = "") -> Report:
     return report
 
 
-def _kernel(meta: Metadata) -> Kernel | None:
+def _kernel(path: Path, meta: Metadata) -> Kernel | None:
     """The recorded kernel; None where the trace does not say, or where it is too old."""
     try:
         return kernels.recorded(meta)
-    except Problem:
+    except Problem as problem:
+        if "kernel" in meta.raw:
+            raise Problem(f"{path}: {problem}") from None
         return None
 
 

@@ -88,7 +88,7 @@ def policy(made: Recording) -> dict[str, Any]:
     watch = Watch("", made.role["invalid"])
     for rows in made.vms:
         for row in rows:
-            watch._see(PolicyRow(row.kind, row.tid, row.root, row.role, row.refs))
+            watch.take(PolicyRow(row.kind, row.tid, row.root, row.role, row.refs))
     return {"policy": watch.policy or None}
 
 

@@ -128,6 +128,8 @@ FIRST: Final = Kernel(
 _STABLE_2023: Final = ((6, 1, 50), (6, 2, 15), (6, 3, 2))
 
 CHANGES: Final = (
+    # 5.11
+    Change((5, 11), "BTF of modules tells struct kvm_mmu_page", fields={"page_struct": ()}),
     # 5.12
     Change((5, 12), "TDP faults take mmu_lock, now an rwlock, for read", ("a2855afc7ee8",), fields={
         "faults_share": True, "fast": True, "spte.frozen": 0x5A0, "zapped_as_frozen": True,
@@ -144,7 +146,6 @@ CHANGES: Final = (
     }),
     Change((5, 12), "each change of a TDP SPTE is an event; a table's level is its own; first release inferred",
         fields={"spte_changed": True, "child_level": 0}, points=("+kvmmmu:kvm_tdp_mmu_spte_changed",)),
-    Change((5, 12), "BTF of modules tells struct kvm_mmu_page (5.11)", fields={"page_struct": ()}),
     Change((5, 12), "CR4.PGE, CR4.PCIDE and INVPCID flush, and unload no more; first release before 5.15 inferred",
         unloads=("-CR4_PGE", "-CR4_PCIDE", "-INVPCID")),
     Change((5, 12), "a shadow lookup zaps unsync pages in its way; first release before 6.1 inferred",

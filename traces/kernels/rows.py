@@ -70,11 +70,12 @@ class Watch:
         """Take rows in, in order of recording, until it is settled."""
         for row in rows:
             if row.kind in KINDS:
-                self._see(row)
+                self.take(row)
                 if self.settled:
                     return
 
-    def _see(self, row: Row) -> None:
+    def take(self, row: Row) -> None:
+        """Take one row in."""
         if row.kind == "zap_invalidated_begin":
             self._invalidating.add(row.tid)
         elif row.kind == "zap_invalidated_end":
