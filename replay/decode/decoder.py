@@ -33,6 +33,7 @@ from typing import Any
 import cython
 import numpy as np
 
+from replay.decode.exits import CODES, Left, exit_meanings
 from replay.decode.inferred import GONE_PAGE, GONE_TABLE, Unseen
 from replay.decode.inputs import (
     BUILT_ROOT,
@@ -53,14 +54,11 @@ from replay.simulate.operations import Op
 from traces.kernels import roles, triggers
 from traces.kernels.spte import LARGE
 from traces.kernels.triggers import Trigger
-from traces.kernels.vendors import SVM, VMX
 from traces.schema import BY_NAME
 
 COMPILED: bool = cython.compiled
 
 _NONE = cython.declare(cython.longlong, -1)
-_IOCTL = cython.declare(cython.longlong, 1 << 32)  # set in what a vCPU did last, where that was an ioctl
-_DETAIL = cython.declare(cython.int, 16)  # where an exit's detail stands above its code
 _PAGE_BITS = cython.declare(cython.int, 9)  # of a table's index
 
 # What a row says, by kind: see `_MEANINGS`.
@@ -159,25 +157,26 @@ _EFER_NX = cython.declare(cython.longlong, triggers.EFER_NX)
 _SET_SREGS = cython.declare(cython.longlong, triggers.SET_SREGS[0])
 _SET_SREGS2 = cython.declare(cython.longlong, triggers.SET_SREGS[1])
 _SET_CPUID2 = cython.declare(cython.longlong, triggers.SET_CPUID2)
+_CODES = cython.declare(cython.ulonglong, CODES)
+_BY_NOTHING = cython.declare(cython.longlong, int(Left.NEVER))
+_BY_OTHER = cython.declare(cython.longlong, int(Left.OTHER_EXIT))
+_BY_IO = cython.declare(cython.longlong, int(Left.IO))
+_BY_CR0 = cython.declare(cython.longlong, int(Left.CR0_WRITE))
+_BY_CR4 = cython.declare(cython.longlong, int(Left.CR4_WRITE))
+_BY_MSR_WRITE = cython.declare(cython.longlong, int(Left.MSR_WRITE))
+_BY_RSM = cython.declare(cython.longlong, int(Left.RSM))
+_BY_UD = cython.declare(cython.longlong, int(Left.UNDEFINED))
+_BY_INVPCID = cython.declare(cython.longlong, int(Left.INVPCID))
+_BY_CR = cython.declare(cython.longlong, int(Left.CR))
+_BY_MSR = cython.declare(cython.longlong, int(Left.MSR))
+_TO_SREGS = cython.declare(cython.longlong, int(Left.SET_SREGS))
+_TO_CPUID = cython.declare(cython.longlong, int(Left.SET_CPUID))
+_TO_OTHER = cython.declare(cython.longlong, int(Left.OTHER_IOCTL))
 _KVM_SMI = cython.declare(cython.ulonglong, 0xAEB7)
 _LARGE = cython.declare(cython.ulonglong, LARGE)
 _LEVEL5 = cython.declare(cython.longlong, roles.LEVEL5)
 _NESTED_GUEST = cython.declare(cython.longlong, roles.GUEST)
 _GUEST_MODE = cython.declare(cython.uint, 1 << 17)
-_SVM_MSR = cython.declare(cython.ulonglong, SVM.msr)
-_SVM_RSM = cython.declare(cython.longlong, SVM.rsm[0])
-_SVM_UD = cython.declare(cython.longlong, SVM.undefined[0])
-_SVM_INVPCID = cython.declare(cython.longlong, SVM.invpcid[0])
-_SVM_CR0 = cython.declare(cython.longlong, SVM.cr0_write[0])
-_SVM_CR0_SELECTIVE = cython.declare(cython.longlong, SVM.cr0_write[1])
-_SVM_CR4 = cython.declare(cython.longlong, SVM.cr4_write[0])
-_SVM_IO = cython.declare(cython.longlong, SVM.io[0])
-_VMX_IO = cython.declare(cython.longlong, VMX.io[0])
-_VMX_CR = cython.declare(cython.ulonglong, VMX.cr)
-_VMX_RSM = cython.declare(cython.longlong, VMX.rsm[0])
-_VMX_EXCEPTION = cython.declare(cython.longlong, VMX.undefined[0])
-_VMX_WRMSR = cython.declare(cython.longlong, VMX.msr_write[0])
-_VMX_INVPCID = cython.declare(cython.longlong, VMX.invpcid[0])
 _GONE_PAGE = cython.declare(cython.int, GONE_PAGE)
 _GONE_TABLE = cython.declare(cython.int, GONE_TABLE)
 
@@ -194,7 +193,7 @@ _IS_OTHER = cython.declare(cython.int, int(VcpuState.OTHER))
 
 Vcpu = cython.struct(  # what is known of a vCPU after its last row; rows are named by their seq, -1 for none
     opened=cython.longlong,  # its last exit or ioctl
-    code=cython.longlong,  # what that was
+    why=cython.longlong,  # what that was (`exits.Left`)
     loaded=cython.longlong,  # its last load of a root
     state=cython.longlong,  # (`roles`) by the word of that root
     smm=cython.longlong,  # its last SMM transition
@@ -221,8 +220,8 @@ Vcpu = cython.struct(  # what is known of a vCPU after its last row; rows are na
     cr4=cython.longlong,
     wrote=cython.longlong,  # its last write of CR0 or CR4 with a value, and what that triggers (-1: nothing)
     wrote_trigger=cython.longlong,
-    left=cython.longlong,  # its last exit, and that one's code
-    left_code=cython.ulonglong,
+    left=cython.longlong,  # its last exit, and whether it was for port I/O
+    left_by_io=cython.longlong,
     asked_smi=cython.longlong,  # the last KVM_SMI ioctl by its thread
     # The exit that goes on
     record=cython.longlong,  # -1: it has no input yet
@@ -324,7 +323,7 @@ class Decoder:
     _slot_hva: cython.const[cython.ulonglong][::1]
     _slot_space: cython.const[cython.longlong][::1]
     # The recorded kernel
-    _intel: cython.bint
+    _meaning: cython.uchar[::1]  # of exits (`exits`)
     _shadow: cython.bint
     _infers: cython.bint
     _valued: cython.bint  # writes of control registers come with values
@@ -333,8 +332,8 @@ class Decoder:
     _fixed: cython.longlong
     _wp: cython.longlong
     _nx: cython.longlong
+    _spte_present: cython.ulonglong
     _present: cython.ulonglong  # bits of a fault's code that say that the leaf was there
-    _spte_present: cython.ulonglong  # the bit of an SPTE
 
     def __init__(self, capabilities: Any, vcpus: int, slots: Any, role_words: Any, groups: bool, timed: bool) -> None:
         """`role_words`: by root id, those known before. `groups`: find out what the shadow MMU may prefetch around
@@ -369,13 +368,15 @@ class Decoder:
         self._loads_by = _ROOT_GET if kinds.get("root_get") else _MMU_LOAD if kinds.get("mmu_load") else _ENTRY
         self._invalidations, self._invalidated, self._newest_root = 0, -1, 0
         self._timed, self._groups = timed, groups
-        self._intel, self._shadow, self._infers = capabilities.intel, capabilities.shadow, capabilities.infers
+        self._shadow, self._infers = capabilities.shadow, capabilities.infers
+        self._meaning = exit_meanings(kernel.vendor)
         self._valued = bool(kinds.get("kvm_cr"))
         self._guest_bits = kernel.layout.guest_bits
-        # 5.10: the same function empties roots when they are invalidated and when the process ends.
+        # The same function empties roots when they are invalidated and when the process ends.
         self._one_function = kernel.zap_all_fast == "empty"
         self._fixed, self._wp, self._nx = kernel.ret_pf.fixed, kernel.layout.wp, kernel.layout.nx
-        self._present, self._spte_present = kernel.vendor.fault.present, kernel.spte.present
+        self._spte_present = kernel.spte.present
+        self._present = kernel.vendor.fault.present
         self.ended = False
         self.nested = self.inferred = self.hidden = self.by_guest = self.by_clock = 0
         self.began = -1
@@ -530,7 +531,7 @@ class Decoder:
                             self._repaired(v, addr[i], (old[i] | new[i]) & _LARGE != 0)
                     elif means == _IOCTL_BEGIN:
                         vcpu[v].opened = seq[i]
-                        vcpu[v].code = cython.cast(cython.longlong, code[i] & 0xFFFF) | _IOCTL
+                        vcpu[v].why = self._asked(cython.cast(cython.longlong, code[i] & 0xFFFF))
                         if code[i] == _KVM_SMI:
                             vcpu[v].asked_smi = seq[i]
                 elif means in (_ROOT_GET, _MMU_LOAD, _GET_PAGE) and root[i] > 0:
@@ -804,19 +805,31 @@ class Decoder:
     @cython.exceptval(check=False)
     def _exits(self, v: cython.Py_ssize_t, code: cython.ulonglong, value: cython.ulonglong) -> cython.void:
         vcpu: cython.pointer[Vcpu] = self._vcpu
-        what: cython.longlong = cython.cast(cython.longlong, code & 0xFFFF)
-        if code == (_VMX_CR if self._intel else _SVM_MSR):
-            what |= cython.cast(cython.longlong, value & 0xF) << _DETAIL
+        why: cython.longlong = _BY_OTHER
+        if code & 0xFFFF < _CODES:
+            why = self._meaning[code & 0xFFFF]
+        if why == _BY_CR:
+            why = _BY_CR0 if value & 0xF == 0 else _BY_CR4 if value & 0xF == 4 else _BY_OTHER
+        elif why == _BY_MSR:
+            why = _BY_MSR_WRITE if value & 0xF == 1 else _BY_OTHER
         vcpu[v].opened = vcpu[v].left = self._at
-        vcpu[v].code = what
-        vcpu[v].left_code = code
+        vcpu[v].why = why
+        vcpu[v].left_by_io = why == _BY_IO
         if self._valued:
             return
         # Where the kernel unloads for the usual write, no reset means that nothing of the kind was written.
-        if self._is_cr0_write(what) and not self._unloads[_CR0_WP]:
+        if why == _BY_CR0 and not self._unloads[_CR0_WP]:
             self._silent(v, _CR0_SILENT)
-        elif self._is_cr4_write(what) and not self._unloads[_CR4_PGE]:
+        elif why == _BY_CR4 and not self._unloads[_CR4_PGE]:
             self._silent(v, _CR4_SILENT)
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _asked(self, ioctl: cython.longlong) -> cython.longlong:
+        if ioctl in (_SET_SREGS, _SET_SREGS2):
+            return _TO_SREGS
+        return _TO_CPUID if ioctl == _SET_CPUID2 else _TO_OTHER
 
     @cython.cfunc
     @cython.nogil
@@ -879,7 +892,7 @@ class Decoder:
         state: cython.longlong = self._with_registers(v, vcpu[v].state)
         by_io: cython.bint
         if entering:
-            by_io = vcpu[v].left > vcpu[v].entered and (vcpu[v].left_code == _SVM_IO or vcpu[v].left_code == _VMX_IO)
+            by_io = vcpu[v].left > vcpu[v].entered and vcpu[v].left_by_io
             if by_io or vcpu[v].asked_smi > vcpu[v].entered:
                 self.by_guest += 1
             else:
@@ -908,7 +921,7 @@ class Decoder:
         # An unload outside of a reset after an invalidation is the one that it asked for (5.10 to 5.17).
         if unload and self._invalidated > vcpu[v].loaded:
             return
-        trigger = self._cause(vcpu[v].code, in_smm)
+        trigger = self._cause(vcpu[v].why, in_smm)
         if self._valued and vcpu[v].wrote > base and vcpu[v].wrote_trigger >= 0:
             trigger = vcpu[v].wrote_trigger
         if trigger == _BY_EXIT and vcpu[v].touch > base:
@@ -925,40 +938,23 @@ class Decoder:
     @cython.cfunc
     @cython.nogil
     @cython.exceptval(check=False)
-    def _cause(self, code: cython.longlong, in_smm: cython.bint) -> cython.longlong:
+    def _cause(self, why: cython.longlong, in_smm: cython.bint) -> cython.longlong:
         """A reset's trigger, by what the vCPU did last: exit or ioctl."""
-        ioctl: cython.longlong = code & 0xFFFF
-        if code == _NONE:
+        if why == _TO_SREGS:
+            return _SREGS
+        if why == _TO_CPUID:
+            return _CPUID
+        if why in (_BY_NOTHING, _TO_OTHER):
             return _OTHER
-        if code >= _IOCTL:
-            if ioctl in (_SET_SREGS, _SET_SREGS2):
-                return _SREGS
-            return _CPUID if ioctl == _SET_CPUID2 else _OTHER
-        if code == (_VMX_RSM if self._intel else _SVM_RSM):
+        if why == _BY_RSM or (why == _BY_UD and in_smm):
             return _RSM
-        if in_smm and code == (_VMX_EXCEPTION if self._intel else _SVM_UD):
-            return _RSM
-        if self._is_cr0_write(code):
+        if why == _BY_CR0:
             return _CR0_RESET if self._unloads[_CR0_WP] else _CR0
-        if self._is_cr4_write(code):
+        if why == _BY_CR4:
             return _CR4_RESET if self._unloads[_CR4_PGE] else _CR4
-        if code == (_VMX_WRMSR if self._intel else _SVM_MSR | 1 << _DETAIL):
+        if why == _BY_MSR_WRITE:
             return _EFER
-        return _INVPCID if code == (_VMX_INVPCID if self._intel else _SVM_INVPCID) else _BY_EXIT
-
-    @cython.cfunc
-    @cython.nogil
-    @cython.inline
-    @cython.exceptval(check=False)
-    def _is_cr0_write(self, code: cython.longlong) -> cython.bint:
-        return code == _VMX_CR if self._intel else code in (_SVM_CR0, _SVM_CR0_SELECTIVE)
-
-    @cython.cfunc
-    @cython.nogil
-    @cython.inline
-    @cython.exceptval(check=False)
-    def _is_cr4_write(self, code: cython.longlong) -> cython.bint:
-        return code == (_VMX_CR | 4 << _DETAIL) if self._intel else code == _SVM_CR4
+        return _INVPCID if why == _BY_INVPCID else _BY_EXIT
 
     @cython.cfunc
     @cython.nogil
@@ -1187,16 +1183,16 @@ class Decoder:
 
 
 # Rows of Vcpu, and which of their fields are -1 at first.
-VCPU = [(name, "u8" if name == "left_code" else "i8") for name in (
-    "opened", "code", "loaded", "state", "smm", "reset", "cr0_reset", "cr0_input", "entered", "root", "dirty",
+VCPU = [(name, "i8") for name in (
+    "opened", "why", "loaded", "state", "smm", "reset", "cr0_reset", "cr0_input", "entered", "root", "dirty",
     "invalidated", "started", "touch", "touch_input", "requested", "marked", "present", "faulted", "built", "built_at",
-    "wp_flips", "maybe_flips", "efer", "cr0", "cr4", "wrote", "wrote_trigger", "left", "left_code", "asked_smi",
+    "wp_flips", "maybe_flips", "efer", "cr0", "cr4", "wrote", "wrote_trigger", "left", "left_by_io", "asked_smi",
     "record", "first", "has", "guest", "fault", "load", "unload", "rest", "other", "tables", "built_root", "still",
     "interrupt", "lead", "lead_guest", "zapped", "prefetched", "rows", "fault_rows", "faults", "interrupts",
     "interrupted",
 )]  # fmt: skip
 NEVER = (
-    "opened", "code", "loaded", "smm", "reset", "cr0_reset", "cr0_input", "entered", "touch", "touch_input",
+    "opened", "loaded", "smm", "reset", "cr0_reset", "cr0_input", "entered", "touch", "touch_input",
     "requested", "marked", "faulted", "built", "built_at", "efer", "cr0", "cr4", "wrote", "wrote_trigger", "left",
     "asked_smi", "record",
 )  # fmt: skip

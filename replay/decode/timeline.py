@@ -25,9 +25,10 @@ from typing import Any
 import cython
 import numpy as np
 
+from replay.decode.exits import CODES
 from replay.decode.pools import as_bytes, as_structures, pool_of
 from replay.decode.vcpu_states import BARE, INTERRUPT, NO_SPAN, STILL, UNTOLD, VcpuState, states_of_kinds
-from traces.kernels.vendors import SVM, VMX
+from traces.kernels.vendors import SVM, Vendor
 from traces.schema import BY_NAME
 
 COMPILED: bool = cython.compiled
@@ -35,8 +36,6 @@ COMPILED: bool = cython.compiled
 _STILL = cython.declare(cython.int, STILL)
 _BARE = cython.declare(cython.int, BARE)
 _INTERRUPT = cython.declare(cython.int, INTERRUPT)
-_SVM_INTERRUPT = cython.declare(cython.ulonglong, SVM.interrupt[0])
-_VMX_INTERRUPT = cython.declare(cython.ulonglong, VMX.interrupt[0])
 _ENTRY = cython.declare(cython.int, BY_NAME["kvm_entry"].code)
 _EXIT = cython.declare(cython.int, BY_NAME["kvm_exit"].code)
 _FAULT = cython.declare(cython.int, BY_NAME["kvm_page_fault"].code)
@@ -52,6 +51,7 @@ _LOAD = cython.declare(cython.int, int(VcpuState.LOAD))
 _USER = cython.declare(cython.int, int(VcpuState.USER))
 _PREFETCH = cython.declare(cython.int, int(VcpuState.PREFETCH))
 _STEP = cython.declare(cython.longlong, 1_000_000)  # ns between two moments of a vCPU's progress, about
+_CODES = cython.declare(cython.ulonglong, CODES)
 _UNTOLD = cython.declare(cython.int, UNTOLD)
 _NO_SPAN = cython.declare(cython.int, NO_SPAN)
 
@@ -117,7 +117,10 @@ class Timeline:
     _in_part: cython.longlong[:, :, ::1]
     _states: cython.uchar[::1]
     _prefetches: cython.bint
-    _intel: cython.bint
+    _fetch: cython.ulonglong  # of a fault's code (`vendors.FaultCode`)
+    _walk_mask: cython.ulonglong
+    _walk: cython.ulonglong
+    _interrupts: cython.uchar[::1]  # by exit code: for an interrupt of the host
     _first: cython.longlong
     _width: cython.longlong
     _count: cython.longlong
@@ -126,11 +129,11 @@ class Timeline:
         self,
         vcpus: int,
         prefetches: bool = False,
-        intel: bool = False,
+        vendor: Vendor = SVM,
         runners: Collection[int] = (),
         parts: tuple[int, int, int] | None = None,
     ) -> None:
-        """`prefetches`: the recorded MMU does, as the shadow MMU. `intel`: faults have EPT's codes.
+        """`prefetches`: the recorded MMU does, as the shadow MMU. `vendor`: whose codes exits and faults have.
 
         `runners` are threads known to run vCPUs before the first row. `parts` = (first, width, count): also add up
         `parts`, ns by vCPU, part of the time and state, in `count` parts of `width` ns from `first` on.
@@ -149,7 +152,11 @@ class Timeline:
         self._first, self._width, self._count = first, width, count
         self._pool["part_end"] = -(1 << 62)
         self._states = states_of_kinds()
-        self._prefetches, self._intel = prefetches, intel
+        self._prefetches = prefetches
+        self._fetch, (self._walk_mask, self._walk) = vendor.fault.fetch, vendor.fault.walk
+        interrupts = np.zeros(CODES, np.uint8)
+        interrupts[list(vendor.interrupt)] = 1
+        self._interrupts = interrupts
         self.backwards = 0
         self.progress = []
         self._total = self.totals
@@ -258,7 +265,7 @@ class Timeline:
                         marks |= _BARE
                 if k == _EXIT:
                     thread[v].fetched = False
-                    if code[i] == _SVM_INTERRUPT or code[i] == _VMX_INTERRUPT:
+                    if code[i] < _CODES and self._interrupts[code[i]]:
                         marks |= _INTERRUPT
                 elif k == _FAULT:
                     thread[v].fetched = self._is_fetch(code[i])
@@ -308,9 +315,7 @@ class Timeline:
 
         Then the guest has yet to end the instruction that it goes in with, and a fault at it again is of its data.
         """
-        if self._intel:  # EPT, bit 2: fetch; 7 and 8: a linear address, of which the access itself (1) or the walk (0)
-            return code & 4 != 0 or code & 0x180 == 0x80
-        return code & (1 << 4) != 0 or code >> 33 & 1 != 0  # nested paging of AMD, bit 4: fetch; 33: the walk
+        return code & self._fetch != 0 or code & self._walk_mask == self._walk
 
     @cython.cfunc
     @cython.nogil

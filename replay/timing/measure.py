@@ -39,7 +39,7 @@ class SpanTimes:
         named = [t for t in capabilities.trace.metadata.threads if str(t.get("comm", "")).startswith("kworker")]
         workers = {t["tid"] for t in named if isinstance(t.get("tid"), int) and 0 <= t["tid"] < 1 << 31}
         self._prefetches = own.prefetch > 1
-        self.timeline = Timeline(vcpus, self._prefetches, capabilities.intel, (), parts)
+        self.timeline = Timeline(vcpus, self._prefetches, capabilities.kernel.vendor, (), parts)
         self.steal = Steal(vcpus, cpus == 1, workers)
         self.waits = LockWaits(vcpus, cpus != 1 and not own.faults_share)
         self.samples = {name: Samples() for name in _COSTS}
