@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -196,17 +195,11 @@ def explore(
     if not scenario:
         raise Problem("give a scenario, or --list to see those there are")
 
-    def progress(states: int) -> None:
-        print(f"\r{states:,} states", end="", file=sys.stderr, flush=True)
-
-    terminal = sys.stderr.isatty()
     wanted, bounds = catalogue.find(scenario), explore_text.bounds(bound or [])
     names = variant or [each.name for each in wanted.variants]
     runs = []
     for name in names:
-        runs.append(run(wanted, name, bounds, max_states, progress if terminal else None))
-        if terminal and runs[-1].exploration.seconds > 1:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        runs.append(run(wanted, name, bounds, max_states))
         if not as_json:
             print(explore_text.render(runs[-1]), flush=True)
     if as_json:

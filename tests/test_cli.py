@@ -20,7 +20,7 @@ def kvmtrace(*arguments: str, **environment: str) -> subprocess.CompletedProcess
 def test_help_imports_nothing_heavy() -> None:
     code = "import sys; sys.argv = ['kvmtrace', '--help']\ntry:\n import kvmtrace; kvmtrace.main()\n"
     code += "except SystemExit: pass\n"
-    code += "print(sorted({'numpy', 'polars', 'pyarrow', 'bcc'} & set(sys.modules)), file=sys.stderr)"
+    code += "print(sorted({'numpy', 'polars', 'pyarrow', 'rich', 'bcc'} & set(sys.modules)), file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stderr.strip() == "[]"
     assert "record" in done.stdout

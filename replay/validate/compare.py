@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +16,7 @@ from replay.validate.shapes import Shape, shape_of
 from replay.validate.threads import RESPONSES, Divergence, Lockstep, Tally
 from traces.errors import Problem
 from traces.metadata import Metadata
+from traces.progress import Progress
 from traces.reader import Trace
 
 # What a recording must have watched, so that the model knows when slots are filled and emptied.
@@ -28,7 +27,7 @@ _NEEDED: Final = {
 }
 _ZAPS: Final = ("kvm_tdp_mmu_spte_changed", "kvm_mmu_prepare_zap_page", "zap_root_begin", "zap_root_end")
 _AXES: Final = {"preserve-inline": PRESERVE}  # the recorder's names, where they are not the axes' own
-_PROGRESS: Final = 1 << 17  # rows
+_STEP: Final = 1 << 14  # rows between two looks at the terminal
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,8 @@ def _vm(trace: Trace, vm: Mapping[str, Any], axes: Axes | None, shape: Shape, cu
             lockstep = Lockstep(machine_of(trace.metadata, axes, shape))
     except (KeyError, IndexError, TypeError) as error:
         raise Problem(f"{trace.path}: cannot be validated: its metadata has no layout of {error}") from None
-    lockstep.run(_shown(rows, number))
+    with Progress(f"validating VM {number}, rows") as progress:
+        lockstep.run(_counted(rows, progress))
     if not rows.stopped:
         lockstep.finish()
     ended = lockstep.ended and not rows.stopped
@@ -194,16 +194,11 @@ class _Stretch:
             yield row
 
 
-def _shown(rows: Iterable[Row], vm: int) -> Iterator[Row]:
-    """Rows, with progress on a terminal."""
-    terminal = sys.stderr.isatty()
-    began = time.monotonic()
+def _counted(rows: Iterable[Row], progress: Progress) -> Iterator[Row]:
     for count, row in enumerate(rows):
-        if terminal and count % _PROGRESS == 0 and time.monotonic() - began > 1:
-            print(f"\rVM {vm}: {count:,} rows validated", end="", file=sys.stderr, flush=True)
+        if not count % _STEP:
+            progress.at(count)
         yield row
-    if terminal and time.monotonic() - began > 1:
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def _cut(meta: Metadata) -> int | None:

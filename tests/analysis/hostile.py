@@ -104,7 +104,7 @@ def main(seed: str, kind: str, first: str, count: str, scratch: str) -> None:
             for query in queries().values():
                 if isinstance(source, query.source):
                     query(source).collect(engine="streaming")
-            export(source, path.with_suffix(".pftrace"), lambda _: None)
+            export(source, path.with_suffix(".pftrace"))
             outcome = "read"
         except Problem as problem:
             outcome = str(problem)

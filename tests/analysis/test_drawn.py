@@ -28,7 +28,7 @@ from traces.synth import Parameters, synthesize
 @pytest.fixture(scope="module")
 def storm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Report]:
     path = tmp_path_factory.mktemp("storm") / "storm.parquet"
-    synthesize(path, Parameters(policy="async", smi_rate=2000, working_set=3000, events=600_000), None)
+    synthesize(path, Parameters(policy="async", smi_rate=2000, working_set=3000, events=600_000))
     with reported(path, Wanted()) as report:
         yield report
 

@@ -30,6 +30,7 @@ from replay.decode.vm_inputs import VmInputs, vcpu_ids
 from replay.result import KEY
 from replay.timing.measure import SpanTimes
 from traces.errors import Problem
+from traces.progress import Progress
 from traces.reader import Trace
 from traces.synth import Parameters, synthesize
 
@@ -98,7 +99,7 @@ def parsed(path: Path) -> Parsed:
 
 
 def exported(source: Path, out: Path) -> Parsed:
-    export(open_source(source), out, lambda rows: None)
+    export(open_source(source), out)
     return parsed(out)
 
 
@@ -106,7 +107,7 @@ def exported(source: Path, out: Path) -> Parsed:
 def storm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A vCPU whose roots go at each SMI, which soft-hangs it."""
     path = tmp_path_factory.mktemp("storm") / "storm.parquet"
-    synthesize(path, Parameters(policy="async", smi_rate=2000, working_set=3000, events=600_000), None)
+    synthesize(path, Parameters(policy="async", smi_rate=2000, working_set=3000, events=600_000))
     return path
 
 
@@ -245,7 +246,7 @@ def test_soft_hangs_of_a_recording(storm: Path, tmp_path: Path) -> None:
 
 def test_without_entries_soft_hangs_are_not_known(tmp_path: Path) -> None:
     source = Path(__file__).parents[1] / "golden" / "trace-1.0.parquet"
-    remarks = export(open_source(source), tmp_path / "out.pftrace", lambda rows: None)
+    remarks = export(open_source(source), tmp_path / "out.pftrace")
     assert remarks
     assert all("soft-hangs are not known" in each for each in remarks)
 
@@ -299,12 +300,13 @@ def test_bulk_packets_hold_the_numbers(spans: list[tuple[int, int, int]], data: 
         assert list(start.track_event.flow_ids) == ([flows[i]] if i in flows else [])
 
 
-def test_an_export_that_fails_leaves_no_file(tmp_path: Path) -> None:
+def test_an_export_that_fails_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Problem, match="cannot be written"):
         exported(CORPUS / "huge-6.1.parquet", tmp_path / "none" / "out.pftrace")
     out = tmp_path / "out.pftrace"
+    monkeypatch.setattr(Progress, "at", lambda self, done: 1 // 0)
     with pytest.raises(ZeroDivisionError):
-        export(open_source(CORPUS / "huge-6.1.parquet"), out, lambda rows: 1 // 0)
+        export(open_source(CORPUS / "huge-6.1.parquet"), out)
     assert not list(tmp_path.iterdir())
 
 

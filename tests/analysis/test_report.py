@@ -22,7 +22,6 @@ from analysis.formats import renderer
 from analysis.queries.registry import queries
 from analysis.reporting import Wanted, reported
 from analysis.sources import Recording
-from analysis.units import duration
 from replay import plan
 from replay.decode.capabilities import Capabilities
 from replay.result import KEY, SPENT
@@ -36,6 +35,7 @@ from traces.errors import Problem
 from traces.reader import Trace
 from traces.summary import info
 from traces.synth import Parameters, synthesize
+from traces.units import duration
 
 RUNNER = CliRunner()
 TIMED = (

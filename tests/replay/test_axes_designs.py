@@ -23,7 +23,7 @@ from replay.simulate.reference import Vm
 from replay.timing.costs import Costs, LockCosts
 from replay.timing.reference_clock import Clock
 from replay.whatif import aging, questions, range_zaps, table_accounting
-from replay.whatif.answers import VCPUS, parse, spread, time
+from replay.whatif.answers import VCPUS, parse, spread
 from replay.whatif.locks import Lock
 from replay.whatif.workload import MOMENTS, Program, Workload, workload
 from tests.replay.recording import Guest
@@ -330,10 +330,7 @@ def test_a_trace_without_times_is_one_line(tmp_path: Path) -> None:
         questions.answer(capabilities, questions.asked(aging="locked"))
 
 
-def test_numbers_for_people() -> None:
-    assert [time(ns) for ns in (0, 7.4, 999, 1500, 12_345_678, 2.5e9, -1500)] == [
-        "0 ns", "7.40 ns", "999 ns", "1.50 us", "12.3 ms", "2.50 s", "-1.50 us"
-    ]  # fmt: skip
+def test_a_number_with_its_ends() -> None:
     assert spread(1, 5, 3) == "5.00 ns (1.00 ns .. 5.00 ns)"
 
 

@@ -160,7 +160,7 @@ def test_as_enumerated(case: Case) -> None:
         else:
             assert found is None
             assert exploration.states <= states
-    alone = _Search(Machine(model(case)), LIMIT, None, True).run().found  # what reduction by itself says
+    alone = _Search(Machine(model(case)), LIMIT, True).run().found  # what reduction by itself says
     assert (alone is not None) == (shortest is not None or livelock)
 
 
