@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -26,6 +26,7 @@ from replay.whatif import aging, questions, range_zaps, table_accounting
 from replay.whatif.answers import VCPUS, parse, spread
 from replay.whatif.locks import Lock
 from replay.whatif.workload import MOMENTS, Program, Workload, workload
+from tests.profiles import examples
 from tests.replay.recording import Guest
 from traces.errors import Problem
 from traces.metadata import Metadata
@@ -57,7 +58,6 @@ requests = st.lists(st.tuples(st.integers(0, 300), st.integers(1, 200), st.boole
 # Queues
 
 
-@settings(deadline=None)
 @given(requests)
 def test_a_lock_is_the_clocks_mmu_lock_and_first_come_first_served(asked: list[tuple[int, int, bool]]) -> None:
     lock, clock = Lock(), Clock(Vm(PRESERVE, [Word(0)], 2), Costs())
@@ -72,7 +72,6 @@ def test_a_lock_is_the_clocks_mmu_lock_and_first_come_first_served(asked: list[t
         assert lock.take(at, ns, shares) == pace.clock == expected
 
 
-@settings(deadline=None)
 @given(programs, st.integers(1, 4), st.integers(1, 400), st.integers(50, 2000), st.integers(1, 300))
 def test_no_fault_waits_for_more_than_one_walk_and_one_reader(
     gaps: list[list[int]], vcpus: int, ns: int, period: int, hold: int
@@ -90,7 +89,6 @@ def test_no_fault_waits_for_more_than_one_walk_and_one_reader(
     assert free.calls >= met.calls - 1 - (met.end - free.end) / min(period, ns)
 
 
-@settings(deadline=None)
 @given(programs, st.integers(1, 4), st.integers(1, 300))
 def test_faults_that_exclude_each_other_queue_even_without_an_ager(
     gaps: list[list[int]], vcpus: int, hold: int
@@ -121,7 +119,6 @@ def test_waits_at_moments_of_chance_are_what_the_arithmetic_says(vcpus: int, ns:
     assert most <= met.faults * (ns + work.hold)
 
 
-@settings(deadline=None)
 @given(programs, st.integers(1, 4), st.integers(1, 400), st.integers(500, 3000), st.booleans(), st.booleans())
 def test_only_the_write_lock_with_count_and_sequence_leaves_nothing_stale(
     gaps: list[list[int]], vcpus: int, ns: int, period: int, shares: bool, shared: bool
@@ -148,7 +145,7 @@ def test_retries_and_stale_installs_are_what_the_arithmetic_says(shared: bool, c
         assert met.waited == 0
 
 
-@settings(deadline=None, max_examples=50)
+@examples(50)
 @given(
     programs,
     st.integers(1, 3),
@@ -185,7 +182,6 @@ def test_a_fault_that_retries_for_ever_is_seen() -> None:
     assert (met.hung, met.retried) == (1, 100)
 
 
-@settings(deadline=None)
 @given(programs, st.integers(1, 4), st.integers(0, 3), st.integers(1, 300))
 def test_links_take_turns(gaps: list[list[int]], vcpus: int, links: int, ns: int) -> None:
     work = made(gaps, links=links)

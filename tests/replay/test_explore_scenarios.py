@@ -63,7 +63,7 @@ def made(scenario: str, variant: str) -> Run:
 
 def kvmtrace(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "kvmtrace", *arguments], capture_output=True, text=True, timeout=100, check=False,
+        [sys.executable, "-m", "kvmtrace", *arguments], capture_output=True, text=True, timeout=1200, check=False,
         cwd=ROOT,
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -18,7 +18,8 @@ from replay.validate.row_tuples import Row, rows_of
 from replay.validate.shapes import shape_of
 from replay.validate.threads import RESPONSES, Lockstep
 from replay.validate.validate_text import render
-from tests.replay.recording import CORPUS, REPLAYED
+from tests.corpus import CORPUS, REPLAYED, each
+from tests.profiles import examples
 from traces.errors import Problem
 from traces.reader import Trace
 
@@ -63,7 +64,7 @@ def run(rows: list[Row], trace: Trace) -> bool:
     return clean and not machine.removed and not machine.roots
 
 
-@pytest.mark.parametrize("path", REPLAYED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", each(REPLAYED))
 def test_every_response_of_every_recording_is_foretold(path: Path) -> None:
     report = validate(path)
     assert report.reproduced == report.expected > 0, render(report)
@@ -99,7 +100,7 @@ def chosen() -> list[tuple[Trace, list[Row]]]:
     return found
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(data=st.data())
 def test_a_response_that_is_missing_doubled_or_altered_is_found(data: st.DataObject, chosen) -> None:  # type: ignore[no-untyped-def]
     trace, rows = chosen[data.draw(st.integers(0, len(chosen) - 1))]

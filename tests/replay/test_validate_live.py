@@ -41,7 +41,7 @@ def recorded(vmm: str, out: Path, scenario: str) -> tuple[Trace, list[int]]:
     pid = out.with_suffix(".pid")
     words = [sys.executable, "-m", "kvmtrace", "record", "--events", "all", "-o", str(out), "--"]
     words += ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(pid), vmm, *SCENARIOS[scenario]]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stderr
     trace = Trace.open(out)
     own = [int(vm["id"]) for vm in trace.metadata.vms if vm["pid"] == int(pid.read_text())]

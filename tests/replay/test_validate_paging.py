@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -20,8 +20,9 @@ from replay.validate.shadow_driver import COMPARED, Paged, is_paged
 from replay.validate.shadow_model import Pages
 from replay.validate.shadow_state import CREATED, UNSYNC
 from replay.validate.validate_text import render
+from tests.corpus import CORPUS, PAGED, each
+from tests.profiles import examples
 from tests.replay.paging import harmed, harms, run, unwatched
-from tests.replay.recording import CORPUS, PAGED
 from traces.errors import Problem
 from traces.reader import Trace
 
@@ -29,7 +30,7 @@ from traces.reader import Trace
 CHOSEN = ("roots-5.10", "smi-storm-6.1", "slot-delete-6.12", "wp-toggle-7.x", "roots-7.x", "slot-delete-5.10")
 
 
-@pytest.mark.parametrize("path", PAGED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", each(PAGED))
 def test_every_response_of_every_recording_is_foretold(path: Path) -> None:
     report = validate(path)
     assert report.reproduced == report.expected > 0, render(report)
@@ -43,7 +44,7 @@ def test_every_response_of_every_recording_is_foretold(path: Path) -> None:
     assert any("lookups" in note for note in report.notes)
 
 
-@pytest.mark.parametrize("path", PAGED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", each(PAGED))
 def test_replay_refuses_it_and_says_why(path: Path) -> None:
     with pytest.raises(Problem, match="nested paging was off: roots then follow the guest's page tables"):
         Capabilities(Trace.open(path))
@@ -64,7 +65,7 @@ def chosen() -> list[tuple[Trace, list[Row]]]:
     return found
 
 
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(which=st.integers(0, len(CHOSEN) - 1), seed=st.integers(0, 1 << 32))
 def test_a_response_that_is_missing_doubled_or_altered_is_found(which: int, seed: int, chosen) -> None:  # type: ignore[no-untyped-def]
     trace, rows = chosen[which]
@@ -73,7 +74,7 @@ def test_a_response_that_is_missing_doubled_or_altered_is_found(which: int, seed
         assert run(trace, 1, harmed(rows, *harm)) is None, f"{harm[1]} of {rows[harm[0]]} was not found"
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(seed=st.integers(0, 1 << 32))
 def test_harm_is_found_where_loads_and_puts_are_not_recorded(seed: int) -> None:
     """As on a machine without kprobes: the same rows, but for those that need them."""
@@ -91,7 +92,7 @@ def _blinded(name: str) -> tuple[Trace, list[Row]]:
     return trace, [row for row in rows_of(trace, 1) if row.kind not in blind]
 
 
-@pytest.mark.parametrize("path", PAGED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", each(PAGED))
 def test_without_kprobes_less_is_compared_and_said(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trace, rows = _blinded(path.stem)
     found = run(trace, 1, rows)

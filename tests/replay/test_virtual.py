@@ -28,7 +28,8 @@ from replay.timing.stalls import Rule
 from replay.timing.stuck_rip import RipRun
 from replay.timing.time_text import stuck_lines
 from replay.timing.timed_run import Settings, VmTime
-from tests.replay.recording import CORPUS, REPLAYED, Guest
+from tests.corpus import CORPUS, REPLAYED, each
+from tests.replay.recording import Guest
 from traces.reader import Trace, kind_codes
 from traces.schema import BY_NAME
 from traces.synth import Parameters, synthesize
@@ -43,7 +44,7 @@ def parts(spent: tuple[int, ...]) -> list[int]:
     return [spent[Spent.GUEST] + spent[Spent.SWITCH], *spent[Spent.FAULT : Spent.SWITCH]]
 
 
-@pytest.mark.parametrize("path", REPLAYED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", each(REPLAYED))
 def test_under_its_own_policy_a_recording_takes_as_long_as_it_took(path: Path) -> None:
     """Within 1 % of each vCPU's time, or 0.3 ms of it: recordings of a few ms rest on single costs.
 

@@ -30,7 +30,7 @@ def doctor(*arguments: str, nobody: bool = False, **environment: str) -> subproc
     start = ["-c", AS_NOBODY] if nobody else ["-m", "kvmtrace", "doctor"]
     return subprocess.run(
         [sys.executable, *start, *arguments],
-        capture_output=True, text=True, timeout=60, check=False, env={**os.environ, **environment},
+        capture_output=True, text=True, timeout=1200, check=False, env={**os.environ, **environment},
     )  # fmt: skip
 
 
