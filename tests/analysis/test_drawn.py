@@ -24,6 +24,8 @@ from traces.errors import Problem
 from traces.reader import Trace
 from traces.synth import Parameters, synthesize
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("drawn")]  # one storm for all of them
+
 
 @pytest.fixture(scope="module")
 def storm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Report]:

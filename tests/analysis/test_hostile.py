@@ -11,6 +11,8 @@ import pytest
 
 from tests.analysis.sources import OLD_STORM, ROOT, STORM, result_of
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(("kind", "count"), [("bytes", 60), ("metadata", 60), ("values", 24), ("schema", 24)], ids=str)
 def test_mutated_results(tmp_path: Path, kind: str, count: int) -> None:

@@ -25,6 +25,8 @@ from tests.analysis.browser import Browser, chromium
 from tests.conftest import NO_CHROMIUM
 from traces.synth import Parameters, synthesize
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("browser")]  # the browser and the pages are made once
+
 CORPUS = Path(__file__).parents[2] / "traces" / "corpus"
 EVIL = """</script></title></style><img src=x onerror="alert(1)"><!--'{{ 7 * 7 }}&lt;"""
 WIDTHS = (400, 1600)

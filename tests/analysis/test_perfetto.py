@@ -34,6 +34,8 @@ from traces.progress import Progress
 from traces.reader import Trace
 from traces.synth import Parameters, synthesize
 
+pytestmark = pytest.mark.xdist_group("perfetto")  # one storm for all of them
+
 CORPUS = Path(__file__).parents[2] / "traces" / "corpus"
 NAMES = tuple(state.name.lower() for state in VcpuState)
 
@@ -124,7 +126,7 @@ RECORDINGS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*RECORDINGS, "synthetic"])
+@pytest.mark.parametrize("name", [*RECORDINGS, pytest.param("synthetic", marks=pytest.mark.slow)])
 def test_spans_sum_up_to_the_times_of_the_replay(name: str, storm: Path, tmp_path: Path) -> None:
     source = storm if name == "synthetic" else CORPUS / f"{name}.parquet"
     found = exported(source, tmp_path / "out.pftrace")
@@ -147,6 +149,7 @@ def test_spans_sum_up_to_the_times_of_the_replay(name: str, storm: Path, tmp_pat
     assert seen > 0
 
 
+@pytest.mark.slow
 def test_spans_sum_up_to_the_result(storm: Path, result: Path, tmp_path: Path) -> None:
     found = exported(storm, tmp_path / "out.pftrace")
     rows = pl.read_parquet(result).filter(pl.col("row").cast(pl.String) == "vcpu")
@@ -155,6 +158,7 @@ def test_spans_sum_up_to_the_result(storm: Path, result: Path, tmp_path: Path) -
         assert sum(each.end - each.begin for each in found.of(f"vCPU {vcpu}")) == recorded > 0
 
 
+@pytest.mark.slow
 def test_spans_of_a_vcpu_neither_cross_nor_leave_a_gap(storm: Path, tmp_path: Path) -> None:
     found = exported(storm, tmp_path / "out.pftrace")
     spans = found.of("vCPU 0")
@@ -237,6 +241,7 @@ def test_flows_lead_from_smis_to_refills(name: str, refills: int, tmp_path: Path
         assert fault.notes["root"] > before, "that root was there before"
 
 
+@pytest.mark.slow
 def test_soft_hangs_of_a_recording(storm: Path, tmp_path: Path) -> None:
     found = exported(storm, tmp_path / "out.pftrace")
     hangs = [each for each in found.slices if each.track.endswith("soft-hangs")]
@@ -310,6 +315,7 @@ def test_an_export_that_fails_leaves_no_file(tmp_path: Path, monkeypatch: pytest
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path: Path) -> None:
     out = tmp_path / "out.pftrace"
     command = [sys.executable, "-m", "kvmtrace", "export", CORPUS / "huge-6.1.parquet", "-o", out]

@@ -296,6 +296,7 @@ def test_a_rate_is_for_what_has_one() -> None:
         parse("tdp_pages", "list@5")
 
 
+@pytest.mark.slow
 def test_the_command_answers(tmp_path: Path) -> None:
     runner = CliRunner()
     command = ["replay", str(CORPUS / "notifier-6.1.parquet")]
@@ -327,7 +328,7 @@ def test_a_trace_without_times_is_one_line(tmp_path: Path) -> None:
 
 
 def test_a_number_with_its_ends() -> None:
-    assert spread(1, 5, 3) == "5.00 ns (1.00 ns .. 5.00 ns)"
+    assert spread(1, 5.5, 3) == "5.50 ns (1 ns .. 5.50 ns)"
 
 
 # The document
@@ -338,12 +339,16 @@ def tables() -> list[design_questions.Found]:
     return design_questions.tables()
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("designs")
 def test_the_document_is_current(tables: list[design_questions.Found]) -> None:
     assert design_questions.document(tables) == design_questions.DOCUMENT.read_text(), (
         "python -m benchmarks.design_questions"
     )
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("designs")
 def test_what_the_document_concludes(tables: list[design_questions.Found]) -> None:
     for found in tables:
         axis, rows = found.asked.axis, found.answer.rows

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import pytest
 
 from benchmarks import accuracy
 from benchmarks.accuracy import Cell, Direction
 
-# Every scenario, replayed once in each process: one worker does all of it.
+# The tables are made once in each process: one worker does all of it.
 pytestmark = [pytest.mark.corpus, pytest.mark.xdist_group("foretelling")]
 DIRECTIONS = list(accuracy.directions())
-table = cache(accuracy.table)
+table = accuracy.table
 # What does not follow from the source recording, so that an interval is all there can be.
 OPEN = {
     ("6.1", "6.1-async"), ("6.1-shadow", "6.1-async"), ("6.1-shadow", "6.1"), ("6.12-shadow", "6.12"),

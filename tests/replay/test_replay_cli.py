@@ -55,6 +55,7 @@ def test_an_old_recording_under_the_new_policy_is_one_number() -> None:
     assert not found["broken"]
 
 
+@pytest.mark.slow
 def test_a_new_recording_under_the_old_policy_is_an_interval() -> None:
     text = kvmtrace(STORM).stdout
     assert "514 .. 2,569" in text
@@ -124,6 +125,7 @@ def test_what_cannot_be_is_one_line(arguments: list[str], words: str) -> None:
     assert not done.stdout
 
 
+@pytest.mark.slow
 def test_foreign_and_empty_files_are_one_line(tmp_path: Path) -> None:
     foreign = tmp_path / "foreign.parquet"
     pq.write_table(pa.table({"a": [1]}), foreign)
@@ -136,6 +138,7 @@ def test_foreign_and_empty_files_are_one_line(tmp_path: Path) -> None:
         read_metadata(foreign)
 
 
+@pytest.mark.slow
 def test_an_incomplete_recording_says_so(tmp_path: Path) -> None:
     guest = Guest()
     guest.load()

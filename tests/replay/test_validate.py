@@ -108,20 +108,18 @@ def test_a_response_that_is_missing_doubled_or_altered_is_found(data: st.DataObj
     places = [i for i, row in enumerate(rows) if row.kind == kind and (kind != "mmu_free_roots" or row.root)]
     at = places[data.draw(st.integers(0, len(places) - 1))]
     row = rows[at]
-    harm = data.draw(st.sampled_from(["drop", "double", *TELLING[kind]]))
-    if harm == "drop":
-        if kind == "mmu_free_roots":
-            return  # what follows of it is foretold, itself it is what happens
-        harmed = [*rows[:at], *rows[at + 1 :]]
-    elif harm == "double":
-        harmed = [*rows[: at + 1], row, *rows[at + 1 :]]
-        if kind in ("mmu_free_roots", "kvm_mmu_spte_requested"):
-            return
+    # What follows of a free of roots is foretold; itself it is what happens.
+    whole = () if kind == "mmu_free_roots" else ("drop", "double")
+    mutation = data.draw(st.sampled_from([*whole, *TELLING[kind]]))
+    if mutation == "drop":
+        mutated = [*rows[:at], *rows[at + 1 :]]
+    elif mutation == "double":
+        mutated = [*rows[: at + 1], row, *rows[at + 1 :]]
     else:
-        value = getattr(row, harm) or 0
-        changed = value ^ 0x10000 if harm == "old" else value + 1
-        harmed = [*rows[:at], row._replace(**{harm: changed}), *rows[at + 1 :]]
-    assert not run(harmed, trace), f"{harm} of {row} was not found"
+        value = getattr(row, mutation) or 0
+        changed = value ^ 0x10000 if mutation == "old" else value + 1
+        mutated = [*rows[:at], row._replace(**{mutation: changed}), *rows[at + 1 :]]
+    assert not run(mutated, trace), f"{mutation} of {row} was not found"
 
 
 def test_the_command_says_how_much_and_where(tmp_path: Path) -> None:

@@ -31,6 +31,8 @@ from traces.record import RECORD
 from traces.schema import BY_NAME
 from traces.segments import MANIFEST, SegmentReader, SegmentWriter, segment_name
 
+pytestmark = pytest.mark.slow
+
 KILLS = 50
 KVM = 0xFFFF888100000000
 

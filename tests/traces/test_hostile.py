@@ -95,6 +95,7 @@ def test_segments_of_another_schema(tmp_path: Path) -> None:
     assert summary.discrepancies[0].startswith("seg-00001.arrows: not a segment of a recording")
 
 
+@pytest.mark.slow
 def test_whatever_the_manifest_says_the_rows_become_a_trace(tmp_path: Path) -> None:
     manifest = {
         "snapshot": {"vms": [{

@@ -255,6 +255,7 @@ def test_another_vcpu_keeps_the_root(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_published_experiment(tmp_path: Path) -> None:
     """Reset on every exit but faults: 15 roots where they are preserved, as many as exits where not."""
     trace = make(tmp_path / "preserve.parquet", reset_on="non-fault")
@@ -479,6 +480,7 @@ def kvmtrace(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_command_makes_what_info_reads(tmp_path: Path) -> None:
     out = str(tmp_path / "out.parquet")
     done = kvmtrace("synth", out, "--policy", "async", "--events", "3000", "--memory", "8M", "--json")
