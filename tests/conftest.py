@@ -76,11 +76,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("browser"))
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are CPUs: the worker with the live recordings waits for half of its time."""
-    return len(os.sched_getaffinity(0)) + 1
-
-
 @pytest.fixture(scope="session")
 def live() -> None:
     """A machine whose own KVM can be recorded, with tracefs where this process and its children look for it.

@@ -64,6 +64,7 @@ def test_a_new_recording_under_the_old_policy_is_an_interval() -> None:
     assert of(document(STORM), "async")["faults"] == [514, 2569]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("assumed", "faults"), [("none", 514), ("all", 2569), ("recent:100", 917), ("recent:0", 514)])
 def test_an_assumption_makes_one_number_with_its_name(assumed: str, faults: int) -> None:
     found = document(STORM, "--policy", "async", "--refault", assumed)

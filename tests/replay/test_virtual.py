@@ -76,7 +76,7 @@ def test_a_storm_is_a_soft_hang_under_the_old_policy_alone(tmp_path: Path) -> No
     assert not strict.outcomes[0].vcpus[0].stalls
 
 
-@pytest.mark.parametrize("working_set", [300, 1500])
+@pytest.mark.parametrize("working_set", [300, pytest.param(1500, marks=pytest.mark.slow)])
 def test_guest_work_between_faults_is_kept(tmp_path: Path, working_set: int) -> None:
     """A storm made for either policy is the same guest's: the time of the one is foretold from the other's recording.
 

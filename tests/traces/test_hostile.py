@@ -37,6 +37,7 @@ def seed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "count"), [("bytes", 500), ("resealed", 300), ("metadata", 150), ("schema", 50)], ids=str
 )
@@ -199,6 +200,7 @@ _STRANGE_FILES: dict[str, Callable[[Path], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "strange"),
     [(name, strange) for name in (MANIFEST, segment_name(0)) for strange in _STRANGE_FILES],
