@@ -112,6 +112,7 @@ def replay(
     from replay.timing.timed_run import Settings
     from replay.whatif import questions as designs
     from replay.whatif import smi_rate as rates
+    from replay.whatif import smi_rate_text
     from traces.reader import Trace
 
     if smi not in ("auto", "open", "closed"):
@@ -135,9 +136,9 @@ def replay(
         kernels = (target.axes for target in wanted.targets if target.policy is None)
         swept = rates.swept(shown, kernels, wide, change)
         if as_json:
-            print_json({"trace": str(trace), "sweep": time_report.sweep_facts(swept, wide)})
+            print_json({"trace": str(trace), "sweep": smi_rate_text.facts(swept, wide)})
         else:
-            print(time_report.render_sweep(swept, wide), end="")
+            print(smi_rate_text.render(swept, wide), end="")
         return
     taken = settings if timed else None
     replayed = run.replay(wanted, taken) if out is None else run.replay_into(wanted, out, taken)

@@ -127,8 +127,8 @@ RECORDINGS = [
 
 
 @pytest.mark.parametrize("name", [*RECORDINGS, pytest.param("synthetic", marks=pytest.mark.slow)])
-def test_spans_sum_up_to_the_times_of_the_replay(name: str, storm: Path, tmp_path: Path) -> None:
-    source = storm if name == "synthetic" else CORPUS / f"{name}.parquet"
+def test_spans_sum_up_to_the_times_of_the_replay(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    source = request.getfixturevalue("storm") if name == "synthetic" else CORPUS / f"{name}.parquet"
     found = exported(source, tmp_path / "out.pftrace")
     trace = Trace.open(source)
     seen = 0
