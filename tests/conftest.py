@@ -68,7 +68,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups, and -m the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.get_closest_marker("live"):
+        if item.get_closest_marker("live") or item.get_closest_marker("kvm"):
             # One after the other in one worker: what one records would slow the other, and lose its events.
             item.add_marker(pytest.mark.xdist_group("live"))
         if "browser" in getattr(item, "fixturenames", ()):

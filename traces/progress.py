@@ -97,8 +97,8 @@ class _Line:
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
         with self._lock:
-            if not self._jobs:
-                return
+            if threading.current_thread() is not self._timer:
+                return  # the job that it was to show ended just before
             self.drawn = Progress(
                 TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
                 console=Console(stderr=True), transient=True, refresh_per_second=_REFRESHES,

@@ -17,6 +17,7 @@ from replay.validate.row_tuples import rows_of
 from replay.validate.shadow_driver import is_paged
 from replay.validate.validate_text import render
 from tests.conftest import NESTED_PAGING, nested_paging
+from tests.own_vm import noted, own_vms
 from tests.profiles import examples
 from tests.replay.paging import draw_mutation, mutated, run
 from traces.reader import Trace
@@ -52,11 +53,11 @@ def recorded(vmm: str, out: Path, scenario: str) -> Recorded:
     """A recording and its VMs that are the scenario's own: others may run on this machine meanwhile."""
     pid = out.with_suffix(".pid")
     words = [sys.executable, "-m", "kvmtrace", "record", "--events", "all", "-o", str(out), "--"]
-    words += ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(pid), vmm, *SCENARIOS[scenario]]
+    words += noted(pid, vmm, *SCENARIOS[scenario])
     done = subprocess.run(words, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stderr
     trace = Trace.open(out)
-    own = [int(vm["id"]) for vm in trace.metadata.vms if vm["pid"] == int(pid.read_text())]
+    own = [int(vm["id"]) for vm in own_vms(trace, pid)]
     assert is_paged(trace.metadata)
     return trace, own
 

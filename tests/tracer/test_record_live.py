@@ -16,6 +16,7 @@ from typing import Any
 import polars as pl
 import pytest
 
+from tests.own_vm import noted, own_vms
 from tests.waiting import until
 from tracer.bpf import headers, import_bcc, quiet
 from traces.reader import Trace
@@ -78,8 +79,7 @@ def counted(bpf: Any, pid: int) -> dict[str, int]:
 def test_stored_counts_equal_an_independent_counter(tmp_path: Path, vmm: str, scenario: tuple[str, ...]) -> None:
     out = tmp_path / "live.parquet"
     with independent_counter() as bpf:
-        started = ("sh", "-c", 'echo $$ > "$0" && exec "$@"', tmp_path / "pid", vmm, *scenario)
-        done = run("record", "--events", "all", "--json", "-o", out, "--", *started)
+        done = run("record", "--events", "all", "--json", "-o", out, "--", *noted(tmp_path / "pid", vmm, *scenario))
         assert done.returncode == 0, done.stderr
         pid = int((tmp_path / "pid").read_text())
         expected = counted(bpf, pid)
@@ -115,9 +115,10 @@ def test_a_ring_too_small_loses_to_the_event(tmp_path: Path, vmm: str) -> None:
 
 def test_identity_roots_and_slots(tmp_path: Path, vmm: str) -> None:
     out = tmp_path / "roots.parquet"
-    assert run("record", "-o", out, "--", vmm, "roots", "--loops", "150").returncode == 0
+    pid = tmp_path / "pid"
+    assert run("record", "-o", out, "--", *noted(pid, vmm, "roots", "--loops", "150")).returncode == 0
     trace = Trace.open(out)
-    vm = next(vm for vm in trace.metadata.raw["vms"] if vm["comm"].startswith("kvmtrace-vmm"))
+    (vm,) = own_vms(trace, pid)
     assert {vcpu["id"] for vcpu in vm["vcpus"]} == {0}  # its own thread, and the one that set it up
     assert {slot["gfn"] for slot in vm["slots"]} == {0, 0x400}
     tids = [vcpu["tid"] for vcpu in vm["vcpus"]]
