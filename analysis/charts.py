@@ -17,8 +17,9 @@ from analysis.marks import above, axis, colour, in_hex, time_axis, tip, unit_of,
 from analysis.queries import drawn, recorded, replayed
 from analysis.report import Column, Report
 from analysis.sources import Recording, Result
-from analysis.units import Unit, duration, share
+from analysis.units import Unit, share
 from traces.errors import Problem
+from traces.units import duration
 
 _POINTS: Final = 4000  # of one chart
 _VCPUS: Final = 8

@@ -53,8 +53,8 @@ def report(
 
     from analysis import gates
     from analysis.formats import renderer
-    from analysis.progress import Progress
     from analysis.reporting import Wanted, exit_code, reported
+    from traces.progress import Progress
 
     render = renderer(format_)
     wanted = Wanted(
@@ -64,12 +64,11 @@ def report(
         gates=tuple(map(gates.parse, fail_on or ())),
         baseline=gates.load_baseline(baseline) if baseline else None,
     )
-    progress = Progress()
     with ExitStack() as stack:
-        stack.callback(progress.close)
-        reports = [stack.enter_context(reported(path, wanted, progress)) for path in files]
-        text = render(*reports)
-        progress.close()
+        with Progress("reading") as progress:
+            reports = [stack.enter_context(reported(path, wanted, progress.say)) for path in files]
+            progress.say(f"writing {format_}")
+            text = render(*reports)
         _write(text, out)
         for one in reports:
             if one.failed and (out or format_ in ("json", "junit")):
@@ -100,12 +99,11 @@ def diff(
     out: Annotated[Path | None, typer.Option("-o", "--output", help="Write to this file, not to stdout.")] = None,
 ) -> None:
     """Compare two recordings or results: vCPU by vCPU, what each difference costs, the dearest first."""
-    from contextlib import closing
     from tempfile import TemporaryDirectory
 
     from analysis.diff import compare, opened
     from analysis.formats import renderer
-    from analysis.progress import Progress
+    from traces.progress import Progress
 
     policies = list(policy or [""])
     if len(policies) > 2:
@@ -114,13 +112,12 @@ def diff(
         raise Problem("diff: there is no gate in it, so that JUnit would always be green: gate with `kvmtrace report`")
     render = renderer(format_)
     remarks: list[str] = []
-    progress = Progress()
-    with TemporaryDirectory(prefix="kvmtrace-") as scratch, closing(progress):
+    with TemporaryDirectory(prefix="kvmtrace-") as scratch, Progress("reading") as progress:
         sides = [
             opened(path, policies[min(number, len(policies) - 1)], Path(scratch) / f"{number}.parquet", remarks)
             for number, path in enumerate((base, new))
         ]
-        progress("comparing")
+        progress.say("comparing")
         text = render(compare(*sides, mark=unlike, remarks=remarks))
     _write(text, out)
 

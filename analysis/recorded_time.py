@@ -12,7 +12,6 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.units import duration
 from replay.decode.batch import Batch
 from replay.decode.capabilities import Capabilities
 from replay.decode.inputs import Ints
@@ -26,6 +25,7 @@ from replay.timing.stuck_rip import RipRun, longest_runs
 from replay.timing.timed_run import VmTime
 from traces.errors import Problem
 from traces.reader import Trace
+from traces.units import duration
 
 PARTS: Final = 400  # of a VM's time
 COLUMNS: Final = ("seq", "time", "vcpu", "tid", "kind", "root", "role", "code", "rip", "addr", "flags")

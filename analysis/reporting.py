@@ -49,7 +49,7 @@ def reported(path: Path, wanted: Wanted, step: Callable[[str], None] = lambda _:
                 _replayed(source, wanted, Path(scratch) / "result.parquet", remarks, step) if wanted.replay else None
             )
         asked = wanted.validate or any(gate.column == "fidelity" for gate in wanted.gates)
-        step("")  # it shows its own progress
+        step(f"validating {path}")
         validation = _validated(recording) if asked else UNVALIDATED
 
         def checks(figures: Figures) -> Iterator[Check]:
@@ -78,7 +78,7 @@ def recording_of(result: Result, remarks: list[str]) -> Recording | None:
 def _replayed(
     recording: Recording, wanted: Wanted, path: Path, remarks: list[str], step: Callable[[str], None]
 ) -> Result | None:
-    step("")  # it shows its own progress
+    step(f"replaying {recording.path}")
     try:
         return replayed_under(recording, wanted.policies, path)
     except Problem as problem:

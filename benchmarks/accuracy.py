@@ -210,6 +210,7 @@ def recorded(name: str) -> dict[str, int | None]:
     }
 
 
+@cache
 def table(direction: Direction) -> dict[str, dict[str, Cell]]:
     """Each scenario's cells."""
     found = {}

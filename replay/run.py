@@ -8,8 +8,6 @@ independent of each other: they run on all CPUs.
 from __future__ import annotations
 
 import os
-import sys
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +30,7 @@ from replay.timing import time_rows
 from replay.timing.measure import Measurement, SpanTimes
 from replay.timing.timed_run import Clock, Settings, VmTime, vm_time
 from traces.kernels.triggers import Trigger
+from traces.progress import Progress
 
 _FLIPS: Final = (Trigger.CR0_WP, Trigger.CR0_SILENT, Trigger.EFER)  # of bits that old kernels have in role words
 PROMISED: Final = 6  # roots that a VM can have under `preserve`, by its commit's text
@@ -54,7 +53,7 @@ def replay(plan: Plan, settings: Settings | None = None, writer: Writer | None =
     capabilities = plan.capabilities
     vms = [vm for vm in capabilities.trace.metadata.vms if any(True for _ in vm["vcpus"])]
     done = Replayed(plan, [], [], Counter(), list(capabilities.missing))
-    progress = Progress(capabilities.trace.metadata.events)
+    progress = Progress("replaying", capabilities.trace.metadata.events)
     workers = min(os.cpu_count() or 1, len(vms))
 
     def one(vm: Mapping[str, Any]) -> _Vm:
@@ -62,7 +61,7 @@ def replay(plan: Plan, settings: Settings | None = None, writer: Writer | None =
         into = None if writer is None else writer.of_vm(int(vm["id"]), held=workers > 1)
         return _Vm(plan, own, vm, settings, into, progress).run()
 
-    with ThreadPoolExecutor(workers) if workers > 1 else nullcontext() as pool:
+    with progress, ThreadPoolExecutor(workers) if workers > 1 else nullcontext() as pool:
         for vm, found in zip(vms, pool.map(one, vms) if pool else map(one, vms), strict=True):
             if found.writer is not None:
                 found.writer.release()
@@ -70,7 +69,6 @@ def replay(plan: Plan, settings: Settings | None = None, writer: Writer | None =
             done.times += found.times
             done.notes.update(found.notes)
             done.missing += capabilities.of_vm(vm)
-    progress.end()
     done.missing += _nested(done.notes)
     done.broken += _broken(done.outcomes)
     return done
@@ -213,27 +211,6 @@ def _broken(outcomes: list[Outcome]) -> Iterator[str]:
             words = ", ".join(f"{word:#x}" for word in sorted(outcome.roles))
             what = f"{len(outcome.roles)} role words where {PROMISED} are promised"
             yield f"VM {outcome.vm}, {outcome.target.name}: {what}: {words}"
-
-
-class Progress:
-    """On stderr, where that is a terminal and it takes more than a second."""
-
-    def __init__(self, events: int, what: str = "replaying") -> None:
-        self._what = what
-        self._events = max(events, 1)
-        self._shown = False
-        self._next = time.monotonic() + 1 if sys.stderr.isatty() else float("inf")
-
-    def at(self, seq: int) -> None:
-        """A row has been reached."""
-        if time.monotonic() >= self._next:
-            self._shown, self._next = True, time.monotonic() + 0.2
-            print(f"\r{self._what}: {min(seq / self._events, 1):4.0%}", end="", file=sys.stderr, flush=True)
-
-    def end(self) -> None:
-        """Take the line away."""
-        if self._shown:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def left_open(replayed: Replayed, target: Target) -> list[str]:

@@ -7,7 +7,7 @@ and RSM to the first fault in a root that was not there before: the refill it co
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -23,6 +23,7 @@ from replay.decode.vm_inputs import dense_numbers, vcpu_ids
 from replay.timing.stalls import Rule
 from traces import kernels
 from traces.kernels import roles
+from traces.progress import Progress
 from traces.reader import Trace
 from traces.schema import BY_NAME
 from traces.text import printable
@@ -45,21 +46,22 @@ class Told:
     unjudged: list[str] = field(default_factory=list)  # why a VM's soft-hangs are not known
 
 
-def write(trace: Trace, writer: Writer, rule: Rule, progress: Callable[[int], None]) -> Told:
+def write(trace: Trace, writer: Writer, rule: Rule) -> Told:
     """Every VM of a trace. Memory is a batch, the roots alive, and 16 bytes for each ms of each vCPU."""
     told = Told()
     writer.clocks(_samples(trace))
     threads = {each["tid"]: printable(each.get("comm", "")) for each in trace.metadata.threads if "tid" in each}
-    for vm, times in zip(trace.metadata.vms, recorded_times(trace), strict=True):
-        if times.switch is None:
-            told.unjudged.append(f"VM {vm['id']}: {times.unknown}")
-        one = _Vm(trace, vm, writer, threads, told, times)
-        numbers = dense_numbers(trace.path, vm)
-        for rows in trace.batches(COLUMNS, vm=int(vm["id"])):
-            one.feed(Batch(rows, numbers))
-            told.rows += rows.num_rows
-            progress(told.rows)
-        one.finish(rule)
+    with Progress("writing the timeline", trace.metadata.events) as progress:
+        for vm, times in zip(trace.metadata.vms, recorded_times(trace), strict=True):
+            if times.switch is None:
+                told.unjudged.append(f"VM {vm['id']}: {times.unknown}")
+            one = _Vm(trace, vm, writer, threads, told, times)
+            numbers = dense_numbers(trace.path, vm)
+            for rows in trace.batches(COLUMNS, vm=int(vm["id"])):
+                one.feed(Batch(rows, numbers))
+                told.rows += rows.num_rows
+                progress.at(told.rows)
+            one.finish(rule)
     return told
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +17,7 @@ from traces.errors import Problem
 from traces.kernels import Kernel
 from traces.kernels.policies import POLICIES, PolicyParameters
 from traces.metadata import Metadata
+from traces.progress import Progress
 from traces.reader import Trace
 
 # What a recording must have watched, so that the model knows when slots are filled and emptied.
@@ -28,7 +27,7 @@ _NEEDED: Final = {
     "paged": ("kvm_mmu_get_page", "kvm_mmu_prepare_zap_page"),
 }
 _ZAPS: Final = ("kvm_tdp_mmu_spte_changed", "kvm_mmu_prepare_zap_page", "zap_root_begin", "zap_root_end")
-_PROGRESS: Final = 1 << 17  # rows
+_STEP: Final = 1 << 14  # rows between two looks at the terminal
 
 
 @dataclass(frozen=True)
@@ -162,7 +161,8 @@ def _vm(
         lockstep = shadow_driver.paged_of(trace, number, kernel)
     else:
         lockstep = Lockstep(machine_of(kernel, parameters))
-    lockstep.run(_shown(rows, number))
+    with Progress(f"validating VM {number}, rows") as progress:
+        lockstep.run(_counted(rows, progress))
     if not rows.stopped:
         lockstep.finish()
     ended = lockstep.ended and not rows.stopped
@@ -192,16 +192,11 @@ class _Stretch:
             yield row
 
 
-def _shown(rows: Iterable[Row], vm: int) -> Iterator[Row]:
-    """Rows, with progress on a terminal."""
-    terminal = sys.stderr.isatty()
-    began = time.monotonic()
+def _counted(rows: Iterable[Row], progress: Progress) -> Iterator[Row]:
     for count, row in enumerate(rows):
-        if terminal and count % _PROGRESS == 0 and time.monotonic() - began > 1:
-            print(f"\rVM {vm}: {count:,} rows validated", end="", file=sys.stderr, flush=True)
+        if not count % _STEP:
+            progress.at(count)
         yield row
-    if terminal and time.monotonic() - began > 1:
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def _cut(meta: Metadata) -> int | None:

@@ -56,6 +56,7 @@ def test_phases_sum_up_to_the_clock_and_to_all_guest_work(tmp_path: Path) -> Non
     assert tenths["low"].sum() == tenths["high"].sum() == clock
 
 
+@pytest.mark.slow
 def test_a_file_against_itself_has_no_difference(sides: tuple[diff.Side, diff.Side]) -> None:
     base, _ = sides
     for query in (diff.times, diff.phases, diff.counts, diff.causes, diff.events):

@@ -25,6 +25,8 @@ from tests.analysis.browser import Browser, chromium
 from tests.conftest import NO_CHROMIUM
 from traces.synth import Parameters, synthesize
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("browser")]  # the browser and the pages are made once
+
 CORPUS = Path(__file__).parents[2] / "traces" / "corpus"
 EVIL = """</script></title></style><img src=x onerror="alert(1)"><!--'{{ 7 * 7 }}&lt;"""
 WIDTHS = (400, 1600)
@@ -108,7 +110,7 @@ def browser() -> Iterator[Browser]:
 def storm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Report]:
     """A recording with soft-hangs, and its replay."""
     path = tmp_path_factory.mktemp("storm") / "storm.parquet"
-    synthesize(path, Parameters(policy="async", smi_rate=2000, working_set=3000, events=600_000), None)
+    synthesize(path, Parameters(policy="async", smi_rate=2000, working_set=3000, events=600_000))
     with reported(path, Wanted()) as report:
         yield report
 
@@ -254,7 +256,7 @@ def test_recordings_of_the_corpus(browser: Browser, name: str, count: int, tmp_p
 
 def test_charts_stay_small(tmp_path: Path) -> None:
     path = tmp_path / "many.parquet"
-    synthesize(path, Parameters(policy="async", vcpus=24, smi_rate=2000, working_set=64, events=400_000), None)
+    synthesize(path, Parameters(policy="async", vcpus=24, smi_rate=2000, working_set=64, events=400_000))
     with reported(path, Wanted()) as report:
         drawn, lacking = pictures(report)
         assert lacking == []

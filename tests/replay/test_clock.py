@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from replay.simulate import core, dispatch
@@ -20,7 +20,8 @@ from replay.timing import timed_engine as timing
 from replay.timing.costs import Costs
 from replay.timing.reference_clock import Clock, Spent
 from replay.timing.timed_engine import TimedEngine
-from tests.replay.test_engine import COMMON, PLAIN, assert_same
+from tests.profiles import examples
+from tests.replay.test_engine import PLAIN, assert_same
 from tests.replay.timed_streams import TimedStream, timed_of, timed_streams
 from traces.errors import Problem
 from traces.kernels.policies import ASYNC, POLICIES, PRESERVE, PolicyParameters
@@ -69,25 +70,25 @@ def assert_on_time(made: TimedEngine, clock: Clock) -> None:
 
 
 @given(stream=timed_streams(), sizes=SIZES)
-@settings(max_examples=300, **COMMON)  # type: ignore[arg-type]
+@examples(300)
 def test_compiled_is_the_reference_to_the_ns(stream: TimedStream, sizes: list[int]) -> None:
     assert_on_time(by_engine(stream, sizes), by_reference(stream))
 
 
 @given(stream=timed_streams(), sizes=SIZES)
-@settings(max_examples=40, **COMMON)  # type: ignore[arg-type]
+@examples(40)
 def test_as_plain_python_is_the_reference_to_the_ns(stream: TimedStream, sizes: list[int]) -> None:
     assert_on_time(by_engine(stream, sizes, PLAIN), by_reference(stream))
 
 
 @given(stream=timed_streams(), sizes=SIZES)
-@settings(max_examples=100, **COMMON)  # type: ignore[arg-type]
+@examples(100)
 def test_blocks_may_be_cut_anywhere(stream: TimedStream, sizes: list[int]) -> None:
     assert times(by_reference(stream, sizes)) == times(by_reference(stream))
 
 
 @given(stream=timed_streams())
-@settings(max_examples=100, **COMMON)  # type: ignore[arg-type]
+@examples(100)
 def test_every_ns_is_spent_on_something(stream: TimedStream) -> None:
     for pace in by_reference(stream).paces:
         assert sum(pace.spent) == pace.clock
@@ -99,7 +100,7 @@ BIG = st.integers(0, 1 << 40)
 
 
 @given(leads=st.lists(st.tuples(BIG, st.integers(0, 100), BIG, st.integers(1, 201)), min_size=1, max_size=50))
-@settings(max_examples=50, **COMMON)  # type: ignore[arg-type]
+@examples(50)
 def test_what_no_policy_changes_is_kept(leads: list[tuple[int, int, int, int]]) -> None:
     """Where nothing hits, the time between operations passes as recorded; the guest and the switch get their part."""
     rows = [

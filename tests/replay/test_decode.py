@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from replay import plan, run
@@ -19,6 +19,7 @@ from replay.decode.vm_inputs import VmInputs
 from replay.simulate.cases import Case
 from replay.simulate.operations import RESETS, Cause, Op
 from replay.simulate.specialize import Specialization
+from tests.profiles import examples
 from tests.replay.recording import OLD_ROLE, OLD_WP, SMM_ROLE, Guest
 from traces.errors import Problem
 from traces.kernels import roles
@@ -69,7 +70,7 @@ def _whole(name: str) -> tuple[Capabilities, list[Row]]:
     return capabilities, rows(capabilities)
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(st.sampled_from(BATCHED), st.integers(12, 400))
 def test_batches_of_any_size_say_the_same(name: str, size: int) -> None:
     """A row is explained by rows of its own batch or of the next: between a reset and its load lie some ten."""

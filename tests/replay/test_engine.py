@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from replay.decode.capabilities import Capabilities
@@ -22,15 +22,15 @@ from replay.simulate.operations import Block, Cause, Op, Ranges, Word, pack
 from replay.simulate.page_table import Table
 from replay.simulate.reference import Happened, Violation, Vm
 from replay.simulate.specialize import Specialization
+from tests.corpus import REPLAYED, each
+from tests.profiles import examples
 from tests.replay.plain import COMPILED, plain
-from tests.replay.recording import REPLAYED
 from tests.replay.streams import Stream, block_of, streams
 from traces.errors import Problem
 from traces.kernels.policies import ASYNC, POLICIES, PRESERVE, SYNC, PolicyParameters
 from traces.reader import Trace
 
 TINY = (16, 16, 32)  # tables, nodes and log rows at first: pools grow all the time
-COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 
 
 PLAIN: Any = plain("replay.simulate.core")
@@ -88,13 +88,13 @@ SIZES = st.lists(st.sampled_from([1, 3, 63, 64, 65, 200]), min_size=1, max_size=
 
 
 @given(stream=streams(), sizes=SIZES)
-@settings(max_examples=300, **COMMON)  # type: ignore[arg-type]
+@examples(300)
 def test_compiled_is_the_reference(stream: Stream, sizes: list[int]) -> None:
     assert_same(*run(stream, core.Core, sizes))
 
 
 @given(stream=streams(), sizes=SIZES)
-@settings(max_examples=40, **COMMON)  # type: ignore[arg-type]
+@examples(40)
 def test_as_plain_python_is_the_reference(stream: Stream, sizes: list[int]) -> None:
     assert_same(*run(stream, PLAIN.Core, sizes))
 
@@ -126,7 +126,7 @@ def test_named_policies_on_a_longer_stream(name: str, assume_refault: bool) -> N
     assert_same(*run(storm(replace(POLICIES[name], assume_refault=assume_refault)), core.Core, [1000, 77]))
 
 
-@pytest.mark.parametrize("path", REPLAYED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", each(REPLAYED))
 def test_every_shipped_recording_under_every_policy(path: Path) -> None:
     capabilities = Capabilities(Trace.open(path))
     named = [
@@ -177,8 +177,8 @@ def test_a_switch_evicts_the_eldest_of_four(core: Any, parameters: PolicyParamet
     assert made.counters.frees == (0 if parameters is PRESERVE else 3)
 
 
-@pytest.mark.parametrize("core", [core.Core, PLAIN.Core])
-def test_split_of_a_gigabyte_takes_up_where_memory_ended(core: Any) -> None:
+@pytest.mark.parametrize("kind", [core.Core, PLAIN.Core])
+def test_split_of_a_gigabyte_takes_up_where_memory_ended(kind: Any) -> None:
     rows = [
         (pack(Op.TOUCH, level=3), 5),
         (pack(Op.SPLIT), 0),
@@ -187,10 +187,10 @@ def test_split_of_a_gigabyte_takes_up_where_memory_ended(core: Any) -> None:
     ]
     for stop in (3, 4):
         stream = Stream(PRESERVE, [Word(0)], 1, block_of(rows[:stop]), Ranges([(0, 1 << 18)]))
-        made, vm = run(stream, core, [10])
+        made, vm = run(stream, kind, [10])
         assert made.counters == vm.counters
         assert made.counters.tables == 1 + 513
-        if core is not PLAIN.Core:
+        if kind is not PLAIN.Core:
             assert_same(made, vm)
 
 

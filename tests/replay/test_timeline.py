@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from replay.decode import vm_inputs
@@ -22,6 +22,7 @@ from replay.simulate.specialize import Specialization
 from replay.simulate.timed_operations import CREATED, FOUND
 from replay.timing import measure
 from replay.timing.measure import Measurement, SpanTimes
+from tests.profiles import examples
 from tests.replay.plain import plain
 from traces.reader import Trace
 
@@ -64,7 +65,7 @@ def test_every_ns_belongs_to_one_state(name: str) -> None:
         assert found[vcpu].sum() == max(times) - min(times)
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(st.sampled_from(NAMES), st.integers(1, 3000))
 @example("smi-both-5.10", 66)  # between a vCPU's first load and its first entry
 def test_batches_may_be_cut_anywhere(name: str, size: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -17,7 +17,8 @@ from replay.validate.compare import machine_of, validate
 from replay.validate.row_tuples import Row, rows_of
 from replay.validate.threads import RESPONSES, Lockstep
 from replay.validate.validate_text import render
-from tests.replay.recording import CORPUS, REPLAYED
+from tests.corpus import CORPUS, REPLAYED, each
+from tests.profiles import examples
 from traces import kernels
 from traces.errors import Problem
 from traces.kernels.vendors import SVM, VMX
@@ -60,7 +61,7 @@ def run(rows: list[Row], trace: Trace) -> bool:
     return clean and not machine.removed and not machine.roots
 
 
-@pytest.mark.parametrize("path", REPLAYED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", each(REPLAYED))
 def test_every_response_of_every_recording_is_foretold(path: Path) -> None:
     report = validate(path)
     assert report.reproduced == report.expected > 0, render(report)
@@ -96,7 +97,7 @@ def chosen() -> list[tuple[Trace, list[Row]]]:
     return found
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(data=st.data())
 def test_a_response_that_is_missing_doubled_or_altered_is_found(data: st.DataObject, chosen) -> None:  # type: ignore[no-untyped-def]
     trace, rows = chosen[data.draw(st.integers(0, len(chosen) - 1))]
@@ -104,20 +105,18 @@ def test_a_response_that_is_missing_doubled_or_altered_is_found(data: st.DataObj
     places = [i for i, row in enumerate(rows) if row.kind == kind and (kind != "mmu_free_roots" or row.root)]
     at = places[data.draw(st.integers(0, len(places) - 1))]
     row = rows[at]
-    harm = data.draw(st.sampled_from(["drop", "double", *TELLING[kind]]))
-    if harm == "drop":
-        if kind == "mmu_free_roots":
-            return  # what follows of it is foretold, itself it is what happens
-        harmed = [*rows[:at], *rows[at + 1 :]]
-    elif harm == "double":
-        harmed = [*rows[: at + 1], row, *rows[at + 1 :]]
-        if kind in ("mmu_free_roots", "kvm_mmu_spte_requested"):
-            return
+    # What follows of a free of roots is foretold; itself it is what happens.
+    whole = () if kind == "mmu_free_roots" else ("drop", "double")
+    mutation = data.draw(st.sampled_from([*whole, *TELLING[kind]]))
+    if mutation == "drop":
+        mutated = [*rows[:at], *rows[at + 1 :]]
+    elif mutation == "double":
+        mutated = [*rows[: at + 1], row, *rows[at + 1 :]]
     else:
-        value = getattr(row, harm) or 0
-        changed = value ^ 0x10000 if harm == "old" else value + 1
-        harmed = [*rows[:at], row._replace(**{harm: changed}), *rows[at + 1 :]]
-    assert not run(harmed, trace), f"{harm} of {row} was not found"
+        value = getattr(row, mutation) or 0
+        changed = value ^ 0x10000 if mutation == "old" else value + 1
+        mutated = [*rows[:at], row._replace(**{mutation: changed}), *rows[at + 1 :]]
+    assert not run(mutated, trace), f"{mutation} of {row} was not found"
 
 
 def test_the_command_says_how_much_and_where(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,6 +14,7 @@ from traces.compact import Summary, _Compaction
 from traces.encoding import TraceFile
 from traces.errors import Problem
 from traces.kernels import at
+from traces.progress import Progress
 from traces.record import Columns
 from traces.segments import Segment, SegmentReader
 from traces.synth.parameters import Parameters
@@ -41,13 +42,11 @@ _FAULTS_ONLY: Final = "changes by faults only; those by zaps were left out"
 
 _PART_ROWS: Final = 1 << 18  # a row group ends with the part that fills it, so parts must be small beside it
 
-Progress = Callable[[int], None]
-
 
 class _Synthetic(SegmentReader):
     """Stands where compaction expects a recording's segments, and makes their rows as they are asked for."""
 
-    def __init__(self, parameters: Parameters, progress: Progress | None) -> None:
+    def __init__(self, parameters: Parameters, progress: Progress) -> None:
         share = None if parameters.events is None else math.ceil(parameters.events / parameters.vms)
         self.segments: list[Segment] = []
         self.manifest_problem = ""
@@ -66,8 +65,7 @@ class _Synthetic(SegmentReader):
                 part = take(columns, slice(first, first + _PART_ROWS))
                 yield written, part
                 written += len(part["time"])
-            if self._progress is not None:
-                self._progress(written)
+            self._progress.at(written)
         self.manifest |= {"closed": {"rows": written}, "finished": True, "loss": self._loss()}
 
     def _loss(self) -> dict[str, Any]:
@@ -97,17 +95,18 @@ def merge(streams: list[Iterator[Columns]]) -> Iterator[Columns]:
         yield columns if len(ready) == 1 else take(columns, np.argsort(columns["time"], kind="stable"))
 
 
-def synthesize(path: Path, parameters: Parameters, progress: Progress | None = None) -> Summary:
+def synthesize(path: Path, parameters: Parameters) -> Summary:
     """Write the trace that `parameters` order, in bounded memory; the same parameters give the same bytes.
 
-    `progress` is called with the number of rows made so far. Raises Problem (exit code 2) for parameters that make no
+    Raises Problem (exit code 2) for parameters that make no
     sense, or where the file cannot be written.
     """
     parameters = parameters.settled()
     try:
         file = TraceFile(path)
         try:
-            return _Compaction(_Synthetic(parameters, progress), file).run()
+            with Progress(f"making {path}", parameters.events) as progress:
+                return _Compaction(_Synthetic(parameters, progress), file).run()
         finally:
             file.discard()
     except OSError as error:
