@@ -1,0 +1,135 @@
+"""Questions about a recording's rows, as many as there are answered in one pass over them.
+
+Each batch of rows is decoded once, by the trace's own reader, and every question takes of it what it is about. Memory
+grows with the groups of an answer (pages, roots, windows), not with rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+import polars as pl
+
+from traces.reader import Trace
+
+# Of one batch: a group_by in polars costs a ms or so however few its rows are, and a batch of more takes more memory.
+BATCH_ROWS: Final = 1 << 17
+_MERGED_ROWS: Final = 1 << 17  # parts of an answer are merged when there are more rows of them, or as many as merged
+
+
+class Counting(Protocol):
+    """One question on its way through the rows."""
+
+    def feed(self, vm: int | None, rows: pl.DataFrame) -> None:
+        """Take the next rows of a VM (None: of no known VM), in file order."""
+
+    def answer(self) -> pl.DataFrame:
+        """What the rows came to."""
+
+
+class Question(Protocol):
+    """What can be asked of rows. Two of one `name` are the same question."""
+
+    @property
+    def name(self) -> str:
+        """It, and with which options."""
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """What it reads of rows."""
+
+    def begin(self, none: pl.DataFrame) -> Counting:
+        """Before the first row; `none` is a batch without rows."""
+
+
+def ask(trace: Trace, questions: Sequence[Question]) -> list[pl.DataFrame]:
+    """The answers, after one pass over the rows. Raises Problem where the trace is damaged."""
+    wanted = frozenset({"vm"}).union(*(question.columns for question in questions))
+    names = [name for name in trace.schema.names if name in wanted]
+    none = pl.DataFrame(pl.from_arrow(trace.schema.empty_table().select(names)))
+    counting = [question.begin(none) for question in questions]
+    for batch in trace.batches(names, size=BATCH_ROWS):
+        for vm, rows in _by_vm(pl.DataFrame(pl.from_arrow(batch))):
+            for each in counting:
+                each.feed(vm, rows)
+    return [each.answer() for each in counting]
+
+
+def _by_vm(rows: pl.DataFrame) -> Iterator[tuple[int | None, pl.DataFrame]]:
+    """Rows of each VM: of one, in what our recorder writes."""
+    vm = rows["vm"]
+    if vm.null_count() in (0, len(rows)) and vm.min() == vm.max():
+        yield vm.first(), rows
+    else:
+        for (each,), mine in rows.partition_by("vm", as_dict=True).items():
+            yield each, mine
+
+
+@dataclass(frozen=True, eq=False)
+class Tally:
+    """A group_by whose aggregates merge: of the rows `where`, by VM and by `by`, sums, least and most values.
+
+    The answer has columns `vm`, those of `by`, `rows` (how many there are in the group), and one for each value, in no
+    order. What is to be counted by kind is best grouped by kind, and told apart in the answer: a mask costs more.
+    """
+
+    name: str
+    where: pl.Expr
+    by: Mapping[str, pl.Expr]
+    sums: Mapping[str, pl.Expr] = field(default_factory=dict)
+    least: Mapping[str, pl.Expr] = field(default_factory=dict)
+    most: Mapping[str, pl.Expr] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> frozenset[str]:
+        every = (self.where, *(each for of in (self.by, self.sums, self.least, self.most) for each in of.values()))
+        return frozenset(name for expression in every for name in expression.meta.root_names())
+
+    def begin(self, none: pl.DataFrame) -> Counting:
+        return _Tallying(self, none)
+
+    def of(self, rows: pl.DataFrame) -> pl.DataFrame:
+        """The groups of some rows of one VM, without `vm`."""
+        values = (
+            *(each.sum().alias(name) for name, each in self.sums.items()),
+            *(each.min().alias(name) for name, each in self.least.items()),
+            *(each.max().alias(name) for name, each in self.most.items()),
+        )
+        grouped = rows.lazy().filter(self.where).group_by(**self.by)
+        return grouped.agg(pl.len().cast(pl.Int64).alias("rows"), *values).collect()
+
+    def merged(self, parts: Iterable[pl.DataFrame]) -> pl.DataFrame:
+        """Parts with `vm`, each group once."""
+        values = (
+            *(pl.col(name).sum() for name in ("rows", *self.sums)),
+            *(pl.col(name).min() for name in self.least),
+            *(pl.col(name).max() for name in self.most),
+        )
+        return pl.concat(parts).group_by("vm", *self.by).agg(*values)
+
+
+class _Tallying:
+    """A tally's parts, merged now and then, so that there are never many more rows of them than there are groups."""
+
+    def __init__(self, tally: Tally, none: pl.DataFrame) -> None:
+        self._tally = tally
+        self._merged = tally.of(none).select(pl.lit(None, none.schema["vm"]).alias("vm"), pl.all())
+        self._parts: list[pl.DataFrame] = []
+        self._rows = 0
+
+    def feed(self, vm: int | None, rows: pl.DataFrame) -> None:
+        part = self._tally.of(rows)
+        self._parts.append(part.select(pl.lit(vm, self._merged.schema["vm"]).alias("vm"), pl.all()))
+        self._rows += len(part)
+        if self._rows > max(_MERGED_ROWS, len(self._merged)):
+            self._merge()
+
+    def answer(self) -> pl.DataFrame:
+        self._merge()
+        return self._merged
+
+    def _merge(self) -> None:
+        self._merged = self._tally.merged([self._merged, *self._parts])
+        self._parts, self._rows = [], 0
