@@ -52,7 +52,7 @@ def report(
     from contextlib import ExitStack
 
     from analysis import gates
-    from analysis.formats import renderer
+    from analysis.formats import drawn, renderer
     from analysis.progress import Progress
     from analysis.reporting import Wanted, exit_code, reported
 
@@ -63,6 +63,7 @@ def report(
         validate=validate,
         gates=tuple(map(gates.parse, fail_on or ())),
         baseline=gates.load_baseline(baseline) if baseline else None,
+        drawn=drawn(format_),
     )
     progress = Progress()
     with ExitStack() as stack:

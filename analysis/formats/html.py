@@ -13,18 +13,20 @@ import shlex
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, Final
 
 import jinja2
 import vl_convert
 from markupsafe import Markup
 
-from analysis.charts import Picture, pictures
+from analysis.charts import OF_ROWS, Picture, pictures
 from analysis.formats import lines
 from analysis.queries.registry import named
 from analysis.report import Check, Report
 from analysis.sources import Recording
 from traces.text import printable
+
+DRAWN: Final = OF_ROWS
 
 
 @dataclass(frozen=True)
