@@ -71,7 +71,7 @@ class Tally:
     """A group_by whose aggregates merge: of the rows `where`, by VM and by `by`, sums, least and most values.
 
     The answer has columns `vm`, those of `by`, `rows` (how many there are in the group), and one for each value, in no
-    order. What is to be counted by kind is best grouped by kind, and told apart in the answer: a mask costs more.
+    order; a sum is an Int64, and of a condition the number of rows where it holds.
     """
 
     name: str
@@ -100,7 +100,7 @@ class Tally:
         return pl.concat(parts).group_by("vm", *self.by).agg(pl.col("rows").sum(), *self._values())
 
     def _values(self) -> Iterator[pl.Expr]:
-        yield from (pl.col(name).sum() for name in self.sums)
+        yield from (pl.col(name).sum().cast(pl.Int64) for name in self.sums)
         yield from (pl.col(name).min() for name in self.least)
         yield from (pl.col(name).max() for name in self.most)
 

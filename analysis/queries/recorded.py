@@ -202,7 +202,7 @@ def faulted() -> Tally:
         "faults by page",
         where=pl.col("vcpu").is_not_null() & _is("kvm_page_fault", "kvm_mmu_spte_requested", "fast_page_fault"),
         by={"vcpu": pl.col("vcpu"), "gfn": pl.when(requested).then(pl.col("gfn")).otherwise(page)},
-        sums={"faults": _is("kvm_page_fault").cast(pl.Int64), "served": (requested | fixed).cast(pl.Int64)},
+        sums={"faults": _is("kvm_page_fault"), "served": requested | fixed},
         least={"first_time": pl.col("time")},
         most={"last_time": pl.col("time")},
     )
@@ -233,12 +233,14 @@ def unserved(recording: Recording) -> pl.LazyFrame:
 
 
 def used_roots() -> Tally:
-    """Rows that name a root, by root, kind and role word; where a row's kind has no role, that is 0."""
+    """Rows that name a root, by root: its role word, from when to when there are any, loads and faults among them."""
+    loaded = _is("kvm_mmu_get_page", "mmu_load", "root_get") & (pl.col("role") != 0)
     return Tally(
         "roots",
         where=pl.col("root") != 0,
-        by={"root": pl.col("root"), "kind": pl.col("kind"), "role": pl.col("role")},
-        least={"first_time": pl.col("time")},
+        by={"root": pl.col("root")},
+        sums={"loads": _is("mmu_load"), "faults": _is("kvm_page_fault")},
+        least={"role": pl.when(loaded).then(pl.col("role")), "first_time": pl.col("time")},
         most={"last_time": pl.col("time")},
     )
 
@@ -246,18 +248,10 @@ def used_roots() -> Tally:
 @query(Recording, asks=lambda _: [used_roots()])
 def lives(recording: Recording) -> pl.LazyFrame:
     """Every root that the recording shows: its role word, from when to when it is seen, loads and faults under it."""
-    loaded = _is("kvm_mmu_get_page", "mmu_load", "root_get")
     (counted,) = recording.ask(used_roots())
     return (
         counted.lazy()
-        .group_by("vm", "root")
-        .agg(
-            role=pl.when(loaded & (pl.col("role") != 0)).then(pl.col("role")).min(),
-            first_time=pl.col("first_time").min(),
-            last_time=pl.col("last_time").max(),
-            loads=_rows(_is("mmu_load")),
-            faults=_rows(_is("kvm_page_fault")),
-        )
+        .select("vm", "root", "role", "first_time", "last_time", "loads", "faults")
         .with_columns(life_ns=pl.col("last_time") - pl.col("first_time"))
         .sort("vm", "root")
     )
