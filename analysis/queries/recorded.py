@@ -28,20 +28,20 @@ def _is(*kinds: str) -> pl.Expr:
     return pl.any_horizontal(pl.col("kind") == kind for kind in kinds)  # each by its code: a cast to text takes twice
 
 
-def _rows(where: pl.Expr) -> pl.Expr:
-    """How many rows there are in the groups of a tally that are `where`."""
-    return pl.when(where).then(pl.col("rows")).otherwise(0).sum()
+def _of(count: str, kind: str) -> pl.Expr:
+    """A count of a tally that is by kind, of this kind."""
+    return pl.when(_is(kind)).then(pl.col(count)).otherwise(0).sum()
 
 
 def in_windows(recording: Recording, window_ns: int = WINDOW_NS) -> Tally:
-    """Rows that tell of each vCPU's time in windows, by kind; `at` is ns from a window's begin, `last` boot ns."""
+    """Rows that tell of each vCPU's time in windows, by kind; `at` is ns from a window's begin, `last` in boot ns."""
     since = pl.col("time") - min((group.first_time for group in recording.metadata.row_groups), default=0)
     return Tally(
         f"windows of {window_ns} ns",
         where=pl.col("vcpu").is_not_null()
         & _is("kvm_entry", "kvm_exit", "kvm_page_fault", "kvm_smm_transition", "mmu_load"),
-        by={"vcpu": pl.col("vcpu"), "window": since // window_ns, "kind": pl.col("kind"), "entering": _ENTERING},
-        sums={"at": since % window_ns},
+        by={"vcpu": pl.col("vcpu"), "window": since // window_ns, "kind": pl.col("kind")},
+        sums={"at": since % window_ns, "entering": _ENTERING},
         most={"last": pl.col("time")},
     )
 
@@ -72,11 +72,11 @@ def windows(recording: Recording, window_ns: int = WINDOW_NS) -> pl.LazyFrame:
             crossed=pl.when(exit_).then(pl.col("at")).when(entry).then(-pl.col("at")).otherwise(0).sum(),
             entered=pl.when(entry).then(pl.col("last")).max(),
             left=pl.when(exit_).then(pl.col("last")).max(),
-            entries=_rows(entry),
-            exits=_rows(exit_),
-            faults=_rows(_is("kvm_page_fault")),
-            smis=_rows(_is("kvm_smm_transition") & pl.col("entering")),
-            loads=_rows(_is("mmu_load")),
+            entries=_of("rows", "kvm_entry"),
+            exits=_of("rows", "kvm_exit"),
+            faults=_of("rows", "kvm_page_fault"),
+            smis=_of("entering", "kvm_smm_transition"),
+            loads=_of("rows", "mmu_load"),
         )
         .with_columns(_nulled(recording, faults="kvm_page_fault", smis="kvm_smm_transition", loads="mmu_load"))
         .with_columns(time=begin, since_ns=begin - first, length_ns=length)
