@@ -112,20 +112,18 @@ class _Heating:
         self._pages = dict.fromkeys(widths, 1)
         self._cells = {vm: pl.DataFrame(schema=_CELLS) for vm in widths}
 
-    def feed(self, vm: int | None, rows: pl.DataFrame) -> None:
-        if vm not in self._widths:
-            return
+    def feed(self, rows: pl.DataFrame, one_vm: bool) -> None:
+        mapped = rows.lazy().filter(pl.col("kind") == "kvm_mmu_set_spte").select("vm", "time", "gfn").collect()
+        for part in [mapped] if one_vm else mapped.partition_by("vm"):
+            vm = part["vm"].first()
+            if isinstance(vm, int) and vm in self._widths:
+                self._add(vm, part)
+
+    def _add(self, vm: int, mapped: pl.DataFrame) -> None:
         first, width = self._widths[vm]
         time = first + (pl.col("time") - first) // width * width
         gfn = pl.col("gfn") // self._pages[vm] * self._pages[vm]
-        new = (
-            rows.lazy()
-            .filter(pl.col("kind") == "kvm_mmu_set_spte")
-            .select(time=time, gfn=gfn)
-            .group_by("time", "gfn")
-            .agg(installs=pl.len().cast(pl.Int64))
-            .collect()
-        )
+        new = mapped.lazy().group_by(time=time, gfn=gfn).agg(installs=pl.len().cast(pl.Int64)).collect()
         cells = pl.concat([self._cells[vm], new])
         while (cells["gfn"].drop_nulls() // self._pages[vm]).n_unique() > self._rows:
             self._pages[vm] *= 2
