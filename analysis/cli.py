@@ -49,7 +49,12 @@ def report(
     ] = None,
 ) -> None:
     """Say what a recording or a replay comes to: verdict, what it rests on, policies, causes, worst windows, gfns."""
+    import os
     from contextlib import ExitStack
+
+    # Questions are asked of a quarter of a million rows at a time: a second thread of polars's would mostly wait (a tenth
+    # of the CPU time, 20 MiB). It is read when polars is imported, which nothing has done yet.
+    os.environ.setdefault("POLARS_MAX_THREADS", "1")
 
     from analysis import gates
     from analysis.formats import drawn, renderer
