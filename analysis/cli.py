@@ -52,8 +52,8 @@ def report(
     import os
     from contextlib import ExitStack
 
-    # Questions are asked of a quarter of a million rows at a time: a second thread of polars's would mostly wait (a tenth
-    # of the CPU time, 20 MiB). It is read when polars is imported, which nothing has done yet.
+    # What is asked of rows is asked of a quarter of a million at a time: a second thread of polars's would mostly wait
+    # (a tenth of the CPU time, 20 MiB). polars reads this when it is imported, which nothing has done yet.
     os.environ.setdefault("POLARS_MAX_THREADS", "1")
 
     from analysis import gates
