@@ -44,6 +44,7 @@ bench: setup
 	$(PYTHON) -m benchmarks.record
 	$(PYTHON) -m benchmarks.replay
 	$(PYTHON) -m benchmarks.report
+	$(PYTHON) -m benchmarks.whole_commands
 
 # Record traces/corpus anew: every scenario on every kernel of the lab.
 corpus: setup

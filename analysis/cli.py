@@ -49,10 +49,15 @@ def report(
     ] = None,
 ) -> None:
     """Say what a recording or a replay comes to: verdict, what it rests on, policies, causes, worst windows, gfns."""
+    import os
     from contextlib import ExitStack
 
+    # What is asked of rows is asked of a quarter of a million at a time: a second thread of polars's would mostly wait
+    # (a tenth of the CPU time, 20 MiB). polars reads this when it is imported, which nothing has done yet.
+    os.environ.setdefault("POLARS_MAX_THREADS", "1")
+
     from analysis import gates
-    from analysis.formats import renderer
+    from analysis.formats import drawn, renderer
     from analysis.reporting import Wanted, exit_code, reported
     from traces.progress import Progress
 
@@ -63,6 +68,7 @@ def report(
         validate=validate,
         gates=tuple(map(gates.parse, fail_on or ())),
         baseline=gates.load_baseline(baseline) if baseline else None,
+        drawn=drawn(format_),
     )
     with ExitStack() as stack:
         with Progress("reading") as progress:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from analysis.charts import Picture, pictures
-from analysis.formats.html import render
+from analysis.formats.html import _library, render
 from analysis.report import Check, Report, Status
 from analysis.reporting import Wanted, reported
 from analysis.sources import open_source
@@ -322,3 +322,21 @@ def test_nothing_to_draw(browser: Browser, tmp_path: Path) -> None:
     browser.send("Page.navigate", url=page.as_uri())
     browser.until("document.readyState === 'complete' && document.querySelector('h1').textContent === 'nothing'")
     assert browser.complaints() == []
+
+
+def test_the_javascript_is_bundled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundled = []
+
+    def bundle(snippet: str) -> str:
+        bundled.append(snippet)
+        return "window.vegaEmbed = null;"
+
+    monkeypatch.setattr("vl_convert.javascript_bundle", bundle)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert _library.__wrapped__() == _library.__wrapped__() == "window.vegaEmbed = null;"
+    assert len(bundled) == 1
+    (kept,) = (tmp_path / "kvmtrace").iterdir()
+    assert kept.read_text() == "window.vegaEmbed = null;"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")  # where nothing can be kept
+    assert _library.__wrapped__() == "window.vegaEmbed = null;"
+    assert len(bundled) == 2
