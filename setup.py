@@ -10,7 +10,7 @@ COMPILED = (
     "replay/decode/inferred.py",
     "replay/decode/timeline.py",
     "replay/simulate/core.py",
-    "replay/simulate/specialize.py",
+    "replay/decode/specialize.py",
     "replay/timing/lock_waits.py",
     "replay/timing/steal.py",
 )

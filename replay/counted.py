@@ -9,13 +9,13 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from replay.decode.specialize import Specialization
 from replay.plan import Run, Target
 from replay.result import VmWriter, vm_counts
 from replay.simulate.engine import Engine, RootLog, Vcpus
 from replay.simulate.operations import Block, Cause, Op, Ranges
 from replay.simulate.reference import Counters, Happened, Violation
 from replay.simulate.simulator import Machine, Reference
-from replay.simulate.specialize import Specialization
 from traces.errors import VERDICT_FAILED, Problem
 
 _HISTORY: Final = 6  # rows of a root's life that a violation shows

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from replay.decode.capabilities import Capabilities
-from replay.simulate.cases import Case
+from replay.decode.cases import Case
 from replay.simulate.policy_api import Policy
 from replay.userfile import load, one_line
 from traces import kernels

@@ -18,13 +18,13 @@ from typing import Any, Final
 
 from replay.counted import Counting, Outcome
 from replay.decode.capabilities import Capabilities
+from replay.decode.cases import Case
 from replay.decode.inputs import Inputs
+from replay.decode.specialize import Specialization
 from replay.decode.vm_inputs import VmInputs
 from replay.plan import Plan, Run, Target
 from replay.result import VmWriter, Writer
-from replay.simulate.cases import Case
 from replay.simulate.operations import Block
-from replay.simulate.specialize import Specialization
 from replay.spool import Spool
 from replay.timing import time_rows
 from replay.timing.measure import Measurement, SpanTimes

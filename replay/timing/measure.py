@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 from replay.decode.batch import Batch
 from replay.decode.capabilities import Capabilities
+from replay.decode.cases import Case
 from replay.decode.inputs import Inputs, Ints
+from replay.decode.specialize import Specialization
 from replay.decode.timeline import Timeline
 from replay.decode.vcpu_states import BARE, VcpuState
 from replay.decode.vm_inputs import VmInputs, vcpu_ids
-from replay.simulate.cases import Case
 from replay.simulate.operations import Op, Word
-from replay.simulate.specialize import Specialization
 from replay.simulate.timed_operations import CREATED, FOUND, Timed
 from replay.timing.costs import Fitted, Samples, fit
 from replay.timing.lock_waits import LockWaits

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from replay.decode.capabilities import Capabilities
 from replay.decode.inputs import Inputs, Rest
+from replay.decode.specialize import Specialization
 from replay.plan import Run, Target
 from replay.simulate.operations import Ranges
-from replay.simulate.specialize import Specialization
 from replay.simulate.timed_operations import tail
 from replay.timing.costs import Fitted, fit
 from replay.timing.measure import Measured

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from replay.decode.capabilities import Capabilities
-from replay.simulate.cases import Case
+from replay.decode.cases import Case
+from replay.decode.specialize import Specialization
 from replay.simulate.operations import VCPU_SHIFT, Block, Op, Ranges
-from replay.simulate.specialize import Specialization
 from replay.simulate.timed_operations import LAST, MORE, Timed, joined, tail, take
 from replay.spool import Spool
 from replay.timing.costs import Costs

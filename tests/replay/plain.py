@@ -11,7 +11,7 @@ COMPILED = (
     "replay.decode.inferred",
     "replay.decode.timeline",
     "replay.simulate.core",
-    "replay.simulate.specialize",
+    "replay.decode.specialize",
     "replay.timing.lock_waits",
     "replay.timing.steal",
 )

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from replay import plan, run
 from replay.decode.capabilities import _SEEN, Capabilities
+from replay.decode.cases import Case
 from replay.decode.inputs import HIDDEN, NO_STATE, TRIGGER
+from replay.decode.specialize import Specialization
 from replay.decode.vm_inputs import VmInputs
-from replay.simulate.cases import Case
 from replay.simulate.operations import RESETS, Cause, Op
-from replay.simulate.specialize import Specialization
 from tests.profiles import examples
 from tests.replay.recording import OLD_ROLE, OLD_WP, SMM_ROLE, Guest
 from traces.errors import Problem

@@ -14,14 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from replay.decode.capabilities import Capabilities
+from replay.decode.cases import Case
+from replay.decode.specialize import Specialization
 from replay.decode.vm_inputs import VmInputs
 from replay.simulate import core, dispatch, engine
-from replay.simulate.cases import Case
 from replay.simulate.engine import Engine, RootState, Vcpus
 from replay.simulate.operations import Block, Cause, Op, Ranges, Word, pack
 from replay.simulate.page_table import Table
 from replay.simulate.reference import Happened, Violation, Vm
-from replay.simulate.specialize import Specialization
 from tests.corpus import REPLAYED, each
 from tests.profiles import examples
 from tests.replay.plain import COMPILED, plain
@@ -362,7 +362,7 @@ def test_what_runs_is_compiled(name: str) -> None:
     ("replay.decode.timeline", "Thread", "THREAD"),
     ("replay.decode.timeline", "RipRun", "RIP_RUN"),
     ("replay.decode.timeline", "Moment", "MOMENT"),
-    ("replay.simulate.specialize", "Program", "PROGRAM"),
+    ("replay.decode.specialize", "Program", "PROGRAM"),
 ])  # fmt: skip
 def test_structures_of_decoding_are_those_of_their_pools(module: str, structure: str, layout: str) -> None:
     as_python = plain(module)

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from replay.decode import vm_inputs
 from replay.decode.batch import COLUMNS, Batch
 from replay.decode.capabilities import Capabilities
+from replay.decode.cases import Case
+from replay.decode.specialize import Specialization
 from replay.decode.timeline import Timeline
 from replay.decode.vcpu_states import VcpuState
 from replay.decode.vm_inputs import VmInputs, dense_numbers, vcpu_ids
-from replay.simulate.cases import Case
 from replay.simulate.operations import Op
-from replay.simulate.specialize import Specialization
 from replay.simulate.timed_operations import CREATED, FOUND
 from replay.timing import measure
 from replay.timing.measure import Measurement, SpanTimes
@@ -188,7 +188,7 @@ def test_compiled_loops_do_what_they_do_as_plain_python(name: str, monkeypatch: 
     monkeypatch.setattr(decoder, "Unseen", plain("replay.decode.inferred").Unseen)
     monkeypatch.setattr(vm_inputs, "Decoder", decoder.Decoder)
     monkeypatch.setattr(measure, "Timeline", timeline.Timeline)
-    monkeypatch.setattr(measure, "Specialization", plain("replay.simulate.specialize").Specialization)
+    monkeypatch.setattr(measure, "Specialization", plain("replay.decode.specialize").Specialization)
     monkeypatch.setattr(measure, "LockWaits", plain("replay.timing.lock_waits").LockWaits)
     monkeypatch.setattr(measure, "Steal", plain("replay.timing.steal").Steal)
     assert not decoder.COMPILED

@@ -23,6 +23,7 @@ from typing import Any
 import cython
 import numpy as np
 
+from replay.decode.cases import Case
 from replay.decode.inputs import (
     BUILT_ROOT,
     HAS_ENTER,
@@ -36,7 +37,6 @@ from replay.decode.inputs import (
     WAS_STILL,
 )
 from replay.decode.pools import as_bytes, as_structures, pool_of
-from replay.simulate.cases import Case
 from replay.simulate.operations import CAUSES, Block, Cause, Op
 from replay.simulate.timed_operations import CREATED, FOUND, LAST, MORE, NEVER, Timed
 from traces.kernels import Kernel, roles
