@@ -12,6 +12,7 @@ from typing import Any, Final
 import polars as pl
 
 from analysis.queries.registry import query
+from analysis.rip_runs import RipQuestion, runs_of
 from analysis.rows import Question, Tally
 from analysis.sources import Recording
 from replay.timing.stuck_rip import CERTAIN
@@ -274,16 +275,13 @@ def roles(recording: Recording) -> pl.LazyFrame:
     )
 
 
-@query(Recording, needs=("kvm_exit",))
+@query(Recording, needs=("kvm_exit",), asks=lambda recording: [RipQuestion(recording.trace)])
 def stuck(recording: Recording, exits: int = CERTAIN) -> pl.LazyFrame:
-    """vCPUs that certainly did not get past an instruction: 100,000 exits and more at one RIP, and why.
-
-    The recording is read for this when the query is made.
-    """
+    """vCPUs that certainly did not get past an instruction: 100,000 exits and more at one RIP, and why."""
+    (longest,) = recording.ask(RipQuestion(recording.trace))
     found = [
-        {"vm": vm.vm, **{name: getattr(run, name) for name in _RUN}, "why": run.why}
-        for vm in recording.times
-        for run in vm.runs
+        {"vm": vm, **{name: getattr(run, name) for name in _RUN}, "why": run.why}
+        for vm, run in runs_of(longest)
         if run.certain(exits)
     ]
     return pl.LazyFrame(found, schema={"vm": pl.UInt64, **_RUN, "why": pl.String})

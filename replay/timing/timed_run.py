@@ -127,7 +127,7 @@ def vm_time(
     if measured.refused:
         nothing = replace(measured, began=0, fitted=fit({}, 0))
         return VmTime(vm, nothing, False, [], [])
-    runs = longest_runs(measured.timeline.runs)
+    runs = longest_runs(measured.rip_runs)
     stuck = [replace(run, vcpu=ids[run.vcpu]) for run in runs if run.certain(settings.stuck)]
     meta = capabilities.trace.metadata
     marked = (
