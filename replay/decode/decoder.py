@@ -61,7 +61,7 @@ COMPILED: bool = cython.compiled
 _NONE = cython.declare(cython.longlong, -1)
 _PAGE_BITS = cython.declare(cython.int, 9)  # of a table's index
 
-# What a row says, by kind: see `_MEANINGS`.
+# What a row says, by kind: its place in MEANINGS. From _OF_VM on, of the VM as a whole.
 _NOTHING = cython.declare(cython.int, 0)
 _EXIT = cython.declare(cython.int, 1)
 _ENTRY = cython.declare(cython.int, 2)
@@ -69,17 +69,17 @@ _FAULT = cython.declare(cython.int, 3)
 _REQUESTED = cython.declare(cython.int, 4)
 _SET = cython.declare(cython.int, 5)
 _MARK = cython.declare(cython.int, 6)
-_CHANGED = cython.declare(cython.int, 7)
-_FAST = cython.declare(cython.int, 8)
-_GET_PAGE = cython.declare(cython.int, 9)
-_ROOT_GET = cython.declare(cython.int, 10)
-_MMU_LOAD = cython.declare(cython.int, 11)
-_RESET = cython.declare(cython.int, 12)
-_UNLOAD = cython.declare(cython.int, 13)
-_SMM_MOVE = cython.declare(cython.int, 14)
-_CR = cython.declare(cython.int, 15)
-_MSR = cython.declare(cython.int, 16)
-_IOCTL_BEGIN = cython.declare(cython.int, 17)
+_FAST = cython.declare(cython.int, 7)
+_GET_PAGE = cython.declare(cython.int, 8)
+_ROOT_GET = cython.declare(cython.int, 9)
+_MMU_LOAD = cython.declare(cython.int, 10)
+_RESET = cython.declare(cython.int, 11)
+_UNLOAD = cython.declare(cython.int, 12)
+_SMM_MOVE = cython.declare(cython.int, 13)
+_CR = cython.declare(cython.int, 14)
+_MSR = cython.declare(cython.int, 15)
+_IOCTL_BEGIN = cython.declare(cython.int, 16)
+_CHANGED = cython.declare(cython.int, 17)
 _IOCTL_END = cython.declare(cython.int, 18)
 _INVALIDATE = cython.declare(cython.int, 19)
 _ZAP_LEAFS = cython.declare(cython.int, 20)
@@ -89,11 +89,12 @@ _MEMSLOT = cython.declare(cython.int, 23)
 _DESTROY = cython.declare(cython.int, 24)
 _NESTED = cython.declare(cython.int, 25)
 _TABLE_FREE = cython.declare(cython.int, 26)
+_OF_VM = cython.declare(cython.int, 17)
 MEANINGS = (
     "", "kvm_exit", "kvm_entry", "kvm_page_fault", "kvm_mmu_spte_requested", "kvm_mmu_set_spte", "mark_mmio_spte",
-    "kvm_tdp_mmu_spte_changed", "fast_page_fault", "kvm_mmu_get_page", "root_get", "mmu_load", "mmu_reset",
-    "mmu_unload", "kvm_smm_transition", "kvm_cr", "kvm_msr", "ioctl", "ioctl_end", "kvm_mmu_zap_all_fast",
-    "zap_leafs", "kvm_unmap_hva_range", "zap_all", "memslot", "vm_destroy", "kvm_nested_vmenter", "table_free",
+    "fast_page_fault", "kvm_mmu_get_page", "root_get", "mmu_load", "mmu_reset", "mmu_unload", "kvm_smm_transition",
+    "kvm_cr", "kvm_msr", "ioctl", "kvm_tdp_mmu_spte_changed", "ioctl_end", "kvm_mmu_zap_all_fast", "zap_leafs",
+    "kvm_unmap_hva_range", "zap_all", "memslot", "vm_destroy", "kvm_nested_vmenter", "table_free",
 )  # fmt: skip
 
 _TOUCH = cython.declare(cython.uint, int(Op.TOUCH))
@@ -190,6 +191,8 @@ _IS_UNLOAD = cython.declare(cython.int, int(VcpuState.UNLOAD))
 _IS_ZAP = cython.declare(cython.int, int(VcpuState.ZAP))
 _IS_PREFETCH = cython.declare(cython.int, int(VcpuState.PREFETCH))
 _IS_OTHER = cython.declare(cython.int, int(VcpuState.OTHER))
+_IS_SMM = cython.declare(cython.int, int(VcpuState.SMM))
+_IS_USER = cython.declare(cython.int, int(VcpuState.USER))
 
 Vcpu = cython.struct(  # what is known of a vCPU after its last row; rows are named by their seq, -1 for none
     opened=cython.longlong,  # its last exit or ioctl
@@ -227,12 +230,7 @@ Vcpu = cython.struct(  # what is known of a vCPU after its last row; rows are na
     record=cython.longlong,  # -1: it has no input yet
     first=cython.longlong,  # its first input
     has=cython.longlong,  # which inputs it has (`inputs.HAS_*`)
-    guest=cython.longlong,  # ns
-    fault=cython.longlong,
-    load=cython.longlong,
-    unload=cython.longlong,
-    rest=cython.longlong,
-    other=cython.longlong,  # of the rest, exits that no input is about
+    ns=cython.longlong[9],  # by VcpuState
     tables=cython.longlong,
     built_root=cython.longlong,
     still=cython.longlong,
@@ -280,7 +278,7 @@ class Decoder:
     _gfn: cython.longlong[::1]
     _time: cython.longlong[::1]
     _seq: cython.longlong[::1]
-    _exit: cython.longlong[::1]
+    _exit: cython.int[::1]
     _start: cython.longlong[::1]
     _end: cython.longlong[::1]
     _lead: cython.longlong[::1]
@@ -288,8 +286,8 @@ class Decoder:
     _fault: cython.longlong[::1]
     _load: cython.longlong[::1]
     _unload: cython.longlong[::1]
-    _tables: cython.longlong[::1]
-    _has: cython.longlong[::1]
+    _tables: cython.uchar[::1]
+    _has: cython.uint[::1]
     _flags: cython.uchar[::1]
 
     _vcpu: cython.pointer[Vcpu]
@@ -537,37 +535,38 @@ class Decoder:
                 elif means in (_ROOT_GET, _MMU_LOAD, _GET_PAGE) and root[i] > 0:
                     self._name(root[i], role[i])
 
-                if means == _CHANGED:
-                    if self._collapses and level[i] > 1:
-                        self._collapse(tid[i], level[i], as_id[i], gfn[i], old[i], new[i])
-                elif means == _INVALIDATE:
-                    self._put(_OP_INVALIDATE, 0)
-                    self._invalidations += 1
-                    self._invalidated = seq[i]
-                    if self._one_function:
-                        self._is_empty(tid[i], False)
-                    if self._infers:
-                        self._forget(0)
-                elif means == _ZAP_LEAFS:
-                    self._put_range(_ZAP, as_id[i], gfn[i], cython.cast(cython.longlong, value[i]))
-                elif means == _UNMAP:
-                    self._unmap(addr[i], value[i])
-                elif means == _ZAP_ALL:
-                    if not self._one_function or self._is_empty(tid[i], True):
-                        self._put(_OP_ZAP_ALL, 0)
-                elif means == _MEMSLOT:
-                    self._change_slot(tid[i], slot[i] & 0xFFFF, as_id[i])
-                elif means == _IOCTL_END:
-                    if self._collapses:
-                        self._end_collapse(tid[i])
-                elif means == _TABLE_FREE:
-                    if self._infers and root[i] > 0:
-                        self._forget(root[i])
-                elif means == _NESTED:
-                    self.nested += 1
-                elif means == _DESTROY:
-                    self._put(_END, 0)
-                    self.ended = True
+                if means >= _OF_VM:
+                    if means == _CHANGED:
+                        if self._collapses and level[i] > 1:
+                            self._collapse(tid[i], level[i], as_id[i], gfn[i], old[i], new[i])
+                    elif means == _INVALIDATE:
+                        self._put(_OP_INVALIDATE, 0)
+                        self._invalidations += 1
+                        self._invalidated = seq[i]
+                        if self._one_function:
+                            self._is_empty(tid[i], False)
+                        if self._infers:
+                            self._forget(0)
+                    elif means == _ZAP_LEAFS:
+                        self._put_range(_ZAP, as_id[i], gfn[i], cython.cast(cython.longlong, value[i]))
+                    elif means == _UNMAP:
+                        self._unmap(addr[i], value[i])
+                    elif means == _ZAP_ALL:
+                        if not self._one_function or self._is_empty(tid[i], True):
+                            self._put(_OP_ZAP_ALL, 0)
+                    elif means == _MEMSLOT:
+                        self._change_slot(tid[i], slot[i] & 0xFFFF, as_id[i])
+                    elif means == _IOCTL_END:
+                        if self._collapses:
+                            self._end_collapse(tid[i])
+                    elif means == _TABLE_FREE:
+                        if self._infers and root[i] > 0:
+                            self._forget(root[i])
+                    elif means == _NESTED:
+                        self.nested += 1
+                    elif means == _DESTROY:
+                        self._put(_END, 0)
+                        self.ended = True
                 i += 1
         return i
 
@@ -602,7 +601,7 @@ class Decoder:
                 self._vcpu[v].has = 0
                 self.records += 1
             self._vcpu[v].has |= has
-            self._exit[n] = self._vcpu[v].record
+            self._exit[n] = cython.cast(cython.int, self._vcpu[v].record)
 
     @cython.cfunc
     @cython.nogil
@@ -650,27 +649,11 @@ class Decoder:
             vcpu[v].still = mark & _STILL
             vcpu[v].interrupt = mark & _INTERRUPT
         vcpu[v].rows += 1
+        vcpu[v].ns[state] += ns
         if state == _IS_FAULT:
-            vcpu[v].fault += ns
             vcpu[v].fault_rows += 1
-            if means == _FAULT:
-                vcpu[v].faults += 1
-            elif means == _GET_PAGE:
-                vcpu[v].tables += 1
-        elif state == _IS_GUEST:
-            vcpu[v].guest += ns
-        elif state == _IS_LOAD:
-            vcpu[v].load += ns
-        elif state == _IS_UNLOAD:
-            vcpu[v].unload += ns
-        elif state == _IS_ZAP:
-            vcpu[v].zapped += ns
-        elif state == _IS_PREFETCH:
-            vcpu[v].prefetched += ns
-        else:
-            vcpu[v].rest += ns
-            if state == _IS_OTHER:
-                vcpu[v].other += ns
+            vcpu[v].faults += means == _FAULT
+            vcpu[v].tables += means == _GET_PAGE
         if root > self._newest_root and means in (_ROOT_GET, _MMU_LOAD, _GET_PAGE):
             self._newest_root = root
             vcpu[v].built_root = True
@@ -682,25 +665,34 @@ class Decoder:
         """The vCPU's exit is done: its time is its record's, or, where it has none, the next one's."""
         vcpu: cython.pointer[Vcpu] = self._vcpu
         r: cython.Py_ssize_t = vcpu[v].record
+        i: cython.int
+        guest: cython.longlong = vcpu[v].ns[_IS_GUEST]
+        fault: cython.longlong = vcpu[v].ns[_IS_FAULT]
+        load: cython.longlong = vcpu[v].ns[_IS_LOAD]
+        unload: cython.longlong = vcpu[v].ns[_IS_UNLOAD]
+        rest: cython.longlong = vcpu[v].ns[_IS_SMM] + vcpu[v].ns[_IS_USER] + vcpu[v].ns[_IS_OTHER]
         if r >= 0:
-            self._lead[r] = vcpu[v].lead + vcpu[v].guest + vcpu[v].rest
-            self._guest[r] = vcpu[v].lead_guest + vcpu[v].guest
-            self._fault[r] = vcpu[v].fault
-            self._load[r] = vcpu[v].load
-            self._unload[r] = vcpu[v].unload
-            self._tables[r] = vcpu[v].tables
-            self._has[r] = vcpu[v].has
+            self._lead[r] = vcpu[v].lead + guest + rest
+            self._guest[r] = vcpu[v].lead_guest + guest
+            self._fault[r] = fault
+            self._load[r] = load
+            self._unload[r] = unload
+            self._tables[r] = cython.cast(cython.uchar, min(vcpu[v].tables, 255))
+            self._has[r] = cython.cast(cython.uint, vcpu[v].has)
             self._flags[r] = (_WAS_STILL if vcpu[v].still else 0) | (_BUILT_ROOT if vcpu[v].built_root else 0)
             vcpu[v].lead = vcpu[v].lead_guest = 0
         else:
-            vcpu[v].lead += vcpu[v].guest + vcpu[v].rest + vcpu[v].fault + vcpu[v].load + vcpu[v].unload
-            vcpu[v].lead_guest += vcpu[v].guest
+            vcpu[v].lead += guest + rest + fault + load + unload
+            vcpu[v].lead_guest += guest
         if vcpu[v].interrupt:
             vcpu[v].interrupts += 1
-            vcpu[v].interrupted += vcpu[v].other
+            vcpu[v].interrupted += vcpu[v].ns[_IS_OTHER]
+        vcpu[v].zapped += vcpu[v].ns[_IS_ZAP]
+        vcpu[v].prefetched += vcpu[v].ns[_IS_PREFETCH]
         vcpu[v].record = -1
         vcpu[v].interrupt = 0
-        vcpu[v].guest = vcpu[v].fault = vcpu[v].load = vcpu[v].unload = vcpu[v].rest = vcpu[v].other = 0
+        for i in range(9):
+            vcpu[v].ns[i] = 0
 
     # Touches
 
@@ -1183,11 +1175,11 @@ class Decoder:
 
 
 # Rows of Vcpu, and which of their fields are -1 at first.
-VCPU = [(name, "i8") for name in (
+VCPU = [(name, "i8", (len(VcpuState),)) if name == "ns" else (name, "i8") for name in (
     "opened", "why", "loaded", "state", "smm", "reset", "cr0_reset", "cr0_input", "entered", "root", "dirty",
     "invalidated", "started", "touch", "touch_input", "requested", "marked", "present", "faulted", "built", "built_at",
     "wp_flips", "maybe_flips", "efer", "cr0", "cr4", "wrote", "wrote_trigger", "left", "left_by_io", "asked_smi",
-    "record", "first", "has", "guest", "fault", "load", "unload", "rest", "other", "tables", "built_root", "still",
+    "record", "first", "has", "ns", "tables", "built_root", "still",
     "interrupt", "lead", "lead_guest", "zapped", "prefetched", "rows", "fault_rows", "faults", "interrupts",
     "interrupted",
 )]  # fmt: skip

@@ -49,8 +49,8 @@ class Exits:
     fault: Ints
     load: Ints
     unload: Ints
-    tables: Ints
-    has: Ints
+    tables: NDArray[np.uint8]  # 255: that many or more
+    has: NDArray[np.uint32]
     flags: NDArray[np.uint8]
     first: int = 0
 
@@ -66,7 +66,7 @@ class Inputs:
     gfn: Ints
     time: Ints
     seq: Ints
-    exit: Ints
+    exit: NDArray[np.int32]
     ranges: Ranges
     exits: Exits
 

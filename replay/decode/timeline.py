@@ -86,6 +86,7 @@ class Timeline:
     progress = cython.declare(list, visibility="public")
     backwards = cython.declare(cython.longlong, visibility="public")
     _pool: Any
+    _moment_pool: Any
     _threads: set  # type: ignore[type-arg]
     _thread: cython.pointer[Thread]
     _moment: cython.pointer[Moment]
@@ -135,6 +136,7 @@ class Timeline:
         self._interrupts = interrupts
         self.backwards = 0
         self.progress = []
+        self._moment_pool = pool_of(0, MOMENT)
         self._total = self.totals
         self._in_part = self.parts
         if cython.compiled:
@@ -145,19 +147,20 @@ class Timeline:
 
     def feed(self, batch: Any, state: Any, ns: Any, mark: Any, before: Any) -> None:
         """Write the span that ends with each row: its VcpuState (NO_SPAN: none does), ns, marks, kind before it."""
-        moments = pool_of(len(batch) + 1, MOMENT)
+        if len(batch) > len(self._moment_pool):
+            self._moment_pool = pool_of(len(batch), MOMENT)
+            if cython.compiled:
+                view: cython.uchar[::1] = as_bytes(self._moment_pool)
+                self._moment = cython.cast(cython.pointer[Moment], cython.address(view[0]))
+            else:
+                self._moment = as_structures(self._moment_pool)
         self._moments = 0
-        if cython.compiled:
-            view: cython.uchar[::1] = as_bytes(moments)
-            self._moment = cython.cast(cython.pointer[Moment], cython.address(view[0]))
-        else:
-            self._moment = as_structures(moments)
         self._feed(
             batch.seq, batch.time, batch.vcpu, batch.tid, batch.kind, batch.root, batch.code, batch.rip,
             state, ns, mark, before,
         )  # fmt: skip
         if self._moments:
-            self.progress.append(moments[: self._moments].copy())
+            self.progress.append(self._moment_pool[: self._moments].copy())
 
     def finish(self) -> None:
         """There are no more rows: each vCPU's last ms ends here."""

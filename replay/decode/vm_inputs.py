@@ -25,7 +25,7 @@ from traces.reader import BATCH_ROWS
 
 _ROOTS: Final = 1 << 24  # whose role words are kept; beyond, touches count as outside of SMM
 _IDS: Final = 1 << 15  # vCPU ids are int16 in a trace
-_TYPES: Final = {"op": np.uint32, "flags": np.uint8}
+_TYPES: Final = {"op": np.uint32, "exit": np.int32, "tables": np.uint8, "has": np.uint32, "flags": np.uint8}
 _RANGED: Final = (int(Op.ZAP), int(Op.SPLIT))
 
 
@@ -161,7 +161,7 @@ class _Held:
 
     op: NDArray[np.uint32]
     gfn: Ints
-    exit: Ints
+    exit: NDArray[np.int32]
     start: Ints
     end: Ints
 

@@ -112,7 +112,7 @@ class Workload:
 def workload(capabilities: Capabilities, vm: Mapping[str, Any]) -> Workload:
     """Of one VM; Problem where the trace has no times, or no fault."""
     where = f"{capabilities.trace.path}: VM {vm['id']}"
-    with Spool() as spool:
+    with Spool(seq=True) as spool:
         watch = _Watch(capabilities, vm)
         inputs, measured = measure_vm(capabilities, vm, spool, watch)
         if measured.refused:
