@@ -20,7 +20,7 @@ from tracer.btf import Btf, kernel_btf, libbpf
 from tracer.headers import headers
 from tracer.host import kernel_symbols, kernel_version
 from tracer.offsets import Layout, kernel_layout
-from tracer.probes import IOCTL_KINDS, PROBES, Point, Probe
+from tracer.probes import HOOKS, IOCTL_KINDS, PROBES, Hook, Point, Probe
 from tracer.program import KIND_SLOTS, Chosen, program, ring_names
 from traces.errors import ENVIRONMENT, Problem
 from traces.schema import BY_CODE
@@ -51,7 +51,7 @@ def import_bcc() -> Any:
 
 @dataclass(frozen=True)
 class Attachment:
-    """What became of one probe: `how` is the attachment, or "none" with the reason in `why`."""
+    """What became of one probe: `how` is the attachment, or "none" with the reason in `why`; a hook has no kind."""
 
     kind: str
     point: str
@@ -68,6 +68,7 @@ class Plan:
 
     chosen: list[Chosen] = field(default_factory=list)
     attachments: list[Attachment] = field(default_factory=list)
+    hooks: list[Attachment] = field(default_factory=list)
 
 
 def kprobes_available() -> bool:
@@ -91,7 +92,7 @@ def fentry_refused(bcc: Any) -> str:
     return ""
 
 
-def _choose(probe: Probe, btf: Btf, root: Path | None, layout: Layout, fentry: str, kprobe: bool) -> Chosen | str:
+def _choose(probe: Probe | Hook, btf: Btf, root: Path | None, layout: Layout, fentry: str, kprobe: bool) -> Chosen | str:
     """The first of the probe's points that holds on this kernel, or why none does."""
     version, symbols, why = kernel_version(), kernel_symbols(), []
     for point in probe.points:
@@ -106,7 +107,9 @@ def _choose(probe: Probe, btf: Btf, root: Path | None, layout: Layout, fentry: s
             else:
                 return Chosen(probe, point, point.how, fields)
             continue
-        if fentry and not kprobe:
+        if "NOTIFIED" in point.before and "KVM_NOTIFIER" not in layout.offsets:
+            why.append("the place of a VM's struct mmu_notifier is not known")
+        elif fentry and not kprobe:
             why.append(f"{fentry}; no kprobes (CONFIG_KPROBES off)")
         elif point.where not in symbols:
             why.append(f"no function {point.where}")
@@ -158,6 +161,16 @@ def plan(kinds: frozenset[str], bcc: Any) -> Plan:
             skipped = probe.points[: probe.points.index(choice.point)]
             why = f"instead of {skipped[0].how} {skipped[0].where}" if skipped else ""
             made.attachments.append(Attachment(probe.kind, choice.point.where, choice.how, why))
+    taken = {(chosen.how, chosen.point.where) for chosen in made.chosen}
+    for hook in HOOKS:
+        if kinds.isdisjoint(hook.serves):
+            continue
+        choice = _choose(hook, btf, root, layout, fentry, kprobe)
+        if isinstance(choice, str):
+            made.hooks.append(Attachment("", hook.points[0].where, "none", choice))
+        elif (choice.how, choice.point.where) not in taken:  # else the probe there does the same
+            made.chosen.append(choice)
+            made.hooks.append(Attachment("", choice.point.where, choice.how))
     for kind in IOCTL_KINDS:
         if kind in kinds:
             made.attachments.append(
@@ -187,22 +200,26 @@ class Probes:
         self._iterator = self._function(snapshot.FUNCTION, self._bcc.BPF.TRACING)
 
     def _load(self, text: str) -> Any:
-        with quiet() as said, headers():
-            try:
+        said: list[str] = []
+        try:
+            with quiet() as said, headers():
                 return self._bcc.BPF(text=text, cflags=["-w"])
-            except Exception as error:
-                raise Problem(f"bcc could not load the probes: {_last_line(said) or error}", ENVIRONMENT) from None
+        except Problem:
+            raise
+        except Exception as error:
+            raise Problem(f"bcc could not load the probes: {_last_line(said) or error}", ENVIRONMENT) from None
 
     def _function(self, name: str, kind: int) -> Any:
-        with quiet() as said:
-            try:
+        said: list[str] = []
+        try:
+            with quiet() as said:
                 return self._bpf.load_func(name, kind)
-            except Exception as error:
-                if ctypes.get_errno() == errno.EPERM or "privileges" in str(error):
-                    raise Problem(
-                        "BPF programs may not be loaded: run as root (CAP_BPF and CAP_PERFMON)", ENVIRONMENT
-                    ) from None
-                raise Problem(f"the kernel refused {name}: {_last_line(said) or error}", ENVIRONMENT) from None
+        except Exception as error:
+            if ctypes.get_errno() == errno.EPERM or "privileges" in str(error):
+                raise Problem(
+                    "BPF programs may not be loaded: run as root (CAP_BPF and CAP_PERFMON)", ENVIRONMENT
+                ) from None
+            raise Problem(f"the kernel refused {name}: {_last_line(said) or error}", ENVIRONMENT) from None
 
     def attach(self) -> None:
         """Attach everything; a probe that the kernel refuses is recorded as absent, with the reason."""
@@ -227,9 +244,12 @@ class Probes:
                 self._refused(chosen, _last_line(said) or str(error))
 
     def _refused(self, chosen: Chosen, why: str) -> None:
-        for i, attachment in enumerate(self.plan.attachments):
-            if (attachment.kind, attachment.point) == (chosen.probe.kind, chosen.point.where):
-                self.plan.attachments[i] = Attachment(attachment.kind, attachment.point, "none", why)
+        hook = isinstance(chosen.probe, Hook)
+        kind = "" if isinstance(chosen.probe, Hook) else chosen.probe.kind
+        attachments = self.plan.hooks if hook else self.plan.attachments
+        for i, attachment in enumerate(attachments):
+            if attachment == Attachment(kind, chosen.point.where, chosen.how, attachment.why):
+                attachments[i] = Attachment(kind, attachment.point, "none", why)
 
     def detach(self) -> None:
         """Detach every probe; the maps stay readable."""

@@ -19,6 +19,8 @@ _MEMBERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "VCPU_ID": ("kvm_vcpu", ("vcpu_id",)),
     "VCPU_PID": ("kvm_vcpu", ("pid",)),
     "VCPU_MMU": ("kvm_vcpu", ("arch.mmu",)),
+    "VCPU_ROOT_MMU": ("kvm_vcpu", ("arch.root_mmu",)),
+    "VCPU_GUEST_MMU": ("kvm_vcpu", ("arch.guest_mmu",)),
     # root {hpa, pgd} since 5.18 (b9e5603c2a3a), root_hpa before
     "MMU_ROOT": ("kvm_mmu", ("root.hpa", "root_hpa")),
     # root_role since 5.19 (cpu_role/root_role split), mmu_role.base before
@@ -34,6 +36,7 @@ _MEMBERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "KVM_USED_PAGES": ("kvm", ("arch.n_used_mmu_pages",)),
     "KVM_GENERATION": ("kvm", ("arch.mmu_valid_gen",)),
     "KVM_ROOTS": ("kvm", ("arch.tdp_mmu_roots",)),
+    "KVM_NOTIFIER": ("kvm", ("mmu_notifier",)),
     "KVM_MEMSLOTS": ("kvm", ("memslots",)),
     "SLOTS_HASH": ("kvm_memslots", ("id_hash",)),  # 5.17+ (a54d806688fe); an array with used_slots before
     "SLOTS_NODE": ("kvm_memslots", ("node_idx",)),
@@ -83,9 +86,12 @@ class Layout:
     spte: dict[str, Any] = field(default_factory=dict)
 
     def defines(self) -> str:
-        """C #defines: OFF_X for each offset, HAVE_X where X is known."""
+        """C #defines: OFF_X for each offset, HAVE_X where X is known; what the probes read of a role word."""
         lines = [f"#define OFF_{name} {value}\n#define HAVE_{name} 1" for name, value in sorted(self.offsets.items())]
         lines += [f"#define {name} {value:#x}ULL\n#define HAVE_{name} 1" for name, value in sorted(self.bases.items())]
+        invalid, smm = self.role.get("invalid", (31, 0)), self.role.get("smm", (24, 8))
+        lines.append(f"#define ROLE_INVALID {((1 << invalid[1]) - 1) << invalid[0]:#x}u")
+        lines.append(f"#define ROLE_SMM(role) (((role) >> {smm[0]}) & {(1 << smm[1]) - 1:#x}u)")
         return "\n".join(lines) + "\n"
 
     def metadata(self) -> dict[str, Any]:

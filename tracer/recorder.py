@@ -166,6 +166,7 @@ class Recorder:
             self.stats["end"][directory] = values
         return {
             "probes": [attachment.metadata() for attachment in self.probes.plan.attachments],
+            "hooks": [attachment.metadata() for attachment in self.probes.plan.hooks],
             "clock": {"name": "boottime", "samples": [*self.clock, host.clock_sample()]},
             "threads": {str(tid): thread for tid, thread in self.probes.threads().items()},
             "stats": self.stats,

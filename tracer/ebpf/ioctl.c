@@ -61,21 +61,17 @@ int ioctl_enter(void *ctx)
     u64 file = file_of(fd);
     int what = file ? file_kind(file) : FILE_OTHER;
     u64 owner = what ? read64(file + OFF_FILE_PRIVATE) : 0;
-    self->ioctl = 0;
+    u64 kvm = what == FILE_VCPU ? vcpu_kvm(owner) : what == FILE_VM ? owner : 0;
+    begin_ioctl(self, kvm, what == FILE_VCPU ? owner : 0);
     if (what == FILE_VCPU && (cmd & 0xff) == NR_RUN) {
-        remember_vcpu(self, owner);
+        run_vcpu(self);
         return 1;
     }
-    u64 kvm = what == FILE_VCPU ? read64(owner + OFF_VCPU_KVM) : what == FILE_VM ? owner : 0;
-    if (kvm)
-        self->kvm = kvm;
     self->ioctl = cmd;
 #ifdef KIND_ioctl
     e = reserve(self, KIND_ioctl, kvm);
     if (e) {
         fill(e, cmd, arg, 0, 0, 0, 0);
-        if (what == FILE_VCPU)
-            e->vcpu = read32(owner + OFF_VCPU_ID);
         submit(e);
     }
 #endif
@@ -99,31 +95,36 @@ int ioctl_leave(void *ctx)
     u32 tid = bpf_get_current_pid_tgid();
     struct thread *self = threads.lookup(&tid);
     struct event *e;
-    if (!self || !self->ioctl)
+    if (!self)
         return 1;
     u32 cmd = self->ioctl;
-    self->ioctl = 0;
-    u64 kvm = self->kvm;
-#ifdef KIND_vm_create
-    if ((cmd & 0xff) == NR_CREATE_VM && ret >= 0) {
+    int creation = cmd && (cmd & 0xff) == NR_CREATE_VM;
+    if (creation && !self->kvm && ret >= 0) {
         u64 file = file_of(ret);
-        kvm = file && file_kind(file) == FILE_VM ? read64(file + OFF_FILE_PRIVATE) : 0;
-        self->kvm = kvm;
-        self->vcpu = 0;
-        self->vcpu_id = -1;
-        e = reserve(self, KIND_vm_create, kvm);
+        vm_begins(self, file && file_kind(file) == FILE_VM ? read64(file + OFF_FILE_PRIVATE) : 0);
+#ifdef KIND_vm_create
+        e = reserve(self, KIND_vm_create, self->kvm);
         if (e) {
             fill(e, 0, 0, 0, 0, 0, 0);
             submit(e);
         }
-    }
 #endif
+    }
+    u64 kvm = self->kvm;
 #ifdef KIND_ioctl_end
-    e = reserve(self, KIND_ioctl_end, kvm);
+    e = cmd ? reserve(self, KIND_ioctl_end, kvm) : 0;
     if (e) {
         fill(e, cmd, 0, 0, 0, ret, 0);
         submit(e);
     }
 #endif
+#ifdef KIND_vm_destroy
+    e = creation && kvm && ret < 0 ? reserve(self, KIND_vm_destroy, kvm) : 0; /* begun and given up */
+    if (e) {
+        fill(e, 0, 0, 0, 0, 0, 0);
+        submit(e);
+    }
+#endif
+    begin_ioctl(self, 0, 0);
     return 1;
 }

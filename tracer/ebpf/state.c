@@ -4,14 +4,20 @@
  */
 #define EMPTY_FRAME (~0ULL >> 12)
 struct thread {
-    u64 kvm;       /* VM this thread works for: its vCPU's, or that of its last VM ioctl */
-    u64 vcpu;      /* struct kvm_vcpu of a vCPU thread */
-    u64 zap_root;  /* frame of the root that this thread is zapping */
-    u64 zap_kvm;   /* VM of the zap: a worker thread has none of its own */
+    u64 kvm;        /* VM of the ioctl in progress on a VM's or vCPU's descriptor, 0 outside of one */
+    u64 vcpu;       /* struct kvm_vcpu of the vCPU ioctl in progress, KVM_RUN above all; 0 outside of one */
+    u64 notified;   /* VM whose MMU notifier is running on this thread */
+    u64 ended;      /* VM that this thread is emptying or destroying */
+    u64 zap_kvm;    /* VM of the root that this thread is zapping: a worker thread is in no ioctl */
+    u64 zap_root;   /* frame of that root */
+    u64 walk_root;  /* frame of the root that a loop over the VM's roots has come to */
+    u64 own_vcpu;   /* struct kvm_vcpu that this thread ran last: SPEC 4.4's vCPU of a thread */
+    u64 own_kvm;    /* its VM */
+    u64 own_since;  /* when the thread last entered KVM_RUN with it, boot ns */
     u32 tgid;
-    s32 vcpu_id;
-    u32 ioctl;     /* KVM ioctl in progress, 0 none */
-    u32 pad;
+    s32 own_id;
+    u32 ioctl;      /* KVM ioctl in progress that is shown, 0 none */
+    s32 vcpu_id;    /* index of `vcpu` */
     char comm[16];
 };
 struct percpu {
@@ -32,3 +38,5 @@ BPF_HASH(threads, u32, struct thread, MAX_THREADS);
 BPF_PERCPU_ARRAY(counters, struct percpu, 1);
 BPF_ARRAY(settings, struct config, 1);
 BPF_HASH(wanted, u64, u8, 1024);
+/* when each VM was created that was seen to be: a struct kvm_vcpu or struct kvm may be another one by now */
+BPF_TABLE("lru_hash", u64, u64, born, 4096);
