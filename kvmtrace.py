@@ -63,8 +63,10 @@ def record(
     ] = None,
     vm: Annotated[str, typer.Option(help="Process that owns the VM to record, or `all`.")] = "all",
     duration: Annotated[float | None, typer.Option(help="Seconds to record.", min=0.001)] = None,
-    max_events: Annotated[int | None, typer.Option(help="Stop after this many events.", min=1)] = None,
-    max_size: Annotated[str | None, typer.Option(help="Stop when this much is on disk, such as 2G.")] = None,
+    max_events: Annotated[int | None, typer.Option(help="Keep the first so many events, and stop.", min=1)] = None,
+    max_size: Annotated[
+        str | None, typer.Option(help="Stop when this much is on disk, such as 2G; within one batch of 65,536 events.")
+    ] = None,
     events: Annotated[
         str,
         typer.Option(
@@ -75,7 +77,7 @@ def record(
     ring_size: Annotated[
         str | None, typer.Option(help="BPF ring buffer of each CPU, a power of two. [default: 32M, 256M in all]")
     ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit 1 when an event was lost.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit 1 when an event was lost, or never seen.")] = False,
     as_json: Json = False,
 ) -> None:
     """Record live KVM events into a Parquet trace, every event stored or counted as lost."""
@@ -110,7 +112,7 @@ def record(
             "path": str(summary.path), "events": summary.events, "emitted": summary.events + summary.lost,
             "lost": summary.lost, "bytes": summary.size, "complete": summary.complete,
             "discrepancies": list(summary.discrepancies), "stopped": outcome.stopped, "seconds": outcome.seconds,
-            "recorder_cpu_seconds": outcome.cpu_seconds, "command_status": outcome.status,
+            "recorder_cpu_seconds": outcome.cpu_seconds, "command_status": outcome.status, "missed": outcome.missed,
         })  # fmt: skip
     else:
         each = summary.size / summary.events if summary.events else 0
@@ -122,7 +124,13 @@ def record(
         )
     for line in summary.discrepancies:
         print(f"kvmtrace: {summary.path}: {line}", file=sys.stderr)
-    if summary.discrepancies or (strict and summary.lost):
+    for probe, runs in outcome.missed.items():
+        print(
+            f"kvmtrace: the kernel skipped {probe} {runs:,} times, as another BPF program was running on that CPU: "
+            "these events were never seen",
+            file=sys.stderr,
+        )
+    if summary.discrepancies or (strict and (summary.lost or outcome.missed)):
         if strict and summary.lost:
             print(
                 f"kvmtrace: {summary.lost:,} events were lost (--strict): try a larger --ring-size, or fewer --events",

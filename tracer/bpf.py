@@ -7,7 +7,7 @@ import errno
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,7 +92,9 @@ def fentry_refused(bcc: Any) -> str:
     return ""
 
 
-def _choose(probe: Probe | Hook, btf: Btf, root: Path | None, layout: Layout, fentry: str, kprobe: bool) -> Chosen | str:
+def _choose(
+    probe: Probe | Hook, btf: Btf, root: Path | None, layout: Layout, fentry: str, kprobe: bool
+) -> Chosen | str:
     """The first of the probe's points that holds on this kernel, or why none does."""
     version, symbols, why = kernel_version(), kernel_symbols(), []
     for point in probe.points:
@@ -188,6 +190,8 @@ class Probes:
         if tracefs.tracefs() is None:
             raise Problem(f"tracefs is not mounted or not readable: {tracefs.MOUNT_COMMAND}", ENVIRONMENT)
         self.layout = this_layout()
+        if unknown := self.layout.unknown():
+            raise Problem(unknown, ENVIRONMENT)
         self.plan = plan(kinds, self._bcc)
         btf = kernel_btf()
         arguments = {c.point.where: len(btf.signature(c.point.where) or ()) for c in self.plan.chosen}
@@ -276,12 +280,30 @@ class Probes:
         self._missed_before = self._misses()
         counters = self._bpf["counters"]
         counters[counters.Key(0)] = counters.Leaf()
-        for name in ("threads", "wanted"):
+        for name in ("threads", "wanted", "born"):
             self._bpf[name].clear()
 
     def snapshot(self) -> dict[str, Any]:
         """VMs alive now, and the probes' thread table primed with their vCPUs; see snapshot.py."""
-        return snapshot.take(self._bcc.lib, self._iterator.fd)
+        settings = self._bpf["settings"]
+
+        def ask(first_fd: int, vm: int, part: int) -> None:
+            values = settings[0]
+            values.first_fd, values.look_at, values.part = first_fd, vm, part
+            settings[0] = values
+
+        try:
+            return snapshot.take(self._bcc.lib, self._iterator.fd, ask)
+        finally:
+            ask(0, 0, 0)
+
+    def born(self) -> set[int]:
+        """Pointers of the VMs whose creation the probes saw."""
+        return {int(kvm.value) for kvm in self._bpf["born"]}
+
+    def pid_namespace_level(self) -> int:
+        """How many pid namespaces this process is below the initial one; known after the first snapshot."""
+        return int(self._bpf["settings"][0].pid_ns_level)
 
     def missed(self) -> dict[str, int]:
         """{probe: runs that the kernel skipped} because another BPF program was running on that CPU (from 5.12 on)."""
@@ -306,14 +328,22 @@ class Probes:
     def threads(self) -> dict[int, dict[str, Any]]:
         """Threads the probes met: {tid: {tgid, comm}}."""
         return {
-            int(tid.value): {"tgid": int(t.tgid), "comm": bytes(t.comm).split(b"\0")[0].decode(errors="replace")}
-            for tid, t in self._bpf["threads"].items()
+            int(t.tid): {"tgid": int(t.tgid), "comm": bytes(t.comm).split(b"\0")[0].decode(errors="replace")}
+            for _, t in self._bpf["threads"].items()
         }
 
 
-def loss_table(counters: np.ndarray[Any, Any]) -> dict[str, dict[str, dict[str, int]]]:
-    """{kind: {"emitted": {cpu: n}, "lost": {cpu: n}}} of the kinds that were seen at all."""
+def loss_table(
+    counters: np.ndarray[Any, Any], turned_away: Mapping[tuple[int, int], int]
+) -> dict[str, dict[str, dict[str, int]]]:
+    """{kind: {"emitted": {cpu: n}, "lost": {cpu: n}}} of the kinds that were seen at all.
+
+    `turned_away` counts, by kind code and CPU, events from after the recording's end.
+    """
     table: dict[str, dict[str, dict[str, int]]] = {}
+    counters = counters.copy()
+    for (kind, cpu), count in turned_away.items():
+        counters["emitted"][cpu, kind] -= count
     for code in np.flatnonzero(counters["emitted"].sum(axis=0)):
         table[BY_CODE[int(code)].name] = {
             column: {str(cpu): int(n) for cpu, n in enumerate(counters[column][:, code]) if n}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tracer.btf import Btf
+from tracer.btf import BTF_DIRECTORY, Btf
 from tracer.spte import spte_layout
 
 # macro name: (struct, alternatives in order of age, newest first)
@@ -53,10 +53,15 @@ _MEMBERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "DENTRY_NAME": ("dentry", ("d_name.name", "__d_name.name")),
     "TASK_TGID": ("task_struct", ("tgid",)),
     "TASK_FILES": ("task_struct", ("files",)),
+    "TASK_LEADER": ("task_struct", ("group_leader",)),
+    "TASK_PID": ("task_struct", ("thread_pid",)),
+    "TASK_COMM": ("task_struct", ("comm",)),
     "FILES_FDT": ("files_struct", ("fdt",)),
     "FDT_FD": ("fdtable", ("fd",)),
+    "FDT_MAX": ("fdtable", ("max_fds",)),
     "PAGE_PRIVATE": ("page", ("private",)),
     "PID_NR": ("pid", ("numbers",)),
+    "PID_LEVEL": ("pid", ("level",)),
 }
 
 # Debian 5.10.262: struct kvm_mmu_page of arch/x86/kvm/mmu/mmu_internal.h, checked in the lab against the role words and
@@ -72,6 +77,14 @@ DATED_ROLES: dict[tuple[int, int], dict[str, tuple[int, int]]] = {
         "ad_disabled": (16, 1), "guest_mode": (17, 1), "smm": (24, 8),
     },
 }  # fmt: skip
+
+
+# Without these there is no saying whose an event is, or which root's.
+_NEEDED = (
+    "VCPU_KVM", "VCPU_ID", "VCPU_PID", "VCPU_MMU", "MMU_ROOT", "MMU_ROLE", "SP_ROLE", "SP_GFN", "SP_SPT", "SP_REFS",
+    "SP_TDP", "SP_UNSYNC", "FILE_PRIVATE", "FILE_DENTRY", "DENTRY_NAME", "TASK_TGID", "TASK_FILES", "TASK_LEADER",
+    "TASK_PID", "TASK_COMM", "FILES_FDT", "FDT_FD", "FDT_MAX", "PID_NR", "PID_LEVEL",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,6 +106,19 @@ class Layout:
         lines.append(f"#define ROLE_INVALID {((1 << invalid[1]) - 1) << invalid[0]:#x}u")
         lines.append(f"#define ROLE_SMM(role) (((role) >> {smm[0]}) & {(1 << smm[1]) - 1:#x}u)")
         return "\n".join(lines) + "\n"
+
+    def unknown(self) -> str:
+        """Why this kernel cannot be recorded, in one line; empty where the layout has what every probe needs."""
+        lacking = [name for name in _NEEDED if name not in self.offsets]
+        if not lacking:
+            return ""
+        structs = ", ".join(dict.fromkeys(f"struct {_MEMBERS[name][0]}" for name in lacking))
+        if not (BTF_DIRECTORY / "kvm").exists():
+            return (
+                f"the layout of {structs} is not known: the kvm module loaded here has no BTF ({BTF_DIRECTORY}/kvm is "
+                "missing) and its kernel is in no dated table: load one built with CONFIG_DEBUG_INFO_BTF_MODULES=y"
+            )
+        return f"the layout of {structs} is not known: {self.source} lacks {', '.join(lacking)}"
 
     def metadata(self) -> dict[str, Any]:
         return {

@@ -284,7 +284,9 @@ PROBES: tuple[Probe, ...] = (*TRACEPOINTS, *FUNCTIONS)
 def _notifier(function: str, *serves: str) -> tuple[Hook, Hook]:
     """A notifier's function gets the struct mmu_notifier within the VM's struct kvm; its tracepoint names no VM."""
     return (
-        Hook((Point("entry", function, before="self->notified = NOTIFIED(@0);", signature=("mmu_notifier *",)),), serves),
+        Hook(
+            (Point("entry", function, before="self->notified = NOTIFIED(@0);", signature=("mmu_notifier *",)),), serves
+        ),
         Hook((Point("return", function, before="self->notified = 0;", signature=("mmu_notifier *",)),), serves),
     )
 

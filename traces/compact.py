@@ -31,7 +31,7 @@ from traces.text import printable
 BUFFERED_ROWS: Final = 2 * ROW_GROUP_ROWS
 
 # What compaction uses up. Snapshots hold kernel addresses, which are not for a file that gets mailed around.
-_WORKING_KEYS: Final = ("snapshot", "snapshot_end", "closed")
+_WORKING_KEYS: Final = ("snapshot", "closed")
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def test_vcpus_reset_unloaded_and_destroyed_by_another_vcpus_thread(recorded: Pa
 
 
 def test_the_smm_roots_sptes_change_while_the_normal_root_is_loaded(recorded: Path) -> None:
-    frame, metadata = rows(recorded, "other-thread")
+    frame, _ = rows(recorded, "other-thread")
     smm = of(frame, "kvm_tdp_mmu_spte_changed").filter(pl.col("as_id") == 1)
     normal = of(frame, "kvm_tdp_mmu_spte_changed").filter(pl.col("as_id") == 0)
     assert set(smm["root"]).isdisjoint(normal["root"])
@@ -128,7 +128,7 @@ def test_the_smm_roots_sptes_change_while_the_normal_root_is_loaded(recorded: Pa
 
 
 def test_one_change_of_memory_is_each_vms_own(recorded: Path) -> None:
-    frame, metadata = rows(recorded, "one-mapping")
+    frame, _ = rows(recorded, "one-mapping")
     ranges = of(frame, "kvm_unmap_hva_range").filter(pl.col("value") - pl.col("addr") > 4 << 20)
     by_vm = {
         vm: sorted(ranges.filter(pl.col("vm") == vm).select("addr", "value").rows()) for vm in ranges["vm"].unique()

@@ -169,15 +169,35 @@ static __always_inline u8 hpa_tdp(u64 hpa) { u64 sp = hpa_sp(hpa); return sp ? S
 #define HPA_ROLE(hpa) hpa_role(hpa)
 #define HPA_TDP(hpa) hpa_tdp(hpa)
 
+/*
+ * A thread's number in the recorder's pid namespace, which is what the user and /proc call it. One that is not visible
+ * from there keeps the kernel's own number with a bit set that no number has.
+ */
+#define PID_OUTSIDE (1u << 30)
+#define PID_NUMBER_SIZE 16
+static __always_inline u32 number_here(u64 pid, u32 number)
+{
+    struct config *c = config();
+    if (!c || !c->pid_ns_level)
+        return number;
+    u64 mine = pid + OFF_PID_NR + (u64)c->pid_ns_level * PID_NUMBER_SIZE;
+    if (pid && read32(pid + OFF_PID_LEVEL) >= c->pid_ns_level && read64(mine + 8) == c->pid_ns)
+        return read32(mine);
+    return number | PID_OUTSIDE;
+}
+
 /* What is known of the current thread; a thread met for the first time is remembered. Never fails: `local` stands in. */
 static __always_inline struct thread *current_thread(struct thread *local)
 {
     u64 id = bpf_get_current_pid_tgid();
     u32 tid = id, tgid = id >> 32;
     struct thread *self = threads.lookup(&tid);
-    if (self && self->tgid == tgid)
+    if (self && self->host_tgid == tgid)
         return self;
-    local->tgid = tgid;
+    u64 task = (u64)bpf_get_current_task();
+    local->tid = number_here(read64(task + OFF_TASK_PID), tid);
+    local->tgid = number_here(read64(read64(task + OFF_TASK_LEADER) + OFF_TASK_PID), tgid);
+    local->host_tgid = tgid;
     bpf_get_current_comm(local->comm, sizeof(local->comm));
     threads.update(&tid, local);
     self = threads.lookup(&tid);
@@ -270,9 +290,8 @@ static __always_inline struct event *reserve(struct thread *self, u8 kind, u64 k
     e->time = now;
     e->kvm = kvm;
     e->kind = kind;
-    u64 id = bpf_get_current_pid_tgid();
-    e->tid = id;
-    e->tgid = id >> 32;
+    e->tid = self->tid;
+    e->tgid = self->tgid;
     e->cpu = bpf_get_smp_processor_id();
     e->vcpu = thread_vcpu(self, kvm);
     return e;

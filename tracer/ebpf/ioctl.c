@@ -2,7 +2,8 @@
  * ioctls, from the syscall tracepoints: they show the descriptor's owner on every kernel, without symbols of KVM's.
  * KVM_RUN only tells which thread is which vCPU; its comings and goings are kvm_entry and kvm_exit.
  */
-#define OWN_NAME_BYTES 8
+#define NAME_VM 0x006d762d6d766bULL   /* "kvm-vm" and its end, as a little-endian word */
+#define NAME_VCPU 0x757063762d6d766bULL /* "kvm-vcpu" */
 #define KVMIO_TYPE 0xAE
 #define NR_CREATE_VM 0x01
 #define NR_SET_MEMORY 0x46
@@ -35,18 +36,18 @@ static __always_inline u64 file_of(u32 fd)
     return array ? read64(array + 8ULL * fd) : 0;
 }
 
-/* anonymous inodes carry their kind as the name: "kvm-vm", "kvm-vcpu:0" */
+/* anonymous inodes carry their kind as the name: "kvm-vm", "kvm-vcpu:0"; others begin like them: "kvm-vm-stats" */
 static __always_inline int file_kind(u64 file)
 {
-    char name[OWN_NAME_BYTES] = {};
+    u64 name = 0;
     u64 dentry = read64(file + OFF_FILE_DENTRY);
     u64 text = dentry ? read64(dentry + OFF_DENTRY_NAME) : 0;
     if (!text)
         return FILE_OTHER;
-    bpf_probe_read_kernel(name, sizeof(name), (void *)text);
-    if (name[0] != 'k' || name[1] != 'v' || name[2] != 'm' || name[3] != '-' || name[4] != 'v')
-        return FILE_OTHER;
-    return name[5] == 'm' && name[6] == 0 ? FILE_VM : name[5] == 'c' && name[6] == 'p' ? FILE_VCPU : FILE_OTHER;
+    bpf_probe_read_kernel(&name, sizeof(name), (void *)text);
+    if ((name & 0x00ffffffffffffffULL) == NAME_VM)
+        return FILE_VM;
+    return name == NAME_VCPU ? FILE_VCPU : FILE_OTHER;
 }
 
 int ioctl_enter(void *ctx)

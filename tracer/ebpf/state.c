@@ -14,10 +14,12 @@ struct thread {
     u64 own_vcpu;   /* struct kvm_vcpu that this thread ran last: SPEC 4.4's vCPU of a thread */
     u64 own_kvm;    /* its VM */
     u64 own_since;  /* when the thread last entered KVM_RUN with it, boot ns */
-    u32 tgid;
+    u32 tid, tgid;  /* as the recorder's pid namespace numbers them, see number_here */
+    u32 host_tgid;  /* as the kernel does */
     s32 own_id;
-    u32 ioctl;      /* KVM ioctl in progress that is shown, 0 none */
     s32 vcpu_id;    /* index of `vcpu` */
+    u32 ioctl;      /* KVM ioctl in progress that is shown, 0 none */
+    u32 pad;
     char comm[16];
 };
 struct percpu {
@@ -30,6 +32,12 @@ struct percpu {
 struct config {
     u64 page_offset;  /* start of the direct map: 0 where this kernel's symbols do not tell */
     u64 vmemmap;      /* start of the struct page array, the same */
+    u64 pid_ns;       /* the recorder's pid namespace, and how far it is from the initial one */
+    u32 pid_ns_level;
+    u32 first_fd;     /* of the snapshot: descriptors from here on, or */
+    u64 look_at;      /* this VM's slots and roots, */
+    u32 part;         /* as many as one pass takes */
+    u32 pad;
 };
 /* One ring for each CPU (or few CPUs): one ring for all is one spinlock for all. */
 DECLARE_RINGS
