@@ -38,12 +38,12 @@ def _size(text: str) -> int:
 
 def _kinds(events: str) -> tuple[str, frozenset[str]]:
     from tracer.probes import PRESETS, preset_kinds
-    from traces.schema import BY_NAME
+    from traces.schema import BY_NAME, OWN_KINDS
 
     if events in PRESETS:
         return events, preset_kinds(events)
     names = frozenset(name.strip() for name in events.split(",") if name.strip())
-    unknown = sorted(names - (BY_NAME.keys() - {"gap"}))
+    unknown = sorted(names - (BY_NAME.keys() - set(OWN_KINDS)))
     if unknown or not names:
         what = ", ".join(unknown) or repr(events)
         raise Problem(f"--events {what}: neither a preset ({', '.join(PRESETS)}) nor kinds of event")

@@ -20,7 +20,7 @@ from tracer.btf import Btf, kernel_btf, libbpf
 from tracer.headers import headers
 from tracer.host import kernel_symbols, kernel_version
 from tracer.offsets import Layout, kernel_layout
-from tracer.probes import HOOKS, IOCTL_KINDS, PROBES, Hook, Point, Probe
+from tracer.probes import HOOKS, IOCTL_KINDS, PROBES, SCHED_KINDS, SCHED_PREV_STATE, Hook, Point, Probe
 from tracer.program import KIND_SLOTS, Chosen, program, ring_names
 from traces.errors import ENVIRONMENT, Problem
 from traces.schema import BY_CODE
@@ -28,6 +28,7 @@ from traces.schema import BY_CODE
 DIST_PACKAGES = "/usr/lib/python3/dist-packages"
 INSTALL_BCC = "apt-get install python3-bpfcc"
 _SYSCALLS = (("syscalls:sys_enter_ioctl", "ioctl_enter"), ("syscalls:sys_exit_ioctl", "ioctl_leave"))
+_SCHED = (("sched_switch", "sched_switched"), ("sched_wakeup", "sched_woken"))
 _COUNTERS = np.dtype([("emitted", "u8", KIND_SLOTS), ("lost", "u8", KIND_SLOTS), ("gap_count", "u8"),
                       ("gap_kinds", "u8"), ("gap_since", "u8")])  # fmt: skip
 # struct bpf_prog_info of the bpf(2) interface: recursion_misses, which older kernels leave zero
@@ -69,6 +70,7 @@ class Plan:
     chosen: list[Chosen] = field(default_factory=list)
     attachments: list[Attachment] = field(default_factory=list)
     hooks: list[Attachment] = field(default_factory=list)
+    prev_state: str = ""  # how a sched_switch tells the state of the task that leaves, where it is recorded
 
 
 def kprobes_available() -> bool:
@@ -173,6 +175,13 @@ def plan(kinds: frozenset[str], bcc: Any) -> Plan:
         elif (choice.how, choice.point.where) not in taken:  # else the probe there does the same
             made.chosen.append(choice)
             made.hooks.append(Attachment("", choice.point.where, choice.how))
+    for kind in SCHED_KINDS:
+        if kind in kinds:
+            signature = btf.signature("__traceiter_sched_switch") or ()
+            made.prev_state = SCHED_PREV_STATE.get(signature[1:], "")
+            where = ", ".join(f"sched:{name}" for name, _ in _SCHED)
+            why = "" if made.prev_state else "raw arguments of sched:sched_switch unknown here"
+            made.attachments.append(Attachment(kind, where, "none" if why else "raw", why))
     for kind in IOCTL_KINDS:
         if kind in kinds:
             made.attachments.append(
@@ -195,7 +204,9 @@ class Probes:
         self.plan = plan(kinds, self._bcc)
         btf = kernel_btf()
         arguments = {c.point.where: len(btf.signature(c.point.where) or ()) for c in self.plan.chosen}
-        text = program(self.plan.chosen, self.layout, kinds, rings, ring_bytes, filter_tgid, arguments)
+        text = program(
+            self.plan.chosen, self.layout, kinds, rings, ring_bytes, filter_tgid, arguments, self.plan.prev_state
+        )
         self._bpf = self._load(text)
         self.ring_fds = [int(self._bpf[name].map_fd) for name in ring_names(rings)]
         for i, fd in enumerate(self.ring_fds):
@@ -231,6 +242,9 @@ class Probes:
         if any(attachment.kind in IOCTL_KINDS for attachment in self.plan.attachments):
             for where, function in _SYSCALLS:
                 bpf.attach_tracepoint(tp=where, fn_name=function)
+        if self.plan.prev_state:
+            for where, function in _SCHED:
+                bpf.attach_raw_tracepoint(tp=where, fn_name=function)
         for chosen in self.plan.chosen:
             name = chosen.function
             try:

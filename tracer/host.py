@@ -9,7 +9,7 @@ import re
 import time
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tracer.btf import Btf
 from tracer.policy import Facts, root_policy
@@ -74,6 +74,25 @@ def clock_sample() -> dict[str, int]:
         "mono": time.clock_gettime_ns(time.CLOCK_MONOTONIC),
         "real": time.clock_gettime_ns(time.CLOCK_REALTIME),
     }
+
+
+class Suspended(NamedTuple):
+    """How long the host has slept since its boot, as seen at `boot` (boot ns): at `least` and at `most`, ns.
+
+    The two clocks cannot be read at once, and a busy host takes this thread's CPU away in between.
+    """
+
+    boot: int
+    least: int
+    most: int
+
+
+def suspended() -> Suspended:
+    """CLOCK_BOOTTIME goes on while the host is suspended, CLOCK_MONOTONIC does not."""
+    before = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+    boot = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    after = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+    return Suspended(boot, boot - after, boot - before)
 
 
 def host(btf: Btf) -> dict[str, Any]:

@@ -52,6 +52,8 @@ _MEMBERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "FILE_DENTRY": ("file", ("f_path.dentry",)),
     "DENTRY_NAME": ("dentry", ("d_name.name", "__d_name.name")),
     "TASK_TGID": ("task_struct", ("tgid",)),
+    "TASK_TID": ("task_struct", ("pid",)),
+    "TASK_STATE": ("task_struct", ("__state", "state")),  # renamed in 5.14 (2f064a59a11f)
     "TASK_FILES": ("task_struct", ("files",)),
     "TASK_LEADER": ("task_struct", ("group_leader",)),
     "TASK_PID": ("task_struct", ("thread_pid",)),
@@ -82,8 +84,8 @@ DATED_ROLES: dict[tuple[int, int], dict[str, tuple[int, int]]] = {
 # Without these there is no saying whose an event is, or which root's.
 _NEEDED = (
     "VCPU_KVM", "VCPU_ID", "VCPU_PID", "VCPU_MMU", "MMU_ROOT", "MMU_ROLE", "SP_ROLE", "SP_GFN", "SP_SPT", "SP_REFS",
-    "SP_TDP", "SP_UNSYNC", "FILE_PRIVATE", "FILE_DENTRY", "DENTRY_NAME", "TASK_TGID", "TASK_FILES", "TASK_LEADER",
-    "TASK_PID", "TASK_COMM", "FILES_FDT", "FDT_FD", "FDT_MAX", "PID_NR", "PID_LEVEL",
+    "SP_TDP", "SP_UNSYNC", "FILE_PRIVATE", "FILE_DENTRY", "DENTRY_NAME", "TASK_TID", "TASK_TGID", "TASK_STATE",
+    "TASK_FILES", "TASK_LEADER", "TASK_PID", "TASK_COMM", "FILES_FDT", "FDT_FD", "FDT_MAX", "PID_NR", "PID_LEVEL",
 )  # fmt: skip
 
 

@@ -307,6 +307,15 @@ HOOKS: tuple[Hook, ...] = (
     Hook((Point("return", "kvm_arch_destroy_vm", before="self->ended = 0;"),), ("vm_destroy", *_CHANGES)),
 )  # fmt: skip
 
+# Kinds that ebpf/sched.c writes: its two raw tracepoints, and the state of the task that leaves, by their prototypes.
+SCHED_KINDS = ("sched_in",)
+SCHED_PRESETS = ("time", "mmu", "all")
+SCHED_PREV_STATE = {
+    # 5.18+ (9c2136be0878): by then the task itself may be awake again
+    ("_Bool", "task_struct *", "task_struct *", "unsigned int"): "((ctx)->args[3])",
+    ("_Bool", "task_struct *", "task_struct *"): "read32((prev) + OFF_TASK_STATE)",
+}
+
 # Kinds that program.py's ioctl programs write, from the syscall tracepoints: no probe table needed.
 IOCTL_KINDS = ("vm_create", "ioctl", "ioctl_end", "memslot")
 
@@ -314,4 +323,5 @@ IOCTL_KINDS = ("vm_create", "ioctl", "ioctl_end", "memslot")
 def preset_kinds(preset: str) -> frozenset[str]:
     """The kinds a preset records, those of the smaller presets included."""
     wanted = PRESETS[: PRESETS.index(preset) + 1]
-    return frozenset(probe.kind for probe in PROBES if probe.preset in wanted) | frozenset(IOCTL_KINDS)
+    scheduler = SCHED_KINDS if preset in SCHED_PRESETS else ()
+    return frozenset(probe.kind for probe in PROBES if probe.preset in wanted) | {*IOCTL_KINDS, *scheduler}

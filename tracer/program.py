@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tracer.offsets import Layout
-from tracer.probes import IOCTL_KINDS, Hook, Point, Probe
+from tracer.probes import IOCTL_KINDS, SCHED_KINDS, Hook, Point, Probe
 from tracer.tracefs import Field
 from traces.schema import BY_NAME, RECORD_FIELDS, RECORD_SIZE
 
@@ -25,7 +25,7 @@ MAX_THREADS = 65536
 _CTYPES = {"u8": "u64", "u4": "u32", "i4": "s32", "u2": "u16", "i2": "s16", "u1": "u8"}
 
 _SOURCES = Path(__file__).with_name("ebpf")
-_PARTS = ("state.c", "helpers.c", "ioctl.c", "snapshot.c")
+_PARTS = ("state.c", "helpers.c", "ioctl.c", "sched.c", "snapshot.c")
 
 
 @dataclass(frozen=True)
@@ -140,10 +140,17 @@ def program(
     ring_bytes: int,
     filter_tgid: int | None = None,
     arguments: Mapping[str, int] | None = None,
+    prev_state: str = "",
 ) -> str:
-    """The whole C text. `arguments` gives the parameter count of each fexit function."""
+    """The whole C text. `arguments` gives the parameter count of each fexit function.
+
+    `prev_state` is how a sched_switch tells the state of the task that leaves; empty where that is not known.
+    """
     fields = " ".join(f"{_CTYPES[ctype]} {name};" for name, ctype in RECORD_FIELDS)
     switched = [f"#define KIND_{name} {BY_NAME[name].code}" for name in (*IOCTL_KINDS, "vm_destroy") if name in kinds]
+    if prev_state:
+        switched += [f"#define KIND_{name} {BY_NAME[name].code}" for name in SCHED_KINDS if name in kinds]
+        switched.append(f"#define PREV_STATE(ctx, prev) {prev_state}")
     return "\n".join(
         (
             "#include <uapi/linux/ptrace.h>",

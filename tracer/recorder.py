@@ -35,7 +35,8 @@ IDLE_SECONDS = 0.02  # between drains: long enough for full batches, short again
 FLUSH_SECONDS = 1.0
 SETTLE_SECONDS = 1.0  # after the command ended: RCU callbacks still free its tables
 QUIET_SECONDS = 0.1
-GAP = BY_NAME["gap"].code
+GAP, SUSPEND = BY_NAME["gap"].code, BY_NAME["host_suspend"].code
+SUSPENDED = 1_000_000  # ns that the host must have slept for a row
 VM_DESCRIPTOR = "anon_inode:kvm-vm"
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -139,6 +140,7 @@ class Recorder:
         self.drained = self.events = 0  # rows taken from the rings; without gaps, where there is a limit
         self.snapshot = self._look()
         self.clock = [host.clock_sample()]
+        self._awake = host.suspended()
         self.counted = host.Counted()
         self.missed: dict[str, int] = {}
         self._turned_away: dict[tuple[int, int], int] = {}
@@ -237,6 +239,7 @@ class Recorder:
 
     def _drain_once(self) -> bool:
         """One round of the rings; whether more waits already."""
+        self._look_at_clocks()
         batches, complete_at = self.rings.drain()
         if batches:
             self.drained += sum(len(batch) for batch in batches)
@@ -244,6 +247,16 @@ class Recorder:
                 self.events += sum(int(np.count_nonzero(batch["kind"] != GAP)) for batch in batches)
             self.writer.write(batches, complete_at)
         return self.rings.fill > 0.05
+
+    def _look_at_clocks(self) -> None:
+        """A row where the host slept since the last look: only the boot clock goes on meanwhile."""
+        before, self._awake = self._awake, host.suspended()
+        slept = self._awake.least - before.most
+        if slept >= SUSPENDED:
+            record = np.zeros(1, RECORD)
+            record["time"], record["kind"], record["vcpu"] = self._awake.boot, SUSPEND, -1
+            record["w0"], record["w1"] = before.boot, slept
+            self.writer.write([record], 0)
 
     def _ended(self, started: float) -> str:
         options = self.options

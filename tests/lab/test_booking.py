@@ -7,6 +7,8 @@ faults zap in another VM.
 
 from __future__ import annotations
 
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -14,7 +16,9 @@ import pytest
 
 from replay.validate.compare import validate
 from replay.validate.validate_text import render
-from tracer.lab import fetch, matrix
+from tracer.lab import fetch, matrix, session
+from tracer.lab.lab_kernels import Bootable
+from traces.errors import ENVIRONMENT
 from traces.metadata import Metadata
 from traces.reader import Trace
 
@@ -129,7 +133,10 @@ def test_the_smm_roots_sptes_change_while_the_normal_root_is_loaded(recorded: Pa
 
 def test_one_change_of_memory_is_each_vms_own(recorded: Path) -> None:
     frame, _ = rows(recorded, "one-mapping")
-    ranges = of(frame, "kvm_unmap_hva_range").filter(pl.col("value") - pl.col("addr") > 4 << 20)
+    both = of(frame, "kvm_entry").group_by("vm").agg(pl.col("seq").min())["seq"].max()
+    ranges = of(frame, "kvm_unmap_hva_range").filter(
+        pl.col("seq") > both, pl.col("value") - pl.col("addr") > 4 << 20
+    )  # of the guests' memory, while both have some
     by_vm = {
         vm: sorted(ranges.filter(pl.col("vm") == vm).select("addr", "value").rows()) for vm in ranges["vm"].unique()
     }
@@ -152,3 +159,17 @@ def test_faults_of_one_vms_vcpu_thread_zap_in_the_other(recorded: Path) -> None:
     for vm, vcpu in notified.select("vm", "vcpu").unique().rows():
         assert vcpu == (threads[writer][1] if vm == threads[writer][0] else None)
     assert notified["vm"].n_unique() == 2
+
+
+@pytest.mark.parametrize("lab_kernel", ["6.1"], indirect=True)
+def test_a_kvm_without_btf_is_refused_with_the_reason(lab_kernel: Bootable, tmp_path: Path) -> None:
+    """Its structs may lie anywhere: nothing is recorded by guesswork, and the user is told what is wrong."""
+    (home,) = lab_kernel.modules
+    for name in ("kvm.ko", "kvm_amd.ko"):
+        (module,) = home.rglob(name)
+        subprocess.run(["objcopy", "--remove-section", ".BTF", module, tmp_path / name], check=True)
+    changed = replace(lab_kernel, modules=(*lab_kernel.modules, tmp_path))
+    done = session.boot(changed, session.recorder(["true"], "mmu"))
+    assert done.code == ENVIRONMENT
+    assert len(done.stderr.splitlines()) == 1
+    assert "the layout of struct kvm_mmu_page is not known: the kvm module loaded here has no BTF" in done.stderr

@@ -281,6 +281,33 @@ def test_notifiers_of_a_vcpus_own_thread_are_the_vcpus(tmp_path: Path, vmm: str)
     assert all(own[tid] == vcpu for tid, vcpu in mine.select("tid", "vcpu").rows())
 
 
+def test_time_that_a_vcpu_did_not_get(tmp_path: Path, vmm: str) -> None:
+    """Two busy threads on one CPU: each vCPU's thread is off it about half of the time, ready to run."""
+    out = tmp_path / "starved.parquet"
+    cpu = str(max(os.sched_getaffinity(0)))
+    spinner = subprocess.Popen(["taskset", "-c", cpu, "sh", "-c", "while :; do :; done"])
+    try:
+        done = run("record", "--events", "time", "-o", out, "--", "taskset", "-c", cpu, vmm, "roots", "--loops", "9000")
+    finally:
+        spinner.kill()
+        spinner.wait()
+    assert done.returncode == 0, done.stderr
+    trace = Trace.open(out)
+    (vm,) = [vm for vm in trace.metadata.vms if vm["comm"] in ("kvmtrace-vmm", "taskset")]
+    rows = pl.scan_parquet(out).filter(pl.col("vm") == vm["id"]).sort("seq").collect()
+    waits = rows.filter(pl.col("kind") == "sched_in").with_columns(pl.col("addr", "value").cast(pl.Int64))
+    off = waits["time"] - waits["addr"]
+    assert set(waits["vcpu"]) == {0}
+    assert set(waits["tid"]) <= {vcpu["tid"] for vcpu in vm["vcpus"]}
+    assert (waits["value"] <= off).all()
+    assert (waits["value"] == off).filter(waits["flags"] & 1 == 1).all(), "preempted: it could have run all the time"
+    assert waits["value"].sum() > 0.2 * (rows["time"].max() - rows["time"].min())
+    assert (waits["addr"].to_numpy()[1:] >= waits["time"].to_numpy()[:-1]).all(), "stretches do not overlap"
+    others = rows.filter(pl.col("tid").is_in(waits["tid"].unique().to_list()), pl.col("kind") != "sched_in")["time"]
+    inside = others.search_sorted(waits["time"]) - others.search_sorted(waits["addr"] + 1)
+    assert inside.sum() == 0, "a thread without a CPU shows nothing"
+
+
 def test_what_the_compiler_says_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = "int f(void *ctx) { return no_such_thing; }"
     monkeypatch.setattr(bpf, "program", lambda *_: broken)

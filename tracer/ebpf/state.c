@@ -14,6 +14,10 @@ struct thread {
     u64 own_vcpu;   /* struct kvm_vcpu that this thread ran last: SPEC 4.4's vCPU of a thread */
     u64 own_kvm;    /* its VM */
     u64 own_since;  /* when the thread last entered KVM_RUN with it, boot ns */
+    u64 off_since;  /* since when the thread has had no CPU, boot ns; 0 while it has one */
+    u64 runnable_since; /* since when in that time it could use one; 0 while it sleeps */
+    u32 off_state;  /* the task state that it left its CPU with */
+    u32 pad2;
     u32 tid, tgid;  /* as the recorder's pid namespace numbers them, see number_here */
     u32 host_tgid;  /* as the kernel does */
     s32 own_id;
