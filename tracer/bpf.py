@@ -289,6 +289,10 @@ class Probes:
     def close(self) -> None:
         self._bpf.cleanup()
 
+    def function(self, name: str) -> int:
+        """Descriptor of one of the loaded programs."""
+        return int(self._bpf.funcs[name.encode()].fd)
+
     def reset(self) -> None:
         """Forget counts and threads of an earlier recording; nothing may be attached."""
         self._missed_before = self._misses()
