@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -272,7 +273,9 @@ def main() -> None:
     except Problem as problem:
         print(f"kvmtrace: {problem}", file=sys.stderr)
         raise SystemExit(problem.code) from None
-    except BrokenPipeError:
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):  # nobody reads any more, or the terminal is gone
+            raise
         raise SystemExit(0) from None
 
 

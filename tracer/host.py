@@ -125,6 +125,10 @@ def kvm_counters() -> dict[str, int]:
     return values
 
 
+def _above_zero(counters: dict[str, int]) -> dict[str, int]:
+    return {name: value for name, value in counters.items() if value}
+
+
 class Counted:
     """How far KVM's counters rose. What a VM counted goes with it, so that rises between two looks may be missed."""
 
@@ -139,4 +143,4 @@ class Counted:
             self._risen[name] = self._risen.get(name, 0) + max(0, value - self._last.get(name, 0))
         self._last = now
         end = {name: self.start.get(name, 0) + risen for name, risen in self._risen.items()}
-        return {"start": {ALL_VMS: self.start}, "end": {ALL_VMS: end}}
+        return {"start": {ALL_VMS: _above_zero(self.start)}, "end": {ALL_VMS: _above_zero(end)}}

@@ -304,6 +304,15 @@ HOOKS: tuple[Hook, ...] = (
     Hook((Point("return", "tdp_mmu_next_root", before="self->walk_root = @ret ? SP_TABLE(@ret) : 0;"),), _CHANGES[:1]),
     # ... except where a load's search ends at the root that it wants (6.9+).
     Hook((Point("return", "kvm_tdp_mmu_alloc_root", before="self->walk_root = 0;"),), _CHANGES[:1]),
+    # NX recovery: a kernel thread's, which is no VM's.
+    *(
+        Hook((Point(how, function, before=before, signature=("kvm *", "kvm_mmu_page *")),), _CHANGES)
+        for function in ("kvm_tdp_mmu_zap_sp", "kvm_tdp_mmu_zap_possible_nx_huge_page")  # the latter from 6.18 on
+        for how, before in (
+            ("entry", "self->ended = @0; self->walk_root = top_table(@1);"),
+            ("return", "self->ended = self->walk_root = 0;"),
+        )
+    ),
     Hook((Point("return", "kvm_arch_destroy_vm", before="self->ended = 0;"),), ("vm_destroy", *_CHANGES)),
 )  # fmt: skip
 

@@ -76,10 +76,11 @@ class Outcome:
 
 def owns_vm(pid: int) -> bool:
     """Whether a process holds a VM's descriptor."""
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(OSError):
-            if entry.readlink().name == VM_DESCRIPTOR:
-                return True
+    with contextlib.suppress(OSError):  # it may end at any moment
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if entry.readlink().name == VM_DESCRIPTOR:
+                    return True
     return False
 
 
@@ -320,11 +321,12 @@ class Recorder:
             return
         self._shown = seconds
         lost = int(self.probes.counters()["lost"].sum())
-        sys.stderr.write(
-            f"\r{seconds:6.1f} s  {self.drained:>12,} events  {self.drained / max(seconds, 0.001):>11,.0f}/s  "
-            f"lost {lost:,}  ring {self.rings.fill:4.0%}  {self.writer.bytes_written / 1e6:,.1f} MB\033[K"
-        )
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # the terminal may be gone, and its SIGHUP on the way
+            sys.stderr.write(
+                f"\r{seconds:6.1f} s  {self.drained:>12,} events  {self.drained / max(seconds, 0.001):>11,.0f}/s  "
+                f"lost {lost:,}  ring {self.rings.fill:4.0%}  {self.writer.bytes_written / 1e6:,.1f} MB\033[K"
+            )
+            sys.stderr.flush()
 
 
 def record(*several: Options) -> Iterator[Outcome]:

@@ -161,6 +161,21 @@ static __always_inline u64 hpa_sp(u64 hpa)
 #endif
     return 0;
 }
+/* Frame of the root above a TDP page: each page's entry lies in its parent, down from a root's, which has none. */
+#define MOST_LEVELS 5
+static __always_inline u64 top_table(u64 sp)
+{
+#ifdef HAVE_SP_PTEP
+    struct config *c = config();
+    for (int i = 0; i < MOST_LEVELS && c && c->page_offset && sp && SP_IS_TDP(sp); i++) {
+        u64 entry = read64(sp + OFF_SP_PTEP);
+        if (!entry)
+            return SP_TABLE(sp);
+        sp = hpa_sp(entry - c->page_offset);
+    }
+#endif
+    return 0;
+}
 static __always_inline s32 hpa_refs(u64 hpa) { u64 sp = hpa_sp(hpa); return sp ? SP_REFS_OF(sp) : -1; }
 static __always_inline u32 hpa_role(u64 hpa) { u64 sp = hpa_sp(hpa); return sp ? SP_ROLE_OF(sp) : 0; }
 static __always_inline u8 hpa_tdp(u64 hpa) { u64 sp = hpa_sp(hpa); return sp ? SP_IS_TDP(sp) : 0; }
