@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -117,30 +117,33 @@ def record(
         })  # fmt: skip
     else:
         each = summary.size / summary.events if summary.events else 0
-        print(
+        _tell(
             f"{summary.path}: {summary.events:,} events, {summary.lost:,} lost, "
             f"{summary.size:,} bytes ({each:.2f} each); "
-            f"{outcome.stopped}; recorder used {outcome.cpu_seconds:.1f} s CPU in {outcome.seconds:.1f} s",
-            file=sys.stderr,
+            f"{outcome.stopped}; recorder used {outcome.cpu_seconds:.1f} s CPU in {outcome.seconds:.1f} s"
         )
     for line in summary.discrepancies:
-        print(f"kvmtrace: {summary.path}: {line}", file=sys.stderr)
+        _tell(f"kvmtrace: {summary.path}: {line}")
     for probe, runs in outcome.missed.items():
-        print(
+        _tell(
             f"kvmtrace: the kernel skipped {probe} {runs:,} times, as another BPF program was running on that CPU: "
-            "these events were never seen",
-            file=sys.stderr,
+            "these events were never seen"
         )
     if summary.discrepancies or (strict and (summary.lost or outcome.missed)):
         if strict and summary.lost:
-            print(
-                f"kvmtrace: {summary.lost:,} events were lost (--strict): try a larger --ring-size, or fewer --events",
-                file=sys.stderr,
+            _tell(
+                f"kvmtrace: {summary.lost:,} events were lost (--strict): try a larger --ring-size, or fewer --events"
             )
         raise typer.Exit(VERDICT_FAILED)
     if outcome.status:
-        print(f"kvmtrace: the command ended with status {outcome.status}", file=sys.stderr)
+        _tell(f"kvmtrace: the command ended with status {outcome.status}")
         raise typer.Exit(VERDICT_FAILED)
+
+
+def _tell(line: str) -> None:
+    """A line on standard error, unless the terminal is gone: its SIGHUP ends a recording like any other signal."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr)
 
 
 @app.command(epilog="Example: kvmtrace recover stall.kvmt")
@@ -273,9 +276,7 @@ def main() -> None:
     except Problem as problem:
         print(f"kvmtrace: {problem}", file=sys.stderr)
         raise SystemExit(problem.code) from None
-    except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.EIO):  # nobody reads any more, or the terminal is gone
-            raise
+    except BrokenPipeError:
         raise SystemExit(0) from None
 
 
