@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -38,12 +39,12 @@ def _size(text: str) -> int:
 
 def _kinds(events: str) -> tuple[str, frozenset[str]]:
     from tracer.probes import PRESETS, preset_kinds
-    from traces.schema import BY_NAME
+    from traces.schema import BY_NAME, OWN_KINDS
 
     if events in PRESETS:
         return events, preset_kinds(events)
     names = frozenset(name.strip() for name in events.split(",") if name.strip())
-    unknown = sorted(names - (BY_NAME.keys() - {"gap"}))
+    unknown = sorted(names - (BY_NAME.keys() - set(OWN_KINDS)))
     if unknown or not names:
         what = ", ".join(unknown) or repr(events)
         raise Problem(f"--events {what}: neither a preset ({', '.join(PRESETS)}) nor kinds of event")
@@ -63,8 +64,10 @@ def record(
     ] = None,
     vm: Annotated[str, typer.Option(help="Process that owns the VM to record, or `all`.")] = "all",
     duration: Annotated[float | None, typer.Option(help="Seconds to record.", min=0.001)] = None,
-    max_events: Annotated[int | None, typer.Option(help="Stop after this many events.", min=1)] = None,
-    max_size: Annotated[str | None, typer.Option(help="Stop when this much is on disk, such as 2G.")] = None,
+    max_events: Annotated[int | None, typer.Option(help="Keep the first so many events, and stop.", min=1)] = None,
+    max_size: Annotated[
+        str | None, typer.Option(help="Stop when this much is on disk, such as 2G; within one batch of 65,536 events.")
+    ] = None,
     events: Annotated[
         str,
         typer.Option(
@@ -75,7 +78,7 @@ def record(
     ring_size: Annotated[
         str | None, typer.Option(help="BPF ring buffer of each CPU, a power of two. [default: 32M, 256M in all]")
     ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit 1 when an event was lost.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit 1 when an event was lost, or never seen.")] = False,
     as_json: Json = False,
 ) -> None:
     """Record live KVM events into a Parquet trace, every event stored or counted as lost."""
@@ -110,27 +113,30 @@ def record(
             "path": str(summary.path), "events": summary.events, "emitted": summary.events + summary.lost,
             "lost": summary.lost, "bytes": summary.size, "complete": summary.complete,
             "discrepancies": list(summary.discrepancies), "stopped": outcome.stopped, "seconds": outcome.seconds,
-            "recorder_cpu_seconds": outcome.cpu_seconds, "command_status": outcome.status,
+            "recorder_cpu_seconds": outcome.cpu_seconds, "command_status": outcome.status, "missed": outcome.missed,
         })  # fmt: skip
     else:
         each = summary.size / summary.events if summary.events else 0
-        print(
+        _tell(
             f"{summary.path}: {summary.events:,} events, {summary.lost:,} lost, "
             f"{summary.size:,} bytes ({each:.2f} each); "
-            f"{outcome.stopped}; recorder used {outcome.cpu_seconds:.1f} s CPU in {outcome.seconds:.1f} s",
-            file=sys.stderr,
+            f"{outcome.stopped}; recorder used {outcome.cpu_seconds:.1f} s CPU in {outcome.seconds:.1f} s"
         )
     for line in summary.discrepancies:
-        print(f"kvmtrace: {summary.path}: {line}", file=sys.stderr)
-    if summary.discrepancies or (strict and summary.lost):
+        _tell(f"kvmtrace: {summary.path}: {line}")
+    for probe, runs in outcome.missed.items():
+        _tell(
+            f"kvmtrace: the kernel skipped {probe} {runs:,} times, as another BPF program was running on that CPU: "
+            "these events were never seen"
+        )
+    if summary.discrepancies or (strict and (summary.lost or outcome.missed)):
         if strict and summary.lost:
-            print(
-                f"kvmtrace: {summary.lost:,} events were lost (--strict): try a larger --ring-size, or fewer --events",
-                file=sys.stderr,
+            _tell(
+                f"kvmtrace: {summary.lost:,} events were lost (--strict): try a larger --ring-size, or fewer --events"
             )
         raise typer.Exit(VERDICT_FAILED)
     if outcome.status:
-        print(f"kvmtrace: the command ended with status {outcome.status}", file=sys.stderr)
+        _tell(f"kvmtrace: the command ended with status {outcome.status}")
         raise typer.Exit(VERDICT_FAILED)
 
 
@@ -153,6 +159,12 @@ def kernels(
         print_json(document)
     else:
         print(text, end="")
+
+
+def _tell(line: str) -> None:
+    """A line on standard error, unless the terminal is gone: its SIGHUP ends a recording like any other signal."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr)
 
 
 @app.command(epilog="Example: kvmtrace recover stall.kvmt")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from traces.columns import kind_name
 from traces.record import RECORD
-from traces.schema import BY_NAME
+from traces.schema import BY_NAME, OWN_KINDS
 
 Records = NDArray[np.void]
 
@@ -190,7 +190,7 @@ def loss_table(records: Records) -> dict[str, dict[str, dict[str, int]]]:
     cells = records["kind"].astype(np.int64) << 16 | records["cpu"]
     for cell, count in zip(*np.unique(cells, return_counts=True), strict=True):
         code, cpu = int(cell) >> 16, str(int(cell) & 0xFFFF)
-        if code:  # gaps are not emitted by probes
+        if kind_name(code) not in OWN_KINDS:  # those are not emitted by probes
             emitted = table.setdefault(kind_name(code), {"emitted": {}, "lost": {}})["emitted"]
             emitted[cpu] = emitted.get(cpu, 0) + int(count)
     return table

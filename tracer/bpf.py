@@ -7,7 +7,7 @@ import errno
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from tracer.btf import Btf, kernel_btf, libbpf
 from tracer.headers import headers
 from tracer.host import kernel_symbols, kernel_version
 from tracer.offsets import Layout, kernel_layout
-from tracer.probes import IOCTL_KINDS, PROBES, Point, Probe
+from tracer.probes import HOOKS, IOCTL_KINDS, PROBES, SCHED_KINDS, SCHED_PREV_STATE, Hook, Point, Probe
 from tracer.program import KIND_SLOTS, Chosen, program, ring_names
 from traces.errors import ENVIRONMENT, Problem
 from traces.schema import BY_CODE
@@ -28,6 +28,7 @@ from traces.schema import BY_CODE
 DIST_PACKAGES = "/usr/lib/python3/dist-packages"
 INSTALL_BCC = "apt-get install python3-bpfcc"
 _SYSCALLS = (("syscalls:sys_enter_ioctl", "ioctl_enter"), ("syscalls:sys_exit_ioctl", "ioctl_leave"))
+_SCHED = (("sched_switch", "sched_switched"), ("sched_wakeup", "sched_woken"))
 _COUNTERS = np.dtype([("emitted", "u8", KIND_SLOTS), ("lost", "u8", KIND_SLOTS), ("gap_count", "u8"),
                       ("gap_kinds", "u8"), ("gap_since", "u8")])  # fmt: skip
 # struct bpf_prog_info of the bpf(2) interface: recursion_misses, which older kernels leave zero
@@ -51,7 +52,7 @@ def import_bcc() -> Any:
 
 @dataclass(frozen=True)
 class Attachment:
-    """What became of one probe: `how` is the attachment, or "none" with the reason in `why`."""
+    """What became of one probe: `how` is the attachment, or "none" with the reason in `why`; a hook has no kind."""
 
     kind: str
     point: str
@@ -68,6 +69,8 @@ class Plan:
 
     chosen: list[Chosen] = field(default_factory=list)
     attachments: list[Attachment] = field(default_factory=list)
+    hooks: list[Attachment] = field(default_factory=list)
+    prev_state: str = ""  # how a sched_switch tells the state of the task that leaves, where it is recorded
 
 
 def kprobes_available() -> bool:
@@ -91,7 +94,9 @@ def fentry_refused(bcc: Any) -> str:
     return ""
 
 
-def _choose(probe: Probe, btf: Btf, root: Path | None, layout: Layout, fentry: str, kprobe: bool) -> Chosen | str:
+def _choose(
+    probe: Probe | Hook, btf: Btf, root: Path | None, layout: Layout, fentry: str, kprobe: bool
+) -> Chosen | str:
     """The first of the probe's points that holds on this kernel, or why none does."""
     version, symbols, why = kernel_version(), kernel_symbols(), []
     for point in probe.points:
@@ -106,7 +111,9 @@ def _choose(probe: Probe, btf: Btf, root: Path | None, layout: Layout, fentry: s
             else:
                 return Chosen(probe, point, point.how, fields)
             continue
-        if fentry and not kprobe:
+        if "NOTIFIED" in point.before and "KVM_NOTIFIER" not in layout.offsets:
+            why.append("the place of a VM's struct mmu_notifier is not known")
+        elif fentry and not kprobe:
             why.append(f"{fentry}; no kprobes (CONFIG_KPROBES off)")
         elif point.where not in symbols:
             why.append(f"no function {point.where}")
@@ -158,6 +165,23 @@ def plan(kinds: frozenset[str], bcc: Any) -> Plan:
             skipped = probe.points[: probe.points.index(choice.point)]
             why = f"instead of {skipped[0].how} {skipped[0].where}" if skipped else ""
             made.attachments.append(Attachment(probe.kind, choice.point.where, choice.how, why))
+    taken = {(chosen.how, chosen.point.where) for chosen in made.chosen}
+    for hook in HOOKS:
+        if kinds.isdisjoint(hook.serves):
+            continue
+        choice = _choose(hook, btf, root, layout, fentry, kprobe)
+        if isinstance(choice, str):
+            made.hooks.append(Attachment("", hook.points[0].where, "none", choice))
+        elif (choice.how, choice.point.where) not in taken:  # else the probe there does the same
+            made.chosen.append(choice)
+            made.hooks.append(Attachment("", choice.point.where, choice.how))
+    for kind in SCHED_KINDS:
+        if kind in kinds:
+            signature = btf.signature("__traceiter_sched_switch") or ()
+            made.prev_state = SCHED_PREV_STATE.get(signature[1:], "")
+            where = ", ".join(f"sched:{name}" for name, _ in _SCHED)
+            why = "" if made.prev_state else "raw arguments of sched:sched_switch unknown here"
+            made.attachments.append(Attachment(kind, where, "none" if why else "raw", why))
     for kind in IOCTL_KINDS:
         if kind in kinds:
             made.attachments.append(
@@ -175,10 +199,14 @@ class Probes:
         if tracefs.tracefs() is None:
             raise Problem(f"tracefs is not mounted or not readable: {tracefs.MOUNT_COMMAND}", ENVIRONMENT)
         self.layout = this_layout()
+        if unknown := self.layout.unknown():
+            raise Problem(unknown, ENVIRONMENT)
         self.plan = plan(kinds, self._bcc)
         btf = kernel_btf()
         arguments = {c.point.where: len(btf.signature(c.point.where) or ()) for c in self.plan.chosen}
-        text = program(self.plan.chosen, self.layout, kinds, rings, ring_bytes, filter_tgid, arguments)
+        text = program(
+            self.plan.chosen, self.layout, kinds, rings, ring_bytes, filter_tgid, arguments, self.plan.prev_state
+        )
         self._bpf = self._load(text)
         self.ring_fds = [int(self._bpf[name].map_fd) for name in ring_names(rings)]
         for i, fd in enumerate(self.ring_fds):
@@ -187,22 +215,26 @@ class Probes:
         self._iterator = self._function(snapshot.FUNCTION, self._bcc.BPF.TRACING)
 
     def _load(self, text: str) -> Any:
-        with quiet() as said, headers():
-            try:
+        said: list[str] = []
+        try:
+            with quiet() as said, headers():
                 return self._bcc.BPF(text=text, cflags=["-w"])
-            except Exception as error:
-                raise Problem(f"bcc could not load the probes: {_last_line(said) or error}", ENVIRONMENT) from None
+        except Problem:
+            raise
+        except Exception as error:
+            raise Problem(f"bcc could not load the probes: {_last_line(said) or error}", ENVIRONMENT) from None
 
     def _function(self, name: str, kind: int) -> Any:
-        with quiet() as said:
-            try:
+        said: list[str] = []
+        try:
+            with quiet() as said:
                 return self._bpf.load_func(name, kind)
-            except Exception as error:
-                if ctypes.get_errno() == errno.EPERM or "privileges" in str(error):
-                    raise Problem(
-                        "BPF programs may not be loaded: run as root (CAP_BPF and CAP_PERFMON)", ENVIRONMENT
-                    ) from None
-                raise Problem(f"the kernel refused {name}: {_last_line(said) or error}", ENVIRONMENT) from None
+        except Exception as error:
+            if ctypes.get_errno() == errno.EPERM or "privileges" in str(error):
+                raise Problem(
+                    "BPF programs may not be loaded: run as root (CAP_BPF and CAP_PERFMON)", ENVIRONMENT
+                ) from None
+            raise Problem(f"the kernel refused {name}: {_last_line(said) or error}", ENVIRONMENT) from None
 
     def attach(self) -> None:
         """Attach everything; a probe that the kernel refuses is recorded as absent, with the reason."""
@@ -210,6 +242,9 @@ class Probes:
         if any(attachment.kind in IOCTL_KINDS for attachment in self.plan.attachments):
             for where, function in _SYSCALLS:
                 bpf.attach_tracepoint(tp=where, fn_name=function)
+        if self.plan.prev_state:
+            for where, function in _SCHED:
+                bpf.attach_raw_tracepoint(tp=where, fn_name=function)
         for chosen in self.plan.chosen:
             name = chosen.function
             try:
@@ -227,9 +262,12 @@ class Probes:
                 self._refused(chosen, _last_line(said) or str(error))
 
     def _refused(self, chosen: Chosen, why: str) -> None:
-        for i, attachment in enumerate(self.plan.attachments):
-            if (attachment.kind, attachment.point) == (chosen.probe.kind, chosen.point.where):
-                self.plan.attachments[i] = Attachment(attachment.kind, attachment.point, "none", why)
+        hook = isinstance(chosen.probe, Hook)
+        kind = "" if isinstance(chosen.probe, Hook) else chosen.probe.kind
+        attachments = self.plan.hooks if hook else self.plan.attachments
+        for i, attachment in enumerate(attachments):
+            if attachment == Attachment(kind, chosen.point.where, chosen.how, attachment.why):
+                attachments[i] = Attachment(kind, attachment.point, "none", why)
 
     def detach(self) -> None:
         """Detach every probe; the maps stay readable."""
@@ -251,17 +289,39 @@ class Probes:
     def close(self) -> None:
         self._bpf.cleanup()
 
+    def function(self, name: str) -> int:
+        """Descriptor of one of the loaded programs."""
+        return int(self._bpf.funcs[name.encode()].fd)
+
     def reset(self) -> None:
         """Forget counts and threads of an earlier recording; nothing may be attached."""
         self._missed_before = self._misses()
         counters = self._bpf["counters"]
         counters[counters.Key(0)] = counters.Leaf()
-        for name in ("threads", "wanted"):
+        for name in ("threads", "wanted", "born"):
             self._bpf[name].clear()
 
     def snapshot(self) -> dict[str, Any]:
         """VMs alive now, and the probes' thread table primed with their vCPUs; see snapshot.py."""
-        return snapshot.take(self._bcc.lib, self._iterator.fd)
+        settings = self._bpf["settings"]
+
+        def ask(first_fd: int, vm: int, part: int) -> None:
+            values = settings[0]
+            values.first_fd, values.look_at, values.part = first_fd, vm, part
+            settings[0] = values
+
+        try:
+            return snapshot.take(self._bcc.lib, self._iterator.fd, ask)
+        finally:
+            ask(0, 0, 0)
+
+    def born(self) -> set[int]:
+        """Pointers of the VMs whose creation the probes saw."""
+        return {int(kvm.value) for kvm in self._bpf["born"]}
+
+    def pid_namespace_level(self) -> int:
+        """How many pid namespaces this process is below the initial one; known after the first snapshot."""
+        return int(self._bpf["settings"][0].pid_ns_level)
 
     def missed(self) -> dict[str, int]:
         """{probe: runs that the kernel skipped} because another BPF program was running on that CPU (from 5.12 on)."""
@@ -286,14 +346,22 @@ class Probes:
     def threads(self) -> dict[int, dict[str, Any]]:
         """Threads the probes met: {tid: {tgid, comm}}."""
         return {
-            int(tid.value): {"tgid": int(t.tgid), "comm": bytes(t.comm).split(b"\0")[0].decode(errors="replace")}
-            for tid, t in self._bpf["threads"].items()
+            int(t.tid): {"tgid": int(t.tgid), "comm": bytes(t.comm).split(b"\0")[0].decode(errors="replace")}
+            for _, t in self._bpf["threads"].items()
         }
 
 
-def loss_table(counters: np.ndarray[Any, Any]) -> dict[str, dict[str, dict[str, int]]]:
-    """{kind: {"emitted": {cpu: n}, "lost": {cpu: n}}} of the kinds that were seen at all."""
+def loss_table(
+    counters: np.ndarray[Any, Any], turned_away: Mapping[tuple[int, int], int]
+) -> dict[str, dict[str, dict[str, int]]]:
+    """{kind: {"emitted": {cpu: n}, "lost": {cpu: n}}} of the kinds that were seen at all.
+
+    `turned_away` counts, by kind code and CPU, events from after the recording's end.
+    """
     table: dict[str, dict[str, dict[str, int]]] = {}
+    counters = counters.copy()
+    for (kind, cpu), count in turned_away.items():
+        counters["emitted"][cpu, kind] -= count
     for code in np.flatnonzero(counters["emitted"].sum(axis=0)):
         table[BY_CODE[int(code)].name] = {
             column: {str(cpu): int(n) for cpu, n in enumerate(counters[column][:, code]) if n}

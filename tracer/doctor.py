@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tracer import bpf, host, tracefs
-from tracer.btf import BTF_DIRECTORY, kernel_btf
+from tracer.btf import kernel_btf
 from tracer.headers import find_headers
 from tracer.probes import preset_kinds
 from traces.errors import ENVIRONMENT, Problem
@@ -123,11 +123,13 @@ def _btf() -> Iterator[Check]:
         yield Check("BTF", LACK, str(problem), "boot a kernel with CONFIG_DEBUG_INFO_BTF=y")
         return
     layout = bpf.this_layout()
-    if "SP_ROLE" in layout.offsets:
+    if not (unknown := layout.unknown()):
         yield Check("BTF", OK, layout.source)
+    elif not Path("/sys/module/kvm").exists():
+        yield Check("BTF", LACK, "that of KVM comes with its module, which is not loaded", "modprobe kvm")
     else:
-        said = f"no {BTF_DIRECTORY}/kvm: table pages' addresses and reference counts are not readable"
-        yield Check("BTF", WARN, said, "modprobe kvm")
+        said, _, mend = unknown.rpartition(": ")
+        yield Check("BTF", LACK, said, mend)
     policy = host.host(btf)["policy"]
     yield Check("root policy", OK if policy["name"] != "unknown" else WARN, f"{policy['name']}: {policy['why']}")
     if os.geteuid() != 0:

@@ -9,7 +9,7 @@ import re
 import time
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tracer.btf import Btf
 from tracer.probes import Version
@@ -18,6 +18,7 @@ from traces.kernels.detect import Host, root_policy
 KALLSYMS = Path("/proc/kallsyms")
 MODULES = ("kvm", "kvm_amd", "kvm_intel")
 DEBUGFS_KVM = Path("/sys/kernel/debug/kvm")
+ALL_VMS = "all"  # whose counters the metadata's `stats` has
 
 
 def kernel_version(release: str | None = None) -> Version:
@@ -75,6 +76,25 @@ def clock_sample() -> dict[str, int]:
     }
 
 
+class Suspended(NamedTuple):
+    """How long the host has slept since its boot, as seen at `boot` (boot ns): at `least` and at `most`, ns.
+
+    The two clocks cannot be read at once, and a busy host takes this thread's CPU away in between.
+    """
+
+    boot: int
+    least: int
+    most: int
+
+
+def suspended() -> Suspended:
+    """CLOCK_BOOTTIME goes on while the host is suspended, CLOCK_MONOTONIC does not."""
+    before = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+    boot = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    after = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+    return Suspended(boot, boot - after, boot - before)
+
+
 def host(btf: Btf) -> dict[str, Any]:
     """The metadata's `host`, `modules` and `policy`."""
     uname, parameters = platform.uname(), module_parameters()
@@ -91,28 +111,36 @@ def host(btf: Btf) -> dict[str, Any]:
     }
 
 
-def _numbers(directory: Path, prefix: str = "") -> dict[str, int]:
-    """The counters in a debugfs directory; what goes away while we look is left out."""
+def kvm_counters() -> dict[str, int]:
+    """KVM's own counters, each added up over the VMs alive now, from debugfs; empty where it is not readable.
+
+    Not those of each VM: an open file in a VM's own directory holds the VM, and who closes the last one destroys it.
+    """
     values = {}
     with contextlib.suppress(OSError):
-        for entry in directory.iterdir():
-            if entry.is_dir():
-                continue
+        for entry in DEBUGFS_KVM.iterdir():
             with contextlib.suppress(OSError, ValueError):
-                values[prefix + entry.name] = int(entry.read_text())
+                if not entry.is_dir():
+                    values[entry.name] = int(entry.read_text())
     return values
 
 
-def kvm_counters() -> dict[str, dict[str, int]]:
-    """KVM's own counters, {VM directory `pid-fd`: {counter: value}}, from debugfs; empty where it is not readable."""
-    try:
-        directories = sorted(entry for entry in DEBUGFS_KVM.iterdir() if entry.is_dir())
-    except OSError:
-        return {}
-    counters = {}
-    for directory in directories:
-        values = _numbers(directory)
-        for vcpu in directory.glob("vcpu*"):
-            values |= _numbers(vcpu, f"{vcpu.name}/")
-        counters[directory.name] = values
-    return counters
+def _above_zero(counters: dict[str, int]) -> dict[str, int]:
+    return {name: value for name, value in counters.items() if value}
+
+
+class Counted:
+    """How far KVM's counters rose. What a VM counted goes with it, so that rises between two looks may be missed."""
+
+    def __init__(self) -> None:
+        self.start = self._last = kvm_counters()
+        self._risen: dict[str, int] = {}
+
+    def look(self) -> dict[str, Any]:
+        """The metadata's `stats`: counters at the `start`, and at the `end` by the rises seen since."""
+        now = kvm_counters()
+        for name, value in now.items():
+            self._risen[name] = self._risen.get(name, 0) + max(0, value - self._last.get(name, 0))
+        self._last = now
+        end = {name: self.start.get(name, 0) + risen for name, risen in self._risen.items()}
+        return {"start": {ALL_VMS: _above_zero(self.start)}, "end": {ALL_VMS: _above_zero(end)}}

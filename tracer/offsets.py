@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tracer.btf import Btf
+from tracer.btf import BTF_DIRECTORY, Btf
 from tracer.probes import OLDEST
 from traces.kernels import at
 
@@ -20,6 +20,8 @@ _MEMBERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "VCPU_ID": ("kvm_vcpu", ("vcpu_id",)),
     "VCPU_PID": ("kvm_vcpu", ("pid",)),
     "VCPU_MMU": ("kvm_vcpu", ("arch.mmu",)),
+    "VCPU_ROOT_MMU": ("kvm_vcpu", ("arch.root_mmu",)),
+    "VCPU_GUEST_MMU": ("kvm_vcpu", ("arch.guest_mmu",)),
     # root {hpa, pgd} since 5.18 (b9e5603c2a3a), root_hpa before
     "MMU_ROOT": ("kvm_mmu", ("root.hpa", "root_hpa")),
     # root_role since 5.19 (cpu_role/root_role split), mmu_role.base before
@@ -35,6 +37,7 @@ _MEMBERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "KVM_USED_PAGES": ("kvm", ("arch.n_used_mmu_pages",)),
     "KVM_GENERATION": ("kvm", ("arch.mmu_valid_gen",)),
     "KVM_ROOTS": ("kvm", ("arch.tdp_mmu_roots",)),
+    "KVM_NOTIFIER": ("kvm", ("mmu_notifier",)),
     "KVM_MEMSLOTS": ("kvm", ("memslots",)),
     "SLOTS_HASH": ("kvm_memslots", ("id_hash",)),  # 5.17+ (a54d806688fe); an array with used_slots before
     "SLOTS_NODE": ("kvm_memslots", ("node_idx",)),
@@ -50,12 +53,27 @@ _MEMBERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "FILE_DENTRY": ("file", ("f_path.dentry",)),
     "DENTRY_NAME": ("dentry", ("d_name.name", "__d_name.name")),
     "TASK_TGID": ("task_struct", ("tgid",)),
+    "TASK_TID": ("task_struct", ("pid",)),
+    "TASK_STATE": ("task_struct", ("__state", "state")),  # renamed in 5.14 (2f064a59a11f)
     "TASK_FILES": ("task_struct", ("files",)),
+    "TASK_LEADER": ("task_struct", ("group_leader",)),
+    "TASK_PID": ("task_struct", ("thread_pid",)),
+    "TASK_COMM": ("task_struct", ("comm",)),
     "FILES_FDT": ("files_struct", ("fdt",)),
     "FDT_FD": ("fdtable", ("fd",)),
+    "FDT_MAX": ("fdtable", ("max_fds",)),
     "PAGE_PRIVATE": ("page", ("private",)),
     "PID_NR": ("pid", ("numbers",)),
+    "PID_LEVEL": ("pid", ("level",)),
 }
+
+
+# Without these there is no saying whose an event is, or which root's.
+_NEEDED = (
+    "VCPU_KVM", "VCPU_ID", "VCPU_PID", "VCPU_MMU", "MMU_ROOT", "MMU_ROLE", "SP_ROLE", "SP_GFN", "SP_SPT", "SP_REFS",
+    "SP_TDP", "SP_UNSYNC", "FILE_PRIVATE", "FILE_DENTRY", "DENTRY_NAME", "TASK_TID", "TASK_TGID", "TASK_STATE",
+    "TASK_FILES", "TASK_LEADER", "TASK_PID", "TASK_COMM", "FILES_FDT", "FDT_FD", "FDT_MAX", "PID_NR", "PID_LEVEL",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,10 +88,26 @@ class Layout:
     spte: dict[str, Any] = field(default_factory=dict)
 
     def defines(self) -> str:
-        """C #defines: OFF_X for each offset, HAVE_X where X is known."""
+        """C #defines: OFF_X for each offset, HAVE_X where X is known; what the probes read of a role word."""
         lines = [f"#define OFF_{name} {value}\n#define HAVE_{name} 1" for name, value in sorted(self.offsets.items())]
         lines += [f"#define {name} {value:#x}ULL\n#define HAVE_{name} 1" for name, value in sorted(self.bases.items())]
+        invalid, smm = self.role.get("invalid", (31, 0)), self.role.get("smm", (24, 8))
+        lines.append(f"#define ROLE_INVALID {((1 << invalid[1]) - 1) << invalid[0]:#x}u")
+        lines.append(f"#define ROLE_SMM(role) (((role) >> {smm[0]}) & {(1 << smm[1]) - 1:#x}u)")
         return "\n".join(lines) + "\n"
+
+    def unknown(self) -> str:
+        """Why this kernel cannot be recorded, in one line; empty where the layout has what every probe needs."""
+        lacking = [name for name in _NEEDED if name not in self.offsets]
+        if not lacking:
+            return ""
+        structs = ", ".join(dict.fromkeys(f"struct {_MEMBERS[name][0]}" for name in lacking))
+        if not (BTF_DIRECTORY / "kvm").exists():
+            return (
+                f"the layout of {structs} is not known: the kvm module loaded here has no BTF ({BTF_DIRECTORY}/kvm is "
+                "missing) and its kernel is in no dated table: load one built with CONFIG_DEBUG_INFO_BTF_MODULES=y"
+            )
+        return f"the layout of {structs} is not known: {self.source} lacks {', '.join(lacking)}"
 
     def metadata(self) -> dict[str, Any]:
         return {

@@ -45,6 +45,14 @@ class Probe:
         return f"{self.kind}__{self.points[0].where.replace(':', '_')}"
 
 
+@dataclass(frozen=True)
+class Hook:
+    """A point that writes no row: it tells the probes of `serves` on what the thread is at work there."""
+
+    points: tuple[Point, ...]
+    serves: tuple[str, ...]
+
+
 PRESETS = ("roots", "time", "mmu", "all")
 
 _SP = {
@@ -80,9 +88,6 @@ def _vcpu_function(kind: str, preset: str, function: str, since: Version = OLDES
 
 
 _CURRENT = {"root": "CURRENT_ROOT(self)"}
-# Whose tree a change belongs to: the root this thread is zapping, else (a fault) the vCPU's own; see CHANGED_ROOT.
-_TREE = {"root": "CHANGED_ROOT(self)"}
-
 TRACEPOINTS: tuple[Probe, ...] = (
     _page("kvm_mmu_get_page", "roots", created="@1"),
     _page("kvm_mmu_prepare_zap_page", "mmu"),
@@ -95,11 +100,12 @@ TRACEPOINTS: tuple[Probe, ...] = (
     # 5.15+ (33dd3574f5fe); 5.10's TDP MMU changes SPTEs without an event.
     Probe("kvm_tdp_mmu_spte_changed", (
         Point("raw", "kvmmmu:kvm_tdp_mmu_spte_changed",
-              {"gfn": "@1", "old": "@3", "new": "@4", "level": "@2", "as_id": "@0", **_TREE},
+              {"gfn": "@1", "old": "@3", "new": "@4", "level": "@2", "as_id": "@0",
+               "root": "CHANGED_ROOT(self, (u32)@0)"},
               signature=("int", "long long unsigned int", "int", "long long unsigned int", "long long unsigned int")),
         Point("tp", "kvmmmu:kvm_tdp_mmu_spte_changed",
               {"gfn": "$gfn", "old": "$old_spte", "new": "$new_spte", "level": "$level", "as_id": "$as_id",
-               **_TREE}),
+               "root": "CHANGED_ROOT(self, $as_id)"}),
     ), "mmu"),
     _tp("fast_page_fault", "kvmmmu:fast_page_fault", "time",
         addr="$cr2_or_gpa", code="$error_code", old="$old_spte", new="$new_spte", ret="$ret", **_CURRENT),
@@ -180,16 +186,18 @@ FUNCTIONS: tuple[Probe, ...] = (
     ), "roots"),
     Probe("root_get", (
         Point("return", "kvm_tdp_mmu_get_vcpu_root_hpa",  # 5.10 to 6.8: returns the root's address
-              {"root": "@ret >> 12", "role": "CURRENT_ROLE(self)", "refs": "HPA_REFS(@ret)"}, until=(6, 9)),
+              {"root": "@ret >> 12", "role": "CURRENT_ROLE(self)", "refs": "HPA_REFS(@ret)"}, until=(6, 9),
+              after="self->walk_root = 0;"),
         Point("return", "kvm_tdp_mmu_alloc_root",  # 6.9+ (f5238c2a60f1): finds or creates, stores it in the slot
               {"root": "CURRENT_ROOT(self)", "role": "CURRENT_ROLE(self)",
-               "refs": "HPA_REFS(CURRENT_ROOT(self) << 12)"}, since=(6, 9)),
+               "refs": "HPA_REFS(CURRENT_ROOT(self) << 12)"}, since=(6, 9), after="self->walk_root = 0;"),
     ), "roots"),
     _vcpu_function("mmu_unload", "roots", "kvm_mmu_unload"),
     _vcpu_function("mmu_reset", "roots", "kvm_mmu_reset_context"),
     Probe("mmu_free_roots", (
         Point("entry", "kvm_mmu_free_roots",
-              {"kvm": "@0", "value": "@2", "root": "MMU_ROOT(@1)", "role": "MMU_ROLE(@1)"}, since=(5, 18),
+              {"kvm": "@0", "vcpu": "MMU_VCPU(@1, @0)", "value": "@2", "root": "MMU_ROOT(@1)",
+               "role": "MMU_ROLE(@1)"}, since=(5, 18),
               signature=("kvm *", "kvm_mmu *")),
         Point("entry", "kvm_mmu_free_roots",
               {"vcpu": "@0", "value": "@2", "root": "MMU_ROOT(@1)", "role": "MMU_ROLE(@1)"}, until=(5, 18),
@@ -233,21 +241,20 @@ FUNCTIONS: tuple[Probe, ...] = (
               {**_ROOT, "flags": "@2 ? 1 : 0", "refs": "SP_REFS_OF(@1)"}, since=(5, 18),
               signature=("kvm *", "kvm_mmu_page *"), before="self->zap_root = SP_TABLE(@1); self->zap_kvm = @0;"),
         Point("entry", "kvm_tdp_mmu_free_root", {**_ROOT, "refs": "SP_REFS_OF(@1)"}, until=(5, 12),
-              before="self->zap_root = SP_TABLE(@1);"),
+              before="self->zap_root = SP_TABLE(@1); self->zap_kvm = @0;"),
     ), "roots"),
     Probe("zap_root_end", (
         Point("return", "__tdp_mmu_zap_root", {"root": "self->zap_root"}, since=(5, 18),
               after="self->zap_root = 0; self->zap_kvm = 0;"),
         Point("return", "tdp_mmu_zap_root", {"root": "self->zap_root"}, since=(5, 18),
               after="self->zap_root = 0; self->zap_kvm = 0;"),
-        Point("return", "kvm_tdp_mmu_free_root", {}, until=(5, 12)),
+        Point("return", "kvm_tdp_mmu_free_root", {}, until=(5, 12), after="self->zap_kvm = 0;"),
     ), "roots"),
     Probe("zap_invalidated_begin", (
-        Point("entry", "kvm_tdp_mmu_zap_invalidated_roots", {"kvm": "@0"}, since=(5, 12),
-              before="self->zap_kvm = @0;"),
+        Point("entry", "kvm_tdp_mmu_zap_invalidated_roots", {"kvm": "@0"}, since=(5, 12), before="self->ended = @0;"),
     ), "roots"),
     Probe("zap_invalidated_end", (
-        Point("return", "kvm_tdp_mmu_zap_invalidated_roots", {}, since=(5, 12), after="self->zap_kvm = 0;"),
+        Point("return", "kvm_tdp_mmu_zap_invalidated_roots", {}, since=(5, 12)),
     ), "roots"),
     Probe("zap_leafs", (
         Point("entry", "kvm_tdp_mmu_zap_leafs", {"kvm": "@0", "gfn": "@1", "value": "@2"}, since=(5, 18),
@@ -259,15 +266,64 @@ FUNCTIONS: tuple[Probe, ...] = (
         Point("entry", "kvm_tdp_mmu_zap_gfn_range", {"kvm": "@0", "gfn": "@1", "value": "@2"}, until=(5, 12)),
     ), "roots"),
     Probe("zap_all", (
-        Point("entry", "kvm_tdp_mmu_zap_all", {"kvm": "@0"}, before="self->kvm = @0;"),
-        Point("entry", "kvm_mmu_zap_all", {"kvm": "@0"}, before="self->kvm = @0;"),
+        Point("entry", "kvm_tdp_mmu_zap_all", {"kvm": "@0"}, before="self->ended = @0;"),
+        Point("entry", "kvm_mmu_zap_all", {"kvm": "@0"}, before="self->ended = @0;"),
+    ), "roots"),
+    # Before anything can name the new VM; where there is no such probe, the ioctl's end shows it.
+    Probe("vm_create", (
+        Point("entry", "kvm_arch_init_vm", {"kvm": "@0"}, before="vm_begins(self, @0);"),
     ), "roots"),
     Probe("vm_destroy", (
-        Point("entry", "kvm_arch_destroy_vm", {"kvm": "@0"}, before="self->kvm = @0;"),
+        Point("entry", "kvm_arch_destroy_vm", {"kvm": "@0"}, before="self->ended = @0; self->kvm = 0;"),
     ), "roots"),
 )  # fmt: skip
 
 PROBES: tuple[Probe, ...] = (*TRACEPOINTS, *FUNCTIONS)
+
+
+def _notifier(function: str, *serves: str) -> tuple[Hook, Hook]:
+    """A notifier's function gets the struct mmu_notifier within the VM's struct kvm; its tracepoint names no VM."""
+    return (
+        Hook(
+            (Point("entry", function, before="self->notified = NOTIFIED(@0);", signature=("mmu_notifier *",)),), serves
+        ),
+        Hook((Point("return", function, before="self->notified = 0;", signature=("mmu_notifier *",)),), serves),
+    )
+
+
+_CHANGES = ("kvm_tdp_mmu_spte_changed", "kvm_mmu_prepare_zap_page")
+
+HOOKS: tuple[Hook, ...] = (
+    *_notifier("kvm_mmu_notifier_invalidate_range_start", "kvm_unmap_hva_range", *_CHANGES),
+    *_notifier("kvm_mmu_notifier_clear_flush_young", "kvm_age_hva", *_CHANGES),
+    *_notifier("kvm_mmu_notifier_clear_young", "kvm_age_hva", *_CHANGES),
+    *_notifier("kvm_mmu_notifier_test_young", "kvm_test_age_hva", *_CHANGES),
+    *_notifier("kvm_mmu_notifier_change_pte", "kvm_set_spte_hva", *_CHANGES),  # to 6.9 (f7842747d13d)
+    *_notifier("kvm_mmu_notifier_release", "zap_all", *_CHANGES),
+    # 5.15+: every loop over TDP roots that may yield takes its next root here; NULL ends the loop.
+    Hook((Point("return", "tdp_mmu_next_root", before="self->walk_root = @ret ? SP_TABLE(@ret) : 0;"),), _CHANGES[:1]),
+    # ... except where a load's search ends at the root that it wants (6.9+).
+    Hook((Point("return", "kvm_tdp_mmu_alloc_root", before="self->walk_root = 0;"),), _CHANGES[:1]),
+    # NX recovery: a kernel thread's, which is no VM's.
+    *(
+        Hook((Point(how, function, before=before, signature=("kvm *", "kvm_mmu_page *")),), _CHANGES)
+        for function in ("kvm_tdp_mmu_zap_sp", "kvm_tdp_mmu_zap_possible_nx_huge_page")  # the latter from 6.18 on
+        for how, before in (
+            ("entry", "self->ended = @0; self->walk_root = top_table(@1);"),
+            ("return", "self->ended = self->walk_root = 0;"),
+        )
+    ),
+    Hook((Point("return", "kvm_arch_destroy_vm", before="self->ended = 0;"),), ("vm_destroy", *_CHANGES)),
+)  # fmt: skip
+
+# Kinds that ebpf/sched.c writes: its two raw tracepoints, and the state of the task that leaves, by their prototypes.
+SCHED_KINDS = ("sched_in",)
+SCHED_PRESETS = ("time", "mmu", "all")
+SCHED_PREV_STATE = {
+    # 5.18+ (9c2136be0878): by then the task itself may be awake again
+    ("_Bool", "task_struct *", "task_struct *", "unsigned int"): "((ctx)->args[3])",
+    ("_Bool", "task_struct *", "task_struct *"): "read32((prev) + OFF_TASK_STATE)",
+}
 
 # Kinds that program.py's ioctl programs write, from the syscall tracepoints: no probe table needed.
 IOCTL_KINDS = ("vm_create", "ioctl", "ioctl_end", "memslot")
@@ -276,4 +332,5 @@ IOCTL_KINDS = ("vm_create", "ioctl", "ioctl_end", "memslot")
 def preset_kinds(preset: str) -> frozenset[str]:
     """The kinds a preset records, those of the smaller presets included."""
     wanted = PRESETS[: PRESETS.index(preset) + 1]
-    return frozenset(probe.kind for probe in PROBES if probe.preset in wanted) | frozenset(IOCTL_KINDS)
+    scheduler = SCHED_KINDS if preset in SCHED_PRESETS else ()
+    return frozenset(probe.kind for probe in PROBES if probe.preset in wanted) | {*IOCTL_KINDS, *scheduler}

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tracer.offsets import Layout
-from tracer.probes import IOCTL_KINDS, Point, Probe
+from tracer.probes import IOCTL_KINDS, SCHED_KINDS, Hook, Point, Probe
 from tracer.tracefs import Field
 from traces.schema import BY_NAME, RECORD_FIELDS, RECORD_SIZE
 
@@ -25,14 +25,14 @@ MAX_THREADS = 65536
 _CTYPES = {"u8": "u64", "u4": "u32", "i4": "s32", "u2": "u16", "i2": "s16", "u1": "u8"}
 
 _SOURCES = Path(__file__).with_name("ebpf")
-_PARTS = ("state.c", "helpers.c", "ioctl.c", "snapshot.c")
+_PARTS = ("state.c", "helpers.c", "ioctl.c", "sched.c", "snapshot.c")
 
 
 @dataclass(frozen=True)
 class Chosen:
     """A probe as it will be attached here: the point that holds on this kernel and, for a tracepoint, its fields."""
 
-    probe: Probe
+    probe: Probe | Hook
     point: Point
     how: str  # tp, raw, kprobe, kretprobe, fentry, fexit
     fields: Mapping[str, Field]
@@ -43,7 +43,8 @@ class Chosen:
         prefix = {"fentry": "kfunc__", "fexit": "kretfunc__"}.get(self.how)
         if prefix:
             return prefix + self.point.where
-        return f"on_{self.probe.kind}_{self.how}_" + re.sub(r"\W", "_", self.point.where)
+        what = self.probe.kind if isinstance(self.probe, Probe) else "hook"
+        return f"on_{what}_{self.how}_" + re.sub(r"\W", "_", self.point.where)
 
 
 def _expand(expression: str, chosen: Chosen, arguments: int) -> str:
@@ -70,8 +71,21 @@ def _expand(expression: str, chosen: Chosen, arguments: int) -> str:
 
 
 def _function(chosen: Chosen, arguments: int) -> str:
-    kind = BY_NAME[chosen.probe.kind]
     point = chosen.point
+    if isinstance(chosen.probe, Hook):
+        return "\n".join(
+            (
+                f"int {chosen.function}(void *ctx)",
+                "{",
+                "    struct thread local = {};",
+                "    struct thread *self = current_thread(&local);",
+                f"    {_expand(point.before, chosen, arguments)}",
+                "    return 1;",
+                "}",
+                "",
+            )
+        )
+    kind = BY_NAME[chosen.probe.kind]
     fill = {name: _expand(text, chosen, arguments) for name, text in point.fill.items()}
     words = [fill.get(column, "0") for column in kind.words]
     values = {
@@ -84,7 +98,7 @@ def _function(chosen: Chosen, arguments: int) -> str:
         "as_id": fill.get("as_id", "0"),
     }
     vcpu = fill.get("vcpu")
-    kvm = fill.get("kvm") or (f"read64((u64){vcpu} + OFF_VCPU_KVM)" if vcpu else "OWN_KVM(self)")
+    kvm = fill.get("kvm") or ("vcpu_kvm(vcpu)" if vcpu else "CONTEXT_KVM(self)")
     lines = [
         f"int {chosen.function}(void *ctx)",
         "{",
@@ -97,14 +111,14 @@ def _function(chosen: Chosen, arguments: int) -> str:
         lines.append(f"    if (!({_expand(point.only_if, chosen, arguments)})) return 1;")
     if point.before:
         lines.append(f"    {_expand(point.before, chosen, arguments)}")
+    if vcpu:
+        lines.append(f"    u64 vcpu = (u64)({vcpu});")
     lines += [f"    u64 kvm = {kvm};"]
     lines += [f"    u64 v_{name} = (u64)({text});" for name, text in values.items() if text != "0"]
-    if vcpu:
-        lines.append(f"    s16 id = (s16)read32((u64){vcpu} + OFF_VCPU_ID);")
     lines += [f"    struct event *e = reserve(self, {kind.code}, kvm);", "    if (e) {"]
     lines += [f"        e->{name} = {f'v_{name}' if text != '0' else '0'};" for name, text in values.items()]
     if vcpu:
-        lines.append("        e->vcpu = id;")
+        lines.append("        e->vcpu = vcpu_id(vcpu);")
     if point.in_interrupt:
         lines.append("        e->tid = e->tgid = 0;")
     lines += ["        submit(e);", "    }"]
@@ -126,10 +140,17 @@ def program(
     ring_bytes: int,
     filter_tgid: int | None = None,
     arguments: Mapping[str, int] | None = None,
+    prev_state: str = "",
 ) -> str:
-    """The whole C text. `arguments` gives the parameter count of each fexit function."""
+    """The whole C text. `arguments` gives the parameter count of each fexit function.
+
+    `prev_state` is how a sched_switch tells the state of the task that leaves; empty where that is not known.
+    """
     fields = " ".join(f"{_CTYPES[ctype]} {name};" for name, ctype in RECORD_FIELDS)
-    switched = [f"#define KIND_{name} {BY_NAME[name].code}" for name in IOCTL_KINDS if name in kinds]
+    switched = [f"#define KIND_{name} {BY_NAME[name].code}" for name in (*IOCTL_KINDS, "vm_destroy") if name in kinds]
+    if prev_state:
+        switched += [f"#define KIND_{name} {BY_NAME[name].code}" for name in SCHED_KINDS if name in kinds]
+        switched.append(f"#define PREV_STATE(ctx, prev) {prev_state}")
     return "\n".join(
         (
             "#include <uapi/linux/ptrace.h>",

@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from tracer.btf import kernel_btf
 from tracer.ring import Rings, default_ring_bytes, ring_count
 from tracer.writer import Writer, prefer_this_thread
 from traces.compact import Summary, compact
-from traces.errors import BAD_INPUT, ENVIRONMENT, VERDICT_FAILED, Problem
+from traces.errors import ENVIRONMENT, VERDICT_FAILED, Problem
 from traces.progress import Progress
 from traces.record import RECORD
 from traces.schema import BY_NAME
@@ -36,7 +37,10 @@ FLUSH_SECONDS = 1.0
 SAY_SECONDS = 0.25  # between two texts of the live line
 SETTLE_SECONDS = 1.0  # after the command ended: RCU callbacks still free its tables
 QUIET_SECONDS = 0.1
+GAP, SUSPEND = BY_NAME["gap"].code, BY_NAME["host_suspend"].code
+SUSPENDED = 1_000_000  # ns that the host must have slept for a row
 VM_DESCRIPTOR = "anon_inode:kvm-vm"
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -69,14 +73,16 @@ class Outcome:
     status: int | None
     cpu_seconds: float
     seconds: float
+    missed: dict[str, int]  # by probe, runs that the kernel skipped
 
 
 def owns_vm(pid: int) -> bool:
     """Whether a process holds a VM's descriptor."""
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(OSError):
-            if entry.readlink().name == VM_DESCRIPTOR:
-                return True
+    with contextlib.suppress(OSError):  # it may end at any moment
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if entry.readlink().name == VM_DESCRIPTOR:
+                    return True
     return False
 
 
@@ -93,6 +99,9 @@ def check(options: Options) -> None:
     if options.command and shutil.which(options.command[0]) is None:
         raise Problem(f"{options.command[0]}: command not found")
     if options.vm is not None:
+        if Path("/proc/self").readlink().name != str(os.getpid()):
+            where = "/proc is of another pid namespace than this process: mount -t proc proc /proc"
+            raise Problem(f"--vm {options.vm}: {where}", ENVIRONMENT)
         if not Path(f"/proc/{options.vm}").is_dir():
             raise Problem(f"--vm {options.vm}: no such process")
         if not owns_vm(options.vm):
@@ -100,7 +109,7 @@ def check(options: Options) -> None:
 
 
 class Stop:
-    """Set by SIGINT and SIGTERM: the first ends the recording cleanly, the second leaves the directory to `recover`."""
+    """Set by SIGINT, SIGTERM and SIGHUP: the first ends the recording cleanly, a second leaves it to `recover`."""
 
     def __init__(self) -> None:
         self.reason = ""
@@ -113,7 +122,9 @@ class Stop:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        # nohup's way to outlive a terminal is to have SIGHUP ignored.
+        heard = [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self.handle) for number in heard}
         try:
             yield
         finally:
@@ -129,15 +140,22 @@ class Recorder:
         self.stop = stop
         self.probes = probes
         self.rings = Rings(probes.ring_fds, ring_bytes)
-        self.drained = 0
-        self.snapshot = probes.snapshot()
-        if not options.command and options.vm is None and not self.snapshot["vms"]:
-            raise Problem("no VM is running here: start one, or record a command with `-- COMMAND`", BAD_INPUT)
+        self.drained = self.events = 0  # rows taken from the rings; without gaps, where there is a limit
+        self.snapshot = self._look()
         self.clock = [host.clock_sample()]
-        self.stats: dict[str, Any] = {"start": host.kvm_counters(), "end": {}}
-        self.writer = Writer(options.directory, self._manifest(ring_bytes))
+        self._awake = host.suspended()
+        self.counted = host.Counted()
+        self.missed: dict[str, int] = {}
+        self._turned_away: dict[tuple[int, int], int] = {}
+        self.writer = Writer(options.directory, self._manifest(ring_bytes), options.max_events, options.max_size)
+        self._turned_away = self.writer.turned_away
         self._child: subprocess.Popen[bytes] | None = None
         self._said = 0.0
+
+    def _look(self) -> dict[str, Any]:
+        """The VMs alive now that are to be recorded."""
+        only = self.options.vm
+        return {"vms": [vm for vm in self.probes.snapshot()["vms"] if only is None or vm["tgid"] == only]}
 
     def _manifest(self, ring_bytes: int) -> dict[str, Any]:
         from importlib.metadata import version
@@ -163,15 +181,15 @@ class Recorder:
 
         Reads debugfs and whole maps, which may take long on a host with many VMs: never called by the drain.
         """
-        for directory, values in host.kvm_counters().items():
-            self.stats["end"][directory] = values
+        self.missed = self.probes.missed()
         return {
             "probes": [attachment.metadata() for attachment in self.probes.plan.attachments],
+            "hooks": [attachment.metadata() for attachment in self.probes.plan.hooks],
             "clock": {"name": "boottime", "samples": [*self.clock, host.clock_sample()]},
             "threads": {str(tid): thread for tid, thread in self.probes.threads().items()},
-            "stats": self.stats,
-            "loss": loss_table(self.probes.counters()),
-            "missed": self.probes.missed(),
+            "stats": self.counted.look(),
+            "loss": loss_table(self.probes.counters(), self._turned_away),
+            "missed": self.missed,
         }
 
     def run(self, progress: Progress) -> tuple[str, int | None]:
@@ -179,6 +197,7 @@ class Recorder:
         options, started, flushed = self.options, time.monotonic(), time.monotonic()
         self.probes.attach()
         try:
+            self._meet_latecomers()
             if options.command:
                 self._child = subprocess.Popen(options.command, stdout=options.command_stdout)
             prefer_this_thread()  # only now: the command must not inherit it
@@ -192,22 +211,55 @@ class Recorder:
                 self._show(progress, now - started)
             if self._child and self._child.poll() is not None:
                 self._settle()
-            after = self.probes.snapshot()
         finally:
             self.probes.detach()
             if self._child and self._child.poll() is None:
                 self._child.terminate()
         status = self._child.wait() if self._child else None
-        self._finish(after)
+        self._finish()
         return reason, status
+
+    def _meet_latecomers(self) -> None:
+        """VMs that were created after the snapshot but before the probes: no row will tell of their creation.
+
+        Says what the user could not know of what is not there.
+        """
+        known = {vm["kvm"] for vm in self.snapshot["vms"]} | self.probes.born()
+        new = [vm for vm in self._look()["vms"] if vm["kvm"] not in known]
+        if new:
+            self.snapshot = {"vms": [*self.snapshot["vms"], *new]}
+            self.writer.flush(lambda: {"snapshot": self.snapshot})
+        if self.options.vm is not None or self.options.command:
+            return
+        if not self.snapshot["vms"]:
+            print("kvmtrace: no VM is running yet: recording from the first one's creation on", file=sys.stderr)
+        if self.probes.pid_namespace_level():
+            print(
+                "kvmtrace: in a pid namespace: the names and slots of VMs that already run outside of it are not "
+                "known, and their threads are numbered from 2^30 on",
+                file=sys.stderr,
+            )
 
     def _drain_once(self) -> bool:
         """One round of the rings; whether more waits already."""
+        self._look_at_clocks()
         batches, complete_at = self.rings.drain()
         if batches:
             self.drained += sum(len(batch) for batch in batches)
+            if self.options.max_events is not None:
+                self.events += sum(int(np.count_nonzero(batch["kind"] != GAP)) for batch in batches)
             self.writer.write(batches, complete_at)
         return self.rings.fill > 0.05
+
+    def _look_at_clocks(self) -> None:
+        """A row where the host slept since the last look: only the boot clock goes on meanwhile."""
+        before, self._awake = self._awake, host.suspended()
+        slept = self._awake.least - before.most
+        if slept >= SUSPENDED:
+            record = np.zeros(1, RECORD)
+            record["time"], record["kind"], record["vcpu"] = self._awake.boot, SUSPEND, -1
+            record["w0"], record["w1"] = before.boot, slept
+            self.writer.write([record], 0)
 
     def _ended(self, started: float) -> str:
         options = self.options
@@ -219,10 +271,10 @@ class Recorder:
             return "the command ended"
         if options.duration is not None and time.monotonic() - started >= options.duration:
             return f"{options.duration:g} s are over"
-        if options.max_events is not None and self.drained >= options.max_events:
+        if self.writer.full:
+            return self.writer.full
+        if options.max_events is not None and self.events >= options.max_events:
             return f"{options.max_events:,} events reached"
-        if options.max_size is not None and self.writer.bytes_written >= options.max_size:
-            return f"{options.max_size:,} bytes reached"
         if options.vm is not None and not Path(f"/proc/{options.vm}").is_dir():
             return f"the VM's process {options.vm} ended"
         return ""
@@ -238,7 +290,7 @@ class Recorder:
                 last = now
             time.sleep(IDLE_SECONDS / 4)
 
-    def _finish(self, after: dict[str, Any]) -> None:
+    def _finish(self) -> None:
         """The last drain; every emitted event is now in the ring, lost, or a bug that the file will name."""
         deadline = time.monotonic() + 2.0
         while True:
@@ -251,14 +303,14 @@ class Recorder:
         gaps = counters[counters["gap_count"] > 0]
         if len(gaps):
             self.writer.write([self._open_gaps(counters)], 0)
-        self.writer.close(lambda: {**self._progress(), "snapshot_end": after})
+        self.writer.close(self._progress)
 
     def _open_gaps(self, counters: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Gap records for the CPUs on which nothing came after the loss."""
         cpus = np.flatnonzero(counters["gap_count"])
         records = np.zeros(len(cpus), RECORD)
         records["time"] = host.clock_sample()["boot"]
-        records["kind"] = BY_NAME["gap"].code
+        records["kind"] = GAP
         records["vcpu"] = -1
         records["cpu"] = cpus
         for word, name in (("w0", "gap_count"), ("w1", "gap_kinds"), ("w2", "gap_since")):
@@ -270,10 +322,11 @@ class Recorder:
             return
         self._said = seconds
         lost = int(self.probes.counters()["lost"].sum())
-        progress.say(
-            f"recording: {self.drained:,} events, {self.drained / max(seconds, 0.001):,.0f}/s, lost {lost:,}, "
-            f"ring {self.rings.fill:.0%}, {self.writer.bytes_written / 1e6:,.1f} MB"
-        )
+        with contextlib.suppress(OSError):  # the terminal may be gone, and its SIGHUP on the way
+            progress.say(
+                f"recording: {self.drained:,} events, {self.drained / max(seconds, 0.001):,.0f}/s, lost {lost:,}, "
+                f"ring {self.rings.fill:.0%}, {self.writer.bytes_written / 1e6:,.1f} MB"
+            )
 
 
 def record(*several: Options) -> Iterator[Outcome]:
@@ -306,4 +359,4 @@ def _record(options: Options, probes: Probes, ring_bytes: int, stop: Stop, start
     with Progress(f"compacting {recorder.drained:,} events into {options.out}"):
         summary = compact(options.directory, options.out)
     shutil.rmtree(options.directory)
-    return Outcome(summary, reason, status, time.process_time() - cpu, time.monotonic() - started)
+    return Outcome(summary, reason, status, time.process_time() - cpu, time.monotonic() - started, recorder.missed)

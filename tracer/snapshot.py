@@ -1,79 +1,114 @@
-"""What was there before the recording began: VMs, vCPUs, memory slots and live roots, read by a BPF task/file iterator.
+"""What was there before the recording began: VMs, vCPUs, memory slots and live roots, read by a BPF task iterator.
 
 A host with a stalled VM has no ioctl left to watch: its slots were set at boot and its vCPU threads sit in KVM_RUN. The
-iterator (bpf_iter, 5.8+) walks every open KVM file once, tells userspace what it found, and tells the probes' own
-thread table which thread is which vCPU. It reads only.
+iterator (bpf_iter, 5.8+) walks every process's table of descriptors, tells userspace which are KVM's, and tells the
+probes' own thread table which thread is which vCPU. It reads only, and holds nothing: a VM whose last descriptor is
+closed meanwhile ends in its owner's context, as it would without us.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from traces.errors import ENVIRONMENT, Problem
 
-FUNCTION = "bpf_iter__task_file"
+FUNCTION = "bpf_iter__task"
 
-_VM, _VCPU, _SLOT, _ROOT = 1, 2, 3, 4
+_VM, _VCPU, _SLOT, _ROOT, _MORE, _END = 1, 2, 3, 4, 5, 6
 _RECORD = np.dtype([("type", "u4"), ("tgid", "u4"), ("kvm", "u8"), ("a", "u8"), ("b", "u8"), ("c", "u8"), ("x", "u4"),
-                    ("y", "u4")])  # fmt: skip
+                    ("y", "u4"), ("comm", "S16")])  # fmt: skip
+_DESCRIPTORS = 512  # that one pass looks at in each process
+_PARTS = 64  # of a VM's slots: 32 for each address space
+_CHUNK = 1 << 16
+
+Records = np.ndarray[Any, Any]
+# Tells the iterator what to look for: descriptors from `first_fd` on, or, if `vm` is not 0, a part of that VM's slots.
+Ask = Callable[[int, int, int], None]  # first_fd, vm, part
 
 
-def _comm(tgid: int) -> str:
-    try:
-        return Path(f"/proc/{tgid}/comm").read_text().strip()
-    except OSError:
-        return ""
-
-
-def _run(library: Any, program_fd: int) -> bytes:
-    """Everything one pass of the iterator writes."""
+@contextmanager
+def _link(library: Any, program_fd: int) -> Iterator[int]:
     library.bcc_iter_attach.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_uint)
     link = library.bcc_iter_attach(program_fd, None, 0)
     if link < 0:
         raise Problem("cannot attach the snapshot iterator: this kernel has no bpf_iter (5.8+)", ENVIRONMENT)
     try:
-        stream = library.bcc_iter_create(link)
-        if stream < 0:
-            raise Problem("cannot read the snapshot iterator: bpf_iter refused", ENVIRONMENT)
-        chunks = []
-        try:
-            while chunk := os.read(stream, 1 << 16):
-                chunks.append(chunk)
-        finally:
-            os.close(stream)
+        yield link
     finally:
         os.close(link)
-    return b"".join(chunks)
 
 
-def take(library: Any, program_fd: int) -> dict[str, Any]:
+def _pass(library: Any, link: int, *, first_only: bool) -> Records:
+    """What one pass writes: over all tasks, or only what it writes at the first."""
+    stream = library.bcc_iter_create(link)
+    if stream < 0:
+        raise Problem("cannot read the snapshot iterator: bpf_iter refused", ENVIRONMENT)
+    try:
+        # A read goes on over tasks until it has as many bytes as asked for; the next one first gives what is left over.
+        chunks = [os.read(stream, 1)] if first_only else []
+        while chunk := os.read(stream, _CHUNK):
+            chunks.append(chunk)
+            if first_only:
+                break
+    finally:
+        os.close(stream)
+    return np.frombuffer(b"".join(chunks), dtype=_RECORD)
+
+
+def take(library: Any, program_fd: int, ask: Ask) -> dict[str, Any]:
     """{"vms": [{kvm, tgid, comm, fd, vcpus, slots, roots}]}: each VM alive now, frames as in the `table` column."""
-    records = np.frombuffer(_run(library, program_fd), dtype=_RECORD)
+    with _link(library, program_fd) as link:
+        vms = _descriptors(library, link, ask)
+        for vm in vms.values():
+            _contents(library, link, ask, vm)
+        # Whatever ended meanwhile was read from memory that may be another's by then.
+        still = _descriptors(library, link, ask) if vms else {}
+    return {"vms": [vm for kvm, vm in vms.items() if kvm in still]}
+
+
+def _descriptors(library: Any, link: int, ask: Ask) -> dict[int, dict[str, Any]]:
+    """The VMs that some process has open, by pointer, each with its vCPUs."""
     vms: dict[int, dict[str, Any]] = {}
-    for record in records[records["type"] == _VM]:
-        tgid = int(record["tgid"])
-        vms.setdefault(int(record["kvm"]), {
-            "kvm": int(record["kvm"]), "tgid": tgid, "comm": _comm(tgid), "fd": int(record["a"]),
-            "vcpus": [], "slots": [], "roots": [],
-        })  # fmt: skip
+    vcpus: dict[int, dict[tuple[int, int], dict[str, int]]] = {}
+    first, more = 0, True
+    while more:
+        ask(first, 0, 0)
+        records = _pass(library, link, first_only=False)
+        for record in records:
+            kvm, tgid = int(record["kvm"]), int(record["tgid"])
+            a, b, c, x, y = (int(record[name]) for name in ("a", "b", "c", "x", "y"))
+            # A descriptor shared by fork or passed on shows the same VM twice.
+            if record["type"] == _VM and kvm not in vms:
+                comm = bytes(record["comm"]).decode(errors="replace")
+                vms[kvm] = {"kvm": kvm, "tgid": tgid, "comm": comm, "fd": a, "vcpus": [], "slots": [], "roots": []}
+            elif record["type"] == _VCPU:
+                vcpus.setdefault(kvm, {})[a, x] = {"id": x, "tid": y, "root": b, "role": c}
+        more = bool((records["type"] == _MORE).any())
+        first += _DESCRIPTORS
+    for kvm, found in vcpus.items():
+        if kvm in vms:
+            vms[kvm]["vcpus"] = list(found.values())
+    return vms
+
+
+def _contents(library: Any, link: int, ask: Ask, vm: dict[str, Any]) -> None:
+    """Fill in a VM's slots and roots."""
     seen: set[tuple[int, ...]] = set()
-    for record in records[records["type"] != _VM]:
-        # A descriptor shared by fork or passed on shows the same VM twice.
-        key = tuple(int(record[name]) for name in ("type", "kvm", "a", "x", "y"))
-        vm = vms.get(int(record["kvm"]))
-        if vm is None or key in seen:
-            continue
-        seen.add(key)
-        a, b, c, x, y = (int(record[name]) for name in ("a", "b", "c", "x", "y"))
-        if record["type"] == _VCPU:
-            vm["vcpus"].append({"id": x, "tid": y, "root": b, "role": c})
-        elif record["type"] == _SLOT:
-            vm["slots"].append({"as_id": y >> 16, "slot": y & 0xFFFF, "gfn": a, "pages": b, "hva": c, "flags": x})
-        else:
-            vm["roots"].append({"table": a, "role": x, "refs": y})
-    return {"vms": list(vms.values())}
+    for part in range(_PARTS):
+        ask(0, vm["kvm"], part)
+        for record in _pass(library, link, first_only=True):
+            a, b, c, x, y = (int(record[name]) for name in ("a", "b", "c", "x", "y"))
+            key = (int(record["type"]), a, x, y)
+            if key in seen:
+                continue
+            seen.add(key)
+            if record["type"] == _SLOT:
+                vm["slots"].append({"as_id": y >> 16, "slot": y & 0xFFFF, "gfn": a, "pages": b, "hva": c, "flags": x})
+            elif record["type"] == _ROOT:
+                vm["roots"].append({"table": a, "role": x, "refs": y})

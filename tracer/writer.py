@@ -11,19 +11,24 @@ import os
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tracer.order import Order
 from tracer.ring import Records
-from traces.segments import SegmentWriter
+from traces.schema import BY_NAME
+from traces.segments import BATCH_ROWS, SegmentWriter
 
 QUEUE_BYTES = 1 << 30
 QUEUE_SHARE = 4  # never more than this part of the memory that is free as the recording begins
 WAIT_SECONDS = 0.01
 NICE = -15
+_GAP = BY_NAME["gap"].code
 
 
 def prefer_this_thread() -> None:
@@ -48,9 +53,20 @@ class _Flush:
 
 
 class Writer:
-    """Owns the recording's directory; takes records and manifest changes, keeps what the disk refused in `error`."""
+    """Owns the recording's directory; takes records and manifest changes, keeps what the disk refused in `error`.
 
-    def __init__(self, directory: Path, manifest: Mapping[str, Any]) -> None:
+    With `max_events` it stores the first so many in order of time; with `max_bytes` it stops after the batch
+    (BATCH_ROWS events) with which its directory has come to that size. `full` then says so. What came later is no part
+    of the recording: `turned_away` counts it by kind code and CPU. Gaps are always stored.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        manifest: Mapping[str, Any],
+        max_events: int | None = None,
+        max_bytes: int | None = None,
+    ) -> None:
         self._segments = SegmentWriter(directory, manifest)
         self._order = Order()
         self._queue: queue.SimpleQueue[_Round | _Flush | None] = queue.SimpleQueue()
@@ -58,6 +74,9 @@ class Writer:
         self._limit = min(QUEUE_BYTES, free // QUEUE_SHARE)
         self._queued = self._taken = 0  # bytes; each written by one thread only
         self.error: Exception | None = None
+        self.full = ""
+        self.turned_away: Counter[tuple[int, int]] = Counter()
+        self._max_events, self._max_bytes, self._events = max_events, max_bytes, 0
         self._thread = threading.Thread(target=self._run, name="segments", daemon=True)
         self._thread.start()
 
@@ -77,7 +96,7 @@ class Writer:
         self._queue.put(_Flush(manifest))
 
     def close(self, manifest: Callable[[], Mapping[str, Any]]) -> None:
-        """Write out the queue and end the recording with these changes. Raises what the disk refused."""
+        """Write out the queue and end the recording; the changes are gathered then. Raises what the disk refused."""
         self._queue.put(None)
         self._thread.join()
         if self.error:
@@ -102,5 +121,24 @@ class Writer:
             self.error = error
 
     def _store(self, everything: bool = False) -> None:
-        if (records := self._order.release(everything)) is not None:
+        if (records := self._order.release(everything)) is None:
+            return
+        if self._max_events is None and self._max_bytes is None:
             self._segments.write(records)
+            return
+        for first in range(0, len(records), BATCH_ROWS):
+            self._store_within_limits(records[first : first + BATCH_ROWS])
+
+    def _store_within_limits(self, records: Records) -> None:
+        events = records["kind"] != _GAP
+        taken = ~events if self.full else np.ones(len(records), np.bool_)
+        if not self.full and self._max_events is not None:
+            taken = ~events | (self._events + np.cumsum(events) <= self._max_events)
+        self._events += int(np.count_nonzero(taken & events))
+        late = records[~taken]
+        self.turned_away.update(zip(late["kind"].tolist(), late["cpu"].tolist(), strict=True))
+        self._segments.write(records[taken])
+        if self._max_events is not None and self._events >= self._max_events:
+            self.full = self.full or f"{self._max_events:,} events reached"
+        if self._max_bytes is not None and self._segments.bytes_written >= self._max_bytes:
+            self.full = self.full or f"{self._max_bytes:,} bytes reached"

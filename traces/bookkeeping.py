@@ -11,10 +11,12 @@ from traces.columns import kind_name
 from traces.identity import GAP
 from traces.lives import Ints, dense
 from traces.record import Columns
+from traces.schema import BY_NAME, OWN_KINDS
 from traces.text import printable
 
 MAX_ENTRIES: Final = 1 << 16  # threads, vCPUs, roots that the metadata lists; more are only counted
 MAX_GAPS: Final = 1 << 14
+_OWN: Final = tuple(BY_NAME[name].code for name in OWN_KINDS)
 
 Loss = dict[str, dict[str, dict[str, int]]]
 
@@ -80,7 +82,7 @@ class Books:
             return {}, ["the recorder left no loss counts"]
         stored: dict[str, dict[str, int]] = {str(name): {} for name in reported}
         for code, cpu in np.argwhere(self._counts).tolist():
-            if code != GAP:  # gap rows are the recorder's own: nothing emits them
+            if code not in _OWN:  # nothing emits them
                 cpus = stored.setdefault(kind_name(code), {})
                 cpus[str(cpu)] = cpus.get(str(cpu), 0) + int(self._counts[code, cpu])
         table: Loss = {}

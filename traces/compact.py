@@ -37,7 +37,7 @@ BUFFERED_ROWS: Final = 2 * ROW_GROUP_ROWS
 _POLICY_CODES: Final = [BY_NAME[kind].code for kind in KINDS]
 
 # What compaction uses up. Snapshots hold kernel addresses, which are not for a file that gets mailed around.
-_WORKING_KEYS: Final = ("snapshot", "snapshot_end", "closed")
+_WORKING_KEYS: Final = ("snapshot", "closed")
 
 
 @dataclass(frozen=True)

@@ -208,12 +208,25 @@ def _kinds() -> tuple[Kind, ...]:
             ("as_id",),
         ),
         Kind(60, "new_pgd", "a new guest page-table root is selected", ("value",), "", function),
+        # Host time that vCPUs did not get
+        Kind(
+            61,
+            "sched_in",
+            "the vCPU's thread runs again, off its CPU since `addr`; `value`: ns of it that it waited for a CPU",
+            ("addr", "value", "code"),
+            "",
+            (),
+            ("preempted",),
+        ),
+        Kind(62, "host_suspend", "between `addr` and `time` the host slept, `value` ns", ("addr", "value")),
     )
 
 
 KINDS: Final = _kinds()
 BY_NAME: Final = {kind.name: kind for kind in KINDS}
 BY_CODE: Final = {kind.code: kind for kind in KINDS}
+# What the recorder itself writes, and no probe.
+OWN_KINDS: Final = ("gap", "host_suspend")
 
 # The record as the probes write it: (field, numpy type). 80 bytes, naturally aligned, no padding.
 RECORD_FIELDS: Final = (

@@ -67,7 +67,7 @@ class SegmentWriter:
     def __init__(self, directory: Path, manifest: Mapping[str, Any]) -> None:
         self.directory = directory
         self.rows = 0  # given to write()
-        self.bytes_written = 0  # segments and manifests
+        self._segment_bytes = self._manifest_bytes = 0
         self._manifest = dict(manifest)
         self._sealed = 0  # rows in segments
         self._segment = 0
@@ -91,6 +91,11 @@ class SegmentWriter:
         except Problem:
             shutil.rmtree(directory, ignore_errors=True)  # nothing is in it yet
             raise
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes that are on disk: of the segments, and of the manifest as it is now."""
+        return self._segment_bytes + self._manifest_bytes
 
     def write(self, records: NDArray[np.void]) -> None:
         """Take records (dtype RECORD; copied, the caller may reuse the memory)."""
@@ -118,7 +123,7 @@ class SegmentWriter:
         """Merge top-level keys into the manifest and replace it on disk."""
         self._manifest.update(changes)
         with self._failing():
-            self.bytes_written += durable.write_json(self.directory / MANIFEST, self._manifest)
+            self._manifest_bytes = durable.write_json(self.directory / MANIFEST, self._manifest)
 
     def close(self, changes: Mapping[str, Any]) -> None:
         """End the recording: every row and the final manifest are durable afterwards."""
@@ -176,7 +181,7 @@ class SegmentWriter:
     def _append(self, data: bytes) -> None:
         with self._failing():
             durable.write_all(self._fd, data)
-        self.bytes_written += len(data)
+        self._segment_bytes += len(data)
 
     @contextmanager
     def _failing(self) -> Iterator[None]:

@@ -97,9 +97,9 @@ def _missed(meta: Metadata) -> dict[str, int]:
 
 
 def _kvm_counted(meta: Metadata) -> dict[str, int]:
-    """How far KVM's own fault counters rose while recording, over all VMs it still had; a cross-check.
+    """How far KVM's own fault counters rose while recording, at least, over all VMs; a cross-check.
 
-    debugfs keeps each vCPU counter's sum in the VM's directory.
+    What a VM counted goes with it, and recorders look once a second.
     """
     stats = meta.raw.get("stats")
     start, end = (stats.get(key) if isinstance(stats, dict) else None for key in ("start", "end"))

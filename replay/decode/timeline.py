@@ -41,6 +41,7 @@ _USER_EXIT = cython.declare(cython.int, BY_NAME["kvm_userspace_exit"].code)
 _GET_PAGE = cython.declare(cython.int, BY_NAME["kvm_mmu_get_page"].code)
 _SET = cython.declare(cython.int, BY_NAME["kvm_mmu_set_spte"].code)
 _TABLE_FREE = cython.declare(cython.int, BY_NAME["table_free"].code)  # an RCU callback interrupts whatever runs
+_SCHED_IN = cython.declare(cython.int, BY_NAME["sched_in"].code)  # what the thread was doing goes on
 _GUEST = cython.declare(cython.int, int(VcpuState.GUEST))
 _LOAD = cython.declare(cython.int, int(VcpuState.LOAD))
 _USER = cython.declare(cython.int, int(VcpuState.USER))
@@ -206,7 +207,7 @@ class Timeline:
                 k = kind[i]
                 if v < 0:
                     continue
-                if k == _TABLE_FREE:
+                if k in (_TABLE_FREE, _SCHED_IN):
                     continue
                 own = self._states[k]
                 if k == _GET_PAGE and root[i] != 0:

@@ -38,6 +38,8 @@ RESPONSES: Final = (
     "zap_root_end",
     "table_free",
 )
+# The host's scheduler and power management: they come in the middle of anything, and KVM does nothing in response.
+_OF_THE_HOST: Final = ("sched_in", "host_suspend")
 _LOG_DIRTY: Final = 1
 _GET_DIRTY_LOG: Final = 0x4010AE42
 # A load's first sign: a root passed over in the search (6.9), one built, one found.
@@ -88,6 +90,8 @@ class Threads(ABC):
     def run(self, rows: Iterable[Row]) -> None:
         """Go through a VM's rows in order of recording."""
         for row in rows:
+            if row.kind in _OF_THE_HOST:
+                continue
             thread = self._threads.setdefault(row.tid, Thread())
             if row.vcpu is not None:
                 thread.vcpu = row.vcpu

@@ -9,33 +9,49 @@ import pytest
 from tracer import host
 
 
-def test_counters_by_vm_and_vcpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counters_are_read_without_holding_a_vm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An open file in a VM's own directory is a reference to the VM."""
     vm = tmp_path / "4242-13"
     (vm / "vcpu0").mkdir(parents=True)
     (tmp_path / "exits").write_text("9\n")
-    (vm / "mmu_shadow_zapped").write_text("7\n")
-    (vm / "halt_poll_hist").write_text("1 2 3\n")
-    (vm / "vcpu0" / "pf_taken").write_text("514\n")
-    (vm / "vcpu0" / "gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "pf_taken").write_text("514\n")
+    (tmp_path / "halt_poll_hist").write_text("1 2 3\n")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    (vm / "pf_taken").write_text("514\n")
+    opened: list[str] = []
+    read = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path: (opened.append(path.name), read(path))[1])
     monkeypatch.setattr(host, "DEBUGFS_KVM", tmp_path)
-    assert host.kvm_counters() == {"4242-13": {"mmu_shadow_zapped": 7, "vcpu0/pf_taken": 514}}
+    assert host.kvm_counters() == {"exits": 9, "pf_taken": 514}
+    assert vm.name not in opened
+    assert opened.count("pf_taken") == 1
+
+
+def test_what_a_vm_counted_goes_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "DEBUGFS_KVM", tmp_path)
+    faults = tmp_path / "pf_fixed"
+    faults.write_text("100\n")
+    counted = host.Counted()
+    for value in (150, 30, 40):  # in between a VM with some 120 ended
+        faults.write_text(f"{value}\n")
+        stats = counted.look()
+    assert stats == {"start": {"all": {"pf_fixed": 100}}, "end": {"all": {"pf_fixed": 160}}}
 
 
 def test_a_vm_that_ends_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seen in the lab: the directory was listed, and gone when its vCPU's was opened."""
-    for name in ("1-1", "2-2"):
-        (tmp_path / name / "vcpu0").mkdir(parents=True)
-        (tmp_path / name / "vcpu0" / "exits").write_text("1")
-    listed = Path.iterdir
+    """Seen in the lab: the directory was listed, and gone when it was looked at."""
+    (tmp_path / "1-1").mkdir()
+    (tmp_path / "exits").write_text("1")
+    real = Path.is_dir
 
-    def iterdir(path: Path):  # type: ignore[no-untyped-def]
-        if path.name == "vcpu0" and path.parent.name == "1-1":
+    def is_dir(path: Path) -> bool:
+        if path.name == "1-1":
             raise FileNotFoundError(2, "No such file or directory", str(path))
-        return listed(path)
+        return real(path)
 
     monkeypatch.setattr(host, "DEBUGFS_KVM", tmp_path)
-    monkeypatch.setattr(Path, "iterdir", iterdir)
-    assert host.kvm_counters() == {"1-1": {}, "2-2": {"vcpu0/exits": 1}}
+    monkeypatch.setattr(Path, "is_dir", is_dir)
+    assert host.kvm_counters() == {"exits": 1}
 
 
 def test_no_debugfs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
@@ -10,12 +11,12 @@ import pytest
 
 from tracer import bpf
 from tracer.btf import Btf
-from tracer.offsets import Layout
-from tracer.probes import FUTURE, IOCTL_KINDS, OLDEST, PRESETS, PROBES, preset_kinds
+from tracer.offsets import _NEEDED, Layout
+from tracer.probes import FUTURE, HOOKS, IOCTL_KINDS, OLDEST, PRESETS, PROBES, SCHED_KINDS, Hook, preset_kinds
 from tracer.program import Chosen, program
 from tracer.tracefs import Field
 from traces.kernels import at
-from traces.schema import BY_NAME, KINDS, RECORD_FIELDS, RECORD_SIZE
+from traces.schema import BY_NAME, KINDS, OWN_KINDS, RECORD_FIELDS, RECORD_SIZE
 
 FIXED = {"root", "role", "level", "as_id", "flags"}
 
@@ -33,7 +34,7 @@ def test_points_fill_what_their_kind_has(probe) -> None:  # type: ignore[no-unty
 
 
 def test_every_kind_has_a_source() -> None:
-    sources = {probe.kind for probe in PROBES} | set(IOCTL_KINDS) | {"gap"}
+    sources = {probe.kind for probe in PROBES} | set(IOCTL_KINDS) | set(SCHED_KINDS) | set(OWN_KINDS)
     assert {kind.name for kind in KINDS} == sources
 
 
@@ -103,3 +104,33 @@ def test_a_member_that_is_gone_is_taken_from_the_tracepoint(offsets: dict[str, i
     assert [point.how for point in probe.points] == ["raw", "tp"]
     btf = SimpleNamespace(signature=lambda _: None)
     assert bpf._raw_matches(probe.points[0], cast("Btf", btf), Layout(offsets, {}, "")) == raw
+
+
+@pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: f"{hook.points[0].how}-{hook.points[0].where}")
+def test_hooks_write_no_row_and_serve_known_kinds(hook: Hook) -> None:
+    assert set(hook.serves) <= BY_NAME.keys()
+    (point,) = hook.points
+    text = program([Chosen(hook, point, "kprobe", {})], Layout({}, {}, ""), frozenset(), 1, 4096)
+    body = text.rpartition("int on_hook_")[2]
+    assert "self->" in body
+    assert not re.search(r"[@$]", body), body
+    assert "reserve(" not in body
+
+
+def test_every_notifier_that_begins_ends() -> None:
+    """Or the thread's next events would still be about the notified VM."""
+    begun = {point.where for hook in HOOKS for point in hook.points if "NOTIFIED" in point.before}
+    ended = {point.where for hook in HOOKS for point in hook.points if point.before == "self->notified = 0;"}
+    assert begun == ended
+    assert len(begun) >= 6
+
+
+def test_a_layout_that_is_not_known_is_refused_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tracer.offsets.BTF_DIRECTORY", tmp_path)
+    whole = dict.fromkeys(_NEEDED, 8)
+    assert Layout(whole, {}, "BTF of vmlinux and kvm").unknown() == ""
+    without = {name: at for name, at in whole.items() if not name.startswith("SP_")}
+    said = Layout(without, {}, "BTF of vmlinux").unknown()
+    assert said.startswith("the layout of struct kvm_mmu_page is not known: the kvm module loaded here has no BTF")
+    (tmp_path / "kvm").touch()
+    assert "lacks SP_ROLE" in Layout(without, {}, "BTF of vmlinux and kvm").unknown()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import os
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +20,9 @@ import pytest
 
 from tests.own_vm import noted, own_vms
 from tests.waiting import until
+from tracer import bpf
 from tracer.bpf import headers, import_bcc, quiet
+from traces.errors import Problem
 from traces.reader import Trace
 
 pytestmark = [pytest.mark.live, pytest.mark.usefixtures("live")]
@@ -57,19 +61,19 @@ def independent_counter() -> Iterator[Any]:
             " u64 one = 1, *n = seen.lookup(&k); if (n) (*n)++; else seen.update(&k, &one); return 0; }\n"
         )
     with headers(), quiet():
-        bpf = bcc.BPF(text=text, cflags=["-w"])
+        counter = bcc.BPF(text=text, cflags=["-w"])
     for i, where in enumerate(COUNTED.values()):
-        bpf.attach_tracepoint(tp=where.encode(), fn_name=f"count_{i}".encode())
+        counter.attach_tracepoint(tp=where.encode(), fn_name=f"count_{i}".encode())
     try:
-        yield bpf
+        yield counter
     finally:
-        bpf.cleanup()
+        counter.cleanup()
 
 
-def counted(bpf: Any, pid: int) -> dict[str, int]:
+def counted(counter: Any, pid: int) -> dict[str, int]:
     names = list(COUNTED)
     found = Counter[str]()
-    for key, per_cpu in bpf["seen"].items():
+    for key, per_cpu in counter["seen"].items():
         if key.tgid == pid:
             found[names[key.kind]] += sum(per_cpu)
     return dict(found)
@@ -78,11 +82,11 @@ def counted(bpf: Any, pid: int) -> dict[str, int]:
 @pytest.mark.parametrize("scenario", [("roots",), ("storm", "--loops", "300"), ("slot-delete",), ("churn",)])
 def test_stored_counts_equal_an_independent_counter(tmp_path: Path, vmm: str, scenario: tuple[str, ...]) -> None:
     out = tmp_path / "live.parquet"
-    with independent_counter() as bpf:
+    with independent_counter() as counter:
         done = run("record", "--events", "all", "--json", "-o", out, "--", *noted(tmp_path / "pid", vmm, *scenario))
         assert done.returncode == 0, done.stderr
         pid = int((tmp_path / "pid").read_text())
-        expected = counted(bpf, pid)
+        expected = counted(counter, pid)
     result = json.loads(done.stdout)
     assert result["lost"] == 0
     assert result["complete"] is True
@@ -198,9 +202,147 @@ def test_vm_filter_keeps_others_out(tmp_path: Path, vmm: str) -> None:
         done = run("record", "--vm", str(wanted.pid), "--events", "all", "--max-events", "50000", "-o", out)
         assert done.returncode == 0, done.stderr
     assert "50,000 events reached" in done.stderr
+    metadata = Trace.open(out).metadata
+    assert metadata.events - metadata.gap_count == 50_000
+    assert metadata.raw["complete"] is True, metadata.discrepancies
     threads = {thread["tid"]: thread["tgid"] for thread in Trace.open(out).metadata.raw["threads"]}
     tids = pl.scan_parquet(out).filter(pl.col("kind") != "gap").select(pl.col("tid").unique()).collect()["tid"]
     assert {threads[tid] for tid in tids} == {wanted.pid}
+
+
+def test_started_before_the_first_vm_exists(tmp_path: Path, vmm: str) -> None:
+    """Nothing is missed of a VM that is created as soon as the recorder says that it is there."""
+    out = tmp_path / "first.parquet"
+    recorder = subprocess.Popen(command("record", "-o", out), stderr=subprocess.PIPE, text=True)
+    assert recorder.stderr is not None
+    said = recorder.stderr.readline()
+    assert said == "kvmtrace: no VM is running yet: recording from the first one's creation on\n"
+    guest = subprocess.Popen([vmm, "slot-delete"], stdout=subprocess.DEVNULL)
+    assert guest.wait(timeout=60) == 0
+    recorder.send_signal(signal.SIGINT)
+    said = recorder.communicate(timeout=60)[1]
+    assert recorder.returncode == 0, said
+    (vm,) = [vm for vm in Trace.open(out).metadata.raw["vms"] if vm["pid"] == guest.pid]
+    assert (vm["origin"], vm["comm"]) == ("created", "kvmtrace-vmm")
+    assert len(vm["slots"]) == 6, "two, of which one is deleted and made again four times"
+    rows = pl.scan_parquet(out).filter(pl.col("vm") == vm["id"]).sort("seq").select("kind").collect()["kind"]
+    assert rows[0] == "vm_create"
+
+
+def test_the_largest_size_holds(tmp_path: Path, vmm: str) -> None:
+    out = tmp_path / "size.parquet"
+    with running(vmm, "storm", "--loops", "10000000"):
+        done = run("record", "--events", "all", "--max-size", "4M", "--json", "-o", out)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["stopped"] == f"{4 << 20:,} bytes reached"
+    assert result["complete"] is True, result["discrepancies"]
+    assert 0 < result["bytes"] < 2 * (4 << 20)
+
+
+# A process in a pid namespace of its own, with a /proc that shows it.
+NAMESPACE = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
+
+
+def test_inside_a_pid_namespace(tmp_path: Path, vmm: str) -> None:
+    """`--vm`, names, threads and slots are those that `ps` shows in there; another VM, outside, is not recorded."""
+    out = tmp_path / "inside.parquet"
+    script = (
+        f"{vmm} storm --loops 10000000 --timeout 600 >/dev/null & vm=$!; sleep 1;"
+        f' "$@" --vm $vm --duration 1; echo $vm $(ls /proc/$vm/task); kill -9 $vm'
+    )
+    with running(vmm, "storm", "--loops", "10000000"):
+        asked = command("record", "-o", out)
+        done = subprocess.run(
+            [*NAMESPACE, "sh", "-c", script, "sh", *asked], capture_output=True, text=True, timeout=120, check=False
+        )
+    pid, *tids = map(int, done.stdout.split())
+    assert pid < 100, "a number of the namespace's own"
+    metadata = Trace.open(out).metadata
+    (vm,) = metadata.vms
+    assert (vm["pid"], vm["comm"], vm["origin"]) == (pid, "kvmtrace-vmm", "snapshot")
+    assert {vcpu["tid"] for vcpu in vm["vcpus"]} <= set(tids)
+    assert {slot["gfn"] for slot in vm["slots"]} == {0, 0x400}
+    rows = pl.scan_parquet(out).filter(pl.col("kind") != "gap").select("vm", "tid").unique().collect()
+    assert set(rows["vm"]) == {vm["id"]}
+    assert set(rows["tid"]) <= set(tids)
+
+
+def test_a_vm_in_a_pid_namespace(tmp_path: Path, vmm: str) -> None:
+    out = tmp_path / "outside.parquet"
+    with running(vmm, "storm", "--loops", "10000000"):
+        guest = subprocess.Popen([*NAMESPACE, vmm, "storm", "--loops", "10000000"], stdout=subprocess.DEVNULL)
+        try:
+            time.sleep(1)
+            (pid,) = map(int, Path(f"/proc/{guest.pid}/task/{guest.pid}/children").read_text().split())
+            done = run("record", "--vm", str(pid), "--duration", "1", "-o", out)
+        finally:
+            guest.kill()
+            guest.wait()
+    assert done.returncode == 0, done.stderr
+    (vm,) = Trace.open(out).metadata.vms
+    assert (vm["pid"], vm["comm"], vm["origin"]) == (pid, "kvmtrace-vmm", "snapshot")
+    assert {slot["gfn"] for slot in vm["slots"]} == {0, 0x400}
+    tids = pl.scan_parquet(out).filter(pl.col("kind") != "gap").select(pl.col("tid").unique()).collect()["tid"]
+    assert set(tids) <= {vcpu["tid"] for vcpu in vm["vcpus"]} | {pid}
+
+
+def test_a_proc_of_another_namespace_is_told(tmp_path: Path) -> None:
+    namespace = ("unshare", "--pid", "--fork")
+    done = subprocess.run(
+        [*namespace, *command("record", "--vm", "1", "-o", tmp_path / "x.parquet")],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 3
+    assert done.stderr.startswith("kvmtrace: --vm 1: /proc is of another pid namespace")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_notifiers_of_a_vcpus_own_thread_are_the_vcpus(tmp_path: Path, vmm: str) -> None:
+    out = tmp_path / "notified.parquet"
+    assert run("record", "-o", out, "--", vmm, "other-thread").returncode == 0
+    (vm,) = [vm for vm in Trace.open(out).metadata.vms if vm["comm"] == "kvmtrace-vmm"]
+    rows = pl.scan_parquet(out).filter(pl.col("kind") == "kvm_unmap_hva_range", pl.col("vm") == vm["id"]).collect()
+    entered = pl.scan_parquet(out).filter(pl.col("kind") == "kvm_mmu_get_page", pl.col("vm") == vm["id"]).collect()
+    own = dict(entered.select("tid", "vcpu").unique().rows())
+    assert set(own.values()) == {0, 1}
+    mine = rows.filter(pl.col("tid").is_in(list(own)))
+    assert len(mine) >= 4
+    assert all(own[tid] == vcpu for tid, vcpu in mine.select("tid", "vcpu").rows())
+
+
+def test_time_that_a_vcpu_did_not_get(tmp_path: Path, vmm: str) -> None:
+    """Two busy threads on one CPU: each vCPU's thread is off it about half of the time, ready to run."""
+    out = tmp_path / "starved.parquet"
+    cpu = str(max(os.sched_getaffinity(0)))
+    spinner = subprocess.Popen(["taskset", "-c", cpu, "sh", "-c", "while :; do :; done"])
+    try:
+        done = run("record", "--events", "time", "-o", out, "--", "taskset", "-c", cpu, vmm, "roots", "--loops", "9000")
+    finally:
+        spinner.kill()
+        spinner.wait()
+    assert done.returncode == 0, done.stderr
+    trace = Trace.open(out)
+    (vm,) = [vm for vm in trace.metadata.vms if vm["comm"] in ("kvmtrace-vmm", "taskset")]
+    rows = pl.scan_parquet(out).filter(pl.col("vm") == vm["id"]).sort("seq").collect()
+    waits = rows.filter(pl.col("kind") == "sched_in").with_columns(pl.col("addr", "value").cast(pl.Int64))
+    off = waits["time"] - waits["addr"]
+    assert set(waits["vcpu"]) == {0}
+    assert set(waits["tid"]) <= {vcpu["tid"] for vcpu in vm["vcpus"]}
+    assert (waits["value"] <= off).all()
+    assert (waits["value"] == off).filter(waits["flags"] & 1 == 1).all(), "preempted: it could have run all the time"
+    assert waits["value"].sum() > 0.2 * (rows["time"].max() - rows["time"].min())
+    assert (waits["addr"].to_numpy()[1:] >= waits["time"].to_numpy()[:-1]).all(), "stretches do not overlap"
+    others = rows.filter(pl.col("tid").is_in(waits["tid"].unique().to_list()), pl.col("kind") != "sched_in")["time"]
+    inside = others.search_sorted(waits["time"]) - others.search_sorted(waits["addr"] + 1)
+    assert inside.sum() == 0, "a thread without a CPU shows nothing"
+
+
+def test_what_the_compiler_says_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = "int f(void *ctx) { return no_such_thing; }"
+    monkeypatch.setattr(bpf, "program", lambda *_: broken)
+    with pytest.raises(Problem, match=r"bcc could not load the probes: .*error: use of undeclared.*no_such_thing"):
+        bpf.Probes(frozenset({"kvm_mmu_get_page"}), 1, 4096)
 
 
 def test_the_vm_ends_while_recording(tmp_path: Path, vmm: str) -> None:
@@ -218,7 +360,7 @@ def test_the_vm_ends_while_recording(tmp_path: Path, vmm: str) -> None:
     Trace.open(out)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_recording_cleanly(tmp_path: Path, vmm: str, number: signal.Signals) -> None:
     out = tmp_path / "signal.parquet"
     with running(vmm, "storm", "--loops", "10000000"):
@@ -313,7 +455,6 @@ def test_a_full_disk_keeps_what_was_recorded(tmp_path: Path, vmm: str) -> None:
         (["--vm", "4194304"], 2, "no such process"),
         (["--vm", "1"], 2, "no KVM virtual machine"),
         (["--vm", "web"], 2, "process id"),
-        (["--duration", "1"], 2, "no VM is running here"),
         (["-o", "/nonexistent/x.parquet", "--duration", "1"], 2, "no such directory"),
         (["-o", "/proc/x.parquet", "--", "true"], 2, "/proc/x.kvmt"),
         (["--events", "rooots", "--", "true"], 2, "rooots"),

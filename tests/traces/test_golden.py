@@ -31,7 +31,7 @@ def test_polars_reads_the_same_rows(path: Path) -> None:
 
 
 def test_what_is_expected_is_right() -> None:
-    rows = json.loads((HERE / "trace-1.0.json").read_text())["rows"]
+    rows = json.loads((HERE / f"trace-{FORMAT_MAJOR}.{FORMAT_MINOR}.json").read_text())["rows"]
     assert [{name: value for name, value in found.items() if name not in ("vm", "root")} for found in rows] == [
         row(record, seq) for seq, record in enumerate(records())
     ]

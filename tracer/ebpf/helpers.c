@@ -52,9 +52,48 @@ static __always_inline u64 vcpu_root(u64 vcpu) { return mmu_root(vcpu_mmu(vcpu))
 static __always_inline u32 vcpu_role(u64 vcpu) { return mmu_role(vcpu_mmu(vcpu)); }
 #define VCPU_ROOT(vcpu) vcpu_root((u64)(vcpu))
 #define VCPU_ROLE(vcpu) vcpu_role((u64)(vcpu))
+/* The vCPU of the ioctl in progress is the one whose fault, load or exit an event inside of it is. */
 #define CURRENT_ROOT(self) vcpu_root((self)->vcpu)
 #define CURRENT_ROLE(self) vcpu_role((self)->vcpu)
-#define CHANGED_ROOT(self) ((self)->zap_root ? (self)->zap_root : (self)->zap_kvm ? 0 : vcpu_root((self)->vcpu))
+/* What this thread is at work on decides the VM of an event that names none; 0 where it is at work on none. */
+#define CONTEXT_KVM(self) \
+    ((self)->notified ? (self)->notified : (self)->zap_kvm ? (self)->zap_kvm : (self)->ended ? (self)->ended : (self)->kvm)
+
+static __always_inline s16 vcpu_id(u64 vcpu) { return vcpu ? (s16)read32(vcpu + OFF_VCPU_ID) : -1; }
+static __always_inline u64 vcpu_kvm(u64 vcpu) { return vcpu ? read64(vcpu + OFF_VCPU_KVM) : 0; }
+
+/* A struct kvm_mmu is one of two members of its vCPU. */
+static __always_inline u64 mmu_vcpu(u64 mmu, u64 kvm)
+{
+#ifdef HAVE_VCPU_ROOT_MMU
+    u64 vcpu = mmu - OFF_VCPU_ROOT_MMU;
+    if (read64(vcpu + OFF_VCPU_KVM) == kvm)
+        return vcpu;
+    vcpu = mmu - OFF_VCPU_GUEST_MMU;
+    if (read64(vcpu + OFF_VCPU_KVM) == kvm)
+        return vcpu;
+#endif
+    return 0;
+}
+#define MMU_VCPU(mmu, kvm) mmu_vcpu((u64)(mmu), (u64)(kvm))
+
+#ifdef HAVE_KVM_NOTIFIER
+#define NOTIFIED(notifier) ((u64)(notifier) - OFF_KVM_NOTIFIER)
+#endif
+
+/*
+ * The index of the thread's vCPU in the VM that an event is about; -1 where the thread is none of that VM's. A VM born
+ * after the thread last ran its vCPU is not that vCPU's, even where it lies at the same address.
+ */
+static __always_inline s16 thread_vcpu(struct thread *self, u64 kvm)
+{
+    if (self->vcpu && (!kvm || vcpu_kvm(self->vcpu) == kvm))
+        return self->vcpu_id;
+    if (!self->own_vcpu || (kvm && self->own_kvm != kvm))
+        return -1;
+    u64 key = self->own_kvm, *since = born.lookup(&key);
+    return since && *since > self->own_since ? -1 : self->own_id;
+}
 
 /*
  * A TDP root has no parent entry; a shadow page as high as its vCPU's root level is a root. Before 5.12 the tracepoints
@@ -69,10 +108,47 @@ static __always_inline u64 sp_root(u64 sp, struct thread *self)
 #endif
         return 0;
     }
-    u32 level = vcpu_role(self->vcpu) & 15;
+    u64 vcpu = self->vcpu ? self->vcpu : self->own_kvm == CONTEXT_KVM(self) ? self->own_vcpu : 0;
+    u32 level = vcpu_role(vcpu) & 15;
     return level && (SP_ROLE_OF(sp) & 15) >= level ? SP_TABLE(sp) : 0;
 }
 #define SP_ROOT(sp, self) sp_root((u64)(sp), self)
+
+/* The VM's only valid root of an address space; 0 where there are several, or none. */
+#define ROOT_STEPS 16
+static __always_inline u64 only_root(u64 kvm, u32 as_id)
+{
+    u64 found = 0;
+#if defined(HAVE_KVM_ROOTS) && defined(HAVE_SP_ROLE)
+    u64 head = kvm + OFF_KVM_ROOTS, sp = kvm ? read64(head) : 0;
+    for (int i = 0; i < ROOT_STEPS && sp && sp != head; i++) {
+        u32 role = SP_ROLE_OF(sp);
+        if (!(role & ROLE_INVALID) && ROLE_SMM(role) == as_id) {
+            if (found)
+                return 0;
+            found = SP_TABLE(sp);
+        }
+        sp = read64(sp);
+    }
+#endif
+    return found;
+}
+
+/*
+ * Whose tree a changed SPTE belongs to: that of the root being zapped, or come to in a loop over the roots; in a vCPU's
+ * own ioctl the loaded root, if it is of that address space; else the only one that the VM has for it.
+ */
+static __always_inline u64 changed_root(struct thread *self, u32 as_id)
+{
+    if (self->zap_root)
+        return self->zap_root;
+    if (self->walk_root)
+        return self->walk_root;
+    if (self->vcpu && !self->notified && ROLE_SMM(vcpu_role(self->vcpu)) == as_id)
+        return vcpu_root(self->vcpu);
+    return only_root(CONTEXT_KVM(self), as_id);
+}
+#define CHANGED_ROOT(self, as_id) changed_root(self, as_id)
 
 /* struct kvm_mmu_page of a root given by its physical address: struct page keeps the pointer */
 static __always_inline u64 hpa_sp(u64 hpa)
@@ -85,6 +161,21 @@ static __always_inline u64 hpa_sp(u64 hpa)
 #endif
     return 0;
 }
+/* Frame of the root above a TDP page: each page's entry lies in its parent, down from a root's, which has none. */
+#define MOST_LEVELS 5
+static __always_inline u64 top_table(u64 sp)
+{
+#ifdef HAVE_SP_PTEP
+    struct config *c = config();
+    for (int i = 0; i < MOST_LEVELS && c && c->page_offset && sp && SP_IS_TDP(sp); i++) {
+        u64 entry = read64(sp + OFF_SP_PTEP);
+        if (!entry)
+            return SP_TABLE(sp);
+        sp = hpa_sp(entry - c->page_offset);
+    }
+#endif
+    return 0;
+}
 static __always_inline s32 hpa_refs(u64 hpa) { u64 sp = hpa_sp(hpa); return sp ? SP_REFS_OF(sp) : -1; }
 static __always_inline u32 hpa_role(u64 hpa) { u64 sp = hpa_sp(hpa); return sp ? SP_ROLE_OF(sp) : 0; }
 static __always_inline u8 hpa_tdp(u64 hpa) { u64 sp = hpa_sp(hpa); return sp ? SP_IS_TDP(sp) : 0; }
@@ -93,16 +184,35 @@ static __always_inline u8 hpa_tdp(u64 hpa) { u64 sp = hpa_sp(hpa); return sp ? S
 #define HPA_ROLE(hpa) hpa_role(hpa)
 #define HPA_TDP(hpa) hpa_tdp(hpa)
 
+/*
+ * A thread's number in the recorder's pid namespace, which is what the user and /proc call it. One that is not visible
+ * from there keeps the kernel's own number with a bit set that no number has.
+ */
+#define PID_OUTSIDE (1u << 30)
+#define PID_NUMBER_SIZE 16
+static __always_inline u32 number_here(u64 pid, u32 number)
+{
+    struct config *c = config();
+    if (!c || !c->pid_ns_level)
+        return number;
+    u64 mine = pid + OFF_PID_NR + (u64)c->pid_ns_level * PID_NUMBER_SIZE;
+    if (pid && read32(pid + OFF_PID_LEVEL) >= c->pid_ns_level && read64(mine + 8) == c->pid_ns)
+        return read32(mine);
+    return number | PID_OUTSIDE;
+}
+
 /* What is known of the current thread; a thread met for the first time is remembered. Never fails: `local` stands in. */
 static __always_inline struct thread *current_thread(struct thread *local)
 {
     u64 id = bpf_get_current_pid_tgid();
     u32 tid = id, tgid = id >> 32;
     struct thread *self = threads.lookup(&tid);
-    if (self && self->tgid == tgid)
+    if (self && self->host_tgid == tgid)
         return self;
-    local->tgid = tgid;
-    local->vcpu_id = -1;
+    u64 task = (u64)bpf_get_current_task();
+    local->tid = number_here(read64(task + OFF_TASK_PID), tid);
+    local->tgid = number_here(read64(read64(task + OFF_TASK_LEADER) + OFF_TASK_PID), tgid);
+    local->host_tgid = tgid;
     bpf_get_current_comm(local->comm, sizeof(local->comm));
     threads.update(&tid, local);
     self = threads.lookup(&tid);
@@ -115,17 +225,34 @@ static __always_inline struct thread *nobody(struct thread *local)
 #ifdef FILTER_TGID
     local->tgid = FILTER_TGID;
 #endif
-    local->vcpu_id = -1;
     return local;
 }
 
-static __always_inline void remember_vcpu(struct thread *self, u64 vcpu)
+/* A KVM ioctl begins: whatever was in progress on this thread is over, also where its end was not seen. */
+static __always_inline void begin_ioctl(struct thread *self, u64 kvm, u64 vcpu)
 {
-    if (!vcpu || self->vcpu == vcpu)
-        return;
+    self->kvm = kvm;
     self->vcpu = vcpu;
-    self->kvm = read64(vcpu + OFF_VCPU_KVM);
-    self->vcpu_id = read32(vcpu + OFF_VCPU_ID);
+    self->vcpu_id = vcpu_id(vcpu);
+    self->ioctl = 0;
+    self->notified = self->ended = self->zap_kvm = self->zap_root = self->walk_root = 0;
+}
+
+/* The VM's creation is what makes its address a new VM's; see thread_vcpu. */
+static __always_inline void vm_begins(struct thread *self, u64 kvm)
+{
+    u64 now = bpf_ktime_get_boot_ns();
+    self->kvm = kvm;
+    if (kvm)
+        born.update(&kvm, &now);
+}
+
+static __always_inline void run_vcpu(struct thread *self)
+{
+    self->own_vcpu = self->vcpu;
+    self->own_kvm = self->kvm;
+    self->own_id = self->vcpu_id;
+    self->own_since = bpf_ktime_get_boot_ns();
 }
 
 static __always_inline void submit(struct event *e) { bpf_ringbuf_submit(e, BPF_RB_NO_WAKEUP); }
@@ -178,11 +305,9 @@ static __always_inline struct event *reserve(struct thread *self, u8 kind, u64 k
     e->time = now;
     e->kvm = kvm;
     e->kind = kind;
-    u64 id = bpf_get_current_pid_tgid();
-    e->tid = id;
-    e->tgid = id >> 32;
+    e->tid = self->tid;
+    e->tgid = self->tgid;
     e->cpu = bpf_get_smp_processor_id();
-    e->vcpu = self->vcpu_id;
+    e->vcpu = thread_vcpu(self, kvm);
     return e;
 }
-#define OWN_KVM(self) ((self)->zap_kvm ? (self)->zap_kvm : (self)->kvm)

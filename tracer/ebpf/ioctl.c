@@ -2,7 +2,8 @@
  * ioctls, from the syscall tracepoints: they show the descriptor's owner on every kernel, without symbols of KVM's.
  * KVM_RUN only tells which thread is which vCPU; its comings and goings are kvm_entry and kvm_exit.
  */
-#define OWN_NAME_BYTES 8
+#define NAME_VM 0x006d762d6d766bULL   /* "kvm-vm" and its end, as a little-endian word */
+#define NAME_VCPU 0x757063762d6d766bULL /* "kvm-vcpu" */
 #define KVMIO_TYPE 0xAE
 #define NR_CREATE_VM 0x01
 #define NR_SET_MEMORY 0x46
@@ -35,18 +36,18 @@ static __always_inline u64 file_of(u32 fd)
     return array ? read64(array + 8ULL * fd) : 0;
 }
 
-/* anonymous inodes carry their kind as the name: "kvm-vm", "kvm-vcpu:0" */
+/* anonymous inodes carry their kind as the name: "kvm-vm", "kvm-vcpu:0"; others begin like them: "kvm-vm-stats" */
 static __always_inline int file_kind(u64 file)
 {
-    char name[OWN_NAME_BYTES] = {};
+    u64 name = 0;
     u64 dentry = read64(file + OFF_FILE_DENTRY);
     u64 text = dentry ? read64(dentry + OFF_DENTRY_NAME) : 0;
     if (!text)
         return FILE_OTHER;
-    bpf_probe_read_kernel(name, sizeof(name), (void *)text);
-    if (name[0] != 'k' || name[1] != 'v' || name[2] != 'm' || name[3] != '-' || name[4] != 'v')
-        return FILE_OTHER;
-    return name[5] == 'm' && name[6] == 0 ? FILE_VM : name[5] == 'c' && name[6] == 'p' ? FILE_VCPU : FILE_OTHER;
+    bpf_probe_read_kernel(&name, sizeof(name), (void *)text);
+    if ((name & 0x00ffffffffffffffULL) == NAME_VM)
+        return FILE_VM;
+    return name == NAME_VCPU ? FILE_VCPU : FILE_OTHER;
 }
 
 int ioctl_enter(void *ctx)
@@ -61,21 +62,17 @@ int ioctl_enter(void *ctx)
     u64 file = file_of(fd);
     int what = file ? file_kind(file) : FILE_OTHER;
     u64 owner = what ? read64(file + OFF_FILE_PRIVATE) : 0;
-    self->ioctl = 0;
+    u64 kvm = what == FILE_VCPU ? vcpu_kvm(owner) : what == FILE_VM ? owner : 0;
+    begin_ioctl(self, kvm, what == FILE_VCPU ? owner : 0);
     if (what == FILE_VCPU && (cmd & 0xff) == NR_RUN) {
-        remember_vcpu(self, owner);
+        run_vcpu(self);
         return 1;
     }
-    u64 kvm = what == FILE_VCPU ? read64(owner + OFF_VCPU_KVM) : what == FILE_VM ? owner : 0;
-    if (kvm)
-        self->kvm = kvm;
     self->ioctl = cmd;
 #ifdef KIND_ioctl
     e = reserve(self, KIND_ioctl, kvm);
     if (e) {
         fill(e, cmd, arg, 0, 0, 0, 0);
-        if (what == FILE_VCPU)
-            e->vcpu = read32(owner + OFF_VCPU_ID);
         submit(e);
     }
 #endif
@@ -99,31 +96,36 @@ int ioctl_leave(void *ctx)
     u32 tid = bpf_get_current_pid_tgid();
     struct thread *self = threads.lookup(&tid);
     struct event *e;
-    if (!self || !self->ioctl)
+    if (!self)
         return 1;
     u32 cmd = self->ioctl;
-    self->ioctl = 0;
-    u64 kvm = self->kvm;
-#ifdef KIND_vm_create
-    if ((cmd & 0xff) == NR_CREATE_VM && ret >= 0) {
+    int creation = cmd && (cmd & 0xff) == NR_CREATE_VM;
+    if (creation && !self->kvm && ret >= 0) {
         u64 file = file_of(ret);
-        kvm = file && file_kind(file) == FILE_VM ? read64(file + OFF_FILE_PRIVATE) : 0;
-        self->kvm = kvm;
-        self->vcpu = 0;
-        self->vcpu_id = -1;
-        e = reserve(self, KIND_vm_create, kvm);
+        vm_begins(self, file && file_kind(file) == FILE_VM ? read64(file + OFF_FILE_PRIVATE) : 0);
+#ifdef KIND_vm_create
+        e = reserve(self, KIND_vm_create, self->kvm);
         if (e) {
             fill(e, 0, 0, 0, 0, 0, 0);
             submit(e);
         }
-    }
 #endif
+    }
+    u64 kvm = self->kvm;
 #ifdef KIND_ioctl_end
-    e = reserve(self, KIND_ioctl_end, kvm);
+    e = cmd ? reserve(self, KIND_ioctl_end, kvm) : 0;
     if (e) {
         fill(e, cmd, 0, 0, 0, ret, 0);
         submit(e);
     }
 #endif
+#ifdef KIND_vm_destroy
+    e = creation && kvm && ret < 0 ? reserve(self, KIND_vm_destroy, kvm) : 0; /* begun and given up */
+    if (e) {
+        fill(e, 0, 0, 0, 0, 0, 0);
+        submit(e);
+    }
+#endif
+    begin_ioctl(self, 0, 0);
     return 1;
 }

@@ -4,13 +4,25 @@
  */
 #define EMPTY_FRAME (~0ULL >> 12)
 struct thread {
-    u64 kvm;       /* VM this thread works for: its vCPU's, or that of its last VM ioctl */
-    u64 vcpu;      /* struct kvm_vcpu of a vCPU thread */
-    u64 zap_root;  /* frame of the root that this thread is zapping */
-    u64 zap_kvm;   /* VM of the zap: a worker thread has none of its own */
-    u32 tgid;
-    s32 vcpu_id;
-    u32 ioctl;     /* KVM ioctl in progress, 0 none */
+    u64 kvm;        /* VM of the ioctl in progress on a VM's or vCPU's descriptor, 0 outside of one */
+    u64 vcpu;       /* struct kvm_vcpu of the vCPU ioctl in progress, KVM_RUN above all; 0 outside of one */
+    u64 notified;   /* VM whose MMU notifier is running on this thread */
+    u64 ended;      /* VM that this thread is emptying or destroying */
+    u64 zap_kvm;    /* VM of the root that this thread is zapping: a worker thread is in no ioctl */
+    u64 zap_root;   /* frame of that root */
+    u64 walk_root;  /* frame of the root that a loop over the VM's roots has come to */
+    u64 own_vcpu;   /* struct kvm_vcpu that this thread ran last: SPEC 4.4's vCPU of a thread */
+    u64 own_kvm;    /* its VM */
+    u64 own_since;  /* when the thread last entered KVM_RUN with it, boot ns */
+    u64 off_since;  /* since when the thread has had no CPU, boot ns; 0 while it has one */
+    u64 runnable_since; /* since when in that time it could use one; 0 while it sleeps */
+    u32 off_state;  /* the task state that it left its CPU with */
+    u32 pad2;
+    u32 tid, tgid;  /* as the recorder's pid namespace numbers them, see number_here */
+    u32 host_tgid;  /* as the kernel does */
+    s32 own_id;
+    s32 vcpu_id;    /* index of `vcpu` */
+    u32 ioctl;      /* KVM ioctl in progress that is shown, 0 none */
     u32 pad;
     char comm[16];
 };
@@ -24,6 +36,12 @@ struct percpu {
 struct config {
     u64 page_offset;  /* start of the direct map: 0 where this kernel's symbols do not tell */
     u64 vmemmap;      /* start of the struct page array, the same */
+    u64 pid_ns;       /* the recorder's pid namespace, and how far it is from the initial one */
+    u32 pid_ns_level;
+    u32 first_fd;     /* of the snapshot: descriptors from here on, or */
+    u64 look_at;      /* this VM's slots and roots, */
+    u32 part;         /* as many as one pass takes */
+    u32 pad;
 };
 /* One ring for each CPU (or few CPUs): one ring for all is one spinlock for all. */
 DECLARE_RINGS
@@ -32,3 +50,5 @@ BPF_HASH(threads, u32, struct thread, MAX_THREADS);
 BPF_PERCPU_ARRAY(counters, struct percpu, 1);
 BPF_ARRAY(settings, struct config, 1);
 BPF_HASH(wanted, u64, u8, 1024);
+/* when each VM was created that was seen to be: a struct kvm_vcpu or struct kvm may be another one by now */
+BPF_TABLE("lru_hash", u64, u64, born, 4096);

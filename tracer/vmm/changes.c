@@ -115,3 +115,79 @@ void toggle_dirty_log(struct run *run, unsigned pass)
 	else if (pass % 3 == 0)
 		set_slot(run, vm, SLOT_DATA, DATA_GPA, vm->data_size, host, 0);
 }
+
+static void host_call(struct run *run, int result)
+{
+	run->tally.host_calls++;
+	if (result < 0)
+		fail(EXIT_GUEST_FAILED, "scenario %s: changing memory: %s", run->scenario->name, strerror(errno));
+}
+
+/* Takes every page away from the guests, in all address spaces, and leaves what is in it. */
+static void take_away(struct run *run, uint8_t *start, size_t size)
+{
+	host_call(run, mprotect(start, size, PROT_READ));
+	host_call(run, mprotect(start, size, PROT_READ | PROT_WRITE));
+	touch(start, size); /* see notify */
+}
+
+static void take_own_memory_away(struct run *run, struct vcpu *vcpu)
+{
+	take_away(run, vcpu->vm->ram, HUGE_PAGE + vcpu->vm->data_size);
+}
+
+static void reset_next_vcpu(struct run *run, struct vcpu *vcpu)
+{
+	(void)run;
+	flip_cr4_pge(&vcpu->vm->vcpus[(vcpu->index + 1) % vcpu->vm->n_vcpus]);
+}
+
+/* On in one turn, off in the next, of the slot that has the SMM handler. */
+static void log_low_slot(struct run *run, struct vcpu *vcpu)
+{
+	bool on = vcpu->pass / 3 % 2 == 1;
+
+	set_slot(run, vcpu->vm, SLOT_LOW, LOW_BASE, HUGE_PAGE, vcpu->vm->ram, on ? KVM_MEM_LOG_DIRTY_PAGES : 0);
+}
+
+/* What concerns another vCPU, or the root that is not loaded, done by a vCPU's thread. */
+void act_for_others(struct run *run, unsigned pass)
+{
+	static void (*const errands[])(struct run *, struct vcpu *) = {
+		log_low_slot, reset_next_vcpu, take_own_memory_away,
+	};
+	struct vm *vm = &run->vms[0];
+
+	on_thread_of(&vm->vcpus[pass % vm->n_vcpus], errands[pass % 3]);
+	smi_to_all(run, pass);
+}
+
+/* One change of one mapping, over the memory of every VM. */
+void notify_all(struct run *run, unsigned pass)
+{
+	struct vm *last = &run->vms[run->n_vms - 1];
+	uint8_t *start = run->vms[0].ram;
+
+	(void)pass;
+	take_away(run, start, (size_t)(last->ram + HUGE_PAGE + last->data_size - start));
+}
+
+static void write_to_data_of_second(struct run *run, struct vcpu *vcpu)
+{
+	struct vm *other = &run->vms[1];
+
+	(void)vcpu;
+	touch(host_address(other, DATA_GPA), other->data_size);
+}
+
+/* The second VM's guest has only read: its memory is the zero page, which the first one's vCPU thread replaces. Then
+ * the memory is given back, so that the next pass reads the zero page again. */
+void write_to_second(struct run *run, unsigned pass)
+{
+	struct vm *other = &run->vms[1];
+	uint8_t *data = host_address(other, DATA_GPA);
+
+	if (pass > 1)
+		on_thread_of(&run->vms[0].vcpus[0], write_to_data_of_second);
+	host_call(run, madvise(data, other->data_size, MADV_DONTNEED));
+}

@@ -37,12 +37,15 @@ static void back_to(struct code *code, const uint8_t *target)
 	word(code, (uint32_t)(target - (code->next + 4)));
 }
 
-/* One store to each of ecx pages from esi on. */
-static void emit_store_loop(struct code *code)
+/* One store to each of ecx pages from esi on, or one load. */
+static void emit_loop(struct code *code, bool loads)
 {
 	const uint8_t *top = code->next;
 
-	EMIT(code, "\x89\x06"); /* mov [esi], eax */
+	if (loads)
+		EMIT(code, "\x8b\x06"); /* mov eax, [esi] */
+	else
+		EMIT(code, "\x89\x06"); /* mov [esi], eax */
 	EMIT(code, "\x81\xc6"); /* add esi, PAGE */
 	word(code, PAGE);
 	EMIT(code, "\xff\xc9"); /* dec ecx */
@@ -90,14 +93,14 @@ static void write_code(const struct vm *vm, const struct guest_program *program)
 
 	code.next = code.start;
 	EMIT(&code, "\x89\xde\x89\xe9"); /* mov esi, ebx; mov ecx, ebp */
-	emit_store_loop(&code);
+	emit_loop(&code, program->loads);
 	EMIT(&code, "\x01\xfd"); /* add ebp, edi */
 	if (program->mmio_stores > 0) {
 		EMIT(&code, "\xbe"); /* mov esi, HOLE; mov ecx, stores */
 		word(&code, HOLE_GPA);
 		EMIT(&code, "\xb9");
 		word(&code, program->mmio_stores);
-		emit_store_loop(&code);
+		emit_loop(&code, false);
 	}
 	emit_toggle(&code, program);
 	if (program->passes_in_guest) {

@@ -36,19 +36,53 @@ void populate(uint8_t *start, size_t size)
 		*(volatile uint8_t *)(start + offset) = 0;
 }
 
-void map_ram(struct vm *vm, size_t data_size, bool huge)
+void touch(uint8_t *start, size_t size)
+{
+	for (size_t offset = 0; offset < size; offset += PAGE) {
+		volatile uint8_t *byte = start + offset;
+
+		*byte = *byte;
+	}
+}
+
+static uint8_t *map(size_t size)
+{
+	uint8_t *start = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+	if (start == MAP_FAILED)
+		fail(EXIT_NO_ABILITY, "no memory for a guest of %zu MiB: %s", size >> 20, strerror(errno));
+	return start;
+}
+
+static uint8_t *aligned(uint8_t *start)
+{
+	return (uint8_t *)(((uintptr_t)start + HUGE_PAGE - 1) & ~(uintptr_t)(HUGE_PAGE - 1));
+}
+
+void map_all(struct run *run, size_t data_size)
+{
+	run->mapping_size = run->n_vms * (HUGE_PAGE + data_size) + HUGE_PAGE; /* room to align */
+	run->mapping = map(run->mapping_size);
+}
+
+void unmap_all(struct run *run)
+{
+	munmap(run->mapping, run->mapping_size);
+}
+
+void map_ram(struct run *run, struct vm *vm, size_t data_size)
 {
 	size_t size = HUGE_PAGE + data_size;
-	uintptr_t start;
+	bool huge = run->options->huge;
 
 	vm->data_size = data_size;
-	vm->mapping_size = size + HUGE_PAGE; /* room to align */
-	vm->mapping = mmap(NULL, vm->mapping_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-			   -1, 0);
-	if (vm->mapping == MAP_FAILED)
-		fail(EXIT_NO_ABILITY, "no memory for a guest of %zu MiB: %s", size >> 20, strerror(errno));
-	start = ((uintptr_t)vm->mapping + HUGE_PAGE - 1) & ~(uintptr_t)(HUGE_PAGE - 1);
-	vm->ram = (uint8_t *)start;
+	if (run->mapping != NULL) {
+		vm->ram = aligned(run->mapping) + (size_t)(vm - run->vms) * size;
+	} else {
+		vm->mapping_size = size + HUGE_PAGE; /* room to align */
+		vm->mapping = map(vm->mapping_size);
+		vm->ram = aligned(vm->mapping);
+	}
 	/* A kernel without THP refuses both: right for small pages, and huge ones are checked below. */
 	madvise(vm->ram, size, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
 	populate(vm->ram, size); /* MAP_POPULATE would come before the advice */
@@ -59,7 +93,9 @@ void map_ram(struct vm *vm, size_t data_size, bool huge)
 
 void unmap_ram(struct vm *vm)
 {
-	munmap(vm->mapping, vm->mapping_size);
+	if (vm->mapping != NULL)
+		munmap(vm->mapping, vm->mapping_size);
+	vm->mapping = NULL;
 }
 
 uint8_t *host_address(const struct vm *vm, uint32_t gpa)

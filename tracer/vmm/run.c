@@ -86,9 +86,21 @@ static void *vcpu_thread(void *argument)
 		wait_for(&vcpu->go);
 		if (vcpu->quit)
 			return NULL;
-		run_pass(vcpu);
+		if (vcpu->errand != NULL)
+			vcpu->errand(vcpu->vm->run, vcpu);
+		else
+			run_pass(vcpu);
 		sem_post(&vcpu->done);
 	}
+}
+
+/* Have a vCPU's own thread, which must be idle, do something else than a pass. */
+void on_thread_of(struct vcpu *vcpu, void (*errand)(struct run *run, struct vcpu *vcpu))
+{
+	vcpu->errand = errand;
+	sem_post(&vcpu->go);
+	wait_for(&vcpu->done);
+	vcpu->errand = NULL;
 }
 
 static void start_threads(struct vm *vm)
@@ -163,12 +175,21 @@ static void count(struct run *run)
 	tally->n_guest_ns = total_vcpus(run);
 }
 
+static void end_own_vm(struct run *run, struct vcpu *vcpu)
+{
+	(void)run;
+	unmap_ram(vcpu->vm);
+	destroy_vm(vcpu->vm);
+}
+
 /* Create the VMs, run their passes, destroy them. */
 static void run_vms(struct run *run, unsigned passes)
 {
 	const struct scenario *scenario = run->scenario;
 	uint64_t start = now_ns();
 
+	if (scenario->one_mapping)
+		map_all(run, (scenario->same_pages ? 1 : run->options->vcpus) * working_set_bytes(run));
 	for (unsigned v = 0; v < run->n_vms; v++) {
 		create_vm(run, &run->vms[v]);
 		start_threads(&run->vms[v]);
@@ -183,8 +204,14 @@ static void run_vms(struct run *run, unsigned passes)
 	run->tally.wall_ns += now_ns() - start;
 	count(run);
 	/* In this order, since a thread gives its stack back when it ends, which a live VM's MMU notifiers would see. */
-	for (unsigned v = 0; v < run->n_vms; v++)
-		destroy_vm(&run->vms[v]);
+	if (scenario->one_mapping)
+		unmap_all(run);
+	for (unsigned v = 0; v < run->n_vms; v++) {
+		if (scenario->ended_by_vcpu)
+			on_thread_of(&run->vms[v].vcpus[0], end_own_vm);
+		else
+			destroy_vm(&run->vms[v]);
+	}
 	for (unsigned v = 0; v < run->n_vms; v++)
 		stop_threads(&run->vms[v]);
 }

@@ -13,6 +13,7 @@
 #define CR0_WP 0x10000u
 #define CR0_PG 0x80000000u
 #define CR4_PAE 0x20u
+#define CR4_PGE 0x80u
 #define EFER_LME 0x100u
 #define EFER_LMA 0x400u
 #define RFLAGS_RESERVED 0x2u
@@ -95,6 +96,18 @@ static void set_mode(struct vcpu *vcpu, bool paging)
 		sregs.cr4 |= CR4_PAE;
 		sregs.efer |= EFER_LME | EFER_LMA;
 	}
+	if (ioctl(vcpu->fd, KVM_SET_SREGS, &sregs) < 0)
+		fail(EXIT_GUEST_FAILED, "KVM_SET_SREGS: %s", strerror(errno));
+}
+
+/* A bit that no guest of ours looks at: KVM resets the vCPU's MMU all the same. */
+void flip_cr4_pge(struct vcpu *vcpu)
+{
+	struct kvm_sregs sregs;
+
+	if (ioctl(vcpu->fd, KVM_GET_SREGS, &sregs) < 0)
+		fail(EXIT_GUEST_FAILED, "KVM_GET_SREGS: %s", strerror(errno));
+	sregs.cr4 ^= CR4_PGE;
 	if (ioctl(vcpu->fd, KVM_SET_SREGS, &sregs) < 0)
 		fail(EXIT_GUEST_FAILED, "KVM_SET_SREGS: %s", strerror(errno));
 }

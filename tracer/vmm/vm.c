@@ -66,6 +66,7 @@ void create_vm(struct run *run, struct vm *vm)
 	unsigned sets = scenario->same_pages ? 1 : run->options->vcpus;
 
 	memset(vm, 0, sizeof(*vm));
+	vm->run = run;
 	vm->smm = ioctl(run->kvm, KVM_CHECK_EXTENSION, KVM_CAP_X86_SMM) > 0;
 	if (scenario->smm == SMM_REQUIRED && !vm->smm)
 		fail(EXIT_NO_ABILITY, "scenario %s needs SMM: this KVM has none (use a kernel with CONFIG_KVM_SMM=y, "
@@ -76,7 +77,7 @@ void create_vm(struct run *run, struct vm *vm)
 	/* Intel's KVM wants three pages of its own; AMD's takes the call and does nothing. */
 	if (ioctl(vm->fd, KVM_SET_TSS_ADDR, TSS_GPA) < 0)
 		fail(EXIT_GUEST_FAILED, "KVM_SET_TSS_ADDR: %s", strerror(errno));
-	map_ram(vm, sets * working_set_bytes(run), run->options->huge);
+	map_ram(run, vm, sets * working_set_bytes(run));
 	program.mmio_stores = run->options->mmio;
 	program.cr4_bit = program.toggle == TOGGLE_CR4 ? cr4_bit_named(run->options->bit) : 0;
 	write_guest(vm, &program, run->options->trees);

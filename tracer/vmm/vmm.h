@@ -63,8 +63,10 @@ struct guest_program {
 	unsigned mmio_stores;
 	bool ends_by_mmio;    /* a pass ends by a store to the doorbell instead of an OUT */
 	bool passes_in_guest; /* all passes without an exit between them */
+	bool loads;           /* the guest only reads its working set */
 };
 
+struct run;
 struct vm;
 
 struct vcpu {
@@ -77,6 +79,7 @@ struct vcpu {
 	sem_t go, done;
 	bool quit;
 	bool smi_due; /* inject an SMI just before the next entry */
+	void (*errand)(struct run *run, struct vcpu *vcpu); /* instead of the next pass; see on_thread_of */
 	unsigned pass;
 	uint64_t guest_ns; /* wall time inside KVM_RUN */
 	uint64_t smis, io_exits, mmio_exits;
@@ -84,8 +87,9 @@ struct vcpu {
 
 struct vm {
 	int fd;
+	struct run *run;
 	bool smm;         /* this KVM has SMM, and with it a second address space */
-	uint8_t *mapping; /* host memory as mapped, unaligned */
+	uint8_t *mapping; /* host memory as mapped, unaligned; NULL where it lies in run->mapping */
 	size_t mapping_size;
 	uint8_t *ram;     /* 2 MiB aligned: the low slot, then the data slot */
 	size_t data_size; /* bytes in the data slot, a multiple of 2 MiB */
@@ -109,6 +113,8 @@ struct run {
 	int kvm; /* /dev/kvm */
 	struct vm vms[MAX_VMS];
 	unsigned n_vms;
+	uint8_t *mapping; /* where one mapping holds the memory of all VMs, one after another */
+	size_t mapping_size;
 	struct tally tally;
 };
 
@@ -126,6 +132,8 @@ struct scenario {
 	bool together;        /* after the first pass vCPUs run at the same time; otherwise always in turns */
 	bool same_pages;      /* all vCPUs touch the same pages */
 	bool growing;         /* pass k touches k times the pages */
+	bool one_mapping;     /* the memory of all VMs is one mapping, unmapped at once while they live */
+	bool ended_by_vcpu;   /* the first vCPU's thread unmaps the VM's memory, then destroys the VM */
 	/* Called between passes with all vCPUs stopped; `pass` counts the passes done so far, from 1. */
 	void (*between)(struct run *run, unsigned pass);
 	const char *choices; /* what --bit or --how may be, separated by | */
@@ -142,9 +150,12 @@ void print_result(const struct run *run);
 _Noreturn void fail(enum exit_code code, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
 /* memory.c */
-void map_ram(struct vm *vm, size_t data_size, bool huge);
+void map_all(struct run *run, size_t data_size); /* one mapping for all VMs, from which map_ram then takes */
+void unmap_all(struct run *run);
+void map_ram(struct run *run, struct vm *vm, size_t data_size);
 void unmap_ram(struct vm *vm);
 void populate(uint8_t *start, size_t size); /* makes every page present and writable in the host; clears it */
+void touch(uint8_t *start, size_t size);    /* the same, but leaves what is in it */
 uint8_t *host_address(const struct vm *vm, uint32_t gpa);
 
 /* vm.c */
@@ -157,6 +168,7 @@ unsigned slot_limit(const struct vm *vm);
 
 /* vcpu.c */
 void create_vcpu(struct run *run, struct vm *vm, unsigned index);
+void flip_cr4_pge(struct vcpu *vcpu);
 void destroy_vcpu(struct vcpu *vcpu);
 uint32_t cr4_bit_named(const char *name);
 
@@ -166,6 +178,7 @@ void write_guest(const struct vm *vm, const struct guest_program *program, unsig
 /* run.c */
 uint64_t now_ns(void);
 void run_scenario(struct run *run);
+void on_thread_of(struct vcpu *vcpu, void (*errand)(struct run *run, struct vcpu *vcpu));
 
 /* changes.c: what a scenario changes between passes */
 void smi_to_all(struct run *run, unsigned pass);
@@ -175,5 +188,8 @@ void move_slot(struct run *run, unsigned pass);
 void create_slot(struct run *run, unsigned pass);
 void notify(struct run *run, unsigned pass);
 void toggle_dirty_log(struct run *run, unsigned pass);
+void act_for_others(struct run *run, unsigned pass);
+void notify_all(struct run *run, unsigned pass);
+void write_to_second(struct run *run, unsigned pass);
 
 #endif

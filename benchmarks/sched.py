@@ -1,0 +1,117 @@
+"""What recording the time that vCPUs did not get costs everybody: the two programs on the scheduler's tracepoints.
+
+    python -m benchmarks.sched [--rounds 5] [--switches 200000] [--json]
+
+Two processes that are no vCPUs pass one byte to and fro on one CPU, which is nothing but wake-ups and switches: with no
+program, and with the recorder's two attached and a VM running. Beside it stands what the kernel itself measured for one
+run of each program (kernel.bpf_stats_enabled), whoever was switched. Needs root and a KVM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from tracer import vmm
+from tracer.bpf import Probes
+from tracer.btf import libbpf
+from traces.errors import Problem
+
+PROGRAMS = ("sched_switched", "sched_woken")
+BPF_STATS = Path("/proc/sys/kernel/bpf_stats_enabled")
+_INFO_SIZE, _RUN_NS, _RUNS = 224, 192, 200  # struct bpf_prog_info: run_time_ns, run_cnt
+
+
+def ping_pong(switches: int, cpu: int) -> float:
+    """Seconds for so many switches between two processes on one CPU."""
+    (to, at), (back, there) = os.pipe(), os.pipe()
+    if (child := os.fork()) == 0:
+        os.sched_setaffinity(0, {cpu})
+        while os.read(to, 1):
+            os.write(there, b"x")
+        os._exit(0)
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {cpu})
+    os.close(to)
+    began = time.perf_counter()
+    for _ in range(switches // 2):
+        os.write(at, b"x")
+        os.read(back, 1)
+    seconds = time.perf_counter() - began
+    os.sched_setaffinity(0, allowed)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    for fd in (at, back, there):
+        os.close(fd)
+    return seconds
+
+
+def kernel_counted(probes: Probes) -> dict[str, tuple[int, int]]:
+    """{program: (ns, runs)} as the kernel has it."""
+    found = {}
+    for name in PROGRAMS:
+        info, size = ctypes.create_string_buffer(_INFO_SIZE), ctypes.c_uint32(_INFO_SIZE)
+        function = probes.function(name)
+        if libbpf().bpf_obj_get_info_by_fd(function, info, ctypes.byref(size)):
+            raise Problem(f"the kernel does not tell about {name}")
+        ns, runs = (int.from_bytes(info.raw[at:][:8], sys.byteorder) for at in (_RUN_NS, _RUNS))
+        found[name] = (ns, runs)
+    return found
+
+
+def measure(rounds: int, switches: int) -> dict[str, Any]:
+    """Medians over the rounds, each bare and then with the programs."""
+    cpu = max(os.sched_getaffinity(0))
+    bare, recorded = [], []
+    with ExitStack() as stack:
+        probes = Probes(frozenset({"sched_in"}), os.cpu_count() or 1, 1 << 20)
+        stack.callback(probes.close)
+        before = BPF_STATS.read_text()
+        stack.callback(BPF_STATS.write_text, before)
+        guest = subprocess.Popen([vmm.binary(), "roots", "--loops", "1000000000"], stdout=subprocess.DEVNULL)
+        stack.callback(guest.wait)
+        stack.callback(guest.kill)
+        for _ in range(rounds):
+            bare.append(ping_pong(switches, cpu))
+            probes.attach()
+            recorded.append(ping_pong(switches, cpu))
+            probes.detach()
+        BPF_STATS.write_text("1")
+        probes.attach()
+        ping_pong(switches, cpu)
+        probes.detach()
+        counted = kernel_counted(probes)
+    return {
+        "schema": 1,
+        "switch_ns": round(statistics.median(bare) / switches * 1e9),
+        "recorded_switch_ns": round(statistics.median(recorded) / switches * 1e9),
+        "program_ns": {name: round(ns / max(runs, 1)) for name, (ns, runs) in counted.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--switches", type=int, default=200_000)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    found = measure(arguments.rounds, arguments.switches)
+    if arguments.json:
+        print(json.dumps(found))
+        return
+    print(f"a wake-up and a switch: {found['switch_ns']:,} ns bare, {found['recorded_switch_ns']:,} ns recorded")
+    for name, ns in found["program_ns"].items():
+        print(f"one run of {name}: {ns:,} ns")
+
+
+if __name__ == "__main__":
+    main()
