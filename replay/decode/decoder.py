@@ -806,7 +806,7 @@ class Decoder:
             why = _BY_MSR_WRITE if value & 0xF == 1 else _BY_OTHER
         vcpu[v].opened = vcpu[v].left = self._at
         vcpu[v].why = why
-        vcpu[v].left_by_io = why == _BY_IO
+        vcpu[v].left_by_io = 1 if why == _BY_IO else 0
         if self._valued:
             return
         # Where the kernel unloads for the usual write, no reset means that nothing of the kind was written.
