@@ -1,5 +1,5 @@
 # make demo and make test do all the set-up they need; see README.md.
-.PHONY: setup demo test lab-test lint check ci-example bench corpus clean
+.PHONY: setup demo quick test lab-test lint check ci-example bench corpus clean
 
 PYTHON := .venv/bin/python
 
@@ -9,9 +9,17 @@ setup:
 demo: setup
 	@scripts/demo
 
-# Unit tests, and recordings of this machine's own KVM where it has one (root).
+# On all CPUs; tests of one xdist group run one after the other.
+PYTEST := $(PYTHON) -m pytest --dist loadgroup -n
+
+# Within a minute: lint, types, and the tests that need nothing of the machine and not much time.
+quick: lint
+	$(PYTEST) auto --hypothesis-profile quick -m "not (lab or live or kvm or browser or corpus or slow)"
+
+# All tests but the lab's, with recordings of this machine's own KVM where it has one (root): one worker more than there
+# are CPUs, for the one that records waits half of its time.
 test: setup
-	$(PYTHON) -m pytest -m "not lab"
+	$(PYTEST) $$(($$(nproc) + 1)) -m "not lab"
 
 # Real kernels under QEMU's emulation: fetched, booted, recorded, compared with the recordings we ship.
 lab-test: setup
@@ -21,6 +29,7 @@ lint: setup
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+	.venv/bin/lint-imports --no-cache
 
 # What CI runs.
 check: lint test lab-test ci-example
@@ -35,6 +44,7 @@ bench: setup
 	$(PYTHON) -m benchmarks.record
 	$(PYTHON) -m benchmarks.replay
 	$(PYTHON) -m benchmarks.report
+	$(PYTHON) -m benchmarks.whole_commands
 
 # Record traces/corpus anew: every scenario on every kernel of the lab.
 corpus: setup

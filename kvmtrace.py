@@ -146,6 +146,27 @@ def _tell(line: str) -> None:
         print(line, file=sys.stderr)
 
 
+@app.command(
+    epilog="Examples: kvmtrace kernels | kvmtrace kernels 6.1.20 | kvmtrace kernels 5.15 6.12"
+    " | kvmtrace kernels 7.x --json"
+)
+def kernels(
+    version: Annotated[str, typer.Argument(help="A kernel version, such as 5.15, 6.1.20 or 7.x.")] = "",
+    other: Annotated[str, typer.Argument(metavar="VERSION", help="A second one: what changed from the first.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Say what a kernel's MMU does with roots, or what changed between two versions, with commits."""
+    from traces.kernels import describe
+
+    document, text = (
+        describe.two(version, other) if other else describe.one(version) if version else describe.every_change()
+    )
+    if as_json:
+        print_json(document)
+    else:
+        print(text, end="")
+
+
 @app.command(epilog="Example: kvmtrace recover stall.kvmt")
 def recover(
     directory: Annotated[Path, typer.Argument(help="What a killed recorder left: NAME.kvmt.")],
@@ -209,25 +230,14 @@ def synth(
     as_json: Json = False,
 ) -> None:
     """Write a synthetic trace for benchmarks and what-ifs; its metadata says that nobody recorded it."""
-    import time
-
     from traces.synth import Parameters, synthesize
-
-    shown = time.monotonic()
-
-    def progress(rows: int) -> None:
-        nonlocal shown
-        if time.monotonic() - shown >= 1:
-            shown = time.monotonic()
-            print(f"\r{rows:,} events", end="", file=sys.stderr, flush=True)
 
     parameters = Parameters(
         policy=policy, vms=vms, vcpus=vcpus, smi_rate=smi_rate, working_set=working_set, memory=_size(memory),
         locality=locality, page_size=page_size, memslot_rate=memslot_rate, exit_rate=exit_rate,
         cr0_wp_rate=cr0_wp_rate, reset_on=reset_on, duration=duration, events=events, zap_rows=zap_rows, seed=seed,
     )  # fmt: skip
-    terminal = sys.stderr.isatty()
-    summary = synthesize(out, parameters, progress if terminal else None)
+    summary = synthesize(out, parameters)
     if as_json:
         settled = parameters.settled().document()
         print_json({
@@ -235,10 +245,7 @@ def synth(
         })  # fmt: skip
         return
     each = summary.size / max(summary.events, 1)
-    start = "\r" if terminal else ""
-    print(
-        f"{start}{summary.path}: {summary.events:,} events, {summary.size:,} bytes ({each:.2f} each)", file=sys.stderr
-    )
+    print(f"{summary.path}: {summary.events:,} events, {summary.size:,} bytes ({each:.2f} each)", file=sys.stderr)
 
 
 @app.command(epilog="Example: kvmtrace info stall.parquet --json")

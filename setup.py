@@ -8,9 +8,10 @@ FLAGS = ["-O3", "-fno-tree-slp-vectorize"]
 COMPILED = (
     "replay/decode/decoder.py",
     "replay/decode/inferred.py",
+    "replay/decode/rip_runs.py",
     "replay/decode/timeline.py",
     "replay/simulate/core.py",
-    "replay/simulate/specialize.py",
+    "replay/decode/specialize.py",
     "replay/timing/lock_waits.py",
     "replay/timing/steal.py",
 )

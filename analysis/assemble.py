@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,8 +16,8 @@ from analysis.sources import Policy, Recording, Result
 from analysis.trust import trust
 from analysis.units import Unit
 from analysis.validation import Validated
-from replay import kernels
 from replay.run import PROMISED
+from traces import kernels
 from traces.errors import Problem
 from traces.text import printable
 
@@ -135,10 +136,17 @@ def assemble(
     validation: Validated | str,
     *,
     remarks: tuple[str, ...] = (),
+    drawn: Iterable[Query[Recording]] = (),
     gates: Callable[[Figures], Iterable[Check]] = lambda _: (),
     step: Callable[[str], None] = lambda _: None,
 ) -> Report:
-    """The report of one source, or of both a recording and its replay. `step` is told what is being asked."""
+    """The report of one source, or of both a recording and its replay.
+
+    `drawn`: queries of the recording that the report's format will make besides. `step` is told what is being asked.
+    """
+    if recording is not None:
+        step("rows")
+        _read(recording, [*(part.query for part in _OF_RECORDING), *drawn])
     tables, unanswered = [], []
     for part, source in [*((p, result) for p in _OF_RESULT), *((p, recording) for p in _OF_RECORDING)]:
         if source is None:
@@ -165,6 +173,12 @@ def assemble(
         recording=recording,
         result=result,
     )
+
+
+def _read(recording: Recording, queries: Iterable[Query[Any]]) -> None:
+    """One pass over the rows for all that queries will ask of them."""
+    with suppress(Problem):  # of a damaged file each query says so itself
+        recording.ask(*(question for query in queries for question in query.questions(recording)))
 
 
 def _table(part: _Part, source: Recording | Result) -> Table:

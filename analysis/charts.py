@@ -17,8 +17,9 @@ from analysis.marks import above, axis, colour, in_hex, time_axis, tip, unit_of,
 from analysis.queries import drawn, recorded, replayed
 from analysis.report import Column, Report
 from analysis.sources import Recording, Result
-from analysis.units import Unit, duration, share
+from analysis.units import Unit, share
 from traces.errors import Problem
+from traces.units import duration
 
 _POINTS: Final = 4000  # of one chart
 _VCPUS: Final = 8
@@ -34,6 +35,7 @@ _KINDS: Final = {
 }
 _OF_KIND: Final = ("#3f9a6c", "#d9772b", "#b5478f", "#8b93a1")
 _STALL: Final = "#d33a3a"
+OF_ROWS: Final = (recorded.lives, drawn.fills, drawn.heat)  # what is asked of a recording's rows
 
 
 @dataclass(frozen=True)
@@ -340,9 +342,11 @@ def heat(recording: Recording) -> Picture | None:
         return None
     vm = fine.group_by("vm").agg(pl.col("installs").sum()).sort("installs", "vm", descending=[True, False])["vm"][0]
     fine = fine.filter(vm=vm)
-    if len(fine) > _POINTS:
-        fine = drawn.heat(recording, parts=_POINTS // drawn.ROWS).collect(engine="streaming").filter(vm=vm)
     begin, end = recorded_time.during(recording.trace)[vm]
+    if len(fine) > _POINTS:
+        width = 2 * pl.col("length_ns")
+        two = fine.with_columns(time=begin + (pl.col("time") - begin) // width * width, length_ns=width)
+        fine = two.group_by("time", "length_ns", "gfn", "pages").agg(pl.col("installs").sum()).sort("time", "gfn")
     unit, name = unit_of(end - begin)
     pages = int(fine["pages"][0])
     cells = fine.with_columns(

@@ -49,12 +49,17 @@ def report(
     ] = None,
 ) -> None:
     """Say what a recording or a replay comes to: verdict, what it rests on, policies, causes, worst windows, gfns."""
+    import os
     from contextlib import ExitStack
 
+    # What is asked of rows is asked of a quarter of a million at a time: a second thread of polars's would mostly wait
+    # (a tenth of the CPU time, 20 MiB). polars reads this when it is imported, which nothing has done yet.
+    os.environ.setdefault("POLARS_MAX_THREADS", "1")
+
     from analysis import gates
-    from analysis.formats import renderer
-    from analysis.progress import Progress
+    from analysis.formats import drawn, renderer
     from analysis.reporting import Wanted, exit_code, reported
+    from traces.progress import Progress
 
     render = renderer(format_)
     wanted = Wanted(
@@ -63,13 +68,13 @@ def report(
         validate=validate,
         gates=tuple(map(gates.parse, fail_on or ())),
         baseline=gates.load_baseline(baseline) if baseline else None,
+        drawn=drawn(format_),
     )
-    progress = Progress()
     with ExitStack() as stack:
-        stack.callback(progress.close)
-        reports = [stack.enter_context(reported(path, wanted, progress)) for path in files]
-        text = render(*reports)
-        progress.close()
+        with Progress("reading") as progress:
+            reports = [stack.enter_context(reported(path, wanted, progress.say)) for path in files]
+            progress.say(f"writing {format_}")
+            text = render(*reports)
         _write(text, out)
         for one in reports:
             if one.failed and (out or format_ in ("json", "junit")):
@@ -100,12 +105,11 @@ def diff(
     out: Annotated[Path | None, typer.Option("-o", "--output", help="Write to this file, not to stdout.")] = None,
 ) -> None:
     """Compare two recordings or results: vCPU by vCPU, what each difference costs, the dearest first."""
-    from contextlib import closing
     from tempfile import TemporaryDirectory
 
     from analysis.diff import compare, opened
     from analysis.formats import renderer
-    from analysis.progress import Progress
+    from traces.progress import Progress
 
     policies = list(policy or [""])
     if len(policies) > 2:
@@ -114,13 +118,12 @@ def diff(
         raise Problem("diff: there is no gate in it, so that JUnit would always be green: gate with `kvmtrace report`")
     render = renderer(format_)
     remarks: list[str] = []
-    progress = Progress()
-    with TemporaryDirectory(prefix="kvmtrace-") as scratch, closing(progress):
+    with TemporaryDirectory(prefix="kvmtrace-") as scratch, Progress("reading") as progress:
         sides = [
             opened(path, policies[min(number, len(policies) - 1)], Path(scratch) / f"{number}.parquet", remarks)
             for number, path in enumerate((base, new))
         ]
-        progress("comparing")
+        progress.say("comparing")
         text = render(compare(*sides, mark=unlike, remarks=remarks))
     _write(text, out)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from analysis.progress import Progress
 from analysis.queries.registry import named, queries
 from analysis.sources import open_source
 from traces.errors import Problem
+from traces.progress import Progress
 
 
 def listing(path: Path) -> str:
@@ -25,17 +25,14 @@ def listing(path: Path) -> str:
 def csv(path: Path, name: str, out: Path | None) -> None:
     """All rows of a query, streamed to a file or to standard output; null is empty."""
     query = named(name)
-    progress = Progress()
     rows = query(open_source(path))
-    progress(f"query {name}")
     try:
-        rows.sink_csv(sys.stdout.buffer if out is None else out, engine="streaming")
+        with Progress(f"query {name}"):
+            rows.sink_csv(sys.stdout.buffer if out is None else out, engine="streaming")
     except OSError as error:
         if "Broken pipe" in str(error):  # polars raises it without its number: whoever read has enough
             raise BrokenPipeError from None
         raise Problem(f"{out or 'standard output'}: cannot be written: {error.strerror or error}") from None
-    finally:
-        progress.close()
 
 
 def perfetto(path: Path, out: Path) -> None:
@@ -43,11 +40,7 @@ def perfetto(path: Path, out: Path) -> None:
     from analysis.perfetto import export
 
     source = open_source(path)
-    progress = Progress()
-    try:
-        remarks = export(source, out, lambda rows: progress(f"{out}: {rows:,} rows"))
-    finally:
-        progress.close()
+    remarks = export(source, out)
     for remark in remarks:
         print(f"kvmtrace: {path}: {remark}", file=sys.stderr)
     print(f"{out}: {out.stat().st_size:,} bytes", file=sys.stderr)

@@ -6,13 +6,12 @@ All of it comes of one pass over a VM's rows: the one that replays it, where a r
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.units import duration
 from replay.decode.batch import Batch
 from replay.decode.capabilities import Capabilities
 from replay.decode.inputs import Ints
@@ -22,10 +21,10 @@ from replay.decode.vm_inputs import dense_numbers, vcpu_ids
 from replay.timing.measure import Measured, SpanTimes
 from replay.timing.measured_vm import measure_vm
 from replay.timing.stalls import Rule, Stall, stalls
-from replay.timing.stuck_rip import RipRun, longest_runs
 from replay.timing.timed_run import VmTime
 from traces.errors import Problem
 from traces.reader import Trace
+from traces.units import duration
 
 PARTS: Final = 400  # of a VM's time
 COLUMNS: Final = ("seq", "time", "vcpu", "tid", "kind", "root", "role", "code", "rip", "addr", "flags")
@@ -66,11 +65,6 @@ class RecordedTime:
         """ns by vCPU (dense), part of the time, and VcpuState."""
         parts: NDArray[np.int64] = self.timeline.parts
         return parts[: len(self.ids), :PARTS]
-
-    @property
-    def runs(self) -> list[RipRun]:
-        """Each vCPU's longest run of exits at one RIP."""
-        return [replace(run, vcpu=self.ids[run.vcpu]) for run in longest_runs(self.timeline.runs)]
 
     def stalls(self, rule: Rule) -> dict[int, list[Stall]]:
         """Soft-hangs by vCPU id. Guest time is without the switch; where that is not known, there is none."""

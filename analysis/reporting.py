@@ -11,6 +11,7 @@ from typing import Final
 
 from analysis.assemble import assemble
 from analysis.gates import Figures, Gate, check
+from analysis.queries.registry import Query
 from analysis.report import Check, Report
 from analysis.sources import Recording, Result, open_source
 from analysis.validation import Validated, validated
@@ -21,13 +22,14 @@ UNVALIDATED: Final = "not done: --validate holds the recording against the model
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked of each file."""
+    """What is asked of each file. `drawn`: queries of a recording that the format makes besides the tables'."""
 
     policies: tuple[str, ...] = ()
     replay: bool = True
     validate: bool = False
     gates: tuple[Gate, ...] = ()
     baseline: Figures | None = None
+    drawn: tuple[Query[Recording], ...] = ()
 
 
 @contextmanager
@@ -49,14 +51,14 @@ def reported(path: Path, wanted: Wanted, step: Callable[[str], None] = lambda _:
                 _replayed(source, wanted, Path(scratch) / "result.parquet", remarks, step) if wanted.replay else None
             )
         asked = wanted.validate or any(gate.column == "fidelity" for gate in wanted.gates)
-        step("")  # it shows its own progress
+        step(f"validating {path}")
         validation = _validated(recording) if asked else UNVALIDATED
 
         def checks(figures: Figures) -> Iterator[Check]:
             return check(wanted.gates, figures, wanted.baseline)
 
         yield assemble(
-            recording, result, validation, remarks=tuple(remarks), gates=checks,
+            recording, result, validation, remarks=tuple(remarks), drawn=wanted.drawn, gates=checks,
             step=lambda query: step(f"{path}: query {query}"),
         )  # fmt: skip
 
@@ -78,7 +80,7 @@ def recording_of(result: Result, remarks: list[str]) -> Recording | None:
 def _replayed(
     recording: Recording, wanted: Wanted, path: Path, remarks: list[str], step: Callable[[str], None]
 ) -> Result | None:
-    step("")  # it shows its own progress
+    step(f"replaying {recording.path}")
     try:
         return replayed_under(recording, wanted.policies, path)
     except Problem as problem:

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from polars.io.plugins import register_io_source
 
+from analysis import rows
 from analysis.recorded_time import RecordedTime, recorded_times
 from replay.result import KEY, SCHEMA
 from replay.timing.stuck_rip import RipRun
@@ -40,7 +41,8 @@ class Recording:
         self.path = trace.path
         meta = trace.metadata
         watched = {str(probe.get("kind")) for probe in meta.probes if probe.get("how") != "none"}
-        self.kinds = frozenset(watched | {kind for kind, rows in meta.kinds.items() if rows})
+        self.kinds = frozenset(watched | {kind for kind, count in meta.kinds.items() if count})
+        self._answers: dict[str, pl.DataFrame] = {}
 
     @classmethod
     def open(cls, path: Path | str) -> Recording:
@@ -59,6 +61,16 @@ class Recording:
     def scan(self) -> pl.LazyFrame:
         """Its rows, after each row group was checked."""
         return self.trace.scan()
+
+    def ask(self, *questions: rows.Question) -> list[pl.DataFrame]:
+        """The answers to questions about its rows, in one pass for those that were not asked before.
+
+        Raises Problem where the trace is damaged.
+        """
+        new = {question.name: question for question in questions if question.name not in self._answers}
+        if new:
+            self._answers |= dict(zip(new, rows.ask(self.trace, list(new.values())), strict=True))
+        return [self._answers[question.name] for question in questions]
 
     def need(self, kinds: Iterable[str], what: str) -> None:
         """Raise Problem unless these kinds of event were watched."""
@@ -167,7 +179,7 @@ class Result:
     def scan(self) -> pl.LazyFrame:
         """Its rows, all columns of this version; those that an older one lacks are null."""
 
-        def rows(
+        def frames(
             columns: list[str] | None, predicate: pl.Expr | None, limit: int | None, _size: int | None
         ) -> Iterator[pl.DataFrame]:
             left = limit
@@ -186,7 +198,7 @@ class Result:
                     return
 
         schema = {field.name: pl.String() if field.name in _TEXTS else _polars(field) for field in SCHEMA}
-        return register_io_source(rows, schema=schema, validate_schema=True, is_pure=True)
+        return register_io_source(frames, schema=schema, validate_schema=True, is_pure=True)
 
     def batches(self, columns: Collection[str] | None = None) -> Iterator[pa.RecordBatch]:
         """Its rows as validated batches of these columns (all by default); dictionaries become text."""
@@ -314,7 +326,7 @@ def _flag(document: Mapping[str, Any], key: str) -> bool:
 
 
 def _policy(document: Mapping[str, Any]) -> Policy:
-    axes = _object(document, "axes")
+    parameters = _object(document, "parameters" if "parameters" in document else "axes")  # the latter until 1.1
     return Policy(
         _text(document, "name"),
         _text(document, "kernel"),
@@ -323,7 +335,7 @@ def _policy(document: Mapping[str, Any]) -> Policy:
         tuple(_list(document, "bounds", str)),
         tuple(_list(document, "open", str)),
         _text(document, "assumes"),
-        _flag(axes, "own_reference") and _text(axes, "mmu") == "tdp",
+        _flag(parameters, "own_reference") and _text(parameters, "mmu") == "tdp",
     )
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from analysis.sources import Recording, Result
-from analysis.units import duration
 from analysis.validation import Validated
 from traces.metadata import Metadata
+from traces.units import duration
 
 _SHOWN: Final = 3
 _MAIN: Final = ("fault", "switch", "created")  # the costs that most of a refill goes on

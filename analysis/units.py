@@ -6,6 +6,7 @@ from enum import Enum
 from typing import Any, Final
 
 from traces.text import printable
+from traces.units import duration
 
 NONE: Final = "-"  # not known, or not applicable; never 0
 _SPAN: Final = " .. "
@@ -57,15 +58,6 @@ def span(low: Any, high: Any, unit: Unit, *, signed: bool = False) -> str:
     """An interval, or the one value that both its ends are."""
     least, most = shown(low, unit, signed=signed), shown(high, unit, signed=signed)
     return least if least == most else least + _SPAN + most
-
-
-def duration(ns: int) -> str:
-    """Three figures, in the unit that fits."""
-    for unit, one in (("s", 10**9), ("ms", 10**6), ("us", 10**3)):
-        if abs(ns) >= one:
-            value = ns / one
-            return f"{value:.{2 if abs(value) < 10 else 1 if abs(value) < 100 else 0}f} {unit}"
-    return f"{ns} ns"
 
 
 def size(count: int) -> str:

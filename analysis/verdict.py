@@ -10,12 +10,13 @@ import polars as pl
 
 from analysis.queries import replayed
 from analysis.sources import Recording, Result
-from analysis.units import Unit, duration, shown, span
+from analysis.units import Unit, shown, span
 from replay.result import SPENT
 from replay.simulate.operations import Cause
 from replay.timing.soft_hangs import SoftHang
 from replay.timing.time_text import base_of, compared, stuck_lines
 from replay.timing.timed_run import VcpuTime
+from traces.units import duration
 
 _Ends = dict[str, tuple[VcpuTime, VcpuTime]]
 _STUCK_SHOWN: Final = 2

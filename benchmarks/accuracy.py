@@ -19,14 +19,13 @@ import polars as pl
 from replay import bounds, plan, run
 from replay.bounds import Count
 from replay.decode.capabilities import Capabilities
+from traces.kernels.spte import LARGE
 from traces.reader import Trace
 
 ROOT: Final = Path(__file__).parents[1]
 CORPUS: Final = ROOT / "traces" / "corpus"
 DOCUMENT: Final = ROOT / "docs" / "foretelling.md"
 COUNTS: Final = ("roots", "tables", "installs", "first touches", "zaps")
-_PRESENT: Final = 1 << 11
-_LARGE: Final = 1 << 7
 
 
 @dataclass(frozen=True)
@@ -66,13 +65,11 @@ class Cell:
 # Why a count differs, and where it may.
 REASONS: Final = {
     "A": "MMIO SPTEs go with their table and are not counted as leaves by KVM; the model counts each as a leaf.",
-    "B": "From 7.x on the end of dirty logging puts the huge leaf back in place of the table: no fault follows. The "
-    "model removes the table, as kernels to 6.12 do, and the next touch is a fault.",
-    "C": "5.10 drops a table with a range that covers it. A recording of 5.10 does not show what the host removed, "
+    "B": "5.10 drops a table with a range that covers it. A recording of 5.10 does not show what the host removed, "
     "and from the shadow MMU's, which removes leaves only, it cannot be inferred.",
-    "D": "`all` takes each root built to be needed whole. The last toggle of these scenarios comes after the last "
+    "C": "`all` takes each root built to be needed whole. The last toggle of these scenarios comes after the last "
     "pass: the root built for it is hardly touched. The interval without `--refault` holds what happened.",
-    "E": "Words of 5.10 have CR0.WP and EFER.NX, and a page is touched first under each word. The upper end has one "
+    "D": "Words of 5.10 have CR0.WP and EFER.NX, and a page is touched first under each word. The upper end has one "
     "word, to which all that the recorded root had mapped goes.",
 }
 
@@ -80,12 +77,11 @@ REASONS: Final = {
 def reason(direction: Direction, scenario: str, count: str) -> str:
     """The key of why this count may be off; empty where it must not be."""
     if direction.target == "5.10" and direction.refault == "all" and count == "first touches" and "toggle" in scenario:
-        return "E"
+        return "D"
     rules = (
         ("A", scenario == "mmio" and count == "zaps"),
-        ("B", direction.target == "7.x" and scenario == "dirty-log-huge" and count == "installs"),
-        ("C", direction.source == "5.10-shadow" and scenario.startswith("notifier") and count == "tables"),
-        ("D", direction.refault == "all" and "toggle" in scenario and count in ("tables", "installs", "zaps")),
+        ("B", direction.source == "5.10-shadow" and scenario.startswith("notifier") and count == "tables"),
+        ("C", direction.refault == "all" and "toggle" in scenario and count in ("tables", "installs", "zaps")),
     )
     return next((key for key, holds in rules if holds), "")
 
@@ -162,11 +158,12 @@ def recorded(name: str) -> dict[str, int | None]:
     capabilities = _evidence(name)
     trace = capabilities.trace
     rows = trace.scan().with_columns(pl.col("kind").cast(pl.String)).sort("seq")
+    there = capabilities.kernel.vendor.fault.present
     kind = pl.col("kind")
     built = rows.filter(kind == "kvm_mmu_get_page", pl.col("flags") & 1 == 1, pl.col("root") == 0)
     set_ = kind.is_in(["kvm_mmu_set_spte", "mark_mmio_spte"])
     request = pl.when(kind == "kvm_mmu_spte_requested").then(pl.col("gfn")).forward_fill().over("tid")
-    present = pl.when(kind == "kvm_page_fault").then(pl.col("code") & 1 == 1).forward_fill().over("tid")
+    present = pl.when(kind == "kvm_page_fault").then(pl.col("code") & there != 0).forward_fill().over("tid")
     level = pl.when(kind == "mark_mmio_spte").then(pl.lit(1, pl.Int8)).otherwise(pl.col("level"))
     size = level.replace_strict({1: 1, 2: 1 << 9, 3: 1 << 18}, default=1, return_dtype=pl.Int64)
     role = (
@@ -196,13 +193,13 @@ def recorded(name: str) -> dict[str, int | None]:
     installs = int((~sets["present"] | sets["first"] | sets["other"]).sum())
     zaps: int | None = None
     if capabilities.has("kvm_tdp_mmu_spte_changed") and not capabilities.shadow:
-        spte = trace.metadata.raw["layout"]["spte"]
-        gone = [0, spte["nonpresent"], spte["frozen"]]
+        spte = capabilities.kernel.spte
+        gone = [0, spte.nonpresent, spte.frozen]
         leaf = pl.col("level") == 1
         changed = rows.filter(kind == "kvm_tdp_mmu_spte_changed")
-        was = ~pl.col("old").is_in(gone) & (leaf | (pl.col("old") & _LARGE != 0))
-        now = ~pl.col("new").is_in(gone) & (leaf | (pl.col("new") & _LARGE != 0))
-        zaps = changed.filter(was, pl.col("old") & _PRESENT != 0, pl.col("new").is_in(gone)).collect().height
+        was = ~pl.col("old").is_in(gone) & (leaf | (pl.col("old") & LARGE != 0))
+        now = ~pl.col("new").is_in(gone) & (leaf | (pl.col("new") & LARGE != 0))
+        zaps = changed.filter(was, pl.col("old") & spte.present != 0, pl.col("new").is_in(gone)).collect().height
         installs = changed.filter(now, pl.col("old").is_in(gone)).collect().height
     return {
         "roots": trace.metadata.root_count,
@@ -213,6 +210,7 @@ def recorded(name: str) -> dict[str, int | None]:
     }
 
 
+@cache
 def table(direction: Direction) -> dict[str, dict[str, Cell]]:
     """Each scenario's cells."""
     found = {}

@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from replay import kernels
 from replay.decode.capabilities import Capabilities
 from replay.whatif import questions, range_zaps
-from replay.whatif.answers import Answer, Asked, count, parse, time
+from replay.whatif.answers import Answer, Asked, count, parse
 from replay.whatif.workload import Workload
+from traces.kernels.changes import CHANGES, FIRST
+from traces.kernels.fold import since
 from traces.reader import Trace
 from traces.synth import Parameters, synthesize
+from traces.units import duration
 
 ROOT: Final = Path(__file__).parents[1]
 CORPUS: Final = ROOT / "traces" / "corpus"
@@ -129,8 +131,9 @@ def document(found: list[Found]) -> str:
 
 def _stands(axis: str) -> Iterator[str]:
     told = []
-    for variant in dict.fromkeys(getattr(design, axis) for _, design, _ in kernels.DESIGNS):
-        told.append(f"`{variant}` from {kernels.since(axis, variant)}")
+    values = [getattr(FIRST, axis), *(change.fields[axis] for change in CHANGES if axis in change.fields)]
+    for variant in dict.fromkeys(values):
+        told.append(f"`{variant}` from {since(axis, variant)}")
     yield from _filled(f"`kvmtrace replay TRACE --{axis.replace('_', '-')} ...`. In kernels: {'; '.join(told)}.")
 
 
@@ -177,14 +180,15 @@ def _on_aging(found: list[Found]) -> str:
     calls = full["locked"]["calls"] / full["locked"]["end"] * 1e9
     free = full["lockless"]["calls"] / full["lockless"]["end"] * 1e9
     return (
-        f"At 100,000 calls a second a fault of {time(handling)} waits {time(share)} on average for an ager, whether "
-        f"1 or 64 vCPUs fault ({time(one['locked']['waited'] / one['faults'])} with one): faults share the lock, so "
-        "that more of them wait, not longer. It is the ager without a pause that shows the difference: each fault "
-        f"then waits {time(each)}, {each / handling:.0%} of its handling, bounded by one walk and one reader, and "
-        f"the ager itself waits for readers: {calls:,.0f} calls a second under the lock with 64 vCPUs, {free:,.0f} "
-        "without, and a second ager adds nothing under the lock. Where faults have the lock for write (shadow MMU, "
-        f"5.10) each walk puts off the whole queue: a fault waits {time(held['locked']['waited'] / held['faults'])} "
-        f"more with 64 vCPUs, {time(alone['locked']['waited'] / alone['faults'])} with one, in the lab's time. "
+        f"At 100,000 calls a second a fault of {duration(handling)} waits {duration(share)} on average for an ager, "
+        f"whether 1 or 64 vCPUs fault ({duration(one['locked']['waited'] / one['faults'])} with one): faults share the "
+        "lock, so that more of them wait, not longer. It is the ager without a pause that shows the difference: each "
+        f"fault then waits {duration(each)}, {each / handling:.0%} of its handling, bounded by one walk and one "
+        f"reader, and the ager itself waits for readers: {calls:,.0f} calls a second under the lock with 64 vCPUs, "
+        f"{free:,.0f} without, and a second ager adds nothing under the lock. Where faults have the lock for write "
+        f"(shadow MMU, 5.10) each walk puts off the whole queue: a fault waits "
+        f"{duration(held['locked']['waited'] / held['faults'])} more with 64 vCPUs, "
+        f"{duration(alone['locked']['waited'] / alone['faults'])} with one, in the lab's time. "
         "Lockless aging is worth its cost where reclaim runs flat out beside a guest that is being populated; its "
         "price, walks that meet a non-present SPTE, is bounded by the zaps that are under way and harmless if the "
         "walker skips them."
@@ -199,15 +203,16 @@ def _on_zaps(found: list[Found]) -> str:
     )
     wide, wide_read = (many.row(vcpus=64, lock=lock, counted=lock == "write") for lock in ("write", "read"))
     return (
-        f"For one gfn the write lock costs next to nothing: {time(both['waited'])} in all for {both['faults']:,} "
+        f"For one gfn the write lock costs next to nothing: {duration(both['waited'])} in all for {both['faults']:,} "
         f"faults of 64 vCPUs and {both['zaps']:,} zaps, and {both['retried']:,} faults tried again. The read lock "
         f"lets faults run, and {read['stale']:,} of them may install behind a zap what they read before it. The "
         f"write lock without count and sequence does not mend that ({write['stale']:,}), nor do count and sequence "
         f"under the read lock ({half['stale']:,}: a zap that begins between a fault's comparison and its install). "
         f"Only with both is none left ({both['stale']:,}), so that an APICv inhibit needs both, and waits and "
-        f"retries are what it costs. For 512 pages a zap the exclusive hold is {time(wide['zap'])}, and faults wait "
-        f"{time(wide['waited'])}; but the read lock's zap takes {time(wide_read['zap'])}, for it freezes and flushes "
-        "each SPTE by itself. As the callers are few (MTRR, CR0.CD, APICv), the simple way is the right one."
+        f"retries are what it costs. For 512 pages a zap the exclusive hold is {duration(wide['zap'])}, and faults "
+        f"wait {duration(wide['waited'])}; but the read lock's zap takes {duration(wide_read['zap'])}, for it freezes "
+        "and flushes each SPTE by itself. As the callers are few (MTRR, CR0.CD, APICv), the simple way is the right "
+        "one."
     )
 
 
@@ -216,7 +221,7 @@ def _on_apicv(found: list[Found]) -> str:
     memslot, gfn = (worst.row(variant=name) for name in ("memslot", "gfn"))
     return (
         f"One inhibit by memslot takes everything: {memslot['zapped'][1]:,.0f} SPTEs on average in {worst.trace}, up "
-        f"to {time(memslot['refill_ns'][1])} of refills, and a guest that toggles APICv more than "
+        f"to {duration(memslot['refill_ns'][1])} of refills, and a guest that toggles APICv more than "
         f"{memslot['limit']:,.0f} times a second may make no progress at all. By gfn it is one SPTE a root at the "
         f"most ({gfn['zapped'][2]:,} here), whatever is mapped. The cost of the first grows with the guest's memory, "
         "that of the second does not: there is no workload for which the memslot is the better way. How much of "

@@ -39,10 +39,10 @@ from benchmarks import replay_streams
 from benchmarks.record import machine, say, spread, table
 from benchmarks.replay_peers import Baseline, Lru, run_engine, run_reference, run_timed, zipf
 from benchmarks.replay_streams import NORMAL, Stream
-from replay.axes import ASYNC, PRESERVE, Axes
 from replay.simulate.engine import Engine
 from replay.simulate.operations import Block, Op, Ranges, pack
 from traces.errors import VERDICT_FAILED, Problem
+from traces.kernels.policies import ASYNC, PRESERVE, PolicyParameters
 
 REFERENCE_TOUCHES = 100_000  # of each mixed VM
 TIMED_NS = 100  # 10 million operations a second
@@ -91,16 +91,16 @@ def count(streams: Sequence[Stream]) -> int:
 
 
 def against(
-    name: str, streams: list[Stream], axes: Axes, other: Callable[..., Any], wanted: float
+    name: str, streams: list[Stream], parameters: PolicyParameters, other: Callable[..., Any], wanted: float
 ) -> tuple[Line, Turn]:
     """The engine and another implementation of it, stream by stream."""
-    line = Line(f"{name}, {axes.name}", wanted)
+    line = Line(f"{name}, {parameters.name}", wanted)
 
     def turn() -> None:
         ours = theirs = 0.0
         for stream in streams:
-            one, counts, _ = run_engine(stream, axes)
-            two, expected = other(stream, axes)
+            one, counts, _ = run_engine(stream, parameters)
+            two, expected = other(stream, parameters)
             if counts != expected:
                 raise Problem(f"{line.name}: the counts differ on {stream.name}", VERDICT_FAILED)
             ours, theirs = ours + one, theirs + two
@@ -130,12 +130,12 @@ def against_lru(name: str, streams: list[Stream], capacity: int, wanted: float) 
     return line, turn
 
 
-def in_virtual_time(stream: Stream, axes: Axes) -> tuple[Line, Turn]:
+def in_virtual_time(stream: Stream, parameters: PolicyParameters) -> tuple[Line, Turn]:
     """The clock's engine on a stream, and counting alone."""
-    line = Line(f"virtual time / counting alone, {stream.name}, {axes.name}", 0)
+    line = Line(f"virtual time / counting alone, {stream.name}, {parameters.name}", 0)
 
     def turn() -> None:
-        ours, theirs = run_timed(stream, axes), run_engine(stream, axes)[0]
+        ours, theirs = run_timed(stream, parameters), run_engine(stream, parameters)[0]
         each = ours * 1e9 / len(stream.block)
         if each > TIMED_NS:
             raise Problem(f"{line.name}: {each:.0f} ns an operation, at most {TIMED_NS} are wanted", VERDICT_FAILED)
@@ -236,11 +236,11 @@ def lines(touches: int, trace: Path) -> list[tuple[Line, Turn]]:
     ]
     baseline = Baseline()
     found: list[tuple[Line, Turn]] = []
-    for axes in POLICIES:
-        found.append(against("C, mixed", mixed, axes, baseline.run, 0.9))
-        found += [against(f"C, {storm.name}", [storm], axes, baseline.run, 0.9) for storm in storms]
-    found += [against("reference, mixed", few, axes, run_reference, 150) for axes in POLICIES]
-    found += [in_virtual_time(storm, axes) for axes in POLICIES for storm in storms]
+    for parameters in POLICIES:
+        found.append(against("C, mixed", mixed, parameters, baseline.run, 0.9))
+        found += [against(f"C, {storm.name}", [storm], parameters, baseline.run, 0.9) for storm in storms]
+    found += [against("reference, mixed", few, parameters, run_reference, 150) for parameters in POLICIES]
+    found += [in_virtual_time(storm, parameters) for parameters in POLICIES for storm in storms]
     found.append(against_lru("zipf 1.0", [zipf_stream()], ZIPF_CACHE, 0))
     found.append(against_lru("the mixed VMs' keys", mixed, OWN_CACHE, 10))
     return found + two_threads(mixed[:2]) + from_parquet(trace)

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.replay_streams import Stream
-from replay.axes import Axes
 from replay.simulate import dispatch
 from replay.simulate.engine import Engine
 from replay.simulate.operations import VCPU_SHIFT
@@ -23,6 +22,7 @@ from replay.simulate.timed_operations import MORE, Timed
 from replay.timing.costs import DEFAULT
 from replay.timing.timed_engine import TimedEngine
 from traces.errors import ENVIRONMENT, VERDICT_FAILED, Problem
+from traces.kernels.policies import PolicyParameters
 
 SOURCE = Path(__file__).with_name("replay_baseline.c")
 BY_VCPU = ("loads", "creations", "reuses", "faults", "refaults", "hits")
@@ -42,10 +42,10 @@ def engine_counts(made: Engine) -> Counts:
     return [*table.reshape(-1).tolist(), *(getattr(made.counters, name) for name in OF_VM)]
 
 
-def run_engine(stream: Stream, axes: Axes) -> tuple[float, Counts, int]:
+def run_engine(stream: Stream, parameters: PolicyParameters) -> tuple[float, Counts, int]:
     """(CPU seconds, counts, bytes of its trees)."""
     began = time.thread_time()
-    made = Engine(axes, stream.words, stream.vcpus, log=False)
+    made = Engine(parameters, stream.words, stream.vcpus, log=False)
     taken = time.thread_time() - began
     at = 0
     for block in stream.batches():
@@ -56,10 +56,10 @@ def run_engine(stream: Stream, axes: Axes) -> tuple[float, Counts, int]:
     return taken, engine_counts(made), made.bytes_used
 
 
-def run_timed(stream: Stream, axes: Axes, seed: int = 1) -> float:
+def run_timed(stream: Stream, parameters: PolicyParameters, seed: int = 1) -> float:
     """CPU seconds of the engine in virtual time: a few us between operations, half of which were faults."""
     rng = np.random.default_rng(seed)
-    made = TimedEngine(axes, stream.words, stream.vcpus, DEFAULT, log=False)
+    made = TimedEngine(parameters, stream.words, stream.vcpus, DEFAULT, log=False)
     taken, at = 0.0, 0
     for block in stream.batches():
         lead, cost = (rng.integers(500, 5000, len(block)) for _ in range(2))
@@ -75,9 +75,9 @@ def run_timed(stream: Stream, axes: Axes, seed: int = 1) -> float:
     return taken + time.thread_time() - began
 
 
-def run_reference(stream: Stream, axes: Axes) -> tuple[float, Counts]:
+def run_reference(stream: Stream, parameters: PolicyParameters) -> tuple[float, Counts]:
     began = time.thread_time()
-    vm: Vm = dispatch.begin(axes, stream.words, stream.vcpus)
+    vm: Vm = dispatch.begin(parameters, stream.words, stream.vcpus)
     dispatch.feed(vm, stream.block, stream.ranges)
     return time.thread_time() - began, counts_of(vm.vcpus, vm.counters)
 
@@ -103,12 +103,12 @@ class Baseline:
         self._c.counts.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
         self._c.end.argtypes = [ctypes.c_void_p]
 
-    def run(self, stream: Stream, axes: Axes) -> tuple[float, Counts]:
+    def run(self, stream: Stream, parameters: PolicyParameters) -> tuple[float, Counts]:
         words = np.array([(word.level, word.as_id) for word in stream.words], np.int64).T.copy()
         ranges = np.array(stream.ranges.rows or [(0, 0)], np.int64)
         out = np.zeros(len(BY_VCPU) * stream.vcpus + len(OF_VM), np.int64)
         began = time.thread_time()
-        vm = self._c.begin(words.shape[1], *(row.ctypes.data for row in words), stream.vcpus, axes.own_reference)
+        vm = self._c.begin(words.shape[1], *(row.ctypes.data for row in words), stream.vcpus, parameters.own_reference)
         taken = time.thread_time() - began
         for block in stream.batches():
             began = time.thread_time()

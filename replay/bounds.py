@@ -14,11 +14,12 @@ import numpy as np
 from replay.counted import Outcome
 from replay.plan import Refault
 from traces.errors import Problem
+from traces.kernels import Kernel
+from traces.kernels.spte import LARGE
 from traces.reader import Trace
 
 _ASSUMED = ("faults", "refaults")
-_LARGE = np.uint64(1 << 7)
-_PRESENT = np.uint64(1 << 11)
+_LARGE = np.uint64(LARGE)
 
 
 @dataclass(frozen=True)
@@ -60,20 +61,20 @@ def counts(outcomes: list[Outcome], refault: Refault, share: float = 0.0) -> dic
     for name in _ASSUMED:
         count = found[name]
         if refault.name == "recent" and len(sums) > 1:
-            revived = [part for outcome in outcomes for part in outcome.revived]
-            more = sum(int(np.minimum(part, refault.pages).sum()) for part in revived)
+            assumed = [part for outcome in outcomes for part in outcome.assumed]
+            more = sum(int(np.minimum(part, refault.pages).sum()) for part in assumed)
             found[name] = Count(count.low, count.high, min(count.low + more, count.high))
         elif refault.name == "accessed" and len(sums) > 1:
             found[name] = Count(count.low, count.high, count.low + round(share * (count.high - count.low)))
     return found
 
 
-def accessed_share(trace: Trace, intel: bool) -> float:
+def accessed_share(trace: Trace, kernel: Kernel) -> float:
     """Of the leaves that went after the host had begun to age pages, the share with the accessed bit set.
 
     Raises Problem where a trace has no such rows: an accessed bit that nothing ever cleared says nothing.
     """
-    bit = np.uint64(1 << 8 if intel else 1 << 5)
+    bit, present = np.uint64(kernel.vendor.accessed), np.uint64(kernel.spte.present)
     aged, accessed, removed = set[int](), 0, 0
     wanted = ("kvm_age_hva", "kvm_tdp_mmu_spte_changed")
     if all(trace.metadata.kinds.get(kind) for kind in wanted):
@@ -87,7 +88,7 @@ def accessed_share(trace: Trace, intel: bool) -> float:
             for row in begins.tolist():
                 since[row:] |= vm[row:] == vm[row]
             aged |= set(vm[begins].tolist())
-            gone = since & (kind == wanted[1]) & leaf & (old & _PRESENT != 0) & (new & _PRESENT == 0)
+            gone = since & (kind == wanted[1]) & leaf & (old & present != 0) & (new & present == 0)
             removed += int(gone.sum())
             accessed += int((old[gone] & bit != 0).sum())
     if not removed:

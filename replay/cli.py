@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -113,6 +112,7 @@ def replay(
     from replay.timing.timed_run import Settings
     from replay.whatif import questions as designs
     from replay.whatif import smi_rate as rates
+    from replay.whatif import smi_rate_text
     from traces.reader import Trace
 
     if smi not in ("auto", "open", "closed"):
@@ -128,17 +128,17 @@ def replay(
         else:
             print(designs.render(found), end="")
         return
-    share = bounds.accessed_share(shown.trace, shown.intel) if assumed.name == "accessed" else 0.0
+    share = bounds.accessed_share(shown.trace, shown.kernel) if assumed.name == "accessed" else 0.0
     wanted = plan.make(shown, policy or [], kernel, assumed)
     if sweep or smi_rate:
         wide = rates.parse(sweep) if sweep else rates.Sweep(smi_rate, smi_rate)
         change = rates.Change(scale_working_set, vcpus_holding_root)
-        kernels = (target.axes for target in wanted.targets if target.policy is None)
+        kernels = (target.parameters for target in wanted.targets if target.policy is None)
         swept = rates.swept(shown, kernels, wide, change)
         if as_json:
-            print_json({"trace": str(trace), "sweep": time_report.sweep_facts(swept, wide)})
+            print_json({"trace": str(trace), "sweep": smi_rate_text.facts(swept, wide)})
         else:
-            print(time_report.render_sweep(swept, wide), end="")
+            print(smi_rate_text.render(swept, wide), end="")
         return
     taken = settings if timed else None
     replayed = run.replay(wanted, taken) if out is None else run.replay_into(wanted, out, taken)
@@ -196,17 +196,11 @@ def explore(
     if not scenario:
         raise Problem("give a scenario, or --list to see those there are")
 
-    def progress(states: int) -> None:
-        print(f"\r{states:,} states", end="", file=sys.stderr, flush=True)
-
-    terminal = sys.stderr.isatty()
     wanted, bounds = catalogue.find(scenario), explore_text.bounds(bound or [])
     names = variant or [each.name for each in wanted.variants]
     runs = []
     for name in names:
-        runs.append(run(wanted, name, bounds, max_states, progress if terminal else None))
-        if terminal and runs[-1].exploration.seconds > 1:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        runs.append(run(wanted, name, bounds, max_states))
         if not as_json:
             print(explore_text.render(runs[-1]), flush=True)
     if as_json:

@@ -9,13 +9,13 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from replay.decode.specialize import Specialization
 from replay.plan import Run, Target
 from replay.result import VmWriter, vm_counts
 from replay.simulate.engine import Engine, RootLog, Vcpus
 from replay.simulate.operations import Block, Cause, Op, Ranges
 from replay.simulate.reference import Counters, Happened, Violation
 from replay.simulate.simulator import Machine, Reference
-from replay.simulate.specialize import Specialization
 from traces.errors import VERDICT_FAILED, Problem
 
 _HISTORY: Final = 6  # rows of a root's life that a violation shows
@@ -36,7 +36,7 @@ class Outcome:
     roles: Counter[int] = field(default_factory=Counter)  # roots created, by role word
     roots_peak: int = 0
     tables_peak: int = 0  # as seen where roots come and go, and at the end of each batch
-    revived: list[NDArray[np.int64]] = field(default_factory=list)  # leaves that each new root had at once
+    assumed: list[NDArray[np.int64]] = field(default_factory=list)  # leaves that each new root had at once
     freed_tables: int = 0  # of roots, when they were freed
     stuck: list[int | None] = field(default_factory=list)  # by vCPU: the trace's row at which it came to a stop
 
@@ -60,9 +60,11 @@ class Counting:
         self.outcome = Outcome(target, run, vm, vcpu_ids, stuck=[None] * vcpus)
         self.machine: Machine
         if target.policy is not None:
-            self.machine = Reference(target.policy(), run.revive, specialized.words, vcpus)
+            self.machine = Reference(target.policy(), run.assume_refault, specialized.words, vcpus)
         else:
-            self.machine = Engine(replace(target.axes, revive=run.revive), specialized.words, vcpus)
+            self.machine = Engine(
+                replace(target.parameters, assume_refault=run.assume_refault), specialized.words, vcpus
+            )
         self._done = 0
         # What happened to each root last, in words, the latest root last: users' own policies may break invariants.
         self._lives: OrderedDict[int, list[str]] | None = OrderedDict() if target.policy is not None else None
@@ -137,8 +139,8 @@ class Counting:
                 outcome.roles[self.specialized.words[word].word] += count
         outcome.roots_peak = max(outcome.roots_peak, int(log.roots_alive.max()))
         outcome.tables_peak = max(outcome.tables_peak, int((log.tables_alive + np.where(freed, log.tables, 0)).max()))
-        if outcome.run.revive:
-            outcome.revived.append(log.leaves[created])
+        if outcome.run.assume_refault:
+            outcome.assumed.append(log.leaves[created])
 
     def finish(self, writer: VmWriter | None, timed: dict[str, list[int]] | None = None) -> Outcome:
         """The outcome; `timed` is what the rows of vCPUs in a result say of times."""

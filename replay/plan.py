@@ -2,7 +2,7 @@
 
 From a recording whose kernel frees roots, another policy's outcome follows: what the guest touched again is recorded.
 From one that keeps roots it does not, for touches of pages that were mapped are silent: the outcome lies between no
-page touched again and every one. Both ends are replays too (`axes.revive`, `lower.Case`).
+page touched again and every one. Both ends are replays too (`parameters.assume_refault`, `lower.Case`).
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Final
 
-from replay import kernels
-from replay.axes import Axes
-from replay.causes import OPEN, Trigger
 from replay.decode.capabilities import Capabilities
-from replay.kernels import Kernel
-from replay.simulate.cases import Case
+from replay.decode.cases import Case
 from replay.simulate.policy_api import Policy
 from replay.userfile import load, one_line
+from traces import kernels
 from traces.errors import Problem
+from traces.kernels import Kernel
+from traces.kernels.policies import PolicyParameters
+from traces.kernels.triggers import OPEN, Trigger
 
 GROUP: Final = "kvmtrace.policies"
 DEFAULT: Final = ("preserve", "async")
@@ -33,7 +33,7 @@ class Run:
     """One replay: `bound` is exact, low or high."""
 
     bound: str
-    revive: bool
+    assume_refault: bool
     case: Case
 
 
@@ -46,7 +46,7 @@ class Target:
 
     name: str
     kernel: Kernel
-    axes: Axes
+    parameters: PolicyParameters
     policy: type[Policy] | None
     recorded: bool
     open: tuple[str, ...]
@@ -56,7 +56,7 @@ class Target:
     @property
     def assumes(self) -> str:
         """What is taken to be so of the host, without which the outcome would be another; empty where nothing is."""
-        if self.axes.mmu == "tdp" or self.recorded:
+        if self.parameters.mmu == "tdp" or self.recorded:
             return ""
         return (
             "host memory is taken to be there wherever the shadow MMU prefetches, and its page limit not to be reached"
@@ -102,24 +102,31 @@ def refault(text: str) -> Refault:
 
 def make(capabilities: Capabilities, names: Sequence[str], version: str = "", assumed: Refault | None = None) -> Plan:
     """The plan for these policies (none: the recorded kernel's own, preserve and async), on a kernel's triggers."""
-    kernel = kernels.at(version) if version else capabilities.kernel
+    kernel = _kernel(version) if version else capabilities.kernel
     own = capabilities.own.name
-    wanted = list(names) or ([kernel.axes.name] if version else [own, *(name for name in DEFAULT if name != own)])
+    wanted = list(names) or ([kernel.policy] if version else [own, *(name for name in DEFAULT if name != own)])
     assumed = assumed or Refault()
     targets = tuple(_target(capabilities, name, kernel, bool(version), assumed) for name in dict.fromkeys(wanted))
     return Plan(capabilities, targets, assumed)
 
 
+def _kernel(version: str) -> Kernel:
+    try:
+        return kernels.at(version)
+    except Problem as problem:
+        raise Problem(f"--kernel {problem}") from None
+
+
 def _target(capabilities: Capabilities, name: str, kernel: Kernel, other: bool, assumed: Refault) -> Target:
     policy = _own_policy(name)
-    axes = policy.axes if policy else kernel.policy(name)
+    parameters = policy.parameters if policy else kernel.parameters(name)
     label = policy.name or policy.__name__ if policy else name
     recorded = policy is None and not other and name == capabilities.own.name
     if recorded:
         return Target(label, kernel, capabilities.own, None, True, (), (Run("exact", False, Case()),))
     keeps = capabilities.own.own_reference or capabilities.shadow
-    revive = keeps and not (axes.own_reference or axes.mmu == "shadow")
-    hidden = capabilities.shadow and axes.mmu == "tdp"
+    refaults = keeps and not (parameters.own_reference or parameters.mmu == "shadow")
+    hidden = capabilities.shadow and parameters.mmu == "tdp"
     writes = frozenset(
         trigger
         for trigger in _may_show(capabilities.kernel)
@@ -127,20 +134,20 @@ def _target(capabilities: Capabilities, name: str, kernel: Kernel, other: bool, 
     )
     most = bool(writes)
     open_ = [
-        *(["the recorded kernel kept its roots: what the guest touched again is not in the trace"] if revive else []),
+        *(["the recorded kernel kept its roots: what the guest touched again is not in the trace"] if refaults else []),
         *(["the shadow MMU prefetched: which of those pages the guest needed is not in the trace"] if hidden else []),
     ]
     low = Run("low", False, Case())
-    revive = revive or (most and not axes.own_reference and axes.mmu == "tdp")
-    merged = revive and kernel.layout.guest_bits and not capabilities.kernel.layout.guest_bits
-    high = Run("high", revive, Case(most, hidden, merged))
+    refaults = refaults or (most and not parameters.own_reference and parameters.mmu == "tdp")
+    merged = refaults and kernel.layout.guest_bits and not capabilities.kernel.layout.guest_bits
+    high = Run("high", refaults, Case(most, hidden, merged))
     if not (open_ or most):
         runs: tuple[Run, ...] = (replace(low, bound="exact"),)
     elif assumed.name in ("none", "all"):
         runs = (low,) if assumed.name == "none" else (high,)
     else:
         runs = (low, high)
-    return Target(label, kernel, axes, policy, False, tuple(open_), runs, writes)
+    return Target(label, kernel, parameters, policy, False, tuple(open_), runs, writes)
 
 
 def _may_show(kernel: Kernel) -> tuple[Trigger, Trigger]:

@@ -20,7 +20,10 @@ from replay.simulate.reference import Counters, Happened
 from traces.errors import Problem
 
 KEY: Final = b"kvmtrace.result"
-FORMAT: Final = {"major": 1, "minor": 1}
+FORMAT: Final = {"major": 1, "minor": 2}
+# A row group ends at about so many rows, or writes: what a query pays for one, it pays for some thousand rows.
+GROUP_ROWS: Final = 1 << 15
+GROUP_BATCHES: Final = 1 << 9
 _NAMES: Final = pa.dictionary(pa.int8(), pa.string())
 _LABELS: Final = pa.dictionary(pa.int16(), pa.string())
 _EVENTS: Final = pa.array([event.name.lower() for event in Happened])
@@ -57,12 +60,14 @@ def vm_counts(counters: Counters) -> dict[str, int]:
 
 
 class Writer:
-    """Writes a result row group by row group; the file appears under its name when all of it is written."""
+    """Writes a result, many writes to a row group; the file appears under its name when all of it is written."""
 
     def __init__(self, path: Path, policies: list[str]) -> None:
         self._path = path
         self._part = path.with_name(path.name + ".part")
         self._policies = pa.array(policies)
+        self._waiting: list[pa.RecordBatch] = []
+        self._rows = 0  # in them
         try:
             self._file = pq.ParquetWriter(self._part, SCHEMA, compression="zstd")
         except OSError as error:
@@ -84,13 +89,22 @@ class Writer:
 
     def write(self, batch: pa.RecordBatch) -> None:
         """Rows of SCHEMA."""
-        self._file.write_batch(batch)
+        self._waiting.append(batch)
+        self._rows += len(batch)
+        if self._rows >= GROUP_ROWS or len(self._waiting) >= GROUP_BATCHES:
+            self._flush()
 
     def close(self, metadata: dict[str, Any]) -> None:
         """Finish the file, with what it says of itself."""
+        self._flush()
         self._file.add_key_value_metadata({KEY: json.dumps({"format": FORMAT, **metadata}).encode()})
         self._file.close()
         self._part.replace(self._path)
+
+    def _flush(self) -> None:
+        if self._waiting:
+            self._file.write_table(pa.Table.from_batches(self._waiting).unify_dictionaries())
+            self._waiting, self._rows = [], 0
 
 
 class VmWriter:

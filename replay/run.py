@@ -8,8 +8,6 @@ independent of each other: they run on all CPUs.
 from __future__ import annotations
 
 import os
-import sys
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,20 +16,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from replay.causes import Trigger
 from replay.counted import Counting, Outcome
 from replay.decode.capabilities import Capabilities
+from replay.decode.cases import Case
 from replay.decode.inputs import Inputs
+from replay.decode.specialize import Specialization
 from replay.decode.vm_inputs import VmInputs
 from replay.plan import Plan, Run, Target
 from replay.result import VmWriter, Writer
-from replay.simulate.cases import Case
 from replay.simulate.operations import Block
-from replay.simulate.specialize import Specialization
 from replay.spool import Spool
 from replay.timing import time_rows
 from replay.timing.measure import Measurement, SpanTimes
 from replay.timing.timed_run import Clock, Settings, VmTime, vm_time
+from traces.kernels.triggers import Trigger
+from traces.progress import Progress
 
 _FLIPS: Final = (Trigger.CR0_WP, Trigger.CR0_SILENT, Trigger.EFER)  # of bits that old kernels have in role words
 PROMISED: Final = 6  # roots that a VM can have under `preserve`, by its commit's text
@@ -54,7 +53,7 @@ def replay(plan: Plan, settings: Settings | None = None, writer: Writer | None =
     capabilities = plan.capabilities
     vms = [vm for vm in capabilities.trace.metadata.vms if any(True for _ in vm["vcpus"])]
     done = Replayed(plan, [], [], Counter(), list(capabilities.missing))
-    progress = Progress(capabilities.trace.metadata.events)
+    progress = Progress("replaying", capabilities.trace.metadata.events)
     workers = min(os.cpu_count() or 1, len(vms))
 
     def one(vm: Mapping[str, Any]) -> _Vm:
@@ -62,7 +61,7 @@ def replay(plan: Plan, settings: Settings | None = None, writer: Writer | None =
         into = None if writer is None else writer.of_vm(int(vm["id"]), held=workers > 1)
         return _Vm(plan, own, vm, settings, into, progress).run()
 
-    with ThreadPoolExecutor(workers) if workers > 1 else nullcontext() as pool:
+    with progress, ThreadPoolExecutor(workers) if workers > 1 else nullcontext() as pool:
         for vm, found in zip(vms, pool.map(one, vms) if pool else map(one, vms), strict=True):
             if found.writer is not None:
                 found.writer.release()
@@ -70,7 +69,6 @@ def replay(plan: Plan, settings: Settings | None = None, writer: Writer | None =
             done.times += found.times
             done.notes.update(found.notes)
             done.missing += capabilities.of_vm(vm)
-    progress.end()
     done.missing += _nested(done.notes)
     done.broken += _broken(done.outcomes)
     return done
@@ -101,7 +99,7 @@ class _Vm:
     ) -> None:
         self._plan, self._capabilities, self._settings, self._progress = plan, capabilities, settings, progress
         self.writer = writer
-        groups = any(target.axes.prefetch > 1 for target in plan.targets)
+        groups = any(target.parameters.prefetch > 1 for target in plan.targets)
         times = SpanTimes(capabilities, vm, _parts(capabilities, vm, settings)) if settings is not None else None
         self._inputs = VmInputs(capabilities, vm, groups=groups, times=times)
         self._times = times
@@ -207,33 +205,12 @@ def _nested(notes: Mapping[str, int]) -> Iterator[str]:
 
 def _broken(outcomes: list[Outcome]) -> Iterator[str]:
     for outcome in outcomes:
-        axes = outcome.target.axes
-        promises = axes.own_reference and axes.mmu == "tdp" and not outcome.target.kernel.layout.guest_bits
+        parameters = outcome.target.parameters
+        promises = parameters.own_reference and parameters.mmu == "tdp" and not outcome.target.kernel.layout.guest_bits
         if promises and len(outcome.roles) > PROMISED:
             words = ", ".join(f"{word:#x}" for word in sorted(outcome.roles))
             what = f"{len(outcome.roles)} role words where {PROMISED} are promised"
             yield f"VM {outcome.vm}, {outcome.target.name}: {what}: {words}"
-
-
-class Progress:
-    """On stderr, where that is a terminal and it takes more than a second."""
-
-    def __init__(self, events: int, what: str = "replaying") -> None:
-        self._what = what
-        self._events = max(events, 1)
-        self._shown = False
-        self._next = time.monotonic() + 1 if sys.stderr.isatty() else float("inf")
-
-    def at(self, seq: int) -> None:
-        """A row has been reached."""
-        if time.monotonic() >= self._next:
-            self._shown, self._next = True, time.monotonic() + 0.2
-            print(f"\r{self._what}: {min(seq / self._events, 1):4.0%}", end="", file=sys.stderr, flush=True)
-
-    def end(self) -> None:
-        """Take the line away."""
-        if self._shown:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def left_open(replayed: Replayed, target: Target) -> list[str]:
@@ -262,7 +239,7 @@ def document(replayed: Replayed) -> dict[str, Any]:
                 "kernel": target.kernel.name,
                 "recorded": target.recorded,
                 "own": target.policy is not None,
-                "axes": vars(target.axes),
+                "parameters": vars(target.parameters),
                 "bounds": [run.bound for run in target.runs],
                 "open": left_open(replayed, target),
                 "assumes": target.assumes,

@@ -1,6 +1,6 @@
 """A VM's inputs kept until its costs are known: in memory up to a bound, beyond it in a temporary file.
 
-Columns are kept in as few bytes as their values need: some 30 an input, where they take 100 in memory.
+Columns are kept in as few bytes as their values need: some 30 an input, where they take 90 in memory.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from replay.simulate.operations import Ranges
 from traces.errors import Problem
 
 IN_MEMORY: Final = 32 << 20  # bytes
-_COLUMNS: Final = ("op", "gfn", "time", "seq", "exit")
-_NARROW: Final = (np.uint8, np.uint16, np.uint32)
+_COLUMNS: Final = ("op", "gfn", "time", "exit")
+_NARROW: Final = tuple((np.dtype(kind), int(np.iinfo(kind).max)) for kind in (np.uint8, np.uint16, np.uint32))
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,9 @@ class _Part:
 class Spool:
     """Parts of inputs, in order: `append`, then iterate as often as needed."""
 
-    def __init__(self) -> None:
+    def __init__(self, seq: bool = False) -> None:
+        """`seq`: keep that column, too; else it comes back as 0."""
+        self._columns = (*_COLUMNS, "seq") if seq else _COLUMNS
         self._spilled: list[_Part] = []
         self._parts: list[_Part] = []
         self._held = 0
@@ -64,7 +66,7 @@ class Spool:
 
     def append(self, part: Inputs) -> None:
         """Keep a part."""
-        arrays = [getattr(part, name) for name in _COLUMNS] + [getattr(part.exits, name) for name in EXIT_COLUMNS]
+        arrays = [getattr(part, name) for name in self._columns] + [getattr(part.exits, name) for name in EXIT_COLUMNS]
         columns = tuple(map(_narrowed, arrays))
         self._parts.append(_Part(columns, part.ranges, part.exits.first))
         self._held += sum(column.size for column in columns)
@@ -76,8 +78,10 @@ class Spool:
             self._file.seek(0)
         for part in (*self._spilled, *self._parts):
             arrays: list[Any] = [self._read(column) for column in part.columns]
-            exits = Exits(**dict(zip(EXIT_COLUMNS, arrays[len(_COLUMNS) :], strict=True)), first=part.first_exit)
-            yield Inputs(**dict(zip(_COLUMNS, arrays, strict=False)), ranges=part.ranges, exits=exits)
+            exits = Exits(**dict(zip(EXIT_COLUMNS, arrays[len(self._columns) :], strict=True)), first=part.first_exit)
+            columns = dict(zip(self._columns, arrays, strict=False))
+            columns.setdefault("seq", np.zeros(len(columns["op"]), np.int64))
+            yield Inputs(**columns, ranges=part.ranges, exits=exits)
 
     def _spill(self) -> None:
         try:
@@ -100,14 +104,20 @@ class Spool:
         if data is None:
             assert self._file is not None
             data = np.frombuffer(self._file.read(column.size), column.dtype)
-        return data if column.base is None else data.astype(np.int64) + column.base
+        if column.base is None:
+            return data
+        wide = data.astype(np.int64)
+        return wide + column.base if column.base else wide
 
 
 def _narrowed(values: NDArray[Any]) -> _Column:
+    """A column in as few bytes as its values need; below 0 they are taken as they are."""
     if values.dtype == np.int64 and len(values):
-        base = int(values.min())
-        span = int(values.max()) - base
-        for dtype in _NARROW:
-            if span <= np.iinfo(dtype).max:
-                return _Column(base, np.dtype(dtype), len(values), (values - base).astype(dtype))
+        most = int(values.view(np.uint64).max())
+        for dtype, limit in _NARROW:
+            if most <= limit:
+                return _Column(0, dtype, len(values), values.astype(dtype))
+        since = values - values[0]
+        if int(since.view(np.uint64).max()) <= _NARROW[-1][1]:
+            return _Column(int(values[0]), _NARROW[-1][0], len(values), since.astype(_NARROW[-1][0]))
     return _Column(None, values.dtype, len(values), values)

@@ -1,15 +1,20 @@
-"""What tests need of the machine, and the rule for skips: in CI nothing may be skipped that could have run."""
+"""What tests need of the machine, and the rule for skips: in CI nothing may be skipped that could have run.
+
+Tests are marked by what they need (pyproject.toml has the markers); `make quick` runs those that need nothing.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import tests.profiles  # noqa: F401 - how many examples Hypothesis tries, before any test module asks
 
 TRACING = Path("/sys/kernel/tracing")
 ROOT = Path(__file__).parents[1]
@@ -42,6 +47,8 @@ _HONEST = {
     NO_VARIANT: _variant_missing,
 }
 
+_CLONE_NEWNS = 0x20000
+
 _dishonest: list[str] = []
 
 
@@ -58,19 +65,32 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups, and -m the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("live") or item.get_closest_marker("kvm"):
+            # One after the other in one worker: what one records would slow the other, and lose its events.
+            item.add_marker(pytest.mark.xdist_group("live"))
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.browser)
+            item.add_marker(pytest.mark.xdist_group("browser"))
+
+
 @pytest.fixture(scope="session")
-def live() -> Iterator[None]:
-    """A machine whose own KVM can be recorded; tracefs is mounted for the session where it was not."""
+def live() -> None:
+    """A machine whose own KVM can be recorded, with tracefs where this process and its children look for it.
+
+    What tests mount is in a namespace of their own, so that two runs at once do not take it away from each other.
+    """
     if os.geteuid() != 0:
         pytest.skip(NOT_ROOT)
     if not Path("/dev/kvm").exists():
         pytest.skip(NO_KVM)
-    mounted = not any((path / "events").is_dir() for path in (TRACING, Path("/sys/kernel/debug/tracing")))
-    if mounted:
+    if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNS):
+        raise OSError(ctypes.get_errno(), "unshare")
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    if not any((path / "events").is_dir() for path in (TRACING, Path("/sys/kernel/debug/tracing"))):
         subprocess.run(["mount", "-t", "tracefs", "tracefs", str(TRACING)], check=True)
-    yield
-    if mounted:
-        subprocess.run(["umount", str(TRACING)], check=True)
 
 
 @pytest.fixture(scope="session")

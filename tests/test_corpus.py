@@ -9,11 +9,11 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from tests.corpus import CORPUS, RECORDINGS, each
 from tracer.lab.lab_kernels import KERNELS
-from tracer.lab.matrix import MMUS, PROVENANCE, Cell, Row, cells, provenance
+from tracer.lab.matrix import MMUS, PROVENANCE, Cell, cells, provenance
 from traces.reader import Trace
 
-CORPUS = Path(__file__).parents[1] / "traces" / "corpus"
 ROWS = provenance(CORPUS)
 LIMIT = 11_500_000
 OLD = ("sync", "async")
@@ -36,9 +36,9 @@ def test_all_of_it_and_nothing_else() -> None:
     assert json.loads((CORPUS / PROVENANCE).read_text())["schema"] == 1
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.file.removesuffix(".parquet"))
-def test_each_is_what_its_table_says(row: Row) -> None:
-    path = CORPUS / row.file
+@pytest.mark.parametrize("path", each(RECORDINGS))
+def test_each_is_what_its_table_says(path: Path) -> None:
+    (row,) = [row for row in ROWS if row.file == path.name]
     assert hashlib.sha256(path.read_bytes()).hexdigest() == row.sha256
     trace = Trace.open(path)
     assert trace.counts() == row.kinds
@@ -96,10 +96,10 @@ def test_sptes_tables_and_roots_hang_together(name: str) -> None:
     assert set(linked["root"]) == set(rows(name).filter(pl.col("kind") == "root_get").collect()["root"])
 
 
-@pytest.mark.parametrize("row", [r for r in ROWS if r.policy in ("async", "preserve-inline")], ids=lambda row: row.file)
-def test_every_table_is_freed_once_and_by_the_vm_that_got_it(row: Row) -> None:
+@pytest.mark.parametrize("path", each(CORPUS / r.file for r in ROWS if r.policy in ("async", "preserve")))
+def test_every_table_is_freed_once_and_by_the_vm_that_got_it(path: Path) -> None:
     """No leak, no event missing: RCU frees tables behind everybody's back, and each comes back to its VM."""
-    trace = rows(row.file.removesuffix(".parquet"))
+    trace = rows(path.stem)
     made = trace.filter(pl.col("kind") == "kvm_mmu_get_page").select("vm", "table").collect()
     freed = trace.filter(pl.col("kind") == "table_free").select("vm", "table").collect()
     assert sorted(freed.rows()) == sorted(made.rows())

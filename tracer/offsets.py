@@ -1,7 +1,7 @@
 """Where the probes find things: offsets of the running kernel's structs, as #defines for the BPF programs.
 
 Everything comes from BTF. The one exception is `struct kvm_mmu_page` on kernels before module BTF (5.11): KVM is a
-module there and vmlinux knows the struct only by name, so a dated table stands in (DATED_PAGE_LAYOUTS).
+module there and vmlinux knows the struct only by name, so the kernel's description stands in (Kernel.page_struct).
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tracer.btf import BTF_DIRECTORY, Btf
-from tracer.spte import spte_layout
+from tracer.probes import OLDEST
+from traces.kernels import at
 
 # macro name: (struct, alternatives in order of age, newest first)
 _MEMBERS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -65,20 +66,6 @@ _MEMBERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "PID_NR": ("pid", ("numbers",)),
     "PID_LEVEL": ("pid", ("level",)),
 }
-
-# Debian 5.10.262: struct kvm_mmu_page of arch/x86/kvm/mmu/mmu_internal.h, checked in the lab against the role words and
-# table frames that the 5.10 tracepoints print. Dated 2026-11.
-DATED_PAGE_LAYOUTS: dict[tuple[int, int], dict[str, int]] = {
-    (5, 10): {"SP_UNSYNC": 48, "SP_ROLE": 52, "SP_GFN": 56, "SP_SPT": 64, "SP_REFS": 80, "SP_TDP": 164},
-}
-# The same kernel's role word, for the trace's metadata (kvm-mmu history: PGE and guest EFER/CR0 bits are still in it).
-DATED_ROLES: dict[tuple[int, int], dict[str, tuple[int, int]]] = {
-    (5, 10): {
-        "level": (0, 4), "gpte_is_8_bytes": (4, 1), "quadrant": (5, 2), "direct": (7, 1), "access": (8, 3),
-        "invalid": (11, 1), "nxe": (12, 1), "cr0_wp": (13, 1), "smep_andnot_wp": (14, 1), "smap_andnot_wp": (15, 1),
-        "ad_disabled": (16, 1), "guest_mode": (17, 1), "smm": (24, 8),
-    },
-}  # fmt: skip
 
 
 # Without these there is no saying whose an event is, or which root's.
@@ -134,7 +121,8 @@ class Layout:
 
 
 def kernel_layout(btf: Btf, version: tuple[int, int], bases: dict[str, int]) -> Layout:
-    """Offsets for this kernel: BTF first, the dated table for what BTF lacks. `bases`: see bpf.kernel_bases."""
+    """Offsets for this kernel: BTF first, its description for what BTF lacks. `bases`: see bpf.kernel_bases."""
+    kernel = at(f"{max(version, OLDEST)[0]}.{max(version, OLDEST)[1]}")
     offsets: dict[str, int] = {}
     for macro, (struct, alternatives) in _MEMBERS.items():
         for path in alternatives:
@@ -147,10 +135,11 @@ def kernel_layout(btf: Btf, version: tuple[int, int], bases: dict[str, int]) -> 
             offsets[macro] = size
     role = btf.bitfields("kvm_mmu_page_role")
     source = "BTF of " + " and ".join(Path(path).name for path in btf.sources)
-    if "SP_ROLE" not in offsets and version in DATED_PAGE_LAYOUTS:
-        offsets.update(DATED_PAGE_LAYOUTS[version])
+    if "SP_ROLE" not in offsets and kernel.page_struct:
+        offsets.update(kernel.page_struct)
         source += f"; kvm_mmu_page from the dated table for {version[0]}.{version[1]} (no module BTF before 5.11)"
-    if not role:
-        role = DATED_ROLES.get(version, {})
+    if not role and kernel.page_struct:
+        role = kernel.layout.shifts
+    spte = {**kernel.spte.document(), "source": "dated table of 2026-11: BTF does not name SPTE bits"}
     missing = tuple(macro for macro in _MEMBERS if macro not in offsets)
-    return Layout(offsets, role, source, missing, bases, spte_layout(version))
+    return Layout(offsets, role, source, missing, bases, spte)

@@ -28,11 +28,13 @@ from tracer.ring import Rings, default_ring_bytes, ring_count
 from tracer.writer import Writer, prefer_this_thread
 from traces.compact import Summary, compact
 from traces.errors import ENVIRONMENT, VERDICT_FAILED, Problem
+from traces.progress import Progress
 from traces.record import RECORD
 from traces.schema import BY_NAME
 
 IDLE_SECONDS = 0.02  # between drains: long enough for full batches, short against a ring (32 MiB: 0.1 s at 4 M/s)
 FLUSH_SECONDS = 1.0
+SAY_SECONDS = 0.25  # between two texts of the live line
 SETTLE_SECONDS = 1.0  # after the command ended: RCU callbacks still free its tables
 QUIET_SECONDS = 0.1
 GAP, SUSPEND = BY_NAME["gap"].code, BY_NAME["host_suspend"].code
@@ -148,7 +150,7 @@ class Recorder:
         self.writer = Writer(options.directory, self._manifest(ring_bytes), options.max_events, options.max_size)
         self._turned_away = self.writer.turned_away
         self._child: subprocess.Popen[bytes] | None = None
-        self._shown = 0.0
+        self._said = 0.0
 
     def _look(self) -> dict[str, Any]:
         """The VMs alive now that are to be recorded."""
@@ -190,7 +192,7 @@ class Recorder:
             "missed": self.missed,
         }
 
-    def run(self) -> tuple[str, int | None]:
+    def run(self, progress: Progress) -> tuple[str, int | None]:
         """Attach, record until something ends it, detach, drain; (why it ended, the command's status)."""
         options, started, flushed = self.options, time.monotonic(), time.monotonic()
         self.probes.attach()
@@ -206,7 +208,7 @@ class Recorder:
                 if now - flushed >= FLUSH_SECONDS:
                     flushed = now
                     self.writer.flush(self._progress)
-                self._show(now - started)
+                self._show(progress, now - started)
             if self._child and self._child.poll() is not None:
                 self._settle()
         finally:
@@ -315,18 +317,16 @@ class Recorder:
             records[word] = counters[name][cpus]
         return records
 
-    def _show(self, seconds: float) -> None:
-        """The live line, four times a second, on a terminal only."""
-        if not sys.stderr.isatty() or seconds - self._shown < 0.25:
+    def _show(self, progress: Progress, seconds: float) -> None:
+        if not progress.shown or seconds - self._said < SAY_SECONDS:
             return
-        self._shown = seconds
+        self._said = seconds
         lost = int(self.probes.counters()["lost"].sum())
         with contextlib.suppress(OSError):  # the terminal may be gone, and its SIGHUP on the way
-            sys.stderr.write(
-                f"\r{seconds:6.1f} s  {self.drained:>12,} events  {self.drained / max(seconds, 0.001):>11,.0f}/s  "
-                f"lost {lost:,}  ring {self.rings.fill:4.0%}  {self.writer.bytes_written / 1e6:,.1f} MB\033[K"
+            progress.say(
+                f"recording: {self.drained:,} events, {self.drained / max(seconds, 0.001):,.0f}/s, lost {lost:,}, "
+                f"ring {self.rings.fill:.0%}, {self.writer.bytes_written / 1e6:,.1f} MB"
             )
-            sys.stderr.flush()
 
 
 def record(*several: Options) -> Iterator[Outcome]:
@@ -352,11 +352,11 @@ def record(*several: Options) -> Iterator[Outcome]:
 
 def _record(options: Options, probes: Probes, ring_bytes: int, stop: Stop, started: float, cpu: float) -> Outcome:
     recorder = Recorder(options, probes, ring_bytes, stop)
-    reason, status = recorder.run()
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\ncompacting {recorder.drained:,} events into {options.out}\n")
+    with Progress("recording") as progress:
+        reason, status = recorder.run(progress)
     if stop.hard:
         raise Problem(f"stopped before compaction: run `kvmtrace recover {options.directory}`", VERDICT_FAILED)
-    summary = compact(options.directory, options.out)
+    with Progress(f"compacting {recorder.drained:,} events into {options.out}"):
+        summary = compact(options.directory, options.out)
     shutil.rmtree(options.directory)
     return Outcome(summary, reason, status, time.process_time() - cpu, time.monotonic() - started, recorder.missed)

@@ -6,6 +6,7 @@ a reader of one VM reads nothing else and neighbouring values stay close to each
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -15,20 +16,25 @@ from typing import Any, Final
 
 import numpy as np
 
+from traces import kernels
 from traces.bookkeeping import MAX_ENTRIES, Books
 from traces.columns import to_named
 from traces.encoding import ROW_GROUP_ROWS, TraceFile
 from traces.errors import Problem
 from traces.identity import Identities, Vm
+from traces.kernels import Kernel, stored
+from traces.kernels.rows import KINDS, Row, Watch
 from traces.lives import Ints
 from traces.memslots import MAX_SLOTS, Memslots
 from traces.metadata import KEY
 from traces.record import Columns
-from traces.schema import FORMAT_MAJOR, FORMAT_MINOR
+from traces.schema import BY_CODE, BY_NAME, FORMAT_MAJOR, FORMAT_MINOR
 from traces.segments import SegmentReader
 from traces.text import printable
 
 BUFFERED_ROWS: Final = 2 * ROW_GROUP_ROWS
+
+_POLICY_CODES: Final = [BY_NAME[kind].code for kind in KINDS]
 
 # What compaction uses up. Snapshots hold kernel addresses, which are not for a file that gets mailed around.
 _WORKING_KEYS: Final = ("snapshot", "closed")
@@ -92,6 +98,11 @@ class _Compaction:
         self._buffered = 0
         self._row_groups: list[dict[str, Any]] = []
         self._missing = 0  # rows between batches that could be read
+        self._kernel: Kernel | None = None  # a damaged manifest may not say which it was
+        with contextlib.suppress(Problem):
+            self._kernel = kernels.described(reader.manifest)
+        policy, invalid = (self._kernel.policy, self._kernel.layout.invalid) if self._kernel else ("unknown", 0)
+        self._watch = Watch(policy, invalid)
 
     def run(self) -> Summary:
         expected = 0
@@ -99,12 +110,32 @@ class _Compaction:
             self._missing += first - expected
             expected = first + len(columns["time"])
             vm, root = self._identities.resolve(columns, first)
+            self._see_policy(columns, root)
             self._books.add(columns, vm)
             self._slots.add(columns, vm)
             self._partition(columns, np.arange(first, expected), vm, root)
         for owner in sorted(self._waiting):
             self._write_row_group(owner)
         return self._finish()
+
+    def _see_policy(self, columns: Columns, root: Ints) -> None:
+        """Whether the rows bear out the root policy that the recorder took from the kernel's types."""
+        if self._watch.settled:
+            return
+        begun = {vm.id for vm in self._identities.vms if vm.origin != "created"}
+        self._watch.known |= {each.id for each in self._identities.uncreated if each.vm in begun}
+        at = np.flatnonzero(np.isin(columns["kind"], _POLICY_CODES))
+        values = (columns["kind"][at], columns["tid"][at], root[at], columns["role"][at], columns["n"][at])
+        self._watch.see(
+            Row(BY_CODE[kind].name, *rest) for kind, *rest in zip(*(part.tolist() for part in values), strict=True)
+        )
+
+    def _policy(self) -> dict[str, Any]:
+        """The metadata's `policy` where the rows show another one than the kernel's types."""
+        if not self._watch.other:
+            return {}
+        why = f"its rows: references on roots, and who zaps them ({self._watch.found} by the kernel's types)"
+        return {"policy": {"name": self._watch.other, "why": why}}
 
     def _partition(self, columns: Columns, seq: Ints, vm: Ints, root: Ints) -> None:
         owners = np.unique(vm).tolist()
@@ -164,6 +195,9 @@ class _Compaction:
             "gap_count": self._books.gap_count,
             "row_groups": self._row_groups,
         }
+        metadata |= self._policy()
+        if self._kernel is not None:
+            metadata["kernel"] = stored.document(kernels.described(metadata))
         text = json.dumps(metadata, separators=(",", ":"), ensure_ascii=False)
         size = self._file.finish({KEY: text.encode(errors="backslashreplace")})  # lone surrogates stay JSON escapes
         lost = sum(sum(kind["lost"].values()) for kind in loss.values())

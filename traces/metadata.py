@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from traces.errors import Problem
+from traces.kernels.policies import current_name
 from traces.schema import FORMAT_MAJOR
 
 KEY: Final = b"kvmtrace"
@@ -56,6 +57,7 @@ class Metadata:
     uncreated_roots: tuple[Mapping[str, Any], ...]
     loss: Mapping[str, Mapping[str, Mapping[str, int]]]
     row_groups: tuple[RowGroup, ...]
+    seen_policy: str = ""  # what the rows of a trace of 1.0 show, where the recorder found another
 
     @property
     def emitted(self) -> int:
@@ -77,8 +79,8 @@ class Metadata:
 
     @property
     def policy(self) -> str:
-        """The root policy the recorder found in that kernel, empty where it did not say."""
-        return _text(_table(self.raw, "policy"), "name")
+        """The root policy of that kernel, by today's name: the recorder's, unless rows show another; empty: unknown."""
+        return self.seen_policy or current_name(_text(_table(self.raw, "policy"), "name"))
 
 
 def parse(text: bytes, where: str) -> Metadata:

@@ -8,6 +8,7 @@ files made to harm it, where Arrow raises.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -17,15 +18,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from traces import kernels
 from traces.columns import SCHEMA
 from traces.errors import Problem
 from traces.frame import check_footer, check_row_groups, check_schema, crc_of
+from traces.kernels.rows import COLUMNS, Row, Watch
 from traces.metadata import KEY, Metadata, RowGroup, parse
 from traces.schema import BY_NAME
 from traces.text import printable
 
 BATCH_ROWS: Final = 1 << 16
 UNKNOWN_CODE: Final = 255
+_POLICY_ROWS: Final = 1 << 14  # looked at for the policy, a batch
+_POLICY_BATCHES: Final = 8
 # What decoding a file made to harm can raise in pyarrow; MemoryError where a length lies.
 _DECODE_ERRORS: Final = (
     pa.ArrowException,
@@ -65,7 +70,29 @@ class Trace:
         metadata = parse(text, str(path))
         check_schema(path, file.schema_arrow)
         check_row_groups(path, file.metadata, metadata, rows_end)
-        return cls(path, file, metadata)
+        opened = cls(path, file, metadata)
+        opened.metadata = opened._with_policy_of_rows()
+        return opened
+
+    def _with_policy_of_rows(self) -> Metadata:
+        """Traces of 1.0 have the root policy of the kernel's types alone: the first rows may contradict it."""
+        metadata = self.metadata
+        if "kernel" in metadata.raw or not metadata.kinds.get("root_get"):
+            return metadata
+        try:
+            watch = Watch(metadata.policy, kernels.recorded(metadata).layout.invalid)
+            watch.known |= {int(root["id"]) for root in metadata.uncreated_roots if not self._created(root["vm"])}
+            for number, batch in enumerate(self.batches(COLUMNS, size=_POLICY_ROWS)):
+                if watch.settled or number == _POLICY_BATCHES:
+                    break
+                watch.see(map(Row._make, zip(*(column.to_pylist() for column in batch.columns), strict=True)))
+        except Problem:
+            return metadata  # whoever reads these rows is told
+        return replace(metadata, seen_policy=watch.other)
+
+    def _created(self, vm: int | None) -> bool:
+        """Whether a VM was created in the recording, so that all its roots were."""
+        return any(each["id"] == vm and each["origin"] == "created" for each in self.metadata.vms)
 
     def reopened(self) -> Trace:
         """The same trace with a file of its own, so that another thread can read it meanwhile."""

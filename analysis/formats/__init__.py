@@ -6,10 +6,12 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Final
 
+from analysis.queries.registry import Query
 from analysis.report import Report
+from analysis.sources import Recording
 from traces.errors import Problem
 
-# Format -> module; each has `render(*reports) -> str`.
+# Format -> module; each has `render(*reports) -> str`, and `DRAWN` where it makes queries of a recording itself.
 FORMATS: Final = {"text": "text", "md": "markdown", "mail": "mail", "json": "json", "junit": "junit", "html": "html"}
 
 
@@ -19,6 +21,12 @@ def renderer(name: str) -> Callable[..., str]:
         raise Problem(f"--format {name}: give {', '.join(FORMATS)}")
     render: Callable[..., str] = import_module(f"analysis.formats.{FORMATS[name]}").render
     return render
+
+
+def drawn(name: str) -> tuple[Query[Recording], ...]:
+    """The queries of a recording that this format makes itself."""
+    found: tuple[Query[Recording], ...] = getattr(import_module(f"analysis.formats.{FORMATS[name]}"), "DRAWN", ())
+    return found
 
 
 def lines(report: Report) -> list[str]:

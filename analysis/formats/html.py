@@ -9,22 +9,28 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import shlex
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from importlib.resources import files
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 import jinja2
-import vl_convert
 from markupsafe import Markup
 
-from analysis.charts import Picture, pictures
+from analysis.charts import OF_ROWS, Picture, pictures
 from analysis.formats import lines
 from analysis.queries.registry import named
 from analysis.report import Check, Report
 from analysis.sources import Recording
 from traces.text import printable
+
+DRAWN: Final = OF_ROWS
+_SNIPPET: Final = "window.vegaEmbed = vegaEmbed;"
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,24 @@ def _json(document: Any) -> str:
 
 @cache
 def _library() -> str:
-    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    """Vega-Embed and all that it needs, as one script.
+
+    Bundling it takes V8 more than a second and 90 MiB, and always comes to the same: it is kept for the next report
+    ($XDG_CACHE_HOME/kvmtrace), under its versions.
+    """
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    kept = base / "kvmtrace" / f"vega-embed-{version('vl-convert-python')}.js"
+    with suppress(OSError, UnicodeDecodeError):
+        return kept.read_text(encoding="utf-8")
+    import vl_convert
+
+    text = vl_convert.javascript_bundle(_SNIPPET)
+    with suppress(OSError):  # a cache that cannot be written is none
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        part = kept.with_suffix(f".{os.getpid()}")
+        part.write_text(text, encoding="utf-8")
+        part.replace(kept)
+    return text
 
 
 def _script(text: str) -> str:

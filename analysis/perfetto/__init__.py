@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from analysis.perfetto import predicted, recording
@@ -11,14 +10,14 @@ from analysis.sources import Recording, Result
 from replay.timing.stalls import Rule
 
 
-def export(source: Recording | Result, out: Path, progress: Callable[[int], None]) -> list[str]:
-    """Write what was recorded, or what a replay foretold; gives remarks, one line each. `progress` is told of rows."""
+def export(source: Recording | Result, out: Path) -> list[str]:
+    """Write what was recorded, or what a replay foretold; gives remarks, one line each."""
     if isinstance(source, Result):
         with Writer(out, (), ()) as writer:
-            predicted.write(source, writer, progress)
+            predicted.write(source, writer)
         return []
     with Writer(out, recording.NAMES, recording.NOTES) as writer:
-        told = recording.write(source.trace, writer, Rule(), progress)
+        told = recording.write(source.trace, writer, Rule())
     remarks = [f"soft-hangs are not known: {why}" for why in told.unjudged]
     if told.clipped:
         remarks.append(f"{told.clipped:,} ns are left out: clocks of two CPUs differ, and spans would cross")

@@ -6,7 +6,6 @@ virtual one part ways after that, so that only lengths can be compared.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -32,11 +31,10 @@ class _Vcpu:
     guest: int = 0
 
 
-def write(result: Result, writer: Writer, progress: Callable[[int], None]) -> None:
+def write(result: Result, writer: Writer) -> None:
     """Every policy of a result. Memory is a batch. Raises Problem where rows are not what the format says."""
     if not result.timed:
         raise Problem(f"{result.path}: a replay without times has nothing to draw: replay without --no-time")
-    done = 0
     groups: dict[tuple[str, str, int], int] = {}
     vcpus: dict[tuple[str, str, int, int], _Vcpu] = {}
     began = {vm.vm: vm.began for vm in result.vms}
@@ -60,8 +58,6 @@ def write(result: Result, writer: Writer, progress: Callable[[int], None]) -> No
                 one = vcpus[policy, bound, vm, vcpu] = _Vcpu(share, hangs, began[vm])
             _shares(writer, one, part.filter(pl.col("row") == "progress"))
             _stalls(writer, one, part.filter(pl.col("row") == "stall"))
-        done += batch.num_rows
-        progress(done)
 
 
 def _check(result: Result, frame: pl.DataFrame) -> None:

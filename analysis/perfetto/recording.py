@@ -7,7 +7,7 @@ and RSM to the first fault in a root that was not there before: the refill it co
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 
 from analysis.perfetto.packets import Ints, Writer
 from analysis.recorded_time import COLUMNS, RecordedTime, Spans, recorded_times, spans_of
-from replay import roles
 from replay.decode.batch import Batch
 from replay.decode.timeline import Timeline
 from replay.decode.vcpu_states import VcpuState
 from replay.decode.vm_inputs import dense_numbers, vcpu_ids
 from replay.timing.stalls import Rule
+from traces import kernels
+from traces.kernels import roles
+from traces.progress import Progress
 from traces.reader import Trace
 from traces.schema import BY_NAME
 from traces.text import printable
@@ -44,21 +46,22 @@ class Told:
     unjudged: list[str] = field(default_factory=list)  # why a VM's soft-hangs are not known
 
 
-def write(trace: Trace, writer: Writer, rule: Rule, progress: Callable[[int], None]) -> Told:
+def write(trace: Trace, writer: Writer, rule: Rule) -> Told:
     """Every VM of a trace. Memory is a batch, the roots alive, and 16 bytes for each ms of each vCPU."""
     told = Told()
     writer.clocks(_samples(trace))
     threads = {each["tid"]: printable(each.get("comm", "")) for each in trace.metadata.threads if "tid" in each}
-    for vm, times in zip(trace.metadata.vms, recorded_times(trace), strict=True):
-        if times.switch is None:
-            told.unjudged.append(f"VM {vm['id']}: {times.unknown}")
-        one = _Vm(trace, vm, writer, threads, told, times)
-        numbers = dense_numbers(trace.path, vm)
-        for rows in trace.batches(COLUMNS, vm=int(vm["id"])):
-            one.feed(Batch(rows, numbers))
-            told.rows += rows.num_rows
-            progress(told.rows)
-        one.finish(rule)
+    with Progress("writing the timeline", trace.metadata.events) as progress:
+        for vm, times in zip(trace.metadata.vms, recorded_times(trace), strict=True):
+            if times.switch is None:
+                told.unjudged.append(f"VM {vm['id']}: {times.unknown}")
+            one = _Vm(trace, vm, writer, threads, told, times)
+            numbers = dense_numbers(trace.path, vm)
+            for rows in trace.batches(COLUMNS, vm=int(vm["id"])):
+                one.feed(Batch(rows, numbers))
+                told.rows += rows.num_rows
+                progress.at(told.rows)
+            one.finish(rule)
     return told
 
 
@@ -339,7 +342,7 @@ class _Roots:
         if lanes.free:
             lane = heapq.heappop(lanes.free)
         else:
-            smm = roles.states(np.array([role], np.uint32), roles.FIXED)[0] & roles.SMM
+            smm = roles.states(np.array([role], np.uint32), kernels.at("6.1").layout)[0] & roles.SMM
             name = f"roots of role {role:#010x}{' (SMM)' if smm else ''}"
             lanes.tracks.append(self._writer.track(name, self._parent))
             lane = len(lanes.tracks) - 1

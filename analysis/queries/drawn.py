@@ -7,7 +7,7 @@ from typing import Any, Final
 import numpy as np
 import polars as pl
 
-from analysis.queries.recorded import lives
+from analysis.queries.recorded import lives, used_roots
 from analysis.queries.registry import query
 from analysis.queries.replayed import progress
 from analysis.recorded_time import PARTS, during
@@ -24,6 +24,8 @@ HANGS: Final = {
     "vm": pl.Int32, "vcpu": pl.Int16,
     **dict.fromkeys(("time", "length_ns", "guest_ns", "switch_low_ns", "switch_ns"), pl.Int64),
 }  # fmt: skip
+_CELLS: Final = {"time": pl.Int64, "gfn": pl.Int64, "installs": pl.Int64}
+_HEAT: Final = {"vm": pl.Int32, **dict.fromkeys(("time", "length_ns", "gfn", "pages", "installs"), pl.Int64)}
 
 
 @query(Recording, needs=("kvm_entry", "kvm_exit"))
@@ -83,32 +85,71 @@ def soft_hangs(recording: Recording) -> pl.LazyFrame:
     return pl.LazyFrame(found, schema=HANGS).sort(order, descending=[True, False, False, False])
 
 
-@query(Recording, needs=("kvm_mmu_set_spte",))
+class Heat:
+    """Installs of leaves by part of the time and range of gfns: the smallest ranges of which there are at most `rows`.
+
+    The answer has `vm`, `time` (the part's begin), `length_ns`, `gfn` (the range's), `pages` (how long it is) and
+    `installs`, in no order.
+    """
+
+    columns = frozenset({"time", "kind", "gfn"})
+
+    def __init__(self, recording: Recording, parts: int, rows: int) -> None:
+        self.name = f"heat in {parts} parts and {rows} ranges"
+        self._during = during(recording.trace)
+        self._parts, self._rows = parts, rows
+
+    def begin(self, _: pl.DataFrame) -> _Heating:
+        return _Heating({vm: (first, (last - first) // self._parts + 1) for vm, (first, last) in self._during.items()},
+                        self._rows)  # fmt: skip
+
+
+class _Heating:
+    """Ranges double whenever there come to be too many of them: more rows of a VM can only add to them."""
+
+    def __init__(self, widths: dict[int, tuple[int, int]], rows: int) -> None:
+        self._widths, self._rows = widths, rows
+        self._pages = dict.fromkeys(widths, 1)
+        self._cells = {vm: pl.DataFrame(schema=_CELLS) for vm in widths}
+
+    def feed(self, rows: pl.DataFrame, one_vm: bool) -> None:
+        mapped = rows.lazy().filter(pl.col("kind") == "kvm_mmu_set_spte").select("vm", "time", "gfn").collect()
+        for part in [mapped] if one_vm else mapped.partition_by("vm"):
+            vm = part["vm"].first()
+            if isinstance(vm, int) and vm in self._widths:
+                self._add(vm, part)
+
+    def _add(self, vm: int, mapped: pl.DataFrame) -> None:
+        first, width = self._widths[vm]
+        time = first + (pl.col("time") - first) // width * width
+        gfn = pl.col("gfn") // self._pages[vm] * self._pages[vm]
+        new = mapped.lazy().group_by(time=time, gfn=gfn).agg(installs=pl.len().cast(pl.Int64)).collect()
+        cells = pl.concat([self._cells[vm], new])
+        while (cells["gfn"].drop_nulls() // self._pages[vm]).n_unique() > self._rows:
+            self._pages[vm] *= 2
+        aligned = pl.col("gfn") // self._pages[vm] * self._pages[vm]
+        self._cells[vm] = cells.group_by("time", aligned).agg(pl.col("installs").sum())
+
+    def answer(self) -> pl.DataFrame:
+        frames = [pl.DataFrame(schema=_HEAT)]
+        for vm, (_, width) in self._widths.items():
+            same = {"vm": vm, "length_ns": width, "pages": self._pages[vm]}
+            frames.append(
+                self._cells[vm]
+                .with_columns(pl.lit(value, _HEAT[name]).alias(name) for name, value in same.items())
+                .select(*_HEAT)
+            )
+        return pl.concat(frames)
+
+
+@query(Recording, needs=("kvm_mmu_set_spte",), asks=lambda recording: [Heat(recording, PARTS // 4, ROWS // 2)])
 def heat(recording: Recording, parts: int = PARTS // 4, rows: int = ROWS // 2) -> pl.LazyFrame:
     """Where in guest memory leaves were installed, and when: 100 parts of the time, up to 50 ranges of gfns.
 
     Ranges are of one size and aligned to it; those in which nothing was ever mapped are not there.
     """
-    frames = []
-    for vm, (first, last) in during(recording.trace).items():
-        width = (last - first) // parts + 1
-        mapped = recording.scan().filter(pl.col("kind") == "kvm_mmu_set_spte", pl.col("vm") == vm)
-        gfns = mapped.select(pl.col("gfn").unique()).collect(engine="streaming")["gfn"].drop_nulls()
-        shift = 0
-        while (gfns // (1 << shift)).n_unique() > rows:
-            shift += 1
-        frames.append(
-            mapped.group_by(
-                pl.col("vm"),
-                time=first + (pl.col("time") - first) // width * width,
-                gfn=pl.col("gfn") // (1 << shift) * (1 << shift),
-            )
-            .agg(installs=pl.len().cast(pl.Int64))
-            .with_columns(length_ns=pl.lit(width, pl.Int64), pages=pl.lit(1 << shift, pl.Int64))
-            .select("vm", "time", "length_ns", "gfn", "pages", "installs")
-        )
-    schema = {"vm": pl.Int32, **dict.fromkeys(("time", "length_ns", "gfn", "pages", "installs"), pl.Int64)}
-    return pl.concat([pl.LazyFrame(schema=schema), *frames]).sort("vm", "time", "gfn")
+    (cells,) = recording.ask(Heat(recording, parts, rows))
+    return cells.lazy().sort("vm", "time", "gfn")
 
 
 @query(Result)
@@ -158,7 +199,7 @@ def refills(result: Result) -> pl.LazyFrame:
     return _by_size(counted, keys)
 
 
-@query(Recording, needs=("kvm_page_fault",))
+@query(Recording, needs=("kvm_page_fault",), asks=lambda _: [used_roots()])
 def fills(recording: Recording) -> pl.LazyFrame:
     """How many faults each root took, in powers of two; `refill`: a root of its role word was there before."""
     return _by_size(lives(recording).rename({"faults": "pages"}), ["vm"])

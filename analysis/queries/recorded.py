@@ -1,15 +1,22 @@
-"""Queries over the rows of a recording. They stream: memory grows with groups, not with rows."""
+"""Queries over the rows of a recording: what a pass over them counts, and what is told from that.
+
+The rows are read when a query is made, unless the recording has answered the same question before; memory grows with
+groups, not with rows.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Final
 
 import polars as pl
 
 from analysis.queries.registry import query
+from analysis.rip_runs import RipQuestion, runs_of
+from analysis.rows import Question, Tally
 from analysis.sources import Recording
-from replay.kernels import designs
 from replay.timing.stuck_rip import CERTAIN
+from traces import kernels
 from traces.errors import Problem
 
 WINDOW_NS: Final = 100_000_000
@@ -22,11 +29,25 @@ def _is(*kinds: str) -> pl.Expr:
     return pl.any_horizontal(pl.col("kind") == kind for kind in kinds)  # each by its code: a cast to text takes twice
 
 
-def _count(kind: str, also: pl.Expr | None = None) -> pl.Expr:
-    return (_is(kind) if also is None else _is(kind) & also).sum().cast(pl.Int64)
+def _of(count: str, kind: str) -> pl.Expr:
+    """A count of a tally that is by kind, of this kind."""
+    return pl.when(_is(kind)).then(pl.col(count)).otherwise(0).sum()
 
 
-@query(Recording, needs=("kvm_entry", "kvm_exit"))
+def in_windows(recording: Recording, window_ns: int = WINDOW_NS) -> Tally:
+    """Rows that tell of each vCPU's time in windows, by kind; `at` is ns from a window's begin, `last` in boot ns."""
+    since = pl.col("time") - min((group.first_time for group in recording.metadata.row_groups), default=0)
+    return Tally(
+        f"windows of {window_ns} ns",
+        where=pl.col("vcpu").is_not_null()
+        & _is("kvm_entry", "kvm_exit", "kvm_page_fault", "kvm_smm_transition", "mmu_load"),
+        by={"vcpu": pl.col("vcpu"), "window": since // window_ns, "kind": pl.col("kind")},
+        sums={"at": since % window_ns, "entering": _ENTERING},
+        most={"last": pl.col("time")},
+    )
+
+
+@query(Recording, needs=("kvm_entry", "kvm_exit"), asks=lambda recording: [in_windows(recording)])
 def windows(recording: Recording, window_ns: int = WINDOW_NS) -> pl.LazyFrame:
     """Each vCPU's time in windows of 100 ms, the most faults first: guest time, exits, faults, SMIs, loads of a root.
 
@@ -37,29 +58,26 @@ def windows(recording: Recording, window_ns: int = WINDOW_NS) -> pl.LazyFrame:
     groups = recording.metadata.row_groups
     first = min((group.first_time for group in groups), default=0)
     last = max((group.last_time for group in groups), default=0)
-    time, entry, exit_ = pl.col("time"), _is("kvm_entry"), _is("kvm_exit")
-    window = (time - first) // window_ns
-    at = (time - first) % window_ns
-    counted = ("kvm_entry", "kvm_exit", "kvm_page_fault", "kvm_smm_transition", "mmu_load")
+    entry, exit_ = _is("kvm_entry"), _is("kvm_exit")
     begin = first + pl.col("window") * window_ns
     length = pl.min_horizontal(pl.lit(window_ns, pl.Int64), last - begin + 1)
     # Guest time is the sum of exits' times less that of entries; one that is in at the end stays to the end.
     stays = pl.col("entered") > pl.col("left").fill_null(-1)
     guest = pl.col("crossed") + pl.when(stays).then(pl.col("length_ns")).otherwise(0)
     alternate = (pl.col("entries") - pl.col("exits")).abs() <= 1
+    (counted,) = recording.ask(in_windows(recording, window_ns))
     return (
-        recording.scan()
-        .filter(pl.col("vcpu").is_not_null(), _is(*counted))
-        .group_by("vm", "vcpu", window.alias("window"))
+        counted.lazy()
+        .group_by("vm", "vcpu", "window")
         .agg(
-            crossed=pl.when(exit_).then(at).when(entry).then(-at).otherwise(0).sum(),
-            entered=pl.when(entry).then(time).max(),
-            left=pl.when(exit_).then(time).max(),
-            entries=_count("kvm_entry"),
-            exits=_count("kvm_exit"),
-            faults=_count("kvm_page_fault"),
-            smis=_count("kvm_smm_transition", _ENTERING),
-            loads=_count("mmu_load"),
+            crossed=pl.when(exit_).then(pl.col("at")).when(entry).then(-pl.col("at")).otherwise(0).sum(),
+            entered=pl.when(entry).then(pl.col("last")).max(),
+            left=pl.when(exit_).then(pl.col("last")).max(),
+            entries=_of("rows", "kvm_entry"),
+            exits=_of("rows", "kvm_exit"),
+            faults=_of("rows", "kvm_page_fault"),
+            smis=_of("entering", "kvm_smm_transition"),
+            loads=_of("rows", "mmu_load"),
         )
         .with_columns(_nulled(recording, faults="kvm_page_fault", smis="kvm_smm_transition", loads="mmu_load"))
         .with_columns(time=begin, since_ns=begin - first, length_ns=length)
@@ -72,7 +90,23 @@ def windows(recording: Recording, window_ns: int = WINDOW_NS) -> pl.LazyFrame:
     )  # fmt: skip
 
 
-@query(Recording, needs=("kvm_mmu_set_spte",))
+def installs() -> Tally:
+    """Leaves that were installed, by page and level."""
+    return Tally(
+        "installs",
+        where=_is("kvm_mmu_set_spte"),
+        by={"gfn": pl.col("gfn"), "level": pl.col("level")},
+        least={"first_time": pl.col("time")},
+        most={"last_time": pl.col("time")},
+    )
+
+
+def _of_installs(recording: Recording) -> Iterator[Question]:
+    yield installs()
+    yield from _of_slots(recording)
+
+
+@query(Recording, needs=("kvm_mmu_set_spte",), asks=_of_installs)
 def gfns(recording: Recording, top: int | None = None) -> pl.LazyFrame:
     """How often each page was mapped, and in which memory slot it is, the most often first; `top` of them.
 
@@ -84,7 +118,7 @@ def gfns(recording: Recording, top: int | None = None) -> pl.LazyFrame:
     )
 
 
-@query(Recording, needs=("kvm_mmu_set_spte",))
+@query(Recording, needs=("kvm_mmu_set_spte",), asks=_of_installs)
 def regions(recording: Recording) -> pl.LazyFrame:
     """The same by regions of 2 MiB: pages mapped, installs, and installs a page; the hottest first."""
     found = (
@@ -106,7 +140,7 @@ def regions(recording: Recording) -> pl.LazyFrame:
     )
 
 
-@query(Recording, needs=("kvm_mmu_set_spte",))
+@query(Recording, needs=("kvm_mmu_set_spte",), asks=_of_installs)
 def slots(recording: Recording) -> pl.LazyFrame:
     """The same by memory slot: pages it has, pages of it that were mapped, installs."""
     return (
@@ -133,7 +167,7 @@ def rmaps(recording: Recording) -> pl.LazyFrame:
     """
     if recording.metadata.policy != "shadow":
         raise Problem(f"{recording.path}: query rmaps: the TDP MMU has no reverse maps")
-    each = designs(recording.metadata).pte_list_ext
+    each = kernels.recorded(recording.metadata).pte_list_ext
     table, spte = ["vm", "table"], ["vm", "table", "level", "gfn"]
     gone = recording.scan().filter(_is("kvm_mmu_prepare_zap_page")).select(*table, "seq", end="seq").sort("seq")
     sets = recording.scan().filter(_is("kvm_mmu_set_spte"), pl.col("new") != 0).select(*spte, "seq").sort("seq")
@@ -160,7 +194,28 @@ def rmaps(recording: Recording) -> pl.LazyFrame:
     )
 
 
-@query(Recording, needs=("kvm_page_fault", "kvm_mmu_spte_requested"))
+def faulted() -> Tally:
+    """Faults, and what was done for them, by vCPU and page; `served`: a mapping was requested or a permission fixed."""
+    requested = _is("kvm_mmu_spte_requested")
+    fixed = _is("fast_page_fault") & (pl.col("old") != pl.col("new"))
+    page = (pl.col("addr") // 4096).cast(pl.Int64)
+    return Tally(
+        "faults by page",
+        where=pl.col("vcpu").is_not_null() & _is("kvm_page_fault", "kvm_mmu_spte_requested", "fast_page_fault"),
+        by={"vcpu": pl.col("vcpu"), "gfn": pl.when(requested).then(pl.col("gfn")).otherwise(page)},
+        sums={"faults": _is("kvm_page_fault"), "served": requested | fixed},
+        least={"first_time": pl.col("time")},
+        most={"last_time": pl.col("time")},
+    )
+
+
+def _of_unserved(recording: Recording) -> Iterator[Question]:
+    if recording.metadata.policy != "shadow":
+        yield faulted()
+        yield from _of_slots(recording)
+
+
+@query(Recording, needs=("kvm_page_fault", "kvm_mmu_spte_requested"), asks=_of_unserved)
 def unserved(recording: Recording) -> pl.LazyFrame:
     """Pages on which a vCPU faulted again and again though nothing was mapped for it: spurious, stale, or emulated.
 
@@ -169,22 +224,8 @@ def unserved(recording: Recording) -> pl.LazyFrame:
     """
     if recording.metadata.policy == "shadow":
         raise Problem(f"{recording.path}: query unserved: addresses of faults are the guest's own under the shadow MMU")
-    page = (pl.col("addr") // 4096).cast(pl.Int64)
-    fixed = _is("fast_page_fault") & (pl.col("old") != pl.col("new"))
-    found = (
-        recording.scan()
-        .filter(pl.col("vcpu").is_not_null(), _is("kvm_page_fault", "kvm_mmu_spte_requested", "fast_page_fault"))
-        .with_columns(gfn=pl.when(_is("kvm_mmu_spte_requested")).then(pl.col("gfn")).otherwise(page))
-        .group_by("vm", "vcpu", "gfn")
-        .agg(
-            faults=_count("kvm_page_fault"),
-            served=(_is("kvm_mmu_spte_requested") | fixed).sum().cast(pl.Int64),
-            first_time=pl.col("time").min(),
-            last_time=pl.col("time").max(),
-        )
-        .with_columns(unserved=pl.col("faults") - pl.col("served"))
-        .filter(pl.col("unserved") > 1)
-    )
+    (counted,) = recording.ask(faulted())
+    found = counted.lazy().with_columns(unserved=pl.col("faults") - pl.col("served")).filter(pl.col("unserved") > 1)
     return (
         _with_slots(found, recording)
         .select("vm", "vcpu", "gfn", "slot", "faults", "served", "unserved", "first_time", "last_time")
@@ -192,27 +233,32 @@ def unserved(recording: Recording) -> pl.LazyFrame:
     )
 
 
-@query(Recording)
+def used_roots() -> Tally:
+    """Rows that name a root, by root: its role word, from when to when there are any, loads and faults among them."""
+    loaded = _is("kvm_mmu_get_page", "mmu_load", "root_get") & (pl.col("role") != 0)
+    return Tally(
+        "roots",
+        where=pl.col("root") != 0,
+        by={"root": pl.col("root")},
+        sums={"loads": _is("mmu_load"), "faults": _is("kvm_page_fault")},
+        least={"role": pl.when(loaded).then(pl.col("role")), "first_time": pl.col("time")},
+        most={"last_time": pl.col("time")},
+    )
+
+
+@query(Recording, asks=lambda _: [used_roots()])
 def lives(recording: Recording) -> pl.LazyFrame:
     """Every root that the recording shows: its role word, from when to when it is seen, loads and faults under it."""
-    loaded = _is("kvm_mmu_get_page", "mmu_load", "root_get")
+    (counted,) = recording.ask(used_roots())
     return (
-        recording.scan()
-        .filter(pl.col("root") != 0)
-        .group_by("vm", "root")
-        .agg(
-            role=pl.when(loaded & (pl.col("role") != 0)).then(pl.col("role")).min(),
-            first_time=pl.col("time").min(),
-            last_time=pl.col("time").max(),
-            loads=_count("mmu_load"),
-            faults=_count("kvm_page_fault"),
-        )
+        counted.lazy()
+        .select("vm", "root", "role", "first_time", "last_time", "loads", "faults")
         .with_columns(life_ns=pl.col("last_time") - pl.col("first_time"))
         .sort("vm", "root")
     )
 
 
-@query(Recording)
+@query(Recording, asks=lambda _: [used_roots()])
 def roles(recording: Recording) -> pl.LazyFrame:
     """Root lives by role word: how many roots, how long they are seen (median and longest), loads, faults."""
     return (
@@ -229,16 +275,13 @@ def roles(recording: Recording) -> pl.LazyFrame:
     )
 
 
-@query(Recording, needs=("kvm_exit",))
+@query(Recording, needs=("kvm_exit",), asks=lambda recording: [RipQuestion(recording.trace)])
 def stuck(recording: Recording, exits: int = CERTAIN) -> pl.LazyFrame:
-    """vCPUs that certainly did not get past an instruction: 100,000 exits and more at one RIP, and why.
-
-    The recording is read for this when the query is made.
-    """
+    """vCPUs that certainly did not get past an instruction: 100,000 exits and more at one RIP, and why."""
+    (longest,) = recording.ask(RipQuestion(recording.trace))
     found = [
-        {"vm": vm.vm, **{name: getattr(run, name) for name in _RUN}, "why": run.why}
-        for vm in recording.times
-        for run in vm.runs
+        {"vm": vm, **{name: getattr(run, name) for name in _RUN}, "why": run.why}
+        for vm, run in runs_of(longest)
         if run.certain(exits)
     ]
     return pl.LazyFrame(found, schema={"vm": pl.UInt64, **_RUN, "why": pl.String})
@@ -273,16 +316,24 @@ def _nulled(recording: Recording, **kinds: str) -> list[pl.Expr]:
 
 
 def _installs(recording: Recording) -> pl.LazyFrame:
-    return (
-        recording.scan()
-        .filter(_is("kvm_mmu_set_spte"))
-        .group_by("vm", "gfn", "level")
-        .agg(
-            installs=pl.len().cast(pl.Int64),
-            first_time=pl.col("time").min(),
-            last_time=pl.col("time").max(),
-        )
+    (counted,) = recording.ask(installs())
+    return counted.lazy().select(
+        "vm", "gfn", "level", installs="rows", first_time="first_time", last_time="last_time"
+    )  # fmt: skip
+
+
+def placed() -> Tally:
+    """Places that a memory slot was given while it was recorded; `value` is its pages."""
+    return Tally(
+        "slots",
+        where=_is("memslot") & pl.col("value").is_between(1, 1 << 52),
+        by={name: pl.col(name) for name in ("slot", "gfn", "value")},
     )
+
+
+def _of_slots(recording: Recording) -> Iterator[Question]:
+    if any(vm.get("slots_omitted") for vm in recording.metadata.vms):
+        yield placed()
 
 
 def known_slots(recording: Recording) -> pl.DataFrame:
@@ -295,9 +346,10 @@ def known_slots(recording: Recording) -> pl.DataFrame:
         if slot["pages"] and max(slot["slot"], vm["id"]) < 1 << 31 and max(slot["gfn"], slot["pages"]) < 1 << 52
     ]
     found = pl.DataFrame(rows, schema=_SLOT)
-    if any(vm.get("slots_omitted") for vm in meta.vms):
-        later = recording.scan().filter(_is("memslot"), pl.col("value").is_between(1, 1 << 52))
-        found = pl.concat([found, later.select("vm", "slot", "gfn", pages=pl.col("value").cast(pl.Int64)).collect()])
+    later = recording.ask(*_of_slots(recording))
+    found = pl.concat(
+        [found, *(each.select("vm", "slot", "gfn", pages=pl.col("value").cast(pl.Int64)) for each in later)]
+    )
     return found.unique().sort("gfn", "pages", "vm", "slot")
 
 

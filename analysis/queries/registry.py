@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Final, Generic, TypeVar
 
 import polars as pl
 
+from analysis.rows import Question
 from analysis.sources import Recording, Result
 from traces.errors import Problem
 
@@ -21,12 +22,14 @@ _QUERIES: Final[dict[str, Query[Any]]] = {}
 class Query(Generic[Source]):
     """A named query: called with an opened recording or result it gives a LazyFrame.
 
-    `needs`: kinds of event without which there is no answer.
+    `needs`: kinds of event without which there is no answer. `asks`: what it will ask of a recording's rows, without
+    options: whoever makes several queries lets the recording answer all that they ask in one pass.
     """
 
     name: str
     source: type[Source]
     needs: tuple[str, ...]
+    asks: Callable[[Source], Iterable[Question]]
     make: Callable[..., pl.LazyFrame]
 
     def __call__(self, source: Source, **options: Any) -> pl.LazyFrame:
@@ -42,17 +45,23 @@ class Query(Generic[Source]):
         """The kinds that it needs and that were not watched."""
         return [kind for kind in self.needs if isinstance(source, Recording) and kind not in source.kinds]
 
+    def questions(self, source: Source) -> list[Question]:
+        """What it will ask of the rows; nothing where there is no answer."""
+        return [] if self.lacking(source) else list(self.asks(source))
+
     @property
     def about(self) -> str:
         """What it asks, in a line."""
         return (self.make.__doc__ or "").splitlines()[0]
 
 
-def query(source: type[Source], needs: tuple[str, ...] = ()) -> Callable[[Callable[..., pl.LazyFrame]], Query[Source]]:
+def query(
+    source: type[Source], needs: tuple[str, ...] = (), asks: Callable[[Source], Iterable[Question]] = lambda _: ()
+) -> Callable[[Callable[..., pl.LazyFrame]], Query[Source]]:
     """Make a function of an opened source (and options) a query under the function's name."""
 
     def register(make: Callable[..., pl.LazyFrame]) -> Query[Source]:
-        made = Query(make.__name__, source, needs, make)
+        made = Query(make.__name__, source, needs, asks, make)
         _QUERIES[made.name] = made
         return made
 

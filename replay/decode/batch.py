@@ -64,7 +64,8 @@ class Batch:
 
     def of(self, *kinds: str) -> Ints:
         """Row numbers of these kinds, in order."""
-        return np.flatnonzero(np.isin(self.kind, [BY_NAME[name].code for name in kinds]))
+        codes = [BY_NAME[name].code for name in kinds]
+        return np.flatnonzero(self.kind == codes[0] if len(codes) == 1 else np.isin(self.kind, codes))
 
 
 @lru_cache(2)

@@ -7,8 +7,11 @@ from copy import copy
 from functools import cached_property
 from typing import Any, Final
 
-from replay import kernels, roles
+from traces import kernels
 from traces.errors import Problem
+from traces.kernels import roles
+from traces.kernels.policies import POLICIES
+from traces.kernels.vendors import VENDORS, VMX
 from traces.reader import Trace
 
 _NEEDED: Final = {
@@ -39,11 +42,15 @@ class Capabilities:
         if not meta.events or not meta.vms:
             raise Problem(f"{path}: there is {'no event' if not meta.events else 'no VM'} in it: nothing to replay")
         try:
-            self.kernel, self.own = kernels.recorded(meta)
+            self.kernel = kernels.recorded(meta)
+            if self.kernel.policy not in POLICIES:
+                found = meta.policy or "none given"
+                raise Problem(f"the recorder could not tell this kernel's root policy ({found})")
+            self.own = self.kernel.parameters()
         except Problem as problem:
             raise Problem(f"{path}: {problem}") from None
         self.trace = trace
-        if self.off("kvm_amd", "npt") or self.off("kvm_intel", "ept"):
+        if any(self.off(vendor.module, vendor.paging) for vendor in VENDORS):
             raise Problem(
                 f"{path}: nested paging was off: roots then follow the guest's page tables, which replay has not"
             )
@@ -59,8 +66,7 @@ class Capabilities:
                 f"{path}: no entry into a guest, no fault and no load of a root is in it (this kernel shows none of "
                 "them for these guests): nothing to replay"
             )
-        host = meta.raw.get("host")
-        self.intel = isinstance(host, dict) and host.get("vendor") == "GenuineIntel"
+        self.intel = self.kernel.vendor is VMX
         self.shadow = self.own.mmu == "shadow"
         # 5.10 shows neither notifiers nor SPTE changes: what the host took away can only be inferred.
         self.infers = "kvm_unmap_hva_range" not in self.kinds

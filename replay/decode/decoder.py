@@ -33,8 +33,7 @@ from typing import Any
 import cython
 import numpy as np
 
-from replay import causes, roles
-from replay.causes import Trigger
+from replay.decode.exits import CODES, Left, exit_meanings
 from replay.decode.inferred import GONE_PAGE, GONE_TABLE, Unseen
 from replay.decode.inputs import (
     BUILT_ROOT,
@@ -52,16 +51,17 @@ from replay.decode.inputs import (
 from replay.decode.pools import as_bytes, as_structures, pool_of
 from replay.decode.vcpu_states import INTERRUPT, NO_SPAN, STILL, VcpuState
 from replay.simulate.operations import Op
+from traces.kernels import roles, triggers
+from traces.kernels.spte import LARGE
+from traces.kernels.triggers import Trigger
 from traces.schema import BY_NAME
 
 COMPILED: bool = cython.compiled
 
 _NONE = cython.declare(cython.longlong, -1)
-_IOCTL = cython.declare(cython.longlong, 1 << 32)  # set in what a vCPU did last, where that was an ioctl
-_DETAIL = cython.declare(cython.int, 16)  # where an exit's detail stands above its code
 _PAGE_BITS = cython.declare(cython.int, 9)  # of a table's index
 
-# What a row says, by kind: see `_MEANINGS`.
+# What a row says, by kind: its place in MEANINGS. From _OF_VM on, of the VM as a whole.
 _NOTHING = cython.declare(cython.int, 0)
 _EXIT = cython.declare(cython.int, 1)
 _ENTRY = cython.declare(cython.int, 2)
@@ -69,17 +69,17 @@ _FAULT = cython.declare(cython.int, 3)
 _REQUESTED = cython.declare(cython.int, 4)
 _SET = cython.declare(cython.int, 5)
 _MARK = cython.declare(cython.int, 6)
-_CHANGED = cython.declare(cython.int, 7)
-_FAST = cython.declare(cython.int, 8)
-_GET_PAGE = cython.declare(cython.int, 9)
-_ROOT_GET = cython.declare(cython.int, 10)
-_MMU_LOAD = cython.declare(cython.int, 11)
-_RESET = cython.declare(cython.int, 12)
-_UNLOAD = cython.declare(cython.int, 13)
-_SMM_MOVE = cython.declare(cython.int, 14)
-_CR = cython.declare(cython.int, 15)
-_MSR = cython.declare(cython.int, 16)
-_IOCTL_BEGIN = cython.declare(cython.int, 17)
+_FAST = cython.declare(cython.int, 7)
+_GET_PAGE = cython.declare(cython.int, 8)
+_ROOT_GET = cython.declare(cython.int, 9)
+_MMU_LOAD = cython.declare(cython.int, 10)
+_RESET = cython.declare(cython.int, 11)
+_UNLOAD = cython.declare(cython.int, 12)
+_SMM_MOVE = cython.declare(cython.int, 13)
+_CR = cython.declare(cython.int, 14)
+_MSR = cython.declare(cython.int, 15)
+_IOCTL_BEGIN = cython.declare(cython.int, 16)
+_CHANGED = cython.declare(cython.int, 17)
 _IOCTL_END = cython.declare(cython.int, 18)
 _INVALIDATE = cython.declare(cython.int, 19)
 _ZAP_LEAFS = cython.declare(cython.int, 20)
@@ -89,11 +89,12 @@ _MEMSLOT = cython.declare(cython.int, 23)
 _DESTROY = cython.declare(cython.int, 24)
 _NESTED = cython.declare(cython.int, 25)
 _TABLE_FREE = cython.declare(cython.int, 26)
+_OF_VM = cython.declare(cython.int, 17)
 MEANINGS = (
     "", "kvm_exit", "kvm_entry", "kvm_page_fault", "kvm_mmu_spte_requested", "kvm_mmu_set_spte", "mark_mmio_spte",
-    "kvm_tdp_mmu_spte_changed", "fast_page_fault", "kvm_mmu_get_page", "root_get", "mmu_load", "mmu_reset",
-    "mmu_unload", "kvm_smm_transition", "kvm_cr", "kvm_msr", "ioctl", "ioctl_end", "kvm_mmu_zap_all_fast",
-    "zap_leafs", "kvm_unmap_hva_range", "zap_all", "memslot", "vm_destroy", "kvm_nested_vmenter", "table_free",
+    "fast_page_fault", "kvm_mmu_get_page", "root_get", "mmu_load", "mmu_reset", "mmu_unload", "kvm_smm_transition",
+    "kvm_cr", "kvm_msr", "ioctl", "kvm_tdp_mmu_spte_changed", "ioctl_end", "kvm_mmu_zap_all_fast", "zap_leafs",
+    "kvm_unmap_hva_range", "zap_all", "memslot", "vm_destroy", "kvm_nested_vmenter", "table_free",
 )  # fmt: skip
 
 _TOUCH = cython.declare(cython.uint, int(Op.TOUCH))
@@ -147,35 +148,38 @@ _NX = cython.declare(cython.longlong, roles.NX)
 _MAYBE_WP = cython.declare(cython.longlong, roles.MAYBE_WP)
 _USUAL = cython.declare(cython.longlong, roles.USUAL)
 
-_CR0_PG_BIT = cython.declare(cython.longlong, causes.CR0_PG)
-_CR0_WP_BIT = cython.declare(cython.longlong, causes.CR0_WP)
-_CR4_ROLE_BITS = cython.declare(cython.longlong, causes.CR4_ROLE)
-_CR4_PGE_BIT = cython.declare(cython.longlong, causes.CR4_PGE)
-_CR4_PCIDE_BIT = cython.declare(cython.longlong, causes.CR4_PCIDE)
-_EFER_MSR = cython.declare(cython.ulonglong, causes.EFER_MSR)
-_EFER_NX = cython.declare(cython.longlong, causes.EFER_NX)
-_SET_SREGS = cython.declare(cython.longlong, causes.SET_SREGS[0])
-_SET_SREGS2 = cython.declare(cython.longlong, causes.SET_SREGS[1])
-_SET_CPUID2 = cython.declare(cython.longlong, causes.SET_CPUID2)
+_CR0_PG_BIT = cython.declare(cython.longlong, triggers.CR0_PG)
+_CR0_WP_BIT = cython.declare(cython.longlong, triggers.CR0_WP)
+_CR4_ROLE_BITS = cython.declare(cython.longlong, triggers.CR4_ROLE)
+_CR4_PGE_BIT = cython.declare(cython.longlong, triggers.CR4_PGE)
+_CR4_PCIDE_BIT = cython.declare(cython.longlong, triggers.CR4_PCIDE)
+_EFER_MSR = cython.declare(cython.ulonglong, triggers.EFER_MSR)
+_EFER_NX = cython.declare(cython.longlong, triggers.EFER_NX)
+_SET_SREGS = cython.declare(cython.longlong, triggers.SET_SREGS[0])
+_SET_SREGS2 = cython.declare(cython.longlong, triggers.SET_SREGS[1])
+_SET_CPUID2 = cython.declare(cython.longlong, triggers.SET_CPUID2)
+_CODES = cython.declare(cython.ulonglong, CODES)
+_BY_NOTHING = cython.declare(cython.longlong, int(Left.NEVER))
+_BY_OTHER = cython.declare(cython.longlong, int(Left.OTHER_EXIT))
+_BY_IO = cython.declare(cython.longlong, int(Left.IO))
+_BY_CR0 = cython.declare(cython.longlong, int(Left.CR0_WRITE))
+_BY_CR4 = cython.declare(cython.longlong, int(Left.CR4_WRITE))
+_BY_MSR_WRITE = cython.declare(cython.longlong, int(Left.MSR_WRITE))
+_BY_RSM = cython.declare(cython.longlong, int(Left.RSM))
+_BY_UD = cython.declare(cython.longlong, int(Left.UNDEFINED))
+_BY_INVPCID = cython.declare(cython.longlong, int(Left.INVPCID))
+_BY_CR = cython.declare(cython.longlong, int(Left.CR))
+_BY_MSR = cython.declare(cython.longlong, int(Left.MSR))
+_TO_SREGS = cython.declare(cython.longlong, int(Left.SET_SREGS))
+_TO_CPUID = cython.declare(cython.longlong, int(Left.SET_CPUID))
+_TO_OTHER = cython.declare(cython.longlong, int(Left.OTHER_IOCTL))
 _KVM_SMI = cython.declare(cython.ulonglong, 0xAEB7)
-_LARGE = cython.declare(cython.ulonglong, 1 << 7)
-_PRESENT = cython.declare(cython.ulonglong, 1 << 11)
+_LARGE = cython.declare(cython.ulonglong, LARGE)
 _LEVEL5 = cython.declare(cython.longlong, roles.LEVEL5)
 _NESTED_GUEST = cython.declare(cython.longlong, roles.GUEST)
 _GUEST_MODE = cython.declare(cython.uint, 1 << 17)
-_SVM_MSR = cython.declare(cython.ulonglong, causes.SVM_MSR)
-_SVM_RSM = cython.declare(cython.longlong, causes.SVM_RSM)
-_SVM_UD = cython.declare(cython.longlong, causes.SVM_UD)
-_SVM_INVPCID = cython.declare(cython.longlong, causes.SVM_INVPCID)
-_VMX_CR = cython.declare(cython.ulonglong, causes.VMX_CR)
-_VMX_RSM = cython.declare(cython.longlong, causes.VMX_RSM)
-_VMX_EXCEPTION = cython.declare(cython.longlong, causes.VMX_EXCEPTION)
-_VMX_WRMSR = cython.declare(cython.longlong, causes.VMX_WRMSR)
-_VMX_INVPCID = cython.declare(cython.longlong, causes.VMX_INVPCID)
 _GONE_PAGE = cython.declare(cython.int, GONE_PAGE)
 _GONE_TABLE = cython.declare(cython.int, GONE_TABLE)
-# Before this version the same function empties roots when they are invalidated and when the process ends.
-ONE_FUNCTION = (5, 12, 0)
 
 _NO_SPAN = cython.declare(cython.int, NO_SPAN)
 _STILL = cython.declare(cython.int, STILL)
@@ -187,10 +191,12 @@ _IS_UNLOAD = cython.declare(cython.int, int(VcpuState.UNLOAD))
 _IS_ZAP = cython.declare(cython.int, int(VcpuState.ZAP))
 _IS_PREFETCH = cython.declare(cython.int, int(VcpuState.PREFETCH))
 _IS_OTHER = cython.declare(cython.int, int(VcpuState.OTHER))
+_IS_SMM = cython.declare(cython.int, int(VcpuState.SMM))
+_IS_USER = cython.declare(cython.int, int(VcpuState.USER))
 
 Vcpu = cython.struct(  # what is known of a vCPU after its last row; rows are named by their seq, -1 for none
     opened=cython.longlong,  # its last exit or ioctl
-    code=cython.longlong,  # what that was
+    why=cython.longlong,  # what that was (`exits.Left`)
     loaded=cython.longlong,  # its last load of a root
     state=cython.longlong,  # (`roles`) by the word of that root
     smm=cython.longlong,  # its last SMM transition
@@ -217,19 +223,14 @@ Vcpu = cython.struct(  # what is known of a vCPU after its last row; rows are na
     cr4=cython.longlong,
     wrote=cython.longlong,  # its last write of CR0 or CR4 with a value, and what that triggers (-1: nothing)
     wrote_trigger=cython.longlong,
-    left=cython.longlong,  # its last exit, and that one's code
-    left_code=cython.ulonglong,
+    left=cython.longlong,  # its last exit, and whether it was for port I/O
+    left_by_io=cython.longlong,
     asked_smi=cython.longlong,  # the last KVM_SMI ioctl by its thread
     # The exit that goes on
     record=cython.longlong,  # -1: it has no input yet
     first=cython.longlong,  # its first input
     has=cython.longlong,  # which inputs it has (`inputs.HAS_*`)
-    guest=cython.longlong,  # ns
-    fault=cython.longlong,
-    load=cython.longlong,
-    unload=cython.longlong,
-    rest=cython.longlong,
-    other=cython.longlong,  # of the rest, exits that no input is about
+    ns=cython.longlong[9],  # by VcpuState
     tables=cython.longlong,
     built_root=cython.longlong,
     still=cython.longlong,
@@ -277,7 +278,7 @@ class Decoder:
     _gfn: cython.longlong[::1]
     _time: cython.longlong[::1]
     _seq: cython.longlong[::1]
-    _exit: cython.longlong[::1]
+    _exit: cython.int[::1]
     _start: cython.longlong[::1]
     _end: cython.longlong[::1]
     _lead: cython.longlong[::1]
@@ -285,8 +286,8 @@ class Decoder:
     _fault: cython.longlong[::1]
     _load: cython.longlong[::1]
     _unload: cython.longlong[::1]
-    _tables: cython.longlong[::1]
-    _has: cython.longlong[::1]
+    _tables: cython.uchar[::1]
+    _has: cython.uint[::1]
     _flags: cython.uchar[::1]
 
     _vcpu: cython.pointer[Vcpu]
@@ -320,7 +321,7 @@ class Decoder:
     _slot_hva: cython.const[cython.ulonglong][::1]
     _slot_space: cython.const[cython.longlong][::1]
     # The recorded kernel
-    _intel: cython.bint
+    _meaning: cython.uchar[::1]  # of exits (`exits`)
     _shadow: cython.bint
     _infers: cython.bint
     _valued: cython.bint  # writes of control registers come with values
@@ -329,6 +330,7 @@ class Decoder:
     _fixed: cython.longlong
     _wp: cython.longlong
     _nx: cython.longlong
+    _spte_present: cython.ulonglong
     _present: cython.ulonglong  # bits of a fault's code that say that the leaf was there
 
     def __init__(self, capabilities: Any, vcpus: int, slots: Any, role_words: Any, groups: bool, timed: bool) -> None:
@@ -364,13 +366,15 @@ class Decoder:
         self._loads_by = _ROOT_GET if kinds.get("root_get") else _MMU_LOAD if kinds.get("mmu_load") else _ENTRY
         self._invalidations, self._invalidated, self._newest_root = 0, -1, 0
         self._timed, self._groups = timed, groups
-        self._intel, self._shadow, self._infers = capabilities.intel, capabilities.shadow, capabilities.infers
+        self._shadow, self._infers = capabilities.shadow, capabilities.infers
+        self._meaning = exit_meanings(kernel.vendor)
         self._valued = bool(kinds.get("kvm_cr"))
         self._guest_bits = kernel.layout.guest_bits
-        self._one_function = kernel.since < ONE_FUNCTION
-        self._fixed, self._wp, self._nx = kernel.fixed, kernel.layout.wp, kernel.layout.nx
-        # SVM's error code, as of #PF; VMX's qualification: readable, writable, executable.
-        self._present = 7 << 3 if capabilities.intel else 1
+        # The same function empties roots when they are invalidated and when the process ends.
+        self._one_function = kernel.zap_all_fast == "empty"
+        self._fixed, self._wp, self._nx = kernel.ret_pf.fixed, kernel.layout.wp, kernel.layout.nx
+        self._spte_present = kernel.spte.present
+        self._present = kernel.vendor.fault.present
         self.ended = False
         self.nested = self.inferred = self.hidden = self.by_guest = self.by_clock = 0
         self.began = -1
@@ -525,43 +529,44 @@ class Decoder:
                             self._repaired(v, addr[i], (old[i] | new[i]) & _LARGE != 0)
                     elif means == _IOCTL_BEGIN:
                         vcpu[v].opened = seq[i]
-                        vcpu[v].code = cython.cast(cython.longlong, code[i] & 0xFFFF) | _IOCTL
+                        vcpu[v].why = self._asked(cython.cast(cython.longlong, code[i] & 0xFFFF))
                         if code[i] == _KVM_SMI:
                             vcpu[v].asked_smi = seq[i]
                 elif means in (_ROOT_GET, _MMU_LOAD, _GET_PAGE) and root[i] > 0:
                     self._name(root[i], role[i])
 
-                if means == _CHANGED:
-                    if self._collapses and level[i] > 1:
-                        self._collapse(tid[i], level[i], as_id[i], gfn[i], old[i], new[i])
-                elif means == _INVALIDATE:
-                    self._put(_OP_INVALIDATE, 0)
-                    self._invalidations += 1
-                    self._invalidated = seq[i]
-                    if self._one_function:
-                        self._is_empty(tid[i], False)
-                    if self._infers:
-                        self._forget(0)
-                elif means == _ZAP_LEAFS:
-                    self._put_range(_ZAP, as_id[i], gfn[i], cython.cast(cython.longlong, value[i]))
-                elif means == _UNMAP:
-                    self._unmap(addr[i], value[i])
-                elif means == _ZAP_ALL:
-                    if not self._one_function or self._is_empty(tid[i], True):
-                        self._put(_OP_ZAP_ALL, 0)
-                elif means == _MEMSLOT:
-                    self._change_slot(tid[i], slot[i] & 0xFFFF, as_id[i])
-                elif means == _IOCTL_END:
-                    if self._collapses:
-                        self._end_collapse(tid[i])
-                elif means == _TABLE_FREE:
-                    if self._infers and root[i] > 0:
-                        self._forget(root[i])
-                elif means == _NESTED:
-                    self.nested += 1
-                elif means == _DESTROY:
-                    self._put(_END, 0)
-                    self.ended = True
+                if means >= _OF_VM:
+                    if means == _CHANGED:
+                        if self._collapses and level[i] > 1:
+                            self._collapse(tid[i], level[i], as_id[i], gfn[i], old[i], new[i])
+                    elif means == _INVALIDATE:
+                        self._put(_OP_INVALIDATE, 0)
+                        self._invalidations += 1
+                        self._invalidated = seq[i]
+                        if self._one_function:
+                            self._is_empty(tid[i], False)
+                        if self._infers:
+                            self._forget(0)
+                    elif means == _ZAP_LEAFS:
+                        self._put_range(_ZAP, as_id[i], gfn[i], cython.cast(cython.longlong, value[i]))
+                    elif means == _UNMAP:
+                        self._unmap(addr[i], value[i])
+                    elif means == _ZAP_ALL:
+                        if not self._one_function or self._is_empty(tid[i], True):
+                            self._put(_OP_ZAP_ALL, 0)
+                    elif means == _MEMSLOT:
+                        self._change_slot(tid[i], slot[i] & 0xFFFF, as_id[i])
+                    elif means == _IOCTL_END:
+                        if self._collapses:
+                            self._end_collapse(tid[i])
+                    elif means == _TABLE_FREE:
+                        if self._infers and root[i] > 0:
+                            self._forget(root[i])
+                    elif means == _NESTED:
+                        self.nested += 1
+                    elif means == _DESTROY:
+                        self._put(_END, 0)
+                        self.ended = True
                 i += 1
         return i
 
@@ -596,7 +601,7 @@ class Decoder:
                 self._vcpu[v].has = 0
                 self.records += 1
             self._vcpu[v].has |= has
-            self._exit[n] = self._vcpu[v].record
+            self._exit[n] = cython.cast(cython.int, self._vcpu[v].record)
 
     @cython.cfunc
     @cython.nogil
@@ -644,27 +649,11 @@ class Decoder:
             vcpu[v].still = mark & _STILL
             vcpu[v].interrupt = mark & _INTERRUPT
         vcpu[v].rows += 1
+        vcpu[v].ns[state] += ns
         if state == _IS_FAULT:
-            vcpu[v].fault += ns
             vcpu[v].fault_rows += 1
-            if means == _FAULT:
-                vcpu[v].faults += 1
-            elif means == _GET_PAGE:
-                vcpu[v].tables += 1
-        elif state == _IS_GUEST:
-            vcpu[v].guest += ns
-        elif state == _IS_LOAD:
-            vcpu[v].load += ns
-        elif state == _IS_UNLOAD:
-            vcpu[v].unload += ns
-        elif state == _IS_ZAP:
-            vcpu[v].zapped += ns
-        elif state == _IS_PREFETCH:
-            vcpu[v].prefetched += ns
-        else:
-            vcpu[v].rest += ns
-            if state == _IS_OTHER:
-                vcpu[v].other += ns
+            vcpu[v].faults += means == _FAULT
+            vcpu[v].tables += means == _GET_PAGE
         if root > self._newest_root and means in (_ROOT_GET, _MMU_LOAD, _GET_PAGE):
             self._newest_root = root
             vcpu[v].built_root = True
@@ -676,25 +665,34 @@ class Decoder:
         """The vCPU's exit is done: its time is its record's, or, where it has none, the next one's."""
         vcpu: cython.pointer[Vcpu] = self._vcpu
         r: cython.Py_ssize_t = vcpu[v].record
+        i: cython.int
+        guest: cython.longlong = vcpu[v].ns[_IS_GUEST]
+        fault: cython.longlong = vcpu[v].ns[_IS_FAULT]
+        load: cython.longlong = vcpu[v].ns[_IS_LOAD]
+        unload: cython.longlong = vcpu[v].ns[_IS_UNLOAD]
+        rest: cython.longlong = vcpu[v].ns[_IS_SMM] + vcpu[v].ns[_IS_USER] + vcpu[v].ns[_IS_OTHER]
         if r >= 0:
-            self._lead[r] = vcpu[v].lead + vcpu[v].guest + vcpu[v].rest
-            self._guest[r] = vcpu[v].lead_guest + vcpu[v].guest
-            self._fault[r] = vcpu[v].fault
-            self._load[r] = vcpu[v].load
-            self._unload[r] = vcpu[v].unload
-            self._tables[r] = vcpu[v].tables
-            self._has[r] = vcpu[v].has
+            self._lead[r] = vcpu[v].lead + guest + rest
+            self._guest[r] = vcpu[v].lead_guest + guest
+            self._fault[r] = fault
+            self._load[r] = load
+            self._unload[r] = unload
+            self._tables[r] = cython.cast(cython.uchar, min(vcpu[v].tables, 255))
+            self._has[r] = cython.cast(cython.uint, vcpu[v].has)
             self._flags[r] = (_WAS_STILL if vcpu[v].still else 0) | (_BUILT_ROOT if vcpu[v].built_root else 0)
             vcpu[v].lead = vcpu[v].lead_guest = 0
         else:
-            vcpu[v].lead += vcpu[v].guest + vcpu[v].rest + vcpu[v].fault + vcpu[v].load + vcpu[v].unload
-            vcpu[v].lead_guest += vcpu[v].guest
+            vcpu[v].lead += guest + rest + fault + load + unload
+            vcpu[v].lead_guest += guest
         if vcpu[v].interrupt:
             vcpu[v].interrupts += 1
-            vcpu[v].interrupted += vcpu[v].other
+            vcpu[v].interrupted += vcpu[v].ns[_IS_OTHER]
+        vcpu[v].zapped += vcpu[v].ns[_IS_ZAP]
+        vcpu[v].prefetched += vcpu[v].ns[_IS_PREFETCH]
         vcpu[v].record = -1
         vcpu[v].interrupt = 0
-        vcpu[v].guest = vcpu[v].fault = vcpu[v].load = vcpu[v].unload = vcpu[v].rest = vcpu[v].other = 0
+        for i in range(9):
+            vcpu[v].ns[i] = 0
 
     # Touches
 
@@ -799,19 +797,31 @@ class Decoder:
     @cython.exceptval(check=False)
     def _exits(self, v: cython.Py_ssize_t, code: cython.ulonglong, value: cython.ulonglong) -> cython.void:
         vcpu: cython.pointer[Vcpu] = self._vcpu
-        what: cython.longlong = cython.cast(cython.longlong, code & 0xFFFF)
-        if code == (_VMX_CR if self._intel else _SVM_MSR):
-            what |= cython.cast(cython.longlong, value & 0xF) << _DETAIL
+        why: cython.longlong = _BY_OTHER
+        if code & 0xFFFF < _CODES:
+            why = self._meaning[code & 0xFFFF]
+        if why == _BY_CR:
+            why = _BY_CR0 if value & 0xF == 0 else _BY_CR4 if value & 0xF == 4 else _BY_OTHER
+        elif why == _BY_MSR:
+            why = _BY_MSR_WRITE if value & 0xF == 1 else _BY_OTHER
         vcpu[v].opened = vcpu[v].left = self._at
-        vcpu[v].code = what
-        vcpu[v].left_code = code
+        vcpu[v].why = why
+        vcpu[v].left_by_io = why == _BY_IO
         if self._valued:
             return
         # Where the kernel unloads for the usual write, no reset means that nothing of the kind was written.
-        if self._is_cr0_write(what) and not self._unloads[_CR0_WP]:
+        if why == _BY_CR0 and not self._unloads[_CR0_WP]:
             self._silent(v, _CR0_SILENT)
-        elif self._is_cr4_write(what) and not self._unloads[_CR4_PGE]:
+        elif why == _BY_CR4 and not self._unloads[_CR4_PGE]:
             self._silent(v, _CR4_SILENT)
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _asked(self, ioctl: cython.longlong) -> cython.longlong:
+        if ioctl in (_SET_SREGS, _SET_SREGS2):
+            return _TO_SREGS
+        return _TO_CPUID if ioctl == _SET_CPUID2 else _TO_OTHER
 
     @cython.cfunc
     @cython.nogil
@@ -874,9 +884,7 @@ class Decoder:
         state: cython.longlong = self._with_registers(v, vcpu[v].state)
         by_io: cython.bint
         if entering:
-            by_io = vcpu[v].left > vcpu[v].entered and (
-                vcpu[v].left_code == 0x7B or vcpu[v].left_code == 30  # SVM_EXIT_IOIO, EXIT_REASON_IO_INSTRUCTION
-            )
+            by_io = vcpu[v].left > vcpu[v].entered and vcpu[v].left_by_io
             if by_io or vcpu[v].asked_smi > vcpu[v].entered:
                 self.by_guest += 1
             else:
@@ -905,7 +913,7 @@ class Decoder:
         # An unload outside of a reset after an invalidation is the one that it asked for (5.10 to 5.17).
         if unload and self._invalidated > vcpu[v].loaded:
             return
-        trigger = self._cause(vcpu[v].code, in_smm)
+        trigger = self._cause(vcpu[v].why, in_smm)
         if self._valued and vcpu[v].wrote > base and vcpu[v].wrote_trigger >= 0:
             trigger = vcpu[v].wrote_trigger
         if trigger == _BY_EXIT and vcpu[v].touch > base:
@@ -922,40 +930,23 @@ class Decoder:
     @cython.cfunc
     @cython.nogil
     @cython.exceptval(check=False)
-    def _cause(self, code: cython.longlong, in_smm: cython.bint) -> cython.longlong:
+    def _cause(self, why: cython.longlong, in_smm: cython.bint) -> cython.longlong:
         """A reset's trigger, by what the vCPU did last: exit or ioctl."""
-        ioctl: cython.longlong = code & 0xFFFF
-        if code == _NONE:
+        if why == _TO_SREGS:
+            return _SREGS
+        if why == _TO_CPUID:
+            return _CPUID
+        if why in (_BY_NOTHING, _TO_OTHER):
             return _OTHER
-        if code >= _IOCTL:
-            if ioctl in (_SET_SREGS, _SET_SREGS2):
-                return _SREGS
-            return _CPUID if ioctl == _SET_CPUID2 else _OTHER
-        if code == (_VMX_RSM if self._intel else _SVM_RSM):
+        if why == _BY_RSM or (why == _BY_UD and in_smm):
             return _RSM
-        if in_smm and code == (_VMX_EXCEPTION if self._intel else _SVM_UD):
-            return _RSM
-        if self._is_cr0_write(code):
+        if why == _BY_CR0:
             return _CR0_RESET if self._unloads[_CR0_WP] else _CR0
-        if self._is_cr4_write(code):
+        if why == _BY_CR4:
             return _CR4_RESET if self._unloads[_CR4_PGE] else _CR4
-        if code == (_VMX_WRMSR if self._intel else _SVM_MSR | 1 << _DETAIL):
+        if why == _BY_MSR_WRITE:
             return _EFER
-        return _INVPCID if code == (_VMX_INVPCID if self._intel else _SVM_INVPCID) else _BY_EXIT
-
-    @cython.cfunc
-    @cython.nogil
-    @cython.inline
-    @cython.exceptval(check=False)
-    def _is_cr0_write(self, code: cython.longlong) -> cython.bint:
-        return code == _VMX_CR if self._intel else code == 0x10 or code == 0x65  # WRITE_CR0, CR0_SEL_WRITE
-
-    @cython.cfunc
-    @cython.nogil
-    @cython.inline
-    @cython.exceptval(check=False)
-    def _is_cr4_write(self, code: cython.longlong) -> cython.bint:
-        return code == (_VMX_CR | 4 << _DETAIL) if self._intel else code == 0x14  # WRITE_CR4
+        return _INVPCID if why == _BY_INVPCID else _BY_EXIT
 
     @cython.cfunc
     @cython.nogil
@@ -1106,8 +1097,8 @@ class Decoder:
     ) -> cython.void:
         """A table is removed by the thread whose ioctl ends dirty logging."""
         mine: cython.bint
-        was_table: cython.bint = old & _PRESENT != 0 and old & _LARGE == 0
-        is_table: cython.bint = new & _PRESENT != 0 and new & _LARGE == 0
+        was_table: cython.bint = old & self._spte_present != 0 and old & _LARGE == 0
+        is_table: cython.bint = new & self._spte_present != 0 and new & _LARGE == 0
         if not was_table or is_table:
             return
         with cython.gil:
@@ -1184,16 +1175,16 @@ class Decoder:
 
 
 # Rows of Vcpu, and which of their fields are -1 at first.
-VCPU = [(name, "u8" if name == "left_code" else "i8") for name in (
-    "opened", "code", "loaded", "state", "smm", "reset", "cr0_reset", "cr0_input", "entered", "root", "dirty",
+VCPU = [(name, "i8", (len(VcpuState),)) if name == "ns" else (name, "i8") for name in (
+    "opened", "why", "loaded", "state", "smm", "reset", "cr0_reset", "cr0_input", "entered", "root", "dirty",
     "invalidated", "started", "touch", "touch_input", "requested", "marked", "present", "faulted", "built", "built_at",
-    "wp_flips", "maybe_flips", "efer", "cr0", "cr4", "wrote", "wrote_trigger", "left", "left_code", "asked_smi",
-    "record", "first", "has", "guest", "fault", "load", "unload", "rest", "other", "tables", "built_root", "still",
+    "wp_flips", "maybe_flips", "efer", "cr0", "cr4", "wrote", "wrote_trigger", "left", "left_by_io", "asked_smi",
+    "record", "first", "has", "ns", "tables", "built_root", "still",
     "interrupt", "lead", "lead_guest", "zapped", "prefetched", "rows", "fault_rows", "faults", "interrupts",
     "interrupted",
 )]  # fmt: skip
 NEVER = (
-    "opened", "code", "loaded", "smm", "reset", "cr0_reset", "cr0_input", "entered", "touch", "touch_input",
+    "opened", "loaded", "smm", "reset", "cr0_reset", "cr0_input", "entered", "touch", "touch_input",
     "requested", "marked", "faulted", "built", "built_at", "efer", "cr0", "cr4", "wrote", "wrote_trigger", "left",
     "asked_smi", "record",
 )  # fmt: skip

@@ -5,7 +5,7 @@ An input has the two columns of an operation (`simulate.operations`), and two ma
     op 15 (TRIGGER)  `gfn` is the Trigger, and from bit 8 on the state (`roles`) that it puts the vCPU in, or NO_STATE
     bit 14 (HIDDEN)  a touch that the recording kernel may have made of its own accord, by prefetch
 
-A ROLE's `gfn` is a state, too, until a kernel makes a role word of it (`simulate.specialize`).
+A ROLE's `gfn` is a state, too, until a kernel makes a role word of it (`specialize`).
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class Exits:
     fault: Ints
     load: Ints
     unload: Ints
-    tables: Ints
-    has: Ints
+    tables: NDArray[np.uint8]  # 255: that many or more
+    has: NDArray[np.uint32]
     flags: NDArray[np.uint8]
     first: int = 0
 
@@ -66,7 +66,7 @@ class Inputs:
     gfn: Ints
     time: Ints
     seq: Ints
-    exit: Ints
+    exit: NDArray[np.int32]
     ranges: Ranges
     exits: Exits
 

@@ -12,8 +12,6 @@ that a vCPU loads (or its first entry) and its last row belongs to exactly one s
     kvm_mmu_set_spte            FAULT
     kvm_entry                   FAULT
 
-On the way the longest run of exits at one RIP is kept of each vCPU, with what happened in it (`stuck_rip`).
-
 Cython in pure-Python mode: the compiled form does some 200 million rows a second; uncompiled it is the same code.
 """
 
@@ -25,8 +23,10 @@ from typing import Any
 import cython
 import numpy as np
 
+from replay.decode.exits import CODES
 from replay.decode.pools import as_bytes, as_structures, pool_of
 from replay.decode.vcpu_states import BARE, INTERRUPT, NO_SPAN, STILL, UNTOLD, VcpuState, states_of_kinds
+from traces.kernels.vendors import SVM, Vendor
 from traces.schema import BY_NAME
 
 COMPILED: bool = cython.compiled
@@ -40,15 +40,13 @@ _FAULT = cython.declare(cython.int, BY_NAME["kvm_page_fault"].code)
 _USER_EXIT = cython.declare(cython.int, BY_NAME["kvm_userspace_exit"].code)
 _GET_PAGE = cython.declare(cython.int, BY_NAME["kvm_mmu_get_page"].code)
 _SET = cython.declare(cython.int, BY_NAME["kvm_mmu_set_spte"].code)
-_REQUESTED = cython.declare(cython.int, BY_NAME["kvm_mmu_spte_requested"].code)
-_MMIO = cython.declare(cython.int, BY_NAME["kvm_mmio"].code)
-_MMU_LOAD = cython.declare(cython.int, BY_NAME["mmu_load"].code)
 _TABLE_FREE = cython.declare(cython.int, BY_NAME["table_free"].code)  # an RCU callback interrupts whatever runs
 _GUEST = cython.declare(cython.int, int(VcpuState.GUEST))
 _LOAD = cython.declare(cython.int, int(VcpuState.LOAD))
 _USER = cython.declare(cython.int, int(VcpuState.USER))
 _PREFETCH = cython.declare(cython.int, int(VcpuState.PREFETCH))
 _STEP = cython.declare(cython.longlong, 1_000_000)  # ns between two moments of a vCPU's progress, about
+_CODES = cython.declare(cython.ulonglong, CODES)
 _UNTOLD = cython.declare(cython.int, UNTOLD)
 _NO_SPAN = cython.declare(cython.int, NO_SPAN)
 
@@ -71,20 +69,6 @@ Moment = cython.struct(  # a vCPU's progress after a row
     guest=cython.longlong,
     guests=cython.longlong,
 )
-RipRun = cython.struct(  # exits of a vCPU at one RIP, without another between them, and rows among them
-    rip=cython.ulonglong,
-    since=cython.longlong,
-    until=cython.longlong,
-    seq=cython.longlong,
-    exits=cython.longlong,
-    faults=cython.longlong,
-    requested=cython.longlong,
-    installed=cython.longlong,
-    mmio=cython.longlong,
-    loads=cython.longlong,
-    moves=cython.longlong,  # faults on another page than the one before
-    page=cython.longlong,  # of the vCPU's last fault, -1: it had none
-)
 
 
 @cython.final
@@ -98,23 +82,23 @@ class Timeline:
     """
 
     totals = cython.declare(object, visibility="public")
-    runs = cython.declare(object, visibility="public")
     parts = cython.declare(object, visibility="public")
     progress = cython.declare(list, visibility="public")
     backwards = cython.declare(cython.longlong, visibility="public")
     _pool: Any
-    _runs_going: Any
+    _moment_pool: Any
     _threads: set  # type: ignore[type-arg]
     _thread: cython.pointer[Thread]
-    _going: cython.pointer[RipRun]
-    _longest: cython.pointer[RipRun]
     _moment: cython.pointer[Moment]
     _moments: cython.Py_ssize_t
     _total: cython.longlong[:, ::1]
     _in_part: cython.longlong[:, :, ::1]
     _states: cython.uchar[::1]
     _prefetches: cython.bint
-    _intel: cython.bint
+    _fetch: cython.ulonglong  # of a fault's code (`vendors.FaultCode`)
+    _walk_mask: cython.ulonglong
+    _walk: cython.ulonglong
+    _interrupts: cython.uchar[::1]  # by exit code: for an interrupt of the host
     _first: cython.longlong
     _width: cython.longlong
     _count: cython.longlong
@@ -123,22 +107,21 @@ class Timeline:
         self,
         vcpus: int,
         prefetches: bool = False,
-        intel: bool = False,
+        vendor: Vendor = SVM,
         runners: Collection[int] = (),
         parts: tuple[int, int, int] | None = None,
     ) -> None:
-        """`prefetches`: the recorded MMU does, as the shadow MMU. `intel`: faults have EPT's codes.
+        """`prefetches`: the recorded MMU does, as the shadow MMU. `vendor`: whose codes exits and faults have.
 
         `runners` are threads known to run vCPUs before the first row. `parts` = (first, width, count): also add up
         `parts`, ns by vCPU, part of the time and state, in `count` parts of `width` ns from `first` on.
         """
         vcpus = max(vcpus, 1)
-        self._pool, self._runs_going, self.runs = (pool_of(vcpus, layout) for layout in (THREAD, RIP_RUN, RIP_RUN))
+        self._pool = pool_of(vcpus, THREAD)
         self._pool["time"] = -1
         self._pool["kind"] = UNTOLD
         self._pool["state"] = VcpuState.OTHER
         self._pool["tid"] = -1
-        self._runs_going["page"] = -1
         self._threads = set(runners)
         self.totals = np.zeros((vcpus, len(VcpuState)), np.int64)
         first, width, count = parts or (0, 1, 0)
@@ -146,45 +129,43 @@ class Timeline:
         self._first, self._width, self._count = first, width, count
         self._pool["part_end"] = -(1 << 62)
         self._states = states_of_kinds()
-        self._prefetches, self._intel = prefetches, intel
+        self._prefetches = prefetches
+        self._fetch, (self._walk_mask, self._walk) = vendor.fault.fetch, vendor.fault.walk
+        interrupts = np.zeros(CODES, np.uint8)
+        interrupts[list(vendor.interrupt)] = 1
+        self._interrupts = interrupts
         self.backwards = 0
         self.progress = []
+        self._moment_pool = pool_of(0, MOMENT)
         self._total = self.totals
         self._in_part = self.parts
         if cython.compiled:
             thread: cython.uchar[::1] = as_bytes(self._pool)
-            going: cython.uchar[::1] = as_bytes(self._runs_going)
-            longest: cython.uchar[::1] = as_bytes(self.runs)
             self._thread = cython.cast(cython.pointer[Thread], cython.address(thread[0]))
-            self._going = cython.cast(cython.pointer[RipRun], cython.address(going[0]))
-            self._longest = cython.cast(cython.pointer[RipRun], cython.address(longest[0]))
         else:
-            self._thread, self._going = as_structures(self._pool), as_structures(self._runs_going)
-            self._longest = as_structures(self.runs)
+            self._thread = as_structures(self._pool)
 
     def feed(self, batch: Any, state: Any, ns: Any, mark: Any, before: Any) -> None:
         """Write the span that ends with each row: its VcpuState (NO_SPAN: none does), ns, marks, kind before it."""
-        moments = pool_of(len(batch) + 1, MOMENT)
+        if len(batch) > len(self._moment_pool):
+            self._moment_pool = pool_of(len(batch), MOMENT)
+            if cython.compiled:
+                view: cython.uchar[::1] = as_bytes(self._moment_pool)
+                self._moment = cython.cast(cython.pointer[Moment], cython.address(view[0]))
+            else:
+                self._moment = as_structures(self._moment_pool)
         self._moments = 0
-        if cython.compiled:
-            view: cython.uchar[::1] = as_bytes(moments)
-            self._moment = cython.cast(cython.pointer[Moment], cython.address(view[0]))
-        else:
-            self._moment = as_structures(moments)
         self._feed(
-            batch.seq, batch.time, batch.vcpu, batch.tid, batch.kind, batch.root, batch.code, batch.rip, batch.addr,
+            batch.seq, batch.time, batch.vcpu, batch.tid, batch.kind, batch.root, batch.code, batch.rip,
             state, ns, mark, before,
         )  # fmt: skip
         if self._moments:
-            self.progress.append(moments[: self._moments].copy())
+            self.progress.append(self._moment_pool[: self._moments].copy())
 
     def finish(self) -> None:
-        """There are no more rows: runs that go on end here, and so does each vCPU's last ms."""
-        v: cython.Py_ssize_t
+        """There are no more rows: each vCPU's last ms ends here."""
         count: cython.Py_ssize_t = self.totals.shape[0]
         last = pool_of(count, MOMENT)
-        for v in range(count):
-            self._end_run(v)
         last["vcpu"] = np.arange(count)
         for name in ("time", "guest", "guests"):
             last[name] = self._pool[name]
@@ -200,7 +181,6 @@ class Timeline:
         root: cython.const[cython.int][::1],
         code: cython.const[cython.ulonglong][::1],
         rip: cython.const[cython.ulonglong][::1],
-        addr: cython.const[cython.ulonglong][::1],
         state: cython.uchar[::1],
         ns: cython.longlong[::1],
         mark: cython.uchar[::1],
@@ -217,7 +197,7 @@ class Timeline:
         thread: cython.pointer[Thread] = self._thread
         if not cython.compiled:
             seq, time, vcpu, tid, kind = map(memoryview, (seq, time, vcpu, tid, kind))  # type: ignore[arg-type]
-            root, code, rip, addr = map(memoryview, (root, code, rip, addr))  # type: ignore[arg-type]
+            root, code, rip = map(memoryview, (root, code, rip))  # type: ignore[arg-type]
         with cython.nogil:
             for i in range(rows):
                 state[i] = _NO_SPAN
@@ -226,7 +206,6 @@ class Timeline:
                 k = kind[i]
                 if v < 0:
                     continue
-                self._follow_rip(v, k, seq[i], time[i], rip[i], addr[i])
                 if k == _TABLE_FREE:
                     continue
                 own = self._states[k]
@@ -255,7 +234,7 @@ class Timeline:
                         marks |= _BARE
                 if k == _EXIT:
                     thread[v].fetched = False
-                    if code[i] == 0x60 or code[i] == 1:  # SVM_EXIT_INTR, EXIT_REASON_EXTERNAL_INTERRUPT
+                    if code[i] < _CODES and self._interrupts[code[i]]:
                         marks |= _INTERRUPT
                 elif k == _FAULT:
                     thread[v].fetched = self._is_fetch(code[i])
@@ -305,9 +284,7 @@ class Timeline:
 
         Then the guest has yet to end the instruction that it goes in with, and a fault at it again is of its data.
         """
-        if self._intel:  # EPT, bit 2: fetch; 7 and 8: a linear address, of which the access itself (1) or the walk (0)
-            return code & 4 != 0 or code & 0x180 == 0x80
-        return code & (1 << 4) != 0 or code >> 33 & 1 != 0  # nested paging of AMD, bit 4: fetch; 33: the walk
+        return code & self._fetch != 0 or code & self._walk_mask == self._walk
 
     @cython.cfunc
     @cython.nogil
@@ -347,68 +324,9 @@ class Timeline:
         self._thread[v].part = part
         self._thread[v].part_end = cut
 
-    @cython.cfunc
-    @cython.nogil
-    @cython.inline
-    @cython.exceptval(check=False)
-    def _follow_rip(
-        self,
-        v: cython.Py_ssize_t,
-        k: cython.int,
-        seq: cython.longlong,
-        time: cython.longlong,
-        rip: cython.ulonglong,
-        addr: cython.ulonglong,
-    ) -> cython.void:
-        """Go on with the vCPU's run of exits at one RIP, or begin another."""
-        run: cython.pointer[RipRun] = self._going
-        page: cython.longlong
-        if k == _EXIT:
-            if run[v].exits and run[v].rip == rip:
-                run[v].exits += 1
-                run[v].until = time
-            else:
-                self._end_run(v)
-                run[v].rip = rip
-                run[v].since = run[v].until = time
-                run[v].seq = seq
-                run[v].exits = 1
-                run[v].faults = run[v].requested = run[v].installed = run[v].mmio = run[v].loads = run[v].moves = 0
-        elif k == _FAULT:
-            page = cython.cast(cython.longlong, addr >> 12)
-            run[v].faults += 1
-            if page != run[v].page and run[v].page >= 0:
-                run[v].moves += 1
-            run[v].page = page
-        elif k == _REQUESTED:
-            run[v].requested += 1
-        elif k == _SET:
-            run[v].installed += 1
-        elif k == _MMIO:
-            run[v].mmio += 1
-        elif k == _MMU_LOAD:
-            run[v].loads += 1
-
-    @cython.cfunc
-    @cython.nogil
-    @cython.inline
-    @cython.exceptval(check=False)
-    def _end_run(self, v: cython.Py_ssize_t) -> cython.void:
-        if self._going[v].exits > self._longest[v].exits:
-            if cython.compiled:
-                self._longest[v] = self._going[v]
-            else:
-                self.runs[v] = self._runs_going[v]
-
 
 THREAD = [
     ("time", "i8"), ("kind", "i8"), ("rip", "u8"), ("state", "i8"), ("fetched", "i8"), ("tid", "i8"), ("part", "i8"),
     ("part_end", "i8"), ("next_ms", "i8"), ("guest", "i8"), ("guests", "i8"),
 ]  # fmt: skip
 MOMENT = [(name, "i8") for name in ("vcpu", "time", "guest", "guests")]
-RIP_RUN = [("rip", "u8")] + [
-    (name, "i8")
-    for name in (
-        "since", "until", "seq", "exits", "faults", "requested", "installed", "mmio", "loads", "moves", "page"
-    )
-]  # fmt: skip

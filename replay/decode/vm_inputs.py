@@ -13,19 +13,19 @@ from typing import Any, Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from replay.causes import Trigger
 from replay.decode.batch import COLUMNS, Batch
 from replay.decode.capabilities import Capabilities
-from replay.decode.decoder import ONE_FUNCTION, Decoder
+from replay.decode.decoder import Decoder
 from replay.decode.inputs import EXIT_COLUMNS, Exits, Inputs, Ints, Rest
 from replay.decode.slots import Slots, logs_dirty
 from replay.simulate.operations import Op, Ranges
 from traces.errors import Problem
+from traces.kernels.triggers import Trigger
 from traces.reader import BATCH_ROWS
 
 _ROOTS: Final = 1 << 24  # whose role words are kept; beyond, touches count as outside of SMM
 _IDS: Final = 1 << 15  # vCPU ids are int16 in a trace
-_TYPES: Final = {"op": np.uint32, "flags": np.uint8}
+_TYPES: Final = {"op": np.uint32, "exit": np.int32, "tables": np.uint8, "has": np.uint32, "flags": np.uint8}
 _RANGED: Final = (int(Op.ZAP), int(Op.SPLIT))
 
 
@@ -161,7 +161,7 @@ class _Held:
 
     op: NDArray[np.uint32]
     gfn: Ints
-    exit: Ints
+    exit: NDArray[np.int32]
     start: Ints
     end: Ints
 
@@ -197,6 +197,6 @@ def _columns(capabilities: Capabilities, vm: Mapping[str, Any], timed: bool, mor
         "ret": fast or not counts.get("root_get"),
         "as_id": logs or bool(counts.get("zap_leafs")),
         "slot": logs,
-        "tid": timed or logs or capabilities.kernel.since < ONE_FUNCTION,
+        "tid": timed or logs or capabilities.kernel.zap_all_fast == "empty",
     }
     return [name for name in COLUMNS if wanted.get(name, True) or name in more]

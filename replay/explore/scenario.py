@@ -11,7 +11,7 @@ from replay.explore import schedule
 from replay.explore.model import Model
 from replay.explore.ready_model import Machine
 from replay.explore.schedule import Schedule
-from replay.explore.search import LIMIT, Exploration, Progress, explore
+from replay.explore.search import LIMIT, Exploration, explore
 from replay.userfile import one_line
 from traces.errors import Problem
 
@@ -91,11 +91,11 @@ class Run:
         return HOLDS if self.schedule is None else VIOLATION
 
 
-def run(scenario: Scenario, variant: str, bounds: Bounds, limit: int = LIMIT, progress: Progress | None = None) -> Run:
+def run(scenario: Scenario, variant: str, bounds: Bounds, limit: int = LIMIT) -> Run:
     """Explore one variant."""
     chosen, bounded = scenario.variant(variant), scenario.bounded(bounds)
     model = scenario.model(variant, bounded)
-    exploration = explore(model, limit, progress)
+    exploration = explore(model, limit)
     found = exploration.found
     made = schedule.make(Machine(model), found, scenario.name, variant, bounded) if found is not None else None
     return Run(scenario, chosen, bounded, exploration, made)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -24,12 +24,12 @@ from replay.explore.memory import Violation
 from replay.explore.model import Model
 from replay.explore.ready_model import Machine, Values, after, lasso, moved
 from traces.errors import Problem
+from traces.progress import Progress
 
 LIMIT: Final = 3_000_000
 NO_LIVELOCK: Final = "no livelock"
 
 Key = tuple[Any, ...]  # the number of a memory, then each actor's place
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,15 @@ class Exploration:
     shortest: bool = True
 
 
-def explore(model: Model, limit: int = LIMIT, progress: Progress | None = None, reduced: bool = True) -> Exploration:
+def explore(model: Model, limit: int = LIMIT, reduced: bool = True) -> Exploration:
     """All that can happen. A Problem when that is more than `limit` states."""
     began = time.monotonic()
     machine = Machine(model)
-    search = _Search(machine, limit, progress, reduced).run()
+    search = _Search(machine, limit, reduced).run()
     found, shortest = search.found, True
     if reduced and found is not None:
         try:
-            found = _Search(machine, limit, progress, False).run().found
+            found = _Search(machine, limit, False).run().found
         except _TooMany:
             shortest = False
     return Exploration(found, search.states, search.transitions, time.monotonic() - began, shortest)
@@ -70,7 +70,7 @@ def explore_from(machine: Machine, values: Values, places: tuple[Place, ...]) ->
     """All that can happen from this state on."""
     began = time.monotonic()
     machine.start, machine.places = values, places
-    search = _Search(machine, LIMIT, None, False).run()
+    search = _Search(machine, LIMIT, False).run()
     return Exploration(search.found, search.states, search.transitions, time.monotonic() - began)
 
 
@@ -103,7 +103,6 @@ class _Search:
 
     machine: Machine
     limit: int
-    progress: Progress | None
     reduced: bool
     found: Found | None = None
     transitions: int = 0
@@ -127,8 +126,14 @@ class _Search:
         if violation is not None:
             self.found = Found(violation, ())
             return self
+        with Progress("exploring, states") as progress:
+            self._search(progress)
+        if self.found is None and self.backward:
+            self.found = self._livelock()
+        return self
+
+    def _search(self, progress: Progress) -> None:
         layer = 0
-        shown = time.monotonic()
         while self.found is None and (layer < self.states or self._follow_up()):
             end = self.states
             for state in range(layer, end):
@@ -137,15 +142,10 @@ class _Search:
                     raise _TooMany(
                         f"not exhausted: more than {self.limit:,} states; lower the bounds, or raise --max-states"
                     )
-            if self.progress is not None and time.monotonic() - shown > 1:
-                self.progress(self.states)
-                shown = time.monotonic()
+            progress.at(self.states)
             if self.reduced:
                 _learn(self.machine)
             layer = end
-        if self.found is None and self.backward:
-            self.found = self._livelock()
-        return self
 
     def _note(self, found: Found | None) -> None:
         if found is not None and (self.found is None or len(found.path) < len(self.found.path)):

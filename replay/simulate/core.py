@@ -96,7 +96,7 @@ Word = cython.struct(
     leaves=cython.longlong,  # of the valid root, or of the ghost
     tables=cython.longlong,
     root=cython.longlong,  # the valid root with this word, 0 for none
-    ghost=cython.longlong,  # the tree is only remembered, for `revive`
+    ghost=cython.longlong,  # the tree is only remembered, for `assume_refault`
     top=cython.longlong,  # node of the root table
     level=cython.longlong,
     as_id=cython.longlong,
@@ -191,15 +191,16 @@ class Core:
     vcpus = cython.declare(cython.longlong, visibility="public")
     words = cython.declare(cython.longlong, visibility="public")
 
-    # Axes
+    # PolicyParameters
     own_reference = cython.declare(cython.longlong, visibility="public")
     empties = cython.declare(cython.longlong, visibility="public")
     reloads = cython.declare(cython.longlong, visibility="public")
     flush_per_table = cython.declare(cython.longlong, visibility="public")
     zap_tables = cython.declare(cython.longlong, visibility="public")
     split_in_place = cython.declare(cython.longlong, visibility="public")
+    recovers = cython.declare(cython.longlong, visibility="public")
     prefetch = cython.declare(cython.longlong, visibility="public")
-    revive = cython.declare(cython.longlong, visibility="public")
+    assume_refault = cython.declare(cython.longlong, visibility="public")
     logging = cython.declare(cython.longlong, visibility="public")
 
     # State
@@ -221,8 +222,8 @@ class Core:
     gone_tables: cython.longlong
 
     # What a timer asks of one operation
-    revived_leaves = cython.declare(cython.longlong, visibility="public")
-    revived_tables = cython.declare(cython.longlong, visibility="public")
+    assumed_leaves = cython.declare(cython.longlong, visibility="public")
+    assumed_tables = cython.declare(cython.longlong, visibility="public")
     put: cython.pointer[Zapped]  # trees zapped with a root's last put
     put_room = cython.declare(cython.longlong, visibility="public")  # 0: nobody asks
     puts = cython.declare(cython.longlong, visibility="public")
@@ -611,7 +612,7 @@ class Core:
                     self._zap_tree(self.root[r].word)
                     self._note(EMPTIED, r, MEMSLOT, NONE, 0, 0)
                 else:
-                    self._retire(r, MEMSLOT)
+                    self._invalidate_root(r, MEMSLOT)
             r = after
         for v in range(self.vcpus):
             self.slots[v].request = 1
@@ -681,6 +682,8 @@ class Core:
         node: cython.longlong
         below: cython.longlong
         at: cython.longlong
+        k: cython.longlong
+        one: cython.ulonglong = 1
         removed: cython.longlong = 0
         for w in range(self.words):
             if self.word[w].as_id == as_id and (self.word[w].root or self.word[w].ghost):
@@ -697,6 +700,12 @@ class Core:
                     self._drop(w, below, level - 1)
                     self.word[w].leaves -= self.gone_leaves
                     self.word[w].tables -= self.gone_tables
+                    if self.recovers:
+                        at = g >> (level - 1) * 9 & 511
+                        k = self.page_of[node] * 16 + (at >> 6) * 2
+                        self.bits[k] |= one << (at & 63)
+                        self.bits[k + 1] |= one << (at & 63)
+                        self.word[w].leaves += 1
                     if not self.word[w].ghost:
                         removed += 1
                         self.zapped += self.gone_leaves
@@ -719,7 +728,7 @@ class Core:
         while r:
             after = self.root[r].after
             if self.root[r].valid:
-                self._retire(r, VM_END)
+                self._invalidate_root(r, VM_END)
             r = after
         if self.error == 0 and (self.alive or self._tables_alive()):
             self.error = LEFT_AT_END
@@ -764,8 +773,8 @@ class Core:
             self.vcpu[v].faults += self.word[w].leaves
             self.vcpu[v].refaults += self.word[w].leaves
             self.tables += self.word[w].tables
-            self.revived_leaves += self.word[w].leaves
-            self.revived_tables += self.word[w].tables
+            self.assumed_leaves += self.word[w].leaves
+            self.assumed_tables += self.word[w].tables
         self._note(CREATED, r, self.slots[v].cause, v, self.word[w].leaves, self.word[w].tables)
 
     @cython.cfunc
@@ -799,7 +808,7 @@ class Core:
     @cython.cfunc
     @cython.nogil
     @cython.exceptval(check=False)
-    def _retire(self, r: cython.longlong, cause: cython.longlong) -> cython.void:
+    def _invalidate_root(self, r: cython.longlong, cause: cython.longlong) -> cython.void:
         w: cython.longlong = self.root[r].word
         self._zap_tree(w)
         self.root[r].valid = 0
@@ -822,7 +831,7 @@ class Core:
             leaves = self.word[w].leaves
             tables = self.word[w].tables
             self.word[w].root = 0
-            if self.revive and (leaves or tables):
+            if self.assume_refault and (leaves or tables):
                 self.word[w].ghost = 1
                 self.zapped += leaves
                 self.tables_freed += tables
@@ -846,7 +855,7 @@ class Core:
     @cython.nogil
     @cython.exceptval(check=False)
     def _forget(self) -> cython.void:
-        """No ghost can be revived any more."""
+        """No ghost can be taken up any more."""
         w: cython.longlong
         for w in range(self.words):
             if self.word[w].ghost:
@@ -1180,7 +1189,7 @@ class Timer:
     todos = cython.declare(cython.longlong, visibility="public")
     samples = cython.declare(cython.longlong, visibility="public")
 
-    # Costs, ns, and axes; `inline` and `by_worker` say who zaps a root that dies
+    # Costs, ns, and parameters; `inline` and `by_worker` say who zaps a root that dies
     switch = cython.declare(cython.longlong, visibility="public")
     fault = cython.declare(cython.longlong, visibility="public")
     table = cython.declare(cython.longlong, visibility="public")
@@ -1572,13 +1581,13 @@ class Timer:
         put: cython.longlong
         loads: cython.bint
         exclusive: cython.bint
-        self.core.revived_leaves = self.core.revived_tables = self.core.puts = 0
+        self.core.assumed_leaves = self.core.assumed_tables = self.core.puts = 0
         self.core.at = self.todo[i].at
         if self.core._do(o, self.todo[i].gfn):
             return True
-        leaves = self.core.revived_leaves
+        leaves = self.core.assumed_leaves
         faults = self.core.vcpu[v].faults - faults - leaves
-        tables = self.core.tables - tables - self.core.revived_tables
+        tables = self.core.tables - tables - self.core.assumed_tables
         created = self.core.slots[v].creations - created
         found = self.core.slots[v].reuses - found
 
@@ -1587,8 +1596,8 @@ class Timer:
         if loads or faults:
             self._wait(v, exclusive)
         since = self.pace[v].clock
-        if leaves or self.core.revived_tables:
-            time = (leaves * self.fault + self.core.revived_tables * self.table) * self.refill // 1000
+        if leaves or self.core.assumed_tables:
+            time = (leaves * self.fault + self.core.assumed_tables * self.table) * self.refill // 1000
             self._spend(v, ON_FAULT, time)
             self._spend(v, ON_SWITCH, leaves * self.switch * self.refill // 1000)
         if kind <= FIX:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from replay.axes import Axes
 from replay.simulate.operations import (
     FIRST_SHIFT,
     LAST_SHIFT,
@@ -17,11 +16,12 @@ from replay.simulate.operations import (
 )
 from replay.simulate.policy_api import Policy
 from replay.simulate.reference import Vcpu, Vm
+from traces.kernels.policies import PolicyParameters
 
 
-def begin(axes: Axes, words: list[Word], vcpus: int, policy: Policy | None = None) -> Vm:
+def begin(parameters: PolicyParameters, words: list[Word], vcpus: int, policy: Policy | None = None) -> Vm:
     """A VM before its first operation."""
-    return Vm(axes, words, vcpus, policy)
+    return Vm(parameters, words, vcpus, policy)
 
 
 def feed(vm: Vm, block: Block, ranges: Ranges, first: int = 0) -> None:

@@ -15,10 +15,10 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from replay.axes import Axes
 from replay.simulate.operations import MAX_VCPUS, PREFETCH, Block, Cause, Op, Ranges, Word
 from replay.simulate.reference import SLOTS, Counters, Violation
 from traces.errors import ENVIRONMENT, Problem
+from traces.kernels.policies import PolicyParameters
 
 try:
     from replay.simulate.core import COMPILED, Core
@@ -30,7 +30,7 @@ _ANY: Final = (1 << 64) - 1
 _LINE: Final = 64  # bytes of a cache line, to which pools are aligned
 
 
-_FOR_TIMERS: Final = ("revived_leaves", "revived_tables", "put_room", "puts")
+_FOR_TIMERS: Final = ("assumed_leaves", "assumed_tables", "put_room", "puts")
 
 
 def row_type(*names: str) -> np.dtype[np.void]:
@@ -122,7 +122,7 @@ class Engine:
 
     def __init__(
         self,
-        axes: Axes,
+        parameters: PolicyParameters,
         words: list[Word],
         vcpus: int,
         log: bool = True,
@@ -134,12 +134,12 @@ class Engine:
             raise Problem(f"a VM has 1 to {MAX_VCPUS} vCPUs, not {vcpus}")
         if bad := [word for word in words if word.level not in (4, 5)] or not words:
             raise Problem(f"a VM's roots are of level 4 or 5, and at least one role word is needed: {bad or words}")
-        if axes.prefetch not in (1, PREFETCH):
-            raise Problem(f"{axes.name}: prefetch is 1 or {PREFETCH}, not {axes.prefetch}")
+        if parameters.prefetch not in (1, PREFETCH):
+            raise Problem(f"{parameters.name}: prefetch is 1 or {PREFETCH}, not {parameters.prefetch}")
         if core is Core and not COMPILED and not Engine.said:
             Engine.said = True
             print("kvmtrace: the replay engine runs uncompiled, some 500 times slower: scripts/setup", file=sys.stderr)
-        self.axes = axes
+        self.parameters = parameters
         self.words = words
         self.core = core()
         self._vcpu = make_pool(vcpus, _VCPU)
@@ -266,16 +266,17 @@ class Engine:
         self._root["after"][1:-1] = np.arange(2, rows)
 
     def _begin_core(self, log: bool) -> None:
-        core, axes, words = self.core, self.axes, len(self.words)
+        core, parameters, words = self.core, self.parameters, len(self.words)
         core.vcpus, core.words = len(self._vcpu), words
-        core.own_reference = axes.own_reference
-        core.empties = axes.invalidate == "empty"
-        core.reloads = axes.request == "reload"
-        core.flush_per_table = axes.flush_per_table
-        core.zap_tables = axes.zap_tables
-        core.split_in_place = axes.split_in_place
-        core.prefetch = axes.prefetch > 1
-        core.revive = axes.revive
+        core.own_reference = parameters.own_reference
+        core.empties = parameters.zap_all_fast == "empty"
+        core.reloads = parameters.request == "reload"
+        core.flush_per_table = parameters.flush_per_table
+        core.zap_tables = parameters.zap_tables
+        core.split_in_place = parameters.split_in_place
+        core.recovers = parameters.recovers
+        core.prefetch = parameters.prefetch > 1
+        core.assume_refault = parameters.assume_refault
         core.logging = log
         core.pages = core.nodes = words + 1
         core.last_gen = words

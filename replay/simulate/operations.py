@@ -21,6 +21,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from traces.kernels.roles import Word as Word
+from traces.kernels.triggers import Trigger
+
 
 class Op(IntEnum):
     """What happens. `v` is the vCPU of bits 16-31, `gfn` the second column."""
@@ -58,6 +61,26 @@ class Cause(IntEnum):
     POLICY = 13  # a policy gave up an idle root
 
 
+CAUSES: Final = {
+    Trigger.SMI: Cause.SMI,
+    Trigger.RSM: Cause.RSM,
+    Trigger.CR0_WP: Cause.CR0_WP,
+    Trigger.CR0: Cause.CR0,
+    Trigger.CR4: Cause.CR4,
+    Trigger.CR4_PGE: Cause.CR4,
+    Trigger.CR4_PCIDE: Cause.CR4,
+    Trigger.EFER: Cause.EFER,
+    Trigger.SREGS: Cause.SREGS,
+    Trigger.CPUID: Cause.CPUID,
+    Trigger.INVPCID: Cause.OTHER,
+    Trigger.EXIT: Cause.EXIT,
+    Trigger.OTHER: Cause.OTHER,
+    Trigger.CR0_SILENT: Cause.CR0_WP,
+    Trigger.CR4_SILENT: Cause.CR4,
+    Trigger.CR0_RESET: Cause.CR0,
+    Trigger.CR4_RESET: Cause.CR4,
+}
+
 LEVEL_SHIFT: Final = 4
 FIRST_SHIFT: Final = 7
 LAST_SHIFT: Final = 10
@@ -77,15 +100,6 @@ def pack(op: Op, vcpu: int = 0, level: int = 0, first: int = 0, last: int = 0, r
         | (RESETS if resets else 0)
         | vcpu << VCPU_SHIFT
     )
-
-
-@dataclass(frozen=True)
-class Word:
-    """A root's role word as the model sees it: `as_id` 1 in SMM; `level` of the root table, 4 or 5."""
-
-    word: int
-    level: int = 4
-    as_id: int = 0
 
 
 @dataclass

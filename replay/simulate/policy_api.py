@@ -2,14 +2,15 @@
 
 A policy of your own is one file with one subclass of `Policy` in it (`kvmtrace replay TRACE --policy ./mine.py`), or an
 entry point of the group `kvmtrace.policies`. The VM is a `reference.Vm`: `vm.find(word)`, `vm.free(root, cause)`,
-`vm.retire(root, cause)`, `vm.roots`, `vm.now` (ns of the recording's clock). `examples` has two that no kernel has.
+`vm.invalidate_root(root, cause)`, `vm.roots`, `vm.now` (ns of the recording's clock). `examples` has two that no kernel
+has.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from replay.axes import ASYNC, Axes
+from traces.kernels.policies import ASYNC, PolicyParameters
 
 if TYPE_CHECKING:
     from replay.simulate.operations import Cause
@@ -19,12 +20,12 @@ if TYPE_CHECKING:
 class Policy:
     """The kernels' own rules; override what should be otherwise.
 
-    `axes` says where the rest stands (see `axes.Axes`). With `own_reference` the last put never comes while a root is
-    valid, so that a policy that keeps roots of its own accord leaves it False.
+    `parameters` says of what kernel the rest is (`traces.kernels.policies`). With `own_reference` the last put never
+    comes while a root is valid, so that a policy that keeps roots of its own accord leaves it False.
     """
 
     name: str = ""
-    axes: Axes = ASYNC
+    parameters: PolicyParameters = ASYNC
 
     def on_load(self, vm: Vm, word: int) -> Root | None:
         """The root for a vCPU whose role word has this index; None: build one."""
@@ -38,7 +39,7 @@ class Policy:
         """A vCPU has emptied all its slots."""
 
     def on_invalidate(self, vm: Vm) -> None:
-        """Every valid root has been retired and zapped; husks still held are freed with their last slot."""
+        """Every valid root has been invalidated and zapped; husks still held are freed with their last slot."""
 
     def on_vm_end(self, vm: Vm) -> None:
-        """Every root has been retired. What is left in `vm.roots` now counts as leaked."""
+        """Every root has been invalidated. What is left in `vm.roots` now counts as leaked."""

@@ -1,8 +1,8 @@
 """The reference model of a VM's roots: plain Python that reads like the description of the kernel it follows.
 
-Source: reference/kvm-mmu.md of the project (sections 2, 3 and 3.6b: slots, references, state machine). `engine` does
+Source: docs/kvm-mmu.md ("Root slots of a vCPU", "The life of a root, by policy"). `engine` does
 the same at speed and must agree bit for bit; user policies plug in here (`policies`). What a kernel version adds or
-leaves out are `axes`; this file has no version in it.
+leaves out are `parameters`; this file has no version in it.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
-from replay.axes import Axes
 from replay.simulate import page_table
 from replay.simulate.operations import Cause, Word
 from replay.simulate.page_table import Table
+from traces.kernels.policies import PolicyParameters
 
 if TYPE_CHECKING:
     from replay.simulate.policy_api import Policy
@@ -46,7 +46,7 @@ class Root:
     leaves: int = 0
     tables: int = 0
     cause: Cause = Cause.OTHER  # of the invalidation, once there was one
-    ghost: bool = False  # under `revive`: freed here, and only remembered for what it had mapped
+    ghost: bool = False  # under `assume_refault`: freed here, and only remembered for what it had mapped
     idle_since: int = 0  # ns; for policies
     linked: set[Table] = field(default_factory=set)  # every table below `top`: what the kernel counts (tdp_mmu_pages)
     stale: int = 0  # leaves removed that a vCPU's TLB may still have: a flush is due before mmu_lock is dropped
@@ -105,7 +105,7 @@ class Logged:
 class Violation(Exception):
     """An invariant does not hold: the trace, the model or a policy of one's own is wrong.
 
-    Of references (section 9.6 of the reference), of tables (each linked once and unlinked once before its root is
+    Of references (docs/kvm-mmu.md, "Invariants"), of tables (each linked once and unlinked once before its root is
     freed) and of TLBs (what is removed from a root that a vCPU holds is flushed before mmu_lock is dropped).
 
     `at` is the operation, `root` the root it is about (None: the VM).
@@ -120,16 +120,18 @@ class Violation(Exception):
 class Vm:
     """One VM under one policy. Each operation of `ops.Op` is a method of the same name."""
 
-    def __init__(self, axes: Axes, words: list[Word], vcpus: int, policy: Policy | None = None) -> None:
+    def __init__(
+        self, parameters: PolicyParameters, words: list[Word], vcpus: int, policy: Policy | None = None
+    ) -> None:
         from replay.simulate.policy_api import Policy
 
-        self.axes = axes
+        self.parameters = parameters
         self.words = words
         self.vcpus = [Vcpu(i) for i in range(vcpus)]
         self.policy = policy or Policy()
         self.roots: list[Root] = []  # alive: valid ones, and husks that a slot still holds
         self.ever: set[tuple[int, int, int]] = set()  # (word, level, gfn) mapped at some time
-        self.ghosts: dict[int, Root] = {}  # under `revive`: by word, what a freed root had mapped
+        self.ghosts: dict[int, Root] = {}  # under `assume_refault`: by word, what a freed root had mapped
         self.counters = Counters()
         self.log: list[Logged] = []
         self.at = 0
@@ -142,7 +144,7 @@ class Vm:
         """kvm_mmu_reload: serve a pending request, then load if the current slot is empty."""
         if vcpu.request:
             vcpu.request = False
-            if self.axes.request == "reload":
+            if self.parameters.request == "reload":
                 self._empty(vcpu, Cause.MEMSLOT)
             else:
                 self._empty(vcpu, Cause.MEMSLOT, only_invalid=True)
@@ -212,11 +214,11 @@ class Vm:
         flush = False
         for root in [r for r in self.roots if r.valid]:
             flush = True
-            if self.axes.invalidate == "empty":
+            if self.parameters.zap_all_fast == "empty":
                 self._zap_tree(root)
                 self._note(Happened.EMPTIED, root, Cause.MEMSLOT)
             else:
-                self.retire(root, Cause.MEMSLOT)
+                self.invalidate_root(root, Cause.MEMSLOT)
         for vcpu in self.vcpus:
             vcpu.request = True
         self._unlock(flush)
@@ -258,7 +260,7 @@ class Vm:
                 self.counters.tables += root.tables - before
 
     def collapse(self, as_id: int, level: int, gfn: int) -> None:
-        """The table below the entry of `level` that covers `gfn` is removed from every valid root."""
+        """The table below the entry of `level` that covers `gfn` goes from every valid root, or becomes a huge leaf."""
         removed = 0
         for root in [*self.roots, *self.ghosts.values()]:
             if not root.valid or self.words[root.word].as_id != as_id:
@@ -267,6 +269,8 @@ class Vm:
             at = page_table.index(gfn, table.level)
             if table.level == level and isinstance(table.entries.get(at), Table):
                 leaves, tables = self._remove(root, table, at)
+                if self.parameters.recovers:
+                    self._install(root, table, at)
                 if not root.ghost:
                     removed += 1
                     self.counters.zapped += leaves
@@ -280,7 +284,7 @@ class Vm:
             vcpu.request = False
             self._empty(vcpu, Cause.VM_END)
         for root in [r for r in self.roots if r.valid]:
-            self.retire(root, Cause.VM_END)
+            self.invalidate_root(root, Cause.VM_END)
         self.policy.on_vm_end(self)
         if self.roots or self.tables_alive:
             first = self.roots[0].id
@@ -298,13 +302,13 @@ class Vm:
         """The valid root with exactly this role word: there is at most one."""
         return next((r for r in self.roots if r.valid and r.word == word), None)
 
-    def retire(self, root: Root, cause: Cause) -> None:
+    def invalidate_root(self, root: Root, cause: Cause) -> None:
         """Mark a root invalid and zap it. It is freed with its last reference: the VM's own is given back here."""
         root.valid = False
         root.cause = cause
         self._zap_tree(root)
         self._note(Happened.INVALIDATED, root, cause)
-        if self.axes.own_reference:
+        if self.parameters.own_reference:
             root.refs -= 1
         if root.refs == 0:
             self._free(root, cause, None)
@@ -339,7 +343,7 @@ class Vm:
             self._note(Happened.FOUND, root, vcpu.cause, vcpu)
             return
         word = self.words[vcpu.word]
-        root = Root(self._ids, vcpu.word, Table(word.level, 0), 2 if self.axes.own_reference else 1)
+        root = Root(self._ids, vcpu.word, Table(word.level, 0), 2 if self.parameters.own_reference else 1)
         self._ids += 1
         self.roots.append(root)
         vcpu.slots[CURRENT] = root
@@ -371,7 +375,7 @@ class Vm:
             return
         if not root.valid:
             self._free(root, root.cause, vcpu)
-        elif self.axes.own_reference:
+        elif self.parameters.own_reference:
             raise Violation(f"final put of the valid root {root.id} (KVM_BUG_ON)", self.at, root.id)
         else:
             root.idle_since = self.now
@@ -380,7 +384,7 @@ class Vm:
     def _free(self, root: Root, cause: Cause, vcpu: Vcpu | None) -> None:
         if root not in self.roots:
             raise Violation(f"root {root.id} is freed twice", self.at, root.id)
-        if self.axes.revive and (root.leaves or root.tables):
+        if self.parameters.assume_refault and (root.leaves or root.tables):
             # The tree lives on as what the recorded kernel still has; here it is zapped.
             ghost = Root(root.id, root.word, root.top, 0, True, root.leaves, root.tables, ghost=True)
             self.ghosts[root.word] = ghost
@@ -391,7 +395,7 @@ class Vm:
             root.top, root.leaves, root.tables = Table(root.top.level, 0), 0, 0
         else:
             leaves, tables = self._zap_tree(root)
-        if self.axes.flush_per_table:
+        if self.parameters.flush_per_table:
             self.counters.flushes += tables
         if root.linked:
             table = min(root.linked, key=lambda each: (each.level, each.gfn))
@@ -443,8 +447,8 @@ class Vm:
             self._flush(root)
         vcpu.refaults += (root.word, level, table.gfn_of(at)) in self.ever
         self._install(root, table, at)
-        if level == 1 and self.axes.prefetch > 1:
-            base = at & -self.axes.prefetch
+        if level == 1 and self.parameters.prefetch > 1:
+            base = at & -self.parameters.prefetch
             for near in range(base + first, base + last + 1):
                 if near not in table.entries:
                     self._install(root, table, near)
@@ -458,7 +462,7 @@ class Vm:
             if isinstance(below, Table):
                 table = below
                 continue
-            if below is not None and self.axes.split_in_place:
+            if below is not None and self.parameters.split_in_place:
                 tables = root.tables
                 self._split(root, table, at, table.level - 1)
                 self.counters.tables += root.tables - tables
@@ -507,7 +511,7 @@ class Vm:
     def _zap_range(self, root: Root, start: int, end: int) -> tuple[int, int]:
         leaves = tables = 0
         for table, at in page_table.within(root.top, start, end):
-            whole = self.axes.zap_tables and self._inside(table, at, start, end)
+            whole = self.parameters.zap_tables and self._inside(table, at, start, end)
             if whole or isinstance(table.entries[at], int):
                 gone = self._remove(root, table, at)
                 leaves += gone[0]
@@ -565,7 +569,7 @@ class Vm:
     def _reset(self, vcpu: Vcpu, gfn: int, level: int) -> None:
         """The fault's own exit unloads the roots. A guest that gets a new root for it never gets past the instruction.
 
-        Under `revive` the new root has the leaf, but by faults, each of which would have reset as well.
+        Under `assume_refault` the new root has the leaf, but by faults, each of which would have reset as well.
         """
         built = vcpu.creations
         self.unload(vcpu, Cause.EXIT)

@@ -37,8 +37,8 @@ class Machine(Protocol):
 class Reference:
     """The reference model with the engine's manners; `policy` may be a user's."""
 
-    def __init__(self, policy: Policy, revive: bool, words: list[Word], vcpus: int) -> None:
-        self._vm: Vm = dispatch.begin(replace(policy.axes, revive=revive), words, vcpus, policy)
+    def __init__(self, policy: Policy, assume_refault: bool, words: list[Word], vcpus: int) -> None:
+        self._vm: Vm = dispatch.begin(replace(policy.parameters, assume_refault=assume_refault), words, vcpus, policy)
 
     def feed(self, block: Block, ranges: Ranges, first: int = 0) -> None:
         """Do a block's operations; `first` is the number of its first one in the stream."""

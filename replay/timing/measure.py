@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 
 from replay.decode.batch import Batch
 from replay.decode.capabilities import Capabilities
+from replay.decode.cases import Case
 from replay.decode.inputs import Inputs, Ints
+from replay.decode.rip_runs import RipRuns
+from replay.decode.specialize import Specialization
 from replay.decode.timeline import Timeline
 from replay.decode.vcpu_states import BARE, VcpuState
 from replay.decode.vm_inputs import VmInputs, vcpu_ids
-from replay.simulate.cases import Case
 from replay.simulate.operations import Op, Word
-from replay.simulate.specialize import Specialization
 from replay.simulate.timed_operations import CREATED, FOUND, Timed
 from replay.timing.costs import Fitted, Samples, fit
 from replay.timing.lock_waits import LockWaits
@@ -39,7 +40,8 @@ class SpanTimes:
         named = [t for t in capabilities.trace.metadata.threads if str(t.get("comm", "")).startswith("kworker")]
         workers = {t["tid"] for t in named if isinstance(t.get("tid"), int) and 0 <= t["tid"] < 1 << 31}
         self._prefetches = own.prefetch > 1
-        self.timeline = Timeline(vcpus, self._prefetches, capabilities.intel, (), parts)
+        self.timeline = Timeline(vcpus, self._prefetches, capabilities.kernel.vendor, (), parts)
+        self.rip_runs = RipRuns(vcpus)
         self.steal = Steal(vcpus, cpus == 1, workers)
         self.waits = LockWaits(vcpus, cpus != 1 and not own.faults_share)
         self.samples = {name: Samples() for name in _COSTS}
@@ -49,6 +51,7 @@ class SpanTimes:
         rows = len(batch)
         state, mark, before = (np.empty(rows, np.uint8) for _ in range(3))
         ns = np.empty(rows, np.int64)
+        self.rip_runs.feed(batch)
         self.timeline.feed(batch, state, ns, mark, before)
         self.steal.feed(batch, state, ns, mark, before)
         self.waits.feed(batch, state, ns, before)
@@ -86,6 +89,7 @@ class Measured:
     held: int  # under mmu_lock by so many `requests`, of all vCPUs
     requests: int
     timeline: Timeline
+    rip_runs: RipRuns
 
     @property
     def weights(self) -> list[int]:
@@ -124,6 +128,7 @@ class Measurement:
         decoder, times = self._inputs.decoder, self._times
         self._own.rest(self._inputs.rest)
         times.timeline.finish()
+        times.rip_runs.finish()
         vcpus = decoder.vcpus
         totals = self._totals()
         lost, preempted, waited = times.steal.lost, times.steal.preempted, times.waits.waited
@@ -132,7 +137,8 @@ class Measurement:
             refused=self._refusal(), began=decoder.began, by_guest=decoder.by_guest, by_clock=decoder.by_clock,
             fitted=self._fitted(totals, tables_freed), recorded=_breakdown(totals, lost + waited, preempted),
             totals=totals, lost=lost, waited=waited, preempted=preempted, fault_events=vcpus["faults"].copy(),
-            faults=faults, held=times.waits.held, requests=times.waits.faults, timeline=times.timeline, **counted,
+            faults=faults, held=times.waits.held, requests=times.waits.faults, timeline=times.timeline,
+            rip_runs=times.rip_runs, **counted,
         )  # fmt: skip
 
     def _refusal(self) -> str:

@@ -190,9 +190,9 @@ class Clock:
         own = vcpu.faults - faults - leaves
         created, found = vcpu.creations - creations, vcpu.reuses - reuses
 
-        axes = self.vm.axes
+        parameters = self.vm.parameters
         loads = created + found > 0 or kind == Op.UNLOAD
-        exclusive = (loads and not axes.loads_share) or (own > 0 and not axes.faults_share)
+        exclusive = (loads and not parameters.loads_share) or (own > 0 and not parameters.faults_share)
         if loads or own:
             self._wait(pace, exclusive)
         since = pace.clock
@@ -256,7 +256,7 @@ class Clock:
 
     def _account_frees(self, pace: Pace, logged: int) -> None:
         """What the last put of a valid root left to zap is zapped, by whom the policy says."""
-        teardown, costs = self.vm.axes.teardown, self.costs
+        teardown, costs = self.vm.parameters.teardown, self.costs
         for row in self.vm.log[logged:]:
             if row.event != Happened.FREED or not row.tables:
                 continue

@@ -7,9 +7,9 @@ exits tells which hang it is, or that a loop of one instruction did go on, as it
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, Final
+from typing import Final
 
-from numpy.typing import NDArray
+from replay.decode.rip_runs import RipRuns
 
 CERTAIN: Final = 100_000  # exits at one RIP, by default
 
@@ -59,6 +59,8 @@ class RipRun:
 _COUNTED: Final = tuple(field.name for field in fields(RipRun) if field.name != "vcpu")
 
 
-def longest_runs(runs: NDArray[Any]) -> list[RipRun]:
-    """Each vCPU's longest run (`Timeline.runs`); `vcpu` is its dense number."""
-    return [RipRun(vcpu, *(int(run[name]) for name in _COUNTED)) for vcpu, run in enumerate(runs) if run["exits"]]
+def longest_runs(runs: RipRuns) -> list[RipRun]:
+    """Each vCPU's longest run; `vcpu` is its dense number."""
+    return [
+        RipRun(vcpu, *(int(run[name]) for name in _COUNTED)) for vcpu, run in enumerate(runs.longest) if run["exits"]
+    ]

@@ -15,9 +15,9 @@ from replay.timing.stalls import watchdogs
 from replay.timing.stuck_rip import RipRun
 from replay.timing.time_rows import named
 from replay.timing.timed_run import PolicyTime, Settings, VcpuTime, VmTime
-from replay.whatif.smi_rate import Sweep, Swept
 from traces.screen import page, text_of
 from traces.text import printable
+from traces.units import duration
 
 WIDTH: Final = 220  # where there is no terminal: nothing is wrapped
 _VMS_SHOWN: Final = 8
@@ -107,7 +107,7 @@ def _hangs(vcpu: VcpuTime) -> str:
     count = f"{len(vcpu.stalls)} soft-hang{'s' if len(vcpu.stalls) > 1 else ''}"
     fires = watchdogs(worst.ns)
     guest = f", long enough for the guest's {' and '.join(fires)} watchdog" if fires else ""
-    longest = f"longest {_time(worst.ns)} ({_time(worst.begin)} to {_time(worst.end)})"
+    longest = f"longest {duration(worst.ns)} ({duration(worst.begin)} to {duration(worst.end)})"
     return f"{count}, {longest}, {told(vcpu.stalls)}{guest}"
 
 
@@ -133,14 +133,16 @@ def _table(vm: VmTime) -> Table:
         vcpu_id = str(vm.outcomes[0].vcpus[i].id) if vm.outcomes else ""
         wall = sum(recorded)
         shares = ("" if on == Spent.SWITCH else f"{ns / wall:.1%}" for on, ns in enumerate(recorded) if wall)
-        table.add_row("as recorded (guest with switch)", vcpu_id, _time(wall), "", "", *shares)
+        table.add_row("as recorded (guest with switch)", vcpu_id, duration(wall), "", "", *shares)
     for outcome in vm.outcomes:
         name = outcome.target.name + ("" if outcome.run.bound == "exact" else f", {outcome.run.bound}")
         for vcpu in outcome.vcpus:
             low, high = vcpu.band
             shares = (f"{spent / vcpu.wall:.1%}" if vcpu.wall else "" for spent in vcpu.spent)
-            hangs = (str(len(vcpu.stalls)), _time(vcpu.longest)) if vcpu.stalls else ("", "")
-            table.add_row(printable(name), str(vcpu.id), _time(vcpu.wall), _time(low), _time(high), *shares, *hangs)
+            hangs = (str(len(vcpu.stalls)), duration(vcpu.longest)) if vcpu.stalls else ("", "")
+            table.add_row(
+                printable(name), str(vcpu.id), duration(vcpu.wall), duration(low), duration(high), *shares, *hangs
+            )
     return table
 
 
@@ -152,8 +154,8 @@ def _trust(vm: VmTime) -> Iterator[str]:
     assumed: dict[str, list[str]] = {}
     for name, source in vm.fitted.source.items():
         if name not in measured:
-            assumed.setdefault(source, []).append(f"{name} {_time(getattr(costs, name))}")
-    yield "costs measured: " + (", ".join(f"{name} {_time(getattr(costs, name))}" for name in measured) or "none")
+            assumed.setdefault(source, []).append(f"{name} {duration(getattr(costs, name))}")
+    yield "costs measured: " + (", ".join(f"{name} {duration(getattr(costs, name))}" for name in measured) or "none")
     if assumed:
         yield "costs assumed: " + "; ".join(f"{', '.join(names)} ({source})" for source, names in assumed.items())
     if vm.measured.by_guest + vm.measured.by_clock:
@@ -164,42 +166,10 @@ def _trust(vm: VmTime) -> Iterator[str]:
         )
 
 
-def sweep_facts(found: dict[int, list[Swept]], sweep: Sweep) -> dict[str, Any]:
-    """The document's part on a sweep: factors by rate, null where the program hangs; rates in SMIs a second."""
-    return {
-        "rates": sweep.rates,
-        "vms": [
-            {"vm": vm, "policies": [{**vars(swept), "limit": swept.limit} for swept in policies]}
-            for vm, policies in found.items()
-        ],
-    }
-
-
-def render_sweep(found: dict[int, list[Swept]], sweep: Sweep) -> str:
-    """For each VM how many times as long its program takes, by rate and policy, and where it tips."""
-    console = page(WIDTH)
-    for vm, policies in found.items():
-        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-        table.add_column(f"VM {vm}, SMIs a second", justify="right")
-        for swept in policies:
-            table.add_column(printable(swept.policy), justify="right")
-        for i, rate in enumerate(sweep.rates):
-            factors = (swept.factors[i] for swept in policies)
-            table.add_row(f"{rate:,.4g}", *("hangs" if factor is None else f"{factor:,.2f}x" for factor in factors))
-        table.add_row("hangs from", *("-" if swept.tips is None else f"{swept.tips:,.4g}" for swept in policies))
-        table.add_row("arithmetic limit", *(f"{swept.limit:,.4g}" for swept in policies))
-        console.print(table)
-        for swept in policies:
-            parts = f"refill {_time(swept.refill)}, SMI {_time(swept.smi)}"
-            console.print(Text(printable(f"{swept.policy}: each SMI costs {parts}")), soft_wrap=True)
-    console.print(Text("assumed: after each SMI the guest needs every page that is mapped, at once (--refault all)"))
-    return text_of(console)
-
-
 def stuck_lines(vm: int, runs: Iterable[RipRun]) -> Iterator[str]:
     """One line for each vCPU that hung in the recording, and whether roots had to do with it."""
     for run in runs:
-        took = f"{run.exits:,} exits at RIP {run.rip:#x} in {_time(run.until - run.since)}, from row {run.seq:,} on"
+        took = f"{run.exits:,} exits at RIP {run.rip:#x} in {duration(run.until - run.since)}, from row {run.seq:,} on"
         yield f"vCPU {run.vcpu} of VM {vm} is stuck in the recording: {took}: {run.why}"
 
 
@@ -223,14 +193,3 @@ def _policy(outcome: PolicyTime) -> dict[str, Any]:
             for vcpu in outcome.vcpus
         ],
     }
-
-
-def _time(ns: int) -> str:
-    """Three figures, in the unit that fits."""
-    for unit, size in (("s", 10**9), ("ms", 10**6), ("us", 10**3)):
-        if ns >= size:
-            value = ns / size
-            return (
-                f"{value:.2f} {unit}" if value < 10 else f"{value:.1f} {unit}" if value < 100 else f"{value:.0f} {unit}"
-            )
-    return f"{ns} ns"

@@ -14,7 +14,6 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from replay.axes import Axes
 from replay.simulate.core import Core, Timer
 from replay.simulate.engine import Engine, RootLog, Vcpus, grown, make_pool, row_type
 from replay.simulate.operations import Ranges, Word
@@ -23,6 +22,7 @@ from replay.simulate.timed_operations import NEVER, Timed
 from replay.timing.costs import Costs
 from replay.timing.reference_clock import Spent
 from traces.errors import Problem
+from traces.kernels.policies import PolicyParameters
 
 TODO: Final = np.dtype(
     [(name, np.int64) for name in ("gfn", "lead", "guest", "cost", "wall", "at")]
@@ -46,7 +46,7 @@ class TimedEngine:
 
     def __init__(
         self,
-        axes: Axes,
+        parameters: PolicyParameters,
         words: list[Word],
         vcpus: int,
         costs: Costs,
@@ -60,7 +60,7 @@ class TimedEngine:
 
         `weights`: what part each vCPU has in what a worker takes where CPUs are short; none given: the same for all.
         """
-        self.engine = Engine(axes, words, vcpus, log, core)
+        self.engine = Engine(parameters, words, vcpus, log, core)
         self._timer = timer()
         self._pace = make_pool(vcpus, PACE)
         self._pace["lead"] = -1
@@ -73,7 +73,7 @@ class TimedEngine:
         self._todo = make_pool(rows[0], TODO)
         self._sample = make_pool(rows[1], SAMPLED)
         self._bounds = np.zeros(2, np.int64)
-        self._begin(axes, costs)
+        self._begin(parameters, costs)
         pools = (self.engine.rows_of(pool) for pool in (self._queue, self._pace, self._put))
         self._timer.attach(self.engine.core, *pools, puts)
         self._attach()
@@ -169,14 +169,14 @@ class TimedEngine:
 
     # How it is done
 
-    def _begin(self, axes: Axes, costs: Costs) -> None:
+    def _begin(self, parameters: PolicyParameters, costs: Costs) -> None:
         timer = self._timer
         for field in fields(Costs):
             setattr(timer, field.name, getattr(costs, field.name))
-        timer.loads_share = axes.loads_share
-        timer.faults_share = axes.faults_share
-        timer.inline = axes.teardown == "inline"
-        timer.by_worker = axes.teardown == "worker"
+        timer.loads_share = parameters.loads_share
+        timer.faults_share = parameters.faults_share
+        timer.inline = parameters.teardown == "inline"
+        timer.by_worker = parameters.teardown == "worker"
         timer.weights = int(self._pace["weight"].sum())
         for name in ("todos", "samples", "begun", "worker", "locked", "shared", "worked", "jobs"):
             setattr(timer, name, 0)

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from replay.decode.capabilities import Capabilities
 from replay.decode.inputs import Inputs, Rest
+from replay.decode.specialize import Specialization
 from replay.plan import Run, Target
 from replay.simulate.operations import Ranges
-from replay.simulate.specialize import Specialization
 from replay.simulate.timed_operations import tail
 from replay.timing.costs import Fitted, fit
 from replay.timing.measure import Measured
@@ -127,7 +127,7 @@ def vm_time(
     if measured.refused:
         nothing = replace(measured, began=0, fitted=fit({}, 0))
         return VmTime(vm, nothing, False, [], [])
-    runs = longest_runs(measured.timeline.runs)
+    runs = longest_runs(measured.rip_runs)
     stuck = [replace(run, vcpu=ids[run.vcpu]) for run in runs if run.certain(settings.stuck)]
     meta = capabilities.trace.metadata
     marked = (
@@ -144,9 +144,9 @@ class Clock:
     def __init__(self, target: Target, run: Run, specialized: Specialization, vcpus: int, measured: Measured) -> None:
         self.specialized = specialized
         self._target, self._run, self._measured = target, run, measured
-        axes = replace(target.axes, revive=run.revive)
+        parameters = replace(target.parameters, assume_refault=run.assume_refault)
         costs, weights = measured.fitted.costs, measured.weights
-        self._engine = TimedEngine(axes, specialized.words, vcpus, costs, log=False, weights=weights)
+        self._engine = TimedEngine(parameters, specialized.words, vcpus, costs, log=False, weights=weights)
         self._done = 0
 
     @staticmethod

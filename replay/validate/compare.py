@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from replay.axes import NAMED, PRESERVE, SYNC, SYNC_RW, Axes
 from replay.validate import expect, shadow_driver
-from replay.validate.direct_shadow import ShadowKernel
-from replay.validate.kernel_steps import Kernel
+from replay.validate.direct_shadow import ShadowSteps
+from replay.validate.kernel_steps import KernelSteps
 from replay.validate.row_tuples import Row, rows_of
-from replay.validate.shapes import Shape, shape_of
 from replay.validate.threads import RESPONSES, Divergence, Lockstep, Tally
+from traces import kernels
 from traces.errors import Problem
+from traces.kernels import Kernel
+from traces.kernels.policies import POLICIES, PolicyParameters
 from traces.metadata import Metadata
+from traces.progress import Progress
 from traces.reader import Trace
 
 # What a recording must have watched, so that the model knows when slots are filled and emptied.
@@ -27,8 +27,7 @@ _NEEDED: Final = {
     "paged": ("kvm_mmu_get_page", "kvm_mmu_prepare_zap_page"),
 }
 _ZAPS: Final = ("kvm_tdp_mmu_spte_changed", "kvm_mmu_prepare_zap_page", "zap_root_begin", "zap_root_end")
-_AXES: Final = {"preserve-inline": PRESERVE}  # the recorder's names, where they are not the axes' own
-_PROGRESS: Final = 1 << 17  # rows
+_STEP: Final = 1 << 14  # rows between two looks at the terminal
 
 
 @dataclass(frozen=True)
@@ -100,20 +99,21 @@ def validate(path: Path, policy: str = "") -> Report:
     trace = Trace.open(path)
     meta = trace.metadata
     policy = policy or meta.policy
-    shape = shape_of(meta.kernel)
-    axes = axes_of(policy, shape)
-    if shape is None or axes is None:
+    kernel = _kernel(path, meta)
+    if kernel is None or policy not in POLICIES:
         what = f"kernel {meta.kernel or 'unknown'}, root policy {policy or 'unknown'}"
         raise Problem(f"{path}: cannot be validated: {what}; record it with `kvmtrace record` on 5.10 or later")
+    parameters = kernel.parameters(policy)
     unseen = _unseen(meta)
-    follows = shadow_driver.is_paged(meta) and axes.mmu == "shadow"
-    needed = _NEEDED["paged" if follows else axes.mmu] + (_ZAPS if axes.mmu == "tdp" and shape.changes else ())
+    follows = shadow_driver.is_paged(meta) and parameters.mmu == "shadow"
+    needed = _NEEDED["paged" if follows else parameters.mmu]
+    needed += _ZAPS if parameters.mmu == "tdp" and kernel.spte_changed else ()
     lacking = [kind for kind in needed if kind in unseen]
     if lacking:
         why = unseen[lacking[0]] or "its probe did not attach"
         raise Problem(f"{path}: cannot be validated: {', '.join(lacking)} not recorded ({why})")
     cut = _cut(meta)
-    vms = [_vm(trace, vm, None if follows else axes, shape, cut) for vm in meta.vms]
+    vms = [_vm(trace, vm, None if follows else parameters, kernel, cut) for vm in meta.vms]
     blind = shadow_driver.blind(meta) if follows else [kind for kind in unseen if kind in RESPONSES]
     report = Report(path, meta.kernel, policy, vms, _notes(blind, vms))
     if not report.expected:
@@ -122,49 +122,47 @@ def validate(path: Path, policy: str = "") -> Report:
     return report
 
 
-def axes_of(policy: str, shape: Shape | None) -> Axes | None:
-    """The axes of a recorded policy's name, on a kernel of that shape."""
-    if policy == "sync":
-        return SYNC if shape is not None and not shape.changes else SYNC_RW
-    return _AXES.get(policy) or NAMED.get(policy)
+def _kernel(path: Path, meta: Metadata) -> Kernel | None:
+    """The recorded kernel; None where the trace does not say, or where it is too old."""
+    try:
+        return kernels.recorded(meta)
+    except Problem as problem:
+        if "kernel" in meta.raw:
+            raise Problem(f"{path}: {problem}") from None
+        return None
 
 
-def machine_of(meta: Metadata, axes: Axes, shape: Shape) -> Kernel:
+def machine_of(kernel: Kernel, parameters: PolicyParameters) -> KernelSteps:
     """An empty machine for one VM of a recording."""
-    layout = meta.raw["layout"]
-    role, spte = layout["role"], layout["spte"]
-    guest = {}
-    if shape.guest_bits:
-        nx = role.get("nxe") or role["efer_nx"]
-        guest = {"wp_bit": 1 << role["cr0_wp"][0], "nx_bit": 1 << nx[0]}
-    return (ShadowKernel if axes.mmu == "shadow" else Kernel)(
-        axes=axes,
-        shape=shape,
-        vendor=meta.raw["host"].get("vendor", ""),
-        nothing=expect.word("nothing", spte["nonpresent"]),
-        frozen=expect.word("frozen", spte["frozen"]),
-        invalid_bit=1 << role["invalid"][0],
-        smm_bit=1 << role["smm"][0],
-        **guest,
+    layout = kernel.layout
+    return (ShadowSteps if parameters.mmu == "shadow" else KernelSteps)(
+        parameters=parameters,
+        kernel=kernel,
+        nothing=expect.word("nothing", kernel.spte.nonpresent),
+        frozen=expect.word("frozen", kernel.spte.frozen),
+        invalid_bit=layout.invalid,
+        smm_bit=layout.smm,
+        wp_bit=layout.wp if layout.guest_bits else 0,
+        nx_bit=layout.nx if layout.guest_bits else 0,
     )
 
 
-def _vm(trace: Trace, vm: Mapping[str, Any], axes: Axes | None, shape: Shape, cut: int | None) -> VmReport:
-    """One VM. `axes`: None where its roots follow its own page tables."""
+def _vm(
+    trace: Trace, vm: Mapping[str, Any], parameters: PolicyParameters | None, kernel: Kernel, cut: int | None
+) -> VmReport:
+    """One VM. `parameters`: None where its roots follow its own page tables."""
     number = int(vm["id"])
     if vm["origin"] != "created":
         why = f"VM {number} was running before the recording began: what it had mapped is not known"
         return VmReport(number, {}, None, 0, 0, 0, skipped=why)
     rows = _Stretch(rows_of(trace, number), cut)
-    try:
-        lockstep: Lockstep | shadow_driver.Paged
-        if axes is None:
-            lockstep = shadow_driver.paged_of(trace, number, shape)
-        else:
-            lockstep = Lockstep(machine_of(trace.metadata, axes, shape))
-    except (KeyError, IndexError, TypeError) as error:
-        raise Problem(f"{trace.path}: cannot be validated: its metadata has no layout of {error}") from None
-    lockstep.run(_shown(rows, number))
+    lockstep: Lockstep | shadow_driver.Paged
+    if parameters is None:
+        lockstep = shadow_driver.paged_of(trace, number, kernel)
+    else:
+        lockstep = Lockstep(machine_of(kernel, parameters))
+    with Progress(f"validating VM {number}, rows") as progress:
+        lockstep.run(_counted(rows, progress))
     if not rows.stopped:
         lockstep.finish()
     ended = lockstep.ended and not rows.stopped
@@ -194,16 +192,11 @@ class _Stretch:
             yield row
 
 
-def _shown(rows: Iterable[Row], vm: int) -> Iterator[Row]:
-    """Rows, with progress on a terminal."""
-    terminal = sys.stderr.isatty()
-    began = time.monotonic()
+def _counted(rows: Iterable[Row], progress: Progress) -> Iterator[Row]:
     for count, row in enumerate(rows):
-        if terminal and count % _PROGRESS == 0 and time.monotonic() - began > 1:
-            print(f"\rVM {vm}: {count:,} rows validated", end="", file=sys.stderr, flush=True)
+        if not count % _STEP:
+            progress.at(count)
         yield row
-    if terminal and time.monotonic() - began > 1:
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def _cut(meta: Metadata) -> int | None:

@@ -1,6 +1,6 @@
 """What KVM's shadow MMU does step by step in direct mode (`kvm.tdp_mmu=0`): a VM's pages in one hash, roots among them.
 
-Section 7 of the reference document. Few of its steps have an event: links, removals by notifiers and write protection
+docs/kvm-mmu.md, "The shadow MMU". Few of its steps have an event: links, removals by notifiers and write protection
 are silent, and show only in which later faults find what.
 """
 
@@ -14,10 +14,10 @@ from replay.simulate.page_table import Table
 from replay.simulate.reference import CURRENT, Root, Vcpu
 from replay.validate import expect
 from replay.validate.expect import Activity, Expect
-from replay.validate.kernel_steps import Kernel
+from replay.validate.kernel_steps import KernelSteps
 from replay.validate.roots import top_level
-from replay.validate.shapes import PRESENT, WRITABLE, pfn
 from replay.validate.vm_state import Slot
+from traces.kernels.spte import WRITABLE, pfn
 
 
 @dataclass(eq=False)
@@ -31,8 +31,8 @@ class Page:
 
 
 @dataclass
-class ShadowKernel(Kernel):
-    """As `Kernel`, with the shadow MMU. `pages` are the active ones, the oldest first."""
+class ShadowSteps(KernelSteps):
+    """As `KernelSteps`, with the shadow MMU. `pages` are the active ones, the oldest first."""
 
     pages: list[Page] = field(default_factory=list)
 
@@ -149,15 +149,17 @@ class ShadowKernel(Kernel):
         at = page_table.index(gfn, table.level)
         if self.slot_of(self.as_id(root), gfn) is None:
             yield Expect("mark_mmio_spte", {"root": self.name(root), "gfn": gfn})
-            table.entries[at] = 1  # not PRESENT; its word has no event, but for 5.10
+            table.entries[at] = self.kernel.spte.some_mmio  # its word has no event, but for 5.10
             yield None
-            if not self.shape.changes:
-                yield Expect("kvm_mmu_set_spte", {"gfn": gfn, "new": expect.any_mmio(), "table": table.frame})
+            if not self.kernel.spte_changed:
+                yield Expect(
+                    "kvm_mmu_set_spte", {"gfn": gfn, "new": expect.any_mmio(self.kernel), "table": table.frame}
+                )
                 yield None
             return
         frame &= -page_table.span(table.level)
         before = table.entries.get(at)
-        same = isinstance(before, int) and bool(before & PRESENT) and pfn(before) == frame
+        same = isinstance(before, int) and self.present(before) and pfn(before) == frame
         place = {"root": self.name(root), "level": table.level}
         want = {**place, "gfn": table.gfn_of(at), "new": self.page(frame), "table": table.frame}
         row = yield Expect("kvm_mmu_set_spte", want, optional=same)
@@ -176,7 +178,7 @@ class ShadowKernel(Kernel):
                 yield None
 
     def mmio(self, table: Table, at: int) -> expect.Spte:
-        return expect.any_mmio()
+        return expect.any_mmio(self.kernel)
 
     def unmap(self, start: int, end: int) -> Activity:
         """A notifier zaps what the reverse maps of the range hold; nothing shows it."""
@@ -193,7 +195,7 @@ class ShadowKernel(Kernel):
             for page in self.pages
             if bool(page.role & self.smm_bit) == bool(as_id)
             for at, entry in list(page.table.entries.items())
-            if isinstance(entry, int) and entry & PRESENT and start <= page.table.gfn_of(at) < end
+            if isinstance(entry, int) and self.present(entry) and start <= page.table.gfn_of(at) < end
         ]
 
     def log_on(self, slot: Slot) -> Activity:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from replay.validate.row_tuples import Row
-from replay.validate.shapes import PRESENT, pfn, same_leaf
+from traces.kernels import Kernel
+from traces.kernels.spte import pfn
 
 
 @dataclass(frozen=True)
@@ -21,29 +22,30 @@ class Spte:
         return self.what
 
 
-def word(what: str, wanted: int) -> Spte:
+def word(what: str, wanted: int | None) -> Spte:
     """One of the kernel's own words: for an entry that maps nothing, or one whose table is being removed."""
     return Spte(what, lambda got: got == wanted)
 
 
-def to_table(frame: int) -> Spte:
+def to_table(frame: int, kernel: Kernel) -> Spte:
     """A pointer to the table in page frame `frame`."""
-    return Spte(f"table {frame:#x}", lambda got: bool(got & PRESENT) and pfn(got) == frame)
+    return Spte(f"table {frame:#x}", lambda got: kernel.spte.is_present(got) and pfn(got) == frame)
 
 
-def to_page(frame: int) -> Spte:
+def to_page(frame: int, kernel: Kernel) -> Spte:
     """A leaf that maps page frame `frame`."""
-    return Spte(f"leaf of page {frame:#x}", lambda got: bool(got & PRESENT) and pfn(got) == frame)
+    return Spte(f"leaf of page {frame:#x}", lambda got: kernel.spte.is_present(got) and pfn(got) == frame)
 
 
-def leaf(spte: int, vendor: str) -> Spte:
-    """The very leaf installed before, but for accessed and dirty bits."""
-    return Spte(f"leaf {spte:#x}", lambda got: same_leaf(spte, got, vendor))
+def leaf(spte: int, kernel: Kernel) -> Spte:
+    """The very leaf installed before, but for the accessed and dirty bits, which the processor sets by itself."""
+    own = kernel.vendor.accessed | kernel.vendor.dirty
+    return Spte(f"leaf {spte:#x}", lambda got: (spte ^ got) & ~own == 0)
 
 
-def any_mmio() -> Spte:
+def any_mmio(kernel: Kernel) -> Spte:
     """An MMIO SPTE: not present, not empty."""
-    return Spte("MMIO", lambda got: got != 0 and not got & PRESENT)
+    return Spte("MMIO", lambda got: got != 0 and not kernel.spte.is_present(got))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The steps of a fault (section 4 of the reference document), and of mapping by other hands."""
+"""The steps of a fault (docs/kvm-mmu.md, "Page faults"), and of mapping by other hands."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from replay.simulate.page_table import Table
 from replay.simulate.reference import CURRENT, Root, Vcpu
 from replay.validate import expect
 from replay.validate.expect import Activity, Expect, Spte
-from replay.validate.shapes import PRESENT, WRITABLE, pfn
 from replay.validate.zap_steps import Zaps
+from traces.kernels.spte import LARGE, WRITABLE, pfn
 
 
 class Faults(Zaps):
@@ -20,8 +20,9 @@ class Faults(Zaps):
         root = vcpu.slots[CURRENT]
         if root is None:
             return
-        present, write, reserved = bool(code & 1), bool(code & 2), bool(code & 8)
-        if reserved:
+        codes = self.kernel.vendor.fault
+        present, write = bool(code & codes.present), bool(code & codes.write)
+        if code & codes.reserved:
             found = page_table.leaf(root.top, gfn)
             old = self.mmio(*found) if found else self.nothing
             row = yield Expect("check_mmio_spte", {"old": old}, may_stop=True)
@@ -36,11 +37,14 @@ class Faults(Zaps):
                 table, at = found
                 word = table.entries[at]
                 assert isinstance(word, int)
-                fixable = table.level == 1 or not self.logged(self.as_id(root), gfn)
-                ret = self.shape.fixed if fixable else self.shape.invalid
-                want = {"root": self.name(root), "addr": addr, "old": expect.leaf(word, self.vendor), "ret": ret}
+                # A page that the host lets KVM only read (zero page, COW, KSM) takes a full fault.
+                fixable = bool(word & self.mmu_writable) and (
+                    table.level == 1 or not self.logged(self.as_id(root), gfn)
+                )
+                ret = self.kernel.ret_pf.fixed if fixable else self.kernel.ret_pf.invalid
+                want = {"root": self.name(root), "addr": addr, "old": expect.leaf(word, self.kernel), "ret": ret}
                 if fixable:
-                    want["new"] = expect.leaf(word | WRITABLE, self.vendor)
+                    want["new"] = expect.leaf(word | WRITABLE, self.kernel)
                 row = yield Expect("fast_page_fault", want)
                 assert row is not None
                 if fixable:
@@ -48,9 +52,36 @@ class Faults(Zaps):
                 yield None
                 if fixable:
                     return
+        yield from self.requested(root, gfn, present)
+
+    def misconfigured(self, vcpu: Vcpu) -> Activity:
+        """An EPT misconfiguration: the guest touched an MMIO SPTE. Which one, the exit does not say: its SPTE does."""
+        root = vcpu.slots[CURRENT]
+        if root is None:
+            return
+        mmio = Spte("an MMIO SPTE of this root", lambda got: self.mmio_at(root, got) is not None)
+        row = yield Expect("check_mmio_spte", {"old": mmio}, may_stop=True)
+        assert row is not None
+        gfn = self.mmio_at(root, row.old)
+        assert gfn is not None
+        yield None
+        if row.code == row.value:
+            yield Expect("handle_mmio_page_fault", {"gfn": gfn})
+            yield None
+        else:
+            yield from self.requested(root, gfn, present=True)
+
+    def mmio_at(self, root: Root, word: int) -> int | None:
+        """The guest frame that a root has this very MMIO SPTE for."""
+        gfn = self.mmio_words.get(word)
+        found = None if gfn is None else page_table.leaf(root.top, gfn)
+        return gfn if found is not None and self.mmio(*found).fits(word) else None
+
+    def requested(self, root: Root, gfn: int, present: bool) -> Activity:
+        """The fault's way under mmu_lock: what it is about to map, and the mapping."""
         row = yield Expect("kvm_mmu_spte_requested", {"root": self.name(root), "gfn": gfn}, may_stop=True)
         assert row is not None
-        unseen = not present and not self.shape.changes and self.infer(root, gfn)
+        unseen = not present and not self.kernel.spte_changed and self.infer(root, gfn)
         yield None
         yield from self.map(root, gfn, row.level, row.value, unseen)
 
@@ -64,7 +95,7 @@ class Faults(Zaps):
         return True
 
     def map(self, root: Root, gfn: int, goal: int, frame: int, unseen: bool = False) -> Activity:
-        """kvm_tdp_mmu_map (4.2): tables downwards to the goal level, then the leaf.
+        """kvm_tdp_mmu_map: tables downwards to the goal level, then the leaf.
 
         `unseen`: something was removed here that no event showed, so that a table may be built anew.
         """
@@ -75,18 +106,18 @@ class Faults(Zaps):
             if isinstance(below, Table) and not unseen:
                 table = below
                 continue
-            if isinstance(below, int) and not self.axes.split_in_place:
+            if isinstance(below, int) and not self.parameters.split_in_place:
                 yield from self.zap_huge(root, table, at)
             child = Table(table.level - 1, gfn)
             level = child.level
-            want = {"role": self.child_role(root, level), "level": level + self.shape.child_level, "flags": 1}
+            want = {"role": self.child_role(root, level), "level": level + self.kernel.child_level, "flags": 1}
             row = yield Expect("kvm_mmu_get_page", {**want, "gfn": child.gfn}, optional=isinstance(below, Table))
             if row is None:
                 assert isinstance(below, Table)
                 table = below
                 continue
             child.frame = row.table
-            if not self.shape.changes:
+            if not self.kernel.spte_changed:
                 table.entries[at] = child
                 yield None
                 table = child
@@ -100,7 +131,7 @@ class Faults(Zaps):
 
     def zap_huge(self, root: Root, table: Table, at: int) -> Activity:
         """To 6.2 a huge leaf above the goal is zapped, and the walk goes on as if there had been nothing."""
-        if self.shape.changes:
+        if self.kernel.spte_changed:
             yield from self.zap_entry(root, table, at, shared=False, put=self.zapped())
         else:
             del table.entries[at]
@@ -112,11 +143,11 @@ class Faults(Zaps):
             size = page_table.span(child.level)
             for i in range(page_table.ENTRIES):
                 piece = whole + (i * size << 12)
-                child.entries[i] = piece if child.level > 1 else piece & ~(1 << 7)
-        yield self.change(root, table, at, expect.to_table(child.frame))
+                child.entries[i] = piece if child.level > 1 else piece & ~LARGE
+        yield self.change(root, table, at, expect.to_table(child.frame, self.kernel))
         table.entries[at] = child
         yield None
-        if self.shape.get_page_twice:
+        if self.kernel.get_page_twice:
             want = {"role": self.child_role(root, child.level), "gfn": child.gfn, "table": child.frame}
             yield Expect("kvm_mmu_get_page", want)
             yield None
@@ -127,13 +158,15 @@ class Faults(Zaps):
         mmio = self.slot_of(self.as_id(root), gfn) is None
         frame &= -page_table.span(table.level)
         before = table.entries.get(at)
-        same = isinstance(before, int) and bool(before & PRESENT) and pfn(before) == frame and not mmio
-        new = expect.any_mmio() if mmio else expect.to_page(frame)
+        same = isinstance(before, int) and self.present(before) and pfn(before) == frame and not mmio
+        new = expect.any_mmio(self.kernel) if mmio else expect.to_page(frame, self.kernel)
         place = {"root": self.name(root), "level": table.level, "gfn": table.gfn_of(at)}
-        if self.shape.changes:
+        if self.kernel.spte_changed:
             row = yield self.change(root, table, at, new, optional=same)
             if row is not None:
                 table.entries[at] = row.new
+                if mmio:
+                    self.mmio_words[row.new] = gfn
                 new = Spte(f"{row.new:#x}", lambda word, installed=row.new: word == installed)  # type: ignore[misc]
                 same = False
                 yield None
@@ -142,8 +175,8 @@ class Faults(Zaps):
         if mmio:
             yield Expect("mark_mmio_spte", {"root": self.name(root), "gfn": gfn})
             yield None
-        if (not mmio or not self.shape.changes) and not (same and not self.shape.set_spte_when_spurious):
+        if (not mmio or not self.kernel.spte_changed) and not (same and not self.kernel.set_spte_when_spurious):
             row = yield Expect("kvm_mmu_set_spte", {**place, "gfn": gfn if mmio else place["gfn"], "new": new})
-            if row is not None and not self.shape.changes:
+            if row is not None and not self.kernel.spte_changed:
                 table.entries[at] = row.new
             yield None

@@ -9,16 +9,16 @@ from replay.validate import expect
 from replay.validate.expect import Activity, Expect
 from replay.validate.faults import Faults
 from replay.validate.roots import Roots
-from replay.validate.shapes import PRESENT, WRITABLE, pfn
 from replay.validate.vm_state import Slot
+from traces.kernels.spte import WRITABLE, pfn
 
 
-class Kernel(Roots, Faults):
+class KernelSteps(Roots, Faults):
     """All that the recorded kernel does of its own accord or at the host's bidding, for one VM."""
 
     def unmap(self, start: int, end: int) -> Activity:
-        """An MMU notifier (5.6): host addresses become guest frames by each memslot that they overlap."""
-        if not self.shape.changes:
+        """An MMU notifier: host addresses become guest frames by each memslot that they overlap."""
+        if not self.kernel.spte_changed:
             return
         self.sequence += 1
         for slot, first, last in self.overlaps(start, end):
@@ -29,7 +29,7 @@ class Kernel(Roots, Faults):
 
     def log_on(self, slot: Slot) -> Activity:
         """A slot's dirty pages are logged from now on: huge leaves are split (eager_page_split), all protected."""
-        if not self.shape.changes:
+        if not self.kernel.spte_changed:
             return
         for root in self.held(only_valid=True):
             if self.as_id(root) == slot.as_id:
@@ -44,7 +44,7 @@ class Kernel(Roots, Faults):
         """kvm_tdp_mmu_try_split_huge_pages down to 4 KiB."""
         for table, at in page_table.within(root.top, slot.gfn, slot.end):
             whole = table.entries[at]
-            if table.level == 1 or not isinstance(whole, int) or not whole & PRESENT:
+            if table.level == 1 or not isinstance(whole, int) or not self.present(whole):
                 continue
             child = Table(table.level - 1, table.gfn_of(at))
             want = {"role": self.child_role(root, child.level), "level": child.level, "gfn": child.gfn, "flags": 1}
@@ -53,7 +53,7 @@ class Kernel(Roots, Faults):
             child.frame = row.table
             yield None
             yield from self.link(root, table, at, child)
-            old = expect.leaf(whole, self.vendor)
+            old = expect.leaf(whole, self.kernel)
             place = {"level": table.level, "gfn": table.gfn_of(at)}
             yield Expect("kvm_mmu_split_huge_page", {**place, "old": old, "ret": 0})
             yield None
@@ -62,16 +62,16 @@ class Kernel(Roots, Faults):
         """Each writable leaf in [start, end) loses its W bit."""
         for table, at in list(page_table.within(root.top, start, end)):
             word = table.entries.get(at)
-            if not isinstance(word, int) or not word & PRESENT or not word & WRITABLE:
+            if not isinstance(word, int) or not self.present(word) or not word & WRITABLE:
                 continue
-            row = yield self.change(root, table, at, expect.leaf(word & ~WRITABLE, self.vendor))
+            row = yield self.change(root, table, at, expect.leaf(word & ~WRITABLE, self.kernel))
             assert row is not None
             table.entries[at] = row.new
             yield None
 
     def log_off(self, slot: Slot) -> Activity:
         """Tables whose memory the host maps huge go (zap_collapsible_spte_range), or become huge leaves (6.13)."""
-        if not self.shape.changes:
+        if not self.kernel.spte_changed:
             return
         for root in self.held(only_valid=True):
             if self.as_id(root) == slot.as_id:
@@ -79,7 +79,7 @@ class Kernel(Roots, Faults):
                     child = table.entries.get(at)
                     if not isinstance(child, Table) or child.level != 1:
                         continue
-                    pages = [word for word in child.entries.values() if isinstance(word, int) and word & PRESENT]
+                    pages = [word for word in child.entries.values() if isinstance(word, int) and self.present(word)]
                     if pages:
                         yield from self.collapse(root, table, at, pfn(pages[0]))
             yield from self.put(root)
@@ -89,8 +89,8 @@ class Kernel(Roots, Faults):
         child = table.entries[at]
         assert isinstance(child, Table)
         put = self.zapped()
-        if self.shape.recovers:
-            put = expect.to_page(frame & -page_table.span(table.level))
+        if self.kernel.recovers:
+            put = expect.to_page(frame & -page_table.span(table.level), self.kernel)
         activity = self.zap_entry(root, table, at, shared=True, put=put)
         first = next(activity)
         assert first is not None

@@ -1,4 +1,4 @@
-"""The steps of a root's life: load, unload, put, invalidation (sections 2 and 3 of the reference document)."""
+"""The steps of a root's life: load, unload, put, invalidation (docs/kvm-mmu.md, "The life of a root, by policy")."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Roots(Zaps):
             if self.words[other.word] == word:
                 root = other  # the reference is the slot's from now on
                 break
-            if self.shape.search_puts:
+            if self.kernel.search_puts:
                 yield from self.put(other)
             else:
                 other.refs -= 1
         role: int | Spte = self.role_of(vcpu, word)
         self.learned += not word
-        if root is None and self.shape.root_get_page:
+        if root is None and self.kernel.root_get_page:
             row = yield Expect("kvm_mmu_get_page", {"gfn": 0, "flags": 1, "role": role}, agrees=top_level)
             assert row is not None
             root = self.new_root(vcpu, row.role, row.root, row.table)
@@ -56,7 +56,7 @@ class Roots(Zaps):
     @property
     def first_refs(self) -> int:
         """References on a root just built: the slot's, and the VM's own."""
-        return 1 + self.axes.own_reference
+        return 1 + self.parameters.own_reference
 
     def role_of(self, vcpu: Vcpu, word: int) -> int | Spte:
         """What the role word of a load must be, as far as it is known."""
@@ -83,7 +83,7 @@ class Roots(Zaps):
         return root
 
     def free_slots(self, vcpu: Vcpu, mask: int) -> Activity:
-        """kvm_mmu_free_roots (2.1): previous slots in order, then the current one."""
+        """kvm_mmu_free_roots: previous slots in order, then the current one."""
         for i in (1, 2, 3, CURRENT):
             root = vcpu.slots[i]
             if root is not None and mask >> i & 1:
@@ -91,24 +91,35 @@ class Roots(Zaps):
                 yield from self.put(root)
 
     def put(self, root: Root) -> Activity:
-        """One reference less; what the last one brings about is the policy (3.1 to 3.5)."""
+        """One reference less; what the last one brings about is the policy."""
         row = yield Expect("root_put", {"root": self.name(root), "role": self.role(root), "refs": root.refs})
         assert row is not None
         self.frames[root.id] = row.table
         root.refs -= 1
         if root.refs == 0:
-            if root.valid and self.axes.teardown == "worker":
+            if root.valid and self.parameters.teardown == "worker":
                 root.valid = False
                 root.refs = 1
                 self.queued.append(root)
-            elif root.valid and self.axes.teardown == "inline":
-                self.roots.remove(root)
+            elif root.valid and self.parameters.teardown == "inline":
                 yield None
-                yield from self.zap_inline(root)
+                if self.kernel.passes:
+                    yield from self.zap_marked(root)
+                else:
+                    self.roots.remove(root)
+                    yield from self.zap_inline(root)
                 return
             else:
                 self.gone(root)
         yield None
+
+    def zap_marked(self, root: Root) -> Activity:
+        """A root that is freed inline on top of 5.18's code: marked invalid, then zapped pass by pass, then gone."""
+        root.valid = False
+        root.refs = 1
+        yield from self.zap_root(root, shared=False)
+        root.refs = 0
+        self.gone(root)
 
     def gone(self, root: Root) -> None:
         """Off the list; its page is freed after a grace period."""
@@ -116,7 +127,7 @@ class Roots(Zaps):
         self.removed[self.frames[root.id]] = (self.role(root), root.top.level, 0)
 
     def zap_inline(self, root: Root) -> Activity:
-        """kvm_tdp_mmu_free_root (3.1): the last putter zaps the tree and frees the page."""
+        """kvm_tdp_mmu_free_root: the last putter zaps the tree and frees the page."""
         yield Expect("zap_root_begin", {"root": self.name(root), "role": self.words[root.word]})
         root.top.entries.clear()
         yield None
@@ -127,15 +138,15 @@ class Roots(Zaps):
         yield None
 
     def invalidate(self) -> Activity | None:
-        """Every valid root is marked (3.3 to 3.5), or emptied (3.1)."""
+        """Every valid root is marked invalid, or emptied (5.10)."""
         self.sequence += 1
         for root in self.roots:
-            if self.axes.invalidate == "empty":
+            if self.parameters.zap_all_fast == "empty":
                 root.top.entries.clear()
             elif root.valid:
                 root.valid = False
-                if self.axes.teardown == "worker":
-                    root.refs += not self.axes.own_reference
+                root.refs += not self.parameters.own_reference
+                if self.parameters.teardown == "worker":
                     self.queued.append(root)
                 else:
                     self.scheduled.add(root.id)
@@ -148,8 +159,8 @@ class Roots(Zaps):
         yield from self.put(root)
 
     def zap_invalidated(self) -> Activity:
-        """kvm_tdp_mmu_zap_invalidated_roots (3.5): roots visited newest first, each with a reference meanwhile."""
-        shared = not (self.destroyed and self.shape.ends_exclusively)
+        """kvm_tdp_mmu_zap_invalidated_roots: roots visited newest first, each with a reference meanwhile."""
+        shared = not (self.destroyed and self.kernel.ends_exclusively)
         for root in self.held():
             if root.id in self.scheduled:
                 self.scheduled.discard(root.id)
@@ -161,7 +172,7 @@ class Roots(Zaps):
         """kvm_tdp_mmu_zap_all: every root is emptied under mmu_lock held for write; none is invalidated."""
         self.sequence += 1
         for root in self.held():
-            if self.shape.changes:
+            if self.kernel.spte_changed:
                 yield from self.zap_root(root, shared=False)
                 yield from self.put(root)
             else:

@@ -10,8 +10,9 @@ from replay.validate.expect import Activity
 from replay.validate.row_tuples import Row
 from replay.validate.shadow_model import Pages
 from replay.validate.shadow_state import PAE, Leaf, Page
-from replay.validate.shapes import Shape
 from replay.validate.threads import Thread, Threads
+from traces.kernels import Kernel
+from traces.kernels.vendors import VENDORS
 from traces.metadata import Metadata
 from traces.reader import Trace
 
@@ -45,32 +46,31 @@ def is_paged(meta: Metadata) -> bool:
     modules = meta.raw.get("modules")
     if meta.policy != "shadow" or not isinstance(modules, dict):
         return False
-    vendors = [modules[name] for name in ("kvm_amd", "kvm_intel") if isinstance(modules.get(name), dict)]
-    off = any(values.get(name) in _OFF for values in vendors for name in ("npt", "ept"))
-    return off or (not vendors and "kvm" in modules)
+    loaded = [vendor for vendor in VENDORS if isinstance(modules.get(vendor.module), dict)]
+    off = any(modules[vendor.module].get(vendor.paging) in _OFF for vendor in loaded)
+    return off or (not loaded and "kvm" in modules)
 
 
-def pages_of(meta: Metadata, shape: Shape, vm: int) -> Pages:
+def pages_of(meta: Metadata, kernel: Kernel, vm: int) -> Pages:
     """A VM without a page yet, on the recorded kernel."""
-    role = meta.raw["layout"]["role"]
+    layout = kernel.layout
     own = ("level", "has_4_byte_gpte", "gpte_is_8_bytes", "quadrant", "direct", "access", "passthrough")
-    masks = [((1 << role[name][1]) - 1) << role[name][0] for name in own if name in role]
     vcpus = {int(vcpu["id"]) for found in meta.vms if found["id"] == vm for vcpu in found.get("vcpus", ())}
     return Pages(
         vcpus=max(len(vcpus), 1),
-        invalid_bit=1 << role["invalid"][0],
-        direct_bit=1 << role["direct"][0],
-        guest_bits=~sum(masks) & 0xFFFF_FFFF,
+        invalid_bit=layout.invalid,
+        direct_bit=layout.mask("direct"),
+        guest_bits=~sum(layout.mask(name) for name in own) & 0xFFFF_FFFF,
         counted=not _unseen(meta) & set(_COUNTING),
-        old=shape.since < (5, 12),
+        old=kernel.old_shadow_mmu,
     )
 
 
-def paged_of(trace: Trace, vm: int, shape: Shape) -> Paged:
-    """A VM of a recording, to be run through its rows. Raises KeyError or the like where the layout is not there."""
+def paged_of(trace: Trace, vm: int, kernel: Kernel) -> Paged:
+    """A VM of a recording, to be run through its rows."""
     meta = trace.metadata
     return Paged(
-        pages_of(meta, shape, vm),
+        pages_of(meta, kernel, vm),
         last_run(trace, vm),
         shows_use=_shows_use(meta),
         shows_end="vm_destroy" not in _unseen(meta),

@@ -1,6 +1,6 @@
 """What KVM's shadow MMU does with the pages that shadow a guest's own page tables: one hash, found, created, zapped.
 
-Section 7 of the reference document. Which page is looked up (gfn, role word, level) is the guest's doing and is taken
+docs/kvm-mmu.md, "The shadow MMU". Which page is looked up (gfn, role word, level) is the guest's doing and is taken
 from the recording. What the kernel makes of it is foretold, and certain, as `struct kvm_mmu_page` is only changed
 under mmu_lock held for write: whether the page is there, which table it has, its references and whether it is in sync;
 that a page is zapped once, in the order of the list of active pages where a walk of that list zaps it; that a page
@@ -20,7 +20,7 @@ from replay.simulate.reference import CURRENT
 from replay.validate.expect import Activity, Expect, Spte
 from replay.validate.row_tuples import Row
 from replay.validate.shadow_state import CREATED, LEVEL, PAE, ROOTS, Leaf, Page, PagesState, Slot
-from replay.validate.shapes import WRITABLE, pfn
+from traces.kernels.spte import WRITABLE, pfn
 
 _HELD_MOST: Final = ROOTS  # pages that a vCPU holds: its slots, or the directories of a PAE root, which has no others
 _REFILL: Final = 25  # make_mmu_pages_available makes so many free
@@ -108,7 +108,7 @@ class Pages(PagesState):
         yield None
 
     def switch(self, vcpu: int, pgd: int, role: int) -> Activity:
-        """kvm_mmu_new_pgd (2.1): a slot of that page table becomes current, or the least recent one is emptied."""
+        """kvm_mmu_new_pgd: a slot of that page table becomes current, or the least recent one is emptied."""
         slots = self.slots_of(vcpu)
         if slots[CURRENT] is None and not self.old:
             at = next((i for i in range(1, ROOTS) if self._usable(slots[i], pgd, role)), 0)

@@ -14,9 +14,10 @@ from typing import Final
 
 from replay.simulate.reference import CURRENT, Vcpu
 from replay.validate.expect import Activity, Expect
-from replay.validate.kernel_steps import Kernel
+from replay.validate.kernel_steps import KernelSteps
 from replay.validate.row_tuples import Row
 from replay.validate.vm_state import Slot
+from traces.kernels.triggers import CR0_WP, EFER_MSR, EFER_NX
 
 # What the kernel does in response, and the model therefore foretells.
 RESPONSES: Final = (
@@ -43,9 +44,6 @@ _LOG_DIRTY: Final = 1
 _GET_DIRTY_LOG: Final = 0x4010AE42
 # A load's first sign: a root passed over in the search (6.9), one built, one found.
 _LOADING: Final = ("root_put", "kvm_mmu_get_page", "root_get", "mmu_load")
-# SVM_EXIT_WRITE_CR0, SVM_EXIT_CR0_SEL_WRITE
-_CR0_WRITTEN: Final = (0x10, 0x65)
-_EFER: Final = 0xC0000080
 _CONTEXT: Final = 6
 
 
@@ -74,6 +72,7 @@ class Thread:
     pending: Expect | None = None  # what the top activity has said, unless it waits
     vcpu: int | None = None
     obsolete: bool = False  # in kvm_mmu_free_obsolete_roots
+    unloads: int | None = None  # in kvm_mmu_unload of this vCPU, which need not be the thread's own
     ioctl: int = 0
 
 
@@ -210,7 +209,7 @@ class Threads(ABC):
 class Lockstep(Threads):
     """One VM whose roots map guest-physical addresses."""
 
-    def __init__(self, machine: Kernel) -> None:
+    def __init__(self, machine: KernelSteps) -> None:
         super().__init__()
         self.machine = machine
 
@@ -239,7 +238,7 @@ class Lockstep(Threads):
         if row.kind in _LOADING and thread.vcpu is not None:
             vcpu = self._vcpu(thread.vcpu)
             return machine.load(vcpu) if vcpu.slots[CURRENT] is None else None
-        if row.kind == "kvm_mmu_prepare_zap_page" and machine.axes.mmu == "shadow":
+        if row.kind == "kvm_mmu_prepare_zap_page" and machine.parameters.mmu == "shadow":
             return machine.zap_all()
         if row.kind == "zap_root_begin":
             root = machine.recorded.get(row.root)
@@ -265,19 +264,23 @@ class Lockstep(Threads):
             if row.kind == "kvm_unmap_hva_range":
                 self._begin(thread, machine.unmap(row.addr, row.value))  # may interrupt a fault of the same thread
             return
-        if row.kind == "zap_all" and thread.ioctl and not machine.shape.changes:
+        if row.kind == "zap_all" and thread.ioctl and not machine.kernel.spte_changed:
             return  # 5.10's way to empty the roots in kvm_mmu_zap_all_fast
         self._settle(thread, row)
+        if row.kind != "mmu_free_roots":
+            thread.unloads = row.vcpu if row.kind == "mmu_unload" else None
         if row.kind == "kvm_page_fault" and row.vcpu is not None:
             self._begin(thread, machine.fault(self._vcpu(row.vcpu), row.addr, row.code))
         elif row.kind == "kvm_smm_transition" and row.vcpu is not None:
             (machine.smm.add if row.flags & 1 else machine.smm.discard)(row.vcpu)
         elif row.kind == "kvm_cr" and row.vcpu is not None and row.flags & 1 and row.code == 0:
-            machine.guest_bit(row.vcpu, machine.wp_bit, bool(row.value >> 16 & 1))
-        elif row.kind == "kvm_exit" and row.vcpu is not None and row.code in _CR0_WRITTEN:
+            machine.guest_bit(row.vcpu, machine.wp_bit, bool(row.value & CR0_WP))
+        elif row.kind == "kvm_exit" and row.vcpu is not None and row.code in machine.kernel.vendor.cr0_write:
             machine.guest.pop(row.vcpu, None)  # to what, only kvm_cr says, and emulated writes have none
-        elif row.kind == "kvm_msr" and row.vcpu is not None and row.flags & 1 and row.code == _EFER:
-            machine.guest_bit(row.vcpu, machine.nx_bit, bool(row.value >> 11 & 1))
+        elif row.kind == "kvm_exit" and row.vcpu is not None and row.code in machine.kernel.vendor.mmio:
+            self._begin(thread, machine.misconfigured(self._vcpu(row.vcpu)))
+        elif row.kind == "kvm_msr" and row.vcpu is not None and row.flags & 1 and row.code == EFER_MSR:
+            machine.guest_bit(row.vcpu, machine.nx_bit, bool(row.value & EFER_NX))
         elif row.kind == "mmu_free_obsolete_roots":
             thread.obsolete = True
         elif row.kind == "mmu_free_roots":
@@ -289,7 +292,7 @@ class Lockstep(Threads):
         elif row.kind == "zap_invalidated_begin":
             if machine.destroyed:
                 machine.invalidate()
-            if machine.axes.teardown == "invalidator":
+            if machine.parameters.teardown != "worker":
                 self._begin(thread, machine.zap_invalidated())
         elif row.kind == "zap_all":
             self._begin(thread, machine.zap_all())
@@ -305,9 +308,10 @@ class Lockstep(Threads):
             machine.destroyed = True
 
     def _free_roots(self, thread: Thread, row: Row) -> None:
-        if thread.vcpu is None:
-            return
-        vcpu = self._vcpu(thread.vcpu)
+        index = thread.vcpu if thread.unloads is None else thread.unloads
+        if index is None or (self.machine.destroyed and not row.root):
+            return  # at the VM's end one thread frees the slots of all vCPUs, and once more when they are empty
+        vcpu = self._vcpu(index)
         mask = row.value & 15
         if thread.obsolete:
             invalid = sum(1 << i for i, root in enumerate(vcpu.slots) if root is not None and not root.valid)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from replay.axes import Axes
 from replay.simulate.page_table import Table
 from replay.simulate.reference import Root, Vcpu
 from replay.validate import expect
 from replay.validate.expect import Expect, Spte
-from replay.validate.shapes import PRESENT, Shape
+from traces.kernels import Kernel
+from traces.kernels.policies import PolicyParameters
 
 
 @dataclass
@@ -33,9 +33,8 @@ class Slot:
 class State:
     """One VM as `validate` knows it."""
 
-    axes: Axes
-    shape: Shape
-    vendor: str
+    parameters: PolicyParameters
+    kernel: Kernel
     nothing: Spte  # an entry that maps nothing
     frozen: Spte  # an entry whose table is being removed
     invalid_bit: int  # of the role word
@@ -52,6 +51,7 @@ class State:
     queued: list[Root] = field(default_factory=list)  # for the zap worker
     scheduled: set[int] = field(default_factory=set)  # invalid roots whose zap is due
     removed: dict[int, tuple[int, int, int]] = field(default_factory=dict)  # frames to be freed: (role, level, gfn)
+    mmio_words: dict[int, int] = field(default_factory=dict)  # MMIO SPTEs -> the guest frames they were made for
     base: int | None = None  # the role word of the VM's first root, smm bits off
     smm: set[int] = field(default_factory=set)  # vCPUs in SMM
     guest: dict[int, int] = field(default_factory=dict)  # by vCPU, the role word's guest bits
@@ -60,6 +60,11 @@ class State:
     inferred: int = 0  # removals that no event showed
     learned: int = 0  # loads whose role word the trace does not tell beforehand
     _ids: int = 0
+
+    @property
+    def mmu_writable(self) -> int:
+        """The bit of an SPTE whose page KVM may make writable by itself."""
+        return self.kernel.spte.mmu_writable[self.kernel.vendor.paging == "ept"]
 
     @property
     def guest_bits(self) -> int:
@@ -76,7 +81,7 @@ class State:
 
     def child_role(self, root: Root, level: int) -> int:
         """The role word of a child table of `level`, as the kernel records it."""
-        return (self.words[root.word] & ~15) | (level + self.shape.child_level)
+        return (self.words[root.word] & ~15) | (level + self.kernel.child_level)
 
     def name(self, root: Root) -> int:
         return self.names.get(root.id, 0)
@@ -90,8 +95,8 @@ class State:
         if entry is None:
             return self.nothing
         if isinstance(entry, Table):
-            return expect.to_table(entry.frame)
-        return expect.leaf(entry, self.vendor)
+            return expect.to_table(entry.frame, self.kernel)
+        return expect.leaf(entry, self.kernel)
 
     def change(self, root: Root, table: Table, at: int, new: Spte, optional: bool = False) -> Expect:
         """The event of an entry that becomes `new`, from what the model holds in it."""
@@ -118,10 +123,9 @@ class State:
                 root.refs += 1
                 yield root
 
-    @staticmethod
-    def present(entry: Table | int) -> bool:
+    def present(self, entry: Table | int) -> bool:
         """Whether an entry maps something; an MMIO SPTE does not."""
-        return isinstance(entry, Table) or bool(entry & PRESENT)
+        return isinstance(entry, Table) or self.kernel.spte.is_present(entry)
 
     def overlaps(self, start: int, end: int) -> list[tuple[Slot, int, int]]:
         """The memslots that host addresses [start, end) overlap, each with the guest frames [first, last) there."""
@@ -146,7 +150,7 @@ class State:
     @property
     def fast(self) -> bool:
         """Whether faults are tried without mmu_lock."""
-        return self.shape.fast
+        return self.kernel.fast
 
     def mmio(self, table: Table, at: int) -> Spte:
         """The MMIO SPTE in an entry."""
@@ -154,7 +158,7 @@ class State:
 
     def page(self, frame: int) -> Spte:
         """A leaf of a page frame."""
-        return expect.to_page(frame)
+        return expect.to_page(frame, self.kernel)
 
     def read_dirty_log(self) -> None:
         """KVM_GET_DIRTY_LOG: `clear_dirty` does it, once its first event says which slot."""

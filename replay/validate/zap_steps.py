@@ -1,4 +1,4 @@
-"""The steps of zaps: whole roots, single entries, ranges (section 5 of the reference document)."""
+"""The steps of zaps: whole roots, single entries, ranges (docs/kvm-mmu.md, "Zaps")."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from replay.simulate import page_table
 from replay.simulate.page_table import Table
 from replay.simulate.reference import Root
 from replay.validate.expect import Activity, Expect, Spte
-from replay.validate.shapes import PRESENT
+from replay.validate.row_tuples import Row
 from replay.validate.vm_state import State
 
 
@@ -16,8 +16,8 @@ class Zaps(State):
     """What is removed, in which order, and how it shows."""
 
     def zap_root(self, root: Root, shared: bool) -> Activity:
-        """tdp_mmu_zap_root (5.1): one pass a level, biggest last."""
-        for level in self.shape.passes:
+        """tdp_mmu_zap_root: one pass a level, biggest last."""
+        for level in self.kernel.passes:
             level = level or root.top.level
             want = {"root": self.name(root), "role": self.role(root), "refs": root.refs, "flags": int(shared)}
             yield Expect("zap_root_begin", {**want, "level": level})
@@ -30,22 +30,26 @@ class Zaps(State):
             yield None
 
     def zap_entry(self, root: Root, table: Table, at: int, shared: bool, put: Spte | None = None) -> Activity:
-        """One present entry becomes absent (or `put`), with all that is below it (5.2, 5.3)."""
+        """One present entry becomes absent (or `put`), with all that is below it."""
         entry = table.entries[at]
         change = self.change(root, table, at, put or self.nothing)
-        if not self.shape.children_first or not isinstance(entry, Table):
-            yield change
-            del table.entries[at]
+        if not self.kernel.children_first or not isinstance(entry, Table):
+            row = yield change
+            self._replace(table, at, row, put)
             yield None
             if isinstance(entry, Table):
                 yield from self.remove_table(root, entry, shared)
         else:
             yield from self.remove_table(root, entry, shared)
             row = yield change
-            del table.entries[at]
-            if put is not None and row is not None and row.new & PRESENT:
-                table.entries[at] = row.new
+            self._replace(table, at, row, put)
             yield None
+
+    def _replace(self, table: Table, at: int, row: Row | None, put: Spte | None) -> None:
+        """The entry goes, or a huge leaf takes its place (`put`)."""
+        del table.entries[at]
+        if put is not None and row is not None and self.present(row.new):
+            table.entries[at] = row.new
 
     def remove_table(self, root: Root, table: Table, shared: bool) -> Activity:
         """handle_removed_pt: under mmu_lock held for read every entry is frozen, even absent ones."""
@@ -61,16 +65,16 @@ class Zaps(State):
             if not shared and entry is not None and not self.present(entry):
                 continue
             change = self.change(root, table, at, self.frozen)
-            if isinstance(entry, Table) and self.shape.children_first:
+            if isinstance(entry, Table) and self.kernel.children_first:
                 yield from self.remove_table(root, entry, shared)
             yield change
             table.entries.pop(at, None)
             yield None
-            if isinstance(entry, Table) and not self.shape.children_first:
+            if isinstance(entry, Table) and not self.kernel.children_first:
                 yield from self.remove_table(root, entry, shared)
 
     def zap_leafs(self, root: Root, start: int, end: int) -> Activity:
-        """tdp_mmu_zap_leafs (5.5): leaves in [start, end) go, tables stay."""
+        """tdp_mmu_zap_leafs: leaves in [start, end) go, tables stay."""
         for table, at in list(page_table.within(root.top, start, end)):
             entry = table.entries.get(at)
             if isinstance(entry, int) and self.present(entry):
@@ -78,7 +82,7 @@ class Zaps(State):
 
     def zapped(self) -> Spte | None:
         """What a single entry zapped under mmu_lock for read is shown to become; None: nothing."""
-        return self.frozen if self.shape.zapped_as_frozen else None
+        return self.frozen if self.kernel.zapped_as_frozen else None
 
 
 def _tables(table: Table, level: int) -> Iterator[Table]:

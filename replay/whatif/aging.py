@@ -13,9 +13,10 @@ from typing import Any, Final
 import numpy as np
 
 from replay.timing.costs import LockCosts
-from replay.whatif.answers import VCPUS, Answer, Asked, count, spread, time
+from replay.whatif.answers import VCPUS, Answer, Asked, count, spread
 from replay.whatif.locks import Lock, skipped
 from replay.whatif.workload import Program, Workload
+from traces.units import duration
 
 _AGER: Final = -1
 FACTORS: Final = (0.5, 1.0, 2.0)  # by which the table's costs may be off
@@ -138,15 +139,15 @@ def answer(work: Workload, asked: Asked, own: str) -> Answer:
                 "limit": [round(least), round(most)],
             }  # fmt: skip
             shown += [
-                spread(*waits), time(waits[1] / max(middle.faults, 1)), time(middle.longest),
-                f"{time(least)} .. {time(most)}", f"{middle.end / max(alone.end, 1) - 1:.1%}",
+                spread(*waits), duration(waits[1] / max(middle.faults, 1)), duration(middle.longest),
+                f"{duration(least)} .. {duration(most)}", f"{middle.end / max(alone.end, 1) - 1:.1%}",
             ]  # fmt: skip
         if "lockless" in asked.variants:
             free = meet(work, vcpus, period, ns, locks=False)
             row["lockless"] = {
                 "waited": free.waited - alone.waited, "calls": free.calls, "end": free.end, "non_present": met,
             }  # fmt: skip
-            shown.append(time(free.waited - alone.waited))
+            shown.append(duration(free.waited - alone.waited))
         rows.append(row)
         cells.append(shown)
     headers = ["vCPUs", "faults"]
@@ -159,7 +160,7 @@ def answer(work: Workload, asked: Asked, own: str) -> Answer:
     load = f"{rate * ns / 1e9:.1%} of its time" if rate * ns < 1e9 else "all of its time"
     notes = [
         f"one ager, {rate:,.0f} calls a second ({source}), {each}: "
-        f"{time(ns)} under the lock, {load}; it cannot be more than {1e9 / ns:,.0f} a second",
+        f"{duration(ns)} under the lock, {load}; it cannot be more than {1e9 / ns:,.0f} a second",
         f"lockless walks that may meet a non-present SPTE: at most {met:,.3g} over the recording, of "
         f"{len(work.zaps):,} zaps that took {sum(work.zaps):,} SPTEs; under mmu_lock none can",
     ]

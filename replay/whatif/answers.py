@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from traces.errors import Problem
+from traces.units import duration
 
 VCPUS: Final = (1, 2, 4, 8, 16, 32, 64)
 VARIANTS: Final = {
@@ -75,17 +76,6 @@ def parse(axis: str, text: str) -> Asked:
     return Asked(axis, names, rate, int(match[3]) if match[3] else None)
 
 
-def time(ns: float) -> str:
-    """Three figures in the unit that fits."""
-    if ns < 0:
-        return f"-{time(-ns)}"
-    for unit, size in (("s", 1e9), ("ms", 1e6), ("us", 1e3)):
-        if ns >= size:
-            value = ns / size
-            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
-    return f"{ns:.{0 if ns >= 100 or ns == 0 else 1 if ns >= 10 else 2}f} ns"
-
-
 def count(number: int, what: str) -> str:
     """So many of something."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"
@@ -94,5 +84,5 @@ def count(number: int, what: str) -> str:
 def spread(low: float, middle: float, high: float) -> str:
     """A number with the ends that its assumed costs leave open."""
     if low == middle == high:
-        return time(middle)
-    return f"{time(middle)} ({time(min(low, middle, high))} .. {time(max(low, middle, high))})"
+        return duration(middle)
+    return f"{duration(middle)} ({duration(min(low, middle, high))} .. {duration(max(low, middle, high))})"

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from replay.whatif.answers import Answer, Asked, count, time
+from replay.whatif.answers import Answer, Asked, count
 from replay.whatif.workload import Workload
+from traces.units import duration
 
 
 def answer(work: Workload, asked: Asked, own: str) -> Answer:
@@ -38,7 +39,7 @@ def answer(work: Workload, asked: Asked, own: str) -> Answer:
         limit = f"{1e9 / refill:,.3g} a second" if refill else "none"
         cells.append([
             variant, f"{zapped[1]:,.0f} ({zapped[0]:,} .. {zapped[2]:,})", f"{low:,.3g} .. {high:,.3g}",
-            f"{time(low * each)} .. {time(refill)}", limit,
+            f"{duration(low * each)} .. {duration(refill)}", limit,
         ])  # fmt: skip
     headers = ["inhibit by", "SPTEs zapped", "refills", "refill takes", "no time is left from"]
     notes = [

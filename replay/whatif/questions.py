@@ -8,14 +8,15 @@ from typing import Any, Final
 from rich.table import Table
 from rich.text import Text
 
-from replay import kernels
 from replay.decode.capabilities import Capabilities
-from replay.run import Progress
 from replay.whatif import aging, apicv, range_zaps, table_accounting
-from replay.whatif.answers import VARIANTS, Answer, Asked, parse, time
+from replay.whatif.answers import VARIANTS, Answer, Asked, parse
 from replay.whatif.workload import FAULTS, Workload, workload
+from traces.kernels import Kernel
+from traces.progress import Progress
 from traces.screen import page, text_of
 from traces.text import printable
+from traces.units import duration
 
 _WIDTH: Final = 220
 _VMS_SHOWN: Final = 8
@@ -31,24 +32,24 @@ def asked(**given: str) -> list[Asked]:
 
 def answer(capabilities: Capabilities, questions: Sequence[Asked]) -> list[tuple[Workload, list[Answer]]]:
     """Each VM with a table for each question; the recorded kernel's own way is always among the variants."""
-    found: list[tuple[Workload, list[Answer]]] = []
-    stands = kernels.designs(capabilities.trace.metadata)
+    stands = capabilities.kernel
     vms = [vm for vm in capabilities.trace.metadata.vms if vm["vcpus"]]
-    progress = Progress(len(vms) * (len(questions) + 1), "simulating")
-    for vm in vms:
-        work = workload(capabilities, vm)
-        answers: list[Answer] = []
-        for question in questions:
-            own = getattr(stands, question.axis)
-            wanted = {own, *question.variants}
-            variants = tuple(name for name in VARIANTS[question.axis] if name in wanted)
-            whole = Asked(question.axis, variants, question.rate, question.pages)
-            label = f"{own}{', counted' if question.axis == 'zap_lock' and stands.counted else ''}"
-            progress.at(len(found) * (len(questions) + 1) + len(answers) + 1)
-            answers.append(_ANSWER[question.axis](work, whole, label))
-        found.append((work, answers))
-    progress.end()
-    return found
+    with Progress("simulating", len(vms) * (len(questions) + 1)) as progress:
+        return [(work := workload(capabilities, vm), _answers(work, stands, questions, progress)) for vm in vms]
+
+
+def _answers(work: Workload, stands: Kernel, questions: Sequence[Asked], progress: Progress) -> list[Answer]:
+    answers = []
+    progress.at(progress.done + 1)
+    for question in questions:
+        own = getattr(stands, question.axis)
+        wanted = {own, *question.variants}
+        variants = tuple(name for name in VARIANTS[question.axis] if name in wanted)
+        whole = Asked(question.axis, variants, question.rate, question.pages)
+        label = f"{own}{', counted' if question.axis == 'zap_lock' and stands.zap_counted else ''}"
+        answers.append(_ANSWER[question.axis](work, whole, label))
+        progress.at(progress.done + 1)
+    return answers
 
 
 def facts(found: Sequence[tuple[Workload, list[Answer]]]) -> list[dict[str, Any]]:
@@ -97,8 +98,8 @@ def trust(work: Workload) -> list[str]:
     how = "measured" if work.measured else "0.23 of a fault, assumed"
     shared = "shared with" if work.faults_share else "not with"
     return [
-        f"a fault has mmu_lock for {time(work.hold)} ({how}), {shared} others; {FAULTS:,} faults of each recorded vCPU "
-        "are simulated, the first ones",
+        f"a fault has mmu_lock for {duration(work.hold)} ({how}), {shared} others; {FAULTS:,} faults of each recorded "
+        "vCPU are simulated, the first ones",
         f"vCPUs beyond the {work.recorded} recorded do what a recorded one did, on CPUs of their own, and begin within "
         "the time between two faults: as when all start at once",
         f"what agers, zaps and links themselves cost is the dated table's, times {work.scale:.2g} as this machine's "

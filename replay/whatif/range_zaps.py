@@ -17,9 +17,10 @@ import numpy as np
 
 from replay.timing.costs import LockCosts
 from replay.whatif.aging import FACTORS, limit
-from replay.whatif.answers import VCPUS, Answer, Asked, count, spread, time
+from replay.whatif.answers import VCPUS, Answer, Asked, count, spread
 from replay.whatif.locks import Lock, skipped
 from replay.whatif.workload import Workload
+from traces.units import duration
 
 _ZAPPER: Final = -1
 _TRIES: Final = 100  # of one fault, before it is taken to hang
@@ -157,10 +158,10 @@ def answer(work: Workload, asked: Asked, own: str) -> Answer:
                 "limit": [round(least), round(most)], "retried": middle.retried, "retried_limit": retried,
                 "retries_took": middle.again, "stale": middle.stale, "stale_limit": stale, "hung": middle.hung,
             })  # fmt: skip
-            arithmetic = time(0) if free else f"{time(least)} .. {time(most)}"
+            arithmetic = duration(0) if free else f"{duration(least)} .. {duration(most)}"
             cells.append([
-                str(vcpus), f"{lock}{', counted' if counted else ''}", time(ns), spread(*waits), arithmetic,
-                f"{middle.retried:,}", f"{retried:,.0f}", time(middle.again), f"{middle.stale:,}", f"{stale:,.0f}",
+                str(vcpus), f"{lock}{', counted' if counted else ''}", duration(ns), spread(*waits), arithmetic,
+                f"{middle.retried:,}", f"{retried:,.0f}", duration(middle.again), f"{middle.stale:,}", f"{stale:,.0f}",
             ])  # fmt: skip
     headers = [
         "vCPUs", "zap under the lock for", "a zap", "faults waited", "arithmetic", "retried", "arithmetic",
@@ -169,7 +170,7 @@ def answer(work: Workload, asked: Asked, own: str) -> Answer:
     notes = [
         f"{rate:,.0f} zaps a second ({'asked for' if asked.rate else 'assumed'}) of "
         f"{count(pages, 'page')}, {count(work.sptes, 'SPTE')} a page",
-        f"a fault is taken to have read what it will map {time(work.window)} before it asks for mmu_lock, the most "
+        f"a fault is taken to have read what it will map {duration(work.window)} before it asks for mmu_lock, the most "
         "that its handling leaves room for: retries and stale installs are upper ends, the lower is 0",
         "the sequence tells of every zap, whatever its range: each fault in flight tries again; a stale install is "
         "wrong only if it is of a zapped page",

@@ -15,17 +15,17 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from replay.axes import Axes
 from replay.decode.capabilities import Capabilities
-from replay.simulate.cases import Case
+from replay.decode.cases import Case
+from replay.decode.specialize import Specialization
 from replay.simulate.operations import VCPU_SHIFT, Block, Op, Ranges
-from replay.simulate.specialize import Specialization
 from replay.simulate.timed_operations import LAST, MORE, Timed, joined, tail, take
 from replay.spool import Spool
 from replay.timing.costs import Costs
 from replay.timing.measured_vm import measure_vm
 from replay.timing.timed_engine import TimedEngine
 from traces.errors import Problem
+from traces.kernels.policies import PolicyParameters
 
 Ints = NDArray[np.int64]
 _SMIS: Final = 500  # of a run, and of one with twice as many, by which the first is judged
@@ -117,24 +117,24 @@ class Program:
         self._words = specialized.words
         self._costs: Costs = replace(measured.fitted.costs, refill=round(1000 * change.working_set))
 
-    def sweep(self, axes: Axes, rates: Iterable[float]) -> Swept:
+    def sweep(self, parameters: PolicyParameters, rates: Iterable[float]) -> Swept:
         """A policy at each rate, and where it tips."""
-        alone, engine = self._run(axes, None, 0)
-        tried = {rate: self._factor(axes, rate, alone) for rate in rates}
+        alone, engine = self._run(parameters, None, 0)
+        tried = {rate: self._factor(parameters, rate, alone) for rate in rates}
         hangs = min((rate for rate, factor in tried.items() if factor is None), default=None)
         slow = max((rate for rate, factor in tried.items() if factor is not None), default=None)
         tips = hangs
         if hangs is not None and slow is not None and slow < hangs:
             for _ in range(_BISECTIONS):
                 middle = float(np.sqrt(slow * hangs))
-                slow, hangs = (middle, hangs) if self._factor(axes, middle, alone) is not None else (slow, middle)
+                slow, hangs = (middle, hangs) if self._factor(parameters, middle, alone) is not None else (slow, middle)
             tips = hangs
         smi = max(int(each.lead.sum() + each.cost.sum()) for each in self._smis if each is not None)
-        return Swept(axes.name, list(tried.values()), tips, self._refill(axes, engine), smi)
+        return Swept(parameters.name, list(tried.values()), tips, self._refill(parameters, engine), smi)
 
-    def _refill(self, axes: Axes, engine: TimedEngine) -> int:
+    def _refill(self, parameters: PolicyParameters, engine: TimedEngine) -> int:
         """ns to fault in again all that is mapped at the end, where a policy's root does not outlive the SMI."""
-        if axes.own_reference or axes.mmu == "shadow" or self.vcpus > 1:
+        if parameters.own_reference or parameters.mmu == "shadow" or self.vcpus > 1:
             return 0
         counters, costs = engine.counters, self._costs
         leaves = int(engine.vcpus.faults.sum()) + counters.prefetched - counters.zapped
@@ -142,27 +142,28 @@ class Program:
         refill = leaves * (costs.fault + costs.switch) + tables * costs.table
         return refill * costs.refill // 1000 + costs.created
 
-    def _factor(self, axes: Axes, rate: float, alone: int) -> float | None:
+    def _factor(self, parameters: PolicyParameters, rate: float, alone: int) -> float | None:
         """How many times its undisturbed time the program takes; None: it does not get on.
 
         What is left of the program after so many SMIs passes undisturbed: from that, and from what is left after twice
         as many, follow the speed and the end.
         """
         period = 1e9 / rate
-        ended, _ = self._run(axes, period, _SMIS)
+        ended, _ = self._run(parameters, period, _SMIS)
         if ended <= _SMIS * period:
             return ended / alone
-        later, _ = self._run(axes, period, 2 * _SMIS)
+        later, _ = self._run(parameters, period, 2 * _SMIS)
         if later <= 2 * _SMIS * period:
             return later / alone
         left, then = ended - _SMIS * period, later - 2 * _SMIS * period
         speed = (left - then) / (_SMIS * period)
         return (2 * _SMIS * period + then / speed) / alone if speed > _PROGRESS else None
 
-    def _run(self, axes: Axes, period: float | None, count: int) -> tuple[int, TimedEngine]:
+    def _run(self, parameters: PolicyParameters, period: float | None, count: int) -> tuple[int, TimedEngine]:
         """(ns of the slowest vCPU, the engine at the end)."""
-        revive = not (axes.own_reference or axes.mmu == "shadow")
-        engine = TimedEngine(replace(axes, revive=revive), self._words, self.vcpus, self._costs, log=False)
+        frees = not (parameters.own_reference or parameters.mmu == "shadow")
+        parameters = replace(parameters, assume_refault=frees)
+        engine = TimedEngine(parameters, self._words, self.vcpus, self._costs, log=False)
         for idle in range(self.recorded, self.vcpus):
             engine.feed(_entry(idle), self._ranges)
         if period is not None:
@@ -203,12 +204,14 @@ def _shifted(timed: Timed, by: int) -> Timed:
     return timed
 
 
-def swept(capabilities: Capabilities, policies: Iterable[Axes], sweep: Sweep, change: Change) -> dict[int, list[Swept]]:
+def swept(
+    capabilities: Capabilities, policies: Iterable[PolicyParameters], sweep: Sweep, change: Change
+) -> dict[int, list[Swept]]:
     """By VM, each policy at each rate."""
     chosen = list(policies)
     found = {}
     for vm in capabilities.trace.metadata.vms:
         if vm["vcpus"]:
             program = Program(capabilities, vm, change)
-            found[int(vm["id"])] = [program.sweep(axes, sweep.rates) for axes in chosen]
+            found[int(vm["id"])] = [program.sweep(parameters, sweep.rates) for parameters in chosen]
     return found

@@ -12,9 +12,10 @@ from typing import Any
 
 from replay.timing.costs import LockCosts
 from replay.whatif.aging import FACTORS
-from replay.whatif.answers import VCPUS, Answer, Asked, count, spread, time
+from replay.whatif.answers import VCPUS, Answer, Asked, count, spread
 from replay.whatif.locks import Lock
 from replay.whatif.workload import Workload
+from traces.units import duration
 
 
 @dataclass
@@ -91,7 +92,8 @@ def answer(work: Workload, asked: Asked, own: str) -> Answer:
             cells.append([
                 str(vcpus), variant, f"{middle.links:,}",
                 f"{taken[0]:,}" if taken[0] == taken[1] else f"{taken[0]:,} .. {taken[1]:,}",
-                f"{middle.contended:,}", time(middle.waited), f"{time(min(chance, at_once))} .. {time(at_once)}",
+                f"{middle.contended:,}", duration(middle.waited),
+                f"{duration(min(chance, at_once))} .. {duration(at_once)}",
                 spread(*spent), f"{spent[1] / max(path, 1):.3%}", f"{demand * 1e9:,.3g} of {1e9 / ns:,.3g}",
             ])  # fmt: skip
     headers = [

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from replay.decode.batch import Batch
 from replay.decode.capabilities import Capabilities
+from replay.decode.cases import Case
 from replay.decode.inputs import Inputs
-from replay.simulate.cases import Case
+from replay.decode.specialize import Specialization
 from replay.simulate.engine import Engine
 from replay.simulate.operations import LEVEL_SHIFT, VCPU_SHIFT, Block, Op, Ranges
 from replay.simulate.reference import Happened
-from replay.simulate.specialize import Specialization
 from replay.spool import Spool
 from replay.timing.costs import DEFAULT, Costs, LockCosts
 from replay.timing.measure import SpanTimes
@@ -112,7 +112,7 @@ class Workload:
 def workload(capabilities: Capabilities, vm: Mapping[str, Any]) -> Workload:
     """Of one VM; Problem where the trace has no times, or no fault."""
     where = f"{capabilities.trace.path}: VM {vm['id']}"
-    with Spool() as spool:
+    with Spool(seq=True) as spool:
         watch = _Watch(capabilities, vm)
         inputs, measured = measure_vm(capabilities, vm, spool, watch)
         if measured.refused:

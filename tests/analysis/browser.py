@@ -19,7 +19,7 @@ _ARGUMENTS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-extensions",
     "--disable-dev-shm-usage", "--remote-debugging-pipe", "--hide-scrollbars",
 )  # fmt: skip
-_SECONDS = 60
+_SECONDS = 600  # a browser that says nothing for so long hangs, however busy the machine
 
 
 def chromium() -> str | None:

@@ -56,6 +56,7 @@ def test_phases_sum_up_to_the_clock_and_to_all_guest_work(tmp_path: Path) -> Non
     assert tenths["low"].sum() == tenths["high"].sum() == clock
 
 
+@pytest.mark.slow
 def test_a_file_against_itself_has_no_difference(sides: tuple[diff.Side, diff.Side]) -> None:
     base, _ = sides
     for query in (diff.times, diff.phases, diff.counts, diff.causes, diff.events):
@@ -81,7 +82,7 @@ def test_two_kernels_as_recorded(tmp_path: Path) -> None:
     report = diff.compare(base, new, mark=False)
     assert report.verdict[0].startswith("vCPU 0 of VM 1 takes 16")
     assert "error of the two" not in report.verdict[0]
-    assert ("policy", "preserve-inline against async") in report.trust
+    assert ("policy", "preserve against async") in report.trust
 
 
 def test_a_small_difference_is_called_within_the_error(tmp_path: Path) -> None:

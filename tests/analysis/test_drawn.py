@@ -24,11 +24,13 @@ from traces.errors import Problem
 from traces.reader import Trace
 from traces.synth import Parameters, synthesize
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("drawn")]  # one storm for all of them
+
 
 @pytest.fixture(scope="module")
 def storm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Report]:
     path = tmp_path_factory.mktemp("storm") / "storm.parquet"
-    synthesize(path, Parameters(policy="async", smi_rate=2000, working_set=3000, events=600_000), None)
+    synthesize(path, Parameters(policy="async", smi_rate=2000, working_set=3000, events=600_000))
     with reported(path, Wanted()) as report:
         yield report
 

@@ -20,6 +20,8 @@ from analysis.report import Check, Column, Report, Status, Table
 from analysis.units import Unit, shown, span
 from tests.golden import reports as golden
 
+pytestmark = pytest.mark.xdist_group("formats")  # the reports are made once
+
 Rows = dict[str, list[dict[str, str]]]  # cells by the query and the column's title
 
 
@@ -198,6 +200,7 @@ def test_any_table_reads_back(rows: list[tuple[str, int, int]], said: str) -> No
         renderer(form)(report)
 
 
+@pytest.mark.slow
 def test_a_summary_stays_under_its_limit() -> None:
     text = string.ascii_letters * 200
     frame = pl.DataFrame({"what": [text] * 20})

@@ -11,6 +11,8 @@ import pytest
 
 from tests.analysis.sources import OLD_STORM, ROOT, STORM, result_of
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(("kind", "count"), [("bytes", 60), ("metadata", 60), ("values", 24), ("schema", 24)], ids=str)
 def test_mutated_results(tmp_path: Path, kind: str, count: int) -> None:
@@ -23,7 +25,7 @@ def test_traces_with_odd_metadata(tmp_path: Path) -> None:
 
 def run(seed: Path, kind: str, count: int, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.analysis.hostile", str(seed), kind, "0", str(count), str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0, (done.returncode, lines[-1:], done.stderr[-2000:])
     outcomes = [line["outcome"] for line in lines[1::2]]

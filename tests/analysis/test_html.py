@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from analysis.charts import Picture, pictures
-from analysis.formats.html import render
+from analysis.formats.html import _library, render
 from analysis.report import Check, Report, Status
 from analysis.reporting import Wanted, reported
 from analysis.sources import open_source
@@ -24,6 +24,8 @@ from replay.result import KEY
 from tests.analysis.browser import Browser, chromium
 from tests.conftest import NO_CHROMIUM
 from traces.synth import Parameters, synthesize
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("browser")]  # the browser and the pages are made once
 
 CORPUS = Path(__file__).parents[2] / "traces" / "corpus"
 EVIL = """</script></title></style><img src=x onerror="alert(1)"><!--'{{ 7 * 7 }}&lt;"""
@@ -108,7 +110,7 @@ def browser() -> Iterator[Browser]:
 def storm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Report]:
     """A recording with soft-hangs, and its replay."""
     path = tmp_path_factory.mktemp("storm") / "storm.parquet"
-    synthesize(path, Parameters(policy="async", smi_rate=2000, working_set=3000, events=600_000), None)
+    synthesize(path, Parameters(policy="async", smi_rate=2000, working_set=3000, events=600_000))
     with reported(path, Wanted()) as report:
         yield report
 
@@ -254,7 +256,7 @@ def test_recordings_of_the_corpus(browser: Browser, name: str, count: int, tmp_p
 
 def test_charts_stay_small(tmp_path: Path) -> None:
     path = tmp_path / "many.parquet"
-    synthesize(path, Parameters(policy="async", vcpus=24, smi_rate=2000, working_set=64, events=400_000), None)
+    synthesize(path, Parameters(policy="async", vcpus=24, smi_rate=2000, working_set=64, events=400_000))
     with reported(path, Wanted()) as report:
         drawn, lacking = pictures(report)
         assert lacking == []
@@ -320,3 +322,21 @@ def test_nothing_to_draw(browser: Browser, tmp_path: Path) -> None:
     browser.send("Page.navigate", url=page.as_uri())
     browser.until("document.readyState === 'complete' && document.querySelector('h1').textContent === 'nothing'")
     assert browser.complaints() == []
+
+
+def test_the_javascript_is_bundled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundled = []
+
+    def bundle(snippet: str) -> str:
+        bundled.append(snippet)
+        return "window.vegaEmbed = null;"
+
+    monkeypatch.setattr("vl_convert.javascript_bundle", bundle)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert _library.__wrapped__() == _library.__wrapped__() == "window.vegaEmbed = null;"
+    assert len(bundled) == 1
+    (kept,) = (tmp_path / "kvmtrace").iterdir()
+    assert kept.read_text() == "window.vegaEmbed = null;"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")  # where nothing can be kept
+    assert _library.__wrapped__() == "window.vegaEmbed = null;"
+    assert len(bundled) == 2

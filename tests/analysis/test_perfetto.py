@@ -30,8 +30,11 @@ from replay.decode.vm_inputs import VmInputs, vcpu_ids
 from replay.result import KEY
 from replay.timing.measure import SpanTimes
 from traces.errors import Problem
+from traces.progress import Progress
 from traces.reader import Trace
 from traces.synth import Parameters, synthesize
+
+pytestmark = pytest.mark.xdist_group("perfetto")  # one storm for all of them
 
 CORPUS = Path(__file__).parents[2] / "traces" / "corpus"
 NAMES = tuple(state.name.lower() for state in VcpuState)
@@ -98,7 +101,7 @@ def parsed(path: Path) -> Parsed:
 
 
 def exported(source: Path, out: Path) -> Parsed:
-    export(open_source(source), out, lambda rows: None)
+    export(open_source(source), out)
     return parsed(out)
 
 
@@ -106,7 +109,7 @@ def exported(source: Path, out: Path) -> Parsed:
 def storm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A vCPU whose roots go at each SMI, which soft-hangs it."""
     path = tmp_path_factory.mktemp("storm") / "storm.parquet"
-    synthesize(path, Parameters(policy="async", smi_rate=2000, working_set=3000, events=600_000), None)
+    synthesize(path, Parameters(policy="async", smi_rate=2000, working_set=3000, events=600_000))
     return path
 
 
@@ -123,9 +126,9 @@ RECORDINGS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*RECORDINGS, "synthetic"])
-def test_spans_sum_up_to_the_times_of_the_replay(name: str, storm: Path, tmp_path: Path) -> None:
-    source = storm if name == "synthetic" else CORPUS / f"{name}.parquet"
+@pytest.mark.parametrize("name", [*RECORDINGS, pytest.param("synthetic", marks=pytest.mark.slow)])
+def test_spans_sum_up_to_the_times_of_the_replay(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    source = request.getfixturevalue("storm") if name == "synthetic" else CORPUS / f"{name}.parquet"
     found = exported(source, tmp_path / "out.pftrace")
     trace = Trace.open(source)
     seen = 0
@@ -146,6 +149,7 @@ def test_spans_sum_up_to_the_times_of_the_replay(name: str, storm: Path, tmp_pat
     assert seen > 0
 
 
+@pytest.mark.slow
 def test_spans_sum_up_to_the_result(storm: Path, result: Path, tmp_path: Path) -> None:
     found = exported(storm, tmp_path / "out.pftrace")
     rows = pl.read_parquet(result).filter(pl.col("row").cast(pl.String) == "vcpu")
@@ -154,6 +158,7 @@ def test_spans_sum_up_to_the_result(storm: Path, result: Path, tmp_path: Path) -
         assert sum(each.end - each.begin for each in found.of(f"vCPU {vcpu}")) == recorded > 0
 
 
+@pytest.mark.slow
 def test_spans_of_a_vcpu_neither_cross_nor_leave_a_gap(storm: Path, tmp_path: Path) -> None:
     found = exported(storm, tmp_path / "out.pftrace")
     spans = found.of("vCPU 0")
@@ -236,6 +241,7 @@ def test_flows_lead_from_smis_to_refills(name: str, refills: int, tmp_path: Path
         assert fault.notes["root"] > before, "that root was there before"
 
 
+@pytest.mark.slow
 def test_soft_hangs_of_a_recording(storm: Path, tmp_path: Path) -> None:
     found = exported(storm, tmp_path / "out.pftrace")
     hangs = [each for each in found.slices if each.track.endswith("soft-hangs")]
@@ -245,7 +251,7 @@ def test_soft_hangs_of_a_recording(storm: Path, tmp_path: Path) -> None:
 
 def test_without_entries_soft_hangs_are_not_known(tmp_path: Path) -> None:
     source = Path(__file__).parents[1] / "golden" / "trace-1.0.parquet"
-    remarks = export(open_source(source), tmp_path / "out.pftrace", lambda rows: None)
+    remarks = export(open_source(source), tmp_path / "out.pftrace")
     assert remarks
     assert all("soft-hangs are not known" in each for each in remarks)
 
@@ -299,15 +305,17 @@ def test_bulk_packets_hold_the_numbers(spans: list[tuple[int, int, int]], data: 
         assert list(start.track_event.flow_ids) == ([flows[i]] if i in flows else [])
 
 
-def test_an_export_that_fails_leaves_no_file(tmp_path: Path) -> None:
+def test_an_export_that_fails_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Problem, match="cannot be written"):
         exported(CORPUS / "huge-6.1.parquet", tmp_path / "none" / "out.pftrace")
     out = tmp_path / "out.pftrace"
+    monkeypatch.setattr(Progress, "at", lambda self, done: 1 // 0)
     with pytest.raises(ZeroDivisionError):
-        export(open_source(CORPUS / "huge-6.1.parquet"), out, lambda rows: 1 // 0)
+        export(open_source(CORPUS / "huge-6.1.parquet"), out)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path: Path) -> None:
     out = tmp_path / "out.pftrace"
     command = [sys.executable, "-m", "kvmtrace", "export", CORPUS / "huge-6.1.parquet", "-o", out]

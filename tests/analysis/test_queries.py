@@ -13,11 +13,12 @@ import pytest
 from analysis.queries import recorded, replayed
 from analysis.queries.registry import named, queries
 from analysis.sources import Recording, Result
-from replay import bounds, kernels, plan, run
+from replay import bounds, plan, run
 from replay.decode.capabilities import Capabilities
 from tests.analysis.sources import CORPUS, OLD_STORM, ROOT, STORM, TIMING, result_of
 from tests.replay.recording import Guest, manifest
 from tests.traces.making import stream, trace
+from traces import kernels
 from traces.errors import Problem
 from traces.reader import Trace
 
@@ -292,7 +293,7 @@ def test_reverse_maps_grow_with_shadow_pages_and_go_with_them(tmp_path: Path) ->
 
 
 def test_chains_are_as_long_as_the_kernel_makes_them() -> None:
-    assert [kernels.DESIGNS[i][1].pte_list_ext for i in (0, -1)] == [3, 14]
+    assert [kernels.at(version).pte_list_ext for version in ("5.10", "6.12")] == [3, 14]
     with pytest.raises(Problem, match="the TDP MMU has no reverse maps"):
         recorded.rmaps(Recording.open(CORPUS / "smi-storm-6.1.parquet"))
     longest = recorded.rmaps(Recording.open(CORPUS / "wp-toggle-6.1-npt0.parquet")).collect()

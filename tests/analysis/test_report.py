@@ -22,7 +22,6 @@ from analysis.formats import renderer
 from analysis.queries.registry import queries
 from analysis.reporting import Wanted, reported
 from analysis.sources import Recording
-from analysis.units import duration
 from replay import plan
 from replay.decode.capabilities import Capabilities
 from replay.result import KEY, SPENT
@@ -36,6 +35,7 @@ from traces.errors import Problem
 from traces.reader import Trace
 from traces.summary import info
 from traces.synth import Parameters, synthesize
+from traces.units import duration
 
 RUNNER = CliRunner()
 TIMED = (
@@ -120,6 +120,7 @@ def test_a_result_may_name_a_trace_that_no_file_can_be(tmp_path: Path) -> None:
     assert "--policy is for traces" in str(done.exception)
 
 
+@pytest.mark.slow
 def test_gates_decide_the_exit_code_and_the_first_line(tmp_path: Path) -> None:
     fine = run("report", OLD_STORM, "--fail-on", "preserve.refaults > 0")
     assert fine.exit_code == 0
@@ -148,6 +149,7 @@ def test_fidelity_validates_and_holds() -> None:
     assert "--validate" in check["why"]
 
 
+@pytest.mark.slow
 def test_a_baseline_of_another_kernel(tmp_path: Path) -> None:
     baseline = tmp_path / "old.json"
     assert run("report", STORM, "--format", "json", "-o", baseline).exit_code == 0
@@ -160,6 +162,7 @@ def test_a_baseline_of_another_kernel(tmp_path: Path) -> None:
     assert same.exit_code == 0
 
 
+@pytest.mark.slow
 def test_several_files_in_each_format() -> None:
     assert [one["title"] for one in document(STORM, OLD_STORM)["reports"]] == [str(STORM), str(OLD_STORM)]
     text = run("report", STORM, OLD_STORM, "--no-replay").stdout
@@ -213,6 +216,7 @@ def test_a_broken_promise_fails(tmp_path: Path) -> None:
     assert run("report", tmp_path / "b.parquet", "--fail-on", "broken > 0").exit_code == 1
 
 
+@pytest.mark.slow
 def test_many_vms_stay_on_a_screen(tmp_path: Path) -> None:
     path = tmp_path / "many.parquet"
     synthesize(path, Parameters(policy="async", vms=12, vcpus=2, smi_rate=200.0, working_set=64, duration=0.05))

@@ -65,9 +65,9 @@ def test_panic_ends_the_run(lab_kernel: lab_kernels.Bootable) -> None:
 @quick("6.1")
 def test_hang_ends_at_the_limit(lab_kernel: lab_kernels.Bootable) -> None:
     begin = time.monotonic()
-    with pytest.raises(session.GuestFailed, match="did not end within 12 s") as caught:
-        session.boot(lab_kernel, ["sleep", "1000"], timeout=12)
-    assert time.monotonic() - begin < 20
+    with pytest.raises(session.GuestFailed, match="did not end within 40 s") as caught:
+        session.boot(lab_kernel, ["sleep", "1000"], timeout=40)
+    assert time.monotonic() - begin < 500
     assert caught.value.tail[-1] == "kvmtrace-lab: ready"
 
 

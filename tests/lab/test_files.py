@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from tests.lab.synthetic import TREE, bzimage
 from tracer.lab import initramfs, lab_kernels, modules, session
 from traces.errors import Problem
+from traces.kernels import at
+from traces.kernels.policies import POLICIES
 
 
 def read_newc(archive: bytes) -> dict[str, tuple[int, bytes, tuple[int, int]]]:
@@ -122,7 +124,11 @@ def test_directory_prefers_the_last_root(tmp_path: Path) -> None:
 
 def test_the_table_is_complete() -> None:
     policies = {kernel.policy for kernel in lab_kernels.KERNELS.values()}
-    assert policies == {"sync", "async", "preserve-inline"} < set(lab_kernels.POLICIES)
+    assert policies == {"sync", "async", "preserve"} < set(POLICIES)
+    for name, kernel in lab_kernels.KERNELS.items():
+        if not kernel.variant:
+            version = f"{kernel.series}.x" if "." not in kernel.series else kernel.series
+            assert at(version).policy == kernel.policy, name
     for name, kernel in lab_kernels.KERNELS.items():
         assert kernel.name == name
         assert bool(kernel.suites) != bool(kernel.variant)

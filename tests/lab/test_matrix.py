@@ -140,7 +140,7 @@ def test_an_interrupt_does_not_wait_for_the_boots(tmp_path: Path, monkeypatch: p
 
     def record(group: list[Cell], directory: Path) -> tuple[list[Row], list[Problem]]:
         if group[0].kernel == "6.1":
-            endings.append(qemu.run(["sh", "-c", f"echo > {tmp_path}/runs; exec sleep 60"], tmp_path / "serial", 60))
+            endings.append(qemu.run(["sh", "-c", f"echo > {tmp_path}/runs; exec sleep 600"], tmp_path / "serial", 600))
         while not (tmp_path / "runs").exists():
             time.sleep(0.01)
         return [], []
@@ -152,7 +152,7 @@ def test_an_interrupt_does_not_wait_for_the_boots(tmp_path: Path, monkeypatch: p
     begin = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         matrix.fill([Cell("steady", (), "6.1"), Cell("steady", (), "5.10")], tmp_path, interrupt, jobs=2)
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 300
     assert endings == [qemu.Ending.QEMU_FAILED]
 
 

@@ -1,13 +1,16 @@
-"""What harms a recording of shadow paging, for the tests that each harm is found; and what no harm can show."""
+"""Mutations of a recording of shadow paging, for the tests that each is found; and which of them nothing shows."""
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
+
+from hypothesis import assume
+from hypothesis import strategies as st
 
 from replay.validate.row_tuples import Row
 from replay.validate.shadow_driver import Paged, paged_of
-from replay.validate.shapes import pfn, shape_of
+from traces import kernels
+from traces.kernels.spte import pfn
 from traces.reader import Trace
 
 # Columns that a response cannot have otherwise.
@@ -26,58 +29,61 @@ OTHER_FRAME = 1 << 30  # likewise of an SPTE's page frame
 
 def run(trace: Trace, vm: int, rows: list[Row]) -> Paged | None:
     """The model after these rows, None if a response is not as foretold or pages are left."""
-    shape = shape_of(trace.metadata.kernel)
-    assert shape is not None
-    lockstep = paged_of(trace, vm, shape)
+    lockstep = paged_of(trace, vm, kernels.recorded(trace.metadata))
     lockstep.run(rows)
     lockstep.finish()
     clean = all(not tally.wrong and not tally.missing for tally in lockstep.tallies.values())
     return lockstep if clean and lockstep.ended and not lockstep.left(False) else None
 
 
-def shows(trace: Trace, rows: list[Row], at: int, harm: str) -> bool:
-    """Whether the recording itself tells that this row was harmed so."""
+def shows(trace: Trace, rows: list[Row], at: int, mutation: str) -> bool:
+    """Whether the recording itself tells that this row was mutated so."""
     row, before = rows[at], rows[at - 1].kind
     asked = before in ("kvm_mmu_spte_requested", "kvm_mmu_get_page")
     used = "KVM_USED_PAGES" not in trace.metadata.raw["layout"]["missing"]
     counted = "mmu_load" in trace.metadata.kinds
-    if row.kind == "kvm_mmu_get_page" and harm in ("drop", "double") and not row.flags & 1:
+    if row.kind == "kvm_mmu_get_page" and mutation in ("drop", "double") and not row.flags & 1:
         # That a page is looked up again is the guest's doing; a load's lookups are counted, a fault's go downwards.
-        return counted and (harm == "double" or row.level >= 4)
-    if row.kind == "kvm_mmu_set_spte" and harm in ("drop", "gfn", "new"):
+        return counted and (mutation == "double" or row.level >= 4)
+    if row.kind == "kvm_mmu_set_spte" and mutation in ("drop", "gfn", "new"):
         # Which neighbours of a leaf the host has at hand, and their page frames, nothing foretells. 5.10 tells the
         # frame of the guest's virtual address. A leaf that was there before may be met again without a row.
         old = trace.metadata.kernel.startswith("5.10")
         asks = next(one for one in reversed(rows[:at]) if one.kind == "kvm_mmu_spte_requested")
         low = (asks.gfn or 0) & ((1 << 9 * (asks.level - 1)) - 1) if old else 0
         known = {pfn(one.new) | low for one in rows[:at] if one.kind == "kvm_mmu_set_spte"}
-        if harm == "gfn" and not asked:
+        if mutation == "gfn" and not asked:
             return True  # a neighbour is one of a group of 8, and they come in order
-        return asked and (harm == "new" or (harm == "gfn" and not old) or (harm == "drop" and asks.value not in known))
+        if mutation == "drop":
+            return asked and asks.value not in known
+        return asked and (mutation == "new" or not old)
     if row.kind == "mmu_free_roots":
         return row.root != 0
     if row.kind == "kvm_mmu_zap_all_fast":
         # Of no page, it shows only in the next one's generation; 7.3 does not tell it.
-        return (harm == "drop" and rows[at + 1].kind == "kvm_mmu_prepare_zap_page") or (used and harm != "drop")
+        return (mutation == "drop" and rows[at + 1].kind == "kvm_mmu_prepare_zap_page") or (used and mutation != "drop")
     return True
 
 
-def harmed(rows: list[Row], at: int, harm: str) -> list[Row]:
+def mutated(rows: list[Row], at: int, mutation: str) -> list[Row]:
     """The rows with one of them dropped, doubled, or altered in a column."""
     row = rows[at]
-    if harm in ("drop", "double"):
-        return [*rows[:at], *[row] * (2 * (harm == "double")), *rows[at + 1 :]]
-    value = getattr(row, harm) or 0
-    changed = {"table": value ^ OTHER_TABLE, "new": value ^ OTHER_FRAME, "flags": value ^ 1}.get(harm, value + 1)
-    return [*rows[:at], row._replace(**{harm: changed}), *rows[at + 1 :]]
+    if mutation in ("drop", "double"):
+        return [*rows[:at], *[row] * (2 * (mutation == "double")), *rows[at + 1 :]]
+    value = getattr(row, mutation) or 0
+    changed = {"table": value ^ OTHER_TABLE, "new": value ^ OTHER_FRAME, "flags": value ^ 1}.get(mutation, value + 1)
+    return [*rows[:at], row._replace(**{mutation: changed}), *rows[at + 1 :]]
 
 
-def harms(trace: Trace, rows: list[Row], dice: random.Random) -> tuple[int, str] | None:
-    """A row and a harm to it that shows, each kind as likely as the others; None if this throw has none."""
-    kind = dice.choice([kind for kind in TELLING if any(row.kind == kind for row in rows)])
-    at = dice.choice([at for at, row in enumerate(rows) if row.kind == kind])
-    harm = dice.choice(["drop", "double", *TELLING[kind]])
-    return (at, harm) if shows(trace, rows, at, harm) else None
+def draw_mutation(data: st.DataObject, trace: Trace, rows: list[Row], but: str = "") -> tuple[int, str]:
+    """A row, of any kind but one, and a mutation of it that shows; each kind is as likely as the others."""
+    kinds = [kind for kind in TELLING if kind != but and any(row.kind == kind for row in rows)]
+    kind = data.draw(st.sampled_from(kinds))
+    places = [at for at, row in enumerate(rows) if row.kind == kind]
+    at = places[data.draw(st.integers(0, len(places) - 1))]
+    mutation = data.draw(st.sampled_from(["drop", "double", *TELLING[kind]]))
+    assume(shows(trace, rows, at, mutation))
+    return at, mutation
 
 
 def unwatched(trace: Trace, kind: str) -> Trace:

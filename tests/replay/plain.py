@@ -9,9 +9,10 @@ from types import ModuleType
 COMPILED = (
     "replay.decode.decoder",
     "replay.decode.inferred",
+    "replay.decode.rip_runs",
     "replay.decode.timeline",
     "replay.simulate.core",
-    "replay.simulate.specialize",
+    "replay.decode.specialize",
     "replay.timing.lock_waits",
     "replay.timing.steal",
 )

@@ -11,12 +11,6 @@ from replay.decode.capabilities import Capabilities
 from tests.traces.making import KVM_A, event, stream, trace
 from traces.reader import Trace
 
-CORPUS = Path(__file__).parents[2] / "traces" / "corpus"
-RECORDINGS = sorted(CORPUS.glob("*.parquet"))
-# Recordings of shadow paging: the guest's page tables decide what they show, so `replay` refuses them
-# (test_validate_paging has that), and `validate` has a model of its own for them.
-PAGED = [path for path in RECORDINGS if path.stem.endswith("-npt0")]
-REPLAYED = [path for path in RECORDINGS if path not in PAGED]
 ROLE, SMM_ROLE = 0x3784, 0x01003784
 OLD_ROLE, OLD_WP = 0x3794, 1 << 13
 TID = 11

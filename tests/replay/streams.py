@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from replay.axes import Axes
 from replay.simulate.operations import Block, Cause, Op, Ranges, Word, pack
+from traces.kernels.policies import PolicyParameters
 
 # Around the borders of tables of each level, groups of 8 and words of 64 bits; the last ones need level 5.
 _NEAR = [0, 1, 7, 8, 9, 63, 64, 511, 512, 513, 1023, 1024, (1 << 18) - 1, 1 << 18, (1 << 18) + 512, 1 << 19]
@@ -26,7 +26,7 @@ _LEVELS = [1] * 6 + [2] * 3 + [3]
 class Stream:
     """A VM's stream, whole."""
 
-    axes: Axes
+    parameters: PolicyParameters
     words: list[Word]
     vcpus: int
     block: Block
@@ -34,7 +34,7 @@ class Stream:
 
     def __repr__(self) -> str:
         rows = list(zip(self.block.op.tolist(), self.block.gfn.tolist(), strict=True))
-        return f"Stream({self.axes}, {self.words}, {self.vcpus}, block_of({rows}), {self.ranges})"
+        return f"Stream({self.parameters}, {self.words}, {self.vcpus}, block_of({rows}), {self.ranges})"
 
     def cut(self, start: int, end: int) -> Block:
         block = self.block
@@ -48,19 +48,20 @@ def block_of(rows: list[tuple[int, int]]) -> Block:
     return Block(op, np.array([gfn for _, gfn in rows], np.int64), 10 * number, number)
 
 
-def axes() -> st.SearchStrategy[Axes]:
+def parameters() -> st.SearchStrategy[PolicyParameters]:
     """Every point that the built-in policy has, named by kernels or not."""
     return st.builds(
-        Axes,
+        PolicyParameters,
         name=st.just("drawn"),
         own_reference=st.booleans(),
-        invalidate=st.sampled_from(["retire", "empty"]),
+        zap_all_fast=st.sampled_from(["invalidate", "empty"]),
         request=st.sampled_from(["obsolete", "reload"]),
         flush_per_table=st.booleans(),
         zap_tables=st.booleans(),
         split_in_place=st.booleans(),
         prefetch=st.sampled_from([1, 8]),
-        revive=st.booleans(),
+        assume_refault=st.booleans(),
+        recovers=st.booleans(),
     )
 
 
@@ -99,4 +100,4 @@ def streams(draw: st.DrawFn, longest: int = 60) -> Stream:
         choose = lambda n: draw(st.integers(0, n - 1))  # noqa: E731
         count = draw(st.integers(0, longest))
     operations = [_operation(choose, vcpus, len(words), len(rows), few) for _ in range(count)]
-    return Stream(draw(axes()), words, vcpus, block_of(operations), Ranges(rows))
+    return Stream(draw(parameters()), words, vcpus, block_of(operations), Ranges(rows))

@@ -9,25 +9,28 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import kvmtrace
 from benchmarks import design_questions
-from replay import kernels, plan, run
-from replay.axes import PRESERVE, Designs
+from replay import plan, run
 from replay.decode.capabilities import Capabilities
 from replay.simulate.operations import Word
 from replay.simulate.reference import Vm
 from replay.timing.costs import Costs, LockCosts
 from replay.timing.reference_clock import Clock
 from replay.whatif import aging, questions, range_zaps, table_accounting
-from replay.whatif.answers import VCPUS, parse, spread, time
+from replay.whatif.answers import VCPUS, parse, spread
 from replay.whatif.locks import Lock
 from replay.whatif.workload import MOMENTS, Program, Workload, workload
+from tests.profiles import examples
 from tests.replay.recording import Guest
+from traces import kernels
 from traces.errors import Problem
+from traces.kernels.fold import since
+from traces.kernels.policies import PRESERVE
 from traces.metadata import Metadata
 from traces.reader import Trace
 
@@ -57,7 +60,6 @@ requests = st.lists(st.tuples(st.integers(0, 300), st.integers(1, 200), st.boole
 # Queues
 
 
-@settings(deadline=None)
 @given(requests)
 def test_a_lock_is_the_clocks_mmu_lock_and_first_come_first_served(asked: list[tuple[int, int, bool]]) -> None:
     lock, clock = Lock(), Clock(Vm(PRESERVE, [Word(0)], 2), Costs())
@@ -72,7 +74,6 @@ def test_a_lock_is_the_clocks_mmu_lock_and_first_come_first_served(asked: list[t
         assert lock.take(at, ns, shares) == pace.clock == expected
 
 
-@settings(deadline=None)
 @given(programs, st.integers(1, 4), st.integers(1, 400), st.integers(50, 2000), st.integers(1, 300))
 def test_no_fault_waits_for_more_than_one_walk_and_one_reader(
     gaps: list[list[int]], vcpus: int, ns: int, period: int, hold: int
@@ -90,7 +91,6 @@ def test_no_fault_waits_for_more_than_one_walk_and_one_reader(
     assert free.calls >= met.calls - 1 - (met.end - free.end) / min(period, ns)
 
 
-@settings(deadline=None)
 @given(programs, st.integers(1, 4), st.integers(1, 300))
 def test_faults_that_exclude_each_other_queue_even_without_an_ager(
     gaps: list[list[int]], vcpus: int, hold: int
@@ -121,7 +121,6 @@ def test_waits_at_moments_of_chance_are_what_the_arithmetic_says(vcpus: int, ns:
     assert most <= met.faults * (ns + work.hold)
 
 
-@settings(deadline=None)
 @given(programs, st.integers(1, 4), st.integers(1, 400), st.integers(500, 3000), st.booleans(), st.booleans())
 def test_only_the_write_lock_with_count_and_sequence_leaves_nothing_stale(
     gaps: list[list[int]], vcpus: int, ns: int, period: int, shares: bool, shared: bool
@@ -148,7 +147,7 @@ def test_retries_and_stale_installs_are_what_the_arithmetic_says(shared: bool, c
         assert met.waited == 0
 
 
-@settings(deadline=None, max_examples=50)
+@examples(50)
 @given(
     programs,
     st.integers(1, 3),
@@ -185,7 +184,6 @@ def test_a_fault_that_retries_for_ever_is_seen() -> None:
     assert (met.hung, met.retried) == (1, 100)
 
 
-@settings(deadline=None)
 @given(programs, st.integers(1, 4), st.integers(0, 3), st.integers(1, 300))
 def test_links_take_turns(gaps: list[list[int]], vcpus: int, links: int, ns: int) -> None:
     work = made(gaps, links=links)
@@ -253,22 +251,24 @@ def test_recorded_agers_are_the_rate(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kernel", "expected"),
     [
-        ("5.10.150", Designs("locked", "write", False, "memslot", "list", 3)),
-        ("5.14.21", Designs("locked", "read", False, "memslot", "list", 0)),
-        ("5.15.0", Designs("locked", "write", True, "gfn", "list", 0)),
-        ("6.1.192", Designs("locked", "write", True, "gfn", "list")),
-        ("6.2.0", Designs("locked", "write", True, "gfn", "counter")),
-        ("6.14.11", Designs("locked", "write", True, "gfn", "counter")),
-        ("6.15.0", Designs()),
+        ("5.10.150", ("locked", "write", False, "memslot", "list", 3)),
+        ("5.14.21", ("locked", "read", False, "memslot", "list", 0)),
+        ("5.15.0", ("locked", "write", True, "gfn", "list", 0)),
+        ("6.1.192", ("locked", "write", True, "gfn", "list", 14)),
+        ("6.2.0", ("locked", "write", True, "gfn", "counter", 14)),
+        ("6.14.11", ("locked", "write", True, "gfn", "counter", 14)),
+        ("6.15.0", ("lockless", "write", True, "gfn", "counter", 14)),
     ],
 )
-def test_the_recorded_kernels_way(kernel: str, expected: Designs) -> None:
-    assert kernels.designs(cast("Metadata", SimpleNamespace(raw={}, kernel=kernel))) == expected
+def test_the_recorded_kernels_way(kernel: str, expected: tuple[Any, ...]) -> None:
+    found = kernels.recorded(cast("Metadata", SimpleNamespace(raw={"host": {"kernel": kernel}}, seen_policy="")))
+    names = ("aging", "zap_lock", "zap_counted", "apicv", "tdp_pages", "pte_list_ext")
+    assert tuple(getattr(found, name) for name in names) == expected
 
 
 def test_since_when_a_kernel_does_it() -> None:
-    assert kernels.since("aging", "lockless").startswith("6.15 (b146a9b34aed")
-    assert kernels.since("zap_lock", "write").startswith("5.10 and from 5.15 (")
+    assert since("aging", "lockless").startswith("6.15 (b146a9b34aed")
+    assert since("zap_lock", "write").startswith("5.10 and from 5.15 (")
 
 
 # The command
@@ -300,6 +300,7 @@ def test_a_rate_is_for_what_has_one() -> None:
         parse("tdp_pages", "list@5")
 
 
+@pytest.mark.slow
 def test_the_command_answers(tmp_path: Path) -> None:
     runner = CliRunner()
     command = ["replay", str(CORPUS / "notifier-6.1.parquet")]
@@ -330,11 +331,8 @@ def test_a_trace_without_times_is_one_line(tmp_path: Path) -> None:
         questions.answer(capabilities, questions.asked(aging="locked"))
 
 
-def test_numbers_for_people() -> None:
-    assert [time(ns) for ns in (0, 7.4, 999, 1500, 12_345_678, 2.5e9, -1500)] == [
-        "0 ns", "7.40 ns", "999 ns", "1.50 us", "12.3 ms", "2.50 s", "-1.50 us"
-    ]  # fmt: skip
-    assert spread(1, 5, 3) == "5.00 ns (1.00 ns .. 5.00 ns)"
+def test_a_number_with_its_ends() -> None:
+    assert spread(1, 5.5, 3) == "5.50 ns (1 ns .. 5.50 ns)"
 
 
 # The document
@@ -345,12 +343,16 @@ def tables() -> list[design_questions.Found]:
     return design_questions.tables()
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("designs")
 def test_the_document_is_current(tables: list[design_questions.Found]) -> None:
     assert design_questions.document(tables) == design_questions.DOCUMENT.read_text(), (
         "python -m benchmarks.design_questions"
     )
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("designs")
 def test_what_the_document_concludes(tables: list[design_questions.Found]) -> None:
     for found in tables:
         axis, rows = found.asked.axis, found.answer.rows

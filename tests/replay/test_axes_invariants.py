@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from replay import plan, run
-from replay.axes import PRESERVE, SYNC, Axes
 from replay.decode.capabilities import Capabilities
 from replay.simulate import page_table
 from replay.simulate.dispatch import begin, feed
@@ -18,15 +17,16 @@ from replay.simulate.operations import Block, Op, Ranges, Word, pack
 from replay.simulate.page_table import Table
 from replay.simulate.reference import Cause, Root, Vcpu, Violation, Vm
 from traces.errors import VERDICT_FAILED, Problem
+from traces.kernels.policies import PRESERVE, SYNC, PolicyParameters
 from traces.reader import Trace
 
 CORPUS = Path(__file__).parents[2] / "traces" / "corpus"
 FRESH = """
-from replay.axes import PRESERVE
+from traces.kernels.policies import PRESERVE
 from replay.simulate.policy_api import Policy
 class Own(Policy):
     name = "own"
-    axes = PRESERVE
+    parameters = PRESERVE
 """
 
 
@@ -120,10 +120,10 @@ LIFE = [
 ]  # fmt: skip
 
 
-def lived(axes: Axes) -> Vm:
+def lived(parameters: PolicyParameters) -> Vm:
     op, gfn = (np.array(column) for column in zip(*LIFE, strict=True))
     none = np.zeros(len(LIFE), np.int64)
-    vm = begin(axes, [Word(0x3784)], 2)
+    vm = begin(parameters, [Word(0x3784)], 2)
     feed(vm, Block(op.astype(np.uint32), gfn.astype(np.int64), none, none), Ranges([(8, 9)]))
     return vm
 

@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from replay.axes import ASYNC, NAMED, PRESERVE, Axes
 from replay.simulate import core, dispatch
 from replay.simulate import timed_operations as columns
 from replay.simulate.operations import Cause, Op, Ranges, Word, pack
@@ -21,9 +20,11 @@ from replay.timing import timed_engine as timing
 from replay.timing.costs import Costs
 from replay.timing.reference_clock import Clock, Spent
 from replay.timing.timed_engine import TimedEngine
-from tests.replay.test_engine import COMMON, PLAIN, assert_same
+from tests.profiles import examples
+from tests.replay.test_engine import PLAIN, assert_same
 from tests.replay.timed_streams import TimedStream, timed_of, timed_streams
 from traces.errors import Problem
+from traces.kernels.policies import ASYNC, POLICIES, PRESERVE, PolicyParameters
 
 WHOLE = [1 << 30]
 SIZES = st.lists(st.sampled_from([1, 2, 3, 17, 64, 100]), min_size=1, max_size=3)
@@ -34,7 +35,7 @@ def weights_of(stream: TimedStream) -> list[int]:
 
 
 def by_reference(stream: TimedStream, sizes: Sequence[int] = WHOLE) -> Clock:
-    clock = Clock(dispatch.begin(stream.axes, stream.words, stream.vcpus), stream.costs, weights_of(stream))
+    clock = Clock(dispatch.begin(stream.parameters, stream.words, stream.vcpus), stream.costs, weights_of(stream))
     for at, block in stream.blocks(sizes):
         clock.feed(block, stream.ranges, at)
     clock.finish()
@@ -43,7 +44,7 @@ def by_reference(stream: TimedStream, sizes: Sequence[int] = WHOLE) -> Clock:
 
 def by_engine(stream: TimedStream, sizes: Sequence[int] = WHOLE, module: Any = core) -> TimedEngine:
     made = TimedEngine(
-        stream.axes, stream.words, stream.vcpus, stream.costs, core=module.Core, timer=module.Timer, rows=(1, 1),
+        stream.parameters, stream.words, stream.vcpus, stream.costs, core=module.Core, timer=module.Timer, rows=(1, 1),
         weights=weights_of(stream),
     )  # fmt: skip
     for at, block in stream.blocks(sizes):
@@ -69,25 +70,25 @@ def assert_on_time(made: TimedEngine, clock: Clock) -> None:
 
 
 @given(stream=timed_streams(), sizes=SIZES)
-@settings(max_examples=300, **COMMON)  # type: ignore[arg-type]
+@examples(300)
 def test_compiled_is_the_reference_to_the_ns(stream: TimedStream, sizes: list[int]) -> None:
     assert_on_time(by_engine(stream, sizes), by_reference(stream))
 
 
 @given(stream=timed_streams(), sizes=SIZES)
-@settings(max_examples=40, **COMMON)  # type: ignore[arg-type]
+@examples(40)
 def test_as_plain_python_is_the_reference_to_the_ns(stream: TimedStream, sizes: list[int]) -> None:
     assert_on_time(by_engine(stream, sizes, PLAIN), by_reference(stream))
 
 
 @given(stream=timed_streams(), sizes=SIZES)
-@settings(max_examples=100, **COMMON)  # type: ignore[arg-type]
+@examples(100)
 def test_blocks_may_be_cut_anywhere(stream: TimedStream, sizes: list[int]) -> None:
     assert times(by_reference(stream, sizes)) == times(by_reference(stream))
 
 
 @given(stream=timed_streams())
-@settings(max_examples=100, **COMMON)  # type: ignore[arg-type]
+@examples(100)
 def test_every_ns_is_spent_on_something(stream: TimedStream) -> None:
     for pace in by_reference(stream).paces:
         assert sum(pace.spent) == pace.clock
@@ -99,7 +100,7 @@ BIG = st.integers(0, 1 << 40)
 
 
 @given(leads=st.lists(st.tuples(BIG, st.integers(0, 100), BIG, st.integers(1, 201)), min_size=1, max_size=50))
-@settings(max_examples=50, **COMMON)  # type: ignore[arg-type]
+@examples(50)
 def test_what_no_policy_changes_is_kept(leads: list[tuple[int, int, int, int]]) -> None:
     """Where nothing hits, the time between operations passes as recorded; the guest and the switch get their part."""
     rows = [
@@ -116,7 +117,7 @@ PAGES, STEPS, SMIS = 200, 1000, 100
 SET_UP = 2_000_000  # ns: more than the pages take
 
 
-def smi_storm(axes: Axes, period: int) -> TimedStream:
+def smi_storm(parameters: PolicyParameters, period: int) -> TimedStream:
     """A working set of PAGES, built before the first SMI; then STEPS of 10 us each, which only FIX counts."""
     rows = [(pack(Op.TOUCH, level=1), page, 0, 2000, 2000, 2500, 1, MORE) for page in range(PAGES)]
     rows += [(pack(Op.FIX, level=1), step % PAGES, 0, 9_000, 9_000, 1_000, 1, MORE) for step in range(STEPS)]
@@ -128,26 +129,26 @@ def smi_storm(axes: Axes, period: int) -> TimedStream:
             (pack(op, level=int(op == Op.TOUCH)), int(gfn), 1, 1000, 0, 0, 0, wall)
             for (op, gfn), wall in zip(inside, walls, strict=True)
         ]
-    return TimedStream(axes, [Word(0), Word(1, as_id=1)], 1, Costs(), timed_of(rows), Ranges())
+    return TimedStream(parameters, [Word(0), Word(1, as_id=1)], 1, Costs(), timed_of(rows), Ranges())
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(
-    ("axes", "period", "goes_on"),
+    ("parameters", "period", "goes_on"),
     [
-        (replace(ASYNC, revive=True), 500_000, False),  # refilling 200 pages takes 700 us
-        (replace(ASYNC, revive=True), 1_000_000, True),
-        (replace(PRESERVE, revive=True), 500_000, True),
+        (replace(ASYNC, assume_refault=True), 500_000, False),  # refilling 200 pages takes 700 us
+        (replace(ASYNC, assume_refault=True), 1_000_000, True),
+        (replace(PRESERVE, assume_refault=True), 500_000, True),
     ],
 )
 def test_no_progress_where_smis_come_faster_than_the_refill(
-    axes: Axes, period: int, goes_on: bool, compiled: bool
+    parameters: PolicyParameters, period: int, goes_on: bool, compiled: bool
 ) -> None:
-    stream = smi_storm(axes, period)
+    stream = smi_storm(parameters, period)
     over = SET_UP + SMIS * period
     fixes, clock = [], []
-    made = TimedEngine(axes, stream.words, 1, stream.costs)
-    model = Clock(dispatch.begin(axes, stream.words, 1), stream.costs)
+    made = TimedEngine(parameters, stream.words, 1, stream.costs)
+    model = Clock(dispatch.begin(parameters, stream.words, 1), stream.costs)
     feed, finish = (made.feed, made.finish) if compiled else (model.feed, model.finish)
     feed(replace(stream.timed, until=over), stream.ranges)
     for _ in range(2):
@@ -173,7 +174,7 @@ def test_an_smi_under_way_is_waited_for(module: Any) -> None:
     assert made.vcpus.creations.tolist() == [1, 0]
 
 
-def crowd(axes: Axes, costs: Costs, seed: int, count: int = 1500) -> TimedStream:
+def crowd(parameters: PolicyParameters, costs: Costs, seed: int, count: int = 1500) -> TimedStream:
     """Three vCPUs in one role or another, close together, whose last puts of roots make others wait."""
     rng = np.random.default_rng(seed)
     rows: list[tuple[int, int, int, int, int, int, int, int]] = []
@@ -186,17 +187,19 @@ def crowd(axes: Axes, costs: Costs, seed: int, count: int = 1500) -> TimedStream
         for op, gfn in steps:
             lead, cost, was = (int(value) for value in rng.integers(0, (12, 9, 3)))
             rows.append((op, int(gfn), v, lead, lead // 2, cost, was, MORE))
-    return TimedStream(axes, [Word(0), Word(1, as_id=1)], 3, costs, timed_of(rows), Ranges())
+    return TimedStream(parameters, [Word(0), Word(1, as_id=1)], 3, costs, timed_of(rows), Ranges())
 
 
 @pytest.mark.parametrize("module", [core, PLAIN])
 @pytest.mark.parametrize(("chunk", "cpus"), [(0, 0), (5, 1), (0, 3), (50, 4)])
 @pytest.mark.parametrize("teardown", ["inline", "worker"])
-@pytest.mark.parametrize("revive", [False, True])
-def test_vcpus_that_wait_for_each_other(module: Any, chunk: int, cpus: int, teardown: Any, revive: bool) -> None:
-    axes = replace(ASYNC, teardown=teardown, loads_share=cpus == 3, revive=revive)
+@pytest.mark.parametrize("assume_refault", [False, True])
+def test_vcpus_that_wait_for_each_other(
+    module: Any, chunk: int, cpus: int, teardown: Any, assume_refault: bool
+) -> None:
+    parameters = replace(ASYNC, teardown=teardown, loads_share=cpus == 3, assume_refault=assume_refault)
     costs = Costs(3, 5, 2, 4, 9, 3, zap_leaf=2, zap_table=7, job=6, chunk=chunk, cpus=cpus)
-    stream = crowd(axes, costs, cpus)
+    stream = crowd(parameters, costs, cpus)
     clock = by_reference(stream)
     assert_on_time(by_engine(stream, [700], module), clock)
     assert sum(pace.spent[Spent.WAIT] for pace in clock.paces) > 0 or (teardown, cpus) == ("worker", 3)
@@ -297,10 +300,10 @@ def test_memory_follows_what_waits_not_the_stream() -> None:
     assert len(made._todo) <= 4 * len(block)
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", POLICIES)
 def test_a_worker_and_a_lock_that_loads_wait_for(name: str) -> None:
     """What zaps a root that dies is the policy's, and so is who waits."""
-    stream = replace(smi_storm(NAMED[name], 1_000_000), costs=Costs(job=500))  # the load comes 2 us after the unload
+    stream = replace(smi_storm(POLICIES[name], 1_000_000), costs=Costs(job=500))  # the load comes 2 us after the unload
     made, clock = by_engine(stream), by_reference(stream)
     assert_on_time(made, clock)
     assert (made.jobs > 0) == (name == "async")

@@ -9,19 +9,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from replay import plan, roles, run
-from replay.causes import Trigger
+from replay import plan, run
 from replay.decode.capabilities import _SEEN, Capabilities
+from replay.decode.cases import Case
 from replay.decode.inputs import HIDDEN, NO_STATE, TRIGGER
+from replay.decode.specialize import Specialization
 from replay.decode.vm_inputs import VmInputs
-from replay.simulate.cases import Case
 from replay.simulate.operations import RESETS, Cause, Op
-from replay.simulate.specialize import Specialization
+from tests.profiles import examples
 from tests.replay.recording import OLD_ROLE, OLD_WP, SMM_ROLE, Guest
 from traces.errors import Problem
+from traces.kernels import roles
+from traces.kernels.triggers import Trigger
 from traces.reader import Trace
 
 CORPUS = Path(__file__).parents[2] / "traces" / "corpus"
@@ -68,7 +70,7 @@ def _whole(name: str) -> tuple[Capabilities, list[Row]]:
     return capabilities, rows(capabilities)
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(st.sampled_from(BATCHED), st.integers(12, 400))
 def test_batches_of_any_size_say_the_same(name: str, size: int) -> None:
     """A row is explained by rows of its own batch or of the next: between a reset and its load lie some ten."""

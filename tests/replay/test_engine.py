@@ -10,27 +10,27 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from replay.axes import ASYNC, NAMED, PRESERVE, SYNC, Axes
 from replay.decode.capabilities import Capabilities
+from replay.decode.cases import Case
+from replay.decode.specialize import Specialization
 from replay.decode.vm_inputs import VmInputs
 from replay.simulate import core, dispatch, engine
-from replay.simulate.cases import Case
 from replay.simulate.engine import Engine, RootState, Vcpus
 from replay.simulate.operations import Block, Cause, Op, Ranges, Word, pack
 from replay.simulate.page_table import Table
 from replay.simulate.reference import Happened, Violation, Vm
-from replay.simulate.specialize import Specialization
+from tests.corpus import REPLAYED, each
+from tests.profiles import examples
 from tests.replay.plain import COMPILED, plain
-from tests.replay.recording import REPLAYED
 from tests.replay.streams import Stream, block_of, streams
 from traces.errors import Problem
+from traces.kernels.policies import ASYNC, POLICIES, PRESERVE, SYNC, PolicyParameters
 from traces.reader import Trace
 
 TINY = (16, 16, 32)  # tables, nodes and log rows at first: pools grow all the time
-COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 
 
 PLAIN: Any = plain("replay.simulate.core")
@@ -55,9 +55,9 @@ def mapped(vm: Vm, word: int) -> list[tuple[int, int]]:
 
 def run(stream: Stream, core: Any, sizes: list[int]) -> tuple[Engine, Vm]:
     """Both implementations after the whole stream, which the engine gets in blocks of `sizes`, taken in turn."""
-    vm = dispatch.begin(stream.axes, stream.words, stream.vcpus)
+    vm = dispatch.begin(stream.parameters, stream.words, stream.vcpus)
     dispatch.feed(vm, stream.block, stream.ranges)
-    made = Engine(stream.axes, stream.words, stream.vcpus, core=core, rows=TINY)
+    made = Engine(stream.parameters, stream.words, stream.vcpus, core=core, rows=TINY)
     at = turn = 0
     while at < len(stream.block):
         size = sizes[turn % len(sizes)]
@@ -88,18 +88,18 @@ SIZES = st.lists(st.sampled_from([1, 3, 63, 64, 65, 200]), min_size=1, max_size=
 
 
 @given(stream=streams(), sizes=SIZES)
-@settings(max_examples=300, **COMMON)  # type: ignore[arg-type]
+@examples(300)
 def test_compiled_is_the_reference(stream: Stream, sizes: list[int]) -> None:
     assert_same(*run(stream, core.Core, sizes))
 
 
 @given(stream=streams(), sizes=SIZES)
-@settings(max_examples=40, **COMMON)  # type: ignore[arg-type]
+@examples(40)
 def test_as_plain_python_is_the_reference(stream: Stream, sizes: list[int]) -> None:
     assert_same(*run(stream, PLAIN.Core, sizes))
 
 
-def storm(axes: Axes, seed: int = 0, count: int = 6000) -> Stream:
+def storm(parameters: PolicyParameters, seed: int = 0, count: int = 6000) -> Stream:
     """Two vCPUs over some hundred tables, with roles, SMIs and memslot changes between: long enough to reuse tables."""
     rng = np.random.default_rng(seed)
     rows = []
@@ -117,26 +117,33 @@ def storm(axes: Axes, seed: int = 0, count: int = 6000) -> Stream:
             ]
         else:
             rows.append([(pack(Op.INVALIDATE), 0), (pack(Op.ZAP, level=0), 0)][int(rng.integers(2))])
-    return Stream(axes, [Word(1), Word(2, as_id=1)], 2, block_of(rows), Ranges([(4096, 1 << 20)]))
+    return Stream(parameters, [Word(1), Word(2, as_id=1)], 2, block_of(rows), Ranges([(4096, 1 << 20)]))
 
 
-@pytest.mark.parametrize("name", NAMED)
-@pytest.mark.parametrize("revive", [False, True])
-def test_named_policies_on_a_longer_stream(name: str, revive: bool) -> None:
-    assert_same(*run(storm(replace(NAMED[name], revive=revive)), core.Core, [1000, 77]))
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("assume_refault", [False, True])
+def test_named_policies_on_a_longer_stream(name: str, assume_refault: bool) -> None:
+    assert_same(*run(storm(replace(POLICIES[name], assume_refault=assume_refault)), core.Core, [1000, 77]))
 
 
-@pytest.mark.parametrize("path", REPLAYED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", each(REPLAYED))
 def test_every_shipped_recording_under_every_policy(path: Path) -> None:
     capabilities = Capabilities(Trace.open(path))
-    named = [replace(axes, revive=revive) for axes in NAMED.values() for revive in (False, True)]
+    named = [
+        replace(parameters, assume_refault=assume_refault)
+        for parameters in POLICIES.values()
+        for assume_refault in (False, True)
+    ]
     for vm in capabilities.trace.metadata.vms:
         inputs = VmInputs(capabilities, vm)
         if not inputs.vcpus:
             continue
         specialized = Specialization(capabilities.kernel, Case(), False, len(inputs.vcpus))
         size, words, at = len(inputs.vcpus), specialized.words, 0
-        pairs = [(Engine(axes, words, size, rows=TINY), dispatch.begin(axes, words, size)) for axes in named]
+        pairs = [
+            (Engine(parameters, words, size, rows=TINY), dispatch.begin(parameters, words, size))
+            for parameters in named
+        ]
         for part in inputs:
             block = specialized.block(part)
             for made, model in pairs:
@@ -159,19 +166,19 @@ def test_a_stuck_vcpu_stays_stuck_whatever_happens_to_its_root(core: Any) -> Non
 
 
 @pytest.mark.parametrize("core", [core.Core, PLAIN.Core])
-@pytest.mark.parametrize("axes", [ASYNC, PRESERVE])
-def test_a_switch_evicts_the_eldest_of_four(core: Any, axes: Axes) -> None:
+@pytest.mark.parametrize("parameters", [ASYNC, PRESERVE])
+def test_a_switch_evicts_the_eldest_of_four(core: Any, parameters: PolicyParameters) -> None:
     rows = [(pack(Op.ENTER), 0)]
     for word in (1, 2, 3, 4, 2, 0, 1):
         rows += [(pack(Op.SWITCH), word), (pack(Op.ENTER), 0), (pack(Op.TOUCH, level=1), word)]
     words = [Word(number) for number in range(5)]
-    made, vm = run(Stream(axes, words, 1, block_of(rows), Ranges()), core, [64])
+    made, vm = run(Stream(parameters, words, 1, block_of(rows), Ranges()), core, [64])
     assert_same(made, vm)
-    assert made.counters.frees == (0 if axes is PRESERVE else 3)
+    assert made.counters.frees == (0 if parameters is PRESERVE else 3)
 
 
-@pytest.mark.parametrize("core", [core.Core, PLAIN.Core])
-def test_split_of_a_gigabyte_takes_up_where_memory_ended(core: Any) -> None:
+@pytest.mark.parametrize("kind", [core.Core, PLAIN.Core])
+def test_split_of_a_gigabyte_takes_up_where_memory_ended(kind: Any) -> None:
     rows = [
         (pack(Op.TOUCH, level=3), 5),
         (pack(Op.SPLIT), 0),
@@ -180,10 +187,10 @@ def test_split_of_a_gigabyte_takes_up_where_memory_ended(core: Any) -> None:
     ]
     for stop in (3, 4):
         stream = Stream(PRESERVE, [Word(0)], 1, block_of(rows[:stop]), Ranges([(0, 1 << 18)]))
-        made, vm = run(stream, core, [10])
+        made, vm = run(stream, kind, [10])
         assert made.counters == vm.counters
         assert made.counters.tables == 1 + 513
-        if core is not PLAIN.Core:
+        if kind is not PLAIN.Core:
             assert_same(made, vm)
 
 
@@ -244,7 +251,7 @@ def test_ranges_may_be_added_between_blocks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("axes", "words", "vcpus", "says"),
+    ("parameters", "words", "vcpus", "says"),
     [
         (PRESERVE, [Word(0)], 0, "vCPUs"),
         (PRESERVE, [], 1, "role word"),
@@ -252,9 +259,9 @@ def test_ranges_may_be_added_between_blocks() -> None:
         (replace(PRESERVE, prefetch=4), [Word(0)], 1, "prefetch"),
     ],
 )
-def test_a_vm_that_cannot_be_is_refused(axes: Axes, words: list[Word], vcpus: int, says: str) -> None:
+def test_a_vm_that_cannot_be_is_refused(parameters: PolicyParameters, words: list[Word], vcpus: int, says: str) -> None:
     with pytest.raises(Problem, match=says):
-        Engine(axes, words, vcpus)
+        Engine(parameters, words, vcpus)
 
 
 def test_columns_of_other_types_are_refused() -> None:
@@ -291,7 +298,7 @@ def test_broken_reference_counts_are_violations(core: Any) -> None:
 
 def test_without_a_log_all_else_is_the_same() -> None:
     stream = storm(SYNC)
-    with_log, without = (Engine(stream.axes, stream.words, stream.vcpus, log=log) for log in (True, False))
+    with_log, without = (Engine(stream.parameters, stream.words, stream.vcpus, log=log) for log in (True, False))
     for made in (with_log, without):
         made.feed(stream.block, stream.ranges)
     assert len(with_log.take_log()) > 100
@@ -353,15 +360,16 @@ def test_what_runs_is_compiled(name: str) -> None:
 @pytest.mark.parametrize(("module", "structure", "layout"), [
     ("replay.decode.decoder", "Vcpu", "VCPU"),
     ("replay.decode.timeline", "Thread", "THREAD"),
-    ("replay.decode.timeline", "RipRun", "RIP_RUN"),
+    ("replay.decode.rip_runs", "RipRun", "RIP_RUN"),
     ("replay.decode.timeline", "Moment", "MOMENT"),
-    ("replay.simulate.specialize", "Program", "PROGRAM"),
+    ("replay.decode.specialize", "Program", "PROGRAM"),
 ])  # fmt: skip
 def test_structures_of_decoding_are_those_of_their_pools(module: str, structure: str, layout: str) -> None:
     as_python = plain(module)
-    assert list(getattr(as_python, structure)._members) == [name for name, _ in getattr(as_python, layout)]
+    assert list(getattr(as_python, structure)._members) == [name for name, *_ in getattr(as_python, layout)]
     dtype = np.dtype(getattr(as_python, layout))
-    assert dtype.itemsize == 8 * len(dtype.names or ())
+    assert dtype.itemsize % 8 == 0
+    assert all(each.base.itemsize == 8 for each, *_ in (dtype.fields or {}).values())
 
 
 def test_running_as_plain_python_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from replay.explore import Model, Steps, Thing, require, until
 from replay.explore.ready_model import NO_DEADLOCK, Machine
 from replay.explore.search import LIMIT, NO_LIVELOCK, _Search, explore
+from tests.profiles import examples
 
 FAILS, NEVER, AT_END = "a value that fails", "a pair that never is", "a value at the end"
 
@@ -143,7 +144,7 @@ def enumerated(case: Case) -> tuple[int | None, set[str], bool, int]:
     return shortest, {what for length, what in failures if length == shortest}, len(live) < len(depth), len(depth)
 
 
-@settings(max_examples=400, deadline=None)
+@examples(400)
 @given(cases)
 def test_as_enumerated(case: Case) -> None:
     shortest, names, livelock, states = enumerated(case)
@@ -160,11 +161,11 @@ def test_as_enumerated(case: Case) -> None:
         else:
             assert found is None
             assert exploration.states <= states
-    alone = _Search(Machine(model(case)), LIMIT, None, True).run().found  # what reduction by itself says
+    alone = _Search(Machine(model(case)), LIMIT, True).run().found  # what reduction by itself says
     assert (alone is not None) == (shortest is not None or livelock)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(cases)
 def test_the_states_are_those_enumerated(case: Case) -> None:
     """Where nothing is broken, each state of the enumeration is one of the search, and none else."""

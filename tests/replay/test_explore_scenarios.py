@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from replay.explore.catalogue import find
 from replay.explore.scenario import VIOLATION, Run, run
 from replay.explore.scenarios import SCENARIOS
 from traces.errors import Problem
+
+pytestmark = pytest.mark.xdist_group("explore")  # each variant is explored once
 
 ROOT = Path(__file__).parents[2]
 VARIANTS = [(scenario.name, variant.name) for scenario in SCENARIOS for variant in scenario.variants]
@@ -56,6 +59,19 @@ BROKEN = {
 }
 
 
+# Of many states: explored where there is time.
+HEAVY = {("invalidate", "request-first"), ("invalidate", "two-looks"), ("invalidate", "check")}
+
+
+def light(variants: Iterable[tuple[str, str]]) -> list[Any]:
+    """Parameters of tests of variants, those with many states marked."""
+    heavy = [variant in HEAVY or variant[0] == "accounting" for variant in variants]
+    return [
+        pytest.param(*variant, marks=pytest.mark.slow if slow else ())
+        for variant, slow in zip(variants, heavy, strict=True)
+    ]
+
+
 @cache
 def made(scenario: str, variant: str) -> Run:
     return run(find(scenario), variant, {})
@@ -63,7 +79,7 @@ def made(scenario: str, variant: str) -> Run:
 
 def kvmtrace(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "kvmtrace", *arguments], capture_output=True, text=True, timeout=100, check=False,
+        [sys.executable, "-m", "kvmtrace", *arguments], capture_output=True, text=True, timeout=1200, check=False,
         cwd=ROOT,
     )  # fmt: skip
 
@@ -76,7 +92,7 @@ def one_line(done: subprocess.CompletedProcess[str]) -> str:
     return line
 
 
-@pytest.mark.parametrize(("scenario", "variant"), VARIANTS)
+@pytest.mark.parametrize(("scenario", "variant"), light(VARIANTS))
 def test_each_variant_is_as_expected(scenario: str, variant: str) -> None:
     this = made(scenario, variant)
     assert this.outcome == this.variant.expect
@@ -88,7 +104,7 @@ def test_each_variant_is_as_expected(scenario: str, variant: str) -> None:
         assert this.schedule is None
 
 
-@pytest.mark.parametrize(("scenario", "variant"), BROKEN)
+@pytest.mark.parametrize(("scenario", "variant"), light(BROKEN))
 def test_its_schedule_replays_from_json(scenario: str, variant: str, tmp_path: Path) -> None:
     path = tmp_path / "found.json"
     path.write_text(json.dumps({"runs": [explore_text.facts(made(scenario, variant))]}))
@@ -114,11 +130,11 @@ def test_bounds_are_three_actors_and_four_roots_or_entries() -> None:
     ("scenario", "bounds"),
     [
         ("vm-destroy", {"roots": 2, "workers": 1}),
-        ("vm-destroy", {"roots": 5, "workers": 3}),
+        pytest.param("vm-destroy", {"roots": 5, "workers": 3}, marks=pytest.mark.slow),
         ("last-put", {"roots": 2, "vcpus": 2}),
         ("apicv", {"vcpus": 1}),
         ("mmu-seq", {"vcpus": 2, "invalidations": 3}),
-        ("accounting", {"vcpus": 2}),
+        pytest.param("accounting", {"vcpus": 2}, marks=pytest.mark.slow),
         ("rmap", {"sptes": 5, "walkers": 1}),
     ],
 )
@@ -127,6 +143,7 @@ def test_the_outcome_is_the_same_at_other_bounds(scenario: str, bounds: dict[str
         assert run(find(scenario), variant.name, bounds).outcome == variant.expect, variant.name
 
 
+@pytest.mark.slow
 def test_the_table_is_current() -> None:
     _, current, _ = explore_table.split(explore_table.DOCUMENT.read_text())
     written = [tuple(cell.strip() for cell in line.split("|")[1:-2]) for line in current.splitlines()[2:]]
@@ -148,6 +165,7 @@ def test_list() -> None:
     assert all(f"{each.name}: {each.title}" in text for each in SCENARIOS)
 
 
+@pytest.mark.slow
 def test_text_and_exit_codes() -> None:
     both = kvmtrace("explore", "vm-destroy")
     assert both.returncode == 1
@@ -161,6 +179,7 @@ def test_text_and_exit_codes() -> None:
     assert "bounds roots=2, workers=1" in fewer.stdout
 
 
+@pytest.mark.slow
 def test_json_replays(tmp_path: Path) -> None:
     done = kvmtrace("explore", "apicv", "--variant", "write", "--variant", "write-count-seq", "--json")
     assert done.returncode == 1
@@ -231,6 +250,7 @@ def test_a_schedule_that_is_none(document: str, said: str, tmp_path: Path) -> No
     assert "\n" not in str(problem.value)
 
 
+@pytest.mark.slow
 def test_what_is_not_there_is_one_line(tmp_path: Path) -> None:
     assert "there is no scenario cows: give vm-destroy, " in one_line(kvmtrace("explore", "cows"))
     assert "has no variant v4: it has v2, v3" in one_line(kvmtrace("explore", "vm-destroy", "--variant", "v4"))

@@ -7,7 +7,10 @@ import pytest
 from benchmarks import accuracy
 from benchmarks.accuracy import Cell, Direction
 
-TABLES = {direction: accuracy.table(direction) for direction in accuracy.directions()}
+# The tables are made once in each process: one worker does all of it.
+pytestmark = [pytest.mark.corpus, pytest.mark.xdist_group("foretelling")]
+DIRECTIONS = list(accuracy.directions())
+table = accuracy.table
 # What does not follow from the source recording, so that an interval is all there can be.
 OPEN = {
     ("6.1", "6.1-async"), ("6.1-shadow", "6.1-async"), ("6.1-shadow", "6.1"), ("6.12-shadow", "6.12"),
@@ -16,7 +19,7 @@ OPEN = {
 
 
 def cells(direction: Direction) -> list[tuple[str, str, Cell]]:
-    return [(scenario, name, cell) for scenario, row in TABLES[direction].items() for name, cell in row.items()]
+    return [(scenario, name, cell) for scenario, row in table(direction).items() for name, cell in row.items()]
 
 
 def test_the_table_is_current() -> None:
@@ -24,12 +27,13 @@ def test_the_table_is_current() -> None:
 
 
 def test_every_scenario_is_in_it() -> None:
-    for direction, rows in TABLES.items():
+    for direction in DIRECTIONS:
+        rows = table(direction)
         assert set(rows) == set(accuracy.scenarios(direction))
         assert len(rows) == (18 if "shadow" in direction.source + direction.target else 21)
 
 
-@pytest.mark.parametrize("direction", TABLES, ids=lambda d: f"{d.source}-{d.target}-{d.options.replace(' ', '')}")
+@pytest.mark.parametrize("direction", DIRECTIONS, ids=lambda d: f"{d.source}-{d.target}-{d.options.replace(' ', '')}")
 def test_what_is_off_has_its_reason_and_the_rest_is_exact(direction: Direction) -> None:
     for scenario, name, cell in cells(direction):
         if cell.verdict == "off":
@@ -41,7 +45,7 @@ def test_what_is_off_has_its_reason_and_the_rest_is_exact(direction: Direction) 
 def test_every_reason_is_needed() -> None:
     given = {
         accuracy.reason(direction, scenario, name)
-        for direction in TABLES
+        for direction in DIRECTIONS
         for scenario, name, cell in cells(direction)
         if cell.verdict == "off"
     }
@@ -51,12 +55,12 @@ def test_every_reason_is_needed() -> None:
 def test_the_promised_numbers() -> None:
     old, new = Direction("6.1-async", "6.1", "preserve"), Direction("6.1", "6.1-async", "async")
     whole = Direction("6.1", "6.1-async", "async", refault="all")
-    assert [cell.foretold.text for cell in TABLES[old]["smi-storm"].values()] == ["2", "7", "514", "514", "514"]
-    assert TABLES[new]["smi-storm"]["installs"].foretold.text == "514 .. 2,569"
-    assert [cell.recorded for cell in TABLES[new]["smi-storm"].values()] == [9, 32, 2569, 514, 2569]
+    assert [cell.foretold.text for cell in table(old)["smi-storm"].values()] == ["2", "7", "514", "514", "514"]
+    assert table(new)["smi-storm"]["installs"].foretold.text == "514 .. 2,569"
+    assert [cell.recorded for cell in table(new)["smi-storm"].values()] == [9, 32, 2569, 514, 2569]
     # Where each pass touches everything, the assumption that each root is needed whole is exact.
     for scenario in ("smi-storm", "smi-one", "smi-both", "smi-grow", "huge", "two-vms"):
-        assert {cell.verdict for cell in TABLES[whole][scenario].values()} == {"exact"}, scenario
+        assert {cell.verdict for cell in table(whole)[scenario].values()} == {"exact"}, scenario
 
 
 def test_a_recording_is_counted_without_the_model() -> None:

@@ -122,7 +122,9 @@ def test_the_rules_of_a_kernel_are_the_default() -> None:
 
     capabilities = Capabilities(Trace.open(CORPUS / "smi-both-6.1-async.parquet"))
     (reference,) = run.replay(
-        plan.Plan(capabilities, (plan.Target("plain", capabilities.kernel, Plain.axes, Plain, False, (), (_EXACT,)),))
+        plan.Plan(
+            capabilities, (plan.Target("plain", capabilities.kernel, Plain.parameters, Plain, False, (), (_EXACT,)),)
+        )
     ).outcomes
     (engine,) = run.replay(plan.make(capabilities, ["async"])).outcomes
     assert reference.counts() == engine.counts()

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from replay.decode.batch import COLUMNS, Batch
-from replay.decode.timeline import Timeline
+from replay.decode.rip_runs import RipRuns
 from replay.timing.stalls import RCU_STALL, SOFT_LOCKUP, Rule, stalls, watchdogs
 from replay.timing.stuck_rip import RipRun, longest_runs
 from traces.reader import Trace
@@ -80,13 +80,12 @@ def test_watchdogs_of_the_guest() -> None:
 
 def longest(trace: Trace, size: int, events: list[dict[str, Any]] | None = None) -> RipRun:
     """vCPU 0's longest run of exits at one RIP, in a trace or in these rows of one vCPU."""
-    timeline = Timeline(1)
+    runs = RipRuns(1)
     numbers = np.array([0, -1], np.int32)
     for rows in trace.batches(COLUMNS, vm=1, size=size) if events is None else made(trace, events, size):
-        state, mark, before = (np.empty(rows.num_rows, np.uint8) for _ in range(3))
-        timeline.feed(Batch(rows, numbers), state, np.empty(rows.num_rows, np.int64), mark, before)
-    timeline.finish()
-    return longest_runs(timeline.runs)[0]
+        runs.feed(Batch(rows, numbers))
+    runs.finish()
+    return longest_runs(runs)[0]
 
 
 def made(trace: Trace, events: list[dict[str, Any]], size: int) -> Iterator[pa.RecordBatch]:

@@ -7,21 +7,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from replay.decode import vm_inputs
 from replay.decode.batch import COLUMNS, Batch
 from replay.decode.capabilities import Capabilities
+from replay.decode.cases import Case
+from replay.decode.specialize import Specialization
 from replay.decode.timeline import Timeline
 from replay.decode.vcpu_states import VcpuState
 from replay.decode.vm_inputs import VmInputs, dense_numbers, vcpu_ids
-from replay.simulate.cases import Case
 from replay.simulate.operations import Op
-from replay.simulate.specialize import Specialization
 from replay.simulate.timed_operations import CREATED, FOUND
 from replay.timing import measure
 from replay.timing.measure import Measurement, SpanTimes
+from tests.profiles import examples
 from tests.replay.plain import plain
 from traces.reader import Trace
 
@@ -64,7 +65,7 @@ def test_every_ns_belongs_to_one_state(name: str) -> None:
         assert found[vcpu].sum() == max(times) - min(times)
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(st.sampled_from(NAMES), st.integers(1, 3000))
 @example("smi-both-5.10", 66)  # between a vCPU's first load and its first entry
 def test_batches_may_be_cut_anywhere(name: str, size: int) -> None:
@@ -173,7 +174,7 @@ def _everything(name: str, size: int) -> list[Any]:
             columns = (part.op, part.gfn, part.seq, timed.lead, timed.guest, timed.cost, timed.was, timed.queue)
             found.append(([column.tolist() for column in columns], part.ranges.rows))
         times.timeline.finish()
-        made = (inputs.rest.lead, times.timeline.totals, times.timeline.runs, times.timeline.parts)
+        made = (inputs.rest.lead, times.timeline.totals, times.rip_runs.longest, times.timeline.parts)
         progress = np.concatenate(times.timeline.progress)
         found.append([inputs.notes, *(each.tolist() for each in made), progress.tolist()])
         found.append([each.tolist() for each in (times.steal.lost, times.steal.preempted, times.waits.waited)])
@@ -187,7 +188,8 @@ def test_compiled_loops_do_what_they_do_as_plain_python(name: str, monkeypatch: 
     monkeypatch.setattr(decoder, "Unseen", plain("replay.decode.inferred").Unseen)
     monkeypatch.setattr(vm_inputs, "Decoder", decoder.Decoder)
     monkeypatch.setattr(measure, "Timeline", timeline.Timeline)
-    monkeypatch.setattr(measure, "Specialization", plain("replay.simulate.specialize").Specialization)
+    monkeypatch.setattr(measure, "RipRuns", plain("replay.decode.rip_runs").RipRuns)
+    monkeypatch.setattr(measure, "Specialization", plain("replay.decode.specialize").Specialization)
     monkeypatch.setattr(measure, "LockWaits", plain("replay.timing.lock_waits").LockWaits)
     monkeypatch.setattr(measure, "Steal", plain("replay.timing.steal").Steal)
     assert not decoder.COMPILED

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import random
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from replay.validate.compare import Report, validate
 from replay.validate.row_tuples import rows_of
 from replay.validate.shadow_driver import is_paged
 from replay.validate.validate_text import render
 from tests.conftest import NESTED_PAGING, nested_paging
-from tests.replay.paging import harmed, harms, run
+from tests.own_vm import noted, own_vms
+from tests.profiles import examples
+from tests.replay.paging import draw_mutation, mutated, run
 from traces.reader import Trace
 
 pytestmark = [pytest.mark.live, pytest.mark.usefixtures("live")]
@@ -26,25 +31,33 @@ SCENARIOS = {
     "slot-delete": ("slot-delete",),
     "churn": ("churn",),
 }
-HARMS = 40
+Recorded = tuple[Trace, list[int]]
+Recordings = Callable[[str], Recorded]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def shadow_paging() -> None:
     """Elsewhere the lab's recordings stand for shadow paging."""
     if nested_paging():
         pytest.skip(NESTED_PAGING)
 
 
-def recorded(vmm: str, out: Path, scenario: str) -> tuple[Trace, list[int]]:
+@pytest.fixture(scope="module")
+def recordings(vmm: str, live: None, shadow_paging: None, tmp_path_factory: pytest.TempPathFactory) -> Recordings:
+    """Each scenario, recorded once."""
+    directory = tmp_path_factory.mktemp("live")
+    return cache(lambda scenario: recorded(vmm, directory / f"{scenario}.parquet", scenario))
+
+
+def recorded(vmm: str, out: Path, scenario: str) -> Recorded:
     """A recording and its VMs that are the scenario's own: others may run on this machine meanwhile."""
     pid = out.with_suffix(".pid")
     words = [sys.executable, "-m", "kvmtrace", "record", "--events", "all", "-o", str(out), "--"]
-    words += ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(pid), vmm, *SCENARIOS[scenario]]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    words += noted(pid, vmm, *SCENARIOS[scenario])
+    done = subprocess.run(words, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stderr
     trace = Trace.open(out)
-    own = [int(vm["id"]) for vm in trace.metadata.vms if vm["pid"] == int(pid.read_text())]
+    own = [int(vm["id"]) for vm in own_vms(trace, pid)]
     assert is_paged(trace.metadata)
     return trace, own
 
@@ -58,8 +71,8 @@ def whole(report: Report, own: list[int]) -> bool:
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_every_root_is_found_created_and_zapped_as_recorded(tmp_path: Path, vmm: str, scenario: str) -> None:
-    trace, own = recorded(vmm, tmp_path / "live.parquet", scenario)
+def test_every_root_is_found_created_and_zapped_as_recorded(recordings: Recordings, scenario: str) -> None:
+    trace, own = recordings(scenario)
     report = validate(trace.path)
     assert whole(report, own), render(report)
     for kind in ("kvm_mmu_get_page", "kvm_mmu_prepare_zap_page"):
@@ -70,13 +83,15 @@ def test_every_root_is_found_created_and_zapped_as_recorded(tmp_path: Path, vmm:
 
 
 @pytest.mark.parametrize("scenario", ["roots", "wp-toggle", "slot-delete"])
-def test_a_response_that_is_missing_doubled_or_altered_is_found(tmp_path: Path, vmm: str, scenario: str) -> None:
-    trace, (vm,) = recorded(vmm, tmp_path / "live.parquet", scenario)
+def test_a_response_that_is_missing_doubled_or_altered_is_found(recordings: Recordings, scenario: str) -> None:
+    trace, (vm,) = recordings(scenario)
     rows = [row for row in rows_of(trace, vm) if "paging_element" not in row.kind]
     assert run(trace, vm, rows) is not None
-    dice, tried = random.Random(scenario), 0
-    while tried < HARMS:
-        harm = harms(trace, rows, dice)
-        if harm is not None:
-            tried += 1
-            assert run(trace, vm, harmed(rows, *harm)) is None, f"{harm[1]} of {rows[harm[0]]} was not found"
+
+    @examples(20)
+    @given(st.data())
+    def found(data: st.DataObject) -> None:
+        at, mutation = draw_mutation(data, trace, rows)
+        assert run(trace, vm, mutated(rows, at, mutation)) is None, f"{mutation} of {rows[at]} was not found"
+
+    found()

@@ -28,7 +28,8 @@ from replay.timing.stalls import Rule
 from replay.timing.stuck_rip import RipRun
 from replay.timing.time_text import stuck_lines
 from replay.timing.timed_run import Settings, VmTime
-from tests.replay.recording import CORPUS, REPLAYED, Guest
+from tests.corpus import CORPUS, REPLAYED, each
+from tests.replay.recording import Guest
 from traces.reader import Trace, kind_codes
 from traces.schema import BY_NAME
 from traces.synth import Parameters, synthesize
@@ -43,7 +44,7 @@ def parts(spent: tuple[int, ...]) -> list[int]:
     return [spent[Spent.GUEST] + spent[Spent.SWITCH], *spent[Spent.FAULT : Spent.SWITCH]]
 
 
-@pytest.mark.parametrize("path", REPLAYED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", each(REPLAYED))
 def test_under_its_own_policy_a_recording_takes_as_long_as_it_took(path: Path) -> None:
     """Within 1 % of each vCPU's time, or 0.3 ms of it: recordings of a few ms rest on single costs.
 
@@ -60,6 +61,7 @@ def test_under_its_own_policy_a_recording_takes_as_long_as_it_took(path: Path) -
                 assert abs(after / vcpu.wall - before / took) <= max(0.02, 300_000 / took)
 
 
+@pytest.mark.slow
 def test_a_storm_is_a_soft_hang_under_the_old_policy_alone(tmp_path: Path) -> None:
     path = tmp_path / "storm.parquet"
     synthesize(path, Parameters(policy="async", smi_rate=400, working_set=15_000, duration=0.05))
@@ -74,7 +76,7 @@ def test_a_storm_is_a_soft_hang_under_the_old_policy_alone(tmp_path: Path) -> No
     assert not strict.outcomes[0].vcpus[0].stalls
 
 
-@pytest.mark.parametrize("working_set", [300, 1500])
+@pytest.mark.parametrize("working_set", [300, pytest.param(1500, marks=pytest.mark.slow)])
 def test_guest_work_between_faults_is_kept(tmp_path: Path, working_set: int) -> None:
     """A storm made for either policy is the same guest's: the time of the one is foretold from the other's recording.
 
@@ -99,6 +101,7 @@ def test_guest_work_between_faults_is_kept(tmp_path: Path, working_set: int) -> 
     assert low.vcpus[0].band[0] < slow < high.vcpus[0].band[1]
 
 
+@pytest.mark.slow
 def test_wall_clock_smis_strike_a_slow_guest_more_often(tmp_path: Path) -> None:
     """Closed: as many SMIs as recorded, wherever they come. Open: at their times, of which fewer fit in a quick run."""
     path = tmp_path / "storm.parquet"
@@ -201,6 +204,7 @@ def test_a_stuck_vcpu_is_named_with_its_reason() -> None:
     assert "no matter of roots" in line
 
 
+@pytest.mark.slow
 def test_what_it_foretells_is_kept_in_the_documents() -> None:
     found = time_accuracy.lines()
     assert time_accuracy.DOCUMENT.read_text() == time_accuracy.document(found)
@@ -210,6 +214,7 @@ def test_what_it_foretells_is_kept_in_the_documents() -> None:
     assert worse.error < -0.9
 
 
+@pytest.mark.slow
 def test_the_result_has_times_in_rows(tmp_path: Path) -> None:
     trace, out = tmp_path / "storm.parquet", tmp_path / "result.parquet"
     synthesize(trace, Parameters(policy="async", smi_rate=400, working_set=15_000, duration=0.05))

@@ -9,10 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 import kvmtrace
-from replay.axes import ASYNC, PRESERVE, SHADOW, SYNC_RW
 from replay.decode.capabilities import Capabilities
 from replay.whatif.smi_rate import Change, Sweep, Swept, parse, swept
 from traces.errors import Problem
+from traces.kernels.policies import ASYNC, PRESERVE, SHADOW, SYNC_RW
 from traces.reader import Trace
 from traces.synth import Parameters, synthesize
 

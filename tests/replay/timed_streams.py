@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from replay.axes import Axes
 from replay.simulate.operations import Op, Ranges, Word
 from replay.simulate.timed_operations import LAST, MORE, NEVER, Timed, take
 from replay.timing.costs import Costs
 from tests.replay.streams import Stream, block_of, streams
+from traces.kernels.policies import PolicyParameters
 
 TIMES = [0, 0, 1, 7, 100, 1000, 30_000, 1_500_000, 1 << 40]
 CLOSE = [0, 0, 1, 1, 1, 2, 2, 3, 4]  # many are due at once
@@ -23,7 +23,7 @@ CLOSE = [0, 0, 1, 1, 1, 2, 2, 3, 4]  # many are due at once
 class TimedStream:
     """A VM's stream, whole."""
 
-    axes: Axes
+    parameters: PolicyParameters
     words: list[Word]
     vcpus: int
     costs: Costs
@@ -97,11 +97,11 @@ def timed_streams(draw: st.DrawFn) -> TimedStream:
     """What `streams` draws, with times and queues."""
     stream = draw(streams())
     rng = np.random.default_rng(draw(st.integers(0, 1 << 32)))
-    axes = replace(
-        stream.axes,
+    parameters = replace(
+        stream.parameters,
         teardown=draw(st.sampled_from(["inline", "worker", "invalidator"])),
         loads_share=draw(st.booleans()),
         faults_share=draw(st.booleans()),
     )
     timed = _timed(stream, lambda n: int(rng.integers(n)))
-    return TimedStream(axes, stream.words, stream.vcpus, draw(costs()), timed, stream.ranges)
+    return TimedStream(parameters, stream.words, stream.vcpus, draw(costs()), timed, stream.ranges)

@@ -10,19 +10,23 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from tests.own_vm import noted, own_vms
 from traces.reader import Trace
 
 
 def batch(specification: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "tracer.batch", str(specification)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
 
 
 @pytest.mark.live
 @pytest.mark.usefixtures("live")
 def test_each_recording_stands_alone(tmp_path: Path, vmm: str) -> None:
     commands = {"first": [vmm, "roots"], "second": [vmm, "slot-delete"], "third": [vmm, "roots"]}
-    jobs = [{"out": str(tmp_path / f"{name}.parquet"), "command": command} for name, command in commands.items()]
+    jobs = [
+        {"out": str(tmp_path / f"{name}.parquet"), "command": noted(tmp_path / name, *command)}
+        for name, command in commands.items()
+    ]
     specification = tmp_path / "jobs.json"
     specification.write_text(json.dumps({"events": "mmu", "jobs": jobs}))
     done = batch(specification)
@@ -32,7 +36,7 @@ def test_each_recording_stands_alone(tmp_path: Path, vmm: str) -> None:
         out = tmp_path / f"{name}.parquet"
         assert Trace.open(out).metadata.raw["complete"] is True
         assert json.loads(out.with_suffix(".stdout").read_text())["scenario"] == command[1]
-        vm = next(vm for vm in Trace.open(out).metadata.raw["vms"] if vm["comm"].startswith("kvmtrace-vmm"))
+        (vm,) = own_vms(Trace.open(out), tmp_path / name)
         pages = pl.scan_parquet(out).filter(pl.col("kind") == "kvm_mmu_get_page", pl.col("vm") == vm["id"]).collect()
         created[name] = len(pages)
     assert created["first"] == created["third"] > created["second"] > 0

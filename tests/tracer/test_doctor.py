@@ -30,7 +30,7 @@ def doctor(*arguments: str, nobody: bool = False, **environment: str) -> subproc
     start = ["-c", AS_NOBODY] if nobody else ["-m", "kvmtrace", "doctor"]
     return subprocess.run(
         [sys.executable, *start, *arguments],
-        capture_output=True, text=True, timeout=60, check=False, env={**os.environ, **environment},
+        capture_output=True, text=True, timeout=1200, check=False, env={**os.environ, **environment},
     )  # fmt: skip
 
 
@@ -57,6 +57,7 @@ def test_as_root() -> None:
     assert len(text.splitlines()) < 60, "one screen"
 
 
+@pytest.mark.slow
 def test_as_an_ordinary_user() -> None:
     if os.geteuid() != 0:
         pytest.skip(NOT_ROOT)
@@ -70,6 +71,7 @@ def test_as_an_ordinary_user() -> None:
     assert not done.stderr
 
 
+@pytest.mark.slow
 def test_with_bcc_missing() -> None:
     done = doctor("--json", KVMTRACE_WITHOUT_BCC="1")
     assert done.returncode == 3

@@ -11,10 +11,21 @@ import pytest
 
 from tracer import bpf
 from tracer.btf import Btf
-from tracer.offsets import _NEEDED, DATED_PAGE_LAYOUTS, DATED_ROLES, Layout
-from tracer.probes import HOOKS, IOCTL_KINDS, PRESETS, PROBES, SCHED_KINDS, Hook, preset_kinds
+from tracer.offsets import _NEEDED, Layout
+from tracer.probes import (
+    FUTURE,
+    HOOKS,
+    IOCTL_KINDS,
+    OLDEST,
+    PRESETS,
+    PROBES,
+    SCHED_KINDS,
+    Hook,
+    preset_kinds,
+)
 from tracer.program import Chosen, program
 from tracer.tracefs import Field
+from traces.kernels import at
 from traces.schema import BY_NAME, KINDS, OWN_KINDS, RECORD_FIELDS, RECORD_SIZE
 
 FIXED = {"root", "role", "level", "as_id", "flags"}
@@ -55,10 +66,23 @@ def test_kinds_fit_the_record() -> None:
 
 
 def test_the_dated_layout_knows_what_the_probes_read() -> None:
-    for version, offsets in DATED_PAGE_LAYOUTS.items():
-        assert {"SP_ROLE", "SP_GFN", "SP_SPT", "SP_REFS", "SP_TDP", "SP_UNSYNC"} == offsets.keys()
-        fields = DATED_ROLES[version]
-        assert sum(((1 << width) - 1) << shift for shift, width in fields.values()) < 1 << 32
+    kernel = at("5.10")
+    assert {"SP_ROLE", "SP_GFN", "SP_SPT", "SP_REFS", "SP_TDP", "SP_UNSYNC"} == dict(kernel.page_struct).keys()
+    assert sum(kernel.layout.mask(name) for name, _, _ in kernel.layout.fields) < 1 << 32
+    assert not at("5.11").page_struct
+
+
+@pytest.mark.parametrize("version", ["5.10", "5.12", "5.13", "5.15", "5.17", "5.18", "6.1", "6.9", "6.14", "7.3"])
+def test_points_are_in_the_kernels_that_the_description_says(version: str) -> None:
+    """Every point of the table that its versions allow exists there, and no other of the points that have versions."""
+    kernel = at(version)
+    for point in (point for probe in PROBES for point in probe.points):
+        allowed = point.since <= kernel.version[:2] < point.until
+        there = point.where in kernel.points
+        if point.how in ("entry", "return") and (point.since > OLDEST or point.until < FUTURE):
+            assert there or not allowed, (point, version)
+    known = {point.where for probe in PROBES for point in probe.points}
+    assert kernel.points - {"tdp_mmu_zap_root_work"} <= known
 
 
 def test_expressions_become_c() -> None:

@@ -13,6 +13,8 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from tests.waiting import PATIENCE, until
 from traces import durable, segments
 from traces.compact import Summary, compact
 from traces.errors import Problem
@@ -28,9 +31,10 @@ from traces.record import RECORD
 from traces.schema import BY_NAME
 from traces.segments import MANIFEST, SegmentReader, SegmentWriter, segment_name
 
+pytestmark = pytest.mark.slow
+
 KILLS = 50
 KVM = 0xFFFF888100000000
-WAIT = 60.0  # seconds; a writer that says nothing for so long is stuck
 
 
 def numbered(count: int, first: int) -> np.ndarray[Any, Any]:
@@ -80,6 +84,12 @@ def said_rows(said: Path) -> list[int]:
     return [int(line) for line in said.read_text().splitlines()] if said.exists() else []
 
 
+def has_flushed(said: Path, flushes: int, writer: BaseProcess) -> bool:
+    """Whether so many flushes are said to be done; an error where the writer will not come to it."""
+    assert writer.is_alive(), "the writer ended by itself"
+    return len(said_rows(said)) >= flushes
+
+
 def test_sigkill_at_any_moment_costs_only_what_was_not_flushed(tmp_path: Path) -> None:
     # A fork server imports Arrow once; each writer is a process of its own all the same.
     context = multiprocessing.get_context("forkserver")
@@ -91,13 +101,10 @@ def test_sigkill_at_any_moment_costs_only_what_was_not_flushed(tmp_path: Path) -
         writer = context.Process(target=record_until_killed, args=(directory, said, kill), daemon=True)
         writer.start()
         flushes, moment = rng.randrange(8), rng.uniform(0, 0.02)
-        stuck = time.monotonic() + WAIT
-        while len(said_rows(said)) < flushes and time.monotonic() < stuck:
-            assert writer.is_alive(), "the writer ended by itself"
-            time.sleep(0.001)
+        assert until(partial(has_flushed, said, flushes, writer)), "the writer is stuck"
         time.sleep(moment)
         writer.kill()
-        writer.join(WAIT)
+        writer.join(PATIENCE)
         assert writer.exitcode == -signal.SIGKILL
         flushed = (said_rows(said) or [0])[-1]
         assert flushes == 0 or flushed

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import streams
+from tests.profiles import examples
 from tests.traces.making import KVM_A, KVM_B, event, stream, trace
 from tests.traces.reference import row
 from traces import compact as compaction
@@ -54,7 +55,7 @@ def _rows(opened: Trace) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: int(row["seq"]))
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(given_rows=_RECORDS, cuts=st.lists(st.integers(0, 40), max_size=3), group=st.sampled_from([3, 1 << 20]))
 def test_events_come_back_as_they_went_in(given_rows: list[dict[str, int]], cuts: list[int], group: int) -> None:
     records = _records(given_rows)

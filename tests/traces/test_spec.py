@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from tests.traces.making import event, stream, trace
 from traces.bookkeeping import MAX_ENTRIES, MAX_GAPS
 from traces.encoding import MAGIC
 from traces.frame import MAX_ROW_GROUP_ROWS
+from traces.kernels import Kernel
 from traces.memslots import MAX_SLOTS
 from traces.metadata import MAX_BYTES
 from traces.reader import UNKNOWN_CODE, Trace
@@ -66,6 +68,13 @@ def test_the_metadata_that_is_always_there(tmp_path: Path) -> None:
     trace(tmp_path / "a.parquet", stream([event("kvm_entry")]))
     promised = re.findall(r"`(\w+)`", SPEC.split("6.2 ")[1].split("6.3 ")[0])
     assert set(promised) == set(Trace.open(tmp_path / "a.parquet").metadata.raw)
+
+
+def test_the_kernels_description_is_there_where_the_recording_says_which_it_is(tmp_path: Path) -> None:
+    trace(tmp_path / "a.parquet", stream([event("kvm_entry")]), {"host": {"kernel": "6.12.1"}})
+    said = Trace.open(tmp_path / "a.parquet").metadata.raw["kernel"]
+    assert set(said) == {field.name for field in fields(Kernel)}
+    assert "\n6.9 `kernel` (since 1.1)" in SPEC
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)

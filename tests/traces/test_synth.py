@@ -12,9 +12,10 @@ from unittest.mock import patch
 
 import polars as pl
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
+from tests.profiles import examples
 from traces.errors import BAD_INPUT, Problem
 from traces.reader import Trace
 from traces.schema import BY_NAME
@@ -190,7 +191,7 @@ class Model:
             del self.refs[root]
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(100, HealthCheck.function_scoped_fixture)
 @given(order=orders(), batch=st.sampled_from([vm.BATCH_STEPS, 40, 7]))
 def test_rows_keep_kvms_rules(order: dict[str, Any], batch: int, tmp_path: Path) -> None:
     """Whatever the size of the batches, over which roots live on."""
@@ -217,7 +218,7 @@ def test_rows_keep_kvms_rules(order: dict[str, Any], batch: int, tmp_path: Path)
         assert len(listed) >= order["events"]
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(15, HealthCheck.function_scoped_fixture)
 @given(order=orders())
 def test_a_preserving_host_sees_first_touches_only(order: dict[str, Any], tmp_path: Path) -> None:
     listed = rows(make(tmp_path / "any.parquet", **order | {"policy": "preserve"}))
@@ -254,6 +255,7 @@ def test_another_vcpu_keeps_the_root(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_published_experiment(tmp_path: Path) -> None:
     """Reset on every exit but faults: 15 roots where they are preserved, as many as exits where not."""
     trace = make(tmp_path / "preserve.parquet", reset_on="non-fault")
@@ -474,10 +476,11 @@ def test_a_vms_beginning_is_the_rows_that_recordings_show(tmp_path: Path) -> Non
 
 def kvmtrace(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "kvmtrace", *arguments], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "kvmtrace", *arguments], capture_output=True, text=True, timeout=1200, check=False
     )
 
 
+@pytest.mark.slow
 def test_the_command_makes_what_info_reads(tmp_path: Path) -> None:
     out = str(tmp_path / "out.parquet")
     done = kvmtrace("synth", out, "--policy", "async", "--events", "3000", "--memory", "8M", "--json")

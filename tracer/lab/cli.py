@@ -41,7 +41,8 @@ def list_(as_json: Json = False) -> None:
 
     from tracer import vmm
     from tracer.lab.fetch import present
-    from tracer.lab.lab_kernels import KERNELS, POLICIES, TABLE_DATE
+    from tracer.lab.lab_kernels import KERNELS, TABLE_DATE
+    from traces.kernels.policies import MEANINGS
 
     kernels: list[dict[str, Any]] = []
     for kernel in KERNELS.values():
@@ -53,7 +54,7 @@ def list_(as_json: Json = False) -> None:
                 "release": here.release if here else None,
                 "package": here.package if here else None,
                 "policy": kernel.policy,
-                "meaning": POLICIES[kernel.policy],
+                "meaning": MEANINGS[kernel.policy],
                 "reason": kernel.reason,
                 "parameters": list(kernel.parameters),
             }
@@ -67,7 +68,7 @@ def list_(as_json: Json = False) -> None:
         state = row["package"] or row["release"] or f"kvmtrace lab fetch {row['name']}"
         print(f"  {row['name']:10} {row['policy']:9} {state}\n  {'':20} {row['reason']}")
     print("\nroot policies:")
-    for name, meaning in POLICIES.items():
+    for name, meaning in MEANINGS.items():
         print(f"  {name:10} {meaning}")
     print("\nscenarios:")
     for scenario in scenarios:

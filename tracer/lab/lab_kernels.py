@@ -16,14 +16,6 @@ from traces.errors import ENVIRONMENT, Problem
 
 TABLE_DATE: Final = "2026-11-20"
 
-# What happens to a TDP root when the last vCPU unloads it.
-POLICIES: Final = {
-    "sync": "freed at once, its tables zapped by the unloading vCPU",
-    "async": "invalidated at once, zapped and freed later by a worker",
-    "preserve-inline": "kept until a memslot change or the VM's end invalidates it; the task that did zaps it",
-    "shadow": "no TDP MMU: tables are kept in a hash and reclaimed by page",
-}
-
 
 @dataclass(frozen=True)
 class Kernel:
@@ -57,7 +49,7 @@ KERNELS: Final = {
         Kernel(
             "6.1",
             "6.1",
-            "preserve-inline",
+            "preserve",
             "6.1.192 has edbdb43fc96b (6.4) and 0df9dab891ff (6.6) backported",
             suites=(("Debian-Security", "bookworm-security"), ("Debian", "bookworm")),
         ),
@@ -71,14 +63,14 @@ KERNELS: Final = {
         Kernel(
             "6.12",
             "6.12",
-            "preserve-inline",
+            "preserve",
             "edbdb43fc96b (6.4) and 0df9dab891ff (6.6); roots are made under mmu_lock for read (6.9)",
             suites=(("Debian-Security", "trixie-security"), ("Debian", "trixie")),
         ),
         Kernel(
             "7.x",
             "7",
-            "preserve-inline",
+            "preserve",
             "the newest at hand; as 6.12, invalidation split into a front and a back half (7.3)",
             suites=(("Debian", "sid"), ("Debian", "experimental")),
         ),

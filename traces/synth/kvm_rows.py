@@ -11,6 +11,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from traces.kernels.vendors import SVM
 from traces.lives import Flags, Ints
 from traces.record import Columns
 from traces.synth.guest import AFTER_RIP, CODE_GFN, DATA_RIP, EXIT, SMRAM_GFN, WP
@@ -19,7 +20,9 @@ from traces.synth.parameters import Costs
 from traces.synth.row_columns import Cursor, blank
 
 # SVM exit codes, and the error codes of nested page faults.
-EXIT_INTR, EXIT_CR0_WRITE, EXIT_RSM, EXIT_IO, EXIT_NPF = 0x60, 0x10, 0x73, 0x7B, 0x400
+EXIT_INTR, EXIT_CR0_WRITE, EXIT_RSM, EXIT_IO, EXIT_NPF = (
+    codes[0] for codes in (SVM.interrupt, SVM.cr0_write, SVM.rsm, SVM.io, SVM.nested_fault)
+)
 FETCH, READ, WRITE = 0x100000014, 0x100000004, 0x100000006
 IO_INFO: Final = 0xE00010  # an OUT to port 0xe0, which this VMM's guests use to call out
 IO_RIP: Final = 0x1016

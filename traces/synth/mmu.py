@@ -11,15 +11,23 @@ from typing import Final
 
 import numpy as np
 
+from traces.kernels import at
+from traces.kernels.spte import LARGE
 from traces.lives import Flags, Ints
 from traces.synth.guest import EXIT, SMI, SMRAM_GFN, TOUCH, WP, Steps
 from traces.synth.parameters import Parameters
 
-ROLE, SMM_ROLE, INVALID = 0x3784, 0x01003784, 0x800  # 6.1: level 4, direct, all access, NX, WP; bit 11
 LEVEL: Final = 4
+_KERNEL: Final = at("6.1")
+_LAYOUT, _SPTE = _KERNEL.layout, _KERNEL.spte
+ROLE: Final = LEVEL | _LAYOUT.constant | _LAYOUT.nx | _LAYOUT.wp
+SMM_ROLE: Final = ROLE | _LAYOUT.smm
+INVALID: Final = _LAYOUT.invalid
 ALL_ROOTS: Final = 0xFFFFFFFFFFFFFFFF
 
-_LINK, _LEAF, _LARGE = 0x827, 0xE67, 0x80  # SPTE bits, as NPT of 6.1 sets them
+# SPTEs under NPT: present, writable, user, accessed; a leaf is dirty, too.
+_LINK: Final = _SPTE.present | 0x27
+_LEAF: Final = _SPTE.present | _SPTE.host_writable[0] | _SPTE.mmu_writable[0] | 0x67
 _SPREAD: Final = 0x9E3779B97F4A7C15
 
 
@@ -81,7 +89,7 @@ class HostPages:
     def leaf(self, gfn: Ints) -> Ints:
         """The leaf SPTE for `gfn`."""
         huge = self.huge[gfn >> 9]
-        return (self.pfn(np.where(huge, gfn >> 9 << 9, gfn)) << 12) | _LEAF | np.where(huge, _LARGE, 0)
+        return (self.pfn(np.where(huge, gfn >> 9 << 9, gfn)) << 12) | _LEAF | np.where(huge, LARGE, 0)
 
 
 class Tree:

@@ -7,13 +7,14 @@ from typing import Any, Final
 
 import numpy as np
 
+from traces.kernels import at
 from traces.lives import Ints
 from traces.record import Columns
 from traces.schema import BY_NAME
 from traces.synth.mmu import INVALID, LEVEL, Leaves, Tables, link
 from traces.synth.row_columns import join, rows, take
 
-FROZEN: Final = 0x5A0
+FROZEN: Final = at("6.1").spte.frozen or 0
 ENTRIES: Final = 512
 _END: Final = 1023 << 20  # after every table of a pass
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,6 +13,8 @@ from traces.columns import kind_name
 from traces.compact import Summary, _Compaction
 from traces.encoding import TraceFile
 from traces.errors import Problem
+from traces.kernels import at
+from traces.progress import Progress
 from traces.record import Columns
 from traces.segments import Segment, SegmentReader
 from traces.synth.parameters import Parameters
@@ -38,27 +40,13 @@ ZAPS: Final = ("kvm_mmu_prepare_zap_page", "zap_root_begin", "zap_root_end")
 _LEFT_OUT: Final = "left out: made with --zap-rows"
 _FAULTS_ONLY: Final = "changes by faults only; those by zaps were left out"
 
-# Of 6.1 on AMD; bits as (first, count).
-_ROLE: Final = {
-    "level": [0, 4], "has_4_byte_gpte": [4, 1], "quadrant": [5, 2], "direct": [7, 1], "access": [8, 3],
-    "invalid": [11, 1], "efer_nx": [12, 1], "cr0_wp": [13, 1], "smep_andnot_wp": [14, 1], "smap_andnot_wp": [15, 1],
-    "ad_disabled": [16, 1], "guest_mode": [17, 1], "passthrough": [18, 1], "smm": [24, 8],
-}  # fmt: skip
-_SPTE: Final = {
-    "large": [7, 1], "pfn": [12, 40], "present": [11, 1], "ad_type": [52, 2], "nonpresent": 0, "frozen": 0x5A0,
-    "npt": {"host_writable": [9, 1], "mmu_writable": [10, 1]},
-    "ept": {"host_writable": [57, 1], "mmu_writable": [58, 1]},
-}  # fmt: skip
-
 _PART_ROWS: Final = 1 << 18  # a row group ends with the part that fills it, so parts must be small beside it
-
-Progress = Callable[[int], None]
 
 
 class _Synthetic(SegmentReader):
     """Stands where compaction expects a recording's segments, and makes their rows as they are asked for."""
 
-    def __init__(self, parameters: Parameters, progress: Progress | None) -> None:
+    def __init__(self, parameters: Parameters, progress: Progress) -> None:
         share = None if parameters.events is None else math.ceil(parameters.events / parameters.vms)
         self.segments: list[Segment] = []
         self.manifest_problem = ""
@@ -77,8 +65,7 @@ class _Synthetic(SegmentReader):
                 part = take(columns, slice(first, first + _PART_ROWS))
                 yield written, part
                 written += len(part["time"])
-            if self._progress is not None:
-                self._progress(written)
+            self._progress.at(written)
         self.manifest |= {"closed": {"rows": written}, "finished": True, "loss": self._loss()}
 
     def _loss(self) -> dict[str, Any]:
@@ -108,17 +95,18 @@ def merge(streams: list[Iterator[Columns]]) -> Iterator[Columns]:
         yield columns if len(ready) == 1 else take(columns, np.argsort(columns["time"], kind="stable"))
 
 
-def synthesize(path: Path, parameters: Parameters, progress: Progress | None = None) -> Summary:
+def synthesize(path: Path, parameters: Parameters) -> Summary:
     """Write the trace that `parameters` order, in bounded memory; the same parameters give the same bytes.
 
-    `progress` is called with the number of rows made so far. Raises Problem (exit code 2) for parameters that make no
+    Raises Problem (exit code 2) for parameters that make no
     sense, or where the file cannot be written.
     """
     parameters = parameters.settled()
     try:
         file = TraceFile(path)
         try:
-            return _Compaction(_Synthetic(parameters, progress), file).run()
+            with Progress(f"making {path}", parameters.events) as progress:
+                return _Compaction(_Synthetic(parameters, progress), file).run()
         finally:
             file.discard()
     except OSError as error:
@@ -128,7 +116,8 @@ def synthesize(path: Path, parameters: Parameters, progress: Progress | None = N
 def manifest(parameters: Parameters) -> dict[str, Any]:
     """What a recorder would say of itself, and that there was none."""
     zaps = parameters.zap_rows
-    name = "async" if parameters.policy == "async" else "preserve-inline"
+    kernel = at(KERNEL)  # 6.1 on AMD
+    role = {name: list(place) for name, place in kernel.layout.shifts.items()}
     probes = [{"kind": kind, "point": "synthetic", "how": "synthetic", "why": ""} for kind in WATCHED]
     how = "synthetic" if zaps else "none"
     probes += [{"kind": kind, "point": "synthetic", "how": how, "why": "" if zaps else _LEFT_OUT} for kind in ZAPS]
@@ -144,8 +133,10 @@ def manifest(parameters: Parameters) -> dict[str, Any]:
             "kernel": KERNEL, "build": "synthetic", "machine": "x86_64", "cpus": 256,
             "vendor": "AuthenticAMD", "model": "synthetic: no machine recorded this",
         },
-        "policy": {"name": name, "why": "synthetic: as ordered"},
-        "layout": {"role": _ROLE, "spte": _SPTE, "source": "6.1", "missing": [], "table_is_physical": True},
+        "policy": {"name": parameters.policy, "why": "synthetic: as ordered"},
+        "layout": {
+            "role": role, "spte": kernel.spte.document(), "source": "6.1", "missing": [], "table_is_physical": True,
+        },
         "probes": probes,
         "clock": {"name": "boottime", "samples": []},
         "missed": {},

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import pytest
 
-from tracer.btf import Btf, Member
-from tracer.policy import Facts, root_policy
+from traces.kernels.detect import Host, root_policy
+from traces.kernels.policies import POLICIES
 
 
 class Types:
@@ -19,8 +17,8 @@ class Types:
     def has_function(self, name: str) -> bool:
         return name in self.names
 
-    def member(self, _struct: str, path: str) -> Member | None:
-        return Member(0, 1) if path in self.names else None
+    def member(self, _struct: str, path: str) -> object | None:
+        return object() if path in self.names else None
 
 
 WORKER, INLINE = "tdp_mmu_zap_root_work", "tdp_mmu_scheduled_root_to_zap"
@@ -33,10 +31,10 @@ WORKER, INLINE = "tdp_mmu_zap_root_work", "tdp_mmu_scheduled_root_to_zap"
         ((5, 10), (), {"kvm": {"tdp_mmu": "N"}}, "shadow"),
         ((5, 15), (), {"kvm": {"tdp_mmu": "Y"}}, "sync"),
         ((5, 18), (WORKER,), {"kvm": {"tdp_mmu": "Y"}}, "async"),
-        ((6, 1), (INLINE,), {"kvm": {"tdp_mmu": "Y"}}, "preserve-inline"),
+        ((6, 1), (INLINE,), {"kvm": {"tdp_mmu": "Y"}}, "preserve"),
         ((6, 1), (WORKER, INLINE), {"kvm": {"tdp_mmu": "Y"}}, "async"),
         ((6, 4), (WORKER,), {"kvm": {"tdp_mmu": "Y"}}, "preserve-worker"),
-        ((6, 12), (INLINE,), {"kvm": {"tdp_mmu": "Y"}}, "preserve-inline"),
+        ((6, 12), (INLINE,), {"kvm": {"tdp_mmu": "Y"}}, "preserve"),
         ((6, 12), (INLINE,), {"kvm": {"tdp_mmu": "N"}}, "shadow"),
         ((6, 12), (INLINE,), {"kvm": {"tdp_mmu": "Y"}, "kvm_amd": {"npt": "N"}}, "shadow"),
         ((6, 12), (INLINE,), {"kvm": {"tdp_mmu": "Y"}, "kvm_intel": {"ept": "0"}}, "shadow"),
@@ -46,6 +44,7 @@ WORKER, INLINE = "tdp_mmu_zap_root_work", "tdp_mmu_scheduled_root_to_zap"
 def test_policies(
     version: tuple[int, int], types: tuple[str, ...], parameters: dict[str, dict[str, str]], expected: str
 ) -> None:
-    found = root_policy(Facts(version, cast(Btf, Types(*types)), parameters))
+    found = root_policy(Host(version, Types(*types), parameters))
     assert found["name"] == expected
     assert found["why"]
+    assert found["name"] in {*POLICIES, "unknown"}

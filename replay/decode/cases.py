@@ -12,5 +12,5 @@ class Case:
     most: bool = False  # writes of CR0 and CR4 of unknown value unload
     hidden: bool = False  # prefetched pages were needed
     # CR0.WP and EFER.NX make no roots of their own: of a kernel whose words have neither, all that it had mapped in the
-    # one root is what a root built anew is given (`axes.revive`).
+    # one root is what a root built anew is given (`parameters.assume_refault`).
     merged: bool = False

@@ -23,8 +23,7 @@ from typing import Any
 import cython
 import numpy as np
 
-from replay import roles
-from replay.causes import CAUSES, OPEN, Trigger
+from replay.decode.cases import Case
 from replay.decode.inputs import (
     BUILT_ROOT,
     HAS_ENTER,
@@ -38,10 +37,10 @@ from replay.decode.inputs import (
     WAS_STILL,
 )
 from replay.decode.pools import as_bytes, as_structures, pool_of
-from replay.kernels import Kernel
-from replay.simulate.cases import Case
-from replay.simulate.operations import Block, Cause, Op
+from replay.simulate.operations import CAUSES, Block, Cause, Op
 from replay.simulate.timed_operations import CREATED, FOUND, LAST, MORE, NEVER, Timed
+from traces.kernels import Kernel, roles
+from traces.kernels.triggers import OPEN, Trigger
 
 COMPILED: bool = cython.compiled
 
@@ -221,14 +220,14 @@ class Specialization:
         gfn: cython.const[cython.longlong][::1],
         time: cython.const[cython.longlong][::1],
         seq: cython.const[cython.longlong][::1],
-        exit_: cython.const[cython.longlong][::1],
+        exit_: cython.const[cython.int][::1],
         lead: cython.const[cython.longlong][::1],
         guest: cython.const[cython.longlong][::1],
         fault: cython.const[cython.longlong][::1],
         load: cython.const[cython.longlong][::1],
         unload: cython.const[cython.longlong][::1],
-        tables: cython.const[cython.longlong][::1],
-        has: cython.const[cython.longlong][::1],
+        tables: cython.const[cython.uchar][::1],
+        has: cython.const[cython.uint][::1],
         flags: cython.const[cython.uchar][::1],
         first: cython.longlong,
         began: cython.longlong,

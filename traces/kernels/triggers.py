@@ -1,14 +1,12 @@
 """Triggers: what makes a vCPU give up its roots, as a recording shows it and before a kernel version decides.
 
-Which of them unload is a property of the kernel replayed (`kernels`), and so is which change the role word.
+Which of them unload is a property of the kernel (`Kernel.unloads`), and so is which change the role word.
 """
 
 from __future__ import annotations
 
 from enum import IntEnum
 from typing import Final
-
-from replay.simulate.operations import Cause
 
 
 class Trigger(IntEnum):
@@ -32,26 +30,6 @@ class Trigger(IntEnum):
     CR0_RESET = 15  # CR0 was written, its value not recorded, and it was reset where WP alone does: WP, or PG
     CR4_RESET = 16  # the same of CR4: PGE, or a role bit
 
-
-CAUSES: Final = {
-    Trigger.SMI: Cause.SMI,
-    Trigger.RSM: Cause.RSM,
-    Trigger.CR0_WP: Cause.CR0_WP,
-    Trigger.CR0: Cause.CR0,
-    Trigger.CR4: Cause.CR4,
-    Trigger.CR4_PGE: Cause.CR4,
-    Trigger.CR4_PCIDE: Cause.CR4,
-    Trigger.EFER: Cause.EFER,
-    Trigger.SREGS: Cause.SREGS,
-    Trigger.CPUID: Cause.CPUID,
-    Trigger.INVPCID: Cause.OTHER,
-    Trigger.EXIT: Cause.EXIT,
-    Trigger.OTHER: Cause.OTHER,
-    Trigger.CR0_SILENT: Cause.CR0_WP,
-    Trigger.CR4_SILENT: Cause.CR4,
-    Trigger.CR0_RESET: Cause.CR0,
-    Trigger.CR4_RESET: Cause.CR4,
-}
 
 # A trigger that is open -> what it is in the case that unloads least (None: nothing), and in the one that unloads most.
 OPEN: Final[dict[Trigger, tuple[Trigger | None, Trigger]]] = {
@@ -81,19 +59,6 @@ CR4_PCIDE: Final = 1 << 17
 CR4_ROLE: Final = 1 << 4 | 1 << 5 | 1 << 12 | 1 << 20 | 1 << 21 | 1 << 22  # PSE PAE LA57 SMEP SMAP PKE
 EFER_MSR: Final = 0xC0000080
 EFER_NX: Final = 1 << 11
-
-# Exits, by vendor: SVM exit codes, VMX basic reasons.
-SVM_CR0: Final = (0x10, 0x65)
-SVM_CR4: Final = 0x14
-SVM_UD: Final = 0x46
-SVM_RSM: Final = 0x73
-SVM_MSR: Final = 0x7C
-SVM_INVPCID: Final = 0xA2
-VMX_EXCEPTION: Final = 0
-VMX_RSM: Final = 17
-VMX_CR: Final = 28
-VMX_WRMSR: Final = 32
-VMX_INVPCID: Final = 58
 
 # ioctls, type and number.
 SET_SREGS: Final = (0xAE84, 0xAECD)

@@ -1,0 +1,73 @@
+"""vCPUs that do not get past an instruction: their longest runs of exits at one RIP, asked of a recording's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from types import SimpleNamespace
+from typing import Any, Final
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from replay.decode.rip_runs import RipRuns
+from replay.decode.vm_inputs import dense_numbers, vcpu_ids
+from replay.timing.stuck_rip import RipRun, longest_runs
+from traces.columns import KIND_NAMES
+from traces.reader import UNKNOWN_CODE, Trace
+from traces.schema import BY_NAME
+
+_KINDS: Final = pl.Enum(KIND_NAMES)
+_CODES: Final = np.array(
+    [*(BY_NAME[name].code if name in BY_NAME else UNKNOWN_CODE for name in KIND_NAMES), UNKNOWN_CODE], np.uint8
+)
+_NAMES: Final = tuple(field.name for field in fields(RipRun))
+SCHEMA: Final = {"vm": pl.Int64, **dict.fromkeys(_NAMES, pl.Int64), "rip": pl.UInt64}
+
+
+@dataclass(frozen=True, eq=False)
+class RipQuestion:
+    """Each vCPU's longest run: columns `vm` and the fields of `RipRun`."""
+
+    trace: Trace
+    name: str = "runs of exits at one RIP"
+    columns: frozenset[str] = frozenset({"seq", "time", "vcpu", "kind", "rip", "addr"})
+
+    def begin(self, none: pl.DataFrame) -> _Following:
+        return _Following(self.trace)
+
+
+class _Following:
+    def __init__(self, trace: Trace) -> None:
+        self._trace = trace
+        self._vms: dict[int, Mapping[str, Any]] = {int(vm["id"]): vm for vm in trace.metadata.vms}
+        self._runs: dict[int, tuple[RipRuns, NDArray[np.int32]]] = {}
+
+    def feed(self, rows: pl.DataFrame, one_vm: bool) -> None:
+        for part in [rows] if one_vm else rows.partition_by("vm", maintain_order=True):
+            vm = part["vm"][0] if len(part) else None
+            if vm in self._vms:
+                self._feed(vm, part)
+
+    def _feed(self, vm: int, rows: pl.DataFrame) -> None:
+        if vm not in self._runs:
+            numbers = dense_numbers(self._trace.path, self._vms[vm])
+            self._runs[vm] = RipRuns(len(vcpu_ids(self._vms[vm]))), numbers
+        runs, numbers = self._runs[vm]
+        columns = {name: rows[name].to_numpy() for name in ("seq", "time", "rip", "addr")}
+        kind = _CODES[rows["kind"].cast(_KINDS, strict=False).to_physical().fill_null(len(KIND_NAMES)).to_numpy()]
+        runs.feed(SimpleNamespace(vcpu=numbers[rows["vcpu"].fill_null(-1).to_numpy()], kind=kind, **columns))
+
+    def answer(self) -> pl.DataFrame:
+        found = []
+        for vm, (runs, _) in self._runs.items():
+            runs.finish()
+            ids = vcpu_ids(self._vms[vm])
+            found += [{"vm": vm, **asdict(replace(run, vcpu=ids[run.vcpu]))} for run in longest_runs(runs)]
+        return pl.DataFrame(found, schema=SCHEMA)
+
+
+def runs_of(answer: pl.DataFrame) -> list[tuple[int, RipRun]]:
+    """Runs with their VM, from an answer."""
+    return [(row["vm"], RipRun(**{name: row[name] for name in _NAMES})) for row in answer.to_dicts()]

@@ -1,0 +1,245 @@
+"""What whole commands cost: CPU time against decoding the same file, peak memory, VMs on two cores, and many of them.
+
+    python -m benchmarks.whole_commands [--events 10000000,100000000] [--rounds 3] [--json]
+
+Recordings are generated: `kvmtrace synth --policy async --smi-rate 1000 --working-set 512`, of each number of events.
+In every round all commands take turns with decoding, which is a process of its own that reads every column with our
+reader (`Trace.open(path).batches()`) and does nothing else. A command's ratio is its CPU time (user and system, of
+the process and its children, start-up included) over that of decoding in the same round; figures are medians, and
+ranges over the rounds. Memory is the peak of the command's largest process. Start-up is 0.5 s or so of each: nothing
+in 100 million events, much in 10 million, so that the targets of ratios are those at the largest number of events.
+
+Of the smallest number of events then:
+
+- one recording of two VMs, replayed on one core and on two: how many times the wall clock's speed the second brings;
+- recordings of 1,000 VMs and of 1,000 vCPUs: what `replay`, `report --no-replay` and decoding cost a row, over what
+  they cost a row of the recording of one VM with one vCPU.
+
+The first page of HTML that a machine makes takes a second and 90 MiB more, which bundle the page's JavaScript once.
+
+Nothing fails for a figure: a busy machine is no fault of the code. The table says which are over their target.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from benchmarks.record import machine, say, spread, table
+from traces.errors import VERDICT_FAILED, Problem
+
+KVMTRACE: Final = (sys.executable, "-m", "kvmtrace")
+STORM: Final = ("--policy", "async", "--smi-rate", "1000", "--working-set", "512")
+DECODE: Final = "import sys; from traces.reader import Trace; [None for _ in Trace.open(sys.argv[1]).batches()]"
+MEMORY: Final = 350  # MiB
+CORES: Final = 1.7
+MANY: Final = 1.5
+MANY_OF: Final = 1000
+
+
+@dataclass(frozen=True)
+class Command:
+    """What is measured; `target`: times the CPU time of decoding, None where there is none."""
+
+    name: str
+    argv: tuple[str, ...]
+    target: float | None = None
+
+    def over(self, path: Path) -> list[str]:
+        return [*self.argv, str(path)]
+
+
+DECODING: Final = Command("decoding", (sys.executable, "-c", DECODE))
+COMMANDS: Final = (
+    Command("replay --no-time", (*KVMTRACE, "replay", "--no-time"), 2),
+    Command("replay", (*KVMTRACE, "replay"), 3),
+    Command("report --no-replay", (*KVMTRACE, "report", "--no-replay"), 3),
+    Command("report", (*KVMTRACE, "report"), 6),
+    Command("report --format html", (*KVMTRACE, "report", "--format", "html"), 8),
+)
+OF_MANY: Final = (DECODING, *(each for each in COMMANDS if each.name in ("replay", "report --no-replay")))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: CPU seconds, seconds of the wall clock, bytes of the largest process."""
+
+    cpu: float
+    seconds: float
+    peak: int
+
+
+def run(argv: Sequence[str], cores: frozenset[int] | None = None) -> Run:
+    """A command once, on these cores (all by default). Raises Problem where it fails."""
+    # It starts on the cores that this process may run on.
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores or before)
+    try:
+        started = time.monotonic()
+        child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    finally:
+        os.sched_setaffinity(0, before)
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise Problem(f"{' '.join(argv)} ended with {child.returncode}", VERDICT_FAILED)
+    return Run(usage.ru_utime + usage.ru_stime, time.monotonic() - started, usage.ru_maxrss << 10)
+
+
+def made(path: Path, events: int, *options: str) -> Path:
+    """A generated recording, made by a process of its own: this one's memory is inherited by what it starts."""
+    say(f"whole_commands: making {path.name}")
+    run([*KVMTRACE, "synth", str(path), *STORM, "--events", str(events), *options])
+    return path
+
+
+def rows_of(path: Path) -> int:
+    told = subprocess.run([*KVMTRACE, "info", "--json", str(path)], stdout=subprocess.PIPE, check=True).stdout
+    return int(json.loads(told)["events"])
+
+
+def in_turns(rounds: int, runs: dict[str, Callable[[], Run]]) -> dict[str, list[Run]]:
+    """Each of them once a round."""
+    done: dict[str, list[Run]] = {name: [] for name in runs}
+    for number in range(rounds):
+        for name, one in runs.items():
+            say(f"whole_commands: round {number + 1} of {rounds}, {name}")
+            done[name].append(one())
+    return done
+
+
+def whole(path: Path, rounds: int) -> dict[str, list[Run]]:
+    """Decoding and every command over one recording."""
+    every = (DECODING, *COMMANDS)
+    return in_turns(rounds, {each.name: lambda each=each: run(each.over(path)) for each in every})  # type: ignore[misc]
+
+
+def two_cores(path: Path, rounds: int) -> dict[str, list[Run]]:
+    """`replay` of two VMs on one core and on two; nothing where there is only one."""
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    if len(cores) < 2:
+        return {}
+    argv = (*KVMTRACE, "replay", str(path))
+    sets = {"one core": frozenset(cores[:1]), "two cores": frozenset(cores)}
+    return in_turns(rounds, {name: lambda on=on: run(argv, on) for name, on in sets.items()})  # type: ignore[misc]
+
+
+def many(paths: dict[str, Path], rounds: int) -> dict[str, list[Run]]:
+    """Commands over recordings of one VM and of many, by command and recording."""
+    return in_turns(rounds, {
+        f"{each.name}, {name}": lambda each=each, path=path: run(each.over(path))  # type: ignore[misc]
+        for name, path in paths.items()
+        for each in OF_MANY
+    })  # fmt: skip
+
+
+def ratios(done: dict[str, list[Run]], name: str, of: str, figure: Callable[[Run], float]) -> list[float]:
+    """One's figure over the other's, round by round."""
+    return [figure(one) / figure(other) for one, other in zip(done[name], done[of], strict=True)]
+
+
+def judged(values: Sequence[float], target: float | None, most: bool = True) -> str:
+    """A target, and whether the median keeps it."""
+    if target is None:
+        return ""
+    middle = sorted(values)[len(values) // 2]
+    kept = middle <= target if most else middle >= target
+    return f"{'at most' if most else 'at least'} {target:g}{'' if kept else ': MISSED'}"
+
+
+def whole_table(done: dict[str, list[Run]], events: int, largest: bool) -> str:
+    rows = []
+    for each in (DECODING, *COMMANDS):
+        runs = done[each.name]
+        times = ratios(done, each.name, DECODING.name, lambda one: one.cpu)
+        peaks = [one.peak / (1 << 20) for one in runs]
+        target = each.target if largest else None
+        rows.append([
+            each.name, spread([one.cpu for one in runs]), spread([one.cpu / events * 1e9 for one in runs], ".0f"),
+            spread(times), judged(times, target), f"{max(peaks):,.0f}",
+            judged([max(peaks)], MEMORY if each is not DECODING else None),
+        ])  # fmt: skip
+    head = [f"{events:,} events", "CPU s", "ns a row", "times decoding", "target", "peak MiB", "target"]
+    return table(head, rows)
+
+
+def many_rows(done: dict[str, list[Run]], rows: dict[str, int]) -> list[list[str]]:
+    found = []
+    for each in OF_MANY:
+        one, *others = rows
+        for name in others:
+            times = ratios(done, f"{each.name}, {name}", f"{each.name}, {one}", lambda run: run.cpu)
+            times = [value * rows[one] / rows[name] for value in times]
+            target = judged(times, MANY if each is not DECODING else None)
+            found.append([f"{each.name}: CPU time a row of {name}, over one VM's", spread(times), target])
+    return found
+
+
+def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="benchmarks.whole_commands", description="What whole commands cost.")
+    parser.add_argument("--events", default="10000000,100000000", help="of the recordings, separated by commas")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    numbers = options.events.split(",")
+    if options.rounds < 1 or not all(each.isdigit() and int(each) >= 100_000 for each in numbers):
+        parser.error("--rounds from 1, --events from 100,000")
+    options.events = sorted(map(int, numbers))
+    return options
+
+
+def main() -> None:
+    options = options_of()
+    facts = machine()
+    document: dict[str, Any] = {"schema": 1, **facts}
+    texts = []
+    with tempfile.TemporaryDirectory(prefix="kvmtrace-bench-") as name:
+        scratch = Path(name)
+        least, most = options.events[0], options.events[-1]
+        for events in options.events:
+            path = made(scratch / f"{events}.parquet", events)
+            done = whole(path, options.rounds)
+            document[str(events)] = plain(done)
+            texts.append(whole_table(done, rows_of(path), events == most))
+        paths = {"one VM": scratch / f"{least}.parquet"}
+        for what in ("vms", "vcpus"):
+            label = f"{MANY_OF:,} {'VMs' if what == 'vms' else 'vCPUs'}"
+            paths[label] = made(scratch / f"{what}.parquet", least, f"--{what}", str(MANY_OF))
+        done = many(paths, options.rounds)
+        document["many"] = plain(done)
+        rows = many_rows(done, {name: rows_of(path) for name, path in paths.items()})
+        done = two_cores(made(scratch / "two.parquet", least, "--vms", "2"), options.rounds)
+        document["cores"] = plain(done)
+        what = "replay of two VMs: speed of two cores, over one's"
+        if done:
+            speeds = ratios(done, "one core", "two cores", lambda run: run.seconds)
+            rows.insert(0, [what, spread(speeds), judged(speeds, CORES, most=False)])
+        else:
+            rows.insert(0, [what, "not measured: this process may run on one core only", ""])
+        texts.append(table([f"{least:,} events", "times", "target"], rows))
+    if options.json:
+        print(json.dumps(document, indent=1))
+    else:
+        print(f"{facts['date']}: {facts['cpu']}, {facts['cpus']} CPUs, load {facts['load']:.1f}\n")
+        print("\n\n".join(texts))
+
+
+def plain(done: dict[str, list[Run]]) -> dict[str, list[dict[str, Any]]]:
+    return {name: [asdict(each) for each in runs] for name, runs in done.items()}
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Problem as problem:
+        print(f"benchmarks.whole_commands: {problem}", file=sys.stderr)
+        sys.exit(problem.code)

@@ -1,0 +1,136 @@
+"""Questions about rows: what a pass in batches answers is what the rows say together, and there is one pass."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from analysis import rows
+from analysis.formats import drawn as drawn_by
+from analysis.formats import renderer
+from analysis.queries import drawn, recorded
+from analysis.recorded_time import during
+from analysis.reporting import Wanted, reported
+from analysis.rows import Tally
+from analysis.sources import Recording
+from tests.analysis.sources import CORPUS
+from traces.errors import Problem
+from traces.reader import Trace
+
+TWO_VMS = CORPUS / "two-vms-6.1-async.parquet"
+SHADOW = CORPUS / "smi-storm-6.1-shadow.parquet"
+
+
+def tallies(recording: Recording) -> list[Tally]:
+    return [
+        recorded.in_windows(recording, 3_000_000),
+        recorded.installs(),
+        recorded.faulted(),
+        recorded.used_roots(),
+        recorded.placed(),
+    ]
+
+
+def in_order(frame: pl.DataFrame, tally: Tally) -> pl.DataFrame:
+    return frame.select(sorted(frame.columns)).sort("vm", *tally.by)
+
+
+@pytest.mark.parametrize(("batch", "merged"), [(17, 0), (1000, 50), (1 << 18, 1 << 17)])
+@pytest.mark.parametrize("path", [TWO_VMS, SHADOW], ids=lambda path: path.stem)
+def test_parts_merge_to_what_all_rows_say(path: Path, batch: int, merged: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "BATCH_ROWS", batch)
+    monkeypatch.setattr(rows, "_MERGED_ROWS", merged)
+    recording = Recording.open(path)
+    every = recording.scan().collect()
+    asked = tallies(recording)
+    for tally, answer in zip(asked, recording.ask(*asked), strict=True):
+        assert in_order(answer, tally).equals(in_order(tally.of(every, one_vm=False), tally)), tally.name
+        assert len(answer) or tally.name == "slots"
+
+
+NUMBERED = st.lists(
+    st.tuples(st.one_of(st.none(), st.integers(1, 3)), st.integers(0, 4), st.one_of(st.none(), st.integers(-9, 9)))
+)
+
+
+@given(NUMBERED, st.lists(st.integers(0, 60)))
+def test_any_rows_in_any_parts(values: list[tuple[int | None, int, int | None]], cuts: list[int]) -> None:
+    schema = {"vm": pl.Int32, "key": pl.Int8, "value": pl.Int64}
+    every = pl.DataFrame(values, schema=schema, orient="row")
+    value = pl.col("value")
+    tally = Tally(
+        "any", where=pl.col("key") > 0, by={"key": pl.col("key")}, sums={"sum": value, "odd": value % 2 == 1},
+        least={"least": value}, most={"most": value},
+    )  # fmt: skip
+    counting = tally.begin(every.clear())
+    for begin, end in pairwise(sorted({0, *cuts, len(every)})):
+        part = every[begin:end]
+        counting.feed(part, one_vm=part["vm"].n_unique() == 1)
+    groups: dict[tuple[Any, int], list[int | None]] = {}
+    for vm, key, number in values:
+        if key > 0:
+            groups.setdefault((vm, key), []).append(number)
+    found = {(row["vm"], row["key"]): row for row in counting.answer().iter_rows(named=True)}
+    assert found.keys() == groups.keys()
+    for group, numbers in groups.items():
+        known = [number for number in numbers if number is not None]
+        assert found[group]["rows"] == len(numbers)
+        assert found[group]["sum"] == sum(known)
+        assert found[group]["odd"] == sum(number % 2 for number in known)
+        assert found[group]["least"] == min(known, default=None)
+        assert found[group]["most"] == max(known, default=None)
+
+
+@pytest.mark.parametrize("batch", [29, 1 << 18])
+@pytest.mark.parametrize("ranges", [1, 5, 50])
+def test_heat_is_of_the_smallest_ranges_there_is_room_for(
+    ranges: int, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "BATCH_ROWS", batch)
+    recording = Recording.open(TWO_VMS)
+    wanted: Counter[tuple[Any, ...]] = Counter()
+    for vm, (first, last) in during(recording.trace).items():
+        width, pages = (last - first) // 10 + 1, 1
+        mapped = [
+            row
+            for part in recording.trace.batches(["time", "vm", "kind", "gfn"], vm=vm)
+            for row in part.to_pylist()
+            if row["kind"] == "kvm_mmu_set_spte"
+        ]
+        while len({row["gfn"] // pages for row in mapped}) > ranges:
+            pages *= 2
+        for row in mapped:
+            time = first + (row["time"] - first) // width * width
+            wanted[vm, time, width, row["gfn"] // pages * pages, pages] += 1
+    found = drawn.heat(recording, parts=10, rows=ranges).collect()
+    assert found.rows() == sorted((*cell, count) for cell, count in wanted.items())
+
+
+@pytest.mark.parametrize("format_", ["text", "html"])
+def test_a_report_goes_through_the_rows_once(format_: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = []
+    ask = rows.ask
+    monkeypatch.setattr(rows, "ask", lambda trace, questions: passes.append(len(questions)) or ask(trace, questions))
+    with reported(TWO_VMS, Wanted(replay=False, drawn=drawn_by(format_))) as report:
+        renderer(format_)(report)
+    assert passes == [{"text": 4, "html": 5}[format_]]
+
+
+def test_a_damaged_row_group_is_told_of_every_query(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    data = bytearray(TWO_VMS.read_bytes())
+    data[Trace.open(TWO_VMS).metadata.row_groups[1].offset + 100] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(Problem, match="row group 1 does not fit its checksum"):
+        recorded.lives(Recording.open(path))
+    with reported(path, Wanted(replay=False)) as report:
+        notes = [text for name, text in report.trust if name == "note"]
+    assert len(notes) == 6
+    assert all("row group 1 does not fit its checksum" in note for note in notes)

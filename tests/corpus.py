@@ -1,0 +1,29 @@
+"""The recordings that ship, and what tests of all of them run over: a few of each kernel where time is short."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CORPUS = Path(__file__).parents[1] / "traces" / "corpus"
+RECORDINGS = sorted(CORPUS.glob("*.parquet"))
+# Recordings of shadow paging: the guest's page tables decide what they show, so `replay` refuses them
+# (test_validate_paging has that), and `validate` has a model of its own for them.
+PAGED = [path for path in RECORDINGS if path.stem.endswith("-npt0")]
+REPLAYED = [path for path in RECORDINGS if path not in PAGED]
+# Recorded on every kernel, under each of its MMUs: SMM, memslots, and notifiers.
+FEW = ("smi-storm", "slot-delete", "notifier")
+
+
+def each(paths: Iterable[Path]) -> list[Any]:
+    """Parameters of a test of each recording; those that `make quick` leaves out are marked `corpus`."""
+    return [
+        pytest.param(path, id=path.stem, marks=() if path.stem.startswith(_FEW) else pytest.mark.corpus)
+        for path in paths
+    ]
+
+
+_FEW = tuple(f"{scenario}-{version}" for scenario in FEW for version in ("5.", "6.", "7."))

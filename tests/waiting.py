@@ -1,0 +1,17 @@
+"""Waiting for what has to happen, as long as a busy machine may need for it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+PATIENCE = 300.0  # seconds; what has not happened by then will not
+
+
+def until(holds: Callable[[], Any]) -> Any:
+    """What `holds` gives once that is true; false where it never came to be."""
+    give_up = time.monotonic() + PATIENCE
+    while not (found := holds()) and time.monotonic() < give_up:
+        time.sleep(0.01)
+    return found

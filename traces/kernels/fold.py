@@ -1,0 +1,166 @@
+"""From a version, and what was detected, to one `Kernel`: the changes that hold, applied in order."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+from traces.errors import Problem
+from traces.kernels import roles, spte, stored
+from traces.kernels.changes import CHANGES, FIRST, Change
+from traces.kernels.kernel import Kernel, Version
+from traces.kernels.policies import POLICIES, current_name
+from traces.kernels.triggers import Trigger
+from traces.kernels.vendors import vendor_of
+from traces.text import printable
+
+if TYPE_CHECKING:
+    from traces.metadata import Metadata
+
+_LAST_PATCH: Final = 1 << 20
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was detected on a host or is in a trace, and stands above the version. Empty: not known."""
+
+    policy: str = ""
+    role: Any = None  # {field: [lowest bit, width]}, from BTF
+    spte: Any = None  # as `layout.spte` of a trace
+    cpu: str = ""  # vendor_id
+
+
+def at(version: str, facts: Facts | None = None) -> Kernel:
+    """The kernel of a version such as `5.15`, `6.1.20` or `7.x`; raises Problem for what is none.
+
+    A version without a patch level means the last of its stable series, which is what distributions have.
+    """
+    return _with_facts(_folded(parse_version(version)), facts or Facts())
+
+
+def recorded(metadata: Metadata) -> Kernel:
+    """The kernel that a trace was recorded on: as it describes it (format 1.1), or folded from what it says.
+
+    Raises Problem where the trace does not say which kernel it is, or where its description is damaged. `policy` is
+    what the recorder found; `unknown` where it could not tell.
+    """
+    kernel = described(metadata.raw)
+    if metadata.seen_policy:
+        kernel = replace(kernel, policy=metadata.seen_policy)
+    return stored.kernel_of(metadata.raw["kernel"], kernel) if "kernel" in metadata.raw else kernel
+
+
+def described(raw: Mapping[str, Any]) -> Kernel:
+    """The kernel of a recording by its manifest or metadata, folded now. Raises Problem where these do not say."""
+    layout, host, policy = (_table(raw, name) for name in ("layout", "host", "policy"))
+    facts = Facts(_known(policy.get("name")), layout.get("role"), layout.get("spte"), _text(host, "vendor"))
+    return at(release_of(raw), facts)
+
+
+def _known(policy: object) -> str:
+    name = current_name(policy) if isinstance(policy, str) else ""
+    return name if name in POLICIES else "unknown"
+
+
+def parse_version(version: str) -> Version:
+    """A version as three numbers; raises Problem."""
+    match = re.match(r"v?(\d{1,4})\.(\d{1,4}|x)(?:\.(\d{1,5}))?", version)
+    if match is None:
+        raise Problem(f"{printable(version)}: not a version; write it like 5.15 or 6.1.20")
+    major, minor, patch = match[1], match[2], match[3]
+    return (
+        int(major),
+        _LAST_PATCH if minor == "x" else int(minor),
+        _LAST_PATCH if patch is None else int(patch),
+    )
+
+
+def release_of(raw: Mapping[str, Any]) -> str:
+    """The recorded kernel's version. Debian's release has the ABI where the patch level would be; its build tells."""
+    host = _table(raw, "host")
+    release = _text(host, "kernel")
+    exact = re.search(r"Debian (\d{1,4}\.\d{1,4}\.\d{1,5})", _text(host, "build"))
+    match = re.match(r"\d{1,4}\.\d{1,4}(\.\d{1,5})?", release)
+    if exact is None and match is None:
+        raise Problem(
+            f"the trace does not say which kernel it is of ({release or 'no release'}): it cannot be replayed"
+        )
+    return exact[1] if exact else release
+
+
+def changes_between(old: Version, new: Version) -> tuple[list[Change], list[Change]]:
+    """The changes that `new` has and `old` has not, and those that `old` has and `new` has not."""
+    gained = [change for change in CHANGES if change.holds(new) and not change.holds(old)]
+    return gained, [change for change in CHANGES if change.holds(old) and not change.holds(new)]
+
+
+def since(name: str, value: object) -> str:
+    """From which version on a field of `Kernel` had a value, and what made it so."""
+    told = [f"{FIRST.version[0]}.{FIRST.version[1]}"] if getattr(FIRST, name) == value else []
+    before = getattr(FIRST, name)
+    for change in CHANGES:
+        now = change.fields.get(name, before)
+        if now == value and before != value:
+            why = f"{', '.join(change.commits)}: {change.what}" if change.commits else change.what
+            told.append(f"{change.since[0]}.{change.since[1]} ({why})")
+        before = now
+    return " and from ".join(told)
+
+
+def _folded(version: Version) -> Kernel:
+    if version < FIRST.version:
+        raise Problem(f"{version[0]}.{version[1]}: there is no TDP MMU before 5.10")
+    kernel = replace(FIRST, name=_name(version), version=version)
+    for change in CHANGES:
+        if change.holds(version):
+            kernel = apply(kernel, change)
+    return kernel
+
+
+def apply(kernel: Kernel, change: Change) -> Kernel:
+    """The kernel with a change."""
+    for name, value in change.fields.items():
+        outer, _, inner = name.partition(".")
+        kernel = replace(kernel, **{outer: replace(getattr(kernel, outer), **{inner: value}) if inner else value})
+    triggers = ((sign[0], Trigger[sign[1:]]) for sign in change.unloads)
+    points = ((sign[0], sign[1:]) for sign in change.points)
+    return replace(kernel, unloads=_changed(kernel.unloads, triggers), points=_changed(kernel.points, points))
+
+
+def _changed(items: frozenset[Any], signs: Any) -> frozenset[Any]:
+    for sign, item in signs:
+        items = items | {item} if sign == "+" else items - {item}
+    return items
+
+
+def _name(version: Version) -> str:
+    """Without the patch level where that makes no difference within the series."""
+    major, minor, patch = version
+    if minor == _LAST_PATCH:
+        return f"{major}.x"
+    later = any(first[:2] == (major, minor) and patch < first[2] for change in CHANGES for first in change.backports)
+    return f"{major}.{minor}.{patch}" if later else f"{major}.{minor}"
+
+
+def _with_facts(kernel: Kernel, facts: Facts) -> Kernel:
+    if facts.policy:
+        kernel = replace(kernel, policy=facts.policy)
+    fields = roles.fields_of(facts.role)
+    if fields:
+        kernel = replace(kernel, layout=replace(kernel.layout, fields=fields))
+    words = spte.layout_of(facts.spte, kernel.spte)
+    if words is not None:
+        kernel = replace(kernel, spte=words)
+    return replace(kernel, vendor=vendor_of(facts.cpu)) if facts.cpu else kernel
+
+
+def _table(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = raw.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _text(table: Mapping[str, Any], key: str) -> str:
+    value = table.get(key)
+    return value if isinstance(value, str) else ""

@@ -1,0 +1,134 @@
+"""Role words: a vCPU's state, the word that a kernel makes of it, and back.
+
+A state is a number of five bits, the same for every kernel: what of a vCPU any kernel puts in a root's word. Layouts
+are those of union kvm_mmu_page_role (docs/kvm-mmu.md, "Role words"); a recording brings its own from BTF.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+LEVEL5: Final = 1
+SMM: Final = 2
+GUEST: Final = 4
+WP: Final = 8
+NX: Final = 16
+STATES: Final = 32
+MAYBE_WP: Final = 32  # CR0.WP was flipped, if writes of CR0 whose value was not recorded were such
+USUAL: Final = WP | NX  # 4 levels, no SMM, CR0.WP and EFER.NX set
+
+_LEVEL: Final = 0xF
+_AD_DISABLED: Final = 1 << 16
+_GUEST_MODE: Final = 1 << 17
+_SMM: Final = 1 << 24
+_WORD_BITS: Final = 32
+
+
+@dataclass(frozen=True)
+class Word:
+    """A root's role word as the model sees it: `as_id` 1 in SMM; `level` of the root table, 4 or 5."""
+
+    word: int
+    level: int = 4
+    as_id: int = 0
+
+
+@dataclass(frozen=True)
+class RoleLayout:
+    """Where a kernel keeps the fields of a role word: (name, lowest bit, width), in the kernel's own names."""
+
+    fields: tuple[tuple[str, int, int], ...]
+    guest_bits: bool  # CR0.WP and EFER.NX are the guest's; else both are always set in the words of TDP roots
+
+    @cached_property
+    def shifts(self) -> dict[str, tuple[int, int]]:
+        """Lowest bit and width by name."""
+        return {name: (shift, width) for name, shift, width in self.fields}
+
+    def mask(self, name: str) -> int:
+        """All bits of a field; 0 where the kernel does not have it."""
+        shift, width = self.shifts.get(name, (0, 0))
+        return ((1 << width) - 1) << shift
+
+    @cached_property
+    def wp(self) -> int:
+        """The bit of the guest's CR0.WP."""
+        return self.mask("cr0_wp")
+
+    @cached_property
+    def nx(self) -> int:
+        """The bit of the guest's EFER.NX, `nxe` until 5.14."""
+        return self.mask("efer_nx") or self.mask("nxe")
+
+    @cached_property
+    def constant(self) -> int:
+        """What is set in every direct root's word: direct, all access bits, and 5.10's "entries have 8 bytes"."""
+        return self.mask("direct") | self.mask("access") | self.mask("gpte_is_8_bytes")
+
+    @cached_property
+    def invalid(self) -> int:
+        """The bit of a root that was invalidated."""
+        return self.mask("invalid")
+
+    @cached_property
+    def smm(self) -> int:
+        """The lowest bit of the field `smm`."""
+        return 1 << self.shifts["smm"][0]
+
+
+def fields_of(layout: Any) -> tuple[tuple[str, int, int], ...] | None:
+    """The fields of a trace's `layout.role` ({name: [lowest bit, width]}); None where it is none that can be used."""
+    if not isinstance(layout, Mapping):
+        return None
+    fields = []
+    for name, place in layout.items():
+        if not (isinstance(name, str) and isinstance(place, list | tuple) and len(place) == 2):
+            return None
+        if not all(isinstance(part, int) and not isinstance(part, bool) for part in place):
+            return None
+        shift, width = place
+        if not (0 <= shift < _WORD_BITS and 0 < width <= _WORD_BITS - shift):
+            return None
+        fields.append((name, shift, width))
+    names = {name for name, _, _ in fields}
+    needed = {"level", "direct", "access", "invalid", "cr0_wp", "smm"}
+    if not needed <= names or not names & {"efer_nx", "nxe"}:
+        return None
+    return tuple(fields)
+
+
+def states(role: NDArray[np.uint32], layout: RoleLayout) -> NDArray[np.int64]:
+    """The state in each role word; where words have no guest bits, WP and NX are set."""
+    word = role.astype(np.int64)
+    state: NDArray[np.int64] = (
+        (word & _LEVEL == 5) * LEVEL5 + (word >> 24 != 0) * SMM + (word & _GUEST_MODE != 0) * GUEST
+    )
+    guest = (word & layout.wp != 0) * WP + (word & layout.nx != 0) * NX
+    return state + (guest if layout.guest_bits else USUAL)
+
+
+def words(layout: RoleLayout, ad_disabled: bool) -> tuple[list[Word], NDArray[np.int64]]:
+    """Every word that roots can have under a layout, and for each state the index of its word."""
+    found: dict[int, Word] = {}
+    index = np.zeros(STATES, np.int64)
+    # The usual state comes first: index 0 is what a vCPU has before anything is known of it.
+    for state in sorted(range(STATES), key=lambda s: s ^ USUAL):
+        level = 5 if state & LEVEL5 else 4
+        word = level | layout.constant | (_AD_DISABLED if ad_disabled else 0)
+        word |= (_GUEST_MODE if state & GUEST else 0) | (_SMM if state & SMM else 0)
+        word |= layout.wp if state & WP or not layout.guest_bits else 0
+        word |= layout.nx if state & NX or not layout.guest_bits else 0
+        found.setdefault(word, Word(word, level, 1 if state & SMM else 0))
+        index[state] = list(found).index(word)
+    return list(found.values()), index
+
+
+def has_ad_disabled(role: int) -> bool:
+    """Whether a word says that accessed and dirty bits are off: a property of the loaded module."""
+    return bool(role & _AD_DISABLED)

@@ -1,0 +1,97 @@
+"""The root policy as a recording's own rows show it: who holds references on a root, and who zaps it.
+
+A kernel built with a change undone may have the types of one policy and the behaviour of another; rows do not lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+from traces.kernels.policies import POLICIES
+
+COLUMNS: Final = ("kind", "tid", "root", "role", "refs")
+_NAMES: Final = {
+    (False, "inline"): "sync",
+    (False, "worker"): "async",
+    (True, "worker"): "preserve-worker",
+    (True, "invalidator"): "preserve",
+}
+KINDS: Final = ("root_get", "root_put", "zap_root_begin", "zap_invalidated_begin", "zap_invalidated_end")
+
+
+class Row(NamedTuple):
+    """What is looked at of an event."""
+
+    kind: str
+    tid: int
+    root: int
+    role: int
+    refs: int
+
+
+@dataclass
+class Watch:
+    """Of a recording of the TDP MMU, row by row: whether it has the policy that the recorder found.
+
+    `known` are the roots that may have been there before the recording began.
+    """
+
+    found: str  # the recorder's policy
+    invalid_bit: int  # of the role word
+    known: set[int] = field(default_factory=set)
+    own_reference: bool | None = None
+    teardown: str = ""
+    _last_put: dict[int, int] = field(default_factory=dict)  # root -> thread of the put after which nobody held it
+    _invalidating: set[int] = field(default_factory=set)  # threads
+
+    @property
+    def policy(self) -> str:
+        """The policy that the rows show; empty as long as they leave it open."""
+        return "" if self.own_reference is None else _NAMES.get((self.own_reference, self.teardown), "")
+
+    @property
+    def settled(self) -> bool:
+        """Whether more rows would say nothing new: the policy is told, or the recorder's is not contradicted."""
+        if self.found not in POLICIES or POLICIES[self.found].mmu == "shadow":
+            return True
+        return bool(self.policy) or self.own_reference == POLICIES[self.found].own_reference
+
+    @property
+    def other(self) -> str:
+        """The policy that the rows show where it is another one than the recorder's; else empty."""
+        told = self.policy
+        return (
+            told if told and self.found in POLICIES and POLICIES[self.found].own_reference != self.own_reference else ""
+        )
+
+    def see(self, rows: Iterable[Row]) -> None:
+        """Take rows in, in order of recording, until it is settled."""
+        for row in rows:
+            if row.kind in KINDS:
+                self.take(row)
+                if self.settled:
+                    return
+
+    def take(self, row: Row) -> None:
+        """Take one row in."""
+        if row.kind == "zap_invalidated_begin":
+            self._invalidating.add(row.tid)
+        elif row.kind == "zap_invalidated_end":
+            self._invalidating.discard(row.tid)
+        elif not row.root:
+            return
+        elif row.kind == "root_get":
+            if row.root not in self.known and self.own_reference is None and row.refs in (1, 2):
+                self.own_reference = row.refs == 2  # the slot's alone, or the VM's as well
+            self.known.add(row.root)
+        elif row.kind == "root_put":
+            if row.refs == 1:
+                self._last_put[row.root] = row.tid
+        elif row.kind == "zap_root_begin" and self.own_reference is not None:
+            if self.own_reference:
+                if row.role & self.invalid_bit:  # else the VM's process ends, and every root is emptied
+                    self.teardown = "invalidator" if row.tid in self._invalidating else "worker"
+            elif row.root in self._last_put:
+                self.teardown = "inline" if self._last_put[row.root] == row.tid else "worker"
