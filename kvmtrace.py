@@ -140,6 +140,12 @@ def record(
         raise typer.Exit(VERDICT_FAILED)
 
 
+def _tell(line: str) -> None:
+    """A line on standard error, unless the terminal is gone: its SIGHUP ends a recording like any other signal."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr)
+
+
 @app.command(
     epilog="Examples: kvmtrace kernels | kvmtrace kernels 6.1.20 | kvmtrace kernels 5.15 6.12"
     " | kvmtrace kernels 7.x --json"
@@ -159,12 +165,6 @@ def kernels(
         print_json(document)
     else:
         print(text, end="")
-
-
-def _tell(line: str) -> None:
-    """A line on standard error, unless the terminal is gone: its SIGHUP ends a recording like any other signal."""
-    with contextlib.suppress(OSError):
-        print(line, file=sys.stderr)
 
 
 @app.command(epilog="Example: kvmtrace recover stall.kvmt")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 FORMAT_MAJOR: Final = 1
-FORMAT_MINOR: Final = 1
+FORMAT_MINOR: Final = 2
 
 # Every row carries these; a kind adds the ones it names in the table below.
 COMMON_COLUMNS: Final = ("seq", "time", "vm", "vcpu", "cpu", "tid", "kind")

@@ -12,7 +12,17 @@ import pytest
 from tracer import bpf
 from tracer.btf import Btf
 from tracer.offsets import _NEEDED, Layout
-from tracer.probes import FUTURE, HOOKS, IOCTL_KINDS, OLDEST, PRESETS, PROBES, SCHED_KINDS, Hook, preset_kinds
+from tracer.probes import (
+    FUTURE,
+    HOOKS,
+    IOCTL_KINDS,
+    OLDEST,
+    PRESETS,
+    PROBES,
+    SCHED_KINDS,
+    Hook,
+    preset_kinds,
+)
 from tracer.program import Chosen, program
 from tracer.tracefs import Field
 from traces.kernels import at
