@@ -6,7 +6,7 @@ All of it comes of one pass over a VM's rows: the one that replays it, where a r
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 from replay.decode.batch import Batch
 from replay.decode.capabilities import Capabilities
 from replay.decode.inputs import Ints
+from replay.decode.rip_runs import RipRuns
 from replay.decode.timeline import Timeline
 from replay.decode.vcpu_states import NO_SPAN
 from replay.decode.vm_inputs import dense_numbers, vcpu_ids
 from replay.timing.measure import Measured, SpanTimes
 from replay.timing.measured_vm import measure_vm
 from replay.timing.stalls import Rule, Stall, stalls
+from replay.timing.stuck_rip import RipRun, longest_runs
 from replay.timing.timed_run import VmTime
 from traces.errors import Problem
 from traces.reader import Trace
@@ -57,6 +59,7 @@ class RecordedTime:
     first: int  # boot ns of the first of PARTS, `width` ns each
     width: int
     timeline: Timeline
+    rip_runs: RipRuns | None  # None where there is no vCPU, or no replay
     switch: Switch | None
     unknown: str = ""
 
@@ -65,6 +68,12 @@ class RecordedTime:
         """ns by vCPU (dense), part of the time, and VcpuState."""
         parts: NDArray[np.int64] = self.timeline.parts
         return parts[: len(self.ids), :PARTS]
+
+    @property
+    def runs(self) -> list[RipRun]:
+        """Each vCPU's longest run of exits at one RIP, where it is known."""
+        found = [] if self.rip_runs is None else longest_runs(self.rip_runs)
+        return [replace(run, vcpu=self.ids[run.vcpu]) for run in found]
 
     def stalls(self, rule: Rule) -> dict[int, list[Stall]]:
         """Soft-hangs by vCPU id. Guest time is without the switch; where that is not known, there is none."""
@@ -141,7 +150,9 @@ def part_of(during: tuple[int, int], trace: Trace, vm: Mapping[str, Any]) -> tup
 def _of(vm: Mapping[str, Any], first: int, width: int, measured: Measured) -> RecordedTime:
     ns, open_ = measured.fitted.costs.switch, measured.fitted.open
     switch = None if measured.refused else Switch(ns, ns - open_)
-    return RecordedTime(int(vm["id"]), vcpu_ids(vm), first, width, measured.timeline, switch, measured.refused)
+    return RecordedTime(
+        int(vm["id"]), vcpu_ids(vm), first, width, measured.timeline, measured.rip_runs, switch, measured.refused
+    )
 
 
 def _unmeasured(trace: Trace, vm: Mapping[str, Any], first: int, width: int, why: str) -> RecordedTime:
@@ -155,7 +166,7 @@ def _unmeasured(trace: Trace, vm: Mapping[str, Any], first: int, width: int, why
         if len(ends):
             break
     timeline.finish()
-    return RecordedTime(int(vm["id"]), ids, first, width, timeline, None, why)
+    return RecordedTime(int(vm["id"]), ids, first, width, timeline, None, None, why)
 
 
 @dataclass(frozen=True)

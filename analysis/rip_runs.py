@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from types import SimpleNamespace
 from typing import Any, Final
 
@@ -14,14 +15,10 @@ from numpy.typing import NDArray
 from replay.decode.rip_runs import RipRuns
 from replay.decode.vm_inputs import dense_numbers, vcpu_ids
 from replay.timing.stuck_rip import RipRun, longest_runs
-from traces.columns import KIND_NAMES
 from traces.reader import UNKNOWN_CODE, Trace
 from traces.schema import BY_NAME
 
-_KINDS: Final = pl.Enum(KIND_NAMES)
-_CODES: Final = np.array(
-    [*(BY_NAME[name].code if name in BY_NAME else UNKNOWN_CODE for name in KIND_NAMES), UNKNOWN_CODE], np.uint8
-)
+_NO_KIND: Final = 255
 _NAMES: Final = tuple(field.name for field in fields(RipRun))
 SCHEMA: Final = {"vm": pl.Int64, **dict.fromkeys(_NAMES, pl.Int64), "rip": pl.UInt64}
 
@@ -56,7 +53,7 @@ class _Following:
             self._runs[vm] = RipRuns(len(vcpu_ids(self._vms[vm]))), numbers
         runs, numbers = self._runs[vm]
         columns = {name: rows[name].to_numpy() for name in ("seq", "time", "rip", "addr")}
-        kind = _CODES[rows["kind"].cast(_KINDS, strict=False).to_physical().fill_null(len(KIND_NAMES)).to_numpy()]
+        kind = _codes(rows.schema["kind"])[rows["kind"].to_physical().fill_null(_NO_KIND).to_numpy()]
         runs.feed(SimpleNamespace(vcpu=numbers[rows["vcpu"].fill_null(-1).to_numpy()], kind=kind, **columns))
 
     def answer(self) -> pl.DataFrame:
@@ -66,6 +63,15 @@ class _Following:
             ids = vcpu_ids(self._vms[vm])
             found += [{"vm": vm, **asdict(replace(run, vcpu=ids[run.vcpu]))} for run in longest_runs(runs)]
         return pl.DataFrame(found, schema=SCHEMA)
+
+
+@cache
+def _codes(kinds: pl.DataType) -> NDArray[np.uint8]:
+    """The code of each kind by its place in the column's type, which is that of the trace's own version."""
+    names = kinds.categories.to_list() if isinstance(kinds, pl.Enum) else []
+    codes = np.full(_NO_KIND + 1, UNKNOWN_CODE, np.uint8)
+    codes[: len(names)] = [BY_NAME[name].code if name in BY_NAME else UNKNOWN_CODE for name in names]
+    return codes
 
 
 def runs_of(answer: pl.DataFrame) -> list[tuple[int, RipRun]]:

@@ -49,6 +49,11 @@ class Recording:
         """Raises Problem for what is no sound trace."""
         return cls(Trace.open(path))
 
+    @property
+    def replayed(self) -> bool:
+        """Whether a replay has set `times`."""
+        return "times" in vars(self)
+
     @cached_property
     def times(self) -> list[RecordedTime]:
         """Each VM's time; the recording is read for it, unless its replay has set it."""

@@ -113,6 +113,8 @@ class VmWriter:
     def __init__(self, vm: int, policies: pa.Array, write: Callable[[pa.RecordBatch], None], held: bool) -> None:
         self._vm, self._policies = vm, policies
         self._write_out = write
+        self._logs: dict[tuple[int, str], list[dict[str, Any]]] = {}
+        self._logged = 0
         self._held: list[pa.RecordBatch] | None = [] if held else None
 
     def release(self) -> None:
@@ -130,15 +132,33 @@ class VmWriter:
         at = log.at - first
         vcpu = np.array([*ids, 0], np.int16)[log.vcpu]
         roles = np.array([word.word for word in words], np.uint32)
-        self._write("root", policy, bound, len(log), {
-            "vcpu": pa.array(vcpu, mask=log.vcpu < 0),
+        self._logs.setdefault((policy, bound), []).append({
+            "vcpu": vcpu,
+            "acted": log.vcpu >= 0,
             "seq": block.seq[at],
             "time": block.time[at],
-            "event": _coded(log.event, _EVENTS),
-            "cause": _coded(log.cause, _CAUSES),
+            "event": log.event,
+            "cause": log.cause,
             "role": roles[log.word],
             **{name: getattr(log, name) for name in _LOGGED},
         })  # fmt: skip
+        self._logged += len(log)
+        if self._logged >= GROUP_ROWS:
+            self._write_logs()
+
+    def _write_logs(self) -> None:
+        """Rows of kind `root` that were put together from many blocks: a write costs what some thousand rows do."""
+        for (policy, bound), parts in self._logs.items():
+            columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            acted = columns.pop("acted")
+            count = len(acted)
+            self._write("root", policy, bound, count, {
+                **columns,
+                "vcpu": pa.array(columns["vcpu"], mask=~acted),
+                "event": _coded(columns["event"], _EVENTS),
+                "cause": _coded(columns["cause"], _CAUSES),
+            })  # fmt: skip
+        self._logs, self._logged = {}, 0
 
     def moments(self, row: str, policy: int, bound: str, vcpu: int, columns: Mapping[str, Any]) -> None:
         """Rows of kind `progress` or `stall`: a vCPU's, with `cause` as a Cause."""
@@ -160,6 +180,7 @@ class VmWriter:
 
         `timed`: the columns of times of rows of vCPUs.
         """
+        self._write_logs()
         own = {name: getattr(vcpus, name) for name in OF_VCPU}
         columns = {"vcpu": np.array(ids, np.int16), "seq": pa.array(stuck, pa.int64()), **own, **timed}
         self._write("vcpu", policy, bound, len(ids), columns)

@@ -18,7 +18,7 @@ from replay.decode.inputs import EXIT_COLUMNS, Exits, Inputs
 from replay.simulate.operations import Ranges
 from traces.errors import Problem
 
-IN_MEMORY: Final = 32 << 20  # bytes
+IN_MEMORY: Final = 16 << 20  # bytes
 _COLUMNS: Final = ("op", "gfn", "time", "exit")
 _NARROW: Final = tuple((np.dtype(kind), int(np.iinfo(kind).max)) for kind in (np.uint8, np.uint16, np.uint32))
 

@@ -275,13 +275,22 @@ def roles(recording: Recording) -> pl.LazyFrame:
     )
 
 
-@query(Recording, needs=("kvm_exit",), asks=lambda recording: [RipQuestion(recording.trace)])
+def _runs_asked(recording: Recording) -> list[RipQuestion]:
+    """None where a replay has followed the runs already."""
+    return [] if recording.replayed else [RipQuestion(recording.trace)]
+
+
+@query(Recording, needs=("kvm_exit",), asks=_runs_asked)
 def stuck(recording: Recording, exits: int = CERTAIN) -> pl.LazyFrame:
     """vCPUs that certainly did not get past an instruction: 100,000 exits and more at one RIP, and why."""
-    (longest,) = recording.ask(RipQuestion(recording.trace))
+    if recording.replayed:
+        runs = [(vm.vm, run) for vm in recording.times for run in vm.runs]
+    else:
+        (longest,) = recording.ask(RipQuestion(recording.trace))
+        runs = runs_of(longest)
     found = [
         {"vm": vm, **{name: getattr(run, name) for name in _RUN}, "why": run.why}
-        for vm, run in runs_of(longest)
+        for vm, run in runs
         if run.certain(exits)
     ]
     return pl.LazyFrame(found, schema={"vm": pl.UInt64, **_RUN, "why": pl.String})
