@@ -76,6 +76,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("browser"))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """In a worker of xdist: groups are names at the end of node ids, and there must be no run without them."""
+    if getattr(session.config.option, "loadgroup", False):
+        for item in session.items:
+            if item.get_closest_marker("xdist_group") and "@" not in item.nodeid.rpartition("]")[2]:
+                raise pytest.UsageError("pytest-xdist takes no notice of groups: install what pyproject.toml asks for")
+
+
 @pytest.fixture(scope="session")
 def live() -> None:
     """A machine whose own KVM can be recorded, with tracefs where this process and its children look for it.
