@@ -6,10 +6,13 @@ Tests are marked by what they need (pyproject.toml has the markers); `make quick
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -48,6 +51,7 @@ _HONEST = {
 }
 
 _CLONE_NEWNS = 0x20000
+_LOCK = Path(tempfile.gettempdir()) / "kvmtrace-tests.lock"
 
 _dishonest: list[str] = []
 
@@ -99,6 +103,17 @@ def live() -> None:
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
     if not any((path / "events").is_dir() for path in (TRACING, Path("/sys/kernel/debug/tracing"))):
         subprocess.run(["mount", "-t", "tracefs", "tracefs", str(TRACING)], check=True)
+
+
+@pytest.fixture(autouse=True)
+def _alone(request: pytest.FixtureRequest) -> Iterator[None]:
+    """One test at a time on this machine, whoever runs it, where guests run: a storm fills everybody's rings."""
+    if not {"live", "kvm"} & {mark.name for mark in request.node.iter_markers()}:
+        yield
+        return
+    with _LOCK.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(scope="session")
