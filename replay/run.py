@@ -192,7 +192,7 @@ def _parts(capabilities: Capabilities, vm: Mapping[str, Any], settings: Settings
     """The parts of its time in which a VM's vCPUs' states are to be added up: (first, width, count)."""
     if not settings.parts:
         return None
-    groups = [group for group in capabilities.trace.metadata.row_groups if group.vm == int(vm["id"])]
+    groups = capabilities.trace.groups(int(vm["id"]))
     first = min((group.first_time for group in groups), default=0)
     last = max((group.last_time for group in groups), default=0)
     return first, (last - first) // settings.parts + 1, settings.parts

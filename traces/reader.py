@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -58,6 +59,9 @@ class Trace:
         self.schema: pa.Schema = file.schema_arrow
         self._file = file
         self._verified: set[int] = set()
+        self._groups: dict[int | None, list[int]] = {None: list(range(len(metadata.row_groups)))}
+        for index, group in enumerate(metadata.row_groups):
+            self._groups.setdefault(group.vm, []).append(index)
 
     @classmethod
     def open(cls, path: Path | str) -> Trace:
@@ -101,14 +105,18 @@ class Trace:
 
     def reopened(self) -> Trace:
         """The same trace with a file of its own, so that another thread can read it meanwhile."""
-        file = pq.ParquetFile(self.path, metadata=self._file.metadata, read_dictionary=["kind"], pre_buffer=False)
-        other = Trace(self.path, file, self.metadata)
-        other._verified = self._verified
+        footer = self._file.metadata
+        other = copy(self)
+        other._file = pq.ParquetFile(self.path, metadata=footer, read_dictionary=["kind"], pre_buffer=False)
         return other
 
     def counts(self) -> dict[str, int]:
         """Stored rows by kind name."""
         return dict(self.metadata.kinds)
+
+    def groups(self, vm: int) -> list[RowGroup]:
+        """The row groups of a VM."""
+        return [self.metadata.row_groups[index] for index in self._groups.get(vm, ())]
 
     def batches(
         self, columns: Sequence[str] | None = None, vm: int | None = None, size: int = BATCH_ROWS
@@ -122,9 +130,8 @@ class Trace:
         unknown = [name for name in names if name not in self.schema.names]
         if unknown:
             raise Problem(f"{self.path}: no column `{unknown[0]}` in this trace")
-        for index, group in enumerate(self.metadata.row_groups):
-            if vm is None or group.vm == vm:
-                yield from self._decode(index, names, size)
+        for index in self._groups.get(vm, ()):
+            yield from self._decode(index, names, size)
 
     def scan(self) -> pl.LazyFrame:
         """The whole trace as a polars LazyFrame, after every row group was checked against its CRC."""

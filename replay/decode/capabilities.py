@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import copy
 from functools import cached_property
 from typing import Any, Final
@@ -66,6 +66,8 @@ class Capabilities:
                 f"{path}: no entry into a guest, no fault and no load of a root is in it (this kernel shows none of "
                 "them for these guests): nothing to replay"
             )
+        # Threads of the host's own that zap roots for VMs, by tid.
+        self.workers = frozenset(_workers(meta.threads))
         self.intel = self.kernel.vendor is VMX
         self.shadow = self.own.mmu == "shadow"
         # 5.10 shows neither notifiers nor SPTE changes: what the host took away can only be inferred.
@@ -84,6 +86,7 @@ class Capabilities:
 
     def reopened(self) -> Capabilities:
         """The same with a reader of its own, for another thread."""
+        self.ad_disabled  # noqa: B018  (found once, not by each thread)
         own = copy(self)
         own.trace = self.trace.reopened()
         return own
@@ -123,3 +126,10 @@ class Capabilities:
         modules = self.trace.metadata.raw.get("modules")
         values = modules.get(module) if isinstance(modules, dict) else None
         return isinstance(values, dict) and str(values.get(name, "")) in _OFF
+
+
+def _workers(threads: Iterable[Mapping[str, Any]]) -> Iterator[int]:
+    for thread in threads:
+        tid = thread.get("tid")
+        if str(thread.get("comm", "")).startswith("kworker") and isinstance(tid, int) and 0 <= tid < 1 << 31:
+            yield tid

@@ -76,6 +76,8 @@ class VmInputs:
         self.id = int(vm["id"])
         self.vcpus = vcpu_ids(vm)
         self._numbers = dense_numbers(capabilities.trace.path, vm)
+        rows = sum(group.rows for group in capabilities.trace.groups(self.id))
+        size = max(min(size, rows), 1)
         self._capabilities, self._size, self._times = capabilities, size, times
         self._columns = _columns(capabilities, vm, times is not None, columns)
         count = max(len(self.vcpus), 1)

@@ -147,6 +147,7 @@ Pace = cython.struct(
     spent=cython.longlong[7],
 )
 Queue = cython.struct(head=cython.longlong, tail=cython.longlong)  # rows; NONE: it is empty
+Turn = cython.struct(due=cython.longlong, queue=cython.longlong)  # of a winner tree: what is due first below this node
 Sample = cython.struct(vcpu=cython.longlong, clock=cython.longlong, cause=cython.longlong, spent=cython.longlong[7])
 Zapped = cython.struct(leaves=cython.longlong, tables=cython.longlong)
 
@@ -1182,6 +1183,7 @@ class Timer:
     # Pools
     todo: cython.pointer[Todo]
     queue: cython.pointer[Queue]
+    turn: cython.pointer[Turn]
     pace: cython.pointer[Pace]
     sample: cython.pointer[Sample]
     todo_room = cython.declare(cython.longlong, visibility="public")
@@ -1217,24 +1219,31 @@ class Timer:
     shared = cython.declare(cython.longlong, visibility="public")
     worked = cython.declare(cython.longlong, visibility="public")
     jobs = cython.declare(cython.longlong, visibility="public")
+    leaves = cython.declare(cython.longlong, visibility="public")  # of the winner tree
+    moved: cython.bint  # other vCPUs than the one whose turn it was
 
     def attach(
         self,
         core: Core,
         queue: cython.uchar[::1],
+        turn: cython.uchar[::1],
         pace: cython.uchar[::1],
         put: cython.uchar[::1],
         room: cython.longlong,
     ) -> None:
-        """Time this core, with these pools. `put` has room for all roots that one operation can free."""
+        """Time this core, with these pools. `put` has room for all roots that one operation can free.
+
+        `turn`: two rows for each of `leaves`, a power of two; those that are no queue's are due NEVER.
+        """
         self.core = core
         core.put_room = room
         if cython.compiled:
             self.queue = cython.cast(cython.pointer[Queue], cython.address(queue[0]))
+            self.turn = cython.cast(cython.pointer[Turn], cython.address(turn[0]))
             self.pace = cython.cast(cython.pointer[Pace], cython.address(pace[0]))
             core.put = cython.cast(cython.pointer[Zapped], cython.address(put[0]))
         else:
-            self.queue, self.pace, core.put = queue, pace, put
+            self.queue, self.turn, self.pace, core.put = queue, turn, pace, put
 
     def attach_todo(self, todo: cython.uchar[::1], room: cython.longlong) -> None:
         """Keep operations here, which holds what the last pool held."""
@@ -1327,58 +1336,131 @@ class Timer:
     @cython.nogil
     @cython.exceptval(check=False)
     def _run(self, until: cython.longlong, final: cython.bint) -> cython.bint:
-        """The next is what is due first: of what is due at once the VM's, then the wall clock's, then programs'."""
+        """The next is what is due first: of what is due at once the VM's, then the wall clock's, then programs'.
+
+        The queues are the leaves of a winner tree, in that order, so that a turn costs the logarithm of the vCPUs.
+        """
         vcpus: cython.longlong = self.core.vcpus
         v: cython.longlong
-        i: cython.longlong
-        when: cython.longlong
-        due: cython.longlong
         which: cython.longlong
-        bound: cython.longlong  # a program that is next may run up to here: then it is another queue's turn
-        more: cython.bint
-        while True:
-            due = NEVER
-            bound = until
-            which = NONE
-            more = not final
-            i = self.queue[2 * vcpus].head
-            if i != NONE:
-                due = max(self.todo[i].wall, 0)
-                which = 2 * vcpus
-            for v in range(vcpus):
-                i = self.queue[vcpus + v].head
-                if i == NONE:
-                    if self.pace[v].inside and not final:
-                        return False
-                    continue
-                when = self.todo[i].wall
-                if when < 0:
-                    when = self.pace[v].clock + self.todo[i].lead
-                elif when < self.pace[v].clock:
-                    when = self.pace[v].clock
-                if when < due:
-                    due = when
-                    which = vcpus + v
-            for v in range(vcpus):
-                i = self.queue[v].head
-                if i == NONE:
-                    if not final:
-                        return False
-                    continue
-                more = True
-                if self.pace[v].inside:
-                    continue
-                when = self.pace[v].clock + (self.todo[i].lead if self.pace[v].lead < 0 else self.pace[v].lead)
-                if when < due:
-                    bound = min(due, until)
-                    due = when
-                    which = v
-                else:
-                    bound = min(bound, when + 1)
-            if which == NONE or not more or due >= until:
+        due: cython.longlong
+        programs: cython.longlong = 0  # that have operations
+        stopped: cython.bint
+        for v in range(vcpus):
+            if not final and self._lacks(v):
                 return False
-            if self._program(which, bound) if which < vcpus else self._event(which, due):
+            programs += self.queue[v].head != NONE
+        self._place_all()
+        while programs or not final:
+            due = self.turn[1].due
+            which = self.turn[1].queue
+            if due >= until:
+                return False
+            stopped = self._program(which, self._bound(which, until)) if which < vcpus else self._event(which, due)
+            if stopped:
                 return True
+            if self.moved:
+                self._place_all()
+            elif which == 2 * vcpus:
+                self._place(which)
+            else:
+                v = which if which < vcpus else which - vcpus
+                self._place(v)
+                self._place(vcpus + v)
+            if which < vcpus and self.queue[which].head == NONE:
+                programs -= 1
+            if which < 2 * vcpus and not final and self._lacks(which if which < vcpus else which - vcpus):
+                return False
+        return False
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.inline
+    @cython.exceptval(check=False)
+    def _lacks(self, v: cython.longlong) -> cython.bint:
+        """What this vCPU does next is not known yet."""
+        return self.queue[v].head == NONE or (self.pace[v].inside != 0 and self.queue[self.core.vcpus + v].head == NONE)
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _due(self, q: cython.longlong) -> cython.longlong:
+        """When the first of a queue is due."""
+        vcpus: cython.longlong = self.core.vcpus
+        i: cython.longlong = self.queue[q].head
+        v: cython.longlong = q - vcpus if q >= vcpus else q
+        when: cython.longlong = NEVER
+        if i == NONE or (q < vcpus and self.pace[v].inside):
+            return NEVER
+        if q < vcpus:
+            when = self.pace[v].clock + (self.todo[i].lead if self.pace[v].lead < 0 else self.pace[v].lead)
+        elif q == 2 * vcpus:
+            when = max(self.todo[i].wall, 0)
+        elif self.todo[i].wall < 0:
+            when = self.pace[v].clock + self.todo[i].lead
+        else:
+            when = max(self.todo[i].wall, self.pace[v].clock)
+        return when
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.inline
+    @cython.exceptval(check=False)
+    def _leaf(self, q: cython.longlong) -> cython.longlong:
+        """The VM's is the leftmost, then the wall clock's, then programs'."""
+        vcpus: cython.longlong = self.core.vcpus
+        return self.leaves + (0 if q == 2 * vcpus else q - vcpus + 1 if q >= vcpus else q + vcpus + 1)
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _place(self, q: cython.longlong) -> cython.void:
+        """Put a queue where it is due now."""
+        node: cython.longlong = self._leaf(q)
+        due: cython.longlong = self._due(q)
+        if self.turn[node].due != due:
+            self.turn[node].due = due
+            while node > 1:
+                node >>= 1
+                self._win(node)
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _place_all(self) -> cython.void:
+        q: cython.longlong
+        node: cython.longlong
+        for q in range(2 * self.core.vcpus + 1):
+            node = self._leaf(q)
+            self.turn[node].due = self._due(q)
+            self.turn[node].queue = q
+        for node in range(self.leaves - 1, 0, -1):
+            self._win(node)
+        self.moved = False
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.inline
+    @cython.exceptval(check=False)
+    def _win(self, node: cython.longlong) -> cython.void:
+        """Of what is due at once the left one goes first."""
+        best: cython.longlong = 2 * node
+        if self.turn[best + 1].due < self.turn[best].due:
+            best += 1
+        self.turn[node].due = self.turn[best].due
+        self.turn[node].queue = self.turn[best].queue
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _bound(self, q: cython.longlong, until: cython.longlong) -> cython.longlong:
+        """Up to where the queue that goes first may run: then it is another one's turn."""
+        bound: cython.longlong = until
+        node: cython.longlong = self._leaf(q)
+        while node > 1:
+            bound = min(bound, self.turn[node - 1].due) if node & 1 else min(bound, self.turn[node + 1].due + 1)
+            node >>= 1
+        return bound
 
     @cython.cfunc
     @cython.nogil
@@ -1670,6 +1752,7 @@ class Timer:
         self.worked += work
         self.jobs += 1
         if 0 < self.cpus < vcpus + 1:
+            self.moved = True
             for v in range(vcpus):
                 self._spend(v, ON_WAIT, work * (vcpus + 1 - self.cpus) * self.pace[v].weight // self.weights)
 

@@ -37,12 +37,10 @@ class SpanTimes:
     ) -> None:
         """`parts`: see `Timeline`."""
         vcpus, own, cpus = max(len(vcpu_ids(vm)), 1), capabilities.own, cpus_of(capabilities)
-        named = [t for t in capabilities.trace.metadata.threads if str(t.get("comm", "")).startswith("kworker")]
-        workers = {t["tid"] for t in named if isinstance(t.get("tid"), int) and 0 <= t["tid"] < 1 << 31}
         self._prefetches = own.prefetch > 1
         self.timeline = Timeline(vcpus, self._prefetches, capabilities.kernel.vendor, (), parts)
         self.rip_runs = RipRuns(vcpus)
-        self.steal = Steal(vcpus, cpus == 1, workers)
+        self.steal = Steal(vcpus, cpus == 1, capabilities.workers)
         self.waits = LockWaits(vcpus, cpus != 1 and not own.faults_share)
         self.samples = {name: Samples() for name in _COSTS}
 

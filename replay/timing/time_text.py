@@ -21,6 +21,7 @@ from traces.units import duration
 
 WIDTH: Final = 220  # where there is no terminal: nothing is wrapped
 _VMS_SHOWN: Final = 8
+_VCPUS_SHOWN: Final = 16  # of a VM: those that hung longest, or lost most
 _PRESERVED: Final = ("preserve", "preserve-worker")
 
 
@@ -56,9 +57,14 @@ def render(times: list[VmTime], plan: Plan) -> str:
         if vm.refused:
             console.print(Text(f"VM {vm.vm}: no times: {vm.refused}"))
             continue
-        for line in (*stuck_lines(vm.vm, vm.stuck), *verdicts(vm)):
+        shown = _shown(vm)
+        for line in (*stuck_lines(vm.vm, vm.stuck), *verdicts(vm, shown)):
             console.print(Text(printable(line), style="bold"), soft_wrap=True)
-        console.print(_table(vm))
+        console.print(_table(vm, shown))
+        if len(shown) < len(vm.recorded):
+            console.print(
+                Text(f"... {len(vm.recorded) - len(shown)} more vCPUs, better off than these: --json has them")
+            )
         for line in _trust(vm):
             console.print(Text(printable(line)), soft_wrap=True)
     if len(times) > _VMS_SHOWN:
@@ -69,10 +75,24 @@ def render(times: list[VmTime], plan: Plan) -> str:
     return text_of(console)
 
 
-def verdicts(vm: VmTime) -> Iterator[str]:
-    """One sentence a vCPU and policy: see `compared`."""
+def _shown(vm: VmTime) -> list[int]:
+    """Places of the vCPUs that are worst off under any policy, in their order."""
+    vcpus = range(len(vm.recorded))
+    if len(vcpus) <= _VCPUS_SHOWN or not vm.outcomes:
+        return list(vcpus)[:_VCPUS_SHOWN]
+
+    def badness(i: int) -> tuple[int, float]:
+        under = [outcome.vcpus[i] for outcome in vm.outcomes]
+        walls = [vcpu.wall for vcpu in under]
+        return max(vcpu.longest for vcpu in under), max(walls) / max(min(walls), 1)
+
+    return sorted(sorted(vcpus, key=badness, reverse=True)[:_VCPUS_SHOWN])
+
+
+def verdicts(vm: VmTime, vcpus: Iterable[int]) -> Iterator[str]:
+    """One sentence a policy for each of these vCPUs (places): see `compared`."""
     ends = _ends(vm)
-    for i in range(len(vm.outcomes[0].vcpus) if vm.outcomes else 0):
+    for i in vcpus if ends else ():
         yield from compared({name: (low.vcpus[i], high.vcpus[i]) for name, (low, high) in ends.items()})
 
 
@@ -120,7 +140,7 @@ def _ends(vm: VmTime) -> dict[str, tuple[PolicyTime, PolicyTime]]:
     return found
 
 
-def _table(vm: VmTime) -> Table:
+def _table(vm: VmTime, vcpus: list[int]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column(f"VM {vm.vm}")
     for name in ("vCPU", "time", "from", "to"):
@@ -129,14 +149,15 @@ def _table(vm: VmTime) -> Table:
         table.add_column(each.name.lower(), justify="right")
     for name in ("soft-hangs", "longest"):
         table.add_column(name, justify="right")
-    for i, recorded in enumerate(vm.recorded):
+    for i in vcpus:
+        recorded = vm.recorded[i]
         vcpu_id = str(vm.outcomes[0].vcpus[i].id) if vm.outcomes else ""
         wall = sum(recorded)
         shares = ("" if on == Spent.SWITCH else f"{ns / wall:.1%}" for on, ns in enumerate(recorded) if wall)
         table.add_row("as recorded (guest with switch)", vcpu_id, duration(wall), "", "", *shares)
     for outcome in vm.outcomes:
         name = outcome.target.name + ("" if outcome.run.bound == "exact" else f", {outcome.run.bound}")
-        for vcpu in outcome.vcpus:
+        for vcpu in (outcome.vcpus[i] for i in vcpus):
             low, high = vcpu.band
             shares = (f"{spent / vcpu.wall:.1%}" if vcpu.wall else "" for spent in vcpu.spent)
             hangs = (str(len(vcpu.stalls)), duration(vcpu.longest)) if vcpu.stalls else ("", "")

@@ -33,6 +33,7 @@ PACE: Final = np.dtype(
     + [("spent", np.int64, len(Spent))]
 )
 QUEUE: Final = row_type("head", "tail")
+TURN: Final = row_type("due", "queue")
 SAMPLED: Final = np.dtype([(name, np.int64) for name in ("vcpu", "clock", "cause")] + [("spent", np.int64, len(Spent))])
 ZAPPED: Final = row_type("leaves", "tables")
 
@@ -67,6 +68,9 @@ class TimedEngine:
         self._pace["weight"] = weights or 1
         self._queue = make_pool(2 * vcpus + 1, QUEUE)
         self._queue["head"] = self._queue["tail"] = -1
+        leaves = 1 << (2 * vcpus).bit_length()
+        self._turn = make_pool(2 * leaves, TURN)
+        self._turn["due"] = NEVER
         # One operation frees no more roots than can be alive, and what it loads itself.
         puts = len(words) + SLOTS * vcpus + 4
         self._put = make_pool(puts, ZAPPED)
@@ -74,7 +78,8 @@ class TimedEngine:
         self._sample = make_pool(rows[1], SAMPLED)
         self._bounds = np.zeros(2, np.int64)
         self._begin(parameters, costs)
-        pools = (self.engine.rows_of(pool) for pool in (self._queue, self._pace, self._put))
+        self._timer.leaves = leaves
+        pools = (self.engine.rows_of(pool) for pool in (self._queue, self._turn, self._pace, self._put))
         self._timer.attach(self.engine.core, *pools, puts)
         self._attach()
 
@@ -120,8 +125,9 @@ class TimedEngine:
     def samples(self) -> list[NDArray[np.int64]]:
         """Each vCPU's progress: rows of (clock, Cause of its last unload, *spent until then)."""
         rows = self._sample[: self._timer.samples]
-        table = np.column_stack([rows["clock"], rows["cause"], rows["spent"]])
-        return [table[rows["vcpu"] == vcpu] for vcpu in range(len(self._pace))]
+        order = np.argsort(rows["vcpu"], kind="stable")
+        table = np.column_stack([rows["clock"], rows["cause"], rows["spent"]])[order]
+        return np.split(table, np.searchsorted(rows["vcpu"][order], np.arange(1, len(self._pace))))
 
     @property
     def causes(self) -> NDArray[np.int64]:

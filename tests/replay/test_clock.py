@@ -326,6 +326,7 @@ def test_structures_are_those_of_the_pools() -> None:
         ("Todo", timing.TODO),
         ("Pace", timing.PACE),
         ("Queue", timing.QUEUE),
+        ("Turn", timing.TURN),
         ("Sample", timing.SAMPLED),
         ("Zapped", timing.ZAPPED),
     ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Final
 
 import numpy as np
@@ -113,8 +113,8 @@ def states(role: NDArray[np.uint32], layout: RoleLayout) -> NDArray[np.int64]:
     return state + (guest if layout.guest_bits else USUAL)
 
 
-def words(layout: RoleLayout, ad_disabled: bool) -> tuple[list[Word], NDArray[np.int64]]:
-    """Every word that roots can have under a layout, and for each state the index of its word."""
+@lru_cache
+def _words(layout: RoleLayout, ad_disabled: bool) -> tuple[tuple[Word, ...], NDArray[np.int64]]:
     found: dict[int, Word] = {}
     index = np.zeros(STATES, np.int64)
     # The usual state comes first: index 0 is what a vCPU has before anything is known of it.
@@ -126,7 +126,14 @@ def words(layout: RoleLayout, ad_disabled: bool) -> tuple[list[Word], NDArray[np
         word |= layout.nx if state & NX or not layout.guest_bits else 0
         found.setdefault(word, Word(word, level, 1 if state & SMM else 0))
         index[state] = list(found).index(word)
-    return list(found.values()), index
+    index.flags.writeable = False
+    return tuple(found.values()), index
+
+
+def words(layout: RoleLayout, ad_disabled: bool) -> tuple[list[Word], NDArray[np.int64]]:
+    """Every word that roots can have under a layout, and for each state the index of its word."""
+    found, index = _words(layout, ad_disabled)
+    return list(found), index
 
 
 def has_ad_disabled(role: int) -> bool:
