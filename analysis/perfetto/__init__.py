@@ -11,7 +11,7 @@ from replay.timing.stalls import Rule
 
 
 def export(source: Recording | Result, out: Path) -> list[str]:
-    """Write what was recorded, or what a replay foretold; gives remarks, one line each."""
+    """Write what was recorded, or what a replay predicted; gives remarks, one line each."""
     if isinstance(source, Result):
         with Writer(out, (), ()) as writer:
             predicted.write(source, writer)

@@ -42,7 +42,7 @@ class VmReport:
     learned: int
     skipped: str = ""  # why it was not validated; empty if it was
     until: str = ""  # why it was validated only to some point; empty if to the end
-    taken: Mapping[str, int] = field(default_factory=dict)  # by what it is: taken from the recording, not foretold
+    taken: Mapping[str, int] = field(default_factory=dict)  # by what it is: taken from the recording, not predicted
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Report:
 
     @property
     def expected(self) -> int:
-        """Responses recorded, and foretold ones that never came."""
+        """Responses recorded, and predicted ones that never came."""
         return sum(t.reproduced + t.wrong + t.missing for t in self.tallies.values())
 
     @property
@@ -87,7 +87,7 @@ class Report:
 
     @property
     def holds(self) -> bool:
-        """Every response as foretold, and nothing left at a VM's end."""
+        """Every response as predicted, and nothing left at a VM's end."""
         return self.reproduced == self.expected and not self.left
 
 
@@ -221,7 +221,7 @@ def _notes(blind: Iterable[str], vms: list[VmReport]) -> list[str]:
     if blind := sorted(blind):
         notes.append(f"not observable in this recording, hence not compared: {', '.join(blind)}")
     for what in dict.fromkeys(what for vm in vms for what in vm.taken):
-        notes.append(f"taken from the recording, not foretold: {sum(vm.taken.get(what, 0) for vm in vms):,} {what}")
+        notes.append(f"taken from the recording, not predicted: {sum(vm.taken.get(what, 0) for vm in vms):,} {what}")
     inferred = sum(vm.inferred for vm in vms)
     if inferred:
         notes.append(
@@ -230,7 +230,7 @@ def _notes(blind: Iterable[str], vms: list[VmReport]) -> list[str]:
     learned = sum(vm.learned for vm in vms)
     if learned:
         notes.append(
-            f"{learned:,} loads whose role word was taken from the recording, not foretold: a VM's first, and those "
+            f"{learned:,} loads whose role word was taken from the recording, not predicted: a VM's first, and those "
             "after a CR0 or EFER write of which the recording lacks the value"
         )
     for vm in vms:

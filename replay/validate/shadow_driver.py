@@ -146,12 +146,12 @@ class Paged(Threads):
 
     @property
     def taken(self) -> dict[str, int]:
-        """What is taken from the recording rather than foretold, by what it is."""
+        """What is taken from the recording rather than predicted, by what it is."""
         counts = {
             "lookups (gfn, role word and level: the guest's page tables decide them)": self.pages.lookups,
             "zaps that the guest's writes to its page tables brought about": self.pages.zaps,
             "moments when a page went out of sync or back: the guest writes and flushes": self.pages.turns,
-            "moments of an invalid root's last put (its zap is foretold, once; puts are not recorded)": self.pages.puts,
+            "moments of an invalid root's last put (its one zap is predicted; puts are not recorded)": self.pages.puts,
             "counts of references of pages that may be a root (loads and puts are not recorded)": self.pages.counts,
             "leaves beside the one asked for: their page frames, and in indirect pages which": self.pages.neighbours,
         }
@@ -226,7 +226,7 @@ class Paged(Threads):
         if pages.short:
             return pages.recycle()
         page = pages.active.get(row.table)
-        # The host's ioctls zap by walks that are foretold, but for a limit that it sets.
+        # The host's ioctls zap by walks that are predicted, but for a limit that it sets.
         return None if page is None or work.ioctl not in (0, _SET_NR_MMU_PAGES) else pages.given_up(page)
 
     def _happen(self, thread: Thread, row: Row) -> None:

@@ -1,7 +1,7 @@
-"""A recording and the model in lock-step: the recording says which thread goes on, the model foretells what it does.
+"""A recording and the model in lock-step: the recording says which thread goes on, the model predicts what it does.
 
 Rows that no root policy decides (entries, exits, faults' addresses, SMM transitions, ioctls, what the host maps) are
-put into the model; every row that is the MMU's response is foretold by the thread's activity (`steps`) and compared.
+put into the model; every row that is the MMU's response is predicted by the thread's activity (`steps`) and compared.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from replay.validate.row_tuples import Row
 from replay.validate.vm_state import Slot
 from traces.kernels.triggers import CR0_WP, EFER_MSR, EFER_NX
 
-# What the kernel does in response, and the model therefore foretells.
+# What the kernel does in response, and the model therefore predicts.
 RESPONSES: Final = (
     "kvm_mmu_get_page",
     "kvm_mmu_prepare_zap_page",
@@ -49,7 +49,7 @@ _CONTEXT: Final = 6
 
 @dataclass
 class Tally:
-    """Of one kind: rows that came as foretold, that came otherwise or unasked, and that never came."""
+    """Of one kind: rows that came as predicted, that came otherwise or unasked, and that never came."""
 
     reproduced: int = 0
     wrong: int = 0
@@ -58,7 +58,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first difference: what was recorded, what the model had foretold, and the rows before and after."""
+    """The first difference: what was recorded, what the model had predicted, and the rows before and after."""
 
     row: Row
     why: str

@@ -28,7 +28,7 @@ OTHER_FRAME = 1 << 30  # likewise of an SPTE's page frame
 
 
 def run(trace: Trace, vm: int, rows: list[Row]) -> Paged | None:
-    """The model after these rows, None if a response is not as foretold or pages are left."""
+    """The model after these rows, None if a response is not as predicted or pages are left."""
     lockstep = paged_of(trace, vm, kernels.recorded(trace.metadata))
     lockstep.run(rows)
     lockstep.finish()
@@ -46,7 +46,7 @@ def shows(trace: Trace, rows: list[Row], at: int, mutation: str) -> bool:
         # That a page is looked up again is the guest's doing; a load's lookups are counted, a fault's go downwards.
         return counted and (mutation == "double" or row.level >= 4)
     if row.kind == "kvm_mmu_set_spte" and mutation in ("drop", "gfn", "new"):
-        # Which neighbours of a leaf the host has at hand, and their page frames, nothing foretells. 5.10 tells the
+        # Which neighbours of a leaf the host has at hand, and their page frames, nothing predicts. 5.10 tells the
         # frame of the guest's virtual address. A leaf that was there before may be met again without a row.
         old = trace.metadata.kernel.startswith("5.10")
         asks = next(one for one in reversed(rows[:at]) if one.kind == "kvm_mmu_spte_requested")

@@ -51,7 +51,7 @@ TELLING = {
 
 
 def run(rows: list[Row], trace: Trace) -> bool:
-    """Whether every response is as foretold and nothing is left."""
+    """Whether every response is as predicted and nothing is left."""
     kernel = kernels.recorded(trace.metadata)
     machine = machine_of(kernel, kernel.parameters())
     lockstep = Lockstep(machine)
@@ -62,7 +62,7 @@ def run(rows: list[Row], trace: Trace) -> bool:
 
 
 @pytest.mark.parametrize("path", each(REPLAYED))
-def test_every_response_of_every_recording_is_foretold(path: Path) -> None:
+def test_every_response_of_every_recording_is_predicted(path: Path) -> None:
     report = validate(path)
     assert report.reproduced == report.expected > 0, render(report)
     assert report.left == 0
@@ -105,7 +105,7 @@ def test_a_response_that_is_missing_doubled_or_altered_is_found(data: st.DataObj
     places = [i for i, row in enumerate(rows) if row.kind == kind and (kind != "mmu_free_roots" or row.root)]
     at = places[data.draw(st.integers(0, len(places) - 1))]
     row = rows[at]
-    # What follows of a free of roots is foretold; itself it is what happens.
+    # What follows of a free of roots is predicted; itself it is what happens.
     whole = () if kind == "mmu_free_roots" else ("drop", "double")
     mutation = data.draw(st.sampled_from([*whole, *TELLING[kind]]))
     if mutation == "drop":

@@ -63,7 +63,7 @@ def recorded(vmm: str, out: Path, scenario: str) -> Recorded:
 
 
 def whole(report: Report, own: list[int]) -> bool:
-    """Whether each of these VMs is as foretold from its creation to its end."""
+    """Whether each of these VMs is as predicted from its creation to its end."""
     found = [vm for vm in report.vms if vm.vm in own]
     tallies = [tally for vm in found for tally in vm.tallies.values()]
     unlike = any(tally.wrong or tally.missing for tally in tallies)

@@ -30,7 +30,7 @@ CHOSEN = ("roots-5.10", "smi-storm-6.1", "slot-delete-6.12", "wp-toggle-7.x", "r
 
 
 @pytest.mark.parametrize("path", each(PAGED))
-def test_every_response_of_every_recording_is_foretold(path: Path) -> None:
+def test_every_response_of_every_recording_is_predicted(path: Path) -> None:
     report = validate(path)
     assert report.reproduced == report.expected > 0, render(report)
     assert report.complete
@@ -140,7 +140,7 @@ def test_the_command_says_what_it_took() -> None:
     done = CliRunner().invoke(kvmtrace.app, ["validate", str(CORPUS / "roots-6.1-npt0.parquet")])
     assert done.exit_code == 0
     assert done.stdout.startswith("100 %: 2,003 of 2,003 responses reproduced")
-    assert "taken from the recording, not foretold: 631 lookups" in done.stdout
+    assert "taken from the recording, not predicted: 631 lookups" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ class Guest:
         return self.row("kvm_userspace_exit")
 
     def why(self) -> str:
-        """The first thing that is not as foretold; empty if all is."""
+        """The first thing that is not as predicted; empty if all is."""
         lockstep = Paged(self.pages, self.last, shows_end=False)
         lockstep.run(self.rows)
         lockstep.finish()

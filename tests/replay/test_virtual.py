@@ -78,7 +78,7 @@ def test_a_storm_is_a_soft_hang_under_the_old_policy_alone(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("working_set", [300, pytest.param(1500, marks=pytest.mark.slow)])
 def test_guest_work_between_faults_is_kept(tmp_path: Path, working_set: int) -> None:
-    """A storm made for either policy is the same guest's: the time of the one is foretold from the other's recording.
+    """A storm made for either policy is the same guest's: the time of the one is predicted from the other's recording.
 
     A guest that stores in a loop faults at one RIP: only faults that ended no instruction tell the switch from work.
     """
@@ -205,7 +205,7 @@ def test_a_stuck_vcpu_is_named_with_its_reason() -> None:
 
 
 @pytest.mark.slow
-def test_what_it_foretells_is_kept_in_the_documents() -> None:
+def test_what_it_predicts_is_kept_in_the_documents() -> None:
     found = time_accuracy.lines()
     assert time_accuracy.DOCUMENT.read_text() == time_accuracy.document(found)
     assert {(line.recorded, line.policy) for line in found} == {each[:2] for each in time_accuracy.DIRECTIONS}
