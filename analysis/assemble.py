@@ -199,10 +199,10 @@ def _invariants(result: Result | None, validation: Validated | str) -> Iterator[
             name = f"at most {PROMISED} role words under {policy.name}"
             yield Check("invariant", printable(name), status, printable("; ".join(broken) or "kept"))
     if isinstance(validation, str):
-        yield Check("invariant", "responses reproduced", Status.SKIPPED, validation)
+        yield Check("invariant", "responses matched", Status.SKIPPED, validation)
     else:
         yield Check(
-            "invariant", "responses reproduced", Status.PASSED if validation.holds else Status.FAILED, validation.text
+            "invariant", "responses matched", Status.PASSED if validation.holds else Status.FAILED, validation.text
         )
 
 

@@ -23,11 +23,11 @@ def validate(
 ) -> None:
     """Replay a recording under its own kernel's policy and compare each response of the MMU; exit 1 below 100 %."""
     from replay.validate.compare import validate as compare
-    from replay.validate.validate_text import facts, render
+    from replay.validate.validate_text import SCHEMA, render, to_dict
 
     report = compare(trace, policy)
     if as_json:
-        print_json(facts(report))
+        print_json(to_dict(report), SCHEMA)
     else:
         print(render(report), end="")
     if not report.holds:

@@ -19,6 +19,7 @@ from traces.kernels.policies import POLICIES, PolicyParameters
 from traces.metadata import Metadata
 from traces.progress import Progress
 from traces.reader import Trace
+from traces.text import count
 
 # What a recording must have watched, so that the model knows when slots are filled and emptied.
 _NEEDED: Final = {
@@ -39,7 +40,7 @@ class VmReport:
     first: Divergence | None
     left: int
     inferred: int
-    learned: int
+    role_words_taken: int
     skipped: str = ""  # why it was not validated; empty if it was
     until: str = ""  # why it was validated only to some point; empty if to the end
     taken: Mapping[str, int] = field(default_factory=dict)  # by what it is: taken from the recording, not predicted
@@ -62,19 +63,19 @@ class Report:
         for vm in self.vms:
             for kind, tally in vm.tallies.items():
                 sum_ = total.setdefault(kind, Tally())
-                sum_.reproduced += tally.reproduced
-                sum_.wrong += tally.wrong
+                sum_.matched += tally.matched
+                sum_.mismatched += tally.mismatched
                 sum_.missing += tally.missing
-        return dict(sorted(total.items(), key=lambda item: -item[1].reproduced))
+        return dict(sorted(total.items(), key=lambda item: -item[1].matched))
 
     @property
     def expected(self) -> int:
         """Responses recorded, and predicted ones that never came."""
-        return sum(t.reproduced + t.wrong + t.missing for t in self.tallies.values())
+        return sum(t.matched + t.mismatched + t.missing for t in self.tallies.values())
 
     @property
-    def reproduced(self) -> int:
-        return sum(t.reproduced for t in self.tallies.values())
+    def matched(self) -> int:
+        return sum(t.matched for t in self.tallies.values())
 
     @property
     def left(self) -> int:
@@ -88,7 +89,7 @@ class Report:
     @property
     def holds(self) -> bool:
         """Every response as predicted, and nothing left at a VM's end."""
-        return self.reproduced == self.expected and not self.left
+        return self.matched == self.expected and not self.left
 
 
 def validate(path: Path, policy: str = "") -> Report:
@@ -173,7 +174,7 @@ def _vm(
     found = VmReport(number, lockstep.tallies, lockstep.first, left, 0, 0, until=until)
     if isinstance(lockstep, shadow_driver.Paged):
         return replace(found, taken=lockstep.taken)
-    return replace(found, inferred=lockstep.machine.inferred, learned=lockstep.machine.learned)
+    return replace(found, inferred=lockstep.machine.inferred, role_words_taken=lockstep.machine.role_words_taken)
 
 
 class _Stretch:
@@ -193,9 +194,9 @@ class _Stretch:
 
 
 def _counted(rows: Iterable[Row], progress: Progress) -> Iterator[Row]:
-    for count, row in enumerate(rows):
-        if not count % _STEP:
-            progress.at(count)
+    for number, row in enumerate(rows):
+        if not number % _STEP:
+            progress.at(number)
         yield row
 
 
@@ -225,13 +226,14 @@ def _notes(blind: Iterable[str], vms: list[VmReport]) -> list[str]:
     inferred = sum(vm.inferred for vm in vms)
     if inferred:
         notes.append(
-            f"{inferred:,} removals inferred: this kernel shows no notifier, and faulted on pages the model still held"
+            f"{count(inferred, 'removal')} inferred: this kernel shows no notifier, and faulted on pages which the "
+            "model still held"
         )
-    learned = sum(vm.learned for vm in vms)
-    if learned:
+    taken = sum(vm.role_words_taken for vm in vms)
+    if taken:
         notes.append(
-            f"{learned:,} loads whose role word was taken from the recording, not predicted: a VM's first, and those "
-            "after a CR0 or EFER write of which the recording lacks the value"
+            f"{count(taken, 'load')} with the role word taken from the recording, not predicted: the first of each VM, "
+            "and those after a write of CR0 or EFER whose value was not recorded"
         )
     for vm in vms:
         notes += [f"VM {vm.vm}: {why}" for why in (vm.skipped, vm.until) if why]

@@ -59,7 +59,7 @@ class ShadowSteps(KernelSteps):
             want["root"] = self.name(found)
         row = yield Expect("kvm_mmu_get_page", want, agrees=top_level)
         assert row is not None
-        self.learned += not word
+        self.role_words_taken += not word
         if page is None and not word:
             page = self.find(0, row.role)
             found = page.root if page is not None else None

@@ -25,7 +25,7 @@ class Roots(Zaps):
             else:
                 other.refs -= 1
         role: int | Spte = self.role_of(vcpu, word)
-        self.learned += not word
+        self.role_words_taken += not word
         if root is None and self.kernel.root_get_page:
             row = yield Expect("kvm_mmu_get_page", {"gfn": 0, "flags": 1, "role": role}, agrees=top_level)
             assert row is not None

@@ -49,10 +49,10 @@ _CONTEXT: Final = 6
 
 @dataclass
 class Tally:
-    """Of one kind: rows that came as predicted, that came otherwise or unasked, and that never came."""
+    """Rows of one kind: as predicted, not as predicted (or not predicted at all), and predicted but never recorded."""
 
-    reproduced: int = 0
-    wrong: int = 0
+    matched: int = 0
+    mismatched: int = 0
     missing: int = 0
 
 
@@ -128,7 +128,7 @@ class Threads(ABC):
         while expected is not None:
             why = expected.misfit(row)
             if not why:
-                self._tally(row.kind).reproduced += 1
+                self._tally(row.kind).matched += 1
                 self._send(thread, row)
                 return
             if expected.optional:
@@ -177,7 +177,7 @@ class Threads(ABC):
 
     def _check(self, row: Row, holds: bool, why: str) -> None:
         if holds:
-            self._tally(row.kind).reproduced += 1
+            self._tally(row.kind).matched += 1
         else:
             self._diverge(row, why)
 
@@ -198,7 +198,7 @@ class Threads(ABC):
         return self.tallies.setdefault(kind, Tally())
 
     def _diverge(self, row: Row, why: str) -> None:
-        self._tally(row.kind).wrong += 1
+        self._tally(row.kind).mismatched += 1
         self._remember(row, why)
 
     def _remember(self, row: Row, why: str) -> None:
@@ -256,7 +256,7 @@ class Lockstep(Threads):
         elif found != (row.role, row.level, row.gfn or 0):
             self._diverge(row, f"page {row.table:#x} is freed as another table than was removed")
         else:
-            self._tally("table_free").reproduced += 1
+            self._tally("table_free").matched += 1
 
     def _happen(self, thread: Thread, row: Row) -> None:
         machine = self.machine

@@ -58,7 +58,7 @@ class State:
     sequence: int = 0  # moves with each invalidation and notifier
     destroyed: bool = False
     inferred: int = 0  # removals that no event showed
-    learned: int = 0  # loads whose role word the trace does not tell beforehand
+    role_words_taken: int = 0  # loads whose role word the trace does not tell beforehand
     _ids: int = 0
 
     @property

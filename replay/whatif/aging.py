@@ -13,9 +13,10 @@ from typing import Any, Final
 import numpy as np
 
 from replay.timing.costs import LockCosts
-from replay.whatif.answers import VCPUS, Answer, Asked, count, spread
+from replay.whatif.answers import VCPUS, Answer, Asked, spread
 from replay.whatif.locks import Lock, skipped
 from replay.whatif.workload import Program, Workload
+from traces.text import count
 from traces.units import duration
 
 _AGER: Final = -1

@@ -76,11 +76,6 @@ def parse(axis: str, text: str) -> Asked:
     return Asked(axis, names, rate, int(match[3]) if match[3] else None)
 
 
-def count(number: int, what: str) -> str:
-    """So many of something."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
 def spread(low: float, middle: float, high: float) -> str:
     """A number with the ends that its assumed costs leave open."""
     if low == middle == high:

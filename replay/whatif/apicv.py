@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from replay.whatif.answers import Answer, Asked, count
+from replay.whatif.answers import Answer, Asked
 from replay.whatif.workload import Workload
+from traces.text import count
 from traces.units import duration
 
 

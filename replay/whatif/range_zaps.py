@@ -17,9 +17,10 @@ import numpy as np
 
 from replay.timing.costs import LockCosts
 from replay.whatif.aging import FACTORS, limit
-from replay.whatif.answers import VCPUS, Answer, Asked, count, spread
+from replay.whatif.answers import VCPUS, Answer, Asked, spread
 from replay.whatif.locks import Lock, skipped
 from replay.whatif.workload import Workload
+from traces.text import count
 from traces.units import duration
 
 _ZAPPER: Final = -1

@@ -12,9 +12,10 @@ from typing import Any
 
 from replay.timing.costs import LockCosts
 from replay.whatif.aging import FACTORS
-from replay.whatif.answers import VCPUS, Answer, Asked, count, spread
+from replay.whatif.answers import VCPUS, Answer, Asked, spread
 from replay.whatif.locks import Lock
 from replay.whatif.workload import Workload
+from traces.text import count
 from traces.units import duration
 
 

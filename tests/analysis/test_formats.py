@@ -162,7 +162,7 @@ def test_junit_has_a_case_for_each_check(made: dict[str, Report]) -> None:
         "async.refaults > 2000": [("failure", "failed")],
         "fidelity < 1": [],
         "at most 6 role words under preserve": [],
-        "responses reproduced": [],
+        "responses matched": [],
     }
     assert (gated.attrib["tests"], gated.attrib["failures"], gated.attrib["skipped"]) == ("6", "1", "0")
     assert storm.attrib["skipped"] == "1"  # not validated, and said so

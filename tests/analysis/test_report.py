@@ -144,7 +144,7 @@ def test_fidelity_validates_and_holds() -> None:
     assert [check["status"] for check in report["checks"] if check["name"] == "fidelity < 1"] == ["passed"]
     (report,) = document(STORM)["reports"]
     assert report["figures"]["whole"]["fidelity"] is None
-    (check,) = [check for check in report["checks"] if check["name"] == "responses reproduced"]
+    (check,) = [check for check in report["checks"] if check["name"] == "responses matched"]
     assert check["status"] == "skipped"
     assert "--validate" in check["why"]
 

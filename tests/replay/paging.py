@@ -32,7 +32,7 @@ def run(trace: Trace, vm: int, rows: list[Row]) -> Paged | None:
     lockstep = paged_of(trace, vm, kernels.recorded(trace.metadata))
     lockstep.run(rows)
     lockstep.finish()
-    clean = all(not tally.wrong and not tally.missing for tally in lockstep.tallies.values())
+    clean = all(not tally.mismatched and not tally.missing for tally in lockstep.tallies.values())
     return lockstep if clean and lockstep.ended and not lockstep.left(False) else None
 
 

@@ -57,14 +57,14 @@ def run(rows: list[Row], trace: Trace) -> bool:
     lockstep = Lockstep(machine)
     lockstep.run(rows)
     lockstep.finish()
-    clean = all(not tally.wrong and not tally.missing for tally in lockstep.tallies.values())
+    clean = all(not tally.mismatched and not tally.missing for tally in lockstep.tallies.values())
     return clean and not machine.removed and not machine.roots
 
 
 @pytest.mark.parametrize("path", each(REPLAYED))
 def test_every_response_of_every_recording_is_predicted(path: Path) -> None:
     report = validate(path)
-    assert report.reproduced == report.expected > 0, render(report)
+    assert report.matched == report.expected > 0, render(report)
     assert report.left == 0
     assert not any(vm.skipped or vm.until for vm in report.vms)
     met = set(Trace.open(path).counts()) & set(RESPONSES)
@@ -81,7 +81,7 @@ def test_the_corpus_has_every_kernel() -> None:
     ("smi-storm-6.1-async", "preserve"), ("smi-storm-6.1-async", "sync"), ("smi-storm-5.10", "preserve"),
     ("slot-delete-6.1", "async"), ("smi-storm-6.1-shadow", "preserve"),
 ])  # fmt: skip
-def test_another_policy_does_not_reproduce_it(name: str, policy: str) -> None:
+def test_another_policy_does_not_match_it(name: str, policy: str) -> None:
     report = validate(CORPUS / f"{name}.parquet", policy)
     assert not report.holds
     assert any(vm.first is not None for vm in report.vms)
@@ -124,9 +124,9 @@ def test_the_command_says_how_much_and_where(tmp_path: Path) -> None:
     done = runner.invoke(kvmtrace.app, ["validate", str(CORPUS / "smi-storm-6.1.parquet"), "--json"])
     assert done.exit_code == 0
     document = json.loads(done.stdout)
-    assert document["schema"] == 1
+    assert document["schema"] == 2
     assert document["share"] == 1
-    assert document["kinds"]["root_get"] == {"reproduced": 9, "wrong": 0, "missing": 0}
+    assert document["kinds"]["root_get"] == {"matched": 9, "mismatched": 0, "missing": 0}
     done = runner.invoke(kvmtrace.app, ["validate", str(CORPUS / "smi-storm-6.1.parquet"), "--policy", "async"])
     assert done.exit_code == 1
     assert not done.stdout.startswith("100 %")
@@ -204,7 +204,7 @@ def in_intels_codes(row: Row) -> Row | None:
 @pytest.mark.parametrize("name", ["smi-storm-6.1-ept", "steady-6.1-ept", "smi-storm-6.1-sync", "field-6.1"])
 def test_recordings_of_other_vendors_and_modified_kernels(name: str) -> None:
     report = validate(RECORDINGS_HERE / f"{name}.parquet")
-    assert report.reproduced == report.expected > 200, render(report)
+    assert report.matched == report.expected > 200, render(report)
     assert report.holds
     assert report.policy == ("sync" if name.endswith("sync") else "preserve")
 
@@ -221,7 +221,7 @@ def test_faults_and_mmio_by_intels_codes(name: str) -> None:
     lockstep.run(rows)
     lockstep.finish()
     assert lockstep.first is None, lockstep.first
-    answers = sum(tally.reproduced for kind, tally in lockstep.tallies.items() if kind in lockstep.responses)
+    answers = sum(tally.matched for kind, tally in lockstep.tallies.items() if kind in lockstep.responses)
     assert answers == sum(row.kind in lockstep.responses for row in told)
     # Read by AMD's codes they would not come out, but for recordings without MMIO and dirty logging.
     wrong = Lockstep(machine_of(replace(kernel, vendor=SVM), kernel.parameters()))

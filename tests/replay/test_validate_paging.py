@@ -32,11 +32,11 @@ CHOSEN = ("roots-5.10", "smi-storm-6.1", "slot-delete-6.12", "wp-toggle-7.x", "r
 @pytest.mark.parametrize("path", each(PAGED))
 def test_every_response_of_every_recording_is_predicted(path: Path) -> None:
     report = validate(path)
-    assert report.reproduced == report.expected > 0, render(report)
+    assert report.matched == report.expected > 0, render(report)
     assert report.complete
     assert report.left == 0
     trace = Trace.open(path)
-    compared = {kind: sum((t.reproduced, t.wrong, t.missing)) for kind, t in report.tallies.items()}
+    compared = {kind: sum((t.matched, t.mismatched, t.missing)) for kind, t in report.tallies.items()}
     assert {kind: n for kind, n in trace.counts().items() if kind in COMPARED} == {
         kind: n for kind, n in compared.items() if kind in COMPARED
     }, "each row of a kind that is compared is one response"
@@ -129,17 +129,17 @@ def test_without_zaps_there_is_nothing_to_validate(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("policy", ["async", "preserve", "sync"])
-def test_another_policy_does_not_reproduce_it(policy: str) -> None:
+def test_another_policy_does_not_match_it(policy: str) -> None:
     report = validate(CORPUS / "roots-6.1-npt0.parquet", policy)
     assert not report.holds
-    assert report.reproduced < report.expected
+    assert report.matched < report.expected
     assert any(vm.first is not None for vm in report.vms)
 
 
 def test_the_command_says_what_it_took() -> None:
     done = CliRunner().invoke(kvmtrace.app, ["validate", str(CORPUS / "roots-6.1-npt0.parquet")])
     assert done.exit_code == 0
-    assert done.stdout.startswith("100 %: 2,003 of 2,003 responses reproduced")
+    assert done.stdout.startswith("100 %: 2,003 of 2,003 responses matched")
     assert "taken from the recording, not predicted: 631 lookups" in done.stdout
 
 
