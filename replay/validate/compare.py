@@ -11,7 +11,7 @@ from replay.validate import expect, shadow_driver
 from replay.validate.direct_shadow import ShadowSteps
 from replay.validate.kernel_steps import KernelSteps
 from replay.validate.row_tuples import Row, rows_of
-from replay.validate.threads import RESPONSES, Divergence, Lockstep, Tally
+from replay.validate.threads import RESPONSES, ConformanceCheck, Divergence, Tally
 from traces import kernels
 from traces.errors import Problem
 from traces.kernels import Kernel
@@ -93,7 +93,7 @@ class Report:
 
 
 def validate(path: Path, policy: str = "") -> Report:
-    """Replay a recording under its own policy (or `policy`), in lock-step.
+    """Replay a recording under its own policy (or `policy`), row by row.
 
     Raises Problem where there is nothing that could be validated.
     """
@@ -156,28 +156,28 @@ def _vm(
     if vm["origin"] != "created":
         why = f"VM {number} was running before the recording began: what it had mapped is not known"
         return VmReport(number, {}, None, 0, 0, 0, skipped=why)
-    rows = _Stretch(rows_of(trace, number), cut)
-    lockstep: Lockstep | shadow_driver.Paged
+    rows = _UntilLoss(rows_of(trace, number), cut)
+    check: ConformanceCheck | shadow_driver.Paged
     if parameters is None:
-        lockstep = shadow_driver.paged_of(trace, number, kernel)
+        check = shadow_driver.paged_of(trace, number, kernel)
     else:
-        lockstep = Lockstep(machine_of(kernel, parameters))
+        check = ConformanceCheck(machine_of(kernel, parameters))
     with Progress(f"validating VM {number}, rows") as progress:
-        lockstep.run(_counted(rows, progress))
+        check.run(_counted(rows, progress))
     if not rows.stopped:
-        lockstep.finish()
-    ended = lockstep.ended and not rows.stopped
-    left = lockstep.left("table_free" in trace.metadata.kinds) if ended else 0
+        check.finish()
+    ended = check.ended and not rows.stopped
+    left = check.left("table_free" in trace.metadata.kinds) if ended else 0
     until = "events were lost; validated up to the first loss" if rows.stopped else ""
     if not until and not ended:
         until = "the VM was not destroyed in the recording; what it would leave is not known"
-    found = VmReport(number, lockstep.tallies, lockstep.first, left, 0, 0, until=until)
-    if isinstance(lockstep, shadow_driver.Paged):
-        return replace(found, taken=lockstep.taken)
-    return replace(found, inferred=lockstep.machine.inferred, role_words_taken=lockstep.machine.role_words_taken)
+    found = VmReport(number, check.tallies, check.first, left, 0, 0, until=until)
+    if isinstance(check, shadow_driver.Paged):
+        return replace(found, taken=check.taken)
+    return replace(found, inferred=check.machine.inferred, role_words_taken=check.machine.role_words_taken)
 
 
-class _Stretch:
+class _UntilLoss:
     """Rows up to the first loss: after it, a divergence may be the recorder's."""
 
     def __init__(self, rows: Iterator[Row], until: int | None) -> None:

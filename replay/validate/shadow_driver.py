@@ -1,4 +1,4 @@
-"""A recording of shadow paging and the model of its pages in lock-step, thread by thread."""
+"""The conformance check of shadow paging: a recording against the model of its pages, thread by thread."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _RUNNING: Final = (
 )  # fmt: skip
 # Of the host, in the middle of whatever the thread does.
 _ASIDE: Final = ("kvm_unmap_hva_range", "kvm_set_spte_hva", "kvm_age_hva", "kvm_test_age_hva")
-_STRETCH: Final = ("kvm_page_fault", "kvm_entry", "kvm_exit", "kvm_userspace_exit", "mmu_free_roots", "mmu_load")
+_NEXT_EVENT: Final = ("kvm_page_fault", "kvm_entry", "kvm_exit", "kvm_userspace_exit", "mmu_free_roots", "mmu_load")
 COMPARED: Final = (
     "kvm_mmu_get_page",
     "kvm_mmu_prepare_zap_page",
@@ -170,7 +170,7 @@ class Paged(Threads):
                 work.asked, work.leaf = None, Leaf(row.table, row.gfn)
             elif work.leaf is not None:
                 work.leaf.last = row.gfn
-        elif row.kind in _STRETCH:
+        elif row.kind in _NEXT_EVENT:
             work.looked.clear()
 
     def _begun_by(self, thread: Thread, row: Row) -> Activity | None:
@@ -234,7 +234,7 @@ class Paged(Threads):
             return
         self._settle(thread, row)
         pages, work = self.pages, self._of(row)
-        if row.kind in _STRETCH:
+        if row.kind in _NEXT_EVENT:
             self._unasked(row, work)
             work.looked.clear()
             work.leaf = None

@@ -1,4 +1,4 @@
-"""A recording and the model in lock-step: the recording says which thread goes on, the model predicts what it does.
+"""The conformance check: the recording says which thread runs next, the model predicts what it does.
 
 Rows that no root policy decides (entries, exits, faults' addresses, SMM transitions, ioctls, what the host maps) are
 put into the model; every row that is the MMU's response is predicted by the thread's activity (`steps`) and compared.
@@ -206,7 +206,7 @@ class Threads(ABC):
             self.first = Divergence(row, why, tuple(self._recent), [])
 
 
-class Lockstep(Threads):
+class ConformanceCheck(Threads):
     """One VM whose roots map guest-physical addresses."""
 
     def __init__(self, machine: KernelSteps) -> None:

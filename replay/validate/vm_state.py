@@ -1,4 +1,4 @@
-"""What the lock-step knows of one VM, and what it would expect to meet in an entry."""
+"""What the conformance check knows of one VM, and what it would expect to meet in an entry."""
 
 from __future__ import annotations
 

@@ -29,11 +29,11 @@ OTHER_FRAME = 1 << 30  # likewise of an SPTE's page frame
 
 def run(trace: Trace, vm: int, rows: list[Row]) -> Paged | None:
     """The model after these rows, None if a response is not as predicted or pages are left."""
-    lockstep = paged_of(trace, vm, kernels.recorded(trace.metadata))
-    lockstep.run(rows)
-    lockstep.finish()
-    clean = all(not tally.mismatched and not tally.missing for tally in lockstep.tallies.values())
-    return lockstep if clean and lockstep.ended and not lockstep.left(False) else None
+    check = paged_of(trace, vm, kernels.recorded(trace.metadata))
+    check.run(rows)
+    check.finish()
+    clean = all(not tally.mismatched and not tally.missing for tally in check.tallies.values())
+    return check if clean and check.ended and not check.left(False) else None
 
 
 def shows(trace: Trace, rows: list[Row], at: int, mutation: str) -> bool:

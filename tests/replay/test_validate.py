@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import kvmtrace
 from replay.validate.compare import machine_of, validate
 from replay.validate.row_tuples import Row, rows_of
-from replay.validate.threads import RESPONSES, Lockstep
+from replay.validate.threads import RESPONSES, ConformanceCheck
 from replay.validate.validate_text import render
 from tests.corpus import CORPUS, REPLAYED, each
 from tests.profiles import examples
@@ -54,10 +54,10 @@ def run(rows: list[Row], trace: Trace) -> bool:
     """Whether every response is as predicted and nothing is left."""
     kernel = kernels.recorded(trace.metadata)
     machine = machine_of(kernel, kernel.parameters())
-    lockstep = Lockstep(machine)
-    lockstep.run(rows)
-    lockstep.finish()
-    clean = all(not tally.mismatched and not tally.missing for tally in lockstep.tallies.values())
+    check = ConformanceCheck(machine)
+    check.run(rows)
+    check.finish()
+    clean = all(not tally.mismatched and not tally.missing for tally in check.tallies.values())
     return clean and not machine.removed and not machine.roots
 
 
@@ -217,14 +217,14 @@ def test_faults_and_mmio_by_intels_codes(name: str) -> None:
     rows = [other for row in told if (other := in_intels_codes(row)) is not None]
     # The codes are Intel's; the bits of its SPTEs are still those of NPT.
     kernel = replace(kernels.recorded(trace.metadata), vendor=replace(VMX, paging="npt"))
-    lockstep = Lockstep(machine_of(kernel, kernel.parameters()))
-    lockstep.run(rows)
-    lockstep.finish()
-    assert lockstep.first is None, lockstep.first
-    answers = sum(tally.matched for kind, tally in lockstep.tallies.items() if kind in lockstep.responses)
-    assert answers == sum(row.kind in lockstep.responses for row in told)
+    check = ConformanceCheck(machine_of(kernel, kernel.parameters()))
+    check.run(rows)
+    check.finish()
+    assert check.first is None, check.first
+    answers = sum(tally.matched for kind, tally in check.tallies.items() if kind in check.responses)
+    assert answers == sum(row.kind in check.responses for row in told)
     # Read by AMD's codes they would not come out, but for recordings without MMIO and dirty logging.
-    wrong = Lockstep(machine_of(replace(kernel, vendor=SVM), kernel.parameters()))
+    wrong = ConformanceCheck(machine_of(replace(kernel, vendor=SVM), kernel.parameters()))
     wrong.run(rows)
     wrong.finish()
     assert (wrong.first is None) == (name == "smi-both-7.x")

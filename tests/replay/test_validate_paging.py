@@ -202,10 +202,10 @@ class Guest:
 
     def why(self) -> str:
         """The first thing that is not as predicted; empty if all is."""
-        lockstep = Paged(self.pages, self.last, shows_end=False)
-        lockstep.run(self.rows)
-        lockstep.finish()
-        return lockstep.first.why if lockstep.first is not None else ""
+        check = Paged(self.pages, self.last, shows_end=False)
+        check.run(self.rows)
+        check.finish()
+        return check.first.why if check.first is not None else ""
 
 
 def two_levels(**given: bool) -> Guest:
