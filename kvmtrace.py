@@ -265,12 +265,12 @@ def info(
 
 @app.command(epilog="Example: kvmtrace doctor --json")
 def doctor(as_json: Json = False) -> None:
-    """Say what can be recorded on this machine, what cannot, and the one command that mends each lack."""
-    from tracer.doctor import examine, render
+    """Say what can be recorded on this machine, what cannot, and the one command that fixes each problem."""
+    from tracer.doctor import SCHEMA, examine, render
 
     report = examine()
     if as_json:
-        print_json(report.document())
+        print_json(report.to_dict(), SCHEMA)
     else:
         print(render(report), end="")
     raise typer.Exit(report.exit_code)

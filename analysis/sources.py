@@ -27,7 +27,7 @@ from traces.text import printable
 
 BATCH_ROWS: Final = 1 << 16
 _MAJOR: Final = 1
-# What reading a file made to harm can raise in pyarrow.
+# What reading a hostile file can raise in pyarrow.
 _ERRORS: Final = (pa.ArrowException, OSError, ValueError, TypeError, KeyError, IndexError, MemoryError, OverflowError)
 _RUN: Final = tuple(field.name for field in fields(RipRun))
 _TEXTS: Final = tuple(field.name for field in SCHEMA if pa.types.is_dictionary(field.type))
@@ -136,7 +136,7 @@ class VmTime:
 class Result:
     """A result of `kvmtrace replay -o`. Every byte of it is untrusted: Arrow decodes it and every batch is validated.
 
-    polars's own reader is not let near it, for it aborts the process on some files made to harm it.
+    polars's own reader is not let near it, for it aborts the process on some hostile files.
     """
 
     def __init__(self, path: Path, document: Mapping[str, Any]) -> None:
@@ -182,7 +182,7 @@ class Result:
         return self.document.get("time") is not None
 
     def scan(self) -> pl.LazyFrame:
-        """Its rows, all columns of this version; those that an older one lacks are null."""
+        """Its rows, all columns of this version; those that an older one does not have are null."""
 
         def frames(
             columns: list[str] | None, predicate: pl.Expr | None, limit: int | None, _size: int | None

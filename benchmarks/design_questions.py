@@ -207,7 +207,7 @@ def _on_zaps(found: list[Found]) -> str:
         f"For one gfn the write lock costs next to nothing: {duration(both['waited'])} in all for {both['faults']:,} "
         f"faults of 64 vCPUs and {both['zaps']:,} zaps, and {both['retried']:,} faults tried again. The read lock "
         f"lets faults run, and {read['stale']:,} of them may install behind a zap what they read before it. The "
-        f"write lock without count and sequence does not mend that ({write['stale']:,}), nor do count and sequence "
+        f"write lock without count and sequence does not fix that ({write['stale']:,}), nor do count and sequence "
         f"under the read lock ({half['stale']:,}: a zap that begins between a fault's comparison and its install). "
         f"Only with both is none left ({both['stale']:,}), so that an APICv inhibit needs both, and waits and "
         f"retries are what it costs. For 512 pages a zap the exclusive hold is {duration(wide['zap'])}, and faults "

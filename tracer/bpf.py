@@ -37,7 +37,7 @@ _PROG_INFO_SIZE, _RECURSION_MISSES = 224, 208
 
 def import_bcc() -> Any:
     """The distribution's bcc module. It lives outside a virtual environment, so its directory goes LAST on sys.path."""
-    if os.environ.get("KVMTRACE_WITHOUT_BCC"):  # how `doctor` is tested for a machine that lacks it
+    if os.environ.get("KVMTRACE_WITHOUT_BCC"):  # how `doctor` is tested for a machine without it
         raise Problem(f"bcc is not installed: {INSTALL_BCC}", ENVIRONMENT)
     if DIST_PACKAGES not in sys.path:
         sys.path.append(DIST_PACKAGES)

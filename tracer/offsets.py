@@ -107,7 +107,7 @@ class Layout:
                 f"the layout of {structs} is not known: the kvm module loaded here has no BTF ({BTF_DIRECTORY}/kvm is "
                 "missing) and its kernel is in no dated table: load one built with CONFIG_DEBUG_INFO_BTF_MODULES=y"
             )
-        return f"the layout of {structs} is not known: {self.source} lacks {', '.join(lacking)}"
+        return f"the layout of {structs} is not known: {self.source} has no {', '.join(lacking)}"
 
     def metadata(self) -> dict[str, Any]:
         return {
@@ -121,7 +121,7 @@ class Layout:
 
 
 def kernel_layout(btf: Btf, version: tuple[int, int], bases: dict[str, int]) -> Layout:
-    """Offsets for this kernel: BTF first, its description for what BTF lacks. `bases`: see bpf.kernel_bases."""
+    """Offsets for this kernel: BTF first, its description for what is missing in BTF. `bases`: see bpf.kernel_bases."""
     kernel = at(f"{max(version, OLDEST)[0]}.{max(version, OLDEST)[1]}")
     offsets: dict[str, int] = {}
     for macro, (struct, alternatives) in _MEMBERS.items():

@@ -82,7 +82,7 @@ def compact(directory: Path, out: Path) -> Summary:
 def _unwritable(out: Path, directory: Path, error: OSError) -> Problem:
     return Problem(
         f"{out}: {error.strerror or error}: the recording is safe in {directory}; "
-        f"mend that and run `kvmtrace recover {directory}`"
+        f"fix that and run `kvmtrace recover {directory}`"
     )
 
 

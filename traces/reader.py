@@ -2,7 +2,7 @@
 
 Every byte is under a CRC: the footer is checked before Arrow parses it, each row group before Arrow decodes it, and
 every decoded batch is validated fully. Decoding is Arrow's, not polars's, because polars aborts the process on some
-files made to harm it, where Arrow raises.
+hostile files, where Arrow raises.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BATCH_ROWS: Final = 1 << 16
 UNKNOWN_CODE: Final = 255
 _POLICY_ROWS: Final = 1 << 14  # looked at for the policy, a batch
 _POLICY_BATCHES: Final = 8
-# What decoding a file made to harm can raise in pyarrow; MemoryError where a length lies.
+# What decoding a hostile file can raise in pyarrow; MemoryError where a length lies.
 _DECODE_ERRORS: Final = (
     pa.ArrowException,
     OSError,

@@ -127,7 +127,7 @@ def causes(result: Result) -> pl.LazyFrame:
     counts = freed.group_by(*keys, "bound").agg(
         freed=pl.len().cast(pl.Int64), leaves=pl.col("leaves").sum(), tables=pl.col("tables").sum()
     )
-    # A cause that one bound lacks is 0 there.
+    # A cause that is missing in one bound is 0 there.
     bounds = pl.LazyFrame(
         [{"policy": policy.name, "bounds": len(policy.bounds)} for policy in result.policies],
         schema={"policy": pl.String, "bounds": pl.Int64},

@@ -193,15 +193,15 @@ def test_json_replays(tmp_path: Path) -> None:
     again = kvmtrace("explore", "--replay", str(found))
     assert again.returncode == 1
     assert again.stdout == f"apicv write, 12 steps: broken again: {APIC}\n"
-    # The same steps without the last break nothing yet; the mended variant cannot make them.
-    short, mended = json.loads(done.stdout)["runs"][0]["schedule"], document["runs"][0]["schedule"]
+    # The same steps without the last break nothing yet; the fixed variant cannot make them.
+    short, fixed = json.loads(done.stdout)["runs"][0]["schedule"], document["runs"][0]["schedule"]
     short["steps"].pop()
     found.write_text(json.dumps(short))
     again = kvmtrace("explore", "--replay", str(found), "--json")
     assert again.returncode == 0
     assert json.loads(again.stdout)["replays"][0]["broken"] is None
-    mended["variant"] = "write-recheck"
-    found.write_text(json.dumps(mended))
+    fixed["variant"] = "write-recheck"
+    found.write_text(json.dumps(fixed))
     assert "step 11 of apicv write-recheck: the schedule is out of date: vcpu0 does not come to" in one_line(
         kvmtrace("explore", "--replay", str(found))
     )

@@ -1,4 +1,4 @@
-"""The model of shadow paging against real kernels, on rows made up where those show too little, and against harm."""
+"""The model of shadow paging against real kernels, made-up rows where those show too little, and mutated rows."""
 
 from __future__ import annotations
 
