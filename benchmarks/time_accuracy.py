@@ -118,7 +118,7 @@ def document(found: list[Line]) -> str:
         f"{len(exact)} predicted as one number: median error {statistics.median(errors):.0%}, the largest "
         f"{max(errors):.0%}. {inside} of {len(found)} medians lie",
         "inside the band: two standard errors about the number or the interval, and what is open of the switch to the",
-        "guest where no recorded stretch shows it bare.",
+        "guest where no recorded period shows it bare.",
         "",
         "| scenario | recorded on | replayed under | predicted | band | measured | error | in band | bare |",
         "|-|-|-|-:|-:|-:|-:|-|-:|",

@@ -2,7 +2,7 @@
 
 From a recording whose kernel frees roots, another policy's outcome follows: what the guest touched again is recorded.
 From one that keeps roots it does not, for touches of pages that were mapped are silent: the outcome lies between no
-page touched again and every one. Both ends are replays too (`parameters.assume_refault`, `lower.Case`).
+page touched again and every one. Both ends are replays too (`parameters.assume_refault`, `decode.cases.Case`).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Target:
 
     @property
     def merged(self) -> bool:
-        """Whether its ends are of different role words (`lower.Case`)."""
+        """Whether its ends are of different role words (`decode.cases.Case`)."""
         return any(run.case.merged for run in self.runs)
 
 

@@ -43,7 +43,7 @@ _SLOTS: Final = np.dtype(
     [("slot", np.int64, SLOTS)]
     + [(name, np.int64) for name in ("word", "cause", "request", "loads", "creations", "reuses", "fixes")]
 )
-_WORD: Final = row_type("gen", "leaves", "tables", "root", "ghost", "top", "level", "as_id")
+_WORD: Final = row_type("gen", "leaves", "tables", "root", "remembered", "top", "level", "as_id")
 _ROOT: Final = row_type("id", "word", "refs", "valid", "cause", "before", "after")
 
 
@@ -209,7 +209,7 @@ class Engine:
 
     @property
     def roots(self) -> list[RootState]:
-        """Roots alive, the eldest first: valid ones, and husks that a slot still holds."""
+        """Roots alive, the eldest first: valid ones, and invalid ones that a slot still holds."""
         states = []
         at = int(self._root[0]["after"])
         while at:

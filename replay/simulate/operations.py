@@ -1,8 +1,8 @@
-"""The stimuli of a replay: what happened to a VM that no root policy decides, as a stream of small operations.
+"""The inputs of a replay: what happened to a VM that no root policy decides, as a stream of small operations.
 
 Both implementations of the model (`reference`, `engine`) read this stream and nothing else. It has two columns, one
 row an operation: `op` (uint32, packed as below) and `gfn` (int64, a guest frame or the operation's argument). What an
-operation means is in the table of `Op`; how a trace becomes operations is in `stimuli`.
+operation means is in the table of `Op`; how a trace becomes operations is in `replay.decode`.
 
     bits  0-3  operation (Op)
     bits  4-6  level of the leaf (TOUCH, FIX, COLLAPSE), address space (ZAP, SPLIT)
@@ -104,7 +104,7 @@ def pack(op: Op, vcpu: int = 0, level: int = 0, first: int = 0, last: int = 0, r
 
 @dataclass
 class Block:
-    """A stretch of one VM's stream. `time` (ns) and `seq` (trace row) are for reports: the model reads neither."""
+    """A part of one VM's stream. `time` (ns) and `seq` (trace row) are for reports: the model reads neither."""
 
     op: NDArray[np.uint32]
     gfn: NDArray[np.int64]

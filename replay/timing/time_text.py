@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from replay.plan import Plan
-from replay.timing.reference_clock import Spent
+from replay.timing.reference_clock import TimeCategory
 from replay.timing.soft_hangs import told
 from replay.timing.stalls import watchdogs
 from replay.timing.stuck_rip import RipRun
@@ -125,14 +125,14 @@ def _table(vm: VmTime) -> Table:
     table.add_column(f"VM {vm.vm}")
     for name in ("vCPU", "time", "from", "to"):
         table.add_column(name, justify="right")
-    for each in Spent:
+    for each in TimeCategory:
         table.add_column(each.name.lower(), justify="right")
     for name in ("soft-hangs", "longest"):
         table.add_column(name, justify="right")
     for i, recorded in enumerate(vm.recorded):
         vcpu_id = str(vm.outcomes[0].vcpus[i].id) if vm.outcomes else ""
         wall = sum(recorded)
-        shares = ("" if on == Spent.SWITCH else f"{ns / wall:.1%}" for on, ns in enumerate(recorded) if wall)
+        shares = ("" if on == TimeCategory.SWITCH else f"{ns / wall:.1%}" for on, ns in enumerate(recorded) if wall)
         table.add_row("as recorded (guest with switch)", vcpu_id, duration(wall), "", "", *shares)
     for outcome in vm.outcomes:
         name = outcome.target.name + ("" if outcome.run.bound == "exact" else f", {outcome.run.bound}")

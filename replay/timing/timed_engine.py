@@ -20,7 +20,7 @@ from replay.simulate.operations import Ranges, Word
 from replay.simulate.reference import SLOTS, Counters
 from replay.simulate.timed_operations import NEVER, Timed
 from replay.timing.costs import Costs
-from replay.timing.reference_clock import Spent
+from replay.timing.reference_clock import TimeCategory
 from traces.errors import Problem
 from traces.kernels.policies import PolicyParameters
 
@@ -30,10 +30,12 @@ TODO: Final = np.dtype(
 )
 PACE: Final = np.dtype(
     [(name, np.int64) for name in ("clock", "lead", "guest", "inside", "sampled", "guessed", "weight")]
-    + [("spent", np.int64, len(Spent))]
+    + [("spent", np.int64, len(TimeCategory))]
 )
 QUEUE: Final = row_type("head", "tail")
-SAMPLED: Final = np.dtype([(name, np.int64) for name in ("vcpu", "clock", "cause")] + [("spent", np.int64, len(Spent))])
+SAMPLED: Final = np.dtype(
+    [(name, np.int64) for name in ("vcpu", "clock", "cause")] + [("spent", np.int64, len(TimeCategory))]
+)
 ZAPPED: Final = row_type("leaves", "tables")
 
 _COLUMNS: Final = {
@@ -112,7 +114,7 @@ class TimedEngine:
 
     @property
     def spent(self) -> NDArray[np.int64]:
-        """What it went on: a row a vCPU, a column each of `Spent`."""
+        """The time breakdown: a row a vCPU, a column each of `TimeCategory`."""
         spent: NDArray[np.int64] = self._pace["spent"].copy()
         return spent
 

@@ -17,7 +17,7 @@ from replay.simulate.operations import Ranges
 from replay.simulate.timed_operations import tail
 from replay.timing.costs import Fitted, fit
 from replay.timing.measure import Measured
-from replay.timing.reference_clock import Spent
+from replay.timing.reference_clock import TimeCategory
 from replay.timing.soft_hangs import SoftHang, soft_hangs
 from replay.timing.stalls import Rule
 from replay.timing.stuck_rip import CERTAIN, RipRun, longest_runs
@@ -50,7 +50,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class VcpuTime:
-    """One vCPU under one run of a policy. `spent` is ns by Spent; `wall` their sum. `error` is relative, of `wall`.
+    """One vCPU under one run of a policy. `spent` is ns by TimeCategory, `wall` their sum, `error` relative to `wall`.
 
     `open` is by how many ns it may be more (or, below 0, less) for what the recording does not tell of the switch.
     `progress` is rows of (clock, Cause of the last unload, *spent until then), without what others took from the vCPU.
@@ -91,7 +91,7 @@ class PolicyTime:
 class VmTime:
     """One VM: what was recorded, what things cost, and how it would have gone.
 
-    `recorded` is ns by vCPU and Spent, of which the switch is within the guest's.
+    `recorded` is ns by vCPU and TimeCategory, of which the switch is within the guest's.
     """
 
     vm: int
@@ -131,7 +131,7 @@ def vm_time(
     stuck = [replace(run, vcpu=ids[run.vcpu]) for run in runs if run.certain(settings.stuck)]
     meta = capabilities.trace.metadata
     marked = (
-        f"{meta.lost:,} events were lost in {meta.gap_count:,} gaps: their time counts as what went on before them"
+        f"{meta.lost:,} events were lost in {meta.gap_count:,} gaps: their time counts as the state before them"
         if meta.lost
         else ""
     )
@@ -175,7 +175,7 @@ class Clock:
             more = int(engine.vcpus.faults[i]) - int(measured.faults[i])
             if not self._target.recorded:
                 others = round(others * _rows(measured, i, more)) + _interrupted(measured, i, spent)
-            spent[Spent.OTHER] += others
+            spent[TimeCategory.OTHER] += others
             wall = sum(spent)
             hangs = soft_hangs(progress, settings.rule)
             error = _error(measured, i, spent, more)
@@ -185,10 +185,10 @@ class Clock:
 
 def _interrupted(measured: Measured, vcpu: int, spent: list[int]) -> int:
     """Take the host's interrupts out of `spent`; ns of as many as a run of that length has."""
-    switches = min(int(measured.interrupts[vcpu]) * measured.fitted.costs.switch, spent[Spent.GUEST])
-    within = min(int(measured.interrupted[vcpu]), spent[Spent.OTHER])
-    spent[Spent.GUEST] -= switches
-    spent[Spent.OTHER] -= within
+    switches = min(int(measured.interrupts[vcpu]) * measured.fitted.costs.switch, spent[TimeCategory.GUEST])
+    within = min(int(measured.interrupted[vcpu]), spent[TimeCategory.OTHER])
+    spent[TimeCategory.GUEST] -= switches
+    spent[TimeCategory.OTHER] -= within
     recorded = int(measured.totals[vcpu].sum()) - switches - within
     return sum(spent) * (switches + within) // max(recorded, 1)
 
@@ -209,5 +209,7 @@ def _error(measured: Measured, vcpu: int, spent: list[int], more: int) -> float:
     costs, errors = measured.fitted.costs, measured.fitted.error
     noise = NOISE_LAB if costs.cpus else NOISE
     of_switch = more * costs.switch * errors.get("switch", _UNKNOWN)
-    of_faults = (spent[Spent.FAULT] - measured.recorded[vcpu][Spent.FAULT]) * errors.get("fault", _UNKNOWN)
+    of_faults = (spent[TimeCategory.FAULT] - measured.recorded[vcpu][TimeCategory.FAULT]) * errors.get(
+        "fault", _UNKNOWN
+    )
     return float(np.hypot(noise, np.hypot(of_switch, of_faults) / max(sum(spent), 1)))

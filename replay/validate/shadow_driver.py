@@ -188,7 +188,7 @@ class Paged(Threads):
             return self._zap(row, work)
         page = pages.active.get(row.table)
         if row.kind == "kvm_mmu_set_spte":
-            page = page or pages.husks.get(row.table)
+            page = page or pages.invalid_roots.get(row.table)
             return None if page is None else pages.install(page, work.asked, work.leaf)
         if page is None or page.level != 1 or page.role & pages.direct_bit:
             return None
@@ -219,8 +219,8 @@ class Paged(Threads):
 
     def _zap(self, row: Row, work: _Work) -> Activity | None:
         pages = self.pages
-        if (husk := pages.husks.get(row.table)) is not None:
-            return None if pages.counted else pages.last_put(husk)
+        if (invalid_root := pages.invalid_roots.get(row.table)) is not None:
+            return None if pages.counted else pages.last_put(invalid_root)
         if row.seq > self._last and not work.fault:
             return pages.zap_all()
         if pages.short:

@@ -47,7 +47,9 @@ class Pages(PagesState):
                 yield Expect("kvm_mmu_prepare_zap_page", self.want(oldest))
         page = self.find(row.gfn, row.role)
         if page is None:
-            fresh = Spte("a table that is not in use", lambda got: got not in self.active and got not in self.husks)
+            fresh = Spte(
+                "a table that is not in use", lambda got: got not in self.active and got not in self.invalid_roots
+            )
             want: dict[str, Any] = {"level": row.role & LEVEL, "flags": CREATED, "refs": 0, "table": fresh}
         else:
             want = self.want(page)
@@ -178,7 +180,7 @@ class Pages(PagesState):
         want = self.want(page)  # as the row of its sync reads, which comes before it is invalid
         unsync, page.unsync = page.unsync, False
         if page.invalid:
-            del self.husks[page.table]
+            del self.invalid_roots[page.table]
             self.by_root.pop(page.root, None)
         else:
             del self.active[page.table]
@@ -188,7 +190,7 @@ class Pages(PagesState):
             page.refs = row.refs
             page.invalid = True
             if page.refs:
-                self.husks[page.table] = page
+                self.invalid_roots[page.table] = page
             else:
                 self.by_root.pop(page.root, None)
         yield None
@@ -326,7 +328,7 @@ class Pages(PagesState):
 
 def _still(pages: Pages, page: Page) -> Callable[[Row], bool]:
     """Whether no other thread's zap came before this one's."""
-    return lambda row: (pages.husks if page.invalid else pages.active).get(page.table) is page
+    return lambda row: (pages.invalid_roots if page.invalid else pages.active).get(page.table) is page
 
 
 def _of(pages: Pages, page: Page) -> Callable[[Row], bool]:

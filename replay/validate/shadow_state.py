@@ -62,7 +62,7 @@ class Leaf:
 
 @dataclass
 class PagesState:
-    """A VM's shadow pages. `active` and `husks` (zapped while they were roots) by table, the oldest first."""
+    """A VM's shadow pages. `active` and `invalid_roots` (zapped while they were roots) by table, the oldest first."""
 
     invalid_bit: int
     direct_bit: int
@@ -74,7 +74,7 @@ class PagesState:
     old: bool
     vcpus: int = 1
     active: dict[int, Page] = field(default_factory=dict)
-    husks: dict[int, Page] = field(default_factory=dict)
+    invalid_roots: dict[int, Page] = field(default_factory=dict)
     by_gfn: dict[int, list[Page]] = field(default_factory=dict)  # active pages, the newest first
     by_root: dict[int, Page] = field(default_factory=dict)
     slots: dict[int, list[Slot | None]] = field(default_factory=dict)  # by vCPU: current, three previous
@@ -111,7 +111,7 @@ class PagesState:
 
     @property
     def used(self) -> int:
-        return len(self.active) + len(self.husks)
+        return len(self.active) + len(self.invalid_roots)
 
     @property
     def available(self) -> int:

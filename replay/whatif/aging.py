@@ -93,8 +93,8 @@ def limit(work: Workload, vcpus: int, calls: int, rate: float, ns: int) -> tuple
     for program, _ in work.crowd(vcpus):
         kept_out = _kept_out(program, work.hold, longest) * rate
         alone = int(program.gap.sum()) + len(program.gap) * work.hold
-        stretched = kept_out / max(1 - kept_out / alone, 1e-9)
-        most += min(stretched, float(len(program.gap) * longest))
+        prolonged = kept_out / max(1 - kept_out / alone, 1e-9)
+        most += min(prolonged, float(len(program.gap) * longest))
     return least, most
 
 
