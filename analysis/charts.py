@@ -18,8 +18,8 @@ from analysis.queries import drawn, recorded, replayed
 from analysis.report import Column, Report
 from analysis.sources import Recording, Result
 from analysis.units import Unit, share
+from traces.durations import duration
 from traces.errors import Problem
-from traces.units import duration
 
 _POINTS: Final = 4000  # of one chart
 _VCPUS: Final = 8

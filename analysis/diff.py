@@ -17,7 +17,7 @@ import polars as pl
 from analysis.assemble import ROWS
 from analysis.machines import changed, unlike
 from analysis.queries import recorded, replayed
-from analysis.report import Column, Report, Table
+from analysis.report import Column, Report, ReportTable
 from analysis.reporting import recording_of, replayed_under
 from analysis.sources import Recording, Result, open_source
 from analysis.units import Unit, span
@@ -222,7 +222,7 @@ def _band(side: Side, vm: int, vcpu: int) -> tuple[int, int]:
     return low or 0, high or 0
 
 
-def _tables(base: Side, new: Side) -> Iterator[Table]:
+def _tables(base: Side, new: Side) -> Iterator[ReportTable]:
     vcpu = (Column("vm", "VM", Unit.ID), Column("vcpu", "vCPU", Unit.ID))
     what = Column("what", "what", Unit.TEXT)
     tenth, cause, kind = (
@@ -246,7 +246,7 @@ def _tables(base: Side, new: Side) -> Iterator[Table]:
             Column(f"{name}_low", name, unit, high=f"{name}_high", signed=name == "change")
             for name in ("base", "new", "change")
         ]  # fmt: skip
-        yield Table(
+        yield ReportTable(
             query,
             title,
             (*keys, *values),

@@ -53,7 +53,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Table:
+class ReportTable:
     """A query's rows. `first`: how many of them a first screen has room for; `more`: there are rows that are not here.
 
     `query` is the query's name: `kvmtrace export FILE --csv QUERY` gives all of its rows and columns.
@@ -128,7 +128,7 @@ class Report:
     title: str
     verdict: tuple[str, ...]
     trust: tuple[tuple[str, str], ...]
-    tables: tuple[Table, ...]
+    tables: tuple[ReportTable, ...]
     checks: tuple[Check, ...] = ()
     figures: Figures | None = None
     recording: Recording | None = field(default=None, compare=False)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from enum import Enum
 from typing import Any, Final
 
+from traces.durations import duration
 from traces.text import printable
-from traces.units import duration
 
 NONE: Final = "-"  # not known, or not applicable; never 0
 _SPAN: Final = " .. "

@@ -16,7 +16,7 @@ from replay.simulate.operations import Cause
 from replay.timing.soft_hangs import SoftHang
 from replay.timing.time_text import base_of, compared, stuck_lines
 from replay.timing.timed_run import VcpuTime
-from traces.units import duration
+from traces.durations import duration
 
 _Ends = dict[str, tuple[VcpuTime, VcpuTime]]
 _STUCK_SHOWN: Final = 2

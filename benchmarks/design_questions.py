@@ -17,12 +17,12 @@ from replay.decode.capabilities import Capabilities
 from replay.whatif import questions, range_zaps
 from replay.whatif.answers import Answer, Asked, parse
 from replay.whatif.workload import Workload
+from traces.durations import duration
 from traces.kernels.changes import CHANGES, FIRST
 from traces.kernels.fold import since
 from traces.reader import Trace
 from traces.synth import Parameters, synthesize
 from traces.text import count
-from traces.units import duration
 
 ROOT: Final = Path(__file__).parents[1]
 CORPUS: Final = ROOT / "traces" / "corpus"

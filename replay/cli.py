@@ -132,7 +132,7 @@ def replay(
     wanted = plan.make(shown, policy or [], kernel, assumed)
     if sweep or smi_rate:
         wide = rates.parse(sweep) if sweep else rates.Sweep(smi_rate, smi_rate)
-        change = rates.Change(scale_working_set, vcpus_holding_root)
+        change = rates.SmiChange(scale_working_set, vcpus_holding_root)
         kernels = (target.parameters for target in wanted.targets if target.policy is None)
         swept = rates.swept(shown, kernels, wide, change)
         if as_json:

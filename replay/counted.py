@@ -15,7 +15,7 @@ from replay.result import VmWriter, vm_counts
 from replay.simulate.engine import Engine, RootLog, Vcpus
 from replay.simulate.operations import Block, Cause, Op, Ranges
 from replay.simulate.reference import Counters, Happened, Violation
-from replay.simulate.simulator import Machine, Reference
+from replay.simulate.simulator import Reference, Simulator
 from traces.errors import VERDICT_FAILED, Problem
 
 _HISTORY: Final = 6  # rows of a root's life that a violation shows
@@ -47,7 +47,7 @@ class Outcome:
         return {**sums, **vm_counts(self.counters), "roots_peak": self.roots_peak, "tables_peak": self.tables_peak}
 
 
-class Counting:
+class CountedRun:
     """A VM under one run, while it is replayed."""
 
     def __init__(
@@ -58,7 +58,7 @@ class Counting:
         self.number = number
         self.specialized = specialized
         self.outcome = Outcome(target, run, vm, vcpu_ids, stuck=[None] * vcpus)
-        self.machine: Machine
+        self.machine: Simulator
         if target.policy is not None:
             self.machine = Reference(target.policy(), run.assume_refault, specialized.words, vcpus)
         else:

@@ -64,7 +64,7 @@ class Attachment:
 
 
 @dataclass
-class Plan:
+class ProbePlan:
     """Which probes this kernel allows, and how; made without root as far as that goes."""
 
     chosen: list[Chosen] = field(default_factory=list)
@@ -149,11 +149,11 @@ def this_layout() -> Layout:
     return kernel_layout(kernel_btf(), kernel_version(), kernel_bases())
 
 
-def plan(kinds: frozenset[str], bcc: Any) -> Plan:
+def plan(kinds: frozenset[str], bcc: Any) -> ProbePlan:
     """How each of `kinds` can be observed here."""
     btf, layout, root = kernel_btf(), this_layout(), tracefs.tracefs()
     fentry, kprobe = fentry_refused(bcc), kprobes_available()
-    made = Plan()
+    made = ProbePlan()
     for probe in PROBES:
         if probe.kind not in kinds:
             continue

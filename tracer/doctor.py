@@ -27,7 +27,7 @@ _CAPABILITIES = {"CAP_SYS_ADMIN": 21, "CAP_PERFMON": 38, "CAP_BPF": 39}
 
 
 @dataclass(frozen=True)
-class Check:
+class DoctorCheck:
     """One thing looked at: FAIL stops recording, a note limits what can be seen, unseen needs root to tell."""
 
     name: str
@@ -37,8 +37,8 @@ class Check:
 
 
 @dataclass
-class Report:
-    checks: list[Check] = field(default_factory=list)
+class DoctorReport:
+    checks: list[DoctorCheck] = field(default_factory=list)
     probes: list[bpf.Attachment] = field(default_factory=list)
     attached: bool = False  # whether the probes were really attached, or only looked up
 
@@ -60,56 +60,56 @@ class Report:
         }
 
 
-def _privileges() -> Iterator[Check]:
+def _privileges() -> Iterator[DoctorCheck]:
     effective = int(re.search(r"CapEff:\s*(\w+)", Path("/proc/self/status").read_text())[1], 16)  # type: ignore[index]
     held = [name for name, bit in _CAPABILITIES.items() if effective >> bit & 1]
     if os.geteuid() == 0 and len(held) == len(_CAPABILITIES):
-        yield Check("privileges", OK, "root, with " + ", ".join(held))
+        yield DoctorCheck("privileges", OK, "root, with " + ", ".join(held))
     else:
         who = f"uid {os.geteuid()}" + (f" with {', '.join(held)}" if held else "")
-        yield Check("privileges", FAIL, f"{who}: BPF programs need root", "sudo kvmtrace doctor")
+        yield DoctorCheck("privileges", FAIL, f"{who}: BPF programs need root", "sudo kvmtrace doctor")
 
 
-def _kernel() -> Iterator[Check]:
+def _kernel() -> Iterator[DoctorCheck]:
     release = platform.release()
     facts = host.cpu()
     state = OK if host.kernel_version() >= (5, 10) else FAIL
-    yield Check("kernel", state, f"{release} on {facts.get('model', 'an unknown CPU')}",
+    yield DoctorCheck("kernel", state, f"{release} on {facts.get('model', 'an unknown CPU')}",
                 "" if state == OK else "install a kernel from 5.10 on")  # fmt: skip
     lockdown = Path("/sys/kernel/security/lockdown")
     if lockdown.exists():
         text = lockdown.read_text().strip()
         mode = re.search(r"\[(\w+)\]", text)
         if mode and mode[1] == "confidentiality":
-            yield Check(
+            yield DoctorCheck(
                 "lockdown", FAIL, "confidentiality: BPF may not read kernel memory", "boot with lockdown=integrity"
             )
         else:
-            yield Check("lockdown", OK, mode[1] if mode else text)
+            yield DoctorCheck("lockdown", OK, mode[1] if mode else text)
     else:
-        yield Check("lockdown", OK, "not in this kernel, or securityfs not mounted")
+        yield DoctorCheck("lockdown", OK, "not in this kernel, or securityfs not mounted")
 
 
-def _kvm() -> Iterator[Check]:
+def _kvm() -> Iterator[DoctorCheck]:
     device = Path("/dev/kvm")
     if not device.exists():
-        yield Check("/dev/kvm", FAIL, "missing", "modprobe kvm_amd || modprobe kvm_intel")
+        yield DoctorCheck("/dev/kvm", FAIL, "missing", "modprobe kvm_amd || modprobe kvm_intel")
     elif not os.access(device, os.R_OK | os.W_OK):
-        yield Check(
+        yield DoctorCheck(
             "/dev/kvm",
             WARN,
             "there, but this user cannot start VMs with it",
             f"usermod -aG kvm {os.environ.get('USER', 'USER')}",
         )
     else:
-        yield Check("/dev/kvm", OK, "usable")
+        yield DoctorCheck("/dev/kvm", OK, "usable")
     parameters = host.module_parameters()
     said = "; ".join(
         f"{module}: "
         + " ".join(f"{name}={values[name]}" for name in ("tdp_mmu", "npt", "ept", "nx_huge_pages") if name in values)
         for module, values in parameters.items()
     )
-    yield Check(
+    yield DoctorCheck(
         "kvm modules",
         OK if parameters else FAIL,
         said or "none loaded",
@@ -117,60 +117,60 @@ def _kvm() -> Iterator[Check]:
     )
 
 
-def _btf() -> Iterator[Check]:
+def _btf() -> Iterator[DoctorCheck]:
     try:
         btf = kernel_btf()
     except Problem as problem:
-        yield Check("BTF", FAIL, str(problem), "boot a kernel with CONFIG_DEBUG_INFO_BTF=y")
+        yield DoctorCheck("BTF", FAIL, str(problem), "boot a kernel with CONFIG_DEBUG_INFO_BTF=y")
         return
     layout = bpf.this_layout()
     if not (unknown := layout.unknown()):
-        yield Check("BTF", OK, layout.source)
+        yield DoctorCheck("BTF", OK, layout.source)
     elif not Path("/sys/module/kvm").exists():
-        yield Check("BTF", FAIL, "that of KVM comes with its module, which is not loaded", "modprobe kvm")
+        yield DoctorCheck("BTF", FAIL, "that of KVM comes with its module, which is not loaded", "modprobe kvm")
     else:
         said, _, fix = unknown.rpartition(": ")
-        yield Check("BTF", FAIL, said, fix)
+        yield DoctorCheck("BTF", FAIL, said, fix)
     policy = host.host(btf)["policy"]
-    yield Check("root policy", OK if policy["name"] != "unknown" else WARN, f"{policy['name']}: {policy['why']}")
+    yield DoctorCheck("root policy", OK if policy["name"] != "unknown" else WARN, f"{policy['name']}: {policy['why']}")
     if os.geteuid() != 0:
-        yield Check("symbols", UNSEEN, "kernel addresses are hidden from this user")
+        yield DoctorCheck("symbols", UNSEEN, "kernel addresses are hidden from this user")
     elif not bpf.kernel_bases():
-        yield Check("symbols", WARN, "page_offset_base is not in kallsyms: `table` holds virtual frames",
+        yield DoctorCheck("symbols", WARN, "page_offset_base is not in kallsyms: `table` holds virtual frames",
                     "boot a kernel with CONFIG_KALLSYMS_ALL=y")  # fmt: skip
     else:
-        yield Check("symbols", OK, "direct map and page array found")
+        yield DoctorCheck("symbols", OK, "direct map and page array found")
 
 
-def _tools() -> Iterator[Check]:
+def _tools() -> Iterator[DoctorCheck]:
     try:
         module = bpf.import_bcc()
-        yield Check("bcc", OK, f"bcc {module.__version__} (python3-bpfcc)")
+        yield DoctorCheck("bcc", OK, f"bcc {module.__version__} (python3-bpfcc)")
     except Problem as problem:
-        yield Check("bcc", FAIL, str(problem).rpartition(": ")[0], bpf.INSTALL_BCC)
+        yield DoctorCheck("bcc", FAIL, str(problem).rpartition(": ")[0], bpf.INSTALL_BCC)
     try:
         trees = find_headers()
-        yield Check("kernel headers", OK, f"bcc uses {trees[0]}" if trees else f"those of {platform.release()}")
+        yield DoctorCheck("kernel headers", OK, f"bcc uses {trees[0]}" if trees else f"those of {platform.release()}")
     except Problem as problem:
         text, _, fix = str(problem).rpartition(": ")
-        yield Check("kernel headers", FAIL, text, fix)
+        yield DoctorCheck("kernel headers", FAIL, text, fix)
 
 
-def _filesystems() -> Iterator[Check]:
+def _filesystems() -> Iterator[DoctorCheck]:
     mount = tracefs.tracefs()
     if mount:
-        yield Check("tracefs", OK, str(mount))
+        yield DoctorCheck("tracefs", OK, str(mount))
     elif os.geteuid() == 0:
-        yield Check("tracefs", FAIL, "not mounted", tracefs.MOUNT_COMMAND)
+        yield DoctorCheck("tracefs", FAIL, "not mounted", tracefs.MOUNT_COMMAND)
     else:
-        yield Check("tracefs", UNSEEN, "not mounted, or not readable by this user")
+        yield DoctorCheck("tracefs", UNSEEN, "not mounted, or not readable by this user")
     if os.access(host.DEBUGFS_KVM, os.R_OK | os.X_OK):
-        yield Check("KVM's counters", OK, str(host.DEBUGFS_KVM))
+        yield DoctorCheck("KVM's counters", OK, str(host.DEBUGFS_KVM))
     elif os.geteuid() == 0:
-        yield Check("KVM's counters", WARN, "debugfs is not mounted: no cross-check of fault counts",
+        yield DoctorCheck("KVM's counters", WARN, "debugfs is not mounted: no cross-check of fault counts",
                     "mount -t debugfs debugfs /sys/kernel/debug")  # fmt: skip
     else:
-        yield Check("KVM's counters", UNSEEN, "debugfs is not readable by this user")
+        yield DoctorCheck("KVM's counters", UNSEEN, "debugfs is not readable by this user")
 
 
 def _probes() -> tuple[list[bpf.Attachment], bool]:
@@ -186,15 +186,15 @@ def _probes() -> tuple[list[bpf.Attachment], bool]:
     return probes.plan.attachments, True
 
 
-def examine() -> Report:
+def examine() -> DoctorReport:
     """Look at everything; never raises for what is merely absent."""
-    report = Report()
+    report = DoctorReport()
     for part in (_kernel, _privileges, _kvm, _btf, _tools, _filesystems):
         try:
             report.checks.extend(part())
         except PermissionError as error:
             report.checks.append(
-                Check(part.__name__.strip("_"), UNSEEN, f"{error.filename}: not readable by this user")
+                DoctorCheck(part.__name__.strip("_"), UNSEEN, f"{error.filename}: not readable by this user")
             )
     blocked = {check.name for check in report.checks if check.state in (FAIL, UNSEEN)}
     if not blocked & {"bcc", "kernel headers", "tracefs", "BTF"}:
@@ -202,11 +202,11 @@ def examine() -> Report:
             report.probes, report.attached = _probes()
         except Problem as problem:
             text, _, fix = str(problem).rpartition(": ")
-            report.checks.append(Check("probes", FAIL, text, fix))
+            report.checks.append(DoctorCheck("probes", FAIL, text, fix))
     return report
 
 
-def render(report: Report) -> str:
+def render(report: DoctorReport) -> str:
     """The report as text: a line a check, then what can and cannot be observed."""
     width = max(len(check.name) for check in report.checks)
     lines = []

@@ -23,7 +23,7 @@ from traces import kernels
 from traces.columns import SCHEMA
 from traces.errors import Problem
 from traces.frame import check_footer, check_row_groups, check_schema, crc_of
-from traces.kernels.rows import COLUMNS, Row, Watch
+from traces.kernels.policy_rows import COLUMNS, PolicyRow, Watch
 from traces.metadata import KEY, Metadata, RowGroup, parse
 from traces.schema import BY_NAME
 from traces.text import printable
@@ -90,7 +90,7 @@ class Trace:
             for number, batch in enumerate(self.batches(COLUMNS, size=_POLICY_ROWS)):
                 if watch.settled or number == _POLICY_BATCHES:
                     break
-                watch.see(map(Row._make, zip(*(column.to_pylist() for column in batch.columns), strict=True)))
+                watch.see(map(PolicyRow._make, zip(*(column.to_pylist() for column in batch.columns), strict=True)))
         except Problem:
             return metadata  # whoever reads these rows is told
         return replace(metadata, seen_policy=watch.other)

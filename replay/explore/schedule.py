@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from replay.explore.memory import FREED, Violation
-from replay.explore.ready_model import Machine, after, moved
+from replay.explore.memory import FREED, Broken
+from replay.explore.ready_model import ReadyModel, after, moved
 from replay.explore.search import NO_LIVELOCK, Found, explore_from
 from traces.errors import Problem
 
@@ -68,7 +68,7 @@ def parse(document: Any, where: str) -> Schedule:
         raise Problem(f"{where}: not a schedule: {type(error).__name__}: {error}") from None
 
 
-def make(machine: Machine, found: Found, scenario: str, variant: str, bounds: Mapping[str, int]) -> Schedule:
+def make(machine: ReadyModel, found: Found, scenario: str, variant: str, bounds: Mapping[str, int]) -> Schedule:
     """What was found, step by step."""
     values, places = machine.start, machine.places
     lines = []
@@ -85,7 +85,7 @@ def make(machine: Machine, found: Found, scenario: str, variant: str, bounds: Ma
     )  # fmt: skip
 
 
-def replay(machine: Machine, schedule: Schedule, where: str) -> Violation | None:
+def replay(machine: ReadyModel, schedule: Schedule, where: str) -> Broken | None:
     """Run a schedule again: what is broken at its end. A Problem if its steps are not those of the scenario now."""
     numbers = {actor.name: number for number, actor in enumerate(machine.actors)}
     values, places = machine.start, machine.places
@@ -122,7 +122,7 @@ def replay(machine: Machine, schedule: Schedule, where: str) -> Violation | None
     return machine.stopped(values, places)
 
 
-def _changes(machine: Machine, before: Sequence[Any], now: Sequence[Any]) -> tuple[tuple[str, str, str], ...]:
+def _changes(machine: ReadyModel, before: Sequence[Any], now: Sequence[Any]) -> tuple[tuple[str, str, str], ...]:
     changes = (
         (name.rpartition(".")[0], "", "freed") if new is FREED else (name, _text(old), _text(new))
         for name, old, new in zip(machine.memory.names, before, now, strict=True)

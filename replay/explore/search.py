@@ -19,10 +19,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from replay.explore.actors import Outcome, Place
-from replay.explore.memory import Violation
+from replay.explore.actors import Place, StepOutcome
+from replay.explore.memory import Broken
 from replay.explore.model import Model
-from replay.explore.ready_model import Machine, Values, after, lasso, moved
+from replay.explore.ready_model import ReadyModel, Values, after, lasso, moved
 from traces.errors import Problem
 from traces.progress import Progress
 
@@ -36,7 +36,7 @@ Key = tuple[Any, ...]  # the number of a memory, then each actor's place
 class Found:
     """A violation and the way to it: numbers of actors. `cycle`: what can then go on for ever, of a livelock."""
 
-    violation: Violation
+    violation: Broken
     path: tuple[int, ...]
     cycle: tuple[int, ...] = ()
 
@@ -55,7 +55,7 @@ class Exploration:
 def explore(model: Model, limit: int = LIMIT, reduced: bool = True) -> Exploration:
     """All that can happen. A Problem when that is more than `limit` states."""
     began = time.monotonic()
-    machine = Machine(model)
+    machine = ReadyModel(model)
     search = _Search(machine, limit, reduced).run()
     found, shortest = search.found, True
     if reduced and found is not None:
@@ -66,7 +66,7 @@ def explore(model: Model, limit: int = LIMIT, reduced: bool = True) -> Explorati
     return Exploration(found, search.states, search.transitions, time.monotonic() - began, shortest)
 
 
-def explore_from(machine: Machine, values: Values, places: tuple[Place, ...]) -> Exploration:
+def explore_from(machine: ReadyModel, values: Values, places: tuple[Place, ...]) -> Exploration:
     """All that can happen from this state on."""
     began = time.monotonic()
     machine.start, machine.places = values, places
@@ -78,7 +78,7 @@ class _TooMany(Problem):
     pass
 
 
-def _learn(machine: Machine) -> None:
+def _learn(machine: ReadyModel) -> None:
     """Work out what each actor may still read and write from each of its places, as far as is known."""
     for actor in machine.actors:
         changed = True
@@ -101,7 +101,7 @@ def _learn(machine: Machine) -> None:
 class _Search:
     """One search through the states."""
 
-    machine: Machine
+    machine: ReadyModel
     limit: int
     reduced: bool
     found: Found | None = None
@@ -113,7 +113,9 @@ class _Search:
     parents: array[int] = field(default_factory=lambda: array("q"))
     by: array[int] = field(default_factory=lambda: array("b"))
     edges: tuple[array[int], array[int]] = field(default_factory=lambda: (array("q"), array("q")))
-    alone: list[tuple[int, int, Outcome]] = field(default_factory=list)  # states where one actor was followed, and how
+    alone: list[tuple[int, int, StepOutcome]] = field(
+        default_factory=list
+    )  # states where one actor was followed, and how
     backward: bool = False  # some step led to a state found no later than its own: there may be cycles
 
     @property
@@ -164,7 +166,7 @@ class _Search:
             self._note(self._expand(state, number))
         return bool(mistaken)
 
-    def _reach(self, values: Values, places: tuple[Place, ...], parent: int, by: int) -> tuple[Violation | None, int]:
+    def _reach(self, values: Values, places: tuple[Place, ...], parent: int, by: int) -> tuple[Broken | None, int]:
         """A state's number, which is new if it is the last; and what is broken in it."""
         memory = self.memories.setdefault(values, len(self.values))
         violation = None
@@ -215,8 +217,8 @@ class _Search:
         return None
 
     def _alone(
-        self, outcomes: list[tuple[int, Outcome]], places: Sequence[Place], values: Values
-    ) -> tuple[int, Outcome] | None:
+        self, outcomes: list[tuple[int, StepOutcome]], places: Sequence[Place], values: Values
+    ) -> tuple[int, StepOutcome] | None:
         """An actor's step that can be followed alone, as far as is known."""
         for number, outcome in outcomes:
             if self._independent(number, outcome, places):
@@ -225,7 +227,7 @@ class _Search:
                     return number, outcome
         return None
 
-    def _independent(self, number: int, outcome: Outcome, places: Sequence[Place]) -> bool:
+    def _independent(self, number: int, outcome: StepOutcome, places: Sequence[Place]) -> bool:
         """Whether a step can change places with all that others may still do, and no invariant sees it."""
         read, written = outcome.read, outcome.written
         if written & self.machine.visible:
@@ -258,7 +260,7 @@ class _Search:
         names = [self.machine.actors[number].name for number in sorted(set(cycle))]
         who = " and ".join(names) + (" goes" if len(names) == 1 else " go")
         detail = f"{who} round for ever, whatever the others do"
-        return Found(Violation(NO_LIVELOCK, detail), (*self._path(state), *on), cycle)
+        return Found(Broken(NO_LIVELOCK, detail), (*self._path(state), *on), cycle)
 
     def _round_of_one(self, stuck: Sequence[int]) -> tuple[int, tuple[int, ...], tuple[int, ...]] | None:
         """The first state in which one actor goes round by itself, on what no other will change any more."""

@@ -115,7 +115,7 @@ class Engine:
     """One VM under one policy, as `reference` does it, at about 150 million operations a second.
 
     Feed it a stream in blocks of any size. Raises Problem (bad input) for a block with an operation that cannot be;
-    nothing of the block is then done. Raises `model.Violation` where the reference does; then the VM is of no more use.
+    nothing of the block is then done. Raises `reference.Violation` where the reference does; the VM is then of no use.
     """
 
     said = False  # the notice that it runs uncompiled

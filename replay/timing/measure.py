@@ -13,7 +13,7 @@ from replay.decode.batch import Batch
 from replay.decode.capabilities import Capabilities
 from replay.decode.cases import Case
 from replay.decode.inputs import Inputs, Ints
-from replay.decode.rip_runs import RipRuns
+from replay.decode.same_rip import RipRuns
 from replay.decode.specialize import Specialization
 from replay.decode.timeline import Timeline
 from replay.decode.vcpu_states import BARE, VcpuState

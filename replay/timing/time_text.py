@@ -15,9 +15,9 @@ from replay.timing.stalls import watchdogs
 from replay.timing.stuck_rip import RipRun
 from replay.timing.time_rows import named
 from replay.timing.timed_run import PolicyTime, Settings, VcpuTime, VmTime
+from traces.durations import duration
 from traces.screen import page, text_of
 from traces.text import printable
-from traces.units import duration
 
 WIDTH: Final = 220  # where there is no terminal: nothing is wrapped
 _VMS_SHOWN: Final = 8

@@ -84,7 +84,7 @@ class TimedEngine:
         """Take in operations, and do what can be done before the next ones are known.
 
         Raises Problem (bad input) for an operation that cannot be, or is in another vCPU's queue, or whose times are
-        negative; nothing of the block is then taken. Raises `model.Violation` where the reference does.
+        negative; nothing of the block is then taken. Raises `reference.Violation` where the reference does.
         """
         op, gfn = self.engine.check(timed.block, ranges, first)
         columns = [np.ascontiguousarray(getattr(timed, name), dtype) for name, dtype in _COLUMNS.items()]

@@ -138,7 +138,7 @@ def vm_time(
     return VmTime(vm, measured, settings.smis_open(measured), outcomes, stuck, marked)
 
 
-class Clock:
+class PolicyClock:
     """One VM under one run of a policy, in virtual time."""
 
     def __init__(self, target: Target, run: Run, specialized: Specialization, vcpus: int, measured: Measured) -> None:
@@ -150,7 +150,7 @@ class Clock:
         self._done = 0
 
     @staticmethod
-    def run_all(clocks: list[Clock], parts: Iterable[Inputs], rest: Rest, began: int) -> None:
+    def run_all(clocks: list[PolicyClock], parts: Iterable[Inputs], rest: Rest, began: int) -> None:
         """Replay a VM's inputs under all of them. `began`: see `Specialization.timed`."""
         kernels = list(dict.fromkeys(clock.specialized for clock in clocks))
         for part in parts:

@@ -10,8 +10,8 @@ from typing import Any, Final
 from replay.validate import expect, shadow_driver
 from replay.validate.direct_shadow import ShadowSteps
 from replay.validate.kernel_steps import KernelSteps
-from replay.validate.row_tuples import Row, rows_of
-from replay.validate.threads import RESPONSES, ConformanceCheck, Divergence, Tally
+from replay.validate.row_tuples import RowTuple, rows_of
+from replay.validate.threads import RESPONSES, ConformanceCheck, Divergence, MatchTally
 from traces import kernels
 from traces.errors import Problem
 from traces.kernels import Kernel
@@ -36,7 +36,7 @@ class VmReport:
     """One VM's outcome. `left` counts removed tables that were never freed, and roots still alive at the end."""
 
     vm: int
-    tallies: Mapping[str, Tally]
+    tallies: Mapping[str, MatchTally]
     first: Divergence | None
     left: int
     inferred: int
@@ -47,7 +47,7 @@ class VmReport:
 
 
 @dataclass(frozen=True)
-class Report:
+class ConformanceReport:
     """What `validate` found."""
 
     path: Path
@@ -57,12 +57,12 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
     @property
-    def tallies(self) -> dict[str, Tally]:
+    def tallies(self) -> dict[str, MatchTally]:
         """Over all VMs, by kind."""
-        total: dict[str, Tally] = {}
+        total: dict[str, MatchTally] = {}
         for vm in self.vms:
             for kind, tally in vm.tallies.items():
-                sum_ = total.setdefault(kind, Tally())
+                sum_ = total.setdefault(kind, MatchTally())
                 sum_.matched += tally.matched
                 sum_.mismatched += tally.mismatched
                 sum_.missing += tally.missing
@@ -92,7 +92,7 @@ class Report:
         return self.matched == self.expected and not self.left
 
 
-def validate(path: Path, policy: str = "") -> Report:
+def validate(path: Path, policy: str = "") -> ConformanceReport:
     """Replay a recording under its own policy (or `policy`), row by row.
 
     Raises Problem where there is nothing that could be validated.
@@ -116,7 +116,7 @@ def validate(path: Path, policy: str = "") -> Report:
     cut = _cut(meta)
     vms = [_vm(trace, vm, None if follows else parameters, kernel, cut) for vm in meta.vms]
     blind = shadow_driver.blind(meta) if follows else [kind for kind in unseen if kind in RESPONSES]
-    report = Report(path, meta.kernel, policy, vms, _notes(blind, vms))
+    report = ConformanceReport(path, meta.kernel, policy, vms, _notes(blind, vms))
     if not report.expected:
         whys = [why for vm in vms for why in (vm.skipped, vm.until) if why]
         raise Problem(f"{path}: cannot be validated: {whys[0] if whys else 'it has no VM'}")
@@ -180,12 +180,12 @@ def _vm(
 class _UntilLoss:
     """Rows up to the first loss: after it, a divergence may be the recorder's."""
 
-    def __init__(self, rows: Iterator[Row], until: int | None) -> None:
+    def __init__(self, rows: Iterator[RowTuple], until: int | None) -> None:
         self._rows = rows
         self._until = until
         self.stopped = False
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[RowTuple]:
         for row in self._rows:
             if self._until is not None and row.time >= self._until:
                 self.stopped = True
@@ -193,7 +193,7 @@ class _UntilLoss:
             yield row
 
 
-def _counted(rows: Iterable[Row], progress: Progress) -> Iterator[Row]:
+def _counted(rows: Iterable[RowTuple], progress: Progress) -> Iterator[RowTuple]:
     for number, row in enumerate(rows):
         if not number % _STEP:
             progress.at(number)

@@ -11,7 +11,7 @@ from replay.validate.zap_steps import Zaps
 from traces.kernels.spte import LARGE, WRITABLE, pfn
 
 
-class Faults(Zaps):
+class FaultSteps(Zaps):
     """From the fault's address to the leaf."""
 
     def fault(self, vcpu: Vcpu, addr: int, code: int) -> Activity:

@@ -7,10 +7,10 @@ from typing import Final
 
 from replay.simulate.reference import CURRENT
 from replay.validate.expect import Activity
-from replay.validate.row_tuples import Row
+from replay.validate.row_tuples import RowTuple
 from replay.validate.shadow_model import Pages
-from replay.validate.shadow_state import PAE, Leaf, Page
-from replay.validate.threads import Thread, Threads
+from replay.validate.shadow_state import PAE, Leaf, ShadowPage
+from replay.validate.threads import Thread, VmCheck
 from traces.kernels import Kernel
 from traces.kernels.vendors import VENDORS
 from traces.metadata import Metadata
@@ -113,15 +113,15 @@ def last_run(trace: Trace, vm: int) -> int:
 class _Work:
     """What a thread is at: the pages it looked up since it last began something, and its fault."""
 
-    looked: list[Page] = field(default_factory=list)
+    looked: list[ShadowPage] = field(default_factory=list)
     fault: bool = False
     level: int = 0  # of the fault's last lookup
-    asked: Row | None = None  # kvm_mmu_spte_requested, until the leaf is there
+    asked: RowTuple | None = None  # kvm_mmu_spte_requested, until the leaf is there
     ioctl: int = 0
     leaf: Leaf | None = None  # what was asked for and came
 
 
-class Paged(Threads):
+class Paged(VmCheck):
     """One VM whose roots follow its page tables. `last`: the row after which only its end is left."""
 
     responses = COMPARED
@@ -157,7 +157,7 @@ class Paged(Threads):
         }
         return {what: count for what, count in counts.items() if count}
 
-    def _respond(self, thread: Thread, row: Row) -> None:
+    def _respond(self, thread: Thread, row: RowTuple) -> None:
         while (expected := self._expected(thread)) is not None and expected.optional and expected.misfit(row):
             self._send(thread, None)
         super()._respond(thread, row)
@@ -173,7 +173,7 @@ class Paged(Threads):
         elif row.kind in _NEXT_EVENT:
             work.looked.clear()
 
-    def _begun_by(self, thread: Thread, row: Row) -> Activity | None:
+    def _begun_by(self, thread: Thread, row: RowTuple) -> Activity | None:
         pages = self.pages
         work = self._of(row)
         if row.kind in ("kvm_mmu_get_page", "kvm_mmu_set_spte") and row.gfn is None:
@@ -198,7 +198,7 @@ class Paged(Threads):
             return pages.in_sync(page)
         return None
 
-    def _lookup(self, thread: Thread, row: Row, work: _Work) -> Activity:
+    def _lookup(self, thread: Thread, row: RowTuple, work: _Work) -> Activity:
         pages = self.pages
         slot = pages.slots_of(thread.vcpu)[CURRENT] if pages.counted and thread.vcpu is not None else None
         # A fault's lookups are below its root; a load may follow without an entry into the guest.
@@ -217,7 +217,7 @@ class Paged(Threads):
             return None
         return self.pages.load(thread.vcpu, work.looked[-count:])
 
-    def _zap(self, row: Row, work: _Work) -> Activity | None:
+    def _zap(self, row: RowTuple, work: _Work) -> Activity | None:
         pages = self.pages
         if (invalid_root := pages.invalid_roots.get(row.table)) is not None:
             return None if pages.counted else pages.last_put(invalid_root)
@@ -229,7 +229,7 @@ class Paged(Threads):
         # The host's ioctls zap by walks that are predicted, but for a limit that it sets.
         return None if page is None or work.ioctl not in (0, _SET_NR_MMU_PAGES) else pages.given_up(page)
 
-    def _happen(self, thread: Thread, row: Row) -> None:
+    def _happen(self, thread: Thread, row: RowTuple) -> None:
         if row.kind in _ASIDE:
             return
         self._settle(thread, row)
@@ -263,12 +263,12 @@ class Paged(Threads):
         elif row.kind == "vm_destroy":
             pages.destroyed = True
 
-    def _unasked(self, row: Row, work: _Work) -> None:
+    def _unasked(self, row: RowTuple, work: _Work) -> None:
         """A leaf that was asked for never came, and was not there before."""
         asked, work.asked = work.asked, None
         if asked is not None and not self.pages.has_leaf(asked):
             self._tally("kvm_mmu_set_spte").missing += 1
             self._remember(row, f"a leaf of {asked.gfn:#x} expected, {row.kind} recorded")
 
-    def _of(self, row: Row) -> _Work:
+    def _of(self, row: RowTuple) -> _Work:
         return self._work.setdefault(row.tid, _Work())

@@ -7,9 +7,9 @@ from typing import Any, Final
 from rich.table import Table
 from rich.text import Text
 
-from replay.validate.compare import Report
-from replay.validate.row_tuples import Row
-from replay.validate.threads import Divergence, Tally
+from replay.validate.compare import ConformanceReport
+from replay.validate.row_tuples import RowTuple
+from replay.validate.threads import Divergence, MatchTally
 from traces.screen import page, text_of
 from traces.text import printable
 
@@ -19,7 +19,7 @@ _HEX: Final = frozenset(("role", "old", "new", "table", "addr", "code", "value",
 _PLACE: Final = frozenset(("seq", "time", "cpu", "kind"))
 
 
-def to_dict(report: Report) -> dict[str, Any]:
+def to_dict(report: ConformanceReport) -> dict[str, Any]:
     """The document of `kvmtrace validate --json`."""
     return {
         "path": str(report.path),
@@ -52,7 +52,7 @@ def to_dict(report: Report) -> dict[str, Any]:
     }
 
 
-def headline(report: Report) -> str:
+def headline(report: ConformanceReport) -> str:
     """The verdict in one line; a share is never rounded up to 100 %."""
     what = f"{report.matched:,} of {report.expected:,} responses matched"
     where = f"{report.path} ({report.kernel}, policy {report.policy})"
@@ -61,7 +61,7 @@ def headline(report: Report) -> str:
     return f"{_share(report.matched, report.expected)}{part}: {what}{left}: {where}"
 
 
-def render(report: Report) -> str:
+def render(report: ConformanceReport) -> str:
     """One screen, plain text where standard output is no terminal."""
     console = page(WIDTH)
     console.print(Text(printable(headline(report)), style="bold green" if report.holds else "bold red"), soft_wrap=True)
@@ -78,7 +78,7 @@ def _share(part: int, whole: int) -> str:
     return "100 %" if part == whole else f"{int(10_000 * part / whole) / 100:.2f} %"
 
 
-def _kinds(report: Report) -> Table:
+def _kinds(report: ConformanceReport) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("response of the MMU")
     for name in ("matched", "mismatched", "missing", "share"):
@@ -88,11 +88,11 @@ def _kinds(report: Report) -> Table:
     return table
 
 
-def _counts(tally: Tally) -> tuple[int, int, int]:
+def _counts(tally: MatchTally) -> tuple[int, int, int]:
     return tally.matched, tally.mismatched, tally.missing
 
 
-def _of(tally: Tally) -> str:
+def _of(tally: MatchTally) -> str:
     return _share(tally.matched, sum(_counts(tally)))
 
 
@@ -105,7 +105,7 @@ def _divergence(vm: int, first: Divergence) -> list[str]:
     ]
 
 
-def _line(row: Row) -> str:
+def _line(row: RowTuple) -> str:
     cells = []
     for name, value in zip(row._fields, row, strict=True):
         if name not in _PLACE and (value or (name == "gfn" and value is not None)):

@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from traces.durations import duration
 from traces.errors import Problem
-from traces.units import duration
 
 VCPUS: Final = (1, 2, 4, 8, 16, 32, 64)
 VARIANTS: Final = {

@@ -35,7 +35,7 @@ _BISECTIONS: Final = 12
 
 
 @dataclass(frozen=True)
-class Change:
+class SmiChange:
     """What is otherwise. `holders` vCPUs have the root loaded, of which all but the recorded ones do nothing."""
 
     working_set: float = 1.0
@@ -88,10 +88,10 @@ def parse(text: str) -> Sweep:
     return Sweep(float(match[1]), float(match[2]), match[3] != "lin")
 
 
-class Program:
+class SmiProgram:
     """One VM's program without its SMIs, and an SMI of each vCPU that had one; by the recorded kernel's triggers."""
 
-    def __init__(self, capabilities: Capabilities, vm: Mapping[str, Any], change: Change) -> None:
+    def __init__(self, capabilities: Capabilities, vm: Mapping[str, Any], change: SmiChange) -> None:
         where = f"{capabilities.trace.path}: VM {vm['id']}"
         parts = []
         self._ranges = Ranges()
@@ -205,13 +205,13 @@ def _shifted(timed: Timed, by: int) -> Timed:
 
 
 def swept(
-    capabilities: Capabilities, policies: Iterable[PolicyParameters], sweep: Sweep, change: Change
+    capabilities: Capabilities, policies: Iterable[PolicyParameters], sweep: Sweep, change: SmiChange
 ) -> dict[int, list[Swept]]:
     """By VM, each policy at each rate."""
     chosen = list(policies)
     found = {}
     for vm in capabilities.trace.metadata.vms:
         if vm["vcpus"]:
-            program = Program(capabilities, vm, change)
+            program = SmiProgram(capabilities, vm, change)
             found[int(vm["id"])] = [program.sweep(parameters, sweep.rates) for parameters in chosen]
     return found

@@ -8,9 +8,9 @@ from rich.table import Table
 from rich.text import Text
 
 from replay.whatif.smi_rate import Sweep, Swept
+from traces.durations import duration
 from traces.screen import page, text_of
 from traces.text import printable
-from traces.units import duration
 
 _WIDTH: Final = 220  # where there is no terminal: nothing is wrapped
 

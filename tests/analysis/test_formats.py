@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from analysis.formats import FORMATS, renderer
 from analysis.formats.markdown import LIMIT
-from analysis.report import Check, Column, Report, Status, Table
+from analysis.report import Check, Column, Report, ReportTable, Status
 from analysis.units import Unit, shown, span
 from tests.golden import reports as golden
 
@@ -189,7 +189,7 @@ def test_any_table_reads_back(rows: list[tuple[str, int, int]], said: str) -> No
     )
     columns = (Column("what", "what", Unit.TEXT), Column("n_low", "count", high="n_high"))
     check = Check("gate", said, Status.FAILED, said)
-    report = Report(said, (said,), ((said, said),), (Table("kinds", "Any", columns, frame),), (check,))
+    report = Report(said, (said,), ((said, said),), (ReportTable("kinds", "Any", columns, frame),), (check,))
     whole = expected(report)
     assert from_json(renderer("json")(report)) == [whole]
     assert from_markdown(renderer("md")(report)) == whole
@@ -204,7 +204,7 @@ def test_any_table_reads_back(rows: list[tuple[str, int, int]], said: str) -> No
 def test_a_summary_stays_under_its_limit() -> None:
     text = string.ascii_letters * 200
     frame = pl.DataFrame({"what": [text] * 20})
-    table = Table("kinds", "Any", (Column("what", "what", Unit.TEXT),), frame)
+    table = ReportTable("kinds", "Any", (Column("what", "what", Unit.TEXT),), frame)
     report = Report("x", ("y",), (), (table,) * 4)
     assert len(renderer("md")(report).encode()) < LIMIT
     many = renderer("md")(*[report] * 30)

@@ -31,11 +31,11 @@ from replay.timing.timed_run import Settings
 from tests.analysis.sources import CORPUS, OLD_STORM, ROOT, STORM, TIMING, result_of
 from tests.replay.recording import Guest, manifest
 from tests.traces.making import stream, trace
+from traces.durations import duration
 from traces.errors import Problem
 from traces.reader import Trace
 from traces.summary import info
 from traces.synth import Parameters, synthesize
-from traces.units import duration
 
 RUNNER = CliRunner()
 TIMED = (

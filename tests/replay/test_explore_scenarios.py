@@ -16,7 +16,7 @@ import pytest
 from benchmarks import explore_table
 from replay.explore import explore_text
 from replay.explore.catalogue import find
-from replay.explore.scenario import VIOLATION, Run, run
+from replay.explore.scenario import VIOLATION, ScenarioRun, run
 from replay.explore.scenarios import SCENARIOS
 from traces.errors import Problem
 
@@ -73,7 +73,7 @@ def light(variants: Iterable[tuple[str, str]]) -> list[Any]:
 
 
 @cache
-def made(scenario: str, variant: str) -> Run:
+def made(scenario: str, variant: str) -> ScenarioRun:
     return run(find(scenario), variant, {})
 
 

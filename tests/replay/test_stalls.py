@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from replay.decode.batch import COLUMNS, Batch
-from replay.decode.rip_runs import RipRuns
+from replay.decode.same_rip import RipRuns
 from replay.timing.stalls import RCU_STALL, SOFT_LOCKUP, Rule, stalls, watchdogs
 from replay.timing.stuck_rip import RipRun, longest_runs
 from traces.reader import Trace

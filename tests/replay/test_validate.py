@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import kvmtrace
 from replay.validate.compare import machine_of, validate
-from replay.validate.row_tuples import Row, rows_of
+from replay.validate.row_tuples import RowTuple, rows_of
 from replay.validate.threads import RESPONSES, ConformanceCheck
 from replay.validate.validate_text import render
 from tests.corpus import CORPUS, REPLAYED, each
@@ -50,7 +50,7 @@ TELLING = {
 }
 
 
-def run(rows: list[Row], trace: Trace) -> bool:
+def run(rows: list[RowTuple], trace: Trace) -> bool:
     """Whether every response is as predicted and nothing is left."""
     kernel = kernels.recorded(trace.metadata)
     machine = machine_of(kernel, kernel.parameters())
@@ -88,7 +88,7 @@ def test_another_policy_does_not_match_it(name: str, policy: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def chosen() -> list[tuple[Trace, list[Row]]]:
+def chosen() -> list[tuple[Trace, list[RowTuple]]]:
     found = []
     for name in CHOSEN:
         trace = Trace.open(CORPUS / f"{name}.parquet")
@@ -189,7 +189,7 @@ RECORDINGS_HERE = Path(__file__).parents[1] / "recordings"
 QUALIFIED = 3 << 7  # a guest address goes with the fault, and it was its final page
 
 
-def in_intels_codes(row: Row) -> Row | None:
+def in_intels_codes(row: RowTuple) -> RowTuple | None:
     """A row of an AMD recording as VMX would have told it; None where VMX has no such event."""
     if row.kind == "kvm_page_fault":
         if row.code & 8:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from replay.validate.compare import Report, validate
+from replay.validate.compare import ConformanceReport, validate
 from replay.validate.row_tuples import rows_of
 from replay.validate.shadow_driver import is_paged
 from replay.validate.validate_text import render
@@ -62,7 +62,7 @@ def recorded(vmm: str, out: Path, scenario: str) -> Recorded:
     return trace, own
 
 
-def whole(report: Report, own: list[int]) -> bool:
+def whole(report: ConformanceReport, own: list[int]) -> bool:
     """Whether each of these VMs is as predicted from its creation to its end."""
     found = [vm for vm in report.vms if vm.vm in own]
     tallies = [tally for vm in found for tally in vm.tallies.values()]

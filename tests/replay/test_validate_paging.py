@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import kvmtrace
 from replay.decode.capabilities import Capabilities
 from replay.validate.compare import validate
-from replay.validate.row_tuples import Row, rows_of
+from replay.validate.row_tuples import RowTuple, rows_of
 from replay.validate.shadow_driver import COMPARED, Paged, is_paged
 from replay.validate.shadow_model import Pages
 from replay.validate.shadow_state import CREATED, UNSYNC
@@ -54,7 +54,7 @@ def test_every_kernel_has_its_recordings() -> None:
         assert len([path for path in PAGED if path.stem.endswith(f"-{kernel}-npt0")]) == 8
 
 
-Chosen = tuple[Trace, list[Row]]
+Chosen = tuple[Trace, list[RowTuple]]
 
 
 @pytest.fixture(scope="module")
@@ -171,11 +171,11 @@ class Guest:
 
     def __init__(self, old: bool = False, counted: bool = False) -> None:
         self.pages = Pages(invalid_bit=1 << 11, direct_bit=1 << 7, guest_bits=~0x407FF, counted=counted, old=old)
-        self.rows: list[Row] = []
+        self.rows: list[RowTuple] = []
         self.last = 0
 
     def row(self, kind: str, role: int = 0, gfn: int = 0, table: int = 0, **more: Any) -> Guest:
-        empty = Row(len(self.rows), 0, 0, 0, 7, kind, 0, role, role & 15, 0, gfn, 0, 0, table, *(0,) * 8)
+        empty = RowTuple(len(self.rows), 0, 0, 0, 7, kind, 0, role, role & 15, 0, gfn, 0, 0, table, *(0,) * 8)
         self.rows.append(empty._replace(**more))
         return self
 

@@ -24,7 +24,7 @@ RESET_SMI_RATE: Final = 0.75
 
 
 @dataclass(frozen=True)
-class Costs:
+class SynthCosts:
     """Host time in ns, mean; each row takes 75 % to 125 % of its share. Orders of magnitude of a bare-metal host.
 
     A zapped entry is cheap on purpose: a worker that is slower than the refill would pile up rows without bound.
@@ -68,7 +68,7 @@ class Parameters:
     events: int | None = None  # or: end with the step that reaches so many rows, in all
     zap_rows: bool = False
     seed: int = 0
-    costs: Costs = field(default_factory=Costs)
+    costs: SynthCosts = field(default_factory=SynthCosts)
 
     def settled(self) -> Parameters:
         """With every default in its place; raises Problem (exit code 2) for values that make no sense."""

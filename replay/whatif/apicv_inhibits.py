@@ -10,8 +10,8 @@ from typing import Any
 
 from replay.whatif.answers import Answer, Asked
 from replay.whatif.workload import Workload
+from traces.durations import duration
 from traces.text import count
-from traces.units import duration
 
 
 def answer(work: Workload, asked: Asked, own: str) -> Answer:
