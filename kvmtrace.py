@@ -205,7 +205,7 @@ def synth(
     smi_rate: Annotated[
         float | None, typer.Option(help="SMIs per second of guest time. [default: 100; 0.75 with --reset-on]")
     ] = None,
-    working_set: Annotated[int, typer.Option(help="Pages touched between two SMIs, repeats counted.")] = 512,
+    working_set: Annotated[int, typer.Option(help="Pages accessed between two SMIs, repeats counted.")] = 512,
     memory: Annotated[str, typer.Option(help="Guest memory, a multiple of 2M.")] = "64M",
     locality: Annotated[
         str, typer.Option(help="Which pages: sequential (the same run each time), zipf, uniform, or mixed.")

@@ -25,7 +25,7 @@ from traces.reader import Trace
 ROOT: Final = Path(__file__).parents[1]
 CORPUS: Final = ROOT / "traces" / "corpus"
 DOCUMENT: Final = ROOT / "docs" / "prediction-accuracy.md"
-COUNTS: Final = ("roots", "tables", "installs", "first touches", "zaps")
+COUNTS: Final = ("roots", "tables", "installs", "first accesses", "zaps")
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,15 @@ REASONS: Final = {
     "B": "5.10 drops a table with a range that covers it. A recording of 5.10 does not show what the host removed, "
     "and from the shadow MMU's, which removes leaves only, it cannot be inferred.",
     "C": "`all` takes each root built to be needed whole. The last toggle of these scenarios comes after the last "
-    "pass: the root built for it is hardly touched. The interval without `--refault` holds what happened.",
-    "D": "Words of 5.10 have CR0.WP and EFER.NX, and a page is touched first under each word. The upper end has one "
+    "pass: the root built for it is hardly accessed. The interval without `--refault` holds what happened.",
+    "D": "Words of 5.10 have CR0.WP and EFER.NX, and a page is accessed first under each word. The upper end has one "
     "word, to which all that the recorded root had mapped goes.",
 }
 
 
 def reason(direction: Direction, scenario: str, count: str) -> str:
     """The key of why this count may be off; empty where it must not be."""
-    if direction.target == "5.10" and direction.refault == "all" and count == "first touches" and "toggle" in scenario:
+    if direction.target == "5.10" and direction.refault == "all" and count == "first accesses" and "toggle" in scenario:
         return "D"
     rules = (
         ("A", scenario == "mmio" and count == "zaps"),
@@ -147,7 +147,7 @@ def predicted(direction: Direction, scenario: str) -> dict[str, Count]:
         "roots": found["creations"],
         "tables": found["tables_built"],
         "installs": Count(faults.low + prefetched.low, faults.high + prefetched.high),
-        "first touches": Count(min(ends), max(ends)),
+        "first accesses": Count(min(ends), max(ends)),
         "zaps": found["zapped"],
     }
 
@@ -205,7 +205,7 @@ def recorded(name: str) -> dict[str, int | None]:
         "roots": trace.metadata.root_count,
         "tables": built.collect().height,
         "installs": installs,
-        "first touches": first,
+        "first accesses": first,
         "zaps": zaps,
     }
 
@@ -230,7 +230,7 @@ def document() -> str:
         "recording is replayed under the policy of another of the same scenario, and compared with what the rows of",
         "that one say. One number: predicted exactly. `low .. high (n)`: predicted as an interval, recorded n.",
         "**Bold**: off, with the letter of the reason. A dash: that kernel's recordings do not show it. Counts: roots",
-        "created, tables built, leaf installs (prefetched ones included), first touches of a page under a role word,",
+        "created, tables built, leaf installs (prefetched ones included), first accesses of a page under a role word,",
         "leaves zapped.",
         "",
         "| recording of | replayed with | predicts | exact | in the interval | off | not recorded |",

@@ -106,8 +106,8 @@ def document(found: list[Found]) -> str:
         "beside the root policy, each with an old and a new way, put to recordings of the lab and to generated "
         "traces in virtual time, with the locks as queues. A recording brings its faults at their pace, how long "
         "each has mmu_lock, the tables that it links, and what is mapped; agers, range zaps and inhibits are added, "
-        "and vCPUs beyond the recorded ones do what a recorded one did. Beside each result stands the arithmetic "
-        "that it cannot leave, or that it has on average at moments of chance."
+        "and vCPUs beyond the recorded ones do what a recorded one did. Each result is shown "
+        "with its analytical bound, or with the expected value for random arrival times."
     ), "", *_filled(
         "No kernel was held against these tables. The lab's CPUs take turns in one thread, so that its vCPUs never "
         "meet at a lock: what is recorded there are holds, not waits. What agers, zaps and links cost comes from "
@@ -161,7 +161,7 @@ def _merged(found: list[Found]) -> Iterator[str]:
     yield ""
     yield from _filled(
         "An inhibit at each of 8 moments spread over the recording; the least, the mean and the most SPTEs. "
-        "Refills: from what the recording shows to be touched again to all that was mapped (a touch of what was "
+        "Refills: from what the recording shows to be accessed again to all that was mapped (an access to what was "
         "mapped is silent). By memslot it is once to twice these numbers a cycle, for the sources do not agree "
         "whether the return of APICv zaps once more. The arithmetic limit is the rate at which one vCPU that needs "
         "everything again has no time left. Cached MMIO SPTEs count as the others do: they go with the memslot "

@@ -55,7 +55,7 @@ def replay(
     refault: Annotated[
         str,
         typer.Option(
-            help="Where the trace does not say what the guest touched again: none, all, accessed, or recent:PAGES. "
+            help="Where the trace does not say what the guest accessed again: none, all, accessed, or recent:PAGES. "
             "[default: the interval from none to all]"
         ),
     ] = "",

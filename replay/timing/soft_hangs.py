@@ -16,7 +16,7 @@ from replay.timing.stalls import Rule, Stall, stalls
 
 OF_ROOTS: Final = (TimeCategory.FAULT, TimeCategory.LOAD, TimeCategory.UNLOAD, TimeCategory.WAIT, TimeCategory.SWITCH)
 _SAID: Final = {
-    Cause.FIRST: "the guest's first touches",
+    Cause.FIRST: "initial faults",
     Cause.SMI: "an SMI",
     Cause.RSM: "an SMI",  # its end, after which the guest's own working set is due
     Cause.CR0_WP: "a write of CR0.WP",
@@ -71,10 +71,10 @@ def _explained(stall: Stall, clock: NDArray[np.int64], causes: NDArray[np.int64]
     return SoftHang(stall.begin, stall.end, Cause(int(cause)), tuple((spent[last] - spent[first]).tolist()))
 
 
-def told(hangs: Iterable[SoftHang]) -> str:
-    """What began them, in a phrase: `begun by an SMI`, or the number of each."""
+def causes(hangs: Iterable[SoftHang]) -> str:
+    """Their causes in a phrase: `cause: an SMI`, or the number of each."""
     counts = Counter(each.why for each in hangs)
     if len(counts) == 1:
         (why,) = counts
-        return f"{'each ' if counts[why] > 1 else ''}begun by {why}"
-    return "begun by " + ", ".join(f"{why} ({count:,})" for why, count in counts.most_common())
+        return f"cause{' of each' if counts[why] > 1 else ''}: {why}"
+    return "causes: " + ", ".join(f"{why} ({count:,})" for why, count in counts.most_common())

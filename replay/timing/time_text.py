@@ -10,14 +10,14 @@ from rich.text import Text
 
 from replay.plan import Plan
 from replay.timing.reference_clock import TimeCategory
-from replay.timing.soft_hangs import told
+from replay.timing.soft_hangs import causes
 from replay.timing.stalls import watchdogs
 from replay.timing.stuck_rip import RipRun
 from replay.timing.time_rows import named
 from replay.timing.timed_run import PolicyTime, Settings, VcpuTime, VmTime
 from traces.durations import duration
 from traces.screen import page, text_of
-from traces.text import printable
+from traces.text import count, printable
 
 WIDTH: Final = 220  # where there is no terminal: nothing is wrapped
 _VMS_SHOWN: Final = 8
@@ -96,7 +96,7 @@ def _against(name: str, low: VcpuTime, high: VcpuTime, base: str, other: VcpuTim
     hangs = [_hangs(low)] if low is high else [_hangs(low), _hangs(high)]
     if not (low.stalls or high.stalls or other.stalls):
         return f"{factor} the time under {name} as under {base}; no soft-hang"
-    under = " to ".join(dict.fromkeys(hangs))
+    under = f"up to {hangs[-1]}" if high.stalls and not low.stalls else " to ".join(dict.fromkeys(hangs))
     return f"{factor} the time under {name} as under {base}; under {name} {under}; under {base} {_hangs(other)}"
 
 
@@ -104,11 +104,11 @@ def _hangs(vcpu: VcpuTime) -> str:
     if not vcpu.stalls:
         return "no soft-hang"
     worst = max(vcpu.stalls, key=lambda stall: stall.ns)
-    count = f"{len(vcpu.stalls)} soft-hang{'s' if len(vcpu.stalls) > 1 else ''}"
+    number = count(len(vcpu.stalls), "soft-hang")
     fires = watchdogs(worst.ns)
     guest = f", long enough for the guest's {' and '.join(fires)} watchdog" if fires else ""
-    longest = f"longest {duration(worst.ns)} ({duration(worst.begin)} to {duration(worst.end)})"
-    return f"{count}, {longest}, {told(vcpu.stalls)}{guest}"
+    longest = f"longest {duration(worst.ns)} at {duration(worst.begin)} to {duration(worst.end)}"
+    return f"{number}, {longest}, {causes(vcpu.stalls)}{guest}"
 
 
 def _ends(vm: VmTime) -> dict[str, tuple[PolicyTime, PolicyTime]]:

@@ -195,7 +195,7 @@ class TimedEngine:
                 self._attach()
 
     def _make_room(self, count: int) -> None:
-        """For so many operations more: over the rows of those that are done, if they are half of all."""
+        """Make room for `count` operations; compact first if at least half the buffer is consumed."""
         held = self._queue["head"] >= 0
         end = int(self._timer.todos)
         begin = int(self._queue["head"][held].min()) if held.any() else end

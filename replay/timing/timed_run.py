@@ -24,7 +24,7 @@ from replay.timing.stuck_rip import CERTAIN, RipRun, longest_runs
 from replay.timing.timed_engine import TimedEngine
 
 # Relative standard deviation between two runs of the same work, dated 2026-11: of the lab's recordings of scenarios
-# that no policy touches as measured, of bare-metal hosts as assumed.
+# that no policy changes as measured, of bare-metal hosts as assumed.
 NOISE_LAB: Final = 0.15
 NOISE: Final = 0.03
 _UNKNOWN: Final = 0.5  # relative, of a cost that is the table's

@@ -2,7 +2,7 @@
 
 The recorded program is kept without its SMIs, and copies of its last SMI strike each vCPU at a steady rate of the wall
 clock. What the guest needs after each is in no recording made at another rate: every page that is mapped is taken to be
-touched again at once, so that policies which free roots come out at their worst.
+accessed again at once, so that policies which free roots come out at their worst.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Swept:
 
 
 def parse(text: str) -> Sweep:
-    """What --sweep says: `smi-rate=10:10000:log`, or `:lin`."""
+    """Parse --sweep: `smi-rate=10:10000:log`, or `:lin`."""
     match = re.fullmatch(r"smi-rate=(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)(?::(log|lin))?", text)
     if match is None or not 0 < float(match[1]) <= float(match[2]):
         raise Problem(f"--sweep {text}: write it like smi-rate=10:10000:log")

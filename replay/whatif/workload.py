@@ -72,7 +72,7 @@ class Workload:
     wall: int  # of the slowest vCPU
     leaves: int = 0  # at the end
     alive: int = 0  # roots, at the end
-    gfns: int = 0  # distinct ones that were touched
+    gfns: int = 0  # distinct ones that were accessed
     tables: int = 0  # linked in all
     freed: int = 0  # unlinked under the read lock, by the zap worker
     roots: int = 0  # created
@@ -91,7 +91,7 @@ class Workload:
 
     @property
     def sptes(self) -> int:
-        """SPTEs that map one page, rounded up: of the pages that were touched, but no more than there are roots.
+        """SPTEs that map one page, rounded up: of the pages that were accessed, but no more than there are roots.
 
         (What the shadow MMU prefetches is of other pages.)
         """

@@ -58,13 +58,13 @@ def test_the_promised_numbers() -> None:
     assert [cell.predicted.text for cell in table(old)["smi-storm"].values()] == ["2", "7", "514", "514", "514"]
     assert table(new)["smi-storm"]["installs"].predicted.text == "514 .. 2,569"
     assert [cell.recorded for cell in table(new)["smi-storm"].values()] == [9, 32, 2569, 514, 2569]
-    # Where each pass touches everything, the assumption that each root is needed whole is exact.
+    # Where each pass accesses everything, the assumption that each root is needed whole is exact.
     for scenario in ("smi-storm", "smi-one", "smi-both", "smi-grow", "huge", "two-vms"):
         assert {cell.verdict for cell in table(whole)[scenario].values()} == {"exact"}, scenario
 
 
 def test_a_recording_is_counted_without_the_model() -> None:
     assert accuracy.recorded("smi-storm-6.1") == {
-        "roots": 2, "tables": 7, "installs": 514, "first touches": 514, "zaps": 514
+        "roots": 2, "tables": 7, "installs": 514, "first accesses": 514, "zaps": 514
     }  # fmt: skip
     assert accuracy.recorded("smi-storm-5.10")["zaps"] is None

@@ -23,7 +23,7 @@ from replay.result import SPENT
 from replay.run import replay
 from replay.simulate.operations import Cause
 from replay.timing.reference_clock import TimeCategory
-from replay.timing.soft_hangs import soft_hangs, told
+from replay.timing.soft_hangs import causes, soft_hangs
 from replay.timing.stalls import Rule
 from replay.timing.stuck_rip import RipRun
 from replay.timing.time_text import stuck_lines
@@ -151,9 +151,9 @@ def test_a_soft_hang_has_what_began_it_and_what_it_went_on() -> None:
     assert [hang.cause for hang in found] == [Cause.RSM, Cause.CR0_WP, Cause.CR0_WP]
     assert [hang.spent[on] for hang, on in zip(found, (fault, fault, other), strict=True)] == [200_000_000] * 3
     assert all(sum(hang.spent) == hang.ns for hang in found)
-    assert told(found[:1]) == "begun by an SMI"
-    assert told(found[:1] * 3) == "each begun by an SMI"
-    assert told(found) == "begun by an SMI (1), a write of CR0.WP (1), exits that no root policy changes (1)"
+    assert causes(found[:1]) == "cause: an SMI"
+    assert causes(found[:1] * 3) == "cause of each: an SMI"
+    assert causes(found) == "causes: an SMI (1), a write of CR0.WP (1), exits that no root policy changes (1)"
 
 
 def test_a_clock_that_runs_backwards_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +240,7 @@ def test_the_result_has_times_in_rows(tmp_path: Path) -> None:
         assert progress.row(0) == (0,) * (1 + len(SPENT))
         assert progress["clock"].is_sorted()
         assert (progress.select(pl.sum_horizontal(SPENT)).to_series() == progress["clock"]).all()
-    assert "begun by an SMI" in CliRunner().invoke(kvmtrace.app, ["replay", str(trace)]).stdout
+    assert "cause: an SMI" in CliRunner().invoke(kvmtrace.app, ["replay", str(trace)]).stdout
 
 
 def guest_with_faults() -> Guest:

@@ -99,7 +99,7 @@ class RowMaker:
         return puts[done.ends], smm_put
 
     def _fault(self, at: Cursor, done: Resolution, puts: Ints) -> None:
-        """A touch that faults: missing tables from the top, the leaf, and the way back into the guest."""
+        """An access that faults: missing tables from the top, the leaf, and the way back into the guest."""
         faults, host, costs = done.faults, self._mmu.host, self._costs
         gfn, root = faults.gfn, done.roots[faults.life]
         rip = done.steps.rip[faults.step]

@@ -56,7 +56,7 @@ class Parameters:
     vms: int = 1
     vcpus: int = 1
     smi_rate: float | None = None  # SMIs, each on one vCPU in turn: 100, with `reset_on` 0.75
-    working_set: int = 512  # pages touched between two SMIs (without SMIs: in 10 ms); repeats count
+    working_set: int = 512  # pages accessed between two SMIs (without SMIs: in 10 ms); repeats count
     memory: int = 64 << 20  # bytes, a multiple of 2 MiB
     locality: str = "sequential"
     page_size: str = "4k"
