@@ -224,7 +224,7 @@ def synth(
     duration: Annotated[
         float | None, typer.Option(help="Seconds of guest time. [default: 1; 10 with --reset-on]")
     ] = None,
-    events: Annotated[int | None, typer.Option(help="Instead: end after about this many events.")] = None,
+    events: Annotated[int | None, typer.Option(help="Instead of --duration: end after about this many events.")] = None,
     zap_rows: Annotated[bool, typer.Option("--zap-rows", help="With the rows of zaps: 513 for each table.")] = False,
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
     as_json: Json = False,

@@ -80,7 +80,7 @@ def replay_into(plan: Plan, path: Path, settings: Settings | None) -> Replayed:
 
     with ResultWriter(path, [target.name for target in plan.targets]) as writer:
         replayed = replay(plan, settings, writer)
-        times = time_text.facts(replayed.times, settings) if settings is not None else None
+        times = time_text.to_dict(replayed.times, settings) if settings is not None else None
         writer.close({**document(replayed), "time": times})
     return replayed
 

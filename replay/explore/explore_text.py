@@ -53,7 +53,7 @@ def render_listing(scenarios: Sequence[Scenario]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def facts(run: ScenarioRun) -> dict[str, Any]:
+def to_dict(run: ScenarioRun) -> dict[str, Any]:
     """One run of the JSON document."""
     return {
         "variant": run.variant.name,

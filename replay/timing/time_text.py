@@ -24,7 +24,7 @@ _VMS_SHOWN: Final = 8
 _PRESERVED: Final = ("preserve", "preserve-worker")
 
 
-def facts(times: list[VmTime], settings: Settings) -> dict[str, Any]:
+def to_dict(times: list[VmTime], settings: Settings) -> dict[str, Any]:
     """The document's part on time; all times in ns."""
     return {
         "rule": {"share": settings.rule.share, "window": settings.rule.window},

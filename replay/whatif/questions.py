@@ -53,7 +53,7 @@ def _answers(work: Workload, stands: Kernel, questions: Sequence[Asked], progres
     return answers
 
 
-def facts(found: Sequence[tuple[Workload, list[Answer]]]) -> list[dict[str, Any]]:
+def to_dict(found: Sequence[tuple[Workload, list[Answer]]]) -> list[dict[str, Any]]:
     """The document's part on design questions; times in ns."""
     return [
         {

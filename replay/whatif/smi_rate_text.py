@@ -15,7 +15,7 @@ from traces.text import printable
 _WIDTH: Final = 220  # where there is no terminal: nothing is wrapped
 
 
-def facts(found: dict[int, list[Swept]], sweep: Sweep) -> dict[str, Any]:
+def to_dict(found: dict[int, list[Swept]], sweep: Sweep) -> dict[str, Any]:
     """The document's part on a sweep: factors by rate, null where the program hangs; rates in SMIs a second."""
     return {
         "rates": sweep.rates,

@@ -107,7 +107,7 @@ def test_each_variant_is_as_expected(scenario: str, variant: str) -> None:
 @pytest.mark.parametrize(("scenario", "variant"), light(BROKEN))
 def test_its_schedule_replays_from_json(scenario: str, variant: str, tmp_path: Path) -> None:
     path = tmp_path / "found.json"
-    path.write_text(json.dumps({"runs": [explore_text.facts(made(scenario, variant))]}))
+    path.write_text(json.dumps({"runs": [explore_text.to_dict(made(scenario, variant))]}))
     (given,) = explore_text.schedules(path)
     replayed = explore_text.replay(given, None, str(path))
     assert (replayed["broken"], replayed["again"]) == (BROKEN[scenario, variant][0], True)
