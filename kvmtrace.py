@@ -239,7 +239,7 @@ def synth(
     )  # fmt: skip
     summary = synthesize(out, parameters)
     if as_json:
-        settled = parameters.settled().document()
+        settled = parameters.settled().to_dict()
         print_json({
             "path": str(summary.path), "events": summary.events, "bytes": summary.size, "parameters": settled,
         })  # fmt: skip
@@ -254,11 +254,11 @@ def info(
     as_json: Json = False,
 ) -> None:
     """Say what a trace holds: kernel, policy, VMs, probes, events by kind, and what was lost."""
-    from traces.summary import info as facts
+    from traces.summary import info as to_dict
     from traces.summary import render
 
     if as_json:
-        print_json(facts(trace))
+        print_json(to_dict(trace))
     else:
         print(render(trace), end="")
 

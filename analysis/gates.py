@@ -59,7 +59,7 @@ class Figures:
     policies: Mapping[str, Mapping[str, Ends]]
     unvalidated: str = ""  # why `fidelity` is not known
 
-    def document(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """For JSON: a number, [low, high], or null where it is not known."""
         return {
             "recorded": self.recorded,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import polars as pl
 
-from analysis.units import Unit, shown, span
+from analysis.units import Unit, format_value, span
 
 if TYPE_CHECKING:
     from analysis.gates import Figures
@@ -44,7 +44,7 @@ class Column:
     def text(self, row: dict[str, Any]) -> str:
         if self.high:
             return span(row[self.name], row[self.high], self.unit, signed=self.signed)
-        return shown(row[self.name], self.unit, signed=self.signed)
+        return format_value(row[self.name], self.unit, signed=self.signed)
 
     def value(self, row: dict[str, Any]) -> Any:
         """Exact: a number or text, null, or [low, high] where the two differ."""

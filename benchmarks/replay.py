@@ -181,9 +181,8 @@ def two_threads(streams: list[Stream]) -> list[tuple[Line, Turn]]:
 
 def from_parquet(path: Path) -> list[tuple[Line, Turn]]:
     """Decoding a trace, and replaying it from the file; ns per event."""
-    from replay.decode.lookback import COLUMNS
-
     from replay import plan, run
+    from replay.decode.batch import COLUMNS
     from replay.decode.capabilities import Capabilities
     from traces.reader import Trace
 

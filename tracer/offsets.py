@@ -140,6 +140,6 @@ def kernel_layout(btf: Btf, version: tuple[int, int], bases: dict[str, int]) -> 
         source += f"; kvm_mmu_page from the dated table for {version[0]}.{version[1]} (no module BTF before 5.11)"
     if not role and kernel.page_struct:
         role = kernel.layout.shifts
-    spte = {**kernel.spte.document(), "source": "dated table of 2026-11: BTF does not name SPTE bits"}
+    spte = {**kernel.spte.to_dict(), "source": "dated table of 2026-11: BTF does not name SPTE bits"}
     missing = tuple(macro for macro in _MEMBERS if macro not in offsets)
     return Layout(offsets, role, source, missing, bases, spte)

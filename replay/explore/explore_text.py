@@ -65,7 +65,7 @@ def to_dict(run: ScenarioRun) -> dict[str, Any]:
         "seconds": round(run.exploration.seconds, 3),
         "steps": len(run.schedule.lines) if run.schedule else None,
         "shortest": run.exploration.shortest if run.schedule else None,
-        "schedule": run.schedule.document() if run.schedule else None,
+        "schedule": run.schedule.to_dict() if run.schedule else None,
     }
 
 

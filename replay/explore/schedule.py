@@ -36,7 +36,7 @@ class Schedule:
     lines: tuple[Line, ...]
     cycle: int | None = None
 
-    def document(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As JSON; `parse` reads it."""
         return {
             "scenario": self.scenario,

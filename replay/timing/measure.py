@@ -30,7 +30,7 @@ _COSTS: Final = ("switch", "fault", "table", "found", "created", "unload", "pref
 
 
 class SpanTimes:
-    """The spans of time that end with a VM's rows, without what others took from its vCPUs. `samples` are of costs."""
+    """The spans of time that end with a VM's rows, without its vCPUs' steal time. `samples` are of costs."""
 
     def __init__(
         self, capabilities: Capabilities, vm: Mapping[str, Any], parts: tuple[int, int, int] | None = None
@@ -66,7 +66,7 @@ class Measured:
     """One VM as recorded. By vCPU, where nothing else is said; times are ns.
 
     `refused`: why there are no times, empty if there are. `began` is the boot time of its first entry. `recorded` is
-    the time by TimeCategory, the switch within the guest's. `totals` is by VcpuState, without what others took;
+    the time by TimeCategory, the switch within the guest's. `totals` is by VcpuState, without steal time;
     OTHER has all that is no operation's. `faults` are those of the recorded policy's own replay.
     """
 

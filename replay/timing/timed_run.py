@@ -53,7 +53,7 @@ class VcpuTime:
     """One vCPU under one run of a policy. `spent` is ns by TimeCategory, `wall` their sum, `error` relative to `wall`.
 
     `open` is by how many ns it may be more (or, below 0, less) for what the recording does not tell of the switch.
-    `progress` is rows of (clock, Cause of the last unload, *spent until then), without what others took from the vCPU.
+    `progress` is rows of (clock, Cause of the last unload, *spent until then), without steal time.
     """
 
     id: int
@@ -196,7 +196,7 @@ def _interrupted(measured: Measured, vcpu: int, spent: list[int]) -> int:
 def _rows(measured: Measured, vcpu: int, more: int) -> float:
     """How many times as many rows of the vCPU a recording with so many `more` faults would have as there are.
 
-    What others take on the lab's one CPU is above all the recorder's work, 8 to 9 us a row (smi-storm on 6.1, roots
+    Steal time on the lab's one CPU is above all the recorder's work, 8 to 9 us a row (smi-storm on 6.1, roots
     kept and freed: 24.9 ms at 3,047 rows, 482 ms at 52,109).
     """
     rows = max(int(measured.rows[vcpu]), 1)

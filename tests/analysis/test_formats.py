@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from analysis.formats import FORMATS, renderer
 from analysis.formats.markdown import LIMIT
 from analysis.report import Check, Column, Report, ReportTable, Status
-from analysis.units import Unit, shown, span
+from analysis.units import Unit, format_value, span
 from tests.golden import reports as golden
 
 pytestmark = pytest.mark.xdist_group("formats")  # the reports are made once
@@ -64,7 +64,7 @@ def _told(value: Any, unit: Unit, title: str) -> str:
     signed = title == "change"
     if isinstance(value, list):
         return span(*value, unit, signed=signed)
-    return shown(value, unit, signed=signed)
+    return format_value(value, unit, signed=signed)
 
 
 def from_columns(text: str) -> Rows:
@@ -248,4 +248,4 @@ def test_every_format_of_the_list_renders() -> None:
     ],
 )
 def test_values_read_as_they_are(value: Any, unit: Unit, text: str) -> None:
-    assert shown(value, unit) == text
+    assert format_value(value, unit) == text

@@ -210,7 +210,7 @@ def test_json_replays(tmp_path: Path) -> None:
 def changed(**changes: Any) -> dict[str, Any]:
     schedule = made("vm-destroy", "v2").schedule
     assert schedule is not None
-    return {**schedule.document(), **changes}
+    return {**schedule.to_dict(), **changes}
 
 
 @pytest.mark.parametrize(

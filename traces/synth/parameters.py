@@ -94,7 +94,7 @@ class Parameters:
         """Of settled parameters: SMIs, memslot churns, other exits, CR0.WP writes, each per second of guest time."""
         return self.smi_rate or 0.0, self.memslot_rate or 0.0, self.exit_rate or 0.0, self.cr0_wp_rate
 
-    def document(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """All of it as JSON, for the trace's metadata."""
         own = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "costs"}
         return own | {"costs_ns": vars(self.costs)}

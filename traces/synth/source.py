@@ -125,7 +125,7 @@ def manifest(parameters: Parameters) -> dict[str, Any]:
         next(probe for probe in probes if probe["kind"] == "kvm_tdp_mmu_spte_changed")["why"] = _FAULTS_ONLY
     return {
         "origin": "synthetic",
-        "synthetic": {"by": "kvmtrace synth", "generator": GENERATOR, "parameters": parameters.document()},
+        "synthetic": {"by": "kvmtrace synth", "generator": GENERATOR, "parameters": parameters.to_dict()},
         "recorder": "none: made by kvmtrace synth",
         "command": ["kvmtrace", "synth"],
         "preset": "synthetic",
@@ -135,7 +135,7 @@ def manifest(parameters: Parameters) -> dict[str, Any]:
         },
         "policy": {"name": parameters.policy, "why": "synthetic: as ordered"},
         "layout": {
-            "role": role, "spte": kernel.spte.document(), "source": "6.1", "missing": [], "table_is_physical": True,
+            "role": role, "spte": kernel.spte.to_dict(), "source": "6.1", "missing": [], "table_is_physical": True,
         },
         "probes": probes,
         "clock": {"name": "boottime", "samples": []},
