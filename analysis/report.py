@@ -104,7 +104,7 @@ class Status(Enum):
 
 @dataclass(frozen=True)
 class Check:
-    """A gate (`--fail-on`) or an invariant. `name` is the condition or the promise; `why` is one line."""
+    """A gate (`--fail-on`) or an invariant. `name` is the condition or the invariant; `why` is one line."""
 
     kind: str  # gate, invariant
     name: str

@@ -244,7 +244,7 @@ def _on_pages(found: list[Found]) -> str:
         "that what it saves is a part, not all. Time alone would not carry the change. That it keeps the check at "
         "teardown does: a table that is linked and never unlinked leaves the counter above 0 as it leaves the list "
         "non-empty (roots are in neither), only without a name; the model's own accounting names the root "
-        "(`tests/replay/test_axes_invariants.py`)."
+        "(`tests/replay/test_policy_invariants.py`)."
     )
 
 

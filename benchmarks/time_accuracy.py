@@ -126,8 +126,8 @@ def document(found: list[Line]) -> str:
         "",
         *_factors(found),
         "",
-        "What misses the band is smi-storm under `shadow`: 18.8 of the 35 ms of its median recording are not the",
-        "vCPU's but others' on the lab's one CPU, the recorder's above all, which is taken to be in proportion to rows",
+        "What misses the band is smi-storm under `shadow`: 18.8 of the 35 ms of its median recording are steal",
+        "time on the lab's one CPU, the recorder's above all, which is taken to be in proportion to rows",
         "(8 to 9 us each on the other recordings; 14.8 us there). Bare, it takes 27.8 ms. What an invalidation zaps is",
         "kept as recorded, though the shadow MMU has its own way.",
     ]) + "\n"  # fmt: skip

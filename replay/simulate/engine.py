@@ -209,7 +209,7 @@ class Engine:
 
     @property
     def roots(self) -> list[RootState]:
-        """Roots alive, the eldest first: valid ones, and invalid ones that a slot still holds."""
+        """Roots alive, oldest first: valid ones, and invalid ones that a slot still holds."""
         states = []
         at = int(self._root[0]["after"])
         while at:
