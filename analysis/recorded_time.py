@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from replay.decode.batch import Batch
 from replay.decode.capabilities import Capabilities
 from replay.decode.inputs import Ints
-from replay.decode.rip_runs import RipRuns
+from replay.decode.same_rip import RipRuns
 from replay.decode.timeline import Timeline
 from replay.decode.vcpu_states import NO_SPAN
 from replay.decode.vm_inputs import dense_numbers, vcpu_ids
