@@ -58,11 +58,11 @@ class CountedRun:
         self.number = number
         self.specialized = specialized
         self.outcome = Outcome(target, run, vm, vcpu_ids, stuck=[None] * vcpus)
-        self.machine: Simulator
+        self.simulator: Simulator
         if target.policy is not None:
-            self.machine = Reference(target.policy(), run.assume_refault, specialized.words, vcpus)
+            self.simulator = Reference(target.policy(), run.assume_refault, specialized.words, vcpus)
         else:
-            self.machine = Engine(
+            self.simulator = Engine(
                 replace(target.parameters, assume_refault=run.assume_refault), specialized.words, vcpus
             )
         self._done = 0
@@ -77,16 +77,16 @@ class CountedRun:
         for end in [*ends.tolist(), len(block)]:
             part = slice(start, end)
             try:
-                self.machine.feed(
+                self.simulator.feed(
                     Block(block.op[part], block.gfn[part], block.time[part], block.seq[part]), ranges, first + start
                 )
             except Violation as violation:
                 raise self._broken(violation, block, first) from None
-            counters = self.machine.counters
+            counters = self.simulator.counters
             self.outcome.tables_peak = max(self.outcome.tables_peak, counters.tables - counters.tables_freed)
             start = end
         self._done += len(block)
-        log = self.machine.take_log()
+        log = self.simulator.take_log()
         self._read(log)
         self._remember(log, block, first)
         self._stop(block, first)
@@ -96,7 +96,7 @@ class CountedRun:
 
     def _broken(self, violation: Violation, block: Block, first: int) -> Problem:
         """What an invariant's violation looks like to a user: the event, the root, and its history as far as logged."""
-        log = self.machine.take_log()
+        log = self.simulator.take_log()
         self._remember(log, block, first)
         told = self._lives.get(violation.root, []) if self._lives and violation.root is not None else []
         if not told:
@@ -120,7 +120,7 @@ class CountedRun:
             lives.popitem(last=False)
 
     def _stop(self, block: Block, first: int) -> None:
-        for index, at in enumerate(self.machine.vcpus.stuck.tolist()):
+        for index, at in enumerate(self.simulator.vcpus.stuck.tolist()):
             if at >= first:
                 self.outcome.stuck[index] = int(block.seq[at - first])
 
@@ -145,7 +145,7 @@ class CountedRun:
     def finish(self, writer: VmWriter | None, timed: dict[str, list[int]] | None = None) -> Outcome:
         """The outcome; `timed` is what the rows of vCPUs in a result say of times."""
         outcome = self.outcome
-        outcome.vcpus, outcome.counters = self.machine.vcpus, self.machine.counters
+        outcome.vcpus, outcome.counters = self.simulator.vcpus, self.simulator.counters
         if writer is not None:
             peaks = {"roots_peak": outcome.roots_peak, "tables_peak": outcome.tables_peak}
             whole = {**vm_counts(outcome.counters), **peaks}

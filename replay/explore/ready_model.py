@@ -91,7 +91,7 @@ def moved(places: Sequence[Place], number: int, outcome: StepOutcome) -> tuple[P
 
 
 def lasso(
-    machine: ReadyModel, values: Values, places: tuple[Place, ...], turns: tuple[int, ...]
+    model: ReadyModel, values: Values, places: tuple[Place, ...], turns: tuple[int, ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """These actors step in turn until a state comes again: the way there, and the round, empty if all have to stop."""
     seen: dict[tuple[Any, ...], int] = {}
@@ -102,7 +102,7 @@ def lasso(
         for ahead in range(len(turns)):
             number = turns[(turn + ahead) % len(turns)]
             place = places[number]
-            outcome = machine.actors[number].step(place, values) if not place.done else None
+            outcome = model.actors[number].step(place, values) if not place.done else None
             if outcome is not None and outcome.place is not None:
                 values, places = after(values, outcome), moved(places, number, outcome)
                 path.append(number)

@@ -55,22 +55,22 @@ class Exploration:
 def explore(model: Model, limit: int = LIMIT, reduced: bool = True) -> Exploration:
     """All that can happen. A Problem when that is more than `limit` states."""
     began = time.monotonic()
-    machine = ReadyModel(model)
-    search = _Search(machine, limit, reduced).run()
+    ready = ReadyModel(model)
+    search = _Search(ready, limit, reduced).run()
     found, shortest = search.found, True
     if reduced and found is not None:
         try:
-            found = _Search(machine, limit, False).run().found
+            found = _Search(ready, limit, False).run().found
         except _TooMany:
             shortest = False
     return Exploration(found, search.states, search.transitions, time.monotonic() - began, shortest)
 
 
-def explore_from(machine: ReadyModel, values: Values, places: tuple[Place, ...]) -> Exploration:
+def explore_from(model: ReadyModel, values: Values, places: tuple[Place, ...]) -> Exploration:
     """All that can happen from this state on."""
     began = time.monotonic()
-    machine.start, machine.places = values, places
-    search = _Search(machine, LIMIT, False).run()
+    model.start, model.places = values, places
+    search = _Search(model, LIMIT, False).run()
     return Exploration(search.found, search.states, search.transitions, time.monotonic() - began)
 
 
@@ -78,9 +78,9 @@ class _TooMany(Problem):
     pass
 
 
-def _learn(machine: ReadyModel) -> None:
+def _learn(model: ReadyModel) -> None:
     """Work out what each actor may still read and write from each of its places, as far as is known."""
-    for actor in machine.actors:
+    for actor in model.actors:
         changed = True
         while changed:
             changed = False
@@ -101,7 +101,7 @@ def _learn(machine: ReadyModel) -> None:
 class _Search:
     """One search through the states."""
 
-    machine: ReadyModel
+    model: ReadyModel
     limit: int
     reduced: bool
     found: Found | None = None
@@ -124,7 +124,7 @@ class _Search:
 
     def run(self) -> _Search:
         """Layer by layer; within one, what is broken in a state goes before what a step from it breaks."""
-        violation, _ = self._reach(self.machine.start, self.machine.places, -1, -1)
+        violation, _ = self._reach(self.model.start, self.model.places, -1, -1)
         if violation is not None:
             self.found = Found(violation, ())
             return self
@@ -146,7 +146,7 @@ class _Search:
                     )
             progress.at(self.states)
             if self.reduced:
-                _learn(self.machine)
+                _learn(self.model)
             layer = end
 
     def _note(self, found: Found | None) -> None:
@@ -172,7 +172,7 @@ class _Search:
         violation = None
         if memory == len(self.values):
             self.values.append(values)
-            violation = self.machine.broken(values)
+            violation = self.model.broken(values)
         key = (memory, *places)
         state = self.known.setdefault(key, len(self.keys))
         if state == len(self.keys):
@@ -183,11 +183,11 @@ class _Search:
 
     def _expand(self, state: int, followed: int | None = None) -> Found | None:
         """Follow the actors from a state, but the one that was; the shortest of what is found to be broken."""
-        machine = self.machine
+        model = self.model
         memory, *places = self.keys[state]
         values = self.values[memory]
         outcomes = []
-        for number, (actor, place) in enumerate(zip(machine.actors, places, strict=True)):
+        for number, (actor, place) in enumerate(zip(model.actors, places, strict=True)):
             if place.done:
                 continue
             outcome = actor.step(place, values)
@@ -196,7 +196,7 @@ class _Search:
             if outcome.place is not None:
                 outcomes.append((number, outcome))
         if not outcomes:
-            stopped = machine.stopped(values, places)
+            stopped = model.stopped(values, places)
             return Found(stopped, self._path(state)) if stopped is not None else None
         if followed is not None:
             outcomes = [each for each in outcomes if each[0] != followed]
@@ -230,7 +230,7 @@ class _Search:
     def _independent(self, number: int, outcome: StepOutcome, places: Sequence[Place]) -> bool:
         """Whether a step can change places with all that others may still do, and no invariant sees it."""
         read, written = outcome.read, outcome.written
-        if written & self.machine.visible:
+        if written & self.model.visible:
             return False
         for other, place in enumerate(places):
             if other != number and (written & (place.future_reads | place.future_writes) or read & place.future_writes):
@@ -248,7 +248,7 @@ class _Search:
         """The first state from which no end can be reached, and how its actors go round."""
         import numpy as np
 
-        ends = np.fromiter((self.machine.ended(key[1:]) for key in self.keys), bool, self.states)
+        ends = np.fromiter((self.model.ended(key[1:]) for key in self.keys), bool, self.states)
         source, target = (np.frombuffer(side, np.int64) for side in self.edges)
         count = -1
         while count != (count := int(ends.sum())):
@@ -257,20 +257,20 @@ class _Search:
         if not len(stuck):
             return None
         state, on, cycle = self._round_of_one(stuck.tolist()) or self._round_of_all(int(stuck[0]))
-        names = [self.machine.actors[number].name for number in sorted(set(cycle))]
+        names = [self.model.actors[number].name for number in sorted(set(cycle))]
         who = " and ".join(names) + (" goes" if len(names) == 1 else " go")
         detail = f"{who} round for ever, whatever the others do"
         return Found(Broken(NO_LIVELOCK, detail), (*self._path(state), *on), cycle)
 
     def _round_of_one(self, stuck: Sequence[int]) -> tuple[int, tuple[int, ...], tuple[int, ...]] | None:
         """The first state in which one actor goes round by itself, on what no other will change any more."""
-        machine = self.machine
-        _learn(machine)
+        model = self.model
+        _learn(model)
         for state in stuck:
             memory, *places = self.keys[state]
             cycles = []
             for number in range(len(places)):
-                on, cycle = lasso(machine, self.values[memory], tuple(places), (number,))
+                on, cycle = lasso(model, self.values[memory], tuple(places), (number,))
                 if cycle and not on:
                     others = (place.future_writes for at, place in enumerate(places) if at != number)
                     if not any(self._reads_only(state, cycle) & written for written in others):
@@ -284,12 +284,12 @@ class _Search:
         memory, *places = self.keys[state]
         values, read, written = self.values[memory], 0, 0
         for number in path:
-            outcome = self.machine.actors[number].step(places[number], values)
+            outcome = self.model.actors[number].step(places[number], values)
             read, written = read | outcome.read, written | outcome.written
             values, places = after(values, outcome), list(moved(places, number, outcome))
         return read & ~written
 
     def _round_of_all(self, state: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
         memory, *places = self.keys[state]
-        on, cycle = lasso(self.machine, self.values[memory], tuple(places), tuple(range(len(places))))
+        on, cycle = lasso(self.model, self.values[memory], tuple(places), tuple(range(len(places))))
         return state, on, cycle
