@@ -205,7 +205,7 @@ def synth(
     smi_rate: Annotated[
         float | None, typer.Option(help="SMIs per second of guest time. [default: 100; 0.75 with --reset-on]")
     ] = None,
-    working_set: Annotated[int, typer.Option(help="Pages touched between two SMIs, repeats counted.")] = 512,
+    working_set: Annotated[int, typer.Option(help="Pages accessed between two SMIs, repeats counted.")] = 512,
     memory: Annotated[str, typer.Option(help="Guest memory, a multiple of 2M.")] = "64M",
     locality: Annotated[
         str, typer.Option(help="Which pages: sequential (the same run each time), zipf, uniform, or mixed.")
@@ -224,7 +224,7 @@ def synth(
     duration: Annotated[
         float | None, typer.Option(help="Seconds of guest time. [default: 1; 10 with --reset-on]")
     ] = None,
-    events: Annotated[int | None, typer.Option(help="Instead: end after about this many events.")] = None,
+    events: Annotated[int | None, typer.Option(help="Instead of --duration: end after about this many events.")] = None,
     zap_rows: Annotated[bool, typer.Option("--zap-rows", help="With the rows of zaps: 513 for each table.")] = False,
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
     as_json: Json = False,
@@ -239,7 +239,7 @@ def synth(
     )  # fmt: skip
     summary = synthesize(out, parameters)
     if as_json:
-        settled = parameters.settled().document()
+        settled = parameters.settled().to_dict()
         print_json({
             "path": str(summary.path), "events": summary.events, "bytes": summary.size, "parameters": settled,
         })  # fmt: skip
@@ -254,23 +254,23 @@ def info(
     as_json: Json = False,
 ) -> None:
     """Say what a trace holds: kernel, policy, VMs, probes, events by kind, and what was lost."""
-    from traces.summary import info as facts
+    from traces.summary import info as to_dict
     from traces.summary import render
 
     if as_json:
-        print_json(facts(trace))
+        print_json(to_dict(trace))
     else:
         print(render(trace), end="")
 
 
 @app.command(epilog="Example: kvmtrace doctor --json")
 def doctor(as_json: Json = False) -> None:
-    """Say what can be recorded on this machine, what cannot, and the one command that mends each lack."""
-    from tracer.doctor import examine, render
+    """Say what can be recorded on this machine, what cannot, and the one command that fixes each problem."""
+    from tracer.doctor import SCHEMA, examine, render
 
     report = examine()
     if as_json:
-        print_json(report.document())
+        print_json(report.to_dict(), SCHEMA)
     else:
         print(render(report), end="")
     raise typer.Exit(report.exit_code)

@@ -8,7 +8,7 @@ FLAGS = ["-O3", "-fno-tree-slp-vectorize"]
 COMPILED = (
     "replay/decode/decoder.py",
     "replay/decode/inferred.py",
-    "replay/decode/rip_runs.py",
+    "replay/decode/same_rip.py",
     "replay/decode/timeline.py",
     "replay/simulate/core.py",
     "replay/decode/specialize.py",

@@ -11,8 +11,8 @@ from analysis import verdict as sentences
 from analysis.gates import Figures, figures_of
 from analysis.queries import recorded, replayed
 from analysis.queries.registry import Query
-from analysis.report import Check, Column, Report, Status, Table
-from analysis.sources import Policy, Recording, Result
+from analysis.report import Check, Column, Report, ReportTable, Status
+from analysis.sources import Recording, Result, ResultPolicy
 from analysis.trust import trust
 from analysis.units import Unit
 from analysis.validation import Validated
@@ -181,10 +181,10 @@ def _read(recording: Recording, queries: Iterable[Query[Any]]) -> None:
         recording.ask(*(question for query in queries for question in query.questions(recording)))
 
 
-def _table(part: _Part, source: Recording | Result) -> Table:
+def _table(part: _Part, source: Recording | Result) -> ReportTable:
     options = {"top": ROWS + 1} if part.query is recorded.gfns else {}
     frame = part.query(source, **options).head(ROWS + 1).collect(engine="streaming")
-    return Table(
+    return ReportTable(
         query=part.query.name, title=part.title, columns=part.columns, frame=frame.head(ROWS), note=part.note,
         first=part.first, more=len(frame) > ROWS,
     )  # fmt: skip
@@ -199,14 +199,14 @@ def _invariants(result: Result | None, validation: Validated | str) -> Iterator[
             name = f"at most {PROMISED} role words under {policy.name}"
             yield Check("invariant", printable(name), status, printable("; ".join(broken) or "kept"))
     if isinstance(validation, str):
-        yield Check("invariant", "responses reproduced", Status.SKIPPED, validation)
+        yield Check("invariant", "responses matched", Status.SKIPPED, validation)
     else:
         yield Check(
-            "invariant", "responses reproduced", Status.PASSED if validation.holds else Status.FAILED, validation.text
+            "invariant", "responses matched", Status.PASSED if validation.holds else Status.FAILED, validation.text
         )
 
 
-def _promises(policy: Policy) -> bool:
+def _promises(policy: ResultPolicy) -> bool:
     """Whether its roots are bounded, by the text of its commit: it keeps them, and role words are the host's."""
     try:
         return policy.keeps and not kernels.at(policy.kernel).layout.guest_bits

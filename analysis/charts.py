@@ -18,8 +18,8 @@ from analysis.queries import drawn, recorded, replayed
 from analysis.report import Column, Report
 from analysis.sources import Recording, Result
 from analysis.units import Unit, share
+from traces.durations import duration
 from traces.errors import Problem
-from traces.units import duration
 
 _POINTS: Final = 4000  # of one chart
 _VCPUS: Final = 8
@@ -86,7 +86,7 @@ def _makers(report: Report) -> Iterator[Callable[[], Picture | None]]:
 
 def timeline(recording: Recording) -> Picture | None:
     """What each vCPU of the busiest VM did over its time, with soft-hangs above."""
-    parts = drawn.doings(recording).collect()
+    parts = drawn.vcpu_states(recording).collect()
     if parts.is_empty():
         return None
     lost = pl.sum_horizontal("fault_ns", *_KINDS["roots"])
@@ -135,7 +135,7 @@ def timeline(recording: Recording) -> Picture | None:
         .select("vcpu", "begin", *_KINDS)
     )
     return Picture(
-        "doings", recording, f"What vCPUs of VM {vm} did, as recorded",
+        "vcpu_states", recording, f"What vCPUs of VM {vm} did, as recorded",
         "Each strip is a vCPU; its height is all of its time: in the guest (the switch there and back included), on "
         f"faults, on roots (loads, unloads, inline zaps), on all else.{'' if unknown else told}{unknown}{omitted}",
         chart, table.sort("vcpu", "begin"),
@@ -146,12 +146,12 @@ def timeline(recording: Recording) -> Picture | None:
 
 
 def _coarser(parts: pl.DataFrame, begin: int, by: int) -> pl.DataFrame:
-    """Parts of the query `doings` taken together, `by` of them to one."""
+    """Parts of the query `vcpu_states` taken together, `by` of them to one."""
     width = pl.col("length_ns") * by
     return (
         parts.with_columns(time=begin + (pl.col("time") - begin) // width * width, length_ns=width)
         .group_by("vcpu", "time", "length_ns")
-        .agg(pl.col(list(drawn.DOINGS)).sum())
+        .agg(pl.col(list(drawn.STATES)).sum())
         .sort("vcpu", "time")
     )
 

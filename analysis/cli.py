@@ -104,7 +104,7 @@ def diff(
     ] = "text",
     out: Annotated[Path | None, typer.Option("-o", "--output", help="Write to this file, not to stdout.")] = None,
 ) -> None:
-    """Compare two recordings or results: vCPU by vCPU, what each difference costs, the dearest first."""
+    """Compare two recordings or results: vCPU by vCPU, what each difference costs, largest cost first."""
     from tempfile import TemporaryDirectory
 
     from analysis.diff import compare, opened

@@ -1,4 +1,4 @@
-"""`kvmtrace diff`: two recordings or results, vCPU by vCPU and phase by phase, the dearest difference first.
+"""`kvmtrace diff`: two recordings or results, vCPU by vCPU and phase by phase, largest cost first.
 
 A recording is replayed under its own policy (or the one asked for), so that both sides are results. VMs are matched in
 order of their ids, vCPUs by their ids, and phases are tenths of a vCPU's guest work: what no root policy changes, if
@@ -17,7 +17,7 @@ import polars as pl
 from analysis.assemble import ROWS
 from analysis.machines import changed, unlike
 from analysis.queries import recorded, replayed
-from analysis.report import Column, Report, Table
+from analysis.report import Column, Report, ReportTable
 from analysis.reporting import recording_of, replayed_under
 from analysis.sources import Recording, Result, open_source
 from analysis.units import Unit, span
@@ -62,7 +62,7 @@ def opened(path: Path, policy: str, scratch: Path, remarks: list[str]) -> Side:
 
 
 def times(base: Side, new: Side) -> pl.LazyFrame:
-    """What each vCPU's time went on, ns, and the change; the largest first. `what` is `wall` for all of it."""
+    """Each vCPU's time by category, ns, and the change; the largest first. `what` is `wall` for all of it."""
     names = ("wall_ns", *SPENT)
 
     def of(side: Side) -> pl.LazyFrame:
@@ -222,7 +222,7 @@ def _band(side: Side, vm: int, vcpu: int) -> tuple[int, int]:
     return low or 0, high or 0
 
 
-def _tables(base: Side, new: Side) -> Iterator[Table]:
+def _tables(base: Side, new: Side) -> Iterator[ReportTable]:
     vcpu = (Column("vm", "VM", Unit.ID), Column("vcpu", "vCPU", Unit.ID))
     what = Column("what", "what", Unit.TEXT)
     tenth, cause, kind = (
@@ -231,7 +231,7 @@ def _tables(base: Side, new: Side) -> Iterator[Table]:
         Column("kind", "kind", Unit.TEXT),
     )
     asked: list[tuple[Callable[[Side, Side], pl.LazyFrame], str, str, tuple[Column, ...], Unit, int, str]] = [
-        (times, "vcpus", "Time, by what it goes on", (*vcpu, what), Unit.NS, 8, ""),
+        (times, "vcpus", "Time by category", (*vcpu, what), Unit.NS, 8, ""),
         (phases, "progress", "Time, by tenths of guest work", (*vcpu, tenth), Unit.NS, 4, "seen a ms or more apart"),
         (counts, "policies", "Counts", (what,), Unit.COUNT, 6, ""),
         (causes, "causes", "Roots freed", (cause,), Unit.COUNT, 4, ""),
@@ -246,7 +246,7 @@ def _tables(base: Side, new: Side) -> Iterator[Table]:
             Column(f"{name}_low", name, unit, high=f"{name}_high", signed=name == "change")
             for name in ("base", "new", "change")
         ]  # fmt: skip
-        yield Table(
+        yield ReportTable(
             query,
             title,
             (*keys, *values),

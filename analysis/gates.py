@@ -59,7 +59,7 @@ class Figures:
     policies: Mapping[str, Mapping[str, Ends]]
     unvalidated: str = ""  # why `fidelity` is not known
 
-    def document(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """For JSON: a number, [low, high], or null where it is not known."""
         return {
             "recorded": self.recorded,
@@ -88,7 +88,7 @@ def figures_of(recording: Recording | None, result: Result | None, validation: V
                 if not _is_time(name)
             }
     if isinstance(validation, Validated):
-        whole["fidelity"] = (Fraction(validation.reproduced, validation.expected),) * 2
+        whole["fidelity"] = (Fraction(validation.matched, validation.expected),) * 2
     recorded = next((p.name for p in result.policies if p.recorded), "") if result is not None else ""
     return Figures(recorded, whole, policies, validation if isinstance(validation, str) else "")
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from replay.decode.batch import Batch
 from replay.decode.capabilities import Capabilities
 from replay.decode.inputs import Ints
-from replay.decode.rip_runs import RipRuns
+from replay.decode.same_rip import RipRuns
 from replay.decode.timeline import Timeline
 from replay.decode.vcpu_states import NO_SPAN
 from replay.decode.vm_inputs import dense_numbers, vcpu_ids
@@ -24,9 +24,9 @@ from replay.timing.measured_vm import measure_vm
 from replay.timing.stalls import Rule, Stall, stalls
 from replay.timing.stuck_rip import RipRun, longest_runs
 from replay.timing.timed_run import VmTime
+from traces.durations import duration
 from traces.errors import Problem
 from traces.reader import Trace
-from traces.units import duration
 
 PARTS: Final = 400  # of a VM's time
 COLUMNS: Final = ("seq", "time", "vcpu", "tid", "kind", "root", "role", "code", "rip", "addr", "flags")

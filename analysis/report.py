@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import polars as pl
 
-from analysis.units import Unit, shown, span
+from analysis.units import Unit, format_value, span
 
 if TYPE_CHECKING:
     from analysis.gates import Figures
@@ -44,7 +44,7 @@ class Column:
     def text(self, row: dict[str, Any]) -> str:
         if self.high:
             return span(row[self.name], row[self.high], self.unit, signed=self.signed)
-        return shown(row[self.name], self.unit, signed=self.signed)
+        return format_value(row[self.name], self.unit, signed=self.signed)
 
     def value(self, row: dict[str, Any]) -> Any:
         """Exact: a number or text, null, or [low, high] where the two differ."""
@@ -53,7 +53,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Table:
+class ReportTable:
     """A query's rows. `first`: how many of them a first screen has room for; `more`: there are rows that are not here.
 
     `query` is the query's name: `kvmtrace export FILE --csv QUERY` gives all of its rows and columns.
@@ -104,7 +104,7 @@ class Status(Enum):
 
 @dataclass(frozen=True)
 class Check:
-    """A gate (`--fail-on`) or an invariant. `name` is the condition or the promise; `why` is one line."""
+    """A gate (`--fail-on`) or an invariant. `name` is the condition or the invariant; `why` is one line."""
 
     kind: str  # gate, invariant
     name: str
@@ -128,7 +128,7 @@ class Report:
     title: str
     verdict: tuple[str, ...]
     trust: tuple[tuple[str, str], ...]
-    tables: tuple[Table, ...]
+    tables: tuple[ReportTable, ...]
     checks: tuple[Check, ...] = ()
     figures: Figures | None = None
     recording: Recording | None = field(default=None, compare=False)

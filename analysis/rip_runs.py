@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from replay.decode.rip_runs import RipRuns
+from replay.decode.same_rip import RipRuns
 from replay.decode.vm_inputs import dense_numbers, vcpu_ids
 from replay.timing.stuck_rip import RipRun, longest_runs
 from traces.reader import UNKNOWN_CODE, Trace

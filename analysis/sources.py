@@ -27,7 +27,7 @@ from traces.text import printable
 
 BATCH_ROWS: Final = 1 << 16
 _MAJOR: Final = 1
-# What reading a file made to harm can raise in pyarrow.
+# What reading a hostile file can raise in pyarrow.
 _ERRORS: Final = (pa.ArrowException, OSError, ValueError, TypeError, KeyError, IndexError, MemoryError, OverflowError)
 _RUN: Final = tuple(field.name for field in fields(RipRun))
 _TEXTS: Final = tuple(field.name for field in SCHEMA if pa.types.is_dictionary(field.type))
@@ -87,7 +87,7 @@ class Recording:
 
 
 @dataclass(frozen=True)
-class Policy:
+class ResultPolicy:
     """A policy of a result. `open`: what the trace leaves open of its outcome; `assumes`: what is taken to be so.
 
     `keeps`: whether the TDP MMU holds a reference of its own on roots, so that they stay until they are invalidated.
@@ -118,7 +118,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class VmTime:
+class ResultTimes:
     """What a result's metadata says of one VM's times.
 
     `refused`: why there are none; empty if there are. `marked`: what makes them less than they seem; empty if nothing
@@ -136,7 +136,7 @@ class VmTime:
 class Result:
     """A result of `kvmtrace replay -o`. Every byte of it is untrusted: Arrow decodes it and every batch is validated.
 
-    polars's own reader is not let near it, for it aborts the process on some files made to harm it.
+    polars's own reader is not let near it, for it aborts the process on some hostile files.
     """
 
     def __init__(self, path: Path, document: Mapping[str, Any]) -> None:
@@ -182,7 +182,7 @@ class Result:
         return self.document.get("time") is not None
 
     def scan(self) -> pl.LazyFrame:
-        """Its rows, all columns of this version; those that an older one lacks are null."""
+        """Its rows, all columns of this version; those that an older one does not have are null."""
 
         def frames(
             columns: list[str] | None, predicate: pl.Expr | None, limit: int | None, _size: int | None
@@ -330,9 +330,9 @@ def _flag(document: Mapping[str, Any], key: str) -> bool:
     return value
 
 
-def _policy(document: Mapping[str, Any]) -> Policy:
+def _policy(document: Mapping[str, Any]) -> ResultPolicy:
     parameters = _object(document, "parameters" if "parameters" in document else "axes")  # the latter until 1.1
-    return Policy(
+    return ResultPolicy(
         _text(document, "name"),
         _text(document, "kernel"),
         _flag(document, "recorded"),
@@ -344,10 +344,10 @@ def _policy(document: Mapping[str, Any]) -> Policy:
     )
 
 
-def _vm(document: Mapping[str, Any]) -> VmTime:
+def _vm(document: Mapping[str, Any]) -> ResultTimes:
     costs = _object(document, "costs")
     stuck = [RipRun(**{name: _count(run, name) for name in _RUN}) for run in _list(document, "stuck", dict)]
-    return VmTime(
+    return ResultTimes(
         _count(document, "vm"),
         _count(document, "began") if not document.get("refused") else 0,
         _text(document, "refused"),

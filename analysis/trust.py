@@ -7,11 +7,11 @@ from typing import Any, Final
 
 from analysis.sources import Recording, Result
 from analysis.validation import Validated
+from traces.durations import duration
 from traces.metadata import Metadata
-from traces.units import duration
 
 _SHOWN: Final = 3
-_MAIN: Final = ("fault", "switch", "created")  # the costs that most of a refill goes on
+_MAIN: Final = ("fault", "switch", "created")  # the costs that make up most of a refill
 
 
 def trust(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from enum import Enum
 from typing import Any, Final
 
+from traces.durations import duration
 from traces.text import printable
-from traces.units import duration
 
 NONE: Final = "-"  # not known, or not applicable; never 0
 _SPAN: Final = " .. "
@@ -27,12 +27,12 @@ class Unit(Enum):
     FLAG = "flag"
 
 
-def shown(value: Any, unit: Unit, *, signed: bool = False) -> str:
+def format_value(value: Any, unit: Unit, *, signed: bool = False) -> str:
     """A value as every format shows it; `-` for null. `signed`: with a plus where it is more than 0."""
     if value is None:
         return NONE
     if signed and value > 0:
-        return "+" + shown(value, unit)
+        return "+" + format_value(value, unit)
     match unit:
         case Unit.COUNT:
             return f"{value:,}"
@@ -56,7 +56,7 @@ def shown(value: Any, unit: Unit, *, signed: bool = False) -> str:
 
 def span(low: Any, high: Any, unit: Unit, *, signed: bool = False) -> str:
     """An interval, or the one value that both its ends are."""
-    least, most = shown(low, unit, signed=signed), shown(high, unit, signed=signed)
+    least, most = format_value(low, unit, signed=signed), format_value(high, unit, signed=signed)
     return least if least == most else least + _SPAN + most
 
 

@@ -8,28 +8,28 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Validated:
-    """How many of the recorded responses the model reproduced; `partial`: not every VM from its begin to its end."""
+    """How many of the recorded responses the model matched; `partial`: not every VM from its begin to its end."""
 
-    reproduced: int
+    matched: int
     expected: int
     left: int
     partial: bool
 
     @property
     def share(self) -> float:
-        return self.reproduced / self.expected
+        return self.matched / self.expected
 
     @property
     def holds(self) -> bool:
-        return self.reproduced == self.expected and not self.left
+        return self.matched == self.expected and not self.left
 
     @property
     def text(self) -> str:
         """Never rounded up to all of it."""
-        share = "100 %" if self.reproduced == self.expected else f"{int(10_000 * self.share) / 100:.2f} %"
+        share = "100 %" if self.matched == self.expected else f"{int(10_000 * self.share) / 100:.2f} %"
         left = f"; {self.left:,} tables and roots left at the end" if self.left else ""
         part = ", of what can be validated of it" if self.partial else ""
-        return f"{share}: {self.reproduced:,} of {self.expected:,} responses reproduced{part}{left}"
+        return f"{share}: {self.matched:,} of {self.expected:,} responses matched{part}{left}"
 
 
 def validated(path: Path) -> Validated:
@@ -37,4 +37,4 @@ def validated(path: Path) -> Validated:
     from replay.validate.compare import validate
 
     report = validate(path)
-    return Validated(report.reproduced, report.expected, report.left, not report.complete)
+    return Validated(report.matched, report.expected, report.left, not report.complete)

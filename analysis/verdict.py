@@ -10,13 +10,13 @@ import polars as pl
 
 from analysis.queries import replayed
 from analysis.sources import Recording, Result
-from analysis.units import Unit, shown, span
+from analysis.units import Unit, format_value, span
 from replay.result import SPENT
 from replay.simulate.operations import Cause
 from replay.timing.soft_hangs import SoftHang
 from replay.timing.time_text import base_of, compared, stuck_lines
 from replay.timing.timed_run import VcpuTime
-from traces.units import duration
+from traces.durations import duration
 
 _Ends = dict[str, tuple[VcpuTime, VcpuTime]]
 _STUCK_SHOWN: Final = 2
@@ -115,7 +115,7 @@ def _recorded(recording: Recording | None) -> Iterator[str]:
         return
     meta = recording.metadata
     counts = [
-        f"{shown(meta.kinds.get(kind, 0), Unit.COUNT)} {what}"
+        f"{format_value(meta.kinds.get(kind, 0), Unit.COUNT)} {what}"
         for kind, what in (("kvm_page_fault", "faults"), ("mmu_load", "loads of a root"), ("kvm_exit", "exits"))
         if kind in recording.kinds
     ]

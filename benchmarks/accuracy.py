@@ -1,6 +1,6 @@
-"""Foretelling: each recording of the corpus replayed under the policy of another, and compared with that one's counts.
+"""Accuracy of prediction: each recording of the corpus, replayed under another's policy, beside that one's counts.
 
-    python -m benchmarks.accuracy            # writes docs/foretelling.md
+    python -m benchmarks.accuracy            # writes docs/prediction-accuracy.md
 
 Both recordings are of one scenario, which does the same in every run, under two policies or on two kernels. What was
 recorded is counted from the rows, without the model.
@@ -24,13 +24,13 @@ from traces.reader import Trace
 
 ROOT: Final = Path(__file__).parents[1]
 CORPUS: Final = ROOT / "traces" / "corpus"
-DOCUMENT: Final = ROOT / "docs" / "foretelling.md"
-COUNTS: Final = ("roots", "tables", "installs", "first touches", "zaps")
+DOCUMENT: Final = ROOT / "docs" / "prediction-accuracy.md"
+COUNTS: Final = ("roots", "tables", "installs", "first accesses", "zaps")
 
 
 @dataclass(frozen=True)
 class Direction:
-    """A recording of kernel `source` replayed with these options, to foretell that of `target`."""
+    """A recording of kernel `source` replayed with these options, to predict that of `target`."""
 
     source: str
     target: str
@@ -47,9 +47,9 @@ class Direction:
 
 @dataclass(frozen=True)
 class Cell:
-    """One count: as foretold and as recorded. `recorded` None: that kernel's recordings do not show it."""
+    """One count: as predicted and as recorded. `recorded` None: that kernel's recordings do not show it."""
 
-    foretold: Count
+    predicted: Count
     recorded: int | None
 
     @property
@@ -57,9 +57,9 @@ class Cell:
         """exact, within (an interval), off, or unseen."""
         if self.recorded is None:
             return "unseen"
-        if self.recorded not in self.foretold:
+        if self.recorded not in self.predicted:
             return "off"
-        return "exact" if self.foretold.low == self.foretold.high else "within"
+        return "exact" if self.predicted.low == self.predicted.high else "within"
 
 
 # Why a count differs, and where it may.
@@ -68,15 +68,15 @@ REASONS: Final = {
     "B": "5.10 drops a table with a range that covers it. A recording of 5.10 does not show what the host removed, "
     "and from the shadow MMU's, which removes leaves only, it cannot be inferred.",
     "C": "`all` takes each root built to be needed whole. The last toggle of these scenarios comes after the last "
-    "pass: the root built for it is hardly touched. The interval without `--refault` holds what happened.",
-    "D": "Words of 5.10 have CR0.WP and EFER.NX, and a page is touched first under each word. The upper end has one "
+    "pass: the root built for it is hardly accessed. The interval without `--refault` holds what happened.",
+    "D": "Words of 5.10 have CR0.WP and EFER.NX, and a page is accessed first under each word. The upper end has one "
     "word, to which all that the recorded root had mapped goes.",
 }
 
 
 def reason(direction: Direction, scenario: str, count: str) -> str:
     """The key of why this count may be off; empty where it must not be."""
-    if direction.target == "5.10" and direction.refault == "all" and count == "first touches" and "toggle" in scenario:
+    if direction.target == "5.10" and direction.refault == "all" and count == "first accesses" and "toggle" in scenario:
         return "D"
     rules = (
         ("A", scenario == "mmio" and count == "zaps"),
@@ -129,7 +129,7 @@ def _evidence(name: str) -> Capabilities:
     return Capabilities(Trace.open(CORPUS / f"{name}.parquet"))
 
 
-def foretold(direction: Direction, scenario: str) -> dict[str, Count]:
+def predicted(direction: Direction, scenario: str) -> dict[str, Count]:
     """What the replay says of the target's counts."""
     capabilities = _evidence(f"{scenario}-{direction.source}")
     names = [direction.policy] if direction.policy else []
@@ -147,7 +147,7 @@ def foretold(direction: Direction, scenario: str) -> dict[str, Count]:
         "roots": found["creations"],
         "tables": found["tables_built"],
         "installs": Count(faults.low + prefetched.low, faults.high + prefetched.high),
-        "first touches": Count(min(ends), max(ends)),
+        "first accesses": Count(min(ends), max(ends)),
         "zaps": found["zapped"],
     }
 
@@ -205,7 +205,7 @@ def recorded(name: str) -> dict[str, int | None]:
         "roots": trace.metadata.root_count,
         "tables": built.collect().height,
         "installs": installs,
-        "first touches": first,
+        "first accesses": first,
         "zaps": zaps,
     }
 
@@ -215,25 +215,25 @@ def table(direction: Direction) -> dict[str, dict[str, Cell]]:
     """Each scenario's cells."""
     found = {}
     for scenario in scenarios(direction):
-        said, seen = foretold(direction, scenario), recorded(f"{scenario}-{direction.target}")
+        said, seen = predicted(direction, scenario), recorded(f"{scenario}-{direction.target}")
         found[scenario] = {name: Cell(said[name], seen[name]) for name in COUNTS}
     return found
 
 
 def document() -> str:
-    """The text of docs/foretelling.md."""
+    """The text of docs/prediction-accuracy.md."""
     tables = {direction: table(direction) for direction in directions()}
     lines = [
-        "# What replay foretells, and what happened",
+        "# What replay predicts, and what happened",
         "",
         "Generated by `python -m benchmarks.accuracy` from the recordings in `traces/corpus`; a test keeps it so. Each",
         "recording is replayed under the policy of another of the same scenario, and compared with what the rows of",
-        "that one say. One number: foretold exactly. `low .. high (n)`: foretold as an interval, recorded n.",
+        "that one say. One number: predicted exactly. `low .. high (n)`: predicted as an interval, recorded n.",
         "**Bold**: off, with the letter of the reason. A dash: that kernel's recordings do not show it. Counts: roots",
-        "created, tables built, leaf installs (prefetched ones included), first touches of a page under a role word,",
+        "created, tables built, leaf installs (prefetched ones included), first accesses of a page under a role word,",
         "leaves zapped.",
         "",
-        "| recording of | replayed with | foretells | exact | in the interval | off | not recorded |",
+        "| recording of | replayed with | predicts | exact | in the interval | off | not recorded |",
         "|-|-|-|-:|-:|-:|-:|",
     ]
     for direction, rows in tables.items():
@@ -258,8 +258,8 @@ def _shown(cell: Cell, why: str) -> str:
     if cell.recorded is None:
         return "-"
     if cell.verdict == "off":
-        return f"**{cell.foretold.text}, recorded {cell.recorded:,}** {why or '?'}"
-    return cell.foretold.text if cell.verdict == "exact" else f"{cell.foretold.text} ({cell.recorded:,})"
+        return f"**{cell.predicted.text}, recorded {cell.recorded:,}** {why or '?'}"
+    return cell.predicted.text if cell.verdict == "exact" else f"{cell.predicted.text} ({cell.recorded:,})"
 
 
 if __name__ == "__main__":

@@ -15,13 +15,14 @@ from typing import Any, Final
 
 from replay.decode.capabilities import Capabilities
 from replay.whatif import questions, range_zaps
-from replay.whatif.answers import Answer, Asked, count, parse
+from replay.whatif.answers import Answer, Asked, parse
 from replay.whatif.workload import Workload
+from traces.durations import duration
 from traces.kernels.changes import CHANGES, FIRST
 from traces.kernels.fold import since
 from traces.reader import Trace
 from traces.synth import Parameters, synthesize
-from traces.units import duration
+from traces.text import count
 
 ROOT: Final = Path(__file__).parents[1]
 CORPUS: Final = ROOT / "traces" / "corpus"
@@ -105,8 +106,8 @@ def document(found: list[Found]) -> str:
         "beside the root policy, each with an old and a new way, put to recordings of the lab and to generated "
         "traces in virtual time, with the locks as queues. A recording brings its faults at their pace, how long "
         "each has mmu_lock, the tables that it links, and what is mapped; agers, range zaps and inhibits are added, "
-        "and vCPUs beyond the recorded ones do what a recorded one did. Beside each result stands the arithmetic "
-        "that it cannot leave, or that it has on average at moments of chance."
+        "and vCPUs beyond the recorded ones do what a recorded one did. Each result is shown "
+        "with its analytical bound, or with the expected value for random arrival times."
     ), "", *_filled(
         "No kernel was held against these tables. The lab's CPUs take turns in one thread, so that its vCPUs never "
         "meet at a lock: what is recorded there are holds, not waits. What agers, zaps and links cost comes from "
@@ -160,7 +161,7 @@ def _merged(found: list[Found]) -> Iterator[str]:
     yield ""
     yield from _filled(
         "An inhibit at each of 8 moments spread over the recording; the least, the mean and the most SPTEs. "
-        "Refills: from what the recording shows to be touched again to all that was mapped (a touch of what was "
+        "Refills: from what the recording shows to be accessed again to all that was mapped (an access to what was "
         "mapped is silent). By memslot it is once to twice these numbers a cycle, for the sources do not agree "
         "whether the return of APICv zaps once more. The arithmetic limit is the rate at which one vCPU that needs "
         "everything again has no time left. Cached MMIO SPTEs count as the others do: they go with the memslot "
@@ -206,7 +207,7 @@ def _on_zaps(found: list[Found]) -> str:
         f"For one gfn the write lock costs next to nothing: {duration(both['waited'])} in all for {both['faults']:,} "
         f"faults of 64 vCPUs and {both['zaps']:,} zaps, and {both['retried']:,} faults tried again. The read lock "
         f"lets faults run, and {read['stale']:,} of them may install behind a zap what they read before it. The "
-        f"write lock without count and sequence does not mend that ({write['stale']:,}), nor do count and sequence "
+        f"write lock without count and sequence does not fix that ({write['stale']:,}), nor do count and sequence "
         f"under the read lock ({half['stale']:,}: a zap that begins between a fault's comparison and its install). "
         f"Only with both is none left ({both['stale']:,}), so that an APICv inhibit needs both, and waits and "
         f"retries are what it costs. For 512 pages a zap the exclusive hold is {duration(wide['zap'])}, and faults "
@@ -243,7 +244,7 @@ def _on_pages(found: list[Found]) -> str:
         "that what it saves is a part, not all. Time alone would not carry the change. That it keeps the check at "
         "teardown does: a table that is linked and never unlinked leaves the counter above 0 as it leaves the list "
         "non-empty (roots are in neither), only without a name; the model's own accounting names the root "
-        "(`tests/replay/test_axes_invariants.py`)."
+        "(`tests/replay/test_policy_invariants.py`)."
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from replay.explore.scenario import Run, run
+from replay.explore.scenario import ScenarioRun, run
 from replay.explore.scenarios import SCENARIOS
 
 DOCUMENT: Final = Path(__file__).parents[1] / "docs" / "explore.md"
@@ -19,7 +19,7 @@ BEGIN: Final = "<!-- Made by `python -m benchmarks.explore_table`. -->\n"
 END: Final = "<!-- End of what was made. -->\n"
 
 
-def rows(runs: Iterable[Run]) -> list[tuple[str, ...]]:
+def rows(runs: Iterable[ScenarioRun]) -> list[tuple[str, ...]]:
     """Cells of each run; the last is seconds."""
     return [
         (
@@ -35,7 +35,7 @@ def rows(runs: Iterable[Run]) -> list[tuple[str, ...]]:
     ]
 
 
-def render(runs: Iterable[Run]) -> str:
+def render(runs: Iterable[ScenarioRun]) -> str:
     """The table."""
     lines = [
         "| scenario | bounds | variant | found: broken invariant | steps | states | s |",

@@ -14,8 +14,8 @@ libCacheSim: its LRU (`.venv/bin/pip install --no-deps libcachesim`; without it 
 engine: zipf 1.0 over a million frames, a cache of 100,000; the mixed VMs' own (VM, frame), a cache of 500,000.
 Virtual time: SMI storms with times on each operation; at most 100 ns for one, or the benchmark ends.
 Decoding and end to end: one trace, by default a synthetic SMI storm made at the start, read from Parquet with every
-check; end to end is `kvmtrace replay`'s work in this process, stimuli and lowering included. Both find their memory
-mapped.
+check; end to end is `kvmtrace replay`'s work in this process, decoding and specialization included. Both find their
+memory mapped.
 """
 
 from __future__ import annotations
@@ -181,9 +181,8 @@ def two_threads(streams: list[Stream]) -> list[tuple[Line, Turn]]:
 
 def from_parquet(path: Path) -> list[tuple[Line, Turn]]:
     """Decoding a trace, and replaying it from the file; ns per event."""
-    from replay.decode.lookback import COLUMNS
-
     from replay import plan, run
+    from replay.decode.batch import COLUMNS
     from replay.decode.capabilities import Capabilities
     from traces.reader import Trace
 

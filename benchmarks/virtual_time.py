@@ -5,7 +5,7 @@
 Each scenario runs on 6.1 (roots kept), 6.1-async (roots freed) and 6.1 with `kvm.tdp_mmu=0`, in a boot of its own for
 each run, recorded and bare. Of the recorded runs the one with the median time is kept, with the times of all of them in
 `measured.json`. Zaps are not recorded entry by entry (`--events time`), for that would cost the freeing kernel more
-than the zaps do. `python -m benchmarks.time_accuracy` makes `docs/foretelling-time.md` of it. Use a quiet machine.
+than the zaps do. `python -m benchmarks.time_accuracy` makes `docs/time-accuracy.md` of it. Use a quiet machine.
 """
 
 from __future__ import annotations

@@ -23,11 +23,11 @@ def validate(
 ) -> None:
     """Replay a recording under its own kernel's policy and compare each response of the MMU; exit 1 below 100 %."""
     from replay.validate.compare import validate as compare
-    from replay.validate.validate_text import facts, render
+    from replay.validate.validate_text import SCHEMA, render, to_dict
 
     report = compare(trace, policy)
     if as_json:
-        print_json(facts(report))
+        print_json(to_dict(report), SCHEMA)
     else:
         print(render(report), end="")
     if not report.holds:
@@ -55,7 +55,7 @@ def replay(
     refault: Annotated[
         str,
         typer.Option(
-            help="Where the trace does not say what the guest touched again: none, all, accessed, or recent:PAGES. "
+            help="Where the trace does not say what the guest accessed again: none, all, accessed, or recent:PAGES. "
             "[default: the interval from none to all]"
         ),
     ] = "",
@@ -77,9 +77,9 @@ def replay(
         int, typer.Option(help="A recorded vCPU is stuck after so many exits at one RIP.", min=1)
     ] = 100_000,
     sweep: Annotated[
-        str, typer.Option(help="Instead: SMIs at other rates, such as smi-rate=10:10000:log; where does it hang?")
+        str, typer.Option(help="Mode: SMIs at other rates, such as smi-rate=10:10000:log; where does it hang?")
     ] = "",
-    smi_rate: Annotated[float, typer.Option(help="Instead: SMIs at this rate, per second and vCPU.", min=0)] = 0.0,
+    smi_rate: Annotated[float, typer.Option(help="Mode: SMIs at this rate, per second and vCPU.", min=0)] = 0.0,
     scale_working_set: Annotated[
         float, typer.Option(help="With these two: a refill needs this many times the pages.", min=0)
     ] = 1.0,
@@ -89,18 +89,18 @@ def replay(
     aging: Annotated[
         str,
         typer.Option(
-            help="Instead: agers that hold mmu_lock (locked) or do not (lockless): what faults wait, 1 to 64 vCPUs. "
+            help="Mode: agers that hold mmu_lock (locked) or do not (lockless): what faults wait, 1 to 64 vCPUs. "
             "locked,lockless@20000x1: 20,000 a second of 1 page each."
         ),
     ] = "",
     zap_lock: Annotated[
-        str, typer.Option(help="Instead: range zaps under mmu_lock for read or for write, such as read,write@1000x1.")
+        str, typer.Option(help="Mode: range zaps under mmu_lock for read or for write, such as read,write@1000x1.")
     ] = "",
     apicv: Annotated[
-        str, typer.Option(help="Instead: APICv inhibits by memslot (every SPTE goes) or by gfn: SPTEs and refills.")
+        str, typer.Option(help="Mode: APICv inhibits by memslot (every SPTE goes) or by gfn: SPTEs and refills.")
     ] = "",
     tdp_pages: Annotated[
-        str, typer.Option(help="Instead: tables kept in a list under a spinlock, or by a counter: time and waits.")
+        str, typer.Option(help="Mode: tables kept in a list under a spinlock, or by a counter: time and waits.")
     ] = "",
     as_json: Json = False,
 ) -> None:
@@ -124,7 +124,7 @@ def replay(
     if questions := designs.asked(aging=aging, zap_lock=zap_lock, apicv=apicv, tdp_pages=tdp_pages):
         found = designs.answer(shown, questions)
         if as_json:
-            print_json({"trace": str(trace), "designs": designs.facts(found)})
+            print_json({"trace": str(trace), "designs": designs.to_dict(found)})
         else:
             print(designs.render(found), end="")
         return
@@ -132,19 +132,19 @@ def replay(
     wanted = plan.make(shown, policy or [], kernel, assumed)
     if sweep or smi_rate:
         wide = rates.parse(sweep) if sweep else rates.Sweep(smi_rate, smi_rate)
-        change = rates.Change(scale_working_set, vcpus_holding_root)
+        change = rates.SmiChange(scale_working_set, vcpus_holding_root)
         kernels = (target.parameters for target in wanted.targets if target.policy is None)
         swept = rates.swept(shown, kernels, wide, change)
         if as_json:
-            print_json({"trace": str(trace), "sweep": smi_rate_text.facts(swept, wide)})
+            print_json({"trace": str(trace), "sweep": smi_rate_text.to_dict(swept, wide)})
         else:
             print(smi_rate_text.render(swept, wide), end="")
         return
     taken = settings if timed else None
     replayed = run.replay(wanted, taken) if out is None else run.replay_into(wanted, out, taken)
     if as_json:
-        time = {"time": time_report.facts(replayed.times, settings)} if timed else {}
-        print_json({**counts_text.facts(replayed, share), **time})
+        time = {"time": time_report.to_dict(replayed.times, settings)} if timed else {}
+        print_json({**counts_text.to_dict(replayed, share), **time})
     else:
         print(counts_text.render(replayed, share), end="")
         if timed:
@@ -167,9 +167,9 @@ def explore(
         int, typer.Option(help="Give up beyond this many states (about 1 KiB each).", min=1)
     ] = 3_000_000,
     replay: Annotated[
-        Path | None, typer.Option(help="Instead: run the schedules in what --json printed, and say what breaks.")
+        Path | None, typer.Option(help="Mode: run the schedules in what --json printed, and say what breaks.")
     ] = None,
-    list_: Annotated[bool, typer.Option("--list", help="Instead: list the scenarios and their variants.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="Mode: list the scenarios and their variants.")] = False,
     as_json: Json = False,
 ) -> None:
     """Try every interleaving of a small model of kernel paths; exit 1 when one breaks an invariant, 0 if none does."""
@@ -205,7 +205,7 @@ def explore(
             print(explore_text.render(runs[-1]), flush=True)
     if as_json:
         print_json(
-            {"scenario": wanted.name, "title": wanted.title, "runs": [explore_text.facts(each) for each in runs]}
+            {"scenario": wanted.name, "title": wanted.title, "runs": [explore_text.to_dict(each) for each in runs]}
         )
     if any(each.schedule for each in runs):
         raise typer.Exit(VERDICT_FAILED)

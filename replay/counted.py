@@ -15,7 +15,7 @@ from replay.result import VmWriter, vm_counts
 from replay.simulate.engine import Engine, RootLog, Vcpus
 from replay.simulate.operations import Block, Cause, Op, Ranges
 from replay.simulate.reference import Counters, Happened, Violation
-from replay.simulate.simulator import Machine, Reference
+from replay.simulate.simulator import Reference, Simulator
 from traces.errors import VERDICT_FAILED, Problem
 
 _HISTORY: Final = 6  # rows of a root's life that a violation shows
@@ -47,7 +47,7 @@ class Outcome:
         return {**sums, **vm_counts(self.counters), "roots_peak": self.roots_peak, "tables_peak": self.tables_peak}
 
 
-class Counting:
+class CountedRun:
     """A VM under one run, while it is replayed."""
 
     def __init__(
@@ -58,11 +58,11 @@ class Counting:
         self.number = number
         self.specialized = specialized
         self.outcome = Outcome(target, run, vm, vcpu_ids, stuck=[None] * vcpus)
-        self.machine: Machine
+        self.simulator: Simulator
         if target.policy is not None:
-            self.machine = Reference(target.policy(), run.assume_refault, specialized.words, vcpus)
+            self.simulator = Reference(target.policy(), run.assume_refault, specialized.words, vcpus)
         else:
-            self.machine = Engine(
+            self.simulator = Engine(
                 replace(target.parameters, assume_refault=run.assume_refault), specialized.words, vcpus
             )
         self._done = 0
@@ -77,16 +77,16 @@ class Counting:
         for end in [*ends.tolist(), len(block)]:
             part = slice(start, end)
             try:
-                self.machine.feed(
+                self.simulator.feed(
                     Block(block.op[part], block.gfn[part], block.time[part], block.seq[part]), ranges, first + start
                 )
             except Violation as violation:
                 raise self._broken(violation, block, first) from None
-            counters = self.machine.counters
+            counters = self.simulator.counters
             self.outcome.tables_peak = max(self.outcome.tables_peak, counters.tables - counters.tables_freed)
             start = end
         self._done += len(block)
-        log = self.machine.take_log()
+        log = self.simulator.take_log()
         self._read(log)
         self._remember(log, block, first)
         self._stop(block, first)
@@ -96,7 +96,7 @@ class Counting:
 
     def _broken(self, violation: Violation, block: Block, first: int) -> Problem:
         """What an invariant's violation looks like to a user: the event, the root, and its history as far as logged."""
-        log = self.machine.take_log()
+        log = self.simulator.take_log()
         self._remember(log, block, first)
         told = self._lives.get(violation.root, []) if self._lives and violation.root is not None else []
         if not told:
@@ -120,7 +120,7 @@ class Counting:
             lives.popitem(last=False)
 
     def _stop(self, block: Block, first: int) -> None:
-        for index, at in enumerate(self.machine.vcpus.stuck.tolist()):
+        for index, at in enumerate(self.simulator.vcpus.stuck.tolist()):
             if at >= first:
                 self.outcome.stuck[index] = int(block.seq[at - first])
 
@@ -145,7 +145,7 @@ class Counting:
     def finish(self, writer: VmWriter | None, timed: dict[str, list[int]] | None = None) -> Outcome:
         """The outcome; `timed` is what the rows of vCPUs in a result say of times."""
         outcome = self.outcome
-        outcome.vcpus, outcome.counters = self.machine.vcpus, self.machine.counters
+        outcome.vcpus, outcome.counters = self.simulator.vcpus, self.simulator.counters
         if writer is not None:
             peaks = {"roots_peak": outcome.roots_peak, "tables_peak": outcome.tables_peak}
             whole = {**vm_counts(outcome.counters), **peaks}

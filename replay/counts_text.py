@@ -34,7 +34,7 @@ _COLUMNS: Final = (
 _VMS_SHOWN: Final = 8
 
 
-def facts(replayed: Replayed, share: float = 0.0) -> dict[str, Any]:
+def to_dict(replayed: Replayed, share: float = 0.0) -> dict[str, Any]:
     """The document of `--json`. A count is a number, or [low, high] where the trace leaves it open."""
     plan = replayed.plan
     return {

@@ -1,8 +1,8 @@
 """Which policies a replay runs, on which kernel's triggers, and what of the answer the trace leaves open.
 
-From a recording whose kernel frees roots, another policy's outcome follows: what the guest touched again is recorded.
-From one that keeps roots it does not, for touches of pages that were mapped are silent: the outcome lies between no
-page touched again and every one. Both ends are replays too (`parameters.assume_refault`, `lower.Case`).
+From a recording whose kernel frees roots, another policy's outcome follows: what the guest accessed again is recorded.
+From one that keeps roots it does not, for accesses to mapped pages cause no exit: the outcome lies between no page
+accessed again and every one. Both ends are replays too (`parameters.assume_refault`, `decode.cases.Case`).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Target:
 
     @property
     def merged(self) -> bool:
-        """Whether its ends are of different role words (`lower.Case`)."""
+        """Whether its ends are of different role words (`decode.cases.Case`)."""
         return any(run.case.merged for run in self.runs)
 
 
@@ -91,7 +91,7 @@ class Plan:
 
 
 def refault(text: str) -> Refault:
-    """What --refault says; a Problem if it is none of what there is."""
+    """Parse --refault; raises Problem if it is invalid."""
     if text in ("", "none", "all", "accessed"):
         return Refault(text)
     match = re.fullmatch(r"recent:(\d+)", text)
@@ -134,7 +134,7 @@ def _target(capabilities: Capabilities, name: str, kernel: Kernel, other: bool, 
     )
     most = bool(writes)
     open_ = [
-        *(["the recorded kernel kept its roots: what the guest touched again is not in the trace"] if refaults else []),
+        *(["the recorded kernel kept its roots: what the guest accessed again is not recorded"] if refaults else []),
         *(["the shadow MMU prefetched: which of those pages the guest needed is not in the trace"] if hidden else []),
     ]
     low = Run("low", False, Case())

@@ -59,7 +59,7 @@ def vm_counts(counters: Counters) -> dict[str, int]:
     return {{"tables": "tables_built"}.get(name, name): int(value) for name, value in vars(counters).items()}
 
 
-class Writer:
+class ResultWriter:
     """Writes a result, many writes to a row group; the file appears under its name when all of it is written."""
 
     def __init__(self, path: Path, policies: list[str]) -> None:
@@ -73,7 +73,7 @@ class Writer:
         except OSError as error:
             raise Problem(f"{path}: cannot be written: {error.strerror or error}") from None
 
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> ResultWriter:
         return self
 
     def __exit__(

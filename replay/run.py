@@ -16,19 +16,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from replay.counted import Counting, Outcome
+from replay.counted import CountedRun, Outcome
 from replay.decode.capabilities import Capabilities
 from replay.decode.cases import Case
 from replay.decode.inputs import Inputs
 from replay.decode.specialize import Specialization
 from replay.decode.vm_inputs import VmInputs
 from replay.plan import Plan, Run, Target
-from replay.result import VmWriter, Writer
+from replay.result import ResultWriter, VmWriter
 from replay.simulate.operations import Block
 from replay.spool import Spool
 from replay.timing import time_rows
 from replay.timing.measure import Measurement, SpanTimes
-from replay.timing.timed_run import Clock, Settings, VmTime, vm_time
+from replay.timing.timed_run import PolicyClock, Settings, VmTime, vm_time
 from traces.kernels.triggers import Trigger
 from traces.progress import Progress
 
@@ -48,7 +48,7 @@ class Replayed:
     broken: list[str] = field(default_factory=list)  # promises of a policy that its outcome does not keep
 
 
-def replay(plan: Plan, settings: Settings | None = None, writer: Writer | None = None) -> Replayed:
+def replay(plan: Plan, settings: Settings | None = None, writer: ResultWriter | None = None) -> Replayed:
     """Run a plan; with `settings` in virtual time, too. What comes out goes to the writer; its caller closes it."""
     capabilities = plan.capabilities
     vms = [vm for vm in capabilities.trace.metadata.vms if any(True for _ in vm["vcpus"])]
@@ -78,9 +78,9 @@ def replay_into(plan: Plan, path: Path, settings: Settings | None) -> Replayed:
     """Run a plan and write its result."""
     from replay.timing import time_text
 
-    with Writer(path, [target.name for target in plan.targets]) as writer:
+    with ResultWriter(path, [target.name for target in plan.targets]) as writer:
         replayed = replay(plan, settings, writer)
-        times = time_text.facts(replayed.times, settings) if settings is not None else None
+        times = time_text.to_dict(replayed.times, settings) if settings is not None else None
         writer.close({**document(replayed), "time": times})
     return replayed
 
@@ -129,16 +129,16 @@ class _Vm:
             own.finish(None)
             assert own.outcome.vcpus is not None
             measured = measurement.result(own.outcome.vcpus.faults, own.outcome.freed_tables)
-            clocks: dict[int, Clock] = {}
+            clocks: dict[int, PolicyClock] = {}
             if not measured.refused:
                 specialized = self._specialized()
                 for number, each in enumerate(counting):
                     target, run = each.outcome.target, each.outcome.run
                     if target.policy is None:
                         kernel = specialized[target.kernel.name, run.case]
-                        clocks[number] = Clock(target, run, kernel, len(inputs.vcpus), measured)
+                        clocks[number] = PolicyClock(target, run, kernel, len(inputs.vcpus), measured)
                 began = measured.began if self._settings.smis_open(measured) else -1
-                Clock.run_all(list(clocks.values()), spool, inputs.rest, began)
+                PolicyClock.run_all(list(clocks.values()), spool, inputs.rest, began)
         timed = {number: clock.outcome(inputs.vcpus, self._settings) for number, clock in clocks.items()}
         time = vm_time(inputs.id, inputs.vcpus, self._capabilities, measured, list(timed.values()), self._settings)
         self.times = [time]
@@ -149,22 +149,22 @@ class _Vm:
             self.outcomes.append(each.finish(self.writer, columns))
         return self
 
-    def _counting(self) -> list[Counting]:
+    def _counting(self) -> list[CountedRun]:
         specialized = self._specialized()
         return [
-            Counting(
+            CountedRun(
                 number, target, run, self._inputs.id, self._inputs.vcpus, specialized[target.kernel.name, run.case]
             )
             for number, target in enumerate(self._plan.targets)
             for run in target.runs
         ]
 
-    def _own(self) -> Counting:
+    def _own(self) -> CountedRun:
         """The recorded policy's run, which says what the recorded kernel did."""
         kernel, own = self._capabilities.kernel, self._capabilities.own
         target = Target(own.name, kernel, own, None, True, (), (Run("exact", False, Case()),))
         specialized = Specialization(kernel, Case(), self._capabilities.ad_disabled, len(self._inputs.vcpus))
-        return Counting(-1, target, target.runs[0], self._inputs.id, self._inputs.vcpus, specialized)
+        return CountedRun(-1, target, target.runs[0], self._inputs.id, self._inputs.vcpus, specialized)
 
     def _specialized(self) -> dict[tuple[str, Case], Specialization]:
         """One for each kernel and case of the plan."""
@@ -177,7 +177,7 @@ class _Vm:
         return found
 
     def _count(
-        self, counting: list[Counting], part: Inputs, own: Counting | None = None, block: Block | None = None
+        self, counting: list[CountedRun], part: Inputs, own: CountedRun | None = None, block: Block | None = None
     ) -> None:
         """Take in a part; `own` and `block`: the recorded policy's run, and the part's operations of its kernel."""
         blocks = {} if own is None or block is None else {own.specialized: block}

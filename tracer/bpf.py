@@ -37,7 +37,7 @@ _PROG_INFO_SIZE, _RECURSION_MISSES = 224, 208
 
 def import_bcc() -> Any:
     """The distribution's bcc module. It lives outside a virtual environment, so its directory goes LAST on sys.path."""
-    if os.environ.get("KVMTRACE_WITHOUT_BCC"):  # how `doctor` is tested for a machine that lacks it
+    if os.environ.get("KVMTRACE_WITHOUT_BCC"):  # how `doctor` is tested for a machine without it
         raise Problem(f"bcc is not installed: {INSTALL_BCC}", ENVIRONMENT)
     if DIST_PACKAGES not in sys.path:
         sys.path.append(DIST_PACKAGES)
@@ -64,7 +64,7 @@ class Attachment:
 
 
 @dataclass
-class Plan:
+class ProbePlan:
     """Which probes this kernel allows, and how; made without root as far as that goes."""
 
     chosen: list[Chosen] = field(default_factory=list)
@@ -149,11 +149,11 @@ def this_layout() -> Layout:
     return kernel_layout(kernel_btf(), kernel_version(), kernel_bases())
 
 
-def plan(kinds: frozenset[str], bcc: Any) -> Plan:
+def plan(kinds: frozenset[str], bcc: Any) -> ProbePlan:
     """How each of `kinds` can be observed here."""
     btf, layout, root = kernel_btf(), this_layout(), tracefs.tracefs()
     fentry, kprobe = fentry_refused(bcc), kprobes_available()
-    made = Plan()
+    made = ProbePlan()
     for probe in PROBES:
         if probe.kind not in kinds:
             continue

@@ -1,4 +1,4 @@
-"""What can be recorded on this machine, what cannot, and the one command that mends each lack.
+"""What can be recorded on this machine, what cannot, and the one command that fixes each problem.
 
 Everything is looked at without changing anything; what an ordinary user may not see is said to be unseen, not absent.
 """
@@ -21,35 +21,36 @@ from tracer.probes import preset_kinds
 from traces.errors import ENVIRONMENT, Problem
 from traces.schema import KINDS
 
-OK, WARN, LACK, UNSEEN = "ok", "note", "LACKS", "unseen"
+OK, WARN, FAIL, UNSEEN = "ok", "note", "FAIL", "unseen"
+SCHEMA = 2  # of --json; 1 said `mend` and "LACKS" for `fix` and "FAIL"
 _CAPABILITIES = {"CAP_SYS_ADMIN": 21, "CAP_PERFMON": 38, "CAP_BPF": 39}
 
 
 @dataclass(frozen=True)
-class Check:
-    """One thing looked at: LACKS stops recording, a note limits what can be seen, unseen needs root to tell."""
+class DoctorCheck:
+    """One thing looked at: FAIL stops recording, a note limits what can be seen, unseen needs root to tell."""
 
     name: str
     state: str
     said: str
-    mend: str = ""
+    fix: str = ""
 
 
 @dataclass
-class Report:
-    checks: list[Check] = field(default_factory=list)
+class DoctorReport:
+    checks: list[DoctorCheck] = field(default_factory=list)
     probes: list[bpf.Attachment] = field(default_factory=list)
     attached: bool = False  # whether the probes were really attached, or only looked up
 
     @property
     def exit_code(self) -> int:
-        return ENVIRONMENT if any(check.state == LACK for check in self.checks) else 0
+        return ENVIRONMENT if any(check.state == FAIL for check in self.checks) else 0
 
     @property
     def observable(self) -> list[str]:
         return [kind.name for kind in KINDS if any(p.kind == kind.name and p.how != "none" for p in self.probes)]
 
-    def document(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return {
             "can_record": self.exit_code == 0,
             "checks": [vars(check) for check in self.checks],
@@ -59,117 +60,117 @@ class Report:
         }
 
 
-def _privileges() -> Iterator[Check]:
+def _privileges() -> Iterator[DoctorCheck]:
     effective = int(re.search(r"CapEff:\s*(\w+)", Path("/proc/self/status").read_text())[1], 16)  # type: ignore[index]
     held = [name for name, bit in _CAPABILITIES.items() if effective >> bit & 1]
     if os.geteuid() == 0 and len(held) == len(_CAPABILITIES):
-        yield Check("privileges", OK, "root, with " + ", ".join(held))
+        yield DoctorCheck("privileges", OK, "root, with " + ", ".join(held))
     else:
         who = f"uid {os.geteuid()}" + (f" with {', '.join(held)}" if held else "")
-        yield Check("privileges", LACK, f"{who}: BPF programs need root", "sudo kvmtrace doctor")
+        yield DoctorCheck("privileges", FAIL, f"{who}: BPF programs need root", "sudo kvmtrace doctor")
 
 
-def _kernel() -> Iterator[Check]:
+def _kernel() -> Iterator[DoctorCheck]:
     release = platform.release()
     facts = host.cpu()
-    state = OK if host.kernel_version() >= (5, 10) else LACK
-    yield Check("kernel", state, f"{release} on {facts.get('model', 'an unknown CPU')}",
+    state = OK if host.kernel_version() >= (5, 10) else FAIL
+    yield DoctorCheck("kernel", state, f"{release} on {facts.get('model', 'an unknown CPU')}",
                 "" if state == OK else "install a kernel from 5.10 on")  # fmt: skip
     lockdown = Path("/sys/kernel/security/lockdown")
     if lockdown.exists():
         text = lockdown.read_text().strip()
         mode = re.search(r"\[(\w+)\]", text)
         if mode and mode[1] == "confidentiality":
-            yield Check(
-                "lockdown", LACK, "confidentiality: BPF may not read kernel memory", "boot with lockdown=integrity"
+            yield DoctorCheck(
+                "lockdown", FAIL, "confidentiality: BPF may not read kernel memory", "boot with lockdown=integrity"
             )
         else:
-            yield Check("lockdown", OK, mode[1] if mode else text)
+            yield DoctorCheck("lockdown", OK, mode[1] if mode else text)
     else:
-        yield Check("lockdown", OK, "not in this kernel, or securityfs not mounted")
+        yield DoctorCheck("lockdown", OK, "not in this kernel, or securityfs not mounted")
 
 
-def _kvm() -> Iterator[Check]:
+def _kvm() -> Iterator[DoctorCheck]:
     device = Path("/dev/kvm")
     if not device.exists():
-        yield Check("/dev/kvm", LACK, "missing", "modprobe kvm_amd || modprobe kvm_intel")
+        yield DoctorCheck("/dev/kvm", FAIL, "missing", "modprobe kvm_amd || modprobe kvm_intel")
     elif not os.access(device, os.R_OK | os.W_OK):
-        yield Check(
+        yield DoctorCheck(
             "/dev/kvm",
             WARN,
             "there, but this user cannot start VMs with it",
             f"usermod -aG kvm {os.environ.get('USER', 'USER')}",
         )
     else:
-        yield Check("/dev/kvm", OK, "usable")
+        yield DoctorCheck("/dev/kvm", OK, "usable")
     parameters = host.module_parameters()
     said = "; ".join(
         f"{module}: "
         + " ".join(f"{name}={values[name]}" for name in ("tdp_mmu", "npt", "ept", "nx_huge_pages") if name in values)
         for module, values in parameters.items()
     )
-    yield Check(
+    yield DoctorCheck(
         "kvm modules",
-        OK if parameters else LACK,
+        OK if parameters else FAIL,
         said or "none loaded",
         "" if parameters else "modprobe kvm_amd || modprobe kvm_intel",
     )
 
 
-def _btf() -> Iterator[Check]:
+def _btf() -> Iterator[DoctorCheck]:
     try:
         btf = kernel_btf()
     except Problem as problem:
-        yield Check("BTF", LACK, str(problem), "boot a kernel with CONFIG_DEBUG_INFO_BTF=y")
+        yield DoctorCheck("BTF", FAIL, str(problem), "boot a kernel with CONFIG_DEBUG_INFO_BTF=y")
         return
     layout = bpf.this_layout()
     if not (unknown := layout.unknown()):
-        yield Check("BTF", OK, layout.source)
+        yield DoctorCheck("BTF", OK, layout.source)
     elif not Path("/sys/module/kvm").exists():
-        yield Check("BTF", LACK, "that of KVM comes with its module, which is not loaded", "modprobe kvm")
+        yield DoctorCheck("BTF", FAIL, "that of KVM comes with its module, which is not loaded", "modprobe kvm")
     else:
-        said, _, mend = unknown.rpartition(": ")
-        yield Check("BTF", LACK, said, mend)
+        said, _, fix = unknown.rpartition(": ")
+        yield DoctorCheck("BTF", FAIL, said, fix)
     policy = host.host(btf)["policy"]
-    yield Check("root policy", OK if policy["name"] != "unknown" else WARN, f"{policy['name']}: {policy['why']}")
+    yield DoctorCheck("root policy", OK if policy["name"] != "unknown" else WARN, f"{policy['name']}: {policy['why']}")
     if os.geteuid() != 0:
-        yield Check("symbols", UNSEEN, "kernel addresses are hidden from this user")
+        yield DoctorCheck("symbols", UNSEEN, "kernel addresses are hidden from this user")
     elif not bpf.kernel_bases():
-        yield Check("symbols", WARN, "page_offset_base is not in kallsyms: `table` holds virtual frames",
+        yield DoctorCheck("symbols", WARN, "page_offset_base is not in kallsyms: `table` holds virtual frames",
                     "boot a kernel with CONFIG_KALLSYMS_ALL=y")  # fmt: skip
     else:
-        yield Check("symbols", OK, "direct map and page array found")
+        yield DoctorCheck("symbols", OK, "direct map and page array found")
 
 
-def _tools() -> Iterator[Check]:
+def _tools() -> Iterator[DoctorCheck]:
     try:
         module = bpf.import_bcc()
-        yield Check("bcc", OK, f"bcc {module.__version__} (python3-bpfcc)")
+        yield DoctorCheck("bcc", OK, f"bcc {module.__version__} (python3-bpfcc)")
     except Problem as problem:
-        yield Check("bcc", LACK, str(problem).rpartition(": ")[0], bpf.INSTALL_BCC)
+        yield DoctorCheck("bcc", FAIL, str(problem).rpartition(": ")[0], bpf.INSTALL_BCC)
     try:
         trees = find_headers()
-        yield Check("kernel headers", OK, f"bcc uses {trees[0]}" if trees else f"those of {platform.release()}")
+        yield DoctorCheck("kernel headers", OK, f"bcc uses {trees[0]}" if trees else f"those of {platform.release()}")
     except Problem as problem:
-        text, _, mend = str(problem).rpartition(": ")
-        yield Check("kernel headers", LACK, text, mend)
+        text, _, fix = str(problem).rpartition(": ")
+        yield DoctorCheck("kernel headers", FAIL, text, fix)
 
 
-def _filesystems() -> Iterator[Check]:
+def _filesystems() -> Iterator[DoctorCheck]:
     mount = tracefs.tracefs()
     if mount:
-        yield Check("tracefs", OK, str(mount))
+        yield DoctorCheck("tracefs", OK, str(mount))
     elif os.geteuid() == 0:
-        yield Check("tracefs", LACK, "not mounted", tracefs.MOUNT_COMMAND)
+        yield DoctorCheck("tracefs", FAIL, "not mounted", tracefs.MOUNT_COMMAND)
     else:
-        yield Check("tracefs", UNSEEN, "not mounted, or not readable by this user")
+        yield DoctorCheck("tracefs", UNSEEN, "not mounted, or not readable by this user")
     if os.access(host.DEBUGFS_KVM, os.R_OK | os.X_OK):
-        yield Check("KVM's counters", OK, str(host.DEBUGFS_KVM))
+        yield DoctorCheck("KVM's counters", OK, str(host.DEBUGFS_KVM))
     elif os.geteuid() == 0:
-        yield Check("KVM's counters", WARN, "debugfs is not mounted: no cross-check of fault counts",
+        yield DoctorCheck("KVM's counters", WARN, "debugfs is not mounted: no cross-check of fault counts",
                     "mount -t debugfs debugfs /sys/kernel/debug")  # fmt: skip
     else:
-        yield Check("KVM's counters", UNSEEN, "debugfs is not readable by this user")
+        yield DoctorCheck("KVM's counters", UNSEEN, "debugfs is not readable by this user")
 
 
 def _probes() -> tuple[list[bpf.Attachment], bool]:
@@ -185,34 +186,34 @@ def _probes() -> tuple[list[bpf.Attachment], bool]:
     return probes.plan.attachments, True
 
 
-def examine() -> Report:
+def examine() -> DoctorReport:
     """Look at everything; never raises for what is merely absent."""
-    report = Report()
+    report = DoctorReport()
     for part in (_kernel, _privileges, _kvm, _btf, _tools, _filesystems):
         try:
             report.checks.extend(part())
         except PermissionError as error:
             report.checks.append(
-                Check(part.__name__.strip("_"), UNSEEN, f"{error.filename}: not readable by this user")
+                DoctorCheck(part.__name__.strip("_"), UNSEEN, f"{error.filename}: not readable by this user")
             )
-    blocked = {check.name for check in report.checks if check.state in (LACK, UNSEEN)}
+    blocked = {check.name for check in report.checks if check.state in (FAIL, UNSEEN)}
     if not blocked & {"bcc", "kernel headers", "tracefs", "BTF"}:
         try:
             report.probes, report.attached = _probes()
         except Problem as problem:
-            text, _, mend = str(problem).rpartition(": ")
-            report.checks.append(Check("probes", LACK, text, mend))
+            text, _, fix = str(problem).rpartition(": ")
+            report.checks.append(DoctorCheck("probes", FAIL, text, fix))
     return report
 
 
-def render(report: Report) -> str:
+def render(report: DoctorReport) -> str:
     """The report as text: a line a check, then what can and cannot be observed."""
     width = max(len(check.name) for check in report.checks)
     lines = []
     for check in report.checks:
         lines.append(f"{check.state:>6}  {check.name:<{width}}  {check.said}")
-        if check.mend:
-            lines.append(f"{'':>6}  {'':<{width}}  -> {check.mend}")
+        if check.fix:
+            lines.append(f"{'':>6}  {'':<{width}}  -> {check.fix}")
     if report.probes:
         by_how: dict[str, list[str]] = {}
         for probe in report.probes:
@@ -229,8 +230,8 @@ def render(report: Report) -> str:
         for why, kinds in missing.items():
             lines.append(f"{len(kinds):>6}  not observable here ({why}): {', '.join(dict.fromkeys(kinds))}")
     else:
-        lines.append("\nwhich events can be observed: not looked at, for the reasons above")
+        lines.append("\nwhich events can be observed: skipped (see above)")
     lines.append(
-        "\nthis machine can record" if report.exit_code == 0 else "\nthis machine cannot record yet: see LACKS above"
+        "\nthis machine can record" if report.exit_code == 0 else "\nthis machine cannot record yet: see FAIL above"
     )
     return "\n".join(lines) + "\n"

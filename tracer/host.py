@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from tracer.btf import Btf
 from tracer.probes import Version
-from traces.kernels.detect import Host, root_policy
+from traces.kernels.detect import RunningKernel, root_policy
 
 KALLSYMS = Path("/proc/kallsyms")
 MODULES = ("kvm", "kvm_amd", "kvm_intel")
@@ -107,7 +107,7 @@ def host(btf: Btf) -> dict[str, Any]:
             **cpu(),
         },
         "modules": parameters,
-        "policy": root_policy(Host(kernel_version(), btf, parameters)),
+        "policy": root_policy(RunningKernel(kernel_version(), btf, parameters)),
     }
 
 

@@ -107,7 +107,7 @@ class Layout:
                 f"the layout of {structs} is not known: the kvm module loaded here has no BTF ({BTF_DIRECTORY}/kvm is "
                 "missing) and its kernel is in no dated table: load one built with CONFIG_DEBUG_INFO_BTF_MODULES=y"
             )
-        return f"the layout of {structs} is not known: {self.source} lacks {', '.join(lacking)}"
+        return f"the layout of {structs} is not known: {self.source} has no {', '.join(lacking)}"
 
     def metadata(self) -> dict[str, Any]:
         return {
@@ -121,7 +121,7 @@ class Layout:
 
 
 def kernel_layout(btf: Btf, version: tuple[int, int], bases: dict[str, int]) -> Layout:
-    """Offsets for this kernel: BTF first, its description for what BTF lacks. `bases`: see bpf.kernel_bases."""
+    """Offsets for this kernel: BTF first, its description for what is missing in BTF. `bases`: see bpf.kernel_bases."""
     kernel = at(f"{max(version, OLDEST)[0]}.{max(version, OLDEST)[1]}")
     offsets: dict[str, int] = {}
     for macro, (struct, alternatives) in _MEMBERS.items():
@@ -140,6 +140,6 @@ def kernel_layout(btf: Btf, version: tuple[int, int], bases: dict[str, int]) -> 
         source += f"; kvm_mmu_page from the dated table for {version[0]}.{version[1]} (no module BTF before 5.11)"
     if not role and kernel.page_struct:
         role = kernel.layout.shifts
-    spte = {**kernel.spte.document(), "source": "dated table of 2026-11: BTF does not name SPTE bits"}
+    spte = {**kernel.spte.to_dict(), "source": "dated table of 2026-11: BTF does not name SPTE bits"}
     missing = tuple(macro for macro in _MEMBERS if macro not in offsets)
     return Layout(offsets, role, source, missing, bases, spte)

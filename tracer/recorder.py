@@ -25,7 +25,7 @@ from tracer import host
 from tracer.bpf import Probes, loss_table
 from tracer.btf import kernel_btf
 from tracer.ring import Rings, default_ring_bytes, ring_count
-from tracer.writer import Writer, prefer_this_thread
+from tracer.writer import SegmentThread, prefer_this_thread
 from traces.compact import Summary, compact
 from traces.errors import ENVIRONMENT, VERDICT_FAILED, Problem
 from traces.progress import Progress
@@ -65,7 +65,7 @@ class Options:
 
 
 @dataclass
-class Outcome:
+class RecordingOutcome:
     """How a recording ended: what the file holds, why it stopped, the command's exit status, and what it cost."""
 
     summary: Summary
@@ -147,7 +147,7 @@ class Recorder:
         self.counted = host.Counted()
         self.missed: dict[str, int] = {}
         self._turned_away: dict[tuple[int, int], int] = {}
-        self.writer = Writer(options.directory, self._manifest(ring_bytes), options.max_events, options.max_size)
+        self.writer = SegmentThread(options.directory, self._manifest(ring_bytes), options.max_events, options.max_size)
         self._turned_away = self.writer.turned_away
         self._child: subprocess.Popen[bytes] | None = None
         self._said = 0.0
@@ -329,7 +329,7 @@ class Recorder:
             )
 
 
-def record(*several: Options) -> Iterator[Outcome]:
+def record(*several: Options) -> Iterator[RecordingOutcome]:
     """Make recordings one after the other with one set of probes; all must ask for the same events, rings and VM.
 
     Raises Problem, after which whatever was flushed lies in the recording's `directory`.
@@ -350,7 +350,9 @@ def record(*several: Options) -> Iterator[Outcome]:
             probes.close()
 
 
-def _record(options: Options, probes: Probes, ring_bytes: int, stop: Stop, started: float, cpu: float) -> Outcome:
+def _record(
+    options: Options, probes: Probes, ring_bytes: int, stop: Stop, started: float, cpu: float
+) -> RecordingOutcome:
     recorder = Recorder(options, probes, ring_bytes, stop)
     with Progress("recording") as progress:
         reason, status = recorder.run(progress)
@@ -359,4 +361,6 @@ def _record(options: Options, probes: Probes, ring_bytes: int, stop: Stop, start
     with Progress(f"compacting {recorder.drained:,} events into {options.out}"):
         summary = compact(options.directory, options.out)
     shutil.rmtree(options.directory)
-    return Outcome(summary, reason, status, time.process_time() - cpu, time.monotonic() - started, recorder.missed)
+    return RecordingOutcome(
+        summary, reason, status, time.process_time() - cpu, time.monotonic() - started, recorder.missed
+    )

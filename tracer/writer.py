@@ -52,7 +52,7 @@ class _Flush:
     manifest: Callable[[], Mapping[str, Any]]
 
 
-class Writer:
+class SegmentThread:
     """Owns the recording's directory; takes records and manifest changes, keeps what the disk refused in `error`.
 
     With `max_events` it stores the first so many in order of time; with `max_bytes` it stops after the batch

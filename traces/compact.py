@@ -21,9 +21,9 @@ from traces.bookkeeping import MAX_ENTRIES, Books
 from traces.columns import to_named
 from traces.encoding import ROW_GROUP_ROWS, TraceFile
 from traces.errors import Problem
-from traces.identity import Identities, Vm
+from traces.identity import Identities, VmIdentity
 from traces.kernels import Kernel, stored
-from traces.kernels.rows import KINDS, Row, Watch
+from traces.kernels.policy_rows import KINDS, PolicyRow, Watch
 from traces.lives import Ints
 from traces.memslots import MAX_SLOTS, Memslots
 from traces.metadata import KEY
@@ -82,7 +82,7 @@ def compact(directory: Path, out: Path) -> Summary:
 def _unwritable(out: Path, directory: Path, error: OSError) -> Problem:
     return Problem(
         f"{out}: {error.strerror or error}: the recording is safe in {directory}; "
-        f"mend that and run `kvmtrace recover {directory}`"
+        f"fix that and run `kvmtrace recover {directory}`"
     )
 
 
@@ -127,7 +127,8 @@ class _Compaction:
         at = np.flatnonzero(np.isin(columns["kind"], _POLICY_CODES))
         values = (columns["kind"][at], columns["tid"][at], root[at], columns["role"][at], columns["n"][at])
         self._watch.see(
-            Row(BY_CODE[kind].name, *rest) for kind, *rest in zip(*(part.tolist() for part in values), strict=True)
+            PolicyRow(BY_CODE[kind].name, *rest)
+            for kind, *rest in zip(*(part.tolist() for part in values), strict=True)
         )
 
     def _policy(self) -> dict[str, Any]:
@@ -226,7 +227,7 @@ class _Compaction:
             lines.append(f"the recorder took {printable(closed.get('rows'))} rows, {self._books.events} could be read")
         return lines
 
-    def _vm(self, vm: Vm) -> dict[str, Any]:
+    def _vm(self, vm: VmIdentity) -> dict[str, Any]:
         given = self._snapshot[vm.id - 1] if vm.id <= len(self._snapshot) else {}
         extra = {key: value for key, value in given.items() if key not in ("kvm", "tgid", "slots", "vcpus", "roots")}
         slots = self._slots.of_vm(vm.id, given.get("slots", ()))

@@ -12,6 +12,6 @@ SCHEMA = 1
 Json = Annotated[bool, typer.Option("--json", help="Print JSON (with its schema version) instead of text.")]
 
 
-def print_json(document: dict[str, Any]) -> None:
-    """Print a document with its schema version first."""
-    print(json.dumps({"schema": SCHEMA, **document}, indent=2))
+def print_json(document: dict[str, Any], schema: int = SCHEMA) -> None:
+    """Print a document with its schema version first: `schema` where a verb's document has left version 1."""
+    print(json.dumps({"schema": schema, **document}, indent=2))

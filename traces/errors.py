@@ -10,8 +10,8 @@ ENVIRONMENT = 3
 class Problem(Exception):
     """Something the user must know: one line that says what, where, and what to do.
 
-    `code` is the process exit code: 1 a verdict or gate failed, 2 bad input or usage, 3 the environment lacks
-    something (then the line ends with the command that mends it).
+    `code` is the process exit code: 1 a verdict or gate failed, 2 bad input or usage, 3 something is missing from
+    the environment (then the line ends with the command that fixes it).
     """
 
     def __init__(self, message: str, code: int = BAD_INPUT) -> None:

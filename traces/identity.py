@@ -35,7 +35,7 @@ CREATED: Final = 1  # bit 0 of kvm_mmu_get_page's flags
 
 
 @dataclass
-class Vm:
+class VmIdentity:
     """One VM: `since` is None where it was alive at the start, `until` None where no destruction was seen (ns)."""
 
     id: int
@@ -47,7 +47,7 @@ class Vm:
 
 
 @dataclass(frozen=True)
-class Root:
+class RootIdentity:
     """A root whose creation was not recorded: found by the snapshot (`first_seq` None), or by its first use."""
 
     id: int
@@ -71,19 +71,19 @@ class Identities:
 
     def __init__(self, alive: Iterable[Mapping[str, Any]]) -> None:
         """`alive` are the VMs at the start: each with its `kvm` pointer, its `tgid`, and `roots` (`table`, `role`)."""
-        self.vms: list[Vm] = []
+        self.vms: list[VmIdentity] = []
         self.root_count = 0
-        self.uncreated: list[Root] = []
-        self._by_pointer: dict[int, Vm] = {}
+        self.uncreated: list[RootIdentity] = []
+        self._by_pointer: dict[int, VmIdentity] = {}
         self._of_process: dict[int, set[int]] = {}
         self._root_of: dict[tuple[int, int], int] = {}
         self._user_of: dict[int, int] = {}
         for vm in alive:
-            self._start_vm(Vm(len(self.vms) + 1, int(vm["kvm"]), int(vm["tgid"])))
+            self._start_vm(VmIdentity(len(self.vms) + 1, int(vm["kvm"]), int(vm["tgid"])))
             for root in vm.get("roots", ()):
                 self.root_count += 1
                 owner, table = len(self.vms), int(root["table"])
-                self.uncreated.append(Root(self.root_count, owner, table, int(root["role"]), None))
+                self.uncreated.append(RootIdentity(self.root_count, owner, table, int(root["role"]), None))
                 self._root_of[owner, table] = self.root_count
                 self._user_of[table] = owner
 
@@ -119,7 +119,7 @@ class Identities:
                 pointer = int(pointers[row])
                 if pointer in self._by_pointer:  # its destruction was not seen
                     changes.append(self._end_vm(self._by_pointer[pointer], time, row))
-                vm = Vm(len(self.vms) + 1, pointer)
+                vm = VmIdentity(len(self.vms) + 1, pointer)
                 if born[row]:
                     vm.tgid, vm.since, vm.origin = tgid, time, "created"
                 else:
@@ -200,7 +200,7 @@ class Identities:
         for row in lives.began[~born[lives.began]]:
             at = int(rows[row])
             place = (int(vm[at]), int(columns["root"][at]) & _INT64, int(columns["role"][at]))
-            self.uncreated.append(Root(int(lives.ids[row]), *place, first_seq + at))
+            self.uncreated.append(RootIdentity(int(lives.ids[row]), *place, first_seq + at))
         roots[rows] = lives.ids
         return roots
 
@@ -208,7 +208,7 @@ class Identities:
         alive = self._of_process.get(tgid, ())
         return next(iter(alive)) if len(alive) == 1 else 0
 
-    def _start_vm(self, vm: Vm, row: int = 0) -> _Change:
+    def _start_vm(self, vm: VmIdentity, row: int = 0) -> _Change:
         """Enter a VM, or enter it again now that its process is known."""
         if vm.id > len(self.vms):
             self.vms.append(vm)
@@ -218,7 +218,7 @@ class Identities:
             self._of_process.setdefault(vm.tgid, set()).add(vm.id)
         return _Change(row, vm.tgid, before, self._only_vm(vm.tgid))
 
-    def _end_vm(self, vm: Vm, time: int, row: int) -> _Change:
+    def _end_vm(self, vm: VmIdentity, time: int, row: int) -> _Change:
         before = self._only_vm(vm.tgid)
         if vm.until is None:
             vm.until = time

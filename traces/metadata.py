@@ -149,7 +149,7 @@ def _row_group(group: dict[str, Any]) -> RowGroup:
 
 def _expect(raw: Mapping[str, Any], key: str, fits: Callable[[Any], bool]) -> Any:
     if key not in raw:
-        raise _Malformed(f"lacks `{key}`")
+        raise _Malformed(f"`{key}` is missing")
     if not fits(raw[key]):
         raise _Malformed(f"`{key}` is not what the format says")
     return raw[key]

@@ -2,7 +2,7 @@
 
 Every byte is under a CRC: the footer is checked before Arrow parses it, each row group before Arrow decodes it, and
 every decoded batch is validated fully. Decoding is Arrow's, not polars's, because polars aborts the process on some
-files made to harm it, where Arrow raises.
+hostile files, where Arrow raises.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from traces import kernels
 from traces.columns import SCHEMA
 from traces.errors import Problem
 from traces.frame import check_footer, check_row_groups, check_schema, crc_of
-from traces.kernels.rows import COLUMNS, Row, Watch
+from traces.kernels.policy_rows import COLUMNS, PolicyRow, Watch
 from traces.metadata import KEY, Metadata, RowGroup, parse
 from traces.schema import BY_NAME
 from traces.text import printable
@@ -33,7 +33,7 @@ BATCH_ROWS: Final = 1 << 16
 UNKNOWN_CODE: Final = 255
 _POLICY_ROWS: Final = 1 << 14  # looked at for the policy, a batch
 _POLICY_BATCHES: Final = 8
-# What decoding a file made to harm can raise in pyarrow; MemoryError where a length lies.
+# What decoding a hostile file can raise in pyarrow; MemoryError where a length lies.
 _DECODE_ERRORS: Final = (
     pa.ArrowException,
     OSError,
@@ -94,7 +94,7 @@ class Trace:
             for number, batch in enumerate(self.batches(COLUMNS, size=_POLICY_ROWS)):
                 if watch.settled or number == _POLICY_BATCHES:
                     break
-                watch.see(map(Row._make, zip(*(column.to_pylist() for column in batch.columns), strict=True)))
+                watch.see(map(PolicyRow._make, zip(*(column.to_pylist() for column in batch.columns), strict=True)))
         except Problem:
             return metadata  # whoever reads these rows is told
         return replace(metadata, seen_policy=watch.other)

@@ -1,4 +1,4 @@
-"""What `kvmtrace info` says about a trace: facts for programs, and one screen for people."""
+"""What `kvmtrace info` says about a trace: a document for programs, and one screen for people."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LAST_TIME: Final = 250_000_000_000 * 10**9  # ns since 1970: datetime ends with
 
 
 def info(path: Path) -> dict[str, Any]:
-    """The facts of `kvmtrace info --json`; sizes in bytes, times in ns. Raises Problem for a file that is no trace."""
+    """`kvmtrace info --json`: sizes in bytes, times in ns. Raises Problem for a file that is no trace."""
     trace = Trace.open(path)
     meta = trace.metadata
     first, last = _span(meta)

@@ -12,7 +12,14 @@ from analysis.sources import Recording
 from traces.errors import Problem
 
 # Format -> module; each has `render(*reports) -> str`, and `DRAWN` where it makes queries of a recording itself.
-FORMATS: Final = {"text": "text", "md": "markdown", "mail": "mail", "json": "json", "junit": "junit", "html": "html"}
+FORMATS: Final = {
+    "text": "plain_text",
+    "md": "markdown",
+    "mail": "mail",
+    "json": "json",
+    "junit": "junit",
+    "html": "html",
+}
 
 
 def renderer(name: str) -> Callable[..., str]:

@@ -24,7 +24,7 @@ def _report(report: Report) -> dict[str, Any]:
             {"kind": check.kind, "name": check.name, "status": check.status.value, "why": check.why}
             for check in report.checks
         ],
-        "figures": report.figures.document() if report.figures is not None else None,
+        "figures": report.figures.to_dict() if report.figures is not None else None,
         "tables": [
             {
                 "query": table.query,

@@ -7,7 +7,7 @@ from typing import Final
 
 from analysis.formats import lines
 from analysis.formats.text_table import aligned, listed, turned, wrapped
-from analysis.report import Report, Table
+from analysis.report import Report, ReportTable
 
 WIDTH: Final = 72
 ROWS: Final = 4
@@ -38,7 +38,7 @@ def _lines(report: Report) -> Iterator[str]:
             yield from _table(table)
 
 
-def _table(table: Table) -> list[str]:
+def _table(table: ReportTable) -> list[str]:
     for laid in (aligned, turned):
         rows = laid(table, table.narrow, ROWS)
         if max(map(len, rows)) <= WIDTH:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from analysis.formats import lines
-from analysis.report import Report, Table
+from analysis.report import Report, ReportTable
 
 LIMIT: Final = (1 << 20) - 1  # bytes
 _ROWS: Final = (20, 5, 1, 0)
@@ -56,7 +56,7 @@ def _lines(report: Report, rows: int) -> Iterator[str]:
         yield from _table(table, rows) if rows else ()
 
 
-def _table(table: Table, rows: int) -> Iterator[str]:
+def _table(table: ReportTable, rows: int) -> Iterator[str]:
     yield ""
     yield f"### {table.title}"
     yield ""

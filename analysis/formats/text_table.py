@@ -6,18 +6,18 @@ import textwrap
 from collections.abc import Sequence
 from typing import Final
 
-from analysis.report import Column, Table
+from analysis.report import Column, ReportTable
 
 GAP: Final = 2
 
 
-def aligned(table: Table, columns: Sequence[Column], rows: int) -> list[str]:
+def aligned(table: ReportTable, columns: Sequence[Column], rows: int) -> list[str]:
     """The header and the first rows, columns at least two blanks apart, numbers to the right."""
     cells = [[column.title for column in columns], *table.texts(tuple(columns), rows)]
     return _lines(cells, [column.right for column in columns])
 
 
-def turned(table: Table, columns: Sequence[Column], rows: int) -> list[str]:
+def turned(table: ReportTable, columns: Sequence[Column], rows: int) -> list[str]:
     """The same, a row of the table a column: for few rows that are too wide."""
     cells = [[column.title for column in columns], *table.texts(tuple(columns), rows)]
     return _lines(list(zip(*cells, strict=True)), [False, *[True] * (len(cells) - 1)])
@@ -35,7 +35,7 @@ def _lines(cells: Sequence[Sequence[str]], right: Sequence[bool]) -> list[str]:
     ]
 
 
-def listed(table: Table, columns: Sequence[Column], rows: int, width: int) -> list[str]:
+def listed(table: ReportTable, columns: Sequence[Column], rows: int, width: int) -> list[str]:
     """The same where there is no room for columns: a paragraph a row."""
     lines = []
     for texts in table.texts(tuple(columns), rows):

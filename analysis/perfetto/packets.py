@@ -57,7 +57,7 @@ class Template:
         return rows
 
 
-class Writer:
+class PacketWriter:
     """Writes one file, which appears under its name when all of it is written. Raises Problem where it cannot be."""
 
     def __init__(self, path: Path, names: Sequence[str], notes: Sequence[str]) -> None:
@@ -79,7 +79,7 @@ class Writer:
             first.interned_data.debug_annotation_names.add(iid=number, name=name)
         self._write(first)
 
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> PacketWriter:
         return self
 
     def __exit__(

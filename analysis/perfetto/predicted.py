@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 import polars as pl
 
-from analysis.perfetto.packets import Writer
+from analysis.perfetto.packets import PacketWriter
 from analysis.sources import Result
 from traces.errors import Problem
 from traces.text import printable
@@ -31,7 +31,7 @@ class _Vcpu:
     guest: int = 0
 
 
-def write(result: Result, writer: Writer) -> None:
+def write(result: Result, writer: PacketWriter) -> None:
     """Every policy of a result. Memory is a batch. Raises Problem where rows are not what the format says."""
     if not result.timed:
         raise Problem(f"{result.path}: a replay without times has nothing to draw: replay without --no-time")
@@ -76,7 +76,7 @@ def _check(result: Result, frame: pl.DataFrame) -> None:
         raise Problem(f"{result.path}: damaged: `{name}` of a row of times is missing, or no time")
 
 
-def _shares(writer: Writer, vcpu: _Vcpu, moments: pl.DataFrame) -> None:
+def _shares(writer: PacketWriter, vcpu: _Vcpu, moments: pl.DataFrame) -> None:
     """The share between a moment and the next stands from the first on."""
     clock = np.append(vcpu.clock, moments["clock"].to_numpy())
     guest = np.append(vcpu.guest, moments["guest_ns"].to_numpy())
@@ -87,7 +87,7 @@ def _shares(writer: Writer, vcpu: _Vcpu, moments: pl.DataFrame) -> None:
     vcpu.clock, vcpu.guest = int(clock[-1]), int(guest[-1])
 
 
-def _stalls(writer: Writer, vcpu: _Vcpu, stalls: pl.DataFrame) -> None:
+def _stalls(writer: PacketWriter, vcpu: _Vcpu, stalls: pl.DataFrame) -> None:
     for row in stalls.iter_rows(named=True):
         begin = vcpu.began + row["clock"]
         cause = printable(row["cause"] or "other")

@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.perfetto.packets import Ints, Writer
+from analysis.perfetto.packets import Ints, PacketWriter
 from analysis.recorded_time import COLUMNS, RecordedTime, Spans, recorded_times, spans_of
 from replay.decode.batch import Batch
 from replay.decode.timeline import Timeline
@@ -46,7 +46,7 @@ class Told:
     unjudged: list[str] = field(default_factory=list)  # why a VM's soft-hangs are not known
 
 
-def write(trace: Trace, writer: Writer, rule: Rule) -> Told:
+def write(trace: Trace, writer: PacketWriter, rule: Rule) -> Told:
     """Every VM of a trace. Memory is a batch, the roots alive, and 16 bytes for each ms of each vCPU."""
     told = Told()
     writer.clocks(_samples(trace))
@@ -89,7 +89,7 @@ class _Vm:
         self,
         trace: Trace,
         vm: Mapping[str, Any],
-        writer: Writer,
+        writer: PacketWriter,
         threads: Mapping[int, str],
         told: Told,
         times: RecordedTime,
@@ -201,7 +201,7 @@ class _Runs:
 class _Vcpu:
     """One vCPU's track."""
 
-    def __init__(self, writer: Writer, track: int, told: Told) -> None:
+    def __init__(self, writer: PacketWriter, track: int, told: Told) -> None:
         self._writer, self._track, self._told = writer, track, told
         self._held: _Runs | None = None  # the last run, which may go on
         self._since = _NEVER  # the newest root at the last transition that no refill followed yet
@@ -308,7 +308,7 @@ class _Root:
 class _Roots:
     """From a root's creation, or the first row that names it, to the free of its table."""
 
-    def __init__(self, writer: Writer, parent: int, there: Mapping[int, int]) -> None:
+    def __init__(self, writer: PacketWriter, parent: int, there: Mapping[int, int]) -> None:
         """`there`: roots that were there before the recording began, and their role words."""
         self._writer, self._parent, self._there = writer, parent, there
         self._alive: dict[int, _Root] = {}

@@ -18,7 +18,7 @@ from traces.errors import Problem
 
 ROWS: Final = 100  # of the pages
 # A prefetch is part of its fault here.
-DOINGS: Final = {f"{state.name.lower()}_ns": state for state in VcpuState if state != VcpuState.PREFETCH}
+STATES: Final = {f"{state.name.lower()}_ns": state for state in VcpuState if state != VcpuState.PREFETCH}
 
 HANGS: Final = {
     "vm": pl.Int32, "vcpu": pl.Int16,
@@ -29,7 +29,7 @@ _HEAT: Final = {"vm": pl.Int32, **dict.fromkeys(("time", "length_ns", "gfn", "pa
 
 
 @query(Recording, needs=("kvm_entry", "kvm_exit"))
-def doings(recording: Recording) -> pl.LazyFrame:
+def vcpu_states(recording: Recording) -> pl.LazyFrame:
     """What each vCPU did in each of 400 parts of its VM's time: ns in the guest, on faults, loads, unloads, zaps, SMM.
 
     `guest_ns` has the switch to the guest and back in it. Parts in which a vCPU did nothing that was recorded are not
@@ -41,7 +41,7 @@ def doings(recording: Recording) -> pl.LazyFrame:
         found[:, :, VcpuState.FAULT] += found[:, :, VcpuState.PREFETCH]
         found[:, :, VcpuState.PREFETCH] = 0
         vcpu, part = np.nonzero(found.sum(2))
-        times = {name: found[vcpu, part, state] for name, state in DOINGS.items()}
+        times = {name: found[vcpu, part, state] for name, state in STATES.items()}
         ids = np.array(one.ids, np.int16)
         frames.append(
             pl.DataFrame({
@@ -50,7 +50,7 @@ def doings(recording: Recording) -> pl.LazyFrame:
             })
         )  # fmt: skip
     schema = {"vm": pl.Int32, "vcpu": pl.Int16, "time": pl.Int64, "length_ns": pl.Int64}
-    return pl.concat([pl.DataFrame(schema=schema | dict.fromkeys(DOINGS, pl.Int64)), *frames]).lazy()
+    return pl.concat([pl.DataFrame(schema=schema | dict.fromkeys(STATES, pl.Int64)), *frames]).lazy()
 
 
 @query(Recording, needs=("kvm_entry", "kvm_exit"))

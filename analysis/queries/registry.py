@@ -16,6 +16,7 @@ from traces.errors import Problem
 Source = TypeVar("Source", Recording, Result)
 _MODULES: Final = ("analysis.queries.recorded", "analysis.queries.replayed", "analysis.queries.drawn")
 _QUERIES: Final[dict[str, Query[Any]]] = {}
+_OLD_NAMES: Final = {"doings": "vcpu_states"}  # accepted until 0.2
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ def queries() -> dict[str, Query[Any]]:
 def named(name: str) -> Query[Any]:
     """The query of this name; a Problem that lists them where there is none."""
     known = queries()
+    name = _OLD_NAMES.get(name, name)
     if name not in known:
         raise Problem(f"{name}: no such query; there are {', '.join(known)}")
     return known[name]

@@ -127,7 +127,7 @@ def causes(result: Result) -> pl.LazyFrame:
     counts = freed.group_by(*keys, "bound").agg(
         freed=pl.len().cast(pl.Int64), leaves=pl.col("leaves").sum(), tables=pl.col("tables").sum()
     )
-    # A cause that one bound lacks is 0 there.
+    # A cause that is missing in one bound is 0 there.
     bounds = pl.LazyFrame(
         [{"policy": policy.name, "bounds": len(policy.bounds)} for policy in result.policies],
         schema={"policy": pl.String, "bounds": pl.Int64},
@@ -155,7 +155,7 @@ def causes(result: Result) -> pl.LazyFrame:
 
 @query(Result)
 def stalls(result: Result) -> pl.LazyFrame:
-    """Every soft-hang in virtual time, the longest first: its begin, what it goes on, what emptied the root slots."""
+    """Every soft-hang in virtual time, the longest first: its begin, time breakdown, what emptied the root slots."""
     return (
         _of(result, "stall")
         .select("policy", "recorded", "bound", "vm", "vcpu", "clock", "wall_ns", "cause", *SPENT)
@@ -165,7 +165,7 @@ def stalls(result: Result) -> pl.LazyFrame:
 
 @query(Result)
 def progress(result: Result) -> pl.LazyFrame:
-    """Each vCPU's progress in virtual time, a ms or more apart: the clock, and what the time until then went on."""
+    """Each vCPU's progress in virtual time, a ms or more apart: the clock, and the time breakdown until then."""
     return _sorted(
         _of(result, "progress").select(
             "policy", "policy_number", "recorded", "bound", "vm", "vcpu", "clock", "cause", *SPENT

@@ -3,7 +3,7 @@
 An input has the two columns of an operation (`simulate.operations`), and two marks more:
 
     op 15 (TRIGGER)  `gfn` is the Trigger, and from bit 8 on the state (`roles`) that it puts the vCPU in, or NO_STATE
-    bit 14 (HIDDEN)  a touch that the recording kernel may have made of its own accord, by prefetch
+    bit 14 (HIDDEN)  an access that the recording kernel may have made of its own accord, by prefetch
 
 A ROLE's `gfn` is a state, too, until a kernel makes a role word of it (`specialize`).
 """
@@ -24,7 +24,7 @@ HIDDEN: Final = 1 << 14
 STATE_SHIFT: Final = 8
 NO_STATE: Final = 255
 
-# What inputs an exit has, in Exits.has: touches, hidden ones, entries, changes of role; and HAS_TRIGGER << Trigger.
+# What inputs an exit has, in Exits.has: accesses, hidden ones, entries, changes of role; and HAS_TRIGGER << Trigger.
 HAS_TOUCH: Final = 1
 HAS_HIDDEN: Final = 2
 HAS_ENTER: Final = 4

@@ -28,7 +28,7 @@ def logs_dirty(slot: Mapping[str, Any]) -> bool:
 
 
 @dataclass(frozen=True)
-class Table:
+class SlotTable:
     """The slots at one time, in order of (address space, first frame); true from `since` on, before `until` (ns)."""
 
     since: int
@@ -54,7 +54,7 @@ class Slots:
         self._hva = column("hva", 0, np.uint64)
         self._since, self._until = column("since", -1), column("until", _EVER)
         self._changes = np.unique(np.concatenate([self._since, self._until]))
-        self._tables: dict[int, Table] = {}
+        self._tables: dict[int, SlotTable] = {}
 
     def __len__(self) -> int:
         return len(self._gfn)
@@ -67,7 +67,7 @@ class Slots:
         start, pages = (min(_number(after.get(name), 0), _LARGEST) for name in ("gfn", "pages"))
         return int(logs_dirty(after)) - int(logs_dirty(before)), start, start + pages
 
-    def at(self, time: int) -> Table:
+    def at(self, time: int) -> SlotTable:
         """The slots at a time (ns)."""
         epoch = int(np.searchsorted(self._changes, time, "right"))
         if epoch not in self._tables:
@@ -79,5 +79,5 @@ class Slots:
             key = self._as_id[rows] << _SPACE | self._gfn[rows]
             rows = rows[np.argsort(key, kind="stable")]
             columns = (self._gfn[rows], self._pages[rows], self._hva[rows], self._as_id[rows])
-            self._tables[epoch] = Table(since, until, self._as_id[rows] << _SPACE | self._gfn[rows], *columns)
+            self._tables[epoch] = SlotTable(since, until, self._as_id[rows] << _SPACE | self._gfn[rows], *columns)
         return self._tables[epoch]

@@ -23,7 +23,7 @@ from types import (
 from typing import Any, Final
 
 from replay.explore.memo import Memo
-from replay.explore.memory import Memory, Thing, Violation
+from replay.explore.memory import Broken, Memory, Thing
 from replay.explore.model import Model, Mutex, Part, Rcu, RwLock, Step, Steps
 from replay.userfile import one_line
 from traces.errors import Problem
@@ -44,21 +44,21 @@ class Place:
         self.done = done
         self.before = before  # one way to get here, and what its last step read
         self.reads = reads
-        self.memo: Memo[Outcome] = Memo()
-        self.outcomes: list[Outcome] = []
+        self.memo: Memo[StepOutcome] = Memo()
+        self.outcomes: list[StepOutcome] = []
         self.future_reads = 0  # bits of places in memory: `search` keeps these
         self.future_writes = 0
 
 
 @dataclass(eq=False)
-class Outcome:
+class StepOutcome:
     """What a step does: `place` is None if it has to wait or breaks an invariant. `read` and `written` are bit sets."""
 
     place: Place | None
     writes: tuple[tuple[int, Any], ...]
     read: int
     written: int
-    violation: Violation | None = None
+    violation: Broken | None = None
 
 
 class Actor:
@@ -74,7 +74,7 @@ class Actor:
         steps = self._fresh()
         self.first = self._place(steps, self._advance(steps, {}, ""), None, {})
 
-    def step(self, place: Place, values: Sequence[Any]) -> Outcome:
+    def step(self, place: Place, values: Sequence[Any]) -> StepOutcome:
         """What its step from this place does to this memory."""
         return place.memo.look(values) or self._run(place, values)
 
@@ -84,7 +84,7 @@ class Actor:
             raise Problem(f"actor {self.name}: its function is no generator: it has no yield")
         return steps
 
-    def _run(self, place: Place, values: Sequence[Any]) -> Outcome:
+    def _run(self, place: Place, values: Sequence[Any]) -> StepOutcome:
         memory = self.memory
         steps, step = self._again(place)
         following, violation = None, None
@@ -92,7 +92,7 @@ class Actor:
         try:
             if step.ready is None or step.ready():
                 following = self._advance(steps, None, step.label)
-        except Violation as broken:
+        except Broken as broken:
             violation = broken
         except Problem:
             raise
@@ -100,7 +100,7 @@ class Actor:
             raise Problem(f"actor {self.name}, {step.label!r}: {one_line(error)}") from None
         reads, writes = memory.reads, memory.writes
         goes = following is not None and violation is None
-        outcome = Outcome(
+        outcome = StepOutcome(
             self._place(steps, following, place, reads) if following is not None and goes else None,
             tuple(writes.items()) if goes else (),
             _bits(reads),
@@ -136,7 +136,7 @@ class Actor:
             try:
                 # A condition's reads are part of the step's, and it was true.
                 step = self._advance(steps, way.reads, step.label)
-            except Violation as violation:
+            except Broken as violation:
                 raise self._undetermined(place) from violation
         if step.label != place.label or self._by_key.get(self._key(steps, step)) is not place:
             raise self._undetermined(place)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from replay.explore import catalogue, schedule
-from replay.explore.ready_model import Machine
-from replay.explore.scenario import Run, Scenario
+from replay.explore.ready_model import ReadyModel
+from replay.explore.scenario import Scenario, ScenarioRun
 from replay.explore.schedule import Schedule
 from traces.errors import Problem
 
@@ -53,7 +53,7 @@ def render_listing(scenarios: Sequence[Scenario]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def facts(run: Run) -> dict[str, Any]:
+def to_dict(run: ScenarioRun) -> dict[str, Any]:
     """One run of the JSON document."""
     return {
         "variant": run.variant.name,
@@ -65,11 +65,11 @@ def facts(run: Run) -> dict[str, Any]:
         "seconds": round(run.exploration.seconds, 3),
         "steps": len(run.schedule.lines) if run.schedule else None,
         "shortest": run.exploration.shortest if run.schedule else None,
-        "schedule": run.schedule.document() if run.schedule else None,
+        "schedule": run.schedule.to_dict() if run.schedule else None,
     }
 
 
-def render(run: Run) -> str:
+def render(run: ScenarioRun) -> str:
     """A variant's outcome, with the schedule of what was found."""
     name, seen = f"{run.scenario.name} {run.variant.name}", run.exploration
     expected = "" if run.outcome == run.variant.expect else f"  NOT AS EXPECTED: {run.variant.expect}"
@@ -112,7 +112,7 @@ def replay(given: Schedule, scenario: Scenario | None, where: str) -> dict[str, 
     if scenario.name != given.scenario:
         raise Problem(f"{where}: is of scenario {given.scenario}, not of {scenario.name}")
     model = scenario.model(scenario.variant(given.variant).name, scenario.bounded(given.bounds))
-    broken = schedule.replay(Machine(model), given, where)
+    broken = schedule.replay(ReadyModel(model), given, where)
     return {
         "scenario": given.scenario,
         "variant": given.variant,

@@ -13,7 +13,7 @@ from typing import Any, Final
 from traces.errors import Problem
 
 
-class Violation(Exception):
+class Broken(Exception):
     """An invariant, by name, that does not hold, and in what way."""
 
     def __init__(self, invariant: str, detail: str = "") -> None:
@@ -103,13 +103,13 @@ class Thing:
     def __getattr__(self, field: str) -> Any:
         value = self._memory.read(self._place(field))
         if value is FREED:
-            raise Violation(f"no access to a freed {self._kind}", f"{self._name}.{field} is read")
+            raise Broken(f"no access to a freed {self._kind}", f"{self._name}.{field} is read")
         return value
 
     def __setattr__(self, field: str, value: Any) -> None:
         place = self._place(field)
         if self._kind and self._memory.read(place) is FREED:
-            raise Violation(f"no access to a freed {self._kind}", f"{self._name}.{field} is written")
+            raise Broken(f"no access to a freed {self._kind}", f"{self._name}.{field} is written")
         self._memory.write(place, value)
 
     def __repr__(self) -> str:
@@ -122,7 +122,7 @@ def free(thing: Thing) -> None:
         raise Problem(f"{thing} was made without a kind, so that it cannot be freed")
     places = thing._places.values()
     if any(thing._memory.read(place) is FREED for place in places):
-        raise Violation(f"no {thing._kind} is freed twice", f"{thing}")
+        raise Broken(f"no {thing._kind} is freed twice", f"{thing}")
     for place in places:
         thing._memory.write(place, FREED)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from replay.explore.memory import Memory, Thing, Violation, free
+from replay.explore.memory import Broken, Memory, Thing, free
 
 
 class Step(NamedTuple):
@@ -27,7 +27,7 @@ def until(label: str, ready: Callable[[], Any]) -> Step:
 def require(condition: Any, invariant: str, detail: str = "") -> None:
     """A violation of this invariant unless the condition holds: what WARN_ON and BUG_ON are to the kernel."""
     if not condition:
-        raise Violation(invariant, detail)
+        raise Broken(invariant, detail)
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
-from replay.explore.actors import Actor, Outcome, Place
+from replay.explore.actors import Actor, Place, StepOutcome
 from replay.explore.memo import Memo
-from replay.explore.memory import Memory, Violation
+from replay.explore.memory import Broken, Memory
 from replay.explore.model import Invariant, Model
 from replay.userfile import one_line
 from traces.errors import Problem
@@ -17,7 +17,7 @@ NO_DEADLOCK: Final = "no deadlock"
 Values = tuple[Any, ...]
 
 
-class Machine:
+class ReadyModel:
     """What a search steps through; `start` and `places` are the first state."""
 
     def __init__(self, model: Model) -> None:
@@ -33,19 +33,19 @@ class Machine:
         self.start: Values = tuple(model.memory.initial)
         self.places: tuple[Place, ...] = tuple(actor.first for actor in self.actors)
 
-    def broken(self, values: Values) -> Violation | None:
+    def broken(self, values: Values) -> Broken | None:
         """The first invariant for every state that does not hold in this memory."""
-        return next((Violation(i.name) for i, memo in self.everywhere if not self._holds(i, memo, values, True)), None)
+        return next((Broken(i.name) for i, memo in self.everywhere if not self._holds(i, memo, values, True)), None)
 
-    def broken_at_end(self, values: Values) -> Violation | None:
+    def broken_at_end(self, values: Values) -> Broken | None:
         """The same of those for ends."""
-        return next((Violation(i.name) for i, memo in self.ends if not self._holds(i, memo, values, False)), None)
+        return next((Broken(i.name) for i, memo in self.ends if not self._holds(i, memo, values, False)), None)
 
     def ended(self, places: Sequence[Place]) -> bool:
         """Whether all actors that need to have come to their ends."""
         return all(place.done or actor.daemon for actor, place in zip(self.actors, places, strict=True))
 
-    def stopped(self, values: Values, places: Sequence[Place]) -> Violation | None:
+    def stopped(self, values: Values, places: Sequence[Place]) -> Broken | None:
         """What is wrong with a state in which no actor can step."""
         if self.ended(places):
             return self.broken_at_end(values)
@@ -54,7 +54,7 @@ class Machine:
             for actor, place in zip(self.actors, places, strict=True)
             if not (place.done or actor.daemon)
         )
-        return Violation(NO_DEADLOCK, "waiting for ever: " + "; ".join(waiting))
+        return Broken(NO_DEADLOCK, "waiting for ever: " + "; ".join(waiting))
 
     def _holds(self, invariant: Invariant, memo: Memo[bool], values: Values, visible: bool) -> bool:
         known = memo.look(values)
@@ -63,7 +63,7 @@ class Machine:
         self.memory.begin("", values)
         try:
             holds = bool(invariant.holds())
-        except (Problem, Violation):
+        except (Problem, Broken):
             raise
         except Exception as error:
             raise Problem(f"invariant {invariant.name!r}: {one_line(error)}") from None
@@ -74,7 +74,7 @@ class Machine:
         return holds
 
 
-def after(values: Values, outcome: Outcome) -> Values:
+def after(values: Values, outcome: StepOutcome) -> Values:
     """The memory after a step."""
     if not outcome.writes:
         return values
@@ -84,14 +84,14 @@ def after(values: Values, outcome: Outcome) -> Values:
     return tuple(changed)
 
 
-def moved(places: Sequence[Place], number: int, outcome: Outcome) -> tuple[Place, ...]:
+def moved(places: Sequence[Place], number: int, outcome: StepOutcome) -> tuple[Place, ...]:
     """Where the actors stand after a step of this one."""
     assert outcome.place is not None
     return (*places[:number], outcome.place, *places[number + 1 :])
 
 
 def lasso(
-    machine: Machine, values: Values, places: tuple[Place, ...], turns: tuple[int, ...]
+    model: ReadyModel, values: Values, places: tuple[Place, ...], turns: tuple[int, ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """These actors step in turn until a state comes again: the way there, and the round, empty if all have to stop."""
     seen: dict[tuple[Any, ...], int] = {}
@@ -102,7 +102,7 @@ def lasso(
         for ahead in range(len(turns)):
             number = turns[(turn + ahead) % len(turns)]
             place = places[number]
-            outcome = machine.actors[number].step(place, values) if not place.done else None
+            outcome = model.actors[number].step(place, values) if not place.done else None
             if outcome is not None and outcome.place is not None:
                 values, places = after(values, outcome), moved(places, number, outcome)
                 path.append(number)

@@ -9,7 +9,7 @@ from typing import Final
 
 from replay.explore import schedule
 from replay.explore.model import Model
-from replay.explore.ready_model import Machine
+from replay.explore.ready_model import ReadyModel
 from replay.explore.schedule import Schedule
 from replay.explore.search import LIMIT, Exploration, explore
 from replay.userfile import one_line
@@ -77,7 +77,7 @@ class Scenario:
 
 
 @dataclass(frozen=True)
-class Run:
+class ScenarioRun:
     """A variant that was explored; `schedule` leads to what was found, if anything was."""
 
     scenario: Scenario
@@ -91,11 +91,11 @@ class Run:
         return HOLDS if self.schedule is None else VIOLATION
 
 
-def run(scenario: Scenario, variant: str, bounds: Bounds, limit: int = LIMIT) -> Run:
+def run(scenario: Scenario, variant: str, bounds: Bounds, limit: int = LIMIT) -> ScenarioRun:
     """Explore one variant."""
     chosen, bounded = scenario.variant(variant), scenario.bounded(bounds)
     model = scenario.model(variant, bounded)
     exploration = explore(model, limit)
     found = exploration.found
-    made = schedule.make(Machine(model), found, scenario.name, variant, bounded) if found is not None else None
-    return Run(scenario, chosen, bounded, exploration, made)
+    made = schedule.make(ReadyModel(model), found, scenario.name, variant, bounded) if found is not None else None
+    return ScenarioRun(scenario, chosen, bounded, exploration, made)

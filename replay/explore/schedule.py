@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from replay.explore.memory import FREED, Violation
-from replay.explore.ready_model import Machine, after, moved
+from replay.explore.memory import FREED, Broken
+from replay.explore.ready_model import ReadyModel, after, moved
 from replay.explore.search import NO_LIVELOCK, Found, explore_from
 from traces.errors import Problem
 
@@ -36,7 +36,7 @@ class Schedule:
     lines: tuple[Line, ...]
     cycle: int | None = None
 
-    def document(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As JSON; `parse` reads it."""
         return {
             "scenario": self.scenario,
@@ -68,15 +68,15 @@ def parse(document: Any, where: str) -> Schedule:
         raise Problem(f"{where}: not a schedule: {type(error).__name__}: {error}") from None
 
 
-def make(machine: Machine, found: Found, scenario: str, variant: str, bounds: Mapping[str, int]) -> Schedule:
+def make(model: ReadyModel, found: Found, scenario: str, variant: str, bounds: Mapping[str, int]) -> Schedule:
     """What was found, step by step."""
-    values, places = machine.start, machine.places
+    values, places = model.start, model.places
     lines = []
     for number in (*found.path, *found.cycle):
-        actor, place = machine.actors[number], places[number]
+        actor, place = model.actors[number], places[number]
         outcome = actor.step(place, values)
         changed = after(values, outcome)
-        lines.append(Line(actor.name, place.label, _changes(machine, values, changed)))
+        lines.append(Line(actor.name, place.label, _changes(model, values, changed)))
         if outcome.place is not None:
             values, places = changed, moved(places, number, outcome)
     return Schedule(
@@ -85,10 +85,10 @@ def make(machine: Machine, found: Found, scenario: str, variant: str, bounds: Ma
     )  # fmt: skip
 
 
-def replay(machine: Machine, schedule: Schedule, where: str) -> Violation | None:
+def replay(model: ReadyModel, schedule: Schedule, where: str) -> Broken | None:
     """Run a schedule again: what is broken at its end. A Problem if its steps are not those of the scenario now."""
-    numbers = {actor.name: number for number, actor in enumerate(machine.actors)}
-    values, places = machine.start, machine.places
+    numbers = {actor.name: number for number, actor in enumerate(model.actors)}
+    values, places = model.start, model.places
     round_begins = None
     for at, line in enumerate(schedule.lines):
         if at == schedule.cycle:
@@ -100,32 +100,32 @@ def replay(machine: Machine, schedule: Schedule, where: str) -> Violation | None
         place = places[number]
         if place.label != line.step:
             raise Problem(f"{said}{line.actor} does not come to {line.step!r} but {place.label or 'its end'!r}")
-        outcome = machine.actors[number].step(place, values)
+        outcome = model.actors[number].step(place, values)
         if outcome.violation is not None:
             return outcome.violation
         if outcome.place is None:
             raise Problem(f"{said}{line.actor} would have to wait: {line.step!r}")
         values, places = after(values, outcome), moved(places, number, outcome)
-        broken = machine.broken(values)
+        broken = model.broken(values)
         if broken is not None:
             return broken
     if schedule.cycle is not None:
         closes = round_begins == (values, places)
-        found = explore_from(machine, values, places).found if closes else None
+        found = explore_from(model, values, places).found if closes else None
         return found.violation if found is not None and found.violation.invariant == NO_LIVELOCK else None
     if any(
         actor.step(place, values).place is not None
-        for actor, place in zip(machine.actors, places, strict=True)
+        for actor, place in zip(model.actors, places, strict=True)
         if not place.done
     ):
         return None
-    return machine.stopped(values, places)
+    return model.stopped(values, places)
 
 
-def _changes(machine: Machine, before: Sequence[Any], now: Sequence[Any]) -> tuple[tuple[str, str, str], ...]:
+def _changes(model: ReadyModel, before: Sequence[Any], now: Sequence[Any]) -> tuple[tuple[str, str, str], ...]:
     changes = (
         (name.rpartition(".")[0], "", "freed") if new is FREED else (name, _text(old), _text(new))
-        for name, old, new in zip(machine.memory.names, before, now, strict=True)
+        for name, old, new in zip(model.memory.names, before, now, strict=True)
         if old is not new and old != new
     )
     return tuple(dict.fromkeys(changes))  # a freed thing once, not for each of its fields

@@ -19,10 +19,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from replay.explore.actors import Outcome, Place
-from replay.explore.memory import Violation
+from replay.explore.actors import Place, StepOutcome
+from replay.explore.memory import Broken
 from replay.explore.model import Model
-from replay.explore.ready_model import Machine, Values, after, lasso, moved
+from replay.explore.ready_model import ReadyModel, Values, after, lasso, moved
 from traces.errors import Problem
 from traces.progress import Progress
 
@@ -36,7 +36,7 @@ Key = tuple[Any, ...]  # the number of a memory, then each actor's place
 class Found:
     """A violation and the way to it: numbers of actors. `cycle`: what can then go on for ever, of a livelock."""
 
-    violation: Violation
+    violation: Broken
     path: tuple[int, ...]
     cycle: tuple[int, ...] = ()
 
@@ -55,22 +55,22 @@ class Exploration:
 def explore(model: Model, limit: int = LIMIT, reduced: bool = True) -> Exploration:
     """All that can happen. A Problem when that is more than `limit` states."""
     began = time.monotonic()
-    machine = Machine(model)
-    search = _Search(machine, limit, reduced).run()
+    ready = ReadyModel(model)
+    search = _Search(ready, limit, reduced).run()
     found, shortest = search.found, True
     if reduced and found is not None:
         try:
-            found = _Search(machine, limit, False).run().found
+            found = _Search(ready, limit, False).run().found
         except _TooMany:
             shortest = False
     return Exploration(found, search.states, search.transitions, time.monotonic() - began, shortest)
 
 
-def explore_from(machine: Machine, values: Values, places: tuple[Place, ...]) -> Exploration:
+def explore_from(model: ReadyModel, values: Values, places: tuple[Place, ...]) -> Exploration:
     """All that can happen from this state on."""
     began = time.monotonic()
-    machine.start, machine.places = values, places
-    search = _Search(machine, LIMIT, False).run()
+    model.start, model.places = values, places
+    search = _Search(model, LIMIT, False).run()
     return Exploration(search.found, search.states, search.transitions, time.monotonic() - began)
 
 
@@ -78,9 +78,9 @@ class _TooMany(Problem):
     pass
 
 
-def _learn(machine: Machine) -> None:
+def _learn(model: ReadyModel) -> None:
     """Work out what each actor may still read and write from each of its places, as far as is known."""
-    for actor in machine.actors:
+    for actor in model.actors:
         changed = True
         while changed:
             changed = False
@@ -101,7 +101,7 @@ def _learn(machine: Machine) -> None:
 class _Search:
     """One search through the states."""
 
-    machine: Machine
+    model: ReadyModel
     limit: int
     reduced: bool
     found: Found | None = None
@@ -113,7 +113,9 @@ class _Search:
     parents: array[int] = field(default_factory=lambda: array("q"))
     by: array[int] = field(default_factory=lambda: array("b"))
     edges: tuple[array[int], array[int]] = field(default_factory=lambda: (array("q"), array("q")))
-    alone: list[tuple[int, int, Outcome]] = field(default_factory=list)  # states where one actor was followed, and how
+    alone: list[tuple[int, int, StepOutcome]] = field(
+        default_factory=list
+    )  # states where one actor was followed, and how
     backward: bool = False  # some step led to a state found no later than its own: there may be cycles
 
     @property
@@ -122,7 +124,7 @@ class _Search:
 
     def run(self) -> _Search:
         """Layer by layer; within one, what is broken in a state goes before what a step from it breaks."""
-        violation, _ = self._reach(self.machine.start, self.machine.places, -1, -1)
+        violation, _ = self._reach(self.model.start, self.model.places, -1, -1)
         if violation is not None:
             self.found = Found(violation, ())
             return self
@@ -144,7 +146,7 @@ class _Search:
                     )
             progress.at(self.states)
             if self.reduced:
-                _learn(self.machine)
+                _learn(self.model)
             layer = end
 
     def _note(self, found: Found | None) -> None:
@@ -164,13 +166,13 @@ class _Search:
             self._note(self._expand(state, number))
         return bool(mistaken)
 
-    def _reach(self, values: Values, places: tuple[Place, ...], parent: int, by: int) -> tuple[Violation | None, int]:
+    def _reach(self, values: Values, places: tuple[Place, ...], parent: int, by: int) -> tuple[Broken | None, int]:
         """A state's number, which is new if it is the last; and what is broken in it."""
         memory = self.memories.setdefault(values, len(self.values))
         violation = None
         if memory == len(self.values):
             self.values.append(values)
-            violation = self.machine.broken(values)
+            violation = self.model.broken(values)
         key = (memory, *places)
         state = self.known.setdefault(key, len(self.keys))
         if state == len(self.keys):
@@ -181,11 +183,11 @@ class _Search:
 
     def _expand(self, state: int, followed: int | None = None) -> Found | None:
         """Follow the actors from a state, but the one that was; the shortest of what is found to be broken."""
-        machine = self.machine
+        model = self.model
         memory, *places = self.keys[state]
         values = self.values[memory]
         outcomes = []
-        for number, (actor, place) in enumerate(zip(machine.actors, places, strict=True)):
+        for number, (actor, place) in enumerate(zip(model.actors, places, strict=True)):
             if place.done:
                 continue
             outcome = actor.step(place, values)
@@ -194,7 +196,7 @@ class _Search:
             if outcome.place is not None:
                 outcomes.append((number, outcome))
         if not outcomes:
-            stopped = machine.stopped(values, places)
+            stopped = model.stopped(values, places)
             return Found(stopped, self._path(state)) if stopped is not None else None
         if followed is not None:
             outcomes = [each for each in outcomes if each[0] != followed]
@@ -215,8 +217,8 @@ class _Search:
         return None
 
     def _alone(
-        self, outcomes: list[tuple[int, Outcome]], places: Sequence[Place], values: Values
-    ) -> tuple[int, Outcome] | None:
+        self, outcomes: list[tuple[int, StepOutcome]], places: Sequence[Place], values: Values
+    ) -> tuple[int, StepOutcome] | None:
         """An actor's step that can be followed alone, as far as is known."""
         for number, outcome in outcomes:
             if self._independent(number, outcome, places):
@@ -225,10 +227,10 @@ class _Search:
                     return number, outcome
         return None
 
-    def _independent(self, number: int, outcome: Outcome, places: Sequence[Place]) -> bool:
+    def _independent(self, number: int, outcome: StepOutcome, places: Sequence[Place]) -> bool:
         """Whether a step can change places with all that others may still do, and no invariant sees it."""
         read, written = outcome.read, outcome.written
-        if written & self.machine.visible:
+        if written & self.model.visible:
             return False
         for other, place in enumerate(places):
             if other != number and (written & (place.future_reads | place.future_writes) or read & place.future_writes):
@@ -246,7 +248,7 @@ class _Search:
         """The first state from which no end can be reached, and how its actors go round."""
         import numpy as np
 
-        ends = np.fromiter((self.machine.ended(key[1:]) for key in self.keys), bool, self.states)
+        ends = np.fromiter((self.model.ended(key[1:]) for key in self.keys), bool, self.states)
         source, target = (np.frombuffer(side, np.int64) for side in self.edges)
         count = -1
         while count != (count := int(ends.sum())):
@@ -255,20 +257,20 @@ class _Search:
         if not len(stuck):
             return None
         state, on, cycle = self._round_of_one(stuck.tolist()) or self._round_of_all(int(stuck[0]))
-        names = [self.machine.actors[number].name for number in sorted(set(cycle))]
+        names = [self.model.actors[number].name for number in sorted(set(cycle))]
         who = " and ".join(names) + (" goes" if len(names) == 1 else " go")
         detail = f"{who} round for ever, whatever the others do"
-        return Found(Violation(NO_LIVELOCK, detail), (*self._path(state), *on), cycle)
+        return Found(Broken(NO_LIVELOCK, detail), (*self._path(state), *on), cycle)
 
     def _round_of_one(self, stuck: Sequence[int]) -> tuple[int, tuple[int, ...], tuple[int, ...]] | None:
         """The first state in which one actor goes round by itself, on what no other will change any more."""
-        machine = self.machine
-        _learn(machine)
+        model = self.model
+        _learn(model)
         for state in stuck:
             memory, *places = self.keys[state]
             cycles = []
             for number in range(len(places)):
-                on, cycle = lasso(machine, self.values[memory], tuple(places), (number,))
+                on, cycle = lasso(model, self.values[memory], tuple(places), (number,))
                 if cycle and not on:
                     others = (place.future_writes for at, place in enumerate(places) if at != number)
                     if not any(self._reads_only(state, cycle) & written for written in others):
@@ -282,12 +284,12 @@ class _Search:
         memory, *places = self.keys[state]
         values, read, written = self.values[memory], 0, 0
         for number in path:
-            outcome = self.machine.actors[number].step(places[number], values)
+            outcome = self.model.actors[number].step(places[number], values)
             read, written = read | outcome.read, written | outcome.written
             values, places = after(values, outcome), list(moved(places, number, outcome))
         return read & ~written
 
     def _round_of_all(self, state: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
         memory, *places = self.keys[state]
-        on, cycle = lasso(self.machine, self.values[memory], tuple(places), tuple(range(len(places))))
+        on, cycle = lasso(self.model, self.values[memory], tuple(places), tuple(range(len(places))))
         return state, on, cycle

@@ -13,7 +13,7 @@ All else (controls, missing tables, huge pages, prefetch) goes the slow way, whi
 Nothing here allocates: `run` stops before an operation that may not find room, and `pools` makes some. In C, pools are
 pointers; as plain Python, memoryviews and arrays of ctypes structures over the same numpy memory.
 
-`Timer` runs a Core's operations in virtual time, as `virtual.clock` does, to the ns.
+`Timer` runs a Core's operations in virtual time, as `timing.reference_clock` does, to the ns.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ EMPTIED = cython.declare(cython.longlong, 4)
 FINAL_PUT = cython.declare(cython.longlong, 1)
 LEFT_AT_END = cython.declare(cython.longlong, 2)
 
-# virtual.timed, virtual.clock.Spent and SAMPLE; test_clock compares them.
+# simulate.timed_operations, timing.reference_clock.TimeCategory and SAMPLE; test_clock compares them.
 WAS_FOUND = cython.declare(cython.longlong, 1)
 WAS_CREATED = cython.declare(cython.longlong, 2)
 LAST = cython.declare(cython.longlong, -2)
@@ -93,10 +93,10 @@ Slots = cython.struct(
 )
 Word = cython.struct(
     gen=cython.longlong,
-    leaves=cython.longlong,  # of the valid root, or of the ghost
+    leaves=cython.longlong,  # of the valid root, or of the remembered tree
     tables=cython.longlong,
     root=cython.longlong,  # the valid root with this word, 0 for none
-    ghost=cython.longlong,  # the tree is only remembered, for `assume_refault`
+    remembered=cython.longlong,  # the tree is only remembered, for `assume_refault`
     top=cython.longlong,  # node of the root table
     level=cython.longlong,
     as_id=cython.longlong,
@@ -292,7 +292,7 @@ class Core:
         with cython.nogil:
             while i < n:
                 end = i + 256 if n - i > 256 else n
-                # What is true of a stretch of touches, without a branch, as most operations are touches.
+                # What is true of a run of touches, without a branch, as most operations are touches.
                 some = 0
                 good = 16
                 beyond = 0
@@ -627,12 +627,12 @@ class Core:
         w: cython.longlong
         removed: cython.longlong = 0
         for w in range(self.words):
-            if self.word[w].as_id == as_id and (self.word[w].root or self.word[w].ghost):
+            if self.word[w].as_id == as_id and (self.word[w].root or self.word[w].remembered):
                 self.gone_leaves = self.gone_tables = 0
                 self._zap_range(w, self.word[w].top, self.word[w].level, 0, start, end)
                 self.word[w].leaves -= self.gone_leaves
                 self.word[w].tables -= self.gone_tables
-                if not self.word[w].ghost:
+                if not self.word[w].remembered:
                     removed += self.gone_leaves
                     self.zapped += self.gone_leaves
                     self.tables_freed += self.gone_tables
@@ -666,10 +666,10 @@ class Core:
         before: cython.longlong
         short: cython.bint = False
         for w in range(self.words):
-            if self.word[w].as_id == as_id and (self.word[w].root or self.word[w].ghost):
+            if self.word[w].as_id == as_id and (self.word[w].root or self.word[w].remembered):
                 before = self.word[w].tables
                 short = self._split_range(w, self.word[w].top, self.word[w].level, 0, start, end)
-                if not self.word[w].ghost:
+                if not self.word[w].remembered:
                     self.tables += self.word[w].tables - before
                 if short:
                     break
@@ -687,7 +687,7 @@ class Core:
         one: cython.ulonglong = 1
         removed: cython.longlong = 0
         for w in range(self.words):
-            if self.word[w].as_id == as_id and (self.word[w].root or self.word[w].ghost):
+            if self.word[w].as_id == as_id and (self.word[w].root or self.word[w].remembered):
                 at = self.word[w].level
                 node = self.word[w].top
                 while at > level:
@@ -707,7 +707,7 @@ class Core:
                         self.bits[k] |= one << (at & 63)
                         self.bits[k + 1] |= one << (at & 63)
                         self.word[w].leaves += 1
-                    if not self.word[w].ghost:
+                    if not self.word[w].remembered:
                         removed += 1
                         self.zapped += self.gone_leaves
                         self.tables_freed += self.gone_tables
@@ -769,8 +769,8 @@ class Core:
         self.word[w].root = r
         self.slots[v].slot[0] = r
         self.slots[v].creations += 1
-        if self.word[w].ghost:
-            self.word[w].ghost = 0
+        if self.word[w].remembered:
+            self.word[w].remembered = 0
             self.vcpu[v].faults += self.word[w].leaves
             self.vcpu[v].refaults += self.word[w].leaves
             self.tables += self.word[w].tables
@@ -828,12 +828,12 @@ class Core:
         w: cython.longlong = self.root[r].word
         leaves: cython.longlong = 0
         tables: cython.longlong = 0
-        if self.root[r].valid:  # a husk is empty, and the tree another root's
+        if self.root[r].valid:  # an invalid root is empty, and the tree another root's
             leaves = self.word[w].leaves
             tables = self.word[w].tables
             self.word[w].root = 0
             if self.assume_refault and (leaves or tables):
-                self.word[w].ghost = 1
+                self.word[w].remembered = 1
                 self.zapped += leaves
                 self.tables_freed += tables
             else:
@@ -856,11 +856,11 @@ class Core:
     @cython.nogil
     @cython.exceptval(check=False)
     def _forget(self) -> cython.void:
-        """No ghost can be taken up any more."""
+        """No remembered tree can be taken up any more."""
         w: cython.longlong
         for w in range(self.words):
-            if self.word[w].ghost:
-                self.word[w].ghost = 0
+            if self.word[w].remembered:
+                self.word[w].remembered = 0
                 self._raze(w)
 
     @cython.cfunc

@@ -43,7 +43,7 @@ _SLOTS: Final = np.dtype(
     [("slot", np.int64, SLOTS)]
     + [(name, np.int64) for name in ("word", "cause", "request", "loads", "creations", "reuses", "fixes")]
 )
-_WORD: Final = row_type("gen", "leaves", "tables", "root", "ghost", "top", "level", "as_id")
+_WORD: Final = row_type("gen", "leaves", "tables", "root", "remembered", "top", "level", "as_id")
 _ROOT: Final = row_type("id", "word", "refs", "valid", "cause", "before", "after")
 
 
@@ -115,7 +115,7 @@ class Engine:
     """One VM under one policy, as `reference` does it, at about 150 million operations a second.
 
     Feed it a stream in blocks of any size. Raises Problem (bad input) for a block with an operation that cannot be;
-    nothing of the block is then done. Raises `model.Violation` where the reference does; then the VM is of no more use.
+    nothing of the block is then done. Raises `reference.Violation` where the reference does; the VM is then of no use.
     """
 
     said = False  # the notice that it runs uncompiled
@@ -209,7 +209,7 @@ class Engine:
 
     @property
     def roots(self) -> list[RootState]:
-        """Roots alive, the eldest first: valid ones, and husks that a slot still holds."""
+        """Roots alive, oldest first: valid ones, and invalid ones that a slot still holds."""
         states = []
         at = int(self._root[0]["after"])
         while at:

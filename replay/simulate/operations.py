@@ -1,12 +1,12 @@
-"""The stimuli of a replay: what happened to a VM that no root policy decides, as a stream of small operations.
+"""The inputs of a replay: what happened to a VM that no root policy decides, as a stream of small operations.
 
 Both implementations of the model (`reference`, `engine`) read this stream and nothing else. It has two columns, one
 row an operation: `op` (uint32, packed as below) and `gfn` (int64, a guest frame or the operation's argument). What an
-operation means is in the table of `Op`; how a trace becomes operations is in `stimuli`.
+operation means is in the table of `Op`; how a trace becomes operations is in `replay.decode`.
 
     bits  0-3  operation (Op)
     bits  4-6  level of the leaf (TOUCH, FIX, COLLAPSE), address space (ZAP, SPLIT)
-    bits  7-9  first, bits 10-12 last entry of the aligned group of 8 that lie in the touched page's memslot
+    bits  7-9  first, bits 10-12 last entry of the aligned group of 8 that lie in the accessed page's memslot
                (what the shadow MMU may prefetch)
     bit    13  RESETS: the exit of a fault here unloads the roots, as every exit of this VM does
     bits 16-31 vCPU, numbered densely within the VM
@@ -29,7 +29,7 @@ class Op(IntEnum):
     """What happens. `v` is the vCPU of bits 16-31, `gfn` the second column."""
 
     TOUCH = 0  # v needs a leaf of `level` at `gfn` (aligned to it): a fault unless a leaf covers it
-    FIX = 1  # v faults on a leaf of `level` that is there but write-protected: counted, or a fault if it is not there
+    FIX = 1  # permission fault of v: the leaf of `level` is there, write-protected: counted; else an ordinary fault
     ENTER = 2  # v is about to enter the guest: pending requests, then a load if its current slot is empty
     UNLOAD = 3  # v empties all its root slots; `gfn` is the Cause
     ROLE = 4  # v's next load is of the word with index `gfn`
@@ -104,7 +104,7 @@ def pack(op: Op, vcpu: int = 0, level: int = 0, first: int = 0, last: int = 0, r
 
 @dataclass
 class Block:
-    """A stretch of one VM's stream. `time` (ns) and `seq` (trace row) are for reports: the model reads neither."""
+    """A part of one VM's stream. `time` (ns) and `seq` (trace row) are for reports: the model reads neither."""
 
     op: NDArray[np.uint32]
     gfn: NDArray[np.int64]

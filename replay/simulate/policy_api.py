@@ -39,7 +39,7 @@ class Policy:
         """A vCPU has emptied all its slots."""
 
     def on_invalidate(self, vm: Vm) -> None:
-        """Every valid root has been invalidated and zapped; husks still held are freed with their last slot."""
+        """Every valid root has been invalidated and zapped; invalid roots still held are freed with their last slot."""
 
     def on_vm_end(self, vm: Vm) -> None:
         """Every root has been invalidated. What is left in `vm.roots` now counts as leaked."""

@@ -46,7 +46,7 @@ class Root:
     leaves: int = 0
     tables: int = 0
     cause: Cause = Cause.OTHER  # of the invalidation, once there was one
-    ghost: bool = False  # under `assume_refault`: freed here, and only remembered for what it had mapped
+    remembered: bool = False  # under `assume_refault`: freed here, and only remembered for what it had mapped
     idle_since: int = 0  # ns; for policies
     linked: set[Table] = field(default_factory=set)  # every table below `top`: what the kernel counts (tdp_mmu_pages)
     stale: int = 0  # leaves removed that a vCPU's TLB may still have: a flush is due before mmu_lock is dropped
@@ -129,9 +129,9 @@ class Vm:
         self.words = words
         self.vcpus = [Vcpu(i) for i in range(vcpus)]
         self.policy = policy or Policy()
-        self.roots: list[Root] = []  # alive: valid ones, and husks that a slot still holds
+        self.roots: list[Root] = []  # alive: valid ones, and invalid ones that a slot still holds
         self.ever: set[tuple[int, int, int]] = set()  # (word, level, gfn) mapped at some time
-        self.ghosts: dict[int, Root] = {}  # under `assume_refault`: by word, what a freed root had mapped
+        self.remembered_trees: dict[int, Root] = {}  # under `assume_refault`: by word, what a freed root had mapped
         self.counters = Counters()
         self.log: list[Logged] = []
         self.at = 0
@@ -210,7 +210,7 @@ class Vm:
 
     def invalidate(self) -> None:
         """kvm_mmu_zap_all_fast: every root becomes obsolete, and every vCPU is asked to give it up."""
-        self.ghosts.clear()
+        self.remembered_trees.clear()
         flush = False
         for root in [r for r in self.roots if r.valid]:
             flush = True
@@ -227,10 +227,10 @@ class Vm:
     def zap(self, as_id: int, start: int, end: int) -> None:
         """Leaves in [start, end) of an address space are removed from every root of it, invalid ones too."""
         removed = 0
-        for root in [*self.roots, *self.ghosts.values()]:
+        for root in [*self.roots, *self.remembered_trees.values()]:
             if self.words[root.word].as_id == as_id:
                 leaves, tables = self._zap_range(root, start, end)
-                if not root.ghost:
+                if not root.remembered:
                     removed += leaves
                     self.counters.zapped += leaves
                     self.counters.tables_freed += tables
@@ -238,7 +238,7 @@ class Vm:
 
     def zap_all(self) -> None:
         """kvm_mmu_zap_all: every root is emptied, and stays."""
-        self.ghosts.clear()
+        self.remembered_trees.clear()
         removed = 0
         for root in self.roots:
             removed += root.leaves
@@ -249,20 +249,20 @@ class Vm:
 
     def split(self, as_id: int, start: int, end: int) -> None:
         """Huge leaves inside [start, end) become tables of 4 KiB leaves in every valid root of the address space."""
-        for root in [*self.roots, *self.ghosts.values()]:
+        for root in [*self.roots, *self.remembered_trees.values()]:
             if not root.valid or self.words[root.word].as_id != as_id:
                 continue
             before = root.tables
             for table, at in page_table.within(root.top, start, end):
                 if table.level > 1 and isinstance(table.entries[at], int) and self._inside(table, at, start, end):
                     self._split(root, table, at, 1)
-            if not root.ghost:
+            if not root.remembered:
                 self.counters.tables += root.tables - before
 
     def collapse(self, as_id: int, level: int, gfn: int) -> None:
         """The table below the entry of `level` that covers `gfn` goes from every valid root, or becomes a huge leaf."""
         removed = 0
-        for root in [*self.roots, *self.ghosts.values()]:
+        for root in [*self.roots, *self.remembered_trees.values()]:
             if not root.valid or self.words[root.word].as_id != as_id:
                 continue
             table = page_table.walk(root.top, gfn, level)
@@ -271,7 +271,7 @@ class Vm:
                 leaves, tables = self._remove(root, table, at)
                 if self.parameters.recovers:
                     self._install(root, table, at)
-                if not root.ghost:
+                if not root.remembered:
                     removed += 1
                     self.counters.zapped += leaves
                     self.counters.tables_freed += tables
@@ -279,7 +279,7 @@ class Vm:
 
     def end(self) -> None:
         """kvm_arch_destroy_vm: every vCPU unloads, then every root goes; nothing may be left."""
-        self.ghosts.clear()
+        self.remembered_trees.clear()
         for vcpu in self.vcpus:
             vcpu.request = False
             self._empty(vcpu, Cause.VM_END)
@@ -314,7 +314,7 @@ class Vm:
             self._free(root, cause, None)
 
     def free(self, root: Root, cause: Cause, vcpu: Vcpu | None = None) -> None:
-        """Zap and free a root that no slot holds, at the hands of `vcpu` if it is one's."""
+        """Zap and free a root that no slot holds, `vcpu`: the vCPU that dropped the last reference, if any."""
         if root.refs:
             raise Violation(f"root {root.id} is freed with {root.refs} references", self.at, root.id)
         root.valid = False
@@ -348,9 +348,9 @@ class Vm:
         self.roots.append(root)
         vcpu.slots[CURRENT] = root
         vcpu.creations += 1
-        ghost = self.ghosts.pop(vcpu.word, None)
-        if ghost is not None:
-            root.top, root.leaves, root.tables = ghost.top, ghost.leaves, ghost.tables
+        remembered = self.remembered_trees.pop(vcpu.word, None)
+        if remembered is not None:
+            root.top, root.leaves, root.tables = remembered.top, remembered.leaves, remembered.tables
             root.linked = set(page_table.tables(root.top))
             vcpu.faults += root.leaves
             vcpu.refaults += root.leaves
@@ -386,8 +386,8 @@ class Vm:
             raise Violation(f"root {root.id} is freed twice", self.at, root.id)
         if self.parameters.assume_refault and (root.leaves or root.tables):
             # The tree lives on as what the recorded kernel still has; here it is zapped.
-            ghost = Root(root.id, root.word, root.top, 0, True, root.leaves, root.tables, ghost=True)
-            self.ghosts[root.word] = ghost
+            remembered = Root(root.id, root.word, root.top, 0, True, root.leaves, root.tables, remembered=True)
+            self.remembered_trees[root.word] = remembered
             self.counters.zapped += root.leaves
             self.counters.tables_freed += root.tables
             leaves, tables = root.leaves, root.tables
@@ -534,12 +534,12 @@ class Vm:
         """tdp_mmu_link_sp: the table counts from now on."""
         table.entries[at] = child
         root.tables += 1
-        if not root.ghost:
+        if not root.remembered:
             root.linked.add(child)
 
     def _unlink(self, root: Root, gone: Iterable[Table]) -> None:
         """tdp_mmu_unlink_sp, of each table that is removed."""
-        if root.ghost:
+        if root.remembered:
             return
         for table in gone:
             if table not in root.linked:

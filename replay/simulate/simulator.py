@@ -16,7 +16,7 @@ from replay.simulate.policy_api import Policy
 from replay.simulate.reference import Counters, Logged, Vm
 
 
-class Machine(Protocol):
+class Simulator(Protocol):
     """What both implementations offer."""
 
     @property

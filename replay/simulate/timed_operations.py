@@ -39,7 +39,7 @@ NEVER = 1 << 62
 
 @dataclass
 class Timed:
-    """A stretch of one VM's timed operations."""
+    """A part of one VM's timed operations."""
 
     block: Block
     queue: NDArray[np.int32]
@@ -73,7 +73,7 @@ def take(timed: Timed, at: Ints) -> Timed:
 
 
 def joined(parts: list[Timed]) -> Timed:
-    """Stretches as one, behind which nothing comes."""
+    """Parts joined into one, after which nothing follows."""
     block = Block(*(np.concatenate([getattr(each.block, field.name) for each in parts]) for field in fields(Block)))
     columns: dict[str, Any] = {name: np.concatenate([getattr(each, name) for each in parts]) for name in _COLUMNS}
     return Timed(block, **columns)

@@ -32,7 +32,7 @@ class Costs:
     job: int = 20_000  # until the worker begins
     hold: int = 600  # of a fault, load or unload: how long it has mmu_lock
     prefetch: int = 225  # each entry more that a fault of the shadow MMU fills
-    chunk: int = 0  # the longest stretch that a worker's zap does not yield mmu_lock; 0: the whole zap
+    chunk: int = 0  # the longest time that a worker's zap does not yield mmu_lock; 0: the whole zap
     refill: int = 1_000  # per mille of the pages that a refill is taken to need; 1,000: those that are mapped
     cpus: int = 0  # CPUs that vCPUs and the worker share; 0: enough
 
@@ -148,9 +148,9 @@ def fit(samples: Mapping[str, Samples], cpus: int) -> Fitted:
 
 
 def _bare(seen: Samples, found: dict[str, int], source: dict[str, str]) -> int:
-    """The switch is no longer than guest stretches in which no instruction ended; the others may have had work in them.
+    """The switch is no longer than guest times in which no instruction ended; the others may have had work in them.
 
-    Without such stretches what was measured is the most that it can be, and the table's the least. Returns what lies
+    Without such times what was measured is the most that it can be, and the table's the least. Returns what lies
     between them.
     """
     if seen.count >= _ENOUGH:

@@ -21,7 +21,7 @@ from traces.schema import BY_NAME
 
 COMPILED: bool = cython.compiled
 
-_KEPT = cython.declare(cython.int, 256)  # stretches under the lock that are remembered
+_KEPT = cython.declare(cython.int, 256)  # periods under the lock that are remembered
 _IS_FAULT = cython.declare(cython.int, int(VcpuState.FAULT))
 _IS_PREFETCH = cython.declare(cython.int, int(VcpuState.PREFETCH))
 _FAULT = cython.declare(cython.int, BY_NAME["kvm_page_fault"].code)

@@ -13,7 +13,7 @@ from replay.decode.batch import Batch
 from replay.decode.capabilities import Capabilities
 from replay.decode.cases import Case
 from replay.decode.inputs import Inputs, Ints
-from replay.decode.rip_runs import RipRuns
+from replay.decode.same_rip import RipRuns
 from replay.decode.specialize import Specialization
 from replay.decode.timeline import Timeline
 from replay.decode.vcpu_states import BARE, VcpuState
@@ -22,7 +22,7 @@ from replay.simulate.operations import Op, Word
 from replay.simulate.timed_operations import CREATED, FOUND, Timed
 from replay.timing.costs import Fitted, Samples, fit
 from replay.timing.lock_waits import LockWaits
-from replay.timing.reference_clock import Spent
+from replay.timing.reference_clock import TimeCategory
 from replay.timing.steal import Steal
 
 _LAB_CPUS: Final = 1  # QEMU emulates the lab's CPUs in turn, in one thread
@@ -30,7 +30,7 @@ _COSTS: Final = ("switch", "fault", "table", "found", "created", "unload", "pref
 
 
 class SpanTimes:
-    """The spans of time that end with a VM's rows, without what others took from its vCPUs. `samples` are of costs."""
+    """The spans of time that end with a VM's rows, without its vCPUs' steal time. `samples` are of costs."""
 
     def __init__(
         self, capabilities: Capabilities, vm: Mapping[str, Any], parts: tuple[int, int, int] | None = None
@@ -64,7 +64,7 @@ class Measured:
     """One VM as recorded. By vCPU, where nothing else is said; times are ns.
 
     `refused`: why there are no times, empty if there are. `began` is the boot time of its first entry. `recorded` is
-    the time breakdown by Spent, the switch within the guest's. `totals` is by VcpuState, without what others took;
+    the time by TimeCategory, the switch within the guest's. `totals` is by VcpuState, without steal time;
     OTHER has all that is no operation's. `faults` are those of the recorded policy's own replay.
     """
 
@@ -185,18 +185,18 @@ class Measurement:
 
 
 def _breakdown(totals: Ints, waited: Ints, preempted: Ints) -> list[tuple[int, ...]]:
-    spent = np.zeros((len(totals), len(Spent)), np.int64)
+    spent = np.zeros((len(totals), len(TimeCategory)), np.int64)
     for state in VcpuState:
         spent[:, _SPENT[state]] += totals[:, state]
-    spent[:, Spent.WAIT] += waited
-    spent[:, Spent.OTHER] += preempted
+    spent[:, TimeCategory.WAIT] += waited
+    spent[:, TimeCategory.OTHER] += preempted
     return [tuple(row) for row in spent.tolist()]
 
 
 _SPENT: Final = {
-    VcpuState.GUEST: Spent.GUEST, VcpuState.FAULT: Spent.FAULT, VcpuState.PREFETCH: Spent.FAULT,
-    VcpuState.LOAD: Spent.LOAD, VcpuState.UNLOAD: Spent.UNLOAD, VcpuState.ZAP: Spent.UNLOAD,
-    VcpuState.SMM: Spent.OTHER, VcpuState.USER: Spent.OTHER, VcpuState.OTHER: Spent.OTHER,
+    VcpuState.GUEST: TimeCategory.GUEST, VcpuState.FAULT: TimeCategory.FAULT, VcpuState.PREFETCH: TimeCategory.FAULT,
+    VcpuState.LOAD: TimeCategory.LOAD, VcpuState.UNLOAD: TimeCategory.UNLOAD, VcpuState.ZAP: TimeCategory.UNLOAD,
+    VcpuState.SMM: TimeCategory.OTHER, VcpuState.USER: TimeCategory.OTHER, VcpuState.OTHER: TimeCategory.OTHER,
 }  # fmt: skip
 
 

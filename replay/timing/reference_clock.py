@@ -31,8 +31,8 @@ from replay.timing.costs import Costs
 SAMPLE = 1_000_000  # ns between two samples of a vCPU's progress
 
 
-class Spent(IntEnum):
-    """What a vCPU's virtual time goes on."""
+class TimeCategory(IntEnum):
+    """The time breakdown of a vCPU: what its virtual time is spent on."""
 
     GUEST = 0
     FAULT = 1
@@ -51,7 +51,7 @@ class Pace:
     lead: int = -1  # what is left of its next operation's lead; -1: as the operation says
     guest: int = 0  # of that, in the guest
     inside: bool = False  # an SMI is under way
-    spent: list[int] = field(default_factory=lambda: [0] * len(Spent))
+    spent: list[int] = field(default_factory=lambda: [0] * len(TimeCategory))
     sampled: int = 0
     samples: list[tuple[int, ...]] = field(default_factory=list)  # (clock, Cause of the last unload, *spent)
 
@@ -159,8 +159,8 @@ class Clock:
 
     def _pass(self, pace: Pace, lead: int, guest: int) -> None:
         pace.clock += lead
-        pace.spent[Spent.GUEST] += guest
-        pace.spent[Spent.OTHER] += lead - guest
+        pace.spent[TimeCategory.GUEST] += guest
+        pace.spent[TimeCategory.OTHER] += lead - guest
 
     def _interrupt(self, pace: Pace, program: int, when: int) -> None:
         """Part of the program's lead has passed when the wall clock strikes; guest time is taken from it first."""
@@ -197,19 +197,21 @@ class Clock:
             self._wait(pace, exclusive)
         since = pace.clock
         if leaves or built:
-            self._spend(pace, Spent.FAULT, (leaves * costs.fault + built * costs.table) * costs.refill // 1000)
-            self._spend(pace, Spent.SWITCH, leaves * costs.switch * costs.refill // 1000)
+            self._spend(pace, TimeCategory.FAULT, (leaves * costs.fault + built * costs.table) * costs.refill // 1000)
+            self._spend(pace, TimeCategory.SWITCH, leaves * costs.switch * costs.refill // 1000)
         if kind in (Op.TOUCH, Op.FIX):
             if vcpu.hits > hits:
                 saved = min(costs.switch, guest) if todo.was else 0
-                self._spend(pace, Spent.GUEST, -saved)
+                self._spend(pace, TimeCategory.GUEST, -saved)
             elif own or vcpu.fixes > fixes:
                 time = todo.cost if todo.was else costs.fault
                 time += (built_now - max(todo.was - 1, 0)) * costs.table if own else 0
-                self._spend(pace, Spent.FAULT, max(time, 0) + (counters.prefetched - prefetched) * costs.prefetch)
+                self._spend(
+                    pace, TimeCategory.FAULT, max(time, 0) + (counters.prefetched - prefetched) * costs.prefetch
+                )
                 self._switch(pace, todo.was, guest)
         elif kind == Op.UNLOAD:
-            self._spend(pace, Spent.UNLOAD, todo.cost if todo.was else costs.unload if held else 0)
+            self._spend(pace, TimeCategory.UNLOAD, todo.cost if todo.was else costs.unload if held else 0)
         if created + found:
             ended = CREATED if created else FOUND
             expected = costs.created if created else costs.found
@@ -217,7 +219,7 @@ class Clock:
             if kind == Op.ENTER and todo.was:
                 recorded = costs.created if todo.was == CREATED else costs.found
                 time = todo.cost + (expected - recorded if ended != todo.was else 0)
-            self._spend(pace, Spent.LOAD, max(time, 0))
+            self._spend(pace, TimeCategory.LOAD, max(time, 0))
         if loads or own:
             self._take(exclusive, since, min(since + self._hold, pace.clock))
         self._account_frees(pace, logged)
@@ -225,13 +227,13 @@ class Clock:
     def _switch(self, pace: Pace, was: int, guest: int) -> None:
         """A fault's exit and entry: within the guest time before it, or added if it was none as recorded."""
         if not was:
-            self._spend(pace, Spent.SWITCH, self.costs.switch)
+            self._spend(pace, TimeCategory.SWITCH, self.costs.switch)
             return
         within = min(self.costs.switch, guest)
-        pace.spent[Spent.GUEST] -= within
-        pace.spent[Spent.SWITCH] += within
+        pace.spent[TimeCategory.GUEST] -= within
+        pace.spent[TimeCategory.SWITCH] += within
 
-    def _spend(self, pace: Pace, on: Spent, ns: int) -> None:
+    def _spend(self, pace: Pace, on: TimeCategory, ns: int) -> None:
         pace.clock += ns
         pace.spent[on] += ns
 
@@ -245,7 +247,7 @@ class Clock:
             left = self.worker - pace.clock
             until = max(until, pace.clock + (min(left, self.costs.chunk) if self.costs.chunk else left))
         if until > pace.clock:
-            self._spend(pace, Spent.WAIT, until - pace.clock)
+            self._spend(pace, TimeCategory.WAIT, until - pace.clock)
 
     def _take(self, exclusive: bool, since: int, until: int) -> None:
         """mmu_lock, which is free then."""
@@ -262,7 +264,7 @@ class Clock:
                 continue
             work = row.leaves * costs.zap_leaf + row.tables * costs.zap_table
             if teardown == "inline":
-                self._spend(pace, Spent.UNLOAD, work)
+                self._spend(pace, TimeCategory.UNLOAD, work)
                 self.locked = max(self.locked, pace.clock)
             elif teardown == "worker":
                 self._queue_zap(pace.clock, work)
@@ -277,7 +279,7 @@ class Clock:
         busy = len(self.paces) + 1
         if 0 < self.costs.cpus < busy:
             for pace, weight in zip(self.paces, self._weights, strict=True):  # each gives up its part
-                self._spend(pace, Spent.WAIT, work * (busy - self.costs.cpus) * weight // sum(self._weights))
+                self._spend(pace, TimeCategory.WAIT, work * (busy - self.costs.cpus) * weight // sum(self._weights))
 
     def _perform(self, todo: _Todo) -> None:
         self.vm.at = todo.at

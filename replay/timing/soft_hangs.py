@@ -1,4 +1,4 @@
-"""Why a vCPU hung in virtual time: what emptied its roots, and what its time went on."""
+"""Why a vCPU hung in virtual time: what emptied its root slots, and its time breakdown."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from replay.simulate.operations import Cause
-from replay.timing.reference_clock import Spent
+from replay.timing.reference_clock import TimeCategory
 from replay.timing.stalls import Rule, Stall, stalls
 
-OF_ROOTS: Final = (Spent.FAULT, Spent.LOAD, Spent.UNLOAD, Spent.WAIT, Spent.SWITCH)
+OF_ROOTS: Final = (TimeCategory.FAULT, TimeCategory.LOAD, TimeCategory.UNLOAD, TimeCategory.WAIT, TimeCategory.SWITCH)
 _SAID: Final = {
-    Cause.FIRST: "the guest's first touches",
+    Cause.FIRST: "initial faults",
     Cause.SMI: "an SMI",
     Cause.RSM: "an SMI",  # its end, after which the guest's own working set is due
     Cause.CR0_WP: "a write of CR0.WP",
@@ -35,7 +35,7 @@ _SAID: Final = {
 
 @dataclass(frozen=True)
 class SoftHang:
-    """A soft-hang of a vCPU; `cause` emptied its root slots most often in it, `spent` is ns by Spent."""
+    """A soft-hang of a vCPU; `cause` emptied its root slots most often in it, `spent` is ns by TimeCategory."""
 
     begin: int  # ns of virtual time
     end: int
@@ -48,7 +48,7 @@ class SoftHang:
 
     @property
     def of_roots(self) -> bool:
-        """Whether most of it went on what root policies decide, not on other exits."""
+        """Whether most of it was spent on what root policies decide, not on other exits."""
         return 2 * sum(self.spent[each] for each in OF_ROOTS) >= self.ns
 
     @property
@@ -60,7 +60,9 @@ class SoftHang:
 def soft_hangs(progress: NDArray[np.int64], rule: Rule) -> list[SoftHang]:
     """The soft-hangs in rows of (clock, Cause of the last unload, *spent until then)."""
     clock, spent = progress[:, 0], progress[:, 2:]
-    return [_explained(each, clock, progress[:, 1], spent) for each in stalls(clock, spent[:, Spent.GUEST], rule)]
+    return [
+        _explained(each, clock, progress[:, 1], spent) for each in stalls(clock, spent[:, TimeCategory.GUEST], rule)
+    ]
 
 
 def _explained(stall: Stall, clock: NDArray[np.int64], causes: NDArray[np.int64], spent: NDArray[np.int64]) -> SoftHang:
@@ -69,10 +71,10 @@ def _explained(stall: Stall, clock: NDArray[np.int64], causes: NDArray[np.int64]
     return SoftHang(stall.begin, stall.end, Cause(int(cause)), tuple((spent[last] - spent[first]).tolist()))
 
 
-def told(hangs: Iterable[SoftHang]) -> str:
-    """What began them, in a phrase: `begun by an SMI`, or the number of each."""
+def causes(hangs: Iterable[SoftHang]) -> str:
+    """Their causes in a phrase: `cause: an SMI`, or the number of each."""
     counts = Counter(each.why for each in hangs)
     if len(counts) == 1:
         (why,) = counts
-        return f"{'each ' if counts[why] > 1 else ''}begun by {why}"
-    return "begun by " + ", ".join(f"{why} ({count:,})" for why, count in counts.most_common())
+        return f"cause{' of each' if counts[why] > 1 else ''}: {why}"
+    return "causes: " + ", ".join(f"{why} ({count:,})" for why, count in counts.most_common())

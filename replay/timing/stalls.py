@@ -1,4 +1,4 @@
-"""Soft-hangs: stretches in which a vCPU hardly ran its guest, found in its progress.
+"""Soft-hangs: periods in which a vCPU hardly ran its guest, found in its progress.
 
 Progress is (time, guest time until then) at some moments, both in ns and never falling: a recording's, or a replay's.
 The rule is adjustable: a guest share under `share` for at least `window`.
@@ -19,7 +19,7 @@ RCU_STALL: Final = 21 * 10**9  # ns; Linux: CONFIG_RCU_CPU_STALL_TIMEOUT
 
 @dataclass(frozen=True)
 class Rule:
-    """What counts as a soft-hang: less than `share` of a stretch of `window` ns or more in the guest."""
+    """What counts as a soft-hang: less than `share` of a period of `window` ns or more in the guest."""
 
     share: float = 0.10
     window: int = 100_000_000

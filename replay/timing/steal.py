@@ -1,11 +1,11 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """Steal time where all CPUs share one, as in the lab, whose emulator runs its CPUs in turn.
 
-Recorded spans of vCPUs contain what others ran meanwhile, and another policy would not have it. There one thing goes
+Recorded spans of vCPUs contain the run time of other tasks, which another policy would not have. There one thing goes
 on at a time, so that the time between two rows of the VM is that of the later row's thread: what a zap worker took of
-a vCPU's span is taken out of it (`lost`), and is the measure of what zaps cost there. What others took (the recorder
-above all) has no rows: a span many times as long as others between the same two kinds of row was preempted, and is
-cut to their median (`preempted`).
+a vCPU's span is taken out of it (`lost`), and is the measure of what zaps cost there. What other tasks took (the
+recorder above all) has no rows: a span many times as long as others between the same two kinds of row was preempted,
+and is cut to their median (`preempted`).
 """
 
 from __future__ import annotations

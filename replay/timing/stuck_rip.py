@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Final
 
-from replay.decode.rip_runs import RipRuns
+from replay.decode.same_rip import RipRuns
 
 CERTAIN: Final = 100_000  # exits at one RIP, by default
 

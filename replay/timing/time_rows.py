@@ -11,14 +11,14 @@ from replay.timing.timed_run import PolicyTime, VcpuTime
 
 
 def named(spent: Sequence[int]) -> dict[str, int]:
-    """ns by what they went on (`Spent`), under the names of a result's columns."""
+    """The time breakdown (ns by `TimeCategory`) under the names of a result's columns."""
     return dict(zip(SPENT, spent, strict=True))
 
 
 def write(writer: VmWriter, policy: int, time: PolicyTime, recorded: Sequence[Sequence[int]]) -> dict[str, list[int]]:
     """Rows of kind `progress` and `stall` under one policy; the columns of times that rows of vCPUs get.
 
-    `recorded` is ns by vCPU and Spent, as recorded; `policy` the policy's place in the result.
+    `recorded` is ns by vCPU and TimeCategory, as recorded; `policy` the policy's place in the result.
     """
     bound = time.run.bound
     for vcpu in time.vcpus:

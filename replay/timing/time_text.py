@@ -9,15 +9,15 @@ from rich.table import Table
 from rich.text import Text
 
 from replay.plan import Plan
-from replay.timing.reference_clock import Spent
-from replay.timing.soft_hangs import told
+from replay.timing.reference_clock import TimeCategory
+from replay.timing.soft_hangs import causes
 from replay.timing.stalls import watchdogs
 from replay.timing.stuck_rip import RipRun
 from replay.timing.time_rows import named
 from replay.timing.timed_run import PolicyTime, Settings, VcpuTime, VmTime
+from traces.durations import duration
 from traces.screen import page, text_of
-from traces.text import printable
-from traces.units import duration
+from traces.text import count, printable
 
 WIDTH: Final = 220  # where there is no terminal: nothing is wrapped
 _VMS_SHOWN: Final = 8
@@ -25,7 +25,7 @@ _VCPUS_SHOWN: Final = 16  # of a VM: those that hung longest, or lost most
 _PRESERVED: Final = ("preserve", "preserve-worker")
 
 
-def facts(times: list[VmTime], settings: Settings) -> dict[str, Any]:
+def to_dict(times: list[VmTime], settings: Settings) -> dict[str, Any]:
     """The document's part on time; all times in ns."""
     return {
         "rule": {"share": settings.rule.share, "window": settings.rule.window},
@@ -116,7 +116,7 @@ def _against(name: str, low: VcpuTime, high: VcpuTime, base: str, other: VcpuTim
     hangs = [_hangs(low)] if low is high else [_hangs(low), _hangs(high)]
     if not (low.stalls or high.stalls or other.stalls):
         return f"{factor} the time under {name} as under {base}; no soft-hang"
-    under = " to ".join(dict.fromkeys(hangs))
+    under = f"up to {hangs[-1]}" if high.stalls and not low.stalls else " to ".join(dict.fromkeys(hangs))
     return f"{factor} the time under {name} as under {base}; under {name} {under}; under {base} {_hangs(other)}"
 
 
@@ -124,11 +124,11 @@ def _hangs(vcpu: VcpuTime) -> str:
     if not vcpu.stalls:
         return "no soft-hang"
     worst = max(vcpu.stalls, key=lambda stall: stall.ns)
-    count = f"{len(vcpu.stalls)} soft-hang{'s' if len(vcpu.stalls) > 1 else ''}"
+    number = count(len(vcpu.stalls), "soft-hang")
     fires = watchdogs(worst.ns)
     guest = f", long enough for the guest's {' and '.join(fires)} watchdog" if fires else ""
-    longest = f"longest {duration(worst.ns)} ({duration(worst.begin)} to {duration(worst.end)})"
-    return f"{count}, {longest}, {told(vcpu.stalls)}{guest}"
+    longest = f"longest {duration(worst.ns)} at {duration(worst.begin)} to {duration(worst.end)}"
+    return f"{number}, {longest}, {causes(vcpu.stalls)}{guest}"
 
 
 def _ends(vm: VmTime) -> dict[str, tuple[PolicyTime, PolicyTime]]:
@@ -145,7 +145,7 @@ def _table(vm: VmTime, vcpus: list[int]) -> Table:
     table.add_column(f"VM {vm.vm}")
     for name in ("vCPU", "time", "from", "to"):
         table.add_column(name, justify="right")
-    for each in Spent:
+    for each in TimeCategory:
         table.add_column(each.name.lower(), justify="right")
     for name in ("soft-hangs", "longest"):
         table.add_column(name, justify="right")
@@ -153,7 +153,7 @@ def _table(vm: VmTime, vcpus: list[int]) -> Table:
         recorded = vm.recorded[i]
         vcpu_id = str(vm.outcomes[0].vcpus[i].id) if vm.outcomes else ""
         wall = sum(recorded)
-        shares = ("" if on == Spent.SWITCH else f"{ns / wall:.1%}" for on, ns in enumerate(recorded) if wall)
+        shares = ("" if on == TimeCategory.SWITCH else f"{ns / wall:.1%}" for on, ns in enumerate(recorded) if wall)
         table.add_row("as recorded (guest with switch)", vcpu_id, duration(wall), "", "", *shares)
     for outcome in vm.outcomes:
         name = outcome.target.name + ("" if outcome.run.bound == "exact" else f", {outcome.run.bound}")

@@ -20,7 +20,7 @@ from replay.simulate.operations import Ranges, Word
 from replay.simulate.reference import SLOTS, Counters
 from replay.simulate.timed_operations import NEVER, Timed
 from replay.timing.costs import Costs
-from replay.timing.reference_clock import Spent
+from replay.timing.reference_clock import TimeCategory
 from traces.errors import Problem
 from traces.kernels.policies import PolicyParameters
 
@@ -30,11 +30,13 @@ TODO: Final = np.dtype(
 )
 PACE: Final = np.dtype(
     [(name, np.int64) for name in ("clock", "lead", "guest", "inside", "sampled", "guessed", "weight")]
-    + [("spent", np.int64, len(Spent))]
+    + [("spent", np.int64, len(TimeCategory))]
 )
 QUEUE: Final = row_type("head", "tail")
 TURN: Final = row_type("due", "queue")
-SAMPLED: Final = np.dtype([(name, np.int64) for name in ("vcpu", "clock", "cause")] + [("spent", np.int64, len(Spent))])
+SAMPLED: Final = np.dtype(
+    [(name, np.int64) for name in ("vcpu", "clock", "cause")] + [("spent", np.int64, len(TimeCategory))]
+)
 ZAPPED: Final = row_type("leaves", "tables")
 
 _COLUMNS: Final = {
@@ -87,7 +89,7 @@ class TimedEngine:
         """Take in operations, and do what can be done before the next ones are known.
 
         Raises Problem (bad input) for an operation that cannot be, or is in another vCPU's queue, or whose times are
-        negative; nothing of the block is then taken. Raises `model.Violation` where the reference does.
+        negative; nothing of the block is then taken. Raises `reference.Violation` where the reference does.
         """
         op, gfn = self.engine.check(timed.block, ranges, first)
         columns = [np.ascontiguousarray(getattr(timed, name), dtype) for name, dtype in _COLUMNS.items()]
@@ -117,7 +119,7 @@ class TimedEngine:
 
     @property
     def spent(self) -> NDArray[np.int64]:
-        """What it went on: a row a vCPU, a column each of `Spent`."""
+        """The time breakdown: a row a vCPU, a column each of `TimeCategory`."""
         spent: NDArray[np.int64] = self._pace["spent"].copy()
         return spent
 
@@ -199,7 +201,7 @@ class TimedEngine:
                 self._attach()
 
     def _make_room(self, count: int) -> None:
-        """For so many operations more: over the rows of those that are done, if they are half of all."""
+        """Make room for `count` operations; compact first if at least half the buffer is consumed."""
         held = self._queue["head"] >= 0
         end = int(self._timer.todos)
         begin = int(self._queue["head"][held].min()) if held.any() else end

@@ -17,14 +17,14 @@ from replay.simulate.operations import Ranges
 from replay.simulate.timed_operations import tail
 from replay.timing.costs import Fitted, fit
 from replay.timing.measure import Measured
-from replay.timing.reference_clock import Spent
+from replay.timing.reference_clock import TimeCategory
 from replay.timing.soft_hangs import SoftHang, soft_hangs
 from replay.timing.stalls import Rule
 from replay.timing.stuck_rip import CERTAIN, RipRun, longest_runs
 from replay.timing.timed_engine import TimedEngine
 
 # Relative standard deviation between two runs of the same work, dated 2026-11: of the lab's recordings of scenarios
-# that no policy touches as measured, of bare-metal hosts as assumed.
+# that no policy changes as measured, of bare-metal hosts as assumed.
 NOISE_LAB: Final = 0.15
 NOISE: Final = 0.03
 _UNKNOWN: Final = 0.5  # relative, of a cost that is the table's
@@ -50,10 +50,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class VcpuTime:
-    """One vCPU under one run of a policy. `spent` is ns by Spent; `wall` their sum. `error` is relative, of `wall`.
+    """One vCPU under one run of a policy. `spent` is ns by TimeCategory, `wall` their sum, `error` relative to `wall`.
 
     `open` is by how many ns it may be more (or, below 0, less) for what the recording does not tell of the switch.
-    `progress` is rows of (clock, Cause of the last unload, *spent until then), without what others took from the vCPU.
+    `progress` is rows of (clock, Cause of the last unload, *spent until then), without steal time.
     """
 
     id: int
@@ -91,7 +91,7 @@ class PolicyTime:
 class VmTime:
     """One VM: what was recorded, what things cost, and how it would have gone.
 
-    `recorded` is ns by vCPU and Spent, of which the switch is within the guest's.
+    `recorded` is ns by vCPU and TimeCategory, of which the switch is within the guest's.
     """
 
     vm: int
@@ -131,14 +131,14 @@ def vm_time(
     stuck = [replace(run, vcpu=ids[run.vcpu]) for run in runs if run.certain(settings.stuck)]
     meta = capabilities.trace.metadata
     marked = (
-        f"{meta.lost:,} events were lost in {meta.gap_count:,} gaps: their time counts as what went on before them"
+        f"{meta.lost:,} events were lost in {meta.gap_count:,} gaps: their time counts as the state before them"
         if meta.lost
         else ""
     )
     return VmTime(vm, measured, settings.smis_open(measured), outcomes, stuck, marked)
 
 
-class Clock:
+class PolicyClock:
     """One VM under one run of a policy, in virtual time."""
 
     def __init__(self, target: Target, run: Run, specialized: Specialization, vcpus: int, measured: Measured) -> None:
@@ -150,7 +150,7 @@ class Clock:
         self._done = 0
 
     @staticmethod
-    def run_all(clocks: list[Clock], parts: Iterable[Inputs], rest: Rest, began: int) -> None:
+    def run_all(clocks: list[PolicyClock], parts: Iterable[Inputs], rest: Rest, began: int) -> None:
         """Replay a VM's inputs under all of them. `began`: see `Specialization.timed`."""
         kernels = list(dict.fromkeys(clock.specialized for clock in clocks))
         for part in parts:
@@ -175,7 +175,7 @@ class Clock:
             more = int(engine.vcpus.faults[i]) - int(measured.faults[i])
             if not self._target.recorded:
                 others = round(others * _rows(measured, i, more)) + _interrupted(measured, i, spent)
-            spent[Spent.OTHER] += others
+            spent[TimeCategory.OTHER] += others
             wall = sum(spent)
             hangs = soft_hangs(progress, settings.rule)
             error = _error(measured, i, spent, more)
@@ -185,10 +185,10 @@ class Clock:
 
 def _interrupted(measured: Measured, vcpu: int, spent: list[int]) -> int:
     """Take the host's interrupts out of `spent`; ns of as many as a run of that length has."""
-    switches = min(int(measured.interrupts[vcpu]) * measured.fitted.costs.switch, spent[Spent.GUEST])
-    within = min(int(measured.interrupted[vcpu]), spent[Spent.OTHER])
-    spent[Spent.GUEST] -= switches
-    spent[Spent.OTHER] -= within
+    switches = min(int(measured.interrupts[vcpu]) * measured.fitted.costs.switch, spent[TimeCategory.GUEST])
+    within = min(int(measured.interrupted[vcpu]), spent[TimeCategory.OTHER])
+    spent[TimeCategory.GUEST] -= switches
+    spent[TimeCategory.OTHER] -= within
     recorded = int(measured.totals[vcpu].sum()) - switches - within
     return sum(spent) * (switches + within) // max(recorded, 1)
 
@@ -196,7 +196,7 @@ def _interrupted(measured: Measured, vcpu: int, spent: list[int]) -> int:
 def _rows(measured: Measured, vcpu: int, more: int) -> float:
     """How many times as many rows of the vCPU a recording with so many `more` faults would have as there are.
 
-    What others take on the lab's one CPU is above all the recorder's work, 8 to 9 us a row (smi-storm on 6.1, roots
+    Steal time on the lab's one CPU is above all the recorder's work, 8 to 9 us a row (smi-storm on 6.1, roots
     kept and freed: 24.9 ms at 3,047 rows, 482 ms at 52,109).
     """
     rows = max(int(measured.rows[vcpu]), 1)
@@ -209,5 +209,7 @@ def _error(measured: Measured, vcpu: int, spent: list[int], more: int) -> float:
     costs, errors = measured.fitted.costs, measured.fitted.error
     noise = NOISE_LAB if costs.cpus else NOISE
     of_switch = more * costs.switch * errors.get("switch", _UNKNOWN)
-    of_faults = (spent[Spent.FAULT] - measured.recorded[vcpu][Spent.FAULT]) * errors.get("fault", _UNKNOWN)
+    of_faults = (spent[TimeCategory.FAULT] - measured.recorded[vcpu][TimeCategory.FAULT]) * errors.get(
+        "fault", _UNKNOWN
+    )
     return float(np.hypot(noise, np.hypot(of_switch, of_faults) / max(sum(spent), 1)))

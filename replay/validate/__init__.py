@@ -1,1 +1,1 @@
-"""A recording and the model in lock-step: what `kvmtrace validate` does."""
+"""The conformance check: a recording against the model, row by row (`kvmtrace validate`)."""

@@ -10,8 +10,8 @@ from typing import Any, Final
 from replay.validate import expect, shadow_driver
 from replay.validate.direct_shadow import ShadowSteps
 from replay.validate.kernel_steps import KernelSteps
-from replay.validate.row_tuples import Row, rows_of
-from replay.validate.threads import RESPONSES, Divergence, Lockstep, Tally
+from replay.validate.row_tuples import RowTuple, rows_of
+from replay.validate.threads import RESPONSES, ConformanceCheck, Divergence, MatchTally
 from traces import kernels
 from traces.errors import Problem
 from traces.kernels import Kernel
@@ -19,6 +19,7 @@ from traces.kernels.policies import POLICIES, PolicyParameters
 from traces.metadata import Metadata
 from traces.progress import Progress
 from traces.reader import Trace
+from traces.text import count
 
 # What a recording must have watched, so that the model knows when slots are filled and emptied.
 _NEEDED: Final = {
@@ -35,18 +36,18 @@ class VmReport:
     """One VM's outcome. `left` counts removed tables that were never freed, and roots still alive at the end."""
 
     vm: int
-    tallies: Mapping[str, Tally]
+    tallies: Mapping[str, MatchTally]
     first: Divergence | None
     left: int
     inferred: int
-    learned: int
+    role_words_taken: int
     skipped: str = ""  # why it was not validated; empty if it was
     until: str = ""  # why it was validated only to some point; empty if to the end
-    taken: Mapping[str, int] = field(default_factory=dict)  # by what it is: taken from the recording, not foretold
+    taken: Mapping[str, int] = field(default_factory=dict)  # by what it is: taken from the recording, not predicted
 
 
 @dataclass(frozen=True)
-class Report:
+class ConformanceReport:
     """What `validate` found."""
 
     path: Path
@@ -56,25 +57,25 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
     @property
-    def tallies(self) -> dict[str, Tally]:
+    def tallies(self) -> dict[str, MatchTally]:
         """Over all VMs, by kind."""
-        total: dict[str, Tally] = {}
+        total: dict[str, MatchTally] = {}
         for vm in self.vms:
             for kind, tally in vm.tallies.items():
-                sum_ = total.setdefault(kind, Tally())
-                sum_.reproduced += tally.reproduced
-                sum_.wrong += tally.wrong
+                sum_ = total.setdefault(kind, MatchTally())
+                sum_.matched += tally.matched
+                sum_.mismatched += tally.mismatched
                 sum_.missing += tally.missing
-        return dict(sorted(total.items(), key=lambda item: -item[1].reproduced))
+        return dict(sorted(total.items(), key=lambda item: -item[1].matched))
 
     @property
     def expected(self) -> int:
-        """Responses recorded, and foretold ones that never came."""
-        return sum(t.reproduced + t.wrong + t.missing for t in self.tallies.values())
+        """Responses recorded, and predicted ones that never came."""
+        return sum(t.matched + t.mismatched + t.missing for t in self.tallies.values())
 
     @property
-    def reproduced(self) -> int:
-        return sum(t.reproduced for t in self.tallies.values())
+    def matched(self) -> int:
+        return sum(t.matched for t in self.tallies.values())
 
     @property
     def left(self) -> int:
@@ -87,12 +88,12 @@ class Report:
 
     @property
     def holds(self) -> bool:
-        """Every response as foretold, and nothing left at a VM's end."""
-        return self.reproduced == self.expected and not self.left
+        """Every response as predicted, and nothing left at a VM's end."""
+        return self.matched == self.expected and not self.left
 
 
-def validate(path: Path, policy: str = "") -> Report:
-    """Replay a recording under its own policy (or `policy`), in lock-step.
+def validate(path: Path, policy: str = "") -> ConformanceReport:
+    """Replay a recording under its own policy (or `policy`), row by row.
 
     Raises Problem where there is nothing that could be validated.
     """
@@ -115,7 +116,7 @@ def validate(path: Path, policy: str = "") -> Report:
     cut = _cut(meta)
     vms = [_vm(trace, vm, None if follows else parameters, kernel, cut) for vm in meta.vms]
     blind = shadow_driver.blind(meta) if follows else [kind for kind in unseen if kind in RESPONSES]
-    report = Report(path, meta.kernel, policy, vms, _notes(blind, vms))
+    report = ConformanceReport(path, meta.kernel, policy, vms, _notes(blind, vms))
     if not report.expected:
         whys = [why for vm in vms for why in (vm.skipped, vm.until) if why]
         raise Problem(f"{path}: cannot be validated: {whys[0] if whys else 'it has no VM'}")
@@ -155,36 +156,36 @@ def _vm(
     if vm["origin"] != "created":
         why = f"VM {number} was running before the recording began: what it had mapped is not known"
         return VmReport(number, {}, None, 0, 0, 0, skipped=why)
-    rows = _Stretch(rows_of(trace, number), cut)
-    lockstep: Lockstep | shadow_driver.Paged
+    rows = _UntilLoss(rows_of(trace, number), cut)
+    check: ConformanceCheck | shadow_driver.Paged
     if parameters is None:
-        lockstep = shadow_driver.paged_of(trace, number, kernel)
+        check = shadow_driver.paged_of(trace, number, kernel)
     else:
-        lockstep = Lockstep(machine_of(kernel, parameters))
+        check = ConformanceCheck(machine_of(kernel, parameters))
     with Progress(f"validating VM {number}, rows") as progress:
-        lockstep.run(_counted(rows, progress))
+        check.run(_counted(rows, progress))
     if not rows.stopped:
-        lockstep.finish()
-    ended = lockstep.ended and not rows.stopped
-    left = lockstep.left("table_free" in trace.metadata.kinds) if ended else 0
+        check.finish()
+    ended = check.ended and not rows.stopped
+    left = check.left("table_free" in trace.metadata.kinds) if ended else 0
     until = "events were lost; validated up to the first loss" if rows.stopped else ""
     if not until and not ended:
         until = "the VM was not destroyed in the recording; what it would leave is not known"
-    found = VmReport(number, lockstep.tallies, lockstep.first, left, 0, 0, until=until)
-    if isinstance(lockstep, shadow_driver.Paged):
-        return replace(found, taken=lockstep.taken)
-    return replace(found, inferred=lockstep.machine.inferred, learned=lockstep.machine.learned)
+    found = VmReport(number, check.tallies, check.first, left, 0, 0, until=until)
+    if isinstance(check, shadow_driver.Paged):
+        return replace(found, taken=check.taken)
+    return replace(found, inferred=check.machine.inferred, role_words_taken=check.machine.role_words_taken)
 
 
-class _Stretch:
+class _UntilLoss:
     """Rows up to the first loss: after it, a divergence may be the recorder's."""
 
-    def __init__(self, rows: Iterator[Row], until: int | None) -> None:
+    def __init__(self, rows: Iterator[RowTuple], until: int | None) -> None:
         self._rows = rows
         self._until = until
         self.stopped = False
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[RowTuple]:
         for row in self._rows:
             if self._until is not None and row.time >= self._until:
                 self.stopped = True
@@ -192,10 +193,10 @@ class _Stretch:
             yield row
 
 
-def _counted(rows: Iterable[Row], progress: Progress) -> Iterator[Row]:
-    for count, row in enumerate(rows):
-        if not count % _STEP:
-            progress.at(count)
+def _counted(rows: Iterable[RowTuple], progress: Progress) -> Iterator[RowTuple]:
+    for number, row in enumerate(rows):
+        if not number % _STEP:
+            progress.at(number)
         yield row
 
 
@@ -221,17 +222,18 @@ def _notes(blind: Iterable[str], vms: list[VmReport]) -> list[str]:
     if blind := sorted(blind):
         notes.append(f"not observable in this recording, hence not compared: {', '.join(blind)}")
     for what in dict.fromkeys(what for vm in vms for what in vm.taken):
-        notes.append(f"taken from the recording, not foretold: {sum(vm.taken.get(what, 0) for vm in vms):,} {what}")
+        notes.append(f"taken from the recording, not predicted: {sum(vm.taken.get(what, 0) for vm in vms):,} {what}")
     inferred = sum(vm.inferred for vm in vms)
     if inferred:
         notes.append(
-            f"{inferred:,} removals inferred: this kernel shows no notifier, and faulted on pages the model still held"
+            f"{count(inferred, 'removal')} inferred: this kernel shows no notifier, and faulted on pages which the "
+            "model still held"
         )
-    learned = sum(vm.learned for vm in vms)
-    if learned:
+    taken = sum(vm.role_words_taken for vm in vms)
+    if taken:
         notes.append(
-            f"{learned:,} loads whose role word was taken from the recording, not foretold: a VM's first, and those "
-            "after a CR0 or EFER write of which the recording lacks the value"
+            f"{count(taken, 'load')} with the role word taken from the recording, not predicted: the first of each VM, "
+            "and those after a write of CR0 or EFER whose value was not recorded"
         )
     for vm in vms:
         notes += [f"VM {vm.vm}: {why}" for why in (vm.skipped, vm.until) if why]

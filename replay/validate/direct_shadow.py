@@ -16,12 +16,12 @@ from replay.validate import expect
 from replay.validate.expect import Activity, Expect
 from replay.validate.kernel_steps import KernelSteps
 from replay.validate.roots import top_level
-from replay.validate.vm_state import Slot
+from replay.validate.vm_state import Memslot
 from traces.kernels.spte import WRITABLE, pfn
 
 
 @dataclass(eq=False)
-class Page:
+class DirectPage:
     """A kvm_mmu_page: its table, role word, and the entries that point to it. `root` if it was ever loaded."""
 
     table: Table
@@ -34,7 +34,7 @@ class Page:
 class ShadowSteps(KernelSteps):
     """As `KernelSteps`, with the shadow MMU. `pages` are the active ones, the oldest first."""
 
-    pages: list[Page] = field(default_factory=list)
+    pages: list[DirectPage] = field(default_factory=list)
 
     def child_role(self, root: Root, level: int) -> int:
         return (self.words[root.word] & ~15) | level
@@ -43,7 +43,7 @@ class ShadowSteps(KernelSteps):
     def fast(self) -> bool:
         return True
 
-    def find(self, gfn: int, role: int) -> Page | None:
+    def find(self, gfn: int, role: int) -> DirectPage | None:
         """The active page of this gfn and role word."""
         return next((page for page in self.pages if page.role == role and page.table.gfn == gfn), None)
 
@@ -59,7 +59,7 @@ class ShadowSteps(KernelSteps):
             want["root"] = self.name(found)
         row = yield Expect("kvm_mmu_get_page", want, agrees=top_level)
         assert row is not None
-        self.learned += not word
+        self.role_words_taken += not word
         if page is None and not word:
             page = self.find(0, row.role)
             found = page.root if page is not None else None
@@ -68,7 +68,7 @@ class ShadowSteps(KernelSteps):
         if found is None:
             found = self.new_root(vcpu, row.role, row.root, row.table)
             found.refs = 0
-            self.pages.append(Page(found.top, row.role, root=found))
+            self.pages.append(DirectPage(found.top, row.role, root=found))
         found.refs += 1
         vcpu.slots[CURRENT] = found
         yield None
@@ -97,7 +97,7 @@ class ShadowSteps(KernelSteps):
         self.sequence += 1
         return self.zap_pages(self.pages[::-1])
 
-    def zap_pages(self, pages: list[Page]) -> Activity:
+    def zap_pages(self, pages: list[DirectPage]) -> Activity:
         """__kvm_mmu_prepare_zap_page of each: a loaded root becomes invalid and stays until its last put."""
         for page in pages:
             refs = page.root.refs if page.root is not None else 0
@@ -136,7 +136,7 @@ class ShadowSteps(KernelSteps):
             row = yield Expect("kvm_mmu_get_page", want)
             assert row is not None
             if page is None:
-                page = Page(Table(level, gfn, row.table), role)
+                page = DirectPage(Table(level, gfn, row.table), role)
                 self.pages.append(page)
             table.entries[at] = page.table
             page.parents.append((table, at))
@@ -198,15 +198,15 @@ class ShadowSteps(KernelSteps):
             if isinstance(entry, int) and self.present(entry) and start <= page.table.gfn_of(at) < end
         ]
 
-    def log_on(self, slot: Slot) -> Activity:
+    def log_on(self, slot: Memslot) -> Activity:
         """Write protection of a slot that is logged from now on; nothing shows it."""
         self.protect(slot)
         return _silent()
 
-    def log_off(self, slot: Slot) -> Activity:
+    def log_off(self, slot: Memslot) -> Activity:
         return _silent()
 
-    def protect(self, slot: Slot) -> None:
+    def protect(self, slot: Memslot) -> None:
         """Each leaf of the slot loses its W bit."""
         for table, at in self.leaves(slot.as_id, slot.gfn, slot.end):
             entry = table.entries[at]

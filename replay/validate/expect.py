@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
 
-from replay.validate.row_tuples import Row
+from replay.validate.row_tuples import RowTuple
 from traces.kernels import Kernel
 from traces.kernels.spte import pfn
 
@@ -59,9 +59,9 @@ class Expect:
     want: dict[str, Any] = field(default_factory=dict)
     optional: bool = False
     may_stop: bool = False
-    agrees: Callable[[Row], bool] | None = None  # what must hold between the row's own columns
+    agrees: Callable[[RowTuple], bool] | None = None  # what must hold between the row's own columns
 
-    def misfit(self, row: Row) -> str:
+    def misfit(self, row: RowTuple) -> str:
         """Why a row is not the expected one; empty if it is."""
         if row.kind != self.kind:
             return f"{self.kind} expected, {row.kind} recorded"
@@ -79,7 +79,7 @@ class Expect:
 
 # An activity of one thread: it yields what it expects, is sent the row that fitted, changes the model, and yields None
 # to wait for the thread's next row, so that other threads' changes in between are seen.
-Activity = Generator[Expect | None, Row | None, None]
+Activity = Generator[Expect | None, RowTuple | None, None]
 
 
 def _text(value: Any, column: str) -> str:

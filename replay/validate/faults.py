@@ -11,11 +11,11 @@ from replay.validate.zap_steps import Zaps
 from traces.kernels.spte import LARGE, WRITABLE, pfn
 
 
-class Faults(Zaps):
+class FaultSteps(Zaps):
     """From the fault's address to the leaf."""
 
     def fault(self, vcpu: Vcpu, addr: int, code: int) -> Activity:
-        """A TDP fault: the lockless fix, a cached MMIO SPTE, or the way through kvm_tdp_mmu_map."""
+        """A TDP fault: fast_page_fault without mmu_lock, a cached MMIO SPTE, or the way through kvm_tdp_mmu_map."""
         gfn = addr >> 12
         root = vcpu.slots[CURRENT]
         if root is None:
@@ -55,7 +55,7 @@ class Faults(Zaps):
         yield from self.requested(root, gfn, present)
 
     def misconfigured(self, vcpu: Vcpu) -> Activity:
-        """An EPT misconfiguration: the guest touched an MMIO SPTE. Which one, the exit does not say: its SPTE does."""
+        """An EPT misconfiguration: the guest accessed an MMIO SPTE. Which one, the exit does not say: its SPTE does."""
         root = vcpu.slots[CURRENT]
         if root is None:
             return

@@ -7,13 +7,13 @@ from replay.simulate.page_table import Table
 from replay.simulate.reference import Root
 from replay.validate import expect
 from replay.validate.expect import Activity, Expect
-from replay.validate.faults import Faults
+from replay.validate.faults import FaultSteps
 from replay.validate.roots import Roots
-from replay.validate.vm_state import Slot
+from replay.validate.vm_state import Memslot
 from traces.kernels.spte import WRITABLE, pfn
 
 
-class KernelSteps(Roots, Faults):
+class KernelSteps(Roots, FaultSteps):
     """All that the recorded kernel does of its own accord or at the host's bidding, for one VM."""
 
     def unmap(self, start: int, end: int) -> Activity:
@@ -27,7 +27,7 @@ class KernelSteps(Roots, Faults):
                     yield from self.zap_leafs(root, first, last)
                 yield from self.put(root)
 
-    def log_on(self, slot: Slot) -> Activity:
+    def log_on(self, slot: Memslot) -> Activity:
         """A slot's dirty pages are logged from now on: huge leaves are split (eager_page_split), all protected."""
         if not self.kernel.spte_changed:
             return
@@ -40,7 +40,7 @@ class KernelSteps(Roots, Faults):
                 yield from self.write_protect(root, slot.gfn, slot.end)
             yield from self.put(root)
 
-    def split(self, root: Root, slot: Slot) -> Activity:
+    def split(self, root: Root, slot: Memslot) -> Activity:
         """kvm_tdp_mmu_try_split_huge_pages down to 4 KiB."""
         for table, at in page_table.within(root.top, slot.gfn, slot.end):
             whole = table.entries[at]
@@ -69,7 +69,7 @@ class KernelSteps(Roots, Faults):
             table.entries[at] = row.new
             yield None
 
-    def log_off(self, slot: Slot) -> Activity:
+    def log_off(self, slot: Memslot) -> Activity:
         """Tables whose memory the host maps huge go (zap_collapsible_spte_range), or become huge leaves (6.13)."""
         if not self.kernel.spte_changed:
             return
@@ -106,7 +106,7 @@ class KernelSteps(Roots, Faults):
             except StopIteration:
                 return
 
-    def clear_dirty(self, slot: Slot) -> Activity:
+    def clear_dirty(self, slot: Memslot) -> Activity:
         """KVM_GET_DIRTY_LOG: the pages reported, which are the writable ones, are write-protected, 64 at a time."""
         for start in range(slot.gfn, slot.end, 64):
             for root in self.roots:

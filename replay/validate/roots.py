@@ -5,7 +5,7 @@ from __future__ import annotations
 from replay.simulate.page_table import Table
 from replay.simulate.reference import CURRENT, Root, Vcpu
 from replay.validate.expect import Activity, Expect, Spte
-from replay.validate.row_tuples import Row
+from replay.validate.row_tuples import RowTuple
 from replay.validate.zap_steps import Zaps
 
 
@@ -25,7 +25,7 @@ class Roots(Zaps):
             else:
                 other.refs -= 1
         role: int | Spte = self.role_of(vcpu, word)
-        self.learned += not word
+        self.role_words_taken += not word
         if root is None and self.kernel.root_get_page:
             row = yield Expect("kvm_mmu_get_page", {"gfn": 0, "flags": 1, "role": role}, agrees=top_level)
             assert row is not None
@@ -180,6 +180,6 @@ class Roots(Zaps):
                 root.top.entries.clear()
 
 
-def top_level(row: Row) -> bool:
+def top_level(row: RowTuple) -> bool:
     """A root's level is its role's."""
     return row.level == row.role & 15

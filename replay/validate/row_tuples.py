@@ -8,7 +8,7 @@ from typing import NamedTuple
 from traces.reader import Trace
 
 
-class Row(NamedTuple):
+class RowTuple(NamedTuple):
     """One event; columns as in traces/SPEC.md."""
 
     seq: int
@@ -35,7 +35,7 @@ class Row(NamedTuple):
     flags: int
 
 
-def rows_of(trace: Trace, vm: int) -> Iterator[Row]:
+def rows_of(trace: Trace, vm: int) -> Iterator[RowTuple]:
     """One VM's rows in order of recording."""
-    for batch in trace.batches(Row._fields, vm=vm):
-        yield from map(Row._make, zip(*(column.to_pylist() for column in batch.columns), strict=True))
+    for batch in trace.batches(RowTuple._fields, vm=vm):
+        yield from map(RowTuple._make, zip(*(column.to_pylist() for column in batch.columns), strict=True))

@@ -1,4 +1,4 @@
-"""A recording of shadow paging and the model of its pages in lock-step, thread by thread."""
+"""The conformance check of shadow paging: a recording against the model of its pages, thread by thread."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Final
 
 from replay.simulate.reference import CURRENT
 from replay.validate.expect import Activity
-from replay.validate.row_tuples import Row
+from replay.validate.row_tuples import RowTuple
 from replay.validate.shadow_model import Pages
-from replay.validate.shadow_state import PAE, Leaf, Page
-from replay.validate.threads import Thread, Threads
+from replay.validate.shadow_state import PAE, Leaf, ShadowPage
+from replay.validate.threads import Thread, VmCheck
 from traces.kernels import Kernel
 from traces.kernels.vendors import VENDORS
 from traces.metadata import Metadata
@@ -25,7 +25,7 @@ _RUNNING: Final = (
 )  # fmt: skip
 # Of the host, in the middle of whatever the thread does.
 _ASIDE: Final = ("kvm_unmap_hva_range", "kvm_set_spte_hva", "kvm_age_hva", "kvm_test_age_hva")
-_STRETCH: Final = ("kvm_page_fault", "kvm_entry", "kvm_exit", "kvm_userspace_exit", "mmu_free_roots", "mmu_load")
+_NEXT_EVENT: Final = ("kvm_page_fault", "kvm_entry", "kvm_exit", "kvm_userspace_exit", "mmu_free_roots", "mmu_load")
 COMPARED: Final = (
     "kvm_mmu_get_page",
     "kvm_mmu_prepare_zap_page",
@@ -113,15 +113,15 @@ def last_run(trace: Trace, vm: int) -> int:
 class _Work:
     """What a thread is at: the pages it looked up since it last began something, and its fault."""
 
-    looked: list[Page] = field(default_factory=list)
+    looked: list[ShadowPage] = field(default_factory=list)
     fault: bool = False
     level: int = 0  # of the fault's last lookup
-    asked: Row | None = None  # kvm_mmu_spte_requested, until the leaf is there
+    asked: RowTuple | None = None  # kvm_mmu_spte_requested, until the leaf is there
     ioctl: int = 0
     leaf: Leaf | None = None  # what was asked for and came
 
 
-class Paged(Threads):
+class Paged(VmCheck):
     """One VM whose roots follow its page tables. `last`: the row after which only its end is left."""
 
     responses = COMPARED
@@ -146,18 +146,18 @@ class Paged(Threads):
 
     @property
     def taken(self) -> dict[str, int]:
-        """What is taken from the recording rather than foretold, by what it is."""
+        """What is taken from the recording rather than predicted, by what it is."""
         counts = {
             "lookups (gfn, role word and level: the guest's page tables decide them)": self.pages.lookups,
             "zaps that the guest's writes to its page tables brought about": self.pages.zaps,
             "moments when a page went out of sync or back: the guest writes and flushes": self.pages.turns,
-            "moments of an invalid root's last put (its zap is foretold, once; puts are not recorded)": self.pages.puts,
+            "moments of an invalid root's last put (its one zap is predicted; puts are not recorded)": self.pages.puts,
             "counts of references of pages that may be a root (loads and puts are not recorded)": self.pages.counts,
             "leaves beside the one asked for: their page frames, and in indirect pages which": self.pages.neighbours,
         }
         return {what: count for what, count in counts.items() if count}
 
-    def _respond(self, thread: Thread, row: Row) -> None:
+    def _respond(self, thread: Thread, row: RowTuple) -> None:
         while (expected := self._expected(thread)) is not None and expected.optional and expected.misfit(row):
             self._send(thread, None)
         super()._respond(thread, row)
@@ -170,10 +170,10 @@ class Paged(Threads):
                 work.asked, work.leaf = None, Leaf(row.table, row.gfn)
             elif work.leaf is not None:
                 work.leaf.last = row.gfn
-        elif row.kind in _STRETCH:
+        elif row.kind in _NEXT_EVENT:
             work.looked.clear()
 
-    def _begun_by(self, thread: Thread, row: Row) -> Activity | None:
+    def _begun_by(self, thread: Thread, row: RowTuple) -> Activity | None:
         pages = self.pages
         work = self._of(row)
         if row.kind in ("kvm_mmu_get_page", "kvm_mmu_set_spte") and row.gfn is None:
@@ -188,7 +188,7 @@ class Paged(Threads):
             return self._zap(row, work)
         page = pages.active.get(row.table)
         if row.kind == "kvm_mmu_set_spte":
-            page = page or pages.husks.get(row.table)
+            page = page or pages.invalid_roots.get(row.table)
             return None if page is None else pages.install(page, work.asked, work.leaf)
         if page is None or page.level != 1 or page.role & pages.direct_bit:
             return None
@@ -198,7 +198,7 @@ class Paged(Threads):
             return pages.in_sync(page)
         return None
 
-    def _lookup(self, thread: Thread, row: Row, work: _Work) -> Activity:
+    def _lookup(self, thread: Thread, row: RowTuple, work: _Work) -> Activity:
         pages = self.pages
         slot = pages.slots_of(thread.vcpu)[CURRENT] if pages.counted and thread.vcpu is not None else None
         # A fault's lookups are below its root; a load may follow without an entry into the guest.
@@ -217,24 +217,24 @@ class Paged(Threads):
             return None
         return self.pages.load(thread.vcpu, work.looked[-count:])
 
-    def _zap(self, row: Row, work: _Work) -> Activity | None:
+    def _zap(self, row: RowTuple, work: _Work) -> Activity | None:
         pages = self.pages
-        if (husk := pages.husks.get(row.table)) is not None:
-            return None if pages.counted else pages.last_put(husk)
+        if (invalid_root := pages.invalid_roots.get(row.table)) is not None:
+            return None if pages.counted else pages.last_put(invalid_root)
         if row.seq > self._last and not work.fault:
             return pages.zap_all()
         if pages.short:
             return pages.recycle()
         page = pages.active.get(row.table)
-        # The host's ioctls zap by walks that are foretold, but for a limit that it sets.
+        # The host's ioctls zap by walks that are predicted, but for a limit that it sets.
         return None if page is None or work.ioctl not in (0, _SET_NR_MMU_PAGES) else pages.given_up(page)
 
-    def _happen(self, thread: Thread, row: Row) -> None:
+    def _happen(self, thread: Thread, row: RowTuple) -> None:
         if row.kind in _ASIDE:
             return
         self._settle(thread, row)
         pages, work = self.pages, self._of(row)
-        if row.kind in _STRETCH:
+        if row.kind in _NEXT_EVENT:
             self._unasked(row, work)
             work.looked.clear()
             work.leaf = None
@@ -263,12 +263,12 @@ class Paged(Threads):
         elif row.kind == "vm_destroy":
             pages.destroyed = True
 
-    def _unasked(self, row: Row, work: _Work) -> None:
+    def _unasked(self, row: RowTuple, work: _Work) -> None:
         """A leaf that was asked for never came, and was not there before."""
         asked, work.asked = work.asked, None
         if asked is not None and not self.pages.has_leaf(asked):
             self._tally("kvm_mmu_set_spte").missing += 1
             self._remember(row, f"a leaf of {asked.gfn:#x} expected, {row.kind} recorded")
 
-    def _of(self, row: Row) -> _Work:
+    def _of(self, row: RowTuple) -> _Work:
         return self._work.setdefault(row.tid, _Work())

@@ -1,7 +1,7 @@
 """What KVM's shadow MMU does with the pages that shadow a guest's own page tables: one hash, found, created, zapped.
 
 docs/kvm-mmu.md, "The shadow MMU". Which page is looked up (gfn, role word, level) is the guest's doing and is taken
-from the recording. What the kernel makes of it is foretold, and certain, as `struct kvm_mmu_page` is only changed
+from the recording. What the kernel makes of it is predicted, and certain, as `struct kvm_mmu_page` is only changed
 under mmu_lock held for write: whether the page is there, which table it has, its references and whether it is in sync;
 that a page is zapped once, in the order of the list of active pages where a walk of that list zaps it; that a page
 which is somebody's root stays, invalid, until its last put zaps it again.
@@ -18,8 +18,8 @@ from typing import Any, Final
 from replay.simulate.operations import PREFETCH
 from replay.simulate.reference import CURRENT
 from replay.validate.expect import Activity, Expect, Spte
-from replay.validate.row_tuples import Row
-from replay.validate.shadow_state import CREATED, LEVEL, PAE, ROOTS, Leaf, Page, PagesState, Slot
+from replay.validate.row_tuples import RowTuple
+from replay.validate.shadow_state import CREATED, LEVEL, PAE, ROOTS, Leaf, PagesState, RootSlot, ShadowPage
 from traces.kernels.spte import WRITABLE, pfn
 
 _HELD_MOST: Final = ROOTS  # pages that a vCPU holds: its slots, or the directories of a PAE root, which has no others
@@ -31,7 +31,7 @@ class Pages(PagesState):
 
     # Lookups
 
-    def lookup(self, row: Row, load: bool, below: int, beside: int) -> Activity:
+    def lookup(self, row: RowTuple, load: bool, below: int, beside: int) -> Activity:
         """kvm_mmu_get_page: found or created.
 
         `load`: as a root. `below`: the level that a fault's lookups have come to, 0 before the first of a fault or
@@ -47,7 +47,9 @@ class Pages(PagesState):
                 yield Expect("kvm_mmu_prepare_zap_page", self.want(oldest))
         page = self.find(row.gfn, row.role)
         if page is None:
-            fresh = Spte("a table that is not in use", lambda got: got not in self.active and got not in self.husks)
+            fresh = Spte(
+                "a table that is not in use", lambda got: got not in self.active and got not in self.invalid_roots
+            )
             want: dict[str, Any] = {"level": row.role & LEVEL, "flags": CREATED, "refs": 0, "table": fresh}
         else:
             want = self.want(page)
@@ -62,25 +64,25 @@ class Pages(PagesState):
         assert got is not None
         self.lookups += 1
         if page is None:
-            page = Page(row.gfn, row.role, got.table)
+            page = ShadowPage(row.gfn, row.role, got.table)
             self.active[got.table] = page
             self.by_gfn.setdefault(row.gfn, []).insert(0, page)
         self._name(page, got.root)
         page.held |= load and not self.counted
         yield None
 
-    def _named(self, row: Row, page: Page | None) -> bool:
+    def _named(self, row: RowTuple, page: ShadowPage | None) -> bool:
         """A root's id is that of its page and no other's; a word that is looked up has no invalid bit."""
         return not row.role & self.invalid_bit and (not row.root or self.by_root.get(row.root, page) is page)
 
-    def _name(self, page: Page, root: int) -> None:
+    def _name(self, page: ShadowPage, root: int) -> None:
         if root and not page.root:
             page.root = root
             self.by_root[root] = page
 
     # Roots
 
-    def load(self, vcpu: int, pages: list[Page]) -> Activity:
+    def load(self, vcpu: int, pages: list[ShadowPage]) -> Activity:
         """kvm_mmu_load, at its return: the pages it looked up are the current root from now on."""
         top = pages[-1]
         whole = len(pages) == 1
@@ -104,7 +106,7 @@ class Pages(PagesState):
         assert row is not None
         for page in pages:
             page.refs += 1
-        self.slots_of(vcpu)[CURRENT] = Slot(pages, row.root, row.role)
+        self.slots_of(vcpu)[CURRENT] = RootSlot(pages, row.root, row.role)
         yield None
 
     def switch(self, vcpu: int, pgd: int, role: int) -> Activity:
@@ -124,7 +126,7 @@ class Pages(PagesState):
                     return
         yield from self.free(vcpu, 1 << CURRENT)
 
-    def _usable(self, slot: Slot | None, pgd: int, role: int) -> bool:
+    def _usable(self, slot: RootSlot | None, pgd: int, role: int) -> bool:
         """is_root_usable: the role word as it reads now has the invalid bit once the page was zapped."""
         if slot is None or slot.role & LEVEL <= PAE:
             return False
@@ -168,17 +170,17 @@ class Pages(PagesState):
 
     # Zaps
 
-    def zap(self, page: Page) -> Activity:
+    def zap(self, page: ShadowPage) -> Activity:
         """__kvm_mmu_prepare_zap_page: the page, the unsync pages below it, and the end of its own being unsync."""
         row = yield Expect("kvm_mmu_prepare_zap_page", self.want(page), agrees=_still(self, page))
         assert row is not None
         yield from self._zapped(page, row)
 
-    def _zapped(self, page: Page, row: Row) -> Activity:
+    def _zapped(self, page: ShadowPage, row: RowTuple) -> Activity:
         want = self.want(page)  # as the row of its sync reads, which comes before it is invalid
         unsync, page.unsync = page.unsync, False
         if page.invalid:
-            del self.husks[page.table]
+            del self.invalid_roots[page.table]
             self.by_root.pop(page.root, None)
         else:
             del self.active[page.table]
@@ -188,7 +190,7 @@ class Pages(PagesState):
             page.refs = row.refs
             page.invalid = True
             if page.refs:
-                self.husks[page.table] = page
+                self.invalid_roots[page.table] = page
             else:
                 self.by_root.pop(page.root, None)
         yield None
@@ -246,27 +248,27 @@ class Pages(PagesState):
                 page.held = False
                 yield from self._zapped(page, row)
 
-    def last_put(self, page: Page) -> Activity:
+    def last_put(self, page: ShadowPage) -> Activity:
         """The last put of an invalid root, where puts are not recorded: what it brings about."""
         page.refs = 0
         self.puts += 1
         return self.zap(page)
 
-    def given_up(self, page: Page) -> Activity:
+    def given_up(self, page: ShadowPage) -> Activity:
         """A zap that the guest brought about: it wrote to the page table, or what it holds cannot be synced."""
         self.zaps += 1
         return self.zap(page)
 
     # In and out of sync
 
-    def out_of_sync(self, page: Page) -> Activity:
+    def out_of_sync(self, page: ShadowPage) -> Activity:
         """kvm_unsync_page: the guest may write to the page table from now on."""
         yield Expect("kvm_mmu_unsync_page", self.want(page))
         self.turns += 1
         page.unsync = True
         yield None
 
-    def in_sync(self, page: Page) -> Activity:
+    def in_sync(self, page: ShadowPage) -> Activity:
         """kvm_unlink_unsync_page, for a flush or a lookup."""
         yield Expect("kvm_mmu_sync_page", self.want(page))
         self.turns += 1
@@ -275,7 +277,7 @@ class Pages(PagesState):
 
     # Leaves
 
-    def install(self, page: Page, asked: Row | None, beside: Leaf | None) -> Activity:
+    def install(self, page: ShadowPage, asked: RowTuple | None, beside: Leaf | None) -> Activity:
         """mmu_set_spte: the leaf that was asked for, or a neighbour of that one, `beside`.
 
         In a direct page the neighbours are those of an aligned group of 8 that the host has, in ascending order
@@ -308,13 +310,13 @@ class Pages(PagesState):
         shadows = [page for page in self.by_gfn.get(gfn or 0, ()) if not page.role & self.direct_bit]
         return all(page.unsync or page.obsolete for page in shadows)
 
-    def answers(self, frame: int, asked: Row, level: int) -> bool:
+    def answers(self, frame: int, asked: RowTuple, level: int) -> bool:
         """Whether a leaf of this page frame is what kvm_mmu_spte_requested said."""
         if self.old:
             return frame | (asked.gfn or 0) & (1 << 9 * (asked.level - 1)) - 1 == asked.value
         return frame == asked.value & -(1 << 9 * (level - 1))
 
-    def has_leaf(self, asked: Row) -> bool:
+    def has_leaf(self, asked: RowTuple) -> bool:
         """Whether what a fault asked for was there before: it then shows no kvm_mmu_set_spte."""
         return any(
             self.answers(page.leaves[gfn], asked, page.level)
@@ -324,11 +326,11 @@ class Pages(PagesState):
         )
 
 
-def _still(pages: Pages, page: Page) -> Callable[[Row], bool]:
+def _still(pages: Pages, page: ShadowPage) -> Callable[[RowTuple], bool]:
     """Whether no other thread's zap came before this one's."""
-    return lambda row: (pages.husks if page.invalid else pages.active).get(page.table) is page
+    return lambda row: (pages.invalid_roots if page.invalid else pages.active).get(page.table) is page
 
 
-def _of(pages: Pages, page: Page) -> Callable[[Row], bool]:
+def _of(pages: Pages, page: ShadowPage) -> Callable[[RowTuple], bool]:
     """Whether a row's root is the page's, or not known yet."""
     return lambda row: pages.by_root.get(row.root, page) is page

@@ -18,7 +18,7 @@ _PERMILLE: Final = 20
 
 
 @dataclass(eq=False)
-class Page:
+class ShadowPage:
     """A kvm_mmu_page. `role` without the invalid bit, `root` the recording's id of it as a root (0: not known)."""
 
     gfn: int
@@ -38,10 +38,10 @@ class Page:
 
 
 @dataclass(eq=False)
-class Slot:
+class RootSlot:
     """What a vCPU has in a root slot: one page, or the page directories of a PAE root. `root` as recorded."""
 
-    pages: list[Page]
+    pages: list[ShadowPage]
     root: int
     role: int  # of the load
 
@@ -62,7 +62,7 @@ class Leaf:
 
 @dataclass
 class PagesState:
-    """A VM's shadow pages. `active` and `husks` (zapped while they were roots) by table, the oldest first."""
+    """A VM's shadow pages. `active` and `invalid_roots` (zapped while they were roots) by table, the oldest first."""
 
     invalid_bit: int
     direct_bit: int
@@ -73,11 +73,11 @@ class PagesState:
     # tells the frame of the guest's virtual address, its bits below the guest's page size set in the page frame too.
     old: bool
     vcpus: int = 1
-    active: dict[int, Page] = field(default_factory=dict)
-    husks: dict[int, Page] = field(default_factory=dict)
-    by_gfn: dict[int, list[Page]] = field(default_factory=dict)  # active pages, the newest first
-    by_root: dict[int, Page] = field(default_factory=dict)
-    slots: dict[int, list[Slot | None]] = field(default_factory=dict)  # by vCPU: current, three previous
+    active: dict[int, ShadowPage] = field(default_factory=dict)
+    invalid_roots: dict[int, ShadowPage] = field(default_factory=dict)
+    by_gfn: dict[int, list[ShadowPage]] = field(default_factory=dict)  # active pages, the newest first
+    by_root: dict[int, ShadowPage] = field(default_factory=dict)
+    slots: dict[int, list[RootSlot | None]] = field(default_factory=dict)  # by vCPU: current, three previous
     memslots: dict[tuple[int, int], int] = field(default_factory=dict)  # pages
     limit: int = 0  # of KVM_SET_NR_MMU_PAGES; 0: the default
     generation: int = 0
@@ -92,11 +92,11 @@ class PagesState:
 
     # What is there
 
-    def find(self, gfn: int, role: int) -> Page | None:
+    def find(self, gfn: int, role: int) -> ShadowPage | None:
         """kvm_mmu_find_shadow_page, obsolete pages passed over."""
         return next((p for p in self.by_gfn.get(gfn, ()) if p.role == role and not p.obsolete), None)
 
-    def in_the_way(self, gfn: int, role: int) -> Page | None:
+    def in_the_way(self, gfn: int, role: int) -> ShadowPage | None:
         """An unsync page of the gfn that a lookup for an upper level does not leave as it is."""
         if role & LEVEL == 1:
             return None
@@ -111,7 +111,7 @@ class PagesState:
 
     @property
     def used(self) -> int:
-        return len(self.active) + len(self.husks)
+        return len(self.active) + len(self.invalid_roots)
 
     @property
     def available(self) -> int:
@@ -124,10 +124,10 @@ class PagesState:
         """Whether the next fault or load zaps the oldest pages first."""
         return self.available < FREE_LEAST
 
-    def slots_of(self, vcpu: int) -> list[Slot | None]:
+    def slots_of(self, vcpu: int) -> list[RootSlot | None]:
         return self.slots.setdefault(vcpu, [None] * ROOTS)
 
-    def want(self, page: Page) -> dict[str, Any]:
+    def want(self, page: ShadowPage) -> dict[str, Any]:
         """A page's columns as its events must have them."""
         role = page.role | (self.invalid_bit if page.invalid else 0)
         want: dict[str, Any] = {"gfn": page.gfn, "role": role, "level": page.level, "table": page.table}

@@ -1,7 +1,7 @@
-"""A recording and the model in lock-step: the recording says which thread goes on, the model foretells what it does.
+"""The conformance check: the recording says which thread runs next, the model predicts what it does.
 
 Rows that no root policy decides (entries, exits, faults' addresses, SMM transitions, ioctls, what the host maps) are
-put into the model; every row that is the MMU's response is foretold by the thread's activity (`steps`) and compared.
+put into the model; every row that is the MMU's response is predicted by the thread's activity (`steps`) and compared.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Final
 from replay.simulate.reference import CURRENT, Vcpu
 from replay.validate.expect import Activity, Expect
 from replay.validate.kernel_steps import KernelSteps
-from replay.validate.row_tuples import Row
-from replay.validate.vm_state import Slot
+from replay.validate.row_tuples import RowTuple
+from replay.validate.vm_state import Memslot
 from traces.kernels.triggers import CR0_WP, EFER_MSR, EFER_NX
 
-# What the kernel does in response, and the model therefore foretells.
+# What the kernel does in response, and the model therefore predicts.
 RESPONSES: Final = (
     "kvm_mmu_get_page",
     "kvm_mmu_prepare_zap_page",
@@ -48,22 +48,22 @@ _CONTEXT: Final = 6
 
 
 @dataclass
-class Tally:
-    """Of one kind: rows that came as foretold, that came otherwise or unasked, and that never came."""
+class MatchTally:
+    """Rows of one kind: as predicted, not as predicted (or not predicted at all), and predicted but never recorded."""
 
-    reproduced: int = 0
-    wrong: int = 0
+    matched: int = 0
+    mismatched: int = 0
     missing: int = 0
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first difference: what was recorded, what the model had foretold, and the rows before and after."""
+    """The first difference: what was recorded, what the model had predicted, and the rows before and after."""
 
-    row: Row
+    row: RowTuple
     why: str
-    before: tuple[Row, ...]
-    after: list[Row]
+    before: tuple[RowTuple, ...]
+    after: list[RowTuple]
 
 
 @dataclass
@@ -76,18 +76,18 @@ class Thread:
     ioctl: int = 0
 
 
-class Threads(ABC):
+class VmCheck(ABC):
     """A VM's threads, each with what it is in the middle of; subclasses say what begins and what happens."""
 
     responses: Collection[str] = RESPONSES
 
     def __init__(self) -> None:
-        self.tallies: dict[str, Tally] = {}
+        self.tallies: dict[str, MatchTally] = {}
         self.first: Divergence | None = None
         self._threads: dict[int, Thread] = {}
-        self._recent: deque[Row] = deque(maxlen=_CONTEXT)
+        self._recent: deque[RowTuple] = deque(maxlen=_CONTEXT)
 
-    def run(self, rows: Iterable[Row]) -> None:
+    def run(self, rows: Iterable[RowTuple]) -> None:
         """Go through a VM's rows in order of recording."""
         for row in rows:
             if row.kind in _OF_THE_HOST:
@@ -109,14 +109,14 @@ class Threads(ABC):
             self._settle(thread, None)
 
     @abstractmethod
-    def _begun_by(self, thread: Thread, row: Row) -> Activity | None:
+    def _begun_by(self, thread: Thread, row: RowTuple) -> Activity | None:
         """The activity whose first sign a response is, where nothing was expected of the thread."""
 
     @abstractmethod
-    def _happen(self, thread: Thread, row: Row) -> None:
+    def _happen(self, thread: Thread, row: RowTuple) -> None:
         """What is no response is put into the model."""
 
-    def _respond(self, thread: Thread, row: Row) -> None:
+    def _respond(self, thread: Thread, row: RowTuple) -> None:
         expected = self._expected(thread)
         if expected is None:
             activity = self._begun_by(thread, row)
@@ -128,7 +128,7 @@ class Threads(ABC):
         while expected is not None:
             why = expected.misfit(row)
             if not why:
-                self._tally(row.kind).reproduced += 1
+                self._tally(row.kind).matched += 1
                 self._send(thread, row)
                 return
             if expected.optional:
@@ -158,7 +158,7 @@ class Threads(ABC):
                 return thread.pending
         return None
 
-    def _send(self, thread: Thread, row: Row | None) -> None:
+    def _send(self, thread: Thread, row: RowTuple | None) -> None:
         thread.pending = None
         try:
             thread.pending = thread.activities[-1].send(row)
@@ -175,13 +175,13 @@ class Threads(ABC):
         thread.activities.append(activity)
         thread.pending = None
 
-    def _check(self, row: Row, holds: bool, why: str) -> None:
+    def _check(self, row: RowTuple, holds: bool, why: str) -> None:
         if holds:
-            self._tally(row.kind).reproduced += 1
+            self._tally(row.kind).matched += 1
         else:
             self._diverge(row, why)
 
-    def _settle(self, thread: Thread, row: Row | None) -> None:
+    def _settle(self, thread: Thread, row: RowTuple | None) -> None:
         """The thread goes on to something else: what its activities still expect never came."""
         while (expected := self._expected(thread)) is not None:
             if expected.optional:
@@ -194,19 +194,19 @@ class Threads(ABC):
             thread.activities.pop().close()
             thread.pending = None
 
-    def _tally(self, kind: str) -> Tally:
-        return self.tallies.setdefault(kind, Tally())
+    def _tally(self, kind: str) -> MatchTally:
+        return self.tallies.setdefault(kind, MatchTally())
 
-    def _diverge(self, row: Row, why: str) -> None:
-        self._tally(row.kind).wrong += 1
+    def _diverge(self, row: RowTuple, why: str) -> None:
+        self._tally(row.kind).mismatched += 1
         self._remember(row, why)
 
-    def _remember(self, row: Row, why: str) -> None:
+    def _remember(self, row: RowTuple, why: str) -> None:
         if self.first is None:
             self.first = Divergence(row, why, tuple(self._recent), [])
 
 
-class Lockstep(Threads):
+class ConformanceCheck(VmCheck):
     """One VM whose roots map guest-physical addresses."""
 
     def __init__(self, machine: KernelSteps) -> None:
@@ -222,7 +222,7 @@ class Lockstep(Threads):
         """Removed tables that were never freed, where that is recorded, and roots still alive."""
         return len(self.machine.removed) * shows_frees + len(self.machine.roots)
 
-    def _respond(self, thread: Thread, row: Row) -> None:
+    def _respond(self, thread: Thread, row: RowTuple) -> None:
         if row.kind == "table_free" and not self._awaits(thread, "table_free"):
             self._free(row)
             return
@@ -232,7 +232,7 @@ class Lockstep(Threads):
         expected = self._expected(thread)
         return expected is not None and expected.kind == kind
 
-    def _begun_by(self, thread: Thread, row: Row) -> Activity | None:
+    def _begun_by(self, thread: Thread, row: RowTuple) -> Activity | None:
         """The activity whose first sign a row is: loads, the zap worker and dirty logs have no event at their start."""
         machine = self.machine
         if row.kind in _LOADING and thread.vcpu is not None:
@@ -248,7 +248,7 @@ class Lockstep(Threads):
             return machine.clear_dirty(slot) if slot is not None and slot.logged else None
         return None
 
-    def _free(self, row: Row) -> None:
+    def _free(self, row: RowTuple) -> None:
         """A grace period after a table was removed its page is freed, by whatever thread the callback interrupts."""
         found = self.machine.removed.pop(row.table, None)
         if found is None:
@@ -256,9 +256,9 @@ class Lockstep(Threads):
         elif found != (row.role, row.level, row.gfn or 0):
             self._diverge(row, f"page {row.table:#x} is freed as another table than was removed")
         else:
-            self._tally("table_free").reproduced += 1
+            self._tally("table_free").matched += 1
 
-    def _happen(self, thread: Thread, row: Row) -> None:
+    def _happen(self, thread: Thread, row: RowTuple) -> None:
         machine = self.machine
         if row.kind in ("kvm_unmap_hva_range", "kvm_set_spte_hva"):
             if row.kind == "kvm_unmap_hva_range":
@@ -307,7 +307,7 @@ class Lockstep(Threads):
         elif row.kind == "vm_destroy":
             machine.destroyed = True
 
-    def _free_roots(self, thread: Thread, row: Row) -> None:
+    def _free_roots(self, thread: Thread, row: RowTuple) -> None:
         index = thread.vcpu if thread.unloads is None else thread.unloads
         if index is None or (self.machine.destroyed and not row.root):
             return  # at the VM's end one thread frees the slots of all vCPUs, and once more when they are empty
@@ -323,7 +323,7 @@ class Lockstep(Threads):
             self._check(row, name == row.root, f"root {row.root} is the current one, the model has {name or 'none'}")
         self._begin(thread, self.machine.free_slots(vcpu, mask))
 
-    def _memslot(self, thread: Thread, row: Row) -> None:
+    def _memslot(self, thread: Thread, row: RowTuple) -> None:
         machine = self.machine
         key = (row.as_id, row.slot)
         before = machine.slots.get(key)
@@ -331,7 +331,7 @@ class Lockstep(Threads):
             machine.slots.pop(key, None)
             return
         assert row.gfn is not None
-        slot = Slot(row.as_id, row.slot, row.gfn, row.value, row.addr, bool(row.code & _LOG_DIRTY))
+        slot = Memslot(row.as_id, row.slot, row.gfn, row.value, row.addr, bool(row.code & _LOG_DIRTY))
         machine.slots[key] = slot
         if before is not None and before.logged != slot.logged:
             self._begin(thread, machine.log_on(slot) if slot.logged else machine.log_off(slot))

@@ -1,4 +1,4 @@
-"""What `kvmtrace validate` says: facts for programs, one screen for people."""
+"""What `kvmtrace validate` says: a document for programs, one screen for people."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from typing import Any, Final
 from rich.table import Table
 from rich.text import Text
 
-from replay.validate.compare import Report
-from replay.validate.row_tuples import Row
-from replay.validate.threads import Divergence, Tally
+from replay.validate.compare import ConformanceReport
+from replay.validate.row_tuples import RowTuple
+from replay.validate.threads import Divergence, MatchTally
 from traces.screen import page, text_of
 from traces.text import printable
 
 WIDTH: Final = 110
+SCHEMA: Final = 2  # of the document; 1 said `reproduced` and `wrong` for `matched` and `mismatched`
 _HEX: Final = frozenset(("role", "old", "new", "table", "addr", "code", "value", "rip"))
 _PLACE: Final = frozenset(("seq", "time", "cpu", "kind"))
 
 
-def facts(report: Report) -> dict[str, Any]:
+def to_dict(report: ConformanceReport) -> dict[str, Any]:
     """The document of `kvmtrace validate --json`."""
     return {
         "path": str(report.path),
@@ -27,11 +28,11 @@ def facts(report: Report) -> dict[str, Any]:
         "holds": report.holds,
         "complete": report.complete,
         "responses": report.expected,
-        "reproduced": report.reproduced,
-        "share": report.reproduced / report.expected if report.expected else 1.0,
+        "matched": report.matched,
+        "share": report.matched / report.expected if report.expected else 1.0,
         "left_at_vm_end": report.left,
         "kinds": {
-            kind: {"reproduced": tally.reproduced, "wrong": tally.wrong, "missing": tally.missing}
+            kind: {"matched": tally.matched, "mismatched": tally.mismatched, "missing": tally.missing}
             for kind, tally in report.tallies.items()
         },
         "vms": [
@@ -41,7 +42,7 @@ def facts(report: Report) -> dict[str, Any]:
                 "until": vm.until,
                 "left": vm.left,
                 "inferred_removals": vm.inferred,
-                "role_words_taken": vm.learned,
+                "role_words_taken": vm.role_words_taken,
                 "taken": dict(vm.taken),
                 "first_divergence": None if vm.first is None else {"seq": vm.first.row.seq, "why": vm.first.why},
             }
@@ -51,16 +52,16 @@ def facts(report: Report) -> dict[str, Any]:
     }
 
 
-def headline(report: Report) -> str:
+def headline(report: ConformanceReport) -> str:
     """The verdict in one line; a share is never rounded up to 100 %."""
-    what = f"{report.reproduced:,} of {report.expected:,} responses reproduced"
+    what = f"{report.matched:,} of {report.expected:,} responses matched"
     where = f"{report.path} ({report.kernel}, policy {report.policy})"
     left = f"; {report.left:,} tables and roots left at the end" if report.left else ""
     part = "" if report.complete else " of what could be validated (see the notes)"
-    return f"{_share(report.reproduced, report.expected)}{part}: {what}{left}: {where}"
+    return f"{_share(report.matched, report.expected)}{part}: {what}{left}: {where}"
 
 
-def render(report: Report) -> str:
+def render(report: ConformanceReport) -> str:
     """One screen, plain text where standard output is no terminal."""
     console = page(WIDTH)
     console.print(Text(printable(headline(report)), style="bold green" if report.holds else "bold red"), soft_wrap=True)
@@ -77,22 +78,22 @@ def _share(part: int, whole: int) -> str:
     return "100 %" if part == whole else f"{int(10_000 * part / whole) / 100:.2f} %"
 
 
-def _kinds(report: Report) -> Table:
+def _kinds(report: ConformanceReport) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("response of the MMU")
-    for name in ("reproduced", "otherwise", "never came", "share"):
+    for name in ("matched", "mismatched", "missing", "share"):
         table.add_column(name, justify="right")
     for kind, tally in report.tallies.items():
         table.add_row(kind, *(f"{count or '':,}" if count else "" for count in _counts(tally)), _of(tally))
     return table
 
 
-def _counts(tally: Tally) -> tuple[int, int, int]:
-    return tally.reproduced, tally.wrong, tally.missing
+def _counts(tally: MatchTally) -> tuple[int, int, int]:
+    return tally.matched, tally.mismatched, tally.missing
 
 
-def _of(tally: Tally) -> str:
-    return _share(tally.reproduced, sum(_counts(tally)))
+def _of(tally: MatchTally) -> str:
+    return _share(tally.matched, sum(_counts(tally)))
 
 
 def _divergence(vm: int, first: Divergence) -> list[str]:
@@ -104,7 +105,7 @@ def _divergence(vm: int, first: Divergence) -> list[str]:
     ]
 
 
-def _line(row: Row) -> str:
+def _line(row: RowTuple) -> str:
     cells = []
     for name, value in zip(row._fields, row, strict=True):
         if name not in _PLACE and (value or (name == "gfn" and value is not None)):

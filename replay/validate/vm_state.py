@@ -1,4 +1,4 @@
-"""What the lock-step knows of one VM, and what it would expect to meet in an entry."""
+"""What the conformance check knows of one VM, and what it would expect to meet in an entry."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from traces.kernels.policies import PolicyParameters
 
 
 @dataclass
-class Slot:
+class Memslot:
     """A memslot: `hva` in bytes, `logged` if its dirty pages are."""
 
     as_id: int
@@ -47,7 +47,7 @@ class State:
     names: dict[int, int] = field(default_factory=dict)  # model root id -> the recording's
     frames: dict[int, int] = field(default_factory=dict)  # model root id -> page frame
     vcpus: dict[int, Vcpu] = field(default_factory=dict)
-    slots: dict[tuple[int, int], Slot] = field(default_factory=dict)
+    slots: dict[tuple[int, int], Memslot] = field(default_factory=dict)
     queued: list[Root] = field(default_factory=list)  # for the zap worker
     scheduled: set[int] = field(default_factory=set)  # invalid roots whose zap is due
     removed: dict[int, tuple[int, int, int]] = field(default_factory=dict)  # frames to be freed: (role, level, gfn)
@@ -58,7 +58,7 @@ class State:
     sequence: int = 0  # moves with each invalidation and notifier
     destroyed: bool = False
     inferred: int = 0  # removals that no event showed
-    learned: int = 0  # loads whose role word the trace does not tell beforehand
+    role_words_taken: int = 0  # loads whose role word the trace does not tell beforehand
     _ids: int = 0
 
     @property
@@ -127,7 +127,7 @@ class State:
         """Whether an entry maps something; an MMIO SPTE does not."""
         return isinstance(entry, Table) or self.kernel.spte.is_present(entry)
 
-    def overlaps(self, start: int, end: int) -> list[tuple[Slot, int, int]]:
+    def overlaps(self, start: int, end: int) -> list[tuple[Memslot, int, int]]:
         """The memslots that host addresses [start, end) overlap, each with the guest frames [first, last) there."""
         return [
             (
@@ -144,7 +144,7 @@ class State:
         slot = self.slot_of(as_id, gfn)
         return slot is not None and slot.logged
 
-    def slot_of(self, as_id: int, gfn: int) -> Slot | None:
+    def slot_of(self, as_id: int, gfn: int) -> Memslot | None:
         return next((s for s in self.slots.values() if s.as_id == as_id and s.gfn <= gfn < s.end), None)
 
     @property

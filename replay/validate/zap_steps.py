@@ -8,7 +8,7 @@ from replay.simulate import page_table
 from replay.simulate.page_table import Table
 from replay.simulate.reference import Root
 from replay.validate.expect import Activity, Expect, Spte
-from replay.validate.row_tuples import Row
+from replay.validate.row_tuples import RowTuple
 from replay.validate.vm_state import State
 
 
@@ -45,7 +45,7 @@ class Zaps(State):
             self._replace(table, at, row, put)
             yield None
 
-    def _replace(self, table: Table, at: int, row: Row | None, put: Spte | None) -> None:
+    def _replace(self, table: Table, at: int, row: RowTuple | None, put: Spte | None) -> None:
         """The entry goes, or a huge leaf takes its place (`put`)."""
         del table.entries[at]
         if put is not None and row is not None and self.present(row.new):

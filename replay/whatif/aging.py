@@ -13,17 +13,18 @@ from typing import Any, Final
 import numpy as np
 
 from replay.timing.costs import LockCosts
-from replay.whatif.answers import VCPUS, Answer, Asked, count, spread
+from replay.whatif.answers import VCPUS, Answer, Asked, spread
 from replay.whatif.locks import Lock, skipped
-from replay.whatif.workload import Program, Workload
-from traces.units import duration
+from replay.whatif.workload import FaultProgram, Workload
+from traces.durations import duration
+from traces.text import count
 
 _AGER: Final = -1
 FACTORS: Final = (0.5, 1.0, 2.0)  # by which the table's costs may be off
 
 
 @dataclass
-class Met:
+class AgingRun:
     """A run: what faults waited in all and at most (ns), how many, until when; the ager's calls and its own waits."""
 
     waited: int = 0
@@ -39,10 +40,10 @@ def walk(work: Workload, costs: LockCosts, pages: int) -> int:
     return costs.call + pages * work.sptes * costs.age_leaf
 
 
-def meet(work: Workload, vcpus: int, period: float | None, ns: int, locks: bool = True) -> Met:
+def meet(work: Workload, vcpus: int, period: float | None, ns: int, locks: bool = True) -> AgingRun:
     """So many vCPUs fault at their pace; each `period` (None: never) an ager walks for `ns`; it `locks` mmu_lock."""
     lock = Lock()
-    met = Met()
+    met = AgingRun()
     crowd = work.crowd(vcpus)
     heap = [(begin + int(program.gap[0]), vcpu, 0) for vcpu, (program, begin) in enumerate(crowd)]
     gaps = [program.gap.tolist() for program, _ in crowd]
@@ -92,12 +93,12 @@ def limit(work: Workload, vcpus: int, calls: int, rate: float, ns: int) -> tuple
     for program, _ in work.crowd(vcpus):
         kept_out = _kept_out(program, work.hold, longest) * rate
         alone = int(program.gap.sum()) + len(program.gap) * work.hold
-        stretched = kept_out / max(1 - kept_out / alone, 1e-9)
-        most += min(stretched, float(len(program.gap) * longest))
+        prolonged = kept_out / max(1 - kept_out / alone, 1e-9)
+        most += min(prolonged, float(len(program.gap) * longest))
     return least, most
 
 
-def _kept_out(program: Program, hold: int, ns: int) -> float:
+def _kept_out(program: FaultProgram, hold: int, ns: int) -> float:
     """ns * ns: a vCPU whose next request is due in r < `ns` when the lock is taken waits for `ns` - r, once."""
     short = np.minimum(program.gap + hold, ns).astype(np.float64)
     return float((short * ns - short * short / 2).sum())

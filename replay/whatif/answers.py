@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from traces.durations import duration
 from traces.errors import Problem
-from traces.units import duration
 
 VCPUS: Final = (1, 2, 4, 8, 16, 32, 64)
 VARIANTS: Final = {
@@ -74,11 +74,6 @@ def parse(axis: str, text: str) -> Asked:
         raise Problem(f"--{axis.replace('_', '-')} {text}: give {known[0]}, {known[1]} or {','.join(known)}{example}")
     rate = float(match[2]) if match[2] else None
     return Asked(axis, names, rate, int(match[3]) if match[3] else None)
-
-
-def count(number: int, what: str) -> str:
-    """So many of something."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def spread(low: float, middle: float, high: float) -> str:

@@ -1,7 +1,7 @@
 """mmu_lock and the spinlocks as queues: who asks first has it first, as in the kernel's queued locks.
 
-The same rule as the virtual clock's (`virtual.clock`, `_wait` and `_take`). Requests are made in order of their times,
-so that what is known of a lock is until when its holders have it.
+The same rule as the virtual clock's (`timing.reference_clock`, `_wait` and `_take`). Requests are made in order of
+their times, so that what is known of a lock is until when its holders have it.
 """
 
 from __future__ import annotations

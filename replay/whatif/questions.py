@@ -9,19 +9,20 @@ from rich.table import Table
 from rich.text import Text
 
 from replay.decode.capabilities import Capabilities
-from replay.whatif import aging, apicv, range_zaps, table_accounting
+from replay.whatif import aging, apicv_inhibits, range_zaps, table_accounting
 from replay.whatif.answers import VARIANTS, Answer, Asked, parse
 from replay.whatif.workload import FAULTS, Workload, workload
+from traces.durations import duration
 from traces.kernels import Kernel
 from traces.progress import Progress
 from traces.screen import page, text_of
 from traces.text import printable
-from traces.units import duration
 
 _WIDTH: Final = 220
 _VMS_SHOWN: Final = 8
 _ANSWER: Final[Mapping[str, Callable[[Workload, Asked, str], Answer]]] = {
-    "aging": aging.answer, "zap_lock": range_zaps.answer, "apicv": apicv.answer, "tdp_pages": table_accounting.answer,
+    "aging": aging.answer, "zap_lock": range_zaps.answer, "apicv": apicv_inhibits.answer,
+    "tdp_pages": table_accounting.answer,
 }  # fmt: skip
 
 
@@ -52,7 +53,7 @@ def _answers(work: Workload, stands: Kernel, questions: Sequence[Asked], progres
     return answers
 
 
-def facts(found: Sequence[tuple[Workload, list[Answer]]]) -> list[dict[str, Any]]:
+def to_dict(found: Sequence[tuple[Workload, list[Answer]]]) -> list[dict[str, Any]]:
     """The document's part on design questions; times in ns."""
     return [
         {

@@ -17,17 +17,18 @@ import numpy as np
 
 from replay.timing.costs import LockCosts
 from replay.whatif.aging import FACTORS, limit
-from replay.whatif.answers import VCPUS, Answer, Asked, count, spread
+from replay.whatif.answers import VCPUS, Answer, Asked, spread
 from replay.whatif.locks import Lock, skipped
 from replay.whatif.workload import Workload
-from traces.units import duration
+from traces.durations import duration
+from traces.text import count
 
 _ZAPPER: Final = -1
 _TRIES: Final = 100  # of one fault, before it is taken to hang
 
 
 @dataclass
-class Met:
+class RangeZapRun:
     """A run: what faults waited in all and at most, what retries took (ns); how many faults, retries, zaps.
 
     `stale` is how many install what they read before a zap, after it began; `hung` gave up trying.
@@ -52,10 +53,10 @@ def last(work: Workload, costs: LockCosts, pages: int, shared: bool) -> int:
     return costs.call + leaves * costs.zap_spte + costs.flush
 
 
-def meet(work: Workload, vcpus: int, period: float, ns: int, shared: bool, counted: bool) -> Met:
+def meet(work: Workload, vcpus: int, period: float, ns: int, shared: bool, counted: bool) -> RangeZapRun:
     """So many vCPUs fault at their pace; each `period` a range zap takes `ns`."""
     lock = Lock()
-    met = Met()
+    met = RangeZapRun()
     crowd = work.crowd(vcpus)
     gaps = [program.gap.tolist() for program, _ in crowd]
     # (request, vCPU, fault, when it read what it will map, tries)

@@ -2,7 +2,7 @@
 
 The recorded program is kept without its SMIs, and copies of its last SMI strike each vCPU at a steady rate of the wall
 clock. What the guest needs after each is in no recording made at another rate: every page that is mapped is taken to be
-touched again at once, so that policies which free roots come out at their worst.
+accessed again at once, so that policies which free roots come out at their worst.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _BISECTIONS: Final = 12
 
 
 @dataclass(frozen=True)
-class Change:
+class SmiChange:
     """What is otherwise. `holders` vCPUs have the root loaded, of which all but the recorded ones do nothing."""
 
     working_set: float = 1.0
@@ -81,17 +81,17 @@ class Swept:
 
 
 def parse(text: str) -> Sweep:
-    """What --sweep says: `smi-rate=10:10000:log`, or `:lin`."""
+    """Parse --sweep: `smi-rate=10:10000:log`, or `:lin`."""
     match = re.fullmatch(r"smi-rate=(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)(?::(log|lin))?", text)
     if match is None or not 0 < float(match[1]) <= float(match[2]):
         raise Problem(f"--sweep {text}: write it like smi-rate=10:10000:log")
     return Sweep(float(match[1]), float(match[2]), match[3] != "lin")
 
 
-class Program:
+class SmiProgram:
     """One VM's program without its SMIs, and an SMI of each vCPU that had one; by the recorded kernel's triggers."""
 
-    def __init__(self, capabilities: Capabilities, vm: Mapping[str, Any], change: Change) -> None:
+    def __init__(self, capabilities: Capabilities, vm: Mapping[str, Any], change: SmiChange) -> None:
         where = f"{capabilities.trace.path}: VM {vm['id']}"
         parts = []
         self._ranges = Ranges()
@@ -205,13 +205,13 @@ def _shifted(timed: Timed, by: int) -> Timed:
 
 
 def swept(
-    capabilities: Capabilities, policies: Iterable[PolicyParameters], sweep: Sweep, change: Change
+    capabilities: Capabilities, policies: Iterable[PolicyParameters], sweep: Sweep, change: SmiChange
 ) -> dict[int, list[Swept]]:
     """By VM, each policy at each rate."""
     chosen = list(policies)
     found = {}
     for vm in capabilities.trace.metadata.vms:
         if vm["vcpus"]:
-            program = Program(capabilities, vm, change)
+            program = SmiProgram(capabilities, vm, change)
             found[int(vm["id"])] = [program.sweep(parameters, sweep.rates) for parameters in chosen]
     return found

@@ -8,14 +8,14 @@ from rich.table import Table
 from rich.text import Text
 
 from replay.whatif.smi_rate import Sweep, Swept
+from traces.durations import duration
 from traces.screen import page, text_of
 from traces.text import printable
-from traces.units import duration
 
 _WIDTH: Final = 220  # where there is no terminal: nothing is wrapped
 
 
-def facts(found: dict[int, list[Swept]], sweep: Sweep) -> dict[str, Any]:
+def to_dict(found: dict[int, list[Swept]], sweep: Sweep) -> dict[str, Any]:
     """The document's part on a sweep: factors by rate, null where the program hangs; rates in SMIs a second."""
     return {
         "rates": sweep.rates,

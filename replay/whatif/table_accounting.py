@@ -12,14 +12,15 @@ from typing import Any
 
 from replay.timing.costs import LockCosts
 from replay.whatif.aging import FACTORS
-from replay.whatif.answers import VCPUS, Answer, Asked, count, spread
+from replay.whatif.answers import VCPUS, Answer, Asked, spread
 from replay.whatif.locks import Lock
 from replay.whatif.workload import Workload
-from traces.units import duration
+from traces.durations import duration
+from traces.text import count
 
 
 @dataclass
-class Met:
+class AccountingRun:
     """A run: links, how many of them waited, for how long in all (ns), what was held; faults, and until when."""
 
     links: int = 0
@@ -36,10 +37,10 @@ def hold(costs: LockCosts, variant: str, vcpus: int) -> int:
     return (costs.link if variant == "list" else costs.atomic) + lines * costs.line
 
 
-def meet(work: Workload, vcpus: int, ns: int) -> Met:
+def meet(work: Workload, vcpus: int, ns: int) -> AccountingRun:
     """So many vCPUs fault at their pace; each table that they link takes a turn of `ns`."""
     turn = Lock()
-    met = Met()
+    met = AccountingRun()
     crowd = work.crowd(vcpus)
     gaps = [program.gap.tolist() for program, _ in crowd]
     links = [program.links.tolist() for program, _ in crowd]

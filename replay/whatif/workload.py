@@ -33,7 +33,7 @@ _PAGE: Final = 12
 
 
 @dataclass(frozen=True)
-class Program:
+class FaultProgram:
     """One recorded vCPU: its faults in order. `gap` is ns from the end of one's mmu_lock to the next one's request."""
 
     gap: Ints
@@ -61,7 +61,7 @@ class Workload:
 
     vm: int
     recorded: int  # vCPUs
-    programs: list[Program]  # of those that fault
+    programs: list[FaultProgram]  # of those that fault
     hold: int  # of a fault: how long it has mmu_lock
     window: int  # before: a fault has read what it will map, at the earliest
     costs: Costs
@@ -72,7 +72,7 @@ class Workload:
     wall: int  # of the slowest vCPU
     leaves: int = 0  # at the end
     alive: int = 0  # roots, at the end
-    gfns: int = 0  # distinct ones that were touched
+    gfns: int = 0  # distinct ones that were accessed
     tables: int = 0  # linked in all
     freed: int = 0  # unlinked under the read lock, by the zap worker
     roots: int = 0  # created
@@ -91,7 +91,7 @@ class Workload:
 
     @property
     def sptes(self) -> int:
-        """SPTEs that map one page, rounded up: of the pages that were touched, but no more than there are roots.
+        """SPTEs that map one page, rounded up: of the pages that were accessed, but no more than there are roots.
 
         (What the shadow MMU prefetches is of other pages.)
         """
@@ -102,7 +102,7 @@ class Workload:
         """Faults that are simulated of all recorded vCPUs."""
         return sum(len(program.gap) for program in self.programs)
 
-    def crowd(self, vcpus: int) -> list[tuple[Program, int]]:
+    def crowd(self, vcpus: int) -> list[tuple[FaultProgram, int]]:
         """So many vCPUs, each as a recorded one in turn, and when each begins: evenly over a mean cycle."""
         chosen = [self.programs[i % len(self.programs)] for i in range(vcpus)]
         cycle = sum(program.cycle for program in self.programs) / len(self.programs)
@@ -178,7 +178,7 @@ class _Replay:
         for gaps, links in zip(self._gaps, self._links, strict=True):
             if gaps:
                 gap, link = np.concatenate(gaps), np.concatenate(links)
-                found.programs.append(Program(gap[:FAULTS], link[:FAULTS]))
+                found.programs.append(FaultProgram(gap[:FAULTS], link[:FAULTS]))
         base, memslot, gfn = (int(engine.vcpus.faults.sum()) for engine in self._engines)
         found.refaults = (memslot - base, gfn - base)
         found.tables = self._engines[0].counters.tables

@@ -34,7 +34,7 @@ def sides(tmp_path_factory: pytest.TempPathFactory) -> tuple[diff.Side, diff.Sid
     return made
 
 
-def test_times_sum_up_and_the_dearest_difference_is_first(sides: tuple[diff.Side, diff.Side]) -> None:
+def test_times_sum_up_and_the_largest_difference_is_first(sides: tuple[diff.Side, diff.Side]) -> None:
     base, new = sides
     found = asked(diff.times(base, new))
     assert found["vm"].unique().sort().to_list() == [1, 2]

@@ -59,13 +59,13 @@ def test_time_is_split_exactly(name: str, parts: int) -> None:
         assert found.sum(2).max() <= width
 
 
-def test_doings_are_the_parts(storm: Report) -> None:
+def test_vcpu_states_are_the_parts(storm: Report) -> None:
     assert storm.recording is not None
-    rows = drawn.doings(storm.recording).collect()
+    rows = drawn.vcpu_states(storm.recording).collect()
     (vm,) = recorded_times(storm.recording.trace)
     whole = vm.timeline.totals.sum(0)
-    assert rows.select(list(drawn.DOINGS)).sum().row(0) == tuple(whole[list(drawn.DOINGS.values())].tolist())
-    assert rows.select(list(drawn.DOINGS)).sum().sum_horizontal()[0] == whole.sum()
+    assert rows.select(list(drawn.STATES)).sum().row(0) == tuple(whole[list(drawn.STATES.values())].tolist())
+    assert rows.select(list(drawn.STATES)).sum().sum_horizontal()[0] == whole.sum()
     assert rows["time"].is_sorted()
     assert len(rows) <= drawn.PARTS
 

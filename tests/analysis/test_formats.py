@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from analysis.formats import FORMATS, renderer
 from analysis.formats.markdown import LIMIT
-from analysis.report import Check, Column, Report, Status, Table
-from analysis.units import Unit, shown, span
+from analysis.report import Check, Column, Report, ReportTable, Status
+from analysis.units import Unit, format_value, span
 from tests.golden import reports as golden
 
 pytestmark = pytest.mark.xdist_group("formats")  # the reports are made once
@@ -64,7 +64,7 @@ def _told(value: Any, unit: Unit, title: str) -> str:
     signed = title == "change"
     if isinstance(value, list):
         return span(*value, unit, signed=signed)
-    return shown(value, unit, signed=signed)
+    return format_value(value, unit, signed=signed)
 
 
 def from_columns(text: str) -> Rows:
@@ -162,7 +162,7 @@ def test_junit_has_a_case_for_each_check(made: dict[str, Report]) -> None:
         "async.refaults > 2000": [("failure", "failed")],
         "fidelity < 1": [],
         "at most 6 role words under preserve": [],
-        "responses reproduced": [],
+        "responses matched": [],
     }
     assert (gated.attrib["tests"], gated.attrib["failures"], gated.attrib["skipped"]) == ("6", "1", "0")
     assert storm.attrib["skipped"] == "1"  # not validated, and said so
@@ -189,7 +189,7 @@ def test_any_table_reads_back(rows: list[tuple[str, int, int]], said: str) -> No
     )
     columns = (Column("what", "what", Unit.TEXT), Column("n_low", "count", high="n_high"))
     check = Check("gate", said, Status.FAILED, said)
-    report = Report(said, (said,), ((said, said),), (Table("kinds", "Any", columns, frame),), (check,))
+    report = Report(said, (said,), ((said, said),), (ReportTable("kinds", "Any", columns, frame),), (check,))
     whole = expected(report)
     assert from_json(renderer("json")(report)) == [whole]
     assert from_markdown(renderer("md")(report)) == whole
@@ -204,7 +204,7 @@ def test_any_table_reads_back(rows: list[tuple[str, int, int]], said: str) -> No
 def test_a_summary_stays_under_its_limit() -> None:
     text = string.ascii_letters * 200
     frame = pl.DataFrame({"what": [text] * 20})
-    table = Table("kinds", "Any", (Column("what", "what", Unit.TEXT),), frame)
+    table = ReportTable("kinds", "Any", (Column("what", "what", Unit.TEXT),), frame)
     report = Report("x", ("y",), (), (table,) * 4)
     assert len(renderer("md")(report).encode()) < LIMIT
     many = renderer("md")(*[report] * 30)
@@ -248,4 +248,4 @@ def test_every_format_of_the_list_renders() -> None:
     ],
 )
 def test_values_read_as_they_are(value: Any, unit: Unit, text: str) -> None:
-    assert shown(value, unit) == text
+    assert format_value(value, unit) == text

@@ -150,10 +150,10 @@ def test_a_baseline_is_held_against_as_recorded_or_by_name() -> None:
 def test_figures_survive_a_reports_json(tmp_path: Path) -> None:
     result = result_of(STORM, tmp_path)
     mine = figures_of(Recording.open(STORM), result, Validated(3, 4, 0, False))
-    document = {"reports": [{"figures": json.loads(json.dumps(mine.document()))}]}
+    document = {"reports": [{"figures": json.loads(json.dumps(mine.to_dict()))}]}
     (tmp_path / "old.json").write_text(json.dumps(document))
     read = load_baseline(tmp_path / "old.json")
-    assert read.document() == mine.document()
+    assert read.to_dict() == mine.to_dict()
     assert load_baseline(result.path).policies == mine.policies
     assert read.whole["fidelity"] == (0.75, 0.75)
     assert mine.policies["async"]["faults"] == (514, 2569)

@@ -211,7 +211,7 @@ def test_tables_have_the_numbers_of_the_other_formats(page: Path, storm: Report)
 def test_each_picture_has_a_text_alternative(browser: Browser, page: Path, storm: Report) -> None:
     drawn, lacking = pictures(storm)
     assert lacking == []
-    assert [each.query for each in drawn] == ["doings", "lives", "shares", "refills", "heat"]
+    assert [each.query for each in drawn] == ["vcpu_states", "lives", "shares", "refills", "heat"]
     shown = dict(_Page(page.read_text()).tables)
     for each in drawn:
         assert 1 < len(shown[each.title]) <= 1 + 2 * 25
@@ -226,13 +226,13 @@ def test_each_picture_has_a_text_alternative(browser: Browser, page: Path, storm
 
 
 def test_pictures_hold_what_the_queries_say(storm: Report) -> None:
-    doings, lives, shares, refills, heat = pictures(storm)[0]
+    vcpu_states, lives, shares, refills, heat = pictures(storm)[0]
     recording, result = storm.recording, storm.result
     assert recording is not None
     assert result is not None
     rows = pl.read_parquet(result.path).with_columns(pl.col("row", "policy", "event").cast(pl.String))
     recorded = rows.filter(row="vcpu", policy="async")["recorded_ns"][0]
-    assert doings.frame.select("guest", "faults", "roots", "other").sum().sum_horizontal()[0] == recorded
+    assert vcpu_states.frame.select("guest", "faults", "roots", "other").sum().sum_horizontal()[0] == recorded
     assert lives.frame["roots"].sum() == 67 == rows.filter(row="root", policy="async", event="created").height
     assert heat.frame["installs"].sum() <= recording.metadata.kinds["kvm_mmu_set_spte"]
     made = refills.frame.group_by("run").agg(pl.col("roots").sum())
@@ -272,7 +272,7 @@ def _points(picture: Picture) -> int:
 
 def test_a_recording_or_a_result_alone(browser: Browser, storm: Report, tmp_path: Path) -> None:
     alone = [
-        (replace(storm, result=None), ["doings", "lives", "fills", "heat"]),
+        (replace(storm, result=None), ["vcpu_states", "lives", "fills", "heat"]),
         (replace(storm, recording=None), ["shares", "refills"]),
     ]
     for report, queries in alone:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from perfetto.protos.perfetto.trace import perfetto_trace_pb2 as pb
 
 from analysis.perfetto import export
-from analysis.perfetto.packets import Writer
+from analysis.perfetto.packets import PacketWriter
 from analysis.recorded_time import recorded_times
 from analysis.sources import Result, open_source
 from replay.decode.capabilities import Capabilities
@@ -291,7 +291,7 @@ def test_bulk_packets_hold_the_numbers(spans: list[tuple[int, int, int]], data: 
     flow = np.array(data.draw(st.lists(st.integers(1, 1 << 62), min_size=len(at), max_size=len(at))), np.int64)
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "bulk.pftrace"
-        with Writer(path, ("a", "b", "c", "d"), ("seq",)) as writer:
+        with PacketWriter(path, ("a", "b", "c", "d"), ("seq",)) as writer:
             track = writer.track("t")
             writer.spans(track, begin, begin + length, name, {"seq": length}, (at, flow))
         trace = pb.Trace.FromString(path.read_bytes())

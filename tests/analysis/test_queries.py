@@ -256,6 +256,11 @@ def test_a_query_that_is_not_there_names_those_that_are() -> None:
         named("nothing")
 
 
+def test_an_old_name_of_a_query_still_works() -> None:
+    assert named("doings") is named("vcpu_states")
+    assert "doings" not in queries()
+
+
 def test_every_query_is_documented_with_what_it_needs() -> None:
     text = (ROOT / "analysis" / "REPORT.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")]

@@ -31,11 +31,11 @@ from replay.timing.timed_run import Settings
 from tests.analysis.sources import CORPUS, OLD_STORM, ROOT, STORM, TIMING, result_of
 from tests.replay.recording import Guest, manifest
 from tests.traces.making import stream, trace
+from traces.durations import duration
 from traces.errors import Problem
 from traces.reader import Trace
 from traces.summary import info
 from traces.synth import Parameters, synthesize
-from traces.units import duration
 
 RUNNER = CliRunner()
 TIMED = (
@@ -144,7 +144,7 @@ def test_fidelity_validates_and_holds() -> None:
     assert [check["status"] for check in report["checks"] if check["name"] == "fidelity < 1"] == ["passed"]
     (report,) = document(STORM)["reports"]
     assert report["figures"]["whole"]["fidelity"] is None
-    (check,) = [check for check in report["checks"] if check["name"] == "responses reproduced"]
+    (check,) = [check for check in report["checks"] if check["name"] == "responses matched"]
     assert check["status"] == "skipped"
     assert "--validate" in check["why"]
 

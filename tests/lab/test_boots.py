@@ -73,9 +73,9 @@ def test_hang_ends_at_the_limit(lab_kernel: lab_kernels.Bootable) -> None:
 
 @quick("6.1")
 def test_processor_without_svm(lab_kernel: lab_kernels.Bootable, monkeypatch: pytest.MonkeyPatch) -> None:
-    with_svm = qemu.Machine.command
+    with_svm = qemu.LabMachine.command
     monkeypatch.setattr(
-        qemu.Machine, "command", lambda machine: [word.replace("+svm,+npt", "-svm") for word in with_svm(machine)]
+        qemu.LabMachine, "command", lambda machine: [word.replace("+svm,+npt", "-svm") for word in with_svm(machine)]
     )
     with pytest.raises(session.GuestFailed, match="no SVM for its KVM"):
         session.boot(lab_kernel, ["true"])

@@ -50,7 +50,7 @@ def test_codes_are_those_of_init() -> None:
 
 
 def test_command_line() -> None:
-    machine = qemu.Machine(Path("/k"), Path("/i"), Path("/tmp/a,b"), 512, ("kvm.tdp_mmu=0",))
+    machine = qemu.LabMachine(Path("/k"), Path("/i"), Path("/tmp/a,b"), 512, ("kvm.tdp_mmu=0",))
     command = machine.command()
     assert command[command.index("-accel") + 1] == "tcg,thread=single"
     assert command[command.index("-append") + 1].endswith(" rcutree.use_softirq=0 kvm.tdp_mmu=0")

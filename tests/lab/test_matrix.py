@@ -14,12 +14,12 @@ from tracer import vmm
 from tracer.lab import fetch, matrix, qemu
 from tracer.lab.cli import app
 from tracer.lab.lab_kernels import KERNELS
-from tracer.lab.matrix import DIRECT, MMUS, PAGING, TDP, Cell, Row
+from tracer.lab.matrix import DIRECT, MMUS, PAGING, TDP, Cell, MatrixRow
 from traces.errors import ENVIRONMENT, Problem
 
 
-def row(cell: Cell, **changes: object) -> Row:
-    made = Row(
+def row(cell: Cell, **changes: object) -> MatrixRow:
+    made = MatrixRow(
         file=f"{cell.name}.parquet", scenario=cell.scenario, arguments=cell.arguments, kernel=cell.kernel,
         package="linux-image-1 1-1", release="1", policy="sync", parameters=("kvm.tdp_mmu=1",), recorder="0.1.0",
         events=1234567, lost=0, roots=2, tables=9, faults=514, leaves=513, guest_ns=12_345_678,
@@ -63,7 +63,7 @@ def test_unknown_scenario() -> None:
 def test_a_failed_boot_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     boots: list[list[str]] = []
 
-    def record(group: list[Cell], directory: Path) -> tuple[list[Row], list[Problem]]:
+    def record(group: list[Cell], directory: Path) -> tuple[list[MatrixRow], list[Problem]]:
         boots.append([cell.name for cell in group])
         made = [cell for cell in group if cell.scenario != "churn"]
         for cell in made:
@@ -91,7 +91,7 @@ def test_a_failed_boot_does_not_stop_the_others(tmp_path: Path, monkeypatch: pyt
 
 
 def test_provenance_reads_back_and_has_a_line_for_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def record(group: list[Cell], directory: Path) -> tuple[list[Row], list[Problem]]:
+    def record(group: list[Cell], directory: Path) -> tuple[list[MatrixRow], list[Problem]]:
         for cell in group:
             (directory / f"{cell.name}.parquet").write_bytes(b"")
         return [row(cell) for cell in group], []
@@ -138,7 +138,7 @@ def test_matrix_needs_its_directory(store: Path, tmp_path: Path) -> None:
 def test_an_interrupt_does_not_wait_for_the_boots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     endings: list[qemu.Ending] = []
 
-    def record(group: list[Cell], directory: Path) -> tuple[list[Row], list[Problem]]:
+    def record(group: list[Cell], directory: Path) -> tuple[list[MatrixRow], list[Problem]]:
         if group[0].kernel == "6.1":
             endings.append(qemu.run(["sh", "-c", f"echo > {tmp_path}/runs; exec sleep 600"], tmp_path / "serial", 600))
         while not (tmp_path / "runs").exists():
@@ -167,7 +167,7 @@ def test_corpus_without_the_kernel_that_is_in_no_package(
 ) -> None:
     groups: list[tuple[str, str]] = []
 
-    def record(group: list[Cell], directory: Path) -> tuple[list[Row], list[Problem]]:
+    def record(group: list[Cell], directory: Path) -> tuple[list[MatrixRow], list[Problem]]:
         groups.append((group[0].kernel, group[0].mmu))
         return [], []
 

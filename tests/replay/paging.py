@@ -7,7 +7,7 @@ from dataclasses import replace
 from hypothesis import assume
 from hypothesis import strategies as st
 
-from replay.validate.row_tuples import Row
+from replay.validate.row_tuples import RowTuple
 from replay.validate.shadow_driver import Paged, paged_of
 from traces import kernels
 from traces.kernels.spte import pfn
@@ -27,16 +27,16 @@ OTHER_TABLE = 1 << 26  # so that an altered table is none of the VM's
 OTHER_FRAME = 1 << 30  # likewise of an SPTE's page frame
 
 
-def run(trace: Trace, vm: int, rows: list[Row]) -> Paged | None:
-    """The model after these rows, None if a response is not as foretold or pages are left."""
-    lockstep = paged_of(trace, vm, kernels.recorded(trace.metadata))
-    lockstep.run(rows)
-    lockstep.finish()
-    clean = all(not tally.wrong and not tally.missing for tally in lockstep.tallies.values())
-    return lockstep if clean and lockstep.ended and not lockstep.left(False) else None
+def run(trace: Trace, vm: int, rows: list[RowTuple]) -> Paged | None:
+    """The model after these rows, None if a response is not as predicted or pages are left."""
+    check = paged_of(trace, vm, kernels.recorded(trace.metadata))
+    check.run(rows)
+    check.finish()
+    clean = all(not tally.mismatched and not tally.missing for tally in check.tallies.values())
+    return check if clean and check.ended and not check.left(False) else None
 
 
-def shows(trace: Trace, rows: list[Row], at: int, mutation: str) -> bool:
+def shows(trace: Trace, rows: list[RowTuple], at: int, mutation: str) -> bool:
     """Whether the recording itself tells that this row was mutated so."""
     row, before = rows[at], rows[at - 1].kind
     asked = before in ("kvm_mmu_spte_requested", "kvm_mmu_get_page")
@@ -46,7 +46,7 @@ def shows(trace: Trace, rows: list[Row], at: int, mutation: str) -> bool:
         # That a page is looked up again is the guest's doing; a load's lookups are counted, a fault's go downwards.
         return counted and (mutation == "double" or row.level >= 4)
     if row.kind == "kvm_mmu_set_spte" and mutation in ("drop", "gfn", "new"):
-        # Which neighbours of a leaf the host has at hand, and their page frames, nothing foretells. 5.10 tells the
+        # Which neighbours of a leaf the host has at hand, and their page frames, nothing predicts. 5.10 tells the
         # frame of the guest's virtual address. A leaf that was there before may be met again without a row.
         old = trace.metadata.kernel.startswith("5.10")
         asks = next(one for one in reversed(rows[:at]) if one.kind == "kvm_mmu_spte_requested")
@@ -65,7 +65,7 @@ def shows(trace: Trace, rows: list[Row], at: int, mutation: str) -> bool:
     return True
 
 
-def mutated(rows: list[Row], at: int, mutation: str) -> list[Row]:
+def mutated(rows: list[RowTuple], at: int, mutation: str) -> list[RowTuple]:
     """The rows with one of them dropped, doubled, or altered in a column."""
     row = rows[at]
     if mutation in ("drop", "double"):
@@ -75,7 +75,7 @@ def mutated(rows: list[Row], at: int, mutation: str) -> list[Row]:
     return [*rows[:at], row._replace(**{mutation: changed}), *rows[at + 1 :]]
 
 
-def draw_mutation(data: st.DataObject, trace: Trace, rows: list[Row], but: str = "") -> tuple[int, str]:
+def draw_mutation(data: st.DataObject, trace: Trace, rows: list[RowTuple], but: str = "") -> tuple[int, str]:
     """A row, of any kind but one, and a mutation of it that shows; each kind is as likely as the others."""
     kinds = [kind for kind in TELLING if kind != but and any(row.kind == kind for row in rows)]
     kind = data.draw(st.sampled_from(kinds))

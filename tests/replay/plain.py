@@ -9,7 +9,7 @@ from types import ModuleType
 COMPILED = (
     "replay.decode.decoder",
     "replay.decode.inferred",
-    "replay.decode.rip_runs",
+    "replay.decode.same_rip",
     "replay.decode.timeline",
     "replay.simulate.core",
     "replay.decode.specialize",

@@ -18,7 +18,7 @@ from replay.simulate.timed_operations import FOUND, LAST, MORE
 from replay.timing import reference_clock as clocks
 from replay.timing import timed_engine as timing
 from replay.timing.costs import Costs
-from replay.timing.reference_clock import Clock, Spent
+from replay.timing.reference_clock import Clock, TimeCategory
 from replay.timing.timed_engine import TimedEngine
 from tests.profiles import examples
 from tests.replay.test_engine import PLAIN, assert_same
@@ -109,8 +109,8 @@ def test_what_no_policy_changes_is_kept(leads: list[tuple[int, int, int, int]]) 
     ]
     pace = by_reference(TimedStream(ASYNC, [Word(0)], 1, Costs(), timed_of(rows), Ranges())).paces[0]
     guest = sum(row[4] for row in rows)
-    assert pace.spent[Spent.GUEST] + pace.spent[Spent.SWITCH] == guest
-    assert pace.spent[Spent.OTHER] == sum(row[3] for row in rows) - guest
+    assert pace.spent[TimeCategory.GUEST] + pace.spent[TimeCategory.SWITCH] == guest
+    assert pace.spent[TimeCategory.OTHER] == sum(row[3] for row in rows) - guest
 
 
 PAGES, STEPS, SMIS = 200, 1000, 100
@@ -202,7 +202,7 @@ def test_vcpus_that_wait_for_each_other(
     stream = crowd(parameters, costs, cpus)
     clock = by_reference(stream)
     assert_on_time(by_engine(stream, [700], module), clock)
-    assert sum(pace.spent[Spent.WAIT] for pace in clock.paces) > 0 or (teardown, cpus) == ("worker", 3)
+    assert sum(pace.spent[TimeCategory.WAIT] for pace in clock.paces) > 0 or (teardown, cpus) == ("worker", 3)
 
 
 @pytest.mark.parametrize("vcpus", [1, 2, 8])
@@ -218,7 +218,7 @@ def test_faults_that_exclude_each_other_queue(vcpus: int, share: bool, hold: int
     made, clock = by_engine(stream, [64]), by_reference(stream)
     assert_on_time(made, clock)
     alone = count * 50
-    assert made.clock.max() - made.spent[:, Spent.WAIT].max() == alone
+    assert made.clock.max() - made.spent[:, TimeCategory.WAIT].max() == alone
     limit = alone if share or vcpus == 1 else max(alone, vcpus * count * hold)
     assert limit <= made.clock.max() <= limit + 50 * vcpus
 
@@ -308,11 +308,11 @@ def test_a_worker_and_a_lock_that_loads_wait_for(name: str) -> None:
     assert_on_time(made, clock)
     assert (made.jobs > 0) == (name == "async")
     assert (made.locked > 0) == (name == "sync")
-    assert (made.spent[0, Spent.WAIT] > 0) == (name == "async")
+    assert (made.spent[0, TimeCategory.WAIT] > 0) == (name == "async")
 
 
 def test_numbers_are_those_of_the_clock() -> None:
-    for spent in Spent:
+    for spent in TimeCategory:
         assert getattr(PLAIN, f"ON_{spent.name}") == spent
     assert (PLAIN.WAS_FOUND, PLAIN.WAS_CREATED, PLAIN.LAST) == (FOUND, columns.CREATED, LAST)
     assert (PLAIN.NEVER, PLAIN.SAMPLE) == (columns.NEVER, clocks.SAMPLE)
@@ -333,5 +333,5 @@ def test_structures_are_those_of_the_pools() -> None:
     for name, dtype in pairs:
         assert list(getattr(PLAIN, name)._members) == list(dtype.names or ()), name
     assert timing.TODO.itemsize == 64
-    assert timing.PACE["spent"].shape == (len(Spent),)
-    assert np.dtype(np.int64).itemsize * (7 + len(Spent)) == timing.PACE.itemsize
+    assert timing.PACE["spent"].shape == (len(TimeCategory),)
+    assert np.dtype(np.int64).itemsize * (7 + len(TimeCategory)) == timing.PACE.itemsize

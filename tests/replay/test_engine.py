@@ -360,7 +360,7 @@ def test_what_runs_is_compiled(name: str) -> None:
 @pytest.mark.parametrize(("module", "structure", "layout"), [
     ("replay.decode.decoder", "Vcpu", "VCPU"),
     ("replay.decode.timeline", "Thread", "THREAD"),
-    ("replay.decode.rip_runs", "RipRun", "RIP_RUN"),
+    ("replay.decode.same_rip", "RipRun", "RIP_RUN"),
     ("replay.decode.timeline", "Moment", "MOMENT"),
     ("replay.decode.specialize", "Program", "PROGRAM"),
 ])  # fmt: skip

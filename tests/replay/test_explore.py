@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from replay.explore import Model, Mutex, Rcu, RwLock, Steps, Thing, free, freed, require, until
-from replay.explore.ready_model import Machine
+from replay.explore.ready_model import ReadyModel
 from replay.explore.scenario import HOLDS, VIOLATION, Scenario, Variant, run
 from replay.explore.schedule import replay
 from replay.explore.search import Exploration, explore
@@ -35,7 +35,7 @@ def broken(build: Build) -> tuple[str, int]:
     assert made.schedule is not None
     assert made.exploration.shortest
     model = scenario.model("v", {})
-    again = replay(Machine(model), made.schedule, "here")
+    again = replay(ReadyModel(model), made.schedule, "here")
     assert again is not None
     assert again.invariant == found.violation.invariant
     return found.violation.invariant, len(found.path)

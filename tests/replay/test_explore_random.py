@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from replay.explore import Model, Steps, Thing, require, until
-from replay.explore.ready_model import NO_DEADLOCK, Machine
+from replay.explore.ready_model import NO_DEADLOCK, ReadyModel
 from replay.explore.search import LIMIT, NO_LIVELOCK, _Search, explore
 from tests.profiles import examples
 
@@ -161,7 +161,7 @@ def test_as_enumerated(case: Case) -> None:
         else:
             assert found is None
             assert exploration.states <= states
-    alone = _Search(Machine(model(case)), LIMIT, True).run().found  # what reduction by itself says
+    alone = _Search(ReadyModel(model(case)), LIMIT, True).run().found  # what reduction by itself says
     assert (alone is not None) == (shortest is not None or livelock)
 
 

@@ -16,7 +16,7 @@ import pytest
 from benchmarks import explore_table
 from replay.explore import explore_text
 from replay.explore.catalogue import find
-from replay.explore.scenario import VIOLATION, Run, run
+from replay.explore.scenario import VIOLATION, ScenarioRun, run
 from replay.explore.scenarios import SCENARIOS
 from traces.errors import Problem
 
@@ -73,7 +73,7 @@ def light(variants: Iterable[tuple[str, str]]) -> list[Any]:
 
 
 @cache
-def made(scenario: str, variant: str) -> Run:
+def made(scenario: str, variant: str) -> ScenarioRun:
     return run(find(scenario), variant, {})
 
 
@@ -107,7 +107,7 @@ def test_each_variant_is_as_expected(scenario: str, variant: str) -> None:
 @pytest.mark.parametrize(("scenario", "variant"), light(BROKEN))
 def test_its_schedule_replays_from_json(scenario: str, variant: str, tmp_path: Path) -> None:
     path = tmp_path / "found.json"
-    path.write_text(json.dumps({"runs": [explore_text.facts(made(scenario, variant))]}))
+    path.write_text(json.dumps({"runs": [explore_text.to_dict(made(scenario, variant))]}))
     (given,) = explore_text.schedules(path)
     replayed = explore_text.replay(given, None, str(path))
     assert (replayed["broken"], replayed["again"]) == (BROKEN[scenario, variant][0], True)
@@ -193,15 +193,15 @@ def test_json_replays(tmp_path: Path) -> None:
     again = kvmtrace("explore", "--replay", str(found))
     assert again.returncode == 1
     assert again.stdout == f"apicv write, 12 steps: broken again: {APIC}\n"
-    # The same steps without the last break nothing yet; the mended variant cannot make them.
-    short, mended = json.loads(done.stdout)["runs"][0]["schedule"], document["runs"][0]["schedule"]
+    # The same steps without the last break nothing yet; the fixed variant cannot make them.
+    short, fixed = json.loads(done.stdout)["runs"][0]["schedule"], document["runs"][0]["schedule"]
     short["steps"].pop()
     found.write_text(json.dumps(short))
     again = kvmtrace("explore", "--replay", str(found), "--json")
     assert again.returncode == 0
     assert json.loads(again.stdout)["replays"][0]["broken"] is None
-    mended["variant"] = "write-recheck"
-    found.write_text(json.dumps(mended))
+    fixed["variant"] = "write-recheck"
+    found.write_text(json.dumps(fixed))
     assert "step 11 of apicv write-recheck: the schedule is out of date: vcpu0 does not come to" in one_line(
         kvmtrace("explore", "--replay", str(found))
     )
@@ -210,7 +210,7 @@ def test_json_replays(tmp_path: Path) -> None:
 def changed(**changes: Any) -> dict[str, Any]:
     schedule = made("vm-destroy", "v2").schedule
     assert schedule is not None
-    return {**schedule.document(), **changes}
+    return {**schedule.to_dict(), **changes}
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from replay.decode.batch import COLUMNS, Batch
-from replay.decode.rip_runs import RipRuns
+from replay.decode.same_rip import RipRuns
 from replay.timing.stalls import RCU_STALL, SOFT_LOCKUP, Rule, stalls, watchdogs
 from replay.timing.stuck_rip import RipRun, longest_runs
 from traces.reader import Trace
@@ -23,10 +23,10 @@ CORPUS = Path(__file__).parents[2] / "traces" / "corpus"
 MS = 1_000_000
 
 
-def progress(*stretches: tuple[int, float]) -> tuple[Any, Any]:
-    """Moments 1 ms apart through stretches of (ms, guest share)."""
+def progress(*periods: tuple[int, float]) -> tuple[Any, Any]:
+    """Moments 1 ms apart through periods of (ms, guest share)."""
     time, guest = [0], [0.0]
-    for ms, share in stretches:
+    for ms, share in periods:
         for _ in range(ms):
             time.append(time[-1] + MS)
             guest.append(guest[-1] + share * MS)
@@ -58,8 +58,8 @@ def test_two_stalls_apart_are_two() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 300), st.floats(0, 1)), min_size=1, max_size=8))
-def test_stalls_are_stalls_in_order_and_apart(stretches: list[tuple[int, float]]) -> None:
-    time, guest = progress(*stretches)
+def test_stalls_are_stalls_in_order_and_apart(periods: list[tuple[int, float]]) -> None:
+    time, guest = progress(*periods)
     rule = Rule()
     found = stalls(time, guest, rule)
     for stall in found:

@@ -188,7 +188,7 @@ def test_compiled_loops_do_what_they_do_as_plain_python(name: str, monkeypatch: 
     monkeypatch.setattr(decoder, "Unseen", plain("replay.decode.inferred").Unseen)
     monkeypatch.setattr(vm_inputs, "Decoder", decoder.Decoder)
     monkeypatch.setattr(measure, "Timeline", timeline.Timeline)
-    monkeypatch.setattr(measure, "RipRuns", plain("replay.decode.rip_runs").RipRuns)
+    monkeypatch.setattr(measure, "RipRuns", plain("replay.decode.same_rip").RipRuns)
     monkeypatch.setattr(measure, "Specialization", plain("replay.decode.specialize").Specialization)
     monkeypatch.setattr(measure, "LockWaits", plain("replay.timing.lock_waits").LockWaits)
     monkeypatch.setattr(measure, "Steal", plain("replay.timing.steal").Steal)

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 import kvmtrace
 from replay.validate.compare import machine_of, validate
-from replay.validate.row_tuples import Row, rows_of
-from replay.validate.threads import RESPONSES, Lockstep
+from replay.validate.row_tuples import RowTuple, rows_of
+from replay.validate.threads import RESPONSES, ConformanceCheck
 from replay.validate.validate_text import render
 from tests.corpus import CORPUS, REPLAYED, each
 from tests.profiles import examples
@@ -50,21 +50,21 @@ TELLING = {
 }
 
 
-def run(rows: list[Row], trace: Trace) -> bool:
-    """Whether every response is as foretold and nothing is left."""
+def run(rows: list[RowTuple], trace: Trace) -> bool:
+    """Whether every response is as predicted and nothing is left."""
     kernel = kernels.recorded(trace.metadata)
     machine = machine_of(kernel, kernel.parameters())
-    lockstep = Lockstep(machine)
-    lockstep.run(rows)
-    lockstep.finish()
-    clean = all(not tally.wrong and not tally.missing for tally in lockstep.tallies.values())
+    check = ConformanceCheck(machine)
+    check.run(rows)
+    check.finish()
+    clean = all(not tally.mismatched and not tally.missing for tally in check.tallies.values())
     return clean and not machine.removed and not machine.roots
 
 
 @pytest.mark.parametrize("path", each(REPLAYED))
-def test_every_response_of_every_recording_is_foretold(path: Path) -> None:
+def test_every_response_of_every_recording_is_predicted(path: Path) -> None:
     report = validate(path)
-    assert report.reproduced == report.expected > 0, render(report)
+    assert report.matched == report.expected > 0, render(report)
     assert report.left == 0
     assert not any(vm.skipped or vm.until for vm in report.vms)
     met = set(Trace.open(path).counts()) & set(RESPONSES)
@@ -81,14 +81,14 @@ def test_the_corpus_has_every_kernel() -> None:
     ("smi-storm-6.1-async", "preserve"), ("smi-storm-6.1-async", "sync"), ("smi-storm-5.10", "preserve"),
     ("slot-delete-6.1", "async"), ("smi-storm-6.1-shadow", "preserve"),
 ])  # fmt: skip
-def test_another_policy_does_not_reproduce_it(name: str, policy: str) -> None:
+def test_another_policy_does_not_match_it(name: str, policy: str) -> None:
     report = validate(CORPUS / f"{name}.parquet", policy)
     assert not report.holds
     assert any(vm.first is not None for vm in report.vms)
 
 
 @pytest.fixture(scope="module")
-def chosen() -> list[tuple[Trace, list[Row]]]:
+def chosen() -> list[tuple[Trace, list[RowTuple]]]:
     found = []
     for name in CHOSEN:
         trace = Trace.open(CORPUS / f"{name}.parquet")
@@ -105,7 +105,7 @@ def test_a_response_that_is_missing_doubled_or_altered_is_found(data: st.DataObj
     places = [i for i, row in enumerate(rows) if row.kind == kind and (kind != "mmu_free_roots" or row.root)]
     at = places[data.draw(st.integers(0, len(places) - 1))]
     row = rows[at]
-    # What follows of a free of roots is foretold; itself it is what happens.
+    # What follows of a free of roots is predicted; itself it is what happens.
     whole = () if kind == "mmu_free_roots" else ("drop", "double")
     mutation = data.draw(st.sampled_from([*whole, *TELLING[kind]]))
     if mutation == "drop":
@@ -124,9 +124,9 @@ def test_the_command_says_how_much_and_where(tmp_path: Path) -> None:
     done = runner.invoke(kvmtrace.app, ["validate", str(CORPUS / "smi-storm-6.1.parquet"), "--json"])
     assert done.exit_code == 0
     document = json.loads(done.stdout)
-    assert document["schema"] == 1
+    assert document["schema"] == 2
     assert document["share"] == 1
-    assert document["kinds"]["root_get"] == {"reproduced": 9, "wrong": 0, "missing": 0}
+    assert document["kinds"]["root_get"] == {"matched": 9, "mismatched": 0, "missing": 0}
     done = runner.invoke(kvmtrace.app, ["validate", str(CORPUS / "smi-storm-6.1.parquet"), "--policy", "async"])
     assert done.exit_code == 1
     assert not done.stdout.startswith("100 %")
@@ -189,7 +189,7 @@ RECORDINGS_HERE = Path(__file__).parents[1] / "recordings"
 QUALIFIED = 3 << 7  # a guest address goes with the fault, and it was its final page
 
 
-def in_intels_codes(row: Row) -> Row | None:
+def in_intels_codes(row: RowTuple) -> RowTuple | None:
     """A row of an AMD recording as VMX would have told it; None where VMX has no such event."""
     if row.kind == "kvm_page_fault":
         if row.code & 8:
@@ -204,7 +204,7 @@ def in_intels_codes(row: Row) -> Row | None:
 @pytest.mark.parametrize("name", ["smi-storm-6.1-ept", "steady-6.1-ept", "smi-storm-6.1-sync", "field-6.1"])
 def test_recordings_of_other_vendors_and_modified_kernels(name: str) -> None:
     report = validate(RECORDINGS_HERE / f"{name}.parquet")
-    assert report.reproduced == report.expected > 200, render(report)
+    assert report.matched == report.expected > 200, render(report)
     assert report.holds
     assert report.policy == ("sync" if name.endswith("sync") else "preserve")
 
@@ -217,14 +217,14 @@ def test_faults_and_mmio_by_intels_codes(name: str) -> None:
     rows = [other for row in told if (other := in_intels_codes(row)) is not None]
     # The codes are Intel's; the bits of its SPTEs are still those of NPT.
     kernel = replace(kernels.recorded(trace.metadata), vendor=replace(VMX, paging="npt"))
-    lockstep = Lockstep(machine_of(kernel, kernel.parameters()))
-    lockstep.run(rows)
-    lockstep.finish()
-    assert lockstep.first is None, lockstep.first
-    answers = sum(tally.reproduced for kind, tally in lockstep.tallies.items() if kind in lockstep.responses)
-    assert answers == sum(row.kind in lockstep.responses for row in told)
+    check = ConformanceCheck(machine_of(kernel, kernel.parameters()))
+    check.run(rows)
+    check.finish()
+    assert check.first is None, check.first
+    answers = sum(tally.matched for kind, tally in check.tallies.items() if kind in check.responses)
+    assert answers == sum(row.kind in check.responses for row in told)
     # Read by AMD's codes they would not come out, but for recordings without MMIO and dirty logging.
-    wrong = Lockstep(machine_of(replace(kernel, vendor=SVM), kernel.parameters()))
+    wrong = ConformanceCheck(machine_of(replace(kernel, vendor=SVM), kernel.parameters()))
     wrong.run(rows)
     wrong.finish()
     assert (wrong.first is None) == (name == "smi-both-7.x")

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from replay.validate.compare import Report, validate
+from replay.validate.compare import ConformanceReport, validate
 from replay.validate.row_tuples import rows_of
 from replay.validate.shadow_driver import is_paged
 from replay.validate.validate_text import render
@@ -62,11 +62,11 @@ def recorded(vmm: str, out: Path, scenario: str) -> Recorded:
     return trace, own
 
 
-def whole(report: Report, own: list[int]) -> bool:
-    """Whether each of these VMs is as foretold from its creation to its end."""
+def whole(report: ConformanceReport, own: list[int]) -> bool:
+    """Whether each of these VMs is as predicted from its creation to its end."""
     found = [vm for vm in report.vms if vm.vm in own]
     tallies = [tally for vm in found for tally in vm.tallies.values()]
-    unlike = any(tally.wrong or tally.missing for tally in tallies)
+    unlike = any(tally.mismatched or tally.missing for tally in tallies)
     return bool(tallies) and not unlike and not any(vm.skipped or vm.until or vm.left or vm.first for vm in found)
 
 
@@ -76,7 +76,7 @@ def test_every_root_is_found_created_and_zapped_as_recorded(recordings: Recordin
     report = validate(trace.path)
     assert whole(report, own), render(report)
     for kind in ("kvm_mmu_get_page", "kvm_mmu_prepare_zap_page"):
-        compared = sum(vm.tallies[kind].reproduced for vm in report.vms if vm.vm in own)
+        compared = sum(vm.tallies[kind].matched for vm in report.vms if vm.vm in own)
         assert compared == sum(row.kind == kind for vm in own for row in rows_of(trace, vm)) > 0
     if "mmu_load" not in trace.metadata.kinds:
         assert any("mmu_load" in note and "not compared" in note for note in report.notes)

@@ -1,4 +1,4 @@
-"""The model of shadow paging against real kernels, on rows made up where those show too little, and against harm."""
+"""The model of shadow paging against real kernels, made-up rows where those show too little, and mutated rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import kvmtrace
 from replay.decode.capabilities import Capabilities
 from replay.validate.compare import validate
-from replay.validate.row_tuples import Row, rows_of
+from replay.validate.row_tuples import RowTuple, rows_of
 from replay.validate.shadow_driver import COMPARED, Paged, is_paged
 from replay.validate.shadow_model import Pages
 from replay.validate.shadow_state import CREATED, UNSYNC
@@ -30,13 +30,13 @@ CHOSEN = ("roots-5.10", "smi-storm-6.1", "slot-delete-6.12", "wp-toggle-7.x", "r
 
 
 @pytest.mark.parametrize("path", each(PAGED))
-def test_every_response_of_every_recording_is_foretold(path: Path) -> None:
+def test_every_response_of_every_recording_is_predicted(path: Path) -> None:
     report = validate(path)
-    assert report.reproduced == report.expected > 0, render(report)
+    assert report.matched == report.expected > 0, render(report)
     assert report.complete
     assert report.left == 0
     trace = Trace.open(path)
-    compared = {kind: sum((t.reproduced, t.wrong, t.missing)) for kind, t in report.tallies.items()}
+    compared = {kind: sum((t.matched, t.mismatched, t.missing)) for kind, t in report.tallies.items()}
     assert {kind: n for kind, n in trace.counts().items() if kind in COMPARED} == {
         kind: n for kind, n in compared.items() if kind in COMPARED
     }, "each row of a kind that is compared is one response"
@@ -54,7 +54,7 @@ def test_every_kernel_has_its_recordings() -> None:
         assert len([path for path in PAGED if path.stem.endswith(f"-{kernel}-npt0")]) == 8
 
 
-Chosen = tuple[Trace, list[Row]]
+Chosen = tuple[Trace, list[RowTuple]]
 
 
 @pytest.fixture(scope="module")
@@ -129,18 +129,18 @@ def test_without_zaps_there_is_nothing_to_validate(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("policy", ["async", "preserve", "sync"])
-def test_another_policy_does_not_reproduce_it(policy: str) -> None:
+def test_another_policy_does_not_match_it(policy: str) -> None:
     report = validate(CORPUS / "roots-6.1-npt0.parquet", policy)
     assert not report.holds
-    assert report.reproduced < report.expected
+    assert report.matched < report.expected
     assert any(vm.first is not None for vm in report.vms)
 
 
 def test_the_command_says_what_it_took() -> None:
     done = CliRunner().invoke(kvmtrace.app, ["validate", str(CORPUS / "roots-6.1-npt0.parquet")])
     assert done.exit_code == 0
-    assert done.stdout.startswith("100 %: 2,003 of 2,003 responses reproduced")
-    assert "taken from the recording, not foretold: 631 lookups" in done.stdout
+    assert done.stdout.startswith("100 %: 2,003 of 2,003 responses matched")
+    assert "taken from the recording, not predicted: 631 lookups" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -171,11 +171,11 @@ class Guest:
 
     def __init__(self, old: bool = False, counted: bool = False) -> None:
         self.pages = Pages(invalid_bit=1 << 11, direct_bit=1 << 7, guest_bits=~0x407FF, counted=counted, old=old)
-        self.rows: list[Row] = []
+        self.rows: list[RowTuple] = []
         self.last = 0
 
     def row(self, kind: str, role: int = 0, gfn: int = 0, table: int = 0, **more: Any) -> Guest:
-        empty = Row(len(self.rows), 0, 0, 0, 7, kind, 0, role, role & 15, 0, gfn, 0, 0, table, *(0,) * 8)
+        empty = RowTuple(len(self.rows), 0, 0, 0, 7, kind, 0, role, role & 15, 0, gfn, 0, 0, table, *(0,) * 8)
         self.rows.append(empty._replace(**more))
         return self
 
@@ -201,11 +201,11 @@ class Guest:
         return self.row("kvm_userspace_exit")
 
     def why(self) -> str:
-        """The first thing that is not as foretold; empty if all is."""
-        lockstep = Paged(self.pages, self.last, shows_end=False)
-        lockstep.run(self.rows)
-        lockstep.finish()
-        return lockstep.first.why if lockstep.first is not None else ""
+        """The first thing that is not as predicted; empty if all is."""
+        check = Paged(self.pages, self.last, shows_end=False)
+        check.run(self.rows)
+        check.finish()
+        return check.first.why if check.first is not None else ""
 
 
 def two_levels(**given: bool) -> Guest:

@@ -22,8 +22,8 @@ from replay.decode.capabilities import Capabilities
 from replay.result import SPENT
 from replay.run import replay
 from replay.simulate.operations import Cause
-from replay.timing.reference_clock import Spent
-from replay.timing.soft_hangs import soft_hangs, told
+from replay.timing.reference_clock import TimeCategory
+from replay.timing.soft_hangs import causes, soft_hangs
 from replay.timing.stalls import Rule
 from replay.timing.stuck_rip import RipRun
 from replay.timing.time_text import stuck_lines
@@ -40,15 +40,15 @@ def timed(path: Path, *policies: str, settings: Settings | None = None) -> list[
 
 
 def parts(spent: tuple[int, ...]) -> list[int]:
-    """ns by what they went on, the switch within the guest's, as recordings have it."""
-    return [spent[Spent.GUEST] + spent[Spent.SWITCH], *spent[Spent.FAULT : Spent.SWITCH]]
+    """Time breakdown, the switch within the guest's, as recordings have it."""
+    return [spent[TimeCategory.GUEST] + spent[TimeCategory.SWITCH], *spent[TimeCategory.FAULT : TimeCategory.SWITCH]]
 
 
 @pytest.mark.parametrize("path", each(REPLAYED))
 def test_under_its_own_policy_a_recording_takes_as_long_as_it_took(path: Path) -> None:
     """Within 1 % of each vCPU's time, or 0.3 ms of it: recordings of a few ms rest on single costs.
 
-    What the time goes on comes out within 2 points of all of it, or 0.3 ms.
+    The time breakdown comes out within 2 points of all of it, or 0.3 ms.
     """
     capabilities = Capabilities(Trace.open(path))
     for vm in replay(plan.make(capabilities, [capabilities.own.name]), Settings()).times:
@@ -71,14 +71,14 @@ def test_a_storm_is_a_soft_hang_under_the_old_policy_alone(tmp_path: Path) -> No
     assert by_name["async"].longest > 0.9 * by_name["async"].wall
     assert not by_name["preserve"].stalls
     assert not by_name["shadow"].stalls
-    assert by_name["async"].spent[Spent.FAULT] > 0.4 * by_name["async"].wall
+    assert by_name["async"].spent[TimeCategory.FAULT] > 0.4 * by_name["async"].wall
     strict = timed(path, "async", settings=Settings(rule=Rule(share=0.001)))[0]
     assert not strict.outcomes[0].vcpus[0].stalls
 
 
 @pytest.mark.parametrize("working_set", [300, pytest.param(1500, marks=pytest.mark.slow)])
 def test_guest_work_between_faults_is_kept(tmp_path: Path, working_set: int) -> None:
-    """A storm made for either policy is the same guest's: the time of the one is foretold from the other's recording.
+    """A storm made for either policy is the same guest's: the time of the one is predicted from the other's recording.
 
     A guest that stores in a loop faults at one RIP: only faults that ended no instruction tell the switch from work.
     """
@@ -126,10 +126,10 @@ def test_costs_say_where_they_are_from() -> None:
     assert vm.fitted.source["found"].startswith("measured")
 
 
-def progress(*stretches: tuple[int, Cause, Spent]) -> NDArray[np.int64]:
-    """Moments 1 ms apart through stretches of (ms, cause of the last unload, what the time goes on)."""
-    rows = [np.zeros(2 + len(Spent), np.int64)]
-    for ms, cause, on in stretches:
+def progress(*periods: tuple[int, Cause, TimeCategory]) -> NDArray[np.int64]:
+    """Moments 1 ms apart through periods of (ms, cause of the last unload, what the time is spent on)."""
+    rows = [np.zeros(2 + len(TimeCategory), np.int64)]
+    for ms, cause, on in periods:
         for _ in range(ms):
             row = rows[-1].copy()
             row[0] += 1_000_000
@@ -140,7 +140,7 @@ def progress(*stretches: tuple[int, Cause, Spent]) -> NDArray[np.int64]:
 
 
 def test_a_soft_hang_has_what_began_it_and_what_it_went_on() -> None:
-    guest, fault, other = Spent.GUEST, Spent.FAULT, Spent.OTHER
+    guest, fault, other = TimeCategory.GUEST, TimeCategory.FAULT, TimeCategory.OTHER
     found = soft_hangs(
         progress(
             (300, Cause.FIRST, guest), (200, Cause.RSM, fault), (300, Cause.RSM, guest), (200, Cause.CR0_WP, fault),
@@ -151,9 +151,9 @@ def test_a_soft_hang_has_what_began_it_and_what_it_went_on() -> None:
     assert [hang.cause for hang in found] == [Cause.RSM, Cause.CR0_WP, Cause.CR0_WP]
     assert [hang.spent[on] for hang, on in zip(found, (fault, fault, other), strict=True)] == [200_000_000] * 3
     assert all(sum(hang.spent) == hang.ns for hang in found)
-    assert told(found[:1]) == "begun by an SMI"
-    assert told(found[:1] * 3) == "each begun by an SMI"
-    assert told(found) == "begun by an SMI (1), a write of CR0.WP (1), exits that no root policy changes (1)"
+    assert causes(found[:1]) == "cause: an SMI"
+    assert causes(found[:1] * 3) == "cause of each: an SMI"
+    assert causes(found) == "causes: an SMI (1), a write of CR0.WP (1), exits that no root policy changes (1)"
 
 
 def test_a_clock_that_runs_backwards_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +184,7 @@ def test_the_command_gives_a_verdict_and_a_document() -> None:
     (vm,) = document["time"]["vms"]
     for policy in vm["policies"]:
         for vcpu in policy["vcpus"]:
-            assert sum(vcpu[f"{each.name.lower()}_ns"] for each in Spent) == vcpu["wall"]
+            assert sum(vcpu[f"{each.name.lower()}_ns"] for each in TimeCategory) == vcpu["wall"]
             assert vcpu["band"][0] <= vcpu["wall"] <= vcpu["band"][1]
     assert "time" not in json.loads(runner.invoke(kvmtrace.app, ["replay", trace, "--json", "--no-time"]).stdout)
     done = runner.invoke(kvmtrace.app, ["replay", trace, "--smi", "often"])
@@ -205,7 +205,7 @@ def test_a_stuck_vcpu_is_named_with_its_reason() -> None:
 
 
 @pytest.mark.slow
-def test_what_it_foretells_is_kept_in_the_documents() -> None:
+def test_what_it_predicts_is_kept_in_the_documents() -> None:
     found = time_accuracy.lines()
     assert time_accuracy.DOCUMENT.read_text() == time_accuracy.document(found)
     assert {(line.recorded, line.policy) for line in found} == {each[:2] for each in time_accuracy.DIRECTIONS}
@@ -240,7 +240,7 @@ def test_the_result_has_times_in_rows(tmp_path: Path) -> None:
         assert progress.row(0) == (0,) * (1 + len(SPENT))
         assert progress["clock"].is_sorted()
         assert (progress.select(pl.sum_horizontal(SPENT)).to_series() == progress["clock"]).all()
-    assert "begun by an SMI" in CliRunner().invoke(kvmtrace.app, ["replay", str(trace)]).stdout
+    assert "cause: an SMI" in CliRunner().invoke(kvmtrace.app, ["replay", str(trace)]).stdout
 
 
 def guest_with_faults() -> Guest:

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import kvmtrace
 from replay.decode.capabilities import Capabilities
-from replay.whatif.smi_rate import Change, Sweep, Swept, parse, swept
+from replay.whatif.smi_rate import SmiChange, Sweep, Swept, parse, swept
 from traces.errors import Problem
 from traces.kernels.policies import ASYNC, PRESERVE, SHADOW, SYNC_RW
 from traces.reader import Trace
@@ -27,9 +27,9 @@ def firmware(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def by_policy(path: Path, sweep: Sweep, change: Change | None = None) -> dict[str, Swept]:
+def by_policy(path: Path, sweep: Sweep, change: SmiChange | None = None) -> dict[str, Swept]:
     (found,) = swept(
-        Capabilities(Trace.open(path)), (SYNC_RW, ASYNC, SHADOW, PRESERVE), sweep, change or Change()
+        Capabilities(Trace.open(path)), (SYNC_RW, ASYNC, SHADOW, PRESERVE), sweep, change or SmiChange()
     ).values()
     return {each.policy: each for each in found}
 
@@ -51,14 +51,14 @@ def test_old_policies_tip_where_the_arithmetic_says(firmware: Path) -> None:
 
 def test_a_larger_working_set_tips_at_a_lower_rate(firmware: Path) -> None:
     once = by_policy(firmware, Sweep(1, 10_000))["async"].tips
-    twice = by_policy(firmware, Sweep(1, 10_000), Change(working_set=2))["async"].tips
+    twice = by_policy(firmware, Sweep(1, 10_000), SmiChange(working_set=2))["async"].tips
     assert once is not None
     assert twice is not None
     assert abs(once / twice - 2) < 0.2
 
 
 def test_another_holder_saves_the_root(firmware: Path) -> None:
-    assert by_policy(firmware, Sweep(1, 10_000), Change(holders=2))["async"].tips is None
+    assert by_policy(firmware, Sweep(1, 10_000), SmiChange(holders=2))["async"].tips is None
 
 
 def test_points_of_a_sweep() -> None:

@@ -36,7 +36,7 @@ def doctor(*arguments: str, nobody: bool = False, **environment: str) -> subproc
 
 def checks(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]:
     document = json.loads(done.stdout)
-    assert document["schema"] == 1
+    assert document["schema"] == 2
     assert document["can_record"] is (done.returncode == 0)
     return {check["name"]: check for check in document["checks"]}
 
@@ -64,8 +64,8 @@ def test_as_an_ordinary_user() -> None:
     done = doctor("--json", nobody=True)
     assert done.returncode == 3, done.stdout + done.stderr
     found = checks(done)
-    assert found["privileges"]["state"] == "LACKS"
-    assert "sudo" in found["privileges"]["mend"]
+    assert found["privileges"]["state"] == "FAIL"
+    assert "sudo" in found["privileges"]["fix"]
     assert found["tracefs"]["state"] in ("unseen", "ok")
     assert found["KVM's counters"]["state"] in ("unseen", "ok")
     assert not done.stderr
@@ -76,8 +76,8 @@ def test_with_bcc_missing() -> None:
     done = doctor("--json", KVMTRACE_WITHOUT_BCC="1")
     assert done.returncode == 3
     found = checks(done)
-    assert found["bcc"]["state"] == "LACKS"
-    assert found["bcc"]["mend"] == "apt-get install python3-bpfcc"
+    assert found["bcc"]["state"] == "FAIL"
+    assert found["bcc"]["fix"] == "apt-get install python3-bpfcc"
     assert "apt-get install python3-bpfcc" in doctor(KVMTRACE_WITHOUT_BCC="1").stdout
 
 

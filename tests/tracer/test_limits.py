@@ -12,7 +12,7 @@ import pytest
 from tracer import host, recorder
 from tracer.bpf import _COUNTERS, loss_table
 from tracer.recorder import SUSPEND, Recorder
-from tracer.writer import Writer
+from tracer.writer import SegmentThread
 from traces.compact import compact
 from traces.reader import Trace
 from traces.record import RECORD
@@ -44,7 +44,7 @@ def test_the_first_events_in_order_of_time_are_kept(tmp_path: Path) -> None:
     even, odd = records(5000, 0), records(5000, 1, first=1)
     gap = records(1, 1, first=9001)
     gap["kind"], gap["w0"] = GAP, 0
-    writer = Writer(tmp_path / "a.kvmt", {}, max_events=3000)
+    writer = SegmentThread(tmp_path / "a.kvmt", {}, max_events=3000)
     writer.write([even, np.concatenate([odd, gap])], 10**18)
     writer.close(lambda: {"loss": loss_table(emitted(even, odd), writer.turned_away)})
     assert writer.full == "3,000 events reached"
@@ -62,7 +62,7 @@ def test_a_size_holds_within_one_batch(tmp_path: Path, limit: int) -> None:
     batches = [records(100_000, 0, first=200_000 * i) for i in range(8)]
     for batch in batches:
         batch["w1"] = np.random.default_rng(1).integers(0, 1 << 62, len(batch))  # does not compress
-    writer = Writer(tmp_path / "a.kvmt", {}, max_bytes=limit)
+    writer = SegmentThread(tmp_path / "a.kvmt", {}, max_bytes=limit)
     for batch in batches:
         writer.write([batch], 10**18)
     writer.close(lambda: {"loss": loss_table(emitted(*batches), writer.turned_away)})
@@ -76,7 +76,7 @@ def test_a_size_holds_within_one_batch(tmp_path: Path, limit: int) -> None:
 
 
 def test_without_a_limit_everything_is_kept(tmp_path: Path) -> None:
-    writer = Writer(tmp_path / "a.kvmt", {})
+    writer = SegmentThread(tmp_path / "a.kvmt", {})
     writer.write([records(1000, 0)], 10**18)
     writer.close(lambda: {"loss": loss_table(emitted(records(1000, 0)), writer.turned_away)})
     assert writer.full == ""
@@ -84,7 +84,7 @@ def test_without_a_limit_everything_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_manifest_counts_once_however_often_it_is_written(tmp_path: Path) -> None:
-    writer = Writer(tmp_path / "a.kvmt", {"much": "x" * 10_000})
+    writer = SegmentThread(tmp_path / "a.kvmt", {"much": "x" * 10_000})
     for _ in range(50):
         writer.flush(dict)
     writer.close(dict)

@@ -143,4 +143,4 @@ def test_a_layout_that_is_not_known_is_refused_with_the_reason(tmp_path: Path, m
     said = Layout(without, {}, "BTF of vmlinux").unknown()
     assert said.startswith("the layout of struct kvm_mmu_page is not known: the kvm module loaded here has no BTF")
     (tmp_path / "kvm").touch()
-    assert "lacks SP_ROLE" in Layout(without, {}, "BTF of vmlinux and kvm").unknown()
+    assert "has no SP_ROLE" in Layout(without, {}, "BTF of vmlinux and kvm").unknown()

@@ -332,7 +332,7 @@ def test_time_that_a_vcpu_did_not_get(tmp_path: Path, vmm: str) -> None:
     assert (waits["value"] <= off).all()
     assert (waits["value"] == off).filter(waits["flags"] & 1 == 1).all(), "preempted: it could have run all the time"
     assert waits["value"].sum() > 0.2 * (rows["time"].max() - rows["time"].min())
-    assert (waits["addr"].to_numpy()[1:] >= waits["time"].to_numpy()[:-1]).all(), "stretches do not overlap"
+    assert (waits["addr"].to_numpy()[1:] >= waits["time"].to_numpy()[:-1]).all(), "periods do not overlap"
     others = rows.filter(pl.col("tid").is_in(waits["tid"].unique().to_list()), pl.col("kind") != "sched_in")["time"]
     inside = others.search_sorted(waits["time"]) - others.search_sorted(waits["addr"] + 1)
     assert inside.sum() == 0, "a thread without a CPU shows nothing"

@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from traces.kernels.rows import Row as PolicyRow
-from traces.kernels.rows import Watch
+from traces.kernels.policy_rows import PolicyRow, Watch
 from traces.reader import Trace
 
 PFN = (1 << 52) - (1 << 12)

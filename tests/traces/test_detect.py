@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from traces.kernels.detect import Host, root_policy
+from traces.kernels.detect import RunningKernel, root_policy
 from traces.kernels.policies import POLICIES
 
 
@@ -44,7 +44,7 @@ WORKER, INLINE = "tdp_mmu_zap_root_work", "tdp_mmu_scheduled_root_to_zap"
 def test_policies(
     version: tuple[int, int], types: tuple[str, ...], parameters: dict[str, dict[str, str]], expected: str
 ) -> None:
-    found = root_policy(Host(version, Types(*types), parameters))
+    found = root_policy(RunningKernel(version, Types(*types), parameters))
     assert found["name"] == expected
     assert found["why"]
     assert found["name"] in {*POLICIES, "unknown"}

@@ -11,7 +11,7 @@ import pytest
 from tests.traces.making import KVM_A, event, stream, trace
 from traces import kernels
 from traces.kernels.policies import POLICIES
-from traces.kernels.rows import COLUMNS, Row, Watch
+from traces.kernels.policy_rows import COLUMNS, PolicyRow, Watch
 from traces.reader import Trace
 
 CORPUS = Path(__file__).parents[2] / "traces" / "corpus"
@@ -30,7 +30,7 @@ def test_rows_of_a_recording_show_its_policy(path: Path) -> None:
     other = "sync" if POLICIES[metadata.policy].own_reference else "preserve"
     watch = Watch(other, kernels.recorded(metadata).layout.invalid)
     for batch in opened.batches(COLUMNS):
-        watch.see(map(Row._make, zip(*(column.to_pylist() for column in batch.columns), strict=True)))
+        watch.see(map(PolicyRow._make, zip(*(column.to_pylist() for column in batch.columns), strict=True)))
     assert watch.other == metadata.policy
 
 

@@ -1,4 +1,4 @@
-"""The kernel's description in a trace: it reads the same whatever the table says later, and does no harm."""
+"""The kernel's description in a trace: it reads the same whatever the table says later, and cannot break a reader."""
 
 from __future__ import annotations
 

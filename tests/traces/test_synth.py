@@ -19,7 +19,7 @@ from tests.profiles import examples
 from traces.errors import BAD_INPUT, Problem
 from traces.reader import Trace
 from traces.schema import BY_NAME
-from traces.synth import Costs, Parameters, synthesize, vm
+from traces.synth import Parameters, SynthCosts, synthesize, vm
 
 CORPUS = Path(__file__).parents[2] / "traces" / "corpus"
 FROZEN = 0x5A0
@@ -331,7 +331,7 @@ def test_metadata_says_that_nobody_recorded_it(tmp_path: Path) -> None:
         {"vcpus": 0}, {"smi_rate": -1.0}, {"working_set": 0}, {"memory": 3 << 20}, {"memory": 1 << 20},
         {"memory": 1 << 50}, {"duration": 0.0}, {"events": 0}, {"events": 5, "duration": 1.0}, {"seed": -1},
         {"zap_rows": True, "memory": 32 << 30}, {"events": 5, "smi_rate": 0.0}, {"exit_rate": float("nan")},
-        {"policy": "async", "reset_on": "exit", "smi_rate": 1.0}, {"costs": Costs(fault=0)},
+        {"policy": "async", "reset_on": "exit", "smi_rate": 1.0}, {"costs": SynthCosts(fault=0)},
     ],
 )  # fmt: skip
 def test_bad_parameters_are_a_usage_error(wrong: dict[str, Any], tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Final
 
 from tracer.lab.apt import Apt
-from tracer.lab.lab_kernels import Bootable, Kernel, cache, fetched, known, missing
+from tracer.lab.lab_kernels import Bootable, LabKernel, cache, fetched, known, missing
 from tracer.lab.modules import Directory, load_order, module_name
 from traces.errors import ENVIRONMENT, Problem
 
@@ -59,7 +59,7 @@ def fetch(name: str, say: Say = lambda line: None, *, update: bool = False) -> B
     return _from_debian(kernel, say)
 
 
-def _from_directory(kernel: Kernel) -> Bootable | None:
+def _from_directory(kernel: LabKernel) -> Bootable | None:
     directory = kernel_directory()
     archives = sorted(directory.glob(f"{kernel.series}.*-amd64.tar.xz")) if directory else []
     replaced: dict[str, bytes] = {}
@@ -82,7 +82,7 @@ def _from_directory(kernel: Kernel) -> Bootable | None:
         return _keep(kernel.name, [tar], replaced)
 
 
-def _from_debian(kernel: Kernel, say: Say) -> Bootable:
+def _from_debian(kernel: LabKernel, say: Say) -> Bootable:
     with _workplace(kernel.name) as work:
         apt = Apt(work / "apt", kernel.suites)
         apt.update()

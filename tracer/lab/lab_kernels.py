@@ -18,7 +18,7 @@ TABLE_DATE: Final = "2026-11-20"
 
 
 @dataclass(frozen=True)
-class Kernel:
+class LabKernel:
     """A line of the table. `suites` are (archive label, suite), where Debian has it as `linux-image-amd64`.
 
     `series` is how its version begins; `parameters` are module parameters as on a command line (kvm.tdp_mmu=1)
@@ -38,7 +38,7 @@ class Kernel:
 KERNELS: Final = {
     kernel.name: kernel
     for kernel in (
-        Kernel(
+        LabKernel(
             "5.10",
             "5.10",
             "sync",
@@ -46,28 +46,28 @@ KERNELS: Final = {
             suites=(("Debian-Security", "bullseye-security"), ("Debian", "bullseye")),
             parameters=("kvm.tdp_mmu=1",),  # off by default until 5.14
         ),
-        Kernel(
+        LabKernel(
             "6.1",
             "6.1",
             "preserve",
             "6.1.192 has edbdb43fc96b (6.4) and 0df9dab891ff (6.6) backported",
             suites=(("Debian-Security", "bookworm-security"), ("Debian", "bookworm")),
         ),
-        Kernel(
+        LabKernel(
             "6.1-async",
             "6.1",
             "async",
             "Debian's 6.1.192 with KVM modules that have edbdb43fc96b undone, as in 5.18 to 6.3",
             variant="async",
         ),
-        Kernel(
+        LabKernel(
             "6.12",
             "6.12",
             "preserve",
             "edbdb43fc96b (6.4) and 0df9dab891ff (6.6); roots are made under mmu_lock for read (6.9)",
             suites=(("Debian-Security", "trixie-security"), ("Debian", "trixie")),
         ),
-        Kernel(
+        LabKernel(
             "7.x",
             "7",
             "preserve",
@@ -110,7 +110,7 @@ def cache() -> Path:
     return Path(base) / "kvmtrace" / "kernels"
 
 
-def known(name: str) -> Kernel:
+def known(name: str) -> LabKernel:
     """The table's line. Raises Problem for a name that it does not have."""
     if name in KERNELS:
         return KERNELS[name]

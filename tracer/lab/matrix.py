@@ -67,7 +67,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
+class MatrixRow:
     """A recording's line of provenance.
 
     `kinds` counts the stored events by kind; of them `faults` are page faults, `leaves` leaf installs, `tables` table
@@ -117,7 +117,7 @@ def cells(kernels: Mapping[str, Sequence[str]], scenarios: Sequence[str] = ()) -
     ]
 
 
-def record(group: Sequence[Cell], directory: Path, events: str = EVENTS) -> tuple[list[Row], list[Problem]]:
+def record(group: Sequence[Cell], directory: Path, events: str = EVENTS) -> tuple[list[MatrixRow], list[Problem]]:
     """Record cells of one kernel and one MMU in one boot; the rows of those that were made, and what failed."""
     first = group[0]
     kernel = present(first.kernel)
@@ -132,7 +132,7 @@ def record(group: Sequence[Cell], directory: Path, events: str = EVENTS) -> tupl
     try:
         done = boot(
             kernel,
-            [sys.executable, "-m", "tracer.batch", f"{SHARE}/{JOBS}"],
+            [sys.executable, "-m", "tracer.several", f"{SHARE}/{JOBS}"],
             give={JOBS: json.dumps({"events": events, "jobs": jobs})},
             into=directory,
             parameters=parameters,
@@ -163,7 +163,7 @@ def _guest_ns(stdout: str) -> int:
     return int(json.loads(stdout.splitlines()[-1])["wall_ns"])
 
 
-def examine(cell: Cell, path: Path, package: str, parameters: tuple[str, ...], guest_ns: int) -> Row:
+def examine(cell: Cell, path: Path, package: str, parameters: tuple[str, ...], guest_ns: int) -> MatrixRow:
     """The line of provenance for a recording that was just made."""
     import pyarrow.compute as pc
 
@@ -177,7 +177,7 @@ def examine(cell: Cell, path: Path, package: str, parameters: tuple[str, ...], g
         created = pc.and_(pc.equal(batch["kind"], "kvm_mmu_get_page"), pc.equal(pc.bit_wise_and(batch["flags"], 1), 1))
         tables += pc.sum(created).as_py() or 0
     kinds = trace.counts()
-    return Row(
+    return MatrixRow(
         file=path.name,
         scenario=cell.scenario,
         arguments=cell.arguments,
@@ -202,7 +202,7 @@ def examine(cell: Cell, path: Path, package: str, parameters: tuple[str, ...], g
 
 def fill(
     wanted: Iterable[Cell], directory: Path, say: Callable[[str], None], jobs: int = 1
-) -> tuple[list[Row], list[Problem]]:
+) -> tuple[list[MatrixRow], list[Problem]]:
     """Make those of the recordings that are not in `directory` yet, and bring its provenance up to date each time.
 
     One boot for each kernel and MMU, `jobs` of them at a time; a failed one does not keep the others from being
@@ -234,21 +234,21 @@ def fill(
     return [rows[file] for file in (f"{cell.name}.parquet" for cell in wanted) if file in rows], problems
 
 
-def _outcome(done: Future[tuple[list[Row], list[Problem]]]) -> tuple[list[Row], list[Problem]]:
+def _outcome(done: Future[tuple[list[MatrixRow], list[Problem]]]) -> tuple[list[MatrixRow], list[Problem]]:
     try:
         return done.result()
     except Problem as problem:
         return [], [problem]
 
 
-def provenance(directory: Path) -> list[Row]:
+def provenance(directory: Path) -> list[MatrixRow]:
     """The recordings that `directory` says it has; none when it has no provenance yet."""
     path = directory / PROVENANCE
     if not path.is_file():
         return []
     try:
         recordings = json.loads(path.read_text())["recordings"]
-        return [Row(**{name: _tuple(value) for name, value in entry.items()}) for entry in recordings]
+        return [MatrixRow(**{name: _tuple(value) for name, value in entry.items()}) for entry in recordings]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Problem(f"{path}: not a table of provenance ({error})") from None
 
@@ -257,7 +257,7 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _write(directory: Path, rows: list[Row]) -> None:
+def _write(directory: Path, rows: list[MatrixRow]) -> None:
     recordings = ",\n".join(json.dumps(asdict(row), separators=(",", ":")) for row in rows)  # a line each, for diffs
     (directory / PROVENANCE).write_text(f'{{"schema": 1, "recordings": [\n{recordings}\n]}}\n')
     lines = [
@@ -276,7 +276,7 @@ def _write(directory: Path, rows: list[Row]) -> None:
     (directory / TABLE).write_text("\n".join(lines) + "\n")
 
 
-def render(rows: Sequence[Row]) -> str:
+def render(rows: Sequence[MatrixRow]) -> str:
     """The rows as a table for a terminal."""
     heads = ("recording", "policy", "events", "lost", "roots", "tables", "faults", "leaves", "ms")
     body = [

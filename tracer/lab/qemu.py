@@ -28,7 +28,7 @@ COMMAND_LINE: Final = (
 
 
 @dataclass(frozen=True)
-class Machine:
+class LabMachine:
     """What QEMU is asked for; `memory` in MiB, `parameters` as on a kernel's command line."""
 
     image: Path

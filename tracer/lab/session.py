@@ -15,7 +15,7 @@ from typing import Final
 from tracer.lab.initramfs import build, compile_init
 from tracer.lab.lab_kernels import Bootable
 from tracer.lab.modules import Directory, load_order
-from tracer.lab.qemu import Ending, Machine, run
+from tracer.lab.qemu import Ending, LabMachine, run
 from traces.errors import BAD_INPUT, ENVIRONMENT, Problem
 
 # Where init.c mounts the share in the guest.
@@ -97,7 +97,7 @@ def boot(
         initrd = work / "initrd"
         initrd.write_bytes(build(tree, given, compile_init(work)))
         on_command_line = tuple(f"{module}.{one}" for module, several in given.items() for one in several.split())
-        machine = Machine(kernel.image, initrd, share, memory, on_command_line)
+        machine = LabMachine(kernel.image, initrd, share, memory, on_command_line)
         output = _Output(share, trace) if follow else None
         ending = run(machine.command(), work / "serial", timeout, output.pass_on if output else lambda: None)
         if output:

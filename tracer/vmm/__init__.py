@@ -18,7 +18,7 @@ FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-pthrea
 INSTALL = "sudo apt-get install gcc libc6-dev"
 
 
-class Scenario(NamedTuple):
+class VmmScenario(NamedTuple):
     """One scenario: its name, one line on what it shows, and the default of every option that it takes."""
 
     name: str
@@ -38,11 +38,11 @@ def binary() -> Path:
     return BINARY
 
 
-def scenarios() -> list[Scenario]:
+def scenarios() -> list[VmmScenario]:
     """All scenarios, as the program itself lists them."""
     listed = subprocess.run([binary(), "--list"], check=True, capture_output=True, text=True).stdout
     rows = [json.loads(line) for line in listed.splitlines()]
-    return [Scenario(row["name"], row["shows"], row["defaults"], row["needs_smm"]) for row in rows]
+    return [VmmScenario(row["name"], row["shows"], row["defaults"], row["needs_smm"]) for row in rows]
 
 
 def _build(sources: list[str]) -> None:

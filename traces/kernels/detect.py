@@ -23,7 +23,7 @@ class Types(Protocol):
 
 
 @dataclass(frozen=True)
-class Host:
+class RunningKernel:
     """A running kernel: version, BTF, and KVM's module parameters, {module: {parameter: value}}."""
 
     version: tuple[int, int]
@@ -35,7 +35,7 @@ class Host:
 
 
 # (policy, why, holds): the first that holds is the kernel's.
-_RULES: tuple[tuple[str, str, Callable[[Host], bool]], ...] = (
+_RULES: tuple[tuple[str, str, Callable[[RunningKernel], bool]], ...] = (
     (
         "shadow",
         "nested paging is off (npt or ept): every root is a shadow root",
@@ -75,7 +75,7 @@ _RULES: tuple[tuple[str, str, Callable[[Host], bool]], ...] = (
 )
 
 
-def root_policy(host: Host) -> dict[str, str]:
+def root_policy(host: RunningKernel) -> dict[str, str]:
     """{name, why}: one of `policies.POLICIES`, or unknown."""
     for name, why, holds in _RULES:
         if holds(host):

@@ -39,7 +39,7 @@ class PolicyParameters:
     # Faults take mmu_lock for read (TDP from 5.12 on: a2855afc7ee8), or one at a time (5.10's spinlock, shadow MMU).
     # Virtual time alone asks.
     faults_share: bool = True
-    # An assumption, not a policy: the guest touches again at once all that the recorded kernel still had mapped.
+    # An assumption, not a policy: the guest accesses again at once all that the recorded kernel still had mapped.
     assume_refault: bool = False
 
 

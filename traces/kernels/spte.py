@@ -42,7 +42,7 @@ class SpteLayout:
         """An entry that is neither empty nor present: stands for an MMIO SPTE whose word is not recorded."""
         return 1 if self.present else _MMIO_TYPE << self.type_shift
 
-    def document(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As `layout.spte` of a trace has it: bits as [lowest, width]."""
         npt, ept = (
             {"host_writable": _bit(self.host_writable[at]), "mmu_writable": _bit(self.mmu_writable[at])}

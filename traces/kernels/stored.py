@@ -1,7 +1,7 @@
 """A kernel's description as a trace's metadata holds it (`kernel`, format 1.1), so that it reads the same for ever.
 
 What a later version of kvmtrace knows better does not change what an old trace says of itself. What is read may be
-damaged or made to harm: everything is checked, and what this version does not know is passed over.
+damaged or hostile: everything is checked, and what this version does not know is passed over.
 """
 
 from __future__ import annotations

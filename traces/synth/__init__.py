@@ -5,7 +5,7 @@ synthesize(Path("storm.parquet"), Parameters(policy="async", smi_rate=1000, even
 """
 
 from traces.compact import Summary
-from traces.synth.parameters import Costs, Parameters
+from traces.synth.parameters import Parameters, SynthCosts
 from traces.synth.source import synthesize
 
-__all__ = ["Costs", "Parameters", "Summary", "synthesize"]
+__all__ = ["Parameters", "Summary", "SynthCosts", "synthesize"]

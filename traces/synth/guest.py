@@ -1,4 +1,4 @@
-"""What a guest does over its own time, whatever the host's policy: pages touched, SMIs, exits, register writes."""
+"""What a guest does over its own time, whatever the host's policy: pages accessed, SMIs, exits, register writes."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from traces.lives import Flags, Ints
 from traces.record import Columns
 from traces.synth.guest import AFTER_RIP, CODE_GFN, DATA_RIP, EXIT, SMRAM_GFN, WP
 from traces.synth.mmu import ALL_ROOTS, LEVEL, ROLE, SMM_ROLE, Mmu, Resolution, link
-from traces.synth.parameters import Costs
+from traces.synth.parameters import SynthCosts
 from traces.synth.row_columns import Cursor, blank
 
 # SVM exit codes, and the error codes of nested page faults.
@@ -36,7 +36,7 @@ _FAULT: Final = {"kvm_page_fault": 0.1, "kvm_mmu_spte_requested": 0.6, "leaf": 0
 
 
 @dataclass
-class Batch:
+class RowBatch:
     """Rows of one batch in order, the host time before each (ns), and each row's step.
 
     `root_put` is the place of the put of each step that ended a life, `smm_put` the place of each SMI's.
@@ -49,10 +49,10 @@ class Batch:
     smm_put: Ints
 
 
-class Host:
+class RowMaker:
     """Writes the rows of one VM's steps."""
 
-    def __init__(self, mmu: Mmu, costs: Costs) -> None:
+    def __init__(self, mmu: Mmu, costs: SynthCosts) -> None:
         self._mmu = mmu
         self._costs = costs
         self._resets_faults = mmu.reset_on == "exit"
@@ -63,7 +63,7 @@ class Host:
         self._write(done, at, None, None)
         return at
 
-    def batch(self, done: Resolution, counts: Ints) -> Batch:
+    def batch(self, done: Resolution, counts: Ints) -> RowBatch:
         """The rows; `counts` is what `count` said."""
         end = np.cumsum(counts)
         total = int(end[-1]) if len(end) else 0
@@ -73,7 +73,7 @@ class Host:
         at = end - counts
         root_put, smm_put = self._write(done, at, columns, costs)
         assert bool((at == end).all()), "a step wrote other rows than it was counted to have"
-        return Batch(columns, costs, step, root_put, smm_put)
+        return RowBatch(columns, costs, step, root_put, smm_put)
 
     def _write(
         self, done: Resolution, at: Ints, columns: Columns | None, costs: NDArray[np.float64] | None
@@ -99,7 +99,7 @@ class Host:
         return puts[done.ends], smm_put
 
     def _fault(self, at: Cursor, done: Resolution, puts: Ints) -> None:
-        """A touch that faults: missing tables from the top, the leaf, and the way back into the guest."""
+        """An access that faults: missing tables from the top, the leaf, and the way back into the guest."""
         faults, host, costs = done.faults, self._mmu.host, self._costs
         gfn, root = faults.gfn, done.roots[faults.life]
         rip = done.steps.rip[faults.step]

@@ -11,7 +11,7 @@ from traces.record import Columns
 from traces.synth.guest import AFTER_RIP, DATA_GFN, DATA_RIP, LOW_PAGES, RESET_RIP
 from traces.synth.kvm_rows import EXIT_INTR, EXIT_IO, IO_INFO, IO_RIP, USERSPACE_IO
 from traces.synth.mmu import ALL_ROOTS, LEVEL, ROLE, SMM_ROLE, Leaves, Mmu, Tables
-from traces.synth.parameters import Costs, Parameters
+from traces.synth.parameters import Parameters, SynthCosts
 from traces.synth.root_zaps import Dying, zap
 from traces.synth.row_columns import Listing, rows
 
@@ -73,7 +73,7 @@ class Life:
     """Lists the rows of one VM's rare events; changes its MMU's state as they do."""
 
     def __init__(self, parameters: Parameters, threads: Threads, mmu: Mmu) -> None:
-        self._costs: Costs = parameters.costs
+        self._costs: SynthCosts = parameters.costs
         self._zap_rows = parameters.zap_rows
         self._pages = parameters.memory >> 12
         self._threads, self._mmu = threads, mmu

@@ -1,4 +1,4 @@
-"""KVM's answer to a guest's steps: which touches fault, which tables they lack, which roots are made, by the policy.
+"""KVM's answer to a guest's steps: which accesses fault, which tables are missing, which roots are made, by the policy.
 
 A root's *life* is counted within a batch of steps: life 0 is the root that was there when the batch began. Only the
 async policy ends lives within a batch, and only for a VM of one vCPU: another vCPU's slot would keep the root.
@@ -124,7 +124,7 @@ class Tree:
 
 @dataclass
 class Faults:
-    """The touches that fault: their step, life, gfn; the frame of each level's table, and where that is new."""
+    """The accesses that fault: their step, life, gfn; the frame of each level's table, and where that is new."""
 
     step: Ints
     life: Ints

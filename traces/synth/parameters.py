@@ -24,7 +24,7 @@ RESET_SMI_RATE: Final = 0.75
 
 
 @dataclass(frozen=True)
-class Costs:
+class SynthCosts:
     """Host time in ns, mean; each row takes 75 % to 125 % of its share. Orders of magnitude of a bare-metal host.
 
     A zapped entry is cheap on purpose: a worker that is slower than the refill would pile up rows without bound.
@@ -56,7 +56,7 @@ class Parameters:
     vms: int = 1
     vcpus: int = 1
     smi_rate: float | None = None  # SMIs, each on one vCPU in turn: 100, with `reset_on` 0.75
-    working_set: int = 512  # pages touched between two SMIs (without SMIs: in 10 ms); repeats count
+    working_set: int = 512  # pages accessed between two SMIs (without SMIs: in 10 ms); repeats count
     memory: int = 64 << 20  # bytes, a multiple of 2 MiB
     locality: str = "sequential"
     page_size: str = "4k"
@@ -68,7 +68,7 @@ class Parameters:
     events: int | None = None  # or: end with the step that reaches so many rows, in all
     zap_rows: bool = False
     seed: int = 0
-    costs: Costs = field(default_factory=Costs)
+    costs: SynthCosts = field(default_factory=SynthCosts)
 
     def settled(self) -> Parameters:
         """With every default in its place; raises Problem (exit code 2) for values that make no sense."""
@@ -94,7 +94,7 @@ class Parameters:
         """Of settled parameters: SMIs, memslot churns, other exits, CR0.WP writes, each per second of guest time."""
         return self.smi_rate or 0.0, self.memslot_rate or 0.0, self.exit_rate or 0.0, self.cr0_wp_rate
 
-    def document(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """All of it as JSON, for the trace's metadata."""
         own = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "costs"}
         return own | {"costs_ns": vars(self.costs)}

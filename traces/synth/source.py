@@ -19,7 +19,7 @@ from traces.record import Columns
 from traces.segments import Segment, SegmentReader
 from traces.synth.parameters import Parameters
 from traces.synth.row_columns import join, take
-from traces.synth.vm import Machine
+from traces.synth.vm import SynthVm
 
 KERNEL: Final = "6.1-synthetic"
 GENERATOR: Final = 1  # raised when the same parameters give other rows
@@ -50,7 +50,7 @@ class _Synthetic(SegmentReader):
         share = None if parameters.events is None else math.ceil(parameters.events / parameters.vms)
         self.segments: list[Segment] = []
         self.manifest_problem = ""
-        self._machines = [Machine(parameters, vm, share) for vm in range(parameters.vms)]
+        self._machines = [SynthVm(parameters, vm, share) for vm in range(parameters.vms)]
         self._progress = progress
         self._emitted = np.zeros((256, 256), np.int64)  # kind, CPU
         threads = {name: comm for machine in self._machines for name, comm in machine.threads.comms().items()}
@@ -125,7 +125,7 @@ def manifest(parameters: Parameters) -> dict[str, Any]:
         next(probe for probe in probes if probe["kind"] == "kvm_tdp_mmu_spte_changed")["why"] = _FAULTS_ONLY
     return {
         "origin": "synthetic",
-        "synthetic": {"by": "kvmtrace synth", "generator": GENERATOR, "parameters": parameters.document()},
+        "synthetic": {"by": "kvmtrace synth", "generator": GENERATOR, "parameters": parameters.to_dict()},
         "recorder": "none: made by kvmtrace synth",
         "command": ["kvmtrace", "synth"],
         "preset": "synthetic",
@@ -135,7 +135,7 @@ def manifest(parameters: Parameters) -> dict[str, Any]:
         },
         "policy": {"name": parameters.policy, "why": "synthetic: as ordered"},
         "layout": {
-            "role": role, "spte": kernel.spte.document(), "source": "6.1", "missing": [], "table_is_physical": True,
+            "role": role, "spte": kernel.spte.to_dict(), "source": "6.1", "missing": [], "table_is_physical": True,
         },
         "probes": probes,
         "clock": {"name": "boottime", "samples": []},

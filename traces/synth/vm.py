@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from traces.lives import Ints
 from traces.record import Columns
 from traces.synth.guest import AFTER_RIP, RESET_RIP, Guest, Steps, huge_regions
-from traces.synth.kvm_rows import Batch, Host
+from traces.synth.kvm_rows import RowBatch, RowMaker
 from traces.synth.life import Fallen, Life, Threads, put
 from traces.synth.mmu import (
     ROLE,
@@ -38,7 +38,7 @@ _GUEST_FRAMES: Final = 0x100000
 _GUEST_GAP: Final = 4 << 18
 
 
-class Machine:
+class SynthVm:
     """Makes one VM's rows. `vm` counts from 0; after about `share` rows it ends (None: after its duration)."""
 
     def __init__(self, parameters: Parameters, vm: int, share: int | None) -> None:
@@ -51,7 +51,7 @@ class Machine:
         host = HostPages(_GUEST_FRAMES + vm * room, huge_regions(parameters, vm))
         tables = _GUEST_FRAMES + parameters.vms * room + vm * frames_needed(parameters)
         self._mmu = Mmu(parameters, host, tables)
-        self._host = Host(self._mmu, self._costs)
+        self._host = RowMaker(self._mmu, self._costs)
         self._life = Life(parameters, self.threads, self._mmu)
         self._jitter = np.random.default_rng([parameters.seed, vm, 3])
         limit = (ZAP_BATCH_STEPS if parameters.zap_rows else BATCH_STEPS) // parameters.vms
@@ -135,7 +135,7 @@ class Machine:
         self._mmu.commit(done)
         return columns
 
-    def _bury(self, done: Resolution, batch: Batch) -> None:
+    def _bury(self, done: Resolution, batch: RowBatch) -> None:
         """Under async, the last put of a root leaves its tree to the worker: normal roots and SMM roots, in turn."""
         time = batch.columns["time"].astype(np.int64)
         since = np.concatenate([time[batch.root_put], time[batch.smm_put]])

@@ -1,7 +1,7 @@
 """The sign extension of mmu_seq: after 2^31 invalidations every fault looks stale, and is retried for ever.
 
 A fault notes the VM's mmu_notifier_seq, an unsigned long, and retries if it has changed by the time it holds mmu_lock.
-In kernels 5.17 to 6.2 (and their stable series, until mended in 2023) the note was handed on as an int. Up to 2^31 - 1
+In kernels 5.17 to 6.2 (and their stable series, until fixed in 2023) the note was handed on as an int. Up to 2^31 - 1
 that is the same number; from there on the int is negative, its sign is extended for the comparison, and it is never
 equal to the sequence number it was taken from. The guest faults on the same page again and again.
 """

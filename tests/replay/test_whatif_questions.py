@@ -24,7 +24,7 @@ from replay.timing.reference_clock import Clock
 from replay.whatif import aging, questions, range_zaps, table_accounting
 from replay.whatif.answers import VCPUS, parse, spread
 from replay.whatif.locks import Lock
-from replay.whatif.workload import MOMENTS, Program, Workload, workload
+from replay.whatif.workload import MOMENTS, FaultProgram, Workload, workload
 from tests.profiles import examples
 from tests.replay.recording import Guest
 from traces import kernels
@@ -39,7 +39,7 @@ CORPUS = Path(__file__).parents[2] / "traces" / "corpus"
 
 def made(gaps: list[list[int]], hold: int = 100, links: int = 0, shares: bool = True, window: int = 500) -> Workload:
     """A VM whose vCPUs have these gaps between faults; on the table's machine."""
-    programs = [Program(np.array(gap, np.int64), np.full(len(gap), links, np.int64)) for gap in gaps]
+    programs = [FaultProgram(np.array(gap, np.int64), np.full(len(gap), links, np.int64)) for gap in gaps]
     return Workload(1, len(gaps), programs, hold, window, Costs(), 1.0, True, shares, False, 10**9, alive=1)
 
 

@@ -1,7 +1,7 @@
 """Several recordings in one process, for machines on which compiling the probes costs more than the recordings.
 
-`python -m tracer.batch JOBS.json` with {"events": PRESET, "jobs": [{"out": PATH, "command": [WORD, ...]}, ...]}. What a
-command prints goes to OUT with the suffix .stdout; the first job that fails ends the batch with its line.
+`python -m tracer.several JOBS.json` with {"events": PRESET, "jobs": [{"out": PATH, "command": [WORD, ...]}, ...]}. What
+a command prints goes to OUT with the suffix .stdout; the first job that fails ends the batch with its line.
 """
 
 from __future__ import annotations

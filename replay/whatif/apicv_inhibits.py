@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from replay.whatif.answers import Answer, Asked, count
+from replay.whatif.answers import Answer, Asked
 from replay.whatif.workload import Workload
-from traces.units import duration
+from traces.durations import duration
+from traces.text import count
 
 
 def answer(work: Workload, asked: Asked, own: str) -> Answer:

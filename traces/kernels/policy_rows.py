@@ -21,7 +21,7 @@ _NAMES: Final = {
 KINDS: Final = ("root_get", "root_put", "zap_root_begin", "zap_invalidated_begin", "zap_invalidated_end")
 
 
-class Row(NamedTuple):
+class PolicyRow(NamedTuple):
     """What is looked at of an event."""
 
     kind: str
@@ -66,7 +66,7 @@ class Watch:
             told if told and self.found in POLICIES and POLICIES[self.found].own_reference != self.own_reference else ""
         )
 
-    def see(self, rows: Iterable[Row]) -> None:
+    def see(self, rows: Iterable[PolicyRow]) -> None:
         """Take rows in, in order of recording, until it is settled."""
         for row in rows:
             if row.kind in KINDS:
@@ -74,7 +74,7 @@ class Watch:
                 if self.settled:
                     return
 
-    def take(self, row: Row) -> None:
+    def take(self, row: PolicyRow) -> None:
         """Take one row in."""
         if row.kind == "zap_invalidated_begin":
             self._invalidating.add(row.tid)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from traces.units import duration
+from traces.durations import duration
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What replay foretells of other policies and kernels is what their recordings show; its table is current."""
+"""What replay predicts of other policies and kernels is what their recordings show; its table is current."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from benchmarks import accuracy
 from benchmarks.accuracy import Cell, Direction
 
 # The tables are made once in each process: one worker does all of it.
-pytestmark = [pytest.mark.corpus, pytest.mark.xdist_group("foretelling")]
+pytestmark = [pytest.mark.corpus, pytest.mark.xdist_group("prediction_accuracy")]
 DIRECTIONS = list(accuracy.directions())
 table = accuracy.table
 # What does not follow from the source recording, so that an interval is all there can be.
@@ -55,16 +55,16 @@ def test_every_reason_is_needed() -> None:
 def test_the_promised_numbers() -> None:
     old, new = Direction("6.1-async", "6.1", "preserve"), Direction("6.1", "6.1-async", "async")
     whole = Direction("6.1", "6.1-async", "async", refault="all")
-    assert [cell.foretold.text for cell in table(old)["smi-storm"].values()] == ["2", "7", "514", "514", "514"]
-    assert table(new)["smi-storm"]["installs"].foretold.text == "514 .. 2,569"
+    assert [cell.predicted.text for cell in table(old)["smi-storm"].values()] == ["2", "7", "514", "514", "514"]
+    assert table(new)["smi-storm"]["installs"].predicted.text == "514 .. 2,569"
     assert [cell.recorded for cell in table(new)["smi-storm"].values()] == [9, 32, 2569, 514, 2569]
-    # Where each pass touches everything, the assumption that each root is needed whole is exact.
+    # Where each pass accesses everything, the assumption that each root is needed whole is exact.
     for scenario in ("smi-storm", "smi-one", "smi-both", "smi-grow", "huge", "two-vms"):
         assert {cell.verdict for cell in table(whole)[scenario].values()} == {"exact"}, scenario
 
 
 def test_a_recording_is_counted_without_the_model() -> None:
     assert accuracy.recorded("smi-storm-6.1") == {
-        "roots": 2, "tables": 7, "installs": 514, "first touches": 514, "zaps": 514
+        "roots": 2, "tables": 7, "installs": 514, "first accesses": 514, "zaps": 514
     }  # fmt: skip
     assert accuracy.recorded("smi-storm-5.10")["zaps"] is None

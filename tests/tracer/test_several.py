@@ -15,7 +15,7 @@ from traces.reader import Trace
 
 
 def batch(specification: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tracer.batch", str(specification)]
+    command = [sys.executable, "-m", "tracer.several", str(specification)]
     return subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
 
 

@@ -6,7 +6,7 @@ from typing import Final
 
 from analysis.formats import lines
 from analysis.formats.text_table import aligned, wrapped
-from analysis.report import Report, Table
+from analysis.report import Report, ReportTable
 
 WIDTH: Final = 120
 HEIGHT: Final = 40
@@ -45,7 +45,7 @@ def _head(report: Report) -> list[str]:
     return found
 
 
-def _table(table: Table, rows: int) -> list[str]:
+def _table(table: ReportTable, rows: int) -> list[str]:
     title = f"-- {table.heading}"
     if not len(table.frame):
         return [f"{title}: none"]
