@@ -15,7 +15,7 @@ import polars as pl
 from traces.reader import Trace
 
 # Of one batch: each question costs polars half a ms however few its rows are, and more rows at once take more memory.
-BATCH_ROWS: Final = 1 << 18
+BATCH_ROWS: Final = 1 << 17
 _MERGED_ROWS: Final = 1 << 17  # parts are merged when they have more rows than this, and than what is merged
 
 

@@ -25,7 +25,7 @@ from traces.errors import Problem
 from traces.reader import Trace
 from traces.text import printable
 
-BATCH_ROWS: Final = 1 << 16
+BATCH_ROWS: Final = 1 << 14
 _MAJOR: Final = 1
 # What reading a hostile file can raise in pyarrow.
 _ERRORS: Final = (pa.ArrowException, OSError, ValueError, TypeError, KeyError, IndexError, MemoryError, OverflowError)
