@@ -166,7 +166,7 @@ def test_interrupted_while_modules_load(verb: Verb, files: Files, tmp_path: Path
             break
         hit += 1
         assert done.stderr == b"kvmtrace: interrupted\n", (at, done.stderr)
-        assert not list(tmp_path.iterdir())
+        assert [path.name for path in tmp_path.iterdir()] in ([], ["out"])
     assert hit > 5
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -48,8 +47,7 @@ def run(app: typer.Typer) -> NoReturn:
     _open_standard_streams()
     code = _code_of(lambda: _invoke(app))
     code = max(code, _code_of(sys.stdout.flush))
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is done: the interpreter's own end is no time for ^C
+    interrupts.ignored()
     raise SystemExit(code)
 
 

@@ -2,8 +2,8 @@
 
 kvmtrace.py imports this module before all others. Until the command line is loaded nothing was begun that would have to
 be put away, so that the process may end on the spot: a KeyboardInterrupt in the middle of an import is not always one
-when it comes out of it (extension modules make it an ImportError). From then on (`unwinding`) it is raised, so that
-temporary files go.
+when it comes out of it (extension modules make it an ImportError, polars panics). From then on (`unwinding`) it is
+raised, so that temporary files go, after the import that is under way, if one is.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 from types import FrameType
 from typing import Final, NoReturn
 
+_RETRY: Final = 0.005  # seconds, while something is imported
 CODE: Final = 128 + signal.SIGINT  # what shells say of a process that SIGINT ended
 _LINE: Final = b"kvmtrace: interrupted\n"
 
@@ -24,6 +25,14 @@ def unwinding() -> None:
     """From now on ^C raises KeyboardInterrupt, and `happened` tells, whatever becomes of that."""
     if _heard():
         signal.signal(signal.SIGINT, _raise)
+        signal.signal(signal.SIGALRM, _raise)
+
+
+def ignored() -> None:
+    """From now on ^C does nothing: the command is done, and the interpreter's own end takes a moment."""
+    if signal.getsignal(signal.SIGINT) is _raise:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
 
 
 def stop_if_interrupted() -> None:
@@ -44,10 +53,23 @@ def _end(_number: int, _frame: FrameType | None) -> None:
     end()
 
 
-def _raise(_number: int, _frame: FrameType | None) -> None:
+def _raise(number: int, frame: FrameType | None) -> None:
     global happened
+    importing = _importing(frame)
+    if importing and happened and number == signal.SIGINT:
+        end()  # asked twice
     happened = True
-    raise KeyboardInterrupt
+    if not importing:
+        raise KeyboardInterrupt
+    signal.setitimer(signal.ITIMER_REAL, _RETRY)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_name == "_find_and_load" and frame.f_globals.get("__name__") == "importlib._bootstrap":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _heard() -> bool:
