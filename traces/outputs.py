@@ -154,7 +154,7 @@ class _Place:
             if self.file is not None:
                 parent = self.file.parent
                 if not parent.is_dir():
-                    raise Unwritable(f"{path}: cannot be written: there is no directory {parent}")
+                    raise Unwritable(f"{path}: cannot be written: {parent}: no such directory")
                 if not os.access(parent, os.W_OK | os.X_OK):
                     raise Unwritable(f"{path}: cannot be written: no permission to make a file in {parent}")
                 if _of_directory(self.file):
