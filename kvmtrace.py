@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+# First: what ^C does while all else is loaded.
+from traces import interrupts  # noqa: F401
+
+# isort: split
 import contextlib
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from analysis.cli import app as analysis
 from replay.cli import app as replay
 from tracer.lab.cli import app as lab
-from traces.documents import Json, print_json
+from traces import ending
+from traces.documents import Force, Json, print_json
 from traces.errors import VERDICT_FAILED, Problem
 
 app = typer.Typer(
@@ -227,6 +232,7 @@ def synth(
     events: Annotated[int | None, typer.Option(help="Instead of --duration: end after about this many events.")] = None,
     zap_rows: Annotated[bool, typer.Option("--zap-rows", help="With the rows of zaps: 513 for each table.")] = False,
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Write a synthetic trace for benchmarks and what-ifs; its metadata says that nobody recorded it."""
@@ -237,7 +243,7 @@ def synth(
         locality=locality, page_size=page_size, memslot_rate=memslot_rate, exit_rate=exit_rate,
         cr0_wp_rate=cr0_wp_rate, reset_on=reset_on, duration=duration, events=events, zap_rows=zap_rows, seed=seed,
     )  # fmt: skip
-    summary = synthesize(out, parameters)
+    summary = synthesize(out, parameters, force=force)
     if as_json:
         settled = parameters.settled().to_dict()
         print_json({
@@ -276,15 +282,9 @@ def doctor(as_json: Json = False) -> None:
     raise typer.Exit(report.exit_code)
 
 
-def main() -> None:
-    """Run the command line; a Problem becomes one line and its exit code."""
-    try:
-        app()
-    except Problem as problem:
-        print(f"kvmtrace: {problem}", file=sys.stderr)
-        raise SystemExit(problem.code) from None
-    except BrokenPipeError:
-        raise SystemExit(0) from None
+def main() -> NoReturn:
+    """Run the command line, and leave with its exit code."""
+    ending.run(app)
 
 
 if __name__ == "__main__":

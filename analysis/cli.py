@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from traces import outputs
+from traces.documents import Force
 from traces.errors import VERDICT_FAILED, Problem
 
 app = typer.Typer()
@@ -36,6 +39,7 @@ def report(
         str, typer.Option("--format", help="text, md, mail, html, json or junit. [default: text]", show_default=False)
     ] = "text",
     out: Annotated[Path | None, typer.Option("-o", "--output", help="Write to this file, not to stdout.")] = None,
+    force: Force = False,
     fail_on: Annotated[
         list[str] | None,
         typer.Option(
@@ -57,11 +61,14 @@ def report(
     os.environ.setdefault("POLARS_MAX_THREADS", "1")
 
     from analysis import gates
-    from analysis.formats import drawn, renderer
+    from analysis.formats import drawn, kind, renderer
     from analysis.reporting import Wanted, exit_code, reported
     from traces.progress import Progress
 
     render = renderer(format_)
+    inputs = [*files, *map(Path, policy or ()), *([baseline] if baseline else [])]
+    if out is not None:
+        outputs.check(out, kind(format_), inputs, force=force)
     wanted = Wanted(
         policies=tuple(policy or ()),
         replay=replay,
@@ -75,7 +82,7 @@ def report(
             reports = [stack.enter_context(reported(path, wanted, progress.say)) for path in files]
             progress.say(f"writing {format_}")
             text = render(*reports)
-        _write(text, out)
+        _write(text, out, kind(format_), inputs, force)
         for one in reports:
             if one.failed and (out or format_ in ("json", "junit")):
                 print(f"kvmtrace: {one.title}: {one.headline}", file=sys.stderr)
@@ -103,12 +110,13 @@ def diff(
         str, typer.Option("--format", help="text, md, mail or json. [default: text]", show_default=False)
     ] = "text",
     out: Annotated[Path | None, typer.Option("-o", "--output", help="Write to this file, not to stdout.")] = None,
+    force: Force = False,
 ) -> None:
     """Compare two recordings or results: vCPU by vCPU, what each difference costs, largest cost first."""
     from tempfile import TemporaryDirectory
 
     from analysis.diff import compare, opened
-    from analysis.formats import renderer
+    from analysis.formats import kind, renderer
     from traces.progress import Progress
 
     policies = list(policy or [""])
@@ -117,6 +125,8 @@ def diff(
     if format_ == "junit":
         raise Problem("diff: there is no gate in it, so that JUnit would always be green: gate with `kvmtrace report`")
     render = renderer(format_)
+    if out is not None:
+        outputs.check(out, kind(format_), [base, new], force=force)
     remarks: list[str] = []
     with TemporaryDirectory(prefix="kvmtrace-") as scratch, Progress("reading") as progress:
         sides = [
@@ -125,7 +135,7 @@ def diff(
         ]
         progress.say("comparing")
         text = render(compare(*sides, mark=unlike, remarks=remarks))
-    _write(text, out)
+    _write(text, out, kind(format_), [base, new], force)
 
 
 @app.command(
@@ -142,6 +152,7 @@ def export(
         bool, typer.Option("--perfetto", help="Write what each vCPU did, and when, for ui.perfetto.dev; needs -o.")
     ] = False,
     out: Annotated[Path | None, typer.Option("-o", "--output", help="Write to this file, not to stdout.")] = None,
+    force: Force = False,
 ) -> None:
     """Give the rows behind a report's tables, or a recording's course, to other tools."""
     from analysis import exporting
@@ -151,18 +162,16 @@ def export(
     if perfetto:
         if out is None:
             raise Problem("export --perfetto: say with -o which file to write")
-        exporting.perfetto(file, out)
+        exporting.perfetto(file, out, force=force)
     elif list_:
-        _write(exporting.listing(file), out)
+        _write(exporting.listing(file), out, outputs.QUERIES, [file], force)
     else:
-        exporting.csv(file, csv, out)
+        exporting.csv(file, csv, out, force=force)
 
 
-def _write(text: str, out: Path | None) -> None:
+def _write(text: str, out: Path | None, kind: outputs.Kind, inputs: Sequence[Path], force: bool) -> None:
     if out is None:
         sys.stdout.write(text)
         return
-    try:
-        out.write_text(text)
-    except OSError as error:
-        raise Problem(f"{out}: cannot be written: {error.strerror or error}") from None
+    with outputs.Output(out, kind, inputs, force=force) as output:
+        output.write(text.encode(errors="backslashreplace"))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from analysis.queries.registry import named, queries
 from analysis.sources import open_source
 from traces.errors import Problem
+from traces.outputs import Kind, Output
 from traces.progress import Progress
 
 
@@ -22,25 +25,28 @@ def listing(path: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def csv(path: Path, name: str, out: Path | None) -> None:
+def csv(path: Path, name: str, out: Path | None, *, force: bool = False) -> None:
     """All rows of a query, streamed to a file or to standard output; null is empty."""
     query = named(name)
     rows = query(open_source(path))
-    try:
-        with Progress(f"query {name}"):
-            rows.sink_csv(sys.stdout.buffer if out is None else out, engine="streaming")
-    except OSError as error:
-        if "Broken pipe" in str(error):  # polars raises it without its number: whoever read has enough
-            raise BrokenPipeError from None
-        raise Problem(f"{out or 'standard output'}: cannot be written: {error.strerror or error}") from None
+    header = ",".join(rows.collect_schema().names()) + "\n"
+    kind = Kind(f"the rows of query {name}", re.compile(rb"\A" + re.escape(header.encode())))
+    with nullcontext() if out is None else Output(out, kind, [path], force=force) as output, Progress(f"query {name}"):
+        try:
+            rows.sink_csv(sys.stdout.buffer if output is None else output.written, engine="streaming")
+        except OSError as error:
+            if "Broken pipe" in str(error):  # polars raises it without its number: whoever read has enough
+                raise BrokenPipeError from None
+            why = re.sub(r" \(os error \d+\)$", "", error.strerror or str(error))
+            raise Problem(f"{out or 'standard output'}: cannot be written: {why}") from None
 
 
-def perfetto(path: Path, out: Path) -> None:
+def perfetto(path: Path, out: Path, *, force: bool = False) -> None:
     """A recording's course, or a replay's, as a trace for ui.perfetto.dev; remarks on stderr."""
     from analysis.perfetto import export
 
     source = open_source(path)
-    remarks = export(source, out)
+    remarks = export(source, out, force=force)
     for remark in remarks:
         print(f"kvmtrace: {path}: {remark}", file=sys.stderr)
     print(f"{out}: {out.stat().st_size:,} bytes", file=sys.stderr)

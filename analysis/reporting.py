@@ -18,6 +18,7 @@ from analysis.report import Check, Report
 from analysis.sources import Recording, Result, open_source
 from analysis.validation import Validated, validated
 from traces.errors import BAD_INPUT, Problem
+from traces.outputs import Unwritable
 
 UNVALIDATED: Final = "not done: --validate holds the recording against the model (100,000 rows a second)"
 
@@ -86,7 +87,7 @@ def _replayed(
     try:
         return replayed_under(recording, wanted.policies, path)
     except Problem as problem:
-        if wanted.policies or wanted.gates or problem.code != BAD_INPUT:
+        if wanted.policies or wanted.gates or problem.code != BAD_INPUT or isinstance(problem, Unwritable):
             raise
         remarks.append(f"not replayed: {str(problem).removeprefix(f'{recording.path}: ')}")
         return None

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from traces.documents import Json, print_json
+from traces.documents import Force, Json, print_json
 from traces.errors import VERDICT_FAILED, Problem
+from traces.outputs import RESULT, check
 
 app = typer.Typer()
 
@@ -102,6 +103,7 @@ def replay(
     tdp_pages: Annotated[
         str, typer.Option(help="Mode: tables kept in a list under a spinlock, or by a counter: time and waits.")
     ] = "",
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Say what the recorded VMs would have done under other root policies, and how long it would have taken."""
@@ -119,6 +121,18 @@ def replay(
         raise Problem(f"--smi {smi}: give auto, open or closed")
     settings = Settings(smi, Rule(stall_share, stall_window * 1_000_000), stuck_exits)
 
+    asked = {"--aging": aging, "--zap-lock": zap_lock, "--apicv": apicv, "--tdp-pages": tdp_pages}
+    questions_asked = [name for name, value in asked.items() if value]
+    instead = [*(["--sweep"] if sweep else []), *(["--smi-rate"] if smi_rate else []), *questions_asked]
+    if instead and out is not None:
+        raise Problem(f"replay {instead[0]}: writes no result: give no -o (--json prints what it finds)")
+    if questions_asked and policy:
+        raise Problem(f"replay {questions_asked[0]}: is no matter of a root policy: give no --policy")
+    if questions_asked and (sweep or smi_rate):
+        raise Problem(f"replay {instead[0]}: is another question than {questions_asked[0]}: ask them one by one")
+    inputs = [trace, *map(Path, policy or ())]
+    if out is not None:
+        check(out, RESULT, inputs, force=force)
     assumed = plan.refault(refault)
     shown = capabilities.Capabilities(Trace.open(trace))
     if questions := designs.asked(aging=aging, zap_lock=zap_lock, apicv=apicv, tdp_pages=tdp_pages):
@@ -141,7 +155,7 @@ def replay(
             print(smi_rate_text.render(swept, wide), end="")
         return
     taken = settings if timed else None
-    replayed = run.replay(wanted, taken) if out is None else run.replay_into(wanted, out, taken)
+    replayed = run.replay(wanted, taken) if out is None else run.replay_into(wanted, out, taken, inputs, force=force)
     if as_json:
         time = {"time": time_report.to_dict(replayed.times, settings)} if timed else {}
         print_json({**counts_text.to_dict(replayed, share), **time})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
@@ -18,8 +18,9 @@ from replay.simulate.engine import RootLog, Vcpus
 from replay.simulate.operations import Block, Cause, Word
 from replay.simulate.reference import Counters, Happened
 from traces.errors import Problem
+from traces.outputs import RESULT, RESULT_KEY, Output
 
-KEY: Final = b"kvmtrace.result"
+KEY: Final = RESULT_KEY
 FORMAT: Final = {"major": 1, "minor": 2}
 # A row group ends at about so many rows, or writes: what a query pays for one, it pays for some thousand rows.
 GROUP_ROWS: Final = 1 << 15
@@ -62,16 +63,13 @@ def vm_counts(counters: Counters) -> dict[str, int]:
 class ResultWriter:
     """Writes a result, many writes to a row group; the file appears under its name when all of it is written."""
 
-    def __init__(self, path: Path, policies: list[str]) -> None:
-        self._path = path
-        self._part = path.with_name(path.name + ".part")
+    def __init__(self, path: Path, policies: list[str], inputs: Sequence[Path] = (), *, force: bool = False) -> None:
+        """`inputs`: the files that it is made of, which `path` may not be; `force`: see `traces.outputs`."""
         self._policies = pa.array(policies)
         self._waiting: list[pa.RecordBatch] = []
         self._rows = 0  # in them
-        try:
-            self._file = pq.ParquetWriter(self._part, SCHEMA, compression="zstd")
-        except OSError as error:
-            raise Problem(f"{path}: cannot be written: {error.strerror or error}") from None
+        self._output = Output(path, RESULT, inputs, force=force)
+        self._file = pq.ParquetWriter(self._output, SCHEMA, compression="zstd")
 
     def __enter__(self) -> ResultWriter:
         return self
@@ -79,9 +77,9 @@ class ResultWriter:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with contextlib.suppress(pa.ArrowException, OSError):
+        with contextlib.suppress(pa.ArrowException, OSError, Problem):
             self._file.close()
-        self._part.unlink(missing_ok=True)
+        self._output.discard()
 
     def of_vm(self, vm: int, held: bool) -> VmWriter:
         """What writes the rows of one VM; `held`: they wait for its `release`, so that VMs stay in order."""
@@ -99,7 +97,7 @@ class ResultWriter:
         self._flush()
         self._file.add_key_value_metadata({KEY: json.dumps({"format": FORMAT, **metadata}).encode()})
         self._file.close()
-        self._part.replace(self._path)
+        self._output.commit()
 
     def _flush(self) -> None:
         if self._waiting:

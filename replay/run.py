@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -74,11 +74,13 @@ def replay(plan: Plan, settings: Settings | None = None, writer: ResultWriter | 
     return done
 
 
-def replay_into(plan: Plan, path: Path, settings: Settings | None) -> Replayed:
-    """Run a plan and write its result."""
+def replay_into(
+    plan: Plan, path: Path, settings: Settings | None, inputs: Sequence[Path] = (), *, force: bool = False
+) -> Replayed:
+    """Run a plan and write its result; `inputs` and `force` as `result.Writer` takes them."""
     from replay.timing import time_text
 
-    with ResultWriter(path, [target.name for target in plan.targets]) as writer:
+    with ResultWriter(path, [target.name for target in plan.targets], inputs, force=force) as writer:
         replayed = replay(plan, settings, writer)
         times = time_text.to_dict(replayed.times, settings) if settings is not None else None
         writer.close({**document(replayed), "time": times})

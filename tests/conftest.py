@@ -12,12 +12,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 import tests.profiles  # noqa: F401 - how many examples Hypothesis tries, before any test module asks
+
+if TYPE_CHECKING:
+    from tests.verbs import Files, Verb
 
 TRACING = Path("/sys/kernel/tracing")
 ROOT = Path(__file__).parents[1]
@@ -122,3 +126,27 @@ def vmm() -> str:
     from tracer.vmm import binary
 
     return str(binary())
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """The inputs of tests.verbs."""
+    from tests.verbs import make_files
+
+    return make_files(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="session")
+def whole(files: Files, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Verb], Path]:
+    """What a verb writes when nothing is in its way; made once."""
+    from tests.verbs import invoke
+
+    directory = tmp_path_factory.mktemp("whole")
+
+    def made(verb: Verb) -> Path:
+        path = directory / verb.name
+        if not path.exists():
+            invoke(verb.words(files, path))
+        return path
+
+    return made

@@ -164,7 +164,7 @@ def program(
             f"#define MAX_THREADS {MAX_THREADS}",
             f"struct event {{ {fields} }};",
             f'_Static_assert(sizeof(struct event) == {RECORD_SIZE}, "record size");',
-            *((_SOURCES / part).read_text() for part in _PARTS),
+            *((_SOURCES / part).read_text(encoding="utf-8") for part in _PARTS),
             *(_function(c, (arguments or {}).get(c.point.where, 0)) for c in chosen),
         )
     )

@@ -26,8 +26,9 @@ from tracer.bpf import Probes, loss_table
 from tracer.btf import kernel_btf
 from tracer.ring import Rings, default_ring_bytes, ring_count
 from tracer.writer import SegmentThread, prefer_this_thread
+from traces import interrupts, outputs
 from traces.compact import Summary, compact
-from traces.errors import ENVIRONMENT, VERDICT_FAILED, Problem
+from traces.errors import ENVIRONMENT, Problem
 from traces.progress import Progress
 from traces.record import RECORD
 from traces.schema import BY_NAME
@@ -90,10 +91,7 @@ def check(options: Options) -> None:
     """Refuse what cannot work, before anything is loaded."""
     if os.geteuid() != 0:
         raise Problem("recording needs root (CAP_BPF, CAP_PERFMON, tracefs): run it with sudo", ENVIRONMENT)
-    if not options.out.parent.is_dir():
-        raise Problem(f"{options.out.parent}: no such directory for the recording")
-    if options.out.exists():
-        raise Problem(f"{options.out}: exists; a recording is never overwritten, choose another name with -o")
+    outputs.check(options.out, outputs.RECORDING)
     if not Path("/dev/kvm").exists():
         raise Problem("no /dev/kvm: this machine has no KVM; load it with modprobe kvm_amd or kvm_intel", ENVIRONMENT)
     if options.command and shutil.which(options.command[0]) is None:
@@ -357,7 +355,7 @@ def _record(
     with Progress("recording") as progress:
         reason, status = recorder.run(progress)
     if stop.hard:
-        raise Problem(f"stopped before compaction: run `kvmtrace recover {options.directory}`", VERDICT_FAILED)
+        raise Problem(f"stopped before compaction: run `kvmtrace recover {options.directory}`", interrupts.CODE)
     with Progress(f"compacting {recorder.drained:,} events into {options.out}"):
         summary = compact(options.directory, options.out)
     shutil.rmtree(options.directory)

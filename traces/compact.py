@@ -27,6 +27,7 @@ from traces.kernels.policy_rows import KINDS, PolicyRow, Watch
 from traces.lives import Ints
 from traces.memslots import MAX_SLOTS, Memslots
 from traces.metadata import KEY
+from traces.outputs import Unwritable
 from traces.record import Columns
 from traces.schema import BY_CODE, BY_NAME, FORMAT_MAJOR, FORMAT_MINOR
 from traces.segments import SegmentReader
@@ -69,21 +70,14 @@ def compact(directory: Path, out: Path) -> Summary:
     reader = SegmentReader(directory)
     try:
         file = TraceFile(out)
-    except OSError as error:
-        raise _unwritable(out, directory, error) from error
-    try:
-        return _Compaction(reader, file).run()
-    except OSError as error:
-        raise _unwritable(out, directory, error) from error
-    finally:
-        file.discard()
-
-
-def _unwritable(out: Path, directory: Path, error: OSError) -> Problem:
-    return Problem(
-        f"{out}: {error.strerror or error}: the recording is safe in {directory}; "
-        f"fix that and run `kvmtrace recover {directory}`"
-    )
+        try:
+            return _Compaction(reader, file).run()
+        finally:
+            file.discard()
+    except Unwritable as error:
+        raise Problem(
+            f"{error}: the recording is safe in {directory}; fix that and run `kvmtrace recover {directory}`"
+        ) from error
 
 
 class _Compaction:

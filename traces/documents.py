@@ -9,6 +9,9 @@ import typer
 
 SCHEMA = 1
 
+Force = Annotated[
+    bool, typer.Option("--force", help="Let -o replace a file of another kind; never an input or a recording.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON (with its schema version) instead of text.")]
 
 

@@ -5,18 +5,28 @@ Every write, fsync and rename of a trace goes through these functions, which is 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 
-def write_all(fd: int, data: bytes | memoryview) -> None:
+def write_all(fd: int, data: bytes | bytearray | memoryview) -> None:
     """Write all of `data`; raises OSError, after which the file may hold a part of it."""
     view = memoryview(data).cast("B")
     while view:
         view = view[os.write(fd, view) :]
+
+
+def create_beside(path: Path) -> tuple[Path, int]:
+    """A new file in the directory of `path`, to be renamed to it, and its descriptor; its name was nobody's."""
+    while True:
+        temporary = path.with_name(f".kvmtrace-{secrets.token_hex(4)}.tmp")  # short: `path` may be as long as names get
+        with contextlib.suppress(FileExistsError):
+            return temporary, os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
 
 def sync(fd: int) -> None:

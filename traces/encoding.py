@@ -7,7 +7,6 @@ A reader therefore sees damage before it decodes anything.
 
 from __future__ import annotations
 
-import os
 import zlib
 from pathlib import Path
 from typing import Any, Final
@@ -15,8 +14,8 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from traces import durable
 from traces.columns import SCHEMA
+from traces.outputs import RECORDING, Kind, Output
 
 PARQUET_MAGIC: Final = b"PAR1"
 MAGIC: Final = b"KVMTRACE"
@@ -39,10 +38,10 @@ OPTIONS: Final[dict[str, Any]] = {
 class TraceFile:
     """A trace in the making: row groups with their CRC, metadata at the end, visible only when finished."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, kind: Kind = RECORDING, *, force: bool = False) -> None:
         self.path = path
-        self._temporary = path.with_name(path.name + ".tmp")
-        self._sink = _Sink(self._temporary)
+        self._output = Output(path, kind, force=force)
+        self._sink = _Sink(self._output)
         try:
             self._writer = pq.ParquetWriter(self._sink, SCHEMA, **OPTIONS)
         except BaseException:
@@ -62,27 +61,24 @@ class TraceFile:
         self._writer.add_key_value_metadata(metadata)
         self._writer.close()
         self._sink.end()
-        durable.replace(self._temporary, self.path)
+        self._output.commit()
         return self._sink.position
 
     def discard(self) -> None:
         """Remove what was written; harmless after `finish`."""
         self._sink.abandon()
-        self._temporary.unlink(missing_ok=True)
+        self._output.discard()
 
 
 class _Sink:
     """The file object that Arrow writes to. Keeps count and CRC; holds the footer back until its CRC is known."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, output: Output) -> None:
+        self.closed = False
         self.position = 0
         self.crc32 = 0
         self._held: list[bytes] | None = None
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-
-    @property
-    def closed(self) -> bool:
-        return self._fd < 0
+        self._output = output
 
     def write(self, data: bytes | pa.Buffer) -> int:
         view = memoryview(data).cast("B")
@@ -104,19 +100,16 @@ class _Sink:
         self._held = []
 
     def end(self) -> None:
-        """Write the seal and what was held, and make the file durable."""
+        """Write the seal and what was held."""
         footer = b"".join(self._held or ())
         self._write(memoryview(MAGIC + zlib.crc32(footer).to_bytes(4, "little") + footer))
-        durable.sync(self._fd)
         self.abandon()
 
     def abandon(self) -> None:
-        """Close the file; what Arrow's writer still sends when it is collected goes nowhere."""
+        """Take no more; what Arrow's writer still sends when it is collected goes nowhere."""
         self._held = []
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self.closed = True
 
     def _write(self, data: memoryview) -> None:
-        durable.write_all(self._fd, data)
+        self._output.write(data)
         self.position += len(data)

@@ -13,9 +13,10 @@ from typing import Any, Final
 
 from traces.errors import Problem
 from traces.kernels.policies import current_name
+from traces.outputs import TRACE_KEY
 from traces.schema import FORMAT_MAJOR
 
-KEY: Final = b"kvmtrace"
+KEY: Final = TRACE_KEY
 MAX_BYTES: Final = 64 << 20  # Arrow reads no longer strings than 100 MB from a footer
 
 

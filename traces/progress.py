@@ -15,6 +15,7 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Final, Self
 
+from traces import interrupts
 from traces.text import printable
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Progress:
 
     def at(self, done: int) -> None:
         """So many steps are done, or more: VMs that are replayed side by side do not report in order."""
+        interrupts.stop_if_interrupted()
         self.done = max(self.done, done)
         _LINE.update()
 

@@ -9,8 +9,10 @@ from typing import Final
 from analysis.queries.registry import Query
 from analysis.report import Report
 from analysis.sources import Recording
+from traces import outputs
 from traces.errors import Problem
 
+_KINDS: Final = {"json": outputs.DOCUMENT, "junit": outputs.JUNIT, "html": outputs.PAGE}
 # Format -> module; each has `render(*reports) -> str`, and `DRAWN` where it makes queries of a recording itself.
 FORMATS: Final = {
     "text": "plain_text",
@@ -28,6 +30,11 @@ def renderer(name: str) -> Callable[..., str]:
         raise Problem(f"--format {name}: give {', '.join(FORMATS)}")
     render: Callable[..., str] = import_module(f"analysis.formats.{FORMATS[name]}").render
     return render
+
+
+def kind(name: str) -> outputs.Kind:
+    """What a file in this format is."""
+    return _KINDS.get(name, outputs.PROSE)
 
 
 def drawn(name: str) -> tuple[Query[Recording], ...]:

@@ -121,7 +121,7 @@ def printable_lines(text: str) -> str:
 
 
 def _part(name: str) -> str:
-    return files("analysis.formats").joinpath(name).read_text()
+    return files("analysis.formats").joinpath(name).read_text(encoding="utf-8")
 
 
 def _json(document: Any) -> str:

@@ -8,16 +8,23 @@ from analysis.perfetto import predicted, recording
 from analysis.perfetto.packets import PacketWriter
 from analysis.sources import Recording, Result
 from replay.timing.stalls import Rule
+from traces.outputs import TIMELINE, Output
 
 
-def export(source: Recording | Result, out: Path) -> list[str]:
-    """Write what was recorded, or what a replay predicted; gives remarks, one line each."""
-    if isinstance(source, Result):
-        with PacketWriter(out, (), ()) as writer:
+def export(source: Recording | Result, out: Path, *, force: bool = False) -> list[str]:
+    """Write what was recorded, or what a replay predicted; gives remarks, one line each. `force`: see `traces.outputs`.
+
+    The file appears under its name when all of it is written. Raises Problem where it cannot be.
+    """
+    with Output(out, TIMELINE, [source.path], force=force) as output:
+        if isinstance(source, Result):
+            writer = PacketWriter(output, (), ())
             predicted.write(source, writer)
-        return []
-    with PacketWriter(out, recording.NAMES, recording.NOTES) as writer:
+            writer.flush()
+            return []
+        writer = PacketWriter(output, recording.NAMES, recording.NOTES)
         told = recording.write(source.trace, writer, Rule())
+        writer.flush()
     remarks = [f"soft-hangs are not known: {why}" for why in told.unjudged]
     if told.clipped:
         remarks.append(f"{told.clipped:,} ns are left out: clocks of two CPUs differ, and spans would cross")

@@ -8,22 +8,20 @@ Perfetto's own writer pads lengths.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
-from types import TracebackType
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 from perfetto.protos.perfetto.trace import perfetto_trace_pb2 as pb
 
-from traces.errors import Problem
+from traces.outputs import Output
 
 Ints = NDArray[np.int64]
 _SEQUENCE: Final = 1  # all packets are of one writer
 _FIXED: Final = 8  # bytes of a double or a flow id
+_BUFFER: Final = 1 << 20  # bytes
 
 
 class Template:
@@ -58,19 +56,15 @@ class Template:
 
 
 class PacketWriter:
-    """Writes one file, which appears under its name when all of it is written. Raises Problem where it cannot be."""
+    """Writes the packets of one file, many at a time: `flush` ends it."""
 
-    def __init__(self, path: Path, names: Sequence[str], notes: Sequence[str]) -> None:
+    def __init__(self, output: Output, names: Sequence[str], notes: Sequence[str]) -> None:
         """`names` are those of spans written in bulk, by number from 0; `notes` what may be annotated with a number."""
-        self.path = path
         self.packets = 0
-        self._part = path.with_name(path.name + ".part")
+        self._output = output
+        self._waiting = bytearray()
         self._notes = {name: number for number, name in enumerate(notes, 1)}
         self._tracks = 0
-        try:
-            self._file = self._part.open("wb")
-        except OSError as error:
-            raise Problem(f"{path}: cannot be written: {error.strerror or error}") from None
         first = self._packet()
         first.sequence_flags = pb.TracePacket.SEQ_INCREMENTAL_STATE_CLEARED
         for number, name in enumerate(names, 1):
@@ -79,17 +73,10 @@ class PacketWriter:
             first.interned_data.debug_annotation_names.add(iid=number, name=name)
         self._write(first)
 
-    def __enter__(self) -> PacketWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-        if kind is None:
-            self._part.replace(self.path)
-        else:
-            self._part.unlink(missing_ok=True)
+    def flush(self) -> None:
+        """Hand on what waits: the last call of all."""
+        self._output.write(self._waiting)
+        self._waiting.clear()
 
     def clocks(self, samples: Sequence[Mapping[str, int]]) -> None:
         """How CLOCK_BOOTTIME stood to the monotonic and the real clock: `boot`, `mono`, `real` in ns."""
@@ -179,12 +166,9 @@ class PacketWriter:
         self.packets += 1
 
     def _raw(self, rows: NDArray[np.uint8]) -> None:
-        try:
-            self._file.write(rows.data)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                self._file.close()
-            raise Problem(f"{self.path}: cannot be written: {error.strerror or error}") from None
+        self._waiting += rows.data
+        if len(self._waiting) >= _BUFFER:
+            self.flush()
 
 
 def _width(values: Ints | NDArray[np.float64]) -> int:

@@ -90,7 +90,7 @@ def _bounds(bounds: Mapping[str, int]) -> str:
 def schedules(path: Path) -> list[Schedule]:
     """Those of a document that `explore --json` printed, or a single one."""
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(path.read_bytes())
     except OSError as error:
         raise Problem(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

@@ -30,6 +30,7 @@ from replay.decode.vm_inputs import VmInputs, vcpu_ids
 from replay.result import KEY
 from replay.timing.measure import SpanTimes
 from traces.errors import Problem
+from traces.outputs import TIMELINE, Output
 from traces.progress import Progress
 from traces.reader import Trace
 from traces.synth import Parameters, synthesize
@@ -291,9 +292,11 @@ def test_bulk_packets_hold_the_numbers(spans: list[tuple[int, int, int]], data: 
     flow = np.array(data.draw(st.lists(st.integers(1, 1 << 62), min_size=len(at), max_size=len(at))), np.int64)
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "bulk.pftrace"
-        with PacketWriter(path, ("a", "b", "c", "d"), ("seq",)) as writer:
+        with Output(path, TIMELINE) as output:
+            writer = PacketWriter(output, ("a", "b", "c", "d"), ("seq",))
             track = writer.track("t")
             writer.spans(track, begin, begin + length, name, {"seq": length}, (at, flow))
+            writer.flush()
         trace = pb.Trace.FromString(path.read_bytes())
     events = [packet for packet in trace.packet if packet.HasField("track_event")]
     flows = dict(zip(at.tolist(), flow.tolist(), strict=True))

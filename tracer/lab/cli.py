@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from traces.errors import BAD_INPUT, ENVIRONMENT, Problem
+from traces.outputs import RECORDING, check
 
 if TYPE_CHECKING:
     from tracer.lab.lab_kernels import Bootable
@@ -111,10 +112,8 @@ def run(
 
     if bare == bool(output):
         raise Problem("lab run: give -o OUT.parquet to record, or --bare to only run")
-    if output and not output.absolute().parent.is_dir():
-        raise Problem(f"{output.parent}: no such directory")
-    if output and output.exists():
-        raise Problem(f"{output}: exists; a recording is never overwritten, choose another name with -o")
+    if output:
+        check(output, RECORDING)
     command = _command(scenario, workload, context.args)
     booted = _kernel(kernel, modules, kvm_modules)
     _stop_cleanly()

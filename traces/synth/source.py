@@ -12,8 +12,8 @@ import numpy as np
 from traces.columns import kind_name
 from traces.compact import Summary, _Compaction
 from traces.encoding import TraceFile
-from traces.errors import Problem
 from traces.kernels import at
+from traces.outputs import SYNTHETIC
 from traces.progress import Progress
 from traces.record import Columns
 from traces.segments import Segment, SegmentReader
@@ -95,22 +95,19 @@ def merge(streams: list[Iterator[Columns]]) -> Iterator[Columns]:
         yield columns if len(ready) == 1 else take(columns, np.argsort(columns["time"], kind="stable"))
 
 
-def synthesize(path: Path, parameters: Parameters) -> Summary:
+def synthesize(path: Path, parameters: Parameters, *, force: bool = False) -> Summary:
     """Write the trace that `parameters` order, in bounded memory; the same parameters give the same bytes.
 
-    Raises Problem (exit code 2) for parameters that make no
-    sense, or where the file cannot be written.
+    Raises Problem (exit code 2) for parameters that make no sense, or where the file cannot be written; `force`: see
+    `traces.outputs`.
     """
     parameters = parameters.settled()
+    file = TraceFile(path, SYNTHETIC, force=force)
     try:
-        file = TraceFile(path)
-        try:
-            with Progress(f"making {path}", parameters.events) as progress:
-                return _Compaction(_Synthetic(parameters, progress), file).run()
-        finally:
-            file.discard()
-    except OSError as error:
-        raise Problem(f"{path}: {error.strerror or error}") from error
+        with Progress(f"making {path}", parameters.events) as progress:
+            return _Compaction(_Synthetic(parameters, progress), file).run()
+    finally:
+        file.discard()
 
 
 def manifest(parameters: Parameters) -> dict[str, Any]:

@@ -1,0 +1,209 @@
+"""What ends a command: streams closed, full or unread, odd terminals, locales and names, and ^C at every moment.
+
+Each in a process of its own; `make quick` runs a few.
+"""
+
+from __future__ import annotations
+
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.verbs import TALKERS, WRITERS, Files, Verb, contents, kvmtrace
+from traces import outputs
+from traces.errors import BAD_INPUT
+from traces.interrupts import CODE as INTERRUPTED
+from traces.synth import Parameters, synthesize
+
+LIMIT = 64  # bytes that a file may have where the disk is full
+QUICK = ("info", "report-gate", "synth")
+
+
+def verbs(given: Sequence[Verb], *, quick: Sequence[str] = QUICK) -> Any:
+    marked = [pytest.param(verb, id=verb.name, marks=() if verb.name in quick else pytest.mark.slow) for verb in given]
+    return pytest.mark.parametrize("verb", marked)
+
+
+def said(done: subprocess.CompletedProcess[bytes]) -> str:
+    """The one line of a command that could not do its work: exit code 2."""
+    assert b"Traceback" not in done.stderr, done.stderr.decode()
+    assert done.returncode == BAD_INPUT, (done.returncode, done.stderr)
+    assert done.stderr.count(b"\n") == 1, done.stderr
+    assert done.stderr.startswith(b"kvmtrace: ")
+    return done.stderr.decode()
+
+
+@verbs(WRITERS)
+def test_a_full_disk_leaves_what_was_there(
+    verb: Verb, files: Files, whole: Callable[[Verb], Path], tmp_path: Path
+) -> None:
+    places = [tmp_path / "absent"]
+    if verb.kind != outputs.RECORDING:
+        shutil.copy(whole(verb), tmp_path / "there")
+        places.append(tmp_path / "there")
+        line = said(kvmtrace(verb.words(files, Path("/dev/full"))))
+        assert "No space left on device" in line
+    before = contents(tmp_path)
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({LIMIT}, {LIMIT}))"
+    for out in places:
+        done = kvmtrace(verb.words(files, out), limit, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
+        assert "File too large" in said(done)
+        assert contents(tmp_path) == before
+
+
+@verbs(TALKERS)
+def test_standard_output_that_is_closed_full_or_unread(verb: Verb, files: Files) -> None:
+    words = verb.words(files)
+    assert "standard output" in said(kvmtrace(words, "import os; os.dup2(os.open('/dev/null', os.O_RDONLY), 1)"))
+    with Path("/dev/full").open("wb") as full:
+        assert "No space left on device" in said(kvmtrace(words, stdout=full))
+    shell = ["/bin/sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-m", "kvmtrace"]
+    closed = subprocess.run([*shell, *words], stderr=subprocess.PIPE, check=False)
+    assert "standard output" in said(closed)
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = kvmtrace(words, stdout=writing)
+    os.close(writing)
+    assert b"Broken" not in done.stderr
+    assert b"Traceback" not in done.stderr
+    if verb.name != "doctor":
+        assert done.returncode == verb.code
+
+
+def test_a_closed_standard_error_does_not_go_to_standard_output(files: Files) -> None:
+    shell = ["/bin/sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-m", "kvmtrace"]
+    done = subprocess.run([*shell, "info", "/nonexistent"], stdout=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stdout) == (BAD_INPUT, b"")
+
+
+@verbs(TALKERS)
+def test_a_narrow_dumb_terminal_an_ascii_locale_and_none(verb: Verb, files: Files) -> None:
+    words = verb.words(files)
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG", "PYTHON"))}
+    codes = set()
+    for environment in (
+        {"COLUMNS": "40", "TERM": "dumb", "LC_ALL": "C"},
+        {"COLUMNS": "1", "LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+        {"PYTHONIOENCODING": "ascii:strict", "TERM": ""},
+    ):
+        done = kvmtrace(words, env={**plain, **environment})
+        assert b"Traceback" not in done.stderr, done.stderr.decode()
+        codes.add(done.returncode)
+    ours, theirs = pty.openpty()
+    narrow = {**plain, "COLUMNS": "40", "TERM": "dumb"}
+    child = subprocess.Popen([sys.executable, "-m", "kvmtrace", *words], stdout=theirs, stderr=theirs, env=narrow)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            part = os.read(ours, 1 << 16)
+        except OSError:  # EIO: the terminal's other end is closed
+            break
+        if not part:
+            break
+        shown += part
+    os.close(ours)
+    assert b"Traceback" not in shown, shown.decode(errors="replace")
+    codes.add(child.wait())
+    assert len(codes) == 1
+    assert verb.name == "doctor" or codes == {verb.code}
+
+
+@verbs([*WRITERS, *TALKERS])
+def test_a_name_that_is_not_utf_8_is_one_line(verb: Verb, files: Files, tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"odd-\xff.parquet")
+    shutil.copy(files.trace, odd)
+    before = sorted(tmp_path.iterdir())
+    given = Files(odd, odd, odd)
+    words = verb.words(given, odd.with_suffix(".out"))
+    if os.fspath(odd) not in words and verb.kind is None:
+        words.append(os.fspath(odd))  # what takes no file takes no such word either
+    assert "UTF-8" in said(kvmtrace(words))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+# Sends SIGINT to itself at the n-th import after kvmtrace's own first one, so that no clock decides where it hits.
+_AT_IMPORT = """
+import os, signal, sys
+count = None
+def hook(event, arguments):
+    global count
+    if event == 'import':
+        if count is not None:
+            count += 1
+            if count == {at}:
+                os.kill(os.getpid(), signal.SIGINT)
+        elif arguments[0] == 'traces.interrupts':
+            pass
+        elif 'traces.interrupts' in sys.modules and signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            count = 0
+sys.addaudithook(hook)
+sys.argv[0] = 'kvmtrace'
+"""
+# ... and when a file is to get its name.
+_AT_RENAME = """
+import os, signal, sys
+sys.addaudithook(lambda event, _: os.kill(os.getpid(), signal.SIGINT) if event == 'os.rename' else None)
+"""
+_SOME = ("info", "report-html", "report-text", "export-perfetto", "replay", "synth", "recover", "validate", "doctor")
+
+
+@verbs([verb for verb in (*WRITERS, *TALKERS) if verb.name in _SOME], quick=())
+def test_interrupted_while_modules_load(verb: Verb, files: Files, tmp_path: Path) -> None:
+    out, hit = tmp_path / "out", 0
+    for at in (1, 2, 3, 5, 8, 20, 50, 120, 250, 400, 550, 700, 900, 1200, 1600):
+        done = kvmtrace(verb.words(files, out), _AT_IMPORT.format(at=at))
+        assert b"Traceback" not in done.stderr, (at, done.stderr.decode())
+        if done.returncode != INTERRUPTED:
+            break
+        hit += 1
+        assert done.stderr == b"kvmtrace: interrupted\n", (at, done.stderr)
+        assert [path.name for path in tmp_path.iterdir()] in ([], ["out"])
+    assert hit > 5
+
+
+@verbs(WRITERS, quick=("synth",))
+def test_interrupted_while_a_file_gets_its_name(
+    verb: Verb, files: Files, whole: Callable[[Verb], Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    done = kvmtrace(verb.words(files, out), _AT_RENAME)
+    assert (done.returncode, done.stderr) == (INTERRUPTED, b"kvmtrace: interrupted\n")
+    assert [path.name for path in tmp_path.iterdir()] in ([], ["out"])
+    if out.exists():
+        assert out.read_bytes() == whole(verb).read_bytes()
+
+
+@pytest.mark.slow
+def test_interrupted_with_many_vms_at_work(tmp_path: Path) -> None:
+    trace, out = tmp_path / "in.parquet", tmp_path / "out.parquet"
+    synthesize(trace, Parameters(policy="async", vms=6, events=2_000_000))
+    for rows in (1, 100_000, 300_000):
+        stop = f"""
+import os, signal
+from traces.progress import Progress
+at = Progress.at
+def stopped(self, done):
+    if done >= {rows}:
+        os.kill(os.getpid(), signal.SIGINT)
+    at(self, done)
+Progress.at = stopped
+"""
+        done = kvmtrace(["replay", str(trace), "-o", str(out)], stop)
+        assert (done.returncode, done.stderr) == (INTERRUPTED, b"kvmtrace: interrupted\n"), rows
+        assert [path.name for path in tmp_path.iterdir()] == ["in.parquet"]
+
+
+def test_behind_a_shells_ampersand_an_ignored_interrupt_stays_ignored(files: Files) -> None:
+    ignored = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n" + _AT_IMPORT.format(at=100)
+    done = kvmtrace(["info", str(files.trace)], ignored)
+    assert done.returncode == 0
+    assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN

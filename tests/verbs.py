@@ -1,0 +1,134 @@
+"""Every verb that tests walk, as command lines over one small recording. {trace}, {result} and {kvmt} are there.
+
+`record` and what boots kernels need more than a file, and have tests of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import kvmtrace as command_line
+from tests.corpus import CORPUS
+from tests.traces.making import numbered, write
+from traces import outputs
+
+TRACE = CORPUS / "huge-6.1.parquet"
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A command line; `kind`: what {out} becomes; `code`: its exit code when nothing is in its way."""
+
+    name: str
+    line: str
+    kind: outputs.Kind | None = None
+    code: int = 0
+
+    def words(self, files: Files, out: Path | None = None) -> list[str]:
+        """Its arguments."""
+        values = {"trace": files.trace, "result": files.result, "kvmt": files.kvmt, "out": out}
+        return [word.format(**values) for word in self.line.split()]
+
+    @property
+    def input(self) -> str:
+        """The field of `Files` that it reads; empty for none."""
+        return next((name for name in ("trace", "result", "kvmt") if f"{{{name}}}" in self.line), "")
+
+
+@dataclass(frozen=True)
+class Files:
+    """The inputs, in a directory of their own."""
+
+    trace: Path
+    result: Path
+    kvmt: Path
+
+
+_REPORT = "report {trace} --no-replay --format"
+# Those that write a file.
+WRITERS = [
+    Verb("replay", "replay {trace} --no-time -o {out}", outputs.RESULT),
+    Verb("report-text", f"{_REPORT} text -o {{out}}", outputs.PROSE),
+    Verb("report-md", f"{_REPORT} md -o {{out}}", outputs.PROSE),
+    Verb("report-mail", f"{_REPORT} mail -o {{out}}", outputs.PROSE),
+    Verb("report-html", f"{_REPORT} html -o {{out}}", outputs.PAGE),
+    Verb("report-json", f"{_REPORT} json -o {{out}}", outputs.DOCUMENT),
+    Verb("report-junit", f"{_REPORT} junit -o {{out}}", outputs.JUNIT),
+    Verb("report-result", "report {result} -o {out}", outputs.PROSE),
+    Verb("diff-text", "diff {result} {trace} -o {out}", outputs.PROSE),
+    Verb("diff-md", "diff {trace} {result} --format md -o {out}", outputs.PROSE),
+    Verb("diff-mail", "diff {result} {result} --format mail -o {out}", outputs.PROSE),
+    Verb("diff-json", "diff {result} {result} --format json -o {out}", outputs.DOCUMENT),
+    Verb("export-csv", "export {trace} --csv gfns -o {out}", outputs.Kind("the rows of query gfns")),
+    Verb("export-list", "export {trace} --list -o {out}", outputs.QUERIES),
+    Verb("export-perfetto", "export {trace} --perfetto -o {out}", outputs.TIMELINE),
+    Verb("export-result-csv", "export {result} --csv roots -o {out}", outputs.Kind("the rows of query roots")),
+    Verb("export-result-list", "export {result} --list -o {out}", outputs.QUERIES),
+    Verb("export-result-perfetto", "export {result} --perfetto -o {out}", outputs.TIMELINE),
+    Verb("synth", "synth {out} --duration 0.02", outputs.SYNTHETIC),
+    Verb("recover", "recover {kvmt} -o {out}", outputs.RECORDING),
+]
+# Those that answer on standard output.
+TALKERS = [
+    Verb("info", "info {trace}"),
+    Verb("info-json", "info {trace} --json"),
+    Verb("validate", "validate {trace}"),
+    Verb("replay", "replay {trace}"),
+    Verb("replay-json", "replay {trace} --json"),
+    Verb("replay-sweep", "replay {trace} --sweep smi-rate=10:100:log"),
+    Verb("replay-smi-rate", "replay {trace} --smi-rate 10"),
+    Verb("replay-aging", "replay {trace} --aging locked"),
+    Verb("replay-zap-lock", "replay {trace} --zap-lock read"),
+    Verb("replay-apicv", "replay {trace} --apicv gfn"),
+    Verb("replay-tdp-pages", "replay {trace} --tdp-pages list"),
+    Verb("report-text", "report {trace}"),
+    Verb("report-gate", "report {trace} --fail-on roots_created>0", code=1),
+    Verb("report-md", "report {trace} --format md"),
+    Verb("report-mail", "report {trace} --format mail"),
+    Verb("report-html", "report {trace} --format html"),
+    Verb("report-json", "report {trace} --format json"),
+    Verb("report-junit", "report {trace} --format junit"),
+    Verb("diff", "diff {trace} {result}"),
+    Verb("export-csv", "export {trace} --csv gfns"),
+    Verb("export-list", "export {trace} --list"),
+    Verb("explore", "explore vm-destroy --variant v2", code=1),
+    Verb("explore-list", "explore --list"),
+    Verb("kernels", "kernels 6.1"),
+    Verb("doctor", "doctor"),  # its exit code is the machine's
+    Verb("lab-list", "lab list"),
+    Verb("help", "replay --help"),
+]
+
+
+def contents(*directories: Path) -> dict[Path, bytes | None]:
+    """All files, with what is in them."""
+    found = [path for directory in directories for path in (directory, *directory.rglob("*"))]
+    return {path: path.read_bytes() if path.is_file() else None for path in found}
+
+
+def invoke(words: Sequence[str]) -> None:
+    """Run a command line in this process; raises its Problem."""
+    command_line.app(list(words), standalone_mode=False)
+
+
+def kvmtrace(words: list[str], before: str = "", **options: object) -> subprocess.CompletedProcess[bytes]:
+    """Run a command line in a process of its own; `before` is run in it first."""
+    code = f"{before}\nimport sys; sys.argv[0] = 'kvmtrace'\nimport kvmtrace; kvmtrace.main()"
+    given = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "timeout": 1200, **options}
+    return subprocess.run([sys.executable, "-c", code, *words], check=False, **given)  # type: ignore[call-overload,no-any-return]
+
+
+def make_files(directory: Path) -> Files:
+    """The inputs, made anew."""
+    trace, result, kvmt = (directory / name for name in ("in.parquet", "result.parquet", "left.kvmt"))
+    shutil.copy(TRACE, trace)
+    done = kvmtrace(["replay", os.fspath(trace), "-o", os.fspath(result)])
+    assert done.returncode == 0, done.stderr
+    write(kvmt, numbered(50))
+    return Files(trace, result, kvmt)

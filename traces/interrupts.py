@@ -1,0 +1,81 @@
+"""What ^C does: one line and exit code 130, from the first import on.
+
+kvmtrace.py imports this module before all others. Until the command line is loaded nothing was begun that would have to
+be put away, so that the process may end on the spot: a KeyboardInterrupt in the middle of an import is not always one
+when it comes out of it (extension modules make it an ImportError, polars panics). From then on (`unwinding`) it is
+raised, so that temporary files go, after the import that is under way, if one is.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Final, NoReturn
+
+_RETRY: Final = 0.005  # seconds, while something is imported
+CODE: Final = 128 + signal.SIGINT  # what shells say of a process that SIGINT ended
+_LINE: Final = b"kvmtrace: interrupted\n"
+
+happened = False
+
+
+def unwinding() -> None:
+    """From now on ^C raises KeyboardInterrupt, and `happened` tells, whatever becomes of that."""
+    if _heard():
+        signal.signal(signal.SIGINT, _raise)
+        signal.signal(signal.SIGALRM, _raise)
+
+
+def ignored() -> None:
+    """From now on ^C does nothing: the command is done, and the interpreter's own end takes a moment."""
+    if signal.getsignal(signal.SIGINT) is _raise:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
+
+
+def stop_if_interrupted() -> None:
+    """For threads, which no signal reaches: raise KeyboardInterrupt where the main thread was interrupted."""
+    if happened:
+        raise KeyboardInterrupt
+
+
+def end() -> NoReturn:
+    """Say that it was interrupted, and end; threads are not waited for."""
+    try:
+        os.write(2, _LINE)
+    finally:
+        os._exit(CODE)
+
+
+def _end(_number: int, _frame: FrameType | None) -> None:
+    end()
+
+
+def _raise(number: int, frame: FrameType | None) -> None:
+    global happened
+    importing = _importing(frame)
+    if importing and happened and number == signal.SIGINT:
+        end()  # asked twice
+    happened = True
+    if not importing:
+        raise KeyboardInterrupt
+    signal.setitimer(signal.ITIMER_REAL, _RETRY)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_name == "_find_and_load" and frame.f_globals.get("__name__") == "importlib._bootstrap":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _heard() -> bool:
+    """Whether ^C is for us: it is ignored by what runs behind a shell's `&`, and others may have a handler."""
+    return signal.getsignal(signal.SIGINT) in (signal.default_int_handler, _end)
+
+
+if os.path.basename(sys.argv[0]) in ("kvmtrace", "kvmtrace.py") and _heard():  # noqa: PTH119 (pathlib takes a while)
+    signal.signal(signal.SIGINT, _end)

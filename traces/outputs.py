@@ -1,0 +1,233 @@
+"""Where a command may write: every `-o` goes through here.
+
+A file is written beside its place and takes it when it is whole, so that what failed leaves what was there. It takes
+nobody's place but that of a file of its own kind: not of an input (under whichever name), not of a recording, ever, and
+of anything else only with --force. Devices and pipes are written as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from traces import durable
+from traces.errors import Problem
+
+TRACE_KEY: Final = b"kvmtrace"  # of a trace's metadata, as Parquet has it
+RESULT_KEY: Final = b"kvmtrace.result"
+_HEAD: Final = 1 << 16  # bytes in which a kind is told
+
+
+class Unwritable(Problem):
+    """A command may not, or cannot, write where it was told to."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a file is. `mark` is in the first bytes of those that it fits; None: nothing there tells it."""
+
+    name: str
+    mark: re.Pattern[bytes] | None = None
+
+
+RECORDING: Final = Kind("a recording")
+SYNTHETIC: Final = Kind("a synthetic trace")
+RESULT: Final = Kind("the result of a replay")
+TIMELINE: Final = Kind("a timeline for Perfetto", re.compile(rb"\A\n.{1,2}P\x01[bh]", re.S))
+PAGE: Final = Kind("a report's page", re.compile(rb'\A<!doctype html>.*<meta name="generator" content="kvmtrace', re.S))
+DOCUMENT: Final = Kind("a report in JSON", re.compile(rb'\A\{\s*"schema": \d+,\s*"reports"'))
+JUNIT: Final = Kind("a report for JUnit", re.compile(rb'\A<\?xml [^>]*>\s*<testsuites name="kvmtrace"'))
+PROSE: Final = Kind("a report in text", re.compile(rb"^(of {9}|of: |\| of \| )", re.M))
+QUERIES: Final = Kind("a list of queries", re.compile(rb"\A(doings|causes) +[A-Z].*^(rmaps|vcpus) +[A-Z]", re.S | re.M))
+_MARKED: Final = (TIMELINE, PAGE, DOCUMENT, JUNIT, PROSE, QUERIES)
+_NOT_OURS: Final = Kind("a file that kvmtrace did not write")
+
+
+def check(path: Path, kind: Kind, inputs: Sequence[Path] = (), *, force: bool = False) -> None:
+    """Raise a Problem unless a file of this kind may be written to `path`. A command that takes long begins with it."""
+    _Place(path, kind, inputs, force).check()
+
+
+class Output:
+    """A file being written, and a binary file for what writes to one; visible under its name when its `with` ends well.
+
+    `written` is its name until then. Raises Problem where it may not or cannot be written, from every call.
+    """
+
+    closed = False  # for Arrow, which asks
+
+    def __init__(self, path: Path, kind: Kind, inputs: Sequence[Path] = (), *, force: bool = False) -> None:
+        self.path = path
+        self._place = _Place(path, kind, inputs, force)
+        self._place.check(whole=False)
+        self._final = self._place.file
+        try:
+            if self._final is None:
+                self.written, self._fd = path, os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+            else:
+                self.written, self._fd = durable.create_beside(self._final)
+        except OSError as error:
+            raise _failed(path, error) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.commit()
+        finally:
+            self.discard()
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """Write all of it; after the end nothing, for what a library's writer still sends when it is collected."""
+        try:
+            if self._fd >= 0:
+                durable.write_all(self._fd, data)
+        except OSError as error:
+            raise _failed(self.path, error) from None
+        return memoryview(data).nbytes
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def close(self) -> None:
+        """Who writes may take it for a file of its own; it ends with `commit` or `discard`."""
+
+    def commit(self) -> None:
+        """Give it its name, durably."""
+        if self._final is None or self._fd < 0:
+            return
+        try:
+            durable.sync(self._fd)
+            if self._place.kind == RECORDING and _same(self.written, self._final):
+                return
+            self._place.check()  # again: somebody may have written there meanwhile
+            with contextlib.suppress(FileNotFoundError):
+                os.fchmod(self._fd, stat.S_IMODE(self._final.stat().st_mode))
+            durable.replace(self.written, self._final)
+        except OSError as error:
+            raise _failed(self.path, error) from None
+
+    def discard(self) -> None:
+        """Remove what has not got its name; harmless after `commit`."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+            if self._final is not None:
+                self.written.unlink(missing_ok=True)
+
+
+class _Place:
+    """Where a file is to go, and what may not be lost there."""
+
+    def __init__(self, path: Path, kind: Kind, inputs: Sequence[Path], force: bool) -> None:
+        self._path, self.kind, self._inputs, self._force = path, kind, inputs, force
+        try:
+            there = _status(path)
+        except OSError as error:
+            raise _failed(path, error) from None
+        device = there is not None and not stat.S_ISREG(there.st_mode) and not stat.S_ISDIR(there.st_mode)
+        # Through a link: the rename would replace the link, not the file.
+        self.file = None if device else Path(os.path.realpath(path)) if path.is_symlink() else path
+
+    def check(self, *, whole: bool = True) -> None:
+        """Raise a Problem where writing there would do harm, or cannot be done.
+
+        Before a recording is `whole` one may be there: it may turn out to be the same.
+        """
+        path, choose = self._path, "choose another name"
+        try:
+            there = _status(path)
+            if there is not None and stat.S_ISDIR(there.st_mode):
+                raise Unwritable(f"{path}: cannot be written: it is a directory")
+            if self.file is not None:
+                parent = self.file.parent
+                if not parent.is_dir():
+                    raise Unwritable(f"{path}: cannot be written: {parent}: no such directory")
+                if not os.access(parent, os.W_OK | os.X_OK):
+                    raise Unwritable(f"{path}: cannot be written: no permission to make a file in {parent}")
+                if _of_directory(self.file):
+                    raise Unwritable(f"{path}: would go into what a recorder left, which is never changed: {choose}")
+            if there is None:
+                return
+            for given in self._inputs:
+                status = _status(given)
+                if status is not None and os.path.samestat(status, there):
+                    raise Unwritable(f"{path}: is what is read ({given}): {choose}")
+            found = None if self.file is None else _kind_of(self.file, self.kind)
+        except OSError as error:
+            raise _failed(path, error) from None
+        if self.kind == RECORDING:
+            if found == RECORDING and not whole:
+                return
+            raise Unwritable(f"{path}: exists; a recording is never overwritten, nor overwrites: {choose} with -o")
+        if found == RECORDING:
+            raise Unwritable(f"{path}: is a recording, or was one, and is never overwritten: {choose}")
+        if found not in (None, self.kind) and not self._force:
+            assert found is not None
+            raise Unwritable(f"{path}: is {found.name}, not {self.kind.name}: {choose}, or give --force to replace it")
+
+
+def _failed(path: Path, error: OSError) -> Unwritable:
+    return Unwritable(f"{path}: cannot be written: {error.strerror or error}")
+
+
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return None
+
+
+def _of_directory(file: Path) -> bool:
+    """Whether it is, or would be, among the files of a recording under way, or of one that was cut short."""
+    return file.resolve().parent.suffix == ".kvmt" or re.fullmatch(r"seg-\d{5,}\.arrows", file.name) is not None
+
+
+def _kind_of(file: Path, wanted: Kind) -> Kind | None:
+    """What a file is; None for an empty one."""
+    with file.open("rb") as opened:
+        head = opened.read(_HEAD)
+    if not head:
+        return None
+    if head.startswith(b"PAR1"):
+        return _parquet(file)
+    return next((kind for kind in (wanted, *_MARKED) if kind.mark and kind.mark.search(head)), _NOT_OURS)
+
+
+def _parquet(file: Path) -> Kind:
+    """Which of ours it is; a recording where that cannot be told any more."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        pairs = pq.read_metadata(file).metadata or {}
+        if RESULT_KEY in pairs and TRACE_KEY not in pairs:
+            return RESULT
+        if TRACE_KEY not in pairs:
+            return _NOT_OURS
+        document = json.loads(pairs[TRACE_KEY])
+    except (pa.ArrowException, OSError, ValueError, RecursionError, MemoryError):
+        return RECORDING
+    return SYNTHETIC if isinstance(document, dict) and document.get("origin") == "synthetic" else RECORDING
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two files hold the same bytes; not where the second is missing."""
+    import filecmp
+
+    try:
+        return filecmp.cmp(one, other, shallow=False)
+    except FileNotFoundError:
+        return False
