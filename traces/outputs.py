@@ -46,7 +46,7 @@ PAGE: Final = Kind("a report's page", re.compile(rb'\A<!doctype html>.*<meta nam
 DOCUMENT: Final = Kind("a report in JSON", re.compile(rb'\A\{\s*"schema": \d+,\s*"reports"'))
 JUNIT: Final = Kind("a report for JUnit", re.compile(rb'\A<\?xml [^>]*>\s*<testsuites name="kvmtrace"'))
 PROSE: Final = Kind("a report in text", re.compile(rb"^(of {9}|of: |\| of \| )", re.M))
-QUERIES: Final = Kind("a list of queries", re.compile(rb"\A(doings|causes) +[A-Z].*^(rmaps|vcpus) +[A-Z]", re.S | re.M))
+QUERIES: Final = Kind("a list of queries", re.compile(rb"\A(fills|causes) +[A-Z].*^(windows|vms) +[A-Z]", re.S | re.M))
 _MARKED: Final = (TIMELINE, PAGE, DOCUMENT, JUNIT, PROSE, QUERIES)
 _NOT_OURS: Final = Kind("a file that kvmtrace did not write")
 
