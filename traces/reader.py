@@ -61,7 +61,8 @@ class Trace:
         self._verified: set[int] = set()
         self._groups: dict[int | None, list[int]] = {None: list(range(len(metadata.row_groups)))}
         for index, group in enumerate(metadata.row_groups):
-            self._groups.setdefault(group.vm, []).append(index)
+            if group.vm is not None:  # None stands for all of them
+                self._groups.setdefault(group.vm, []).append(index)
 
     @classmethod
     def open(cls, path: Path | str) -> Trace:
