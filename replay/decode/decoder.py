@@ -48,9 +48,9 @@ from replay.decode.inputs import (
     TRIGGER,
     WAS_STILL,
 )
-from replay.decode.pools import as_bytes, as_structures, pool_of
 from replay.decode.vcpu_states import INTERRUPT, NO_SPAN, STILL, VcpuState
 from replay.simulate.operations import Op
+from replay.simulate.pools import as_bytes, as_structures, make_pool
 from traces.kernels import roles, triggers
 from traces.kernels.spte import LARGE
 from traces.kernels.triggers import Trigger
@@ -339,7 +339,7 @@ class Decoder:
         """
         kernel, kinds = capabilities.kernel, capabilities.trace.metadata.kinds
         vcpus = max(vcpus, 1)
-        self.vcpus = pool_of(vcpus, VCPU)
+        self.vcpus = make_pool(vcpus, VCPU)
         for name in NEVER:
             self.vcpus[name] = -1
         self.vcpus["state"] = roles.USUAL

@@ -10,7 +10,7 @@ from typing import Any
 
 import cython
 
-from replay.decode.pools import as_bytes, as_structures, pool_of
+from replay.simulate.pools import as_bytes, as_structures, make_pool
 from traces.schema import BY_NAME
 
 COMPILED: bool = cython.compiled
@@ -55,7 +55,7 @@ class RipRuns:
     _longest: cython.pointer[RipRun]
 
     def __init__(self, vcpus: int) -> None:
-        self._pool, self.longest = (pool_of(max(vcpus, 1), RIP_RUN) for _ in range(2))
+        self._pool, self.longest = (make_pool(max(vcpus, 1), RIP_RUN) for _ in range(2))
         self._pool["page"] = -1
         if cython.compiled:
             going: cython.uchar[::1] = as_bytes(self._pool)

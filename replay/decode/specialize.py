@@ -36,8 +36,8 @@ from replay.decode.inputs import (
     TRIGGER,
     WAS_STILL,
 )
-from replay.decode.pools import as_bytes, as_structures, pool_of
 from replay.simulate.operations import CAUSES, Block, Cause, Op
+from replay.simulate.pools import as_bytes, as_structures, make_pool
 from replay.simulate.timed_operations import CREATED, FOUND, LAST, MORE, NEVER, Timed
 from traces.kernels import Kernel, roles
 from traces.kernels.triggers import OPEN, Trigger
@@ -162,7 +162,7 @@ class Specialization:
         self._cause = np.array([int(CAUSES[trigger]) for trigger in Trigger])
         self._hidden, self._splits, self._tail = case.hidden, kernel.eager_split, kernel.prefetches_tail
         self._vcpus, self._actor = max(vcpus, 1), 0
-        self.programs = pool_of(self._vcpus, PROGRAM)
+        self.programs = make_pool(self._vcpus, PROGRAM)
         self.programs["exit"] = -1
         if cython.compiled:
             view: cython.uchar[::1] = as_bytes(self.programs)

@@ -24,8 +24,8 @@ import cython
 import numpy as np
 
 from replay.decode.exits import CODES
-from replay.decode.pools import as_bytes, as_structures, pool_of
 from replay.decode.vcpu_states import BARE, INTERRUPT, NO_SPAN, STILL, UNTOLD, VcpuState, states_of_kinds
+from replay.simulate.pools import as_bytes, as_structures, make_pool
 from traces.kernels.vendors import SVM, Vendor
 from traces.schema import BY_NAME
 
@@ -118,7 +118,7 @@ class Timeline:
         `parts`, ns by vCPU, part of the time and state, in `count` parts of `width` ns from `first` on.
         """
         vcpus = max(vcpus, 1)
-        self._pool = pool_of(vcpus, THREAD)
+        self._pool = make_pool(vcpus, THREAD)
         self._pool["time"] = -1
         self._pool["kind"] = UNTOLD
         self._pool["state"] = VcpuState.OTHER
@@ -137,7 +137,7 @@ class Timeline:
         self._interrupts = interrupts
         self.backwards = 0
         self.progress = []
-        self._moment_pool = pool_of(0, MOMENT)
+        self._moment_pool = make_pool(0, MOMENT)
         self._total = self.totals
         self._in_part = self.parts
         if cython.compiled:
@@ -149,7 +149,7 @@ class Timeline:
     def feed(self, batch: Any, state: Any, ns: Any, mark: Any, before: Any) -> None:
         """Write the span that ends with each row: its VcpuState (NO_SPAN: none does), ns, marks, kind before it."""
         if len(batch) > len(self._moment_pool):
-            self._moment_pool = pool_of(len(batch), MOMENT)
+            self._moment_pool = make_pool(len(batch), MOMENT)
             if cython.compiled:
                 view: cython.uchar[::1] = as_bytes(self._moment_pool)
                 self._moment = cython.cast(cython.pointer[Moment], cython.address(view[0]))
@@ -166,7 +166,7 @@ class Timeline:
     def finish(self) -> None:
         """There are no more rows: each vCPU's last ms ends here."""
         count: cython.Py_ssize_t = self.totals.shape[0]
-        last = pool_of(count, MOMENT)
+        last = make_pool(count, MOMENT)
         last["vcpu"] = np.arange(count)
         for name in ("time", "guest", "guests"):
             last[name] = self._pool[name]

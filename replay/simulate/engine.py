@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from replay.simulate.operations import MAX_VCPUS, PREFETCH, Block, Cause, Op, Ranges, Word
+from replay.simulate.pools import as_bytes, as_structures, grown, make_pool, row_type
 from replay.simulate.reference import SLOTS, Counters, Violation
 from traces.errors import ENVIRONMENT, Problem
 from traces.kernels.policies import PolicyParameters
@@ -27,15 +28,7 @@ except ModuleNotFoundError as missing:  # only as plain Python does it need Cyth
 
 GFN_LIMIT: Final = 1 << 40
 _ANY: Final = (1 << 64) - 1
-_LINE: Final = 64  # bytes of a cache line, to which pools are aligned
-
-
 _FOR_TIMERS: Final = ("assumed_leaves", "assumed_tables", "put_room", "puts")
-
-
-def row_type(*names: str) -> np.dtype[np.void]:
-    """A structure of int64 fields."""
-    return np.dtype([(name, np.int64) for name in names])
 
 
 _VCPU: Final = row_type("gen", "top", "deep", "word", "faults", "refaults", "hits", "stuck")
@@ -94,21 +87,6 @@ class RootState:
     valid: bool
     leaves: int
     tables: int
-
-
-def make_pool(rows: int, dtype: Any) -> NDArray[Any]:
-    """Zeroes that begin with a cache line; memory that is not touched costs nothing yet."""
-    size = rows * np.dtype(dtype).itemsize
-    raw = np.zeros(size + _LINE, np.uint8)
-    skip = -raw.ctypes.data % _LINE
-    return raw[skip : skip + size].view(dtype)
-
-
-def grown(old: NDArray[Any], rows: int) -> NDArray[Any]:
-    """A larger pool that begins with what `old` holds."""
-    new = make_pool(rows, old.dtype)
-    new[: len(old)] = old
-    return new
 
 
 class Engine:
@@ -291,9 +269,7 @@ class Engine:
 
     def rows_of(self, pool: NDArray[Any]) -> Any:
         """A pool of structures as the core takes it."""
-        if COMPILED and isinstance(self.core, Core):
-            return pool.view(np.uint8)
-        return (np.ctypeslib.as_ctypes_type(pool.dtype) * len(pool)).from_buffer(pool.view(np.uint8))
+        return as_bytes(pool) if COMPILED and isinstance(self.core, Core) else as_structures(pool)
 
     def grow(self) -> None:
         """Double what has become short; what `engine.Core._room` wants is what this gives."""

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from replay.simulate.core import Core, Timer
-from replay.simulate.engine import Engine, RootLog, Vcpus, grown, make_pool, row_type
+from replay.simulate.engine import Engine, RootLog, Vcpus
 from replay.simulate.operations import Ranges, Word
+from replay.simulate.pools import grown, make_pool, row_type
 from replay.simulate.reference import SLOTS, Counters
 from replay.simulate.timed_operations import NEVER, Timed
 from replay.timing.costs import Costs

@@ -10,13 +10,25 @@ from numpy.typing import NDArray
 _LINE: Final = 64  # bytes of a cache line, to which pools are aligned
 
 
-def pool_of(rows: int, layout: Any) -> NDArray[Any]:
+def row_type(*names: str) -> np.dtype[np.void]:
+    """A structure of int64 fields."""
+    return np.dtype([(name, np.int64) for name in names])
+
+
+def make_pool(rows: int, layout: Any) -> NDArray[Any]:
     """Zeroed rows of a structure that begin with a cache line; memory that is not touched costs nothing yet."""
     dtype = np.dtype(layout)
     size = rows * dtype.itemsize
     raw = np.zeros(size + _LINE, np.uint8)
     skip = -raw.ctypes.data % _LINE
     return raw[skip : skip + size].view(dtype)
+
+
+def grown(old: NDArray[Any], rows: int) -> NDArray[Any]:
+    """A larger pool that begins with what `old` holds."""
+    new = make_pool(rows, old.dtype)
+    new[: len(old)] = old
+    return new
 
 
 def as_bytes(pool: NDArray[Any]) -> NDArray[np.uint8]:
