@@ -14,10 +14,9 @@ from replay.counted import Outcome
 from replay.plan import Target
 from replay.result import OF_VCPU
 from replay.run import Replayed, document, left_open
-from traces.screen import page, text_of
+from traces.screen import VMS_SHOWN, page, text_of
 from traces.text import printable
 
-WIDTH: Final = 220  # where there is no terminal: nothing is wrapped
 _COLUMNS: Final = (
     ("creations", "roots"),
     ("reuses", "reused"),
@@ -31,7 +30,6 @@ _COLUMNS: Final = (
     ("roots_peak", "roots alive"),
     ("tables_peak", "tables alive"),
 )
-_VMS_SHOWN: Final = 8
 
 
 def to_dict(replayed: Replayed, share: float = 0.0) -> dict[str, Any]:
@@ -88,15 +86,15 @@ def _of(replayed: Replayed, target: Target, vm: int) -> list[Outcome]:
 
 def render(replayed: Replayed, share: float = 0.0) -> str:
     """The same for people; plain text where standard output is no terminal."""
-    console = page(WIDTH)
+    console = page()
     plan = replayed.plan
     meta = plan.capabilities.trace.metadata
     console.print(Text(printable(f"{plan.capabilities.trace.path}: kernel {meta.kernel}, {meta.policy} roots")))
     vms = _vms(replayed)
-    for vm in vms[:_VMS_SHOWN]:
+    for vm in vms[:VMS_SHOWN]:
         console.print(_table(replayed, vm, share))
-    if len(vms) > _VMS_SHOWN:
-        console.print(Text(f"{len(vms) - _VMS_SHOWN} VMs more: see --json, or -o"))
+    if len(vms) > VMS_SHOWN:
+        console.print(Text(f"{len(vms) - VMS_SHOWN} VMs more: see --json, or -o"))
     for line in _remarks(replayed):
         console.print(line, soft_wrap=True)
     return text_of(console)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 import sys
+from typing import Final
 
 from rich.console import Console
 
+WIDE: Final = 220  # where there is no terminal: nothing is wrapped
+VMS_SHOWN: Final = 8  # of a trace; --json has the others
 
-def page(width: int) -> Console:
+
+def page(width: int = WIDE) -> Console:
     """A console in memory: in colour and as wide as the terminal if standard output is one, else plain and `width`."""
     terminal = sys.stdout.isatty()
     return Console(

@@ -16,11 +16,9 @@ from replay.timing.stuck_rip import RipRun
 from replay.timing.time_rows import named
 from replay.timing.timed_run import PolicyTime, Settings, VcpuTime, VmTime
 from traces.durations import duration
-from traces.screen import page, text_of
+from traces.screen import VMS_SHOWN, page, text_of
 from traces.text import count, printable
 
-WIDTH: Final = 220  # where there is no terminal: nothing is wrapped
-_VMS_SHOWN: Final = 8
 _VCPUS_SHOWN: Final = 16  # of a VM: those that hung longest, or lost most
 _PRESERVED: Final = ("preserve", "preserve-worker")
 
@@ -52,8 +50,8 @@ def to_dict(times: list[VmTime], settings: Settings) -> dict[str, Any]:
 
 def render(times: list[VmTime], plan: Plan) -> str:
     """Plain text where standard output is no terminal."""
-    console = page(WIDTH)
-    for vm in times[:_VMS_SHOWN]:
+    console = page()
+    for vm in times[:VMS_SHOWN]:
         if vm.refused:
             console.print(Text(f"VM {vm.vm}: no times: {vm.refused}"))
             continue
@@ -67,8 +65,8 @@ def render(times: list[VmTime], plan: Plan) -> str:
             )
         for line in _trust(vm):
             console.print(Text(printable(line)), soft_wrap=True)
-    if len(times) > _VMS_SHOWN:
-        console.print(Text(f"... {len(times) - _VMS_SHOWN} more VMs: --json has them"))
+    if len(times) > VMS_SHOWN:
+        console.print(Text(f"... {len(times) - VMS_SHOWN} more VMs: --json has them"))
     own = [target.name for target in plan.targets if target.policy is not None]
     if own:
         console.print(Text(printable(f"{', '.join(own)}: counted only; policies of users are not timed")))

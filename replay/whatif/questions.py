@@ -15,11 +15,9 @@ from replay.whatif.workload import FAULTS, Workload, workload
 from traces.durations import duration
 from traces.kernels import Kernel
 from traces.progress import Progress
-from traces.screen import page, text_of
+from traces.screen import VMS_SHOWN, page, text_of
 from traces.text import printable
 
-_WIDTH: Final = 220
-_VMS_SHOWN: Final = 8
 _ANSWER: Final[Mapping[str, Callable[[Workload, Asked, str], Answer]]] = {
     "aging": aging.answer, "zap_lock": range_zaps.answer, "apicv": apicv_inhibits.answer,
     "tdp_pages": table_accounting.answer,
@@ -73,8 +71,8 @@ def to_dict(found: Sequence[tuple[Workload, list[Answer]]]) -> list[dict[str, An
 
 def render(found: Sequence[tuple[Workload, list[Answer]]]) -> str:
     """Plain text where standard output is no terminal."""
-    console = page(_WIDTH)
-    for work, answers in found[:_VMS_SHOWN]:
+    console = page()
+    for work, answers in found[:VMS_SHOWN]:
         for each in answers:
             option = each.axis.replace("_", "-")
             console.print(Text(f"VM {work.vm}, {option}: this kernel's way is {each.own}", style="bold"))
@@ -89,8 +87,8 @@ def render(found: Sequence[tuple[Workload, list[Answer]]]) -> str:
                 console.print(Text(printable(note)), soft_wrap=True)
         for line in trust(work):
             console.print(Text(printable(line)), soft_wrap=True)
-    if len(found) > _VMS_SHOWN:
-        console.print(Text(f"... {len(found) - _VMS_SHOWN} more VMs: --json has them"))
+    if len(found) > VMS_SHOWN:
+        console.print(Text(f"... {len(found) - VMS_SHOWN} more VMs: --json has them"))
     return text_of(console)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
@@ -11,8 +11,6 @@ from replay.whatif.smi_rate import Sweep, Swept
 from traces.durations import duration
 from traces.screen import page, text_of
 from traces.text import printable
-
-_WIDTH: Final = 220  # where there is no terminal: nothing is wrapped
 
 
 def to_dict(found: dict[int, list[Swept]], sweep: Sweep) -> dict[str, Any]:
@@ -28,7 +26,7 @@ def to_dict(found: dict[int, list[Swept]], sweep: Sweep) -> dict[str, Any]:
 
 def render(found: dict[int, list[Swept]], sweep: Sweep) -> str:
     """For each VM how many times as long its program takes, by rate and policy, and where it tips."""
-    console = page(_WIDTH)
+    console = page()
     for vm, policies in found.items():
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
         table.add_column(f"VM {vm}, SMIs a second", justify="right")
