@@ -10,7 +10,7 @@ A block is done 64 operations at a time. A first pass walks the trees for each t
 the second takes it if the table's generation is that of the vCPU's current root, and sets the bits without a branch.
 All else (controls, missing tables, huge pages, prefetch) goes the slow way, which trusts nothing but the slots.
 
-Nothing here allocates: `run` stops before an operation that may not find room, and `pools` makes some. In C, pools are
+Nothing here allocates: `run` stops before an operation that may not find room, and `engine` makes some. In C, pools are
 pointers; as plain Python, memoryviews and arrays of ctypes structures over the same numpy memory.
 
 `Timer` runs a Core's operations in virtual time, as `timing.reference_clock` does, to the ns.
@@ -28,7 +28,7 @@ PAIRS = cython.declare(cython.ulonglong, 0x5555555555555555)
 NIBBLES = cython.declare(cython.ulonglong, 0x3333333333333333)
 BYTES = cython.declare(cython.ulonglong, 0x0F0F0F0F0F0F0F0F)
 
-# ops.Op, ops.Cause, model.Happened and what `error` says; test_engine compares the first three.
+# operations.Op, operations.Cause, reference.Happened and what `error` says; test_engine compares the first three.
 FIX = cython.declare(cython.longlong, 1)
 ENTER = cython.declare(cython.longlong, 2)
 UNLOAD = cython.declare(cython.longlong, 3)
@@ -70,7 +70,7 @@ ON_WAIT = cython.declare(cython.longlong, 4)
 ON_OTHER = cython.declare(cython.longlong, 5)
 ON_SWITCH = cython.declare(cython.longlong, 6)
 
-# The rows of the pools; `pools` has the same as numpy types.
+# The rows of the pools; `engine` has the same as numpy types.
 Vcpu = cython.struct(  # 64 bytes: all that a touch reads and writes of its vCPU
     gen=cython.longlong,  # of the current root's tree; NONE: no root, or a pending request, or stuck
     top=cython.longlong,  # where the first pass begins: a guess
@@ -123,7 +123,7 @@ Row = cython.struct(
     tables_alive=cython.longlong,
 )
 
-# The rows of a timer's pools; `virtual.engine` has the same as numpy types.
+# The rows of a timer's pools; `timed_engine` has the same as numpy types.
 Todo = cython.struct(  # 64 bytes: an operation until it is done, in the order of the stream
     gfn=cython.longlong,
     lead=cython.longlong,
@@ -170,7 +170,7 @@ def ones(x: cython.ulonglong) -> cython.longlong:
 @cython.final
 @cython.cclass
 class Core:
-    """One VM's state: pointers into pools, and what there is once. `pools.Engine` sets it up and reads it."""
+    """One VM's state: pointers into pools, and what there is once. `engine.Engine` sets it up and reads it."""
 
     # Pools
     bits: cython.pointer[cython.ulonglong]
@@ -1176,7 +1176,7 @@ class Core:
 @cython.final
 @cython.cclass
 class Timer:
-    """Virtual time of a Core. `virtual.engine.TimedEngine` sets it up and reads it."""
+    """Virtual time of a Core. `timed_engine.TimedEngine` sets it up and reads it."""
 
     core: Core
 

@@ -1,4 +1,4 @@
-"""The engine as Python sees it: owns the memory that `engine` works on, makes more of it, checks what goes in, reads
+"""The engine as Python sees it: owns the memory that `core` works on, makes more of it, checks what goes in, reads
 what comes out.
 
 Memory follows the model's state, never the stream's length: 136 bytes for each table that ever was (0.27 a page where
@@ -42,7 +42,7 @@ _ROOT: Final = row_type("id", "word", "refs", "valid", "cause", "before", "after
 
 @dataclass(frozen=True)
 class RootLog:
-    """`model.Logged` as columns: events in roots' lives, in order. `vcpu` is -1 where no vCPU acted."""
+    """`reference.Logged` as columns: events in roots' lives, in order. `vcpu` is -1 where no vCPU acted."""
 
     at: NDArray[np.int64]
     event: NDArray[np.uint8]
@@ -159,7 +159,7 @@ class Engine:
         return op, gfn
 
     def go_on(self) -> None:
-        """The core stopped before an operation: give it memory. Raises model.Violation if that is not why."""
+        """The core stopped before an operation: give it memory. Raises reference.Violation if that is not why."""
         if self.core.error:
             raise self._violation()
         self.grow()

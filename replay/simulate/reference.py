@@ -118,7 +118,7 @@ class Violation(Exception):
 
 
 class Vm:
-    """One VM under one policy. Each operation of `ops.Op` is a method of the same name."""
+    """One VM under one policy. Each operation of `operations.Op` is a method of the same name."""
 
     def __init__(
         self, parameters: PolicyParameters, words: list[Word], vcpus: int, policy: Policy | None = None

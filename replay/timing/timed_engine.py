@@ -1,4 +1,4 @@
-"""The compiled clock as Python sees it: `pools.Engine` in virtual time, as `clock.Clock` does it to the ns.
+"""The compiled clock as Python sees it: `engine.Engine` in virtual time, as `reference_clock` does it to the ns.
 
 Operations wait in one pool, 64 bytes each, in the order of the stream, until their turn has come. Where only programs
 are (no wall-clock queues) and all vCPUs go on, that is a block's worth. A VM that falls behind the wall clock, or a
