@@ -6,7 +6,7 @@ All of it comes of one pass over a VM's rows: the one that replays it, where a r
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -72,8 +72,7 @@ class RecordedTime:
     @property
     def runs(self) -> list[RipRun]:
         """Each vCPU's longest run of exits at one RIP, where it is known."""
-        found = [] if self.rip_runs is None else longest_runs(self.rip_runs)
-        return [replace(run, vcpu=self.ids[run.vcpu]) for run in found]
+        return [] if self.rip_runs is None else longest_runs(self.rip_runs, self.ids)
 
     def stalls(self, rule: Rule) -> dict[int, list[Stall]]:
         """Soft-hangs by vCPU id. Guest time is without the switch; where that is not known, there is none."""
@@ -160,10 +159,9 @@ def _unmeasured(trace: Trace, vm: Mapping[str, Any], first: int, width: int, why
     timeline = Timeline(len(ids), parts=(first, width, PARTS))
     numbers = dense_numbers(trace.path, vm)
     for rows in trace.batches(COLUMNS, vm=int(vm["id"])):
-        batch = Batch(rows, numbers)
-        ends = batch.of("vm_destroy")
-        spans_of(timeline, batch.cut(int(ends[0]) + 1) if len(ends) else batch)
-        if len(ends):
+        batch, ended = Batch(rows, numbers).of_vm()
+        spans_of(timeline, batch)
+        if ended:
             break
     timeline.finish()
     return RecordedTime(int(vm["id"]), ids, first, width, timeline, None, None, why)

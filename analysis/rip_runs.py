@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from types import SimpleNamespace
 from typing import Any, Final
@@ -60,8 +60,7 @@ class _Following:
         found = []
         for vm, (runs, _) in self._runs.items():
             runs.finish()
-            ids = vcpu_ids(self._vms[vm])
-            found += [{"vm": vm, **asdict(replace(run, vcpu=ids[run.vcpu]))} for run in longest_runs(runs)]
+            found += [{"vm": vm, **asdict(run)} for run in longest_runs(runs, vcpu_ids(self._vms[vm]))]
         return pl.DataFrame(found, schema=SCHEMA)
 
 

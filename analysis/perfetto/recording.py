@@ -122,9 +122,8 @@ class _Vm:
             return
         self._last = max(self._last, int(rows.time.max()))
         if not self._ended:  # what vCPUs do is split as a replay splits it: up to here
-            ends = rows.of("vm_destroy")
-            self._ended = bool(len(ends))
-            self._run(rows.cut(int(ends[0]) + 1) if len(ends) else rows)
+            own, self._ended = rows.of_vm()
+            self._run(own)
         self._zap(rows)
         self._roots.feed(rows)
 

@@ -62,6 +62,11 @@ class Batch:
         """The first `count` rows."""
         return Batch(self._batch.slice(0, count), self._numbers)
 
+    def of_vm(self) -> tuple[Batch, bool]:
+        """The rows up to and with the VM's end, and whether that is among them: what follows it is none of the VM's."""
+        ends = self.of("vm_destroy")
+        return (self.cut(int(ends[0]) + 1), True) if len(ends) else (self, False)
+
     def of(self, *kinds: str) -> Ints:
         """Row numbers of these kinds, in order."""
         codes = [BY_NAME[name].code for name in kinds]

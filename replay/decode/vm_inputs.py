@@ -104,10 +104,7 @@ class VmInputs:
         decoder = self.decoder
         decoder.attach(self._held)
         for rows in self._capabilities.trace.batches(self._columns, vm=self.id, size=self._size):
-            batch = Batch(rows, self._numbers)
-            ends = batch.of("vm_destroy")
-            if len(ends):
-                batch = batch.cut(int(ends[0]) + 1)
+            batch, _ = Batch(rows, self._numbers).of_vm()
             since = decoder.inputs
             self._decode(batch)
             if settled := decoder.settle(since):

@@ -6,6 +6,7 @@ exits tells which hang it is, or that a loop of one instruction did go on, as it
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Final
 
@@ -59,8 +60,7 @@ class RipRun:
 _COUNTED: Final = tuple(field.name for field in fields(RipRun) if field.name != "vcpu")
 
 
-def longest_runs(runs: RipRuns) -> list[RipRun]:
-    """Each vCPU's longest run; `vcpu` is its dense number."""
-    return [
-        RipRun(vcpu, *(int(run[name]) for name in _COUNTED)) for vcpu, run in enumerate(runs.longest) if run["exits"]
-    ]
+def longest_runs(runs: RipRuns, ids: Sequence[int]) -> list[RipRun]:
+    """Each vCPU's longest run; `ids` are their recorded ids."""
+    longest = zip(ids, runs.longest, strict=False)  # of a VM without vCPUs there is one that has none
+    return [RipRun(vcpu, *(int(run[name]) for name in _COUNTED)) for vcpu, run in longest if run["exits"]]

@@ -127,8 +127,7 @@ def vm_time(
     if measured.refused:
         nothing = replace(measured, began=0, fitted=fit({}, 0))
         return VmTime(vm, nothing, False, [], [])
-    runs = longest_runs(measured.rip_runs)
-    stuck = [replace(run, vcpu=ids[run.vcpu]) for run in runs if run.certain(settings.stuck)]
+    stuck = [run for run in longest_runs(measured.rip_runs, ids) if run.certain(settings.stuck)]
     meta = capabilities.trace.metadata
     marked = (
         f"{meta.lost:,} events were lost in {meta.gap_count:,} gaps: their time counts as the state before them"

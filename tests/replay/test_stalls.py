@@ -85,7 +85,7 @@ def longest(trace: Trace, size: int, events: list[dict[str, Any]] | None = None)
     for rows in trace.batches(COLUMNS, vm=1, size=size) if events is None else made(trace, events, size):
         runs.feed(Batch(rows, numbers))
     runs.finish()
-    return longest_runs(runs)[0]
+    return longest_runs(runs, [0])[0]
 
 
 def made(trace: Trace, events: list[dict[str, Any]], size: int) -> Iterator[pa.RecordBatch]:
