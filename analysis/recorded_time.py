@@ -18,7 +18,7 @@ from replay.decode.inputs import Ints
 from replay.decode.same_rip import RipRuns
 from replay.decode.timeline import Timeline
 from replay.decode.vcpu_states import NO_SPAN
-from replay.decode.vm_inputs import dense_numbers, vcpu_ids
+from replay.decode.vm_inputs import dense_numbers, parts_of, vcpu_ids
 from replay.timing.measure import Measured, SpanTimes
 from replay.timing.measured_vm import measure_vm
 from replay.timing.stalls import Rule, Stall, stalls
@@ -96,16 +96,6 @@ def guest_time(guest: Ints, guests: Ints, switch: int) -> Ints:
     return total
 
 
-def during(trace: Trace) -> dict[int, tuple[int, int]]:
-    """Boot ns of each VM's first and last row."""
-    found: dict[int, tuple[int, int]] = {}
-    for group in trace.metadata.row_groups:
-        if group.vm is not None:
-            first, last = found.get(group.vm, (group.first_time, group.last_time))
-            found[group.vm] = min(first, group.first_time), max(last, group.last_time)
-    return found
-
-
 def recorded_times(trace: Trace) -> list[RecordedTime]:
     """Of each VM, in one pass. Raises Problem where a row's time or vCPU cannot be."""
     capabilities: Capabilities | None = None
@@ -114,39 +104,29 @@ def recorded_times(trace: Trace) -> list[RecordedTime]:
         capabilities = Capabilities(trace)
     except Problem as problem:
         why = str(problem)
-    times = during(trace)
     found = []
     for vm in trace.metadata.vms:
-        first, width = part_of(times.get(int(vm["id"]), (0, 0)), trace, vm)
         if capabilities is not None and vcpu_ids(vm):
-            spans = SpanTimes(capabilities, vm, (first, width, PARTS))
+            spans = SpanTimes(capabilities, vm, parts_of(trace, vm, PARTS))
             _, measured = measure_vm(capabilities, vm, None, spans)
-            found.append(_of(vm, first, width, measured))
+            found.append(_of(trace, vm, measured))
         else:
-            found.append(_unmeasured(trace, vm, first, width, why))
+            found.append(_unmeasured(trace, vm, why))
     return found
 
 
 def of_replay(trace: Trace, times: Iterable[VmTime]) -> list[RecordedTime]:
     """The same, where a replay has made the pass (`Settings.parts`)."""
-    made, spans = {time.vm: time.measured for time in times}, during(trace)
+    made = {time.vm: time.measured for time in times}
     found = []
     for vm in trace.metadata.vms:
-        first, width = part_of(spans.get(int(vm["id"]), (0, 0)), trace, vm)
         measured = made.get(int(vm["id"]))
-        found.append(_unmeasured(trace, vm, first, width, "") if measured is None else _of(vm, first, width, measured))
+        found.append(_unmeasured(trace, vm, "") if measured is None else _of(trace, vm, measured))
     return found
 
 
-def part_of(during: tuple[int, int], trace: Trace, vm: Mapping[str, Any]) -> tuple[int, int]:
-    """Where the first of a VM's PARTS begins, and how long each is (ns)."""
-    first, last = during
-    if first < 0:
-        raise Problem(f"{trace.path}: damaged: VM {vm['id']} has rows before the clock began")
-    return first, (last - first) // PARTS + 1
-
-
-def _of(vm: Mapping[str, Any], first: int, width: int, measured: Measured) -> RecordedTime:
+def _of(trace: Trace, vm: Mapping[str, Any], measured: Measured) -> RecordedTime:
+    first, width, _ = parts_of(trace, vm, PARTS)
     ns, open_ = measured.fitted.costs.switch, measured.fitted.open
     switch = None if measured.refused else Switch(ns, ns - open_)
     return RecordedTime(
@@ -154,9 +134,10 @@ def _of(vm: Mapping[str, Any], first: int, width: int, measured: Measured) -> Re
     )
 
 
-def _unmeasured(trace: Trace, vm: Mapping[str, Any], first: int, width: int, why: str) -> RecordedTime:
+def _unmeasured(trace: Trace, vm: Mapping[str, Any], why: str) -> RecordedTime:
     ids = vcpu_ids(vm)
-    timeline = Timeline(len(ids), parts=(first, width, PARTS))
+    first, width, _ = parts = parts_of(trace, vm, PARTS)
+    timeline = Timeline(len(ids), parts=parts)
     numbers = dense_numbers(trace.path, vm)
     for rows in trace.batches(COLUMNS, vm=int(vm["id"])):
         batch, ended = Batch(rows, numbers).of_vm()

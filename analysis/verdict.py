@@ -119,6 +119,5 @@ def _recorded(recording: Recording | None) -> Iterator[str]:
         for kind, what in (("kvm_page_fault", "faults"), ("mmu_load", "loads of a root"), ("kvm_exit", "exits"))
         if kind in recording.kinds
     ]
-    groups = meta.row_groups
-    took = max((group.last_time for group in groups), default=0) - min((g.first_time for g in groups), default=0)
-    yield f"{meta.root_count:,} roots seen{''.join(f', {count}' for count in counts)} in {duration(took)}"
+    first, last = meta.span
+    yield f"{meta.root_count:,} roots seen{''.join(f', {count}' for count in counts)} in {duration(last - first)}"

@@ -21,7 +21,7 @@ from replay.decode.capabilities import Capabilities
 from replay.decode.cases import Case
 from replay.decode.inputs import Inputs
 from replay.decode.specialize import Specialization
-from replay.decode.vm_inputs import VmInputs
+from replay.decode.vm_inputs import VmInputs, parts_of
 from replay.plan import Plan, Run, Target
 from replay.result import ResultWriter, VmWriter
 from replay.simulate.operations import Block
@@ -102,7 +102,8 @@ class _Vm:
         self._plan, self._capabilities, self._settings, self._progress = plan, capabilities, settings, progress
         self.writer = writer
         groups = any(target.parameters.prefetch > 1 for target in plan.targets)
-        times = SpanTimes(capabilities, vm, _parts(capabilities, vm, settings)) if settings is not None else None
+        parts = parts_of(capabilities.trace, vm, settings.parts) if settings is not None and settings.parts else None
+        times = SpanTimes(capabilities, vm, parts) if settings is not None else None
         self._inputs = VmInputs(capabilities, vm, groups=groups, times=times)
         self._times = times
         self.outcomes: list[Outcome] = []
@@ -188,16 +189,6 @@ class _Vm:
                 blocks[each.specialized] = each.specialized.block(part)
             each.feed(blocks[each.specialized], part.ranges, self.writer if each.number >= 0 else None)
         self._progress.at(int(part.seq[-1]))
-
-
-def _parts(capabilities: Capabilities, vm: Mapping[str, Any], settings: Settings) -> tuple[int, int, int] | None:
-    """The parts of its time in which a VM's vCPUs' states are to be added up: (first, width, count)."""
-    if not settings.parts:
-        return None
-    groups = capabilities.trace.groups(int(vm["id"]))
-    first = min((group.first_time for group in groups), default=0)
-    last = max((group.last_time for group in groups), default=0)
-    return first, (last - first) // settings.parts + 1, settings.parts
 
 
 def _nested(notes: Mapping[str, int]) -> Iterator[str]:

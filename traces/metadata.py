@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final
 
 from traces.errors import Problem
@@ -72,6 +73,23 @@ class Metadata:
     def lost_of(self, kind: str) -> int:
         """Events of one kind that the rings refused."""
         return sum(self.loss[kind].get("lost", {}).values())
+
+    @cached_property
+    def span(self) -> tuple[int, int]:
+        """Boot ns of the first and the last row; 0 where there is none."""
+        groups = self.row_groups
+        first, last = (group.first_time for group in groups), (group.last_time for group in groups)
+        return min(first, default=0), max(last, default=0)
+
+    @cached_property
+    def spans(self) -> Mapping[int, tuple[int, int]]:
+        """Boot ns of each VM's first and last row."""
+        found: dict[int, tuple[int, int]] = {}
+        for group in self.row_groups:
+            if group.vm is not None:
+                first, last = found.get(group.vm, (group.first_time, group.last_time))
+                found[group.vm] = min(first, group.first_time), max(last, group.last_time)
+        return found
 
     @property
     def kernel(self) -> str:

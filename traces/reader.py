@@ -59,10 +59,9 @@ class Trace:
         self.schema: pa.Schema = file.schema_arrow
         self._file = file
         self._verified: set[int] = set()
-        self._groups: dict[int | None, list[int]] = {None: list(range(len(metadata.row_groups)))}
+        self._groups: dict[int | None, list[int]] = {}  # None: of no VM
         for index, group in enumerate(metadata.row_groups):
-            if group.vm is not None:  # None stands for all of them
-                self._groups.setdefault(group.vm, []).append(index)
+            self._groups.setdefault(group.vm, []).append(index)
 
     @classmethod
     def open(cls, path: Path | str) -> Trace:
@@ -131,7 +130,7 @@ class Trace:
         unknown = [name for name in names if name not in self.schema.names]
         if unknown:
             raise Problem(f"{self.path}: no column `{unknown[0]}` in this trace")
-        for index in self._groups.get(vm, ()):
+        for index in range(len(self.metadata.row_groups)) if vm is None else self._groups.get(vm, ()):
             yield from self._decode(index, names, size)
 
     def scan(self) -> pl.LazyFrame:

@@ -23,7 +23,7 @@ def info(path: Path) -> dict[str, Any]:
     """`kvmtrace info --json`: sizes in bytes, times in ns. Raises Problem for a file that is no trace."""
     trace = Trace.open(path)
     meta = trace.metadata
-    first, last = _span(meta)
+    first, last = meta.span
     size = path.stat().st_size
     return {
         "schema": 1,
@@ -70,13 +70,6 @@ def render(path: Path) -> str:
     console.print(_kinds(facts))
     console.print(_probes(facts))
     return text_of(console)
-
-
-def _span(meta: Metadata) -> tuple[int, int]:
-    groups = meta.row_groups
-    if not groups:
-        return 0, 0
-    return min(group.first_time for group in groups), max(group.last_time for group in groups)
 
 
 def _wall_time(meta: Metadata, boot: int) -> str:

@@ -10,7 +10,7 @@ import polars as pl
 from analysis.queries.recorded import lives, used_roots
 from analysis.queries.registry import query
 from analysis.queries.replayed import progress
-from analysis.recorded_time import PARTS, during
+from analysis.recorded_time import PARTS
 from analysis.sources import Recording, Result
 from replay.decode.vcpu_states import VcpuState
 from replay.timing.stalls import Rule
@@ -96,11 +96,11 @@ class Heat:
 
     def __init__(self, recording: Recording, parts: int, rows: int) -> None:
         self.name = f"heat in {parts} parts and {rows} ranges"
-        self._during = during(recording.trace)
+        self._spans = recording.metadata.spans
         self._parts, self._rows = parts, rows
 
     def begin(self, _: pl.DataFrame) -> _Heating:
-        return _Heating({vm: (first, (last - first) // self._parts + 1) for vm, (first, last) in self._during.items()},
+        return _Heating({vm: (first, (last - first) // self._parts + 1) for vm, (first, last) in self._spans.items()},
                         self._rows)  # fmt: skip
 
 

@@ -36,7 +36,7 @@ def _of(count: str, kind: str) -> pl.Expr:
 
 def in_windows(recording: Recording, window_ns: int = WINDOW_NS) -> Tally:
     """Rows that tell of each vCPU's time in windows, by kind; `at` is ns from a window's begin, `last` in boot ns."""
-    since = pl.col("time") - min((group.first_time for group in recording.metadata.row_groups), default=0)
+    since = pl.col("time") - recording.metadata.span[0]
     return Tally(
         f"windows of {window_ns} ns",
         where=pl.col("vcpu").is_not_null()
@@ -55,9 +55,7 @@ def windows(recording: Recording, window_ns: int = WINDOW_NS) -> pl.LazyFrame:
     these do not alternate (events were lost), as is a count whose kind was not watched. `time` is the window's begin in
     boot ns, `since_ns` counted from the recording's first row.
     """
-    groups = recording.metadata.row_groups
-    first = min((group.first_time for group in groups), default=0)
-    last = max((group.last_time for group in groups), default=0)
+    first, last = recording.metadata.span
     entry, exit_ = _is("kvm_entry"), _is("kvm_exit")
     begin = first + pl.col("window") * window_ns
     length = pl.min_horizontal(pl.lit(window_ns, pl.Int64), last - begin + 1)

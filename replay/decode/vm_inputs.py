@@ -21,7 +21,7 @@ from replay.decode.slots import Slots, logs_dirty
 from replay.simulate.operations import Op, Ranges
 from traces.errors import Problem
 from traces.kernels.triggers import Trigger
-from traces.reader import BATCH_ROWS
+from traces.reader import BATCH_ROWS, Trace
 
 _ROOTS: Final = 1 << 24  # whose role words are kept; beyond, touches count as outside of SMM
 _IDS: Final = 1 << 15  # vCPU ids are int16 in a trace
@@ -50,6 +50,17 @@ def dense_numbers(where: object, vm: Mapping[str, Any]) -> NDArray[np.int32]:
     numbers = np.full(_IDS + 1, -1, np.int32)
     numbers[ids] = np.arange(len(ids))
     return numbers
+
+
+def parts_of(trace: Trace, vm: Mapping[str, Any], count: int) -> tuple[int, int, int]:
+    """A VM's time in `count` parts: (boot ns of the first's begin, ns of each, count).
+
+    Raises Problem for rows before the clock began.
+    """
+    first, last = trace.metadata.spans.get(int(vm["id"]), (0, 0))
+    if first < 0:
+        raise Problem(f"{trace.path}: damaged: VM {vm['id']} has rows before the clock began")
+    return first, (last - first) // count + 1, count
 
 
 class VmInputs:

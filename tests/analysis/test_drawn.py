@@ -11,7 +11,7 @@ import pytest
 
 from analysis.queries import drawn, recorded, replayed
 from analysis.queries.registry import queries
-from analysis.recorded_time import COLUMNS, during, recorded_times, spans_of
+from analysis.recorded_time import COLUMNS, recorded_times, spans_of
 from analysis.report import Report
 from analysis.reporting import Wanted, reported
 from analysis.sources import Recording
@@ -40,7 +40,7 @@ def storm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Report]:
 def test_time_is_split_exactly(name: str, parts: int) -> None:
     trace = Trace.open(CORPUS / f"{name}.parquet")
     for vm in trace.metadata.vms:
-        first, last = during(trace)[vm["id"]]
+        first, last = trace.metadata.spans[vm["id"]]
         width = (last - first) // parts + 1
         timeline = Timeline(len(vcpu_ids(vm)), parts=(first, width, parts))
         wanted = np.zeros((len(vcpu_ids(vm)), parts, len(VcpuState)), np.int64)

@@ -16,7 +16,6 @@ from analysis import rows
 from analysis.formats import drawn as drawn_by
 from analysis.formats import renderer
 from analysis.queries import drawn, recorded
-from analysis.recorded_time import during
 from analysis.reporting import Wanted, reported
 from analysis.rows import Tally
 from analysis.sources import Recording
@@ -96,7 +95,7 @@ def test_heat_is_of_the_smallest_ranges_there_is_room_for(
     monkeypatch.setattr(rows, "BATCH_ROWS", batch)
     recording = Recording.open(TWO_VMS)
     wanted: Counter[tuple[Any, ...]] = Counter()
-    for vm, (first, last) in during(recording.trace).items():
+    for vm, (first, last) in recording.metadata.spans.items():
         width, pages = (last - first) // 10 + 1, 1
         mapped = [
             row
