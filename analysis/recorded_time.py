@@ -19,6 +19,7 @@ from replay.decode.same_rip import RipRuns
 from replay.decode.timeline import Timeline
 from replay.decode.vcpu_states import NO_SPAN
 from replay.decode.vm_inputs import dense_numbers, parts_of, vcpu_ids
+from replay.simulate.pools import by_vcpu
 from replay.timing.measure import Measured, SpanTimes
 from replay.timing.measured_vm import measure_vm
 from replay.timing.stalls import Rule, Stall, stalls
@@ -80,8 +81,8 @@ class RecordedTime:
             return {}
         moments = np.concatenate(self.timeline.progress)
         found = {}
-        for dense, number in enumerate(self.ids):
-            mine = moments[moments["vcpu"] == dense]
+        for number, places in zip(self.ids, by_vcpu(moments["vcpu"], len(self.ids)), strict=True):
+            mine = moments[places]
             found[number] = stalls(mine["time"], guest_time(mine["guest"], mine["guests"], self.switch.ns), rule)
         return found
 

@@ -17,7 +17,6 @@ Cython in pure-Python mode: the compiled form does some 200 million rows a secon
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 import cython
@@ -77,9 +76,9 @@ Moment = cython.struct(  # a vCPU's progress after a row
 class Timeline:
     """Splits the rows of one VM, batch after batch, into spans.
 
-    `totals` is ns by vCPU and VcpuState; `backwards` counts rows whose clock was behind their thread's last row;
-    `runs` has the longest run of exits at one RIP of each vCPU (fields of `RipRun`; 0 exits: none). `progress` is
-    arrays of Moment: the last row of each vCPU in each ms, with its guest time until then, and how many spans that is.
+    `totals` is ns by vCPU and VcpuState; `backwards` counts rows whose clock was behind their thread's last row.
+    `progress` is arrays of Moment: the last row of each vCPU in each ms, with its guest time until then, and how many
+    spans that is.
     """
 
     totals = cython.declare(object, visibility="public")
@@ -109,13 +108,12 @@ class Timeline:
         vcpus: int,
         prefetches: bool = False,
         vendor: Vendor = SVM,
-        runners: Collection[int] = (),
         parts: tuple[int, int, int] | None = None,
     ) -> None:
         """`prefetches`: the recorded MMU does, as the shadow MMU. `vendor`: whose codes exits and faults have.
 
-        `runners` are threads known to run vCPUs before the first row. `parts` = (first, width, count): also add up
-        `parts`, ns by vCPU, part of the time and state, in `count` parts of `width` ns from `first` on.
+        `parts` = (first, width, count): also add up `parts`, ns by vCPU, part of the time and state, in `count` parts
+        of `width` ns from `first` on.
         """
         vcpus = max(vcpus, 1)
         self._pool = make_pool(vcpus, THREAD)
@@ -123,7 +121,7 @@ class Timeline:
         self._pool["kind"] = UNTOLD
         self._pool["state"] = VcpuState.OTHER
         self._pool["tid"] = -1
-        self._threads = set(runners)
+        self._threads = set()
         self.totals = np.zeros((vcpus, len(VcpuState)), np.int64)
         first, width, count = parts or (0, 1, 0)
         self.parts = np.zeros((vcpus, count + 1, len(VcpuState)), np.int64)
@@ -157,7 +155,7 @@ class Timeline:
                 self._moment = as_structures(self._moment_pool)
         self._moments = 0
         self._feed(
-            batch.seq, batch.time, batch.vcpu, batch.tid, batch.kind, batch.root, batch.code, batch.rip,
+            batch.time, batch.vcpu, batch.tid, batch.kind, batch.root, batch.code, batch.rip,
             state, ns, mark, before,
         )  # fmt: skip
         if self._moments:
@@ -174,7 +172,6 @@ class Timeline:
 
     def _feed(
         self,
-        seq: cython.const[cython.longlong][::1],
         time: cython.const[cython.longlong][::1],
         vcpu: cython.const[cython.int][::1],
         tid: cython.const[cython.int][::1],
@@ -197,7 +194,7 @@ class Timeline:
         passed: cython.longlong
         thread: cython.pointer[Thread] = self._thread
         if not cython.compiled:
-            seq, time, vcpu, tid, kind = map(memoryview, (seq, time, vcpu, tid, kind))  # type: ignore[arg-type]
+            time, vcpu, tid, kind = map(memoryview, (time, vcpu, tid, kind))  # type: ignore[arg-type]
             root, code, rip = map(memoryview, (root, code, rip))  # type: ignore[arg-type]
         with cython.nogil:
             for i in range(rows):

@@ -31,6 +31,12 @@ def grown(old: NDArray[Any], rows: int) -> NDArray[Any]:
     return new
 
 
+def by_vcpu(vcpu: NDArray[Any], count: int) -> list[NDArray[np.int64]]:
+    """The places of each vCPU's rows, in order; `vcpu` has each row's dense number, and none is -1."""
+    order = np.argsort(vcpu, kind="stable")
+    return np.split(order, np.searchsorted(vcpu[order], np.arange(1, count)))[:count]
+
+
 def as_bytes(pool: NDArray[Any]) -> NDArray[np.uint8]:
     """A pool as a compiled loop takes it."""
     return pool.view(np.uint8)

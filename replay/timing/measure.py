@@ -38,7 +38,7 @@ class SpanTimes:
         """`parts`: see `Timeline`."""
         vcpus, own, cpus = max(len(vcpu_ids(vm)), 1), capabilities.own, cpus_of(capabilities)
         self._prefetches = own.prefetch > 1
-        self.timeline = Timeline(vcpus, self._prefetches, capabilities.kernel.vendor, (), parts)
+        self.timeline = Timeline(vcpus, self._prefetches, capabilities.kernel.vendor, parts)
         self.rip_runs = RipRuns(vcpus)
         self.steal = Steal(vcpus, cpus == 1, capabilities.workers)
         self.waits = LockWaits(vcpus, cpus != 1 and not own.faults_share)

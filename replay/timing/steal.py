@@ -52,7 +52,6 @@ class Steal:
     _time: cython.longlong  # of the last row
     _worked: cython.longlong  # ns of the workers, in all
     _waiting: cython.longlong  # invalidations that wait for the worker
-    _taken_of: object
     _taken: cython.longlong[::1]  # `_worked` at each vCPU's last row
     _lost: cython.longlong[::1]
 

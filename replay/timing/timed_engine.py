@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from replay.simulate.core import Core, Timer
 from replay.simulate.engine import Engine, RootLog, Vcpus
 from replay.simulate.operations import Ranges, Word
-from replay.simulate.pools import grown, make_pool, row_type
+from replay.simulate.pools import by_vcpu, grown, make_pool, row_type
 from replay.simulate.reference import SLOTS, Counters
 from replay.simulate.timed_operations import NEVER, Timed
 from replay.timing.costs import Costs
@@ -128,9 +128,8 @@ class TimedEngine:
     def samples(self) -> list[NDArray[np.int64]]:
         """Each vCPU's progress: rows of (clock, Cause of its last unload, *spent until then)."""
         rows = self._sample[: self._timer.samples]
-        order = np.argsort(rows["vcpu"], kind="stable")
-        table = np.column_stack([rows["clock"], rows["cause"], rows["spent"]])[order]
-        return np.split(table, np.searchsorted(rows["vcpu"][order], np.arange(1, len(self._pace))))
+        table = np.column_stack([rows["clock"], rows["cause"], rows["spent"]])
+        return [table[places] for places in by_vcpu(rows["vcpu"], len(self._pace))]
 
     @property
     def causes(self) -> NDArray[np.int64]:

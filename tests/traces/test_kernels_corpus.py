@@ -45,7 +45,7 @@ UNSEEN = {
     "unloads.CR0_SILENT": "an open end of a recording, not a cause", "unloads.CR4_SILENT": "the same",
     "unloads.CR0_RESET": "the same", "unloads.CR4_RESET": "the same",
     "vendor.name": "of the hardware", "vendor.cpu": "the same", "vendor.module": "the same",
-    "vendor.paging": "the same", "vendor.exits": "names", "vendor.accessed": "of the hardware",
+    "vendor.paging": "the same", "vendor.accessed": "of the hardware",
     "vendor.dirty": "the same", "vendor.interrupt": "the emulated machine interrupts as it likes",
     "vendor.undefined": "the vendors' RSM has an exit of its own, or is this: one of both is shown",
     "vendor.invpcid": "no scenario executes it", "vendor.cr": "replay's tests have it",
