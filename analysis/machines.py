@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from analysis.sources import Recording
+from traces.untrusted import object_at
 
 _PARAMETERS_SHOWN: Final = 4
 
@@ -17,7 +18,7 @@ def unlike(base: Recording | None, new: Recording | None) -> Iterator[str]:
         yield f"the machine of the {which} is not known: the recording is not at hand"
         return
     for name, title in (("vendor", "CPUs"), ("model", "CPUs"), ("cpus", "number of CPUs"), ("machine", "machines")):
-        mine, theirs = (_object(side.metadata.raw, "host").get(name) for side in (base, new))
+        mine, theirs = (object_at(side.metadata.raw, "host").get(name) for side in (base, new))
         if mine != theirs:
             yield f"other {title}: {mine or 'unknown'} against {theirs or 'unknown'}"
             if name == "vendor":
@@ -32,12 +33,12 @@ def changed(base: Recording | None, new: Recording | None) -> Iterator[tuple[str
     if base is None or new is None:
         return
     one, two = base.metadata, new.metadata
-    builds = [str(_object(meta.raw, "host").get("build", "")) for meta in (one, two)]
+    builds = [str(object_at(meta.raw, "host").get("build", "")) for meta in (one, two)]
     if one.kernel != two.kernel or builds[0] != builds[1]:
         yield "kernel", f"{one.kernel or 'unknown'} {builds[0]} against {two.kernel or 'unknown'} {builds[1]}"
     if one.policy != two.policy:
         yield "policy", f"{one.policy or 'unknown'} against {two.policy or 'unknown'}"
-    parameters = list(_parameters(_object(one.raw, "modules"), _object(two.raw, "modules")))
+    parameters = list(_parameters(object_at(one.raw, "modules"), object_at(two.raw, "modules")))
     if parameters:
         more = len(parameters) - _PARAMETERS_SHOWN
         yield "modules", ", ".join(parameters[:_PARAMETERS_SHOWN]) + (f", and {more} more" if more > 0 else "")
@@ -53,7 +54,7 @@ def changed(base: Recording | None, new: Recording | None) -> Iterator[tuple[str
 
 def _parameters(one: Mapping[str, Any], two: Mapping[str, Any]) -> Iterator[str]:
     for module in sorted({*one, *two}):
-        mine, theirs = _object(one, module), _object(two, module)
+        mine, theirs = object_at(one, module), object_at(two, module)
         for name in sorted({*mine, *theirs}):
             if mine.get(name) != theirs.get(name):
                 yield f"{module}.{name} {mine.get(name, 'not there')} against {theirs.get(name, 'not there')}"
@@ -64,8 +65,3 @@ def _kind(recording: Recording) -> str:
     if raw.get("origin") == "synthetic":
         return "a synthetic trace"
     return "the lab's emulation" if raw.get("lab") else "a host"
-
-
-def _object(document: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = document.get(key)
-    return value if isinstance(value, dict) else {}

@@ -16,6 +16,7 @@ from traces.errors import Problem
 from traces.kernels.policies import current_name
 from traces.outputs import TRACE_KEY
 from traces.schema import FORMAT_MAJOR
+from traces.untrusted import object_at, text_at
 
 KEY: Final = TRACE_KEY
 MAX_BYTES: Final = 64 << 20  # Arrow reads no longer strings than 100 MB from a footer
@@ -94,12 +95,12 @@ class Metadata:
     @property
     def kernel(self) -> str:
         """The recorded kernel's release, empty where the recorder did not say."""
-        return _text(_table(self.raw, "host"), "kernel")
+        return text_at(object_at(self.raw, "host"), "kernel")
 
     @property
     def policy(self) -> str:
         """The root policy of that kernel, by today's name: the recorder's, unless rows show another; empty: unknown."""
-        return self.seen_policy or current_name(_text(_table(self.raw, "policy"), "name"))
+        return self.seen_policy or current_name(text_at(object_at(self.raw, "policy"), "name"))
 
 
 def parse(text: bytes, where: str) -> Metadata:
@@ -217,13 +218,3 @@ def _is_vms(value: Any) -> bool:
 
 def _has_counts(rows: Any, *names: str) -> bool:
     return _is_list(rows, dict) and all(_is_count(row.get(name)) for row in rows for name in names)
-
-
-def _table(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = raw.get(key)
-    return value if isinstance(value, dict) else {}
-
-
-def _text(table: Mapping[str, Any], key: str) -> str:
-    value = table.get(key)
-    return value if isinstance(value, str) else ""

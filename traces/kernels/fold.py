@@ -15,6 +15,7 @@ from traces.kernels.policies import POLICIES, current_name
 from traces.kernels.triggers import Trigger
 from traces.kernels.vendors import vendor_of
 from traces.text import printable
+from traces.untrusted import object_at, text_at
 
 if TYPE_CHECKING:
     from traces.metadata import Metadata
@@ -54,8 +55,8 @@ def recorded(metadata: Metadata) -> Kernel:
 
 def described(raw: Mapping[str, Any]) -> Kernel:
     """The kernel of a recording by its manifest or metadata, folded now. Raises Problem where these do not say."""
-    layout, host, policy = (_table(raw, name) for name in ("layout", "host", "policy"))
-    facts = Facts(_known(policy.get("name")), layout.get("role"), layout.get("spte"), _text(host, "vendor"))
+    layout, host, policy = (object_at(raw, name) for name in ("layout", "host", "policy"))
+    facts = Facts(_known(policy.get("name")), layout.get("role"), layout.get("spte"), text_at(host, "vendor"))
     return at(release_of(raw), facts)
 
 
@@ -79,9 +80,9 @@ def parse_version(version: str) -> Version:
 
 def release_of(raw: Mapping[str, Any]) -> str:
     """The recorded kernel's version. Debian's release has the ABI where the patch level would be; its build tells."""
-    host = _table(raw, "host")
-    release = _text(host, "kernel")
-    exact = re.search(r"Debian (\d{1,4}\.\d{1,4}\.\d{1,5})", _text(host, "build"))
+    host = object_at(raw, "host")
+    release = text_at(host, "kernel")
+    exact = re.search(r"Debian (\d{1,4}\.\d{1,4}\.\d{1,5})", text_at(host, "build"))
     match = re.match(r"\d{1,4}\.\d{1,4}(\.\d{1,5})?", release)
     if exact is None and match is None:
         raise Problem(
@@ -154,13 +155,3 @@ def _with_facts(kernel: Kernel, facts: Facts) -> Kernel:
     if words is not None:
         kernel = replace(kernel, spte=words)
     return replace(kernel, vendor=vendor_of(facts.cpu)) if facts.cpu else kernel
-
-
-def _table(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = raw.get(key)
-    return value if isinstance(value, dict) else {}
-
-
-def _text(table: Mapping[str, Any], key: str) -> str:
-    value = table.get(key)
-    return value if isinstance(value, str) else ""

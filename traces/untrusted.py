@@ -1,0 +1,18 @@
+"""What a JSON object from elsewhere has under a key, or nothing where that is of another type."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def object_at(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The object under a key; an empty one where there is none."""
+    value = raw.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def text_at(raw: Mapping[str, Any], key: str) -> str:
+    """The text under a key; an empty one where there is none."""
+    value = raw.get(key)
+    return value if isinstance(value, str) else ""
