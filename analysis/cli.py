@@ -169,7 +169,7 @@ def export(
         exporting.csv(file, csv, out, force=force)
 
 
-def _write(text: str, out: Path | None, kind: outputs.Kind, inputs: Sequence[Path], force: bool) -> None:
+def _write(text: str, out: Path | None, kind: outputs.FileKind, inputs: Sequence[Path], force: bool) -> None:
     if out is None:
         sys.stdout.write(text)
         return

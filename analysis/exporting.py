@@ -10,18 +10,19 @@ from pathlib import Path
 from analysis.queries.registry import named, queries
 from analysis.sources import open_source
 from traces.errors import Problem
-from traces.outputs import Kind, Output
+from traces.outputs import FileKind, Output
 from traces.progress import Progress
+from traces.text import printable
 
 
 def listing(path: Path) -> str:
     """The queries that this file can answer, and why it cannot answer the others of its sort."""
     source = open_source(path)
-    lines = []
+    lines = [f"queries of {printable(str(path))}:"]
     for name, query in queries().items():
         if isinstance(source, query.source):
             lacking = query.lacking(source)
-            lines.append(f"{name:<10} {query.about}" + (f" Not here: needs {', '.join(lacking)}." if lacking else ""))
+            lines.append(f"  {name:<10} {query.about}" + (f" Not here: needs {', '.join(lacking)}." if lacking else ""))
     return "\n".join(lines) + "\n"
 
 
@@ -30,7 +31,7 @@ def csv(path: Path, name: str, out: Path | None, *, force: bool = False) -> None
     query = named(name)
     rows = query(open_source(path))
     header = ",".join(rows.collect_schema().names()) + "\n"
-    kind = Kind(f"the rows of query {name}", re.compile(rb"\A" + re.escape(header.encode())))
+    kind = FileKind(f"the rows of query {name}", re.compile(rb"\A" + re.escape(header.encode())))
     with nullcontext() if out is None else Output(out, kind, [path], force=force) as output, Progress(f"query {name}"):
         try:
             rows.sink_csv(sys.stdout.buffer if output is None else output.written, engine="streaming")

@@ -27,7 +27,7 @@ class Verb:
 
     name: str
     line: str
-    kind: outputs.Kind | None = None
+    kind: outputs.FileKind | None = None
     code: int = 0
 
     def words(self, files: Files, out: Path | None = None) -> list[str]:
@@ -65,10 +65,10 @@ WRITERS = [
     Verb("diff-md", "diff {trace} {result} --format md -o {out}", outputs.PROSE),
     Verb("diff-mail", "diff {result} {result} --format mail -o {out}", outputs.PROSE),
     Verb("diff-json", "diff {result} {result} --format json -o {out}", outputs.DOCUMENT),
-    Verb("export-csv", "export {trace} --csv gfns -o {out}", outputs.Kind("the rows of query gfns")),
+    Verb("export-csv", "export {trace} --csv gfns -o {out}", outputs.FileKind("the rows of query gfns")),
     Verb("export-list", "export {trace} --list -o {out}", outputs.QUERIES),
     Verb("export-perfetto", "export {trace} --perfetto -o {out}", outputs.TIMELINE),
-    Verb("export-result-csv", "export {result} --csv roots -o {out}", outputs.Kind("the rows of query roots")),
+    Verb("export-result-csv", "export {result} --csv roots -o {out}", outputs.FileKind("the rows of query roots")),
     Verb("export-result-list", "export {result} --list -o {out}", outputs.QUERIES),
     Verb("export-result-perfetto", "export {result} --perfetto -o {out}", outputs.TIMELINE),
     Verb("synth", "synth {out} --duration 0.02", outputs.SYNTHETIC),

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from traces.columns import SCHEMA
-from traces.outputs import RECORDING, Kind, Output
+from traces.outputs import RECORDING, FileKind, Output
 
 PARQUET_MAGIC: Final = b"PAR1"
 MAGIC: Final = b"KVMTRACE"
@@ -38,7 +38,7 @@ OPTIONS: Final[dict[str, Any]] = {
 class TraceFile:
     """A trace in the making: row groups with their CRC, metadata at the end, visible only when finished."""
 
-    def __init__(self, path: Path, kind: Kind = RECORDING, *, force: bool = False) -> None:
+    def __init__(self, path: Path, kind: FileKind = RECORDING, *, force: bool = False) -> None:
         self.path = path
         self._output = Output(path, kind, force=force)
         self._sink = _Sink(self._output)

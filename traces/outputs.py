@@ -31,27 +31,29 @@ class Unwritable(Problem):
 
 
 @dataclass(frozen=True)
-class Kind:
+class FileKind:
     """What a file is. `mark` is in the first bytes of those that it fits; None: nothing there tells it."""
 
     name: str
     mark: re.Pattern[bytes] | None = None
 
 
-RECORDING: Final = Kind("a recording")
-SYNTHETIC: Final = Kind("a synthetic trace")
-RESULT: Final = Kind("the result of a replay")
-TIMELINE: Final = Kind("a timeline for Perfetto", re.compile(rb"\A\n.{1,2}P\x01[bh]", re.S))
-PAGE: Final = Kind("a report's page", re.compile(rb'\A<!doctype html>.*<meta name="generator" content="kvmtrace', re.S))
-DOCUMENT: Final = Kind("a report in JSON", re.compile(rb'\A\{\s*"schema": \d+,\s*"reports"'))
-JUNIT: Final = Kind("a report for JUnit", re.compile(rb'\A<\?xml [^>]*>\s*<testsuites name="kvmtrace"'))
-PROSE: Final = Kind("a report in text", re.compile(rb"^(of {9}|of: |\| of \| )", re.M))
-QUERIES: Final = Kind("a list of queries", re.compile(rb"\A(fills|causes) +[A-Z].*^(windows|vms) +[A-Z]", re.S | re.M))
+RECORDING: Final = FileKind("a recording")
+SYNTHETIC: Final = FileKind("a synthetic trace")
+RESULT: Final = FileKind("the result of a replay")
+TIMELINE: Final = FileKind("a timeline for Perfetto", re.compile(rb"\A\n.{1,2}P\x01[bh]", re.S))
+PAGE: Final = FileKind(
+    "a report's page", re.compile(rb'\A<!doctype html>.*<meta name="generator" content="kvmtrace', re.S)
+)
+DOCUMENT: Final = FileKind("a report in JSON", re.compile(rb'\A\{\s*"schema": \d+,\s*"reports"'))
+JUNIT: Final = FileKind("a report for JUnit", re.compile(rb'\A<\?xml [^>]*>\s*<testsuites name="kvmtrace"'))
+PROSE: Final = FileKind("a report in text", re.compile(rb"^(of {9}|of: |\| of \| )", re.M))
+QUERIES: Final = FileKind("a list of queries", re.compile(rb"\Aqueries of "))
 _MARKED: Final = (TIMELINE, PAGE, DOCUMENT, JUNIT, PROSE, QUERIES)
-_NOT_OURS: Final = Kind("a file that kvmtrace did not write")
+_NOT_OURS: Final = FileKind("a file that kvmtrace did not write")
 
 
-def check(path: Path, kind: Kind, inputs: Sequence[Path] = (), *, force: bool = False) -> None:
+def check(path: Path, kind: FileKind, inputs: Sequence[Path] = (), *, force: bool = False) -> None:
     """Raise a Problem unless a file of this kind may be written to `path`. A command that takes long begins with it."""
     _Place(path, kind, inputs, force).check()
 
@@ -64,7 +66,7 @@ class Output:
 
     closed = False  # for Arrow, which asks
 
-    def __init__(self, path: Path, kind: Kind, inputs: Sequence[Path] = (), *, force: bool = False) -> None:
+    def __init__(self, path: Path, kind: FileKind, inputs: Sequence[Path] = (), *, force: bool = False) -> None:
         self.path = path
         self._place = _Place(path, kind, inputs, force)
         self._place.check(whole=False)
@@ -131,7 +133,7 @@ class Output:
 class _Place:
     """Where a file is to go, and what may not be lost there."""
 
-    def __init__(self, path: Path, kind: Kind, inputs: Sequence[Path], force: bool) -> None:
+    def __init__(self, path: Path, kind: FileKind, inputs: Sequence[Path], force: bool) -> None:
         self._path, self.kind, self._inputs, self._force = path, kind, inputs, force
         try:
             there = _status(path)
@@ -195,7 +197,7 @@ def _of_directory(file: Path) -> bool:
     return file.resolve().parent.suffix == ".kvmt" or re.fullmatch(r"seg-\d{5,}\.arrows", file.name) is not None
 
 
-def _kind_of(file: Path, wanted: Kind) -> Kind | None:
+def _kind_of(file: Path, wanted: FileKind) -> FileKind | None:
     """What a file is; None for an empty one."""
     with file.open("rb") as opened:
         head = opened.read(_HEAD)
@@ -206,7 +208,7 @@ def _kind_of(file: Path, wanted: Kind) -> Kind | None:
     return next((kind for kind in (wanted, *_MARKED) if kind.mark and kind.mark.search(head)), _NOT_OURS)
 
 
-def _parquet(file: Path) -> Kind:
+def _parquet(file: Path) -> FileKind:
     """Which of ours it is; a recording where that cannot be told any more."""
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -32,7 +32,7 @@ def renderer(name: str) -> Callable[..., str]:
     return render
 
 
-def kind(name: str) -> outputs.Kind:
+def kind(name: str) -> outputs.FileKind:
     """What a file in this format is."""
     return _KINDS.get(name, outputs.PROSE)
 

@@ -19,8 +19,8 @@ AS_NOBODY = """
 import contextlib, io, os, sys
 import kvmtrace
 sys.argv = ["kvmtrace", "doctor", *sys.argv[1:]]
-with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
-    kvmtrace.main()
+with contextlib.redirect_stdout(io.StringIO()):
+    kvmtrace.app(standalone_mode=False)
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 kvmtrace.main()
 """

@@ -479,7 +479,7 @@ def test_without_root_is_one_line(tmp_path: Path) -> None:
     script = (
         "import contextlib, os, sys, kvmtrace\n"
         "sys.argv = ['kvmtrace', 'record', '--vm', 'x', '-o', 'y.parquet']\n"
-        "with contextlib.redirect_stderr(open(os.devnull, 'w')), contextlib.suppress(SystemExit): kvmtrace.main()\n"
+        "with contextlib.suppress(Exception): kvmtrace.app(standalone_mode=False)\n"
         "import tracer.recorder\n"
         "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
         "sys.argv = ['kvmtrace', 'record', '-o', 'y.parquet', '--', 'true']\n"

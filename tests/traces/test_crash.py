@@ -50,6 +50,7 @@ def numbered(count: int, first: int) -> np.ndarray[Any, Any]:
 
 def recovered(directory: Path, out: Path) -> tuple[Summary, list[int]]:
     """Recover, and check that every row is the record that its number says; the row numbers in order."""
+    out.unlink(missing_ok=True)  # a recording is never overwritten
     summary = compact(directory, out)
     rows = sorted(
         row

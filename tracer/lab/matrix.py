@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -227,9 +228,11 @@ def fill(
                 said = " ".join(filter(None, running[done]))
                 say(f"{number}/{len(groups)} {said}: {len(made)} recordings")
         except BaseException:
-            # The pool would wait for boots of several minutes.
+            # The pool would wait for boots of several minutes. Again and again: one may be about to start.
             pool.shutdown(wait=False, cancel_futures=True)
-            qemu.kill_running()
+            while not all(boot.done() for boot in running):
+                qemu.kill_running()
+                time.sleep(0.05)
             raise
     return [rows[file] for file in (f"{cell.name}.parquet" for cell in wanted) if file in rows], problems
 
