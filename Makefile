@@ -1,5 +1,5 @@
 # make demo and make test do all the set-up they need; see README.md.
-.PHONY: setup demo quick test lab-test lint check ci-example bench corpus clean
+.PHONY: setup demo quick test lab-test lint check ci-example bench corpus man clean
 
 PYTHON := .venv/bin/python
 
@@ -49,6 +49,10 @@ bench: setup
 # Record traces/corpus anew: every scenario on every kernel of the lab.
 corpus: setup
 	.venv/bin/kvmtrace lab corpus --jobs 2
+
+# Man pages of every verb, from the command line's own help: `man -M build/man kvmtrace-report`.
+man: setup
+	$(PYTHON) scripts/man.py build/man/man1
 
 clean:
 	rm -rf .venv build demo *.egg-info tracer/vmm/kvmtrace-vmm replay/*/*.so

@@ -19,11 +19,10 @@ from tracer.lab.cli import app as lab
 from traces import ending
 from traces.documents import Force, Json, print_json
 from traces.errors import VERDICT_FAILED, Problem
+from traces.help_text import examples
 
 app = typer.Typer(
-    help="Record, replay and analyse how KVM x86 keeps, frees and rebuilds its MMU roots.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
@@ -31,6 +30,29 @@ app = typer.Typer(
 app.add_typer(replay)
 app.add_typer(analysis)
 app.add_typer(lab, name="lab")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"kvmtrace {version('kvmtrace')}")
+        raise typer.Exit
+
+
+@app.callback(
+    epilog=examples(
+        "kvmtrace doctor",
+        "kvmtrace record --duration 10 -o stall.parquet",
+        "kvmtrace report stall.parquet",
+    )
+)
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Record, replay and analyse how KVM x86 keeps, frees and rebuilds its MMU roots."""
 
 
 def _size(text: str) -> int:
@@ -57,10 +79,13 @@ def _kinds(events: str) -> tuple[str, frozenset[str]]:
 
 
 @app.command(
+    short_help="Record live KVM events into a Parquet trace.",
     context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False},
-    epilog="Examples: kvmtrace record --duration 10 -o stall.parquet"
-    " | kvmtrace record --vm 4242 --events roots --duration 60"
-    " | kvmtrace record -o boot.parquet -- qemu-system-x86_64 -accel kvm ...",
+    epilog=examples(
+        "kvmtrace record --duration 10 -o stall.parquet",
+        "kvmtrace record --vm 4242 --events roots --duration 60",
+        "kvmtrace record -o boot.parquet -- qemu-system-x86_64 -accel kvm ...",
+    ),
 )
 def record(
     command: Annotated[list[str] | None, typer.Argument(help="Record while this command runs (after --).")] = None,
@@ -152,8 +177,10 @@ def _tell(line: str) -> None:
 
 
 @app.command(
-    epilog="Examples: kvmtrace kernels | kvmtrace kernels 6.1.20 | kvmtrace kernels 5.15 6.12"
-    " | kvmtrace kernels 7.x --json"
+    short_help="Say what a kernel's MMU does with roots, or what changed.",
+    epilog=examples(
+        "kvmtrace kernels", "kvmtrace kernels 6.1.20", "kvmtrace kernels 5.15 6.12", "kvmtrace kernels 7.x --json"
+    ),
 )
 def kernels(
     version: Annotated[str, typer.Argument(help="A kernel version, such as 5.15, 6.1.20 or 7.x.")] = "",
@@ -172,7 +199,9 @@ def kernels(
         print(text, end="")
 
 
-@app.command(epilog="Example: kvmtrace recover stall.kvmt")
+@app.command(
+    short_help="Make a trace from what a killed recorder left.", epilog=examples("kvmtrace recover stall.kvmt")
+)
 def recover(
     directory: Annotated[Path, typer.Argument(help="What a killed recorder left: NAME.kvmt.")],
     out: Annotated[
@@ -199,8 +228,11 @@ def recover(
 
 
 @app.command(
-    epilog="Examples: kvmtrace synth storm.parquet --policy async --smi-rate 1000 --events 1000000"
-    " | kvmtrace synth published.parquet --reset-on non-fault",
+    short_help="Write a synthetic trace for benchmarks and what-ifs.",
+    epilog=examples(
+        "kvmtrace synth storm.parquet --policy async --smi-rate 1000 \\\n  --events 1000000",
+        "kvmtrace synth published.parquet --reset-on non-fault",
+    ),
 )
 def synth(
     out: Annotated[Path, typer.Argument(help="The trace to write.")],
@@ -254,7 +286,10 @@ def synth(
     print(f"{summary.path}: {summary.events:,} events, {summary.size:,} bytes ({each:.2f} each)", file=sys.stderr)
 
 
-@app.command(epilog="Example: kvmtrace info stall.parquet --json")
+@app.command(
+    short_help="Say what a trace holds, and what was lost.",
+    epilog=examples("kvmtrace info stall.parquet", "kvmtrace info stall.parquet --json"),
+)
 def info(
     trace: Annotated[Path, typer.Argument(help="A recording.")],
     as_json: Json = False,
@@ -269,7 +304,10 @@ def info(
         print(render(trace), end="")
 
 
-@app.command(epilog="Example: kvmtrace doctor --json")
+@app.command(
+    short_help="Say what can be recorded on this machine, and what is lacking.",
+    epilog=examples("kvmtrace doctor", "kvmtrace doctor --json"),
+)
 def doctor(as_json: Json = False) -> None:
     """Say what can be recorded on this machine, what cannot, and the one command that fixes each problem."""
     from tracer.doctor import SCHEMA, examine, render

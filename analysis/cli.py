@@ -12,6 +12,7 @@ import typer
 from traces import outputs
 from traces.documents import Force
 from traces.errors import VERDICT_FAILED, Problem
+from traces.help_text import examples
 
 app = typer.Typer()
 
@@ -19,9 +20,14 @@ _SOURCES = "Traces, or results of `kvmtrace replay -o`."
 
 
 @app.command(
-    epilog="Examples: kvmtrace report stall.parquet"
-    " | kvmtrace report result.parquet --format md -o $GITHUB_STEP_SUMMARY"
-    " | kvmtrace report new.parquet --fail-on 'refaults > 0' --fail-on 'roots_created > baseline' --baseline old.json",
+    short_help="Report on recordings and replays: verdict, causes, times.",
+    epilog=examples(
+        "kvmtrace report stall.parquet",
+        "kvmtrace report stall.parquet --format html -o stall.html",
+        "kvmtrace report result.parquet --format md -o $GITHUB_STEP_SUMMARY",
+        "kvmtrace report new.parquet --fail-on 'preserve.refaults > 0'",
+        "kvmtrace report new.parquet --fail-on 'roots_created > baseline' \\\n  --baseline old.json",
+    ),
 )
 def report(
     files: Annotated[list[Path], typer.Argument(help=_SOURCES)],
@@ -91,8 +97,12 @@ def report(
 
 
 @app.command(
-    epilog="Examples: kvmtrace diff before.parquet after.parquet"
-    " | kvmtrace diff result.parquet result.parquet --policy async --policy preserve --format mail",
+    short_help="Compare two recordings or results, vCPU by vCPU.",
+    epilog=examples(
+        "kvmtrace diff before.parquet after.parquet",
+        "kvmtrace diff before.parquet after.parquet --format mail",
+        "kvmtrace diff result.parquet result.parquet --policy async \\\n  --policy preserve",
+    ),
 )
 def diff(
     base: Annotated[Path, typer.Argument(help="A trace or a result.")],
@@ -139,10 +149,13 @@ def diff(
 
 
 @app.command(
-    epilog="Examples: kvmtrace export stall.parquet --list"
-    " | kvmtrace export stall.parquet --csv windows > windows.csv"
-    " | kvmtrace export result.parquet --csv roots -o roots.csv"
-    " | kvmtrace export stall.parquet --perfetto -o stall.pftrace",
+    short_help="Give a report's rows, or a recording's course, to other tools.",
+    epilog=examples(
+        "kvmtrace export stall.parquet --list",
+        "kvmtrace export stall.parquet --csv windows >windows.csv",
+        "kvmtrace export result.parquet --csv roots -o roots.csv",
+        "kvmtrace export stall.parquet --perfetto -o stall.pftrace",
+    ),
 )
 def export(
     file: Annotated[Path, typer.Argument(help="A trace, or a result of `kvmtrace replay -o`.")],

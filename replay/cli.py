@@ -9,12 +9,16 @@ import typer
 
 from traces.documents import Force, Json, print_json
 from traces.errors import VERDICT_FAILED, Problem
+from traces.help_text import examples
 from traces.outputs import RESULT, check
 
 app = typer.Typer()
 
 
-@app.command(epilog="Example: kvmtrace validate stall.parquet")
+@app.command(
+    short_help="Compare a recording with the model of its own kernel.",
+    epilog=examples("kvmtrace validate stall.parquet", "kvmtrace validate stall.parquet --json"),
+)
 def validate(
     trace: Annotated[Path, typer.Argument(help="The recording.")],
     policy: Annotated[
@@ -36,10 +40,14 @@ def validate(
 
 
 @app.command(
-    epilog="Examples: kvmtrace replay stall.parquet"
-    " | kvmtrace replay stall.parquet --policy preserve --policy ./mine.py -o result.parquet"
-    " | kvmtrace replay new.parquet --policy async --refault recent:512"
-    " | kvmtrace replay stall.parquet --aging locked,lockless@20000x1 --tdp-pages list,counter",
+    short_help="Say what the VMs would have done under other root policies.",
+    epilog=examples(
+        "kvmtrace replay stall.parquet",
+        "kvmtrace replay stall.parquet --policy ./mine.py -o result.parquet",
+        "kvmtrace replay new.parquet --policy async --refault recent:512",
+        "kvmtrace replay stall.parquet --policy async --sweep smi-rate=1:1000:log",
+        "kvmtrace replay stall.parquet --aging locked,lockless@20000x1",
+    ),
 )
 def replay(
     trace: Annotated[Path, typer.Argument(help="A recording.")],
@@ -166,8 +174,14 @@ def replay(
 
 
 @app.command(
-    epilog="Examples: kvmtrace explore --list | kvmtrace explore vm-destroy | kvmtrace explore apicv --variant write"
-    " | kvmtrace explore ./mine.py --bound vcpus=4 --json >found.json | kvmtrace explore --replay found.json",
+    short_help="Try every interleaving of a small model of kernel paths.",
+    epilog=examples(
+        "kvmtrace explore --list",
+        "kvmtrace explore vm-destroy",
+        "kvmtrace explore apicv --variant write",
+        "kvmtrace explore ./mine.py --bound vcpus=4 --json >found.json",
+        "kvmtrace explore --replay found.json",
+    ),
 )
 def explore(
     scenario: Annotated[

@@ -81,8 +81,8 @@ def _code_of(work: Callable[[], int | None]) -> int:
 
 def _told(error: BaseException) -> int:
     """Say what happened; the exit code."""
-    if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else BAD_INPUT
+    if isinstance(error, SystemExit):  # of shell completion, whose 1 is no verdict
+        return BAD_INPUT if error.code else 0
     if isinstance(error, BrokenPipeError):
         return 0
     code = BAD_INPUT

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from traces.errors import BAD_INPUT, ENVIRONMENT, Problem
+from traces.help_text import examples
 from traces.outputs import RECORDING, check
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
+    short_help="Boot real kernels under emulation and record their own KVM.",
     help="Boot a real kernel under emulation and record its own KVM: no hardware support, root or network needed.",
 )
 
@@ -35,7 +37,11 @@ def _stop_cleanly() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
-@app.command("list")
+@app.command(
+    "list",
+    short_help="List the kernels (known, and which are here) and scenarios.",
+    epilog=examples("kvmtrace lab list", "kvmtrace lab list --json"),
+)
 def list_(as_json: Json = False) -> None:
     """Kernels (known, and which are here) and scenarios."""
     import json
@@ -76,7 +82,10 @@ def list_(as_json: Json = False) -> None:
         print(f"  {scenario['name']:12} {scenario['shows']}")
 
 
-@app.command()
+@app.command(
+    short_help="Get a kernel, from $KVMTRACE_KERNELS or from Debian.",
+    epilog=examples("kvmtrace lab fetch 6.1", "kvmtrace lab fetch 7.x --update"),
+)
 def fetch(
     kernel: Annotated[str, typer.Argument(help="A kernel's name in `kvmtrace lab list`.")],
     update: Annotated[bool, typer.Option("--update", help="Look for a newer one even if one is here.")] = False,
@@ -90,8 +99,16 @@ def fetch(
 
 
 @app.command(
+    short_help="Boot a kernel, run a guest in it, hand back the trace.",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    epilog="Options that are none of these are the scenario's own: --loops, --pages, --vcpus ...",
+    epilog=examples(
+        "kvmtrace lab run --kernel 6.1 --scenario smi-storm -o smi-6.1.parquet",
+        "kvmtrace lab run --kernel 6.12 --scenario churn --loops 50 -o churn.parquet",
+        "kvmtrace lab run --kernel ~/linux/arch/x86/boot/bzImage \\\n"
+        "  --modules ~/modules --scenario smi-storm -o mine.parquet",
+        "kvmtrace lab run --kernel 6.1 --scenario smi-storm --bare",
+        note="Options that are none of these are the scenario's own: --loops, --pages, --vcpus ...",
+    ),
 )
 def run(
     context: typer.Context,
@@ -143,7 +160,13 @@ def run(
         print(f"{done.seconds:.3f} s")
 
 
-@app.command()
+@app.command(
+    short_help="Record every scenario on every kernel that is here.",
+    epilog=examples(
+        "kvmtrace lab matrix -o recordings --jobs 2",
+        "kvmtrace lab matrix --kernel 6.1 --scenario smi-storm --scenario churn",
+    ),
+)
 def matrix(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Directory to keep the recordings in.")] = None,
     kernel: Annotated[list[str] | None, typer.Option(help="Only this kernel (repeatable). [default: all here]")] = None,
@@ -172,7 +195,7 @@ def matrix(
         _fill(wanted, output, jobs, as_json)
 
 
-@app.command()
+@app.command(short_help="Record the corpus that is shipped.", epilog=examples("kvmtrace lab corpus --jobs 2"))
 def corpus(
     directory: Annotated[Path | None, typer.Argument(help="[default: the checkout's traces/corpus]")] = None,
     jobs: Jobs = 1,
