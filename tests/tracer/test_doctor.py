@@ -109,3 +109,23 @@ def test_debians_two_header_trees_are_joined(tmp_path: Path, monkeypatch: pytest
         assert (joined / "include/linux/kconfig.h").read_text() == "common"
     assert headers.VARIABLE not in os.environ
     assert not joined.exists()
+
+
+@pytest.mark.live
+@pytest.mark.usefixtures("live")
+def test_what_is_to_be_mounted_is_there_after_the_commands_it_names(tmp_path: Path) -> None:
+    bare = tmp_path / "bare.sh"
+    bare.write_text(
+        "for place in /sys/kernel/tracing /sys/kernel/debug/tracing /sys/kernel/debug; do\n"
+        "    while umount -q $place; do :; done\n"
+        "done\n"
+        f"{sys.executable} -m kvmtrace doctor --json >{tmp_path}/before\n"
+        f'grep -o \'"fix": "mount [^"]*\' {tmp_path}/before | cut -d\'"\' -f4 | sh -e\n'
+        f"{sys.executable} -m kvmtrace doctor --json >{tmp_path}/after\n"
+    )
+    subprocess.run(["unshare", "--mount", "sh", str(bare)], check=True, timeout=1200)
+    before, after = (json.loads((tmp_path / name).read_text()) for name in ("before", "after"))
+    states = [{each["name"]: each["state"] for each in one["checks"]} for one in (before, after)]
+    assert (states[0]["tracefs"], states[0]["KVM's counters"]) == ("FAIL", "note")
+    assert (states[1]["tracefs"], states[1]["KVM's counters"]) == ("ok", "ok")
+    assert (before["can_record"], after["can_record"]) == (False, True)
