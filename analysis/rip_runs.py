@@ -31,7 +31,7 @@ class RipQuestion:
     name: str = "runs of exits at one RIP"
     columns: frozenset[str] = frozenset({"seq", "time", "vcpu", "kind", "rip", "addr"})
 
-    def begin(self, none: pl.DataFrame) -> _Following:
+    def begin(self) -> _Following:
         return _Following(self.trace)
 
 
@@ -53,8 +53,9 @@ class _Following:
             self._runs[vm] = RipRuns(len(vcpu_ids(self._vms[vm]))), numbers
         runs, numbers = self._runs[vm]
         columns = {name: rows[name].to_numpy() for name in ("seq", "time", "rip", "addr")}
-        kind = _codes(rows.schema["kind"])[rows["kind"].to_physical().fill_null(_NO_KIND).to_numpy()]
-        runs.feed(SimpleNamespace(vcpu=numbers[rows["vcpu"].fill_null(-1).to_numpy()], kind=kind, **columns))
+        kind = _codes(rows.schema["kind"]).take(rows["kind"].to_physical().fill_null(_NO_KIND).to_numpy())
+        vcpu = numbers.take(rows["vcpu"].fill_null(-1).to_numpy())
+        runs.feed(SimpleNamespace(vcpu=vcpu, kind=kind, **columns))
 
     def answer(self) -> pl.DataFrame:
         found = []

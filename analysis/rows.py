@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeAlias
 
 import polars as pl
 
 from traces.reader import Trace
 
-# Of one batch: each question costs polars half a ms however few its rows are, and more rows at once take more memory.
-BATCH_ROWS: Final = 1 << 17
+# Of one batch: the questions cost polars 2 ms or so however few its rows are, and more rows at once take more memory.
+BATCH_ROWS: Final = 1 << 18
 _MERGED_ROWS: Final = 1 << 17  # parts are merged when they have more rows than this, and than what is merged
 
 
 class Counting(Protocol):
-    """One question on its way through the rows."""
+    """A question on its way through the rows."""
 
     def feed(self, rows: pl.DataFrame, one_vm: bool) -> None:
         """Take the next rows, in file order. `one_vm`: `vm` is the same in all of them."""
@@ -29,19 +29,19 @@ class Counting(Protocol):
         """What the rows came to."""
 
 
-class Question(Protocol):
-    """What can be asked of rows. Two of one `name` are the same question."""
+class Followed(Protocol):
+    """A question that goes through the rows itself."""
 
     @property
     def name(self) -> str:
-        """It, and with which options."""
+        """It, and with which options: two of one name are the same question."""
 
     @property
     def columns(self) -> frozenset[str]:
         """What it reads of rows."""
 
-    def begin(self, none: pl.DataFrame) -> Counting:
-        """Before the first row; `none` is a batch without rows."""
+    def begin(self) -> Counting:
+        """Before the first row."""
 
 
 def ask(trace: Trace, questions: Sequence[Question]) -> list[pl.DataFrame]:
@@ -49,13 +49,16 @@ def ask(trace: Trace, questions: Sequence[Question]) -> list[pl.DataFrame]:
     wanted = frozenset({"vm"}).union(*(question.columns for question in questions))
     names = [name for name in trace.schema.names if name in wanted]
     none = pl.DataFrame(pl.from_arrow(trace.schema.empty_table().select(names)))
-    counting = [question.begin(none) for question in questions]
+    tallies = Tallies([question for question in questions if isinstance(question, Tally)], none)
+    counting = {question.name: question.begin() for question in questions if not isinstance(question, Tally)}
     for rows in _frames(trace, names):
         vm = rows["vm"]
         one_vm = vm.null_count() in (0, len(vm)) and vm.min() == vm.max()
-        for each in counting:
+        tallies.feed(rows, one_vm)
+        for each in counting.values():
             each.feed(rows, one_vm)
-    return [each.answer() for each in counting]
+    answers = tallies.answers() | {name: each.answer() for name, each in counting.items()}
+    return [answers[question.name] for question in questions]
 
 
 def _frames(trace: Trace, names: list[str]) -> Iterator[pl.DataFrame]:
@@ -92,15 +95,12 @@ class Tally:
         every = (self.where, *(each for of in (self.by, self.sums, self.least, self.most) for each in of.values()))
         return frozenset(name for expression in every for name in expression.meta.root_names())
 
-    def begin(self, none: pl.DataFrame) -> Counting:
-        return _Tallying(self, none)
-
-    def of(self, rows: pl.DataFrame, one_vm: bool) -> pl.DataFrame:
+    def of(self, rows: pl.DataFrame, one_vm: bool) -> pl.LazyFrame:
         """The groups of some rows; of one VM without `vm`, for a key less is a tenth less work."""
         keys = self.by if one_vm else {"vm": pl.col("vm"), **self.by}
         every = {**keys, **self.sums, **self.least, **self.most}
         kept = rows.lazy().filter(self.where).select(each.alias(name) for name, each in every.items())
-        return kept.group_by(*keys).agg(pl.len().cast(pl.Int64).alias("rows"), *self._values()).collect()
+        return kept.group_by(*keys).agg(pl.len().cast(pl.Int64).alias("rows"), *self._values())
 
     def merged(self, parts: Iterable[pl.DataFrame]) -> pl.DataFrame:
         """Parts with `vm`, each group once."""
@@ -112,28 +112,48 @@ class Tally:
         yield from (pl.col(name).max() for name in self.most)
 
 
-class _Tallying:
-    """A tally's parts, merged now and then, so that there are never many more rows of them than there are groups."""
+Question: TypeAlias = Tally | Followed
 
-    def __init__(self, tally: Tally, none: pl.DataFrame) -> None:
+
+class Tallies:
+    """Tallies on their way through the rows; polars makes all of a batch's groups in one go, for each go costs a ms."""
+
+    def __init__(self, tallies: Sequence[Tally], none: pl.DataFrame) -> None:
+        """`none`: a batch without rows."""
+        self._tallies = tallies
+        self._parts = [_Parts(tally, groups) for tally, groups in zip(tallies, self._groups(none, False), strict=True)]
+
+    def feed(self, rows: pl.DataFrame, one_vm: bool) -> None:
+        """Take the next rows, as `Counting.feed`."""
+        vm = pl.lit(rows["vm"].first(), rows.schema["vm"]).alias("vm")
+        for parts, groups in zip(self._parts, self._groups(rows, one_vm), strict=True):
+            parts.add(groups.select(vm, pl.all()) if one_vm else groups)
+
+    def answers(self) -> dict[str, pl.DataFrame]:
+        """What the rows came to, by the tallies' names."""
+        return {tally.name: parts.merged() for tally, parts in zip(self._tallies, self._parts, strict=True)}
+
+    def _groups(self, rows: pl.DataFrame, one_vm: bool) -> list[pl.DataFrame]:
+        return pl.collect_all([tally.of(rows, one_vm) for tally in self._tallies], engine="streaming")
+
+
+class _Parts:
+    """A tally's groups, merged now and then, so that there are never many more rows of them than there are groups."""
+
+    def __init__(self, tally: Tally, merged: pl.DataFrame) -> None:
         self._tally = tally
-        self._merged = tally.of(none, one_vm=False)
+        self._merged = merged
         self._parts: list[pl.DataFrame] = []
         self._rows = 0
 
-    def feed(self, rows: pl.DataFrame, one_vm: bool) -> None:
-        part = self._tally.of(rows, one_vm)
-        if one_vm:
-            part = part.select(pl.lit(rows["vm"].first(), rows.schema["vm"]).alias("vm"), pl.all())
-        self._parts.append(part)
-        self._rows += len(part)
+    def add(self, groups: pl.DataFrame) -> None:
+        self._parts.append(groups)
+        self._rows += len(groups)
         if self._rows > max(_MERGED_ROWS, len(self._merged)):
-            self._merge()
+            self.merged()
 
-    def answer(self) -> pl.DataFrame:
-        self._merge()
-        return self._merged
-
-    def _merge(self) -> None:
+    def merged(self) -> pl.DataFrame:
+        """All of them, each group once."""
         self._merged = self._tally.merged([self._merged, *self._parts])
         self._parts, self._rows = [], 0
+        return self._merged

@@ -99,7 +99,7 @@ class Heat:
         self._spans = recording.metadata.spans
         self._parts, self._rows = parts, rows
 
-    def begin(self, _: pl.DataFrame) -> _Heating:
+    def begin(self) -> _Heating:
         return _Heating({vm: (first, (last - first) // self._parts + 1) for vm, (first, last) in self._spans.items()},
                         self._rows)  # fmt: skip
 

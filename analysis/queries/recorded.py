@@ -37,12 +37,13 @@ def _of(count: str, kind: str) -> pl.Expr:
 def in_windows(recording: Recording, window_ns: int = WINDOW_NS) -> Tally:
     """Rows that tell of each vCPU's time in windows, by kind; `at` is ns from a window's begin, `last` in boot ns."""
     since = pl.col("time") - recording.metadata.span[0]
+    window = since // window_ns
     return Tally(
         f"windows of {window_ns} ns",
         where=pl.col("vcpu").is_not_null()
         & _is("kvm_entry", "kvm_exit", "kvm_page_fault", "kvm_smm_transition", "mmu_load"),
-        by={"vcpu": pl.col("vcpu"), "window": since // window_ns, "kind": pl.col("kind")},
-        sums={"at": since % window_ns, "entering": _ENTERING},
+        by={"vcpu": pl.col("vcpu"), "window": window, "kind": pl.col("kind")},
+        sums={"at": since - window * window_ns, "entering": _ENTERING},
         most={"last": pl.col("time")},
     )
 

@@ -17,7 +17,7 @@ from analysis.formats import drawn as drawn_by
 from analysis.formats import renderer
 from analysis.queries import drawn, recorded
 from analysis.reporting import Wanted, reported
-from analysis.rows import Tally
+from analysis.rows import Tallies, Tally
 from analysis.sources import Recording
 from tests.analysis.sources import CORPUS
 from traces.errors import Problem
@@ -50,7 +50,7 @@ def test_parts_merge_to_what_all_rows_say(path: Path, batch: int, merged: int, m
     every = recording.scan().collect()
     asked = tallies(recording)
     for tally, answer in zip(asked, recording.ask(*asked), strict=True):
-        assert in_order(answer, tally).equals(in_order(tally.of(every, one_vm=False), tally)), tally.name
+        assert in_order(answer, tally).equals(in_order(tally.of(every, one_vm=False).collect(), tally)), tally.name
         assert len(answer) or tally.name == "slots"
 
 
@@ -68,7 +68,7 @@ def test_any_rows_in_any_parts(values: list[tuple[int | None, int, int | None]],
         "any", where=pl.col("key") > 0, by={"key": pl.col("key")}, sums={"sum": value, "odd": value % 2 == 1},
         least={"least": value}, most={"most": value},
     )  # fmt: skip
-    counting = tally.begin(every.clear())
+    counting = Tallies([tally], every.clear())
     for begin, end in pairwise(sorted({0, *cuts, len(every)})):
         part = every[begin:end]
         counting.feed(part, one_vm=part["vm"].n_unique() == 1)
@@ -76,7 +76,7 @@ def test_any_rows_in_any_parts(values: list[tuple[int | None, int, int | None]],
     for vm, key, number in values:
         if key > 0:
             groups.setdefault((vm, key), []).append(number)
-    found = {(row["vm"], row["key"]): row for row in counting.answer().iter_rows(named=True)}
+    found = {(row["vm"], row["key"]): row for row in counting.answers()["any"].iter_rows(named=True)}
     assert found.keys() == groups.keys()
     for group, numbers in groups.items():
         known = [number for number in numbers if number is not None]
