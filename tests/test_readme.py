@@ -64,3 +64,27 @@ def test_readmes_commands_work_as_printed(tmp_path: Path) -> None:
         expected = FOUND.get(line.partition("#")[0].strip(), 0)
         assert done.returncode == expected, (line, done.returncode, done.stderr)
         assert "Traceback" not in done.stderr, line
+
+
+def test_modules_and_files_that_texts_name_are_there() -> None:
+    """Documents, help and messages name modules as `replay.simulate.policy_api.Policy`, files as `traces/SPEC.md`."""
+    packages = "analysis|benchmarks|replay|scripts|tests|tracer|traces"
+    listed = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    files = listed.stdout.split()
+    gone = []
+    for file in files:
+        if not file.endswith((".md", ".py")) or file.startswith("tests/"):
+            continue
+        text = (REPOSITORY / file).read_text()
+        for name in set(re.findall(rf"\b(?:{packages})(?:\.[a-z]\w*)+\b(?!/)", text)):
+            parts = name.split(".")
+            # A module, or what it defines: the package alone does not do.
+            places = [REPOSITORY / Path(*parts[:end]) for end in range(2, len(parts) + 1)]
+            if not any(place.is_dir() or place.with_suffix(".py").exists() for place in places):
+                gone.append(f"{file}: {name}")
+        for name in set(re.findall(rf"\b(?:{packages})/[\w/.-]+\.(?:py|md|c|h|json|parquet)\b", text)):
+            if name not in files:
+                gone.append(f"{file}: {name}")
+    assert not gone

@@ -319,7 +319,7 @@ class Engine:
         if kind in (Op.ROLE, Op.SWITCH):
             return f"{where}: word {gfn} of a VM that has {len(self.words)}"
         if kind == Op.UNLOAD:
-            return f"{where}: cause {gfn} is none of ops.Cause"
+            return f"{where}: cause {gfn} is none of the {len(Cause)} that there are"
         return f"{where}: frame {gfn:#x} is not within the {GFN_LIMIT:#x} of a guest's memory"
 
     def _read_ranges(self, ranges: Ranges) -> None:
