@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -22,11 +21,13 @@ from replay.result import KEY, SCHEMA
 from replay.timing.stuck_rip import RipRun
 from traces import metadata
 from traces.errors import Problem
+from traces.foreign import check_whole_parquet, of_parquet
 from traces.reader import Trace
 from traces.text import printable
 
 BATCH_ROWS: Final = 1 << 14
 _MAJOR: Final = 1
+_NEITHER: Final = "neither a trace nor the result of a replay"
 # What reading a hostile file can raise in pyarrow.
 _ERRORS: Final = (pa.ArrowException, OSError, ValueError, TypeError, KeyError, IndexError, MemoryError, OverflowError)
 _RUN: Final = tuple(field.name for field in fields(RipRun))
@@ -242,7 +243,7 @@ def open_source(path: Path | str) -> Recording | Result:
         return Result.open(path)
     if metadata.KEY in pairs:
         return Recording.open(path)
-    raise Problem(f"{path}: neither a trace nor the result of a replay")
+    raise Problem(f"{path}: {_NEITHER}, but {of_parquet(path)}")
 
 
 def metadata_of(text: bytes, path: Path) -> Mapping[str, Any]:
@@ -266,12 +267,11 @@ class _Malformed(Exception):
 
 
 def _opened(path: Path) -> pq.ParquetFile:
+    check_whole_parquet(path, _NEITHER)
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
-            raise Problem(f"{path}: neither a trace nor the result of a replay (not a file)")
         return pq.ParquetFile(path, pre_buffer=False)
     except pa.ArrowInvalid:
-        raise Problem(f"{path}: neither a trace nor the result of a replay (not a whole Parquet file)") from None
+        raise Problem(f"{path}: damaged: its footer cannot be read") from None
     except OSError as error:
         raise Problem(f"{path}: {error.strerror or 'damaged: its footer cannot be read'}") from None
     except _ERRORS as error:

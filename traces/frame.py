@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import stat
 import zlib
 from pathlib import Path
 from typing import Any, Final
 
 import pyarrow as pa
 
+from traces import foreign
 from traces.columns import SCHEMA
 from traces.encoding import MAGIC, PARQUET_MAGIC, SEAL_SIZE
 from traces.errors import Problem
 from traces.metadata import MAX_BYTES, Metadata, RowGroup
 from traces.text import printable
 
+NO_TRACE: Final = "not a kvmtrace trace"
 MAX_ROW_GROUP_ROWS: Final = 1 << 22
 _MAX_FOOTER: Final = MAX_BYTES + (64 << 20)
 _TAIL_SIZE: Final = 8  # the footer's length, Parquet's magic
@@ -23,27 +24,21 @@ _CHUNK: Final = 1 << 18
 
 def check_footer(path: Path) -> int:
     """Check magics and the footer's CRC; where the row groups end. Raises Problem."""
+    foreign.check_whole_parquet(path, NO_TRACE)
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-            raise Problem(f"{path}: not a kvmtrace trace (not a file)")
-        size = status.st_size
+        size = path.stat().st_size
         with path.open("rb") as file:
-            head = file.read(len(PARQUET_MAGIC))
             file.seek(max(size - _TAIL_SIZE, 0))
-            tail = file.read(_TAIL_SIZE)
-            if head != PARQUET_MAGIC:
-                raise Problem(f"{path}: not a kvmtrace trace (not a Parquet file)")
-            length = int.from_bytes(tail[:4], "little")
+            length = int.from_bytes(file.read(_TAIL_SIZE)[:4], "little")
             footer = size - _TAIL_SIZE - length
-            if tail[4:] != PARQUET_MAGIC or length > _MAX_FOOTER or footer < len(PARQUET_MAGIC) + SEAL_SIZE:
-                raise Problem(f"{path}: damaged: the end of the Parquet file is missing")
+            if length > _MAX_FOOTER or footer < len(PARQUET_MAGIC) + SEAL_SIZE:
+                raise Problem(f"{path}: damaged: no room for the footer that its end speaks of")
             file.seek(footer - SEAL_SIZE)
             seal = file.read(SEAL_SIZE)
     except OSError as error:
         raise Problem(f"{path}: {error.strerror}") from None
     if seal[: len(MAGIC)] != MAGIC:
-        raise Problem(f"{path}: not a kvmtrace trace (a Parquet file without its seal)")
+        raise Problem(f"{path}: {NO_TRACE}, but {foreign.of_parquet(path)}")
     if crc_of(path, footer, size - footer) != int.from_bytes(seal[len(MAGIC) :], "little"):
         raise Problem(f"{path}: damaged: its footer does not fit its checksum")
     return footer - SEAL_SIZE

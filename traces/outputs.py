@@ -49,7 +49,7 @@ DOCUMENT: Final = FileKind("a report in JSON", re.compile(rb'\A\{\s*"schema": \d
 JUNIT: Final = FileKind("a report for JUnit", re.compile(rb'\A<\?xml [^>]*>\s*<testsuites name="kvmtrace"'))
 PROSE: Final = FileKind("a report in text", re.compile(rb"^(of {9}|of: |\| of \| )", re.M))
 QUERIES: Final = FileKind("a list of queries", re.compile(rb"\Aqueries of "))
-_MARKED: Final = (TIMELINE, PAGE, DOCUMENT, JUNIT, PROSE, QUERIES)
+MARKED: Final = (TIMELINE, PAGE, DOCUMENT, JUNIT, PROSE, QUERIES)
 _NOT_OURS: Final = FileKind("a file that kvmtrace did not write")
 
 
@@ -204,11 +204,11 @@ def _kind_of(file: Path, wanted: FileKind) -> FileKind | None:
     if not head:
         return None
     if head.startswith(b"PAR1"):
-        return _parquet(file)
-    return next((kind for kind in (wanted, *_MARKED) if kind.mark and kind.mark.search(head)), _NOT_OURS)
+        return kind_of_parquet(file)
+    return next((kind for kind in (wanted, *MARKED) if kind.mark and kind.mark.search(head)), _NOT_OURS)
 
 
-def _parquet(file: Path) -> FileKind:
+def kind_of_parquet(file: Path) -> FileKind:
     """Which of ours it is; a recording where that cannot be told any more."""
     import pyarrow as pa
     import pyarrow.parquet as pq

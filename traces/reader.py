@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from traces import kernels
 from traces.columns import SCHEMA
 from traces.errors import Problem
-from traces.frame import check_footer, check_row_groups, check_schema, crc_of
+from traces.frame import NO_TRACE, check_footer, check_row_groups, check_schema, crc_of
 from traces.kernels.policy_rows import COLUMNS, PolicyRow, Watch
 from traces.metadata import KEY, Metadata, RowGroup, parse
 from traces.schema import BY_NAME
@@ -75,7 +75,7 @@ class Trace:
             raise _damaged(path, "footer", error) from None
         text = pairs.get(KEY)
         if text is None:
-            raise Problem(f"{path}: not a kvmtrace trace (a Parquet file without `{KEY.decode()}` metadata)")
+            raise Problem(f"{path}: {NO_TRACE} (a Parquet file without `{KEY.decode()}` metadata)")
         metadata = parse(text, str(path))
         check_schema(path, file.schema_arrow)
         check_row_groups(path, file.metadata, metadata, rows_end)

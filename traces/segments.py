@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from traces import durable
 from traces.errors import Problem
+from traces.foreign import of_no_directory
 from traces.record import RECORD, RECORD_SCHEMA, Columns, to_batch, to_columns
 
 MANIFEST: Final = "manifest.json"
@@ -221,6 +222,8 @@ class SegmentReader:
         self._expected = 0  # the least number the next row may have
         try:
             names = sorted(path.name for path in directory.iterdir())
+        except NotADirectoryError:
+            raise Problem(f"{directory}: not what a recorder left, but {of_no_directory(directory)}") from None
         except OSError as error:
             raise Problem(f"{directory}: cannot read it: {error.strerror}") from None
         self._names = [name for name in names if re.fullmatch(r"seg-\d{5,}\.arrows", name)]

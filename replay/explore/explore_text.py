@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from replay.explore import catalogue, schedule
 from replay.explore.ready_model import ReadyModel
 from replay.explore.scenario import Scenario, ScenarioRun
 from replay.explore.schedule import Schedule
 from traces.errors import Problem
+
+_MAX_JSON: Final = 64 << 20
 
 
 def bounds(texts: Sequence[str]) -> dict[str, int]:
@@ -90,11 +92,14 @@ def _bounds(bounds: Mapping[str, int]) -> str:
 def schedules(path: Path) -> list[Schedule]:
     """Those of a document that `explore --json` printed, or a single one."""
     try:
-        document = json.loads(path.read_bytes())
+        if not path.is_file() and path.exists():  # a pipe would keep its reader waiting
+            raise Problem(f"{path}: not a file: give what kvmtrace explore --json printed")
+        with path.open("rb") as file:
+            document = json.loads(file.read(_MAX_JSON))
     except OSError as error:
         raise Problem(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise Problem(f"{path}: not JSON: {error}") from None
+    except (ValueError, RecursionError):
+        raise Problem(f"{path}: not what kvmtrace explore --json prints (not JSON)") from None
     if not isinstance(document, dict):
         raise Problem(f"{path}: not what kvmtrace explore --json prints")
     runs = document.get("runs", [{"schedule": document}])
