@@ -4,24 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
+
+import polars as pl
 
 from analysis import verdict as sentences
 from analysis.gates import Figures, figures_of
-from analysis.queries import recorded, replayed
+from analysis.queries import by_vm, recorded, replayed
 from analysis.queries.registry import Query
 from analysis.report import Check, Column, Report, ReportTable, Status
 from analysis.sources import Recording, Result, ResultPolicy
-from analysis.trust import trust
+from analysis.trust import loss, trust
 from analysis.units import Unit
 from analysis.validation import Validated
 from replay.run import PROMISED
 from traces import kernels
 from traces.errors import Problem
 from traces.text import printable
+from traces.vm_names import VmNames
 
 ROWS: Final = 20  # of a table, in formats with room for them
+_MOST_VMS: Final = 10_000  # in the table of all VMs
+_VMS_TITLE: Final = "VMs, the worst first"
 
 
 def _interval(name: str, title: str, unit: Unit = Unit.COUNT, *, wide: int = 0) -> Column:
@@ -30,6 +35,7 @@ def _interval(name: str, title: str, unit: Unit = Unit.COUNT, *, wide: int = 0) 
 
 _POLICY: Final = Column("policy", "policy", Unit.TEXT)
 _VM: Final = Column("vm", "VM", Unit.ID)
+_PROCESS: Final = Column("process", "process", Unit.TEXT, wide=2)
 _VCPU: Final = Column("vcpu", "vCPU", Unit.ID)
 _SLOT: Final = Column("slot", "slot", Unit.ID)
 _FIRST: Final = Column("first_time", "from, s", Unit.BOOT, wide=1)
@@ -105,28 +111,56 @@ _ROLES: Final = (
 
 @dataclass(frozen=True)
 class _Part:
-    """One table: a query, its columns, rows of it that a first screen shows; left out where it has none and `quiet`."""
+    """One table: a query, its columns, rows of it that a first screen shows; left out where it has fewer than `least`.
+
+    `rows`: how many of them formats with room for them show.
+    """
 
     query: Query[Any]
     title: str
     columns: tuple[Column, ...]
     first: int = 3
-    quiet: bool = False
+    least: int = 0
     note: str = ""
+    rows: int = ROWS
+
+
+_OVERVIEW: Final = (
+    _VM,
+    replace(_PROCESS, wide=0),
+    Column("vcpus", "vCPUs", wide=1),
+    Column("time", "from, s", Unit.BOOT, wide=2),
+    Column("length_ns", "length", Unit.NS, wide=1),
+    Column("guest_share", "in guest", Unit.SHARE),
+    Column("exits", "exits", wide=1),
+    Column("faults", "faults"),
+    Column("smis", "SMIs", wide=2),
+    Column("roots", "roots"),
+    Column("note", "note", Unit.TEXT, wide=1),
+)
+_RANKED: Final = (
+    _interval("refill_share", "lost", Unit.SHARE),
+    _interval("stalls", "hangs", wide=1),
+    _interval("longest_stall_ns", "longest", Unit.NS),
+    _interval("refaults", "re-faults", wide=2),
+)
+_RANKING: Final = (
+    _VM, *_RANKED[:3], _interval("roots_created", "roots"), _interval("faults", "faults"), _RANKED[3]
+)  # fmt: skip
 
 
 _OF_RESULT: Final = (
     _Part(replayed.policies, "Policies", _POLICIES, first=4),
     _Part(replayed.causes, "Why roots were freed", _CAUSES, first=3),
-    _Part(replayed.stalls, "Longest soft-hangs, in virtual time", _STALLS, first=1, quiet=True),
+    _Part(replayed.stalls, "Longest soft-hangs, in virtual time", _STALLS, first=1, least=1),
 )
 _OF_RECORDING: Final = (
     _Part(recorded.windows, "Worst windows as recorded", _WINDOWS, first=2),
-    _Part(recorded.stuck, "Stuck vCPUs", _STUCK, first=2, quiet=True),
+    _Part(recorded.stuck, "Stuck vCPUs", _STUCK, first=2, least=1),
     _Part(recorded.roles, "Root lives as recorded", _ROLES, first=0),
     _Part(recorded.gfns, "Hottest gfns as recorded", _GFNS, first=2),
     _Part(recorded.regions, "Hottest 2 MiB regions as recorded", _REGIONS, first=2),
-    _Part(recorded.unserved, "Faults for which nothing was mapped", _UNSERVED, first=2, quiet=True),
+    _Part(recorded.unserved, "Faults for which nothing was mapped", _UNSERVED, first=2, least=1),
 )
 
 
@@ -144,32 +178,35 @@ def assemble(
 
     `drawn`: queries of the recording that the report's format will make besides. `step` is told what is being asked.
     """
+    parts = list(_parts(recording, result))
     if recording is not None:
         step("rows")
-        _read(recording, [*(part.query for part in _OF_RECORDING), *drawn])
+        _read(recording, [*(part.query for part, source in parts if source is recording), *drawn])
+    names = VmNames(recording.metadata) if recording is not None and len(recording.metadata.vms) > 1 else None
     tables, unanswered = [], []
-    for part, source in [*((p, result) for p in _OF_RESULT), *((p, recording) for p in _OF_RECORDING)]:
-        if source is None:
-            continue
+    for part, source in parts:
         step(part.query.name)
         try:
-            table = _table(part, source)
+            table = _table(part, source, result, names)
         except Problem as problem:
             unanswered.append(str(problem).removeprefix(f"{source.path}: "))
             continue
-        if len(table.frame) or not part.quiet:
+        if len(table.frame) >= part.least:
             tables.append(table)
+    unanswered += recording.notes if recording is not None else []
     figures = figures_of(recording, result, validation)
     path = recording.path if recording is not None else result.path if result is not None else ""
     return Report(
         title=printable(path),
         verdict=tuple(map(printable, sentences.verdict(result, recording))),
         trust=tuple(
-            (name, printable(text)) for name, text in trust(recording, result, validation, (*remarks, *unanswered))
+            (name, printable(text))
+            for name, text in trust(recording, result, validation, tuple(dict.fromkeys((*remarks, *unanswered))))
         ),
         tables=tuple(tables),
         checks=(*gates(figures), *_invariants(result, validation)),
         figures=figures,
+        loss=printable(loss(recording, result)),
         recording=recording,
         result=result,
     )
@@ -181,12 +218,33 @@ def _read(recording: Recording, queries: Iterable[Query[Any]]) -> None:
         recording.ask(*(question for query in queries for question in query.questions(recording)))
 
 
-def _table(part: _Part, source: Recording | Result) -> ReportTable:
-    options = {"top": ROWS + 1} if part.query is recorded.gfns else {}
-    frame = part.query(source, **options).head(ROWS + 1).collect(engine="streaming")
+def _parts(recording: Recording | None, result: Result | None) -> Iterator[tuple[_Part, Recording | Result]]:
+    """The tables of a report, in their order, each with what it is asked of."""
+    if recording is not None:
+        found = (*_OVERVIEW[:-1], *(_RANKED if result is not None else ()), _OVERVIEW[-1])
+        yield _Part(by_vm.overview, _VMS_TITLE, found, first=8, least=2, rows=_MOST_VMS), recording
+    elif result is not None:
+        yield _Part(by_vm.ranking, _VMS_TITLE, _RANKING, first=8, least=2, rows=_MOST_VMS), result
+    yield from ((part, result) for part in _OF_RESULT if result is not None)
+    yield from ((part, recording) for part in _OF_RECORDING if recording is not None)
+
+
+def _table(part: _Part, source: Recording | Result, result: Result | None, names: VmNames | None) -> ReportTable:
+    options: dict[str, Any] = {}
+    if part.query is recorded.gfns:
+        options["top"] = part.rows + 1
+    elif part.query is by_vm.overview:
+        options["result"] = result
+    frame = part.query(source, **options).head(part.rows + 1).collect(engine="streaming")
+    columns = part.columns
+    if names is not None and "vm" in frame.columns and "process" not in frame.columns:
+        processes = [names.process(vm) for vm in frame["vm"]]
+        frame = frame.with_columns(pl.Series("process", processes, pl.String))
+        at = columns.index(_VM) + 1
+        columns = (*columns[:at], _PROCESS, *columns[at:])
     return ReportTable(
-        query=part.query.name, title=part.title, columns=part.columns, frame=frame.head(ROWS), note=part.note,
-        first=part.first, more=len(frame) > ROWS,
+        query=part.query.name, title=part.title, columns=columns, frame=frame.head(part.rows), note=part.note,
+        first=part.first, more=len(frame) > part.rows,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from analysis.queries.registry import named, queries
-from analysis.sources import open_source
+from analysis.sources import Recording, open_source
 from traces.errors import Problem
 from traces.outputs import FileKind, Output
 from traces.progress import Progress
@@ -29,7 +29,8 @@ def listing(path: Path) -> str:
 def csv(path: Path, name: str, out: Path | None, *, force: bool = False) -> None:
     """All rows of a query, streamed to a file or to standard output; null is empty."""
     query = named(name)
-    rows = query(open_source(path))
+    source = open_source(path)
+    rows = query(source)
     header = ",".join(rows.collect_schema().names()) + "\n"
     kind = FileKind(f"the rows of query {name}", re.compile(rb"\A" + re.escape(header.encode())))
     with nullcontext() if out is None else Output(out, kind, [path], force=force) as output, Progress(f"query {name}"):
@@ -40,6 +41,9 @@ def csv(path: Path, name: str, out: Path | None, *, force: bool = False) -> None
                 raise BrokenPipeError from None
             why = re.sub(r" \(os error \d+\)$", "", error.strerror or str(error))
             raise Problem(f"{out or 'standard output'}: cannot be written: {why}") from None
+    if isinstance(source, Recording):
+        for note in source.notes:
+            print(f"kvmtrace: {path}: {printable(note)}", file=sys.stderr)
 
 
 def perfetto(path: Path, out: Path, *, force: bool = False) -> None:

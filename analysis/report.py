@@ -77,11 +77,11 @@ class ReportTable:
         """The cells as they are, row by row."""
         return [{column.key: column.value(row) for column in self.columns} for row in self.frame.iter_rows(named=True)]
 
-    @property
-    def heading(self) -> str:
-        """Its title with the query that made it, and what there is to know of it."""
-        parts = [f"query {self.query}", *(["the first rows"] if self.more else []), *([self.note] if self.note else [])]
-        return f"{self.title} ({', '.join(parts)})"
+    def heading(self, rows: int) -> str:
+        """Its title with the query that made it, how many rows there are below these, and what to know of it."""
+        left = len(self.frame) - rows
+        more = [f"more than {max(left, 0):,} more"] if self.more else [f"{left:,} more"] if left > 0 else []
+        return f"{self.title} ({', '.join([f'query {self.query}', *more, *([self.note] if self.note else [])])})"
 
     @property
     def narrow(self) -> tuple[Column, ...]:
@@ -121,7 +121,7 @@ class Report:
     """All that is said of one trace or result.
 
     `verdict`: sentences, the most important first. `trust`: name and text of what the figures rest on. `figures`: all
-    that gates can be on, exactly.
+    that gates can be on, exactly. `loss`: what is missing of the events, if anything.
     `recording`, `result`: what it is made from, for formats that draw; either may be missing.
     """
 
@@ -131,6 +131,7 @@ class Report:
     tables: tuple[ReportTable, ...]
     checks: tuple[Check, ...] = ()
     figures: Figures | None = None
+    loss: str = ""
     recording: Recording | None = field(default=None, compare=False)
     result: Result | None = field(default=None, compare=False)
 
@@ -140,9 +141,16 @@ class Report:
 
     @property
     def headline(self) -> str:
-        """The first line of every format: why a check failed, if one did, else the verdict."""
+        """The first line of every format: why a check failed, if one did, else the verdict; and what was lost."""
         failed = self.failed
         if failed:
             more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-            return f"FAILED: {failed[0].name}: {failed[0].why}{more}"
-        return self.verdict[0] if self.verdict else "nothing to say"
+            lost = f"; {self.loss}" if self.loss else ""
+            return f"FAILED: {failed[0].name}: {failed[0].why}{more}{lost}"
+        said = self.verdict[0] if self.verdict else "nothing to say"
+        return f"{self.loss}: {said}" if self.loss else said
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The first line and the rest of the verdict: the same in every format for people."""
+        return (self.headline, *(self.verdict if self.failed else self.verdict[1:]))

@@ -43,6 +43,7 @@ class Recording:
         meta = trace.metadata
         watched = {str(probe.get("kind")) for probe in meta.probes if probe.get("how") != "none"}
         self.kinds = frozenset(watched | {kind for kind, count in meta.kinds.items() if count})
+        self.notes: list[str] = []  # of queries: what their rows do not have
         self._answers: dict[str, pl.DataFrame] = {}
 
     @classmethod
@@ -77,6 +78,10 @@ class Recording:
         if new:
             self._answers |= dict(zip(new, rows.ask(self.trace, list(new.values())), strict=True))
         return [self._answers[question.name] for question in questions]
+
+    def note(self, *lines: str) -> None:
+        """What a query could not answer of some VM, once each."""
+        self.notes += [line for line in dict.fromkeys(lines) if line not in self.notes]
 
     def need(self, kinds: Iterable[str], what: str) -> None:
         """Raise Problem unless these kinds of event were watched."""

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Final
+from importlib.metadata import version
+from typing import Final
 
 from analysis.sources import Recording, Result
 from analysis.validation import Validated
 from traces.durations import duration
 from traces.metadata import Metadata
+from traces.text import some, vms_text
+from traces.untrusted import object_at, text_at
+from traces.wall_clock import wall_text
 
+REPORTED: Final = ("report", f"kvmtrace {version('kvmtrace')}")
 _SHOWN: Final = 3
 _MAIN: Final = ("fault", "switch", "created")  # the costs that make up most of a refill
 
@@ -21,7 +26,7 @@ def trust(
     for remark in remarks:
         yield "note", remark
     if recording is not None:
-        yield "kernel", _kernel(recording.metadata)
+        yield from made_on(recording.metadata)
         yield "events", _events(recording.metadata)
         yield "coverage", _coverage(recording)
     elif result is not None:
@@ -29,31 +34,62 @@ def trust(
         yield "events", f"{result.trace_events:,}"
     if result is not None:
         if result.missing:
-            yield "missing", _some(list(result.missing))
+            yield "missing", some(list(result.missing))
         yield from (("broken", line) for line in result.broken[:_SHOWN])
     yield "validated", validation if isinstance(validation, str) else validation.text
     if result is not None:
         yield "costs", _costs(result)
         yield from [("marked", f"VM {vm.vm}: {vm.marked}") for vm in result.vms if vm.marked][:_SHOWN]
         yield from (("left open", line) for line in _open(result))
+    yield REPORTED
 
 
-def _kernel(meta: Metadata) -> str:
-    host = meta.raw.get("host")
-    model = host.get("model", "") if isinstance(host, dict) else ""
-    synthetic = meta.raw.get("origin") == "synthetic"
-    parts = [meta.kernel or "unknown", f"{meta.policy or 'unknown'} roots"]
-    parts.append("synthetic: nobody recorded it" if synthetic else str(model))
-    if meta.raw.get("lab"):  # {} on a host
-        parts.append("lab, under QEMU's emulation")
+def made_on(meta: Metadata) -> Iterator[tuple[str, str]]:
+    """Where, when and on what a recording was made."""
+    yield "host", _host(meta)
+    yield "recorded", _recorded(meta)
+    yield "kernel", f"{meta.kernel or 'unknown'}, {meta.policy or 'unknown'} roots"
+
+
+def loss(recording: Recording | None, result: Result | None) -> str:
+    """What is missing of the events, for a report's first line; empty where nothing is known to be."""
+    if recording is None:
+        return next((line for line in (result.missing if result is not None else ()) if " lost in " in line), "")
+    meta = recording.metadata
+    if meta.lost:
+        return f"{meta.lost:,} of {meta.emitted:,} events lost"
+    return f"events lost in {meta.gap_count:,} gaps" if meta.gap_count else ""
+
+
+def _host(meta: Metadata) -> str:
+    host = object_at(meta.raw, "host")
+    if meta.raw.get("origin") == "synthetic":
+        return "synthetic: nobody recorded it"
+    cpus = host.get("cpus")
+    parts = [
+        text_at(host, "name") or "name not recorded",
+        f"{cpus} CPUs" if isinstance(cpus, int) else "",
+        text_at(host, "model"),
+        "lab, under emulation" if meta.raw.get("lab") else "",  # {} on a host
+    ]
     return ", ".join(part for part in parts if part)
+
+
+def _recorded(meta: Metadata) -> str:
+    first, last = meta.span
+    began, ended = (wall_text(meta, boot) for boot in (first, last))
+    # The date once, where it is the same day.
+    ended = ended[11:] if ended[:11] == began[:11] else ended
+    when = f"{began} to {ended} UTC" if began else f"from {first / 1e9:.6f} s of boot time, no wall clock"
+    by = text_at(meta.raw, "recorder")
+    return f"{when}, {duration(last - first)}" + (f", by kvmtrace {by}" if by else "")
 
 
 def _events(meta: Metadata) -> str:
     by_kind = sorted(((meta.lost_of(kind), kind) for kind in meta.loss), reverse=True)
     lost = [f"{count:,} {kind}" for count, kind in by_kind if count]
     text = f"{meta.events:,} stored, {meta.lost:,} lost"
-    text += f" ({_some(lost)})" if lost else ""
+    text += f" ({some(lost)})" if lost else ""
     return text + (f"; {meta.discrepancies[0]}" if meta.discrepancies else "")
 
 
@@ -63,7 +99,7 @@ def _coverage(recording: Recording) -> str:
     before = sum(vm["origin"] == "snapshot" for vm in meta.vms)
     parts = [f"preset {meta.raw.get('preset') or 'unknown'}", f"{len(recording.kinds)} kinds of event watched"]
     if unseen:
-        parts.append(f"not observable here: {_some(unseen)}")
+        parts.append(f"not observable here: {some(unseen)}")
     vms = "1 VM" if len(meta.vms) == 1 else f"{len(meta.vms)} VMs"
     parts.append(f"{before} of {vms} running before" if before else f"{vms} from the start")
     return ", ".join(parts)
@@ -71,10 +107,14 @@ def _coverage(recording: Recording) -> str:
 
 def _costs(result: Result) -> str:
     """Of the first VM that has times; the query `costs` has all."""
-    refused = [f"VM {vm.vm}: no times: {vm.refused}" for vm in result.vms if vm.refused]
+    by_why: dict[str, list[int]] = {}
+    for vm in result.vms:
+        if vm.refused:
+            by_why.setdefault(vm.refused, []).append(vm.vm)
+    refused = [f"no times of {vms_text(ids)}: {why}" for why, ids in by_why.items()]
     vms = [vm for vm in result.vms if not vm.refused]
     if not vms:
-        return _some(refused) if refused else "none: this result has no times"
+        return some(refused) if refused else "none: this result has no times"
     measured = {cost.name: cost for cost in vms[0].costs if cost.measured}
     assumed = [cost.name for cost in vms[0].costs if not cost.measured]
     main = [f"{name} {duration(measured[name].ns)}" for name in _MAIN if name in measured]
@@ -96,8 +136,3 @@ def _open(result: Result) -> Iterator[str]:
             lines.setdefault("counted only: policies of users are not timed", []).append(policy.name)
     for line, names in lines.items():
         yield f"{', '.join(names)}: {line}"
-
-
-def _some(lines: list[Any]) -> str:
-    more = f", and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
-    return ", ".join(str(line) for line in lines[:_SHOWN]) + more

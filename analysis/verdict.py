@@ -11,12 +11,14 @@ import polars as pl
 from analysis.queries import replayed
 from analysis.sources import Recording, Result
 from analysis.units import Unit, format_value, span
+from analysis.worst import ranked, stuck_of, subject_of
 from replay.result import SPENT
 from replay.simulate.operations import Cause
 from replay.timing.soft_hangs import SoftHang
 from replay.timing.time_text import base_of, compared, stuck_lines
 from replay.timing.timed_run import VcpuTime
 from traces.durations import duration
+from traces.vm_names import VmNames
 
 _Ends = dict[str, tuple[VcpuTime, VcpuTime]]
 _STUCK_SHOWN: Final = 2
@@ -33,27 +35,28 @@ def verdict(result: Result | None, recording: Recording | None) -> Iterator[str]
         yield from list(stuck_lines(vm.vm, vm.stuck))[:_STUCK_SHOWN]
     timed = pl.all_horizontal(pl.col("wall_low_ns", "wall_high_ns", *SPENT).is_not_null())
     rows = replayed.vcpus(result).filter(pl.col("wall_ns") > 0, timed).collect(engine="streaming")
-    subject = next((policy.name for policy in result.policies if policy.recorded), "")
+    subject = subject_of(result)
     if rows.is_empty():
         yield _counted(replayed.policies(result).collect(engine="streaming"))
         return
     subject = subject if subject in rows["policy"] else rows["policy"][0]
-    cost = pl.sum_horizontal(replayed.REFILL)
-    worst = rows.filter(policy=subject).sort(cost, "vm", "vcpu", descending=[True, False, False]).row(0, named=True)
+    worst = ranked(rows.filter(policy=subject), stuck_of(result)).row(0, named=True)
     mine = rows.filter(vm=worst["vm"], vcpu=worst["vcpu"])
     ends = _ends(mine, _hangs(result, worst["vm"], worst["vcpu"]))
     base = base_of(ends)
     others = sorted((name for name in ends if name != subject), key=lambda name: -ends[name][1].wall)
     other = base if base != subject else next(iter(others), "")
-    several = rows.select("vm", "vcpu").n_unique() > 1
-    yield _headline(mine, subject, other, worst, several, recorded=bool(worst["recorded"]))
+    yield _headline(mine, subject, other, _who(worst, recording), recorded=bool(worst["recorded"]))
     yield from compared(ends)
 
 
-def _headline(
-    rows: pl.DataFrame, subject: str, other: str, worst: dict[str, Any], several: bool, *, recorded: bool
-) -> str:
-    who = f"vCPU {worst['vcpu']}" + (f" of VM {worst['vm']}" if several else "")
+def _who(worst: dict[str, Any], recording: Recording | None) -> str:
+    if recording is None:
+        return f"vCPU {worst['vcpu']} of VM {worst['vm']}"
+    return VmNames(recording.metadata).vcpu(worst["vm"], worst["vcpu"])
+
+
+def _headline(rows: pl.DataFrame, subject: str, other: str, who: str, *, recorded: bool) -> str:
     share, wall, roots = _facts(rows, subject)
     text = f"{who} spent {share} of {wall} on faults and roots, {roots} built, under {subject}"
     text += " (as recorded)" if recorded else ""

@@ -100,6 +100,7 @@ def host(btf: Btf) -> dict[str, Any]:
     uname, parameters = platform.uname(), module_parameters()
     return {
         "host": {
+            "name": uname.node,
             "kernel": uname.release,
             "build": uname.version,
             "machine": uname.machine,

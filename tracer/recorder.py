@@ -24,6 +24,7 @@ import numpy as np
 from tracer import host
 from tracer.bpf import Probes, loss_table
 from tracer.btf import kernel_btf
+from tracer.owner_names import OwnerNames
 from tracer.ring import Rings, default_ring_bytes, ring_count
 from tracer.writer import SegmentThread, prefer_this_thread
 from traces import interrupts, outputs
@@ -143,6 +144,7 @@ class Recorder:
         self.clock = [host.clock_sample()]
         self._awake = host.suspended()
         self.counted = host.Counted()
+        self.owners = OwnerNames()
         self.missed: dict[str, int] = {}
         self._turned_away: dict[tuple[int, int], int] = {}
         self.writer = SegmentThread(options.directory, self._manifest(ring_bytes), options.max_events, options.max_size)
@@ -180,11 +182,14 @@ class Recorder:
         Reads debugfs and whole maps, which may take long on a host with many VMs: never called by the drain.
         """
         self.missed = self.probes.missed()
+        threads = self.probes.threads()
+        owners = {thread["tgid"] for thread in threads.values()} | {vm["tgid"] for vm in self.snapshot["vms"]}
         return {
             "probes": [attachment.metadata() for attachment in self.probes.plan.attachments],
             "hooks": [attachment.metadata() for attachment in self.probes.plan.hooks],
             "clock": {"name": "boottime", "samples": [*self.clock, host.clock_sample()]},
-            "threads": {str(tid): thread for tid, thread in self.probes.threads().items()},
+            "threads": {str(tid): thread for tid, thread in threads.items()},
+            "vm_names": self.owners.of(owners),
             "stats": self.counted.look(),
             "loss": loss_table(self.probes.counters(), self._turned_away),
             "missed": self.missed,

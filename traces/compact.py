@@ -32,6 +32,7 @@ from traces.record import Columns
 from traces.schema import BY_CODE, BY_NAME, FORMAT_MAJOR, FORMAT_MINOR
 from traces.segments import SegmentReader
 from traces.text import printable
+from traces.untrusted import object_at, text_at
 
 BUFFERED_ROWS: Final = 2 * ROW_GROUP_ROWS
 
@@ -227,10 +228,12 @@ class _Compaction:
         slots = self._slots.of_vm(vm.id, given.get("slots", ()))
         vcpus = {(vcpu["id"], vcpu["tid"]): vcpu for vcpu in given.get("vcpus", ())}
         vcpus |= {(vcpu["id"], vcpu["tid"]): vcpu for vcpu in self._books.vcpus(vm.id)}
+        name = text_at(object_at(self._reader.manifest, "vm_names"), str(vm.tgid))
         return extra | {
             "id": vm.id,
             "pid": vm.tgid,
             "comm": str(extra.get("comm") or _comms(self._reader.manifest).get(vm.tgid, "")),
+            **({"name": name} if name else {}),
             "origin": vm.origin,
             "since": vm.since,
             "until": vm.until,

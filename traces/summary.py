@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,10 +12,10 @@ from traces.metadata import Metadata
 from traces.reader import Trace
 from traces.screen import page, text_of
 from traces.text import printable
+from traces.wall_clock import wall_text
 
 WIDTH: Final = 100
 _VMS_SHOWN: Final = 8
-_LAST_TIME: Final = 250_000_000_000 * 10**9  # ns since 1970: datetime ends with the year 9999
 
 
 def info(path: Path) -> dict[str, Any]:
@@ -42,7 +41,8 @@ def info(path: Path) -> dict[str, Any]:
         "first_time": first,
         "last_time": last,
         "duration": last - first,
-        "began": _wall_time(meta, first),
+        "began": _utc(meta, first),
+        "ended": _utc(meta, last),
         "kernel": meta.kernel,
         "policy": meta.policy,
         "host": meta.raw.get("host", {}),
@@ -72,15 +72,10 @@ def render(path: Path) -> str:
     return text_of(console)
 
 
-def _wall_time(meta: Metadata, boot: int) -> str:
-    """A boot time as UTC, by the recorder's first clock sample; empty where there is none."""
-    clock = meta.raw.get("clock")
-    samples = clock.get("samples") if isinstance(clock, dict) else None
-    sample = samples[0] if isinstance(samples, list) and samples and isinstance(samples[0], dict) else {}
-    real, base = sample.get("real"), sample.get("boot")
-    if not isinstance(real, int) or not isinstance(base, int) or not 0 < real - base + boot < _LAST_TIME:
-        return ""
-    return datetime.fromtimestamp((real - base + boot) / 1e9, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+def _utc(meta: Metadata, boot: int) -> str:
+    """A boot time as UTC to the second; empty where that is not known."""
+    text = wall_text(meta, boot)
+    return f"{text[:19].replace(' ', 'T')}Z" if text else ""
 
 
 def _missed(meta: Metadata) -> dict[str, int]:
@@ -112,7 +107,8 @@ def _head(facts: dict[str, Any]) -> Table:
     host = facts["host"] if isinstance(facts["host"], dict) else {}
     rows = {
         "trace": f"{facts['path']} (format {facts['format']}, {facts['size']:,} bytes{each})",
-        "recorded": f"{facts['began']}, {facts['duration'] / 1e9:.3f} s, preset {facts['preset'] or 'unknown'}",
+        "recorded": f"{facts['began']} to {facts['ended']}, {facts['duration'] / 1e9:.3f} s, "
+        f"preset {facts['preset'] or 'unknown'}",
         "kernel": f"{facts['kernel'] or 'unknown'}  {host.get('model', '')}",
         "policy": facts["policy"] or "unknown",
         "events": f"{facts['events']:,} stored, {facts['lost']:,} lost, {facts['gaps']:,} gaps",

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Final
+
+_SHOWN: Final = 3
+
 
 def printable(text: object) -> str:
     """The object's text without line ends and whatever else could steer a terminal."""
@@ -11,3 +16,14 @@ def printable(text: object) -> str:
 def count(number: int, what: str) -> str:
     """A number and its noun: `1 load`, `1,234 loads`."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def some(lines: Sequence[object]) -> str:
+    """The first three, and how many more there are."""
+    more = f", and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+    return ", ".join(str(line) for line in lines[:_SHOWN]) + more
+
+
+def vms_text(ids: Sequence[int]) -> str:
+    """`VM 5`, or `VMs 1, 2, 3, and 7 more`."""
+    return f"VM {ids[0]}" if len(ids) == 1 else f"VMs {some(ids)}"

@@ -7,7 +7,6 @@ from importlib import import_module
 from typing import Final
 
 from analysis.queries.registry import Query
-from analysis.report import Report
 from analysis.sources import Recording
 from traces import outputs
 from traces.errors import Problem
@@ -41,8 +40,3 @@ def drawn(name: str) -> tuple[Query[Recording], ...]:
     """The queries of a recording that this format makes itself."""
     found: tuple[Query[Recording], ...] = getattr(import_module(f"analysis.formats.{FORMATS[name]}"), "DRAWN", ())
     return found
-
-
-def lines(report: Report) -> list[str]:
-    """The first line of a report and its verdict: the same in every format for people."""
-    return list(dict.fromkeys((report.headline, *report.verdict)))

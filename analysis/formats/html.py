@@ -23,7 +23,6 @@ import jinja2
 from markupsafe import Markup
 
 from analysis.charts import OF_ROWS, Picture, pictures
-from analysis.formats import lines
 from analysis.queries.registry import named
 from analysis.report import Check, Report
 from analysis.sources import Recording
@@ -61,7 +60,7 @@ class _Page:
 
     @property
     def lines(self) -> list[str]:
-        return lines(self.report)
+        return list(self.report.lines)
 
     @property
     def checks(self) -> list[Check]:

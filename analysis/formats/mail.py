@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from analysis.formats import lines
-from analysis.formats.text_table import aligned, listed, turned, wrapped
-from analysis.report import Report, ReportTable
+from analysis.formats.text_table import fitted, wrapped
+from analysis.report import Report
 
 WIDTH: Final = 72
 ROWS: Final = 4
@@ -20,7 +19,7 @@ def render(*reports: Report) -> str:
 
 
 def _lines(report: Report) -> Iterator[str]:
-    for line in lines(report):
+    for line in report.lines:
         yield from wrapped(line, WIDTH)
     yield ""
     yield from wrapped(f"of: {report.title}", WIDTH)
@@ -34,13 +33,5 @@ def _lines(report: Report) -> Iterator[str]:
     for table in report.tables:
         if len(table.frame):
             yield ""
-            yield from wrapped(f"{table.heading}:", WIDTH)
-            yield from _table(table)
-
-
-def _table(table: ReportTable) -> list[str]:
-    for laid in (aligned, turned):
-        rows = laid(table, table.narrow, ROWS)
-        if max(map(len, rows)) <= WIDTH:
-            return rows
-    return listed(table, table.narrow, ROWS, WIDTH)
+            yield from wrapped(f"{table.heading(ROWS)}:", WIDTH)
+            yield from fitted(table, table.narrow, ROWS, WIDTH)

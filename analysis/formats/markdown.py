@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator
 from typing import Final
 
-from analysis.formats import lines
 from analysis.report import Report, ReportTable
 
 LIMIT: Final = (1 << 20) - 1  # bytes
@@ -39,7 +38,7 @@ def escaped(text: str) -> str:
 
 
 def _lines(report: Report, rows: int) -> Iterator[str]:
-    first, *more = lines(report)
+    first, *more = report.lines
     yield f"**{escaped(first)}**"
     yield ""
     for line in more:

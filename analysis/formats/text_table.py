@@ -35,6 +35,15 @@ def _lines(cells: Sequence[Sequence[str]], right: Sequence[bool]) -> list[str]:
     ]
 
 
+def fitted(table: ReportTable, columns: Sequence[Column], rows: int, width: int) -> list[str]:
+    """The rows within this width: as a table, as one that is turned, else a paragraph a row."""
+    for laid in (aligned, turned):
+        lines = laid(table, columns, rows)
+        if max(map(len, lines)) <= width:
+            return lines
+    return listed(table, columns, rows, width)
+
+
 def listed(table: ReportTable, columns: Sequence[Column], rows: int, width: int) -> list[str]:
     """The same where there is no room for columns: a paragraph a row."""
     lines = []

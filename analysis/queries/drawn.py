@@ -15,6 +15,7 @@ from analysis.sources import Recording, Result
 from replay.decode.vcpu_states import VcpuState
 from replay.timing.stalls import Rule
 from traces.errors import Problem
+from traces.text import vms_text
 
 ROWS: Final = 100  # of the pages
 # A prefetch is part of its fault here.
@@ -58,16 +59,16 @@ def soft_hangs(recording: Recording) -> pl.LazyFrame:
     """Soft-hangs as recorded, by the usual rule: under 10 % of 100 ms or more in the guest, the longest first.
 
     `guest_ns` is without the switch to the guest and back, `switch_ns` each, as a replay measures it; where the
-    recording does not show it bare, that is the most that it can be, and `switch_low_ns` the least. A Problem where no
-    replay can. The recording is read for this when the query is made.
+    recording does not show it bare, that is the most that it can be, and `switch_low_ns` the least. A VM of which no
+    replay can tell is noted; a Problem where there is no other. The recording is read for this when the query is made.
     """
     found: list[dict[str, Any]] = []
-    for vm in recording.times:
-        if not vm.ids:
-            continue
+    unknown: dict[str, list[int]] = {}
+    with_vcpus = [vm for vm in recording.times if vm.ids]
+    for vm in with_vcpus:
         if vm.switch is None:
-            why = vm.unknown.removeprefix(f"{recording.path}: ")
-            raise Problem(f"{recording.path}: query soft_hangs: VM {vm.vm}: {why}")
+            unknown.setdefault(vm.unknown.removeprefix(f"{recording.path}: "), []).append(vm.vm)
+            continue
         found += [
             {
                 "vm": vm.vm,
@@ -81,6 +82,10 @@ def soft_hangs(recording: Recording) -> pl.LazyFrame:
             for number, hangs in vm.stalls(Rule()).items()
             for one in hangs
         ]
+    notes = [f"query soft_hangs: {vms_text(ids)}: {why}" for why, ids in unknown.items()]
+    if unknown and all(vm.switch is None for vm in with_vcpus):
+        raise Problem(f"{recording.path}: {notes[0]}")
+    recording.note(*notes)
     order = ["length_ns", "vm", "vcpu", "time"]
     return pl.LazyFrame(found, schema=HANGS).sort(order, descending=[True, False, False, False])
 

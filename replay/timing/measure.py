@@ -142,6 +142,8 @@ class Measurement:
     def _refusal(self) -> str:
         backwards = self._times.timeline.backwards
         if self._inputs.decoder.began < 0:
+            if self._capabilities.has("kvm_entry"):
+                return "it never entered its guest"
             return "no entry into the guest is recorded: times are not known (--events time records them)"
         return f"the clock runs backwards at {backwards:,} rows: times are not to be had" if backwards else ""
 

@@ -165,5 +165,5 @@ def test_a_host_is_no_lab(tmp_path: Path) -> None:
     """The recorder writes an empty `lab` on hosts."""
     host, lab = written(tmp_path / "host.parquet", lab={}), written(tmp_path / "lab.parquet", lab={"kernel": "6.1"})
     assert not list(machines.unlike(host, written(tmp_path / "bare.parquet")))
-    told = [dict(trust(each, None, "not done", ()))["kernel"] for each in (host, lab)]
+    told = [dict(trust(each, None, "not done", ()))["host"] for each in (host, lab)]
     assert ["emulation" in text for text in told] == [False, True]

@@ -171,8 +171,8 @@ def test_junit_has_a_case_for_each_check(made: dict[str, Report]) -> None:
 def test_a_terminal_and_a_mail_have_their_limits(made: dict[str, Report]) -> None:
     for report in made.values():
         text, mail = (renderer(form)(report) for form in ("text", "mail"))
-        assert text.count("\n") <= 40
-        assert max(map(len, text.splitlines())) <= 120
+        assert text.count("\n") <= 60
+        assert max(map(len, text.splitlines())) <= 80
         assert mail.isascii()
         assert max(map(len, mail.splitlines())) <= 72
 

@@ -1,0 +1,125 @@
+"""Each VM in one row, the worst first: of a replay's result, and of a recording with what its replay found."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import polars as pl
+
+from analysis.queries import replayed
+from analysis.queries.recorded import WINDOW_NS, in_windows, used_roots
+from analysis.queries.registry import query
+from analysis.sources import Recording, Result
+from analysis.worst import ranked, stuck_of, subject_of
+from traces.vm_names import VmNames
+
+_FACTS: Final = {
+    "vm": pl.Int64, "process": pl.String, "vcpus": pl.Int64, "time": pl.Int64, "length_ns": pl.Int64,
+}  # fmt: skip
+_OF_RESULT: Final = ("refill_share", "stalls", "longest_stall_ns", "roots_created", "refaults")
+
+
+@query(Result)
+def ranking(result: Result) -> pl.LazyFrame:
+    """Each VM under the recorded policy, the worst first: share lost to faults and roots, soft-hangs, roots, re-faults.
+
+    `refill_share` and `longest_stall_ns` are those of the VM's worst vCPU, counts are of all of them. Without a
+    recorded policy it is the first.
+    """
+    rows = replayed.vcpus(result).filter(pl.col("policy") == subject_of(result)).collect(engine="streaming")
+    order = ranked(rows, stuck_of(result))["vm"].unique(maintain_order=True).to_list()
+    worst = ranked(rows, stuck_of(result)).group_by("vm", "bound", maintain_order=True).agg(
+        pl.col("refill_share").first(), pl.col("longest_stall_ns").max(),
+        *(pl.col(name).sum() for name in ("roots_created", "faults", "refaults")),
+        stalls=pl.when(pl.col("stalls").count() > 0).then(pl.col("stalls").sum()),
+    )  # fmt: skip
+    names = [*_OF_RESULT, "faults"]
+    ends = worst.group_by("vm").agg(
+        *(pl.col(name).min().alias(f"{name}_low") for name in names),
+        *(pl.col(name).max().alias(f"{name}_high") for name in names),
+    )
+    held = {vm for vm, _ in stuck_of(result)}
+    place = pl.col("vm").replace_strict({vm: at for at, vm in enumerate(order)}, return_dtype=pl.Int64)
+    return (
+        ends.lazy()
+        .sort(place)
+        .select(
+            pl.col("vm").cast(pl.Int64),
+            *(pl.col(f"{name}_{end}") for name in names for end in ("low", "high")),
+            stuck=pl.col("vm").is_in(list(held)),
+        )
+    )
+
+
+@query(Recording, asks=lambda recording: [in_windows(recording), used_roots()])
+def overview(recording: Recording, result: Result | None = None) -> pl.LazyFrame:
+    """Each VM, the worst first: its process, when it ran, share in the guest, exits, faults, SMIs, roots seen.
+
+    With the result of its replay also what that found (see the query `ranking`), and in its order; else in order of
+    faults. `guest_share` is of all its vCPUs' time, with the switch; null where entries and exits do not alternate.
+    """
+    names = VmNames(recording.metadata)
+    facts = []
+    for vm in recording.metadata.vms:
+        number = int(vm["id"])
+        began, ended = recording.metadata.spans.get(number, (None, None))
+        length = None if began is None or ended is None else ended - began
+        facts.append((number, names.process(number), len({each["id"] for each in vm["vcpus"]}), began, length))
+    frame = pl.LazyFrame(facts, schema=_FACTS, orient="row").join(_of_rows(recording), on="vm", how="left")
+    # None of a kind that was watched is 0; what was not watched stays null.
+    shown = {"entries": "kvm_entry", "exits": "kvm_exit", "faults": "kvm_page_fault", "smis": "kvm_smm_transition"}
+    frame = frame.with_columns(
+        pl.col(name).fill_null(0) if kind in recording.kinds else pl.lit(None, pl.Int64).alias(name)
+        for name, kind in shown.items()
+    ).with_columns(
+        pl.col("roots").fill_null(0),
+        note=pl.when(pl.col("entries") == 0).then(pl.lit("never entered its guest")).otherwise(pl.lit("")),
+    )
+    if result is None:
+        return frame.sort("faults", "exits", "vm", descending=[True, True, False], nulls_last=True)
+    found = ranking(result).with_row_index("place").drop("faults_low", "faults_high")
+    stuck = pl.when(pl.col("stuck")).then(pl.lit("stuck")).otherwise("note")
+    return frame.join(found, on="vm", how="left").sort("place", "vm", nulls_last=True).with_columns(note=stuck).drop(
+        "place", "stuck"
+    )  # fmt: skip
+
+
+def _of_rows(recording: Recording) -> pl.LazyFrame:
+    """By VM, what the rows come to."""
+    counted, roots = recording.ask(in_windows(recording), used_roots())
+    entry, exit_ = pl.col("kind") == "kvm_entry", pl.col("kind") == "kvm_exit"
+    # `at` is the sum of times in the window, each counted from its begin.
+    crossed = pl.col("at") + pl.col("rows") * pl.col("window") * WINDOW_NS
+    length = recording.metadata.span[1] - recording.metadata.span[0]
+
+    def rows_of(kind: str, what: str = "rows") -> pl.Expr:
+        return pl.when(pl.col("kind") == kind).then(pl.col(what)).otherwise(0).sum()
+
+    by_vcpu = counted.lazy().group_by("vm", "vcpu").agg(
+        crossed=pl.when(exit_).then(crossed).when(entry).then(-crossed).otherwise(0).sum(),
+        entries=rows_of("kvm_entry"), exits=rows_of("kvm_exit"), faults=rows_of("kvm_page_fault"),
+        smis=rows_of("kvm_smm_transition", "entering"),
+    )  # fmt: skip
+    stays = pl.when(pl.col("entries") > pl.col("exits")).then(length).otherwise(0)
+    alternate = (pl.col("entries") - pl.col("exits")).abs() <= 1
+    spans = {"vm": pl.Int64, "span": pl.Int64}
+    of_vms = pl.LazyFrame(
+        [(vm, last - first) for vm, (first, last) in recording.metadata.spans.items()], schema=spans, orient="row"
+    )
+    by_vm = (
+        by_vcpu.with_columns(guest=pl.when(alternate).then(pl.col("crossed") + stays))
+        .group_by(pl.col("vm").cast(pl.Int64))
+        .agg(
+            pl.col("entries", "exits", "faults", "smis").sum(),
+            guest=pl.when(pl.col("guest").null_count() == 0).then(pl.col("guest").sum()),
+            ran=pl.len(),
+        )
+    )
+    share = pl.col("guest") / (pl.col("ran") * pl.col("span"))
+    seen = roots.lazy().group_by(pl.col("vm").cast(pl.Int64)).agg(roots=pl.len().cast(pl.Int64))
+    return (
+        by_vm.join(of_vms, on="vm")
+        .with_columns(guest_share=pl.when(share.is_between(0, 1)).then(share))
+        .drop("guest", "ran", "span")
+        .join(seen, on="vm", how="full", coalesce=True)
+    )
