@@ -11,7 +11,8 @@ from replay.validate import expect, shadow_driver
 from replay.validate.direct_shadow import ShadowSteps
 from replay.validate.kernel_steps import KernelSteps
 from replay.validate.row_tuples import RowTuple, rows_of
-from replay.validate.threads import RESPONSES, ConformanceCheck, Divergence, MatchTally
+from replay.validate.tdp_driver import ConformanceCheck
+from replay.validate.threads import RESPONSES, Divergence, MatchTally
 from traces import kernels
 from traces.errors import Problem
 from traces.kernels import Kernel
@@ -44,6 +45,7 @@ class VmReport:
     skipped: str = ""  # why it was not validated; empty if it was
     until: str = ""  # why it was validated only to some point; empty if to the end
     taken: Mapping[str, int] = field(default_factory=dict)  # by what it is: taken from the recording, not predicted
+    mistaken: int = 0  # rows that name a root of another address space than their own, which was not compared
 
 
 @dataclass(frozen=True)
@@ -133,9 +135,19 @@ def _kernel(path: Path, meta: Metadata) -> Kernel | None:
         return None
 
 
-def machine_of(kernel: Kernel, parameters: PolicyParameters) -> KernelSteps:
-    """An empty machine for one VM of a recording."""
+def machine_of(kernel: Kernel, parameters: PolicyParameters, modules: Any = None) -> KernelSteps:
+    """An empty machine for one VM of a recording. `modules`: the parameters of KVM's modules, where they are known."""
     layout = kernel.layout
+    modules = modules if isinstance(modules, Mapping) else {}
+
+    def on(module: str, parameter: str, otherwise: bool) -> bool:
+        found = modules.get(module)
+        return (
+            found.get(parameter) not in shadow_driver.OFF
+            if isinstance(found, Mapping) and parameter in found
+            else otherwise
+        )
+
     return (ShadowSteps if parameters.mmu == "shadow" else KernelSteps)(
         parameters=parameters,
         kernel=kernel,
@@ -145,6 +157,10 @@ def machine_of(kernel: Kernel, parameters: PolicyParameters) -> KernelSteps:
         smm_bit=layout.smm,
         wp_bit=layout.wp if layout.guest_bits else 0,
         nx_bit=layout.nx if layout.guest_bits else 0,
+        guest_mode_bit=layout.mask("guest_mode"),
+        direct_bit=layout.mask("direct"),
+        eager_split=on("kvm", "eager_page_split", True),
+        pml=on("kvm_intel", "pml", False) and on("kvm_intel", "eptad", True),
     )
 
 
@@ -161,7 +177,7 @@ def _vm(
     if parameters is None:
         check = shadow_driver.paged_of(trace, number, kernel)
     else:
-        check = ConformanceCheck(machine_of(kernel, parameters))
+        check = ConformanceCheck(machine_of(kernel, parameters, trace.metadata.raw.get("modules")))
     with Progress(f"validating VM {number}, rows") as progress:
         check.run(_counted(rows, progress))
     if not rows.stopped:
@@ -174,7 +190,9 @@ def _vm(
     found = VmReport(number, check.tallies, check.first, left, 0, 0, until=until)
     if isinstance(check, shadow_driver.Paged):
         return replace(found, taken=check.taken)
-    return replace(found, inferred=check.machine.inferred, role_words_taken=check.machine.role_words_taken)
+    machine = check.machine
+    found = replace(found, inferred=machine.inferred, role_words_taken=machine.role_words_taken)
+    return replace(found, taken=machine.taken, mistaken=check.mistaken)
 
 
 class _UntilLoss:
@@ -223,6 +241,12 @@ def _notes(blind: Iterable[str], vms: list[VmReport]) -> list[str]:
         notes.append(f"not observable in this recording, hence not compared: {', '.join(blind)}")
     for what in dict.fromkeys(what for vm in vms for what in vm.taken):
         notes.append(f"taken from the recording, not predicted: {sum(vm.taken.get(what, 0) for vm in vms):,} {what}")
+    mistaken = sum(vm.mistaken for vm in vms)
+    if mistaken:
+        notes.append(
+            f"{count(mistaken, 'SPTE change')} of one address space booked to a root of the other, by a recorder of "
+            "before 26 November 2026: the root was not compared"
+        )
     inferred = sum(vm.inferred for vm in vms)
     if inferred:
         notes.append(

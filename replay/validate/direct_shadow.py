@@ -16,7 +16,8 @@ from replay.validate import expect
 from replay.validate.expect import Activity, Expect
 from replay.validate.kernel_steps import KernelSteps
 from replay.validate.roots import top_level
-from replay.validate.vm_state import Memslot
+from replay.validate.slot_lookup import Memslot
+from replay.validate.vm_state import NO_SLOT
 from traces.kernels.spte import WRITABLE, pfn
 
 
@@ -119,6 +120,7 @@ class ShadowSteps(KernelSteps):
 
     def map(self, root: Root, gfn: int, goal: int, frame: int, unseen: bool = False) -> Activity:
         """direct_map: pages from the hash or new ones downwards, the leaf, and neighbours that the host has at hand."""
+        yield None
         table = root.top
         while table.level > goal:
             at = page_table.index(gfn, table.level)
@@ -142,12 +144,12 @@ class ShadowSteps(KernelSteps):
             page.parents.append((table, at))
             yield None
             table = page.table
-        yield from self.install(root, table, gfn, frame)
+        yield from self.leaf(root, table, gfn, frame)
 
-    def install(self, root: Root, table: Table, gfn: int, frame: int) -> Activity:
+    def leaf(self, root: Root, table: Table, gfn: int, frame: int) -> Activity:
         """mmu_set_spte, then direct_pte_prefetch: of the aligned group of 8 what is absent, if the host has it."""
         at = page_table.index(gfn, table.level)
-        if self.slot_of(self.as_id(root), gfn) is None:
+        if frame == NO_SLOT:
             yield Expect("mark_mmio_spte", {"root": self.name(root), "gfn": gfn})
             table.entries[at] = self.kernel.spte.some_mmio  # its word has no event, but for 5.10
             yield None
@@ -169,7 +171,7 @@ class ShadowSteps(KernelSteps):
         yield None
         base = at & -PREFETCH
         for near in range(base, base + PREFETCH) if table.level == 1 else ():
-            if near in table.entries or self.slot_of(self.as_id(root), table.gfn_of(near)) is None:
+            if near in table.entries or self.slots.of(self.as_id(root), table.gfn_of(near)) is None:
                 continue
             want = {**place, "gfn": table.gfn_of(near), "table": table.frame}
             row = yield Expect("kvm_mmu_set_spte", want, optional=True)
@@ -183,7 +185,7 @@ class ShadowSteps(KernelSteps):
     def unmap(self, start: int, end: int) -> Activity:
         """A notifier zaps what the reverse maps of the range hold; nothing shows it."""
         self.sequence += 1
-        for slot, first, last in self.overlaps(start, end):
+        for slot, first, last, _ in self.slots.overlaps(start, end):
             for table, at in self.leaves(slot.as_id, first, last):
                 del table.entries[at]
         return _silent()
@@ -215,7 +217,7 @@ class ShadowSteps(KernelSteps):
 
     def read_dirty_log(self) -> None:
         """KVM_GET_DIRTY_LOG, of which slot the trace does not say: what is logged is write-protected again."""
-        for slot in self.slots.values():
+        for slot in self.slots:
             if slot.logged:
                 self.protect(slot)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from replay.validate.row_tuples import RowTuple
@@ -80,6 +80,26 @@ class Expect:
 # An activity of one thread: it yields what it expects, is sent the row that fitted, changes the model, and yields None
 # to wait for the thread's next row, so that other threads' changes in between are seen.
 Activity = Generator[Expect | None, RowTuple | None, None]
+# One that tells those who go on from it whether it did anything.
+Attempt = Generator[Expect | None, RowTuple | None, bool]
+
+
+def perhaps(activity: Activity) -> Attempt:
+    """What an activity does, or nothing at all: its first row decides."""
+    first = next(activity, None)
+    if first is None:
+        return False
+    row = yield replace(first, optional=True)
+    if row is None:
+        activity.close()
+        return False
+    try:
+        wanted = activity.send(row)
+        while True:
+            row = yield wanted
+            wanted = activity.send(row)
+    except StopIteration:
+        return True
 
 
 def _text(value: Any, column: str) -> str:

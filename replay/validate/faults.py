@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from dataclasses import replace
+
 from replay.simulate import page_table
 from replay.simulate.page_table import Table
 from replay.simulate.reference import CURRENT, Root, Vcpu
 from replay.validate import expect
 from replay.validate.expect import Activity, Expect, Spte
+from replay.validate.vm_state import NO_SLOT, Mapping
 from replay.validate.zap_steps import Zaps
 from traces.kernels.spte import LARGE, WRITABLE, pfn
 
@@ -79,10 +83,10 @@ class FaultSteps(Zaps):
 
     def requested(self, root: Root, gfn: int, present: bool) -> Activity:
         """The fault's way under mmu_lock: what it is about to map, and the mapping."""
-        row = yield Expect("kvm_mmu_spte_requested", {"root": self.name(root), "gfn": gfn}, may_stop=True)
+        want = {"root": self.name(root), "gfn": gfn, "value": self.found(self.as_id(root), gfn)}
+        row = yield Expect("kvm_mmu_spte_requested", want, may_stop=True)
         assert row is not None
         unseen = not present and not self.kernel.spte_changed and self.infer(root, gfn)
-        yield None
         yield from self.map(root, gfn, row.level, row.value, unseen)
 
     def infer(self, root: Root, gfn: int) -> bool:
@@ -98,20 +102,38 @@ class FaultSteps(Zaps):
         """kvm_tdp_mmu_map: tables downwards to the goal level, then the leaf.
 
         `unseen`: something was removed here that no event showed, so that a table may be built anew.
+
+        Faults hold mmu_lock for read, so that others may change the same entries meanwhile. Who read an entry before
+        that and writes to it after has lost, and tries again; so has who meets a frozen entry.
         """
+        fault = Mapping(root, gfn)
+        self.mapping.append(fault)
+        try:
+            yield from self._map(fault, goal, frame, unseen)
+        finally:
+            self.mapped(fault)
+
+    def _map(self, fault: Mapping, goal: int, frame: int, unseen: bool) -> Activity:
+        root, gfn = fault.root, fault.gfn
         table = root.top
+        raced = yield from self._wait(fault)
         while table.level > goal:
             at = page_table.index(gfn, table.level)
             below = table.entries.get(at)
+            child = Table(table.level - 1, gfn)
+            level = child.level
+            want = {"role": self.child_role(root, level), "level": level + self.kernel.child_level, "flags": 1}
+            want["gfn"] = child.gfn
             if isinstance(below, Table) and not unseen:
+                if table.level in raced and (yield Expect("kvm_mmu_get_page", want, optional=True)) is not None:
+                    yield None
+                    return  # another vCPU linked its table before this one was made: RETRY
                 table = below
                 continue
             if isinstance(below, int) and not self.parameters.split_in_place:
                 yield from self.zap_huge(root, table, at)
-            child = Table(table.level - 1, gfn)
-            level = child.level
-            want = {"role": self.child_role(root, level), "level": level + self.kernel.child_level, "flags": 1}
-            row = yield Expect("kvm_mmu_get_page", {**want, "gfn": child.gfn}, optional=isinstance(below, Table))
+            unseen_there = isinstance(below, Table)
+            row = yield Expect("kvm_mmu_get_page", want, optional=unseen_there, may_stop=table.level in raced)
             if row is None:
                 assert isinstance(below, Table)
                 table = below
@@ -125,9 +147,40 @@ class FaultSteps(Zaps):
             yield None
             if table.entries.get(at) is not below:
                 return  # another vCPU linked its own table first: RETRY
-            yield from self.link(root, table, at, child)
+            yield from self.link(root, table, at, child, may_stop=self.contended(fault, table, at))
+            raced = yield from self._wait(fault)
             table = child
-        yield from self.install(root, table, gfn, frame)
+        yield from self.install(fault, table, frame, raced=goal in raced)
+
+    def _wait(self, fault: Mapping) -> Generator[None, None, set[int]]:
+        """Wait for the thread's next row. The levels whose entry on the way was changed by others meanwhile."""
+        before = self._way(fault)
+        yield None
+        now = self._way(fault)
+        return {level for level in before.keys() | now.keys() if before.get(level) != now.get(level)}
+
+    def _way(self, fault: Mapping) -> dict[int, Table | int | None]:
+        """The entries on the way to a guest frame, by level."""
+        found: dict[int, Table | int | None] = {}
+        table: Table | int | None = fault.root.top
+        while isinstance(table, Table):
+            level = table.level
+            table = found[level] = table.entries.get(page_table.index(fault.gfn, level))
+        return found
+
+    def contended(self, fault: Mapping, table: Table, at: int) -> bool:
+        """Whether another fault is about to write to the entry: it may have done so already, and not shown it yet."""
+        first = table.gfn_of(at)
+        span = page_table.span(table.level)
+        return any(
+            other is not fault and other.root is fault.root and first <= other.gfn < first + span
+            for other in self.mapping
+        )
+
+    def mapped(self, fault: Mapping) -> None:
+        """A fault has written its leaf, or was given up."""
+        if fault in self.mapping:
+            self.mapping.remove(fault)
 
     def zap_huge(self, root: Root, table: Table, at: int) -> Activity:
         """To 6.2 a huge leaf above the goal is zapped, and the walk goes on as if there had been nothing."""
@@ -136,7 +189,7 @@ class FaultSteps(Zaps):
         else:
             del table.entries[at]
 
-    def link(self, root: Root, table: Table, at: int, child: Table) -> Activity:
+    def link(self, root: Root, table: Table, at: int, child: Table, may_stop: bool = False) -> Activity:
         """The entry points to the child from now on; where it was a huge leaf, the child holds its pieces."""
         whole = table.entries.get(at)
         if isinstance(whole, int):
@@ -144,26 +197,32 @@ class FaultSteps(Zaps):
             for i in range(page_table.ENTRIES):
                 piece = whole + (i * size << 12)
                 child.entries[i] = piece if child.level > 1 else piece & ~LARGE
-        yield self.change(root, table, at, expect.to_table(child.frame, self.kernel))
+        yield replace(self.change(root, table, at, expect.to_table(child.frame, self.kernel)), may_stop=may_stop)
         table.entries[at] = child
-        yield None
         if self.kernel.get_page_twice:
+            yield None
             want = {"role": self.child_role(root, child.level), "gfn": child.gfn, "table": child.frame}
             yield Expect("kvm_mmu_get_page", want)
-            yield None
 
-    def install(self, root: Root, table: Table, gfn: int, frame: int) -> Activity:
-        """tdp_mmu_map_handle_target_level: the leaf, or an MMIO SPTE where no memslot is."""
+    def install(self, fault: Mapping, table: Table, frame: int, raced: bool) -> Activity:
+        """tdp_mmu_map_handle_target_level: the leaf, or an MMIO SPTE where no memslot is.
+
+        `raced`: another wrote to the entry since this fault's last row, perhaps after this one had read it.
+        """
+        root, gfn = fault.root, fault.gfn
         at = page_table.index(gfn, table.level)
-        mmio = self.slot_of(self.as_id(root), gfn) is None
+        mmio = frame == NO_SLOT
+        may_stop = raced or self.contended(fault, table, at)
         frame &= -page_table.span(table.level)
         before = table.entries.get(at)
         same = isinstance(before, int) and self.present(before) and pfn(before) == frame and not mmio
         new = expect.any_mmio(self.kernel) if mmio else expect.to_page(frame, self.kernel)
         place = {"root": self.name(root), "level": table.level, "gfn": table.gfn_of(at)}
         if self.kernel.spte_changed:
-            row = yield self.change(root, table, at, new, optional=same)
+            row = yield replace(self.change(root, table, at, new, optional=same), may_stop=may_stop)
             if row is not None:
+                self.mapped(fault)
+                may_stop = False
                 table.entries[at] = row.new
                 if mmio:
                     self.mmio_words[row.new] = gfn
@@ -176,7 +235,8 @@ class FaultSteps(Zaps):
             yield Expect("mark_mmio_spte", {"root": self.name(root), "gfn": gfn})
             yield None
         if (not mmio or not self.kernel.spte_changed) and not (same and not self.kernel.set_spte_when_spurious):
-            row = yield Expect("kvm_mmu_set_spte", {**place, "gfn": gfn if mmio else place["gfn"], "new": new})
+            want = {**place, "gfn": gfn if mmio else place["gfn"], "new": new}
+            row = yield Expect("kvm_mmu_set_spte", want, may_stop=may_stop)
             if row is not None and not self.kernel.spte_changed:
                 table.entries[at] = row.new
             yield None

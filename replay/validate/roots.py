@@ -18,12 +18,16 @@ class Roots(Zaps):
         root = None
         for other in self.held(only_valid=True):
             if self.words[other.word] == word:
-                root = other  # the reference is the slot's from now on
+                root = other
                 break
             if self.kernel.search_puts:
                 yield from self.put(other)
             else:
                 other.refs -= 1
+        if root is None and self.kernel.search_puts:
+            root = self.valid(word)  # built by another vCPU since the search began: there is a second one (6.9)
+        if root is not None:
+            root.refs += 1  # the slot's
         role: int | Spte = self.role_of(vcpu, word)
         self.role_words_taken += not word
         if root is None and self.kernel.root_get_page:
@@ -70,7 +74,7 @@ class Roots(Zaps):
         if vcpu.index not in self.guest and vcpu.index not in self.smm:
             self.guest[vcpu.index] = word & self.guest_bits
         if self.base is None:
-            self.base = word & ~self.smm_bit & ~self.guest_bits
+            self.base = word & ~self.smm_bit & ~self.guest_bits & ~self.guest_mode_bit
         if word not in self.words.values():
             self.words[len(self.words)] = word
         index = next(i for i, w in self.words.items() if w == word)
@@ -81,6 +85,27 @@ class Roots(Zaps):
         self.names[root.id] = name
         self.frames[root.id] = frame
         return root
+
+    def switch(self, vcpu: Vcpu, role: int) -> None:
+        """kvm_mmu_new_pgd: a nested guest without nested paging is entered or left, and a slot of that word is current.
+
+        Where there is none the current slot is emptied, which shows as a free of roots of its own.
+        """
+        (self.nested.add if role & self.guest_mode_bit else self.nested.discard)(vcpu.index)
+        slots = vcpu.slots
+
+        def usable(root: Root | None) -> bool:
+            return root is not None and root.valid and self.words[root.word] == role
+
+        if slots[CURRENT] is None and not self.kernel.old_shadow_mmu:
+            at = next((i for i in range(1, len(slots)) if usable(slots[i])), 0)
+            if at:
+                slots[:] = [slots[at], *slots[1:at], *slots[at + 1 :], None]
+            return
+        for i in range(1, len(slots)):
+            if usable(slots[CURRENT]):
+                return
+            slots[CURRENT], slots[i] = slots[i], slots[CURRENT]
 
     def free_slots(self, vcpu: Vcpu, mask: int) -> Activity:
         """kvm_mmu_free_roots: previous slots in order, then the current one."""

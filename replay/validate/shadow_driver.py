@@ -16,7 +16,7 @@ from traces.kernels.vendors import VENDORS
 from traces.metadata import Metadata
 from traces.reader import Trace
 
-_OFF: Final = ("N", "0")
+OFF: Final = ("N", "0")  # of a module parameter
 _SET_NR_MMU_PAGES: Final = 0xAE44
 # What shows that a vCPU still runs: zaps after the last of these are those of the VM's end.
 _RUNNING: Final = (
@@ -47,7 +47,7 @@ def is_paged(meta: Metadata) -> bool:
     if meta.policy != "shadow" or not isinstance(modules, dict):
         return False
     loaded = [vendor for vendor in VENDORS if isinstance(modules.get(vendor.module), dict)]
-    off = any(modules[vendor.module].get(vendor.paging) in _OFF for vendor in loaded)
+    off = any(modules[vendor.module].get(vendor.paging) in OFF for vendor in loaded)
     return off or (not loaded and "kvm" in modules)
 
 
@@ -157,10 +157,10 @@ class Paged(VmCheck):
         }
         return {what: count for what, count in counts.items() if count}
 
-    def _respond(self, thread: Thread, row: RowTuple) -> None:
+    def _respond(self, thread: Thread, row: RowTuple, stopped: str = "") -> None:
         while (expected := self._expected(thread)) is not None and expected.optional and expected.misfit(row):
             self._send(thread, None)
-        super()._respond(thread, row)
+        super()._respond(thread, row, stopped)
         work = self._of(row)
         if row.kind == "kvm_mmu_get_page" and (page := self.pages.active.get(row.table)) is not None:
             work.looked.append(page)

@@ -8,16 +8,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
-from replay.simulate.reference import CURRENT, Vcpu
 from replay.validate.expect import Activity, Expect
-from replay.validate.kernel_steps import KernelSteps
 from replay.validate.row_tuples import RowTuple
-from replay.validate.vm_state import Memslot
-from traces.kernels.triggers import CR0_WP, EFER_MSR, EFER_NX
 
 # What the kernel does in response, and the model therefore predicts.
 RESPONSES: Final = (
@@ -40,10 +36,6 @@ RESPONSES: Final = (
 )
 # The host's scheduler and power management: they come in the middle of anything, and KVM does nothing in response.
 _OF_THE_HOST: Final = ("sched_in", "host_suspend")
-_LOG_DIRTY: Final = 1
-_GET_DIRTY_LOG: Final = 0x4010AE42
-# A load's first sign: a root passed over in the search (6.9), one built, one found.
-_LOADING: Final = ("root_put", "kvm_mmu_get_page", "root_get", "mmu_load")
 _CONTEXT: Final = 6
 
 
@@ -67,8 +59,22 @@ class Divergence:
 
 
 @dataclass
+class SilentActivity:
+    """An activity of which nothing was seen yet. It is over before its thread's next row of any kind.
+
+    `idle` says whether it would find nothing to do now; `passed`, whether that was so at some moment since it began:
+    then that it shows nothing is one of the outcomes that the rows permit.
+    """
+
+    activity: Activity
+    idle: Callable[[], bool]
+    passed: bool
+
+
+@dataclass
 class Thread:
     activities: list[Activity] = field(default_factory=list)
+    silent: SilentActivity | None = None  # the top activity, until the thread's next row
     pending: Expect | None = None  # what the top activity has said, unless it waits
     vcpu: int | None = None
     obsolete: bool = False  # in kvm_mmu_free_obsolete_roots
@@ -85,6 +91,7 @@ class VmCheck(ABC):
         self.tallies: dict[str, MatchTally] = {}
         self.first: Divergence | None = None
         self._threads: dict[int, Thread] = {}
+        self._silent: list[SilentActivity] = []  # of all threads, those that have not passed
         self._recent: deque[RowTuple] = deque(maxlen=_CONTEXT)
 
     def run(self, rows: Iterable[RowTuple]) -> None:
@@ -95,10 +102,14 @@ class VmCheck(ABC):
             thread = self._threads.setdefault(row.tid, Thread())
             if row.vcpu is not None:
                 thread.vcpu = row.vcpu
+            if thread.silent is not None:
+                self._decide(thread, row)
             if row.kind in self.responses:
                 self._respond(thread, row)
             else:
                 self._happen(thread, row)
+            if self._silent:
+                self._pass_idle()
             self._recent.append(row)
             if self.first is not None and len(self.first.after) < _CONTEXT:
                 self.first.after.append(row)
@@ -106,6 +117,8 @@ class VmCheck(ABC):
     def finish(self) -> None:
         """The recording ended: what threads are still expected to show will not come."""
         for thread in self._threads.values():
+            if thread.silent is not None:
+                self._decide(thread, None)
             self._settle(thread, None)
 
     @abstractmethod
@@ -116,12 +129,13 @@ class VmCheck(ABC):
     def _happen(self, thread: Thread, row: RowTuple) -> None:
         """What is no response is put into the model."""
 
-    def _respond(self, thread: Thread, row: RowTuple) -> None:
+    def _respond(self, thread: Thread, row: RowTuple, stopped: str = "") -> None:
+        """`stopped`: how the row differs from what an activity, now taken to have stopped before, would have shown."""
         expected = self._expected(thread)
         if expected is None:
             activity = self._begun_by(thread, row)
             if activity is None:
-                self._diverge(row, f"{row.kind} recorded, nothing expected of this thread")
+                self._diverge(row, stopped or f"{row.kind} recorded, nothing expected of this thread")
                 return
             thread.activities.append(activity)
             expected = self._expected(thread)
@@ -136,9 +150,9 @@ class VmCheck(ABC):
                 expected = self._expected(thread)
                 continue
             if expected.may_stop:
-                thread.activities.pop()
+                thread.activities.pop().close()
                 thread.pending = None
-                self._respond(thread, row)
+                self._respond(thread, row, stopped or (why if row.kind == expected.kind else ""))
                 return
             self._diverge(row, why)
             self._drop(thread)
@@ -175,6 +189,34 @@ class VmCheck(ABC):
         thread.activities.append(activity)
         thread.pending = None
 
+    def _begin_perhaps(self, thread: Thread, activity: Activity, idle: Callable[[], bool]) -> None:
+        """As `_begin`, for what may find nothing to do: other threads' rows may come before its first, or for ever."""
+        self._begin(thread, activity)
+        thread.silent = SilentActivity(activity, idle, idle())
+        if not thread.silent.passed:
+            self._silent.append(thread.silent)
+
+    def _pass_idle(self) -> None:
+        for silent in self._silent:
+            silent.passed = silent.idle()
+        self._silent = [silent for silent in self._silent if not silent.passed]
+
+    def _decide(self, thread: Thread, row: RowTuple | None) -> None:
+        """The thread's next row is the first sign of what was silent so far, or that has passed without one."""
+        silent, thread.silent = thread.silent, None
+        assert silent is not None
+        if silent in self._silent:
+            self._silent.remove(silent)
+        if silent.passed and self._misfits(thread, row):
+            thread.activities.pop().close()
+            thread.pending = None
+
+    def _misfits(self, thread: Thread, row: RowTuple | None) -> bool:
+        """Whether a row is none that the top activity expects."""
+        activity = thread.activities[-1]
+        thread.pending = next(activity, None)
+        return thread.pending is None or row is None or bool(thread.pending.misfit(row))
+
     def _check(self, row: RowTuple, holds: bool, why: str) -> None:
         if holds:
             self._tally(row.kind).matched += 1
@@ -204,137 +246,3 @@ class VmCheck(ABC):
     def _remember(self, row: RowTuple, why: str) -> None:
         if self.first is None:
             self.first = Divergence(row, why, tuple(self._recent), [])
-
-
-class ConformanceCheck(VmCheck):
-    """One VM whose roots map guest-physical addresses."""
-
-    def __init__(self, machine: KernelSteps) -> None:
-        super().__init__()
-        self.machine = machine
-
-    @property
-    def ended(self) -> bool:
-        """Whether the VM was destroyed."""
-        return self.machine.destroyed
-
-    def left(self, shows_frees: bool) -> int:
-        """Removed tables that were never freed, where that is recorded, and roots still alive."""
-        return len(self.machine.removed) * shows_frees + len(self.machine.roots)
-
-    def _respond(self, thread: Thread, row: RowTuple) -> None:
-        if row.kind == "table_free" and not self._awaits(thread, "table_free"):
-            self._free(row)
-            return
-        super()._respond(thread, row)
-
-    def _awaits(self, thread: Thread, kind: str) -> bool:
-        expected = self._expected(thread)
-        return expected is not None and expected.kind == kind
-
-    def _begun_by(self, thread: Thread, row: RowTuple) -> Activity | None:
-        """The activity whose first sign a row is: loads, the zap worker and dirty logs have no event at their start."""
-        machine = self.machine
-        if row.kind in _LOADING and thread.vcpu is not None:
-            vcpu = self._vcpu(thread.vcpu)
-            return machine.load(vcpu) if vcpu.slots[CURRENT] is None else None
-        if row.kind == "kvm_mmu_prepare_zap_page" and machine.parameters.mmu == "shadow":
-            return machine.zap_all()
-        if row.kind == "zap_root_begin":
-            root = machine.recorded.get(row.root)
-            return machine.worker(root) if root in machine.queued and root is not None else None
-        if row.kind == "kvm_tdp_mmu_spte_changed" and thread.ioctl == _GET_DIRTY_LOG and row.gfn is not None:
-            slot = machine.slot_of(row.as_id, row.gfn)
-            return machine.clear_dirty(slot) if slot is not None and slot.logged else None
-        return None
-
-    def _free(self, row: RowTuple) -> None:
-        """A grace period after a table was removed its page is freed, by whatever thread the callback interrupts."""
-        found = self.machine.removed.pop(row.table, None)
-        if found is None:
-            self._diverge(row, f"page {row.table:#x} is freed, which no removed table has")
-        elif found != (row.role, row.level, row.gfn or 0):
-            self._diverge(row, f"page {row.table:#x} is freed as another table than was removed")
-        else:
-            self._tally("table_free").matched += 1
-
-    def _happen(self, thread: Thread, row: RowTuple) -> None:
-        machine = self.machine
-        if row.kind in ("kvm_unmap_hva_range", "kvm_set_spte_hva"):
-            if row.kind == "kvm_unmap_hva_range":
-                self._begin(thread, machine.unmap(row.addr, row.value))  # may interrupt a fault of the same thread
-            return
-        if row.kind == "zap_all" and thread.ioctl and not machine.kernel.spte_changed:
-            return  # 5.10's way to empty the roots in kvm_mmu_zap_all_fast
-        self._settle(thread, row)
-        if row.kind != "mmu_free_roots":
-            thread.unloads = row.vcpu if row.kind == "mmu_unload" else None
-        if row.kind == "kvm_page_fault" and row.vcpu is not None:
-            self._begin(thread, machine.fault(self._vcpu(row.vcpu), row.addr, row.code))
-        elif row.kind == "kvm_smm_transition" and row.vcpu is not None:
-            (machine.smm.add if row.flags & 1 else machine.smm.discard)(row.vcpu)
-        elif row.kind == "kvm_cr" and row.vcpu is not None and row.flags & 1 and row.code == 0:
-            machine.guest_bit(row.vcpu, machine.wp_bit, bool(row.value & CR0_WP))
-        elif row.kind == "kvm_exit" and row.vcpu is not None and row.code in machine.kernel.vendor.cr0_write:
-            machine.guest.pop(row.vcpu, None)  # to what, only kvm_cr says, and emulated writes have none
-        elif row.kind == "kvm_exit" and row.vcpu is not None and row.code in machine.kernel.vendor.mmio:
-            self._begin(thread, machine.misconfigured(self._vcpu(row.vcpu)))
-        elif row.kind == "kvm_msr" and row.vcpu is not None and row.flags & 1 and row.code == EFER_MSR:
-            machine.guest_bit(row.vcpu, machine.nx_bit, bool(row.value & EFER_NX))
-        elif row.kind == "mmu_free_obsolete_roots":
-            thread.obsolete = True
-        elif row.kind == "mmu_free_roots":
-            self._free_roots(thread, row)
-        elif row.kind == "kvm_mmu_zap_all_fast":
-            zap = machine.invalidate()
-            if zap is not None:
-                self._begin(thread, zap)
-        elif row.kind == "zap_invalidated_begin":
-            if machine.destroyed:
-                machine.invalidate()
-            if machine.parameters.teardown != "worker":
-                self._begin(thread, machine.zap_invalidated())
-        elif row.kind == "zap_all":
-            self._begin(thread, machine.zap_all())
-        elif row.kind == "memslot":
-            self._memslot(thread, row)
-        elif row.kind == "ioctl":
-            thread.ioctl = row.code
-            if row.code == _GET_DIRTY_LOG:
-                machine.read_dirty_log()
-        elif row.kind == "ioctl_end":
-            thread.ioctl = 0
-        elif row.kind == "vm_destroy":
-            machine.destroyed = True
-
-    def _free_roots(self, thread: Thread, row: RowTuple) -> None:
-        index = thread.vcpu if thread.unloads is None else thread.unloads
-        if index is None or (self.machine.destroyed and not row.root):
-            return  # at the VM's end one thread frees the slots of all vCPUs, and once more when they are empty
-        vcpu = self._vcpu(index)
-        mask = row.value & 15
-        if thread.obsolete:
-            invalid = sum(1 << i for i, root in enumerate(vcpu.slots) if root is not None and not root.valid)
-            self._check(row, mask == invalid, f"slots {mask:#x} are emptied as obsolete, the model has {invalid:#x}")
-            thread.obsolete = False
-        current = vcpu.slots[CURRENT]
-        if row.root:
-            name = 0 if current is None else self.machine.name(current)
-            self._check(row, name == row.root, f"root {row.root} is the current one, the model has {name or 'none'}")
-        self._begin(thread, self.machine.free_slots(vcpu, mask))
-
-    def _memslot(self, thread: Thread, row: RowTuple) -> None:
-        machine = self.machine
-        key = (row.as_id, row.slot)
-        before = machine.slots.get(key)
-        if row.value == 0:
-            machine.slots.pop(key, None)
-            return
-        assert row.gfn is not None
-        slot = Memslot(row.as_id, row.slot, row.gfn, row.value, row.addr, bool(row.code & _LOG_DIRTY))
-        machine.slots[key] = slot
-        if before is not None and before.logged != slot.logged:
-            self._begin(thread, machine.log_on(slot) if slot.logged else machine.log_off(slot))
-
-    def _vcpu(self, index: int) -> Vcpu:
-        return self.machine.vcpus.setdefault(index, Vcpu(index))

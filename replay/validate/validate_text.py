@@ -44,6 +44,7 @@ def to_dict(report: ConformanceReport) -> dict[str, Any]:
                 "inferred_removals": vm.inferred,
                 "role_words_taken": vm.role_words_taken,
                 "taken": dict(vm.taken),
+                "roots_mistaken": vm.mistaken,
                 "first_divergence": None if vm.first is None else {"seq": vm.first.row.seq, "why": vm.first.why},
             }
             for vm in report.vms

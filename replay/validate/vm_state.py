@@ -4,29 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Final
 
 from replay.simulate.page_table import Table
 from replay.simulate.reference import Root, Vcpu
 from replay.validate import expect
 from replay.validate.expect import Expect, Spte
+from replay.validate.slot_lookup import SlotLookup
 from traces.kernels import Kernel
 from traces.kernels.policies import PolicyParameters
 
+NO_SLOT: Final = 1 << 63  # KVM_PFN_NOSLOT
+# Guest frames of memslots that KVM makes for itself, and no ioctl shows: the APIC's page, and on Intel the identity map
+# and the TSS of guests in real mode, where QEMU and kvmtool have them.
+_PRIVATE: Final = frozenset([0xFEE00, *range(0xFFFBC, 0xFFFC0), *range(0xFEFFC, 0xFF000)])
 
-@dataclass
-class Memslot:
-    """A memslot: `hva` in bytes, `logged` if its dirty pages are."""
 
-    as_id: int
-    slot: int
+@dataclass(eq=False)
+class Mapping:
+    """A fault that has mmu_lock and is about to map a guest frame."""
+
+    root: Root
     gfn: int
-    pages: int
-    hva: int
-    logged: bool
-
-    @property
-    def end(self) -> int:
-        return self.gfn + self.pages
 
 
 @dataclass
@@ -41,19 +40,28 @@ class State:
     smm_bit: int  # lowest bit of the role word's smm field
     wp_bit: int = 0  # of the role word, where the guest's CR0.WP and EFER.NX are in it
     nx_bit: int = 0
+    guest_mode_bit: int = 0
+    direct_bit: int = 0
     words: dict[int, int] = field(default_factory=dict)  # model word index -> role word
     roots: list[Root] = field(default_factory=list)  # newest first, as the kernel's list
     recorded: dict[int, Root] = field(default_factory=dict)  # by the recording's root id
     names: dict[int, int] = field(default_factory=dict)  # model root id -> the recording's
     frames: dict[int, int] = field(default_factory=dict)  # model root id -> page frame
     vcpus: dict[int, Vcpu] = field(default_factory=dict)
-    slots: dict[tuple[int, int], Memslot] = field(default_factory=dict)
+    slots: SlotLookup = field(default_factory=SlotLookup)
+    eager_split: bool = True  # the module parameter eager_page_split is on
+    pml: bool = False  # the processor logs dirty pages; KVM then clears the dirty bit, not the W bit
+    mapping: list[Mapping] = field(default_factory=list)  # faults, until they have written their leaf
+    capable: bool = False  # KVM_ENABLE_CAP was called: it may have asked for KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
+    initially_set: bool | None = None  # whether that was with KVM_DIRTY_LOG_INITIALLY_SET; None: nothing told yet
+    taken: dict[str, int] = field(default_factory=dict)  # by what it is: taken from the recording, not predicted
     queued: list[Root] = field(default_factory=list)  # for the zap worker
     scheduled: set[int] = field(default_factory=set)  # invalid roots whose zap is due
     removed: dict[int, tuple[int, int, int]] = field(default_factory=dict)  # frames to be freed: (role, level, gfn)
     mmio_words: dict[int, int] = field(default_factory=dict)  # MMIO SPTEs -> the guest frames they were made for
     base: int | None = None  # the role word of the VM's first root, smm bits off
     smm: set[int] = field(default_factory=set)  # vCPUs in SMM
+    nested: set[int] = field(default_factory=set)  # vCPUs in a nested guest that has no nested paging of its own
     guest: dict[int, int] = field(default_factory=dict)  # by vCPU, the role word's guest bits
     sequence: int = 0  # moves with each invalidation and notifier
     destroyed: bool = False
@@ -108,6 +116,8 @@ class State:
         if self.base is None or (self.guest_bits and vcpu.index not in self.guest):
             return 0
         word = self.base | self.guest.get(vcpu.index, 0)
+        if vcpu.index in self.nested:
+            word |= self.guest_mode_bit
         if vcpu.index in self.smm:
             return (word & ~self.nx_bit) | self.smm_bit  # SMM begins with EFER 0
         return word
@@ -117,35 +127,38 @@ class State:
         return next((root for root in self.roots if root.valid and self.words[root.word] == role), None)
 
     def held(self, only_valid: bool = False) -> Iterator[Root]:
-        """Roots as the kernel's yielding iterator visits them: newest first, each with a reference meanwhile."""
+        """Roots as the kernel's yielding iterator visits them: newest first, each with a reference meanwhile.
+
+        Whoever goes on to the next has put it; whoever stops before has not taken it.
+        """
         for root in list(self.roots):
             if root in self.roots and (root.valid or not only_valid):
                 root.refs += 1
-                yield root
+                try:
+                    yield root
+                except GeneratorExit:
+                    root.refs -= 1
+                    raise
 
     def present(self, entry: Table | int) -> bool:
         """Whether an entry maps something; an MMIO SPTE does not."""
         return isinstance(entry, Table) or self.kernel.spte.is_present(entry)
 
-    def overlaps(self, start: int, end: int) -> list[tuple[Memslot, int, int]]:
-        """The memslots that host addresses [start, end) overlap, each with the guest frames [first, last) there."""
-        return [
-            (
-                slot,
-                slot.gfn + (max(start, slot.hva) - slot.hva >> 12),
-                slot.gfn + (min(end, slot.hva + slot.pages * 4096) - slot.hva + 4095 >> 12),
-            )
-            for slot in sorted(self.slots.values(), key=lambda s: (s.as_id, s.hva))
-            if slot.hva < end and start < slot.hva + slot.pages * 4096
-        ]
-
     def logged(self, as_id: int, gfn: int) -> bool:
         """Whether the page lies in a memslot whose dirty pages are logged."""
-        slot = self.slot_of(as_id, gfn)
+        slot = self.slots.of(as_id, gfn)
         return slot is not None and slot.logged
 
-    def slot_of(self, as_id: int, gfn: int) -> Memslot | None:
-        return next((s for s in self.slots.values() if s.as_id == as_id and s.gfn <= gfn < s.end), None)
+    def found(self, as_id: int, gfn: int) -> Spte:
+        """What a fault's lookup of the memslot and of the host's page may come to: a page frame, or no memslot."""
+        none = {slot is None for slot in self.slots.possible(as_id, gfn)}
+        own = gfn in _PRIVATE
+        what = "a page frame" if none == {False} else "no memslot" if none == {True} else "a page frame or no memslot"
+        return Spte(what, lambda got: (got == NO_SLOT) in none or (own and got != NO_SLOT))
+
+    def take(self, what: str) -> None:
+        """One more that is taken from the recording, not predicted."""
+        self.taken[what] = self.taken.get(what, 0) + 1
 
     @property
     def fast(self) -> bool:

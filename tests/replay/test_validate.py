@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 import kvmtrace
 from replay.validate.compare import machine_of, validate
 from replay.validate.row_tuples import RowTuple, rows_of
-from replay.validate.threads import RESPONSES, ConformanceCheck
+from replay.validate.tdp_driver import ConformanceCheck
+from replay.validate.threads import RESPONSES
 from replay.validate.validate_text import render
 from tests.corpus import CORPUS, REPLAYED, each
 from tests.profiles import examples

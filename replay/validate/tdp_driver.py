@@ -1,0 +1,170 @@
+"""The conformance check of nested paging: a recording against the model of its roots, thread by thread."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from replay.simulate.reference import CURRENT, Vcpu
+from replay.validate.expect import Activity
+from replay.validate.kernel_steps import KernelSteps
+from replay.validate.row_tuples import RowTuple
+from replay.validate.slot_lookup import Memslot
+from replay.validate.threads import Thread, VmCheck
+from traces.kernels.triggers import CR0_WP, EFER_MSR, EFER_NX
+
+_NOTIFIERS: Final = ("kvm_unmap_hva_range", "kvm_set_spte_hva", "kvm_age_hva", "kvm_test_age_hva")
+_GET_DIRTY_LOG: Final = 0x4010AE42
+_LOG_ANEW: Final = (0xC018AEC0, 0xAEC7)  # KVM_CLEAR_DIRTY_LOG, KVM_RESET_DIRTY_RINGS
+_LOGS_ANEW: Final = ("root_put", "kvm_mmu_get_page", "kvm_tdp_mmu_spte_changed")
+_ENABLE_CAP: Final = 0x4068AEA3
+# A load's first sign: a root passed over in the search (6.9), one built, one found.
+_LOADING: Final = ("root_put", "kvm_mmu_get_page", "root_get", "mmu_load")
+
+
+class ConformanceCheck(VmCheck):
+    """One VM whose roots map guest-physical addresses."""
+
+    def __init__(self, machine: KernelSteps) -> None:
+        super().__init__()
+        self.machine = machine
+        self.mistaken = 0  # rows that name a root of another address space than their own
+
+    @property
+    def ended(self) -> bool:
+        """Whether the VM was destroyed."""
+        return self.machine.destroyed
+
+    def left(self, shows_frees: bool) -> int:
+        """Removed tables that were never freed, where that is recorded, and roots still alive."""
+        return len(self.machine.removed) * shows_frees + len(self.machine.roots)
+
+    def _respond(self, thread: Thread, row: RowTuple, stopped: str = "") -> None:
+        if row.kind == "table_free" and not self._awaits(thread, "table_free"):
+            self._free(row)
+            return
+        root = self.machine.recorded.get(row.root) if row.kind == "kvm_tdp_mmu_spte_changed" else None
+        if root is not None and self.machine.as_id(root) != row.as_id:
+            self.mistaken += 1
+            row = row._replace(root=0)  # the address space is the event's own
+        super()._respond(thread, row, stopped)
+
+    def _awaits(self, thread: Thread, kind: str) -> bool:
+        expected = self._expected(thread)
+        return expected is not None and expected.kind == kind
+
+    def _begun_by(self, thread: Thread, row: RowTuple) -> Activity | None:
+        """The activity whose first sign a row is: loads, the zap worker and dirty logs have no event at their start."""
+        machine = self.machine
+        if thread.ioctl in _LOG_ANEW and row.kind in _LOGS_ANEW and machine.kernel.spte_changed:
+            if machine.capable and machine.initially_set is None:  # only then a root's references tell of the pages
+                machine.initially_set = row.kind != "kvm_tdp_mmu_spte_changed"
+            return machine.log_anew()
+        if row.kind in _LOADING and thread.vcpu is not None:
+            vcpu = self._vcpu(thread.vcpu)
+            return machine.load(vcpu) if vcpu.slots[CURRENT] is None else None
+        if row.kind == "kvm_mmu_prepare_zap_page" and machine.parameters.mmu == "shadow":
+            return machine.zap_all()
+        if row.kind == "zap_root_begin":
+            root = machine.recorded.get(row.root)
+            return machine.worker(root) if root in machine.queued and root is not None else None
+        if row.kind == "kvm_tdp_mmu_spte_changed" and thread.ioctl == _GET_DIRTY_LOG and row.gfn is not None:
+            slot = machine.slots.of(row.as_id, row.gfn)
+            return machine.report(slot) if slot is not None and slot.logged and not machine.initially_set else None
+        return None
+
+    def _free(self, row: RowTuple) -> None:
+        """A grace period after a table was removed its page is freed, by whatever thread the callback interrupts."""
+        found = self.machine.removed.pop(row.table, None)
+        if found is None:
+            self._diverge(row, f"page {row.table:#x} is freed, which no removed table has")
+        elif found != (row.role, row.level, row.gfn or 0):
+            self._diverge(row, f"page {row.table:#x} is freed as another table than was removed")
+        else:
+            self._tally("table_free").matched += 1
+
+    def _happen(self, thread: Thread, row: RowTuple) -> None:
+        machine = self.machine
+        if row.kind in _NOTIFIERS:  # they may interrupt a fault of the same thread
+            start, end = row.addr, row.value
+            if row.kind == "kvm_unmap_hva_range":
+                self._begin_perhaps(thread, machine.unmap(start, end), lambda: not machine.finds(start, end))
+            elif row.kind == "kvm_age_hva":
+                self._begin_perhaps(thread, machine.age(start, end), lambda: True)
+            return
+        if row.kind == "zap_all" and thread.ioctl and not machine.kernel.spte_changed:
+            return  # 5.10's way to empty the roots in kvm_mmu_zap_all_fast
+        self._settle(thread, row)
+        if row.kind != "mmu_free_roots":
+            thread.unloads = row.vcpu if row.kind == "mmu_unload" else None
+        if row.kind == "kvm_page_fault" and row.vcpu is not None:
+            self._begin(thread, machine.fault(self._vcpu(row.vcpu), row.addr, row.code))
+        elif row.kind == "kvm_smm_transition" and row.vcpu is not None:
+            (machine.smm.add if row.flags & 1 else machine.smm.discard)(row.vcpu)
+        elif row.kind == "kvm_cr" and row.vcpu is not None and row.flags & 1 and row.code == 0:
+            machine.guest_bit(row.vcpu, machine.wp_bit, bool(row.value & CR0_WP))
+        elif row.kind == "kvm_exit" and row.vcpu is not None and row.code in machine.kernel.vendor.cr0_write:
+            machine.guest.pop(row.vcpu, None)  # to what, only kvm_cr says, and emulated writes have none
+        elif row.kind == "kvm_exit" and row.vcpu is not None and row.code in machine.kernel.vendor.mmio:
+            self._begin(thread, machine.misconfigured(self._vcpu(row.vcpu)))
+        elif row.kind == "kvm_msr" and row.vcpu is not None and row.flags & 1 and row.code == EFER_MSR:
+            machine.guest_bit(row.vcpu, machine.nx_bit, bool(row.value & EFER_NX))
+        elif row.kind == "new_pgd" and row.vcpu is not None and row.role & machine.direct_bit:
+            machine.switch(self._vcpu(row.vcpu), row.role)
+        elif row.kind == "mmu_free_obsolete_roots":
+            thread.obsolete = True
+        elif row.kind == "mmu_free_roots":
+            self._free_roots(thread, row)
+        elif row.kind == "kvm_mmu_zap_all_fast":
+            zap = machine.invalidate()
+            if zap is not None:
+                self._begin(thread, zap)
+        elif row.kind == "zap_invalidated_begin":
+            if machine.destroyed:
+                machine.invalidate()
+            if machine.parameters.teardown != "worker":
+                self._begin_perhaps(thread, machine.zap_invalidated(), lambda: not machine.roots)
+        elif row.kind == "zap_all":
+            self._begin_perhaps(thread, machine.zap_all(), lambda: not machine.roots)
+        elif row.kind == "memslot":
+            self._memslot(thread, row)
+        elif row.kind == "ioctl":
+            thread.ioctl = row.code
+            if row.code == _GET_DIRTY_LOG:
+                machine.read_dirty_log()
+            machine.capable |= row.code == _ENABLE_CAP
+        elif row.kind == "ioctl_end":
+            thread.ioctl = 0
+            machine.slots.end(row.tid, done=row.ret >= 0)
+        elif row.kind == "vm_destroy":
+            machine.destroyed = True
+
+    def _free_roots(self, thread: Thread, row: RowTuple) -> None:
+        index = thread.vcpu if thread.unloads is None else thread.unloads
+        if index is None or (self.machine.destroyed and not row.root):
+            return  # at the VM's end one thread frees the slots of all vCPUs, and once more when they are empty
+        vcpu = self._vcpu(index)
+        mask = row.value & 15
+        if thread.obsolete:
+            invalid = sum(1 << i for i, root in enumerate(vcpu.slots) if root is not None and not root.valid)
+            self._check(row, mask == invalid, f"slots {mask:#x} are emptied as obsolete, the model has {invalid:#x}")
+            thread.obsolete = False
+        current = vcpu.slots[CURRENT]
+        if row.root:
+            name = 0 if current is None else self.machine.name(current)
+            self._check(row, name == row.root, f"root {row.root} is the current one, the model has {name or 'none'}")
+        self._begin(thread, self.machine.free_slots(vcpu, mask))
+
+    def _memslot(self, thread: Thread, row: RowTuple) -> None:
+        machine = self.machine
+        assert row.gfn is not None
+        slot = Memslot(row.as_id, row.slot, row.gfn, row.value, row.addr, row.code)
+        update = machine.slots.begin(row.tid, slot)
+        if not thread.ioctl:
+            machine.slots.end(row.tid, done=True)
+        before = update.before
+        if update.kept and before and before.logged != slot.logged and not slot.read_only:
+            steps = machine.log_on(slot) if slot.logged else machine.log_off(slot)
+            self._begin_perhaps(thread, steps, lambda: not any(root.valid for root in machine.roots))
+
+    def _vcpu(self, index: int) -> Vcpu:
+        return self.machine.vcpus.setdefault(index, Vcpu(index))

@@ -1,0 +1,416 @@
+"""What other guests than the lab's own bring about, row by row: each kind comes out, and each wrong row is found.
+
+Where the kernel's threads race, the rows permit a set of outcomes; a test of each has one that is not in the set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from replay.validate.row_tuples import RowTuple
+from replay.validate.threads import RESPONSES
+from tests.replay.kernel_rows import (
+    CLEAR_LOG,
+    ENABLE_CAP,
+    GET_LOG,
+    HVA,
+    LEAF,
+    MMIO,
+    NESTED_ROLE,
+    NO_SLOT,
+    ROLE,
+    SET_MEMORY,
+    VCPU,
+    VMM,
+    KernelRows,
+)
+
+GFN, PAGES = 0x1000, 0x400
+LOGGED, READ_ONLY = 1, 2
+NEW = "6.12.50"
+
+
+def guest(kernel: str = "6.1.100", pages: int = 4, vcpus: int = 1) -> KernelRows:
+    """A VM of one slot, whose vCPUs have root 1 and the first pages of the slot mapped in it."""
+    made = KernelRows(kernel)
+    made.slot(GFN, PAGES)
+    made.load()
+    for vcpu in range(1, vcpus):
+        made.load(vcpu, refs=2 + vcpu, created=False)
+    for page in range(pages):
+        made.fault(0, GFN + page, 0x500 + page)
+    return made
+
+
+# Scripts: each is what a kernel shows; every response in it is mutated.
+
+
+def a_notifier_before_the_first_root() -> KernelRows:
+    made = KernelRows()
+    made.slot(GFN, PAGES)
+    made.unmap(GFN, PAGES)  # there is no root: nothing to do, and no row
+    made.load()
+    made.fault(0, GFN, 0x500)
+    made.ioctl(GET_LOG)  # only now is the next row of that thread
+    made.done(GET_LOG)
+    made.unmapped(GFN, PAGES, refs=3)
+    return made
+
+
+def a_notifier_that_waited_for_a_fault() -> KernelRows:
+    made = guest()
+    made.unmap(GFN, PAGES)
+    made.fault(0, GFN + 9, 0x600)  # mmu_lock was the fault's first
+    for at in sorted(made.leaves):
+        made.row("kvm_tdp_mmu_spte_changed", level=1, gfn=at, old=made.leaves.pop(at))
+    made.put(3)
+    return made
+
+
+def a_notifier_while_a_slot_is_deleted() -> KernelRows:
+    """The slot is in KVM's lists until the ioctl is nearly done: the notifier may find it or not."""
+    made = guest(pages=0)
+    made.slot(0x8000, 16, slot=1)
+    made.memslot(0x8000, 0, slot=1)
+    made.unmap(0x8000, 16, tid=5)
+    made.put(3, tid=5)
+    made.unmap(0x8000, 16, tid=5)
+    made.row("ioctl", tid=5)
+    made.done(SET_MEMORY)
+    made.unmapped(GFN, PAGES, refs=3)
+    return made
+
+
+def aging() -> KernelRows:
+    made = guest()
+    made.row("kvm_age_hva", addr=HVA + (GFN << 12), value=HVA + (GFN + 3 << 12))
+    for gfn in (GFN, GFN + 2):  # the processor had not set the accessed bit of the one between
+        word = made.leaves[gfn]
+        made.leaves[gfn] = word & ~0x20
+        made.row("kvm_tdp_mmu_spte_changed", level=1, gfn=gfn, old=word, new=word & ~0x20)
+    made.unmapped(GFN, PAGES, refs=3)
+    return made
+
+
+def a_page_that_another_vcpu_mapped_first() -> KernelRows:
+    made = guest(vcpus=2)
+    made.requested(0, GFN + 8, 0x700)
+    made.requested(1, GFN + 8, 0x700)
+    made.leaf(1, GFN + 8, 0x700)
+    made.of(1, "kvm_entry")
+    made.of(0, "kvm_entry")  # lost: it will try again
+    made.unmapped(GFN, PAGES, refs=4)
+    return made
+
+
+def a_page_lost_before_the_winner_shows() -> KernelRows:
+    made = guest(vcpus=2)
+    made.requested(0, GFN + 8, 0x700)
+    made.requested(1, GFN + 8, 0x700)
+    made.of(0, "kvm_entry")
+    made.leaf(1, GFN + 8, 0x700)
+    made.of(1, "kvm_entry")
+    made.unmapped(GFN, PAGES, refs=4)
+    return made
+
+
+def a_table_that_another_vcpu_linked_first() -> KernelRows:
+    made = guest(vcpus=2)
+    other = GFN + 512
+    made.requested(0, other, 0x700)
+    made.requested(1, other + 1, 0x701)
+    won = made.table(1, other, 1)
+    made.link(1, other, 1, won)
+    made.table(0, other, 1)  # made in vain: vCPU 0 had found nothing there
+    made.of(0, "kvm_entry")
+    made.leaf(1, other + 1, 0x701)
+    made.of(1, "kvm_entry")
+    made.fault(0, other, 0x700)
+    made.unmapped(GFN, PAGES, refs=4)
+    return made
+
+
+def a_root_that_another_vcpu_made_during_the_search() -> KernelRows:
+    """From 6.9 on loads share mmu_lock, and search a second time before they make a root."""
+    made = KernelRows(NEW)
+    made.slot(GFN, PAGES)
+    made.load(0, root=2, role=0x1003784)
+    made.of(0, "mmu_free_roots", root=2, value=1)
+    made.put(2, root=2, role=0x1003784, tid=VCPU)
+    made.put(2, root=2, role=0x1003784, tid=VCPU + 1)  # vCPU 1 passes SMM's root: it finds none of its own
+    made.put(2, root=2, role=0x1003784, tid=VCPU)
+    made.load(0)
+    made.load(1, refs=3, created=False)
+    made.fault(0, GFN, 0x500)
+    made.row("kvm_unmap_hva_range", addr=HVA + (GFN << 12), value=HVA + (GFN + 8 << 12))
+    made.row("kvm_tdp_mmu_spte_changed", level=1, gfn=GFN, old=made.leaves.pop(GFN), new=made.absent)
+    made.put(4)
+    made.put(2, root=2, role=0x1003784)
+    return made
+
+
+def mmio_while_a_slot_is_moved_back() -> KernelRows:
+    made = guest()
+    made.memslot(0x8000, 16, slot=1)
+    made.requested(0, 0x8001, NO_SLOT)  # the slot is not there yet
+    made.tables(0, 0x8001)
+    made.of(0, "kvm_tdp_mmu_spte_changed", 0x8001, root=1, level=1, new=MMIO | 0x8001 << 12)
+    made.of(0, "mark_mmio_spte", 0x8001, root=1)
+    made.of(0, "kvm_entry")
+    made.fault(0, 0x8002, 0x900)  # and now it is
+    made.done(SET_MEMORY)
+    made.fault(0, 0x8003, 0x901)
+    made.unmapped(0x8000, 16, refs=3)
+    made.unmapped(GFN, PAGES, refs=3)
+    return made
+
+
+def a_slot_that_could_not_be_set() -> KernelRows:
+    made = guest()
+    made.memslot(0x8000, 16, slot=1)
+    made.done(SET_MEMORY, ret=-17)
+    made.requested(0, 0x8001, NO_SLOT)
+    made.tables(0, 0x8001)
+    made.of(0, "kvm_tdp_mmu_spte_changed", 0x8001, root=1, level=1, new=MMIO | 0x8001 << 12)
+    made.of(0, "mark_mmio_spte", 0x8001, root=1)
+    made.of(0, "kvm_entry")
+    made.unmapped(GFN, PAGES, refs=3)
+    return made
+
+
+def dirty_logging_initially_set() -> KernelRows:
+    """KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 with KVM_DIRTY_LOG_INITIALLY_SET, which is QEMU's way."""
+    made = KernelRows()
+    made.ioctl(ENABLE_CAP)
+    made.done(ENABLE_CAP)
+    made.slot(GFN, PAGES)
+    made.load()
+    made.fault(0, GFN, 0x800, level=2)
+    made.fault(0, GFN + 512, 0x600)
+    made.fault(0, GFN + 513, 0x601)
+    made.slot(GFN, PAGES, LOGGED)  # nothing is protected
+    made.ioctl(GET_LOG)
+    made.done(GET_LOG)
+    made.ioctl(CLEAR_LOG)
+    child, huge = made.table(0, GFN, 1), made.leaves.pop(GFN)
+    made.rows[-1] = made.rows[-1]._replace(tid=VMM, vcpu=None)
+    made.row("kvm_tdp_mmu_spte_changed", level=2, gfn=GFN, old=huge, new=child << 12 | 0x827)
+    made.row("kvm_mmu_split_huge_page", level=2, gfn=GFN, old=huge)
+    made.leaves |= {GFN + page: (0x800 + page) << 12 | LEAF for page in range(512)}
+    made.put(3)
+    for page in range(64):
+        made.protect(GFN + page)
+    made.put(3)
+    for page in (64, 70):  # of these 64 the VMM says two
+        made.protect(GFN + page)
+    made.put(3)
+    made.protect(GFN + 513)
+    made.done(CLEAR_LOG)
+    word = made.leaves[GFN]
+    made.of(0, "kvm_page_fault", root=1, role=ROLE, addr=GFN << 12, code=7)
+    made.leaves[GFN] = word | 2
+    made.of(0, "fast_page_fault", root=1, addr=GFN << 12, code=7, old=word, new=word | 2, ret=4)
+    made.of(0, "kvm_entry", root=1)
+    made.unmapped(GFN, PAGES, refs=3)
+    return made
+
+
+def dirty_logging_of_a_read_only_slot() -> KernelRows:
+    made = KernelRows()
+    made.slot(GFN, PAGES, READ_ONLY)
+    made.load()
+    made.fault(0, GFN, 0x500)
+    made.slot(GFN, PAGES, READ_ONLY | LOGGED)  # nothing can get dirty: nothing is done
+    made.unmapped(GFN, PAGES, refs=3)
+    return made
+
+
+def a_nested_guest_without_nested_paging() -> KernelRows:
+    """Its roots are the TDP MMU's own, with guest_mode in the role word; a vCPU has both in its slots."""
+    made = guest()
+    made.of(0, "kvm_nested_vmenter")
+    made.of(0, "new_pgd", role=NESTED_ROLE)
+    made.of(0, "mmu_free_roots", role=NESTED_ROLE, value=1)
+    made.load(0, root=2, role=NESTED_ROLE)
+    made.fault(0, GFN, 0x500, root=2, role=NESTED_ROLE)
+    made.of(0, "kvm_nested_vmexit")
+    made.of(0, "new_pgd", role=ROLE)  # found among the previous ones
+    made.fault(0, GFN + 8, 0x508)
+    made.of(0, "new_pgd", role=NESTED_ROLE)
+    made.fault(0, GFN + 1, 0x501, root=2, role=NESTED_ROLE)
+    made.of(0, "mmu_unload")
+    made.of(0, "mmu_free_roots", root=2, role=NESTED_ROLE, value=15)
+    made.put(2, tid=VCPU)
+    made.put(2, root=2, role=NESTED_ROLE, tid=VCPU)
+    made.load(0, root=2, role=NESTED_ROLE, created=False)
+    made.unmap(GFN, PAGES)
+    for page in (0, 1):
+        made.row("kvm_tdp_mmu_spte_changed", level=1, gfn=GFN + page, old=(0x500 + page) << 12 | LEAF)
+    made.put(3, root=2, role=NESTED_ROLE)
+    for gfn in sorted(made.leaves):
+        made.row("kvm_tdp_mmu_spte_changed", level=1, gfn=gfn, old=made.leaves[gfn])
+    made.put(2)
+    return made
+
+
+SCRIPTS: tuple[Callable[[], KernelRows], ...] = (
+    a_notifier_before_the_first_root,
+    a_notifier_that_waited_for_a_fault,
+    a_notifier_while_a_slot_is_deleted,
+    aging,
+    a_page_that_another_vcpu_mapped_first,
+    a_page_lost_before_the_winner_shows,
+    a_table_that_another_vcpu_linked_first,
+    a_root_that_another_vcpu_made_during_the_search,
+    mmio_while_a_slot_is_moved_back,
+    a_slot_that_could_not_be_set,
+    dirty_logging_initially_set,
+    dirty_logging_of_a_read_only_slot,
+    a_nested_guest_without_nested_paging,
+)
+# Columns of which any other value is wrong.
+TELLING = {
+    "kvm_mmu_get_page": ("role", "gfn", "level"),
+    "kvm_tdp_mmu_spte_changed": ("gfn", "level", "as_id", "old"),
+    "kvm_mmu_set_spte": ("gfn", "level", "new"),
+    "kvm_mmu_spte_requested": ("gfn",),
+    "kvm_mmu_split_huge_page": ("gfn", "old"),
+    "fast_page_fault": ("old", "new", "ret"),
+    "mark_mmio_spte": ("gfn",),
+    "root_get": ("role", "refs"),
+    "root_put": ("role", "refs"),
+    "mmu_load": ("role",),
+}
+OTHERWISE = {"old": 0x10000, "new": 0x10000}  # another page frame
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_every_response_is_predicted(script: Callable[[], KernelRows]) -> None:
+    made = script()
+    assert made.why() == ""
+    responses = sum(row.kind in RESPONSES for row in made.rows)
+    assert sum(tally.matched for tally in made.check().tallies.values()) >= responses
+
+
+MOST = 16  # rows of a kind that are mutated, spread over the script
+# What is another outcome that the kernel might have come to as well.
+PERMITTED = {
+    a_notifier_while_a_slot_is_deleted: {"without root_put"},  # the slot was gone by then
+    aging: {"without kvm_tdp_mmu_spte_changed"},  # the processor had not set the bit
+    a_page_that_another_vcpu_mapped_first: {"without kvm_mmu_spte_requested"},  # the loser's: tried again before that
+    a_page_lost_before_the_winner_shows: {"without kvm_mmu_spte_requested"},
+    a_root_that_another_vcpu_made_during_the_search: {"without root_put"},  # the search began when it was there
+    dirty_logging_initially_set: {"twice root_put"},  # 64 pages more, none of which was writable
+}
+
+
+def mutations(made: KernelRows) -> Iterator[tuple[str, RowTuple, list[RowTuple]]]:
+    """Each response left out, shown twice, and with each telling column otherwise."""
+    places: dict[str, list[int]] = {}
+    for at, row in enumerate(made.rows):
+        if row.kind in RESPONSES:
+            places.setdefault(row.kind, []).append(at)
+    for kind, all_of_it in places.items():
+        for at in all_of_it[:: -(-len(all_of_it) // MOST)]:
+            row, before, after = made.rows[at], made.rows[:at], made.rows[at + 1 :]
+            yield f"without {kind}", row, before + after
+            yield f"twice {kind}", row, [*before, row, row, *after]
+            for column in TELLING[kind]:
+                value = (getattr(row, column) or 0) ^ OTHERWISE.get(column, 1)
+                yield f"{column} of {kind}", row, [*before, row._replace(**{column: value}), *after]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_every_mutation_is_found(script: Callable[[], KernelRows]) -> None:
+    made = script()
+    unfound = {what: row for what, row, rows in mutations(made) if not made.why(rows)}
+    assert set(unfound) == PERMITTED.get(script, set()), unfound
+
+
+# What is in none of the sets.
+
+
+def test_a_fault_that_nobody_beat_maps_its_page() -> None:
+    made = guest(vcpus=2)
+    made.requested(0, GFN + 8, 0x700)
+    made.of(0, "kvm_entry")
+    made.unmapped(GFN, PAGES, refs=4)
+    assert made.why().startswith("kvm_tdp_mmu_spte_changed root=1 level=1 as_id=0 gfn=4104 old=nothing")
+
+
+def test_of_two_faults_on_one_page_one_wins() -> None:
+    made = guest(vcpus=2)
+    made.requested(0, GFN + 8, 0x700)
+    made.requested(1, GFN + 8, 0x700)
+    made.of(0, "kvm_entry")
+    made.of(1, "kvm_entry")
+    made.unmapped(GFN, PAGES, refs=4)
+    assert "kvm_entry recorded" in made.why()
+
+
+def test_a_winner_that_was_done_before_excuses_nobody() -> None:
+    made = guest(vcpus=2)
+    made.fault(1, GFN + 8, 0x700)
+    made.unmapped(GFN, PAGES, refs=4)
+    made.requested(0, GFN + 8, 0x700)
+    made.of(0, "kvm_entry")
+    assert "kvm_entry recorded" in made.why()
+
+
+def test_a_notifier_that_must_find_something_shows_it() -> None:
+    made = guest()
+    made.unmap(GFN, PAGES)
+    made.ioctl(GET_LOG)
+    assert made.why().endswith("expected, ioctl recorded")
+
+
+def test_a_notifier_finds_what_was_there_all_the_time() -> None:
+    """A root that comes and goes meanwhile does not excuse one that stays."""
+    made = guest(pages=1)
+    made.unmap(GFN, PAGES)
+    made.load(0, root=2, role=NESTED_ROLE)
+    made.ioctl(GET_LOG)
+    assert made.why() != ""
+
+
+def test_mmio_needs_a_gap_between_slots() -> None:
+    made = guest()
+    made.requested(0, GFN + 8, NO_SLOT)
+    assert made.why() == "value a page frame expected, 0x8000000000000000 recorded"
+    made = guest()
+    made.memslot(0x8000, 16, slot=1)
+    made.done(SET_MEMORY)  # from now on it is there
+    made.requested(0, 0x8001, NO_SLOT)
+    assert made.why() == "value a page frame expected, 0x8000000000000000 recorded"
+
+
+def test_dirty_logging_protects_unless_the_vmm_asked_otherwise() -> None:
+    made = guest()
+    made.slot(GFN, PAGES, LOGGED)
+    assert "root_put" in made.why()
+    made = guest()
+    made.ioctl(ENABLE_CAP)
+    made.done(ENABLE_CAP)
+    made.slot(GFN, PAGES, LOGGED)
+    assert made.why() == ""
+    made.memslot(GFN, PAGES)
+    made.put(3)
+    made.done(SET_MEMORY)
+    made.memslot(GFN, PAGES, LOGGED)
+    made.put(3)  # what it asked for holds for the VM's life
+    made.done(SET_MEMORY)
+    assert made.why() == "root_put recorded, nothing expected of this thread"
+
+
+def test_a_leaf_outside_of_the_log_is_not_protected_by_it() -> None:
+    made = guest()
+    made.ioctl(ENABLE_CAP)
+    made.done(ENABLE_CAP)
+    made.slot(0x8000, 64, slot=1)
+    made.slot(0x8000, 64, LOGGED, slot=1)
+    made.ioctl(CLEAR_LOG)
+    made.put(3)
+    made.protect(GFN)
+    assert made.why() == "kvm_tdp_mmu_spte_changed recorded, nothing more expected of this thread"
