@@ -15,6 +15,7 @@ import typer
 
 from analysis.cli import app as analysis
 from replay.cli import app as replay
+from tracer.cli import app as probes
 from tracer.lab.cli import app as lab
 from traces import ending
 from traces.documents import Force, Json, print_json
@@ -30,6 +31,7 @@ app = typer.Typer(
 app.add_typer(replay)
 app.add_typer(analysis)
 app.add_typer(lab, name="lab")
+app.add_typer(probes, name="probes")
 
 
 def _version(wanted: bool) -> None:

@@ -6,6 +6,7 @@ the disk, where a callback that keeps its record pays for that on top.
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 
 from benchmarks.recorders import CPUS, KINDS, RING_BYTES
 from tracer.bpf import Probes
-from tracer.program import ring_names
+from tracer.compiled import import_bcc
 from tracer.recorder import IDLE_SECONDS
 from tracer.ring import Rings, ring_count
 from tracer.writer import prefer_this_thread
@@ -56,14 +57,17 @@ def callback(probes: Probes) -> Callable[[], int]:
         read += 1
         return 0
 
-    # The recorder has no use for bcc's callbacks, so Probes does not offer its bcc object: reached for here.
-    bpf = probes._bpf
-    for name in ring_names(len(probes.ring_fds)):
-        bpf[name].open_ring_buffer(on_event)
+    library = import_bcc().lib
+    called = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int)(on_event)
+    first, *others = probes.ring_fds
+    manager = library.bpf_new_ringbuf(first, called, None)
+    for fd in others:
+        library.bpf_add_ringbuf(manager, fd, called, None)
 
     def drain() -> int:
         before = read
-        bpf.ring_buffer_consume()
+        library.bpf_consume_ringbuf(manager)
+        assert called  # C calls it: it must live as long as this function
         return read - before
 
     return drain

@@ -10,7 +10,6 @@ run of each program (kernel.bpf_stats_enabled), whoever was switched. Needs root
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import statistics
@@ -23,12 +22,12 @@ from typing import Any
 
 from tracer import vmm
 from tracer.bpf import Probes
-from tracer.btf import libbpf
+from tracer.libbpf import program_info
 from traces.errors import Problem
 
 PROGRAMS = ("sched_switched", "sched_woken")
 BPF_STATS = Path("/proc/sys/kernel/bpf_stats_enabled")
-_INFO_SIZE, _RUN_NS, _RUNS = 224, 192, 200  # struct bpf_prog_info: run_time_ns, run_cnt
+_RUN_NS, _RUNS = 192, 200  # struct bpf_prog_info: run_time_ns, run_cnt
 
 
 def ping_pong(switches: int, cpu: int) -> float:
@@ -59,11 +58,9 @@ def kernel_counted(probes: Probes) -> dict[str, tuple[int, int]]:
     """{program: (ns, runs)} as the kernel has it."""
     found = {}
     for name in PROGRAMS:
-        info, size = ctypes.create_string_buffer(_INFO_SIZE), ctypes.c_uint32(_INFO_SIZE)
-        function = probes.function(name)
-        if libbpf().bpf_obj_get_info_by_fd(function, info, ctypes.byref(size)):
+        if not (info := program_info(probes.function(name))):
             raise Problem(f"the kernel does not tell about {name}")
-        ns, runs = (int.from_bytes(info.raw[at:][:8], sys.byteorder) for at in (_RUN_NS, _RUNS))
+        ns, runs = (int.from_bytes(info[at:][:8], sys.byteorder) for at in (_RUN_NS, _RUNS))
         found[name] = (ns, runs)
     return found
 

@@ -54,6 +54,8 @@ _HONEST = {
     NO_VARIANT: _variant_missing,
 }
 
+os.environ["KVMTRACE_PROBES"] = str(Path(tempfile.gettempdir()) / "kvmtrace-test-probes")  # not in this system's cache
+
 _CLONE_NEWNS = 0x20000
 _LOCK = Path(tempfile.gettempdir()) / "kvmtrace-tests.lock"
 

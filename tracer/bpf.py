@@ -1,327 +1,169 @@
-"""bcc, kept in one place: importing it, choosing each probe's point for this kernel, loading, attaching, detaching."""
+"""The loaded probes: attached, read and detached."""
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from tracer import snapshot, tracefs
-from tracer.btf import Btf, kernel_btf, libbpf
-from tracer.headers import headers
-from tracer.host import kernel_symbols, kernel_version
-from tracer.offsets import Layout, kernel_layout
-from tracer.probes import HOOKS, IOCTL_KINDS, PROBES, SCHED_KINDS, SCHED_PREV_STATE, Hook, Point, Probe
-from tracer.program import KIND_SLOTS, Chosen, program, ring_names
+from tracer import kept, libbpf, snapshot, tracefs
+from tracer.attachments import IOCTL_PROGRAMS, SCHED_PROGRAMS, choices, kernel_bases, plan, this_layout
+from tracer.btf import kernel_btf
+from tracer.libbpf import BpfMap
+from tracer.program import COUNTERS, SETTINGS, THREAD, Chosen
+from tracer.ring import MAX_RINGS
 from traces.errors import ENVIRONMENT, Problem
-from traces.schema import BY_CODE
+from traces.schema import BY_CODE, BY_NAME
 
-DIST_PACKAGES = "/usr/lib/python3/dist-packages"
-INSTALL_BCC = "apt-get install python3-bpfcc"
-_SYSCALLS = (("syscalls:sys_enter_ioctl", "ioctl_enter"), ("syscalls:sys_exit_ioctl", "ioctl_leave"))
-_SCHED = (("sched_switch", "sched_switched"), ("sched_wakeup", "sched_woken"))
-_COUNTERS = np.dtype([("emitted", "u8", KIND_SLOTS), ("lost", "u8", KIND_SLOTS), ("gap_count", "u8"),
-                      ("gap_kinds", "u8"), ("gap_since", "u8")])  # fmt: skip
-# struct bpf_prog_info of the bpf(2) interface: recursion_misses, which older kernels leave zero
-_PROG_INFO_SIZE, _RECURSION_MISSES = 224, 208
-
-
-def import_bcc() -> Any:
-    """The distribution's bcc module. It lives outside a virtual environment, so its directory goes LAST on sys.path."""
-    if os.environ.get("KVMTRACE_WITHOUT_BCC"):  # how `doctor` is tested for a machine without it
-        raise Problem(f"bcc is not installed: {INSTALL_BCC}", ENVIRONMENT)
-    if DIST_PACKAGES not in sys.path:
-        sys.path.append(DIST_PACKAGES)
-    try:
-        import bcc
-    except ImportError as error:
-        raise Problem(f"bcc is not usable ({error}): {INSTALL_BCC}", ENVIRONMENT) from None
-    if not hasattr(bcc, "BPF"):
-        raise Problem(f"the `bcc` of PyPI is not iovisor's bcc: pip uninstall bcc, then {INSTALL_BCC}", ENVIRONMENT)
-    return bcc
-
-
-@dataclass(frozen=True)
-class Attachment:
-    """What became of one probe: `how` is the attachment, or "none" with the reason in `why`; a hook has no kind."""
-
-    kind: str
-    point: str
-    how: str
-    why: str = ""
-
-    def metadata(self) -> dict[str, str]:
-        return {"kind": self.kind, "point": self.point, "how": self.how, "why": self.why}
-
-
-@dataclass
-class ProbePlan:
-    """Which probes this kernel allows, and how; made without root as far as that goes."""
-
-    chosen: list[Chosen] = field(default_factory=list)
-    attachments: list[Attachment] = field(default_factory=list)
-    hooks: list[Attachment] = field(default_factory=list)
-    prev_state: str = ""  # how a sched_switch tells the state of the task that leaves, where it is recorded
-
-
-def kprobes_available() -> bool:
-    return Path("/sys/bus/event_source/devices/kprobe/type").exists()
-
-
-def kvm_built_in() -> bool:
-    return not Path("/proc/modules").exists() or "kvm " not in Path("/proc/modules").read_text()
-
-
-def fentry_refused(bcc: Any) -> str:
-    """Why bcc cannot use fentry on KVM's functions here, or "" where it can."""
-    if not kvm_built_in():
-        return f"bcc {bcc.__version__} finds fentry targets in vmlinux only, and kvm is a module"
-    try:
-        with quiet() as said, headers():
-            bcc.BPF(text="KFUNC_PROBE(kvm_mmu_load) { return 0; }", cflags=["-w"]).cleanup()
-    except Exception:
-        reason = _last_line(said).rpartition(": ")[2]
-        return "fentry refused by this kernel" + (f" ({reason})" if reason else "")
-    return ""
-
-
-def _choose(
-    probe: Probe | Hook, btf: Btf, root: Path | None, layout: Layout, fentry: str, kprobe: bool
-) -> Chosen | str:
-    """The first of the probe's points that holds on this kernel, or why none does."""
-    version, symbols, why = kernel_version(), kernel_symbols(), []
-    for point in probe.points:
-        if not point.since <= version < point.until:
-            continue
-        if point.how in ("tp", "raw"):
-            fields = tracefs.tracepoint(root, point.where) if root else None
-            if fields is None:
-                why.append(f"no tracepoint {point.where}" if root else f"tracefs not readable: {tracefs.MOUNT_COMMAND}")
-            elif point.how == "raw" and not _raw_matches(point, btf, layout):
-                why.append(f"raw arguments of {point.where} unknown here")
-            else:
-                return Chosen(probe, point, point.how, fields)
-            continue
-        if "NOTIFIED" in point.before and "KVM_NOTIFIER" not in layout.offsets:
-            why.append("the place of a VM's struct mmu_notifier is not known")
-        elif fentry and not kprobe:
-            why.append(f"{fentry}; no kprobes (CONFIG_KPROBES off)")
-        elif point.where not in symbols:
-            why.append(f"no function {point.where}")
-        elif (signature := btf.signature(point.where)) and signature[: len(point.signature)] != point.signature:
-            why.append(f"{point.where} has other arguments: {', '.join(signature)}")
-        elif not fentry:
-            return Chosen(probe, point, "fentry" if point.how == "entry" else "fexit", {})
-        else:
-            return Chosen(probe, point, "kprobe" if point.how == "entry" else "kretprobe", {})
-    return "; ".join(dict.fromkeys(why)) or f"not in kernel {version[0]}.{version[1]}"
-
-
-def _raw_matches(point: Point, btf: Btf, layout: Layout) -> bool:
-    """Whether the raw arguments are the ones the table means. Without module BTF only leading pointers are trusted."""
-    # Members that the probe would read: without them it would store 0, where the tracepoint has the value (7.3).
-    for macro, member in (("SP_", "SP_ROLE"), ("KVM_USED", "KVM_USED_PAGES")):
-        if member not in layout.offsets and any(macro in text for text in point.fill.values()):
-            return False
-    signature = btf.signature("__traceiter_" + point.where.split(":")[1])
-    if signature is None:
-        return len(point.signature) == 1
-    return signature[1 : 1 + len(point.signature)] == point.signature
-
-
-def kernel_bases() -> dict[str, int]:
-    """Addresses of the variables holding the direct map's and the page array's start; empty where symbols hide them."""
-    symbols = kernel_symbols()
-    wanted = {"PAGE_OFFSET_BASE": "page_offset_base", "VMEMMAP_BASE": "vmemmap_base"}
-    return {macro: symbols[name] for macro, name in wanted.items() if symbols.get(name)}
-
-
-def this_layout() -> Layout:
-    return kernel_layout(kernel_btf(), kernel_version(), kernel_bases())
-
-
-def plan(kinds: frozenset[str], bcc: Any) -> ProbePlan:
-    """How each of `kinds` can be observed here."""
-    btf, layout, root = kernel_btf(), this_layout(), tracefs.tracefs()
-    fentry, kprobe = fentry_refused(bcc), kprobes_available()
-    made = ProbePlan()
-    for probe in PROBES:
-        if probe.kind not in kinds:
-            continue
-        choice = _choose(probe, btf, root, layout, fentry, kprobe)
-        if isinstance(choice, str):
-            made.attachments.append(Attachment(probe.kind, probe.points[0].where, "none", choice))
-        else:
-            made.chosen.append(choice)
-            skipped = probe.points[: probe.points.index(choice.point)]
-            why = f"instead of {skipped[0].how} {skipped[0].where}" if skipped else ""
-            made.attachments.append(Attachment(probe.kind, choice.point.where, choice.how, why))
-    taken = {(chosen.how, chosen.point.where) for chosen in made.chosen}
-    for hook in HOOKS:
-        if kinds.isdisjoint(hook.serves):
-            continue
-        choice = _choose(hook, btf, root, layout, fentry, kprobe)
-        if isinstance(choice, str):
-            made.hooks.append(Attachment("", hook.points[0].where, "none", choice))
-        elif (choice.how, choice.point.where) not in taken:  # else the probe there does the same
-            made.chosen.append(choice)
-            made.hooks.append(Attachment("", choice.point.where, choice.how))
-    for kind in SCHED_KINDS:
-        if kind in kinds:
-            signature = btf.signature("__traceiter_sched_switch") or ()
-            made.prev_state = SCHED_PREV_STATE.get(signature[1:], "")
-            where = ", ".join(f"sched:{name}" for name, _ in _SCHED)
-            why = "" if made.prev_state else "raw arguments of sched:sched_switch unknown here"
-            made.attachments.append(Attachment(kind, where, "none" if why else "raw", why))
-    for kind in IOCTL_KINDS:
-        if kind in kinds:
-            made.attachments.append(
-                Attachment(kind, "syscalls:sys_enter_ioctl, sys_exit_ioctl", "tp" if root else "none")
-            )
-    return made
+_RECURSION_MISSES = 208  # offset in struct bpf_prog_info; zero on kernels that do not count them
+_PROGRAM_TYPES = {
+    "tp": libbpf.TRACEPOINT, "raw": libbpf.RAW_TRACEPOINT, "kprobe": libbpf.KPROBE, "kretprobe": libbpf.KPROBE,
+    "fentry": libbpf.TRACING, "fexit": libbpf.TRACING,
+}  # fmt: skip
+_ATTACH_TYPES = {"fentry": libbpf.FENTRY, "fexit": libbpf.FEXIT}
+_KEYS = {"born": "u8", "wanted": "u8"}
+_VALUES = {"threads": THREAD, "counters": COUNTERS, "settings": SETTINGS, "wanted": "u1", "born": "u8"}
 
 
 class Probes:
     """The loaded program: `attach`, then `detach`; the maps that ring.py and the recorder read in between."""
 
     def __init__(self, kinds: frozenset[str], rings: int, ring_bytes: int, filter_tgid: int | None = None) -> None:
-        """Compile and load for this kernel. Raises Problem where bcc, headers, privileges or tracefs are lacking."""
-        self._bcc = import_bcc()
+        """Load for this kernel what is kept for it, or compile. `filter_tgid` is the only process to record.
+
+        Raises Problem where bcc, headers, privileges or tracefs are lacking.
+        """
         if tracefs.tracefs() is None:
             raise Problem(f"tracefs is not mounted or not readable: {tracefs.MOUNT_COMMAND}", ENVIRONMENT)
         self.layout = this_layout()
         if unknown := self.layout.unknown():
             raise Problem(unknown, ENVIRONMENT)
-        self.plan = plan(kinds, self._bcc)
-        btf = kernel_btf()
-        arguments = {c.point.where: len(btf.signature(c.point.where) or ()) for c in self.plan.chosen}
-        text = program(
-            self.plan.chosen, self.layout, kinds, rings, ring_bytes, filter_tgid, arguments, self.plan.prev_state
-        )
-        self._bpf = self._load(text)
-        self.ring_fds = [int(self._bpf[name].map_fd) for name in ring_names(rings)]
-        for i, fd in enumerate(self.ring_fds):
-            self._bpf["rings"][ctypes.c_int(i)] = ctypes.c_int(fd)
-        self._missed_before: dict[str, int] = {}
-        self._iterator = self._function(snapshot.FUNCTION, self._bcc.BPF.TRACING)
-
-    def _load(self, text: str) -> Any:
-        said: list[str] = []
+        available = choices()
+        self.plan = plan(kinds, available)
+        self._compiled = kept.get(available.text(kernel_btf(), self.layout))
+        self._functions: dict[str, int] = {}
+        self._links: list[int] = []
+        self._maps: dict[str, BpfMap] = {}
+        self._rings: list[BpfMap] = []
         try:
-            with quiet() as said, headers():
-                return self._bcc.BPF(text=text, cflags=["-w"])
-        except Problem:
-            raise
-        except Exception as error:
-            raise Problem(f"bcc could not load the probes: {_last_line(said) or error}", ENVIRONMENT) from None
+            self._make_maps(rings, ring_bytes)
+            bases = kernel_bases()
+            settings = np.zeros(1, SETTINGS)
+            settings["kinds"] = sum(1 << BY_NAME[kind].code for kind in kinds)
+            settings["filter_tgid"] = filter_tgid or 0
+            settings["page_offset_at"] = bases.get("PAGE_OFFSET_BASE", 0)
+            settings["vmemmap_at"] = bases.get("VMEMMAP_BASE", 0)
+            self._maps["settings"].update(0, settings)
+            self._missed_before: dict[str, int] = {}
+            iterated = kernel_btf().function_id(snapshot.TARGET)
+            self._iterator = self._load(snapshot.FUNCTION, libbpf.TRACING, libbpf.ITERATOR, iterated)
+        except OSError as error:
+            self.close()
+            raise _not_allowed(error) from None
 
-    def _function(self, name: str, kind: int) -> Any:
-        said: list[str] = []
-        try:
-            with quiet() as said:
-                return self._bpf.load_func(name, kind)
-        except Exception as error:
-            if ctypes.get_errno() == errno.EPERM or "privileges" in str(error):
-                raise Problem(
-                    "BPF programs may not be loaded: run as root (CAP_BPF and CAP_PERFMON)", ENVIRONMENT
-                ) from None
-            raise Problem(f"the kernel refused {name}: {_last_line(said) or error}", ENVIRONMENT) from None
+    def _make_maps(self, rings: int, ring_bytes: int) -> None:
+        ring = self._compiled.maps["ring"]
+        for name, shape in self._compiled.maps.items():
+            inner = self._maps["ring"].fd if shape[0] == libbpf.ARRAY_OF_MAPS else 0
+            self._maps[name] = BpfMap(name, shape, _KEYS.get(name, "u4"), _VALUES.get(name, "u4"), inner)
+        for _ in range(rings):
+            self._rings.append(BpfMap("ring", (*ring[:3], ring_bytes, ring[4])))
+        for i in range(MAX_RINGS):
+            self._maps["rings"].update(i, np.array([self._rings[i % rings].fd], "u4"))
+
+    @property
+    def ring_fds(self) -> list[int]:
+        """The rings' descriptors, for ring.py."""
+        return [ring.fd for ring in self._rings]
+
+    def _load(self, name: str, type_: int, attach_type: int = 0, btf_id: int = 0) -> int:
+        """A program's descriptor, loaded if it is not yet. Raises OSError."""
+        if name not in self._functions:
+            code = self._compiled.with_maps(name, {each: made.fd for each, made in self._maps.items()})
+            self._functions[name] = libbpf.load(name, type_, code, attach_type, btf_id)
+        return self._functions[name]
 
     def attach(self) -> None:
         """Attach everything; a probe that the kernel refuses is recorded as absent, with the reason."""
-        bpf = self._bpf
-        if any(attachment.kind in IOCTL_KINDS for attachment in self.plan.attachments):
-            for where, function in _SYSCALLS:
-                bpf.attach_tracepoint(tp=where, fn_name=function)
-        if self.plan.prev_state:
-            for where, function in _SCHED:
-                bpf.attach_raw_tracepoint(tp=where, fn_name=function)
+        try:
+            if self.plan.ioctls:
+                for where, function in IOCTL_PROGRAMS:
+                    self._links.append(self._attach_tracepoint(function, where))
+            if self.plan.scheduler:
+                for where, function in SCHED_PROGRAMS:
+                    self._links.append(libbpf.attach_traced(self._load(function, libbpf.RAW_TRACEPOINT), where))
+        except OSError as error:
+            raise _not_allowed(error) from None
         for chosen in self.plan.chosen:
-            name = chosen.function
             try:
-                with quiet() as said:
-                    if chosen.how == "tp":
-                        bpf.attach_tracepoint(tp=chosen.point.where, fn_name=name)
-                    elif chosen.how == "raw":
-                        bpf.attach_raw_tracepoint(tp=chosen.point.where.split(":")[1], fn_name=name)
-                    elif chosen.how == "kprobe":
-                        bpf.attach_kprobe(event=chosen.point.where, fn_name=name)
-                    elif chosen.how == "kretprobe":
-                        bpf.attach_kretprobe(event=chosen.point.where, fn_name=name)
-                    # fentry and fexit were attached as bcc loaded them, by their names
-            except Exception as error:
-                self._refused(chosen, _last_line(said) or str(error))
+                self._links.append(self._attach(chosen))
+            except OSError as error:
+                self.plan.refused(chosen, error.strerror or str(error))
 
-    def _refused(self, chosen: Chosen, why: str) -> None:
-        hook = isinstance(chosen.probe, Hook)
-        kind = "" if isinstance(chosen.probe, Hook) else chosen.probe.kind
-        attachments = self.plan.hooks if hook else self.plan.attachments
-        for i, attachment in enumerate(attachments):
-            if attachment == Attachment(kind, chosen.point.where, chosen.how, attachment.why):
-                attachments[i] = Attachment(kind, attachment.point, "none", why)
+    def _attach(self, chosen: Chosen) -> int:
+        name, how, where = chosen.function, chosen.how, chosen.point.where
+        if how == "tp":
+            return self._attach_tracepoint(name, where)
+        target = kernel_btf().function_id(where) if how in _ATTACH_TYPES else 0
+        program = self._load(name, _PROGRAM_TYPES[how], _ATTACH_TYPES.get(how, 0), target)
+        if how == "raw":
+            return libbpf.attach_traced(program, where.split(":")[1])
+        if how in _ATTACH_TYPES:
+            return libbpf.attach_traced(program)
+        return libbpf.attach_kprobe(program, where, returns=how == "kretprobe")
+
+    def _attach_tracepoint(self, name: str, where: str) -> int:
+        return libbpf.attach_tracepoint(self._load(name, libbpf.TRACEPOINT), tracefs.event_id(where))
 
     def detach(self) -> None:
         """Detach every probe; the maps stay readable."""
-        bpf = self._bpf
-        with quiet():
-            for table, remove in (
-                (bpf.tracepoint_fds, bpf.detach_tracepoint),
-                (bpf.raw_tracepoint_fds, bpf.detach_raw_tracepoint),
-            ):
-                for name in list(table):
-                    remove(name)
-            for name in list(bpf.kprobe_fds):
-                bpf.detach_kprobe_event(name)
-            for name in list(bpf.kfunc_entry_fds):
-                bpf.detach_kfunc(fn_name=name)
-            for name in list(bpf.kfunc_exit_fds):
-                bpf.detach_kretfunc(fn_name=name)
+        while self._links:
+            os.close(self._links.pop())
 
     def close(self) -> None:
-        self._bpf.cleanup()
+        self.detach()
+        for fd in self._functions.values():
+            os.close(fd)
+        for made in (*self._maps.values(), *self._rings):
+            made.close()
+        self._functions, self._maps, self._rings = {}, {}, []
 
     def function(self, name: str) -> int:
         """Descriptor of one of the loaded programs."""
-        return int(self._bpf.funcs[name.encode()].fd)
+        return self._functions[name]
 
     def reset(self) -> None:
         """Forget counts and threads of an earlier recording; nothing may be attached."""
         self._missed_before = self._misses()
-        counters = self._bpf["counters"]
-        counters[counters.Key(0)] = counters.Leaf()
+        self._maps["counters"].update(0, np.zeros(libbpf.possible_cpus(), COUNTERS))
         for name in ("threads", "wanted", "born"):
-            self._bpf[name].clear()
+            self._maps[name].clear()
 
     def snapshot(self) -> dict[str, Any]:
         """VMs alive now, and the probes' thread table primed with their vCPUs; see snapshot.py."""
-        settings = self._bpf["settings"]
+        settings = self._maps["settings"]
 
         def ask(first_fd: int, vm: int, part: int) -> None:
-            values = settings[0]
-            values.first_fd, values.look_at, values.part = first_fd, vm, part
-            settings[0] = values
+            values = settings.lookup()
+            values["first_fd"], values["look_at"], values["part"] = first_fd, vm, part
+            settings.update(0, values)
 
         try:
-            return snapshot.take(self._bcc.lib, self._iterator.fd, ask)
+            return snapshot.take(self._iterator, ask)
         finally:
             ask(0, 0, 0)
 
     def born(self) -> set[int]:
         """Pointers of the VMs whose creation the probes saw."""
-        return {int(kvm.value) for kvm in self._bpf["born"]}
+        return {int(kvm) for kvm in self._maps["born"].items()[0]}
 
     def pid_namespace_level(self) -> int:
         """How many pid namespaces this process is below the initial one; known after the first snapshot."""
-        return int(self._bpf["settings"][0].pid_ns_level)
+        return int(self._maps["settings"].lookup()["pid_ns_level"][0])
 
     def missed(self) -> dict[str, int]:
         """{probe: runs that the kernel skipped} because another BPF program was running on that CPU (from 5.12 on)."""
@@ -329,26 +171,27 @@ class Probes:
         return {name: more for name, misses in self._misses().items() if (more := misses - before.get(name, 0))}
 
     def _misses(self) -> dict[str, int]:
-        found = {}
-        for name, function in self._bpf.funcs.items():
-            info, size = ctypes.create_string_buffer(_PROG_INFO_SIZE), ctypes.c_uint32(_PROG_INFO_SIZE)
-            if libbpf().bpf_obj_get_info_by_fd(function.fd, info, ctypes.byref(size)) == 0:
-                found[name.decode()] = int.from_bytes(info.raw[_RECURSION_MISSES:][:8], sys.byteorder)
-        return found
+        infos = {name: libbpf.program_info(fd) for name, fd in self._functions.items()}
+        return {
+            name: int.from_bytes(info[_RECURSION_MISSES:][:8], sys.byteorder) for name, info in infos.items() if info
+        }
 
     def counters(self) -> np.ndarray[Any, Any]:
         """Counters of each possible CPU: emitted and lost by kind code, and the gap still open."""
-        table = self._bpf["counters"]
-        key, leaf = ctypes.c_int(0), table.Leaf()
-        self._bcc.lib.bpf_lookup_elem(table.map_fd, ctypes.byref(key), ctypes.byref(leaf))
-        return np.frombuffer(bytes(leaf), dtype=_COUNTERS).copy()
+        return self._maps["counters"].lookup(0, libbpf.possible_cpus())
 
     def threads(self) -> dict[int, dict[str, Any]]:
         """Threads the probes met: {tid: {tgid, comm}}."""
         return {
-            int(t.tid): {"tgid": int(t.tgid), "comm": bytes(t.comm).split(b"\0")[0].decode(errors="replace")}
-            for _, t in self._bpf["threads"].items()
+            int(t["tid"]): {"tgid": int(t["tgid"]), "comm": bytes(t["comm"]).split(b"\0")[0].decode(errors="replace")}
+            for t in self._maps["threads"].items()[1]
         }
+
+
+def _not_allowed(error: OSError) -> Problem:
+    if error.errno in (errno.EPERM, errno.EACCES):
+        return Problem("BPF programs may not be loaded: run as root (CAP_BPF and CAP_PERFMON)", ENVIRONMENT)
+    return Problem(f"the kernel refused the probes: {error.strerror or error}", ENVIRONMENT)
 
 
 def loss_table(
@@ -368,28 +211,3 @@ def loss_table(
             for column in ("emitted", "lost")
         }
     return table
-
-
-@contextmanager
-def quiet() -> Iterator[list[str]]:
-    """Catch what bcc's and clang's C code writes to standard error; the lines are in the list afterwards."""
-    lines: list[str] = []
-    sys.stderr.flush()
-    saved = os.dup(2)
-    with tempfile.TemporaryFile() as sink:
-        os.dup2(sink.fileno(), 2)
-        try:
-            yield lines
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
-            sink.seek(0)
-            lines.extend(sink.read().decode(errors="replace").splitlines())
-            if os.environ.get("KVMTRACE_DEBUG"):
-                sys.stderr.write("\n".join(lines) + "\n")
-
-
-def _last_line(lines: list[str]) -> str:
-    said = [line.strip() for line in lines if line.strip()]
-    errors = [line for line in said if "error:" in line or "not permitted" in line or "Failed" in line]
-    return (errors or said or [""])[0]

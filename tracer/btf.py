@@ -1,39 +1,24 @@
 """Struct offsets, bitfields and prototypes of the running kernel, from its BTF through libbpf.
 
-libbpf is already there wherever bcc is (libbpfcc links it), so BTF costs no dependency of its own. Debian's kvm is a
-module with split BTF (`/sys/kernel/btf/kvm`, from 5.11); a kernel with KVM built in has everything in vmlinux.
+Debian's kvm is a module with split BTF (`/sys/kernel/btf/kvm`, from 5.11); a kernel with KVM built in has everything in
+vmlinux.
 """
 
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
+import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from tracer.libbpf import BtfType, libbpf
 from traces.errors import ENVIRONMENT, Problem
 
 BTF_DIRECTORY = Path("/sys/kernel/btf")
 
 _PTR, _STRUCT, _UNION, _TYPEDEF, _VOLATILE, _CONST, _RESTRICT, _FUNC, _FUNC_PROTO = 2, 4, 5, 8, 9, 10, 11, 12, 13
 _MODIFIERS = (_TYPEDEF, _VOLATILE, _CONST, _RESTRICT)
-
-
-class _Type(ctypes.Structure):
-    _fields_ = (("name_off", ctypes.c_uint32), ("info", ctypes.c_uint32), ("size_or_type", ctypes.c_uint32))
-
-    @property
-    def kind(self) -> int:
-        return (int(self.info) >> 24) & 0x1F
-
-    @property
-    def count(self) -> int:
-        return int(self.info) & 0xFFFF
-
-    @property
-    def bitfields(self) -> bool:
-        return bool(self.info >> 31)
 
 
 @dataclass(frozen=True)
@@ -44,29 +29,6 @@ class Member:
     type_id: int
     shift: int = 0
     width: int = 0
-
-
-@lru_cache(maxsize=1)
-def libbpf() -> ctypes.CDLL:
-    """The distribution's libbpf, its prototypes set. Raises Problem where it is not there."""
-    name = ctypes.util.find_library("bpf") or "libbpf.so.1"
-    try:
-        library = ctypes.CDLL(name, use_errno=True)
-    except OSError:
-        raise Problem(
-            "libbpf not found, cannot read the kernel's BTF: apt-get install python3-bpfcc", ENVIRONMENT
-        ) from None
-    library.btf__parse_split.restype = ctypes.c_void_p
-    library.btf__parse_split.argtypes = (ctypes.c_char_p, ctypes.c_void_p)
-    library.btf__type_by_id.restype = ctypes.POINTER(_Type)
-    library.btf__type_by_id.argtypes = (ctypes.c_void_p, ctypes.c_uint32)
-    library.btf__name_by_offset.restype = ctypes.c_char_p
-    library.btf__name_by_offset.argtypes = (ctypes.c_void_p, ctypes.c_uint32)
-    library.btf__find_by_name_kind.restype = ctypes.c_int
-    library.btf__find_by_name_kind.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint32)
-    library.libbpf_get_error.restype = ctypes.c_long
-    library.libbpf_get_error.argtypes = (ctypes.c_void_p,)
-    return library
 
 
 class Btf:
@@ -92,8 +54,8 @@ class Btf:
             raise Problem(f"cannot read BTF from {path}: damaged, or not readable by this user", ENVIRONMENT)
         return int(handle)
 
-    def _type(self, type_id: int) -> _Type:
-        entry: _Type = self._lib.btf__type_by_id(self._handle, type_id).contents
+    def _type(self, type_id: int) -> BtfType:
+        entry: BtfType = self._lib.btf__type_by_id(self._handle, type_id).contents
         return entry
 
     def _name(self, offset: int) -> str:
@@ -111,7 +73,7 @@ class Btf:
     def _members(self, type_id: int) -> list[tuple[str, int, int, int]]:
         """(name, type id, bit offset, bitfield width) of each member."""
         entry = self._type(type_id)
-        base = ctypes.addressof(entry) + ctypes.sizeof(_Type)
+        base = ctypes.addressof(entry) + ctypes.sizeof(BtfType)
         words = (ctypes.c_uint32 * (3 * entry.count)).from_address(base)
         result = []
         for i in range(entry.count):
@@ -172,6 +134,17 @@ class Btf:
     def has_function(self, name: str) -> bool:
         return bool(self._find(name, _FUNC))
 
+    def function_id(self, name: str) -> int:
+        """The id of a function's type, 0 where it is not known."""
+        return self._find(name, _FUNC)
+
+    def digest(self) -> str:
+        """SHA-256 of the BTF as the kernel gives it: another build of a kernel has another."""
+        digest = hashlib.sha256()
+        for source in self.sources:
+            digest.update(Path(source).read_bytes())
+        return digest.hexdigest()
+
     def _describe(self, type_id: int) -> str:
         entry = self._type(type_id) if type_id else None
         if entry is None:
@@ -188,7 +161,7 @@ class Btf:
         if not type_id:
             return None
         proto = self._type(self._type(type_id).size_or_type)
-        base = ctypes.addressof(proto) + ctypes.sizeof(_Type)
+        base = ctypes.addressof(proto) + ctypes.sizeof(BtfType)
         words = (ctypes.c_uint32 * (2 * proto.count)).from_address(base)
         return tuple(self._describe(words[2 * i + 1]) for i in range(proto.count))
 

@@ -14,8 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tracer import bpf, host, tracefs
+from tracer import attachments, host, kept, tracefs
+from tracer.attachments import Attachment
+from tracer.bpf import Probes
 from tracer.btf import kernel_btf
+from tracer.compiled import INSTALL_BCC, Compiled, import_bcc
 from tracer.headers import find_headers
 from tracer.probes import preset_kinds
 from traces.errors import ENVIRONMENT, Problem
@@ -39,7 +42,7 @@ class DoctorCheck:
 @dataclass
 class DoctorReport:
     checks: list[DoctorCheck] = field(default_factory=list)
-    probes: list[bpf.Attachment] = field(default_factory=list)
+    probes: list[Attachment] = field(default_factory=list)
     attached: bool = False  # whether the probes were really attached, or only looked up
 
     @property
@@ -123,7 +126,7 @@ def _btf() -> Iterator[DoctorCheck]:
     except Problem as problem:
         yield DoctorCheck("BTF", FAIL, str(problem), "boot a kernel with CONFIG_DEBUG_INFO_BTF=y")
         return
-    layout = bpf.this_layout()
+    layout = attachments.this_layout()
     if not (unknown := layout.unknown()):
         yield DoctorCheck("BTF", OK, layout.source)
     elif not Path("/sys/module/kvm").exists():
@@ -135,7 +138,7 @@ def _btf() -> Iterator[DoctorCheck]:
     yield DoctorCheck("root policy", OK if policy["name"] != "unknown" else WARN, f"{policy['name']}: {policy['why']}")
     if os.geteuid() != 0:
         yield DoctorCheck("symbols", UNSEEN, "kernel addresses are hidden from this user")
-    elif not bpf.kernel_bases():
+    elif not attachments.kernel_bases():
         yield DoctorCheck("symbols", WARN, "page_offset_base is not in kallsyms: `table` holds virtual frames",
                     "boot a kernel with CONFIG_KALLSYMS_ALL=y")  # fmt: skip
     else:
@@ -143,17 +146,43 @@ def _btf() -> Iterator[DoctorCheck]:
 
 
 def _tools() -> Iterator[DoctorCheck]:
+    """The two ways to the probes: what is kept of an earlier compilation, or compiling."""
+    found = _kept_probes()
+    ready = isinstance(found, Compiled)
+    lacking = WARN if ready else FAIL
+    if ready:
+        yield DoctorCheck(
+            "kept probes", OK, f"there for this kernel, in {kept.directory()}: recording needs no compiler"
+        )
+    elif found is None:
+        yield DoctorCheck("kept probes", UNSEEN, "whether there are any for this kernel cannot be told")
+    elif found:
+        yield DoctorCheck("kept probes", WARN, f"not used: {found}", f"sudo {kept.BUILD}")
+    else:
+        said = f"none for this kernel in {kept.directory()}: the first recording compiles"
+        yield DoctorCheck("kept probes", WARN, said, f"sudo {kept.BUILD}")
     try:
-        module = bpf.import_bcc()
+        module = import_bcc()
         yield DoctorCheck("bcc", OK, f"bcc {module.__version__} (python3-bpfcc)")
     except Problem as problem:
-        yield DoctorCheck("bcc", FAIL, str(problem).rpartition(": ")[0], bpf.INSTALL_BCC)
+        yield DoctorCheck("bcc", lacking, str(problem).rpartition(": ")[0], INSTALL_BCC)
     try:
         trees = find_headers()
         yield DoctorCheck("kernel headers", OK, f"bcc uses {trees[0]}" if trees else f"those of {platform.release()}")
     except Problem as problem:
         text, _, fix = str(problem).rpartition(": ")
-        yield DoctorCheck("kernel headers", FAIL, text, fix)
+        yield DoctorCheck("kernel headers", lacking, text, fix)
+
+
+def _kept_probes() -> Compiled | str | None:
+    """What `kept.find` says; None where this kernel, or this user, does not let the probes' text be known."""
+    if tracefs.tracefs() is None:
+        return None
+    try:
+        layout = attachments.this_layout()
+        return None if layout.unknown() else kept.find(attachments.choices().text(kernel_btf(), layout))
+    except Problem:
+        return None
 
 
 def _filesystems() -> Iterator[DoctorCheck]:
@@ -173,11 +202,11 @@ def _filesystems() -> Iterator[DoctorCheck]:
         yield DoctorCheck("KVM's counters", UNSEEN, "debugfs is not readable by this user")
 
 
-def _probes() -> tuple[list[bpf.Attachment], bool]:
+def _probes() -> tuple[list[Attachment], bool]:
     """How each probe fares: as root all are attached and detached again at once, else they are only looked up."""
     if os.geteuid() != 0:
-        return bpf.plan(preset_kinds("all"), bpf.import_bcc()).attachments, False
-    probes = bpf.Probes(preset_kinds("all"), 1, mmap.PAGESIZE)
+        return attachments.plan(preset_kinds("all"), attachments.choices()).attachments, False
+    probes = Probes(preset_kinds("all"), 1, mmap.PAGESIZE)
     try:
         probes.attach()
         probes.detach()

@@ -28,14 +28,17 @@ def kernel_version(release: str | None = None) -> Version:
 
 
 @lru_cache(maxsize=1)
-def kernel_symbols() -> dict[str, int]:
-    """Text and data symbols by name; addresses are 0 where kptr_restrict hides them. Module symbols included."""
-    symbols: dict[str, int] = {}
-    with KALLSYMS.open() as lines:
-        for line in lines:
-            address, _, rest = line.split(" ", 2)
-            symbols[rest.split("\t")[0].strip()] = int(address, 16)
-    return symbols
+def kernel_symbols(names: frozenset[str], addressed: frozenset[str]) -> dict[str, int]:
+    """Those of `names` that are symbols of the kernel or its modules; with addresses those that are in `addressed` too.
+
+    An address is 0 where kptr_restrict hides it. Reading line by line would take most of a recording's start.
+    """
+    text = KALLSYMS.read_bytes()
+    found = dict.fromkeys((name.decode() for name in {name.encode() for name in names}.intersection(text.split())), 0)
+    for name in addressed & found.keys():
+        line = text.find(f" {name}\n".encode())
+        found[name] = int(text[text.rfind(b"\n", 0, line) + 1 : line].split(b" ")[0], 16) if line > 0 else 0
+    return found
 
 
 def module_parameters() -> dict[str, dict[str, str]]:

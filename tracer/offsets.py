@@ -90,7 +90,6 @@ class Layout:
     def defines(self) -> str:
         """C #defines: OFF_X for each offset, HAVE_X where X is known; what the probes read of a role word."""
         lines = [f"#define OFF_{name} {value}\n#define HAVE_{name} 1" for name, value in sorted(self.offsets.items())]
-        lines += [f"#define {name} {value:#x}ULL\n#define HAVE_{name} 1" for name, value in sorted(self.bases.items())]
         invalid, smm = self.role.get("invalid", (31, 0)), self.role.get("smm", (24, 8))
         lines.append(f"#define ROLE_INVALID {((1 << invalid[1]) - 1) << invalid[0]:#x}u")
         lines.append(f"#define ROLE_SMM(role) (((role) >> {smm[0]}) & {(1 << smm[1]) - 1:#x}u)")

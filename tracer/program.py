@@ -10,17 +10,29 @@ The C that does not depend on the kernel lies in `ebpf/`; what is generated here
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from tracer.offsets import Layout
 from tracer.probes import IOCTL_KINDS, SCHED_KINDS, Hook, Point, Probe
+from tracer.ring import MAX_RINGS
 from tracer.tracefs import Field
 from traces.schema import BY_NAME, RECORD_FIELDS, RECORD_SIZE
 
 KIND_SLOTS = 64  # the gap mask is one bit a kind
 MAX_THREADS = 65536
+# What userspace reads and writes of the structs of ebpf/state.c, by their names there.
+THREAD = np.dtype({"names": ["tid", "tgid", "comm"], "formats": ["u4", "u4", "S16"], "offsets": [104, 108, 132],
+                   "itemsize": 152})  # fmt: skip
+SETTINGS = np.dtype([("page_offset", "u8"), ("vmemmap", "u8"), ("page_offset_at", "u8"), ("vmemmap_at", "u8"),
+                     ("kinds", "u8"), ("pid_ns", "u8"), ("pid_ns_level", "u4"), ("filter_tgid", "u4"),
+                     ("look_at", "u8"), ("first_fd", "u4"), ("part", "u4")])  # fmt: skip
+COUNTERS = np.dtype([("emitted", "u8", KIND_SLOTS), ("lost", "u8", KIND_SLOTS), ("gap_count", "u8"),
+                     ("gap_kinds", "u8"), ("gap_since", "u8")])  # fmt: skip
 
 _CTYPES = {"u8": "u64", "u4": "u32", "i4": "s32", "u2": "u16", "i2": "s16", "u1": "u8"}
 
@@ -39,10 +51,7 @@ class Chosen:
 
     @property
     def function(self) -> str:
-        """Name of the C function; bcc wants its prefixes for fentry."""
-        prefix = {"fentry": "kfunc__", "fexit": "kretfunc__"}.get(self.how)
-        if prefix:
-            return prefix + self.point.where
+        """Name of the C function."""
         what = self.probe.kind if isinstance(self.probe, Probe) else "hook"
         return f"on_{what}_{self.how}_" + re.sub(r"\W", "_", self.point.where)
 
@@ -127,44 +136,40 @@ def _function(chosen: Chosen, arguments: int) -> str:
     return "\n".join([*lines, "    return 1;", "}", ""])
 
 
-def ring_names(rings: int) -> list[str]:
-    """Names of the ring buffer maps."""
-    return [f"ring{i}" for i in range(rings)]
-
-
 def program(
-    chosen: list[Chosen],
-    layout: Layout,
-    kinds: frozenset[str],
-    rings: int,
-    ring_bytes: int,
-    filter_tgid: int | None = None,
-    arguments: Mapping[str, int] | None = None,
-    prev_state: str = "",
+    chosen: Iterable[Chosen], layout: Layout, arguments: Mapping[str, int] | None = None, prev_state: str = ""
 ) -> str:
     """The whole C text. `arguments` gives the parameter count of each fexit function.
 
-    `prev_state` is how a sched_switch tells the state of the task that leaves; empty where that is not known.
+    `prev_state` is how a sched_switch tells the state of the task that leaves; empty where that is not known. Nothing
+    in the text depends on what is recorded, or on this boot or machine: such things are in the map `settings`.
     """
     fields = " ".join(f"{_CTYPES[ctype]} {name};" for name, ctype in RECORD_FIELDS)
-    switched = [f"#define KIND_{name} {BY_NAME[name].code}" for name in (*IOCTL_KINDS, "vm_destroy") if name in kinds]
+    kinds = [f"#define KIND_{name} {BY_NAME[name].code}" for name in (*IOCTL_KINDS, "vm_destroy", *SCHED_KINDS)]
     if prev_state:
-        switched += [f"#define KIND_{name} {BY_NAME[name].code}" for name in SCHED_KINDS if name in kinds]
-        switched.append(f"#define PREV_STATE(ctx, prev) {prev_state}")
+        kinds.append(f"#define PREV_STATE(ctx, prev) {prev_state}")
     return "\n".join(
         (
             "#include <uapi/linux/ptrace.h>",
             "#include <uapi/linux/bpf.h>",
             layout.defines(),
-            *([f"#define FILTER_TGID {filter_tgid}"] if filter_tgid is not None else []),
-            *switched,
-            "#define DECLARE_RINGS "
-            + " ".join(f"BPF_RINGBUF_OUTPUT({r}, {ring_bytes // 4096});" for r in ring_names(rings)),
-            f"#define RINGS {rings}",
+            *kinds,
+            f"#define RINGS {MAX_RINGS}",
             f"#define MAX_THREADS {MAX_THREADS}",
             f"struct event {{ {fields} }};",
             f'_Static_assert(sizeof(struct event) == {RECORD_SIZE}, "record size");',
             *((_SOURCES / part).read_text(encoding="utf-8") for part in _PARTS),
+            *_same_layout("thread", THREAD),
+            *_same_layout("config", SETTINGS),
+            *_same_layout("percpu", COUNTERS),
             *(_function(c, (arguments or {}).get(c.point.where, 0)) for c in chosen),
         )
     )
+
+
+def _same_layout(struct: str, dtype: np.dtype[Any]) -> list[str]:
+    """C that does not compile unless a struct is what userspace takes it for."""
+    lines = [f'_Static_assert(sizeof(struct {struct}) == {dtype.itemsize}, "size of {struct}");']
+    for name, (_, offset, *_) in (dtype.fields or {}).items():
+        lines.append(f'_Static_assert(__builtin_offsetof(struct {struct}, {name}) == {offset}, "{struct}.{name}");')
+    return lines

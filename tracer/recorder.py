@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,11 +28,13 @@ from tracer.owner_names import OwnerNames
 from tracer.ring import Rings, default_ring_bytes, ring_count
 from tracer.writer import SegmentThread, prefer_this_thread
 from traces import interrupts, outputs
-from traces.compact import Summary, compact
 from traces.errors import ENVIRONMENT, Problem
 from traces.progress import Progress
 from traces.record import RECORD
 from traces.schema import BY_NAME
+
+if TYPE_CHECKING:
+    from traces.compact import Summary
 
 IDLE_SECONDS = 0.02  # between drains: long enough for full batches, short against a ring (32 MiB: 0.1 s at 4 M/s)
 FLUSH_SECONDS = 1.0
@@ -359,6 +361,8 @@ def _record(
     recorder = Recorder(options, probes, ring_bytes, stop)
     with Progress("recording") as progress:
         reason, status = recorder.run(progress)
+    from traces.compact import compact  # not before the probes are attached: it loads Parquet
+
     if stop.hard:
         raise Problem(f"stopped before compaction: run `kvmtrace recover {options.directory}`", interrupts.CODE)
     with Progress(f"compacting {recorder.drained:,} events into {options.out}"):

@@ -8,7 +8,6 @@ closed meanwhile ends in its owner's context, as it would without us.
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,14 +15,16 @@ from typing import Any
 
 import numpy as np
 
+from tracer import libbpf
 from traces.errors import ENVIRONMENT, Problem
 
 FUNCTION = "bpf_iter__task"
+TARGET = "bpf_iter_task"  # the kernel's, which it iterates by
 
 _VM, _VCPU, _SLOT, _ROOT, _MORE, _END = 1, 2, 3, 4, 5, 6
 _RECORD = np.dtype([("type", "u4"), ("tgid", "u4"), ("kvm", "u8"), ("a", "u8"), ("b", "u8"), ("c", "u8"), ("x", "u4"),
                     ("y", "u4"), ("comm", "S16")])  # fmt: skip
-_DESCRIPTORS = 512  # that one pass looks at in each process
+_DESCRIPTORS = 128  # that one pass looks at in each process
 _PARTS = 64  # of a VM's slots: 32 for each address space
 _CHUNK = 1 << 16
 
@@ -33,22 +34,23 @@ Ask = Callable[[int, int, int], None]  # first_fd, vm, part
 
 
 @contextmanager
-def _link(library: Any, program_fd: int) -> Iterator[int]:
-    library.bcc_iter_attach.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_uint)
-    link = library.bcc_iter_attach(program_fd, None, 0)
-    if link < 0:
-        raise Problem("cannot attach the snapshot iterator: this kernel has no bpf_iter (5.8+)", ENVIRONMENT)
+def _link(program_fd: int) -> Iterator[int]:
+    try:
+        link = libbpf.attach_iterator(program_fd)
+    except OSError:
+        raise Problem("cannot attach the snapshot iterator: this kernel has no bpf_iter (5.8+)", ENVIRONMENT) from None
     try:
         yield link
     finally:
         os.close(link)
 
 
-def _pass(library: Any, link: int, *, first_only: bool) -> Records:
+def _pass(link: int, *, first_only: bool) -> Records:
     """What one pass writes: over all tasks, or only what it writes at the first."""
-    stream = library.bcc_iter_create(link)
-    if stream < 0:
-        raise Problem("cannot read the snapshot iterator: bpf_iter refused", ENVIRONMENT)
+    try:
+        stream = libbpf.iterate(link)
+    except OSError as error:
+        raise Problem(f"cannot read the snapshot iterator: bpf_iter refused ({error.strerror})", ENVIRONMENT) from None
     try:
         # A read goes on over tasks until it has as many bytes as asked for; the next one first gives what is left over.
         chunks = [os.read(stream, 1)] if first_only else []
@@ -61,25 +63,25 @@ def _pass(library: Any, link: int, *, first_only: bool) -> Records:
     return np.frombuffer(b"".join(chunks), dtype=_RECORD)
 
 
-def take(library: Any, program_fd: int, ask: Ask) -> dict[str, Any]:
+def take(program_fd: int, ask: Ask) -> dict[str, Any]:
     """{"vms": [{kvm, tgid, comm, fd, vcpus, slots, roots}]}: each VM alive now, frames as in the `table` column."""
-    with _link(library, program_fd) as link:
-        vms = _descriptors(library, link, ask)
+    with _link(program_fd) as link:
+        vms = _descriptors(link, ask)
         for vm in vms.values():
-            _contents(library, link, ask, vm)
+            _contents(link, ask, vm)
         # Whatever ended meanwhile was read from memory that may be another's by then.
-        still = _descriptors(library, link, ask) if vms else {}
+        still = _descriptors(link, ask) if vms else {}
     return {"vms": [vm for kvm, vm in vms.items() if kvm in still]}
 
 
-def _descriptors(library: Any, link: int, ask: Ask) -> dict[int, dict[str, Any]]:
+def _descriptors(link: int, ask: Ask) -> dict[int, dict[str, Any]]:
     """The VMs that some process has open, by pointer, each with its vCPUs."""
     vms: dict[int, dict[str, Any]] = {}
     vcpus: dict[int, dict[tuple[int, int], dict[str, int]]] = {}
     first, more = 0, True
     while more:
         ask(first, 0, 0)
-        records = _pass(library, link, first_only=False)
+        records = _pass(link, first_only=False)
         for record in records:
             kvm, tgid = int(record["kvm"]), int(record["tgid"])
             a, b, c, x, y = (int(record[name]) for name in ("a", "b", "c", "x", "y"))
@@ -97,12 +99,12 @@ def _descriptors(library: Any, link: int, ask: Ask) -> dict[int, dict[str, Any]]
     return vms
 
 
-def _contents(library: Any, link: int, ask: Ask, vm: dict[str, Any]) -> None:
+def _contents(link: int, ask: Ask, vm: dict[str, Any]) -> None:
     """Fill in a VM's slots and roots."""
     seen: set[tuple[int, ...]] = set()
     for part in range(_PARTS):
         ask(0, vm["kvm"], part)
-        for record in _pass(library, link, first_only=True):
+        for record in _pass(link, first_only=True):
             a, b, c, x, y = (int(record[name]) for name in ("a", "b", "c", "x", "y"))
             key = (int(record["type"]), a, x, y)
             if key in seen:

@@ -55,3 +55,9 @@ def tracepoint(root: Path, where: str) -> dict[str, Field] | None:
         return parse_format((root / "events" / system / name / "format").read_text())
     except OSError:
         return None
+
+
+def event_id(where: str) -> int:
+    """The kernel's number of tracepoint `system:name`. Raises OSError where there is none."""
+    system, name = where.split(":")
+    return int(((tracefs() or MOUNT_POINTS[0]) / "events" / system / name / "id").read_text())

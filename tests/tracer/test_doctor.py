@@ -72,13 +72,14 @@ def test_as_an_ordinary_user() -> None:
 
 
 @pytest.mark.slow
-def test_with_bcc_missing() -> None:
-    done = doctor("--json", KVMTRACE_WITHOUT_BCC="1")
+def test_with_bcc_missing(tmp_path: Path) -> None:
+    lacking = {"KVMTRACE_WITHOUT_BCC": "1", "KVMTRACE_PROBES": str(tmp_path)}
+    done = doctor("--json", **lacking)
     assert done.returncode == 3
     found = checks(done)
     assert found["bcc"]["state"] == "FAIL"
     assert found["bcc"]["fix"] == "apt-get install python3-bpfcc"
-    assert "apt-get install python3-bpfcc" in doctor(KVMTRACE_WITHOUT_BCC="1").stdout
+    assert "apt-get install python3-bpfcc" in doctor(**lacking).stdout
 
 
 def test_with_headers_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

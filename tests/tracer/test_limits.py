@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from tracer import host, recorder
-from tracer.bpf import _COUNTERS, loss_table
+from tracer.bpf import loss_table
+from tracer.program import COUNTERS
 from tracer.recorder import SUSPEND, Recorder
 from tracer.writer import SegmentThread
 from traces.compact import compact
@@ -32,7 +33,7 @@ def records(count: int, cpu: int, first: int = 0, step: int = 2) -> np.ndarray[A
 
 def emitted(*batches: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """The probes' counters for these records."""
-    counters = np.zeros(2, _COUNTERS)
+    counters = np.zeros(2, COUNTERS)
     for batch in batches:
         for record in batch[batch["kind"] != GAP]:
             counters["emitted"][record["cpu"], record["kind"]] += 1

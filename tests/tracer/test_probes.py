@@ -9,7 +9,7 @@ from typing import cast
 
 import pytest
 
-from tracer import bpf
+from tracer import attachments
 from tracer.btf import Btf
 from tracer.offsets import _NEEDED, Layout
 from tracer.probes import (
@@ -91,7 +91,7 @@ def test_expressions_become_c() -> None:
             how = {"entry": "kprobe", "return": "kretprobe"}.get(point.how, point.how)
             names = {name for text in point.fill.values() for name in re.findall(r"\$\??(\w+)", text)}
             fields = {name: Field(8 + 8 * i, 8, False) for i, name in enumerate(sorted(names))}
-            text = program([Chosen(probe, point, how, fields)], Layout({}, {}, ""), frozenset(), 1, 4096)
+            text = program([Chosen(probe, point, how, fields)], Layout({}, {}, ""))
             body = text.rpartition("int on_")[2]
             assert not re.search(r"[@$]", body), body
             assert "return 0;" not in body, "a 0 would take the event away from everybody else's perf"
@@ -101,7 +101,7 @@ def test_expressions_become_c() -> None:
 def test_an_optional_field_that_is_lacking_reads_zero() -> None:
     probe = next(probe for probe in PROBES if probe.kind == "kvm_page_fault")
     fields = {"fault_address": Field(8, 8, False), "error_code": Field(16, 4, False)}
-    text = program([Chosen(probe, probe.points[0], "tp", fields)], Layout({}, {}, ""), frozenset(), 1, 4096)
+    text = program([Chosen(probe, probe.points[0], "tp", fields)], Layout({}, {}, ""))
     body = text.rpartition("int on_")[2]
     assert "*(u32 *)((u8 *)ctx + 16)" in body
     assert "e->w2 = 0;" in body, "5.10 prints no RIP"
@@ -113,14 +113,14 @@ def test_a_member_that_is_gone_is_taken_from_the_tracepoint(offsets: dict[str, i
     (probe,) = (probe for probe in PROBES if probe.kind == "kvm_mmu_zap_all_fast")
     assert [point.how for point in probe.points] == ["raw", "tp"]
     btf = SimpleNamespace(signature=lambda _: None)
-    assert bpf._raw_matches(probe.points[0], cast("Btf", btf), Layout(offsets, {}, "")) == raw
+    assert attachments._raw_matches(probe.points[0], cast("Btf", btf), Layout(offsets, {}, "")) == raw
 
 
 @pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: f"{hook.points[0].how}-{hook.points[0].where}")
 def test_hooks_write_no_row_and_serve_known_kinds(hook: Hook) -> None:
     assert set(hook.serves) <= BY_NAME.keys()
     (point,) = hook.points
-    text = program([Chosen(hook, point, "kprobe", {})], Layout({}, {}, ""), frozenset(), 1, 4096)
+    text = program([Chosen(hook, point, "kprobe", {})], Layout({}, {}, ""))
     body = text.rpartition("int on_hook_")[2]
     assert "self->" in body
     assert not re.search(r"[@$]", body), body

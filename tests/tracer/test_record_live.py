@@ -21,7 +21,9 @@ import pytest
 from tests.own_vm import noted, own_vms
 from tests.waiting import until
 from tracer import bpf
-from tracer.bpf import headers, import_bcc, quiet
+from tracer.attachments import Choices
+from tracer.compiled import import_bcc, quiet
+from tracer.headers import headers
 from traces.errors import Problem
 from traces.reader import Trace
 
@@ -340,8 +342,8 @@ def test_time_that_a_vcpu_did_not_get(tmp_path: Path, vmm: str) -> None:
 
 def test_what_the_compiler_says_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = "int f(void *ctx) { return no_such_thing; }"
-    monkeypatch.setattr(bpf, "program", lambda *_: broken)
-    with pytest.raises(Problem, match=r"bcc could not load the probes: .*error: use of undeclared.*no_such_thing"):
+    monkeypatch.setattr(Choices, "text", lambda *_: broken)
+    with pytest.raises(Problem, match=r"bcc could not compile the probes: .*error: use of undeclared.*no_such_thing"):
         bpf.Probes(frozenset({"kvm_mmu_get_page"}), 1, 4096)
 
 

@@ -222,9 +222,9 @@ static __always_inline struct thread *current_thread(struct thread *local)
 /* In an interrupt no thread is to blame; what cannot be attributed passes the filter. */
 static __always_inline struct thread *nobody(struct thread *local)
 {
-#ifdef FILTER_TGID
-    local->tgid = FILTER_TGID;
-#endif
+    struct config *c = config();
+    if (c)
+        local->tgid = c->filter_tgid;
     return local;
 }
 
@@ -260,6 +260,9 @@ static __always_inline void submit(struct event *e) { bpf_ringbuf_submit(e, BPF_
 static __always_inline struct event *reserve(struct thread *self, u8 kind, u64 kvm)
 {
     int zero = 0;
+    struct config *c = config();
+    if (!c || !(c->kinds >> kind & 1))
+        return 0;
     struct percpu *mine = counters.lookup(&zero);
     u64 now = bpf_ktime_get_boot_ns();
     int index = bpf_get_smp_processor_id() % RINGS;
@@ -267,16 +270,16 @@ static __always_inline struct event *reserve(struct thread *self, u8 kind, u64 k
     struct event *e;
     if (!mine || !ring)
         return 0;
-#ifdef FILTER_TGID
-    u64 key = kvm;
-    if (self->tgid == FILTER_TGID) {
-        u8 yes = 1;
-        if (kvm && !wanted.lookup(&key))
-            wanted.update(&key, &yes);
-    } else if (!kvm || !wanted.lookup(&key)) {
-        return 0;
+    if (c->filter_tgid) {
+        u64 key = kvm;
+        if (self->tgid == c->filter_tgid) {
+            u8 yes = 1;
+            if (kvm && !wanted.lookup(&key))
+                wanted.update(&key, &yes);
+        } else if (!kvm || !wanted.lookup(&key)) {
+            return 0;
+        }
     }
-#endif
     __sync_fetch_and_add(&mine->emitted[kind], 1);
     if (mine->gap_count) {
         e = bpf_ringbuf_reserve(ring, sizeof(*e), 0);

@@ -69,14 +69,11 @@ int ioctl_enter(void *ctx)
         return 1;
     }
     self->ioctl = cmd;
-#ifdef KIND_ioctl
     e = reserve(self, KIND_ioctl, kvm);
     if (e) {
         fill(e, cmd, arg, 0, 0, 0, 0);
         submit(e);
     }
-#endif
-#ifdef KIND_memslot
     if (what == FILE_VM && ((cmd & 0xff) == NR_SET_MEMORY || (cmd & 0xff) == NR_SET_MEMORY2)) {
         struct { u32 slot, flags; u64 gpa, size, hva; } region = {};
         bpf_probe_read_user(&region, sizeof(region), (void *)arg);
@@ -86,7 +83,6 @@ int ioctl_enter(void *ctx)
             submit(e);
         }
     }
-#endif
     return 1;
 }
 
@@ -103,29 +99,23 @@ int ioctl_leave(void *ctx)
     if (creation && !self->kvm && ret >= 0) {
         u64 file = file_of(ret);
         vm_begins(self, file && file_kind(file) == FILE_VM ? read64(file + OFF_FILE_PRIVATE) : 0);
-#ifdef KIND_vm_create
         e = reserve(self, KIND_vm_create, self->kvm);
         if (e) {
             fill(e, 0, 0, 0, 0, 0, 0);
             submit(e);
         }
-#endif
     }
     u64 kvm = self->kvm;
-#ifdef KIND_ioctl_end
     e = cmd ? reserve(self, KIND_ioctl_end, kvm) : 0;
     if (e) {
         fill(e, cmd, 0, 0, 0, ret, 0);
         submit(e);
     }
-#endif
-#ifdef KIND_vm_destroy
     e = creation && kvm && ret < 0 ? reserve(self, KIND_vm_destroy, kvm) : 0; /* begun and given up */
     if (e) {
         fill(e, 0, 0, 0, 0, 0, 0);
         submit(e);
     }
-#endif
     begin_ioctl(self, 0, 0);
     return 1;
 }

@@ -1,5 +1,5 @@
 /* Host time that a vCPU did not get: when its thread has no CPU, and since when it could have used one. */
-#ifdef KIND_sched_in
+#ifdef PREV_STATE
 /* The vCPU thread that a task is, if it is one: what everybody else's switches cost is this. */
 static __always_inline struct thread *vcpu_thread(u64 task)
 {

@@ -3,7 +3,7 @@
  * reference to a file, as the iterator over files does: the last one would end the VM in the recorder's context. What is
  * read may therefore be freed meanwhile; snapshot.py looks twice.
  */
-#define FDS 512
+#define FDS 128 /* more would cost the verifier, at every start, a millisecond each */
 /* slots looked at per bucket of the id hash (128 buckets): sequential ids spread evenly */
 #define CHAIN 64
 #define PART_BUCKETS 4
@@ -22,14 +22,10 @@ struct found { u32 type, tgid; u64 kvm, a, b, c; u32 x, y; char comm[16]; };
 static __always_inline void learn(struct config *c)
 {
     u64 pid = read64((u64)bpf_get_current_task() + OFF_TASK_PID); /* the recorder's own */
-    if (!c->page_offset) {
-#ifdef HAVE_PAGE_OFFSET_BASE
-        c->page_offset = read64(PAGE_OFFSET_BASE);
-#endif
-#ifdef HAVE_VMEMMAP_BASE
-        c->vmemmap = read64(VMEMMAP_BASE);
-#endif
-    }
+    if (!c->page_offset && c->page_offset_at)
+        c->page_offset = read64(c->page_offset_at);
+    if (!c->vmemmap && c->vmemmap_at)
+        c->vmemmap = read64(c->vmemmap_at);
     c->pid_ns_level = read32(pid + OFF_PID_LEVEL);
     c->pid_ns = read64(pid + OFF_PID_NR + (u64)c->pid_ns_level * PID_NUMBER_SIZE + 8);
 }
@@ -64,12 +60,11 @@ static __always_inline void tell_vm(void *seq, u64 kvm, u32 tgid, u32 fd, u64 le
     struct found f = {.type = 1, .tgid = tgid, .kvm = kvm, .a = fd};
     bpf_probe_read_kernel(f.comm, sizeof(f.comm), (void *)(leader + OFF_TASK_COMM));
     bpf_seq_write(seq, &f, sizeof(f));
-#ifdef FILTER_TGID
-    if (tgid == FILTER_TGID) {
+    struct config *c = config();
+    if (c && c->filter_tgid && tgid == c->filter_tgid) {
         u8 yes = 1;
         wanted.update(&kvm, &yes);
     }
-#endif
 }
 
 /* One VM's roots, and a part of its memory slots. */

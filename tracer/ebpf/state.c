@@ -1,6 +1,6 @@
 /*
- * What the probes share: the rings, what is known of each thread, the counters, the settings. `struct event`, DECLARE_RINGS,
- * RINGS and MAX_THREADS come from program.py, the OFF_* and HAVE_* macros from layout.py.
+ * What the probes share: the rings, what is known of each thread, the counters, the settings. `struct event`, RINGS and
+ * MAX_THREADS come from program.py, the OFF_* and HAVE_* macros from offsets.py.
  */
 #define EMPTY_FRAME (~0ULL >> 12)
 struct thread {
@@ -33,19 +33,25 @@ struct percpu {
     u64 gap_kinds;
     u64 gap_since;
 };
+/* Written by userspace, but for what the iterator learns; program.py has the same layout. */
 struct config {
     u64 page_offset;  /* start of the direct map: 0 where this kernel's symbols do not tell */
     u64 vmemmap;      /* start of the struct page array, the same */
+    u64 page_offset_at, vmemmap_at; /* the kernel's variables that hold them */
+    u64 kinds;        /* bit by kind: which rows are wanted */
     u64 pid_ns;       /* the recorder's pid namespace, and how far it is from the initial one */
     u32 pid_ns_level;
-    u32 first_fd;     /* of the snapshot: descriptors from here on, or */
-    u64 look_at;      /* this VM's slots and roots, */
-    u32 part;         /* as many as one pass takes */
-    u32 pad;
+    u32 filter_tgid;  /* the only process whose VMs are wanted, 0 all */
+    u64 look_at;      /* of the snapshot: this VM's slots and roots, or, where it is 0, */
+    u32 first_fd;     /* descriptors from here on */
+    u32 part;         /* as many of a VM's slots as one pass takes */
 };
-/* One ring for each CPU (or few CPUs): one ring for all is one spinlock for all. */
-DECLARE_RINGS
-BPF_ARRAY_OF_MAPS(rings, "ring0", RINGS);
+/*
+ * One ring for each CPU (or few CPUs): one ring for all is one spinlock for all. Userspace makes them, like this template
+ * but larger.
+ */
+BPF_RINGBUF_OUTPUT(ring, 1);
+BPF_ARRAY_OF_MAPS(rings, "ring", RINGS);
 BPF_HASH(threads, u32, struct thread, MAX_THREADS);
 BPF_PERCPU_ARRAY(counters, struct percpu, 1);
 BPF_ARRAY(settings, struct config, 1);

@@ -14,7 +14,6 @@ from traces.help_text import examples
 from traces.outputs import RECORDING, check
 
 if TYPE_CHECKING:
-    from tracer.lab.lab_kernels import Bootable
     from tracer.lab.matrix import Cell
 
 app = typer.Typer(
@@ -126,13 +125,14 @@ def run(
 ) -> None:
     """Boot a kernel, run a scenario or a command of this machine's in it, and hand back the recorded trace."""
     from tracer.lab import session
+    from tracer.lab.fetch import choose
 
     if bare == bool(output):
         raise Problem("lab run: give -o OUT.parquet to record, or --bare to only run")
     if output:
         check(output, RECORDING)
     command = _command(scenario, workload, context.args)
-    booted = _kernel(kernel, modules, kvm_modules)
+    booted = choose(kernel, modules, kvm_modules)
     _stop_cleanly()
     _say(f"kernel {booted.name} ({booted.release}): {' '.join(command)}")
     try:
@@ -260,24 +260,3 @@ def _command(scenario: str, workload: str, rest: list[str]) -> list[str]:
     if scenario not in names:
         raise Problem(f"{scenario}: no such scenario; there are {', '.join(names)}")
     return [str(vmm.binary()), scenario, *rest]
-
-
-def _kernel(name: str, modules: Path | None, kvm_modules: Path | None) -> Bootable:
-    """The kernel that --kernel, --modules and --kvm-modules mean together."""
-    from dataclasses import replace
-
-    from tracer.lab.fetch import present
-    from tracer.lab.lab_kernels import KERNELS, missing, own
-
-    if name in KERNELS or ("/" not in name and not Path(name).exists()):
-        found = present(name)
-        if found is None:
-            raise missing(name)
-        if modules:
-            raise Problem("--modules is for a kernel given by path; --kvm-modules replaces KVM's only")
-    else:
-        found = own(Path(name), modules)
-    if kvm_modules:
-        # Which policy the replaced modules have is not ours to say.
-        return replace(found, name=f"{found.name}+{kvm_modules.name}", modules=(*found.modules, kvm_modules), policy="")
-    return found

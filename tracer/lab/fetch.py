@@ -12,12 +12,13 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
 from tracer.lab.apt import Apt
-from tracer.lab.lab_kernels import Bootable, LabKernel, cache, fetched, known, missing
+from tracer.lab.lab_kernels import KERNELS, Bootable, LabKernel, cache, fetched, known, missing, own
 from tracer.lab.modules import Directory, load_order, module_name
 from traces.errors import ENVIRONMENT, Problem
 
@@ -57,6 +58,22 @@ def fetch(name: str, say: Say = lambda line: None, *, update: bool = False) -> B
         raise missing(name)
     say(f"kernel {name}: looking for it in {', '.join(suite for _, suite in kernel.suites)}")
     return _from_debian(kernel, say)
+
+
+def choose(name: str, modules: Path | None = None, kvm_modules: Path | None = None) -> Bootable:
+    """The kernel that `name`, a name of the table or an image's path, means with these directories of modules."""
+    if name in KERNELS or ("/" not in name and not Path(name).exists()):
+        found = present(name)
+        if found is None:
+            raise missing(name)
+        if modules:
+            raise Problem("--modules is for a kernel given by path; --kvm-modules replaces KVM's only")
+    else:
+        found = own(Path(name), modules)
+    if kvm_modules:
+        # Which policy the replaced modules have is not ours to say.
+        return replace(found, name=f"{found.name}+{kvm_modules.name}", modules=(*found.modules, kvm_modules), policy="")
+    return found
 
 
 def _from_directory(kernel: LabKernel) -> Bootable | None:

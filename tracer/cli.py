@@ -1,0 +1,111 @@
+"""`kvmtrace probes`: compile the recorder's BPF programs ahead, here or for another machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from traces.errors import ENVIRONMENT, Problem
+
+app = typer.Typer(no_args_is_help=True, help="Compile the recorder's BPF programs ahead, here or for another machine.")
+
+_KEY = re.compile(r"[0-9a-f]{32}")
+
+
+@app.command(
+    epilog="Examples: kvmtrace probes build | kvmtrace probes build --for 6.12 -o probes/"
+    " | kvmtrace probes build --for host.json -o probes/"
+)
+def build(
+    kernel: Annotated[
+        str,
+        typer.Option(
+            "--for",
+            help="A name in `kvmtrace lab list`, a bzImage, or what `probes text` wrote. [default: this kernel]",
+        ),
+    ] = "",
+    modules: Annotated[Path | None, typer.Option(help="Modules of a kernel given by path (a tree or flat).")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Directory to write to. [default: this machine's cache]")
+    ] = None,
+) -> None:
+    """Compile and keep the probes, so that recording needs no clang and no kernel headers.
+
+    Bring the file into /var/cache/kvmtrace/probes of the other machine, owned by root. Another machine's kernel is
+    booted under emulation to learn its layout.
+    """
+    from tracer import kept
+    from tracer.compiled import bcc_version, compile_text
+
+    if os.geteuid() != 0:
+        raise Problem("bcc makes the probes' maps as it compiles, which needs root: run it with sudo", ENVIRONMENT)
+    asked = (
+        _of_this_kernel() if not kernel else _read(Path(kernel)) if kernel.endswith(".json") else _boot(kernel, modules)
+    )
+    path = kept.write(
+        out or kept.directory(),
+        kept.file_name(asked["key"], bcc_version()),
+        compile_text(asked["text"]).document(),
+    )
+    print(f"{path}: the probes for {asked['kernel']}")
+
+
+@app.command(epilog="Example: kvmtrace probes text > host.json")
+def text() -> None:
+    """Print what `probes build --for` needs to know of this machine's kernel, as JSON; this needs no clang."""
+    print(json.dumps(_of_this_kernel()))
+
+
+def _of_this_kernel() -> dict[str, str]:
+    """{"kernel": its release, "key": how its file is named, "text": the C}."""
+    import platform
+
+    from tracer import attachments, kept, tracefs
+    from tracer.btf import kernel_btf
+
+    if tracefs.tracefs() is None:
+        raise Problem(f"tracefs is not mounted or not readable: {tracefs.MOUNT_COMMAND}", ENVIRONMENT)
+    layout = attachments.this_layout()
+    if unknown := layout.unknown():
+        raise Problem(unknown, ENVIRONMENT)
+    source = attachments.choices().text(kernel_btf(), layout)
+    return {"kernel": platform.release(), "key": kept.key(source), "text": source}
+
+
+def _parsed(document: str, where: str) -> dict[str, str]:
+    try:
+        raw = json.loads(document)
+    except ValueError:
+        raw = None
+    names = ("kernel", "key", "text")
+    if not isinstance(raw, dict) or not all(isinstance(raw.get(name), str) for name in names):
+        raise Problem(f"{where}: not what `kvmtrace probes text` prints")
+    if not _KEY.fullmatch(raw["key"]):
+        raise Problem(f"{where}: its key is not one of ours")
+    return {name: raw[name] for name in names}
+
+
+def _read(path: Path) -> dict[str, str]:
+    try:
+        return _parsed(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise Problem(f"{path}: {getattr(error, 'strerror', None) or 'not a text'}") from None
+
+
+def _boot(kernel: str, modules: Path | None) -> dict[str, str]:
+    """What a kernel says of itself in a lab guest."""
+    from tracer.lab import session
+    from tracer.lab.fetch import choose
+
+    booted = choose(kernel, modules)
+    done = session.boot(booted, [sys.executable, "-m", "kvmtrace", "probes", "text"])
+    if done.signalled or done.code:
+        said = (done.stderr.strip().splitlines() or ["without a word"])[-1]
+        raise Problem(f"kernel {booted.name}: {said.removeprefix('kvmtrace: ')}", ENVIRONMENT)
+    return _parsed(done.stdout, f"kernel {booted.name}")
