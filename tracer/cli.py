@@ -12,15 +12,24 @@ from typing import Annotated
 import typer
 
 from traces.errors import ENVIRONMENT, Problem
+from traces.help_text import examples
 
-app = typer.Typer(no_args_is_help=True, help="Compile the recorder's BPF programs ahead, here or for another machine.")
+app = typer.Typer(
+    no_args_is_help=True,
+    short_help="Compile the recorder's BPF programs ahead.",
+    help="Compile the recorder's BPF programs ahead, here or for another machine.",
+)
 
 _KEY = re.compile(r"[0-9a-f]{32}")
 
 
 @app.command(
-    epilog="Examples: kvmtrace probes build | kvmtrace probes build --for 6.12 -o probes/"
-    " | kvmtrace probes build --for host.json -o probes/"
+    short_help="Compile and keep the probes.",
+    epilog=examples(
+        "sudo kvmtrace probes build",
+        "sudo kvmtrace probes build --for 6.12 -o probes/",
+        "sudo kvmtrace probes build --for host.json -o probes/",
+    ),
 )
 def build(
     kernel: Annotated[
@@ -56,7 +65,10 @@ def build(
     print(f"{path}: the probes for {asked['kernel']}")
 
 
-@app.command(epilog="Example: kvmtrace probes text > host.json")
+@app.command(
+    short_help="Print what `probes build --for` needs to know of this kernel.",
+    epilog=examples("kvmtrace probes text > host.json"),
+)
 def text() -> None:
     """Print what `probes build --for` needs to know of this machine's kernel, as JSON; this needs no clang."""
     print(json.dumps(_of_this_kernel()))
