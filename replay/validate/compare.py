@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -45,6 +46,7 @@ class VmReport:
     skipped: str = ""  # why it was not validated; empty if it was
     until: str = ""  # why it was validated only to some point; empty if to the end
     taken: Mapping[str, int] = field(default_factory=dict)  # by what it is: taken from the recording, not predicted
+    not_modelled: Mapping[str, int] = field(default_factory=dict)  # responses by kind: of nested guests' own paging
     mistaken: int = 0  # rows that name a root of another address space than their own, which was not compared
 
 
@@ -78,6 +80,11 @@ class ConformanceReport:
     @property
     def matched(self) -> int:
         return sum(t.matched for t in self.tallies.values())
+
+    @property
+    def not_modelled(self) -> dict[str, int]:
+        """Responses of nested guests' own paging over all VMs, by kind: they are in no other count."""
+        return dict(sum((Counter(vm.not_modelled) for vm in self.vms), Counter()).most_common())
 
     @property
     def left(self) -> int:
@@ -192,7 +199,7 @@ def _vm(
         return replace(found, taken=check.taken)
     machine = check.machine
     found = replace(found, inferred=machine.inferred, role_words_taken=machine.role_words_taken)
-    return replace(found, taken=machine.taken, mistaken=check.mistaken)
+    return replace(found, taken=machine.taken, mistaken=check.mistaken, not_modelled=dict(check.nested.rows))
 
 
 class _UntilLoss:

@@ -49,7 +49,7 @@ class FaultSteps(Zaps):
                 want = {"root": self.name(root), "addr": addr, "old": expect.leaf(word, self.kernel), "ret": ret}
                 if fixable:
                     want["new"] = expect.leaf(word | WRITABLE, self.kernel)
-                row = yield Expect("fast_page_fault", want)
+                row = yield Expect("fast_page_fault", want, may_stop=self.tracked[gfn] > 0)
                 assert row is not None
                 if fixable:
                     table.entries[at] = row.new

@@ -6,6 +6,7 @@ from replay.simulate import page_table
 from replay.validate import expect
 from replay.validate.dirty_steps import DirtySteps
 from replay.validate.expect import Activity, perhaps
+from traces.kernels.spte import WRITABLE
 
 
 class KernelSteps(DirtySteps):
@@ -45,3 +46,19 @@ class KernelSteps(DirtySteps):
                     row = yield self.change(root, table, at, expect.leaf(word, self.kernel), optional=True)
                     if row is not None:
                         yield None
+
+    def track(self, as_id: int, gfn: int) -> Activity:
+        """kvm_mmu_slot_gfn_write_protect: a table of L1's is about to be shadowed, so that no root maps it writable."""
+        for root in self.roots:
+            found = page_table.leaf(root.top, gfn) if self.as_id(root) == as_id else None
+            if found is None:
+                continue
+            table, at = found
+            word = table.entries[at]
+            assert isinstance(word, int)
+            new = word & ~(WRITABLE | self.mmu_writable)
+            if self.present(word) and new != word:
+                row = yield self.change(root, table, at, expect.leaf(new, self.kernel))
+                assert row is not None
+                table.entries[at] = row.new
+                yield None

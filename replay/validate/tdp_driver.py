@@ -7,6 +7,7 @@ from typing import Final
 from replay.simulate.reference import CURRENT, Vcpu
 from replay.validate.expect import Activity
 from replay.validate.kernel_steps import KernelSteps
+from replay.validate.nested_paging import NestedPaging
 from replay.validate.row_tuples import RowTuple
 from replay.validate.slot_lookup import Memslot
 from replay.validate.threads import Thread, VmCheck
@@ -27,6 +28,8 @@ class ConformanceCheck(VmCheck):
     def __init__(self, machine: KernelSteps) -> None:
         super().__init__()
         self.machine = machine
+        self.nested = NestedPaging(machine.guest_mode_bit, machine.direct_bit)
+        machine.tracked = self.nested.tracked
         self.mistaken = 0  # rows that name a root of another address space than their own
 
     @property
@@ -39,6 +42,8 @@ class ConformanceCheck(VmCheck):
         return len(self.machine.removed) * shows_frees + len(self.machine.roots)
 
     def _respond(self, thread: Thread, row: RowTuple, stopped: str = "") -> None:
+        if self.nested.has(row):
+            return
         if row.kind == "table_free" and not self._awaits(thread, "table_free"):
             self._free(row)
             return
@@ -59,6 +64,8 @@ class ConformanceCheck(VmCheck):
             if machine.capable and machine.initially_set is None:  # only then a root's references tell of the pages
                 machine.initially_set = row.kind != "kvm_tdp_mmu_spte_changed"
             return machine.log_anew()
+        if row.kind == "kvm_tdp_mmu_spte_changed" and self.nested.entered and row.gfn is not None:
+            return machine.track(row.as_id, row.gfn) if not thread.ioctl else None
         if row.kind in _LOADING and thread.vcpu is not None:
             vcpu = self._vcpu(thread.vcpu)
             return machine.load(vcpu) if vcpu.slots[CURRENT] is None else None
@@ -94,6 +101,9 @@ class ConformanceCheck(VmCheck):
         if row.kind == "zap_all" and thread.ioctl and not machine.kernel.spte_changed:
             return  # 5.10's way to empty the roots in kvm_mmu_zap_all_fast
         self._settle(thread, row)
+        if self.nested.happen(row):
+            thread.obsolete = False
+            return
         if row.kind != "mmu_free_roots":
             thread.unloads = row.vcpu if row.kind == "mmu_unload" else None
         if row.kind == "kvm_page_fault" and row.vcpu is not None:

@@ -11,10 +11,11 @@ from replay.validate.compare import ConformanceReport
 from replay.validate.row_tuples import RowTuple
 from replay.validate.threads import Divergence, MatchTally
 from traces.screen import page, text_of
-from traces.text import printable
+from traces.text import count, printable
 
 WIDTH: Final = 110
-SCHEMA: Final = 2  # of the document; 1 said `reproduced` and `wrong` for `matched` and `mismatched`
+# Of the document. 1 said `reproduced` and `wrong` for `matched` and `mismatched`; 2 had no `not_modelled`.
+SCHEMA: Final = 3
 _HEX: Final = frozenset(("role", "old", "new", "table", "addr", "code", "value", "rip"))
 _PLACE: Final = frozenset(("seq", "time", "cpu", "kind"))
 
@@ -30,6 +31,11 @@ def to_dict(report: ConformanceReport) -> dict[str, Any]:
         "responses": report.expected,
         "matched": report.matched,
         "share": report.matched / report.expected if report.expected else 1.0,
+        "not_modelled": {
+            "responses": sum(report.not_modelled.values()),
+            "vms": [vm.vm for vm in report.vms if vm.not_modelled],
+            "kinds": report.not_modelled,
+        },
         "left_at_vm_end": report.left,
         "kinds": {
             kind: {"matched": tally.matched, "mismatched": tally.mismatched, "missing": tally.missing}
@@ -45,6 +51,7 @@ def to_dict(report: ConformanceReport) -> dict[str, Any]:
                 "role_words_taken": vm.role_words_taken,
                 "taken": dict(vm.taken),
                 "roots_mistaken": vm.mistaken,
+                "not_modelled": dict(vm.not_modelled),
                 "first_divergence": None if vm.first is None else {"seq": vm.first.row.seq, "why": vm.first.why},
             }
             for vm in report.vms
@@ -54,12 +61,16 @@ def to_dict(report: ConformanceReport) -> dict[str, Any]:
 
 
 def headline(report: ConformanceReport) -> str:
-    """The verdict in one line; a share is never rounded up to 100 %."""
-    what = f"{report.matched:,} of {report.expected:,} responses matched"
+    """The verdict in one line; a share is never rounded up to 100 %, and is one of what is modelled."""
+    share = _share(report.matched, report.expected)
     where = f"{report.path} ({report.kernel}, policy {report.policy})"
     left = f"; {report.left:,} tables and roots left at the end" if report.left else ""
     part = "" if report.complete else " of what could be validated (see the notes)"
-    return f"{_share(report.matched, report.expected)}{part}: {what}{left}: {where}"
+    if apart := sum(report.not_modelled.values()):
+        vms = count(sum(bool(vm.not_modelled) for vm in report.vms), "nested VM")
+        what = f"{share} of {report.expected:,} modelled{part}; {apart:,} rows of {vms} not modelled"
+        return f"{what}{left}: {where}"
+    return f"{share}{part}: {report.matched:,} of {report.expected:,} responses matched{left}: {where}"
 
 
 def render(report: ConformanceReport) -> str:
@@ -67,6 +78,8 @@ def render(report: ConformanceReport) -> str:
     console = page(WIDTH)
     console.print(Text(printable(headline(report)), style="bold green" if report.holds else "bold red"), soft_wrap=True)
     console.print(_kinds(report))
+    for kind, rows in report.not_modelled.items():
+        console.print(Text(f"not modelled, of nested guests' own paging: {rows:,} {kind}"), soft_wrap=True)
     for note in report.notes:
         console.print(Text(printable(f"note: {note}")), soft_wrap=True)
     for vm in report.vms:

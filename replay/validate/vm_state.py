@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
@@ -51,6 +52,7 @@ class State:
     slots: SlotLookup = field(default_factory=SlotLookup)
     eager_split: bool = True  # the module parameter eager_page_split is on
     pml: bool = False  # the processor logs dirty pages; KVM then clears the dirty bit, not the W bit
+    tracked: Counter[int] = field(default_factory=Counter)  # guest frames whose writes are emulated (tables of L1)
     mapping: list[Mapping] = field(default_factory=list)  # faults, until they have written their leaf
     capable: bool = False  # KVM_ENABLE_CAP was called: it may have asked for KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
     initially_set: bool | None = None  # whether that was with KVM_DIRTY_LOG_INITIALLY_SET; None: nothing told yet

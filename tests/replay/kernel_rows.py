@@ -10,6 +10,7 @@ from replay.validate.tdp_driver import ConformanceCheck
 from traces import kernels
 
 ROLE, NESTED_ROLE = 0x3784, 0x23784
+SHADOW_ROLE = 0x23704  # of the tables of L1 for a nested guest: not direct
 VMM = 1  # the thread that has the VM's descriptor; vCPU n runs in thread VCPU + n
 VCPU = 10
 HVA = 0x7F0000000000
@@ -30,6 +31,7 @@ class KernelRows:
         self.absent = ABSENT[kernel]
         self.rows: list[RowTuple] = []
         self.leaves: dict[int, int] = {}
+        self.apart: set[int] = set()  # rows of nested guests' own paging
         self._tables: dict[tuple[int, int, int], int] = {}
         self._frames = 0x9000
 
@@ -41,6 +43,11 @@ class KernelRows:
 
     def of(self, vcpu: int, kind: str, gfn: int | None = None, **cells: Any) -> None:
         self.row(kind, VCPU + vcpu, vcpu, gfn, **cells)
+
+    def shadow(self, kind: str, gfn: int | None = None, **cells: Any) -> None:
+        """A row of vCPU 0 that is of the shadow of L1's tables."""
+        self.apart.add(len(self.rows))
+        self.of(0, kind, gfn, **{"role": SHADOW_ROLE, **cells})
 
     def ioctl(self, code: int, tid: int = VMM) -> None:
         self.row("ioctl", tid, code=code)

@@ -125,7 +125,8 @@ def test_the_command_says_how_much_and_where(tmp_path: Path) -> None:
     done = runner.invoke(kvmtrace.app, ["validate", str(CORPUS / "smi-storm-6.1.parquet"), "--json"])
     assert done.exit_code == 0
     document = json.loads(done.stdout)
-    assert document["schema"] == 2
+    assert document["schema"] == 3
+    assert document["not_modelled"] == {"responses": 0, "vms": [], "kinds": {}}
     assert document["share"] == 1
     assert document["kinds"]["root_get"] == {"matched": 9, "mismatched": 0, "missing": 0}
     done = runner.invoke(kvmtrace.app, ["validate", str(CORPUS / "smi-storm-6.1.parquet"), "--policy", "async"])
