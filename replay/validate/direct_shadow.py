@@ -17,7 +17,7 @@ from replay.validate.expect import Activity, Expect
 from replay.validate.kernel_steps import KernelSteps
 from replay.validate.roots import top_level
 from replay.validate.slot_lookup import Memslot
-from replay.validate.vm_state import NO_SLOT
+from replay.validate.vm_state import NO_SLOT, Mapping
 from traces.kernels.spte import WRITABLE, pfn
 
 
@@ -118,8 +118,9 @@ class ShadowSteps(KernelSteps):
     def zap_invalidated(self) -> Activity:
         return _silent()
 
-    def map(self, root: Root, gfn: int, goal: int, frame: int, unseen: bool = False) -> Activity:
+    def map(self, fault: Mapping, goal: int, frame: int, unseen: bool = False) -> Activity:
         """direct_map: pages from the hash or new ones downwards, the leaf, and neighbours that the host has at hand."""
+        root, gfn = fault.root, fault.gfn
         yield None
         table = root.top
         while table.level > goal:

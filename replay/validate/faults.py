@@ -9,10 +9,14 @@ from replay.simulate import page_table
 from replay.simulate.page_table import Table
 from replay.simulate.reference import CURRENT, Root, Vcpu
 from replay.validate import expect
-from replay.validate.expect import Activity, Expect, Spte
+from replay.validate.expect import Activity, Expect, Spte, perhaps
+from replay.validate.row_tuples import RowTuple
 from replay.validate.vm_state import NO_SLOT, Mapping
 from replay.validate.zap_steps import Zaps
 from traces.kernels.spte import LARGE, WRITABLE, pfn
+
+# A table of the goal level, and the levels that were changed by others meanwhile.
+Descent = Generator[Expect | None, RowTuple | None, tuple[Table, set[int]] | None]
 
 
 class FaultSteps(Zaps):
@@ -56,7 +60,7 @@ class FaultSteps(Zaps):
                 yield None
                 if fixable:
                     return
-        yield from self.requested(root, gfn, present)
+        yield from self.requested(root, gfn, present, bool(code & codes.fetch))
 
     def misconfigured(self, vcpu: Vcpu) -> Activity:
         """An EPT misconfiguration: the guest accessed an MMIO SPTE. Which one, the exit does not say: its SPTE does."""
@@ -81,13 +85,13 @@ class FaultSteps(Zaps):
         found = None if gfn is None else page_table.leaf(root.top, gfn)
         return gfn if found is not None and self.mmio(*found).fits(word) else None
 
-    def requested(self, root: Root, gfn: int, present: bool) -> Activity:
+    def requested(self, root: Root, gfn: int, present: bool, fetch: bool = False) -> Activity:
         """The fault's way under mmu_lock: what it is about to map, and the mapping."""
         want = {"root": self.name(root), "gfn": gfn, "value": self.found(self.as_id(root), gfn)}
         row = yield Expect("kvm_mmu_spte_requested", want, may_stop=True)
         assert row is not None
         unseen = not present and not self.kernel.spte_changed and self.infer(root, gfn)
-        yield from self.map(root, gfn, row.level, row.value, unseen)
+        yield from self.map(Mapping(root, gfn, fetch), row.level, row.value, unseen)
 
     def infer(self, root: Root, gfn: int) -> bool:
         """5.10 shows no notifier: a leaf that faults as absent was removed unseen, perhaps with its table."""
@@ -98,7 +102,7 @@ class FaultSteps(Zaps):
         self.inferred += 1
         return True
 
-    def map(self, root: Root, gfn: int, goal: int, frame: int, unseen: bool = False) -> Activity:
+    def map(self, fault: Mapping, goal: int, frame: int, unseen: bool = False) -> Activity:
         """kvm_tdp_mmu_map: tables downwards to the goal level, then the leaf.
 
         `unseen`: something was removed here that no event showed, so that a table may be built anew.
@@ -106,7 +110,6 @@ class FaultSteps(Zaps):
         Faults hold mmu_lock for read, so that others may change the same entries meanwhile. Who read an entry before
         that and writes to it after has lost, and tries again; so has who meets a frozen entry.
         """
-        fault = Mapping(root, gfn)
         self.mapping.append(fault)
         try:
             yield from self._map(fault, goal, frame, unseen)
@@ -114,9 +117,27 @@ class FaultSteps(Zaps):
             self.mapped(fault)
 
     def _map(self, fault: Mapping, goal: int, frame: int, unseen: bool) -> Activity:
-        root, gfn = fault.root, fault.gfn
-        table = root.top
         raced = yield from self._wait(fault)
+        found = yield from self._descend(fault, fault.root.top, goal, unseen, raced)
+        while found is not None:
+            table, raced = found
+            below = table.entries.get(page_table.index(fault.gfn, goal))
+            if not isinstance(below, Table) or self.nx_huge_pages is False:
+                yield from self.install(fault, table, frame, raced=goal in raced)
+                return
+            # Where the guest executed from smaller pages the goal is one level less (disallowed_hugepage_adjust); from
+            # 6.2 or later on (not read) only there, before that at every table.
+            made_for_it = self.nx_huge_pages and below.frame in self.executed
+            if not made_for_it and (yield from perhaps(self.install(fault, table, frame, raced=goal in raced))):
+                return
+            span = page_table.span(goal)
+            frame = frame & -span | fault.gfn & (span - 1)
+            goal -= 1
+            found = yield from self._descend(fault, table, goal, unseen, raced)
+
+    def _descend(self, fault: Mapping, table: Table, goal: int, unseen: bool, raced: set[int]) -> Descent:
+        """Tables downwards to the goal level; None: the fault lost a race, and tries again."""
+        root, gfn = fault.root, fault.gfn
         while table.level > goal:
             at = page_table.index(gfn, table.level)
             below = table.entries.get(at)
@@ -127,18 +148,21 @@ class FaultSteps(Zaps):
             if isinstance(below, Table) and not unseen:
                 if table.level in raced and (yield Expect("kvm_mmu_get_page", want, optional=True)) is not None:
                     yield None
-                    return  # another vCPU linked its table before this one was made: RETRY
+                    return None  # another vCPU linked its table before this one was made: RETRY
                 table = below
                 continue
             if isinstance(below, int) and not self.parameters.split_in_place:
                 yield from self.zap_huge(root, table, at)
-            unseen_there = isinstance(below, Table)
-            row = yield Expect("kvm_mmu_get_page", want, optional=unseen_there, may_stop=table.level in raced)
+                below = table.entries.get(at)
+            there = isinstance(below, Table)
+            row = yield Expect("kvm_mmu_get_page", want, optional=there, may_stop=table.level in raced)
             if row is None:
                 assert isinstance(below, Table)
                 table = below
                 continue
             child.frame = row.table
+            if fault.fetch:
+                self.executed.add(child.frame)
             if not self.kernel.spte_changed:
                 table.entries[at] = child
                 yield None
@@ -146,11 +170,11 @@ class FaultSteps(Zaps):
                 continue
             yield None
             if table.entries.get(at) is not below:
-                return  # another vCPU linked its own table first: RETRY
+                return None  # another vCPU linked its own table first: RETRY
             yield from self.link(root, table, at, child, may_stop=self.contended(fault, table, at))
             raced = yield from self._wait(fault)
             table = child
-        yield from self.install(fault, table, frame, raced=goal in raced)
+        return table, raced
 
     def _wait(self, fault: Mapping) -> Generator[None, None, set[int]]:
         """Wait for the thread's next row. The levels whose entry on the way was changed by others meanwhile."""
@@ -223,6 +247,8 @@ class FaultSteps(Zaps):
             if row is not None:
                 self.mapped(fault)
                 may_stop = False
+                if table.level > 1:
+                    self.nx_huge_pages = not self.executable(row.new)
                 table.entries[at] = row.new
                 if mmio:
                     self.mmio_words[row.new] = gfn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from replay.simulate import page_table
+from replay.simulate.page_table import Table
 from replay.validate import expect
 from replay.validate.dirty_steps import DirtySteps
 from replay.validate.expect import Activity, perhaps
@@ -62,3 +63,14 @@ class KernelSteps(DirtySteps):
                 assert row is not None
                 table.entries[at] = row.new
                 yield None
+
+    def recover(self, as_id: int, level: int, gfn: int) -> Activity:
+        """kvm_recover_nx_huge_pages: a table that was made to execute smaller pages goes; which, the worker chooses."""
+        for root in self.roots:
+            table, at = self.entry(root, gfn, level)
+            below = table.entries.get(at)
+            if self.as_id(root) == as_id and isinstance(below, Table) and below.frame in self.executed:
+                self.take("tables that NX huge page recovery chose")
+                shared = self.kernel.nx_recovery == "read"
+                yield from self.zap_entry(root, table, at, shared, put=self.zapped() if shared else None)
+                return

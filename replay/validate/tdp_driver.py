@@ -66,6 +66,8 @@ class ConformanceCheck(VmCheck):
             return machine.log_anew()
         if row.kind == "kvm_tdp_mmu_spte_changed" and self.nested.entered and row.gfn is not None:
             return machine.track(row.as_id, row.gfn) if not thread.ioctl else None
+        if row.kind == "kvm_tdp_mmu_spte_changed" and thread.vcpu is None and not thread.ioctl and row.gfn is not None:
+            return machine.recover(row.as_id, row.level, row.gfn) if machine.nx_huge_pages is not False else None
         if row.kind in _LOADING and thread.vcpu is not None:
             vcpu = self._vcpu(thread.vcpu)
             return machine.load(vcpu) if vcpu.slots[CURRENT] is None else None
@@ -125,6 +127,8 @@ class ConformanceCheck(VmCheck):
         elif row.kind == "mmu_free_roots":
             self._free_roots(thread, row)
         elif row.kind == "kvm_mmu_zap_all_fast":
+            if not thread.ioctl:  # nx_huge_pages may have been written
+                machine.nx_huge_pages = None
             zap = machine.invalidate()
             if zap is not None:
                 self._begin(thread, zap)

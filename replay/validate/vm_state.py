@@ -23,10 +23,11 @@ _PRIVATE: Final = frozenset([0xFEE00, *range(0xFFFBC, 0xFFFC0), *range(0xFEFFC, 
 
 @dataclass(eq=False)
 class Mapping:
-    """A fault that has mmu_lock and is about to map a guest frame."""
+    """A fault that has mmu_lock and is about to map a guest frame. `fetch`: to execute what is there."""
 
     root: Root
     gfn: int
+    fetch: bool = False
 
 
 @dataclass
@@ -52,6 +53,8 @@ class State:
     slots: SlotLookup = field(default_factory=SlotLookup)
     eager_split: bool = True  # the module parameter eager_page_split is on
     pml: bool = False  # the processor logs dirty pages; KVM then clears the dirty bit, not the W bit
+    nx_huge_pages: bool | None = None  # huge leaves are not executable; None: none was made yet
+    executed: set[int] = field(default_factory=set)  # page frames of tables that were made to execute what they map
     tracked: Counter[int] = field(default_factory=Counter)  # guest frames whose writes are emulated (tables of L1)
     mapping: list[Mapping] = field(default_factory=list)  # faults, until they have written their leaf
     capable: bool = False  # KVM_ENABLE_CAP was called: it may have asked for KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
@@ -75,6 +78,10 @@ class State:
     def mmu_writable(self) -> int:
         """The bit of an SPTE whose page KVM may make writable by itself."""
         return self.kernel.spte.mmu_writable[self.kernel.vendor.paging == "ept"]
+
+    def executable(self, word: int) -> bool:
+        """Whether the guest may execute what a leaf maps."""
+        return bool(word & 1 << 2) if self.kernel.vendor.paging == "ept" else not word >> 63
 
     @property
     def guest_bits(self) -> int:

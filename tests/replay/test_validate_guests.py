@@ -291,6 +291,44 @@ def a_nested_guest_with_nested_paging() -> KernelRows:
     return made
 
 
+def recovery_of_nx_huge_pages() -> KernelRows:
+    """nx_huge_pages: huge leaves are not executable; code is in small ones, until a worker takes their table."""
+    made = KernelRows()
+    made.slot(GFN, PAGES)
+    made.load()
+    huge, frozen, place = 1 << 63 | 0x800 << 12 | 0xEE7, 0x5A0, {"root": 1, "level": 2, "gfn": GFN}
+    made.requested(0, GFN, 0x800, level=2)
+    made.tables(0, GFN, level=2)
+    table = made.rows[-2].table
+    made.of(0, "kvm_tdp_mmu_spte_changed", new=huge, **place)
+    made.of(0, "kvm_mmu_set_spte", new=huge, table=table, **place)
+    made.of(0, "kvm_entry")
+    made.requested(0, GFN + 1, 0x801, code=0x15)  # executes
+    made.of(0, "kvm_tdp_mmu_spte_changed", old=huge, new=frozen, **place)
+    child = made.table(0, GFN, 1)
+    made.link(0, GFN, 1, child)
+    made.leaf(0, GFN + 1, 0x801)
+    made.of(0, "kvm_entry")
+    made.requested(0, GFN + 5, 0x805, level=2)  # the goal is lowered: the guest executes there
+    made.leaf(0, GFN + 5, 0x805)
+    made.of(0, "kvm_entry")
+    worker = 99
+    made.row("kvm_tdp_mmu_spte_changed", worker, old=child << 12 | 0x827, **place)
+    made.row("kvm_mmu_prepare_zap_page", worker, gfn=GFN, role=ROLE & ~15 | 1, level=1, table=child)
+    for gfn in (GFN + 1, GFN + 5):
+        old = made.leaves.pop(gfn)
+        made.row("kvm_tdp_mmu_spte_changed", worker, gfn=gfn, root=1, level=1, old=old, new=frozen)
+    made.row("table_free", 7, gfn=GFN, role=ROLE & ~15 | 1, level=1, table=child)
+    made.requested(0, GFN, 0x800, level=2)
+    made.of(0, "kvm_tdp_mmu_spte_changed", new=huge, **place)
+    made.of(0, "kvm_mmu_set_spte", new=huge, table=table, **place)
+    made.of(0, "kvm_entry")
+    made.unmap(GFN, PAGES)
+    made.row("kvm_tdp_mmu_spte_changed", old=huge, **place)
+    made.put(3)
+    return made
+
+
 SCRIPTS: tuple[Callable[[], KernelRows], ...] = (
     a_notifier_before_the_first_root,
     a_notifier_that_waited_for_a_fault,
@@ -306,10 +344,13 @@ SCRIPTS: tuple[Callable[[], KernelRows], ...] = (
     dirty_logging_of_a_read_only_slot,
     a_nested_guest_without_nested_paging,
     a_nested_guest_with_nested_paging,
+    recovery_of_nx_huge_pages,
 )
 # Columns of which any other value is wrong.
 TELLING = {
     "kvm_mmu_get_page": ("role", "gfn", "level"),
+    "kvm_mmu_prepare_zap_page": ("role", "gfn", "level", "table"),
+    "table_free": ("role", "level", "table"),
     "kvm_tdp_mmu_spte_changed": ("gfn", "level", "as_id", "old"),
     "kvm_mmu_set_spte": ("gfn", "level", "new"),
     "kvm_mmu_spte_requested": ("gfn",),
@@ -341,6 +382,7 @@ PERMITTED = {
     a_page_that_another_vcpu_mapped_first: {"without kvm_mmu_spte_requested"},  # the loser's: tried again before that
     a_page_lost_before_the_winner_shows: {"without kvm_mmu_spte_requested"},
     a_root_that_another_vcpu_made_during_the_search: {"without root_put"},  # the search began when it was there
+    recovery_of_nx_huge_pages: {"without table_free"},  # a grace period may end after the recording
     dirty_logging_initially_set: {"twice root_put"},  # 64 pages more, none of which was writable
 }
 
