@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
@@ -47,9 +48,14 @@ class Column:
         return format_value(row[self.name], self.unit, signed=self.signed)
 
     def value(self, row: dict[str, Any]) -> Any:
-        """Exact: a number or text, null, or [low, high] where the two differ."""
-        low = row[self.name]
-        return low if not self.high or low == row[self.high] else [low, row[self.high]]
+        """Exact: a number or text, null (for 0 / 0 as well), or [low, high] where the two differ."""
+        low = _exact(row[self.name])
+        high = _exact(row[self.high]) if self.high else low
+        return low if low == high else [low, high]
+
+
+def _exact(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)

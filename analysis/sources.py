@@ -13,7 +13,6 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from polars.io.plugins import register_io_source
 
 from analysis import rows
 from analysis.recorded_time import RecordedTime, recorded_times
@@ -22,6 +21,7 @@ from replay.timing.stuck_rip import RipRun
 from traces import metadata
 from traces.errors import Problem
 from traces.foreign import check_whole_parquet, of_parquet
+from traces.lazy_rows import lazy_rows
 from traces.reader import Trace
 from traces.text import printable
 
@@ -189,27 +189,8 @@ class Result:
 
     def scan(self) -> pl.LazyFrame:
         """Its rows, all columns of this version; those that an older one does not have are null."""
-
-        def frames(
-            columns: list[str] | None, predicate: pl.Expr | None, limit: int | None, _size: int | None
-        ) -> Iterator[pl.DataFrame]:
-            left = limit
-            asked = (
-                None if columns is None else {*columns, *(predicate.meta.root_names() if predicate is not None else ())}
-            )
-            for batch in self.batches(asked):
-                frame = pl.DataFrame(pl.from_arrow(batch))
-                if left is not None:
-                    frame = frame.head(left)
-                    left -= len(frame)
-                if predicate is not None:
-                    frame = frame.filter(predicate)
-                yield frame if columns is None else frame.select(columns)
-                if left == 0:
-                    return
-
         schema = {field.name: pl.String() if field.name in _TEXTS else _polars(field) for field in SCHEMA}
-        return register_io_source(frames, schema=schema, validate_schema=True, is_pure=True)
+        return lazy_rows(pl.Schema(schema), self.batches)
 
     def batches(self, columns: Collection[str] | None = None) -> Iterator[pa.RecordBatch]:
         """Its rows as validated batches of these columns (all by default); dictionaries become text."""

@@ -1,8 +1,8 @@
 """Reading a trace: nothing of the file is trusted before it was checked.
 
 Every byte is under a CRC: the footer is checked before Arrow parses it, each row group before Arrow decodes it, and
-every decoded batch is validated fully. Decoding is Arrow's, not polars's, because polars aborts the process on some
-hostile files, where Arrow raises.
+every decoded batch is validated fully. Decoding is Arrow's, not polars's, which aborts the process on some hostile
+files (traces/lazy_rows.py).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from traces.columns import SCHEMA
 from traces.errors import Problem
 from traces.frame import NO_TRACE, check_footer, check_row_groups, check_schema, crc_of
 from traces.kernels.policy_rows import COLUMNS, PolicyRow, Watch
+from traces.lazy_rows import lazy_rows
 from traces.metadata import KEY, Metadata, RowGroup, parse
 from traces.schema import BY_NAME
 from traces.text import printable
@@ -134,9 +135,15 @@ class Trace:
             yield from self._decode(index, names, size)
 
     def scan(self) -> pl.LazyFrame:
-        """The whole trace as a polars LazyFrame, after every row group was checked against its CRC."""
-        self.verify()
-        return pl.scan_parquet(self.path)
+        """The whole trace as a polars LazyFrame, decoded and checked by this reader whenever it is collected.
+
+        Of a later version's columns those that are nested are not in it.
+        """
+        flat = [field.name for field in self.schema if not pa.types.is_nested(field.type)]
+        none = pl.DataFrame(pl.from_arrow(self.schema.empty_table().select(flat)))
+        return lazy_rows(
+            none.schema, lambda asked: self.batches([name for name in flat if asked is None or name in asked])
+        )
 
     def roots(self) -> pl.DataFrame:
         """Every root: `root`, `vm`, `table`, `role`, `first_seq`, `first_time` (ns), `created`; times null if unused.
