@@ -1,5 +1,5 @@
 # make demo and make test do all the set-up they need; see README.md.
-.PHONY: setup demo quick test lab-test lint check ci-example bench corpus man clean
+.PHONY: setup demo quick test mutations lab-test lint check ci-example bench corpus man clean
 
 PYTHON := .venv/bin/python
 
@@ -30,6 +30,11 @@ lint: setup
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 	.venv/bin/lint-imports --no-cache
+
+# What CI runs.
+# Every mutation of a recording that changes what its rows show is found by replaying it (300 of them in `make test`).
+mutations: setup
+	MUTATIONS=10000 $(PYTEST) auto tests/replay/test_own_policy.py -k mutation
 
 # What CI runs.
 check: lint test lab-test ci-example

@@ -8,6 +8,7 @@ FLAGS = ["-O3", "-fno-tree-slp-vectorize"]
 COMPILED = (
     "replay/decode/decoder.py",
     "replay/decode/inferred.py",
+    "replay/decode/row_counts.py",
     "replay/decode/same_rip.py",
     "replay/decode/timeline.py",
     "replay/simulate/core.py",

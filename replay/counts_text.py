@@ -8,9 +8,10 @@ from typing import Any, Final
 from rich.table import Table
 from rich.text import Text
 
-from replay import bounds
+from replay import bounds, own_policy
 from replay.bounds import Count
 from replay.counted import Outcome
+from replay.own_policy import Agreement
 from replay.plan import Target
 from replay.result import OF_VCPU
 from replay.run import Replayed, document, left_open
@@ -90,6 +91,8 @@ def render(replayed: Replayed, share: float = 0.0) -> str:
     plan = replayed.plan
     meta = plan.capabilities.trace.metadata
     console.print(Text(printable(f"{plan.capabilities.trace.path}: kernel {meta.kernel}, {meta.policy} roots")))
+    for told in own_policy.untrusted(replayed.checks)[:VMS_SHOWN]:
+        console.print(Text(printable(told), style="bold red"), soft_wrap=True)
     vms = _vms(replayed)
     for vm in vms[:VMS_SHOWN]:
         console.print(_table(replayed, vm, share))
@@ -133,6 +136,19 @@ def _remarks(replayed: Replayed) -> list[Text]:
                     lines += [] if any(line == each.plain for each in lines) else [Text(line)]
     if inferred := replayed.notes.get("inferred removals"):
         lines.append(Text(f"{inferred:,} removals by the host are inferred: this kernel has no event for them"))
+    lines += [Text(printable(line)) for line in _compared(replayed)]
     lines += [Text(f"incomplete: {printable(line)}", style="bold red") for line in replayed.missing]
     lines += [Text(f"broken: {printable(line)}", style="bold red") for line in replayed.broken]
     return lines
+
+
+def _compared(replayed: Replayed) -> list[str]:
+    """How many VMs are what their rows show under the recorded policy, and why it is not said of the others."""
+    agree = sum(check.agreement is Agreement.AGREES for check in replayed.checks)
+    lines = [f"own policy's replay: equals the rows in {agree:,} of {len(replayed.checks):,} VMs"]
+    unseen = list(dict.fromkeys(name for check in replayed.checks for name, _ in check.unseen))
+    if unseen:
+        lines[0] += f" (not observable: {', '.join(unseen)})"
+    open_ = [check.text for check in replayed.checks if check.agreement is Agreement.OPEN]
+    more = [f"... {len(open_) - VMS_SHOWN} more VMs not compared: --json has them"] if len(open_) > VMS_SHOWN else []
+    return [*lines, *open_[:VMS_SHOWN], *more]

@@ -16,12 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from replay import own_policy
 from replay.counted import CountedRun, Outcome
 from replay.decode.capabilities import Capabilities
 from replay.decode.cases import Case
 from replay.decode.inputs import Inputs
+from replay.decode.row_counts import RowCounts
 from replay.decode.specialize import Specialization
-from replay.decode.vm_inputs import VmInputs, parts_of
+from replay.decode.vm_inputs import VmInputs, parts_of, vcpu_ids
+from replay.own_policy import OwnPolicyCheck, compare
 from replay.plan import Plan, Run, Target
 from replay.result import ResultWriter, VmWriter
 from replay.simulate.operations import Block
@@ -46,6 +49,7 @@ class Replayed:
     notes: Counter[str]
     missing: list[str]
     broken: list[str] = field(default_factory=list)  # promises of a policy that its outcome does not keep
+    checks: list[OwnPolicyCheck] = field(default_factory=list)  # by VM: its own policy's replay beside its rows
 
 
 def replay(plan: Plan, settings: Settings | None = None, writer: ResultWriter | None = None) -> Replayed:
@@ -66,6 +70,7 @@ def replay(plan: Plan, settings: Settings | None = None, writer: ResultWriter | 
             if found.writer is not None:
                 found.writer.release()
             done.outcomes += found.outcomes
+            done.checks.append(found.check)
             done.times += found.times
             done.notes.update(found.notes)
             done.missing += capabilities.of_vm(vm)
@@ -104,8 +109,10 @@ class _Vm:
         groups = any(target.parameters.prefetch > 1 for target in plan.targets)
         parts = parts_of(capabilities.trace, vm, settings.parts) if settings is not None and settings.parts else None
         times = SpanTimes(capabilities, vm, parts) if settings is not None else None
-        self._inputs = VmInputs(capabilities, vm, groups=groups, times=times)
-        self._times = times
+        self._rows = RowCounts(capabilities, len(vcpu_ids(vm)))
+        self._inputs = VmInputs(capabilities, vm, groups=groups, times=times, row_counts=self._rows)
+        self._vm, self._times = vm, times
+        self.check: OwnPolicyCheck
         self.outcomes: list[Outcome] = []
         self.times: list[VmTime] = []
 
@@ -118,18 +125,19 @@ class _Vm:
         """Replay it."""
         inputs = self._inputs
         counting = self._counting()
+        own = next((each for each in counting if each.outcome.target.recorded), None) or self._own()
         if self._settings is None or self._times is None:
             for part in inputs:
-                self._count(counting, part)
+                self._count(counting, part, own)
+            self._compare(own)
             self.outcomes = [each.finish(self.writer) for each in counting]
             return self
         measurement = Measurement(self._capabilities, inputs, self._times)
-        own = next((each for each in counting if each.outcome.target.recorded), None) or self._own()
         with Spool() as spool:
             for part in inputs:
                 self._count(counting, part, own, measurement.take(part).block)
                 spool.append(part)
-            own.finish(None)
+            self._compare(own)
             assert own.outcome.vcpus is not None
             measured = measurement.result(own.outcome.vcpus.faults, own.outcome.freed_tables)
             clocks: dict[int, PolicyClock] = {}
@@ -169,6 +177,11 @@ class _Vm:
         specialized = Specialization(kernel, Case(), self._capabilities.ad_disabled, len(self._inputs.vcpus))
         return CountedRun(-1, target, target.runs[0], self._inputs.id, self._inputs.vcpus, specialized)
 
+    def _compare(self, own: CountedRun) -> None:
+        """All rows were taken in: the recorded policy's run has to be what they show."""
+        own.finish(None)
+        self.check = compare(self._capabilities, self._vm, self._inputs, self._rows, own.outcome)
+
     def _specialized(self) -> dict[tuple[str, Case], Specialization]:
         """One for each kernel and case of the plan."""
         found = {}
@@ -179,12 +192,10 @@ class _Vm:
                 )
         return found
 
-    def _count(
-        self, counting: list[CountedRun], part: Inputs, own: CountedRun | None = None, block: Block | None = None
-    ) -> None:
+    def _count(self, counting: list[CountedRun], part: Inputs, own: CountedRun, block: Block | None = None) -> None:
         """Take in a part; `own` and `block`: the recorded policy's run, and the part's operations of its kernel."""
-        blocks = {} if own is None or block is None else {own.specialized: block}
-        for each in counting if own is None or own in counting else [*counting, own]:
+        blocks = {} if block is None else {own.specialized: block}
+        for each in counting if own in counting else [*counting, own]:
             if each.specialized not in blocks:
                 blocks[each.specialized] = each.specialized.block(part)
             each.feed(blocks[each.specialized], part.ranges, self.writer if each.number >= 0 else None)
@@ -243,5 +254,6 @@ def document(replayed: Replayed) -> dict[str, Any]:
         "complete": not replayed.missing,
         "missing": replayed.missing,
         "broken": replayed.broken,
+        "own_policy": own_policy.to_dict(replayed.checks),
         "notes": {name: count for name, count in sorted(replayed.notes.items()) if count},
     }  # fmt: skip

@@ -16,7 +16,7 @@ from traces.schema import BY_NAME
 Ints = NDArray[np.int64]
 COLUMNS: Final = (
     "seq", "time", "vcpu", "tid", "kind", "root", "role", "level", "as_id", "gfn", "old", "new", "addr", "code",
-    "value", "rip", "ret", "slot", "flags",
+    "value", "rip", "refs", "ret", "slot", "flags",
 )  # fmt: skip
 _TYPES: Final = {name: np.dtype(SCHEMA.field(name).type.to_pandas_dtype()) for name in COLUMNS if name != "kind"}
 

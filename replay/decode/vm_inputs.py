@@ -63,6 +63,16 @@ def parts_of(trace: Trace, vm: Mapping[str, Any], count: int) -> tuple[int, int,
     return first, (last - first) // count + 1, count
 
 
+class RowCounter(Protocol):
+    """What counts rows (`row_counts.RowCounts`)."""
+
+    def feed(self, batch: Batch) -> None:
+        """Take in all rows of a batch, those after the VM's end too."""
+
+    def finish(self) -> None:
+        """There are no more rows."""
+
+
 class VmInputs:
     """One VM of a trace. Iterate once; `vcpus` gives the recorded id of each of its dense numbers.
 
@@ -78,19 +88,21 @@ class VmInputs:
         groups: bool = True,
         size: int = BATCH_ROWS,
         times: RowTimes | None = None,
+        row_counts: RowCounter | None = None,
         columns: tuple[str, ...] = (),
     ) -> None:
         """`groups`: find out what the shadow MMU may prefetch around touches. `times`: inputs come with times.
 
-        `columns`: to be read though decoding does not need them, for `times`.
+        `row_counts`: counts the rows on the way. `columns`: to be read though decoding does not need them, for `times`.
         """
         self.id = int(vm["id"])
         self.vcpus = vcpu_ids(vm)
         self._numbers = dense_numbers(capabilities.trace.path, vm)
         rows = sum(group.rows for group in capabilities.trace.groups(self.id))
         size = max(min(size, rows), 1)
-        self._capabilities, self._size, self._times = capabilities, size, times
-        self._columns = _columns(capabilities, vm, times is not None, columns)
+        self._capabilities, self._size, self._times, self._row_counts = capabilities, size, times, row_counts
+        more = columns if row_counts is None else (*columns, *_counted(capabilities))
+        self._columns = _columns(capabilities, vm, times is not None, more)
         count = max(len(self.vcpus), 1)
         meta = capabilities.trace.metadata
         roles = np.zeros(min(meta.root_count, _ROOTS) + 2, np.uint32)
@@ -115,13 +127,20 @@ class VmInputs:
         decoder = self.decoder
         decoder.attach(self._held)
         for rows in self._capabilities.trace.batches(self._columns, vm=self.id, size=self._size):
-            batch, _ = Batch(rows, self._numbers).of_vm()
+            whole = Batch(rows, self._numbers)
+            if self._row_counts is not None:
+                self._row_counts.feed(whole)
+            if decoder.ended:
+                continue
+            batch, ends = whole.of_vm()
             since = decoder.inputs
             self._decode(batch)
             if settled := decoder.settle(since):
                 yield self._taken(settled)
-            if decoder.ended:
+            if ends and self._row_counts is None:
                 break
+        if self._row_counts is not None:
+            self._row_counts.finish()
         decoder.finish()
         if decoder.inputs:
             yield self._taken(decoder.inputs)
@@ -194,6 +213,13 @@ class _Held:
                 column[: end - first] = column[first:end].copy()
 
 
+def _counted(capabilities: Capabilities) -> tuple[str, ...]:
+    """The columns that counting rows needs besides."""
+    counts = capabilities.trace.metadata.kinds
+    changes = ("old", "new") if counts.get("kvm_tdp_mmu_spte_changed") else ()
+    return (*changes, "ret", *(("refs",) if counts.get("root_put") else ()))
+
+
 def _columns(capabilities: Capabilities, vm: Mapping[str, Any], timed: bool, more: tuple[str, ...]) -> list[str]:
     """The columns that say anything of this VM: reading the others takes as long as all the rest."""
     counts = capabilities.trace.metadata.kinds
@@ -207,6 +233,7 @@ def _columns(capabilities: Capabilities, vm: Mapping[str, Any], timed: bool, mor
         "ret": fast or not counts.get("root_get"),
         "as_id": logs or bool(counts.get("zap_leafs")),
         "slot": logs,
+        "refs": False,
         "tid": timed or logs or capabilities.kernel.zap_all_fast == "empty",
     }
     return [name for name in COLUMNS if wanted.get(name, True) or name in more]

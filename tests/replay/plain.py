@@ -9,6 +9,7 @@ from types import ModuleType
 COMPILED = (
     "replay.decode.decoder",
     "replay.decode.inferred",
+    "replay.decode.row_counts",
     "replay.decode.same_rip",
     "replay.decode.timeline",
     "replay.simulate.core",

@@ -99,6 +99,29 @@ def test_as_plain_python_is_the_reference(stream: Stream, sizes: list[int]) -> N
     assert_same(*run(stream, PLAIN.Core, sizes))
 
 
+@given(stream=streams())
+@examples(60)
+def test_what_each_operation_changes_is_what_the_reference_changes(stream: Stream) -> None:
+    made = Engine(stream.parameters, stream.words, stream.vcpus, rows=TINY)
+    changes = made.feed_each(stream.block, stream.ranges)
+    vm = dispatch.begin(stream.parameters, stream.words, stream.vcpus)
+    before = told(vm)
+    for at, change in enumerate(changes.tolist()):
+        dispatch.feed(vm, stream.cut(at, at + 1), stream.ranges, at)
+        after = told(vm)
+        assert change == [now - was for was, now in zip(before, after, strict=True)]
+        before = after
+    assert_same(made, vm)
+
+
+def told(vm: Vm) -> list[int]:
+    """The reference's counts, in the order of `engine.CHANGES`."""
+    counters, vcpus = vm.counters, vm.vcpus
+    sums = {name: sum(getattr(v, name) for v in vcpus) for name in ("creations", "reuses", "faults", "fixes")}
+    counts = {**asdict(counters), **sums, "installs": sums["faults"] + counters.prefetched}
+    return [counts[name] for name in engine.CHANGES]
+
+
 def storm(parameters: PolicyParameters, seed: int = 0, count: int = 6000) -> Stream:
     """Two vCPUs over some hundred tables, with roles, SMIs and memslot changes between: long enough to reuse tables."""
     rng = np.random.default_rng(seed)

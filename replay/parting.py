@@ -1,0 +1,120 @@
+"""From which row on a replay and the rows differ: the recording is decoded once more for it, up to its end.
+
+Both are counted row by row. A count parts at the first row after which it never again is the same on both sides, or
+within what is open; in between the kernel is at work, and one of the two is ahead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from replay.decode.batch import Batch
+from replay.decode.capabilities import Capabilities
+from replay.decode.cases import Case
+from replay.decode.row_counts import RowCount, RowCounts
+from replay.decode.specialize import Specialization
+from replay.decode.vm_inputs import VmInputs
+from replay.simulate.engine import CHANGES, Engine
+from replay.simulate.operations import Block
+from replay.simulate.reference import Violation
+
+_ALL: Final = 1 << 62
+
+
+@dataclass(frozen=True)
+class Apart:
+    """A count that differs: which of `engine.CHANGES` make it, and what the replay may have more than the rows."""
+
+    of: RowCount
+    parts: tuple[str, ...]
+    least: int
+    most: int | None
+
+
+def first_rows(
+    capabilities: Capabilities, vm: Mapping[str, Any], apart: list[Apart]
+) -> dict[RowCount, tuple[int, int]]:
+    """(seq, boot ns) of the row from which each of these differs."""
+    counter = _Counter(capabilities, vm)
+    inputs = VmInputs(capabilities, vm, groups=capabilities.own.prefetch > 1, row_counts=counter)
+    vcpus = max(len(inputs.vcpus), 1)
+    specialized = Specialization(capabilities.kernel, Case(), capabilities.ad_disabled, vcpus)
+    engine = Engine(capabilities.own, specialized.words, vcpus, log=False)
+    walks = [_Walk(each) for each in apart]
+    done = 0
+    with contextlib.suppress(Violation):  # the model gave up: up to there it is told
+        for part in inputs:
+            block = specialized.block(part)
+            changes = engine.feed_each(block, part.ranges, done)
+            done += len(block)
+            log = counter.until(int(block.seq[-1]))
+            for walk in walks:
+                walk.go(log, block, changes)
+    log = counter.until(_ALL)
+    for walk in walks:
+        walk.go(log)
+    return {walk.apart.of: walk.place for walk in walks if walk.place is not None}
+
+
+class _Counter:
+    """Counts rows, and holds which row counted what until that is asked for."""
+
+    def __init__(self, capabilities: Capabilities, vm: Mapping[str, Any]) -> None:
+        self._counts = RowCounts(capabilities, len(vm["vcpus"]), log=True)
+        self._log: NDArray[np.int64] = np.zeros((0, 4), np.int64)
+
+    def feed(self, batch: Batch) -> None:
+        """Take in a batch."""
+        self._counts.feed(batch)
+        self._log = np.concatenate([self._log, self._counts.log])
+
+    def finish(self) -> None:
+        """There are no more rows."""
+        self._counts.finish()
+        self._log = np.concatenate([self._log, self._counts.log])
+
+    def until(self, seq: int) -> NDArray[np.int64]:
+        """What was counted up to a row: (seq, time, RowCount, step)."""
+        held = int(np.searchsorted(self._log[:, 0], seq, "right"))
+        log, self._log = self._log[:held], self._log[held:]
+        return log
+
+
+class _Walk:
+    """One count along the rows. `place` is where it has parted; None as long as it has not."""
+
+    def __init__(self, apart: Apart) -> None:
+        self.apart = apart
+        self.place: tuple[int, int] | None = None
+        self._columns = [CHANGES.index(part) for part in apart.parts]
+        self._ahead = 0  # of the replay, before the rows
+
+    def go(self, log: NDArray[np.int64], block: Block | None = None, changes: NDArray[np.int64] | None = None) -> None:
+        """Take in rows that counted, and operations with what they changed."""
+        log = log[log[:, 2] == self.apart.of]
+        steps = [(log[:, 0], log[:, 1], -log[:, 3])]
+        if block is not None and changes is not None:
+            added = changes[:, self._columns].sum(axis=1)
+            steps.append((block.seq[added != 0], block.time[added != 0], added[added != 0]))
+        seq, time, step = (np.concatenate(column) for column in zip(*steps, strict=True))
+        if not len(seq):
+            return
+        order = np.argsort(seq, kind="stable")
+        seq, time, ahead = seq[order], time[order], self._ahead + np.cumsum(step[order])
+        self._ahead = int(ahead[-1])
+        within = ahead >= self.apart.least
+        if self.apart.most is not None:
+            within &= ahead <= self.apart.most
+        within[:-1] &= seq[:-1] != seq[1:]  # what one row does counts when all of it is done
+        agreed = np.flatnonzero(within)
+        after = int(agreed[-1]) + 1 if len(agreed) else 0
+        if len(agreed):
+            self.place = None
+        if self.place is None and after < len(seq):
+            self.place = int(seq[after]), int(time[after])
