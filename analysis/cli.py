@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from traces import outputs
-from traces.documents import Force
+from traces.documents import Force, RecordedPolicy
 from traces.errors import VERDICT_FAILED, Problem
 from traces.help_text import examples
 
@@ -38,6 +38,7 @@ def report(
     replay: Annotated[
         bool, typer.Option("--replay/--no-replay", help="Replay traces; without, only what was recorded is reported.")
     ] = True,
+    recorded_policy: RecordedPolicy = "",
     validate: Annotated[
         bool, typer.Option("--validate", help="Hold the recording against the model as well: 100,000 rows a second.")
     ] = False,
@@ -51,7 +52,8 @@ def report(
         typer.Option(
             help="Exit 1 where this holds: [POLICY.]COLUMN OPERATOR NUMBER, or `baseline` for the number; repeatable. "
             "Without a policy it is the recorded one, else every one. An interval that leaves it open fails. "
-            "Not on time."
+            "Not on time. `own_policy_mismatch > 0`, that the replay under the recording's own policy is not what "
+            "its rows show, is in JUnit without being asked for, and fails there."
         ),
     ] = None,
     baseline: Annotated[
@@ -75,11 +77,15 @@ def report(
     inputs = [*files, *map(Path, policy or ()), *([baseline] if baseline else [])]
     if out is not None:
         outputs.check(out, kind(format_), inputs, force=force)
+    asked = tuple(map(gates.parse, fail_on or ()))
+    if format_ == "junit" and not any(gate.column == gates.OWN_POLICY for gate in asked):
+        asked += gates.BY_DEFAULT
     wanted = Wanted(
         policies=tuple(policy or ()),
+        recorded_policy=recorded_policy,
         replay=replay,
         validate=validate,
-        gates=tuple(map(gates.parse, fail_on or ())),
+        gates=asked,
         baseline=gates.load_baseline(baseline) if baseline else None,
         drawn=drawn(format_),
     )
@@ -113,6 +119,7 @@ def diff(
             help="Compare under this policy; given twice: base, then new. [default: the recorded one of each]"
         ),
     ] = None,
+    recorded_policy: RecordedPolicy = "",
     unlike: Annotated[
         bool, typer.Option("--unlike", help="Compare other machines as well, and mark that their times are no measure.")
     ] = False,
@@ -140,7 +147,13 @@ def diff(
     remarks: list[str] = []
     with TemporaryDirectory(prefix="kvmtrace-") as scratch, Progress("reading") as progress:
         sides = [
-            opened(path, policies[min(number, len(policies) - 1)], Path(scratch) / f"{number}.parquet", remarks)
+            opened(
+                path,
+                policies[min(number, len(policies) - 1)],
+                Path(scratch) / f"{number}.parquet",
+                remarks,
+                recorded_policy,
+            )
             for number, path in enumerate((base, new))
         ]
         progress.say("comparing")
@@ -164,6 +177,7 @@ def export(
     perfetto: Annotated[
         bool, typer.Option("--perfetto", help="Write what each vCPU did, and when, for ui.perfetto.dev; needs -o.")
     ] = False,
+    recorded_policy: RecordedPolicy = "",
     out: Annotated[Path | None, typer.Option("-o", "--output", help="Write to this file, not to stdout.")] = None,
     force: Force = False,
 ) -> None:
@@ -175,11 +189,11 @@ def export(
     if perfetto:
         if out is None:
             raise Problem("export --perfetto: say with -o which file to write")
-        exporting.perfetto(file, out, force=force)
+        exporting.perfetto(file, out, force=force, recorded_policy=recorded_policy)
     elif list_:
-        _write(exporting.listing(file), out, outputs.QUERIES, [file], force)
+        _write(exporting.listing(file, recorded_policy), out, outputs.QUERIES, [file], force)
     else:
-        exporting.csv(file, csv, out, force=force)
+        exporting.csv(file, csv, out, force=force, recorded_policy=recorded_policy)
 
 
 def _write(text: str, out: Path | None, kind: outputs.FileKind, inputs: Sequence[Path], force: bool) -> None:

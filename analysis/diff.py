@@ -45,9 +45,9 @@ class Side:
         return printable(f"{self.path} ({self.policy})")
 
 
-def opened(path: Path, policy: str, scratch: Path, remarks: list[str]) -> Side:
+def opened(path: Path, policy: str, scratch: Path, remarks: list[str], recorded_policy: str = "") -> Side:
     """A side; a recording is replayed into `scratch`. Problem where the policy to compare is not clear or not there."""
-    source = open_source(path)
+    source = open_source(path, recorded_policy)
     recording: Recording | None
     if isinstance(source, Recording):
         recording, result = source, replayed_under(source, (policy or Capabilities(source.trace).own.name,), scratch)
@@ -193,6 +193,8 @@ def _assumed(base: Side, new: Side) -> Iterator[str]:
 
 
 def _verdict(base: Side, new: Side) -> Iterator[str]:
+    for side in (base, new):
+        yield from (line.replace(": ", f": {side.path}: ", 1) for line in side.result.untrusted[:1])
     rows = times(base, new).filter(pl.col("what") == "wall").head(1).collect(engine="streaming")
     for row in rows.drop_nulls().iter_rows(named=True):
         least, most = row["new_low"] / max(row["base_high"], 1), row["new_high"] / max(row["base_low"], 1)

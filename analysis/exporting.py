@@ -15,9 +15,9 @@ from traces.progress import Progress
 from traces.text import printable
 
 
-def listing(path: Path) -> str:
+def listing(path: Path, recorded_policy: str = "") -> str:
     """The queries that this file can answer, and why it cannot answer the others of its sort."""
-    source = open_source(path)
+    source = open_source(path, recorded_policy)
     lines = [f"queries of {printable(str(path))}:"]
     for name, query in queries().items():
         if isinstance(source, query.source):
@@ -26,10 +26,10 @@ def listing(path: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def csv(path: Path, name: str, out: Path | None, *, force: bool = False) -> None:
+def csv(path: Path, name: str, out: Path | None, *, force: bool = False, recorded_policy: str = "") -> None:
     """All rows of a query, streamed to a file or to standard output; null is empty."""
     query = named(name)
-    source = open_source(path)
+    source = open_source(path, recorded_policy)
     rows = query(source)
     header = ",".join(rows.collect_schema().names()) + "\n"
     kind = FileKind(f"the rows of query {name}", re.compile(rb"\A" + re.escape(header.encode())))
@@ -46,11 +46,11 @@ def csv(path: Path, name: str, out: Path | None, *, force: bool = False) -> None
             print(f"kvmtrace: {path}: {printable(note)}", file=sys.stderr)
 
 
-def perfetto(path: Path, out: Path, *, force: bool = False) -> None:
+def perfetto(path: Path, out: Path, *, force: bool = False, recorded_policy: str = "") -> None:
     """A recording's course, or a replay's, as a trace for ui.perfetto.dev; remarks on stderr."""
     from analysis.perfetto import export
 
-    source = open_source(path)
+    source = open_source(path, recorded_policy)
     remarks = export(source, out, force=force)
     for remark in remarks:
         print(f"kvmtrace: {path}: {remark}", file=sys.stderr)

@@ -10,7 +10,7 @@ import contextlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -21,13 +21,16 @@ from analysis.report import Check, Status
 from analysis.sources import Recording, Result, open_source
 from analysis.units import Unit, span
 from analysis.validation import Validated
+from replay.own_policy import Agreement
 from traces.errors import Problem
-from traces.text import printable
+from traces.text import printable, some
 
 Number = int | float | Fraction
 Ends = tuple[Number, Number] | None  # None: not known
 
-WHOLE: Final = ("fidelity", "lost", "gaps", "missing", "broken")  # of the recording or the replay, under no policy
+# Of the recording or the replay, under no policy.
+OWN_POLICY: Final = "own_policy_mismatch"  # VMs whose replay under the recorded policy is not what their rows show
+WHOLE: Final = ("fidelity", "lost", "gaps", "missing", "broken", OWN_POLICY)
 _TIMES: Final = ("wall", "time", "stalls", "stall_share", "refill_share")  # and whatever ends in _ns
 _GATE: Final = re.compile(
     r"\s*(?:(?P<policy>[^<>=!]*[^<>=!\s])\s*\.)?\s*(?P<column>[A-Za-z_]\w*)\s*"
@@ -39,16 +42,24 @@ _MAX_JSON: Final = 64 << 20
 
 @dataclass(frozen=True)
 class Gate:
-    """Fails where `column` stands in `op` to `number`, or to the baseline's where that is None."""
+    """Fails where `column` stands in `op` to `number`, or to the baseline's where that is None.
+
+    `asked`: whether somebody did; one that nobody asked for is skipped where it cannot be decided.
+    """
 
     policy: str  # empty: the recorded one
     column: str
     op: str
     number: Decimal | None
+    asked: bool = True
 
     def __str__(self) -> str:
         policy = f"{self.policy}." if self.policy else ""
         return f"{policy}{self.column} {self.op} {'baseline' if self.number is None else format(self.number, 'f')}"
+
+
+BY_DEFAULT: Final = (Gate("", OWN_POLICY, ">", Decimal(0), asked=False),)
+"""What CI output (JUnit) holds a report to though nobody asks."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,7 @@ class Figures:
     whole: Mapping[str, Ends]
     policies: Mapping[str, Mapping[str, Ends]]
     unvalidated: str = ""  # why `fidelity` is not known
+    untrusted: str = ""  # how the replay under the recorded policy and the rows differ
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: a number, [low, high], or null where it is not known."""
@@ -88,10 +100,21 @@ def figures_of(recording: Recording | None, result: Result | None, validation: V
                 for name in names
                 if not _is_time(name)
             }
+        whole[OWN_POLICY] = _mismatches(result)
     if isinstance(validation, Validated):
         whole["fidelity"] = (Fraction(validation.matched, validation.expected),) * 2
     recorded = next((p.name for p in result.policies if p.recorded), "") if result is not None else ""
-    return Figures(recorded, whole, policies, validation if isinstance(validation, str) else "")
+    texts = [each.text for each in result.agreements if each.differences] if result is not None else []
+    return Figures(recorded, whole, policies, validation if isinstance(validation, str) else "", some(texts))
+
+
+def _mismatches(result: Result) -> Ends:
+    """How many VMs are not what their rows show, at least and at most; None where that was not compared."""
+    differ = sum(each.agreement is Agreement.DIFFERS for each in result.agreements)
+    open_ = [each for each in result.agreements if each.agreement is Agreement.OPEN]
+    if len([each for each in open_ if not each.differences]) == len(result.agreements):
+        return None
+    return differ, differ + sum(each.differences > 0 for each in open_)
 
 
 def parse(text: str) -> Gate:
@@ -122,7 +145,12 @@ def check(gates: Sequence[Gate], figures: Figures, baseline: Figures | None) -> 
         if gate.column in WHOLE:
             other = _other(gate, baseline.whole if baseline else {}, "")
             unknown = figures.unvalidated if gate.column == "fidelity" else ""
-            yield _checked(gate, figures.whole[gate.column], other, "", unknown)
+            found = _checked(gate, figures.whole[gate.column], other, "", unknown)
+            if gate.column == OWN_POLICY and figures.untrusted:
+                found = replace(found, why=printable(f"{found.why}: {figures.untrusted}"))
+            if found.status is Status.UNDECIDED and not gate.asked:
+                found = replace(found, status=Status.SKIPPED)
+            yield found
             continue
         for policy in _chosen(gate, figures):
             columns = figures.policies[policy]

@@ -28,6 +28,7 @@ class Wanted:
     """What is asked of each file. `drawn`: queries of a recording that the format makes besides the tables'."""
 
     policies: tuple[str, ...] = ()
+    recorded_policy: str = ""
     replay: bool = True
     validate: bool = False
     gates: tuple[Gate, ...] = ()
@@ -40,7 +41,7 @@ def reported(path: Path, wanted: Wanted, step: Callable[[str], None] = lambda _:
     """The report of one trace or result, while its sources last: a trace's replay is in a file that goes afterwards."""
     with tempfile.TemporaryDirectory(prefix="kvmtrace-") as scratch:
         step(f"reading {path}")
-        source = open_source(path)
+        source = open_source(path, wanted.recorded_policy)
         remarks: list[str] = []
         result: Result | None
         recording: Recording | None
@@ -87,7 +88,8 @@ def _replayed(
     try:
         return replayed_under(recording, wanted.policies, path)
     except Problem as problem:
-        if wanted.policies or wanted.gates or problem.code != BAD_INPUT or isinstance(problem, Unwritable):
+        asked = any(gate.asked for gate in wanted.gates)
+        if wanted.policies or asked or problem.code != BAD_INPUT or isinstance(problem, Unwritable):
             raise
         remarks.append(f"not replayed: {str(problem).removeprefix(f'{recording.path}: ')}")
         return None
@@ -119,7 +121,7 @@ def _validated(recording: Recording | None) -> Validated | str:
     if recording is None:
         return "not done: the recording is not at hand"
     try:
-        return validated(recording.path)
+        return validated(recording.path, recording.metadata.policy)
     except Problem as problem:
         return f"not possible: {str(problem).removeprefix(f'{recording.path}: ')}"
 

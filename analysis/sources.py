@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from analysis import rows
 from analysis.recorded_time import RecordedTime, recorded_times
+from replay.own_policy import Agreement, told
 from replay.result import KEY, SCHEMA
 from replay.timing.stuck_rip import RipRun
 from traces import metadata
@@ -47,9 +48,9 @@ class Recording:
         self._answers: dict[str, pl.DataFrame] = {}
 
     @classmethod
-    def open(cls, path: Path | str) -> Recording:
-        """Raises Problem for what is no sound trace."""
-        return cls(Trace.open(path))
+    def open(cls, path: Path | str, recorded_policy: str = "") -> Recording:
+        """Raises Problem for what is no sound trace; `recorded_policy` as `Trace.open` takes it."""
+        return cls(Trace.open(path, recorded_policy))
 
     @property
     def replayed(self) -> bool:
@@ -139,6 +140,20 @@ class ResultTimes:
     stuck: tuple[RipRun, ...]
 
 
+@dataclass(frozen=True)
+class ResultAgreement:
+    """What a result says of one VM's replay under the recording's own policy: see `replay.own_policy`.
+
+    `text` is empty where it agrees with the rows; `differences` counts what differs, be it decided or open.
+    """
+
+    vm: int
+    agreement: Agreement
+    text: str
+    row: int | None
+    differences: int
+
+
 class Result:
     """A result of `kvmtrace replay -o`. Every byte of it is untrusted: Arrow decodes it and every batch is validated.
 
@@ -156,6 +171,7 @@ class Result:
             self.refault = _text(document, "refault")
             self.missing = tuple(_list(document, "missing", str))
             self.broken = tuple(_list(document, "broken", str))
+            self.agreements = tuple(map(_agreement, _list(document.get("own_policy") or {"vms": []}, "vms", dict)))
             self.vms = tuple(_vm(each) for each in _list(document.get("time") or {"vms": []}, "vms", dict))
         except _Malformed as error:
             raise Problem(f"{path}: damaged: {error} of its metadata is not what the format says") from None
@@ -181,6 +197,13 @@ class Result:
                 what = printable(f"{strange[0][0]} ({strange[0][1]})")
                 raise Problem(f"{path}: damaged: there are rows of {what}, of which its metadata says nothing")
         return result
+
+    @property
+    def untrusted(self) -> list[str]:
+        """What is to be said before all else of a replay that the recording's rows contradict; a line for each VM."""
+        return told(
+            [each.text for each in self.agreements if each.agreement is Agreement.DIFFERS], len(self.agreements)
+        )
 
     @property
     def timed(self) -> bool:
@@ -221,14 +244,19 @@ class Result:
             raise _damaged(self.path, error) from None
 
 
-def open_source(path: Path | str) -> Recording | Result:
-    """A trace or a result, whichever the file is; Problem where it is neither."""
+def open_source(path: Path | str, recorded_policy: str = "") -> Recording | Result:
+    """A trace or a result, whichever the file is; Problem where it is neither.
+
+    `recorded_policy`: see `Trace.open`; a result has its own.
+    """
     path = Path(path)
     pairs = _opened(path).metadata.metadata or {}
     if KEY in pairs:
+        if recorded_policy:
+            raise Problem(f"{path}: a result is of a policy already: --recorded-policy is for traces")
         return Result.open(path)
     if metadata.KEY in pairs:
-        return Recording.open(path)
+        return Recording.open(path, recorded_policy)
     raise Problem(f"{path}: {_NEITHER}, but {of_parquet(path)}")
 
 
@@ -341,6 +369,16 @@ def _vm(document: Mapping[str, Any]) -> ResultTimes:
         tuple(_cost(name, _object(costs, name)) for name in costs),
         tuple(stuck),
     )
+
+
+def _agreement(document: Mapping[str, Any]) -> ResultAgreement:
+    try:
+        agreement = Agreement(_text(document, "agreement"))
+    except ValueError:
+        raise _Malformed("`agreement`") from None
+    row = None if document.get("from_row") is None else _count(document, "from_row")
+    differences = _count(document, "differences")
+    return ResultAgreement(_count(document, "vm"), agreement, _text(document, "text"), row, differences)
 
 
 def _cost(name: str, document: Mapping[str, Any]) -> Cost:

@@ -8,6 +8,7 @@ from typing import Final
 
 from analysis.sources import Recording, Result
 from analysis.validation import Validated
+from replay.own_policy import Agreement
 from traces.durations import duration
 from traces.metadata import Metadata
 from traces.text import some, vms_text
@@ -36,6 +37,8 @@ def trust(
         if result.missing:
             yield "missing", some(list(result.missing))
         yield from (("broken", line) for line in result.broken[:_SHOWN])
+    if result is not None:
+        yield from (("own policy", line) for line in _own_policy(result))
     yield "validated", validation if isinstance(validation, str) else validation.text
     if result is not None:
         yield "costs", _costs(result)
@@ -44,11 +47,22 @@ def trust(
     yield REPORTED
 
 
+def _own_policy(result: Result) -> Iterator[str]:
+    """Whether the replay under the recorded policy is what the recording's rows show."""
+    if not result.agreements:
+        yield "not compared with the rows: this result is older than that"
+        return
+    agree = sum(each.agreement is Agreement.AGREES for each in result.agreements)
+    yield f"its replay equals the rows in {agree:,} of {len(result.agreements):,} VMs"
+    others = sorted((each for each in result.agreements if each.text), key=lambda each: -each.differences)
+    yield from (each.text for each in others[:_SHOWN])
+
+
 def made_on(meta: Metadata) -> Iterator[tuple[str, str]]:
     """Where, when and on what a recording was made."""
     yield "host", _host(meta)
     yield "recorded", _recorded(meta)
-    yield "kernel", f"{meta.kernel or 'unknown'}, {meta.policy or 'unknown'} roots"
+    yield "kernel", f"{meta.kernel or 'unknown'}, {meta.policy or 'unknown'} roots, by {meta.policy_by}"
 
 
 def loss(recording: Recording | None, result: Result | None) -> str:

@@ -32,9 +32,9 @@ class Validated:
         return f"{share}: {self.matched:,} of {self.expected:,} responses matched{part}{left}"
 
 
-def validated(path: Path) -> Validated:
+def validated(path: Path, policy: str = "") -> Validated:
     """Runs `kvmtrace validate` on a trace, event by event (some 100,000 a second); Problem where it cannot be."""
     from replay.validate.compare import validate
 
-    report = validate(path)
+    report = validate(path, policy)
     return Validated(report.matched, report.expected, report.left, not report.complete)

@@ -22,6 +22,7 @@ from traces.vm_names import VmNames
 
 _Ends = dict[str, tuple[VcpuTime, VcpuTime]]
 _STUCK_SHOWN: Final = 2
+_UNTRUSTED_SHOWN: Final = 3
 _UNREAD: Final = np.zeros((0, 2 + len(SPENT)), np.int64)
 _BOUNDS: Final = {"exact": 0, "low": 0, "high": 1}
 
@@ -31,6 +32,7 @@ def verdict(result: Result | None, recording: Recording | None) -> Iterator[str]
     if result is None:
         yield from _recorded(recording)
         return
+    yield from result.untrusted[:_UNTRUSTED_SHOWN]
     for vm in result.vms:
         yield from list(stuck_lines(vm.vm, vm.stuck))[:_STUCK_SHOWN]
     timed = pl.all_horizontal(pl.col("wall_low_ns", "wall_high_ns", *SPENT).is_not_null())

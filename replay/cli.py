@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from traces.documents import Force, Json, print_json
+from traces.documents import Force, Json, RecordedPolicy, print_json
 from traces.errors import VERDICT_FAILED, Problem
 from traces.help_text import examples
 from traces.outputs import RESULT, check
@@ -24,13 +24,14 @@ def validate(
     policy: Annotated[
         str, typer.Option(help="Root policy to hold it against. [default: the recorded kernel's]", show_default=False)
     ] = "",
+    recorded_policy: RecordedPolicy = "",
     as_json: Json = False,
 ) -> None:
     """Replay a recording under its own kernel's policy and compare each response of the MMU; exit 1 below 100 %."""
     from replay.validate.compare import validate as compare
     from replay.validate.validate_text import SCHEMA, render, to_dict
 
-    report = compare(trace, policy)
+    report = compare(trace, policy, recorded_policy)
     if as_json:
         print_json(to_dict(report), SCHEMA)
     else:
@@ -111,6 +112,7 @@ def replay(
     tdp_pages: Annotated[
         str, typer.Option(help="Mode: tables kept in a list under a spinlock, or by a counter: time and waits.")
     ] = "",
+    recorded_policy: RecordedPolicy = "",
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -142,7 +144,7 @@ def replay(
     if out is not None:
         check(out, RESULT, inputs, force=force)
     assumed = plan.refault(refault)
-    shown = capabilities.Capabilities(Trace.open(trace))
+    shown = capabilities.Capabilities(Trace.open(trace, recorded_policy))
     if questions := designs.asked(aging=aging, zap_lock=zap_lock, apicv=apicv, tdp_pages=tdp_pages):
         found = designs.answer(shown, questions)
         if as_json:

@@ -90,7 +90,11 @@ def render(replayed: Replayed, share: float = 0.0) -> str:
     console = page()
     plan = replayed.plan
     meta = plan.capabilities.trace.metadata
-    console.print(Text(printable(f"{plan.capabilities.trace.path}: kernel {meta.kernel}, {meta.policy} roots")))
+    console.print(
+        Text(
+            printable(f"{plan.capabilities.trace.path}: kernel {meta.kernel}, {meta.policy} roots, by {meta.policy_by}")
+        )
+    )
     for told in own_policy.untrusted(replayed.checks)[:VMS_SHOWN]:
         console.print(Text(printable(told), style="bold red"), soft_wrap=True)
     vms = _vms(replayed)

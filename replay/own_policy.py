@@ -24,6 +24,7 @@ from replay.decode.capabilities import Capabilities
 from replay.decode.row_counts import RowCount, RowCounts
 from replay.decode.vm_inputs import VmInputs
 from replay.parting import Apart, first_rows
+from traces.text import some
 
 # RowCount -> what it is a count of, the event that it is read from, and which of the replay's counts make it.
 _READINGS: Final = {
@@ -78,8 +79,8 @@ class Reading:
     @property
     def text(self) -> str:
         """The difference in words."""
-        most = "or more" if self.high is None else "" if self.high == self.low else f"to {self.high:,}"
-        return f"{self.replayed:,} {self.count} where the rows show {' '.join(filter(None, (f'{self.low:,}', most)))}"
+        most = " or more" if self.high is None else "" if self.high == self.low else f" to {self.high:,}"
+        return f"{self.count} {self.replayed:,} (its rows: {self.low:,}{most})"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -104,8 +105,8 @@ class OwnPolicyCheck:
 
     @property
     def differences(self) -> tuple[Reading, ...]:
-        """Where they differ: each count once, the first to part before the others."""
-        found = sorted((r for r in self.readings if not r.agrees), key=lambda r: (r.row is None, r.row or 0))
+        """Where they differ: each count once, by the event that shows it first."""
+        found = [reading for reading in self.readings if not reading.agrees]
         return tuple({reading.count: reading for reading in reversed(found)}.values())[::-1]
 
     @property
@@ -117,7 +118,7 @@ class OwnPolicyCheck:
     @property
     def row(self) -> int | None:
         """The first row from which they differ."""
-        return min((r.row for r in self.differences if r.row is not None), default=None)
+        return min((r.row for r in self.readings if r.row is not None), default=None)
 
     @property
     def text(self) -> str:
@@ -126,7 +127,7 @@ class OwnPolicyCheck:
             return ""
         if not self.differences:
             return f"VM {self.vm}: not compared with its rows: {self.why}"
-        differ = "; ".join(reading.text for reading in self.differences)
+        differ = some([reading.text for reading in self.differences])
         place = f", from row {self.row:,} on" if self.row is not None else ""
         open_ = f" (not decided: {self.why})" if self.why else ""
         return f"VM {self.vm}, replayed under {self.policy}: {differ}{place}{open_}"
@@ -140,6 +141,7 @@ class OwnPolicyCheck:
             "text": self.text,
             "why": self.why,
             "from_row": self.row,
+            "differences": len(self.differences),
             "counts": [reading.to_dict() for reading in self.readings],
             "not_observable": [{"count": name, "why": why} for name, why in self.unseen],
         }

@@ -127,11 +127,14 @@ class _Compaction:
         )
 
     def _policy(self) -> dict[str, Any]:
-        """The metadata's `policy` where the rows show another one than the kernel's types."""
-        if not self._watch.other:
-            return {}
-        why = f"its rows: references on roots, and who zaps them ({self._watch.found} by the kernel's types)"
-        return {"policy": {"name": self._watch.other, "why": why}}
+        """The metadata's `policy` where the rows decide it: another one than by the kernel's types, or the same."""
+        if self._watch.other:
+            why = f"its rows: references on roots, and who zaps them ({self._watch.found} by the kernel's types)"
+            return {"policy": {"name": self._watch.other, "why": why, "by": "rows"}}
+        recorded = self._reader.manifest.get("policy")
+        if self._watch.bears_out and isinstance(recorded, dict):
+            return {"policy": {**recorded, "by": "rows"}}
+        return {}
 
     def _partition(self, columns: Columns, seq: Ints, vm: Ints, root: Ints) -> None:
         owners = np.unique(vm).tolist()

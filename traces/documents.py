@@ -12,6 +12,14 @@ SCHEMA = 1
 Force = Annotated[
     bool, typer.Option("--force", help="Let -o replace a file of another kind; never an input or a recording.")
 ]
+RecordedPolicy = Annotated[
+    str,
+    typer.Option(
+        help="The root policy that the recorded kernel had, whatever its types and rows say: sync, async, "
+        "preserve-worker, preserve or shadow.",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON (with its schema version) instead of text.")]
 
 

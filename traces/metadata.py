@@ -19,6 +19,9 @@ from traces.schema import FORMAT_MAJOR
 from traces.untrusted import object_at, text_at
 
 KEY: Final = TRACE_KEY
+BY_ROWS: Final = "its rows"
+BY_TYPES: Final = "the kernel's types"
+BY_USER: Final = "--recorded-policy"
 MAX_BYTES: Final = 64 << 20  # Arrow reads no longer strings than 100 MB from a footer
 
 
@@ -60,7 +63,8 @@ class Metadata:
     uncreated_roots: tuple[Mapping[str, Any], ...]
     loss: Mapping[str, Mapping[str, Mapping[str, int]]]
     row_groups: tuple[RowGroup, ...]
-    seen_policy: str = ""  # what the rows of a trace of 1.0 show, where the recorder found another
+    seen_policy: str = ""  # another root policy than the recorder's: what rows of a trace of 1.0 show, or as given
+    policy_by: str = BY_TYPES  # what decides which policy it is
 
     @property
     def emitted(self) -> int:
@@ -96,6 +100,11 @@ class Metadata:
     def kernel(self) -> str:
         """The recorded kernel's release, empty where the recorder did not say."""
         return text_at(object_at(self.raw, "host"), "kernel")
+
+    @property
+    def policy_text(self) -> str:
+        """The policy for people, with what decides it."""
+        return f"{self.policy}, by {self.policy_by}" if self.policy else "unknown"
 
     @property
     def policy(self) -> str:

@@ -24,16 +24,19 @@ from traces import kernels
 from traces.columns import SCHEMA
 from traces.errors import Problem
 from traces.frame import NO_TRACE, check_footer, check_row_groups, check_schema, crc_of
+from traces.kernels.policies import POLICIES
 from traces.kernels.policy_rows import COLUMNS, PolicyRow, Watch
 from traces.lazy_rows import lazy_rows
-from traces.metadata import KEY, Metadata, RowGroup, parse
+from traces.metadata import BY_ROWS, BY_TYPES, BY_USER, KEY, Metadata, RowGroup, parse
 from traces.schema import BY_NAME
 from traces.text import printable
+from traces.untrusted import object_at
 
 BATCH_ROWS: Final = 1 << 16
 UNKNOWN_CODE: Final = 255
 _POLICY_ROWS: Final = 1 << 14  # looked at for the policy, a batch
 _POLICY_BATCHES: Final = 8
+_BY: Final = {"rows": BY_ROWS, "types": BY_TYPES}
 # What decoding a hostile file can raise in pyarrow; MemoryError where a length lies.
 _DECODE_ERRORS: Final = (
     pa.ArrowException,
@@ -65,9 +68,14 @@ class Trace:
             self._groups.setdefault(group.vm, []).append(index)
 
     @classmethod
-    def open(cls, path: Path | str) -> Trace:
-        """Open and check the file; raises Problem (one line, with the path) if it is not a sound trace of format 1."""
+    def open(cls, path: Path | str, recorded_policy: str = "") -> Trace:
+        """Open and check the file; raises Problem (one line, with the path) if it is not a sound trace of format 1.
+
+        `recorded_policy`: the root policy that the recorded kernel had, whatever the trace says.
+        """
         path = Path(path)
+        if recorded_policy and recorded_policy not in POLICIES:
+            raise Problem(f"--recorded-policy {printable(recorded_policy)}: give one of {', '.join(POLICIES)}")
         rows_end = check_footer(path)
         try:
             file = pq.ParquetFile(path, read_dictionary=["kind"], pre_buffer=False)
@@ -82,23 +90,34 @@ class Trace:
         check_row_groups(path, file.metadata, metadata, rows_end)
         opened = cls(path, file, metadata)
         opened.metadata = opened._with_policy_of_rows()
+        if recorded_policy:
+            opened.metadata = replace(opened.metadata, seen_policy=recorded_policy, policy_by=BY_USER)
         return opened
 
     def _with_policy_of_rows(self) -> Metadata:
-        """Traces of 1.0 have the root policy of the kernel's types alone: the first rows may contradict it."""
+        """With what decides which root policy it is: rows, where they show it.
+
+        Those of 1.0 nobody has asked for it before, and the first of them may contradict the kernel's types.
+        """
         metadata = self.metadata
-        if "kernel" in metadata.raw or not metadata.kinds.get("root_get"):
+        by = object_at(metadata.raw, "policy").get("by")
+        if by in _BY:
+            return replace(metadata, policy_by=_BY[by])
+        if not metadata.kinds.get("root_get"):
             return metadata
         try:
             watch = Watch(metadata.policy, kernels.recorded(metadata).layout.invalid)
             watch.known |= {int(root["id"]) for root in metadata.uncreated_roots if not self._created(root["vm"])}
             for number, batch in enumerate(self.batches(COLUMNS, size=_POLICY_ROWS)):
-                if watch.settled or number == _POLICY_BATCHES:
+                # Who zaps a root that the VM itself holds is seen when it is invalidated: mostly at the end.
+                kept = watch.bears_out and watch.own_reference
+                if watch.settled or kept or number == _POLICY_BATCHES:
                     break
                 watch.see(map(PolicyRow._make, zip(*(column.to_pylist() for column in batch.columns), strict=True)))
         except Problem:
             return metadata  # whoever reads these rows is told
-        return replace(metadata, seen_policy=watch.other)
+        other = "" if "kernel" in metadata.raw else watch.other
+        return replace(metadata, seen_policy=other, policy_by=BY_ROWS if other or watch.bears_out else BY_TYPES)
 
     def _created(self, vm: int | None) -> bool:
         """Whether a VM was created in the recording, so that all its roots were."""

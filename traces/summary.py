@@ -45,6 +45,8 @@ def info(path: Path) -> dict[str, Any]:
         "ended": _utc(meta, last),
         "kernel": meta.kernel,
         "policy": meta.policy,
+        "policy_by": meta.policy_by,
+        "policy_text": meta.policy_text,
         "host": meta.raw.get("host", {}),
         "recorder": meta.raw.get("recorder", ""),
         "preset": meta.raw.get("preset", ""),
@@ -110,7 +112,7 @@ def _head(facts: dict[str, Any]) -> Table:
         "recorded": f"{facts['began']} to {facts['ended']}, {facts['duration'] / 1e9:.3f} s, "
         f"preset {facts['preset'] or 'unknown'}",
         "kernel": f"{facts['kernel'] or 'unknown'}  {host.get('model', '')}",
-        "policy": facts["policy"] or "unknown",
+        "policy": facts["policy_text"],
         "events": f"{facts['events']:,} stored, {facts['lost']:,} lost, {facts['gaps']:,} gaps",
     }
     if facts["kvm_counted"]:

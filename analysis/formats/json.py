@@ -24,6 +24,10 @@ def _report(report: Report) -> dict[str, Any]:
             {"kind": check.kind, "name": check.name, "status": check.status.value, "why": check.why}
             for check in report.checks
         ],
+        "own_policy": [
+            {"vm": each.vm, "agreement": each.agreement.value, "text": each.text, "from_row": each.row}
+            for each in (report.result.agreements if report.result is not None else ())
+        ],
         "figures": report.figures.to_dict() if report.figures is not None else None,
         "tables": [
             {

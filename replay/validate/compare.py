@@ -101,12 +101,12 @@ class ConformanceReport:
         return self.matched == self.expected and not self.left
 
 
-def validate(path: Path, policy: str = "") -> ConformanceReport:
-    """Replay a recording under its own policy (or `policy`), row by row.
+def validate(path: Path, policy: str = "", recorded_policy: str = "") -> ConformanceReport:
+    """Replay a recording under its own policy (or `policy`), row by row; `recorded_policy` as `Trace.open` takes it.
 
     Raises Problem where there is nothing that could be validated.
     """
-    trace = Trace.open(path)
+    trace = Trace.open(path, recorded_policy)
     meta = trace.metadata
     policy = policy or meta.policy
     kernel = _kernel(path, meta)

@@ -10,6 +10,7 @@ import pytest
 
 from tests.traces.making import KVM_A, event, stream, trace
 from traces import kernels
+from traces.errors import Problem
 from traces.kernels.policies import POLICIES
 from traces.kernels.policy_rows import COLUMNS, PolicyRow, Watch
 from traces.reader import Trace
@@ -68,5 +69,30 @@ def test_compaction_writes_the_policy_of_the_rows(tmp_path: Path, inline: bool, 
 
 def test_what_the_rows_bear_out_is_left_as_the_recorder_said(tmp_path: Path) -> None:
     manifest = {"host": {"kernel": "6.0.5"}, "policy": {"name": "async", "why": "its types"}}
+    trace(tmp_path / "a.parquet", storm(inline=False), manifest)
+    metadata = Trace.open(tmp_path / "a.parquet").metadata
+    assert metadata.raw["policy"] == manifest["policy"] | {"by": "rows"}
+    assert metadata.policy_text == "async, by its rows"
+
+
+def test_who_zaps_a_root_decides_where_references_do_not(tmp_path: Path) -> None:
+    manifest = {"host": {"kernel": "6.0.5"}, "policy": {"name": "async", "why": "its types"}}
     trace(tmp_path / "a.parquet", storm(inline=True), manifest)
-    assert Trace.open(tmp_path / "a.parquet").metadata.raw["policy"] == manifest["policy"]
+    assert Trace.open(tmp_path / "a.parquet").metadata.policy_text == "sync, by its rows"
+
+
+def test_without_rows_the_types_decide_and_the_user_above_all(tmp_path: Path) -> None:
+    manifest = {"host": {"kernel": "6.12.5"}, "policy": {"name": "preserve", "why": "its types"}}
+    trace(tmp_path / "a.parquet", storm(inline=True)[:2], manifest)
+    assert Trace.open(tmp_path / "a.parquet").metadata.policy_text == "preserve, by the kernel's types"
+    given = Trace.open(tmp_path / "a.parquet", "async").metadata
+    assert given.policy_text == "async, by --recorded-policy"
+    assert kernels.recorded(given).policy == "async"
+    with pytest.raises(Problem, match="--recorded-policy lazy: give one of sync, async, preserve-worker, preserve, "):
+        Trace.open(tmp_path / "a.parquet", "lazy")
+
+
+def test_of_an_old_trace_the_rows_are_asked_at_once() -> None:
+    assert Trace.open(SYNC).metadata.policy_text == "sync, by its rows"
+    assert Trace.open(CORPUS / "smi-one-6.1.parquet").metadata.policy_text == "preserve, by its rows"
+    assert Trace.open(CORPUS / "smi-one-6.1-shadow.parquet").metadata.policy_text == "shadow, by the kernel's types"

@@ -48,9 +48,8 @@ def recorded(metadata: Metadata) -> Kernel:
     what the recorder found; `unknown` where it could not tell.
     """
     kernel = described(metadata.raw)
-    if metadata.seen_policy:
-        kernel = replace(kernel, policy=metadata.seen_policy)
-    return stored.kernel_of(metadata.raw["kernel"], kernel) if "kernel" in metadata.raw else kernel
+    kernel = stored.kernel_of(metadata.raw["kernel"], kernel) if "kernel" in metadata.raw else kernel
+    return replace(kernel, policy=metadata.seen_policy) if metadata.seen_policy else kernel
 
 
 def described(raw: Mapping[str, Any]) -> Kernel:

@@ -53,17 +53,22 @@ class Watch:
 
     @property
     def settled(self) -> bool:
-        """Whether more rows would say nothing new: the policy is told, or the recorder's is not contradicted."""
-        if self.found not in POLICIES or POLICIES[self.found].mmu == "shadow":
-            return True
-        return bool(self.policy) or self.own_reference == POLICIES[self.found].own_reference
+        """Whether more rows would say nothing new: the policy is told, or is none that rows could tell."""
+        return self.found not in POLICIES or POLICIES[self.found].mmu == "shadow" or bool(self.policy)
 
     @property
     def other(self) -> str:
         """The policy that the rows show where it is another one than the recorder's; else empty."""
-        told = self.policy
+        return self.policy if self.found in POLICIES and self.policy != self.found else ""
+
+    @property
+    def bears_out(self) -> bool:
+        """Whether the rows show the recorder's policy, as far as they show any."""
         return (
-            told if told and self.found in POLICIES and POLICIES[self.found].own_reference != self.own_reference else ""
+            self.own_reference is not None
+            and self.found in POLICIES
+            and POLICIES[self.found].own_reference == self.own_reference
+            and self.policy in ("", self.found)
         )
 
     def see(self, rows: Iterable[PolicyRow]) -> None:
