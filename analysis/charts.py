@@ -32,8 +32,10 @@ _KINDS: Final = {
     "faults": ("fault_ns",),
     "roots": ("load_ns", "unload_ns", "zap_ns"),
     "other": ("smm_ns", "user_ns", "other_ns"),
+    "idle": ("idle_ns",),
+    "not its own": ("steal_ns", "paused_ns"),
 }
-_OF_KIND: Final = ("#3f9a6c", "#d9772b", "#b5478f", "#8b93a1")
+_OF_KIND: Final = ("#3f9a6c", "#d9772b", "#b5478f", "#8b93a1", "#a9cdbb", "#d3cfae")
 _STALL: Final = "#d33a3a"
 OF_ROWS: Final = (recorded.lives, drawn.fills, drawn.heat)  # what is asked of a recording's rows
 
@@ -137,7 +139,8 @@ def timeline(recording: Recording) -> Picture | None:
     return Picture(
         "vcpu_states", recording, f"What vCPUs of VM {vm} did, as recorded",
         "Each strip is a vCPU; its height is all of its time: in the guest (the switch there and back included), on "
-        f"faults, on roots (loads, unloads, inline zaps), on all else.{'' if unknown else told}{unknown}{omitted}",
+        "faults, on roots (loads, unloads, inline zaps), on all else; idle (after HLT), and not its own (its thread "
+        f"had no CPU, or userspace held it back).{'' if unknown else told}{unknown}{omitted}",
         chart, table.sort("vcpu", "begin"),
         (Column("vcpu", "vCPU", Unit.ID), Column("begin", "from", Unit.NS),
          *(Column(kind, kind, Unit.NS) for kind in _KINDS)),

@@ -30,7 +30,9 @@ from traces.errors import Problem
 from traces.reader import Trace
 
 PARTS: Final = 400  # of a VM's time
-COLUMNS: Final = ("seq", "time", "vcpu", "tid", "kind", "root", "role", "code", "rip", "addr", "flags")
+COLUMNS: Final = (
+    "seq", "time", "vcpu", "tid", "kind", "root", "role", "code", "rip", "addr", "value", "ret", "flags",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ class RecordedTime:
         found = {}
         for number, places in zip(self.ids, by_vcpu(moments["vcpu"], len(self.ids)), strict=True):
             mine = moments[places]
-            found[number] = stalls(mine["time"], guest_time(mine["guest"], mine["guests"], self.switch.ns), rule)
+            ran = guest_time(mine["guest"], mine["guests"], self.switch.ns)
+            found[number] = stalls(mine["time"], ran + mine["idle"], rule, mine["away"])
         return found
 
 

@@ -35,7 +35,9 @@ OF_VCPU: Final = tuple(field.name for field in fields(Vcpus) if field.name != "s
 OF_VM: Final = tuple({"tables": "tables_built"}.get(field.name, field.name) for field in fields(Counters))
 _LOGGED: Final = ("root", "leaves", "tables", "roots_alive", "tables_alive")
 # Virtual time, ns.
-SPENT: Final = tuple(f"{name}_ns" for name in ("guest", "fault", "load", "unload", "wait", "other", "switch"))
+SPENT: Final = tuple(
+    f"{name}_ns" for name in ("guest", "fault", "load", "unload", "wait", "other", "switch", "idle", "steal", "paused")
+)
 _TIMED: Final = ("clock", "recorded_ns", "wall_ns", "wall_low_ns", "wall_high_ns", *SPENT)
 _STALLED: Final = ("stalls", "stalled_ns", "longest_stall_ns")
 

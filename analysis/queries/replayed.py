@@ -36,7 +36,11 @@ def _of(result: Result, row: str) -> pl.LazyFrame:
         schema={"policy": pl.String, "policy_number": pl.Int64, "recorded": pl.Boolean},
         orient="row",
     )
-    return result.scan().filter(pl.col("row") == row).join(known, on="policy")
+    # Results from before 1.3 have idle time, steal time and pauses among the others.
+    added = [
+        pl.when(pl.col("guest_ns").is_not_null()).then(pl.col(name).fill_null(0)).alias(name) for name in SPENT[7:]
+    ]
+    return result.scan().filter(pl.col("row") == row).with_columns(added).join(known, on="policy")
 
 
 def _sorted(rows: pl.LazyFrame, *names: str) -> pl.LazyFrame:

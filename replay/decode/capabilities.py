@@ -7,6 +7,7 @@ from copy import copy
 from functools import cached_property
 from typing import Any, Final
 
+from replay.decode.suspends import Suspend, suspends
 from traces import kernels
 from traces.errors import Problem
 from traces.kernels import roles
@@ -75,6 +76,11 @@ class Capabilities:
         self.missing = tuple(self._missing(trace))
 
     @cached_property
+    def suspends(self) -> tuple[Suspend, ...]:
+        """When the host slept."""
+        return suspends(self.trace)
+
+    @cached_property
     def ad_disabled(self) -> bool:
         """Whether the recorded module has accessed and dirty bits off: a bit of every root's role word."""
         for batch in self.trace.batches(["root", "role"], size=1 << 12):
@@ -86,7 +92,7 @@ class Capabilities:
 
     def reopened(self) -> Capabilities:
         """The same with a reader of its own, for another thread."""
-        self.ad_disabled  # noqa: B018  (found once, not by each thread)
+        self.ad_disabled, self.suspends  # noqa: B018  (found once, not by each thread)
         own = copy(self)
         own.trace = self.trace.reopened()
         return own

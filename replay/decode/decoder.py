@@ -193,6 +193,7 @@ _IS_PREFETCH = cython.declare(cython.int, int(VcpuState.PREFETCH))
 _IS_OTHER = cython.declare(cython.int, int(VcpuState.OTHER))
 _IS_SMM = cython.declare(cython.int, int(VcpuState.SMM))
 _IS_USER = cython.declare(cython.int, int(VcpuState.USER))
+_IS_IDLE = cython.declare(cython.int, int(VcpuState.IDLE))
 
 Vcpu = cython.struct(  # what is known of a vCPU after its last row; rows are named by their seq, -1 for none
     opened=cython.longlong,  # its last exit or ioctl
@@ -230,14 +231,15 @@ Vcpu = cython.struct(  # what is known of a vCPU after its last row; rows are na
     record=cython.longlong,  # -1: it has no input yet
     first=cython.longlong,  # its first input
     has=cython.longlong,  # which inputs it has (`inputs.HAS_*`)
-    ns=cython.longlong[9],  # by VcpuState
+    ns=cython.longlong[12],  # by VcpuState
     tables=cython.longlong,
     built_root=cython.longlong,
     still=cython.longlong,
     interrupt=cython.longlong,
-    # What came after its last exit with an input: ns, and ns in the guest
+    # What came after its last exit with an input: ns, and ns in the guest and halted
     lead=cython.longlong,
     lead_guest=cython.longlong,
+    lead_idle=cython.longlong,
     # Sums
     zapped=cython.longlong,  # ns of inline zaps, and of prefetches: the policy's own
     prefetched=cython.longlong,
@@ -283,6 +285,7 @@ class Decoder:
     _end: cython.longlong[::1]
     _lead: cython.longlong[::1]
     _guest: cython.longlong[::1]
+    _idle: cython.longlong[::1]
     _fault: cython.longlong[::1]
     _load: cython.longlong[::1]
     _unload: cython.longlong[::1]
@@ -383,7 +386,7 @@ class Decoder:
     def attach(self, held: Any) -> None:
         """Write inputs, records and ranges into these arrays (`vm_inputs.Held`), which hold what there is so far."""
         self._op, self._gfn, self._time, self._seq, self._exit = held.op, held.gfn, held.time, held.seq, held.exit
-        self._lead, self._guest, self._fault = held.lead, held.guest, held.fault
+        self._lead, self._guest, self._idle, self._fault = held.lead, held.guest, held.idle, held.fault
         self._load, self._unload, self._tables = held.load, held.unload, held.tables
         self._has, self._flags = held.has, held.flags
         self._start, self._end = held.start, held.end
@@ -667,23 +670,26 @@ class Decoder:
         r: cython.Py_ssize_t = vcpu[v].record
         i: cython.int
         guest: cython.longlong = vcpu[v].ns[_IS_GUEST]
+        idle: cython.longlong = vcpu[v].ns[_IS_IDLE]
         fault: cython.longlong = vcpu[v].ns[_IS_FAULT]
         load: cython.longlong = vcpu[v].ns[_IS_LOAD]
         unload: cython.longlong = vcpu[v].ns[_IS_UNLOAD]
-        rest: cython.longlong = vcpu[v].ns[_IS_SMM] + vcpu[v].ns[_IS_USER] + vcpu[v].ns[_IS_OTHER]
+        rest: cython.longlong = vcpu[v].ns[_IS_SMM] + vcpu[v].ns[_IS_USER] + vcpu[v].ns[_IS_OTHER] + idle
         if r >= 0:
             self._lead[r] = vcpu[v].lead + guest + rest
             self._guest[r] = vcpu[v].lead_guest + guest
+            self._idle[r] = vcpu[v].lead_idle + idle
             self._fault[r] = fault
             self._load[r] = load
             self._unload[r] = unload
             self._tables[r] = cython.cast(cython.uchar, min(vcpu[v].tables, 255))
             self._has[r] = cython.cast(cython.uint, vcpu[v].has)
             self._flags[r] = (_WAS_STILL if vcpu[v].still else 0) | (_BUILT_ROOT if vcpu[v].built_root else 0)
-            vcpu[v].lead = vcpu[v].lead_guest = 0
+            vcpu[v].lead = vcpu[v].lead_guest = vcpu[v].lead_idle = 0
         else:
             vcpu[v].lead += guest + rest + fault + load + unload
             vcpu[v].lead_guest += guest
+            vcpu[v].lead_idle += idle
         if vcpu[v].interrupt:
             vcpu[v].interrupts += 1
             vcpu[v].interrupted += vcpu[v].ns[_IS_OTHER]
@@ -691,7 +697,7 @@ class Decoder:
         vcpu[v].prefetched += vcpu[v].ns[_IS_PREFETCH]
         vcpu[v].record = -1
         vcpu[v].interrupt = 0
-        for i in range(9):
+        for i in range(12):
             vcpu[v].ns[i] = 0
 
     # Touches
@@ -1180,8 +1186,8 @@ VCPU = [(name, "i8", (len(VcpuState),)) if name == "ns" else (name, "i8") for na
     "invalidated", "started", "touch", "touch_input", "requested", "marked", "present", "faulted", "built", "built_at",
     "wp_flips", "maybe_flips", "efer", "cr0", "cr4", "wrote", "wrote_trigger", "left", "left_by_io", "asked_smi",
     "record", "first", "has", "ns", "tables", "built_root", "still",
-    "interrupt", "lead", "lead_guest", "zapped", "prefetched", "rows", "fault_rows", "faults", "interrupts",
-    "interrupted",
+    "interrupt", "lead", "lead_guest", "lead_idle", "zapped", "prefetched", "rows", "fault_rows", "faults",
+    "interrupts", "interrupted",
 )]  # fmt: skip
 NEVER = (
     "opened", "loaded", "smm", "reset", "cr0_reset", "cr0_input", "entered", "touch", "touch_input",

@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from traces.kernels.vendors import Vendor
+from traces.kernels.vendors import VENDORS, Vendor
 
 CODES: Final = 1 << 11  # of exits that may mean something; SVM's largest is VMEXIT_NPF and its kin, 0x400 to 0x403
 
@@ -30,6 +30,21 @@ class Left(IntEnum):
     SET_SREGS = 11
     SET_CPUID = 12
     OTHER_IOCTL = 13
+
+
+# KVM_EXIT_* of linux/kvm.h that say what userspace will do with the vCPU.
+USER_HLT: Final = 5
+USER_DEBUG, USER_SHUTDOWN, USER_SYSTEM_EVENT, USER_AP_RESET_HOLD = 4, 8, 24, 32
+EINTR, EAGAIN = 4, 11
+
+
+def idle_exits(vendor: Vendor) -> NDArray[np.uint8]:
+    """1 for each exit code below CODES by which a guest halts. HLT's code of either vendor means nothing else."""
+    idle = np.zeros(CODES, np.uint8)
+    for each in VENDORS:
+        idle[list(each.hlt)] = 1
+    idle[list(vendor.mwait)] = 1
+    return idle
 
 
 def exit_meanings(vendor: Vendor) -> NDArray[np.uint8]:

@@ -40,12 +40,13 @@ class Exits:
     """Exits of vCPUs, in the order of their first inputs; times are ns.
 
     `lead` is what no input owns, of this exit and of those before it that have no input: the guest's time (`guest`,
-    the switch there and back included) and what no policy changes. `fault`, `load` and `unload` are what these took;
-    `tables` were built. `first` is the number of the first of them in the stream.
+    the switch there and back included), the time that it halted (`idle`), and what no policy changes. `fault`, `load`
+    and `unload` are what these took; `tables` were built. `first` is the number of the first of them in the stream.
     """
 
     lead: Ints
     guest: Ints
+    idle: Ints
     fault: Ints
     load: Ints
     unload: Ints
@@ -76,10 +77,11 @@ class Inputs:
 
 @dataclass
 class Rest:
-    """What each vCPU still did after its last exit that has an input: ns, and ns of them in the guest."""
+    """What each vCPU still did after its last exit that has an input: ns, and ns of them in the guest, and halted."""
 
     lead: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     guest: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    idle: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
 EXIT_COLUMNS: Final = tuple(each.name for each in fields(Exits) if each.name != "first")

@@ -91,27 +91,31 @@ Program = cython.struct(  # one vCPU's
     flags=cython.longlong,
     lead=cython.longlong,  # of the next operation
     guest=cython.longlong,
+    idle=cython.longlong,
     kept=cython.longlong,  # what passed before an SMI of the wall clock
     kept_guest=cython.longlong,
+    kept_idle=cython.longlong,
     inside=cython.longlong,  # an SMI of the wall clock
     leaving=cython.longlong,  # after the RSM's unload, before the load that ends it
     total_guest=cython.longlong,  # ns in all: as `VcpuState` has them
+    total_idle=cython.longlong,
     total_fault=cython.longlong,
     total_load=cython.longlong,
     total_unload=cython.longlong,
     total_other=cython.longlong,
 )
 PROGRAM = [(name, "i8") for name in (
-    "exit", "takes", "fault", "load", "unload", "tables", "flags", "lead", "guest", "kept", "kept_guest", "inside",
-    "leaving", "total_guest", "total_fault", "total_load", "total_unload", "total_other",
+    "exit", "takes", "fault", "load", "unload", "tables", "flags", "lead", "guest", "idle", "kept",
+    "kept_guest", "kept_idle", "inside", "leaving", "total_guest", "total_idle", "total_fault", "total_load",
+    "total_unload", "total_other",
 )]  # fmt: skip
 
 COLUMNS = {
     "op": np.uint32, "queue": np.int32, "was": np.uint8, "still": np.uint8,
-    **dict.fromkeys(("gfn", "time", "seq", "lead", "guest", "cost", "wall"), np.int64),
+    **dict.fromkeys(("gfn", "time", "seq", "lead", "guest", "idle", "cost", "wall"), np.int64),
 }  # fmt: skip
 
-TIMED_COLUMNS = ("queue", "lead", "guest", "cost", "was", "wall")
+TIMED_COLUMNS = ("queue", "lead", "guest", "idle", "cost", "was", "wall")
 
 
 @cython.final
@@ -142,6 +146,7 @@ class Specialization:
     _queue: cython.int[::1]
     _lead: cython.longlong[::1]
     _guest: cython.longlong[::1]
+    _idle: cython.longlong[::1]
     _cost: cython.longlong[::1]
     _was: cython.uchar[::1]
     _still: cython.uchar[::1]
@@ -190,16 +195,21 @@ class Specialization:
         """Of the last operations with times: whether the guest did next to nothing before their exit."""
         return self._out["still"]
 
-    def rest(self, rest: Any) -> tuple[Any, Any]:
-        """What came after the last operation, by vCPU: ns, and ns in the guest. `rest` is that of the inputs."""
+    def rest(self, rest: Any) -> tuple[Any, Any, Any]:
+        """What came after the last operation, by vCPU: ns, ns in the guest and halted. `rest` is that of the inputs."""
         v: cython.Py_ssize_t
         for v in range(self._vcpus):
             self._leave(v)
             self._program[v].total_guest += self._program[v].guest + rest.guest[v]
-            self._program[v].total_other += self._program[v].lead - self._program[v].guest
-            self._program[v].total_other += rest.lead[v] - rest.guest[v]
+            self._program[v].total_idle += self._program[v].idle + rest.idle[v]
+            self._program[v].total_other += self._program[v].lead - self._program[v].guest - self._program[v].idle
+            self._program[v].total_other += rest.lead[v] - rest.guest[v] - rest.idle[v]
         programs = self.programs
-        return programs["lead"] + programs["kept"] + rest.lead, programs["guest"] + programs["kept_guest"] + rest.guest
+        return (
+            programs["lead"] + programs["kept"] + rest.lead,
+            programs["guest"] + programs["kept_guest"] + rest.guest,
+            programs["idle"] + programs["kept_idle"] + rest.idle,
+        )
 
     def _write(self, inputs: Any, began: int) -> int:
         exits, room = inputs.exits, 2 * len(inputs)
@@ -208,9 +218,10 @@ class Specialization:
         self._op, self._queue, self._was, self._still = out["op"], out["queue"], out["was"], out["still"]
         self._gfn, self._time, self._seq = out["gfn"], out["time"], out["seq"]
         self._lead, self._guest, self._cost, self._wall = out["lead"], out["guest"], out["cost"], out["wall"]
+        self._idle = out["idle"]
         count: cython.longlong = self._run(
-            inputs.op, inputs.gfn, inputs.time, inputs.seq, inputs.exit, exits.lead, exits.guest, exits.fault,
-            exits.load, exits.unload, exits.tables, exits.has, exits.flags, exits.first, began,
+            inputs.op, inputs.gfn, inputs.time, inputs.seq, inputs.exit, exits.lead, exits.guest, exits.idle,
+            exits.fault, exits.load, exits.unload, exits.tables, exits.has, exits.flags, exits.first, began,
         )  # fmt: skip
         return count
 
@@ -223,6 +234,7 @@ class Specialization:
         exit_: cython.const[cython.int][::1],
         lead: cython.const[cython.longlong][::1],
         guest: cython.const[cython.longlong][::1],
+        idle: cython.const[cython.longlong][::1],
         fault: cython.const[cython.longlong][::1],
         load: cython.const[cython.longlong][::1],
         unload: cython.const[cython.longlong][::1],
@@ -245,7 +257,8 @@ class Specialization:
         program: cython.pointer[Program] = self._program
         if not cython.compiled:
             op, gfn, time, seq, exit_ = map(memoryview, (op, gfn, time, seq, exit_))  # type: ignore[arg-type]
-            lead, guest, fault, load = map(memoryview, (lead, guest, fault, load))  # type: ignore[arg-type]
+            lead, guest, idle = map(memoryview, (lead, guest, idle))  # type: ignore[arg-type]
+            fault, load = map(memoryview, (fault, load))  # type: ignore[arg-type]
             unload, tables, has, flags = map(memoryview, (unload, tables, has, flags))  # type: ignore[arg-type]
         with cython.nogil:
             for i in range(op.shape[0]):
@@ -259,6 +272,7 @@ class Specialization:
                     program[v].exit = first + e
                     program[v].lead += lead[e]
                     program[v].guest += guest[e]
+                    program[v].idle += idle[e]
                     program[v].fault = fault[e]
                     program[v].load = load[e]
                     program[v].unload = unload[e]
@@ -345,7 +359,7 @@ class Specialization:
         """Give operation `n` its time, and its turn."""
         program: cython.pointer[Program] = self._program
         kind: cython.int = self._op[n] & 15
-        self._lead[n] = self._guest[n] = self._cost[n] = 0
+        self._lead[n] = self._guest[n] = self._idle[n] = self._cost[n] = 0
         self._was[n] = self._still[n] = 0
         self._wall[n] = _WALL_MORE
         if kind > _SWITCH:
@@ -359,9 +373,11 @@ class Specialization:
             return
         self._lead[n] = program[v].lead
         self._guest[n] = program[v].guest
+        self._idle[n] = program[v].idle
         program[v].total_guest += program[v].guest
-        program[v].total_other += program[v].lead - program[v].guest
-        program[v].lead = program[v].guest = 0
+        program[v].total_idle += program[v].idle
+        program[v].total_other += program[v].lead - program[v].guest - program[v].idle
+        program[v].lead = program[v].guest = program[v].idle = 0
         self._still[n] = program[v].flags & _IS_STILL
         if kind <= _FIX:
             if program[v].takes & _FAULTS:
@@ -404,12 +420,14 @@ class Specialization:
             # What passed until the SMI is the program's.
             program[v].kept += self._lead[n]
             program[v].kept_guest += self._guest[n]
-            self._lead[n] = self._guest[n] = 0
+            program[v].kept_idle += self._idle[n]
+            self._lead[n] = self._guest[n] = self._idle[n] = 0
             program[v].inside = True
             self._wall[n] = max(self._time[n] - began, 0)
         else:
             self._lead[n] += program[v].kept
             self._guest[n] += program[v].kept_guest
-            program[v].kept = program[v].kept_guest = 0
+            self._idle[n] += program[v].kept_idle
+            program[v].kept = program[v].kept_guest = program[v].kept_idle = 0
             return
         self._queue[n] = cython.cast(cython.int, self._vcpus + v)

@@ -12,17 +12,33 @@ that a vCPU loads (or its first entry) and its last row belongs to exactly one s
     kvm_mmu_set_spte            FAULT
     kvm_entry                   FAULT
 
+A vCPU that exits for HLT is IDLE until its next row, one that goes to userspace for HLT until it enters again; where
+userspace holds it back (a signal stopped it, or the guest has ended) it is PAUSED. What a `sched_in` row says that its
+thread waited for a CPU is STEAL. What the host slept is of no state: it is left out of all spans.
+
 Cython in pure-Python mode: the compiled form does some 200 million rows a second; uncompiled it is the same code.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import cython
 import numpy as np
 
-from replay.decode.exits import CODES
+from replay.decode.exits import (
+    CODES,
+    EAGAIN,
+    EINTR,
+    USER_AP_RESET_HOLD,
+    USER_DEBUG,
+    USER_HLT,
+    USER_SHUTDOWN,
+    USER_SYSTEM_EVENT,
+    idle_exits,
+)
+from replay.decode.suspends import Suspend
 from replay.decode.vcpu_states import BARE, INTERRUPT, NO_SPAN, STILL, UNTOLD, VcpuState, states_of_kinds
 from replay.simulate.pools import as_bytes, as_structures, make_pool
 from traces.kernels.vendors import SVM, Vendor
@@ -41,10 +57,24 @@ _GET_PAGE = cython.declare(cython.int, BY_NAME["kvm_mmu_get_page"].code)
 _SET = cython.declare(cython.int, BY_NAME["kvm_mmu_set_spte"].code)
 _TABLE_FREE = cython.declare(cython.int, BY_NAME["table_free"].code)  # an RCU callback interrupts whatever runs
 _SCHED_IN = cython.declare(cython.int, BY_NAME["sched_in"].code)  # what the thread was doing goes on
+_IOCTL = cython.declare(cython.int, BY_NAME["ioctl"].code)
 _GUEST = cython.declare(cython.int, int(VcpuState.GUEST))
 _LOAD = cython.declare(cython.int, int(VcpuState.LOAD))
 _USER = cython.declare(cython.int, int(VcpuState.USER))
+_OTHER = cython.declare(cython.int, int(VcpuState.OTHER))
+_IDLE = cython.declare(cython.int, int(VcpuState.IDLE))
+_STEAL = cython.declare(cython.int, int(VcpuState.STEAL))
+_PAUSED = cython.declare(cython.int, int(VcpuState.PAUSED))
 _PREFETCH = cython.declare(cython.int, int(VcpuState.PREFETCH))
+_USER_HLT = cython.declare(cython.ulonglong, USER_HLT)
+_USER_DEBUG = cython.declare(cython.ulonglong, USER_DEBUG)
+_USER_SHUTDOWN = cython.declare(cython.ulonglong, USER_SHUTDOWN)
+_USER_SYSTEM_EVENT = cython.declare(cython.ulonglong, USER_SYSTEM_EVENT)
+_USER_AP_RESET_HOLD = cython.declare(cython.ulonglong, USER_AP_RESET_HOLD)
+_EINTR = cython.declare(cython.int, -EINTR)
+_EAGAIN = cython.declare(cython.int, -EAGAIN)
+_SLEEPS = cython.declare(cython.ulonglong, 1)  # TASK_INTERRUPTIBLE of a task state
+_PAUSE = cython.declare(cython.longlong, 10_000_000)  # ns in userspace after a signal that no handling of one takes
 _STEP = cython.declare(cython.longlong, 1_000_000)  # ns between two moments of a vCPU's progress, about
 _CODES = cython.declare(cython.ulonglong, CODES)
 _UNTOLD = cython.declare(cython.int, UNTOLD)
@@ -62,12 +92,20 @@ Thread = cython.struct(  # what is known of a vCPU's thread after its last row
     next_ms=cython.longlong,  # where the ms ends in which that row is
     guest=cython.longlong,  # ns in the guest until then, and how many spans that was in
     guests=cython.longlong,
+    idle=cython.longlong,  # ns in IDLE until then, and ns that were not the vCPU's: STEAL, PAUSED, and the host's sleep
+    away=cython.longlong,
+    halts=cython.longlong,  # its last exit was for HLT
+    rests=cython.longlong,  # the state that its time in userspace has
+    signalled=cython.longlong,  # it went to userspace for a signal
+    waited=cython.longlong,  # ns for a CPU since that row
 )
 Moment = cython.struct(  # a vCPU's progress after a row
     vcpu=cython.longlong,
     time=cython.longlong,
     guest=cython.longlong,
     guests=cython.longlong,
+    idle=cython.longlong,
+    away=cython.longlong,
 )
 
 
@@ -77,13 +115,14 @@ class Timeline:
     """Splits the rows of one VM, batch after batch, into spans.
 
     `totals` is ns by vCPU and VcpuState; `backwards` counts rows whose clock was behind their thread's last row.
-    `progress` is arrays of Moment: the last row of each vCPU in each ms, with its guest time until then, and how many
-    spans that is.
+    `progress` is arrays of Moment: the last row of each vCPU in each ms, with its guest time until then, how many
+    spans that is, its idle time, and what was not its time. `slept` is ns that were left out, by vCPU.
     """
 
     totals = cython.declare(object, visibility="public")
     parts = cython.declare(object, visibility="public")
     progress = cython.declare(list, visibility="public")
+    slept = cython.declare(object, visibility="public")
     backwards = cython.declare(cython.longlong, visibility="public")
     _pool: Any
     _moment_pool: Any
@@ -99,6 +138,10 @@ class Timeline:
     _walk_mask: cython.ulonglong
     _walk: cython.ulonglong
     _interrupts: cython.uchar[::1]  # by exit code: for an interrupt of the host
+    _idles: cython.uchar[::1]  # by exit code: for HLT and its like
+    _suspends: list  # type: ignore[type-arg]
+    _least: cython.longlong  # ns: a shorter span has no sleep of the host in it
+    _slept: cython.longlong[::1]
     _first: cython.longlong
     _width: cython.longlong
     _count: cython.longlong
@@ -109,8 +152,10 @@ class Timeline:
         prefetches: bool = False,
         vendor: Vendor = SVM,
         parts: tuple[int, int, int] | None = None,
+        suspends: Sequence[Suspend] = (),
     ) -> None:
         """`prefetches`: the recorded MMU does, as the shadow MMU. `vendor`: whose codes exits and faults have.
+        `suspends`: when the host slept.
 
         `parts` = (first, width, count): also add up `parts`, ns by vCPU, part of the time and state, in `count` parts
         of `width` ns from `first` on.
@@ -121,6 +166,7 @@ class Timeline:
         self._pool["kind"] = UNTOLD
         self._pool["state"] = VcpuState.OTHER
         self._pool["tid"] = -1
+        self._pool["rests"] = VcpuState.USER
         self._threads = set()
         self.totals = np.zeros((vcpus, len(VcpuState)), np.int64)
         first, width, count = parts or (0, 1, 0)
@@ -133,6 +179,11 @@ class Timeline:
         interrupts = np.zeros(CODES, np.uint8)
         interrupts[list(vendor.interrupt)] = 1
         self._interrupts = interrupts
+        self._idles = idle_exits(vendor)
+        self._suspends = list(suspends)
+        self._least = min((each.slept for each in suspends), default=1 << 62)
+        self.slept = np.zeros(vcpus, np.int64)
+        self._slept = self.slept
         self.backwards = 0
         self.progress = []
         self._moment_pool = make_pool(0, MOMENT)
@@ -155,7 +206,7 @@ class Timeline:
                 self._moment = as_structures(self._moment_pool)
         self._moments = 0
         self._feed(
-            batch.time, batch.vcpu, batch.tid, batch.kind, batch.root, batch.code, batch.rip,
+            batch.time, batch.vcpu, batch.tid, batch.kind, batch.root, batch.code, batch.rip, batch.value, batch.ret,
             state, ns, mark, before,
         )  # fmt: skip
         if self._moments:
@@ -166,7 +217,7 @@ class Timeline:
         count: cython.Py_ssize_t = self.totals.shape[0]
         last = make_pool(count, MOMENT)
         last["vcpu"] = np.arange(count)
-        for name in ("time", "guest", "guests"):
+        for name in ("time", "guest", "guests", "idle", "away"):
             last[name] = self._pool[name]
         self.progress.append(last[self._pool["time"] >= 0])
 
@@ -179,6 +230,8 @@ class Timeline:
         root: cython.const[cython.int][::1],
         code: cython.const[cython.ulonglong][::1],
         rip: cython.const[cython.ulonglong][::1],
+        value: cython.const[cython.ulonglong][::1],
+        ret: cython.const[cython.int][::1],
         state: cython.uchar[::1],
         ns: cython.longlong[::1],
         mark: cython.uchar[::1],
@@ -192,10 +245,12 @@ class Timeline:
         what: cython.int
         marks: cython.int
         passed: cython.longlong
+        waited: cython.longlong
+        asleep: cython.longlong
         thread: cython.pointer[Thread] = self._thread
         if not cython.compiled:
             time, vcpu, tid, kind = map(memoryview, (time, vcpu, tid, kind))  # type: ignore[arg-type]
-            root, code, rip = map(memoryview, (root, code, rip))  # type: ignore[arg-type]
+            root, code, rip, value, ret = map(memoryview, (root, code, rip, value, ret))  # type: ignore[arg-type]
         with cython.nogil:
             for i in range(rows):
                 state[i] = _NO_SPAN
@@ -204,7 +259,11 @@ class Timeline:
                 k = kind[i]
                 if v < 0:
                     continue
-                if k in (_TABLE_FREE, _SCHED_IN):
+                if k == _TABLE_FREE:
+                    continue
+                if k == _SCHED_IN:
+                    if tid[i] == thread[v].tid:
+                        self._comes_back(v, time[i], code[i], value[i])
                     continue
                 own = self._states[k]
                 if k == _GET_PAGE and root[i] != 0:
@@ -220,8 +279,12 @@ class Timeline:
                 what = cython.cast(cython.int, thread[v].state)
                 if thread[v].kind == _USER_EXIT:
                     what = _USER
+                if what == _USER and (thread[v].kind != _IOCTL or thread[v].rests == _PAUSED):
+                    what = cython.cast(cython.int, thread[v].rests)
                 if thread[v].kind == _ENTRY and k == _EXIT:
                     what = _GUEST
+                elif thread[v].kind == _EXIT and thread[v].halts:
+                    what = _IDLE
                 elif self._prefetches and thread[v].kind == _SET and k == _SET:
                     what = _PREFETCH
 
@@ -237,7 +300,7 @@ class Timeline:
                 elif k == _FAULT:
                     thread[v].fetched = self._is_fetch(code[i])
 
-                passed = 0
+                passed = waited = asleep = 0
                 if thread[v].time >= 0:
                     passed = time[i] - thread[v].time
                     if passed < 0:
@@ -246,12 +309,37 @@ class Timeline:
                     if time[i] >= thread[v].next_ms:
                         self._note(v)
                         thread[v].next_ms = (time[i] // _STEP + 1) * _STEP
+                    if passed >= self._least:
+                        asleep = self._asleep(thread[v].time, time[i], what not in (_GUEST, _USER, _IDLE, _PAUSED))
+                        self._slept[v] += asleep
+                        passed -= asleep
+                    if thread[v].waited:
+                        waited = min(thread[v].waited, passed)
+                        passed -= waited
+                        self._total[v, _STEAL] += waited
+                    if what == _USER and thread[v].signalled and passed >= _PAUSE:
+                        what = _PAUSED
                     self._total[v, what] += passed
+                    thread[v].away += waited + asleep
                     if what == _GUEST:
                         thread[v].guest += passed
                         thread[v].guests += 1
+                    elif what == _IDLE:
+                        thread[v].idle += passed
+                    elif what == _PAUSED:
+                        thread[v].away += passed
                     if self._count:
-                        self._spread(v, what, time[i] - passed, time[i])
+                        self._spread(v, what, time[i] - waited - passed, time[i] - waited)
+                        if waited:
+                            self._spread(v, _STEAL, time[i] - waited, time[i])
+                if k == _EXIT:
+                    thread[v].halts = code[i] < _CODES and self._idles[code[i]]
+                elif k == _ENTRY:
+                    thread[v].rests = _USER
+                    thread[v].signalled = False
+                elif k == _USER_EXIT:
+                    thread[v].rests = self._rest(code[i], ret[i])
+                    thread[v].signalled = ret[i] == _EINTR
                 state[i] = what
                 ns[i] = passed
                 mark[i] = marks
@@ -259,6 +347,7 @@ class Timeline:
                 thread[v].time = time[i]
                 thread[v].kind = k
                 thread[v].rip = rip[i]
+                thread[v].waited = 0
 
     @cython.cfunc
     @cython.nogil
@@ -271,7 +360,45 @@ class Timeline:
         self._moment[at].time = self._thread[v].time
         self._moment[at].guest = self._thread[v].guest
         self._moment[at].guests = self._thread[v].guests
+        self._moment[at].idle = self._thread[v].idle
+        self._moment[at].away = self._thread[v].away
         self._moments = at + 1
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _comes_back(
+        self, v: cython.Py_ssize_t, time: cython.longlong, code: cython.ulonglong, value: cython.ulonglong
+    ) -> cython.void:
+        """The vCPU's thread has a CPU again: it waited for one; or it slept in the kernel, for it had nothing to do."""
+        off: cython.longlong = time - self._thread[v].time
+        waited: cython.longlong = cython.cast(cython.longlong, min(value, cython.cast(cython.ulonglong, max(off, 0))))
+        self._thread[v].waited += waited
+        if code & _SLEEPS and self._thread[v].state == _OTHER and 2 * (off - waited) > off:
+            self._thread[v].state = _IDLE
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _rest(self, reason: cython.ulonglong, error: cython.int) -> cython.int:
+        """The state of a vCPU that went to userspace for a reason, until it enters its guest again."""
+        if error < 0:
+            return _IDLE if error == _EAGAIN else _USER
+        if reason in (_USER_HLT, _USER_AP_RESET_HOLD):
+            return _IDLE
+        return _PAUSED if reason in (_USER_SHUTDOWN, _USER_SYSTEM_EVENT, _USER_DEBUG) else _USER
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _asleep(self, begin: cython.longlong, end: cython.longlong, in_kernel: cython.bint) -> cython.longlong:
+        """ns of [begin, end) that the host slept; `in_kernel`: an exit was being handled."""
+        found: cython.longlong = 0
+        with cython.gil:
+            for suspend in self._suspends:
+                if in_kernel or not suspend.assumed:
+                    found += min(suspend.slept, max(min(end, suspend.end) - max(begin, suspend.begin), 0))
+        return found
 
     @cython.cfunc
     @cython.nogil
@@ -325,6 +452,7 @@ class Timeline:
 
 THREAD = [
     ("time", "i8"), ("kind", "i8"), ("rip", "u8"), ("state", "i8"), ("fetched", "i8"), ("tid", "i8"), ("part", "i8"),
-    ("part_end", "i8"), ("next_ms", "i8"), ("guest", "i8"), ("guests", "i8"),
+    ("part_end", "i8"), ("next_ms", "i8"), ("guest", "i8"), ("guests", "i8"), ("idle", "i8"), ("away", "i8"),
+    ("halts", "i8"), ("rests", "i8"), ("signalled", "i8"), ("waited", "i8"),
 ]  # fmt: skip
-MOMENT = [(name, "i8") for name in ("vcpu", "time", "guest", "guests")]
+MOMENT = [(name, "i8") for name in ("vcpu", "time", "guest", "guests", "idle", "away")]

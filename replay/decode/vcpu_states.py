@@ -23,6 +23,9 @@ class VcpuState(IntEnum):
     USER = 6  # userspace has the vCPU
     OTHER = 7  # any other exit
     PREFETCH = 8  # the shadow MMU fills one entry more than it was asked for
+    IDLE = 9  # the guest has halted: the vCPU waits for an interrupt, in the kernel or in userspace
+    STEAL = 10  # its thread could run, and had no CPU (`sched_in`)
+    PAUSED = 11  # userspace holds it back: the VM is stopped, or has ended
 
 
 UNTOLD: Final = 255  # a kind of row that does not say what its thread was doing

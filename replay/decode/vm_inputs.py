@@ -112,7 +112,7 @@ class VmInputs:
         self.decoder = Decoder(capabilities, count, Slots(vm["slots"]), roles, groups, times is not None)
         self._held = _Held(2 * size)
         self._first_exit = 0
-        self.rest = Rest(np.zeros(count, np.int64), np.zeros(count, np.int64))
+        self.rest = Rest(*(np.zeros(count, np.int64) for _ in range(3)))
 
     @property
     def notes(self) -> Counter[str]:
@@ -144,7 +144,7 @@ class VmInputs:
         decoder.finish()
         if decoder.inputs:
             yield self._taken(decoder.inputs)
-        self.rest = Rest(decoder.vcpus["lead"].copy(), decoder.vcpus["lead_guest"].copy())
+        self.rest = Rest(*(decoder.vcpus[name].copy() for name in ("lead", "lead_guest", "lead_idle")))
 
     def _decode(self, batch: Batch) -> None:
         if self._times is not None:
@@ -230,7 +230,7 @@ def _columns(capabilities: Capabilities, vm: Mapping[str, Any], timed: bool, mor
         "addr": timed or fast or bool(counts.get("kvm_unmap_hva_range")),
         "old": fast or logs,
         "new": fast or logs,
-        "ret": fast or not counts.get("root_get"),
+        "ret": timed or fast or not counts.get("root_get"),
         "as_id": logs or bool(counts.get("zap_leafs")),
         "slot": logs,
         "refs": False,

@@ -69,6 +69,7 @@ ON_UNLOAD = cython.declare(cython.longlong, 3)
 ON_WAIT = cython.declare(cython.longlong, 4)
 ON_OTHER = cython.declare(cython.longlong, 5)
 ON_SWITCH = cython.declare(cython.longlong, 6)
+ON_IDLE = cython.declare(cython.longlong, 7)
 
 # The rows of the pools; `engine` has the same as numpy types.
 Vcpu = cython.struct(  # 64 bytes: all that a touch reads and writes of its vCPU
@@ -124,10 +125,11 @@ Row = cython.struct(
 )
 
 # The rows of a timer's pools; `timed_engine` has the same as numpy types.
-Todo = cython.struct(  # 64 bytes: an operation until it is done, in the order of the stream
+Todo = cython.struct(  # 72 bytes: an operation until it is done, in the order of the stream
     gfn=cython.longlong,
     lead=cython.longlong,
     guest=cython.longlong,
+    idle=cython.longlong,
     cost=cython.longlong,
     wall=cython.longlong,
     at=cython.longlong,
@@ -140,15 +142,16 @@ Pace = cython.struct(
     clock=cython.longlong,
     lead=cython.longlong,  # what is left of the next operation's; NONE: as the operation says
     guest=cython.longlong,
+    idle=cython.longlong,
     inside=cython.longlong,
     sampled=cython.longlong,
     guessed=cython.longlong,  # rows of the program that have their guess
     weight=cython.longlong,  # its part of what a worker takes where CPUs are short, of all vCPUs' weights
-    spent=cython.longlong[7],
+    spent=cython.longlong[10],
 )
 Queue = cython.struct(head=cython.longlong, tail=cython.longlong)  # rows; NONE: it is empty
 Turn = cython.struct(due=cython.longlong, queue=cython.longlong)  # of a winner tree: what is due first below this node
-Sample = cython.struct(vcpu=cython.longlong, clock=cython.longlong, cause=cython.longlong, spent=cython.longlong[7])
+Sample = cython.struct(vcpu=cython.longlong, clock=cython.longlong, cause=cython.longlong, spent=cython.longlong[10])
 Zapped = cython.struct(leaves=cython.longlong, tables=cython.longlong)
 
 
@@ -1310,6 +1313,7 @@ class Timer:
         queue: cython.const[cython.int][::1],
         lead: cython.const[cython.longlong][::1],
         guest: cython.const[cython.longlong][::1],
+        idle: cython.const[cython.longlong][::1],
         cost: cython.const[cython.longlong][::1],
     ) -> cython.longlong:
         """The first operation in a queue that is not its own, or with a time that cannot be; or how many there are."""
@@ -1318,7 +1322,9 @@ class Timer:
         vcpus: cython.longlong = self.core.vcpus
         for i in range(op.shape[0]):
             q = queue[i]
-            if q < 0 or q > 2 * vcpus or guest[i] < 0 or lead[i] < guest[i] or cost[i] < 0:
+            if q < 0 or q > 2 * vcpus or guest[i] < 0 or idle[i] < 0 or cost[i] < 0:
+                return i
+            if lead[i] < guest[i] or lead[i] - guest[i] < idle[i]:
                 return i
             if op[i] & 15 <= SWITCH and op[i] >> 16 != (q - vcpus if q >= vcpus else q):
                 return i
@@ -1331,6 +1337,7 @@ class Timer:
         queue: cython.const[cython.int][::1],
         lead: cython.const[cython.longlong][::1],
         guest: cython.const[cython.longlong][::1],
+        idle: cython.const[cython.longlong][::1],
         cost: cython.const[cython.longlong][::1],
         was: cython.const[cython.uchar][::1],
         wall: cython.const[cython.longlong][::1],
@@ -1348,6 +1355,7 @@ class Timer:
             self.todo[at].gfn = gfn[i] + ranges if kind in (ZAP, SPLIT) else gfn[i]
             self.todo[at].lead = lead[i]
             self.todo[at].guest = guest[i]
+            self.todo[at].idle = idle[i]
             self.todo[at].cost = cost[i]
             self.todo[at].was = was[i]
             self.todo[at].wall = wall[i]
@@ -1526,6 +1534,7 @@ class Timer:
         fault: cython.longlong
         lead: cython.longlong
         guest: cython.longlong
+        idle: cython.longlong
         time: cython.longlong
         since: cython.longlong
         was: cython.longlong
@@ -1536,9 +1545,11 @@ class Timer:
         while i != NONE:
             lead = todo[i].lead
             guest = todo[i].guest
+            idle = todo[i].idle
             if pace[v].lead >= 0:
                 lead = pace[v].lead
                 guest = pace[v].guest
+                idle = pace[v].idle
             if pace[v].clock + lead >= bound:
                 break
             if self.samples == self.sample_room:
@@ -1561,13 +1572,13 @@ class Timer:
             if fault == NONE:
                 if not self.core._room():
                     return True
-                self._pass(v, lead, guest)
+                self._pass(v, lead, guest, idle)
                 if self._step(v, i, guest):
-                    todo[i].lead = todo[i].guest = 0
+                    todo[i].lead = todo[i].guest = todo[i].idle = 0
                     pace[v].lead = NONE
                     return True
             else:
-                self._pass(v, lead, guest)
+                self._pass(v, lead, guest, idle)
                 ever = bits[k + 1]
                 bits[k] = present | one << bit
                 bits[k + 1] = ever | one << bit
@@ -1654,9 +1665,9 @@ class Timer:
             self._interrupt(v, when)
         else:
             guest = self.todo[i].guest
-            self._pass(v, self.todo[i].lead, guest)
+            self._pass(v, self.todo[i].lead, guest, self.todo[i].idle)
         if self._step(v, i, guest):
-            self.todo[i].lead = self.todo[i].guest = 0
+            self.todo[i].lead = self.todo[i].guest = self.todo[i].idle = 0
             return True
         self.pace[v].inside = self.todo[i].wall != LAST
         self._pop(q, i)
@@ -1670,16 +1681,20 @@ class Timer:
         i: cython.longlong = self.queue[v].head
         passed: cython.longlong = when - self.pace[v].clock
         ran: cython.longlong
+        halted: cython.longlong
         if i == NONE:
-            self._pass(v, passed, 0)
+            self._pass(v, passed, 0, 0)
             return
         if self.pace[v].lead < 0:
             self.pace[v].lead = self.todo[i].lead
             self.pace[v].guest = self.todo[i].guest
+            self.pace[v].idle = self.todo[i].idle
         ran = min(passed, self.pace[v].guest)
-        self._pass(v, passed, ran)
+        halted = min(passed - ran, self.pace[v].idle)
+        self._pass(v, passed, ran, halted)
         self.pace[v].lead -= passed
         self.pace[v].guest -= ran
+        self.pace[v].idle -= halted
 
     @cython.cfunc
     @cython.nogil
@@ -1803,10 +1818,13 @@ class Timer:
     @cython.nogil
     @cython.inline
     @cython.exceptval(check=False)
-    def _pass(self, v: cython.longlong, lead: cython.longlong, guest: cython.longlong) -> cython.void:
+    def _pass(
+        self, v: cython.longlong, lead: cython.longlong, guest: cython.longlong, idle: cython.longlong
+    ) -> cython.void:
         self.pace[v].clock += lead
         self.pace[v].spent[ON_GUEST] += guest
-        self.pace[v].spent[ON_OTHER] += lead - guest
+        self.pace[v].spent[ON_IDLE] += idle
+        self.pace[v].spent[ON_OTHER] += lead - guest - idle
 
     @cython.cfunc
     @cython.nogil
@@ -1851,6 +1869,6 @@ class Timer:
             self.sample[i].vcpu = v
             self.sample[i].clock = self.pace[v].clock
             self.sample[i].cause = self.core.slots[v].cause
-            for on in range(7):
+            for on in range(8):
                 self.sample[i].spent[on] = self.pace[v].spent[on]
             self.samples = i + 1

@@ -1,11 +1,12 @@
 """Operations with the time they took: what virtual time reads.
 
-A timed block is a `Block` with five more columns, one value an operation:
+A timed block is a `Block` with six more columns, one value an operation:
 
     queue  whose turn it is: vCPU v's own program (v), what the wall clock does to vCPU v (vcpus + v), or to the VM
            (2 * vcpus). Operations of one queue stay in order; queues move against each other.
     lead   ns from the end of the queue's previous operation to the exit of this one; no policy changes it
     guest  how much of `lead` the guest ran, the switch to it and back included
+    idle   how much of `lead` the guest had halted
     cost   ns that this operation took as recorded
     was    what it came to as recorded: of a TOUCH 1 + tables built (0: it was no fault), of an ENTER 1 found,
            2 created, of an UNLOAD 1 if it was one
@@ -45,6 +46,7 @@ class Timed:
     queue: NDArray[np.int32]
     lead: Ints
     guest: Ints
+    idle: Ints
     cost: Ints
     was: NDArray[np.uint8]
     wall: Ints
@@ -57,13 +59,13 @@ class Timed:
 _COLUMNS: Final = tuple(each.name for each in fields(Timed) if each.name not in ("block", "until"))
 
 
-def tail(lead: Ints, guest: Ints) -> Timed:
+def tail(lead: Ints, guest: Ints, idle: Ints) -> Timed:
     """What each vCPU still did behind its last operation, as an operation that does nothing."""
     count = len(lead)
     none = np.zeros(count, np.int64)
     op = (int(Op.ROLE) | np.arange(count) << VCPU_SHIFT).astype(np.uint32)
     block = Block(op, none, none, none)
-    return Timed(block, np.arange(count, dtype=np.int32), lead, guest, none, none.astype(np.uint8), none + MORE)
+    return Timed(block, np.arange(count, dtype=np.int32), lead, guest, idle, none, none.astype(np.uint8), none + MORE)
 
 
 def take(timed: Timed, at: Ints) -> Timed:

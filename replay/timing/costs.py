@@ -15,6 +15,10 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 _KEPT: Final = 1 << 14  # samples of each cost
 _ENOUGH: Final = 3  # samples, for a measured cost
+_LEAST_KEPT: Final = 1 << 10
+_FLUKES: Final = 1_000  # one in so many of the shortest times in the guest may be a fluke
+_BARE: Final = 2  # the switch takes up to so many times the shortest time in the guest
+_PLAUSIBLE: Final = 4  # ... and no more than so many usual faults take (the lab: 1.7; where hosts are nested, the most)
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,28 @@ class Samples:
         return self.total / self.count if self.count else 0.0
 
 
+@dataclass
+class Shortest:
+    """The shortest of many times, ns, and how many there were."""
+
+    values: Ints = field(default_factory=lambda: np.empty(0, np.int64))
+    count: int = 0
+
+    def add(self, new: Ints) -> None:
+        """Take in more."""
+        self.count += len(new)
+        values = np.concatenate([self.values, new])
+        self.values = np.partition(values, _LEAST_KEPT)[:_LEAST_KEPT] if len(values) > _LEAST_KEPT else values
+
+    @property
+    def ns(self) -> int:
+        """The shortest that is no fluke, 0 where there is none."""
+        if not self.count:
+            return 0
+        values = np.sort(self.values)
+        return int(values[min(self.count // _FLUKES, len(values) - 1)])
+
+
 @dataclass(frozen=True)
 class Fitted:
     """Costs with where each is from ("measured" or the table), and the relative standard error of the measured ones.
@@ -112,20 +138,22 @@ class Fitted:
     open: int = 0
 
 
-def fit(samples: Mapping[str, Samples], cpus: int) -> Fitted:
+def fit(samples: Mapping[str, Samples], cpus: int, guest: Shortest | None = None) -> Fitted:
     """Mean costs: sums come out right, which is what total times need; the tail of a cost is part of it.
 
     The table's are taken as many times as the recording's faults cost the table's: a slow machine is slow at all of it.
+    `guest`: the shortest times in the guest, which bound the switch.
     """
     faults = samples.get("fault", Samples())
     scale = faults.mean / DEFAULT.fault if faults.count >= _ENOUGH else 1.0
     table = f"{SOURCE}, times {scale:.2g}" if faults.count >= _ENOUGH else SOURCE
-    found: dict[str, int] = {}
-    source: dict[str, str] = {}
-    error: dict[str, float] = {}
+    switch = _switch(samples, guest or Shortest(), table, scale)
+    found = {"switch": switch.ns}
+    source = {"switch": switch.source}
+    error = {} if switch.error is None else {"switch": switch.error}
     for each in fields(Costs):
         seen = samples.get(each.name)
-        if each.name in ("cpus", "refill"):
+        if each.name in ("cpus", "refill", "switch"):
             continue
         if seen is None or seen.count < _ENOUGH:
             source[each.name] = table
@@ -135,7 +163,6 @@ def fit(samples: Mapping[str, Samples], cpus: int) -> Fitted:
         found[each.name] = max(round(value), 0)
         source[each.name] = f"measured, {seen.count:,} times"
         error[each.name] = float(seen.values.std() / max(value, 1) / np.sqrt(seen.count))
-    open_ = _bare(samples.get("bare", Samples()), found, source) if "switch" in error else 0
     if "zap_table" in error:  # tables as they were recorded, with what leaves they had
         found["zap_leaf"], source["zap_leaf"], error["zap_leaf"] = 0, "measured, within zap_table", error["zap_table"]
     if cpus:  # on the vCPU's own CPU the worker's time is the vCPU's, at once
@@ -144,17 +171,40 @@ def fit(samples: Mapping[str, Samples], cpus: int) -> Fitted:
     # A root's first pass takes a GiB at a step, without a chance to yield (5.18 to 6.8: tdp_mmu_zap_root).
     found["chunk"] = 513 * found["zap_table"] + (1 << 18) * found["zap_leaf"]
     source["chunk"] = "a GiB's tables and leaves"
-    return Fitted(replace(DEFAULT, **found, cpus=cpus), source, error, open_)
+    return Fitted(replace(DEFAULT, **found, cpus=cpus), source, error, switch.open)
 
 
-def _bare(seen: Samples, found: dict[str, int], source: dict[str, str]) -> int:
-    """The switch is no longer than guest times in which no instruction ended; the others may have had work in them.
+@dataclass(frozen=True)
+class _Switch:
+    ns: int
+    source: str
+    error: float | None = None
+    open: int = 0
 
-    Without such times what was measured is the most that it can be, and the table's the least. Returns what lies
-    between them.
+
+def _switch(samples: Mapping[str, Samples], guest: Shortest, table: str, scale: float) -> _Switch:
+    """The switch to the guest and back: what times in the guest show of it between two faults at one RIP.
+
+    A guest may have worked as long as it wanted between them. So the switch is no longer than the shortest times in the
+    guest, nor than is plausible of a machine with such faults. In `bare` ones no instruction ended; the others may have
+    had work in them, and without bare ones they are the most that it can be, and the table's the least.
     """
-    if seen.count >= _ENOUGH:
-        found["switch"] = min(found["switch"], round(float(np.median(seen.values))))
-        return 0
-    source["switch"] += ", at most"
-    return max(found["switch"] - DEFAULT.switch * found["fault"] // DEFAULT.fault, 0)
+    faults, seen, bare = (samples.get(name, Samples()) for name in ("fault", "switch", "bare"))
+    usual = float(np.median(faults.values)) if faults.count >= _ENOUGH else 0.0
+    most = min((limit for limit in (_BARE * guest.ns, _PLAUSIBLE * usual) if limit), default=float("inf"))
+    shown = seen.values[seen.values <= most]
+    times = seen.count * len(shown) // max(len(seen.values), 1)
+    if len(shown) < _ENOUGH:  # nor do other exits show more than that it is no longer
+        shown = guest.values[guest.values <= most]
+        times = len(shown)
+    if len(shown) < _ENOUGH:
+        assumed = round(DEFAULT.switch * (usual / DEFAULT.fault if usual else scale))
+        return _Switch(min(assumed, guest.ns) if guest.count else assumed, table)
+    mean = float(shown.mean())
+    error = float(shown.std() / max(mean, 1) / np.sqrt(times))
+    source = f"measured, {times:,} times"
+    bare_ones = bare.values[bare.values <= most]
+    if len(bare_ones) >= _ENOUGH:
+        return _Switch(min(round(mean), round(float(np.median(bare_ones)))), source, error)
+    least = DEFAULT.switch * round(faults.mean if faults.count >= _ENOUGH else DEFAULT.fault * scale) // DEFAULT.fault
+    return _Switch(round(mean), f"{source}, at most", error, max(round(mean) - least, 0))

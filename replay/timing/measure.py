@@ -20,7 +20,7 @@ from replay.decode.vcpu_states import BARE, VcpuState
 from replay.decode.vm_inputs import VmInputs, vcpu_ids
 from replay.simulate.operations import Op, Word
 from replay.simulate.timed_operations import CREATED, FOUND, Timed
-from replay.timing.costs import Fitted, Samples, fit
+from replay.timing.costs import Fitted, Samples, Shortest, fit
 from replay.timing.lock_waits import LockWaits
 from replay.timing.reference_clock import TimeCategory
 from replay.timing.steal import Steal
@@ -38,11 +38,18 @@ class SpanTimes:
         """`parts`: see `Timeline`."""
         vcpus, own, cpus = max(len(vcpu_ids(vm)), 1), capabilities.own, cpus_of(capabilities)
         self._prefetches = own.prefetch > 1
-        self.timeline = Timeline(vcpus, self._prefetches, capabilities.kernel.vendor, parts)
+        self.timeline = Timeline(vcpus, self._prefetches, capabilities.kernel.vendor, parts, capabilities.suspends)
         self.rip_runs = RipRuns(vcpus)
-        self.steal = Steal(vcpus, cpus == 1, capabilities.workers)
+        self.steal = Steal(vcpus, cpus == 1, capabilities.workers, capabilities.has("sched_in"))
         self.waits = LockWaits(vcpus, cpus != 1 and not own.faults_share)
         self.samples = {name: Samples() for name in _COSTS}
+        self.shortest = Shortest()  # of the times in the guest
+
+    @property
+    def stolen(self) -> Ints:
+        """ns by vCPU for which its thread had no CPU, but for what zap workers took of it."""
+        waited: Ints = self.timeline.totals[:, VcpuState.STEAL] + self.steal.preempted
+        return waited - np.minimum(self.steal.lost, waited) if self.steal.known else waited
 
     def feed(self, batch: Batch) -> tuple[NDArray[np.uint8], Ints, NDArray[np.uint8]]:
         """By row: VcpuState (NO_SPAN: none ends there), ns, marks."""
@@ -54,6 +61,7 @@ class SpanTimes:
         self.steal.feed(batch, state, ns, mark, before)
         self.waits.feed(batch, state, ns, before)
         self.samples["bare"].add(ns[mark & BARE != 0])
+        self.shortest.add(ns[state == VcpuState.GUEST])
         if self._prefetches:
             self.samples["prefetch"].add(ns[state == VcpuState.PREFETCH])
         return state, ns, mark
@@ -64,8 +72,8 @@ class Measured:
     """One VM as recorded. By vCPU, where nothing else is said; times are ns.
 
     `refused`: why there are no times, empty if there are. `began` is the boot time of its first entry. `recorded` is
-    the time by TimeCategory, the switch within the guest's. `totals` is by VcpuState, without steal time;
-    OTHER has all that is no operation's. `faults` are those of the recorded policy's own replay.
+    the time by TimeCategory, the switch within the guest's. `totals` is by VcpuState, without steal time; OTHER
+    has all that is no operation's. `faults` are those of the recorded policy's own replay.
     """
 
     refused: str
@@ -77,7 +85,8 @@ class Measured:
     totals: Ints
     lost: Ints  # to zap workers, where all share one CPU
     waited: Ints  # for mmu_lock
-    preempted: Ints
+    stolen: Ints  # its thread could run, and had no CPU
+    slept: Ints  # the host did, which is of no state
     rows: Ints  # of its thread, and of these those of faults
     fault_rows: Ints
     fault_events: Ints
@@ -129,13 +138,14 @@ class Measurement:
         times.rip_runs.finish()
         vcpus = decoder.vcpus
         totals = self._totals()
-        lost, preempted, waited = times.steal.lost, times.steal.preempted, times.waits.waited
+        lost, stolen, waited = times.steal.lost, times.stolen, times.waits.waited
         counted = {name: vcpus[name].copy() for name in ("rows", "fault_rows", "interrupts", "interrupted")}
         return Measured(
             refused=self._refusal(), began=decoder.began, by_guest=decoder.by_guest, by_clock=decoder.by_clock,
-            fitted=self._fitted(totals, tables_freed), recorded=_breakdown(totals, lost + waited, preempted),
-            totals=totals, lost=lost, waited=waited, preempted=preempted, fault_events=vcpus["faults"].copy(),
-            faults=faults, held=times.waits.held, requests=times.waits.faults, timeline=times.timeline,
+            fitted=self._fitted(totals, tables_freed), recorded=_breakdown(totals, lost + waited, stolen),
+            totals=totals, lost=lost, waited=waited, stolen=stolen, slept=times.timeline.slept,
+            fault_events=vcpus["faults"].copy(), faults=faults, held=times.waits.held,
+            requests=times.waits.faults, timeline=times.timeline,
             rip_runs=times.rip_runs, **counted,
         )  # fmt: skip
 
@@ -151,9 +161,11 @@ class Measurement:
         """ns by vCPU and VcpuState."""
         programs, vcpus = self._own.programs, self._inputs.decoder.vcpus
         totals = np.zeros((len(programs), len(VcpuState)), np.int64)
-        for state in (VcpuState.GUEST, VcpuState.FAULT, VcpuState.LOAD, VcpuState.UNLOAD, VcpuState.OTHER):
+        measured = (VcpuState.GUEST, VcpuState.FAULT, VcpuState.LOAD, VcpuState.UNLOAD, VcpuState.OTHER, VcpuState.IDLE)
+        for state in measured:
             totals[:, state] = programs[f"total_{state.name.lower()}"]
         totals[:, VcpuState.ZAP], totals[:, VcpuState.PREFETCH] = vcpus["zapped"], vcpus["prefetched"]
+        totals[:, VcpuState.PAUSED] = self._times.timeline.totals[:, VcpuState.PAUSED]
         return totals
 
     def _fitted(self, totals: Ints, tables_freed: int) -> Fitted:
@@ -168,7 +180,7 @@ class Measurement:
             samples["zap_table"] = Samples.alike(tables_freed, taken)
         elif steal.removed:
             samples["zap_table"] = Samples.alike(steal.removed, steal.removing)
-        return fit(samples, cpus_of(self._capabilities))
+        return fit(samples, cpus_of(self._capabilities), times.shortest)
 
     def _sample(self, timed: Timed, still: NDArray[np.bool_]) -> None:
         samples, kind, was, cost = self._times.samples, timed.block.op & 15, timed.was, timed.cost
@@ -186,12 +198,12 @@ class Measurement:
         samples["unload"].add(cost[(kind == Op.UNLOAD) & (cost > 0)])
 
 
-def _breakdown(totals: Ints, waited: Ints, preempted: Ints) -> list[tuple[int, ...]]:
+def _breakdown(totals: Ints, waited: Ints, stolen: Ints) -> list[tuple[int, ...]]:
     spent = np.zeros((len(totals), len(TimeCategory)), np.int64)
     for state in VcpuState:
         spent[:, _SPENT[state]] += totals[:, state]
     spent[:, TimeCategory.WAIT] += waited
-    spent[:, TimeCategory.OTHER] += preempted
+    spent[:, TimeCategory.STEAL] += stolen
     return [tuple(row) for row in spent.tolist()]
 
 
@@ -199,6 +211,7 @@ _SPENT: Final = {
     VcpuState.GUEST: TimeCategory.GUEST, VcpuState.FAULT: TimeCategory.FAULT, VcpuState.PREFETCH: TimeCategory.FAULT,
     VcpuState.LOAD: TimeCategory.LOAD, VcpuState.UNLOAD: TimeCategory.UNLOAD, VcpuState.ZAP: TimeCategory.UNLOAD,
     VcpuState.SMM: TimeCategory.OTHER, VcpuState.USER: TimeCategory.OTHER, VcpuState.OTHER: TimeCategory.OTHER,
+    VcpuState.IDLE: TimeCategory.IDLE, VcpuState.STEAL: TimeCategory.STEAL, VcpuState.PAUSED: TimeCategory.PAUSED,
 }  # fmt: skip
 
 

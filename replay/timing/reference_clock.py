@@ -41,6 +41,10 @@ class TimeCategory(IntEnum):
     WAIT = 4  # for mmu_lock, or for a CPU
     OTHER = 5  # exits that no policy changes
     SWITCH = 6  # to the guest and back, for what faults: recorded within guest time
+    IDLE = 7  # the guest has halted
+    # Not the vCPU's own, and added to what a clock says as it was recorded:
+    STEAL = 8  # its thread could run, and had no CPU
+    PAUSED = 9  # userspace holds it back
 
 
 @dataclass
@@ -49,7 +53,8 @@ class Pace:
 
     clock: int = 0  # ns
     lead: int = -1  # what is left of its next operation's lead; -1: as the operation says
-    guest: int = 0  # of that, in the guest
+    guest: int = 0  # of that, in the guest, and halted
+    idle: int = 0
     inside: bool = False  # an SMI is under way
     spent: list[int] = field(default_factory=lambda: [0] * len(TimeCategory))
     sampled: int = 0
@@ -62,6 +67,7 @@ class _Todo:
     gfn: int
     lead: int
     guest: int
+    idle: int
     cost: int
     was: int
     wall: int
@@ -90,10 +96,10 @@ class Clock:
     def feed(self, timed: Timed, ranges: Ranges, first: int = 0) -> None:
         """Take in operations, and do what can be done before the next ones are known."""
         block = timed.block
-        columns = (block.op, block.gfn, timed.lead, timed.guest, timed.cost, timed.was, timed.wall)
+        columns = (block.op, block.gfn, timed.lead, timed.guest, timed.idle, timed.cost, timed.was, timed.wall)
         rows = zip(*(column.tolist() for column in columns), strict=True)
-        for i, (op, gfn, lead, guest, cost, was, wall) in enumerate(rows):
-            todo = _Todo(op, gfn, lead, guest, cost, was, wall, first + i, ranges)
+        for i, (op, gfn, lead, guest, idle, cost, was, wall) in enumerate(rows):
+            todo = _Todo(op, gfn, lead, guest, idle, cost, was, wall, first + i, ranges)
             self._queues[int(timed.queue[i])].append(todo)
         self._run(final=False, until=timed.until)
 
@@ -143,38 +149,43 @@ class Clock:
         number = queue % vcpus
         pace = self.paces[number]
         if queue < vcpus:
-            lead, guest = (todo.lead, todo.guest) if pace.lead < 0 else (pace.lead, pace.guest)
+            if pace.lead < 0:
+                pace.lead, pace.guest, pace.idle = todo.lead, todo.guest, todo.idle
+            guest = pace.guest
+            self._pass(pace, pace.lead, guest, pace.idle)
             pace.lead = -1
-            self._pass(pace, lead, guest)
         elif todo.wall >= 0:
             self._interrupt(pace, queue - vcpus, when)
             guest = 0
         else:
             guest = todo.guest
-            self._pass(pace, todo.lead, guest)
+            self._pass(pace, todo.lead, guest, todo.idle)
         if queue >= vcpus:
             pace.inside = todo.wall != LAST
         self._step(pace, self.vm.vcpus[number], todo, guest)
         self._sample(pace, self.vm.vcpus[number])
 
-    def _pass(self, pace: Pace, lead: int, guest: int) -> None:
+    def _pass(self, pace: Pace, lead: int, guest: int, idle: int) -> None:
         pace.clock += lead
         pace.spent[TimeCategory.GUEST] += guest
-        pace.spent[TimeCategory.OTHER] += lead - guest
+        pace.spent[TimeCategory.IDLE] += idle
+        pace.spent[TimeCategory.OTHER] += lead - guest - idle
 
     def _interrupt(self, pace: Pace, program: int, when: int) -> None:
-        """Part of the program's lead has passed when the wall clock strikes; guest time is taken from it first."""
+        """Part of the program's lead has passed when the wall clock strikes; guest and idle time are taken first."""
         passed = when - pace.clock
         head = self._queues[program][0] if self._queues[program] else None
         if head is None:
-            self._pass(pace, passed, 0)
+            self._pass(pace, passed, 0, 0)
             return
         if pace.lead < 0:
-            pace.lead, pace.guest = head.lead, head.guest
+            pace.lead, pace.guest, pace.idle = head.lead, head.guest, head.idle
         ran = min(passed, pace.guest)
-        self._pass(pace, passed, ran)
+        halted = min(passed - ran, pace.idle)
+        self._pass(pace, passed, ran, halted)
         pace.lead -= passed
         pace.guest -= ran
+        pace.idle -= halted
 
     def _step(self, pace: Pace, vcpu: Vcpu, todo: _Todo, guest: int) -> None:
         kind = todo.op & 15

@@ -61,7 +61,8 @@ def soft_hangs(progress: NDArray[np.int64], rule: Rule) -> list[SoftHang]:
     """The soft-hangs in rows of (clock, Cause of the last unload, *spent until then)."""
     clock, spent = progress[:, 0], progress[:, 2:]
     return [
-        _explained(each, clock, progress[:, 1], spent) for each in stalls(clock, spent[:, TimeCategory.GUEST], rule)
+        _explained(each, clock, progress[:, 1], spent)
+        for each in stalls(clock, spent[:, TimeCategory.GUEST] + spent[:, TimeCategory.IDLE], rule)
     ]
 
 

@@ -5,7 +5,8 @@ Recorded spans of vCPUs contain the run time of other tasks, which another polic
 on at a time, so that the time between two rows of the VM is that of the later row's thread: what a zap worker took of
 a vCPU's span is taken out of it (`lost`), and is the measure of what zaps cost there. What other tasks took (the
 recorder above all) has no rows: a span many times as long as others between the same two kinds of row was preempted,
-and is cut to their median (`preempted`).
+and is cut to their median (`preempted`). Where `sched_in` rows tell what a thread waited, that is out of the spans
+already: `lost` is then part of it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import cython
 import numpy as np
 
-from replay.decode.vcpu_states import NO_SPAN, STILL
+from replay.decode.vcpu_states import NO_SPAN, STILL, VcpuState
 from traces.schema import BY_NAME
 
 COMPILED: bool = cython.compiled
@@ -24,6 +25,7 @@ COMPILED: bool = cython.compiled
 _TIMES = 10  # a span this many times the median of its like, and longer than _LEAST ns, was preempted
 _LEAST = 50_000
 _ENOUGH = 10  # spans of a kind, for a median
+_NOTHING = 2  # a time in the guest of up to so many times the short ones is the switch, and little else
 
 _NO_SPAN = cython.declare(cython.int, NO_SPAN)
 _WAITS = cython.declare(cython.int, BY_NAME["zap_invalidated_begin"].code)
@@ -43,6 +45,7 @@ class Steal:
     """
 
     shared = cython.declare(cython.bint, visibility="public")
+    known = cython.declare(cython.bint, visibility="public")
     lost = cython.declare(object, visibility="public")
     preempted = cython.declare(object, visibility="public")
     removed = cython.declare(cython.longlong, visibility="public")
@@ -55,9 +58,12 @@ class Steal:
     _taken: cython.longlong[::1]  # `_worked` at each vCPU's last row
     _lost: cython.longlong[::1]
 
-    def __init__(self, vcpus: int, shared: bool, workers: Collection[int]) -> None:
-        """`shared`: all run on one CPU. `workers` are the tids of kernel workers."""
+    def __init__(self, vcpus: int, shared: bool, workers: Collection[int], known: bool = False) -> None:
+        """`shared`: all run on one CPU. `workers` are the tids of kernel workers. `known`: spans are without what their
+        threads waited for a CPU.
+        """
         self.shared = shared
+        self.known = known
         self.lost = np.zeros(vcpus, np.int64)
         self.preempted = np.zeros(vcpus, np.int64)
         self.removed = self.removing = 0
@@ -71,7 +77,7 @@ class Steal:
     def feed(self, batch: Any, state: Any, ns: Any, mark: Any, before: Any) -> None:
         """Shorten the spans of a batch (`Timeline.feed`) by what was not theirs."""
         self._feed(batch.time, batch.vcpu, batch.tid, batch.kind, state, ns)
-        if self.shared:
+        if self.shared and not self.known:
             self._cut(batch, state, ns, mark, before)
 
     def _feed(
@@ -105,10 +111,12 @@ class Steal:
                     self._worked += time[i] - self._time
                 self._time = time[i]
                 if state[i] != _NO_SPAN:
-                    taken = min(self._worked - self._taken[v], ns[i])
+                    taken = self._worked - self._taken[v]
                     self._taken[v] = self._worked
+                    if not self.known:
+                        taken = min(taken, ns[i])
+                        ns[i] -= taken
                     self._lost[v] += taken
-                    ns[i] -= taken
 
     @cython.cfunc
     @cython.nogil
@@ -135,8 +143,11 @@ class Steal:
         spans = np.flatnonzero(state != NO_SPAN)
         still = mark[spans] & STILL != 0
         between = before[spans].astype(np.int64) << 8 | batch.kind[spans]
-        # Where the guest did nothing, all beyond the switch is preemption.
-        like = [(spans[still], 1, 0)]
+        # Where the guest did nothing, all beyond the switch is preemption. It did something where what is usual is far
+        # from the short times in the guest.
+        guest = ns[spans][state[spans] == VcpuState.GUEST]
+        nothing = still.any() and np.median(ns[spans[still]]) <= _NOTHING * np.quantile(guest, 0.1)
+        like = [(spans[still], 1, 0) if nothing else (spans[still], _TIMES, _LEAST)]
         like += [(spans[~still & (between == pair)], _TIMES, _LEAST) for pair in np.unique(between)]
         for alike, times, least in like:
             if len(alike) < _ENOUGH:

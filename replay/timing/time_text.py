@@ -143,7 +143,9 @@ def _table(vm: VmTime, vcpus: list[int]) -> Table:
     table.add_column(f"VM {vm.vm}")
     for name in ("vCPU", "time", "from", "to"):
         table.add_column(name, justify="right")
-    for each in TimeCategory:
+    spent = [*vm.recorded, *(vcpu.spent for outcome in vm.outcomes for vcpu in outcome.vcpus)]
+    shown = [each for each in TimeCategory if each <= TimeCategory.SWITCH or any(row[each] for row in spent)]
+    for each in shown:
         table.add_column(each.name.lower(), justify="right")
     for name in ("soft-hangs", "longest"):
         table.add_column(name, justify="right")
@@ -151,13 +153,13 @@ def _table(vm: VmTime, vcpus: list[int]) -> Table:
         recorded = vm.recorded[i]
         vcpu_id = str(vm.outcomes[0].vcpus[i].id) if vm.outcomes else ""
         wall = sum(recorded)
-        shares = ("" if on == TimeCategory.SWITCH else f"{ns / wall:.1%}" for on, ns in enumerate(recorded) if wall)
+        shares = ("" if on == TimeCategory.SWITCH else f"{recorded[on] / wall:.1%}" for on in shown if wall)
         table.add_row("as recorded (guest with switch)", vcpu_id, duration(wall), "", "", *shares)
     for outcome in vm.outcomes:
         name = outcome.target.name + ("" if outcome.run.bound == "exact" else f", {outcome.run.bound}")
         for vcpu in (outcome.vcpus[i] for i in vcpus):
             low, high = vcpu.band
-            shares = (f"{spent / vcpu.wall:.1%}" if vcpu.wall else "" for spent in vcpu.spent)
+            shares = (f"{vcpu.spent[on] / vcpu.wall:.1%}" if vcpu.wall else "" for on in shown)
             hangs = (str(len(vcpu.stalls)), duration(vcpu.longest)) if vcpu.stalls else ("", "")
             table.add_row(
                 printable(name), str(vcpu.id), duration(vcpu.wall), duration(low), duration(high), *shares, *hangs

@@ -1,6 +1,6 @@
 """The compiled clock as Python sees it: `engine.Engine` in virtual time, as `reference_clock` does it to the ns.
 
-Operations wait in one pool, 64 bytes each, in the order of the stream, until their turn has come. Where only programs
+Operations wait in one pool, 72 bytes each, in the order of the stream, until their turn has come. Where only programs
 are (no wall-clock queues) and all vCPUs go on, that is a block's worth. A VM that falls behind the wall clock, or a
 vCPU without operations, makes all the others' wait.
 """
@@ -26,11 +26,11 @@ from traces.errors import Problem
 from traces.kernels.policies import PolicyParameters
 
 TODO: Final = np.dtype(
-    [(name, np.int64) for name in ("gfn", "lead", "guest", "cost", "wall", "at")]
+    [(name, np.int64) for name in ("gfn", "lead", "guest", "idle", "cost", "wall", "at")]
     + [(name, np.uint32) for name in ("op", "was", "next", "guess")]
 )
 PACE: Final = np.dtype(
-    [(name, np.int64) for name in ("clock", "lead", "guest", "inside", "sampled", "guessed", "weight")]
+    [(name, np.int64) for name in ("clock", "lead", "guest", "idle", "inside", "sampled", "guessed", "weight")]
     + [("spent", np.int64, len(TimeCategory))]
 )
 QUEUE: Final = row_type("head", "tail")
@@ -41,7 +41,8 @@ SAMPLED: Final = np.dtype(
 ZAPPED: Final = row_type("leaves", "tables")
 
 _COLUMNS: Final = {
-    "queue": np.int32, "lead": np.int64, "guest": np.int64, "cost": np.int64, "was": np.uint8, "wall": np.int64
+    "queue": np.int32, "lead": np.int64, "guest": np.int64, "idle": np.int64, "cost": np.int64, "was": np.uint8,
+    "wall": np.int64,
 }  # fmt: skip
 
 
@@ -96,11 +97,11 @@ class TimedEngine:
         columns = [np.ascontiguousarray(getattr(timed, name), dtype) for name, dtype in _COLUMNS.items()]
         if any(column.shape != op.shape for column in columns):
             raise Problem("a timed block is columns of one length")
-        if (at := self._timer.check(op, *columns[:4])) < len(op):
-            queue, lead, guest, cost = (int(column[at]) for column in columns[:4])
+        if (at := self._timer.check(op, *columns[:5])) < len(op):
+            queue, lead, guest, idle, cost = (int(column[at]) for column in columns[:5])
             raise Problem(
                 f"operation {first + at} of vCPU {op[at] >> 16}: queue {queue} of {len(self._queue)}, "
-                f"{lead} ns until it, {guest} of them in the guest, and {cost} for it cannot be"
+                f"{lead} ns until it, {guest} of them in the guest, {idle} halted, and {cost} for it cannot be"
             )
         self._make_room(len(op))
         self._timer.take(op, gfn, *columns, first, self._add_ranges())

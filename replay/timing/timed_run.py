@@ -22,6 +22,7 @@ from replay.timing.soft_hangs import SoftHang, soft_hangs
 from replay.timing.stalls import Rule
 from replay.timing.stuck_rip import CERTAIN, RipRun, longest_runs
 from replay.timing.timed_engine import TimedEngine
+from traces.durations import duration
 
 # Relative standard deviation between two runs of the same work, dated 2026-11: of the lab's recordings of scenarios
 # that no policy changes as measured, of bare-metal hosts as assumed.
@@ -129,12 +130,18 @@ def vm_time(
         return VmTime(vm, nothing, False, [], [])
     stuck = [run for run in longest_runs(measured.rip_runs, ids) if run.certain(settings.stuck)]
     meta = capabilities.trace.metadata
-    marked = (
-        f"{meta.lost:,} events were lost in {meta.gap_count:,} gaps: their time counts as the state before them"
-        if meta.lost
-        else ""
-    )
-    return VmTime(vm, measured, settings.smis_open(measured), outcomes, stuck, marked)
+    marked = [_slept(capabilities, measured)] if measured.slept.any() else []
+    if meta.lost:
+        marked.append(
+            f"{meta.lost:,} events were lost in {meta.gap_count:,} gaps: their time counts as the state before them"
+        )
+    return VmTime(vm, measured, settings.smis_open(measured), outcomes, stuck, "; ".join(marked))
+
+
+def _slept(capabilities: Capabilities, measured: Measured) -> str:
+    """What the host slept, which no time of a vCPU has."""
+    why = "" if any(not each.assumed for each in capabilities.suspends) else " (no VM has a row of that time)"
+    return f"the host slept for {duration(int(measured.slept.max()))}{why}: that is nobody's time"
 
 
 class PolicyClock:
@@ -170,11 +177,14 @@ class PolicyClock:
         for i, samples in enumerate(engine.samples):
             spent = parts[i].tolist()
             progress = np.vstack([np.zeros((1, samples.shape[1]), np.int64), samples, [[ended[i], causes[i], *spent]]])
-            others = int(measured.preempted[i])
+            stolen = int(measured.stolen[i])
             more = int(engine.vcpus.faults[i]) - int(measured.faults[i])
             if not self._target.recorded:
-                others = round(others * _rows(measured, i, more)) + _interrupted(measured, i, spent)
-            spent[TimeCategory.OTHER] += others
+                interrupted = _interrupted(measured, i, spent)
+                spent[TimeCategory.OTHER] += interrupted
+                stolen = round(stolen * _rows(measured, i, more)) if measured.fitted.costs.cpus else stolen
+            spent[TimeCategory.STEAL] += stolen
+            spent[TimeCategory.PAUSED] += measured.recorded[i][TimeCategory.PAUSED]
             wall = sum(spent)
             hangs = soft_hangs(progress, settings.rule)
             error = _error(measured, i, spent, more)

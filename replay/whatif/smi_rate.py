@@ -195,7 +195,7 @@ def _entry(vcpu: int) -> Timed:
     """A vCPU that enters the guest once and stays there."""
     none = np.zeros(1, np.int64)
     block = Block(np.array([int(Op.ENTER) | vcpu << VCPU_SHIFT], np.uint32), none, none, none)
-    return Timed(block, np.array([vcpu], np.int32), none, none, none, none.astype(np.uint8), none + MORE, until=0)
+    return Timed(block, np.array([vcpu], np.int32), none, none, none, none, none.astype(np.uint8), none + MORE, until=0)
 
 
 def _shifted(timed: Timed, by: int) -> Timed:

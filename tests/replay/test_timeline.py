@@ -108,13 +108,14 @@ def test_operations_are_given_all_of_it(name: str, size: int, case: Case) -> Non
             guest[vcpu] += timed.guest[mine].sum()
         assert (timed.guest <= timed.lead).all()
         assert (timed.lead >= 0).all()
-    lead, rest = specialized.rest(inputs.rest)
+    lead, rest, _ = specialized.rest(inputs.rest)
     recorded = times.timeline.totals
     apart = inputs.decoder.vcpus["zapped"] + inputs.decoder.vcpus["prefetched"]
-    others = times.waits.waited + times.steal.lost + times.steal.preempted
+    others = times.waits.waited + times.steal.lost + times.stolen
+    others = others + recorded[:, VcpuState.PAUSED]
     assert (given_ + lead + apart + others == recorded.sum(1)).all()
     programs = specialized.programs
-    states = sum(programs[f"total_{name}"] for name in ("guest", "fault", "load", "unload", "other"))
+    states = sum(programs[f"total_{name}"] for name in ("guest", "fault", "load", "unload", "other", "idle"))
     assert (states + apart + others == recorded.sum(1)).all()
     if not times.steal.shared:
         assert ((guest + rest) == recorded[:, VcpuState.GUEST]).all()

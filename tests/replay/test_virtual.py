@@ -41,7 +41,8 @@ def timed(path: Path, *policies: str, settings: Settings | None = None) -> list[
 
 def parts(spent: tuple[int, ...]) -> list[int]:
     """Time breakdown, the switch within the guest's, as recordings have it."""
-    return [spent[TimeCategory.GUEST] + spent[TimeCategory.SWITCH], *spent[TimeCategory.FAULT : TimeCategory.SWITCH]]
+    guest = spent[TimeCategory.GUEST] + spent[TimeCategory.SWITCH]
+    return [guest, *spent[TimeCategory.FAULT : TimeCategory.SWITCH], *spent[TimeCategory.IDLE :]]
 
 
 @pytest.mark.parametrize("path", each(REPLAYED))
@@ -94,8 +95,8 @@ def test_guest_work_between_faults_is_kept(tmp_path: Path, working_set: int) -> 
     assert not vm.fitted.open
     assert vm.fitted.costs.switch < 1000
     (kept,) = timed(made["preserve"], "async")
-    assert kept.fitted.open > 0
     assert "at most" in kept.fitted.source["switch"]
+    assert kept.fitted.costs.switch < 1000, "the shortest times in the guest bound it"
     low, high = kept.outcomes
     (slow,) = (sum(spent) for spent in vm.recorded)
     assert low.vcpus[0].band[0] < slow < high.vcpus[0].band[1]

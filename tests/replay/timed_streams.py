@@ -41,12 +41,13 @@ class TimedStream:
             at, turn = stop, turn + 1
 
 
-def timed_of(rows: Sequence[tuple[int, int, int, int, int, int, int, int]]) -> Timed:
-    """A block of (op, gfn, queue, lead, guest, cost, was, wall)."""
+def timed_of(rows: Sequence[tuple[int, int, int, int, int, int, int, int]], idle: Sequence[int] = ()) -> Timed:
+    """A block of (op, gfn, queue, lead, guest, cost, was, wall); `idle`: ns of each lead, none if not given."""
     block = block_of([row[:2] for row in rows])
     columns = np.array([row[2:] for row in rows], np.int64).reshape(-1, 6).T
     queue, lead, guest, cost, was, wall = (np.ascontiguousarray(column) for column in columns)
-    return Timed(block, queue.astype(np.int32), lead, guest, cost, was.astype(np.uint8), wall)
+    halted = np.array(idle or [0] * len(rows), np.int64)
+    return Timed(block, queue.astype(np.int32), lead, guest, halted, cost, was.astype(np.uint8), wall)
 
 
 def costs() -> st.SearchStrategy[Costs]:
@@ -67,6 +68,7 @@ def _timed(stream: Stream, choose: Any) -> Timed:
     walls = [0] * (2 * vcpus + 1)
     actor = 0
     rows = []
+    idle = []
     for op, gfn in zip(stream.block.op.tolist(), stream.block.gfn.tolist(), strict=True):
         lead = times[choose(len(times) - (choose(40) > 0))]
         guest = (0, lead // 3, lead)[choose(3)]
@@ -89,7 +91,8 @@ def _timed(stream: Stream, choose: Any) -> Timed:
             wall = LAST
             inside[actor] = False
         rows.append((op, gfn, queue, lead, guest, cost, was, wall))
-    return timed_of(rows)
+        idle.append((0, (lead - guest) // 2, lead - guest)[choose(3)])
+    return timed_of(rows, idle)
 
 
 @st.composite

@@ -36,6 +36,7 @@ class Vendor:
     accessed: int  # the SPTE bits that the processor sets by itself
     dirty: int
     hlt: tuple[int, ...]
+    mwait: tuple[int, ...]  # KVM emulates it as nothing: the guest idles, and comes again at once
     io: tuple[int, ...]
     interrupt: tuple[int, ...]
     nested_fault: tuple[int, ...]
@@ -59,6 +60,7 @@ SVM: Final = Vendor(
     accessed=1 << 5,
     dirty=1 << 6,
     hlt=(0x78, 0xA6),
+    mwait=(0x8B, 0x8C),
     io=(0x7B,),
     interrupt=(0x60,),
     nested_fault=(0x400,),
@@ -82,6 +84,7 @@ VMX: Final = Vendor(
     accessed=1 << 8,
     dirty=1 << 9,
     hlt=(12,),
+    mwait=(36, 67, 68),
     io=(30,),
     interrupt=(1,),
     nested_fault=(48,),
