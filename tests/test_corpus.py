@@ -11,7 +11,7 @@ import pytest
 
 from tests.corpus import CORPUS, RECORDINGS, each
 from tracer.lab.lab_kernels import KERNELS
-from tracer.lab.matrix import MMUS, PROVENANCE, Cell, cells, provenance
+from tracer.lab.matrix import DIRECT, MMUS, PAGING, PAGING_ON_INTEL, PROVENANCE, Cell, cells, provenance, worth
 from traces.reader import Trace
 
 ROWS = provenance(CORPUS)
@@ -31,7 +31,7 @@ def test_all_of_it_and_nothing_else() -> None:
     scenarios = {row.scenario for row in ROWS}
     for kernel in KERNELS:
         assert {row.scenario for row in ROWS if row.kernel == kernel} == scenarios
-    stock = {name: tuple(MMUS) for name, kernel in KERNELS.items() if not kernel.variant}
+    stock = {name: worth(kernel, ("amd",)) for name, kernel in KERNELS.items() if not kernel.variant}
     assert {f"{cell.name}.parquet" for cell in cells(stock)} <= files, "`kvmtrace lab corpus` would make others"
     assert json.loads((CORPUS / PROVENANCE).read_text())["schema"] == 1
 
@@ -46,9 +46,13 @@ def test_each_is_what_its_table_says(path: Path) -> None:
     assert trace.metadata.lost == row.lost == 0
     assert trace.metadata.policy == row.policy
     assert trace.metadata.raw["missed"] == {}, "no probe was skipped by the kernel"
-    (mmu,) = [mmu for mmu, chosen in MMUS.items() if row.parameters[len(KERNELS[row.kernel].parameters) :] == chosen]
-    assert row.file == f"{Cell(row.scenario, row.arguments, row.kernel, mmu).name}.parquet"
-    assert row.policy == ("shadow" if mmu else KERNELS[row.kernel].policy)
+    names = {f"{Cell(row.scenario, row.arguments, row.kernel, mmu).name}.parquet": mmu for mmu in MMUS}
+    mmu = names[row.file]
+    assert row.parameters[len(KERNELS[row.kernel].parameters) :] == MMUS[mmu].parameters
+    assert row.policy == ("shadow" if mmu in (DIRECT, PAGING, PAGING_ON_INTEL) else KERNELS[row.kernel].policy)
+    intel = MMUS[mmu].cpu != "amd"
+    assert trace.metadata.raw["host"]["vendor"] == ("GenuineIntel" if intel else "AuthenticAMD")
+    assert row.emulator.startswith("Bochs ") or not intel
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

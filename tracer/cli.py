@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -27,7 +26,7 @@ _KEY = re.compile(r"[0-9a-f]{32}")
     short_help="Compile and keep the probes.",
     epilog=examples(
         "sudo kvmtrace probes build",
-        "sudo kvmtrace probes build --for 6.12 -o probes/",
+        "kvmtrace probes build --for 6.12 -o probes/",
         "sudo kvmtrace probes build --for host.json -o probes/",
     ),
 )
@@ -52,17 +51,20 @@ def build(
     from tracer import kept
     from tracer.compiled import bcc_version, compile_text
 
-    if os.geteuid() != 0:
-        raise Problem("bcc makes the probes' maps as it compiles, which needs root: run it with sudo", ENVIRONMENT)
-    asked = (
-        _of_this_kernel() if not kernel else _read(Path(kernel)) if kernel.endswith(".json") else _boot(kernel, modules)
-    )
-    path = kept.write(
-        out or kept.directory(),
-        kept.file_name(asked["key"], bcc_version()),
-        compile_text(asked["text"]).document(),
-    )
-    print(f"{path}: the probes for {asked['kernel']}")
+    if kernel and not kernel.endswith(".json"):
+        from tracer.lab import prebuilt
+        from tracer.lab.fetch import choose
+
+        made = prebuilt.of(choose(kernel, modules))
+        name, document, whose = made.name, made.read_bytes(), kernel
+    else:
+        if os.geteuid() != 0:
+            raise Problem("bcc makes the probes' maps as it compiles, which needs root: run it with sudo", ENVIRONMENT)
+        asked = _read(Path(kernel)) if kernel else _of_this_kernel()
+        name, whose = kept.file_name(asked["key"], bcc_version()), asked["kernel"]
+        document = compile_text(asked["text"]).document()
+    path = kept.write(out or kept.directory(), name, document)
+    print(f"{path}: the probes for {whose}")
 
 
 @app.command(
@@ -108,16 +110,3 @@ def _read(path: Path) -> dict[str, str]:
         return _parsed(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise Problem(f"{path}: {getattr(error, 'strerror', None) or 'not a text'}") from None
-
-
-def _boot(kernel: str, modules: Path | None) -> dict[str, str]:
-    """What a kernel says of itself in a lab guest."""
-    from tracer.lab import session
-    from tracer.lab.fetch import choose
-
-    booted = choose(kernel, modules)
-    done = session.boot(booted, [sys.executable, "-m", "kvmtrace", "probes", "text"])
-    if done.signalled or done.code:
-        said = (done.stderr.strip().splitlines() or ["without a word"])[-1]
-        raise Problem(f"kernel {booted.name}: {said.removeprefix('kvmtrace: ')}", ENVIRONMENT)
-    return _parsed(done.stdout, f"kernel {booted.name}")

@@ -20,6 +20,9 @@ from tracer.bpf import Probes
 from tracer.btf import kernel_btf
 from tracer.compiled import INSTALL_BCC, Compiled, import_bcc
 from tracer.headers import find_headers
+from tracer.lab import qemu
+from tracer.lab.bochs import emulator
+from tracer.lab.lab_cpus import qemu_version
 from tracer.probes import preset_kinds
 from traces.errors import ENVIRONMENT, Problem
 from traces.schema import KINDS
@@ -185,6 +188,19 @@ def _kept_probes() -> Compiled | str | None:
         return None
 
 
+def _lab() -> Iterator[DoctorCheck]:
+    """What `kvmtrace lab` boots kernels with; recording this machine needs none of it."""
+    if version := qemu_version():
+        yield DoctorCheck("lab, AMD", OK, f"QEMU {version}")
+    else:
+        yield DoctorCheck("lab, AMD", WARN, f"no {qemu.PROGRAM}", qemu.INSTALL)
+    try:
+        yield DoctorCheck("lab, Intel", OK, str(emulator()))
+    except Problem as problem:
+        said, _, fix = str(problem).rpartition(": ")
+        yield DoctorCheck("lab, Intel", WARN, said, fix)
+
+
 def _filesystems() -> Iterator[DoctorCheck]:
     mount = tracefs.tracefs()
     if mount:
@@ -218,7 +234,7 @@ def _probes() -> tuple[list[Attachment], bool]:
 def examine() -> DoctorReport:
     """Look at everything; never raises for what is merely absent."""
     report = DoctorReport()
-    for part in (_kernel, _privileges, _kvm, _btf, _tools, _filesystems):
+    for part in (_kernel, _privileges, _kvm, _btf, _tools, _filesystems, _lab):
         try:
             report.checks.extend(part())
         except PermissionError as error:

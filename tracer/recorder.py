@@ -334,40 +334,53 @@ class Recorder:
             )
 
 
-def record(*several: Options) -> Iterator[RecordingOutcome]:
+@dataclass
+class Taken:
+    """A recording as it lies in its directory: what ended it, the command's status, and what the kernel skipped."""
+
+    options: Options
+    stopped: str
+    status: int | None
+    missed: dict[str, int]
+    drained: int
+
+
+def take(*several: Options) -> Iterator[Taken]:
     """Make recordings one after the other with one set of probes; all must ask for the same events, rings and VM.
 
-    Raises Problem, after which whatever was flushed lies in the recording's `directory`.
+    They are left in their directories, as segments. Raises Problem, after which whatever was flushed lies there.
     """
     for options in several:
         check(options)
     stop, cpus, first = Stop(), os.cpu_count() or 1, several[0]
     ring_bytes = first.ring_bytes or default_ring_bytes(cpus)
     with stop.listening():
-        started, cpu = time.monotonic(), time.process_time()
         probes = Probes(first.kinds, ring_count(cpus), ring_bytes, first.vm)
         try:
             for options in several:
                 probes.reset()
-                yield _record(options, probes, ring_bytes, stop, started, cpu)
-                started, cpu = time.monotonic(), time.process_time()
+                recorder = Recorder(options, probes, ring_bytes, stop)
+                with Progress("recording") as progress:
+                    reason, status = recorder.run(progress)
+                if stop.hard:
+                    raise Problem(
+                        f"stopped before compaction: run `kvmtrace recover {options.directory}`", interrupts.CODE
+                    )
+                yield Taken(options, reason, status, recorder.missed, recorder.drained)
         finally:
             probes.close()
 
 
-def _record(
-    options: Options, probes: Probes, ring_bytes: int, stop: Stop, started: float, cpu: float
-) -> RecordingOutcome:
-    recorder = Recorder(options, probes, ring_bytes, stop)
-    with Progress("recording") as progress:
-        reason, status = recorder.run(progress)
-    from traces.compact import compact  # not before the probes are attached: it loads Parquet
+def record(*several: Options) -> Iterator[RecordingOutcome]:
+    """Make recordings as `take` does, each compacted into its file."""
+    started, cpu = time.monotonic(), time.process_time()
+    for taken in take(*several):
+        from traces.compact import compact  # not before the probes are attached: it loads Parquet
 
-    if stop.hard:
-        raise Problem(f"stopped before compaction: run `kvmtrace recover {options.directory}`", interrupts.CODE)
-    with Progress(f"compacting {recorder.drained:,} events into {options.out}"):
-        summary = compact(options.directory, options.out)
-    shutil.rmtree(options.directory)
-    return RecordingOutcome(
-        summary, reason, status, time.process_time() - cpu, time.monotonic() - started, recorder.missed
-    )
+        options = taken.options
+        with Progress(f"compacting {taken.drained:,} events into {options.out}"):
+            summary = compact(options.directory, options.out)
+        shutil.rmtree(options.directory)
+        used, passed = time.process_time() - cpu, time.monotonic() - started
+        yield RecordingOutcome(summary, taken.stopped, taken.status, used, passed, taken.missed)
+        started, cpu = time.monotonic(), time.process_time()

@@ -1,7 +1,9 @@
 """Several recordings in one process, for machines on which compiling the probes costs more than the recordings.
 
 `python -m tracer.several JOBS.json` with {"events": PRESET, "jobs": [{"out": PATH, "command": [WORD, ...]}, ...]}. What
-a command prints goes to OUT with the suffix .stdout; the first job that fails ends the batch with its line.
+a command prints goes to OUT with the suffix .stdout, unless "shown" is true; the first job that fails ends the batch
+with its line. With "segments": true the recordings are left as segments in OUT with the suffix .kvmt, for another
+machine to compact.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from tracer.probes import preset_kinds
-from tracer.recorder import Options, record
+from tracer.recorder import Options, record, take
 from traces.errors import VERDICT_FAILED, Problem
 
 
@@ -25,9 +27,13 @@ def run(specification: Path) -> None:
         several = []
         for job in asked["jobs"]:
             out = Path(job["out"])
-            printed = files.enter_context(out.with_suffix(".stdout").open("wb"))
-            command = tuple(job["command"])
-            several.append(Options(out, kinds, preset, command=command, command_stdout=printed.fileno()))
+            to = None if asked.get("shown") else files.enter_context(out.with_suffix(".stdout").open("wb")).fileno()
+            several.append(Options(out, kinds, preset, command=tuple(job["command"]), command_stdout=to))
+        if asked.get("segments"):
+            for taken in take(*several):
+                if taken.status:
+                    raise Problem(f"{taken.options.out.name}: its command ended with {taken.status}", VERDICT_FAILED)
+            return
         for options, outcome in zip(several, record(*several), strict=True):
             if outcome.status or not outcome.summary.complete:
                 why = f"its command ended with {outcome.status}" if outcome.status else outcome.summary.discrepancies[0]

@@ -31,6 +31,7 @@ def bzimage(version: str) -> bytes:
 
 TREE = {
     "kvm_amd": elf("depends=ccp,kvm", "name=kvm_amd"),
+    "kvm_intel": elf("depends=kvm", "name=kvm_intel"),
     "kvm": elf("license=GPL", "depends=irqbypass"),
     "irqbypass": elf("depends="),
     "ccp": elf("depends=rng-core"),

@@ -16,6 +16,7 @@ from tests.lab.synthetic import TREE, add_archive, whole_kernel
 from tests.waiting import until
 from tracer.lab import lab_kernels, qemu, session
 from tracer.lab.cli import app
+from tracer.lab.lab_cpus import CPUS
 from traces.errors import BAD_INPUT, ENVIRONMENT, Problem
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,9 +34,9 @@ ROOT = Path(__file__).resolve().parents[2]
         (7, qemu.Ending.NO_KVM),
         (9, qemu.Ending.NO_COMMAND),
         (0, qemu.Ending.PANIC),
-        (11, qemu.Ending.QEMU_FAILED),
-        (2, qemu.Ending.QEMU_FAILED),
-        (-signal.SIGABRT, qemu.Ending.QEMU_FAILED),
+        (11, qemu.Ending.EMULATOR_FAILED),
+        (2, qemu.Ending.EMULATOR_FAILED),
+        (-signal.SIGABRT, qemu.Ending.EMULATOR_FAILED),
     ],
 )
 def test_exit_status(status: int, ending: qemu.Ending) -> None:
@@ -139,13 +140,16 @@ def test_no_space_for_a_boot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         ("kvm.tdp_mmu=0", ["kvm.tdp_mmu=1", "kvm.mmio_caching=0"], "sync"),
         ("kvm.tdp_mmu=0", ["kvm.mmio_caching=0"], "shadow"),
         ("kvm.tdp_mmu=1", ["kvm-amd.npt=0"], "shadow"),
+        ("kvm.tdp_mmu=1", ["kvm-intel.ept=0"], "shadow"),
     ],
 )
 def test_policy_told_to_the_guest(default: str, parameters: list[str], policy: str) -> None:
     kernel = lab_kernels.Bootable(
         "5.10", Path("k"), (), "sync", (default,), "5.10.0-46-amd64 (b@h) Debian 5.10.262-1 (x)"
     )
-    environment = session._environment(kernel, session._by_module((*kernel.parameters, *parameters)))
+    given = session._by_module((*kernel.parameters, *parameters))
+    environment = session._environment(kernel, CPUS["intel"], "Bochs 2.7", given)
+    assert environment["KVMTRACE_LAB_EMULATOR"] == "Bochs 2.7"
     assert environment["KVMTRACE_LAB_KERNEL"] == "5.10"
     assert environment["KVMTRACE_LAB_PACKAGE"] == "linux-image-5.10.0-46-amd64 5.10.262-1"
     assert environment["KVMTRACE_LAB_POLICY"] == policy
@@ -160,9 +164,9 @@ def test_policy_told_to_the_guest(default: str, parameters: list[str], policy: s
         ("NO_KVM", "kvmtrace-lab: kvm: /dev/kvm: No such file or directory", "no /dev/kvm in it", BAD_INPUT),
         ("TIMEOUT", "kvmtrace-lab: ready", "did not end within 7 s", BAD_INPUT),
         ("PANIC", "[  1.2] Kernel panic - not syncing: Oops\nmore", r"\(Kernel panic - not syncing: Oops\)", BAD_INPUT),
-        ("QEMU_FAILED", "qemu: cannot allocate memory", r"QEMU gave up \(qemu: cannot", ENVIRONMENT),
+        ("EMULATOR_FAILED", "qemu: cannot allocate memory", r"QEMU gave up \(qemu: cannot", ENVIRONMENT),
         ("ORDERLY", "qemu: -virtfs: no such option", r"QEMU gave up \(qemu: -virtfs", ENVIRONMENT),
-        ("QEMU_FAILED", "", r"QEMU gave up \(without a word\)", ENVIRONMENT),
+        ("EMULATOR_FAILED", "", r"QEMU gave up \(without a word\)", ENVIRONMENT),
     ],
 )
 def test_failures_are_one_line(ending: str, serial: str, expected: str, code: int) -> None:

@@ -14,7 +14,7 @@ from tracer import vmm
 from tracer.lab import fetch, matrix, qemu
 from tracer.lab.cli import app
 from tracer.lab.lab_kernels import KERNELS
-from tracer.lab.matrix import DIRECT, MMUS, PAGING, TDP, Cell, MatrixRow
+from tracer.lab.matrix import DIRECT, EPT, NO_AD, PAGING, PAGING_ON_INTEL, PML, TDP, Cell, MatrixRow
 from traces.errors import ENVIRONMENT, Problem
 
 
@@ -43,7 +43,8 @@ def test_names(cell: Cell, name: str) -> None:
 
 
 def test_all_scenarios_on_all_kernels() -> None:
-    cells = matrix.cells({name: tuple(MMUS) if name in ("5.10", "6.1") else (TDP,) for name in KERNELS})
+    amd = (TDP, DIRECT, PAGING)
+    cells = matrix.cells({name: amd if name in ("5.10", "6.1") else (TDP,) for name in KERNELS})
     assert len({cell.name for cell in cells}) == len(cells)
     for scenario in vmm.scenarios():
         made = {(cell.kernel, cell.mmu) for cell in cells if cell.scenario == scenario.name}
@@ -53,6 +54,21 @@ def test_all_scenarios_on_all_kernels() -> None:
     paged = [cell for cell in cells if cell.mmu == PAGING]
     assert len(paged) == 2 * 8, "the telling ones only: what is shipped has its limit"
     assert not any(cell.arguments for cell in cells if cell.mmu != TDP)
+
+
+def test_what_is_recorded_on_intel() -> None:
+    """The same with EPT as with NPT; and on one kernel what only this CPU shows."""
+    assert {name: matrix.worth(kernel, ("intel",)) for name, kernel in KERNELS.items()} == {
+        "5.10": (EPT, PAGING_ON_INTEL),
+        "6.1": (EPT, PML, NO_AD, PAGING_ON_INTEL),
+        "6.1-async": (EPT,),
+        "6.12": (EPT, PAGING_ON_INTEL),
+        "7.x": (EPT, PAGING_ON_INTEL),
+    }
+    amd, intel = ({cell.name for cell in matrix.cells({"6.1": (mmu,)})} for mmu in (TDP, EPT))
+    assert intel == {f"{name}-ept" for name in amd}
+    assert {cell.scenario for cell in matrix.cells({"6.1": (PML,)})} == set(matrix._DIRTYING)
+    assert {cell.scenario for cell in matrix.cells({"6.1": (PAGING_ON_INTEL,)})} == set(matrix._PAGING)
 
 
 def test_unknown_scenario() -> None:
@@ -153,7 +169,7 @@ def test_an_interrupt_does_not_wait_for_the_boots(tmp_path: Path, monkeypatch: p
     with pytest.raises(KeyboardInterrupt):
         matrix.fill([Cell("steady", (), "6.1"), Cell("steady", (), "5.10")], tmp_path, interrupt, jobs=2)
     assert time.monotonic() - begin < 300
-    assert endings == [qemu.Ending.QEMU_FAILED]
+    assert endings == [qemu.Ending.EMULATOR_FAILED]
 
 
 def test_a_kernel_that_is_not_here_does_not_stop_the_others(store: Path, tmp_path: Path) -> None:
@@ -176,4 +192,6 @@ def test_corpus_without_the_kernel_that_is_in_no_package(
     result = CliRunner().invoke(app, ["corpus", str(tmp_path / "corpus")])
     assert result.exit_code == 0, result.exception
     assert "kernel 6.1-async is in no package" in result.stderr
-    assert sorted(groups) == sorted((kernel, mmu) for kernel in ("5.10", "6.1", "6.12", "7.x") for mmu in MMUS)
+    assert sorted(groups) == sorted(
+        (kernel, mmu) for kernel in ("5.10", "6.1", "6.12", "7.x") for mmu in matrix.worth(KERNELS[kernel], ("amd",))
+    )

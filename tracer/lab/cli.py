@@ -47,7 +47,9 @@ def list_(as_json: Json = False) -> None:
 
     from tracer import vmm
     from tracer.lab.fetch import present
+    from tracer.lab.lab_cpus import CPUS
     from tracer.lab.lab_kernels import KERNELS, TABLE_DATE
+    from tracer.lab.modules import Directory
     from traces.kernels.policies import MEANINGS
 
     kernels: list[dict[str, Any]] = []
@@ -63,6 +65,7 @@ def list_(as_json: Json = False) -> None:
                 "meaning": MEANINGS[kernel.policy],
                 "reason": kernel.reason,
                 "parameters": list(kernel.parameters),
+                "cpus": [cpu.name for cpu in CPUS.values() if here and cpu.runs(Directory(*here.modules))],
             }
         )
     scenarios = [one._asdict() for one in vmm.scenarios()]
@@ -72,7 +75,11 @@ def list_(as_json: Json = False) -> None:
     print(f"kernels (root policies as of {TABLE_DATE}):")
     for row in kernels:
         state = row["package"] or row["release"] or f"kvmtrace lab fetch {row['name']}"
-        print(f"  {row['name']:10} {row['policy']:9} {state}\n  {'':20} {row['reason']}")
+        runs_on = f"; runs on {', '.join(row['cpus'])}" if row["cpus"] else ""
+        print(f"  {row['name']:10} {row['policy']:9} {state}{runs_on}\n  {'':20} {row['reason']}")
+    print("\nCPUs (--cpu):")
+    for cpu in CPUS.values():
+        print(f"  {cpu.name:10} {cpu.shows}")
     print("\nroot policies:")
     for name, meaning in MEANINGS.items():
         print(f"  {name:10} {meaning}")
@@ -113,19 +120,23 @@ def run(
     context: typer.Context,
     kernel: Annotated[str, typer.Option("--kernel", help="A name in `kvmtrace lab list`, or the path of a bzImage.")],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The trace to write (.parquet).")] = None,
+    cpu: Annotated[str, typer.Option(help="amd, intel, or intel-pml; see `kvmtrace lab list`.")] = "amd",
     scenario: Annotated[str, typer.Option(help="A scenario of the project's own VMM.")] = "",
     workload: Annotated[str, typer.Option(help="A command of this machine's to run in the guest instead.")] = "",
     modules: Annotated[Path | None, typer.Option(help="Modules of a kernel given by path (a tree or flat).")] = None,
-    kvm_modules: Annotated[Path | None, typer.Option(help="Other kvm.ko and kvm-amd.ko for the kernel.")] = None,
+    kvm_modules: Annotated[Path | None, typer.Option(help="Other kvm.ko and kvm-amd.ko or kvm-intel.ko.")] = None,
     param: Annotated[list[str] | None, typer.Option(help="A module parameter, such as kvm.tdp_mmu=0.")] = None,
     events: Annotated[str, typer.Option(help="What to record, as `kvmtrace record --events`.")] = "mmu",
     bare: Annotated[bool, typer.Option("--bare", help="Do not record; say how long the command took.")] = False,
-    timeout: Annotated[float, typer.Option(help="Limit for the whole boot in seconds.", min=1)] = 180,
+    timeout: Annotated[
+        float | None, typer.Option(help="Limit for the boot in seconds. [default: 180; 1200 for Intel]", min=1)
+    ] = None,
     memory: Annotated[int, typer.Option(help="The guest's memory in MiB.", min=256)] = 2048,
 ) -> None:
     """Boot a kernel, run a scenario or a command of this machine's in it, and hand back the recorded trace."""
-    from tracer.lab import session
+    from tracer.lab import prebuilt, session
     from tracer.lab.fetch import choose
+    from tracer.lab.lab_cpus import AMD
 
     if bare == bool(output):
         raise Problem("lab run: give -o OUT.parquet to record, or --bare to only run")
@@ -135,14 +146,24 @@ def run(
     booted = choose(kernel, modules, kvm_modules)
     _stop_cleanly()
     _say(f"kernel {booted.name} ({booted.release}): {' '.join(command)}")
+    on_amd, run = cpu == AMD, command
+    give: dict[str, str] = {}
+    if not bare and on_amd:
+        run = session.recorder(command, events)
+    elif not bare:
+        name = session.TRACE.removesuffix(".parquet")
+        run, give = session.several({name: command}, events, segments=True, shown=True)
     try:
         done = session.boot(
             booted,
-            command if bare else session.recorder(command, events),
+            run,
+            cpu=cpu,
+            give=give,
+            probes=None if bare else prebuilt.have(booted) if on_amd else prebuilt.of(booted),
             trace=output,
             parameters=param or (),
             memory=memory,
-            timeout=timeout,
+            timeout=timeout or (session.DEFAULT_TIMEOUT if on_amd else session.DEFAULT_TIMEOUT_INTEL),
             follow=True,
         )
     except session.GuestFailed as failure:
@@ -154,6 +175,8 @@ def run(
         how = f"was killed by signal {done.code}" if done.signalled else f"ended with {done.code}"
         known = not bare and not done.signalled and done.code <= 3
         raise Problem(f"lab run: {command[0]} {how} in the guest", done.code if known else BAD_INPUT)
+    if output and not on_amd:
+        _compact(output)
     if output and not output.is_file():
         raise Problem(f"{output}: nothing was recorded")
     if bare:
@@ -171,7 +194,8 @@ def matrix(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Directory to keep the recordings in.")] = None,
     kernel: Annotated[list[str] | None, typer.Option(help="Only this kernel (repeatable). [default: all here]")] = None,
     scenario: Annotated[list[str] | None, typer.Option(help="Only this scenario (repeatable).")] = None,
-    shadow: Annotated[bool, typer.Option(help="Record with the shadow MMU as well: tdp_mmu=0 and npt=0.")] = True,
+    cpu: Annotated[list[str] | None, typer.Option(help="amd or intel (repeatable). [default: amd]")] = None,
+    shadow: Annotated[bool, typer.Option(help="Record with other MMUs than the TDP MMU as well.")] = True,
     jobs: Jobs = 1,
     as_json: Json = False,
 ) -> None:
@@ -181,12 +205,15 @@ def matrix(
 
     from tracer.lab.fetch import present
     from tracer.lab.lab_kernels import KERNELS, known
-    from tracer.lab.matrix import TDP, cells
+    from tracer.lab.matrix import EPT, TDP, cells, worth
 
     names = [known(name).name for name in kernel] if kernel else [name for name in KERNELS if present(name)]
     if not names:
         raise Problem("no kernel is here: kvmtrace lab fetch 6.1", ENVIRONMENT)
-    wanted = cells(_mmus(names) if shadow else dict.fromkeys(names, (TDP,)), scenario or ())
+    mmus = {name: worth(KERNELS[name], cpu or ("amd",)) for name in names}
+    if not shadow:
+        mmus = {name: tuple(mmu for mmu in several if mmu in (TDP, EPT)) for name, several in mmus.items()}
+    wanted = cells(mmus, scenario or ())
     with ExitStack() as stack:
         if output is None:
             output = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvmtrace-matrix-")))
@@ -198,6 +225,7 @@ def matrix(
 @app.command(short_help="Record the corpus that is shipped.", epilog=examples("kvmtrace lab corpus --jobs 2"))
 def corpus(
     directory: Annotated[Path | None, typer.Argument(help="[default: the checkout's traces/corpus]")] = None,
+    cpu: Annotated[list[str] | None, typer.Option(help="amd or intel (repeatable). [default: amd]")] = None,
     jobs: Jobs = 1,
     as_json: Json = False,
 ) -> None:
@@ -205,7 +233,7 @@ def corpus(
     from tracer.lab.fetch import fetch as get
     from tracer.lab.fetch import present
     from tracer.lab.lab_kernels import KERNELS, missing
-    from tracer.lab.matrix import cells
+    from tracer.lab.matrix import cells, worth
 
     directory = directory or Path(__file__).resolve().parents[2] / "traces" / "corpus"
     directory.mkdir(parents=True, exist_ok=True)
@@ -215,15 +243,7 @@ def corpus(
             print(f"kvmtrace: {missing(name)}; its recordings are left as they are", file=sys.stderr)
     for name in names:
         get(name, _say)
-    _fill(cells(_mmus(names)), directory, jobs, as_json)
-
-
-def _mmus(names: list[str]) -> dict[str, tuple[str, ...]]:
-    """The MMUs of each kernel that are worth recording: a variant differs from its stock kernel in the TDP MMU."""
-    from tracer.lab.lab_kernels import KERNELS
-    from tracer.lab.matrix import MMUS, TDP
-
-    return {name: (TDP,) if KERNELS[name].variant else tuple(MMUS) for name in names}
+    _fill(cells({name: worth(KERNELS[name], cpu or ("amd",)) for name in names}), directory, jobs, as_json)
 
 
 def _fill(wanted: list[Cell], directory: Path, jobs: int, as_json: bool) -> None:
@@ -244,6 +264,18 @@ def _fill(wanted: list[Cell], directory: Path, jobs: int, as_json: bool) -> None
         print(f"kvmtrace: {problem}", file=sys.stderr)
     if problems:
         raise typer.Exit(max(problem.code for problem in problems))
+
+
+def _compact(output: Path) -> None:
+    """Make the trace of what a guest recorded that has neither the time nor the libraries to."""
+    import shutil
+
+    from traces.compact import compact
+
+    if (recording := output.with_suffix(".kvmt")).is_dir():
+        summary = compact(recording, output)
+        shutil.rmtree(recording)
+        print(f"{output}: {summary.events:,} events, {summary.lost:,} lost, {summary.size:,} bytes", file=sys.stderr)
 
 
 def _command(scenario: str, workload: str, rest: list[str]) -> list[str]:

@@ -18,8 +18,9 @@ from types import MappingProxyType
 from typing import Final
 
 from tracer.lab.apt import Apt
+from tracer.lab.lab_cpus import CPUS
 from tracer.lab.lab_kernels import KERNELS, Bootable, LabKernel, cache, fetched, known, missing, own
-from tracer.lab.modules import Directory, load_order, module_name
+from tracer.lab.modules import WANTED, WANTED_ON_INTEL, Directory, load_order, module_name
 from traces.errors import ENVIRONMENT, Problem
 
 Say = Callable[[str], None]
@@ -52,7 +53,10 @@ def fetch(name: str, say: Say = lambda line: None, *, update: bool = False) -> B
     no space.
     """
     kernel = known(name)
-    if found := _from_directory(kernel) if update else present(name):
+    found = _from_directory(kernel) if update else present(name)
+    # Directories of kernels made before there was Intel in the lab have KVM for AMD only.
+    whole = found and all(cpu.runs(Directory(*found.modules)) for cpu in CPUS.values())
+    if found and (whole or not update or not kernel.suites):
         return found
     if not kernel.suites:
         raise missing(name)
@@ -117,9 +121,10 @@ def _from_debian(kernel: LabKernel, say: Say) -> Bootable:
 
 
 class _Tars(Mapping[str, bytes]):
-    """The modules in package contents, by name."""
+    """The modules in package contents, by name; `replaced` are others to take instead, or as well."""
 
-    def __init__(self, tars: Sequence[tarfile.TarFile]) -> None:
+    def __init__(self, tars: Sequence[tarfile.TarFile], replaced: Mapping[str, bytes]) -> None:
+        self.replaced = replaced
         self.members: dict[str, tuple[tarfile.TarFile, tarfile.TarInfo]] = {}
         self.image: tuple[tarfile.TarFile, tarfile.TarInfo] | None = None
         for tar in tars:
@@ -133,13 +138,13 @@ class _Tars(Mapping[str, bytes]):
                     self.image = (tar, member)
 
     def __getitem__(self, name: str) -> bytes:
-        return _contents(*self.members[name])
+        return self.replaced[name] if name in self.replaced else _contents(*self.members[name])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.members)
+        return iter(self.members.keys() | self.replaced.keys())
 
     def __len__(self) -> int:
-        return len(self.members)
+        return len(self.members.keys() | self.replaced.keys())
 
 
 def _contents(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -158,12 +163,12 @@ def _keep(name: str, paths: Sequence[Path], replaced: Mapping[str, bytes] = Mapp
     made = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache()))
     try:
         with ExitStack() as opened:
-            tree = _Tars([opened.enter_context(tarfile.open(path)) for path in paths])
+            tree = _Tars([opened.enter_context(tarfile.open(path)) for path in paths], replaced)
             if tree.image is None or "kvm" not in tree:
                 raise Problem(f"kernel {name}: no kernel image with KVM modules in what was fetched")
             (made / "modules").mkdir()
-            for module in load_order(tree):
-                (made / "modules" / f"{module}.ko").write_bytes(replaced.get(module) or tree[module])
+            for module in load_order(tree, (*WANTED, *WANTED_ON_INTEL)):
+                (made / "modules" / f"{module}.ko").write_bytes(tree[module])
             (made / "vmlinuz").write_bytes(_contents(*tree.image))
         made.chmod(0o755)
         shutil.rmtree(home, ignore_errors=True)

@@ -7,9 +7,14 @@
  * in the share (NUL-separated `argv` and `environ`, `cwd`); what came of it goes back there (`stdout`, `stderr`,
  * `status`, `dmesg`), never over the serial line: QEMU drops what the UART still holds when it exits.
  *
- * The way it ended is told through QEMU's isa-debug-exit; the codes are those of tracer/lab/qemu.py.
+ * Bochs has no 9p: there the share and the host's files come in the initramfs, and what came of it leaves through
+ * the port that Bochs copies to its standard output, as "\1FILE NAME SIZE\n" and the bytes.
+ *
+ * The way it ended is told through QEMU's isa-debug-exit, or as "\1END CODE\n"; the codes are those of
+ * tracer/lab/qemu.py.
  */
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
@@ -28,7 +33,10 @@
 #include <unistd.h>
 
 #define SHARE "/mnt/lab"
+#define PROBES "/var/cache/kvmtrace/lab-probes"
 #define DEBUG_EXIT_PORT 0xf4
+#define BOCHS_OUTPUT_PORT 0xe9
+#define BOCHS_SHUTDOWN_PORT 0x8900
 
 enum ending {
 	ORDERLY = 0,        /* the command ran; `status` says how it ended */
@@ -37,6 +45,20 @@ enum ending {
 	NO_KVM = 3,         /* every module is in, and there is no /dev/kvm */
 	NO_COMMAND = 4,     /* the share does not say what to run, or it cannot be run */
 };
+
+/* Whether all that the guest needs came in the initramfs: then this is Bochs. */
+static int alone;
+
+static void out(unsigned char byte, unsigned short port)
+{
+	__asm__ volatile("outb %0, %1" : : "a"(byte), "Nd"(port));
+}
+
+static void send(const char *data, size_t size)
+{
+	for (size_t at = 0; at < size; at++)
+		out((unsigned char)data[at], BOCHS_OUTPUT_PORT);
+}
 
 static void say(const char *format, ...)
 {
@@ -54,9 +76,16 @@ static void power_off(enum ending how)
 {
 	sync();
 	tcdrain(STDOUT_FILENO);
-	if (iopl(3) == 0)
-		__asm__ volatile("outb %0, %1" : : "a"((unsigned char)how), "Nd"((unsigned short)DEBUG_EXIT_PORT));
-	/* Not reached under QEMU. PID 1 returning panics the guest, which the host tells from an orderly end. */
+	int ports = iopl(3) == 0;
+	if (ports && alone) {
+		char code[32];
+		send(code, (size_t)snprintf(code, sizeof(code), "\1END %d\n", how));
+		for (const char *at = "Shutdown"; *at; at++)
+			out((unsigned char)*at, BOCHS_SHUTDOWN_PORT);
+	} else if (ports) {
+		out((unsigned char)how, DEBUG_EXIT_PORT);
+	}
+	/* Not reached under either. PID 1 returning panics the guest, which the host tells from an orderly end. */
 	_exit(1);
 }
 
@@ -93,6 +122,49 @@ static void load_modules(void)
 		fclose(list);
 }
 
+static void copy(const char *from, const char *to)
+{
+	static char data[1 << 16];
+	int in = open(from, O_RDONLY | O_CLOEXEC), made = open(to, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+
+	for (ssize_t got; in >= 0 && made >= 0 && (got = read(in, data, sizeof(data))) > 0;)
+		if (write(made, data, (size_t)got) != got)
+			say("probes: %s: %s", to, strerror(errno));
+	close(in);
+	close(made);
+}
+
+static void copy_probes(const char *into)
+{
+	DIR *directory = opendir(PROBES);
+	struct dirent *entry;
+
+	while (directory && (entry = readdir(directory))) {
+		char from[600], to[800];
+
+		snprintf(from, sizeof(from), PROBES "/%s", entry->d_name);
+		snprintf(to, sizeof(to), "%s/%s", into, entry->d_name);
+		if (entry->d_name[0] != '.' && access(to, F_OK))
+			copy(from, to);
+	}
+	if (directory)
+		closedir(directory);
+}
+
+/* The probes that came in the initramfs go where the recorder looks for them, above the host's own files. */
+static void keep_probes(const char *upper)
+{
+	char path[512];
+
+	snprintf(path, sizeof(path), "%s" PROBES, upper);
+	for (char *slash = path + strlen(upper) + 1; (slash = strchr(slash, '/')); *slash++ = '/') {
+		*slash = 0;
+		mkdir(path, 0755);
+	}
+	mkdir(path, 0755);
+	copy_probes(path);
+}
+
 static void enter_host_root(void)
 {
 	need_mount("proc", "/proc", "proc", 0, NULL);
@@ -100,14 +172,20 @@ static void enter_host_root(void)
 	need_mount("tmpfs", "/rw", "tmpfs", 0, NULL);
 	mkdir("/rw/upper", 0755);
 	mkdir("/rw/work", 0755);
+	keep_probes("/rw/upper");
 	need_mount("overlay", "/root", "overlay", 0, "lowerdir=/host,upperdir=/rw/upper,workdir=/rw/work");
 	if (chdir("/root") || chroot(".")) {
 		say("mount: chroot: %s", strerror(errno));
 		power_off(MOUNT_REFUSED);
 	}
+}
+
+static void mount_kernel_file_systems(void)
+{
 	need_mount("proc", "/proc", "proc", 0, NULL);
 	need_mount("sysfs", "/sys", "sysfs", 0, NULL);
-	need_mount("devtmpfs", "/dev", "devtmpfs", 0, NULL);
+	if (!alone)
+		need_mount("devtmpfs", "/dev", "devtmpfs", 0, NULL);
 	/* A user's own kernel may lack one of these; what needs it then says so itself. */
 	mkdir("/dev/shm", 01777);
 	mkdir("/dev/pts", 0755);
@@ -116,9 +194,43 @@ static void enter_host_root(void)
 	mount("debugfs", "/sys/kernel/debug", "debugfs", 0, NULL);
 	mount("tracefs", "/sys/kernel/tracing", "tracefs", 0, NULL);
 	mount("bpf", "/sys/fs/bpf", "bpf", 0, NULL);
+	mkdir("/tmp", 01777);
+	if (alone)
+		return;
 	mkdir("/mnt", 0755);
 	/* No cache: the host reads these files while the guest writes them. */
 	need_mount("lab", SHARE, "9p", 0, "trans=virtio,version=9p2000.L,msize=512000,cache=none");
+}
+
+/* Every file below the share, names relative to it. */
+static void send_share(const char *path, const char *prefix)
+{
+	static char data[1 << 16];
+	DIR *directory = opendir(path);
+	struct dirent *entry;
+
+	while (directory && (entry = readdir(directory))) {
+		char name[512], head[700];
+		struct stat facts;
+
+		snprintf(name, sizeof(name), "%s/%s", path, entry->d_name);
+		if (entry->d_name[0] == '.' || stat(name, &facts))
+			continue;
+		if (S_ISDIR(facts.st_mode)) {
+			snprintf(head, sizeof(head), "%s%s/", prefix, entry->d_name);
+			send_share(name, head);
+			continue;
+		}
+		int fd = open(name, O_RDONLY | O_CLOEXEC);
+		send(head, (size_t)snprintf(head, sizeof(head), "\1FILE %s%s %lld\n", prefix, entry->d_name,
+					    (long long)facts.st_size));
+		long long left = facts.st_size;
+		for (ssize_t got; left && (got = read(fd, data, left < (long long)sizeof(data) ? (size_t)left : sizeof(data))) > 0; left -= got)
+			send(data, (size_t)got);
+		close(fd);
+	}
+	if (directory)
+		closedir(directory);
 }
 
 static char *read_share(const char *name, size_t *size)
@@ -210,13 +322,16 @@ int main(void)
 	int status = 0;
 	pid_t child, ended;
 
+	alone = access(SHARE "/argv", R_OK) == 0;
 	need_mount("devtmpfs", "/dev", "devtmpfs", 0, NULL);
 	load_modules();
 	if (access("/dev/kvm", R_OK | W_OK)) {
 		say("kvm: /dev/kvm: %s", strerror(errno));
 		power_off(NO_KVM);
 	}
-	enter_host_root();
+	if (!alone)
+		enter_host_root();
+	mount_kernel_file_systems();
 	say("ready");
 
 	clock_gettime(CLOCK_MONOTONIC, &begin);
@@ -227,6 +342,7 @@ int main(void)
 	clock_gettime(CLOCK_MONOTONIC, &end);
 
 	save_kernel_log();
+	copy_probes(SHARE); /* for the next guest */
 	FILE *result = fopen(SHARE "/status", "w");
 	if (!result || child < 0 || ended != child) {
 		say("command: %s", strerror(errno));
@@ -237,6 +353,8 @@ int main(void)
 		(double)(end.tv_sec - begin.tv_sec) + (double)(end.tv_nsec - begin.tv_nsec) / 1e9);
 	if (fclose(result))
 		say("command: %s/status: %s", SHARE, strerror(errno));
+	if (alone && iopl(3) == 0)
+		send_share(SHARE, "");
 	say("done");
 	power_off(ORDERLY);
 }

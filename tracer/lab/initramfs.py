@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import stat
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
-from tracer.lab.modules import decompressed, load_order
+from tracer.lab.modules import WANTED, decompressed, load_order
 from traces.errors import ENVIRONMENT, Problem
 
 
@@ -41,8 +42,14 @@ def _padded(data: bytes) -> bytes:
     return data + bytes(-len(data) % 4)
 
 
-def build(tree: Mapping[str, bytes], parameters: Mapping[str, str], init: bytes) -> bytes:
-    """The archive for a guest: `init` as PID 1, and of the modules in `tree` those a lab needs.
+def build(
+    tree: Mapping[str, bytes],
+    parameters: Mapping[str, str],
+    init: bytes,
+    wanted: Sequence[str] = WANTED,
+    files: Mapping[str, tuple[int, bytes]] = MappingProxyType({}),
+) -> bytes:
+    """The archive for a guest: `init` as PID 1, of the modules in `tree` those `wanted`, and files by absolute path.
 
     `parameters` maps a module's name to its parameters ("tdp_mmu=1 npt=0"): they are given at loading, since a module
     loaded by finit_module() does not see the `kvm.tdp_mmu=1` of the kernel's command line.
@@ -50,11 +57,14 @@ def build(tree: Mapping[str, bytes], parameters: Mapping[str, str], init: bytes)
     archive = Archive()
     for directory in ("dev", "modules.d"):
         archive.add(directory, stat.S_IFDIR | 0o755)
+    for path in sorted(files):  # directories come before what is in them
+        mode, data = files[path]
+        archive.add(path.lstrip("/"), mode, data)
     # The kernel opens it as PID 1's standard streams before anything is mounted.
     archive.add("dev/console", stat.S_IFCHR | 0o600, device=(5, 1))
     archive.add("init", stat.S_IFREG | 0o755, init)
     lines = []
-    for name in load_order(tree):
+    for name in load_order(tree, wanted):
         archive.add(f"modules.d/{name}.ko", stat.S_IFREG | 0o644, decompressed(tree[name], name))
         lines.append(f"/modules.d/{name}.ko {parameters.get(name, '')}\n")
     archive.add("modules", stat.S_IFREG | 0o644, "".join(lines).encode())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -17,11 +17,22 @@ from pathlib import Path
 from typing import Any, Final
 
 from tracer import vmm
-from tracer.lab import qemu
+from tracer.lab import prebuilt, qemu
 from tracer.lab.fetch import present
-from tracer.lab.lab_kernels import missing
-from tracer.lab.session import DEFAULT_TIMEOUT, SHARE, boot
+from tracer.lab.lab_cpus import AMD
+from tracer.lab.lab_kernels import LabKernel, missing
+from tracer.lab.session import DEFAULT_TIMEOUT, DEFAULT_TIMEOUT_INTEL, boot, several
+from traces.compact import compact
 from traces.errors import BAD_INPUT, ENVIRONMENT, Problem
+
+
+@dataclass(frozen=True)
+class LabMmu:
+    """One of a kernel's MMUs: the CPU that it is recorded on, and the module parameters that choose it."""
+
+    cpu: str
+    parameters: tuple[str, ...] = ()
+
 
 PROVENANCE: Final = "provenance.json"
 TABLE: Final = "README.md"
@@ -30,11 +41,23 @@ TABLE: Final = "README.md"
 TDP: Final = ""
 DIRECT: Final = "shadow"
 PAGING: Final = "npt0"
-MMUS: Final[Mapping[str, tuple[str, ...]]] = {TDP: (), DIRECT: ("kvm.tdp_mmu=0",), PAGING: ("kvm_amd.npt=0",)}
+EPT: Final = "ept"
+PML: Final = "pml"
+NO_AD: Final = "eptad0"
+PAGING_ON_INTEL: Final = "ept0"
+MMUS: Final[Mapping[str, LabMmu]] = {
+    TDP: LabMmu(AMD),
+    DIRECT: LabMmu(AMD, ("kvm.tdp_mmu=0",)),
+    PAGING: LabMmu(AMD, ("kvm_amd.npt=0",)),
+    EPT: LabMmu("intel"),
+    PML: LabMmu("intel-pml"),
+    NO_AD: LabMmu("intel", ("kvm_intel.eptad=0",)),
+    PAGING_ON_INTEL: LabMmu("intel", ("kvm_intel.ept=0",)),
+}
 
 EVENTS: Final = "mmu"
-JOBS: Final = "jobs.json"
 SECONDS_PER_CELL: Final = 30
+SECONDS_PER_CELL_INTEL: Final = 120
 
 # `storm` is for volume on software KVM; it adds to `roots` nothing but emulator events. The others are about who does
 # what, which tests/lab/test_booking.py records.
@@ -45,7 +68,9 @@ _VARIATIONS: Final = (
     ("dirty-log", ("--huge",)),
     ("notifier", ("--how", "dontneed")),
 )
-# With NPT off only those in which pages of the guest's tables are found again, go out of sync, or are zapped.
+# Without A/D bits, and with page-modification logging, only those that write pages again or age them.
+_DIRTYING: Final = ("churn", "dirty-log", "notifier", "smi-storm", "steady")
+# With nested paging off only those in which pages of the guest's tables are found again, go out of sync, or are zapped.
 _PAGING: Final = (
     "churn", "cr4-toggle", "efer-toggle", "notifier", "roots", "slot-delete", "smi-storm", "wp-toggle"
 )  # fmt: skip
@@ -95,6 +120,7 @@ class MatrixRow:
     kinds: dict[str, int]
     bytes: int
     sha256: str
+    emulator: str = ""  # with its version, from November 2026 on
 
 
 def cells(kernels: Mapping[str, Sequence[str]], scenarios: Sequence[str] = ()) -> list[Cell]:
@@ -114,8 +140,29 @@ def cells(kernels: Mapping[str, Sequence[str]], scenarios: Sequence[str] = ()) -
         for name, arguments in sorted(pairs)
         for kernel, mmus in kernels.items()
         for mmu in mmus
-        if mmu == TDP or (not arguments and (mmu != PAGING or name in _PAGING))
+        if _telling(name, arguments, mmu)
     ]
+
+
+def worth(kernel: LabKernel, cpus: Sequence[str]) -> tuple[str, ...]:
+    """Those of a kernel's MMUs on these CPUs that are worth recording.
+
+    A variant differs from its stock kernel in the TDP MMU only; what a CPU does without A/D bits or with PML does not
+    differ between kernels.
+    """
+    chosen = [name for name, mmu in MMUS.items() if mmu.cpu.partition("-")[0] in cpus]
+    if kernel.variant:
+        chosen = [name for name in chosen if name in (TDP, EPT)]
+    return tuple(name for name in chosen if kernel.name == "6.1" or name not in (PML, NO_AD))
+
+
+def _telling(name: str, arguments: tuple[str, ...], mmu: str) -> bool:
+    """Whether a scenario shows anything with an MMU that it does not show with others."""
+    if mmu in (NO_AD, PML):
+        return name in _DIRTYING
+    if mmu in (TDP, EPT):
+        return True
+    return not arguments and (mmu == DIRECT or name in _PAGING)
 
 
 def record(group: Sequence[Cell], directory: Path, events: str = EVENTS) -> tuple[list[MatrixRow], list[Problem]]:
@@ -124,20 +171,22 @@ def record(group: Sequence[Cell], directory: Path, events: str = EVENTS) -> tupl
     kernel = present(first.kernel)
     if kernel is None:
         raise missing(first.kernel)
-    jobs = [
-        {"out": f"{SHARE}/{cell.name}.parquet", "command": [str(vmm.binary()), cell.scenario, *cell.arguments]}
-        for cell in group
-    ]
-    parameters = MMUS[first.mmu]
+    mmu = MMUS[first.mmu]
+    parameters, on_amd = mmu.parameters, mmu.cpu == AMD
     problems: list[Problem] = []
+    jobs = {cell.name: [str(vmm.binary()), cell.scenario, *cell.arguments] for cell in group}
+    command, give = several(jobs, events, segments=not on_amd)
+    limit, each = (DEFAULT_TIMEOUT, SECONDS_PER_CELL) if on_amd else (DEFAULT_TIMEOUT_INTEL, SECONDS_PER_CELL_INTEL)
     try:
         done = boot(
             kernel,
-            [sys.executable, "-m", "tracer.several", f"{SHARE}/{JOBS}"],
-            give={JOBS: json.dumps({"events": events, "jobs": jobs})},
+            command,
+            cpu=mmu.cpu,
+            probes=prebuilt.have(kernel) if on_amd else prebuilt.of(kernel),
+            give=give,
             into=directory,
             parameters=parameters,
-            timeout=DEFAULT_TIMEOUT + SECONDS_PER_CELL * len(group),
+            timeout=limit + each * len(group),
         )
     except Problem as problem:
         problems.append(problem)
@@ -146,6 +195,10 @@ def record(group: Sequence[Cell], directory: Path, events: str = EVENTS) -> tupl
             said = (done.stderr.strip().splitlines() or ["without a word"])[-1]
             problems.append(Problem(f"{first.kernel}: {said}", done.code if done.code <= ENVIRONMENT else BAD_INPUT))
         problems += [Problem(f"{first.kernel}: the guest's kernel complained ({line})") for line in done.warnings[:1]]
+    for recording in directory.glob("*.kvmt"):
+        if recording.with_suffix(".parquet").name in {f"{cell.name}.parquet" for cell in group}:
+            compact(recording, recording.with_suffix(".parquet"))
+            shutil.rmtree(recording)
     rows = []
     for cell in group:
         path = directory / f"{cell.name}.parquet"
@@ -198,6 +251,7 @@ def examine(cell: Cell, path: Path, package: str, parameters: tuple[str, ...], g
         kinds=dict(kinds),
         bytes=path.stat().st_size,
         sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        emulator=str(trace.metadata.raw["lab"].get("emulator", "")),
     )
 
 

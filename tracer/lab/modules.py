@@ -15,10 +15,12 @@ from typing import Final
 
 from traces.errors import Problem
 
-# What a lab guest loads; each pulls in what it depends on. Kernels have some of them built in, and which differs by
-# version (netfs and fscache were modules in 6.1, overlay is built into some), so a name that is nowhere is skipped
-# here and missed in the guest, where the failing mount or the missing /dev/kvm names it.
+# What lab guests load, on AMD under QEMU and on Intel under Bochs; each pulls in what it depends on. Kernels have some
+# of them built in, and which differs by version (netfs and fscache were modules in 6.1, overlay is built into some), so
+# a name that is nowhere is skipped here and missed in the guest, where the failing mount or the missing /dev/kvm names
+# it.
 WANTED: Final = ("virtio_pci", "9p", "9pnet_virtio", "overlay", "kvm", "kvm_amd")
+WANTED_ON_INTEL: Final = ("kvm", "kvm_intel")
 
 _SUFFIXES: Final = (".ko", ".ko.xz", ".ko.gz", ".ko.zst")
 

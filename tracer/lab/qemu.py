@@ -1,4 +1,4 @@
-"""One QEMU process: its command line, its limits, and what its end means."""
+"""One QEMU process: its command line, its limits, and what its end means; the limits are every emulator's."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typing import Final
 from traces.errors import ENVIRONMENT, Problem
 
 PROGRAM: Final = "qemu-system-x86_64"
+INSTALL: Final = "apt-get install qemu-system-x86"
 
 # quiet .. cryptomgr.notests: a boot in 3 s instead of 8 under emulation. panic=-1 oops=panic: a broken kernel ends the
 # run at once. rcu_expedited: detaching kprobes took 20 s on 5.10 without it. use_softirq=0: an RCU callback in a
@@ -70,11 +71,11 @@ class Ending(enum.Enum):
     NO_KVM = "has no /dev/kvm"
     NO_COMMAND = "could not start the command"
     PANIC = "panicked or reset"
-    QEMU_FAILED = "was lost with QEMU"
+    EMULATOR_FAILED = "was lost with its emulator"
     TIMEOUT = "did not end in time"
 
 
-_BY_DEBUG_EXIT: Final = (
+BY_CODE: Final = (
     Ending.ORDERLY,
     Ending.MODULE_REFUSED,
     Ending.MOUNT_REFUSED,
@@ -88,18 +89,32 @@ def decode(status: int) -> Ending:
     if status == 0:
         return Ending.PANIC
     # An error of QEMU's own (bad option, unreadable image) is 1 as well; `session` tells it by the missing result.
-    if status > 0 and status & 1 and status >> 1 < len(_BY_DEBUG_EXIT):
-        return _BY_DEBUG_EXIT[status >> 1]
-    return Ending.QEMU_FAILED
+    if status > 0 and status & 1 and status >> 1 < len(BY_CODE):
+        return BY_CODE[status >> 1]
+    return Ending.EMULATOR_FAILED
 
 
 def run(argv: list[str], serial: Path, timeout: float, tick: Callable[[], None] = lambda: None) -> Ending:
     """Run QEMU until it ends or `timeout` seconds have passed, its output in the file `serial`.
 
-    `tick` is called some ten times a second. QEMU does not outlive this call, whatever ends it, nor this process.
-    Raises Problem (environment) when QEMU is not there.
+    `tick` is called some ten times a second. Raises Problem (environment) when QEMU is not there.
     """
-    with serial.open("wb") as output:
+
+    def watch() -> bool:
+        tick()
+        return False
+
+    status = wait_for(argv, serial, timeout, watch, INSTALL)
+    return Ending.TIMEOUT if status is None else decode(status)
+
+
+def wait_for(argv: list[str], said: Path, timeout: float, watch: Callable[[], bool], install: str) -> int | None:
+    """Run an emulator, its output in the file `said`; its exit status, None if it was ended.
+
+    It is ended after `timeout` seconds, or when `watch`, called some ten times a second, says so. It does not outlive
+    this call, whatever ends that, nor this process. Raises Problem (environment), with `install`, where there is none.
+    """
+    with said.open("wb") as output:
         try:
             process = subprocess.Popen(
                 argv,
@@ -110,15 +125,16 @@ def run(argv: list[str], serial: Path, timeout: float, tick: Callable[[], None] 
                 preexec_fn=_die_with_parent(),
             )
         except FileNotFoundError:
-            raise Problem(f"no {argv[0]}: apt-get install qemu-system-x86", ENVIRONMENT) from None
+            raise Problem(f"no {argv[0]}: {install}", ENVIRONMENT) from None
     deadline = time.monotonic() + timeout
     _running.add(process)
     try:
         while time.monotonic() < deadline:
             with suppress(subprocess.TimeoutExpired):
-                return decode(process.wait(0.1))
-            tick()
-        return Ending.TIMEOUT
+                return process.wait(0.1)
+            if watch():
+                break
+        return None
     finally:
         _running.discard(process)
         _kill(process)
@@ -126,7 +142,7 @@ def run(argv: list[str], serial: Path, timeout: float, tick: Callable[[], None] 
 
 
 def kill_running() -> None:
-    """End every QEMU that other threads wait for in `run`, which returns there at once."""
+    """End every emulator that other threads wait for in `wait_for`, which returns there at once."""
     for process in tuple(_running):
         _kill(process)
 

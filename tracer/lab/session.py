@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from tracer import vmm
+from tracer.kept import SUFFIX
+from tracer.lab import closure, prebuilt
+from tracer.lab.bochs import BochsMachine, emulator
+from tracer.lab.bochs import run as run_bochs
 from tracer.lab.initramfs import build, compile_init
+from tracer.lab.lab_cpus import AMD, CPUS, LabCpu, lab_cpu, qemu_version
 from tracer.lab.lab_kernels import Bootable
 from tracer.lab.modules import Directory, load_order
 from tracer.lab.qemu import Ending, LabMachine, run
@@ -21,9 +29,11 @@ from traces.errors import BAD_INPUT, ENVIRONMENT, Problem
 # Where init.c mounts the share in the guest.
 SHARE: Final = "/mnt/lab"
 TRACE: Final = "out.parquet"
+JOBS: Final = "jobs.json"
 SPACE_NEEDED: Final = 256 << 20
 DEFAULT_MEMORY: Final = 2048
 DEFAULT_TIMEOUT: Final = 180.0
+DEFAULT_TIMEOUT_INTEL: Final = 1200.0  # Bochs interprets
 
 _PARAMETER: Final = re.compile(r"([\w-]+)\.(\w+=\S*)")
 _WARNING: Final = re.compile(r"WARNING: |BUG: |Oops|INFO: task |rcu: INFO: |unknown parameter")
@@ -54,10 +64,24 @@ def recorder(workload: Sequence[str], events: str) -> list[str]:
     return [sys.executable, "-m", "kvmtrace", "record", "-o", f"{SHARE}/{TRACE}", "--events", events, "--", *workload]
 
 
+def several(
+    jobs: Mapping[str, Sequence[str]], events: str, *, segments: bool, shown: bool = False
+) -> tuple[list[str], dict[str, str]]:
+    """The command that records several workloads in the guest, by names of their own, and the file to give it.
+
+    `segments` leaves compacting to this machine; what a workload prints is `shown`, else in a .stdout file.
+    """
+    asked = [{"out": f"{SHARE}/{name}.parquet", "command": list(command)} for name, command in jobs.items()]
+    text = json.dumps({"events": events, "jobs": asked, "segments": segments, "shown": shown})
+    return [sys.executable, "-m", "tracer.several", f"{SHARE}/{JOBS}"], {JOBS: text}
+
+
 def boot(
     kernel: Bootable,
     command: Sequence[str],
     *,
+    cpu: str = AMD,
+    probes: Path | None = None,
     trace: Path | None = None,
     give: Mapping[str, str] | None = None,
     into: Path | None = None,
@@ -66,21 +90,32 @@ def boot(
     timeout: float = DEFAULT_TIMEOUT,
     follow: bool = False,
 ) -> Finished:
-    """Boot `kernel`, run `command` (the host's file system is the guest's) and power off.
+    """Boot `kernel`, run `command` and power off; for AMD the host's file system is the guest's.
 
-    `trace` is where the trace that the command recorded is moved to; `give` are files to put in the share by name, and
-    `into` is a directory that takes every trace and .stdout file from there; `parameters` are module parameters
-    (kvm.tdp_mmu=0) that come after the kernel's own; `memory` in MiB; `timeout` in seconds for the whole boot;
-    `follow` passes the command's output on as it comes. A command that failed is the caller's to judge.
+    An Intel guest has of it what recording needs, and the programs that the command names. `probes` are compiled ones
+    to record with; those that the guest compiles itself are kept for the next. `trace` is where the trace that the
+    command recorded is moved to; `give` are files to put in the share by name, and `into` is a directory that takes
+    every trace, recording and .stdout file from there; `parameters` are module parameters (kvm.tdp_mmu=0) after the
+    kernel's own;
+    `memory` in MiB; `timeout` in seconds for the whole boot; `follow` passes the command's output on as it comes, an
+    Intel guest's at the end. A command that failed is the caller's to judge.
 
     Raises Problem when something is missing to begin with, GuestFailed when the guest did not get to the end.
     """
+    machine = lab_cpu(cpu)
     given = _by_module((*kernel.parameters, *parameters))
     tree = Directory(*kernel.modules)
-    loaded = load_order(tree)
+    loaded = load_order(tree, machine.wanted)
+    if not machine.runs(tree):
+        raise Problem(
+            f"kernel {kernel.name} has no {machine.kvm.replace('_', '-')}.ko here: kvmtrace lab fetch {kernel.name} "
+            "--update, or give --modules",
+            ENVIRONMENT,
+        )
     for module in given:
         if "kvm" in loaded and module not in loaded:
             raise Problem(f"--param {module}.{given[module]}: a lab guest loads no module {module}")
+    emulated = emulator() if machine.model else None
     with tempfile.TemporaryDirectory(prefix="kvmtrace-lab-") as directory:
         work = Path(directory)
         free = shutil.disk_usage(work).free
@@ -91,25 +126,50 @@ def boot(
             )
         share = work / "share"
         share.mkdir()
-        _ask(share, command, _environment(kernel, given))
+        shown = str(emulated) if emulated else f"QEMU {qemu_version()}".strip()
+        _ask(share, command, _environment(kernel, machine, shown, given))
         for name, text in (give or {}).items():
             (share / name).write_text(text)
-        initrd = work / "initrd"
-        initrd.write_bytes(build(tree, given, compile_init(work)))
+        files = closure.beside(prebuilt.GUEST, (probes,)) if probes else {}
+        if emulated:
+            files |= _everything(command, share)
+        initrd = build(tree, given, compile_init(work), machine.wanted, files)
         on_command_line = tuple(f"{module}.{one}" for module, several in given.items() for one in several.split())
-        machine = LabMachine(kernel.image, initrd, share, memory, on_command_line)
         output = _Output(share, trace) if follow else None
-        ending = run(machine.command(), work / "serial", timeout, output.pass_on if output else lambda: None)
+        tick = output.pass_on if output else lambda: None
+        if emulated:
+            bochs = BochsMachine(kernel.image, initrd, memory, machine.model, on_command_line)
+            ending = run_bochs(bochs.prepare(work, emulated), work, share, timeout, tick)
+            console = work / "console"
+        else:
+            console, packed = work / "serial", work / "initrd"
+            packed.write_bytes(initrd)
+            ending = run(
+                LabMachine(kernel.image, packed, share, memory, on_command_line).command(), console, timeout, tick
+            )
         if output:
             output.pass_on()
         finished = _result(share) if ending is Ending.ORDERLY else None
         kept = _take(share, trace) if trace else None
         if into:
-            for made in (*share.glob("*.parquet"), *share.glob("*.stdout")):
+            for made in (*share.glob("*.parquet"), *share.glob("*.stdout"), *share.glob("*.kvmt")):
                 shutil.move(made, into / made.name)
+        if not probes:
+            prebuilt.keep(kernel, share.glob(f"*{SUFFIX}"))
         if finished is None:
-            raise _failure(kernel, ending, (work / "serial").read_bytes(), timeout, kept)
+            said = console.read_bytes() if console.is_file() else b""
+            raise _failure(kernel, ending, said, timeout, kept, machine)
         return finished
+
+
+def _everything(command: Sequence[str], share: Path) -> closure.Entries:
+    """All files of a guest that sees nothing of this machine: what the command's programs and recording read."""
+    wanted = closure.of_recorder() if command[0] == sys.executable else []
+    for word in (*command, str(vmm.binary())):
+        if program := shutil.which(word) if os.access(word, os.X_OK) or word == command[0] else None:
+            wanted += closure.of_program(Path(program))
+    empty = dict.fromkeys(("/proc", "/sys", "/tmp", "/run", "/root", str(Path.cwd())), (stat.S_IFDIR | 0o755, b""))
+    return {**empty, **closure.gather(wanted), **closure.beside(SHARE, share.iterdir())}
 
 
 def _by_module(parameters: Iterable[str]) -> dict[str, str]:
@@ -128,8 +188,9 @@ def _value(given: dict[str, str], module: str, parameter: str) -> str:
     return dict(one.split("=", 1) for one in given.get(module, "").split()).get(parameter, "")
 
 
-def _environment(kernel: Bootable, given: dict[str, str]) -> dict[str, str]:
-    off = any(_value(given, *one) in ("0", "n", "N") for one in (("kvm", "tdp_mmu"), ("kvm_amd", "npt")))
+def _environment(kernel: Bootable, machine: LabCpu, emulated_by: str, given: dict[str, str]) -> dict[str, str]:
+    switches = (("kvm", "tdp_mmu"), ("kvm_amd", "npt"), ("kvm_intel", "ept"))
+    off = any(_value(given, *one) in ("0", "n", "N") for one in switches)
     return {
         "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
         "HOME": "/root",
@@ -142,6 +203,9 @@ def _environment(kernel: Bootable, given: dict[str, str]) -> dict[str, str]:
         "KVMTRACE_LAB_KERNEL": kernel.name,
         "KVMTRACE_LAB_PACKAGE": kernel.package,
         "KVMTRACE_LAB_POLICY": "shadow" if off else kernel.policy,
+        "KVMTRACE_LAB_CPU": machine.name,
+        "KVMTRACE_LAB_EMULATOR": emulated_by,
+        "KVMTRACE_PROBES": prebuilt.GUEST,
     }
 
 
@@ -204,20 +268,28 @@ class _Output:
             stream.flush()
 
 
-def _failure(kernel: Bootable, ending: Ending, serial: bytes, timeout: float, kept: Path | None = None) -> GuestFailed:
+def _failure(
+    kernel: Bootable,
+    ending: Ending,
+    serial: bytes,
+    timeout: float,
+    kept: Path | None = None,
+    machine: LabCpu = CPUS[AMD],
+) -> GuestFailed:
     """The one line for a guest that did not do its work; its init says the cause on the console."""
     lines = [line.strip() for line in serial.decode(errors="replace").splitlines()]
     lines = [line for line in lines if line and "TCG doesn't support requested feature" not in line]
     cause = next((line.split(": ", 1)[1] for line in reversed(lines) if line.startswith("kvmtrace-lab: ")), "")
     who = f"kernel {kernel.name}"
-    if ending is Ending.MODULE_REFUSED and "kvm_amd" in cause:
-        message = f"{who}: no SVM for its KVM ({cause}): a lab guest needs KVM with AMD support, and npt not disabled"
+    vendor, extension = ("AMD", "SVM") if machine.name == AMD else ("Intel", "VMX")
+    if ending is Ending.MODULE_REFUSED and machine.kvm in cause:
+        message = f"{who}: no {extension} for its KVM ({cause}): a lab guest needs KVM with {vendor} support"
     elif ending is Ending.MODULE_REFUSED:
         message = f"{who}: {cause}: --modules and --kvm-modules must be of the very build of the image"
     elif ending is Ending.MOUNT_REFUSED:
         message = f"{who}: {cause}: it needs 9p over virtio and overlay, built in or in --modules DIR"
     elif ending is Ending.NO_KVM:
-        message = f"{who}: no /dev/kvm in it: it needs KVM for AMD, built in or in --modules DIR"
+        message = f"{who}: no /dev/kvm in it: it needs KVM for {vendor}, built in or in --modules DIR"
     elif ending is Ending.TIMEOUT:
         message = f"{who}: the guest did not end within {timeout:g} s and was killed: --timeout gives it longer"
     elif ending is Ending.PANIC:
@@ -226,8 +298,8 @@ def _failure(kernel: Bootable, ending: Ending, serial: bytes, timeout: float, ke
     elif ending is Ending.NO_COMMAND:
         message = f"{who}: {cause or 'the guest could not start the command'}"
     else:
-        message = f"{who}: QEMU gave up ({lines[-1] if lines else 'without a word'})"
-    code = ENVIRONMENT if ending in (Ending.QEMU_FAILED, Ending.ORDERLY) else BAD_INPUT
+        message = f"{who}: {'Bochs' if machine.model else 'QEMU'} gave up ({lines[-1] if lines else 'without a word'})"
+    code = ENVIRONMENT if ending in (Ending.EMULATOR_FAILED, Ending.ORDERLY) else BAD_INPUT
     if kept:
         message += f"; what was recorded until then: kvmtrace recover {kept}"
     return GuestFailed(message, lines[-12:], code)
