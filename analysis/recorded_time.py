@@ -112,7 +112,7 @@ def recorded_times(trace: Trace) -> list[RecordedTime]:
     for vm in trace.metadata.vms:
         if capabilities is not None and vcpu_ids(vm):
             spans = SpanTimes(capabilities, vm, parts_of(trace, vm, PARTS))
-            _, measured = measure_vm(capabilities, vm, None, spans)
+            measured = measure_vm(capabilities, vm, None, spans).measured
             found.append(_of(trace, vm, measured))
         else:
             found.append(_unmeasured(trace, vm, why))

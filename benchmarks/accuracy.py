@@ -19,6 +19,7 @@ import polars as pl
 from replay import bounds, plan, run
 from replay.bounds import Count
 from replay.decode.capabilities import Capabilities
+from traces import kernels
 from traces.kernels.spte import LARGE
 from traces.reader import Trace
 
@@ -132,9 +133,8 @@ def _evidence(name: str) -> Capabilities:
 def predicted(direction: Direction, scenario: str) -> dict[str, Count]:
     """What the replay says of the target's counts."""
     capabilities = _evidence(f"{scenario}-{direction.source}")
-    names = [direction.policy] if direction.policy else []
-    if not names and not direction.kernel:
-        names = [capabilities.own.name]
+    own = kernels.at(direction.kernel).policy if direction.kernel else capabilities.own.name
+    names = [direction.policy or own]
     assumed = plan.refault(direction.refault)
     wanted = plan.make(capabilities, names, direction.kernel, assumed)
     found = bounds.counts(run.replay(wanted).outcomes, assumed)

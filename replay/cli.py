@@ -60,7 +60,11 @@ def replay(
         ),
     ] = None,
     kernel: Annotated[
-        str, typer.Option(help="Unload when this version does, such as 5.15; its policy unless --policy is given.")
+        str,
+        typer.Option(
+            help="With the habits of this version, such as 5.15: when it unloads, how it zaps. "
+            "[default: its own policy, and the recorded one; --policy names others]"
+        ),
     ] = "",
     refault: Annotated[
         str,
@@ -117,7 +121,7 @@ def replay(
     as_json: Json = False,
 ) -> None:
     """Say what the recorded VMs would have done under other root policies, and how long it would have taken."""
-    from replay import bounds, counts_text, plan, run
+    from replay import bounds, counts_text, own_policy, plan, run
     from replay.decode import capabilities
     from replay.timing import time_text as time_report
     from replay.timing.stalls import Rule
@@ -147,10 +151,12 @@ def replay(
     shown = capabilities.Capabilities(Trace.open(trace, recorded_policy))
     if questions := designs.asked(aging=aging, zap_lock=zap_lock, apicv=apicv, tdp_pages=tdp_pages):
         found = designs.answer(shown, questions)
+        checks = [work.check for work, _ in found if work.check is not None]
         if as_json:
-            print_json({"trace": str(trace), "designs": designs.to_dict(found)})
+            own = own_policy.to_dict(checks)
+            print_json({"trace": str(trace), "own_policy": own, "designs": designs.to_dict(found)})
         else:
-            print(designs.render(found), end="")
+            print(counts_text.untrusted(checks) + designs.render(found), end="")
         return
     share = bounds.accessed_share(shown.trace, shown.kernel) if assumed.name == "accessed" else 0.0
     wanted = plan.make(shown, policy or [], kernel, assumed)
@@ -158,11 +164,12 @@ def replay(
         wide = rates.parse(sweep) if sweep else rates.Sweep(smi_rate, smi_rate)
         change = rates.SmiChange(scale_working_set, vcpus_holding_root)
         kernels = (target.parameters for target in wanted.targets if target.policy is None)
-        swept = rates.swept(shown, kernels, wide, change)
+        swept, checks = rates.swept(shown, kernels, wide, change)
         if as_json:
-            print_json({"trace": str(trace), "sweep": smi_rate_text.to_dict(swept, wide)})
+            own = own_policy.to_dict(checks)
+            print_json({"trace": str(trace), "own_policy": own, "sweep": smi_rate_text.to_dict(swept, wide)})
         else:
-            print(smi_rate_text.render(swept, wide), end="")
+            print(counts_text.untrusted(checks) + smi_rate_text.render(swept, wide), end="")
         return
     taken = settings if timed else None
     replayed = run.replay(wanted, taken) if out is None else run.replay_into(wanted, out, taken, inputs, force=force)

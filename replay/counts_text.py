@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, Final
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from replay import bounds, own_policy
 from replay.bounds import Count
 from replay.counted import Outcome
-from replay.own_policy import Agreement
+from replay.own_policy import Agreement, OwnPolicyCheck
 from replay.plan import Target
 from replay.result import OF_VCPU
 from replay.run import Replayed, document, left_open
@@ -95,8 +97,7 @@ def render(replayed: Replayed, share: float = 0.0) -> str:
             printable(f"{plan.capabilities.trace.path}: kernel {meta.kernel}, {meta.policy} roots, by {meta.policy_by}")
         )
     )
-    for told in own_policy.untrusted(replayed.checks)[:VMS_SHOWN]:
-        console.print(Text(printable(told), style="bold red"), soft_wrap=True)
+    _say_untrusted(console, replayed.checks)
     vms = _vms(replayed)
     for vm in vms[:VMS_SHOWN]:
         console.print(_table(replayed, vm, share))
@@ -105,6 +106,18 @@ def render(replayed: Replayed, share: float = 0.0) -> str:
     for line in _remarks(replayed):
         console.print(line, soft_wrap=True)
     return text_of(console)
+
+
+def untrusted(checks: Sequence[OwnPolicyCheck]) -> str:
+    """What is to be said before answers that rest on a replay which the rows contradict; empty where none does."""
+    console = page()
+    _say_untrusted(console, checks)
+    return text_of(console)
+
+
+def _say_untrusted(console: Console, checks: Sequence[OwnPolicyCheck]) -> None:
+    for line in own_policy.untrusted(checks)[:VMS_SHOWN]:
+        console.print(Text(printable(line), style="bold red"), soft_wrap=True)
 
 
 def _table(replayed: Replayed, vm: int, share: float) -> Table:

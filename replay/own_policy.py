@@ -19,11 +19,11 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from replay.counted import Outcome
 from replay.decode.capabilities import Capabilities
 from replay.decode.row_counts import RowCount, RowCounts
 from replay.decode.vm_inputs import VmInputs
 from replay.parting import Apart, first_rows
+from replay.simulate.simulator import Simulator
 from traces.text import some
 
 # RowCount -> what it is a count of, the event that it is read from, and which of the replay's counts make it.
@@ -170,13 +170,13 @@ def to_dict(checks: Sequence[OwnPolicyCheck]) -> dict[str, Any]:
 
 
 def compare(
-    capabilities: Capabilities, vm: Mapping[str, Any], inputs: VmInputs, rows: RowCounts, own: Outcome
+    capabilities: Capabilities, vm: Mapping[str, Any], inputs: VmInputs, rows: RowCounts, own: Simulator
 ) -> OwnPolicyCheck:
     """Hold a finished replay of one VM under its own policy against the rows counted on the way."""
     used, unseen = _used(capabilities, rows.counts)
-    replayed = replayed_counts(own)
+    replayed = _counts(own)
     readings = tuple(_readings(capabilities, used, rows, replayed, ended=inputs.decoder.ended))
-    check = OwnPolicyCheck(int(vm["id"]), own.target.name, readings, unseen=unseen)
+    check = OwnPolicyCheck(int(vm["id"]), capabilities.own.name, readings, unseen=unseen)
     if vm.get("origin") != "created":
         return replace(check, why="it was running before the recording began")
     if not check.differences:
@@ -191,14 +191,11 @@ def compare(
     return replace(check, why=_doubt(capabilities, vm, inputs, check))
 
 
-def replayed_counts(outcome: Outcome) -> dict[str, int]:
+def _counts(own: Simulator) -> dict[str, int]:
     """A replay's counts by `engine.CHANGES`."""
-    counts = outcome.counts()
-    return {
-        **{name: counts[name] for name in ("creations", "reuses", "frees", "tables_freed", "fixes", "zapped")},
-        "tables": counts["tables_built"],
-        "installs": counts["faults"] + counts["prefetched"],
-    }
+    vcpus, counters = own.vcpus, own.counters
+    of_vcpus = {name: int(getattr(vcpus, name).sum()) for name in ("creations", "reuses", "fixes", "faults")}
+    return {**vars(counters), **of_vcpus, "installs": of_vcpus["faults"] + counters.prefetched}
 
 
 def _used(capabilities: Capabilities, counts: NDArray[np.int64]) -> tuple[list[RowCount], tuple[tuple[str, str], ...]]:

@@ -101,10 +101,13 @@ def refault(text: str) -> Refault:
 
 
 def make(capabilities: Capabilities, names: Sequence[str], version: str = "", assumed: Refault | None = None) -> Plan:
-    """The plan for these policies (none: the recorded kernel's own, preserve and async), on a kernel's triggers."""
+    """The plan for these policies (none: the recorded kernel's own, preserve and async), with a kernel's habits.
+
+    Of another kernel, where no policy is named: its own, and the recorded one with that kernel's habits.
+    """
     kernel = _kernel(version) if version else capabilities.kernel
     own = capabilities.own.name
-    wanted = list(names) or ([kernel.policy] if version else [own, *(name for name in DEFAULT if name != own)])
+    wanted = list(names) or ([kernel.policy, own] if version else [own, *(name for name in DEFAULT if name != own)])
     assumed = assumed or Refault()
     targets = tuple(_target(capabilities, name, kernel, bool(version), assumed) for name in dict.fromkeys(wanted))
     return Plan(capabilities, targets, assumed)

@@ -180,7 +180,7 @@ class _Vm:
     def _compare(self, own: CountedRun) -> None:
         """All rows were taken in: the recorded policy's run has to be what they show."""
         own.finish(None)
-        self.check = compare(self._capabilities, self._vm, self._inputs, self._rows, own.outcome)
+        self.check = compare(self._capabilities, self._vm, self._inputs, self._rows, own.simulator)
 
     def _specialized(self) -> dict[tuple[str, Case], Specialization]:
         """One for each kernel and case of the plan."""

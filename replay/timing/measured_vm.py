@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from replay.decode.capabilities import Capabilities
+from replay.decode.row_counts import RowCounts
 from replay.decode.vm_inputs import VmInputs
 from replay.simulate.engine import Engine
 from replay.simulate.reference import Happened
@@ -13,12 +15,25 @@ from replay.spool import Spool
 from replay.timing.measure import Measured, Measurement, SpanTimes
 
 
+@dataclass(frozen=True)
+class MeasuredVm:
+    """The VM's inputs (all taken), what was measured, and the engine as its own policy left it."""
+
+    inputs: VmInputs
+    measured: Measured
+    engine: Engine
+
+
 def measure_vm(
-    capabilities: Capabilities, vm: Mapping[str, Any], spool: Spool | None, times: SpanTimes | None = None
-) -> tuple[VmInputs, Measured]:
-    """The VM's inputs (all taken: they are in `spool`, if there is one), and what was measured."""
+    capabilities: Capabilities,
+    vm: Mapping[str, Any],
+    spool: Spool | None,
+    times: SpanTimes | None = None,
+    row_counts: RowCounts | None = None,
+) -> MeasuredVm:
+    """Measure a VM. Its inputs are in `spool`, if there is one; its rows are counted by `row_counts`."""
     times = times or SpanTimes(capabilities, vm)
-    inputs = VmInputs(capabilities, vm, times=times)
+    inputs = VmInputs(capabilities, vm, times=times, row_counts=row_counts)
     measurement = Measurement(capabilities, inputs, times)
     engine = Engine(capabilities.own, measurement.words, max(len(inputs.vcpus), 1))
     done = tables = 0
@@ -30,4 +45,4 @@ def measure_vm(
         tables += int(log.tables[log.event == Happened.FREED].sum())
         if spool is not None:
             spool.append(part)
-    return inputs, measurement.result(engine.vcpus.faults, tables)
+    return MeasuredVm(inputs, measurement.result(engine.vcpus.faults, tables), engine)

@@ -17,7 +17,10 @@ from numpy.typing import NDArray
 
 from replay.decode.capabilities import Capabilities
 from replay.decode.cases import Case
+from replay.decode.row_counts import RowCounts
 from replay.decode.specialize import Specialization
+from replay.decode.vm_inputs import vcpu_ids
+from replay.own_policy import OwnPolicyCheck, compare
 from replay.simulate.operations import VCPU_SHIFT, Block, Op, Ranges
 from replay.simulate.timed_operations import LAST, MORE, Timed, joined, tail, take
 from replay.spool import Spool
@@ -96,7 +99,10 @@ class SmiProgram:
         parts = []
         self._ranges = Ranges()
         with Spool() as spool:
-            inputs, measured = measure_vm(capabilities, vm, spool)
+            rows = RowCounts(capabilities, len(vcpu_ids(vm)))
+            found = measure_vm(capabilities, vm, spool, row_counts=rows)
+            inputs, measured = found.inputs, found.measured
+            self.check = compare(capabilities, vm, inputs, rows, found.engine)
             if measured.refused:
                 raise Problem(f"{where}: {measured.refused}")
             self.recorded = len(inputs.vcpus)
@@ -206,12 +212,13 @@ def _shifted(timed: Timed, by: int) -> Timed:
 
 def swept(
     capabilities: Capabilities, policies: Iterable[PolicyParameters], sweep: Sweep, change: SmiChange
-) -> dict[int, list[Swept]]:
-    """By VM, each policy at each rate."""
+) -> tuple[dict[int, list[Swept]], list[OwnPolicyCheck]]:
+    """By VM, each policy at each rate; and whether the VMs' own policy is what their rows show."""
     chosen = list(policies)
-    found = {}
+    found, checks = {}, []
     for vm in capabilities.trace.metadata.vms:
         if vm["vcpus"]:
             program = SmiProgram(capabilities, vm, change)
             found[int(vm["id"])] = [program.sweep(parameters, sweep.rates) for parameters in chosen]
-    return found
+            checks.append(program.check)
+    return found, checks

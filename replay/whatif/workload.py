@@ -13,7 +13,10 @@ from replay.decode.batch import Batch
 from replay.decode.capabilities import Capabilities
 from replay.decode.cases import Case
 from replay.decode.inputs import Inputs
+from replay.decode.row_counts import RowCounts
 from replay.decode.specialize import Specialization
+from replay.decode.vm_inputs import vcpu_ids
+from replay.own_policy import OwnPolicyCheck, compare
 from replay.simulate.engine import Engine
 from replay.simulate.operations import LEVEL_SHIFT, VCPU_SHIFT, Block, Op, Ranges
 from replay.simulate.reference import Happened
@@ -83,6 +86,7 @@ class Workload:
     mmio: int = 0  # pages with a cached MMIO SPTE, as far as recorded
     aged: int = 0  # recorded aging walks
     aged_pages: int = 0
+    check: OwnPolicyCheck | None = None  # its own policy's replay beside its rows
 
     @property
     def locks(self) -> LockCosts:
@@ -114,7 +118,9 @@ def workload(capabilities: Capabilities, vm: Mapping[str, Any]) -> Workload:
     where = f"{capabilities.trace.path}: VM {vm['id']}"
     with Spool(seq=True) as spool:
         watch = _Watch(capabilities, vm)
-        inputs, measured = measure_vm(capabilities, vm, spool, watch)
+        rows = RowCounts(capabilities, len(vcpu_ids(vm)))
+        own = measure_vm(capabilities, vm, spool, watch, rows)
+        inputs, measured = own.inputs, own.measured
         if measured.refused:
             raise Problem(f"{where}: {measured.refused}")
         costs = measured.fitted.costs
@@ -126,6 +132,7 @@ def workload(capabilities: Capabilities, vm: Mapping[str, Any]) -> Workload:
             mmio=len(watch.mmio), aged=watch.aged, aged_pages=watch.aged_pages,
         )  # fmt: skip
         _Replay(capabilities, found).run(spool)
+        found.check = compare(capabilities, vm, inputs, rows, own.engine)
     if not found.programs:
         raise Problem(f"{where} has no fault with a time of its own: there is nothing to wait for mmu_lock")
     return found

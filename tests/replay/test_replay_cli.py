@@ -75,7 +75,10 @@ def test_an_assumption_makes_one_number_with_its_name(assumed: str, faults: int)
 
 def test_a_kernel_brings_its_policy_and_its_words() -> None:
     found = document(STORM, "--kernel", "5.10")
-    assert [(one["name"], one["kernel"]) for one in found["policies"]] == [("sync", "5.10")]
+    assert [(one["name"], one["kernel"]) for one in found["policies"]] == [("sync", "5.10"), ("preserve", "5.10")]
+    habits = [one["parameters"]["zap_tables"] for one in found["policies"]]
+    assert habits == [True, True]
+    assert [one["parameters"]["zap_tables"] for one in document(STORM, "--policy", "sync")["policies"]] == [False]
     assert set(of(found, "sync")["roots_by_role"]) == {"0x3794", "0x1003794"}
 
 

@@ -28,9 +28,11 @@ def firmware(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def by_policy(path: Path, sweep: Sweep, change: SmiChange | None = None) -> dict[str, Swept]:
-    (found,) = swept(
+    vms, checks = swept(
         Capabilities(Trace.open(path)), (SYNC_RW, ASYNC, SHADOW, PRESERVE), sweep, change or SmiChange()
-    ).values()
+    )
+    assert [check.text for check in checks if check.text] == []
+    (found,) = vms.values()
     return {each.policy: each for each in found}
 
 
@@ -92,3 +94,15 @@ def test_the_command_sweeps(firmware: Path) -> None:
     async_, preserve = (each["factors"] for each in vm["policies"])
     assert async_ == [None]
     assert preserve[0] < 1.5
+
+
+@pytest.mark.parametrize("asked", [("--smi-rate", "100"), ("--tdp-pages", "list,counter")])
+def test_what_rests_on_a_replay_that_the_rows_contradict_says_so(asked: tuple[str, str]) -> None:
+    storm = str(CORPUS / "smi-storm-6.1.parquet")
+    wrong = CliRunner().invoke(kvmtrace.app, ["replay", storm, *asked, "--recorded-policy", "async"])
+    assert wrong.exit_code == 0
+    assert wrong.stdout.startswith(
+        "UNTRUSTED: the replay under the recording's own policy is not what its rows show: VM 1"
+    )
+    right = CliRunner().invoke(kvmtrace.app, ["replay", storm, *asked, "--json"])
+    assert json.loads(right.stdout)["own_policy"]["agrees"] is True

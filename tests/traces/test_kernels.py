@@ -212,6 +212,14 @@ def test_sync_on_a_newer_kernel_has_that_kernels_habits(version: str) -> None:
     assert kernels.at("5.17").parameters("sync").zap_tables
 
 
+@pytest.mark.parametrize("policy", ["sync", "async", "preserve-worker", "preserve"])
+def test_what_a_range_zap_does_is_the_kernels_habit_and_no_policys(policy: str) -> None:
+    old, new = (kernels.at(version).parameters(policy) for version in ("5.17", "6.1"))
+    assert (old.zap_tables, old.flush_per_table) == (True, True)
+    assert (new.zap_tables, new.flush_per_table) == (False, False)
+    assert (old.own_reference, old.teardown) == (new.own_reference, new.teardown)
+
+
 def test_huge_pages_are_put_back_from_6_13_on() -> None:
     assert [kernels.at(version).recovers for version in ("6.12", "6.13", "6.18", "7.3")] == [False, True, True, True]
 

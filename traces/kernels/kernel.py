@@ -92,9 +92,9 @@ class Kernel:
     def parameters(self, name: str = "") -> PolicyParameters:
         """A policy (none: this kernel's own) as this kernel would have it. Raises Problem for a name that is none.
 
-        The policy is what is chosen; how huge leaves come and go and who shares mmu_lock is the kernel's. So is, with
-        `sync`, what zap_all_fast and range zaps do. The other policies came with 5.18's way of doing that, or later: on
-        an older kernel they bring it with them.
+        The policy is what is chosen; how huge leaves come and go, what a range zap removes and flushes, and who shares
+        mmu_lock is the kernel's habit. So is, with `sync`, what zap_all_fast does. The other policies give up roots by
+        marking them invalid, as 5.18 does: to an older kernel they bring that with them.
         """
         name = name or self.policy
         if name not in POLICIES:
@@ -103,15 +103,11 @@ class Kernel:
         if chosen.mmu == "shadow":
             return replace(chosen, request=self.request)
         if name == "sync":
-            chosen = replace(
-                chosen,
-                zap_all_fast=self.zap_all_fast,
-                request=self.request,
-                flush_per_table=self.flush_per_table,
-                zap_tables=self.zap_tables,
-            )
+            chosen = replace(chosen, zap_all_fast=self.zap_all_fast, request=self.request)
         return replace(
             chosen,
+            flush_per_table=self.flush_per_table,
+            zap_tables=self.zap_tables,
             split_in_place=self.split_in_place,
             recovers=self.recovers,
             loads_share=self.loads_share,
