@@ -9,6 +9,7 @@ which columns they have). What each kind of row says:
     kvm_smm_transition, mmu_reset,
     kvm_cr, exits that write CR0/CR4   a trigger: an unload under some kernels
     root_get or mmu_load               ROLE and ENTER: a root was loaded
+    new_pgd                            SWITCH, where a nested guest without nested paging is entered or left
     kvm_entry                          ENTER, where a vCPU may have to load though the recorded one did not
     kvm_mmu_zap_all_fast               INVALIDATE
     zap_leafs, kvm_unmap_hva_range     ZAP of a range
@@ -79,28 +80,30 @@ _SMM_MOVE = cython.declare(cython.int, 13)
 _CR = cython.declare(cython.int, 14)
 _MSR = cython.declare(cython.int, 15)
 _IOCTL_BEGIN = cython.declare(cython.int, 16)
-_CHANGED = cython.declare(cython.int, 17)
-_IOCTL_END = cython.declare(cython.int, 18)
-_INVALIDATE = cython.declare(cython.int, 19)
-_ZAP_LEAFS = cython.declare(cython.int, 20)
-_UNMAP = cython.declare(cython.int, 21)
-_ZAP_ALL = cython.declare(cython.int, 22)
-_MEMSLOT = cython.declare(cython.int, 23)
-_DESTROY = cython.declare(cython.int, 24)
-_NESTED = cython.declare(cython.int, 25)
-_TABLE_FREE = cython.declare(cython.int, 26)
-_OF_VM = cython.declare(cython.int, 17)
+_NEW_PGD = cython.declare(cython.int, 17)
+_CHANGED = cython.declare(cython.int, 18)
+_IOCTL_END = cython.declare(cython.int, 19)
+_INVALIDATE = cython.declare(cython.int, 20)
+_ZAP_LEAFS = cython.declare(cython.int, 21)
+_UNMAP = cython.declare(cython.int, 22)
+_ZAP_ALL = cython.declare(cython.int, 23)
+_MEMSLOT = cython.declare(cython.int, 24)
+_DESTROY = cython.declare(cython.int, 25)
+_NESTED = cython.declare(cython.int, 26)
+_TABLE_FREE = cython.declare(cython.int, 27)
+_OF_VM = cython.declare(cython.int, 18)
 MEANINGS = (
     "", "kvm_exit", "kvm_entry", "kvm_page_fault", "kvm_mmu_spte_requested", "kvm_mmu_set_spte", "mark_mmio_spte",
     "fast_page_fault", "kvm_mmu_get_page", "root_get", "mmu_load", "mmu_reset", "mmu_unload", "kvm_smm_transition",
-    "kvm_cr", "kvm_msr", "ioctl", "kvm_tdp_mmu_spte_changed", "ioctl_end", "kvm_mmu_zap_all_fast", "zap_leafs",
-    "kvm_unmap_hva_range", "zap_all", "memslot", "vm_destroy", "kvm_nested_vmenter", "table_free",
+    "kvm_cr", "kvm_msr", "ioctl", "new_pgd", "kvm_tdp_mmu_spte_changed", "ioctl_end", "kvm_mmu_zap_all_fast",
+    "zap_leafs", "kvm_unmap_hva_range", "zap_all", "memslot", "vm_destroy", "kvm_nested_vmenter", "table_free",
 )  # fmt: skip
 
 _TOUCH = cython.declare(cython.uint, int(Op.TOUCH))
 _FIX = cython.declare(cython.uint, int(Op.FIX))
 _ENTER = cython.declare(cython.uint, int(Op.ENTER))
 _ROLE = cython.declare(cython.uint, int(Op.ROLE))
+_SWITCH = cython.declare(cython.uint, int(Op.SWITCH))
 _OP_INVALIDATE = cython.declare(cython.uint, int(Op.INVALIDATE))
 _ZAP = cython.declare(cython.uint, int(Op.ZAP))
 _OP_ZAP_ALL = cython.declare(cython.uint, int(Op.ZAP_ALL))
@@ -178,6 +181,7 @@ _LARGE = cython.declare(cython.ulonglong, LARGE)
 _LEVEL5 = cython.declare(cython.longlong, roles.LEVEL5)
 _NESTED_GUEST = cython.declare(cython.longlong, roles.GUEST)
 _GUEST_MODE = cython.declare(cython.uint, 1 << 17)
+_DIRECT = cython.declare(cython.uint, 1 << 7)
 _GONE_PAGE = cython.declare(cython.int, GONE_PAGE)
 _GONE_TABLE = cython.declare(cython.int, GONE_TABLE)
 
@@ -248,6 +252,7 @@ Vcpu = cython.struct(  # what is known of a vCPU after its last row; rows are na
     faults=cython.longlong,
     interrupts=cython.longlong,  # of the host, and ns they took
     interrupted=cython.longlong,
+    nesting=cython.longlong,  # it has entered a nested guest, and shown no root for it yet
 )
 
 
@@ -495,7 +500,9 @@ class Decoder:
                 if self._timed and state[i] != _NO_SPAN:
                     self._spend(v, means, state[i], ns[i], mark[i], root[i])
                 if v >= 0:
-                    if means in (_SET, _MARK):
+                    if means in (_SET, _MARK, _FAST) and self._shadows(self._role_of(root[i])):
+                        pass  # a fault of a nested guest, in KVM's shadow of the tables that it has from its host
+                    elif means in (_SET, _MARK):
                         self._leaf(v, means == _MARK, level[i], gfn[i], root[i])
                     elif means == _FAULT:
                         vcpu[v].present = code[i] & self._present != 0
@@ -517,6 +524,8 @@ class Decoder:
                         elif flags[i] & 1 and root[i] == 0:
                             vcpu[v].built = seq[i]
                             vcpu[v].built_at = gfn[i]
+                    elif means == _NEW_PGD:
+                        self._switches(v, role[i])
                     elif means in (_RESET, _UNLOAD):
                         self._resets(v, means == _UNLOAD, role[i] >> 24 != 0)
                     elif means == _SMM_MOVE:
@@ -567,6 +576,8 @@ class Decoder:
                             self._forget(root[i])
                     elif means == _NESTED:
                         self.nested += 1
+                        if v >= 0:
+                            vcpu[v].nesting = True
                     elif means == _DESTROY:
                         self._put(_END, 0)
                         self.ended = True
@@ -909,6 +920,7 @@ class Decoder:
         """The vCPU's MMU context is reset, or its roots are unloaded."""
         vcpu: cython.pointer[Vcpu] = self._vcpu
         trigger: cython.longlong
+        told: cython.bint
         base: cython.longlong = max(vcpu[v].opened, vcpu[v].loaded)
         former: cython.longlong = vcpu[v].reset
         vcpu[v].reset = self._at
@@ -920,7 +932,9 @@ class Decoder:
         if unload and self._invalidated > vcpu[v].loaded:
             return
         trigger = self._cause(vcpu[v].why, in_smm)
-        if self._valued and vcpu[v].wrote > base and vcpu[v].wrote_trigger >= 0:
+        # Of a first write, whose change is not known, the reset says that it was of a role bit.
+        told = vcpu[v].wrote_trigger >= 0 and vcpu[v].wrote_trigger not in (_CR0_SILENT, _CR4_SILENT)
+        if self._valued and vcpu[v].wrote > base and told:
             trigger = vcpu[v].wrote_trigger
         if trigger == _BY_EXIT and vcpu[v].touch > base:
             if vcpu[v].touch_input >= 0:
@@ -962,6 +976,8 @@ class Decoder:
         vcpu: cython.pointer[Vcpu] = self._vcpu
         state: cython.longlong = self._state(role if role else self._role_of(root))
         cr0: cython.longlong
+        if self._shadows(role if role else self._role_of(root)):
+            return
         if self._guest_bits and vcpu[v].cr0_reset > vcpu[v].loaded and vcpu[v].cr0_input >= 0:
             # A reset for a write of CR0: for WP alone where the next word differs in WP, and only then.
             cr0 = _CR0_WP if (vcpu[v].state ^ state) & _WP else _CR0
@@ -970,6 +986,30 @@ class Decoder:
         vcpu[v].state = state
         self._arrive(v, self._with_registers(v, state))
         vcpu[v].loaded = self._at
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _switches(self, v: cython.Py_ssize_t, role: cython.uint) -> cython.void:
+        """kvm_mmu_new_pgd: between a guest and one nested in it whose root is the TDP MMU's, too, slots are kept."""
+        vcpu: cython.pointer[Vcpu] = self._vcpu
+        state: cython.longlong = self._state(role)
+        if not role & _DIRECT or not vcpu[v].started:
+            return
+        if vcpu[v].nesting and role & _GUEST_MODE:
+            self.nested -= 1
+        vcpu[v].nesting = False
+        if (state ^ vcpu[v].state) & _NESTED_GUEST:
+            vcpu[v].state = state
+            self._put_of(v, _SWITCH, self._with_registers(v, state), 0)
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.inline
+    @cython.exceptval(check=False)
+    def _shadows(self, role: cython.uint) -> cython.bint:
+        """Whether a role word is of a root that shadows the tables which a nested guest has from its host."""
+        return role & _GUEST_MODE != 0 and role & _DIRECT == 0
 
     @cython.cfunc
     @cython.nogil
@@ -1187,7 +1227,7 @@ VCPU = [(name, "i8", (len(VcpuState),)) if name == "ns" else (name, "i8") for na
     "wp_flips", "maybe_flips", "efer", "cr0", "cr4", "wrote", "wrote_trigger", "left", "left_by_io", "asked_smi",
     "record", "first", "has", "ns", "tables", "built_root", "still",
     "interrupt", "lead", "lead_guest", "lead_idle", "zapped", "prefetched", "rows", "fault_rows", "faults",
-    "interrupts", "interrupted",
+    "interrupts", "interrupted", "nesting",
 )]  # fmt: skip
 NEVER = (
     "opened", "loaded", "smm", "reset", "cr0_reset", "cr0_input", "entered", "touch", "touch_input",

@@ -385,7 +385,7 @@ class Specialization:
                 self._cost[n] = program[v].fault
                 program[v].total_fault += program[v].fault
                 self._was[n] = cython.cast(cython.uchar, 1 + min(program[v].tables, _MOST_TABLES))
-        elif kind in (_ENTER, _SWITCH):
+        elif kind == _ENTER:
             if program[v].takes & _LOADS:
                 program[v].takes &= ~_LOADS
                 self._cost[n] = program[v].load

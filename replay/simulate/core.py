@@ -626,7 +626,10 @@ class Core:
                 r = self.slots[v].slot[i]
                 if r and r == good:
                     self.slots[v].slot[0] = r
-                    self.slots[v].slot[i] = 0
+                    while i < 3:  # the later ones move up
+                        self.slots[v].slot[i] = self.slots[v].slot[i + 1]
+                        i += 1
+                    self.slots[v].slot[3] = 0
                     return
             return
         for i in range(1, 4):

@@ -172,7 +172,7 @@ class Vm:
             for i in range(1, SLOTS):
                 root = slots[i]
                 if root is not None and root.valid and root.word == word:
-                    slots[CURRENT : i + 1] = [root, *slots[1:i], None]
+                    slots[:] = [root, *slots[1:i], *slots[i + 1 :], None]
                     return
             return
         for i in range(1, SLOTS):

@@ -20,7 +20,7 @@ from replay.decode.specialize import Specialization
 from replay.decode.vm_inputs import VmInputs
 from replay.simulate.operations import RESETS, Cause, Op
 from tests.profiles import examples
-from tests.replay.recording import OLD_ROLE, OLD_WP, SMM_ROLE, Guest
+from tests.replay.recording import OLD_ROLE, OLD_WP, ROLE, SMM_ROLE, Guest
 from traces.errors import Problem
 from traces.kernels import roles
 from traces.kernels.triggers import Trigger
@@ -214,6 +214,61 @@ def test_values_of_control_registers_decide(tmp_path: Path) -> None:
         ("CR0_WP", 0, roles.USUAL & ~roles.WP | roles.MAYBE_WP),
     ]
     assert [row[0] for row in found].count("ENTER") == 3
+
+
+def test_a_reset_says_that_a_first_write_was_of_a_role_bit(tmp_path: Path) -> None:
+    guest = Guest()
+    guest.load()
+    guest.exit(28, w2=0x04)
+    guest.of("kvm_cr", w0=4, w1=0x100020, flags=1)
+    guest.of("mmu_reset", role=guest.role)
+    guest.load(created=False)
+    capabilities = guest.write(tmp_path / "t.parquet", host={"kernel": "6.1.55", "vendor": "GenuineIntel"})
+    assert names(capabilities)[2:6] == ["CR4_SILENT", "CR4", "ROLE", "ENTER"]
+
+
+NESTED_ROLE, SHADOW_ROLE = 0x23784, 0x23704  # of the TDP MMU; of the tables that a nested guest has from its host
+
+
+def test_a_nested_guest_without_nested_paging_keeps_its_host_s_root(tmp_path: Path) -> None:
+    guest = Guest()
+    guest.load()
+    guest.fault(5)
+    for created in (True, False):
+        guest.of("kvm_nested_vmenter")
+        guest.of("new_pgd", role=NESTED_ROLE)
+        if created:
+            guest.load(role=NESTED_ROLE)
+            guest.fault(5)
+        guest.of("kvm_nested_vmexit")
+        guest.of("new_pgd", role=ROLE)
+    capabilities = guest.write(tmp_path / "t.parquet", policy="preserve", kernel="6.1.100")
+    nested = roles.USUAL | roles.GUEST
+    assert [row for row in rows(capabilities) if row[0] in ("SWITCH", "ROLE")] == [
+        ("ROLE", 0, roles.USUAL), ("SWITCH", 0, nested), ("ROLE", 0, nested),
+        ("SWITCH", 0, roles.USUAL), ("SWITCH", 0, nested), ("SWITCH", 0, roles.USUAL),
+    ]  # fmt: skip
+    replayed = run.replay(plan.make(capabilities, []))
+    assert not [line for line in replayed.missing if "nested" in line]
+    counts = replayed.outcomes[0].counts()
+    assert (counts["creations"], counts["loads"], counts["faults"]) == (2, 2, 2)
+
+
+def test_faults_in_the_shadow_of_a_host_s_tables_are_no_accesses_of_its_own(tmp_path: Path) -> None:
+    guest = Guest()
+    guest.load()
+    guest.fault(5)
+    own = guest.root
+    guest.of("kvm_nested_vmenter")
+    guest.of("new_pgd", role=SHADOW_ROLE)
+    guest.root = own + 1
+    guest.of("kvm_mmu_get_page", root=guest.root, role=SHADOW_ROLE, level=4, w1=guest.root, flags=1)
+    guest.of("mmu_load", root=guest.root, role=SHADOW_ROLE)
+    guest.fault(0x900)
+    capabilities = guest.write(tmp_path / "t.parquet")
+    assert [row for row in rows(capabilities) if row[0] == "TOUCH"] == [("TOUCH", 0, 5)]
+    assert names(capabilities).count("ROLE") == 1
+    assert any("1 entries of nested guests" in line for line in run.replay(plan.make(capabilities, [])).missing)
 
 
 def test_notifiers_reach_guest_frames_through_the_memslots_of_their_time(tmp_path: Path) -> None:

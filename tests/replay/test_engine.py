@@ -200,6 +200,19 @@ def test_a_switch_evicts_the_eldest_of_four(core: Any, parameters: PolicyParamet
     assert made.counters.frees == (0 if parameters is PRESERVE else 3)
 
 
+@pytest.mark.parametrize("core", [core.Core, PLAIN.Core])
+def test_a_switch_with_an_empty_slot_moves_later_ones_up(core: Any) -> None:
+    """cached_root_find_without_current: the last of the previous slots is empty then, and nothing is evicted next."""
+    rows = [(pack(Op.ENTER), 0)]
+    for word in (1, 2, 3):
+        rows += [(pack(Op.SWITCH), word), (pack(Op.ENTER), 0)]
+    rows += [(pack(Op.SWITCH), 4), (pack(Op.SWITCH), 2), (pack(Op.SWITCH), 4), (pack(Op.ENTER), 0)]
+    words = [Word(number) for number in range(5)]
+    made, vm = run(Stream(ASYNC, words, 1, block_of(rows), Ranges()), core, [64])
+    assert_same(made, vm)
+    assert made.counters.frees == 1
+
+
 @pytest.mark.parametrize("kind", [core.Core, PLAIN.Core])
 def test_split_of_a_gigabyte_takes_up_where_memory_ended(kind: Any) -> None:
     rows = [
