@@ -59,6 +59,7 @@ class ConformanceReport:
     policy: str
     vms: list[VmReport]
     notes: list[str] = field(default_factory=list)
+    policy_by: str = ""  # what decides the policy; empty where it is asked for
 
     @property
     def tallies(self) -> dict[str, MatchTally]:
@@ -108,6 +109,7 @@ def validate(path: Path, policy: str = "", recorded_policy: str = "") -> Conform
     """
     trace = Trace.open(path, recorded_policy)
     meta = trace.metadata
+    policy_by = "" if policy else meta.policy_by
     policy = policy or meta.policy
     kernel = _kernel(path, meta)
     if kernel is None or policy not in POLICIES:
@@ -125,7 +127,7 @@ def validate(path: Path, policy: str = "", recorded_policy: str = "") -> Conform
     cut = _cut(meta)
     vms = [_vm(trace, vm, None if follows else parameters, kernel, cut) for vm in meta.vms]
     blind = shadow_driver.blind(meta) if follows else [kind for kind in unseen if kind in RESPONSES]
-    report = ConformanceReport(path, meta.kernel, policy, vms, _notes(blind, vms))
+    report = ConformanceReport(path, meta.kernel, policy, vms, _notes(blind, vms), policy_by)
     if not report.expected:
         whys = [why for vm in vms for why in (vm.skipped, vm.until) if why]
         raise Problem(f"{path}: cannot be validated: {whys[0] if whys else 'it has no VM'}")

@@ -26,6 +26,7 @@ def to_dict(report: ConformanceReport) -> dict[str, Any]:
         "path": str(report.path),
         "kernel": report.kernel,
         "policy": report.policy,
+        "policy_by": report.policy_by,
         "holds": report.holds,
         "complete": report.complete,
         "responses": report.expected,
@@ -63,7 +64,8 @@ def to_dict(report: ConformanceReport) -> dict[str, Any]:
 def headline(report: ConformanceReport) -> str:
     """The verdict in one line; a share is never rounded up to 100 %, and is one of what is modelled."""
     share = _share(report.matched, report.expected)
-    where = f"{report.path} ({report.kernel}, policy {report.policy})"
+    by = f", by {report.policy_by}" if report.policy_by else ""
+    where = f"{report.path} ({report.kernel}, policy {report.policy}{by})"
     left = f"; {report.left:,} tables and roots left at the end" if report.left else ""
     part = "" if report.complete else " of what could be validated (see the notes)"
     if apart := sum(report.not_modelled.values()):

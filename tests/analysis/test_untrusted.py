@@ -108,7 +108,9 @@ def test_what_the_rows_show_is_the_policy_everywhere(verb: str) -> None:
     assert done.exit_code == 0
     said = squeezed(done.stdout)
     assert "UNTRUSTED" not in said
-    assert {"validate": "policy sync", "info": "sync, by its rows"}.get(verb, "sync roots, by its rows") in said
+    assert {"validate": "policy sync, by its rows", "info": "sync, by its rows"}.get(
+        verb, "sync roots, by its rows"
+    ) in said
 
 
 def test_the_policy_can_be_given_in_every_verb(tmp_path: Path) -> None:

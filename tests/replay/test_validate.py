@@ -148,7 +148,7 @@ def altered(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Path:
     path = CORPUS / "smi-storm-6.1.parquet"
     opened = Trace.open(path)
     opened.metadata = replace(opened.metadata, **changes)
-    monkeypatch.setattr(Trace, "open", classmethod(lambda cls, path: opened))
+    monkeypatch.setattr(Trace, "open", classmethod(lambda cls, path, *given: opened))
     return path
 
 

@@ -116,14 +116,14 @@ def test_the_verdict_names_what_is_not_compared(monkeypatch: pytest.MonkeyPatch)
     trace = Trace.open(CORPUS / "slot-delete-6.1-npt0.parquet")
     for kind in ("root_put", "vm_destroy"):
         unwatched(trace, kind)
-    monkeypatch.setattr(Trace, "open", classmethod(lambda cls, path: trace))
+    monkeypatch.setattr(Trace, "open", classmethod(lambda cls, path, *given: trace))
     report = validate(CORPUS / "slot-delete-6.1-npt0.parquet")
     assert "not observable in this recording, hence not compared: root_put, vm_destroy" in report.notes
 
 
 def test_without_zaps_there_is_nothing_to_validate(monkeypatch: pytest.MonkeyPatch) -> None:
     trace = unwatched(Trace.open(CORPUS / "slot-delete-6.1-npt0.parquet"), "kvm_mmu_prepare_zap_page")
-    monkeypatch.setattr(Trace, "open", classmethod(lambda cls, path: trace))
+    monkeypatch.setattr(Trace, "open", classmethod(lambda cls, path, *given: trace))
     with pytest.raises(Problem, match=r"kvm_mmu_prepare_zap_page not recorded \(CONFIG_KPROBES is off\)"):
         validate(CORPUS / "slot-delete-6.1-npt0.parquet")
 
