@@ -9,6 +9,7 @@ COMPILED = (
     "replay/decode/decoder.py",
     "replay/decode/inferred.py",
     "replay/decode/row_counts.py",
+    "replay/decode/lasting.py",
     "replay/decode/same_rip.py",
     "replay/decode/timeline.py",
     "replay/simulate/core.py",

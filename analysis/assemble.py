@@ -11,12 +11,13 @@ import polars as pl
 
 from analysis import verdict as sentences
 from analysis.gates import Figures, figures_of
-from analysis.queries import by_vm, recorded, replayed
+from analysis.queries import by_vm, exit_times, recorded, replayed
 from analysis.queries.registry import Query
 from analysis.report import Check, Column, Report, ReportTable, Status
 from analysis.sources import Recording, Result, ResultPolicy
 from analysis.trust import loss, trust
 from analysis.units import Unit
+from analysis.unseen import unanswered
 from analysis.validation import Validated
 from replay.run import PROMISED
 from traces import kernels
@@ -26,6 +27,7 @@ from traces.vm_names import VmNames
 
 ROWS: Final = 20  # of a table, in formats with room for them
 _MOST_VMS: Final = 10_000  # in the table of all VMs
+_GUEST_IN_IT: Final = "no entry can be seen: the guest's own time is in it"
 _VMS_TITLE: Final = "VMs, the worst first"
 
 
@@ -35,6 +37,7 @@ def _interval(name: str, title: str, unit: Unit = Unit.COUNT, *, wide: int = 0) 
 
 _POLICY: Final = Column("policy", "policy", Unit.TEXT)
 _VM: Final = Column("vm", "VM", Unit.ID)
+_SYMBOL: Final = Column("symbol", "symbol", Unit.TEXT)
 _PROCESS: Final = Column("process", "process", Unit.TEXT, wide=2)
 _VCPU: Final = Column("vcpu", "vCPU", Unit.ID)
 _SLOT: Final = Column("slot", "slot", Unit.ID)
@@ -154,9 +157,33 @@ _OF_RESULT: Final = (
     _Part(replayed.causes, "Why roots were freed", _CAUSES, first=3),
     _Part(replayed.stalls, "Longest soft-hangs, in virtual time", _STALLS, first=1, least=1),
 )
+_LASTED: Final = (
+    Column("share", "of time", Unit.SHARE),
+    Column("p50_ns", "p50", Unit.NS),
+    Column("p99_ns", "p99", Unit.NS),
+    Column("longest_ns", "longest", Unit.NS),
+)
+_EXITS: Final = (_VM, Column("reason", "reason", Unit.TEXT), Column("exits", "exits"), *_LASTED)
+_RETURNS: Final = (_VM, Column("reason", "reason", Unit.TEXT), Column("returns", "returns"), *_LASTED)
+_IOCTLS: Final = (
+    _VM, Column("ioctl", "ioctl", Unit.TEXT), Column("calls", "calls"), Column("ns", "in all", Unit.NS), *_LASTED[1:],
+)  # fmt: skip
+_RIPS: Final = (
+    _VM, Column("rip", "RIP", Unit.HEX), Column("faults", "faults"),
+    Column("share", "of faults", Unit.SHARE), _FIRST, _LAST,
+)  # fmt: skip
+_CHANGES: Final = (
+    _VM, Column("kind", "event", Unit.TEXT), Column("task", "task", Unit.TEXT), Column("events", "events"),
+    _FIRST, _LAST,
+)  # fmt: skip
 _OF_RECORDING: Final = (
     _Part(recorded.windows, "Worst windows as recorded", _WINDOWS, first=2),
     _Part(recorded.stuck, "Stuck vCPUs", _STUCK, first=2, least=1),
+    _Part(exit_times.exits, "Exits by reason", _EXITS, first=4),
+    _Part(exit_times.user_exits, "Returns to userspace by reason", _RETURNS, first=4, least=1),
+    _Part(exit_times.ioctls, "ioctls", _IOCTLS, first=2, least=1),
+    _Part(exit_times.changes, "What was done to memory and roots", _CHANGES, first=2, least=1),
+    _Part(exit_times.rips, "Guest RIPs by faults", _RIPS, first=2, least=1),
     _Part(recorded.roles, "Root lives as recorded", _ROLES, first=0),
     _Part(recorded.gfns, "Hottest gfns as recorded", _GFNS, first=2),
     _Part(recorded.regions, "Hottest 2 MiB regions as recorded", _REGIONS, first=2),
@@ -183,17 +210,20 @@ def assemble(
         step("rows")
         _read(recording, [*(part.query for part, source in parts if source is recording), *drawn])
     names = VmNames(recording.metadata) if recording is not None and len(recording.metadata.vms) > 1 else None
-    tables, unanswered = [], []
+    tables: list[ReportTable] = []
+    notes = unanswered(recording, (part.query for part, _ in parts)) if recording is not None else []
     for part, source in parts:
+        if part.query.lacking(source):
+            continue
         step(part.query.name)
         try:
-            table = _table(part, source, result, names)
+            table = _table(part, source, recording, result, names)
         except Problem as problem:
-            unanswered.append(str(problem).removeprefix(f"{source.path}: "))
+            notes.append(str(problem).removeprefix(f"{source.path}: "))
             continue
         if len(table.frame) >= part.least:
             tables.append(table)
-    unanswered += recording.notes if recording is not None else []
+    notes += recording.notes if recording is not None else []
     figures = figures_of(recording, result, validation)
     path = recording.path if recording is not None else result.path if result is not None else ""
     return Report(
@@ -201,7 +231,7 @@ def assemble(
         verdict=tuple(map(printable, sentences.verdict(result, recording))),
         trust=tuple(
             (name, printable(text))
-            for name, text in trust(recording, result, validation, tuple(dict.fromkeys((*remarks, *unanswered))))
+            for name, text in trust(recording, result, validation, tuple(dict.fromkeys((*remarks, *notes))))
         ),
         tables=tuple(tables),
         checks=(*gates(figures), *_invariants(result, validation)),
@@ -226,17 +256,35 @@ def _parts(recording: Recording | None, result: Result | None) -> Iterator[tuple
     elif result is not None:
         yield _Part(by_vm.ranking, _VMS_TITLE, _RANKING, first=8, least=2, rows=_MOST_VMS), result
     yield from ((part, result) for part in _OF_RESULT if result is not None)
-    yield from ((part, recording) for part in _OF_RECORDING if recording is not None)
+    for part in _OF_RECORDING:
+        if recording is None:
+            return
+        blind = part.query is exit_times.user_exits and "kvm_entry" not in recording.kinds
+        yield replace(part, note=_GUEST_IN_IT) if blind else part, recording
 
 
-def _table(part: _Part, source: Recording | Result, result: Result | None, names: VmNames | None) -> ReportTable:
+def _table(
+    part: _Part,
+    source: Recording | Result,
+    recording: Recording | None,
+    result: Result | None,
+    names: VmNames | None,
+) -> ReportTable:
     options: dict[str, Any] = {}
     if part.query is recorded.gfns:
         options["top"] = part.rows + 1
     elif part.query is by_vm.overview:
         options["result"] = result
-    frame = part.query(source, **options).head(part.rows + 1).collect(engine="streaming")
+    rows = part.query(source, **options)
+    if recording is not None and recording.window.vcpus and "vcpu" in rows.collect_schema():
+        rows = rows.filter(pl.col("vcpu").is_in(list(recording.window.vcpus)))
+    frame = rows.head(part.rows + 1).collect(engine="streaming")
     columns = part.columns
+    if recording is not None and recording.symbol is not None and "rip" in frame.columns:
+        named = pl.col("rip").map_elements(recording.symbol, pl.String).alias("symbol")
+        frame = frame.with_columns(named)
+        at = next(place for place, column in enumerate(columns) if column.name == "rip") + 1
+        columns = (*columns[:at], _SYMBOL, *columns[at:])
     if names is not None and "vm" in frame.columns and "process" not in frame.columns:
         processes = [names.process(vm) for vm in frame["vm"]]
         frame = frame.with_columns(pl.Series("process", processes, pl.String))
@@ -244,7 +292,7 @@ def _table(part: _Part, source: Recording | Result, result: Result | None, names
         columns = (*columns[:at], _PROCESS, *columns[at:])
     return ReportTable(
         query=part.query.name, title=part.title, columns=columns, frame=frame.head(part.rows), note=part.note,
-        first=part.first, more=len(frame) > part.rows,
+        first=part.first, more=len(frame) > part.rows, kept=part.rows > ROWS,
     )  # fmt: skip
 
 

@@ -96,7 +96,7 @@ def timeline(recording: Recording) -> Picture | None:
     parts = parts.filter(vm=vm)
     vcpus = parts.group_by("vcpu").agg(lost.sum().alias("lost")).sort("lost", "vcpu", descending=[True, False])["vcpu"]
     shown = vcpus.head(_VCPUS).sort().to_list()
-    begin, end = recording.metadata.spans[vm]
+    begin, end = recording.spans[vm]
     parts = parts.filter(pl.col("vcpu").is_in(shown))
     fine = _coarser(parts, begin, -(-recorded_time.PARTS * len(_KINDS) * len(shown) // _POINTS))
     try:
@@ -123,7 +123,7 @@ def timeline(recording: Recording) -> Picture | None:
         rows.append(row.add_params(moving))
     chart = above(*rows)
     omitted = f" {len(vcpus) - len(shown)} more vCPUs lost less time." if len(vcpus) > len(shown) else ""
-    others = len(recording.metadata.spans) - 1
+    others = len(recording.spans) - 1
     omitted += f" {others} more VM{'s' if others > 1 else ''} lost less time to faults and roots." if others else ""
     counted = [f"{len(hangs.filter(vcpu=vcpu))} of vCPU {vcpu}" for vcpu in shown if len(hangs.filter(vcpu=vcpu))]
     told = f" Red bars: soft-hangs as recorded, {', '.join(counted)}" if counted else " No soft-hang as recorded"
@@ -166,7 +166,7 @@ def lives(recording: Recording) -> Picture | None:
         return None
     vm = roots["vm"].value_counts(sort=True)["vm"][0]
     roots = roots.filter(vm=vm)
-    begin, end = recording.metadata.spans[vm]
+    begin, end = recording.spans[vm]
     unit, name = unit_of(end - begin)
     every = -(-len(roots) // _ROOTS)
     fine = roots.gather_every(every).with_columns(
@@ -345,7 +345,7 @@ def heat(recording: Recording) -> Picture | None:
         return None
     vm = fine.group_by("vm").agg(pl.col("installs").sum()).sort("installs", "vm", descending=[True, False])["vm"][0]
     fine = fine.filter(vm=vm)
-    begin, end = recording.metadata.spans[vm]
+    begin, end = recording.spans[vm]
     if len(fine) > _POINTS:
         width = 2 * pl.col("length_ns")
         two = fine.with_columns(time=begin + (pl.col("time") - begin) // width * width, length_ns=width)

@@ -10,13 +10,33 @@ from typing import Annotated
 import typer
 
 from traces import outputs
-from traces.documents import Force, RecordedPolicy
+from traces.documents import Force, RecordedPolicy, Since, Until, Vcpus, Vms
 from traces.errors import VERDICT_FAILED, Problem
 from traces.help_text import examples
 
 app = typer.Typer()
 
 _SOURCES = "Traces, or results of `kvmtrace replay -o`."
+_Symbols = Annotated[
+    Path | None,
+    typer.Option("--symbols", help="Name guest RIPs by this vmlinux, System.map or copy of /proc/kallsyms."),
+]
+_Kaslr = Annotated[
+    str,
+    typer.Option(
+        help="How far the guest's kernel was moved, such as 0x1a000000. [default: found where HLT exits show it]",
+        show_default=False,
+    ),
+]
+
+
+def _offset(text: str) -> int | None:
+    if not text:
+        return None
+    try:
+        return int(text, 16 if text.startswith("0x") else 10)
+    except ValueError:
+        raise Problem(f"--kaslr-offset {text}: give a number, such as 0x1a000000") from None
 
 
 @app.command(
@@ -46,6 +66,12 @@ def report(
         str, typer.Option("--format", help="text, md, mail, html, json or junit. [default: text]", show_default=False)
     ] = "text",
     out: Annotated[Path | None, typer.Option("-o", "--output", help="Write to this file, not to stdout.")] = None,
+    vm: Vms = None,
+    vcpu: Vcpus = None,
+    since: Since = "",
+    until: Until = "",
+    symbols: _Symbols = None,
+    kaslr_offset: _Kaslr = "",
     force: Force = False,
     fail_on: Annotated[
         list[str] | None,
@@ -71,7 +97,9 @@ def report(
     from analysis import gates
     from analysis.formats import drawn, kind, renderer
     from analysis.reporting import Wanted, exit_code, reported
+    from analysis.symbols import load
     from traces.progress import Progress
+    from traces.selection import Selection
 
     render = renderer(format_)
     inputs = [*files, *map(Path, policy or ()), *([baseline] if baseline else [])]
@@ -88,6 +116,9 @@ def report(
         gates=asked,
         baseline=gates.load_baseline(baseline) if baseline else None,
         drawn=drawn(format_),
+        selection=Selection(tuple(vm or ()), tuple(vcpu or ()), since, until),
+        symbols=load(symbols) if symbols else None,
+        kaslr=_offset(kaslr_offset),
     )
     with ExitStack() as stack:
         with Progress("reading") as progress:
@@ -179,21 +210,32 @@ def export(
     ] = False,
     recorded_policy: RecordedPolicy = "",
     out: Annotated[Path | None, typer.Option("-o", "--output", help="Write to this file, not to stdout.")] = None,
+    vm: Vms = None,
+    vcpu: Vcpus = None,
+    since: Since = "",
+    until: Until = "",
+    symbols: _Symbols = None,
+    kaslr_offset: _Kaslr = "",
     force: Force = False,
 ) -> None:
     """Give the rows behind a report's tables, or a recording's course, to other tools."""
     from analysis import exporting
+    from traces.selection import Selection
 
     if bool(csv) + list_ + perfetto != 1:
         raise Problem("export: give one of --csv QUERY, --list and --perfetto")
+    selection = Selection(tuple(vm or ()), tuple(vcpu or ()), since, until)
     if perfetto:
+        if vcpu or since:
+            raise Problem("export --perfetto: --vcpu and --from are for --csv: a course begins with its recording")
         if out is None:
             raise Problem("export --perfetto: say with -o which file to write")
-        exporting.perfetto(file, out, force=force, recorded_policy=recorded_policy)
+        exporting.perfetto(file, out, selection, force=force, recorded_policy=recorded_policy)
     elif list_:
         _write(exporting.listing(file, recorded_policy), out, outputs.QUERIES, [file], force)
     else:
-        exporting.csv(file, csv, out, force=force, recorded_policy=recorded_policy)
+        naming = exporting.Naming(symbols, _offset(kaslr_offset))
+        exporting.csv(file, csv, out, selection, naming, force=force, recorded_policy=recorded_policy)
 
 
 def _write(text: str, out: Path | None, kind: outputs.FileKind, inputs: Sequence[Path], force: bool) -> None:

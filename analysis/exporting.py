@@ -5,13 +5,19 @@ from __future__ import annotations
 import re
 import sys
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
+import polars as pl
+
 from analysis.queries.registry import named, queries
+from analysis.reporting import use_symbols
 from analysis.sources import Recording, open_source
+from analysis.symbols import load
 from traces.errors import Problem
 from traces.outputs import FileKind, Output
 from traces.progress import Progress
+from traces.selection import ALL, Selection
 from traces.text import printable
 
 
@@ -26,11 +32,35 @@ def listing(path: Path, recorded_policy: str = "") -> str:
     return "\n".join(lines) + "\n"
 
 
-def csv(path: Path, name: str, out: Path | None, *, force: bool = False, recorded_policy: str = "") -> None:
+@dataclass(frozen=True)
+class Naming:
+    """The file that names a guest's addresses, and how far its kernel was moved (None: to be found)."""
+
+    symbols: Path | None = None
+    kaslr: int | None = None
+
+
+NONE = Naming()
+
+
+def csv(
+    path: Path,
+    name: str,
+    out: Path | None,
+    selection: Selection = ALL,
+    naming: Naming = NONE,
+    *,
+    force: bool = False,
+    recorded_policy: str = "",
+) -> None:
     """All rows of a query, streamed to a file or to standard output; null is empty."""
     query = named(name)
-    source = open_source(path, recorded_policy)
+    source = open_source(path, recorded_policy, selection)
+    if naming.symbols is not None and isinstance(source, Recording):
+        source.note(use_symbols(source, load(naming.symbols), naming.kaslr))
     rows = query(source)
+    if selection.vcpus and "vcpu" in rows.collect_schema():
+        rows = rows.filter(pl.col("vcpu").is_in(list(selection.vcpus)))
     header = ",".join(rows.collect_schema().names()) + "\n"
     kind = FileKind(f"the rows of query {name}", re.compile(rb"\A" + re.escape(header.encode())))
     with nullcontext() if out is None else Output(out, kind, [path], force=force) as output, Progress(f"query {name}"):
@@ -46,11 +76,13 @@ def csv(path: Path, name: str, out: Path | None, *, force: bool = False, recorde
             print(f"kvmtrace: {path}: {printable(note)}", file=sys.stderr)
 
 
-def perfetto(path: Path, out: Path, *, force: bool = False, recorded_policy: str = "") -> None:
+def perfetto(
+    path: Path, out: Path, selection: Selection = ALL, *, force: bool = False, recorded_policy: str = ""
+) -> None:
     """A recording's course, or a replay's, as a trace for ui.perfetto.dev; remarks on stderr."""
     from analysis.perfetto import export
 
-    source = open_source(path, recorded_policy)
+    source = open_source(path, recorded_policy, selection)
     remarks = export(source, out, force=force)
     for remark in remarks:
         print(f"kvmtrace: {path}: {remark}", file=sys.stderr)

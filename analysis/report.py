@@ -62,6 +62,8 @@ def _exact(value: Any) -> Any:
 class ReportTable:
     """A query's rows. `first`: how many of them a first screen has room for; `more`: there are rows that are not here.
 
+    `kept`: a screen that is too small does without other tables first.
+
     `query` is the query's name: `kvmtrace export FILE --csv QUERY` gives all of its rows and columns.
     """
 
@@ -72,6 +74,7 @@ class ReportTable:
     note: str = ""
     first: int = 4
     more: bool = False
+    kept: bool = False
 
     def texts(self, columns: tuple[Column, ...] | None = None, rows: int | None = None) -> list[list[str]]:
         """The cells as text, row by row."""

@@ -13,12 +13,15 @@ from typing import Final
 
 from analysis.assemble import assemble
 from analysis.gates import Figures, Gate, check
+from analysis.queries.exit_times import halts
 from analysis.queries.registry import Query
 from analysis.report import Check, Report
 from analysis.sources import Recording, Result, open_source
+from analysis.symbols import Symbols
 from analysis.validation import Validated, validated
 from traces.errors import BAD_INPUT, Problem
 from traces.outputs import Unwritable
+from traces.selection import ALL, Selection
 
 UNVALIDATED: Final = "not done: --validate holds the recording against the model (100,000 rows a second)"
 
@@ -34,6 +37,9 @@ class Wanted:
     gates: tuple[Gate, ...] = ()
     baseline: Figures | None = None
     drawn: tuple[Query[Recording], ...] = ()
+    selection: Selection = ALL
+    symbols: Symbols | None = None
+    kaslr: int | None = None  # how far the guest's kernel was moved; None: to be found
 
 
 @contextmanager
@@ -41,19 +47,28 @@ def reported(path: Path, wanted: Wanted, step: Callable[[str], None] = lambda _:
     """The report of one trace or result, while its sources last: a trace's replay is in a file that goes afterwards."""
     with tempfile.TemporaryDirectory(prefix="kvmtrace-") as scratch:
         step(f"reading {path}")
-        source = open_source(path, wanted.recorded_policy)
-        remarks: list[str] = []
+        source = open_source(path, wanted.recorded_policy, wanted.selection)
+        remarks: list[str] = [wanted.selection.remark] if wanted.selection else []
         result: Result | None
         recording: Recording | None
         if isinstance(source, Result):
             if wanted.policies:
                 raise Problem(f"{path}: a result has its policies already: --policy is for traces")
-            result, recording = source, recording_of(source, remarks)
+            result, recording = source, recording_of(source, remarks, wanted.selection)
         else:
             recording = source
+            window = source.window.since is not None
+            if window and (wanted.policies or wanted.gates):
+                raise Problem(f"{path}: --from: a replay counts from its VMs' begin: give no --policy and no --fail-on")
+            if window and wanted.replay:
+                remarks.append("not replayed: of a window that begins later, only what was recorded in it is counted")
             result = (
-                _replayed(source, wanted, Path(scratch) / "result.parquet", remarks, step) if wanted.replay else None
+                _replayed(source, wanted, Path(scratch) / "result.parquet", remarks, step)
+                if wanted.replay and not window
+                else None
             )
+        if recording is not None and wanted.symbols is not None:
+            remarks.append(use_symbols(recording, wanted.symbols, wanted.kaslr))
         asked = wanted.validate or any(gate.column == "fidelity" for gate in wanted.gates)
         step(f"validating {path}")
         validation = _validated(recording) if asked else UNVALIDATED
@@ -67,7 +82,19 @@ def reported(path: Path, wanted: Wanted, step: Callable[[str], None] = lambda _:
         )  # fmt: skip
 
 
-def recording_of(result: Result, remarks: list[str]) -> Recording | None:
+def use_symbols(recording: Recording, symbols: Symbols, kaslr: int | None) -> str:
+    """Name the guest's addresses by these; what is to be said of it."""
+    halted = halts(recording) if kaslr is None and "kvm_exit" in recording.kinds else []
+    moved = symbols.moved(kaslr, halted)
+    recording.symbol = moved.named if moved.offset is not None else None
+    return f"symbols of {symbols.path}: {moved.how}"
+
+
+def recording_of(
+    result: Result,
+    remarks: list[str],
+    selection: Selection = ALL,
+) -> Recording | None:
     """The trace that a result is of, where it is still there and the same; else a remark why not."""
     try:
         recording = Recording.open(result.trace_path)
@@ -78,7 +105,7 @@ def recording_of(result: Result, remarks: list[str]) -> Recording | None:
     if (meta.events, meta.kernel) != (result.trace_events, result.kernel):
         remarks.append(f"without the recording's rows: {result.trace_path} is another recording now")
         return None
-    return recording
+    return Recording.open(result.trace_path, selection=selection) if selection else recording
 
 
 def _replayed(
@@ -120,8 +147,10 @@ def _give_memory_back() -> None:
 def _validated(recording: Recording | None) -> Validated | str:
     if recording is None:
         return "not done: the recording is not at hand"
+    if recording.window.since is not None:
+        return "not done: of a window that begins later there is no validated share"
     try:
-        return validated(recording.path, recording.metadata.policy)
+        return validated(recording.trace, recording.metadata.policy)
     except Problem as problem:
         return f"not possible: {str(problem).removeprefix(f'{recording.path}: ')}"
 

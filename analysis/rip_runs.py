@@ -65,6 +65,15 @@ class _Following:
         return pl.DataFrame(found, schema=SCHEMA)
 
 
+def kind_codes(kind: pl.Series) -> NDArray[np.uint8]:
+    """The code of each row's kind."""
+    numbers = kind.to_physical()
+    codes: NDArray[np.uint8] = _codes(kind.dtype)[
+        (numbers.fill_null(_NO_KIND) if numbers.null_count() else numbers).to_numpy()
+    ]
+    return codes
+
+
 @cache
 def _codes(kinds: pl.DataType) -> NDArray[np.uint8]:
     """The code of each kind by its place in the column's type, which is that of the trace's own version."""

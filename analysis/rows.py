@@ -44,14 +44,39 @@ class Followed(Protocol):
         """Before the first row."""
 
 
-def ask(trace: Trace, questions: Sequence[Question]) -> list[pl.DataFrame]:
+@dataclass(frozen=True)
+class Window:
+    """The rows that count: from `since` on (boot ns; None: from the first), and of these vCPUs (none: of all)."""
+
+    since: int | None = None
+    vcpus: frozenset[int] = frozenset()
+
+    @property
+    def columns(self) -> frozenset[str]:
+        return frozenset({"time"} if self.since is not None else ()) | ({"vcpu", "kind"} if self.vcpus else frozenset())
+
+    def of(self, rows: pl.DataFrame) -> pl.DataFrame:
+        """Those of some rows."""
+        if self.since is not None:
+            rows = rows.filter(pl.col("time") >= self.since)
+        if self.vcpus:  # the end of an ioctl has no vCPU: whose it is, its begin says
+            rows = rows.filter(pl.col("vcpu").is_in(list(self.vcpus)) | (pl.col("kind") == "ioctl_end"))
+        return rows
+
+
+ALL: Final = Window()
+
+
+def ask(trace: Trace, questions: Sequence[Question], window: Window = ALL) -> list[pl.DataFrame]:
     """The answers, after one pass over the rows. Raises Problem where the trace is damaged."""
-    wanted = frozenset({"vm"}).union(*(question.columns for question in questions))
+    wanted = frozenset({"vm"}).union(window.columns, *(question.columns for question in questions))
     names = [name for name in trace.schema.names if name in wanted]
     none = pl.DataFrame(pl.from_arrow(trace.schema.empty_table().select(names)))
     tallies = Tallies([question for question in questions if isinstance(question, Tally)], none)
     counting = {question.name: question.begin() for question in questions if not isinstance(question, Tally)}
-    for rows in _frames(trace, names):
+    for rows in _frames(trace, names, window):
+        if rows.is_empty():
+            continue
         vm = rows["vm"]
         one_vm = vm.null_count() in (0, len(vm)) and vm.min() == vm.max()
         tallies.feed(rows, one_vm)
@@ -61,15 +86,15 @@ def ask(trace: Trace, questions: Sequence[Question]) -> list[pl.DataFrame]:
     return [answers[question.name] for question in questions]
 
 
-def _frames(trace: Trace, names: list[str]) -> Iterator[pl.DataFrame]:
+def _frames(trace: Trace, names: list[str], window: Window) -> Iterator[pl.DataFrame]:
     """The rows, small row groups (of many VMs) taken together."""
     waiting: list[pl.DataFrame] = []
     count = 0
-    for batch in trace.batches(names, size=BATCH_ROWS):
+    for batch in trace.batches(names, size=BATCH_ROWS, since=window.since):
         if waiting and count + batch.num_rows > BATCH_ROWS:
             yield pl.concat(waiting)
             waiting, count = [], 0
-        waiting.append(pl.DataFrame(pl.from_arrow(batch)))
+        waiting.append(window.of(pl.DataFrame(pl.from_arrow(batch))))
         count += batch.num_rows
     if waiting:
         yield pl.concat(waiting)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +26,8 @@ from traces.errors import Problem
 from traces.foreign import check_whole_parquet, of_parquet
 from traces.lazy_rows import lazy_rows
 from traces.reader import Trace
-from traces.text import printable
+from traces.selection import ALL, Selection
+from traces.text import printable, some, vms_text
 
 BATCH_ROWS: Final = 1 << 14
 _MAJOR: Final = 1
@@ -35,22 +38,59 @@ _RUN: Final = tuple(field.name for field in fields(RipRun))
 _TEXTS: Final = tuple(field.name for field in SCHEMA if pa.types.is_dictionary(field.type))
 
 
-class Recording:
-    """A trace, with the kinds of event that it could have seen."""
+# What an entry leads to. A kernel that shows no entry of a guest that ran (KVM in software, PVM) shows none of it.
+_OF_GUESTS: Final = (
+    "kvm_entry", "kvm_exit", "kvm_page_fault", "fast_page_fault", "kvm_mmu_set_spte", "kvm_mmu_spte_requested",
+    "mmu_load", "root_get", "kvm_smm_transition", "kvm_cr", "kvm_mmio", "kvm_pio", "kvm_emulate_insn",
+    "kvm_inj_exception",
+)  # fmt: skip
 
-    def __init__(self, trace: Trace) -> None:
+
+class Recording:
+    """A trace, with the kinds of event that it could have seen.
+
+    `kinds` are those that were watched; `hidden` those that were, and could not be seen of these guests: that there is
+    no such row does not say that there was no such event.
+    """
+
+    def __init__(self, trace: Trace, window: rows.Window = rows.ALL) -> None:
+        """`window`: the rows of the trace that questions are asked of."""
         self.trace = trace
+        self.window = window
         self.path = trace.path
         meta = trace.metadata
         watched = {str(probe.get("kind")) for probe in meta.probes if probe.get("how") != "none"}
-        self.kinds = frozenset(watched | {kind for kind, count in meta.kinds.items() if count})
+        self.hidden = _hidden(trace, watched)
+        self.kinds = frozenset(watched | {kind for kind, count in meta.kinds.items() if count}) - self.hidden
+        self.symbol: Callable[[int], str] | None = None  # the name of a guest's address
         self.notes: list[str] = []  # of queries: what their rows do not have
         self._answers: dict[str, pl.DataFrame] = {}
 
     @classmethod
-    def open(cls, path: Path | str, recorded_policy: str = "") -> Recording:
-        """Raises Problem for what is no sound trace; `recorded_policy` as `Trace.open` takes it."""
-        return cls(Trace.open(path, recorded_policy))
+    def open(cls, path: Path | str, recorded_policy: str = "", selection: Selection = ALL) -> Recording:
+        """A trace, or what is selected of it; raises Problem for what is no sound trace.
+
+        `recorded_policy`: see `Trace.open`.
+        """
+        trace = Trace.open(path, recorded_policy)
+        since, _ = selection.window(trace)
+        return cls(selection.of(trace), rows.Window(since, frozenset(selection.vcpus)))
+
+    @cached_property
+    def span(self) -> tuple[int, int]:
+        """Boot ns of the first and the last row that counts; 0 where there is none."""
+        first, last = self.metadata.span
+        return max(first, self.window.since or first), last
+
+    @cached_property
+    def spans(self) -> dict[int, tuple[int, int]]:
+        """Boot ns of each VM's first and last row that counts."""
+        since = self.window.since
+        return {
+            vm: (max(first, since or first), last)
+            for vm, (first, last) in self.metadata.spans.items()
+            if since is None or last >= since
+        }
 
     @property
     def replayed(self) -> bool:
@@ -68,7 +108,10 @@ class Recording:
 
     def scan(self) -> pl.LazyFrame:
         """Its rows, after each row group was checked."""
-        return self.trace.scan()
+        found = self.trace.scan()
+        if self.window.since is not None:
+            found = found.filter(pl.col("time") >= self.window.since)
+        return found.filter(pl.col("vcpu").is_in(list(self.window.vcpus))) if self.window.vcpus else found
 
     def ask(self, *questions: rows.Question) -> list[pl.DataFrame]:
         """The answers to questions about its rows, in one pass for those that were not asked before.
@@ -77,7 +120,7 @@ class Recording:
         """
         new = {question.name: question for question in questions if question.name not in self._answers}
         if new:
-            self._answers |= dict(zip(new, rows.ask(self.trace, list(new.values())), strict=True))
+            self._answers |= dict(zip(new, rows.ask(self.trace, list(new.values()), self.window), strict=True))
         return [self._answers[question.name] for question in questions]
 
     def note(self, *lines: str) -> None:
@@ -88,9 +131,30 @@ class Recording:
         """Raise Problem unless these kinds of event were watched."""
         lacking = [kind for kind in kinds if kind not in self.kinds]
         if lacking:
-            whys = {str(probe.get("kind")): str(probe.get("why", "")) for probe in self.metadata.probes}
-            why = whys.get(lacking[0]) or "the preset did not ask for it: --events mmu has most, all has every kind"
-            raise Problem(f"{self.path}: {what}: {', '.join(lacking)} not recorded ({why})")
+            if not self.hidden.isdisjoint(lacking):
+                raise Problem(f"{self.path}: {what}: {', '.join(lacking)} not observable: {HIDDEN}")
+            raise Problem(f"{self.path}: {what}: {', '.join(lacking)} not recorded ({self.why_not(lacking[0])})")
+
+    def why_not(self, kind: str) -> str:
+        """Why a kind was not recorded."""
+        whys = {str(probe.get("kind")): str(probe.get("why", "")) for probe in self.metadata.probes}
+        return whys.get(kind) or "the preset did not ask for it: --events mmu has most, all has every kind"
+
+
+HIDDEN: Final = "this kernel shows none of these guests, which did run"
+
+
+def _hidden(trace: Trace, watched: Collection[str]) -> frozenset[str]:
+    """Kinds of which there is no row though a guest ran: KVM_RUN came back for what it did, and not with an error."""
+    counts = trace.metadata.kinds
+    if counts.get("kvm_entry") or counts.get("kvm_exit") or not counts.get("kvm_userspace_exit"):
+        return frozenset()
+    with suppress(Problem):  # of a damaged file each query says so itself
+        for batch in trace.batches(["kind", "ret"]):
+            rows = pl.DataFrame(pl.from_arrow(batch))
+            if ((rows["kind"] == "kvm_userspace_exit") & (rows["ret"] >= 0)).any():
+                return frozenset(kind for kind in _OF_GUESTS if kind in watched and not counts.get(kind))
+    return frozenset()
 
 
 @dataclass(frozen=True)
@@ -163,6 +227,7 @@ class Result:
     def __init__(self, path: Path, document: Mapping[str, Any]) -> None:
         self.path = path
         self.document = document
+        self._only: frozenset[int] = frozenset()  # VMs; none: all
         try:
             self.policies = tuple(_policy(each) for each in _list(document, "policies", dict))
             self.trace_path = Path(_text(_object(document, "trace"), "path"))
@@ -198,6 +263,18 @@ class Result:
                 raise Problem(f"{path}: damaged: there are rows of {what}, of which its metadata says nothing")
         return result
 
+    def selected(self, vms: Collection[int]) -> Result:
+        """The same of these VMs; of all where none is given. Raises Problem for one that is not in it."""
+        if not vms:
+            return self
+        there = set(self.scan().select(pl.col("vm").unique()).collect()["vm"])
+        if unknown := sorted(set(vms) - there):
+            raise Problem(f"{self.path}: no {vms_text(unknown)} in it; there are {some(sorted(there)) or 'none'}")
+        other = copy(self)
+        other._only = frozenset(vms)
+        other.vms = tuple(vm for vm in self.vms if vm.vm in other._only)
+        return other
+
     @property
     def untrusted(self) -> list[str]:
         """What is to be said before all else of a replay that the recording's rows contradict; a line for each VM."""
@@ -225,8 +302,9 @@ class Result:
             if columns is None or field.name in columns
         ]
         stored = [field.name for field in fields if field.name in file.schema_arrow.names]
+        read = list(dict.fromkeys([*stored, *(["vm"] if self._only else [])]))
         try:
-            for batch in file.iter_batches(BATCH_ROWS, columns=stored, use_threads=False):
+            for batch in file.iter_batches(BATCH_ROWS, columns=read, use_threads=False):
                 batch.validate(full=True)
                 arrays = [
                     batch.column(field.name).cast(field.type)
@@ -239,13 +317,16 @@ class Result:
                         raise ValueError(f"`{field.name}` is null in a row")
                     if pa.types.is_signed_integer(field.type) and (pc.min(array).as_py() or 0) < 0:
                         raise ValueError(f"`{field.name}` is below 0 in a row")
-                yield pa.RecordBatch.from_arrays(arrays, schema=pa.schema(fields))
+                found = pa.RecordBatch.from_arrays(arrays, schema=pa.schema(fields))
+                if self._only:
+                    found = found.filter(pc.is_in(batch.column("vm"), pa.array(sorted(self._only), pa.int32())))
+                yield found
         except _ERRORS as error:
             raise _damaged(self.path, error) from None
 
 
-def open_source(path: Path | str, recorded_policy: str = "") -> Recording | Result:
-    """A trace or a result, whichever the file is; Problem where it is neither.
+def open_source(path: Path | str, recorded_policy: str = "", selection: Selection = ALL) -> Recording | Result:
+    """A trace or a result, whichever the file is, or what is selected of it; Problem where it is neither.
 
     `recorded_policy`: see `Trace.open`; a result has its own.
     """
@@ -254,9 +335,11 @@ def open_source(path: Path | str, recorded_policy: str = "") -> Recording | Resu
     if KEY in pairs:
         if recorded_policy:
             raise Problem(f"{path}: a result is of a policy already: --recorded-policy is for traces")
-        return Result.open(path)
+        if selection.vcpus or selection.since or selection.until:
+            raise Problem(f"{path}: a result is of whole VMs: --vcpu, --from and --to are for traces")
+        return Result.open(path).selected(selection.vms)
     if metadata.KEY in pairs:
-        return Recording.open(path, recorded_policy)
+        return Recording.open(path, recorded_policy, selection)
     raise Problem(f"{path}: {_NEITHER}, but {of_parquet(path)}")
 
 

@@ -16,6 +16,7 @@ from traces.untrusted import object_at, text_at
 from traces.wall_clock import wall_text
 
 REPORTED: Final = ("report", f"kvmtrace {version('kvmtrace')}")
+_SAID: Final = ("kvm_entry", "kvm_exit", "kvm_page_fault", "mmu_load", "kvm_mmu_set_spte")  # of what guests hide
 _SHOWN: Final = 3
 _MAIN: Final = ("fault", "switch", "created")  # the costs that make up most of a refill
 
@@ -114,6 +115,8 @@ def _coverage(recording: Recording) -> str:
     parts = [f"preset {meta.raw.get('preset') or 'unknown'}", f"{len(recording.kinds)} kinds of event watched"]
     if unseen:
         parts.append(f"not observable here: {some(unseen)}")
+    if recording.hidden:
+        parts.append(f"nor of these guests: {', '.join(kind for kind in _SAID if kind in recording.hidden)}")
     vms = "1 VM" if len(meta.vms) == 1 else f"{len(meta.vms)} VMs"
     parts.append(f"{before} of {vms} running before" if before else f"{vms} from the start")
     return ", ".join(parts)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from traces.reader import Trace
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,9 @@ class Validated:
         return f"{share}: {self.matched:,} of {self.expected:,} responses matched{part}{left}"
 
 
-def validated(path: Path, policy: str = "") -> Validated:
+def validated(trace: Trace, policy: str = "") -> Validated:
     """Runs `kvmtrace validate` on a trace, event by event (some 100,000 a second); Problem where it cannot be."""
     from replay.validate.compare import validate
 
-    report = validate(path, policy)
+    report = validate(trace, policy)
     return Validated(report.matched, report.expected, report.left, not report.complete)

@@ -9,7 +9,8 @@ import numpy as np
 import polars as pl
 
 from analysis.queries import replayed
-from analysis.sources import Recording, Result
+from analysis.queries.by_vm import overview
+from analysis.sources import HIDDEN, Recording, Result
 from analysis.units import Unit, format_value, span
 from analysis.worst import ranked, stuck_of, subject_of
 from replay.result import SPENT
@@ -18,12 +19,24 @@ from replay.timing.soft_hangs import SoftHang
 from replay.timing.time_text import base_of, compared, stuck_lines
 from replay.timing.timed_run import VcpuTime
 from traces.durations import duration
+from traces.metadata import Metadata
+from traces.text import count
 from traces.vm_names import VmNames
 
 _Ends = dict[str, tuple[VcpuTime, VcpuTime]]
 _STUCK_SHOWN: Final = 2
 _UNTRUSTED_SHOWN: Final = 3
 _UNREAD: Final = np.zeros((0, 2 + len(SPENT)), np.int64)
+# Counted of a recording: kind and noun; the second where exits are not to be seen.
+_SHOWN: Final = (("kvm_exit", "exit"), ("kvm_page_fault", "fault"), ("mmu_load", "root load"))
+_ELSE: Final = (
+    ("kvm_userspace_exit", "KVM_RUN return"),
+    ("ioctl", "ioctl"),
+    ("memslot", "memslot change"),
+    ("kvm_unmap_hva_range", "notifier unmap"),
+    ("kvm_mmu_get_page", "table"),
+    ("kvm_mmu_prepare_zap_page", "zapped table"),
+)
 _BOUNDS: Final = {"exact": 0, "low": 0, "high": 1}
 
 
@@ -37,6 +50,8 @@ def verdict(result: Result | None, recording: Recording | None) -> Iterator[str]
         yield from list(stuck_lines(vm.vm, vm.stuck))[:_STUCK_SHOWN]
     timed = pl.all_horizontal(pl.col("wall_low_ns", "wall_high_ns", *SPENT).is_not_null())
     rows = replayed.vcpus(result).filter(pl.col("wall_ns") > 0, timed).collect(engine="streaming")
+    if recording is not None and recording.window.vcpus:
+        rows = rows.filter(pl.col("vcpu").is_in(list(recording.window.vcpus)))
     subject = subject_of(result)
     if rows.is_empty():
         yield _counted(replayed.policies(result).collect(engine="streaming"))
@@ -115,14 +130,45 @@ def _counted(policies: pl.DataFrame) -> str:
 
 
 def _recorded(recording: Recording | None) -> Iterator[str]:
-    """Of what was recorded alone."""
+    """Of what was recorded alone; what could not be seen is named, and what was lost is no 0."""
     if recording is None:
         return
     meta = recording.metadata
-    counts = [
-        f"{format_value(meta.kinds.get(kind, 0), Unit.COUNT)} {what}"
-        for kind, what in (("kvm_page_fault", "faults"), ("mmu_load", "loads of a root"), ("kvm_exit", "exits"))
-        if kind in recording.kinds
+    first, last = recording.span
+    if recording.window.since is not None or recording.window.vcpus:
+        yield from _of_window(recording)
+        return
+    vms = VmNames(meta).vm(meta.vms[0]["id"]) if len(meta.vms) == 1 else count(len(meta.vms), "VM")
+    parts = [
+        text
+        for kind, what in (_SHOWN if "kvm_exit" in recording.kinds else (*_SHOWN, *_ELSE))
+        if kind in recording.kinds and (text := _count_of(meta, kind, what))
     ]
-    first, last = meta.span
-    yield f"{meta.root_count:,} roots seen{''.join(f', {count}' for count in counts)} in {duration(last - first)}"
+    yield f"{vms} in {duration(last - first)}: {', '.join([count(meta.root_count, 'root') + ' seen', *parts])}"
+    if recording.hidden:
+        names = [what for kind, what in _SHOWN if kind in recording.hidden]
+        yield f"not observable: {', '.join(f'{name}s' for name in names)}: {HIDDEN}"
+    unknown = [f"{what}s" for kind, what in _SHOWN if not meta.kinds.get(kind) and meta.loss.get(kind, {}).get("lost")]
+    if unknown:
+        yield f"not known, for they were lost: {', '.join(unknown)}"
+
+
+def _count_of(meta: Metadata, kind: str, what: str) -> str:
+    """Its number, which is a least one where some were lost; nothing where none is left of those."""
+    number = meta.kinds.get(kind, 0)
+    if not meta.loss.get(kind, {}).get("lost"):
+        return count(number, what)
+    return f"at least {count(number, what)}" if number else ""
+
+
+def _of_window(recording: Recording) -> Iterator[str]:
+    """Of a part of its rows, whose counts the metadata has not: the worst VM in it."""
+    first, last = recording.span
+    worst = overview(recording).collect().row(0, named=True)
+    counts = [
+        count(worst[name], noun)
+        for name, noun in (("exits", "exit"), ("faults", "fault"), ("roots", "root"))
+        if worst[name] is not None
+    ]
+    in_guest = f", {format_value(worst['guest_share'], Unit.SHARE)} in the guest" if worst["guest_share"] else ""
+    yield f"{VmNames(recording.metadata).vm(worst['vm'])} in {duration(last - first)}: {', '.join(counts)}{in_guest}"

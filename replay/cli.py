@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from traces.documents import Force, Json, RecordedPolicy, print_json
+from traces.documents import Force, Json, RecordedPolicy, Until, Vms, print_json
 from traces.errors import VERDICT_FAILED, Problem
 from traces.help_text import examples
 from traces.outputs import RESULT, check
@@ -25,13 +25,18 @@ def validate(
         str, typer.Option(help="Root policy to hold it against. [default: the recorded kernel's]", show_default=False)
     ] = "",
     recorded_policy: RecordedPolicy = "",
+    vm: Vms = None,
+    until: Until = "",
     as_json: Json = False,
 ) -> None:
     """Replay a recording under its own kernel's policy and compare each response of the MMU; exit 1 below 100 %."""
     from replay.validate.compare import validate as compare
     from replay.validate.validate_text import SCHEMA, render, to_dict
+    from traces.reader import Trace
+    from traces.selection import Selection
 
-    report = compare(trace, policy, recorded_policy)
+    selected = Selection(tuple(vm or ()), until=until).of(Trace.open(trace, recorded_policy))
+    report = compare(selected, policy)
     if as_json:
         print_json(to_dict(report), SCHEMA)
     else:
@@ -117,6 +122,8 @@ def replay(
         str, typer.Option(help="Mode: tables kept in a list under a spinlock, or by a counter: time and waits.")
     ] = "",
     recorded_policy: RecordedPolicy = "",
+    vm: Vms = None,
+    until: Until = "",
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -130,6 +137,7 @@ def replay(
     from replay.whatif import smi_rate as rates
     from replay.whatif import smi_rate_text
     from traces.reader import Trace
+    from traces.selection import Selection
 
     if smi not in ("auto", "open", "closed"):
         raise Problem(f"--smi {smi}: give auto, open or closed")
@@ -148,7 +156,8 @@ def replay(
     if out is not None:
         check(out, RESULT, inputs, force=force)
     assumed = plan.refault(refault)
-    shown = capabilities.Capabilities(Trace.open(trace, recorded_policy))
+    selected = Selection(tuple(vm or ()), until=until).of(Trace.open(trace, recorded_policy))
+    shown = capabilities.Capabilities(selected)
     if questions := designs.asked(aging=aging, zap_lock=zap_lock, apicv=apicv, tdp_pages=tdp_pages):
         found = designs.answer(shown, questions)
         checks = [work.check for work, _ in found if work.check is not None]

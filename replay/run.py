@@ -234,7 +234,7 @@ def document(replayed: Replayed) -> dict[str, Any]:
     meta = plan.capabilities.trace.metadata
     return {
         "trace": {
-            "path": str(plan.capabilities.trace.path), "events": meta.events, "kernel": meta.kernel,
+            "path": str(plan.capabilities.trace.path), "events": plan.capabilities.trace.rows, "kernel": meta.kernel,
             "policy": meta.policy,
         },
         "policies": [

@@ -21,6 +21,16 @@ RecordedPolicy = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON (with its schema version) instead of text.")]
+Vms = Annotated[list[int] | None, typer.Option("--vm", help="Only this VM, by its id in the trace; repeatable.", min=1)]
+Vcpus = Annotated[list[int] | None, typer.Option("--vcpu", help="Only this vCPU of each VM; repeatable.", min=0)]
+Since = Annotated[
+    str,
+    typer.Option(
+        "--from", help="Count from then on: a time since the first row, such as 1.5s, or a wall-clock time in UTC.",
+        show_default=False,
+    ),
+]  # fmt: skip
+Until = Annotated[str, typer.Option("--to", help="Count up to then; as --from.", show_default=False)]
 
 
 def print_json(document: dict[str, Any], schema: int = SCHEMA) -> None:

@@ -8,7 +8,8 @@ files (traces/lazy_rows.py).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Final
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -29,7 +31,7 @@ from traces.kernels.policy_rows import COLUMNS, PolicyRow, Watch
 from traces.lazy_rows import lazy_rows
 from traces.metadata import BY_ROWS, BY_TYPES, BY_USER, KEY, Metadata, RowGroup, parse
 from traces.schema import BY_NAME
-from traces.text import printable
+from traces.text import printable, some, vms_text
 from traces.untrusted import object_at
 
 BATCH_ROWS: Final = 1 << 16
@@ -63,9 +65,10 @@ class Trace:
         self.schema: pa.Schema = file.schema_arrow
         self._file = file
         self._verified: set[int] = set()
-        self._groups: dict[int | None, list[int]] = {}  # None: of no VM
-        for index, group in enumerate(metadata.row_groups):
-            self._groups.setdefault(group.vm, []).append(index)
+        self._row_groups = metadata.row_groups  # all of the file's, whatever is selected
+        self._chosen = list(range(len(metadata.row_groups)))
+        self._until: int | None = None
+        self._groups = self._by_vm()
 
     @classmethod
     def open(cls, path: Path | str, recorded_policy: str = "") -> Trace:
@@ -123,6 +126,56 @@ class Trace:
         """Whether a VM was created in the recording, so that all its roots were."""
         return any(each["id"] == vm and each["origin"] == "created" for each in self.metadata.vms)
 
+    def _by_vm(self) -> dict[int | None, list[int]]:
+        groups: dict[int | None, list[int]] = {}  # None: of no VM
+        for index in self._chosen:
+            groups.setdefault(self._row_groups[index].vm, []).append(index)
+        return groups
+
+    def selected(self, vms: Collection[int] | None = None, until: int | None = None) -> Trace:
+        """The same trace with these VMs only (None: all), and with the rows before `until` (boot ns; None: all).
+
+        Row groups of other VMs, and those that begin later, are not read. `metadata` is that of the rows that are left,
+        but for losses and gaps, which may have been any VM's. Raises Problem where nothing is left.
+        """
+        if vms is None and until is None:
+            return self
+        end = until
+        other = copy(self)
+        unknown = sorted(set(vms or ()) - {int(vm["id"]) for vm in self.metadata.vms})
+        if unknown:
+            known = some([vm["id"] for vm in self.metadata.vms]) or "none"
+            raise Problem(f"{self.path}: no {vms_text(unknown)} in it; there are {known}")
+        other._chosen = [
+            index
+            for index in self._chosen
+            if (vms is None or self._row_groups[index].vm in vms)
+            and (end is None or self._row_groups[index].first_time < end)
+        ]
+        other._until = until
+        other._groups = other._by_vm()
+        kinds: Counter[str] = Counter()
+        for batch in other.batches(["kind"]):
+            for each in pc.value_counts(batch.column("kind").cast(pa.string())).to_pylist():
+                kinds[each["values"]] += each["counts"]
+        groups = [self._row_groups[index] for index in other._chosen]
+        other.metadata = replace(
+            self.metadata,
+            vms=tuple(
+                {**vm, "until": None if end is not None and (vm["until"] or 0) >= end else vm["until"]}
+                for vm in self.metadata.vms
+                if (vms is None or vm["id"] in vms) and (end is None or int(vm["id"]) in other._groups)
+            ),
+            row_groups=tuple(
+                group if end is None else replace(group, last_time=min(group.last_time, end - 1)) for group in groups
+            ),
+            kinds=dict(kinds),
+            events=kinds.total(),
+        )
+        if not kinds:
+            raise Problem(f"{self.path}: no row is left of what was selected")
+        return other
+
     def reopened(self) -> Trace:
         """The same trace with a file of its own, so that another thread can read it meanwhile."""
         footer = self._file.metadata
@@ -130,28 +183,46 @@ class Trace:
         other._file = pq.ParquetFile(self.path, metadata=footer, read_dictionary=["kind"], pre_buffer=False)
         return other
 
+    @property
+    def rows(self) -> int:
+        """Rows of the file, whatever is selected of it."""
+        return sum(group.rows for group in self._row_groups)
+
     def counts(self) -> dict[str, int]:
         """Stored rows by kind name."""
         return dict(self.metadata.kinds)
 
     def groups(self, vm: int) -> list[RowGroup]:
         """The row groups of a VM."""
-        return [self.metadata.row_groups[index] for index in self._groups.get(vm, ())]
+        return [self._row_groups[index] for index in self._groups.get(vm, ())]
 
     def batches(
-        self, columns: Sequence[str] | None = None, vm: int | None = None, size: int = BATCH_ROWS
+        self,
+        columns: Sequence[str] | None = None,
+        vm: int | None = None,
+        size: int = BATCH_ROWS,
+        since: int | None = None,
     ) -> Iterator[pa.RecordBatch]:
         """Rows as validated record batches of at most `size` rows, one thread, in file order.
 
         Within one VM, file order is ring order (ascending `seq`). With `vm`, only that VM's rows; rows of no known VM,
         and `gap` rows, are not among them (gaps are in `metadata.gaps`). `columns` in the order wanted; all by default.
+        Row groups that end before `since` (boot ns) are not read; the others are whole.
         """
         names = list(self.schema.names if columns is None else columns)
         unknown = [name for name in names if name not in self.schema.names]
         if unknown:
             raise Problem(f"{self.path}: no column `{unknown[0]}` in this trace")
-        for index in range(len(self.metadata.row_groups)) if vm is None else self._groups.get(vm, ()):
-            yield from self._decode(index, names, size)
+        for index in self._chosen if vm is None else self._groups.get(vm, ()):
+            if since is not None and self._row_groups[index].last_time < since:
+                continue
+            if self._until is None or self._row_groups[index].last_time < self._until:
+                yield from self._decode(index, names, size)
+                continue
+            for batch in self._decode(index, list(dict.fromkeys((*names, "time"))), size):
+                kept = batch.filter(pc.less(batch.column("time"), self._until))
+                if kept.num_rows:
+                    yield kept.select(names)
 
     def scan(self) -> pl.LazyFrame:
         """The whole trace as a polars LazyFrame, decoded and checked by this reader whenever it is collected.
@@ -184,12 +255,12 @@ class Trace:
 
     def verify(self) -> None:
         """Check every row group's bytes against their CRC; a Problem names the first that does not fit."""
-        for index in range(len(self.metadata.row_groups)):
+        for index in self._chosen:
             self._verify(index)
 
     def _decode(self, index: int, names: list[str], size: int) -> Iterator[pa.RecordBatch]:
         self._verify(index)
-        group = self.metadata.row_groups[index]
+        group = self._row_groups[index]
         rows = 0
         try:
             fields = pa.schema([self.schema.field(name) for name in names])
@@ -208,7 +279,7 @@ class Trace:
 
     def _verify(self, index: int) -> None:
         if index not in self._verified:
-            group = self.metadata.row_groups[index]
+            group = self._row_groups[index]
             if crc_of(self.path, group.offset, group.size) != group.crc32:
                 raise Problem(f"{self.path}: damaged: row group {index} does not fit its checksum")
             self._verified.add(index)

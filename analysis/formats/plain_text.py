@@ -30,7 +30,10 @@ def _screen(report: Report, width: int) -> list[str]:
     left_out = [table for table in report.tables if not table.first]
     while tables and len(head) + sum(len(_table(*each, width)) for each in tables) + bool(left_out) > HEIGHT:
         # The last table with rows to spare gives up one; where none has, the last one goes.
-        spare = max((i for i, (table, rows) in enumerate(tables) if min(rows, len(table.frame)) > 1), default=-1)
+        spare = max(
+            (i for i, (table, rows) in enumerate(tables) if min(rows, len(table.frame)) > 1 and not table.kept),
+            default=-1,
+        )
         if spare < 0:
             left_out.insert(0, tables.pop()[0])
         else:

@@ -58,18 +58,26 @@ def overview(recording: Recording, result: Result | None = None) -> pl.LazyFrame
     With the result of its replay also what that found (see the query `ranking`), and in its order; else in order of
     faults. `guest_share` is of all its vCPUs' time, with the switch; null where entries and exits do not alternate.
     """
-    names = VmNames(recording.metadata)
+    meta = recording.metadata
+    names = VmNames(meta)
     facts = []
     for vm in recording.metadata.vms:
         number = int(vm["id"])
-        began, ended = recording.metadata.spans.get(number, (None, None))
+        began, ended = recording.spans.get(number, (None, None))
         length = None if began is None or ended is None else ended - began
         facts.append((number, names.process(number), len({each["id"] for each in vm["vcpus"]}), began, length))
     frame = pl.LazyFrame(facts, schema=_FACTS, orient="row").join(_of_rows(recording), on="vm", how="left")
     # None of a kind that was watched is 0; what was not watched stays null.
     shown = {"entries": "kvm_entry", "exits": "kvm_exit", "faults": "kvm_page_fault", "smis": "kvm_smm_transition"}
     frame = frame.with_columns(
-        pl.col(name).fill_null(0) if kind in recording.kinds else pl.lit(None, pl.Int64).alias(name)
+        # and where some were lost, 0 is not known to be none
+        (
+            pl.when(pl.col(name) > 0).then(name)
+            if kind in meta.loss and meta.lost_of(kind)
+            else pl.col(name).fill_null(0)
+        )
+        if kind in recording.kinds
+        else pl.lit(None, pl.Int64).alias(name)
         for name, kind in shown.items()
     ).with_columns(
         pl.col("roots").fill_null(0),
@@ -90,7 +98,7 @@ def _of_rows(recording: Recording) -> pl.LazyFrame:
     entry, exit_ = pl.col("kind") == "kvm_entry", pl.col("kind") == "kvm_exit"
     # `at` is the sum of times in the window, each counted from its begin.
     crossed = pl.col("at") + pl.col("rows") * pl.col("window") * WINDOW_NS
-    length = recording.metadata.span[1] - recording.metadata.span[0]
+    length = recording.span[1] - recording.span[0]
 
     def rows_of(kind: str, what: str = "rows") -> pl.Expr:
         return pl.when(pl.col("kind") == kind).then(pl.col(what)).otherwise(0).sum()
@@ -104,7 +112,7 @@ def _of_rows(recording: Recording) -> pl.LazyFrame:
     alternate = (pl.col("entries") - pl.col("exits")).abs() <= 1
     spans = {"vm": pl.Int64, "span": pl.Int64}
     of_vms = pl.LazyFrame(
-        [(vm, last - first) for vm, (first, last) in recording.metadata.spans.items()], schema=spans, orient="row"
+        [(vm, last - first) for vm, (first, last) in recording.spans.items()], schema=spans, orient="row"
     )
     by_vm = (
         by_vcpu.with_columns(guest=pl.when(alternate).then(pl.col("crossed") + stays))

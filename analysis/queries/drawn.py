@@ -51,7 +51,16 @@ def vcpu_states(recording: Recording) -> pl.LazyFrame:
             })
         )  # fmt: skip
     schema = {"vm": pl.Int32, "vcpu": pl.Int16, "time": pl.Int64, "length_ns": pl.Int64}
-    return pl.concat([pl.DataFrame(schema=schema | dict.fromkeys(STATES, pl.Int64)), *frames]).lazy()
+    return _counted(
+        recording, pl.concat([pl.DataFrame(schema=schema | dict.fromkeys(STATES, pl.Int64)), *frames]).lazy()
+    )
+
+
+def _counted(recording: Recording, rows: pl.LazyFrame) -> pl.LazyFrame:
+    """Those that begin within what is asked about."""
+    window = recording.window
+    rows = rows if window.since is None else rows.filter(pl.col("time") >= window.since)
+    return rows.filter(pl.col("vcpu").is_in(list(window.vcpus))) if window.vcpus else rows
 
 
 @query(Recording, needs=("kvm_entry", "kvm_exit"))
@@ -87,7 +96,8 @@ def soft_hangs(recording: Recording) -> pl.LazyFrame:
         raise Problem(f"{recording.path}: {notes[0]}")
     recording.note(*notes)
     order = ["length_ns", "vm", "vcpu", "time"]
-    return pl.LazyFrame(found, schema=HANGS).sort(order, descending=[True, False, False, False])
+    hangs = pl.LazyFrame(found, schema=HANGS).sort(order, descending=[True, False, False, False])
+    return _counted(recording, hangs)
 
 
 class Heat:
@@ -101,7 +111,7 @@ class Heat:
 
     def __init__(self, recording: Recording, parts: int, rows: int) -> None:
         self.name = f"heat in {parts} parts and {rows} ranges"
-        self._spans = recording.metadata.spans
+        self._spans = recording.spans
         self._parts, self._rows = parts, rows
 
     def begin(self) -> _Heating:

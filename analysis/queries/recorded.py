@@ -15,6 +15,7 @@ from analysis.queries.registry import query
 from analysis.rip_runs import RipQuestion, runs_of
 from analysis.rows import Question, Tally
 from analysis.sources import Recording
+from analysis.unseen import lost_windows
 from replay.timing.stuck_rip import CERTAIN
 from traces import kernels
 from traces.errors import Problem
@@ -22,6 +23,9 @@ from traces.errors import Problem
 WINDOW_NS: Final = 100_000_000
 REGION_PAGES: Final = 512  # 2 MiB
 _SLOT: Final = {"vm": pl.Int32, "slot": pl.Int32, "gfn": pl.Int64, "pages": pl.Int64}
+_COUNTED: Final = {
+    "exits": "kvm_exit", "faults": "kvm_page_fault", "smis": "kvm_smm_transition", "loads": "mmu_load",
+}  # fmt: skip
 _ENTERING: Final = pl.col("flags") & 1 == 1
 
 
@@ -36,7 +40,7 @@ def _of(count: str, kind: str) -> pl.Expr:
 
 def in_windows(recording: Recording, window_ns: int = WINDOW_NS) -> Tally:
     """Rows that tell of each vCPU's time in windows, by kind; `at` is ns from a window's begin, `last` in boot ns."""
-    since = pl.col("time") - recording.metadata.span[0]
+    since = pl.col("time") - recording.span[0]
     window = since // window_ns
     return Tally(
         f"windows of {window_ns} ns",
@@ -53,10 +57,10 @@ def windows(recording: Recording, window_ns: int = WINDOW_NS) -> pl.LazyFrame:
     """Each vCPU's time in windows of 100 ms, the most faults first: guest time, exits, faults, SMIs, loads of a root.
 
     A window without a row of the vCPU is not there. `guest_ns` is from entries to exits, with the switch; null where
-    these do not alternate (events were lost), as is a count whose kind was not watched. `time` is the window's begin in
-    boot ns, `since_ns` counted from the recording's first row.
+    these do not alternate or were lost, as is a count whose kind was not watched, and one of 0 where events were lost.
+    `time` is the window's begin in boot ns, `since_ns` counted from the recording's first row.
     """
-    first, last = recording.metadata.span
+    first, last = recording.span
     entry, exit_ = _is("kvm_entry"), _is("kvm_exit")
     begin = first + pl.col("window") * window_ns
     length = pl.min_horizontal(pl.lit(window_ns, pl.Int64), last - begin + 1)
@@ -79,6 +83,11 @@ def windows(recording: Recording, window_ns: int = WINDOW_NS) -> pl.LazyFrame:
             loads=_of("rows", "mmu_load"),
         )
         .with_columns(_nulled(recording, faults="kvm_page_fault", smis="kvm_smm_transition", loads="mmu_load"))
+        .with_columns(
+            pl.when((pl.col(name) > 0) | ~_lost(recording, window_ns, kind)).then(name)
+            for name, kind in _COUNTED.items()
+        )
+        .with_columns(pl.when(~_lost(recording, window_ns, "kvm_entry", "kvm_exit")).then("crossed"))
         .with_columns(time=begin, since_ns=begin - first, length_ns=length)
         .with_columns(guest_ns=pl.when(alternate & guest.is_between(0, pl.col("length_ns"))).then(guest))
         .with_columns(guest_share=pl.col("guest_ns") / pl.col("length_ns"))
@@ -87,6 +96,13 @@ def windows(recording: Recording, window_ns: int = WINDOW_NS) -> pl.LazyFrame:
         )
         .sort("faults", "guest_share", "time", "vm", "vcpu", descending=[True, *[False] * 4], nulls_last=True)
     )  # fmt: skip
+
+
+def _lost(recording: Recording, window_ns: int, *kinds: str) -> pl.Expr:
+    """Whether events of these kinds were lost in a window."""
+    return pl.any_horizontal(
+        pl.col("window").is_in(lost_windows(recording, kind, window_ns).tolist()) for kind in kinds
+    )
 
 
 def installs() -> Tally:

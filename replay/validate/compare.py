@@ -102,13 +102,13 @@ class ConformanceReport:
         return self.matched == self.expected and not self.left
 
 
-def validate(path: Path, policy: str = "", recorded_policy: str = "") -> ConformanceReport:
+def validate(recording: Path | Trace, policy: str = "", recorded_policy: str = "") -> ConformanceReport:
     """Replay a recording under its own policy (or `policy`), row by row; `recorded_policy` as `Trace.open` takes it.
 
     Raises Problem where there is nothing that could be validated.
     """
-    trace = Trace.open(path, recorded_policy)
-    meta = trace.metadata
+    trace = recording if isinstance(recording, Trace) else Trace.open(recording, recorded_policy)
+    path, meta = trace.path, trace.metadata
     policy_by = "" if policy else meta.policy_by
     policy = policy or meta.policy
     kernel = _kernel(path, meta)

@@ -10,6 +10,7 @@ COMPILED = (
     "replay.decode.decoder",
     "replay.decode.inferred",
     "replay.decode.row_counts",
+    "replay.decode.lasting",
     "replay.decode.same_rip",
     "replay.decode.timeline",
     "replay.simulate.core",

@@ -1,0 +1,198 @@
+"""How long things took that a row begins and another ends: exits, returns to userspace, ioctls. As histograms.
+
+A duration is counted in its bucket, 64 to a power of two, so that p50 and p99 are right to 1 %, and memory grows with
+what there is to tell apart, not with rows. The longest and the sum are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from analysis.rip_runs import kind_codes
+from replay.decode.lasting import LEADING, Lasting
+from traces.schema import BY_NAME
+
+Ints = NDArray[np.int64]
+_KEYS: Final = {"vm": pl.Int32, "code": pl.UInt64, "ret": pl.Int32}
+_SCHEMA: Final = _KEYS | dict.fromkeys(("bucket", "begun", "spans", "longest", "ns"), pl.Int64)
+_HELD_ROWS: Final = 1 << 18
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """From each row of kind `begins` to the vCPU's next row of `begins` or `ends`; `calls`: to its thread's next.
+
+    It lasted until then if that row is one of `ends` (which may be `begins` itself); of `calls` if it has the same
+    `code`, too. The answer has `vm`, `code`, `ret` (of the row that began; 0 unless `failing`), `bucket` (-1: the end
+    is not known), `begun` (rows), `spans` (those that ended), `ns` and `longest` (ns, of the whole in one row).
+    """
+
+    begins: str
+    ends: tuple[str, ...]
+    failing: bool = False
+    calls: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"latencies of {self.begins} to {', '.join(self.ends)}"
+
+    @property
+    def columns(self) -> frozenset[str]:
+        more = {"seq", "tid"} if self.calls else {"ret"} if self.failing else set()
+        return frozenset({"time", "vcpu", "kind", "code"} | more)
+
+    def begin(self) -> _Following | _Calls:
+        return (_Calls if self.calls else _Following)(self)
+
+
+class _Following:
+    """By vCPU: there are many rows, which a compiled loop goes through, a VM's by itself."""
+
+    def __init__(self, asked: Latencies) -> None:
+        self._asked = asked
+        self._vms: dict[int, Lasting] = {}
+
+    def feed(self, rows: pl.DataFrame, one_vm: bool) -> None:
+        for part in [rows] if one_vm else rows.partition_by("vm", maintain_order=True):
+            vm = part["vm"][0] if len(part) else None
+            if vm is not None:
+                self._feed(vm, part)
+
+    def _feed(self, vm: int, rows: pl.DataFrame) -> None:
+        asked = self._asked
+        if vm not in self._vms:
+            itself = asked.begins in asked.ends
+            (end,) = (BY_NAME[name].code for name in asked.ends if name != asked.begins)
+            self._vms[vm] = Lasting(BY_NAME[asked.begins].code, end, itself)
+        vcpu = rows["vcpu"]
+        self._vms[vm].feed(
+            rows["time"].to_numpy(),
+            (vcpu.fill_null(-1) if vcpu.null_count() else vcpu).to_numpy(),
+            kind_codes(rows["kind"]),
+            rows["code"].to_numpy(),
+            rows["ret"].to_numpy() if asked.failing else None,
+        )
+
+    def answer(self) -> pl.DataFrame:
+        found = [pl.DataFrame(schema=_SCHEMA)]
+        for vm, lasting in self._vms.items():
+            for row in range(lasting.count):
+                begun, ended, ns, longest = lasting.totals[row].tolist()
+                buckets = np.flatnonzero(lasting.buckets[row])
+                counts = lasting.buckets[row][buckets]
+                each = pl.DataFrame({"bucket": buckets, "begun": counts, "spans": counts})
+                # The sum and the longest, which are exact, are of no bucket, as is what did not end.
+                rest = {"bucket": [-1], "begun": [begun - ended], "spans": [0], "longest": [longest], "ns": [ns]}
+                keys = {"vm": vm, "code": int(lasting.codes[row]), "ret": int(lasting.rets[row])}
+                found += [
+                    pl.concat([each, pl.DataFrame(rest)], how="diagonal")
+                    .with_columns(pl.lit(value, _KEYS[name]).alias(name) for name, value in keys.items())
+                    .select(pl.col(name).cast(kind) for name, kind in _SCHEMA.items())
+                ]
+        return pl.concat(found)
+
+
+class _Calls:
+    """By thread: few rows, and the two of an ioctl may be among those of another VM, or of none, which come first."""
+
+    def __init__(self, asked: Latencies) -> None:
+        self._asked = asked
+        self._parts = [pl.DataFrame(schema=_SCHEMA)]
+        self._held: list[pl.DataFrame] = []
+        self._held_rows = 0
+
+    def feed(self, rows: pl.DataFrame, one_vm: bool) -> None:
+        wanted = np.zeros(256, np.bool_)
+        wanted[[BY_NAME[name].code for name in (self._asked.begins, *self._asked.ends)]] = True
+        at = np.flatnonzero(wanted[kind_codes(rows["kind"])])
+        if len(at):
+            self._held.append(rows.select("seq", "time", "vm", "tid", "kind", "code")[at])
+            self._held_rows += len(at)
+            if self._held_rows > _HELD_ROWS:
+                self._pair()
+
+    def answer(self) -> pl.DataFrame:
+        if self._held:
+            self._pair()
+            left = self._held[0].filter(pl.col("kind") == self._asked.begins)
+            self._add_rows(left, np.full(len(left), -1, np.int64))
+            self._held = []
+        self._merge()
+        return self._parts[0]
+
+    def _merge(self) -> None:
+        found = pl.concat(self._parts).group_by(*_KEYS, "bucket")
+        self._parts = [
+            found.agg(pl.col("begun", "spans").sum(), pl.col("longest").max(), pl.col("ns").sum()).select(*_SCHEMA)
+        ]
+
+    def _pair(self) -> None:
+        """Count those of which both rows are here; the others go on waiting."""
+        found = pl.concat(self._held).sort("tid", "seq")
+        begins = (found["kind"] == self._asked.begins).to_numpy()
+        ends = found["kind"].is_in(list(self._asked.ends)).to_numpy()
+        tid, code, time = (found[name].to_numpy() for name in ("tid", "code", "time"))
+        ended = begins.copy()
+        ended[-1:] = False
+        ended[:-1] &= ends[1:] & (tid[1:] == tid[:-1]) & (code[1:] == code[:-1])
+        place = np.flatnonzero(ended)
+        self._add_rows(found[place], np.maximum(time[place + 1] - time[place], 0))
+        self._held = [found[np.flatnonzero(~ended & ~np.append(False, ended[:-1]))]]
+        self._held_rows = len(self._held[0])
+
+    def _add_rows(self, begun: pl.DataFrame, ns: Ints) -> None:
+        """Count calls that lasted so many ns; -1: that is not known."""
+        ended = pl.col("ns") >= 0
+        counted = begun.select("vm", "code", ret=pl.lit(0, pl.Int32)).with_columns(
+            ns=pl.Series(ns), bucket=pl.Series(np.where(ns < 0, -1, bucket_of(np.maximum(ns, 0)))),
+            begun=pl.lit(1, pl.Int64), spans=pl.lit(ns >= 0).cast(pl.Int64), longest=pl.Series(ns),
+        )  # fmt: skip
+        self._parts.append(
+            counted.with_columns(pl.when(ended).then(name) for name in ("longest", "ns")).select(*_SCHEMA)
+        )
+        self._merge()
+
+
+def bucket_of(ns: Ints) -> Ints:
+    """The bucket of durations of 0 ns or more: the number itself up to 127, beyond it its leading seven bits."""
+    _, exponent = np.frexp(ns.astype(np.float64))  # 2**(exponent - 1) <= ns; exact below 2**53 ns, 104 days
+    shift = np.maximum(exponent.astype(np.int64) - 1 - LEADING, 0)
+    return (shift << LEADING) + (ns >> shift)
+
+
+def ns_of(bucket: pl.Expr) -> pl.Expr:
+    """The middle of a bucket, ns."""
+    shift = pl.max_horizontal(bucket // (1 << LEADING) - 1, 0)
+    width = pl.lit(2, pl.Int64).pow(shift).cast(pl.Int64)
+    return (bucket - shift * (1 << LEADING)) * width + (width - 1) // 2
+
+
+def summed(answer: pl.LazyFrame, keys: Sequence[str]) -> pl.LazyFrame:
+    """By `keys`: `begun`, `spans`, `ns`, `p50_ns`, `p99_ns`, `longest_ns`; the last three null where nothing ended."""
+    by_bucket = (
+        answer.group_by(*keys, "bucket")
+        .agg(pl.col("begun", "spans", "ns").sum(), pl.col("longest").max())
+        .sort("bucket")
+    )
+    middle = ns_of(pl.col("bucket"))
+
+    def quantile(share: float) -> pl.Expr:
+        reached = (
+            (pl.col("bucket") >= 0)
+            & (pl.col("spans").sum() > 0)
+            & (pl.col("spans").cum_sum() >= pl.col("spans").sum() * share)
+        )
+        return pl.when(pl.col("spans").sum() > 0).then(
+            pl.min_horizontal(middle.filter(reached).first(), pl.col("longest").max())
+        )
+
+    return by_bucket.group_by(keys, maintain_order=True).agg(
+        pl.col("begun", "spans", "ns").sum(), p50_ns=quantile(0.5), p99_ns=quantile(0.99),
+        longest_ns=pl.when(pl.col("spans").sum() > 0).then(pl.col("longest").max()),
+    )  # fmt: skip

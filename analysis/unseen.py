@@ -1,0 +1,47 @@
+"""What a recording could not see: 0 is never said of it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from analysis.queries.registry import Query
+from analysis.sources import HIDDEN, Recording
+from traces.text import printable
+
+
+def lost_windows(recording: Recording, kind: str, window_ns: int) -> NDArray[np.int64]:
+    """The windows, by number from the recording's first row on, in which events of this kind were lost.
+
+    Of more gaps than the metadata has (16,384) nobody knows where: then it is all windows.
+    """
+    meta = recording.metadata
+    if kind not in meta.loss or not meta.lost_of(kind):
+        return np.empty(0, np.int64)
+    first, last = meta.span
+    if meta.gap_count > len(meta.gaps) or not meta.gaps:
+        return np.arange((last - first) // window_ns + 1)
+    found = [np.empty(0, np.int64)]
+    for gap in meta.gaps:
+        since, until, kinds = (gap.get(key) for key in ("since", "until", "kinds"))
+        if isinstance(since, int) and isinstance(until, int) and isinstance(kinds, list) and kind in kinds:
+            begin, end = max(since, first), min(until, last)
+            found.append(np.arange((begin - first) // window_ns, (end - first) // window_ns + 1))
+    return np.unique(np.concatenate(found))
+
+
+def unanswered(recording: Recording, queries: Iterable[Query[Any]]) -> list[str]:
+    """Why queries have no answer here, one line for each reason."""
+    found: dict[str, dict[str, None]] = defaultdict(dict)
+    names: dict[str, list[str]] = defaultdict(list)
+    for query in queries:
+        if lacking := query.lacking(recording):
+            hidden = not recording.hidden.isdisjoint(lacking)
+            why = f"not observable: {HIDDEN}" if hidden else f"not recorded ({recording.why_not(lacking[0])})"
+            found[why] |= dict.fromkeys(lacking)
+            names[why].append(query.name)
+    return [printable(f"{', '.join(kinds)} {why}: no {', '.join(names[why])}") for why, kinds in found.items()]

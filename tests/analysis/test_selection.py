@@ -1,0 +1,149 @@
+"""Only some VMs, vCPUs or a window of time: the same rows as of the whole, counted where they are asked for."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import polars as pl
+import pytest
+from typer.testing import CliRunner, Result
+
+import kvmtrace
+from analysis.queries import exit_times as exits
+from analysis.queries import recorded
+from analysis.reporting import Wanted, reported
+from analysis.sources import Recording
+from analysis.sources import Result as Replayed
+from tests.analysis.sources import CORPUS, result_of
+from traces.errors import Problem
+from traces.reader import Trace
+from traces.selection import Selection
+
+FIELD = Path(__file__).parents[1] / "recordings" / "field-6.1.parquet"
+SMP = CORPUS / "smi-both-6.1.parquet"
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(kvmtrace.app, [str(argument) for argument in arguments])
+
+
+def rows(path: Path) -> pl.DataFrame:
+    return Recording.open(path).scan().collect()
+
+
+def test_a_vm_is_what_the_whole_says_of_it() -> None:
+    whole, only = Recording.open(FIELD), Recording.open(FIELD, selection=Selection(vms=(4,)))
+    assert [vm["id"] for vm in only.metadata.vms] == [4]
+    mine = rows(FIELD).filter(vm=4)
+    assert only.metadata.events == len(mine)
+    assert only.metadata.kinds == dict(mine["kind"].cast(pl.String).value_counts().rows())
+    for query in (recorded.windows, recorded.gfns, recorded.unserved, exits.exits, exits.user_exits, exits.rips):
+        one, other = query(whole).filter(pl.col("vm") == 4).collect(), query(only).collect()
+        if query is recorded.windows:  # which begin with the first row that counts
+            one, other = (each.select(pl.col("exits", "faults").sum()) for each in (one, other))
+        assert one.equals(other), query.name
+
+
+def test_a_window_counts_what_is_in_it() -> None:
+    first, last = Trace.open(FIELD).metadata.span
+    seconds = (last - first) / 1e9
+    since, until = first + round(0.3 * seconds * 1e9), first + round(0.6 * seconds * 1e9)
+    selection = Selection(since=f"{(since - first)}ns", until=f"{until - first}ns")
+    recording = Recording.open(FIELD, selection=selection)
+    inside = rows(FIELD).filter(pl.col("time") >= since, pl.col("time") < until)
+    counted = recorded.windows(recording).collect()
+    on_vcpu = inside.filter(pl.col("vcpu").is_not_null())
+    assert counted["faults"].sum() == len(on_vcpu.filter(kind="kvm_page_fault"))
+    assert counted["exits"].sum() == len(on_vcpu.filter(kind="kvm_exit"))
+    assert exits.exits(recording).collect()["exits"].sum() == len(on_vcpu.filter(kind="kvm_exit"))
+    assert recorded.gfns(recording).collect()["installs"].sum() == len(inside.filter(kind="kvm_mmu_set_spte"))
+    assert recording.scan().collect().height == len(inside)
+
+
+def test_a_vcpu_is_its_own_rows() -> None:
+    recording = Recording.open(SMP, selection=Selection(vcpus=(1,)))
+    mine = rows(SMP).filter(vcpu=1)
+    assert exits.exits(recording).collect()["exits"].sum() == len(mine.filter(kind="kvm_exit"))
+    assert set(recorded.windows(recording).collect()["vcpu"]) == {1}
+    calls = exits.ioctls(recording).collect()
+    assert calls["calls"].sum() == len(mine.filter(kind="ioctl"))
+    assert calls["longest_ns"].null_count() == 0
+    with reported(SMP, Wanted(selection=Selection(vcpus=(1,)))) as report:
+        assert "vCPU 1" in report.verdict[0]
+        assert "policies and roots are of all its vCPUs" in dict(report.trust)["note"]
+
+
+def test_a_replay_up_to_a_moment_is_that_of_the_rows_before_it() -> None:
+    done = run("replay", FIELD, "--vm", 4, "--to", "13s", "--no-time", "--json")
+    assert done.exit_code == 0, done.exception
+    first, _ = Trace.open(FIELD).metadata.span
+    mine = rows(FIELD).filter(pl.col("vm") == 4, pl.col("time") < first + 13 * 10**9)
+    assert f'"faults": {len(mine.filter(kind="kvm_mmu_spte_requested"))}' in done.stdout
+    assert '"vm": 4' in done.stdout
+    assert '"vm": 25' not in done.stdout
+
+
+def test_a_window_that_begins_later_is_not_replayed_and_says_so() -> None:
+    with reported(FIELD, Wanted(selection=Selection(vms=(4,), since="12s"))) as report:
+        notes = [text for name, text in report.trust if name == "note"]
+        assert any(note.startswith("not replayed: of a window that begins later") for note in notes)
+        assert any("only of VM 4, from 12s" in note for note in notes)
+        assert report.verdict[0].startswith("VM 4 (fieldvm 110) in ")
+    with (
+        pytest.raises(Problem, match="give no --policy"),
+        reported(FIELD, Wanted(policies=("async",), selection=Selection(since="1s"))),
+    ):
+        pass
+
+
+def test_row_groups_of_others_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = Trace.open(FIELD)
+    read: list[int] = []
+    decode = Trace._decode
+    monkeypatch.setattr(
+        Trace, "_decode", lambda self, index, *rest: (read.append(index), decode(self, index, *rest))[1]
+    )
+    chosen = trace.selected([4])
+    assert {trace.metadata.row_groups[index].vm for index in read} == {4}
+    read.clear()
+    _, last = trace.metadata.span
+    assert not list(chosen.batches(["time"], since=last + 1))
+    late = trace.metadata.spans[26][0]
+    list(trace.selected(until=late).batches(["time"]))
+    assert 26 not in {trace.metadata.row_groups[index].vm for index in read}
+
+
+def test_export_takes_them_all() -> None:
+    done = run("export", FIELD, "--csv", "windows", "--vm", 4, "--vm", 25, "--from", "01:12:00")
+    assert done.exit_code == 0, done.exception
+    assert {row["vm"] for row in csv.DictReader(io.StringIO(done.stdout))} == {"4", "25"}
+
+
+def test_a_result_has_its_vms(tmp_path: Path) -> None:
+    path = result_of(FIELD, tmp_path).path
+    only = Replayed.open(path).selected((4,))
+    assert set(only.scan().collect()["vm"]) == {4}
+    with reported(path, Wanted(selection=Selection(vms=(4,)))) as report:
+        assert report.verdict[0].startswith("vCPU 0 of VM 4 ")
+    done = run("report", path, "--from", "1s")
+    assert "--from and --to are for traces" in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--vm", 99), "no VM 99 in it; there are 1, 2, 3, and 23 more"),
+        (("--from", "1h"), "the recording ends 34"),
+        (("--to", "0"), "nothing of the recording is before it"),
+        (("--from", "2s", "--to", "1s"), "nothing of the recording is before it"),
+        (("--from", "then"), "give a time since"),
+    ],
+)
+def test_what_is_not_there_is_one_line(options: tuple[object, ...], said: str) -> None:
+    for verb in (("report", FIELD, "--no-replay"), ("export", FIELD, "--csv", "windows")):
+        done = run(*verb, *options)
+        assert isinstance(done.exception, Problem)
+        assert said in str(done.exception)
+        assert done.exception.code == 2

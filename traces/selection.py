@@ -1,0 +1,60 @@
+"""Which part of a recording is asked about: VMs, vCPUs, a window of time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from traces.errors import Problem
+from traces.wall_clock import moment
+
+if TYPE_CHECKING:
+    from traces.reader import Trace
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What options ask for; moments are text until there is a recording to read them by."""
+
+    vms: Sequence[int] = ()
+    vcpus: Sequence[int] = ()
+    since: str = ""
+    until: str = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.vms or self.vcpus or self.since or self.until)
+
+    @property
+    def text(self) -> str:
+        """As a report states it; empty where it is all."""
+        parts = [f"VM {vm}" for vm in self.vms] + [f"vCPU {vcpu}" for vcpu in self.vcpus]
+        parts += [f"from {self.since}"] if self.since else []
+        return ", ".join(parts + ([f"to {self.until}"] if self.until else []))
+
+    @property
+    def remark(self) -> str:
+        """What a report says of it."""
+        of_all = "policies and roots are of all its vCPUs; " if self.vcpus else ""
+        return f"only of {self.text}; {of_all}losses are those of the whole recording"
+
+    def window(self, trace: Trace) -> tuple[int | None, int | None]:
+        """Boot ns of `since` and `until`; a Problem where it holds no time of the recording."""
+        first, last = trace.metadata.span
+        since = moment(trace.metadata, self.since, "--from") if self.since else None
+        until = moment(trace.metadata, self.until, "--to") if self.until else None
+        if since is not None and since > last:
+            raise Problem(
+                f"{trace.path}: --from {self.since}: the recording ends {(last - first) / 1e9:.6f} s after its begin"
+            )
+        if until is not None and until <= max(first, since or first):
+            raise Problem(f"{trace.path}: --to {self.until}: nothing of the recording is before it")
+        return since, until
+
+    def of(self, trace: Trace) -> Trace:
+        """The trace with these VMs, up to `until`; with the rows before `since`, for the state that they lead to."""
+        _, until = self.window(trace)
+        return trace.selected(self.vms or None, until)
+
+
+ALL = Selection()
