@@ -11,6 +11,7 @@ from typing import Any, Final
 from replay.validate import expect, shadow_driver
 from replay.validate.direct_shadow import ShadowSteps
 from replay.validate.kernel_steps import KernelSteps
+from replay.validate.misbooked import notifiers_of_others
 from replay.validate.row_tuples import RowTuple, rows_of
 from replay.validate.tdp_driver import ConformanceCheck
 from replay.validate.threads import RESPONSES, Divergence, MatchTally
@@ -127,7 +128,8 @@ def validate(recording: Path | Trace, policy: str = "", recorded_policy: str = "
     cut = _cut(meta)
     vms = [_vm(trace, vm, None if follows else parameters, kernel, cut) for vm in meta.vms]
     blind = shadow_driver.blind(meta) if follows else [kind for kind in unseen if kind in RESPONSES]
-    report = ConformanceReport(path, meta.kernel, policy, vms, _notes(blind, vms), policy_by)
+    notes = [*_notes(blind, vms), *_misbooked(trace, vms)]
+    report = ConformanceReport(path, meta.kernel, policy, vms, notes, policy_by)
     if not report.expected:
         whys = [why for vm in vms for why in (vm.skipped, vm.until) if why]
         raise Problem(f"{path}: cannot be validated: {whys[0] if whys else 'it has no VM'}")
@@ -242,6 +244,17 @@ def _unseen(meta: Metadata) -> dict[str, str]:
         for probe in meta.probes
         if probe.get("how") == "none" and probe.get("kind") not in meta.kinds
     }
+
+
+def _misbooked(trace: Trace, vms: list[VmReport]) -> Iterator[str]:
+    """Of processes with several VMs, one of which differs from the model: whether rows are another VM's."""
+    differing = {vm.vm for vm in vms if vm.first is not None}
+    by_process: dict[int, list[int]] = {}
+    for vm in trace.metadata.vms:
+        by_process.setdefault(int(vm.get("pid") or 0), []).append(int(vm["id"]))
+    for process, numbers in by_process.items():
+        if process and len(numbers) > 1 and differing & set(numbers):
+            yield from notifiers_of_others({number: rows_of(trace, number) for number in numbers})
 
 
 def _notes(blind: Iterable[str], vms: list[VmReport]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import replace
+from errno import EBUSY
 
 from replay.simulate import page_table
 from replay.simulate.page_table import Table
@@ -169,9 +170,17 @@ class FaultSteps(Zaps):
                 table = child
                 continue
             yield None
+            split: dict[str, object] = {"level": table.level, "gfn": table.gfn_of(at)}
+            if isinstance(below, int):
+                split["old"] = expect.leaf(below, self.kernel)
             if table.entries.get(at) is not below:
+                if isinstance(below, int):
+                    yield Expect("kvm_mmu_split_huge_page", {**split, "ret": -EBUSY})
                 return None  # another vCPU linked its own table first: RETRY
             yield from self.link(root, table, at, child, may_stop=self.contended(fault, table, at))
+            if isinstance(below, int):
+                yield None
+                yield Expect("kvm_mmu_split_huge_page", {**split, "ret": 0})
             raced = yield from self._wait(fault)
             table = child
         return table, raced
@@ -220,7 +229,9 @@ class FaultSteps(Zaps):
             size = page_table.span(child.level)
             for i in range(page_table.ENTRIES):
                 piece = whole + (i * size << 12)
-                child.entries[i] = piece if child.level > 1 else piece & ~LARGE
+                if child.level == 1:
+                    piece = (self.made_executable(piece) if self.nx_huge_pages else piece) & ~LARGE
+                child.entries[i] = piece
         yield replace(self.change(root, table, at, expect.to_table(child.frame, self.kernel)), may_stop=may_stop)
         table.entries[at] = child
         if self.kernel.get_page_twice:

@@ -17,6 +17,7 @@ _NOTIFIERS: Final = ("kvm_unmap_hva_range", "kvm_set_spte_hva", "kvm_age_hva", "
 _GET_DIRTY_LOG: Final = 0x4010AE42
 _LOG_ANEW: Final = (0xC018AEC0, 0xAEC7)  # KVM_CLEAR_DIRTY_LOG, KVM_RESET_DIRTY_RINGS
 _LOGS_ANEW: Final = ("root_put", "kvm_mmu_get_page", "kvm_tdp_mmu_spte_changed")
+_RECOVERS: Final = ("kvm_tdp_mmu_spte_changed", "kvm_mmu_prepare_zap_page")
 _ENABLE_CAP: Final = 0x4068AEA3
 # A load's first sign: a root passed over in the search (6.9), one built, one found.
 _LOADING: Final = ("root_put", "kvm_mmu_get_page", "root_get", "mmu_load")
@@ -64,10 +65,13 @@ class ConformanceCheck(VmCheck):
             if machine.capable and machine.initially_set is None:  # only then a root's references tell of the pages
                 machine.initially_set = row.kind != "kvm_tdp_mmu_spte_changed"
             return machine.log_anew()
+        alone = thread.responds_only and machine.parameters.mmu != "shadow"
+        if alone and row.kind in _RECOVERS and row.gfn is not None and machine.nx_huge_pages is not False:
+            level = row.level + (row.kind == "kvm_mmu_prepare_zap_page")  # of the entry that goes
+            as_id = bool(row.role & machine.smm_bit) if level > row.level else row.as_id
+            return machine.recover(as_id, level, row.gfn)
         if row.kind == "kvm_tdp_mmu_spte_changed" and self.nested.entered and row.gfn is not None:
             return machine.track(row.as_id, row.gfn) if not thread.ioctl else None
-        if row.kind == "kvm_tdp_mmu_spte_changed" and thread.vcpu is None and not thread.ioctl and row.gfn is not None:
-            return machine.recover(row.as_id, row.level, row.gfn) if machine.nx_huge_pages is not False else None
         if row.kind in _LOADING and thread.vcpu is not None:
             vcpu = self._vcpu(thread.vcpu)
             return machine.load(vcpu) if vcpu.slots[CURRENT] is None else None
@@ -93,6 +97,7 @@ class ConformanceCheck(VmCheck):
 
     def _happen(self, thread: Thread, row: RowTuple) -> None:
         machine = self.machine
+        thread.responds_only = False
         if row.kind in _NOTIFIERS:  # they may interrupt a fault of the same thread
             start, end = row.addr, row.value
             if row.kind == "kvm_unmap_hva_range":

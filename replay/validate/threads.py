@@ -80,6 +80,7 @@ class Thread:
     obsolete: bool = False  # in kvm_mmu_free_obsolete_roots
     unloads: int | None = None  # in kvm_mmu_unload of this vCPU, which need not be the thread's own
     ioctl: int = 0
+    responds_only: bool = True  # as a kernel's worker, of which no other row is seen
 
 
 class VmCheck(ABC):

@@ -83,6 +83,10 @@ class State:
         """Whether the guest may execute what a leaf maps."""
         return bool(word & 1 << 2) if self.kernel.vendor.paging == "ept" else not word >> 63
 
+    def made_executable(self, word: int) -> int:
+        """A leaf that the guest may execute."""
+        return word | 1 << 2 if self.kernel.vendor.paging == "ept" else word & ~(1 << 63)
+
     @property
     def guest_bits(self) -> int:
         return self.wp_bit | self.nx_bit

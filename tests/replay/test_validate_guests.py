@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from replay.validate.compare import ConformanceReport, VmReport
+from replay.validate.misbooked import notifiers_of_others
 from replay.validate.row_tuples import RowTuple
 from replay.validate.threads import RESPONSES, MatchTally
 from replay.validate.validate_text import headline, to_dict
@@ -329,6 +330,34 @@ def recovery_of_nx_huge_pages() -> KernelRows:
     return made
 
 
+def a_huge_page_that_a_fetch_splits() -> KernelRows:
+    """From 6.3 on in place; of two vCPUs that would, one links its table, and the other's event has an error."""
+    made = KernelRows(NEW)
+    made.slot(GFN, PAGES)
+    made.load()
+    made.load(1, refs=3, created=False)
+    huge, place = 1 << 63 | 0x800 << 12 | 0xEE7, {"root": 1, "level": 2, "gfn": GFN}
+    made.requested(0, GFN, 0x800, level=2)
+    made.tables(0, GFN, level=2)
+    table = made.rows[-2].table
+    made.of(0, "kvm_tdp_mmu_spte_changed", old=made.absent, new=huge, **place)
+    made.of(0, "kvm_mmu_set_spte", new=huge, table=table, **place)
+    made.of(0, "kvm_entry")
+    made.requested(0, GFN + 1, 0x801, code=0x15)
+    child = made.table(0, GFN, 1)
+    made.requested(1, GFN + 2, 0x802, code=0x15)
+    made.table(1, GFN, 1)
+    made.link(0, GFN, 1, child, old=huge)
+    made.of(0, "kvm_mmu_split_huge_page", GFN, level=2, old=huge)
+    made.of(0, "kvm_mmu_set_spte", GFN + 1, root=1, level=1, new=0x801 << 12 | LEAF, table=child)
+    made.of(0, "kvm_entry")
+    made.of(1, "kvm_mmu_split_huge_page", GFN, level=2, old=huge, ret=-16)
+    made.of(1, "kvm_entry")
+    made.leaves = {GFN + page: (0x800 + page) << 12 | LEAF for page in range(512)}
+    made.unmapped(GFN, PAGES, refs=4)
+    return made
+
+
 SCRIPTS: tuple[Callable[[], KernelRows], ...] = (
     a_notifier_before_the_first_root,
     a_notifier_that_waited_for_a_fault,
@@ -345,6 +374,7 @@ SCRIPTS: tuple[Callable[[], KernelRows], ...] = (
     a_nested_guest_without_nested_paging,
     a_nested_guest_with_nested_paging,
     recovery_of_nx_huge_pages,
+    a_huge_page_that_a_fetch_splits,
 )
 # Columns of which any other value is wrong.
 TELLING = {
@@ -354,7 +384,7 @@ TELLING = {
     "kvm_tdp_mmu_spte_changed": ("gfn", "level", "as_id", "old"),
     "kvm_mmu_set_spte": ("gfn", "level", "new"),
     "kvm_mmu_spte_requested": ("gfn",),
-    "kvm_mmu_split_huge_page": ("gfn", "old"),
+    "kvm_mmu_split_huge_page": ("gfn", "old", "ret"),
     "fast_page_fault": ("old", "new", "ret"),
     "mark_mmio_spte": ("gfn",),
     "root_get": ("role", "refs"),
@@ -434,6 +464,17 @@ def test_the_first_line_names_what_is_not_modelled() -> None:
     assert document["not_modelled"] == {"responses": 200, "vms": [3], "kinds": {"kvm_mmu_set_spte": 200}}
     nested.tallies["root_put"].mismatched += 1
     assert headline(report).startswith("99.90 % of 1,001 modelled; 200 rows")
+
+
+def test_a_notifier_booked_to_the_wrong_vm_of_two_is_named() -> None:
+    both, none, alone = guest(), guest(), guest()
+    for _ in range(2):
+        both.unmap(GFN, PAGES)
+    alone.unmap(GFN, PAGES)
+    (told,) = notifiers_of_others({3: both.rows, 4: none.rows})
+    assert told.startswith("VM 3 has 1 notifiers of its process more than once which VM 4 has not: rows of VM 4")
+    assert notifiers_of_others({3: both.rows, 4: alone.rows}) == []  # each has it: one was asked twice
+    assert notifiers_of_others({3: alone.rows, 4: none.rows}) == []
 
 
 # What is in none of the sets.
