@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import altair as alt
@@ -23,6 +24,7 @@ from traces.errors import Problem
 
 _POINTS: Final = 4000  # of one chart
 _VCPUS: Final = 8
+VMS: Final = 8  # of which pictures are made
 _ROOTS: Final = 600
 _PARTS: Final = 16  # of the time, in the text alternative
 _MINUTE: Final = 60 * 10**9
@@ -44,7 +46,7 @@ OF_ROWS: Final = (recorded.lives, drawn.fills, drawn.heat)  # what is asked of a
 class Picture:
     """A chart with the text that stands for it: `about` in words, `frame` in figures, from query `query`.
 
-    `broad`: worth the whole width of a page.
+    `broad`: worth the whole width of a page. `vm`: whose it is, None: of all.
     """
 
     query: str
@@ -55,6 +57,7 @@ class Picture:
     frame: pl.DataFrame
     columns: tuple[Column, ...]
     broad: bool = False
+    vm: int | None = None
 
 
 def pictures(report: Report) -> tuple[list[Picture], list[str]]:
@@ -64,7 +67,8 @@ def pictures(report: Report) -> tuple[list[Picture], list[str]]:
         try:
             picture = make()
         except Problem as problem:
-            lacking.append(str(problem))
+            if str(problem) not in lacking:
+                lacking.append(str(problem))
             continue
         if picture is not None:
             drawn_.append(picture)
@@ -73,27 +77,83 @@ def pictures(report: Report) -> tuple[list[Picture], list[str]]:
 
 def _makers(report: Report) -> Iterator[Callable[[], Picture | None]]:
     recording, result = report.recording, report.result
+    vms = drawn_vms(report)
     if recording is not None:
-        yield lambda: timeline(recording)
-        yield lambda: lives(recording)
+        for vm in vms:
+            yield partial(timeline, recording, vm)
+            yield partial(every_vcpu, recording, vm)
+            yield partial(lives, recording, vm)
     if result is not None and result.timed:
-        yield lambda: shares(result)
+        yield from (partial(shares, result, vm) for vm in vms or (None,))
     if result is not None:
         yield lambda: refills(result)
     elif recording is not None:
         yield lambda: fills(recording)
     if recording is not None:
-        yield lambda: heat(recording)
+        for vm in vms:
+            yield partial(heat, recording, vm)
 
 
-def timeline(recording: Recording) -> Picture | None:
-    """What each vCPU of the busiest VM did over its time, with soft-hangs above."""
-    parts = drawn.vcpu_states(recording).collect()
+def drawn_vms(report: Report) -> list[int]:
+    """The VMs that pictures are made of: the worst ones, in the order of the report's table of VMs."""
+    if report.recording is None:
+        return []
+    order = next((table.frame["vm"].to_list() for table in report.tables if table.query == "overview"), None)
+    if order is None:
+        order = [int(vm["id"]) for vm in report.recording.metadata.vms]
+    return [vm for vm in order if vm in report.recording.spans][:VMS]
+
+
+def _states(recording: Recording, vm: int) -> pl.DataFrame:
+    return drawn.vcpu_states(recording).filter(pl.col("vm") == vm).collect()
+
+
+def every_vcpu(recording: Recording, vm: int) -> Picture | None:
+    """A row a vCPU, where there are more than strips have room for: how much of its time went to faults and roots."""
+    parts = _states(recording, vm)
+    vcpus = parts["vcpu"].n_unique()
+    if vcpus <= _VCPUS:
+        return None
+    begin, end = recording.spans[vm]
+    fine = _coarser(parts, begin, -(-recorded_time.PARTS * vcpus // _POINTS))
+    unit, name = unit_of(end - begin)
+    lost = pl.sum_horizontal("fault_ns", *_KINDS["roots"])
+    cells = fine.select(
+        "vcpu", x=(pl.col("time") - begin) / unit, x2=(pl.col("time") - begin + pl.col("length_ns")) / unit,
+        lost=lost / pl.col("length_ns"),
+    )  # fmt: skip
+    chart = (
+        alt.Chart(cells)
+        .mark_rect()
+        .encode(
+            x=time_axis("x", name, (end - begin) / unit), x2="x2:Q",
+            y=alt.Y("vcpu:O", title="vCPU", axis=axis(labelOverlap=True)),
+            color=alt.Color("lost:Q", title="on faults and roots", scale=alt.Scale(domainMin=0),
+                            legend=alt.Legend(orient="top", gradientLength=140, format="%")),
+            tooltip=[alt.Tooltip("vcpu:O", title="vCPU"), tip("x", name), alt.Tooltip("lost:Q", format=".1%")],
+        )
+        .properties(width="container", height=min(400, 8 * vcpus))
+        .add_params(zoom("every_vcpu"))
+    )  # fmt: skip
+    whole = parts.group_by("vcpu").agg(lost.sum().alias("lost"), pl.col("guest_ns").sum()).sort(
+        "lost", "vcpu", descending=[True, False]
+    )  # fmt: skip
+    return Picture(
+        "vcpu_states", recording, f"All {vcpus} vCPUs of VM {vm}",
+        "A row is a vCPU; the darker, the more of that time went to faults and roots.",
+        chart, whole.select("vcpu", "lost", "guest_ns"),
+        (Column("vcpu", "vCPU", Unit.ID), Column("lost", "on faults and roots", Unit.NS),
+         Column("guest_ns", "guest", Unit.NS)),
+        broad=True, vm=vm,
+    )  # fmt: skip
+
+
+def timeline(recording: Recording, vm: int) -> Picture | None:
+    """What each vCPU of a VM did over its time, with soft-hangs above."""
+    parts = _states(recording, vm)
     if parts.is_empty():
         return None
     lost = pl.sum_horizontal("fault_ns", *_KINDS["roots"])
-    vm = parts.group_by("vm").agg(lost.sum().alias("lost")).sort("lost", "vm", descending=[True, False])["vm"][0]
-    parts = parts.filter(vm=vm)
     vcpus = parts.group_by("vcpu").agg(lost.sum().alias("lost")).sort("lost", "vcpu", descending=[True, False])["vcpu"]
     shown = vcpus.head(_VCPUS).sort().to_list()
     begin, end = recording.spans[vm]
@@ -123,8 +183,6 @@ def timeline(recording: Recording) -> Picture | None:
         rows.append(row.add_params(moving))
     chart = above(*rows)
     omitted = f" {len(vcpus) - len(shown)} more vCPUs lost less time." if len(vcpus) > len(shown) else ""
-    others = len(recording.spans) - 1
-    omitted += f" {others} more VM{'s' if others > 1 else ''} lost less time to faults and roots." if others else ""
     counted = [f"{len(hangs.filter(vcpu=vcpu))} of vCPU {vcpu}" for vcpu in shown if len(hangs.filter(vcpu=vcpu))]
     told = f" Red bars: soft-hangs as recorded, {', '.join(counted)}" if counted else " No soft-hang as recorded"
     open_ = (hangs["switch_low_ns"] < hangs["switch_ns"]).any()
@@ -144,7 +202,7 @@ def timeline(recording: Recording) -> Picture | None:
         chart, table.sort("vcpu", "begin"),
         (Column("vcpu", "vCPU", Unit.ID), Column("begin", "from", Unit.NS),
          *(Column(kind, kind, Unit.NS) for kind in _KINDS)),
-        broad=True,
+        broad=True, vm=vm,
     )  # fmt: skip
 
 
@@ -159,13 +217,11 @@ def _coarser(parts: pl.DataFrame, begin: int, by: int) -> pl.DataFrame:
     )
 
 
-def lives(recording: Recording) -> Picture | None:
-    """Every root of the VM with the most of them, from its first to its last row."""
-    roots = recorded.lives(recording).collect(engine="streaming").drop_nulls("vm")
+def lives(recording: Recording, vm: int) -> Picture | None:
+    """Every root of a VM, from its first to its last row."""
+    roots = recorded.lives(recording).filter(pl.col("vm") == vm).collect(engine="streaming")
     if roots.is_empty():
         return None
-    vm = roots["vm"].value_counts(sort=True)["vm"][0]
-    roots = roots.filter(vm=vm)
     begin, end = recording.spans[vm]
     unit, name = unit_of(end - begin)
     every = -(-len(roots) // _ROOTS)
@@ -201,13 +257,13 @@ def lives(recording: Recording) -> Picture | None:
         chart, by_role.head(_PARTS),
         (Column("role", "role", Unit.HEX), Column("roots", "roots"), Column("life_ns", "median life", Unit.NS),
          Column("loads", "loads"), Column("faults", "faults")),
-        broad=True,
+        broad=True, vm=vm,
     )  # fmt: skip
 
 
-def shares(result: Result) -> Picture | None:
-    """Guest share over virtual time, a line a policy, with soft-hangs beneath."""
-    fine = drawn.shares(result).collect()
+def shares(result: Result, of: int | None) -> Picture | None:
+    """Guest share over virtual time, a line a policy, with soft-hangs beneath; of the VM with the least if of None."""
+    fine = drawn.shares(result).filter(pl.col("vm") == of if of is not None else True).collect()
     if fine.is_empty():
         return None
     vm = fine.group_by("vm").agg(pl.col("guest_share").mean()).sort("guest_share", "vm")["vm"][0]
@@ -268,6 +324,7 @@ def shares(result: Result) -> Picture | None:
         chart, coarse.select("run", "clock", "length_ns", "guest_share"),
         (Column("run", "policy", Unit.TEXT), Column("clock", "from", Unit.NS), Column("length_ns", "length", Unit.NS),
          Column("guest_share", "in guest", Unit.SHARE)),
+        vm=of,
     )  # fmt: skip
 
 
@@ -308,6 +365,8 @@ def _sizes(
         pl.col("roots", "pages").sum()
     ).with_columns(size=pl.when(pl.col("pages_from") == pl.col("pages_to")).then(pl.col("pages_from").cast(pl.String))
                    .otherwise(pl.format("{}-{}", "pages_from", "pages_to")))  # fmt: skip
+    if sizes.is_empty():
+        return None  # nothing was filled again
     order = sizes.sort("pages_from")["size"].unique(maintain_order=True).to_list()
     total = {each: sizes.filter(run=each)["pages"].sum() for each in names}
     count = {each: sizes.filter(run=each)["roots"].sum() for each in names}
@@ -338,13 +397,11 @@ def _sizes(
     )  # fmt: skip
 
 
-def heat(recording: Recording) -> Picture | None:
-    """Installs of leaves over time and guest memory, of the VM with the most."""
-    fine = drawn.heat(recording).collect(engine="streaming")
+def heat(recording: Recording, vm: int) -> Picture | None:
+    """Installs of leaves over time and guest memory, of a VM."""
+    fine = drawn.heat(recording).filter(pl.col("vm") == vm).collect(engine="streaming")
     if fine.is_empty():
         return None
-    vm = fine.group_by("vm").agg(pl.col("installs").sum()).sort("installs", "vm", descending=[True, False])["vm"][0]
-    fine = fine.filter(vm=vm)
     begin, end = recording.spans[vm]
     if len(fine) > _POINTS:
         width = 2 * pl.col("length_ns")
@@ -381,7 +438,7 @@ def heat(recording: Recording) -> Picture | None:
         chart, table.head(_PARTS),
         (Column("gfn", "gfn from", Unit.HEX), Column("pages", "pages"), Column("installs", "installs"),
          Column("most", "most in one cell")),
-        broad=True,
+        broad=True, vm=vm,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 import polars as pl
 
 from analysis.assemble import ROWS
@@ -163,22 +164,22 @@ def _compared(base: pl.LazyFrame, new: pl.LazyFrame, keys: list[str], missing: i
 
 
 def _tenths(side: Side) -> pl.LazyFrame:
-    """Time of each tenth of a vCPU's guest work: the clock at its last moment, less that of the tenth before."""
-    keys = ["vm", "vcpu", "bound"]
+    """Time of each tenth of a vCPU's guest work, between the moments at which its progress was seen taken as even.
+
+    A vCPU that was seen less often than there are tenths has none: its tenths would be of unequal work.
+    """
     rows = _ranked(replayed.progress(side.result).filter(pl.col("policy") == side.policy))
-    work = rows.group_by(keys).agg(work=pl.col("guest_ns").max())
-    tenth = pl.min_horizontal(pl.col("guest_ns") * PHASES // pl.max_horizontal("work", 1), PHASES - 1) + 1
-    reached = (
-        rows.join(work, on=keys).group_by(*keys, tenth.alias("phase")).agg(clock=pl.col("clock").max())
-    )  # fmt: skip
-    all_phases = pl.LazyFrame({"phase": range(1, PHASES + 1)}, schema={"phase": pl.Int64})
-    clock = pl.col("clock").forward_fill().over(keys, order_by="phase").fill_null(0)
-    lengths = (
-        work.join(all_phases, how="cross")
-        .join(reached, on=[*keys, "phase"], how="left")
-        .with_columns(clock=clock)
-        .with_columns(ns=pl.col("clock") - pl.col("clock").shift(1, fill_value=0).over(keys, order_by="phase"))
-    )
+    found = []
+    seen = rows.select("vm", "vcpu", "bound", "guest_ns", "clock").drop_nulls().collect(engine="streaming")
+    for (vm, vcpu, _), one in seen.group_by("vm", "vcpu", "bound", maintain_order=True):
+        moments = one.sort("clock")
+        guest, clock = (moments[name].to_numpy() for name in ("guest_ns", "clock"))
+        if len(guest) >= PHASES:
+            ends = np.interp(guest[-1] * np.arange(1, PHASES + 1) / PHASES, guest, clock).round().astype(np.int64)
+            ends[-1] = clock[-1]
+            found += [(vm, vcpu, phase, ns) for phase, ns in enumerate(np.diff(ends, prepend=0).tolist(), 1)]
+    schema = {"vm": pl.Int64, "vcpu": pl.Int16, "phase": pl.Int64, "ns": pl.Int64}
+    lengths = pl.LazyFrame(found, schema=schema, orient="row")
     return lengths.group_by("vm", "vcpu", "phase").agg(low=pl.col("ns").min(), high=pl.col("ns").max())
 
 
@@ -234,7 +235,15 @@ def _tables(base: Side, new: Side) -> Iterator[ReportTable]:
     )
     asked: list[tuple[Callable[[Side, Side], pl.LazyFrame], str, str, tuple[Column, ...], Unit, int, str]] = [
         (times, "vcpus", "Time by category", (*vcpu, what), Unit.NS, 8, ""),
-        (phases, "progress", "Time, by tenths of guest work", (*vcpu, tenth), Unit.NS, 4, "seen a ms or more apart"),
+        (
+            phases,
+            "progress",
+            "Time, by tenths of guest work",
+            (*vcpu, tenth),
+            Unit.NS,
+            4,
+            "of vCPUs seen at least ten times, a ms or more apart",
+        ),
         (counts, "policies", "Counts", (what,), Unit.COUNT, 6, ""),
         (causes, "causes", "Roots freed", (cause,), Unit.COUNT, 4, ""),
         (events, "kinds", "Events recorded", (kind,), Unit.COUNT, 4, ""),

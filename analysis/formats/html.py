@@ -22,13 +22,15 @@ from typing import Any, Final
 import jinja2
 from markupsafe import Markup
 
-from analysis.charts import OF_ROWS, Picture, pictures
+from analysis.charts import OF_ROWS, Picture, drawn_vms, pictures
 from analysis.queries.registry import named
-from analysis.report import Check, Report
+from analysis.report import Check, Report, ReportTable
 from analysis.sources import Recording
 from traces.text import printable
+from traces.vm_names import VmNames
 
 DRAWN: Final = OF_ROWS
+_BROAD: Final = 8  # columns: a table of more takes the whole width
 _SNIPPET: Final = "window.vegaEmbed = vegaEmbed;"
 
 
@@ -59,6 +61,38 @@ class _Page:
     lacking: list[str]
 
     @property
+    def vms(self) -> list[tuple[int, str]]:
+        """The VMs to choose from, the worst first; none where there is one."""
+        recording = self.report.recording
+        if recording is None or len(recording.metadata.vms) < 2:
+            return []
+        names = VmNames(recording.metadata)
+        order = next((table.frame["vm"].to_list() for table in self.report.tables if table.query == "overview"), [])
+        return [(vm, names.vm(vm)) for vm in order]
+
+    def hidden(self, figure: _Figure) -> bool:
+        """Whether a picture waits until its VM is chosen: at first those of the worst one are there."""
+        drawn = drawn_vms(self.report)
+        return figure.picture.vm is not None and figure.picture.vm not in drawn[:1]
+
+    @property
+    def broad_figures(self) -> set[str]:
+        """Pictures over the whole width: those that are worth it, and whose row would be half empty."""
+        shown = [figure for figure in self.figures if not self.hidden(figure)]
+        filled = _filled([figure.picture.broad for figure in shown])
+        alone = {figure.id for figure, whole in zip(shown, filled, strict=True) if whole}
+        return alone | {figure.id for figure in self.figures if figure.picture.broad}
+
+    @property
+    def tables(self) -> list[tuple[ReportTable, bool, list[int | None]]]:
+        """Each table, whether it takes the whole width, and the VM of each row (None: of none)."""
+        filled = _filled([len(table.columns) > _BROAD for table in self.report.tables])
+        return [
+            (table, whole, table.frame["vm"].to_list() if "vm" in table.frame.columns else [None] * len(table.frame))
+            for table, whole in zip(self.report.tables, filled, strict=True)
+        ]
+
+    @property
     def lines(self) -> list[str]:
         return list(self.report.lines)
 
@@ -70,6 +104,16 @@ class _Page:
     def queries(self) -> list[_Query]:
         names = [*(figure.picture.query for figure in self.figures), *(table.query for table in self.report.tables)]
         return [_query(self.report, name) for name in sorted(set(names))]
+
+
+def _filled(broad: list[bool]) -> list[bool]:
+    """Which of some parts of a page take its whole width, so that two columns leave no row half empty."""
+    found, beside = list(broad), 0
+    for at, whole in enumerate([*broad, True]):
+        if whole and beside % 2:
+            found[at - 1] = True
+        beside = 0 if whole else beside + 1
+    return found
 
 
 def render(*reports: Report) -> str:

@@ -10,6 +10,7 @@ from analysis.report import Report, ReportTable
 
 LIMIT: Final = (1 << 20) - 1  # bytes
 _ROWS: Final = (20, 5, 1, 0)
+_KEPT: Final = 200  # of a table that is to be there as a whole: that of all VMs
 _MARKS: Final = re.compile(r"([\\`*_{}\[\]<>#|~&$@!])")
 
 
@@ -52,7 +53,7 @@ def _lines(report: Report, rows: int) -> Iterator[str]:
     for check in report.checks:
         yield f"| {check.status.value} | {check.kind} {escaped(check.name)}: {escaped(check.why)} |"
     for table in report.tables:
-        yield from _table(table, rows) if rows else ()
+        yield from _table(table, _KEPT if table.kept and rows == _ROWS[0] else rows) if rows else ()
 
 
 def _table(table: ReportTable, rows: int) -> Iterator[str]:

@@ -45,6 +45,7 @@
       tooltip: { disableDefaultStyle: true, theme: "page" } };
     for (const [id, spec] of Object.entries(charts)) {
       const place = document.getElementById(id);
+      if (place.closest("[hidden]")) continue; // of another VM: drawn when that is chosen
       const width = Math.max(place.clientWidth - BESIDE, 120);
       try {
         views.push(await vegaEmbed(place, fitted(spec, width), { ...options, config: config(longest(spec), width) }));
@@ -56,7 +57,34 @@
     root.dataset.drawn = String(views.length);
   }
 
+  // Two stand beside each other: one that is left over takes the whole width.
+  function fill(section) {
+    let beside = [];
+    for (const figure of section ? [...section.children, null] : []) {
+      if (figure?.hidden) continue;
+      figure?.classList.remove("filled");
+      if (figure && !figure.matches(".broad")) beside.push(figure);
+      else {
+        if (beside.length % 2) beside.at(-1).classList.add("filled");
+        beside = [];
+      }
+    }
+  }
+
+  // Of the chosen VM the pictures and the rows of tables; of none the pictures of the worst, which come first.
+  function choose(select) {
+    const article = select.closest("article"), vm = select.value;
+    const figures = [...article.querySelectorAll("figure[data-vm]")];
+    const shown = vm || figures[0]?.dataset.vm;
+    for (const figure of figures) figure.hidden = figure.dataset.vm !== shown;
+    for (const row of article.querySelectorAll("tr[data-vm]")) row.hidden = Boolean(vm) && row.dataset.vm !== vm;
+    fill(figures[0]?.parentElement);
+    article.querySelector(".undrawn").hidden = figures.some((figure) => !figure.hidden) || !figures.length;
+    again();
+  }
+
   const again = () => { drawing = drawing.then(draw); };
+  for (const select of document.querySelectorAll(".vms")) select.addEventListener("change", () => choose(select));
   let seen = innerWidth, waiting = 0;
   addEventListener("resize", () => {
     clearTimeout(waiting);

@@ -116,7 +116,7 @@ def from_junit(text: str, report: Report) -> Rows:
     return found
 
 
-@pytest.mark.parametrize("name", ["storm", "gated", "diff"])
+@pytest.mark.parametrize("name", ["storm", "field", "gated", "diff"])
 def test_the_same_figures_are_in_every_format(made: dict[str, Report], name: str) -> None:
     report = made[name]
     whole = expected(report)
@@ -137,7 +137,7 @@ def test_the_same_figures_are_in_every_format(made: dict[str, Report], name: str
     assert compared > 100
 
 
-@pytest.mark.parametrize("name", ["storm", "gated", "diff"])
+@pytest.mark.parametrize("name", ["storm", "field", "gated", "diff"])
 def test_the_same_first_line_and_checks_are_in_every_format(made: dict[str, Report], name: str) -> None:
     report = made[name]
     first = " ".join(report.headline.split())

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from analysis.charts import Picture, pictures
+from analysis.formats import drawn as drawn_by
 from analysis.formats.html import _library, render
 from analysis.report import Check, Report, Status
 from analysis.reporting import Wanted, reported
@@ -27,6 +28,7 @@ from traces.synth import Parameters, synthesize
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("browser")]  # the browser and the pages are made once
 
+FIELD = Path(__file__).parents[1] / "recordings" / "field-6.1.parquet"
 CORPUS = Path(__file__).parents[2] / "traces" / "corpus"
 EVIL = """</script></title></style><img src=x onerror="alert(1)"><!--'{{ 7 * 7 }}&lt;"""
 WIDTHS = (400, 1600)
@@ -50,7 +52,7 @@ _PALE = """(() => {
   }
   return found;
 })()"""
-_MARKS = """[...document.querySelectorAll(".chart")].map((chart) =>
+_MARKS = """[...document.querySelectorAll("figure:not([hidden]) .chart")].map((chart) =>
   [...chart.querySelectorAll(".role-mark path, .role-mark line")].filter((mark) => {
     const box = mark.getBoundingClientRect();
     return box.width + box.height > 0; }).length)"""
@@ -263,11 +265,76 @@ def test_charts_stay_small(tmp_path: Path) -> None:
         for each in drawn:
             assert _points(each) < 5000, each.title
         assert "16 more vCPUs" in drawn[0].about
-        assert "One in" in drawn[1].about
+        assert drawn[1].title == "All 24 vCPUs of VM 1"
+        assert "One in" in drawn[2].about
 
 
 def _points(picture: Picture) -> int:
     return sum(map(len, picture.chart.to_dict()["datasets"].values()))
+
+
+@pytest.fixture(scope="module")
+def field() -> Iterator[Report]:
+    with reported(FIELD, Wanted(drawn=drawn_by("html"))) as report:
+        yield report
+
+
+_FIGURES = """[...document.querySelectorAll("figure[data-vm]")].filter((each) => each.offsetParent)
+  .map((each) => each.dataset.vm)"""
+_ROWS = """[...document.querySelectorAll(".tables tr[data-vm]")].filter((each) => each.offsetParent)
+  .map((each) => each.dataset.vm)"""
+# Parts of a grid that stand in their row alone, though not over all of its width.
+_ALONE = """[...document.querySelectorAll(".figures > :not([hidden]), .tables > *")].filter((each) => {
+  const row = [...each.parentElement.children].filter(
+    (other) => other.offsetParent && other.offsetTop === each.offsetTop);
+  return row.length === 1 && each.getBoundingClientRect().width < each.parentElement.getBoundingClientRect().width - 2;
+}).length"""
+_SCROLL = """[...document.querySelectorAll(".wide")].filter((each) => each.scrollWidth > each.clientWidth
+  && !["auto", "scroll"].includes(getComputedStyle(each).overflowX)).length"""
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_several_vms_are_chosen_from(browser: Browser, field: Report, tmp_path: Path, width: int) -> None:
+    page = tmp_path / "page.html"
+    page.write_text(render(field))
+    browser.show(page, width, "dark")
+    (table,) = (each for each in field.tables if each.query == "overview")
+    worst = str(table.frame["vm"][0])
+    assert f"of VM {worst} " in browser.value("document.querySelector('h1').textContent")
+    assert set(browser.value(_FIGURES)) == {worst}
+    assert len(set(browser.value(_ROWS))) == 26
+    options = browser.value("[...document.querySelectorAll('.vms option')].map((each) => each.value)")
+    assert options == ["", *(str(vm) for vm in table.frame["vm"])]
+    for vm in (options[2], options[-1]):
+        browser.value(
+            "(() => { delete document.documentElement.dataset.drawn; const pick = document.querySelector('.vms');"
+            f" pick.value = '{vm}'; pick.dispatchEvent(new Event('change')); }})()"
+        )
+        browser.until("document.documentElement.dataset.drawn")
+        assert set(browser.value(_ROWS)) == {vm}
+        drawn = vm != options[-1]  # which never ran
+        assert set(browser.value(_FIGURES)) == ({vm} if drawn else set())
+        assert browser.value("document.querySelector('.undrawn').offsetParent !== null") is not drawn
+        assert browser.value(_ALONE) == 0
+        assert browser.value("document.documentElement.scrollWidth") == width
+        assert browser.value(_SCROLL) == 0
+    assert browser.complaints() == []
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_64_vcpus_are_all_in_one_picture(browser: Browser, tmp_path: Path, width: int) -> None:
+    path, page = tmp_path / "many.parquet", tmp_path / "page.html"
+    synthesize(path, Parameters(policy="async", vcpus=64, smi_rate=500, working_set=32, events=60_000))
+    with reported(path, Wanted(drawn=drawn_by("html"))) as report:
+        page.write_text(render(report))
+        (every,) = (each for each in pictures(report)[0] if each.title == "All 64 vCPUs of VM 1")
+    assert len(every.frame) == 64
+    assert _points(every) < 5000
+    browser.show(page, width, "light")
+    assert browser.complaints() == []
+    assert browser.value(_ALONE) == 0
+    assert browser.value(_SCROLL) == 0
+    assert browser.value("document.documentElement.scrollWidth") == width
 
 
 def test_a_recording_or_a_result_alone(browser: Browser, storm: Report, tmp_path: Path) -> None:

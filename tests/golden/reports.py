@@ -1,7 +1,7 @@
 """Make the golden reports again: `python -m tests.golden.reports`. Review what changed; it is what users see.
 
-Each is of a recording of the corpus: one whose other policy is an interval, one with gates that pass and fail, and a
-comparison of the two.
+One is of a recording whose other policy is an interval, one of a recording of 26 VMs, one has gates that pass and fail,
+and one is a comparison.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from analysis.reporting import Wanted, reported
 HERE: Final = Path(__file__).parent
 ROOT: Final = HERE.parents[1]
 STORM: Final = Path("traces/corpus/smi-storm-6.1.parquet")
+FIELD: Final = Path("tests/recordings/field-6.1.parquet")
 OLD_STORM: Final = Path("traces/corpus/smi-storm-6.1-async.parquet")
 SUFFIXES: Final = {"text": "txt", "md": "md", "mail": "mail.txt", "json": "json", "junit": "xml"}
 GATES: Final = ("preserve.refaults > 0", "faults > 10000", "refaults > 2000", "fidelity < 1")
@@ -36,10 +37,11 @@ def reports() -> Iterator[dict[str, Report]]:
         with (
             tempfile.TemporaryDirectory() as scratch,
             reported(STORM, Wanted()) as storm,
+            reported(FIELD, Wanted()) as field,
             reported(OLD_STORM, Wanted(gates=tuple(map(parse, GATES)))) as gated,
         ):
             sides = [opened(path, "", Path(scratch) / path.name, []) for path in (STORM, OLD_STORM)]
-            yield {"storm": storm, "gated": gated, "diff": compare(*sides, mark=False)}
+            yield {"storm": storm, "field": field, "gated": gated, "diff": compare(*sides, mark=False)}
     finally:
         os.chdir(before)
 
@@ -50,7 +52,7 @@ def golden(name: str, form: str) -> Path:
 
 def wanted() -> Iterator[tuple[str, str]]:
     """Which report in which format; a comparison has no gate, and so no JUnit."""
-    for name in ("storm", "gated", "diff"):
+    for name in ("storm", "field", "gated", "diff"):
         for form in FORMATS:
             if form in SUFFIXES and (name, form) != ("diff", "junit"):
                 yield name, form
