@@ -96,6 +96,7 @@ _STUCK: Final = (
     Column("until", "to, s", Unit.BOOT, wide=1),
     Column("why", "why", Unit.TEXT, wide=1),
 )
+_STUCK_ROWS: Final = (_VM, _VCPU, Column("row", "row", Unit.TEXT))
 _GFNS: Final = (_VM, _SLOT, Column("gfn", "gfn", Unit.HEX), Column("level", "level", Unit.ID),
                 Column("installs", "installs"), _FIRST, _LAST)  # fmt: skip
 _REGIONS: Final = (
@@ -178,7 +179,8 @@ _CHANGES: Final = (
 )  # fmt: skip
 _OF_RECORDING: Final = (
     _Part(recorded.windows, "Worst windows as recorded", _WINDOWS, first=2),
-    _Part(recorded.stuck, "Stuck vCPUs", _STUCK, first=2, least=1),
+    _Part(recorded.stuck, "vCPUs that get no further", _STUCK, first=3, least=1),
+    _Part(recorded.stuck_rows, "What shows that", _STUCK_ROWS, first=5, least=1),
     _Part(exit_times.exits, "Exits by reason", _EXITS, first=4),
     _Part(exit_times.user_exits, "Returns to userspace by reason", _RETURNS, first=4, least=1),
     _Part(exit_times.ioctls, "ioctls", _IOCTLS, first=2, least=1),

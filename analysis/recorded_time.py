@@ -23,7 +23,6 @@ from replay.simulate.pools import by_vcpu
 from replay.timing.measure import Measured, SpanTimes
 from replay.timing.measured_vm import measure_vm
 from replay.timing.stalls import Rule, Stall, stalls
-from replay.timing.stuck_rip import RipRun, longest_runs
 from replay.timing.timed_run import VmTime
 from traces.durations import duration
 from traces.errors import Problem
@@ -71,11 +70,6 @@ class RecordedTime:
         """ns by vCPU (dense), part of the time, and VcpuState."""
         parts: NDArray[np.int64] = self.timeline.parts
         return parts[: len(self.ids), :PARTS]
-
-    @property
-    def runs(self) -> list[RipRun]:
-        """Each vCPU's longest run of exits at one RIP, where it is known."""
-        return [] if self.rip_runs is None else longest_runs(self.rip_runs, self.ids)
 
     def stalls(self, rule: Rule) -> dict[int, list[Stall]]:
         """Soft-hangs by vCPU id. Guest time is without the switch; where that is not known, there is none."""

@@ -1,4 +1,4 @@
-"""vCPUs that do not get past an instruction: their longest runs of exits at one RIP, asked of a recording's rows."""
+"""vCPUs that get no further: their longest runs of exits at one RIP, and their last exits, asked of rows."""
 
 from __future__ import annotations
 
@@ -14,30 +14,35 @@ from numpy.typing import NDArray
 
 from replay.decode.same_rip import RipRuns
 from replay.decode.vm_inputs import dense_numbers, vcpu_ids
-from replay.timing.stuck_rip import RipRun, longest_runs
+from replay.timing.stuck_rip import RipEnd, RipRun, last_exits, longest_runs
+from traces.kernels.kernel import Kernel
 from traces.reader import UNKNOWN_CODE, Trace
 from traces.schema import BY_NAME
 
 _NO_KIND: Final = 255
-_NAMES: Final = tuple(field.name for field in fields(RipRun))
-SCHEMA: Final = {"vm": pl.Int64, **dict.fromkeys(_NAMES, pl.Int64), "rip": pl.UInt64}
+_RUN: Final = tuple(field.name for field in fields(RipRun))
+_END: Final = tuple(field.name for field in fields(RipEnd))
+_UNSIGNED: Final = dict.fromkeys(("rip", "addr", "at"), pl.UInt64)
+# A row is a run, or an end (`exits` is then null).
+SCHEMA: Final = {"vm": pl.Int64, **dict.fromkeys((*_RUN, *_END), pl.Int64), **_UNSIGNED}
 
 
 @dataclass(frozen=True, eq=False)
 class RipQuestion:
-    """Each vCPU's longest run: columns `vm` and the fields of `RipRun`."""
+    """Each vCPU's longest run and last exit: columns `vm` and the fields of `RipRun` or `RipEnd`."""
 
     trace: Trace
+    kernel: Kernel | None
     name: str = "runs of exits at one RIP"
-    columns: frozenset[str] = frozenset({"seq", "time", "vcpu", "kind", "rip", "addr"})
+    columns: frozenset[str] = frozenset({"seq", "time", "vcpu", "kind", "rip", "addr", "code", "ret"})
 
     def begin(self) -> _Following:
-        return _Following(self.trace)
+        return _Following(self.trace, self.kernel)
 
 
 class _Following:
-    def __init__(self, trace: Trace) -> None:
-        self._trace = trace
+    def __init__(self, trace: Trace, kernel: Kernel | None) -> None:
+        self._trace, self._kernel = trace, kernel
         self._vms: dict[int, Mapping[str, Any]] = {int(vm["id"]): vm for vm in trace.metadata.vms}
         self._runs: dict[int, tuple[RipRuns, NDArray[np.int32]]] = {}
 
@@ -50,9 +55,11 @@ class _Following:
     def _feed(self, vm: int, rows: pl.DataFrame) -> None:
         if vm not in self._runs:
             numbers = dense_numbers(self._trace.path, self._vms[vm])
-            self._runs[vm] = RipRuns(len(vcpu_ids(self._vms[vm]))), numbers
+            known = () if self._kernel is None else (self._kernel.vendor, self._kernel.ret_pf.fixed)
+            runs = RipRuns(len(vcpu_ids(self._vms[vm])), *known)
+            self._runs[vm] = runs, numbers
         runs, numbers = self._runs[vm]
-        columns = {name: rows[name].to_numpy() for name in ("seq", "time", "rip", "addr")}
+        columns = {name: rows[name].to_numpy() for name in ("seq", "time", "rip", "addr", "code", "ret")}
         kind = _codes(rows.schema["kind"]).take(rows["kind"].to_physical().fill_null(_NO_KIND).to_numpy())
         vcpu = numbers.take(rows["vcpu"].fill_null(-1).to_numpy())
         runs.feed(SimpleNamespace(vcpu=vcpu, kind=kind, **columns))
@@ -61,7 +68,9 @@ class _Following:
         found = []
         for vm, (runs, _) in self._runs.items():
             runs.finish()
-            found += [{"vm": vm, **asdict(run)} for run in longest_runs(runs, vcpu_ids(self._vms[vm]))]
+            ids = vcpu_ids(self._vms[vm])
+            found += [{"vm": vm, **asdict(run)} for run in longest_runs(runs, ids)]
+            found += [{"vm": vm, **asdict(end)} for end in last_exits(runs, ids)]
         return pl.DataFrame(found, schema=SCHEMA)
 
 
@@ -83,6 +92,8 @@ def _codes(kinds: pl.DataType) -> NDArray[np.uint8]:
     return codes
 
 
-def runs_of(answer: pl.DataFrame) -> list[tuple[int, RipRun]]:
-    """Runs with their VM, from an answer."""
-    return [(row["vm"], RipRun(**{name: row[name] for name in _NAMES})) for row in answer.to_dicts()]
+def of_vm(answer: pl.DataFrame, vm: int) -> tuple[list[RipRun], list[RipEnd]]:
+    """The runs and ends of a VM, from an answer."""
+    rows = answer.filter(pl.col("vm") == vm).to_dicts()
+    runs = [RipRun(**{name: row[name] for name in _RUN}) for row in rows if row["exits"] is not None]
+    return runs, [RipEnd(**{name: row[name] for name in _END}) for row in rows if row["exits"] is None]

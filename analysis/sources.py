@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from copy import copy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -20,7 +20,7 @@ from analysis import rows
 from analysis.recorded_time import RecordedTime, recorded_times
 from replay.own_policy import Agreement, told
 from replay.result import KEY, SCHEMA
-from replay.timing.stuck_rip import RipRun
+from replay.timing.diagnosis import Diagnosis
 from traces import metadata
 from traces.errors import Problem
 from traces.foreign import check_whole_parquet, of_parquet
@@ -34,7 +34,6 @@ _MAJOR: Final = 1
 _NEITHER: Final = "neither a trace nor the result of a replay"
 # What reading a hostile file can raise in pyarrow.
 _ERRORS: Final = (pa.ArrowException, OSError, ValueError, TypeError, KeyError, IndexError, MemoryError, OverflowError)
-_RUN: Final = tuple(field.name for field in fields(RipRun))
 _TEXTS: Final = tuple(field.name for field in SCHEMA if pa.types.is_dictionary(field.type))
 
 
@@ -193,7 +192,7 @@ class ResultTimes:
     """What a result's metadata says of one VM's times.
 
     `refused`: why there are none; empty if there are. `marked`: what makes them less than they seem; empty if nothing
-    does. `stuck`: vCPUs that hung in the recording.
+    does. `stuck`: vCPUs that got no further in the recording.
     """
 
     vm: int
@@ -201,7 +200,7 @@ class ResultTimes:
     refused: str
     marked: str
     costs: tuple[Cost, ...]
-    stuck: tuple[RipRun, ...]
+    stuck: tuple[Diagnosis, ...]
 
 
 @dataclass(frozen=True)
@@ -443,7 +442,7 @@ def _policy(document: Mapping[str, Any]) -> ResultPolicy:
 
 def _vm(document: Mapping[str, Any]) -> ResultTimes:
     costs = _object(document, "costs")
-    stuck = [RipRun(**{name: _count(run, name) for name in _RUN}) for run in _list(document, "stuck", dict)]
+    stuck = [_diagnosis(each, _count(document, "vm")) for each in _list(document, "stuck", dict)]
     return ResultTimes(
         _count(document, "vm"),
         _count(document, "began") if not document.get("refused") else 0,
@@ -462,6 +461,14 @@ def _agreement(document: Mapping[str, Any]) -> ResultAgreement:
     row = None if document.get("from_row") is None else _count(document, "from_row")
     differences = _count(document, "differences")
     return ResultAgreement(_count(document, "vm"), agreement, _text(document, "text"), row, differences)
+
+
+def _diagnosis(document: Mapping[str, Any], vm: int) -> Diagnosis:
+    counts = {name: _count(document, name) for name in ("vcpu", "rip", "exits", "since", "until", "seq")}
+    rows = tuple(_list({"rows": [], **document}, "rows", str))  # results before 1.3 have neither these nor a kind
+    return Diagnosis(
+        vm=vm, kind=_text({"kind": "", **document}, "kind"), why=_text(document, "why"), rows=rows, **counts
+    )
 
 
 def _cost(name: str, document: Mapping[str, Any]) -> Cost:

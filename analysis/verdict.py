@@ -15,8 +15,9 @@ from analysis.units import Unit, format_value, span
 from analysis.worst import ranked, stuck_of, subject_of
 from replay.result import SPENT
 from replay.simulate.operations import Cause
+from replay.timing.diagnosis import plainly, summed_up
 from replay.timing.soft_hangs import SoftHang
-from replay.timing.time_text import base_of, compared, stuck_lines
+from replay.timing.time_text import base_of, compared
 from replay.timing.timed_run import VcpuTime
 from traces.durations import duration
 from traces.metadata import Metadata
@@ -24,7 +25,7 @@ from traces.text import count
 from traces.vm_names import VmNames
 
 _Ends = dict[str, tuple[VcpuTime, VcpuTime]]
-_STUCK_SHOWN: Final = 2
+_STUCK_SHOWN: Final = 4
 _UNTRUSTED_SHOWN: Final = 3
 _UNREAD: Final = np.zeros((0, 2 + len(SPENT)), np.int64)
 # Counted of a recording: kind and noun; the second where exits are not to be seen.
@@ -46,8 +47,11 @@ def verdict(result: Result | None, recording: Recording | None) -> Iterator[str]
         yield from _recorded(recording)
         return
     yield from result.untrusted[:_UNTRUSTED_SHOWN]
-    for vm in result.vms:
-        yield from list(stuck_lines(vm.vm, vm.stuck))[:_STUCK_SHOWN]
+    who = plainly if recording is None else VmNames(recording.metadata).vcpu
+    stuck = summed_up([each for vm in result.vms for each in vm.stuck], who)
+    yield from stuck[:_STUCK_SHOWN]
+    if len(stuck) > _STUCK_SHOWN:
+        yield f"{len(stuck) - _STUCK_SHOWN:,} more got no further: query stuck has them"
     timed = pl.all_horizontal(pl.col("wall_low_ns", "wall_high_ns", *SPENT).is_not_null())
     rows = replayed.vcpus(result).filter(pl.col("wall_ns") > 0, timed).collect(engine="streaming")
     if recording is not None and recording.window.vcpus:

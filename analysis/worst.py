@@ -22,8 +22,8 @@ def subject_of(result: Result) -> str:
 
 
 def stuck_of(result: Result) -> frozenset[tuple[int, int]]:
-    """(VM, vCPU) of those that got no further in the recording."""
-    return frozenset((vm.vm, run.vcpu) for vm in result.vms for run in vm.stuck)
+    """(VM, vCPU) of those that went on without getting further in the recording."""
+    return frozenset((vm.vm, each.vcpu) for vm in result.vms for each in vm.stuck if not each.ended)
 
 
 def ranked(rows: pl.DataFrame, stuck: Collection[tuple[int, int]]) -> pl.DataFrame:

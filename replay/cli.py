@@ -93,8 +93,8 @@ def replay(
     ] = 0.1,
     stall_window: Annotated[int, typer.Option(help="... for at least this many ms.", min=1)] = 100,
     stuck_exits: Annotated[
-        int, typer.Option(help="A recorded vCPU is stuck after so many exits at one RIP.", min=1)
-    ] = 100_000,
+        int, typer.Option(help="A recorded vCPU is stuck after so many exits at one RIP without progress.", min=1)
+    ] = 200,  # stuck_rip.CERTAIN
     sweep: Annotated[
         str, typer.Option(help="Mode: SMIs at other rates, such as smi-rate=10:10000:log; where does it hang?")
     ] = "",

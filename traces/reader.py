@@ -202,12 +202,14 @@ class Trace:
         vm: int | None = None,
         size: int = BATCH_ROWS,
         since: int | None = None,
+        seqs: tuple[int, int] | None = None,
     ) -> Iterator[pa.RecordBatch]:
         """Rows as validated record batches of at most `size` rows, one thread, in file order.
 
         Within one VM, file order is ring order (ascending `seq`). With `vm`, only that VM's rows; rows of no known VM,
         and `gap` rows, are not among them (gaps are in `metadata.gaps`). `columns` in the order wanted; all by default.
         Row groups that end before `since` (boot ns) are not read; the others are whole.
+        `seqs`: only row groups that have a row from the first of these numbers to the last.
         """
         names = list(self.schema.names if columns is None else columns)
         unknown = [name for name in names if name not in self.schema.names]
@@ -215,6 +217,9 @@ class Trace:
             raise Problem(f"{self.path}: no column `{unknown[0]}` in this trace")
         for index in self._chosen if vm is None else self._groups.get(vm, ()):
             if since is not None and self._row_groups[index].last_time < since:
+                continue
+            group = self._row_groups[index]
+            if seqs is not None and (group.last_seq < seqs[0] or group.first_seq > seqs[1]):
                 continue
             if self._until is None or self._row_groups[index].last_time < self._until:
                 yield from self._decode(index, names, size)

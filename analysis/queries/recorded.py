@@ -12,13 +12,15 @@ from typing import Any, Final
 import polars as pl
 
 from analysis.queries.registry import query
-from analysis.rip_runs import RipQuestion, runs_of
+from analysis.rip_runs import RipQuestion, of_vm
 from analysis.rows import Question, Tally
 from analysis.sources import Recording
 from analysis.unseen import lost_windows
+from replay.timing.diagnosis import Diagnosis, diagnosed, diagnoses
 from replay.timing.stuck_rip import CERTAIN
 from traces import kernels
 from traces.errors import Problem
+from traces.kernels.kernel import Kernel
 
 WINDOW_NS: Final = 100_000_000
 REGION_PAGES: Final = 512  # 2 MiB
@@ -292,27 +294,50 @@ def roles(recording: Recording) -> pl.LazyFrame:
 
 def _runs_asked(recording: Recording) -> list[RipQuestion]:
     """None where a replay has followed the runs already."""
-    return [] if recording.replayed else [RipQuestion(recording.trace)]
+    return [] if recording.replayed else [RipQuestion(recording.trace, _kernel(recording))]
+
+
+def _kernel(recording: Recording) -> Kernel | None:
+    """What is known of the recorded kernel; None of one that has no TDP MMU."""
+    try:
+        return kernels.recorded(recording.metadata)
+    except Problem:
+        return None
+
+
+def _stuck(recording: Recording, exits: int) -> list[Diagnosis]:
+    """Why vCPUs got no further, those that go on for longest first."""
+    kernel = _kernel(recording)
+    vms = {int(vm["id"]): vm for vm in recording.metadata.vms}
+    found: list[Diagnosis] = []
+    if recording.replayed:
+        for time in recording.times:
+            if time.rip_runs is not None:
+                found += diagnoses(recording.trace, vms[time.vm], kernel, time.rip_runs, time.ids, exits)
+    else:
+        (answer,) = recording.ask(RipQuestion(recording.trace, kernel))
+        for number, vm in vms.items():
+            found += diagnosed(recording.trace, vm, kernel, *of_vm(answer, number), exits)
+    return sorted(found, key=lambda each: (each.since - each.until, each.vm, each.vcpu))
 
 
 @query(Recording, needs=("kvm_exit",), asks=_runs_asked)
 def stuck(recording: Recording, exits: int = CERTAIN) -> pl.LazyFrame:
-    """vCPUs that certainly did not get past an instruction: 100,000 exits and more at one RIP, and why."""
-    if recording.replayed:
-        runs = [(vm.vm, run) for vm in recording.times for run in vm.runs]
-    else:
-        (longest,) = recording.ask(RipQuestion(recording.trace))
-        runs = runs_of(longest)
-    found = [
-        {"vm": vm, **{name: getattr(run, name) for name in _RUN}, "why": run.why}
-        for vm, run in runs
-        if run.certain(exits)
-    ]
-    return pl.LazyFrame(found, schema={"vm": pl.UInt64, **_RUN, "why": pl.String})
+    """vCPUs that got no further: 200 exits and more at one RIP without progress, or an end in an error, and why."""
+    found = [{name: getattr(each, name) for name in _STUCK} for each in _stuck(recording, exits)]
+    return pl.LazyFrame(found, schema=_STUCK)
 
 
-_RUN: Final[dict[str, Any]] = {
-    "vcpu": pl.Int16, "rip": pl.UInt64, "since": pl.Int64, "until": pl.Int64, "seq": pl.Int64, "exits": pl.Int64,
+@query(Recording, needs=("kvm_exit",), asks=_runs_asked)
+def stuck_rows(recording: Recording, exits: int = CERTAIN) -> pl.LazyFrame:
+    """The rows that show why: of each vCPU that got no further, one round of what it did, and its page's SPTEs."""
+    found = [{"vm": each.vm, "vcpu": each.vcpu, "row": row} for each in _stuck(recording, exits) for row in each.rows]
+    return pl.LazyFrame(found, schema={"vm": pl.UInt64, "vcpu": pl.Int16, "row": pl.String})
+
+
+_STUCK: Final[dict[str, Any]] = {
+    "vm": pl.UInt64, "vcpu": pl.Int16, "kind": pl.String, "rip": pl.UInt64, "since": pl.Int64, "until": pl.Int64,
+    "seq": pl.Int64, "exits": pl.Int64, "why": pl.String,
 }  # fmt: skip
 
 

@@ -32,10 +32,22 @@ class Left(IntEnum):
     OTHER_IOCTL = 13
 
 
-# KVM_EXIT_* of linux/kvm.h that say what userspace will do with the vCPU.
-USER_HLT: Final = 5
-USER_DEBUG, USER_SHUTDOWN, USER_SYSTEM_EVENT, USER_AP_RESET_HOLD = 4, 8, 24, 32
+# KVM_EXIT_* of linux/kvm.h, by number; those of other architectures have no name here.
+_USER_EXITS: Final = {
+    0: "UNKNOWN", 1: "EXCEPTION", 2: "IO", 3: "HYPERCALL", 4: "DEBUG", 5: "HLT", 6: "MMIO", 7: "IRQ_WINDOW_OPEN",
+    8: "SHUTDOWN", 9: "FAIL_ENTRY", 10: "INTR", 11: "SET_TPR", 12: "TPR_ACCESS", 16: "NMI", 17: "INTERNAL_ERROR",
+    21: "WATCHDOG", 24: "SYSTEM_EVENT", 26: "IOAPIC_EOI", 27: "HYPERV", 29: "X86_RDMSR", 30: "X86_WRMSR",
+    31: "DIRTY_RING_FULL", 32: "AP_RESET_HOLD", 33: "X86_BUS_LOCK", 34: "XEN", 37: "NOTIFY", 39: "MEMORY_FAULT",
+    40: "TDX",
+}  # fmt: skip
+USER_DEBUG, USER_HLT, USER_MMIO, USER_SHUTDOWN, USER_FAIL_ENTRY = 4, 5, 6, 8, 9
+USER_INTERNAL_ERROR, USER_SYSTEM_EVENT, USER_AP_RESET_HOLD = 17, 24, 32
 EINTR, EAGAIN = 4, 11
+
+
+def user_exit_name(reason: int) -> str:
+    """KVM_EXIT_* of a kvm_userspace_exit's reason."""
+    return f"KVM_EXIT_{_USER_EXITS.get(reason, reason)}"
 
 
 def idle_exits(vendor: Vendor) -> NDArray[np.uint8]:

@@ -1,7 +1,9 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""The longest run of exits at one RIP of each vCPU, row by row, with what happened in it: is it stuck there, and why?
+"""The longest run of exits at one RIP of each vCPU that shows no progress, row by row, with the evidence of why.
 
-Cython in pure-Python mode, like `timeline`.
+A run shows progress where addresses move on, where the guest halts, where ports and eventfds are written, and where the
+guest runs most of the time. Exits for nothing that the guest did (interrupts) do not end it. Cython in pure-Python
+mode, like `timeline`.
 """
 
 from __future__ import annotations
@@ -9,18 +11,52 @@ from __future__ import annotations
 from typing import Any
 
 import cython
+import numpy as np
 
+from replay.decode.exits import (
+    CODES,
+    EAGAIN,
+    EINTR,
+    USER_FAIL_ENTRY,
+    USER_HLT,
+    USER_INTERNAL_ERROR,
+    USER_MMIO,
+    USER_SHUTDOWN,
+    idle_exits,
+)
 from replay.simulate.pools import as_bytes, as_structures, make_pool
+from traces.kernels.vendors import SVM, Vendor
 from traces.schema import BY_NAME
 
 COMPILED: bool = cython.compiled
 
 _EXIT = cython.declare(cython.int, BY_NAME["kvm_exit"].code)
+_ENTRY = cython.declare(cython.int, BY_NAME["kvm_entry"].code)
 _FAULT = cython.declare(cython.int, BY_NAME["kvm_page_fault"].code)
 _SET = cython.declare(cython.int, BY_NAME["kvm_mmu_set_spte"].code)
 _REQUESTED = cython.declare(cython.int, BY_NAME["kvm_mmu_spte_requested"].code)
+_FAST = cython.declare(cython.int, BY_NAME["fast_page_fault"].code)
+_MARK = cython.declare(cython.int, BY_NAME["mark_mmio_spte"].code)
+_HANDLE = cython.declare(cython.int, BY_NAME["handle_mmio_page_fault"].code)
 _MMIO = cython.declare(cython.int, BY_NAME["kvm_mmio"].code)
+_FAST_MMIO = cython.declare(cython.int, BY_NAME["kvm_fast_mmio"].code)
 _MMU_LOAD = cython.declare(cython.int, BY_NAME["mmu_load"].code)
+_USER_EXIT = cython.declare(cython.int, BY_NAME["kvm_userspace_exit"].code)
+_INJECT = cython.declare(cython.int, BY_NAME["kvm_inj_exception"].code)
+_UNMAP = cython.declare(cython.int, BY_NAME["kvm_unmap_hva_range"].code)
+_UD = cython.declare(cython.ulonglong, 6)  # the vector of #UD
+_CODES = cython.declare(cython.ulonglong, CODES)
+_HLT = cython.declare(cython.ulonglong, USER_HLT)
+_USER_MMIO = cython.declare(cython.ulonglong, USER_MMIO)
+_SHUTDOWN = cython.declare(cython.ulonglong, USER_SHUTDOWN)
+_FAIL_ENTRY = cython.declare(cython.ulonglong, USER_FAIL_ENTRY)
+_INTERNAL = cython.declare(cython.ulonglong, USER_INTERNAL_ERROR)
+_EINTR = cython.declare(cython.int, -EINTR)
+_EAGAIN = cython.declare(cython.int, -EAGAIN)
+_HALTS = cython.declare(cython.int, 1)  # what an exit code says (`_meaning`)
+_IO = cython.declare(cython.int, 2)
+_ASYNCHRONOUS = cython.declare(cython.int, 3)
+_FEW = cython.declare(cython.longlong, 100)  # one in so many exits at another address is no progress
 
 RipRun = cython.struct(  # exits of a vCPU at one RIP, without another between them, and rows among them
     rip=cython.ulonglong,
@@ -28,18 +64,62 @@ RipRun = cython.struct(  # exits of a vCPU at one RIP, without another between t
     until=cython.longlong,
     seq=cython.longlong,
     exits=cython.longlong,
+    still=cython.longlong,  # exits at the RIP that the vCPU had entered with
+    guest=cython.longlong,  # ns in the guest
     faults=cython.longlong,
     requested=cython.longlong,
     installed=cython.longlong,
-    mmio=cython.longlong,
+    fixed=cython.longlong,  # by fast_page_fault
+    marked=cython.longlong,  # MMIO SPTEs that were made
+    mmio=cython.longlong,  # exits to userspace for MMIO, or, where these are not recorded, MMIO that was emulated
     loads=cython.longlong,
     moves=cython.longlong,  # faults on another page than the one before
-    page=cython.longlong,  # of the vCPU's last fault, -1: it had none
+    fresh=cython.longlong,  # accesses below or above all addresses of the run until then
+    halts=cython.longlong,  # exits for HLT, and exits to userspace for it
+    ports=cython.longlong,  # exits for port I/O, and MMIO that was an eventfd's
+    unasked=cython.longlong,  # exits for nothing that the guest did, which are none of `exits`
+    errors=cython.longlong,  # KVM_RUNs that failed, and the last one's errno
+    error=cython.longlong,
+    internal=cython.longlong,  # KVM_EXIT_INTERNAL_ERROR, _SHUTDOWN, _FAIL_ENTRY
+    shutdowns=cython.longlong,
+    failed=cython.longlong,
+    undefined=cython.longlong,  # #UD that was injected
+    reserved=cython.longlong,  # faults with a reserved bit set, by writes, and on a leaf that was there
+    writes=cython.longlong,
+    present=cython.longlong,
+    addr=cython.ulonglong,  # of the last access
+    notified=cython.longlong,  # MMU notifiers of the VM meanwhile
+    before=cython.longlong,  # the exit before the last one, and the last: rows
+    last=cython.longlong,
 )
 RIP_RUN = [("rip", "u8")] + [
-    (name, "i8")
+    (name, "u8" if name == "addr" else "i8")
     for name in (
-        "since", "until", "seq", "exits", "faults", "requested", "installed", "mmio", "loads", "moves", "page"
+        "since", "until", "seq", "exits", "still", "guest", "faults", "requested", "installed", "fixed", "marked",
+        "mmio", "loads", "moves", "fresh", "halts", "ports", "unasked",
+        "errors", "error", "internal", "shutdowns", "failed",
+        "undefined", "reserved", "writes", "present", "addr", "notified", "before", "last",
+    )
+]  # fmt: skip
+
+Follow = cython.struct(  # a vCPU after its last row
+    rip=cython.ulonglong,  # at its last entry, and when that was; -1: it is in userspace, or was not seen
+    entered=cython.longlong,
+    page=cython.longlong,  # of its last fault, -1: it had none
+    low=cython.ulonglong,  # the least and the greatest address of the run
+    high=cython.ulonglong,
+    notified=cython.longlong,  # MMU notifiers when its run began
+    ended=cython.longlong,  # the row of its last exit to userspace, if it has not entered since: -1
+    reason=cython.longlong,
+    error=cython.longlong,
+    time=cython.longlong,
+    exit=cython.longlong,  # the row of its last exit, its RIP
+    at=cython.ulonglong,
+)
+FOLLOW = [
+    (name, "u8" if name in ("rip", "low", "high", "at") else "i8")
+    for name in (
+        "rip", "entered", "page", "low", "high", "notified", "ended", "reason", "error", "time", "exit", "at"
     )
 ]  # fmt: skip
 
@@ -47,27 +127,52 @@ RIP_RUN = [("rip", "u8")] + [
 @cython.final
 @cython.cclass
 class RipRuns:
-    """Of one VM. `longest` has a row of RipRun for each vCPU, after `finish`; 0 exits: it had none."""
+    """Of one VM. `longest` has a row of RipRun for each vCPU, after `finish`; 0 exits: it had none.
+
+    `ends` has a row of Follow for each vCPU: why it went to userspace last, if it did not come back.
+    """
 
     longest = cython.declare(object, visibility="public")
+    ends = cython.declare(object, visibility="public")
     _pool: Any
     _going: cython.pointer[RipRun]
     _longest: cython.pointer[RipRun]
+    _vcpu: cython.pointer[Follow]
+    _notified: cython.longlong
+    _meaning: cython.uchar[::1]
+    _write: cython.ulonglong  # bits of a fault's code
+    _reserved: cython.ulonglong
+    _present: cython.ulonglong
+    _fixed: cython.int
 
-    def __init__(self, vcpus: int) -> None:
+    def __init__(self, vcpus: int, vendor: Vendor = SVM, fixed: int = -1) -> None:
+        """`vendor`: whose codes exits and faults have. `fixed`: what fast_page_fault returns where it mends an SPTE."""
         self._pool, self.longest = (make_pool(max(vcpus, 1), RIP_RUN) for _ in range(2))
-        self._pool["page"] = -1
+        self.ends = make_pool(max(vcpus, 1), FOLLOW)
+        for name in ("entered", "page", "ended", "exit"):
+            self.ends[name] = -1
+        self._notified = 0
+        meaning = np.zeros(CODES, np.uint8)
+        meaning[idle_exits(vendor) != 0] = 1
+        meaning[list(vendor.io)] = 2
+        meaning[list(vendor.asynchronous)] = 3
+        self._meaning = meaning
+        self._write, self._reserved, self._present = vendor.fault.write, vendor.fault.reserved, vendor.fault.present
+        self._fixed = fixed
         if cython.compiled:
             going: cython.uchar[::1] = as_bytes(self._pool)
             longest: cython.uchar[::1] = as_bytes(self.longest)
+            vcpu: cython.uchar[::1] = as_bytes(self.ends)
             self._going = cython.cast(cython.pointer[RipRun], cython.address(going[0]))
             self._longest = cython.cast(cython.pointer[RipRun], cython.address(longest[0]))
+            self._vcpu = cython.cast(cython.pointer[Follow], cython.address(vcpu[0]))
         else:
             self._going, self._longest = as_structures(self._pool), as_structures(self.longest)
+            self._vcpu = as_structures(self.ends)
 
     def feed(self, batch: Any) -> None:
-        """Take in a batch: `seq`, `time`, `vcpu` (dense, -1 for none), `kind`, `rip` and `addr` of it."""
-        self._feed(batch.seq, batch.time, batch.vcpu, batch.kind, batch.rip, batch.addr)
+        """Take in a batch: `seq`, `time`, `vcpu` (dense, -1 for none), `kind`, `rip`, `addr`, `code`, `ret` of it."""
+        self._feed(batch.seq, batch.time, batch.vcpu, batch.kind, batch.rip, batch.addr, batch.code, batch.ret)
 
     def finish(self) -> None:
         """There are no more rows: runs that go on end here."""
@@ -83,14 +188,19 @@ class RipRuns:
         kind: cython.const[cython.uchar][::1],
         rip: cython.const[cython.ulonglong][::1],
         addr: cython.const[cython.ulonglong][::1],
+        code: cython.const[cython.ulonglong][::1],
+        ret: cython.const[cython.int][::1],
     ) -> None:
         i: cython.Py_ssize_t
         if not cython.compiled:
             seq, time, vcpu, kind, rip, addr = map(memoryview, (seq, time, vcpu, kind, rip, addr))  # type: ignore[arg-type]
+            code, ret = map(memoryview, (code, ret))  # type: ignore[arg-type]
         with cython.nogil:
             for i in range(kind.shape[0]):
-                if vcpu[i] >= 0:
-                    self._follow(vcpu[i], kind[i], seq[i], time[i], rip[i], addr[i])
+                if kind[i] == _UNMAP:
+                    self._notified += 1
+                elif vcpu[i] >= 0:
+                    self._follow(vcpu[i], kind[i], seq[i], time[i], rip[i], addr[i], code[i], ret[i])
 
     @cython.cfunc
     @cython.nogil
@@ -104,33 +214,43 @@ class RipRuns:
         time: cython.longlong,
         rip: cython.ulonglong,
         addr: cython.ulonglong,
+        code: cython.ulonglong,
+        ret: cython.int,
     ) -> cython.void:
         """Go on with the vCPU's run of exits at one RIP, or begin another."""
         run: cython.pointer[RipRun] = self._going
         page: cython.longlong
         if k == _EXIT:
-            if run[v].exits and run[v].rip == rip:
-                run[v].exits += 1
-                run[v].until = time
-            else:
-                self._end_run(v)
-                run[v].rip = rip
-                run[v].since = run[v].until = time
-                run[v].seq = seq
-                run[v].exits = 1
-                run[v].faults = run[v].requested = run[v].installed = run[v].mmio = run[v].loads = run[v].moves = 0
+            self._exits(v, seq, time, rip, code)
+        elif k == _ENTRY:
+            self._vcpu[v].rip = rip
+            self._vcpu[v].entered = time
+            self._vcpu[v].ended = -1
         elif k == _FAULT:
             page = cython.cast(cython.longlong, addr >> 12)
             run[v].faults += 1
-            if page != run[v].page and run[v].page >= 0:
-                run[v].moves += 1
-            run[v].page = page
+            run[v].moves += page != self._vcpu[v].page and self._vcpu[v].page >= 0
+            self._vcpu[v].page = page
+            run[v].writes += code & self._write != 0
+            run[v].reserved += code & self._reserved != 0
+            run[v].present += code & self._present != 0
+            self._accesses(v, addr)
         elif k == _REQUESTED:
             run[v].requested += 1
         elif k == _SET:
             run[v].installed += 1
-        elif k == _MMIO:
-            run[v].mmio += 1
+        elif k == _FAST:
+            run[v].fixed += ret == self._fixed
+        elif k == _MARK:
+            run[v].marked += 1
+        elif k in (_HANDLE, _MMIO):
+            self._accesses(v, addr)
+        elif k == _FAST_MMIO:
+            run[v].ports += 1
+        elif k == _USER_EXIT:
+            self._goes_out(v, seq, time, code, ret)
+        elif k == _INJECT:
+            run[v].undefined += code == _UD
         elif k == _MMU_LOAD:
             run[v].loads += 1
 
@@ -138,9 +258,130 @@ class RipRuns:
     @cython.nogil
     @cython.inline
     @cython.exceptval(check=False)
+    def _exits(
+        self,
+        v: cython.Py_ssize_t,
+        seq: cython.longlong,
+        time: cython.longlong,
+        rip: cython.ulonglong,
+        code: cython.ulonglong,
+    ) -> cython.void:
+        run: cython.pointer[RipRun] = self._going
+        meaning: cython.int = self._meaning[code] if code < _CODES else 0
+        ran: cython.longlong = time - self._vcpu[v].entered if self._vcpu[v].entered >= 0 else 0
+        self._vcpu[v].exit = seq
+        self._vcpu[v].at = rip
+        if meaning == _ASYNCHRONOUS:
+            run[v].unasked += 1
+            run[v].guest += ran
+            self._vcpu[v].entered = -1
+            return
+        if not run[v].exits or run[v].rip != rip:
+            self._end_run(v)
+            self._begin_run(v, seq, time, rip)
+        run[v].exits += 1
+        run[v].until = time
+        run[v].before = run[v].last
+        run[v].last = seq
+        run[v].halts += meaning == _HALTS
+        run[v].ports += meaning == _IO
+        if self._vcpu[v].entered >= 0:
+            run[v].still += self._vcpu[v].rip == rip
+            if run[v].exits > 1:  # before the first the guest came from elsewhere
+                run[v].guest += ran
+        self._vcpu[v].entered = -1
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _begin_run(
+        self, v: cython.Py_ssize_t, seq: cython.longlong, time: cython.longlong, rip: cython.ulonglong
+    ) -> cython.void:
+        run: cython.pointer[RipRun] = self._going
+        run[v].rip = rip
+        run[v].since = time
+        run[v].seq = run[v].last = seq
+        run[v].exits = run[v].still = run[v].guest = run[v].faults = run[v].requested = run[v].installed = 0
+        run[v].fixed = run[v].marked = run[v].mmio = run[v].loads = run[v].moves = run[v].fresh = run[v].halts = 0
+        run[v].ports = run[v].unasked = run[v].errors = run[v].error = run[v].internal = run[v].shutdowns = run[
+            v
+        ].failed = 0
+        run[v].undefined = run[v].reserved = run[v].writes = run[v].present = 0
+        run[v].addr = 0
+        self._vcpu[v].low = 0xFFFFFFFFFFFFFFFF
+        self._vcpu[v].high = 0
+        self._vcpu[v].notified = self._notified
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.inline
+    @cython.exceptval(check=False)
+    def _accesses(self, v: cython.Py_ssize_t, addr: cython.ulonglong) -> cython.void:
+        run: cython.pointer[RipRun] = self._going
+        run[v].addr = addr
+        if addr < self._vcpu[v].low or addr > self._vcpu[v].high:
+            run[v].fresh += 1
+            self._vcpu[v].low = min(self._vcpu[v].low, addr)
+            self._vcpu[v].high = max(self._vcpu[v].high, addr)
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _goes_out(
+        self,
+        v: cython.Py_ssize_t,
+        seq: cython.longlong,
+        time: cython.longlong,
+        reason: cython.ulonglong,
+        error: cython.int,
+    ) -> cython.void:
+        """KVM_RUN returns. A write that is two accesses returns twice."""
+        run: cython.pointer[RipRun] = self._going
+        again: cython.bint = self._vcpu[v].ended >= 0
+        self._vcpu[v].ended = seq
+        self._vcpu[v].reason = cython.cast(cython.longlong, reason)
+        self._vcpu[v].error = error
+        self._vcpu[v].time = time
+        if again:
+            return
+        if error < 0:
+            if error != _EINTR and error != _EAGAIN:
+                run[v].errors += 1
+                run[v].error = -error
+        elif reason == _HLT:
+            run[v].halts += 1
+        elif reason == _USER_MMIO:
+            run[v].mmio += 1
+        elif reason == _INTERNAL:
+            run[v].internal += 1
+        elif reason == _SHUTDOWN:
+            run[v].shutdowns += 1
+        elif reason == _FAIL_ENTRY:
+            run[v].failed += 1
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.inline
+    @cython.exceptval(check=False)
     def _end_run(self, v: cython.Py_ssize_t) -> cython.void:
-        if self._going[v].exits > self._longest[v].exits:
+        self._going[v].notified = self._notified - self._vcpu[v].notified
+        if self._going[v].exits > self._longest[v].exits and not self._goes_on(v):
             if cython.compiled:
                 self._longest[v] = self._going[v]
             else:
                 self.longest[v] = self._pool[v]
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _goes_on(self, v: cython.Py_ssize_t) -> cython.bint:
+        """Whether a run shows progress."""
+        run: cython.pointer[RipRun] = self._going
+        exits: cython.longlong = run[v].exits
+        if run[v].halts * 2 >= exits or run[v].ports * 2 >= exits:
+            return True
+        if (run[v].moves * _FEW >= exits and exits > 2) or (run[v].fresh - 1) * _FEW >= exits:
+            return True
+        if (run[v].errors + run[v].internal + run[v].shutdowns + run[v].failed) * 2 >= exits:
+            return False
+        return run[v].guest * 4 >= 3 * (run[v].until - run[v].since) and exits > 1

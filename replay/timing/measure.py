@@ -39,7 +39,7 @@ class SpanTimes:
         vcpus, own, cpus = max(len(vcpu_ids(vm)), 1), capabilities.own, cpus_of(capabilities)
         self._prefetches = own.prefetch > 1
         self.timeline = Timeline(vcpus, self._prefetches, capabilities.kernel.vendor, parts, capabilities.suspends)
-        self.rip_runs = RipRuns(vcpus)
+        self.rip_runs = RipRuns(vcpus, capabilities.kernel.vendor, capabilities.kernel.ret_pf.fixed)
         self.steal = Steal(vcpus, cpus == 1, capabilities.workers, capabilities.has("sched_in"))
         self.waits = LockWaits(vcpus, cpus != 1 and not own.faults_share)
         self.samples = {name: Samples() for name in _COSTS}

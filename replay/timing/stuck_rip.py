@@ -1,7 +1,6 @@
-"""vCPUs that do not get past an instruction, in a recording: the same RIP over many exits, and why.
+"""vCPUs that make no progress, in a recording: each one's longest run of exits at one RIP, and how its last exit ended.
 
-Not every hang is of roots. Maintainers take the same RIP over 100,000 exits for certainly stuck; what happened in these
-exits tells which hang it is, or that a loop of one instruction did go on, as its faults' addresses show.
+Not every hang is of roots, and not every loop is a hang. `diagnosis` says which one this is, by what the run has.
 """
 
 from __future__ import annotations
@@ -12,12 +11,13 @@ from typing import Final
 
 from replay.decode.same_rip import RipRuns
 
-CERTAIN: Final = 100_000  # exits at one RIP, by default
+CERTAIN: Final = 200  # exits at one RIP, by default
+LASTING: Final = 100_000_000  # ns; a guest that polls a device ends each access, and may do so for a while
 
 
 @dataclass(frozen=True)
 class RipRun:
-    """Exits of one vCPU at one RIP, without another between them; counts are of rows among them."""
+    """Exits of one vCPU at one RIP, without another between them; counts are of rows among them (`same_rip.RipRun`)."""
 
     vcpu: int
     rip: int
@@ -25,42 +25,75 @@ class RipRun:
     until: int
     seq: int  # row of the first exit
     exits: int
+    still: int = 0  # exits at the RIP that it had entered with: no instruction ended
+    guest: int = 0  # ns
     faults: int = 0
     requested: int = 0
     installed: int = 0
+    fixed: int = 0
+    marked: int = 0
     mmio: int = 0
     loads: int = 0
     moves: int = 0  # faults on another page than the one before
+    fresh: int = 0  # accesses beyond the addresses until then
+    halts: int = 0
+    ports: int = 0
+    unasked: int = 0
+    errors: int = 0
+    error: int = 0  # the last errno
+    internal: int = 0
+    shutdowns: int = 0
+    failed: int = 0
+    undefined: int = 0
+    reserved: int = 0
+    writes: int = 0
+    present: int = 0
+    addr: int = 0
+    notified: int = 0
+    before: int = 0
+    last: int = 0
 
     def certain(self, exits: int = CERTAIN) -> bool:
-        """Stuck, as maintainers judge it, by so many exits."""
-        return self.exits >= exits and self.moves * 100 < self.exits
+        """Whether it got no further for so many exits, or polled for so many, and long enough to be a hang."""
+        if self.exits < exits or self.moves * 100 >= self.exits or self.halts * 2 >= self.exits:
+            return False
+        if (self.errors + self.internal + self.shutdowns + self.failed) * 2 >= self.exits or not self.polls:
+            return True
+        took = self.until - self.since
+        # Whether an access reads is in a fault's code only: without it, more of the time must be lost.
+        reads = self.writes * 2 <= self.faults if self.faults else self.guest * 2 < took
+        return took >= LASTING and self.guest * 4 < 3 * took and reads
 
     @property
-    def why(self) -> str:
-        """What kind of hang this is, as far as its events tell."""
-        if self.moves * 2 >= self.exits:
-            return "one instruction in a loop, page after page: progress"
-        if self.loads * 4 >= self.exits:
-            return "roots: it loads a root again and again, and refills it"
-        if self.mmio * 2 >= self.exits:
-            return "emulated MMIO: the guest polls a device; no matter of roots"
-        if self.faults * 2 >= self.exits and self.requested * 100 < self.faults:
-            return (
-                "faults that are always taken for stale and retried, as with the mmu_seq sign bug "
-                "(5.17 to 6.2; 6.1.y before 6.1.50); no matter of roots"
-            )
-        if self.faults * 2 >= self.exits and self.installed * 100 < self.faults:
-            return "faults that wait for the host's page (userfaultfd, swap, async faults); no matter of roots"
-        if self.faults * 2 >= self.exits:
-            return "faults that are served and come again"
-        return "exits of another kind; no matter of roots"
+    def polls(self) -> bool:
+        """Whether the guest ends the instruction each time, and comes back to it."""
+        return self.still * 2 < self.exits
+
+
+@dataclass(frozen=True)
+class RipEnd:
+    """How a vCPU left for userspace for the last time: the row, its reason (KVM_EXIT_*), error, time, and the RIP."""
+
+    vcpu: int
+    ended: int
+    reason: int
+    error: int
+    time: int
+    exit: int
+    at: int
 
 
 _COUNTED: Final = tuple(field.name for field in fields(RipRun) if field.name != "vcpu")
+_ENDED: Final = tuple(field.name for field in fields(RipEnd) if field.name != "vcpu")
 
 
 def longest_runs(runs: RipRuns, ids: Sequence[int]) -> list[RipRun]:
     """Each vCPU's longest run; `ids` are their recorded ids."""
     longest = zip(ids, runs.longest, strict=False)  # of a VM without vCPUs there is one that has none
     return [RipRun(vcpu, *(int(run[name]) for name in _COUNTED)) for vcpu, run in longest if run["exits"]]
+
+
+def last_exits(runs: RipRuns, ids: Sequence[int]) -> list[RipEnd]:
+    """How each vCPU went to userspace that has not entered its guest since."""
+    ends = zip(ids, runs.ends, strict=False)
+    return [RipEnd(vcpu, *(int(end[name]) for name in _ENDED)) for vcpu, end in ends if end["ended"] >= 0]

@@ -9,10 +9,10 @@ from rich.table import Table
 from rich.text import Text
 
 from replay.plan import Plan
+from replay.timing.diagnosis import summed_up
 from replay.timing.reference_clock import TimeCategory
 from replay.timing.soft_hangs import causes
 from replay.timing.stalls import watchdogs
-from replay.timing.stuck_rip import RipRun
 from replay.timing.time_rows import named
 from replay.timing.timed_run import PolicyTime, Settings, VcpuTime, VmTime
 from traces.durations import duration
@@ -20,6 +20,7 @@ from traces.screen import VMS_SHOWN, page, text_of
 from traces.text import count, printable
 
 _VCPUS_SHOWN: Final = 16  # of a VM: those that hung longest, or lost most
+_STUCK_SHOWN: Final = 4  # vCPUs whose rows are shown
 _PRESERVED: Final = ("preserve", "preserve-worker")
 
 
@@ -40,7 +41,7 @@ def to_dict(times: list[VmTime], settings: Settings) -> dict[str, Any]:
                 },
                 "recorded": [sum(spent) for spent in vm.recorded],
                 "recorded_spent": [named(spent) for spent in vm.recorded],
-                "stuck": [{**vars(run), "why": run.why} for run in vm.stuck],
+                "stuck": [each.to_dict() for each in vm.stuck],
                 "policies": [_policy(outcome) for outcome in vm.outcomes],
             }
             for vm in times
@@ -51,12 +52,20 @@ def to_dict(times: list[VmTime], settings: Settings) -> dict[str, Any]:
 def render(times: list[VmTime], plan: Plan) -> str:
     """Plain text where standard output is no terminal."""
     console = page()
+    stuck = [each for vm in times for each in vm.stuck]
+    for line in summed_up(stuck):
+        console.print(Text(printable(line), style="bold"), soft_wrap=True)
+    for each in sorted(stuck, key=lambda each: each.since - each.until)[:_STUCK_SHOWN]:
+        if not each.ended:
+            console.print(Text(f"what shows that of vCPU {each.vcpu} of VM {each.vm}:"))
+            for row in each.rows:
+                console.print(Text(f"  {printable(row)}"), soft_wrap=True)
     for vm in times[:VMS_SHOWN]:
         if vm.refused:
             console.print(Text(f"VM {vm.vm}: no times: {vm.refused}"))
             continue
         shown = _shown(vm)
-        for line in (*stuck_lines(vm.vm, vm.stuck), *verdicts(vm, shown)):
+        for line in verdicts(vm, shown):
             console.print(Text(printable(line), style="bold"), soft_wrap=True)
         console.print(_table(vm, shown))
         if len(shown) < len(vm.recorded):
@@ -185,13 +194,6 @@ def _trust(vm: VmTime) -> Iterator[str]:
             f"SMIs {kept} ({vm.measured.by_guest:,} followed an exit of the guest's own making, "
             f"{vm.measured.by_clock:,} did not; --smi overrides)"
         )
-
-
-def stuck_lines(vm: int, runs: Iterable[RipRun]) -> Iterator[str]:
-    """One line for each vCPU that hung in the recording, and whether roots had to do with it."""
-    for run in runs:
-        took = f"{run.exits:,} exits at RIP {run.rip:#x} in {duration(run.until - run.since)}, from row {run.seq:,} on"
-        yield f"vCPU {run.vcpu} of VM {vm} is stuck in the recording: {took}: {run.why}"
 
 
 def _policy(outcome: PolicyTime) -> dict[str, Any]:

@@ -16,11 +16,12 @@ from replay.plan import Run, Target
 from replay.simulate.operations import Ranges
 from replay.simulate.timed_operations import tail
 from replay.timing.costs import Fitted, fit
+from replay.timing.diagnosis import Diagnosis, diagnoses
 from replay.timing.measure import Measured
 from replay.timing.reference_clock import TimeCategory
 from replay.timing.soft_hangs import SoftHang, soft_hangs
 from replay.timing.stalls import Rule
-from replay.timing.stuck_rip import CERTAIN, RipRun, longest_runs
+from replay.timing.stuck_rip import CERTAIN
 from replay.timing.timed_engine import TimedEngine
 from traces.durations import duration
 
@@ -99,7 +100,7 @@ class VmTime:
     measured: Measured
     open: bool  # SMIs keep their wall-clock time
     outcomes: list[PolicyTime]
-    stuck: list[RipRun]  # vCPUs that certainly did not get past an instruction
+    stuck: list[Diagnosis]  # vCPUs that got no further, and why
     marked: str = ""  # what makes the times less than they seem
 
     @property
@@ -125,11 +126,12 @@ def vm_time(
     settings: Settings,
 ) -> VmTime:
     """What is known of one VM's times."""
+    meta = capabilities.trace.metadata
+    own = next(each for each in meta.vms if int(each["id"]) == vm)
+    stuck = diagnoses(capabilities.trace, own, capabilities.kernel, measured.rip_runs, ids, settings.stuck)
     if measured.refused:
         nothing = replace(measured, began=0, fitted=fit({}, 0))
-        return VmTime(vm, nothing, False, [], [])
-    stuck = [run for run in longest_runs(measured.rip_runs, ids) if run.certain(settings.stuck)]
-    meta = capabilities.trace.metadata
+        return VmTime(vm, nothing, False, [], stuck)
     marked = [_slept(capabilities, measured)] if measured.slept.any() else []
     if meta.lost:
         marked.append(

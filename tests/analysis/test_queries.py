@@ -192,13 +192,14 @@ def test_a_vcpu_at_one_instruction_is_stuck(tmp_path: Path) -> None:
     for _ in range(40):
         guest.of("kvm_exit", w0=0x400, w1=0x1234)
         guest.of("kvm_page_fault", w0=2 << 12)
-        guest.of("kvm_entry", root=guest.root)
-    guest.write(tmp_path / "t.parquet")
+        guest.of("kvm_entry", root=guest.root, w0=0x1234)
+    guest.write(tmp_path / "t.parquet", kernel="6.1.20")
     recording = Recording.open(tmp_path / "t.parquet")
     assert asked(recorded.stuck(recording)).is_empty()
     (row,) = asked(recorded.stuck(recording, exits=30)).iter_rows(named=True)
-    assert (row["vcpu"], row["exits"]) == (0, 40)
-    assert "mmu_seq" in row["why"]
+    assert (row["vcpu"], row["exits"], row["kind"]) == (0, 40, "mmio_in_kernel"), "no memslot is there"
+    shown = asked(recorded.stuck_rows(recording, exits=30))["row"].to_list()
+    assert [row.split()[-1] for row in shown if "kvm_entry" in row] == ["rip=0x1234"]
 
 
 @pytest.mark.parametrize("path", [STORM, OLD_STORM, CORPUS / "two-vms-6.1.parquet"], ids=lambda path: path.stem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import polars as pl
@@ -60,7 +61,7 @@ def test_the_worst_vm_is_the_headline_and_stands_first() -> None:
         assert f"of VM {worst} (fieldvm {worst_pid(report, worst)})" in report.verdict[0]
         assert len(table.frame) == 26
         text = renderer("text")(report)
-    assert "(query overview, 18 more)" in text
+    assert re.search(r"\(query overview, \d+ more\)", text)
     assert max(map(len, text.splitlines())) <= 80
 
 

@@ -41,7 +41,7 @@ class TimedGuest(Guest):
         for at, ns in self._waits.items():
             gaps[at] += ns
         records["time"] = np.cumsum(gaps)
-        given = manifest(kernel="6.12.9", policy="preserve", **more)
+        given = manifest(**{"kernel": "6.12.9", "policy": "preserve", **more})
         given["host"]["vendor"] = vendor
         given["probes"] += [{"kind": kind, "how": "raw"} for kind in ("sched_in", "kvm_userspace_exit")]
         trace(path, records, given)

@@ -25,8 +25,6 @@ from replay.simulate.operations import Cause
 from replay.timing.reference_clock import TimeCategory
 from replay.timing.soft_hangs import causes, soft_hangs
 from replay.timing.stalls import Rule
-from replay.timing.stuck_rip import RipRun
-from replay.timing.time_text import stuck_lines
 from replay.timing.timed_run import Settings, VmTime
 from tests.corpus import CORPUS, REPLAYED, each
 from tests.replay.recording import Guest
@@ -192,17 +190,9 @@ def test_the_command_gives_a_verdict_and_a_document() -> None:
     assert "give auto, open or closed" in str(done.exception)
 
 
-def test_a_stuck_vcpu_is_named_with_its_reason() -> None:
+def test_a_guest_that_is_well_is_not_stuck() -> None:
     (vm,) = timed(CORPUS / "steady-6.1.parquet", "preserve")
     assert vm.stuck == []
-    hung = RipRun(0, 0x1004, 10, 2_000_000_010, 77, 150_000, faults=150_000)
-    assert hung.certain()
-    (line,) = stuck_lines(vm.vm, [hung])
-    assert line.startswith(
-        "vCPU 0 of VM 1 is stuck in the recording: 150,000 exits at RIP 0x1004 in 2.00 s, from row 77 on"
-    )
-    assert "mmu_seq" in line
-    assert "no matter of roots" in line
 
 
 @pytest.mark.slow
@@ -291,9 +281,9 @@ def test_how_long_is_stuck_is_adjustable(tmp_path: Path) -> None:
     for _ in range(3000):
         guest.fault(5, installs=False)
     path = guest.write(tmp_path / "stuck.parquet").trace.path
-    assert timed(path, "async")[0].stuck == []
-    (run,) = timed(path, "async", settings=Settings(stuck=2500))[0].stuck
-    assert run.exits >= 3000
+    assert timed(path, "async", settings=Settings(stuck=5000))[0].stuck == []
+    (found,) = timed(path, "async")[0].stuck
+    assert found.exits >= 3000
 
 
 @pytest.mark.parametrize("name", ["smi-both-5.10", "smi-storm-6.1-async", "cr4-toggle-6.1", "mmio-7.x-shadow"])

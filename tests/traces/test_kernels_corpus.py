@@ -47,6 +47,8 @@ UNSEEN = {
     "vendor.name": "of the hardware", "vendor.cpu": "the same", "vendor.module": "the same",
     "vendor.paging": "the same", "vendor.accessed": "of the hardware",
     "vendor.dirty": "the same", "vendor.interrupt": "the emulated machine interrupts as it likes",
+    "vendor.asynchronous": "the same", "vendor.mwait": "no guest of a scenario executes it",
+    "mmu_seq_int": "no recording has 2^31 invalidations before it",
     "vendor.undefined": "the vendors' RSM has an exit of its own, or is this: one of both is shown",
     "vendor.invpcid": "no scenario executes it", "vendor.cr": "replay's tests have it",
     "vendor.cr0_write": "by name of the scenario only (unloads.CR0_WP)", "vendor.cr4_write": "the same",

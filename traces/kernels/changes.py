@@ -120,6 +120,7 @@ FIRST: Final = Kernel(
     nx_recovery="write",
     old_shadow_mmu=True,
     prefetches_tail=False,
+    mmu_seq_int=False,
     pte_list_ext=3,
     vendor=SVM,
 )  # fmt: skip
@@ -171,6 +172,8 @@ CHANGES: Final = (
         fields={"layout.fields": _role(gpte="has_4_byte_gpte", nx="efer_nx")}),
     Change((5, 17), "kvm_enter_smm is called kvm_smm_transition",
         points=("-kvm:kvm_enter_smm", "+kvm:kvm_smm_transition")),
+    Change((5, 17), "mmu_seq is an int where faults compare it: after 2^31 invalidations every fault looks stale",
+        ("a955cad84cda",), fields={"mmu_seq_int": True}),
     # 5.18
     Change((5, 18), "the last put marks the root invalid; a worker zaps and frees it",
         ("22b94c4b63eb", "efd995dae5eb"), fields={"policy": "async"}, points=("+tdp_mmu_zap_root_work",)),
@@ -205,6 +208,8 @@ CHANGES: Final = (
     # 6.3
     Change((6, 3), "a small fault below a huge leaf splits it in place", ("c4b33d28ea51",),
         fields={"split_in_place": True}),
+    Change((6, 3), "mmu_seq is the unsigned long that it is; a refactoring, and a fix of its own in 6.1.50",
+        (), ((6, 1, 50),), fields={"mmu_seq_int": False}),
     # 6.4
     Change((6, 4), "roots stay until they are invalidated", ("edbdb43fc96b",), _STABLE_2023,
         fields={"policy": "preserve-worker"}),

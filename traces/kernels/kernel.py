@@ -85,6 +85,8 @@ class Kernel:
     # Shadow MMU
     old_shadow_mmu: bool  # a lookup syncs what is in its way, kvm_mmu_spte_requested gives guest-virtual frames
     prefetches_tail: bool  # a fault prefetches behind its entry, too, not only before it
+    # mmu_seq is an int where faults compare it: after 2^31 invalidations every fault looks stale, for ever.
+    mmu_seq_int: bool
     pte_list_ext: int  # SPTEs that one pte_list_desc of the reverse maps holds; 0: not known
 
     vendor: Vendor

@@ -39,6 +39,7 @@ class Vendor:
     mwait: tuple[int, ...]  # KVM emulates it as nothing: the guest idles, and comes again at once
     io: tuple[int, ...]
     interrupt: tuple[int, ...]
+    asynchronous: tuple[int, ...]  # interrupts, NMIs, timers, windows, and PAUSE: the guest goes on where it was
     nested_fault: tuple[int, ...]
     mmio: tuple[int, ...]  # an access to a cached MMIO SPTE, where it has an exit of its own
     rsm: tuple[int, ...]
@@ -63,6 +64,7 @@ SVM: Final = Vendor(
     mwait=(0x8B, 0x8C),
     io=(0x7B,),
     interrupt=(0x60,),
+    asynchronous=(0x60, 0x61, 0x62, 0x64, 0x77),
     nested_fault=(0x400,),
     mmio=(),
     rsm=(0x73,),
@@ -87,6 +89,7 @@ VMX: Final = Vendor(
     mwait=(36, 67, 68),
     io=(30,),
     interrupt=(1,),
+    asynchronous=(1, 7, 8, 40, 52),
     nested_fault=(48,),
     mmio=(49,),
     rsm=(17,),

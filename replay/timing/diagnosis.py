@@ -1,0 +1,308 @@
+"""Why a vCPU makes no progress: what fits the evidence, with the rows that it rests on, or that nothing does.
+
+Each cause is looked for where its evidence is in the rows: KVM_RUN's error, userspace's exit reason, loads of roots,
+what became of the faults, who invalidated meanwhile, and what the kernel's version is known to get wrong.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any, Final
+
+import numpy as np
+
+from replay.decode.exits import USER_FAIL_ENTRY, USER_INTERNAL_ERROR, USER_SHUTDOWN, user_exit_name
+from replay.decode.same_rip import RipRuns
+from replay.timing.stuck_rip import CERTAIN, RipEnd, RipRun, last_exits, longest_runs
+from traces.durations import duration
+from traces.kernels.kernel import Kernel
+from traces.reader import Trace
+
+_ROWS: Final = 12  # shown of a diagnosis
+_HISTORY: Final = 6  # of these, changes of the page's SPTE
+_READ: Final = 1 << 17  # rows that are searched for them
+_READ_ONLY: Final = 1 << 1  # KVM_MEM_READONLY of a memslot
+_PAGE_SHIFT: Final = 12
+_EVER: Final = 1 << 62
+_HOST: Final = ("kvm_unmap_hva_range", "kvm_mmu_zap_all_fast", "zap_leafs", "kvm_set_spte_hva", "memslot")
+_SPTES: Final = ("kvm_tdp_mmu_spte_changed", "kvm_mmu_set_spte", "kvm_mmu_prepare_zap_page")
+_COLUMNS: Final = (
+    "seq", "time", "vcpu", "tid", "kind", "gfn", "old", "new", "addr", "code", "value", "rip", "ret", "flags",
+)  # fmt: skip
+_HEX: Final = ("gfn", "rip", "addr", "code", "value", "old", "new")
+
+
+Named = Callable[[int, int], str]
+
+
+def plainly(vm: int, vcpu: int) -> str:
+    """A vCPU by its numbers."""
+    return f"vCPU {vcpu} of VM {vm}"
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """One vCPU. `kind` is a word for programs, `why` a phrase; `exits` at `rip` from `since` to `until` (boot ns).
+
+    `seq` is the row of the first of them; `rows` are rows in words that show what is said. A vCPU that ended with one
+    exit has that.
+    """
+
+    vm: int
+    vcpu: int
+    kind: str
+    why: str
+    rip: int
+    exits: int
+    since: int
+    until: int
+    seq: int
+    rows: tuple[str, ...] = ()
+
+    @property
+    def ended(self) -> bool:
+        """Whether it ended with one exit, rather than going on without getting further."""
+        return self.exits == 1 and self.kind in ENDS.values()
+
+    def said(self, who: Named) -> str:
+        """A sentence, with the vCPU's name."""
+        name = who(self.vm, self.vcpu)
+        if self.ended:
+            return f"{name} ends in {self.why}, at RIP {self.rip:#x}, row {self.seq:,}"
+        took = f"{self.exits:,} exits at RIP {self.rip:#x} in {duration(self.until - self.since)}"
+        return f"{name} is stuck in the recording: {took}, from row {self.seq:,} on: {self.why}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "rows": list(self.rows)}
+
+
+ENDS: Final = {
+    USER_SHUTDOWN: "shutdown", USER_FAIL_ENTRY: "fail_entry", USER_INTERNAL_ERROR: "internal_error",
+}  # fmt: skip
+
+
+def diagnoses(
+    trace: Trace, vm: Mapping[str, Any], kernel: Kernel | None, runs: RipRuns, ids: Sequence[int], exits: int = CERTAIN
+) -> list[Diagnosis]:
+    """Of one VM: its vCPUs that are stuck, for `exits` at one RIP and more, and those that ended in an error."""
+    return diagnosed(trace, vm, kernel, longest_runs(runs, ids), last_exits(runs, ids), exits)
+
+
+def diagnosed(
+    trace: Trace,
+    vm: Mapping[str, Any],
+    kernel: Kernel | None,
+    runs: Sequence[RipRun],
+    ends: Sequence[RipEnd],
+    exits: int = CERTAIN,
+) -> list[Diagnosis]:
+    """The same, of runs and ends."""
+    found = []
+    for run in runs:
+        if run.certain(exits):
+            kind, why = _cause(run, vm, kernel)
+            rows = tuple(_evidence(trace, vm, run))
+            found.append(
+                Diagnosis(int(vm["id"]), run.vcpu, kind, why, run.rip, run.exits, run.since, run.until, run.seq, rows)
+            )
+    told = {each.vcpu for each in found if each.kind in ENDS.values()}
+    for end in ends:
+        if end.reason in ENDS and end.error >= 0 and end.vcpu not in told:
+            why = f"{user_exit_name(end.reason)} ({end.reason}): {_MEANS[end.reason]}"
+            row = f"row {end.ended:,} kvm_userspace_exit {user_exit_name(end.reason)}"
+            found.append(
+                Diagnosis(int(vm["id"]), end.vcpu, ENDS[end.reason], why, end.at, 1, end.time, end.time, end.ended,
+                          (row,))
+            )  # fmt: skip
+    return sorted(found, key=lambda each: each.vcpu)
+
+
+_MEANS: Final = {
+    USER_SHUTDOWN: "a triple fault of the guest",
+    USER_FAIL_ENTRY: "the processor refuses the vCPU's state",
+    USER_INTERNAL_ERROR: "KVM cannot go on; its suberror is in no row",
+}
+
+
+def _cause(run: RipRun, vm: Mapping[str, Any], kernel: Kernel | None) -> tuple[str, str]:
+    """A word and a phrase."""
+    most = run.exits / 2
+    where = _place(run, vm)
+    if run.errors >= most:
+        name = errno.errorcode.get(run.error, "an error")
+        return "run_error", f"KVM_RUN fails with {name} (errno {run.error}), {run.errors:,} times{_fails(run, vm)}"
+    for reason, count in (
+        (USER_INTERNAL_ERROR, run.internal),
+        (USER_SHUTDOWN, run.shutdowns),
+        (USER_FAIL_ENTRY, run.failed),
+    ):
+        if count >= most:
+            what = f"each ends in {user_exit_name(reason)} ({reason}), {count:,} times: {_MEANS[reason]}"
+            if reason == USER_INTERNAL_ERROR and run.undefined >= most:
+                what = (
+                    f"each ends in {user_exit_name(reason)} ({reason}), {count:,} times, with #UD queued: emulation of "
+                    f"the instruction failed (suberror 1, emulation), {where}"
+                )
+            return ENDS[reason], what
+    if run.mmio >= most:
+        return _mmio(run, vm, where)
+    if run.loads * 4 >= run.exits:
+        return "roots", "roots: it loads a root again and again, and refills it"
+    if run.faults >= most:
+        return _faults(run, vm, kernel, where)
+    return "unexplained", "not explained: its exits fit no cause that is known here"
+
+
+def _mmio(run: RipRun, vm: Mapping[str, Any], where: str) -> tuple[str, str]:
+    does = "the guest polls it" if run.polls else "the instruction does not get done"
+    slot = _slot_of(vm, run.addr >> _PAGE_SHIFT, run.until)
+    if slot is not None and run.writes * 2 > run.faults and slot.get("flags", 0) & _READ_ONLY:
+        return "read_only", f"writes to the read-only slot {slot['slot']}, {where}: each ends in KVM_EXIT_MMIO (6)"
+    if run.marked * 2 > run.faults > 0:
+        return (
+            "mmio_uncached",
+            f"emulated MMIO {where}, whose SPTE is made anew for each access; each ends in KVM_EXIT_MMIO (6)",
+        )
+    return "mmio", f"emulated MMIO {where}: each exit ends in KVM_EXIT_MMIO (6); {does}"
+
+
+def _faults(run: RipRun, vm: Mapping[str, Any], kernel: Kernel | None, where: str) -> tuple[str, str]:
+    gfn = run.addr >> _PAGE_SHIFT
+    slot = _slot_of(vm, gfn, run.until)
+    served = run.installed + run.fixed
+    if run.marked * 2 > run.faults:
+        return "mmio_uncached", f"faults {where}, whose MMIO SPTE is made anew for each access"
+    if slot is None and not served:
+        return "mmio_in_kernel", f"faults {where}, which KVM emulates itself: a device of the kernel's, or an eventfd"
+    if slot is not None and run.writes * 2 > run.faults and slot.get("flags", 0) & _READ_ONLY:
+        return "read_only", f"writes to the read-only slot {slot['slot']}, {where}"
+    if served * 2 >= run.faults:
+        after = f", {run.notified:,} invalidations by MMU notifiers meanwhile" if run.notified else ""
+        return "served_again", f"faults {where} that are served and come again{after}"
+    if served * 100 >= run.faults or run.requested * 100 >= run.faults:
+        return "unexplained", f"not explained: faults {where}, of which {served:,} of {run.faults:,} were served"
+    if run.notified:
+        return "invalidated", (
+            f"faults {where} that are retried: {run.notified:,} invalidations by MMU notifiers go on meanwhile, and a "
+            "fault that meets one begins again"
+        )
+    if run.reserved * 2 >= run.faults:
+        return "reserved_bits", f"faults {where} on an SPTE with a reserved bit set, which nothing mends"
+    if kernel is not None and kernel.mmu_seq_int:
+        return "mmu_seq", (
+            f"faults {where} that are always taken for stale and retried, with no invalidation meanwhile: so it goes "
+            "after 2^31 invalidations on kernels whose mmu_seq is an int (5.17 to 6.2; 6.1.y before 6.1.50), as here"
+        )
+    each = (run.until - run.since) // max(run.exits - 1, 1)
+    if each >= _SLOW:
+        return "host_page", (
+            f"faults {where} for which nothing is mapped, {duration(each)} each: they wait for the host's page "
+            "(userfaultfd, swap, async faults)"
+        )
+    return "unexplained", f"not explained: faults {where} for which nothing is mapped, with no invalidation meanwhile"
+
+
+_SLOW: Final = 1_000_000  # ns an exit: beyond what KVM's own handling takes
+
+
+def _fails(run: RipRun, vm: Mapping[str, Any]) -> str:
+    if run.error != errno.EFAULT or not run.faults:
+        return ""
+    gfn = run.addr >> _PAGE_SHIFT
+    slot = _slot_of(vm, gfn, run.until)
+    if slot is None:
+        return f": gfn {gfn:#x} is in no memslot"
+    return f": gfn {gfn:#x} of slot {slot['slot']} has no host page"
+
+
+def _place(run: RipRun, vm: Mapping[str, Any]) -> str:
+    if not run.addr and not run.faults:
+        return "at an address that no row shows"
+    gfn = run.addr >> _PAGE_SHIFT
+    slot = _slot_of(vm, gfn, run.until)
+    return f"at gpa {run.addr:#x} (gfn {gfn:#x}), {'in no memslot' if slot is None else 'in slot ' + str(slot['slot'])}"
+
+
+def _slot_of(vm: Mapping[str, Any], gfn: int, time: int) -> Mapping[str, Any] | None:
+    """The memslot that a page is in at a time (boot ns)."""
+    for slot in vm["slots"]:
+        since, until = slot.get("since"), slot.get("until")
+        lasts = (since if isinstance(since, int) else 0) <= time < (until if isinstance(until, int) else _EVER)
+        if lasts and slot["gfn"] <= gfn < slot["gfn"] + slot["pages"]:
+            return slot  # type: ignore[no-any-return]
+    return None
+
+
+def _evidence(trace: Trace, vm: Mapping[str, Any], run: RipRun) -> Iterator[str]:
+    """One round of the run, the last that is whole, and what became of its page before."""
+    comms = {
+        int(each["tid"]): str(each.get("comm", ""))
+        for each in trace.metadata.threads
+        if isinstance(each.get("tid"), int)
+    }
+    history: list[dict[str, Any]] = []
+    gfn = run.addr >> _PAGE_SHIFT
+    if run.faults:
+        for row in _rows(trace, vm, run.seq, min(run.before, run.seq + _READ)):
+            changes = row["kind"] in _SPTES and row["gfn"] is not None and row["gfn"] == gfn
+            if changes:
+                history.append(row)
+                if len(history) == _HISTORY:
+                    break
+    yield from (_told(row, run, comms) for row in history)
+    shown = len(history)
+    for row in _rows(trace, vm, run.before or run.seq, run.last):
+        if row["vcpu"] == run.vcpu or row["kind"] in _HOST or (row["kind"] in _SPTES and row["gfn"] == gfn):
+            yield _told(row, run, comms)
+            shown += 1
+            if shown == _ROWS:
+                return
+
+
+def _rows(trace: Trace, vm: Mapping[str, Any], first: int, last: int) -> Iterator[dict[str, Any]]:
+    """A VM's rows by number, [first, last]."""
+    for batch in trace.batches(_COLUMNS, vm=int(vm["id"]), seqs=(first, last)):
+        seq = batch.column("seq").to_numpy()
+        low, high = np.searchsorted(seq, [first, last + 1])
+        for at in range(int(low), int(high)):
+            yield {name: batch.column(name)[at].as_py() for name in _COLUMNS}
+
+
+def _told(row: Mapping[str, Any], run: RipRun, comms: Mapping[int, str]) -> str:
+    """A row in words."""
+    words = [f"row {row['seq']:,}", f"+{duration(max(row['time'] - run.since, 0))}", str(row["kind"])]
+    if row["kind"] == "kvm_userspace_exit":
+        words.append(f"errno {-row['ret']}" if row["ret"] < 0 else f"{user_exit_name(row['code'])} ({row['code']})")
+    else:
+        words += [f"{name}={row[name]:#x}" for name in _HEX if row[name]]
+    if row["vcpu"] is None:
+        words.append(f"by {comms.get(row['tid'], '')}[{row['tid']}]")
+    return " ".join(words)
+
+
+def summed_up(found: Sequence[Diagnosis], who: Named = plainly) -> list[str]:
+    """A sentence each, those that go on first and the longest of them; those that ended alike in one."""
+    going = sorted((each for each in found if not each.ended), key=lambda each: each.since - each.until)
+    sentences = [each.said(who) for each in going]
+    for why, alike in groupby(sorted((each for each in found if each.ended), key=_alike), key=lambda each: each.why):
+        them = list(alike)
+        if len(them) == 1:
+            sentences.append(them[0].said(who))
+            continue
+        vms = sorted({each.vm for each in them})
+        whole = vms == list(range(vms[0], vms[-1] + 1)) and len(vms) > 2
+        which = (
+            f"{vms[0]} to {vms[-1]}" if whole else ", ".join(map(str, vms[:_VMS])) + ("..." if len(vms) > _VMS else "")
+        )
+        sentences.append(f"{len(them):,} vCPUs (VM{'s' if len(vms) > 1 else ''} {which}) end in {why}")
+    return sentences
+
+
+_VMS: Final = 8
+
+
+def _alike(each: Diagnosis) -> tuple[str, int, int]:
+    return each.why, each.vm, each.vcpu
