@@ -52,12 +52,20 @@ def replace(temporary: Path, final: Path) -> None:
 def write_json(path: Path, value: Mapping[str, Any]) -> int:
     """Replace `path` by `value` as JSON, durably; the size in bytes."""
     data = json.dumps(value, indent=1).encode()
-    temporary = path.with_name(path.name + ".tmp")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-    try:
-        write_all(fd, data)
-        sync(fd)
-    finally:
-        os.close(fd)
-    replace(temporary, path)
+    write_file(path, data)
     return len(data)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Replace `path` by these bytes, durably; what was there stays where that fails (OSError)."""
+    temporary, fd = create_beside(path)
+    try:
+        try:
+            write_all(fd, data)
+            sync(fd)
+        finally:
+            os.close(fd)
+        replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import time
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from tracer.lab import fetch, matrix, qemu
 from tracer.lab.cli import app
 from tracer.lab.lab_kernels import KERNELS
 from tracer.lab.matrix import DIRECT, EPT, NO_AD, PAGING, PAGING_ON_INTEL, PML, TDP, Cell, MatrixRow
+from traces import durable
 from traces.errors import ENVIRONMENT, Problem
 
 
@@ -119,6 +122,28 @@ def test_provenance_reads_back_and_has_a_line_for_each(tmp_path: Path, monkeypat
     assert json.loads((tmp_path / matrix.PROVENANCE).read_text())["schema"] == 1
     lines = [line for line in (tmp_path / matrix.TABLE).read_text().splitlines() if line.startswith("| ")]
     assert lines[2] == "| steady-6.1 | linux-image-1 1-1 | sync | 0.1.0 | 1,234,567 | 0 | 2 | 9 | 514 | 513 | 12 |"
+
+
+@pytest.mark.parametrize("call", ["write_all", "sync", "replace"])
+def test_a_full_disk_leaves_the_provenance_that_was_there(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def record(group: list[Cell], directory: Path) -> tuple[list[MatrixRow], list[Problem]]:
+        for cell in group:
+            (directory / f"{cell.name}.parquet").write_bytes(b"")
+        return [row(cell) for cell in group], []
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(matrix, "record", record)
+    matrix.fill([Cell("steady", (), "6.1")], tmp_path, lambda line: None)
+    before = {name: (tmp_path / name).read_bytes() for name in (matrix.PROVENANCE, matrix.TABLE)}
+    monkeypatch.setattr(durable, call, fail)
+    with pytest.raises(Problem, match=r"provenance\.json: cannot be written: No space left on device"):
+        matrix.fill([Cell("churn", (), "6.1")], tmp_path, lambda line: None)
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".md", ".parquet", ".parquet"]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from tracer.lab.fetch import present
 from tracer.lab.lab_cpus import AMD
 from tracer.lab.lab_kernels import LabKernel, missing
 from tracer.lab.session import DEFAULT_TIMEOUT, DEFAULT_TIMEOUT_INTEL, boot, several
+from traces import durable
 from traces.compact import compact
 from traces.errors import BAD_INPUT, ENVIRONMENT, Problem
 
@@ -316,7 +317,7 @@ def _tuple(value: Any) -> Any:
 
 def _write(directory: Path, rows: list[MatrixRow]) -> None:
     recordings = ",\n".join(json.dumps(asdict(row), separators=(",", ":")) for row in rows)  # a line each, for diffs
-    (directory / PROVENANCE).write_text(f'{{"schema": 1, "recordings": [\n{recordings}\n]}}\n')
+    provenance = f'{{"schema": 1, "recordings": [\n{recordings}\n]}}\n'
     lines = [
         "# Recordings of the kernel lab",
         "",
@@ -330,7 +331,11 @@ def _write(directory: Path, rows: list[MatrixRow]) -> None:
         figures = (row.events, row.lost, row.roots, row.tables, row.faults, row.leaves, round(row.guest_ns / 1e6))
         texts = (row.file.removesuffix(".parquet"), row.package, row.policy, row.recorder)
         lines.append(f"| {' | '.join((*texts, *(f'{figure:,}' for figure in figures)))} |")
-    (directory / TABLE).write_text("\n".join(lines) + "\n")
+    for name, text in ((PROVENANCE, provenance), (TABLE, "\n".join(lines) + "\n")):
+        try:
+            durable.write_file(directory / name, text.encode())
+        except OSError as error:
+            raise Problem(f"{directory / name}: cannot be written: {error.strerror}: it is as it was") from None
 
 
 def render(rows: Sequence[MatrixRow]) -> str:
