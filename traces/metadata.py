@@ -152,7 +152,7 @@ def _view(raw: dict[str, Any], version: tuple[int, int]) -> Metadata:
         discrepancies=tuple(_expect(raw, "discrepancies", lambda v: _is_list(v, str))),
         vms=tuple(_expect(raw, "vms", _is_vms)),
         threads=tuple(_expect(raw, "threads", lambda v: _is_list(v, dict))),
-        gaps=tuple(_expect(raw, "gaps", lambda v: _is_list(v, dict))),
+        gaps=tuple(_expect(raw, "gaps", _is_gaps)),
         probes=tuple(raw["probes"] if _is_list(raw.get("probes"), dict) else ()),
         gap_count=_expect(raw, "gap_count", _is_count),
         root_count=_expect(_expect(raw, "roots", _is_object), "count", _is_count),
@@ -221,8 +221,17 @@ def _is_vms(value: Any) -> bool:
         and all(vm.get(key) is None or _is_count(vm[key]) for key in ("since", "until"))
         and _has_counts(vm.get("vcpus"), "id", "tid")
         and _has_counts(vm.get("slots"), "slot", "as_id", "gfn", "pages", "hva")
+        and all(slot.get(key) is None or _is_time(slot[key]) for slot in vm["slots"] for key in ("since", "until"))
         for vm in value
     )
+
+
+def _is_gaps(value: Any) -> bool:
+    return _is_list(value, dict) and all(_is_time(gap.get(key)) for gap in value for key in ("since", "until"))
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and -(1 << 63) <= value < 1 << 64
 
 
 def _has_counts(rows: Any, *names: str) -> bool:

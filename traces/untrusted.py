@@ -16,3 +16,9 @@ def text_at(raw: Mapping[str, Any], key: str) -> str:
     """The text under a key; an empty one where there is none."""
     value = raw.get(key)
     return value if isinstance(value, str) else ""
+
+
+def count_at(raw: Mapping[str, Any], key: str) -> int:
+    """The number of something under a key; 0 where there is none."""
+    value = raw.get(key)
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63 else 0

@@ -14,6 +14,7 @@ from traces.kernels import roles
 from traces.kernels.policies import POLICIES
 from traces.kernels.vendors import VENDORS, VMX
 from traces.reader import Trace
+from traces.untrusted import count_at, object_at
 
 _NEEDED: Final = {
     "kvm_mmu_set_spte": "leaf installs",
@@ -106,8 +107,8 @@ class Capabilities:
         lines = []
         if vm.get("origin") != "created":
             lines.append(f"VM {vm['id']} was running before: what it had mapped then is not known")
-        if vm.get("slots_omitted"):
-            lines.append(f"VM {vm['id']}: {vm['slots_omitted']:,} memslot entries are not in the metadata")
+        if omitted := count_at(vm, "slots_omitted"):
+            lines.append(f"VM {vm['id']}: {omitted:,} memslot entries are not in the metadata")
         if vm.get("until") is None:
             lines.append(f"VM {vm['id']} was still running at the end: its last roots are not freed")
         return lines
@@ -119,9 +120,8 @@ class Capabilities:
             lines.append(f"{meta.lost:,} events were lost in {meta.gap_count:,} gaps")
         if not meta.complete and not lines:
             lines.append("the recording is not complete")
-        cut = meta.raw.get("cut")
-        if isinstance(cut, dict) and cut.get("rows_missing"):
-            lines.append(f"{cut['rows_missing']:,} rows are missing: segments were damaged")
+        if rows := count_at(object_at(meta.raw, "cut"), "rows_missing"):
+            lines.append(f"{rows:,} rows are missing: segments were damaged")
         missed = meta.raw.get("missed")
         if isinstance(missed, dict) and (skipped := sum(runs for runs in missed.values() if isinstance(runs, int))):
             lines.append(f"the kernel skipped {skipped:,} runs of probes: events nobody saw")

@@ -23,6 +23,7 @@ from traces.metadata import Metadata
 from traces.progress import Progress
 from traces.reader import Trace
 from traces.text import count
+from traces.untrusted import count_at, object_at
 
 # What a recording must have watched, so that the model knows when slots are filled and emptied.
 _NEEDED: Final = {
@@ -232,7 +233,7 @@ def _counted(rows: Iterable[RowTuple], progress: Progress) -> Iterator[RowTuple]
 def _cut(meta: Metadata) -> int | None:
     """When the first event was lost (boot ns); None if none was."""
     times = [int(gap["since"]) for gap in meta.gaps]
-    if meta.raw.get("cut", {}).get("rows_missing") or (meta.lost and not times):
+    if count_at(object_at(meta.raw, "cut"), "rows_missing") or (meta.lost and not times):
         return 0
     return min(times, default=None)
 

@@ -15,6 +15,7 @@ from traces.kernels import Kernel
 from traces.kernels.vendors import VENDORS
 from traces.metadata import Metadata
 from traces.reader import Trace
+from traces.untrusted import object_at
 
 OFF: Final = ("N", "0")  # of a module parameter
 _SET_NR_MMU_PAGES: Final = 0xAE44
@@ -89,8 +90,8 @@ def _shows_use(meta: Metadata) -> bool:
     """Recordings of 7.3 made until 2026-11-24 have 0 there: the member that the raw probe read is gone."""
     if any(probe.get("kind") == "kvm_mmu_zap_all_fast" and probe.get("how") == "tp" for probe in meta.probes):
         return True
-    layout = meta.raw.get("layout")
-    return not (isinstance(layout, dict) and "KVM_USED_PAGES" in (layout.get("missing") or ()))
+    missing = object_at(meta.raw, "layout").get("missing")
+    return not (isinstance(missing, list) and "KVM_USED_PAGES" in missing)
 
 
 def _unseen(meta: Metadata) -> set[str]:

@@ -17,6 +17,7 @@ import resource
 import signal
 import sys
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -348,23 +349,24 @@ VERBS = (
 )  # fmt: skip
 
 
-def through_verbs(path: Path) -> str:
+def through_verbs(path: Path, verbs: Sequence[str] = VERBS) -> str:
     """Each verb answers, or says in one line why not; its exit code is 0 or 1 where it answers."""
     said = {}
     for left in path.parent.iterdir():
         if left != path:
             left.unlink()
-    for verb in VERBS:
+    for verb in verbs:
         words = verb.format(path, path.parent).split()
         try:
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            with contextlib.redirect_stdout(io.StringIO()) as told, contextlib.redirect_stderr(io.StringIO()):
                 code = command_line.app(words, standalone_mode=False)
             assert code in (None, 0, 1), (verb, code)
+            assert told.getvalue().replace("\n", "").isprintable(), (verb, told.getvalue())
         except Problem as problem:
             if problem.code != BAD_INPUT or not str(problem).isprintable():
                 raise AssertionError(f"{verb}: {problem.code}: {problem}") from None
             said[verb] = str(problem)
-    return next(iter(said.values())) if len(said) == len(VERBS) else "read"
+    return next(iter(said.values())) if len(said) == len(verbs) else "read"
 
 
 def main(seed: str, kind: str, first: str, count: str, scratch: str, *verbs: str) -> None:

@@ -6,12 +6,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests import streams
 from tests.corpus import CORPUS
-from tests.traces.forged import KINDS, File, rows_of
+from tests.traces.forged import KINDS, File, rows_of, through_verbs
 from tests.traces.making import trace
 
 ROOT = Path(__file__).parents[2]
@@ -81,3 +82,21 @@ def test_many_of_each_kind(kind: str, seed: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["rows", "json", "payloads", "footer"])
 def test_verbs_answer_or_say_why_not(kind: str, tmp_path: Path) -> None:
     assert "read" in outcomes(CORPUS / "huge-6.1.parquet", kind, 0, 25, tmp_path, "verbs")
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"cut": {"rows_missing": {}}}, {"cut": []}, {"cut": {"rows_missing": "x"}}, {"layout": {"missing": 5}},
+        {"layout": []}, {"modules": {"kvm": {"tdp_mmu": []}}}, {"modules": 5}, {"missed": {"mmu_load": []}},
+        {"gaps": [{}]}, {"gaps": [{"since": "x", "until": 0}]}, {"host": []}, {"preset": {"a": "\x1b[31m"}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_metadata_of_other_types_is_answered_or_refused(odd: dict[str, Any], tmp_path: Path) -> None:
+    file = File((CORPUS / "huge-6.1.parquet").read_bytes())
+    file.metadata |= odd
+    path = tmp_path / "forged.parquet"
+    path.write_bytes(file.written())
+    verbs = ["info {0}", "validate {0}", "replay {0} --no-time", "report {0} --no-replay"]
+    assert through_verbs(path, verbs) == "read" or "gaps" in odd
