@@ -89,7 +89,7 @@ def tables() -> list[Found]:
         for name in dict.fromkeys(trace for trace, _, _ in TABLES):
             shown = capabilities.get(name) or Capabilities(Trace.open(CORPUS / f"{name}.parquet"))
             asked = [parse(axis, text) for trace, axis, text in TABLES if trace == name]
-            ((work, answers),) = questions.answer(shown, asked)
+            ((work, answers),), _ = questions.answer(shown, asked)
             found += [Found(name, each, work, answer) for each, answer in zip(asked, answers, strict=True)]
     return [
         each

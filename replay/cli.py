@@ -133,9 +133,9 @@ def replay(
     from replay.timing import time_text as time_report
     from replay.timing.stalls import Rule
     from replay.timing.timed_run import Settings
+    from replay.whatif import each_vm, smi_rate_text
     from replay.whatif import questions as designs
     from replay.whatif import smi_rate as rates
-    from replay.whatif import smi_rate_text
     from traces.reader import Trace
     from traces.selection import Selection
 
@@ -159,13 +159,14 @@ def replay(
     selected = Selection(tuple(vm or ()), until=until).of(Trace.open(trace, recorded_policy))
     shown = capabilities.Capabilities(selected)
     if questions := designs.asked(aging=aging, zap_lock=zap_lock, apicv=apicv, tdp_pages=tdp_pages):
-        found = designs.answer(shown, questions)
+        found, unanswered = designs.answer(shown, questions)
         checks = [work.check for work, _ in found if work.check is not None]
         if as_json:
-            own = own_policy.to_dict(checks)
-            print_json({"trace": str(trace), "own_policy": own, "designs": designs.to_dict(found)})
+            own, none = own_policy.to_dict(checks), each_vm.to_dict(unanswered)
+            document = {"own_policy": own, "designs": designs.to_dict(found), "unanswered": none}
+            print_json({"trace": str(trace), **document})
         else:
-            print(counts_text.untrusted(checks) + designs.render(found), end="")
+            print(counts_text.untrusted(checks) + designs.render(found, unanswered), end="")
         return
     share = bounds.accessed_share(shown.trace, shown.kernel) if assumed.name == "accessed" else 0.0
     wanted = plan.make(shown, policy or [], kernel, assumed)
@@ -173,12 +174,12 @@ def replay(
         wide = rates.parse(sweep) if sweep else rates.Sweep(smi_rate, smi_rate)
         change = rates.SmiChange(scale_working_set, vcpus_holding_root)
         kernels = (target.parameters for target in wanted.targets if target.policy is None)
-        swept, checks = rates.swept(shown, kernels, wide, change)
+        swept, checks, unanswered = rates.swept(shown, kernels, wide, change)
         if as_json:
-            own = own_policy.to_dict(checks)
-            print_json({"trace": str(trace), "own_policy": own, "sweep": smi_rate_text.to_dict(swept, wide)})
+            own, found = own_policy.to_dict(checks), smi_rate_text.to_dict(swept, unanswered, wide)
+            print_json({"trace": str(trace), "own_policy": own, "sweep": found})
         else:
-            print(counts_text.untrusted(checks) + smi_rate_text.render(swept, wide), end="")
+            print(counts_text.untrusted(checks) + smi_rate_text.render(swept, unanswered, wide), end="")
         return
     taken = settings if timed else None
     replayed = run.replay(wanted, taken) if out is None else run.replay_into(wanted, out, taken, inputs, force=force)

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from replay.decode.capabilities import Capabilities
-from replay.whatif import aging, apicv_inhibits, range_zaps, table_accounting
+from replay.whatif import aging, apicv_inhibits, each_vm, range_zaps, table_accounting
 from replay.whatif.answers import VARIANTS, Answer, Asked, parse
 from replay.whatif.workload import FAULTS, Workload, workload
 from traces.durations import duration
@@ -29,12 +29,22 @@ def asked(**given: str) -> list[Asked]:
     return [parse(axis, text) for axis, text in given.items() if text]
 
 
-def answer(capabilities: Capabilities, questions: Sequence[Asked]) -> list[tuple[Workload, list[Answer]]]:
-    """Each VM with a table for each question; the recorded kernel's own way is always among the variants."""
+def answer(
+    capabilities: Capabilities, questions: Sequence[Asked]
+) -> tuple[list[tuple[Workload, list[Answer]]], dict[int, str]]:
+    """Each VM with a table for each question, and of others why there is no answer.
+
+    The recorded kernel's own way is always among the variants.
+    """
     stands = capabilities.kernel
-    vms = [vm for vm in capabilities.trace.metadata.vms if vm["vcpus"]]
-    with Progress("simulating", len(vms) * (len(questions) + 1)) as progress:
-        return [(work := workload(capabilities, vm), _answers(work, stands, questions, progress)) for vm in vms]
+    with Progress("simulating", len(capabilities.trace.metadata.vms) * (len(questions) + 1)) as progress:
+
+        def ask(vm: Mapping[str, Any]) -> tuple[Workload, list[Answer]]:
+            work = workload(capabilities, vm)
+            return work, _answers(work, stands, questions, progress)
+
+        answers, unanswered = each_vm.ask_each_vm(capabilities, ask)
+    return list(answers.values()), unanswered
 
 
 def _answers(work: Workload, stands: Kernel, questions: Sequence[Asked], progress: Progress) -> list[Answer]:
@@ -69,7 +79,7 @@ def to_dict(found: Sequence[tuple[Workload, list[Answer]]]) -> list[dict[str, An
     ]
 
 
-def render(found: Sequence[tuple[Workload, list[Answer]]]) -> str:
+def render(found: Sequence[tuple[Workload, list[Answer]]], unanswered: Mapping[int, str]) -> str:
     """Plain text where standard output is no terminal."""
     console = page()
     for work, answers in found[:VMS_SHOWN]:
@@ -89,6 +99,8 @@ def render(found: Sequence[tuple[Workload, list[Answer]]]) -> str:
             console.print(Text(printable(line)), soft_wrap=True)
     if len(found) > VMS_SHOWN:
         console.print(Text(f"... {len(found) - VMS_SHOWN} more VMs: --json has them"))
+    for line in each_vm.notes(unanswered):
+        console.print(Text(printable(line)), soft_wrap=True)
     return text_of(console)
 
 

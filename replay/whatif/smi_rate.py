@@ -27,6 +27,7 @@ from replay.spool import Spool
 from replay.timing.costs import Costs
 from replay.timing.measured_vm import measure_vm
 from replay.timing.timed_engine import TimedEngine
+from replay.whatif.each_vm import UnansweredVm, ask_each_vm
 from traces.errors import Problem
 from traces.kernels.policies import PolicyParameters
 
@@ -95,7 +96,6 @@ class SmiProgram:
     """One VM's program without its SMIs, and an SMI of each vCPU that had one; by the recorded kernel's triggers."""
 
     def __init__(self, capabilities: Capabilities, vm: Mapping[str, Any], change: SmiChange) -> None:
-        where = f"{capabilities.trace.path}: VM {vm['id']}"
         parts = []
         self._ranges = Ranges()
         with Spool() as spool:
@@ -104,7 +104,7 @@ class SmiProgram:
             inputs, measured = found.inputs, found.measured
             self.check = compare(capabilities, vm, inputs, rows, found.engine)
             if measured.refused:
-                raise Problem(f"{where}: {measured.refused}")
+                raise UnansweredVm(measured.refused)
             self.recorded = len(inputs.vcpus)
             self.vcpus = max(self.recorded, change.holders)
             specialized = Specialization(capabilities.kernel, Case(), capabilities.ad_disabled, self.recorded)
@@ -114,7 +114,7 @@ class SmiProgram:
         whole = joined([*parts, tail(*specialized.rest(inputs.rest))])
         self._smis = [self._last_smi(whole, vcpu) for vcpu in range(self.recorded)]
         if all(smi is None for smi in self._smis):
-            raise Problem(f"{where} has no whole SMI to repeat: record one, or make a trace with kvmtrace synth")
+            raise UnansweredVm("it has no whole SMI to repeat: record one, or make a trace with kvmtrace synth")
         self._program = take(whole, np.flatnonzero(whole.queue < self.recorded))
         # The exit of the VM's process, which empties every root, is to be like any other moment.
         ends = self._program.block.op & 15 == Op.ZAP_ALL
@@ -212,13 +212,15 @@ def _shifted(timed: Timed, by: int) -> Timed:
 
 def swept(
     capabilities: Capabilities, policies: Iterable[PolicyParameters], sweep: Sweep, change: SmiChange
-) -> tuple[dict[int, list[Swept]], list[OwnPolicyCheck]]:
-    """By VM, each policy at each rate; and whether the VMs' own policy is what their rows show."""
+) -> tuple[dict[int, list[Swept]], list[OwnPolicyCheck], dict[int, str]]:
+    """By VM, each policy at each rate; whether their own policy is what their rows show; of others why no answer."""
     chosen = list(policies)
-    found, checks = {}, []
-    for vm in capabilities.trace.metadata.vms:
-        if vm["vcpus"]:
-            program = SmiProgram(capabilities, vm, change)
-            found[int(vm["id"])] = [program.sweep(parameters, sweep.rates) for parameters in chosen]
-            checks.append(program.check)
-    return found, checks
+    checks = []
+
+    def ask(vm: Mapping[str, Any]) -> list[Swept]:
+        program = SmiProgram(capabilities, vm, change)
+        checks.append(program.check)
+        return [program.sweep(parameters, sweep.rates) for parameters in chosen]
+
+    answers, unanswered = ask_each_vm(capabilities, ask)
+    return answers, checks, unanswered

@@ -25,7 +25,7 @@ from replay.timing.costs import DEFAULT, Costs, LockCosts
 from replay.timing.measure import SpanTimes
 from replay.timing.measured_vm import measure_vm
 from replay.whatif.answers import MOST_PAGES
-from traces.errors import Problem
+from replay.whatif.each_vm import UnansweredVm
 
 Ints = NDArray[np.int64]
 FAULTS: Final = 500  # of each recorded vCPU that are simulated: the first ones
@@ -114,15 +114,14 @@ class Workload:
 
 
 def workload(capabilities: Capabilities, vm: Mapping[str, Any]) -> Workload:
-    """Of one VM; Problem where the trace has no times, or no fault."""
-    where = f"{capabilities.trace.path}: VM {vm['id']}"
+    """Of one VM; raises UnansweredVm where the trace has no times, or no fault."""
     with Spool(seq=True) as spool:
         watch = _Watch(capabilities, vm)
         rows = RowCounts(capabilities, len(vcpu_ids(vm)))
         own = measure_vm(capabilities, vm, spool, watch, rows)
         inputs, measured = own.inputs, own.measured
         if measured.refused:
-            raise Problem(f"{where}: {measured.refused}")
+            raise UnansweredVm(measured.refused)
         costs = measured.fitted.costs
         hold = measured.held // measured.requests if measured.held else round(costs.fault * _ALONE)
         found = Workload(
@@ -134,7 +133,7 @@ def workload(capabilities: Capabilities, vm: Mapping[str, Any]) -> Workload:
         _Replay(capabilities, found).run(spool)
         found.check = compare(capabilities, vm, inputs, rows, own.engine)
     if not found.programs:
-        raise Problem(f"{where} has no fault with a time of its own: there is nothing to wait for mmu_lock")
+        raise UnansweredVm("it has no fault with a time of its own: there is nothing to wait for mmu_lock")
     return found
 
 

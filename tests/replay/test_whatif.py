@@ -28,11 +28,12 @@ def firmware(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def by_policy(path: Path, sweep: Sweep, change: SmiChange | None = None) -> dict[str, Swept]:
-    vms, checks = swept(
+    by_vm, checks, unanswered = swept(
         Capabilities(Trace.open(path)), (SYNC_RW, ASYNC, SHADOW, PRESERVE), sweep, change or SmiChange()
     )
+    (found,) = by_vm.values()
     assert [check.text for check in checks if check.text] == []
-    (found,) = vms.values()
+    assert not unanswered
     return {each.policy: each for each in found}
 
 

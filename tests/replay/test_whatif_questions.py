@@ -241,7 +241,7 @@ def test_recorded_agers_are_the_rate(tmp_path: Path) -> None:
         guest.vm("kvm_age_hva", w0=0x7F0000000000 + (gfn << 12), w1=0x7F0000000000 + (gfn + 4 << 12))
         guest.fault(gfn)
     capabilities = guest.write(tmp_path / "aged.parquet", kernel="6.14.0")
-    ((work, (answer,)),) = questions.answer(capabilities, questions.asked(aging="lockless"))
+    ((work, (answer,)),), _ = questions.answer(capabilities, questions.asked(aging="lockless"))
     assert (work.aged, work.aged_pages) == (40, 160)
     assert "as recorded), 4 pages each, 1 SPTE a page" in answer.notes[0]
     assert answer.own == "locked"
