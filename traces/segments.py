@@ -281,7 +281,8 @@ class _Messages:
         source.seek(0)
         self._messages = pa.ipc.MessageReader.open_stream(source)
         schema = self._next()
-        if schema is None or pa.ipc.read_schema(schema) != RECORD_SCHEMA:
+        # pyarrow reads any message as a schema (26.0), also one that is none, and then beyond its end.
+        if schema is None or schema.type != "schema" or pa.ipc.read_schema(schema) != RECORD_SCHEMA:
             raise ValueError("not a segment of a recording")
         self._head = bytes(self._bytes[: source.tell()])
         self.end = 0  # of the last sealed batch, or of the stream

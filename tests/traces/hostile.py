@@ -108,7 +108,7 @@ def odd_metadata(metadata: dict[str, Any], rng: random.Random) -> bytes:
             if rng.random() < 0.2:
                 del node[key]
             else:
-                node[key] = rng.choice(_ODD)
+                node[key] = copy.deepcopy(rng.choice(_ODD))  # else one of them may come to hold itself
             break
         if not mutant:
             break
