@@ -176,8 +176,8 @@ def replay(
         kernels = (target.parameters for target in wanted.targets if target.policy is None)
         swept, checks, unanswered = rates.swept(shown, kernels, wide, change)
         if as_json:
-            own, found = own_policy.to_dict(checks), smi_rate_text.to_dict(swept, unanswered, wide)
-            print_json({"trace": str(trace), "own_policy": own, "sweep": found})
+            own, document = own_policy.to_dict(checks), smi_rate_text.to_dict(swept, unanswered, wide)
+            print_json({"trace": str(trace), "own_policy": own, "sweep": document})
         else:
             print(counts_text.untrusted(checks) + smi_rate_text.render(swept, unanswered, wide), end="")
         return
