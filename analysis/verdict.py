@@ -142,13 +142,15 @@ def _recorded(recording: Recording | None) -> Iterator[str]:
     if recording.window.since is not None or recording.window.vcpus:
         yield from _of_window(recording)
         return
+    # Where nothing shows a guest's entries, a root that nobody saw may be there all the same.
+    roots = [f"{count(meta.root_count, 'root')} seen"] if meta.root_count or not recording.hidden else []
     vms = VmNames(meta).vm(meta.vms[0]["id"]) if len(meta.vms) == 1 else count(len(meta.vms), "VM")
     parts = [
         text
         for kind, what in (_SHOWN if "kvm_exit" in recording.kinds else (*_SHOWN, *_ELSE))
         if kind in recording.kinds and (text := _count_of(meta, kind, what))
     ]
-    yield f"{vms} in {duration(last - first)}: {', '.join([count(meta.root_count, 'root') + ' seen', *parts])}"
+    yield f"{vms} in {duration(last - first)}: {', '.join([*roots, *parts])}"
     if recording.hidden:
         names = [what for kind, what in _SHOWN if kind in recording.hidden]
         yield f"not observable: {', '.join(f'{name}s' for name in names)}: {HIDDEN}"

@@ -80,7 +80,7 @@ def overview(recording: Recording, result: Result | None = None) -> pl.LazyFrame
         else pl.lit(None, pl.Int64).alias(name)
         for name, kind in shown.items()
     ).with_columns(
-        pl.col("roots").fill_null(0),
+        pl.col("roots") if recording.hidden else pl.col("roots").fill_null(0),
         note=pl.when(pl.col("entries") == 0).then(pl.lit("never entered its guest")).otherwise(pl.lit("")),
     )
     if result is None:
