@@ -116,7 +116,7 @@ class Unseen:
         else:
             before = self._pages.one[at]
             # A fault that began before the page was mapped was only late.
-            if asks and before > emptied and before > changed and before < began:
+            if asks and before > emptied and before >= changed and before < began:
                 gone |= GONE_PAGE
         self._pages.one[at] = seq
         return gone

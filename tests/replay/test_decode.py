@@ -343,6 +343,23 @@ def test_a_page_faulted_in_again_was_removed(tmp_path: Path) -> None:
     assert _unmapped(tmp_path, guest) == [("TOUCH", 0, 5), ("TOUCH", 0, 6), ("ZAP", 0, (5, 6)), ("TOUCH", 0, 5)]
 
 
+def test_the_page_that_a_table_was_built_anew_for_may_be_removed_too(tmp_path: Path) -> None:
+    """As when a guest reads its first page, and then writes to it: the host copies it (COW)."""
+    guest = Guest(OLD_ROLE)
+    guest.load()
+    guest.fault(5)
+    guest.of("kvm_exit", w0=0x400)
+    guest.of("kvm_page_fault", w0=5 << 12, w1=6, root=guest.root, role=guest.role)
+    guest.of("kvm_mmu_spte_requested", w0=5, level=1, root=guest.root)
+    guest.of("kvm_mmu_get_page", w0=0, level=2, role=OLD_ROLE, flags=1)
+    guest.of("kvm_mmu_set_spte", w0=5, level=1, root=guest.root, w1=0xE67)
+    guest.of("kvm_entry", root=guest.root)
+    guest.fault(5)
+    assert _unmapped(tmp_path, guest) == [
+        ("TOUCH", 0, 5), ("ZAP", 0, (0, 512)), ("TOUCH", 0, 5), ("ZAP", 0, (5, 6)), ("TOUCH", 0, 5)
+    ]  # fmt: skip
+
+
 def test_two_vcpus_that_fault_at_once_remove_nothing(tmp_path: Path) -> None:
     guest = Guest(OLD_ROLE)
     guest.load()
