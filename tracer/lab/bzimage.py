@@ -62,14 +62,15 @@ def unpack(path: Path) -> UnpackedKernel:
 
 
 def _decompress(payload: bytes, path: Path) -> bytes:
+    """The ELF image; the unpacked size follows what is packed, but for gzip, which has it itself."""
     if payload.startswith(b"\xfd7zXZ\0"):
-        return _whole(lzma.LZMADecompressor(), payload)  # what follows is the unpacked size
+        return _whole(lzma.LZMADecompressor(), payload)
     if payload.startswith(b"\x1f\x8b"):
-        return gzip.decompress(payload[:-4])
+        return gzip.decompress(payload)
     if payload.startswith(b"\x28\xb5\x2f\xfd"):
         import pyarrow as pa
 
-        data: bytes = pa.CompressedInputStream(pa.BufferReader(payload), "zstd").read()
+        data: bytes = pa.CompressedInputStream(pa.BufferReader(payload[:-4]), "zstd").read()
         return data
     raise Problem(f"{path}: compressed neither with xz, gzip nor zstd")
 

@@ -55,9 +55,10 @@ def main() -> None:
     modules = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
     start = {str(Path(prefix) / "pyvenv.cfg") for prefix in (sys.prefix, sys.base_prefix)}
     start |= {str(file) for directory in sys.path if directory for file in Path(directory).glob("*.pth")}
+    ours = ("/proc/", "/sys/", "/dev/", f"{name}/")
     for path in sorted({*_opened, *_mapped(), *filter(None, modules), *start, sys.executable}):
         place = Path.cwd() / path
-        if not str(place).startswith(("/proc/", "/sys/", "/dev/", f"{tempfile.gettempdir()}/")) and place.exists():
+        if not str(place).startswith(ours) and place.exists():
             print(place)
 
 
