@@ -103,6 +103,12 @@ def directions() -> Iterator[Direction]:
     for kernel in ("6.1", "6.12", "7.x"):
         yield Direction(kernel, f"{kernel}-shadow", "shadow")
         yield Direction(f"{kernel}-shadow", kernel, "preserve")
+    # The same kernels on Intel.
+    yield Direction("6.1-ept", "6.1-ept")
+    yield Direction("6.1-async-ept", "6.1-async-ept")
+    yield Direction("6.1-async-ept", "6.1-ept", "preserve")
+    yield Direction("6.1-ept", "6.1-async-ept", "async")
+    yield Direction("6.1-ept", "6.1-async-ept", "async", refault="all")
     yield Direction("5.10", "5.10-shadow", "shadow")
     yield Direction("5.10-shadow", "5.10", "sync")
     yield Direction("5.10", "6.1", kernel="6.1")

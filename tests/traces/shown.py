@@ -92,7 +92,9 @@ def policy(made: Recording) -> dict[str, Any]:
 
 
 def points(made: Recording) -> dict[str, Any]:
-    there = {p["point"] for p in made.meta.probes if p["how"] != "none" and not p["point"].startswith("syscalls")}
+    # Of the MMU: what tells of system calls, of the scheduler and of a VM's birth is in every kernel.
+    others = ("syscalls:", "sched:", "kvm_arch_init_vm")
+    there = {p["point"] for p in made.meta.probes if p["how"] != "none" and not p["point"].startswith(others)}
     return {"points": there}
 
 
@@ -316,7 +318,7 @@ def vendor(made: Recording) -> dict[str, Any]:
 
 def prefetch(made: Recording) -> dict[str, Any]:
     """Shadow MMU in direct mode: neighbours of the page that was asked for."""
-    if made.tdp or made.name.endswith("-npt0"):
+    if made.tdp or made.name.endswith(("-npt0", "-ept0")):
         return {}
     tail = neighbours = False
     for rows in made.threads("kvm_mmu_spte_requested", "kvm_mmu_set_spte").values():

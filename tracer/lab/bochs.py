@@ -31,6 +31,9 @@ _TELLS_ITS_CLOCK: Final = "skylake"  # by CPUID 15h, and the kernel would take i
 
 INSTRUCTIONS_PER_SECOND: Final = 50_000_000  # of the guest's clock: more would make each wait cost more, less each tick
 CLOCK_AT_START: Final = 1767225600  # 2026-01-01: two runs see the same dates
+# RDRAND and RDSEED, by their kernel's numbers: Bochs seeds them by the host's time, and with them go the places of
+# everything that the kernel and Python put in random order.
+_NO_CHANCE: Final = "clearcpuid=158,306"
 _SECTOR: Final = 512
 _FIRST_SECTOR: Final = 64
 _PARAMETERS, _COMMAND_LINE = 0x10000, 0x11000  # where boot.S expects them
@@ -96,7 +99,7 @@ class BochsMachine:
         if at + len(self.initrd) > (self.memory - 64) << 20:
             raise Problem(f"--memory {self.memory}: the guest's files alone take {len(self.initrd) >> 20} MiB")
         early = (f"tsc_early_khz={INSTRUCTIONS_PER_SECOND // 1000}",) if _TELLS_ITS_CLOCK in self.model else ()
-        line = " ".join((qemu.COMMAND_LINE, *early, *self.parameters))
+        line = " ".join((qemu.COMMAND_LINE, _NO_CHANCE, *early, *self.parameters))
         boot = bytearray(4096)
         boot[0x1F1 : 0x1F1 + len(kernel.header)] = kernel.header
         boot[0x210] = 0xFF  # type_of_loader: none that has a number
