@@ -53,7 +53,6 @@ UNSEEN = {
     "vendor.invpcid": "no scenario executes it", "vendor.cr": "replay's tests have it",
     "vendor.cr0_write": "by name of the scenario only (unloads.CR0_WP)", "vendor.cr4_write": "the same",
     "vendor.msr": "one of both ways is shown (msr_write)", "vendor.fault.walk": "no scenario has page tables to walk",
-    "vendor.mmio": "no Intel recording with MMIO ships; test_validate has one in Intel's codes",
     "spte.host_writable": "with mmu_writable as one (spte.writable)", "spte.mmu_writable": "the same",
 }  # fmt: skip
 
@@ -70,7 +69,7 @@ def described() -> dict[str, Kernel]:
     found = {}
     for path in [*CORPUS, *INTEL]:
         meta = Trace.open(path).metadata
-        modified = "async" if path.stem.endswith("-async") else ""  # modules with edbdb43fc96b undone
+        modified = "async" if path.stem.endswith(("-async", "-async-ept")) else ""  # modules with edbdb43fc96b undone
         found[path.stem] = kernels.at(release_of(meta.raw), Facts(policy=modified, cpu=meta.raw["host"]["vendor"]))
     return found
 
