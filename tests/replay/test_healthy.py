@@ -148,8 +148,10 @@ def test_a_made_guest_is_well(tmp_path: Path, vendor: str, number: int) -> None:
 
 
 def corpus() -> list[Path]:
+    """Not of Intel's emulator: its 512 first faults take 0.23 ms each, and so hold the guest up for over 100 ms."""
     found = sorted(CORPUS.glob("*.parquet"))
-    return [path for path in found if path.name.startswith((*WELL, *KEPT)) and "npt0" not in path.name]
+    named = [path for path in found if path.name.startswith((*WELL, *KEPT))]
+    return [path for path in named if not path.stem.endswith(("-npt0", "-ept"))]
 
 
 @pytest.mark.slow
