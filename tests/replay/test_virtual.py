@@ -264,8 +264,8 @@ def test_gaps_mark_the_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     real = Trace.open
     loss = {"kvm_page_fault": {"emitted": {"0": 25}, "lost": {"0": 5}, "stored": {"0": 20}}}
 
-    def lossy(path: Path) -> Trace:
-        trace = real(path)
+    def lossy(path: Path, recorded_policy: str = "") -> Trace:
+        trace = real(path, recorded_policy)
         monkeypatch.setattr(trace, "metadata", replace(trace.metadata, loss=loss, gap_count=1))
         return trace
 
