@@ -22,6 +22,7 @@ from traces.help_text import examples, examples_of
 
 ROOT: Any = typer.main.get_command(kvmtrace.app)
 COLUMNS = 80
+GROUPS = (("lab",), ("probes",))  # their verbs have the examples
 REPOSITORY = Path(__file__).parents[1]
 
 
@@ -52,14 +53,14 @@ def test_help_is_fitted_to_80_columns_and_no_summary_is_cut(path: tuple[str, ...
     assert "..." not in summaries
 
 
-@pytest.mark.parametrize(("path", "command"), [each for each in COMMANDS if each.values[0] != ("lab",)])
+@pytest.mark.parametrize(("path", "command"), [each for each in COMMANDS if each.values[0] not in GROUPS])
 def test_examples_stand_on_lines_of_their_own_and_are_understood(path: tuple[str, ...], command: Any) -> None:
     _, shown = examples_of(command.epilog)
     text = help_of(path, command)
     assert shown
     for example in shown:
         assert all(f"    {line}\n" in f"{text}\n" for line in example.splitlines())
-        words = [word for word in shlex.split(example.replace("\\\n", "")) if not word.startswith(">")]
+        words = shlex.split(example.replace("\\\n", "").partition(" >")[0].removeprefix("sudo "))
         assert words[: 1 + len(path)] == ["kvmtrace", *path]
         given, called = words[1:], ROOT
         while hasattr(called, "commands"):
