@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,8 @@ def test_examples_stand_on_lines_of_their_own_and_are_understood(path: tuple[str
     assert shown
     for example in shown:
         assert all(f"    {line}\n" in f"{text}\n" for line in example.splitlines())
-        words = shlex.split(example.replace("\\\n", "").partition(" >")[0].removeprefix("sudo "))
+        line = shlex.split(example.replace("\\\n", "").removeprefix("sudo "))
+        words = list(takewhile(lambda word: not word.startswith(">"), line))
         assert words[: 1 + len(path)] == ["kvmtrace", *path]
         given, called = words[1:], ROOT
         while hasattr(called, "commands"):
