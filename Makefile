@@ -12,7 +12,7 @@ demo: setup
 # On all CPUs; tests of one xdist group run one after the other.
 PYTEST := $(PYTHON) -m pytest --dist loadgroup -n
 
-# Within a minute: lint, types, and the tests that need nothing of the machine and not much time.
+# In some two minutes of two CPUs: lint, types, and the tests that need nothing of the machine and not much time.
 quick: lint
 	$(PYTEST) auto --hypothesis-profile quick -m "not (lab or live or kvm or browser or corpus or slow)"
 

@@ -59,6 +59,7 @@ def test_a_full_disk_leaves_what_was_there(
         assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
 @verbs(TALKERS)
 def test_standard_output_that_is_closed_full_or_unread(verb: Verb, files: Files) -> None:
     words = verb.words(files)
@@ -84,6 +85,7 @@ def test_a_closed_standard_error_does_not_go_to_standard_output(files: Files) ->
     assert (done.returncode, done.stdout) == (BAD_INPUT, b"")
 
 
+@pytest.mark.slow
 @verbs(TALKERS)
 def test_a_narrow_dumb_terminal_an_ascii_locale_and_none(verb: Verb, files: Files) -> None:
     words = verb.words(files)

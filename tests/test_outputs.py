@@ -97,6 +97,7 @@ def test_what_a_recorder_left_is_never_changed(verb: Verb, files: Files) -> None
             refused(verb, files, files.kvmt / name, *more)
 
 
+@pytest.mark.slow
 @every_writer
 def test_another_kind_is_replaced_by_force_alone(
     verb: Verb, files: Files, whole: Callable[[Verb], Path], tmp_path: Path

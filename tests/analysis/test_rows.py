@@ -41,6 +41,7 @@ def in_order(frame: pl.DataFrame, tally: Tally) -> pl.DataFrame:
     return frame.select(sorted(frame.columns)).sort("vm", *tally.by)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "merged"), [(17, 0), (1000, 50), (1 << 18, 1 << 17)])
 @pytest.mark.parametrize("path", [TWO_VMS, SHADOW], ids=lambda path: path.stem)
 def test_parts_merge_to_what_all_rows_say(path: Path, batch: int, merged: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,7 @@ def test_every_recording_agrees_with_itself(path: Path) -> None:
         assert {name for name, _ in check.unseen}.isdisjoint(names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MUTATED)
 def test_each_mutation_that_changes_a_count_is_found(name: str) -> None:
     rows = Rows(CORPUS / f"{name}.parquet")

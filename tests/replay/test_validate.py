@@ -98,6 +98,7 @@ def chosen() -> list[tuple[Trace, list[RowTuple]]]:
     return found
 
 
+@pytest.mark.slow
 @examples(60)
 @given(data=st.data())
 def test_a_response_that_is_missing_doubled_or_altered_is_found(data: st.DataObject, chosen) -> None:  # type: ignore[no-untyped-def]

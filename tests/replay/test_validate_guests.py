@@ -433,6 +433,7 @@ def mutations(made: KernelRows) -> Iterator[tuple[str, RowTuple, list[RowTuple]]
                 yield f"{column} of {kind}", row, [*before, row._replace(**{column: value}), *after]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_every_mutation_is_found(script: Callable[[], KernelRows]) -> None:
     made = script()

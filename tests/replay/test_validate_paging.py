@@ -67,6 +67,7 @@ def chosen() -> list[Chosen]:
     return found
 
 
+@pytest.mark.slow
 @examples(80)
 @given(data=st.data())
 def test_a_response_that_is_missing_doubled_or_altered_is_found(data: st.DataObject, chosen: list[Chosen]) -> None:

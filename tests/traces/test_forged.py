@@ -67,6 +67,7 @@ def check(kind: str, found: list[str]) -> None:
         assert len(refused) > len(found) // 8, "the forgeries must bite"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*KINDS, "segments"])
 def test_some_of_each_kind(kind: str, seed: Path, tmp_path: Path) -> None:
     check(kind, outcomes(seed, kind, 0, 30, tmp_path))

@@ -100,6 +100,7 @@ def agrees(kernel: Kernel, name: str, value: Any) -> bool:
     return bool(said == value)
 
 
+@pytest.mark.corpus
 @pytest.mark.parametrize("path", [*CORPUS, *INTEL], ids=lambda path: path.stem)
 def test_a_recording_shows_what_the_description_says(path: Path) -> None:
     kernel = described()[path.stem]

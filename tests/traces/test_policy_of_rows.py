@@ -21,6 +21,7 @@ INVALID = 0x800
 ROLE = 0x3784
 
 
+@pytest.mark.corpus
 @pytest.mark.parametrize(
     "path", [p for p in sorted(CORPUS.glob("*.parquet")) if not p.stem.endswith(("shadow", "npt0", "ept0"))]
 )

@@ -191,6 +191,7 @@ class Model:
             del self.refs[root]
 
 
+@pytest.mark.slow
 @examples(100, HealthCheck.function_scoped_fixture)
 @given(order=orders(), batch=st.sampled_from([vm.BATCH_STEPS, 40, 7]))
 def test_rows_keep_kvms_rules(order: dict[str, Any], batch: int, tmp_path: Path) -> None:
