@@ -70,6 +70,12 @@ class Trace:
         self._until: int | None = None
         self._groups = self._by_vm()
 
+    def check_span(self) -> None:
+        """Raise a Problem where rows are further apart than a difference of times in ns, of 64 bits, can be."""
+        first, last = self.metadata.span
+        if last - first >= 1 << 63:
+            raise Problem(f"{self.path}: damaged: its rows' times are more than 292 years apart")
+
     @classmethod
     def open(cls, path: Path | str, recorded_policy: str = "") -> Trace:
         """Open and check the file; raises Problem (one line, with the path) if it is not a sound trace of format 1.

@@ -10,19 +10,10 @@ from typing import Any
 
 import pytest
 
-from tests import streams
 from tests.corpus import CORPUS
 from tests.traces.forged import KINDS, File, rows_of, through_verbs
-from tests.traces.making import trace
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def seed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("seed") / "seed.parquet"
-    trace(path, streams.interleave([streams.smi_storm(40, vm=1), streams.emulator_storm(30, vm=2)]))
-    return path
 
 
 def test_what_is_taken_apart_is_put_together_the_same(seed: Path, tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests import streams
 from tests.traces.hostile import odd_metadata, with_metadata
 from tests.traces.making import event, numbered, stream, trace, write
 from traces.compact import compact
@@ -28,13 +27,6 @@ from traces.segments import MANIFEST, SegmentReader, segment_name
 from traces.summary import render
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def seed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("seed") / "seed.parquet"
-    trace(path, streams.interleave([streams.smi_storm(40, vm=1), streams.emulator_storm(30, vm=2)]))
-    return path
 
 
 @pytest.mark.slow
