@@ -18,9 +18,10 @@ from replay.cli import app as replay
 from tracer.cli import app as probes
 from tracer.lab.cli import app as lab
 from traces import ending
-from traces.documents import Force, Json, print_json
+from traces.documents import print_json
 from traces.errors import VERDICT_FAILED, Problem
 from traces.help_text import examples
+from traces.options import Force, Json, Recording
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -293,7 +294,7 @@ def synth(
     epilog=examples("kvmtrace info stall.parquet", "kvmtrace info stall.parquet --json"),
 )
 def info(
-    trace: Annotated[Path, typer.Argument(help="A recording.")],
+    trace: Recording,
     as_json: Json = False,
 ) -> None:
     """Say what a trace holds: kernel, policy, VMs, probes, events by kind, and what was lost."""

@@ -10,9 +10,9 @@ from typing import Annotated
 import typer
 
 from traces import outputs
-from traces.documents import Force, RecordedPolicy, Since, Until, Vcpus, Vms
 from traces.errors import VERDICT_FAILED, Problem
 from traces.help_text import examples
+from traces.options import Force, RecordedPolicy, Since, TextFile, Until, Vcpus, Vms, selection
 
 app = typer.Typer()
 
@@ -65,7 +65,7 @@ def report(
     format_: Annotated[
         str, typer.Option("--format", help="text, md, mail, html, json or junit. [default: text]", show_default=False)
     ] = "text",
-    out: Annotated[Path | None, typer.Option("-o", "--output", help="Write to this file, not to stdout.")] = None,
+    out: TextFile = None,
     vm: Vms = None,
     vcpu: Vcpus = None,
     since: Since = "",
@@ -99,7 +99,6 @@ def report(
     from analysis.reporting import Wanted, exit_code, reported
     from analysis.symbols import load
     from traces.progress import Progress
-    from traces.selection import Selection
 
     render = renderer(format_)
     inputs = [*files, *map(Path, policy or ()), *([baseline] if baseline else [])]
@@ -116,7 +115,7 @@ def report(
         gates=asked,
         baseline=gates.load_baseline(baseline) if baseline else None,
         drawn=drawn(format_),
-        selection=Selection(tuple(vm or ()), tuple(vcpu or ()), since, until),
+        selection=selection(vm, vcpu, since, until),
         symbols=load(symbols) if symbols else None,
         kaslr=_offset(kaslr_offset),
     )
@@ -157,7 +156,7 @@ def diff(
     format_: Annotated[
         str, typer.Option("--format", help="text, md, mail or json. [default: text]", show_default=False)
     ] = "text",
-    out: Annotated[Path | None, typer.Option("-o", "--output", help="Write to this file, not to stdout.")] = None,
+    out: TextFile = None,
     force: Force = False,
 ) -> None:
     """Compare two recordings or results: vCPU by vCPU, what each difference costs, largest cost first."""
@@ -209,7 +208,7 @@ def export(
         bool, typer.Option("--perfetto", help="Write what each vCPU did, and when, for ui.perfetto.dev; needs -o.")
     ] = False,
     recorded_policy: RecordedPolicy = "",
-    out: Annotated[Path | None, typer.Option("-o", "--output", help="Write to this file, not to stdout.")] = None,
+    out: TextFile = None,
     vm: Vms = None,
     vcpu: Vcpus = None,
     since: Since = "",
@@ -220,22 +219,21 @@ def export(
 ) -> None:
     """Give the rows behind a report's tables, or a recording's course, to other tools."""
     from analysis import exporting
-    from traces.selection import Selection
 
     if bool(csv) + list_ + perfetto != 1:
         raise Problem("export: give one of --csv QUERY, --list and --perfetto")
-    selection = Selection(tuple(vm or ()), tuple(vcpu or ()), since, until)
+    selected = selection(vm, vcpu, since, until)
     if perfetto:
         if vcpu or since:
             raise Problem("export --perfetto: --vcpu and --from are for --csv: a course begins with its recording")
         if out is None:
             raise Problem("export --perfetto: say with -o which file to write")
-        exporting.perfetto(file, out, selection, force=force, recorded_policy=recorded_policy)
+        exporting.perfetto(file, out, selected, force=force, recorded_policy=recorded_policy)
     elif list_:
         _write(exporting.listing(file, recorded_policy), out, outputs.QUERIES, [file], force)
     else:
         naming = exporting.Naming(symbols, _offset(kaslr_offset))
-        exporting.csv(file, csv, out, selection, naming, force=force, recorded_policy=recorded_policy)
+        exporting.csv(file, csv, out, selected, naming, force=force, recorded_policy=recorded_policy)
 
 
 def _write(text: str, out: Path | None, kind: outputs.FileKind, inputs: Sequence[Path], force: bool) -> None:

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from traces.documents import Force, Json, RecordedPolicy, Until, Vms, print_json
+from traces.documents import print_json
 from traces.errors import VERDICT_FAILED, Problem
 from traces.help_text import examples
+from traces.options import Force, Json, RecordedPolicy, Recording, Until, Vms, selection
 from traces.outputs import RESULT, check
 
 app = typer.Typer()
@@ -20,7 +21,7 @@ app = typer.Typer()
     epilog=examples("kvmtrace validate stall.parquet", "kvmtrace validate stall.parquet --json"),
 )
 def validate(
-    trace: Annotated[Path, typer.Argument(help="The recording.")],
+    trace: Recording,
     policy: Annotated[
         str, typer.Option(help="Root policy to hold it against. [default: the recorded kernel's]", show_default=False)
     ] = "",
@@ -33,9 +34,8 @@ def validate(
     from replay.validate.compare import validate as compare
     from replay.validate.validate_text import SCHEMA, render, to_dict
     from traces.reader import Trace
-    from traces.selection import Selection
 
-    selected = Selection(tuple(vm or ()), until=until).of(Trace.open(trace, recorded_policy))
+    selected = selection(vm, until=until).of(Trace.open(trace, recorded_policy))
     report = compare(selected, policy)
     if as_json:
         print_json(to_dict(report), SCHEMA)
@@ -56,7 +56,7 @@ def validate(
     ),
 )
 def replay(
-    trace: Annotated[Path, typer.Argument(help="A recording.")],
+    trace: Recording,
     policy: Annotated[
         list[str] | None,
         typer.Option(
@@ -137,7 +137,6 @@ def replay(
     from replay.whatif import questions as designs
     from replay.whatif import smi_rate as rates
     from traces.reader import Trace
-    from traces.selection import Selection
 
     if smi not in ("auto", "open", "closed"):
         raise Problem(f"--smi {smi}: give auto, open or closed")
@@ -156,7 +155,7 @@ def replay(
     if out is not None:
         check(out, RESULT, inputs, force=force)
     assumed = plan.refault(refault)
-    selected = Selection(tuple(vm or ()), until=until).of(Trace.open(trace, recorded_policy))
+    selected = selection(vm, until=until).of(Trace.open(trace, recorded_policy))
     shown = capabilities.Capabilities(selected)
     if questions := designs.asked(aging=aging, zap_lock=zap_lock, apicv=apicv, tdp_pages=tdp_pages):
         found, unanswered = designs.answer(shown, questions)

@@ -70,6 +70,36 @@ def test_examples_stand_on_lines_of_their_own_and_are_understood(path: tuple[str
         called.make_context("it", given)  # raises what the command line would say
 
 
+# Options whose name stands for something else in each verb.
+OF_EACH_VERB = frozenset(
+    [
+        "--output",
+        "--format",
+        "--policy",
+        "--events",
+        "--duration",
+        "--kernel",
+        "--cpu",
+        "--scenario",
+        "--list",
+        "--memory",
+        "--replay",
+        "--smi-rate",
+    ]
+)
+
+
+def test_an_option_of_several_verbs_says_the_same_in_each() -> None:
+    said: dict[str, dict[str, str]] = {}
+    for path, command in commands():
+        for parameter in command.params if path else ():
+            if parameter.param_type_name == "option":
+                said.setdefault(parameter.opts[-1], {})[" ".join(path)] = parameter.help
+    said["--vm"].pop("record")  # of a process, not of a trace
+    unlike = {name: helps for name, helps in said.items() if len(set(helps.values())) > 1}
+    assert set(unlike) == OF_EACH_VERB
+
+
 def test_an_epilog_is_read_as_it_was_made() -> None:
     lines = ["kvmtrace a", "kvmtrace b \\\n  --c", "kvmtrace d"]
     assert examples_of(examples(*lines)) == ("", lines)

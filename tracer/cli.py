@@ -12,6 +12,7 @@ import typer
 
 from traces.errors import ENVIRONMENT, Problem
 from traces.help_text import examples
+from traces.options import Modules
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -38,7 +39,7 @@ def build(
             help="A name in `kvmtrace lab list`, a bzImage, or what `probes text` wrote. [default: this kernel]",
         ),
     ] = "",
-    modules: Annotated[Path | None, typer.Option(help="Modules of a kernel given by path (a tree or flat).")] = None,
+    modules: Modules = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--output", help="Directory to write to. [default: this machine's cache]")
     ] = None,

@@ -12,7 +12,7 @@ from traces import kernels
 from traces.errors import Problem
 from traces.kernels import roles
 from traces.kernels.policies import POLICIES
-from traces.kernels.vendors import VENDORS, VMX
+from traces.kernels.vendors import OFF, VENDORS, VMX
 from traces.reader import Trace
 from traces.untrusted import count_at, object_at
 
@@ -32,7 +32,6 @@ _WANTED: Final = {
     "vm_destroy": "the end of VMs is not recorded: their last roots are not freed",
 }
 _SEEN: Final = ("kvm_entry", "kvm_page_fault", "mmu_load")  # one of them, or there is nothing a vCPU did
-_OFF: Final = ("N", "0")
 
 
 class Capabilities:
@@ -132,7 +131,7 @@ class Capabilities:
         """Whether the trace says that a module's parameter was off."""
         modules = self.trace.metadata.raw.get("modules")
         values = modules.get(module) if isinstance(modules, dict) else None
-        return isinstance(values, dict) and str(values.get(name, "")) in _OFF
+        return isinstance(values, dict) and str(values.get(name, "")) in OFF
 
 
 def _workers(threads: Iterable[Mapping[str, Any]]) -> Iterator[int]:

@@ -19,6 +19,7 @@ from traces import kernels
 from traces.errors import Problem
 from traces.kernels import Kernel
 from traces.kernels.policies import POLICIES, PolicyParameters
+from traces.kernels.vendors import OFF
 from traces.metadata import Metadata
 from traces.progress import Progress
 from traces.reader import Trace
@@ -154,11 +155,7 @@ def machine_of(kernel: Kernel, parameters: PolicyParameters, modules: Any = None
 
     def on(module: str, parameter: str, otherwise: bool) -> bool:
         found = modules.get(module)
-        return (
-            found.get(parameter) not in shadow_driver.OFF
-            if isinstance(found, Mapping) and parameter in found
-            else otherwise
-        )
+        return found.get(parameter) not in OFF if isinstance(found, Mapping) and parameter in found else otherwise
 
     return (ShadowSteps if parameters.mmu == "shadow" else KernelSteps)(
         parameters=parameters,

@@ -12,12 +12,11 @@ from replay.validate.shadow_model import Pages
 from replay.validate.shadow_state import PAE, Leaf, ShadowPage
 from replay.validate.threads import Thread, VmCheck
 from traces.kernels import Kernel
-from traces.kernels.vendors import VENDORS
+from traces.kernels.vendors import OFF, VENDORS
 from traces.metadata import Metadata
 from traces.reader import Trace
 from traces.untrusted import object_at
 
-OFF: Final = ("N", "0")  # of a module parameter
 _SET_NR_MMU_PAGES: Final = 0xAE44
 # What shows that a vCPU still runs: zaps after the last of these are those of the VM's end.
 _RUNNING: Final = (

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from traces.documents import print_json
 from traces.errors import BAD_INPUT, ENVIRONMENT, Problem
 from traces.help_text import examples
+from traces.options import Json, Modules
 from traces.outputs import RECORDING, check
 
 if TYPE_CHECKING:
@@ -22,8 +24,8 @@ app = typer.Typer(
     help="Boot a real kernel under emulation and record its own KVM: no hardware support, root or network needed.",
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Jobs = Annotated[int, typer.Option(help="Boots at a time; each keeps one CPU busy.", min=1)]
+Cpus = Annotated[list[str] | None, typer.Option("--cpu", help="amd or intel; repeatable. [default: amd]")]
 
 
 def _say(line: str) -> None:
@@ -43,8 +45,6 @@ def _stop_cleanly() -> None:
 )
 def list_(as_json: Json = False) -> None:
     """Kernels (known, and which are here) and scenarios."""
-    import json
-
     from tracer import vmm
     from tracer.lab.fetch import present
     from tracer.lab.lab_cpus import CPUS
@@ -70,7 +70,7 @@ def list_(as_json: Json = False) -> None:
         )
     scenarios = [one._asdict() for one in vmm.scenarios()]
     if as_json:
-        print(json.dumps({"schema": 1, "table_date": TABLE_DATE, "kernels": kernels, "scenarios": scenarios}))
+        print_json({"table_date": TABLE_DATE, "kernels": kernels, "scenarios": scenarios})
         return
     print(f"kernels (root policies as of {TABLE_DATE}):")
     for row in kernels:
@@ -123,7 +123,7 @@ def run(
     cpu: Annotated[str, typer.Option(help="amd, intel, or intel-pml; see `kvmtrace lab list`.")] = "amd",
     scenario: Annotated[str, typer.Option(help="A scenario of the project's own VMM.")] = "",
     workload: Annotated[str, typer.Option(help="A command of this machine's to run in the guest instead.")] = "",
-    modules: Annotated[Path | None, typer.Option(help="Modules of a kernel given by path (a tree or flat).")] = None,
+    modules: Modules = None,
     kvm_modules: Annotated[Path | None, typer.Option(help="Other kvm.ko and kvm-amd.ko or kvm-intel.ko.")] = None,
     param: Annotated[list[str] | None, typer.Option(help="A module parameter, such as kvm.tdp_mmu=0.")] = None,
     events: Annotated[str, typer.Option(help="What to record, as `kvmtrace record --events`.")] = "mmu",
@@ -192,9 +192,9 @@ def run(
 )
 def matrix(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Directory to keep the recordings in.")] = None,
-    kernel: Annotated[list[str] | None, typer.Option(help="Only this kernel (repeatable). [default: all here]")] = None,
-    scenario: Annotated[list[str] | None, typer.Option(help="Only this scenario (repeatable).")] = None,
-    cpu: Annotated[list[str] | None, typer.Option(help="amd or intel (repeatable). [default: amd]")] = None,
+    kernel: Annotated[list[str] | None, typer.Option(help="Only this kernel; repeatable. [default: all here]")] = None,
+    scenario: Annotated[list[str] | None, typer.Option(help="Only this scenario; repeatable.")] = None,
+    cpu: Cpus = None,
     shadow: Annotated[bool, typer.Option(help="Record with other MMUs than the TDP MMU as well.")] = True,
     jobs: Jobs = 1,
     as_json: Json = False,
@@ -225,7 +225,7 @@ def matrix(
 @app.command(short_help="Record the corpus that is shipped.", epilog=examples("kvmtrace lab corpus --jobs 2"))
 def corpus(
     directory: Annotated[Path | None, typer.Argument(help="[default: the checkout's traces/corpus]")] = None,
-    cpu: Annotated[list[str] | None, typer.Option(help="amd or intel (repeatable). [default: amd]")] = None,
+    cpu: Cpus = None,
     jobs: Jobs = 1,
     as_json: Json = False,
 ) -> None:
@@ -248,7 +248,6 @@ def corpus(
 
 def _fill(wanted: list[Cell], directory: Path, jobs: int, as_json: bool) -> None:
     """Record what is wanted and not there yet, print the table, and leave with 2 or 3 if something failed."""
-    import json
     from dataclasses import asdict
 
     from tracer.lab.matrix import fill, render
@@ -256,8 +255,7 @@ def _fill(wanted: list[Cell], directory: Path, jobs: int, as_json: bool) -> None
     _stop_cleanly()
     rows, problems = fill(wanted, directory, _say, jobs)
     if as_json:
-        document = {"schema": 1, "recordings": [asdict(row) for row in rows], "failed": [str(one) for one in problems]}
-        print(json.dumps(document))
+        print_json({"recordings": [asdict(row) for row in rows], "failed": [str(one) for one in problems]})
     else:
         print(render(rows), end="")
     for problem in problems:

@@ -25,6 +25,7 @@ from tracer.lab.lab_kernels import Bootable
 from tracer.lab.modules import Directory, load_order
 from tracer.lab.qemu import Ending, LabMachine, run
 from traces.errors import BAD_INPUT, ENVIRONMENT, Problem
+from traces.kernels.vendors import OFF
 
 # Where init.c mounts the share in the guest.
 SHARE: Final = "/mnt/lab"
@@ -190,7 +191,7 @@ def _value(given: dict[str, str], module: str, parameter: str) -> str:
 
 def _environment(kernel: Bootable, machine: LabCpu, emulated_by: str, given: dict[str, str]) -> dict[str, str]:
     switches = (("kvm", "tdp_mmu"), ("kvm_amd", "npt"), ("kvm_intel", "ept"))
-    off = any(_value(given, *one) in ("0", "n", "N") for one in switches)
+    off = any(_value(given, *one) in OFF for one in switches)
     return {
         "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
         "HOME": "/root",

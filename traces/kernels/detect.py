@@ -9,9 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from traces.kernels.vendors import VENDORS
-
-_OFF = ("N", "0")
+from traces.kernels.vendors import OFF, VENDORS
 
 
 class Types(Protocol):
@@ -31,7 +29,7 @@ class RunningKernel:
     parameters: Mapping[str, Mapping[str, str]]
 
     def off(self, module: str, name: str) -> bool:
-        return self.parameters.get(module, {}).get(name) in _OFF
+        return self.parameters.get(module, {}).get(name) in OFF
 
 
 # (policy, why, holds): the first that holds is the kernel's.

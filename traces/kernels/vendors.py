@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+OFF: Final = ("N", "n", "0")  # what turns a module's parameter off, or says that it is
+
 
 @dataclass(frozen=True)
 class FaultCode:
