@@ -1,6 +1,6 @@
 """What whole commands cost: CPU time against decoding the same file, peak memory, VMs on two cores, and many of them.
 
-    python -m benchmarks.whole_commands [--events 10000000,100000000] [--rounds 3] [--json]
+    python -m benchmarks.whole_commands [--events 10000000,100000000] [--rounds 3] [--keep DIRECTORY] [--json]
 
 Recordings are generated: `kvmtrace synth --policy async --smi-rate 1000 --working-set 512`, of each number of events.
 In every round all commands take turns with decoding, which is a process of its own that reads every column with our
@@ -9,11 +9,13 @@ the process and its children, start-up included) over that of decoding in the sa
 ranges over the rounds. Memory is the peak of the command's largest process. Start-up is 0.5 s or so of each: nothing
 in 100 million events, much in 10 million, so that the targets of ratios are those at the largest number of events.
 
-Of the smallest number of events then:
+Of each number of events, too:
 
 - one recording of two VMs, replayed on one core and on two: how many times the wall clock's speed the second brings;
 - recordings of 1,000 VMs and of 1,000 vCPUs: what `replay`, `report --no-replay` and decoding cost a row, over what
-  they cost a row of the recording of one VM with one vCPU.
+  they cost a row of the recording of one VM with one vCPU, and their peak memory.
+
+`--keep`: recordings are made there and stay; one that is there already is not made again.
 
 The first page of HTML that a machine makes takes a second and 90 MiB more, which bundle the page's JavaScript once.
 
@@ -95,10 +97,12 @@ def run(argv: Sequence[str], cores: frozenset[int] | None = None) -> Run:
     return Run(usage.ru_utime + usage.ru_stime, time.monotonic() - started, usage.ru_maxrss << 10)
 
 
-def made(path: Path, events: int, *options: str) -> Path:
+def made(directory: Path, events: int, *options: str) -> Path:
     """A generated recording, made by a process of its own: this one's memory is inherited by what it starts."""
-    say(f"whole_commands: making {path.name}")
-    run([*KVMTRACE, "synth", str(path), *STORM, "--events", str(events), *options])
+    path = directory / f"{'-'.join([*(option.strip('-') for option in options), str(events)])}.parquet"
+    if not path.exists():
+        say(f"whole_commands: making {path.name}")
+        run([*KVMTRACE, "synth", str(path), *STORM, "--events", str(events), *options])
     return path
 
 
@@ -172,22 +176,49 @@ def whole_table(done: dict[str, list[Run]], events: int, largest: bool) -> str:
     return table(head, rows)
 
 
-def many_rows(done: dict[str, list[Run]], rows: dict[str, int]) -> list[list[str]]:
+def many_rows(done: dict[str, list[Run]], rows: dict[str, int], largest: bool) -> list[list[str]]:
     found = []
-    for each in OF_MANY:
-        one, *others = rows
-        for name in others:
+    one, *others = rows
+    for name in others:
+        for each in OF_MANY:
+            runs = done[f"{each.name}, {name}"]
             times = ratios(done, f"{each.name}, {name}", f"{each.name}, {one}", lambda run: run.cpu)
             times = [value * rows[one] / rows[name] for value in times]
-            target = judged(times, MANY if each is not DECODING else None)
-            found.append([f"{each.name}: CPU time a row of {name}, over one VM's", spread(times), target])
+            peak = max(run.peak for run in runs) / (1 << 20)
+            of_command = each is not DECODING
+            found.append([
+                f"{each.name}: CPU time a row of {name}, over one VM's", spread(times),
+                judged(times, MANY if of_command and largest else None), f"{peak:,.0f}",
+                judged([peak], MEMORY if of_command else None),
+            ])  # fmt: skip
     return found
+
+
+def many_table(directory: Path, events: int, rounds: int, largest: bool, document: dict[str, Any]) -> str:
+    """Two VMs on two cores, and many of them; what was measured goes into the document."""
+    paths = {"one VM": made(directory, events)}
+    for option, label in (("--vms", "VMs"), ("--vcpus", "vCPUs")):
+        paths[f"{MANY_OF:,} {label}"] = made(directory, events, option, str(MANY_OF))
+    done = many(paths, rounds)
+    cores = two_cores(made(directory, events, "--vms", "2"), rounds)
+    document |= {"many": plain(done), "cores": plain(cores)}
+    rows = many_rows(done, {name: rows_of(path) for name, path in paths.items()}, largest)
+    what = "replay of two VMs: speed of two cores, over one's"
+    if cores:
+        speeds = ratios(cores, "one core", "two cores", lambda run: run.seconds)
+        peak = max(run.peak for runs in cores.values() for run in runs) / (1 << 20)
+        target = judged(speeds, CORES if largest else None, most=False)
+        rows.insert(0, [what, spread(speeds), target, f"{peak:,.0f}", judged([peak], MEMORY)])
+    else:
+        rows.insert(0, [what, "not measured: this process may run on one core only", "", "", ""])
+    return table([f"{events:,} events", "times", "target", "peak MiB", "target"], rows)
 
 
 def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.whole_commands", description="What whole commands cost.")
     parser.add_argument("--events", default="10000000,100000000", help="of the recordings, separated by commas")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--keep", type=Path, metavar="DIRECTORY", help="of recordings, for the next time")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     numbers = options.events.split(",")
@@ -200,32 +231,18 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     options = options_of()
     facts = machine()
-    document: dict[str, Any] = {"schema": 1, **facts}
+    document: dict[str, Any] = {"schema": 2, **facts}
     texts = []
     with tempfile.TemporaryDirectory(prefix="kvmtrace-bench-") as name:
-        scratch = Path(name)
-        least, most = options.events[0], options.events[-1]
+        directory = options.keep or Path(name)
+        directory.mkdir(parents=True, exist_ok=True)
         for events in options.events:
-            path = made(scratch / f"{events}.parquet", events)
+            largest = events == options.events[-1]
+            path = made(directory, events)
             done = whole(path, options.rounds)
-            document[str(events)] = plain(done)
-            texts.append(whole_table(done, rows_of(path), events == most))
-        paths = {"one VM": scratch / f"{least}.parquet"}
-        for what in ("vms", "vcpus"):
-            label = f"{MANY_OF:,} {'VMs' if what == 'vms' else 'vCPUs'}"
-            paths[label] = made(scratch / f"{what}.parquet", least, f"--{what}", str(MANY_OF))
-        done = many(paths, options.rounds)
-        document["many"] = plain(done)
-        rows = many_rows(done, {name: rows_of(path) for name, path in paths.items()})
-        done = two_cores(made(scratch / "two.parquet", least, "--vms", "2"), options.rounds)
-        document["cores"] = plain(done)
-        what = "replay of two VMs: speed of two cores, over one's"
-        if done:
-            speeds = ratios(done, "one core", "two cores", lambda run: run.seconds)
-            rows.insert(0, [what, spread(speeds), judged(speeds, CORES, most=False)])
-        else:
-            rows.insert(0, [what, "not measured: this process may run on one core only", ""])
-        texts.append(table([f"{least:,} events", "times", "target"], rows))
+            of_these = document[str(events)] = {"commands": plain(done)}
+            texts.append(whole_table(done, rows_of(path), largest))
+            texts.append(many_table(directory, events, options.rounds, largest, of_these))
     if options.json:
         print(json.dumps(document, indent=1))
     else:

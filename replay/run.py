@@ -115,15 +115,16 @@ class _Vm:
         self.check: OwnPolicyCheck
         self.outcomes: list[Outcome] = []
         self.times: list[VmTime] = []
-
-    @property
-    def notes(self) -> Counter[str]:
-        """What decoding had to infer or leave open."""
-        return self._inputs.notes
+        self.notes: Counter[str] = Counter()  # what decoding had to infer or leave open
 
     def run(self) -> _Vm:
-        """Replay it."""
-        inputs = self._inputs
+        """Replay it; of what that takes, only what came of it is kept: VMs wait for those before them."""
+        self._replay(self._inputs)
+        self.notes = self._inputs.notes
+        del self._inputs, self._times
+        return self
+
+    def _replay(self, inputs: VmInputs) -> None:
         counting = self._counting()
         own = next((each for each in counting if each.outcome.target.recorded), None) or self._own()
         if self._settings is None or self._times is None:
@@ -131,7 +132,7 @@ class _Vm:
                 self._count(counting, part, own)
             self._compare(own)
             self.outcomes = [each.finish(self.writer) for each in counting]
-            return self
+            return
         measurement = Measurement(self._capabilities, inputs, self._times)
         with Spool() as spool:
             for part in inputs:
@@ -158,7 +159,6 @@ class _Vm:
             if self.writer is not None and number in timed:
                 columns = time_rows.write(self.writer, each.number, timed[number], time.recorded)
             self.outcomes.append(each.finish(self.writer, columns))
-        return self
 
     def _counting(self) -> list[CountedRun]:
         specialized = self._specialized()

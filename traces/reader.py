@@ -39,6 +39,7 @@ UNKNOWN_CODE: Final = 255
 _POLICY_ROWS: Final = 1 << 14  # looked at for the policy, a batch
 _POLICY_BATCHES: Final = 8
 _BY: Final = {"rows": BY_ROWS, "types": BY_TYPES}
+_KNOWN: Final = frozenset(SCHEMA.names)
 # What decoding a hostile file can raise in pyarrow; MemoryError where a length lies.
 _DECODE_ERRORS: Final = (
     pa.ArrowException,
@@ -217,23 +218,29 @@ class Trace:
         Row groups that end before `since` (boot ns) are not read; the others are whole.
         `seqs`: only row groups that have a row from the first of these numbers to the last.
         """
-        names = list(self.schema.names if columns is None else columns)
-        unknown = [name for name in names if name not in self.schema.names]
+        there = self.schema.names
+        names = list(there if columns is None else columns)
+        unknown = [name for name in names if name not in there]
         if unknown:
             raise Problem(f"{self.path}: no column `{unknown[0]}` in this trace")
+        fields = self._fields(names)
+        with_time = fields if self._until is None else self._fields(list(dict.fromkeys((*names, "time"))))
         for index in self._chosen if vm is None else self._groups.get(vm, ()):
-            if since is not None and self._row_groups[index].last_time < since:
-                continue
             group = self._row_groups[index]
+            if since is not None and group.last_time < since:
+                continue
             if seqs is not None and (group.last_seq < seqs[0] or group.first_seq > seqs[1]):
                 continue
-            if self._until is None or self._row_groups[index].last_time < self._until:
-                yield from self._decode(index, names, size)
+            if self._until is None or group.last_time < self._until:
+                yield from self._decode(index, fields, size)
                 continue
-            for batch in self._decode(index, list(dict.fromkeys((*names, "time"))), size):
+            for batch in self._decode(index, with_time, size):
                 kept = batch.filter(pc.less(batch.column("time"), self._until))
                 if kept.num_rows:
                     yield kept.select(names)
+
+    def _fields(self, names: list[str]) -> pa.Schema:
+        return pa.schema([self.schema.field(name) for name in names])
 
     def scan(self) -> pl.LazyFrame:
         """The whole trace as a polars LazyFrame, decoded and checked by this reader whenever it is collected.
@@ -269,15 +276,14 @@ class Trace:
         for index in self._chosen:
             self._verify(index)
 
-    def _decode(self, index: int, names: list[str], size: int) -> Iterator[pa.RecordBatch]:
+    def _decode(self, index: int, fields: pa.Schema, size: int) -> Iterator[pa.RecordBatch]:
         self._verify(index)
         group = self._row_groups[index]
-        rows = 0
+        rows, names = 0, fields.names
         try:
-            fields = pa.schema([self.schema.field(name) for name in names])
             constants = _Constants(fields, group, min(size, group.rows))
             stored = [name for name in names if name not in constants] or ["time"]
-            foreign = [name for name in stored if name not in SCHEMA.names]
+            foreign = [name for name in stored if name not in _KNOWN]
             for batch in self._file.iter_batches(size, [index], stored, use_threads=False):
                 _validate(batch, foreign)
                 columns = dict(zip(stored, batch.columns, strict=True)) | constants.columns(rows, batch.num_rows)
@@ -302,7 +308,7 @@ class _Constants:
     def __init__(self, fields: pa.Schema, group: RowGroup, size: int) -> None:
         self._size = size
         self._first_seq = group.first_seq
-        self._dense_seq = "seq" in fields.names and group.last_seq - group.first_seq == group.rows - 1
+        self._dense_seq = fields.get_field_index("seq") >= 0 and group.last_seq - group.first_seq == group.rows - 1
         self._arrays = {
             field.name: _repeat(group.constants[field.name], field, size)
             for field in fields

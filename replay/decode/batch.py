@@ -28,12 +28,14 @@ class Batch:
     that does not fill it.
     """
 
-    def __init__(self, batch: pa.RecordBatch, numbers: NDArray[np.int32]) -> None:
-        """`numbers`: the dense number of each vCPU id, and in the last place that of no vCPU."""
+    def __init__(
+        self, batch: pa.RecordBatch, numbers: NDArray[np.int32], kind: NDArray[np.uint8] | None = None
+    ) -> None:
+        """`numbers`: the dense number of each vCPU id, and in the last place that of no vCPU. `kind`, where known."""
         self._batch = batch
         self._numbers = numbers
         self._columns: dict[str, NDArray[Any]] = {}
-        self.kind = kind_codes(batch)
+        self.kind = kind_codes(batch) if kind is None else kind
 
     def __len__(self) -> int:
         return len(self.kind)
@@ -60,7 +62,7 @@ class Batch:
 
     def cut(self, count: int) -> Batch:
         """The first `count` rows."""
-        return Batch(self._batch.slice(0, count), self._numbers)
+        return self if count == len(self) else Batch(self._batch.slice(0, count), self._numbers, self.kind[:count])
 
     def of_vm(self) -> tuple[Batch, bool]:
         """The rows up to and with the VM's end, and whether that is among them: what follows it is none of the VM's."""

@@ -18,6 +18,7 @@ recorded time: from the unload for the SMI to the load that follows the one for 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import cython
@@ -36,7 +37,7 @@ from replay.decode.inputs import (
     TRIGGER,
     WAS_STILL,
 )
-from replay.simulate.operations import CAUSES, Block, Cause, Op
+from replay.simulate.operations import CAUSES, Block, Cause, Op, Word
 from replay.simulate.pools import as_bytes, as_structures, make_pool
 from replay.simulate.timed_operations import CREATED, FOUND, LAST, MORE, NEVER, Timed
 from traces.kernels import Kernel, roles
@@ -118,6 +119,26 @@ COLUMNS = {
 TIMED_COLUMNS = ("queue", "lead", "guest", "idle", "cost", "was", "wall")
 
 
+_CAUSE = np.array([int(CAUSES[trigger]) for trigger in Trigger])
+
+
+@lru_cache(16)
+def _meanings(kernel: Kernel, case: Case, ad_disabled: bool) -> tuple[list[Word], Any, Any, int]:
+    """What is the same for all VMs, and not to be written to: role words, the index of each state's, whether each
+    trigger unloads, and those that do as bits of Exits.has.
+    """
+    words, index = roles.words(kernel.layout, ad_disabled)
+    states = np.arange(2 * roles.STATES)
+    if case.merged:
+        states |= roles.USUAL
+    elif case.most:
+        states ^= (states & roles.MAYBE_WP != 0) * roles.WP
+    meant = {trigger: OPEN.get(trigger, (trigger, trigger))[int(case.most)] for trigger in Trigger}
+    unloads = np.array([meant[trigger] in kernel.unloads for trigger in Trigger], np.uint8)
+    unloading = sum(HAS_TRIGGER << int(trigger) for trigger in Trigger if unloads[trigger])
+    return words, np.ascontiguousarray(index[states & roles.STATES - 1]), unloads, unloading
+
+
 @cython.final
 @cython.cclass
 class Specialization:
@@ -153,18 +174,8 @@ class Specialization:
     _wall: cython.longlong[::1]
 
     def __init__(self, kernel: Kernel, case: Case, ad_disabled: bool, vcpus: int) -> None:
-        self.words, index = roles.words(kernel.layout, ad_disabled)
-        states = np.arange(2 * roles.STATES)
-        if case.merged:
-            states |= roles.USUAL
-        elif case.most:
-            states ^= (states & roles.MAYBE_WP != 0) * roles.WP
-        self._word = np.ascontiguousarray(index[states & roles.STATES - 1])
-        meant = {trigger: OPEN.get(trigger, (trigger, trigger))[int(case.most)] for trigger in Trigger}
-        unloads = np.array([meant[trigger] in kernel.unloads for trigger in Trigger], np.uint8)
-        self._unloads = unloads
-        self._unloading = sum(HAS_TRIGGER << int(trigger) for trigger in Trigger if unloads[trigger])
-        self._cause = np.array([int(CAUSES[trigger]) for trigger in Trigger])
+        self.words, self._word, self._unloads, self._unloading = _meanings(kernel, case, ad_disabled)
+        self._cause = _CAUSE
         self._hidden, self._splits, self._tail = case.hidden, kernel.eager_split, kernel.prefetches_tail
         self._vcpus, self._actor = max(vcpus, 1), 0
         self.programs = make_pool(self._vcpus, PROGRAM)

@@ -220,6 +220,7 @@ class Timeline:
         for name in ("time", "guest", "guests", "idle", "away"):
             last[name] = self._pool[name]
         self.progress.append(last[self._pool["time"] >= 0])
+        self._moment_pool = make_pool(0, MOMENT)  # whoever keeps the timeline needs it no more
 
     def _feed(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -26,6 +27,7 @@ from traces.reader import BATCH_ROWS, Trace
 _ROOTS: Final = 1 << 24  # whose role words are kept; beyond, touches count as outside of SMM
 _IDS: Final = 1 << 15  # vCPU ids are int16 in a trace
 _TYPES: Final = {"op": np.uint32, "exit": np.int32, "tables": np.uint8, "has": np.uint32, "flags": np.uint8}
+_TRIGGERS: Final = tuple(f"trigger {trigger.name}" for trigger in Trigger)
 _RANGED: Final = (int(Op.ZAP), int(Op.SPLIT))
 
 
@@ -42,13 +44,20 @@ def vcpu_ids(vm: Mapping[str, Any]) -> list[int]:
 
 
 def dense_numbers(where: object, vm: Mapping[str, Any]) -> NDArray[np.int32]:
-    """The dense number of each vCPU id, -1 for none; the last place is that of no vCPU."""
+    """The dense number of each vCPU id, -1 for none; the last place is that of no vCPU. Not to be written to."""
     ids = vcpu_ids(vm)
     if ids and not 0 <= ids[0] <= ids[-1] < _IDS:
         wrong = ids[-1] if ids[-1] >= _IDS else ids[0]
         raise Problem(f"{where}: VM {vm['id']} has a vCPU {wrong}, which no row can name")
+    return _numbers(tuple(ids))
+
+
+@lru_cache(16)
+def _numbers(ids: tuple[int, ...]) -> NDArray[np.int32]:
+    """128 KiB, which VMs with the same ids share."""
     numbers = np.full(_IDS + 1, -1, np.int32)
-    numbers[ids] = np.arange(len(ids))
+    numbers[list(ids)] = np.arange(len(ids))
+    numbers.flags.writeable = False
     return numbers
 
 
@@ -118,7 +127,7 @@ class VmInputs:
     def notes(self) -> Counter[str]:
         """Counts by what they are of."""
         decoder = self.decoder
-        counts = Counter({f"trigger {trigger.name}": int(decoder.counts[trigger]) for trigger in Trigger})
+        counts = Counter(dict(zip(_TRIGGERS, decoder.counts.tolist(), strict=True)))
         counts.update({"inferred removals": decoder.inferred, "prefetched rows": decoder.hidden})
         counts.update({"nested entries": decoder.nested})
         return counts

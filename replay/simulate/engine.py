@@ -32,6 +32,13 @@ _ANY: Final = (1 << 64) - 1
 CHANGES: Final = ("creations", "reuses", "frees", "tables", "tables_freed", "installs", "fixes", "zapped")
 _FOR_TIMERS: Final = ("assumed_leaves", "assumed_tables", "put_room", "puts")
 
+# By kind of operation: the last argument, where that is the same for all VMs, and a bit for each level allowed.
+_LAST_GFN: Final = np.full(16, _ANY, np.uint64)
+_LAST_GFN[[Op.TOUCH, Op.FIX, Op.COLLAPSE]] = GFN_LIMIT - 1
+_LAST_GFN[Op.UNLOAD] = max(Cause)
+_LEVELS: Final = np.zeros(16, np.int64)
+_LEVELS[list(Op)] = 0xFF
+_LEVELS[[Op.TOUCH, Op.FIX, Op.COLLAPSE]] = 0b1110
 
 _VCPU: Final = row_type("gen", "top", "deep", "word", "faults", "refaults", "hits", "stuck")
 _SLOTS: Final = np.dtype(
@@ -61,7 +68,8 @@ class RootLog:
         return len(self.at)
 
 
-_LOG: Final = row_type(*(field.name for field in fields(RootLog)))
+_LOG_COLUMNS: Final = tuple(field.name for field in fields(RootLog))
+_LOG: Final = row_type(*_LOG_COLUMNS)
 _NARROW: Final = {"event": np.uint8, "vcpu": np.int32, "word": np.int32, "cause": np.uint8}
 
 
@@ -77,6 +85,10 @@ class Vcpus:
     hits: NDArray[np.int64]
     fixes: NDArray[np.int64]
     stuck: NDArray[np.int64]
+
+
+_COUNTED: Final = tuple((field.name, field.name in (_VCPU.names or ())) for field in fields(Vcpus))
+_COUNTERS: Final = tuple(field.name for field in fields(Counters))
 
 
 @dataclass(frozen=True)
@@ -180,10 +192,7 @@ class Engine:
     @property
     def vcpus(self) -> Vcpus:
         """Counts by vCPU, as they are now."""
-        return Vcpus(**{
-            field.name: (self._vcpu if field.name in _VCPU.fields else self._slots)[field.name].copy()  # type: ignore[operator]
-            for field in fields(Vcpus)
-        })  # fmt: skip
+        return Vcpus(**{name: (self._vcpu if of_vcpu else self._slots)[name].copy() for name, of_vcpu in _COUNTED})
 
     @property
     def causes(self) -> NDArray[np.int64]:
@@ -194,7 +203,7 @@ class Engine:
     @property
     def counters(self) -> Counters:
         """Counts of the VM, as they are now."""
-        return Counters(**{field.name: getattr(self.core, field.name) for field in fields(Counters)})
+        return Counters(**{name: getattr(self.core, name) for name in _COUNTERS})
 
     @property
     def roots(self) -> list[RootState]:
@@ -236,9 +245,7 @@ class Engine:
         """What the root log holds since it was last taken."""
         rows = self._log[: self.core.rows]
         self.core.rows = 0
-        return RootLog(**{
-            field.name: rows[field.name].astype(_NARROW.get(field.name, np.int64)) for field in fields(RootLog)
-        })  # fmt: skip
+        return RootLog(**{name: rows[name].astype(_NARROW.get(name, np.int64)) for name in _LOG_COLUMNS})
 
     # How it is set up
 
@@ -270,10 +277,8 @@ class Engine:
         core.pages = core.nodes = words + 1
         core.last_gen = words
         core.free_root = 1
-        for name in ("rows", "at", "ids", "alive", "error", "error_root", "error_tables", *_FOR_TIMERS):
+        for name in ("rows", "at", "ids", "alive", "error", "error_root", "error_tables", *_FOR_TIMERS, *_COUNTERS):
             setattr(core, name, 0)
-        for field in fields(Counters):
-            setattr(core, field.name, 0)
 
     def _attach_rows(self) -> None:
         self.core.attach_rows(*map(self.rows_of, (self._vcpu, self._slots, self._word, self._root)))
@@ -304,16 +309,12 @@ class Engine:
     # What goes in
 
     def _limits(self, vcpus: int) -> None:
-        """By kind of operation: the last argument, one more than the last vCPU, and a bit for each level allowed."""
-        self._last_gfn = np.full(16, _ANY, np.uint64)
-        self._last_gfn[[Op.TOUCH, Op.FIX, Op.COLLAPSE]] = GFN_LIMIT - 1
-        self._last_gfn[[Op.ROLE, Op.SWITCH]] = len(self.words) - 1
-        self._last_gfn[Op.UNLOAD] = max(Cause)
+        """By kind of operation: the last argument, and one more than the last vCPU."""
+        self._last_gfn = _LAST_GFN.copy()
+        self._last_gfn[Op.ROLE] = self._last_gfn[Op.SWITCH] = len(self.words) - 1
         self._vcpu_limit = np.full(16, MAX_VCPUS, np.int64)
         self._vcpu_limit[: Op.SWITCH + 1] = vcpus
-        self._levels = np.zeros(16, np.int64)
-        self._levels[list(Op)] = 0xFF
-        self._levels[[Op.TOUCH, Op.FIX, Op.COLLAPSE]] = 0b1110
+        self._levels = _LEVELS
 
     def _what_is_wrong(self, op: int, gfn: int, at: int) -> str:
         kind, level, vcpu = op & 15, op >> 4 & 7, op >> 16
@@ -343,8 +344,8 @@ class Engine:
         self.bounds = np.concatenate([self.bounds[: 2 * known], np.array(cut, np.int64)])
         self._ranges = ranges
         # There is always memory to point at; without rows, no index is allowed.
-        self._last_gfn[[Op.ZAP, Op.SPLIT]] = max(len(ranges.rows) - 1, 0)
-        self._vcpu_limit[[Op.ZAP, Op.SPLIT]] = MAX_VCPUS if ranges.rows else 0
+        self._last_gfn[Op.ZAP] = self._last_gfn[Op.SPLIT] = max(len(ranges.rows) - 1, 0)
+        self._vcpu_limit[Op.ZAP] = self._vcpu_limit[Op.SPLIT] = MAX_VCPUS if ranges.rows else 0
 
     def _violation(self) -> Violation:
         core = self.core

@@ -151,18 +151,18 @@ def fit(samples: Mapping[str, Samples], cpus: int, guest: Shortest | None = None
     found = {"switch": switch.ns}
     source = {"switch": switch.source}
     error = {} if switch.error is None else {"switch": switch.error}
-    for each in fields(Costs):
-        seen = samples.get(each.name)
-        if each.name in ("cpus", "refill", "switch"):
+    for name, default in vars(DEFAULT).items():
+        seen = samples.get(name)
+        if name in ("cpus", "refill", "switch"):
             continue
         if seen is None or seen.count < _ENOUGH:
-            source[each.name] = table
-            found[each.name] = round(getattr(DEFAULT, each.name) * scale)
+            source[name] = table
+            found[name] = round(default * scale)
             continue
         value = seen.mean
-        found[each.name] = max(round(value), 0)
-        source[each.name] = f"measured, {seen.count:,} times"
-        error[each.name] = float(seen.values.std() / max(value, 1) / np.sqrt(seen.count))
+        found[name] = max(round(value), 0)
+        source[name] = f"measured, {seen.count:,} times"
+        error[name] = float(seen.values.std() / max(value, 1) / np.sqrt(seen.count))
     if "zap_table" in error:  # tables as they were recorded, with what leaves they had
         found["zap_leaf"], source["zap_leaf"], error["zap_leaf"] = 0, "measured, within zap_table", error["zap_table"]
     if cpus:  # on the vCPU's own CPU the worker's time is the vCPU's, at once

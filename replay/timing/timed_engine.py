@@ -8,7 +8,6 @@ vCPU without operations, makes all the others' wait.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any, Final
 
 import numpy as np
@@ -180,8 +179,8 @@ class TimedEngine:
 
     def _begin(self, parameters: PolicyParameters, costs: Costs) -> None:
         timer = self._timer
-        for field in fields(Costs):
-            setattr(timer, field.name, getattr(costs, field.name))
+        for name, ns in vars(costs).items():
+            setattr(timer, name, ns)
         timer.loads_share = parameters.loads_share
         timer.faults_share = parameters.faults_share
         timer.inline = parameters.teardown == "inline"

@@ -175,12 +175,12 @@ class PolicyClock:
         """What came of it; `ids` are the vCPUs' recorded ids."""
         engine, measured = self._engine, self._measured
         vcpus = []
-        ended, parts, causes = engine.clock, engine.spent, engine.causes
+        ended, parts, causes, faults = engine.clock, engine.spent, engine.causes, engine.vcpus.faults
         for i, samples in enumerate(engine.samples):
             spent = parts[i].tolist()
             progress = np.vstack([np.zeros((1, samples.shape[1]), np.int64), samples, [[ended[i], causes[i], *spent]]])
             stolen = int(measured.stolen[i])
-            more = int(engine.vcpus.faults[i]) - int(measured.faults[i])
+            more = int(faults[i]) - int(measured.faults[i])
             if not self._target.recorded:
                 interrupted = _interrupted(measured, i, spent)
                 spent[TimeCategory.OTHER] += interrupted
