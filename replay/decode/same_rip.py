@@ -2,8 +2,9 @@
 """The longest run of exits at one RIP of each vCPU that shows no progress, row by row, with the evidence of why.
 
 A run shows progress where addresses move on, where the guest halts, where ports and eventfds are written, and where the
-guest runs most of the time. Exits for nothing that the guest did (interrupts) do not end it. Cython in pure-Python
-mode, like `timeline`.
+guest runs most of the time. A loop that moves on and then stays at one page has a run of its own from there on, and one
+that stays and then moves on again has had it. Exits for nothing that the guest did (interrupts) do not end it. Cython
+in pure-Python mode, like `timeline`.
 """
 
 from __future__ import annotations
@@ -53,9 +54,11 @@ _FAIL_ENTRY = cython.declare(cython.ulonglong, USER_FAIL_ENTRY)
 _INTERNAL = cython.declare(cython.ulonglong, USER_INTERNAL_ERROR)
 _EINTR = cython.declare(cython.int, -EINTR)
 _EAGAIN = cython.declare(cython.int, -EAGAIN)
+_VECTORING = cython.declare(cython.ulonglong, 1 << 31)  # IDT-vectoring information is valid
 _HALTS = cython.declare(cython.int, 1)  # what an exit code says (`_meaning`)
 _IO = cython.declare(cython.int, 2)
 _ASYNCHRONOUS = cython.declare(cython.int, 3)
+_NESTED = cython.declare(cython.int, 4)
 _FEW = cython.declare(cython.longlong, 100)  # one in so many exits at another address is no progress
 
 RipRun = cython.struct(  # exits of a vCPU at one RIP, without another between them, and rows among them
@@ -78,6 +81,8 @@ RipRun = cython.struct(  # exits of a vCPU at one RIP, without another between t
     halts=cython.longlong,  # exits for HLT, and exits to userspace for it
     ports=cython.longlong,  # exits for port I/O, and MMIO that was an eventfd's
     unasked=cython.longlong,  # exits for nothing that the guest did, which are none of `exits`
+    nested=cython.longlong,  # exits for faults in the second-level tables, and those while an event was delivered (VMX)
+    vectoring=cython.longlong,
     errors=cython.longlong,  # KVM_RUNs that failed, and the last one's errno
     error=cython.longlong,
     internal=cython.longlong,  # KVM_EXIT_INTERNAL_ERROR, _SHUTDOWN, _FAIL_ENTRY
@@ -96,7 +101,7 @@ RIP_RUN = [("rip", "u8")] + [
     (name, "u8" if name == "addr" else "i8")
     for name in (
         "since", "until", "seq", "exits", "still", "guest", "faults", "requested", "installed", "fixed", "marked",
-        "mmio", "loads", "moves", "fresh", "halts", "ports", "unasked",
+        "mmio", "loads", "moves", "fresh", "halts", "ports", "unasked", "nested", "vectoring",
         "errors", "error", "internal", "shutdowns", "failed",
         "undefined", "reserved", "writes", "present", "addr", "notified", "before", "last",
     )
@@ -106,6 +111,8 @@ Follow = cython.struct(  # a vCPU after its last row
     rip=cython.ulonglong,  # at its last entry, and when that was; -1: it is in userspace, or was not seen
     entered=cython.longlong,
     page=cython.longlong,  # of its last fault, -1: it had none
+    home=cython.longlong,  # of the run's first fault
+    moved=cython.longlong,  # exits of the run when its address last moved on
     low=cython.ulonglong,  # the least and the greatest address of the run
     high=cython.ulonglong,
     notified=cython.longlong,  # MMU notifiers when its run began
@@ -113,13 +120,15 @@ Follow = cython.struct(  # a vCPU after its last row
     reason=cython.longlong,
     error=cython.longlong,
     time=cython.longlong,
+    shutdowns=cython.longlong,  # how often it has ended in KVM_EXIT_SHUTDOWN
     exit=cython.longlong,  # the row of its last exit, its RIP
     at=cython.ulonglong,
 )
 FOLLOW = [
     (name, "u8" if name in ("rip", "low", "high", "at") else "i8")
     for name in (
-        "rip", "entered", "page", "low", "high", "notified", "ended", "reason", "error", "time", "exit", "at"
+        "rip", "entered", "page", "home", "moved", "low", "high", "notified", "ended", "reason", "error", "time",
+        "shutdowns", "exit", "at",
     )
 ]  # fmt: skip
 
@@ -144,21 +153,23 @@ class RipRuns:
     _reserved: cython.ulonglong
     _present: cython.ulonglong
     _fixed: cython.int
+    _tells: cython.bint  # an exit for a fault has its address, or else what was being delivered
 
     def __init__(self, vcpus: int, vendor: Vendor = SVM, fixed: int = -1) -> None:
         """`vendor`: whose codes exits and faults have. `fixed`: what fast_page_fault returns where it mends an SPTE."""
         self._pool, self.longest = (make_pool(max(vcpus, 1), RIP_RUN) for _ in range(2))
         self.ends = make_pool(max(vcpus, 1), FOLLOW)
-        for name in ("entered", "page", "ended", "exit"):
+        for name in ("entered", "page", "home", "ended", "exit"):
             self.ends[name] = -1
         self._notified = 0
         meaning = np.zeros(CODES, np.uint8)
         meaning[idle_exits(vendor) != 0] = 1
         meaning[list(vendor.io)] = 2
         meaning[list(vendor.asynchronous)] = 3
+        meaning[[*vendor.nested_fault, *vendor.mmio]] = 4
         self._meaning = meaning
         self._write, self._reserved, self._present = vendor.fault.write, vendor.fault.reserved, vendor.fault.present
-        self._fixed = fixed
+        self._fixed, self._tells = fixed, vendor.name == SVM.name
         if cython.compiled:
             going: cython.uchar[::1] = as_bytes(self._pool)
             longest: cython.uchar[::1] = as_bytes(self.longest)
@@ -221,16 +232,20 @@ class RipRuns:
         run: cython.pointer[RipRun] = self._going
         page: cython.longlong
         if k == _EXIT:
-            self._exits(v, seq, time, rip, code)
+            self._exits(v, seq, time, rip, addr, code)
         elif k == _ENTRY:
             self._vcpu[v].rip = rip
             self._vcpu[v].entered = time
             self._vcpu[v].ended = -1
         elif k == _FAULT:
             page = cython.cast(cython.longlong, addr >> 12)
-            run[v].faults += 1
-            run[v].moves += page != self._vcpu[v].page and self._vcpu[v].page >= 0
+            if page != self._vcpu[v].page and page != self._vcpu[v].home and self._vcpu[v].page >= 0:
+                self._moves_on(v, run[v].moves)
+                run[v].moves += run[v].exits > 1
             self._vcpu[v].page = page
+            if self._vcpu[v].home < 0:
+                self._vcpu[v].home = page
+            run[v].faults += 1
             run[v].writes += code & self._write != 0
             run[v].reserved += code & self._reserved != 0
             run[v].present += code & self._present != 0
@@ -264,6 +279,7 @@ class RipRuns:
         seq: cython.longlong,
         time: cython.longlong,
         rip: cython.ulonglong,
+        addr: cython.ulonglong,
         code: cython.ulonglong,
     ) -> cython.void:
         run: cython.pointer[RipRun] = self._going
@@ -290,6 +306,12 @@ class RipRuns:
             if run[v].exits > 1:  # before the first the guest came from elsewhere
                 run[v].guest += ran
         self._vcpu[v].entered = -1
+        if meaning == _NESTED:
+            if not self._tells:
+                run[v].vectoring += addr & _VECTORING != 0
+            elif addr:
+                self._accesses(v, addr)
+            run[v].nested += 1
 
     @cython.cfunc
     @cython.nogil
@@ -303,11 +325,12 @@ class RipRuns:
         run[v].seq = run[v].last = seq
         run[v].exits = run[v].still = run[v].guest = run[v].faults = run[v].requested = run[v].installed = 0
         run[v].fixed = run[v].marked = run[v].mmio = run[v].loads = run[v].moves = run[v].fresh = run[v].halts = 0
-        run[v].ports = run[v].unasked = run[v].errors = run[v].error = run[v].internal = run[v].shutdowns = run[
-            v
-        ].failed = 0
+        run[v].ports = run[v].unasked = run[v].nested = run[v].vectoring = 0
+        run[v].errors = run[v].error = run[v].internal = run[v].shutdowns = run[v].failed = 0
         run[v].undefined = run[v].reserved = run[v].writes = run[v].present = 0
         run[v].addr = 0
+        self._vcpu[v].home = -1
+        self._vcpu[v].moved = 0
         self._vcpu[v].low = 0xFFFFFFFFFFFFFFFF
         self._vcpu[v].high = 0
         self._vcpu[v].notified = self._notified
@@ -320,9 +343,23 @@ class RipRuns:
         run: cython.pointer[RipRun] = self._going
         run[v].addr = addr
         if addr < self._vcpu[v].low or addr > self._vcpu[v].high:
+            self._moves_on(v, run[v].fresh - 1)
             run[v].fresh += 1
             self._vcpu[v].low = min(self._vcpu[v].low, addr)
             self._vcpu[v].high = max(self._vcpu[v].high, addr)
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _moves_on(self, v: cython.Py_ssize_t, before: cython.longlong) -> cython.void:
+        """Its address moves on: where that is not rare, nor the first time, another run begins with this exit."""
+        run: cython.pointer[RipRun] = self._going
+        if before > 0 and run[v].exits - self._vcpu[v].moved < _FEW:
+            self._end_run(v)
+            self._begin_run(v, run[v].last, run[v].until, run[v].rip)
+            run[v].exits = 1
+            run[v].until = run[v].since
+        self._vcpu[v].moved = run[v].exits
 
     @cython.cfunc
     @cython.nogil
@@ -356,6 +393,7 @@ class RipRuns:
             run[v].internal += 1
         elif reason == _SHUTDOWN:
             run[v].shutdowns += 1
+            self._vcpu[v].shutdowns += 1
         elif reason == _FAIL_ENTRY:
             run[v].failed += 1
 

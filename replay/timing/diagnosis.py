@@ -20,6 +20,7 @@ from replay.timing.stuck_rip import CERTAIN, RipEnd, RipRun, last_exits, longest
 from traces.durations import duration
 from traces.kernels.kernel import Kernel
 from traces.reader import Trace
+from traces.vm_names import VmNames
 
 _ROWS: Final = 12  # shown of a diagnosis
 _HISTORY: Final = 6  # of these, changes of the page's SPTE
@@ -104,6 +105,8 @@ def diagnosed(
     for run in runs:
         if run.certain(exits):
             kind, why = _cause(run, vm, kernel)
+            if kind in _BY_OTHERS and (who := _invalidators(trace, vm, run)):
+                why += f"; by {who}"
             rows = tuple(_evidence(trace, vm, run))
             found.append(
                 Diagnosis(int(vm["id"]), run.vcpu, kind, why, run.rip, run.exits, run.since, run.until, run.seq, rows)
@@ -112,6 +115,8 @@ def diagnosed(
     for end in ends:
         if end.reason in ENDS and end.error >= 0 and end.vcpu not in told:
             why = f"{user_exit_name(end.reason)} ({end.reason}): {_MEANS[end.reason]}"
+            if end.reason == USER_SHUTDOWN and end.shutdowns > 1:
+                why += f", the last of {end.shutdowns:,}: userspace resets the vCPU and it comes to that again"
             row = f"row {end.ended:,} kvm_userspace_exit {user_exit_name(end.reason)}"
             found.append(
                 Diagnosis(int(vm["id"]), end.vcpu, ENDS[end.reason], why, end.at, 1, end.time, end.time, end.ended,
@@ -146,6 +151,8 @@ def _cause(run: RipRun, vm: Mapping[str, Any], kernel: Kernel | None) -> tuple[s
                     f"each ends in {user_exit_name(reason)} ({reason}), {count:,} times, with #UD queued: emulation of "
                     f"the instruction failed (suberror 1, emulation), {where}"
                 )
+            elif reason == USER_INTERNAL_ERROR and run.accesses:
+                what += f"; the access is {where}" + _emulates(run, vm)
             return ENDS[reason], what
     if run.mmio >= most:
         return _mmio(run, vm, where)
@@ -153,7 +160,31 @@ def _cause(run: RipRun, vm: Mapping[str, Any], kernel: Kernel | None) -> tuple[s
         return "roots", "roots: it loads a root again and again, and refills it"
     if run.faults >= most:
         return _faults(run, vm, kernel, where)
+    if run.undefined >= most:
+        return "undefined", "the instruction is undefined: KVM injects #UD each time, and the guest comes back to it"
+    if run.nested >= most and (run.vectoring >= most or run.accesses):
+        return "event_delivery", _undelivered(run, where)
     return "unexplained", "not explained: its exits fit no cause that is known here"
+
+
+def _undelivered(run: RipRun, where: str) -> str:
+    if run.vectoring * 2 >= run.exits:
+        return (
+            "each exit is a fault in the nested page tables while an event is delivered to the guest (valid "
+            f"IDT-vectoring information), {where}: its IDT, TSS or stack cannot be reached"
+        )
+    return (
+        f"each exit is a fault in the nested page tables {where}, for which KVM neither maps nor emulates anything: so "
+        "it goes where the processor itself makes the access to deliver an event, and the guest's IDT, TSS or stack "
+        "lies there"
+    )
+
+
+def _emulates(run: RipRun, vm: Mapping[str, Any]) -> str:
+    """What an address in no memslot means for an instruction that failed."""
+    if _slot_of(vm, run.addr >> _PAGE_SHIFT, run.until) is not None:
+        return ""
+    return ": emulated MMIO, by an instruction that KVM does not emulate or in the delivery of an event (IDT, stack)"
 
 
 def _mmio(run: RipRun, vm: Mapping[str, Any], where: str) -> tuple[str, str]:
@@ -205,6 +236,23 @@ def _faults(run: RipRun, vm: Mapping[str, Any], kernel: Kernel | None, where: st
     return "unexplained", f"not explained: faults {where} for which nothing is mapped, with no invalidation meanwhile"
 
 
+_BY_OTHERS: Final = ("served_again", "invalidated")
+_WHO: Final = ("kvm_unmap_hva_range", "kvm_set_spte_hva", "zap_leafs", "kvm_mmu_zap_all_fast")
+_TASKS: Final = 3
+_SOON: Final = 256  # rows before a run in which the invalidation may have begun that it meets
+
+
+def _invalidators(trace: Trace, vm: Mapping[str, Any], run: RipRun) -> str:
+    """The tasks that invalidated something meanwhile or just before, and how: in progress, that holds up all faults."""
+    found: dict[int, dict[str, None]] = {}
+    since = max(run.seq - _SOON, 0)
+    for row in _rows(trace, vm, since, min(run.last, since + _READ)):
+        if row["kind"] in _WHO:
+            found.setdefault(row["tid"], {})[row["kind"]] = None
+    names = VmNames(trace.metadata)
+    return "; ".join(f"{names.task(tid)}: {', '.join(kinds)}" for tid, kinds in list(found.items())[:_TASKS])
+
+
 _SLOW: Final = 1_000_000  # ns an exit: beyond what KVM's own handling takes
 
 
@@ -219,7 +267,7 @@ def _fails(run: RipRun, vm: Mapping[str, Any]) -> str:
 
 
 def _place(run: RipRun, vm: Mapping[str, Any]) -> str:
-    if not run.addr and not run.faults:
+    if not run.accesses:
         return "at an address that no row shows"
     gfn = run.addr >> _PAGE_SHIFT
     slot = _slot_of(vm, gfn, run.until)

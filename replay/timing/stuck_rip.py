@@ -39,6 +39,8 @@ class RipRun:
     halts: int = 0
     ports: int = 0
     unasked: int = 0
+    nested: int = 0
+    vectoring: int = 0
     errors: int = 0
     error: int = 0  # the last errno
     internal: int = 0
@@ -59,10 +61,17 @@ class RipRun:
             return False
         if (self.errors + self.internal + self.shutdowns + self.failed) * 2 >= self.exits or not self.polls:
             return True
+        if self.mmio * 2 < self.exits:  # CPUID, RDMSR, hypercalls: it goes on with what they return
+            return False
         took = self.until - self.since
         # Whether an access reads is in a fault's code only: without it, more of the time must be lost.
         reads = self.writes * 2 <= self.faults if self.faults else self.guest * 2 < took
         return took >= LASTING and self.guest * 4 < 3 * took and reads
+
+    @property
+    def accesses(self) -> bool:
+        """Whether any row of it has an address."""
+        return self.fresh > 0
 
     @property
     def polls(self) -> bool:
@@ -72,13 +81,17 @@ class RipRun:
 
 @dataclass(frozen=True)
 class RipEnd:
-    """How a vCPU left for userspace for the last time: the row, its reason (KVM_EXIT_*), error, time, and the RIP."""
+    """How a vCPU left for userspace for the last time: the row, its reason (KVM_EXIT_*), error, time, and the RIP.
+
+    `shutdowns`: how often it has left for KVM_EXIT_SHUTDOWN, in all.
+    """
 
     vcpu: int
     ended: int
     reason: int
     error: int
     time: int
+    shutdowns: int
     exit: int
     at: int
 

@@ -17,7 +17,7 @@ from replay.timing.diagnosis import Diagnosis, plainly, summed_up
 from replay.timing.reference_clock import TimeCategory
 from replay.timing.timed_run import Settings
 from tests.replay.recording import TID
-from tests.replay.test_apart import MS, TimedGuest
+from tests.replay.test_apart import AMD, INTEL, MS, TimedGuest
 from tests.traces.making import KVM_A, event
 from traces.reader import Trace
 
@@ -28,7 +28,9 @@ READ_ONLY_SLOT = 2
 Step = Callable[[TimedGuest, int], None]
 
 
-def found(tmp_path: Path, step: Step, kernel: str = "6.12.9", times: int = REPEATS, slow: int = 0) -> list[Diagnosis]:
+def found(
+    tmp_path: Path, step: Step, kernel: str = "6.12.9", times: int = REPEATS, slow: int = 0, cpu: str = AMD
+) -> list[Diagnosis]:
     guest = TimedGuest()
     guest.slot(0, 512, 0x7F0000000000)
     guest.slot(0x400, 256, 0x7F1000000000, number=1)
@@ -42,7 +44,7 @@ def found(tmp_path: Path, step: Step, kernel: str = "6.12.9", times: int = REPEA
         step(guest, i)
     guest.exit(0x60, w1=0x5000)
     guest.of("kvm_entry", root=guest.root, w0=0x5000)
-    path = guest.saved(tmp_path / "t.parquet", kernel=kernel)
+    path = guest.saved(tmp_path / "t.parquet", kernel=kernel, vendor=cpu)
     capabilities = Capabilities(Trace.open(path))
     (vm,) = replay(plan.make(capabilities, [capabilities.own.name]), Settings()).times
     return vm.stuck
@@ -144,6 +146,22 @@ def strange(guest: TimedGuest, _: int) -> None:
     enter(guest)
 
 
+def undefined(guest: TimedGuest, _: int) -> None:
+    guest.of("kvm_exit", w0=0x46, w1=RIP)
+    guest.of("kvm_inj_exception", w0=6)
+    enter(guest)
+
+
+def undelivered(guest: TimedGuest, _: int) -> None:
+    guest.of("kvm_exit", w0=0x400, w1=RIP, w2=GUEST | RESERVED | 4, w3=0x4000_0018)
+    enter(guest)
+
+
+def undelivered_by_intel(guest: TimedGuest, _: int) -> None:
+    guest.of("kvm_exit", w0=49, w1=RIP, w3=1 << 31 | 0x30E)
+    enter(guest)
+
+
 @pytest.mark.parametrize(
     ("step", "kernel", "kind", "says"),
     [
@@ -165,6 +183,9 @@ def strange(guest: TimedGuest, _: int) -> None:
         (read_only, "6.12.9", "read_only", "writes to the read-only slot 2"),
         (loads, "6.12.9", "roots", "loads a root again and again"),
         (strange, "6.12.9", "unexplained", "not explained"),
+        (undefined, "6.12.9", "undefined", "KVM injects #UD each time"),
+        (undelivered, "6.12.9", "event_delivery", "at gpa 0x40000018 (gfn 0x40000), in no memslot"),
+        (invalidated, "6.12.9", "invalidated", f"; by {TID - 1}: kvm_unmap_hva_range"),
     ],
 )  # fmt: skip
 def test_the_cause_is_what_the_rows_show(tmp_path: Path, step: Step, kernel: str, kind: str, says: str) -> None:
@@ -176,6 +197,21 @@ def test_the_cause_is_what_the_rows_show(tmp_path: Path, step: Step, kernel: str
     seqs = [int(row.split()[1].replace(",", "")) for row in one.rows]
     assert seqs == sorted(seqs)
     assert all(seq >= one.seq for seq in seqs)
+
+
+def test_an_event_that_cannot_be_delivered_on_intel(tmp_path: Path) -> None:
+    (one,) = found(tmp_path, undelivered_by_intel, cpu=INTEL)
+    assert one.kind == "event_delivery"
+    assert "while an event is delivered to the guest" in one.why
+
+
+@pytest.mark.parametrize("step", [fails, stands_at_mmio, nothing_mapped, undelivered])
+@pytest.mark.parametrize("pages", [30, 170])
+def test_one_that_is_held_up_for_a_part_of_a_loop_only(tmp_path: Path, step: Step, pages: int) -> None:
+    """The loop is of one instruction: it goes on before, and after."""
+    (one,) = found(tmp_path, lambda guest, i: (moves_on if not pages <= i < pages + 250 else step)(guest, i), times=500)
+    assert 250 <= one.exits <= 252
+    assert one.seq > 4 * (pages - 2)
 
 
 def test_a_page_that_is_served_again_comes_with_its_history(tmp_path: Path) -> None:
@@ -244,7 +280,25 @@ def runs(guest: TimedGuest, _: int) -> None:
     enter(guest)
 
 
-@pytest.mark.parametrize("step", [moves_on, copies_to_a_device, halts, halts_outside, writes_a_port, runs])
+def asks_cpuid(guest: TimedGuest, _: int) -> None:
+    guest.exit(0x72, w1=RIP)
+    guest.wait(MS)
+    enter(guest, RIP + 2)
+
+
+def goes_round(guest: TimedGuest, i: int) -> None:
+    moves_on(guest, i % 7)
+
+
+def writes_flash(guest: TimedGuest, i: int) -> None:
+    fault(guest, 0x800_000 + (i % 16 << 12), WRITE)
+    out(guest, 6, entry=RIP + 3)
+
+
+GOING = (moves_on, copies_to_a_device, halts, halts_outside, writes_a_port, runs, asks_cpuid, goes_round, writes_flash)
+
+
+@pytest.mark.parametrize("step", GOING)
 @pytest.mark.parametrize("times", [REPEATS, 2000])
 def test_a_loop_that_goes_on_is_not_stuck(tmp_path: Path, step: Step, times: int) -> None:
     assert not found(tmp_path, step, times=times)
