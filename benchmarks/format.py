@@ -38,7 +38,7 @@ from traces.columns import SCHEMA
 from traces.compact import compact
 from traces.reader import Trace
 from traces.schema import BY_NAME
-from traces.segments import SegmentWriter
+from traces.segment_writer import SegmentWriter
 
 ROUNDS = 5
 BATCH = 1 << 16

@@ -20,7 +20,7 @@ from tests.traces.making import numbered, write
 from tests.verbs import TALKERS, WRITERS, Files, Verb, invoke, kvmtrace
 from traces.errors import BAD_INPUT, Problem
 from traces.reader import Trace
-from traces.segments import MANIFEST, segment_name
+from traces.segment_writer import MANIFEST, segment_name
 
 TRACE_PIPE = """\
            CPU 0/KVM-4711    [003] d..1.  1234.567890: kvm_exit: vcpu 0 reason EPT_VIOLATION rip 0xfff0 info1 0x184

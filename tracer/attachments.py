@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from tracer import libbpf, tracefs
@@ -126,14 +127,16 @@ def kernel_bases() -> dict[str, int]:
     return {macro: symbols[name] for macro, name in _BASES.items() if symbols.get(name)}
 
 
+@lru_cache(maxsize=1)
 def _symbols() -> dict[str, int]:
     table: tuple[Probe | Hook, ...] = (*PROBES, *HOOKS)
-    points = (point for each in table for point in each.points)
-    functions, bases = {point.where for point in points if ":" not in point.where}, frozenset(_BASES.values())
-    return kernel_symbols(bases | functions, bases)
+    functions = {point.where for each in table for point in each.points if ":" not in point.where}
+    return kernel_symbols(functions, _BASES.values())
 
 
+@lru_cache(maxsize=1)
 def this_layout() -> Layout:
+    """The running kernel's layout, looked up once."""
     return kernel_layout(kernel_btf(), kernel_version(), kernel_bases())
 
 

@@ -36,6 +36,7 @@ class Btf:
 
     def __init__(self, directory: Path = BTF_DIRECTORY) -> None:
         self._lib = libbpf()
+        self._found: dict[tuple[str, int], int] = {}
         vmlinux = directory / "vmlinux"
         if not vmlinux.exists():
             raise Problem(
@@ -62,7 +63,11 @@ class Btf:
         return (self._lib.btf__name_by_offset(self._handle, offset) or b"").decode()
 
     def _find(self, name: str, kind: int) -> int:
-        return max(0, int(self._lib.btf__find_by_name_kind(self._handle, name.encode(), kind)))
+        """A type's id, 0 where there is none; remembered, for libbpf compares one name after the other."""
+        if (name, kind) not in self._found:
+            found = int(self._lib.btf__find_by_name_kind(self._handle, name.encode(), kind))
+            self._found[name, kind] = max(0, found)
+        return self._found[name, kind]
 
     def _resolve(self, type_id: int) -> int:
         """The type behind typedefs and qualifiers."""
@@ -139,8 +144,8 @@ class Btf:
         return self._find(name, _FUNC)
 
     def digest(self) -> str:
-        """SHA-256 of the BTF as the kernel gives it: another build of a kernel has another."""
-        digest = hashlib.sha256()
+        """A hash of the BTF as the kernel gives it: another build of a kernel has another."""
+        digest = hashlib.blake2b(digest_size=32)
         for source in self.sources:
             digest.update(Path(source).read_bytes())
         return digest.hexdigest()

@@ -7,7 +7,7 @@ import os
 import platform
 import re
 import time
-from functools import lru_cache
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,17 +27,21 @@ def kernel_version(release: str | None = None) -> Version:
     return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
-@lru_cache(maxsize=1)
-def kernel_symbols(names: frozenset[str], addressed: frozenset[str]) -> dict[str, int]:
-    """Those of `names` that are symbols of the kernel or its modules; with addresses those that are in `addressed` too.
+def kernel_symbols(functions: Iterable[str], variables: Iterable[str]) -> dict[str, int]:
+    """Those of KVM's `functions` that are there, as 0, and the addresses of those of the kernel's `variables` that are.
 
     An address is 0 where kptr_restrict hides it. Reading line by line would take most of a recording's start.
     """
     text = KALLSYMS.read_bytes()
-    found = dict.fromkeys((name.decode() for name in {name.encode() for name in names}.intersection(text.split())), 0)
-    for name in addressed & found.keys():
-        line = text.find(f" {name}\n".encode())
-        found[name] = int(text[text.rfind(b"\n", 0, line) + 1 : line].split(b" ")[0], 16) if line > 0 else 0
+    mark = b"\t[kvm]\n"
+    first = text.find(mark)
+    # The symbols of a module stand together.
+    kvm = text[text.rfind(b"\n", 0, first) + 1 : text.rfind(mark)] if first >= 0 else text
+    wanted = {name.encode() for name in functions}
+    found = dict.fromkeys((name.decode() for name in wanted.intersection(kvm.split())), 0)
+    for name in variables:
+        if (at := text.find(f" {name}\n".encode())) >= 0:
+            found[name] = int(text[text.rfind(b"\n", 0, at) + 1 : at].split(b" ")[0], 16)
     return found
 
 

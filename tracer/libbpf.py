@@ -27,7 +27,6 @@ PERF_OF_KPROBES: Final = Path("/sys/bus/event_source/devices/kprobe")
 
 _LICENSE: Final = b"GPL"
 _LOG_SIZE: Final = 1 << 20
-_BATCH: Final = 4096
 _PROG_INFO_SIZE: Final = 224  # struct bpf_prog_info
 _MAP_INFO: Final = struct.Struct("=6I")  # struct bpf_map_info: type, id, key and value size, entries, flags
 _SYS_PERF_EVENT_OPEN: Final = 298
@@ -99,7 +98,7 @@ def libbpf() -> ctypes.CDLL:
         "bpf_map_lookup_elem": (integer, (integer, pointer, pointer)),
         "bpf_map_update_elem": (integer, (integer, pointer, pointer, ctypes.c_uint64)),
         "bpf_map_delete_elem": (integer, (integer, pointer)),
-        "bpf_map_lookup_batch": (integer, (integer, pointer, pointer, pointer, pointer, pointer, pointer)),
+        "bpf_map_get_next_key": (integer, (integer, pointer, pointer)),
         "bpf_link_create": (integer, (integer, integer, integer, pointer)),
         "bpf_iter_create": (integer, (integer,)),
         "bpf_raw_tracepoint_open": (integer, (text, integer)),
@@ -159,27 +158,24 @@ class BpfMap:
             raise _refused()
 
     def items(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """All keys and values of a hash map, in a few calls; one that changes meanwhile may show a key twice."""
-        keys, values, place, more = [], [], ctypes.create_string_buffer(8), False
-        count = _BATCH
-        while True:
-            key, value = np.zeros(count, self.key), np.zeros(count, self.value)
-            got = ctypes.c_uint32(count)
-            before = ctypes.byref(place) if more else None
-            failed = libbpf().bpf_map_lookup_batch(
-                self.fd, before, ctypes.byref(place), key.ctypes.data, value.ctypes.data, ctypes.byref(got), None
-            )
-            reason = ctypes.get_errno() if failed else 0
-            if reason == errno.ENOSPC:  # one bucket has more than fits
-                count *= 2
-                continue
-            if reason not in (0, errno.ENOENT):
-                raise _refused()
-            keys.append(key[: got.value])
-            values.append(value[: got.value])
-            if reason:
-                return np.concatenate(keys), np.concatenate(values)
-            more = True
+        """All keys and values of a hash map; one that is deleted meanwhile may make it begin anew and show keys twice.
+
+        One by one: for a whole batch, empty buckets included, the kernel runs no tracing program on this CPU
+        (bpf_disable_instrumentation() in __htab_map_lookup_and_delete_batch()), and where it can be preempted in there
+        (7.x) whoever has the CPU then goes unseen until this thread has it again.
+        """
+        library, keys, values, found = libbpf(), np.zeros(0, self.key), np.zeros(0, self.value), 0
+        before, next_key = None, ctypes.create_string_buffer(self.key.itemsize)
+        while not library.bpf_map_get_next_key(self.fd, before, next_key):
+            if found == len(keys):
+                keys, values = (np.resize(have, max(64, 2 * found)) for have in (keys, values))
+                key_at, value_at = keys.ctypes.data, values.ctypes.data
+            before = key_at + found * self.key.itemsize
+            ctypes.memmove(before, next_key, self.key.itemsize)
+            found += not library.bpf_map_lookup_elem(self.fd, before, value_at + found * self.value.itemsize)
+        if ctypes.get_errno() != errno.ENOENT:
+            raise _refused()
+        return keys[:found], values[:found]
 
     def clear(self) -> None:
         """Delete every key."""

@@ -30,7 +30,7 @@ THREAD = np.dtype({"names": ["tid", "tgid", "comm"], "formats": ["u4", "u4", "S1
                    "itemsize": 152})  # fmt: skip
 SETTINGS = np.dtype([("page_offset", "u8"), ("vmemmap", "u8"), ("page_offset_at", "u8"), ("vmemmap_at", "u8"),
                      ("kinds", "u8"), ("pid_ns", "u8"), ("pid_ns_level", "u4"), ("filter_tgid", "u4"),
-                     ("look_at", "u8"), ("first_fd", "u4"), ("part", "u4")])  # fmt: skip
+                     ("look_at", "u8"), ("first_fd", "u4"), ("part", "u4"), ("files", "u4", 18)])  # fmt: skip
 COUNTERS = np.dtype([("emitted", "u8", KIND_SLOTS), ("lost", "u8", KIND_SLOTS), ("gap_count", "u8"),
                      ("gap_kinds", "u8"), ("gap_since", "u8")])  # fmt: skip
 

@@ -32,6 +32,7 @@ from traces.errors import ENVIRONMENT, Problem
 from traces.progress import Progress
 from traces.record import RECORD
 from traces.schema import BY_NAME
+from traces.segment_writer import load_arrow
 
 if TYPE_CHECKING:
     from traces.compact import Summary
@@ -202,6 +203,7 @@ class Recorder:
         options, started, flushed = self.options, time.monotonic(), time.monotonic()
         self.probes.attach()
         try:
+            load_arrow()  # 0.1 s, in which the rings take what comes
             self._meet_latecomers()
             if options.command:
                 self._child = subprocess.Popen(options.command, stdout=options.command_stdout)

@@ -21,7 +21,7 @@ from traces.errors import ENVIRONMENT, Problem
 FUNCTION = "bpf_iter__task"
 TARGET = "bpf_iter_task"  # the kernel's, which it iterates by
 
-_VM, _VCPU, _SLOT, _ROOT, _MORE, _END = 1, 2, 3, 4, 5, 6
+_VM, _VCPU, _SLOT, _ROOT, _MORE, _END, _MORE_HERE = 1, 2, 3, 4, 5, 6, 7
 _RECORD = np.dtype([("type", "u4"), ("tgid", "u4"), ("kvm", "u8"), ("a", "u8"), ("b", "u8"), ("c", "u8"), ("x", "u4"),
                     ("y", "u4"), ("comm", "S16")])  # fmt: skip
 _DESCRIPTORS = 128  # that one pass looks at in each process
@@ -29,7 +29,8 @@ _PARTS = 64  # of a VM's slots: 32 for each address space
 _CHUNK = 1 << 16
 
 Records = np.ndarray[Any, Any]
-# Tells the iterator what to look for: descriptors from `first_fd` on, or, if `vm` is not 0, a part of that VM's slots.
+# Tells the iterator what to look for: a part of the files among the descriptors from `first_fd` on, or, if `vm` is not
+# 0, a part of that VM's slots.
 Ask = Callable[[int, int, int], None]  # first_fd, vm, part
 
 
@@ -78,9 +79,9 @@ def _descriptors(link: int, ask: Ask) -> dict[int, dict[str, Any]]:
     """The VMs that some process has open, by pointer, each with its vCPUs."""
     vms: dict[int, dict[str, Any]] = {}
     vcpus: dict[int, dict[tuple[int, int], dict[str, int]]] = {}
-    first, more = 0, True
+    first, part, more = 0, 0, True
     while more:
-        ask(first, 0, 0)
+        ask(first, 0, part)
         records = _pass(link, first_only=False)
         for record in records:
             kvm, tgid = int(record["kvm"]), int(record["tgid"])
@@ -91,8 +92,9 @@ def _descriptors(link: int, ask: Ask) -> dict[int, dict[str, Any]]:
                 vms[kvm] = {"kvm": kvm, "tgid": tgid, "comm": comm, "fd": a, "vcpus": [], "slots": [], "roots": []}
             elif record["type"] == _VCPU:
                 vcpus.setdefault(kvm, {})[a, x] = {"id": x, "tid": y, "root": b, "role": c}
-        more = bool((records["type"] == _MORE).any())
-        first += _DESCRIPTORS
+        more_here = bool((records["type"] == _MORE_HERE).any())
+        more = more_here or bool((records["type"] == _MORE).any())
+        first, part = (first, part + 1) if more_here else (first + _DESCRIPTORS, 0)
     for kvm, found in vcpus.items():
         if kvm in vms:
             vms[kvm]["vcpus"] = list(found.values())

@@ -22,7 +22,7 @@ import numpy as np
 from tracer.order import Order
 from tracer.ring import Records
 from traces.schema import BY_NAME
-from traces.segments import BATCH_ROWS, SegmentWriter
+from traces.segment_writer import BATCH_ROWS, SegmentWriter
 
 QUEUE_BYTES = 1 << 30
 QUEUE_SHARE = 4  # never more than this part of the memory that is free as the recording begins

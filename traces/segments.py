@@ -9,36 +9,24 @@ and is never decoded.
 
 from __future__ import annotations
 
-import io
 import json
-import os
 import re
-import shutil
 import stat
-import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
-from traces import durable
 from traces.errors import Problem
 from traces.foreign import of_no_directory
-from traces.record import RECORD, RECORD_SCHEMA, Columns, to_batch, to_columns
+from traces.record import Columns
+from traces.sealed_stream import RECORD_SCHEMA, seal_crc, to_columns
+from traces.segment_writer import MANIFEST
 
-MANIFEST: Final = "manifest.json"
-BATCH_ROWS: Final = 1 << 16
-SEGMENT_ROWS: Final = 1 << 21
 MAX_BATCH_ROWS: Final = 1 << 20  # what a reader accepts from elsewhere
 MAX_MANIFEST: Final = 24 << 20  # bytes; a larger one is not ours, and a trace's metadata must have room for it
-
-_OPTIONS: Final = pa.ipc.IpcWriteOptions(compression="lz4")
-_EMPTY: Final = to_batch(np.empty(0, RECORD))
 
 
 def _size(path: Path) -> int:
@@ -47,155 +35,6 @@ def _size(path: Path) -> int:
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("not a regular file")
     return status.st_size
-
-
-def _seal_crc(message: bytes | memoryview, first: int, rows: int) -> int:
-    """CRC-32 of a batch's bytes and of what its seal says of them, so that a damaged seal renumbers nothing."""
-    return zlib.crc32(f"{first} {rows}".encode(), zlib.crc32(message))
-
-
-def segment_name(index: int) -> str:
-    return f"seg-{index:05d}.arrows"
-
-
-class SegmentWriter:
-    """Writes one recording's segments and manifest into a directory of its own.
-
-    Rows given to `write` are durable after the next `flush`; a kill loses at most what came after the last one. The
-    first failing write, fsync or rename ends the recording: it surfaces as a Problem that says what was kept.
-    """
-
-    def __init__(self, directory: Path, manifest: Mapping[str, Any]) -> None:
-        self.directory = directory
-        self.rows = 0  # given to write()
-        self._segment_bytes = self._manifest_bytes = 0
-        self._manifest = dict(manifest)
-        self._sealed = 0  # rows in segments
-        self._segment = 0
-        self._segment_rows = 0
-        self._fd = -1
-        self._stream: pa.RecordBatchStreamWriter | None = None
-        self._sink = io.BytesIO()
-        self._buffer = np.empty(BATCH_ROWS, RECORD)
-        self._filled = 0
-        self._failure: Problem | None = None
-        try:
-            directory.mkdir()
-        except FileExistsError:
-            raise Problem(
-                f"{directory} is what an earlier recording left: run `kvmtrace recover {directory}`, or remove it"
-            ) from None
-        except OSError as error:
-            raise Problem(f"{directory}: cannot create it: {error.strerror}") from None
-        try:
-            self.update_manifest({})
-        except Problem:
-            shutil.rmtree(directory, ignore_errors=True)  # nothing is in it yet
-            raise
-
-    @property
-    def bytes_written(self) -> int:
-        """Bytes that are on disk: of the segments, and of the manifest as it is now."""
-        return self._segment_bytes + self._manifest_bytes
-
-    def write(self, records: NDArray[np.void]) -> None:
-        """Take records (dtype RECORD; copied, the caller may reuse the memory)."""
-        self.rows += len(records)
-        while len(records):
-            if not self._filled and len(records) >= BATCH_ROWS:
-                self._write_batch(records[:BATCH_ROWS])
-                records = records[BATCH_ROWS:]
-                continue
-            taken = min(len(records), BATCH_ROWS - self._filled)
-            self._buffer[self._filled : self._filled + taken] = records[:taken]
-            self._filled += taken
-            records = records[taken:]
-            if self._filled == BATCH_ROWS:
-                self._write_buffer()
-
-    def flush(self) -> None:
-        """Make every row taken so far durable; call it about once a second."""
-        self._write_buffer()
-        if self._fd >= 0:
-            with self._failing():
-                durable.sync(self._fd)
-
-    def update_manifest(self, changes: Mapping[str, Any]) -> None:
-        """Merge top-level keys into the manifest and replace it on disk."""
-        self._manifest.update(changes)
-        with self._failing():
-            self._manifest_bytes = durable.write_json(self.directory / MANIFEST, self._manifest)
-
-    def close(self, changes: Mapping[str, Any]) -> None:
-        """End the recording: every row and the final manifest are durable afterwards."""
-        self._write_buffer()
-        self._end_segment()
-        self.update_manifest({**changes, "closed": {"rows": self._sealed}})
-
-    def _write_buffer(self) -> None:
-        filled, self._filled = self._filled, 0
-        if filled:
-            self._write_batch(self._buffer[:filled])
-
-    def _write_batch(self, records: NDArray[np.void]) -> None:
-        if self._failure is not None:
-            raise self._failure
-        if self._stream is None:
-            self._begin_segment()
-        stream = self._stream
-        assert stream is not None
-        stream.write_batch(to_batch(records))
-        message = self._take()
-        seal = {"first": self._sealed, "rows": len(records), "crc32": _seal_crc(message, self._sealed, len(records))}
-        stream.write_batch(_EMPTY, custom_metadata={"seal": json.dumps(seal)})
-        self._append(message + self._take())
-        self._sealed += len(records)
-        self._segment_rows += len(records)
-        if self._segment_rows >= SEGMENT_ROWS:
-            self._end_segment()
-
-    def _begin_segment(self) -> None:
-        with self._failing():
-            path = self.directory / segment_name(self._segment)
-            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-            durable.sync_directory(self.directory)
-        self._stream = pa.ipc.new_stream(self._sink, RECORD_SCHEMA, options=_OPTIONS)
-
-    def _end_segment(self) -> None:
-        if self._stream is None:
-            return
-        self._stream.close()
-        self._append(self._take())
-        with self._failing():
-            durable.sync(self._fd)
-        os.close(self._fd)
-        self._fd, self._stream = -1, None
-        self._segment += 1
-        self._segment_rows = 0
-
-    def _take(self) -> bytes:
-        data = self._sink.getvalue()
-        self._sink.seek(0)
-        self._sink.truncate()
-        return data
-
-    def _append(self, data: bytes) -> None:
-        with self._failing():
-            durable.write_all(self._fd, data)
-        self._segment_bytes += len(data)
-
-    @contextmanager
-    def _failing(self) -> Iterator[None]:
-        if self._failure is not None:
-            raise self._failure
-        try:
-            yield
-        except OSError as error:
-            self._failure = Problem(
-                f"{self.directory}: {error.strerror}: recording ended, {self._sealed:,} events are kept: "
-                f"make room, then run `kvmtrace recover {self.directory}`"
-            )
-            raise self._failure from error
 
 
 @dataclass(frozen=True)
@@ -300,7 +139,7 @@ class _Messages:
         if self._next() is None:
             raise ValueError("the last batch has no seal")
         first, rows, crc = self._read_seal(self._bytes[middle : self._source.tell()])
-        if _seal_crc(self._bytes[self.end : middle], first, rows) != crc:
+        if seal_crc(self._bytes[self.end : middle], first, rows) != crc:
             raise ValueError("a batch does not fit its seal")
         batch = pa.ipc.read_record_batch(message, RECORD_SCHEMA)
         batch.validate(full=True)

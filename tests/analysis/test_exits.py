@@ -25,7 +25,7 @@ from traces.compact import compact
 from traces.kernels.exit_names import exit_name
 from traces.kernels.vendors import SVM, VMX
 from traces.kvm_names import ioctl_name, user_exit_name
-from traces.segments import SegmentWriter
+from traces.segment_writer import SegmentWriter
 
 RECORDINGS = Path(__file__).parents[1] / "recordings"
 CORPUS = Path(__file__).parents[2] / "traces" / "corpus"

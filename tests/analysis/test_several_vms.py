@@ -18,7 +18,7 @@ from analysis.sources import Recording
 from analysis.worst import ranked
 from tests.traces.making import event, stream
 from traces.compact import compact
-from traces.segments import SegmentWriter
+from traces.segment_writer import SegmentWriter
 
 FIELD = Path(__file__).parents[1] / "recordings" / "field-6.1.parquet"
 

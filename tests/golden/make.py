@@ -18,7 +18,7 @@ from tests.traces.making import KVM_A, KVM_B, event, stream
 from traces.compact import compact
 from traces.reader import Trace
 from traces.schema import FORMAT_MAJOR, FORMAT_MINOR, KINDS
-from traces.segments import SegmentWriter
+from traces.segment_writer import SegmentWriter
 
 HERE = Path(__file__).parent
 

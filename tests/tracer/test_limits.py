@@ -18,7 +18,7 @@ from traces.compact import compact
 from traces.reader import Trace
 from traces.record import RECORD
 from traces.schema import BY_NAME
-from traces.segments import BATCH_ROWS
+from traces.segment_writer import BATCH_ROWS
 
 ENTRY, GAP = BY_NAME["kvm_entry"].code, BY_NAME["gap"].code
 

@@ -12,7 +12,7 @@ from tests.traces.making import KVM_A, event, stream
 from tracer import owner_names
 from traces.compact import compact
 from traces.reader import Trace
-from traces.segments import SegmentWriter
+from traces.segment_writer import SegmentWriter
 from traces.vm_names import VmNames
 
 

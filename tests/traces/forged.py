@@ -35,8 +35,9 @@ from traces.compact import compact
 from traces.errors import BAD_INPUT, Problem
 from traces.metadata import KEY
 from traces.reader import Trace
-from traces.record import RECORD, RECORD_SCHEMA, to_batch
-from traces.segments import MANIFEST, segment_name
+from traces.record import RECORD
+from traces.sealed_stream import RECORD_SCHEMA, to_batch
+from traces.segment_writer import MANIFEST, segment_name
 
 NUMBERS = (0, 1, -1, 2, 7, 127, 255, 1 << 15, (1 << 16) + 3, (1 << 31) - 1, -(1 << 31), 1 << 32, 1 << 40, (1 << 63) - 1)
 _CODEC = pa.Codec("lz4_raw")

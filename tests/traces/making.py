@@ -12,7 +12,8 @@ from tests import streams
 from traces.compact import Summary, compact
 from traces.record import RECORD
 from traces.schema import BY_NAME
-from traces.segments import SegmentReader, SegmentWriter
+from traces.segment_writer import SegmentWriter
+from traces.segments import SegmentReader
 
 KVM_A, KVM_B = 0xFFFF888100000000, 0xFFFF888100010000
 

@@ -23,13 +23,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.waiting import PATIENCE, until
-from traces import durable, segments
+from traces import durable, segment_writer
 from traces.compact import Summary, compact
 from traces.errors import Problem
 from traces.reader import Trace
 from traces.record import RECORD
 from traces.schema import BY_NAME
-from traces.segments import MANIFEST, SegmentReader, SegmentWriter, segment_name
+from traces.segment_writer import MANIFEST, SegmentWriter, segment_name
+from traces.segments import SegmentReader
 
 pytestmark = pytest.mark.slow
 
@@ -67,7 +68,7 @@ def recovered(directory: Path, out: Path) -> tuple[Summary, list[int]]:
 
 def record_until_killed(directory: Path, said: Path, seed: int) -> None:
     """Write numbered records for ever, in pieces of any size; append the number of rows to `said` after each flush."""
-    segments.SEGMENT_ROWS = 8_000  # type: ignore[misc]
+    segment_writer.SEGMENT_ROWS = 8_000  # type: ignore[misc]
     rng = random.Random(seed)
     say = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     writer = SegmentWriter(directory, {"recorder": "test"})
@@ -188,7 +189,7 @@ def flip_bits(directory: Path, out: Path, bits: Iterable[int], sizes: list[int],
 
 
 def test_a_damaged_batch_costs_only_the_rest_of_its_segment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segments, "SEGMENT_ROWS", 15)
+    monkeypatch.setattr(segment_writer, "SEGMENT_ROWS", 15)
     monkeypatch.setattr(durable, "sync", lambda fd: None)
     directory, out = tmp_path / "a.kvmt", tmp_path / "a.parquet"
     sizes = piecewise(directory, pieces=9, rows=5, per_segment=3)[1]
@@ -206,7 +207,7 @@ def test_a_damaged_batch_costs_only_the_rest_of_its_segment(tmp_path: Path, monk
 
 
 def test_a_damaged_seal_never_renumbers_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segments, "SEGMENT_ROWS", 15)
+    monkeypatch.setattr(segment_writer, "SEGMENT_ROWS", 15)
     monkeypatch.setattr(durable, "sync", lambda fd: None)
     directory, out = tmp_path / "a.kvmt", tmp_path / "a.parquet"
     sizes = piecewise(directory, pieces=9, rows=5, per_segment=3)[1]
@@ -265,7 +266,7 @@ def record_and_compact(directory: Path, out: Path, flushed: list[int]) -> None:
 def test_each_write_fsync_and_rename_may_fail_in_turn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, power: bool
 ) -> None:
-    monkeypatch.setattr(segments, "SEGMENT_ROWS", 60)
+    monkeypatch.setattr(segment_writer, "SEGMENT_ROWS", 60)
     failing, finished = 0, False
     while not finished:
         failing += 1

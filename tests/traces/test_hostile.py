@@ -23,7 +23,8 @@ from tests.traces.making import event, numbered, stream, trace, write
 from traces.compact import compact
 from traces.errors import Problem
 from traces.reader import UNKNOWN_CODE, Trace, kind_codes
-from traces.segments import MANIFEST, SegmentReader, segment_name
+from traces.segment_writer import MANIFEST, segment_name
+from traces.segments import SegmentReader
 from traces.summary import render
 
 ROOT = Path(__file__).parents[2]

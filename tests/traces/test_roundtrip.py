@@ -20,7 +20,7 @@ from traces.compact import compact
 from traces.reader import Trace, kind_codes
 from traces.record import RECORD
 from traces.schema import COLUMN_TYPES, KINDS
-from traces.segments import SegmentWriter
+from traces.segment_writer import SegmentWriter
 
 _WORD = st.one_of(st.integers(0, 20), st.integers(0, (1 << 64) - 1))
 _FIELDS = {

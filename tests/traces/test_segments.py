@@ -19,8 +19,8 @@ from traces import durable, segments
 from traces.compact import compact
 from traces.errors import Problem
 from traces.reader import Trace
-from traces.record import RECORD_SCHEMA
-from traces.segments import BATCH_ROWS, MANIFEST, SegmentReader, SegmentWriter
+from traces.segment_writer import BATCH_ROWS, MANIFEST, SegmentWriter
+from traces.segments import RECORD_SCHEMA, SegmentReader
 
 
 def test_rows_come_back_in_order_over_several_segments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from tests.golden.make import HERE
 from tests.traces.making import event, stream, trace
 from traces.compact import compact
 from traces.errors import Problem
-from traces.segments import SegmentWriter
+from traces.segment_writer import SegmentWriter
 from traces.summary import WIDTH, info, render
 
 GOLDEN = HERE / "trace-1.0.parquet"

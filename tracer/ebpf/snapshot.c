@@ -3,7 +3,9 @@
  * reference to a file, as the iterator over files does: the last one would end the VM in the recorder's context. What is
  * read may therefore be freed meanwhile; snapshot.py looks twice.
  */
-#define FDS 128 /* more would cost the verifier, at every start, a millisecond each */
+#define FDS 128
+/* files told of at a time: the verifier goes through all that is done with each, at every start, a millisecond each */
+#define FILES 16
 /* slots looked at per bucket of the id hash (128 buckets): sequential ids spread evenly */
 #define CHAIN 64
 #define PART_BUCKETS 4
@@ -125,20 +127,32 @@ int bpf_iter__task(struct iter_context *ctx)
     u32 host_tgid = read32(task + OFF_TASK_TGID), most = read32(table + OFF_FDT_MAX);
     u32 tgid = number_here(read64(leader + OFF_TASK_PID), host_tgid);
     u64 array = read64(table + OFF_FDT_FD);
+    /* In the map, for the verifier would tell each value on the stack from every other. */
+    c->files = 0;
     for (u32 i = 0; i < FDS; i++) {
         u32 fd = c->first_fd + i;
         if (fd >= most)
-            return 0;
+            break;
         u64 file = read64(array + 8ULL * fd);
-        int what = file ? file_kind(file) : FILE_OTHER;
-        if (!what)
+        if (!file || !file_kind(file))
             continue;
-        u64 owner = read64(file + OFF_FILE_PRIVATE);
-        if (what == FILE_VCPU && owner)
+        u32 place = c->files - c->part * FILES;
+        if (place < FILES)
+            c->file[place] = fd;
+        c->files++;
+    }
+    for (u32 i = 0; i < FILES && c->part * FILES + i < c->files; i++) {
+        u32 fd = c->file[i];
+        u64 file = read64(array + 8ULL * fd), owner = file ? read64(file + OFF_FILE_PRIVATE) : 0;
+        int what = owner ? file_kind(file) : FILE_OTHER;
+        if (what == FILE_VCPU)
             tell_vcpu(seq, owner, tgid, host_tgid);
-        else if (owner)
+        else if (what)
             tell_vm(seq, owner, tgid, fd, leader);
     }
-    TELL(5); /* there are more */
+    if (c->files > (c->part + 1) * FILES)
+        TELL(7); /* there are more among these descriptors */
+    if (c->first_fd + FDS < most)
+        TELL(5); /* there are more */
     return 0;
 }

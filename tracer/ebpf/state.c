@@ -44,7 +44,9 @@ struct config {
     u32 filter_tgid;  /* the only process whose VMs are wanted, 0 all */
     u64 look_at;      /* of the snapshot: this VM's slots and roots, or, where it is 0, */
     u32 first_fd;     /* descriptors from here on */
-    u32 part;         /* as many of a VM's slots as one pass takes */
+    u32 part;         /* as many of a VM's slots, or of the files found there, as one pass takes */
+    u32 files, unused; /* found among the descriptors of the task that the iterator is at, and which they are */
+    u32 file[16];
 };
 /*
  * One ring for each CPU (or few CPUs): one ring for all is one spinlock for all. Userspace makes them, like this template

@@ -1,0 +1,65 @@
+"""One segment of a recording in Arrow: batches of raw records, each followed by its seal (see segments.py)."""
+
+from __future__ import annotations
+
+import io
+import json
+import zlib
+from typing import Final
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from traces.record import RECORD, Columns
+from traces.schema import RECORD_FIELDS
+
+RECORD_SCHEMA: Final = pa.schema(
+    [pa.field(name, pa.from_numpy_dtype(RECORD[name]), nullable=False) for name, _ in RECORD_FIELDS]
+)
+_OPTIONS: Final = pa.ipc.IpcWriteOptions(compression="lz4")
+
+
+def seal_crc(message: bytes | memoryview, first: int, rows: int) -> int:
+    """CRC-32 of a batch's bytes and of what its seal says of them, so that a damaged seal renumbers nothing."""
+    return zlib.crc32(f"{first} {rows}".encode(), zlib.crc32(message))
+
+
+def to_batch(records: NDArray[np.void]) -> pa.RecordBatch:
+    """The records (dtype RECORD, one dimension) as one Arrow record batch of RECORD_SCHEMA; copies."""
+    arrays = [pa.array(np.ascontiguousarray(records[name])) for name, _ in RECORD_FIELDS]
+    return pa.RecordBatch.from_arrays(arrays, schema=RECORD_SCHEMA)
+
+
+def to_columns(batch: pa.RecordBatch) -> Columns:
+    """The columns of a validated batch of RECORD_SCHEMA as numpy arrays, without copying."""
+    return {name: batch.column(index).to_numpy(zero_copy_only=True) for index, (name, _) in enumerate(RECORD_FIELDS)}
+
+
+_EMPTY: Final = to_batch(np.empty(0, RECORD))
+
+
+class SealedStream:
+    """One segment in the making: what is to be appended to its file."""
+
+    def __init__(self) -> None:
+        self._sink = io.BytesIO()
+        self._stream = pa.ipc.new_stream(self._sink, RECORD_SCHEMA, options=_OPTIONS)
+
+    def batch(self, records: NDArray[np.void], first: int) -> bytes:
+        """A batch of records of which `first` is the number of the first, and its seal."""
+        self._stream.write_batch(to_batch(records))
+        message = self._take()
+        seal = {"first": first, "rows": len(records), "crc32": seal_crc(message, first, len(records))}
+        self._stream.write_batch(_EMPTY, custom_metadata={"seal": json.dumps(seal)})
+        return message + self._take()
+
+    def end(self) -> bytes:
+        self._stream.close()
+        return self._take()
+
+    def _take(self) -> bytes:
+        data = self._sink.getvalue()
+        self._sink.seek(0)
+        self._sink.truncate()
+        return data
