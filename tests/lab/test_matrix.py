@@ -62,15 +62,18 @@ def test_all_scenarios_on_all_kernels() -> None:
 def test_what_is_recorded_on_intel() -> None:
     """The same with EPT as with NPT; and on one kernel what only this CPU shows."""
     assert {name: matrix.worth(kernel, ("intel",)) for name, kernel in KERNELS.items()} == {
-        "5.10": (EPT, PAGING_ON_INTEL),
-        "6.1": (EPT, PML, NO_AD, PAGING_ON_INTEL),
-        "6.1-async": (EPT,),
-        "6.12": (EPT, PAGING_ON_INTEL),
-        "7.x": (EPT, PAGING_ON_INTEL),
+        "5.10": (EPT,), "6.1": (EPT, PML, NO_AD, PAGING_ON_INTEL), "6.1-async": (EPT,), "6.12": (EPT,), "7.x": (EPT,),
+    }  # fmt: skip
+    amd, intel = (matrix.cells(dict.fromkeys(KERNELS, (mmu,))) for mmu in (TDP, EPT))
+    assert {cell.name for cell in intel if cell.kernel == "6.1"} == {
+        f"{cell.name}-ept" for cell in amd if cell.kernel == "6.1"
     }
-    amd, intel = ({cell.name for cell in matrix.cells({"6.1": (mmu,)})} for mmu in (TDP, EPT))
-    assert intel == {f"{name}-ept" for name in amd}
-    assert {cell.scenario for cell in matrix.cells({"6.1": (PML,)})} == set(matrix._DIRTYING)
+    for kernel in ("5.10", "6.12", "7.x"):
+        assert {cell.name for cell in intel if cell.kernel == kernel} == {
+            f"{cell.name}-ept" for cell in amd if cell.kernel == kernel and not cell.arguments
+        }
+    assert {cell.scenario for cell in intel if cell.kernel == "6.1-async"} == set(matrix._POLICY)
+    assert {cell.name for cell in matrix.cells({"6.1": (PML,)})} == {f"{name}-6.1-pml" for name in matrix._DIRTYING}
     assert {cell.scenario for cell in matrix.cells({"6.1": (PAGING_ON_INTEL,)})} == set(matrix._PAGING)
 
 
@@ -203,9 +206,16 @@ def test_a_kernel_that_is_not_here_does_not_stop_the_others(store: Path, tmp_pat
     assert [str(problem) for problem in problems] == ["kernel 6.12 is not here: kvmtrace lab fetch 6.12"]
 
 
-def test_corpus_without_the_kernel_that_is_in_no_package(
-    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("asked", "bochs", "cpus"), [
+    ([], True, ("amd", "intel")), ([], False, ("amd",)), (["--cpu", "intel"], False, ("intel",)),
+])  # fmt: skip
+def test_the_corpus_is_of_both_cpus_and_without_the_kernel_that_is_in_no_package(
+    asked: list[str], bochs: bool, cpus: tuple[str, ...], store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def emulator() -> None:
+        if not bochs:
+            raise Problem("no bochs-bin: apt-get install bochs", ENVIRONMENT)
+
     groups: list[tuple[str, str]] = []
 
     def record(group: list[Cell], directory: Path) -> tuple[list[MatrixRow], list[Problem]]:
@@ -213,10 +223,12 @@ def test_corpus_without_the_kernel_that_is_in_no_package(
         return [], []
 
     monkeypatch.setattr(matrix, "record", record)
-    monkeypatch.setattr(fetch, "fetch", lambda name, say: None)
-    result = CliRunner().invoke(app, ["corpus", str(tmp_path / "corpus")])
+    monkeypatch.setattr("tracer.lab.bochs.emulator", emulator)
+    monkeypatch.setattr(fetch, "fetch", lambda name, say, update: None)
+    result = CliRunner().invoke(app, ["corpus", str(tmp_path / "corpus"), *asked])
     assert result.exit_code == 0, result.exception
     assert "kernel 6.1-async is in no package" in result.stderr
+    assert ("; Intel's recordings are left as they are" in result.stderr) is (not asked and not bochs)
     assert sorted(groups) == sorted(
-        (kernel, mmu) for kernel in ("5.10", "6.1", "6.12", "7.x") for mmu in matrix.worth(KERNELS[kernel], ("amd",))
+        (kernel, mmu) for kernel in ("5.10", "6.1", "6.12", "7.x") for mmu in matrix.worth(KERNELS[kernel], cpus)
     )

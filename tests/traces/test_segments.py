@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 
 from tests.traces.making import numbered, numbers_read, write
-from traces import durable, segments
+from traces import durable, segment_writer
 from traces.compact import compact
 from traces.errors import Problem
 from traces.reader import Trace
@@ -24,7 +24,7 @@ from traces.segments import RECORD_SCHEMA, SegmentReader
 
 
 def test_rows_come_back_in_order_over_several_segments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segments, "SEGMENT_ROWS", BATCH_ROWS)
+    monkeypatch.setattr(segment_writer, "SEGMENT_ROWS", BATCH_ROWS)
     writer = SegmentWriter(tmp_path / "a.kvmt", {"recorder": "test"})
     for first, count in ((0, 10), (10, 3 * BATCH_ROWS), (10 + 3 * BATCH_ROWS, 7)):
         writer.write(numbered(count, first))
@@ -117,7 +117,7 @@ def test_a_seal_that_lies_about_its_rows_is_refused(tmp_path: Path) -> None:
 
 
 def test_damage_costs_one_segment_and_row_numbers_stay_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segments, "SEGMENT_ROWS", 40)
+    monkeypatch.setattr(segment_writer, "SEGMENT_ROWS", 40)
     directory = tmp_path / "a.kvmt"
     writer = SegmentWriter(directory, {})
     for first in range(0, 120, 40):
@@ -169,7 +169,7 @@ def _record_until_killed(directory: Path, acknowledge: int) -> None:
 
 @pytest.mark.slow
 def test_a_kill_at_any_moment_costs_no_flushed_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segments, "SEGMENT_ROWS", 20_000)
+    monkeypatch.setattr(segment_writer, "SEGMENT_ROWS", 20_000)
     rng = random.Random(3)
     for round_ in range(50):
         directory = tmp_path / f"{round_}.kvmt"
@@ -232,7 +232,7 @@ class _Faults:
 
 
 def test_each_write_fsync_and_rename_may_fail_while_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segments, "SEGMENT_ROWS", 60)
+    monkeypatch.setattr(segment_writer, "SEGMENT_ROWS", 60)
     failing, finished = 0, False
     said: list[str] = []
     while not finished:

@@ -25,7 +25,9 @@ app = typer.Typer(
 )
 
 Jobs = Annotated[int, typer.Option(help="Boots at a time; each keeps one CPU busy.", min=1)]
-Cpus = Annotated[list[str] | None, typer.Option("--cpu", help="amd or intel; repeatable. [default: amd]")]
+Cpus = Annotated[
+    list[str] | None, typer.Option("--cpu", help="amd or intel; repeatable. [default: amd; both for the corpus]")
+]
 
 
 def _say(line: str) -> None:
@@ -230,11 +232,21 @@ def corpus(
     as_json: Json = False,
 ) -> None:
     """Fetch every kernel and record the corpus that is shipped; what is there already is kept."""
+    from tracer.lab.bochs import emulator
     from tracer.lab.fetch import fetch as get
     from tracer.lab.fetch import present
+    from tracer.lab.lab_cpus import CPUS
     from tracer.lab.lab_kernels import KERNELS, missing
     from tracer.lab.matrix import cells, worth
+    from tracer.lab.modules import Directory
 
+    cpus = cpu or ["amd", "intel"]
+    if not cpu:
+        try:
+            emulator()
+        except Problem as problem:
+            print(f"kvmtrace: {problem}; Intel's recordings are left as they are", file=sys.stderr)
+            cpus = ["amd"]
     directory = directory or Path(__file__).resolve().parents[2] / "traces" / "corpus"
     directory.mkdir(parents=True, exist_ok=True)
     names = [name for name, kernel in KERNELS.items() if kernel.suites or present(name)]
@@ -242,8 +254,11 @@ def corpus(
         if name not in names:
             print(f"kvmtrace: {missing(name)}; its recordings are left as they are", file=sys.stderr)
     for name in names:
-        get(name, _say)
-    _fill(cells({name: worth(KERNELS[name], cpu or ("amd",)) for name in names}), directory, jobs, as_json)
+        here = present(name)
+        # One that was fetched before there was Intel in the lab has no kvm-intel.ko.
+        lacking = here and not all(CPUS[each].runs(Directory(*here.modules)) for each in cpus if each in CPUS)
+        get(name, _say, update=bool(lacking))
+    _fill(cells({name: worth(KERNELS[name], cpus) for name in names}), directory, jobs, as_json)
 
 
 def _fill(wanted: list[Cell], directory: Path, jobs: int, as_json: bool) -> None:

@@ -20,7 +20,7 @@ from tracer import vmm
 from tracer.lab import prebuilt, qemu
 from tracer.lab.fetch import present
 from tracer.lab.lab_cpus import AMD
-from tracer.lab.lab_kernels import LabKernel, missing
+from tracer.lab.lab_kernels import KERNELS, LabKernel, missing
 from tracer.lab.session import DEFAULT_TIMEOUT, DEFAULT_TIMEOUT_INTEL, boot, several
 from traces import durable
 from traces.compact import compact
@@ -63,12 +63,14 @@ SECONDS_PER_CELL_INTEL: Final = 120
 # `storm` is for volume on software KVM; it adds to `roots` nothing but emulator events. The others are about who does
 # what, which tests/lab/test_booking.py records.
 _LEFT_OUT: Final = ("storm", "other-thread", "one-mapping", "cross-fault")
-# Besides each scenario with its defaults; with the TDP MMU only, to keep what is shipped below 10 MB.
+# Besides each scenario with its defaults; with the TDP MMU only, on Intel on 6.1 only: what ships is to stay small.
 _VARIATIONS: Final = (
     ("cr4-toggle", ("--bit", "pge")),
     ("dirty-log", ("--huge",)),
     ("notifier", ("--how", "dontneed")),
 )
+# What tells an old policy from the one of its stock kernel, on Intel; AMD's recordings have the rest.
+_POLICY: Final = ("slot-delete", "smi-storm", "steady", "wp-toggle")
 # Without A/D bits, and with page-modification logging, only those that write pages again or age them.
 _DIRTYING: Final = ("churn", "dirty-log", "notifier", "smi-storm", "steady")
 # With nested paging off only those in which pages of the guest's tables are found again, go out of sync, or are zapped.
@@ -122,6 +124,7 @@ class MatrixRow:
     bytes: int
     sha256: str
     emulator: str = ""  # with its version, from November 2026 on
+    cpu: str = ""  # of `lab list`, the same
 
 
 def cells(kernels: Mapping[str, Sequence[str]], scenarios: Sequence[str] = ()) -> list[Cell]:
@@ -141,29 +144,29 @@ def cells(kernels: Mapping[str, Sequence[str]], scenarios: Sequence[str] = ()) -
         for name, arguments in sorted(pairs)
         for kernel, mmus in kernels.items()
         for mmu in mmus
-        if _telling(name, arguments, mmu)
+        if _telling(name, arguments, kernel, mmu)
     ]
 
 
 def worth(kernel: LabKernel, cpus: Sequence[str]) -> tuple[str, ...]:
     """Those of a kernel's MMUs on these CPUs that are worth recording.
 
-    A variant differs from its stock kernel in the TDP MMU only; what a CPU does without A/D bits or with PML does not
-    differ between kernels.
+    A variant differs from its stock kernel in the TDP MMU only. What an Intel CPU does without A/D bits, with PML, and
+    without EPT, where the guest's page tables are shadowed as without NPT, does not differ between kernels.
     """
     chosen = [name for name, mmu in MMUS.items() if mmu.cpu.partition("-")[0] in cpus]
     if kernel.variant:
         chosen = [name for name in chosen if name in (TDP, EPT)]
-    return tuple(name for name in chosen if kernel.name == "6.1" or name not in (PML, NO_AD))
+    return tuple(name for name in chosen if kernel.name == "6.1" or name not in (PML, NO_AD, PAGING_ON_INTEL))
 
 
-def _telling(name: str, arguments: tuple[str, ...], mmu: str) -> bool:
+def _telling(name: str, arguments: tuple[str, ...], kernel: str, mmu: str) -> bool:
     """Whether a scenario shows anything with an MMU that it does not show with others."""
     if mmu in (NO_AD, PML):
-        return name in _DIRTYING
-    if mmu in (TDP, EPT):
-        return True
-    return not arguments and (mmu == DIRECT or name in _PAGING)
+        return name in _DIRTYING and not arguments
+    if mmu == EPT:
+        return name in _POLICY if KERNELS[kernel].variant else kernel == "6.1" or not arguments
+    return mmu == TDP or (not arguments and (mmu == DIRECT or name in _PAGING))
 
 
 def record(group: Sequence[Cell], directory: Path, events: str = EVENTS) -> tuple[list[MatrixRow], list[Problem]]:
@@ -253,6 +256,7 @@ def examine(cell: Cell, path: Path, package: str, parameters: tuple[str, ...], g
         bytes=path.stat().st_size,
         sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
         emulator=str(trace.metadata.raw["lab"].get("emulator", "")),
+        cpu=str(trace.metadata.raw["lab"].get("cpu", "")),
     )
 
 
