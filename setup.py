@@ -7,6 +7,7 @@ from setuptools import Extension, setup
 FLAGS = ["-O3", "-fno-tree-slp-vectorize"]
 COMPILED = (
     "replay/decode/decoder.py",
+    "replay/decode/dense.py",
     "replay/decode/inferred.py",
     "replay/decode/row_counts.py",
     "replay/decode/lasting.py",

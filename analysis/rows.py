@@ -82,6 +82,7 @@ def ask(trace: Trace, questions: Sequence[Question], window: Window = ALL) -> li
         tallies.feed(rows, one_vm)
         for each in counting.values():
             each.feed(rows, one_vm)
+        del rows, vm  # else they are there as long as the next ones are decoded
     answers = tallies.answers() | {name: each.answer() for name, each in counting.items()}
     return [answers[question.name] for question in questions]
 
@@ -96,6 +97,10 @@ def _frames(trace: Trace, names: list[str], window: Window) -> Iterator[pl.DataF
             waiting, count = [], 0
         waiting.append(window.of(pl.DataFrame(pl.from_arrow(batch))))
         count += batch.num_rows
+        del batch
+        if 2 * count > BATCH_ROWS:
+            yield pl.concat(waiting)
+            waiting, count = [], 0
     if waiting:
         yield pl.concat(waiting)
 

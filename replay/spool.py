@@ -89,8 +89,9 @@ class Spool:
                 self._file = tempfile.TemporaryFile(prefix="kvmtrace-")  # noqa: SIM115 (closed by __exit__)
             for part in self._parts:
                 for column in part.columns:
-                    self._file.write(b"" if column.data is None else column.data.tobytes())
-                self._spilled.append(replace(part, columns=tuple(replace(each, data=None) for each in part.columns)))
+                    self._file.write(b"" if column.data is None else column.data.data)
+                written = tuple(_Column(each.base, each.dtype, each.count, None) for each in part.columns)
+                self._spilled.append(replace(part, columns=written))
         except OSError as error:
             why = error.strerror or error
             raise Problem(

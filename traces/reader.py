@@ -27,7 +27,7 @@ from traces.columns import SCHEMA
 from traces.errors import Problem
 from traces.frame import NO_TRACE, check_footer, check_row_groups, check_schema, crc_of
 from traces.kernels.policies import POLICIES
-from traces.kernels.policy_rows import COLUMNS, PolicyRow, Watch
+from traces.kernels.policy_rows import COLUMNS, KINDS, PolicyRow, Watch
 from traces.lazy_rows import lazy_rows
 from traces.metadata import BY_ROWS, BY_TYPES, BY_USER, KEY, Metadata, RowGroup, parse
 from traces.schema import BY_NAME
@@ -38,6 +38,7 @@ BATCH_ROWS: Final = 1 << 16
 UNKNOWN_CODE: Final = 255
 _POLICY_ROWS: Final = 1 << 14  # looked at for the policy, a batch
 _POLICY_BATCHES: Final = 8
+_TELLING: Final = [BY_NAME[kind].code for kind in KINDS]
 _BY: Final = {"rows": BY_ROWS, "types": BY_TYPES}
 _KNOWN: Final = frozenset(SCHEMA.names)
 # What decoding a hostile file can raise in pyarrow; MemoryError where a length lies.
@@ -123,7 +124,8 @@ class Trace:
                 kept = watch.bears_out and watch.own_reference
                 if watch.settled or kept or number == _POLICY_BATCHES:
                     break
-                watch.see(map(PolicyRow._make, zip(*(column.to_pylist() for column in batch.columns), strict=True)))
+                telling = batch.take(pa.array(np.flatnonzero(np.isin(kind_codes(batch), _TELLING))))
+                watch.see(map(PolicyRow._make, zip(*(column.to_pylist() for column in telling.columns), strict=True)))
         except Problem:
             return metadata  # whoever reads these rows is told
         other = "" if "kernel" in metadata.raw else watch.other
@@ -288,7 +290,10 @@ class Trace:
                 _validate(batch, foreign)
                 columns = dict(zip(stored, batch.columns, strict=True)) | constants.columns(rows, batch.num_rows)
                 rows += batch.num_rows
-                yield pa.RecordBatch.from_arrays([columns[name] for name in names], schema=fields)
+                batch = pa.RecordBatch.from_arrays([columns[name] for name in names], schema=fields)
+                del columns
+                yield batch
+                del batch  # else it is there as long as the next one is decoded
         except _DECODE_ERRORS as error:
             raise _damaged(self.path, f"row group {index}", error) from None
         if rows != group.rows:
@@ -339,10 +344,13 @@ def _repeat(value: int | None, field: pa.Field, size: int) -> pa.Array:
 def kind_codes(batch: pa.RecordBatch) -> NDArray[np.uint8]:
     """The `kind` column as kind codes of this version's schema; 255 for a kind that it does not know."""
     kind = batch.column("kind")
-    names = kind.dictionary.to_pylist()
-    codes = np.array([BY_NAME[name].code if name in BY_NAME else UNKNOWN_CODE for name in names], np.uint8)
-    indices: NDArray[np.int32] = kind.indices.to_numpy()
-    return codes[indices]
+    codes: NDArray[np.uint8] = codes_of(kind.dictionary.to_pylist()).take(kind.indices.to_numpy())
+    return codes
+
+
+def codes_of(names: Sequence[str]) -> NDArray[np.uint8]:
+    """Kinds by name as kind codes."""
+    return np.array([BY_NAME[name].code if name in BY_NAME else UNKNOWN_CODE for name in names], np.uint8)
 
 
 def _validate(batch: pa.RecordBatch, foreign: Sequence[str]) -> None:

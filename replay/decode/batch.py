@@ -9,8 +9,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from replay.decode.dense import kinds_of, vcpus_of
 from traces.columns import SCHEMA
-from traces.reader import kind_codes
+from traces.reader import codes_of
 from traces.schema import BY_NAME
 
 Ints = NDArray[np.int64]
@@ -34,8 +35,7 @@ class Batch:
         """`numbers`: the dense number of each vCPU id, and in the last place that of no vCPU. `kind`, where known."""
         self._batch = batch
         self._numbers = numbers
-        self._columns: dict[str, NDArray[Any]] = {}
-        self.kind = kind_codes(batch) if kind is None else kind
+        self.kind = _kinds(batch) if kind is None else kind
 
     def __len__(self) -> int:
         return len(self.kind)
@@ -43,9 +43,9 @@ class Batch:
     def __getattr__(self, name: str) -> NDArray[Any]:
         if name not in COLUMNS:
             raise AttributeError(name)
-        if name not in self._columns:
-            self._columns[name] = self._made(name)
-        return self._columns[name]
+        made = self._made(name)
+        setattr(self, name, made)
+        return made
 
     def _made(self, name: str) -> NDArray[Any]:
         if name not in self._batch.schema.names:
@@ -53,11 +53,8 @@ class Batch:
         column = self._batch.column(name)
         if name != "vcpu":
             return _values(column)
-        dense: NDArray[np.int32] = self._numbers[_values(column)]
-        if column.null_count:
-            bits = np.frombuffer(column.buffers()[0], np.uint8)
-            valid = np.unpackbits(bits, count=column.offset + len(column), bitorder="little")[column.offset :]
-            dense[valid == 0] = -1
+        bits = np.frombuffer(column.buffers()[0] if column.null_count else b"", np.uint8)
+        dense: NDArray[np.int32] = vcpus_of(_values(column), bits, column.offset, self._numbers)
         return dense
 
     def cut(self, count: int) -> Batch:
@@ -73,6 +70,12 @@ class Batch:
         """Row numbers of these kinds, in order."""
         codes = [BY_NAME[name].code for name in kinds]
         return np.flatnonzero(self.kind == codes[0] if len(codes) == 1 else np.isin(self.kind, codes))
+
+
+def _kinds(batch: pa.RecordBatch) -> NDArray[np.uint8]:
+    kind = batch.column("kind")
+    found: NDArray[np.uint8] = kinds_of(_values(kind.indices), codes_of(kind.dictionary.to_pylist()))
+    return found
 
 
 @lru_cache(2)

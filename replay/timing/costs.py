@@ -113,6 +113,8 @@ class Shortest:
     def add(self, new: Ints) -> None:
         """Take in more."""
         self.count += len(new)
+        if len(self.values) == _LEAST_KEPT:
+            new = new[new < self.values.max()]
         values = np.concatenate([self.values, new])
         self.values = np.partition(values, _LEAST_KEPT)[:_LEAST_KEPT] if len(values) > _LEAST_KEPT else values
 

@@ -184,14 +184,19 @@ class Measurement:
 
     def _sample(self, timed: Timed, still: NDArray[np.bool_]) -> None:
         samples, kind, was, cost = self._times.samples, timed.block.op & 15, timed.was, timed.cost
-        fault = (kind == Op.TOUCH) & (was > 0)
-        plain = fault & (was == 1)
+        touch = kind == Op.TOUCH
+        plain = touch & (was == 1)
         samples["fault"].add(cost[plain])
-        samples["switch"].add(timed.guest[plain & still & (timed.guest > 0)])
-        tables = fault & (was > 1)
-        if tables.any() and samples["fault"].count:
-            extra = cost[tables] - round(samples["fault"].mean)
-            samples["table"].add(np.maximum(extra, 0) // (was[tables] - 1))
+        bare = np.flatnonzero(plain & still)
+        samples["switch"].add(timed.guest[bare[timed.guest[bare] > 0]])
+        tables = np.flatnonzero(touch & (was > 1))
+        if len(tables) and samples["fault"].count:
+            extra: Ints = cost[tables] - round(samples["fault"].mean)
+            built: Ints = was[tables].astype(np.int64) - 1
+            samples["table"].add(np.maximum(extra, 0) // built)
+        # All others are few beside touches.
+        others = np.flatnonzero(~touch)
+        kind, was, cost = kind[others], was[others], cost[others]
         load = kind == Op.ENTER
         samples["found"].add(cost[load & (was == FOUND)])
         samples["created"].add(cost[load & (was == CREATED)])

@@ -8,6 +8,7 @@ from types import ModuleType
 
 COMPILED = (
     "replay.decode.decoder",
+    "replay.decode.dense",
     "replay.decode.inferred",
     "replay.decode.row_counts",
     "replay.decode.lasting",

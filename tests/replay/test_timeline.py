@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from replay.decode import vm_inputs
+from replay.decode import batch, vm_inputs
 from replay.decode.batch import COLUMNS, Batch
 from replay.decode.capabilities import Capabilities
 from replay.decode.cases import Case
@@ -188,6 +188,8 @@ def test_compiled_loops_do_what_they_do_as_plain_python(name: str, monkeypatch: 
     decoder, timeline = plain("replay.decode.decoder"), plain("replay.decode.timeline")
     monkeypatch.setattr(decoder, "Unseen", plain("replay.decode.inferred").Unseen)
     monkeypatch.setattr(vm_inputs, "Decoder", decoder.Decoder)
+    for name_of in ("kinds_of", "vcpus_of"):
+        monkeypatch.setattr(batch, name_of, getattr(plain("replay.decode.dense"), name_of))
     monkeypatch.setattr(measure, "Timeline", timeline.Timeline)
     monkeypatch.setattr(measure, "RipRuns", plain("replay.decode.same_rip").RipRuns)
     monkeypatch.setattr(measure, "Specialization", plain("replay.decode.specialize").Specialization)

@@ -1,0 +1,47 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+"""Columns of a batch in the numbers that decoding knows: kinds by code, vCPUs by their place in the VM.
+
+Cython in pure-Python mode, as `timeline` is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cython
+import numpy as np
+
+COMPILED: bool = cython.compiled
+
+
+def kinds_of(places: cython.const[cython.int][::1], codes: cython.const[cython.uchar][::1]) -> Any:
+    """The code of each row's kind: `codes` by the kind's place in its dictionary, which holds all of them."""
+    i: cython.Py_ssize_t
+    found = np.empty(len(places), np.uint8)
+    out: cython.uchar[::1] = found
+    with cython.nogil:
+        for i in range(places.shape[0]):
+            out[i] = codes[places[i]]
+    return found
+
+
+def vcpus_of(
+    ids: cython.const[cython.short][::1],
+    valid: cython.const[cython.uchar][::1],
+    first: cython.Py_ssize_t,
+    numbers: cython.const[cython.int][::1],
+) -> Any:
+    """The dense number of each row's vCPU, -1 for none.
+
+    `valid` has a bit a row, the first of them at bit `first`; it is empty where all are. `numbers` is by id.
+    """
+    i: cython.Py_ssize_t
+    at: cython.Py_ssize_t
+    every: cython.bint = valid.shape[0] == 0
+    found = np.empty(len(ids), np.int32)
+    out: cython.int[::1] = found
+    with cython.nogil:
+        for i in range(ids.shape[0]):
+            at = first + i
+            out[i] = numbers[ids[i]] if ids[i] >= 0 and (every or valid[at >> 3] >> (at & 7) & 1) else -1
+    return found
