@@ -16,6 +16,7 @@ import typer
 from analysis.cli import app as analysis
 from replay.cli import app as replay
 from tracer.cli import app as probes
+from tracer.flight.cli import app as flight
 from tracer.lab.cli import app as lab
 from traces import ending
 from traces.documents import print_json
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 app.add_typer(replay)
 app.add_typer(analysis)
+app.add_typer(flight)
 app.add_typer(lab, name="lab")
 app.add_typer(probes, name="probes")
 
@@ -88,12 +90,18 @@ def _kinds(events: str) -> tuple[str, frozenset[str]]:
         "kvmtrace record --duration 10 -o stall.parquet",
         "kvmtrace record --vm 4242 --events roots --duration 60",
         "kvmtrace record -o boot.parquet -- qemu-system-x86_64 -accel kvm ...",
+        "kvmtrace record --flight 30s -o /var/lib/kvmtrace",
     ),
 )
 def record(
     command: Annotated[list[str] | None, typer.Argument(help="Record while this command runs (after --).")] = None,
     out: Annotated[
-        Path | None, typer.Option("-o", "--output", help="The trace to write. [default: kvmtrace-DATE.parquet]")
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="The trace to write, or the directory for a flight's dumps. [default: kvmtrace-DATE.parquet]",
+        ),
     ] = None,
     vm: Annotated[str, typer.Option(help="Process that owns the VM to record, or `all`.")] = "all",
     duration: Annotated[float | None, typer.Option(help="Seconds to record.", min=0.001)] = None,
@@ -112,6 +120,20 @@ def record(
         str | None, typer.Option(help="BPF ring buffer of each CPU, a power of two. [default: 32M, 256M in all]")
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 1 when an event was lost, or never seen.")] = False,
+    flight: Annotated[
+        str,
+        typer.Option(
+            help="Keep only the last so many seconds, such as 30s, and write them to the directory -o when asked for: "
+            "by `kvmtrace dump`, or SIGUSR2.",
+            show_default=False,
+        ),
+    ] = "",
+    memory: Annotated[str, typer.Option(help="Of a flight: the most memory that these seconds may take.")] = "256M",
+    after: Annotated[str, typer.Option(help="Of a flight: a dump goes on for so long after its moment.")] = "2s",
+    disk: Annotated[str, typer.Option(help="Of a flight: the most that the dumps of triggers may take.")] = "4G",
+    group: Annotated[
+        str, typer.Option(help="Of a flight: this group may ask for dumps, not only root.", show_default=False)
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Record live KVM events into a Parquet trace, every event stored or counted as lost."""
@@ -126,20 +148,24 @@ def record(
     if ring is not None and (ring & (ring - 1) or ring < 4096):
         raise Problem(f"--ring-size {ring_size}: must be a power of two, at least 4096")
     preset, kinds = _kinds(events)
-    (outcome,) = make_recording(
-        Options(
-            out=out or Path(time.strftime("kvmtrace-%Y%m%d-%H%M%S.parquet")),
-            kinds=kinds,
-            preset=preset,
-            vm=None if vm == "all" else int(vm),
-            duration=duration,
-            max_events=max_events,
-            max_size=_size(max_size) if max_size else None,
-            ring_bytes=ring,
-            command=tuple(command or ()),
-            command_stdout=sys.stderr.fileno() if as_json else None,  # standard output is the document's
-        )
+    options = Options(
+        out=out or Path(time.strftime("kvmtrace-%Y%m%d-%H%M%S.parquet")),
+        kinds=kinds,
+        preset=preset,
+        vm=None if vm == "all" else int(vm),
+        duration=duration,
+        max_events=max_events,
+        max_size=_size(max_size) if max_size else None,
+        ring_bytes=ring,
+        command=tuple(command or ()),
+        command_stdout=sys.stderr.fileno() if as_json else None,  # standard output is the document's
     )
+    if flight:
+        from tracer.flight.verb import fly_and_tell
+
+        fly_and_tell(options, out, flight, after, _size(memory), _size(disk), group, strict=strict, as_json=as_json)
+        return
+    (outcome,) = make_recording(options)
     summary = outcome.summary
     if as_json:
         print_json({

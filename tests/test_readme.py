@@ -39,7 +39,7 @@ def test_every_printed_command_line_is_understood(path: Path) -> None:
             command.make_context("it", given)
 
 
-ELSEWHERE = ("kvmtrace doctor", "kvmtrace record", "kvmtrace lab", "kvmtrace --install-completion")
+ELSEWHERE = ("kvmtrace doctor", "kvmtrace record", "kvmtrace dump", "kvmtrace lab", "kvmtrace --install-completion")
 FOUND = {"kvmtrace explore vm-destroy --variant v2": 1}  # it is there to find something
 
 

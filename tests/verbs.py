@@ -101,6 +101,7 @@ TALKERS = [
     Verb("explore-list", "explore --list"),
     Verb("kernels", "kernels 6.1"),
     Verb("doctor", "doctor"),  # its exit code is the machine's
+    Verb("dump", "dump {kvmt}", code=2),  # nobody records into it
     Verb("lab-list", "lab list"),
     Verb("help", "replay --help"),
 ]

@@ -6,6 +6,7 @@ import errno
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -142,6 +143,19 @@ class Probes:
         self._maps["counters"].update(0, np.zeros(libbpf.possible_cpus(), COUNTERS))
         for name in ("threads", "wanted", "born"):
             self._maps[name].clear()
+
+    def forget_dead(self, crowded: int) -> None:
+        """Where more than `crowded` threads are known, forget those that have ended: their table must not get full.
+
+        From within a pid namespace other threads cannot be seen to end.
+        """
+        threads = self._maps["threads"]
+        known = threads.items()[0]
+        if len(known) <= crowded or self.pid_namespace_level():
+            return
+        for tid in known.tolist():
+            if not Path(f"/proc/{tid}").exists():
+                threads.delete(tid)
 
     def snapshot(self) -> dict[str, Any]:
         """VMs alive now, and the probes' thread table primed with their vCPUs; see snapshot.py."""

@@ -177,11 +177,15 @@ class BpfMap:
             raise _refused()
         return keys[:found], values[:found]
 
+    def delete(self, key: int) -> None:
+        """Delete a key, if it is there."""
+        asked = np.array([key], self.key)
+        libbpf().bpf_map_delete_elem(self.fd, asked.ctypes.data)
+
     def clear(self) -> None:
         """Delete every key."""
         for key in self.items()[0]:
-            asked = np.array([key], self.key)
-            libbpf().bpf_map_delete_elem(self.fd, asked.ctypes.data)
+            self.delete(key)
 
     def close(self) -> None:
         os.close(self.fd)

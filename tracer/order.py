@@ -29,6 +29,11 @@ class Order:
         self._complete_at = complete_at
 
     @property
+    def given_until(self) -> int:
+        """The time (boot ns) up to which the next release gives out everything."""
+        return max(self._complete_at - HOLD_NANOSECONDS, 0)
+
+    @property
     def worthwhile(self) -> bool:
         return self._rows >= ENOUGH
 
@@ -43,7 +48,7 @@ class Order:
             records, times = records.take(order), times.take(order)
         ready = len(records)
         if not everything:
-            ready = int(np.searchsorted(times, np.uint64(max(self._complete_at - HOLD_NANOSECONDS, 0)), side="right"))
+            ready = int(np.searchsorted(times, np.uint64(self.given_until), side="right"))
         self._held = [records[ready:]] if ready < len(records) else []
         self._rows = len(records) - ready
         return records[:ready] if ready else None

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from tracer.bpf import Probes, loss_table
 from tracer.btf import kernel_btf
 from tracer.owner_names import OwnerNames
 from tracer.ring import Rings, default_ring_bytes, ring_count
-from tracer.writer import SegmentThread, prefer_this_thread
+from tracer.writer import OrderedThread, SegmentThread, prefer_this_thread
 from traces import interrupts, outputs
 from traces.errors import ENVIRONMENT, Problem
 from traces.progress import Progress
@@ -95,7 +95,6 @@ def check(options: Options) -> None:
     """Refuse what cannot work, before anything is loaded."""
     if os.geteuid() != 0:
         raise Problem("recording needs root (CAP_BPF, CAP_PERFMON, tracefs): run it with sudo", ENVIRONMENT)
-    outputs.check(options.out, outputs.RECORDING)
     if not Path("/dev/kvm").exists():
         raise Problem("no /dev/kvm: this machine has no KVM; load it with modprobe kvm_amd or kvm_intel", ENVIRONMENT)
     if options.command and shutil.which(options.command[0]) is None:
@@ -137,6 +136,8 @@ class Stop:
 class Recorder:
     """Drains one loaded program's rings into one directory."""
 
+    flush_seconds = FLUSH_SECONDS
+
     def __init__(self, options: Options, probes: Probes, ring_bytes: int, stop: Stop) -> None:
         self.options = options
         self.stop = stop
@@ -150,10 +151,24 @@ class Recorder:
         self.owners = OwnerNames()
         self.missed: dict[str, int] = {}
         self._turned_away: dict[tuple[int, int], int] = {}
-        self.writer = SegmentThread(options.directory, self._manifest(ring_bytes), options.max_events, options.max_size)
-        self._turned_away = self.writer.turned_away
+        self.writer = self._open(self._manifest(ring_bytes))
         self._child: subprocess.Popen[bytes] | None = None
         self._said = 0.0
+
+    def _open(self, manifest: dict[str, Any]) -> OrderedThread:
+        """Begin to store; what the thread given back takes."""
+        options = self.options
+        self._segments = SegmentThread(options.directory, manifest, options.max_events, options.max_size)
+        self._turned_away = self._segments.turned_away
+        return self._segments
+
+    def _flush(self) -> None:
+        """Called every `flush_seconds`: make what was recorded until now durable."""
+        self._store(self._progress)
+
+    def _store(self, changes: Callable[[], dict[str, Any]]) -> None:
+        """Store what changes of the manifest; it is gathered by the writer's thread."""
+        self._segments.flush(changes)
 
     def _look(self) -> dict[str, Any]:
         """The VMs alive now that are to be recorded."""
@@ -212,9 +227,9 @@ class Recorder:
                 if not self._drain_once():
                     time.sleep(IDLE_SECONDS)
                 now = time.monotonic()
-                if now - flushed >= FLUSH_SECONDS:
+                if now - flushed >= self.flush_seconds:
                     flushed = now
-                    self.writer.flush(self._progress)
+                    self._flush()
                 self._show(progress, now - started)
             if self._child and self._child.poll() is not None:
                 self._settle()
@@ -235,7 +250,7 @@ class Recorder:
         new = [vm for vm in self._look()["vms"] if vm["kvm"] not in known]
         if new:
             self.snapshot = {"vms": [*self.snapshot["vms"], *new]}
-            self.writer.flush(lambda: {"snapshot": self.snapshot})
+            self._store(lambda: {"snapshot": self.snapshot})
         if self.options.vm is not None or self.options.command:
             return
         if not self.snapshot["vms"]:
@@ -278,13 +293,17 @@ class Recorder:
             return "the command ended"
         if options.duration is not None and time.monotonic() - started >= options.duration:
             return f"{options.duration:g} s are over"
-        if self.writer.full:
-            return self.writer.full
+        if full := self._full():
+            return full
         if options.max_events is not None and self.events >= options.max_events:
             return f"{options.max_events:,} events reached"
         if options.vm is not None and not Path(f"/proc/{options.vm}").is_dir():
             return f"the VM's process {options.vm} ended"
         return ""
+
+    def _full(self) -> str:
+        """Why nothing more is to be stored, empty where there is room."""
+        return self._segments.full
 
     def _settle(self) -> None:
         """Let the kernel finish with a VM that is gone: until nothing has come for a moment, a second at most."""
@@ -307,22 +326,13 @@ class Recorder:
             if self.drained >= expected or time.monotonic() > deadline:
                 break
             time.sleep(IDLE_SECONDS)
-        gaps = counters[counters["gap_count"] > 0]
-        if len(gaps):
-            self.writer.write([self._open_gaps(counters)], 0)
-        self.writer.close(self._progress)
+        if len(gaps := open_gaps(counters)):
+            self.writer.write([gaps], 0)
+        self._close()
 
-    def _open_gaps(self, counters: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Gap records for the CPUs on which nothing came after the loss."""
-        cpus = np.flatnonzero(counters["gap_count"])
-        records = np.zeros(len(cpus), RECORD)
-        records["time"] = host.clock_sample()["boot"]
-        records["kind"] = GAP
-        records["vcpu"] = -1
-        records["cpu"] = cpus
-        for word, name in (("w0", "gap_count"), ("w1", "gap_kinds"), ("w2", "gap_since")):
-            records[word] = counters[name][cpus]
-        return records
+    def _close(self) -> None:
+        """End storing: all of it is durable afterwards."""
+        self._segments.close(self._progress)
 
     def _show(self, progress: Progress, seconds: float) -> None:
         if not progress.shown or seconds - self._said < SAY_SECONDS:
@@ -332,8 +342,25 @@ class Recorder:
         with contextlib.suppress(OSError):  # the terminal may be gone, and its SIGHUP on the way
             progress.say(
                 f"recording: {self.drained:,} events, {self.drained / max(seconds, 0.001):,.0f}/s, lost {lost:,}, "
-                f"ring {self.rings.fill:.0%}, {self.writer.bytes_written / 1e6:,.1f} MB"
+                f"ring {self.rings.fill:.0%}, {self._stored()}"
             )
+
+    def _stored(self) -> str:
+        """What is stored, for the live line."""
+        return f"{self._segments.bytes_written / 1e6:,.1f} MB"
+
+
+def open_gaps(counters: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Gap records for the CPUs on which nothing came after the loss."""
+    cpus = np.flatnonzero(counters["gap_count"])
+    records = np.zeros(len(cpus), RECORD)
+    records["time"] = host.clock_sample()["boot"]
+    records["kind"] = GAP
+    records["vcpu"] = -1
+    records["cpu"] = cpus
+    for word, name in (("w0", "gap_count"), ("w1", "gap_kinds"), ("w2", "gap_since")):
+        records[word] = counters[name][cpus]
+    return records
 
 
 @dataclass
@@ -354,6 +381,7 @@ def take(*several: Options) -> Iterator[Taken]:
     """
     for options in several:
         check(options)
+        outputs.check(options.out, outputs.RECORDING)
     stop, cpus, first = Stop(), os.cpu_count() or 1, several[0]
     ring_bytes = first.ring_bytes or default_ring_bytes(cpus)
     with stop.listening():

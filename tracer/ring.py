@@ -87,7 +87,7 @@ class Rings:
 
     def __init__(self, fds: list[int], size: int) -> None:
         self._rings = [Ring(fd, size) for fd in fds]
-        self._complete_at = 0
+        self.complete_at = 0  # as of the last round, see `drain`
 
     @property
     def fill(self) -> float:
@@ -104,5 +104,5 @@ class Rings:
                 batches.append(records)
             whole &= ring.position >= end
         if whole:  # else a probe was still writing, and what it writes may be older than this round
-            self._complete_at = began
-        return batches, self._complete_at
+            self.complete_at = began
+        return batches, self.complete_at

@@ -47,12 +47,67 @@ class _Round:
     complete_at: int
 
 
-@dataclass(frozen=True)
-class _Flush:
-    manifest: Callable[[], Mapping[str, Any]]
+class OrderedThread:
+    """Takes rounds of the rings and gives their records out in the order of time, on a thread of its own.
+
+    What the thread fails with stands in `error` from then on, and nothing more is taken.
+    """
+
+    def __init__(self, name: str, limit: int = QUEUE_BYTES) -> None:
+        """`limit` is how many bytes may wait for the thread; whoever brings more waits."""
+        self._order = Order()
+        self._queue: queue.SimpleQueue[_Round | Callable[[], None] | None] = queue.SimpleQueue()
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        self._limit = min(limit, free // QUEUE_SHARE)
+        self._queued = self._taken = 0  # bytes; each written by one thread only
+        self.error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def write(self, batches: Sequence[Records], complete_at: int) -> None:
+        """Queue one round of the rings; waits where the queue is full."""
+        while self._queued - self._taken > self._limit and self.error is None:
+            time.sleep(WAIT_SECONDS)
+        self._queued += sum(batch.nbytes for batch in batches)
+        self._queue.put(_Round(batches, complete_at))
+
+    def _then(self, work: Callable[[], None]) -> None:
+        """Queue work for the thread; everything before it that can be given out is given out first."""
+        self._queue.put(work)
+
+    def _end(self) -> None:
+        """Have everything given out and the thread ended. Raises what it failed with."""
+        self._queue.put(None)
+        self._thread.join()
+        if self.error:
+            raise self.error
+
+    def _run(self) -> None:
+        prefer_this_thread()
+        try:
+            while (work := self._queue.get()) is not None:
+                if isinstance(work, _Round):
+                    self._order.push(work.batches, work.complete_at)
+                    if self._order.worthwhile:
+                        self._give()
+                    self._taken += sum(batch.nbytes for batch in work.batches)
+                else:
+                    self._give()
+                    work()
+            self._give(everything=True)
+        except Exception as error:  # the recorder's loop sees it and ends the recording
+            self.error = error
+
+    def _give(self, everything: bool = False) -> None:
+        if (records := self._order.release(everything)) is not None:
+            self._store(records)
+
+    def _store(self, records: Records) -> None:
+        """Take records, in the order of time."""
+        raise NotImplementedError
 
 
-class SegmentThread:
+class SegmentThread(OrderedThread):
     """Owns the recording's directory; takes records and manifest changes, keeps what the disk refused in `error`.
 
     With `max_events` it stores the first so many in order of time; with `max_bytes` it stops after the batch
@@ -68,61 +123,30 @@ class SegmentThread:
         max_bytes: int | None = None,
     ) -> None:
         self._segments = SegmentWriter(directory, manifest)
-        self._order = Order()
-        self._queue: queue.SimpleQueue[_Round | _Flush | None] = queue.SimpleQueue()
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        self._limit = min(QUEUE_BYTES, free // QUEUE_SHARE)
-        self._queued = self._taken = 0  # bytes; each written by one thread only
-        self.error: Exception | None = None
         self.full = ""
         self.turned_away: Counter[tuple[int, int]] = Counter()
         self._max_events, self._max_bytes, self._events = max_events, max_bytes, 0
-        self._thread = threading.Thread(target=self._run, name="segments", daemon=True)
-        self._thread.start()
+        super().__init__("segments")
 
     @property
     def bytes_written(self) -> int:
         return self._segments.bytes_written
 
-    def write(self, batches: Sequence[Records], complete_at: int) -> None:
-        """Queue one round of the rings; waits where the queue is full."""
-        while self._queued - self._taken > self._limit and self.error is None:
-            time.sleep(WAIT_SECONDS)
-        self._queued += sum(batch.nbytes for batch in batches)
-        self._queue.put(_Round(batches, complete_at))
-
     def flush(self, manifest: Callable[[], Mapping[str, Any]]) -> None:
         """Queue a flush of everything before it; the manifest's changes are gathered then, by the writer's thread."""
-        self._queue.put(_Flush(manifest))
+
+        def work() -> None:
+            self._segments.flush()
+            self._segments.update_manifest(manifest())
+
+        self._then(work)
 
     def close(self, manifest: Callable[[], Mapping[str, Any]]) -> None:
         """Write out the queue and end the recording; the changes are gathered then. Raises what the disk refused."""
-        self._queue.put(None)
-        self._thread.join()
-        if self.error:
-            raise self.error
+        self._end()
         self._segments.close(manifest())
 
-    def _run(self) -> None:
-        prefer_this_thread()
-        try:
-            while (work := self._queue.get()) is not None:
-                if isinstance(work, _Round):
-                    self._order.push(work.batches, work.complete_at)
-                    if self._order.worthwhile:
-                        self._store()
-                    self._taken += sum(batch.nbytes for batch in work.batches)
-                else:
-                    self._store()
-                    self._segments.flush()
-                    self._segments.update_manifest(work.manifest())
-            self._store(everything=True)
-        except Exception as error:  # the recorder's loop sees it and ends the recording
-            self.error = error
-
-    def _store(self, everything: bool = False) -> None:
-        if (records := self._order.release(everything)) is None:
-            return
+    def _store(self, records: Records) -> None:
         if self._max_events is None and self._max_bytes is None:
             self._segments.write(records)
             return

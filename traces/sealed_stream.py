@@ -1,4 +1,4 @@
-"""One segment of a recording in Arrow: batches of raw records, each followed by its seal (see segments.py)."""
+"""Segments of a recording in Arrow: batches of raw records, each followed by its seal (see segments.py)."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from traces.schema import RECORD_FIELDS
 RECORD_SCHEMA: Final = pa.schema(
     [pa.field(name, pa.from_numpy_dtype(RECORD[name]), nullable=False) for name, _ in RECORD_FIELDS]
 )
+END: Final = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream
 _OPTIONS: Final = pa.ipc.IpcWriteOptions(compression="lz4")
 
 
@@ -39,26 +40,31 @@ def to_columns(batch: pa.RecordBatch) -> Columns:
 _EMPTY: Final = to_batch(np.empty(0, RECORD))
 
 
-class SealedStream:
-    """One segment in the making: what is to be appended to its file."""
+class BatchEncoder:
+    """Records as messages of an Arrow stream, each whole in itself: a segment is `head`, messages and seals, and `END`.
+
+    What was encoded may go into any segment, later and elsewhere.
+    """
 
     def __init__(self) -> None:
         self._sink = io.BytesIO()
         self._stream = pa.ipc.new_stream(self._sink, RECORD_SCHEMA, options=_OPTIONS)
+        self.head = RECORD_SCHEMA.serialize().to_pybytes()
+        self._stream.write_batch(_EMPTY)
+        self._taken()  # the stream's own head
 
-    def batch(self, records: NDArray[np.void], first: int) -> bytes:
-        """A batch of records of which `first` is the number of the first, and its seal."""
+    def batch(self, records: NDArray[np.void]) -> bytes:
+        """The message of some records (dtype RECORD)."""
         self._stream.write_batch(to_batch(records))
-        message = self._take()
-        seal = {"first": first, "rows": len(records), "crc32": seal_crc(message, first, len(records))}
+        return self._taken()
+
+    def seal(self, message: bytes, first: int, rows: int) -> bytes:
+        """The message that vouches for all bytes since the seal before it, and for the number of the first row."""
+        seal = {"first": first, "rows": rows, "crc32": seal_crc(message, first, rows)}
         self._stream.write_batch(_EMPTY, custom_metadata={"seal": json.dumps(seal)})
-        return message + self._take()
+        return self._taken()
 
-    def end(self) -> bytes:
-        self._stream.close()
-        return self._take()
-
-    def _take(self) -> bytes:
+    def _taken(self) -> bytes:
         data = self._sink.getvalue()
         self._sink.seek(0)
         self._sink.truncate()

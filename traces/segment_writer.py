@@ -17,7 +17,7 @@ from traces.errors import Problem
 from traces.record import RECORD
 
 if TYPE_CHECKING:
-    from traces.sealed_stream import SealedStream
+    from traces.sealed_stream import BatchEncoder
 
 MANIFEST: Final = "manifest.json"
 BATCH_ROWS: Final = 1 << 16
@@ -44,7 +44,7 @@ class SegmentWriter:
         self._segment = 0
         self._segment_rows = 0
         self._fd = -1
-        self._stream: SealedStream | None = None
+        self._encoder: BatchEncoder | None = None
         self._buffer = np.empty(BATCH_ROWS, RECORD)
         self._filled = 0
         self._failure: Problem | None = None
@@ -106,34 +106,47 @@ class SegmentWriter:
         if filled:
             self._write_batch(self._buffer[:filled])
 
+    def write_encoded(self, message: bytes, rows: int) -> None:
+        """Take what a BatchEncoder made of so many records; after those given to `write` before."""
+        self._write_buffer()
+        self.rows += rows
+        self._write_message(message, rows)
+
     def _write_batch(self, records: NDArray[np.void]) -> None:
+        self._write_message(self._encoding().batch(records), len(records))
+
+    def _write_message(self, message: bytes, rows: int) -> None:
         if self._failure is not None:
             raise self._failure
-        if self._stream is None:
+        encoder = self._encoding()
+        if self._fd < 0:
             self._begin_segment()
-        stream = self._stream
-        assert stream is not None
-        self._append(stream.batch(records, self._sealed))
-        self._sealed += len(records)
-        self._segment_rows += len(records)
+            message = encoder.head + message
+        self._append(message + encoder.seal(message, self._sealed, rows))
+        self._sealed += rows
+        self._segment_rows += rows
         if self._segment_rows >= SEGMENT_ROWS:
             self._end_segment()
+
+    def _encoding(self) -> BatchEncoder:
+        if self._encoder is None:
+            self._encoder = _new_encoder()
+        return self._encoder
 
     def _begin_segment(self) -> None:
         with self._failing():
             path = self.directory / segment_name(self._segment)
             self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
             durable.sync_directory(self.directory)
-        self._stream = _new_stream()
 
     def _end_segment(self) -> None:
-        if self._stream is None:
+        if self._fd < 0:
             return
-        self._append(self._stream.end())
+        self._append(_end())
         with self._failing():
             durable.sync(self._fd)
         os.close(self._fd)
-        self._fd, self._stream = -1, None
+        self._fd = -1
         self._segment += 1
         self._segment_rows = 0
 
@@ -158,10 +171,16 @@ class SegmentWriter:
 
 def load_arrow() -> None:
     """Load what segments are written with: a recorder does so once its probes are attached, and no row waits for it."""
-    _new_stream()
+    _new_encoder()
 
 
-def _new_stream() -> SealedStream:
-    from traces.sealed_stream import SealedStream
+def _new_encoder() -> BatchEncoder:
+    from traces.sealed_stream import BatchEncoder
 
-    return SealedStream()
+    return BatchEncoder()
+
+
+def _end() -> bytes:
+    from traces.sealed_stream import END
+
+    return END

@@ -12,6 +12,7 @@ from traces.metadata import Metadata
 from traces.reader import Trace
 from traces.screen import page, text_of
 from traces.text import printable
+from traces.untrusted import object_at, text_at
 from traces.wall_clock import wall_text
 
 WIDTH: Final = 100
@@ -51,6 +52,7 @@ def info(path: Path) -> dict[str, Any]:
         "recorder": meta.raw.get("recorder", ""),
         "preset": meta.raw.get("preset", ""),
         "command": meta.raw.get("command", []),
+        "flight": object_at(meta.raw, "flight"),
         "kinds": dict(sorted(meta.kinds.items(), key=lambda item: -item[1])),
         "lost_kinds": {name: lost for name in meta.loss if (lost := meta.lost_of(name))},
         "roots": meta.root_count,
@@ -115,6 +117,9 @@ def _head(facts: dict[str, Any]) -> Table:
         "policy": facts["policy_text"],
         "events": f"{facts['events']:,} stored, {facts['lost']:,} lost, {facts['gaps']:,} gaps",
     }
+    if facts["flight"]:
+        text = text_at(facts["flight"], "text")
+        rows["dump"] = f"of a flight, by {text_at(facts['flight'], 'trigger')}" + (f": {text}" if text else "")
     if facts["kvm_counted"]:
         counted = ", ".join(f"{name} {count:,}" for name, count in facts["kvm_counted"].items())
         rows["KVM itself"] = f"{counted} (the trace has {facts['kinds'].get('kvm_page_fault', 0):,} kvm_page_fault)"

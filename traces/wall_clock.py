@@ -38,6 +38,16 @@ def wall_text(meta: Metadata, boot: int) -> str:
     )[:-3]
 
 
+def span_ns(text: str) -> int | None:
+    """The ns of a time such as `30s`, `1.5s`, `200ms`, `2m` or `3`, which is in seconds; None of another text."""
+    match = _RELATIVE.fullmatch(text.strip())
+    if match is None:
+        return None
+    whole, _, part = match[1].partition(".")
+    unit = _UNITS[match[2]]
+    return int(whole) * unit + (int(part) * unit // 10 ** len(part) if part else 0)
+
+
 def moment(meta: Metadata, text: str, option: str) -> int:
     """The boot ns that a text means: a time since the first row (`1.5s`, `200ms`, `2m`), or a wall-clock time in UTC.
 
@@ -45,10 +55,8 @@ def moment(meta: Metadata, text: str, option: str) -> int:
     Problem.
     """
     first, _ = meta.span
-    if match := _RELATIVE.fullmatch(text.strip()):
-        whole, _, part = match[1].partition(".")
-        unit = _UNITS[match[2]]
-        return first + int(whole) * unit + (int(part) * unit // 10 ** len(part) if part else 0)
+    if (relative := span_ns(text)) is not None:
+        return first + relative
     began = wall_ns(meta, first)
     asked = text.strip()
     try:

@@ -1,0 +1,82 @@
+"""Flights over this machine's own KVM: what a dump holds is what an independent program counted."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from tests.own_vm import noted
+from tests.tracer.test_record_live import command, counted, independent_counter, loaded_programs, own_programs, run
+from tests.waiting import until
+from traces.reader import Trace
+
+pytestmark = [pytest.mark.live, pytest.mark.usefixtures("live")]
+
+
+@contextlib.contextmanager
+def flying(directory: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
+    """A flight that records when the `with` begins; it is killed at the end if it is still there."""
+    words = command("record", "--flight", "10m", "--after", "100ms", *more, "-o", directory)
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    try:
+        assert until(lambda: process.poll() is not None or len(own_programs(process.pid)) > 10), "it must attach"
+        assert process.poll() is None, process.communicate()[1]
+        assert run("dump", directory).returncode == 0, "it records as soon as it answers"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("scenario", [("storm", "--loops", "300"), ("churn",)])
+def test_a_dump_has_what_an_independent_program_counted(tmp_path: Path, vmm: str, scenario: tuple[str, ...]) -> None:
+    with independent_counter() as counter, flying(tmp_path / "d", "--events", "all") as flight:
+        subprocess.run(noted(tmp_path / "pid", vmm, *scenario), check=True, stdout=subprocess.DEVNULL)
+        pid = int((tmp_path / "pid").read_text())
+        done = run("dump", tmp_path / "d", "--reason", "a test", "--json")
+        assert done.returncode == 0, done.stderr
+        expected = counted(counter, pid)
+        flight.send_signal(signal.SIGINT)
+        said = flight.communicate(timeout=600)[1]
+    assert flight.returncode == 0, said
+    assert ": 2 dumps; " in said
+    path = Path(json.loads(done.stdout)["path"])
+    meta = Trace.open(path).metadata
+    assert meta.complete, meta.discrepancies
+    assert (meta.raw["flight"]["trigger"], meta.raw["flight"]["text"]) == ("manual", "a test")
+    owner = [thread["tid"] for thread in meta.raw["threads"] if thread["tgid"] == pid]
+    rows = pl.scan_parquet(path).filter(pl.col("tid").is_in(owner)).group_by("kind").len().collect()
+    stored = {str(kind): n for kind, n in rows.iter_rows()}
+    assert sum(expected.values()) > 100, "the counter saw too little: the test would prove nothing"
+    assert {kind: stored.get(kind, 0) for kind in expected} == expected
+    checked = run("validate", path)
+    assert checked.returncode == 0, checked.stderr
+    assert checked.stdout.startswith("100 %")
+
+
+def test_sigusr2_dumps_and_a_killed_flight_leaves_nothing_behind(tmp_path: Path) -> None:
+    directory = tmp_path / "d"
+    with flying(directory) as flight:
+        second = run("record", "--flight", "1s", "-o", directory)
+        assert (second.returncode, len(second.stderr.splitlines())) == (2, 1)
+        assert "another flight recorder keeps its dumps there" in second.stderr
+        os.kill(flight.pid, signal.SIGUSR2)
+        assert until(lambda: list(directory.glob("*-signal.parquet")))
+        programs = own_programs(flight.pid)
+        flight.kill()
+        flight.wait()
+    assert programs
+    assert until(lambda: not programs & loaded_programs()), "the kernel takes a dead process's probes away"
+    asked = run("dump", directory)
+    assert (asked.returncode, len(asked.stderr.splitlines())) == (2, 1)
+    assert "no flight recorder runs here" in asked.stderr
+    with flying(directory):
+        assert len(list(directory.glob("*-manual.parquet"))) == 2

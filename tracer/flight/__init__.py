@@ -1,0 +1,1 @@
+"""The flight recorder: the last seconds are always in memory, and become a trace when something happens."""

@@ -1,0 +1,140 @@
+"""Dumps on their way to the disk: segments first, then a trace, one after the other while recording goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from tracer.flight.window import Epoch, FlightWindow
+from traces.errors import ENVIRONMENT, Problem
+from traces.segment_writer import SegmentWriter
+
+SEGMENTS: Final = ".kvmt"
+TRACE: Final = ".parquet"
+
+
+@dataclass
+class Dump:
+    """What is to become the trace `name`; `done` is told its path, or what went wrong."""
+
+    name: str
+    epochs: list[Epoch]
+    manifest: Mapping[str, Any]
+    automatic: bool
+    done: Future[Path] = field(default_factory=Future)
+
+
+class Dumps:
+    """Writes dumps into a directory, and makes traces of what an earlier recorder left in it."""
+
+    def __init__(self, directory: Path, window: FlightWindow, most: int, kept: Callable[[], set[Path]]) -> None:
+        """Automatic dumps go, the oldest first, while all dumps are more than `most` bytes; but for those `kept`."""
+        self.directory, self._window, self._most, self._kept = directory, window, most, kept
+        self.made: list[Path] = []
+        self._automatic: list[Path] = []
+        self._queue: queue.SimpleQueue[Dump | Path | None] = queue.SimpleQueue()
+        self._child: subprocess.Popen[str] | None = None
+        self._hard = False
+        for left in sorted(directory.glob(f"*{SEGMENTS}")):
+            self._queue.put(left)
+        self._thread = threading.Thread(target=self._run, name="dumps", daemon=True)
+        self._thread.start()
+
+    def know(self, automatic: list[Path]) -> None:
+        """Automatic dumps of earlier runs, the oldest first."""
+        self._automatic += automatic
+
+    def add(self, dump: Dump) -> None:
+        self._queue.put(dump)
+
+    def name(self, wanted: str) -> str:
+        """A name that no file has yet."""
+        names = (wanted, *(f"{wanted}-{number}" for number in range(2, 1 << 20)))
+        return next(
+            name for name in names if not any((self.directory / f"{name}{end}").exists() for end in (SEGMENTS, TRACE))
+        )
+
+    def close(self) -> None:
+        """Wait until everything is a trace."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def abandon(self) -> None:
+        """End as soon as what is in memory is on the disk: making traces is left to the next run, or to `recover`."""
+        self._hard = True
+        if (child := self._child) is not None:
+            child.terminate()
+
+    def _run(self) -> None:
+        while (work := self._queue.get()) is not None:
+            if isinstance(work, Path):
+                with contextlib.suppress(Problem):
+                    self._compact(work)
+                continue
+            try:
+                path = self._compact(self._write(work))
+            except Problem as problem:
+                print(f"kvmtrace: {problem}", file=sys.stderr)
+                work.done.set_exception(problem)
+                continue
+            self.made.append(path)
+            if work.automatic:
+                self._automatic.append(path)
+            work.done.set_result(path)
+            self._make_room()
+
+    def _write(self, dump: Dump) -> Path:
+        directory = self.directory / f"{dump.name}{SEGMENTS}"
+        pieces = [piece for epoch in dump.epochs for piece in epoch.pieces]
+        dump.epochs.clear()
+        pieces.reverse()
+        try:
+            writer = SegmentWriter(directory, dump.manifest)
+            while pieces:
+                writer.write_encoded(pieces[-1].message, pieces[-1].rows)
+                self._window.give_back(pieces.pop())
+            writer.close({})
+        except Problem as problem:
+            shutil.rmtree(directory, ignore_errors=True)  # its rows are in the window for another try
+            reason = problem.__cause__.strerror if isinstance(problem.__cause__, OSError) else problem
+            raise Problem(f"{directory.with_suffix(TRACE)}: no dump: {reason}: make room", ENVIRONMENT) from None
+        finally:
+            for piece in pieces:
+                self._window.give_back(piece)
+        return directory
+
+    def _compact(self, directory: Path) -> Path:
+        out = directory.with_suffix(TRACE)
+        if self._hard:
+            raise Problem(f"stopped before compaction: run `kvmtrace recover {directory}`", ENVIRONMENT)
+        command = [sys.executable, "-m", "tracer.flight.compaction", str(directory), str(out)]
+        # In a session of its own: ^C on the terminal is for the recorder, which waits for its dumps.
+        self._child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        said = self._child.communicate()[1].strip()
+        code, self._child = self._child.returncode, None
+        if code:
+            raise Problem(
+                (said.splitlines() or [f"compaction ended with {code}: run `kvmtrace recover {directory}`"])[-1],
+                ENVIRONMENT,
+            )
+        shutil.rmtree(directory, ignore_errors=True)
+        return out
+
+    def _make_room(self) -> None:
+        sizes = {path: path.stat().st_size for path in self.directory.glob(f"*{TRACE}")}
+        kept = self._kept()
+        for path in [path for path in self._automatic if path not in kept]:
+            if sum(sizes.values()) <= self._most:
+                return
+            path.unlink(missing_ok=True)
+            sizes.pop(path, None)
+            self._automatic.remove(path)

@@ -1,0 +1,237 @@
+"""One flight: a recorder that keeps the last seconds, until a signal or its command's end ends it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tracer import host
+from tracer.bpf import Probes
+from tracer.flight.control import Control
+from tracer.flight.dumps import TRACE
+from tracer.flight.keeper import Bounds, FlightThread, Request
+from tracer.flight.quotas import AUTOMATIC, MANUAL, Account, Made
+from tracer.flight.state import Checkpoint, Checkpoints
+from tracer.owner_names import OwnerNames
+from tracer.recorder import Options, Recorder, Stop, check
+from tracer.ring import default_ring_bytes, ring_count
+from tracer.writer import OrderedThread
+from traces import interrupts
+from traces.errors import Problem
+from traces.progress import Progress
+
+_TICK_SECONDS = 0.05
+_TIDY = 60 * 10**9  # ns between two looks at the probes' tables
+_CROWDED = 1 << 14  # threads in the probes' table, of which the dead ones then go
+_MOST_EARLIER = 1000  # dumps of earlier runs that are looked at
+
+
+@dataclass(frozen=True)
+class FlightOptions:
+    """What to record (`record.out` is the dumps' directory), how much to keep, and the group that may ask for dumps."""
+
+    record: Options
+    bounds: Bounds
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class FlightOutcome:
+    """How a flight ended: its dumps, what it saw and lost, and why dumps are not whole, if so."""
+
+    dumps: tuple[Path, ...]
+    refused: dict[str, dict[str, float]]
+    events: int
+    lost: int
+    missing: int  # events that the probes put into a ring and that never came out
+    stopped: str
+    status: int | None
+    cpu_seconds: float
+    seconds: float
+
+
+class FlightRecorder(Recorder):
+    """Drains the rings into a window in memory."""
+
+    flush_seconds = _TICK_SECONDS
+
+    def __init__(self, options: FlightOptions, probes: Probes, ring_bytes: int, stop: Stop) -> None:
+        self._bounds = options.bounds
+        self._looking = threading.Lock()  # a checkpoint and a dump may look at the host at once
+        self._tidied = 0
+        super().__init__(options.record, probes, ring_bytes, stop)
+        self.checkpoints = Checkpoints(self._checkpoint, self.flight.offer)
+        self.flight.want_checkpoint = self.checkpoints.want
+
+    def _open(self, manifest: dict[str, Any]) -> OrderedThread:
+        first = self._state(host.clock_sample()["boot"], self.snapshot["vms"])
+        progress = self._whole_progress
+        self.flight = FlightThread(self.options.out, self._bounds, first, manifest, progress)
+        return self.flight
+
+    def _checkpoint(self) -> Checkpoint:
+        with self._looking:
+            began = host.clock_sample()["boot"]
+            if began - self._tidied > _TIDY:
+                self._tidied = began
+                self.probes.forget_dead(_CROWDED)
+            self.snapshot = self._look()
+            self.owners = OwnerNames()  # anew: a process's number may be another's by now
+            return self._state(began, self.snapshot["vms"])
+
+    def _state(self, began: int, vms: list[dict[str, Any]]) -> Checkpoint:
+        names = self.owners.of({vm["tgid"] for vm in vms})
+        stats, missed, counters = self.counted.look(), self.probes.missed(), self.probes.counters()
+        clock = host.clock_sample()
+        return Checkpoint(began, clock["boot"], vms, counters, clock, stats, missed, names)
+
+    def _whole_progress(self) -> dict[str, Any]:
+        with self._looking:
+            return {**self._progress(), "counters": self.probes.counters()}
+
+    def _store(self, changes: Callable[[], dict[str, Any]]) -> None:
+        self.flight.update(changes)
+
+    def _flush(self) -> None:
+        self.flight.write([], self.rings.complete_at)  # the stream goes on though nothing happens
+        self.flight.tick()
+
+    def _full(self) -> str:
+        return f"the state could not be taken: {self.checkpoints.error}" if self.checkpoints.error else ""
+
+    def _close(self) -> None:
+        self.checkpoints.close()
+        self.flight.close()
+
+    def _stored(self) -> str:
+        window, dumps = self.flight.window, self.flight.dumps
+        seconds = max(0, host.clock_sample()["boot"] - window.begins) / 1e9
+        return f"the last {seconds:.0f} s in {window.held / 1e6:,.0f} MB, {len(dumps.made)} dumps"
+
+    def ask(self, trigger: str, text: str) -> Future[Path]:
+        """Ask for a dump by hand."""
+        request = Request(trigger, text)
+        self.flight.ask(request)
+        return request.answer
+
+
+def _check(options: FlightOptions) -> None:
+    check(options.record)
+    directory = options.record.out
+    if directory.exists() and not directory.is_dir():
+        raise Problem(f"{directory}: not a directory: a flight recorder writes its dumps into one")
+    try:
+        directory.mkdir(exist_ok=True)
+    except OSError as error:
+        raise Problem(f"{directory}: cannot create it: {error.strerror}") from None
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise Problem(f"{directory}: cannot be written: no permission to make a file in it")
+
+
+def fly(options: FlightOptions) -> FlightOutcome:
+    """Record until something ends it. Raises Problem; dumps that were being made are then left to the next flight."""
+    _check(options)
+    started, cpu = time.monotonic(), time.process_time()
+    stop, cpus, record = Stop(), os.cpu_count() or 1, options.record
+    ring_bytes = record.ring_bytes or default_ring_bytes(cpus)
+    flights: list[FlightRecorder] = []
+    control = Control(record.out, options.group, lambda reason: flights[0].ask("manual", reason))
+    try:
+        with stop.listening():
+            probes = Probes(record.kinds, ring_count(cpus), ring_bytes, record.vm)
+            try:
+                probes.reset()
+                flight = FlightRecorder(options, probes, ring_bytes, stop)
+                _remember(flight.flight, record.out)
+                flights.append(flight)
+                with _asked_by_signal(flight), Progress("recording") as progress:
+                    stopped, status = flight.run(progress)
+                counters = probes.counters()
+            finally:
+                probes.close()
+            dumps = flight.flight.dumps
+            with Progress("making traces of the last dumps"):
+                _wait_for(dumps.close, dumps.abandon, stop)
+    finally:
+        control.close()
+    put = counters["emitted"].astype(np.int64) - counters["lost"].astype(np.int64)
+    return FlightOutcome(
+        dumps=tuple(dumps.made),
+        refused={name: each.refused.document() for name, each in flight.flight.accounts.items() if each.refused.count},
+        events=int(flight.flight.window.pushed().sum()),
+        lost=int(counters["lost"].sum()),
+        missing=int((put - flight.flight.window.pushed()).sum()),
+        stopped=stopped,
+        status=status,
+        cpu_seconds=time.process_time() - cpu,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _wait_for(close: Callable[[], None], abandon: Callable[[], None], stop: Stop) -> None:
+    """Wait until the dumps are traces; a second signal leaves that to the next run."""
+    closing = threading.Thread(target=close)
+    closing.start()
+    while closing.is_alive():
+        closing.join(_TICK_SECONDS)
+        if stop.hard:
+            abandon()
+            closing.join()
+    if stop.hard:
+        raise Problem("stopped before the last dumps were traces: the next flight makes them", interrupts.CODE)
+
+
+@contextlib.contextmanager
+def _asked_by_signal(flight: FlightRecorder) -> Iterator[None]:
+    before = signal.signal(signal.SIGUSR2, lambda *_: _ignore(flight.ask("signal", "SIGUSR2")))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+def _remember(flight: FlightThread, directory: Path) -> None:
+    """What earlier flights made counts: their quotas do not begin anew, and their dumps are among those that go."""
+    paths = sorted(directory.glob(f"*{TRACE}"), key=lambda path: path.stat().st_mtime)[-_MOST_EARLIER:]
+    if not paths:
+        return
+    automatic = []
+    boot, wall = time.clock_gettime(time.CLOCK_BOOTTIME), time.time()
+    for path in paths:
+        facts = _flight_facts(path)
+        if facts is None:
+            continue
+        name, manual, severity = facts
+        account = flight.accounts.setdefault(name, Account(MANUAL if manual else AUTOMATIC))
+        account.made.append(Made(boot - (wall - path.stat().st_mtime), severity, path, first=not account.made))
+        if not manual:
+            automatic.append(path)
+    flight.dumps.know(automatic)
+
+
+def _flight_facts(path: Path) -> tuple[str, bool, float] | None:
+    """(trigger, whether by hand, severity) of a dump; None of a file that is none."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from traces.metadata import KEY
+
+    with contextlib.suppress(pa.ArrowException, OSError, ValueError, KeyError, TypeError, RecursionError):
+        facts = json.loads((pq.read_metadata(path).metadata or {})[KEY])["flight"]
+        return str(facts["trigger"]), bool(facts["manual"]), float(facts["severity"])
+    return None
+
+
+def _ignore(_answer: object) -> None:
+    """Nobody waits for the answer: the dump is there, or a line says why not."""

@@ -1,0 +1,286 @@
+"""The heart of the flight recorder: rows in the order of time go into the window, and out of it when one asks.
+
+All of it happens on the thread that orders the rows, as the stream comes to a moment: a checkpoint becomes an epoch of
+the window where the stream has come to its end, and a dump is cut where the stream has come to the dump's end.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tracer.bpf import loss_table
+from tracer.flight.dumps import Dump, Dumps
+from tracer.flight.quotas import AUTOMATIC, MANUAL, Account, Made
+from tracer.flight.state import TRIES, Checkpoint, telling
+from tracer.flight.window import Epoch, FlightWindow, stored
+from tracer.program import COUNTERS, KIND_SLOTS
+from tracer.recorder import open_gaps
+from tracer.writer import OrderedThread
+from traces.errors import ENVIRONMENT, Problem
+from traces.record import RECORD
+
+SECOND = 10**9
+EPOCHS = 8  # of which a window consists, at least
+_MOST_TEXTS = 100  # of requests that share a dump, in its metadata
+QUEUE_BYTES = 64 << 20  # of rows on their way into the window
+
+Rows = np.ndarray[Any, Any]
+
+
+@dataclass
+class Request:
+    """Somebody, or a trigger, asks for a dump: why, in words, and how bad it is (only to compare with the like)."""
+
+    trigger: str
+    text: str = ""
+    manual: bool = True
+    severity: float = 0.0
+    at: int = field(default_factory=lambda: time.clock_gettime_ns(time.CLOCK_BOOTTIME))
+    answer: Future[Path] = field(default_factory=Future)
+
+    def document(self) -> dict[str, Any]:
+        return {"trigger": self.trigger, "text": self.text, "manual": self.manual, "severity": self.severity,
+                "time": self.at}  # fmt: skip
+
+
+@dataclass
+class _Pending:
+    """A dump that waits for the end of its rows; those who asked for the same one meanwhile share it."""
+
+    until: int  # boot ns
+    requests: list[Request]
+    granted: Made
+    instead: Made | None
+    refused: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How much is kept: `nanoseconds` back from a dump's moment and `after` it, in `memory` and `disk` bytes."""
+
+    nanoseconds: int
+    after: int
+    memory: int
+    disk: int
+
+
+class FlightThread(OrderedThread):
+    """Keeps the window, and cuts dumps out of it."""
+
+    def __init__(
+        self, directory: Path, bounds: Bounds, first: Checkpoint, manifest: dict[str, Any],
+        progress: Callable[[], dict[str, Any]],
+    ) -> None:  # fmt: skip
+        """`first` is the state before the first row; `progress` gives what changes of the `manifest` by the time."""
+        self.bounds, self._manifest, self._progress = bounds, manifest, progress
+        self._cpus = len(first.counters)
+        nothing = np.zeros((self._cpus, KIND_SLOTS), np.int64)
+        epoch = Epoch(first.ended, first.vms, first, lost=nothing, missing=nothing)
+        self.window = FlightWindow(epoch, self._cpus, bounds.nanoseconds, bounds.memory)
+        self.accounts: dict[str, Account] = {}
+        self.dumps = Dumps(directory, self.window, bounds.disk, self._kept)
+        self.want_checkpoint: Callable[[], None] = lambda: None
+        self._telling: list[Rows] = []  # rows that change the state, since a checkpoint was wanted
+        self._offered: Checkpoint | None = None
+        self._wanted = False
+        self._tries = 0
+        self._asked: deque[Request] = deque()
+        self._pending: list[_Pending] = []
+        self._pushed_until = first.ended
+        super().__init__("flight", QUEUE_BYTES)
+
+    # From other threads
+
+    def ask(self, request: Request) -> None:
+        """Ask for a dump; its answer is the trace's path, or a Problem."""
+        self._asked.append(request)
+
+    def offer(self, checkpoint: Checkpoint) -> None:
+        """Give the checkpoint that was wanted."""
+        self._then(partial(self._take_offer, checkpoint))
+
+    def update(self, changes: Callable[[], dict[str, Any]]) -> None:
+        """Change the manifest of dumps to come."""
+        self._then(lambda: self._manifest.update(changes()))
+
+    def tick(self) -> None:
+        """Go on though no rows come."""
+        self._then(lambda: self._pass(np.empty(0, RECORD)))
+
+    def close(self) -> None:
+        """The recording has ended: what is asked for becomes a dump now. Raises what the thread failed with."""
+        self._end()
+        self._receive()
+        for pending in self._pending:
+            self._cut(pending)
+        self._pending = []
+
+    # On the thread
+
+    def _take_offer(self, checkpoint: Checkpoint) -> None:
+        self._offered = checkpoint
+
+    def _store(self, records: Rows) -> None:
+        if self._wanted and len(found := telling(records)):
+            self._telling.append(found)
+        self._pass(records)
+
+    def _pass(self, records: Rows) -> None:
+        """Take rows, and do what is due at moments that the stream has come to with them."""
+        self._receive()
+        reached = self._order.given_until
+        for at, work in sorted(self._due(reached), key=lambda each: each[0]):
+            split = int(np.searchsorted(records["time"], np.uint64(at), side="right"))
+            self._push(records[:split])
+            records = records[split:]
+            self._pushed_until = max(self._pushed_until, at)
+            self.window.trim(self._pushed_until)
+            work()
+        self._push(records)
+        self._want_checkpoint()
+        self.window.trim(max(self._order.given_until, self._pushed_until))
+
+    def _push(self, records: Rows) -> None:
+        if len(records):
+            self._pushed_until = max(self._pushed_until, int(records["time"][-1]))
+            self.window.push(records)
+
+    def _due(self, reached: int) -> list[tuple[int, Callable[[], None]]]:
+        due: list[tuple[int, Callable[[], None]]] = []
+        if self._offered is not None and self._offered.ended <= reached:
+            due.append((self._offered.ended, self._begin_epoch))
+        for pending in [each for each in self._pending if each.until <= reached]:
+            self._pending.remove(pending)
+            due.append((pending.until, partial(self._cut, pending)))
+        return due
+
+    def _want_checkpoint(self) -> None:
+        epoch = self.window.last
+        old = self._order.given_until - epoch.began >= self.bounds.nanoseconds // EPOCHS
+        if not self._wanted and (old or self._tries or epoch.size >= self.bounds.memory // EPOCHS):
+            self._wanted = True
+            self._telling = []  # what comes later is younger than this moment: rows are held back for a while
+            self.want_checkpoint()
+
+    def _begin_epoch(self) -> None:
+        checkpoint, self._offered, self._wanted = self._offered, None, False
+        assert checkpoint is not None
+        rows = np.concatenate([np.empty(0, RECORD), *self._telling])
+        rows = rows[rows["time"] <= np.uint64(self._pushed_until)]
+        unsettled = checkpoint.unsettled(rows)
+        if unsettled and self._tries < TRIES:
+            self._tries += 1
+            return
+        self._tries = 0
+        before = self.window.last
+        # Where events are lost and no row has told yet, the row to come tells of the time before as well.
+        told = checkpoint.counters["gap_count"] == 0
+        lost = np.where(told[:, None], checkpoint.counters["lost"].astype(np.int64), before.lost)
+        self.window.begin(
+            Epoch(self._pushed_until, checkpoint.state(rows), checkpoint, lost, before.missing, unsettled)
+        )
+        self.window.last.missing = np.maximum(before.missing, self._missing(checkpoint.counters))
+
+    def _missing(self, counters: Rows) -> Rows:
+        """Events that the probes put into a ring by then, and that are not among the rows pushed: none, ever."""
+        put = counters["emitted"].astype(np.int64) - counters["lost"].astype(np.int64)
+        return put - self.window.pushed()
+
+    def _receive(self) -> None:
+        while self._asked:
+            request = self._asked.popleft()
+            until = max(request.at + self.bounds.after, self._pushed_until)
+            for pending in self._pending:
+                if pending.requests[0].trigger == request.trigger:
+                    pending.requests.append(request)
+                    break
+            else:
+                self._grant(request, until)
+
+    def _grant(self, request: Request, until: int) -> None:
+        account = self.accounts.setdefault(request.trigger, Account(MANUAL if request.manual else AUTOMATIC))
+        granted, instead = account.ask(time.clock_gettime(time.CLOCK_BOOTTIME), request.severity)
+        if granted is None:
+            quota = account.quota
+            request.answer.set_exception(Problem(
+                f"no dump: {request.trigger} has made all that it may: {quota.hour} an hour, {quota.day} a day",
+                ENVIRONMENT,
+            ))  # fmt: skip
+            return
+        refused = {name: each.told().document() for name, each in self.accounts.items() if each.refused.count}
+        self._pending.append(_Pending(until, [request], granted, instead, refused))
+
+    def _cut(self, pending: _Pending) -> None:
+        request = pending.requests[0]
+        progress = self._progress()
+        counters = progress.pop("counters")
+        epochs = self.window.cut(open_gaps(counters))
+        first = epochs[0]
+        manifest = self._manifest | progress
+        manifest |= {
+            "snapshot": {"vms": first.vms},
+            "clock": {"name": "boottime", "samples": [first.checkpoint.clock, *manifest["clock"]["samples"][-1:]]},
+            "stats": {"start": first.checkpoint.stats["end"], "end": manifest["stats"]["end"]},
+            "missed": _rises(first.checkpoint.missed, manifest["missed"]),
+            "vm_names": _merged(*(epoch.checkpoint.names for epoch in epochs), manifest["vm_names"]),
+            "loss": loss_table(self._books(epochs, counters), {}),
+            "flight": {
+                **request.document(),
+                "also": dict(Counter(each.text for each in pending.requests[1:]).most_common(_MOST_TEXTS)),
+                "seconds": self.bounds.nanoseconds / SECOND,
+                "after_seconds": self.bounds.after / SECOND,
+                "memory": self.bounds.memory,
+                "state_at": first.began,
+                "state_settled": not first.unsettled,
+                "begins": max(first.began, first.dropped_until),
+                "ends": self._pushed_until,
+                "refused": pending.refused,
+            },
+        }
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        dump = Dump(self.dumps.name(f"{stamp}-{request.trigger}"), epochs, manifest, automatic=not request.manual)
+        dump.done.add_done_callback(partial(self._made, pending))
+        self.dumps.add(dump)
+
+    def _books(self, epochs: list[Epoch], counters: Rows) -> Rows:
+        """The window's counts as the probes' counters have them: stored, lost since, and what never came."""
+        first, last = epochs[0], epochs[-1]
+        counts = [piece.counts for epoch in epochs for piece in epoch.pieces]
+        lost = counters["lost"].astype(np.int64) - first.lost
+        made = np.zeros(self._cpus, COUNTERS)
+        made["lost"] = lost
+        made["emitted"] = lost + stored(counts, self._cpus) + last.missing - first.missing
+        return made
+
+    def _made(self, pending: _Pending, done: Future[Path]) -> None:
+        """On the dumps' thread: the dump is a file, or is none."""
+        error = done.exception()
+        for request in pending.requests:
+            if error is None:
+                request.answer.set_result(done.result())
+            else:
+                request.answer.set_exception(error)
+        if error is None:
+            pending.granted.path = done.result()
+            if pending.instead is not None and pending.instead.path is not None:
+                pending.instead.path.unlink(missing_ok=True)
+
+    def _kept(self) -> set[Path]:
+        return {path for account in list(self.accounts.values()) for path in account.keeps()}
+
+
+def _merged(*several: dict[str, str]) -> dict[str, str]:
+    return {key: value for each in several for key, value in each.items()}
+
+
+def _rises(before: dict[str, int], now: dict[str, int]) -> dict[str, int]:
+    return {name: more for name, count in now.items() if (more := count - before.get(name, 0))}

@@ -1,0 +1,92 @@
+"""How many dumps a trigger may make, so that a host in trouble is not buried under recordings of it.
+
+Each trigger has its own quota, by the hour and by the day; asking by hand has another, which no trigger uses up. The
+first dump of a day and the worst one are kept: when the day's quota is used up, a worse event still makes a dump, and
+the mildest of the others goes for it. What is refused is counted, and the next dump says how often.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+_HOUR: Final = 3600.0
+_DAY: Final = 24 * _HOUR
+
+
+@dataclass(frozen=True)
+class Quota:
+    """Dumps that one trigger may make."""
+
+    hour: int
+    day: int
+
+
+AUTOMATIC: Final = Quota(hour=3, day=8)
+MANUAL: Final = Quota(hour=30, day=200)
+
+
+@dataclass
+class Made:
+    """A dump that was made: when (seconds of the clock that the caller uses), and how bad its event was."""
+
+    at: float
+    severity: float
+    path: Path | None = None  # None until it is a file
+    first: bool = False
+
+
+@dataclass
+class Refused:
+    """Events of a trigger that made no dump since its last one: how many, and the worst."""
+
+    count: int = 0
+    worst: float = 0.0
+
+    def document(self) -> dict[str, float]:
+        return {"count": self.count, "worst": self.worst}
+
+
+@dataclass
+class Account:
+    """What one trigger has made of its quota."""
+
+    quota: Quota
+    made: list[Made] = field(default_factory=list)
+    refused: Refused = field(default_factory=Refused)
+
+    def ask(self, now: float, severity: float) -> tuple[Made | None, Made | None]:
+        """(the dump that may be made now, or None; the dump made earlier that has to go for it, or None)."""
+        self.made = [each for each in self.made if now - each.at < _DAY]
+        hour = sum(now - each.at < _HOUR for each in self.made)
+        instead = None
+        if len(self.made) >= self.quota.day:
+            worst = max(each.severity for each in self.made)
+            others = [each for each in self.made if not each.first and each.path is not None]
+            instead = min(others, key=lambda each: each.severity, default=None)
+            if severity <= worst or instead is None:
+                self._refuse(severity)
+                return None, None
+        if hour >= self.quota.hour * (1 if instead is None else 2):
+            self._refuse(severity)
+            return None, None
+        if instead is not None:
+            self.made.remove(instead)
+        granted = Made(now, severity, first=not self.made)
+        self.made.append(granted)
+        return granted, instead
+
+    def _refuse(self, severity: float) -> None:
+        self.refused.count += 1
+        self.refused.worst = max(self.refused.worst, severity)
+
+    def told(self) -> Refused:
+        """What was refused since it was last told."""
+        refused, self.refused = self.refused, Refused()
+        return refused
+
+    def keeps(self) -> set[Path]:
+        """The dumps that the disk's bound does not take: the first of the day and the worst."""
+        worst = max(self.made, key=lambda each: each.severity, default=None)
+        return {each.path for each in self.made if each.path and (each.first or each is worst)}

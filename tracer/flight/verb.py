@@ -1,0 +1,68 @@
+"""`kvmtrace record --flight`: its options checked, and what it tells at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import typer
+
+from tracer.flight.flight import FlightOptions, FlightOutcome, fly
+from tracer.flight.keeper import Bounds
+from tracer.recorder import Options
+from traces.documents import print_json
+from traces.errors import VERDICT_FAILED, Problem
+from traces.wall_clock import span_ns
+
+_LEAST_MEMORY = 16 << 20
+
+
+def fly_and_tell(
+    options: Options, out: Path | None, flight: str, after: str, memory: int, disk: int, group: str, *,
+    strict: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Fly, tell what came of it, and leave with 1 where events are missing, or lost though `strict`."""
+    if out is None:
+        raise Problem("--flight: say which directory takes the dumps, with -o")
+    if options.max_events is not None or options.max_size is not None:
+        raise Problem("--flight: goes on until it is ended; --max-events and --max-size are for recordings")
+    if memory < _LEAST_MEMORY:
+        raise Problem("--memory: a flight needs 16M at least")
+    bounds = Bounds(_span(flight, "--flight", 1), _span(after, "--after", 0), memory, disk)
+    outcome = fly(FlightOptions(replace(options, out=out.absolute()), bounds, group))
+    if as_json:
+        print_json({
+            "directory": str(out), "dumps": [str(path) for path in outcome.dumps], "refused": outcome.refused,
+            "events": outcome.events, "lost": outcome.lost, "missing": outcome.missing, "stopped": outcome.stopped,
+            "seconds": outcome.seconds, "recorder_cpu_seconds": outcome.cpu_seconds, "command_status": outcome.status,
+        })  # fmt: skip
+    else:
+        _tell(outcome, out)
+    if outcome.missing or outcome.status or (strict and outcome.lost):
+        raise typer.Exit(VERDICT_FAILED)
+
+
+def _span(text: str, option: str, least: int) -> int:
+    ns = span_ns(text)
+    if ns is None or ns < least:
+        raise Problem(f"{option} {text}: not a time; write it like 30s, 500ms or 2m")
+    return ns
+
+
+def _tell(outcome: FlightOutcome, out: Path) -> None:
+    many = "1 dump" if len(outcome.dumps) == 1 else f"{len(outcome.dumps)} dumps"
+    lines = [
+        f"{out}: {many}; {outcome.events:,} events seen, {outcome.lost:,} lost; {outcome.stopped}; recorder used "
+        f"{outcome.cpu_seconds:.1f} s CPU in {outcome.seconds:.1f} s"
+    ]
+    for trigger, refused in outcome.refused.items():
+        lines.append(f"kvmtrace: {trigger}: {refused['count']:,} more events made no dump: its quota was used up")
+    if outcome.missing:
+        lines.append(f"kvmtrace: {outcome.missing:,} events were put into a ring and never came out: report this")
+    if outcome.status:
+        lines.append(f"kvmtrace: the command ended with status {outcome.status}")
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        for line in lines:
+            print(line, file=sys.stderr)
