@@ -82,6 +82,8 @@ def test_points_are_in_the_kernels_that_the_description_says(version: str) -> No
         if point.how in ("entry", "return") and (point.since > OLDEST or point.until < FUTURE):
             assert there or not allowed, (point, version)
     known = {point.where for probe in PROBES for point in probe.points}
+    known |= {where for where, _ in attachments.IOCTL_PROGRAMS}
+    known |= {f"sched:{name}" for name, _ in attachments.SCHED_PROGRAMS}
     assert kernel.points - {"tdp_mmu_zap_root_work"} <= known
 
 

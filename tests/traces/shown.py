@@ -92,9 +92,13 @@ def policy(made: Recording) -> dict[str, Any]:
 
 
 def points(made: Recording) -> dict[str, Any]:
-    # Of the MMU: what tells of system calls, of the scheduler and of a VM's birth is in every kernel.
-    others = ("syscalls:", "sched:", "kvm_arch_init_vm")
-    there = {p["point"] for p in made.meta.probes if p["how"] != "none" and not p["point"].startswith(others)}
+    """A probe of several tracepoints names the group of the first, or that of each."""
+    there = set()
+    for probe in made.meta.probes:
+        if probe["how"] != "none":
+            first, *more = probe["point"].split(", ")
+            group = first.partition(":")[0]
+            there |= {first, *(name if ":" in name else f"{group}:{name}" for name in more)}
     return {"points": there}
 
 
