@@ -259,6 +259,8 @@ def _readings(
                 low -= rows.late_sets
             case RowCount.ZAPPED:
                 high = None if waiting else low + rows.mmio
+                if ended and not waiting and not rows.replaced and not meta.lost:
+                    low += rows.mmio  # all are gone
             case RowCount.UNLINKED:
                 high = None if waiting else low
         if high is not None:

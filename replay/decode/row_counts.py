@@ -133,7 +133,8 @@ class RowCounts:
     """Counts the rows of one VM, batch after batch, those after its end too. `counts` is by RowCount.
 
     `late_sets` and `late_tables`: of them, those of a fault during which another vCPU had one as well, so that the
-    kernel may have found its leaf or table there already. `mmio`: MMIO SPTEs installed, which may go without an event.
+    kernel may have found its leaf or table there already. `mmio`: MMIO SPTEs installed, which may go without an event;
+    `replaced`: those that something else took the place of.
     `log` is, where wanted, (seq, time, RowCount, step) of each step that the last batch made.
     """
 
@@ -142,6 +143,7 @@ class RowCounts:
     late_sets = cython.declare(cython.longlong, visibility="public")
     late_tables = cython.declare(cython.longlong, visibility="public")
     mmio = cython.declare(cython.longlong, visibility="public")
+    replaced = cython.declare(cython.longlong, visibility="public")
     _pool: Any
     _server: cython.pointer[Server]
     _others: cython.Py_ssize_t  # the last Server
@@ -199,7 +201,7 @@ class RowCounts:
         self._odd = fault.fetch | fault.reserved
         self._present, self._nonpresent = kernel.spte.present, kernel.spte.nonpresent
         self._frozen = kernel.spte.nonpresent if kernel.spte.frozen is None else kernel.spte.frozen
-        self.late_sets = self.late_tables = self.mmio = 0
+        self.late_sets = self.late_tables = self.mmio = self.replaced = 0
         self._set_by = self._got_by = self._others
         self._set_at = self._got_at = -1
 
@@ -421,6 +423,8 @@ class RowCounts:
                 self._add(_ZAPPED if self._moves else _INSTALLED, -1 if self._moves else 1)
         elif was == _LEAF and now == _NOTHING:
             self._add(_ZAPPED, 1)
+        elif was == _MMIO and now != _NOTHING:
+            self.replaced += 1
 
     @cython.cfunc
     @cython.nogil
