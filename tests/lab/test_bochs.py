@@ -172,6 +172,17 @@ def test_endings(tmp_path: Path) -> None:
     assert bochs.receive(b"", tmp_path) is None
 
 
+@pytest.mark.parametrize(("script", "said"), [
+    ("kill -KILL $$", "killed by SIGKILL before its guest had ended: nothing in its log"),
+    ("echo 'PANIC: no such disk' > log; exit 1", "status 1 before its guest had ended: PANIC: no such disk"),
+])  # fmt: skip
+def test_an_emulator_that_ends_early_is_told_of(tmp_path: Path, script: str, said: str) -> None:
+    (tmp_path / "console").write_text("kvmtrace-lab: ready\n")
+    ending = bochs.run(["sh", "-c", f"cd {tmp_path}; {script}"], tmp_path, tmp_path, 60)
+    assert ending is Ending.EMULATOR_FAILED
+    assert (tmp_path / "console").read_text().splitlines()[-1] == said
+
+
 def test_the_emulator_is_known_by_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "bochs"
     program.write_text("#!/bin/sh\necho 'Bochs x86 Emulator 3.0'; echo ' -benchmark N'; echo \" $EXTRA\"\n")

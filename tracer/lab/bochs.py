@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import struct
 import subprocess
 import time
@@ -200,11 +201,23 @@ def run(argv: list[str], work: Path, share: Path, timeout: float, tick: Callable
             panicked = b"Kernel panic" in console.read_bytes()[-8192:]
         return panicked
 
-    qemu.wait_for(argv, output, timeout, watch, INSTALL)
+    status = qemu.wait_for(argv, output, timeout, watch, INSTALL)
     ending = receive(output.read_bytes() if output.is_file() else b"", share)
     if panicked:
         return Ending.PANIC
+    if ending is None and time.monotonic() < deadline:
+        with console.open("a") as file:
+            file.write(f"\n{_why(status, work / 'log')}\n")
     return ending or (Ending.TIMEOUT if time.monotonic() >= deadline else Ending.EMULATOR_FAILED)
+
+
+def _why(status: int | None, log: Path) -> str:
+    """What is known of an emulator that ended before its guest had sent all: how it ended, and its last word."""
+    said = log.read_text(errors="replace").split("\n") if log.is_file() else []
+    last = next((line.strip() for line in reversed(said) if line.strip()), "nothing in its log")
+    if status is not None and status < 0:
+        return f"killed by {signal.Signals(-status).name} before its guest had ended: {last}"
+    return f"status {status} before its guest had ended: {last}"
 
 
 def receive(sent: bytes, share: Path) -> Ending | None:

@@ -69,14 +69,17 @@ _VARIATIONS: Final = (
     ("dirty-log", ("--huge",)),
     ("notifier", ("--how", "dontneed")),
 )
-# What tells an old policy from the one of its stock kernel, on Intel; AMD's recordings have the rest.
+# On Intel what tells an old policy from that of its stock kernel, and one kernel from another; AMD's have the rest.
 _POLICY: Final = ("slot-delete", "smi-storm", "steady", "wp-toggle")
+_OF_KERNELS: Final = ("mmio", "slot-delete", "smi-storm", "steady", "wp-toggle")
 # Without A/D bits, and with page-modification logging, only those that write pages again or age them.
-_DIRTYING: Final = ("churn", "dirty-log", "notifier", "smi-storm", "steady")
+_DIRTYING: Final = ("dirty-log", "notifier", "smi-storm")
 # With nested paging off only those in which pages of the guest's tables are found again, go out of sync, or are zapped.
 _PAGING: Final = (
     "churn", "cr4-toggle", "efer-toggle", "notifier", "roots", "slot-delete", "smi-storm", "wp-toggle"
 )  # fmt: skip
+# Without EPT it is the same shadow MMU: those in which what the vendors do differently could show.
+_NO_EPT: Final = ("churn", "roots", "slot-delete", "smi-storm", "wp-toggle")
 
 
 @dataclass(frozen=True)
@@ -164,9 +167,10 @@ def _telling(name: str, arguments: tuple[str, ...], kernel: str, mmu: str) -> bo
     """Whether a scenario shows anything with an MMU that it does not show with others."""
     if mmu in (NO_AD, PML):
         return name in _DIRTYING and not arguments
-    if mmu == EPT:
-        return name in _POLICY if KERNELS[kernel].variant else kernel == "6.1" or not arguments
-    return mmu == TDP or (not arguments and (mmu == DIRECT or name in _PAGING))
+    if mmu == EPT and kernel != "6.1":
+        return name in (_POLICY if KERNELS[kernel].variant else _OF_KERNELS) and not arguments
+    telling = {PAGING: _PAGING, PAGING_ON_INTEL: _NO_EPT}.get(mmu, (name,))
+    return name in telling and (mmu in (TDP, EPT) or not arguments)
 
 
 def record(group: Sequence[Cell], directory: Path, events: str = EVENTS) -> tuple[list[MatrixRow], list[Problem]]:

@@ -23,6 +23,7 @@ from traces.errors import ENVIRONMENT, Problem
 GUEST: Final = "/var/cache/kvmtrace/lab-probes"  # where init.c puts them, and KVMTRACE_PROBES of a guest
 ROOT: Final = Path(__file__).resolve().parents[2]
 _SOURCES: Final = ("tracer/*.py", "tracer/ebpf/*.c", "traces/schema.py", "traces/kernels/*.py")
+_TIMEOUT: Final = 600.0  # seconds: on a busy machine clang under emulation takes minutes
 _MOST: Final = 32  # kernels' worth, of which each is a quarter of a megabyte; the oldest go
 
 
@@ -57,7 +58,7 @@ def of(kernel: Bootable) -> Path:
 
     if found := have(kernel):
         return found
-    done = boot(kernel, [sys.executable, "-m", "kvmtrace", "probes", "build"])
+    done = boot(kernel, [sys.executable, "-m", "kvmtrace", "probes", "build"], timeout=_TIMEOUT)
     if found := have(kernel):
         return found
     said = (done.stderr.strip().splitlines() or ["without a word"])[-1].removeprefix("kvmtrace: ")
