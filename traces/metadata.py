@@ -79,6 +79,12 @@ class Metadata:
         """Events of one kind that the rings refused."""
         return sum(self.loss[kind].get("lost", {}).values())
 
+    @property
+    def missed(self) -> dict[str, int]:
+        """Runs that the kernel skipped, by probe; nothing of a file that says something else there."""
+        missed = self.raw.get("missed")
+        return {str(k): v for k, v in missed.items() if isinstance(v, int)} if isinstance(missed, dict) else {}
+
     @cached_property
     def span(self) -> tuple[int, int]:
         """Boot ns of the first and the last row; 0 where there is none."""

@@ -37,7 +37,7 @@ def info(path: Path) -> dict[str, Any]:
         "complete": meta.complete,
         "discrepancies": list(meta.discrepancies),
         "gaps": meta.gap_count,
-        "missed": _missed(meta),
+        "missed": meta.missed,
         "kvm_counted": _kvm_counted(meta),
         "first_time": first,
         "last_time": last,
@@ -80,12 +80,6 @@ def _utc(meta: Metadata, boot: int) -> str:
     """A boot time as UTC to the second; empty where that is not known."""
     text = wall_text(meta, boot)
     return f"{text[:19].replace(' ', 'T')}Z" if text else ""
-
-
-def _missed(meta: Metadata) -> dict[str, int]:
-    """Runs that the kernel skipped, by probe; nothing of a file that says something else there."""
-    missed = meta.raw.get("missed")
-    return {str(k): v for k, v in missed.items() if isinstance(v, int)} if isinstance(missed, dict) else {}
 
 
 def _kvm_counted(meta: Metadata) -> dict[str, int]:

@@ -122,8 +122,7 @@ class Capabilities:
             lines.append("the recording is not complete")
         if rows := count_at(object_at(meta.raw, "cut"), "rows_missing"):
             lines.append(f"{rows:,} rows are missing: segments were damaged")
-        missed = meta.raw.get("missed")
-        if isinstance(missed, dict) and (skipped := sum(runs for runs in missed.values() if isinstance(runs, int))):
+        if skipped := sum(meta.missed.values()):
             lines.append(f"the kernel skipped {skipped:,} runs of probes: events nobody saw")
         return lines + [line for kind, line in _WANTED.items() if kind not in self.kinds]
 

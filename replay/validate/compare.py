@@ -131,6 +131,8 @@ def validate(recording: Path | Trace, policy: str = "", recorded_policy: str = "
     vms = [_vm(trace, vm, None if follows else parameters, kernel, cut) for vm in meta.vms]
     blind = shadow_driver.blind(meta) if follows else [kind for kind in unseen if kind in RESPONSES]
     notes = [*_notes(blind, vms), *_misbooked(trace, vms)]
+    if skipped := sum(meta.missed.values()):
+        notes.insert(0, f"the kernel skipped {skipped:,} runs of probes: events nobody saw, which may be what differs")
     report = ConformanceReport(path, meta.kernel, policy, vms, notes, policy_by)
     if not report.expected:
         whys = [why for vm in vms for why in (vm.skipped, vm.until) if why]

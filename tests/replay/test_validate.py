@@ -164,6 +164,12 @@ def test_after_a_loss_nothing_is_claimed(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not render(report).startswith("100 %:")
 
 
+def test_runs_of_probes_that_the_kernel_skipped_are_said_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = Trace.open(CORPUS / "smi-storm-6.1.parquet").metadata.raw
+    report = validate(altered(monkeypatch, raw={**raw, "missed": {"on_kvm_exit": 170, "on_kvm_entry": 5}}))
+    assert report.notes[0].startswith("the kernel skipped 175 runs of probes")
+
+
 def test_a_loss_that_nobody_can_date_leaves_nothing_to_validate(monkeypatch: pytest.MonkeyPatch) -> None:
     loss = {"root_put": {"emitted": {"0": 5}, "lost": {"0": 5}, "stored": {}}}
     with pytest.raises(Problem, match="events were lost"):

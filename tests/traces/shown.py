@@ -165,7 +165,12 @@ def triggers(made: Recording) -> dict[str, Any]:
                 asked = ["SREGS"]
             elif row.kind == "ioctl" and row.code & 0xFFFF == SET_CPUID2:
                 asked = ["CPUID"]
-            elif row.kind == "kvm_exit" and repeated and not made.vmx:
+            elif row.kind == "kvm_exit" and repeated and made.vmx:
+                # One exit for all control registers: which in bits 3:0, a MOV to it as 0 in bits 5:4.
+                register = {"CR0_WP": 0, "CR4_PGE": 4, "CR4": 4}.get(repeated)
+                wrote = row.code == 28 and row.value & 0x3F == register if register is not None else row.code == 32
+                asked = [repeated] if wrote else []
+            elif row.kind == "kvm_exit" and repeated:
                 codes = {"CR0_WP": vendor_cr0, "CR4_PGE": vendor_cr4, "CR4": vendor_cr4, "EFER": vendor_msr}[repeated]
                 asked = [repeated] if row.code in codes and (repeated != "EFER" or row.value & 1) else []
     # The guest's way from boot to the loop writes the same registers a few times for other reasons.
