@@ -90,7 +90,7 @@ def _kinds(events: str) -> tuple[str, frozenset[str]]:
         "kvmtrace record --duration 10 -o stall.parquet",
         "kvmtrace record --vm 4242 --events roots --duration 60",
         "kvmtrace record -o boot.parquet -- qemu-system-x86_64 -accel kvm ...",
-        "kvmtrace record --flight 30s -o /var/lib/kvmtrace",
+        "kvmtrace record --flight 30s -o /var/lib/kvmtrace \\\n  --trigger 'guest-share < 10% for 200ms'",
     ),
 )
 def record(
@@ -124,13 +124,21 @@ def record(
         str,
         typer.Option(
             help="Keep only the last so many seconds, such as 30s, and write them to the directory -o when asked for: "
-            "by `kvmtrace dump`, or SIGUSR2.",
+            "by `kvmtrace dump`, SIGUSR2, or a trigger.",
             show_default=False,
         ),
     ] = "",
     memory: Annotated[str, typer.Option(help="Of a flight: the most memory that these seconds may take.")] = "256M",
     after: Annotated[str, typer.Option(help="Of a flight: a dump goes on for so long after its moment.")] = "2s",
     disk: Annotated[str, typer.Option(help="Of a flight: the most that the dumps of triggers may take.")] = "4G",
+    trigger: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='Of a flight: make a dump when this begins, such as "guest-share < 10% for 200ms"; repeatable. '
+            "docs/always-on.md has them all.",
+            show_default=False,
+        ),
+    ] = None,
     group: Annotated[
         str, typer.Option(help="Of a flight: this group may ask for dumps, not only root.", show_default=False)
     ] = "",
@@ -163,7 +171,8 @@ def record(
     if flight:
         from tracer.flight.verb import fly_and_tell
 
-        fly_and_tell(options, out, flight, after, _size(memory), _size(disk), group, strict=strict, as_json=as_json)
+        kept = (flight, after, _size(memory), _size(disk))
+        fly_and_tell(options, out, kept, tuple(trigger or ()), group, strict=strict, as_json=as_json)
         return
     (outcome,) = make_recording(options)
     summary = outcome.summary

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from tracer.flight.keeper import SECOND, Bounds, FlightThread
 from tracer.flight.state import Checkpoint
+from tracer.flight.trigger_texts import FlightTriggers
 from tracer.order import HOLD_NANOSECONDS
 from tracer.program import COUNTERS
 from traces.record import RECORD
@@ -70,10 +72,14 @@ def emitted(*batches: Rows) -> Rows:
 class Flight:
     """A keeper without probes; what they would count is `counters`."""
 
-    def __init__(self, directory: Path, seconds: float = 30, memory: int = 64 << 20, after: float = 0) -> None:
+    def __init__(
+        self, directory: Path, seconds: float = 30, memory: int = 64 << 20, after: float = 0,
+        triggers: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         self.counters = np.zeros(CPUS, COUNTERS)
         bounds = Bounds(int(seconds * SECOND), int(after * SECOND), memory, 1 << 30)
-        self.thread = FlightThread(directory, bounds, checkpoint(0, 1, vm()), {}, self._progress)
+        asked = FlightTriggers(triggers, frozenset(BY_NAME))
+        self.thread = FlightThread(directory, bounds, checkpoint(0, 1, vm()), {}, self._progress, asked)
 
     def _progress(self) -> dict[str, Any]:
         return {"clock": {"name": "boottime", "samples": []}, "stats": {"end": {"all": {}}}, "missed": {},

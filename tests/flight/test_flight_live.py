@@ -80,3 +80,48 @@ def test_sigusr2_dumps_and_a_killed_flight_leaves_nothing_behind(tmp_path: Path)
     assert "no flight recorder runs here" in asked.stderr
     with flying(directory):
         assert len(list(directory.glob("*-manual.parquet"))) == 2
+
+
+@contextlib.contextmanager
+def watching(directory: Path, *triggers: str) -> Iterator[subprocess.Popen[str]]:
+    """A flight with triggers; what it says on standard error is there when it is over."""
+    with flying(directory, *(word for each in triggers for word in ("--trigger", each))) as flight:
+        yield flight
+        flight.send_signal(signal.SIGINT)
+        flight.wait(timeout=600)
+
+
+def test_a_vcpu_that_polls_mmio_triggers_while_it_goes_on_and_its_beginning_is_there(tmp_path: Path, vmm: str) -> None:
+    """Here a software KVM shows no entries: that a VM does nothing but come back to its VMM is what can be seen."""
+    directory = tmp_path / "d"
+    with watching(directory, "user-exits > 20/s for 500ms"):
+        guest = subprocess.Popen([vmm, "storm", "--loops", "1000000"], stdout=subprocess.DEVNULL)
+        try:
+            assert until(lambda: list(directory.glob("*-user-exits.parquet"))), "it must trigger"
+        finally:
+            guest.kill()
+            guest.wait()
+    dump = min(directory.glob("*-user-exits.parquet"))
+    trace = Trace.open(dump)
+    facts = trace.metadata.raw["flight"]
+    exits = pl.scan_parquet(dump).filter(pl.col("kind") == "kvm_userspace_exit", pl.col("tid") > 0).collect()
+    began = exits["time"].min()
+    assert facts["text"].startswith(f"process {guest.pid}: ")
+    assert isinstance(began, int)
+    assert facts["begins"] < began < facts["time"]
+    rate = exits.filter(pl.col("time") <= facts["time"], pl.col("time") > facts["time"] - 500_000_000)
+    assert len(rate) > 10, "it is so, by the rows themselves"
+    late = exits.sort("time")["time"][11] + 500_000_000
+    assert facts["time"] <= late + 500_000_000, "within twice its time after enough of it was there"
+    (vm,) = [vm for vm in trace.metadata.vms if vm["pid"] == guest.pid]
+    assert vm["origin"] == "created"
+
+
+def test_healthy_vms_trigger_nothing(tmp_path: Path, vmm: str) -> None:
+    directory = tmp_path / "d"
+    triggers = ("guest-share < 10% for 200ms", "roots > 100000/s for 1s", "errors > 0 for 1s", "same-gfn > 1000",
+                "zap > 5s", "user-exits > 1000000/s for 1s")  # fmt: skip
+    with watching(directory, *triggers):
+        for scenario in ("steady", "churn", "slot-delete", "mmio", "notifier", "dirty-log") * 3:
+            subprocess.run([vmm, scenario], check=True, stdout=subprocess.DEVNULL)
+    assert [path.name for path in directory.glob("*.parquet") if not path.name.endswith("manual.parquet")] == []

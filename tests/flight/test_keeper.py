@@ -15,6 +15,7 @@ from tracer.flight.quotas import Quota
 from traces.compact import compact
 from traces.errors import Problem
 from traces.reader import Trace
+from traces.schema import BY_NAME
 from traces.segments import SegmentReader
 
 MS = 10**6
@@ -194,3 +195,23 @@ def test_dumps_that_a_killed_recorder_left_become_traces_at_the_next_start(tmp_p
     Flight(tmp_path).close()
     assert len(times(left.with_suffix(".parquet"))) == 1000
     assert not left.exists()
+
+
+def test_a_trigger_dumps_with_what_it_found_and_once_while_it_lasts(tmp_path: Path) -> None:
+    flight = Flight(tmp_path, after=0.2, triggers=["same-gfn > 100"])
+    for number in range(10):
+        at = SECOND + number * 100 * MS
+        rows = entries(at, 100, MS)
+        if number >= 3:
+            rows["kind"], rows["w0"], rows["tgid"] = BY_NAME["kvm_page_fault"].code, 0x5000, 9
+        flight.give(rows, at + 100 * MS - 1)
+    (dump,) = flight.close()
+    facts = Trace.open(dump).metadata.raw["flight"]
+    assert facts["trigger"] == "same-gfn"
+    assert facts["text"].startswith("vCPU 0 of process 9: ")
+    assert facts["text"].endswith("faults at gfn 0x5")
+    assert facts["manual"] is False
+    assert facts["triggers"] == ["same-gfn > 100"]
+    assert max(times(dump)) <= facts["time"] + 200 * MS
+    assert min(times(dump)) == SECOND, "what was before it began is there"
+    assert dump.name.endswith("-same-gfn.parquet")

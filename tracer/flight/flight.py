@@ -23,6 +23,7 @@ from tracer.flight.dumps import TRACE
 from tracer.flight.keeper import Bounds, FlightThread, Request
 from tracer.flight.quotas import AUTOMATIC, MANUAL, Account, Made
 from tracer.flight.state import Checkpoint, Checkpoints
+from tracer.flight.trigger_texts import FlightTriggers
 from tracer.owner_names import OwnerNames
 from tracer.recorder import Options, Recorder, Stop, check
 from tracer.ring import default_ring_bytes, ring_count
@@ -31,7 +32,7 @@ from traces import interrupts
 from traces.errors import Problem
 from traces.progress import Progress
 
-_TICK_SECONDS = 0.05
+_TICK_SECONDS = 0.02
 _TIDY = 60 * 10**9  # ns between two looks at the probes' tables
 _CROWDED = 1 << 14  # threads in the probes' table, of which the dead ones then go
 _MOST_EARLIER = 1000  # dumps of earlier runs that are looked at
@@ -39,10 +40,11 @@ _MOST_EARLIER = 1000  # dumps of earlier runs that are looked at
 
 @dataclass(frozen=True)
 class FlightOptions:
-    """What to record (`record.out` is the dumps' directory), how much to keep, and the group that may ask for dumps."""
+    """What to record (`record.out` is the dumps' directory), how much to keep, and who asks for dumps."""
 
     record: Options
     bounds: Bounds
+    triggers: tuple[str, ...] = ()
     group: str = ""
 
 
@@ -68,6 +70,7 @@ class FlightRecorder(Recorder):
 
     def __init__(self, options: FlightOptions, probes: Probes, ring_bytes: int, stop: Stop) -> None:
         self._bounds = options.bounds
+        self._triggers = FlightTriggers(options.triggers, options.record.kinds)
         self._looking = threading.Lock()  # a checkpoint and a dump may look at the host at once
         self._tidied = 0
         super().__init__(options.record, probes, ring_bytes, stop)
@@ -77,7 +80,7 @@ class FlightRecorder(Recorder):
     def _open(self, manifest: dict[str, Any]) -> OrderedThread:
         first = self._state(host.clock_sample()["boot"], self.snapshot["vms"])
         progress = self._whole_progress
-        self.flight = FlightThread(self.options.out, self._bounds, first, manifest, progress)
+        self.flight = FlightThread(self.options.out, self._bounds, first, manifest, progress, self._triggers)
         return self.flight
 
     def _checkpoint(self) -> Checkpoint:
@@ -141,6 +144,7 @@ def _check(options: FlightOptions) -> None:
 
 def fly(options: FlightOptions) -> FlightOutcome:
     """Record until something ends it. Raises Problem; dumps that were being made are then left to the next flight."""
+    FlightTriggers(options.triggers, options.record.kinds)  # before anything is loaded
     _check(options)
     started, cpu = time.monotonic(), time.process_time()
     stop, cpus, record = Stop(), os.cpu_count() or 1, options.record

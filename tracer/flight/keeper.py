@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 
 from tracer.bpf import loss_table
+from tracer.flight.alarms import Alarm
 from tracer.flight.dumps import Dump, Dumps
 from tracer.flight.quotas import AUTOMATIC, MANUAL, Account, Made
 from tracer.flight.state import TRIES, Checkpoint, telling
+from tracer.flight.trigger_texts import FlightTriggers
 from tracer.flight.window import Epoch, FlightWindow, stored
 from tracer.program import COUNTERS, KIND_SLOTS
 from tracer.recorder import open_gaps
@@ -79,9 +81,13 @@ class FlightThread(OrderedThread):
     def __init__(
         self, directory: Path, bounds: Bounds, first: Checkpoint, manifest: dict[str, Any],
         progress: Callable[[], dict[str, Any]],
+        triggers: FlightTriggers,
     ) -> None:  # fmt: skip
-        """`first` is the state before the first row; `progress` gives what changes of the `manifest` by the time."""
-        self.bounds, self._manifest, self._progress = bounds, manifest, progress
+        """`first` is the state before the first row; `progress` gives what changes of the `manifest` by the time.
+
+        Alarms of `triggers` ask for dumps like anybody.
+        """
+        self.bounds, self._manifest, self._progress, self._triggers = bounds, manifest, progress, triggers
         self._cpus = len(first.counters)
         nothing = np.zeros((self._cpus, KIND_SLOTS), np.int64)
         epoch = Epoch(first.ended, first.vms, first, lost=nothing, missing=nothing)
@@ -146,6 +152,8 @@ class FlightThread(OrderedThread):
             self.window.trim(self._pushed_until)
             work()
         self._push(records)
+        self._hear(self._triggers.now(reached))
+        self._receive()
         self._want_checkpoint()
         self.window.trim(max(self._order.given_until, self._pushed_until))
 
@@ -153,6 +161,11 @@ class FlightThread(OrderedThread):
         if len(records):
             self._pushed_until = max(self._pushed_until, int(records["time"][-1]))
             self.window.push(records)
+            self._hear(self._triggers.see(records))
+
+    def _hear(self, alarms: list[Alarm]) -> None:
+        for alarm in alarms:
+            self.ask(Request(alarm.trigger, alarm.text, manual=False, severity=alarm.severity, at=self._pushed_until))
 
     def _due(self, reached: int) -> list[tuple[int, Callable[[], None]]]:
         due: list[tuple[int, Callable[[], None]]] = []
@@ -236,6 +249,7 @@ class FlightThread(OrderedThread):
             "flight": {
                 **request.document(),
                 "also": dict(Counter(each.text for each in pending.requests[1:]).most_common(_MOST_TEXTS)),
+                "triggers": list(self._triggers.expressions),
                 "seconds": self.bounds.nanoseconds / SECOND,
                 "after_seconds": self.bounds.after / SECOND,
                 "memory": self.bounds.memory,

@@ -20,10 +20,14 @@ _LEAST_MEMORY = 16 << 20
 
 
 def fly_and_tell(
-    options: Options, out: Path | None, flight: str, after: str, memory: int, disk: int, group: str, *,
+    options: Options, out: Path | None, kept: tuple[str, str, int, int], triggers: tuple[str, ...], group: str, *,
     strict: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Fly, tell what came of it, and leave with 1 where events are missing, or lost though `strict`."""
+    """Fly, tell what came of it, and leave with 1 where events are missing, or lost though `strict`.
+
+    `kept` are --flight and --after as given, and bytes of --memory and --disk.
+    """
+    flight, after, memory, disk = kept
     if out is None:
         raise Problem("--flight: say which directory takes the dumps, with -o")
     if options.max_events is not None or options.max_size is not None:
@@ -31,7 +35,7 @@ def fly_and_tell(
     if memory < _LEAST_MEMORY:
         raise Problem("--memory: a flight needs 16M at least")
     bounds = Bounds(_span(flight, "--flight", 1), _span(after, "--after", 0), memory, disk)
-    outcome = fly(FlightOptions(replace(options, out=out.absolute()), bounds, group))
+    outcome = fly(FlightOptions(replace(options, out=out.absolute()), bounds, triggers, group))
     if as_json:
         print_json({
             "directory": str(out), "dumps": [str(path) for path in outcome.dumps], "refused": outcome.refused,
