@@ -17,6 +17,7 @@ COMPILED = (
     "replay/decode/specialize.py",
     "replay/timing/lock_waits.py",
     "replay/timing/steal.py",
+    "traces/imports/scan.py",
 )
 EXTENSIONS = [
     Extension(path.removesuffix(".py").replace("/", "."), [path], extra_compile_args=FLAGS, optional=True)

@@ -64,4 +64,6 @@ def _kind(recording: Recording) -> str:
     raw = recording.metadata.raw
     if raw.get("origin") == "synthetic":
         return "a synthetic trace"
+    if raw.get("origin") == "imported":
+        return "an imported trace"
     return "the lab's emulation" if raw.get("lab") else "a host"

@@ -9,6 +9,7 @@ from typing import Final
 from analysis.sources import Recording, Result
 from analysis.validation import Validated
 from replay.own_policy import Agreement
+from traces import source_notes
 from traces.durations import duration
 from traces.metadata import Metadata
 from traces.text import some, vms_text
@@ -31,6 +32,7 @@ def trust(
         yield from made_on(recording.metadata)
         yield "events", _events(recording.metadata)
         yield "coverage", _coverage(recording)
+        yield from (("source", line) for line in source_notes.notes(recording.metadata.raw))
     elif result is not None:
         yield "kernel", result.kernel or "unknown"
         yield "events", f"{result.trace_events:,}"
@@ -80,6 +82,8 @@ def _host(meta: Metadata) -> str:
     host = object_at(meta.raw, "host")
     if meta.raw.get("origin") == "synthetic":
         return "synthetic: nobody recorded it"
+    if source_notes.imported(meta.raw):
+        return source_notes.origin(meta.raw)
     cpus = host.get("cpus")
     parts = [
         text_at(host, "name") or "name not recorded",

@@ -124,7 +124,7 @@ def test_a_name_that_is_not_utf_8_is_one_line(verb: Verb, files: Files, tmp_path
     odd = tmp_path / os.fsdecode(b"odd-\xff.parquet")
     shutil.copy(files.trace, odd)
     before = sorted(tmp_path.iterdir())
-    given = Files(odd, odd, odd)
+    given = Files(odd, odd, odd, odd)
     words = verb.words(given, odd.with_suffix(".out"))
     if os.fspath(odd) not in words and verb.kind is None:
         words.append(os.fspath(odd))  # what takes no file takes no such word either

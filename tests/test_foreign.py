@@ -162,7 +162,7 @@ READERS = [verb for verb in (*WRITERS, *TALKERS) if verb.input in ("trace", "res
 @pytest.mark.parametrize("verb", READERS, ids=lambda verb: f"{verb.name}-{'file' if verb.kind else 'stdout'}")
 def test_every_verb_that_reads_names_it(verb: Verb, files: Files, tmp_path: Path) -> None:
     (tmp_path / "trace.dat").write_bytes(b"\x17\x08Dtracing6\0\0\x08" + bytes(100))
-    given = Files(tmp_path / "trace.dat", tmp_path / "trace.dat", files.kvmt)
+    given = Files(tmp_path / "trace.dat", tmp_path / "trace.dat", files.kvmt, files.text)
     with pytest.raises(Problem, match=r"^[^\n]*trace\.dat: [^\n]*trace-cmd's trace\.dat[^\n]*$") as caught:
         invoke(verb.words(given, tmp_path / "out"))
     assert caught.value.code == BAD_INPUT

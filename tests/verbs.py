@@ -32,13 +32,13 @@ class Verb:
 
     def words(self, files: Files, out: Path | None = None) -> list[str]:
         """Its arguments."""
-        values = {"trace": files.trace, "result": files.result, "kvmt": files.kvmt, "out": out}
+        values = {"trace": files.trace, "result": files.result, "kvmt": files.kvmt, "text": files.text, "out": out}
         return [word.format(**values) for word in self.line.split()]
 
     @property
     def input(self) -> str:
         """The field of `Files` that it reads; empty for none."""
-        return next((name for name in ("trace", "result", "kvmt") if f"{{{name}}}" in self.line), "")
+        return next((name for name in ("trace", "result", "kvmt", "text") if f"{{{name}}}" in self.line), "")
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Files:
     trace: Path
     result: Path
     kvmt: Path
+    text: Path
 
 
 _REPORT = "report {trace} --no-replay --format"
@@ -73,6 +74,7 @@ WRITERS = [
     Verb("export-result-perfetto", "export {result} --perfetto -o {out}", outputs.TIMELINE),
     Verb("synth", "synth {out} --duration 0.02", outputs.SYNTHETIC),
     Verb("recover", "recover {kvmt} -o {out}", outputs.RECORDING),
+    Verb("import", "import {text} -o {out}", outputs.IMPORTED),
 ]
 # Those that answer on standard output.
 TALKERS = [
@@ -132,4 +134,6 @@ def make_files(directory: Path) -> Files:
     done = kvmtrace(["replay", os.fspath(trace), "-o", os.fspath(result)])
     assert done.returncode == 0, done.stderr
     write(kvmt, numbered(50))
-    return Files(trace, result, kvmt)
+    text = directory / "trace_pipe.txt"
+    text.write_text(" CPU 0/KVM-7 [000] ..... 1.000000: kvm_entry: vcpu 0, rip 0xfff0\n" * 50)
+    return Files(trace, result, kvmt, text)

@@ -13,7 +13,9 @@ from traces.errors import Problem
 
 _HEAD: Final = 1 << 16  # bytes looked at
 _RECORD: Final = "`kvmtrace record` makes traces"
-_NO_IMPORTER: Final = f"nothing here imports it yet; {_RECORD}"
+_IMPORT: Final = "`kvmtrace import` makes a trace of it"
+_AS_IT_IS: Final = "of a text `kvmtrace import` takes it as it is"
+_TOOL: Final = "nothing here imports it yet: import what `{}` prints of it"
 _OURS: Final = "give the recording, or the result, that it was made of"
 
 # A line of ftrace: task-pid, [cpu], perhaps flags, time, event; in mails behind a `>`. perf puts blanks and the system.
@@ -27,25 +29,25 @@ _PERF: Final = _TASK + rb"[ \t]\d{1,9}(/\d{1,9})?[ \t]{1,9}\[\d{2,4}\][ \t]{1,9}
 _KNOWN: Final = [
     (re.compile(pattern, flags), what, advice)
     for pattern, flags, what, advice in (
-        (rb"\A\x17\x08Dtracing6\0", 0, "trace-cmd's trace.dat, version 6", _NO_IMPORTER),
-        (rb"\A\x17\x08Dtracing7\0", 0, "trace-cmd's trace.dat, version 7", _NO_IMPORTER),
-        (rb"\A\x17\x08Dtracing", 0, "trace-cmd's trace.dat", _NO_IMPORTER),
-        (rb"\A(?:PERFILE2|2ELIFREP|PERFFILE)", 0, "perf's perf.data", _NO_IMPORTER),
-        (rb"\A\x1f\x8b", 0, "compressed by gzip", "unpack it with gunzip"),
-        (rb"\A\xfd7zXZ\0", 0, "compressed by xz", "unpack it with unxz"),
-        (rb"\A\x28\xb5\x2f\xfd", 0, "compressed by zstd", "unpack it with unzstd"),
-        (rb"\ABZh[1-9]", 0, "compressed by bzip2", "unpack it with bunzip2"),
+        (rb"\A\x17\x08Dtracing6\0", 0, "trace-cmd's trace.dat, version 6", _TOOL.format("trace-cmd report -R")),
+        (rb"\A\x17\x08Dtracing7\0", 0, "trace-cmd's trace.dat, version 7", _TOOL.format("trace-cmd report -R")),
+        (rb"\A\x17\x08Dtracing", 0, "trace-cmd's trace.dat", _TOOL.format("trace-cmd report -R")),
+        (rb"\A(?:PERFILE2|2ELIFREP|PERFFILE)", 0, "perf's perf.data", _TOOL.format("perf script")),
+        (rb"\A\x1f\x8b", 0, "compressed by gzip", f"unpack it with gunzip; {_AS_IT_IS}"),
+        (rb"\A\xfd7zXZ\0", 0, "compressed by xz", f"unpack it with unxz; {_AS_IT_IS}"),
+        (rb"\A\x28\xb5\x2f\xfd", 0, "compressed by zstd", f"unpack it with unzstd; {_AS_IT_IS}"),
+        (rb"\ABZh[1-9]", 0, "compressed by bzip2", f"unpack it with bunzip2; {_AS_IT_IS}"),
         (rb"\A\x04\x22\x4d\x18", 0, "compressed by lz4", "unpack it with unlz4"),
         (rb"\APK\x03\x04", 0, "a zip archive", "unpack it with unzip"),
         (rb"\A.{257}ustar", re.S, "a tar archive", "unpack it with tar -x"),
         (rb"\A\x7fELF", 0, "an ELF file, such as a program or a core dump", _RECORD),
         (rb"\AARROW1|\A\xff\xff\xff\xff.{4}\x10\0\0\0", re.S, "an Arrow file", _RECORD),
         *((kind.mark.pattern, kind.mark.flags, kind.name, _OURS) for kind in outputs.MARKED if kind.mark),
-        (rb"^# tracer: \w+", re.M, "the text of ftrace's trace or trace_pipe", _NO_IMPORTER),
-        (rb"\A(version = \d+\n)?(CPU \d+ is empty\n)*cpus=\d+$", re.M, "the text of trace-cmd report", _NO_IMPORTER),
-        (_FTRACE, re.M, "the text of ftrace's trace_pipe or of trace-cmd report", _NO_IMPORTER),
-        (_PERF, re.M, "the text of perf script", _NO_IMPORTER),
-        (rb"^ {0,12}\d+\.\d{3} \(.{0,16}\): .{1,40}/\d{1,9} \w+:\w+\(", re.M, "the text of perf trace", _NO_IMPORTER),
+        (rb"^# tracer: \w+", re.M, "the text of ftrace's trace or trace_pipe", _IMPORT),
+        (rb"\A(version = \d+\n)?(CPU \d+ is empty\n)*cpus=\d+$", re.M, "the text of trace-cmd report", _IMPORT),
+        (_FTRACE, re.M, "the text of ftrace's trace_pipe or of trace-cmd report", _IMPORT),
+        (_PERF, re.M, "the text of perf script", _IMPORT),
+        (rb"^ {0,12}\d+\.\d{3} \(.{0,16}\): .{1,40}/\d{1,9} \w+:\w+\(", re.M, "the text of perf trace", _IMPORT),
         (rb"\A(?:\xef\xbb\xbf)?\s{0,99}[\[{]", 0, "JSON", _RECORD),
         (rb"\A(?:\xef\xbb\xbf)?\s{0,99}<", 0, "HTML or XML", _RECORD),
     )
@@ -94,6 +96,11 @@ def of_no_directory(path: Path) -> str:
         head = file.read(_HEAD)
     if head.startswith(PARQUET_MAGIC):
         return f"a whole file: `kvmtrace info {path}` takes it as it is"
+    return _named(path, head)
+
+
+def named(path: Path, head: bytes) -> str:
+    """What a file is by its first bytes, and what to do with it."""
     return _named(path, head)
 
 

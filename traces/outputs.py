@@ -40,6 +40,7 @@ class FileKind:
 
 RECORDING: Final = FileKind("a recording")
 SYNTHETIC: Final = FileKind("a synthetic trace")
+IMPORTED: Final = FileKind("an imported trace")
 RESULT: Final = FileKind("the result of a replay")
 TIMELINE: Final = FileKind("a timeline for Perfetto", re.compile(rb"\A\n.{1,2}P\x01[bh]", re.S))
 PAGE: Final = FileKind(
@@ -222,7 +223,8 @@ def kind_of_parquet(file: Path) -> FileKind:
         document = json.loads(pairs[TRACE_KEY])
     except (pa.ArrowException, OSError, ValueError, RecursionError, MemoryError):
         return RECORDING
-    return SYNTHETIC if isinstance(document, dict) and document.get("origin") == "synthetic" else RECORDING
+    origin = document.get("origin") if isinstance(document, dict) else None
+    return SYNTHETIC if origin == "synthetic" else IMPORTED if origin == "imported" else RECORDING
 
 
 def _same(one: Path, other: Path) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, Final
 from rich.table import Table
 from rich.text import Text
 
+from traces import source_notes
 from traces.metadata import Metadata
 from traces.reader import Trace
 from traces.screen import page, text_of
@@ -51,6 +52,7 @@ def info(path: Path) -> dict[str, Any]:
         "host": meta.raw.get("host", {}),
         "recorder": meta.raw.get("recorder", ""),
         "preset": meta.raw.get("preset", ""),
+        "source": source_notes.notes(meta.raw),
         "command": meta.raw.get("command", []),
         "flight": object_at(meta.raw, "flight"),
         "kinds": dict(sorted(meta.kinds.items(), key=lambda item: -item[1])),
@@ -105,7 +107,8 @@ def _head(facts: dict[str, Any]) -> Table:
     host = facts["host"] if isinstance(facts["host"], dict) else {}
     rows = {
         "trace": f"{facts['path']} (format {facts['format']}, {facts['size']:,} bytes{each})",
-        "recorded": f"{facts['began']} to {facts['ended']}, {facts['duration'] / 1e9:.3f} s, "
+        "recorded": (f"{facts['began']} to {facts['ended']}" if facts["began"] else "no wall clock")
+        + f", {facts['duration'] / 1e9:.3f} s, "
         f"preset {facts['preset'] or 'unknown'}",
         "kernel": f"{facts['kernel'] or 'unknown'}  {host.get('model', '')}",
         "policy": facts["policy_text"],
@@ -122,6 +125,8 @@ def _head(facts: dict[str, Any]) -> Table:
     for probe, runs in list(facts["missed"].items())[:5]:
         text = f"the kernel skipped {probe} {runs:,} times: these events were never seen"
         table.add_row(Text("unseen", style="bold red"), Text(printable(text)))
+    for line in facts["source"]:
+        table.add_row(Text("source", style="bold"), Text(line))
     for line in facts["discrepancies"][:5]:
         table.add_row(Text("incomplete", style="bold red"), Text(printable(line)))
     return table

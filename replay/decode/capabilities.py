@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any, Final
 
 from replay.decode.suspends import Suspend, suspends
-from traces import kernels
+from traces import kernels, source_notes
 from traces.errors import Problem
 from traces.kernels import roles
 from traces.kernels.policies import POLICIES
@@ -59,10 +59,11 @@ class Capabilities:
         known = {str(probe.get("kind")) for probe in meta.probes if probe.get("how") != "none"}
         self.kinds = frozenset(known | {kind for kind, rows in meta.kinds.items() if rows})
         lacking = [what for kind, what in _NEEDED.items() if kind not in self.kinds]
-        if not self.kinds & set(_LOADS):
+        if not any(kind in self.kinds and not source_notes.lacks(meta.probes, kind, "root") for kind in _LOADS):
             lacking.append("loads of roots")
         if lacking:
-            raise Problem(f"{path}: {', '.join(lacking)} are not recorded (--events mmu has them): nothing to replay")
+            where = "in its source" if source_notes.imported(meta.raw) else "recorded (--events mmu has them)"
+            raise Problem(f"{path}: {', '.join(lacking)} are not {where}: nothing to replay")
         if not any(meta.kinds.get(kind) for kind in _SEEN):
             raise Problem(
                 f"{path}: no entry into a guest, no fault and no load of a root is in it (this kernel shows none of "
@@ -115,7 +116,7 @@ class Capabilities:
 
     def _missing(self, trace: Trace) -> list[str]:
         meta = trace.metadata
-        lines = [line for line in meta.discrepancies if line]
+        lines = [*source_notes.notes(meta.raw), *(line for line in meta.discrepancies if line)]
         if meta.lost:
             lines.append(f"{meta.lost:,} events were lost in {meta.gap_count:,} gaps")
         if not meta.complete and not lines:

@@ -53,3 +53,8 @@ def exit_name(vendor: Vendor, code: int) -> str:
         failed = "FAILED_VMENTRY_" if code & 1 << 31 else ""
         return failed + _VMX.get(code & 0xFFFF, f"{code & 0xFFFF:#x}")
     return "ERR" if code in (_INVALID, _INVALID >> 32) else _SVM.get(code, f"{code:#x}")
+
+
+def codes(vendor: Vendor) -> tuple[int, ...]:
+    """The exits that have a name."""
+    return tuple(_VMX if vendor is VMX else _SVM)

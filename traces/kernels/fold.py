@@ -84,9 +84,8 @@ def release_of(raw: Mapping[str, Any]) -> str:
     exact = re.search(r"Debian (\d{1,4}\.\d{1,4}\.\d{1,5})", text_at(host, "build"))
     match = re.match(r"\d{1,4}\.\d{1,4}(\.\d{1,5})?", release)
     if exact is None and match is None:
-        raise Problem(
-            f"the trace does not say which kernel it is of ({release or 'no release'}): it cannot be replayed"
-        )
+        hint = "import it with --kernel" if raw.get("origin") == "imported" else "it cannot be replayed"
+        raise Problem(f"the trace does not say which kernel it is of ({release or 'no release'}): {hint}")
     return exact[1] if exact else release
 
 

@@ -1,0 +1,1 @@
+"""Traces of what others recorded: the text of ftrace, trace-cmd and perf, in files, excerpts and mails."""

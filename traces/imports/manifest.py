@@ -1,0 +1,177 @@
+"""What an imported trace says of itself: where it came from, what its source cannot show, and what was inferred."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from traces.imports.opening import STANDARD_INPUT, Opened
+from traces.imports.scan import Scanner
+from traces.imports.thread_vms import Assigned, Machine
+from traces.imports.told import ToldOfText
+from traces.kernels import Kernel
+from traces.kernels.printed import PLUGIN, Form, shown_kinds
+from traces.schema import KINDS
+from traces.text import count, printable
+
+_MOST_NAMES: Final = 100
+_NEVER: Final = "no tracepoint shows it"
+_NOT_THERE: Final = "not in the text"
+_LINE: Final = 200
+
+
+@dataclass(frozen=True)
+class Said:
+    """All that is known of a source when it has been read."""
+
+    opened: Opened
+    scanner: Scanner
+    order: tuple[Form, ...]
+    assigned: Assigned
+    options: ToldOfText
+    kernel: Kernel | None
+    vendor: str  # vendor_id; empty: no exit tells
+    roots: bool  # roots were inferred
+
+    @property
+    def others(self) -> dict[str, int]:
+        """Events that a trace has no kind for, by name: not kept, for without their fields a row would say nothing."""
+        names = sorted(self.scanner.others().items(), key=lambda item: -item[1])
+        return dict(names[:_MOST_NAMES])
+
+    @property
+    def text_kinds(self) -> frozenset[str]:
+        """The kinds that came as text, not as fields."""
+        used = self.scanner.forms
+        return frozenset(form.kind for form, rows in zip(self.order, used.tolist(), strict=True) if rows)
+
+    @property
+    def printed_since(self) -> tuple[int, int]:
+        """The version from which on kernels print the newest of the forms that are there; (0, 0): nothing tells."""
+        rows = zip(self.order, self.scanner.forms.tolist(), strict=True)
+        return max((form.since for form, count in rows if count and form.since != PLUGIN), default=PLUGIN)
+
+    @property
+    def first_odd(self) -> str:
+        return printable(self.scanner.first_odd.decode(errors="replace"))[:_LINE]
+
+    def remarks(self) -> list[str]:
+        """What a user should know of it, one line each."""
+        scanner, lines = self.scanner, []
+        if scanner.odd:
+            lines.append(f"{count(scanner.odd, 'line')} not understood, the first: {self.first_odd}")
+        if self.others:
+            shown = ", ".join(f"{printable(name)} {rows:,}" for name, rows in list(self.others.items())[:3])
+            lines.append(f"{sum(self.others.values()):,} events of kinds that a trace does not have, not kept: {shown}")
+        if scanner.lost or scanner.uncounted:
+            more = f", and {scanner.uncounted:,} losses without a number" if scanner.uncounted else ""
+            lines.append(f"{scanner.lost:,} events were lost, as the text says{more}")
+        if scanner.backwards:
+            lines.append(f"times go back {scanner.backwards:,} times: rows stand in the text's order")
+        if scanner.ticks:
+            lines.append("times are a clock's ticks, not nanoseconds: spans of time mean nothing")
+        if scanner.bare:
+            lines.append(f"{scanner.bare:,} lines have neither task nor time: they have the time of the line before")
+        if scanner.relative:
+            lines.append("times are since the recording began")
+        if self.opened.cut:
+            lines.append(self.opened.cut)
+        if self.kernel is None:
+            since = self.printed_since
+            like = f" (its lines are as {since[0]}.{since[1]} or later prints them)" if since != PLUGIN else ""
+            lines.append(f"the kernel is not in the text{like}: for replay, import it with --kernel")
+        return lines
+
+
+def manifest(said: Said, machines: Sequence[Machine], kinds: Mapping[str, int]) -> dict[str, Any]:
+    """The manifest that compaction takes over."""
+    kernel, options = said.kernel, said.options
+    release = options.kernel
+    made: dict[str, Any] = {
+        "origin": "imported",
+        "source": _source(said),
+        "recorder": "none: made by kvmtrace import",
+        "command": ["kvmtrace", "import"],
+        "preset": "imported",
+        "host": {"kernel": release, "machine": "x86_64", "vendor": said.vendor},
+        "probes": _probes(said, kinds),
+        "clock": {"name": "unknown", "samples": []},
+        "missed": {},
+        "threads": {str(tid): {"comm": comm} for tid, comm in said.assigned.comms.items()},
+        "snapshot": {"vms": [_vm(number + 1, machine, options) for number, machine in enumerate(machines)]},
+    }
+    if kernel is not None:
+        made["policy"] = {"name": kernel.policy, "why": f"what {kernel.name} has, the kernel that --kernel named"}
+        made["layout"] = {
+            "role": {name: list(place) for name, place in kernel.layout.shifts.items()},
+            "spte": kernel.spte.to_dict(),
+            "source": release,
+            "missing": [],
+            "table_is_physical": True,
+        }
+    return made
+
+
+def _source(said: Said) -> dict[str, Any]:
+    path, scanner = said.opened.path, said.scanner
+    inferred = list(said.assigned.inferred)
+    if said.roots:
+        inferred.append("roots: by order of the tables made at their level; each has a number in place of its frame")
+        inferred.append("roles: by what the text says, in SMM by the transitions before")
+    if said.options.kernel:
+        inferred.append(f"kernel: {said.options.kernel}, as told")
+    cannot = ["which VM", "ioctls", "what is lost but for what it says"]
+    cannot += [] if said.roots else ["roots"]
+    cannot += [] if said.options.slots else ["memslots"]
+    return {
+        "kind": "text",
+        "path": "standard input" if path == STANDARD_INPUT else str(path),
+        "undone": said.opened.how,
+        "lines": scanner.lines,
+        "joined": scanner.joined,
+        "as_fields": scanner.raw,
+        "others": said.others,
+        "odd": scanner.odd,
+        "first_odd": said.first_odd,
+        "printed_since": list(said.printed_since),
+        "cannot_show": cannot,
+        "inferred": inferred,
+        "remarks": said.remarks(),
+    }
+
+
+def _probes(said: Said, kinds: Mapping[str, int]) -> list[dict[str, Any]]:
+    """What is there was watched; of what is not, a text does not tell whether it was. `lacks`: columns not known."""
+    probes = []
+    shown = shown_kinds()
+    for kind in KINDS:
+        if kind.name == "gap":
+            continue
+        probe: dict[str, Any] = {"kind": kind.name, "point": kind.name, "how": "none", "why": _NEVER}
+        if kinds.get(kind.name):
+            lacks = [] if said.roots else [name for name in ("root",) if name in kind.columns]
+            if kind.name in said.text_kinds and "role" in kind.columns and said.kernel is None:
+                lacks.append("role")
+            if kind.name == "kvm_page_fault":
+                lacks.append("role")
+            if kind.name == "fast_page_fault" and said.kernel is None:
+                lacks.append("ret")
+            probe |= {"how": "imported", "why": "", "lacks": lacks}
+        elif kind.name in shown:
+            probe["why"] = _NOT_THERE
+        probes.append(probe)
+    return probes
+
+
+def _vm(number: int, machine: Machine, options: ToldOfText) -> dict[str, Any]:
+    slots = [slot for slot in options.slots if slot.vm in ("", machine.name)]
+    return {
+        "kvm": number,
+        "tgid": machine.tgid,
+        "comm": machine.comm,
+        **({"name": machine.name} if machine.name else {}),
+        "vcpus": [{"id": thread.vcpu, "tid": thread.tid} for thread in machine.threads if thread.vcpu is not None],
+        "slots": [slot.to_dict(index) for index, slot in enumerate(slots)],
+        "roots": [],
+    }

@@ -1,0 +1,203 @@
+"""A file, or standard input, as pieces of text: unpacked, and what mailers did to it undone. One piece is held."""
+
+from __future__ import annotations
+
+import binascii
+import bz2
+import gzip
+import io
+import lzma
+import re
+import stat
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, Final
+
+import pyarrow as pa
+
+from traces import foreign
+from traces.errors import Problem
+
+STANDARD_INPUT: Final = Path("-")
+_PIECE: Final = 1 << 20
+_HEAD: Final = 1 << 16
+_NESTED: Final = 3  # compressed in compressed
+_BINARY: Final = (b"\x17\x08D", b"PERFILE2", b"2ELIFREP", b"PERFFILE")
+_DAMAGED: Final = (EOFError, OSError, zlib.error, lzma.LZMAError, pa.ArrowException, ValueError)
+
+# What quoted-printable says of itself, or an equals sign or a blank as it has them, or two full lines with soft breaks;
+# and what it never has.
+_QUOTED: Final = re.compile(
+    rb"^content-transfer-encoding: *quoted-printable|=3D|=20\r?\n|(?:^.{72,75}=\r?\n.{0,80}){2}", re.I | re.M
+)
+_NOT_QUOTED: Final = re.compile(rb"=(?![0-9A-F]{2}|\r?\n)")
+_HTML: Final = re.compile(rb"&(?:gt|lt|amp|nbsp|quot|#\d+);")
+_ENTITIES: Final = (
+    (b"&gt;", b">"), (b"&lt;", b"<"), (b"&nbsp;", b" "), (b"&quot;", b'"'), (b"&#39;", b"'"), (b"&#160;", b" "),
+    (b"&#62;", b">"), (b"&#60;", b"<"), (b"<br>", b"\n"), (b"<br/>", b"\n"), (b"<br />", b"\n"), (b"<pre>", b"\n"),
+    (b"</pre>", b"\n"), (b"&amp;", b"&"),
+)  # fmt: skip
+
+
+class Opened:
+    """What is read: iterate `pieces` once. `cut` says afterwards why it ended early, if so; `how` what was undone."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.cut = ""
+        self.how: list[str] = []
+        self._file: Any = _open(path)
+        for _ in range(_NESTED):
+            self.head = self._peek()
+            unpacked = self._unpack()
+            if unpacked is None:
+                break
+            self._file = unpacked
+        else:
+            raise Problem(f"{path}: compressed more than {_NESTED - 1} times: unpack it")
+
+    @property
+    def binary(self) -> bool:
+        """Whether it is the data of trace-cmd or perf, not text."""
+        return self.head.startswith(_BINARY)
+
+    def check_text(self) -> None:
+        """Raise a Problem where it is plainly no text."""
+        utf16 = self.head.startswith((b"\xff\xfe", b"\xfe\xff"))
+        if not self.head or (b"\0" in self.head and not utf16):
+            raise Problem(f"{self.path}: nothing to import, but {foreign.named(self.path, self.head)}")
+
+    def pieces(self) -> Iterator[bytes]:
+        """The text. Pieces end anywhere."""
+        if self.head.startswith((b"\xff\xfe", b"\xfe\xff")):
+            self.how.append("UTF-16")
+            return self._decoded()
+        if _QUOTED.search(self.head) and not _NOT_QUOTED.search(self.head):
+            self.how.append("quoted-printable")
+            return self._unquoted()
+        if _HTML.search(self.head):
+            self.how.append("HTML")
+            return self._plain(self._lines())
+        return self._plain(self.raw())
+
+    def raw(self) -> Iterator[bytes]:
+        """What is in the file, unpacked."""
+        try:
+            while piece := self._file.read(_PIECE):
+                yield piece
+        except _DAMAGED as error:
+            self.cut = f"it ends in the middle: {(str(error).splitlines() or [type(error).__name__])[0]}"
+
+    def close(self) -> None:
+        """Done with it."""
+        if self.path != STANDARD_INPUT:
+            self._file.close()
+
+    def _peek(self) -> bytes:
+        try:
+            head = bytes(self._file.read(_HEAD))
+        except _DAMAGED as error:
+            raise Problem(f"{self.path}: damaged: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
+        self._file = _Rest(head, self._file)
+        return head
+
+    def _unpack(self) -> Any:
+        rest: Any = self._file
+        if self.head.startswith(b"\x1f\x8b"):
+            self.how.append("gzip")
+            return gzip.GzipFile(fileobj=rest, mode="rb")
+        if self.head.startswith(b"\xfd7zXZ\0"):
+            self.how.append("xz")
+            return lzma.LZMAFile(rest)
+        if self.head.startswith(b"\x28\xb5\x2f\xfd"):
+            self.how.append("zstd")
+            return pa.CompressedInputStream(pa.PythonFile(rest, mode="r"), "zstd")
+        if re.match(rb"BZh[1-9]", self.head):
+            self.how.append("bzip2")
+            return bz2.BZ2File(rest)
+        return None
+
+    def _lines(self) -> Iterator[bytes]:
+        """Pieces that end with a line's end."""
+        left = b""
+        for piece in self.raw():
+            whole, end, left_over = (left + piece).rpartition(b"\n")
+            left = left_over
+            if end:
+                yield whole + end
+            elif len(left) > _PIECE:
+                yield left
+                left = b""
+        yield left
+
+    def _unquoted(self) -> Iterator[bytes]:
+        held = b""
+        for piece in self._lines():
+            held += piece
+            if held.endswith((b"=\n", b"=\r\n")) and len(held) < 4 * _PIECE:
+                continue  # a soft break: the line goes on
+            yield from self._plain([binascii.a2b_qp(held)])
+            held = b""
+        yield from self._plain([binascii.a2b_qp(held)])
+
+    def _plain(self, pieces: Any) -> Iterator[bytes]:
+        html = bool(_HTML.search(self.head))
+        if html and "HTML" not in self.how:
+            self.how.append("HTML")
+        for piece in pieces:
+            if html:
+                for entity, plain in _ENTITIES:
+                    piece = piece.replace(entity, plain)
+            if b"\xc2\xa0" in piece:
+                piece = piece.replace(b"\xc2\xa0", b" ")
+            yield piece
+
+    def _decoded(self) -> Iterator[bytes]:
+        import codecs
+
+        decoder = codecs.getincrementaldecoder("utf-16")("replace")
+        for piece in self.raw():
+            yield decoder.decode(piece).encode()
+
+
+class _Rest(io.RawIOBase):
+    """What was looked at, and then the rest."""
+
+    def __init__(self, head: bytes, file: IO[bytes]) -> None:
+        self._head, self._file = head, file
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        if self._head:
+            taken = self._head if size < 0 else self._head[:size]
+            self._head = self._head[len(taken) :]
+            return taken if size >= 0 else taken + self._file.read()
+        return self._file.read(size) or b""
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed and self._file is not sys.stdin.buffer:
+            self._file.close()
+        super().close()
+
+
+def _open(path: Path) -> IO[bytes]:
+    if path == STANDARD_INPUT:
+        return sys.stdin.buffer
+    try:
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise Problem(f"{path}: nothing to import, but a directory: give a file")
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+            raise Problem(f"{path}: nothing to import (not a file): give - and send it to standard input")
+        return path.open("rb")
+    except OSError as error:
+        raise Problem(f"{path}: {error.strerror}") from None

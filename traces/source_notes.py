@@ -1,0 +1,46 @@
+"""What an imported trace says of its source, in lines for people: empty for a recording of kvmtrace's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from traces.text import printable
+from traces.untrusted import object_at, text_at
+
+_MOST: Final = 20
+_LONGEST: Final = 400
+
+
+def imported(raw: Mapping[str, Any]) -> bool:
+    """Whether somebody else's tool recorded it."""
+    return raw.get("origin") == "imported"
+
+
+def origin(raw: Mapping[str, Any]) -> str:
+    """`imported from the text trace.txt`."""
+    source = object_at(raw, "source")
+    return f"imported from the {printable(text_at(source, 'kind') or 'file')} {printable(text_at(source, 'path'))}"
+
+
+def notes(raw: Mapping[str, Any]) -> list[str]:
+    """What its source cannot show, what was inferred, and what else is to be known of it."""
+    if not imported(raw):
+        return []
+    source = object_at(raw, "source")
+    cannot = ", ".join(_lines(source, "cannot_show"))
+    lines = [f"{origin(raw)}, which does not show: {cannot}" if cannot else origin(raw)]
+    lines += [f"inferred: {line}" for line in _lines(source, "inferred")]
+    return lines + _lines(source, "remarks")
+
+
+def lacks(probes: tuple[Mapping[str, Any], ...], kind: str, column: str) -> bool:
+    """Whether a source shows rows of a kind without that column."""
+    columns = next((probe.get("lacks") for probe in probes if probe.get("kind") == kind), None)
+    return isinstance(columns, list) and column in columns
+
+
+def _lines(source: Mapping[str, Any], key: str) -> list[str]:
+    found = source.get(key)
+    lines = found if isinstance(found, list) else []
+    return [printable(line)[:_LONGEST] for line in lines[:_MOST] if isinstance(line, str)]
