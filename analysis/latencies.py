@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from analysis.rip_runs import kind_codes
+from analysis.rows import KIND, VCPU
 from replay.decode.lasting import LEADING, Lasting
 from traces.schema import BY_NAME
 
@@ -44,8 +44,9 @@ class Latencies:
 
     @property
     def columns(self) -> frozenset[str]:
-        more = {"seq", "tid"} if self.calls else {"ret"} if self.failing else set()
-        return frozenset({"time", "vcpu", "kind", "code"} | more)
+        if self.calls:
+            return frozenset({"seq", "time", "tid", "kind", KIND, "code"})
+        return frozenset({"time", VCPU, KIND, "code", *(["ret"] if self.failing else [])})
 
     def begin(self) -> _Following | _Calls:
         return (_Calls if self.calls else _Following)(self)
@@ -70,11 +71,10 @@ class _Following:
             itself = asked.begins in asked.ends
             (end,) = (BY_NAME[name].code for name in asked.ends if name != asked.begins)
             self._vms[vm] = Lasting(BY_NAME[asked.begins].code, end, itself)
-        vcpu = rows["vcpu"]
         self._vms[vm].feed(
             rows["time"].to_numpy(),
-            (vcpu.fill_null(-1) if vcpu.null_count() else vcpu).to_numpy(),
-            kind_codes(rows["kind"]),
+            rows[VCPU].to_numpy(),
+            rows[KIND].to_numpy(),
             rows["code"].to_numpy(),
             rows["ret"].to_numpy() if asked.failing else None,
         )
@@ -108,9 +108,9 @@ class _Calls:
         self._held_rows = 0
 
     def feed(self, rows: pl.DataFrame, one_vm: bool) -> None:
-        wanted = np.zeros(256, np.bool_)
-        wanted[[BY_NAME[name].code for name in (self._asked.begins, *self._asked.ends)]] = True
-        at = np.flatnonzero(wanted[kind_codes(rows["kind"])])
+        kind = rows[KIND].to_numpy()
+        codes = [BY_NAME[name].code for name in (self._asked.begins, *self._asked.ends)]
+        at = np.flatnonzero(np.logical_or.reduce([kind == code for code in codes]))
         if len(at):
             self._held.append(rows.select("seq", "time", "vm", "tid", "kind", "code")[at])
             self._held_rows += len(at)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from functools import cache
 from types import SimpleNamespace
 from typing import Any, Final
 
@@ -12,14 +11,14 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from analysis.rows import KIND, VCPU
+from replay.decode.dense import vcpus_of
 from replay.decode.same_rip import RipRuns
 from replay.decode.vm_inputs import dense_numbers, vcpu_ids
 from replay.timing.stuck_rip import RipEnd, RipRun, last_exits, longest_runs
 from traces.kernels.kernel import Kernel
-from traces.reader import UNKNOWN_CODE, Trace
-from traces.schema import BY_NAME
+from traces.reader import Trace
 
-_NO_KIND: Final = 255
 _RUN: Final = tuple(field.name for field in fields(RipRun))
 _END: Final = tuple(field.name for field in fields(RipEnd))
 _UNSIGNED: Final = dict.fromkeys(("rip", "addr", "at"), pl.UInt64)
@@ -34,7 +33,7 @@ class RipQuestion:
     trace: Trace
     kernel: Kernel | None
     name: str = "runs of exits at one RIP"
-    columns: frozenset[str] = frozenset({"seq", "time", "vcpu", "kind", "rip", "addr", "code", "ret"})
+    columns: frozenset[str] = frozenset({"seq", "time", VCPU, KIND, "rip", "addr", "code", "ret"})
 
     def begin(self) -> _Following:
         return _Following(self.trace, self.kernel)
@@ -60,9 +59,8 @@ class _Following:
             self._runs[vm] = runs, numbers
         runs, numbers = self._runs[vm]
         columns = {name: rows[name].to_numpy() for name in ("seq", "time", "rip", "addr", "code", "ret")}
-        kind = _codes(rows.schema["kind"]).take(rows["kind"].to_physical().fill_null(_NO_KIND).to_numpy())
-        vcpu = numbers.take(rows["vcpu"].fill_null(-1).to_numpy())
-        runs.feed(SimpleNamespace(vcpu=vcpu, kind=kind, **columns))
+        vcpu = vcpus_of(rows[VCPU].to_numpy(), np.zeros(0, np.uint8), 0, numbers)
+        runs.feed(SimpleNamespace(vcpu=vcpu, kind=rows[KIND].to_numpy(), **columns))
 
     def answer(self) -> pl.DataFrame:
         found = []
@@ -72,24 +70,6 @@ class _Following:
             found += [{"vm": vm, **asdict(run)} for run in longest_runs(runs, ids)]
             found += [{"vm": vm, **asdict(end)} for end in last_exits(runs, ids)]
         return pl.DataFrame(found, schema=SCHEMA)
-
-
-def kind_codes(kind: pl.Series) -> NDArray[np.uint8]:
-    """The code of each row's kind."""
-    numbers = kind.to_physical()
-    codes: NDArray[np.uint8] = _codes(kind.dtype)[
-        (numbers.fill_null(_NO_KIND) if numbers.null_count() else numbers).to_numpy()
-    ]
-    return codes
-
-
-@cache
-def _codes(kinds: pl.DataType) -> NDArray[np.uint8]:
-    """The code of each kind by its place in the column's type, which is that of the trace's own version."""
-    names = kinds.categories.to_list() if isinstance(kinds, pl.Enum) else []
-    codes = np.full(_NO_KIND + 1, UNKNOWN_CODE, np.uint8)
-    codes[: len(names)] = [BY_NAME[name].code if name in BY_NAME else UNKNOWN_CODE for name in names]
-    return codes
 
 
 def of_vm(answer: pl.DataFrame, vm: int) -> tuple[list[RipRun], list[RipEnd]]:

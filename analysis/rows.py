@@ -6,16 +6,23 @@ grows with the groups of an answer (pages, roots, windows), not with rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Final, Protocol, TypeAlias
 
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
-from traces.reader import Trace
+from traces.reader import UNKNOWN_CODE, Trace, codes_of
 
 # Of one batch: the questions cost polars 2 ms or so however few its rows are, and twice the rows take 45 MiB more.
 BATCH_ROWS: Final = 1 << 18
+KIND: Final = "kind_code"  # columns that are made of others, once for all questions: a kind's code,
+VCPU: Final = "vcpu_id"  # and a vCPU's id, -1 where there is none
+_MADE: Final = {KIND: "kind", VCPU: "vcpu"}
+_NO_KIND: Final = 255
 _MERGED_ROWS: Final = 1 << 17  # parts are merged when they have more rows than this, and than what is merged
 
 
@@ -38,7 +45,7 @@ class Followed(Protocol):
 
     @property
     def columns(self) -> frozenset[str]:
-        """What it reads of rows."""
+        """What it reads of rows; KIND and VCPU are made."""
 
     def begin(self) -> Counting:
         """Before the first row."""
@@ -70,13 +77,16 @@ ALL: Final = Window()
 def ask(trace: Trace, questions: Sequence[Question], window: Window = ALL) -> list[pl.DataFrame]:
     """The answers, after one pass over the rows. Raises Problem where the trace is damaged."""
     wanted = frozenset({"vm"}).union(window.columns, *(question.columns for question in questions))
-    names = [name for name in trace.schema.names if name in wanted]
-    none = pl.DataFrame(pl.from_arrow(trace.schema.empty_table().select(names)))
+    made = [name for name in _MADE if name in wanted]
+    read = wanted.union(_MADE[name] for name in made)
+    names = [name for name in trace.schema.names if name in read]
+    none = _with_made(pl.DataFrame(pl.from_arrow(trace.schema.empty_table().select(names))), made)
     tallies = Tallies([question for question in questions if isinstance(question, Tally)], none)
     counting = {question.name: question.begin() for question in questions if not isinstance(question, Tally)}
     for rows in _frames(trace, names, window):
         if rows.is_empty():
             continue
+        rows = _with_made(rows, made)
         vm = rows["vm"]
         one_vm = vm.null_count() in (0, len(vm)) and vm.min() == vm.max()
         tallies.feed(rows, one_vm)
@@ -103,6 +113,29 @@ def _frames(trace: Trace, names: list[str], window: Window) -> Iterator[pl.DataF
             waiting, count = [], 0
     if waiting:
         yield pl.concat(waiting)
+
+
+def _with_made(rows: pl.DataFrame, made: Collection[str]) -> pl.DataFrame:
+    """With these of KIND and VCPU."""
+    columns = []
+    if KIND in made:
+        kind = rows["kind"].to_physical()
+        place = (kind.fill_null(_NO_KIND) if kind.null_count() else kind).to_numpy()
+        columns.append(pl.Series(KIND, _codes(rows.schema["kind"]).take(place)))
+    if VCPU in made:
+        vcpu = rows["vcpu"]
+        columns.append((vcpu.fill_null(-1) if vcpu.null_count() else vcpu).alias(VCPU))
+    return rows.with_columns(columns)
+
+
+@cache
+def _codes(kinds: pl.DataType) -> NDArray[np.uint8]:
+    """The code of each kind by its place in the column's type, which is that of the trace's own version."""
+    codes = np.full(_NO_KIND + 1, UNKNOWN_CODE, np.uint8)
+    if isinstance(kinds, pl.Enum):
+        names = codes_of(kinds.categories.to_list())
+        codes[: len(names)] = names
+    return codes
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,8 +7,9 @@ from typing import Final
 import polars as pl
 
 from analysis.queries import replayed
-from analysis.queries.recorded import WINDOW_NS, in_windows, used_roots
+from analysis.queries.recorded import WINDOW_NS, in_windows
 from analysis.queries.registry import query
+from analysis.root_uses import UsedRoots
 from analysis.sources import Recording, Result
 from analysis.worst import ranked, stuck_of, subject_of
 from traces.vm_names import VmNames
@@ -51,7 +52,7 @@ def ranking(result: Result) -> pl.LazyFrame:
     )
 
 
-@query(Recording, asks=lambda recording: [in_windows(recording), used_roots()])
+@query(Recording, asks=lambda recording: [in_windows(recording), UsedRoots()])
 def overview(recording: Recording, result: Result | None = None) -> pl.LazyFrame:
     """Each VM, the worst first: its process, when it ran, share in the guest, exits, faults, SMIs, roots seen.
 
@@ -94,7 +95,7 @@ def overview(recording: Recording, result: Result | None = None) -> pl.LazyFrame
 
 def _of_rows(recording: Recording) -> pl.LazyFrame:
     """By VM, what the rows come to."""
-    counted, roots = recording.ask(in_windows(recording), used_roots())
+    counted, roots = recording.ask(in_windows(recording), UsedRoots())
     entry, exit_ = pl.col("kind") == "kvm_entry", pl.col("kind") == "kvm_exit"
     # `at` is the sum of times in the window, each counted from its begin.
     crossed = pl.col("at") + pl.col("rows") * pl.col("window") * WINDOW_NS

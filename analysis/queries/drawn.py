@@ -7,10 +7,11 @@ from typing import Any, Final
 import numpy as np
 import polars as pl
 
-from analysis.queries.recorded import lives, used_roots
+from analysis.queries.recorded import lives
 from analysis.queries.registry import query
 from analysis.queries.replayed import progress
 from analysis.recorded_time import PARTS
+from analysis.root_uses import UsedRoots
 from analysis.sources import Recording, Result
 from replay.decode.vcpu_states import VcpuState
 from replay.timing.stalls import Rule
@@ -214,7 +215,7 @@ def refills(result: Result) -> pl.LazyFrame:
     return _by_size(counted, keys)
 
 
-@query(Recording, needs=("kvm_page_fault",), asks=lambda _: [used_roots()])
+@query(Recording, needs=("kvm_page_fault",), asks=lambda _: [UsedRoots()])
 def fills(recording: Recording) -> pl.LazyFrame:
     """How many faults each root took, in powers of two; `refill`: a root of its role word was there before."""
     return _by_size(lives(recording).rename({"faults": "pages"}), ["vm"])

@@ -9,7 +9,7 @@ import polars as pl
 
 from analysis.latencies import Latencies, summed
 from analysis.queries.registry import query
-from analysis.rows import Tally
+from analysis.rows import KIND, Tally
 from analysis.sources import Recording
 from traces.kernels.exit_names import exit_name
 from traces.kernels.vendors import Vendor, vendor_of
@@ -114,7 +114,7 @@ def changed_by() -> Tally:
     """Rows of what the host did to a VM's memory and roots, by kind and thread."""
     return Tally(
         "changes",
-        where=pl.any_horizontal(pl.col("kind") == kind for kind in _CHANGES),
+        where=pl.col(KIND).is_in([BY_NAME[name].code for name in _CHANGES]),
         by={"kind": pl.col("kind"), "tid": pl.col("tid")},
         least={"first_time": pl.col("time")},
         most={"last_time": pl.col("time")},

@@ -13,6 +13,7 @@ import polars as pl
 
 from analysis.queries.registry import query
 from analysis.rip_runs import RipQuestion, of_vm
+from analysis.root_uses import UsedRoots
 from analysis.rows import Question, Tally
 from analysis.sources import Recording
 from analysis.unseen import lost_windows
@@ -250,23 +251,10 @@ def unserved(recording: Recording) -> pl.LazyFrame:
     )
 
 
-def used_roots() -> Tally:
-    """Rows that name a root, by root: its role word, from when to when there are any, loads and faults among them."""
-    loaded = _is("kvm_mmu_get_page", "mmu_load", "root_get") & (pl.col("role") != 0)
-    return Tally(
-        "roots",
-        where=pl.col("root") != 0,
-        by={"root": pl.col("root")},
-        sums={"loads": _is("mmu_load"), "faults": _is("kvm_page_fault")},
-        least={"role": pl.when(loaded).then(pl.col("role")), "first_time": pl.col("time")},
-        most={"last_time": pl.col("time")},
-    )
-
-
-@query(Recording, asks=lambda _: [used_roots()])
+@query(Recording, asks=lambda _: [UsedRoots()])
 def lives(recording: Recording) -> pl.LazyFrame:
     """Every root that the recording shows: its role word, from when to when it is seen, loads and faults under it."""
-    (counted,) = recording.ask(used_roots())
+    (counted,) = recording.ask(UsedRoots())
     return (
         counted.lazy()
         .select("vm", "root", "role", "first_time", "last_time", "loads", "faults")
@@ -275,7 +263,7 @@ def lives(recording: Recording) -> pl.LazyFrame:
     )
 
 
-@query(Recording, asks=lambda _: [used_roots()])
+@query(Recording, asks=lambda _: [UsedRoots()])
 def roles(recording: Recording) -> pl.LazyFrame:
     """Root lives by role word: how many roots, how long they are seen (median and longest), loads, faults."""
     return (

@@ -17,11 +17,15 @@ from analysis.formats import drawn as drawn_by
 from analysis.formats import renderer
 from analysis.queries import drawn, recorded
 from analysis.reporting import Wanted, reported
+from analysis.root_uses import UsedRoots
 from analysis.rows import Tallies, Tally
 from analysis.sources import Recording
+from replay.decode import root_uses
 from tests.analysis.sources import CORPUS
+from tests.replay.plain import plain
 from traces.errors import Problem
 from traces.reader import Trace
+from traces.schema import BY_NAME
 
 TWO_VMS = CORPUS / "two-vms-6.1-async.parquet"
 SHADOW = CORPUS / "smi-storm-6.1-shadow.parquet"
@@ -32,7 +36,6 @@ def tallies(recording: Recording) -> list[Tally]:
         recorded.in_windows(recording, 3_000_000),
         recorded.installs(),
         recorded.faulted(),
-        recorded.used_roots(),
         recorded.placed(),
     ]
 
@@ -53,6 +56,37 @@ def test_parts_merge_to_what_all_rows_say(path: Path, batch: int, merged: int, m
     for tally, answer in zip(asked, recording.ask(*asked), strict=True):
         assert in_order(answer, tally).equals(in_order(tally.of(every, one_vm=False).collect(), tally)), tally.name
         assert len(answer) or tally.name == "slots"
+
+
+USES = st.lists(
+    st.tuples(
+        st.one_of(st.none(), st.integers(0, 2)), st.integers(-2, 9), st.integers(0, 9),
+        st.sampled_from(["kvm_page_fault", "mmu_load", "root_get", "kvm_mmu_get_page", "kvm_exit"]),
+        st.integers(0, 3),
+    )
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("uses", [root_uses.RootUses, plain("replay.decode.root_uses").RootUses])
+@given(found=USES, cut=st.integers(1, 9))
+def test_roots_are_what_their_rows_say(
+    uses: type[root_uses.RootUses], found: list[tuple[int | None, int, int, str, int]], cut: int
+) -> None:
+    schema = {"vm": pl.Int32, "root": pl.Int32, "time": pl.Int64, "kind": pl.String, "role": pl.UInt32}
+    every = pl.DataFrame(found, schema=schema, orient="row")
+    codes = pl.Series(rows.KIND, [BY_NAME[name].code for name in every["kind"]], pl.UInt8)
+    every = every.with_columns(codes)
+    question = UsedRoots().begin()
+    question._roots = uses(1)
+    for first in range(0, len(every), cut):
+        question.feed(every[first : first + cut], one_vm=False)
+    loaded = pl.col("kind").is_in(["mmu_load", "root_get", "kvm_mmu_get_page"]) & (pl.col("role") != 0)
+    told = every.filter(pl.col("root") != 0).group_by("vm", "root").agg(
+        rows=pl.len().cast(pl.Int64), loads=(pl.col("kind") == "mmu_load").sum().cast(pl.Int64),
+        faults=(pl.col("kind") == "kvm_page_fault").sum().cast(pl.Int64), role=pl.col("role").filter(loaded).min(),
+        first_time=pl.col("time").min(), last_time=pl.col("time").max(),
+    )  # fmt: skip
+    assert question.answer().sort("vm", "root").equals(told.sort("vm", "root"))
 
 
 NUMBERED = st.lists(

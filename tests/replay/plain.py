@@ -10,6 +10,7 @@ COMPILED = (
     "replay.decode.decoder",
     "replay.decode.dense",
     "replay.decode.inferred",
+    "replay.decode.root_uses",
     "replay.decode.row_counts",
     "replay.decode.lasting",
     "replay.decode.same_rip",
