@@ -1,9 +1,10 @@
 """What ^C does: one line and exit code 130, from the first import on.
 
-kvmtrace.py imports this module before all others. Until the command line is loaded nothing was begun that would have to
-be put away, so that the process may end on the spot: a KeyboardInterrupt in the middle of an import is not always one
-when it comes out of it (extension modules make it an ImportError, polars panics). From then on (`unwinding`) it is
-raised, so that temporary files go, after the import that is under way, if one is.
+The command (scripts/kvmtrace) has Python answer ^C before that, and kvmtrace.py imports this module before all others.
+Until the command line is loaded nothing was begun that would have to be put away, so that the process may end on the
+spot: a KeyboardInterrupt in the middle of an import is not always one when it comes out of it (extension modules make
+it an ImportError, polars panics). From then on (`unwinding`) it is raised, so that temporary files go, after the import
+that is under way, if one is.
 """
 
 from __future__ import annotations
@@ -74,7 +75,9 @@ def _importing(frame: FrameType | None) -> bool:
 
 def _heard() -> bool:
     """Whether ^C is for us: it is ignored by what runs behind a shell's `&`, and others may have a handler."""
-    return signal.getsignal(signal.SIGINT) in (signal.default_int_handler, _end)
+    handler = signal.getsignal(signal.SIGINT)
+    ours = getattr(handler, "__module__", "") == "__main__" and getattr(handler, "__name__", "") == "end"
+    return ours or handler in (signal.default_int_handler, _end)
 
 
 if os.path.basename(sys.argv[0]) in ("kvmtrace", "kvmtrace.py") and _heard():  # noqa: PTH119 (pathlib takes a while)
