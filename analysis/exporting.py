@@ -17,6 +17,7 @@ from analysis.symbols import load
 from traces.errors import Problem
 from traces.outputs import FileKind, Output
 from traces.progress import Progress
+from traces.screen import Page
 from traces.selection import ALL, Selection
 from traces.text import printable
 
@@ -24,12 +25,15 @@ from traces.text import printable
 def listing(path: Path, recorded_policy: str = "") -> str:
     """The queries that this file can answer, and why it cannot answer the others of its sort."""
     source = open_source(path, recorded_policy)
-    lines = [f"queries of {printable(str(path))}:"]
+    page = Page()
+    page.say(f"queries of {path}:")
+    facts = []
     for name, query in queries().items():
         if isinstance(source, query.source):
             lacking = query.lacking(source)
-            lines.append(f"  {name:<10} {query.about}" + (f" Not here: needs {', '.join(lacking)}." if lacking else ""))
-    return "\n".join(lines) + "\n"
+            facts.append((f"  {name}", query.about + (f" Not here: needs {', '.join(lacking)}." if lacking else "")))
+    page.facts(facts)
+    return page.text
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ def replay(
     as_json: Json = False,
 ) -> None:
     """Say what the recorded VMs would have done under other root policies, and how long it would have taken."""
-    from replay import bounds, counts_text, own_policy, plan, run
+    from replay import bounds, counts_text, own_policy, plan, run, worst_off
     from replay.decode import capabilities
     from replay.timing import time_text as time_report
     from replay.timing.stalls import Rule
@@ -188,7 +188,7 @@ def replay(
     else:
         print(counts_text.render(replayed, share), end="")
         if timed:
-            print(time_report.render(replayed.times, wanted), end="")
+            print(time_report.render(replayed.times, wanted, worst_off.ranked(replayed)), end="")
 
 
 @app.command(

@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from replay import bounds, own_policy
+from replay import bounds, own_policy, worst_off
 from replay.bounds import Count
 from replay.counted import Outcome
 from replay.own_policy import Agreement, OwnPolicyCheck
 from replay.plan import Target
 from replay.result import OF_VCPU
 from replay.run import Replayed, document, left_open
-from traces.screen import VMS_SHOWN, page, text_of
-from traces.text import printable
+from traces.layout import TextColumn
+from traces.screen import VMS_SHOWN, Page
+from traces.vm_names import VmNames
 
-_COLUMNS: Final = (
-    ("creations", "roots"),
-    ("reuses", "reused"),
-    ("frees", "freed"),
-    ("faults", "faults"),
-    ("refaults", "re-faults"),
-    ("hits", "hits"),
-    ("tables_built", "tables"),
-    ("zapped", "SPTEs zapped"),
-    ("flushes", "flushes"),
-    ("roots_peak", "roots alive"),
-    ("tables_peak", "tables alive"),
+# Counts, their titles, and which go first where there is no room.
+_COUNTS: Final = (
+    ("creations", "roots", 0),
+    ("reuses", "reused", 3),
+    ("frees", "freed", 2),
+    ("faults", "faults", 0),
+    ("refaults", "re-faults", 0),
+    ("hits", "hits", 3),
+    ("tables_built", "tables", 1),
+    ("zapped", "SPTEs zapped", 3),
+    ("flushes", "flushes", 3),
+    ("roots_peak", "roots alive", 3),
+    ("tables_peak", "tables alive", 3),
 )
 
 
@@ -88,75 +85,80 @@ def _of(replayed: Replayed, target: Target, vm: int) -> list[Outcome]:
 
 
 def render(replayed: Replayed, share: float = 0.0) -> str:
-    """The same for people; plain text where standard output is no terminal."""
-    console = page()
-    plan = replayed.plan
-    meta = plan.capabilities.trace.metadata
-    console.print(
-        Text(
-            printable(f"{plan.capabilities.trace.path}: kernel {meta.kernel}, {meta.policy} roots, by {meta.policy_by}")
-        )
-    )
-    _say_untrusted(console, replayed.checks)
-    vms = _vms(replayed)
-    for vm in vms[:VMS_SHOWN]:
-        console.print(_table(replayed, vm, share))
-    if len(vms) > VMS_SHOWN:
-        console.print(Text(f"{len(vms) - VMS_SHOWN} VMs more: see --json, or -o"))
-    for line in _remarks(replayed):
-        console.print(line, soft_wrap=True)
-    return text_of(console)
+    """The same for people: the worst VMs, in one table."""
+    page = Page()
+    trace = replayed.plan.capabilities.trace
+    meta = trace.metadata
+    page.say(f"{trace.path}: kernel {meta.kernel}, {meta.policy} roots, by {meta.policy_by}")
+    _say_untrusted(page, replayed.checks)
+    vms = worst_off.vms(worst_off.ranked(replayed))
+    if len(vms) > 1:
+        page.say("VMs, the worst first:")
+    if vms:
+        page.table(_columns(vms), list(_rows(replayed, vms[:VMS_SHOWN], share)))
+    page.more(len(vms) - VMS_SHOWN, "VMs, none worse off")
+    _say_remarks(page, replayed)
+    return page.text
 
 
 def untrusted(checks: Sequence[OwnPolicyCheck]) -> str:
     """What is to be said before answers that rest on a replay which the rows contradict; empty where none does."""
-    console = page()
-    _say_untrusted(console, checks)
-    return text_of(console)
+    page = Page()
+    _say_untrusted(page, checks)
+    return page.text
 
 
-def _say_untrusted(console: Console, checks: Sequence[OwnPolicyCheck]) -> None:
-    for line in own_policy.untrusted(checks)[:VMS_SHOWN]:
-        console.print(Text(printable(line), style="bold red"), soft_wrap=True)
+def _say_untrusted(page: Page, checks: Sequence[OwnPolicyCheck]) -> None:
+    lines = own_policy.untrusted(checks)
+    for line in lines[:VMS_SHOWN]:
+        page.say(line, "bold red")
+    page.more(len(lines) - VMS_SHOWN, "such VMs")
 
 
-def _table(replayed: Replayed, vm: int, share: float) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", title_justify="left")
-    table.add_column(f"VM {vm}")
-    for _, title in _COLUMNS:
-        table.add_column(title, justify="right")
-    table.add_column("freed by")
-    for target in replayed.plan.targets:
-        outcomes = _of(replayed, target, vm)
-        counts = bounds.counts(outcomes, replayed.plan.refault, share)
-        name = target.name + (" (recorded)" if target.recorded else "")
-        frees: Counter[str] = outcomes[-1].frees
-        why = ", ".join(f"{cause} {count:,}" for cause, count in frees.most_common(3))
-        table.add_row(Text(printable(name)), *(counts[column].text for column, _ in _COLUMNS), why)
-    return table
+def _columns(vms: Sequence[int]) -> list[TextColumn]:
+    first = TextColumn("VM", level=0 if len(vms) > 1 else 1)
+    names = [TextColumn("process", right=False, level=1), TextColumn("policy", right=False)]
+    counts = (TextColumn(title, level=level) for _, title, level in _COUNTS)
+    return [first, *names, *counts, TextColumn("freed by", right=False, level=2)]
 
 
-def _remarks(replayed: Replayed) -> list[Text]:
+def _rows(replayed: Replayed, vms: Sequence[int], share: float) -> Iterator[list[str]]:
+    names = VmNames(replayed.plan.capabilities.trace.metadata)
+    for vm in vms:
+        for target in replayed.plan.targets:
+            outcomes = _of(replayed, target, vm)
+            counts = bounds.counts(outcomes, replayed.plan.refault, share)
+            name = target.name + (" (recorded)" if target.recorded else "")
+            why = ", ".join(f"{cause} {number:,}" for cause, number in outcomes[-1].frees.most_common(3))
+            yield [str(vm), names.process(vm), name, *(counts[column].text for column, _, _ in _COUNTS), why]
+
+
+def _say_remarks(page: Page, replayed: Replayed) -> None:
     plan = replayed.plan
-    lines: list[Text] = []
     for target in plan.targets:
         for why in left_open(replayed, target):
             given = f"assumed: --refault {plan.refault.text}" if plan.refault.name else "least .. most"
-            lines.append(Text(f"{printable(target.name)}: {why} ({given})"))
+            page.say(f"{target.name}: {why} ({given})")
         if target.assumes:
-            lines.append(Text(f"{printable(target.name)}: {target.assumes}"))
-        for outcome in replayed.outcomes:
-            for index, seq in enumerate(outcome.stuck):
-                if outcome.target is target and seq is not None:
-                    where = f"VM {outcome.vm}, vCPU {outcome.vcpu_ids[index]}"
-                    line = f"{printable(target.name)}: {where} makes no progress from row {seq:,} on"
-                    lines += [] if any(line == each.plain for each in lines) else [Text(line)]
+            page.say(f"{target.name}: {target.assumes}")
+        ended = {
+            f"{target.name}: VM {outcome.vm}, vCPU {vcpu} makes no progress from row {seq:,} on": None
+            for outcome in replayed.outcomes
+            if outcome.target is target
+            for vcpu, seq in zip(outcome.vcpu_ids, outcome.stuck, strict=True)
+            if seq is not None
+        }
+        for line in list(ended)[:VMS_SHOWN]:
+            page.say(line)
+        page.more(len(ended) - VMS_SHOWN, "such vCPUs")
     if inferred := replayed.notes.get("inferred removals"):
-        lines.append(Text(f"{inferred:,} removals by the host are inferred: this kernel has no event for them"))
-    lines += [Text(printable(line)) for line in _compared(replayed)]
-    lines += [Text(f"incomplete: {printable(line)}", style="bold red") for line in replayed.missing]
-    lines += [Text(f"broken: {printable(line)}", style="bold red") for line in replayed.broken]
-    return lines
+        page.say(f"{inferred:,} removals by the host are inferred: this kernel has no event for them")
+    for line in _compared(replayed):
+        page.say(line)
+    for what, lines in (("incomplete", replayed.missing), ("broken", replayed.broken)):
+        for line in lines[:VMS_SHOWN]:
+            page.say(f"{what}: {line}", "bold red")
+        page.more(len(lines) - VMS_SHOWN, "such lines")
 
 
 def _compared(replayed: Replayed) -> list[str]:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from tracer import attachments, host, kept, tracefs
 from tracer.attachments import Attachment
@@ -25,9 +25,12 @@ from tracer.lab.bochs import emulator
 from tracer.lab.lab_cpus import qemu_version
 from tracer.probes import preset_kinds
 from traces.errors import ENVIRONMENT, Problem
+from traces.layout import GAP
 from traces.schema import KINDS
+from traces.screen import Page
 
 OK, WARN, FAIL, UNSEEN = "ok", "note", "FAIL", "unseen"
+_STATE: Final = 8  # columns of a check's state, or of a number
 SCHEMA = 2  # of --json; 1 said `mend` and "LACKS" for `fix` and "FAIL"
 _CAPABILITIES = {"CAP_SYS_ADMIN": 21, "CAP_PERFMON": 38, "CAP_BPF": 39}
 
@@ -253,30 +256,32 @@ def examine() -> DoctorReport:
 
 def render(report: DoctorReport) -> str:
     """The report as text: a line a check, then what can and cannot be observed."""
-    width = max(len(check.name) for check in report.checks)
-    lines = []
+    page = Page()
+    at = _STATE + max(len(check.name) for check in report.checks) + GAP
     for check in report.checks:
-        lines.append(f"{check.state:>6}  {check.name:<{width}}  {check.said}")
+        page.facts([(f"{check.state:>6}  {check.name}", check.said)], at=at)
         if check.fix:
-            lines.append(f"{'':>6}  {'':<{width}}  -> {check.fix}")
+            page.command(check.fix, at)
+    page.blank()
     if report.probes:
-        by_how: dict[str, list[str]] = {}
-        for probe in report.probes:
-            by_how.setdefault(probe.how, []).append(probe.kind)
-        seen = set(report.observable)
-        lines.append("")
-        for how, kinds in by_how.items():
-            if how != "none":
-                lines.append(f"{len(kinds):>6}  probes {'attached' if report.attached else 'to attach'} by {how}")
-        missing: dict[str, list[str]] = {}
-        for probe in report.probes:
-            if probe.how == "none" and probe.kind not in seen:
-                missing.setdefault(probe.why, []).append(probe.kind)
-        for why, kinds in missing.items():
-            lines.append(f"{len(kinds):>6}  not observable here ({why}): {', '.join(dict.fromkeys(kinds))}")
+        page.facts(list(_observed(report)), at=_STATE)
     else:
-        lines.append("\nwhich events can be observed: skipped (see above)")
-    lines.append(
-        "\nthis machine can record" if report.exit_code == 0 else "\nthis machine cannot record yet: see FAIL above"
-    )
-    return "\n".join(lines) + "\n"
+        page.say("which events can be observed: skipped (see above)")
+    page.blank()
+    page.say("this machine can record" if report.exit_code == 0 else "this machine cannot record yet: see FAIL above")
+    return page.text
+
+
+def _observed(report: DoctorReport) -> Iterator[tuple[str, str]]:
+    """Numbers of probes, and of what cannot be observed, with what is to be said of them."""
+    by_how: dict[str, list[str]] = {}
+    missing: dict[str, list[str]] = {}
+    for probe in report.probes:
+        by_how.setdefault(probe.how, []).append(probe.kind)
+        if probe.how == "none" and probe.kind not in report.observable:
+            missing.setdefault(probe.why, []).append(probe.kind)
+    for how, kinds in by_how.items():
+        if how != "none":
+            yield f"{len(kinds):>6}", f"probes {'attached' if report.attached else 'to attach'} by {how}"
+    for why, kinds in missing.items():
+        yield f"{len(kinds):>6}", f"not observable here ({why}): {', '.join(dict.fromkeys(kinds))}"

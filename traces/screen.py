@@ -1,31 +1,87 @@
-"""A page of text for a terminal, or plain for a file: made in memory, so that what prints it decides where it goes."""
+"""A page of text for a terminal, or plain for a file: made in memory, so that what prints it decides where it goes.
+
+It is as wide as the terminal, within bounds, and 80 columns where there is none.
+"""
 
 from __future__ import annotations
 
 import io
+import shutil
 import sys
+from collections.abc import Sequence
 from typing import Final
 
 from rich.console import Console
+from rich.text import Text
 
-WIDE: Final = 220  # where there is no terminal: nothing is wrapped
-VMS_SHOWN: Final = 8  # of a trace; --json has the others
+from traces.layout import GAP, TextColumn, fitted, whole_width, wrapped
+from traces.text import printable
 
-
-def page(width: int = WIDE) -> Console:
-    """A console in memory: in colour and as wide as the terminal if standard output is one, else plain and `width`."""
-    terminal = sys.stdout.isatty()
-    return Console(
-        file=io.StringIO(),
-        force_terminal=terminal,
-        no_color=not terminal,
-        width=None if terminal else width,
-        highlight=False,
-    )
+WIDTH: Final = 80
+WIDEST: Final = 120
+NARROWEST: Final = 40
+VMS_SHOWN: Final = 8  # of a trace, the worst; --json has the others
 
 
-def text_of(console: Console) -> str:
-    """What was printed on a `page`, no line with blanks at its end."""
-    output = console.file
-    assert isinstance(output, io.StringIO)
-    return "\n".join(line.rstrip() for line in output.getvalue().splitlines()) + "\n"
+def width() -> int:
+    """How many columns there are."""
+    if not sys.stdout.isatty():
+        return WIDTH
+    return min(max(shutil.get_terminal_size().columns, NARROWEST), WIDEST)
+
+
+class Page:
+    """Lines of text, in colour if standard output is a terminal."""
+
+    def __init__(self) -> None:
+        self.width = width()
+        terminal = sys.stdout.isatty()
+        self._file = io.StringIO()
+        self._console = Console(
+            file=self._file, force_terminal=terminal, no_color=not terminal, width=self.width, highlight=False
+        )
+
+    def say(self, text: str, style: str = "", indent: str = "  ") -> None:
+        """A paragraph, all lines but the first indented; what could steer a terminal is made printable."""
+        for line in wrapped(printable(text), self.width, indent):
+            self._line(line, style)
+
+    def command(self, text: str, at: int) -> None:
+        """What somebody may copy: an arrow and the text, in one line whatever its length."""
+        self._line(f"{'':<{at if 2 * at <= self.width else 0}}-> {printable(text)}")
+
+    def blank(self) -> None:
+        """An empty line."""
+        self._line("")
+
+    def facts(self, pairs: Sequence[tuple[str, str]], style: str = "", at: int = 0) -> None:
+        """Names with texts beside them, which begin in column `at`, by default two behind the longest name."""
+        at = at or max((len(name) for name, _ in pairs), default=0) + GAP
+        if 2 * at > self.width:  # no room beside them
+            at = 2 * GAP
+        for name, text in pairs:
+            self.say(f"{name:<{at - 1}} {text}", style, " " * at)
+
+    def table(self, columns: Sequence[TextColumn], rows: Sequence[Sequence[str]]) -> None:
+        """A table that fits: see `traces.layout`."""
+        head, *lines = fitted(columns, [[printable(cell) for cell in row] for row in rows], self.width)
+        self._line(head, "bold")
+        for line in lines:
+            self._line(line)
+
+    def has_room_for(self, columns: Sequence[TextColumn], rows: Sequence[Sequence[str]]) -> bool:
+        """Whether a table fits as it is."""
+        return whole_width(columns, rows) <= self.width
+
+    def more(self, number: int, what: str) -> None:
+        """How much is left out, if anything."""
+        if number > 0:
+            self.say(f"... {number:,} more {what}: --json has them")
+
+    @property
+    def text(self) -> str:
+        """What was said, no line with blanks at its end."""
+        return "".join(f"{line.rstrip()}\n" for line in self._file.getvalue().splitlines())
+
+    def _line(self, line: str, style: str = "") -> None:
+        self._console.print(Text(line, style), soft_wrap=True)

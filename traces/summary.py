@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final
 
-from rich.table import Table
-from rich.text import Text
-
 from traces import source_notes
+from traces.layout import TextColumn
 from traces.metadata import Metadata
 from traces.reader import Trace
-from traces.screen import page, text_of
-from traces.text import printable
+from traces.screen import VMS_SHOWN, Page
 from traces.untrusted import object_at, text_at
 from traces.wall_clock import wall_text
 
-WIDTH: Final = 100
-_VMS_SHOWN: Final = 8
+_NAMES: Final = 12  # columns of the names of facts
+_TOLD: Final = 5
 
 
 def info(path: Path) -> dict[str, Any]:
@@ -68,14 +66,14 @@ def info(path: Path) -> dict[str, Any]:
 
 
 def render(path: Path) -> str:
-    """The same on one screen; plain text where standard output is no terminal."""
+    """The same on one screen, for people."""
     facts = info(path)
-    console = page(WIDTH)
-    console.print(_head(facts))
-    console.print(_vms(facts))
-    console.print(_kinds(facts))
-    console.print(_probes(facts))
-    return text_of(console)
+    page = Page()
+    _say_head(page, facts)
+    _say_vms(page, facts)
+    _say_kinds(page, facts)
+    _say_probes(page, facts)
+    return page.text
 
 
 def _utc(meta: Metadata, boot: int) -> str:
@@ -101,72 +99,70 @@ def _kvm_counted(meta: Metadata) -> dict[str, int]:
     return {name: count for name, count in sorted(rose.items()) if count}
 
 
-def _head(facts: dict[str, Any]) -> Table:
-    table = Table.grid(padding=(0, 2))
+def _say_head(page: Page, facts: dict[str, Any]) -> None:
     each = f", {facts['bytes_per_event']} bytes each" if facts["events"] else ""
     host = facts["host"] if isinstance(facts["host"], dict) else {}
-    rows = {
-        "trace": f"{facts['path']} (format {facts['format']}, {facts['size']:,} bytes{each})",
-        "recorded": (f"{facts['began']} to {facts['ended']}" if facts["began"] else "no wall clock")
-        + f", {facts['duration'] / 1e9:.3f} s, "
-        f"preset {facts['preset'] or 'unknown'}",
-        "kernel": f"{facts['kernel'] or 'unknown'}  {host.get('model', '')}",
-        "policy": facts["policy_text"],
-        "events": f"{facts['events']:,} stored, {facts['lost']:,} lost, {facts['gaps']:,} gaps",
-    }
+    when = f"{facts['began']} to {facts['ended']}" if facts["began"] else "no wall clock"
+    seconds = f"{facts['duration'] / 1e9:.3f} s"
+    rows = [
+        ("trace", f"{facts['path']} (format {facts['format']}, {facts['size']:,} bytes{each})"),
+        ("recorded", f"{when}, {seconds}, preset {facts['preset'] or 'unknown'}"),
+        ("kernel", f"{facts['kernel'] or 'unknown'}  {host.get('model', '')}"),
+        ("policy", facts["policy_text"]),
+        ("events", f"{facts['events']:,} stored, {facts['lost']:,} lost, {facts['gaps']:,} gaps"),
+    ]
     if facts["flight"]:
         text = text_at(facts["flight"], "text")
-        rows["dump"] = f"of a flight, by {text_at(facts['flight'], 'trigger')}" + (f": {text}" if text else "")
+        rows.append(("dump", f"of a flight, by {text_at(facts['flight'], 'trigger')}" + (f": {text}" if text else "")))
     if facts["kvm_counted"]:
         counted = ", ".join(f"{name} {count:,}" for name, count in facts["kvm_counted"].items())
-        rows["KVM itself"] = f"{counted} (the trace has {facts['kinds'].get('kvm_page_fault', 0):,} kvm_page_fault)"
-    for name, value in rows.items():
-        table.add_row(Text(name, style="bold"), Text(printable(value)))
-    for probe, runs in list(facts["missed"].items())[:5]:
+        faults = facts["kinds"].get("kvm_page_fault", 0)
+        rows.append(("KVM itself", f"{counted} (the trace has {faults:,} kvm_page_fault)"))
+    page.facts(rows, at=_NAMES)
+    for probe, runs in list(facts["missed"].items())[:_TOLD]:
         text = f"the kernel skipped {probe} {runs:,} times: these events were never seen"
-        table.add_row(Text("unseen", style="bold red"), Text(printable(text)))
+        page.facts([("unseen", text)], "bold red", _NAMES)
+    page.more(len(facts["missed"]) - _TOLD, "such probes")
     for line in facts["source"]:
-        table.add_row(Text("source", style="bold"), Text(line))
-    for line in facts["discrepancies"][:5]:
-        table.add_row(Text("incomplete", style="bold red"), Text(printable(line)))
-    return table
+        page.facts([("source", line)], at=_NAMES)
+    for line in facts["discrepancies"][:_TOLD]:
+        page.facts([("incomplete", line)], "bold red", _NAMES)
+    page.more(len(facts["discrepancies"]) - _TOLD, "such lines")
 
 
-def _vms(facts: dict[str, Any]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for name in ("VM", "process", "vCPUs", "slots", "seen"):
-        table.add_column(name, justify="left" if name in ("process", "seen") else "right")
-    for vm in facts["vms"][:_VMS_SHOWN]:
-        seen = str(vm["origin"]) + ("" if vm["until"] is None else ", destroyed")
-        process = printable(f"{vm['comm'] or '?'} ({vm['pid']})")
-        table.add_row(str(vm["id"]), Text(process), str(vm["vcpus"]), str(vm["slots"]), Text(printable(seen)))
-    if len(facts["vms"]) > _VMS_SHOWN:
-        table.add_row("...", f"{len(facts['vms']) - _VMS_SHOWN} more", "", "", "")
-    return table
-
-
-def _kinds(facts: dict[str, Any]) -> Table:
-    """Kinds by count, two to a line: name, stored, lost where any were."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    names = list(facts["kinds"]) + [name for name in facts["lost_kinds"] if name not in facts["kinds"]]
-    for _ in range(2):
-        table.add_column("kind")
-        table.add_column("stored", justify="right")
-        table.add_column("lost", justify="right")
-    cells = [
-        (printable(name), f"{facts['kinds'].get(name, 0):,}", f"{facts['lost_kinds'].get(name, 0) or ''}")
-        for name in names
+def _say_vms(page: Page, facts: dict[str, Any]) -> None:
+    rows = [
+        [
+            str(vm["id"]),
+            f"{vm['comm'] or '?'} ({vm['pid']})",
+            str(vm["vcpus"]),
+            str(vm["slots"]),
+            str(vm["origin"]) + ("" if vm["until"] is None else ", destroyed"),
+        ]
+        for vm in facts["vms"][:VMS_SHOWN]
     ]
+    columns = [TextColumn("VM"), TextColumn("process", right=False), TextColumn("vCPUs"), TextColumn("slots")]
+    page.table([*columns, TextColumn("seen", right=False)], rows)
+    page.more(len(facts["vms"]) - VMS_SHOWN, "VMs")
+
+
+def _say_kinds(page: Page, facts: dict[str, Any]) -> None:
+    """Kinds by count, two to a line where there is room: name, stored, lost where any were."""
+    names = list(facts["kinds"]) + [name for name in facts["lost_kinds"] if name not in facts["kinds"]]
+    cells = [[name, f"{facts['kinds'].get(name, 0):,}", f"{facts['lost_kinds'].get(name) or ''}"] for name in names]
+    columns = [TextColumn("kind", right=False), TextColumn("stored"), TextColumn("lost")]
     half = (len(cells) + 1) // 2
-    for left, right in zip(cells[:half], [*cells[half:], ("", "", "")], strict=False):
-        table.add_row(*left, *right)
-    return table
+    beside = [[*left, *right] for left, right in zip_longest(cells[:half], cells[half:], fillvalue=[""] * 3)]
+    if half and page.has_room_for([*columns, *columns], beside):
+        page.table([*columns, *columns], beside)
+    else:
+        page.table(columns, cells)
 
 
-def _probes(facts: dict[str, Any]) -> Text:
+def _say_probes(page: Page, facts: dict[str, Any]) -> None:
     attached = {str(probe.get("kind")) for probe in facts["probes"] if probe.get("how") != "none"}
     lacking = sorted({str(probe.get("kind")) for probe in facts["probes"]} - attached)
     text = f"{len(attached)} kinds observed"
     if lacking:
         text += f"; not observable here: {', '.join(lacking)}"
-    return Text(printable(text))
+    page.say(text)

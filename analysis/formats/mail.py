@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from analysis.formats.text_table import fitted, wrapped
+from analysis.formats.text_table import fitted
 from analysis.report import Report
+from traces.layout import wrapped
 
 WIDTH: Final = 72
 ROWS: Final = 4

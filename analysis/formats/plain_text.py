@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 from typing import Final
 
-from analysis.formats.text_table import aligned, fitted, wrapped
+from analysis.formats.text_table import aligned, fitted
 from analysis.report import Report, ReportTable
+from traces import screen
+from traces.layout import wrapped
 
-WIDTH: Final = 80  # where there is no terminal
-WIDEST: Final = 120
-NARROWEST: Final = 40
 HEIGHT: Final = 60
 _NAMES: Final = 11
 
 
 def render(*reports: Report) -> str:
     """One report after another, plain text. What there is no room for is named in the last line."""
-    width = WIDTH
-    if sys.stdout.isatty():
-        width = min(max(shutil.get_terminal_size().columns, NARROWEST), WIDEST)
-    return "\n".join("\n".join(_screen(report, width)) + "\n" for report in reports)
+    return "\n".join("\n".join(_screen(report, screen.width())) + "\n" for report in reports)
 
 
 def _screen(report: Report, width: int) -> list[str]:

@@ -12,6 +12,8 @@ from replay.explore.ready_model import ReadyModel
 from replay.explore.scenario import Scenario, ScenarioRun
 from replay.explore.schedule import Schedule
 from traces.errors import Problem
+from traces.screen import Page
+from traces.text import count
 
 _MAX_JSON: Final = 64 << 20
 
@@ -47,12 +49,12 @@ def listing(scenarios: Sequence[Scenario]) -> dict[str, Any]:
 
 def render_listing(scenarios: Sequence[Scenario]) -> str:
     """The text of --list."""
-    lines = []
+    page = Page()
     for scenario in scenarios:
-        lines.append(f"{scenario.name}: {scenario.title}  ({_bounds(scenario.bounds)})")
-        width = max(len(variant.name) for variant in scenario.variants)
-        lines += [f"  {v.name:{width}}  {v.expect:9}  {v.about}" for v in scenario.variants]
-    return "\n".join(lines) + "\n"
+        page.say(f"{scenario.name}: {scenario.title} ({_bounds(scenario.bounds)})")
+        wide = max(len(variant.name) for variant in scenario.variants)
+        page.facts([(f"  {each.name:{wide}}  {each.expect}", each.about) for each in scenario.variants], at=wide + 15)
+    return page.text
 
 
 def to_dict(run: ScenarioRun) -> dict[str, Any]:
@@ -73,16 +75,18 @@ def to_dict(run: ScenarioRun) -> dict[str, Any]:
 
 def render(run: ScenarioRun) -> str:
     """A variant's outcome, with the schedule of what was found."""
+    page = Page()
     name, seen = f"{run.scenario.name} {run.variant.name}", run.exploration
     expected = "" if run.outcome == run.variant.expect else f"  NOT AS EXPECTED: {run.variant.expect}"
-    about = f"  {run.variant.about}\n" if run.variant.about else ""
     if run.schedule is None:
         bounded = _bounds(run.bounds)
-        return f"{name}: no violation in {seen.states:,} states, {bounded}, {seen.seconds:.1f} s{expected}\n{about}"
-    short = "" if seen.shortest else ", perhaps not the shortest"
-    steps = len(run.schedule.lines)
-    head = f"{name}: violation in {steps} step{'s' if steps != 1 else ''}{short}{expected}"
-    return f"{head}\n{about}\n{schedule.render(run.schedule)}"
+        page.say(f"{name}: no violation in {seen.states:,} states, {bounded}, {seen.seconds:.1f} s{expected}")
+    else:
+        short = "" if seen.shortest else ", perhaps not the shortest"
+        page.say(f"{name}: violation in {count(len(run.schedule.lines), 'step')}{short}{expected}")
+    if run.variant.about:
+        page.say(f"  {run.variant.about}", indent="  ")
+    return page.text if run.schedule is None else f"{page.text}\n{schedule.render(run.schedule)}"
 
 
 def _bounds(bounds: Mapping[str, int]) -> str:
@@ -141,8 +145,11 @@ def _named(given: Schedule, where: str) -> Scenario:
 
 def render_replay(replayed: Mapping[str, Any]) -> str:
     """The text of a replay."""
+    page = Page()
     name = f"{replayed['scenario']} {replayed['variant']}, {replayed['steps']} steps"
     if replayed["again"]:
-        return f"{name}: broken again: {replayed['broken']}\n"
-    now = f"now broken: {replayed['broken']}" if replayed["broken"] else "nothing is broken now"
-    return f"{name}: {now} (before: {replayed['invariant']})\n"
+        page.say(f"{name}: broken again: {replayed['broken']}")
+    else:
+        now = f"now broken: {replayed['broken']}" if replayed["broken"] else "nothing is broken now"
+        page.say(f"{name}: {now} (before: {replayed['invariant']})")
+    return page.text

@@ -11,8 +11,14 @@ from replay.explore.memory import FREED, Broken
 from replay.explore.ready_model import ReadyModel, after, moved
 from replay.explore.search import NO_LIVELOCK, Found, explore_from
 from traces.errors import Problem
+from traces.layout import GAP, wrapped
+from traces.screen import width
 
-WIDTH: Final = 120
+WIDEST: Final = 120
+_NUMBER: Final = 5  # columns of a step's number
+_CHANGES: Final = 30  # of what changed, at least
+_NARROWEST: Final = 12
+_FOR_EVER: Final = "     from here on, for ever:\n"
 
 
 @dataclass(frozen=True)
@@ -145,19 +151,37 @@ def render(schedule: Schedule) -> str:
     if not actors:
         return f"     in the first state: {_said(schedule)}\n"
     notes = [", ".join(_change(*change) for change in line.changes) for line in schedule.lines]
-    share = (WIDTH - 5 - 30) // len(actors) - 2
+    whole = min(width(), WIDEST)
+    share = (whole - _NUMBER - _CHANGES) // len(actors) - GAP
+    if share < _NARROWEST:
+        return _one_column(schedule, notes, whole)
     widths = [
-        min(max(len(line.step) for line in schedule.lines if line.actor == actor), max(share, 16)) for actor in actors
+        max(min(max(len(line.step) for line in schedule.lines if line.actor == actor), share), len(actor))
+        for actor in actors
     ]
-    widths = [max(width, len(actor)) for width, actor in zip(widths, actors, strict=True)]
-    rest = max(WIDTH - 5 - sum(width + 2 for width in widths), 30)
+    rest = max(whole - _NUMBER - sum(wide + GAP for wide in widths), _NARROWEST)
     rows = [_row("", [*actors, "changes"], [*widths, rest])]
     for at, (line, note) in enumerate(zip(schedule.lines, notes, strict=True)):
         if at == schedule.cycle:
-            rows.append("     from here on, for ever:\n")
+            rows.append(_FOR_EVER)
         cells = [line.step if line.actor == actor else "" for actor in actors]
         rows.append(_row(str(at + 1), [*cells, note], [*widths, rest]))
-    return "".join(rows) + f"     => {_said(schedule)}\n"
+    return "".join(rows) + _end(schedule, whole)
+
+
+def _one_column(schedule: Schedule, notes: Sequence[str], whole: int) -> str:
+    """The same where there is no room for a column for each."""
+    rows = []
+    for at, (line, note) in enumerate(zip(schedule.lines, notes, strict=True)):
+        if at == schedule.cycle:
+            rows.append(_FOR_EVER)
+        told = f"{line.actor}: {line.step}" + (f": {note}" if note else "")
+        rows.append(_row(str(at + 1), [told], [whole - _NUMBER]))
+    return "".join(rows) + _end(schedule, whole)
+
+
+def _end(schedule: Schedule, whole: int) -> str:
+    return "".join(f"{line}\n" for line in wrapped(f"     => {_said(schedule)}", whole, " " * 8))
 
 
 def _said(schedule: Schedule) -> str:

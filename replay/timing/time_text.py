@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
-
-from rich.table import Table
-from rich.text import Text
 
 from replay.plan import Plan
 from replay.timing.diagnosis import summed_up
@@ -16,11 +13,16 @@ from replay.timing.stalls import watchdogs
 from replay.timing.time_rows import named
 from replay.timing.timed_run import PolicyTime, Settings, VcpuTime, VmTime
 from traces.durations import duration
-from traces.screen import VMS_SHOWN, page, text_of
-from traces.text import count, printable
+from traces.layout import TextColumn
+from traces.screen import VMS_SHOWN, Page
+from traces.text import count, vms_text
+from traces.vm_names import VmNames
 
-_VCPUS_SHOWN: Final = 16  # of a VM: those that hung longest, or lost most
+_VCPUS_SHOWN: Final = 16
+_SENTENCES: Final = 8  # on vCPUs that got no further
 _STUCK_SHOWN: Final = 4  # vCPUs whose rows are shown
+# Of columns: which go first where there is no room, the others before these.
+_LEVELS: Final = {TimeCategory.GUEST: 1, TimeCategory.FAULT: 2}
 _PRESERVED: Final = ("preserve", "preserve-worker")
 
 
@@ -49,51 +51,45 @@ def to_dict(times: list[VmTime], settings: Settings) -> dict[str, Any]:
     }
 
 
-def render(times: list[VmTime], plan: Plan) -> str:
-    """Plain text where standard output is no terminal."""
-    console = page()
+def render(times: list[VmTime], plan: Plan, order: Sequence[tuple[int, int]]) -> str:
+    """For people. `order` is of (VM, which of its vCPUs), the worst off first: those are shown."""
+    page = Page()
+    names = VmNames(plan.capabilities.trace.metadata)
     stuck = [each for vm in times for each in vm.stuck]
-    for line in summed_up(stuck):
-        console.print(Text(printable(line), style="bold"), soft_wrap=True)
+    sentences = summed_up(stuck)
+    for line in sentences[:_SENTENCES]:
+        page.say(line, "bold")
+    page.more(len(sentences) - _SENTENCES, "such sentences")
     for each in sorted(stuck, key=lambda each: each.since - each.until)[:_STUCK_SHOWN]:
         if not each.ended:
-            console.print(Text(f"what shows that of vCPU {each.vcpu} of VM {each.vm}:"))
+            page.say(f"what shows that of vCPU {each.vcpu} of VM {each.vm}:")
             for row in each.rows:
-                console.print(Text(f"  {printable(row)}"), soft_wrap=True)
-    for vm in times[:VMS_SHOWN]:
+                page.say(f"  {row}", indent="    ")
+    timed = {vm.vm: vm for vm in times if not vm.refused}
+    ranked = [(timed[vm], at) for vm, at in order if vm in timed]
+    worst = list(dict.fromkeys(vm.vm for vm, _ in ranked))[:VMS_SHOWN]
+    shown = [(vm, at) for vm, at in ranked if vm.vm in worst][:_VCPUS_SHOWN]
+    several = len(times) > 1
+    for vm, at in shown:
+        for sentence in verdicts(vm, [at]):
+            page.say(f"{names.vm(vm.vm)}, {sentence}" if several else sentence, "bold")
+    if shown:
+        page.table(_columns(shown), [row for vm, at in shown for row in _rows(vm, at)])
+        page.say("as recorded: guest with switch")
+    page.more(len(ranked) - len(shown), "vCPUs, none worse off")
+    said: dict[str, list[int]] = {}
+    for vm in times:
         if vm.refused:
-            console.print(Text(f"VM {vm.vm}: no times: {vm.refused}"))
-            continue
-        shown = _shown(vm)
-        for line in verdicts(vm, shown):
-            console.print(Text(printable(line), style="bold"), soft_wrap=True)
-        console.print(_table(vm, shown))
-        if len(shown) < len(vm.recorded):
-            console.print(
-                Text(f"... {len(vm.recorded) - len(shown)} more vCPUs, better off than these: --json has them")
-            )
-        for line in _trust(vm):
-            console.print(Text(printable(line)), soft_wrap=True)
-    if len(times) > VMS_SHOWN:
-        console.print(Text(f"... {len(times) - VMS_SHOWN} more VMs: --json has them"))
+            said.setdefault(f"no times: {vm.refused}", []).append(vm.vm)
+        elif vm.vm in worst:
+            for line in _trust(vm, several):
+                said.setdefault(line, []).append(vm.vm)
+    for line, vms in said.items():
+        page.say(f"{vms_text(vms)}: {line}" if several else line)
     own = [target.name for target in plan.targets if target.policy is not None]
     if own:
-        console.print(Text(printable(f"{', '.join(own)}: counted only; policies of users are not timed")))
-    return text_of(console)
-
-
-def _shown(vm: VmTime) -> list[int]:
-    """Places of the vCPUs that are worst off under any policy, in their order."""
-    vcpus = range(len(vm.recorded))
-    if len(vcpus) <= _VCPUS_SHOWN or not vm.outcomes:
-        return list(vcpus)[:_VCPUS_SHOWN]
-
-    def badness(i: int) -> tuple[int, float]:
-        under = [outcome.vcpus[i] for outcome in vm.outcomes]
-        walls = [vcpu.wall for vcpu in under]
-        return max(vcpu.longest for vcpu in under), max(walls) / max(min(walls), 1)
-
-    return sorted(sorted(vcpus, key=badness, reverse=True)[:_VCPUS_SHOWN])
+        page.say(f"{', '.join(own)}: counted only; policies of users are not timed")
+    return page.text
 
 
 def verdicts(vm: VmTime, vcpus: Iterable[int]) -> Iterator[str]:
@@ -147,45 +143,51 @@ def _ends(vm: VmTime) -> dict[str, tuple[PolicyTime, PolicyTime]]:
     return found
 
 
-def _table(vm: VmTime, vcpus: list[int]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column(f"VM {vm.vm}")
-    for name in ("vCPU", "time", "from", "to"):
-        table.add_column(name, justify="right")
-    spent = [*vm.recorded, *(vcpu.spent for outcome in vm.outcomes for vcpu in outcome.vcpus)]
-    shown = [each for each in TimeCategory if each <= TimeCategory.SWITCH or any(row[each] for row in spent)]
-    for each in shown:
-        table.add_column(each.name.lower(), justify="right")
-    for name in ("soft-hangs", "longest"):
-        table.add_column(name, justify="right")
-    for i in vcpus:
-        recorded = vm.recorded[i]
-        vcpu_id = str(vm.outcomes[0].vcpus[i].id) if vm.outcomes else ""
-        wall = sum(recorded)
-        shares = ("" if on == TimeCategory.SWITCH else f"{recorded[on] / wall:.1%}" for on in shown if wall)
-        table.add_row("as recorded (guest with switch)", vcpu_id, duration(wall), "", "", *shares)
-    for outcome in vm.outcomes:
+def _columns(shown: Sequence[tuple[VmTime, int]]) -> list[TextColumn]:
+    one = len(shown) == 1
+    places = [TextColumn("VM", level=int(one)), TextColumn("vCPU", level=int(one)), TextColumn("policy", right=False)]
+    times = [TextColumn("time"), TextColumn("from", level=2), TextColumn("to", level=2)]
+    spent = [TextColumn(each.name.lower(), level=_LEVELS.get(each, 3)) for each in TimeCategory]
+    return [*places, *times, *spent, TextColumn("soft-hangs", level=1), TextColumn("longest")]
+
+
+def _rows(vm: VmTime, at: int) -> Iterator[list[str]]:
+    """A vCPU as recorded, and under each policy: cells of `_columns`, empty for what nothing was spent on."""
+    under = [(outcome, outcome.vcpus[at]) for outcome in vm.outcomes]
+    recorded = vm.recorded[at]
+    own = str(under[0][1].id) if under else ""
+    spent = [recorded, *(vcpu.spent for _, vcpu in under)]
+    seen = [each <= TimeCategory.SWITCH or any(row[each] for row in spent) for each in TimeCategory]
+
+    def shares(row: Sequence[int], but: TimeCategory | None = None) -> list[str]:
+        wall = sum(row)
+        return [
+            f"{row[each] / wall:.1%}" if wall and shown and each is not but else ""
+            for each, shown in zip(TimeCategory, seen, strict=True)
+        ]
+
+    yield [
+        str(vm.vm), own, "as recorded", duration(sum(recorded)), "", "", *shares(recorded, TimeCategory.SWITCH), "", ""
+    ]  # fmt: skip
+    for outcome, vcpu in under:
         name = outcome.target.name + ("" if outcome.run.bound == "exact" else f", {outcome.run.bound}")
-        for vcpu in (outcome.vcpus[i] for i in vcpus):
-            low, high = vcpu.band
-            shares = (f"{vcpu.spent[on] / vcpu.wall:.1%}" if vcpu.wall else "" for on in shown)
-            hangs = (str(len(vcpu.stalls)), duration(vcpu.longest)) if vcpu.stalls else ("", "")
-            table.add_row(
-                printable(name), str(vcpu.id), duration(vcpu.wall), duration(low), duration(high), *shares, *hangs
-            )
-    return table
+        hangs = (str(len(vcpu.stalls)), duration(vcpu.longest)) if vcpu.stalls else ("", "")
+        band = map(duration, vcpu.band)
+        yield [str(vm.vm), own, name, duration(vcpu.wall), *band, *shares(vcpu.spent), *hangs]
 
 
-def _trust(vm: VmTime) -> Iterator[str]:
+def _trust(vm: VmTime, several: bool) -> Iterator[str]:
+    """What the times rest on; of one VM among several what was measured of it alone."""
     if vm.marked:
         yield f"marked: {vm.marked}"
     costs = vm.fitted.costs
     measured = [name for name, source in vm.fitted.source.items() if source.startswith("measured")]
+    found = ", ".join(f"{name} {duration(getattr(costs, name))}" for name in measured) or "none"
+    yield f"costs measured: {found}{f'; --vm {vm.vm} shows the others' if several else ''}"
     assumed: dict[str, list[str]] = {}
     for name, source in vm.fitted.source.items():
-        if name not in measured:
+        if name not in measured and not several:
             assumed.setdefault(source, []).append(f"{name} {duration(getattr(costs, name))}")
-    yield "costs measured: " + (", ".join(f"{name} {duration(getattr(costs, name))}" for name in measured) or "none")
     if assumed:
         yield "costs assumed: " + "; ".join(f"{', '.join(names)} ({source})" for source, names in assumed.items())
     if vm.measured.by_guest + vm.measured.by_clock:

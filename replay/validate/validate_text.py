@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from rich.table import Table
-from rich.text import Text
-
-from replay.validate.compare import ConformanceReport
+from replay.validate.compare import ConformanceReport, VmReport
 from replay.validate.row_tuples import RowTuple
 from replay.validate.threads import Divergence, MatchTally
-from traces.screen import page, text_of
-from traces.text import count, printable
+from traces.layout import TextColumn
+from traces.screen import VMS_SHOWN, Page
+from traces.text import count
 
-WIDTH: Final = 110
+_TALLIES: Final = ("matched", "mismatched", "missing", "share")
 # Of the document. 1 said `reproduced` and `wrong` for `matched` and `mismatched`; 2 had no `not_modelled`.
 SCHEMA: Final = 3
 _HEX: Final = frozenset(("role", "old", "new", "table", "addr", "code", "value", "rip"))
@@ -76,32 +74,33 @@ def headline(report: ConformanceReport) -> str:
 
 
 def render(report: ConformanceReport) -> str:
-    """One screen, plain text where standard output is no terminal."""
-    console = page(WIDTH)
-    console.print(Text(printable(headline(report)), style="bold green" if report.holds else "bold red"), soft_wrap=True)
-    console.print(_kinds(report))
-    for kind, rows in report.not_modelled.items():
-        console.print(Text(f"not modelled, of nested guests' own paging: {rows:,} {kind}"), soft_wrap=True)
+    """For people: the verdict, the tally, what was not compared, and where the worst VMs diverge."""
+    page = Page()
+    page.say(headline(report), "bold green" if report.holds else "bold red")
+    rows = [
+        [kind, *(f"{number:,}" if number else "" for number in _counts(tally)), _of(tally)]
+        for kind, tally in report.tallies.items()
+    ]
+    page.table([TextColumn("response of the MMU", right=False), *map(TextColumn, _TALLIES)], rows)
+    for kind, number in report.not_modelled.items():
+        page.say(f"not modelled, of nested guests' own paging: {number:,} {kind}")
     for note in report.notes:
-        console.print(Text(printable(f"note: {note}")), soft_wrap=True)
-    for vm in report.vms:
+        page.say(f"note: {note}")
+    diverge = sorted((vm for vm in report.vms if vm.first is not None), key=_share_of_vm)
+    for vm in diverge[:VMS_SHOWN]:
         for line in _divergence(vm.vm, vm.first) if vm.first is not None else ():
-            console.print(Text(printable(line)), soft_wrap=True)
-    return text_of(console)
+            page.say(line, indent="        ")
+    page.more(len(diverge) - VMS_SHOWN, "VMs diverge")
+    return page.text
+
+
+def _share_of_vm(vm: VmReport) -> float:
+    matched = sum(tally.matched for tally in vm.tallies.values())
+    return matched / max(sum(sum(_counts(tally)) for tally in vm.tallies.values()), 1)
 
 
 def _share(part: int, whole: int) -> str:
     return "100 %" if part == whole else f"{int(10_000 * part / whole) / 100:.2f} %"
-
-
-def _kinds(report: ConformanceReport) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("response of the MMU")
-    for name in ("matched", "mismatched", "missing", "share"):
-        table.add_column(name, justify="right")
-    for kind, tally in report.tallies.items():
-        table.add_row(kind, *(f"{count or '':,}" if count else "" for count in _counts(tally)), _of(tally))
-    return table
 
 
 def _counts(tally: MatchTally) -> tuple[int, int, int]:

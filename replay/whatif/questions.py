@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from rich.table import Table
-from rich.text import Text
-
 from replay.decode.capabilities import Capabilities
 from replay.whatif import aging, apicv_inhibits, each_vm, range_zaps, table_accounting
 from replay.whatif.answers import VARIANTS, Answer, Asked, parse
 from replay.whatif.workload import FAULTS, Workload, workload
 from traces.durations import duration
 from traces.kernels import Kernel
+from traces.layout import TextColumn
 from traces.progress import Progress
-from traces.screen import VMS_SHOWN, page, text_of
-from traces.text import printable
+from traces.screen import VMS_SHOWN, Page
+from traces.text import vms_text
 
 _ANSWER: Final[Mapping[str, Callable[[Workload, Asked, str], Answer]]] = {
     "aging": aging.answer, "zap_lock": range_zaps.answer, "apicv": apicv_inhibits.answer,
@@ -80,28 +78,29 @@ def to_dict(found: Sequence[tuple[Workload, list[Answer]]]) -> list[dict[str, An
 
 
 def render(found: Sequence[tuple[Workload, list[Answer]]], unanswered: Mapping[int, str]) -> str:
-    """Plain text where standard output is no terminal."""
-    console = page()
-    for work, answers in found[:VMS_SHOWN]:
+    """For people: the VMs with the most faults, which have the most to wait for."""
+    page = Page()
+    ranked = sorted(found, key=lambda each: _faults(each[0]), reverse=True)
+    notes: dict[str, list[int]] = {}
+    for work, answers in ranked[:VMS_SHOWN]:
         for each in answers:
-            option = each.axis.replace("_", "-")
-            console.print(Text(f"VM {work.vm}, {option}: this kernel's way is {each.own}", style="bold"))
-            table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+            page.say(f"VM {work.vm}, {each.axis.replace('_', '-')}: this kernel's way is {each.own}", "bold")
             headers, cells = each.table
-            for i, name in enumerate(headers):
-                table.add_column(name, justify="left" if i == 0 else "right")
-            for row in cells:
-                table.add_row(*map(printable, row))
-            console.print(table)
-            for note in each.notes:
-                console.print(Text(printable(note)), soft_wrap=True)
+            page.table([TextColumn(name, right=i > 0) for i, name in enumerate(headers)], cells)
+            for line in each.notes:
+                notes.setdefault(line, []).append(work.vm)
         for line in trust(work):
-            console.print(Text(printable(line)), soft_wrap=True)
-    if len(found) > VMS_SHOWN:
-        console.print(Text(f"... {len(found) - VMS_SHOWN} more VMs: --json has them"))
+            notes.setdefault(line, []).append(work.vm)
+    page.more(len(found) - VMS_SHOWN, "VMs, with fewer faults than these")
+    for line, vms in notes.items():
+        page.say(line if len(vms) == len(found) else f"{vms_text(vms)}: {line}")
     for line in each_vm.notes(unanswered):
-        console.print(Text(printable(line)), soft_wrap=True)
-    return text_of(console)
+        page.say(line)
+    return page.text
+
+
+def _faults(work: Workload) -> int:
+    return sum(len(program.gap) for program in work.programs)
 
 
 def trust(work: Workload) -> list[str]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
-
-from rich.table import Table
-from rich.text import Text
 
 from replay.whatif import each_vm
 from replay.whatif.smi_rate import Sweep, Swept
 from traces.durations import duration
-from traces.screen import page, text_of
-from traces.text import printable
+from traces.layout import TextColumn
+from traces.screen import VMS_SHOWN, Page
 
 
 def to_dict(found: dict[int, list[Swept]], unanswered: dict[int, str], sweep: Sweep) -> dict[str, Any]:
@@ -28,22 +26,28 @@ def to_dict(found: dict[int, list[Swept]], unanswered: dict[int, str], sweep: Sw
 
 def render(found: dict[int, list[Swept]], unanswered: dict[int, str], sweep: Sweep) -> str:
     """For each VM how many times as long its program takes, by rate and policy, and where it tips."""
-    console = page()
-    for vm, policies in found.items():
-        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-        table.add_column(f"VM {vm}, SMIs a second", justify="right")
+    page = Page()
+
+    def limit(vm: int) -> float:
+        return min((swept.limit for swept in found[vm]), default=math.inf)
+
+    for vm in sorted(found, key=limit)[:VMS_SHOWN]:
+        policies = found[vm]
+        rows = [
+            [f"{rate:,.4g}", *(_factor(swept.factors[i]) for swept in policies)] for i, rate in enumerate(sweep.rates)
+        ]
+        rows.append(["hangs from", *("-" if swept.tips is None else f"{swept.tips:,.4g}" for swept in policies)])
+        rows.append(["arithmetic limit", *(f"{swept.limit:,.4g}" for swept in policies)])
+        titles = (f"VM {vm}, SMIs a second", *(swept.policy for swept in policies))
+        page.table([TextColumn(title) for title in titles], rows)
         for swept in policies:
-            table.add_column(printable(swept.policy), justify="right")
-        for i, rate in enumerate(sweep.rates):
-            factors = (swept.factors[i] for swept in policies)
-            table.add_row(f"{rate:,.4g}", *("hangs" if factor is None else f"{factor:,.2f}x" for factor in factors))
-        table.add_row("hangs from", *("-" if swept.tips is None else f"{swept.tips:,.4g}" for swept in policies))
-        table.add_row("arithmetic limit", *(f"{swept.limit:,.4g}" for swept in policies))
-        console.print(table)
-        for swept in policies:
-            parts = f"refill {duration(swept.refill)}, SMI {duration(swept.smi)}"
-            console.print(Text(printable(f"{swept.policy}: each SMI costs {parts}")), soft_wrap=True)
+            page.say(f"{swept.policy}: each SMI costs refill {duration(swept.refill)}, SMI {duration(swept.smi)}")
+    page.more(len(found) - VMS_SHOWN, "VMs, which hang at higher rates than these")
     for line in each_vm.notes(unanswered):
-        console.print(Text(printable(line)), soft_wrap=True)
-    console.print(Text("assumed: after each SMI the guest needs every page that is mapped, at once (--refault all)"))
-    return text_of(console)
+        page.say(line)
+    page.say("assumed: after each SMI the guest needs every page that is mapped, at once (--refault all)")
+    return page.text
+
+
+def _factor(factor: float | None) -> str:
+    return "hangs" if factor is None else f"{factor:,.2f}x"

@@ -159,11 +159,12 @@ def test_damaged_provenance(tmp_path: Path, text: str) -> None:
 
 def test_table_for_a_terminal() -> None:
     lines = matrix.render(
-        [row(Cell("steady", (), "6.1")), row(Cell("cr4-toggle", ("--bit", "pge"), "6.1"))]
+        [row(Cell(name, (), "6.1")) for name in ("steady", "churn", "roots", "mmio", "cr4-toggle")]
     ).splitlines()
     assert lines[0].split() == ["recording", "policy", "events", "lost", "roots", "tables", "faults", "leaves", "ms"]
     assert lines[1].split() == ["steady-6.1", "sync", "1,234,567", "0", "2", "9", "514", "513", "12"]
     assert len({len(line) for line in lines}) == 1
+    assert max(map(len, lines)) <= 80
 
 
 def test_no_kernel_here(store: Path) -> None:

@@ -161,7 +161,7 @@ def test_list() -> None:
     assert document["schema"] == 1
     listed = {each["name"]: {v["name"]: v["expect"] for v in each["variants"]} for each in document["scenarios"]}
     assert listed == {each.name: {v.name: v.expect for v in each.variants} for each in SCENARIOS}
-    text = kvmtrace("explore", "--list").stdout
+    text = " ".join(kvmtrace("explore", "--list").stdout.split())
     assert all(f"{each.name}: {each.title}" in text for each in SCENARIOS)
 
 

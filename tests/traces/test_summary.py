@@ -10,8 +10,9 @@ from tests.golden.make import HERE
 from tests.traces.making import event, stream, trace
 from traces.compact import compact
 from traces.errors import Problem
+from traces.screen import WIDTH
 from traces.segment_writer import SegmentWriter
-from traces.summary import WIDTH, info, render
+from traces.summary import info, render
 
 GOLDEN = HERE / "trace-1.0.parquet"
 

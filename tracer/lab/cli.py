@@ -53,6 +53,7 @@ def list_(as_json: Json = False) -> None:
     from tracer.lab.lab_kernels import KERNELS, TABLE_DATE
     from tracer.lab.modules import Directory
     from traces.kernels.policies import MEANINGS
+    from traces.screen import Page
 
     kernels: list[dict[str, Any]] = []
     for kernel in KERNELS.values():
@@ -74,20 +75,21 @@ def list_(as_json: Json = False) -> None:
     if as_json:
         print_json({"table_date": TABLE_DATE, "kernels": kernels, "scenarios": scenarios})
         return
-    print(f"kernels (root policies as of {TABLE_DATE}):")
+    page = Page()
+    page.say(f"kernels (root policies as of {TABLE_DATE}):")
     for row in kernels:
         state = row["package"] or row["release"] or f"kvmtrace lab fetch {row['name']}"
         runs_on = f"; runs on {', '.join(row['cpus'])}" if row["cpus"] else ""
-        print(f"  {row['name']:10} {row['policy']:9} {state}{runs_on}\n  {'':20} {row['reason']}")
-    print("\nCPUs (--cpu):")
-    for cpu in CPUS.values():
-        print(f"  {cpu.name:10} {cpu.shows}")
-    print("\nroot policies:")
-    for name, meaning in MEANINGS.items():
-        print(f"  {name:10} {meaning}")
-    print("\nscenarios:")
-    for scenario in scenarios:
-        print(f"  {scenario['name']:12} {scenario['shows']}")
+        page.facts([(f"  {row['name']:10} {row['policy']}", f"{state}{runs_on}"), ("", row["reason"])], at=23)
+    for title, facts in (
+        ("CPUs (--cpu)", [(cpu.name, cpu.shows) for cpu in CPUS.values()]),
+        ("root policies", list(MEANINGS.items())),
+        ("scenarios", [(scenario["name"], scenario["shows"]) for scenario in scenarios]),
+    ):
+        page.blank()
+        page.say(f"{title}:")
+        page.facts([(f"  {name}", text) for name, text in facts])
+    print(page.text, end="")
 
 
 @app.command(

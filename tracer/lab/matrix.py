@@ -25,6 +25,8 @@ from tracer.lab.session import DEFAULT_TIMEOUT, DEFAULT_TIMEOUT_INTEL, boot, sev
 from traces import durable
 from traces.compact import compact
 from traces.errors import BAD_INPUT, ENVIRONMENT, Problem
+from traces.layout import TextColumn
+from traces.screen import Page
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class LabMmu:
     parameters: tuple[str, ...] = ()
 
 
+_FIGURES: Final = ("events", "lost", "roots", "tables", "faults", "leaves", "ms")
 PROVENANCE: Final = "provenance.json"
 TABLE: Final = "README.md"
 # What a kernel's MMUs are called here, and the module parameters that choose them; TDP roots have no name. Direct
@@ -348,19 +351,16 @@ def _write(directory: Path, rows: list[MatrixRow]) -> None:
 
 def render(rows: Sequence[MatrixRow]) -> str:
     """The rows as a table for a terminal."""
-    heads = ("recording", "policy", "events", "lost", "roots", "tables", "faults", "leaves", "ms")
     body = [
-        (
+        [
             row.file.removesuffix(".parquet"),
             row.policy,
             *(f"{figure:,}" for figure in (row.events, row.lost, row.roots, row.tables, row.faults, row.leaves)),
             f"{row.guest_ns / 1e6:,.0f}",
-        )
+        ]
         for row in rows
     ]
-    widths = [max(len(line[column]) for line in (heads, *body)) for column in range(len(heads))]
-    text = ""
-    for line in (heads, *body):
-        padded = [f"{word:{'<' if column < 2 else '>'}{widths[column]}}" for column, word in enumerate(line)]
-        text += "  ".join(padded).rstrip() + "\n"
-    return text
+    page = Page()
+    names = [TextColumn(title, right=False) for title in ("recording", "policy")]
+    page.table([*names, *map(TextColumn, _FIGURES)], body)
+    return page.text

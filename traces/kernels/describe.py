@@ -1,4 +1,4 @@
-"""What a kernel version does, or what changed between two, for people (80 columns) and for programs."""
+"""What a kernel version does, or what changed between two, for people and for programs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from traces.kernels.changes import CHANGES, Change
 from traces.kernels.fold import at, changes_between
 from traces.kernels.kernel import Kernel
 from traces.kernels.policies import MEANINGS
+from traces.screen import width
 
-_WIDTH: Final = 80
 _LABEL: Final = 18  # characters of the left column
 _LEVELS: Final = {0: "its own", 1: "4 KiB", 2: "2 MiB", 3: "1 GiB"}
 
@@ -127,7 +127,7 @@ def _mode(shared: bool) -> str:
 def _row(label: str, value: str) -> list[str]:
     indent = f"  {label:{_LABEL}}"
     return textwrap.wrap(
-        value, _WIDTH, initial_indent=indent, subsequent_indent=" " * len(indent), break_on_hyphens=False
+        value, width(), initial_indent=indent, subsequent_indent=" " * len(indent), break_on_hyphens=False
     ) or [indent.rstrip()]
 
 
@@ -140,7 +140,7 @@ def _listed(changes: Iterable[Change]) -> str:
             backports = ", ".join(".".join(map(str, first)) for first in change.backports)
             sources += f"{'; ' if sources else ''}also {backports}"
         text = f"{change.what} ({sources})" if sources else change.what
-        lines += textwrap.wrap(text, _WIDTH, initial_indent=f"  {since:6}", subsequent_indent=" " * 8)
+        lines += textwrap.wrap(text, width(), initial_indent=f"  {since:6}", subsequent_indent=" " * 8)
     return "\n".join(lines) + "\n"
 
 
