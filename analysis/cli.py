@@ -202,10 +202,11 @@ def diff(
 )
 def export(
     file: Annotated[Path, typer.Argument(help="A trace, or a result of `kvmtrace replay -o`.")],
-    csv: Annotated[str, typer.Option(help="Write all rows of this query as CSV.", show_default=False)] = "",
-    list_: Annotated[bool, typer.Option("--list", help="Say which queries there are for this file.")] = False,
+    csv: Annotated[str, typer.Option(help="Mode: write all rows of this query as CSV.", show_default=False)] = "",
+    list_: Annotated[bool, typer.Option("--list", help="Mode: say which queries there are for this file.")] = False,
     perfetto: Annotated[
-        bool, typer.Option("--perfetto", help="Write what each vCPU did, and when, for ui.perfetto.dev; needs -o.")
+        bool,
+        typer.Option("--perfetto", help="Mode: write what each vCPU did, and when, for ui.perfetto.dev; needs -o."),
     ] = False,
     recorded_policy: RecordedPolicy = "",
     out: TextFile = None,

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.verbs import TALKERS, WRITERS, Files, Verb, contents, kvmtrace
+from tests.verbs import RECORDERS, TALKERS, WRITERS, Files, Verb, contents, environment, kvmtrace
 from traces import outputs
 from traces.errors import BAD_INPUT
 from traces.interrupts import CODE as INTERRUPTED
@@ -28,8 +28,18 @@ QUICK = ("info", "report-gate", "synth")
 
 
 def verbs(given: Sequence[Verb], *, quick: Sequence[str] = QUICK) -> Any:
-    marked = [pytest.param(verb, id=verb.name, marks=() if verb.name in quick else pytest.mark.slow) for verb in given]
-    return pytest.mark.parametrize("verb", marked)
+    def marks(verb: Verb) -> list[pytest.MarkDecorator]:
+        if verb.needs:
+            return [getattr(pytest.mark, verb.needs)]
+        return [] if verb.name in quick else [pytest.mark.slow]
+
+    return pytest.mark.parametrize("verb", [pytest.param(verb, id=verb.name, marks=marks(verb)) for verb in given])
+
+
+@pytest.fixture(autouse=True)
+def _machine(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("live"):
+        request.getfixturevalue("live")
 
 
 def said(done: subprocess.CompletedProcess[bytes]) -> str:
@@ -41,7 +51,7 @@ def said(done: subprocess.CompletedProcess[bytes]) -> str:
     return done.stderr.decode()
 
 
-@verbs(WRITERS)
+@verbs([*WRITERS, *RECORDERS])
 def test_a_full_disk_leaves_what_was_there(
     verb: Verb, files: Files, whole: Callable[[Verb], Path], tmp_path: Path
 ) -> None:
@@ -59,24 +69,34 @@ def test_a_full_disk_leaves_what_was_there(
         assert contents(tmp_path) == before
 
 
+DOCUMENTED = [verb for verb in (*WRITERS, *RECORDERS) if verb.line.endswith("--json")]
+
+
 @pytest.mark.slow
-@verbs(TALKERS)
-def test_standard_output_that_is_closed_full_or_unread(verb: Verb, files: Files) -> None:
-    words = verb.words(files)
+@verbs([*TALKERS, *DOCUMENTED])
+def test_standard_output_that_is_closed_full_or_unread(verb: Verb, files: Files, tmp_path: Path) -> None:
+    places = iter([tmp_path / name for name in ("closed", "full", "closed by a shell", "unread")])
+    words = verb.words(files, next(places))
+    if verb.code == BAD_INPUT:
+        said(kvmtrace(words, stdout=subprocess.DEVNULL))  # it prints nothing
+        return
     assert "standard output" in said(kvmtrace(words, "import os; os.dup2(os.open('/dev/null', os.O_RDONLY), 1)"))
+    words = verb.words(files, next(places))
     with Path("/dev/full").open("wb") as full:
         assert "No space left on device" in said(kvmtrace(words, stdout=full))
     shell = ["/bin/sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-m", "kvmtrace"]
-    closed = subprocess.run([*shell, *words], stderr=subprocess.PIPE, check=False)
+    words = verb.words(files, next(places))
+    closed = subprocess.run([*shell, *words], stderr=subprocess.PIPE, check=False, env=environment(words))
     assert "standard output" in said(closed)
     reading, writing = os.pipe()
     os.close(reading)
+    words = verb.words(files, next(places))
     done = kvmtrace(words, stdout=writing)
     os.close(writing)
     assert b"Broken" not in done.stderr
     assert b"Traceback" not in done.stderr
-    if verb.name != "doctor":
-        assert done.returncode == verb.code
+    assert done.returncode == verb.code or verb.name.startswith("doctor")
+    assert verb.kind is None or sum(1 for _ in tmp_path.iterdir()) == 4, "what was asked for is there"
 
 
 def test_a_closed_standard_error_does_not_go_to_standard_output(files: Files) -> None:
@@ -86,21 +106,22 @@ def test_a_closed_standard_error_does_not_go_to_standard_output(files: Files) ->
 
 
 @pytest.mark.slow
-@verbs(TALKERS)
-def test_a_narrow_dumb_terminal_an_ascii_locale_and_none(verb: Verb, files: Files) -> None:
-    words = verb.words(files)
+@verbs([*TALKERS, *RECORDERS])
+def test_a_narrow_dumb_terminal_an_ascii_locale_and_none(verb: Verb, files: Files, tmp_path: Path) -> None:
+    places = iter([tmp_path / name for name in "1234"])
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG", "PYTHON"))}
     codes = set()
-    for environment in (
+    for variables in (
         {"COLUMNS": "40", "TERM": "dumb", "LC_ALL": "C"},
         {"COLUMNS": "1", "LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
         {"PYTHONIOENCODING": "ascii:strict", "TERM": ""},
     ):
-        done = kvmtrace(words, env={**plain, **environment})
+        done = kvmtrace(verb.words(files, next(places)), env={**plain, **variables})
         assert b"Traceback" not in done.stderr, done.stderr.decode()
         codes.add(done.returncode)
     ours, theirs = pty.openpty()
-    narrow = {**plain, "COLUMNS": "40", "TERM": "dumb"}
+    words = verb.words(files, next(places))
+    narrow = environment(words, {**plain, "COLUMNS": "40", "TERM": "dumb"})
     child = subprocess.Popen([sys.executable, "-m", "kvmtrace", *words], stdout=theirs, stderr=theirs, env=narrow)
     os.close(theirs)
     shown = b""
@@ -116,15 +137,15 @@ def test_a_narrow_dumb_terminal_an_ascii_locale_and_none(verb: Verb, files: File
     assert b"Traceback" not in shown, shown.decode(errors="replace")
     codes.add(child.wait())
     assert len(codes) == 1
-    assert verb.name == "doctor" or codes == {verb.code}
+    assert verb.name.startswith("doctor") or codes == {verb.code}
 
 
-@verbs([*WRITERS, *TALKERS])
+@verbs([*WRITERS, *RECORDERS, *TALKERS])
 def test_a_name_that_is_not_utf_8_is_one_line(verb: Verb, files: Files, tmp_path: Path) -> None:
     odd = tmp_path / os.fsdecode(b"odd-\xff.parquet")
     shutil.copy(files.trace, odd)
     before = sorted(tmp_path.iterdir())
-    given = Files(odd, odd, odd, odd)
+    given = Files(odd, odd, odd, odd, odd, odd)
     words = verb.words(given, odd.with_suffix(".out"))
     if os.fspath(odd) not in words and verb.kind is None:
         words.append(os.fspath(odd))  # what takes no file takes no such word either
@@ -155,10 +176,38 @@ _AT_RENAME = """
 import os, signal, sys
 sys.addaudithook(lambda event, _: os.kill(os.getpid(), signal.SIGINT) if event == 'os.rename' else None)
 """
-_SOME = ("info", "report-html", "report-text", "export-perfetto", "replay", "synth", "recover", "validate", "doctor")
+COMMAND = Path(__file__).parents[1] / "scripts" / "kvmtrace"
 
 
-@verbs([verb for verb in (*WRITERS, *TALKERS) if verb.name in _SOME], quick=())
+@pytest.mark.parametrize("ignored", [False, True])
+def test_interrupted_while_python_itself_starts(ignored: bool, files: Files, tmp_path: Path) -> None:
+    """Python runs sitecustomize before the command's first import, as it does what .pth files say."""
+    (tmp_path / "sitecustomize.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    shell = ["/bin/sh", "-c", ("trap '' INT; " if ignored else "") + 'exec "$@"', "sh"]
+    done = subprocess.run(
+        [*shell, COMMAND, "info", files.trace],
+        capture_output=True, check=False, env={**os.environ, "PATH": path, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == ((0, b"") if ignored else (INTERRUPTED, b"kvmtrace: interrupted\n"))
+
+
+def test_the_command_is_the_module_and_loads_nothing_from_where_it_is_called(files: Files, tmp_path: Path) -> None:
+    (tmp_path / "traces.py").write_text("raise SystemExit('not ours')")
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        [COMMAND, "info", files.trace], capture_output=True, check=False, cwd=tmp_path, env=environment
+    )
+    assert (done.returncode, done.stdout) == (0, kvmtrace(["info", str(files.trace)]).stdout)
+
+
+_SOME = (
+    "info", "report-html", "report-text", "export-perfetto", "replay", "diff-text", "synth", "recover", "validate",
+    "doctor", "explore", "kernels-one", "record", "lab-list", "probes-text",
+)  # fmt: skip
+
+
+@verbs([verb for verb in (*WRITERS, *RECORDERS, *TALKERS) if verb.name in _SOME], quick=())
 def test_interrupted_while_modules_load(verb: Verb, files: Files, tmp_path: Path) -> None:
     out, hit = tmp_path / "out", 0
     for at in (1, 2, 3, 5, 8, 20, 50, 120, 250, 400, 550, 700, 900, 1200, 1600):

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -162,7 +163,7 @@ READERS = [verb for verb in (*WRITERS, *TALKERS) if verb.input in ("trace", "res
 @pytest.mark.parametrize("verb", READERS, ids=lambda verb: f"{verb.name}-{'file' if verb.kind else 'stdout'}")
 def test_every_verb_that_reads_names_it(verb: Verb, files: Files, tmp_path: Path) -> None:
     (tmp_path / "trace.dat").write_bytes(b"\x17\x08Dtracing6\0\0\x08" + bytes(100))
-    given = Files(tmp_path / "trace.dat", tmp_path / "trace.dat", files.kvmt, files.text)
+    given = replace(files, trace=tmp_path / "trace.dat", result=tmp_path / "trace.dat")
     with pytest.raises(Problem, match=r"^[^\n]*trace\.dat: [^\n]*trace-cmd's trace\.dat[^\n]*$") as caught:
         invoke(verb.words(given, tmp_path / "out"))
     assert caught.value.code == BAD_INPUT

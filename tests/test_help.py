@@ -19,6 +19,7 @@ import typer
 import kvmtrace
 from scripts import man
 from tests.test_cli import kvmtrace as run
+from tests.verbs import RECORDERS, TALKERS, WRITERS
 from traces.help_text import examples, examples_of
 
 ROOT: Any = typer.main.get_command(kvmtrace.app)
@@ -71,22 +72,10 @@ def test_examples_stand_on_lines_of_their_own_and_are_understood(path: tuple[str
 
 
 # Options whose name stands for something else in each verb.
-OF_EACH_VERB = frozenset(
-    [
-        "--output",
-        "--format",
-        "--policy",
-        "--events",
-        "--duration",
-        "--kernel",
-        "--cpu",
-        "--scenario",
-        "--list",
-        "--memory",
-        "--replay",
-        "--smi-rate",
-    ]
-)
+OF_EACH_VERB = {
+    "--output", "--format", "--policy", "--events", "--duration", "--kernel", "--cpu", "--scenario", "--list",
+    "--memory", "--replay", "--smi-rate",
+}  # fmt: skip
 
 
 def test_an_option_of_several_verbs_says_the_same_in_each() -> None:
@@ -98,6 +87,22 @@ def test_an_option_of_several_verbs_says_the_same_in_each() -> None:
     said["--vm"].pop("record")  # of a process, not of a trace
     unlike = {name: helps for name, helps in said.items() if len(set(helps.values())) > 1}
     assert set(unlike) == OF_EACH_VERB
+
+
+def test_every_command_and_mode_is_among_the_verbs_that_tests_walk() -> None:
+    walked = [verb.line.split() for verb in (*WRITERS, *RECORDERS, *TALKERS)]
+    for path, command in commands():
+        if hasattr(command, "commands"):
+            continue
+        lines = [line for line in walked if tuple(line[: len(path)]) == path]
+        assert lines, f"{' '.join(path)}: no test walks it"
+        for parameter in command.params:
+            helped = getattr(parameter, "help", None) or ""
+            if parameter.name == "as_json" or helped.startswith("Mode:"):
+                option = parameter.opts[-1]
+                assert any(option in line for line in lines), f"{' '.join(path)} {option}: no test walks it"
+    formats = {line[line.index("--format") + 1] for line in walked if "--format" in line}
+    assert formats == {"text", "md", "mail", "html", "json", "junit"}
 
 
 def test_an_epilog_is_read_as_it_was_made() -> None:

@@ -1,21 +1,27 @@
-"""Every verb that tests walk, as command lines over one small recording. {trace}, {result} and {kvmt} are there.
+"""Every verb and mode that tests walk, as command lines over one small recording; `Files` says what is there.
 
-`record` and what boots kernels need more than a file, and have tests of their own.
+test_help.py holds that none is left out. What needs more of the machine than files says so with a marker.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import kvmtrace as command_line
 from tests.corpus import CORPUS
+from tests.lab.synthetic import TREE, bzimage
 from tests.traces.making import numbered, write
+from tracer.lab.lab_kernels import KERNELS
+from tracer.lab.matrix import PROVENANCE, provenance
 from traces import outputs
 
 TRACE = CORPUS / "huge-6.1.parquet"
@@ -23,16 +29,20 @@ TRACE = CORPUS / "huge-6.1.parquet"
 
 @dataclass(frozen=True)
 class Verb:
-    """A command line; `kind`: what {out} becomes; `code`: its exit code when nothing is in its way."""
+    """A command line; `kind`: what {out} becomes; `code`: its exit code when nothing is in its way.
+
+    `needs`: the marker of what it needs of the machine.
+    """
 
     name: str
     line: str
     kind: outputs.FileKind | None = None
     code: int = 0
+    needs: str = ""
 
     def words(self, files: Files, out: Path | None = None) -> list[str]:
         """Its arguments."""
-        values = {"trace": files.trace, "result": files.result, "kvmt": files.kvmt, "text": files.text, "out": out}
+        values = {**vars(files), "out": out}
         return [word.format(**values) for word in self.line.split()]
 
     @property
@@ -43,12 +53,14 @@ class Verb:
 
 @dataclass(frozen=True)
 class Files:
-    """The inputs, in a directory of their own."""
+    """The inputs, in a directory of their own. `schedules`: what `explore --json` found; `recordings`: of a lab."""
 
     trace: Path
     result: Path
     kvmt: Path
     text: Path
+    schedules: Path
+    recordings: Path
 
 
 _REPORT = "report {trace} --no-replay --format"
@@ -73,14 +85,24 @@ WRITERS = [
     Verb("export-result-list", "export {result} --list -o {out}", outputs.QUERIES),
     Verb("export-result-perfetto", "export {result} --perfetto -o {out}", outputs.TIMELINE),
     Verb("synth", "synth {out} --duration 0.02", outputs.SYNTHETIC),
+    Verb("synth-json", "synth {out} --duration 0.02 --json", outputs.SYNTHETIC),
     Verb("recover", "recover {kvmt} -o {out}", outputs.RECORDING),
     Verb("import", "import {text} -o {out}", outputs.IMPORTED),
+    Verb("import-json", "import {text} -o {out} --json", outputs.IMPORTED),
+    Verb("recover-json", "recover {kvmt} -o {out} --json", outputs.RECORDING),
+]
+# The same, of those that make something else each time.
+RECORDERS = [
+    Verb("record", "record --events roots --duration 0.1 -o {out}", outputs.RECORDING, needs="live"),
+    Verb("record-json", "record --events roots --duration 0.1 -o {out} --json", outputs.RECORDING, needs="live"),
+    Verb("lab-run", "lab run --kernel 6.1 --scenario steady -o {out}", outputs.RECORDING, needs="lab"),
 ]
 # Those that answer on standard output.
 TALKERS = [
     Verb("info", "info {trace}"),
     Verb("info-json", "info {trace} --json"),
     Verb("validate", "validate {trace}"),
+    Verb("validate-json", "validate {trace} --json"),
     Verb("replay", "replay {trace}"),
     Verb("replay-json", "replay {trace} --json"),
     Verb("replay-sweep", "replay {trace} --sweep smi-rate=10:100:log"),
@@ -100,12 +122,29 @@ TALKERS = [
     Verb("export-csv", "export {trace} --csv gfns"),
     Verb("export-list", "export {trace} --list"),
     Verb("explore", "explore vm-destroy --variant v2", code=1),
+    Verb("explore-json", "explore vm-destroy --variant v2 --json", code=1),
     Verb("explore-list", "explore --list"),
-    Verb("kernels", "kernels 6.1"),
+    Verb("explore-replay", "explore --replay {schedules}", code=1),
+    Verb("kernels", "kernels"),
+    Verb("kernels-one", "kernels 6.1"),
+    Verb("kernels-two", "kernels 5.15 6.12"),
+    Verb("kernels-json", "kernels 6.1 --json"),
     Verb("doctor", "doctor"),  # its exit code is the machine's
+    Verb("doctor-json", "doctor --json"),
     Verb("dump", "dump {kvmt}", code=2),  # nobody records into it
+    Verb("dump-json", "dump {kvmt} --json", code=2),
     Verb("lab-list", "lab list"),
+    Verb("lab-list-json", "lab list --json"),
+    Verb("lab-fetch", "lab fetch 6.1"),
+    Verb("lab-matrix", "lab matrix -o {recordings} --kernel 6.1 --scenario steady --no-shadow"),
+    Verb("lab-matrix-json", "lab matrix -o {recordings} --kernel 6.1 --scenario steady --no-shadow --json"),
+    Verb("lab-corpus", "lab corpus {recordings}"),
+    Verb("lab-corpus-json", "lab corpus {recordings} --json"),
+    Verb("lab-run-bare", "lab run --kernel 6.1 --scenario steady --bare", needs="lab"),
+    Verb("probes-text", "probes text", needs="live"),
+    Verb("probes-build", "probes build -o {recordings}", needs="live"),
     Verb("help", "replay --help"),
+    Verb("version", "--version"),
 ]
 
 
@@ -124,16 +163,46 @@ def kvmtrace(words: list[str], before: str = "", **options: object) -> subproces
     """Run a command line in a process of its own; `before` is run in it first."""
     code = f"{before}\nimport sys; sys.argv[0] = 'kvmtrace'\nimport kvmtrace; kvmtrace.main()"
     given = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "timeout": 1200, **options}
+    given["env"] = environment(words, given.get("env"))
     return subprocess.run([sys.executable, "-c", code, *words], check=False, **given)  # type: ignore[call-overload,no-any-return]
+
+
+@cache
+def _lab() -> Path:
+    """A cache with every kernel of the lab, made up: none is booted, and none is fetched."""
+    directory = Path(tempfile.mkdtemp(prefix="kvmtrace-lab-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    for name in KERNELS:
+        home = directory / "kvmtrace" / "kernels" / name
+        (home / "modules").mkdir(parents=True)
+        (home / "vmlinuz").write_bytes(bzimage(f"{name}.0-1-amd64 (b@h) #1 SMP Debian {name}.0-1 (2026-11-16)"))
+        for module, image in TREE.items():
+            (home / "modules" / f"{module}.ko").write_bytes(image)
+    return directory
+
+
+def environment(words: Sequence[str], given: object = None) -> dict[str, str]:
+    """The environment of a command line: `given` or ours, with the kernels of `_lab` where none is to be booted."""
+    assert given is None or isinstance(given, dict)
+    base = dict(os.environ if given is None else given)
+    return {**base, "XDG_CACHE_HOME": str(_lab())} if words[0] == "lab" and words[1] != "run" else base
 
 
 def make_files(directory: Path) -> Files:
     """The inputs, made anew."""
     trace, result, kvmt = (directory / name for name in ("in.parquet", "result.parquet", "left.kvmt"))
+    schedules, recordings = directory / "found.json", directory / "recordings"
+    recordings.mkdir()
+    shutil.copy(CORPUS / PROVENANCE, recordings)
+    for row in provenance(recordings):
+        (recordings / row.file).touch()  # what is there is not recorded again
+    found = kvmtrace(["explore", "vm-destroy", "--variant", "v2", "--json"])
+    assert found.returncode == 1, found.stderr
+    schedules.write_bytes(found.stdout)
     shutil.copy(TRACE, trace)
     done = kvmtrace(["replay", os.fspath(trace), "-o", os.fspath(result)])
     assert done.returncode == 0, done.stderr
     write(kvmt, numbered(50))
     text = directory / "trace_pipe.txt"
     text.write_text(" CPU 0/KVM-7 [000] ..... 1.000000: kvm_entry: vcpu 0, rip 0xfff0\n" * 50)
-    return Files(trace, result, kvmt, text)
+    return Files(trace, result, kvmt, text, schedules, recordings)
