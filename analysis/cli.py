@@ -198,6 +198,7 @@ def diff(
         "kvmtrace export stall.parquet --csv windows >windows.csv",
         "kvmtrace export result.parquet --csv roots -o roots.csv",
         "kvmtrace export stall.parquet --perfetto -o stall.pftrace",
+        "kvmtrace export stall.parquet --ftrace-text -o stall.txt",
     ),
 )
 def export(
@@ -207,6 +208,12 @@ def export(
     perfetto: Annotated[
         bool,
         typer.Option("--perfetto", help="Mode: write what each vCPU did, and when, for ui.perfetto.dev; needs -o."),
+    ] = False,
+    ftrace_text: Annotated[
+        bool, typer.Option("--ftrace-text", help="Write the events as ftrace's trace prints them.")
+    ] = False,
+    perf_script: Annotated[
+        bool, typer.Option("--perf-script", help="Write the events as perf script prints them.")
     ] = False,
     recorded_policy: RecordedPolicy = "",
     out: TextFile = None,
@@ -221,10 +228,14 @@ def export(
     """Give the rows behind a report's tables, or a recording's course, to other tools."""
     from analysis import exporting
 
-    if bool(csv) + list_ + perfetto != 1:
-        raise Problem("export: give one of --csv QUERY, --list and --perfetto")
+    if bool(csv) + list_ + perfetto + ftrace_text + perf_script != 1:
+        raise Problem("export: give one of --csv QUERY, --list, --perfetto, --ftrace-text and --perf-script")
     selected = selection(vm, vcpu, since, until)
-    if perfetto:
+    if ftrace_text or perf_script:
+        if vcpu or since:
+            raise Problem("export: a text has all rows of a VM from the beginning: --vcpu and --from are for --csv")
+        exporting.text(file, out, selected, perf=perf_script, force=force)
+    elif perfetto:
         if vcpu or since:
             raise Problem("export --perfetto: --vcpu and --from are for --csv: a course begins with its recording")
         if out is None:

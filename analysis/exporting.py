@@ -15,11 +15,13 @@ from analysis.reporting import use_symbols
 from analysis.sources import Recording, open_source
 from analysis.symbols import load
 from traces.errors import Problem
-from traces.outputs import FileKind, Output
+from traces.outputs import FTRACE_TEXT, PERF_TEXT, FileKind, Output
 from traces.progress import Progress
 from traces.screen import Page
 from traces.selection import ALL, Selection
-from traces.text import printable
+from traces.text import printable, some
+
+_NEWEST = "7.x"
 
 
 def listing(path: Path, recorded_policy: str = "") -> str:
@@ -78,6 +80,31 @@ def csv(
     if isinstance(source, Recording):
         for note in source.notes:
             print(f"kvmtrace: {path}: {printable(note)}", file=sys.stderr)
+
+
+def text(path: Path, out: Path | None, selection: Selection = ALL, *, perf: bool, force: bool = False) -> None:
+    """A recording's events as ftrace's or perf's text, to a file or to standard output; what has no text on stderr."""
+    from traces import kernels
+    from traces.imports.printing import printed
+    from traces.reader import Trace
+
+    trace = selection.of(Trace.open(path))
+    known = trace.metadata.kernel
+    kernel = kernels.recorded(trace.metadata) if known else kernels.at(_NEWEST)
+    pieces, left_out = printed(trace, kernel, perf=perf)
+    kind = PERF_TEXT if perf else FTRACE_TEXT
+    with (
+        nullcontext() if out is None else Output(out, kind, [path], force=force) as output,
+        Progress(f"printing {path}"),
+    ):
+        for piece in pieces:
+            (sys.stdout.buffer if output is None else output).write(piece)
+    if not known:
+        print(f"kvmtrace: {path}: the trace does not say its kernel: printed as {kernel.name} does", file=sys.stderr)
+    if left_out:
+        most = sorted(left_out.items(), key=lambda item: -item[1])
+        lines = some([f"{printable(name)} {rows:,}" for name, rows in most])
+        print(f"kvmtrace: {path}: {sum(left_out.values()):,} rows have no such text: {lines}", file=sys.stderr)
 
 
 def perfetto(

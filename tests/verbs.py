@@ -80,6 +80,8 @@ WRITERS = [
     Verb("diff-json", "diff {result} {result} --format json -o {out}", outputs.DOCUMENT),
     Verb("export-csv", "export {trace} --csv gfns -o {out}", outputs.FileKind("the rows of query gfns")),
     Verb("export-list", "export {trace} --list -o {out}", outputs.QUERIES),
+    Verb("export-ftrace", "export {trace} --ftrace-text -o {out}", outputs.FTRACE_TEXT),
+    Verb("export-perf", "export {trace} --perf-script -o {out}", outputs.PERF_TEXT),
     Verb("export-perfetto", "export {trace} --perfetto -o {out}", outputs.TIMELINE),
     Verb("export-result-csv", "export {result} --csv roots -o {out}", outputs.FileKind("the rows of query roots")),
     Verb("export-result-list", "export {result} --list -o {out}", outputs.QUERIES),

@@ -50,7 +50,9 @@ DOCUMENT: Final = FileKind("a report in JSON", re.compile(rb'\A\{\s*"schema": \d
 JUNIT: Final = FileKind("a report for JUnit", re.compile(rb'\A<\?xml [^>]*>\s*<testsuites name="kvmtrace"'))
 PROSE: Final = FileKind("a report in text", re.compile(rb"^(of {9}|of: |\| of \| )", re.M))
 QUERIES: Final = FileKind("a list of queries", re.compile(rb"\Aqueries of "))
-MARKED: Final = (TIMELINE, PAGE, DOCUMENT, JUNIT, PROSE, QUERIES)
+FTRACE_TEXT: Final = FileKind("a text as ftrace prints it", re.compile(rb"\A# tracer: nop\n#\n"))
+PERF_TEXT: Final = FileKind("a text as perf prints it", re.compile(rb"\A[^\n]{0,60} \[\d{3,5}\] \d+\.\d{9}: "))
+MARKED: Final = (FTRACE_TEXT, PERF_TEXT, TIMELINE, PAGE, DOCUMENT, JUNIT, PROSE, QUERIES)
 _NOT_OURS: Final = FileKind("a file that kvmtrace did not write")
 
 

@@ -91,7 +91,7 @@ def manifest(said: Said, machines: Sequence[Machine], kinds: Mapping[str, int]) 
     made: dict[str, Any] = {
         "origin": "imported",
         "source": _source(said),
-        "recorder": "none: made by kvmtrace import",
+        "recorder": "",
         "command": ["kvmtrace", "import"],
         "preset": "imported",
         "host": {"kernel": release, "machine": "x86_64", "vendor": said.vendor},

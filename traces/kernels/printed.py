@@ -1,4 +1,4 @@
-"""How kernels print the events of KVM, by version: the one dated table by which `kvmtrace import` reads.
+"""How kernels print the events of KVM, by version: the one dated table by which text is read and written.
 
 A form is the text after an event's name. `{column:how}` is a column of the trace (`traces/schema.py`), `{:how}` what no
 column holds, `{vcpu:d}` the row's vCPU. How:
