@@ -9,8 +9,8 @@ import polars as pl
 from analysis.queries import replayed
 from analysis.queries.recorded import WINDOW_NS, in_windows
 from analysis.queries.registry import query
-from analysis.root_uses import UsedRoots
 from analysis.sources import Recording, Result
+from analysis.used_roots import UsedRoots
 from analysis.worst import ranked, stuck_of, subject_of
 from traces.vm_names import VmNames
 

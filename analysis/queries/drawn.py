@@ -11,8 +11,8 @@ from analysis.queries.recorded import lives
 from analysis.queries.registry import query
 from analysis.queries.replayed import progress
 from analysis.recorded_time import PARTS
-from analysis.root_uses import UsedRoots
 from analysis.sources import Recording, Result
+from analysis.used_roots import UsedRoots
 from replay.decode.vcpu_states import VcpuState
 from replay.timing.stalls import Rule
 from traces.errors import Problem

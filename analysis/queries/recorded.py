@@ -13,10 +13,10 @@ import polars as pl
 
 from analysis.queries.registry import query
 from analysis.rip_runs import RipQuestion, of_vm
-from analysis.root_uses import UsedRoots
 from analysis.rows import Question, Tally
 from analysis.sources import Recording
 from analysis.unseen import lost_windows
+from analysis.used_roots import UsedRoots
 from replay.timing.diagnosis import Diagnosis, diagnosed, diagnoses
 from replay.timing.stuck_rip import CERTAIN
 from traces import kernels

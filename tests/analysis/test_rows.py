@@ -17,9 +17,9 @@ from analysis.formats import drawn as drawn_by
 from analysis.formats import renderer
 from analysis.queries import drawn, recorded
 from analysis.reporting import Wanted, reported
-from analysis.root_uses import UsedRoots
 from analysis.rows import Tallies, Tally
 from analysis.sources import Recording
+from analysis.used_roots import UsedRoots
 from replay.decode import root_uses
 from tests.analysis.sources import CORPUS
 from tests.replay.plain import plain
