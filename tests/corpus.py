@@ -25,7 +25,8 @@ def each(paths: Iterable[Path]) -> list[Any]:
 
 def _is_few(name: str) -> bool:
     """On Intel one of each policy: the model is the same, and what differs shows in any."""
-    return name.startswith(_FEW) and ("-ept" not in name or name in ("smi-storm-6.1-ept", "smi-storm-6.1-async-ept"))
+    intel = "-ept" in name or name.endswith("-pml")
+    return name.startswith(_FEW) and (not intel or name in ("smi-storm-6.1-ept", "smi-storm-6.1-async-ept"))
 
 
 _FEW = tuple(f"{scenario}-{version}" for scenario in FEW for version in ("5.", "6.", "7."))

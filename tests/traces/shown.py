@@ -12,7 +12,8 @@ from traces.kernels.policy_rows import PolicyRow, Watch
 from traces.reader import Trace
 
 PFN = (1 << 52) - (1 << 12)
-HARDWARE = {"svm": 0xE7, "vmx": 0x3FF}  # bits of an SPTE that are the processor's own, but for the frame
+# Bits of an SPTE that are the processor's own, but for the frame; the last of EPT's suppresses #VE.
+HARDWARE = {"svm": 0xE7, "vmx": 0x3FF | 1 << 63}
 LARGE = 1 << 7
 IO, HLT, MMIO = 2, 5, 6  # KVM_EXIT_*
 SET_SREGS, SET_CPUID2 = (0xAE84, 0xAECD), 0xAE90
