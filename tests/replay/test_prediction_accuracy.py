@@ -13,7 +13,7 @@ DIRECTIONS = list(accuracy.directions())
 table = accuracy.table
 # What does not follow from the source recording, so that an interval is all there can be.
 OPEN = {
-    ("6.1", "6.1-async"), ("6.1-ept", "6.1-async-ept"),
+    ("6.1", "6.1-async"), ("6.1-ept", "6.1-async-ept"), ("6.1-ept", "5.10-ept"),
     ("6.1-shadow", "6.1-async"), ("6.1-shadow", "6.1"), ("6.12-shadow", "6.12"),
     ("7.x-shadow", "7.x"), ("5.10-shadow", "5.10"), ("5.10", "6.1-async"), ("6.1", "5.10"), ("6.1-async", "5.10"),
 }  # fmt: skip

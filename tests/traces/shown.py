@@ -14,6 +14,7 @@ from traces.reader import Trace
 PFN = (1 << 52) - (1 << 12)
 # Bits of an SPTE that are the processor's own, but for the frame; the last of EPT's suppresses #VE.
 HARDWARE = {"svm": 0xE7, "vmx": 0x3FF | 1 << 63}
+USER_EXECUTE = 1 << 10  # of EPT: MBEC, which 7.3 sets in every entry; 5.10 has a bit of its own there
 LARGE = 1 << 7
 IO, HLT, MMIO = 2, 5, 6  # KVM_EXIT_*
 SET_SREGS, SET_CPUID2 = (0xAE84, 0xAECD), 0xAE90
@@ -182,7 +183,8 @@ def triggers(made: Recording) -> dict[str, Any]:
 def sptes(made: Recording) -> dict[str, Any]:
     changed = [row for rows in made.vms for row in rows if row.kind == "kvm_tdp_mmu_spte_changed"]
     leaves = [row.new for rows in made.vms for row in rows if row.kind == "kvm_mmu_set_spte"]
-    own = ~(HARDWARE["vmx" if made.vmx else "svm"] | PFN)
+    mbec = USER_EXECUTE if made.vmx and made.meta.kernel.startswith("7.") else 0
+    own = ~(HARDWARE["vmx" if made.vmx else "svm"] | mbec | PFN)
     mmio = [word for word in leaves if word >> 52 & 3 == 3] if not made.probed("kvm_tdp_mmu_spte_changed") else []
     plain = [word for word in leaves if word not in mmio]
     found: dict[str, Any] = {"spte.writable": _all(plain) & own & (1 << 64) - 1 if plain else None}

@@ -66,13 +66,15 @@ SECONDS_PER_CELL_INTEL: Final = 120
 # `storm` is for volume on software KVM; it adds to `roots` nothing but emulator events. The others are about who does
 # what, which tests/lab/test_booking.py records.
 _LEFT_OUT: Final = ("storm", "other-thread", "one-mapping", "cross-fault")
-# Besides each scenario with its defaults; with the TDP MMU only, on Intel on 6.1 only: what ships is to stay small.
+# Besides each scenario with its defaults; with the TDP MMU only, to keep what ships small.
 _VARIATIONS: Final = (
     ("cr4-toggle", ("--bit", "pge")),
     ("dirty-log", ("--huge",)),
     ("notifier", ("--how", "dontneed")),
 )
-# On Intel what tells an old policy from that of its stock kernel, and one kernel from another; AMD's have the rest.
+# On Intel all of the first TDP MMU and of the reference; of others what tells an old policy from that of its stock
+# kernel, and one kernel from another. AMD's recordings have the rest.
+_WHOLE_ON_INTEL: Final = ("5.10", "6.1")
 _POLICY: Final = ("slot-delete", "smi-storm", "steady", "wp-toggle")
 _OF_KERNELS: Final = ("mmio", "slot-delete", "smi-storm", "steady", "wp-toggle")
 # Without A/D bits, and with page-modification logging, only those that write pages again or age them.
@@ -170,7 +172,7 @@ def _telling(name: str, arguments: tuple[str, ...], kernel: str, mmu: str) -> bo
     """Whether a scenario shows anything with an MMU that it does not show with others."""
     if mmu in (NO_AD, PML):
         return name in _DIRTYING and not arguments
-    if mmu == EPT and kernel != "6.1":
+    if mmu == EPT and kernel not in _WHOLE_ON_INTEL:
         return name in (_POLICY if KERNELS[kernel].variant else _OF_KERNELS) and not arguments
     telling = {PAGING: _PAGING, PAGING_ON_INTEL: _NO_EPT}.get(mmu, (name,))
     return name in telling and (mmu in (TDP, EPT) or not arguments)
