@@ -74,6 +74,7 @@ REASONS: Final = {
     "pass: the root built for it is hardly accessed. The interval without `--refault` holds what happened.",
     "D": "Words of 5.10 have CR0.WP and EFER.NX, and a page is accessed first under each word. The upper end has one "
     "word, to which all that the recorded root had mapped goes.",
+    "E": "With EPT a 6.1 guest owns CR0.WP: its writes do not exit, and no row shows what would unload on 5.10.",
 }
 
 
@@ -82,6 +83,7 @@ def reason(direction: Direction, scenario: str, count: str) -> str:
     if direction.target == "5.10" and direction.refault == "all" and count == "first accesses" and "toggle" in scenario:
         return "D"
     rules = (
+        ("E", (direction.source, direction.target, scenario) == ("6.1-ept", "5.10-ept", "wp-toggle")),
         ("A", scenario == "mmio" and count == "zaps"),
         ("B", direction.source == "5.10-shadow" and scenario.startswith("notifier") and count == "tables"),
         ("C", direction.refault == "all" and "toggle" in scenario and count in ("tables", "installs", "zaps")),
