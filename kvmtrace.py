@@ -18,6 +18,7 @@ from replay.cli import app as replay
 from tracer.cli import app as probes
 from tracer.flight.cli import app as flight
 from tracer.lab.cli import app as lab
+from tracer.top.cli import app as top
 from traces import ending
 from traces.documents import print_json
 from traces.errors import VERDICT_FAILED, Problem
@@ -33,6 +34,7 @@ app = typer.Typer(
 app.add_typer(replay)
 app.add_typer(analysis)
 app.add_typer(flight)
+app.add_typer(top)
 app.add_typer(lab, name="lab")
 app.add_typer(probes, name="probes")
 

@@ -135,6 +135,8 @@ TALKERS = [
     Verb("doctor-json", "doctor --json"),
     Verb("dump", "dump {kvmt}", code=2),  # nobody records into it
     Verb("dump-json", "dump {kvmt} --json", code=2),
+    Verb("top", "top {trace} --once"),
+    Verb("top-json", "top {trace} --once --json"),
     Verb("lab-list", "lab list"),
     Verb("lab-list-json", "lab list --json"),
     Verb("lab-fetch", "lab fetch 6.1"),

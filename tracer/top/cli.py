@@ -1,0 +1,114 @@
+"""`kvmtrace top`: what every vCPU does, second by second."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from traces.documents import print_json
+from traces.errors import ENVIRONMENT, Problem
+from traces.help_text import examples
+from traces.options import Json
+
+if TYPE_CHECKING:
+    from tracer.top.meter import VcpuSecond
+
+app = typer.Typer()
+
+
+@app.command(
+    short_help="Show what every vCPU does, second by second.",
+    epilog=examples(
+        "sudo kvmtrace top", "sudo kvmtrace top --once --json", "kvmtrace top traces/corpus/steady-6.1.parquet --once"
+    ),
+)
+def top(
+    trace: Annotated[Path | None, typer.Argument(help="Play this recording instead of watching this host.")] = None,
+    once: Annotated[bool, typer.Option("--once", help="One second, or every second of a recording, and end.")] = False,
+    dumps: Annotated[
+        Path | None, typer.Option(help="Where a flight recorder keeps its dumps: key d then makes one.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what every vCPU does, second by second: guest, idle and steal time, faults, roots, SMIs, zaps, exits."""
+    if as_json and not once:
+        raise Problem("--json: needs --once; a screen is for people")
+    if once:
+        _once(trace, as_json)
+    else:
+        _screen(trace, dumps)
+
+
+def _once(trace: Path | None, as_json: bool) -> None:
+    from tracer.top.top_table import text
+    from traces import screen
+
+    if trace is not None:
+        from tracer.top.playback import seconds
+
+        found = list(seconds(trace))
+    else:
+        found = [(0, _one_second())]
+    if as_json:
+        print_json({
+            "seconds": [{"after_ns": after, "vcpus": [line.document() for line in lines]} for after, lines in found]
+        })  # fmt: skip
+        return
+    for after, lines in found:
+        if trace is not None:
+            print(f"after {after / 1e9:.0f} s")
+        print(text(lines, screen.width()) if lines else "no vCPU shows anything")
+
+
+def _one_second() -> list[VcpuSecond]:
+    from tracer.top.live import LiveTop
+
+    came, shown = threading.Event(), list[list["VcpuSecond"]]()
+
+    def show(lines: list[VcpuSecond]) -> None:
+        shown.append(lines)
+        came.set()
+
+    live = LiveTop()
+    live.start(show)
+    try:
+        while live.running and not came.wait(0.1):
+            pass
+    finally:
+        live.close()
+    if not shown:
+        raise Problem("nothing could be watched: see kvmtrace doctor", ENVIRONMENT)
+    return shown[0]
+
+
+def _screen(trace: Path | None, dumps: Path | None) -> None:
+    try:
+        from tracer.top.top_screen import TopScreen
+    except ImportError:
+        raise Problem("the screen needs textual: pip install 'kvmtrace[top]', or use --once", ENVIRONMENT) from None
+    from tracer.top.live import LiveTop
+    from tracer.top.playback import Played
+
+    source = Played(trace) if trace is not None else LiveTop()
+    screen = TopScreen(str(trace) if trace is not None else "this host", _dump_of(dumps), source.start)
+    try:
+        screen.run()
+    finally:
+        source.close()
+
+
+def _dump_of(dumps: Path | None) -> Callable[[], str] | None:
+    """What key d does."""
+    if dumps is None:
+        return None
+
+    def dump() -> str:
+        from tracer.flight.control import ask
+
+        return f"dumped {ask(dumps, 'asked for in top').name}"
+
+    return dump

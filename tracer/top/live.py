@@ -1,0 +1,127 @@
+"""This host's vCPUs, second by second: a recorder that stores nothing."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tracer import host
+from tracer.bpf import Probes
+from tracer.flight.vcpu_time import Rows, idle_codes, thread_time
+from tracer.recorder import Options, Recorder, Stop, check
+from tracer.ring import ring_count
+from tracer.top.meter import KINDS, Meters, VcpuSecond
+from tracer.writer import OrderedThread
+from traces.progress import Progress
+
+SECOND = 10**9
+_RING = 1 << 22
+_TICK_SECONDS = 0.1
+_LIVES = frozenset({"vm_create", "vm_destroy"})  # so that an address is the VM that is there now
+_OPTIONS = Options(Path(), frozenset(KINDS), "list")
+
+Show = Callable[[list[VcpuSecond]], None]
+
+
+class MeterThread(OrderedThread):
+    """Counts the rows, and gives out each second's lines."""
+
+    def __init__(self, show: Show) -> None:
+        self.meters = Meters(idle_codes(host.cpu()), thread_time)
+        self._show, self._next = show, 0
+        super().__init__("meters")
+
+    def tick(self) -> None:
+        """Go on though no rows come."""
+        self._then(self._pass)
+
+    def close(self) -> None:
+        """The recording has ended."""
+        self._end()
+
+    def _store(self, records: Rows) -> None:
+        self.meters.see(records)
+
+    def _pass(self) -> None:
+        reached = self._order.given_until
+        if not self._next:
+            self._next = reached + SECOND
+            self.meters.second(reached)
+        elif reached >= self._next:
+            self._show(self.meters.second(reached))
+            self._next = reached + SECOND
+
+
+class TopRecorder(Recorder):
+    """Drains the rings into meters."""
+
+    flush_seconds = _TICK_SECONDS
+
+    def __init__(self, probes: Probes, stop: Stop, show: Show) -> None:
+        self._lines = show
+        super().__init__(_OPTIONS, probes, _RING, stop)
+
+    def _open(self, manifest: dict[str, Any]) -> OrderedThread:
+        self._meters = MeterThread(self._lines)
+        names = manifest["vm_names"]
+        for vm in self.snapshot["vms"]:
+            if name := names.get(str(vm["tgid"])):
+                self._meters.meters.names[vm["kvm"]] = name
+        return self._meters
+
+    def _store(self, changes: Callable[[], dict[str, Any]]) -> None:
+        """Nothing is stored."""
+
+    def _flush(self) -> None:
+        self._meters.write([], self.rings.complete_at)
+        self._meters.tick()
+
+    def _full(self) -> str:
+        return ""
+
+    def _close(self) -> None:
+        self._meters.close()
+
+    def _stored(self) -> str:
+        return ""
+
+
+class LiveTop:
+    """The recorder, on a thread of its own while the screen has the main one."""
+
+    def __init__(self) -> None:
+        """Raises Problem where this machine cannot be recorded."""
+        check(_OPTIONS)
+        self._stop = Stop()
+        self._probes = Probes(_OPTIONS.kinds | _LIVES, ring_count(os.cpu_count() or 1), _RING)
+        self._error: Exception | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self, show: Show) -> None:
+        """Give each second's lines to `show`, from a thread."""
+        self._probes.reset()
+        recorder = TopRecorder(self._probes, self._stop, show)
+        self._thread = threading.Thread(target=self._run, args=(recorder,), name="top", daemon=True)
+        self._thread.start()
+
+    @property
+    def running(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def close(self) -> None:
+        """Detach. Raises what ended it before."""
+        self._stop.reason = "closed"
+        if self._thread is not None:
+            self._thread.join()
+        self._probes.close()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self, recorder: TopRecorder) -> None:
+        try:
+            recorder.run(Progress("watching"))
+        except Exception as error:  # `close` raises it
+            self._error = error
