@@ -13,7 +13,9 @@ which columns they have). What each kind of row says:
     kvm_entry                          ENTER, where a vCPU may have to load though the recorded one did not
     kvm_mmu_zap_all_fast               INVALIDATE
     zap_leafs, kvm_unmap_hva_range     ZAP of a range
-    memslot, kvm_tdp_mmu_spte_changed  SPLIT and COLLAPSE, where dirty logging begins and ends
+    memslot, kvm_tdp_mmu_spte_changed  SPLIT and COLLAPSE, where dirty logging begins and ends; COLLAPSE also where NX
+                                       huge page recovery takes a table
+    kvm_mmu_split_huge_page            FIX, by a fault that needs a part of a huge page executable or writable
     zap_all, vm_destroy                ZAP_ALL, END
 
 A reset's cause is what the same vCPU did since it last left the guest. Resets come in pairs (entering SMM resets
@@ -50,7 +52,7 @@ from replay.decode.inputs import (
     WAS_STILL,
 )
 from replay.decode.vcpu_states import INTERRUPT, NO_SPAN, STILL, VcpuState
-from replay.simulate.operations import Op
+from replay.simulate.operations import FOR_GOOD, Op
 from replay.simulate.pools import as_bytes, as_structures, make_pool
 from traces.kernels import roles, triggers
 from traces.kernels.spte import LARGE
@@ -91,12 +93,16 @@ _MEMSLOT = cython.declare(cython.int, 24)
 _DESTROY = cython.declare(cython.int, 25)
 _NESTED = cython.declare(cython.int, 26)
 _TABLE_FREE = cython.declare(cython.int, 27)
+_ZAP_ROOT = cython.declare(cython.int, 28)
+_ZAP_ROOT_END = cython.declare(cython.int, 29)
+_SPLIT_HUGE = cython.declare(cython.int, 30)
 _OF_VM = cython.declare(cython.int, 18)
 MEANINGS = (
     "", "kvm_exit", "kvm_entry", "kvm_page_fault", "kvm_mmu_spte_requested", "kvm_mmu_set_spte", "mark_mmio_spte",
     "fast_page_fault", "kvm_mmu_get_page", "root_get", "mmu_load", "mmu_reset", "mmu_unload", "kvm_smm_transition",
     "kvm_cr", "kvm_msr", "ioctl", "new_pgd", "kvm_tdp_mmu_spte_changed", "ioctl_end", "kvm_mmu_zap_all_fast",
     "zap_leafs", "kvm_unmap_hva_range", "zap_all", "memslot", "vm_destroy", "kvm_nested_vmenter", "table_free",
+    "zap_root_begin", "zap_root_end", "kvm_mmu_split_huge_page",
 )  # fmt: skip
 
 _TOUCH = cython.declare(cython.uint, int(Op.TOUCH))
@@ -116,6 +122,7 @@ _RESETS = cython.declare(cython.uint, 1 << 13)
 _LEVEL_SHIFT = cython.declare(cython.int, 4)
 _FIRST_SHIFT = cython.declare(cython.int, 7)
 _LAST_SHIFT = cython.declare(cython.int, 10)
+_FOR_GOOD = cython.declare(cython.uint, FOR_GOOD)
 _VCPU_SHIFT = cython.declare(cython.int, 16)
 _STATE_SHIFT = cython.declare(cython.int, STATE_SHIFT)
 _NO_STATE = cython.declare(cython.longlong, NO_STATE)
@@ -215,7 +222,9 @@ Vcpu = cython.struct(  # what is known of a vCPU after its last row; rows are na
     started=cython.longlong,
     touch=cython.longlong,  # its last touch, and that input
     touch_input=cython.longlong,
-    requested=cython.longlong,  # the gfn that its fault is about to map
+    requested=cython.longlong,  # the gfn that its fault is about to map, and the level
+    requested_level=cython.longlong,
+    split=cython.longlong,  # its last fault that split a huge leaf in place
     marked=cython.longlong,  # the gfn of an MMIO SPTE, if its last leaf was one
     present=cython.longlong,  # its last fault was on a leaf that is there
     faulted=cython.longlong,
@@ -308,6 +317,7 @@ class Decoder:
     _unseen: Any
     _collapsing: set  # type: ignore[type-arg]  # threads in an ioctl that ends dirty logging
     _invalidating: set  # type: ignore[type-arg]  # threads
+    _zapping: set  # type: ignore[type-arg]  # threads that zap a root
     _now: cython.longlong  # of the row under way: time, seq
     _at: cython.longlong
     _loads_by: cython.int
@@ -318,6 +328,7 @@ class Decoder:
     _timed: cython.bint
     _groups: cython.bint
     _collapses: cython.bint
+    _recovers: cython.bint  # a table that goes by itself is one of a huge page that is recovered
     # The memory slots at one time: from `_slots_since` on, before `_slots_until`
     _slots_since: cython.longlong
     _slots_until: cython.longlong
@@ -369,8 +380,10 @@ class Decoder:
         self._slots, self._slots_since, self._slots_until = slots, 0, 0
         self._slot_count, self._most_slots = 0, len(slots)
         self._unseen = Unseen() if capabilities.infers else None
-        self._collapsing, self._invalidating = set(), set()
+        self._collapsing, self._invalidating, self._zapping = set(), set(), set()
         self._collapses = False
+        # Up to 5.17 a notifier takes tables as well.
+        self._recovers = kernel.spte_changed and not kernel.zap_tables and bool(kinds.get("zap_root_begin"))
         self._loads_by = _ROOT_GET if kinds.get("root_get") else _MMU_LOAD if kinds.get("mmu_load") else _ENTRY
         self._invalidations, self._invalidated, self._newest_root = 0, -1, 0
         self._timed, self._groups = timed, groups
@@ -509,6 +522,10 @@ class Decoder:
                         vcpu[v].faulted = seq[i]
                     elif means == _REQUESTED:
                         vcpu[v].requested = gfn[i]
+                        vcpu[v].requested_level = level[i]
+                    elif means == _SPLIT_HUGE:
+                        if vcpu[v].faulted > max(vcpu[v].opened, vcpu[v].split):
+                            self._splits(v, vcpu[v].requested, vcpu[v].requested_level)
                     elif means == _EXIT:
                         self._exits(v, code[i], value[i])
                     elif means == _ENTRY:
@@ -549,8 +566,8 @@ class Decoder:
 
                 if means >= _OF_VM:
                     if means == _CHANGED:
-                        if self._collapses and level[i] > 1:
-                            self._collapse(tid[i], level[i], as_id[i], gfn[i], old[i], new[i])
+                        if level[i] > 1 and (self._collapses or (self._recovers and v < 0)):
+                            self._collapse(v, tid[i], level[i], as_id[i], gfn[i], old[i], new[i])
                     elif means == _INVALIDATE:
                         self._put(_OP_INVALIDATE, 0)
                         self._invalidations += 1
@@ -571,6 +588,9 @@ class Decoder:
                     elif means == _IOCTL_END:
                         if self._collapses:
                             self._end_collapse(tid[i])
+                    elif means in (_ZAP_ROOT, _ZAP_ROOT_END):
+                        if self._recovers:
+                            self._zaps_root(tid[i], means == _ZAP_ROOT)
                     elif means == _TABLE_FREE:
                         if self._infers and root[i] > 0:
                             self._forget(root[i])
@@ -742,6 +762,8 @@ class Decoder:
             return
         # MMIO exits whether its SPTE is there or not: then it is emulated.
         op = _FIX if mmio or vcpu[v].present else _TOUCH
+        if vcpu[v].split > vcpu[v].faulted:
+            return  # counted where the huge leaf was split
         asked = vcpu[v].requested & -(cython.cast(cython.longlong, 1) << _PAGE_BITS * (level - 1))
         if self._shadow and not mmio and asked != gfn:
             op |= _HIDDEN
@@ -769,6 +791,16 @@ class Decoder:
         own: cython.longlong = gfn & 7
         op: cython.longlong = level << _LEVEL_SHIFT | own << _FIRST_SHIFT | own << _LAST_SHIFT
         self._vcpu[v].touch = self._at
+        self._vcpu[v].touch_input = self.inputs
+        self._put_of(v, _FIX | cython.cast(cython.uint, op), gfn, _HAS_TOUCH)
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _splits(self, v: cython.Py_ssize_t, gfn: cython.longlong, level: cython.longlong) -> cython.void:
+        """A fault splits a huge leaf that lets too little through. What it needs may be let through by that alone."""
+        op: cython.longlong = max(level, 1) << _LEVEL_SHIFT | (gfn & 7) << _FIRST_SHIFT | (gfn & 7) << _LAST_SHIFT
+        self._vcpu[v].split = self._vcpu[v].touch = self._at
         self._vcpu[v].touch_input = self.inputs
         self._put_of(v, _FIX | cython.cast(cython.uint, op), gfn, _HAS_TOUCH)
 
@@ -1124,6 +1156,16 @@ class Decoder:
     @cython.cfunc
     @cython.nogil
     @cython.exceptval(check=False)
+    def _zaps_root(self, tid: cython.int, begins: cython.bint) -> cython.void:
+        with cython.gil:
+            if begins:
+                self._zapping.add(tid)
+            else:
+                self._zapping.discard(tid)
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
     def _end_collapse(self, tid: cython.int) -> cython.void:
         with cython.gil:
             self._collapsing.discard(tid)
@@ -1134,6 +1176,7 @@ class Decoder:
     @cython.exceptval(check=False)
     def _collapse(
         self,
+        v: cython.Py_ssize_t,
         tid: cython.int,
         level: cython.int,
         space: cython.int,
@@ -1141,21 +1184,24 @@ class Decoder:
         old: cython.ulonglong,
         new: cython.ulonglong,
     ) -> cython.void:
-        """A table is removed by the thread whose ioctl ends dirty logging."""
+        """A table is removed by the thread whose ioctl ends dirty logging, or by the worker of NX huge page recovery.
+
+        The worker is neither a vCPU nor in the middle of a root.
+        """
+        op: cython.uint
         mine: cython.bint
+        worker: cython.bint
         was_table: cython.bint = old & self._spte_present != 0 and old & _LARGE == 0
         is_table: cython.bint = new & self._spte_present != 0 and new & _LARGE == 0
         if not was_table or is_table:
             return
         with cython.gil:
             mine = tid in self._collapsing
-        if mine:
-            self._put(
-                _COLLAPSE
-                | cython.cast(cython.uint, level << _LEVEL_SHIFT)
-                | cython.cast(cython.uint, space << _VCPU_SHIFT),
-                gfn,
-            )
+            worker = not mine and v < 0 and self._recovers and tid not in self._zapping
+        if mine or worker:
+            op = _COLLAPSE | cython.cast(cython.uint, level << _LEVEL_SHIFT)
+            op |= cython.cast(cython.uint, space << _VCPU_SHIFT)
+            self._put(op | _FOR_GOOD if worker else op, gfn)
 
     @cython.cfunc
     @cython.nogil
@@ -1223,14 +1269,14 @@ class Decoder:
 # Rows of Vcpu, and which of their fields are -1 at first.
 VCPU = [(name, "i8", (len(VcpuState),)) if name == "ns" else (name, "i8") for name in (
     "opened", "why", "loaded", "state", "smm", "reset", "cr0_reset", "cr0_input", "entered", "root", "dirty",
-    "invalidated", "started", "touch", "touch_input", "requested", "marked", "present", "faulted", "built", "built_at",
-    "wp_flips", "maybe_flips", "efer", "cr0", "cr4", "wrote", "wrote_trigger", "left", "left_by_io", "asked_smi",
-    "record", "first", "has", "ns", "tables", "built_root", "still",
-    "interrupt", "lead", "lead_guest", "lead_idle", "zapped", "prefetched", "rows", "fault_rows", "faults",
-    "interrupts", "interrupted", "nesting",
+    "invalidated", "started", "touch", "touch_input", "requested", "requested_level", "split", "marked", "present",
+    "faulted", "built", "built_at", "wp_flips", "maybe_flips", "efer", "cr0", "cr4", "wrote", "wrote_trigger",
+    "left", "left_by_io", "asked_smi", "record", "first", "has", "ns", "tables", "built_root", "still", "interrupt",
+    "lead", "lead_guest", "lead_idle", "zapped", "prefetched", "rows", "fault_rows", "faults", "interrupts",
+    "interrupted", "nesting",
 )]  # fmt: skip
 NEVER = (
-    "opened", "loaded", "smm", "reset", "cr0_reset", "cr0_input", "entered", "touch", "touch_input",
-    "requested", "marked", "faulted", "built", "built_at", "efer", "cr0", "cr4", "wrote", "wrote_trigger", "left",
+    "opened", "loaded", "smm", "reset", "cr0_reset", "cr0_input", "entered", "touch", "touch_input", "requested",
+    "split", "marked", "faulted", "built", "built_at", "efer", "cr0", "cr4", "wrote", "wrote_trigger", "left",
     "asked_smi", "record",
 )  # fmt: skip

@@ -16,6 +16,7 @@ not what is counted here, wherever another event tells the same:
     kvm_mmu_get_page of a new table                 GOT_TABLE
     fast_page_fault, leaf set where one was         FIXED
     kvm_page_fault by a write to a leaf             TRIED        less those that fast_page_fault could not help
+    kvm_mmu_split_huge_page in a fault              FIXED, TRIED where no leaf is set after it
     leaf set or repaired                            SET          for kernels that do not show changes of SPTEs
     kvm_mmu_spte_requested                          REQUESTED    with those repaired
 
@@ -87,10 +88,12 @@ _ON_ROOT_GET = cython.declare(cython.int, BY_NAME["root_get"].code)
 _ON_MMU_LOAD = cython.declare(cython.int, BY_NAME["mmu_load"].code)
 _ON_PUT = cython.declare(cython.int, BY_NAME["root_put"].code)
 _ON_FREE = cython.declare(cython.int, BY_NAME["table_free"].code)
+_ON_SPLIT = cython.declare(cython.int, BY_NAME["kvm_mmu_split_huge_page"].code)
 _LARGE = cython.declare(cython.ulonglong, LARGE)
 KINDS = (
     "kvm_entry", "kvm_exit", "ioctl", "kvm_page_fault", "kvm_mmu_spte_requested", "kvm_mmu_set_spte", "mark_mmio_spte",
     "fast_page_fault", "kvm_tdp_mmu_spte_changed", "kvm_mmu_get_page", "root_get", "mmu_load", "root_put", "table_free",
+    "kvm_mmu_split_huge_page",
 )  # fmt: skip
 
 # What an SPTE is.
@@ -109,6 +112,7 @@ Server = cython.struct(  # of faults: a vCPU; the last one stands for all thread
     present=cython.longlong,  # that was on a leaf which was there
     maps=cython.longlong,  # it has requested a mapping, and not gone on since
     installed=cython.longlong,  # and has installed a leaf
+    split=cython.longlong,  # and has split a huge leaf: 2, once that is counted
     marked=cython.longlong,  # gfn of its last leaf, if that was an MMIO SPTE; -1: it was not
     got=cython.longlong,  # level and gfn of the table that it got last, -1: none, or it came twice
     # What is yet to be counted, with the event that goes with it or when the vCPU goes on
@@ -122,8 +126,8 @@ Server = cython.struct(  # of faults: a vCPU; the last one stands for all thread
     loads=cython.longlong,
 )
 SERVER = [(name, "i8") for name in (
-    "faulted", "present", "maps", "installed", "marked", "got", "waits", "write", "asked", "leaves", "links", "tables",
-    "roots", "loads",
+    "faulted", "present", "maps", "installed", "split", "marked", "got", "waits", "write", "asked", "leaves", "links",
+    "tables", "roots", "loads",
 )]  # fmt: skip
 
 
@@ -224,7 +228,7 @@ class RowCounts:
 
     def _begin_log(self, rows: cython.Py_ssize_t) -> None:
         if self._logs:
-            self._room = np.zeros((8 * rows + 1, 4), np.int64)  # no row makes more than eight steps
+            self._room = np.zeros((9 * rows + 1, 4), np.int64)  # no row makes more than nine steps
             self._logged = self._room
             self._log_rows = 0
 
@@ -276,6 +280,9 @@ class RowCounts:
                     self._changes(v, level[i], old[i], new[i])
                 elif k in (_ON_SET, _ON_MARK):
                     self._leaf(v, gfn[i], k == _ON_MARK)
+                elif k == _ON_SPLIT:
+                    if server[v].maps and not server[v].split:
+                        server[v].split = server[v].waits = True
                 elif k == _ON_FAST:
                     self._repairs(v, ret[i] == self._fixed)
                 elif k == _ON_GET_PAGE:
@@ -297,6 +304,10 @@ class RowCounts:
         """The vCPU goes on: what waited for an event waits no more."""
         server: cython.pointer[Server] = self._server
         self._map(v)
+        if server[v].split == 1:
+            self._add(_FIXED, 1)
+            server[v].write = True
+            server[v].split = 2  # counted, if its fault sets a leaf yet
         self._add(_TRIED, server[v].write)
         self._add(_GOT_ROOT, server[v].roots)
         self._add(_LOADED, -server[v].loads)
@@ -325,7 +336,7 @@ class RowCounts:
         server[v].faulted = self._seq
         server[v].present = code & self._there != 0
         server[v].maps = not self._requests
-        server[v].installed = False
+        server[v].installed = server[v].split = False
         server[v].write = server[v].present and code & self._odd == 0 and code & self._write != 0
         server[v].waits = server[v].write
 
@@ -437,9 +448,10 @@ class RowCounts:
         server[v].marked = gfn if mmio else -1
         if both:
             return
-        if (mmio or server[v].present) and not server[v].installed:
+        if (mmio or server[v].present) and not server[v].installed and server[v].split < 2:
             self._add(_FIXED, 1)
             self._add(_TRIED, 1)
+            server[v].split *= 2
         self._map(v)
         server[v].waits = server[v].write or server[v].roots or server[v].loads
         self._add(_SET, 1)

@@ -517,7 +517,7 @@ class Core:
         elif kind == SPLIT:
             return self._split(level, self.ranges[g * 2], self.ranges[g * 2 + 1])
         elif kind == COLLAPSE:
-            self._collapse(v, level, g)
+            self._collapse(v, level, g, o >> 7 & 1)
         elif kind == END:
             self._end()
         return self.error != 0
@@ -550,8 +550,13 @@ class Core:
     def _fix(
         self, v: cython.longlong, g: cython.longlong, level: cython.longlong, resets: cython.longlong
     ) -> cython.void:
+        at: cython.longlong
         self._enter(v)
-        if self._leaf(self.vcpu[v].word, g) == level:
+        at = self._leaf(self.vcpu[v].word, g)
+        if at > level and self.split_in_place:
+            self._descend(self.vcpu[v].word, g, level)
+            self.slots[v].fixes += 1
+        elif at == level:
             self.slots[v].fixes += 1
         else:
             self._fault(v, g, level, g & 7, g & 7)
@@ -727,7 +732,9 @@ class Core:
     @cython.cfunc
     @cython.nogil
     @cython.exceptval(check=False)
-    def _collapse(self, as_id: cython.longlong, level: cython.longlong, g: cython.longlong) -> cython.void:
+    def _collapse(
+        self, as_id: cython.longlong, level: cython.longlong, g: cython.longlong, for_good: cython.longlong
+    ) -> cython.void:
         w: cython.longlong
         node: cython.longlong
         below: cython.longlong
@@ -750,7 +757,7 @@ class Core:
                     self._drop(w, below, level - 1)
                     self.word[w].leaves -= self.gone_leaves
                     self.word[w].tables -= self.gone_tables
-                    if self.recovers:
+                    if self.recovers and not for_good:
                         at = g >> (level - 1) * 9 & 511
                         k = self.page_of[node] * 16 + (at >> 6) * 2
                         self.bits[k] |= one << (at & 63)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from replay.simulate.operations import (
     FIRST_SHIFT,
+    FOR_GOOD,
     LAST_SHIFT,
     LEVEL_SHIFT,
     RESETS,
@@ -52,7 +53,7 @@ def perform(vm: Vm, op: int, gfn: int, ranges: Ranges) -> None:
     elif kind == Op.SPLIT:
         vm.split(level, *ranges.rows[gfn])
     elif kind == Op.COLLAPSE:
-        vm.collapse(number, level, gfn)
+        vm.collapse(number, level, gfn, bool(op & FOR_GOOD))
     elif kind == Op.END:
         vm.end()
 

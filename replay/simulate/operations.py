@@ -8,6 +8,7 @@ operation means is in the table of `Op`; how a trace becomes operations is in `r
     bits  4-6  level of the leaf (TOUCH, FIX, COLLAPSE), address space (ZAP, SPLIT)
     bits  7-9  first, bits 10-12 last entry of the aligned group of 8 that lie in the accessed page's memslot
                (what the shadow MMU may prefetch)
+    bit     7  of COLLAPSE: FOR_GOOD
     bit    13  RESETS: the exit of a fault here unloads the roots, as every exit of this VM does
     bits 16-31 vCPU, numbered densely within the VM
 """
@@ -29,7 +30,8 @@ class Op(IntEnum):
     """What happens. `v` is the vCPU of bits 16-31, `gfn` the second column."""
 
     TOUCH = 0  # v needs a leaf of `level` at `gfn` (aligned to it): a fault unless a leaf covers it
-    FIX = 1  # permission fault of v: the leaf of `level` is there, write-protected: counted; else an ordinary fault
+    FIX = 1  # permission fault of v: the leaf of `level` is there and lets too little through, or a larger one that is
+    # split: counted; else an ordinary fault
     ENTER = 2  # v is about to enter the guest: pending requests, then a load if its current slot is empty
     UNLOAD = 3  # v empties all its root slots; `gfn` is the Cause
     ROLE = 4  # v's next load is of the word with index `gfn`
@@ -38,7 +40,8 @@ class Op(IntEnum):
     ZAP = 7  # leaves in ranges[gfn] of one address space are removed from every root
     ZAP_ALL = 8  # every root is emptied and stays (exit of the VM's process)
     SPLIT = 9  # huge leaves in ranges[gfn] of one address space become tables (dirty logging begins)
-    COLLAPSE = 10  # the table below the entry of `level` at `gfn` is removed (dirty logging ended); vCPU bits: space
+    COLLAPSE = 10  # the table below the entry of `level` at `gfn` is removed (dirty logging ended; FOR_GOOD: no huge
+    # leaf comes in its place, as an NX huge page is recovered by a later fault); vCPU bits: space
     END = 11  # the VM is destroyed
 
 
@@ -84,6 +87,7 @@ CAUSES: Final = {
 LEVEL_SHIFT: Final = 4
 FIRST_SHIFT: Final = 7
 LAST_SHIFT: Final = 10
+FOR_GOOD: Final = 1 << 7
 RESETS: Final = 1 << 13
 VCPU_SHIFT: Final = 16
 MAX_VCPUS: Final = 1 << 16

@@ -199,7 +199,10 @@ class Vm:
         """A fault on a leaf that is there but lets too little through, as dirty logging leaves it."""
         root = self._current(vcpu)
         found = page_table.leaf(root.top, gfn)
-        if found is not None and found[0].level == level:
+        if found is not None and found[0].level > level and self.parameters.split_in_place:
+            self._descend(root, gfn, level)
+            vcpu.fixes += 1
+        elif found is not None and found[0].level == level:
             vcpu.fixes += 1
         else:
             self._fault(vcpu, root, gfn, level, gfn & 7, gfn & 7)
@@ -259,7 +262,7 @@ class Vm:
             if not root.remembered:
                 self.counters.tables += root.tables - before
 
-    def collapse(self, as_id: int, level: int, gfn: int) -> None:
+    def collapse(self, as_id: int, level: int, gfn: int, for_good: bool = False) -> None:
         """The table below the entry of `level` that covers `gfn` goes from every valid root, or becomes a huge leaf."""
         removed = 0
         for root in [*self.roots, *self.remembered_trees.values()]:
@@ -269,7 +272,7 @@ class Vm:
             at = page_table.index(gfn, table.level)
             if table.level == level and isinstance(table.entries.get(at), Table):
                 leaves, tables = self._remove(root, table, at)
-                if self.parameters.recovers:
+                if self.parameters.recovers and not for_good:
                     self._install(root, table, at)
                 if not root.remembered:
                     removed += 1

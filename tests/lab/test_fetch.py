@@ -105,27 +105,103 @@ def test_machine_without_debian_sources(store: Path, tmp_path: Path, monkeypatch
     assert list(lab_kernels.cache().iterdir()) == []
 
 
-# What `apt-cache show` says: paragraphs, newest version first.
+# What `apt-cache show` says: a paragraph for each version, in no order.
 SHOWN = {
-    "linux-image-amd64": (
-        "Package: linux-image-amd64\nDepends: linux-base-amd64 (= 7.3-1), linux-image-7.3-amd64 (= 7.3-1)\n\n"
-        "Package: linux-image-amd64\nDepends: linux-image-7.2-amd64 (= 7.2-1)\n"
+    "linux-image-7.3-amd64": (
+        "Package: linux-image-7.3-amd64\nSource: linux\nVersion: 7.3~rc7-1~exp1\n\n"
+        "Package: linux-image-7.2.9+deb13-amd64\nVersion: 7.2.9-1~bpo13+1\n\n"
+        "Package: linux-image-7.2.13+deb14-amd64\nVersion: 7.2.13-1\n"
     ),
-    "linux-image-7.3-amd64=7.3-1": (
-        "Package: linux-image-7.3-amd64\nDepends: dracut | linux-initramfs-tool, "
-        "linux-binary-7.3-amd64 (= 7.3-1), linux-modules-7.3-amd64 (= 7.3-1)\n"
+    "linux-image-7.2.13+deb14-amd64=7.2.13-1": (
+        "Package: linux-image-7.2.13+deb14-amd64\nDepends: dracut | linux-initramfs-tool, "
+        "linux-binary-7.2.13+deb14-amd64 (= 7.2.13-1), linux-modules-7.2.13+deb14-amd64 (= 7.2.13-1)\n"
     ),
-    "linux-binary-7.3-amd64=7.3-1": "Package: linux-binary-7.3-amd64\n",
-    "linux-modules-7.3-amd64=7.3-1": "Package: linux-modules-7.3-amd64\nDepends: kmod\n",
+    "linux-binary-7.2.13+deb14-amd64=7.2.13-1": "Package: linux-binary-7.2.13+deb14-amd64\n",
+    "linux-modules-7.2.13+deb14-amd64=7.2.13-1": "Package: linux-modules-7.2.13+deb14-amd64\nDepends: kmod\n",
 }
+NAMES = (
+    "linux-image-7.2.9+deb13-amd64 linux-image-7.2.13+deb14-amd64 linux-image-7.2.13+deb14-cloud-amd64 "
+    "linux-image-7.2.13+deb14-amd64-dbg linux-image-7.2.13+deb14-rt-amd64 linux-image-7.3-amd64"
+)
 
 
-def test_split_packages_of_the_newest_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> apt.Apt:
+    """An archive that has 7.2.9, 7.2.13 and a candidate of 7.3."""
     monkeypatch.setattr(apt, "_debian_sites", lambda: {"Debian": "file:/mirror"})
     made = apt.Apt(tmp_path / "apt", (("Debian", "sid"),))
-    monkeypatch.setattr(made, "_run", lambda *arguments: SHOWN[arguments[-1]])
-    names = ["linux-image-7.3-amd64", "linux-binary-7.3-amd64", "linux-modules-7.3-amd64"]
-    assert made.parts("linux-image-amd64") == dict.fromkeys(names, "7.3-1")
+    asked = {"pkgnames": NAMES, "linux-image-7.3-amd64": SHOWN["linux-image-7.3-amd64"]}
+    monkeypatch.setattr(made, "_run", lambda *words: asked.get(words[1]) or SHOWN[words[-1]])
+    return made
+
+
+def test_newest_released_version_before_a_candidate(archive: apt.Apt) -> None:
+    assert archive.images("7") == [
+        ("linux-image-7.2.13+deb14-amd64", "7.2.13-1"),
+        ("linux-image-7.2.9+deb13-amd64", "7.2.9-1~bpo13+1"),
+        ("linux-image-7.3-amd64", "7.3~rc7-1~exp1"),
+    ]
+
+
+def test_series_is_not_a_prefix_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apt, "_debian_sites", lambda: {"Debian": "file:/mirror"})
+    made = apt.Apt(tmp_path / "apt", (("Debian", "sid"),))
+    shown: list[tuple[str, ...]] = []
+
+    def run(program: str, *words: str) -> str:
+        if words[0] == "show":
+            shown.append(words[1:])
+        return "linux-image-6.12.9+deb13-amd64 linux-image-6.1.0-56-amd64 linux-image-6.1.0-56-amd64-unsigned"
+
+    monkeypatch.setattr(made, "_run", run)
+    made.images("6.1")
+    assert shown == [("linux-image-6.1.0-56-amd64", "linux-image-6.1.0-56-amd64-unsigned")]
+
+
+def test_all_packages_that_a_kernel_is_split_into(archive: apt.Apt) -> None:
+    names = [f"linux-{part}-7.2.13+deb14-amd64" for part in ("image", "binary", "modules")]
+    assert archive.parts("linux-image-7.2.13+deb14-amd64", "7.2.13-1") == dict.fromkeys(names, "7.2.13-1")
+
+
+def test_a_package_that_the_archive_no_longer_has(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one before it is taken, and the user is told."""
+    add_archive(store, whole_kernel(), "whole.tar.xz")
+
+    class Archive:
+        suites = "sid"
+
+        def __init__(self, home: Path, suites: object) -> None: ...
+        def update(self) -> None: ...
+        def images(self, series: str) -> list[tuple[str, str]]:
+            return [("newest", "2"), ("older", "1")]
+
+        def parts(self, package: str, version: str) -> dict[str, str]:
+            return {package: version}
+
+        def download(self, package: str, version: str) -> Path:
+            if package == "newest":
+                raise Problem("apt-get download newest=2: E: 404  Not Found", ENVIRONMENT)
+            return store / "whole.tar.xz"
+
+    monkeypatch.setattr(fetch, "Apt", Archive)
+    said: list[str] = []
+    kernel = fetch.fetch("6.1", said.append)
+    assert kernel.package == "linux-image-6.1.0-56-amd64 6.1.192-2"
+    assert said[1:] == ["newest 2", "kernel 6.1: apt-get download newest=2: E: 404  Not Found", "older 1"]
+
+
+def test_series_that_the_table_does_not_have(store: Path) -> None:
+    kernel = lab_kernels.known("6.18")
+    assert (kernel.series, kernel.policy, kernel.parameters) == ("6.18", "preserve", ())
+    assert lab_kernels.known("5.12").parameters == ("kvm.tdp_mmu=1",)
+    assert {label for label, _ in kernel.suites} == {"Debian", "Debian-Security"}
+    assert lab_kernels.cached() == list(lab_kernels.KERNELS)
+    (lab_kernels.cache() / "6.18").mkdir(parents=True)
+    assert lab_kernels.cached() == [*lab_kernels.KERNELS, "6.18"]
+    with pytest.raises(Problem, match=r"kernel 6\.18 is not here: kvmtrace lab fetch 6\.18"):
+        raise lab_kernels.missing("6.18")
+    with pytest.raises(Problem, match="6: no such kernel"):
+        lab_kernels.known("6")
 
 
 def test_error_of_apt_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

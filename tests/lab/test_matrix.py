@@ -49,11 +49,15 @@ def test_all_scenarios_on_all_kernels() -> None:
     amd = (TDP, DIRECT, PAGING)
     cells = matrix.cells({name: amd if name in ("5.10", "6.1") else (TDP,) for name in KERNELS})
     assert len({cell.name for cell in cells}) == len(cells)
+    both = {(kernel, TDP) for kernel in KERNELS} | {("5.10", DIRECT), ("6.1", DIRECT)}
     for scenario in vmm.scenarios():
         made = {(cell.kernel, cell.mmu) for cell in cells if cell.scenario == scenario.name}
-        both = {(kernel, TDP) for kernel in KERNELS} | {("5.10", DIRECT), ("6.1", DIRECT)}
-        assert made - {("5.10", PAGING), ("6.1", PAGING)} == (both if scenario.name not in matrix._LEFT_OUT else set())
+        on = {(kernel, TDP) for kernel in matrix.KINDS.get(scenario.name, ())} or both
+        assert made - {("5.10", PAGING), ("6.1", PAGING)} == (on if scenario.name not in matrix._LEFT_OUT else set())
+    assert {cell.kernel for cell in cells if cell.arguments == ("--how", "ring")} == {"6.1", "7.x"}
+    assert {cell.what for cell in cells} >= set(matrix.KINDS)
     assert [cell.name for cell in matrix.cells({"6.1": (TDP,)}, ["storm"])] == ["storm-6.1"]
+    assert [cell.name for cell in matrix.cells({"6.12": (TDP, DIRECT)}, ["ksm"])] == ["ksm-6.12"]
     paged = [cell for cell in cells if cell.mmu == PAGING]
     assert len(paged) == 2 * 8, "the telling ones only: what is shipped has its limit"
     assert not any(cell.arguments for cell in cells if cell.mmu != TDP)

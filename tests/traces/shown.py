@@ -273,6 +273,16 @@ def dirty_logging(made: Recording) -> dict[str, Any]:
     return found
 
 
+def small_faults(made: Recording) -> dict[str, Any]:
+    """What becomes of a huge leaf when the guest executes a page of it: a full table, or nothing at first."""
+    if not made.name.startswith("nx-recovery"):
+        return {}
+    present = made.meta.raw["layout"]["spte"]["present"][0]
+    changed = [row for rows in made.vms for row in rows if row.kind == "kvm_tdp_mmu_spte_changed" and row.level == 2]
+    after = {row.new >> present & 1 == 1 for row in changed if row.vcpu is not None and row.old & LARGE}
+    return {"split_in_place": after.pop() if len(after) == 1 else None}
+
+
 def events(made: Recording) -> dict[str, Any]:
     pages = [row for rows in made.vms for row in rows if row.kind == "kvm_mmu_get_page"]
     roots = [row for row in pages if row.root]
@@ -320,7 +330,7 @@ def vendor(made: Recording) -> dict[str, Any]:
                 found["vendor.msr_write"].add(exit_)
             elif row.kind == "kvm_smm_transition" and not row.flags & 1:
                 found["vendor.rsm"].add(exit_)
-            elif row.kind == "kvm_userspace_exit" and row.code in (IO, HLT):
+            elif row.kind == "kvm_userspace_exit" and row.code in (IO, HLT) and row.ret >= 0:
                 found["vendor.io" if row.code == IO else "vendor.hlt"].add(exit_)
     first = [row.code for rows in made.vms for row in rows if row.kind == "kvm_page_fault"][:1]
     if first and made.name.startswith(("steady", "smi-storm")):
@@ -346,7 +356,7 @@ def prefetch(made: Recording) -> dict[str, Any]:
 
 Observer = Callable[[Recording], dict[str, Any]]
 OBSERVERS: tuple[Observer, ...] = (
-    policy, points, layout, zap_all_fast, search_puts, triggers, sptes, codes, zaps, dirty_logging, events, vendor,
-    prefetch,
+    policy, points, layout, zap_all_fast, search_puts, triggers, sptes, codes, zaps, dirty_logging, small_faults,
+    events, vendor, prefetch,
 )  # fmt: skip
 ANY_MMU: frozenset[Observer] = frozenset((points, prefetch))

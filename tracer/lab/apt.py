@@ -13,6 +13,8 @@ from typing import Final
 
 from traces.errors import ENVIRONMENT, Problem
 
+# A kernel's package: not the cloud's or the real-time one, no debug symbols. Signed or not, it is the same image.
+_IMAGE: Final = re.compile(r"linux-image-\d[\d.]*(?:\+deb[\d.]+)?(?:-\d+)?-amd64(?:-unsigned)?")
 # The parts a kernel is split into since 7.0; before, linux-image-VERSION was all of it.
 _PART: Final = re.compile(r"\b(linux-(?:image|binary|modules)-[a-z0-9.+-]+)(?: \(= ([^)]+)\))?")
 _KEYRING: Final = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
@@ -55,19 +57,35 @@ class Apt:
         """Read the suites' package lists (some 10 MB each)."""
         self._run("apt-get", "update")
 
-    def parts(self, package: str) -> dict[str, str]:
-        """What the newest version of `package` installs of a kernel: package names with their versions."""
-        found: dict[str, str] = {}
-        pending = [(package, "")]
+    def images(self, series: str) -> list[tuple[str, str]]:
+        """The kernels of a series ("6.12", "7"): packages with their versions, the newest released one first.
+
+        Release candidates come last, newest first: Debian's experimental has one most of the time.
+        """
+        pattern = f"linux-image-{series}"
+        names = [name for name in self._run("apt-cache", "pkgnames", pattern).split() if _IMAGE.fullmatch(name)]
+        names = [name for name in names if name[len(pattern)] in ".+-"]  # 6.12 is not of the series 6.1
+        shown = self._run("apt-cache", "show", *names) if names else ""
+        found = re.findall(r"^Package: (\S+)$(?:\n.+)*?\nVersion: (\S+)$", shown, re.MULTILINE)
+        return sorted(found, key=lambda image: (_age(image[1]), image[0]), reverse=True)
+
+    def newest(self, package: str) -> str:
+        """The newest version of a package."""
+        versions: list[str] = re.findall(r"^Version: (\S+)$", self._run("apt-cache", "show", package), re.MULTILINE)
+        return max(versions, key=_age)
+
+    def parts(self, package: str, version: str) -> dict[str, str]:
+        """What a version of a kernel's package installs of it: package names with their versions."""
+        found = {package: version}
+        pending = [(package, version)]
         while pending:
             name, version = pending.pop()
-            for paragraph in self._run("apt-cache", "show", f"{name}={version}" if version else name).split("\n\n"):
-                depends = re.search(r"^(?:Pre-)?Depends: (.*)$", paragraph, re.MULTILINE)
-                # Newest first. A name without a version is an alternative or a metapackage of another kind.
-                exact = [part for part in _PART.findall(depends[1] if depends else "") if part[1]]
-                pending += [part for part in exact if part[0] not in found]
-                found.update(exact)
-                break
+            paragraph = self._run("apt-cache", "show", f"{name}={version}").split("\n\n")[0]
+            depends = re.search(r"^(?:Pre-)?Depends: (.*)$", paragraph, re.MULTILINE)
+            # A name without a version is an alternative or a metapackage of another kind.
+            exact = [part for part in _PART.findall(depends[1] if depends else "") if part[1]]
+            pending += [part for part in exact if part[0] not in found]
+            found.update(exact)
         return found
 
     def download(self, package: str, version: str) -> Path:
@@ -91,6 +109,11 @@ class Apt:
             errors = [line for line in done.stderr.splitlines() if line.startswith("E:")] or done.stderr.splitlines()
             raise Problem(f"{program} {' '.join(arguments)}: {(errors or ['failed'])[0]}", ENVIRONMENT)
         return done.stdout
+
+
+def _age(version: str) -> tuple[bool, list[int]]:
+    """What Debian's kernel versions sort by here: released before candidate (7.3~rc7), then by their numbers."""
+    return "~rc" not in version, [int(number) for number in re.findall(r"\d+", version)]
 
 
 def _debian_sites() -> dict[str, str]:

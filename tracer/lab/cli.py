@@ -50,13 +50,13 @@ def list_(as_json: Json = False) -> None:
     from tracer import vmm
     from tracer.lab.fetch import present
     from tracer.lab.lab_cpus import CPUS
-    from tracer.lab.lab_kernels import KERNELS, TABLE_DATE
+    from tracer.lab.lab_kernels import TABLE_DATE, cached, known
     from tracer.lab.modules import Directory
     from traces.kernels.policies import MEANINGS
     from traces.screen import Page
 
     kernels: list[dict[str, Any]] = []
-    for kernel in KERNELS.values():
+    for kernel in map(known, cached()):
         here = present(kernel.name)
         kernels.append(
             {
@@ -97,7 +97,7 @@ def list_(as_json: Json = False) -> None:
     epilog=examples("kvmtrace lab fetch 6.1", "kvmtrace lab fetch 7.x --update"),
 )
 def fetch(
-    kernel: Annotated[str, typer.Argument(help="A kernel's name in `kvmtrace lab list`.")],
+    kernel: Annotated[str, typer.Argument(help="A kernel's name in `kvmtrace lab list`, or a series: 6.18.")],
     update: Annotated[bool, typer.Option("--update", help="Look for a newer one even if one is here.")] = False,
 ) -> None:
     """Get a kernel: from $KVMTRACE_KERNELS, else from Debian through this machine's own apt sources."""
@@ -133,7 +133,7 @@ def run(
     events: Annotated[str, typer.Option(help="What to record, as `kvmtrace record --events`.")] = "mmu",
     bare: Annotated[bool, typer.Option("--bare", help="Do not record; say how long the command took.")] = False,
     timeout: Annotated[
-        float | None, typer.Option(help="Limit for the boot in seconds. [default: 180; 1200 for Intel]", min=1)
+        float | None, typer.Option(help="Limit for the boot in seconds. [default: 600; 1200 for Intel]", min=1)
     ] = None,
     memory: Annotated[int, typer.Option(help="The guest's memory in MiB.", min=256)] = 2048,
 ) -> None:
@@ -208,13 +208,13 @@ def matrix(
     from contextlib import ExitStack
 
     from tracer.lab.fetch import present
-    from tracer.lab.lab_kernels import KERNELS, known
+    from tracer.lab.lab_kernels import cached, known
     from tracer.lab.matrix import EPT, TDP, cells, worth
 
-    names = [known(name).name for name in kernel] if kernel else [name for name in KERNELS if present(name)]
+    names = [known(name).name for name in kernel] if kernel else [name for name in cached() if present(name)]
     if not names:
         raise Problem("no kernel is here: kvmtrace lab fetch 6.1", ENVIRONMENT)
-    mmus = {name: worth(KERNELS[name], cpu or ("amd",)) for name in names}
+    mmus = {name: worth(known(name), cpu or ("amd",)) for name in names}
     if not shadow:
         mmus = {name: tuple(mmu for mmu in several if mmu in (TDP, EPT)) for name, several in mmus.items()}
     wanted = cells(mmus, scenario or ())
@@ -238,7 +238,7 @@ def corpus(
     from tracer.lab.fetch import fetch as get
     from tracer.lab.fetch import present
     from tracer.lab.lab_cpus import CPUS
-    from tracer.lab.lab_kernels import KERNELS, missing
+    from tracer.lab.lab_kernels import KERNELS, known, missing
     from tracer.lab.matrix import cells, worth
     from tracer.lab.modules import Directory
 
@@ -260,7 +260,7 @@ def corpus(
         # One that was fetched before there was Intel in the lab has no kvm-intel.ko.
         lacking = here and not all(CPUS[each].runs(Directory(*here.modules)) for each in cpus if each in CPUS)
         get(name, _say, update=bool(lacking))
-    _fill(cells({name: worth(KERNELS[name], cpus) for name in names}), directory, jobs, as_json)
+    _fill(cells({name: worth(known(name), cpus) for name in names}), directory, jobs, as_json)
 
 
 def _fill(wanted: list[Cell], directory: Path, jobs: int, as_json: bool) -> None:

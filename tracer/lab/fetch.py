@@ -19,7 +19,7 @@ from typing import Final
 
 from tracer.lab.apt import Apt
 from tracer.lab.lab_cpus import CPUS
-from tracer.lab.lab_kernels import KERNELS, Bootable, LabKernel, cache, fetched, known, missing, own
+from tracer.lab.lab_kernels import Bootable, LabKernel, cache, fetched, known, missing, own
 from tracer.lab.modules import WANTED, WANTED_ON_INTEL, Directory, load_order, module_name
 from traces.errors import ENVIRONMENT, Problem
 
@@ -27,7 +27,6 @@ Say = Callable[[str], None]
 
 # A package (110 MB) and its contents unpacked once (450 MB), both only for the time of the fetch.
 SPACE_NEEDED: Final = 700 << 20
-METAPACKAGE: Final = "linux-image-amd64"
 
 
 def kernel_directory() -> Path | None:
@@ -66,7 +65,7 @@ def fetch(name: str, say: Say = lambda line: None, *, update: bool = False) -> B
 
 def choose(name: str, modules: Path | None = None, kvm_modules: Path | None = None) -> Bootable:
     """The kernel that `name`, a name of the table or an image's path, means with these directories of modules."""
-    if name in KERNELS or ("/" not in name and not Path(name).exists()):
+    if "/" not in name and not Path(name).exists():
         found = present(name)
         if found is None:
             raise missing(name)
@@ -107,17 +106,25 @@ def _from_debian(kernel: LabKernel, say: Say) -> Bootable:
     with _workplace(kernel.name) as work:
         apt = Apt(work / "apt", kernel.suites)
         apt.update()
-        parts = apt.parts(METAPACKAGE)
-        if not parts:
-            raise Problem(f"kernel {kernel.name}: no {METAPACKAGE} in its suites ({apt.suites})", ENVIRONMENT)
-        version = next(iter(parts.values()))
-        if not version.startswith(f"{kernel.series}."):
-            raise Problem(f"kernel {kernel.name}: {apt.suites} has {version}, no {kernel.series}", ENVIRONMENT)
-        tars = []
-        for package in parts:
-            say(f"kernel {kernel.name}: {package} {version}")
-            tars.append(apt.download(package, version))
-        return _keep(kernel.name, tars)
+        images = apt.images(kernel.series)
+        if not images:
+            raise Problem(f"kernel {kernel.name}: no linux-image of {kernel.series} in {apt.suites}", ENVIRONMENT)
+        # An archive's lists go on naming kernels whose packages it no longer has.
+        for package, version in images[:-1]:
+            try:
+                return _keep(kernel.name, _download(apt, package, version, say))
+            except Problem as problem:
+                say(f"kernel {kernel.name}: {problem}")
+        return _keep(kernel.name, _download(apt, *images[-1], say))
+
+
+def _download(apt: Apt, package: str, version: str, say: Say) -> list[Path]:
+    """The contents of all packages that a kernel is split into."""
+    tars = []
+    for part, exact in apt.parts(package, version).items():
+        say(f"{part} {exact}")
+        tars.append(apt.download(part, exact))
+    return tars
 
 
 class _Tars(Mapping[str, bytes]):

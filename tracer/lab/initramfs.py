@@ -71,13 +71,13 @@ def build(
     return archive.contents()
 
 
-def compile_init(into: Path) -> bytes:
-    """PID 1, compiled from init.c by way of the directory `into` (0.2 s).
+def compiled(name: str, into: Path) -> bytes:
+    """A static PID 1, compiled from the C file of that name beside this one by way of the directory `into` (0.2 s).
 
     Raises Problem (environment) when there is no compiler or no static C library.
     """
-    program = into / "init"
-    command = ["gcc", "-static", "-O1", "-Wall", "-o", str(program), str(Path(__file__).with_name("init.c"))]
+    program = into / name
+    command = ["gcc", "-static", "-O1", "-Wall", "-o", str(program), str(Path(__file__).with_name(f"{name}.c"))]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Final
 
 from traces.errors import ENVIRONMENT, Problem
+from traces.kernels.fold import at
 
-TABLE_DATE: Final = "2026-11-20"
+TABLE_DATE: Final = "2026-11-26"
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,21 @@ KERNELS: Final = {
             "7.x",
             "7",
             "preserve",
-            "the newest at hand; as 6.12, invalidation split into a front and a back half (7.3)",
-            suites=(("Debian", "sid"), ("Debian", "experimental")),
+            "the newest released one; as 6.12, invalidation split into a front and a back half (7.3)",
+            suites=(("Debian", "trixie-backports"), ("Debian", "sid"), ("Debian", "experimental")),
         ),
     )
 }
+
+# Where a series is looked for that has no line in the table: backports keep each one for some months after the next.
+_SUITES: Final = (
+    ("Debian-Security", "trixie-security"),
+    ("Debian", "trixie"),
+    ("Debian", "trixie-backports"),
+    ("Debian", "bookworm-backports"),
+    ("Debian", "sid"),
+    ("Debian", "experimental"),
+)
 
 
 @dataclass(frozen=True)
@@ -111,10 +122,28 @@ def cache() -> Path:
 
 
 def known(name: str) -> LabKernel:
-    """The table's line. Raises Problem for a name that it does not have."""
+    """The table's line, or one made for a series such as 6.18. Raises Problem for a name that is neither."""
     if name in KERNELS:
         return KERNELS[name]
-    raise Problem(f"{name}: no such kernel; there are {', '.join(KERNELS)}, or the path of a kernel image")
+    if not re.fullmatch(r"\d{1,2}\.\d{1,3}", name):
+        listed = ", ".join(KERNELS)
+        raise Problem(f"{name}: no such kernel; there are {listed}, a series such as 6.18, or a kernel image's path")
+    kernel = at(name)
+    off = kernel.version < (5, 14)  # when kvm.tdp_mmu became the default
+    return LabKernel(
+        name,
+        name,
+        kernel.policy,
+        "the policy that `kvmtrace kernels` describes for this version",
+        _SUITES,
+        ("kvm.tdp_mmu=1",) if off else (),
+    )
+
+
+def cached() -> list[str]:
+    """The kernels that `known` knows: the table's, then those of a series that were fetched."""
+    others = sorted(path.name for path in cache().glob("[0-9]*.[0-9]*") if path.name not in KERNELS)
+    return [*KERNELS, *others]
 
 
 def fetched(name: str) -> Bootable | None:
@@ -157,6 +186,6 @@ def image_version(image: Path) -> str:
 
 def missing(name: str) -> Problem:
     """The problem of a kernel of the table that is not here, with the command that gets it."""
-    if KERNELS[name].variant:
+    if known(name).variant:
         return Problem(f"kernel {name} is in no package: set KVMTRACE_KERNELS to a directory that has it", ENVIRONMENT)
     return Problem(f"kernel {name} is not here: kvmtrace lab fetch {name}", ENVIRONMENT)

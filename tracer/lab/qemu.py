@@ -30,13 +30,14 @@ COMMAND_LINE: Final = (
 
 @dataclass(frozen=True)
 class LabMachine:
-    """What QEMU is asked for; `memory` in MiB, `parameters` as on a kernel's command line."""
+    """What QEMU is asked for; `memory` in MiB, on one NUMA node or two; `parameters` as on a kernel's command line."""
 
     image: Path
     initrd: Path
     share: Path
     memory: int
     parameters: tuple[str, ...] = ()
+    nodes: int = 1
 
     def command(self) -> list[str]:
         """The argv. Two processors, since some scenarios are about two vCPUs; a nested guest needs SVM and NPT."""
@@ -48,10 +49,16 @@ class LabMachine:
             *("-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"),
             *("-kernel", str(self.image), "-initrd", str(self.initrd)),
             *("-append", " ".join((COMMAND_LINE, *self.parameters))),
+            *(word for node in range(self.nodes) for word in self._node(node) if self.nodes > 1),
             *("-device", "isa-debug-exit,iobase=0xf4,iosize=4"),
             *("-virtfs", _share(Path("/"), "host") + ",readonly=on"),
             *("-virtfs", _share(self.share, "lab")),
         ]
+
+    def _node(self, node: int) -> tuple[str, ...]:
+        """One NUMA node, with one of the processors and its share of the memory."""
+        memory = f"memory-backend-ram,id=memory{node},size={self.memory // self.nodes}M"
+        return ("-object", memory, "-numa", f"node,nodeid={node},memdev=memory{node},cpus={node}")
 
 
 def _share(path: Path, tag: str) -> str:

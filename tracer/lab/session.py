@@ -19,7 +19,7 @@ from tracer.kept import SUFFIX
 from tracer.lab import closure, prebuilt
 from tracer.lab.bochs import BochsMachine, emulator
 from tracer.lab.bochs import run as run_bochs
-from tracer.lab.initramfs import build, compile_init
+from tracer.lab.initramfs import build, compiled
 from tracer.lab.lab_cpus import AMD, CPUS, LabCpu, lab_cpu, qemu_version
 from tracer.lab.lab_kernels import Bootable
 from tracer.lab.modules import Directory, load_order
@@ -33,7 +33,8 @@ TRACE: Final = "out.parquet"
 JOBS: Final = "jobs.json"
 SPACE_NEEDED: Final = 256 << 20
 DEFAULT_MEMORY: Final = 2048
-DEFAULT_TIMEOUT: Final = 180.0
+# Ten times what a recording takes on an idle machine: a busy one is no reason to give up.
+DEFAULT_TIMEOUT: Final = 600.0
 DEFAULT_TIMEOUT_INTEL: Final = 1200.0  # Bochs interprets
 
 _PARAMETER: Final = re.compile(r"([\w-]+)\.(\w+=\S*)")
@@ -88,6 +89,7 @@ def boot(
     into: Path | None = None,
     parameters: Sequence[str] = (),
     memory: int = DEFAULT_MEMORY,
+    nodes: int = 1,
     timeout: float = DEFAULT_TIMEOUT,
     follow: bool = False,
 ) -> Finished:
@@ -97,9 +99,9 @@ def boot(
     to record with; those that the guest compiles itself are kept for the next. `trace` is where the trace that the
     command recorded is moved to; `give` are files to put in the share by name, and `into` is a directory that takes
     every trace, recording and .stdout file from there; `parameters` are module parameters (kvm.tdp_mmu=0) after the
-    kernel's own;
-    `memory` in MiB; `timeout` in seconds for the whole boot; `follow` passes the command's output on as it comes, an
-    Intel guest's at the end. A command that failed is the caller's to judge.
+    kernel's own; `memory` in MiB, of an AMD guest on one NUMA node or two (`nodes`); `timeout` in seconds for the whole
+    boot; `follow` passes the command's output on as it comes, an Intel guest's at the end. A command that failed is the
+    caller's to judge.
 
     Raises Problem when something is missing to begin with, GuestFailed when the guest did not get to the end.
     """
@@ -134,7 +136,7 @@ def boot(
         files = closure.beside(prebuilt.GUEST, (probes,)) if probes else {}
         if emulated:
             files |= _everything(command, share)
-        initrd = build(tree, given, compile_init(work), machine.wanted, files)
+        initrd = build(tree, given, compiled("init", work), machine.wanted, files)
         on_command_line = tuple(f"{module}.{one}" for module, several in given.items() for one in several.split())
         output = _Output(share, trace) if follow else None
         tick = output.pass_on if output else lambda: None
@@ -145,9 +147,8 @@ def boot(
         else:
             console, packed = work / "serial", work / "initrd"
             packed.write_bytes(initrd)
-            ending = run(
-                LabMachine(kernel.image, packed, share, memory, on_command_line).command(), console, timeout, tick
-            )
+            on_qemu = LabMachine(kernel.image, packed, share, memory, on_command_line, nodes)
+            ending = run(on_qemu.command(), console, timeout, tick)
         if output:
             output.pass_on()
         finished = _result(share) if ending is Ending.ORDERLY else None

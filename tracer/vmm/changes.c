@@ -7,6 +7,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 /* For vCPUs that run in turns only: they share one SMBASE, where their saved states would overwrite each other. */
 void smi_to_all(struct run *run, unsigned pass)
@@ -78,42 +79,6 @@ void notify(struct run *run, unsigned pass)
 	/* Or the host's own write fault would come inside KVM's: 5.10 then copies any page that still sits in a per-CPU
 	 * LRU batch, the copy invalidates, and KVM retries the guest's fault, a varying number of times. */
 	populate(host, vm->data_size);
-}
-
-/* Reads the log of the data slot, which also write-protects what was dirty. Must be just what the guest wrote. */
-static void read_dirty_log(struct run *run, struct vm *vm)
-{
-	size_t words = vm->data_size / PAGE / 64;
-	uint64_t *bitmap = calloc(words, sizeof(*bitmap));
-	struct kvm_dirty_log log = {.slot = SLOT_DATA, .dirty_bitmap = bitmap};
-	uint64_t dirty = 0, written = (uint64_t)run->options->pages * vm->n_vcpus;
-
-	if (bitmap == NULL)
-		fail(EXIT_NO_ABILITY, "no memory for the dirty bitmap");
-	if (ioctl(vm->fd, KVM_GET_DIRTY_LOG, &log) < 0)
-		fail(EXIT_GUEST_FAILED, "KVM_GET_DIRTY_LOG: %s", strerror(errno));
-	for (size_t i = 0; i < words; i++)
-		dirty += (uint64_t)__builtin_popcountll(bitmap[i]);
-	free(bitmap);
-	if (dirty != written)
-		fail(EXIT_GUEST_FAILED, "scenario %s: KVM logged %llu dirty pages where the guest wrote %llu",
-		     run->scenario->name, (unsigned long long)dirty, (unsigned long long)written);
-	run->tally.dirty_pages += dirty;
-}
-
-/* Rounds of three: on | read, stay on | read, off. So one pass in three finds everything write-protected by the
- * start of logging, one by the read, and one finds logging ended. */
-void toggle_dirty_log(struct run *run, unsigned pass)
-{
-	struct vm *vm = &run->vms[0];
-	uint8_t *host = host_address(vm, DATA_GPA);
-
-	if (pass % 3 != 1)
-		read_dirty_log(run, vm);
-	if (pass % 3 == 1)
-		set_slot(run, vm, SLOT_DATA, DATA_GPA, vm->data_size, host, KVM_MEM_LOG_DIRTY_PAGES);
-	else if (pass % 3 == 0)
-		set_slot(run, vm, SLOT_DATA, DATA_GPA, vm->data_size, host, 0);
 }
 
 static void host_call(struct run *run, int result)
@@ -190,4 +155,48 @@ void write_to_second(struct run *run, unsigned pass)
 	if (pass > 1)
 		on_thread_of(&run->vms[0].vcpus[0], write_to_data_of_second);
 	host_call(run, madvise(data, other->data_size, MADV_DONTNEED));
+}
+
+/* The guest's memory goes back to the host, and the next pass finds zero pages: read first, they are not the guest's to
+ * write, and a write makes each page a new one. */
+void give_back(struct run *run, unsigned pass)
+{
+	struct vm *vm = &run->vms[0];
+
+	(void)pass;
+	host_call(run, madvise(host_address(vm, DATA_GPA), vm->data_size, MADV_DONTNEED));
+}
+
+/* Until the host has merged the working set, whose pages are all alike; a guest that writes gets its page back. */
+void merge_pages(struct run *run, unsigned pass)
+{
+	static const char sharing[] = "/sys/kernel/mm/ksm/pages_sharing";
+	struct vm *vm = &run->vms[0];
+	unsigned long long most = run->options->pages * vm->n_vcpus;
+
+	if (pass == 1)
+		host_call(run, madvise(host_address(vm, DATA_GPA), vm->data_size, MADV_MERGEABLE));
+	for (unsigned waits = 0; read_setting(sharing) < most / 2; waits++) {
+		if (waits == 1000)
+			fail(EXIT_NO_ABILITY, "scenario %s: the host merged %llu of %llu pages in 20 s",
+			     run->scenario->name, read_setting(sharing), most);
+		usleep(20000);
+	}
+}
+
+/* After the first pass the host no longer maps the page in the middle of the working set. */
+void lose_page(struct run *run, unsigned pass)
+{
+	uint32_t gpa = DATA_GPA + run->options->pages / 2 * PAGE;
+
+	if (pass == 1)
+		host_call(run, munmap(host_address(&run->vms[0], gpa), PAGE));
+}
+
+/* Longer than the period that the scenario sets: what the guest executed is 4 KiB pages, and goes as a whole table. */
+void wait_for_recovery(struct run *run, unsigned pass)
+{
+	(void)run;
+	(void)pass;
+	usleep(200000);
 }

@@ -2,7 +2,8 @@
  *
  * Registers at entry (set in vcpu.c): ebx first byte of the working set, ebp pages to touch, edi pages added after
  * each pass, edx passes (only where the guest counts them), r8/r9/r10 current, end and first top-level table.
- * eax, ecx and esi are scratch. The encodings below mean the same in 32-bit and 64-bit mode unless said otherwise.
+ * eax, ecx and esi are scratch; eax begins as four RET instructions, so that what is stored can be called. Only calls and
+ * interrupts use the stack. The encodings below mean the same in 32-bit and 64-bit mode unless said otherwise.
  */
 #include "vmm.h"
 
@@ -37,20 +38,50 @@ static void back_to(struct code *code, const uint8_t *target)
 	word(code, (uint32_t)(target - (code->next + 4)));
 }
 
-/* One store to each of ecx pages from esi on, or one load. */
-static void emit_loop(struct code *code, bool loads)
+/* One instruction of two bytes for each of ecx addresses from esi on, `step` bytes apart. */
+static void emit_loop(struct code *code, const char *instruction, uint32_t step)
 {
 	const uint8_t *top = code->next;
 
-	if (loads)
-		EMIT(code, "\x8b\x06"); /* mov eax, [esi] */
-	else
-		EMIT(code, "\x89\x06"); /* mov [esi], eax */
-	EMIT(code, "\x81\xc6"); /* add esi, PAGE */
-	word(code, PAGE);
+	bytes(code, instruction, 2);
+	EMIT(code, "\x81\xc6"); /* add esi, step */
+	word(code, step);
 	EMIT(code, "\xff\xc9"); /* dec ecx */
 	EMIT(code, "\x0f\x85"); /* jnz top */
 	back_to(code, top);
+}
+
+static void emit_hole(struct code *code, unsigned pages)
+{
+	EMIT(code, "\xbe"); /* mov esi, HOLE; mov ecx, pages */
+	word(code, HOLE_GPA);
+	EMIT(code, "\xb9");
+	word(code, pages);
+}
+
+static void emit_working_set(struct code *code)
+{
+	EMIT(code, "\x89\xde\x89\xe9"); /* mov esi, ebx; mov ecx, ebp */
+}
+
+/* The working set or, of `hole` pages, the hole: one access to each page, or first one to each and then the other. */
+static void emit_accesses(struct code *code, enum access access, unsigned hole)
+{
+	for (int stores = access == STORES; stores <= (access != LOADS); stores++) {
+		if (hole > 0)
+			emit_hole(code, hole);
+		else
+			emit_working_set(code);
+		emit_loop(code, stores ? "\x89\x06" : "\x8b\x06", PAGE); /* mov [esi], eax or mov eax, [esi] */
+	}
+}
+
+/* 32-bit mode only. */
+static void emit_calls(struct code *code)
+{
+	emit_working_set(code);
+	EMIT(code, "\xc1\xe9\x09");              /* shr ecx, 9: pages in 2 MiB */
+	emit_loop(code, "\xff\xd6", HUGE_PAGE); /* call esi */
 }
 
 /* 64-bit mode only. */
@@ -87,36 +118,75 @@ static void emit_toggle(struct code *code, const struct guest_program *program)
 	}
 }
 
-static void write_code(const struct vm *vm, const struct guest_program *program)
+static void emit_end(struct code *code, enum pass_end ends)
 {
+	const uint8_t out[] = {0xe6, PASS_PORT}; /* out PASS_PORT, al */
+
+	switch (ends) {
+	case END_BY_DOORBELL:
+		EMIT(code, "\x89\x04\x25"); /* mov [DOORBELL], eax; 64-bit mode only */
+		word(code, DOORBELL_GPA);
+		break;
+	case END_BY_POLLING:
+		emit_hole(code, 1);
+		EMIT(code, "\x8b\x06\xeb\xfc"); /* mov eax, [esi]; jmp to it */
+		break;
+	case END_BY_TRIPLE_FAULT:
+		EMIT(code, "\x0f\x0b"); /* ud2 */
+		break;
+	case END_BY_LOST_IDT:
+		EMIT(code, "\xcc"); /* int3 */
+		break;
+	case END_BY_FNSAVE:
+		emit_hole(code, 1);
+		EMIT(code, "\xdd\x36"); /* fnsave [esi] */
+		break;
+	case END_BY_HALT:
+		EMIT(code, "\xfb\xf4\xfa"); /* sti; hlt; cli */
+		bytes(code, (const char *)out, sizeof(out));
+		break;
+	case END_BY_OUT:
+		bytes(code, (const char *)out, sizeof(out));
+		break;
+	}
+}
+
+static void write_code(const struct vm *vm)
+{
+	const struct guest_program *program = &vm->program;
 	struct code code = {.start = host_address(vm, CODE_GPA)};
 
 	code.next = code.start;
-	EMIT(&code, "\x89\xde\x89\xe9"); /* mov esi, ebx; mov ecx, ebp */
-	emit_loop(&code, program->loads);
+	emit_accesses(&code, program->access, 0);
+	if (program->calls)
+		emit_calls(&code);
 	EMIT(&code, "\x01\xfd"); /* add ebp, edi */
-	if (program->mmio_stores > 0) {
-		EMIT(&code, "\xbe"); /* mov esi, HOLE; mov ecx, stores */
-		word(&code, HOLE_GPA);
-		EMIT(&code, "\xb9");
-		word(&code, program->mmio_stores);
-		emit_loop(&code, false);
-	}
+	if (program->mmio > 0)
+		emit_accesses(&code, program->access, program->mmio);
 	emit_toggle(&code, program);
 	if (program->passes_in_guest) {
 		EMIT(&code, "\xff\xca\x0f\x85"); /* dec edx; jnz start */
 		back_to(&code, code.start);
 	}
-	if (program->ends_by_mmio) {
-		EMIT(&code, "\x89\x04\x25"); /* mov [DOORBELL], eax */
-		word(&code, DOORBELL_GPA);
-	} else {
-		const uint8_t out[] = {0xe6, PASS_PORT}; /* out PASS_PORT, al */
-
-		bytes(&code, (const char *)out, sizeof(out));
-	}
+	emit_end(&code, program->ends);
 	EMIT(&code, "\xe9"); /* jmp start */
 	back_to(&code, code.start);
+}
+
+/* What wakes a halted guest: one interrupt gate, the segment that it loads, and the handler, which ends the pass. */
+static void write_interrupt(const struct vm *vm)
+{
+	static const uint64_t segments[] = {0, 0x00cf9b000000ffff}; /* flat code */
+	uint64_t *gate = (uint64_t *)host_address(vm, IDT_GPA) + WAKE_VECTOR;
+	struct code code = {.next = host_address(vm, HANDLER_GPA)};
+
+	memcpy(host_address(vm, GDT_GPA), segments, sizeof(segments));
+	*gate = (uint64_t)(HANDLER_GPA >> 16) << 48 | 0x8e0000080000 | HANDLER_GPA; /* present, 32-bit, selector 8 */
+	EMIT(&code, "\xa3\xb0\x00\xe0\xfe"); /* mov [0xfee000b0], eax: end of interrupt */
+	EMIT(&code, "\x83\xc4\x0c");         /* add esp, 12: not by iret, which a KVM that emulates does not know */
+	emit_end(&code, END_BY_OUT);
+	EMIT(&code, "\xe9"); /* jmp start */
+	back_to(&code, host_address(vm, CODE_GPA));
 }
 
 /* All trees share the lower levels: only the top-level page tells them apart, which is all that a root is. */
@@ -132,10 +202,12 @@ static void write_page_tables(const struct vm *vm, unsigned trees)
 		pd[i] = i * HUGE_PAGE | PTE_PRESENT_WRITE | PTE_LARGE;
 }
 
-void write_guest(const struct vm *vm, const struct guest_program *program, unsigned trees)
+void write_guest(const struct vm *vm, unsigned trees)
 {
-	write_code(vm, program);
-	if (program->paging)
+	write_code(vm);
+	if (vm->program.paging)
 		write_page_tables(vm, trees > 0 ? trees : 1);
+	if (vm->program.ends == END_BY_HALT)
+		write_interrupt(vm);
 	memcpy(host_address(vm, SMM_ENTRY_GPA), "\x0f\xaa", 2); /* rsm */
 }

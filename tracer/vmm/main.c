@@ -30,9 +30,17 @@ static void on_alarm(int signal)
 	for (; scale > 0; scale /= 10)
 		line[n++] = (char)('0' + timeout_seconds / scale % 10);
 	line[n++] = '\n';
+	put_settings_back();
 	if (write(STDERR_FILENO, line, n) < 0)
 		_exit(EXIT_GUEST_FAILED);
 	_exit(EXIT_GUEST_FAILED);
+}
+
+static void on_end(int number)
+{
+	put_settings_back();
+	signal(number, SIG_DFL);
+	raise(number);
 }
 
 static unsigned number(const char *option, const char *text, unsigned max)
@@ -158,6 +166,8 @@ int main(int argc, char **argv)
 	check(&run);
 	timeout_seconds = options.timeout;
 	signal(SIGALRM, on_alarm);
+	signal(SIGINT, on_end);
+	signal(SIGTERM, on_end);
 	alarm(timeout_seconds);
 	run_scenario(&run);
 	alarm(0);

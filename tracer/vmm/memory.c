@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 /* KiB of transparent huge pages in [start, start + size), from the mapping's own smaps entry. */
 static size_t huge_kib(const uint8_t *start, size_t size)
@@ -45,10 +46,14 @@ void touch(uint8_t *start, size_t size)
 	}
 }
 
-static uint8_t *map(size_t size)
+static uint8_t *map(const struct run *run, size_t size)
 {
-	uint8_t *start = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	int kind = run->memory_file < 0 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED;
+	uint8_t *start;
 
+	if (run->memory_file >= 0 && ftruncate(run->memory_file, (off_t)size) < 0)
+		fail(EXIT_NO_ABILITY, "no file for a guest of %zu MiB: %s", size >> 20, strerror(errno));
+	start = mmap(NULL, size, PROT_READ | PROT_WRITE, kind | MAP_NORESERVE, run->memory_file, 0);
 	if (start == MAP_FAILED)
 		fail(EXIT_NO_ABILITY, "no memory for a guest of %zu MiB: %s", size >> 20, strerror(errno));
 	return start;
@@ -62,7 +67,7 @@ static uint8_t *aligned(uint8_t *start)
 void map_all(struct run *run, size_t data_size)
 {
 	run->mapping_size = run->n_vms * (HUGE_PAGE + data_size) + HUGE_PAGE; /* room to align */
-	run->mapping = map(run->mapping_size);
+	run->mapping = map(run, run->mapping_size);
 }
 
 void unmap_all(struct run *run)
@@ -80,7 +85,7 @@ void map_ram(struct run *run, struct vm *vm, size_t data_size)
 		vm->ram = aligned(run->mapping) + (size_t)(vm - run->vms) * size;
 	} else {
 		vm->mapping_size = size + HUGE_PAGE; /* room to align */
-		vm->mapping = map(vm->mapping_size);
+		vm->mapping = map(run, vm->mapping_size);
 		vm->ram = aligned(vm->mapping);
 	}
 	/* A kernel without THP refuses both: right for small pages, and huge ones are checked below. */

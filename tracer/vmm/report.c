@@ -16,6 +16,7 @@ void fail(enum exit_code code, const char *format, ...)
 	va_end(arguments);
 	if (n > 0)
 		dprintf(STDERR_FILENO, "kvmtrace-vmm: %s\n", line);
+	put_settings_back();
 	_exit(code); /* other threads may be inside KVM: end the process as it is */
 }
 
@@ -56,8 +57,11 @@ void print_result(const struct run *run)
 	for (unsigned i = 0; i < tally->n_guest_ns; i++)
 		printf("%s%llu", i > 0 ? ", " : "", (unsigned long long)tally->guest_ns[i]);
 	printf("], \"passes\": %llu, \"smis\": %llu, \"io_exits\": %llu, \"mmio_exits\": %llu, "
+	       "\"halts\": %llu, \"shutdowns\": %llu, \"internal_errors\": %llu, \"failed_runs\": %llu, "
 	       "\"slot_changes\": %llu, \"host_calls\": %llu, \"dirty_pages\": %llu}\n",
 	       (unsigned long long)tally->passes, (unsigned long long)tally->smis, (unsigned long long)tally->io_exits,
-	       (unsigned long long)tally->mmio_exits, (unsigned long long)tally->slot_changes,
+	       (unsigned long long)tally->mmio_exits, (unsigned long long)tally->halts,
+	       (unsigned long long)tally->shutdowns, (unsigned long long)tally->internal_errors,
+	       (unsigned long long)tally->failed_runs, (unsigned long long)tally->slot_changes,
 	       (unsigned long long)tally->host_calls, (unsigned long long)tally->dirty_pages);
 }

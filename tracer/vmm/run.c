@@ -1,11 +1,14 @@
 /* Passes: one thread per vCPU, led through the passes by the main thread. */
+#define _GNU_SOURCE
 #include "vmm.h"
 
 #include <errno.h>
 #include <signal.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <time.h>
+#include <unistd.h>
 
 uint64_t now_ns(void)
 {
@@ -24,10 +27,23 @@ static _Noreturn void guest_failed(const struct vcpu *vcpu, const char *what, un
 	     (unsigned long long)regs.rip, what, number);
 }
 
+static bool mmio_ends_pass(struct vcpu *vcpu)
+{
+	const struct kvm_run *run = vcpu->run;
+	const struct guest_program *program = &vcpu->vm->program;
+	bool reads = program->ends == END_BY_POLLING || program->access != STORES;
+
+	if ((!run->mmio.is_write && !reads) || run->mmio.phys_addr < HOLE_GPA || run->mmio.phys_addr >= DATA_GPA)
+		guest_failed(vcpu, "access to an address that has no memory", run->mmio.phys_addr);
+	vcpu->mmio_exits++;
+	return program->ends == END_BY_POLLING || run->mmio.phys_addr == DOORBELL_GPA;
+}
+
 /* True where the exit ends the pass. Anything that the guest program cannot have done is a failure. */
 static bool exit_ends_pass(struct vcpu *vcpu)
 {
 	const struct kvm_run *run = vcpu->run;
+	enum pass_end ends = vcpu->vm->program.ends;
 
 	switch (run->exit_reason) {
 	case KVM_EXIT_IO:
@@ -36,14 +52,29 @@ static bool exit_ends_pass(struct vcpu *vcpu)
 		vcpu->io_exits++;
 		return true;
 	case KVM_EXIT_MMIO:
-		if (!run->mmio.is_write || run->mmio.phys_addr < HOLE_GPA || run->mmio.phys_addr >= DATA_GPA)
-			guest_failed(vcpu, "access to an address that has no memory", run->mmio.phys_addr);
-		vcpu->mmio_exits++;
-		return run->mmio.phys_addr == DOORBELL_GPA;
+		return mmio_ends_pass(vcpu);
+	case KVM_EXIT_HLT:
+		if (ends != END_BY_HALT || vcpu->vm->irqchip)
+			guest_failed(vcpu, "a halt, exit reason", run->exit_reason);
+		vcpu->halts++;
+		usleep(HALTED_US); /* where a VMM waits for something to happen */
+		return false;
 	case KVM_EXIT_SHUTDOWN:
-		guest_failed(vcpu, "triple fault, exit reason", run->exit_reason);
+		if (ends != END_BY_TRIPLE_FAULT)
+			guest_failed(vcpu, "triple fault, exit reason", run->exit_reason);
+		vcpu->shutdowns++;
+		reset_vcpu(vcpu);
+		return true;
 	case KVM_EXIT_INTERNAL_ERROR:
-		guest_failed(vcpu, "KVM internal error, suberror", run->internal.suberror);
+		if (ends != END_BY_LOST_IDT && ends != END_BY_FNSAVE)
+			guest_failed(vcpu, "KVM internal error, suberror", run->internal.suberror);
+		vcpu->internal_errors++;
+		forget_exception(vcpu); /* KVM also queues #UD: the next try shall be the same, not a triple fault */
+		return true;
+	case KVM_EXIT_DIRTY_RING_FULL:
+		vcpu->ring_full++;
+		empty_ring(vcpu);
+		return false;
 	case KVM_EXIT_FAIL_ENTRY:
 		guest_failed(vcpu, "entry failed, hardware reason", run->fail_entry.hardware_entry_failure_reason);
 	default:
@@ -51,24 +82,32 @@ static bool exit_ends_pass(struct vcpu *vcpu)
 	}
 }
 
+static bool run_ends_pass(struct vcpu *vcpu)
+{
+	uint64_t start = now_ns();
+	int result = ioctl(vcpu->fd, KVM_RUN, 0), error = errno;
+
+	vcpu->guest_ns += now_ns() - start;
+	if (result == 0)
+		return exit_ends_pass(vcpu);
+	if (error == EINTR || error == EAGAIN)
+		return false;
+	if (error != EFAULT || !vcpu->vm->run->scenario->loses_memory)
+		guest_failed(vcpu, strerror(error), (unsigned long long)error);
+	vcpu->failed_runs++;
+	return true;
+}
+
 static void run_pass(struct vcpu *vcpu)
 {
-	uint64_t start;
-	int result;
-
 	if (vcpu->smi_due) {
 		if (ioctl(vcpu->fd, KVM_SMI, 0) < 0)
 			fail(EXIT_NO_ABILITY, "KVM_SMI: %s", strerror(errno));
 		vcpu->smi_due = false;
 		vcpu->smis++;
 	}
-	do {
-		start = now_ns();
-		result = ioctl(vcpu->fd, KVM_RUN, 0);
-		vcpu->guest_ns += now_ns() - start;
-		if (result < 0 && errno != EINTR && errno != EAGAIN)
-			guest_failed(vcpu, strerror(errno), (unsigned long long)errno);
-	} while (result < 0 || !exit_ends_pass(vcpu));
+	while (!run_ends_pass(vcpu))
+		;
 	vcpu->pass++;
 }
 
@@ -146,6 +185,18 @@ static struct vcpu *nth_vcpu(struct run *run, unsigned n)
 	return &run->vms[n / run->options->vcpus].vcpus[n % run->options->vcpus];
 }
 
+bool all_done(struct run *run)
+{
+	for (unsigned n = 0; n < total_vcpus(run); n++) {
+		int done = 0;
+
+		sem_getvalue(&nth_vcpu(run, n)->done, &done);
+		if (done == 0)
+			return false;
+	}
+	return true;
+}
+
 /* One pass of every vCPU. In turns, so that racing faults on shared page tables cannot change the counts; at the
  * same time only where the scenario says so, and then not in the first pass, which fills the shared tables. */
 static void one_pass(struct run *run, bool together)
@@ -155,6 +206,8 @@ static void one_pass(struct run *run, bool together)
 		if (!together)
 			wait_for(&nth_vcpu(run, n)->done);
 	}
+	if (run->scenario->during != NULL)
+		run->scenario->during(run);
 	for (unsigned n = 0; together && n < total_vcpus(run); n++)
 		wait_for(&nth_vcpu(run, n)->done);
 }
@@ -171,6 +224,10 @@ static void count(struct run *run)
 		tally->smis += vcpu->smis;
 		tally->io_exits += vcpu->io_exits;
 		tally->mmio_exits += vcpu->mmio_exits;
+		tally->halts += vcpu->halts;
+		tally->shutdowns += vcpu->shutdowns;
+		tally->internal_errors += vcpu->internal_errors;
+		tally->failed_runs += vcpu->failed_runs;
 	}
 	tally->n_guest_ns = total_vcpus(run);
 }
@@ -199,7 +256,7 @@ static void run_vms(struct run *run, unsigned passes)
 	for (unsigned pass = 0; pass < passes; pass++) {
 		if (pass > 0 && scenario->between != NULL)
 			scenario->between(run, pass);
-		one_pass(run, scenario->together && pass > 0);
+		one_pass(run, scenario->during != NULL || (scenario->together && pass > 0));
 	}
 	run->tally.wall_ns += now_ns() - start;
 	count(run);
@@ -221,10 +278,15 @@ void run_scenario(struct run *run)
 	const struct scenario *scenario = run->scenario;
 
 	run->kvm = open_kvm();
+	run->memory_file = -1;
+	if (run->options->how != NULL && strcmp(run->options->how, "process") == 0)
+		run->memory_file = memfd_create("guest", MFD_CLOEXEC);
+	make_settings(scenario);
 	run->n_vms = scenario->n_vms > 0 ? scenario->n_vms : 1;
 	if (scenario->vm_per_loop)
 		for (unsigned i = 0; i < run->options->loops; i++)
 			run_vms(run, 1);
 	else
 		run_vms(run, scenario->guest.passes_in_guest ? 1 : run->options->loops);
+	put_settings_back();
 }

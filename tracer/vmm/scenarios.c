@@ -5,6 +5,10 @@
 
 #define TIMEOUT 60
 #define LOOPS(n) .loops = (n), .timeout = TIMEOUT
+#define KSM "/sys/kernel/mm/ksm/"
+#define KVM "/sys/module/kvm/parameters/"
+
+static const struct guest_program halts = {.ends = END_BY_HALT};
 
 const struct scenario scenarios[] = {
 	{
@@ -87,8 +91,10 @@ const struct scenario scenarios[] = {
 	{
 		.name = "dirty-log",
 		.shows = "dirty logging on, read, off between passes: write protection, and with --huge split and recovery",
-		.defaults = {LOOPS(7), .pages = 256, .vcpus = 1},
+		.defaults = {LOOPS(7), .pages = 256, .vcpus = 1, .how = "get"},
+		.prepare = choose_dirty_log,
 		.between = toggle_dirty_log,
+		.choices = "get|clear|ring",
 	},
 	{
 		.name = "huge",
@@ -140,7 +146,7 @@ const struct scenario scenarios[] = {
 		.name = "cross-fault",
 		.shows = "one VM's vCPU thread writes to pages that another VM has read: the host's faults zap in that other VM",
 		.defaults = {LOOPS(4), .pages = 64, .vcpus = 1},
-		.guest = {.loads = true},
+		.guest = {.access = LOADS},
 		.n_vms = 2,
 		.between = write_to_second,
 	},
@@ -160,7 +166,114 @@ const struct scenario scenarios[] = {
 		.name = "storm",
 		.shows = "as roots, and each pass ends by an MMIO store: some 1600 emulator events a pass on a software KVM",
 		.defaults = {LOOPS(1000), .pages = 64, .vcpus = 1, .trees = 100},
-		.guest = {.paging = true, .toggle = TOGGLE_CR3, .ends_by_mmio = true},
+		.guest = {.paging = true, .toggle = TOGGLE_CR3, .ends = END_BY_DOORBELL},
+	},
+	{
+		.name = "efault",
+		.shows = "the host unmaps a page of the guest: every KVM_RUN from then on fails with EFAULT at the same place",
+		.defaults = {LOOPS(400), .pages = 64, .vcpus = 1},
+		.between = lose_page,
+		.loses_memory = true,
+	},
+	{
+		.name = "mmio-poll",
+		.shows = "a guest that reads one address without a memslot for ever: every exit is the VMM's to answer",
+		.defaults = {LOOPS(400), .pages = 64, .vcpus = 1},
+		.guest = {.ends = END_BY_POLLING},
+	},
+	{
+		.name = "bar",
+		.shows = "device memory with one page that the VMM emulates, as an MSI-X table within a BAR: memslots round a hole",
+		.defaults = {LOOPS(20), .pages = 16, .vcpus = 1, .mmio = 16},
+		.prepare = make_bar,
+	},
+	{
+		.name = "flash",
+		.shows = "a guest that reads, then writes a read-only memslot: every write goes to the VMM, no page is mapped for it",
+		.defaults = {LOOPS(20), .pages = 16, .vcpus = 1, .mmio = 16},
+		.guest = {.access = LOADS_THEN_STORES},
+		.prepare = make_flash,
+	},
+	{
+		.name = "triple-fault",
+		.shows = "every pass ends in a triple fault, and the VMM resets the vCPU: a guest that reboots for ever",
+		.defaults = {LOOPS(10), .pages = 64, .vcpus = 1},
+		.guest = {.ends = END_BY_TRIPLE_FAULT},
+	},
+	{
+		.name = "lost-idt",
+		.shows = "an exception whose IDT is where no memory is: KVM cannot go on and says so at every entry",
+		.defaults = {LOOPS(400), .pages = 64, .vcpus = 1},
+		.guest = {.ends = END_BY_LOST_IDT},
+	},
+	{
+		.name = "not-emulated",
+		.shows = "an instruction that KVM does not emulate, on an address without memory: an internal error at every entry",
+		.defaults = {LOOPS(400), .pages = 64, .vcpus = 1},
+		.guest = {.ends = END_BY_FNSAVE},
+	},
+	{
+		.name = "idle",
+		.shows = "a guest halted for 20 ms in each pass, in the kernel until an interrupt or in the VMM: not a hang",
+		.defaults = {LOOPS(20), .pages = 64, .vcpus = 1, .how = "kernel"},
+		.guest = {.ends = END_BY_HALT},
+		.prepare = give_irqchip,
+		.during = wake_halted,
+		.choices = "kernel|userspace",
+	},
+	{
+		.name = "one-idle",
+		.shows = "two VMs, of which one gets SMIs and the other is halted in the kernel: only the first one is worth a look",
+		.defaults = {LOOPS(10), .pages = 64, .vcpus = 1},
+		.smm = SMM_IF_PRESENT,
+		.others = &halts,
+		.n_vms = 2,
+		.prepare = give_irqchip,
+		.between = smi_to_all,
+		.during = wake_halted,
+	},
+	{
+		.name = "cow",
+		.shows = "fresh anonymous memory that the guest reads, then writes: every page is the zero page first, then its own",
+		.defaults = {LOOPS(5), .pages = 64, .vcpus = 1},
+		.guest = {.access = LOADS_THEN_STORES},
+		.between = give_back,
+	},
+	{
+		.name = "ksm",
+		.shows = "the host merges the guest's pages after each pass (KSM): read, they are shared; written, copied",
+		.defaults = {LOOPS(4), .pages = 64, .vcpus = 1},
+		.guest = {.access = LOADS_THEN_STORES},
+		.settings = {{KSM "sleep_millisecs", "10"}, {KSM "pages_to_scan", "1000"}, {KSM "run", "1"}},
+		.between = merge_pages,
+	},
+	{
+		.name = "nx-recovery",
+		.shows = "huge pages without execute permission: what the guest executes is split to 4 KiB, then recovered, each pass",
+		.defaults = {LOOPS(6), .pages = 1024, .vcpus = 1, .huge = true},
+		.guest = {.calls = true},
+		.settings = {
+			{KVM "nx_huge_pages_recovery_ratio", "1"},
+			{KVM "nx_huge_pages_recovery_period_ms", "50"},
+			{KVM "nx_huge_pages", "force"},
+		},
+		.between = wait_for_recovery,
+	},
+	{
+		.name = "notifier-storm",
+		.shows = "the guest's memory is given back again and again while it runs, by a thread of the VMM or another process",
+		.defaults = {LOOPS(2000), .pages = 32, .vcpus = 1, .how = "thread"},
+		.guest = {.passes_in_guest = true},
+		.prepare = start_other,
+		.during = notify_often,
+		.choices = "thread|process",
+	},
+	{
+		.name = "slot-storm",
+		.shows = "a memslot that the guest never touches is made and deleted again and again while it runs",
+		.defaults = {LOOPS(20000), .pages = 32, .vcpus = 1},
+		.guest = {.passes_in_guest = true},
+		.during = change_slots_often,
 	},
 };
 

@@ -18,6 +18,8 @@
 #define EFER_LMA 0x400u
 #define RFLAGS_RESERVED 0x2u
 #define MAX_CPUID 256u
+#define LAPIC_SPURIOUS 0xf0 /* bit 8 of this register switches the controller on */
+#define LAPIC_ENABLED 0x1
 
 /* CR4 bits that a guest can toggle without more ado, and where CPUID announces them. */
 static const struct {
@@ -80,22 +82,43 @@ static struct kvm_segment flat_segment(uint8_t type, uint16_t selector, bool lon
 	};
 }
 
-static void set_mode(struct vcpu *vcpu, bool paging)
+static void set_descriptor_tables(struct kvm_sregs *sregs, enum pass_end ends)
 {
+	switch (ends) {
+	case END_BY_HALT:
+		sregs->gdt = (struct kvm_dtable){.base = GDT_GPA, .limit = 2 * 8 - 1};
+		sregs->idt = (struct kvm_dtable){.base = IDT_GPA, .limit = (WAKE_VECTOR + 1) * 8 - 1};
+		break;
+	case END_BY_LOST_IDT:
+		sregs->idt = (struct kvm_dtable){.base = HOLE_GPA, .limit = PAGE - 1};
+		break;
+	case END_BY_TRIPLE_FAULT:
+	case END_BY_FNSAVE:
+		sregs->idt = (struct kvm_dtable){0};
+		break;
+	default:
+		break; /* the guest has no exceptions */
+	}
+}
+
+static void set_mode(struct vcpu *vcpu)
+{
+	const struct guest_program *program = &vcpu->vm->program;
 	struct kvm_sregs sregs;
 
 	if (ioctl(vcpu->fd, KVM_GET_SREGS, &sregs) < 0)
 		fail(EXIT_GUEST_FAILED, "KVM_GET_SREGS: %s", strerror(errno));
-	sregs.cs = flat_segment(0xb, 0x8, paging); /* execute, read, accessed */
-	sregs.ds = flat_segment(0x3, 0x10, false); /* read, write, accessed */
+	sregs.cs = flat_segment(0xb, 0x8, program->paging); /* execute, read, accessed */
+	sregs.ds = flat_segment(0x3, 0x10, false);          /* read, write, accessed */
 	sregs.es = sregs.fs = sregs.gs = sregs.ss = sregs.ds;
 	sregs.cr0 |= CR0_PE | CR0_NE;
-	if (paging) {
+	if (program->paging) {
 		sregs.cr0 |= CR0_WP | CR0_PG;
 		sregs.cr3 = TREES_GPA;
 		sregs.cr4 |= CR4_PAE;
 		sregs.efer |= EFER_LME | EFER_LMA;
 	}
+	set_descriptor_tables(&sregs, program->ends);
 	if (ioctl(vcpu->fd, KVM_SET_SREGS, &sregs) < 0)
 		fail(EXIT_GUEST_FAILED, "KVM_SET_SREGS: %s", strerror(errno));
 }
@@ -118,6 +141,8 @@ static void set_registers(struct run *run, struct vcpu *vcpu)
 	unsigned set = run->scenario->same_pages ? 0 : vcpu->index;
 	struct kvm_regs regs = {
 		.rip = CODE_GPA,
+		.rsp = STACK_GPA,
+		.rax = 0xc3c3c3c3,
 		.rflags = RFLAGS_RESERVED,
 		.rbx = DATA_GPA + set * working_set_bytes(run),
 		.rbp = options->pages,
@@ -132,10 +157,37 @@ static void set_registers(struct run *run, struct vcpu *vcpu)
 		fail(EXIT_GUEST_FAILED, "KVM_SET_REGS: %s", strerror(errno));
 }
 
+void forget_exception(struct vcpu *vcpu)
+{
+	struct kvm_vcpu_events events = {0};
+
+	if (ioctl(vcpu->fd, KVM_SET_VCPU_EVENTS, &events) < 0)
+		fail(EXIT_GUEST_FAILED, "KVM_SET_VCPU_EVENTS: %s", strerror(errno));
+}
+
+void reset_vcpu(struct vcpu *vcpu)
+{
+	forget_exception(vcpu);
+	set_mode(vcpu);
+	set_registers(vcpu->vm->run, vcpu);
+}
+
+/* In the kernel's interrupt controllers a vCPU begins with its own one off, and all but the first wait for a start. */
+static void enable_lapic(struct vcpu *vcpu)
+{
+	struct kvm_mp_state running = {.mp_state = KVM_MP_STATE_RUNNABLE};
+	struct kvm_lapic_state lapic;
+
+	if (ioctl(vcpu->fd, KVM_GET_LAPIC, &lapic) < 0)
+		fail(EXIT_GUEST_FAILED, "KVM_GET_LAPIC: %s", strerror(errno));
+	lapic.regs[LAPIC_SPURIOUS + 1] |= LAPIC_ENABLED;
+	if (ioctl(vcpu->fd, KVM_SET_LAPIC, &lapic) < 0 || ioctl(vcpu->fd, KVM_SET_MP_STATE, &running) < 0)
+		fail(EXIT_GUEST_FAILED, "KVM_SET_LAPIC, KVM_SET_MP_STATE: %s", strerror(errno));
+}
+
 void create_vcpu(struct run *run, struct vm *vm, unsigned index)
 {
 	struct vcpu *vcpu = &vm->vcpus[index];
-	bool paging = run->scenario->guest.paging;
 	int size = ioctl(run->kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
 
 	vcpu->vm = vm;
@@ -147,15 +199,18 @@ void create_vcpu(struct run *run, struct vm *vm, unsigned index)
 	vcpu->run = mmap(NULL, vcpu->run_size, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu->fd, 0);
 	if (vcpu->run == MAP_FAILED)
 		fail(EXIT_GUEST_FAILED, "mapping vCPU %u: %s", index, strerror(errno));
-	if (paging)
+	if (vm->program.paging)
 		set_cpuid(run, vcpu);
-	set_mode(vcpu, paging);
+	if (vm->irqchip)
+		enable_lapic(vcpu);
+	set_mode(vcpu);
 	set_registers(run, vcpu);
 	vm->n_vcpus++;
 }
 
 void destroy_vcpu(struct vcpu *vcpu)
 {
+	unmap_ring(vcpu);
 	munmap(vcpu->run, vcpu->run_size);
 	close(vcpu->fd);
 }

@@ -59,14 +59,41 @@ unsigned slot_limit(const struct vm *vm)
 	return limit > 0 ? (unsigned)limit : 32; /* 32: what the API promises where the capability is not known */
 }
 
+void enable(const struct vm *vm, unsigned capability, uint64_t argument, const char *name)
+{
+	struct kvm_enable_cap enabled = {.cap = capability, .args = {argument}};
+
+	if (ioctl(vm->fd, KVM_ENABLE_CAP, &enabled) < 0)
+		fail(EXIT_NO_ABILITY, "scenario %s needs %s: this KVM refuses it: %s", vm->run->scenario->name, name,
+		     strerror(errno));
+}
+
+/* Device memory in the hole, with the MSI-X table's page between two slots: as QEMU maps such a BAR. */
+void make_bar(struct run *run, struct vm *vm)
+{
+	unsigned table = run->options->mmio / 2, after = run->options->mmio - table - 1;
+	uint8_t *host = host_address(vm, DATA_GPA);
+
+	if (table > 0)
+		set_slot(run, vm, SLOT_EXTRA, HOLE_GPA, table * PAGE, host, 0);
+	if (after > 0)
+		set_slot(run, vm, SLOT_EXTRA + 1, HOLE_GPA + (table + 1) * PAGE, after * PAGE, host + (table + 1) * PAGE, 0);
+}
+
+/* Flash in the hole: the guest reads it as memory, and a write is the VMM's to carry out. */
+void make_flash(struct run *run, struct vm *vm)
+{
+	set_slot(run, vm, SLOT_EXTRA, HOLE_GPA, run->options->mmio * PAGE, host_address(vm, DATA_GPA), KVM_MEM_READONLY);
+}
+
 void create_vm(struct run *run, struct vm *vm)
 {
 	const struct scenario *scenario = run->scenario;
-	struct guest_program program = scenario->guest;
 	unsigned sets = scenario->same_pages ? 1 : run->options->vcpus;
 
 	memset(vm, 0, sizeof(*vm));
 	vm->run = run;
+	vm->program = scenario->others != NULL && vm != run->vms ? *scenario->others : scenario->guest;
 	vm->smm = ioctl(run->kvm, KVM_CHECK_EXTENSION, KVM_CAP_X86_SMM) > 0;
 	if (scenario->smm == SMM_REQUIRED && !vm->smm)
 		fail(EXIT_NO_ABILITY, "scenario %s needs SMM: this KVM has none (use a kernel with CONFIG_KVM_SMM=y, "
@@ -78,11 +105,13 @@ void create_vm(struct run *run, struct vm *vm)
 	if (ioctl(vm->fd, KVM_SET_TSS_ADDR, TSS_GPA) < 0)
 		fail(EXIT_GUEST_FAILED, "KVM_SET_TSS_ADDR: %s", strerror(errno));
 	map_ram(run, vm, sets * working_set_bytes(run));
-	program.mmio_stores = run->options->mmio;
-	program.cr4_bit = program.toggle == TOGGLE_CR4 ? cr4_bit_named(run->options->bit) : 0;
-	write_guest(vm, &program, run->options->trees);
+	vm->program.mmio = run->options->mmio;
+	vm->program.cr4_bit = vm->program.toggle == TOGGLE_CR4 ? cr4_bit_named(run->options->bit) : 0;
+	write_guest(vm, run->options->trees);
 	set_slot(run, vm, SLOT_LOW, LOW_BASE, HUGE_PAGE, vm->ram, 0);
 	set_slot(run, vm, SLOT_DATA, DATA_GPA, vm->data_size, host_address(vm, DATA_GPA), 0);
+	if (scenario->prepare != NULL)
+		scenario->prepare(run, vm);
 	for (unsigned i = 0; i < run->options->vcpus; i++)
 		create_vcpu(run, vm, i);
 	run->tally.vms++;

@@ -18,7 +18,7 @@ _NAMES: Final = {
     (True, "worker"): "preserve-worker",
     (True, "invalidator"): "preserve",
 }
-KINDS: Final = ("root_get", "root_put", "zap_root_begin", "zap_invalidated_begin", "zap_invalidated_end")
+KINDS: Final = ("root_get", "root_put", "zap_root_begin", "zap_invalidated_begin", "zap_invalidated_end", "zap_all")
 
 
 class PolicyRow(NamedTuple):
@@ -45,6 +45,7 @@ class Watch:
     teardown: str = ""
     _last_put: dict[int, int] = field(default_factory=dict)  # root -> thread of the put after which nobody held it
     _invalidating: set[int] = field(default_factory=set)  # threads
+    _emptying: set[int] = field(default_factory=set)  # threads that end with the VM's process
 
     @property
     def policy(self) -> str:
@@ -85,6 +86,8 @@ class Watch:
             self._invalidating.add(row.tid)
         elif row.kind == "zap_invalidated_end":
             self._invalidating.discard(row.tid)
+        elif row.kind == "zap_all":
+            self._emptying.add(row.tid)
         elif not row.root:
             return
         elif row.kind == "root_get":
@@ -96,7 +99,10 @@ class Watch:
                 self._last_put[row.root] = row.tid
         elif row.kind == "zap_root_begin" and self.own_reference is not None:
             if self.own_reference:
-                if row.role & self.invalid_bit:  # else the VM's process ends, and every root is emptied
-                    self.teardown = "invalidator" if row.tid in self._invalidating else "worker"
+                # Where the VM's process ends, every root is emptied, those that a vCPU still holds included.
+                if row.role & self.invalid_bit and row.tid in self._invalidating:
+                    self.teardown = "invalidator"
+                elif row.role & self.invalid_bit and row.tid not in self._emptying:
+                    self.teardown = "worker"
             elif row.root in self._last_put:
                 self.teardown = "inline" if self._last_put[row.root] == row.tid else "worker"

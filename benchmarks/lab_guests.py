@@ -1,0 +1,201 @@
+"""Guests that nobody here wrote, on real kernels in the lab: what of them was recorded, modelled, matched.
+
+`python -m benchmarks.lab_guests` records every guest of `tracer.lab.guests` on two kernels, holds each recording to
+the model and to its own rows, and writes docs/lab-guests.md; `--check` records a smaller set and writes nothing. It
+ends with 1 where a recording lost events, a VM's replay under its own policy is not what the rows show, a modelled
+response does not match, or less than 95 % of the responses are modelled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from tracer.lab import guests
+from tracer.lab.guests import GUESTS, GuestRun
+from traces.errors import Problem
+from traces.reader import Trace
+
+KERNELS: Final = ("6.1", "7.x")
+LEAST_MODELLED: Final = 0.95
+TABLE: Final = Path(__file__).parents[1] / "docs" / "lab-guests.md"
+RESULTS: Final = "results.json"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What came of a guest on a kernel; the counts are None where nothing was recorded or it could not be read.
+
+    `responses` are those of the MMU that the model accounts for, of which `matched` are as it says; `apart` are those
+    it has no model of. `agrees` is None where no VM's replay could be compared with its rows.
+    """
+
+    guest: str
+    kernel: str
+    release: str
+    status: int | None
+    said: str
+    events: int | None = None
+    lost: int | None = None
+    vms: int | None = None
+    responses: int | None = None
+    matched: int | None = None
+    apart: int | None = None
+    agrees: bool | None = None
+
+    @property
+    def modelled(self) -> float:
+        """The share of responses that are modelled; 1 where there are none."""
+        whole = (self.responses or 0) + (self.apart or 0)
+        return (self.responses or 0) / whole if whole else 1.0
+
+    @property
+    def holds(self) -> bool:
+        """Whether all that was asked of it is so."""
+        return self.events is not None and not self.faults
+
+    @property
+    def faults(self) -> list[str]:
+        """What is not as it should be."""
+        if self.status is None:
+            return [f"did not run ({self.said})"]
+        if self.events is None:
+            return [self.said or "no recording"]
+        found = []
+        if self.lost:
+            found.append(f"{self.lost:,} events lost")
+        if self.matched != self.responses:
+            found.append(f"{(self.responses or 0) - (self.matched or 0):,} responses do not match")
+        if self.modelled < LEAST_MODELLED:
+            found.append(f"{self.modelled:.1%} modelled")
+        if self.agrees is False:
+            found.append("the replay under its own policy differs from the rows")
+        return found
+
+
+def measure(run: GuestRun) -> Measured:
+    """Hold a guest's recording against the model and against its own rows."""
+    if run.trace is None:
+        return Measured(run.guest.name, run.kernel, "", run.status, run.said or "no recording")
+    trace = Trace.open(run.trace)
+    told = _asked("validate", str(run.trace))
+    replayed = _asked("replay", "--no-time", str(run.trace))
+    problem = told.get("problem") or replayed.get("problem")
+    return Measured(
+        run.guest.name,
+        run.kernel,
+        str(trace.metadata.raw["host"]["kernel"]),
+        run.status,
+        problem or run.said,
+        trace.metadata.events,
+        trace.metadata.lost,
+        len(trace.metadata.vms),
+        told.get("responses"),
+        told.get("matched"),
+        told.get("not_modelled", {}).get("responses", 0),
+        replayed.get("own_policy", {}).get("agrees"),
+    )
+
+
+def _asked(*words: str) -> dict[str, Any]:
+    """What a verb says as JSON; {"problem": its line} where it cannot."""
+    done = subprocess.run([sys.executable, "-m", "kvmtrace", *words, "--json"], capture_output=True, text=True)
+    try:
+        said: dict[str, Any] = json.loads(done.stdout)
+    except ValueError:
+        return {"problem": (done.stderr.strip().splitlines() or ["no answer"])[-1]}
+    return said
+
+
+def render(several: Sequence[Measured]) -> str:
+    """The table as Markdown, a section for each kernel."""
+    lines = [
+        "# Guests that nobody here wrote",
+        "",
+        f"Recorded in the lab and held against the model by `make lab-guests` on {datetime.now(UTC):%d %B %Y}.",
+        "*Modelled* is the share of the MMU's responses (roots, tables, SPTEs, faults) that `validate` has a model of,",
+        "*matched* that of the modelled ones which are as the model says. *Own policy*: whether a replay under the",
+        "recording's own root policy comes to the counts that its rows show, in every VM. *Ended* is how the guest",
+        "itself ended: KVM's selftests, of 6.1's source on every kernel, skip what the emulated processor cannot do.",
+    ]
+    for kernel in dict.fromkeys(one.kernel for one in several):
+        those = [one for one in several if one.kernel == kernel]
+        release = next((one.release for one in those if one.release), kernel)
+        good = sum(one.holds for one in those)
+        lines += [
+            *("", f"## {release}", ""),
+            f"{good} of {len(those)} hold in all.",
+            "",
+            "| guest | what it does | ended | VMs | events | lost | modelled | matched | own policy |",
+            "|-|-|-|-:|-:|-:|-:|-:|-|",
+            *map(_row, those),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _row(one: Measured) -> str:
+    ended = {0: "well", guests.SKIPPED: "skipped", None: "did not run", 124: "at its limit"}
+    cells = [one.guest, GUESTS[one.guest].shows, ended.get(one.status, f"with {one.status}")]
+    if one.events is None:
+        return f"| {' | '.join(cells)} | | | | | | |"
+    cells += [f"{number:,}" for number in (one.vms or 0, one.events, one.lost or 0)]
+    cells += [_share(one.responses or 0, (one.responses or 0) + (one.apart or 0))]
+    cells += [_share(one.matched or 0, one.responses or 0)]
+    cells += [{True: "equal", False: "**differs**", None: "not compared"}[one.agrees]]
+    return f"| {' | '.join(cells)} |"
+
+
+def _share(part: int, whole: int) -> str:
+    """A share that is never rounded up to 100 %."""
+    if not whole:
+        return "none"
+    return "100 %" if part == whole else f"{min(part / whole * 100, 99.99):.2f} %"
+
+
+def kept(directory: Path) -> list[Measured]:
+    """What was measured before and is in a directory."""
+    path = directory / RESULTS
+    return [Measured(**one) for one in json.loads(path.read_text())] if path.is_file() else []
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only the smaller set, on one kernel; write no table")
+    parser.add_argument("--kernel", action="append", help=f"[default: {' and '.join(KERNELS)}]")
+    parser.add_argument("--guest", action="append", help="only this one (repeatable)")
+    parser.add_argument("--directory", type=Path, help="keep recordings and results there; what is there is not redone")
+    options = parser.parse_args()
+    chosen = [GUESTS[name] for name in options.guest] if options.guest else list(GUESTS.values())
+    chosen = [guest for guest in chosen if guest.check or not options.check]
+    with ExitStack() as stack:
+        directory = options.directory or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        found = {(one.guest, one.kernel): one for one in kept(directory)}
+        for kernel in options.kernel or (KERNELS[:1] if options.check else KERNELS):
+            todo = [guest for guest in chosen if (guest.name, kernel) not in found]
+            for run in guests.record(kernel, todo, directory, lambda line: print(line, file=sys.stderr)):
+                found[run.guest.name, kernel] = measure(run)
+                (directory / RESULTS).write_text(json.dumps([asdict(one) for one in found.values()]))
+    if not options.check:
+        TABLE.write_text(render(list(found.values())))
+    for one in found.values():
+        for fault in one.faults:
+            print(f"{one.guest} on {one.kernel}: {fault}")
+    print(f"{sum(one.holds for one in found.values())} of {len(found)} guests hold")
+    return int(not all(one.holds for one in found.values()))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except Problem as problem:
+        print(f"lab-guests: {problem}", file=sys.stderr)
+        sys.exit(problem.code)

@@ -1,0 +1,76 @@
+"""Guests that nobody here wrote: the list of them, how one's end is read, and when a measurement holds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import lab_guests
+from benchmarks.lab_guests import Measured
+from tracer.lab import builds, guests, nested
+from tracer.lab.guests import GUESTS
+
+
+def test_every_guest_is_built_and_run_by_what_is_there() -> None:
+    assert {guest.build for guest in GUESTS.values()} == set(builds._BUILDS)
+    ours = [guest.name for guest in GUESTS.values() if guest.build != "selftests"]
+    assert sorted(ours) == sorted(nested.GUESTS)
+    for guest in GUESTS.values():
+        assert guest.shows
+        assert "{built}" in guest.command
+    assert {guest.build for guest in GUESTS.values() if guest.check} == {"selftests"}, "quick enough for every check"
+
+
+def test_a_job_has_its_limit_and_says_how_it_ended(tmp_path: Path) -> None:
+    job = guests._job(GUESTS["selftest-smm"], "6.1", Path("/built here"))
+    assert job["out"] == "/mnt/lab/selftest-smm-6.1.parquet"
+    assert job["command"] == ["sh", "-c", "{ timeout 300 '/built here'/smm_test; echo ended with $?; } 2>&1"]
+
+
+@pytest.mark.parametrize(
+    ("printed", "status", "said"),
+    [
+        ("some words\nended with 0\n", 0, ""),
+        ("some words\n\nended with 4\n", 4, "some words"),
+        ("ended with 124\n", 124, ""),
+        ("some words\n", None, "the boot failed"),
+        (None, None, "the boot failed"),
+    ],
+)
+def test_how_a_guest_ended(tmp_path: Path, printed: str | None, status: int | None, said: str) -> None:
+    if printed is not None:
+        (tmp_path / "debian-6.1.stdout").write_text(printed)
+    run = guests._run(GUESTS["debian"], "6.1", tmp_path, "the boot failed")
+    assert (run.status, run.said, run.trace) == (status, said, None)
+    assert not list(tmp_path.iterdir())
+
+
+GOOD = Measured("debian", "6.1", "6.1.0", 0, "", 1000, 0, 1, 400, 400, 20, True)
+
+
+def test_what_holds() -> None:
+    assert GOOD.holds
+    assert replace(GOOD, status=guests.SKIPPED, responses=0, matched=0, apart=0, agrees=None).holds
+    for change, fault in (
+        ({"lost": 3}, "3 events lost"),
+        ({"matched": 399}, "1 responses do not match"),
+        ({"apart": 22}, "94.8% modelled"),
+        ({"agrees": False}, "the replay under its own policy differs from the rows"),
+        ({"status": None, "said": "panicked"}, r"did not run (panicked)"),
+        ({"events": None, "said": ""}, "no recording"),
+    ):
+        changed = replace(GOOD, **change)  # type: ignore[arg-type]
+        assert not changed.holds
+        assert changed.faults == [fault]
+
+
+def test_table_rounds_nothing_up() -> None:
+    table = lab_guests.render(
+        [replace(GOOD, matched=399, responses=400_000), replace(GOOD, kernel="7.x", release="7.3")]
+    )
+    assert "0 of 1 hold in all." in table
+    assert "1 of 1 hold in all." in table
+    assert "| debian | Debian's kernel and userland | well | 1 | 1,000 | 0 | 99.99 % | 0.10 % | equal |" in table
+    assert "| 95.24 % | 100 % | equal |" in table

@@ -1,0 +1,100 @@
+"""What the lab's guests are built from: KVM's selftests, a firmware, a Linux. Kept in the cache beside the kernels.
+
+Sources come as Debian's packages through the private apt: nothing is installed, nothing needs root.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from tracer.lab.apt import Apt
+from tracer.lab.fetch import Say, fetch
+from tracer.lab.initramfs import Archive, build, compiled
+from tracer.lab.lab_kernels import cache
+from tracer.lab.modules import Directory
+from traces.errors import ENVIRONMENT, Problem
+
+# One kernel's tests, and one kernel within all guests: what differs between two tables is the host's kernel only.
+SERIES: Final = "6.1"
+_SUITES: Final = (("Debian-Security", "bookworm-security"), ("Debian", "bookworm"))
+_TESTS: Final = "tools/testing/selftests/kvm"
+# 6.1.y has a test that uses a name which came later.
+_RENAMED: Final = "CPPFLAGS=-DTEST_ASSERT_EQ=ASSERT_EQ"
+
+
+def built(what: str, say: Say = lambda line: None) -> Path:
+    """The directory of what was built, which is done now if it is not there: `selftests`, `firmware` or `linux`."""
+    home = cache().parent / "guests" / what
+    if home.is_dir():
+        return home
+    say(f"building {what}")
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{what}-", dir=home.parent) as directory:
+        made = Path(directory) / "made"
+        made.mkdir()
+        _BUILDS[what](Path(directory), made)
+        made.rename(home)
+    return home
+
+
+def _package(work: Path, name: str) -> tarfile.TarFile:
+    apt = Apt(work / "apt", _SUITES)
+    apt.update()
+    return tarfile.open(apt.download(name, apt.newest(name)))
+
+
+def _selftests(work: Path, made: Path) -> None:
+    with _package(work, f"linux-source-{SERIES}") as package:
+        source = package.extractfile(f"./usr/src/linux-source-{SERIES}.tar.xz")
+        with tarfile.open(fileobj=source, mode="r|xz") as tar:
+            tar.extractall(work, filter="data")
+    tree = work / f"linux-source-{SERIES}"
+    # It ends early where there is no rsync, and has then made all that the tests need.
+    _make(tree, "headers_install", "ARCH=x86_64")
+    _make(tree / _TESTS, "-k", "ARCH=x86_64", "LDFLAGS=-pthread -no-pie -static", _RENAMED)
+    for path in (*(tree / _TESTS).glob("*"), *(tree / _TESTS / "x86_64").glob("*")):
+        if path.is_file() and not path.suffix and os.access(path, os.X_OK):
+            shutil.copy(path, made)
+    if not any(made.iterdir()):
+        raise Problem("KVM's selftests do not build: apt-get install gcc make libc6-dev", ENVIRONMENT)
+
+
+def _make(tree: Path, *words: str) -> None:
+    """What does not build is missing in the end; a table of results shows it."""
+    try:
+        subprocess.run(["make", "-C", tree, f"-j{os.cpu_count()}", *words], capture_output=True, check=False)
+    except FileNotFoundError:
+        raise Problem("no make: apt-get install make", ENVIRONMENT) from None
+
+
+def _firmware(work: Path, made: Path) -> None:
+    with _package(work, "ovmf") as package:
+        for name, kept in (("OVMF_CODE_4M.secboot.fd", "code.fd"), ("OVMF_VARS_4M.fd", "vars.fd")):
+            file = package.extractfile(f"./usr/share/OVMF/{name}")
+            (made / kept).write_bytes(file.read() if file else b"")
+
+
+def _linux(work: Path, made: Path) -> None:
+    kernel = fetch(SERIES)
+    shutil.copy(kernel.image, made / "vmlinuz")
+    (made / "initrd").write_bytes(build(Directory(*kernel.modules), {}, compiled("init", work)))
+    alone = Archive()
+    alone.add("dev", stat.S_IFDIR | 0o755)
+    alone.add("dev/console", stat.S_IFCHR | 0o600, device=(5, 1))
+    alone.add("init", stat.S_IFREG | 0o755, compiled("busy", work))
+    (made / "busy").write_bytes(alone.contents())
+
+
+_BUILDS: Final[dict[str, Callable[[Path, Path], None]]] = {
+    "selftests": _selftests,
+    "firmware": _firmware,
+    "linux": _linux,
+}
