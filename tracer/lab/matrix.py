@@ -64,7 +64,7 @@ SECONDS_PER_CELL: Final = 30
 SECONDS_PER_CELL_INTEL: Final = 120
 
 # `storm` is for volume on software KVM; it adds to `roots` nothing but emulator events. The others are about who does
-# what, which tests/lab/test_booking.py records.
+# what, which tests/lab/test_booking.py records; `slot-storm` is one only where the lab has a CPU for itself.
 _LEFT_OUT: Final = ("storm", "other-thread", "one-mapping", "cross-fault", "slot-storm")
 # Besides each scenario with its defaults; with the TDP MMU only, to keep what ships small.
 _VARIATIONS: Final = (
