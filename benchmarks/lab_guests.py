@@ -59,16 +59,23 @@ class Measured:
         return (self.responses or 0) / whole if whole else 1.0
 
     @property
+    def skipped(self) -> bool:
+        """Whether the guest cannot do here what it is for, and made no VM."""
+        return self.status == guests.SKIPPED and not self.vms
+
+    @property
     def holds(self) -> bool:
         """Whether all that was asked of it is so."""
-        return self.events is not None and not self.faults
+        return not self.skipped and not self.faults
 
     @property
     def faults(self) -> list[str]:
         """What is not as it should be."""
         if self.status is None:
             return [f"did not run ({self.said})"]
-        if self.events is None:
+        if self.skipped:
+            return []
+        if self.events is None or self.responses is None:
             return [self.said or "no recording"]
         found = []
         if self.lost:
@@ -130,10 +137,10 @@ def render(several: Sequence[Measured]) -> str:
     for kernel in dict.fromkeys(one.kernel for one in several):
         those = [one for one in several if one.kernel == kernel]
         release = next((one.release for one in those if one.release), kernel)
-        good = sum(one.holds for one in those)
+        good, skipped = sum(one.holds for one in those), sum(one.skipped for one in those)
         lines += [
             *("", f"## {release}", ""),
-            f"{good} of {len(those)} hold in all.",
+            f"{good} of {len(those) - skipped} hold in all" + (f"; {skipped} cannot run here." if skipped else "."),
             "",
             "| guest | what it does | ended | VMs | events | lost | modelled | matched | own policy |",
             "|-|-|-|-:|-:|-:|-:|-:|-|",
@@ -189,8 +196,9 @@ def main() -> int:
     for one in found.values():
         for fault in one.faults:
             print(f"{one.guest} on {one.kernel}: {fault}")
-    print(f"{sum(one.holds for one in found.values())} of {len(found)} guests hold")
-    return int(not all(one.holds for one in found.values()))
+    ran = [one for one in found.values() if not one.skipped]
+    print(f"{sum(one.holds for one in ran)} of {len(ran)} guests hold; {len(found) - len(ran)} cannot run here")
+    return int(not all(one.holds for one in ran))
 
 
 if __name__ == "__main__":

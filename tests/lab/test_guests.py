@@ -52,7 +52,11 @@ GOOD = Measured("debian", "6.1", "6.1.0", 0, "", 1000, 0, 1, 400, 400, 20, True)
 
 def test_what_holds() -> None:
     assert GOOD.holds
-    assert replace(GOOD, status=guests.SKIPPED, responses=0, matched=0, apart=0, agrees=None).holds
+    none = replace(GOOD, events=0, vms=0, responses=None, matched=None, apart=0, agrees=None)
+    assert replace(none, status=guests.SKIPPED).skipped
+    assert not replace(none, status=guests.SKIPPED).holds
+    assert not replace(none, status=guests.SKIPPED).faults
+    assert replace(none, status=1, said="it has no VM").faults == ["it has no VM"]
     for change, fault in (
         ({"lost": 3}, "3 events lost"),
         ({"matched": 399}, "1 responses do not match"),
