@@ -14,8 +14,6 @@ from traces.kernels.vendors import VMX
 from traces.reader import Trace
 
 ALL = sorted(CORPUS.glob("*-ept.parquet"))
-PML, NO_AD = (sorted(CORPUS.glob(f"*-{mmu}.parquet")) for mmu in ("pml", "eptad0"))
-AD_DISABLED = 1 << 16  # of the role word, 6.1
 
 
 def rows(path: Path) -> pl.DataFrame:
@@ -56,3 +54,14 @@ def test_what_unloads_on_intel(name: str, leaves: int) -> None:
     registers = exited.filter((pl.col("code") == VMX.cr) | pl.col("code").is_in(list(VMX.msr_write)))
     assert len(registers) == leaves
     assert len(told.filter(pl.col("kind") == "mmu_reset")) == leaves + 1
+
+
+def test_with_pml_no_write_to_a_logged_page_faults() -> None:
+    """The processor logs it; without, each is a fault that fast_page_fault mends. What KVM does to SPTEs is the same."""
+    logged, faulted = (Trace.open(CORPUS / f"dirty-log-6.1-{mmu}.parquet").metadata for mmu in ("pml", "ept"))
+    assert (logged.raw["modules"]["kvm_intel"]["pml"], faulted.raw["modules"]["kvm_intel"]["pml"]) == ("Y", "N")
+    assert "fast_page_fault" not in logged.kinds
+    mended = faulted.kinds["fast_page_fault"]
+    assert mended == 1536
+    assert faulted.kinds["kvm_page_fault"] == logged.kinds["kvm_page_fault"] + mended
+    assert faulted.kinds["kvm_tdp_mmu_spte_changed"] == logged.kinds["kvm_tdp_mmu_spte_changed"]
