@@ -57,7 +57,7 @@ def test_what_unloads_on_intel(name: str, leaves: int) -> None:
 
 
 def test_with_pml_no_write_to_a_logged_page_faults() -> None:
-    """The processor logs it; without, each is a fault that fast_page_fault mends. What KVM does to SPTEs is the same."""
+    """The processor logs it; without, each is a fault that fast_page_fault mends. KVM changes SPTEs alike."""
     logged, faulted = (Trace.open(CORPUS / f"dirty-log-6.1-{mmu}.parquet").metadata for mmu in ("pml", "ept"))
     assert (logged.raw["modules"]["kvm_intel"]["pml"], faulted.raw["modules"]["kvm_intel"]["pml"]) == ("Y", "N")
     assert "fast_page_fault" not in logged.kinds
