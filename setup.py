@@ -12,6 +12,7 @@ COMPILED = (
     "replay/decode/root_uses.py",
     "replay/decode/row_counts.py",
     "replay/decode/lasting.py",
+    "replay/decode/removals.py",
     "replay/decode/same_rip.py",
     "replay/decode/timeline.py",
     "replay/simulate/core.py",

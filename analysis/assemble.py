@@ -11,7 +11,7 @@ import polars as pl
 
 from analysis import verdict as sentences
 from analysis.gates import Figures, figures_of
-from analysis.queries import by_vm, exit_times, recorded, replayed
+from analysis.queries import by_vm, exit_times, recorded, removed, replayed
 from analysis.queries.registry import Query
 from analysis.report import Check, Column, Report, ReportTable, Status
 from analysis.sources import Recording, Result, ResultPolicy
@@ -54,7 +54,8 @@ _POLICIES: Final = (
     _interval("roots_created", "roots"),
     _interval("faults", "faults"),
     _interval("refaults", "re-faults"),
-    _interval("tables_built", "tables", wide=1),
+    _interval("fixes", "fixes", wide=1),
+    _interval("tables_built", "tables", wide=2),
     _interval("memory_bytes", "held", Unit.BYTES, wide=1),
 )
 _CAUSES: Final = (
@@ -68,11 +69,12 @@ _WINDOWS: Final = (
     _VM,
     _VCPU,
     Column("time", "boot time, s", Unit.BOOT),
-    Column("since_ns", "after", Unit.NS, wide=1),
-    Column("length_ns", "length", Unit.NS, wide=1),
+    Column("since_ns", "after", Unit.NS, wide=2),
+    Column("length_ns", "length", Unit.NS, wide=2),
     Column("guest_share", "in guest", Unit.SHARE),
     Column("exits", "exits", wide=1),
     Column("faults", "faults"),
+    Column("fixes", "fixes", wide=1),
     Column("smis", "SMIs"),
     Column("loads", "loads"),
 )
@@ -105,7 +107,8 @@ _REGIONS: Final = (
 )  # fmt: skip
 _UNSERVED: Final = (
     _VM, _VCPU, Column("gfn", "gfn", Unit.HEX), _SLOT, Column("faults", "faults"), Column("served", "served"),
-    Column("unserved", "unserved"), _FIRST, _LAST,
+    Column("unserved", "unserved"), Column("why", "why", Unit.TEXT, wide=1), replace(_FIRST, wide=2),
+    replace(_LAST, wide=2),
 )  # fmt: skip
 _ROLES: Final = (
     _VM, Column("role", "role", Unit.HEX), Column("roots", "roots"), Column("median_life_ns", "median life", Unit.NS),
@@ -138,6 +141,7 @@ _OVERVIEW: Final = (
     Column("guest_share", "in guest", Unit.SHARE),
     Column("exits", "exits", wide=1),
     Column("faults", "faults"),
+    Column("fixes", "fixes", wide=2),
     Column("smis", "SMIs", wide=2),
     Column("roots", "roots"),
     Column("note", "note", Unit.TEXT, wide=1),
@@ -149,7 +153,8 @@ _RANKED: Final = (
     _interval("refaults", "re-faults", wide=2),
 )
 _RANKING: Final = (
-    _VM, *_RANKED[:3], _interval("roots_created", "roots"), _interval("faults", "faults"), _RANKED[3]
+    _VM, *_RANKED[:3], _interval("roots_created", "roots"), _interval("faults", "faults"), _RANKED[3],
+    _interval("fixes", "fixes", wide=2),
 )  # fmt: skip
 
 
@@ -177,10 +182,23 @@ _CHANGES: Final = (
     _VM, Column("kind", "event", Unit.TEXT), Column("task", "task", Unit.TEXT), Column("events", "events"),
     _FIRST, _LAST,
 )  # fmt: skip
+_REFAULTS: Final = (
+    _VM, Column("by", "last mapping gone by", Unit.TEXT), Column("task", "task", Unit.TEXT), Column("mapped", "mapped"),
+    Column("fixes", "fixes"), Column("share", "of faults", Unit.SHARE),
+)  # fmt: skip
+_REMOVALS: Final = (
+    _VM, Column("by", "by", Unit.TEXT), Column("task", "task", Unit.TEXT), Column("operations", "times"),
+    Column("leaves", "leaves"), Column("tables", "tables", wide=1), Column("protected", "protected"),
+    Column("aged", "aged", wide=2), Column("low_gfn", "from gfn", Unit.HEX, wide=1),
+    Column("high_gfn", "to gfn", Unit.HEX, wide=1), Column("ns", "at least", Unit.NS, wide=1),
+    Column("longest_ns", "longest", Unit.NS),
+)  # fmt: skip
 _OF_RECORDING: Final = (
     _Part(recorded.windows, "Worst windows as recorded", _WINDOWS, first=2),
     _Part(recorded.stuck, "vCPUs that get no further", _STUCK, first=3, least=1),
     _Part(recorded.stuck_rows, "What shows that", _STUCK_ROWS, first=5, least=1),
+    _Part(removed.refaults, "Why pages were mapped, or permissions repaired", _REFAULTS, first=3, least=2),
+    _Part(removed.removals, "What removed or protected pages", _REMOVALS, first=3, least=1),
     _Part(exit_times.exits, "Exits by reason", _EXITS, first=4),
     _Part(exit_times.user_exits, "Returns to userspace by reason", _RETURNS, first=4, least=1),
     _Part(exit_times.ioctls, "ioctls", _IOCTLS, first=2, least=1),

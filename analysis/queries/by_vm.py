@@ -7,7 +7,7 @@ from typing import Final
 import polars as pl
 
 from analysis.queries import replayed
-from analysis.queries.recorded import WINDOW_NS, in_windows
+from analysis.queries.recorded import WINDOW_NS, fixed_of, in_windows
 from analysis.queries.registry import query
 from analysis.sources import Recording, Result
 from analysis.used_roots import UsedRoots
@@ -31,10 +31,10 @@ def ranking(result: Result) -> pl.LazyFrame:
     order = ranked(rows, stuck_of(result))["vm"].unique(maintain_order=True).to_list()
     worst = ranked(rows, stuck_of(result)).group_by("vm", "bound", maintain_order=True).agg(
         pl.col("refill_share").first(), pl.col("longest_stall_ns").max(),
-        *(pl.col(name).sum() for name in ("roots_created", "faults", "refaults")),
+        *(pl.col(name).sum() for name in ("roots_created", "faults", "refaults", "fixes")),
         stalls=pl.when(pl.col("stalls").count() > 0).then(pl.col("stalls").sum()),
     )  # fmt: skip
-    names = [*_OF_RESULT, "faults"]
+    names = [*_OF_RESULT, "faults", "fixes"]
     ends = worst.group_by("vm").agg(
         *(pl.col(name).min().alias(f"{name}_low") for name in names),
         *(pl.col(name).max().alias(f"{name}_high") for name in names),
@@ -56,6 +56,8 @@ def ranking(result: Result) -> pl.LazyFrame:
 def overview(recording: Recording, result: Result | None = None) -> pl.LazyFrame:
     """Each VM, the worst first: its process, when it ran, share in the guest, exits, faults, SMIs, roots seen.
 
+    `fixes`: of the faults those for a permission only.
+
     With the result of its replay also what that found (see the query `ranking`), and in its order; else in order of
     faults. `guest_share` is of all its vCPUs' time, with the switch; null where entries and exits do not alternate.
     """
@@ -69,7 +71,10 @@ def overview(recording: Recording, result: Result | None = None) -> pl.LazyFrame
         facts.append((number, names.process(number), len({each["id"] for each in vm["vcpus"]}), began, length))
     frame = pl.LazyFrame(facts, schema=_FACTS, orient="row").join(_of_rows(recording), on="vm", how="left")
     # None of a kind that was watched is 0; what was not watched stays null.
-    shown = {"entries": "kvm_entry", "exits": "kvm_exit", "faults": "kvm_page_fault", "smis": "kvm_smm_transition"}
+    shown = {
+        "entries": "kvm_entry", "exits": "kvm_exit", "faults": "kvm_page_fault", "fixes": "kvm_page_fault",
+        "smis": "kvm_smm_transition",
+    }  # fmt: skip
     frame = frame.with_columns(
         # and where some were lost, 0 is not known to be none
         (
@@ -86,7 +91,7 @@ def overview(recording: Recording, result: Result | None = None) -> pl.LazyFrame
     )
     if result is None:
         return frame.sort("faults", "exits", "vm", descending=[True, True, False], nulls_last=True)
-    found = ranking(result).with_row_index("place").drop("faults_low", "faults_high")
+    found = ranking(result).with_row_index("place").drop("faults_low", "faults_high", "fixes_low", "fixes_high")
     stuck = pl.when(pl.col("stuck")).then(pl.lit("stuck")).otherwise("note")
     return frame.join(found, on="vm", how="left").sort("place", "vm", nulls_last=True).with_columns(note=stuck).drop(
         "place", "stuck"
@@ -107,7 +112,7 @@ def _of_rows(recording: Recording) -> pl.LazyFrame:
     by_vcpu = counted.lazy().group_by("vm", "vcpu").agg(
         crossed=pl.when(exit_).then(crossed).when(entry).then(-crossed).otherwise(0).sum(),
         entries=rows_of("kvm_entry"), exits=rows_of("kvm_exit"), faults=rows_of("kvm_page_fault"),
-        smis=rows_of("kvm_smm_transition", "entering"),
+        fixes=fixed_of(recording), smis=rows_of("kvm_smm_transition", "entering"),
     )  # fmt: skip
     stays = pl.when(pl.col("entries") > pl.col("exits")).then(length).otherwise(0)
     alternate = (pl.col("entries") - pl.col("exits")).abs() <= 1
@@ -119,7 +124,7 @@ def _of_rows(recording: Recording) -> pl.LazyFrame:
         by_vcpu.with_columns(guest=pl.when(alternate).then(pl.col("crossed") + stays))
         .group_by(pl.col("vm").cast(pl.Int64))
         .agg(
-            pl.col("entries", "exits", "faults", "smis").sum(),
+            pl.col("entries", "exits", "faults", "fixes", "smis").sum(),
             guest=pl.when(pl.col("guest").null_count() == 0).then(pl.col("guest").sum()),
             ran=pl.len(),
         )

@@ -17,17 +17,19 @@ from analysis.rows import Question, Tally
 from analysis.sources import Recording
 from analysis.unseen import lost_windows
 from analysis.used_roots import UsedRoots
-from replay.timing.diagnosis import Diagnosis, diagnosed, diagnoses
+from replay.timing.diagnosis import READ_ONLY, Diagnosis, diagnosed, diagnoses
 from replay.timing.stuck_rip import CERTAIN
 from traces import kernels
 from traces.errors import Problem
 from traces.kernels.kernel import Kernel
+from traces.kernels.vendors import SVM
 
 WINDOW_NS: Final = 100_000_000
 REGION_PAGES: Final = 512  # 2 MiB
 _SLOT: Final = {"vm": pl.Int32, "slot": pl.Int32, "gfn": pl.Int64, "pages": pl.Int64}
 _COUNTED: Final = {
-    "exits": "kvm_exit", "faults": "kvm_page_fault", "smis": "kvm_smm_transition", "loads": "mmu_load",
+    "exits": "kvm_exit", "faults": "kvm_page_fault", "fixes": "kvm_page_fault", "smis": "kvm_smm_transition",
+    "loads": "mmu_load",
 }  # fmt: skip
 _ENTERING: Final = pl.col("flags") & 1 == 1
 
@@ -41,6 +43,21 @@ def _of(count: str, kind: str) -> pl.Expr:
     return pl.when(_is(kind)).then(pl.col(count)).otherwise(0).sum()
 
 
+def _fixes(recording: Recording) -> pl.Expr:
+    """Faults on a leaf that is there: for a permission only."""
+    kernel = _kernel(recording)
+    if recording.metadata.policy == "shadow":  # there the code is of the guest's own tables as well
+        return pl.lit(None, pl.Boolean)
+    fault = (SVM if kernel is None else kernel.vendor).fault
+    there, odd = (pl.lit(mask, pl.UInt64) for mask in (fault.present, fault.reserved))
+    return _is("kvm_page_fault") & (pl.col("code") & there != 0) & (pl.col("code") & odd == 0)
+
+
+def fixed_of(recording: Recording) -> pl.Expr:
+    """Their number in a group of windows; null where it is not known which they are."""
+    return pl.lit(None, pl.Int64) if recording.metadata.policy == "shadow" else pl.col("fixes").sum()
+
+
 def in_windows(recording: Recording, window_ns: int = WINDOW_NS) -> Tally:
     """Rows that tell of each vCPU's time in windows, by kind; `at` is ns from a window's begin, `last` in boot ns."""
     since = pl.col("time") - recording.span[0]
@@ -50,7 +67,7 @@ def in_windows(recording: Recording, window_ns: int = WINDOW_NS) -> Tally:
         where=pl.col("vcpu").is_not_null()
         & _is("kvm_entry", "kvm_exit", "kvm_page_fault", "kvm_smm_transition", "mmu_load"),
         by={"vcpu": pl.col("vcpu"), "window": window, "kind": pl.col("kind")},
-        sums={"at": since - window * window_ns, "entering": _ENTERING},
+        sums={"at": since - window * window_ns, "entering": _ENTERING, "fixes": _fixes(recording)},
         most={"last": pl.col("time")},
     )
 
@@ -58,6 +75,8 @@ def in_windows(recording: Recording, window_ns: int = WINDOW_NS) -> Tally:
 @query(Recording, needs=("kvm_entry", "kvm_exit"), asks=lambda recording: [in_windows(recording)])
 def windows(recording: Recording, window_ns: int = WINDOW_NS) -> pl.LazyFrame:
     """Each vCPU's time in windows of 100 ms, the most faults first: guest time, exits, faults, SMIs, loads of a root.
+
+    `fixes`: faults on a leaf that was there, for a permission only; they are among `faults`.
 
     A window without a row of the vCPU is not there. `guest_ns` is from entries to exits, with the switch; null where
     these do not alternate or were lost, as is a count whose kind was not watched, and one of 0 where events were lost.
@@ -82,10 +101,15 @@ def windows(recording: Recording, window_ns: int = WINDOW_NS) -> pl.LazyFrame:
             entries=_of("rows", "kvm_entry"),
             exits=_of("rows", "kvm_exit"),
             faults=_of("rows", "kvm_page_fault"),
+            fixes=fixed_of(recording),
             smis=_of("entering", "kvm_smm_transition"),
             loads=_of("rows", "mmu_load"),
         )
-        .with_columns(_nulled(recording, faults="kvm_page_fault", smis="kvm_smm_transition", loads="mmu_load"))
+        .with_columns(
+            _nulled(
+                recording, faults="kvm_page_fault", fixes="kvm_page_fault", smis="kvm_smm_transition", loads="mmu_load"
+            )
+        )
         .with_columns(
             pl.when((pl.col(name) > 0) | ~_lost(recording, window_ns, kind)).then(name)
             for name, kind in _COUNTED.items()
@@ -95,7 +119,8 @@ def windows(recording: Recording, window_ns: int = WINDOW_NS) -> pl.LazyFrame:
         .with_columns(guest_ns=pl.when(alternate & guest.is_between(0, pl.col("length_ns"))).then(guest))
         .with_columns(guest_share=pl.col("guest_ns") / pl.col("length_ns"))
         .select(
-            "vm", "vcpu", "time", "since_ns", "length_ns", "guest_ns", "guest_share", "exits", "faults", "smis", "loads"
+            "vm", "vcpu", "time", "since_ns", "length_ns", "guest_ns", "guest_share", "exits", "faults", "fixes",
+            "smis", "loads",
         )
         .sort("faults", "guest_share", "time", "vm", "vcpu", descending=[True, *[False] * 4], nulls_last=True)
     )  # fmt: skip
@@ -237,8 +262,9 @@ def _of_unserved(recording: Recording) -> Iterator[Question]:
 def unserved(recording: Recording) -> pl.LazyFrame:
     """Pages on which a vCPU faulted again and again though nothing was mapped for it: spurious, stale, or emulated.
 
-    `unserved` is faults less those for which a mapping was requested or a permission fixed. A page in no memory slot is
-    emulated MMIO. Nested paging only: under the shadow MMU a fault's address is the guest's own.
+    `unserved` is faults less those for which a mapping was requested or a permission fixed. `why`: a page in no memory
+    slot is emulated MMIO, one of a read-only slot takes no writes. Nested paging only: under the shadow MMU a fault's
+    address is the guest's own.
     """
     if recording.metadata.policy == "shadow":
         raise Problem(f"{recording.path}: query unserved: addresses of faults are the guest's own under the shadow MMU")
@@ -246,9 +272,29 @@ def unserved(recording: Recording) -> pl.LazyFrame:
     found = counted.lazy().with_columns(unserved=pl.col("faults") - pl.col("served")).filter(pl.col("unserved") > 1)
     return (
         _with_slots(found, recording)
-        .select("vm", "vcpu", "gfn", "slot", "faults", "served", "unserved", "first_time", "last_time")
+        .join(_read_only(recording), on=["vm", "slot"], how="left")
+        .with_columns(
+            why=pl.when(pl.col("slot").is_null())
+            .then(pl.lit("in no slot: emulated"))
+            .when(pl.col("read_only"))
+            .then(pl.lit("writes to a read-only slot"))
+            .otherwise(pl.lit(""))
+        )
+        .select("vm", "vcpu", "gfn", "slot", "faults", "served", "unserved", "why", "first_time", "last_time")
         .sort("unserved", "vm", "vcpu", "gfn", descending=[True, False, False, False])
     )
+
+
+def _read_only(recording: Recording) -> pl.LazyFrame:
+    """The slots that take no writes: what such a write does is emulated."""
+    found = {
+        (int(vm["id"]), slot["slot"], True)
+        for vm in recording.metadata.vms
+        for slot in vm["slots"]
+        if slot.get("flags", 0) & READ_ONLY and max(slot["slot"], vm["id"]) < 1 << 31
+    }
+    schema = {"vm": pl.Int32, "slot": pl.Int32, "read_only": pl.Boolean}
+    return pl.LazyFrame(sorted(found), schema=schema, orient="row")
 
 
 @query(Recording, asks=lambda _: [UsedRoots()])

@@ -25,7 +25,7 @@ from traces.vm_names import VmNames
 _ROWS: Final = 12  # shown of a diagnosis
 _HISTORY: Final = 6  # of these, changes of the page's SPTE
 _READ: Final = 1 << 17  # rows that are searched for them
-_READ_ONLY: Final = 1 << 1  # KVM_MEM_READONLY of a memslot
+READ_ONLY: Final = 1 << 1  # KVM_MEM_READONLY of a memslot
 _PAGE_SHIFT: Final = 12
 _EVER: Final = 1 << 62
 _HOST: Final = ("kvm_unmap_hva_range", "kvm_mmu_zap_all_fast", "zap_leafs", "kvm_set_spte_hva", "memslot")
@@ -190,7 +190,7 @@ def _emulates(run: RipRun, vm: Mapping[str, Any]) -> str:
 def _mmio(run: RipRun, vm: Mapping[str, Any], where: str) -> tuple[str, str]:
     does = "the guest polls it" if run.polls else "the instruction does not get done"
     slot = _slot_of(vm, run.addr >> _PAGE_SHIFT, run.until)
-    if slot is not None and run.writes * 2 > run.faults and slot.get("flags", 0) & _READ_ONLY:
+    if slot is not None and run.writes * 2 > run.faults and slot.get("flags", 0) & READ_ONLY:
         return "read_only", f"writes to the read-only slot {slot['slot']}, {where}: each ends in KVM_EXIT_MMIO (6)"
     if run.marked * 2 > run.faults > 0:
         return (
@@ -208,7 +208,7 @@ def _faults(run: RipRun, vm: Mapping[str, Any], kernel: Kernel | None, where: st
         return "mmio_uncached", f"faults {where}, whose MMIO SPTE is made anew for each access"
     if slot is None and not served:
         return "mmio_in_kernel", f"faults {where}, which KVM emulates itself: a device of the kernel's, or an eventfd"
-    if slot is not None and run.writes * 2 > run.faults and slot.get("flags", 0) & _READ_ONLY:
+    if slot is not None and run.writes * 2 > run.faults and slot.get("flags", 0) & READ_ONLY:
         return "read_only", f"writes to the read-only slot {slot['slot']}, {where}"
     if served * 2 >= run.faults:
         after = f", {run.notified:,} invalidations by MMU notifiers meanwhile" if run.notified else ""

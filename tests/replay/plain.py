@@ -13,6 +13,7 @@ COMPILED = (
     "replay.decode.root_uses",
     "replay.decode.row_counts",
     "replay.decode.lasting",
+    "replay.decode.removals",
     "replay.decode.same_rip",
     "replay.decode.timeline",
     "replay.simulate.core",

@@ -1,0 +1,81 @@
+"""What removed and protected a VM's pages, asked of rows: `replay.decode.removals` on its way through them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, Final
+
+import polars as pl
+
+from analysis.rows import KIND, VCPU
+from replay.decode.removals import COLUMNS, FIELDS, Removals, roots_of
+from traces.kernels.kernel import Kernel
+from traces.reader import Trace
+
+SCHEMA: Final = {"vm": pl.Int64, **dict.fromkeys(FIELDS, pl.Int64)}
+_RECOVERY: Final = "kvm-nx-lpage"  # how the threads of NX huge page recovery begin, by whatever name they go on
+_NAMES: Final = [name for name in COLUMNS if name not in ("kind", "vcpu", "gfn")]
+
+
+@dataclass(frozen=True, eq=False)
+class RemovalQuestion:
+    """By VM, cause and thread: columns `vm` and `removals.FIELDS`."""
+
+    trace: Trace
+    kernel: Kernel
+    name: str = "what removed pages"
+    columns: frozenset[str] = frozenset({*COLUMNS, KIND, VCPU} - {"kind", "vcpu"})
+
+    def begin(self) -> _Counting:
+        return _Counting(self.trace, self.kernel)
+
+
+class _Counting:
+    def __init__(self, trace: Trace, kernel: Kernel) -> None:
+        meta = trace.metadata
+        self._kernel = kernel
+        self._vms: dict[int, Mapping[str, Any]] = {int(vm["id"]): vm for vm in meta.vms}
+        self._roots = roots_of(meta.root_count, meta.uncreated_roots)
+        self._recovery = [
+            each["tid"]
+            for each in meta.threads
+            if isinstance(each.get("tid"), int) and str(each.get("comm", "")).startswith(_RECOVERY)
+        ]
+        self._shows = bool(meta.kinds.get("kvm_tdp_mmu_spte_changed"))
+        self._removals: dict[int, Removals] = {}
+
+    def feed(self, rows: pl.DataFrame, one_vm: bool) -> None:
+        for part in [rows] if one_vm else rows.partition_by("vm", maintain_order=True):
+            vm = part["vm"][0] if len(part) else None
+            if vm in self._vms:
+                self._feed(vm, part)
+
+    def _feed(self, vm: int, rows: pl.DataFrame) -> None:
+        if vm not in self._removals:
+            slots = [
+                (slot["slot"], slot.get("flags", 0))
+                for slot in self._vms[vm]["slots"]
+                if slot["pages"] and not isinstance(slot.get("since"), int)
+            ]
+            self._removals[vm] = Removals(self._kernel, self._roots, slots, self._recovery, self._shows)
+        columns = {name: rows[name].to_numpy() for name in _NAMES}
+        gfn = rows["gfn"]
+        self._removals[vm].feed(
+            SimpleNamespace(
+                kind=rows[KIND].to_numpy(),
+                vcpu=rows[VCPU].to_numpy(),
+                gfn=(gfn.fill_null(-1) if gfn.null_count() else gfn).to_numpy(),
+                **columns,
+            )
+        )
+
+    def answer(self) -> pl.DataFrame:
+        found = [pl.DataFrame(schema=SCHEMA)]
+        for vm, removals in self._removals.items():
+            rows = pl.DataFrame(removals.totals[: removals.count], schema=list(FIELDS), orient="row")
+            others = pl.DataFrame(removals.totals[-1:], schema=list(FIELDS), orient="row")
+            every = pl.concat([rows, others])
+            found.append(every.select(pl.lit(vm, pl.Int64).alias("vm"), *FIELDS))
+        return pl.concat(found)

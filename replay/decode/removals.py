@@ -1,0 +1,826 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+"""Why pages of a VM had to be mapped again: who removed or protected what was mapped, counted in one go over the rows.
+
+A thread is at one thing at a time, which a row begins (a notifier, an ioctl, a memslot's change, the zap of a root) and
+the thread's next such row ends. What it changes meanwhile is its doing. A root is lost when its last reference goes,
+for what its vCPU did since its last exit, or when all roots are invalidated; with it goes what it mapped. A page that a
+fault maps is then held against what became of its last mapping under the same role word.
+
+    row                                               the thread is at
+    kvm_unmap_hva_range, kvm_set_spte_hva,
+    kvm_age_hva, kvm_test_age_hva                     a notifier, until it does something else
+    ioctl                                             GET_DIRTY_LOG, CLEAR_DIRTY_LOG, RESET_DIRTY_RINGS, or another
+    memslot                                           a memslot, or dirty logging where only that flag changes
+    zap_root_begin                                    what that root was lost for
+    zap_leafs                                         a range zap, if at nothing else
+    zap_all, vm_destroy                               the VM's end
+    kvm_page_fault of a vCPU                          its fault: only a huge page that it splits is its doing
+
+Cython in pure-Python mode, like `timeline`.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any
+
+import cython
+import numpy as np
+
+from replay.decode.exits import Left, exit_meanings
+from traces.kernels import triggers
+from traces.kernels.spte import LARGE, WRITABLE
+from traces.schema import BY_NAME
+
+COMPILED: bool = cython.compiled
+
+
+class Why(IntEnum):
+    """What pages were removed or protected by; the first three are of faults only."""
+
+    FIRST = 0  # the page had not been mapped under this role word
+    UNSEEN = 1  # no row shows that it was removed
+    UNWRITABLE = 2  # its leaf had never had the permission
+    SMI = 3
+    RSM = 4
+    CR0 = 5
+    CR4 = 6
+    EFER = 7
+    SREGS = 8
+    CPUID = 9
+    EXIT = 10
+    MEMSLOT = 11
+    INVALIDATION = 12
+    NOTIFIER = 13
+    NOTIFIER_CHANGE = 14
+    AGING = 15
+    GET_DIRTY_LOG = 16
+    CLEAR_DIRTY_LOG = 17
+    DIRTY_RING = 18
+    DIRTY_LOG_BEGINS = 19
+    DIRTY_LOG_ENDS = 20
+    NX_RECOVERY = 21
+    SPLIT = 22
+    APICV = 23
+    RANGE = 24
+    IOCTL = 25
+    VM_END = 26
+    OTHER = 27
+
+
+# What is counted of each cause and thread. `mapped`: faults that mapped a page whose last mapping had gone so; `fixes`:
+# permission faults on a page that was protected so; `low` and `high`: gfns.
+FIELDS = (
+    "why", "tid", "operations", "leaves", "tables", "protected", "aged", "ns", "longest", "mapped", "fixes", "low",
+    "high", "first", "last",
+)  # fmt: skip
+_OPERATIONS = cython.declare(cython.Py_ssize_t, FIELDS.index("operations"))
+_LEAVES = cython.declare(cython.Py_ssize_t, FIELDS.index("leaves"))
+_TABLES = cython.declare(cython.Py_ssize_t, FIELDS.index("tables"))
+_PROTECTED = cython.declare(cython.Py_ssize_t, FIELDS.index("protected"))
+_AGED = cython.declare(cython.Py_ssize_t, FIELDS.index("aged"))
+_NS = cython.declare(cython.Py_ssize_t, FIELDS.index("ns"))
+_LONGEST = cython.declare(cython.Py_ssize_t, FIELDS.index("longest"))
+_MAPPED = cython.declare(cython.Py_ssize_t, FIELDS.index("mapped"))
+_FIXES = cython.declare(cython.Py_ssize_t, FIELDS.index("fixes"))
+_LOW = cython.declare(cython.Py_ssize_t, FIELDS.index("low"))
+_HIGH = cython.declare(cython.Py_ssize_t, FIELDS.index("high"))
+_SINCE = cython.declare(cython.Py_ssize_t, FIELDS.index("first"))
+_UNTIL = cython.declare(cython.Py_ssize_t, FIELDS.index("last"))
+
+_IS_FIRST = cython.declare(cython.int, int(Why.FIRST))
+_IS_UNSEEN = cython.declare(cython.int, int(Why.UNSEEN))
+_IS_UNWRITABLE = cython.declare(cython.int, int(Why.UNWRITABLE))
+_IS_SMI = cython.declare(cython.int, int(Why.SMI))
+_IS_RSM = cython.declare(cython.int, int(Why.RSM))
+_IS_CR0 = cython.declare(cython.int, int(Why.CR0))
+_IS_CR4 = cython.declare(cython.int, int(Why.CR4))
+_IS_EFER = cython.declare(cython.int, int(Why.EFER))
+_IS_SREGS = cython.declare(cython.int, int(Why.SREGS))
+_IS_CPUID = cython.declare(cython.int, int(Why.CPUID))
+_IS_MEMSLOT = cython.declare(cython.int, int(Why.MEMSLOT))
+_IS_INVALIDATION = cython.declare(cython.int, int(Why.INVALIDATION))
+_IS_NOTIFIER = cython.declare(cython.int, int(Why.NOTIFIER))
+_IS_CHANGE = cython.declare(cython.int, int(Why.NOTIFIER_CHANGE))
+_IS_AGING = cython.declare(cython.int, int(Why.AGING))
+_IS_GET = cython.declare(cython.int, int(Why.GET_DIRTY_LOG))
+_IS_CLEAR = cython.declare(cython.int, int(Why.CLEAR_DIRTY_LOG))
+_IS_RING = cython.declare(cython.int, int(Why.DIRTY_RING))
+_IS_BEGIN = cython.declare(cython.int, int(Why.DIRTY_LOG_BEGINS))
+_IS_END = cython.declare(cython.int, int(Why.DIRTY_LOG_ENDS))
+_IS_NX = cython.declare(cython.int, int(Why.NX_RECOVERY))
+_IS_SPLIT = cython.declare(cython.int, int(Why.SPLIT))
+_IS_APICV = cython.declare(cython.int, int(Why.APICV))
+_IS_RANGE = cython.declare(cython.int, int(Why.RANGE))
+_IS_IOCTL = cython.declare(cython.int, int(Why.IOCTL))
+_IS_VM_END = cython.declare(cython.int, int(Why.VM_END))
+_IS_OTHER = cython.declare(cython.int, int(Why.OTHER))
+
+_ON_ENTRY = cython.declare(cython.int, BY_NAME["kvm_entry"].code)
+_ON_EXIT = cython.declare(cython.int, BY_NAME["kvm_exit"].code)
+_ON_SMM = cython.declare(cython.int, BY_NAME["kvm_smm_transition"].code)
+_ON_CR = cython.declare(cython.int, BY_NAME["kvm_cr"].code)
+_ON_MSR = cython.declare(cython.int, BY_NAME["kvm_msr"].code)
+_ON_IOCTL = cython.declare(cython.int, BY_NAME["ioctl"].code)
+_ON_IOCTL_END = cython.declare(cython.int, BY_NAME["ioctl_end"].code)
+_ON_MEMSLOT = cython.declare(cython.int, BY_NAME["memslot"].code)
+_ON_FAULT = cython.declare(cython.int, BY_NAME["kvm_page_fault"].code)
+_ON_REQUESTED = cython.declare(cython.int, BY_NAME["kvm_mmu_spte_requested"].code)
+_ON_SET = cython.declare(cython.int, BY_NAME["kvm_mmu_set_spte"].code)
+_ON_MARK = cython.declare(cython.int, BY_NAME["mark_mmio_spte"].code)
+_ON_FAST = cython.declare(cython.int, BY_NAME["fast_page_fault"].code)
+_ON_CHANGED = cython.declare(cython.int, BY_NAME["kvm_tdp_mmu_spte_changed"].code)
+_ON_ZAP_PAGE = cython.declare(cython.int, BY_NAME["kvm_mmu_prepare_zap_page"].code)
+_ON_GET_PAGE = cython.declare(cython.int, BY_NAME["kvm_mmu_get_page"].code)
+_ON_ROOT_GET = cython.declare(cython.int, BY_NAME["root_get"].code)
+_ON_MMU_LOAD = cython.declare(cython.int, BY_NAME["mmu_load"].code)
+_ON_PUT = cython.declare(cython.int, BY_NAME["root_put"].code)
+_ON_FREE = cython.declare(cython.int, BY_NAME["table_free"].code)
+_ON_ZAP_FAST = cython.declare(cython.int, BY_NAME["kvm_mmu_zap_all_fast"].code)
+_ON_ZAP_ROOT = cython.declare(cython.int, BY_NAME["zap_root_begin"].code)
+_ON_ZAP_LEAFS = cython.declare(cython.int, BY_NAME["zap_leafs"].code)
+_ON_ZAP_ALL = cython.declare(cython.int, BY_NAME["zap_all"].code)
+_ON_DESTROY = cython.declare(cython.int, BY_NAME["vm_destroy"].code)
+_ON_UNMAP = cython.declare(cython.int, BY_NAME["kvm_unmap_hva_range"].code)
+_ON_CHANGE_PTE = cython.declare(cython.int, BY_NAME["kvm_set_spte_hva"].code)
+_ON_AGE = cython.declare(cython.int, BY_NAME["kvm_age_hva"].code)
+_ON_TEST_AGE = cython.declare(cython.int, BY_NAME["kvm_test_age_hva"].code)
+_ON_APICV = cython.declare(cython.int, BY_NAME["kvm_apicv_inhibit_changed"].code)
+KINDS = (
+    "kvm_entry", "kvm_exit", "kvm_smm_transition", "kvm_cr", "kvm_msr", "ioctl", "ioctl_end", "memslot",
+    "kvm_page_fault", "kvm_mmu_spte_requested", "kvm_mmu_set_spte", "mark_mmio_spte", "fast_page_fault",
+    "kvm_tdp_mmu_spte_changed",
+    "kvm_mmu_prepare_zap_page", "kvm_mmu_get_page", "root_get", "mmu_load", "root_put", "table_free",
+    "kvm_mmu_zap_all_fast", "zap_root_begin", "zap_leafs", "zap_all", "vm_destroy", "kvm_unmap_hva_range",
+    "kvm_set_spte_hva", "kvm_age_hva", "kvm_test_age_hva", "kvm_apicv_inhibit_changed",
+)  # fmt: skip
+COLUMNS = (
+    "time", "vcpu", "tid", "kind", "root", "role", "level", "as_id", "gfn", "old", "new", "addr", "code", "ret", "refs",
+    "slot", "flags",
+)  # fmt: skip
+
+# Numbers of KVM's ioctls, of which the commands differ by size.
+_SET_MEMORY = cython.declare(cython.ulonglong, 0x46)
+_SET_MEMORY2 = cython.declare(cython.ulonglong, 0x49)
+_GET_LOG = cython.declare(cython.ulonglong, 0x42)
+_CLEAR_LOG = cython.declare(cython.ulonglong, 0xC0)
+_RESET_RINGS = cython.declare(cython.ulonglong, 0xC7)
+_SET_SREGS = cython.declare(cython.ulonglong, triggers.SET_SREGS[0] & 0xFF)
+_SET_SREGS2 = cython.declare(cython.ulonglong, triggers.SET_SREGS[1] & 0xFF)
+_SET_CPUID2 = cython.declare(cython.ulonglong, triggers.SET_CPUID2 & 0xFF)
+_EFER = cython.declare(cython.ulonglong, triggers.EFER_MSR)
+_LARGE = cython.declare(cython.ulonglong, LARGE)
+_WRITABLE = cython.declare(cython.ulonglong, WRITABLE)
+_PFN = cython.declare(cython.ulonglong, (1 << 52) - (1 << 12))
+_MMIO_TYPE = cython.declare(cython.ulonglong, 3)
+
+_MOST = cython.declare(cython.int, 254)  # causes and threads that are told apart; the last is of those beyond
+_IS_MAPPED = cython.declare(cython.longlong, 255)
+_THREADS = cython.declare(
+    cython.longlong, 1 << 12
+)  # two of one place are rare: what the first was at is then not known
+_SLOTS = cython.declare(cython.Py_ssize_t, 1 << 10)
+_WORDS = cython.declare(cython.Py_ssize_t, 1 << 8)
+_NO_GFN = cython.declare(cython.longlong, 1 << 52)
+VCPUS = 1 << 15
+
+
+def roots_of(count: int, uncreated: Any) -> tuple[Any, Any]:
+    """By root id, for all VMs of a trace: what each was lost for, and its role word."""
+    lost, words = np.zeros(min(count, 1 << 24) + 2, np.uint8), np.zeros(min(count, 1 << 24) + 2, np.uint32)
+    for root in uncreated:
+        if root["id"] < len(words) - 1:
+            words[root["id"]] = root["role"]
+    return lost, words
+
+
+@cython.final
+@cython.cclass
+class Removals:
+    """Of one VM. `totals` has the `count` rows of FIELDS."""
+
+    totals = cython.declare(object, visibility="public")
+    count = cython.declare(cython.int, visibility="public")
+    _counted: Any
+    _lost: Any
+    _words: Any
+    _keys: Any
+    _values: Any
+    _held: cython.Py_ssize_t
+    # By place of a thread: who it is, what it is at (a row of `totals`, -1: nothing), since when, until when so far
+    _tid: Any
+    _at: Any
+    _since: Any
+    _done: Any
+    _did: Any
+    _zaps: Any  # the root that it zaps, 0: none
+    _context: Any  # by vCPU: Why of a root that it loses
+    _fixing: Any  # by vCPU: the row in which its fault under way is counted if it is a fix; 0: in none
+    _marked: Any  # by vCPU: the gfn of its last MMIO SPTE, which some kernels show as a leaf besides
+    _slot_flags: Any
+    _own: Any  # role words of this VM
+    _own_count: cython.Py_ssize_t
+    _nx: Any
+    _shows: cython.bint
+    _ended: cython.bint
+    _newest: cython.longlong
+    _invalid: cython.longlong  # roots up to this one were invalidated, for the cause in that row
+    _invalid_by: cython.int
+    _spte: cython.ulonglong
+    _type: cython.int
+    _fixed: cython.int
+    _smm: cython.uint
+    _there: cython.ulonglong
+    _odd: cython.ulonglong
+    _accessed: cython.ulonglong
+    _meaning: Any
+
+    def __init__(self, kernel: Any, roots: Any, slots: Any, recovery: Any, shows: bool) -> None:
+        """`slots`: (id, flags) of those before the first row; `recovery`: thread ids of NX huge page recovery.
+
+        `shows`: the kernel shows changes of SPTEs.
+        """
+        self.totals = np.zeros((int(_MOST), len(FIELDS)), np.int64)
+        self.totals[:, _LOW] = _NO_GFN
+        self.totals[:, _HIGH] = self.totals[:, 1] = -1
+        self.totals[:3, 0] = range(3)
+        self.totals[_MOST - 1, 0] = _IS_OTHER
+        self.count = 3
+        self._counted = np.zeros(256, np.uint8)
+        for name in KINDS:
+            self._counted[BY_NAME[name].code] = 1
+        self._lost, self._words = roots
+        self._keys, self._values, self._held = np.full(1 << 10, -1, np.int64), np.zeros(1 << 10, np.int64), 0
+        self._tid = np.full(int(_THREADS), -1, np.int64)
+        self._at = np.full(int(_THREADS), -1, np.int64)
+        self._since, self._done = np.zeros(int(_THREADS), np.int64), np.zeros(int(_THREADS), np.int64)
+        self._did = np.zeros(int(_THREADS), np.uint8)
+        self._zaps = np.zeros(int(_THREADS), np.int64)
+        self._context = np.full(VCPUS, _IS_OTHER, np.uint8)
+        self._fixing = np.zeros(VCPUS, np.uint8)
+        self._marked = np.full(VCPUS, -1, np.int64)
+        self._slot_flags = np.zeros(int(_SLOTS), np.uint8)
+        for slot, flags in slots:
+            if 0 <= slot < _SLOTS:
+                self._slot_flags[slot] = 1 | (flags & 1) << 1
+        self._own, self._own_count = np.zeros(int(_WORDS), np.uint32), 0
+        self._nx = np.array(sorted(recovery), np.int64)
+        self._shows, self._ended = shows, False
+        self._newest, self._invalid, self._invalid_by = 0, 0, 0
+        self._fixed, self._smm = kernel.ret_pf.fixed, kernel.layout.smm
+        self._spte, self._type = kernel.spte.present, kernel.spte.type_shift
+        fault = kernel.vendor.fault
+        self._there, self._odd, self._accessed = fault.present, fault.reserved, kernel.vendor.accessed
+        whys = {Left.CR0_WRITE: Why.CR0, Left.CR4_WRITE: Why.CR4, Left.RSM: Why.RSM}
+        self._meaning = np.array([whys.get(Left(each), Why.EXIT) for each in exit_meanings(kernel.vendor)], np.uint8)
+
+    def feed(self, rows: Any) -> None:
+        """Take in rows, as columns by their names (COLUMNS); `vcpu` is -1 where there is none, as is `gfn`."""
+        done: cython.Py_ssize_t = 0
+        while done < len(rows.kind):
+            done = self._feed(
+                done, rows.time, rows.vcpu, rows.tid, rows.kind, rows.root, rows.role, rows.level, rows.as_id,
+                rows.gfn, rows.old, rows.new, rows.addr, rows.code, rows.ret, rows.refs, rows.slot, rows.flags,
+                self._counted, self._lost,
+                self._words, self._meaning, self._context, self._fixing,
+            )  # fmt: skip
+            if done < len(rows.kind):
+                self._grow()
+
+    def _grow(self) -> None:
+        keys, values = self._keys, self._values
+        self._keys, self._values = np.full(2 * len(keys), -1, np.int64), np.zeros(2 * len(keys), np.int64)
+        self._rehash(keys, values, self._keys, self._values)
+
+    def _rehash(
+        self,
+        keys: cython.longlong[::1],
+        values: cython.longlong[::1],
+        new_keys: cython.longlong[::1],
+        new_values: cython.longlong[::1],
+    ) -> None:
+        i: cython.Py_ssize_t
+        at: cython.Py_ssize_t
+        if not cython.compiled:
+            keys, values = map(memoryview, (keys, values))  # type: ignore[arg-type]
+            new_keys, new_values = map(memoryview, (new_keys, new_values))  # type: ignore[arg-type]
+        for i in range(keys.shape[0]):
+            if keys[i] >= 0:
+                at = _place(new_keys, keys[i])
+                new_keys[at] = keys[i]
+                new_values[at] = values[i]
+
+    def _feed(
+        self,
+        start: cython.Py_ssize_t,
+        time: cython.const[cython.longlong][::1],
+        vcpu: cython.const[cython.short][::1],
+        tid: cython.const[cython.int][::1],
+        kind: cython.const[cython.uchar][::1],
+        root: cython.const[cython.int][::1],
+        role: cython.const[cython.uint][::1],
+        level: cython.const[cython.schar][::1],
+        as_id: cython.const[cython.schar][::1],
+        gfn: cython.const[cython.longlong][::1],
+        old: cython.const[cython.ulonglong][::1],
+        new: cython.const[cython.ulonglong][::1],
+        addr: cython.const[cython.ulonglong][::1],
+        code: cython.const[cython.ulonglong][::1],
+        ret: cython.const[cython.int][::1],
+        refs: cython.const[cython.int][::1],
+        slot: cython.const[cython.int][::1],
+        flags: cython.const[cython.uchar][::1],
+        counted: cython.const[cython.uchar][::1],
+        lost: cython.uchar[::1],
+        words: cython.uint[::1],
+        meaning: cython.const[cython.uchar][::1],
+        context: cython.uchar[::1],
+        fixing: cython.uchar[::1],
+    ) -> cython.Py_ssize_t:
+        """From row `start` on; the row at which the pages' table has to grow, or the number of rows."""
+        i: cython.Py_ssize_t
+        k: cython.int
+        t: cython.Py_ssize_t
+        v: cython.int
+        r: cython.longlong
+        nr: cython.ulonglong
+        why: cython.int
+        rows: cython.Py_ssize_t = len(kind)
+        room: cython.Py_ssize_t = len(self._keys) // 2
+        keys: cython.longlong[::1] = self._keys
+        values: cython.longlong[::1] = self._values
+        totals: cython.longlong[:, ::1] = self.totals
+        tids: cython.longlong[::1] = self._tid
+        doing: cython.longlong[::1] = self._at
+        since: cython.longlong[::1] = self._since
+        done: cython.longlong[::1] = self._done
+        did: cython.uchar[::1] = self._did
+        zaps: cython.longlong[::1] = self._zaps
+        marked: cython.longlong[::1] = self._marked
+        slot_flags: cython.uchar[::1] = self._slot_flags
+        own: cython.uint[::1] = self._own
+        nx: cython.longlong[::1] = self._nx
+        most: cython.longlong = len(lost) - 1
+        page: cython.longlong
+        was: cython.bint
+        is_: cython.bint
+        j: cython.Py_ssize_t
+        if not cython.compiled:
+            time, vcpu, tid, kind, root, role = map(memoryview, (time, vcpu, tid, kind, root, role))  # type: ignore[arg-type]
+            level, as_id, gfn, old, new, addr = map(memoryview, (level, as_id, gfn, old, new, addr))  # type: ignore[arg-type]
+            code, ret, refs, slot, flags = map(memoryview, (code, ret, refs, slot, flags))  # type: ignore[arg-type]
+            lost, words, own, keys, values = map(memoryview, (lost, words, own, keys, values))  # type: ignore[arg-type]
+            doing, since, done, totals = map(memoryview, (doing, since, done, totals))  # type: ignore[arg-type]
+        for i in range(start, rows):
+            k = kind[i]
+            if not counted[k]:
+                continue
+            if self._held >= room:
+                return i
+            v = vcpu[i]
+            r = root[i] if root[i] < most else most
+            t = tid[i] & (_THREADS - 1)
+            if tids[t] != tid[i]:
+                tids[t] = tid[i]
+                doing[t] = -1
+                zaps[t] = 0
+            if k == _ON_CHANGED:
+                if not r:  # not every recorder and every kernel shows it
+                    r = zaps[t]
+                was = self._maps(old[i])
+                is_ = self._maps(new[i])
+                if not was and not is_:
+                    continue
+                was = was and (level[i] == 1 or old[i] & _LARGE != 0)
+                is_ = is_ and (level[i] == 1 or new[i] & _LARGE != 0)
+                if was and is_:
+                    if (old[i] ^ new[i]) & _PFN:
+                        continue
+                    if old[i] & ~new[i] & _WRITABLE:
+                        j = self._acts(t, tid[i], v, time[i], totals, doing, since, done, did, nx)
+                        totals[j, _PROTECTED] += 1
+                        self._pages(totals, j, gfn[i])
+                        self._of_page(words, r, as_id[i], level[i], gfn[i], own, j, False, keys, values)
+                    elif new[i] & ~old[i] & _WRITABLE:
+                        if v >= 0 and fixing[v]:
+                            totals[fixing[v], _FIXES] += 1
+                            fixing[v] = 0
+                    elif old[i] & ~new[i] & self._accessed:
+                        j = self._acts(t, tid[i], v, time[i], totals, doing, since, done, did, nx)
+                        totals[j, _AGED] += 1
+                        self._pages(totals, j, gfn[i])
+                elif was:
+                    j = self._acts(t, tid[i], v, time[i], totals, doing, since, done, did, nx)
+                    if not self._maps(new[i]):
+                        totals[j, _LEAVES] += 1
+                        self._pages(totals, j, gfn[i])
+                    self._of_page(words, r, as_id[i], level[i], gfn[i], own, j, True, keys, values)
+                elif is_ and r:
+                    self._map(self._key(words[r], level[i], gfn[i], own), r, v, keys, values, totals, lost, fixing)
+                elif is_:
+                    self._split(as_id[i], level[i], gfn[i], own, keys, values)
+            elif k == _ON_EXIT:
+                if v >= 0:
+                    fixing[v] = 0
+                    context[v] = meaning[code[i]] if code[i] < 2048 else meaning[0]
+                doing[t] = -1
+            elif k == _ON_ENTRY:
+                doing[t] = -1
+            elif k == _ON_FAULT:
+                if v >= 0:
+                    self._begin(t, _IS_SPLIT, tid[i], time[i], False, totals, doing, since, done, did)
+                    if code[i] & self._there and not code[i] & self._odd:
+                        page = cython.cast(cython.longlong, addr[i] >> 12)
+                        fixing[v] = self._fix(words[r], page, own, keys, values)
+            elif k == _ON_REQUESTED:
+                if v >= 0:
+                    self._begin(t, _IS_SPLIT, tid[i], time[i], False, totals, doing, since, done, did)
+            elif k == _ON_SET:
+                if not self._shows:
+                    if v >= 0 and fixing[v]:
+                        totals[fixing[v], _FIXES] += 1
+                        fixing[v] = 0
+                    elif (
+                        v < 0
+                        or marked[v] != gfn[i]
+                        or not self._mapped(self._key(words[r], level[i], gfn[i], own), r, keys, values)
+                    ):
+                        page = self._key(words[r], level[i], gfn[i], own)
+                        self._map(page, r, v, keys, values, totals, lost, fixing)
+            elif k == _ON_MARK:
+                if v >= 0:
+                    marked[v] = gfn[i]
+                page = self._key(words[r], 1, gfn[i], own)
+                if not self._mapped(page, r, keys, values):
+                    self._map(page, r, v, keys, values, totals, lost, fixing)
+            elif k == _ON_FAST:
+                if v >= 0 and fixing[v] and ret[i] == self._fixed:
+                    totals[fixing[v], _FIXES] += 1
+                    fixing[v] = 0
+            elif k in (_ON_GET_PAGE, _ON_ROOT_GET, _ON_MMU_LOAD):
+                if r > 0 and role[i]:
+                    words[r] = role[i]
+                    self._newest = max(self._newest, r)
+            elif k == _ON_SMM:
+                if v >= 0:
+                    context[v] = _IS_SMI if flags[i] & 1 else _IS_RSM
+            elif k == _ON_CR:
+                if v >= 0 and flags[i] & 1 and code[i] in (0, 4):
+                    context[v] = _IS_CR0 if code[i] == 0 else _IS_CR4
+            elif k == _ON_MSR:
+                if v >= 0 and flags[i] & 1 and code[i] == _EFER:
+                    context[v] = _IS_EFER
+            elif k == _ON_IOCTL:
+                nr = code[i] & 0xFF
+                why = _IS_IOCTL
+                if nr == _GET_LOG:
+                    why = _IS_GET
+                elif nr == _CLEAR_LOG:
+                    why = _IS_CLEAR
+                elif nr == _RESET_RINGS:
+                    why = _IS_RING
+                elif v >= 0:
+                    context[v] = (
+                        _IS_SREGS if nr in (_SET_SREGS, _SET_SREGS2) else _IS_CPUID if nr == _SET_CPUID2
+                        else _IS_OTHER
+                    )  # fmt: skip
+                if nr not in (_SET_MEMORY, _SET_MEMORY2):
+                    self._begin(t, why, tid[i], time[i], why != _IS_IOCTL, totals, doing, since, done, did)
+            elif k == _ON_IOCTL_END:
+                doing[t] = -1
+            elif k == _ON_MEMSLOT:
+                why = _IS_MEMSLOT
+                if 0 <= slot[i] < _SLOTS:
+                    if slot_flags[slot[i]] & 1 and (slot_flags[slot[i]] >> 1 ^ code[i]) & 1:
+                        why = _IS_BEGIN if code[i] & 1 else _IS_END
+                    slot_flags[slot[i]] = cython.cast(cython.uchar, 1 | (code[i] & 1) << 1)
+                self._begin(t, why, tid[i], time[i], True, totals, doing, since, done, did)
+            elif k in (_ON_UNMAP, _ON_CHANGE_PTE):
+                why = _IS_NOTIFIER if k == _ON_UNMAP else _IS_CHANGE
+                self._begin(t, why, tid[i], time[i], True, totals, doing, since, done, did)
+            elif k in (_ON_AGE, _ON_TEST_AGE):
+                self._begin(t, _IS_AGING, tid[i], time[i], True, totals, doing, since, done, did)
+            elif k == _ON_APICV:
+                self._begin(t, _IS_APICV, tid[i], time[i], True, totals, doing, since, done, did)
+            elif k == _ON_PUT:
+                if r > 0 and r < most and refs[i] == 1 and not self._cause(r, lost):
+                    if v >= 0:
+                        self._begin(t, context[v], tid[i], time[i], True, totals, doing, since, done, did)
+                        lost[r] = cython.cast(cython.uchar, doing[t])
+                        doing[t] = -1
+                    elif not self._ended and 0 <= doing[t] < _MOST:
+                        lost[r] = cython.cast(cython.uchar, doing[t])
+                    else:
+                        lost[r] = self._find(_IS_VM_END if self._ended else _IS_OTHER, tid[i], totals)
+            elif k == _ON_FREE:
+                if r > 0 and r < most and not self._cause(r, lost):
+                    lost[r] = self._find(_IS_VM_END if self._ended else _IS_OTHER, tid[i], totals)
+            elif k == _ON_ZAP_FAST:
+                if doing[t] < 0 or not did[t]:
+                    self._begin(t, _IS_INVALIDATION, tid[i], time[i], True, totals, doing, since, done, did)
+                self._invalid = self._newest
+                self._invalid_by = cython.cast(cython.int, doing[t])
+            elif k == _ON_ZAP_ROOT:
+                j = self._cause(r, lost) if r > 0 else 0
+                zaps[t] = r
+                if j:
+                    doing[t] = j
+                    since[t] = done[t] = time[i]
+                    did[t] = 1
+                elif doing[t] < 0:
+                    why = _IS_VM_END if self._ended else _IS_OTHER
+                    self._begin(t, why, tid[i], time[i], True, totals, doing, since, done, did)
+            elif k == _ON_ZAP_LEAFS:
+                if doing[t] < 0 or not did[t]:
+                    self._begin(t, _IS_RANGE, tid[i], time[i], True, totals, doing, since, done, did)
+            elif k in (_ON_ZAP_ALL, _ON_DESTROY):
+                if k == _ON_DESTROY or not (0 <= doing[t] < _MOST and totals[doing[t], 0] == _IS_MEMSLOT):
+                    if not self._ended:
+                        self._begin(t, _IS_VM_END, tid[i], time[i], True, totals, doing, since, done, did)
+                    self._ended = True
+            elif k == _ON_ZAP_PAGE:
+                for j in range(nx.shape[0]):
+                    if nx[j] == tid[i]:
+                        self._begin(t, _IS_NX, tid[i], time[i], True, totals, doing, since, done, did)
+                j = self._acts(t, tid[i], v, time[i], totals, doing, since, done, did, nx)
+                totals[j, _TABLES] += 1
+        return rows
+
+    @cython.cfunc
+    @cython.inline
+    @cython.exceptval(check=False)
+    def _maps(self, spte: cython.ulonglong) -> cython.bint:
+        """Whether an entry maps something; an MMIO SPTE does not."""
+        if self._spte:
+            return spte & self._spte != 0
+        return spte != 0 and spte >> self._type & 3 != _MMIO_TYPE
+
+    @cython.cfunc
+    @cython.exceptval(check=False)
+    def _key(
+        self, word: cython.uint, level: cython.longlong, gfn: cython.longlong, own: cython.uint[::1]
+    ) -> cython.longlong:
+        """Of a page under a role word."""
+        at: cython.Py_ssize_t = 0
+        while at < self._own_count and own[at] != word:
+            at += 1
+        if at == self._own_count and at < _WORDS - 1:
+            own[at] = word
+            self._own_count += 1
+        if level < 1 or level > 5:
+            level = 1
+        gfn = max(gfn, 0) >> (level - 1) * 9 << (level - 1) * 9
+        return at << 44 | level << 40 | gfn & 0xFFFFFFFFFF
+
+    @cython.cfunc
+    @cython.exceptval(check=False)
+    def _cause(self, root: cython.longlong, lost: cython.uchar[::1]) -> cython.Py_ssize_t:
+        """What a root was lost for (a row of the totals); 0: it was not."""
+        if lost[root]:
+            return lost[root]
+        return self._invalid_by if root <= self._invalid else 0
+
+    @cython.cfunc
+    @cython.exceptval(check=False)
+    def _find(self, why: cython.int, tid: cython.longlong, totals: cython.longlong[:, ::1]) -> cython.int:
+        """The row of a cause and a thread."""
+        at: cython.int = 3
+        while at < self.count and not (totals[at, 0] == why and totals[at, 1] == tid):
+            at += 1
+        if at == self.count:
+            if self.count == _MOST - 1:
+                return _MOST - 1
+            self.count += 1
+            totals[at, 0] = why
+            totals[at, 1] = tid
+        return at
+
+    @cython.cfunc
+    @cython.exceptval(check=False)
+    def _begin(
+        self,
+        t: cython.Py_ssize_t,
+        why: cython.int,
+        tid: cython.longlong,
+        time: cython.longlong,
+        counts: cython.bint,
+        totals: cython.longlong[:, ::1],
+        doing: cython.longlong[::1],
+        since: cython.longlong[::1],
+        done: cython.longlong[::1],
+        did: cython.uchar[::1],
+    ) -> cython.void:
+        """The thread begins something; without `counts` it is only an operation if it changes something."""
+        since[t] = done[t] = time
+        did[t] = counts
+        if not counts:
+            doing[t] = _MOST + why
+            return
+        doing[t] = self._find(why, tid, totals)
+        self._operation(totals, doing[t], time)
+
+    @cython.cfunc
+    @cython.exceptval(check=False)
+    def _operation(self, totals: cython.longlong[:, ::1], at: cython.Py_ssize_t, time: cython.longlong) -> cython.void:
+        if not totals[at, _OPERATIONS]:
+            totals[at, _SINCE] = time
+        totals[at, _OPERATIONS] += 1
+        totals[at, _UNTIL] = max(totals[at, _UNTIL], time)
+
+    @cython.cfunc
+    @cython.exceptval(check=False)
+    def _acts(
+        self,
+        t: cython.Py_ssize_t,
+        tid: cython.longlong,
+        v: cython.int,
+        time: cython.longlong,
+        totals: cython.longlong[:, ::1],
+        doing: cython.longlong[::1],
+        since: cython.longlong[::1],
+        done: cython.longlong[::1],
+        did: cython.uchar[::1],
+        nx: cython.longlong[::1],
+    ) -> cython.Py_ssize_t:
+        """The thread changes something: the row that it is counted in, which lasts until now at least."""
+        j: cython.Py_ssize_t
+        why: cython.int
+        if doing[t] < 0:
+            why = _IS_VM_END if self._ended else _IS_OTHER
+            for j in range(nx.shape[0]):
+                if nx[j] == tid:
+                    why = _IS_NX
+            self._begin(t, why, tid, time, True, totals, doing, since, done, did)
+        elif doing[t] >= _MOST:
+            doing[t] = self._find(cython.cast(cython.int, doing[t] - _MOST), tid, totals)
+            self._operation(totals, doing[t], since[t])
+            did[t] = True
+        j = doing[t]
+        totals[j, _NS] += max(time - done[t], 0)
+        done[t] = max(time, done[t])
+        totals[j, _LONGEST] = max(totals[j, _LONGEST], done[t] - since[t])
+        totals[j, _UNTIL] = max(totals[j, _UNTIL], time)
+        return j
+
+    @cython.cfunc
+    @cython.exceptval(check=False)
+    def _pages(self, totals: cython.longlong[:, ::1], at: cython.Py_ssize_t, gfn: cython.longlong) -> cython.void:
+        totals[at, _LOW] = min(totals[at, _LOW], gfn)
+        totals[at, _HIGH] = max(totals[at, _HIGH], gfn)
+
+    # A page's value: the root that mapped it last, what it was protected by (0: by nothing), what it was removed by.
+
+    @cython.cfunc
+    @cython.exceptval(check=False)
+    def _put(
+        self,
+        key: cython.longlong,
+        root: cython.longlong,
+        protect: cython.longlong,
+        removed: cython.longlong,
+        keys: cython.longlong[::1],
+        values: cython.longlong[::1],
+    ) -> cython.void:
+        at: cython.Py_ssize_t = _place(keys, key)
+        if keys[at] < 0:
+            keys[at] = key
+            self._held += 1
+        values[at] = root << 16 | protect << 8 | removed
+
+    @cython.cfunc
+    @cython.exceptval(check=False)
+    def _mapped(
+        self,
+        key: cython.longlong,
+        root: cython.longlong,
+        keys: cython.longlong[::1],
+        values: cython.longlong[::1],
+    ) -> cython.bint:
+        at: cython.Py_ssize_t = _place(keys, key)
+        return keys[at] >= 0 and values[at] & 255 == _IS_MAPPED and values[at] >> 16 == root
+
+    @cython.cfunc
+    @cython.exceptval(check=False)
+    def _of_page(
+        self,
+        words: cython.uint[::1],
+        root: cython.longlong,
+        as_id: cython.int,
+        level: cython.longlong,
+        gfn: cython.longlong,
+        own: cython.uint[::1],
+        by: cython.longlong,
+        goes: cython.bint,
+        keys: cython.longlong[::1],
+        values: cython.longlong[::1],
+    ) -> cython.void:
+        """A root's leaf goes or is protected; of a page that another root has mapped since, nothing changes.
+
+        Where the root is not known, it is that of every role word of the address space under which the page is mapped.
+        """
+        w: cython.Py_ssize_t
+        at: cython.Py_ssize_t
+        key: cython.longlong
+        if root:
+            key = self._key(words[root], level, gfn, own)
+            at = _place(keys, key)
+            if keys[at] < 0 or values[at] >> 16 == root:
+                self._put(key, root, 0 if goes else by, by if goes else _IS_MAPPED, keys, values)
+            return
+        for w in range(self._own_count):
+            if (own[w] & self._smm != 0) == (as_id == 1):
+                key = self._key(own[w], level, gfn, own)
+                at = _place(keys, key)
+                if keys[at] >= 0 and values[at] & 255 == _IS_MAPPED:
+                    values[at] = values[at] >> 16 << 16 | (by if goes else by << 8 | _IS_MAPPED)
+                    continue
+                at = _place(keys, self._key(own[w], level + 1, gfn, own))
+                if keys[at] >= 0:  # a part of a huge page that was split, of which no row is
+                    self._put(key, values[at] >> 16, 0 if goes else by, by if goes else _IS_MAPPED, keys, values)
+
+    @cython.cfunc
+    @cython.exceptval(check=False)
+    def _split(
+        self,
+        as_id: cython.int,
+        level: cython.longlong,
+        gfn: cython.longlong,
+        own: cython.uint[::1],
+        keys: cython.longlong[::1],
+        values: cython.longlong[::1],
+    ) -> cython.void:
+        """A leaf of a root that is not known: a part of a huge page, or all parts of one together again."""
+        w: cython.Py_ssize_t
+        at: cython.Py_ssize_t
+        for w in range(self._own_count):
+            if (own[w] & self._smm != 0) == (as_id == 1):
+                at = _place(keys, self._key(own[w], level + 1, gfn, own))
+                if keys[at] < 0:
+                    at = _place(keys, self._key(own[w], level, gfn, own))
+                if keys[at] >= 0:
+                    self._put(self._key(own[w], level, gfn, own), values[at] >> 16, 0, _IS_MAPPED, keys, values)
+
+    @cython.cfunc
+    @cython.exceptval(check=False)
+    def _map(
+        self,
+        key: cython.longlong,
+        root: cython.longlong,
+        v: cython.int,
+        keys: cython.longlong[::1],
+        values: cython.longlong[::1],
+        totals: cython.longlong[:, ::1],
+        lost: cython.uchar[::1],
+        fixing: cython.uchar[::1],
+    ) -> cython.void:
+        """A leaf is installed: what its page's last mapping went by."""
+        at: cython.Py_ssize_t = _place(keys, key)
+        why: cython.Py_ssize_t
+        if keys[at] < 0:
+            why = _IS_FIRST
+        else:
+            why = values[at] & 255
+            if values[at] >> 16 != root and self._cause(values[at] >> 16, lost):
+                why = self._cause(values[at] >> 16, lost)
+            if why == _IS_MAPPED:
+                why = _IS_UNSEEN
+        if v >= 0:
+            totals[why, _MAPPED] += 1
+            fixing[v] = 0
+        self._put(key, root, 0, _IS_MAPPED, keys, values)
+
+    @cython.cfunc
+    @cython.exceptval(check=False)
+    def _fix(
+        self,
+        word: cython.uint,
+        gfn: cython.longlong,
+        own: cython.uint[::1],
+        keys: cython.longlong[::1],
+        values: cython.longlong[::1],
+    ) -> cython.uchar:
+        """A fault on a leaf that is there: what took the permission; it counts when the fault mends that."""
+        level: cython.longlong
+        at: cython.Py_ssize_t
+        why: cython.longlong = 0
+        for level in range(1, 4):
+            at = _place(keys, self._key(word, level, gfn, own))
+            if keys[at] >= 0 and values[at] & 255 == _IS_MAPPED:
+                why = values[at] >> 8 & 255
+                values[at] = values[at] & ~cython.cast(cython.longlong, 255 << 8)
+                break
+        return cython.cast(cython.uchar, why if why else _IS_UNWRITABLE)
+
+
+@cython.cfunc
+@cython.exceptval(check=False)
+def _place(keys: cython.longlong[::1], key: cython.longlong) -> cython.Py_ssize_t:
+    """Where a key is, or is to be put."""
+    mask: cython.Py_ssize_t = keys.shape[0] - 1
+    mixed: cython.ulonglong = cython.cast(cython.ulonglong, key)
+    at: cython.Py_ssize_t
+    mixed = (mixed ^ mixed >> 29) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+    at = cython.cast(cython.Py_ssize_t, mixed >> 20) & mask
+    while keys[at] != key and keys[at] != -1:
+        at = at + 1 & mask
+    return at
