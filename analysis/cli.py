@@ -169,6 +169,8 @@ def diff(
     policies = list(policy or [""])
     if len(policies) > 2:
         raise Problem("diff: give --policy once, or twice: base, then new")
+    if format_ == "html":
+        raise Problem("diff --format html: a page is of one report: give text, md, mail or json")
     if format_ == "junit":
         raise Problem("diff: there is no gate in it, so that JUnit would always be green: gate with `kvmtrace report`")
     render = renderer(format_)

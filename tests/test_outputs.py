@@ -200,3 +200,10 @@ def test_what_a_mode_does_not_serve_is_refused(words: list[str], files: Files, t
         invoke(["replay", str(files.trace), *(word.format(out=out) for word in words)])
     assert raised.value.code == BAD_INPUT
     assert not out.exists()
+
+
+@pytest.mark.parametrize("form", ["html", "junit"])
+def test_a_format_that_diff_does_not_serve_is_refused(form: str, files: Files) -> None:
+    with pytest.raises(Problem, match=r"^diff[^\n]*$") as raised:
+        invoke(["diff", str(files.trace), str(files.trace), "--format", form])
+    assert raised.value.code == BAD_INPUT
