@@ -15,7 +15,6 @@ _HEAD: Final = 1 << 16  # bytes looked at
 _RECORD: Final = "`kvmtrace record` makes traces"
 _IMPORT: Final = "`kvmtrace import` makes a trace of it"
 _AS_IT_IS: Final = "of a text `kvmtrace import` takes it as it is"
-_TOOL: Final = "nothing here imports it yet: import what `{}` prints of it"
 _OURS: Final = "give the recording, or the result, that it was made of"
 
 # A line of ftrace: task-pid, [cpu], perhaps flags, time, event; in mails behind a `>`. perf puts blanks and the system.
@@ -29,10 +28,10 @@ _PERF: Final = _TASK + rb"[ \t]\d{1,9}(/\d{1,9})?[ \t]{1,9}\[\d{2,4}\][ \t]{1,9}
 _KNOWN: Final = [
     (re.compile(pattern, flags), what, advice)
     for pattern, flags, what, advice in (
-        (rb"\A\x17\x08Dtracing6\0", 0, "trace-cmd's trace.dat, version 6", _TOOL.format("trace-cmd report -R")),
-        (rb"\A\x17\x08Dtracing7\0", 0, "trace-cmd's trace.dat, version 7", _TOOL.format("trace-cmd report -R")),
-        (rb"\A\x17\x08Dtracing", 0, "trace-cmd's trace.dat", _TOOL.format("trace-cmd report -R")),
-        (rb"\A(?:PERFILE2|2ELIFREP|PERFFILE)", 0, "perf's perf.data", _TOOL.format("perf script")),
+        (rb"\A\x17\x08Dtracing6\0", 0, "trace-cmd's trace.dat, version 6", _IMPORT),
+        (rb"\A\x17\x08Dtracing7\0", 0, "trace-cmd's trace.dat, version 7", _IMPORT),
+        (rb"\A\x17\x08Dtracing", 0, "trace-cmd's trace.dat", _IMPORT),
+        (rb"\A(?:PERFILE2|2ELIFREP|PERFFILE)", 0, "perf's perf.data", _IMPORT),
         (rb"\A\x1f\x8b", 0, "compressed by gzip", f"unpack it with gunzip; {_AS_IT_IS}"),
         (rb"\A\xfd7zXZ\0", 0, "compressed by xz", f"unpack it with unxz; {_AS_IT_IS}"),
         (rb"\A\x28\xb5\x2f\xfd", 0, "compressed by zstd", f"unpack it with unzstd; {_AS_IT_IS}"),

@@ -145,6 +145,9 @@ EXCERPTS: dict[str, list[Line]] = {
         _line(""),
         _line("   fc_vcpu 2  41700/41770 [011] 90311.220002:          1       kvm:kvm_page_fault: address 80000000 "
               "error_code 181", "kvm_page_fault", addr=0x80000000, code=0x181, tid=41770),
+        _line("    kvmtrace-vmm 22437/22444 [001] 31215.732491225:         kvmmmu:kvm_mmu_get_page: [FAILED TO PARSE] "
+              "mmu_valid_gen=0 gfn=256 role=14084 root_count=0 unsync=0 created=1", "kvm_mmu_get_page", gfn=256, role=14084,
+              level=4, flags=1, tid=22444),
         _line("   fc_vcpu 2  41770 [011] 90311.220003: PERF_RECORD_LOST lost 24", "gap", value=24),
     ],
     "perf trace": [

@@ -7,8 +7,10 @@ import gzip
 import json
 import lzma
 import os
+import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ import pytest
 from tests.replay.plain import plain
 from tests.traces.excerpts import EXCERPTS, mailed, text_of
 from tests.verbs import invoke, kvmtrace
-from traces.errors import BAD_INPUT, Problem
+from tracer import vmm
+from traces.errors import BAD_INPUT, ENVIRONMENT, Problem
 from traces.imports import scan
 from traces.imports.form_program import pieces, program
 from traces.imports.importing import import_text
@@ -166,15 +169,16 @@ def test_what_has_no_event_is_named_in_one_line(tmp_path: Path) -> None:
         "sched": (b" x-1 [000] 1.000000: sched_switch: a ==> b\n" * 3, "3 others (sched_switch)"),
         "elf": (b"\x7fELF\0\0\0", "ELF"),
         "trace": (b"PAR1\0\0", "nothing to import"),
-        "dat": (b"\x17\x08Dtracing6\0\0\x08", "trace-cmd report -R"),
-        "perf": (b"PERFILE2\0\0\0", "perf script"),
+        "dat": (b"\x17\x08Dtracing6\0\0\x08", "trace-cmd"),
+        "perf": (b"PERFILE2\0\0\0", "perf"),
     }
     for name, (data, expected) in given.items():
         path = tmp_path / name
         path.write_bytes(data)
         with pytest.raises(Problem, match=r"^[^\n]*$") as caught:
             invoke(["import", str(path), "-o", str(tmp_path / "out.parquet")])
-        assert caught.value.code == BAD_INPUT
+        lacking = name in ("dat", "perf") and shutil.which("trace-cmd" if name == "dat" else "perf") is None
+        assert caught.value.code == (ENVIRONMENT if lacking else BAD_INPUT)
         assert expected in str(caught.value)
         assert not (tmp_path / "out.parquet").exists()
 
@@ -204,6 +208,28 @@ def test_memslots_are_told(tmp_path: Path) -> None:
             invoke(["import", str(source), "-o", str(out), "--memslot", wrong])
     with pytest.raises(Problem, match="--vm-of"):
         invoke(["import", str(source), "-o", str(out), "--vm-of", "web=1"])
+
+
+@pytest.mark.kvm
+@pytest.mark.live
+def test_perf_data_of_this_machine(tmp_path: Path) -> None:
+    """All that perf recorded is there, under the kernel's release that the file has."""
+    if shutil.which("perf") is None:
+        pytest.skip("no perf here")
+    data, out = tmp_path / "perf.data", tmp_path / "out.parquet"
+    events = "kvm:kvm_userspace_exit,kvm:kvm_entry,kvm:kvm_exit,kvm:kvm_page_fault,kvmmmu:*"
+    workload = [str(vmm.binary()), "storm", "--loops", "2"]
+    recorded = subprocess.run(["perf", "record", "-q", "-o", str(data), "-e", events, *workload], capture_output=True)
+    assert recorded.returncode == 0, recorded.stderr
+    printed = subprocess.run(
+        ["perf", "script", "-F", "event", "-i", str(data)], capture_output=True, text=True, check=True
+    )
+    counted = Counter(line.strip().strip(":").partition(":")[2] for line in printed.stdout.splitlines() if line.strip())
+    invoke(["import", str(data), "-o", str(out)])
+    meta = Trace.open(out).metadata
+    assert dict(meta.kinds) == counted
+    assert meta.raw["source"]["odd"] == 0, meta.raw["source"]["first_odd"]
+    assert meta.kernel == os.uname().release
 
 
 def test_pieces_of_a_text_may_end_anywhere() -> None:

@@ -34,7 +34,7 @@ _PLAIN: Final = {
 }  # fmt: skip
 _ALL: Final = (1 << 64) - 1
 FAST_PAGE_FAULT: Final = BY_NAME["fast_page_fault"].code
-RUNS_GUEST: Final = (BY_NAME["kvm_entry"].code, BY_NAME["kvm_exit"].code)  # only a vCPU's thread has them
+RUNS_GUEST: Final = tuple(BY_NAME[name].code for name in ("kvm_entry", "kvm_exit", "kvm_userspace_exit"))
 
 
 @dataclass(frozen=True)

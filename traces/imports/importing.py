@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,6 +29,7 @@ from traces.imports.scan import Scanner
 from traces.imports.thread_vms import Assigned, Machine, assign, threads_of
 from traces.imports.told import ToldOfText
 from traces.kernels import Kernel
+from traces.kernels.fold import parse_version
 from traces.kernels.vendors import SVM, VMX
 from traces.outputs import IMPORTED, check
 from traces.progress import Progress
@@ -55,8 +56,10 @@ def import_text(path: Path, out: Path, options: ToldOfText, *, force: bool = Fal
     """Write the trace of a text; `path` may be `-`. Raises Problem where there is no event of KVM in it."""
     check(out, IMPORTED, [path], force=force)
     opened = Opened(path)
-    kernel = kernels.at(options.kernel) if options.kernel else None
     try:
+        if opened.release and not options.kernel:
+            options = replace(options, kernel=opened.release)
+        kernel = _kernel(options.kernel)
         opened.check_text()
         with tempfile.TemporaryFile(prefix="kvmtrace-") as spool, Progress(f"reading {path}") as progress:
             scanned = _scan(opened, spool, progress)
@@ -65,6 +68,17 @@ def import_text(path: Path, out: Path, options: ToldOfText, *, force: bool = Fal
             return _write(scanned, spool, out, opened, options, kernel, progress, force)
     finally:
         opened.close()
+
+
+def _kernel(release: str, vendor: str = "") -> Kernel | None:
+    """What is known of a kernel; None: nothing, it is older than what is described. Raises Problem for what is none."""
+    if not release:
+        return None
+    parse_version(release)
+    try:
+        return kernels.at(release, kernels.Facts(cpu=vendor))
+    except Problem:
+        return None
 
 
 @dataclass
@@ -152,8 +166,7 @@ def _write(
     assigned = assign(threads, options.vm_of)
     svm, vmx = int(scanner.by_vendor[1]), int(scanner.by_vendor[0])
     vendor = "" if not svm and not vmx else (SVM if svm > vmx else VMX).cpu
-    if kernel is not None and vendor:
-        kernel = kernels.at(options.kernel, kernels.Facts(cpu=vendor))
+    kernel = _kernel(options.kernel, vendor) or kernel
     roots = RootOrder(kernel, scanned.root_level)
     source = _Records(spool, assigned, roots, scanned.records, progress)
     said = Said(opened, scanner, program().order, assigned, options, kernel, vendor, bool(scanned.root_level))

@@ -77,7 +77,9 @@ class Said:
             lines.append("times are since the recording began")
         if self.opened.cut:
             lines.append(self.opened.cut)
-        if self.kernel is None:
+        if self.kernel is None and self.options.kernel:
+            lines.append(f"{self.options.kernel}: older than the kernels that are described (5.10): not for replay")
+        elif self.kernel is None:
             since = self.printed_since
             like = f" (its lines are as {since[0]}.{since[1]} or later prints them)" if since != PLUGIN else ""
             lines.append(f"the kernel is not in the text{like}: for replay, import it with --kernel")
@@ -102,7 +104,7 @@ def manifest(said: Said, machines: Sequence[Machine], kinds: Mapping[str, int]) 
         "snapshot": {"vms": [_vm(number + 1, machine, options) for number, machine in enumerate(machines)]},
     }
     if kernel is not None:
-        made["policy"] = {"name": kernel.policy, "why": f"what {kernel.name} has, the kernel that --kernel named"}
+        made["policy"] = {"name": kernel.policy, "why": f"what {kernel.name} has"}
         made["layout"] = {
             "role": {name: list(place) for name, place in kernel.layout.shifts.items()},
             "spte": kernel.spte.to_dict(),
@@ -120,7 +122,8 @@ def _source(said: Said) -> dict[str, Any]:
         inferred.append("roots: by order of the tables made at their level; each has a number in place of its frame")
         inferred.append("roles: by what the text says, in SMM by the transitions before")
     if said.options.kernel:
-        inferred.append(f"kernel: {said.options.kernel}, as told")
+        by = "as the file says" if said.options.kernel == said.opened.release else "as told"
+        inferred.append(f"kernel: {said.options.kernel}, {by}")
     cannot = ["which VM", "ioctls", "what is lost but for what it says"]
     cannot += [] if said.roots else ["roots"]
     cannot += [] if said.options.slots else ["memslots"]

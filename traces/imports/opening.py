@@ -19,12 +19,12 @@ import pyarrow as pa
 
 from traces import foreign
 from traces.errors import Problem
+from traces.imports.tools import Printed, tool_of
 
 STANDARD_INPUT: Final = Path("-")
 _PIECE: Final = 1 << 20
 _HEAD: Final = 1 << 16
 _NESTED: Final = 3  # compressed in compressed
-_BINARY: Final = (b"\x17\x08D", b"PERFILE2", b"2ELIFREP", b"PERFFILE")
 _DAMAGED: Final = (EOFError, OSError, zlib.error, lzma.LZMAError, pa.ArrowException, ValueError)
 
 # What quoted-printable says of itself, or an equals sign or a blank as it has them, or two full lines with soft breaks;
@@ -57,20 +57,28 @@ class Opened:
             self._file = unpacked
         else:
             raise Problem(f"{path}: compressed more than {_NESTED - 1} times: unpack it")
-
-    @property
-    def binary(self) -> bool:
-        """Whether it is the data of trace-cmd or perf, not text."""
-        return self.head.startswith(_BINARY)
+        self.release = ""  # the recorded kernel's, where the file says it
+        self._printed: Printed | None = None
+        tool = tool_of(self.head)
+        if tool is not None:
+            if self.how or path == STANDARD_INPUT:
+                raise Problem(f"{path}: {tool.what} must be a file that is not packed: {tool.events[0]} reads it")
+            self._printed = Printed(tool, path)
+            self.release = self._printed.release()
+            self.how.append(tool.events[0])
 
     def check_text(self) -> None:
-        """Raise a Problem where it is plainly no text."""
+        """Raise a Problem where it is plainly no text, nor what a tool prints as text."""
+        if self._printed is not None:
+            return
         utf16 = self.head.startswith((b"\xff\xfe", b"\xfe\xff"))
         if not self.head or (b"\0" in self.head and not utf16):
             raise Problem(f"{self.path}: nothing to import, but {foreign.named(self.path, self.head)}")
 
     def pieces(self) -> Iterator[bytes]:
         """The text. Pieces end anywhere."""
+        if self._printed is not None:
+            return self._by_tool(self._printed)
         if self.head.startswith((b"\xff\xfe", b"\xfe\xff")):
             self.how.append("UTF-16")
             return self._decoded()
@@ -82,6 +90,10 @@ class Opened:
             return self._plain(self._lines())
         return self._plain(self.raw())
 
+    def _by_tool(self, printed: Printed) -> Iterator[bytes]:
+        yield from printed.pieces()
+        self.cut = printed.cut
+
     def raw(self) -> Iterator[bytes]:
         """What is in the file, unpacked."""
         try:
@@ -92,6 +104,8 @@ class Opened:
 
     def close(self) -> None:
         """Done with it."""
+        if self._printed is not None:
+            self._printed.close()
         if self.path != STANDARD_INPUT:
             self._file.close()
 

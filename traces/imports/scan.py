@@ -37,8 +37,9 @@ _NOWHERE = cython.declare(cython.int, p.NOWHERE)
 _PLACES = cython.declare(cython.int, p.PLACES)
 _TEXT_ROLE = cython.declare(cython.ulonglong, p.TEXT_ROLE)
 _FAST = cython.declare(cython.longlong, p.FAST_PAGE_FAULT)
-_OF_GUEST_LOW = cython.declare(cython.longlong, p.RUNS_GUEST[0])
-_OF_GUEST_HIGH = cython.declare(cython.longlong, p.RUNS_GUEST[1])
+_ENTRY = cython.declare(cython.longlong, p.RUNS_GUEST[0])  # only a vCPU's thread has these
+_LEFT = cython.declare(cython.longlong, p.RUNS_GUEST[1])
+_RETURN = cython.declare(cython.longlong, p.RUNS_GUEST[2])
 _NO_VCPU = cython.declare(cython.ulonglong, 0xFFFF)
 _MASK64 = cython.declare(cython.ulonglong, 0xFFFFFFFFFFFFFFFF)
 
@@ -471,7 +472,7 @@ class Scanner:
                 if vcpu != _NO_VCPU and kind != 0:
                     self._fact[thread, 1] = cython.cast(cython.longlong, vcpu) + 1
                     self._fact[thread, 2] = 1
-                elif _OF_GUEST_LOW <= kind <= _OF_GUEST_HIGH:
+                elif kind in (_ENTRY, _LEFT, _RETURN):
                     self._fact[thread, 2] = 1
         self.rows = r + 1
 
@@ -1238,6 +1239,10 @@ class Scanner:
         digits: cython.int
         c: cython.int
         self._clear()
+        while i < end and buf[i] <= 32:
+            i += 1
+        if self._prefixed(buf, i, end, b"[FAILED TO PARSE]"):  # libtraceevent, of a format that it does not know
+            i += 17
         while i < end:
             while i < end and (buf[i] <= 32 or buf[i] == 44 or buf[i] == 40 or buf[i] == 41):
                 i += 1

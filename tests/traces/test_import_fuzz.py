@@ -1,0 +1,80 @@
+"""Mutated and cut texts, and texts of others: one clear line, or a trace that reads. Never anything else."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.traces.excerpts import EXCERPTS, mailed, text_of
+from traces.errors import Problem
+from traces.imports.importing import import_text
+from traces.imports.told import ToldOfText
+from traces.reader import Trace
+
+COUNT = int(os.environ.get("MUTATIONS", "300"))
+PARTS = 6
+_NASTY = (
+    b"\0", b"\xff\xfe", b"=\n", b"=3D", b"&gt;", b"> > > ", b"[", b"]: ", b"-1", b"99999999999999999999", b"0x",
+    b"\r\n",
+    b"18446744073709551616.999999: ", b"kvm_exit: ", b"[FAILED TO PARSE] role=",
+    b"CPU:70000 [LOST 99999999999999999999 EVENTS]\n",
+    b"(" * 50, b"A" * 5000, b"vcpu 70000", b"vcpu -1", b"lost 18446744073709551615", b"\x1f\x8b", b"# tracer: nop\n",
+)  # fmt: skip
+
+
+def mutated(text: bytes, chosen: random.Random) -> bytes:
+    """The text with a few changes: bytes, pieces cut out, doubled, moved, put in."""
+    data = bytearray(text)
+    for _ in range(chosen.randrange(1, 8)):
+        at = chosen.randrange(len(data) + 1)
+        end = min(len(data), at + chosen.randrange(1, 60))
+        how = chosen.randrange(6)
+        if how == 0 and at < len(data):
+            data[at] = chosen.randrange(256)
+        elif how == 1:
+            del data[at:end]
+        elif how == 2:
+            data[at:at] = data[at:end]
+        elif how == 3:
+            data[at:at] = chosen.choice(_NASTY)
+        elif how == 4:
+            data[at:end] = bytes(chosen.randrange(256) for _ in range(end - at))
+        else:
+            del data[at:]
+        if not data:
+            break
+    return bytes(data)
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_a_mutated_text_is_one_line_or_a_trace(part: int, tmp_path: Path) -> None:
+    pack: list[Callable[[bytes], bytes]] = [bytes, bytes, bytes, gzip.compress, lzma.compress, bz2.compress]
+    made, said = 0, list[str]()
+    for seed in range(part, COUNT, PARTS):
+        chosen = random.Random(seed)
+        name = chosen.choice(list(EXCERPTS))
+        text = mailed(text_of(name), seed) if chosen.random() < 0.3 else text_of(name).encode() * chosen.randrange(1, 4)
+        packed = chosen.choice(pack)
+        data = mutated(packed(text), chosen) if chosen.random() < 0.5 else packed(mutated(text, chosen))
+        source, out = tmp_path / "text", tmp_path / f"{seed}.parquet"
+        source.write_bytes(data)
+        try:
+            import_text(source, out, ToldOfText(chosen.choice(("", "6.1.20", "7.x"))))
+        except Problem as problem:
+            said.append(str(problem))
+            assert not out.exists(), seed
+            continue
+        trace = Trace.open(out)
+        trace.verify()
+        assert sum(batch.num_rows for batch in trace.batches()) == trace.metadata.events, seed
+        made += 1
+        out.unlink()
+    assert not [line for line in said if "\n" in line]
+    assert made > COUNT // PARTS // 4  # else they say nothing of rows
