@@ -152,7 +152,7 @@ class _Vm:
                 began = measured.began if self._settings.smis_open(measured) else -1
                 PolicyClock.run_all(list(clocks.values()), spool, inputs.rest, began)
         timed = {number: clock.outcome(inputs.vcpus, self._settings) for number, clock in clocks.items()}
-        time = vm_time(inputs.id, inputs.vcpus, self._capabilities, measured, list(timed.values()), self._settings)
+        time = vm_time(self._vm, inputs.vcpus, self._capabilities, measured, list(timed.values()), self._settings)
         self.times = [time]
         for number, each in enumerate(counting):
             columns = None

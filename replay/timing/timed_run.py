@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,7 +118,7 @@ class VmTime:
 
 
 def vm_time(
-    vm: int,
+    vm: Mapping[str, Any],
     ids: list[int],
     capabilities: Capabilities,
     measured: Measured,
@@ -126,18 +126,17 @@ def vm_time(
     settings: Settings,
 ) -> VmTime:
     """What is known of one VM's times."""
-    meta = capabilities.trace.metadata
-    own = next(each for each in meta.vms if int(each["id"]) == vm)
-    stuck = diagnoses(capabilities.trace, own, capabilities.kernel, measured.rip_runs, ids, settings.stuck)
+    meta, number = capabilities.trace.metadata, int(vm["id"])
+    stuck = diagnoses(capabilities.trace, vm, capabilities.kernel, measured.rip_runs, ids, settings.stuck)
     if measured.refused:
         nothing = replace(measured, began=0, fitted=fit({}, 0))
-        return VmTime(vm, nothing, False, [], stuck)
+        return VmTime(number, nothing, False, [], stuck)
     marked = [_slept(capabilities, measured)] if measured.slept.any() else []
     if meta.lost:
         marked.append(
             f"{meta.lost:,} events were lost in {meta.gap_count:,} gaps: their time counts as the state before them"
         )
-    return VmTime(vm, measured, settings.smis_open(measured), outcomes, stuck, "; ".join(marked))
+    return VmTime(number, measured, settings.smis_open(measured), outcomes, stuck, "; ".join(marked))
 
 
 def _slept(capabilities: Capabilities, measured: Measured) -> str:
