@@ -169,6 +169,7 @@ def test_spans_of_a_vcpu_neither_cross_nor_leave_a_gap(storm: Path, tmp_path: Pa
         assert before.name != after.name or after.name in ("SMI", "RSM")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [7, 97])
 def test_batches_cut_no_span(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = CORPUS / "smi-both-6.1-async.parquet"

@@ -243,6 +243,7 @@ def test_many_vms_stay_on_a_screen(tmp_path: Path) -> None:
     assert "of VM" in report.verdict[0]
 
 
+@pytest.mark.slow
 def test_export_gives_all_rows_of_a_query(tmp_path: Path) -> None:
     windows = run("export", OLD_STORM, "--csv", "windows", "-o", tmp_path / "w.csv")
     assert windows.exit_code == 0
@@ -258,6 +259,7 @@ def test_export_gives_all_rows_of_a_query(tmp_path: Path) -> None:
     assert not done.stderr
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_enough_ends_an_export_quietly() -> None:
     command = [sys.executable, "-m", "kvmtrace", "export", str(CORPUS / "churn-6.1.parquet"), "--csv", "gfns"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as export:

@@ -122,7 +122,7 @@ def test_any_rows_in_any_parts(values: list[tuple[int | None, int, int | None]],
         assert found[group]["most"] == max(known, default=None)
 
 
-@pytest.mark.parametrize("batch", [29, 1 << 18])
+@pytest.mark.parametrize("batch", [pytest.param(29, marks=pytest.mark.slow), 1 << 18])
 @pytest.mark.parametrize("ranges", [1, 5, 50])
 def test_heat_is_of_the_smallest_ranges_there_is_room_for(
     ranges: int, batch: int, monkeypatch: pytest.MonkeyPatch

@@ -31,6 +31,7 @@ def test_a_vm_that_never_ran_hides_no_other() -> None:
     assert "VMs 1, 10, 11, and 13 more: it never entered its guest" in note
 
 
+@pytest.mark.slow
 def test_every_vm_is_in_the_table_with_its_process() -> None:
     recording = Recording.open(FIELD)
     rows = overview(recording).collect()

@@ -41,6 +41,7 @@ def test_the_first_line_says_so(form: str) -> None:
     assert "its replay equals the rows in 1 of 1 VMs" in squeezed(good.stdout)
 
 
+@pytest.mark.slow
 def test_the_page_says_so() -> None:
     done = run("report", STORM, *WRONG, "--format", "html")
     assert "<title>kvmtrace: UNTRUSTED" in done.stdout
@@ -61,6 +62,7 @@ def test_programs_are_told() -> None:
     assert json.loads(run("replay", STORM, "--no-time", "--json").stdout)["own_policy"]["agrees"] is True
 
 
+@pytest.mark.slow
 def test_in_ci_it_fails_without_being_asked_for(tmp_path: Path) -> None:
     done = run("report", STORM, *WRONG, "--format", "junit", "-o", tmp_path / "a.xml")
     assert done.exit_code == 1
@@ -113,6 +115,7 @@ def test_what_the_rows_show_is_the_policy_everywhere(verb: str) -> None:
     ) in said
 
 
+@pytest.mark.slow
 def test_the_policy_can_be_given_in_every_verb(tmp_path: Path) -> None:
     given = ("--recorded-policy", "preserve")
     assert run("validate", SYNC, *given).exit_code == 1

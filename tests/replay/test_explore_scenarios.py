@@ -267,6 +267,7 @@ def test_what_is_not_there_is_one_line(tmp_path: Path) -> None:
     assert "there is no such file" in one_line(kvmtrace("explore", str(tmp_path / "none.py")))
 
 
+@pytest.mark.slow
 def test_a_scenario_of_ones_own(tmp_path: Path) -> None:
     example = ROOT / "replay" / "examples" / "last_reference.py"
     code = example.read_text()
