@@ -136,7 +136,8 @@ def validate(recording: Path | Trace, policy: str = "", recorded_policy: str = "
     report = ConformanceReport(path, meta.kernel, policy, vms, notes, policy_by)
     if not report.expected:
         whys = [why for vm in vms for why in (vm.skipped, vm.until) if why]
-        raise Problem(f"{path}: cannot be validated: {whys[0] if whys else 'it has no VM'}")
+        why = whys[0] if whys else "no vCPU of its VMs ran" if meta.vms else "it has no VM"
+        raise Problem(f"{path}: cannot be validated: {why}")
     return report
 
 
