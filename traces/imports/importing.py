@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -86,6 +86,7 @@ class _Scanned:
     scanner: Scanner
     records: int = 0
     root_level: int = 0
+    kinds: NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, np.int64))
 
 
 def _scan(opened: Opened, spool: Any, progress: Progress) -> _Scanned:
@@ -130,6 +131,7 @@ def _flush(scanner: Scanner, found: _Scanned, stream: Any, count: int) -> None:
         arrays.append(pa.array(data))
     stream.write_batch(pa.RecordBatch.from_arrays(arrays, schema=RECORD_SCHEMA))
     found.records += count
+    found.kinds += np.bincount(columns["kind"], minlength=256)
     made = (columns["kind"] == _GET_PAGE) & (columns["flags"] & 1 != 0)
     role = columns["role"]
     shift = np.where(role & TEXT_ROLE, ROLE_FIELDS["direct"][0], 7)  # the same bit in every kernel's word
@@ -168,7 +170,7 @@ def _write(
     vendor = "" if not svm and not vmx else (SVM if svm > vmx else VMX).cpu
     kernel = _kernel(options.kernel, vendor) or kernel
     roots = RootOrder(kernel, scanned.root_level)
-    source = _Records(spool, assigned, roots, scanned.records, progress)
+    source = _Records(spool, assigned, roots, scanned.kinds, progress)
     said = Said(opened, scanner, program().order, assigned, options, kernel, vendor, bool(scanned.root_level))
     source.manifest = manifest(said, source.machines, source.kinds())
     source.manifest_problem = f"imported, and {opened.cut}" if opened.cut else ""
@@ -183,22 +185,21 @@ def _write(
 class _Records(SegmentReader):
     """Stands where compaction expects a recording's segments: the spool's records, with VMs, vCPUs and roots."""
 
-    def __init__(self, spool: Any, assigned: Assigned, roots: RootOrder, records: int, progress: Progress) -> None:
+    def __init__(
+        self, spool: Any, assigned: Assigned, roots: RootOrder, kinds: NDArray[np.int64], progress: Progress
+    ) -> None:
         self.segments: list[Segment] = []
         self.manifest_problem = ""
         self.manifest: dict[str, Any] = {}
         self.machines = assigned.machines or (Machine(),)
         self._spool, self._assigned, self._roots, self._progress = spool, assigned, roots, progress
-        self._records = records
+        self._totals = kinds
         self._counts = np.zeros((256, 1 << 12), np.int64)  # kind, CPU
         self._lost: dict[str, int] = {}
 
     def kinds(self) -> dict[str, int]:
         """Rows by kind."""
-        totals = np.zeros(256, np.int64)
-        for batch in self._read():
-            totals += np.bincount(batch["kind"], minlength=256)
-        return {kind_name(code): int(totals[code]) for code in np.flatnonzero(totals).tolist()}
+        return {kind_name(code): int(self._totals[code]) for code in np.flatnonzero(self._totals).tolist()}
 
     def batches(self) -> Iterator[tuple[int, Columns]]:
         written = 0
@@ -235,7 +236,8 @@ class _Records(SegmentReader):
     def _count(self, columns: Columns) -> None:
         cpu = np.minimum(columns["cpu"].astype(np.int64), (1 << 12) - 1)
         columns["cpu"] = cpu.astype(np.uint16)
-        np.add.at(self._counts, (columns["kind"], cpu), 1)
+        cells = columns["kind"].astype(np.int64) << 12 | cpu
+        self._counts += np.bincount(cells, minlength=1 << 20).reshape(256, 1 << 12)
         for row in np.flatnonzero(columns["kind"] == _GAP).tolist():
             name = str(int(cpu[row]))
             self._lost[name] = self._lost.get(name, 0) + int(columns["w0"][row])
