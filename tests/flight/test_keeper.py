@@ -215,3 +215,12 @@ def test_a_trigger_dumps_with_what_it_found_and_once_while_it_lasts(tmp_path: Pa
     assert max(times(dump)) <= facts["time"] + 200 * MS
     assert min(times(dump)) == SECOND, "what was before it began is there"
     assert dump.name.endswith("-same-gfn.parquet")
+
+
+def test_who_asks_when_it_is_over_is_told(tmp_path: Path) -> None:
+    flight = Flight(tmp_path)
+    flight.close()
+    late = Request("manual")
+    flight.thread.ask(late)
+    with pytest.raises(Problem, match="the recorder is ending"):
+        late.answer.result(1)

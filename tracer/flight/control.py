@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -25,6 +26,7 @@ _LOCK: Final = ".flight.lock"
 _MOST: Final = 16  # clients at once
 _LINE: Final = 4096
 _REASON: Final = 200
+_FAREWELL: Final = 2.0  # seconds for the answers that are under way at the end
 _PATIENCE: Final = 5.0  # seconds for a client's line
 
 
@@ -61,8 +63,9 @@ class Control:
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+        end = time.monotonic() + _FAREWELL
         for _ in range(_MOST):
-            self._clients.acquire()
+            self._clients.acquire(timeout=max(end - time.monotonic(), 0))
         os.close(self._lock)
 
     def _serve(self) -> None:

@@ -29,7 +29,7 @@ from tracer.recorder import Options, Recorder, Stop, check
 from tracer.ring import default_ring_bytes, ring_count
 from tracer.writer import OrderedThread
 from traces import interrupts
-from traces.errors import Problem
+from traces.errors import ENVIRONMENT, Problem
 from traces.progress import Progress
 
 _TICK_SECONDS = 0.02
@@ -150,7 +150,15 @@ def fly(options: FlightOptions) -> FlightOutcome:
     stop, cpus, record = Stop(), os.cpu_count() or 1, options.record
     ring_bytes = record.ring_bytes or default_ring_bytes(cpus)
     flights: list[FlightRecorder] = []
-    control = Control(record.out, options.group, lambda reason: flights[0].ask("manual", reason))
+    ready = threading.Event()
+
+    def dump(reason: str) -> Future[Path]:
+        ready.wait()
+        if not flights:
+            raise Problem(f"{record.out}: its recorder did not start", ENVIRONMENT)
+        return flights[0].ask("manual", reason)
+
+    control = Control(record.out, options.group, dump)
     try:
         with stop.listening():
             probes = Probes(record.kinds, ring_count(cpus), ring_bytes, record.vm)
@@ -159,6 +167,7 @@ def fly(options: FlightOptions) -> FlightOutcome:
                 flight = FlightRecorder(options, probes, ring_bytes, stop)
                 _remember(flight.flight, record.out)
                 flights.append(flight)
+                ready.set()
                 with _asked_by_signal(flight), Progress("recording") as progress:
                     stopped, status = flight.run(progress)
                 counters = probes.counters()
@@ -168,6 +177,7 @@ def fly(options: FlightOptions) -> FlightOutcome:
             with Progress("making traces of the last dumps"):
                 _wait_for(dumps.close, dumps.abandon, stop)
     finally:
+        ready.set()
         control.close()
     put = counters["emitted"].astype(np.int64) - counters["lost"].astype(np.int64)
     return FlightOutcome(

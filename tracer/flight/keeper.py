@@ -6,6 +6,7 @@ the window where the stream has come to its end, and a dump is cut where the str
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -99,6 +100,7 @@ class FlightThread(OrderedThread):
         self._offered: Checkpoint | None = None
         self._wanted = False
         self._tries = 0
+        self._asking, self._over = threading.Lock(), False
         self._asked: deque[Request] = deque()
         self._pending: list[_Pending] = []
         self._pushed_until = first.ended
@@ -108,7 +110,11 @@ class FlightThread(OrderedThread):
 
     def ask(self, request: Request) -> None:
         """Ask for a dump; its answer is the trace's path, or a Problem."""
-        self._asked.append(request)
+        with self._asking:
+            if self._over:
+                request.answer.set_exception(Problem("no dump: the recorder is ending", ENVIRONMENT))
+            else:
+                self._asked.append(request)
 
     def offer(self, checkpoint: Checkpoint) -> None:
         """Give the checkpoint that was wanted."""
@@ -124,6 +130,8 @@ class FlightThread(OrderedThread):
 
     def close(self) -> None:
         """The recording has ended: what is asked for becomes a dump now. Raises what the thread failed with."""
+        with self._asking:
+            self._over = True
         self._end()
         self._receive()
         for pending in self._pending:
@@ -165,7 +173,8 @@ class FlightThread(OrderedThread):
 
     def _hear(self, alarms: list[Alarm]) -> None:
         for alarm in alarms:
-            self.ask(Request(alarm.trigger, alarm.text, manual=False, severity=alarm.severity, at=self._pushed_until))
+            at, severity = self._pushed_until, alarm.severity
+            self._asked.append(Request(alarm.trigger, alarm.text, manual=False, severity=severity, at=at))
 
     def _due(self, reached: int) -> list[tuple[int, Callable[[], None]]]:
         due: list[tuple[int, Callable[[], None]]] = []
