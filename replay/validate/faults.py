@@ -14,6 +14,7 @@ from replay.validate.expect import Activity, Expect, Spte, perhaps
 from replay.validate.row_tuples import RowTuple
 from replay.validate.vm_state import NO_SLOT, Mapping
 from replay.validate.zap_steps import Zaps
+from traces.kernels.roles import has_ad_disabled
 from traces.kernels.spte import LARGE, WRITABLE, pfn
 
 # A table of the goal level, and the levels that were changed by others meanwhile.
@@ -61,6 +62,13 @@ class FaultSteps(Zaps):
                 yield None
                 if fixable:
                     return
+        elif not present and self.fast and has_ad_disabled(self.role(root)):
+            # Without A/D bits an access that is tracked looks like this, too: page_fault_can_be_fast() lets it try.
+            found = page_table.leaf(root.top, gfn)
+            if found is None:
+                want = {"root": self.name(root), "addr": addr, "old": self.nothing, "ret": self.kernel.ret_pf.invalid}
+                yield Expect("fast_page_fault", want)
+                yield None
         yield from self.requested(root, gfn, present, bool(code & codes.fetch))
 
     def misconfigured(self, vcpu: Vcpu) -> Activity:

@@ -10,6 +10,7 @@ import pytest
 
 from tests.corpus import CORPUS
 from traces.kernels.exit_names import exit_name
+from traces.kernels.roles import has_ad_disabled
 from traces.kernels.vendors import VMX
 from traces.reader import Trace
 
@@ -65,3 +66,15 @@ def test_with_pml_no_write_to_a_logged_page_faults() -> None:
     assert mended == 1536
     assert faulted.kinds["kvm_page_fault"] == logged.kinds["kvm_page_fault"] + mended
     assert faulted.kinds["kvm_tdp_mmu_spte_changed"] == logged.kinds["kvm_tdp_mmu_spte_changed"]
+
+
+def test_without_accessed_and_dirty_bits_every_fault_tries_the_fast_way() -> None:
+    """An access that KVM tracks by taking rights away would look like it; the first of a page is not mended by it."""
+    told = rows(CORPUS / "smi-storm-6.1-eptad0.parquet")
+    tried = told.filter(pl.col("kind") == "fast_page_fault")
+    assert len(tried) == len(told.filter(pl.col("kind") == "kvm_page_fault")) == 514
+    assert (tried["old"] == 0).all()
+    words = told.filter(pl.col("kind") == "mmu_load")["role"].unique().to_list()
+    assert all(has_ad_disabled(word) for word in words)
+    leaves = told.filter(pl.col("kind") == "kvm_mmu_set_spte")["new"]
+    assert not any(leaf & (VMX.accessed | VMX.dirty) for leaf in leaves.to_list())

@@ -59,6 +59,8 @@ class Recording:
         self.kinds = {row.kind for rows in self.vms for row in rows}
         self.tdp = self.meta.policy != "shadow"
         self.vmx = self.meta.raw["host"]["vendor"] == "GenuineIntel"
+        # Without A/D bits each SPTE's type (53:52) says so, and faults on absent leaves are tried without mmu_lock.
+        self.ad_off = self.meta.raw["modules"].get("kvm_intel", {}).get("eptad") == "N"
         self.role = {name: ((1 << w) - 1) << s for name, (s, w) in self.meta.raw["layout"]["role"].items()}
 
     def of(self) -> dict[str, Any]:
@@ -184,7 +186,7 @@ def sptes(made: Recording) -> dict[str, Any]:
     changed = [row for rows in made.vms for row in rows if row.kind == "kvm_tdp_mmu_spte_changed"]
     leaves = [row.new for rows in made.vms for row in rows if row.kind == "kvm_mmu_set_spte"]
     mbec = USER_EXECUTE if made.vmx and made.meta.kernel.startswith("7.") else 0
-    own = ~(HARDWARE["vmx" if made.vmx else "svm"] | mbec | PFN)
+    own = ~(HARDWARE["vmx" if made.vmx else "svm"] | mbec | (3 << 52 if made.ad_off else 0) | PFN)
     mmio = [word for word in leaves if word >> 52 & 3 == 3] if not made.probed("kvm_tdp_mmu_spte_changed") else []
     plain = [word for word in leaves if word not in mmio]
     found: dict[str, Any] = {"spte.writable": _all(plain) & own & (1 << 64) - 1 if plain else None}
@@ -323,7 +325,7 @@ def vendor(made: Recording) -> dict[str, Any]:
                     found["vendor.mmio"].add(exit_)
                 else:
                     found["vendor.fault.reserved"].add(fault)
-            elif row.kind == "fast_page_fault" and fault is not None:
+            elif row.kind == "fast_page_fault" and fault is not None and (row.old or not made.ad_off):
                 found["vendor.fault.present"].add(fault)
                 found["vendor.fault.write"].add(fault)
             elif row.kind == "kvm_msr" and row.flags & 1:
