@@ -9,7 +9,7 @@ the process and its children, start-up included) over that of decoding in the sa
 ranges over the rounds. Memory is the peak of the command's largest process. Start-up is 0.5 s or so of each: nothing
 in 100 million events, much in 10 million, so that the targets of ratios are those at the largest number of events.
 
-Of each number of events, too:
+Of the smallest number of events, too:
 
 - one recording of two VMs, replayed on one core and on two: how many times the wall clock's speed the second brings;
 - recordings of 1,000 VMs and of 1,000 vCPUs: what `replay`, `report --no-replay` and decoding cost a row, over what
@@ -176,7 +176,7 @@ def whole_table(done: dict[str, list[Run]], events: int, largest: bool) -> str:
     return table(head, rows)
 
 
-def many_rows(done: dict[str, list[Run]], rows: dict[str, int], largest: bool) -> list[list[str]]:
+def many_rows(done: dict[str, list[Run]], rows: dict[str, int]) -> list[list[str]]:
     found = []
     one, *others = rows
     for name in others:
@@ -188,13 +188,13 @@ def many_rows(done: dict[str, list[Run]], rows: dict[str, int], largest: bool) -
             of_command = each is not DECODING
             found.append([
                 f"{each.name}: CPU time a row of {name}, over one VM's", spread(times),
-                judged(times, MANY if of_command and largest else None), f"{peak:,.0f}",
+                judged(times, MANY if of_command else None), f"{peak:,.0f}",
                 judged([peak], MEMORY if of_command else None),
             ])  # fmt: skip
     return found
 
 
-def many_table(directory: Path, events: int, rounds: int, largest: bool, document: dict[str, Any]) -> str:
+def many_table(directory: Path, events: int, rounds: int, document: dict[str, Any]) -> str:
     """Two VMs on two cores, and many of them; what was measured goes into the document."""
     paths = {"one VM": made(directory, events)}
     for option, label in (("--vms", "VMs"), ("--vcpus", "vCPUs")):
@@ -202,12 +202,12 @@ def many_table(directory: Path, events: int, rounds: int, largest: bool, documen
     done = many(paths, rounds)
     cores = two_cores(made(directory, events, "--vms", "2"), rounds)
     document |= {"many": plain(done), "cores": plain(cores)}
-    rows = many_rows(done, {name: rows_of(path) for name, path in paths.items()}, largest)
+    rows = many_rows(done, {name: rows_of(path) for name, path in paths.items()})
     what = "replay of two VMs: speed of two cores, over one's"
     if cores:
         speeds = ratios(cores, "one core", "two cores", lambda run: run.seconds)
         peak = max(run.peak for runs in cores.values() for run in runs) / (1 << 20)
-        target = judged(speeds, CORES if largest else None, most=False)
+        target = judged(speeds, CORES, most=False)
         rows.insert(0, [what, spread(speeds), target, f"{peak:,.0f}", judged([peak], MEMORY)])
     else:
         rows.insert(0, [what, "not measured: this process may run on one core only", "", "", ""])
@@ -242,7 +242,8 @@ def main() -> None:
             done = whole(path, options.rounds)
             of_these = document[str(events)] = {"commands": plain(done)}
             texts.append(whole_table(done, rows_of(path), largest))
-            texts.append(many_table(directory, events, options.rounds, largest, of_these))
+            if events == options.events[0]:
+                texts.append(many_table(directory, events, options.rounds, of_these))
     if options.json:
         print(json.dumps(document, indent=1))
     else:

@@ -73,7 +73,10 @@ class Lasting:
         self.codes = np.concatenate([self.codes, np.zeros(room, np.uint64)])
         self.rets = np.concatenate([self.rets, np.zeros(room, np.int32)])
         self.totals = np.concatenate([self.totals, np.zeros((room, _WIDTH), np.int64)])
-        self.buckets = np.concatenate([self.buckets, np.zeros((room, BUCKETS), np.int64)])
+        # Of many VMs most buckets stay empty: memory that is not written to costs nothing.
+        buckets = np.zeros((len(self.codes), BUCKETS), np.int64)
+        buckets[: self.count] = self.buckets[: self.count]
+        self.buckets = buckets
 
     def _feed(
         self,
