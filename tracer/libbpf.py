@@ -168,7 +168,10 @@ class BpfMap:
         before, next_key = None, ctypes.create_string_buffer(self.key.itemsize)
         while not library.bpf_map_get_next_key(self.fd, before, next_key):
             if found == len(keys):
-                keys, values = (np.resize(have, max(64, 2 * found)) for have in (keys, values))
+                # Not np.resize, which packs a struct that has holes: the kernel would write beyond its end.
+                more_keys, more_values = (np.zeros(max(64, 2 * found), kind) for kind in (self.key, self.value))
+                more_keys[:found], more_values[:found] = keys, values
+                keys, values = more_keys, more_values
                 key_at, value_at = keys.ctypes.data, values.ctypes.data
             before = key_at + found * self.key.itemsize
             ctypes.memmove(before, next_key, self.key.itemsize)
