@@ -22,7 +22,6 @@ _BUCKETS = cython.declare(cython.Py_ssize_t, 64 * 58)
 _MOST = cython.declare(cython.Py_ssize_t, 2048)  # codes that are told apart
 _OTHERS = cython.declare(cython.ulonglong, (1 << 64) - 2)
 OTHERS = (1 << 64) - 2  # the code of those beyond
-VCPUS = 1 << 15  # ids that a row can name
 _FIELDS = ("begun", "ended", "ns", "longest")
 _WIDTH = cython.declare(cython.Py_ssize_t, 4)
 
@@ -40,8 +39,8 @@ class Lasting:
     totals = cython.declare(object, visibility="public")
     buckets = cython.declare(object, visibility="public")
     count = cython.declare(cython.Py_ssize_t, visibility="public")
-    _since: object
-    _place: object
+    _since: Any
+    _place: Any
     _begins: cython.int
     _end: cython.int
     _itself: cython.bint
@@ -53,11 +52,12 @@ class Lasting:
         self.codes, self.rets = np.zeros(0, np.uint64), np.zeros(0, np.int32)
         self.totals, self.buckets = np.zeros((0, _WIDTH), np.int64), np.zeros((0, BUCKETS), np.int64)
         # By vCPU: when what it is at began, and the row of `totals` that it is of, from 1 on; 0: it is at nothing.
-        self._since, self._place = np.zeros(VCPUS, np.int64), np.zeros(VCPUS, np.int32)
+        self._since, self._place = np.zeros(0, np.int64), np.zeros(0, np.int32)
 
     def feed(self, time: Any, vcpu: Any, kind: Any, code: Any, ret: Any = None) -> None:
         """Take in rows; `vcpu` is -1 where there is none. With `ret`, rows of one code are told apart by it."""
         done: cython.Py_ssize_t = 0
+        self._make_room(int(vcpu.max()) + 1 if len(vcpu) else 0)
         rets = np.zeros(1, np.int32) if ret is None else ret
         while True:
             done = self._feed(
@@ -68,15 +68,19 @@ class Lasting:
                 return
             self._grow()
 
+    def _make_room(self, vcpus: int) -> None:
+        """For ids below `vcpus`: of many VMs few have more than some."""
+        more = vcpus - len(self._since)
+        if more > 0:
+            self._since = np.concatenate([self._since, np.zeros(more, np.int64)])
+            self._place = np.concatenate([self._place, np.zeros(more, np.int32)])
+
     def _grow(self) -> None:
-        room = max(8, len(self.codes))
+        room = max(2, len(self.codes))
         self.codes = np.concatenate([self.codes, np.zeros(room, np.uint64)])
         self.rets = np.concatenate([self.rets, np.zeros(room, np.int32)])
         self.totals = np.concatenate([self.totals, np.zeros((room, _WIDTH), np.int64)])
-        # Of many VMs most buckets stay empty: memory that is not written to costs nothing.
-        buckets = np.zeros((len(self.codes), BUCKETS), np.int64)
-        buckets[: self.count] = self.buckets[: self.count]
-        self.buckets = buckets
+        self.buckets = np.concatenate([self.buckets, np.zeros((room, BUCKETS), np.int64)])
 
     def _feed(
         self,
