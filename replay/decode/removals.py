@@ -176,6 +176,7 @@ _MMIO_TYPE = cython.declare(cython.ulonglong, 3)
 
 _MOST = cython.declare(cython.int, 254)  # causes and threads that are told apart; the last is of those beyond
 _IS_MAPPED = cython.declare(cython.longlong, 255)
+_COUNTED = cython.declare(cython.uchar, 255)  # a fault that was counted already
 _THREADS = cython.declare(
     cython.longlong, 1 << 12
 )  # two of one place are rare: what the first was at is then not known
@@ -201,26 +202,27 @@ class Removals:
 
     totals = cython.declare(object, visibility="public")
     count = cython.declare(cython.int, visibility="public")
-    _counted: Any
-    _lost: Any
-    _words: Any
-    _keys: Any
-    _values: Any
+    _totals: cython.longlong[:, ::1]
+    _counted: cython.uchar[::1]
+    _lost: cython.uchar[::1]
+    _words: cython.uint[::1]
+    _keys: cython.longlong[::1]
+    _values: cython.longlong[::1]
     _held: cython.Py_ssize_t
     # By place of a thread: who it is, what it is at (a row of `totals`, -1: nothing), since when, until when so far
-    _tid: Any
-    _at: Any
-    _since: Any
-    _done: Any
-    _did: Any
-    _zaps: Any  # the root that it zaps, 0: none
-    _context: Any  # by vCPU: Why of a root that it loses
-    _fixing: Any  # by vCPU: the row in which its fault under way is counted if it is a fix; 0: in none
-    _marked: Any  # by vCPU: the gfn of its last MMIO SPTE, which some kernels show as a leaf besides
-    _slot_flags: Any
-    _own: Any  # role words of this VM
+    _tid: cython.longlong[::1]
+    _at: cython.longlong[::1]
+    _since: cython.longlong[::1]
+    _done: cython.longlong[::1]
+    _did: cython.uchar[::1]
+    _zaps: cython.longlong[::1]  # the root that it zaps, 0: none
+    _context: cython.uchar[::1]  # by vCPU: Why of a root that it loses
+    _fixing: cython.uchar[::1]  # by vCPU: the row in which its fault under way counts if it is a fix; 0: in none
+    _marked: cython.longlong[::1]  # by vCPU: the gfn of its last MMIO SPTE, which some kernels show as a leaf besides
+    _slot_flags: cython.uchar[::1]
+    _own: cython.uint[::1]  # role words of this VM
     _own_count: cython.Py_ssize_t
-    _nx: Any
+    _nx: cython.longlong[::1]
     _shows: cython.bint
     _ended: cython.bint
     _newest: cython.longlong
@@ -233,38 +235,40 @@ class Removals:
     _there: cython.ulonglong
     _odd: cython.ulonglong
     _accessed: cython.ulonglong
-    _meaning: Any
+    _meaning: cython.uchar[::1]
 
     def __init__(self, kernel: Any, roots: Any, slots: Any, recovery: Any, shows: bool) -> None:
         """`slots`: (id, flags) of those before the first row; `recovery`: thread ids of NX huge page recovery.
 
         `shows`: the kernel shows changes of SPTEs.
         """
-        self.totals = np.zeros((int(_MOST), len(FIELDS)), np.int64)
-        self.totals[:, _LOW] = _NO_GFN
-        self.totals[:, _HIGH] = self.totals[:, 1] = -1
-        self.totals[:3, 0] = range(3)
-        self.totals[_MOST - 1, 0] = _IS_OTHER
+        totals = self.totals = np.zeros((int(_MOST), len(FIELDS)), np.int64)
+        totals[:, _LOW] = _NO_GFN
+        totals[:, _HIGH] = totals[:, 1] = -1
+        totals[:3, 0] = range(3)
+        totals[_MOST - 1, 0] = _IS_OTHER
+        self._totals = _plain(totals)
         self.count = 3
-        self._counted = np.zeros(256, np.uint8)
+        self._counted = _plain(np.zeros(256, np.uint8))
         for name in KINDS:
             self._counted[BY_NAME[name].code] = 1
-        self._lost, self._words = roots
-        self._keys, self._values, self._held = np.full(1 << 10, -1, np.int64), np.zeros(1 << 10, np.int64), 0
-        self._tid = np.full(int(_THREADS), -1, np.int64)
-        self._at = np.full(int(_THREADS), -1, np.int64)
-        self._since, self._done = np.zeros(int(_THREADS), np.int64), np.zeros(int(_THREADS), np.int64)
-        self._did = np.zeros(int(_THREADS), np.uint8)
-        self._zaps = np.zeros(int(_THREADS), np.int64)
-        self._context = np.full(VCPUS, _IS_OTHER, np.uint8)
-        self._fixing = np.zeros(VCPUS, np.uint8)
-        self._marked = np.full(VCPUS, -1, np.int64)
-        self._slot_flags = np.zeros(int(_SLOTS), np.uint8)
+        self._lost, self._words = _plain(roots[0]), _plain(roots[1])
+        self._keys, self._values = _plain(np.full(1 << 10, -1, np.int64)), _plain(np.zeros(1 << 10, np.int64))
+        self._held = 0
+        self._tid = _plain(np.full(int(_THREADS), -1, np.int64))
+        self._at = _plain(np.full(int(_THREADS), -1, np.int64))
+        self._since, self._done = _plain(np.zeros(int(_THREADS), np.int64)), _plain(np.zeros(int(_THREADS), np.int64))
+        self._did = _plain(np.zeros(int(_THREADS), np.uint8))
+        self._zaps = _plain(np.zeros(int(_THREADS), np.int64))
+        self._context = _plain(np.full(VCPUS, _IS_OTHER, np.uint8))
+        self._fixing = _plain(np.zeros(VCPUS, np.uint8))
+        self._marked = _plain(np.full(VCPUS, -1, np.int64))
+        self._slot_flags = _plain(np.zeros(int(_SLOTS), np.uint8))
         for slot, flags in slots:
             if 0 <= slot < _SLOTS:
                 self._slot_flags[slot] = 1 | (flags & 1) << 1
-        self._own, self._own_count = np.zeros(int(_WORDS), np.uint32), 0
-        self._nx = np.array(sorted(recovery), np.int64)
+        self._own, self._own_count = _plain(np.zeros(int(_WORDS), np.uint32)), 0
+        self._nx = _plain(np.array(sorted(recovery), np.int64))
         self._shows, self._ended = shows, False
         self._newest, self._invalid, self._invalid_by = 0, 0, 0
         self._fixed, self._smm = kernel.ret_pf.fixed, kernel.layout.smm
@@ -272,7 +276,8 @@ class Removals:
         fault = kernel.vendor.fault
         self._there, self._odd, self._accessed = fault.present, fault.reserved, kernel.vendor.accessed
         whys = {Left.CR0_WRITE: Why.CR0, Left.CR4_WRITE: Why.CR4, Left.RSM: Why.RSM}
-        self._meaning = np.array([whys.get(Left(each), Why.EXIT) for each in exit_meanings(kernel.vendor)], np.uint8)
+        meanings = [whys.get(Left(each), Why.EXIT) for each in exit_meanings(kernel.vendor)]
+        self._meaning = _plain(np.array(meanings, np.uint8))
 
     def feed(self, rows: Any) -> None:
         """Take in rows, as columns by their names (COLUMNS); `vcpu` is -1 where there is none, as is `gfn`."""
@@ -281,34 +286,22 @@ class Removals:
             done = self._feed(
                 done, rows.time, rows.vcpu, rows.tid, rows.kind, rows.root, rows.role, rows.level, rows.as_id,
                 rows.gfn, rows.old, rows.new, rows.addr, rows.code, rows.ret, rows.refs, rows.slot, rows.flags,
-                self._counted, self._lost,
-                self._words, self._meaning, self._context, self._fixing,
             )  # fmt: skip
             if done < len(rows.kind):
                 self._grow()
 
     def _grow(self) -> None:
-        keys, values = self._keys, self._values
-        self._keys, self._values = np.full(2 * len(keys), -1, np.int64), np.zeros(2 * len(keys), np.int64)
-        self._rehash(keys, values, self._keys, self._values)
-
-    def _rehash(
-        self,
-        keys: cython.longlong[::1],
-        values: cython.longlong[::1],
-        new_keys: cython.longlong[::1],
-        new_values: cython.longlong[::1],
-    ) -> None:
+        keys: cython.longlong[::1] = self._keys
+        values: cython.longlong[::1] = self._values
         i: cython.Py_ssize_t
         at: cython.Py_ssize_t
-        if not cython.compiled:
-            keys, values = map(memoryview, (keys, values))  # type: ignore[arg-type]
-            new_keys, new_values = map(memoryview, (new_keys, new_values))  # type: ignore[arg-type]
-        for i in range(keys.shape[0]):
+        room: cython.Py_ssize_t = 2 * len(keys)
+        self._keys, self._values = _plain(np.full(room, -1, np.int64)), _plain(np.zeros(room, np.int64))
+        for i in range(len(keys)):
             if keys[i] >= 0:
-                at = _place(new_keys, keys[i])
-                new_keys[at] = keys[i]
-                new_values[at] = values[i]
+                at = self._place(keys[i])
+                self._keys[at] = keys[i]
+                self._values[at] = values[i]
 
     def _feed(
         self,
@@ -330,12 +323,6 @@ class Removals:
         refs: cython.const[cython.int][::1],
         slot: cython.const[cython.int][::1],
         flags: cython.const[cython.uchar][::1],
-        counted: cython.const[cython.uchar][::1],
-        lost: cython.uchar[::1],
-        words: cython.uint[::1],
-        meaning: cython.const[cython.uchar][::1],
-        context: cython.uchar[::1],
-        fixing: cython.uchar[::1],
     ) -> cython.Py_ssize_t:
         """From row `start` on; the row at which the pages' table has to grow, or the number of rows."""
         i: cython.Py_ssize_t
@@ -347,20 +334,7 @@ class Removals:
         why: cython.int
         rows: cython.Py_ssize_t = len(kind)
         room: cython.Py_ssize_t = len(self._keys) // 2
-        keys: cython.longlong[::1] = self._keys
-        values: cython.longlong[::1] = self._values
-        totals: cython.longlong[:, ::1] = self.totals
-        tids: cython.longlong[::1] = self._tid
-        doing: cython.longlong[::1] = self._at
-        since: cython.longlong[::1] = self._since
-        done: cython.longlong[::1] = self._done
-        did: cython.uchar[::1] = self._did
-        zaps: cython.longlong[::1] = self._zaps
-        marked: cython.longlong[::1] = self._marked
-        slot_flags: cython.uchar[::1] = self._slot_flags
-        own: cython.uint[::1] = self._own
-        nx: cython.longlong[::1] = self._nx
-        most: cython.longlong = len(lost) - 1
+        most: cython.longlong = len(self._lost) - 1
         page: cython.longlong
         was: cython.bint
         is_: cython.bint
@@ -369,24 +343,22 @@ class Removals:
             time, vcpu, tid, kind, root, role = map(memoryview, (time, vcpu, tid, kind, root, role))  # type: ignore[arg-type]
             level, as_id, gfn, old, new, addr = map(memoryview, (level, as_id, gfn, old, new, addr))  # type: ignore[arg-type]
             code, ret, refs, slot, flags = map(memoryview, (code, ret, refs, slot, flags))  # type: ignore[arg-type]
-            lost, words, own, keys, values = map(memoryview, (lost, words, own, keys, values))  # type: ignore[arg-type]
-            doing, since, done, totals = map(memoryview, (doing, since, done, totals))  # type: ignore[arg-type]
         for i in range(start, rows):
             k = kind[i]
-            if not counted[k]:
+            if not self._counted[k]:
                 continue
             if self._held >= room:
                 return i
             v = vcpu[i]
             r = root[i] if root[i] < most else most
             t = tid[i] & (_THREADS - 1)
-            if tids[t] != tid[i]:
-                tids[t] = tid[i]
-                doing[t] = -1
-                zaps[t] = 0
+            if self._tid[t] != tid[i]:
+                self._tid[t] = tid[i]
+                self._at[t] = -1
+                self._zaps[t] = 0
             if k == _ON_CHANGED:
                 if not r:  # not every recorder and every kernel shows it
-                    r = zaps[t]
+                    r = self._zaps[t]
                 was = self._maps(old[i])
                 is_ = self._maps(new[i])
                 if not was and not is_:
@@ -397,79 +369,78 @@ class Removals:
                     if (old[i] ^ new[i]) & _PFN:
                         continue
                     if old[i] & ~new[i] & _WRITABLE:
-                        j = self._acts(t, tid[i], v, time[i], totals, doing, since, done, did, nx)
-                        totals[j, _PROTECTED] += 1
-                        self._pages(totals, j, gfn[i])
-                        self._of_page(words, r, as_id[i], level[i], gfn[i], own, j, False, keys, values)
+                        j = self._acts(t, tid[i], v, time[i])
+                        self._totals[j, _PROTECTED] += 1
+                        self._pages(j, gfn[i])
+                        self._of_page(r, as_id[i], level[i], gfn[i], j, False)
                     elif new[i] & ~old[i] & _WRITABLE:
-                        if v >= 0 and fixing[v]:
-                            totals[fixing[v], _FIXES] += 1
-                            fixing[v] = 0
+                        self._mend(v)
                     elif old[i] & ~new[i] & self._accessed:
-                        j = self._acts(t, tid[i], v, time[i], totals, doing, since, done, did, nx)
-                        totals[j, _AGED] += 1
-                        self._pages(totals, j, gfn[i])
+                        j = self._acts(t, tid[i], v, time[i])
+                        self._totals[j, _AGED] += 1
+                        self._pages(j, gfn[i])
                 elif was:
-                    j = self._acts(t, tid[i], v, time[i], totals, doing, since, done, did, nx)
+                    j = self._acts(t, tid[i], v, time[i])
                     if not self._maps(new[i]):
-                        totals[j, _LEAVES] += 1
-                        self._pages(totals, j, gfn[i])
-                    self._of_page(words, r, as_id[i], level[i], gfn[i], own, j, True, keys, values)
+                        self._totals[j, _LEAVES] += 1
+                        self._pages(j, gfn[i])
+                    elif self._mend(v):  # split in place (6.3): 7.3 installs no leaf after that
+                        self._fixing[v] = _COUNTED
+                    self._of_page(r, as_id[i], level[i], gfn[i], j, True)
                 elif is_ and r:
-                    self._map(self._key(words[r], level[i], gfn[i], own), r, v, keys, values, totals, lost, fixing)
+                    self._map(self._key(self._words[r], level[i], gfn[i]), r, v)
                 elif is_:
-                    self._split(as_id[i], level[i], gfn[i], own, keys, values)
+                    self._split(as_id[i], level[i], gfn[i])
             elif k == _ON_EXIT:
                 if v >= 0:
-                    fixing[v] = 0
-                    context[v] = meaning[code[i]] if code[i] < 2048 else meaning[0]
-                doing[t] = -1
+                    self._fixing[v] = 0
+                    self._context[v] = self._meaning[code[i]] if code[i] < 2048 else self._meaning[0]
+                self._at[t] = -1
             elif k == _ON_ENTRY:
-                doing[t] = -1
+                self._at[t] = -1
             elif k == _ON_FAULT:
                 if v >= 0:
-                    self._begin(t, _IS_SPLIT, tid[i], time[i], False, totals, doing, since, done, did)
+                    self._begin(t, _IS_SPLIT, tid[i], time[i], False)
                     if code[i] & self._there and not code[i] & self._odd:
                         page = cython.cast(cython.longlong, addr[i] >> 12)
-                        fixing[v] = self._fix(words[r], page, own, keys, values)
+                        self._fixing[v] = self._fix(self._words[r], page)
             elif k == _ON_REQUESTED:
                 if v >= 0:
-                    self._begin(t, _IS_SPLIT, tid[i], time[i], False, totals, doing, since, done, did)
+                    self._begin(t, _IS_SPLIT, tid[i], time[i], False)
             elif k == _ON_SET:
-                if not self._shows:
-                    if v >= 0 and fixing[v]:
-                        totals[fixing[v], _FIXES] += 1
-                        fixing[v] = 0
-                    elif (
+                if (
+                    not self._shows
+                    and not self._mend(v)
+                    and (
                         v < 0
-                        or marked[v] != gfn[i]
-                        or not self._mapped(self._key(words[r], level[i], gfn[i], own), r, keys, values)
-                    ):
-                        page = self._key(words[r], level[i], gfn[i], own)
-                        self._map(page, r, v, keys, values, totals, lost, fixing)
+                        or self._marked[v] != gfn[i]
+                        or not self._mapped(self._key(self._words[r], level[i], gfn[i]), r)
+                    )
+                ):
+                    page = self._key(self._words[r], level[i], gfn[i])
+                    self._map(page, r, v)
             elif k == _ON_MARK:
                 if v >= 0:
-                    marked[v] = gfn[i]
-                page = self._key(words[r], 1, gfn[i], own)
-                if not self._mapped(page, r, keys, values):
-                    self._map(page, r, v, keys, values, totals, lost, fixing)
+                    self._marked[v] = gfn[i]
+                page = self._key(self._words[r], 1, gfn[i])
+                if not self._mapped(page, r):
+                    self._map(page, r, v)
             elif k == _ON_FAST:
-                if v >= 0 and fixing[v] and ret[i] == self._fixed:
-                    totals[fixing[v], _FIXES] += 1
-                    fixing[v] = 0
+                if ret[i] == self._fixed:
+                    self._mend(v)
             elif k in (_ON_GET_PAGE, _ON_ROOT_GET, _ON_MMU_LOAD):
                 if r > 0 and role[i]:
-                    words[r] = role[i]
+                    self._words[r] = role[i]
                     self._newest = max(self._newest, r)
             elif k == _ON_SMM:
                 if v >= 0:
-                    context[v] = _IS_SMI if flags[i] & 1 else _IS_RSM
+                    self._context[v] = _IS_SMI if flags[i] & 1 else _IS_RSM
             elif k == _ON_CR:
                 if v >= 0 and flags[i] & 1 and code[i] in (0, 4):
-                    context[v] = _IS_CR0 if code[i] == 0 else _IS_CR4
+                    self._context[v] = _IS_CR0 if code[i] == 0 else _IS_CR4
             elif k == _ON_MSR:
                 if v >= 0 and flags[i] & 1 and code[i] == _EFER:
-                    context[v] = _IS_EFER
+                    self._context[v] = _IS_EFER
             elif k == _ON_IOCTL:
                 nr = code[i] & 0xFF
                 why = _IS_IOCTL
@@ -480,70 +451,70 @@ class Removals:
                 elif nr == _RESET_RINGS:
                     why = _IS_RING
                 elif v >= 0:
-                    context[v] = (
+                    self._context[v] = (
                         _IS_SREGS if nr in (_SET_SREGS, _SET_SREGS2) else _IS_CPUID if nr == _SET_CPUID2
                         else _IS_OTHER
                     )  # fmt: skip
                 if nr not in (_SET_MEMORY, _SET_MEMORY2):
-                    self._begin(t, why, tid[i], time[i], why != _IS_IOCTL, totals, doing, since, done, did)
+                    self._begin(t, why, tid[i], time[i], why != _IS_IOCTL)
             elif k == _ON_IOCTL_END:
-                doing[t] = -1
+                self._at[t] = -1
             elif k == _ON_MEMSLOT:
                 why = _IS_MEMSLOT
                 if 0 <= slot[i] < _SLOTS:
-                    if slot_flags[slot[i]] & 1 and (slot_flags[slot[i]] >> 1 ^ code[i]) & 1:
+                    if self._slot_flags[slot[i]] & 1 and (self._slot_flags[slot[i]] >> 1 ^ code[i]) & 1:
                         why = _IS_BEGIN if code[i] & 1 else _IS_END
-                    slot_flags[slot[i]] = cython.cast(cython.uchar, 1 | (code[i] & 1) << 1)
-                self._begin(t, why, tid[i], time[i], True, totals, doing, since, done, did)
+                    self._slot_flags[slot[i]] = cython.cast(cython.uchar, 1 | (code[i] & 1) << 1)
+                self._begin(t, why, tid[i], time[i], True)
             elif k in (_ON_UNMAP, _ON_CHANGE_PTE):
                 why = _IS_NOTIFIER if k == _ON_UNMAP else _IS_CHANGE
-                self._begin(t, why, tid[i], time[i], True, totals, doing, since, done, did)
+                self._begin(t, why, tid[i], time[i], True)
             elif k in (_ON_AGE, _ON_TEST_AGE):
-                self._begin(t, _IS_AGING, tid[i], time[i], True, totals, doing, since, done, did)
+                self._begin(t, _IS_AGING, tid[i], time[i], True)
             elif k == _ON_APICV:
-                self._begin(t, _IS_APICV, tid[i], time[i], True, totals, doing, since, done, did)
+                self._begin(t, _IS_APICV, tid[i], time[i], True)
             elif k == _ON_PUT:
-                if r > 0 and r < most and refs[i] == 1 and not self._cause(r, lost):
+                if r > 0 and r < most and refs[i] == 1 and not self._cause(r):
                     if v >= 0:
-                        self._begin(t, context[v], tid[i], time[i], True, totals, doing, since, done, did)
-                        lost[r] = cython.cast(cython.uchar, doing[t])
-                        doing[t] = -1
-                    elif not self._ended and 0 <= doing[t] < _MOST:
-                        lost[r] = cython.cast(cython.uchar, doing[t])
+                        self._begin(t, self._context[v], tid[i], time[i], True)
+                        self._lost[r] = cython.cast(cython.uchar, self._at[t])
+                        self._at[t] = -1
+                    elif not self._ended and 0 <= self._at[t] < _MOST:
+                        self._lost[r] = cython.cast(cython.uchar, self._at[t])
                     else:
-                        lost[r] = self._find(_IS_VM_END if self._ended else _IS_OTHER, tid[i], totals)
+                        self._lost[r] = self._find(_IS_VM_END if self._ended else _IS_OTHER, tid[i])
             elif k == _ON_FREE:
-                if r > 0 and r < most and not self._cause(r, lost):
-                    lost[r] = self._find(_IS_VM_END if self._ended else _IS_OTHER, tid[i], totals)
+                if r > 0 and r < most and not self._cause(r):
+                    self._lost[r] = self._find(_IS_VM_END if self._ended else _IS_OTHER, tid[i])
             elif k == _ON_ZAP_FAST:
-                if doing[t] < 0 or not did[t]:
-                    self._begin(t, _IS_INVALIDATION, tid[i], time[i], True, totals, doing, since, done, did)
+                if self._at[t] < 0 or not self._did[t]:
+                    self._begin(t, _IS_INVALIDATION, tid[i], time[i], True)
                 self._invalid = self._newest
-                self._invalid_by = cython.cast(cython.int, doing[t])
+                self._invalid_by = cython.cast(cython.int, self._at[t])
             elif k == _ON_ZAP_ROOT:
-                j = self._cause(r, lost) if r > 0 else 0
-                zaps[t] = r
+                j = self._cause(r) if r > 0 else 0
+                self._zaps[t] = r
                 if j:
-                    doing[t] = j
-                    since[t] = done[t] = time[i]
-                    did[t] = 1
-                elif doing[t] < 0:
+                    self._at[t] = j
+                    self._since[t] = self._done[t] = time[i]
+                    self._did[t] = 1
+                elif self._at[t] < 0:
                     why = _IS_VM_END if self._ended else _IS_OTHER
-                    self._begin(t, why, tid[i], time[i], True, totals, doing, since, done, did)
+                    self._begin(t, why, tid[i], time[i], True)
             elif k == _ON_ZAP_LEAFS:
-                if doing[t] < 0 or not did[t]:
-                    self._begin(t, _IS_RANGE, tid[i], time[i], True, totals, doing, since, done, did)
+                if self._at[t] < 0 or not self._did[t]:
+                    self._begin(t, _IS_RANGE, tid[i], time[i], True)
             elif k in (_ON_ZAP_ALL, _ON_DESTROY):
-                if k == _ON_DESTROY or not (0 <= doing[t] < _MOST and totals[doing[t], 0] == _IS_MEMSLOT):
+                if k == _ON_DESTROY or not (0 <= self._at[t] < _MOST and self._totals[self._at[t], 0] == _IS_MEMSLOT):
                     if not self._ended:
-                        self._begin(t, _IS_VM_END, tid[i], time[i], True, totals, doing, since, done, did)
+                        self._begin(t, _IS_VM_END, tid[i], time[i], True)
                     self._ended = True
             elif k == _ON_ZAP_PAGE:
-                for j in range(nx.shape[0]):
-                    if nx[j] == tid[i]:
-                        self._begin(t, _IS_NX, tid[i], time[i], True, totals, doing, since, done, did)
-                j = self._acts(t, tid[i], v, time[i], totals, doing, since, done, did, nx)
-                totals[j, _TABLES] += 1
+                for j in range(len(self._nx)):
+                    if self._nx[j] == tid[i]:
+                        self._begin(t, _IS_NX, tid[i], time[i], True)
+                j = self._acts(t, tid[i], v, time[i])
+                self._totals[j, _TABLES] += 1
         return rows
 
     @cython.cfunc
@@ -557,15 +528,13 @@ class Removals:
 
     @cython.cfunc
     @cython.exceptval(check=False)
-    def _key(
-        self, word: cython.uint, level: cython.longlong, gfn: cython.longlong, own: cython.uint[::1]
-    ) -> cython.longlong:
+    def _key(self, word: cython.uint, level: cython.longlong, gfn: cython.longlong) -> cython.longlong:
         """Of a page under a role word."""
         at: cython.Py_ssize_t = 0
-        while at < self._own_count and own[at] != word:
+        while at < self._own_count and self._own[at] != word:
             at += 1
         if at == self._own_count and at < _WORDS - 1:
-            own[at] = word
+            self._own[at] = word
             self._own_count += 1
         if level < 1 or level > 5:
             level = 1
@@ -574,25 +543,25 @@ class Removals:
 
     @cython.cfunc
     @cython.exceptval(check=False)
-    def _cause(self, root: cython.longlong, lost: cython.uchar[::1]) -> cython.Py_ssize_t:
+    def _cause(self, root: cython.longlong) -> cython.Py_ssize_t:
         """What a root was lost for (a row of the totals); 0: it was not."""
-        if lost[root]:
-            return lost[root]
+        if self._lost[root]:
+            return self._lost[root]
         return self._invalid_by if root <= self._invalid else 0
 
     @cython.cfunc
     @cython.exceptval(check=False)
-    def _find(self, why: cython.int, tid: cython.longlong, totals: cython.longlong[:, ::1]) -> cython.int:
+    def _find(self, why: cython.int, tid: cython.longlong) -> cython.int:
         """The row of a cause and a thread."""
         at: cython.int = 3
-        while at < self.count and not (totals[at, 0] == why and totals[at, 1] == tid):
+        while at < self.count and not (self._totals[at, 0] == why and self._totals[at, 1] == tid):
             at += 1
         if at == self.count:
             if self.count == _MOST - 1:
                 return _MOST - 1
             self.count += 1
-            totals[at, 0] = why
-            totals[at, 1] = tid
+            self._totals[at, 0] = why
+            self._totals[at, 1] = tid
         return at
 
     @cython.cfunc
@@ -604,28 +573,23 @@ class Removals:
         tid: cython.longlong,
         time: cython.longlong,
         counts: cython.bint,
-        totals: cython.longlong[:, ::1],
-        doing: cython.longlong[::1],
-        since: cython.longlong[::1],
-        done: cython.longlong[::1],
-        did: cython.uchar[::1],
     ) -> cython.void:
         """The thread begins something; without `counts` it is only an operation if it changes something."""
-        since[t] = done[t] = time
-        did[t] = counts
+        self._since[t] = self._done[t] = time
+        self._did[t] = counts
         if not counts:
-            doing[t] = _MOST + why
+            self._at[t] = _MOST + why
             return
-        doing[t] = self._find(why, tid, totals)
-        self._operation(totals, doing[t], time)
+        self._at[t] = self._find(why, tid)
+        self._operation(self._at[t], time)
 
     @cython.cfunc
     @cython.exceptval(check=False)
-    def _operation(self, totals: cython.longlong[:, ::1], at: cython.Py_ssize_t, time: cython.longlong) -> cython.void:
-        if not totals[at, _OPERATIONS]:
-            totals[at, _SINCE] = time
-        totals[at, _OPERATIONS] += 1
-        totals[at, _UNTIL] = max(totals[at, _UNTIL], time)
+    def _operation(self, at: cython.Py_ssize_t, time: cython.longlong) -> cython.void:
+        if not self._totals[at, _OPERATIONS]:
+            self._totals[at, _SINCE] = time
+        self._totals[at, _OPERATIONS] += 1
+        self._totals[at, _UNTIL] = max(self._totals[at, _UNTIL], time)
 
     @cython.cfunc
     @cython.exceptval(check=False)
@@ -635,38 +599,32 @@ class Removals:
         tid: cython.longlong,
         v: cython.int,
         time: cython.longlong,
-        totals: cython.longlong[:, ::1],
-        doing: cython.longlong[::1],
-        since: cython.longlong[::1],
-        done: cython.longlong[::1],
-        did: cython.uchar[::1],
-        nx: cython.longlong[::1],
     ) -> cython.Py_ssize_t:
         """The thread changes something: the row that it is counted in, which lasts until now at least."""
         j: cython.Py_ssize_t
         why: cython.int
-        if doing[t] < 0:
+        if self._at[t] < 0:
             why = _IS_VM_END if self._ended else _IS_OTHER
-            for j in range(nx.shape[0]):
-                if nx[j] == tid:
+            for j in range(len(self._nx)):
+                if self._nx[j] == tid:
                     why = _IS_NX
-            self._begin(t, why, tid, time, True, totals, doing, since, done, did)
-        elif doing[t] >= _MOST:
-            doing[t] = self._find(cython.cast(cython.int, doing[t] - _MOST), tid, totals)
-            self._operation(totals, doing[t], since[t])
-            did[t] = True
-        j = doing[t]
-        totals[j, _NS] += max(time - done[t], 0)
-        done[t] = max(time, done[t])
-        totals[j, _LONGEST] = max(totals[j, _LONGEST], done[t] - since[t])
-        totals[j, _UNTIL] = max(totals[j, _UNTIL], time)
+            self._begin(t, why, tid, time, True)
+        elif self._at[t] >= _MOST:
+            self._at[t] = self._find(cython.cast(cython.int, self._at[t] - _MOST), tid)
+            self._operation(self._at[t], self._since[t])
+            self._did[t] = True
+        j = self._at[t]
+        self._totals[j, _NS] += max(time - self._done[t], 0)
+        self._done[t] = max(time, self._done[t])
+        self._totals[j, _LONGEST] = max(self._totals[j, _LONGEST], self._done[t] - self._since[t])
+        self._totals[j, _UNTIL] = max(self._totals[j, _UNTIL], time)
         return j
 
     @cython.cfunc
     @cython.exceptval(check=False)
-    def _pages(self, totals: cython.longlong[:, ::1], at: cython.Py_ssize_t, gfn: cython.longlong) -> cython.void:
-        totals[at, _LOW] = min(totals[at, _LOW], gfn)
-        totals[at, _HIGH] = max(totals[at, _HIGH], gfn)
+    def _pages(self, at: cython.Py_ssize_t, gfn: cython.longlong) -> cython.void:
+        self._totals[at, _LOW] = min(self._totals[at, _LOW], gfn)
+        self._totals[at, _HIGH] = max(self._totals[at, _HIGH], gfn)
 
     # A page's value: the root that mapped it last, what it was protected by (0: by nothing), what it was removed by.
 
@@ -678,14 +636,12 @@ class Removals:
         root: cython.longlong,
         protect: cython.longlong,
         removed: cython.longlong,
-        keys: cython.longlong[::1],
-        values: cython.longlong[::1],
     ) -> cython.void:
-        at: cython.Py_ssize_t = _place(keys, key)
-        if keys[at] < 0:
-            keys[at] = key
+        at: cython.Py_ssize_t = self._place(key)
+        if self._keys[at] < 0:
+            self._keys[at] = key
             self._held += 1
-        values[at] = root << 16 | protect << 8 | removed
+        self._values[at] = root << 16 | protect << 8 | removed
 
     @cython.cfunc
     @cython.exceptval(check=False)
@@ -693,26 +649,20 @@ class Removals:
         self,
         key: cython.longlong,
         root: cython.longlong,
-        keys: cython.longlong[::1],
-        values: cython.longlong[::1],
     ) -> cython.bint:
-        at: cython.Py_ssize_t = _place(keys, key)
-        return keys[at] >= 0 and values[at] & 255 == _IS_MAPPED and values[at] >> 16 == root
+        at: cython.Py_ssize_t = self._place(key)
+        return self._keys[at] >= 0 and self._values[at] & 255 == _IS_MAPPED and self._values[at] >> 16 == root
 
     @cython.cfunc
     @cython.exceptval(check=False)
     def _of_page(
         self,
-        words: cython.uint[::1],
         root: cython.longlong,
         as_id: cython.int,
         level: cython.longlong,
         gfn: cython.longlong,
-        own: cython.uint[::1],
         by: cython.longlong,
         goes: cython.bint,
-        keys: cython.longlong[::1],
-        values: cython.longlong[::1],
     ) -> cython.void:
         """A root's leaf goes or is protected; of a page that another root has mapped since, nothing changes.
 
@@ -722,21 +672,21 @@ class Removals:
         at: cython.Py_ssize_t
         key: cython.longlong
         if root:
-            key = self._key(words[root], level, gfn, own)
-            at = _place(keys, key)
-            if keys[at] < 0 or values[at] >> 16 == root:
-                self._put(key, root, 0 if goes else by, by if goes else _IS_MAPPED, keys, values)
+            key = self._key(self._words[root], level, gfn)
+            at = self._place(key)
+            if self._keys[at] < 0 or self._values[at] >> 16 == root:
+                self._put(key, root, 0 if goes else by, by if goes else _IS_MAPPED)
             return
         for w in range(self._own_count):
-            if (own[w] & self._smm != 0) == (as_id == 1):
-                key = self._key(own[w], level, gfn, own)
-                at = _place(keys, key)
-                if keys[at] >= 0 and values[at] & 255 == _IS_MAPPED:
-                    values[at] = values[at] >> 16 << 16 | (by if goes else by << 8 | _IS_MAPPED)
+            if (self._own[w] & self._smm != 0) == (as_id == 1):
+                key = self._key(self._own[w], level, gfn)
+                at = self._place(key)
+                if self._keys[at] >= 0 and self._values[at] & 255 == _IS_MAPPED:
+                    self._values[at] = self._values[at] >> 16 << 16 | (by if goes else by << 8 | _IS_MAPPED)
                     continue
-                at = _place(keys, self._key(own[w], level + 1, gfn, own))
-                if keys[at] >= 0:  # a part of a huge page that was split, of which no row is
-                    self._put(key, values[at] >> 16, 0 if goes else by, by if goes else _IS_MAPPED, keys, values)
+                at = self._place(self._key(self._own[w], level + 1, gfn))
+                if self._keys[at] >= 0:  # a part of a huge page that was split, of which no row is
+                    self._put(key, self._values[at] >> 16, 0 if goes else by, by if goes else _IS_MAPPED)
 
     @cython.cfunc
     @cython.exceptval(check=False)
@@ -745,20 +695,17 @@ class Removals:
         as_id: cython.int,
         level: cython.longlong,
         gfn: cython.longlong,
-        own: cython.uint[::1],
-        keys: cython.longlong[::1],
-        values: cython.longlong[::1],
     ) -> cython.void:
         """A leaf of a root that is not known: a part of a huge page, or all parts of one together again."""
         w: cython.Py_ssize_t
         at: cython.Py_ssize_t
         for w in range(self._own_count):
-            if (own[w] & self._smm != 0) == (as_id == 1):
-                at = _place(keys, self._key(own[w], level + 1, gfn, own))
-                if keys[at] < 0:
-                    at = _place(keys, self._key(own[w], level, gfn, own))
-                if keys[at] >= 0:
-                    self._put(self._key(own[w], level, gfn, own), values[at] >> 16, 0, _IS_MAPPED, keys, values)
+            if (self._own[w] & self._smm != 0) == (as_id == 1):
+                at = self._place(self._key(self._own[w], level + 1, gfn))
+                if self._keys[at] < 0:
+                    at = self._place(self._key(self._own[w], level, gfn))
+                if self._keys[at] >= 0:
+                    self._put(self._key(self._own[w], level, gfn), self._values[at] >> 16, 0, _IS_MAPPED)
 
     @cython.cfunc
     @cython.exceptval(check=False)
@@ -767,27 +714,33 @@ class Removals:
         key: cython.longlong,
         root: cython.longlong,
         v: cython.int,
-        keys: cython.longlong[::1],
-        values: cython.longlong[::1],
-        totals: cython.longlong[:, ::1],
-        lost: cython.uchar[::1],
-        fixing: cython.uchar[::1],
     ) -> cython.void:
         """A leaf is installed: what its page's last mapping went by."""
-        at: cython.Py_ssize_t = _place(keys, key)
+        at: cython.Py_ssize_t = self._place(key)
         why: cython.Py_ssize_t
-        if keys[at] < 0:
+        if self._keys[at] < 0:
             why = _IS_FIRST
         else:
-            why = values[at] & 255
-            if values[at] >> 16 != root and self._cause(values[at] >> 16, lost):
-                why = self._cause(values[at] >> 16, lost)
+            why = self._values[at] & 255
+            if self._values[at] >> 16 != root and self._cause(self._values[at] >> 16):
+                why = self._cause(self._values[at] >> 16)
             if why == _IS_MAPPED:
                 why = _IS_UNSEEN
         if v >= 0:
-            totals[why, _MAPPED] += 1
-            fixing[v] = 0
-        self._put(key, root, 0, _IS_MAPPED, keys, values)
+            if self._fixing[v] != _COUNTED:
+                self._totals[why, _MAPPED] += 1
+            self._fixing[v] = 0
+        self._put(key, root, 0, _IS_MAPPED)
+
+    @cython.cfunc
+    @cython.exceptval(check=False)
+    def _mend(self, v: cython.int) -> cython.bint:
+        """Count a vCPU's fault under way as a fix; whether it is one."""
+        if v < 0 or not 0 < self._fixing[v] < _MOST:
+            return False
+        self._totals[self._fixing[v], _FIXES] += 1
+        self._fixing[v] = 0
+        return True
 
     @cython.cfunc
     @cython.exceptval(check=False)
@@ -795,32 +748,33 @@ class Removals:
         self,
         word: cython.uint,
         gfn: cython.longlong,
-        own: cython.uint[::1],
-        keys: cython.longlong[::1],
-        values: cython.longlong[::1],
     ) -> cython.uchar:
         """A fault on a leaf that is there: what took the permission; it counts when the fault mends that."""
         level: cython.longlong
         at: cython.Py_ssize_t
         why: cython.longlong = 0
         for level in range(1, 4):
-            at = _place(keys, self._key(word, level, gfn, own))
-            if keys[at] >= 0 and values[at] & 255 == _IS_MAPPED:
-                why = values[at] >> 8 & 255
-                values[at] = values[at] & ~cython.cast(cython.longlong, 255 << 8)
+            at = self._place(self._key(word, level, gfn))
+            if self._keys[at] >= 0 and self._values[at] & 255 == _IS_MAPPED:
+                why = self._values[at] >> 8 & 255
+                self._values[at] = self._values[at] & ~cython.cast(cython.longlong, 255 << 8)
                 break
         return cython.cast(cython.uchar, why if why else _IS_UNWRITABLE)
 
+    @cython.cfunc
+    @cython.exceptval(check=False)
+    def _place(self, key: cython.longlong) -> cython.Py_ssize_t:
+        """Where a key is, or is to be put."""
+        mask: cython.Py_ssize_t = len(self._keys) - 1
+        mixed: cython.ulonglong = cython.cast(cython.ulonglong, key)
+        at: cython.Py_ssize_t
+        mixed = (mixed ^ mixed >> 29) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+        at = cython.cast(cython.Py_ssize_t, mixed >> 20) & mask
+        while self._keys[at] != key and self._keys[at] != -1:
+            at = at + 1 & mask
+        return at
 
-@cython.cfunc
-@cython.exceptval(check=False)
-def _place(keys: cython.longlong[::1], key: cython.longlong) -> cython.Py_ssize_t:
-    """Where a key is, or is to be put."""
-    mask: cython.Py_ssize_t = keys.shape[0] - 1
-    mixed: cython.ulonglong = cython.cast(cython.ulonglong, key)
-    at: cython.Py_ssize_t
-    mixed = (mixed ^ mixed >> 29) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
-    at = cython.cast(cython.Py_ssize_t, mixed >> 20) & mask
-    while keys[at] != key and keys[at] != -1:
-        at = at + 1 & mask
-    return at
+
+def _plain(array: Any) -> Any:
+    """What items of it are read from and written to: of numpy's arrays uncompiled code gets numpy's numbers."""
+    return array if cython.compiled else memoryview(array)

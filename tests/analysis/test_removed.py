@@ -57,7 +57,7 @@ WHOLE = sorted(
     path.stem
     for path in CORPUS.glob("*.parquet")
     # 5.10 shows no removals and gives MMIO SPTEs as leaves, too; the shadow MMU has no answer.
-    if not any(word in path.stem for word in ("shadow", "npt0", "5.10"))
+    if not any(word in path.stem for word in ("shadow", "npt0", "ept0", "5.10"))
 )
 
 
