@@ -33,7 +33,6 @@ UNSEEN = {
     "apicv": "AVIC is off under emulation", "tdp_pages": "no event tells the accounting of tables",
     "old_shadow_mmu": "no page is out of sync when it is looked up, in any recording",
     "pte_list_ext": "no event tells how reverse maps are laid out",
-    "ret_pf.invalid": "dirty logging splits huge leaves first, so that all are fixed",
     "ret_pf.retry": "not a return code that fast_page_fault shows", "ret_pf.emulate": "the same",
     "ret_pf.spurious": "no scenario has two vCPUs fault on one page at a time",
     "ret_pf.write_protected": "no scenario writes to a read-only slot",
