@@ -80,22 +80,19 @@ class _Following:
         )
 
     def answer(self) -> pl.DataFrame:
-        found = [pl.DataFrame(schema=_SCHEMA)]
+        found: list[tuple[int | None, ...]] = []
         for vm, lasting in self._vms.items():
             for row in range(lasting.count):
-                begun, ended, ns, longest = lasting.totals[row].tolist()
+                key = (vm, int(lasting.codes[row]), int(lasting.rets[row]))
                 buckets = np.flatnonzero(lasting.buckets[row])
-                counts = lasting.buckets[row][buckets]
-                each = pl.DataFrame({"bucket": buckets, "begun": counts, "spans": counts})
-                # The sum and the longest, which are exact, are of no bucket, as is what did not end.
-                rest = {"bucket": [-1], "begun": [begun - ended], "spans": [0], "longest": [longest], "ns": [ns]}
-                keys = {"vm": vm, "code": int(lasting.codes[row]), "ret": int(lasting.rets[row])}
+                counts = lasting.buckets[row][buckets].tolist()
                 found += [
-                    pl.concat([each, pl.DataFrame(rest)], how="diagonal")
-                    .with_columns(pl.lit(value, _KEYS[name]).alias(name) for name, value in keys.items())
-                    .select(pl.col(name).cast(kind) for name, kind in _SCHEMA.items())
+                    (*key, at, count, count, None, None) for at, count in zip(buckets.tolist(), counts, strict=True)
                 ]
-        return pl.concat(found)
+                # The sum and the longest, which are exact, are of no bucket, as is what did not end.
+                begun, ended, ns, longest = lasting.totals[row].tolist()
+                found.append((*key, -1, begun - ended, 0, longest, ns))
+        return pl.DataFrame(found, schema=_SCHEMA, orient="row")
 
 
 class _Calls:

@@ -10,7 +10,7 @@ from typing import Any, Final
 import polars as pl
 
 from analysis.rows import KIND, VCPU
-from replay.decode.removals import COLUMNS, FIELDS, Removals, roots_of
+from replay.decode.removals import COLUMNS, FIELDS, Removals, causes_of, roots_of
 from traces.kernels.kernel import Kernel
 from traces.reader import Trace
 
@@ -37,6 +37,7 @@ class _Counting:
         meta = trace.metadata
         self._kernel = kernel
         self._vms: dict[int, Mapping[str, Any]] = {int(vm["id"]): vm for vm in meta.vms}
+        self._causes = causes_of(kernel)
         self._roots = roots_of(meta.root_count, meta.uncreated_roots)
         self._recovery = [
             each["tid"]
@@ -59,7 +60,7 @@ class _Counting:
                 for slot in self._vms[vm]["slots"]
                 if slot["pages"] and not isinstance(slot.get("since"), int)
             ]
-            self._removals[vm] = Removals(self._kernel, self._roots, slots, self._recovery, self._shows)
+            self._removals[vm] = Removals(self._kernel, self._causes, self._roots, slots, self._recovery, self._shows)
         columns = {name: rows[name].to_numpy() for name in _NAMES}
         gfn = rows["gfn"]
         self._removals[vm].feed(
@@ -72,10 +73,9 @@ class _Counting:
         )
 
     def answer(self) -> pl.DataFrame:
-        found = [pl.DataFrame(schema=SCHEMA)]
-        for vm, removals in self._removals.items():
-            rows = pl.DataFrame(removals.totals[: removals.count], schema=list(FIELDS), orient="row")
-            others = pl.DataFrame(removals.totals[-1:], schema=list(FIELDS), orient="row")
-            every = pl.concat([rows, others])
-            found.append(every.select(pl.lit(vm, pl.Int64).alias("vm"), *FIELDS))
-        return pl.concat(found)
+        found = [
+            (vm, *row)
+            for vm, removals in self._removals.items()
+            for row in (*removals.totals[: removals.count].tolist(), removals.totals[-1].tolist())
+        ]
+        return pl.DataFrame(found, schema=SCHEMA, orient="row")

@@ -177,13 +177,11 @@ _MMIO_TYPE = cython.declare(cython.ulonglong, 3)
 _MOST = cython.declare(cython.int, 254)  # causes and threads that are told apart; the last is of those beyond
 _IS_MAPPED = cython.declare(cython.longlong, 255)
 _COUNTED = cython.declare(cython.uchar, 255)  # a fault that was counted already
-_THREADS = cython.declare(
-    cython.longlong, 1 << 12
-)  # two of one place are rare: what the first was at is then not known
+_NO_THREAD = cython.declare(cython.longlong, -(1 << 40))
 _SLOTS = cython.declare(cython.Py_ssize_t, 1 << 10)
 _WORDS = cython.declare(cython.Py_ssize_t, 1 << 8)
 _NO_GFN = cython.declare(cython.longlong, 1 << 52)
-VCPUS = 1 << 15
+_FEW = 16  # threads and vCPUs that there is room for at first
 
 
 def roots_of(count: int, uncreated: Any) -> tuple[Any, Any]:
@@ -193,6 +191,12 @@ def roots_of(count: int, uncreated: Any) -> tuple[Any, Any]:
         if root["id"] < len(words) - 1:
             words[root["id"]] = root["role"]
     return lost, words
+
+
+def causes_of(kernel: Any) -> Any:
+    """By exit reason, for all VMs of a trace: what a root is lost for that its vCPU loses after that exit."""
+    whys = {Left.CR0_WRITE: Why.CR0, Left.CR4_WRITE: Why.CR4, Left.RSM: Why.RSM}
+    return np.array([whys.get(Left(each), Why.EXIT) for each in exit_meanings(kernel.vendor)], np.uint8)
 
 
 @cython.final
@@ -211,6 +215,7 @@ class Removals:
     _held: cython.Py_ssize_t
     # By place of a thread: who it is, what it is at (a row of `totals`, -1: nothing), since when, until when so far
     _tid: cython.longlong[::1]
+    _threads: cython.Py_ssize_t
     _at: cython.longlong[::1]
     _since: cython.longlong[::1]
     _done: cython.longlong[::1]
@@ -237,10 +242,10 @@ class Removals:
     _accessed: cython.ulonglong
     _meaning: cython.uchar[::1]
 
-    def __init__(self, kernel: Any, roots: Any, slots: Any, recovery: Any, shows: bool) -> None:
-        """`slots`: (id, flags) of those before the first row; `recovery`: thread ids of NX huge page recovery.
+    def __init__(self, kernel: Any, causes: Any, roots: Any, slots: Any, recovery: Any, shows: bool) -> None:
+        """`causes` and `roots`: see `causes_of` and `roots_of`. `slots`: (id, flags) of those before the first row.
 
-        `shows`: the kernel shows changes of SPTEs.
+        `recovery`: thread ids of NX huge page recovery. `shows`: the kernel shows changes of SPTEs.
         """
         totals = self.totals = np.zeros((int(_MOST), len(FIELDS)), np.int64)
         totals[:, _LOW] = _NO_GFN
@@ -255,14 +260,8 @@ class Removals:
         self._lost, self._words = _plain(roots[0]), _plain(roots[1])
         self._keys, self._values = _plain(np.full(1 << 10, -1, np.int64)), _plain(np.zeros(1 << 10, np.int64))
         self._held = 0
-        self._tid = _plain(np.full(int(_THREADS), -1, np.int64))
-        self._at = _plain(np.full(int(_THREADS), -1, np.int64))
-        self._since, self._done = _plain(np.zeros(int(_THREADS), np.int64)), _plain(np.zeros(int(_THREADS), np.int64))
-        self._did = _plain(np.zeros(int(_THREADS), np.uint8))
-        self._zaps = _plain(np.zeros(int(_THREADS), np.int64))
-        self._context = _plain(np.full(VCPUS, _IS_OTHER, np.uint8))
-        self._fixing = _plain(np.zeros(VCPUS, np.uint8))
-        self._marked = _plain(np.full(VCPUS, -1, np.int64))
+        self._make_threads(_FEW)
+        self._make_vcpus(_FEW)
         self._slot_flags = _plain(np.zeros(int(_SLOTS), np.uint8))
         for slot, flags in slots:
             if 0 <= slot < _SLOTS:
@@ -275,9 +274,7 @@ class Removals:
         self._spte, self._type = kernel.spte.present, kernel.spte.type_shift
         fault = kernel.vendor.fault
         self._there, self._odd, self._accessed = fault.present, fault.reserved, kernel.vendor.accessed
-        whys = {Left.CR0_WRITE: Why.CR0, Left.CR4_WRITE: Why.CR4, Left.RSM: Why.RSM}
-        meanings = [whys.get(Left(each), Why.EXIT) for each in exit_meanings(kernel.vendor)]
-        self._meaning = _plain(np.array(meanings, np.uint8))
+        self._meaning = _plain(causes)
 
     def feed(self, rows: Any) -> None:
         """Take in rows, as columns by their names (COLUMNS); `vcpu` is -1 where there is none, as is `gfn`."""
@@ -288,9 +285,39 @@ class Removals:
                 rows.gfn, rows.old, rows.new, rows.addr, rows.code, rows.ret, rows.refs, rows.slot, rows.flags,
             )  # fmt: skip
             if done < len(rows.kind):
-                self._grow()
+                self._grow(int(rows.vcpu[done]))
 
-    def _grow(self) -> None:
+    def _make_threads(self, room: int) -> None:
+        self._tid, self._threads = _plain(np.full(room, _NO_THREAD, np.int64)), 0
+        self._at = _plain(np.full(room, -1, np.int64))
+        self._since, self._done = _plain(np.zeros(room, np.int64)), _plain(np.zeros(room, np.int64))
+        self._did = _plain(np.zeros(room, np.uint8))
+        self._zaps = _plain(np.zeros(room, np.int64))
+
+    def _make_vcpus(self, room: int) -> None:
+        self._context = _plain(np.full(room, _IS_OTHER, np.uint8))
+        self._fixing = _plain(np.zeros(room, np.uint8))
+        self._marked = _plain(np.full(room, -1, np.int64))
+
+    def _grow(self, vcpu: int) -> None:
+        """Make room where there is none left, for pages, for threads or for a vCPU's number."""
+        if self._held >= len(self._keys) // 2:
+            self._grow_pages()
+        if 2 * self._threads >= len(self._tid):
+            before: list[Any] = [self._tid, self._at, self._since, self._done, self._did, self._zaps]
+            self._make_threads(2 * len(self._tid))
+            for tid, *state in zip(*map(np.asarray, before), strict=True):
+                if tid != _NO_THREAD:
+                    t = self._thread(tid)
+                    self._at[t], self._since[t], self._done[t], self._did[t], self._zaps[t] = map(int, state)
+        if vcpu >= (room := len(self._context)):
+            vcpus: list[Any] = [self._context, self._fixing, self._marked]
+            self._make_vcpus(max(2 * room, vcpu + 1))
+            larger: list[Any] = [self._context, self._fixing, self._marked]
+            for to, values in zip(map(np.asarray, larger), vcpus, strict=True):
+                to[:room] = values
+
+    def _grow_pages(self) -> None:
         keys: cython.longlong[::1] = self._keys
         values: cython.longlong[::1] = self._values
         i: cython.Py_ssize_t
@@ -324,7 +351,7 @@ class Removals:
         slot: cython.const[cython.int][::1],
         flags: cython.const[cython.uchar][::1],
     ) -> cython.Py_ssize_t:
-        """From row `start` on; the row at which the pages' table has to grow, or the number of rows."""
+        """From row `start` on; the row for which a table has to grow, or the number of rows."""
         i: cython.Py_ssize_t
         k: cython.int
         t: cython.Py_ssize_t
@@ -334,6 +361,7 @@ class Removals:
         why: cython.int
         rows: cython.Py_ssize_t = len(kind)
         room: cython.Py_ssize_t = len(self._keys) // 2
+        vcpus: cython.Py_ssize_t = len(self._context)
         most: cython.longlong = len(self._lost) - 1
         page: cython.longlong
         was: cython.bint
@@ -351,11 +379,9 @@ class Removals:
                 return i
             v = vcpu[i]
             r = root[i] if root[i] < most else most
-            t = tid[i] & (_THREADS - 1)
-            if self._tid[t] != tid[i]:
-                self._tid[t] = tid[i]
-                self._at[t] = -1
-                self._zaps[t] = 0
+            t = self._thread(tid[i])
+            if t < 0 or v >= vcpus:
+                return i
             if k == _ON_CHANGED:
                 if not r:  # not every recorder and every kernel shows it
                     r = self._zaps[t]
@@ -516,6 +542,22 @@ class Removals:
                 j = self._acts(t, tid[i], v, time[i])
                 self._totals[j, _TABLES] += 1
         return rows
+
+    @cython.cfunc
+    @cython.exceptval(check=False)
+    def _thread(self, tid: cython.longlong) -> cython.Py_ssize_t:
+        """A thread's place; -1: there is no room for a new one."""
+        mask: cython.Py_ssize_t = len(self._tid) - 1
+        t: cython.Py_ssize_t = cython.cast(cython.Py_ssize_t, tid) & mask
+        while self._tid[t] != tid:
+            if self._tid[t] == _NO_THREAD:
+                if 2 * self._threads > mask:
+                    return -1
+                self._threads += 1
+                self._tid[t] = tid
+                return t
+            t = t + 1 & mask
+        return t
 
     @cython.cfunc
     @cython.inline

@@ -207,7 +207,9 @@ def test_more_threads_than_are_told_apart_are_counted_together() -> None:
     path = CORPUS / "steady-6.1.parquet"
     capabilities = Capabilities(Trace.open(path))
     module = plain("replay.decode.removals")
-    made = module.Removals(capabilities.kernel, module.roots_of(4, []), [], [], True)
+    made = module.Removals(
+        capabilities.kernel, module.causes_of(capabilities.kernel), module.roots_of(4, []), [], [], True
+    )
     count = 1000
     columns = {name: np.zeros(count, dtype) for name, dtype in (
         ("time", np.int64), ("tid", np.int32), ("root", np.int32), ("role", np.uint32), ("level", np.int8),
