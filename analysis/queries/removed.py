@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, Final
 
 import polars as pl
@@ -55,14 +56,22 @@ _ASKING: Final = [
 
 
 def _asked(recording: Recording) -> Iterator[RemovalQuestion]:
-    if recording.metadata.policy != "shadow":
-        yield RemovalQuestion(recording.trace, kernels.recorded(recording.metadata))
+    with suppress(Problem):
+        yield _question(recording)
+
+
+def _question(recording: Recording) -> RemovalQuestion:
+    """Raises Problem where causes cannot be told."""
+    if recording.metadata.policy == "shadow":
+        raise Problem(f"{recording.path}: under the shadow MMU a page has many SPTEs: why it is mapped again is open")
+    try:
+        return RemovalQuestion(recording.trace, kernels.recorded(recording.metadata))
+    except Problem as problem:
+        raise Problem(f"{recording.path}: {problem}") from None
 
 
 def _answer(recording: Recording) -> pl.LazyFrame:
-    if recording.metadata.policy == "shadow":
-        raise Problem(f"{recording.path}: under the shadow MMU a page has many SPTEs: why it is mapped again is open")
-    (counted,) = recording.ask(*_asked(recording))
+    (counted,) = recording.ask(_question(recording))
     texts = {int(why): text for why, text in _TEXTS.items()}
     words = {int(why): why.name.lower() for why in Why}
     cause = pl.col("why")
