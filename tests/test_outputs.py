@@ -16,11 +16,6 @@ from traces import durable, outputs
 from traces.errors import BAD_INPUT, Problem
 from traces.synth import Parameters, synthesize
 
-INTERRUPTED = 130
-LIMIT = 64  # bytes that a file may have where the disk is full
-QUICK = ("info", "report-gate", "report-junit", "export-csv", "synth")
-
-
 QUICK = ("replay", "report-text", "diff-json", "export-csv", "export-perfetto", "synth", "recover")
 writers = [pytest.param(verb, id=verb.name, marks=() if verb.name in QUICK else pytest.mark.slow) for verb in WRITERS]
 every_writer = pytest.mark.parametrize("verb", writers)
