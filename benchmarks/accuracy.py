@@ -20,7 +20,7 @@ from replay import bounds, plan, run
 from replay.bounds import Count
 from replay.decode.capabilities import Capabilities
 from replay.timing.timed_run import Settings
-from tracer.lab.matrix import _POLICY, provenance
+from tracer.lab.matrix import _POLICY, KINDS, provenance
 from traces import kernels
 from traces.kernels.spte import LARGE
 from traces.reader import Trace
@@ -140,13 +140,13 @@ def directions() -> Iterator[Direction]:
 
 
 def scenarios(direction: Direction) -> list[str]:
-    """The scenarios that both kernels have recordings of."""
+    """The scenarios that both kernels have recordings of; of kinds of trouble the host's own time tells how much."""
 
     def of(kernel: str) -> set[str]:
         suffix = f"-{kernel}.parquet"
         return {path.name.removesuffix(suffix) for path in CORPUS.glob(f"*{suffix}")}
 
-    return sorted(of(direction.source) & of(direction.target))
+    return sorted((of(direction.source) & of(direction.target)) - set(KINDS))
 
 
 @cache

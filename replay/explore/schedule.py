@@ -10,9 +10,9 @@ from typing import Any, Final
 from replay.explore.memory import FREED, Broken
 from replay.explore.ready_model import ReadyModel, after, moved
 from replay.explore.search import NO_LIVELOCK, Found, explore_from
+from traces import screen
 from traces.errors import Problem
 from traces.layout import GAP, wrapped
-from traces.screen import width
 
 WIDEST: Final = 120
 _NUMBER: Final = 5  # columns of a step's number
@@ -151,7 +151,7 @@ def render(schedule: Schedule) -> str:
     if not actors:
         return f"     in the first state: {_said(schedule)}\n"
     notes = [", ".join(_change(*change) for change in line.changes) for line in schedule.lines]
-    whole = min(width(), WIDEST)
+    whole = min(screen.width(), WIDEST)
     share = (whole - _NUMBER - _CHANGES) // len(actors) - GAP
     if share < _NARROWEST:
         return _one_column(schedule, notes, whole)

@@ -30,7 +30,7 @@ import kvmtrace as command_line
 from tests.traces import thrift
 from tests.traces.hostile import CPU_SECONDS, MEMORY, flipped, odd_metadata, sealed, with_metadata
 from tests.traces.thrift import LIST, STRUCT, Struct
-from traces import segments
+from traces import sealed_stream
 from traces.compact import compact
 from traces.errors import BAD_INPUT, Problem
 from traces.metadata import KEY
@@ -308,12 +308,12 @@ def forge_directory(directory: Path, number: int) -> None:
             message = flipped(message[:head], rng) + message[head:]
         rows = rng.choice((len(records), len(records), 1, 0, -1, 1 << 20, 1 << 62))
         start = rng.choice((first, first, first, 0, 1 << 61, -5))
-        crc = segments._seal_crc(message, start, rows)
+        crc = sealed_stream.seal_crc(message, start, rows)
         seal: Any = {"first": start, "rows": rows, "crc32": crc}
         if rng.random() < 0.1:
             seal = rng.choice(([], None, {"first": "x"}, {**seal, "rows": 1.5}, {**seal, "first": [[[]]]}))
         text = json.dumps(seal) if rng.random() < 0.95 else "[" * 100_000
-        stream.write_batch(segments._EMPTY, custom_metadata={"seal": text})
+        stream.write_batch(to_batch(records[:0]), custom_metadata={"seal": text})
         data += message + _taken(sink)
         first += len(records)
     stream.close()

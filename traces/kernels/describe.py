@@ -6,12 +6,12 @@ import textwrap
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
+from traces import screen
 from traces.kernels import stored
 from traces.kernels.changes import CHANGES, Change
 from traces.kernels.fold import at, changes_between
 from traces.kernels.kernel import Kernel
 from traces.kernels.policies import MEANINGS
-from traces.screen import width
 
 _LABEL: Final = 18  # characters of the left column
 _LEVELS: Final = {0: "its own", 1: "4 KiB", 2: "2 MiB", 3: "1 GiB"}
@@ -19,8 +19,9 @@ _LEVELS: Final = {0: "its own", 1: "4 KiB", 2: "2 MiB", 3: "1 GiB"}
 
 def every_change() -> tuple[dict[str, Any], str]:
     """The whole list, as a document and as text."""
-    head = f"What changed in KVM's MMU since 5.10, as far as kvmtrace needs it ({len(CHANGES)} changes).\n"
-    return {"changes": [_change(change) for change in CHANGES]}, head + "\n" + _listed(CHANGES)
+    head = f"What changed in KVM's MMU since 5.10, as far as kvmtrace needs it ({len(CHANGES)} changes)."
+    text = f"{textwrap.fill(head, screen.width())}\n\n{_listed(CHANGES)}"
+    return {"changes": [_change(change) for change in CHANGES]}, text
 
 
 def one(version: str) -> tuple[dict[str, Any], str]:
@@ -51,7 +52,7 @@ def two(old: str, new: str) -> tuple[dict[str, Any], str]:
     if not gained and not lost:
         lines += ["no change that kvmtrace knows of\n"]
     if fields:
-        lines += ["In the description (--json has all of it):"]
+        lines += ["In the description (--json has all):"]
         for name, (one_, other) in fields.items():
             lines += _row(name, _difference(one_, other))
     document = {
@@ -127,7 +128,7 @@ def _mode(shared: bool) -> str:
 def _row(label: str, value: str) -> list[str]:
     indent = f"  {label:{_LABEL}}"
     return textwrap.wrap(
-        value, width(), initial_indent=indent, subsequent_indent=" " * len(indent), break_on_hyphens=False
+        value, screen.width(), initial_indent=indent, subsequent_indent=" " * len(indent), break_on_hyphens=False
     ) or [indent.rstrip()]
 
 
@@ -140,7 +141,7 @@ def _listed(changes: Iterable[Change]) -> str:
             backports = ", ".join(".".join(map(str, first)) for first in change.backports)
             sources += f"{'; ' if sources else ''}also {backports}"
         text = f"{change.what} ({sources})" if sources else change.what
-        lines += textwrap.wrap(text, width(), initial_indent=f"  {since:6}", subsequent_indent=" " * 8)
+        lines += textwrap.wrap(text, screen.width(), initial_indent=f"  {since:6}", subsequent_indent=" " * 8)
     return "\n".join(lines) + "\n"
 
 
