@@ -136,8 +136,11 @@ class Paged(VmCheck):
 
     @property
     def ended(self) -> bool:
-        """Whether the VM was destroyed or, where that is not shown, all its pages were zapped."""
-        return self.pages.destroyed or (not self._shows_end and self.pages.emptied)
+        """Whether the VM was destroyed or, where that is not shown, all its pages were zapped.
+
+        On Intel the last of them go with KVM's own memslots, before kvm_mmu_zap_all.
+        """
+        return self.pages.destroyed or (not self._shows_end and (self.pages.emptied or not self.left(False)))
 
     def left(self, shows_frees: bool) -> int:
         """Pages that were not zapped, and roots that were not put."""

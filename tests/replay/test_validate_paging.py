@@ -98,8 +98,7 @@ def _blinded(name: str) -> Chosen:
     return trace, [row for row in rows_of(trace, 1) if row.kind not in blind]
 
 
-# Not those with EPT off: without kprobes their last rows are not yet predicted.
-@pytest.mark.parametrize("path", each([path for path in PAGED if not path.stem.endswith("-ept0")]))
+@pytest.mark.parametrize("path", each(PAGED))
 def test_without_kprobes_less_is_compared_and_said(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trace, rows = _blinded(path.stem)
     found = run(trace, 1, rows)
