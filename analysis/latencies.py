@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from analysis.rows import KIND, VCPU
+from analysis.rows import KIND, VCPU, DecodedRows
 from replay.decode.lasting import LEADING, Lasting
 from traces.schema import BY_NAME
 
@@ -59,11 +59,9 @@ class _Following:
         self._asked = asked
         self._vms: dict[int, Lasting] = {}
 
-    def feed(self, rows: pl.DataFrame, one_vm: bool) -> None:
-        for part in [rows] if one_vm else rows.partition_by("vm", maintain_order=True):
-            vm = part["vm"][0] if len(part) else None
-            if vm is not None:
-                self._feed(vm, part)
+    def feed(self, rows: DecodedRows) -> None:
+        for vm, part in rows.by_vm:
+            self._feed(vm, part)
 
     def _feed(self, vm: int, rows: pl.DataFrame) -> None:
         asked = self._asked
@@ -104,12 +102,12 @@ class _Calls:
         self._held: list[pl.DataFrame] = []
         self._held_rows = 0
 
-    def feed(self, rows: pl.DataFrame, one_vm: bool) -> None:
-        kind = rows[KIND].to_numpy()
+    def feed(self, rows: DecodedRows) -> None:
+        kind = rows.frame[KIND].to_numpy()
         codes = [BY_NAME[name].code for name in (self._asked.begins, *self._asked.ends)]
         at = np.flatnonzero(np.logical_or.reduce([kind == code for code in codes]))
         if len(at):
-            self._held.append(rows.select("seq", "time", "vm", "tid", "kind", "code")[at])
+            self._held.append(rows.frame.select("seq", "time", "vm", "tid", "kind", "code")[at])
             self._held_rows += len(at)
             if self._held_rows > _HELD_ROWS:
                 self._pair()

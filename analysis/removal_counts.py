@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import polars as pl
 
-from analysis.rows import KIND, VCPU
+from analysis.rows import KIND, VCPU, DecodedRows
 from replay.decode.removals import COLUMNS, FIELDS, Removals, causes_of, roots_of
 from traces.kernels.kernel import Kernel
 from traces.reader import Trace
@@ -47,9 +47,8 @@ class _Counting:
         self._shows = bool(meta.kinds.get("kvm_tdp_mmu_spte_changed"))
         self._removals: dict[int, Removals] = {}
 
-    def feed(self, rows: pl.DataFrame, one_vm: bool) -> None:
-        for part in [rows] if one_vm else rows.partition_by("vm", maintain_order=True):
-            vm = part["vm"][0] if len(part) else None
+    def feed(self, rows: DecodedRows) -> None:
+        for vm, part in rows.by_vm:
             if vm in self._vms:
                 self._feed(vm, part)
 

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from analysis.rows import KIND, VCPU
+from analysis.rows import KIND, VCPU, DecodedRows
 from replay.decode.dense import vcpus_of
 from replay.decode.same_rip import RipRuns
 from replay.decode.vm_inputs import dense_numbers, vcpu_ids
@@ -45,9 +45,8 @@ class _Following:
         self._vms: dict[int, Mapping[str, Any]] = {int(vm["id"]): vm for vm in trace.metadata.vms}
         self._runs: dict[int, tuple[RipRuns, NDArray[np.int32]]] = {}
 
-    def feed(self, rows: pl.DataFrame, one_vm: bool) -> None:
-        for part in [rows] if one_vm else rows.partition_by("vm", maintain_order=True):
-            vm = part["vm"][0] if len(part) else None
+    def feed(self, rows: DecodedRows) -> None:
+        for vm, part in rows.by_vm:
             if vm in self._vms:
                 self._feed(vm, part)
 

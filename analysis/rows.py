@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import Final, Protocol, TypeAlias
 
 import numpy as np
@@ -26,11 +26,30 @@ _NO_KIND: Final = 255
 _MERGED_ROWS: Final = 1 << 17  # parts are merged when they have more rows than this, and than what is merged
 
 
+@dataclass(frozen=True, eq=False)
+class DecodedRows:
+    """Some rows with what several questions ask of them, made once for all."""
+
+    frame: pl.DataFrame
+
+    @cached_property
+    def one_vm(self) -> bool:
+        """Whether `vm` is the same in all rows."""
+        vm = self.frame["vm"]
+        return vm.null_count() in (0, len(vm)) and vm.min() == vm.max()
+
+    @cached_property
+    def by_vm(self) -> list[tuple[int, pl.DataFrame]]:
+        """Each VM's rows, in order; not those of no VM."""
+        parts = [self.frame] if self.one_vm else self.frame.partition_by("vm", maintain_order=True)
+        return [(part["vm"][0], part) for part in parts if len(part) and part["vm"][0] is not None]
+
+
 class Counting(Protocol):
     """A question on its way through the rows."""
 
-    def feed(self, rows: pl.DataFrame, one_vm: bool) -> None:
-        """Take the next rows, in file order. `one_vm`: `vm` is the same in all of them."""
+    def feed(self, rows: DecodedRows) -> None:
+        """Take the next rows, in file order."""
 
     def answer(self) -> pl.DataFrame:
         """What the rows came to."""
@@ -86,13 +105,11 @@ def ask(trace: Trace, questions: Sequence[Question], window: Window = ALL) -> li
     for rows in _frames(trace, names, window):
         if rows.is_empty():
             continue
-        rows = _with_made(rows, made)
-        vm = rows["vm"]
-        one_vm = vm.null_count() in (0, len(vm)) and vm.min() == vm.max()
-        tallies.feed(rows, one_vm)
+        decoded = DecodedRows(_with_made(rows, made))
+        tallies.feed(decoded)
         for each in counting.values():
-            each.feed(rows, one_vm)
-        del rows, vm  # else they are there as long as the next ones are decoded
+            each.feed(decoded)
+        del rows, decoded  # else they are there as long as the next ones are decoded
     answers = tallies.answers() | {name: each.answer() for name, each in counting.items()}
     return [answers[question.name] for question in questions]
 
@@ -189,11 +206,11 @@ class Tallies:
         self._tallies = tallies
         self._parts = [_Parts(tally, groups) for tally, groups in zip(tallies, self._groups(none, False), strict=True)]
 
-    def feed(self, rows: pl.DataFrame, one_vm: bool) -> None:
+    def feed(self, rows: DecodedRows) -> None:
         """Take the next rows, as `Counting.feed`."""
-        vm = pl.lit(rows["vm"].first(), rows.schema["vm"]).alias("vm")
-        for parts, groups in zip(self._parts, self._groups(rows, one_vm), strict=True):
-            parts.add(groups.select(vm, pl.all()) if one_vm else groups)
+        vm = pl.lit(rows.frame["vm"].first(), rows.frame.schema["vm"]).alias("vm")
+        for parts, groups in zip(self._parts, self._groups(rows.frame, rows.one_vm), strict=True):
+            parts.add(groups.select(vm, pl.all()) if rows.one_vm else groups)
 
     def answers(self) -> dict[str, pl.DataFrame]:
         """What the rows came to, by the tallies' names."""

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import polars as pl
 
-from analysis.rows import KIND
+from analysis.rows import KIND, DecodedRows
 from replay.decode.root_uses import FIELDS, RootUses
 
 _NO_VM: Final = -1
@@ -37,10 +37,9 @@ class _Counting:
     def __init__(self) -> None:
         self._roots = RootUses()
 
-    def feed(self, rows: pl.DataFrame, one_vm: bool) -> None:
-        """Of one VM or many."""
-        vm = rows["vm"]
-        columns = (rows[name].to_numpy() for name in ("root", KIND, "role", "time"))
+    def feed(self, rows: DecodedRows) -> None:
+        vm = rows.frame["vm"]
+        columns = (rows.frame[name].to_numpy() for name in ("root", KIND, "role", "time"))
         self._roots.feed((vm.fill_null(_NO_VM) if vm.null_count() else vm).to_numpy(), *columns)
 
     def answer(self) -> pl.DataFrame:

@@ -11,6 +11,7 @@ from analysis.queries.recorded import lives
 from analysis.queries.registry import query
 from analysis.queries.replayed import progress
 from analysis.recorded_time import PARTS
+from analysis.rows import DecodedRows
 from analysis.sources import Recording, Result
 from analysis.used_roots import UsedRoots
 from replay.decode.vcpu_states import VcpuState
@@ -128,11 +129,10 @@ class _Heating:
         self._pages = dict.fromkeys(widths, 1)
         self._cells = {vm: pl.DataFrame(schema=_CELLS) for vm in widths}
 
-    def feed(self, rows: pl.DataFrame, one_vm: bool) -> None:
-        mapped = rows.lazy().filter(pl.col("kind") == "kvm_mmu_set_spte").select("vm", "time", "gfn").collect()
-        for part in [mapped] if one_vm else mapped.partition_by("vm"):
-            vm = part["vm"].first()
-            if isinstance(vm, int) and vm in self._widths:
+    def feed(self, rows: DecodedRows) -> None:
+        mapped = rows.frame.lazy().filter(pl.col("kind") == "kvm_mmu_set_spte").select("vm", "time", "gfn").collect()
+        for vm, part in DecodedRows(mapped).by_vm:
+            if vm in self._widths:
                 self._add(vm, part)
 
     def _add(self, vm: int, mapped: pl.DataFrame) -> None:

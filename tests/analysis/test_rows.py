@@ -79,7 +79,7 @@ def test_roots_are_what_their_rows_say(
     question = UsedRoots().begin()
     question._roots = uses(1)
     for first in range(0, len(every), cut):
-        question.feed(every[first : first + cut], one_vm=False)
+        question.feed(rows.DecodedRows(every[first : first + cut]))
     loaded = pl.col("kind").is_in(["mmu_load", "root_get", "kvm_mmu_get_page"]) & (pl.col("role") != 0)
     told = every.filter(pl.col("root") != 0).group_by("vm", "root").agg(
         rows=pl.len().cast(pl.Int64), loads=(pl.col("kind") == "mmu_load").sum().cast(pl.Int64),
@@ -106,7 +106,7 @@ def test_any_rows_in_any_parts(values: list[tuple[int | None, int, int | None]],
     counting = Tallies([tally], every.clear())
     for begin, end in pairwise(sorted({0, *cuts, len(every)})):
         part = every[begin:end]
-        counting.feed(part, one_vm=part["vm"].n_unique() == 1)
+        counting.feed(rows.DecodedRows(part))
     groups: dict[tuple[Any, int], list[int | None]] = {}
     for vm, key, number in values:
         if key > 0:
