@@ -52,6 +52,7 @@ _LOSS = cython.declare(cython.int, 4)
 _BEGUN = cython.declare(cython.int, 5)  # an event with its time, but without the end of its text
 
 _LONGEST = cython.declare(cython.int, 4096)  # a line's bytes; longer ones are no events
+_SHOWN = cython.declare(cython.int, 200)  # bytes of the first line that was not understood
 _MOST_PARTS = cython.declare(cython.int, 6)  # lines that one event may be wrapped over
 _THREAD_SLOTS = cython.declare(cython.int, 1 << 17)
 _MOST_THREADS = cython.declare(cython.int, 1 << 16)
@@ -157,6 +158,9 @@ class Scanner:
     _last_emitted: cython.longlong
     _pferr: cython.ulonglong
 
+    _data: cython.const[cython.uchar][::1]  # what was given
+    _text: cython.const[cython.uchar][::1]  # where the line being read stands: that, or `_scratch`
+
     # The last line that may go on, as text
     _scratch: cython.uchar[::1]
     _held: cython.Py_ssize_t  # its length; 0: none
@@ -217,26 +221,28 @@ class Scanner:
 
         `final`: there is nothing after `data`, so that its last line needs no end. The caller empties `rows`.
         """
-        buf: cython.const[cython.uchar][::1] = data
         size: cython.Py_ssize_t = len(data)
         at: cython.Py_ssize_t = start
         end: cython.Py_ssize_t
         begin: cython.Py_ssize_t
+        self._data = data
         while at < size and self.rows < self._room - 1:
             end = at
-            while end < size and buf[end] != 10:
+            while end < size and self._data[end] != 10:
                 end += 1
             if end == size and not final:
                 break
             begin = at
             at = end + 1
-            while begin < end and (buf[begin] == 62 or buf[begin] == 32 or buf[begin] == 9):  # quoting
+            while begin < end and (
+                self._data[begin] == 62 or self._data[begin] == 32 or self._data[begin] == 9
+            ):  # quoting
                 begin += 1
-            while end > begin and buf[end - 1] <= 32:
+            while end > begin and self._data[end - 1] <= 32:
                 end -= 1
             self.lines += 1
-            self._take_line(buf, begin, end)
-        self._keep(buf)
+            self._take_line(begin, end)
+        self._keep()
         return min(at, size)
 
     @property
@@ -246,7 +252,9 @@ class Scanner:
 
     def too_long(self, head: bytes) -> None:
         """Count what is no line."""
-        self._count_odd(head, 0, len(head))
+        if self.odd == 0:
+            self.first_odd = head[:_SHOWN]
+        self.odd += 1
         self._held = 0
 
     def others(self) -> dict[str, int]:
@@ -254,39 +262,39 @@ class Scanner:
         return {name.decode(errors="replace"): int(self.other_counts[at]) for at, name in self.other_names}
 
     @cython.cfunc
-    def _take_line(
-        self, buf: cython.const[cython.uchar][::1], begin: cython.Py_ssize_t, end: cython.Py_ssize_t
-    ) -> cython.void:
+    def _take_line(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.void:
         what: cython.int
         if begin == end:
             return
         if end - begin >= _LONGEST:
-            self._count_odd(buf, begin, end)
+            self._count_odd(begin, end)
             self._held = 0
             return
-        what = self._read(buf, begin, end)
+        self._text = self._data
+        what = self._read(begin, end)
         if (
             what in (_EVENT, _BEGUN)
             and self._l_tid == 0
             and self._held
             and ((self._l_how == 0 and self._held_what == _JUNK) or (self._l_how == 1 and self._held_what == _BEGUN))
         ):
-            if self._with_task(buf, begin, end):
+            if self._with_task(begin, end):
                 return
-            what = self._read(buf, begin, end)
+            self._text = self._data
+            what = self._read(begin, end)
         if what == _EVENT:
-            self._emit(buf)
+            self._emit()
             self._hold(begin, end, _EVENT)
         elif what in (_KNOWN, _LOSS):
             # What looks like a frame of a stack may be a number that an event goes on with.
-            if what == _LOSS or self._held == 0 or self._held_what != _BEGUN or not self._join(buf, begin, end):
+            if what == _LOSS or self._held == 0 or self._held_what != _BEGUN or not self._join(begin, end):
                 self._held = 0
                 self._goes_on_held = False
         elif what == _OTHER:
-            self._count_other(buf)
+            self._count_other()
             self._held = 0
-        elif what == _BEGUN or not self._held or self._held_what == _JUNK or not self._join(buf, begin, end):
-            self._count_odd(buf, begin, end)
+        elif what == _BEGUN or not self._held or self._held_what == _JUNK or not self._join(begin, end):
+            self._count_odd(begin, end)
             if what == _BEGUN or not self._goes_on_held:
                 self._hold(begin, end, what)
             self._goes_on_held = False
@@ -301,49 +309,50 @@ class Scanner:
         self._parts = 1
 
     @cython.cfunc
-    def _keep(self, buf: cython.const[cython.uchar][::1]) -> cython.void:
+    def _keep(self) -> cython.void:
         """Copy the line that is held: where it stands is needed otherwise."""
         i: cython.Py_ssize_t
         if self._held and self._held_at >= 0:
             for i in range(self._held):
-                self._scratch[i] = buf[self._held_at + i]
+                self._scratch[i] = self._data[self._held_at + i]
             self._held_at = -1
 
     @cython.cfunc
-    def _append(
-        self, buf: cython.const[cython.uchar][::1], begin: cython.Py_ssize_t, end: cython.Py_ssize_t
-    ) -> cython.Py_ssize_t:
+    def _append(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.Py_ssize_t:
         """Put the line behind the one that is held; how long both are, 0: too long, or in too many parts."""
         i: cython.Py_ssize_t
         length: cython.Py_ssize_t = self._held + 1 + end - begin
         if self._parts >= _MOST_PARTS or length >= _LONGEST:
             return 0
-        self._keep(buf)
+        self._keep()
         self._scratch[self._held] = 32
         for i in range(end - begin):
-            self._scratch[self._held + 1 + i] = buf[begin + i]
+            self._scratch[self._held + 1 + i] = self._data[begin + i]
         return length
 
     @cython.cfunc
-    def _with_task(
-        self, buf: cython.const[cython.uchar][::1], begin: cython.Py_ssize_t, end: cython.Py_ssize_t
-    ) -> cython.bint:
+    def _with_task(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.bint:
         """Whether the line before is this one's task, which a mailer cut off before or behind the time."""
-        length: cython.Py_ssize_t = self._append(buf, begin, end)
+        length: cython.Py_ssize_t = self._append(begin, end)
         what: cython.int
         if not length:
             return False
-        what = self._read(self._scratch, 0, length)
+        what = self._read_scratch(length)
         if self._l_tid == 0 or (what != _EVENT and what != _BEGUN):
             return False
         if what == _EVENT:
             self._absorb(length)
         else:
-            self._count_odd(buf, begin, end)
+            self._count_odd(begin, end)
             self._held = length
             self._held_what = _BEGUN
             self._parts += 1
         return True
+
+    @cython.cfunc
+    def _read_scratch(self, length: cython.Py_ssize_t) -> cython.int:
+        self._text = self._scratch
+        return self._read(0, length)
 
     @cython.cfunc
     def _absorb(self, length: cython.Py_ssize_t) -> cython.void:
@@ -355,7 +364,7 @@ class Scanner:
 
     @cython.cfunc
     def _became(self, length: cython.Py_ssize_t) -> cython.void:
-        self._emit(self._scratch)
+        self._emit()
         self.joined += 1
         self._held = length
         self._held_what = _EVENT
@@ -363,15 +372,13 @@ class Scanner:
         self._parts += 1
 
     @cython.cfunc
-    def _join(
-        self, buf: cython.const[cython.uchar][::1], begin: cython.Py_ssize_t, end: cython.Py_ssize_t
-    ) -> cython.bint:
+    def _join(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.bint:
         """Whether the line is the rest of the one before, an event that had begun or one that seemed to be whole."""
-        length: cython.Py_ssize_t = self._append(buf, begin, end)
+        length: cython.Py_ssize_t = self._append(begin, end)
         what: cython.int
         if not length:
             return False
-        what = self._read(self._scratch, 0, length)
+        what = self._read_scratch(length)
         if what == _EVENT and self._held_what == _BEGUN:
             self._absorb(length)
             return True
@@ -385,7 +392,7 @@ class Scanner:
                 self.odd -= self._parts
                 if self.odd == 0:
                     self.first_odd = b""
-                self._count_other(self._scratch)
+                self._count_other()
                 self._held = 0
                 return True
             self._held = length
@@ -394,17 +401,15 @@ class Scanner:
         return False
 
     @cython.cfunc
-    def _count_odd(
-        self, buf: cython.const[cython.uchar][::1], begin: cython.Py_ssize_t, end: cython.Py_ssize_t
-    ) -> cython.void:
+    def _count_odd(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.void:
         if self.odd == 0:
-            self.first_odd = bytes(buf[begin : min(end, begin + 200)])
+            self.first_odd = bytes(self._data[begin : min(end, begin + _SHOWN)])
         self.odd += 1
 
     @cython.cfunc
-    def _count_other(self, buf: cython.const[cython.uchar][::1]) -> cython.void:
+    def _count_other(self) -> cython.void:
         """Count an event by its name; a name beyond the table's room with the last."""
-        h: cython.longlong = cython.cast(cython.longlong, self._hash(buf, self._l_name, self._l_name_end)) + 1
+        h: cython.longlong = cython.cast(cython.longlong, self._hash(self._l_name, self._l_name_end)) + 1
         at: cython.Py_ssize_t = h & (_NAME_SLOTS - 1)
         tries: cython.int = 0
         while self._other_hash[at] != 0 and self._other_hash[at] != h and tries < 64:
@@ -412,11 +417,11 @@ class Scanner:
             tries += 1
         if self._other_hash[at] == 0:
             self._other_hash[at] = h
-            self.other_names.append((at, bytes(buf[self._l_name : min(self._l_name_end, self._l_name + 100)])))
+            self.other_names.append((at, bytes(self._text[self._l_name : min(self._l_name_end, self._l_name + 100)])))
         self._other[at] += 1
 
     @cython.cfunc
-    def _emit(self, buf: cython.const[cython.uchar][::1]) -> cython.void:
+    def _emit(self) -> cython.void:
         """Write the row of the line just read."""
         r: cython.Py_ssize_t = self.rows
         kind: cython.longlong = self._l_kind
@@ -465,7 +470,7 @@ class Scanner:
             self.lost += cython.cast(cython.longlong, self._out[0] & 0xFFFFFFFF)
         self._seen_on[self._l_cpu & (_CPUS - 1)] = self._now
         if self._l_tid > 0:
-            thread = self._thread(buf)
+            thread = self._thread()
             if thread >= 0:
                 if self._l_tgid > 0:
                     self._fact[thread, 0] = self._l_tgid + 1
@@ -477,7 +482,7 @@ class Scanner:
         self.rows = r + 1
 
     @cython.cfunc
-    def _thread(self, buf: cython.const[cython.uchar][::1]) -> cython.longlong:
+    def _thread(self) -> cython.longlong:
         """The number of the line's thread; -1: there are too many."""
         at: cython.Py_ssize_t = (self._l_tid * 40503) & (_THREAD_SLOTS - 1)
         while self._thread_slot[at] != 0:
@@ -487,7 +492,7 @@ class Scanner:
         if len(self.threads) >= _MOST_THREADS:
             return -1
         self._thread_tid[len(self.threads)] = self._l_tid
-        self.threads.append((int(self._l_tid), bytes(buf[self._l_comm : self._l_comm_end])))
+        self.threads.append((int(self._l_tid), bytes(self._text[self._l_comm : self._l_comm_end])))
         self._thread_slot[at] = len(self.threads)
         return len(self.threads) - 1
 
@@ -495,37 +500,35 @@ class Scanner:
 
     @cython.cfunc
     @cython.exceptval(check=False)
-    def _read(
-        self, buf: cython.const[cython.uchar][::1], begin: cython.Py_ssize_t, end: cython.Py_ssize_t
-    ) -> cython.int:
+    def _read(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.int:
         """What the line is; of an event all that `_emit` needs."""
         at: cython.Py_ssize_t
         self._l_tid = self._l_tgid = self._l_cpu = 0
         self._l_comm = self._l_comm_end = begin
         self._l_how = 0
-        at = self._find_time(buf, begin, end)
+        at = self._find_time(begin, end)
         if at >= 0:
-            return self._event(buf, at, end)
-        if buf[begin] == 35 or buf[begin] == 61 or buf[begin] == 60:  # '#', '=> f', '<stack trace>'
-            return self._heading(buf, begin, end)
-        if 48 <= buf[begin] <= 57:
-            at = self._relative(buf, begin, end)
+            return self._event(at, end)
+        if (
+            self._text[begin] == 35 or self._text[begin] == 61 or self._text[begin] == 60
+        ):  # '#', '=> f', '<stack trace>'
+            return self._heading(begin, end)
+        if 48 <= self._text[begin] <= 57:
+            at = self._relative(begin, end)
             if at >= 0:
                 self._l_how = 3
-                return self._event(buf, at, end)
-        if self._starts(buf, begin, end):
-            return self._loss(buf, begin, end)
-        at = self._bare(buf, begin, end)
+                return self._event(at, end)
+        if self._starts(begin, end):
+            return self._loss(begin, end)
+        at = self._bare(begin, end)
         if at >= 0:
             self._l_how = 1
-            return self._event(buf, at, end)
-        return self._heading(buf, begin, end)
+            return self._event(at, end)
+        return self._heading(begin, end)
 
     @cython.cfunc
     @cython.exceptval(check=False)
-    def _find_time(
-        self, buf: cython.const[cython.uchar][::1], begin: cython.Py_ssize_t, end: cython.Py_ssize_t
-    ) -> cython.Py_ssize_t:
+    def _find_time(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.Py_ssize_t:
         """Where the event begins behind `1234.567890: `, with task, CPU and time taken; -1: there is no time."""
         i: cython.Py_ssize_t
         first: cython.Py_ssize_t
@@ -535,31 +538,35 @@ class Scanner:
         part: cython.ulonglong
         digits: cython.Py_ssize_t
         for i in range(begin + 3, min(end, begin + 200)):
-            if buf[i] != 58 or not 48 <= buf[i - 1] <= 57 or (i + 1 < end and buf[i + 1] != 32 and buf[i + 1] != 9):
+            if (
+                self._text[i] != 58
+                or not 48 <= self._text[i - 1] <= 57
+                or (i + 1 < end and self._text[i + 1] != 32 and self._text[i + 1] != 9)
+            ):
                 continue
             first = i - 1
-            while first > begin and 48 <= buf[first - 1] <= 57:
+            while first > begin and 48 <= self._text[first - 1] <= 57:
                 first -= 1
             fraction = 0
-            if first > begin + 1 and buf[first - 1] == 46 and 48 <= buf[first - 2] <= 57:
+            if first > begin + 1 and self._text[first - 1] == 46 and 48 <= self._text[first - 2] <= 57:
                 fraction = i - first
                 first -= 2
-                while first > begin and 48 <= buf[first - 1] <= 57:
+                while first > begin and 48 <= self._text[first - 1] <= 57:
                     first -= 1
-            if first > begin and buf[first - 1] != 32 and buf[first - 1] != 9:
+            if first > begin and self._text[first - 1] != 32 and self._text[first - 1] != 9:
                 continue
             if (fraction != 6 and fraction != 9 and fraction != 0) or i - first > 20:
                 continue
-            if fraction == 0 and not self._after_cpu(buf, begin, first):
+            if fraction == 0 and not self._after_cpu(begin, first):
                 continue
             whole = part = 0
             digits = i - first - (fraction + 1 if fraction else 0)
             if digits > 18 or (fraction and digits > 9):
                 continue
             for k in range(first, first + digits):
-                whole = whole * 10 + (buf[k] - 48)
+                whole = whole * 10 + (self._text[k] - 48)
             for k in range(i - fraction, i):
-                part = part * 10 + (buf[k] - 48)
+                part = part * 10 + (self._text[k] - 48)
             if fraction == 6:
                 part *= 1000
             if fraction:
@@ -567,212 +574,202 @@ class Scanner:
             else:
                 self._l_time = whole
                 self._l_how = 2
-            self._task(buf, begin, first)
+            self._task(begin, first)
             return i + 1
         return -1
 
     @cython.cfunc
     @cython.exceptval(check=False)
-    def _after_cpu(
-        self, buf: cython.const[cython.uchar][::1], begin: cython.Py_ssize_t, at: cython.Py_ssize_t
-    ) -> cython.bint:
+    def _after_cpu(self, begin: cython.Py_ssize_t, at: cython.Py_ssize_t) -> cython.bint:
         """Whether a CPU in brackets stands before, with nothing but flags between: a time without a point."""
         i: cython.Py_ssize_t = at
-        while i > begin and buf[i - 1] <= 32:
+        while i > begin and self._text[i - 1] <= 32:
             i -= 1
-        if i > begin and buf[i - 1] != 93:
-            while i > begin and buf[i - 1] > 32:
+        if i > begin and self._text[i - 1] != 93:
+            while i > begin and self._text[i - 1] > 32:
                 i -= 1
-            while i > begin and buf[i - 1] <= 32:
+            while i > begin and self._text[i - 1] <= 32:
                 i -= 1
-        return i > begin and buf[i - 1] == 93 and i - 2 >= begin and 48 <= buf[i - 2] <= 57
+        return i > begin and self._text[i - 1] == 93 and i - 2 >= begin and 48 <= self._text[i - 2] <= 57
 
     @cython.cfunc
     @cython.exceptval(check=False)
-    def _task(
-        self, buf: cython.const[cython.uchar][::1], begin: cython.Py_ssize_t, end: cython.Py_ssize_t
-    ) -> cython.void:
+    def _task(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.void:
         """`CPU 3/KVM-5120 (51) [006] d....`, `fc_vcpu 2  417/418 [011]`: from the right, for names hold anything."""
         i: cython.Py_ssize_t = end
         first: cython.Py_ssize_t
         value: cython.longlong
         for _ in range(2):  # flags, then the CPU; or the CPU alone
-            while i > begin and buf[i - 1] <= 32:
+            while i > begin and self._text[i - 1] <= 32:
                 i -= 1
             first = i
-            while first > begin and buf[first - 1] > 32:
+            while first > begin and self._text[first - 1] > 32:
                 first -= 1
-            if i - first >= 3 and buf[i - 1] == 93 and buf[first] == 91:
-                self._l_cpu = self._number(buf, first + 1, i - 1)
+            if i - first >= 3 and self._text[i - 1] == 93 and self._text[first] == 91:
+                self._l_cpu = self._number(first + 1, i - 1)
                 i = first
                 break
-            if not (3 <= i - first <= 10) or not self._are_flags(buf, first, i):
+            if not (3 <= i - first <= 10) or not self._are_flags(first, i):
                 break
             i = first
-        while i > begin and buf[i - 1] <= 32:
+        while i > begin and self._text[i - 1] <= 32:
             i -= 1
-        if i > begin and buf[i - 1] == 41:  # (tgid), perhaps (-----)
+        if i > begin and self._text[i - 1] == 41:  # (tgid), perhaps (-----)
             first = i - 1
-            while first > begin and buf[first - 1] != 40:
+            while first > begin and self._text[first - 1] != 40:
                 first -= 1
-            value = self._number(buf, first, i - 1)
-            if first > begin and (value >= 0 or buf[i - 2] == 45):
+            value = self._number(first, i - 1)
+            if first > begin and (value >= 0 or self._text[i - 2] == 45):
                 self._l_tgid = max(value, 0)
                 i = first - 1
-                while i > begin and buf[i - 1] <= 32:
+                while i > begin and self._text[i - 1] <= 32:
                     i -= 1
         first = i
-        while first > begin and 48 <= buf[first - 1] <= 57:
+        while first > begin and 48 <= self._text[first - 1] <= 57:
             first -= 1
         if first in (i, begin):
             return
-        value = self._number(buf, first, i)
+        value = self._number(first, i)
         if value > 1 << 30:
             return
         self._l_tid = value
         i = first - 1
-        if buf[i] == 47:  # pid/tid
+        if self._text[i] == 47:  # pid/tid
             first = i
-            while first > begin and 48 <= buf[first - 1] <= 57:
+            while first > begin and 48 <= self._text[first - 1] <= 57:
                 first -= 1
-            value = self._number(buf, first, i)
-            if first < i and first > begin and buf[first - 1] <= 32 and value <= 1 << 30:
+            value = self._number(first, i)
+            if first < i and first > begin and self._text[first - 1] <= 32 and value <= 1 << 30:
                 self._l_tgid = value
                 i = first - 1
-        while i > begin and buf[i - 1] <= 32:
+        while i > begin and self._text[i - 1] <= 32:
             i -= 1
         self._l_comm_end = max(min(i, begin + 64), begin)
 
     @cython.cfunc
     @cython.exceptval(check=False)
-    def _are_flags(
-        self, buf: cython.const[cython.uchar][::1], begin: cython.Py_ssize_t, end: cython.Py_ssize_t
-    ) -> cython.bint:
+    def _are_flags(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.bint:
         """`d..1.`, `dNh2`, `-....`, `...2 102`: letters, digits and dots; a dot or a letter among them."""
         i: cython.Py_ssize_t
         other: cython.int = 0
         for i in range(begin, end):
-            if buf[i] == 46 or buf[i] == 35 or buf[i] == 61 or 65 <= buf[i] <= 90 or 97 <= buf[i] <= 122:
+            if (
+                self._text[i] == 46
+                or self._text[i] == 35
+                or self._text[i] == 61
+                or 65 <= self._text[i] <= 90
+                or 97 <= self._text[i] <= 122
+            ):
                 other += 1
-            elif not 48 <= buf[i] <= 57 and buf[i] != 45:
+            elif not 48 <= self._text[i] <= 57 and self._text[i] != 45:
                 return False
-        return other > 0 and buf[end - 1] != 45
+        return other > 0 and self._text[end - 1] != 45
 
     @cython.cfunc
     @cython.exceptval(check=False)
-    def _number(
-        self, buf: cython.const[cython.uchar][::1], begin: cython.Py_ssize_t, end: cython.Py_ssize_t
-    ) -> cython.longlong:
+    def _number(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.longlong:
         """A decimal number with blanks around it; -1: it is none."""
         value: cython.longlong = 0
-        while begin < end and buf[begin] == 32:
+        while begin < end and self._text[begin] == 32:
             begin += 1
-        while end > begin and buf[end - 1] == 32:
+        while end > begin and self._text[end - 1] == 32:
             end -= 1
         if begin == end or end - begin > 18:
             return -1
         for i in range(begin, end):
-            if not 48 <= buf[i] <= 57:
+            if not 48 <= self._text[i] <= 57:
                 return -1
-            value = value * 10 + (buf[i] - 48)
+            value = value * 10 + (self._text[i] - 48)
         return value
 
     @cython.cfunc
     @cython.exceptval(check=False)
-    def _relative(
-        self, buf: cython.const[cython.uchar][::1], begin: cython.Py_ssize_t, end: cython.Py_ssize_t
-    ) -> cython.Py_ssize_t:
+    def _relative(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.Py_ssize_t:
         """perf trace's `731.042 ( 0.004 ms): qemu/2700 kvm:kvm_entry(`: where the event begins; -1: it is none."""
         i: cython.Py_ssize_t = begin
         k: cython.Py_ssize_t
         whole: cython.ulonglong = 0
         part: cython.ulonglong = 0
-        while i < end and 48 <= buf[i] <= 57 and i - begin < 15:
-            whole = whole * 10 + (buf[i] - 48)
+        while i < end and 48 <= self._text[i] <= 57 and i - begin < 15:
+            whole = whole * 10 + (self._text[i] - 48)
             i += 1
-        if i + 4 >= end or buf[i] != 46 or buf[i + 4] != 32:
+        if i + 4 >= end or self._text[i] != 46 or self._text[i + 4] != 32:
             return -1
         for k in range(i + 1, i + 4):
-            if not 48 <= buf[k] <= 57:
+            if not 48 <= self._text[k] <= 57:
                 return -1
-            part = part * 10 + (buf[k] - 48)
+            part = part * 10 + (self._text[k] - 48)
         self._l_time = whole * 1000000 + part * 1000
         i += 5
-        while i < end and buf[i] == 32:
+        while i < end and self._text[i] == 32:
             i += 1
-        if i < end and buf[i] == 40:
-            while i < end and buf[i] != 41:
+        if i < end and self._text[i] == 40:
+            while i < end and self._text[i] != 41:
                 i += 1
             i += 1
-            if i < end and buf[i] == 58:
+            if i < end and self._text[i] == 58:
                 i += 1
-        while i < end and buf[i] == 32:
+        while i < end and self._text[i] == 32:
             i += 1
         # The task ends where ` system:event` begins.
         for k in range(i, min(end - 3, i + 80)):
             if (
-                buf[k] == 32
-                and 48 <= buf[k - 1] <= 57
-                and buf[k + 1] == 107
-                and buf[k + 2] == 118
-                and buf[k + 3] == 109
+                self._text[k] == 32
+                and 48 <= self._text[k - 1] <= 57
+                and self._text[k + 1] == 107
+                and self._text[k + 2] == 118
+                and self._text[k + 3] == 109
             ):
                 self._l_comm = i
                 self._l_comm_end = i
-                self._task(buf, i, k)
+                self._task(i, k)
                 if self._l_tgid == 0 or self._l_tid > 0:
                     return k + 1
         return -1
 
     @cython.cfunc
     @cython.exceptval(check=False)
-    def _bare(
-        self, buf: cython.const[cython.uchar][::1], begin: cython.Py_ssize_t, end: cython.Py_ssize_t
-    ) -> cython.Py_ssize_t:
+    def _bare(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.Py_ssize_t:
         """Where a line begins with the name of an event that is known; -1: with none."""
         i: cython.Py_ssize_t = begin
         system: cython.Py_ssize_t = begin
-        while i < end and (buf[i] == 95 or 48 <= buf[i] <= 57 or 97 <= buf[i] <= 122):
+        while i < end and (self._text[i] == 95 or 48 <= self._text[i] <= 57 or 97 <= self._text[i] <= 122):
             i += 1
-        if i < end - 1 and buf[i] == 58 and buf[i + 1] != 32 and i - begin <= 6:
+        if i < end - 1 and self._text[i] == 58 and self._text[i + 1] != 32 and i - begin <= 6:
             i += 1
             system = i
-            while i < end and (buf[i] == 95 or 48 <= buf[i] <= 57 or 97 <= buf[i] <= 122):
+            while i < end and (self._text[i] == 95 or 48 <= self._text[i] <= 57 or 97 <= self._text[i] <= 122):
                 i += 1
-        if i == system or i >= end or (buf[i] != 58 and buf[i] != 40):
+        if i == system or i >= end or (self._text[i] != 58 and self._text[i] != 40):
             return -1
-        return begin if self._find(self._event_table, 256, buf, system, i) >= 0 else -1
+        return begin if self._find(self._event_table, 256, system, i) >= 0 else -1
 
     @cython.cfunc
     @cython.exceptval(check=False)
-    def _starts(
-        self, buf: cython.const[cython.uchar][::1], begin: cython.Py_ssize_t, end: cython.Py_ssize_t
-    ) -> cython.bint:
+    def _starts(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.bint:
         """Whether a line is `CPU:2 [LOST 771 EVENTS]`, or `CPU:2 [EVENTS DROPPED]`."""
         return (
             end - begin > 12
-            and buf[begin] == 67
-            and buf[begin + 1] == 80
-            and buf[begin + 2] == 85
-            and (buf[begin + 3] == 58 and buf[end - 1] == 93)
+            and self._text[begin] == 67
+            and self._text[begin + 1] == 80
+            and self._text[begin + 2] == 85
+            and (self._text[begin + 3] == 58 and self._text[end - 1] == 93)
         )
 
     @cython.cfunc
-    def _loss(
-        self, buf: cython.const[cython.uchar][::1], begin: cython.Py_ssize_t, end: cython.Py_ssize_t
-    ) -> cython.int:
+    def _loss(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.int:
         """A gap row, as far as the line says how much was lost."""
         i: cython.Py_ssize_t = begin + 4
         cpu: cython.longlong = 0
         count: cython.longlong = 0
         r: cython.Py_ssize_t = self.rows
-        while i < end and 48 <= buf[i] <= 57 and cpu < 100000:
-            cpu = cpu * 10 + (buf[i] - 48)
+        while i < end and 48 <= self._text[i] <= 57 and cpu < 100000:
+            cpu = cpu * 10 + (self._text[i] - 48)
             i += 1
-        while i < end and not 48 <= buf[i] <= 57:
+        while i < end and not 48 <= self._text[i] <= 57:
             i += 1
-        while i < end and 48 <= buf[i] <= 57 and count < 1 << 50:
-            count = count * 10 + (buf[i] - 48)
+        while i < end and 48 <= self._text[i] <= 57 and count < 1 << 50:
+            count = count * 10 + (self._text[i] - 48)
             i += 1
         for name in self.columns:
             self.columns[name][r] = 0
@@ -789,25 +786,23 @@ class Scanner:
 
     @cython.cfunc
     @cython.exceptval(check=False)
-    def _heading(
-        self, buf: cython.const[cython.uchar][::1], begin: cython.Py_ssize_t, end: cython.Py_ssize_t
-    ) -> cython.int:
+    def _heading(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.int:
         """Headings, stacks and what separates: nothing to wonder at. All else is junk."""
         i: cython.Py_ssize_t = begin
-        if buf[begin] == 35 or (buf[begin] == 45 and end - begin == 2 and buf[begin + 1] == 45):
+        if self._text[begin] == 35 or (self._text[begin] == 45 and end - begin == 2 and self._text[begin + 1] == 45):
             return _KNOWN
-        if end - begin > 2 and buf[begin] == 61 and buf[begin + 1] == 62:
+        if end - begin > 2 and self._text[begin] == 61 and self._text[begin + 1] == 62:
             return _KNOWN
-        if buf[begin] == 60 and buf[end - 1] == 62 and end - begin < 40:  # <stack trace>, <idle>
+        if self._text[begin] == 60 and self._text[end - 1] == 62 and end - begin < 40:  # <stack trace>, <idle>
             return _KNOWN
-        if self._prefixed(buf, begin, end, b"cpus=") or self._prefixed(buf, begin, end, b"version = "):
+        if self._prefixed(begin, end, b"cpus=") or self._prefixed(begin, end, b"version = "):
             return _KNOWN
-        if self._prefixed(buf, begin, end, b"CPU ") and buf[end - 1] == 121:  # is empty
+        if self._prefixed(begin, end, b"CPU ") and self._text[end - 1] == 121:  # is empty
             return _KNOWN
         # A frame of perf's call chains: an address, a blank, a symbol.
-        while i < end and (48 <= buf[i] <= 57 or 97 <= buf[i] <= 102):
+        while i < end and (48 <= self._text[i] <= 57 or 97 <= self._text[i] <= 102):
             i += 1
-        if i - begin >= 6 and i < end - 1 and buf[i] == 32 and (buf[end - 1] == 41 or i - begin >= 12):
+        if i - begin >= 6 and i < end - 1 and self._text[i] == 32 and (self._text[end - 1] == 41 or i - begin >= 12):
             return _KNOWN
         return _JUNK
 
@@ -815,7 +810,6 @@ class Scanner:
     @cython.exceptval(check=False)
     def _prefixed(
         self,
-        buf: cython.const[cython.uchar][::1],
         begin: cython.Py_ssize_t,
         end: cython.Py_ssize_t,
         prefix: bytes,
@@ -824,40 +818,38 @@ class Scanner:
         if end - begin < len(prefix):
             return False
         for i in range(len(prefix)):  # noqa: SIM110 (C has no generators)
-            if buf[begin + i] != cython.cast(cython.uchar, prefix[i]):
+            if self._text[begin + i] != cython.cast(cython.uchar, prefix[i]):
                 return False
         return True
 
     @cython.cfunc
     @cython.exceptval(check=False)
-    def _event(
-        self, buf: cython.const[cython.uchar][::1], begin: cython.Py_ssize_t, end: cython.Py_ssize_t
-    ) -> cython.int:
+    def _event(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.int:
         """`kvm:kvm_exit: reason ...`, perhaps with perf's period before it."""
         i: cython.Py_ssize_t = begin
         first: cython.Py_ssize_t
         event: cython.longlong
         form: cython.longlong
         tried: cython.longlong
-        while i < end and buf[i] <= 32:
+        while i < end and self._text[i] <= 32:
             i += 1
         first = i
-        while i < end and 48 <= buf[i] <= 57:
+        while i < end and 48 <= self._text[i] <= 57:
             i += 1
-        if i > first and i < end and buf[i] == 32:
-            while i < end and buf[i] == 32:
+        if i > first and i < end and self._text[i] == 32:
+            while i < end and self._text[i] == 32:
                 i += 1
         else:
             i = first
         first = i
-        while i < end and self._of_name(buf[i]):
+        while i < end and self._of_name(self._text[i]):
             i += 1
-        if i + 1 < end and buf[i] == 58 and self._of_name(buf[i + 1]) and i - first < 40:
-            event = self._find(self._event_table, 256, buf, first, i)
+        if i + 1 < end and self._text[i] == 58 and self._of_name(self._text[i + 1]) and i - first < 40:
+            event = self._find(self._event_table, 256, first, i)
             if event < 0:  # the system was named: else a text begins right behind the colon
                 i += 1
                 first = i
-                while i < end and self._of_name(buf[i]):
+                while i < end and self._of_name(self._text[i]):
                     i += 1
         self._l_name = first
         self._l_name_end = i
@@ -865,20 +857,20 @@ class Scanner:
             return _BEGUN if i >= end else _JUNK
         if i >= end:
             return _BEGUN
-        event = self._find(self._event_table, 256, buf, first, i)
+        event = self._find(self._event_table, 256, first, i)
         # The function tracer's lines have no colon, nor has perf's own word on losses.
-        if event < 0 or (buf[i] != 58 and buf[i] != 40 and self._form[self._events[event, 0], 0] != 0):
+        if event < 0 or (self._text[i] != 58 and self._text[i] != 40 and self._form[self._events[event, 0], 0] != 0):
             return _OTHER
         i += 1
         tried = self._last_form[event]
-        if tried >= 0 and self._matches(tried, buf, i, end):
+        if tried >= 0 and self._matches(tried, i, end):
             return self._matched(event, tried)
         for form in range(self._events[event, 0], self._events[event, 1]):
-            if self._matches(form, buf, i, end):
+            if self._matches(form, i, end):
                 self._last_form[event] = form
                 # A longer form hides no shorter one of the same words, but the last one may be the shorter.
                 return self._matched(event, form)
-        if self._fields(event, buf, i, end):
+        if self._fields(event, i, end):
             self._l_form = -1
             self._l_kind = self._form[self._events[event, 0], 0]
             return _EVENT
@@ -903,13 +895,11 @@ class Scanner:
 
     @cython.cfunc
     @cython.exceptval(check=False)
-    def _hash(
-        self, buf: cython.const[cython.uchar][::1], begin: cython.Py_ssize_t, end: cython.Py_ssize_t
-    ) -> cython.ulonglong:
+    def _hash(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.ulonglong:
         h: cython.ulonglong = 2166136261
         i: cython.Py_ssize_t
         for i in range(begin, end):
-            h = ((h ^ buf[i]) * 16777619) & 0xFFFFFFFF
+            h = ((h ^ self._text[i]) * 16777619) & 0xFFFFFFFF
         return h
 
     @cython.cfunc
@@ -918,12 +908,11 @@ class Scanner:
         self,
         table: cython.const[cython.longlong][:, ::1],
         slots: cython.Py_ssize_t,
-        buf: cython.const[cython.uchar][::1],
         begin: cython.Py_ssize_t,
         end: cython.Py_ssize_t,
     ) -> cython.longlong:
         """The value of a name in a table; -1: it is not there."""
-        h: cython.ulonglong = self._hash(buf, begin, end)
+        h: cython.ulonglong = self._hash(begin, end)
         at: cython.Py_ssize_t = cython.cast(cython.Py_ssize_t, h & cython.cast(cython.ulonglong, slots - 1))
         i: cython.Py_ssize_t
         same: cython.bint
@@ -931,7 +920,7 @@ class Scanner:
             if cython.cast(cython.ulonglong, table[at, 0]) == h and table[at, 2] == end - begin:
                 same = True
                 for i in range(end - begin):
-                    if self._blob[table[at, 1] + i] != buf[begin + i]:
+                    if self._blob[table[at, 1] + i] != self._text[begin + i]:
                         same = False
                         break
                 if same:
@@ -966,7 +955,6 @@ class Scanner:
     def _matches(
         self,
         form: cython.longlong,
-        buf: cython.const[cython.uchar][::1],
         begin: cython.Py_ssize_t,
         end: cython.Py_ssize_t,
     ) -> cython.bint:
@@ -983,7 +971,7 @@ class Scanner:
         found: cython.longlong
         same: cython.bint
         self._clear()
-        while i < end and buf[i] <= 32:
+        while i < end and self._text[i] <= 32:
             i += 1
         for op in range(self._form[form, 1], self._form[form, 2]):
             what = self._ops[op, 0]
@@ -992,23 +980,23 @@ class Scanner:
             if what == _LITERAL:
                 for k in range(first, first + count):
                     if self._blob[k] == 32:
-                        while i < end and buf[i] <= 32:
+                        while i < end and self._text[i] <= 32:
                             i += 1
-                    elif i < end and buf[i] == self._blob[k]:
+                    elif i < end and self._text[i] == self._blob[k]:
                         i += 1
                     else:
                         # The end of a text may lack what only closes it.
                         return False
                 continue
-            while i < end and buf[i] <= 32:
+            while i < end and self._text[i] <= 32:
                 i += 1
             value = 0
             if what == _HEX:
-                if i + 1 < end and buf[i] == 48 and (buf[i + 1] == 120 or buf[i + 1] == 88):
+                if i + 1 < end and self._text[i] == 48 and (self._text[i + 1] == 120 or self._text[i + 1] == 88):
                     i += 2
                 digits = 0
                 while i < end:
-                    c = buf[i]
+                    c = self._text[i]
                     if 48 <= c <= 57:
                         c -= 48
                     elif 97 <= c <= 102:
@@ -1020,24 +1008,24 @@ class Scanner:
                     value = ((value << 4) & _MASK64) | c
                     digits += 1
                     i += 1
-                if digits == 0 or digits > 16 or (i < end and self._of_name(buf[i])):
+                if digits == 0 or digits > 16 or (i < end and self._of_name(self._text[i])):
                     return False
             elif what in (_DEC, _NEGATIVE):
                 digits = 0
                 k = i
-                if i < end and buf[i] == 45:
+                if i < end and self._text[i] == 45:
                     i += 1
-                while i < end and 48 <= buf[i] <= 57 and digits < 20:
-                    value = (value * 10 + (buf[i] - 48)) & _MASK64
+                while i < end and 48 <= self._text[i] <= 57 and digits < 20:
+                    value = (value * 10 + (self._text[i] - 48)) & _MASK64
                     digits += 1
                     i += 1
-                if digits == 0 or (i < end and self._of_name(buf[i])):
+                if digits == 0 or (i < end and self._of_name(self._text[i])):
                     return False
-                if (buf[k] == 45) != (what == _NEGATIVE):
+                if (self._text[k] == 45) != (what == _NEGATIVE):
                     value = (0 - value) & _MASK64
             elif what in (_POINTER, _WORD, _PERM):
                 k = i
-                while i < end and buf[i] > 32 and not (what == _PERM and buf[i] == 41):
+                while i < end and self._text[i] > 32 and not (what == _PERM and self._text[i] == 41):
                     i += 1
                 if i == k:
                     return False
@@ -1045,7 +1033,7 @@ class Scanner:
             elif what == _ONE_OF:
                 same = False
                 for k in range(first, first + count):
-                    if self._is_name(self._names[k, 0], self._names[k, 1], buf, i, end):
+                    if self._is_name(self._names[k, 0], self._names[k, 1], i, end):
                         i += self._names[k, 1]
                         value = cython.cast(cython.ulonglong, self._names[k, 2])
                         same = True
@@ -1054,61 +1042,65 @@ class Scanner:
                     return False
             elif what == _EXIT:
                 k = i
-                while i < end and buf[i] > 32:
+                while i < end and self._text[i] > 32:
                     i += 1
-                if i + 5 <= end and buf[i + 1] == 101 and buf[i + 2] == 120 and buf[i + 3] == 99 and buf[i + 4] == 112:
+                if (
+                    i + 5 <= end
+                    and self._text[i + 1] == 101
+                    and self._text[i + 2] == 120
+                    and self._text[i + 3] == 99
+                    and self._text[i + 4] == 112
+                ):
                     i += 5  # `PF excp`
-                found = self._find(self._exit_table, 1024, buf, k, i)
+                found = self._find(self._exit_table, 1024, k, i)
                 if found >= 0:
                     value = cython.cast(cython.ulonglong, found & 0xFFFFFFFF)
                     self._out[_VENDOR] = 1 + cython.cast(cython.ulonglong, found >> 32)
-                    if self._prefixed(buf, min(i + 1, end), end, b"FAILED_VMENTRY"):
+                    if self._prefixed(min(i + 1, end), end, b"FAILED_VMENTRY"):
                         i += 15
                         value |= 0x80000000
                 else:
                     # `UNKNOWN (77)`, or the number alone
-                    if self._prefixed(buf, k, end, b"UNKNOWN ("):
+                    if self._prefixed(k, end, b"UNKNOWN ("):
                         k += 9
                         i = k
-                        while i < end and 48 <= buf[i] <= 57:
-                            value = (value * 10 + (buf[i] - 48)) & 0xFFFFFFFF
+                        while i < end and 48 <= self._text[i] <= 57:
+                            value = (value * 10 + (self._text[i] - 48)) & 0xFFFFFFFF
                             i += 1
-                        if i == k or i >= end or buf[i] != 41:
+                        if i == k or i >= end or self._text[i] != 41:
                             return False
                         i += 1
                     else:
-                        value = self._hexadecimal(buf, k, i)
+                        value = self._hexadecimal(k, i)
                         if value == _MASK64:
                             return False
             elif what == _PFERR:
-                i = self._fault_bits(buf, i, end)
+                i = self._fault_bits(i, end)
                 value = self._pferr
             elif what == _FAILED:
-                if self._ends(buf, i, end, b"failed") or self._ends(buf, i, end, b"FAIL"):
+                if self._ends(i, end, b"failed") or self._ends(i, end, b"FAIL"):
                     value = 1
                 i = end
             self._put(self._ops[op, 1], self._ops[op, 2], self._ops[op, 3], value)
         self._l_end = i
-        return not (i < end and self._goes_on(buf, i, end))
+        return not (i < end and self._goes_on(i, end))
 
     @cython.cfunc
     @cython.exceptval(check=False)
-    def _goes_on(
-        self, buf: cython.const[cython.uchar][::1], begin: cython.Py_ssize_t, end: cython.Py_ssize_t
-    ) -> cython.bint:
+    def _goes_on(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.bint:
         """Whether what is left is more of the event: ` name 0x...`, of a longer form or of one not in the table."""
         i: cython.Py_ssize_t = begin
         k: cython.Py_ssize_t
-        while i < end and (buf[i] <= 32 or buf[i] == 44):
+        while i < end and (self._text[i] <= 32 or self._text[i] == 44):
             i += 1
         k = i
-        while i < end and self._of_name(buf[i]) and not 48 <= buf[k] <= 57:
+        while i < end and self._of_name(self._text[i]) and not 48 <= self._text[k] <= 57:
             i += 1
         if i - k < 3:
             return False
-        while i < end and (buf[i] == 32 or buf[i] == 61 or buf[i] == 58):
+        while i < end and (self._text[i] == 32 or self._text[i] == 61 or self._text[i] == 58):
             i += 1
-        return i < end and 48 <= buf[i] <= 57
+        return i < end and 48 <= self._text[i] <= 57
 
     @cython.cfunc
     @cython.exceptval(check=False)
@@ -1116,7 +1108,6 @@ class Scanner:
         self,
         offset: cython.Py_ssize_t,
         length: cython.Py_ssize_t,
-        buf: cython.const[cython.uchar][::1],
         begin: cython.Py_ssize_t,
         end: cython.Py_ssize_t,
     ) -> cython.bint:
@@ -1124,7 +1115,7 @@ class Scanner:
         if length > end - begin:
             return False
         for i in range(length):  # noqa: SIM110 (C has no generators)
-            if self._blob[offset + i] != buf[begin + i]:
+            if self._blob[offset + i] != self._text[begin + i]:
                 return False
         return True
 
@@ -1132,26 +1123,23 @@ class Scanner:
     @cython.exceptval(check=False)
     def _ends(
         self,
-        buf: cython.const[cython.uchar][::1],
         begin: cython.Py_ssize_t,
         end: cython.Py_ssize_t,
         tail: bytes,
     ) -> cython.bint:
-        return end - begin >= len(tail) and self._prefixed(buf, end - len(tail), end, tail)
+        return end - begin >= len(tail) and self._prefixed(end - len(tail), end, tail)
 
     @cython.cfunc
     @cython.exceptval(check=False)
-    def _hexadecimal(
-        self, buf: cython.const[cython.uchar][::1], begin: cython.Py_ssize_t, end: cython.Py_ssize_t
-    ) -> cython.ulonglong:
+    def _hexadecimal(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.ulonglong:
         """A number of at most 32 bits with 0x; all ones: it is none."""
         value: cython.ulonglong = 0
         i: cython.Py_ssize_t
         c: cython.int
-        if end - begin < 3 or end - begin > 10 or buf[begin] != 48 or buf[begin + 1] != 120:
+        if end - begin < 3 or end - begin > 10 or self._text[begin] != 48 or self._text[begin + 1] != 120:
             return _MASK64
         for i in range(begin + 2, end):
-            c = buf[i]
+            c = self._text[i]
             if 48 <= c <= 57:
                 c -= 48
             elif 97 <= c <= 102:
@@ -1163,9 +1151,7 @@ class Scanner:
 
     @cython.cfunc
     @cython.exceptval(check=False)
-    def _fault_bits(
-        self, buf: cython.const[cython.uchar][::1], begin: cython.Py_ssize_t, end: cython.Py_ssize_t
-    ) -> cython.Py_ssize_t:
+    def _fault_bits(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.Py_ssize_t:
         """`P|W|RSVD|0x100000000` into `_pferr`; where it ends. A code without bits is not printed at all."""
         i: cython.Py_ssize_t = begin
         first: cython.Py_ssize_t
@@ -1174,33 +1160,33 @@ class Scanner:
         length: cython.Py_ssize_t
         while True:
             first = i
-            while i < end and (65 <= buf[i] <= 90 or 48 <= buf[i] <= 57 or 97 <= buf[i] <= 122):
+            while i < end and (65 <= self._text[i] <= 90 or 48 <= self._text[i] <= 57 or 97 <= self._text[i] <= 122):
                 i += 1
             length = i - first
             more = 0
-            if length == 1 and buf[first] == 80:
+            if length == 1 and self._text[first] == 80:
                 more = 1
-            elif length == 1 and buf[first] == 87:
+            elif length == 1 and self._text[first] == 87:
                 more = 2
-            elif length == 1 and buf[first] == 85:
+            elif length == 1 and self._text[first] == 85:
                 more = 4
-            elif length == 1 and buf[first] == 70:
+            elif length == 1 and self._text[first] == 70:
                 more = 16
-            elif length == 4 and buf[first] == 82:
+            elif length == 4 and self._text[first] == 82:
                 more = 8
-            elif length == 2 and buf[first] == 80:
+            elif length == 2 and self._text[first] == 80:
                 more = 32
-            elif length == 2 and buf[first] == 83:
+            elif length == 2 and self._text[first] == 83:
                 more = 64
-            elif length == 3 and buf[first] == 83:
+            elif length == 3 and self._text[first] == 83:
                 more = 1 << 15
-            elif length > 2 and buf[first] == 48 and buf[first + 1] == 120:
-                more = self._wide(buf, first + 2, i)
+            elif length > 2 and self._text[first] == 48 and self._text[first + 1] == 120:
+                more = self._wide(first + 2, i)
             if more == 0:
                 i = first
                 break
             bits |= more
-            if i >= end or buf[i] != 124:
+            if i >= end or self._text[i] != 124:
                 break
             i += 1
         self._pferr = bits
@@ -1208,14 +1194,12 @@ class Scanner:
 
     @cython.cfunc
     @cython.exceptval(check=False)
-    def _wide(
-        self, buf: cython.const[cython.uchar][::1], begin: cython.Py_ssize_t, end: cython.Py_ssize_t
-    ) -> cython.ulonglong:
+    def _wide(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.ulonglong:
         value: cython.ulonglong = 0
         i: cython.Py_ssize_t
         c: cython.int
         for i in range(begin, min(end, begin + 16)):
-            c = buf[i]
+            c = self._text[i]
             value = (value << 4) | (c - 48 if c <= 57 else c - 87 if 97 <= c <= 102 else 0)
         return value
 
@@ -1224,7 +1208,6 @@ class Scanner:
     def _fields(
         self,
         event: cython.longlong,
-        buf: cython.const[cython.uchar][::1],
         begin: cython.Py_ssize_t,
         end: cython.Py_ssize_t,
     ) -> cython.bint:
@@ -1239,31 +1222,33 @@ class Scanner:
         digits: cython.int
         c: cython.int
         self._clear()
-        while i < end and buf[i] <= 32:
+        while i < end and self._text[i] <= 32:
             i += 1
-        if self._prefixed(buf, i, end, b"[FAILED TO PARSE]"):  # libtraceevent, of a format that it does not know
+        if self._prefixed(i, end, b"[FAILED TO PARSE]"):  # libtraceevent, of a format that it does not know
             i += 17
         while i < end:
-            while i < end and (buf[i] <= 32 or buf[i] == 44 or buf[i] == 40 or buf[i] == 41):
+            while i < end and (
+                self._text[i] <= 32 or self._text[i] == 44 or self._text[i] == 40 or self._text[i] == 41
+            ):
                 i += 1
             first = i
-            while i < end and self._of_name(buf[i]):
+            while i < end and self._of_name(self._text[i]):
                 i += 1
             last = i
-            if i == first or i >= end or (buf[i] != 61 and buf[i] != 58):
+            if i == first or i >= end or (self._text[i] != 61 and self._text[i] != 58):
                 break
             i += 1
-            while i < end and buf[i] == 32:
+            while i < end and self._text[i] == 32:
                 i += 1
             k = i
-            if i < end and buf[i] == 45:
+            if i < end and self._text[i] == 45:
                 i += 1
             value = 0
             digits = 0
-            if i + 1 < end and buf[i] == 48 and (buf[i + 1] == 120 or buf[i + 1] == 88):
+            if i + 1 < end and self._text[i] == 48 and (self._text[i + 1] == 120 or self._text[i + 1] == 88):
                 i += 2
                 while i < end and digits < 16:
-                    c = buf[i]
+                    c = self._text[i]
                     if 48 <= c <= 57:
                         c -= 48
                     elif 97 <= c <= 102:
@@ -1276,18 +1261,20 @@ class Scanner:
                     digits += 1
                     i += 1
             else:
-                while i < end and 48 <= buf[i] <= 57 and digits < 20:
-                    value = (value * 10 + (buf[i] - 48)) & _MASK64
+                while i < end and 48 <= self._text[i] <= 57 and digits < 20:
+                    value = (value * 10 + (self._text[i] - 48)) & _MASK64
                     digits += 1
                     i += 1
-            if k < end and buf[k] == 45:
+            if k < end and self._text[k] == 45:
                 value = (0 - value) & _MASK64
-            while i < end and buf[i] > 32 and buf[i] != 44 and buf[i] != 41:  # what is no number is passed over
+            while (
+                i < end and self._text[i] > 32 and self._text[i] != 44 and self._text[i] != 41
+            ):  # what is no number is passed over
                 digits = 0
                 i += 1
             if digits == 0 or last - first > 56:
                 continue
-            found = self._field(event, buf, first, last)
+            found = self._field(event, first, last)
             if found < 0:
                 continue
             known += 1
@@ -1307,7 +1294,6 @@ class Scanner:
     def _field(
         self,
         event: cython.longlong,
-        buf: cython.const[cython.uchar][::1],
         begin: cython.Py_ssize_t,
         end: cython.Py_ssize_t,
     ) -> cython.longlong:
@@ -1324,7 +1310,7 @@ class Scanner:
         h = ((h ^ 46) * 16777619) & 0xFFFFFFFF
         n += 2
         for i in range(begin, end):
-            h = ((h ^ buf[i]) * 16777619) & 0xFFFFFFFF
+            h = ((h ^ self._text[i]) * 16777619) & 0xFFFFFFFF
         at = cython.cast(cython.Py_ssize_t, h & 1023)
         while self._field_table[at, 3] != 0:
             if cython.cast(cython.ulonglong, self._field_table[at, 0]) == h and (
@@ -1332,7 +1318,7 @@ class Scanner:
             ):
                 same = True
                 for i in range(end - begin):
-                    if self._blob[self._field_table[at, 1] + n + i] != buf[begin + i]:
+                    if self._blob[self._field_table[at, 1] + n + i] != self._text[begin + i]:
                         same = False
                         break
                 if same:
