@@ -125,6 +125,7 @@ def test_recordings_come_back(name: str, style: str, tmp_path: Path) -> None:
     invoke(["import", str(text), "-o", str(back), "--kernel", meta.kernel])
     made = Trace.open(back).metadata
     assert made.raw["source"]["odd"] == 0, made.raw["source"]["first_odd"]
+    assert tuple(made.raw["source"]["printed_since"]) <= kernels.recorded(meta).version[:2]
     old, new = (
         pl.read_parquet(path).sort("seq").with_columns(pl.col("kind").cast(pl.String)) for path in (source, back)
     )

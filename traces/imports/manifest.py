@@ -11,7 +11,7 @@ from traces.imports.scan import Scanner
 from traces.imports.thread_vms import Assigned, Machine
 from traces.imports.told import ToldOfText
 from traces.kernels import Kernel
-from traces.kernels.printed import PLUGIN, Form, shown_kinds
+from traces.kernels.printed import PLUGIN, Form, shown_kinds, told_since
 from traces.schema import KINDS
 from traces.text import count, printable
 
@@ -48,9 +48,9 @@ class Said:
 
     @property
     def printed_since(self) -> tuple[int, int]:
-        """The version from which on kernels print the newest of the forms that are there; (0, 0): nothing tells."""
+        """The version from which on kernels print all of the forms that are there; (0, 0): nothing tells."""
         rows = zip(self.order, self.scanner.forms.tolist(), strict=True)
-        return max((form.since for form, count in rows if count and form.since != PLUGIN), default=PLUGIN)
+        return max((told_since(form) for form, count in rows if count and form.since != PLUGIN), default=PLUGIN)
 
     @property
     def first_odd(self) -> str:

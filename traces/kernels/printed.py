@@ -24,6 +24,7 @@ report` and `perf script` then show.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Final
 
@@ -183,6 +184,15 @@ FORMS: Final[tuple[Form, ...]] = (
          f"{{code:{_EXC}}}{{flags: (0x=1}}{{value:x}}) {{:[reinjected]=1|=0}}", ("flags", "==", 1)),
     Form("kvm_inj_exception", "kvm_inj_exception", (5, 19), f"{{code:{_EXC}}} {{:[reinjected]=1|=0}}"),
 )  # fmt: skip
+
+_LEFT_OUT: Final = re.compile(r"\{[^{}|]*\|=0\}")
+
+
+def told_since(form: Form) -> Since:
+    """The first version that prints lines of this form: an older one's, if all that differs may be left out."""
+    texts = (form.text, _LEFT_OUT.sub("", form.text))
+    return min(each.since for each in FORMS if each.event == form.event and each.text in texts)
+
 
 # The fields of each event as its format names them: what `trace-cmd report -R` and `perf trace` print, with the column.
 _PAGE: Final = {"gfn": "gfn", "role": "role", "root_count": "refs", "unsync": "flags<<1"}
