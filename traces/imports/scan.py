@@ -157,6 +157,7 @@ class Scanner:
     _now: cython.ulonglong
     _last_emitted: cython.longlong
     _pferr: cython.ulonglong
+    _digits_value: cython.ulonglong
 
     _data: cython.const[cython.uchar][::1]  # what was given
     _text: cython.const[cython.uchar][::1]  # where the line being read stands: that, or `_scratch`
@@ -967,7 +968,6 @@ class Scanner:
         count: cython.Py_ssize_t
         value: cython.ulonglong
         digits: cython.int
-        c: cython.int
         found: cython.longlong
         same: cython.bint
         self._clear()
@@ -994,20 +994,9 @@ class Scanner:
             if what == _HEX:
                 if i + 1 < end and self._text[i] == 48 and (self._text[i + 1] == 120 or self._text[i + 1] == 88):
                     i += 2
-                digits = 0
-                while i < end:
-                    c = self._text[i]
-                    if 48 <= c <= 57:
-                        c -= 48
-                    elif 97 <= c <= 102:
-                        c -= 87
-                    elif 65 <= c <= 70:
-                        c -= 55
-                    else:
-                        break
-                    value = ((value << 4) & _MASK64) | c
-                    digits += 1
-                    i += 1
+                digits = self._digits(i, min(end, i + 17))
+                value = self._digits_value
+                i += digits
                 if digits == 0 or digits > 16 or (i < end and self._of_name(self._text[i])):
                     return False
             elif what in (_DEC, _NEGATIVE):
@@ -1131,6 +1120,28 @@ class Scanner:
 
     @cython.cfunc
     @cython.exceptval(check=False)
+    def _digits(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.int:
+        """How many hexadecimal digits there are from `begin` on; their value is in `_digits_value`."""
+        i: cython.Py_ssize_t = begin
+        c: cython.int
+        value: cython.ulonglong = 0
+        while i < end:
+            c = self._text[i]
+            if 48 <= c <= 57:
+                c -= 48
+            elif 97 <= c <= 102:
+                c -= 87
+            elif 65 <= c <= 70:
+                c -= 55
+            else:
+                break
+            value = ((value << 4) & _MASK64) | c
+            i += 1
+        self._digits_value = value
+        return cython.cast(cython.int, i - begin)
+
+    @cython.cfunc
+    @cython.exceptval(check=False)
     def _hexadecimal(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.ulonglong:
         """A number of at most 32 bits with 0x; all ones: it is none."""
         value: cython.ulonglong = 0
@@ -1220,7 +1231,6 @@ class Scanner:
         value: cython.ulonglong
         k: cython.Py_ssize_t
         digits: cython.int
-        c: cython.int
         self._clear()
         while i < end and self._text[i] <= 32:
             i += 1
@@ -1247,19 +1257,9 @@ class Scanner:
             digits = 0
             if i + 1 < end and self._text[i] == 48 and (self._text[i + 1] == 120 or self._text[i + 1] == 88):
                 i += 2
-                while i < end and digits < 16:
-                    c = self._text[i]
-                    if 48 <= c <= 57:
-                        c -= 48
-                    elif 97 <= c <= 102:
-                        c -= 87
-                    elif 65 <= c <= 70:
-                        c -= 55
-                    else:
-                        break
-                    value = ((value << 4) & _MASK64) | c
-                    digits += 1
-                    i += 1
+                digits = self._digits(i, min(end, i + 16))
+                value = self._digits_value
+                i += digits
             else:
                 while i < end and 48 <= self._text[i] <= 57 and digits < 20:
                     value = (value * 10 + (self._text[i] - 48)) & _MASK64
