@@ -225,7 +225,7 @@ Vcpu = cython.struct(  # what is known of a vCPU after its last row; rows are na
     requested=cython.longlong,  # the gfn that its fault is about to map, and the level
     requested_level=cython.longlong,
     split=cython.longlong,  # its last fault that split a huge leaf in place
-    marked=cython.longlong,  # the gfn of an MMIO SPTE, if its last leaf was one
+    marked=cython.longlong,  # the gfn of an MMIO SPTE, if that is what its fault has made
     present=cython.longlong,  # its last fault was on a leaf that is there
     faulted=cython.longlong,
     built=cython.longlong,  # the last table that it built, and where that is
@@ -520,7 +520,9 @@ class Decoder:
                     elif means == _FAULT:
                         vcpu[v].present = code[i] & self._present != 0
                         vcpu[v].faulted = seq[i]
+                        vcpu[v].marked = -1
                     elif means == _REQUESTED:
+                        vcpu[v].marked = -1
                         vcpu[v].requested = gfn[i]
                         vcpu[v].requested_level = level[i]
                     elif means == _SPLIT_HUGE:

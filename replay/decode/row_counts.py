@@ -113,7 +113,7 @@ Server = cython.struct(  # of faults: a vCPU; the last one stands for all thread
     maps=cython.longlong,  # it has requested a mapping, and not gone on since
     installed=cython.longlong,  # and has installed a leaf
     split=cython.longlong,  # and has split a huge leaf: 2, once that is counted
-    marked=cython.longlong,  # gfn of its last leaf, if that was an MMIO SPTE; -1: it was not
+    marked=cython.longlong,  # gfn of the MMIO SPTE that its fault has made; -1: none
     got=cython.longlong,  # level and gfn of the table that it got last, -1: none, or it came twice
     # What is yet to be counted, with the event that goes with it or when the vCPU goes on
     waits=cython.longlong,  # whether there is any
@@ -274,6 +274,7 @@ class RowCounts:
                         self._settle(v)
                     server[v].maps = server[v].asked = server[v].waits = True
                     server[v].installed = False
+                    server[v].marked = -1
                 elif k == _ON_FAULT:
                     self._faults(v, code[i])
                 elif k == _ON_CHANGED:
@@ -337,6 +338,7 @@ class RowCounts:
         server[v].present = code & self._there != 0
         server[v].maps = not self._requests
         server[v].installed = server[v].split = False
+        server[v].marked = -1
         server[v].write = server[v].present and code & self._odd == 0 and code & self._write != 0
         server[v].waits = server[v].write
 

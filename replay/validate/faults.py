@@ -35,8 +35,9 @@ class FaultSteps(Zaps):
         if code & codes.reserved:
             found = page_table.leaf(root.top, gfn)
             old = self.mmio(*found) if found else self.nothing
-            row = yield Expect("check_mmio_spte", {"old": old}, may_stop=True)
-            yield None
+            row = yield self.generation(old)
+            if row is not None:
+                yield None
             if row is not None and row.code == row.value:
                 yield Expect("handle_mmio_page_fault", {"gfn": gfn})
                 yield None
@@ -77,8 +78,14 @@ class FaultSteps(Zaps):
         if root is None:
             return
         mmio = Spte("an MMIO SPTE of this root", lambda got: self.mmio_at(root, got) is not None)
-        row = yield Expect("check_mmio_spte", {"old": mmio}, may_stop=True)
-        assert row is not None
+        row = yield self.generation(mmio)
+        if row is None:
+            served = Spte("an MMIO SPTE's guest frame", lambda got: self.made_for_mmio(root, got))
+            row = yield Expect("kvm_mmu_spte_requested", {"root": self.name(root), "gfn": served}, may_stop=True)
+            assert row is not None
+            assert row.gfn is not None
+            yield from self.map(Mapping(root, row.gfn), row.level, row.value)
+            return
         gfn = self.mmio_at(root, row.old)
         assert gfn is not None
         yield None
@@ -87,6 +94,19 @@ class FaultSteps(Zaps):
             yield None
         else:
             yield from self.requested(root, gfn, present=True)
+
+    def generation(self, mmio: Spte) -> Expect:
+        """The memslots' generation of an MMIO SPTE is held against the VM's; while they change that is not looked at.
+
+        check_mmio_spte() shows nothing then, and the fault is served anew; nor where the vCPU has the page cached.
+        """
+        return Expect("check_mmio_spte", {"old": mmio}, optional=bool(self.slots.updates), may_stop=True)
+
+    def made_for_mmio(self, root: Root, gfn: int) -> bool:
+        """Whether a root has an MMIO SPTE for a guest frame."""
+        found = page_table.leaf(root.top, gfn)
+        word = None if found is None else found[0].entries[found[1]]
+        return isinstance(word, int) and not self.present(word)
 
     def mmio_at(self, root: Root, word: int) -> int | None:
         """The guest frame that a root has this very MMIO SPTE for."""
@@ -259,10 +279,11 @@ class FaultSteps(Zaps):
         frame &= -page_table.span(table.level)
         before = table.entries.get(at)
         same = isinstance(before, int) and self.present(before) and pfn(before) == frame and not mmio
+        again = isinstance(before, int) and not self.present(before) and mmio
         new = expect.any_mmio(self.kernel) if mmio else expect.to_page(frame, self.kernel)
         place = {"root": self.name(root), "level": table.level, "gfn": table.gfn_of(at)}
         if self.kernel.spte_changed:
-            row = yield replace(self.change(root, table, at, new, optional=same), may_stop=may_stop)
+            row = yield replace(self.change(root, table, at, new, optional=same or again), may_stop=may_stop)
             if row is not None:
                 self.mapped(fault)
                 may_stop = False
@@ -277,7 +298,13 @@ class FaultSteps(Zaps):
                 if isinstance(before, Table):
                     yield from self.remove_table(root, before, shared=True)
         if mmio:
-            yield Expect("mark_mmio_spte", {"root": self.name(root), "gfn": gfn})
+            want: dict[str, object] = {"root": self.name(root), "gfn": gfn}
+            spte = table.entries.get(at)
+            if again and spte is before and spte in self.mmio_made:  # not changed: of the same generation
+                want["value"] = self.mmio_made[spte]
+            row = yield Expect("mark_mmio_spte", want)
+            if row is not None and isinstance(spte, int):
+                self.mmio_made[spte] = row.value
             yield None
         if (not mmio or not self.kernel.spte_changed) and not (same and not self.kernel.set_spte_when_spurious):
             want = {**place, "gfn": gfn if mmio else place["gfn"], "new": new}

@@ -64,6 +64,7 @@ class State:
     scheduled: set[int] = field(default_factory=set)  # invalid roots whose zap is due
     removed: dict[int, tuple[int, int, int]] = field(default_factory=dict)  # frames to be freed: (role, level, gfn)
     mmio_words: dict[int, int] = field(default_factory=dict)  # MMIO SPTEs -> the guest frames they were made for
+    mmio_made: dict[int, int] = field(default_factory=dict)  # MMIO SPTEs -> the memslots' generation they are of
     base: int | None = None  # the role word of the VM's first root, smm bits off
     smm: set[int] = field(default_factory=set)  # vCPUs in SMM
     nested: set[int] = field(default_factory=set)  # vCPUs in a nested guest that has no nested paging of its own

@@ -101,6 +101,21 @@ def test_mmio_exits_once_with_or_without_its_spte(tmp_path: Path) -> None:
     assert names(guest.write(tmp_path / "t.parquet")) == ["ROLE", "ENTER", "FIX"]
 
 
+def test_a_huge_page_where_the_first_page_was_mmio_is_a_leaf_of_its_own(tmp_path: Path) -> None:
+    """A memslot was added meanwhile. Only in one fault do both events tell of one MMIO SPTE."""
+    guest = Guest()
+    guest.load()
+    guest.fault(512, installs=False, enter=False)
+    guest.of("mark_mmio_spte", w0=512, root=guest.root)
+    guest.of("kvm_entry")
+    guest.fault(512, level=2)
+    capabilities = guest.write(tmp_path / "t.parquet")
+    assert names(capabilities) == ["ROLE", "ENTER", "FIX", "TOUCH"]
+    (check,) = run.replay(plan.make(capabilities, [capabilities.own.name])).checks
+    both = next(reading for reading in check.readings if reading.event == "kvm_mmu_set_spte")
+    assert (both.replayed, both.low) == (2, 2)
+
+
 def test_what_the_shadow_mmu_installs_unasked_is_hidden(tmp_path: Path) -> None:
     guest = Guest()
     guest.load()

@@ -172,6 +172,35 @@ def mmio_while_a_slot_is_moved_back() -> KernelRows:
     return made
 
 
+def mmio_while_slots_change() -> KernelRows:
+    """The memslots' generation is not looked at then, and every access is served anew; after it, it is another."""
+    made = guest()
+    page, spte = 0x8001, MMIO | 0x8001 << 12
+    made.requested(0, page, NO_SLOT)
+    made.tables(0, page)
+    made.of(0, "kvm_tdp_mmu_spte_changed", page, root=1, level=1, new=spte)
+    made.of(0, "mark_mmio_spte", page, root=1, value=8)
+    made.of(0, "kvm_entry")
+    made.memslot(0x9000, 16, slot=1)
+    for _ in range(2):
+        made.requested(0, page, NO_SLOT, code=0xC)
+        made.of(0, "mark_mmio_spte", page, root=1, value=8)
+        made.of(0, "kvm_entry")
+    made.done(SET_MEMORY)
+    made.of(0, "kvm_page_fault", root=1, role=ROLE, addr=page << 12, code=0xC)
+    made.of(0, "check_mmio_spte", old=spte, code=8, value=10)
+    made.of(0, "kvm_mmu_spte_requested", page, root=1, level=1, value=NO_SLOT)
+    made.of(0, "kvm_tdp_mmu_spte_changed", page, root=1, level=1, old=spte, new=spte + 16)
+    made.of(0, "mark_mmio_spte", page, root=1, value=10)
+    made.of(0, "kvm_entry")
+    made.of(0, "kvm_page_fault", root=1, role=ROLE, addr=page << 12, code=0xC)
+    made.of(0, "check_mmio_spte", old=spte + 16, code=10, value=10)
+    made.of(0, "handle_mmio_page_fault", page)
+    made.of(0, "kvm_entry")
+    made.unmapped(GFN, PAGES, refs=3)
+    return made
+
+
 def a_slot_that_could_not_be_set() -> KernelRows:
     made = guest()
     made.memslot(0x8000, 16, slot=1)
@@ -368,6 +397,7 @@ SCRIPTS: tuple[Callable[[], KernelRows], ...] = (
     a_table_that_another_vcpu_linked_first,
     a_root_that_another_vcpu_made_during_the_search,
     mmio_while_a_slot_is_moved_back,
+    mmio_while_slots_change,
     a_slot_that_could_not_be_set,
     dirty_logging_initially_set,
     dirty_logging_of_a_read_only_slot,
@@ -387,6 +417,8 @@ TELLING = {
     "kvm_mmu_split_huge_page": ("gfn", "old", "ret"),
     "fast_page_fault": ("old", "new", "ret"),
     "mark_mmio_spte": ("gfn",),
+    "check_mmio_spte": ("old",),
+    "handle_mmio_page_fault": ("gfn",),
     "root_get": ("role", "refs"),
     "root_put": ("role", "refs"),
     "mmu_load": ("role",),
@@ -533,6 +565,17 @@ def test_mmio_needs_a_gap_between_slots() -> None:
     made.done(SET_MEMORY)  # from now on it is there
     made.requested(0, 0x8001, NO_SLOT)
     assert made.why() == "value a page frame expected, 0x8000000000000000 recorded"
+
+
+def test_mmio_is_served_anew_only_while_slots_change() -> None:
+    made = mmio_while_slots_change()
+    ioctl = next(row.seq for row in made.rows if row.kind == "memslot" and row.slot == 1)
+    assert made.why([row for row in made.rows if row.seq not in (ioctl - 1, ioctl)]) == (
+        "kvm_mmu_spte_requested recorded, nothing expected of this thread"
+    )
+    unchanged = [row for row in made.rows if row.kind == "mark_mmio_spte"][1]  # an SPTE of the same generation
+    other = [row._replace(value=10) if row is unchanged else row for row in made.rows]
+    assert made.why(other) == "value 0x8 expected, 0xa recorded"
 
 
 def test_dirty_logging_protects_unless_the_vmm_asked_otherwise() -> None:
