@@ -5,38 +5,95 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
 from traces import outputs
 from traces.errors import VERDICT_FAILED, Problem
 from traces.help_text import examples
-from traces.options import Force, RecordedPolicy, Since, TextFile, Until, Vcpus, Vms, selection
+from traces.options import Force, OptionGroup, RecordedPolicy, TextFile, part_of, taking
+from traces.text import printable
+
+if TYPE_CHECKING:
+    from analysis.symbols import Naming
+    from traces.selection import Selection
+
+    PairedSelection: TypeAlias = tuple[Selection, ...]
 
 app = typer.Typer()
 
 _SOURCES = "Traces, or results of `kvmtrace replay -o`."
-_Symbols = Annotated[
-    Path | None,
-    typer.Option("--symbols", help="Name guest RIPs by this vmlinux, System.map or copy of /proc/kallsyms."),
-]
-_Kaslr = Annotated[
-    str,
-    typer.Option(
-        help="How far the guest's kernel was moved, such as 0x1a000000. [default: found where HLT exits show it]",
-        show_default=False,
-    ),
-]
 
 
-def _offset(text: str) -> int | None:
-    if not text:
-        return None
+def _naming(symbols: Path | None, kaslr_offset: str) -> Naming:
+    from analysis.symbols import Naming
+
     try:
-        return int(text, 16 if text.startswith("0x") else 10)
+        offset = int(kaslr_offset, 16 if kaslr_offset.startswith("0x") else 10) if kaslr_offset else None
     except ValueError:
-        raise Problem(f"--kaslr-offset {text}: give a number, such as 0x1a000000") from None
+        raise Problem(f"--kaslr-offset {kaslr_offset}: give a number, such as 0x1a000000") from None
+    return Naming(symbols, offset)
+
+
+_NAMING = OptionGroup(
+    {
+        "symbols": (
+            Annotated[
+                Path | None,
+                typer.Option(
+                    "--symbols", help="Name guest RIPs by this vmlinux, System.map or copy of /proc/kallsyms."
+                ),
+            ],
+            None,
+        ),
+        "kaslr_offset": (
+            Annotated[
+                str,
+                typer.Option(
+                    help="How far the guest's kernel was moved, such as 0x1a000000. [default: found where HLT exits "
+                    "show it]",
+                    show_default=False,
+                ),
+            ],
+            "",
+        ),
+    },
+    _naming,
+)
+
+
+def _of_both(vm: list[str] | None, vcpu: list[int] | None, until: str) -> PairedSelection:
+    from traces.selection import Selection
+
+    sides: tuple[list[int], list[int]] = ([], [])
+    for text in vm or ():
+        ids = text.split("=")
+        if len(ids) > 2 or not all(each.isascii() and each.isdigit() and int(each) for each in ids):
+            raise Problem(f"--vm {printable(text)}: give a VM's id in the traces, such as 4, or two, such as 4=2")
+        sides[0].append(int(ids[0]))
+        sides[1].append(int(ids[-1]))
+    for side in sides:
+        if len(set(side)) < len(side):
+            raise Problem("--vm: a VM can be compared with one other only")
+    return tuple(Selection(tuple(side), tuple(vcpu or ()), "", until) for side in sides)
+
+
+_OF_BOTH = OptionGroup(
+    {
+        "vm": (
+            Annotated[
+                list[str] | None,
+                typer.Option(
+                    "--vm", help="Only this VM, by its id in both; 4=2: VM 4 of the first, 2 of the second; repeatable."
+                ),
+            ],
+            None,
+        ),
+        **part_of("vcpu", "until").options,
+    },
+    _of_both,
+)
 
 
 @app.command(
@@ -49,6 +106,7 @@ def _offset(text: str) -> int | None:
         "kvmtrace report new.parquet --fail-on 'roots_created > baseline' \\\n  --baseline old.json",
     ),
 )
+@taking(selected=part_of("vm", "vcpu", "since", "until"), naming=_NAMING)
 def report(
     files: Annotated[list[Path], typer.Argument(help=_SOURCES)],
     policy: Annotated[
@@ -66,12 +124,9 @@ def report(
         str, typer.Option("--format", help="text, md, mail, html, json or junit. [default: text]", show_default=False)
     ] = "text",
     out: TextFile = None,
-    vm: Vms = None,
-    vcpu: Vcpus = None,
-    since: Since = "",
-    until: Until = "",
-    symbols: _Symbols = None,
-    kaslr_offset: _Kaslr = "",
+    *,
+    selected: Selection,
+    naming: Naming,
     force: Force = False,
     fail_on: Annotated[
         list[str] | None,
@@ -97,7 +152,6 @@ def report(
     from analysis import gates
     from analysis.formats import drawn, kind, renderer
     from analysis.reporting import Wanted, exit_code, reported
-    from analysis.symbols import load
     from traces.progress import Progress
 
     render = renderer(format_)
@@ -115,9 +169,8 @@ def report(
         gates=asked,
         baseline=gates.load_baseline(baseline) if baseline else None,
         drawn=drawn(format_),
-        selection=selection(vm, vcpu, since, until),
-        symbols=load(symbols) if symbols else None,
-        kaslr=_offset(kaslr_offset),
+        selection=selected,
+        naming=naming,
     )
     with ExitStack() as stack:
         with Progress("reading") as progress:
@@ -138,8 +191,10 @@ def report(
         "kvmtrace diff before.parquet after.parquet",
         "kvmtrace diff before.parquet after.parquet --format mail",
         "kvmtrace diff result.parquet result.parquet --policy async \\\n  --policy preserve",
+        "kvmtrace diff before.parquet after.parquet --vm 4=2 --to 10s",
     ),
 )
+@taking(selected=_OF_BOTH)
 def diff(
     base: Annotated[Path, typer.Argument(help="A trace or a result.")],
     new: Annotated[Path, typer.Argument(help="What is held against it.")],
@@ -157,6 +212,8 @@ def diff(
         str, typer.Option("--format", help="text, md, mail or json. [default: text]", show_default=False)
     ] = "text",
     out: TextFile = None,
+    *,
+    selected: PairedSelection,
     force: Force = False,
 ) -> None:
     """Compare two recordings or results: vCPU by vCPU, what each difference costs, largest cost first."""
@@ -176,7 +233,10 @@ def diff(
     render = renderer(format_)
     if out is not None:
         outputs.check(out, kind(format_), [base, new], force=force)
-    remarks: list[str] = []
+    remarks = [part.remark for part in selected if part]
+    if len(set(remarks)) > 1:
+        remarks = [f"of {path} {remark}" for path, remark in zip((base, new), remarks, strict=True)]
+    remarks = list(dict.fromkeys(remarks))
     with TemporaryDirectory(prefix="kvmtrace-") as scratch, Progress("reading") as progress:
         sides = [
             opened(
@@ -185,8 +245,9 @@ def diff(
                 Path(scratch) / f"{number}.parquet",
                 remarks,
                 recorded_policy,
+                part,
             )
-            for number, path in enumerate((base, new))
+            for number, (path, part) in enumerate(zip((base, new), selected, strict=True))
         ]
         progress.say("comparing")
         text = render(compare(*sides, mark=unlike, remarks=remarks))
@@ -203,6 +264,7 @@ def diff(
         "kvmtrace export stall.parquet --ftrace-text -o stall.txt",
     ),
 )
+@taking(selected=part_of("vm", "vcpu", "since", "until"), naming=_NAMING)
 def export(
     file: Annotated[Path, typer.Argument(help="A trace, or a result of `kvmtrace replay -o`.")],
     csv: Annotated[str, typer.Option(help="Mode: write all rows of this query as CSV.", show_default=False)] = "",
@@ -219,12 +281,9 @@ def export(
     ] = False,
     recorded_policy: RecordedPolicy = "",
     out: TextFile = None,
-    vm: Vms = None,
-    vcpu: Vcpus = None,
-    since: Since = "",
-    until: Until = "",
-    symbols: _Symbols = None,
-    kaslr_offset: _Kaslr = "",
+    *,
+    selected: Selection,
+    naming: Naming,
     force: Force = False,
 ) -> None:
     """Give the rows behind a report's tables, or a recording's course, to other tools."""
@@ -232,13 +291,12 @@ def export(
 
     if bool(csv) + list_ + perfetto + ftrace_text + perf_script != 1:
         raise Problem("export: give one of --csv QUERY, --list, --perfetto, --ftrace-text and --perf-script")
-    selected = selection(vm, vcpu, since, until)
     if ftrace_text or perf_script:
-        if vcpu or since:
+        if selected.vcpus or selected.since:
             raise Problem("export: a text has all rows of a VM from the beginning: --vcpu and --from are for --csv")
         exporting.text(file, out, selected, perf=perf_script, force=force)
     elif perfetto:
-        if vcpu or since:
+        if selected.vcpus or selected.since:
             raise Problem("export --perfetto: --vcpu and --from are for --csv: a course begins with its recording")
         if out is None:
             raise Problem("export --perfetto: say with -o which file to write")
@@ -246,7 +304,6 @@ def export(
     elif list_:
         _write(exporting.listing(file, recorded_policy), out, outputs.QUERIES, [file], force)
     else:
-        naming = exporting.Naming(symbols, _offset(kaslr_offset))
         exporting.csv(file, csv, out, selected, naming, force=force, recorded_policy=recorded_policy)
 
 

@@ -1,8 +1,8 @@
 """`kvmtrace diff`: two recordings or results, vCPU by vCPU and phase by phase, largest cost first.
 
-A recording is replayed under its own policy (or the one asked for), so that both sides are results. VMs are matched in
-order of their ids, vCPUs by their ids, and phases are tenths of a vCPU's guest work: what no root policy changes, if
-both sides ran the same program.
+A recording is replayed under its own policy (or the one asked for), so that both sides are results. VMs are matched as
+asked for, by name, else in order of their ids, vCPUs by their ids, and phases are tenths of a vCPU's guest work: what
+no root policy changes, if both sides ran the same program.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import polars as pl
 
 from analysis.assemble import ROWS
 from analysis.machines import changed, unlike
+from analysis.matched import MatchedVms, VmsOfSide
 from analysis.queries import recorded, replayed
 from analysis.report import Column, Report, ReportTable
 from analysis.reporting import recording_of, replayed_under
@@ -25,7 +26,8 @@ from analysis.units import Unit, span
 from replay.decode.capabilities import Capabilities
 from replay.result import SPENT
 from traces.errors import Problem
-from traces.text import printable
+from traces.selection import ALL, Selection
+from traces.text import printable, some
 
 PHASES: Final = 10
 _COUNTS: Final = (*replayed.COUNTS, "roots_peak", "tables_peak")
@@ -40,35 +42,45 @@ class Side:
     result: Result
     policy: str
     recording: Recording | None
+    vms: VmsOfSide
+    vcpus: Sequence[int] = ()  # that are compared; none: all
 
     @property
     def name(self) -> str:
         return printable(f"{self.path} ({self.policy})")
 
 
-def opened(path: Path, policy: str, scratch: Path, remarks: list[str], recorded_policy: str = "") -> Side:
-    """A side; a recording is replayed into `scratch`. Problem where the policy to compare is not clear or not there."""
-    source = open_source(path, recorded_policy)
+def opened(
+    path: Path, policy: str, scratch: Path, remarks: list[str], recorded_policy: str = "", selection: Selection = ALL
+) -> Side:
+    """A side, or what is selected of it; a recording is replayed into `scratch`.
+
+    Problem where the policy to compare is not clear or not there.
+    """
+    source = open_source(path, recorded_policy, selection)
     recording: Recording | None
     if isinstance(source, Recording):
         recording, result = source, replayed_under(source, (policy or Capabilities(source.trace).own.name,), scratch)
     else:
-        recording, result = recording_of(source, remarks), source
+        recording, result = recording_of(source, remarks, selection), source
     names = [each.name for each in result.policies]
     own = next((each.name for each in result.policies if each.recorded), names[0] if len(names) == 1 else "")
     if (policy or own) not in names:
         what = f"no policy {policy}" if policy else "it has no recorded policy: say which with --policy"
         raise Problem(f"{path}: {what}; there are {printable(', '.join(names))}")
-    return Side(path, result, policy or own, recording)
+    ids = result.scan().select(pl.col("vm").drop_nulls().unique().sort()).collect(engine="streaming")["vm"].to_list()
+    return Side(
+        path, result, policy or own, recording, VmsOfSide(ids, selection.vms, recording), tuple(selection.vcpus)
+    )
 
 
 def times(base: Side, new: Side) -> pl.LazyFrame:
     """Each vCPU's time by category, ns, and the change; the largest first. `what` is `wall` for all of it."""
-    names = ("wall_ns", *SPENT)
+    names, matched = ("wall_ns", *SPENT), MatchedVms.of(base.vms, new.vms)
 
     def of(side: Side) -> pl.LazyFrame:
-        rows = replayed.vcpus(side.result).filter(pl.col("policy") == side.policy, pl.col("wall_ns").is_not_null())
-        return _long(_ranked(rows), ["vm", "vcpu"], names).with_columns(pl.col("what").str.strip_suffix("_ns"))
+        rows = _of_vcpus(replayed.vcpus(side.result).filter(pl.col("wall_ns").is_not_null()), side, matched)
+        return _long(rows, ["vm", "vcpu"], names).with_columns(pl.col("what").str.strip_suffix("_ns"))
 
     return _compared(of(base), of(new), ["vm", "vcpu", "what"])
 
@@ -88,7 +100,8 @@ def counts(base: Side, new: Side) -> pl.LazyFrame:
 
 def phases(base: Side, new: Side) -> pl.LazyFrame:
     """How long each vCPU took for each tenth of its guest work, ns, and the change; the largest first."""
-    return _compared(_tenths(base), _tenths(new), ["vm", "vcpu", "phase"])
+    matched = MatchedVms.of(base.vms, new.vms)
+    return _compared(_tenths(base, matched), _tenths(new, matched), ["vm", "vcpu", "phase"])
 
 
 def causes(base: Side, new: Side) -> pl.LazyFrame:
@@ -121,25 +134,31 @@ def compare(base: Side, new: Side, *, mark: bool, remarks: Sequence[str] = ()) -
     apart = list(unlike(base.recording, new.recording))
     if apart and not mark:
         raise Problem(f"{base.path} and {new.path}: unlike: {'; '.join(apart)} (--unlike compares them all the same)")
+    matched = MatchedVms.of(base.vms, new.vms)
+    how = f"{_how(base, new)}, vCPUs by id, phases by tenths of guest work: holds if both ran the same program"
     trust = [
         *(("unlike", f"{line}: times are not comparable") for line in apart),
         *changed(base.recording, new.recording),
         *(("note", remark) for remark in remarks),
         *(("no times", f"the replay of {side.path} has none") for side in (base, new) if not side.result.timed),
         *(("left open", line) for line in _assumed(base, new)),
-        ("matched", "VMs in order, vCPUs by id, phases by tenths of guest work: holds if both ran the same program"),
+        *(("no times", line) for side in (base, new) for line in _without_times(side)),
+        *(("matched", line) for line in (how, *matched.lines())),
     ]
     return Report(
         title=f"{base.name} against {new.name}",
-        verdict=tuple(map(printable, _verdict(base, new))),
+        verdict=tuple(map(printable, _verdict(base, new, matched))),
         trust=tuple((name, printable(text)) for name, text in trust),
-        tables=tuple(_tables(base, new)),
+        tables=tuple(_tables(base, new, matched)),
     )
 
 
-def _ranked(rows: pl.LazyFrame) -> pl.LazyFrame:
-    """VMs by their place in the order of ids."""
-    return rows.with_columns(vm=pl.col("vm").rank("dense").cast(pl.Int64))
+def _of_vcpus(rows: pl.LazyFrame, side: Side, matched: MatchedVms) -> pl.LazyFrame:
+    """A side's rows under its policy, of VMs that both have, by the number that is theirs in both."""
+    numbers = matched.numbers(side.vms)
+    mine = rows.filter(pl.col("policy") == side.policy, pl.col("vm").is_in(list(numbers)))
+    mine = mine.filter(pl.col("vcpu").is_in(list(side.vcpus))) if side.vcpus else mine
+    return mine.with_columns(vm=pl.col("vm").replace_strict(numbers, return_dtype=pl.Int64))
 
 
 def _long(rows: pl.LazyFrame, keys: list[str], names: Sequence[str]) -> pl.LazyFrame:
@@ -163,12 +182,12 @@ def _compared(base: pl.LazyFrame, new: pl.LazyFrame, keys: list[str], missing: i
     return change.filter(differs).sort(size, *keys, descending=[True, *[False] * len(keys)], nulls_last=True)
 
 
-def _tenths(side: Side) -> pl.LazyFrame:
+def _tenths(side: Side, matched: MatchedVms) -> pl.LazyFrame:
     """Time of each tenth of a vCPU's guest work, between the moments at which its progress was seen taken as even.
 
     A vCPU that was seen less often than there are tenths has none: its tenths would be of unequal work.
     """
-    rows = _ranked(replayed.progress(side.result).filter(pl.col("policy") == side.policy))
+    rows = _of_vcpus(replayed.progress(side.result), side, matched)
     found = []
     seen = rows.select("vm", "vcpu", "bound", "guest_ns", "clock").drop_nulls().collect(engine="streaming")
     for (vm, vcpu, _), one in seen.group_by("vm", "vcpu", "bound", maintain_order=True):
@@ -193,16 +212,31 @@ def _assumed(base: Side, new: Side) -> Iterator[str]:
         yield f"other assumptions: --refault {base.result.refault or '(none)'} against {new.result.refault or '(none)'}"
 
 
-def _verdict(base: Side, new: Side) -> Iterator[str]:
+def _how(base: Side, new: Side) -> str:
+    if base.vms.chosen and new.vms.chosen:
+        return "VMs as asked for"
+    return "VMs by name, others in order" if base.vms.named().keys() & new.vms.named().keys() else "VMs in order"
+
+
+def _without_times(side: Side) -> Iterator[str]:
+    """VMs of which the replay has no times, by why; what it counts of them is in the counts."""
+    by_why: dict[str, list[str]] = {}
+    for vm in side.result.vms:
+        if vm.refused:
+            by_why.setdefault(vm.refused, []).append(side.vms.name(vm.vm))
+    yield from (f"{some(names)} of {side.path}: {why}" for why, names in by_why.items())
+
+
+def _verdict(base: Side, new: Side, matched: MatchedVms) -> Iterator[str]:
     for side in (base, new):
         yield from (line.replace(": ", f": {side.path}: ", 1) for line in side.result.untrusted[:1])
     rows = times(base, new).filter(pl.col("what") == "wall").head(1).collect(engine="streaming")
     for row in rows.drop_nulls().iter_rows(named=True):
         least, most = row["new_low"] / max(row["base_high"], 1), row["new_high"] / max(row["base_low"], 1)
         mine, theirs = (span(row[f"{side}_low"], row[f"{side}_high"], Unit.NS) for side in ("base", "new"))
-        who = f"vCPU {row['vcpu']} of VM {row['vm']}"
+        who = matched.vcpu(row["vm"], row["vcpu"])
         text = f"{who} takes {span(least, most, Unit.RATIO)} the time: {mine}, then {theirs}"
-        bands = [_band(side, row["vm"], row["vcpu"]) for side in (base, new)]
+        bands = [_band(side, matched, row["vm"], row["vcpu"]) for side in (base, new)]
         within = bands[0][0] <= bands[1][1] and bands[1][0] <= bands[0][1]
         yield text + (", a difference within the error of the two" if within else "")
     found = {row["what"]: row for row in counts(base, new).collect(engine="streaming").iter_rows(named=True)}
@@ -216,8 +250,8 @@ def _verdict(base: Side, new: Side) -> Iterator[str]:
     yield "; ".join(said) if said else "no difference in roots, faults and re-faults"
 
 
-def _band(side: Side, vm: int, vcpu: int) -> tuple[int, int]:
-    rows = _ranked(replayed.vcpus(side.result).filter(pl.col("policy") == side.policy))
+def _band(side: Side, matched: MatchedVms, vm: int, vcpu: int) -> tuple[int, int]:
+    rows = _of_vcpus(replayed.vcpus(side.result), side, matched)
     mine = rows.filter(pl.col("vm") == vm, pl.col("vcpu") == vcpu)
     low, high = (
         mine.select(pl.col("wall_low_ns").min(), pl.col("wall_high_ns").max()).collect(engine="streaming").row(0)
@@ -225,7 +259,9 @@ def _band(side: Side, vm: int, vcpu: int) -> tuple[int, int]:
     return low or 0, high or 0
 
 
-def _tables(base: Side, new: Side) -> Iterator[ReportTable]:
+def _tables(base: Side, new: Side, matched: MatchedVms) -> Iterator[ReportTable]:
+    several = len(matched.pairs) > 1 and any(matched.process(vm) for vm, _ in matched.pairs)
+    process = (Column("process", "process", Unit.TEXT, wide=1),) if several else ()
     vcpu = (Column("vm", "VM", Unit.ID), Column("vcpu", "vCPU", Unit.ID))
     what = Column("what", "what", Unit.TEXT)
     tenth, cause, kind = (
@@ -234,12 +270,12 @@ def _tables(base: Side, new: Side) -> Iterator[ReportTable]:
         Column("kind", "kind", Unit.TEXT),
     )
     asked: list[tuple[Callable[[Side, Side], pl.LazyFrame], str, str, tuple[Column, ...], Unit, int, str]] = [
-        (times, "vcpus", "Time by category", (*vcpu, what), Unit.NS, 8, ""),
+        (times, "vcpus", "Time by category", (vcpu[0], *process, vcpu[1], what), Unit.NS, 8, ""),
         (
             phases,
             "progress",
             "Time, by tenths of guest work",
-            (*vcpu, tenth),
+            (vcpu[0], *process, vcpu[1], tenth),
             Unit.NS,
             4,
             "of vCPUs seen at least ten times, a ms or more apart",
@@ -253,6 +289,8 @@ def _tables(base: Side, new: Side) -> Iterator[ReportTable]:
             frame = function(base, new).head(ROWS + 1).collect(engine="streaming")
         except Problem:
             continue  # of a result alone there are no events
+        if several and "vm" in frame.columns:
+            frame = frame.with_columns(pl.Series("process", [matched.process(vm) for vm in frame["vm"]], pl.String))
         values = [
             Column(f"{name}_low", name, unit, high=f"{name}_high", signed=name == "change")
             for name in ("base", "new", "change")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
@@ -13,7 +12,7 @@ import polars as pl
 from analysis.queries.registry import named, queries
 from analysis.reporting import use_symbols
 from analysis.sources import Recording, open_source
-from analysis.symbols import load
+from analysis.symbols import NO_NAMING, Naming
 from traces.errors import Problem
 from traces.outputs import FTRACE_TEXT, PERF_TEXT, FileKind, Output
 from traces.progress import Progress
@@ -38,23 +37,12 @@ def listing(path: Path, recorded_policy: str = "") -> str:
     return page.text
 
 
-@dataclass(frozen=True)
-class Naming:
-    """The file that names a guest's addresses, and how far its kernel was moved (None: to be found)."""
-
-    symbols: Path | None = None
-    kaslr: int | None = None
-
-
-NONE = Naming()
-
-
 def csv(
     path: Path,
     name: str,
     out: Path | None,
     selection: Selection = ALL,
-    naming: Naming = NONE,
+    naming: Naming = NO_NAMING,
     *,
     force: bool = False,
     recorded_policy: str = "",
@@ -62,8 +50,8 @@ def csv(
     """All rows of a query, streamed to a file or to standard output; null is empty."""
     query = named(name)
     source = open_source(path, recorded_policy, selection)
-    if naming.symbols is not None and isinstance(source, Recording):
-        source.note(use_symbols(source, load(naming.symbols), naming.kaslr))
+    if isinstance(source, Recording):
+        source.note(*use_symbols(source, naming))
     rows = query(source)
     if selection.vcpus and "vcpu" in rows.collect_schema():
         rows = rows.filter(pl.col("vcpu").is_in(list(selection.vcpus)))

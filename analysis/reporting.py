@@ -17,7 +17,7 @@ from analysis.queries.exit_times import halts
 from analysis.queries.registry import Query
 from analysis.report import Check, Report
 from analysis.sources import Recording, Result, open_source
-from analysis.symbols import Symbols
+from analysis.symbols import NO_NAMING, Naming, load
 from analysis.validation import Validated, validated
 from traces.errors import BAD_INPUT, Problem
 from traces.outputs import Unwritable
@@ -38,8 +38,7 @@ class Wanted:
     baseline: Figures | None = None
     drawn: tuple[Query[Recording], ...] = ()
     selection: Selection = ALL
-    symbols: Symbols | None = None
-    kaslr: int | None = None  # how far the guest's kernel was moved; None: to be found
+    naming: Naming = NO_NAMING
 
 
 @contextmanager
@@ -49,7 +48,7 @@ def reported(path: Path, wanted: Wanted, step: Callable[[str], None] = lambda _:
         step(f"reading {path}")
         source = open_source(path, wanted.recorded_policy, wanted.selection)
         remarks: list[str] = [wanted.selection.remark] if wanted.selection else []
-        result: Result | None
+        result: Result | None = None
         recording: Recording | None
         if isinstance(source, Result):
             if wanted.policies:
@@ -57,6 +56,9 @@ def reported(path: Path, wanted: Wanted, step: Callable[[str], None] = lambda _:
             result, recording = source, recording_of(source, remarks, wanted.selection)
         else:
             recording = source
+        if recording is not None:
+            remarks += use_symbols(recording, wanted.naming)
+        if isinstance(source, Recording):
             window = source.window.since is not None
             if window and (wanted.policies or wanted.gates):
                 raise Problem(f"{path}: --from: a replay counts from its VMs' begin: give no --policy and no --fail-on")
@@ -67,8 +69,6 @@ def reported(path: Path, wanted: Wanted, step: Callable[[str], None] = lambda _:
                 if wanted.replay and not window
                 else None
             )
-        if recording is not None and wanted.symbols is not None:
-            remarks.append(use_symbols(recording, wanted.symbols, wanted.kaslr))
         asked = wanted.validate or any(gate.column == "fidelity" for gate in wanted.gates)
         step(f"validating {path}")
         validation = _validated(recording) if asked else UNVALIDATED
@@ -82,12 +82,14 @@ def reported(path: Path, wanted: Wanted, step: Callable[[str], None] = lambda _:
         )  # fmt: skip
 
 
-def use_symbols(recording: Recording, symbols: Symbols, kaslr: int | None) -> str:
-    """Name the guest's addresses by these; what is to be said of it."""
-    halted = halts(recording) if kaslr is None and "kvm_exit" in recording.kinds else []
-    moved = symbols.moved(kaslr, halted)
+def use_symbols(recording: Recording, naming: Naming) -> list[str]:
+    """Name the guest's addresses by these, where any are given; what is to be said of it."""
+    if naming.symbols is None:
+        return []
+    halted = halts(recording) if naming.kaslr is None and "kvm_exit" in recording.kinds else []
+    moved = load(naming.symbols).moved(naming.kaslr, halted)
     recording.symbol = moved.named if moved.offset is not None else None
-    return f"symbols of {symbols.path}: {moved.how}"
+    return [f"symbols of {naming.symbols}: {moved.how}"]
 
 
 def recording_of(
@@ -147,10 +149,8 @@ def _give_memory_back() -> None:
 def _validated(recording: Recording | None) -> Validated | str:
     if recording is None:
         return "not done: the recording is not at hand"
-    if recording.window.since is not None:
-        return "not done: of a window that begins later there is no validated share"
     try:
-        return validated(recording.trace, recording.metadata.policy)
+        return validated(recording.trace, recording.metadata.policy, recording.window.since)
     except Problem as problem:
         return f"not possible: {str(problem).removeprefix(f'{recording.path}: ')}"
 

@@ -33,6 +33,17 @@ _SYMBOL: Final = np.dtype([("name", "<u4"), ("info", "u1"), ("other", "u1"), ("s
 
 
 @dataclass(frozen=True)
+class Naming:
+    """The file that names a guest's addresses, and how far its kernel was moved (None: to be found)."""
+
+    symbols: Path | None = None
+    kaslr: int | None = None
+
+
+NO_NAMING: Final = Naming()
+
+
+@dataclass(frozen=True)
 class Symbols:
     """Sorted addresses with their names. `offset`: how far KASLR has moved the guest, None: not known."""
 

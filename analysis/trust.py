@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import version
 from typing import Final
 
+import polars as pl
+
+from analysis.rows import ALL
 from analysis.sources import Recording, Result
 from analysis.validation import Validated
 from replay.own_policy import Agreement
-from traces import source_notes
+from traces import kernels, source_notes
 from traces.durations import duration
+from traces.errors import Problem
 from traces.metadata import Metadata
 from traces.text import some, vms_text
 from traces.untrusted import object_at, text_at
@@ -29,8 +34,8 @@ def trust(
     for remark in remarks:
         yield "note", remark
     if recording is not None:
-        yield from made_on(recording.metadata)
-        yield "events", _events(recording.metadata)
+        yield from made_on(recording.metadata, recording.span)
+        yield "events", _events(recording)
         yield "coverage", _coverage(recording)
         yield from (("source", line) for line in source_notes.notes(recording.metadata.raw))
     elif result is not None:
@@ -61,11 +66,14 @@ def _own_policy(result: Result) -> Iterator[str]:
     yield from (each.text for each in others[:_SHOWN])
 
 
-def made_on(meta: Metadata) -> Iterator[tuple[str, str]]:
-    """Where, when and on what a recording was made."""
+def made_on(meta: Metadata, span: tuple[int, int]) -> Iterator[tuple[str, str]]:
+    """Where, when and on what a recording was made; `span`: boot ns of what of it counts."""
     yield "host", _host(meta)
-    yield "recorded", _recorded(meta)
+    yield "recorded", _recorded(meta, *span)
     yield "kernel", f"{meta.kernel or 'unknown'}, {meta.policy or 'unknown'} roots, by {meta.policy_by}"
+    with suppress(Problem):  # of a kernel that is not known, or has no TDP MMU
+        if newer := kernels.newer_than_known(kernels.recorded(meta).version):
+            yield "kernel", newer
 
 
 def loss(recording: Recording | None, result: Result | None) -> str:
@@ -94,8 +102,7 @@ def _host(meta: Metadata) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _recorded(meta: Metadata) -> str:
-    first, last = meta.span
+def _recorded(meta: Metadata, first: int, last: int) -> str:
     began, ended = (wall_text(meta, boot) for boot in (first, last))
     # The date once, where it is the same day.
     ended = ended[11:] if ended[:11] == began[:11] else ended
@@ -104,10 +111,13 @@ def _recorded(meta: Metadata) -> str:
     return f"{when}, {duration(last - first)}" + (f", by kvmtrace {by}" if by else "")
 
 
-def _events(meta: Metadata) -> str:
+def _events(recording: Recording) -> str:
+    meta = recording.metadata
     by_kind = sorted(((meta.lost_of(kind), kind) for kind in meta.loss), reverse=True)
     lost = [f"{count:,} {kind}" for count, kind in by_kind if count]
     text = f"{meta.events:,} stored, {meta.lost:,} lost"
+    if recording.window != ALL:
+        text = f"{recording.scan().select(pl.len()).collect().item():,} of these {text}"
     text += f" ({some(lost)})" if lost else ""
     return text + (f"; {meta.discrepancies[0]}" if meta.discrepancies else "")
 

@@ -15,14 +15,14 @@ from traces.text import printable
 
 
 def lost_windows(recording: Recording, kind: str, window_ns: int) -> NDArray[np.int64]:
-    """The windows, by number from the recording's first row on, in which events of this kind were lost.
+    """The windows, by number from the first row that counts on, in which events of this kind were lost.
 
     Of more gaps than the metadata has (16,384) nobody knows where: then it is all windows.
     """
     meta = recording.metadata
     if kind not in meta.loss or not meta.lost_of(kind):
         return np.empty(0, np.int64)
-    first, last = meta.span
+    first, last = recording.span
     if meta.gap_count > len(meta.gaps) or not meta.gaps:
         return np.arange((last - first) // window_ns + 1)
     found = [np.empty(0, np.int64)]

@@ -35,9 +35,11 @@ class Validated:
         return f"{share}: {self.matched:,} of {self.expected:,} responses matched{part}{left}"
 
 
-def validated(trace: Trace, policy: str = "") -> Validated:
-    """Runs `kvmtrace validate` on a trace, event by event (some 100,000 a second); Problem where it cannot be."""
+def validated(trace: Trace, policy: str = "", since: int | None = None) -> Validated:
+    """Runs `kvmtrace validate` on a trace, event by event (some 100,000 a second); Problem where it cannot be.
+
+    `since`: boot ns from which on responses count."""
     from replay.validate.compare import validate
 
-    report = validate(trace, policy)
+    report = validate(trace, policy, since=since)
     return Validated(report.matched, report.expected, report.left, not report.complete)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any, Final
 
 import numpy as np
@@ -10,16 +11,18 @@ import polars as pl
 
 from analysis.queries import replayed
 from analysis.queries.by_vm import overview
+from analysis.queries.recorded import stuck_vcpus
 from analysis.sources import HIDDEN, Recording, Result
 from analysis.units import Unit, format_value, span
 from analysis.worst import ranked, stuck_of, subject_of
 from replay.result import SPENT
 from replay.simulate.operations import Cause
-from replay.timing.diagnosis import plainly, summed_up
+from replay.timing.diagnosis import Diagnosis, plainly, summed_up
 from replay.timing.soft_hangs import SoftHang
 from replay.timing.time_text import base_of, compared
 from replay.timing.timed_run import VcpuTime
 from traces.durations import duration
+from traces.errors import Problem
 from traces.metadata import Metadata
 from traces.text import count
 from traces.vm_names import VmNames
@@ -47,15 +50,12 @@ def verdict(result: Result | None, recording: Recording | None) -> Iterator[str]
         yield from _recorded(recording)
         return
     yield from result.untrusted[:_UNTRUSTED_SHOWN]
-    who = plainly if recording is None else VmNames(recording.metadata).vcpu
-    stuck = summed_up([each for vm in result.vms for each in vm.stuck], who)
-    yield from stuck[:_STUCK_SHOWN]
-    if len(stuck) > _STUCK_SHOWN:
-        yield f"{len(stuck) - _STUCK_SHOWN:,} more got no further: query stuck has them"
+    yield from _no_further([each for vm in result.vms for each in vm.stuck], recording)
+    only = recording.window.vcpus if recording is not None else frozenset()
     timed = pl.all_horizontal(pl.col("wall_low_ns", "wall_high_ns", *SPENT).is_not_null())
     rows = replayed.vcpus(result).filter(pl.col("wall_ns") > 0, timed).collect(engine="streaming")
-    if recording is not None and recording.window.vcpus:
-        rows = rows.filter(pl.col("vcpu").is_in(list(recording.window.vcpus)))
+    if only:
+        rows = rows.filter(pl.col("vcpu").is_in(list(only)))
     subject = subject_of(result)
     if rows.is_empty():
         yield _counted(replayed.policies(result).collect(engine="streaming"))
@@ -69,6 +69,16 @@ def verdict(result: Result | None, recording: Recording | None) -> Iterator[str]
     other = base if base != subject else next(iter(others), "")
     yield _headline(mine, subject, other, _who(worst, recording), recorded=bool(worst["recorded"]))
     yield from compared(ends)
+
+
+def _no_further(found: Iterable[Diagnosis], recording: Recording | None) -> Iterator[str]:
+    """vCPUs that are stuck, or ended in an error."""
+    who = plainly if recording is None else VmNames(recording.metadata).vcpu
+    only = recording.window.vcpus if recording is not None else frozenset()
+    stuck = summed_up([each for each in found if not only or each.vcpu in only], who)
+    yield from stuck[:_STUCK_SHOWN]
+    if len(stuck) > _STUCK_SHOWN:
+        yield f"{len(stuck) - _STUCK_SHOWN:,} more got no further: query stuck has them"
 
 
 def _who(worst: dict[str, Any], recording: Recording | None) -> str:
@@ -137,13 +147,18 @@ def _recorded(recording: Recording | None) -> Iterator[str]:
     """Of what was recorded alone; what could not be seen is named, and what was lost is no 0."""
     if recording is None:
         return
+    if "kvm_exit" in recording.kinds:
+        with suppress(Problem):  # of a damaged file the tables say so
+            yield from _no_further(stuck_vcpus(recording), recording)
     meta = recording.metadata
     first, last = recording.span
     if recording.window.since is not None or recording.window.vcpus:
         yield from _of_window(recording)
         return
     # Where nothing shows a guest's entries, a root that nobody saw may be there all the same.
-    roots = [f"{count(meta.root_count, 'root')} seen"] if meta.root_count or not recording.hidden else []
+    seen = overview(recording).select(pl.col("roots").sum()).collect().item() if recording.trace.partial else None
+    seen = meta.root_count if seen is None else seen
+    roots = [f"{count(seen, 'root')} seen"] if seen or not recording.hidden else []
     vms = VmNames(meta).vm(meta.vms[0]["id"]) if len(meta.vms) == 1 else count(len(meta.vms), "VM")
     parts = [
         text

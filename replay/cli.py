@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from traces.documents import print_json
 from traces.errors import VERDICT_FAILED, Problem
 from traces.help_text import examples
-from traces.options import Force, Json, RecordedPolicy, Recording, Until, Vms, selection
+from traces.options import Force, Json, RecordedPolicy, Recording, part_of, taking
 from traces.outputs import RESULT, check
+
+if TYPE_CHECKING:
+    from traces.selection import Selection
 
 app = typer.Typer()
 
@@ -20,14 +23,15 @@ app = typer.Typer()
     short_help="Compare a recording with the model of its own kernel.",
     epilog=examples("kvmtrace validate stall.parquet", "kvmtrace validate stall.parquet --json"),
 )
+@taking(selected=part_of("vm", "since", "until"))
 def validate(
     trace: Recording,
     policy: Annotated[
         str, typer.Option(help="Root policy to hold it against. [default: the recorded kernel's]", show_default=False)
     ] = "",
     recorded_policy: RecordedPolicy = "",
-    vm: Vms = None,
-    until: Until = "",
+    *,
+    selected: Selection,
     as_json: Json = False,
 ) -> None:
     """Replay a recording under its own kernel's policy and compare each response of the MMU; exit 1 below 100 %."""
@@ -35,8 +39,9 @@ def validate(
     from replay.validate.validate_text import SCHEMA, render, to_dict
     from traces.reader import Trace
 
-    selected = selection(vm, until=until).of(Trace.open(trace, recorded_policy))
-    report = compare(selected, policy)
+    whole = Trace.open(trace, recorded_policy)
+    since, _ = selected.window(whole)
+    report = compare(selected.of(whole), policy, since=since)
     if as_json:
         print_json(to_dict(report), SCHEMA)
     else:
@@ -55,6 +60,7 @@ def validate(
         "kvmtrace replay stall.parquet --aging locked,lockless@20000x1",
     ),
 )
+@taking(selected=part_of("vm", "until"))
 def replay(
     trace: Recording,
     policy: Annotated[
@@ -122,8 +128,8 @@ def replay(
         str, typer.Option(help="Mode: tables kept in a list under a spinlock, or by a counter: time and waits.")
     ] = "",
     recorded_policy: RecordedPolicy = "",
-    vm: Vms = None,
-    until: Until = "",
+    *,
+    selected: Selection,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -155,8 +161,7 @@ def replay(
     if out is not None:
         check(out, RESULT, inputs, force=force)
     assumed = plan.refault(refault)
-    selected = selection(vm, until=until).of(Trace.open(trace, recorded_policy))
-    shown = capabilities.Capabilities(selected)
+    shown = capabilities.Capabilities(selected.of(Trace.open(trace, recorded_policy)))
     if questions := designs.asked(aging=aging, zap_lock=zap_lock, apicv=apicv, tdp_pages=tdp_pages):
         found, unanswered = designs.answer(shown, questions)
         checks = [work.check for work, _ in found if work.check is not None]

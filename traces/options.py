@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar, cast, get_type_hints
 
 import typer
 
 if TYPE_CHECKING:
     from traces.selection import Selection
 
+Verb = TypeVar("Verb", bound=Callable[..., None])
 Recording = Annotated[Path, typer.Argument(help="A recording.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON (with its schema version) instead of text.")]
 TextFile = Annotated[Path | None, typer.Option("-o", "--output", help="Write to this file, not to stdout.")]
@@ -26,28 +30,90 @@ RecordedPolicy = Annotated[
         show_default=False,
     ),
 ]
-Vms = Annotated[list[int] | None, typer.Option("--vm", help="Only this VM, by its id in the trace; repeatable.", min=1)]
-Vcpus = Annotated[list[int] | None, typer.Option("--vcpu", help="Only this vCPU of each VM; repeatable.", min=0)]
-Since = Annotated[
-    str,
-    typer.Option(
-        "--from", help="Count from then on: a time since the first row, such as 1.5s, or a wall-clock time in UTC.",
-        show_default=False,
+# Which part of a recording is asked about. Several verbs have these, each those that make sense of it.
+_PARTS: Final[dict[str, tuple[Any, Any]]] = {
+    "vm": (
+        Annotated[
+            list[int] | None, typer.Option("--vm", help="Only this VM, by its id in the trace; repeatable.", min=1)
+        ],
+        None,
     ),
-]  # fmt: skip
-Until = Annotated[
-    str,
-    typer.Option(
-        "--to", help="Count up to then: a time since the first row, such as 1.5s, or a wall-clock time in UTC.",
-        show_default=False,
+    "vcpu": (
+        Annotated[list[int] | None, typer.Option("--vcpu", help="Only this vCPU of each VM; repeatable.", min=0)],
+        None,
     ),
-]  # fmt: skip
+    "since": (
+        Annotated[
+            str,
+            typer.Option(
+                "--from",
+                help="Count from then on: a time since the first row, such as 1.5s, or a wall-clock time in UTC.",
+                show_default=False,
+            ),
+        ],
+        "",
+    ),
+    "until": (
+        Annotated[
+            str,
+            typer.Option(
+                "--to",
+                help="Count up to then: a time since the first row, such as 1.5s, or a wall-clock time in UTC.",
+                show_default=False,
+            ),
+        ],
+        "",
+    ),
+}
 
 
-def selection(
-    vm: Sequence[int] | None, vcpu: Sequence[int] | None = None, since: str = "", until: str = ""
+@dataclass(frozen=True)
+class OptionGroup:
+    """Options that come to one argument: each with its type and default, and what makes the argument of them."""
+
+    options: Mapping[str, tuple[Any, Any]]
+    make: Callable[..., object]
+
+
+def part_of(*names: str) -> OptionGroup:
+    """These of `vm`, `vcpu`, `since` and `until`, as a Selection."""
+    return OptionGroup({name: _PARTS[name] for name in names}, _selection)
+
+
+def taking(**groups: OptionGroup) -> Callable[[Verb], Verb]:
+    """A verb whose arguments of these names are made of groups of options.
+
+    typer reads a verb's options off its signature: there those of a group stand in the place of their argument.
+    """
+
+    def decorate(verb: Verb) -> Verb:
+        # The types of these arguments are of modules that nothing needs before the verb runs.
+        others = {name: each for name, each in verb.__annotations__.items() if name not in groups}
+        types = get_type_hints(SimpleNamespace(__annotations__=others), verb.__globals__, include_extras=True)
+        found: list[Parameter] = []
+        for each in signature(verb).parameters.values():
+            options = groups[each.name].options if each.name in groups else {}
+            found += [Parameter(name, each.kind, default=d, annotation=t) for name, (t, d) in options.items()]
+            found += [each.replace(annotation=types[each.name])] if not options else []
+
+        def called(**given: Any) -> None:
+            made = {
+                name: group.make(**{option: given.pop(option) for option in group.options})
+                for name, group in groups.items()
+            }
+            verb(**made, **given)
+
+        called.__name__, called.__doc__, called.__module__ = verb.__name__, verb.__doc__, verb.__module__
+        called.__signature__ = Signature(found)  # type: ignore[attr-defined]
+        called.__annotations__ = {each.name: each.annotation for each in found}
+        return cast("Verb", called)
+
+    return decorate
+
+
+def _selection(
+    vm: Sequence[int] | None = None, vcpu: Sequence[int] | None = None, since: str = "", until: str = ""
 ) -> Selection:
-    """What `--vm`, `--vcpu`, `--from` and `--to` select."""
     from traces.selection import Selection
 
     return Selection(tuple(vm or ()), tuple(vcpu or ()), since, until)

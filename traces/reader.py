@@ -141,6 +141,11 @@ class Trace:
             groups.setdefault(self._row_groups[index].vm, []).append(index)
         return groups
 
+    @property
+    def partial(self) -> bool:
+        """Whether it is of some VMs only, or up to a moment; `metadata.root_count` is of all all the same."""
+        return self._until is not None or len(self._chosen) < len(self._row_groups)
+
     def selected(self, vms: Collection[int] | None = None, until: int | None = None) -> Trace:
         """The same trace with these VMs only (None: all), and with the rows before `until` (boot ns; None: all).
 
@@ -182,7 +187,9 @@ class Trace:
             events=kinds.total(),
         )
         if not kinds:
-            raise Problem(f"{self.path}: no row is left of what was selected")
+            begun = min((first for vm, (first, _) in self.metadata.spans.items() if not vms or vm in vms), default=0)
+            after = (begun - self.metadata.span[0]) / 1e9
+            raise Problem(f"{self.path}: what is selected has its first row {after:.6f} s after the recording's begin")
         return other
 
     def reopened(self) -> Trace:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from traces.errors import Problem
+from traces.text import some, vms_text
 from traces.wall_clock import moment
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class Selection:
     def text(self) -> str:
         """As a report states it; empty where it is all."""
         parts = [f"VM {vm}" for vm in self.vms] + [f"vCPU {vcpu}" for vcpu in self.vcpus]
+        parts = [f"of {', '.join(parts)}"] if parts else []
         parts += [f"from {self.since}"] if self.since else []
         return ", ".join(parts + ([f"to {self.until}"] if self.until else []))
 
@@ -36,7 +38,7 @@ class Selection:
     def remark(self) -> str:
         """What a report says of it."""
         of_all = "policies and roots are of all its vCPUs; " if self.vcpus else ""
-        return f"only of {self.text}; {of_all}losses are those of the whole recording"
+        return f"only {self.text}; {of_all}losses are those of the whole recording"
 
     def window(self, trace: Trace) -> tuple[int | None, int | None]:
         """Boot ns of `since` and `until`; a Problem where it holds no time of the recording."""
@@ -52,9 +54,26 @@ class Selection:
         return since, until
 
     def of(self, trace: Trace) -> Trace:
-        """The trace with these VMs, up to `until`; with the rows before `since`, for the state that they lead to."""
-        _, until = self.window(trace)
-        return trace.selected(self.vms or None, until)
+        """The trace with these VMs, up to `until`; with the rows before `since`, for the state that they lead to.
+
+        Raises Problem where that leaves no row, or no such vCPU.
+        """
+        since, until = self.window(trace)
+        chosen = trace.selected(self.vms or None, until)
+        known = {int(vcpu["id"]) for vm in chosen.metadata.vms for vcpu in vm["vcpus"]}
+        if unknown := sorted(set(self.vcpus) - known):
+            whose = f" of {vms_text(self.vms)}" if self.vms else ""
+            raise Problem(
+                f"{trace.path}: no vCPU {some(unknown)}{whose} in it; there are {some(sorted(known)) or 'none'}"
+            )
+        if since is not None and not any(last >= since for _, last in chosen.metadata.spans.values()):
+            begin, _ = trace.metadata.span
+            last = max((last for _, last in chosen.metadata.spans.values()), default=begin)
+            raise Problem(
+                f"{trace.path}: --from {self.since}: the last row of what is selected is {(last - begin) / 1e9:.6f} s "
+                "after the recording's begin"
+            )
+        return chosen
 
 
 ALL = Selection()

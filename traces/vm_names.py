@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from traces.metadata import Metadata
-from traces.text import printable
+from traces.text import printable, some
 from traces.untrusted import text_at
 
 
@@ -29,6 +29,10 @@ class VmNames:
         """`VM 5 (qemu-system-x86 4242)`."""
         process = self.process(vm)
         return f"VM {vm} ({process})" if process else f"VM {vm}"
+
+    def vms(self, ids: Sequence[int]) -> str:
+        """`VM 5 (qemu-system-x86 4242), VM 6 (...), VM 7 (...), and 8 more`."""
+        return some([self.vm(vm) for vm in ids])
 
     def thread(self, vm: int | None, vcpu: int | None) -> str:
         """The name of a vCPU's thread, such as `CPU 0/KVM`, where it is another than its process's; else nothing.

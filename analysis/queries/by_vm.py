@@ -66,10 +66,14 @@ def overview(recording: Recording, result: Result | None = None) -> pl.LazyFrame
     facts = []
     for vm in recording.metadata.vms:
         number = int(vm["id"])
+        if recording.window.since is not None and number not in recording.spans:
+            continue  # it had ended before
         began, ended = recording.spans.get(number, (None, None))
         length = None if began is None or ended is None else ended - began
         facts.append((number, names.process(number), len({each["id"] for each in vm["vcpus"]}), began, length))
     frame = pl.LazyFrame(facts, schema=_FACTS, orient="row").join(_of_rows(recording), on="vm", how="left")
+    # In a window without an entry it may be in its guest all the time.
+    silent = "never entered its guest" if recording.window.since is None else ""
     # None of a kind that was watched is 0; what was not watched stays null.
     shown = {
         "entries": "kvm_entry", "exits": "kvm_exit", "faults": "kvm_page_fault", "fixes": "kvm_page_fault",
@@ -87,7 +91,7 @@ def overview(recording: Recording, result: Result | None = None) -> pl.LazyFrame
         for name, kind in shown.items()
     ).with_columns(
         pl.col("roots") if recording.hidden else pl.col("roots").fill_null(0),
-        note=pl.when(pl.col("entries") == 0).then(pl.lit("never entered its guest")).otherwise(pl.lit("")),
+        note=pl.when(pl.col("entries") == 0).then(pl.lit(silent)).otherwise(pl.lit("")),
     )
     if result is None:
         return frame.sort("faults", "exits", "vm", descending=[True, True, False], nulls_last=True)
@@ -104,7 +108,11 @@ def _of_rows(recording: Recording) -> pl.LazyFrame:
     entry, exit_ = pl.col("kind") == "kvm_entry", pl.col("kind") == "kvm_exit"
     # `at` is the sum of times in the window, each counted from its begin.
     crossed = pl.col("at") + pl.col("rows") * pl.col("window") * WINDOW_NS
-    length = recording.span[1] - recording.span[0]
+    begin, _ = recording.span
+    lengths = pl.LazyFrame(
+        [(vm, last - begin, last - first) for vm, (first, last) in recording.spans.items()],
+        schema={"vm": pl.Int64, "ended": pl.Int64, "span": pl.Int64}, orient="row",
+    )  # fmt: skip
 
     def rows_of(kind: str, what: str = "rows") -> pl.Expr:
         return pl.when(pl.col("kind") == kind).then(pl.col(what)).otherwise(0).sum()
@@ -114,15 +122,14 @@ def _of_rows(recording: Recording) -> pl.LazyFrame:
         entries=rows_of("kvm_entry"), exits=rows_of("kvm_exit"), faults=rows_of("kvm_page_fault"),
         fixes=fixed_of(recording), smis=rows_of("kvm_smm_transition", "entering"),
     )  # fmt: skip
-    stays = pl.when(pl.col("entries") > pl.col("exits")).then(length).otherwise(0)
+    # Who is in the guest at the end was so to the VM's last row.
+    stays = pl.when(pl.col("entries") > pl.col("exits")).then("ended").otherwise(0)
     alternate = (pl.col("entries") - pl.col("exits")).abs() <= 1
-    spans = {"vm": pl.Int64, "span": pl.Int64}
-    of_vms = pl.LazyFrame(
-        [(vm, last - first) for vm, (first, last) in recording.spans.items()], schema=spans, orient="row"
-    )
     by_vm = (
-        by_vcpu.with_columns(guest=pl.when(alternate).then(pl.col("crossed") + stays))
-        .group_by(pl.col("vm").cast(pl.Int64))
+        by_vcpu.with_columns(pl.col("vm").cast(pl.Int64))
+        .join(lengths, on="vm")
+        .with_columns(guest=pl.when(alternate).then(pl.col("crossed") + stays))
+        .group_by("vm", "span")
         .agg(
             pl.col("entries", "exits", "faults", "fixes", "smis").sum(),
             guest=pl.when(pl.col("guest").null_count() == 0).then(pl.col("guest").sum()),
@@ -132,8 +139,7 @@ def _of_rows(recording: Recording) -> pl.LazyFrame:
     share = pl.col("guest") / (pl.col("ran") * pl.col("span"))
     seen = roots.lazy().group_by(pl.col("vm").cast(pl.Int64)).agg(roots=pl.len().cast(pl.Int64))
     return (
-        by_vm.join(of_vms, on="vm")
-        .with_columns(guest_share=pl.when(share.is_between(0, 1)).then(share))
+        by_vm.with_columns(guest_share=pl.when(share.is_between(0, 1)).then(share))
         .drop("guest", "ran", "span")
         .join(seen, on="vm", how="full", coalesce=True)
     )

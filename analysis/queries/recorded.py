@@ -13,7 +13,7 @@ import polars as pl
 
 from analysis.queries.registry import query
 from analysis.rip_runs import RipQuestion, of_vm
-from analysis.rows import Question, Tally
+from analysis.rows import Question, Tally, Window, ask
 from analysis.sources import Recording
 from analysis.unseen import lost_windows
 from analysis.used_roots import UsedRoots
@@ -339,8 +339,11 @@ def _kernel(recording: Recording) -> Kernel | None:
         return None
 
 
-def _stuck(recording: Recording, exits: int) -> list[Diagnosis]:
-    """Why vCPUs got no further, those that go on for longest first."""
+def stuck_vcpus(recording: Recording, exits: int = CERTAIN) -> list[Diagnosis]:
+    """Why vCPUs got no further, those that go on for longest first.
+
+    Of a window that begins later also those that were stuck before, and still are in it.
+    """
     kernel = _kernel(recording)
     vms = {int(vm["id"]): vm for vm in recording.metadata.vms}
     found: list[Diagnosis] = []
@@ -349,23 +352,33 @@ def _stuck(recording: Recording, exits: int) -> list[Diagnosis]:
             if time.rip_runs is not None:
                 found += diagnoses(recording.trace, vms[time.vm], kernel, time.rip_runs, time.ids, exits)
     else:
-        (answer,) = recording.ask(RipQuestion(recording.trace, kernel))
-        for number, vm in vms.items():
-            found += diagnosed(recording.trace, vm, kernel, *of_vm(answer, number), exits)
+        question = RipQuestion(recording.trace, kernel)
+        since, vcpus = recording.window.since, recording.window.vcpus
+        whole = ask(recording.trace, [question], Window(vcpus=vcpus)) if since is not None else []
+        for answer in (*whole, *recording.ask(question)):
+            told = {(each.vm, each.vcpu) for each in found}
+            mine = [
+                each
+                for number, vm in vms.items()
+                for each in diagnosed(recording.trace, vm, kernel, *of_vm(answer, number), exits)
+            ]
+            found += [each for each in mine if each.until >= (since or each.until) and (each.vm, each.vcpu) not in told]
     return sorted(found, key=lambda each: (each.since - each.until, each.vm, each.vcpu))
 
 
 @query(Recording, needs=("kvm_exit",), asks=_runs_asked)
 def stuck(recording: Recording, exits: int = CERTAIN) -> pl.LazyFrame:
     """vCPUs that got no further: 200 exits and more at one RIP without progress, or an end in an error, and why."""
-    found = [{name: getattr(each, name) for name in _STUCK} for each in _stuck(recording, exits)]
+    found = [{name: getattr(each, name) for name in _STUCK} for each in stuck_vcpus(recording, exits)]
     return pl.LazyFrame(found, schema=_STUCK)
 
 
 @query(Recording, needs=("kvm_exit",), asks=_runs_asked)
 def stuck_rows(recording: Recording, exits: int = CERTAIN) -> pl.LazyFrame:
     """The rows that show why: of each vCPU that got no further, one round of what it did, and its page's SPTEs."""
-    found = [{"vm": each.vm, "vcpu": each.vcpu, "row": row} for each in _stuck(recording, exits) for row in each.rows]
+    found = [
+        {"vm": each.vm, "vcpu": each.vcpu, "row": row} for each in stuck_vcpus(recording, exits) for row in each.rows
+    ]
     return pl.LazyFrame(found, schema={"vm": pl.UInt64, "vcpu": pl.Int16, "row": pl.String})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -25,6 +25,7 @@ from traces.progress import Progress
 from traces.reader import Trace
 from traces.text import count
 from traces.untrusted import count_at, object_at
+from traces.vm_names import VmNames
 
 # What a recording must have watched, so that the model knows when slots are filled and emptied.
 _NEEDED: Final = {
@@ -63,6 +64,8 @@ class ConformanceReport:
     vms: list[VmReport]
     notes: list[str] = field(default_factory=list)
     policy_by: str = ""  # what decides the policy; empty where it is asked for
+    part: bool = False  # compared from a moment on only
+    names: VmNames | None = None
 
     @property
     def tallies(self) -> dict[str, MatchTally]:
@@ -97,7 +100,7 @@ class ConformanceReport:
     @property
     def complete(self) -> bool:
         """Every VM was validated from its creation to its end."""
-        return not any(vm.skipped or vm.until for vm in self.vms)
+        return not self.part and not any(vm.skipped or vm.until for vm in self.vms)
 
     @property
     def holds(self) -> bool:
@@ -105,8 +108,12 @@ class ConformanceReport:
         return self.matched == self.expected and not self.left
 
 
-def validate(recording: Path | Trace, policy: str = "", recorded_policy: str = "") -> ConformanceReport:
+def validate(
+    recording: Path | Trace, policy: str = "", recorded_policy: str = "", since: int | None = None
+) -> ConformanceReport:
     """Replay a recording under its own policy (or `policy`), row by row; `recorded_policy` as `Trace.open` takes it.
+
+    Rows before `since` (boot ns) lead to the state that later ones are held against, and are not compared.
 
     Raises Problem where there is nothing that could be validated.
     """
@@ -128,15 +135,21 @@ def validate(recording: Path | Trace, policy: str = "", recorded_policy: str = "
         why = unseen[lacking[0]] or "its probe did not attach"
         raise Problem(f"{path}: cannot be validated: {', '.join(lacking)} not recorded ({why})")
     cut = _cut(meta)
-    vms = [_vm(trace, vm, None if follows else parameters, kernel, cut) for vm in meta.vms]
+    vms = [_vm(trace, vm, None if follows else parameters, kernel, cut, since) for vm in meta.vms]
     blind = shadow_driver.blind(meta) if follows else [kind for kind in unseen if kind in RESPONSES]
-    notes = [*_notes(blind, vms), *_misbooked(trace, vms)]
+    names = VmNames(meta)
+    notes = [*_notes(blind, vms, names), *_misbooked(trace, vms)]
     if skipped := sum(meta.missed.values()):
         notes.insert(0, f"the kernel skipped {skipped:,} runs of probes: events nobody saw, which may be what differs")
-    report = ConformanceReport(path, meta.kernel, policy, vms, notes, policy_by)
+    if newer := kernels.newer_than_known(kernel.version):
+        notes.insert(0, f"kernel {meta.kernel} is {newer}")
+    if since is not None:
+        notes.insert(0, "rows before --from are not compared: they lead to the state that later ones are held against")
+    report = ConformanceReport(path, meta.kernel, policy, vms, notes, policy_by, since is not None, names)
     if not report.expected:
-        whys = [why for vm in vms for why in (vm.skipped, vm.until) if why]
-        why = whys[0] if whys else "no vCPU of its VMs ran" if meta.vms else "it has no VM"
+        whys = [f"{names.vm(vm.vm)}: {why}" for vm in vms for why in (vm.skipped, vm.until) if why]
+        idle = "no vCPU of its VMs ran" if since is None else "the MMU did nothing from then on"
+        why = whys[0] if whys else idle if meta.vms else "it has no VM"
         raise Problem(f"{path}: cannot be validated: {why}")
     return report
 
@@ -177,12 +190,17 @@ def machine_of(kernel: Kernel, parameters: PolicyParameters, modules: Any = None
 
 
 def _vm(
-    trace: Trace, vm: Mapping[str, Any], parameters: PolicyParameters | None, kernel: Kernel, cut: int | None
+    trace: Trace,
+    vm: Mapping[str, Any],
+    parameters: PolicyParameters | None,
+    kernel: Kernel,
+    cut: int | None,
+    since: int | None,
 ) -> VmReport:
-    """One VM. `parameters`: None where its roots follow its own page tables."""
+    """One VM, compared from `since` on. `parameters`: None where its roots follow its own page tables."""
     number = int(vm["id"])
     if vm["origin"] != "created":
-        why = f"VM {number} was running before the recording began: what it had mapped is not known"
+        why = "it was running before the recording began: what it had mapped is not known"
         return VmReport(number, {}, None, 0, 0, 0, skipped=why)
     rows = _UntilLoss(rows_of(trace, number), cut)
     check: ConformanceCheck | shadow_driver.Paged
@@ -191,7 +209,7 @@ def _vm(
     else:
         check = ConformanceCheck(machine_of(kernel, parameters, trace.metadata.raw.get("modules")))
     with Progress(f"validating VM {number}, rows") as progress:
-        check.run(_counted(rows, progress))
+        check.run(_counted(rows if since is None else _compared_from(since, rows, check.forget), progress))
     if not rows.stopped:
         check.finish()
     ended = check.ended and not rows.stopped
@@ -205,6 +223,18 @@ def _vm(
     machine = check.machine
     found = replace(found, inferred=machine.inferred, role_words_taken=machine.role_words_taken)
     return replace(found, taken=machine.taken, mistaken=check.mistaken, not_modelled=dict(check.nested.rows))
+
+
+def _compared_from(since: int, rows: Iterable[RowTuple], forget: Callable[[], None]) -> Iterator[RowTuple]:
+    """Rows; what they came to is forgotten before the first one at or after `since`."""
+    before = True
+    for row in rows:
+        if before and row.time >= since:
+            forget()
+            before = False
+        yield row
+    if before:
+        forget()
 
 
 class _UntilLoss:
@@ -258,7 +288,7 @@ def _misbooked(trace: Trace, vms: list[VmReport]) -> Iterator[str]:
             yield from notifiers_of_others({number: rows_of(trace, number) for number in numbers})
 
 
-def _notes(blind: Iterable[str], vms: list[VmReport]) -> list[str]:
+def _notes(blind: Iterable[str], vms: list[VmReport], names: VmNames) -> list[str]:
     notes = []
     if blind := sorted(blind):
         notes.append(f"not observable in this recording, hence not compared: {', '.join(blind)}")
@@ -282,6 +312,8 @@ def _notes(blind: Iterable[str], vms: list[VmReport]) -> list[str]:
             f"{count(taken, 'load')} with the role word taken from the recording, not predicted: the first of each VM, "
             "and those after a write of CR0 or EFER whose value was not recorded"
         )
+    by_why: dict[str, list[int]] = {}
     for vm in vms:
-        notes += [f"VM {vm.vm}: {why}" for why in (vm.skipped, vm.until) if why]
-    return notes
+        for why in filter(None, (vm.skipped, vm.until)):
+            by_why.setdefault(why, []).append(vm.vm)
+    return [*notes, *(f"{names.vms(ids)}: {why}" for why, ids in by_why.items())]

@@ -115,6 +115,11 @@ class VmCheck(ABC):
             if self.first is not None and len(self.first.after) < _CONTEXT:
                 self.first.after.append(row)
 
+    def forget(self) -> None:
+        """What was compared so far does not count; the state that it led to stays."""
+        self.tallies.clear()
+        self.first = None
+
     def finish(self) -> None:
         """The recording ended: what threads are still expected to show will not come."""
         for thread in self._threads.values():

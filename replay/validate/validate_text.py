@@ -43,6 +43,7 @@ def to_dict(report: ConformanceReport) -> dict[str, Any]:
         "vms": [
             {
                 "id": vm.vm,
+                "process": report.names.process(vm.vm) if report.names is not None else "",
                 "skipped": vm.skipped,
                 "until": vm.until,
                 "left": vm.left,
@@ -88,7 +89,8 @@ def render(report: ConformanceReport) -> str:
         page.say(f"note: {note}")
     diverge = sorted((vm for vm in report.vms if vm.first is not None), key=_share_of_vm)
     for vm in diverge[:VMS_SHOWN]:
-        for line in _divergence(vm.vm, vm.first) if vm.first is not None else ():
+        name = report.names.vm(vm.vm) if report.names is not None else f"VM {vm.vm}"
+        for line in _divergence(name, vm.first) if vm.first is not None else ():
             page.say(line, indent="        ")
     page.more(len(diverge) - VMS_SHOWN, "VMs diverge")
     return page.text
@@ -111,9 +113,9 @@ def _of(tally: MatchTally) -> str:
     return _share(tally.matched, sum(_counts(tally)))
 
 
-def _divergence(vm: int, first: Divergence) -> list[str]:
+def _divergence(vm: str, first: Divergence) -> list[str]:
     return [
-        f"VM {vm}, first divergence at row {first.row.seq}: {first.why}",
+        f"{vm}, first divergence at row {first.row.seq}: {first.why}",
         *(f"    {_line(row)}" for row in first.before),
         f" -> {_line(first.row)}",
         *(f"    {_line(row)}" for row in first.after if row.seq != first.row.seq),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import polars as pl
 import pytest
 
 from analysis import diff, machines
+from analysis.matched import MatchedVms, VmsOfSide
 from analysis.queries import replayed
 from analysis.sources import Recording
 from analysis.trust import trust
@@ -50,7 +52,7 @@ def test_times_sum_up_and_the_largest_difference_is_first(sides: tuple[diff.Side
 
 def test_phases_sum_up_to_the_clock_and_to_all_guest_work(tmp_path: Path) -> None:
     side = diff.opened(LOOPS, "", tmp_path / "r.parquet", [])
-    tenths = asked(diff._tenths(side))
+    tenths = asked(diff._tenths(side, MatchedVms.of(side.vms, side.vms)))
     assert tenths["phase"].sort().to_list() == list(range(1, diff.PHASES + 1))
     clock = asked(replayed.progress(side.result))["clock"].max()
     assert tenths["low"].sum() == tenths["high"].sum() == clock
@@ -80,9 +82,33 @@ def test_two_kernels_as_recorded(tmp_path: Path) -> None:
     assert mine is not None
     assert events["kvm_page_fault"] == theirs.metadata.kinds["kvm_page_fault"] - mine.metadata.kinds["kvm_page_fault"]
     report = diff.compare(base, new, mark=False)
-    assert report.verdict[0].startswith("vCPU 0 of VM 1 takes 16")
+    assert report.verdict[0].startswith("vCPU 0 of VM 1 (kvmtrace-vmm 95) takes 16")
     assert "error of the two" not in report.verdict[0]
     assert ("policy", "preserve against async") in report.trust
+
+
+def named(path: Path, names: list[str]) -> VmsOfSide:
+    """VMs 1, 2, ... of a recording, by these names of their owners'."""
+    recording = written(path)
+    vms = tuple({"id": at, "pid": 40 + at, "comm": "qemu", "name": name} for at, name in enumerate(names, 1))
+    recording.trace.metadata = dataclasses.replace(recording.metadata, vms=vms)
+    return VmsOfSide(range(1, len(names) + 1), (), recording)
+
+
+def test_vms_are_matched_by_name_and_else_in_order(tmp_path: Path) -> None:
+    base = named(tmp_path / "base.parquet", ["web", "db", "", "twin", "twin"])
+    new = named(tmp_path / "new.parquet", ["new", "twin", "db", "web"])
+    matched = MatchedVms.of(base, new)
+    assert matched.pairs == [(1, 4), (2, 3), (3, 1), (4, 2)]
+    assert matched.numbers(base) == {1: 1, 2: 2, 3: 3, 4: 4}
+    assert matched.numbers(new) == {4: 1, 3: 2, 1: 3, 2: 4}
+    assert matched.vcpu(1, 0) == "vCPU 0 of VM 1 (web, qemu 41)"
+    lines = list(matched.lines())
+    assert lines[0] == "VM 1 (web, qemu 41) with VM 4 (web, qemu 44)"
+    assert lines[-1] == "only in the first, so in the counts alone: VM 5 (twin, qemu 45)"
+    assert MatchedVms.of(dataclasses.replace(base, chosen=(2, 1)), dataclasses.replace(new, chosen=(1, 3))).pairs == [
+        (2, 1), (1, 3),
+    ]  # fmt: skip
 
 
 def test_a_small_difference_is_called_within_the_error(tmp_path: Path) -> None:

@@ -62,6 +62,17 @@ def test_a_newer_release_may_lack_what_an_older_series_took_back() -> None:
     assert "no change that kvmtrace knows of" in said("6.16", "6.17")
 
 
+def test_a_version_newer_than_the_table_says_so_first() -> None:
+    text = " ".join(said("99.9").split())
+    assert text.startswith(
+        "KVM's MMU in Linux 99.9 99.9 is newer than all that this kvmtrace knows, which ends with 7.3"
+    )
+    assert "newer than all" in json.loads(said("99.9", "--json"))["note"]
+    assert said("6.12", "99.9").count("newer than all") == 1
+    for known in ("7.x", "7.3", "7.3.9", "6.1"):
+        assert "newer than all" not in said(known)
+
+
 @pytest.mark.parametrize("version", ["nope", "5.4", "6", "-1", "x6.1\x1b[31m"])
 def test_what_is_no_version_is_one_line(version: str) -> None:
     with pytest.raises(Problem) as problem:

@@ -4,7 +4,7 @@
 detected, which gives one frozen `Kernel`. docs/kvm-mmu.md is the prose beside it.
 """
 
-from traces.kernels.fold import Facts, at, described, recorded
+from traces.kernels.fold import Facts, at, described, newer_than_known, recorded
 from traces.kernels.kernel import Kernel
 
-__all__ = ["Facts", "Kernel", "at", "described", "recorded"]
+__all__ = ["Facts", "Kernel", "at", "described", "newer_than_known", "recorded"]

@@ -9,7 +9,7 @@ from typing import Any, Final
 from traces import screen
 from traces.kernels import stored
 from traces.kernels.changes import CHANGES, Change
-from traces.kernels.fold import at, changes_between
+from traces.kernels.fold import at, changes_between, newer_than_known
 from traces.kernels.kernel import Kernel
 from traces.kernels.policies import MEANINGS
 
@@ -28,13 +28,14 @@ def one(version: str) -> tuple[dict[str, Any], str]:
     """What a version does. Raises Problem for what is no version."""
     kernel = at(version)
     held = [change for change in CHANGES if change.holds(kernel.version)]
-    lines = [f"KVM's MMU in Linux {kernel.name}"]
+    note = newer_than_known(kernel.version)
+    lines = [f"KVM's MMU in Linux {kernel.name}", *_noted([kernel])]
     for title, rows in _groups(kernel):
         lines += ["", title]
         for label, value in rows:
             lines += _row(label, value)
     text = "\n".join(lines) + f"\n\nWhat made it so ({len(held)} changes since 5.10)\n" + _listed(held)
-    return {"kernel": stored.document(kernel), "changes": [_change(change) for change in held]}, text
+    return {"kernel": stored.document(kernel), "changes": [_change(change) for change in held], "note": note}, text
 
 
 def two(old: str, new: str) -> tuple[dict[str, Any], str]:
@@ -44,7 +45,7 @@ def two(old: str, new: str) -> tuple[dict[str, Any], str]:
     was, now = stored.document(before), stored.document(after)
     named = ("name", "version")
     fields = {name: [was[name], now[name]] for name in was if name not in named and was[name] != now[name]}
-    lines = [f"KVM's MMU, Linux {before.name} -> {after.name}", ""]
+    lines = [f"KVM's MMU, Linux {before.name} -> {after.name}", *_noted([before, after]), ""]
     if gained:
         lines += [_listed(gained)]
     if lost:
@@ -61,8 +62,15 @@ def two(old: str, new: str) -> tuple[dict[str, Any], str]:
         "gained": [_change(change) for change in gained],
         "lost": [_change(change) for change in lost],
         "fields": fields,
+        "note": " ".join(_noted([before, after])),
     }
     return document, "\n".join(lines).rstrip() + "\n"
+
+
+def _noted(kernels: Iterable[Kernel]) -> Iterator[str]:
+    for kernel in kernels:
+        if note := newer_than_known(kernel.version):
+            yield textwrap.fill(f"{kernel.name} is {note}.", screen.width())
 
 
 def _groups(kernel: Kernel) -> Iterator[tuple[str, list[tuple[str, str]]]]:

@@ -108,6 +108,15 @@ def since(name: str, value: object) -> str:
     return " and from ".join(told)
 
 
+def newer_than_known(version: Version) -> str:
+    """What is to be said of a version that is newer than every change that is known; empty for others."""
+    last = max(change.since for change in CHANGES)
+    if version[:2] <= last or version[1] == _LAST_PATCH:
+        return ""
+    newest = f"{last[0]}.{last[1]}"
+    return f"newer than all that this kvmtrace knows, which ends with {newest}: taken to do what {newest} does"
+
+
 def _folded(version: Version) -> Kernel:
     if version < FIRST.version:
         raise Problem(f"{version[0]}.{version[1]}: there is no TDP MMU before 5.10")
