@@ -3,8 +3,9 @@
 
 A run shows progress where addresses move on, where the guest halts, where ports and eventfds are written, and where the
 guest runs most of the time. A loop that moves on and then stays at one page has a run of its own from there on, and one
-that stays and then moves on again has had it. Exits for nothing that the guest did (interrupts) do not end it. Cython
-in pure-Python mode, like `timeline`.
+that stays and then moves on again has had it. Exits for nothing that the guest did (interrupts) do not end it, nor do a
+few elsewhere from which it comes back: the guest's own interrupt handlers have exits, too. Cython in pure-Python mode,
+like `timeline`.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ _IO = cython.declare(cython.int, 2)
 _ASYNCHRONOUS = cython.declare(cython.int, 3)
 _NESTED = cython.declare(cython.int, 4)
 _FEW = cython.declare(cython.longlong, 100)  # one in so many exits at another address is no progress
+_AWAY = cython.declare(cython.longlong, 64)  # exits elsewhere that an interrupt of the guest may have
 
 RipRun = cython.struct(  # exits of a vCPU at one RIP, without another between them, and rows among them
     rip=cython.ulonglong,
@@ -123,12 +125,14 @@ Follow = cython.struct(  # a vCPU after its last row
     shutdowns=cython.longlong,  # how often it has ended in KVM_EXIT_SHUTDOWN
     exit=cython.longlong,  # the row of its last exit, its RIP
     at=cython.ulonglong,
+    away=cython.longlong,  # exits elsewhere since its run's last one, while it may come back
+    back=cython.longlong,  # the run's `still` when it last came back
 )
 FOLLOW = [
     (name, "u8" if name in ("rip", "low", "high", "at") else "i8")
     for name in (
         "rip", "entered", "page", "home", "moved", "low", "high", "notified", "ended", "reason", "error", "time",
-        "shutdowns", "exit", "at",
+        "shutdowns", "exit", "at", "away", "back",
     )
 ]  # fmt: skip
 
@@ -237,6 +241,10 @@ class RipRuns:
             self._vcpu[v].rip = rip
             self._vcpu[v].entered = time
             self._vcpu[v].ended = -1
+        elif k == _USER_EXIT:
+            self._goes_out(v, seq, time, code, ret)
+        elif self._vcpu[v].away:
+            pass  # what its interrupt handler does is not the run's
         elif k == _FAULT:
             page = cython.cast(cython.longlong, addr >> 12)
             if page != self._vcpu[v].page and page != self._vcpu[v].home and self._vcpu[v].page >= 0:
@@ -262,8 +270,6 @@ class RipRuns:
             self._accesses(v, addr)
         elif k == _FAST_MMIO:
             run[v].ports += 1
-        elif k == _USER_EXIT:
-            self._goes_out(v, seq, time, code, ret)
         elif k == _INJECT:
             run[v].undefined += code == _UD
         elif k == _MMU_LOAD:
@@ -292,6 +298,14 @@ class RipRuns:
             run[v].guest += ran
             self._vcpu[v].entered = -1
             return
+        if run[v].exits and run[v].rip != rip and self._may_come_back(v, rip):
+            self._vcpu[v].away += 1
+            run[v].guest += ran
+            self._vcpu[v].entered = -1
+            return
+        if self._vcpu[v].away and run[v].rip == rip:
+            self._vcpu[v].back = run[v].still
+        self._vcpu[v].away = 0
         if not run[v].exits or run[v].rip != rip:
             self._end_run(v)
             self._begin_run(v, seq, time, rip)
@@ -315,6 +329,22 @@ class RipRuns:
 
     @cython.cfunc
     @cython.nogil
+    @cython.inline
+    @cython.exceptval(check=False)
+    def _may_come_back(self, v: cython.Py_ssize_t, rip: cython.ulonglong) -> cython.bint:
+        """At an exit elsewhere: whether an interrupt took it away from where it stands, and not its getting further.
+
+        It had entered there, as it had most times to come out there again, and did so since it last came back.
+        """
+        run: cython.pointer[RipRun] = self._going
+        if self._vcpu[v].away:  # unless it stands still there
+            return self._vcpu[v].away < _AWAY and (self._vcpu[v].entered < 0 or self._vcpu[v].rip != rip)
+        if self._vcpu[v].entered < 0 or self._vcpu[v].rip != run[v].rip or self._goes_on(v):
+            return False
+        return run[v].still > self._vcpu[v].back and run[v].still * 2 >= run[v].exits
+
+    @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _begin_run(
         self, v: cython.Py_ssize_t, seq: cython.longlong, time: cython.longlong, rip: cython.ulonglong
@@ -331,6 +361,7 @@ class RipRuns:
         run[v].addr = 0
         self._vcpu[v].home = -1
         self._vcpu[v].moved = 0
+        self._vcpu[v].away = self._vcpu[v].back = 0
         self._vcpu[v].low = 0xFFFFFFFFFFFFFFFF
         self._vcpu[v].high = 0
         self._vcpu[v].notified = self._notified
@@ -379,7 +410,9 @@ class RipRuns:
         self._vcpu[v].reason = cython.cast(cython.longlong, reason)
         self._vcpu[v].error = error
         self._vcpu[v].time = time
-        if again:
+        if error >= 0 and reason == _SHUTDOWN and not again:
+            self._vcpu[v].shutdowns += 1
+        if again or self._vcpu[v].away:
             return
         if error < 0:
             if error != _EINTR and error != _EAGAIN:
@@ -393,7 +426,6 @@ class RipRuns:
             run[v].internal += 1
         elif reason == _SHUTDOWN:
             run[v].shutdowns += 1
-            self._vcpu[v].shutdowns += 1
         elif reason == _FAIL_ENTRY:
             run[v].failed += 1
 

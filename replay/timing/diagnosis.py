@@ -14,8 +14,15 @@ from typing import Any, Final
 
 import numpy as np
 
-from replay.decode.exits import USER_FAIL_ENTRY, USER_INTERNAL_ERROR, USER_SHUTDOWN, user_exit_name
+from replay.decode.exits import (
+    USER_FAIL_ENTRY,
+    USER_INTERNAL_ERROR,
+    USER_MEMORY_FAULT,
+    USER_SHUTDOWN,
+    user_exit_name,
+)
 from replay.decode.same_rip import RipRuns
+from replay.timing.shown_of_vm import PAGE_SHIFT, ShownOfVm
 from replay.timing.stuck_rip import CERTAIN, RipEnd, RipRun, last_exits, longest_runs
 from traces.durations import duration
 from traces.kernels.kernel import Kernel
@@ -26,8 +33,6 @@ _ROWS: Final = 12  # shown of a diagnosis
 _HISTORY: Final = 6  # of these, changes of the page's SPTE
 _READ: Final = 1 << 17  # rows that are searched for them
 READ_ONLY: Final = 1 << 1  # KVM_MEM_READONLY of a memslot
-_PAGE_SHIFT: Final = 12
-_EVER: Final = 1 << 62
 _HOST: Final = ("kvm_unmap_hva_range", "kvm_mmu_zap_all_fast", "zap_leafs", "kvm_set_spte_hva", "memslot")
 _SPTES: Final = ("kvm_tdp_mmu_spte_changed", "kvm_mmu_set_spte", "kvm_mmu_prepare_zap_page")
 _COLUMNS: Final = (
@@ -66,7 +71,7 @@ class Diagnosis:
     @property
     def ended(self) -> bool:
         """Whether it ended with one exit, rather than going on without getting further."""
-        return self.exits == 1 and self.kind in ENDS.values()
+        return self.exits == 1 and self.kind in (*ENDS.values(), RUN_ERROR)
 
     def said(self, who: Named) -> str:
         """A sentence, with the vCPU's name."""
@@ -83,6 +88,9 @@ class Diagnosis:
 ENDS: Final = {
     USER_SHUTDOWN: "shutdown", USER_FAIL_ENTRY: "fail_entry", USER_INTERNAL_ERROR: "internal_error",
 }  # fmt: skip
+RUN_ERROR: Final = "run_error"
+# KVM_RUN also comes back with an error where it is to be called again: a signal, a vCPU that waits for its start-up.
+_AGAIN: Final = (errno.EINTR, errno.EAGAIN)
 
 
 def diagnoses(
@@ -102,17 +110,22 @@ def diagnosed(
 ) -> list[Diagnosis]:
     """The same, of runs and ends."""
     found = []
+    shown = ShownOfVm.of(trace, vm)
     for run in runs:
         if run.certain(exits):
-            kind, why = _cause(run, vm, kernel)
+            kind, why = _cause(run, shown, kernel)
             if kind in _BY_OTHERS and (who := _invalidators(trace, vm, run)):
                 why += f"; by {who}"
+            if shown.lost(run):
+                why += "; events were lost meanwhile, in which it may have got further"
             rows = tuple(_evidence(trace, vm, run))
             found.append(
                 Diagnosis(int(vm["id"]), run.vcpu, kind, why, run.rip, run.exits, run.since, run.until, run.seq, rows)
             )
-    told = {each.vcpu for each in found if each.kind in ENDS.values()}
+    told = {each.vcpu for each in found if each.kind in (*ENDS.values(), RUN_ERROR)}
     for end in ends:
+        if end.error < 0 and -end.error not in _AGAIN and end.reason != USER_MEMORY_FAULT and end.vcpu not in told:
+            found.append(_failed(trace, vm, shown, end))
         if end.reason in ENDS and end.error >= 0 and end.vcpu not in told:
             why = f"{user_exit_name(end.reason)} ({end.reason}): {_MEANS[end.reason]}"
             if end.reason == USER_SHUTDOWN and end.shutdowns > 1:
@@ -125,6 +138,25 @@ def diagnosed(
     return sorted(found, key=lambda each: each.vcpu)
 
 
+def _failed(trace: Trace, vm: Mapping[str, Any], shown: ShownOfVm, end: RipEnd) -> Diagnosis:
+    """A vCPU whose last KVM_RUN failed: most VMMs stop it then, with or without a word."""
+    why = f"KVM_RUN failing with {_error(-end.error)}"
+    rows = [f"row {end.ended:,} kvm_userspace_exit errno {-end.error}"]
+    for row in _rows(trace, vm, end.exit, end.ended) if end.exit >= 0 else ():
+        if row["kind"] == "kvm_page_fault" and row["vcpu"] == end.vcpu:
+            why += _unbacked(shown, row["addr"] >> PAGE_SHIFT, end.time) if -end.error == errno.EFAULT else ""
+            rows.insert(0, f"row {row['seq']:,} kvm_page_fault addr={row['addr']:#x} code={row['code']:#x}")
+            break
+    why += "; userspace does not run it again"
+    return Diagnosis(
+        int(vm["id"]), end.vcpu, RUN_ERROR, why, end.at, 1, end.time, end.time, end.ended, tuple(rows)
+    )  # fmt: skip
+
+
+def _error(number: int) -> str:
+    return f"{errno.errorcode.get(number, 'an error')} (errno {number})"
+
+
 _MEANS: Final = {
     USER_SHUTDOWN: "a triple fault of the guest",
     USER_FAIL_ENTRY: "the processor refuses the vCPU's state",
@@ -132,13 +164,14 @@ _MEANS: Final = {
 }
 
 
-def _cause(run: RipRun, vm: Mapping[str, Any], kernel: Kernel | None) -> tuple[str, str]:
+def _cause(run: RipRun, shown: ShownOfVm, kernel: Kernel | None) -> tuple[str, str]:
     """A word and a phrase."""
     most = run.exits / 2
-    where = _place(run, vm)
+    where = shown.place(run)
     if run.errors >= most:
-        name = errno.errorcode.get(run.error, "an error")
-        return "run_error", f"KVM_RUN fails with {name} (errno {run.error}), {run.errors:,} times{_fails(run, vm)}"
+        of_page = run.error == errno.EFAULT and run.faults
+        unbacked = _unbacked(shown, run.addr >> PAGE_SHIFT, run.until) if of_page else ""
+        return RUN_ERROR, f"KVM_RUN fails with {_error(run.error)}, {run.errors:,} times{unbacked}"
     for reason, count in (
         (USER_INTERNAL_ERROR, run.internal),
         (USER_SHUTDOWN, run.shutdowns),
@@ -152,14 +185,14 @@ def _cause(run: RipRun, vm: Mapping[str, Any], kernel: Kernel | None) -> tuple[s
                     f"the instruction failed (suberror 1, emulation), {where}"
                 )
             elif reason == USER_INTERNAL_ERROR and run.accesses:
-                what += f"; the access is {where}" + _emulates(run, vm)
+                what += f"; the access is {where}" + _emulates(run, shown)
             return ENDS[reason], what
     if run.mmio >= most:
-        return _mmio(run, vm, where)
+        return _mmio(run, shown, where)
     if run.loads * 4 >= run.exits:
         return "roots", "roots: it loads a root again and again, and refills it"
     if run.faults >= most:
-        return _faults(run, vm, kernel, where)
+        return _faults(run, shown, kernel, where)
     if run.undefined >= most:
         return "undefined", "the instruction is undefined: KVM injects #UD each time, and the guest comes back to it"
     if run.nested >= most and (run.vectoring >= most or run.accesses):
@@ -180,16 +213,16 @@ def _undelivered(run: RipRun, where: str) -> str:
     )
 
 
-def _emulates(run: RipRun, vm: Mapping[str, Any]) -> str:
+def _emulates(run: RipRun, shown: ShownOfVm) -> str:
     """What an address in no memslot means for an instruction that failed."""
-    if _slot_of(vm, run.addr >> _PAGE_SHIFT, run.until) is not None:
+    if not shown.in_no_slot(run):
         return ""
     return ": emulated MMIO, by an instruction that KVM does not emulate or in the delivery of an event (IDT, stack)"
 
 
-def _mmio(run: RipRun, vm: Mapping[str, Any], where: str) -> tuple[str, str]:
+def _mmio(run: RipRun, shown: ShownOfVm, where: str) -> tuple[str, str]:
     does = "the guest polls it" if run.polls else "the instruction does not get done"
-    slot = _slot_of(vm, run.addr >> _PAGE_SHIFT, run.until)
+    slot = shown.slot(run.addr >> PAGE_SHIFT, run.until)
     if slot is not None and run.writes * 2 > run.faults and slot.get("flags", 0) & READ_ONLY:
         return "read_only", f"writes to the read-only slot {slot['slot']}, {where}: each ends in KVM_EXIT_MMIO (6)"
     if run.marked * 2 > run.faults > 0:
@@ -200,16 +233,22 @@ def _mmio(run: RipRun, vm: Mapping[str, Any], where: str) -> tuple[str, str]:
     return "mmio", f"emulated MMIO {where}: each exit ends in KVM_EXIT_MMIO (6); {does}"
 
 
-def _faults(run: RipRun, vm: Mapping[str, Any], kernel: Kernel | None, where: str) -> tuple[str, str]:
-    gfn = run.addr >> _PAGE_SHIFT
-    slot = _slot_of(vm, gfn, run.until)
+def _faults(run: RipRun, shown: ShownOfVm, kernel: Kernel | None, where: str) -> tuple[str, str]:
+    slot = shown.slot(run.addr >> PAGE_SHIFT, run.until)
     served = run.installed + run.fixed
     if run.marked * 2 > run.faults:
         return "mmio_uncached", f"faults {where}, whose MMIO SPTE is made anew for each access"
-    if slot is None and not served:
-        return "mmio_in_kernel", f"faults {where}, which KVM emulates itself: a device of the kernel's, or an eventfd"
+    if shown.in_no_slot(run) and not served:
+        if shown.none_of(run, "kvm_userspace_exit"):
+            return (
+                "mmio_in_kernel",
+                f"faults {where}, which KVM emulates itself: a device of the kernel's, or an eventfd",
+            )
+        return "mmio", f"faults {where}: emulated MMIO, by KVM or by userspace: its exits are not in the recording"
     if slot is not None and run.writes * 2 > run.faults and slot.get("flags", 0) & READ_ONLY:
         return "read_only", f"writes to the read-only slot {slot['slot']}, {where}"
+    if not served and not shown.none_of(run, "kvm_mmu_set_spte"):
+        return "unexplained", f"not explained: faults {where}; whether anything is mapped for them is not recorded"
     if served * 2 >= run.faults:
         after = f", {run.notified:,} invalidations by MMU notifiers meanwhile" if run.notified else ""
         return "served_again", f"faults {where} that are served and come again{after}"
@@ -220,9 +259,12 @@ def _faults(run: RipRun, vm: Mapping[str, Any], kernel: Kernel | None, where: st
             f"faults {where} that are retried: {run.notified:,} invalidations by MMU notifiers go on meanwhile, and a "
             "fault that meets one begins again"
         )
+    if not shown.knows_slots and run.reserved * 2 >= run.faults:
+        return "mmio", f"faults {where}, on an SPTE with a reserved bit set, as those of emulated MMIO have"
     if run.reserved * 2 >= run.faults:
         return "reserved_bits", f"faults {where} on an SPTE with a reserved bit set, which nothing mends"
-    if kernel is not None and kernel.mmu_seq_int:
+    blind = [kind for kind in ("kvm_unmap_hva_range", "kvm_userspace_exit") if not shown.none_of(run, kind)]
+    if kernel is not None and kernel.mmu_seq_int and not blind and shown.knows_slots:
         return "mmu_seq", (
             f"faults {where} that are always taken for stale and retried, with no invalidation meanwhile: so it goes "
             "after 2^31 invalidations on kernels whose mmu_seq is an int (5.17 to 6.2; 6.1.y before 6.1.50), as here"
@@ -233,7 +275,8 @@ def _faults(run: RipRun, vm: Mapping[str, Any], kernel: Kernel | None, where: st
             f"faults {where} for which nothing is mapped, {duration(each)} each: they wait for the host's page "
             "(userfaultfd, swap, async faults)"
         )
-    return "unexplained", f"not explained: faults {where} for which nothing is mapped, with no invalidation meanwhile"
+    seen = f"{' and '.join(blind)} not recorded" if blind else "with no invalidation meanwhile"
+    return "unexplained", f"not explained: faults {where} for which nothing is mapped, {seen}"
 
 
 _BY_OTHERS: Final = ("served_again", "invalidated")
@@ -256,32 +299,12 @@ def _invalidators(trace: Trace, vm: Mapping[str, Any], run: RipRun) -> str:
 _SLOW: Final = 1_000_000  # ns an exit: beyond what KVM's own handling takes
 
 
-def _fails(run: RipRun, vm: Mapping[str, Any]) -> str:
-    if run.error != errno.EFAULT or not run.faults:
-        return ""
-    gfn = run.addr >> _PAGE_SHIFT
-    slot = _slot_of(vm, gfn, run.until)
-    if slot is None:
-        return f": gfn {gfn:#x} is in no memslot"
-    return f": gfn {gfn:#x} of slot {slot['slot']} has no host page"
-
-
-def _place(run: RipRun, vm: Mapping[str, Any]) -> str:
-    if not run.accesses:
-        return "at an address that no row shows"
-    gfn = run.addr >> _PAGE_SHIFT
-    slot = _slot_of(vm, gfn, run.until)
-    return f"at gpa {run.addr:#x} (gfn {gfn:#x}), {'in no memslot' if slot is None else 'in slot ' + str(slot['slot'])}"
-
-
-def _slot_of(vm: Mapping[str, Any], gfn: int, time: int) -> Mapping[str, Any] | None:
-    """The memslot that a page is in at a time (boot ns)."""
-    for slot in vm["slots"]:
-        since, until = slot.get("since"), slot.get("until")
-        lasts = (since if isinstance(since, int) else 0) <= time < (until if isinstance(until, int) else _EVER)
-        if lasts and slot["gfn"] <= gfn < slot["gfn"] + slot["pages"]:
-            return slot  # type: ignore[no-any-return]
-    return None
+def _unbacked(shown: ShownOfVm, gfn: int, time: int) -> str:
+    """What EFAULT means for the page that was asked for."""
+    slot = shown.slot(gfn, time)
+    if slot is not None:
+        return f": gfn {gfn:#x} of slot {slot['slot']} has no host page"
+    return f": gfn {gfn:#x} " + ("is in no memslot" if shown.knows_slots else "has no host page")
 
 
 def _evidence(trace: Trace, vm: Mapping[str, Any], run: RipRun) -> Iterator[str]:
@@ -292,7 +315,7 @@ def _evidence(trace: Trace, vm: Mapping[str, Any], run: RipRun) -> Iterator[str]
         if isinstance(each.get("tid"), int)
     }
     history: list[dict[str, Any]] = []
-    gfn = run.addr >> _PAGE_SHIFT
+    gfn = run.addr >> PAGE_SHIFT
     if run.faults:
         for row in _rows(trace, vm, run.seq, min(run.before, run.seq + _READ)):
             changes = row["kind"] in _SPTES and row["gfn"] is not None and row["gfn"] == gfn

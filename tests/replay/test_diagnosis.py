@@ -335,13 +335,19 @@ FIELD = Path(__file__).parents[1] / "recordings" / "field-6.1.parquet"
 
 
 def test_26_vms_of_a_real_kernel() -> None:
-    """6.1: an IDT in MMIO (VM 4), triple faults (5 to 9), a device that is polled (25), and guests that halt (2, 3)."""
+    """6.1: an IDT in MMIO (VM 4), triple faults (5 to 9), a polled device (25), halts (2, 3), EFAULT (26)."""
     capabilities = Capabilities(Trace.open(FIELD))
     times = replay(plan.make(capabilities, [capabilities.own.name]), Settings()).times
     kinds = {vm.vm: [each.kind for each in vm.stuck] for vm in times if vm.stuck}
-    assert kinds == {4: ["internal_error"], **{vm: ["shutdown"] for vm in range(5, 10)}, 25: ["mmio"]}
+    assert kinds == {
+        4: ["internal_error"],
+        **{vm: ["shutdown"] for vm in range(5, 10)},
+        25: ["mmio"],
+        26: ["run_error"],
+    }
     said = summed_up([each for vm in times for each in vm.stuck])
-    assert len(said) == 3
+    assert len(said) == 4
+    assert "ends in KVM_RUN failing with EFAULT (errno 14): gfn 0x426 of slot 1 has no host page" in said[3]
     assert "KVM_EXIT_INTERNAL_ERROR (17), 287 times, with #UD queued" in said[0]
     assert "gpa 0xe000000c (gfn 0xe0000), in no memslot: each exit ends in KVM_EXIT_MMIO (6)" in said[1]
     assert "the guest polls it" in said[1]

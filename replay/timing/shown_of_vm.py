@@ -1,0 +1,74 @@
+"""What a recording shows of one VM, for a diagnosis: what was watched, the memslots, and when events were lost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from replay.timing.stuck_rip import RipRun
+from traces.reader import Trace
+
+PAGE_SHIFT: Final = 12
+_EVER: Final = 1 << 62
+
+
+@dataclass(frozen=True)
+class ShownOfVm:
+    """Kinds that were watched, memslots, and when events were lost, of which kinds (`losses`)."""
+
+    vm: Mapping[str, Any]
+    watched: frozenset[str]
+    gaps: tuple[Mapping[str, Any], ...]
+    losses: frozenset[str]
+
+    @classmethod
+    def of(cls, trace: Trace, vm: Mapping[str, Any]) -> ShownOfVm:
+        meta = trace.metadata
+        watched = {str(probe.get("kind")) for probe in meta.probes if probe.get("how") != "none"}
+        losses = frozenset(kind for kind in meta.loss if meta.lost_of(kind))
+        return cls(vm, frozenset(watched | {kind for kind, count in meta.kinds.items() if count}), meta.gaps, losses)
+
+    @property
+    def knows_slots(self) -> bool:
+        """Whether a page that is in none of its memslots is in none."""
+        return bool(self.vm["slots"] or "memslot" in self.watched) and not self.vm.get("slots_omitted")
+
+    def slot(self, gfn: int, time: int) -> Mapping[str, Any] | None:
+        """The memslot that a page is in at a time (boot ns); None where there is none, or none is known."""
+        for slot in self.vm["slots"]:
+            since, until = slot.get("since"), slot.get("until")
+            lasts = (since if isinstance(since, int) else 0) <= time < (until if isinstance(until, int) else _EVER)
+            if lasts and slot["gfn"] <= gfn < slot["gfn"] + slot["pages"]:
+                return slot  # type: ignore[no-any-return]
+        return None
+
+    def in_no_slot(self, run: RipRun) -> bool:
+        """Whether the page of its last access is known to be in no memslot."""
+        return self.knows_slots and self.slot(run.addr >> PAGE_SHIFT, run.until) is None
+
+    def place(self, run: RipRun) -> str:
+        """Where its last access went."""
+        if not run.accesses:
+            return "at an address that no row shows"
+        gfn = run.addr >> PAGE_SHIFT
+        slot = self.slot(gfn, run.until)
+        which = f"slot {slot['slot']}" if slot is not None else "no memslot"
+        known = f", in {which}" if slot is not None or self.knows_slots else ", of which no row shows the memslot"
+        return f"at gpa {run.addr:#x} (gfn {gfn:#x}){known}"
+
+    def lost(self, run: RipRun, *kinds: str) -> bool:
+        """Whether events (of these kinds) may have been lost while it went on."""
+        if not self.losses & set(kinds or self.losses):
+            return False
+        if not self.gaps:
+            return True
+        return any(
+            gap["since"] <= run.until and gap["until"] >= run.since
+            for gap in self.gaps
+            if not kinds or not isinstance(gap.get("kinds"), list) or not set(kinds).isdisjoint(gap["kinds"])
+        )
+
+    def none_of(self, run: RipRun, kind: str) -> bool:
+        """Whether that there is no row of a kind in it says that there was no such event."""
+        return kind in self.watched and not self.lost(run, kind)
