@@ -80,7 +80,7 @@ REASONS: Final = {
 
 # Scenarios with MMIO SPTEs, and those where it depends on the host's speed how much it removes.
 _MMIO: Final = ("bar", "idle", "lost-idt", "mmio", "mmio-poll", "not-emulated", "one-idle")
-_BY_THE_CLOCK: Final = {"ksm", "notifier-storm", "nx-recovery"}
+_BY_THE_CLOCK: Final = {"ksm", "notifier-storm", "nx-recovery", "slot-storm"}
 
 
 def reason(direction: Direction, scenario: str, count: str) -> str:
@@ -281,8 +281,8 @@ def document() -> str:
         "that one say. One number: predicted exactly. `low .. high (n)`: predicted as an interval, recorded n.",
         "**Bold**: off, with the letter of the reason. A dash: that kernel's recordings do not show it. Counts: roots",
         "created, tables built, leaf installs (prefetched ones included), first accesses of a page under a role word,",
-        "leaves zapped. Each recording stands for itself, too; two of ksm, notifier-storm or nx-recovery are not",
-        "compared, as it depends on the host's speed how much it removes there.",
+        "leaves zapped. Each recording stands for itself, too; two of ksm, notifier-storm, nx-recovery or",
+        "slot-storm are not compared, as it depends on the host's speed how much it removes there.",
         "",
         "| recording of | replayed with | predicts | exact | in the interval | off | not recorded |",
         "|-|-|-|-:|-:|-:|-:|",

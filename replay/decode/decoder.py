@@ -14,7 +14,7 @@ which columns they have). What each kind of row says:
     kvm_mmu_zap_all_fast               INVALIDATE
     zap_leafs, kvm_unmap_hva_range     ZAP of a range
     memslot, kvm_tdp_mmu_spte_changed  SPLIT and COLLAPSE, where dirty logging begins and ends; COLLAPSE also where NX
-                                       huge page recovery takes a table
+                                       huge page recovery takes a table; ZAP, where a memslot takes its leaves with it
     kvm_mmu_split_huge_page            FIX, by a fault that needs a part of a huge page executable or writable
     zap_all, vm_destroy                ZAP_ALL, END
 
@@ -318,6 +318,7 @@ class Decoder:
     _collapsing: set  # type: ignore[type-arg]  # threads in an ioctl that ends dirty logging
     _invalidating: set  # type: ignore[type-arg]  # threads
     _zapping: set  # type: ignore[type-arg]  # threads that zap a root
+    _deleting: dict  # type: ignore[type-arg]  # by thread, the (address space, frames) of the slot that it takes away
     _now: cython.longlong  # of the row under way: time, seq
     _at: cython.longlong
     _loads_by: cython.int
@@ -328,6 +329,9 @@ class Decoder:
     _timed: cython.bint
     _groups: cython.bint
     _collapses: cython.bint
+    _deletes: cython.bint
+    _slot_zap: cython.bint  # without an invalidation a slot that goes takes its leaves with it
+    _zap_leafs_once: cython.bint
     _recovers: cython.bint  # a table that goes by itself is one of a huge page that is recovered
     # The memory slots at one time: from `_slots_since` on, before `_slots_until`
     _slots_since: cython.longlong
@@ -381,7 +385,10 @@ class Decoder:
         self._slot_count, self._most_slots = 0, len(slots)
         self._unseen = Unseen() if capabilities.infers else None
         self._collapsing, self._invalidating, self._zapping = set(), set(), set()
-        self._collapses = False
+        self._deleting = {}
+        self._collapses = self._deletes = False
+        self._slot_zap = kernel.slot_zap and bool(capabilities.has("kvm_mmu_zap_all_fast"))
+        self._zap_leafs_once = kernel.zap_leafs_once
         # Up to 5.17 a notifier takes tables as well.
         self._recovers = kernel.spte_changed and not kernel.zap_tables and bool(kinds.get("zap_root_begin"))
         self._loads_by = _ROOT_GET if kinds.get("root_get") else _MMU_LOAD if kinds.get("mmu_load") else _ENTRY
@@ -568,9 +575,13 @@ class Decoder:
 
                 if means >= _OF_VM:
                     if means == _CHANGED:
+                        if self._deletes:
+                            self._end_slot(tid[i], True)
                         if level[i] > 1 and (self._collapses or (self._recovers and v < 0)):
                             self._collapse(v, tid[i], level[i], as_id[i], gfn[i], old[i], new[i])
                     elif means == _INVALIDATE:
+                        if self._deletes:
+                            self._end_slot(tid[i], False)
                         self._put(_OP_INVALIDATE, 0)
                         self._invalidations += 1
                         self._invalidated = seq[i]
@@ -580,6 +591,8 @@ class Decoder:
                             self._forget(0)
                     elif means == _ZAP_LEAFS:
                         self._put_range(_ZAP, as_id[i], gfn[i], cython.cast(cython.longlong, value[i]))
+                        if self._zap_leafs_once:
+                            self._put_range(_ZAP, 1, gfn[i], cython.cast(cython.longlong, value[i]))
                     elif means == _UNMAP:
                         self._unmap(addr[i], value[i])
                     elif means == _ZAP_ALL:
@@ -588,6 +601,8 @@ class Decoder:
                     elif means == _MEMSLOT:
                         self._change_slot(tid[i], slot[i] & 0xFFFF, as_id[i])
                     elif means == _IOCTL_END:
+                        if self._deletes:
+                            self._end_slot(tid[i], True)
                         if self._collapses:
                             self._end_collapse(tid[i])
                     elif means in (_ZAP_ROOT, _ZAP_ROOT_END):
@@ -1146,14 +1161,33 @@ class Decoder:
     @cython.nogil
     @cython.exceptval(check=False)
     def _change_slot(self, tid: cython.int, slot: cython.int, space: cython.int) -> cython.void:
-        """Dirty logging begins: huge leaves are split. It ends: tables whose memory is huge are removed."""
+        """Dirty logging begins: huge leaves are split. It ends: tables whose memory is huge are removed.
+
+        A slot that is deleted or moved takes all roots with it, or, as the VMM may have chosen, its leaves alone.
+        """
         with cython.gil:
+            if self._slot_zap:
+                start, end = self._slots.gone(self._now, slot, space)
+                if start < end:
+                    self._deleting[tid] = (space, start, end)
+                    self._deletes = True
             change, start, end = self._slots.logging_change(self._now, slot, space)
             if change > 0:
                 self._put_range(_SPLIT, space, start, end)
             elif change < 0:
                 self._collapsing.add(tid)
                 self._collapses = True
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _end_slot(self, tid: cython.int, zaps: cython.bint) -> cython.void:
+        """The thread that takes a slot away has come to its leaves, to the end, or to an invalidation of all roots."""
+        with cython.gil:
+            gone = self._deleting.pop(tid, None)
+            self._deletes = bool(self._deleting)
+            if gone is not None and zaps:
+                self._put_range(_ZAP, gone[0], gone[1], gone[2])
 
     @cython.cfunc
     @cython.nogil

@@ -67,6 +67,15 @@ class Slots:
         start, pages = (min(_number(after.get(name), 0), _LARGEST) for name in ("gfn", "pages"))
         return int(logs_dirty(after)) - int(logs_dirty(before)), start, start + pages
 
+    def gone(self, time: int, slot: int, as_id: int) -> tuple[int, int]:
+        """The frames that a slot had which was deleted or moved at `time` (ns); none where it was not."""
+        before, after = self._ended.get((as_id, slot, time)), self._began.get((as_id, slot, time))
+        lies = [[_number(entry.get(name), 0) for name in ("gfn", "pages", "hva")] for entry in (before, after) if entry]
+        if before is None or (len(lies) == 2 and lies[0] == lies[1]):
+            return 0, 0
+        start, pages = min(lies[0][0], _LARGEST), min(lies[0][1], _LARGEST)
+        return start, start + pages
+
     def at(self, time: int) -> SlotTable:
         """The slots at a time (ns)."""
         epoch = int(np.searchsorted(self._changes, time, "right"))

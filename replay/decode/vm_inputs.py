@@ -236,6 +236,7 @@ def _columns(capabilities: Capabilities, vm: Mapping[str, Any], timed: bool, mor
     """The columns that say anything of this VM: reading the others takes as long as all the rest."""
     counts = capabilities.trace.metadata.kinds
     logs = any(map(logs_dirty, vm["slots"]))
+    moves = logs or (capabilities.kernel.slot_zap and any(slot.get("until") is not None for slot in vm["slots"]))
     fast = bool(counts.get("fast_page_fault"))
     wanted = {
         "rip": timed,
@@ -243,9 +244,9 @@ def _columns(capabilities: Capabilities, vm: Mapping[str, Any], timed: bool, mor
         "old": fast or logs,
         "new": fast or logs,
         "ret": timed or fast or not counts.get("root_get"),
-        "as_id": logs or bool(counts.get("zap_leafs")),
-        "slot": logs,
+        "as_id": moves or bool(counts.get("zap_leafs")),
+        "slot": moves,
         "refs": False,
-        "tid": timed or logs or capabilities.kernel.zap_all_fast == "empty",
+        "tid": timed or moves or capabilities.kernel.zap_all_fast == "empty",
     }
     return [name for name in COLUMNS if wanted.get(name, True) or name in more]

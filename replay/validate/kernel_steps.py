@@ -7,6 +7,7 @@ from replay.simulate.page_table import Table
 from replay.validate import expect
 from replay.validate.dirty_steps import DirtySteps
 from replay.validate.expect import Activity, perhaps
+from replay.validate.slot_lookup import Memslot
 from traces.kernels.spte import WRITABLE
 
 
@@ -29,6 +30,19 @@ class KernelSteps(DirtySteps):
         """kvm_tdp_mmu_unmap_gfn_range: the leaves of [start, end) go from every root of an address space."""
         for root in self.held():
             if self.as_id(root) == as_id:
+                yield from self.zap_leafs(root, start, end)
+            yield from self.put(root)
+
+    def zap_slot(self, slot: Memslot) -> Activity:
+        """kvm_mmu_zap_memslot: with KVM_X86_QUIRK_SLOT_ZAP_ALL off the leaves of a slot that goes are all that goes."""
+        yield from self.zap_range(slot.as_id, slot.gfn, slot.end)
+        self.slot_zap = True
+
+    def zap_gfns(self, as_id: int, start: int, end: int) -> Activity:
+        """kvm_tdp_mmu_zap_leafs, for an APICv inhibit: from 6.9 on of all address spaces and of valid roots only."""
+        once = self.kernel.zap_leafs_once
+        for root in self.held(only_valid=once):
+            if once or self.as_id(root) == as_id:
                 yield from self.zap_leafs(root, start, end)
             yield from self.put(root)
 

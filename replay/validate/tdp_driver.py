@@ -18,6 +18,7 @@ _GET_DIRTY_LOG: Final = 0x4010AE42
 _LOG_ANEW: Final = (0xC018AEC0, 0xAEC7)  # KVM_CLEAR_DIRTY_LOG, KVM_RESET_DIRTY_RINGS
 _LOGS_ANEW: Final = ("root_put", "kvm_mmu_get_page", "kvm_tdp_mmu_spte_changed")
 _RECOVERS: Final = ("kvm_tdp_mmu_spte_changed", "kvm_mmu_prepare_zap_page")
+_SET_MEMORY: Final = (0x4020AE46, 0x40A0AE49)  # KVM_SET_USER_MEMORY_REGION, KVM_SET_USER_MEMORY_REGION2
 _ENABLE_CAP: Final = 0x4068AEA3
 # A load's first sign: a root passed over in the search (6.9), one built, one found.
 _LOADING: Final = ("root_put", "kvm_mmu_get_page", "root_get", "mmu_load")
@@ -137,6 +138,10 @@ class ConformanceCheck(VmCheck):
             zap = machine.invalidate()
             if zap is not None:
                 self._begin(thread, zap)
+            if thread.ioctl in _SET_MEMORY:
+                machine.slot_zap = False
+        elif row.kind == "zap_leafs" and machine.kernel.spte_changed and row.gfn is not None:
+            self._begin_perhaps(thread, machine.zap_gfns(row.as_id, row.gfn, row.value), lambda: not machine.roots)
         elif row.kind == "zap_invalidated_begin":
             if machine.destroyed:
                 machine.invalidate()
@@ -181,6 +186,9 @@ class ConformanceCheck(VmCheck):
         if not thread.ioctl:
             machine.slots.end(row.tid, done=True)
         before = update.before
+        if before and not update.kept and machine.kernel.slot_zap and machine.slot_zap is not False:
+            none = machine.slot_zap is None  # which it is, shows with the first
+            self._begin_perhaps(thread, machine.zap_slot(before), lambda: none or not machine.roots)
         if update.kept and before and before.logged != slot.logged and not slot.read_only:
             steps = machine.log_on(slot) if slot.logged else machine.log_off(slot)
             self._begin_perhaps(thread, steps, lambda: not any(root.valid for root in machine.roots))

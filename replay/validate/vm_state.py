@@ -59,6 +59,7 @@ class State:
     mapping: list[Mapping] = field(default_factory=list)  # faults, until they have written their leaf
     capable: bool = False  # KVM_ENABLE_CAP was called: it may have asked for KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
     initially_set: bool | None = None  # whether that was with KVM_DIRTY_LOG_INITIALLY_SET; None: nothing told yet
+    slot_zap: bool | None = None  # slots that go take their leaves along, and roots stay; None: none has gone yet
     taken: dict[str, int] = field(default_factory=dict)  # by what it is: taken from the recording, not predicted
     queued: list[Root] = field(default_factory=list)  # for the zap worker
     scheduled: set[int] = field(default_factory=set)  # invalid roots whose zap is due

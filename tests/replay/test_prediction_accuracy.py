@@ -36,7 +36,7 @@ def test_every_scenario_is_in_it() -> None:
         few = {"6.1-async-ept", "7.x-ept"} & both
         kinds = {kind for kind, kernels in KINDS.items() if both <= set(kernels)}
         if len(both) == 2:  # how much these remove is the host's doing
-            kinds -= {"ksm", "notifier-storm", "nx-recovery"}
+            kinds -= {"ksm", "notifier-storm", "nx-recovery", "slot-storm"}
         assert kinds <= set(rows)
         assert len(set(rows) - kinds) == (4 if few else 18 if "shadow" in direction.source + direction.target else 21)
 

@@ -387,6 +387,48 @@ def a_huge_page_that_a_fetch_splits() -> KernelRows:
     return made
 
 
+def slots_that_take_their_leaves_along() -> KernelRows:
+    """KVM_X86_QUIRK_SLOT_ZAP_ALL off: no root goes with a slot that is deleted, or moved."""
+    made = guest(NEW)
+    made.slot(0x8000, 16, slot=1)
+    for pages in (0, 16):
+        made.fault(0, 0x8001, 0x901)
+        made.memslot(0x8000 + pages, pages, slot=1)
+        made.row("kvm_tdp_mmu_spte_changed", level=1, gfn=0x8001, old=made.leaves.pop(0x8001), new=made.absent)
+        made.put(3)
+        made.done(SET_MEMORY)
+        made.memslot(0x8000, 16, slot=1)
+        if pages:
+            made.put(3)  # moved back: there was nothing to take along
+        made.done(SET_MEMORY)
+    made.unmapped(GFN, PAGES, refs=3)
+    return made
+
+
+def apicv_that_is_inhibited(kernel: str = "6.1.100") -> KernelRows:
+    """The APIC's page goes, from each address space in turn."""
+    made = guest(kernel)
+    made.of(1, "kvm_smm_transition", flags=1)
+    if kernel == NEW:
+        made.put(3, tid=VCPU + 1)  # passed over
+    made.load(1, root=2, role=0x1003784)
+    made.fault(0, 0xFEE00, 0x900)
+    for as_id in (0, 1) if kernel != NEW else (0,):
+        made.row("zap_leafs", gfn=0xFEE00, value=0xFEE01, as_id=as_id)
+        made.put(3, root=2, role=0x1003784)
+        if as_id == 0:
+            made.row("kvm_tdp_mmu_spte_changed", level=1, gfn=0xFEE00, old=made.leaves.pop(0xFEE00), new=made.absent)
+        made.put(3)
+    made.of(0, "kvm_page_fault", root=1, role=ROLE, addr=0xFEE00000, code=6)  # emulated, not mapped
+    made.of(0, "kvm_entry")
+    return made
+
+
+def apicv_that_is_inhibited_on_a_newer_kernel() -> KernelRows:
+    """One call for all address spaces."""
+    return apicv_that_is_inhibited(NEW)
+
+
 SCRIPTS: tuple[Callable[[], KernelRows], ...] = (
     a_notifier_before_the_first_root,
     a_notifier_that_waited_for_a_fault,
@@ -405,6 +447,9 @@ SCRIPTS: tuple[Callable[[], KernelRows], ...] = (
     a_nested_guest_with_nested_paging,
     recovery_of_nx_huge_pages,
     a_huge_page_that_a_fetch_splits,
+    slots_that_take_their_leaves_along,
+    apicv_that_is_inhibited,
+    apicv_that_is_inhibited_on_a_newer_kernel,
 )
 # Columns of which any other value is wrong.
 TELLING = {
@@ -576,6 +621,23 @@ def test_mmio_is_served_anew_only_while_slots_change() -> None:
     unchanged = [row for row in made.rows if row.kind == "mark_mmio_spte"][1]  # an SPTE of the same generation
     other = [row._replace(value=10) if row is unchanged else row for row in made.rows]
     assert made.why(other) == "value 0x8 expected, 0xa recorded"
+
+
+def test_after_the_first_slot_that_goes_the_others_go_the_same_way() -> None:
+    made = slots_that_take_their_leaves_along()
+    gone = [row.seq for row in made.rows if row.kind == "kvm_tdp_mmu_spte_changed" and row.new == made.absent]
+    assert "expected" in made.why([row for row in made.rows if row.seq not in (gone[1], gone[1] + 1)])
+    made = guest(NEW)
+    made.memslot(GFN, 0)
+    made.row("kvm_mmu_zap_all_fast")
+    made.row("zap_invalidated_begin")
+    made.row("zap_invalidated_end")
+    made.done(SET_MEMORY)
+    made.memslot(GFN, PAGES)
+    made.done(SET_MEMORY)
+    made.memslot(GFN, 0)
+    made.put(3)
+    assert made.check().machine.slot_zap is False
 
 
 def test_dirty_logging_protects_unless_the_vmm_asked_otherwise() -> None:

@@ -126,6 +126,15 @@ def zap_all_fast(made: Recording) -> dict[str, Any]:
     }
 
 
+def slot_zap(made: Recording) -> dict[str, Any]:
+    """A slot that is deleted takes leaves along, and nothing says that every root goes."""
+    for rows in made.threads("memslot", "ioctl_end", "kvm_mmu_zap_all_fast", "kvm_tdp_mmu_spte_changed").values():
+        for before, row in itertools.pairwise(rows):
+            if before.kind == "memslot" and not before.value and row.kind == "kvm_tdp_mmu_spte_changed":
+                return {"slot_zap": True}
+    return {}
+
+
 def search_puts(made: Recording) -> dict[str, Any]:
     """In the storms of SMIs every other load passes the root that it does not want."""
     if not made.name.startswith(("smi-storm", "smi-one")) or made.meta.policy in ("sync", "async"):
@@ -358,7 +367,7 @@ def prefetch(made: Recording) -> dict[str, Any]:
 
 Observer = Callable[[Recording], dict[str, Any]]
 OBSERVERS: tuple[Observer, ...] = (
-    policy, points, layout, zap_all_fast, search_puts, triggers, sptes, codes, zaps, dirty_logging, small_faults,
-    events, vendor, prefetch,
+    policy, points, layout, zap_all_fast, slot_zap, search_puts, triggers, sptes, codes, zaps, dirty_logging,
+    small_faults, events, vendor, prefetch,
 )  # fmt: skip
 ANY_MMU: frozenset[Observer] = frozenset((points, prefetch))

@@ -25,6 +25,7 @@ UNSEEN = {
     "name": "what it is called", "version": "what it is of",
     "flush_per_table": "no event tells TLB flushes",
     "zap_tables": "no kernel from 5.12 to 5.17, and 5.10 shows no SPTE change",
+    "zap_leafs_once": "no recording of a newer kernel has a range zap: AVIC is off under emulation",
     "set_spte_when_spurious": "no scenario has two vCPUs fault on one page at a time",
     "page_struct": "offsets, checked in the lab by the role words and frames that 5.10's tracepoints print",
     "loads_share": "no event tells mmu_lock", "faults_share": "no event tells mmu_lock",

@@ -64,8 +64,8 @@ SECONDS_PER_CELL: Final = 30
 SECONDS_PER_CELL_INTEL: Final = 120
 
 # `storm` is for volume on software KVM; it adds to `roots` nothing but emulator events. The others are about who does
-# what, which tests/lab/test_booking.py records; `slot-storm` is one only where the lab has a CPU for itself.
-_LEFT_OUT: Final = ("storm", "other-thread", "one-mapping", "cross-fault", "slot-storm")
+# what, which tests/lab/test_booking.py records; `apicv` shows something on the CPU with APICv only (intel-pml).
+_LEFT_OUT: Final = ("storm", "other-thread", "one-mapping", "cross-fault", "apicv")
 # Besides each scenario with its defaults; with the TDP MMU only, to keep what ships small.
 _VARIATIONS: Final = (
     ("cr4-toggle", ("--bit", "pge")),
@@ -75,6 +75,7 @@ _VARIATIONS: Final = (
     ("idle", ("--how", "userspace")),
     ("notifier", ("--how", "dontneed")),
     ("notifier-storm", ("--how", "process")),
+    ("slot-delete", ("--how", "leaves")),
 )
 # On Intel all of the first TDP MMU and of the reference; of others what tells an old policy from that of its stock
 # kernel, and one kernel from another. AMD's recordings have the rest.
@@ -90,9 +91,10 @@ KINDS: Final[Mapping[str, tuple[str, ...]]] = {
          "notifier-storm-how-process", "one-idle", "triple-fault"), ("6.1",)
     ),
     **dict.fromkeys(
-        ("cow", "dirty-log-how-clear", "dirty-log-how-ring", "ksm", "notifier-storm", "nx-recovery"),
+        ("cow", "dirty-log-how-clear", "dirty-log-how-ring", "ksm", "notifier-storm", "nx-recovery", "slot-storm"),
         ("6.1", "7.x"),
     ),
+    "slot-delete-how-leaves": ("6.12", "7.x"),
 }  # fmt: skip
 # Without A/D bits, and with page-modification logging, only those that write pages again or age them.
 _DIRTYING: Final = ("dirty-log", "notifier", "smi-storm")
@@ -160,8 +162,8 @@ def cells(kernels: Mapping[str, Sequence[str]], scenarios: Sequence[str] = ()) -
     """The cells for these kernels (names of the table), each with its MMUs, and these scenarios (all by default).
 
     Scenarios with other than their defaults, and kinds of trouble, are recorded with TDP only, the latter on their
-    kernels unless they are asked for; with NPT off, only the telling ones are recorded. Raises Problem for a scenario
-    that is not there.
+    kernels unless they are asked for (with their defaults: what else they take need not be there on others); with NPT
+    off, only the telling ones are recorded. Raises Problem for a scenario that is not there.
     """
     listed = [scenario.name for scenario in vmm.scenarios()]
     for name in scenarios:
@@ -179,7 +181,9 @@ def cells(kernels: Mapping[str, Sequence[str]], scenarios: Sequence[str] = ()) -
     return [
         cell
         for cell in made
-        if scenarios or cell.what not in KINDS or (cell.mmu == TDP and cell.kernel in KINDS[cell.what])
+        if cell.what not in KINDS
+        or (cell.mmu == TDP and cell.kernel in KINDS[cell.what])
+        or (scenarios and not cell.arguments)
     ]
 
 

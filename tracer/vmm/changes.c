@@ -9,6 +9,12 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+/* As in Linux 6.12: older headers do not have them. */
+#define QUIRK_SLOT_ZAP_ALL (1u << 7)
+#ifndef KVM_CAP_DISABLE_QUIRKS2
+#define KVM_CAP_DISABLE_QUIRKS2 213
+#endif
+
 /* For vCPUs that run in turns only: they share one SMBASE, where their saved states would overwrite each other. */
 void smi_to_all(struct run *run, unsigned pass)
 {
@@ -25,6 +31,13 @@ void smi_to_first(struct run *run, unsigned pass)
 	run->vms[0].vcpus[0].smi_due = true;
 }
 
+/* From 6.12 on a VMM may have it that the leaves of a memslot that is deleted go alone, and the roots stay. */
+void choose_slot_zap(struct run *run, struct vm *vm)
+{
+	if (strcmp(run->options->how, "leaves") == 0)
+		enable(vm, KVM_CAP_DISABLE_QUIRKS2, QUIRK_SLOT_ZAP_ALL, "KVM_X86_QUIRK_SLOT_ZAP_ALL to be off");
+}
+
 void delete_slot(struct run *run, unsigned pass)
 {
 	struct vm *vm = &run->vms[0];
@@ -33,6 +46,20 @@ void delete_slot(struct run *run, unsigned pass)
 	(void)pass;
 	set_slot(run, vm, SLOT_DATA, DATA_GPA, 0, host, 0);
 	set_slot(run, vm, SLOT_DATA, DATA_GPA, vm->data_size, host, 0);
+}
+
+/* A debugger that steps with interrupts blocked inhibits APICv, whose zap of the APIC's page nothing undoes. */
+void inhibit_apicv(struct run *run, unsigned pass)
+{
+	const struct vcpu *vcpu = &run->vms[0].vcpus[0];
+	struct kvm_guest_debug debug = {.control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_BLOCKIRQ};
+
+	(void)pass;
+	if (ioctl(vcpu->fd, KVM_SET_GUEST_DEBUG, &debug) < 0)
+		fail(EXIT_NO_ABILITY, "scenario %s needs KVM_GUESTDBG_BLOCKIRQ: %s", run->scenario->name, strerror(errno));
+	debug.control = 0;
+	if (ioctl(vcpu->fd, KVM_SET_GUEST_DEBUG, &debug) < 0)
+		fail(EXIT_GUEST_FAILED, "KVM_SET_GUEST_DEBUG: %s", strerror(errno));
 }
 
 /* A slot that the guest never touches, backed by the working set's memory: only the move itself can show. */

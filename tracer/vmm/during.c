@@ -56,16 +56,17 @@ void notify_often(struct run *run)
 	}
 }
 
+/* At least once, however fast the pass: a deletion may have to wait until the guest has left, which ends each pass. */
 void change_slots_often(struct run *run)
 {
 	struct vm *vm = &run->vms[0];
 
-	while (!all_done(run)) {
+	do {
 		set_slot(run, vm, SLOT_EXTRA, EXTRA_GPA, vm->data_size, host_address(vm, DATA_GPA), 0);
 		usleep(PAUSE_US);
 		set_slot(run, vm, SLOT_EXTRA, EXTRA_GPA, 0, host_address(vm, DATA_GPA), 0);
 		usleep(PAUSE_US);
-	}
+	} while (!all_done(run));
 }
 
 /* For guests that halt: the kernel then keeps them until an interrupt. Without it a halt is the VMM's to wait for. */

@@ -65,9 +65,11 @@ const struct scenario scenarios[] = {
 	},
 	{
 		.name = "slot-delete",
-		.shows = "the working set's memslot is deleted and made again after each pass: all roots go, under every policy",
-		.defaults = {LOOPS(5), .pages = 512, .vcpus = 1},
+		.shows = "the working set's memslot is deleted and made again after each pass: all roots go, or its leaves alone",
+		.defaults = {LOOPS(5), .pages = 512, .vcpus = 1, .how = "roots"},
+		.prepare = choose_slot_zap,
 		.between = delete_slot,
+		.choices = "roots|leaves",
 	},
 	{
 		.name = "slot-move",
@@ -233,6 +235,15 @@ const struct scenario scenarios[] = {
 		.during = wake_halted,
 	},
 	{
+		.name = "apicv",
+		.shows = "interrupts are blocked and let through between passes: APICv is inhibited, and the APIC's page is zapped",
+		.defaults = {LOOPS(5), .pages = 64, .vcpus = 1},
+		.guest = {.ends = END_BY_HALT},
+		.prepare = give_irqchip,
+		.between = inhibit_apicv,
+		.during = wake_halted,
+	},
+	{
 		.name = "cow",
 		.shows = "fresh anonymous memory that the guest reads, then writes: every page is the zero page first, then its own",
 		.defaults = {LOOPS(5), .pages = 64, .vcpus = 1},
@@ -270,9 +281,8 @@ const struct scenario scenarios[] = {
 	},
 	{
 		.name = "slot-storm",
-		.shows = "a memslot that the guest never touches is made and deleted again and again while it runs",
-		.defaults = {LOOPS(20000), .pages = 32, .vcpus = 1},
-		.guest = {.passes_in_guest = true},
+		.shows = "a memslot that the guest never touches is made and deleted while it runs, at least once a pass",
+		.defaults = {LOOPS(20), .pages = 32, .vcpus = 1},
 		.during = change_slots_often,
 	},
 };

@@ -239,7 +239,9 @@ void on_thread_of(struct vcpu *vcpu, void (*errand)(struct run *run, struct vcpu
 /* changes.c: what a scenario changes between passes */
 void smi_to_all(struct run *run, unsigned pass);
 void smi_to_first(struct run *run, unsigned pass);
+void choose_slot_zap(struct run *run, struct vm *vm);
 void delete_slot(struct run *run, unsigned pass);
+void inhibit_apicv(struct run *run, unsigned pass);
 void move_slot(struct run *run, unsigned pass);
 void create_slot(struct run *run, unsigned pass);
 void notify(struct run *run, unsigned pass);

@@ -69,6 +69,8 @@ FIRST: Final = Kernel(
     layout=RoleLayout(_role(gpte="gpte_is_8_bytes", nx="nxe"), guest_bits=True),
     flush_per_table=True,
     zap_tables=True,
+    slot_zap=False,
+    zap_leafs_once=False,
     split_in_place=False,
     eager_split=False,
     recovers=False,
@@ -230,6 +232,8 @@ CHANGES: Final = (
         fields={"spte.nonpresent": _ABSENT, "spte.frozen": _ABSENT | 0x5A0}),
     Change((6, 9), "a single entry zapped under the read lock is shown absent; first release before 6.12 inferred",
         fields={"zapped_as_frozen": False}),
+    Change((6, 9), "a range zap is one call, and leaves invalid roots alone; first release before 6.12 inferred",
+        fields={"zap_leafs_once": True}),
     # 6.10
     Change((6, 10), "the notifier that changes one page is gone; first release before 6.12 inferred",
         points=("-kvm:kvm_set_spte_hva",)),
@@ -237,7 +241,8 @@ CHANGES: Final = (
     Change((6, 12), "RET_PF_WRITE_PROTECTED shifts the codes after it", ("989a84c93f59",), fields={
         "ret_pf.write_protected": 3, "ret_pf.invalid": 4, "ret_pf.fixed": 5, "ret_pf.spurious": 6,
     }),
-    Change((6, 12), "a VMM may have a deleted memslot's leaves zapped alone (KVM_X86_QUIRK_SLOT_ZAP_ALL off)"),
+    Change((6, 12), "a VMM may have a deleted memslot's leaves zapped alone (KVM_X86_QUIRK_SLOT_ZAP_ALL off)",
+        fields={"slot_zap": True}),
     # 6.13
     Change((6, 13), "when dirty logging ends, huge leaves are put back in place of tables", ("13e2e4f62a4b",),
         fields={"recovers": True}),

@@ -87,7 +87,12 @@ def _groups(kernel: Kernel) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     yield (
         "Tables and leaves",
         [
-            ("range zaps", "remove whole tables, too" if kernel.zap_tables else "remove leaves only"),
+            (
+                "range zaps",
+                f"remove {'whole tables, too' if kernel.zap_tables else 'leaves only'}, of "
+                f"{'valid roots' if kernel.zap_leafs_once else 'all roots, by address space'}",
+            ),
+            ("slot deletion", "takes all roots" + (", or its leaves, as the VMM says" if kernel.slot_zap else "")),
             ("TLB flush", "for each removed table" if kernel.flush_per_table else "once for what was removed"),
             ("huge leaves", "split in place by a small fault" if kernel.split_in_place else "zapped by a small fault"),
             ("dirty logging", "splits them as it begins" if kernel.eager_split else "splits them as the guest writes"),

@@ -48,6 +48,8 @@ class Kernel:
     # Tables and leaves
     flush_per_table: bool
     zap_tables: bool
+    slot_zap: bool  # a VMM may have it that the leaves of a memslot which it deletes go alone, and the roots stay
+    zap_leafs_once: bool  # a range zap is one call for all address spaces and valid roots; else one for each, all roots
     split_in_place: bool
     eager_split: bool  # dirty logging splits huge leaves when it begins
     recovers: bool  # when dirty logging ends, a huge leaf takes the place of a table; else nothing does
