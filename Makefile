@@ -1,5 +1,5 @@
 # make demo and make test do all the set-up they need; see README.md.
-.PHONY: setup demo quick test mutations lab-test lab-guests lab-guests-check lint check ci-example bench corpus man clean
+.PHONY: setup demo quick test mutations lab-test lab-guests lab-guests-check lint check ci-example bench corpus simultaneous man clean
 
 PYTHON := .venv/bin/python
 
@@ -62,6 +62,10 @@ bench: setup
 # Record traces/corpus anew: every scenario on every kernel of the lab.
 corpus: setup
 	.venv/bin/kvmtrace lab corpus --jobs 2
+
+# Record traces/simultaneous anew: six scenarios on four kernels, each by kvmtrace, trace-cmd and perf at once.
+simultaneous: setup
+	$(PYTHON) -m tracer.lab.simultaneous traces/simultaneous
 
 # Man pages of every verb, from the command line's own help: `man -M build/man kvmtrace-report`.
 man: setup

@@ -269,15 +269,16 @@ def recover(
 
 @app.command(
     "import",
-    short_help="Make a trace of what ftrace, trace-cmd or perf printed.",
+    short_help="Make a trace of what trace-cmd, perf or ftrace recorded or printed.",
     epilog=examples(
+        "kvmtrace import trace.dat -o stall.parquet",
         "kvmtrace import trace_pipe.txt.gz -o stall.parquet --kernel 6.1.20",
         "kvmtrace import report.txt.xz -o stall.parquet --json",
         "kvmtrace import mail.eml -o stall.parquet --vm-of 5120=web1 \\\n  --memslot 0+3G@0x7f1200000000",
     ),
 )
 def import_(
-    file: Annotated[Path, typer.Argument(help="The text, also compressed or in a mail; - is standard input.")],
+    file: Annotated[Path, typer.Argument(help="trace.dat, perf.data or a text, also packed; - is standard input.")],
     out: Annotated[
         Path | None, typer.Option("-o", "--output", help="The trace to write. [default: FILE's name, .parquet]")
     ] = None,
@@ -295,24 +296,24 @@ def import_(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Make a trace of what ftrace, trace-cmd or perf printed; it says what the text could not show."""
-    from traces.imports.importing import import_text
+    """Make a trace of what trace-cmd or perf recorded, or of what they and ftrace printed; it says what that lacks."""
+    from traces.imports.importing import import_file
     from traces.imports.told import ToldOfText, slots
     from traces.imports.told import vm_of as named
 
     if out is None:
         out = Path("imported.parquet") if str(file) == "-" else Path(file.name.split(".")[0] + ".parquet")
     told = ToldOfText(kernel, named(vm_of or []), slots(memslot or []))
-    made = import_text(file, out, told, force=force)
+    made = import_file(file, out, told, force=force)
     summary, said = made.summary, made.said
     if as_json:
         print_json({
             "path": str(summary.path), "events": summary.events, "lost": summary.lost, "bytes": summary.size,
-            "complete": summary.complete, "lines": said.scanner.lines, "not_understood": said.scanner.odd,
+            "complete": summary.complete, "lines": said.found.lines, "not_understood": said.found.odd,
             "others": said.others, "inferred": list(said.assigned.inferred), "remarks": said.remarks(),
         })  # fmt: skip
         return
-    _tell(f"{summary.path}: {summary.events:,} events of {said.scanner.lines:,} lines, {summary.size:,} bytes")
+    _tell(f"{summary.path}: {summary.events:,} events of {said.found.lines:,} lines, {summary.size:,} bytes")
     for line in (*said.remarks(), *said.assigned.inferred):
         _tell(f"kvmtrace: {file}: {line}")
 

@@ -19,6 +19,7 @@ COMPILED = (
     "replay/decode/specialize.py",
     "replay/timing/lock_waits.py",
     "replay/timing/steal.py",
+    "traces/imports/samples.py",
     "traces/imports/scan.py",
 )
 EXTENSIONS = [

@@ -14,7 +14,7 @@ import pytest
 
 from tests.traces.excerpts import EXCERPTS, mailed, text_of
 from traces.errors import Problem
-from traces.imports.importing import import_text
+from traces.imports.importing import import_file
 from traces.imports.told import ToldOfText
 from traces.reader import Trace
 
@@ -66,7 +66,7 @@ def test_a_mutated_text_is_one_line_or_a_trace(part: int, tmp_path: Path) -> Non
         source, out = tmp_path / "text", tmp_path / f"{seed}.parquet"
         source.write_bytes(data)
         try:
-            import_text(source, out, ToldOfText(chosen.choice(("", "6.1.20", "7.x"))))
+            import_file(source, out, ToldOfText(chosen.choice(("", "6.1.20", "7.x"))))
         except Problem as problem:
             said.append(str(problem))
             assert not out.exists(), seed

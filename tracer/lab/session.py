@@ -31,6 +31,7 @@ from traces.kernels.vendors import OFF
 SHARE: Final = "/mnt/lab"
 TRACE: Final = "out.parquet"
 JOBS: Final = "jobs.json"
+_KEPT: Final = (".parquet", ".kvmt", ".stdout", ".dat", ".data")
 SPACE_NEEDED: Final = 256 << 20
 DEFAULT_MEMORY: Final = 2048
 # Ten times what a recording takes on an idle machine: a busy one is no reason to give up.
@@ -98,10 +99,10 @@ def boot(
     An Intel guest has of it what recording needs, and the programs that the command names. `probes` are compiled ones
     to record with; those that the guest compiles itself are kept for the next. `trace` is where the trace that the
     command recorded is moved to; `give` are files to put in the share by name, and `into` is a directory that takes
-    every trace, recording and .stdout file from there; `parameters` are module parameters (kvm.tdp_mmu=0) after the
-    kernel's own; `memory` in MiB, of an AMD guest on one NUMA node or two (`nodes`); `timeout` in seconds for the whole
-    boot; `follow` passes the command's output on as it comes, an Intel guest's at the end. A command that failed is the
-    caller's to judge.
+    every trace, recording, .stdout file and file of trace-cmd or perf (.dat, .data) from there; `parameters` are
+    module parameters (kvm.tdp_mmu=0) after the kernel's own; `memory` in MiB, of an AMD guest on one NUMA node or two
+    (`nodes`); `timeout` in seconds for the whole boot; `follow` passes the command's output on as it comes, an Intel
+    guest's at the end. A command that failed is the caller's to judge.
 
     Raises Problem when something is missing to begin with, GuestFailed when the guest did not get to the end.
     """
@@ -154,7 +155,7 @@ def boot(
         finished = _result(share) if ending is Ending.ORDERLY else None
         kept = _take(share, trace) if trace else None
         if into:
-            for made in (*share.glob("*.parquet"), *share.glob("*.stdout"), *share.glob("*.kvmt")):
+            for made in (found for ending in _KEPT for found in share.glob(f"*{ending}")):
                 shutil.move(made, into / made.name)
         if not probes:
             prebuilt.keep(kernel, share.glob(f"*{SUFFIX}"))

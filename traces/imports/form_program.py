@@ -143,7 +143,8 @@ class FormProgram:
     order: tuple[Form, ...]  # the forms, as numbered
 
 
-def _signed(mask: int) -> int:
+def signed(mask: int) -> int:
+    """A mask as a signed word."""
     return mask - (1 << 64) if mask >> 63 else mask
 
 
@@ -175,7 +176,7 @@ def program() -> FormProgram:
             if not fields_differ(event, name):
                 column, shift, mask = bits(target)
                 fields.names[f"{len(events)}.{name}"] = len(targets)
-                targets.append((place(mine[0].kind, column)[0], shift, _signed(mask)))
+                targets.append((place(mine[0].kind, column)[0], shift, signed(mask)))
         events.append((first, len(forms)))
     exits = _Table(1024)
     exits.names = words()
@@ -197,7 +198,7 @@ def _op(kind: str, piece: FormPart, blob: bytearray, names: list[tuple[int, int,
         blob += literal.encode()
         return (LITERAL, NOWHERE, 0, 0, len(blob) - len(literal), len(literal))
     to, low, most = place(kind, piece.column)
-    shift, mask = piece.shift + low, _signed(piece.mask & most)
+    shift, mask = piece.shift + low, signed(piece.mask & most)
     if piece.how in _NUMBERS:
         return (_NUMBERS[piece.how], to, shift, mask, 0, 0)
     if piece.how in _PLAIN:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
-from traces.imports.opening import STANDARD_INPUT, Opened
-from traces.imports.scan import Scanner
+from traces.imports.findings import Findings
+from traces.imports.opening import STANDARD_INPUT
 from traces.imports.thread_vms import Assigned, Machine
 from traces.imports.told import ToldOfText
 from traces.kernels import Kernel
-from traces.kernels.printed import PLUGIN, Form, shown_kinds, told_since
+from traces.kernels.printed import PLUGIN, shown_kinds, told_since
 from traces.schema import KINDS
 from traces.text import count, printable
 
 _MOST_NAMES: Final = 100
 _NEVER: Final = "no tracepoint shows it"
-_NOT_THERE: Final = "not in the text"
+_NOT_THERE: Final = "not in what was imported"
 _LINE: Final = 200
 
 
@@ -25,9 +26,9 @@ _LINE: Final = 200
 class Said:
     """All that is known of a source when it has been read."""
 
-    opened: Opened
-    scanner: Scanner
-    order: tuple[Form, ...]
+    path: Path
+    undone: Sequence[str]  # what the source was packed and wrapped in
+    found: Findings
     assigned: Assigned
     options: ToldOfText
     kernel: Kernel | None
@@ -37,46 +38,46 @@ class Said:
     @property
     def others(self) -> dict[str, int]:
         """Events that a trace has no kind for, by name: not kept, for without their fields a row would say nothing."""
-        names = sorted(self.scanner.others().items(), key=lambda item: -item[1])
+        names = sorted(self.found.others.items(), key=lambda item: -item[1])
         return dict(names[:_MOST_NAMES])
 
     @property
     def text_kinds(self) -> frozenset[str]:
         """The kinds that came as text, not as fields."""
-        used = self.scanner.forms
-        return frozenset(form.kind for form, rows in zip(self.order, used.tolist(), strict=True) if rows)
+        return frozenset(form.kind for form in self.found.forms)
 
     @property
     def printed_since(self) -> tuple[int, int]:
         """The version from which on kernels print all of the forms that are there; (0, 0): nothing tells."""
-        rows = zip(self.order, self.scanner.forms.tolist(), strict=True)
-        return max((told_since(form) for form, count in rows if count and form.since != PLUGIN), default=PLUGIN)
+        return max((told_since(form) for form in self.found.forms if form.since != PLUGIN), default=PLUGIN)
 
     @property
     def first_odd(self) -> str:
-        return printable(self.scanner.first_odd.decode(errors="replace"))[:_LINE]
+        return printable(self.found.first_odd.decode(errors="replace"))[:_LINE]
 
     def remarks(self) -> list[str]:
         """What a user should know of it, one line each."""
-        scanner, lines = self.scanner, []
-        if scanner.odd:
-            lines.append(f"{count(scanner.odd, 'line')} not understood, the first: {self.first_odd}")
+        found, lines, text = self.found, [], self.found.kind == "text"
+        if found.odd and text:
+            lines.append(f"{count(found.odd, 'line')} not understood, the first: {self.first_odd}")
+        elif found.odd:
+            lines.append(f"{count(found.odd, 'record')} could not be read: damaged, or without the event's own data")
         if self.others:
             shown = ", ".join(f"{printable(name)} {rows:,}" for name, rows in list(self.others.items())[:3])
             lines.append(f"{sum(self.others.values()):,} events of kinds that a trace does not have, not kept: {shown}")
-        if scanner.lost or scanner.uncounted:
-            more = f", and {scanner.uncounted:,} losses without a number" if scanner.uncounted else ""
-            lines.append(f"{scanner.lost:,} events were lost, as the text says{more}")
-        if scanner.backwards:
-            lines.append(f"times go back {scanner.backwards:,} times: rows stand in the text's order")
-        if scanner.ticks:
+        if found.lost or found.uncounted:
+            more = f", and {found.uncounted:,} losses without a number" if found.uncounted else ""
+            lines.append(f"{found.lost:,} events were lost, as the {found.kind} says{more}")
+        if found.backwards:
+            lines.append(f"times go back {found.backwards:,} times: rows stand in the order of the {found.kind}")
+        if found.ticks:
             lines.append("times are a clock's ticks, not nanoseconds: spans of time mean nothing")
-        if scanner.bare:
-            lines.append(f"{scanner.bare:,} lines have neither task nor time: they have the time of the line before")
-        if scanner.relative:
+        if found.bare:
+            lines.append(f"{found.bare:,} lines have neither task nor time: they have the time of the line before")
+        if found.relative:
             lines.append("times are since the recording began")
-        if self.opened.cut:
-            lines.append(self.opened.cut)
+        if found.cut:
+            lines.append(found.cut)
         if self.kernel is None and self.options.kernel:
             lines.append(f"{self.options.kernel}: older than the kernels that are described (5.10): not for replay")
         elif self.kernel is None:
@@ -98,7 +99,7 @@ def manifest(said: Said, machines: Sequence[Machine], kinds: Mapping[str, int]) 
         "preset": "imported",
         "host": {"kernel": release, "machine": "x86_64", "vendor": said.vendor},
         "probes": _probes(said, kinds),
-        "clock": {"name": "unknown", "samples": []},
+        "clock": {"name": said.found.clock or "unknown", "samples": []},
         "missed": {},
         "threads": {str(tid): {"comm": comm} for tid, comm in said.assigned.comms.items()},
         "snapshot": {"vms": [_vm(number + 1, machine, options) for number, machine in enumerate(machines)]},
@@ -116,26 +117,26 @@ def manifest(said: Said, machines: Sequence[Machine], kinds: Mapping[str, int]) 
 
 
 def _source(said: Said) -> dict[str, Any]:
-    path, scanner = said.opened.path, said.scanner
+    path, found = said.path, said.found
     inferred = list(said.assigned.inferred)
     if said.roots:
         inferred.append("roots: by order of the tables made at their level; each has a number in place of its frame")
         inferred.append("roles: by what the text says, in SMM by the transitions before")
     if said.options.kernel:
-        by = "as the file says" if said.options.kernel == said.opened.release else "as told"
+        by = "as the file says" if said.options.kernel == found.release else "as told"
         inferred.append(f"kernel: {said.options.kernel}, {by}")
     cannot = ["which VM", "ioctls", "what is lost but for what it says"]
     cannot += [] if said.roots else ["roots"]
     cannot += [] if said.options.slots else ["memslots"]
     return {
-        "kind": "text",
+        "kind": found.kind,
         "path": "standard input" if path == STANDARD_INPUT else str(path),
-        "undone": said.opened.how,
-        "lines": scanner.lines,
-        "joined": scanner.joined,
-        "as_fields": scanner.raw,
+        "undone": list(said.undone),
+        "lines": found.lines,
+        "joined": found.joined,
+        "as_fields": found.raw,
         "others": said.others,
-        "odd": scanner.odd,
+        "odd": found.odd,
         "first_odd": said.first_odd,
         "printed_since": list(said.printed_since),
         "cannot_show": cannot,

@@ -10,6 +10,7 @@ import lzma
 import re
 import stat
 import sys
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ import pyarrow as pa
 
 from traces import foreign
 from traces.errors import Problem
-from traces.imports.tools import Printed, tool_of
+from traces.imports.source_bytes import SourceBytes
 
 STANDARD_INPUT: Final = Path("-")
 _PIECE: Final = 1 << 20
@@ -57,28 +58,36 @@ class Opened:
             self._file = unpacked
         else:
             raise Problem(f"{path}: compressed more than {_NESTED - 1} times: unpack it")
-        self.release = ""  # the recorded kernel's, where the file says it
-        self._printed: Printed | None = None
-        tool = tool_of(self.head)
-        if tool is not None:
-            if self.how or path == STANDARD_INPUT:
-                raise Problem(f"{path}: {tool.what} must be a file that is not packed: {tool.events[0]} reads it")
-            self._printed = Printed(tool, path)
-            self.release = self._printed.release()
-            self.how.append(tool.events[0])
+        magic = {
+            b"\x17\x08D": "trace.dat",
+            b"PERFILE2": "perf.data",
+            b"2ELIFREP": "perf.data",
+            b"PERFFILE": "perf.data",
+        }
+        # What the file is, if it is no text.
+        self.binary = next((what for begin, what in magic.items() if self.head.startswith(begin)), "")
+
+    def whole(self) -> SourceBytes:
+        """The file, unpacked, to be read anywhere. Raises Problem where it is damaged as packed."""
+        if not self.how and self.path != STANDARD_INPUT:
+            self._file.close()
+            self._file = self.path.open("rb")
+            return SourceBytes(self._file)
+        unpacked = tempfile.TemporaryFile(prefix="kvmtrace-")  # noqa: SIM115 (closed by `close`)
+        for piece in self.raw():
+            unpacked.write(piece)
+        self._file.close()
+        self._file = unpacked
+        return SourceBytes(unpacked)
 
     def check_text(self) -> None:
-        """Raise a Problem where it is plainly no text, nor what a tool prints as text."""
-        if self._printed is not None:
-            return
+        """Raise a Problem where it is plainly no text."""
         utf16 = self.head.startswith((b"\xff\xfe", b"\xfe\xff"))
         if not self.head or (b"\0" in self.head and not utf16):
             raise Problem(f"{self.path}: nothing to import, but {foreign.named(self.path, self.head)}")
 
     def pieces(self) -> Iterator[bytes]:
         """The text. Pieces end anywhere."""
-        if self._printed is not None:
-            return self._by_tool(self._printed)
         if self.head.startswith((b"\xff\xfe", b"\xfe\xff")):
             self.how.append("UTF-16")
             return self._decoded()
@@ -90,10 +99,6 @@ class Opened:
             return self._plain(self._lines())
         return self._plain(self.raw())
 
-    def _by_tool(self, printed: Printed) -> Iterator[bytes]:
-        yield from printed.pieces()
-        self.cut = printed.cut
-
     def raw(self) -> Iterator[bytes]:
         """What is in the file, unpacked."""
         try:
@@ -104,9 +109,7 @@ class Opened:
 
     def close(self) -> None:
         """Done with it."""
-        if self._printed is not None:
-            self._printed.close()
-        if self.path != STANDARD_INPUT:
+        if self.path != STANDARD_INPUT or self.binary:
             self._file.close()
 
     def _peek(self) -> bytes:

@@ -8,7 +8,7 @@ by vCPU numbers that come twice, as a VMM makes its vCPUs' threads one after the
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -69,16 +69,16 @@ class Assigned:
         )
 
 
-def threads_of(names: Sequence[tuple[int, bytes]], facts: NDArray[np.int64]) -> list[TextThread]:
-    """The threads that the scanner met."""
+def threads_of(seen: Iterable[tuple[int, bytes, int, int, bool]]) -> list[TextThread]:
+    """The threads of a source: number, name, process (0: unknown), vCPU (-1: unknown), whether it runs a guest."""
     found = []
-    for (tid, comm), (tgid, vcpu, guest) in zip(names, facts[: len(names)].tolist(), strict=True):
+    for tid, comm, tgid, vcpu, guest in seen:
         text = comm.decode(errors="replace").strip()
         match = _VCPU_NAMES.fullmatch(text)
-        number = vcpu - 1 if vcpu else int(next(n for n in match.groups() if n)) if match else None
+        number = vcpu if vcpu >= 0 else int(next(n for n in match.groups() if n)) if match else None
         if number is not None and number > _MOST_VCPUS:
             number = None
-        found.append(TextThread(tid, "" if text == "<...>" else text, max(tgid - 1, 0), number, bool(guest or match)))
+        found.append(TextThread(tid, "" if text == "<...>" else text, max(tgid, 0), number, guest or bool(match)))
     return sorted(found, key=lambda thread: thread.tid)
 
 

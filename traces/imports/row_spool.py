@@ -1,0 +1,60 @@
+"""Rows that wait in a temporary file until all of a source is read: only then is known whom each thread belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import IO, Any, Final
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from traces.imports.form_program import ROLE_FIELDS, TEXT_ROLE
+from traces.record import Columns
+from traces.schema import BY_NAME, RECORD_FIELDS
+from traces.sealed_stream import RECORD_SCHEMA, to_columns
+
+_GET_PAGE: Final = BY_NAME["kvm_mmu_get_page"].code
+_ROOT_LEVELS: Final = (4, 5)
+_CREATED: Final = 1
+
+
+class RowSpool:
+    """`rows` so far, `kinds` of them by number; `root_level` of the tables that are roots, 0: there are none."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.rows = 0
+        self.kinds: NDArray[np.int64] = np.zeros(256, np.int64)
+        self.root_level = 0
+        self._file = file
+        self._stream: Any = pa.ipc.new_stream(file, RECORD_SCHEMA, options=pa.ipc.IpcWriteOptions(compression="lz4"))
+
+    def add(self, columns: Columns) -> None:
+        """Columns of the record's, all of one length; those that are missing are 0."""
+        count = len(columns["kind"])
+        if not count:
+            return
+        arrays = []
+        for name, dtype in RECORD_FIELDS:
+            values = columns.get(name)
+            data = np.zeros(count, dtype) if values is None else np.ascontiguousarray(values).view(dtype)
+            arrays.append(pa.array(data))
+        self._stream.write_batch(pa.RecordBatch.from_arrays(arrays, schema=RECORD_SCHEMA))
+        self.rows += count
+        self.kinds += np.bincount(columns["kind"], minlength=256)
+        self._see_roots(columns)
+
+    def _see_roots(self, columns: Columns) -> None:
+        made = np.flatnonzero((columns["kind"] == _GET_PAGE) & (columns["flags"] & _CREATED != 0))
+        role = columns["role"][made]
+        shift = np.where(role & TEXT_ROLE, ROLE_FIELDS["direct"][0], 7)  # the same bit in every kernel's word
+        highest = int(columns["level"][made][(role >> shift) & 1 != 0].max(initial=0))
+        self.root_level = max(self.root_level, highest if highest in _ROOT_LEVELS else 0)
+
+    def batches(self) -> Iterator[Columns]:
+        """What was added, once; nothing is added after that."""
+        self._stream.close()
+        self._file.seek(0)
+        with pa.ipc.open_stream(self._file) as stream:
+            for batch in stream:
+                yield {name: values.copy() for name, values in to_columns(batch).items()}

@@ -1,0 +1,72 @@
+"""A text to rows: pieces of it to the scanner, the scanner's rows to the spool."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from traces.imports.findings import Findings
+from traces.imports.form_program import program
+from traces.imports.opening import Opened
+from traces.imports.row_spool import RowSpool
+from traces.imports.scan import Scanner
+from traces.imports.thread_vms import threads_of
+from traces.progress import Progress
+
+_MOST_LEFT: Final = 1 << 20  # bytes: no line is so long
+
+
+def read_text(opened: Opened, spool: RowSpool, progress: Progress) -> Findings:
+    """Put a text's rows into the spool; what else was found."""
+    scanner, left = Scanner(), b""
+    for piece in opened.pieces():
+        left = _lines(scanner, left + piece, spool, final=False)
+        progress.at(spool.rows)
+    _lines(scanner, left, spool, final=True)
+    _move(scanner, spool, scanner.rows)
+    rows = zip(program().order, scanner.forms.tolist(), strict=True)
+    return Findings(
+        threads=threads_of(
+            (tid, comm, tgid - 1, vcpu - 1, bool(guest))
+            for (tid, comm), (tgid, vcpu, guest) in zip(scanner.threads, scanner.thread_facts.tolist(), strict=False)
+        ),
+        others=scanner.others(),
+        forms={form: count for form, count in rows if count},
+        lines=scanner.lines,
+        raw=scanner.raw,
+        odd=scanner.odd,
+        first_odd=scanner.first_odd,
+        joined=scanner.joined,
+        lost=scanner.lost,
+        uncounted=scanner.uncounted,
+        backwards=scanner.backwards,
+        bare=scanner.bare,
+        ticks=scanner.ticks,
+        relative=scanner.relative,
+        vendors=scanner.by_vendor,
+        cut=opened.cut,
+        how=opened.how,
+    )
+
+
+def _lines(scanner: Scanner, data: bytes, spool: RowSpool, *, final: bool) -> bytes:
+    """Read whole lines; what is left of them."""
+    at = 0
+    while True:
+        before, rows = at, scanner.rows
+        at = scanner.take(data, at, final)
+        if scanner.full:
+            _move(scanner, spool, scanner.rows - 1)
+        elif at >= len(data) or (at == before and scanner.rows == rows):
+            break
+    if len(data) - at > _MOST_LEFT:
+        scanner.too_long(data[at : at + 200])
+        return b""
+    return data[at:]
+
+
+def _move(scanner: Scanner, spool: RowSpool, count: int) -> None:
+    """Put the first rows into the spool; the last one stays, as long as the next line may change it."""
+    spool.add({name: values[:count].copy() for name, values in scanner.columns.items()})
+    for values in scanner.columns.values():
+        values[: scanner.rows - count] = values[count : scanner.rows]
+    scanner.rows -= count
