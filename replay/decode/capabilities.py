@@ -74,7 +74,10 @@ class Capabilities:
         self.intel = self.kernel.vendor is VMX
         self.shadow = self.own.mmu == "shadow"
         # 5.10 shows neither notifiers nor SPTE changes: what the host took away can only be inferred.
-        self.infers = "kvm_unmap_hva_range" not in self.kinds
+        # Nor does an import without memslots, which alone make guest memory of a range of the host's addresses.
+        placed = any(slot.get("hva") for vm in meta.vms for slot in vm["slots"])
+        unplaced = source_notes.imported(meta.raw) and not placed
+        self.infers = "kvm_unmap_hva_range" not in self.kinds or unplaced
         self.missing = tuple(self._missing(trace))
 
     @cached_property

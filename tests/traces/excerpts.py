@@ -127,6 +127,29 @@ EXCERPTS: dict[str, list[Line]] = {
         _line("      vmm-worker-777   [003]   512.000433: kvm_exit:             reason EXIT_NPF rip 0xfff0 info 100000004 "
               "fffffff0", "kvm_exit", code=0x400, value=0x100000004),
     ],
+    "trace-cmd report -l": [
+        _line("kvmtrace-176     1d..1.  6555.876457: kvm_entry: vcpu 0, rip 0x1", "kvm_entry", cpu=1, tid=176, vcpu=0, rip=1),
+        _line("qemu-170        13.N..2  6555.876458: kvm_page_fault: vcpu 0 rip 0x1000 address 0x0000000000001000 error_code "
+              "0x100000014", "kvm_page_fault", cpu=13, tid=170, vcpu=0, rip=0x1000, addr=0x1000, code=0x100000014),
+        _line("kvmtrace-102     0d..1.    46.049471: kvm_mmu_prepare_zap_page: 2 q0 direct wux !pae nxe wp smm root 0 sync",
+              "kvm_mmu_prepare_zap_page", cpu=0, tid=102, level=2, refs=0, flags=0),
+    ],
+    "libtraceevent's fields": [  # as their print formats have them; those of formats that it cannot read in decimal
+        _line("    kvmtrace-vmm-103   [001]    29.613217632: kvm_entry:             vcpu_id=0 rip=0x1000 immediate_exit=0",
+              "kvm_entry", vcpu=0, rip=0x1000),
+        _line("    kvmtrace-vmm-103   [001]    29.617350797: kvm_mmu_get_page:      mmu_valid_gen=0 gfn=1024 role=14211 "
+              "root_count=0 unsync=0 created=1", "kvm_mmu_get_page", gfn=1024, role=14211, level=3, flags=1),
+        _line("    kvmtrace-vmm-103   [001]    29.618144130: kvm_tdp_mmu_spte_changed:  gfn=400 old_spte=0 new_spte=16e68e67 "
+              "level=1 as_id=0", "kvm_tdp_mmu_spte_changed", gfn=0x400, old=0, new=0x16E68E67, level=1, as_id=0),
+        _line("    kvmtrace-vmm-103   [001]    29.618543566: kvm_mmu_set_spte:      gfn=10 spte=c0ffee sptep=64a6008 level=1 "
+              "r=1 x=1 u=1", "kvm_mmu_set_spte", gfn=0x10, new=0xC0FFEE, table=0x64A6, level=1),
+    ],
+    "libtraceevent's fields of old": [  # all in decimal
+        _line("    kvmtrace-vmm-103   [001]    29.613217632: kvm_entry:             vcpu_id=0 rip=4096", "kvm_entry", vcpu=0,
+              rip=0x1000),
+        _line("    kvmtrace-vmm-103   [001]    29.618144130: kvm_tdp_mmu_spte_changed:  gfn=400 old_spte=0 new_spte=16068067 "
+              "level=1 as_id=0", "kvm_tdp_mmu_spte_changed", gfn=400, old=0, new=16068067, level=1),
+    ],
     "trace-cmd report -R": [
         _line("cpus=2"),
         _line("      vmm-worker-777   [001]   512.000433: kvm_exit:             exit_reason=0x400 guest_rip=0xfff0 isa=2 "

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from traces.imports.exit_words import words
-from traces.kernels.printed import FIELDS, FORMS, PFERR, Form
+from traces.kernels.printed import FIELDS, FORMS, PFERR, PLUGIN, UNREAD, Form
 from traces.schema import BY_NAME
 
 # What an operation does. Its arguments: `to` the place of a value, `shift` (negative: to the right), `mask`.
@@ -19,6 +20,8 @@ LITERAL, HEX, DEC, NEGATIVE, POINTER, WORD, ONE_OF, EXIT, PFERR_BITS, PERM, FAIL
 # Places of a row's values.
 W0, W1, W2, W3, COUNT, ROLE, LEVEL, FLAGS, SPACE, VCPU, VENDOR, NOWHERE = range(12)
 PLACES: Final = 12
+# How a field is printed alone: in hexadecimal without 0x, or with it.
+DECIMAL, BARE, PREFIXED = range(3)
 
 # Role words that a text describes are kept in a layout of our own until the kernel's is known; bit 31 tells them.
 TEXT_ROLE: Final = 1 << 31
@@ -138,7 +141,7 @@ class FormProgram:
     event_table: NDArray[np.int64]
     exit_table: NDArray[np.int64]
     field_table: NDArray[np.int64]
-    field_targets: NDArray[np.int64]  # (place, shift, mask)
+    field_targets: NDArray[np.int64]  # (place, shift, mask, how it is printed as a field)
     blob: bytes
     order: tuple[Form, ...]  # the forms, as numbered
 
@@ -162,7 +165,7 @@ def program() -> FormProgram:
     for form in FORMS:
         by_event.setdefault(form.event, []).append(form)
     fields = _Table(1024)
-    targets: list[tuple[int, int, int]] = []
+    targets: list[tuple[int, int, int, int]] = []
     for event, mine in by_event.items():
         table.names[event] = len(events)
         first = len(forms)
@@ -176,7 +179,7 @@ def program() -> FormProgram:
             if not fields_differ(event, name):
                 column, shift, mask = bits(target)
                 fields.names[f"{len(events)}.{name}"] = len(targets)
-                targets.append((place(mine[0].kind, column)[0], shift, signed(mask)))
+                targets.append((place(mine[0].kind, column)[0], shift, signed(mask), _base(mine, column)))
         events.append((first, len(forms)))
     exits = _Table(1024)
     exits.names = words()
@@ -185,6 +188,19 @@ def program() -> FormProgram:
         np.array(ops, np.int64), np.array(names, np.int64), np.array(forms, np.int64), np.array(events, np.int64),
         event_table, exit_table, field_table, np.array(targets, np.int64), bytes(blob), tuple(order),
     )  # fmt: skip
+
+
+def _base(forms: list[Form], column: str) -> int:
+    """How libtraceevent prints a field alone: as the event's print format does, if it can read that; else decimal."""
+    if forms[0].kind in UNREAD:
+        return DECIMAL
+    found = [
+        before.literal.endswith("0x")
+        for form in forms
+        for before, part in pairwise((FormPart(), *pieces(form.text)))
+        if part.column == column and _NUMBERS.get(part.how) == HEX and form.since != PLUGIN
+    ]
+    return DECIMAL if not found else PREFIXED if all(found) else BARE
 
 
 def fields_differ(event: str, name: str) -> bool:

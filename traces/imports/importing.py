@@ -124,7 +124,7 @@ def _write(
     vendor = "" if not svm and not vmx else (SVM if svm > vmx else VMX).cpu
     kernel = _kernel(options.kernel, vendor) or kernel
     roots = RootOrder(kernel, spool.root_level)
-    source = _Records(spool, assigned, roots, progress)
+    source = _Records(spool, assigned, roots, kernel, progress)
     said = Said(
         opened.path, [*opened.how, *found.how], found, assigned, options, kernel, vendor, bool(spool.root_level)
     )
@@ -141,7 +141,9 @@ def _write(
 class _Records(SegmentReader):
     """Stands where compaction expects a recording's segments: the spool's records, with VMs, vCPUs and roots."""
 
-    def __init__(self, spool: RowSpool, assigned: Assigned, roots: RootOrder, progress: Progress) -> None:
+    def __init__(
+        self, spool: RowSpool, assigned: Assigned, roots: RootOrder, kernel: Kernel | None, progress: Progress
+    ) -> None:
         self.segments: list[Segment] = []
         self.manifest_problem = ""
         self.manifest: dict[str, Any] = {}
@@ -149,6 +151,7 @@ class _Records(SegmentReader):
         self._spool, self._assigned, self._roots, self._progress = spool, assigned, roots, progress
         self._counts = np.zeros((256, 1 << 12), np.int64)  # kind, CPU
         self._lost: dict[str, int] = {}
+        self._kernel = kernel
 
     def kinds(self) -> dict[str, int]:
         """Rows by kind."""
@@ -167,6 +170,8 @@ class _Records(SegmentReader):
             written += count
             self._progress.at(written)
         self.manifest |= {"closed": {"rows": written}, "finished": True, "loss": self._loss()}
+        if self._kernel is not None and (other := self._roots.kept.other_policy(self._kernel.policy)):
+            self.manifest["policy"] = other
 
     def _name(self, columns: Columns) -> NDArray[np.int64]:
         """Fill in vCPUs and processes by thread; each row's VM."""

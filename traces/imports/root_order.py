@@ -12,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from traces.imports.form_program import ROLE_FIELDS, TEXT_ROLE
+from traces.imports.kept_roots import KeptRoots
 from traces.kernels import Kernel
 from traces.lives import Flags, Ints, fill_forward
 from traces.record import Columns
@@ -33,6 +34,7 @@ class RootOrder:
     def __init__(self, kernel: Kernel | None, level: int) -> None:
         """`level`: of a root's table, as the text shows; 0: it shows none."""
         self.made = 0
+        self.kept = KeptRoots()
         self._kernel, self._level = kernel, level
         self._in_smm: dict[int, bool] = {}  # by VM and vCPU
         self._current: dict[int, int] = {}  # by VM and state: the root made last
@@ -54,6 +56,7 @@ class RootOrder:
         direct = self._direct(columns["role"])
         created = (columns["flags"] & _CREATED) != 0
         born = on_vcpu & (kind == _GET_PAGE) & created & (columns["level"] == self._level) & direct
+        self.kept.see(columns, vm, born, smm)
         numbers = self.made + np.cumsum(born)
         state = vm << 1 | smm
         root = self._latest(np.flatnonzero(on_vcpu), state, born, numbers)

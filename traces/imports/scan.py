@@ -40,6 +40,9 @@ _FAST = cython.declare(cython.longlong, p.FAST_PAGE_FAULT)
 _ENTRY = cython.declare(cython.longlong, p.RUNS_GUEST[0])  # only a vCPU's thread has these
 _LEFT = cython.declare(cython.longlong, p.RUNS_GUEST[1])
 _RETURN = cython.declare(cython.longlong, p.RUNS_GUEST[2])
+_DECIMAL = cython.declare(cython.longlong, p.DECIMAL)
+_BARE = cython.declare(cython.longlong, p.BARE)
+_PREFIXED = cython.declare(cython.longlong, p.PREFIXED)
 _NO_VCPU = cython.declare(cython.ulonglong, 0xFFFF)
 _MASK64 = cython.declare(cython.ulonglong, 0xFFFFFFFFFFFFFFFF)
 
@@ -158,6 +161,7 @@ class Scanner:
     _last_emitted: cython.longlong
     _pferr: cython.ulonglong
     _digits_value: cython.ulonglong
+    _in_decimal: cython.bint  # fields are all in decimal
 
     _data: cython.const[cython.uchar][::1]  # what was given
     _text: cython.const[cython.uchar][::1]  # where the line being read stands: that, or `_scratch`
@@ -209,6 +213,7 @@ class Scanner:
         self._goes_on_held = False
         self._held_used = 0
         self._now = 0
+        self._in_decimal = False
         if not cython.compiled:
             for name in _VIEWS:
                 setattr(self, name, memoryview(getattr(self, name)))
@@ -613,6 +618,11 @@ class Scanner:
             if not (3 <= i - first <= 10) or not self._are_flags(first, i):
                 break
             i = first
+            while self._text[first] >= 48 and self._text[first] <= 57:  # `trace-cmd report -l` has the CPU before them
+                self._l_cpu = self._l_cpu * 10 + (self._text[first] - 48)
+                first += 1
+            if first > i:
+                break
         while i > begin and self._text[i - 1] <= 32:
             i -= 1
         if i > begin and self._text[i - 1] == 41:  # (tgid), perhaps (-----)
@@ -864,12 +874,11 @@ class Scanner:
             return _OTHER
         i += 1
         tried = self._last_form[event]
-        if tried >= 0 and self._matches(tried, i, end):
+        if tried >= 0 and self._matches(tried, i, end) and self._l_end >= end:
             return self._matched(event, tried)
         for form in range(self._events[event, 0], self._events[event, 1]):
             if self._matches(form, i, end):
                 self._last_form[event] = form
-                # A longer form hides no shorter one of the same words, but the last one may be the shorter.
                 return self._matched(event, form)
         if self._fields(event, i, end):
             self._l_form = -1
@@ -1227,6 +1236,9 @@ class Scanner:
         first: cython.Py_ssize_t
         last: cython.Py_ssize_t
         found: cython.longlong
+        failed: cython.bint
+        colon: cython.bint
+        base: cython.longlong
         known: cython.int = 0
         value: cython.ulonglong
         k: cython.Py_ssize_t
@@ -1234,7 +1246,8 @@ class Scanner:
         self._clear()
         while i < end and self._text[i] <= 32:
             i += 1
-        if self._prefixed(i, end, b"[FAILED TO PARSE]"):  # libtraceevent, of a format that it does not know
+        failed = self._prefixed(i, end, b"[FAILED TO PARSE]")  # libtraceevent, of a format that it does not know
+        if failed:
             i += 17
         while i < end:
             while i < end and (
@@ -1247,9 +1260,12 @@ class Scanner:
             last = i
             if i == first or i >= end or (self._text[i] != 61 and self._text[i] != 58):
                 break
+            colon = self._text[i] == 58  # perf trace's
             i += 1
             while i < end and self._text[i] == 32:
                 i += 1
+            found = -1 if last - first > 56 else self._field(event, first, last)
+            base = _DECIMAL if found < 0 or colon or failed else self._field_targets[found, 3]
             k = i
             if i < end and self._text[i] == 45:
                 i += 1
@@ -1260,11 +1276,17 @@ class Scanner:
                 digits = self._digits(i, min(end, i + 16))
                 value = self._digits_value
                 i += digits
+            elif base == _BARE and not self._in_decimal:
+                digits = self._digits(i, min(end, i + 16))
+                value = self._digits_value
+                i += digits
             else:
                 while i < end and 48 <= self._text[i] <= 57 and digits < 20:
                     value = (value * 10 + (self._text[i] - 48)) & _MASK64
                     digits += 1
                     i += 1
+                if base == _PREFIXED and value != 0 and digits:
+                    self._in_decimal = True  # an older libtraceevent, which prints every field so
             if k < end and self._text[k] == 45:
                 value = (0 - value) & _MASK64
             while (
@@ -1272,10 +1294,7 @@ class Scanner:
             ):  # what is no number is passed over
                 digits = 0
                 i += 1
-            if digits == 0 or last - first > 56:
-                continue
-            found = self._field(event, first, last)
-            if found < 0:
+            if digits == 0 or found < 0:
                 continue
             known += 1
             if self._field_targets[found, 0] == _VENDOR:

@@ -91,9 +91,13 @@ def assign(threads: Sequence[TextThread], vm_of: Mapping[int, str]) -> Assigned:
     guests = [thread for thread in threads if thread.guest or thread.tid in vm_of]
     names = {thread.tgid: vm_of[thread.tid] for thread in guests if thread.tgid and thread.tid in vm_of}
     loose = 0
+    again: dict[int, int] = {}  # by process: first vCPUs so far
     for thread in guests:
         name = vm_of.get(thread.tid) or names.get(thread.tgid, "")
         key: object = ("name", name) if name else thread.tgid
+        if key and not name:  # vCPU 0 is never taken out of a VM: the next thread of that number is another VM's
+            again[thread.tgid] = again.get(thread.tgid, 0) + (thread.vcpu == 0)
+            key = (thread.tgid, max(again[thread.tgid], 1))
         if key:
             machine = by_key.get(key)
             if machine is None:
@@ -121,11 +125,15 @@ def assign(threads: Sequence[TextThread], vm_of: Mapping[int, str]) -> Assigned:
             f"VMs: no process is named for {loose:,} vCPU threads; taken for {many} by their vCPUs' numbers"
         )
     if any(machine.tgid for machine in machines):
-        inferred.append("VMs: each process that runs vCPUs is taken for one VM")
+        inferred.append("VMs: each process that runs vCPUs is taken for one VM, as long as one thread is its vCPU 0")
     if unnumbered:
         inferred.append(f"vCPUs: {unnumbered:,} threads are not numbered in the text; numbered by thread")
     number_of = {id(thread): index + 1 for index, machine in enumerate(machines) for thread in machine.threads}
+    several = {tgid: count for tgid, count in again.items() if count > 1}
     of_process = {machine.tgid: index + 1 for index, machine in enumerate(machines) if machine.tgid}
+    of_process |= dict.fromkeys(several, 0)  # whose VM another thread of theirs works for is not shown
+    for tgid, count in several.items():
+        inferred.append(f"VMs: {count:,} threads of process {tgid} are a vCPU 0: taken for as many VMs")
     alone = 1 if len(machines) == 1 else 0
     if alone and len(threads) > len(guests):
         inferred.append("VMs: what other threads did is taken for the only VM's")

@@ -91,6 +91,10 @@ def _pages() -> tuple[Form, ...]:
         forms.append(Form("kvm_mmu_prepare_zap_page", zap, since, text))
         forms += [Form(kind, kind, since, text) for kind in ("kvm_mmu_sync_page", "kvm_mmu_unsync_page")]
     forms += [
+        Form(kind, kind, PLUGIN, _SP_PLUGIN.removeprefix("sp gfn {gfn:x} "))
+        for kind in ("kvm_mmu_prepare_zap_page", "kvm_mmu_sync_page", "kvm_mmu_unsync_page")
+    ]  # whose format it cannot read
+    forms += [
         Form("kvm_mmu_get_page", "kvm_mmu_get_page", PLUGIN, f"{_NEW} {text}") for text in (_SP_PLUGIN, _SP_OLD_PLUGIN)
     ]
     forms += [
@@ -243,6 +247,10 @@ FIELDS: Final[dict[str, dict[str, str]]] = {
     "vcpu_match_mmio": {"gpa": "addr", "write": "flags"},
     "kvm_inj_exception": {"exception": "code", "error_code": "value", "has_error": "flags"},
 }  # fmt: skip
+# The kinds whose print format libtraceevent cannot read (1.7, and those before), so that it prints fields in decimal.
+UNREAD: Final = frozenset(
+    ("kvm_mmu_get_page", "kvm_mmu_prepare_zap_page", "kvm_mmu_sync_page", "kvm_mmu_unsync_page", "kvm_inj_exception")
+)
 # `activate` of the older event is the opposite of an inhibit being set: only its text says so, see above.
 
 PFERR: Final = (("RSVD", 3), ("SGX", 15), ("PK", 5), ("SS", 6), ("P", 0), ("W", 1), ("U", 2), ("F", 4))
