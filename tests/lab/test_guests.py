@@ -47,6 +47,35 @@ def test_how_a_guest_ended(tmp_path: Path, printed: str | None, status: int | No
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("deadly", "boots", "none"),
+    [((), 1, []), ((1,), 2, [1]), ((0, 2), 3, [0, 2]), ((3,), 1, [3]), ((0, 1), 2, [0, 1, 2, 3])],
+)
+def test_a_guest_that_ends_the_machine_underneath_ends_no_other(
+    deadly: tuple[int, ...], boots: int, none: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless two boots in a row come to nothing."""
+    group = list(GUESTS.values())[:4]
+    made: list[int] = []
+
+    def boot(booted: object, group_: list[guests.LabGuest], place: Path, directory: Path) -> str:
+        made.append(len(group_))
+        for guest in group_:
+            if group.index(guest) in deadly:
+                return "QEMU gave up"
+            (directory / f"{guest.name}-6.1.stdout").write_text("ended with 0\n")
+        return ""
+
+    monkeypatch.setattr(guests, "fetch", lambda kernel, say: None)
+    monkeypatch.setattr(guests, "built", lambda what, say: tmp_path)
+    monkeypatch.setattr(guests, "_boot", boot)
+    runs = guests.record("6.1", group, tmp_path, lambda line: None)
+    assert [run.guest for run in runs] == group
+    assert [at for at, run in enumerate(runs) if run.status is None] == none
+    assert all(run.said == "QEMU gave up" for run in runs if run.status is None)
+    assert len(made) == boots
+
+
 GOOD = Measured("debian", "6.1", "6.1.0", 0, "", 1000, 0, 1, 400, 400, 20, True)
 
 

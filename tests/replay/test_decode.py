@@ -116,6 +116,52 @@ def test_a_huge_page_where_the_first_page_was_mmio_is_a_leaf_of_its_own(tmp_path
     assert (both.replayed, both.low) == (2, 2)
 
 
+SET_MEMORY = 0x4020AE46
+
+
+@pytest.mark.parametrize(("kernel", "zaps"), [("6.12.50", True), ("6.1.100", False)])
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_slot_that_goes_alone_takes_its_leaves_along(tmp_path: Path, kernel: str, zaps: bool, shown: bool) -> None:
+    """KVM_X86_QUIRK_SLOT_ZAP_ALL off: no row says so but the lack of kvm_mmu_zap_all_fast. Leaves need not be there."""
+    guest = Guest()
+    guest.slot(16, 8, 0x7F0000000000)
+    guest.load()
+    guest.fault(17)
+    guest.vm("ioctl", w0=SET_MEMORY)
+    guest.vm("memslot", w0=16, w1=0x7F0000000000, w2=0)
+    if shown:
+        guest.vm("kvm_tdp_mmu_spte_changed", w0=17, level=1, w1=0xE67)
+    guest.fault(30)
+    guest.vm("ioctl_end", w0=SET_MEMORY)
+    found = names(guest.write(tmp_path / "t.parquet", kernel=kernel, policy="preserve"))
+    after = ["ZAP", "TOUCH"] if shown else ["TOUCH", "ZAP"]
+    assert found == ["ROLE", "ENTER", "TOUCH", *(after if zaps else ["TOUCH"])]
+
+
+def test_a_slot_that_takes_the_roots_along_takes_nothing_else(tmp_path: Path) -> None:
+    guest = Guest()
+    guest.slot(16, 8, 0x7F0000000000)
+    guest.load()
+    guest.fault(17)
+    guest.vm("ioctl", w0=SET_MEMORY)
+    guest.vm("memslot", w0=16, w1=0x7F0000000000, w2=0)
+    guest.vm("kvm_mmu_zap_all_fast")
+    guest.vm("kvm_tdp_mmu_spte_changed", w0=17, level=1, w1=0xE67)
+    guest.vm("ioctl_end", w0=SET_MEMORY)
+    found = names(guest.write(tmp_path / "t.parquet", kernel="6.12.50", policy="preserve"))
+    assert found == ["ROLE", "ENTER", "TOUCH", "INVALIDATE"]
+
+
+@pytest.mark.parametrize(("kernel", "spaces"), [("6.12.50", [0, 1]), ("6.1.100", [1])])
+def test_a_range_zap_is_of_one_address_space_or_of_all(tmp_path: Path, kernel: str, spaces: list[int]) -> None:
+    guest = Guest()
+    guest.load()
+    guest.fault(0xFEE00)
+    guest.vm("zap_leafs", w0=0xFEE00, w1=0xFEE01, as_id=0 if len(spaces) > 1 else 1)
+    found = rows(guest.write(tmp_path / "t.parquet", kernel=kernel, policy="preserve"))
+    assert [row[1:] for row in found if row[0] == "ZAP"] == [(space, (0xFEE00, 0xFEE01)) for space in spaces]
+
+
 def test_what_the_shadow_mmu_installs_unasked_is_hidden(tmp_path: Path) -> None:
     guest = Guest()
     guest.load()

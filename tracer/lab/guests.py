@@ -18,6 +18,7 @@ from typing import Final
 from tracer.lab import prebuilt
 from tracer.lab.builds import built
 from tracer.lab.fetch import Say, fetch
+from tracer.lab.lab_kernels import Bootable
 from tracer.lab.session import DEFAULT_MEMORY, DEFAULT_TIMEOUT, JOBS, SHARE, GuestFailed, boot
 from traces.compact import compact
 
@@ -136,34 +137,46 @@ class GuestRun:
 def record(kernel: str, guests: Iterable[LabGuest], directory: Path, say: Say) -> list[GuestRun]:
     """Record guests on one kernel, to DIRECTORY/NAME-KERNEL.parquet. Those that are there already are left out.
 
-    Raises Problem where a kernel or a build is missing; a guest that fails is a `GuestRun` that says so.
+    A guest that ends the machine underneath is a `GuestRun` that says so, as is one that fails; those after it get a
+    boot of their own. Raises Problem where a kernel or a build is missing.
     """
     groups: dict[tuple[str, int, int], list[LabGuest]] = {}
     for guest in guests:
         groups.setdefault((guest.build, guest.memory, guest.nodes), []).append(guest)
     booted = fetch(kernel, say)
     runs: list[GuestRun] = []
-    for (build, memory, nodes), group in groups.items():
-        place = built(build, say)
-        jobs = [_job(guest, kernel, place) for guest in group]
-        say(f"{kernel}: {', '.join(guest.name for guest in group[:3])} ...")
-        failure = ""
-        try:
-            done = boot(
-                booted,
-                [sys.executable, "-m", "tracer.several", f"{SHARE}/{JOBS}"],
-                probes=prebuilt.have(booted),
-                give={JOBS: json.dumps({"events": "mmu", "jobs": jobs, "segments": True, "whatever_happens": True})},
-                into=directory,
-                memory=memory,
-                nodes=nodes,
-                timeout=DEFAULT_TIMEOUT + 10 * sum(guest.seconds for guest in group),
-            )
-            failure = done.stderr.strip()[-200:] if done.code else ""
-        except GuestFailed as problem:
-            failure = str(problem)
-        runs += [_run(guest, kernel, directory, failure) for guest in group]
+    for group in groups.values():
+        place, barren = built(group[0].build, say), 0
+        while group:
+            say(f"{kernel}: {', '.join(guest.name for guest in group[:3])} ...")
+            failure = _boot(booted, group, place, directory)
+            several = [_run(guest, kernel, directory, failure) for guest in group]
+            came = next((at for at, run in enumerate(several) if run.status is None), len(group))
+            barren = 0 if came else barren + 1
+            if barren > 1:  # it is not the guest's doing
+                came = len(group)
+            runs += several[: came + 1]
+            group = group[came + 1 :]
     return runs
+
+
+def _boot(booted: Bootable, group: Sequence[LabGuest], place: Path, directory: Path) -> str:
+    """Run guests one after another in one lab guest; what failed, if anything did."""
+    jobs = [_job(guest, booted.name, place) for guest in group]
+    try:
+        done = boot(
+            booted,
+            [sys.executable, "-m", "tracer.several", f"{SHARE}/{JOBS}"],
+            probes=prebuilt.have(booted),
+            give={JOBS: json.dumps({"events": "mmu", "jobs": jobs, "segments": True, "whatever_happens": True})},
+            into=directory,
+            memory=group[0].memory,
+            nodes=group[0].nodes,
+            timeout=DEFAULT_TIMEOUT + 10 * sum(guest.seconds for guest in group),
+        )
+    except GuestFailed as problem:
+        return str(problem)
+    return done.stderr.strip()[-200:] if done.code else ""
 
 
 def _job(guest: LabGuest, kernel: str, place: Path) -> dict[str, object]:
