@@ -133,6 +133,14 @@ def record(
     memory: Annotated[str, typer.Option(help="Of a flight: the most memory that these seconds may take.")] = "256M",
     after: Annotated[str, typer.Option(help="Of a flight: a dump goes on for so long after its moment.")] = "2s",
     disk: Annotated[str, typer.Option(help="Of a flight: the most that the dumps of triggers may take.")] = "4G",
+    max_overhead: Annotated[
+        str,
+        typer.Option(
+            help="Of a flight: where it uses more of the host's CPUs, such as 1%, record fewer kinds of event for a "
+            "while.",
+            show_default=False,
+        ),
+    ] = "",
     trigger: Annotated[
         list[str] | None,
         typer.Option(
@@ -174,7 +182,7 @@ def record(
         from tracer.flight.verb import fly_and_tell
 
         kept = (flight, after, _size(memory), _size(disk))
-        fly_and_tell(options, out, kept, tuple(trigger or ()), group, strict=strict, as_json=as_json)
+        fly_and_tell(options, out, kept, max_overhead, tuple(trigger or ()), group, strict=strict, as_json=as_json)
         return
     (outcome,) = make_recording(options)
     summary = outcome.summary

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from analysis.sources import Recording
+from analysis.trust import left_out
 from traces.untrusted import object_at
 
 _PARAMETERS_SHOWN: Final = 4
@@ -50,6 +51,8 @@ def changed(base: Recording | None, new: Recording | None) -> Iterator[tuple[str
     for name, meta in (("base", one), ("new", two)):
         if meta.lost or not meta.complete:
             yield "lost", f"{meta.lost:,} events of the {name}{'' if meta.complete else ', which is not complete'}"
+        if said := left_out(meta):
+            yield "left out", f"of the {name}, {said}"
 
 
 def _parameters(one: Mapping[str, Any], two: Mapping[str, Any]) -> Iterator[str]:

@@ -83,7 +83,19 @@ def loss(recording: Recording | None, result: Result | None) -> str:
     meta = recording.metadata
     if meta.lost:
         return f"{meta.lost:,} of {meta.emitted:,} events lost"
-    return f"events lost in {meta.gap_count:,} gaps" if meta.gap_count else ""
+    if meta.gap_count:
+        return f"events lost in {meta.gap_count:,} gaps"
+    return left_out(meta)
+
+
+def left_out(meta: Metadata) -> str:
+    """What the recorder left out so that it cost less, and for how long; empty where nothing."""
+    ns: dict[str, int] = {}
+    for kind in {kind for each in meta.left_out for kind in each["kinds"]}:
+        ns[kind] = sum(until - since for since, until in meta.left_out_of(kind))
+    if not ns:
+        return ""
+    return f"{len(ns):,} kinds of event left out for up to {duration(max(ns.values()))}, so that recording cost less"
 
 
 def _host(meta: Metadata) -> str:
@@ -119,6 +131,7 @@ def _events(recording: Recording) -> str:
     if recording.window != ALL:
         text = f"{recording.scan().select(pl.len()).collect().item():,} of these {text}"
     text += f" ({some(lost)})" if lost else ""
+    text += f"; {left_out(meta)}" if meta.left_out else ""
     return text + (f"; {meta.discrepancies[0]}" if meta.discrepancies else "")
 
 

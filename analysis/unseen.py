@@ -15,23 +15,27 @@ from traces.text import printable
 
 
 def lost_windows(recording: Recording, kind: str, window_ns: int) -> NDArray[np.int64]:
-    """The windows, by number from the first row that counts on, in which events of this kind were lost.
+    """The windows, by number from the first row that counts on, in which events of this kind were lost or left out.
 
     Of more gaps than the metadata has (16,384) nobody knows where: then it is all windows.
     """
     meta = recording.metadata
-    if kind not in meta.loss or not meta.lost_of(kind):
-        return np.empty(0, np.int64)
     first, last = recording.span
+    found = [_windows(since, until, first, last, window_ns) for since, until in meta.left_out_of(kind)]
+    if kind not in meta.loss or not meta.lost_of(kind):
+        return np.unique(np.concatenate([np.empty(0, np.int64), *found]))
     if meta.gap_count > len(meta.gaps) or not meta.gaps:
         return np.arange((last - first) // window_ns + 1)
-    found = [np.empty(0, np.int64)]
     for gap in meta.gaps:
         since, until, kinds = (gap.get(key) for key in ("since", "until", "kinds"))
         if isinstance(since, int) and isinstance(until, int) and isinstance(kinds, list) and kind in kinds:
-            begin, end = max(since, first), min(until, last)
-            found.append(np.arange((begin - first) // window_ns, (end - first) // window_ns + 1))
-    return np.unique(np.concatenate(found))
+            found.append(_windows(since, until, first, last, window_ns))
+    return np.unique(np.concatenate([np.empty(0, np.int64), *found]))
+
+
+def _windows(since: int, until: int, first: int, last: int, window_ns: int) -> NDArray[np.int64]:
+    begin, end = max(since, first), min(until, last)
+    return np.arange((begin - first) // window_ns, (end - first) // window_ns + 1)
 
 
 def unanswered(recording: Recording, queries: Iterable[Query[Any]]) -> list[str]:

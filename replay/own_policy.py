@@ -265,6 +265,8 @@ def _readings(
                 high = None if waiting else low
         if high is not None:
             high += meta.lost_of(event) if event in meta.loss else 0
+        if meta.left_out_of(event):
+            high = None
         yield Reading(of, name, event, low, high, sum(replayed[part] for part in parts))
 
 

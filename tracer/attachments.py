@@ -42,6 +42,11 @@ class ProbePlan:
     scheduler: bool = False  # whether the programs of SCHED_PROGRAMS are to be attached
     ioctls: bool = False  # whether those of IOCTL_PROGRAMS are
 
+    @property
+    def shown(self) -> frozenset[str]:
+        """The kinds of which some probe is attached."""
+        return frozenset(attachment.kind for attachment in self.attachments if attachment.how != "none")
+
     def refused(self, chosen: Chosen, why: str) -> None:
         """Note that the kernel refused a probe or hook."""
         kind = chosen.probe.kind if isinstance(chosen.probe, Probe) else ""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from tracer.ring import MAX_RINGS
 from traces.errors import ENVIRONMENT, Problem
 from traces.schema import BY_CODE, BY_NAME
 
-_RECURSION_MISSES = 208  # offset in struct bpf_prog_info; zero on kernels that do not count them
+# Offsets in struct bpf_prog_info; the latter is zero on kernels that do not count them.
+_RUN_TIME, _RECURSION_MISSES = 192, 208
 _PROGRAM_TYPES = {
     "tp": libbpf.TRACEPOINT, "raw": libbpf.RAW_TRACEPOINT, "kprobe": libbpf.KPROBE, "kretprobe": libbpf.KPROBE,
     "fentry": libbpf.TRACING, "fexit": libbpf.TRACING,
@@ -48,13 +50,15 @@ class Probes:
         self._compiled = kept.get(available.text(kernel_btf(), self.layout))
         self._functions: dict[str, int] = {}
         self._links: list[int] = []
+        self._apart: dict[str, int] = {}  # links that `observe` takes away and brings back, by their function
+        self._setting = threading.Lock()
         self._maps: dict[str, BpfMap] = {}
         self._rings: list[BpfMap] = []
         try:
             self._make_maps(rings, ring_bytes)
             bases = kernel_bases()
             settings = np.zeros(1, SETTINGS)
-            settings["kinds"] = sum(1 << BY_NAME[kind].code for kind in kinds)
+            settings["kinds"] = kind_mask(kinds)
             settings["filter_tgid"] = filter_tgid or 0
             settings["page_offset_at"] = bases.get("PAGE_OFFSET_BASE", 0)
             settings["vmemmap_at"] = bases.get("VMEMMAP_BASE", 0)
@@ -101,9 +105,40 @@ class Probes:
             raise _not_allowed(error) from None
         for chosen in self.plan.chosen:
             try:
-                self._links.append(self._attach(chosen))
+                link = self._attach(chosen)
             except OSError as error:
                 self.plan.refused(chosen, error.strerror or str(error))
+                continue
+            if chosen.only_tells:
+                self._apart[chosen.function] = link
+            else:
+                self._links.append(link)
+
+    def observe(self, kinds: frozenset[str]) -> frozenset[str]:
+        """While attached: from now on take events of these kinds, of those loaded, and no others; which they are.
+
+        Probes that do nothing but tell of other kinds are detached, and cost nothing. Those by which the programs know
+        what a thread is at work on stay.
+        """
+        refused = set()
+        for chosen in self.plan.chosen:
+            kind = chosen.kind
+            if chosen.only_tells and kind in kinds and chosen.function not in self._apart and kind in self.plan.shown:
+                try:
+                    self._apart[chosen.function] = self._attach(chosen)
+                except OSError:
+                    refused.add(kind)
+        kinds -= refused
+        self._set(kinds=kind_mask(kinds))
+        for chosen in self.plan.chosen:
+            if chosen.function in self._apart and chosen.kind not in kinds:
+                os.close(self._apart.pop(chosen.function))
+        return kinds
+
+    def run_time(self) -> int:
+        """Ns that the programs have run for, while statistics were on: those whose probes are attached, and others."""
+        infos = [libbpf.program_info(fd) for fd in self._functions.values()]
+        return sum(int.from_bytes(info[_RUN_TIME:][:8], sys.byteorder) for info in infos)
 
     def _attach(self, chosen: Chosen) -> int:
         name, how, where = chosen.function, chosen.how, chosen.point.where
@@ -124,6 +159,8 @@ class Probes:
         """Detach every probe; the maps stay readable."""
         while self._links:
             os.close(self._links.pop())
+        while self._apart:
+            os.close(self._apart.popitem()[1])
 
     def close(self) -> None:
         self.detach()
@@ -159,17 +196,22 @@ class Probes:
 
     def snapshot(self) -> dict[str, Any]:
         """VMs alive now, and the probes' thread table primed with their vCPUs; see snapshot.py."""
-        settings = self._maps["settings"]
 
         def ask(first_fd: int, vm: int, part: int) -> None:
-            values = settings.lookup()
-            values["first_fd"], values["look_at"], values["part"] = first_fd, vm, part
-            settings.update(0, values)
+            self._set(first_fd=first_fd, look_at=vm, part=part)
 
         try:
             return snapshot.take(self._iterator, ask)
         finally:
             ask(0, 0, 0)
+
+    def _set(self, **values: int) -> None:
+        """Change some of the programs' settings; a snapshot and `observe` may do so at once."""
+        with self._setting:
+            settings = self._maps["settings"].lookup()
+            for name, value in values.items():
+                settings[name] = value
+            self._maps["settings"].update(0, settings)
 
     def born(self) -> set[int]:
         """Pointers of the VMs whose creation the probes saw."""
@@ -200,6 +242,11 @@ class Probes:
             int(t["tid"]): {"tgid": int(t["tgid"]), "comm": bytes(t["comm"]).split(b"\0")[0].decode(errors="replace")}
             for t in self._maps["threads"].items()[1]
         }
+
+
+def kind_mask(kinds: Iterable[str]) -> int:
+    """One bit for each kind, by its code."""
+    return sum(1 << BY_NAME[kind].code for kind in kinds)
 
 
 def _not_allowed(error: OSError) -> Problem:

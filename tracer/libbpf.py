@@ -102,6 +102,7 @@ def libbpf() -> ctypes.CDLL:
         "bpf_link_create": (integer, (integer, integer, integer, pointer)),
         "bpf_iter_create": (integer, (integer,)),
         "bpf_raw_tracepoint_open": (integer, (text, integer)),
+        "bpf_enable_stats": (integer, (integer,)),
         "libbpf_num_possible_cpus": (integer, ()),
     }
     for name, (result, arguments) in prototypes.items():
@@ -129,6 +130,14 @@ def program_info(fd: int) -> bytes:
     """A loaded program's struct bpf_prog_info, as far as this kernel fills it; empty where it does not tell."""
     raw, size = ctypes.create_string_buffer(_PROG_INFO_SIZE), ctypes.c_uint32(_PROG_INFO_SIZE)
     return b"" if libbpf().bpf_obj_get_info_by_fd(fd, raw, ctypes.byref(size)) else raw.raw
+
+
+def enable_statistics() -> int:
+    """A descriptor for as long as which the kernel measures how long programs run (5.8+). Raises OSError."""
+    fd = int(libbpf().bpf_enable_stats(0))  # BPF_STATS_RUN_TIME
+    if fd < 0:
+        raise _refused()
+    return fd
 
 
 class BpfMap:

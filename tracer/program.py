@@ -50,10 +50,19 @@ class Chosen:
     fields: Mapping[str, Field]
 
     @property
+    def kind(self) -> str:
+        """The kind of event that it tells of; empty of a hook."""
+        return self.probe.kind if isinstance(self.probe, Probe) else ""
+
+    @property
+    def only_tells(self) -> bool:
+        """Whether it does nothing but write a record: nothing that other probes write depends on it."""
+        return bool(self.kind) and not self.point.before and not self.point.after
+
+    @property
     def function(self) -> str:
         """Name of the C function."""
-        what = self.probe.kind if isinstance(self.probe, Probe) else "hook"
-        return f"on_{what}_{self.how}_" + re.sub(r"\W", "_", self.point.where)
+        return f"on_{self.kind or 'hook'}_{self.how}_" + re.sub(r"\W", "_", self.point.where)
 
 
 def _expand(expression: str, chosen: Chosen, arguments: int) -> str:

@@ -137,6 +137,7 @@ class Recorder:
     """Drains one loaded program's rings into one directory."""
 
     flush_seconds = FLUSH_SECONDS
+    idle_seconds = IDLE_SECONDS
 
     def __init__(self, options: Options, probes: Probes, ring_bytes: int, stop: Stop) -> None:
         self.options = options
@@ -225,7 +226,7 @@ class Recorder:
             prefer_this_thread()  # only now: the command must not inherit it
             while not (reason := self._ended(started)):
                 if not self._drain_once():
-                    time.sleep(IDLE_SECONDS)
+                    time.sleep(self.idle_seconds)
                 now = time.monotonic()
                 if now - flushed >= self.flush_seconds:
                     flushed = now

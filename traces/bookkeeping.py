@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 
 from traces.columns import kind_name
-from traces.identity import GAP
+from traces.identity import GAP, LEFT_OUT
 from traces.lives import Ints, dense
 from traces.record import Columns
 from traces.schema import BY_NAME, OWN_KINDS
@@ -28,6 +28,7 @@ class Books:
         self.events = 0
         self.gaps: list[dict[str, Any]] = []
         self.gap_count = 0
+        self.left_out: list[dict[str, Any]] = []
         self._counts = np.zeros((256, 1), np.int64)  # kind, CPU
         self._threads: dict[int, int] = {}
         self._vcpus: dict[tuple[int, int, int], None] = {}
@@ -46,8 +47,14 @@ class Books:
             if len(self.gaps) < MAX_GAPS:
                 lost, mask, since = (int(columns[name][row]) for name in ("w0", "w1", "w2"))
                 until = int(columns["time"][row])
-                kinds = [kind_name(code) for code in range(64) if mask >> code & 1]
+                kinds = _kinds_of(mask)
                 self.gaps.append({"cpu": int(cpu[row]), "lost": lost, "kinds": kinds, "since": since, "until": until})
+        for row in np.flatnonzero(kind == LEFT_OUT).tolist():
+            since, mask, level = (int(columns[name][row]) for name in ("w0", "w1", "w2"))
+            if self.left_out and self.left_out[-1]["until"] is None:
+                self.left_out[-1]["until"] = int(columns["time"][row])
+            if mask and len(self.left_out) < MAX_GAPS:
+                self.left_out.append({"kinds": _kinds_of(mask), "since": since, "until": None, "level": level})
 
     def _note_threads(self, columns: Columns, vm: Ints) -> None:
         tid, tgid, vcpu = columns["tid"], columns["tgid"], columns["vcpu"]
@@ -94,6 +101,10 @@ class Books:
             if sums[0] != sums[1] + sums[2]:
                 wrong.append(f"{printable(name)}: {sums[0]:,} emitted, but {sums[1]:,} stored and {sums[2]:,} lost")
         return table, wrong
+
+
+def _kinds_of(mask: int) -> list[str]:
+    return [kind_name(code) for code in range(64) if mask >> code & 1]
 
 
 def _cpu_counts(kind: Any, field: str) -> dict[str, int]:

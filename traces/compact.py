@@ -192,6 +192,7 @@ class _Compaction:
             "loss": loss,
             "gaps": self._books.gaps,
             "gap_count": self._books.gap_count,
+            **({"left_out": self._books.left_out} if self._books.left_out else {}),
             "row_groups": self._row_groups,
         }
         metadata |= self._policy()

@@ -24,6 +24,7 @@ from traces.record import Columns
 from traces.schema import BY_NAME, KINDS
 
 GAP: Final = BY_NAME["gap"].code
+LEFT_OUT: Final = BY_NAME["left_out"].code
 GET_PAGE: Final = BY_NAME["kvm_mmu_get_page"].code
 PREPARE_ZAP: Final = BY_NAME["kvm_mmu_prepare_zap_page"].code
 TABLE_FREE: Final = BY_NAME["table_free"].code

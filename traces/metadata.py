@@ -63,6 +63,7 @@ class Metadata:
     uncreated_roots: tuple[Mapping[str, Any], ...]
     loss: Mapping[str, Mapping[str, Mapping[str, int]]]
     row_groups: tuple[RowGroup, ...]
+    left_out: tuple[Mapping[str, Any], ...] = ()  # stretches of time in which some kinds were not recorded, on purpose
     seen_policy: str = ""  # another root policy than the recorder's: what rows of a trace of 1.0 show, or as given
     policy_by: str = BY_TYPES  # what decides which policy it is
 
@@ -78,6 +79,19 @@ class Metadata:
     def lost_of(self, kind: str) -> int:
         """Events of one kind that the rings refused."""
         return sum(self.loss[kind].get("lost", {}).values())
+
+    def left_out_of(self, kind: str) -> list[tuple[int, int]]:
+        """When events of this kind were not recorded, nor counted (boot ns)."""
+        end = self.span[1]
+        return [
+            (each["since"], end if each["until"] is None else each["until"])
+            for each in self.left_out
+            if kind in each["kinds"]
+        ]
+
+    def may_lack(self, kind: str) -> bool:
+        """Whether events of this kind happened, or may have, that are not in the rows, while others of it are."""
+        return bool(self.left_out_of(kind)) or (kind in self.loss and self.lost_of(kind) > 0)
 
     @property
     def missed(self) -> dict[str, int]:
@@ -165,6 +179,7 @@ def _view(raw: dict[str, Any], version: tuple[int, int]) -> Metadata:
         uncreated_roots=tuple(_expect(_expect(raw, "roots", _is_object), "uncreated", _is_roots)),
         loss=loss,
         row_groups=tuple(_row_group(group) for group in _expect(raw, "row_groups", lambda v: _is_list(v, dict))),
+        left_out=tuple(_expect(raw, "left_out", _is_left_out) if "left_out" in raw else ()),
     )
 
 
@@ -234,6 +249,16 @@ def _is_vms(value: Any) -> bool:
 
 def _is_gaps(value: Any) -> bool:
     return _is_list(value, dict) and all(_is_time(gap.get(key)) for gap in value for key in ("since", "until"))
+
+
+def _is_left_out(value: Any) -> bool:
+    return _is_list(value, dict) and all(
+        _is_time(each.get("since"))
+        and "until" in each
+        and (each["until"] is None or _is_time(each["until"]))
+        and _is_list(each.get("kinds"), str)
+        for each in value
+    )
 
 
 def _is_time(value: Any) -> bool:

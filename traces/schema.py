@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 FORMAT_MAJOR: Final = 1
-FORMAT_MINOR: Final = 2
+FORMAT_MINOR: Final = 3
 
 # Every row carries these; a kind adds the ones it names in the table below.
 COMMON_COLUMNS: Final = ("seq", "time", "vm", "vcpu", "cpu", "tid", "kind")
@@ -219,6 +219,7 @@ def _kinds() -> tuple[Kind, ...]:
             ("preempted",),
         ),
         Kind(62, "host_suspend", "between `addr` and `time` the host slept, `value` ns", ("addr", "value")),
+        Kind(63, "left_out", "from `addr` on kinds of `value` are not recorded; 0: all are", ("addr", "value", "code")),
     )
 
 
@@ -226,7 +227,7 @@ KINDS: Final = _kinds()
 BY_NAME: Final = {kind.name: kind for kind in KINDS}
 BY_CODE: Final = {kind.code: kind for kind in KINDS}
 # What the recorder itself writes, and no probe.
-OWN_KINDS: Final = ("gap", "host_suspend")
+OWN_KINDS: Final = ("gap", "host_suspend", "left_out")
 
 # The record as the probes write it: (field, numpy type). 80 bytes, naturally aligned, no padding.
 RECORD_FIELDS: Final = (

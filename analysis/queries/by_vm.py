@@ -80,12 +80,8 @@ def overview(recording: Recording, result: Result | None = None) -> pl.LazyFrame
         "smis": "kvm_smm_transition",
     }  # fmt: skip
     frame = frame.with_columns(
-        # and where some were lost, 0 is not known to be none
-        (
-            pl.when(pl.col(name) > 0).then(name)
-            if kind in meta.loss and meta.lost_of(kind)
-            else pl.col(name).fill_null(0)
-        )
+        # and where some may be lacking, 0 is not known to be none
+        (pl.when(pl.col(name) > 0).then(name) if meta.may_lack(kind) else pl.col(name).fill_null(0))
         if kind in recording.kinds
         else pl.lit(None, pl.Int64).alias(name)
         for name, kind in shown.items()

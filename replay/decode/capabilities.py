@@ -14,6 +14,7 @@ from traces.kernels import roles
 from traces.kernels.policies import POLICIES
 from traces.kernels.vendors import OFF, VENDORS, VMX
 from traces.reader import Trace
+from traces.text import count
 from traces.untrusted import count_at, object_at
 
 _NEEDED: Final = {
@@ -122,6 +123,14 @@ class Capabilities:
         lines = [*source_notes.notes(meta.raw), *(line for line in meta.discrepancies if line)]
         if meta.lost:
             lines.append(f"{meta.lost:,} events were lost in {meta.gap_count:,} gaps")
+        if meta.left_out:
+            since, until = meta.left_out[0]["since"], meta.left_out[-1]["until"]
+            kinds = sorted({kind for each in meta.left_out for kind in each["kinds"]})
+            ended = "the end" if until is None else f"{until / 1e9:.3f} s"
+            lines.append(
+                f"to cost less, the recorder left out {count(len(kinds), 'kind')} of event at times between "
+                f"{since / 1e9:.3f} s and {ended} of boot time: what happened then is not known"
+            )
         if not meta.complete and not lines:
             lines.append("the recording is not complete")
         if rows := count_at(object_at(meta.raw, "cut"), "rows_missing"):

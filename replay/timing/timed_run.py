@@ -136,6 +136,8 @@ def vm_time(
         marked.append(
             f"{meta.lost:,} events were lost in {meta.gap_count:,} gaps: their time counts as the state before them"
         )
+    if meta.left_out:
+        marked.append("kinds of event were left out at times: their time counts as the state before them")
     return VmTime(number, measured, settings.smis_open(measured), outcomes, stuck, "; ".join(marked))
 
 

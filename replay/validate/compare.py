@@ -34,6 +34,7 @@ _NEEDED: Final = {
     "paged": ("kvm_mmu_get_page", "kvm_mmu_prepare_zap_page"),
 }
 _ZAPS: Final = ("kvm_tdp_mmu_spte_changed", "kvm_mmu_prepare_zap_page", "zap_root_begin", "zap_root_end")
+_DESTRUCTION: Final = 10**9  # ns, as long as a recording waits for what RCU frees of a VM that is gone
 _STEP: Final = 1 << 14  # rows between two looks at the terminal
 
 
@@ -134,8 +135,7 @@ def validate(
     if lacking:
         why = unseen[lacking[0]] or "its probe did not attach"
         raise Problem(f"{path}: cannot be validated: {', '.join(lacking)} not recorded ({why})")
-    cut = _cut(meta)
-    vms = [_vm(trace, vm, None if follows else parameters, kernel, cut, since) for vm in meta.vms]
+    vms = [_vm(trace, vm, None if follows else parameters, kernel, since) for vm in meta.vms]
     blind = shadow_driver.blind(meta) if follows else [kind for kind in unseen if kind in RESPONSES]
     names = VmNames(meta)
     notes = [*_notes(blind, vms, names), *_misbooked(trace, vms)]
@@ -190,19 +190,15 @@ def machine_of(kernel: Kernel, parameters: PolicyParameters, modules: Any = None
 
 
 def _vm(
-    trace: Trace,
-    vm: Mapping[str, Any],
-    parameters: PolicyParameters | None,
-    kernel: Kernel,
-    cut: int | None,
-    since: int | None,
+    trace: Trace, vm: Mapping[str, Any], parameters: PolicyParameters | None, kernel: Kernel, since: int | None
 ) -> VmReport:
     """One VM, compared from `since` on. `parameters`: None where its roots follow its own page tables."""
     number = int(vm["id"])
     if vm["origin"] != "created":
         why = "it was running before the recording began: what it had mapped is not known"
         return VmReport(number, {}, None, 0, 0, 0, skipped=why)
-    rows = _UntilLoss(rows_of(trace, number), cut)
+    cut, why_cut = _cut(trace.metadata)
+    rows = _UntilCut(rows_of(trace, number), cut)
     check: ConformanceCheck | shadow_driver.Paged
     if parameters is None:
         check = shadow_driver.paged_of(trace, number, kernel)
@@ -210,13 +206,15 @@ def _vm(
         check = ConformanceCheck(machine_of(kernel, parameters, trace.metadata.raw.get("modules")))
     with Progress(f"validating VM {number}, rows") as progress:
         check.run(_counted(rows if since is None else _compared_from(since, rows, check.forget), progress))
-    if not rows.stopped:
-        check.finish()
-    ended = check.ended and not rows.stopped
-    left = check.left("table_free" in trace.metadata.kinds) if ended else 0
-    until = "events were lost; validated up to the first loss" if rows.stopped else ""
-    if not until and not ended:
+    left, until = 0, why_cut if rows.stopped else ""
+    if not until and not check.ended:  # what its threads are in the middle of goes on after the end
         until = "the VM was not destroyed in the recording; what it would leave is not known"
+    elif not until:
+        left = check.left("table_free" in trace.metadata.kinds)
+        if left and _being_destroyed(trace.metadata, number):
+            left, until = 0, "the dump was made as the VM was being destroyed; what it left is not known"
+        else:
+            check.finish()
     found = VmReport(number, check.tallies, check.first, left, 0, 0, until=until)
     if isinstance(check, shadow_driver.Paged):
         return replace(found, taken=check.taken)
@@ -237,8 +235,8 @@ def _compared_from(since: int, rows: Iterable[RowTuple], forget: Callable[[], No
         forget()
 
 
-class _UntilLoss:
-    """Rows up to the first loss: after it, a divergence may be the recorder's."""
+class _UntilCut:
+    """Rows up to where the first one may be lacking: after it, a divergence may be the recorder's."""
 
     def __init__(self, rows: Iterator[RowTuple], until: int | None) -> None:
         self._rows = rows
@@ -260,12 +258,22 @@ def _counted(rows: Iterable[RowTuple], progress: Progress) -> Iterator[RowTuple]
         yield row
 
 
-def _cut(meta: Metadata) -> int | None:
-    """When the first event was lost (boot ns); None if none was."""
-    times = [int(gap["since"]) for gap in meta.gaps]
-    if count_at(object_at(meta.raw, "cut"), "rows_missing") or (meta.lost and not times):
-        return 0
-    return min(times, default=None)
+def _cut(meta: Metadata) -> tuple[int | None, str]:
+    """From when on events may be lacking (boot ns; None: none are), and why nothing after it is validated."""
+    lost = [int(gap["since"]) for gap in meta.gaps]
+    if count_at(object_at(meta.raw, "cut"), "rows_missing") or (meta.lost and not lost):
+        lost = [0]
+    left_out = [int(each["since"]) for each in meta.left_out]
+    first = min([*lost, *left_out], default=None)
+    if lost and first in lost:
+        return first, "events were lost; validated up to the first loss"
+    return first, "the recorder left out kinds of event, to cost less; validated up to there"
+
+
+def _being_destroyed(meta: Metadata, vm: int) -> bool:
+    """Whether a dump ends within a second of a VM's last row: then more of its tables may still have been freed."""
+    ends = object_at(meta.raw, "flight").get("ends")
+    return isinstance(ends, int) and vm in meta.spans and ends - meta.spans[vm][1] < _DESTRUCTION
 
 
 def _unseen(meta: Metadata) -> dict[str, str]:

@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 
 from tests.flight.rows import KVM, Flight, entries, root, row, vm
-from tracer.flight.dumps import Dumps
 from tracer.flight.keeper import SECOND, Request
 from tracer.flight.quotas import Quota
-from traces.compact import compact
 from traces.errors import Problem
 from traces.reader import Trace
 from traces.schema import BY_NAME
@@ -30,24 +28,6 @@ def ask(flight: Flight, at: int, trigger: str = "manual", text: str = "") -> Req
 
 def times(path: Path) -> list[int]:
     return [time for batch in Trace.open(path).batches(["time"]) for time in batch.column("time").to_pylist()]
-
-
-@pytest.fixture(autouse=True)
-def _compacting_in_this_process(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """A process of its own takes a second of CPU to begin; one test is about that."""
-    if "own_process" in request.fixturenames:
-        return
-
-    def compacted(_: Dumps, directory: Path) -> Path:
-        compact(directory, directory.with_suffix(".parquet"))
-        return directory.with_suffix(".parquet")
-
-    monkeypatch.setattr(Dumps, "_compact", compacted)
-
-
-@pytest.fixture
-def own_process() -> None:
-    """Dumps are compacted as they are in a flight."""
 
 
 def test_a_dump_has_the_rows_up_to_its_end_and_those_after_are_in_the_next(tmp_path: Path) -> None:

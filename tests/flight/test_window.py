@@ -33,7 +33,7 @@ def test_whole_epochs_go_by_time() -> None:
         kept.push(entries(second * SECOND, 100))
         kept.begin(epoch(second * SECOND + SECOND // 2))
         kept.trim(second * SECOND + SECOND // 2)
-    epochs = kept.cut(NONE)
+    epochs = kept.cut(NONE, NONE)
     begins = [each.began for each in epochs]
     assert begins[0] <= 11.5 * SECOND - 5 * SECOND, "the last five seconds are all there"
     assert begins[1] > 11.5 * SECOND - 5 * SECOND, "and no epoch that is not needed for them"
@@ -50,14 +50,14 @@ def test_the_bound_in_bytes_holds_a_thousand_times_over(dump_waits: bool) -> Non
         kept.trim(number * SECOND)
         assert kept.held <= 16 << 20
         if number == wraps // 2 and dump_waits:
-            epochs = kept.cut(NONE)
+            epochs = kept.cut(NONE, NONE)
     if dump_waits:
         assert rows_of(epochs) > 20_000
         for each in epochs:
             for piece in each.pieces:
                 kept.give_back(piece)
         kept.push(entries(wraps * SECOND, 100_000))
-    assert rows_of(kept.cut(NONE)) > 20_000
+    assert rows_of(kept.cut(NONE, NONE)) > 20_000
 
 
 def test_an_epoch_too_large_alone_loses_its_first_rows_and_says_so() -> None:
@@ -65,7 +65,7 @@ def test_an_epoch_too_large_alone_loses_its_first_rows_and_says_so() -> None:
     for number in range(20):
         kept.push(entries(number * SECOND, 1 << 17))
         kept.trim(number * SECOND)
-    (only,) = kept.cut(NONE)
+    (only,) = kept.cut(NONE, NONE)
     assert kept.held <= 16 << 20
     assert 0 < only.pieces[0].first - only.dropped_until <= 1000
     assert kept.begins == only.dropped_until
@@ -76,8 +76,8 @@ def test_what_is_given_back_is_free() -> None:
     before = kept.held
     kept.push(entries(0, 1000))
     kept.begin(epoch(SECOND))
-    (one, _) = kept.cut(NONE)
-    (same, _) = kept.cut(NONE)
+    (one, _) = kept.cut(NONE, NONE)
+    (same, _) = kept.cut(NONE, NONE)
     kept.begin(epoch(3 * SECOND))
     kept.trim(10 * SECOND)
     assert kept.held > before, "two dumps have still to write it"
@@ -93,5 +93,5 @@ def test_counts_are_by_cpu_and_kind() -> None:
     counted = kept.pushed()
     assert counted[:, 20].tolist() == [7, 5]
     assert counted.sum() == 12
-    (only,) = kept.cut(NONE)
+    (only,) = kept.cut(NONE, NONE)
     assert (stored([piece.counts for piece in only.pieces], CPUS) == counted).all()

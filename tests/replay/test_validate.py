@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -162,6 +163,31 @@ def test_after_a_loss_nothing_is_claimed(monkeypatch: pytest.MonkeyPatch) -> Non
     assert report.expected < 2000
     assert any("up to the first loss" in note for note in report.notes)
     assert not render(report).startswith("100 %:")
+
+
+def test_after_kinds_were_left_out_nothing_is_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = list(rows_of(Trace.open(CORPUS / "smi-storm-6.1.parquet"), 1))
+    stretch = {"kinds": ["mmu_load"], "since": rows[2000].time, "until": rows[2010].time, "level": 1}
+    report = validate(altered(monkeypatch, left_out=(stretch,)))
+    assert report.holds
+    assert not report.complete
+    assert report.expected < 2000
+    assert any("the recorder left out kinds of event" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_a_recording_that_ends_at_any_moment_holds_up_to_there(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """As a dump of a flight does: what a thread is in the middle of shows the rest after the end."""
+    trace = Trace.open(CORPUS / f"{name}.parquet")
+    rows = [row for row in rows_of(trace, 1) if row.kind != "vm_destroy"]
+    random = Random(name)
+    places = sorted(random.sample(range(100, len(rows)), 12))
+    monkeypatch.setattr(Trace, "open", classmethod(lambda cls, path, *given: trace))
+    for at in places:
+        monkeypatch.setattr("replay.validate.compare.rows_of", lambda *_, at=at: iter(rows[:at]))
+        report = validate(trace.path)
+        assert report.holds, (at, render(report))
+        assert report.vms[0].until.startswith("the VM was not destroyed")
 
 
 def test_runs_of_probes_that_the_kernel_skipped_are_said_first(monkeypatch: pytest.MonkeyPatch) -> None:

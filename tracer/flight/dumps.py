@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -52,6 +53,10 @@ class Dumps:
     def know(self, automatic: list[Path]) -> None:
         """Automatic dumps of earlier runs, the oldest first."""
         self._automatic += automatic
+
+    def cpu_seconds(self) -> float:
+        """CPU time that writing dumps has taken so far, but for the processes that make traces of them."""
+        return time.clock_gettime(time.pthread_getcpuclockid(self._thread.ident or 0)) if self._thread.is_alive() else 0
 
     def add(self, dump: Dump) -> None:
         self._queue.put(dump)

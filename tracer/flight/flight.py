@@ -6,8 +6,10 @@ import contextlib
 import json
 import os
 import signal
+import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -17,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from tracer import host
-from tracer.bpf import Probes
+from tracer.bpf import Probes, kind_mask
 from tracer.flight.control import Control
 from tracer.flight.dumps import TRACE
+from tracer.flight.governor import GovernorThread, Level, LevelChange, levels
 from tracer.flight.keeper import Bounds, FlightThread, Request
 from tracer.flight.quotas import AUTOMATIC, MANUAL, Account, Made
 from tracer.flight.state import Checkpoint, Checkpoints
@@ -30,9 +33,11 @@ from tracer.ring import default_ring_bytes, ring_count
 from tracer.writer import OrderedThread
 from traces import interrupts
 from traces.errors import ENVIRONMENT, Problem
+from traces.identity import LEFT_OUT
 from traces.progress import Progress
+from traces.record import RECORD
 
-_TICK_SECONDS = 0.02
+_TICK_SECONDS = 0.05
 _TIDY = 60 * 10**9  # ns between two looks at the probes' tables
 _CROWDED = 1 << 14  # threads in the probes' table, of which the dead ones then go
 _MOST_EARLIER = 1000  # dumps of earlier runs that are looked at
@@ -46,6 +51,11 @@ class FlightOptions:
     bounds: Bounds
     triggers: tuple[str, ...] = ()
     group: str = ""
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """What may be recorded, so that it costs no more than it may."""
+        return levels(self.record.preset, self.record.kinds) if self.bounds.overhead else ()
 
 
 @dataclass(frozen=True)
@@ -61,27 +71,74 @@ class FlightOutcome:
     status: int | None
     cpu_seconds: float
     seconds: float
+    level_seconds: dict[str, float]  # that each level was recorded for, where more than one may be
 
 
 class FlightRecorder(Recorder):
     """Drains the rings into a window in memory."""
 
     flush_seconds = _TICK_SECONDS
+    idle_seconds = _TICK_SECONDS  # in which 4 million events a second fill half of a ring
 
     def __init__(self, options: FlightOptions, probes: Probes, ring_bytes: int, stop: Stop) -> None:
         self._bounds = options.bounds
         self._triggers = FlightTriggers(options.triggers, options.record.kinds)
         self._looking = threading.Lock()  # a checkpoint and a dump may look at the host at once
         self._tidied = 0
+        self._levels = options.levels
+        self._governor: GovernorThread | None = None
+        self._changes: deque[LevelChange] = deque()
         super().__init__(options.record, probes, ring_bytes, stop)
         self.checkpoints = Checkpoints(self._checkpoint, self.flight.offer)
         self.flight.want_checkpoint = self.checkpoints.want
+        self.flight.levels = tuple(level.name for level in self._levels)
 
     def _open(self, manifest: dict[str, Any]) -> OrderedThread:
         first = self._state(host.clock_sample()["boot"], self.snapshot["vms"])
         progress = self._whole_progress
         self.flight = FlightThread(self.options.out, self._bounds, first, manifest, progress, self._triggers)
         return self.flight
+
+    def _meet_latecomers(self) -> None:
+        super()._meet_latecomers()
+        if not self._levels:
+            return
+        try:  # not before: attaching takes CPU time, too
+            self._governor = GovernorThread(
+                self.probes, self._levels, self._bounds.overhead, self._own_cpu, self._changed
+            )
+        except OSError as error:
+            why = f"--max-overhead: this kernel does not measure BPF programs (5.8+): {error.strerror}"
+            raise Problem(why, ENVIRONMENT) from None
+
+    @property
+    def level_seconds(self) -> dict[str, float]:
+        """How long each level was recorded for, where there is a bound."""
+        return self._governor.seconds if self._governor else {}
+
+    def _own_cpu(self) -> float:
+        return time.process_time() - self.flight.dumps.cpu_seconds()
+
+    def _changed(self, change: LevelChange) -> None:
+        """On the governor's thread."""
+        self._changes.append(change)
+        if not change.left_out:
+            print("kvmtrace: everything is recorded again", file=sys.stderr)
+            return
+        blind = self._triggers.needing(change.left_out)
+        print(
+            f"kvmtrace: recording used {change.share:.1%} of this host's CPUs, of {self._bounds.overhead:.2%} that it "
+            f"may: now at the level {change.name}" + (f"; not watched: {', '.join(blind)}" if blind else ""),
+            file=sys.stderr,
+        )
+
+    def _drain_once(self) -> bool:
+        while self._changes:
+            change, record = self._changes.popleft(), np.zeros(1, RECORD)
+            record["time"], record["kind"], record["vcpu"] = host.clock_sample()["boot"], LEFT_OUT, -1
+            record["w0"], record["w1"], record["w2"] = change.since, kind_mask(change.left_out), change.level
+            self.writer.write([record], self.rings.complete_at)
+        return super()._drain_once()
 
     def _checkpoint(self) -> Checkpoint:
         with self._looking:
@@ -111,9 +168,13 @@ class FlightRecorder(Recorder):
         self.flight.tick()
 
     def _full(self) -> str:
+        if self._governor is not None and self._governor.error:
+            return f"what it costs could not be measured: {self._governor.error}"
         return f"the state could not be taken: {self.checkpoints.error}" if self.checkpoints.error else ""
 
     def _close(self) -> None:
+        if self._governor is not None:
+            self._governor.close()
         self.checkpoints.close()
         self.flight.close()
 
@@ -190,6 +251,7 @@ def fly(options: FlightOptions) -> FlightOutcome:
         status=status,
         cpu_seconds=time.process_time() - cpu,
         seconds=time.monotonic() - started,
+        level_seconds=flight.level_seconds,
     )
 
 

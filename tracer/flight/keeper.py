@@ -29,7 +29,9 @@ from tracer.program import COUNTERS, KIND_SLOTS
 from tracer.recorder import open_gaps
 from tracer.writer import OrderedThread
 from traces.errors import ENVIRONMENT, Problem
+from traces.identity import LEFT_OUT
 from traces.record import RECORD
+from traces.schema import KINDS
 
 SECOND = 10**9
 EPOCHS = 8  # of which a window consists, at least
@@ -74,6 +76,7 @@ class Bounds:
     after: int
     memory: int
     disk: int
+    overhead: float = 0  # the most of the host's CPUs that recording may use, 0 to 1; 0: whatever it takes
 
 
 class FlightThread(OrderedThread):
@@ -95,6 +98,7 @@ class FlightThread(OrderedThread):
         self.window = FlightWindow(epoch, self._cpus, bounds.nanoseconds, bounds.memory)
         self.accounts: dict[str, Account] = {}
         self.dumps = Dumps(directory, self.window, bounds.disk, self._kept)
+        self.levels: tuple[str, ...] = ()  # to which recording may fall back, if it may
         self.want_checkpoint: Callable[[], None] = lambda: None
         self._telling: list[Rows] = []  # rows that change the state, since a checkpoint was wanted
         self._offered: Checkpoint | None = None
@@ -104,6 +108,7 @@ class FlightThread(OrderedThread):
         self._asked: deque[Request] = deque()
         self._pending: list[_Pending] = []
         self._pushed_until = first.ended
+        self._left_out: list[Rows] = []  # rows that say so: those of the window, and the last one before it
         super().__init__("flight", QUEUE_BYTES)
 
     # From other threads
@@ -169,7 +174,14 @@ class FlightThread(OrderedThread):
         if len(records):
             self._pushed_until = max(self._pushed_until, int(records["time"][-1]))
             self.window.push(records)
-            self._hear(self._triggers.see(records))
+            at = 0
+            for change in np.flatnonzero(records["kind"] == LEFT_OUT).tolist():
+                self._hear(self._triggers.see(records[at:change]))
+                self._left_out.append(records[change : change + 1].copy())
+                self._triggers.leave_out(_kinds_of(self._left_out[-1]))
+                self._left_out_of(self.window.begins)  # older ones go
+                at = change
+            self._hear(self._triggers.see(records[at:]))
 
     def _hear(self, alarms: list[Alarm]) -> None:
         for alarm in alarms:
@@ -245,10 +257,12 @@ class FlightThread(OrderedThread):
         request = pending.requests[0]
         progress = self._progress()
         counters = progress.pop("counters")
-        epochs = self.window.cut(open_gaps(counters))
+        before, always = self._left_out_of(self.window.begins)
+        epochs = self.window.cut(before, open_gaps(counters))
         first = epochs[0]
         manifest = self._manifest | progress
         manifest |= {
+            "probes": [_not_in(probe, always) for probe in manifest.get("probes", ())],
             "snapshot": {"vms": first.vms},
             "clock": {"name": "boottime", "samples": [first.checkpoint.clock, *manifest["clock"]["samples"][-1:]]},
             "stats": {"start": first.checkpoint.stats["end"], "end": manifest["stats"]["end"]},
@@ -267,12 +281,25 @@ class FlightThread(OrderedThread):
                 "begins": max(first.began, first.dropped_until),
                 "ends": self._pushed_until,
                 "refused": pending.refused,
+                **({"levels": list(self.levels), "max_overhead": self.bounds.overhead} if self.bounds.overhead else {}),
             },
         }
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
         dump = Dump(self.dumps.name(f"{stamp}-{request.trigger}"), epochs, manifest, automatic=not request.manual)
         dump.done.add_done_callback(partial(self._made, pending))
         self.dumps.add(dump)
+
+    def _left_out_of(self, begins: int) -> tuple[Rows, frozenset[str]]:
+        """What was left out as the window begins, as a row (none: nothing was), and what is in all of it."""
+        known = self._left_out
+        while len(known) > 1 and known[1]["time"][0] <= begins:
+            known.pop(0)
+        before = known[0].copy() if known and known[0]["time"][0] <= begins else np.empty(0, RECORD)
+        if not len(before):
+            return before, frozenset()
+        before["time"] = begins
+        always = frozenset.intersection(*map(_kinds_of, known))
+        return before if before["w1"][0] else before[:0], always
 
     def _books(self, epochs: list[Epoch], counters: Rows) -> Rows:
         """The window's counts as the probes' counters have them: stored, lost since, and what never came."""
@@ -299,6 +326,19 @@ class FlightThread(OrderedThread):
 
     def _kept(self) -> set[Path]:
         return {path for account in list(self.accounts.values()) for path in account.keeps()}
+
+
+def _kinds_of(left_out: Rows) -> frozenset[str]:
+    """The kinds of event that a `left_out` row says are not recorded from then on."""
+    mask = int(left_out["w1"][0])
+    return frozenset(kind.name for kind in KINDS if mask >> kind.code & 1)
+
+
+def _not_in(probe: dict[str, str], left_out: frozenset[str]) -> dict[str, str]:
+    """A probe's entry in the metadata of a dump that has none of these kinds."""
+    if probe["kind"] not in left_out or probe["how"] == "none":
+        return probe
+    return {**probe, "how": "none", "why": "left out all the time, so that recording cost less"}
 
 
 def _merged(*several: dict[str, str]) -> dict[str, str]:

@@ -90,18 +90,32 @@ class FlightTriggers:
     def __init__(self, expressions: Iterable[str], kinds: frozenset[str]) -> None:
         """Raises Problem where one cannot be understood, or where it needs `kinds` that are not recorded."""
         self.expressions = tuple(expressions)
-        self._detectors = [_detector(expression, kinds) for expression in self.expressions]
+        self._made = [_trigger(expression, kinds) for expression in self.expressions]
+        self._detectors: list[Detector | None] = [make() for _, make in self._made]
+
+    def needing(self, kinds: frozenset[str]) -> list[str]:
+        """The expressions that cannot be watched without these kinds of rows."""
+        made = zip(self.expressions, self._made, strict=True)
+        return [expression for expression, (trigger, _) in made if not kinds.isdisjoint(trigger.kinds)]
+
+    def leave_out(self, kinds: frozenset[str]) -> None:
+        """These kinds of rows do not come from now on: what needs them is not watched until they do."""
+        for at, (trigger, make) in enumerate(self._made):
+            if not kinds.isdisjoint(trigger.kinds):
+                self._detectors[at] = None
+            elif self._detectors[at] is None:
+                self._detectors[at] = make()  # anew: what was before says nothing
 
     def see(self, rows: Rows) -> list[Alarm]:
         """Take rows, in the order of time; what began by them."""
-        return [alarm for detector in self._detectors for alarm in detector.see(rows)]
+        return [alarm for detector in self._detectors if detector for alarm in detector.see(rows)]
 
     def now(self, at: int) -> list[Alarm]:
         """Nothing more comes from before `at` (boot ns); what began by that."""
-        return [alarm for detector in self._detectors for alarm in detector.now(at)]
+        return [alarm for detector in self._detectors if detector for alarm in detector.now(at)]
 
 
-def _detector(expression: str, kinds: frozenset[str]) -> Detector:
+def _trigger(expression: str, kinds: frozenset[str]) -> tuple[TriggerKind, Callable[[], Detector]]:
     match = _EXPRESSION.fullmatch(expression.strip())
     trigger = _BY_NAME.get(match[1]) if match else None
     if match is None or trigger is None:
@@ -119,7 +133,7 @@ def _detector(expression: str, kinds: frozenset[str]) -> Detector:
     if lasting is None or lasting < LEAST:
         raise Problem(f"--trigger {expression}: {match[5]} is not a time of 10 ms or more")
     number = float(span_ns(match[3] + match[4]) or 0) if units[0] == "time" else float(match[3])
-    return trigger.make(number, lasting)
+    return trigger, partial(trigger.make, number, lasting)
 
 
 _EXAMPLES: Final = tuple(each.example for each in TRIGGERS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,15 +18,16 @@ from traces.errors import VERDICT_FAILED, Problem
 from traces.wall_clock import span_ns
 
 _LEAST_MEMORY = 16 << 20
+_MOST_PERCENT = 100
 
 
 def fly_and_tell(
-    options: Options, out: Path | None, kept: tuple[str, str, int, int], triggers: tuple[str, ...], group: str, *,
-    strict: bool, as_json: bool,
+    options: Options, out: Path | None, kept: tuple[str, str, int, int], overhead: str, triggers: tuple[str, ...],
+    group: str, *, strict: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Fly, tell what came of it, and leave with 1 where events are missing, or lost though `strict`.
 
-    `kept` are --flight and --after as given, and bytes of --memory and --disk.
+    `kept` are --flight and --after as given, and bytes of --memory and --disk; `overhead` is --max-overhead.
     """
     flight, after, memory, disk = kept
     if out is None:
@@ -34,18 +36,29 @@ def fly_and_tell(
         raise Problem("--flight: goes on until it is ended; --max-events and --max-size are for recordings")
     if memory < _LEAST_MEMORY:
         raise Problem("--memory: a flight needs 16M at least")
-    bounds = Bounds(_span(flight, "--flight", 1), _span(after, "--after", 0), memory, disk)
+    bounds = Bounds(_span(flight, "--flight", 1), _span(after, "--after", 0), memory, disk, _share(overhead))
     outcome = fly(FlightOptions(replace(options, out=out.absolute()), bounds, triggers, group))
     if as_json:
         print_json({
             "directory": str(out), "dumps": [str(path) for path in outcome.dumps], "refused": outcome.refused,
             "events": outcome.events, "lost": outcome.lost, "missing": outcome.missing, "stopped": outcome.stopped,
-            "seconds": outcome.seconds, "recorder_cpu_seconds": outcome.cpu_seconds, "command_status": outcome.status,
+            "seconds": outcome.seconds, "level_seconds": outcome.level_seconds,
+            "recorder_cpu_seconds": outcome.cpu_seconds, "command_status": outcome.status,
         })  # fmt: skip
     else:
         _tell(outcome, out)
     if outcome.missing or outcome.status or (strict and outcome.lost):
         raise typer.Exit(VERDICT_FAILED)
+
+
+def _share(text: str) -> float:
+    """--max-overhead as a share of all CPUs, 0 where there is no bound."""
+    if not text:
+        return 0
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)%", text.strip())
+    if match is None or not 0 < float(match[1]) <= _MOST_PERCENT:
+        raise Problem(f"--max-overhead {text}: not a share of the host's CPUs; write it like 1% or 0.5%")
+    return float(match[1]) / 100
 
 
 def _span(text: str, option: str, least: int) -> int:
@@ -61,6 +74,9 @@ def _tell(outcome: FlightOutcome, out: Path) -> None:
         f"{out}: {many}; {outcome.events:,} events seen, {outcome.lost:,} lost; {outcome.stopped}; recorder used "
         f"{outcome.cpu_seconds:.1f} s CPU in {outcome.seconds:.1f} s"
     ]
+    if sum(seconds > 0 for seconds in outcome.level_seconds.values()) > 1:
+        spent = ", ".join(f"{name} for {seconds:.0f} s" for name, seconds in outcome.level_seconds.items() if seconds)
+        lines.append(f"kvmtrace: so that it cost no more than it may, recorded were {spent}")
     for trigger, refused in outcome.refused.items():
         lines.append(f"kvmtrace: {trigger}: {refused['count']:,} more events made no dump: its quota was used up")
     if outcome.missing:

@@ -118,19 +118,24 @@ class FlightWindow:
             epochs[0].dropped_until = piece.last
             self._drop(piece)
 
-    def cut(self, more: Rows) -> list[Epoch]:
-        """Everything held, for a dump, and `more` rows after it: who takes it gives back every piece."""
+    def cut(self, before: Rows, after: Rows) -> list[Epoch]:
+        """Everything held, for a dump, with rows before and after it: who takes it gives back every piece."""
         self._seal()
         epochs = [replace(each, pieces=list(each.pieces)) for each in self._epochs]
-        if len(more):
-            extra = self._encode(more)
-            extra.dropped = True
-            epochs[-1].pieces.append(extra)
+        epochs[0].pieces[:0] = self._extra(before)
+        epochs[-1].pieces += self._extra(after)
         with self._lock:
             for epoch in epochs:
                 for piece in epoch.pieces:
                     piece.wanted += 1
         return epochs
+
+    def _extra(self, records: Rows) -> list[Piece]:
+        """A piece of rows that the window does not keep."""
+        made = [self._encode(records)] if len(records) else []
+        for piece in made:
+            piece.dropped = True
+        return made
 
     def give_back(self, piece: Piece) -> None:
         """A dump has written this piece."""

@@ -1,0 +1,167 @@
+"""What a flight may cost: where it costs more it goes on with fewer kinds of event, and comes back by and by.
+
+Measured are the time that the kernel's own statistics say the BPF programs run for, and the CPU time of this process;
+that of writing dumps is left out, for it is then that everything is wanted. What it takes to get from a tracepoint to
+its program is in neither.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from tracer import libbpf
+from tracer.probes import IOCTL_KINDS, PRESETS, preset_kinds
+from tracer.writer import prefer_this_thread
+
+LOWEST: Final = "counters"
+# Of these there is always a row: which VM an address is, and what memory it has, is known again afterwards.
+_ALWAYS: Final = frozenset({*IOCTL_KINDS, "vm_destroy"})
+_TICK: Final = 1.0  # seconds over which is measured
+_AVERAGED: Final = 5  # seconds, in some of which the VMs are looked at anew
+_STORM: Final = 4  # times what it may cost: one second of that is enough
+_FIRST_HOLD, _MOST_HOLD = 10.0, 640.0  # seconds at a level before more is tried; twice as long each time it fails
+
+
+@dataclass(frozen=True)
+class Level:
+    """What is recorded at one step, and how users call it."""
+
+    name: str
+    kinds: frozenset[str]
+
+
+def levels(preset: str, kinds: frozenset[str]) -> tuple[Level, ...]:
+    """From everything that was asked for down to the least."""
+    found = [Level(preset, kinds)]
+    for name in reversed(PRESETS):
+        fewer = (kinds & preset_kinds(name)) | (kinds & _ALWAYS)
+        if fewer < found[-1].kinds:
+            found.append(Level(name, fewer))
+    least = kinds & _ALWAYS
+    return (*found, Level(LOWEST, least)) if least < found[-1].kinds else tuple(found)
+
+
+class Governor:
+    """Decides at which level to record: one step down when it costs too much, one up after a while in which it did not.
+
+    A step up that fails soon makes it wait twice as long before the next. What it costs is that of the last seconds at
+    the level: one busy second among several is none too much, a storm is at once.
+    """
+
+    def __init__(self, steps: int, most: float) -> None:
+        """`steps` is how many levels there are, `most` the share of the host's CPUs that may be used."""
+        self.level = 0
+        self._last, self._most = steps - 1, most
+        self._since: float | None = None
+        self._shares: deque[float] = deque(maxlen=_AVERAGED)
+        self._hold = _FIRST_HOLD
+        self._tried = False  # whether the present level is one that was gone up to
+        self.share = 0.0  # of all CPUs, by which was judged last
+
+    def judge(self, now: float, share: float) -> int:
+        """The level to record at after a second, up to `now` (s), in which so large a share was used."""
+        self._since = now - _TICK if self._since is None else self._since
+        self._shares.append(share)
+        self.share = sum(self._shares) / len(self._shares)
+        stayed = now - self._since
+        if self.share > self._most:
+            certain = len(self._shares) == _AVERAGED or share > _STORM * self._most
+            if self.level < self._last and certain:
+                failed = self._tried and stayed < self._hold
+                self._hold = min(2 * self._hold, _MOST_HOLD) if failed else self._hold
+                self._go(now, self.level + 1, tried=False)
+        elif stayed >= self._hold:
+            if self._tried:
+                self._hold = _FIRST_HOLD
+            if self.level:
+                self._go(now, self.level - 1, tried=True)
+        return self.level
+
+    def _go(self, now: float, level: int, *, tried: bool) -> None:
+        self.level, self._since, self._tried = level, now, tried
+        self._shares.clear()
+
+
+class GovernedProbes(Protocol):
+    """What the governor needs of the loaded probes."""
+
+    def run_time(self) -> int: ...
+
+    def observe(self, kinds: frozenset[str]) -> frozenset[str]: ...
+
+
+@dataclass(frozen=True)
+class LevelChange:
+    """From `since` (boot ns) on kinds are left out, or none; `share` is what was used before, of all CPUs."""
+
+    since: int
+    level: int
+    name: str
+    left_out: frozenset[str]
+    share: float
+
+
+class GovernorThread:
+    """Measures once a second while it is there, and has the probes changed."""
+
+    def __init__(
+        self, probes: GovernedProbes, steps: tuple[Level, ...], most: float, own_cpu: Callable[[], float],
+        tell: Callable[[LevelChange], None],
+    ) -> None:  # fmt: skip
+        """`own_cpu` gives the recorder's CPU time so far (s); `tell` is told of each change once it has happened.
+
+        Raises OSError where this kernel does not measure programs.
+        """
+        self._probes, self._levels, self._own_cpu, self._tell = probes, steps, own_cpu, tell
+        self._governor = Governor(len(steps), most)
+        self._cpus = os.cpu_count() or 1
+        self._statistics = libbpf.enable_statistics()
+        self._ended = threading.Event()
+        self.seconds = dict.fromkeys((level.name for level in steps), 0.0)  # at each level
+        self.error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="governor", daemon=True)
+        self._thread.start()
+
+    @property
+    def level(self) -> Level:
+        """What is recorded now."""
+        return self._levels[self._governor.level]
+
+    def close(self) -> None:
+        self._ended.set()
+        self._thread.join()
+        os.close(self._statistics)
+
+    def _run(self) -> None:
+        prefer_this_thread()  # a host that is busy is when it is needed
+        try:
+            before = self._used()
+            while not self._ended.wait(_TICK):
+                now = self._used()
+                seconds, used = (b - a for a, b in zip(before, now, strict=True))
+                share = used / (seconds * self._cpus)
+                self.seconds[self.level.name] += seconds
+                level = self._governor.level
+                if self._governor.judge(now[0], share) != level:
+                    self._change()
+                    now = self._used()  # what the change itself took is not what the level costs
+                before = now
+        except Exception as error:  # the recorder's loop sees it and ends the recording
+            self.error = error
+
+    def _used(self) -> tuple[float, float]:
+        """(Now, CPU time used until now), s."""
+        return time.monotonic(), self._probes.run_time() / 1e9 + self._own_cpu()
+
+    def _change(self) -> None:
+        since = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        level = self.level
+        observed = self._probes.observe(level.kinds)
+        left_out = self._levels[0].kinds - observed
+        self._tell(LevelChange(since, self._governor.level, level.name, left_out, self._governor.share))
