@@ -37,18 +37,22 @@ class Order:
     def worthwhile(self) -> bool:
         return self._rows >= ENOUGH
 
-    def release(self, everything: bool = False) -> Records | None:
-        """The records that can be given out, by time; None where there are none."""
-        if not self._held:
-            return None
-        records = self._held[0] if len(self._held) == 1 else np.concatenate(self._held)
-        times = np.ascontiguousarray(records["time"])
-        if np.any(times[1:] < times[:-1]):
-            order = np.argsort(times, kind="stable")
-            records, times = records.take(order), times.take(order)
-        ready = len(records)
-        if not everything:
-            ready = int(np.searchsorted(times, np.uint64(self.given_until), side="right"))
-        self._held = [records[ready:]] if ready < len(records) else []
-        self._rows = len(records) - ready
-        return records[:ready] if ready else None
+    def release(self, everything: bool = False) -> list[Records]:
+        """The records that can be given out, by time, in parts of which none is empty.
+
+        Parts are put together only where they belong among each other: copying is most of what ordering costs.
+        """
+        parts, times = self._held, [np.ascontiguousarray(part["time"]) for part in self._held]
+        joined = np.concatenate(times) if times else np.empty(0, np.uint64)
+        if np.any(joined[1:] < joined[:-1]):
+            order = np.argsort(joined, kind="stable")
+            parts, times = [np.concatenate(parts).take(order)], [joined.take(order)]
+        self._held, given = [], []
+        for part, stamps in zip(parts, times, strict=True):
+            ready = len(part)
+            if not everything:
+                ready = int(np.searchsorted(stamps, np.uint64(self.given_until), side="right"))
+            given += [part[:ready]] if ready else []
+            self._held += [part[ready:]] if ready < len(part) else []
+        self._rows = sum(len(part) for part in self._held)
+        return given

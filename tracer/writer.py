@@ -21,8 +21,9 @@ import numpy as np
 
 from tracer.order import Order
 from tracer.ring import Records
+from traces.record_buffer import BATCH_ROWS
 from traces.schema import BY_NAME
-from traces.segment_writer import BATCH_ROWS, SegmentWriter
+from traces.segment_writer import SegmentWriter
 
 QUEUE_BYTES = 1 << 30
 QUEUE_SHARE = 4  # never more than this part of the memory that is free as the recording begins
@@ -99,11 +100,11 @@ class OrderedThread:
             self.error = error
 
     def _give(self, everything: bool = False) -> None:
-        if (records := self._order.release(everything)) is not None:
-            self._store(records)
+        if parts := self._order.release(everything):
+            self._store(parts)
 
-    def _store(self, records: Records) -> None:
-        """Take records, in the order of time."""
+    def _store(self, parts: Sequence[Records]) -> None:
+        """Take records, in the order of time; no part is empty."""
         raise NotImplementedError
 
 
@@ -146,12 +147,13 @@ class SegmentThread(OrderedThread):
         self._end()
         self._segments.close(manifest())
 
-    def _store(self, records: Records) -> None:
-        if self._max_events is None and self._max_bytes is None:
-            self._segments.write(records)
-            return
-        for first in range(0, len(records), BATCH_ROWS):
-            self._store_within_limits(records[first : first + BATCH_ROWS])
+    def _store(self, parts: Sequence[Records]) -> None:
+        for records in parts:
+            if self._max_events is None and self._max_bytes is None:
+                self._segments.write(records)
+                continue
+            for first in range(0, len(records), BATCH_ROWS):
+                self._store_within_limits(records[first : first + BATCH_ROWS])
 
     def _store_within_limits(self, records: Records) -> None:
         events = records["kind"] != _GAP

@@ -14,3 +14,8 @@ assert RECORD.itemsize == RECORD_SIZE, "RECORD_FIELDS must be naturally aligned 
 
 # One array per record field, all of one length.
 Columns = dict[str, NDArray[Any]]
+
+
+def columns_of(records: NDArray[np.void]) -> Columns:
+    """A few records as columns; for many, record_buffer.py is sparing with memory."""
+    return {name: np.ascontiguousarray(records[name]) for name in RECORD.names or ()}

@@ -9,9 +9,8 @@ from typing import Final
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
-from traces.record import RECORD, Columns
+from traces.record import RECORD, Columns, columns_of
 from traces.schema import RECORD_FIELDS
 
 RECORD_SCHEMA: Final = pa.schema(
@@ -26,9 +25,9 @@ def seal_crc(message: bytes | memoryview, first: int, rows: int) -> int:
     return zlib.crc32(f"{first} {rows}".encode(), zlib.crc32(message))
 
 
-def to_batch(records: NDArray[np.void]) -> pa.RecordBatch:
-    """The records (dtype RECORD, one dimension) as one Arrow record batch of RECORD_SCHEMA; copies."""
-    arrays = [pa.array(np.ascontiguousarray(records[name])) for name, _ in RECORD_FIELDS]
+def to_batch(columns: Columns) -> pa.RecordBatch:
+    """The columns as one Arrow record batch of RECORD_SCHEMA, without copying."""
+    arrays = [pa.array(columns[name]) for name, _ in RECORD_FIELDS]
     return pa.RecordBatch.from_arrays(arrays, schema=RECORD_SCHEMA)
 
 
@@ -37,7 +36,7 @@ def to_columns(batch: pa.RecordBatch) -> Columns:
     return {name: batch.column(index).to_numpy(zero_copy_only=True) for index, (name, _) in enumerate(RECORD_FIELDS)}
 
 
-_EMPTY: Final = to_batch(np.empty(0, RECORD))
+_EMPTY: Final = to_batch(columns_of(np.empty(0, RECORD)))
 
 
 class BatchEncoder:
@@ -53,9 +52,9 @@ class BatchEncoder:
         self._stream.write_batch(_EMPTY)
         self._taken()  # the stream's own head
 
-    def batch(self, records: NDArray[np.void]) -> bytes:
-        """The message of some records (dtype RECORD)."""
-        self._stream.write_batch(to_batch(records))
+    def batch(self, columns: Columns) -> bytes:
+        """The message of some records, given as columns by field."""
+        self._stream.write_batch(to_batch(columns))
         return self._taken()
 
     def seal(self, message: bytes, first: int, rows: int) -> bytes:

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from traces import durable
 from traces.errors import Problem
-from traces.record import RECORD
+from traces.record import Columns
+from traces.record_buffer import RecordBuffer
 
 if TYPE_CHECKING:
     from traces.sealed_stream import BatchEncoder
 
 MANIFEST: Final = "manifest.json"
-BATCH_ROWS: Final = 1 << 16
 SEGMENT_ROWS: Final = 1 << 21
 
 
@@ -45,8 +45,7 @@ class SegmentWriter:
         self._segment_rows = 0
         self._fd = -1
         self._encoder: BatchEncoder | None = None
-        self._buffer = np.empty(BATCH_ROWS, RECORD)
-        self._filled = 0
+        self._buffer = RecordBuffer()
         self._failure: Problem | None = None
         try:
             directory.mkdir()
@@ -70,17 +69,8 @@ class SegmentWriter:
     def write(self, records: NDArray[np.void]) -> None:
         """Take records (dtype RECORD; copied, the caller may reuse the memory)."""
         self.rows += len(records)
-        while len(records):
-            if not self._filled and len(records) >= BATCH_ROWS:
-                self._write_batch(records[:BATCH_ROWS])
-                records = records[BATCH_ROWS:]
-                continue
-            taken = min(len(records), BATCH_ROWS - self._filled)
-            self._buffer[self._filled : self._filled + taken] = records[:taken]
-            self._filled += taken
-            records = records[taken:]
-            if self._filled == BATCH_ROWS:
-                self._write_buffer()
+        for columns in self._buffer.add(records):
+            self._write_batch(columns)
 
     def flush(self) -> None:
         """Make every row taken so far durable; call it about once a second."""
@@ -102,9 +92,8 @@ class SegmentWriter:
         self.update_manifest({**changes, "closed": {"rows": self._sealed}})
 
     def _write_buffer(self) -> None:
-        filled, self._filled = self._filled, 0
-        if filled:
-            self._write_batch(self._buffer[:filled])
+        for columns in self._buffer.rest():
+            self._write_batch(columns)
 
     def write_encoded(self, message: bytes, rows: int) -> None:
         """Take what a BatchEncoder made of so many records; after those given to `write` before."""
@@ -112,8 +101,8 @@ class SegmentWriter:
         self.rows += rows
         self._write_message(message, rows)
 
-    def _write_batch(self, records: NDArray[np.void]) -> None:
-        self._write_message(self._encoding().batch(records), len(records))
+    def _write_batch(self, columns: Columns) -> None:
+        self._write_message(self._encoding().batch(columns), len(columns["time"]))
 
     def _write_message(self, message: bytes, rows: int) -> None:
         if self._failure is not None:

@@ -17,8 +17,8 @@ from tracer.writer import SegmentThread
 from traces.compact import compact
 from traces.reader import Trace
 from traces.record import RECORD
+from traces.record_buffer import BATCH_ROWS
 from traces.schema import BY_NAME
-from traces.segment_writer import BATCH_ROWS
 
 ENTRY, GAP = BY_NAME["kvm_entry"].code, BY_NAME["gap"].code
 

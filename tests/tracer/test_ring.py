@@ -120,9 +120,10 @@ def test_merge_gives_every_record_once_and_in_order(steps: list[tuple[int, int]]
             if len(records):
                 batches.append(records)
         order.push(batches, now)
-        if (released := order.release()) is not None:
+        for released in order.release():
+            assert len(released)
             assert int(released["time"][-1]) <= max(now - HOLD_NANOSECONDS, 0)
             out += released["time"].tolist()
-    if (released := order.release(everything=True)) is not None:
+    for released in order.release(everything=True):
         out += released["time"].tolist()
     assert out == sorted(stamp for ring in rings for stamp in ring)

@@ -35,7 +35,7 @@ from traces.compact import compact
 from traces.errors import BAD_INPUT, Problem
 from traces.metadata import KEY
 from traces.reader import Trace
-from traces.record import RECORD
+from traces.record import RECORD, columns_of
 from traces.sealed_stream import RECORD_SCHEMA, to_batch
 from traces.segment_writer import MANIFEST, segment_name
 
@@ -301,7 +301,7 @@ def forge_directory(directory: Path, number: int) -> None:
     stream = pa.ipc.new_stream(sink, RECORD_SCHEMA, options=options)
     data, first = _taken(sink), 0
     for _ in range(3):
-        stream.write_batch(to_batch(records))
+        stream.write_batch(to_batch(columns_of(records)))
         message = _taken(sink)
         if rng.random() < 0.6:
             head = rng.choice((64, 256, len(message)))  # the flatbuffer comes first
@@ -313,7 +313,7 @@ def forge_directory(directory: Path, number: int) -> None:
         if rng.random() < 0.1:
             seal = rng.choice(([], None, {"first": "x"}, {**seal, "rows": 1.5}, {**seal, "first": [[[]]]}))
         text = json.dumps(seal) if rng.random() < 0.95 else "[" * 100_000
-        stream.write_batch(to_batch(records[:0]), custom_metadata={"seal": text})
+        stream.write_batch(to_batch(columns_of(records[:0])), custom_metadata={"seal": text})
         data += message + _taken(sink)
         first += len(records)
     stream.close()

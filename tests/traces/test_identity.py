@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.traces.making import KVM_A, KVM_B, event, stream, trace
-from traces import segment_writer
+from traces import record_buffer
 from traces.reader import Trace
 
 A = {"kvm": KVM_A, "tgid": 100, "tid": 101, "vcpu": 0}
@@ -19,7 +19,7 @@ B = {"kvm": KVM_B, "tgid": 200, "tid": 201, "vcpu": 0}
 @pytest.fixture(params=[1, 3, 1000], ids="batches of {}".format)
 def identify(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
     """A function from events (and VMs at the start) to the trace, with (vm, root) of every row in ring order."""
-    monkeypatch.setattr(segment_writer, "BATCH_ROWS", request.param)
+    monkeypatch.setattr(record_buffer, "BATCH_ROWS", request.param)
 
     def run(*events: Any, alive: list[dict[str, Any]] | None = None) -> tuple[Trace, list[tuple[int | None, int]]]:
         trace(tmp_path / "t.parquet", stream(events), {"snapshot": {"vms": alive or []}})

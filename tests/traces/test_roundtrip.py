@@ -15,7 +15,7 @@ from tests.profiles import examples
 from tests.traces.making import KVM_A, KVM_B, event, stream, trace
 from tests.traces.reference import row
 from traces import compact as compaction
-from traces import segment_writer
+from traces import record_buffer
 from traces.compact import compact
 from traces.reader import Trace, kind_codes
 from traces.record import RECORD
@@ -86,7 +86,7 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compaction, "ROW_GROUP_ROWS", 5_000)
         patch.setattr(compaction, "BUFFERED_ROWS", 12_000)
-        patch.setattr(segment_writer, "BATCH_ROWS", 1_000)
+        patch.setattr(record_buffer, "BATCH_ROWS", 1_000)
         parts = [streams.smi_storm(600, vm=vm) for vm in (1, 2)] + [streams.emulator_storm(400, vm=3)]
         trace(path, streams.interleave(parts))
     return path
@@ -153,7 +153,7 @@ def test_a_recording_larger_than_memory_needs_a_few_row_groups_only(
         held.append(self._buffered)
 
     monkeypatch.setattr(compaction._Compaction, "_partition", watch)
-    monkeypatch.setattr(segment_writer, "BATCH_ROWS", 500)
+    monkeypatch.setattr(record_buffer, "BATCH_ROWS", 500)
     trace(tmp_path / "a.parquet", streams.interleave([streams.smi_storm(300, vm=vm) for vm in range(1, 9)]))
     assert len(held) > 10
     assert max(held) <= 2_000

@@ -19,7 +19,8 @@ from traces import durable, segment_writer
 from traces.compact import compact
 from traces.errors import Problem
 from traces.reader import Trace
-from traces.segment_writer import BATCH_ROWS, MANIFEST, SegmentWriter
+from traces.record_buffer import BATCH_ROWS
+from traces.segment_writer import MANIFEST, SegmentWriter
 from traces.segments import RECORD_SCHEMA, SegmentReader
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -148,7 +148,8 @@ class FlightThread(OrderedThread):
     def _take_offer(self, checkpoint: Checkpoint) -> None:
         self._offered = checkpoint
 
-    def _store(self, records: Rows) -> None:
+    def _store(self, parts: Sequence[Rows]) -> None:
+        records = np.concatenate(parts)  # moments that something is due at may lie anywhere in them
         if self._wanted and len(found := telling(records)):
             self._telling.append(found)
         self._pass(records)

@@ -15,10 +15,10 @@ import numpy as np
 
 from tracer.flight.state import Checkpoint
 from tracer.program import KIND_SLOTS
-from traces.record import RECORD
+from traces.record import Columns, columns_of
+from traces.record_buffer import RecordBuffer
 from traces.schema import BY_NAME, OWN_KINDS
 from traces.sealed_stream import BatchEncoder
-from traces.segment_writer import BATCH_ROWS
 
 Rows = np.ndarray[Any, Any]
 _OWN = [BY_NAME[name].code for name in OWN_KINDS]
@@ -70,9 +70,8 @@ class FlightWindow:
         self._cpus, self._nanoseconds, self._memory = cpus, nanoseconds, memory
         self._epochs = deque([first])
         self._encoder = BatchEncoder()
-        self._tail = np.empty(BATCH_ROWS, RECORD)
-        self._filled = 0
-        self._held = self._tail.nbytes
+        self._buffer = RecordBuffer()
+        self._held = self._buffer.nbytes
         self._lock = threading.Lock()
         cells = KIND_SLOTS * cpus
         self._counted = Counts(np.arange(cells), np.zeros(cells, np.int64))
@@ -94,13 +93,8 @@ class FlightWindow:
 
     def push(self, records: Rows) -> None:
         """Take rows, in the order of time and not before any that were pushed."""
-        while len(records):
-            taken = min(len(records), BATCH_ROWS - self._filled)
-            self._tail[self._filled : self._filled + taken] = records[:taken]
-            self._filled += taken
-            records = records[taken:]
-            if self._filled == BATCH_ROWS:
-                self._seal()
+        for columns in self._buffer.add(records):
+            self._keep(columns)
 
     def begin(self, epoch: Epoch) -> None:
         """Rows pushed from now on begin from another state."""
@@ -132,7 +126,7 @@ class FlightWindow:
 
     def _extra(self, records: Rows) -> list[Piece]:
         """A piece of rows that the window does not keep."""
-        made = [self._encode(records)] if len(records) else []
+        made = [self._encode(columns_of(records))] if len(records) else []
         for piece in made:
             piece.dropped = True
         return made
@@ -156,23 +150,25 @@ class FlightWindow:
         return stored([self._counted], self._cpus)
 
     def _seal(self) -> None:
-        records, self._filled = self._tail[: self._filled], 0
-        if len(records):
-            piece = self._encode(records)
-            self.last.pieces.append(piece)
-            self._counted.counts[piece.counts.cells] += piece.counts.counts
+        for columns in self._buffer.rest():
+            self._keep(columns)
 
-    def _encode(self, records: Rows) -> Piece:
-        message = self._encoder.batch(records)
+    def _keep(self, columns: Columns) -> None:
+        piece = self._encode(columns)
+        self.last.pieces.append(piece)
+        self._counted.counts[piece.counts.cells] += piece.counts.counts
+
+    def _encode(self, columns: Columns) -> Piece:
+        message = self._encoder.batch(columns)
         with self._lock:
             self._held += len(message)
-        times = records["time"]
-        return Piece(message, len(records), int(times[0]), int(times[-1]), count(records, self._cpus))
+        times = columns["time"]
+        return Piece(message, len(times), int(times[0]), int(times[-1]), count(columns, self._cpus))
 
 
-def count(records: Rows, cpus: int) -> Counts:
+def count(columns: Columns, cpus: int) -> Counts:
     """How many of each kind and CPU."""
-    counts = np.bincount(records["kind"].astype(np.int64) * cpus + records["cpu"], minlength=KIND_SLOTS * cpus)
+    counts = np.bincount(columns["kind"].astype(np.int64) * cpus + columns["cpu"], minlength=KIND_SLOTS * cpus)
     cells = np.flatnonzero(counts)
     return Counts(cells, counts[cells])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,9 @@ class MeterThread(OrderedThread):
         """The recording has ended."""
         self._end()
 
-    def _store(self, records: Rows) -> None:
-        self.meters.see(records)
+    def _store(self, parts: Sequence[Rows]) -> None:
+        for records in parts:
+            self.meters.see(records)
 
     def _pass(self) -> None:
         reached = self._order.given_until
