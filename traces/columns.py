@@ -6,6 +6,8 @@ null. Nulls everywhere would be pleasant, but they cost half of the decoding spe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -75,14 +77,37 @@ def _sources() -> dict[str, tuple[tuple[str, ...], NDArray[np.uint8]]]:
 _SOURCES: Final = _sources()
 
 
-def to_named(columns: Columns, seq: Ints, vm: int, root: Ints) -> tuple[pa.RecordBatch, dict[str, int | None]]:
-    """Rows of one VM as a batch of SCHEMA, and the columns that hold one and the same value in all of them.
+@dataclass(frozen=True)
+class NamedBatch:
+    """Rows as a batch of SCHEMA, what is known of them (times in ns), and their `constants`.
+
+    These are the columns that hold one and the same value in all of the rows; None: all are null.
+    """
+
+    rows: pa.RecordBatch
+    constants: dict[str, int | None]
+    first_seq: int
+    last_seq: int
+    first_time: int
+    last_time: int
+
+
+def common(batches: Sequence[NamedBatch]) -> dict[str, int | None]:
+    """The constants of all the batches together."""
+    first, *others = (batch.constants for batch in batches)
+    absent = object()
+    return {name: value for name, value in first.items() if all(each.get(name, absent) == value for each in others)}
+
+
+def to_named(columns: Columns, seq: Ints, vm: int, root: Ints) -> NamedBatch:
+    """Rows of one VM as a batch of SCHEMA.
 
     `columns` are the record's fields, `seq` the row numbers, `vm` the VM's id (0: not known), `root` the root ids.
     """
     kind = columns["kind"]
     count = len(kind)
-    present = np.flatnonzero(np.bincount(kind, minlength=256))
+    time = columns["time"].view(np.int64)
+    kinds = _Kinds(kind)
     fields = dict(columns, root=root)
     direct = {"seq": seq, "time": columns["time"], "cpu": columns["cpu"], "tid": columns["tid"]}
     arrays: list[pa.Array] = []
@@ -101,7 +126,7 @@ def to_named(columns: Columns, seq: Ints, vm: int, root: Ints) -> tuple[pa.Recor
             values = columns["vcpu"]
             valid = values >= 0
         else:
-            values, filled = _values(name, kind, present, fields)
+            values, filled = _values(name, column_type.to_pandas_dtype(), kinds, fields)
             valid = filled if name in NULLABLE else None
         data = np.ascontiguousarray(values.astype(column_type.to_pandas_dtype(), copy=False))
         nulls = 0 if valid is None else count - int(np.count_nonzero(valid))
@@ -111,22 +136,42 @@ def to_named(columns: Columns, seq: Ints, vm: int, root: Ints) -> tuple[pa.Recor
             constants[name] = None
         elif not nulls and bool((data == data[0]).all()):
             constants[name] = int(data[0])
-    return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA), constants
+    rows = pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
+    return NamedBatch(rows, constants, int(seq[0]), int(seq[-1]), int(time.min()), int(time.max()))
+
+
+class _Kinds:
+    """The kinds of a batch's rows, and which rows are of some of them: many columns ask for the same."""
+
+    def __init__(self, kind: NDArray[np.uint8]) -> None:
+        self.rows = len(kind)
+        self.present = np.flatnonzero(np.bincount(kind, minlength=256)).tolist()
+        self._kind = kind
+        self._masks: dict[tuple[int, ...], NDArray[np.bool_]] = {}
+
+    def among(self, codes: tuple[int, ...]) -> NDArray[np.bool_]:
+        """Which rows are of one of these kinds."""
+        if codes not in self._masks:
+            mask = np.zeros(self.rows, np.bool_)
+            for code in codes:  # comparing whole columns costs less than looking up each row's
+                mask |= self._kind == code
+            self._masks[codes] = mask
+        return self._masks[codes]
 
 
 def _values(
-    name: str, kind: NDArray[Any], present: NDArray[np.intp], fields: Columns
+    name: str, dtype: type[np.generic], kinds: _Kinds, fields: Columns
 ) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
     """A column's values, 0 where the row's kind does not fill it, and which rows are filled (None: all)."""
     sources, by_kind = _SOURCES[name]
-    used = np.unique(by_kind[present]).tolist()
-    if used == [0]:
-        return np.zeros(len(kind), np.int64), np.zeros(len(kind), np.bool_)
-    if len(used) == 1:
-        return fields[sources[used[0]]], None
-    choice = by_kind[kind]
-    values: NDArray[Any] = np.zeros(len(kind), fields[sources[used[-1]]].dtype)
-    for source in used:
-        if source:
-            values = np.where(choice == source, fields[sources[source]], values)
-    return values, choice != 0 if used[0] == 0 else None
+    filling: dict[int, list[int]] = {}
+    for code in kinds.present:
+        filling.setdefault(int(by_kind[code]), []).append(code)
+    empty = filling.pop(0, None)
+    if empty is None and len(filling) == 1:
+        return fields[sources[next(iter(filling))]], None
+    values = np.zeros(kinds.rows, dtype)
+    for source, codes in filling.items():
+        values += fields[sources[source]].astype(dtype, copy=False) * kinds.among(tuple(codes))
+    filled = tuple(sorted(code for codes in filling.values() for code in codes))
+    return values, None if empty is None else kinds.among(filled)

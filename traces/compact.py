@@ -18,13 +18,13 @@ import numpy as np
 
 from traces import kernels
 from traces.bookkeeping import MAX_ENTRIES, Books
-from traces.columns import to_named
+from traces.columns import NamedBatch, common, to_named
 from traces.encoding import ROW_GROUP_ROWS, TraceFile
 from traces.errors import Problem
 from traces.identity import Identities, VmIdentity
 from traces.kernels import Kernel, stored
 from traces.kernels.policy_rows import KINDS, PolicyRow, Watch
-from traces.lives import Ints
+from traces.lives import Ints, dense
 from traces.memslots import MAX_SLOTS, Memslots
 from traces.metadata import KEY
 from traces.outputs import Unwritable
@@ -35,6 +35,7 @@ from traces.text import printable
 from traces.untrusted import object_at, text_at
 
 BUFFERED_ROWS: Final = 2 * ROW_GROUP_ROWS
+_TOGETHER: Final = 1 << 15  # rows: fewer wait for more of their VM, so that many VMs cost a row as much as one
 
 _POLICY_CODES: Final = [BY_NAME[kind].code for kind in KINDS]
 
@@ -56,10 +57,30 @@ class Summary:
 
 @dataclass
 class _Partition:
-    """Rows of one VM that wait for their row group: (columns, row numbers, root ids) in ring order."""
+    """Rows of one VM that wait for their row group, in ring order: batches of the trace, and what is none yet."""
 
-    rows: int = 0
-    parts: list[tuple[Columns, Ints, Ints]] = field(default_factory=list)
+    batches: list[NamedBatch] = field(default_factory=list)
+    parts: list[tuple[Columns, Ints, Ints]] = field(default_factory=list)  # columns, row numbers, root ids
+    in_parts: int = 0  # rows
+    rows: int = 0  # of both
+
+    def add(self, columns: Columns, seq: Ints, root: Ints, vm: int) -> None:
+        self.parts.append((columns, seq, root))
+        self.in_parts += len(seq)
+        self.rows += len(seq)
+        if self.in_parts >= _TOGETHER:
+            self.name(vm)
+
+    def name(self, vm: int) -> None:
+        """Make a batch of what is none yet: while it is in the processor's cache, where it came as a batch."""
+        if not self.parts:
+            return
+        columns, seq, root = self.parts[0]
+        if len(self.parts) > 1:
+            columns = {name: np.concatenate([part[0][name] for part in self.parts]) for name in columns}
+            seq, root = (np.concatenate([part[index] for part in self.parts]) for index in (1, 2))
+        self.batches.append(to_named(columns, seq, vm, root))
+        self.parts, self.in_parts = [], 0
 
 
 def compact(directory: Path, out: Path) -> Summary:
@@ -137,15 +158,14 @@ class _Compaction:
         return {}
 
     def _partition(self, columns: Columns, seq: Ints, vm: Ints, root: Ints) -> None:
-        owners = np.unique(vm).tolist()
+        owners = sorted(dense(vm)[1].tolist())
         for owner in owners:
             part = (columns, seq, root)
             if len(owners) > 1:
                 rows = np.flatnonzero(vm == owner)
                 part = ({name: values[rows] for name, values in columns.items()}, seq[rows], root[rows])
             waiting = self._waiting.setdefault(owner, _Partition())
-            waiting.parts.append(part)
-            waiting.rows += len(part[1])
+            waiting.add(*part, owner)
             self._buffered += len(part[1])
             if waiting.rows >= ROW_GROUP_ROWS:
                 self._write_row_group(owner)
@@ -155,21 +175,18 @@ class _Compaction:
     def _write_row_group(self, vm: int) -> None:
         waiting = self._waiting.pop(vm)
         self._buffered -= waiting.rows
-        names = waiting.parts[0][0]
-        columns = {name: np.concatenate([part[0][name] for part in waiting.parts]) for name in names}
-        seq, root = (np.concatenate([part[index] for part in waiting.parts]) for index in (1, 2))
-        batch, constants = to_named(columns, seq, vm, root)
-        time = columns["time"].view(np.int64)
+        waiting.name(vm)
+        batches = waiting.batches
         self._row_groups.append(
             {
                 "vm": vm or None,
-                "rows": len(seq),
-                "first_seq": int(seq[0]),
-                "last_seq": int(seq[-1]),
-                "first_time": int(time.min()),
-                "last_time": int(time.max()),
-                "constants": constants,
-                **self._file.write(batch),
+                "rows": waiting.rows,
+                "first_seq": batches[0].first_seq,
+                "last_seq": batches[-1].last_seq,
+                "first_time": min(batch.first_time for batch in batches),
+                "last_time": max(batch.last_time for batch in batches),
+                "constants": common(batches),
+                **self._file.write([batch.rows for batch in batches]),
             }
         )
 

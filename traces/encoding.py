@@ -32,6 +32,7 @@ OPTIONS: Final[dict[str, Any]] = {
     "column_encoding": dict.fromkeys(DELTA, "DELTA_BINARY_PACKED"),
     "dictionary_pagesize_limit": 8 << 20,
     "max_rows_per_page": ROW_GROUP_ROWS,
+    "write_statistics": ["seq", "time", "vm"],  # what others filter by; of all columns they are a sixth of the writing
 }
 
 
@@ -48,11 +49,12 @@ class TraceFile:
             self.discard()
             raise
 
-    def write(self, batch: pa.RecordBatch) -> dict[str, int]:
-        """Write the batch as one row group; where its bytes lie and their CRC-32."""
+    def write(self, batches: list[pa.RecordBatch]) -> dict[str, int]:
+        """Write the batches as one row group; where its bytes lie and their CRC-32."""
         offset = self._sink.position
         self._sink.crc32 = 0
-        self._writer.write_batch(batch, row_group_size=batch.num_rows)
+        table = pa.Table.from_batches(batches)
+        self._writer.write_table(table, row_group_size=table.num_rows)
         return {"offset": offset, "size": self._sink.position - offset, "crc32": self._sink.crc32}
 
     def finish(self, metadata: dict[bytes, bytes]) -> int:
