@@ -1,5 +1,5 @@
 # make demo and make test do all the set-up they need; see README.md.
-.PHONY: setup demo quick test mutations lab-test lab-guests lab-guests-check lint check ci-example bench corpus simultaneous man clean
+.PHONY: setup demo quick test nightly mutations lab-test lab-guests lab-guests-check lint check ci-example bench corpus simultaneous man clean
 
 PYTHON := .venv/bin/python
 
@@ -14,12 +14,16 @@ PYTEST := $(PYTHON) -m pytest --dist loadgroup -n
 
 # In some two minutes of two CPUs: lint, types, and the tests that need nothing of the machine and not much time.
 quick: lint
-	$(PYTEST) auto --hypothesis-profile quick -m "not (lab or live or kvm or browser or corpus or slow)"
+	$(PYTEST) auto --hypothesis-profile quick -m "not (lab or live or kvm or browser or corpus or slow or nightly)"
 
 # All tests but the lab's, with recordings of this machine's own KVM where it has one (root): one worker more than there
 # are CPUs, for the one that records waits half of its time.
 test: setup
-	$(PYTEST) $$(($$(nproc) + 1)) -m "not lab"
+	$(PYTEST) $$(($$(nproc) + 1)) -m "not lab and not nightly"
+
+# The long forms of tests whose short forms are in `make test`, with recordings of this machine's own KVM (root).
+nightly: setup
+	$(PYTHON) -m pytest -m nightly
 
 # Real kernels under QEMU's emulation: fetched, booted, recorded, compared with the recordings we ship.
 lab-test: setup

@@ -152,6 +152,14 @@ def record(
     group: Annotated[
         str, typer.Option(help="Of a flight: this group may ask for dumps, not only root.", show_default=False)
     ] = "",
+    metrics: Annotated[
+        str,
+        typer.Option(
+            help="Of a flight: give metrics out, at an address such as :9417 for Prometheus, or into a file NAME.prom "
+            "for node_exporter.",
+            show_default=False,
+        ),
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Record live KVM events into a Parquet trace, every event stored or counted as lost."""
@@ -182,7 +190,9 @@ def record(
         from tracer.flight.verb import fly_and_tell
 
         kept = (flight, after, _size(memory), _size(disk))
-        fly_and_tell(options, out, kept, max_overhead, tuple(trigger or ()), group, strict=strict, as_json=as_json)
+        fly_and_tell(
+            options, out, kept, max_overhead, tuple(trigger or ()), group, metrics, strict=strict, as_json=as_json
+        )
         return
     (outcome,) = make_recording(options)
     summary = outcome.summary

@@ -31,6 +31,7 @@ NOT_ROOT = "not root: recording live needs it"
 NO_KVM = "this machine has no /dev/kvm"
 NO_CHROMIUM = "chromium is not installed, and only root can install it"
 NESTED_PAGING = "this machine's KVM has nested paging: it shows no shadow paging"
+NO_SYSTEMD = "systemd-analyze is not installed"
 NO_VARIANT = "kernel 6.1-async is in no package"
 
 
@@ -51,6 +52,7 @@ _HONEST = {
     NOT_ROOT: lambda: os.geteuid() != 0,
     NO_KVM: lambda: not Path("/dev/kvm").exists(),
     NO_CHROMIUM: lambda: os.geteuid() != 0 and shutil.which("chromium") is None,
+    NO_SYSTEMD: lambda: shutil.which("systemd-analyze") is None,
     NO_VARIANT: _variant_missing,
 }
 

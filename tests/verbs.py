@@ -148,6 +148,7 @@ TALKERS = [
     Verb("lab-corpus", "lab corpus {recordings} --cpu amd"),
     Verb("lab-corpus-json", "lab corpus {recordings} --cpu amd --json"),
     Verb("lab-run-bare", "lab run --kernel 6.1 --scenario steady --bare", needs="lab"),
+    Verb("record-flight", "record --flight 1s --events roots --duration 0.1 -o {recordings}", needs="live"),
     Verb("probes-text", "probes text", needs="live"),
     Verb("probes-build", "probes build -o {recordings}", needs="live"),
     Verb("help", "replay --help"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import os
 import queue
 import shutil
 import subprocess
@@ -21,6 +21,7 @@ from traces.segment_writer import SegmentWriter
 
 SEGMENTS: Final = ".kvmt"
 TRACE: Final = ".parquet"
+_OLD: Final = 600  # seconds: nobody still writes it
 
 
 @dataclass
@@ -41,10 +42,14 @@ class Dumps:
         """Automatic dumps go, the oldest first, while all dumps are more than `most` bytes; but for those `kept`."""
         self.directory, self._window, self._most, self._kept = directory, window, most, kept
         self.made: list[Path] = []
+        self.failed = 0
         self._automatic: list[Path] = []
         self._queue: queue.SimpleQueue[Dump | Path | None] = queue.SimpleQueue()
         self._child: subprocess.Popen[str] | None = None
         self._hard = False
+        for left in directory.glob(".kvmtrace-*.tmp"):  # of a compaction that was killed
+            if left.stat().st_mtime < time.time() - _OLD:
+                left.unlink(missing_ok=True)
         for left in sorted(directory.glob(f"*{SEGMENTS}")):
             self._queue.put(left)
         self._thread = threading.Thread(target=self._run, name="dumps", daemon=True)
@@ -82,13 +87,13 @@ class Dumps:
     def _run(self) -> None:
         while (work := self._queue.get()) is not None:
             if isinstance(work, Path):
-                with contextlib.suppress(Problem):
-                    self._compact(work)
+                self._take_over(work)
                 continue
             try:
                 path = self._compact(self._write(work))
             except Problem as problem:
                 print(f"kvmtrace: {problem}", file=sys.stderr)
+                self.failed += 1
                 work.done.set_exception(problem)
                 continue
             self.made.append(path)
@@ -96,6 +101,15 @@ class Dumps:
                 self._automatic.append(path)
             work.done.set_result(path)
             self._make_room()
+
+    def _take_over(self, left: Path) -> None:
+        """Make a trace of what an earlier recorder has left, and say so."""
+        try:
+            said = f"made a trace of it: {self._compact(left).name}"
+        except Problem as problem:
+            said = f"no trace of it: {problem}"
+        if not self._hard:
+            print(f"kvmtrace: {left.name}: left by a recorder that was ended: {said}", file=sys.stderr)
 
     def _write(self, dump: Dump) -> Path:
         directory = self.directory / f"{dump.name}{SEGMENTS}"
@@ -121,7 +135,7 @@ class Dumps:
         out = directory.with_suffix(TRACE)
         if self._hard:
             raise Problem(f"stopped before compaction: run `kvmtrace recover {directory}`", ENVIRONMENT)
-        command = [sys.executable, "-m", "tracer.flight.compaction", str(directory), str(out)]
+        command = [sys.executable, "-m", "tracer.flight.compaction", str(os.getpid()), str(directory), str(out)]
         # In a session of its own: ^C on the terminal is for the recorder, which waits for its dumps.
         self._child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
         said = self._child.communicate()[1].strip()

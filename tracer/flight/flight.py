@@ -24,9 +24,12 @@ from tracer.flight.control import Control
 from tracer.flight.dumps import TRACE
 from tracer.flight.governor import GovernorThread, Level, LevelChange, levels
 from tracer.flight.keeper import Bounds, FlightThread, Request
+from tracer.flight.metrics import FlightMetrics, RecorderFacts, Sample
+from tracer.flight.notify import Watchdog, notify
 from tracer.flight.quotas import AUTOMATIC, MANUAL, Account, Made
 from tracer.flight.state import Checkpoint, Checkpoints
 from tracer.flight.trigger_texts import FlightTriggers
+from tracer.flight.vcpu_time import idle_codes, thread_time
 from tracer.owner_names import OwnerNames
 from tracer.recorder import Options, Recorder, Stop, check
 from tracer.ring import default_ring_bytes, ring_count
@@ -36,6 +39,7 @@ from traces.errors import ENVIRONMENT, Problem
 from traces.identity import LEFT_OUT
 from traces.progress import Progress
 from traces.record import RECORD
+from traces.schema import BY_CODE
 
 _TICK_SECONDS = 0.05
 _TIDY = 60 * 10**9  # ns between two looks at the probes' tables
@@ -51,6 +55,7 @@ class FlightOptions:
     bounds: Bounds
     triggers: tuple[str, ...] = ()
     group: str = ""
+    metrics: str = ""  # where they are given out: an address, or a file; empty: nowhere
 
     @property
     def levels(self) -> tuple[Level, ...]:
@@ -88,10 +93,15 @@ class FlightRecorder(Recorder):
         self._levels = options.levels
         self._governor: GovernorThread | None = None
         self._changes: deque[LevelChange] = deque()
+        self._facts: RecorderFacts | None = None
+        self._watchdog = Watchdog()
         super().__init__(options.record, probes, ring_bytes, stop)
         self.checkpoints = Checkpoints(self._checkpoint, self.flight.offer)
         self.flight.want_checkpoint = self.checkpoints.want
         self.flight.levels = tuple(level.name for level in self._levels)
+        if options.metrics:
+            self.flight.metrics = FlightMetrics(idle_codes(host.cpu()), options.record.kinds, thread_time)
+            self.flight.each_second = self._look_at_itself
 
     def _open(self, manifest: dict[str, Any]) -> OrderedThread:
         first = self._state(host.clock_sample()["boot"], self.snapshot["vms"])
@@ -101,6 +111,7 @@ class FlightRecorder(Recorder):
 
     def _meet_latecomers(self) -> None:
         super()._meet_latecomers()
+        notify(f"READY=1\nSTATUS=Recording {self.options.preset}, dumps in {self.options.out}")
         if not self._levels:
             return
         try:  # not before: attaching takes CPU time, too
@@ -115,6 +126,30 @@ class FlightRecorder(Recorder):
     def level_seconds(self) -> dict[str, float]:
         """How long each level was recorded for, where there is a bound."""
         return self._governor.seconds if self._governor else {}
+
+    def samples(self) -> Iterator[Sample]:
+        """What there is to say, as metrics, from any thread."""
+        if self._facts is not None and self.flight.metrics is not None:
+            yield from self.flight.metrics.samples()
+            yield from self._facts.samples()
+
+    def _look_at_itself(self) -> None:
+        """Once a second, on the thread that has the rows."""
+        window, lost = self.flight.window, self.probes.counters()["lost"].sum(axis=0)
+        events, governor = window.pushed().sum(axis=0), self._governor
+        self._facts = RecorderFacts(
+            events={BY_CODE[code].name: int(events[code]) for code in np.flatnonzero(events).tolist()},
+            lost={BY_CODE[code].name: int(lost[code]) for code in np.flatnonzero(events).tolist()},
+            dumps=dict(self.flight.dumped),
+            refused=dict(self.flight.refused),
+            failed=self.flight.dumps.failed,
+            window_bytes=window.held,
+            window_seconds=max(0, host.clock_sample()["boot"] - window.begins) / 1e9,
+            cpu_seconds=time.process_time(),
+            overhead=governor.share if governor is not None else None,
+            level=governor.level.name if governor is not None else "",
+            levels=self.flight.levels,
+        )
 
     def _own_cpu(self) -> float:
         return time.process_time() - self.flight.dumps.cpu_seconds()
@@ -133,6 +168,8 @@ class FlightRecorder(Recorder):
         )
 
     def _drain_once(self) -> bool:
+        if time.monotonic() - self.flight.passed < self._watchdog.seconds / 2:  # this thread is not alone in it
+            self._watchdog.beat()
         while self._changes:
             change, record = self._changes.popleft(), np.zeros(1, RECORD)
             record["time"], record["kind"], record["vcpu"] = host.clock_sample()["boot"], LEFT_OUT, -1
@@ -207,6 +244,10 @@ def fly(options: FlightOptions) -> FlightOutcome:
     """Record until something ends it. Raises Problem; dumps that were being made are then left to the next flight."""
     FlightTriggers(options.triggers, options.record.kinds)  # before anything is loaded
     _check(options)
+    if options.metrics:
+        from tracer.flight import exporter
+
+        exporter.place(options.metrics)
     started, cpu = time.monotonic(), time.process_time()
     stop, cpus, record = Stop(), os.cpu_count() or 1, options.record
     ring_bytes = record.ring_bytes or default_ring_bytes(cpus)
@@ -229,8 +270,9 @@ def fly(options: FlightOptions) -> FlightOutcome:
                 _remember(flight.flight, record.out)
                 flights.append(flight)
                 ready.set()
-                with _asked_by_signal(flight), Progress("recording") as progress:
+                with _exporting(options.metrics, flight), _asked_by_signal(flight), Progress("recording") as progress:
                     stopped, status = flight.run(progress)
+                notify("STOPPING=1")
                 counters = probes.counters()
             finally:
                 probes.close()
@@ -259,13 +301,29 @@ def _wait_for(close: Callable[[], None], abandon: Callable[[], None], stop: Stop
     """Wait until the dumps are traces; a second signal leaves that to the next run."""
     closing = threading.Thread(target=close)
     closing.start()
+    watchdog = Watchdog()
     while closing.is_alive():
+        watchdog.beat()
         closing.join(_TICK_SECONDS)
         if stop.hard:
             abandon()
             closing.join()
     if stop.hard:
         raise Problem("stopped before the last dumps were traces: the next flight makes them", interrupts.CODE)
+
+
+@contextlib.contextmanager
+def _exporting(to: str, flight: FlightRecorder) -> Iterator[None]:
+    if not to:
+        yield
+        return
+    from tracer.flight import exporter
+
+    exported = exporter.Exporter(exporter.place(to), flight.samples)
+    try:
+        yield
+    finally:
+        exported.close()
 
 
 @contextlib.contextmanager

@@ -129,6 +129,11 @@ class GovernorThread:
         self._thread.start()
 
     @property
+    def share(self) -> float:
+        """What recording costs, of all CPUs, over the last seconds."""
+        return self._governor.share
+
+    @property
     def level(self) -> Level:
         """What is recorded now."""
         return self._levels[self._governor.level]

@@ -21,6 +21,7 @@ import numpy as np
 from tracer.bpf import loss_table
 from tracer.flight.alarms import Alarm
 from tracer.flight.dumps import Dump, Dumps
+from tracer.flight.metrics import FlightMetrics
 from tracer.flight.quotas import AUTOMATIC, MANUAL, Account, Made
 from tracer.flight.state import TRIES, Checkpoint, telling
 from tracer.flight.trigger_texts import FlightTriggers
@@ -100,6 +101,11 @@ class FlightThread(OrderedThread):
         self.dumps = Dumps(directory, self.window, bounds.disk, self._kept)
         self.levels: tuple[str, ...] = ()  # to which recording may fall back, if it may
         self.want_checkpoint: Callable[[], None] = lambda: None
+        self.metrics: FlightMetrics | None = None
+        self.each_second: Callable[[], None] = lambda: None  # where there are metrics, on the thread
+        self.dumped: Counter[str] = Counter()  # by trigger
+        self.refused: Counter[str] = Counter()
+        self.passed = time.monotonic()  # when the thread last went on
         self._telling: list[Rows] = []  # rows that change the state, since a checkpoint was wanted
         self._offered: Checkpoint | None = None
         self._wanted = False
@@ -156,6 +162,7 @@ class FlightThread(OrderedThread):
 
     def _pass(self, records: Rows) -> None:
         """Take rows, and do what is due at moments that the stream has come to with them."""
+        self.passed = time.monotonic()
         self._receive()
         reached = self._order.given_until
         for at, work in sorted(self._due(reached), key=lambda each: each[0]):
@@ -167,6 +174,9 @@ class FlightThread(OrderedThread):
             work()
         self._push(records)
         self._hear(self._triggers.now(reached))
+        if self.metrics is not None and self.metrics.now(reached):
+            self.metrics.names = self.window.last.checkpoint.names
+            self.each_second()
         self._receive()
         self._want_checkpoint()
         self.window.trim(max(self._order.given_until, self._pushed_until))
@@ -177,12 +187,20 @@ class FlightThread(OrderedThread):
             self.window.push(records)
             at = 0
             for change in np.flatnonzero(records["kind"] == LEFT_OUT).tolist():
-                self._hear(self._triggers.see(records[at:change]))
+                self._see(records[at:change])
                 self._left_out.append(records[change : change + 1].copy())
-                self._triggers.leave_out(_kinds_of(self._left_out[-1]))
+                kinds = _kinds_of(self._left_out[-1])
+                self._triggers.leave_out(kinds)
+                if self.metrics is not None:
+                    self.metrics.leave_out(kinds)
                 self._left_out_of(self.window.begins)  # older ones go
                 at = change
-            self._hear(self._triggers.see(records[at:]))
+            self._see(records[at:])
+
+    def _see(self, records: Rows) -> None:
+        self._hear(self._triggers.see(records))
+        if self.metrics is not None:
+            self.metrics.see(records)
 
     def _hear(self, alarms: list[Alarm]) -> None:
         for alarm in alarms:
@@ -246,6 +264,7 @@ class FlightThread(OrderedThread):
         granted, instead = account.ask(time.clock_gettime(time.CLOCK_BOOTTIME), request.severity)
         if granted is None:
             quota = account.quota
+            self.refused[request.trigger] += 1
             request.answer.set_exception(Problem(
                 f"no dump: {request.trigger} has made all that it may: {quota.hour} an hour, {quota.day} a day",
                 ENVIRONMENT,
@@ -321,6 +340,7 @@ class FlightThread(OrderedThread):
             else:
                 request.answer.set_exception(error)
         if error is None:
+            self.dumped[pending.requests[0].trigger] += 1
             pending.granted.path = done.result()
             if pending.instead is not None and pending.instead.path is not None:
                 pending.instead.path.unlink(missing_ok=True)

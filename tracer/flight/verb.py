@@ -23,7 +23,7 @@ _MOST_PERCENT = 100
 
 def fly_and_tell(
     options: Options, out: Path | None, kept: tuple[str, str, int, int], overhead: str, triggers: tuple[str, ...],
-    group: str, *, strict: bool, as_json: bool,
+    group: str, metrics: str, *, strict: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Fly, tell what came of it, and leave with 1 where events are missing, or lost though `strict`.
 
@@ -37,7 +37,7 @@ def fly_and_tell(
     if memory < _LEAST_MEMORY:
         raise Problem("--memory: a flight needs 16M at least")
     bounds = Bounds(_span(flight, "--flight", 1), _span(after, "--after", 0), memory, disk, _share(overhead))
-    outcome = fly(FlightOptions(replace(options, out=out.absolute()), bounds, triggers, group))
+    outcome = fly(FlightOptions(replace(options, out=out.absolute()), bounds, triggers, group, metrics))
     if as_json:
         print_json({
             "directory": str(out), "dumps": [str(path) for path in outcome.dumps], "refused": outcome.refused,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 import numpy as np
@@ -20,6 +20,7 @@ _REMEMBERED: Final = 5  # seconds in which a fault on the same gfn is one again
 _SILENT: Final = 5  # seconds after which a vCPU that shows nothing is no more
 _SHORT: Final = 10**8  # ns for which nobody is looked up
 _HALF: Final = 0.5
+EXIT_EDGES: Final = 10 ** np.arange(3, 11)  # ns: 1 us to 10 s
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,19 @@ class VcpuSecond:
         return asdict(self)
 
 
+@dataclass
+class ExitTimes:
+    """How long a VM's vCPUs were out of their guests: how often up to each of EXIT_EDGES and beyond, and ns in all."""
+
+    counts: Rows = field(default_factory=lambda: np.zeros(len(EXIT_EDGES) + 1, np.int64))
+    nanoseconds: int = 0
+
+    def add(self, took: Rows) -> None:
+        """Exits that took so long (ns)."""
+        self.counts += np.bincount(np.searchsorted(EXIT_EDGES, took), minlength=len(self.counts))
+        self.nanoseconds += int(took.sum())
+
+
 class _Meter:
     def __init__(self, last: int) -> None:
         self.last, self.state = last, OUT
@@ -70,6 +84,7 @@ class Meters:
         self._vcpus: dict[tuple[int, int], _Meter] = {}
         self._began: int | None = None
         self.names: dict[int, str] = {}  # of VMs, by their pointer
+        self.exit_times: dict[int, ExitTimes] = {}  # since the beginning, by process
 
     def see(self, rows: Rows) -> None:
         """Take rows."""
@@ -119,22 +134,26 @@ class Meters:
         meter.spent["idle"] += int(passed[before == IDLE].sum() + asleep.sum())
         meter.spent["steal"] += int(waited.sum())
         meter.entered |= bool((rows["kind"] == ENTRY).any())
-        meter.longest = max(meter.longest, self._longest(meter, rows, after))
+        took = self._took(meter, rows, after)
+        if len(took):
+            meter.longest = max(meter.longest, int(took.max()))
+            self.exit_times.setdefault(meter.pid, ExitTimes()).add(took)
         meter.last, meter.state = int(times[-1]), int(after[-1])
 
     @staticmethod
-    def _longest(meter: _Meter, rows: Rows, after: Rows) -> int:
-        """The longest exit that ends in these rows, ns; the one that goes on stays in the meter."""
+    def _took(meter: _Meter, rows: Rows, after: Rows) -> Rows:
+        """How long each exit took that ends in these rows, ns; the one that goes on stays in the meter."""
         at = np.flatnonzero((rows["kind"] == ENTRY) | (rows["kind"] == EXIT))
         if not len(at):
-            return 0
+            return np.empty(0, np.int64)
         exits = (rows["kind"][at] == EXIT) & (after[at] == OUT)
         entries, times = rows["kind"][at] == ENTRY, rows["time"][at].astype(np.int64)
         if meter.left is not None:
             exits, entries = np.append(True, exits), np.append(False, entries)
             times = np.append(meter.left, times)
         meter.left = int(times[-1]) if exits[-1] else None
-        return int(np.diff(times)[exits[:-1] & entries[1:]].max(initial=0))
+        took: Rows = np.diff(times)[exits[:-1] & entries[1:]]
+        return took
 
     def _again(self, meter: _Meter, gfns: Rows) -> None:
         """Count faults on gfns that were faulted on before."""
