@@ -94,7 +94,7 @@ def measure(run: GuestRun) -> Measured:
     if run.trace is None:
         return Measured(run.guest.name, run.kernel, "", run.status, run.said or "no recording")
     trace = Trace.open(run.trace)
-    idle = bool(trace.metadata.vms) and not trace.counts().keys() & {"mmu_load", "kvm_page_fault"}
+    idle = not trace.counts().keys() & {"mmu_load", "kvm_page_fault"}  # no vCPU ran, or there was no VM
     told = {"responses": 0, "matched": 0} if idle else _asked("validate", str(run.trace))
     replayed = _asked("replay", "--no-time", str(run.trace))
     problem = told.get("problem") or replayed.get("problem")
@@ -147,6 +147,8 @@ def render(several: Sequence[Measured]) -> str:
             "|-|-|-|-:|-:|-:|-:|-:|-|",
             *map(_row, those),
         ]
+        if faults := [f"- {one.guest}: {', '.join(one.faults)}" for one in those if one.faults]:
+            lines += ["", "What does not hold, and why:", "", *faults]
     return "\n".join(lines) + "\n"
 
 

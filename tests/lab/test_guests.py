@@ -107,3 +107,10 @@ def test_table_rounds_nothing_up() -> None:
     assert "1 of 1 hold in all." in table
     assert "| debian | Debian's kernel and userland | well | 1 | 1,000 | 0 | 99.99 % | 0.10 % | equal |" in table
     assert "| 95.24 % | 100 % | equal |" in table
+    assert "What does not hold, and why:\n\n- debian: 399,601 responses do not match\n" in table
+
+
+def test_what_did_not_run_stands_in_the_table_with_its_reason() -> None:
+    table = lab_guests.render([Measured("debian", "6.1", "", None, "QEMU gave up")])
+    assert "| debian | Debian's kernel and userland | did not run | | | | | | |" in table
+    assert table.endswith("- debian: did not run (QEMU gave up)\n")
