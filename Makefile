@@ -43,10 +43,11 @@ lint: setup
 	$(PYTHON) -m mypy
 	.venv/bin/lint-imports --no-cache
 
-# Every mutation of a recording that changes what its rows show is found by replaying it, and every mutation of a text is
-# imported or refused in one line (300 of each in `make test`).
+# Every mutation of a recording that changes what its rows show is found by replaying it, and every mutation of a text, a
+# trace.dat or a perf.data is imported or refused in one line (200 or 300 of each in `make test`).
 mutations: setup
-	MUTATIONS=10000 $(PYTEST) auto tests/replay/test_own_policy.py tests/traces/test_import_fuzz.py -k mutat
+	MUTATIONS=10000 $(PYTEST) auto tests/replay/test_own_policy.py tests/traces/test_import_fuzz.py \
+	    tests/traces/test_binary_sources.py -k mutat
 
 # What CI runs.
 check: lint test lab-test lab-guests-check ci-example
@@ -62,6 +63,7 @@ bench: setup
 	$(PYTHON) -m benchmarks.replay
 	$(PYTHON) -m benchmarks.report
 	$(PYTHON) -m benchmarks.whole_commands
+	$(PYTHON) -m benchmarks.imports
 
 # Record traces/corpus anew: every scenario on every kernel of the lab.
 corpus: setup

@@ -79,7 +79,8 @@ class ClockShift:
             multiply, right = np.uint64(self._multiply), np.uint64(self._right)
             carried = high * multiply << np.uint64(32 - self._right) if self._right <= 32 else high * multiply >> right
             time = (low * multiply >> right) + carried
-        return (time + np.uint64(self._added & _WORD)) & np.uint64(_WORD >> 1)
+        moved = (time + np.uint64(self._added & _WORD)).view(np.int64)
+        return np.maximum(moved, 0).view(np.uint64)  # a guest's time before its host began
 
     def _as_host(self, time: NDArray[np.uint64], samples: list[_Sample]) -> NDArray[np.uint64]:
         """By the sample before each time, and where so asked by that after it as well."""

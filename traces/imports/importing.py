@@ -24,7 +24,7 @@ from traces.errors import Problem
 from traces.imports.findings import Findings
 from traces.imports.manifest import Said, manifest
 from traces.imports.opening import Opened
-from traces.imports.root_order import RootOrder
+from traces.imports.root_order import RootOrder, level_of_roots
 from traces.imports.row_spool import RowSpool
 from traces.imports.thread_vms import Assigned, Machine, assign
 from traces.imports.told import ToldOfText
@@ -123,11 +123,10 @@ def _write(
     vmx, svm = found.vendors.tolist()
     vendor = "" if not svm and not vmx else (SVM if svm > vmx else VMX).cpu
     kernel = _kernel(options.kernel, vendor) or kernel
-    roots = RootOrder(kernel, spool.root_level)
+    level = level_of_roots(kernel, spool.root_level, spool.kinds)
+    roots = RootOrder(kernel, level)
     source = _Records(spool, assigned, roots, kernel, progress)
-    said = Said(
-        opened.path, [*opened.how, *found.how], found, assigned, options, kernel, vendor, bool(spool.root_level)
-    )
+    said = Said(opened.path, [*opened.how, *found.how], found, assigned, options, kernel, vendor, bool(level))
     source.manifest = manifest(said, source.machines, source.kinds())
     source.manifest_problem = f"imported, and {found.cut}" if found.cut else ""
     file = TraceFile(out, IMPORTED, force=force)

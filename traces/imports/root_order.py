@@ -26,6 +26,12 @@ _HAS_ROOT: Final = np.zeros(256, np.bool_)
 _HAS_ROOT[[kind.code for kind in KINDS if "root" in kind.fixed]] = True
 _ENTERING: Final = 1
 _CREATED: Final = 1
+_ENTRY: Final = BY_NAME["kvm_entry"].code
+
+
+def level_of_roots(kernel: Kernel | None, level: int, kinds: Ints) -> int:
+    """The level of tables that are roots; 0 where roots cannot be told: there are none, or two roles before 5.13."""
+    return 0 if kernel is not None and not kernel.root_get_page and kinds[_SMM] else level
 
 
 class RootOrder:
@@ -57,13 +63,32 @@ class RootOrder:
         created = (columns["flags"] & _CREATED) != 0
         born = on_vcpu & (kind == _GET_PAGE) & created & (columns["level"] == self._level) & direct
         self.kept.see(columns, vm, born, smm)
-        numbers = self.made + np.cumsum(born)
+        loaded = born
+        if self._kernel is not None and not self._kernel.root_get_page:
+            loaded = self._entries_before(born, vm << 16 | np.maximum(columns["vcpu"].astype(np.int64), 0), kind)
+        numbers = self.made + np.cumsum(loaded)
         state = vm << 1 | smm
-        root = self._latest(np.flatnonzero(on_vcpu), state, born, numbers)
-        self.made += int(np.count_nonzero(born))
+        root = self._latest(np.flatnonzero(on_vcpu), state, loaded, numbers)
+        self.made += int(np.count_nonzero(loaded))
         rows = on_vcpu & _HAS_ROOT[kind] & ((kind != _GET_PAGE) | born)
         columns["root"] = np.where(rows, root, 0).astype(np.uint64)
-        columns["w1"] = np.where(born, numbers.astype(np.uint64), columns["w1"])
+        columns["w1"] = np.where(born, root.astype(np.uint64), columns["w1"])
+
+    @staticmethod
+    def _entries_before(born: Flags, key: Ints, kind: Ints) -> Flags:
+        """The entries into the guest that came before, on the same vCPU.
+
+        Before 5.13 a root's creation is not traced, and the first table below it, which the first fault makes, is
+        traced with the root's level: the vCPU had the root when it entered the guest, of which role is not shown.
+        """
+        order = np.argsort(key, kind="stable")
+        entry = kind[order] == _ENTRY
+        first = np.append(True, key[order][1:] != key[order][:-1])[: len(order)]
+        last = fill_forward(np.arange(len(order)), entry | first)
+        found = last[np.flatnonzero(born[order])]
+        loaded = np.zeros(len(born), np.bool_)
+        loaded[order[found]] = True
+        return loaded
 
     def _smm_of(self, key: Ints, on_vcpu: Flags, moves: Flags, flags: Any) -> Ints:
         """1 for rows of vCPUs that are in SMM."""

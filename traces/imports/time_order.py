@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
+
+from traces.record import RECORD
 
 Rows = NDArray[np.void]
 _MOST: Final = 1 << 22  # rows that wait; more than that are written though older ones may come
@@ -16,16 +18,17 @@ class TimeOrder:
 
     def __init__(self) -> None:
         self.late = 0
-        self._parts: list[Rows] = []
+        self._parts: list[NDArray[np.uint64]] = []  # rows as words, which are moved as a whole; the first is the time
         self.waiting = 0
         self.latest = 0  # time of any row so far
         self._given = 0
 
     def add(self, rows: Rows) -> None:
         if len(rows):
-            self._parts.append(rows)
+            words = rows.view(np.uint64).reshape(len(rows), -1)
+            self._parts.append(words)
             self.waiting += len(rows)
-            self.latest = max(self.latest, int(rows["time"].max()))
+            self.latest = max(self.latest, int(words[:, 0].max()))
 
     @property
     def crowded(self) -> bool:
@@ -36,21 +39,22 @@ class TimeOrder:
         """The rows that are not later than `time` (None: all), in order; None: there are none."""
         if not self.waiting:
             return None
-        rows: Any = np.concatenate(self._parts) if len(self._parts) > 1 else self._parts[0]
-        times = rows["time"]
-        if len(times) > 1 and not bool((times[1:] >= times[:-1]).all()):
-            rows = rows[np.argsort(times, kind="stable")]
-        count = len(rows) if time is None else int(np.searchsorted(rows["time"], time, side="right"))
+        rows = np.concatenate(self._parts) if len(self._parts) > 1 else self._parts[0]
+        times = np.ascontiguousarray(rows[:, 0])
+        if not bool((times[1:] >= times[:-1]).all()):
+            order = np.argsort(times, kind="stable")
+            rows, times = rows.take(order, axis=0), times[order]
+        count = len(rows) if time is None else int(np.searchsorted(times, np.uint64(time), side="right"))
         self._parts = [rows[count:]] if count < len(rows) else []
         self.waiting = len(rows) - count
         if not count:
             return None
-        given: Rows = rows[:count]
-        self.late += int(np.searchsorted(given["time"], self._given))
-        self._given = max(self._given, int(given["time"][-1]))
+        self.late += int(np.searchsorted(times[:count], np.uint64(self._given)))
+        self._given = max(self._given, int(times[count - 1]))
+        given: Rows = rows[:count].view(RECORD)[:, 0]
         return given
 
     def half(self) -> Rows | None:
         """The older half of what waits."""
-        times = np.sort(np.concatenate([part["time"] for part in self._parts]))
+        times = np.sort(np.concatenate([part[:, 0] for part in self._parts]))
         return self.until(int(times[len(times) // 2]))
