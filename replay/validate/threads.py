@@ -218,9 +218,14 @@ class VmCheck(ABC):
             thread.pending = None
 
     def _misfits(self, thread: Thread, row: RowTuple | None) -> bool:
-        """Whether a row is none that the top activity expects."""
+        """Whether a row is none that the top activity expects, what may be left out left out."""
         activity = thread.activities[-1]
         thread.pending = next(activity, None)
+        while row is not None and thread.pending is not None and thread.pending.optional and thread.pending.misfit(row):
+            try:
+                thread.pending = activity.send(None)
+            except StopIteration:
+                thread.pending = None
         return thread.pending is None or row is None or bool(thread.pending.misfit(row))
 
     def _check(self, row: RowTuple, holds: bool, why: str) -> None:

@@ -90,8 +90,8 @@ def a_notifier_while_a_slot_is_deleted() -> KernelRows:
 
 def aging() -> KernelRows:
     made = guest()
-    made.row("kvm_age_hva", addr=HVA + (GFN << 12), value=HVA + (GFN + 3 << 12))
-    for gfn in (GFN, GFN + 2):  # the processor had not set the accessed bit of the one between
+    made.row("kvm_age_hva", addr=HVA + (GFN << 12), value=HVA + (GFN + 4 << 12))
+    for gfn in (GFN + 1, GFN + 3):  # the processor had not set the accessed bit of the first, nor of the one between
         word = made.leaves[gfn]
         made.leaves[gfn] = word & ~0x20
         made.row("kvm_tdp_mmu_spte_changed", level=1, gfn=gfn, old=word, new=word & ~0x20)
