@@ -32,6 +32,7 @@ NO_KVM = "this machine has no /dev/kvm"
 NO_CHROMIUM = "chromium is not installed, and only root can install it"
 NESTED_PAGING = "this machine's KVM has nested paging: it shows no shadow paging"
 NO_SYSTEMD = "systemd-analyze is not installed"
+NO_TMUX = "tmux is not installed"
 NO_VARIANT = "kernel 6.1-async is in no package"
 
 
@@ -53,6 +54,7 @@ _HONEST = {
     NO_KVM: lambda: not Path("/dev/kvm").exists(),
     NO_CHROMIUM: lambda: os.geteuid() != 0 and shutil.which("chromium") is None,
     NO_SYSTEMD: lambda: shutil.which("systemd-analyze") is None,
+    NO_TMUX: lambda: shutil.which("tmux") is None,
     NO_VARIANT: _variant_missing,
 }
 

@@ -17,6 +17,7 @@ def _share(value: float | None) -> str:
 _COLUMNS: Final[tuple[tuple[str, Callable[[VcpuSecond], str], Callable[[VcpuSecond], Any]], ...]] = (
     ("VM", lambda line: printable(line.vm), lambda line: (line.vm, line.vcpu)),
     ("vCPU", lambda line: str(line.vcpu) if line.vcpu >= 0 else "-", lambda line: line.vcpu),
+    ("verdict", lambda line: line.verdict, lambda line: line.verdict),
     ("guest", lambda line: _share(line.guest), lambda line: -1 if line.guest is None else line.guest),
     ("idle", lambda line: _share(line.idle), lambda line: -line.idle),
     ("steal", lambda line: _share(line.steal), lambda line: -line.steal),
@@ -27,7 +28,6 @@ _COLUMNS: Final[tuple[tuple[str, Callable[[VcpuSecond], str], Callable[[VcpuSeco
     ("zaps", lambda line: f"{line.zaps:,}", lambda line: -line.zaps),
     ("to VMM", lambda line: f"{line.exits:,}", lambda line: -line.exits),
     ("longest", lambda line: duration(line.longest_ns) if line.longest_ns else "", lambda line: -line.longest_ns),
-    ("verdict", lambda line: line.verdict, lambda line: line.verdict),
 )
 NAMES: Final = tuple(name for name, _, _ in _COLUMNS)
 
