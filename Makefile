@@ -1,5 +1,6 @@
 # make demo and make test do all the set-up they need; see README.md.
-.PHONY: setup demo quick test nightly mutations lab-test lab-guests lab-guests-check lint check ci-example bench corpus simultaneous man clean
+.PHONY: setup demo quick test nightly mutations lab-test lab-guests lab-guests-check lint check ci-example bench corpus \
+	simultaneous man pictures clean
 
 PYTHON := .venv/bin/python
 
@@ -76,6 +77,10 @@ simultaneous: setup
 # Man pages of every verb, from the command line's own help: `man -M build/man kvmtrace-report`.
 man: setup
 	$(PYTHON) scripts/man.py build/man/man1
+
+# The pictures of a report's page in docs/, of shipped recordings, in Chromium.
+pictures: setup
+	$(PYTHON) -m tests.golden.pictures
 
 clean:
 	rm -rf .venv build demo *.egg-info tracer/vmm/kvmtrace-vmm replay/*/*.so

@@ -11,7 +11,7 @@ import polars as pl
 
 from analysis import verdict as sentences
 from analysis.gates import Figures, figures_of
-from analysis.queries import by_vm, exit_times, recorded, removed, replayed
+from analysis.queries import by_vm, exit_times, leaves, recorded, removed, replayed
 from analysis.queries.registry import Query
 from analysis.report import Check, Column, Report, ReportTable, Status
 from analysis.sources import Recording, Result, ResultPolicy
@@ -98,7 +98,7 @@ _STUCK: Final = (
     Column("until", "to, s", Unit.BOOT, wide=1),
     Column("why", "why", Unit.TEXT, wide=1),
 )
-_STUCK_ROWS: Final = (_VM, _VCPU, Column("row", "row", Unit.TEXT))
+_STUCK_ROWS: Final = (_VM, _VCPU, Column("row", "event", Unit.TEXT))
 _GFNS: Final = (_VM, _SLOT, Column("gfn", "gfn", Unit.HEX), Column("level", "level", Unit.ID),
                 Column("installs", "installs"), _FIRST, _LAST)  # fmt: skip
 _REGIONS: Final = (
@@ -193,6 +193,10 @@ _REMOVALS: Final = (
     Column("high_gfn", "to gfn", Unit.HEX, wide=1), Column("ns", "at least", Unit.NS, wide=1),
     Column("longest_ns", "longest", Unit.NS),
 )  # fmt: skip
+_TYPES: Final = (
+    _VM, Column("type", "type", Unit.TEXT), Column("ignores_pat", "PAT ignored", Unit.FLAG), Column("leaves", "leaves"),
+    Column("low_gfn", "from gfn", Unit.HEX), Column("high_gfn", "to gfn", Unit.HEX),
+)  # fmt: skip
 _OF_RECORDING: Final = (
     _Part(recorded.windows, "Worst windows as recorded", _WINDOWS, first=2),
     _Part(recorded.stuck, "vCPUs that get no further", _STUCK, first=3, least=1),
@@ -207,6 +211,7 @@ _OF_RECORDING: Final = (
     _Part(recorded.roles, "Root lives as recorded", _ROLES, first=0),
     _Part(recorded.gfns, "Hottest gfns as recorded", _GFNS, first=2),
     _Part(recorded.regions, "Hottest 2 MiB regions as recorded", _REGIONS, first=2),
+    _Part(leaves.memory_types, "Memory types of leaves", _TYPES, first=0, least=1),
     _Part(recorded.unserved, "Faults for which nothing was mapped", _UNSERVED, first=2, least=1),
 )
 
@@ -279,6 +284,8 @@ def _parts(recording: Recording | None, result: Result | None) -> Iterator[tuple
     for part in _OF_RECORDING:
         if recording is None:
             return
+        if part.query is leaves.memory_types and not leaves.have_types(recording):
+            continue
         blind = part.query is exit_times.user_exits and "kvm_entry" not in recording.kinds
         yield replace(part, note=_GUEST_IN_IT) if blind else part, recording
 

@@ -187,6 +187,12 @@ def timeline(recording: Recording, vm: int) -> Picture | None:
     told = f" Red bars: soft-hangs as recorded, {', '.join(counted)}" if counted else " No soft-hang as recorded"
     open_ = (hangs["switch_low_ns"] < hangs["switch_ns"]).any()
     told += ", with the switch to the guest taken at the most that it can be." if open_ else "."
+    unplaced = next((time.unplaced for time in recording.times if time.vm == vm), 0)
+    if unplaced:
+        told += (
+            f" Other tasks took {duration(unplaced)} of the one CPU, and no row says when: that is in the strips, "
+            "while a replay's times and soft-hangs are without it."
+        )
     table = (
         _coarser(parts, begin, recorded_time.PARTS // _PARTS)
         .with_columns(
@@ -225,19 +231,19 @@ def lives(recording: Recording, vm: int) -> Picture | None:
     begin, end = recording.spans[vm]
     unit, name = unit_of(end - begin)
     every = -(-len(roots) // _ROOTS)
-    fine = roots.gather_every(every).with_columns(
+    fine = roots.sort("first_time", "root").with_row_index("place", 1).gather_every(every).with_columns(
         x=(pl.col("first_time") - begin) / unit, x2=(pl.col("last_time") - begin) / unit,
         mode=pl.when(pl.col("role") >= 1 << 24).then(pl.lit("in SMM")).otherwise(pl.lit("not in SMM")),
         word=pl.format("0x{}", pl.col("role").map_elements(lambda word: f"{word:08x}", pl.String)),
         life=pl.col("life_ns").map_elements(duration, pl.String),
-    ).select("root", "word", "mode", "x", "x2", "life", "loads", "faults")  # fmt: skip
+    ).select("place", "root", "word", "mode", "x", "x2", "life", "loads", "faults")  # fmt: skip
     chart = (
         alt.Chart(fine)
         .mark_rule(strokeWidth=max(2.5, min(6.0, 120 / len(fine))), strokeCap="round")
         .encode(
             x=time_axis("x", name, (end - begin) / unit), x2="x2:Q",
-            y=alt.Y("root:Q", title="root", scale=alt.Scale(zero=False, nice=False, padding=6),
-                    axis=axis(**whole_ticks(fine["root"]))),
+            y=alt.Y("place:Q", title="roots, in order", scale=alt.Scale(zero=False, nice=False, padding=6),
+                    axis=axis(**whole_ticks(fine["place"]))),
             color=colour("mode", ["not in SMM", "in SMM"], _COLOURS),
             tooltip=["root:Q", alt.Tooltip("word:N", title="role"), "life:N", "loads:Q", "faults:Q"],
         )

@@ -17,7 +17,7 @@ from replay.decode.capabilities import Capabilities
 from replay.decode.inputs import Ints
 from replay.decode.same_rip import RipRuns
 from replay.decode.timeline import Timeline
-from replay.decode.vcpu_states import NO_SPAN
+from replay.decode.vcpu_states import NO_SPAN, VcpuState
 from replay.decode.vm_inputs import dense_numbers, parts_of, vcpu_ids
 from replay.simulate.pools import by_vcpu
 from replay.timing.measure import Measured, SpanTimes
@@ -64,6 +64,7 @@ class RecordedTime:
     rip_runs: RipRuns | None  # None where there is no vCPU, or no replay
     switch: Switch | None
     unknown: str = ""
+    unplaced: int = 0  # ns that its threads had no CPU, of which no row says when
 
     @property
     def parts(self) -> NDArray[np.int64]:
@@ -127,9 +128,11 @@ def _of(trace: Trace, vm: Mapping[str, Any], measured: Measured) -> RecordedTime
     first, width, _ = parts_of(trace, vm, PARTS)
     ns, open_ = measured.fitted.costs.switch, measured.fitted.open
     switch = None if measured.refused else Switch(ns, ns - open_)
+    shown = int(measured.timeline.totals[:, VcpuState.STEAL].sum())
     return RecordedTime(
-        int(vm["id"]), vcpu_ids(vm), first, width, measured.timeline, measured.rip_runs, switch, measured.refused
-    )
+        int(vm["id"]), vcpu_ids(vm), first, width, measured.timeline, measured.rip_runs, switch, measured.refused,
+        max(int(measured.stolen.sum()) - shown, 0),
+    )  # fmt: skip
 
 
 def _unmeasured(trace: Trace, vm: Mapping[str, Any], why: str) -> RecordedTime:

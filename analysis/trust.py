@@ -106,7 +106,7 @@ def _host(meta: Metadata) -> str:
         return source_notes.origin(meta.raw)
     cpus = host.get("cpus")
     parts = [
-        text_at(host, "name") or "name not recorded",
+        text_at(host, "name").replace("(none)", "") or "name not recorded",  # uname's, where nobody gave it one
         f"{cpus} CPUs" if isinstance(cpus, int) else "",
         text_at(host, "model"),
         "lab, under emulation" if meta.raw.get("lab") else "",  # {} on a host

@@ -89,11 +89,11 @@ def _who(worst: dict[str, Any], recording: Recording | None) -> str:
 
 def _headline(rows: pl.DataFrame, subject: str, other: str, who: str, *, recorded: bool) -> str:
     share, wall, roots = _facts(rows, subject)
-    text = f"{who} spent {share} of {wall} on faults and roots, {roots} built, under {subject}"
+    text = f"{who} spent {share} of {wall} on faults and roots, {roots}, under {subject}"
     text += " (as recorded)" if recorded else ""
     if other:
         share, wall, roots = _facts(rows, other)
-        text += f"; under {other} {share} of {wall}, {roots} built"
+        text += f"; under {other} {share} of {wall}, {roots}"
     return text
 
 
@@ -103,7 +103,9 @@ def _facts(rows: pl.DataFrame, policy: str) -> tuple[str, str, str]:
     def over(name: str, unit: Unit) -> str:
         return span(mine[name].min(), mine[name].max(), unit)
 
-    return over("refill_share", Unit.SHARE), over("wall_ns", Unit.NS), over("roots_created", Unit.COUNT)
+    roots = over("roots_created", Unit.COUNT)
+    built = f"{roots} root{'' if roots == '1' else 's'} built"
+    return over("refill_share", Unit.SHARE), over("wall_ns", Unit.NS), built
 
 
 def _ends(rows: pl.DataFrame, hangs: dict[tuple[str, str], list[SoftHang]]) -> _Ends:

@@ -30,7 +30,6 @@ from traces.text import printable
 from traces.vm_names import VmNames
 
 DRAWN: Final = OF_ROWS
-_BROAD: Final = 8  # columns: a table of more takes the whole width
 _SNIPPET: Final = "window.vegaEmbed = vegaEmbed;"
 
 
@@ -84,12 +83,11 @@ class _Page:
         return alone | {figure.id for figure in self.figures if figure.picture.broad}
 
     @property
-    def tables(self) -> list[tuple[ReportTable, bool, list[int | None]]]:
-        """Each table, whether it takes the whole width, and the VM of each row (None: of none)."""
-        filled = _filled([len(table.columns) > _BROAD for table in self.report.tables])
+    def tables(self) -> list[tuple[ReportTable, list[int | None]]]:
+        """Each table, and the VM of each row (None: of none)."""
         return [
-            (table, whole, table.frame["vm"].to_list() if "vm" in table.frame.columns else [None] * len(table.frame))
-            for table, whole in zip(self.report.tables, filled, strict=True)
+            (table, table.frame["vm"].to_list() if "vm" in table.frame.columns else [None] * len(table.frame))
+            for table in self.report.tables
         ]
 
     @property

@@ -9,6 +9,7 @@ from analysis.perfetto.packets import PacketWriter
 from analysis.sources import Recording, Result
 from replay.timing.stalls import Rule
 from traces.outputs import TIMELINE, Output
+from traces.vm_names import VmNames
 
 
 def export(source: Recording | Result, out: Path, *, force: bool = False) -> list[str]:
@@ -25,7 +26,8 @@ def export(source: Recording | Result, out: Path, *, force: bool = False) -> lis
         writer = PacketWriter(output, recording.NAMES, recording.NOTES)
         told = recording.write(source.trace, writer, Rule())
         writer.flush()
-    remarks = [f"soft-hangs are not known: {why}" for why in told.unjudged]
+    names = VmNames(source.metadata)
+    remarks = [f"{names.vms(ids)}: soft-hangs are not known: {why}" for why, ids in told.unjudged.items()]
     if told.clipped:
         remarks.append(f"{told.clipped:,} ns are left out: clocks of two CPUs differ, and spans would cross")
     return remarks

@@ -27,6 +27,7 @@ from traces.progress import Progress
 from traces.reader import Trace
 from traces.schema import BY_NAME
 from traces.text import printable
+from traces.vm_names import VmNames
 
 _RSM: Final = len(VcpuState)  # an SMM transition that leaves; VcpuState.SMM then is one that enters
 NAMES: Final = (*("SMI" if doing == VcpuState.SMM else doing.name.lower() for doing in VcpuState), "RSM", "zap")
@@ -43,7 +44,7 @@ class Told:
 
     rows: int = 0
     clipped: int = 0  # ns of spans that would begin before the span before them ends: clocks of two CPUs
-    unjudged: list[str] = field(default_factory=list)  # why a VM's soft-hangs are not known
+    unjudged: dict[str, list[int]] = field(default_factory=dict)  # VMs whose soft-hangs are not known, by why
 
 
 def write(trace: Trace, writer: PacketWriter, rule: Rule) -> Told:
@@ -54,7 +55,7 @@ def write(trace: Trace, writer: PacketWriter, rule: Rule) -> Told:
     with Progress("writing the timeline", trace.metadata.events) as progress:
         for vm, times in zip(trace.metadata.vms, recorded_times(trace), strict=True):
             if times.switch is None:
-                told.unjudged.append(f"VM {vm['id']}: {times.unknown}")
+                told.unjudged.setdefault(times.unknown, []).append(int(vm["id"]))
             one = _Vm(trace, vm, writer, threads, told, times)
             numbers = dense_numbers(trace.path, vm)
             for rows in trace.batches(COLUMNS, vm=int(vm["id"])):
@@ -96,7 +97,7 @@ class _Vm:
     ) -> None:
         """`times` say where its vCPUs hung, as far as that is known."""
         self._writer, self._threads, self._told = writer, threads, told
-        name = f"VM {vm['id']} {printable(vm.get('comm') or '')}".rstrip()
+        name = VmNames(trace.metadata).vm(int(vm["id"]))
         self._track = writer.track(name, description=f"process {vm.get('pid') or 'not known'}, as recorded")
         ids = vcpu_ids(vm)
         self._vcpus: list[_Vcpu] = []

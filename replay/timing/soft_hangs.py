@@ -54,7 +54,7 @@ class SoftHang:
     @property
     def why(self) -> str:
         """What began it."""
-        return _SAID[self.cause] if self.of_roots else "exits that no root policy changes"
+        return _SAID[self.cause] if self.of_roots else "exits for other than faults and roots"
 
 
 def soft_hangs(progress: NDArray[np.int64], rule: Rule) -> list[SoftHang]:

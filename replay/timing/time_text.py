@@ -115,11 +115,14 @@ def compared(ends: Mapping[str, tuple[VcpuTime, VcpuTime]]) -> Iterator[str]:
 
 def _against(name: str, low: VcpuTime, high: VcpuTime, base: str, other: VcpuTime) -> str:
     least, most = (each.wall / max(other.wall, 1) for each in (low, high))
-    factor = f"{least:.2f}x" if low is high else f"{least:.2f}x to {most:.2f}x"
-    hangs = [_hangs(low)] if low is high else [_hangs(low), _hangs(high)]
+    factor = " to ".join(dict.fromkeys((f"{least:.2f}x", f"{most:.2f}x")))
+    hangs = list(dict.fromkeys((_hangs(low), _hangs(high))))
     if not (low.stalls or high.stalls or other.stalls):
         return f"{factor} the time under {name} as under {base}; no soft-hang"
-    under = f"up to {hangs[-1]}" if high.stalls and not low.stalls else " to ".join(dict.fromkeys(hangs))
+    if hangs == [_hangs(other)]:
+        return f"{factor} the time under {name} as under {base}; under both {hangs[0]}"
+    up_to = high.stalls and not low.stalls
+    under = f"up to {hangs[-1]}" if up_to else hangs[0] if len(hangs) == 1 else f"between {' and '.join(hangs)}"
     return f"{factor} the time under {name} as under {base}; under {name} {under}; under {base} {_hangs(other)}"
 
 
@@ -130,8 +133,8 @@ def _hangs(vcpu: VcpuTime) -> str:
     number = count(len(vcpu.stalls), "soft-hang")
     fires = watchdogs(worst.ns)
     guest = f", long enough for the guest's {' and '.join(fires)} watchdog" if fires else ""
-    longest = f"longest {duration(worst.ns)} at {duration(worst.begin)} to {duration(worst.end)}"
-    return f"{number}, {longest}, {causes(vcpu.stalls)}{guest}"
+    longest = f"longest {duration(worst.ns)}, from {duration(worst.begin)} to {duration(worst.end)}"
+    return f"{number} ({longest}; {causes(vcpu.stalls)}{guest})"
 
 
 def _ends(vm: VmTime) -> dict[str, tuple[PolicyTime, PolicyTime]]:

@@ -11,9 +11,11 @@ import pytest
 from typer.testing import CliRunner
 
 import kvmtrace
-from analysis.queries import exit_times, recorded, removed
+from analysis.queries import exit_times, leaves, recorded, removed
 from analysis.sources import Recording
 from tests.corpus import CORPUS
+from tests.replay.test_apart import INTEL, TimedGuest
+from traces.errors import Problem
 from traces.synth import Parameters, synthesize
 
 ROOT = Path(__file__).parents[2]
@@ -36,6 +38,26 @@ def why(name: str, cause: str) -> tuple[int, int]:
     """Faults that mapped a page again, and permissions repaired, for a cause."""
     found = removed.refaults(Recording.open(of(name))).collect().filter(cause=cause)
     return found["mapped"].sum(), found["fixes"].sum()
+
+
+def test_leaves_have_a_memory_type(tmp_path: Path) -> None:
+    """A device's pages are uncached, and with a device that snoops nothing the guest's PAT has a say on all."""
+    (row,) = leaves.memory_types(Recording.open(of("steady-6.1-ept"))).collect().to_dicts()
+    assert (row["type"], row["ignores_pat"], row["leaves"]) == ("WB", True, 513)
+    guest = TimedGuest()
+    guest.load()
+    for gfn, word in ((0x10, 0x337), (0x11, 0x337), (0xC1080, 0x307), (0x12, 0x377), (0x13, 0)):
+        guest.of("kvm_mmu_set_spte", w0=gfn, level=1, root=guest.root, w1=word)
+    path = guest.saved(tmp_path / "vfio.parquet", INTEL)
+    found = leaves.memory_types(Recording.open(path)).collect()
+    assert found.select("type", "ignores_pat", "leaves", "low_gfn", "high_gfn").rows() == [
+        ("WB", False, 2, 0x10, 0x11), ("UC", False, 1, 0xC1080, 0xC1080), ("WB", True, 1, 0x12, 0x12),
+    ]  # fmt: skip
+    assert "Memory types of leaves" in said(path, "--no-replay", "--format", "md")
+    amd = Recording.open(of("steady-6.1"))
+    with pytest.raises(Problem, match="leaves have a memory type in Intel's EPT only"):
+        leaves.memory_types(amd)
+    assert "memory_types" not in said(of("steady-6.1"), "--no-replay")
 
 
 @pytest.mark.parametrize("kernel", ["6.1"])

@@ -258,6 +258,13 @@ def test_without_entries_soft_hangs_are_not_known(tmp_path: Path) -> None:
     assert all("soft-hangs are not known" in each for each in remarks)
 
 
+def test_vms_are_named_and_one_that_never_ran_hides_no_other(tmp_path: Path) -> None:
+    source = Path(__file__).parents[1] / "recordings" / "field-6.1.parquet"
+    (remark,) = export(open_source(source), tmp_path / "out.pftrace")
+    assert b"VM 4 (fieldvm 110)" in (tmp_path / "out.pftrace").read_bytes()
+    assert remark.startswith("VM 1 (fieldvm 98), VM 10 (fieldvm 113), VM 11 (fieldvm 113), and 13 more: soft-hangs are")
+
+
 def test_stalls_and_shares_of_a_result(result: Path, tmp_path: Path) -> None:
     found = exported(result, tmp_path / "out.pftrace")
     rows = pl.read_parquet(result).with_columns(pl.col("row", "policy", "bound", "cause").cast(pl.String))

@@ -146,13 +146,13 @@ def test_a_soft_hang_has_what_began_it_and_what_it_went_on() -> None:
             (300, Cause.CR0_WP, guest), (200, Cause.CR0_WP, other), (100, Cause.CR0_WP, guest),
         ), Rule(),
     )  # fmt: skip
-    assert [hang.why for hang in found] == ["an SMI", "a write of CR0.WP", "exits that no root policy changes"]
+    assert [hang.why for hang in found] == ["an SMI", "a write of CR0.WP", "exits for other than faults and roots"]
     assert [hang.cause for hang in found] == [Cause.RSM, Cause.CR0_WP, Cause.CR0_WP]
     assert [hang.spent[on] for hang, on in zip(found, (fault, fault, other), strict=True)] == [200_000_000] * 3
     assert all(sum(hang.spent) == hang.ns for hang in found)
     assert causes(found[:1]) == "cause: an SMI"
     assert causes(found[:1] * 3) == "cause of each: an SMI"
-    assert causes(found) == "causes: an SMI (1), a write of CR0.WP (1), exits that no root policy changes (1)"
+    assert causes(found) == "causes: an SMI (1), a write of CR0.WP (1), exits for other than faults and roots (1)"
 
 
 def test_a_clock_that_runs_backwards_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
