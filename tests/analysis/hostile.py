@@ -1,5 +1,7 @@
 """Reads mutated results in a process of its own; `python -m tests.analysis.hostile SEED KIND FIRST COUNT SCRATCH`.
 
+Those of tests.traces.forged's kinds fit in every size, offset and checksum, like its traces.
+
 Prints one JSON line a mutant before it is read and one after, as `tests.traces.hostile` does.
 """
 
@@ -25,11 +27,13 @@ from analysis.reporting import Wanted, reported
 from analysis.sources import open_source
 from replay.result import KEY
 from tests.traces import hostile as traces_hostile
+from tests.traces.forged import KINDS, forged
 from tests.traces.hostile import flipped, in_chunk_headers, odd_metadata, odd_schema
 from traces import frame, reader
 from traces.errors import Problem
 from traces.reader import Trace
 
+FORGED = tuple(kind for kind in KINDS if kind != "rows")  # of odd rows there are `values` and `schema`
 MEMORY = 4 << 30
 CPU_SECONDS = 60  # for one mutant, of all its threads: a busy machine does not make it more
 
@@ -72,6 +76,9 @@ def mutants(path: Path, kind: str, first: int, count: int) -> Iterator[tuple[int
     if kind == "trace":
         yield from odd_traces(path, first, count)
         return
+    if kind in FORGED:
+        yield from ((number, forged(path, kind, number)) for number in range(first, first + count))
+        return
     seed = path.read_bytes()
     table = pq.read_table(path).replace_schema_metadata(None)
     metadata = json.loads(pq.read_metadata(path).metadata[KEY])
@@ -80,8 +87,6 @@ def mutants(path: Path, kind: str, first: int, count: int) -> Iterator[tuple[int
         rng = random.Random(f"{kind} {number}")
         if kind == "bytes":
             yield number, flipped(seed, rng) if rng.random() < 0.5 else in_chunk_headers(seed, rng)
-        elif kind == "metadata":
-            yield number, with_metadata(table, odd_metadata(metadata, rng))
         elif kind == "values":
             yield number, with_metadata(odd_values(table, rng), text)
         else:

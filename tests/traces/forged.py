@@ -1,4 +1,4 @@
-"""Traces and recordings forged by somebody who knows the format: every checksum, offset and seal fits what is wrong.
+"""Traces, results and recordings forged by who knows the format: checksums, offsets and seals fit what is wrong.
 
 `python -m tests.traces.forged SEED_TRACE KIND FIRST COUNT SCRATCH [verbs]` reads so many of a kind (or, with `verbs`,
 gives each to the verbs) in a process of its own, and prints a JSON line before and after each.
@@ -27,6 +27,7 @@ import polars as pl
 import pyarrow as pa
 
 import kvmtrace as command_line
+from replay.result import KEY as RESULT_KEY
 from tests.traces import thrift
 from tests.traces.hostile import CPU_SECONDS, MEMORY, flipped, odd_metadata, sealed, with_metadata
 from tests.traces.thrift import LIST, STRUCT, Struct
@@ -40,12 +41,12 @@ from traces.sealed_stream import RECORD_SCHEMA, to_batch
 from traces.segment_writer import MANIFEST, segment_name
 
 NUMBERS = (0, 1, -1, 2, 7, 127, 255, 1 << 15, (1 << 16) + 3, (1 << 31) - 1, -(1 << 31), 1 << 32, 1 << 40, (1 << 63) - 1)
-_CODEC = pa.Codec("lz4_raw")
+_CODECS = {1: pa.Codec("snappy"), 6: pa.Codec("zstd"), 7: pa.Codec("lz4_raw")}  # as parquet.thrift numbers them
 # Of a page's header, of a column chunk's metadata, of a footer: field numbers, as parquet.thrift has them.
 UNPACKED_SIZE, PACKED_SIZE = 2, 3
 ROW_GROUPS, PAIRS = 4, 5
 CHUNKS, CHUNK_METADATA = 1, 3
-STATISTICS, DATA_OFFSET, DICTIONARY_OFFSET, CHUNK_SIZE = 12, 9, 11, 7
+CODEC, STATISTICS, DATA_OFFSET, DICTIONARY_OFFSET, CHUNK_SIZE = 4, 12, 9, 11, 7
 
 
 @dataclass
@@ -54,24 +55,29 @@ class Page:
 
     header: Struct
     payload: bytes
+    codec: pa.Codec
     packed: bytes | None = None
     keep_sizes: bool = False  # the header's sizes are lies on purpose
 
     def written(self) -> bytes:
-        packed = self.packed if self.packed is not None else bytes(_CODEC.compress(self.payload, asbytes=True))
+        packed = self.packed if self.packed is not None else self.compressed()
         if not self.keep_sizes:
             thrift.put(self.header, UNPACKED_SIZE, len(self.payload))
             thrift.put(self.header, PACKED_SIZE, len(packed))
         return thrift.written(self.header) + packed
 
+    def compressed(self) -> bytes:
+        return bytes(self.codec.compress(self.payload, asbytes=True))
+
 
 class File:
-    """A trace taken apart: `groups` are row groups of columns of pages."""
+    """A trace or a result taken apart: `groups` are row groups of columns of pages."""
 
     def __init__(self, data: bytes) -> None:
         length = int.from_bytes(data[-8:-4], "little")
         self.footer = thrift.Reader(data[-8 - length : -8]).struct()
-        self.metadata: dict[str, Any] = json.loads(next(v for k, v in self._pairs() if k == KEY))
+        self.key, text = next((k, v) for k, v in self._pairs() if k in (KEY, RESULT_KEY))
+        self.metadata: dict[str, Any] = json.loads(text)
         self.groups: list[list[list[Page]]] = []
         for group in thrift.at(self.footer, ROW_GROUPS)[1]:
             self.groups.append([self._pages(data, thrift.at(chunk, CHUNK_METADATA)) for chunk in self._chunks(group)])
@@ -86,6 +92,7 @@ class File:
 
     @staticmethod
     def _pages(data: bytes, chunk: Struct) -> list[Page]:
+        codec = _CODECS[thrift.at(chunk, CODEC)]
         at = thrift.at(chunk, DICTIONARY_OFFSET) or thrift.at(chunk, DATA_OFFSET)
         end = at + thrift.at(chunk, CHUNK_SIZE)
         pages = []
@@ -94,11 +101,9 @@ class File:
             header = reader.struct()
             at = reader.at + thrift.at(header, PACKED_SIZE)
             payload = bytes(
-                _CODEC.decompress(
-                    data[reader.at : at], decompressed_size=thrift.at(header, UNPACKED_SIZE), asbytes=True
-                )
+                codec.decompress(data[reader.at : at], decompressed_size=thrift.at(header, UNPACKED_SIZE), asbytes=True)
             )
-            pages.append(Page(header, payload))
+            pages.append(Page(header, payload, codec))
         return pages
 
     def pages(self) -> list[Page]:
@@ -124,12 +129,13 @@ class File:
                 }  # fmt: skip
         footer = copy.deepcopy(self.footer)
         for pair in thrift.at(footer, PAIRS)[1]:
-            if thrift.at(pair, 1) == KEY:
+            if thrift.at(pair, 1) == self.key:
                 thrift.put(pair, 2, json.dumps(self.metadata).encode() if text is None else text)
         if change is not None:
             change(footer)
         packed = thrift.written(footer)
-        return sealed(bytes(body), packed + len(packed).to_bytes(4, "little") + b"PAR1")
+        end = packed + len(packed).to_bytes(4, "little") + b"PAR1"
+        return sealed(bytes(body), end) if self.key == KEY else bytes(body) + end
 
 
 def spoil(tree: Struct, rng: random.Random, *, but: tuple[int, ...] = ()) -> None:
@@ -241,7 +247,7 @@ KINDS = ("headers", "payloads", "packed", "footer", "statistics", "json", "deep"
 
 
 def forged(path: Path, kind: str, number: int) -> bytes:
-    """The `number`-th trace of a kind, made of the one at `path`."""
+    """The `number`-th trace or result of a kind, made of the one at `path`; of results there is none of kind `rows`."""
     rng = random.Random(f"{kind} {number}")
     if kind == "rows":
         return odd_rows(Trace.open(path), rng)
@@ -252,13 +258,13 @@ def forged(path: Path, kind: str, number: int) -> bytes:
             page.keep_sizes = True
             spoil(page.header, rng)
         for page in file.pages():
-            page.packed = bytes(_CODEC.compress(page.payload, asbytes=True))
+            page.packed = page.compressed()
     elif kind == "payloads":
         for page in rng.sample(file.pages(), rng.choice((1, 1, 3))):
             odd_payload(page, rng)
     elif kind == "packed":
         page = rng.choice(file.pages())
-        page.packed = flipped(bytes(_CODEC.compress(page.payload, asbytes=True)), rng)
+        page.packed = flipped(page.compressed(), rng)
         page.keep_sizes = rng.random() < 0.5
         if page.keep_sizes:
             thrift.put(page.header, PACKED_SIZE, len(page.packed))
@@ -269,7 +275,7 @@ def forged(path: Path, kind: str, number: int) -> bytes:
     elif kind == "json":
         text = odd_metadata(json.loads(json.dumps(file.metadata)), rng)
         file.written()
-        return file.written(text=_with_groups(text, file.metadata["row_groups"]))
+        return file.written(text=_with_groups(text, file.metadata.get("row_groups", [])))
     elif kind == "deep":
         return file.written(text=deep(rng))
     return file.written()
