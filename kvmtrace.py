@@ -331,7 +331,8 @@ def import_(
             "others": said.others, "inferred": list(said.assigned.inferred), "remarks": said.remarks(),
         })  # fmt: skip
         return
-    _tell(f"{summary.path}: {summary.events:,} events of {said.found.lines:,} lines, {summary.size:,} bytes")
+    unit = "lines" if said.found.kind == "text" else "records"
+    _tell(f"{summary.path}: {summary.events:,} events of {said.found.lines:,} {unit}, {summary.size:,} bytes")
     for line in (*said.remarks(), *said.assigned.inferred):
         _tell(f"kvmtrace: {file}: {line}")
 

@@ -57,6 +57,19 @@ def test_losses_of_perf_are_gaps(tmp_path: Path) -> None:
     assert meta.lost == 775
 
 
+def test_of_a_cut_trace_dat_what_is_there_is_imported(tmp_path: Path) -> None:
+    """Its formats come first; perf's come last, so that of a cut perf.data nothing can be read."""
+    data = recorded("slot-delete-6.1.dat")
+    rows, meta = imported(tmp_path, data)
+    assert meta.complete
+    some, meta = imported(tmp_path, data[: len(data) - 20_000])
+    assert len(rows) // 2 < len(some) < len(rows)
+    assert not meta.complete
+    assert "it ends at byte" in meta.discrepancies[0]
+    with pytest.raises(Problem, match=r"a damaged perf\.data: it ends at byte"):
+        imported(tmp_path, recorded("slot-delete-6.1.data")[:100_000])
+
+
 def test_every_buffer_of_a_trace_dat_is_read(tmp_path: Path) -> None:
     data = recorded("smi-storm-6.1.dat")
     rows, _ = imported(tmp_path, data)

@@ -16,6 +16,7 @@ from traces.kernels.printed import PLUGIN, shown_kinds, told_since
 from traces.schema import KINDS
 from traces.text import count, printable
 
+_WITH_ROLES: Final = frozenset(kind.name for kind in KINDS if "role" in kind.columns)
 _MOST_NAMES: Final = 100
 _NEVER: Final = "no tracepoint shows it"
 _NOT_THERE: Final = "not in what was imported"
@@ -121,6 +122,7 @@ def _source(said: Said) -> dict[str, Any]:
     inferred = list(said.assigned.inferred)
     if said.roots:
         inferred.append("roots: by order of the tables made at their level; each has a number in place of its frame")
+    if said.roots and said.text_kinds & _WITH_ROLES:
         inferred.append("roles: by what the text says, in SMM by the transitions before")
     if said.options.kernel:
         by = "as the file says" if said.options.kernel == found.release else "as told"

@@ -180,6 +180,11 @@ class PerfData:
         self._at, self._end = data_at, data_at + data_size
         if not data_size:
             raise Damaged("it has no records: perf was not ended in order, or the file is cut")
+        if self._end >= self._source.size:
+            raise Damaged(
+                f"it ends at byte {self._source.size:,}, its records at {self._end:,}: behind them the formats of "
+                "its events are missing"
+            )
         numbers = [n for n in range(_MOST_FEATURES // 2) if (low | high << 64) >> n & 1]
         where = SourceCursor(self._source.some(self._end, 16 * len(numbers)), "what is behind its records")
         for number in numbers:

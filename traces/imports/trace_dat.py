@@ -79,6 +79,7 @@ class TraceDat:
         self._source = source
         self._shift = ClockShift()
         self._codec = ""
+        self._cut = ""
         self._page_size = 4096
         self._pages: list[tuple[int, _CpuPages]] = []  # with the size of a page
         head = SourceCursor(source.some(0, _HEAD), "its headings")
@@ -114,6 +115,8 @@ class TraceDat:
                     yield rows
         if (rows := self.order.until(None)) is not None:
             yield rows
+        if self._cut:
+            raise Damaged(self._cut)
 
     def _advance(self, page_size: int, pages: _CpuPages) -> None:
         """Read some pages of a CPU."""
@@ -259,7 +262,8 @@ class TraceDat:
 
     def _cpu(self, page_size: int, pages: _CpuPages) -> None:
         if pages.size and pages.at + pages.size > self._source.size:
-            raise Damaged(f"it ends at byte {self._source.size:,}, and its data at {pages.at + pages.size:,}")
+            self._cut = f"it ends at byte {self._source.size:,}, and its data at {pages.at + pages.size:,}"
+            pages.size = max(self._source.size - pages.at, 0)
         self._pages.append((page_size, pages))
 
     def _a_page_size(self, size: int) -> int:
