@@ -9,6 +9,7 @@ import numpy as np
 
 from tracer.flight.counting import faults, roots
 from tracer.flight.vcpu_time import ENTRY, EXIT, GUEST, IDLE, OUT, Rows, ThreadTime, by_vcpu, grouped, off_cpu, states
+from traces.record import RECORD
 from traces.schema import BY_NAME
 
 KINDS: Final = (
@@ -20,6 +21,7 @@ _REMEMBERED: Final = 5  # seconds in which a fault on the same gfn is one again
 _SILENT: Final = 5  # seconds after which a vCPU that shows nothing is no more
 _SHORT: Final = 10**8  # ns for which nobody is looked up
 _HALF: Final = 0.5
+_TOGETHER: Final = 1 << 17  # rows
 EXIT_EDGES: Final = 10 ** np.arange(3, 11)  # ns: 1 us to 10 s
 
 
@@ -83,13 +85,21 @@ class Meters:
         self._idle_codes, self._time_of = np.array(idle_codes, np.uint64), time_of
         self._vcpus: dict[tuple[int, int], _Meter] = {}
         self._began: int | None = None
+        self._waiting: list[Rows] = []
         self.names: dict[int, str] = {}  # of VMs, by their pointer
         self.exit_times: dict[int, ExitTimes] = {}  # since the beginning, by process
 
     def see(self, rows: Rows) -> None:
-        """Take rows."""
+        """Take rows. They are looked at together: what it costs is by vCPU and batch more than by row."""
         if len(rows) and self._began is None:
             self._began = int(rows["time"][0])
+        self._waiting.append(rows)
+        if sum(map(len, self._waiting)) >= _TOGETHER:
+            self._look()
+
+    def _look(self) -> None:
+        rows = np.concatenate([np.empty(0, RECORD), *self._waiting])
+        self._waiting = []
         for key, mine in by_vcpu(rows):
             self._follow(self._meter(key, mine), mine)
         smis = (rows["kind"] == _SMM) & (rows["flags"] & 1 != 0)
@@ -104,6 +114,7 @@ class Meters:
 
     def second(self, at: int) -> list[VcpuSecond]:
         """End a second at `at` (boot ns): what each vCPU did since the last one ended."""
+        self._look()
         began, self._began = self._began, at
         lines = []
         for key, meter in list(self._vcpus.items()):
@@ -159,11 +170,14 @@ class Meters:
         """Count faults on gfns that were faulted on before."""
         if not meter.seen:
             meter.seen = [np.empty(0, np.uint64)]
-        known = np.concatenate(meter.seen)
-        unique, counts = np.unique(gfns, return_counts=True)
-        again = int((counts - 1).sum()) + int(np.isin(unique, known).sum())
+        unique = np.unique(gfns)
+        known = np.zeros(len(unique), np.bool_)
+        for before in meter.seen:  # each is sorted
+            if len(before):
+                known |= before[np.minimum(np.searchsorted(before, unique), len(before) - 1)] == unique
+        again = len(gfns) - len(unique) + int(np.count_nonzero(known))
         meter.counts["refaults"] = meter.counts.get("refaults", 0) + again
-        meter.seen[-1] = np.union1d(meter.seen[-1], unique)
+        meter.seen[-1] = np.union1d(meter.seen[-1], unique) if len(meter.seen[-1]) else unique
 
     def _account(self, meter: _Meter, at: int) -> None:
         """The time since its last row: out of its guest it may be at work or asleep, which only its thread can tell."""
