@@ -49,6 +49,13 @@ def test_a_stream_and_a_compressed_file_have_the_same_rows(form: Any, tmp_path: 
         assert other.raw["source"]["undone"] == [{"as_stream": "stream", "as_compressed": "zstd"}[form.__name__]]
 
 
+def test_an_attribute_of_odd_size_is_no_error(tmp_path: Path) -> None:
+    data = as_stream(recorded("smi-storm-6.1.data"))
+    rows, _ = imported(tmp_path, data)
+    again, _ = imported(tmp_path, data[:16] + record(64, data[24:72] + b"abc") + data[16:])
+    assert len(again) == len(rows)
+
+
 def test_losses_of_perf_are_gaps(tmp_path: Path) -> None:
     data = as_stream(recorded("smi-storm-6.1.data"))
     rows, _ = imported(tmp_path, data)

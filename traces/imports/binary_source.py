@@ -33,7 +33,7 @@ def read_binary(kind: str, source: SourceBytes, spool: RowSpool, progress: Progr
             seen.see(rows)
             spool.add(_columns(rows))
             progress.at(spool.rows)
-    except Damaged as damage:
+    except (Damaged, IndexError, OverflowError) as damage:  # numbers out of range, which every access is checked for
         if not spool.rows:
             raise Problem(f"nothing to import, but a damaged {kind}: {damage}") from None
         cut = f"the {kind} is damaged: {damage}"

@@ -196,7 +196,7 @@ class PerfData:
     def _attribute(self, data: bytes, ids: bytes) -> None:
         attribute = SourceCursor(data, "attributes")
         *_, sample_type, read_format, flags = attribute.numbers("IIQQQQQ")
-        for number in np.frombuffer(ids, "<u8").tolist():
+        for number in np.frombuffer(ids, "<u8", len(ids) // 8).tolist():
             self._of_ids[number] = len(self._attributes)
         self._attributes.append(_Attribute(sample_type, read_format, bool(flags & _SAMPLE_ID_ALL)))
 
