@@ -204,10 +204,9 @@ def _tenths(side: Side, matched: MatchedVms) -> pl.LazyFrame:
 
 def _assumed(base: Side, new: Side) -> Iterator[str]:
     for name, side in (("base", base), ("new", new)):
-        given = f"--refault {side.result.refault}" if side.result.refault else "least .. most"
         for policy in side.result.policies:
             if policy.name == side.policy:
-                yield from (f"{name}: {line} ({given})" for line in policy.open)
+                yield from (f"{name}: {line} ({policy.given(side.result.refault)})" for line in policy.open)
     if base.result.refault != new.result.refault:
         yield f"other assumptions: --refault {base.result.refault or '(none)'} against {new.result.refault or '(none)'}"
 

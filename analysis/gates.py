@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -96,9 +97,7 @@ def figures_of(recording: Recording | None, result: Result | None, validation: V
         for row in replayed.policies(result).collect(engine="streaming").iter_rows(named=True):
             names = [name.removesuffix("_low") for name in row if name.endswith("_low")]
             policies[row["policy"]] = {
-                name: None if row[f"{name}_low"] is None else (row[f"{name}_low"], row[f"{name}_high"])
-                for name in names
-                if not _is_time(name)
+                name: _between(row[f"{name}_low"], row[f"{name}_high"]) for name in names if not _is_time(name)
             }
         whole[OWN_POLICY] = _mismatches(result)
     if isinstance(validation, Validated):
@@ -106,6 +105,10 @@ def figures_of(recording: Recording | None, result: Result | None, validation: V
     recorded = next((p.name for p in result.policies if p.recorded), "") if result is not None else ""
     texts = [each.text for each in result.agreements if each.differences] if result is not None else []
     return Figures(recorded, whole, policies, validation if isinstance(validation, str) else "", some(texts))
+
+
+def _between(low: Number | None, high: Number | None) -> Ends:
+    return None if low is None else (low, math.inf if high is None else high)
 
 
 def _mismatches(result: Result) -> Ends:
@@ -260,6 +263,8 @@ def decided(op: str, left: tuple[Number, Number], right: tuple[Number, Number]) 
 
 def _shown(ends: tuple[Number, Number]) -> str:
     low, high = ends
+    if high == math.inf:
+        return span(low, None, Unit.COUNT)
     if all(isinstance(end, int) for end in ends):
         return span(low, high, Unit.COUNT)
     # What is just below 1 must not read as 1.
@@ -271,13 +276,14 @@ def _plain(ends: Ends) -> Any:
     if ends is None:
         return None
     low, high = (float(end) if isinstance(end, Fraction) else end for end in ends)
-    return low if low == high else [low, high]
+    return low if low == high else [low, None if high == math.inf else high]
 
 
 def _ends(value: Any) -> Ends:
     if value is None:
         return None
     ends = value if isinstance(value, list) else [value, value]
+    ends = [*ends[:1], *(math.inf if end is None else end for end in ends[1:])]
     if len(ends) != 2 or not all(isinstance(end, int | float) and not isinstance(end, bool) for end in ends):
         raise TypeError
     return ends[0], ends[1]

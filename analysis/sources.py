@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from analysis import rows
 from analysis.recorded_time import RecordedTime, recorded_times
+from replay.bounds import bounds_text
 from replay.own_policy import Agreement, told
 from replay.result import KEY, SCHEMA
 from replay.timing.diagnosis import Diagnosis
@@ -162,6 +163,7 @@ class ResultPolicy:
     """A policy of a result. `open`: what the trace leaves open of its outcome; `assumes`: what is taken to be so.
 
     `keeps`: whether the TDP MMU holds a reference of its own on roots, so that they stay until they are invalidated.
+    `at_least`: whether its counts and times have no upper end.
     """
 
     name: str
@@ -172,6 +174,11 @@ class ResultPolicy:
     open: tuple[str, ...]
     assumes: str
     keeps: bool
+    at_least: bool
+
+    def given(self, refault: str) -> str:
+        """How what is left open is given, with the assumption that the result was made with (empty: none)."""
+        return bounds_text(refault, at_least=self.at_least)
 
 
 @dataclass(frozen=True)
@@ -438,6 +445,7 @@ def _policy(document: Mapping[str, Any]) -> ResultPolicy:
         tuple(_list(document, "open", str)),
         _text(document, "assumes"),
         _flag(parameters, "own_reference") and _text(parameters, "mmu") == "tdp",
+        "at_least" in document and _flag(document, "at_least"),  # since 1.4
     )
 
 

@@ -169,11 +169,10 @@ def _costs(result: Result) -> str:
 
 
 def _open(result: Result) -> Iterator[str]:
-    assumed = f"assumed: --refault {result.refault}" if result.refault else "least .. most"
     lines: dict[str, list[str]] = {}
     for policy in result.policies:
         for line in policy.open:
-            lines.setdefault(f"{line} ({assumed})", []).append(policy.name)
+            lines.setdefault(f"{line} ({policy.given(result.refault)})", []).append(policy.name)
         if policy.assumes:
             lines.setdefault(policy.assumes, []).append(policy.name)
         if policy.own and result.timed:

@@ -55,7 +55,9 @@ def format_value(value: Any, unit: Unit, *, signed: bool = False) -> str:
 
 
 def span(low: Any, high: Any, unit: Unit, *, signed: bool = False) -> str:
-    """An interval, or the one value that both its ends are."""
+    """An interval, or the one value that both its ends are; without an upper end (null) from a value on."""
+    if high is None and low is not None:
+        return f"{format_value(low, unit, signed=signed)} or more"
     least, most = format_value(low, unit, signed=signed), format_value(high, unit, signed=signed)
     return least if least == most else least + _SPAN + most
 

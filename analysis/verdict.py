@@ -68,7 +68,7 @@ def verdict(result: Result | None, recording: Recording | None) -> Iterator[str]
     others = sorted((name for name in ends if name != subject), key=lambda name: -ends[name][1].wall)
     other = base if base != subject else next(iter(others), "")
     yield _headline(mine, subject, other, _who(worst, recording), recorded=bool(worst["recorded"]))
-    yield from compared(ends)
+    yield from compared(ends, {policy.name for policy in result.policies if policy.at_least})
 
 
 def _no_further(found: Iterable[Diagnosis], recording: Recording | None) -> Iterator[str]:

@@ -7,7 +7,7 @@ the recording shows to have been accessed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -24,28 +24,35 @@ _LARGE = np.uint64(LARGE)
 
 @dataclass(frozen=True)
 class Count:
-    """A count that lies between `low` and `high`; `assumed` is the one number under the assumption, if there is one."""
+    """A count that lies between `low` and `high`, where there is an upper end.
+
+    `assumed` is the one number under the assumption, if there is one; without an upper end it is the least as well.
+    """
 
     low: int
-    high: int
+    high: int | None
     assumed: int | None = None
 
     @property
     def text(self) -> str:
         """For people: the number, or `low .. high`."""
+        if self.high is None:
+            return f"{self.low if self.assumed is None else self.assumed:,} or more"
         if self.assumed is not None:
             return f"{self.assumed:,}"
         return f"{self.low:,}" if self.low == self.high else f"{self.low:,} .. {self.high:,}"
 
     @property
-    def value(self) -> int | list[int]:
-        """For programs: the number, or [low, high]."""
+    def value(self) -> int | list[int | None]:
+        """For programs: the number, or [low, high], high being null where there is no upper end."""
+        if self.high is None:
+            return [self.low if self.assumed is None else self.assumed, None]
         if self.assumed is not None:
             return self.assumed
         return self.low if self.low == self.high else [self.low, self.high]
 
     def __contains__(self, number: int) -> bool:
-        return self.low <= number <= self.high
+        return self.low <= number and (self.high is None or number <= self.high)
 
 
 def counts(outcomes: list[Outcome], refault: Refault, share: float = 0.0) -> dict[str, Count]:
@@ -57,16 +64,27 @@ def counts(outcomes: list[Outcome], refault: Refault, share: float = 0.0) -> dic
             # VMs do not peak at one time, but there is never more than this.
             ends[name] = ends.get(name, 0) + value
     low, high = (sums.get(bound) or next(iter(sums.values())) for bound in ("low", "high"))
-    found = {name: Count(min(low[name], high[name]), max(low[name], high[name])) for name in low}
+    found = {name: interval(low[name], high[name], outcomes[0]) for name in low}
     for name in _ASSUMED:
         count = found[name]
         if refault.name == "recent" and len(sums) > 1:
             assumed = [part for outcome in outcomes for part in outcome.assumed]
             more = sum(int(np.minimum(part, refault.pages).sum()) for part in assumed)
-            found[name] = Count(count.low, count.high, min(count.low + more, count.high))
+            found[name] = replace(count, assumed=min(count.low + more, max(low[name], high[name])))
         elif refault.name == "accessed" and len(sums) > 1:
-            found[name] = Count(count.low, count.high, count.low + round(share * (count.high - count.low)))
+            found[name] = replace(count, assumed=count.low + round(share * abs(high[name] - low[name])))
     return found
+
+
+def bounds_text(refault: str, *, at_least: bool) -> str:
+    """How what a trace leaves open is given: by an assumption (`refault`, or empty), as the least, as an interval."""
+    parts = [f"assumed: --refault {refault}" if refault else "", "the least" if at_least else ""]
+    return ", ".join(filter(None, parts)) or "least .. most"
+
+
+def interval(one: int, other: int, outcome: Outcome) -> Count:
+    """What lies between the two ends of an outcome's target, or from the lesser on."""
+    return Count(min(one, other), None if outcome.target.at_least else max(one, other))
 
 
 def accessed_share(trace: Trace, kernel: Kernel) -> float:

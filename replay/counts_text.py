@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from replay import bounds, own_policy, worst_off
-from replay.bounds import Count
 from replay.counted import Outcome
 from replay.own_policy import Agreement, OwnPolicyCheck
 from replay.plan import Target
@@ -56,8 +55,13 @@ def _of_policy(outcomes: list[Outcome], replayed: Replayed, share: float) -> dic
     ends = {"low": outcomes[0], "high": outcomes[-1]}
     return {
         **{name: count.value for name, count in counts.items()},
-        "frees_by_cause": _merged(ends["low"].frees, ends["high"].frees),
-        "roots_by_role": _merged(*({f"{word:#x}": n for word, n in end.roles.items()} for end in ends.values())),
+        # Without an upper end each may be less, as well: a root that is given up sooner is not there for the others.
+        "frees_by_cause": {}
+        if outcomes[0].target.at_least
+        else _merged(outcomes[0], *(e.frees for e in ends.values())),
+        "roots_by_role": _merged(
+            outcomes[0], *({f"{word:#x}": n for word, n in end.roles.items()} for end in ends.values())
+        ),
         "vcpus": [_of_vcpu(outcomes, index, vcpu) for index, vcpu in enumerate(outcomes[0].vcpu_ids)],
     }
 
@@ -65,15 +69,15 @@ def _of_policy(outcomes: list[Outcome], replayed: Replayed, share: float) -> dic
 def _of_vcpu(outcomes: list[Outcome], index: int, vcpu: int) -> dict[str, Any]:
     row: dict[str, Any] = {"vcpu": vcpu}
     for name in OF_VCPU:
-        ends = [int(getattr(outcome.vcpus, name)[index]) for outcome in (outcomes[0], outcomes[-1])]
-        row[name] = Count(min(ends), max(ends)).value
+        low, high = (int(getattr(outcome.vcpus, name)[index]) for outcome in (outcomes[0], outcomes[-1]))
+        row[name] = bounds.interval(low, high, outcomes[0]).value
     row["stuck_at"] = outcomes[-1].stuck[index]
     return row
 
 
-def _merged(low: Any, high: Any) -> dict[str, int | list[int]]:
+def _merged(of: Outcome, low: Any, high: Any) -> dict[str, Any]:
     names = sorted({*low, *high})
-    return {name: Count(*sorted((low.get(name, 0), high.get(name, 0)))).value for name in names}
+    return {name: bounds.interval(low.get(name, 0), high.get(name, 0), of).value for name in names}
 
 
 def _vms(replayed: Replayed) -> list[int]:
@@ -129,7 +133,8 @@ def _rows(replayed: Replayed, vms: Sequence[int], share: float) -> Iterator[list
             outcomes = _of(replayed, target, vm)
             counts = bounds.counts(outcomes, replayed.plan.refault, share)
             name = target.name + (" (recorded)" if target.recorded else "")
-            why = ", ".join(f"{cause} {number:,}" for cause, number in outcomes[-1].frees.most_common(3))
+            causes = [] if target.at_least else outcomes[-1].frees.most_common(3)
+            why = ", ".join(f"{cause} {number:,}" for cause, number in causes)
             yield [str(vm), names.process(vm), name, *(counts[column].text for column, _, _ in _COUNTS), why]
 
 
@@ -137,8 +142,7 @@ def _say_remarks(page: Page, replayed: Replayed) -> None:
     plan = replayed.plan
     for target in plan.targets:
         for why in left_open(replayed, target):
-            given = f"assumed: --refault {plan.refault.text}" if plan.refault.name else "least .. most"
-            page.say(f"{target.name}: {why} ({given})")
+            page.say(f"{target.name}: {why} ({bounds.bounds_text(plan.refault.text, at_least=target.at_least)})")
         if target.assumes:
             page.say(f"{target.name}: {target.assumes}")
         ended = {

@@ -42,6 +42,7 @@ class Target:
     """A policy to replay. `policy` is a user's own, a kernel's otherwise.
 
     `open` says what such a trace leaves open; `writes` are the triggers for which that is only so if there are any.
+    With `at_least` the outcome has no upper end: its runs give the least that it can be.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Target:
     open: tuple[str, ...]
     runs: tuple[Run, ...]
     writes: frozenset[Trigger] = frozenset()
+    at_least: bool = False
 
     @property
     def assumes(self) -> str:
@@ -136,7 +138,17 @@ def _target(capabilities: Capabilities, name: str, kernel: Kernel, other: bool, 
         if (OPEN[trigger][0] in kernel.unloads) != (OPEN[trigger][1] in kernel.unloads)
     )
     most = bool(writes)
+    # Nothing bounds how often a guest may have written it between two exits, each of which would have been an exit.
+    hides_wp = capabilities.hides_wp and (Trigger.CR0_WP in kernel.unloads or kernel.layout.guest_bits)
     open_ = [
+        *(
+            [
+                f"with EPT a guest of {capabilities.kernel.name} writes CR0.WP without an exit, and each write would "
+                f"unload on {kernel.name}: taken to be never done, so that counts and times are the least"
+            ]
+            if hides_wp
+            else []
+        ),
         *(["the recorded kernel kept its roots: what the guest accessed again is not recorded"] if refaults else []),
         *(["the shadow MMU prefetched: which of those pages the guest needed is not in the trace"] if hidden else []),
     ]
@@ -144,13 +156,13 @@ def _target(capabilities: Capabilities, name: str, kernel: Kernel, other: bool, 
     refaults = refaults or (most and not parameters.own_reference and parameters.mmu == "tdp")
     merged = refaults and kernel.layout.guest_bits and not capabilities.kernel.layout.guest_bits
     high = Run("high", refaults, Case(most, hidden, merged))
-    if not (open_ or most):
-        runs: tuple[Run, ...] = (replace(low, bound="exact"),)
+    if not (refaults or hidden or most):
+        runs: tuple[Run, ...] = (low if hides_wp else replace(low, bound="exact"),)
     elif assumed.name in ("none", "all"):
         runs = (low,) if assumed.name == "none" else (high,)
     else:
         runs = (low, high)
-    return Target(label, kernel, parameters, policy, False, tuple(open_), runs, writes)
+    return Target(label, kernel, parameters, policy, False, tuple(open_), runs, writes, hides_wp)
 
 
 def _may_show(kernel: Kernel) -> tuple[Trigger, Trigger]:

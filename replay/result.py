@@ -21,7 +21,7 @@ from traces.errors import Problem
 from traces.outputs import RESULT, RESULT_KEY, Output
 
 KEY: Final = RESULT_KEY
-FORMAT: Final = {"major": 1, "minor": 3}
+FORMAT: Final = {"major": 1, "minor": 4}
 # A row group ends at about so many rows, or writes: what a query pays for one, it pays for some thousand rows.
 GROUP_ROWS: Final = 1 << 15
 GROUP_BATCHES: Final = 1 << 9

@@ -245,6 +245,7 @@ def document(replayed: Replayed) -> dict[str, Any]:
                 "own": target.policy is not None,
                 "parameters": vars(target.parameters),
                 "bounds": [run.bound for run in target.runs],
+                "at_least": target.at_least,
                 "open": left_open(replayed, target),
                 "assumes": target.assumes,
             }

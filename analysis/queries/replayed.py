@@ -1,7 +1,7 @@
 """Queries over the rows of a replay's result.
 
 What a trace leaves open is two rows of a policy in the result, and here an interval: `NAME_low` and `NAME_high`. Where
-it leaves nothing open both are the same.
+it leaves nothing open both are the same; where there is no upper end, `NAME_high` is null.
 """
 
 from __future__ import annotations
@@ -27,6 +27,12 @@ def _ends(rows: pl.LazyFrame, keys: list[str], names: list[str]) -> pl.LazyFrame
     """Rows of each bound folded to one, each value the interval of the two."""
     low = [pl.col(name).min().alias(f"{name}_low") for name in names]
     return rows.group_by(keys).agg(*low, *(pl.col(name).max().alias(f"{name}_high") for name in names))
+
+
+def _unbounded(result: Result, rows: pl.LazyFrame) -> pl.LazyFrame:
+    """Null for the upper ends of policies that have none."""
+    open_ = pl.col("policy").is_in([policy.name for policy in result.policies if policy.at_least])
+    return rows.with_columns(pl.when(~open_).then(pl.col("^.*_high$")).name.keep())
 
 
 def _of(result: Result, row: str) -> pl.LazyFrame:
@@ -97,14 +103,14 @@ def policies(result: Result) -> pl.LazyFrame:
     names = [*COUNTS, *_PEAKS, *_TIMES, "stall_share", "refill_share", "error"]
     both = counts.join(times, on=[*keys, "bound"], how="left")
     band = both.group_by(keys).agg(band_ns_low=pl.col("band_low_ns").min(), band_ns_high=pl.col("band_high_ns").max())
-    return _sorted(_ends(both, keys, names).join(band, on=keys))
+    return _sorted(_unbounded(result, _ends(both, keys, names).join(band, on=keys)))
 
 
 @query(Result)
 def vms(result: Result) -> pl.LazyFrame:
     """The same counts, each VM by itself."""
     keys = ["policy", "policy_number", "recorded", "vm"]
-    return _sorted(_ends(_counts(_of(result, "vm")), keys, [*COUNTS, *_PEAKS]), "vm")
+    return _sorted(_unbounded(result, _ends(_counts(_of(result, "vm")), keys, [*COUNTS, *_PEAKS])), "vm")
 
 
 @query(Result)

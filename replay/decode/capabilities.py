@@ -73,6 +73,7 @@ class Capabilities:
         # Threads of the host's own that zap roots for VMs, by tid.
         self.workers = frozenset(_workers(meta.threads))
         self.intel = self.kernel.vendor is VMX
+        self.hides_wp = self.intel and self.kernel.guest_owns_wp  # nested paging is on, or there is nothing to replay
         self.shadow = self.own.mmu == "shadow"
         # 5.10 shows neither notifiers nor SPTE changes: what the host took away can only be inferred.
         # Nor does an import without memslots, which alone make guest memory of a range of the host's addresses.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from replay.plan import Plan
@@ -96,7 +96,8 @@ def verdicts(vm: VmTime, vcpus: Iterable[int]) -> Iterator[str]:
     """One sentence a policy for each of these vCPUs (places): see `compared`."""
     ends = _ends(vm)
     for i in vcpus if ends else ():
-        yield from compared({name: (low.vcpus[i], high.vcpus[i]) for name, (low, high) in ends.items()})
+        least = {outcome.target.name for outcome in vm.outcomes if outcome.target.at_least}
+        yield from compared({name: (low.vcpus[i], high.vcpus[i]) for name, (low, high) in ends.items()}, least)
 
 
 def base_of(ends: Mapping[str, tuple[VcpuTime, VcpuTime]]) -> str:
@@ -105,11 +106,16 @@ def base_of(ends: Mapping[str, tuple[VcpuTime, VcpuTime]]) -> str:
     return next((name for name in _PRESERVED if name in ends), quickest)
 
 
-def compared(ends: Mapping[str, tuple[VcpuTime, VcpuTime]]) -> Iterator[str]:
-    """One vCPU under each policy (both ends of an interval, or the same twice): every other one against the base."""
+def compared(ends: Mapping[str, tuple[VcpuTime, VcpuTime]], least: Collection[str] = ()) -> Iterator[str]:
+    """One vCPU under each policy (both ends of an interval, or the same twice): every other one against the base.
+
+    Times of the policies `least` have no upper end, so that there is nothing to hold one against.
+    """
     base = base_of(ends)
     for name, (low, high) in ends.items():
-        if name != base:
+        if name in least or (base in least and name != base):
+            yield f"vCPU {low.id}: {duration(low.wall)}{' or more' if name in least else ''} under {name}"
+        elif name != base:
             yield f"vCPU {low.id}: {_against(name, low, high, base, ends[base][0])}"
 
 

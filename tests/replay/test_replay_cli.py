@@ -101,7 +101,7 @@ def test_the_result_file_holds_what_is_printed(tmp_path: Path) -> None:
         vcpus = rows.filter(pl.col("row") == "vcpu", pl.col("policy") == policy, pl.col("bound") == bound)
         assert vcpus["creations"].sum() == roots
     said = read_metadata(path)
-    assert said["format"] == {"major": 1, "minor": 3}
+    assert said["format"] == {"major": 1, "minor": 4}
     assert [one["name"] for one in said["policies"]] == ["async", "preserve"]
     assert said["complete"]
     assert not list(tmp_path.glob("*.part"))

@@ -186,9 +186,12 @@ def triggers(made: Recording) -> dict[str, Any]:
             elif row.kind == "kvm_exit" and repeated:
                 codes = {"CR0_WP": vendor_cr0, "CR4_PGE": vendor_cr4, "CR4": vendor_cr4, "EFER": vendor_msr}[repeated]
                 asked = [repeated] if row.code in codes and (repeated != "EFER" or row.value & 1) else []
+    ept = made.vmx and made.meta.raw["modules"]["kvm_intel"].get("ept") != "N"
+    owned = {"guest_owns_wp": len(counts["CR0_WP"]) <= 3} if repeated == "CR0_WP" and ept else {}
     # The guest's way from boot to the loop writes the same registers a few times for other reasons.
-    return {f"unloads.{name}": sum(seen) * 2 > len(seen) for name, seen in counts.items() if len(seen) > 3 or name in (
-        "SMI", "RSM", "SREGS", "CPUID")}  # fmt: skip
+    always = ("SMI", "RSM", "SREGS", "CPUID")
+    told = {name: seen for name, seen in counts.items() if len(seen) > 3 or name in always}
+    return owned | {f"unloads.{name}": sum(seen) * 2 > len(seen) for name, seen in told.items()}
 
 
 def sptes(made: Recording) -> dict[str, Any]:

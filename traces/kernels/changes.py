@@ -63,6 +63,7 @@ FIRST: Final = Kernel(
     version=(5, 10, 0),
     policy="sync",  # faf72962bc4e: kvm_tdp_mmu_free_root under the spinlock
     unloads=ALWAYS | {Trigger.CR0_WP, Trigger.CR4_PGE, Trigger.CR4_PCIDE, Trigger.INVPCID},
+    guest_owns_wp=False,
     zap_all_fast="empty",
     request="reload",
     search_puts=False,
@@ -219,6 +220,8 @@ CHANGES: Final = (
         fields={"policy": "preserve-worker"}),
     Change((6, 4), "CR0.WP alone unloads no more (TDP); the stable releases are not pinned", ("01b31714bd90",),
         _STABLE_2023, unloads=("-CR0_WP",)),
+    Change((6, 4), "with EPT the guest owns CR0.WP: writes of it cause no exit; of the same series as the one before",
+        ("fb509f76acc8",), _STABLE_2023, fields={"guest_owns_wp": True}),
     # 6.6
     Change((6, 6), "the task that invalidates zaps the roots; no worker", ("0df9dab891ff",), ((6, 1, 50),),
         fields={"policy": "preserve"}, points=("-tdp_mmu_zap_root_work",)),

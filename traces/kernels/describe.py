@@ -77,6 +77,7 @@ def _groups(kernel: Kernel) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     yield "Roots (TDP MMU)", [
         ("policy", f"{kernel.policy}: {MEANINGS[kernel.policy]}"),
         ("unloaded for", ", ".join(trigger.name for trigger in sorted(kernel.unloads))),
+        ("CR0.WP", "with EPT written without an exit" if kernel.guest_owns_wp else "each write of it exits"),
         ("zap_all_fast", {"invalidate": "marks roots invalid, then zaps them", "empty": "empties roots, which stay"}[
             kernel.zap_all_fast
         ]),

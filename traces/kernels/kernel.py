@@ -40,6 +40,7 @@ class Kernel:
     # Roots
     policy: str  # with nested paging and the TDP MMU on; `unknown` if the recorder could not tell
     unloads: frozenset[Trigger]  # what makes a vCPU give up its roots
+    guest_owns_wp: bool  # with EPT the guest writes CR0.WP without an exit: no recording shows that it does
     zap_all_fast: Literal["invalidate", "empty"]
     request: Literal["obsolete", "reload"]
     search_puts: bool  # a load takes and puts references on the roots that it passes; else it holds mmu_lock for write
