@@ -75,7 +75,6 @@ REASONS: Final = {
     "pass: the root built for it is hardly accessed. The interval without `--refault` holds what happened.",
     "D": "Words of 5.10 have CR0.WP and EFER.NX, and a page is accessed first under each word. The upper end has one "
     "word, to which all that the recorded root had mapped goes.",
-    "E": "With EPT a 6.1 guest owns CR0.WP: no row shows its writes, which would unload on 5.10. The least is given.",
 }
 
 
@@ -89,7 +88,6 @@ def reason(direction: Direction, scenario: str, count: str) -> str:
     if direction.target == "5.10" and direction.refault == "all" and count == "first accesses" and "toggle" in scenario:
         return "D"
     rules = (
-        ("E", (direction.source, direction.target, scenario) == ("6.1-ept", "5.10-ept", "wp-toggle")),
         ("A", scenario in _MMIO and count == "zaps"),
         ("B", direction.source == "5.10-shadow" and scenario.startswith("notifier") and count == "tables"),
         ("C", direction.refault == "all" and "toggle" in scenario and count in ("tables", "installs", "zaps")),
@@ -130,9 +128,10 @@ def directions() -> Iterator[Direction]:
     yield Direction("5.10-ept", "5.10-ept")
     yield Direction("5.10-ept", "6.1-ept", kernel="6.1")
     yield Direction("6.1-ept", "5.10-ept", kernel="5.10")
-    yield Direction("7.x-ept", "7.x-ept")
-    yield Direction("6.1-ept", "7.x-ept", kernel="7.x")
-    yield Direction("7.x-ept", "6.1-ept", kernel="6.1")
+    for kernel in ("6.12", "7.x"):
+        yield Direction(f"{kernel}-ept", f"{kernel}-ept")
+        yield Direction("6.1-ept", f"{kernel}-ept", kernel=kernel)
+        yield Direction(f"{kernel}-ept", "6.1-ept", kernel="6.1")
     yield Direction("5.10", "5.10-shadow", "shadow")
     yield Direction("5.10-shadow", "5.10", "sync")
     yield Direction("5.10", "6.1", kernel="6.1")

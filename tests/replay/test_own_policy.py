@@ -29,6 +29,7 @@ COUNT = int(os.environ.get("MUTATIONS", "300"))
 MUTATED = (
     "smi-one-5.10", "dirty-log-5.10", "smi-one-6.1", "smi-one-6.1-async", "dirty-log-6.1", "huge-6.1-async", "huge-7.x",
     "wp-toggle-6.12", "roots-6.12", "dirty-log-huge-7.x", "smi-one-6.1-ept", "mmio-6.1-ept", "dirty-log-huge-6.1-ept",
+    "slot-move-6.1-async-ept", "dirty-log-6.1-pml", "notifier-6.1-eptad0", "smi-one-7.x-ept",
 )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -36,6 +36,12 @@ CHOSEN = (
     "notifier-6.12",
     "smi-both-7.x",
     "dirty-log-huge-7.x",
+    "smi-one-5.10-ept",
+    "slot-move-6.1-async-ept",
+    "mmio-6.1-ept",
+    "dirty-log-6.1-pml",
+    "notifier-6.1-eptad0",
+    "smi-one-7.x-ept",
 )
 # Columns that a response cannot have otherwise; a leaf's own flags and a root's frame it may.
 TELLING = {
@@ -55,7 +61,7 @@ TELLING = {
 def run(rows: list[RowTuple], trace: Trace) -> bool:
     """Whether every response is as predicted and nothing is left."""
     kernel = kernels.recorded(trace.metadata)
-    machine = machine_of(kernel, kernel.parameters())
+    machine = machine_of(kernel, kernel.parameters(), trace.metadata.raw.get("modules"))
     check = ConformanceCheck(machine)
     check.run(rows)
     check.finish()
@@ -111,6 +117,9 @@ def test_a_response_that_is_missing_doubled_or_altered_is_found(data: st.DataObj
     # What follows of a free of roots is predicted; itself it is what happens.
     whole = () if kind == "mmu_free_roots" else ("drop", "double")
     mutation = data.draw(st.sampled_from([*whole, *TELLING[kind]]))
+    # A processor with PML marks pages dirty by itself: which are to be cleaned, and how often, nothing predicts.
+    cleaned = kind == "kvm_tdp_mmu_spte_changed" and row.old ^ row.new == kernels.recorded(trace.metadata).vendor.dirty
+    assume(not (cleaned and mutation in whole))
     if mutation == "drop":
         mutated = [*rows[:at], *rows[at + 1 :]]
     elif mutation == "double":

@@ -26,7 +26,10 @@ from traces.errors import Problem
 from traces.reader import Trace
 
 # On each kernel; switches of page tables, recycled pages, SMM, invalidation, two role words among them.
-CHOSEN = ("roots-5.10", "smi-storm-6.1", "slot-delete-6.12", "wp-toggle-7.x", "roots-7.x", "slot-delete-5.10")
+CHOSEN = (
+    "roots-5.10-npt0", "smi-storm-6.1-npt0", "slot-delete-6.12-npt0", "wp-toggle-7.x-npt0", "roots-7.x-npt0",
+    "slot-delete-5.10-npt0", "roots-6.1-ept0", "slot-delete-6.1-ept0",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("path", each(PAGED))
@@ -61,7 +64,7 @@ Chosen = tuple[Trace, list[RowTuple]]
 def chosen() -> list[Chosen]:
     found = []
     for name in CHOSEN:
-        trace = Trace.open(CORPUS / f"{name}-npt0.parquet")
+        trace = Trace.open(CORPUS / f"{name}.parquet")
         found.append((trace, list(rows_of(trace, 1))))
         assert run(found[-1][0], 1, found[-1][1])
     return found
