@@ -289,9 +289,8 @@ def _invalidators(trace: Trace, vm: Mapping[str, Any], run: RipRun) -> str:
     """The tasks that invalidated something meanwhile or just before, and how: in progress, that holds up all faults."""
     found: dict[int, dict[str, None]] = {}
     since = max(run.seq - _SOON, 0)
-    for row in _rows(trace, vm, since, min(run.last, since + _READ)):
-        if row["kind"] in _WHO:
-            found.setdefault(row["tid"], {})[row["kind"]] = None
+    for row in _rows(trace, vm, since, min(run.last, since + _READ), _WHO):
+        found.setdefault(row["tid"], {})[row["kind"]] = None
     names = VmNames(trace.metadata)
     return "; ".join(f"{names.task(tid)}: {', '.join(kinds)}" for tid, kinds in list(found.items())[:_TASKS])
 
@@ -317,9 +316,8 @@ def _evidence(trace: Trace, vm: Mapping[str, Any], run: RipRun) -> Iterator[str]
     history: list[dict[str, Any]] = []
     gfn = run.addr >> PAGE_SHIFT
     if run.faults:
-        for row in _rows(trace, vm, run.seq, min(run.before, run.seq + _READ)):
-            changes = row["kind"] in _SPTES and row["gfn"] is not None and row["gfn"] == gfn
-            if changes:
+        for row in _rows(trace, vm, run.seq, min(run.before, run.seq + _READ), _SPTES):
+            if row["gfn"] is not None and row["gfn"] == gfn:
                 history.append(row)
                 if len(history) == _HISTORY:
                     break
@@ -333,12 +331,16 @@ def _evidence(trace: Trace, vm: Mapping[str, Any], run: RipRun) -> Iterator[str]
                 return
 
 
-def _rows(trace: Trace, vm: Mapping[str, Any], first: int, last: int) -> Iterator[dict[str, Any]]:
-    """A VM's rows by number, [first, last]."""
+def _rows(
+    trace: Trace, vm: Mapping[str, Any], first: int, last: int, kinds: Sequence[str] = ()
+) -> Iterator[dict[str, Any]]:
+    """A VM's rows by number, [first, last]; of these kinds only, where any are given."""
     for batch in trace.batches(_COLUMNS, vm=int(vm["id"]), seqs=(first, last)):
         seq = batch.column("seq").to_numpy()
         low, high = np.searchsorted(seq, [first, last + 1])
-        for at in range(int(low), int(high)):
+        kind = batch.column("kind")
+        wanted = [code for code, name in enumerate(kind.dictionary.to_pylist()) if not kinds or name in kinds]
+        for at in (low + np.flatnonzero(np.isin(kind.indices.to_numpy()[low:high], wanted))).tolist():
             yield {name: batch.column(name)[at].as_py() for name in _COLUMNS}
 
 
