@@ -52,7 +52,7 @@ def test_what_changed_between_two() -> None:
     document = json.loads(said("6.11", "6.12", "--json"))
     assert [change["commits"] for change in document["gained"]] == [["989a84c93f59"], []]
     assert document["lost"] == []
-    assert document["fields"].keys() == {"ret_pf"}
+    assert document["fields"].keys() == {"ret_pf", "slot_zap"}
     assert "fixed: 4 -> 5" in said("6.11", "6.12")
 
 
