@@ -103,7 +103,7 @@ def measure(run: GuestRun) -> Measured:
         run.kernel,
         str(trace.metadata.raw["host"]["kernel"]),
         run.status,
-        problem or run.said,
+        (problem or run.said) if run.status is not None else (run.said or "no word of why"),
         trace.metadata.events,
         trace.metadata.lost,
         len(trace.metadata.vms),
@@ -133,7 +133,8 @@ def render(several: Sequence[Measured]) -> str:
         "*Modelled* is the share of the MMU's responses (roots, tables, SPTEs, faults) that `validate` has a model of,",
         "*matched* that of the modelled ones which are as the model says. *Own policy*: whether a replay under the",
         "recording's own root policy comes to the counts that its rows show, in every VM. *Ended* is how the guest",
-        "itself ended: KVM's selftests, of 6.1's source on every kernel, skip what the emulated processor cannot do.",
+        "itself ended: KVM's selftests, of 6.1's source on every kernel, skip what the emulated processor cannot do. A",
+        "guest *at its limit* was stopped before it had done all that it is for: what it did until then is counted.",
     ]
     for kernel in dict.fromkeys(one.kernel for one in several):
         those = [one for one in several if one.kernel == kernel]
