@@ -16,6 +16,10 @@ COMPILED: bool = cython.compiled
 GONE_PAGE = 1  # the page was removed before it was installed again
 GONE_TABLE = 2  # the whole table was
 _EMPTY = cython.declare(cython.longlong, -1)
+# Of literals above 31 bits compiled code would make Python's numbers, a hundred times slower.
+_GOLDEN = cython.declare(cython.ulonglong, 0x9E3779B97F4A7C15)
+_WHOLE = cython.declare(cython.ulonglong, (1 << 64) - 1)
+_POSITIVE = cython.declare(cython.longlong, (1 << 63) - 1)
 _ROOT_SHIFT = cython.declare(cython.int, 36)
 _RECENT = cython.declare(cython.longlong, 64)  # roots that are remembered where their ends are not recorded
 
@@ -39,12 +43,13 @@ class _Table:
         self._mask = places - 1
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def place(self, key: cython.longlong) -> cython.Py_ssize_t:
         """Where a key is, or is to be put."""
         mixed: cython.ulonglong = cython.cast(cython.ulonglong, key)
         at: cython.Py_ssize_t
-        mixed = (mixed ^ mixed >> 29) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+        mixed = (mixed ^ mixed >> 29) * _GOLDEN & _WHOLE
         at = cython.cast(cython.Py_ssize_t, mixed >> 20) & self._mask
         while self.keys[at] != key and self.keys[at] != _EMPTY:
             at = at + 1 & self._mask
@@ -95,9 +100,9 @@ class Unseen:
         if 2 * self._pages.held >= len(self._pages.keys):
             self._pages = self._kept(self._pages, 0)
 
-        at = self._regions.place((root << _ROOT_SHIFT | gfn & -512) & 0x7FFFFFFFFFFFFFFF)
+        at = self._regions.place((root << _ROOT_SHIFT | gfn & -512) & _POSITIVE)
         if self._regions.keys[at] == _EMPTY:
-            self._regions.keys[at] = (root << _ROOT_SHIFT | gfn & -512) & 0x7FFFFFFFFFFFFFFF
+            self._regions.keys[at] = (root << _ROOT_SHIFT | gfn & -512) & _POSITIVE
             self._regions.two[at] = -1
             self._regions.held += 1
         else:
@@ -109,9 +114,9 @@ class Unseen:
         self._regions.one[at] = level
         changed = self._regions.two[at]
 
-        at = self._pages.place((root << _ROOT_SHIFT | gfn | level - 1) & 0x7FFFFFFFFFFFFFFF)
+        at = self._pages.place((root << _ROOT_SHIFT | gfn | level - 1) & _POSITIVE)
         if self._pages.keys[at] == _EMPTY:
-            self._pages.keys[at] = (root << _ROOT_SHIFT | gfn | level - 1) & 0x7FFFFFFFFFFFFFFF
+            self._pages.keys[at] = (root << _ROOT_SHIFT | gfn | level - 1) & _POSITIVE
             self._pages.held += 1
         else:
             before = self._pages.one[at]

@@ -173,6 +173,10 @@ _LARGE = cython.declare(cython.ulonglong, LARGE)
 _WRITABLE = cython.declare(cython.ulonglong, WRITABLE)
 _PFN = cython.declare(cython.ulonglong, (1 << 52) - (1 << 12))
 _MMIO_TYPE = cython.declare(cython.ulonglong, 3)
+# Of literals above 31 bits compiled code would make Python's numbers, a hundred times slower.
+_GFNS = cython.declare(cython.longlong, (1 << 40) - 1)
+_GOLDEN = cython.declare(cython.ulonglong, 0x9E3779B97F4A7C15)
+_WHOLE = cython.declare(cython.ulonglong, (1 << 64) - 1)
 
 _MOST = cython.declare(cython.int, 254)  # causes and threads that are told apart; the last is of those beyond
 _IS_MAPPED = cython.declare(cython.longlong, 255)
@@ -330,6 +334,9 @@ class Removals:
                 self._keys[at] = keys[i]
                 self._values[at] = values[i]
 
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
     def _feed(
         self,
         start: cython.Py_ssize_t,
@@ -544,6 +551,7 @@ class Removals:
         return rows
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _thread(self, tid: cython.longlong) -> cython.Py_ssize_t:
         """A thread's place; -1: there is no room for a new one."""
@@ -560,6 +568,7 @@ class Removals:
         return t
 
     @cython.cfunc
+    @cython.nogil
     @cython.inline
     @cython.exceptval(check=False)
     def _maps(self, spte: cython.ulonglong) -> cython.bint:
@@ -569,6 +578,7 @@ class Removals:
         return spte != 0 and spte >> self._type & 3 != _MMIO_TYPE
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _key(self, word: cython.uint, level: cython.longlong, gfn: cython.longlong) -> cython.longlong:
         """Of a page under a role word."""
@@ -581,9 +591,10 @@ class Removals:
         if level < 1 or level > 5:
             level = 1
         gfn = max(gfn, 0) >> (level - 1) * 9 << (level - 1) * 9
-        return at << 44 | level << 40 | gfn & 0xFFFFFFFFFF
+        return at << 44 | level << 40 | gfn & _GFNS
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _cause(self, root: cython.longlong) -> cython.Py_ssize_t:
         """What a root was lost for (a row of the totals); 0: it was not."""
@@ -592,6 +603,7 @@ class Removals:
         return self._invalid_by if root <= self._invalid else 0
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _find(self, why: cython.int, tid: cython.longlong) -> cython.int:
         """The row of a cause and a thread."""
@@ -607,6 +619,7 @@ class Removals:
         return at
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _begin(
         self,
@@ -626,6 +639,7 @@ class Removals:
         self._operation(self._at[t], time)
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _operation(self, at: cython.Py_ssize_t, time: cython.longlong) -> cython.void:
         if not self._totals[at, _OPERATIONS]:
@@ -634,6 +648,7 @@ class Removals:
         self._totals[at, _UNTIL] = max(self._totals[at, _UNTIL], time)
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _acts(
         self,
@@ -663,6 +678,7 @@ class Removals:
         return j
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _pages(self, at: cython.Py_ssize_t, gfn: cython.longlong) -> cython.void:
         self._totals[at, _LOW] = min(self._totals[at, _LOW], gfn)
@@ -671,6 +687,7 @@ class Removals:
     # A page's value: the root that mapped it last, what it was protected by (0: by nothing), what it was removed by.
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _put(
         self,
@@ -686,6 +703,7 @@ class Removals:
         self._values[at] = root << 16 | protect << 8 | removed
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _mapped(
         self,
@@ -696,6 +714,7 @@ class Removals:
         return self._keys[at] >= 0 and self._values[at] & 255 == _IS_MAPPED and self._values[at] >> 16 == root
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _of_page(
         self,
@@ -731,6 +750,7 @@ class Removals:
                     self._put(key, self._values[at] >> 16, 0 if goes else by, by if goes else _IS_MAPPED)
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _split(
         self,
@@ -750,6 +770,7 @@ class Removals:
                     self._put(self._key(self._own[w], level, gfn), self._values[at] >> 16, 0, _IS_MAPPED)
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _map(
         self,
@@ -775,6 +796,7 @@ class Removals:
         self._put(key, root, 0, _IS_MAPPED)
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _mend(self, v: cython.int) -> cython.bint:
         """Count a vCPU's fault under way as a fix; whether it is one."""
@@ -785,6 +807,7 @@ class Removals:
         return True
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _fix(
         self,
@@ -804,13 +827,14 @@ class Removals:
         return cython.cast(cython.uchar, why if why else _IS_UNWRITABLE)
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _place(self, key: cython.longlong) -> cython.Py_ssize_t:
         """Where a key is, or is to be put."""
         mask: cython.Py_ssize_t = len(self._keys) - 1
         mixed: cython.ulonglong = cython.cast(cython.ulonglong, key)
         at: cython.Py_ssize_t
-        mixed = (mixed ^ mixed >> 29) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+        mixed = (mixed ^ mixed >> 29) * _GOLDEN & _WHOLE
         at = cython.cast(cython.Py_ssize_t, mixed >> 20) & mask
         while self._keys[at] != key and self._keys[at] != -1:
             at = at + 1 & mask
