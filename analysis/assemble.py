@@ -233,7 +233,8 @@ def assemble(
     parts = list(_parts(recording, result))
     if recording is not None:
         step("rows")
-        _read(recording, [*(part.query for part, source in parts if source is recording), *drawn])
+        with suppress(Problem):  # of a damaged file each query says so itself
+            recording.ask(*(question for query in asked(drawn) for question in query.questions(recording)))
     names = VmNames(recording.metadata) if recording is not None and len(recording.metadata.vms) > 1 else None
     tables: list[ReportTable] = []
     notes = unanswered(recording, (part.query for part, _ in parts)) if recording is not None else []
@@ -267,10 +268,9 @@ def assemble(
     )
 
 
-def _read(recording: Recording, queries: Iterable[Query[Any]]) -> None:
-    """One pass over the rows for all that queries will ask of them."""
-    with suppress(Problem):  # of a damaged file each query says so itself
-        recording.ask(*(question for query in queries for question in query.questions(recording)))
+def asked(drawn: Iterable[Query[Recording]] = ()) -> list[Query[Recording]]:
+    """The queries that a report makes of a recording; `drawn` as `assemble` takes them."""
+    return [by_vm.overview, *(part.query for part in _OF_RECORDING), *drawn]
 
 
 def _parts(recording: Recording | None, result: Result | None) -> Iterator[tuple[_Part, Recording | Result]]:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from analysis.assemble import assemble
+from analysis.assemble import asked, assemble
 from analysis.gates import Figures, Gate, check
 from analysis.queries.exit_times import halts
 from analysis.queries.registry import Query
 from analysis.report import Check, Report
+from analysis.rip_runs import RipQuestion
 from analysis.sources import Recording, Result, open_source
 from analysis.symbols import NO_NAMING, Naming, load
 from analysis.validation import Validated, validated
@@ -69,9 +70,9 @@ def reported(path: Path, wanted: Wanted, step: Callable[[str], None] = lambda _:
                 if wanted.replay and not window
                 else None
             )
-        asked = wanted.validate or any(gate.column == "fidelity" for gate in wanted.gates)
         step(f"validating {path}")
-        validation = _validated(recording) if asked else UNVALIDATED
+        needed = wanted.validate or any(gate.column == "fidelity" for gate in wanted.gates)
+        validation = _validated(recording) if needed else UNVALIDATED
 
         def checks(figures: Figures) -> Iterator[Check]:
             return check(wanted.gates, figures, wanted.baseline)
@@ -115,17 +116,22 @@ def _replayed(
 ) -> Result | None:
     step(f"replaying {recording.path}")
     try:
-        return replayed_under(recording, wanted.policies, path)
+        return replayed_under(recording, wanted.policies, path, asked(wanted.drawn))
     except Problem as problem:
-        asked = any(gate.asked for gate in wanted.gates)
-        if wanted.policies or asked or problem.code != BAD_INPUT or isinstance(problem, Unwritable):
+        gated = any(gate.asked for gate in wanted.gates)
+        if wanted.policies or gated or problem.code != BAD_INPUT or isinstance(problem, Unwritable):
             raise
         remarks.append(f"not replayed: {str(problem).removeprefix(f'{recording.path}: ')}")
         return None
 
 
-def replayed_under(recording: Recording, policies: tuple[str, ...], path: Path) -> Result:
-    """Replay a recording, with times, into a result at `path`; none named: the recorded policy, preserve and async."""
+def replayed_under(
+    recording: Recording, policies: tuple[str, ...], path: Path, queries: Iterable[Query[Recording]] = ()
+) -> Result:
+    """Replay a recording, with times, into a result at `path`; none named: the recorded policy, preserve and async.
+
+    `queries`: are to be made of the recording, too: rows are read once for them and for the replay.
+    """
     from analysis.recorded_time import PARTS, of_replay
     from replay.decode.capabilities import Capabilities
     from replay.plan import make
@@ -133,9 +139,14 @@ def replayed_under(recording: Recording, policies: tuple[str, ...], path: Path) 
     from replay.timing.timed_run import Settings
 
     plan = make(Capabilities(recording.trace), policies)
-    replayed = replay_into(plan, path, Settings(parts=PARTS))
+    questions = [question for query in queries for question in query.questions(recording)]
+    # The runs of exits come with the replay's times.
+    asking = recording.asking(*(each for each in questions if not isinstance(each, RipQuestion)))
+    replayed = replay_into(plan, path, Settings(parts=PARTS), beside=asking)
     recording.times = of_replay(recording.trace, replayed.times)
     del plan, replayed
+    with contextlib.suppress(Problem):  # of a damaged file each query says so itself
+        recording.take(asking)
     _give_memory_back()
     return Result.open(path)
 

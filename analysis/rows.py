@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from threading import Lock
 from typing import Final, Protocol, TypeAlias
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
+import pyarrow as pa
 
 from traces.reader import UNKNOWN_CODE, Trace, codes_of
 
@@ -93,43 +94,60 @@ class Window:
 ALL: Final = Window()
 
 
-def ask(trace: Trace, questions: Sequence[Question], window: Window = ALL) -> list[pl.DataFrame]:
-    """The answers, after one pass over the rows. Raises Problem where the trace is damaged."""
-    wanted = frozenset({"vm"}).union(window.columns, *(question.columns for question in questions))
-    made = [name for name in _MADE if name in wanted]
-    read = wanted.union(_MADE[name] for name in made)
-    names = [name for name in trace.schema.names if name in read]
-    none = _with_made(pl.DataFrame(pl.from_arrow(trace.schema.empty_table().select(names))), made)
-    tallies = Tallies([question for question in questions if isinstance(question, Tally)], none)
-    counting = {question.name: question.begin() for question in questions if not isinstance(question, Tally)}
-    for rows in _frames(trace, names, window):
+class Asking:
+    """Questions on their way through a trace's rows: through those that somebody else has read, then the others.
+
+    Rows are taken from several threads. Small batches (of many VMs) are taken together.
+    """
+
+    def __init__(self, trace: Trace, questions: Sequence[Question], window: Window = ALL) -> None:
+        self._trace, self._window = trace, window
+        wanted = frozenset({"vm"}).union(window.columns, *(question.columns for question in questions))
+        self._made = [name for name in _MADE if name in wanted]
+        read = wanted.union(_MADE[name] for name in self._made)
+        self.columns: Final = [name for name in trace.schema.names if name in read]
+        none = _with_made(pl.DataFrame(pl.from_arrow(trace.schema.empty_table().select(self.columns))), self._made)
+        self._tallies = Tallies([question for question in questions if isinstance(question, Tally)], none)
+        self._counting = {question.name: question.begin() for question in questions if not isinstance(question, Tally)}
+        self._seen: set[int] = set()
+        self._waiting: dict[int | None, list[pl.DataFrame]] = {}
+        self._lock = Lock()
+
+    def feed(self, vm: int | None, batch: pa.RecordBatch) -> None:
+        """Take a VM's next rows (None: of all VMs): whoever gives some of a VM's gives all of them."""
+        rows = self._window.of(pl.DataFrame(pl.from_arrow(batch.select(self.columns))))
+        with self._lock:
+            if vm is not None:
+                self._seen.add(vm)
+            self._waiting.setdefault(vm, []).append(rows)
+            if (
+                2 * sum(map(len, self._waiting[vm])) >= BATCH_ROWS
+            ):  # by itself, so that no column has to be put together
+                self._count(self._waiting.pop(vm))
+            elif sum(len(each) for waiting in self._waiting.values() for each in waiting) > BATCH_ROWS:
+                self._count_waiting()
+
+    def answers(self) -> dict[str, pl.DataFrame]:
+        """What the rows came to, by the questions' names; those of VMs that nobody gave are read for it."""
+        for batch in self._trace.batches(self.columns, size=BATCH_ROWS, since=self._window.since, but=self._seen):
+            self.feed(None, batch)
+            del batch  # else it is there as long as the next one is decoded
+        self._count_waiting()
+        return self._tallies.answers() | {name: each.answer() for name, each in self._counting.items()}
+
+    def _count_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, {}
+        if waiting:
+            self._count([each for rows in waiting.values() for each in rows])
+
+    def _count(self, parts: list[pl.DataFrame]) -> None:
+        rows = pl.concat(parts)
         if rows.is_empty():
-            continue
-        decoded = DecodedRows(_with_made(rows, made))
-        tallies.feed(decoded)
-        for each in counting.values():
+            return
+        decoded = DecodedRows(_with_made(rows, self._made))
+        self._tallies.feed(decoded)
+        for each in self._counting.values():
             each.feed(decoded)
-        del rows, decoded  # else they are there as long as the next ones are decoded
-    answers = tallies.answers() | {name: each.answer() for name, each in counting.items()}
-    return [answers[question.name] for question in questions]
-
-
-def _frames(trace: Trace, names: list[str], window: Window) -> Iterator[pl.DataFrame]:
-    """The rows, small row groups (of many VMs) taken together."""
-    waiting: list[pl.DataFrame] = []
-    count = 0
-    for batch in trace.batches(names, size=BATCH_ROWS, since=window.since):
-        if waiting and count + batch.num_rows > BATCH_ROWS:
-            yield pl.concat(waiting)
-            waiting, count = [], 0
-        waiting.append(window.of(pl.DataFrame(pl.from_arrow(batch))))
-        count += batch.num_rows
-        del batch
-        if 2 * count > BATCH_ROWS:
-            yield pl.concat(waiting)
-            waiting, count = [], 0
-    if waiting:
-        yield pl.concat(waiting)
 
 
 def _with_made(rows: pl.DataFrame, made: Collection[str]) -> pl.DataFrame:
@@ -138,7 +156,8 @@ def _with_made(rows: pl.DataFrame, made: Collection[str]) -> pl.DataFrame:
     if KIND in made:
         kind = rows["kind"].to_physical()
         place = (kind.fill_null(_NO_KIND) if kind.null_count() else kind).to_numpy()
-        columns.append(pl.Series(KIND, _codes(rows.schema["kind"]).take(place)))
+        codes = place.astype(np.uint8, copy=False).tobytes().translate(_codes(rows.schema["kind"]))
+        columns.append(pl.Series(KIND, np.frombuffer(codes, np.uint8)))
     if VCPU in made:
         vcpu = rows["vcpu"]
         columns.append((vcpu.fill_null(-1) if vcpu.null_count() else vcpu).alias(VCPU))
@@ -146,13 +165,13 @@ def _with_made(rows: pl.DataFrame, made: Collection[str]) -> pl.DataFrame:
 
 
 @cache
-def _codes(kinds: pl.DataType) -> NDArray[np.uint8]:
+def _codes(kinds: pl.DataType) -> bytes:
     """The code of each kind by its place in the column's type, which is that of the trace's own version."""
     codes = np.full(_NO_KIND + 1, UNKNOWN_CODE, np.uint8)
     if isinstance(kinds, pl.Enum):
         names = codes_of(kinds.categories.to_list())
         codes[: len(names)] = names
-    return codes
+    return codes.tobytes()
 
 
 @dataclass(frozen=True, eq=False)

@@ -119,10 +119,18 @@ class Recording:
 
         Raises Problem where the trace is damaged.
         """
-        new = {question.name: question for question in questions if question.name not in self._answers}
-        if new:
-            self._answers |= dict(zip(new, rows.ask(self.trace, list(new.values()), self.window), strict=True))
+        if any(question.name not in self._answers for question in questions):
+            self.take(self.asking(*questions))
         return [self._answers[question.name] for question in questions]
+
+    def asking(self, *questions: rows.Question) -> rows.Asking:
+        """Those of the questions that were not asked before, to be answered by whoever reads the rows; see `take`."""
+        new = {question.name: question for question in questions if question.name not in self._answers}
+        return rows.Asking(self.trace, list(new.values()), self.window)
+
+    def take(self, asking: rows.Asking) -> None:
+        """Keep the answers; rows that `asking` was not given are read now. Raises Problem as `ask`."""
+        self._answers |= asking.answers()
 
     def note(self, *lines: str) -> None:
         """What a query could not answer of some VM, once each."""

@@ -23,7 +23,7 @@ from replay.decode.cases import Case
 from replay.decode.inputs import Inputs
 from replay.decode.row_counts import RowCounts
 from replay.decode.specialize import Specialization
-from replay.decode.vm_inputs import VmInputs, parts_of, vcpu_ids
+from replay.decode.vm_inputs import RowReader, VmInputs, parts_of, vcpu_ids
 from replay.own_policy import OwnPolicyCheck, compare
 from replay.plan import Plan, Run, Target
 from replay.result import ResultWriter, VmWriter
@@ -34,6 +34,7 @@ from replay.timing.measure import Measurement, SpanTimes
 from replay.timing.timed_run import PolicyClock, Settings, VmTime, vm_time
 from traces.kernels.triggers import Trigger
 from traces.progress import Progress
+from traces.reader import Trace
 
 _FLIPS: Final = (Trigger.CR0_WP, Trigger.CR0_SILENT, Trigger.EFER)  # of bits that old kernels have in role words
 PROMISED: Final = 6  # roots that a VM can have under `preserve`, by its commit's text
@@ -52,10 +53,18 @@ class Replayed:
     checks: list[OwnPolicyCheck] = field(default_factory=list)  # by VM: its own policy's replay beside its rows
 
 
-def replay(plan: Plan, settings: Settings | None = None, writer: ResultWriter | None = None) -> Replayed:
-    """Run a plan; with `settings` in virtual time, too. What comes out goes to the writer; its caller closes it."""
+def replay(
+    plan: Plan,
+    settings: Settings | None = None,
+    writer: ResultWriter | None = None,
+    beside: RowReader | None = None,
+) -> Replayed:
+    """Run a plan; with `settings` in virtual time, too. What comes out goes to the writer; its caller closes it.
+
+    `beside`: is given the rows of every VM that has a vCPU.
+    """
     capabilities = plan.capabilities
-    vms = [vm for vm in capabilities.trace.metadata.vms if any(True for _ in vm["vcpus"])]
+    vms = replayable(capabilities.trace)
     done = Replayed(plan, [], [], Counter(), list(capabilities.missing))
     progress = Progress("replaying", capabilities.trace.metadata.events)
     workers = min(os.cpu_count() or 1, len(vms))
@@ -63,7 +72,7 @@ def replay(plan: Plan, settings: Settings | None = None, writer: ResultWriter | 
     def one(vm: Mapping[str, Any]) -> _Vm:
         own = capabilities.reopened() if workers > 1 else capabilities
         into = None if writer is None else writer.of_vm(int(vm["id"]), held=workers > 1)
-        return _Vm(plan, own, vm, settings, into, progress).run()
+        return _Vm(plan, own, vm, settings, into, progress, beside).run()
 
     with progress, ThreadPoolExecutor(workers) if workers > 1 else nullcontext() as pool:
         for vm, found in zip(vms, pool.map(one, vms) if pool else map(one, vms), strict=True):
@@ -79,14 +88,25 @@ def replay(plan: Plan, settings: Settings | None = None, writer: ResultWriter | 
     return done
 
 
+def replayable(trace: Trace) -> list[Mapping[str, Any]]:
+    """The VMs that are replayed: those with a vCPU."""
+    return [vm for vm in trace.metadata.vms if any(True for _ in vm["vcpus"])]
+
+
 def replay_into(
-    plan: Plan, path: Path, settings: Settings | None, inputs: Sequence[Path] = (), *, force: bool = False
+    plan: Plan,
+    path: Path,
+    settings: Settings | None,
+    inputs: Sequence[Path] = (),
+    *,
+    force: bool = False,
+    beside: RowReader | None = None,
 ) -> Replayed:
-    """Run a plan and write its result; `inputs` and `force` as `result.Writer` takes them."""
+    """Run a plan and write its result; `inputs` and `force` as `ResultWriter` takes them, `beside` as `replay`."""
     from replay.timing import time_text
 
     with ResultWriter(path, [target.name for target in plan.targets], inputs, force=force) as writer:
-        replayed = replay(plan, settings, writer)
+        replayed = replay(plan, settings, writer, beside)
         times = time_text.to_dict(replayed.times, settings) if settings is not None else None
         writer.close({**document(replayed), "time": times})
     return replayed
@@ -103,6 +123,7 @@ class _Vm:
         settings: Settings | None,
         writer: VmWriter | None,
         progress: Progress,
+        beside: RowReader | None,
     ) -> None:
         self._plan, self._capabilities, self._settings, self._progress = plan, capabilities, settings, progress
         self.writer = writer
@@ -110,7 +131,7 @@ class _Vm:
         parts = parts_of(capabilities.trace, vm, settings.parts) if settings is not None and settings.parts else None
         times = SpanTimes(capabilities, vm, parts) if settings is not None else None
         self._rows = RowCounts(capabilities, len(vcpu_ids(vm)))
-        self._inputs = VmInputs(capabilities, vm, groups=groups, times=times, row_counts=self._rows)
+        self._inputs = VmInputs(capabilities, vm, groups=groups, times=times, row_counts=self._rows, beside=beside)
         self._vm, self._times = vm, times
         self.check: OwnPolicyCheck
         self.outcomes: list[Outcome] = []

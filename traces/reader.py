@@ -219,13 +219,14 @@ class Trace:
         size: int = BATCH_ROWS,
         since: int | None = None,
         seqs: tuple[int, int] | None = None,
+        but: Collection[int] = (),
     ) -> Iterator[pa.RecordBatch]:
         """Rows as validated record batches of at most `size` rows, one thread, in file order.
 
         Within one VM, file order is ring order (ascending `seq`). With `vm`, only that VM's rows; rows of no known VM,
         and `gap` rows, are not among them (gaps are in `metadata.gaps`). `columns` in the order wanted; all by default.
         Row groups that end before `since` (boot ns) are not read; the others are whole.
-        `seqs`: only row groups that have a row from the first of these numbers to the last.
+        `seqs`: only row groups that have a row from the first of these numbers to the last. `but`: not these VMs' rows.
         """
         there = self.schema.names
         names = list(there if columns is None else columns)
@@ -236,7 +237,7 @@ class Trace:
         with_time = fields if self._until is None else self._fields(list(dict.fromkeys((*names, "time"))))
         for index in self._chosen if vm is None else self._groups.get(vm, ()):
             group = self._row_groups[index]
-            if since is not None and group.last_time < since:
+            if group.vm in but or (since is not None and group.last_time < since):
                 continue
             if seqs is not None and (group.last_seq < seqs[0] or group.first_seq > seqs[1]):
                 continue

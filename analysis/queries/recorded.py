@@ -13,7 +13,7 @@ import polars as pl
 
 from analysis.queries.registry import query
 from analysis.rip_runs import RipQuestion, of_vm
-from analysis.rows import Question, Tally, Window, ask
+from analysis.rows import Asking, Question, Tally, Window
 from analysis.sources import Recording
 from analysis.unseen import lost_windows
 from analysis.used_roots import UsedRoots
@@ -354,8 +354,8 @@ def stuck_vcpus(recording: Recording, exits: int = CERTAIN) -> list[Diagnosis]:
     else:
         question = RipQuestion(recording.trace, kernel)
         since, vcpus = recording.window.since, recording.window.vcpus
-        whole = ask(recording.trace, [question], Window(vcpus=vcpus)) if since is not None else []
-        for answer in (*whole, *recording.ask(question)):
+        whole = Asking(recording.trace, [question], Window(vcpus=vcpus)).answers() if since is not None else {}
+        for answer in (*whole.values(), *recording.ask(question)):
             told = {(each.vm, each.vcpu) for each in found}
             mine = [
                 each

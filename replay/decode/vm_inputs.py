@@ -7,11 +7,12 @@ the recorded roots have mapped.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, Final, Protocol
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from replay.decode.batch import COLUMNS, Batch
@@ -83,6 +84,17 @@ class RowCounter(Protocol):
         """There are no more rows."""
 
 
+class RowReader(Protocol):
+    """What is asked of the same rows besides, so that they are read once for both."""
+
+    @property
+    def columns(self) -> Collection[str]:
+        """What it reads of rows."""
+
+    def feed(self, vm: int, batch: pa.RecordBatch) -> None:
+        """Take a VM's next rows, which have these columns and others; VMs may come from several threads."""
+
+
 class VmInputs:
     """One VM of a trace. Iterate once; `vcpus` gives the recorded id of each of its dense numbers.
 
@@ -100,11 +112,13 @@ class VmInputs:
         times: RowTimes | None = None,
         row_counts: RowCounter | None = None,
         columns: tuple[str, ...] = (),
+        beside: RowReader | None = None,
     ) -> None:
         """`groups`: find out what the shadow MMU may prefetch around touches. `times`: inputs come with times.
 
         `size`: rows of a batch; by default as many as suit the VM's length.
         `row_counts`: counts the rows on the way. `columns`: to be read though decoding does not need them, for `times`.
+        `beside`: is given all rows, too.
         """
         self.id = int(vm["id"])
         self.vcpus = vcpu_ids(vm)
@@ -114,6 +128,7 @@ class VmInputs:
         self._capabilities, self._size, self._times, self._row_counts = capabilities, size, times, row_counts
         more = columns if row_counts is None else (*columns, *_counted(capabilities))
         self._columns = _columns(capabilities, vm, times is not None, more)
+        self._beside = beside
         count = max(len(self.vcpus), 1)
         meta = capabilities.trace.metadata
         roles = np.zeros(min(meta.root_count, _ROOTS) + 2, np.uint32)
@@ -137,7 +152,7 @@ class VmInputs:
     def __iter__(self) -> Iterator[Inputs]:
         decoder = self.decoder
         decoder.attach(self._held)
-        for rows in self._capabilities.trace.batches(self._columns, vm=self.id, size=self._size):
+        for rows in self._rows():
             whole = Batch(rows, self._numbers)
             if self._row_counts is not None:
                 self._row_counts.feed(whole)
@@ -157,6 +172,17 @@ class VmInputs:
         if decoder.inputs:
             yield self._taken(decoder.inputs)
         self.rest = Rest(*(decoder.vcpus[name].copy() for name in ("lead", "lead_guest", "lead_idle")))
+
+    def _rows(self) -> Iterator[pa.RecordBatch]:
+        trace, beside = self._capabilities.trace, self._beside
+        if beside is None:
+            yield from trace.batches(self._columns, vm=self.id, size=self._size)
+            return
+        names = [name for name in trace.schema.names if name in self._columns or name in beside.columns]
+        for rows in trace.batches(names, vm=self.id, size=self._size):
+            beside.feed(self.id, rows)
+            yield rows.select(self._columns)
+            del rows  # else they are there as long as the next ones are decoded
 
     def _decode(self, batch: Batch) -> None:
         if self._times is not None:
