@@ -39,7 +39,6 @@ _KINDS: Final = {
 }
 _OF_KIND: Final = ("#3f9a6c", "#d9772b", "#b5478f", "#8b93a1", "#a9cdbb", "#d3cfae")
 _STALL: Final = "#d33a3a"
-OF_ROWS: Final = (recorded.lives, drawn.fills, drawn.heat)  # what is asked of a recording's rows
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,13 @@ from typing import Any, Final
 import jinja2
 from markupsafe import Markup
 
-from analysis.charts import OF_ROWS, Picture, drawn_vms, pictures
+from analysis.charts import Picture, drawn_vms, pictures
 from analysis.queries.registry import named
 from analysis.report import Check, Report, ReportTable
 from analysis.sources import Recording
 from traces.text import printable
 from traces.vm_names import VmNames
 
-DRAWN: Final = OF_ROWS
 _SNIPPET: Final = "window.vegaEmbed = vegaEmbed;"
 
 

@@ -238,3 +238,6 @@ def _by_size(rows: pl.LazyFrame, keys: list[str]) -> pl.LazyFrame:
         .sort(*keys, "refill", "pages_from")
         .select(*keys, "refill", "pages_from", "pages_to", "roots", "pages")
     )
+
+
+PICTURED: Final = (lives, fills, heat)  # what pictures ask of a recording's rows
