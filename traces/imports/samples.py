@@ -29,7 +29,12 @@ _VENDOR = cython.declare(cython.int, p.VENDOR)
 _PLACES = cython.declare(cython.int, p.PLACES)
 _COMMON = cython.declare(cython.int, COMMON)
 _CPUS = cython.declare(cython.int, 4096)
+# Of literals above 31 bits compiled code would make Python's numbers, a hundred times slower.
 _MASK64 = cython.declare(cython.ulonglong, 0xFFFFFFFFFFFFFFFF)
+_MASK48 = cython.declare(cython.ulonglong, 0xFFFFFFFFFFFF)
+_MASK32 = cython.declare(cython.ulonglong, 0xFFFFFFFF)
+_SIGN32 = cython.declare(cython.ulonglong, 0x80000000)
+_WRAP32 = cython.declare(cython.longlong, 0x100000000)
 
 # Of perf's stream
 _SAMPLE = cython.declare(cython.int, 9)
@@ -217,7 +222,7 @@ def walk_pages(
             found[n, _AT] = -1
             found[n, _SIZE] = 0
             if commit & _MISSED_STORED and end + 8 <= page + page_size:
-                found[n, _SIZE] = cython.cast(cython.longlong, _u64(data, end) & 0xFFFFFFFFFFFF)
+                found[n, _SIZE] = cython.cast(cython.longlong, _u64(data, end) & _MASK48)
             found[n, _WHEN] = cython.cast(cython.longlong, now & (_MASK64 >> 1))
             found[n, _THREAD] = found[n, _PROCESS] = 0
             found[n, _ON] = cpu
@@ -373,8 +378,8 @@ class RawDecoder:
                 w1[r] = self._out[1]
                 w2[r] = self._out[2]
                 w3[r] = self._out[3]
-                n[r] = self._signed(self._out[_COUNT] & 0xFFFFFFFF)
-                role[r] = cython.cast(cython.uint, self._out[_ROLE] & 0xFFFFFFFF)
+                n[r] = self._signed(self._out[_COUNT] & _MASK32)
+                role[r] = cython.cast(cython.uint, self._out[_ROLE] & _MASK32)
                 level[r] = cython.cast(cython.uchar, self._out[_LEVEL] & 0xFF)
                 flags[r] = cython.cast(cython.uchar, self._out[_FLAGS] & 0xFF)
                 as_id[r] = cython.cast(cython.uchar, self._out[_SPACE] & 0xFF)
@@ -394,9 +399,7 @@ class RawDecoder:
     @cython.cfunc
     @cython.inline
     def _signed(self, value: cython.ulonglong) -> cython.int:
-        return cython.cast(
-            cython.int, value if value < 0x80000000 else cython.cast(cython.longlong, value) - 0x100000000
-        )
+        return cython.cast(cython.int, value if value < _SIGN32 else cython.cast(cython.longlong, value) - _WRAP32)
 
     @cython.cfunc
     def _read(

@@ -44,7 +44,10 @@ _DECIMAL = cython.declare(cython.longlong, p.DECIMAL)
 _BARE = cython.declare(cython.longlong, p.BARE)
 _PREFIXED = cython.declare(cython.longlong, p.PREFIXED)
 _NO_VCPU = cython.declare(cython.ulonglong, 0xFFFF)
+# Of literals above 31 bits compiled code would make Python's numbers, a hundred times slower.
 _MASK64 = cython.declare(cython.ulonglong, 0xFFFFFFFFFFFFFFFF)
+_MASK32 = cython.declare(cython.ulonglong, 0xFFFFFFFF)
+_SIGN32 = cython.declare(cython.ulonglong, 0x80000000)
 
 # What a line is.
 _JUNK = cython.declare(cython.int, 0)
@@ -450,14 +453,14 @@ class Scanner:
         self._w1[r] = self._out[1]
         self._w2[r] = self._out[2]
         self._w3[r] = self._out[3]
-        self._n[r] = cython.cast(cython.uint, self._out[_COUNT] & 0xFFFFFFFF)
-        self._role[r] = cython.cast(cython.uint, self._out[_ROLE] & 0xFFFFFFFF)
+        self._n[r] = cython.cast(cython.uint, self._out[_COUNT] & _MASK32)
+        self._role[r] = cython.cast(cython.uint, self._out[_ROLE] & _MASK32)
         self._level[r] = cython.cast(cython.uchar, self._out[_LEVEL] & 0xFF)
         self._flags[r] = cython.cast(cython.uchar, self._out[_FLAGS] & 0xFF)
         self._as_id[r] = cython.cast(cython.uchar, self._out[_SPACE] & 0xFF)
         self._kind[r] = cython.cast(cython.uchar, kind)
-        self._tid[r] = cython.cast(cython.uint, self._l_tid & 0xFFFFFFFF)
-        self._tgid[r] = cython.cast(cython.uint, self._l_tgid & 0xFFFFFFFF)
+        self._tid[r] = cython.cast(cython.uint, self._l_tid & _MASK32)
+        self._tgid[r] = cython.cast(cython.uint, self._l_tgid & _MASK32)
         self._cpu[r] = cython.cast(cython.ushort, self._l_cpu & 0xFFFF)
         self._vcpu[r] = cython.cast(cython.ushort, vcpu & 0xFFFF)
         if self._out[_VENDOR] > 0:
@@ -473,7 +476,7 @@ class Scanner:
             self._w1[r] = 0
             self._w2[r] = self._seen_on[self._l_cpu & (_CPUS - 1)]
             self._vcpu[r] = cython.cast(cython.ushort, _NO_VCPU)
-            self.lost += cython.cast(cython.longlong, self._out[0] & 0xFFFFFFFF)
+            self.lost += cython.cast(cython.longlong, self._out[0] & _MASK32)
         self._seen_on[self._l_cpu & (_CPUS - 1)] = self._now
         if self._l_tid > 0:
             thread = self._thread()
@@ -909,7 +912,7 @@ class Scanner:
         h: cython.ulonglong = 2166136261
         i: cython.Py_ssize_t
         for i in range(begin, end):
-            h = ((h ^ self._text[i]) * 16777619) & 0xFFFFFFFF
+            h = ((h ^ self._text[i]) * 16777619) & _MASK32
         return h
 
     @cython.cfunc
@@ -1052,18 +1055,18 @@ class Scanner:
                     i += 5  # `PF excp`
                 found = self._find(self._exit_table, 1024, k, i)
                 if found >= 0:
-                    value = cython.cast(cython.ulonglong, found & 0xFFFFFFFF)
+                    value = cython.cast(cython.ulonglong, found & _MASK32)
                     self._out[_VENDOR] = 1 + cython.cast(cython.ulonglong, found >> 32)
                     if self._prefixed(min(i + 1, end), end, b"FAILED_VMENTRY"):
                         i += 15
-                        value |= 0x80000000
+                        value |= _SIGN32
                 else:
                     # `UNKNOWN (77)`, or the number alone
                     if self._prefixed(k, end, b"UNKNOWN ("):
                         k += 9
                         i = k
                         while i < end and 48 <= self._text[i] <= 57:
-                            value = (value * 10 + (self._text[i] - 48)) & 0xFFFFFFFF
+                            value = (value * 10 + (self._text[i] - 48)) & _MASK32
                             i += 1
                         if i == k or i >= end or self._text[i] != 41:
                             return False
@@ -1323,13 +1326,13 @@ class Scanner:
         at: cython.Py_ssize_t
         same: cython.bint
         if event >= 10:
-            h = ((h ^ cython.cast(cython.ulonglong, 48 + event // 10)) * 16777619) & 0xFFFFFFFF
+            h = ((h ^ cython.cast(cython.ulonglong, 48 + event // 10)) * 16777619) & _MASK32
             n += 1
-        h = ((h ^ cython.cast(cython.ulonglong, 48 + event % 10)) * 16777619) & 0xFFFFFFFF
-        h = ((h ^ 46) * 16777619) & 0xFFFFFFFF
+        h = ((h ^ cython.cast(cython.ulonglong, 48 + event % 10)) * 16777619) & _MASK32
+        h = ((h ^ 46) * 16777619) & _MASK32
         n += 2
         for i in range(begin, end):
-            h = ((h ^ self._text[i]) * 16777619) & 0xFFFFFFFF
+            h = ((h ^ self._text[i]) * 16777619) & _MASK32
         at = cython.cast(cython.Py_ssize_t, h & 1023)
         while self._field_table[at, 3] != 0:
             if cython.cast(cython.ulonglong, self._field_table[at, 0]) == h and (
