@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import polars as pl
 
-from analysis.rows import KIND, VCPU, DecodedRows
+from analysis.rows import GFN, KIND, VCPU, DecodedRows
 from replay.decode.removals import COLUMNS, FIELDS, Removals, causes_of, roots_of
 from traces.kernels.kernel import Kernel
 from traces.reader import Trace
@@ -26,7 +26,7 @@ class RemovalQuestion:
     trace: Trace
     kernel: Kernel
     name: str = "what removed pages"
-    columns: frozenset[str] = frozenset({*COLUMNS, KIND, VCPU} - {"kind", "vcpu"})
+    columns: frozenset[str] = frozenset({*_NAMES, KIND, VCPU, GFN})
 
     def begin(self) -> _Counting:
         return _Counting(self.trace, self.kernel)
@@ -61,12 +61,11 @@ class _Counting:
             ]
             self._removals[vm] = Removals(self._kernel, self._causes, self._roots, slots, self._recovery, self._shows)
         columns = {name: rows[name].to_numpy() for name in _NAMES}
-        gfn = rows["gfn"]
         self._removals[vm].feed(
             SimpleNamespace(
                 kind=rows[KIND].to_numpy(),
                 vcpu=rows[VCPU].to_numpy(),
-                gfn=(gfn.fill_null(-1) if gfn.null_count() else gfn).to_numpy(),
+                gfn=rows[GFN].to_numpy(),
                 **columns,
             )
         )
