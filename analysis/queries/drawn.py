@@ -171,7 +171,8 @@ def heat(recording: Recording, parts: int = PARTS // 4, rows: int = ROWS // 2) -
 @query(Result)
 def shares(result: Result, parts: int = PARTS) -> pl.LazyFrame:
     """The share of time in the guest under each policy, in 400 parts of a VM's longest virtual time."""
-    rows = progress(result).drop_nulls(("clock", "guest_ns")).filter(pl.col("clock") >= 0).collect(engine="streaming")
+    of_clock = progress(result).drop_nulls(("clock", "guest_ns")).filter(pl.col("clock") >= 0)
+    rows = of_clock.select("policy", "recorded", "bound", "vm", "vcpu", "clock", "guest_ns").collect(engine="streaming")
     frames = []
     longest = dict(rows.group_by("vm").agg(pl.col("clock").max()).iter_rows())
     for key, of in rows.group_by("policy", "recorded", "bound", "vm", maintain_order=True):
