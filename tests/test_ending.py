@@ -72,11 +72,12 @@ def test_a_full_disk_leaves_what_was_there(
         assert contents(tmp_path) == before
 
 
+PRINTING = [verb for verb in TALKERS if verb.name != "record-flight"]  # which prints the names of its dumps
 DOCUMENTED = [verb for verb in (*WRITERS, *RECORDERS) if verb.line.endswith("--json")]
 
 
 @pytest.mark.slow
-@verbs([*TALKERS, *DOCUMENTED])
+@verbs([*PRINTING, *DOCUMENTED])
 def test_standard_output_that_is_closed_full_or_unread(verb: Verb, files: Files, tmp_path: Path) -> None:
     places = iter([tmp_path / name for name in ("closed", "full", "closed by a shell", "unread")])
     words = verb.words(files, next(places))

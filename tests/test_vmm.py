@@ -84,8 +84,8 @@ def test_every_scenario_says_in_one_line_what_it_shows() -> None:
 
 
 def test_every_scenario_is_known_to_run_without_smm_or_to_need_it() -> None:
-    # SMEP is not offered by every KVM; settings of the host; a KVM that emulates takes a lost page for MMIO.
-    needs_more = {"cr4-toggle", "ksm", "nx-recovery", "efault"}
+    # SMEP and APICv are not offered by every KVM; settings of the host; a KVM that emulates takes a lost page for MMIO.
+    needs_more = {"cr4-toggle", "apicv", "ksm", "nx-recovery", "efault"}
     needs_smm = {scenario.name for scenario in vmm.scenarios() if scenario.needs_smm}
     assert {scenario.name for scenario in vmm.scenarios()} == set(WITHOUT_SMM) | needs_smm | needs_more
 

@@ -30,6 +30,8 @@ def said(verb: Verb, files: Files, capsys: pytest.CaptureFixture[str]) -> str:
 def several(verb: Verb) -> list[str]:
     if "smi-rate" in verb.line:
         return ["two VMs", "one VM"]  # with SMIs
+    if verb.name in ("validate-part", "diff-part"):
+        return ["two VMs", "one VM"]  # whose VM 1 goes on after a ms
     return list(SEVERAL) if "{trace}" in verb.line else ["field"]
 
 

@@ -16,7 +16,7 @@ from analysis.sources import Recording, Result
 from replay import bounds, plan, run
 from replay.decode.capabilities import Capabilities
 from tests.analysis.sources import CORPUS, OLD_STORM, ROOT, STORM, TIMING, result_of
-from tests.replay.recording import Guest, manifest
+from tests.replay.recording import ALL_KINDS, Guest, manifest
 from tests.traces.making import stream, trace
 from traces import kernels
 from traces.errors import Problem
@@ -186,18 +186,22 @@ def test_roots_live_as_long_as_they_are_seen() -> None:
     assert {f"{role:#x}" for role in roles["role"]} == {"0x3784", "0x1003784"}
 
 
-def test_a_vcpu_at_one_instruction_is_stuck(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("watched", "kind"), [(ALL_KINDS, "mmio"), ((*ALL_KINDS, "kvm_userspace_exit"), "mmio_in_kernel")]
+)
+def test_a_vcpu_at_one_instruction_is_stuck(tmp_path: Path, watched: tuple[str, ...], kind: str) -> None:
     guest = Guest()
     guest.load()
     for _ in range(40):
         guest.of("kvm_exit", w0=0x400, w1=0x1234)
         guest.of("kvm_page_fault", w0=2 << 12)
         guest.of("kvm_entry", root=guest.root, w0=0x1234)
-    guest.write(tmp_path / "t.parquet", kernel="6.1.20")
+    probes = [{"kind": each, "how": "raw"} for each in watched]
+    guest.write(tmp_path / "t.parquet", kernel="6.1.20", probes=probes)
     recording = Recording.open(tmp_path / "t.parquet")
     assert asked(recorded.stuck(recording)).is_empty()
     (row,) = asked(recorded.stuck(recording, exits=30)).iter_rows(named=True)
-    assert (row["vcpu"], row["exits"], row["kind"]) == (0, 40, "mmio_in_kernel"), "no memslot is there"
+    assert (row["vcpu"], row["exits"], row["kind"]) == (0, 40, kind), "no memslot is there"
     shown = asked(recorded.stuck_rows(recording, exits=30))["row"].to_list()
     assert [row.split()[-1] for row in shown if "kvm_entry" in row] == ["rip=0x1234"]
 
@@ -243,7 +247,8 @@ def test_every_query_answers_and_says_what_it_asks(name: str, tmp_path: Path) ->
     query = named(name)
     assert query.about.endswith((".", ":"))
     assert len(query.about) < 120
-    recording = Recording.open(CORPUS / "smi-storm-6.1-shadow.parquet" if name == "rmaps" else OLD_STORM)
+    of = {"rmaps": CORPUS / "smi-storm-6.1-shadow.parquet", "memory_types": CORPUS / "smi-storm-6.1-ept.parquet"}
+    recording = Recording.open(of.get(name, OLD_STORM))
     source = recording if query.source is Recording else result_of(OLD_STORM, tmp_path)
     assert isinstance(query(source), pl.LazyFrame)
     assert set(asked(query(source).head(1)).columns)

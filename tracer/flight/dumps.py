@@ -44,6 +44,7 @@ class Dumps:
         self.made: list[Path] = []
         self.failed = 0
         self._automatic: list[Path] = []
+        self._named: set[str] = set()  # some of them wait, and no file has their name yet
         self._queue: queue.SimpleQueue[Dump | Path | None] = queue.SimpleQueue()
         self._child: subprocess.Popen[str] | None = None
         self._hard = False
@@ -67,11 +68,16 @@ class Dumps:
         self._queue.put(dump)
 
     def name(self, wanted: str) -> str:
-        """A name that no file has yet."""
+        """A name that no file has yet, and no dump that waits."""
         names = (wanted, *(f"{wanted}-{number}" for number in range(2, 1 << 20)))
-        return next(
-            name for name in names if not any((self.directory / f"{name}{end}").exists() for end in (SEGMENTS, TRACE))
+        found = next(
+            name
+            for name in names
+            if name not in self._named
+            and not any((self.directory / f"{name}{end}").exists() for end in (SEGMENTS, TRACE))
         )
+        self._named.add(found)
+        return found
 
     def close(self) -> None:
         """Wait until everything is a trace."""
