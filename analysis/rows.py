@@ -111,7 +111,7 @@ class Asking:
         self._tallies = Tallies([question for question in questions if isinstance(question, Tally)], none)
         self._counting = {question.name: question.begin() for question in questions if not isinstance(question, Tally)}
         self._seen: set[int] = set()
-        self._waiting: dict[int | None, list[pl.DataFrame]] = {}
+        self._waiting: list[pl.DataFrame] = []
         self._held = 0  # rows that wait
         self._lock = Lock()
 
@@ -120,41 +120,28 @@ class Asking:
         with self._lock:
             if vm is not None:
                 self._seen.add(vm)
-            self._append(vm, batch)
-            del batch
-            self._count_long()
+            # A long batch by itself: of several parts no column is in one piece.
+            if self._held + batch.num_rows > BATCH_ROWS or 2 * batch.num_rows >= BATCH_ROWS:
+                self._count_waiting()
+            self._waiting.append(self._window.of(pl.DataFrame(pl.from_arrow(batch.select(self.columns)))))
+            self._held += len(self._waiting[-1])
+            if 2 * self._held >= BATCH_ROWS:
+                self._count_waiting()
 
     def answers(self) -> dict[str, pl.DataFrame]:
         """What the rows came to, by the questions' names; those of VMs that nobody gave are read for it."""
         for batch in self._trace.batches(self.columns, size=BATCH_ROWS, since=self._window.since, but=self._seen):
-            self._append(None, batch)
+            self.feed(None, batch)
             del batch  # else it is there as long as the next one is decoded
-            self._count_long()
         self._count_waiting()
         return self._tallies.answers() | {name: each.answer() for name, each in self._counting.items()}
 
-    def _append(self, vm: int | None, batch: pa.RecordBatch) -> None:
-        # Long batches by themselves: of several parts no column is in one piece.
-        if self._held + batch.num_rows > BATCH_ROWS or 2 * batch.num_rows >= BATCH_ROWS:
-            self._count_waiting()
-        rows = self._window.of(pl.DataFrame(pl.from_arrow(batch.select(self.columns))))
-        self._waiting.setdefault(vm, []).append(rows)
-        self._held += len(rows)
-
-    def _count_long(self) -> None:
-        if 2 * self._held >= BATCH_ROWS:
-            self._count_waiting()
-
     def _count_waiting(self) -> None:
-        waiting, self._waiting, self._held = self._waiting, {}, 0
-        if waiting:
-            self._count([each for rows in waiting.values() for each in rows])
-
-    def _count(self, parts: list[pl.DataFrame]) -> None:
-        rows = pl.concat(parts)
-        if rows.is_empty():
+        waiting, held = self._waiting, self._held
+        self._waiting, self._held = [], 0
+        if not held:
             return
-        decoded = DecodedRows(_with_made(rows, self._made))
+        decoded = DecodedRows(_with_made(pl.concat(waiting), self._made))
         self._tallies.feed(decoded)
         for each in self._counting.values():
             each.feed(decoded)

@@ -34,7 +34,6 @@ from replay.timing.measure import Measurement, SpanTimes
 from replay.timing.timed_run import PolicyClock, Settings, VmTime, vm_time
 from traces.kernels.triggers import Trigger
 from traces.progress import Progress
-from traces.reader import Trace
 
 _FLIPS: Final = (Trigger.CR0_WP, Trigger.CR0_SILENT, Trigger.EFER)  # of bits that old kernels have in role words
 PROMISED: Final = 6  # roots that a VM can have under `preserve`, by its commit's text
@@ -64,7 +63,7 @@ def replay(
     `beside`: is given the rows of every VM that has a vCPU.
     """
     capabilities = plan.capabilities
-    vms = replayable(capabilities.trace)
+    vms = [vm for vm in capabilities.trace.metadata.vms if any(True for _ in vm["vcpus"])]
     done = Replayed(plan, [], [], Counter(), list(capabilities.missing))
     progress = Progress("replaying", capabilities.trace.metadata.events)
     workers = min(os.cpu_count() or 1, len(vms))
@@ -86,11 +85,6 @@ def replay(
     done.missing += _nested(done.notes)
     done.broken += _broken(done.outcomes)
     return done
-
-
-def replayable(trace: Trace) -> list[Mapping[str, Any]]:
-    """The VMs that are replayed: those with a vCPU."""
-    return [vm for vm in trace.metadata.vms if any(True for _ in vm["vcpus"])]
 
 
 def replay_into(
