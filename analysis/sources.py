@@ -93,6 +93,11 @@ class Recording:
             if since is None or last >= since
         }
 
+    @cached_property
+    def whole(self) -> Recording:
+        """The same from its first row on, whenever the window begins."""
+        return self if self.window.since is None else Recording(self.trace, rows.Window(vcpus=self.window.vcpus))
+
     @property
     def replayed(self) -> bool:
         """Whether a replay has set `times`."""

@@ -13,7 +13,7 @@ import polars as pl
 
 from analysis.queries.registry import query
 from analysis.rip_runs import RipQuestion, of_vm
-from analysis.rows import Asking, Question, Tally, Window
+from analysis.rows import Question, Tally
 from analysis.sources import Recording
 from analysis.unseen import lost_windows
 from analysis.used_roots import UsedRoots
@@ -353,9 +353,9 @@ def stuck_vcpus(recording: Recording, exits: int = CERTAIN) -> list[Diagnosis]:
                 found += diagnoses(recording.trace, vms[time.vm], kernel, time.rip_runs, time.ids, exits)
     else:
         question = RipQuestion(recording.trace, kernel)
-        since, vcpus = recording.window.since, recording.window.vcpus
-        whole = Asking(recording.trace, [question], Window(vcpus=vcpus)).answers() if since is not None else {}
-        for answer in (*whole.values(), *recording.ask(question)):
+        since = recording.window.since
+        whole = recording.whole.ask(question) if since is not None else []
+        for answer in (*whole, *recording.ask(question)):
             told = {(each.vm, each.vcpu) for each in found}
             mine = [
                 each
