@@ -119,16 +119,22 @@ def test_a_huge_page_where_the_first_page_was_mmio_is_a_leaf_of_its_own(tmp_path
 SET_MEMORY = 0x4020AE46
 
 
-@pytest.mark.parametrize(("kernel", "zaps"), [("6.12.50", True), ("6.1.100", False)])
-@pytest.mark.parametrize("shown", [True, False])
-def test_a_slot_that_goes_alone_takes_its_leaves_along(tmp_path: Path, kernel: str, zaps: bool, shown: bool) -> None:
-    """KVM_X86_QUIRK_SLOT_ZAP_ALL off: no row says so but the lack of kvm_mmu_zap_all_fast. Leaves need not be there."""
+def deleting_a_slot() -> Guest:
+    """A guest with gfn 17 mapped, of which a thread is taking the slot away."""
     guest = Guest()
     guest.slot(16, 8, 0x7F0000000000)
     guest.load()
     guest.fault(17)
     guest.vm("ioctl", w0=SET_MEMORY)
     guest.vm("memslot", w0=16, w1=0x7F0000000000, w2=0)
+    return guest
+
+
+@pytest.mark.parametrize(("kernel", "zaps"), [("6.12.50", True), ("6.1.100", False)])
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_slot_that_goes_alone_takes_its_leaves_along(tmp_path: Path, kernel: str, zaps: bool, shown: bool) -> None:
+    """KVM_X86_QUIRK_SLOT_ZAP_ALL off: no row says so but the lack of kvm_mmu_zap_all_fast. Leaves need not be there."""
+    guest = deleting_a_slot()
     if shown:
         guest.vm("kvm_tdp_mmu_spte_changed", w0=17, level=1, w1=0xE67)
     guest.fault(30)
@@ -139,12 +145,7 @@ def test_a_slot_that_goes_alone_takes_its_leaves_along(tmp_path: Path, kernel: s
 
 
 def test_a_slot_that_takes_the_roots_along_takes_nothing_else(tmp_path: Path) -> None:
-    guest = Guest()
-    guest.slot(16, 8, 0x7F0000000000)
-    guest.load()
-    guest.fault(17)
-    guest.vm("ioctl", w0=SET_MEMORY)
-    guest.vm("memslot", w0=16, w1=0x7F0000000000, w2=0)
+    guest = deleting_a_slot()
     guest.vm("kvm_mmu_zap_all_fast")
     guest.vm("kvm_tdp_mmu_spte_changed", w0=17, level=1, w1=0xE67)
     guest.vm("ioctl_end", w0=SET_MEMORY)
