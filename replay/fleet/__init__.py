@@ -1,0 +1,1 @@
+"""Many recordings in a store: a catalogue of them, their replay as tasks that any executor runs, and the results."""
