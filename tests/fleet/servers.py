@@ -1,0 +1,157 @@
+"""An S3 on loopback (moto), and a proxy before it that fails as stores and networks do."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+BUCKET = "fleet-bucket"
+_SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"
+
+# (method, path with query, how many requests of this method and path there were before) -> what goes wrong, or "".
+# "503": the store says so; "reset": no answer; "lost": it is done, and no answer; "cut": half of the body; "stall":
+# half of it, then silence.
+Fault = Callable[[str, str, int], str]
+
+
+def environment(port: int) -> dict[str, str]:
+    """What clients of this server need in their environment."""
+    return {
+        "AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none-secret", "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ALLOW_HTTP": "true",
+    }  # fmt: skip
+
+
+@contextmanager
+def s3() -> Iterator[int]:
+    """moto's server with an empty bucket; its port."""
+    port = free_port()
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            try:
+                status, _ = request(port, "PUT", f"/{BUCKET}")
+                assert status == 200, status
+                break
+            except OSError:
+                assert server.poll() is None, "moto.server has ended"
+                time.sleep(0.1)
+        else:
+            raise AssertionError("moto.server does not answer within a minute")
+        yield port
+    finally:
+        server.kill()
+        server.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def request(port: int, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
+    """One request as S3 has them, unsigned: moto does not look."""
+    headers = {"Authorization": "AWS4-HMAC-SHA256 Credential=none/20261126/us-east-1/s3/aws4_request"}
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        connection.request(method, path, body, headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
+
+
+class Proxy:
+    """Between clients and a server; `fault` decides of each request. `seen` counts what was asked for."""
+
+    def __init__(self, upstream: int, fault: Fault) -> None:
+        self.fault = fault
+        self.seen: dict[tuple[str, str], int] = {}
+        self.done: dict[str, int] = {}  # faults by what they were
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def handle_any(self) -> None:
+                outer.forward(self, upstream)
+
+            do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_any
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.port: int = self._server.server_address[1]
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+
+    def __enter__(self) -> Proxy:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def forward(self, client: BaseHTTPRequestHandler, upstream: int) -> None:
+        """Answer one request, well or not."""
+        method, path = client.command, client.path
+        body = client.rfile.read(int(client.headers.get("Content-Length") or 0))
+        with self._lock:
+            before = self.seen.get((method, path), 0)
+            self.seen[method, path] = before + 1
+            what = self.fault(method, path, before)
+            if what:
+                self.done[what] = self.done.get(what, 0) + 1
+        if what == "reset":
+            client.close_connection = True
+            return
+        if what == "503":
+            self._send(client, 503, [("Content-Type", "application/xml")], _SLOW_DOWN, len(_SLOW_DOWN))
+            return
+        connection = http.client.HTTPConnection("127.0.0.1", upstream, timeout=60)
+        try:
+            connection.request(method, path, body, dict(client.headers.items()))
+            answer = connection.getresponse()
+            data = answer.read()
+        finally:
+            connection.close()
+        if what == "lost":
+            client.close_connection = True
+            return
+        hop = ("transfer-encoding", "connection", "content-length", "date", "server")
+        headers = [(name, value) for name, value in answer.getheaders() if name.lower() not in hop]
+        length = int(answer.getheader("Content-Length") or len(data)) if method == "HEAD" else len(data)
+        part = data[: len(data) // 2] if what in ("cut", "stall") else data
+        self._send(client, answer.status, headers, part, length)
+        if what == "stall":
+            self._ended.wait(60)
+        if what in ("cut", "stall"):
+            client.close_connection = True
+
+    @staticmethod
+    def _send(
+        client: BaseHTTPRequestHandler, status: int, headers: list[tuple[str, str]], data: bytes, length: int
+    ) -> None:
+        client.send_response(status)
+        for name, value in headers:
+            client.send_header(name, value)
+        client.send_header("Content-Length", str(length))
+        client.end_headers()
+        client.wfile.write(data)
+        client.wfile.flush()

@@ -1,0 +1,1 @@
+"""Object stores and local folders, one way to both: where recordings of many hosts are, and results go."""

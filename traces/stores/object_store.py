@@ -1,0 +1,242 @@
+"""Objects of a place: listed, read in ranges, created once. Errors are one Problem that says what and where.
+
+obstore does the work, its retries with jitter included: of refused connections, of answers 429 and 5xx, and of bodies
+that break off or stall, where it goes on from where it was, if the object is still the same. Pages of a listing that
+break off it does not ask for again: that is done here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Final
+
+from traces import durable
+from traces.errors import ENVIRONMENT, Problem
+from traces.stores.location import CLOUDS, MEMORY, Location
+from traces.text import printable
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+CONNECT_TIMEOUT: Final = timedelta(seconds=5)
+READ_TIMEOUT: Final = timedelta(seconds=15)  # without a byte
+TIMEOUT: Final = timedelta(minutes=10)  # of a whole request: one of a large recording takes long
+RETRIES: Final = 6  # from 0.1 s on, each time twice as long
+RETRY_TIMEOUT: Final = timedelta(seconds=90)
+LISTINGS: Final = 5  # tries to go on with a listing
+_DELAY: Final = 0.2  # seconds before the second one
+_STATUS: Final = re.compile(r"status code: (\d{3}) ?([A-Za-z ]*)")
+_CODE: Final = re.compile(r"<Code>(\w+)</Code>")
+_PASSED: Final = re.compile(r"\?[^\s\"']*")  # of a URL: there may be a signature in it
+_memory: dict[str, Any] = {}
+
+
+class ChangedObject(Problem):
+    """An object is not the one any more that was asked for."""
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """One of a listing. `etag` changes whenever its bytes do."""
+
+    key: str
+    size: int
+    etag: str
+
+
+class Objects:
+    """The objects below a place. From any thread; a process opens its own."""
+
+    def __init__(self, place: Location) -> None:
+        self.place = place
+        self._store = _opened(place)
+
+    def list(self, under: str = "") -> Iterator[StoredObject]:
+        """All objects below, or below a folder in it, page by page; none where the folder does not exist yet."""
+        from obstore.exceptions import GenericError
+
+        last: str | None = None
+        for left in reversed(range(LISTINGS)):
+            with self._failing(under):
+                try:
+                    for page in self._store.list(under or None, offset=last):
+                        for each in page:
+                            last = str(each["path"])
+                            yield StoredObject(last, int(each["size"]), str(each["e_tag"] or ""))
+                except FileNotFoundError:
+                    return
+                except GenericError as error:
+                    if not left or not _of_body(error):
+                        raise
+                else:
+                    return
+            time.sleep(_DELAY * 2 ** (LISTINGS - 1 - left) * (0.5 + random.random()))
+
+    def read(self, key: str, start: int, end: int, etag: str = "") -> bytes:
+        """The bytes from `start` up to `end`. Raises Problem; ChangedObject where the object has another etag."""
+        options: dict[str, Any] = {"range": (start, end)}
+        return self._body(key, options, end - start, etag)
+
+    def read_all(self, key: str, etag: str = "") -> bytes:
+        """A whole object."""
+        return self._body(key, {}, None, etag)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Write an object unless there is one of that name; whether it was written. It is there whole, or not at all.
+
+        An answer that got lost on its way is asked for again: the object is then there already, and False.
+        """
+        from obstore.exceptions import AlreadyExistsError
+
+        with self._failing(key):
+            try:
+                self._store.put(key, data, mode="create")
+            except AlreadyExistsError:
+                return False
+        self._sync(key)
+        return True
+
+    def replace(self, key: str, data: bytes) -> None:
+        """Write an object whatever is there."""
+        with self._failing(key):
+            self._store.put(key, data, use_multipart=False)
+        self._sync(key)
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Remove objects; those that are gone already are no error."""
+        for key in keys:
+            with self._failing(key), contextlib.suppress(FileNotFoundError):
+                self._store.delete(key)
+
+    def _sync(self, key: str) -> None:
+        """A local file survives a crash of its machine."""
+        if self.place.folder is None:
+            return
+        path = self.place.folder / key
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                durable.sync(fd)
+            finally:
+                os.close(fd)
+            durable.sync_directory(path.parent)
+        except OSError as error:
+            raise Problem(f"{path}: cannot be written: {error.strerror}") from None
+
+    def _body(self, key: str, options: dict[str, Any], size: int | None, etag: str) -> bytes:
+        if etag:
+            options["if_match"] = etag
+        with self._failing(key):
+            answer = self._store.get(key, options=options)  # type: ignore[arg-type]
+            data = bytes(answer.bytes())
+            wanted = answer.range[1] - answer.range[0] if size is None else size
+            if len(data) != wanted:
+                raise ValueError(f"{len(data):,} of {wanted:,} bytes came")
+        return data
+
+    @contextlib.contextmanager
+    def _failing(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except _errors() as error:
+            raise self._failed(key, error) from None
+
+    def _failed(self, key: str, error: Exception) -> Problem:
+        from obstore.exceptions import PermissionDeniedError, PreconditionError, UnauthenticatedError
+
+        where = printable(self.place.text + (f"/{key}" if key else ""))
+        if isinstance(error, PreconditionError):
+            return ChangedObject(f"{where}: was changed meanwhile: it is not the object that was indexed")
+        if isinstance(error, FileNotFoundError):
+            what = "the bucket does not exist" if "NoSuchBucket" in str(error) else "is not there"
+            return Problem(f"{where}: {what}")
+        if isinstance(error, PermissionDeniedError | UnauthenticatedError):
+            return Problem(
+                f"{where}: the store refuses access ({_reason(error)}): {_CREDENTIALS[self.place.scheme]}", ENVIRONMENT
+            )
+        if not self.place.local and "<Code>NoSuchBucket</Code>" in str(error):
+            return Problem(f"{where}: the bucket does not exist")
+        return Problem(f"{where}: {_reason(error)}", ENVIRONMENT)
+
+
+_CREDENTIALS: Final = {
+    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give this machine a role",
+    "gs": "set GOOGLE_APPLICATION_CREDENTIALS, or give this machine a service account",
+    "az": "set AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN, or give this machine an identity",
+    "file": "look at its permissions",
+    MEMORY: "",
+}
+
+
+def _opened(place: Location) -> ObjectStore:
+    from obstore.store import LocalStore, MemoryStore, from_url
+
+    if place.folder is not None:
+        if not place.folder.is_dir():
+            what = "is not a folder" if place.folder.exists() else "no such folder"
+            raise Problem(f"{printable(place.text)}: {what}")
+        return LocalStore(place.folder)
+    if place.scheme == MEMORY:
+        store: ObjectStore = _memory.setdefault(place.text, MemoryStore())
+        return store
+    assert place.scheme in CLOUDS
+    try:
+        return from_url(
+            place.text,
+            client_options={
+                "connect_timeout": CONNECT_TIMEOUT, "read_timeout": READ_TIMEOUT, "timeout": TIMEOUT,
+                "user_agent": "kvmtrace", "allow_http": _allows_http(place.scheme),
+            },
+            retry_config={"max_retries": RETRIES, "retry_timeout": RETRY_TIMEOUT},
+        )  # fmt: skip
+    except _errors() as error:
+        raise Problem(f"{place.text}: {_reason(error)}", ENVIRONMENT) from None
+
+
+def _allows_http(scheme: str) -> bool:
+    """Whether the environment allows a store without TLS, such as one on loopback; what we ask of a client hides it."""
+    prefix = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}[scheme]
+    return os.environ.get(f"{prefix}_ALLOW_HTTP", "").lower() in ("1", "true", "yes", "on")
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    from obstore.exceptions import BaseError
+
+    return (BaseError, OSError, ValueError)
+
+
+def _of_body(error: Exception) -> bool:
+    """Whether an answer had begun well, and its body did not come whole."""
+    text = str(error)
+    return _STATUS.search(text) is None and ("body error" in text or "timed out" in text or "TimedOut" in text)
+
+
+def _reason(error: Exception) -> str:
+    """An error in a few words, without what a URL may carry."""
+    text = str(error)
+    if found := _STATUS.search(text):
+        code = _CODE.search(text)
+        return f"the store answers {found[1]} {found[2].strip()}" + (f" ({code[1]})" if code else "")
+    for mark, said in _KNOWN:
+        if mark in text:
+            return said
+    first = (text.splitlines() or [type(error).__name__])[0]
+    return printable(_PASSED.sub("?...", first)[:200])
+
+
+_KNOWN: Final = (
+    ("timed out", "the store does not answer (timed out)"),
+    ("TimedOut", "the store does not answer (timed out)"),
+    ("dns error", "the store's name is not known (DNS)"),
+    ("Connection refused", "the store cannot be reached (connection refused)"),
+    ("ConnectionRefused", "the store cannot be reached (connection refused)"),
+    ("error sending request", "the store cannot be reached, or ends the connection"),
+    ("body error", "the store's answer broke off"),
+)
