@@ -15,6 +15,7 @@ import typer
 
 from analysis.cli import app as analysis
 from replay.cli import app as replay
+from replay.fleet.cli import app as fleet_replay
 from tracer.cli import app as probes
 from tracer.flight.cli import app as flight
 from tracer.lab.cli import app as lab
@@ -37,6 +38,13 @@ app.add_typer(flight)
 app.add_typer(top)
 app.add_typer(lab, name="lab")
 app.add_typer(probes, name="probes")
+fleet = typer.Typer(
+    no_args_is_help=True,
+    short_help="Recordings of many hosts in a store: catalogue, replay.",
+    help="Recordings of many hosts in a folder or an object store: their catalogue, and their replay (docs/fleet.md).",
+)
+fleet.add_typer(fleet_replay)
+app.add_typer(fleet, name="fleet")
 
 
 def _version(wanted: bool) -> None:

@@ -24,7 +24,7 @@ from traces.help_text import examples, examples_of
 
 ROOT: Any = typer.main.get_command(kvmtrace.app)
 COLUMNS = 80
-GROUPS = (("lab",), ("probes",))  # their verbs have the examples
+GROUPS = (("lab",), ("probes",), ("fleet",))  # their verbs have the examples
 REPOSITORY = Path(__file__).parents[1]
 
 

@@ -92,6 +92,8 @@ WRITERS = [
     Verb("import", "import {text} -o {out}", outputs.IMPORTED),
     Verb("import-json", "import {text} -o {out} --json", outputs.IMPORTED),
     Verb("recover-json", "recover {kvmt} -o {out} --json", outputs.RECORDING),
+    Verb("fleet-index", "fleet index {recordings} -o {out}", outputs.CATALOGUE),
+    Verb("fleet-index-json", "fleet index {recordings} -o {out} --json", outputs.CATALOGUE),
 ]
 # The same, of those that make something else each time.
 RECORDERS = [

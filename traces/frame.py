@@ -17,8 +17,8 @@ from traces.text import printable
 
 NO_TRACE: Final = "not a kvmtrace trace"
 MAX_ROW_GROUP_ROWS: Final = 1 << 22
-_MAX_FOOTER: Final = MAX_BYTES + (64 << 20)
-_TAIL_SIZE: Final = 8  # the footer's length, Parquet's magic
+MAX_FOOTER: Final = MAX_BYTES + (64 << 20)
+TAIL_SIZE: Final = 8  # the footer's length, Parquet's magic
 _CHUNK: Final = 1 << 18
 
 
@@ -28,10 +28,10 @@ def check_footer(path: Path) -> int:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            file.seek(max(size - _TAIL_SIZE, 0))
-            length = int.from_bytes(file.read(_TAIL_SIZE)[:4], "little")
-            footer = size - _TAIL_SIZE - length
-            if length > _MAX_FOOTER or footer < len(PARQUET_MAGIC) + SEAL_SIZE:
+            file.seek(max(size - TAIL_SIZE, 0))
+            length = int.from_bytes(file.read(TAIL_SIZE)[:4], "little")
+            footer = size - TAIL_SIZE - length
+            if length > MAX_FOOTER or footer < len(PARQUET_MAGIC) + SEAL_SIZE:
                 raise Problem(f"{path}: damaged: no room for the footer that its end speaks of")
             file.seek(footer - SEAL_SIZE)
             seal = file.read(SEAL_SIZE)

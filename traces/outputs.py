@@ -23,6 +23,7 @@ from traces.errors import Problem
 
 TRACE_KEY: Final = b"kvmtrace"  # of a trace's metadata, as Parquet has it
 RESULT_KEY: Final = b"kvmtrace.result"
+FLEET_KEY: Final = b"kvmtrace.fleet"
 _HEAD: Final = 1 << 16  # bytes in which a kind is told
 
 
@@ -42,6 +43,7 @@ RECORDING: Final = FileKind("a recording")
 SYNTHETIC: Final = FileKind("a synthetic trace")
 IMPORTED: Final = FileKind("an imported trace")
 RESULT: Final = FileKind("the result of a replay")
+CATALOGUE: Final = FileKind("a catalogue of recordings")
 TIMELINE: Final = FileKind("a timeline for Perfetto", re.compile(rb"\A\n.{1,2}P\x01[bh]", re.S))
 PAGE: Final = FileKind(
     "a report's page", re.compile(rb'\A<!doctype html>.*<meta name="generator" content="kvmtrace', re.S)
@@ -221,7 +223,7 @@ def kind_of_parquet(file: Path) -> FileKind:
         if RESULT_KEY in pairs and TRACE_KEY not in pairs:
             return RESULT
         if TRACE_KEY not in pairs:
-            return _NOT_OURS
+            return CATALOGUE if b'"catalogue"' in pairs.get(FLEET_KEY, b"") else _NOT_OURS
         document = json.loads(pairs[TRACE_KEY])
     except (pa.ArrowException, OSError, ValueError, RecursionError, MemoryError):
         return RECORDING

@@ -8,7 +8,7 @@ files (traces/lazy_rows.py).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -62,6 +62,7 @@ class Trace:
         self.schema: pa.Schema = file.schema_arrow
         self._file = file
         self._verified: set[int] = set()
+        self._fetch: Callable[[RowGroup], None] | None = None
         self._row_groups = metadata.row_groups  # all of the file's, whatever is selected
         self._chosen = list(range(len(metadata.row_groups)))
         self._until: int | None = None
@@ -74,10 +75,13 @@ class Trace:
             raise Problem(f"{self.path}: damaged: its rows' times are more than 292 years apart")
 
     @classmethod
-    def open(cls, path: Path | str, recorded_policy: str = "") -> Trace:
+    def open(
+        cls, path: Path | str, recorded_policy: str = "", fetch: Callable[[RowGroup], None] | None = None
+    ) -> Trace:
         """Open and check the file; raises Problem (one line, with the path) if it is not a sound trace of format 1.
 
-        `recorded_policy`: the root policy that the recorded kernel had, whatever the trace says.
+        `recorded_policy`: the root policy that the recorded kernel had, whatever the trace says. `fetch`: is given each
+        row group before its bytes are first read, of a file that has not all of them yet (stores/remote_trace.py).
         """
         path = Path(path)
         if recorded_policy and recorded_policy not in POLICIES:
@@ -95,6 +99,7 @@ class Trace:
         check_schema(path, file.schema_arrow)
         check_row_groups(path, file.metadata, metadata, rows_end)
         opened = cls(path, file, metadata)
+        opened._fetch = fetch
         opened.metadata = opened._with_policy_of_rows()
         if recorded_policy:
             opened.metadata = replace(opened.metadata, seen_policy=recorded_policy, policy_by=BY_USER)
@@ -305,6 +310,8 @@ class Trace:
     def _verify(self, index: int) -> None:
         if index not in self._verified:
             group = self._row_groups[index]
+            if self._fetch is not None:
+                self._fetch(group)
             if crc_of(self.path, group.offset, group.size) != group.crc32:
                 raise Problem(f"{self.path}: damaged: row group {index} does not fit its checksum")
             self._verified.add(index)

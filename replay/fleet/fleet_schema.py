@@ -6,7 +6,9 @@ from typing import Final
 
 import pyarrow as pa
 
-KEY: Final = b"kvmtrace.fleet"  # of the metadata of both, a JSON object with `format`
+from traces.outputs import FLEET_KEY
+
+KEY: Final = FLEET_KEY  # of the metadata of both: a JSON object with `format`, and `what`: "catalogue" or "results"
 FORMAT: Final = {"major": 1, "minor": 0}
 
 # Counts of a policy's outcome: what a trace leaves open lies between NAME_low and NAME_high. They are equal where the

@@ -38,7 +38,11 @@ _PASSED: Final = re.compile(r"\?[^\s\"']*")  # of a URL: there may be a signatur
 _memory: dict[str, Any] = {}
 
 
-class ChangedObject(Problem):
+class StoreProblem(Problem):
+    """What a store did not do, or does not have."""
+
+
+class ChangedObject(StoreProblem):
     """An object is not the one any more that was asked for."""
 
 
@@ -128,7 +132,7 @@ class Objects:
                 os.close(fd)
             durable.sync_directory(path.parent)
         except OSError as error:
-            raise Problem(f"{path}: cannot be written: {error.strerror}") from None
+            raise StoreProblem(f"{path}: cannot be written: {error.strerror}") from None
 
     def _body(self, key: str, options: dict[str, Any], size: int | None, etag: str) -> bytes:
         if etag:
@@ -156,14 +160,14 @@ class Objects:
             return ChangedObject(f"{where}: was changed meanwhile: it is not the object that was indexed")
         if isinstance(error, FileNotFoundError):
             what = "the bucket does not exist" if "NoSuchBucket" in str(error) else "is not there"
-            return Problem(f"{where}: {what}")
+            return StoreProblem(f"{where}: {what}")
         if isinstance(error, PermissionDeniedError | UnauthenticatedError):
-            return Problem(
+            return StoreProblem(
                 f"{where}: the store refuses access ({_reason(error)}): {_CREDENTIALS[self.place.scheme]}", ENVIRONMENT
             )
         if not self.place.local and "<Code>NoSuchBucket</Code>" in str(error):
-            return Problem(f"{where}: the bucket does not exist")
-        return Problem(f"{where}: {_reason(error)}", ENVIRONMENT)
+            return StoreProblem(f"{where}: the bucket does not exist")
+        return StoreProblem(f"{where}: {_reason(error)}", ENVIRONMENT)
 
 
 _CREDENTIALS: Final = {
@@ -181,7 +185,7 @@ def _opened(place: Location) -> ObjectStore:
     if place.folder is not None:
         if not place.folder.is_dir():
             what = "is not a folder" if place.folder.exists() else "no such folder"
-            raise Problem(f"{printable(place.text)}: {what}")
+            raise StoreProblem(f"{printable(place.text)}: {what}")
         return LocalStore(place.folder)
     if place.scheme == MEMORY:
         store: ObjectStore = _memory.setdefault(place.text, MemoryStore())
@@ -197,7 +201,7 @@ def _opened(place: Location) -> ObjectStore:
             retry_config={"max_retries": RETRIES, "retry_timeout": RETRY_TIMEOUT},
         )  # fmt: skip
     except _errors() as error:
-        raise Problem(f"{place.text}: {_reason(error)}", ENVIRONMENT) from None
+        raise StoreProblem(f"{place.text}: {_reason(error)}", ENVIRONMENT) from None
 
 
 def _allows_http(scheme: str) -> bool:
