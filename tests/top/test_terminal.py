@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -32,17 +34,17 @@ class Terminal:
     """One tmux session of a size."""
 
     def __init__(self, name: str) -> None:
-        self._name = name
+        self.name = name
 
     def tmux(self, *words: str) -> str:
         done = subprocess.run(
-            ["tmux", "-L", self._name, *words], capture_output=True, text=True, check=False, timeout=60
+            ["tmux", "-L", self.name, *words], capture_output=True, text=True, check=False, timeout=60
         )
         return done.stdout
 
     @property
     def text(self) -> str:
-        return self.tmux("capture-pane", "-p", "-t", self._name)
+        return self.tmux("capture-pane", "-p", "-t", self.name)
 
     def shows(self, *texts: str) -> bool:
         """Whether all of these come to be seen at once; a traceback is none of them."""
@@ -51,10 +53,10 @@ class Terminal:
         )
 
     def resize(self, columns: int, lines: int) -> None:
-        self.tmux("resize-window", "-t", self._name, "-x", str(columns), "-y", str(lines))
+        self.tmux("resize-window", "-t", self.name, "-x", str(columns), "-y", str(lines))
 
     def press(self, key: str) -> None:
-        self.tmux("send-keys", "-t", self._name, key)
+        self.tmux("send-keys", "-t", self.name, key)
 
 
 @contextlib.contextmanager
@@ -100,6 +102,18 @@ def test_it_is_drawn_anew_at_any_size_and_ends_with_q(tmp_path: Path) -> None:
         terminal.press("q")
         assert until((tmp_path / "code").exists)
         assert until(lambda: (tmp_path / "code").read_text().strip()) == "0"
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_ends_it_leaves_the_terminal_as_it_was(tmp_path: Path, ending: signal.Signals) -> None:
+    with top(tmp_path, CORPUS / "steady-6.1.parquet") as terminal:
+        assert terminal.shows("vCPU", "verdict"), terminal.text
+        shell = int(terminal.tmux("display-message", "-p", "-t", terminal.name, "#{pane_pid}"))
+        os.kill(int(Path(f"/proc/{shell}/task/{shell}/children").read_text().split()[0]), ending)
+        assert until(lambda: (tmp_path / "code").exists() and (tmp_path / "code").read_text().strip()) == "0"
+        assert until(
+            lambda: terminal.tmux("display-message", "-p", "-t", terminal.name, "#{alternate_on}").strip() == "0"
+        )
 
 
 def test_two_hundred_vcpus_are_scrolled_and_filtered(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -47,6 +48,19 @@ def screen_of(lines: list[VcpuSecond], dump: Callable[[], str] | None, keys: lis
             return str(app.query_one("#status", Static).render()), shown
 
     return asyncio.run(walk())
+
+
+def test_a_signal_wakes_the_screen_at_any_moment() -> None:
+    pytest.importorskip("textual", reason="textual is not installed")
+    from tracer.top.top_screen import TopScreen
+
+    async def woken() -> bool:
+        async with TopScreen("a test", None, lambda _: None).run_test():
+            descriptor = signal.set_wakeup_fd(-1)
+            signal.set_wakeup_fd(descriptor)
+            return descriptor >= 0
+
+    assert asyncio.run(woken()), "a new size that comes as the loop falls asleep would wait for the next key"
 
 
 def lines_of(count: int) -> list[VcpuSecond]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import signal
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -44,6 +46,11 @@ class TopScreen(App[None]):
     def on_mount(self) -> None:
         self.query_one(DataTable).add_columns(*NAMES)
         self.query_one(DataTable).focus()
+        loop = asyncio.get_running_loop()
+        for ending in (signal.SIGTERM, signal.SIGHUP):
+            # It leaves the terminal as it was. And with a handler of its own, asyncio is woken by every signal: without
+            # one, textual's of a new size (SIGWINCH) that comes as the loop falls asleep waits for the next key.
+            loop.add_signal_handler(ending, self.exit)
         self._start(self.show)
 
     def show(self, lines: list[VcpuSecond]) -> None:
