@@ -4,6 +4,9 @@
 
 PYTHON := .venv/bin/python
 
+# Where this is set, each of the suite's thousands of processes compiles every module anew: half of `make quick`.
+unexport PYTHONDONTWRITEBYTECODE
+
 setup:
 	@scripts/setup
 
@@ -13,7 +16,7 @@ demo: setup
 # On all CPUs; tests of one xdist group run one after the other.
 PYTEST := $(PYTHON) -m pytest --dist loadgroup -n
 
-# In some two minutes of two CPUs: lint, types, and the tests that need nothing of the machine and not much time.
+# In a minute of two CPUs: lint, types, and the tests that need nothing of the machine and not much time.
 quick: lint
 	$(PYTEST) auto --hypothesis-profile quick -m "not (lab or live or kvm or browser or corpus or slow or nightly)"
 

@@ -50,6 +50,7 @@ def test_a_pipe_is_refused_not_waited_for(tmp_path: Path) -> None:
     assert "not a file" in done.stderr
 
 
+@pytest.mark.slow
 def test_unknown_verb_and_option_are_usage_errors() -> None:
     assert kvmtrace("replya").returncode == 2
     assert kvmtrace("record", "--fast").returncode == 2

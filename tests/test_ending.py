@@ -23,6 +23,8 @@ from traces.errors import BAD_INPUT
 from traces.interrupts import CODE as INTERRUPTED
 from traces.synth import Parameters, synthesize
 
+pytestmark = pytest.mark.slow
+
 LIMIT = 64  # bytes that a file may have where the disk is full
 QUICK = ("info", "report-gate", "synth")
 

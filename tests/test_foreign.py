@@ -176,6 +176,7 @@ def test_a_result_is_for_other_verbs(verb: str, files: Files) -> None:
         invoke([verb, str(files.result)])
 
 
+@pytest.mark.slow
 def test_the_process_ends_with_one_line(tmp_path: Path) -> None:
     (tmp_path / "x").write_text(TRACE_PIPE)
     done = kvmtrace(["report", str(tmp_path / "x")])

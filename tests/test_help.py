@@ -137,6 +137,7 @@ _kvmtrace_completion
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
 @pytest.mark.parametrize(
     ("words", "offered"),
@@ -174,6 +175,7 @@ def test_completion_for_a_shell_that_is_not_known_is_no_verdict() -> None:
     assert run(_KVMTRACE_COMPLETE="source_tcsh").returncode == 2
 
 
+@pytest.mark.slow
 def test_a_man_page_for_every_command_with_all_that_its_help_has(tmp_path: Path) -> None:
     man.main(str(tmp_path))
     there = {path.name: path.read_text() for path in tmp_path.iterdir()}

@@ -16,6 +16,8 @@ from traces import durable, outputs
 from traces.errors import BAD_INPUT, Problem
 from traces.synth import Parameters, synthesize
 
+pytestmark = pytest.mark.slow
+
 QUICK = ("replay", "report-text", "diff-json", "export-csv", "export-perfetto", "synth", "recover")
 writers = [pytest.param(verb, id=verb.name, marks=() if verb.name in QUICK else pytest.mark.slow) for verb in WRITERS]
 every_writer = pytest.mark.parametrize("verb", writers)

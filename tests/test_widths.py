@@ -12,6 +12,8 @@ from tests.corpus import CORPUS
 from tests.verbs import TALKERS, Files, Verb, invoke
 from traces import screen
 
+pytestmark = pytest.mark.slow
+
 FIELD = Path(__file__).parent / "recordings" / "field-6.1.parquet"
 SEVERAL = {"field": FIELD, "two VMs": CORPUS / "two-vms-6.1-async.parquet", "one VM": CORPUS / "smi-both-6.1.parquet"}
 # Not for a terminal: files, mails, documents, a path; and help, which test_help.py holds.

@@ -153,6 +153,7 @@ def test_heat_is_of_the_smallest_ranges_there_is_room_for(
     assert found.rows() == sorted((*cell, count) for cell, count in wanted.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replay", [False, True])
 @pytest.mark.parametrize("format_", ["text", "html"])
 def test_a_report_and_its_replay_decode_the_rows_once(

@@ -27,6 +27,8 @@ from traces.errors import Problem
 from traces.reader import Trace
 from traces.selection import Selection
 
+pytestmark = pytest.mark.slow
+
 FIELD = Path(__file__).parents[1] / "recordings" / "field-6.1.parquet"
 SMP = CORPUS / "smi-both-6.1.parquet"
 

@@ -13,6 +13,8 @@ import kvmtrace
 from analysis.formats import FORMATS
 from traces.reader import Trace
 
+pytestmark = pytest.mark.slow
+
 CORPUS = Path(__file__).parents[2] / "traces" / "corpus"
 STORM = CORPUS / "smi-storm-6.1.parquet"
 # Its types say `preserve`, its rows `sync`.

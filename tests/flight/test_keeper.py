@@ -16,6 +16,8 @@ from traces.reader import Trace
 from traces.schema import BY_NAME
 from traces.segments import SegmentReader
 
+pytestmark = pytest.mark.slow
+
 MS = 10**6
 
 

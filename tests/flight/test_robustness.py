@@ -29,6 +29,8 @@ from traces.errors import Problem
 from traces.reader import Trace
 from traces.segments import SegmentReader
 
+pytestmark = pytest.mark.slow
+
 often = pytest.mark.parametrize("often", [3, pytest.param(50, marks=pytest.mark.nightly)])
 
 

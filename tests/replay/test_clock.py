@@ -223,6 +223,7 @@ def test_faults_that_exclude_each_other_queue(vcpus: int, share: bool, hold: int
     assert limit <= made.clock.max() <= limit + 50 * vcpus
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [core, PLAIN])
 @pytest.mark.parametrize("queue", [0, 1, 2])
 def test_split_of_a_gigabyte_takes_up_where_memory_ended(module: Any, queue: int) -> None:

@@ -169,6 +169,7 @@ def test_the_guests_own_timer_does_not_hide_it(tmp_path: Path, cpu: str, kind: s
     assert_shown(one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("each", [1, 2, 3, 5])
 def test_a_loop_that_goes_on_with_exits_elsewhere_is_not_stuck(tmp_path: Path, each: int) -> None:
     """Its instruction gets done: what comes after an entry there is the exit of the next one."""

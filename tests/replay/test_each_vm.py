@@ -47,6 +47,7 @@ def test_what_is_wrong_with_the_file_is_no_note() -> None:
         ask_each_vm(recording({"id": 1, "vcpus": [1]}, {"id": 2, "vcpus": [1]}), damaged)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["--aging locked", "--zap-lock read", "--apicv gfn", "--tdp-pages list"])
 def test_design_questions_of_many_vms(mode: str, capsys: pytest.CaptureFixture[str]) -> None:
     invoke(["replay", str(FIELD), *mode.split(), "--json"])

@@ -213,6 +213,7 @@ def test_a_switch_with_an_empty_slot_moves_later_ones_up(core: Any) -> None:
     assert made.counters.frees == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [core.Core, PLAIN.Core])
 def test_split_of_a_gigabyte_takes_up_where_memory_ended(kind: Any) -> None:
     rows = [

@@ -19,6 +19,8 @@ from replay.timing.timed_run import Settings
 from tests.corpus import CORPUS
 from traces.reader import Trace
 
+pytestmark = pytest.mark.slow
+
 
 def kvmtrace(*arguments: str, code: int = 0) -> str:
     argv = [sys.executable, "-m", "kvmtrace", *arguments]

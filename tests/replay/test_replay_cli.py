@@ -19,6 +19,8 @@ from replay.result import SCHEMA, read_metadata
 from tests.replay.recording import Guest
 from traces.errors import Problem
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 CORPUS = ROOT / "traces" / "corpus"
 STORM, OLD_STORM = (str(CORPUS / f"smi-storm-{kernel}.parquet") for kernel in ("6.1", "6.1-async"))

@@ -184,6 +184,7 @@ def test_after_kinds_were_left_out_nothing_is_claimed(monkeypatch: pytest.Monkey
     assert any("the recorder left out kinds of event" in note for note in report.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHOSEN)
 def test_a_recording_that_ends_at_any_moment_holds_up_to_there(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """As a dump of a flight does: what a thread is in the middle of shows the rest after the end."""

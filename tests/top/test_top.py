@@ -68,6 +68,7 @@ def lines_of(count: int) -> list[VcpuSecond]:
     return [replace(found[0], vm=f"VM {at // 10}", vcpu=at % 10, faults=at) for at in range(count)]
 
 
+@pytest.mark.slow
 def test_keys_sort_filter_freeze_and_dump() -> None:
     lines = lines_of(30)
     status, shown = screen_of(lines, None, [], (120, 40))
@@ -89,6 +90,7 @@ def test_keys_sort_filter_freeze_and_dump() -> None:
     assert "(no dump: its quota)" in screen_of(lines, refuse, ["d"], (120, 40))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(40, 10), (300, 80)])
 @pytest.mark.parametrize("count", [0, 200])
 def test_no_vm_and_200_vcpus_on_any_terminal(count: int, size: tuple[int, int]) -> None:
@@ -97,6 +99,7 @@ def test_no_vm_and_200_vcpus_on_any_terminal(count: int, size: tuple[int, int]) 
     assert ("no vCPU shows anything" in status) == (count == 0)
 
 
+@pytest.mark.slow
 def test_a_recording_as_text_and_as_json() -> None:
     done = run("top", TRACE, "--once")
     assert done.stdout.startswith("after 0 s\nVM ")

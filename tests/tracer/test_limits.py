@@ -58,6 +58,7 @@ def test_the_first_events_in_order_of_time_are_kept(tmp_path: Path) -> None:
     assert trace.metadata.complete, trace.metadata.discrepancies
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [1, 1 << 20])
 def test_a_size_holds_within_one_batch(tmp_path: Path, limit: int) -> None:
     batches = [records(100_000, 0, first=200_000 * i) for i in range(8)]

@@ -182,6 +182,7 @@ def mutated(data: bytes, chosen: random.Random) -> bytes:
     return bytes(made)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", BASES)
 def test_a_mutated_file_is_one_line_or_a_trace(base: str, tmp_path: Path) -> None:
     data = BASES[base]()

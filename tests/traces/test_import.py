@@ -54,6 +54,7 @@ def test_lines_of_every_era_and_tool(name: str, tmp_path: Path) -> None:
     assert meta.raw["source"]["odd"] == 0, meta.raw["source"]["first_odd"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(40))
 def test_mails_are_the_same_events(seed: int, tmp_path: Path) -> None:
     name = list(EXCERPTS)[seed % len(EXCERPTS)]
@@ -136,6 +137,7 @@ def test_roots_follow_the_tables_made_at_their_level(tmp_path: Path) -> None:
     assert not meta.uncreated_roots
 
 
+@pytest.mark.slow
 def test_what_a_text_cannot_show_is_said_and_replay_limits_itself(tmp_path: Path) -> None:
     rows, meta = imported(tmp_path, text_of("6.1"))
     assert meta.raw["origin"] == "imported"
@@ -154,6 +156,7 @@ def test_what_a_text_cannot_show_is_said_and_replay_limits_itself(tmp_path: Path
     assert len(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", [["info"], ["report", "--no-replay"], ["report", "--no-replay", "--format", "json"]])
 def test_info_and_report_say_where_it_comes_from(verb: list[str], tmp_path: Path) -> None:
     imported(tmp_path, text_of("6.1"), kernel="6.1.20")
@@ -162,6 +165,7 @@ def test_info_and_report_say_where_it_comes_from(verb: list[str], tmp_path: Path
     assert b"imported from the text" in done.stdout
 
 
+@pytest.mark.slow
 def test_what_has_no_event_is_named_in_one_line(tmp_path: Path) -> None:
     given = {
         "empty": (b"", "an empty file"),
@@ -182,6 +186,7 @@ def test_what_has_no_event_is_named_in_one_line(tmp_path: Path) -> None:
         assert not (tmp_path / "out.parquet").exists()
 
 
+@pytest.mark.slow
 def test_standard_input_and_json(tmp_path: Path) -> None:
     out = tmp_path / "out.parquet"
     done = kvmtrace(["import", "-", "-o", str(out), "--json"], input=text_of("6.1").encode())
@@ -279,6 +284,7 @@ def test_the_table_of_forms_fits_the_kinds() -> None:
         }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_memory_stays_flat(tmp_path: Path) -> None:
     """Ten times the text takes no more memory, within what a batch takes."""
     line = text_of("6.1").encode()

@@ -16,6 +16,8 @@ from tests.traces.excerpts import EXCERPTS, mailed, text_of
 from tests.traces.mutations import outcome
 from traces.imports.told import ToldOfText
 
+pytestmark = pytest.mark.slow
+
 COUNT = int(os.environ.get("MUTATIONS", "300"))
 PARTS = 6
 _NASTY = (

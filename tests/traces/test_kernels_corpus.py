@@ -122,6 +122,7 @@ def names() -> set[str]:
     return found - {"vendor.fault"}
 
 
+@pytest.mark.slow
 def test_every_field_is_shown_by_a_recording_or_named_as_not_shown() -> None:
     seen = {name for found in shown().values() for name in found} - {"spte.writable"}
     assert seen | UNSEEN.keys() >= names(), names() - seen - UNSEEN.keys()

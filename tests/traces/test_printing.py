@@ -24,6 +24,8 @@ from traces.kernels.vendors import SVM, VMX
 from traces.reader import Trace
 from traces.schema import BY_NAME
 
+pytestmark = pytest.mark.slow
+
 KERNEL = kernels.at("6.1.192")
 INTEL = kernels.at("6.1.192", kernels.Facts(cpu=VMX.cpu))
 RECORDINGS = ("smi-grow-5.10", "smi-storm-6.1-async", "two-vms-6.12", "huge-7.x", "smi-one-6.1-ept", "roots-6.1-npt0")
