@@ -14,6 +14,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from analysis.cli import app as analysis
+from analysis.fleet.cli import app as fleet_analysis
 from replay.cli import app as replay
 from replay.fleet.cli import app as fleet_replay
 from tracer.cli import app as probes
@@ -41,9 +42,10 @@ app.add_typer(probes, name="probes")
 fleet = typer.Typer(
     no_args_is_help=True,
     short_help="Recordings of many hosts in a store: catalogue, replay.",
-    help="Recordings of many hosts in a folder or an object store: their catalogue, and their replay (docs/fleet.md).",
+    help="Recordings of many hosts in a folder or an object store: catalogue, replay, reports (docs/fleet.md).",
 )
 fleet.add_typer(fleet_replay)
+fleet.add_typer(fleet_analysis)
 app.add_typer(fleet, name="fleet")
 
 

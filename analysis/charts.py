@@ -28,7 +28,7 @@ VMS: Final = 8  # of which pictures are made
 _ROOTS: Final = 600
 _PARTS: Final = 16  # of the time, in the text alternative
 _MINUTE: Final = 60 * 10**9
-_COLOURS: Final = ("#3f7fd4", "#d9772b", "#3f9a6c", "#b5478f", "#8b6fd0", "#9a7b2f")
+COLOURS: Final = ("#3f7fd4", "#d9772b", "#3f9a6c", "#b5478f", "#8b6fd0", "#9a7b2f")
 _KINDS: Final = {
     "guest": ("guest_ns",),
     "faults": ("fault_ns",),
@@ -45,11 +45,12 @@ _STALL: Final = "#d33a3a"
 class Picture:
     """A chart with the text that stands for it: `about` in words, `frame` in figures, from query `query`.
 
-    `broad`: worth the whole width of a page. `vm`: whose it is, None: of all.
+    `broad`: worth the whole width of a page. `vm`: whose it is, None: of all. `source`: what the query
+    is of; None in a report on a fleet, where `query` is a name only.
     """
 
     query: str
-    source: Recording | Result
+    source: Recording | Result | None
     title: str
     about: str
     chart: Any
@@ -61,7 +62,8 @@ class Picture:
 
 def pictures(report: Report) -> tuple[list[Picture], list[str]]:
     """What can be drawn of a report's sources, and why the rest cannot."""
-    drawn_, lacking = [], []
+    drawn_: list[Picture] = list(report.drawn)
+    lacking: list[str] = []
     for make in _makers(report):
         try:
             picture = make()
@@ -243,7 +245,7 @@ def lives(recording: Recording, vm: int) -> Picture | None:
             x=time_axis("x", name, (end - begin) / unit), x2="x2:Q",
             y=alt.Y("place:Q", title="roots, in order", scale=alt.Scale(zero=False, nice=False, padding=6),
                     axis=axis(**whole_ticks(fine["place"]))),
-            color=colour("mode", ["not in SMM", "in SMM"], _COLOURS),
+            color=colour("mode", ["not in SMM", "in SMM"], COLOURS),
             tooltip=["root:Q", alt.Tooltip("word:N", title="role"), "life:N", "loads:Q", "faults:Q"],
         )
         .properties(width="container", height=180)
@@ -285,7 +287,7 @@ def shares(result: Result, of: int | None) -> Picture | None:
             "run", x=(pl.col("clock") + pl.col("length_ns")) / unit, share="guest_share"
         ),
     ]).sort("run", "x")  # fmt: skip
-    by_run = colour("run", names, _COLOURS)
+    by_run = colour("run", names, COLOURS)
     moving = zoom("shares")
     lines = (
         alt.Chart(steps)
@@ -386,7 +388,7 @@ def _sizes(
                     axis=axis(labelAngle=0, labelOverlap=True, minExtent=0)),
             xOffset=alt.XOffset("run:N", sort=names),
             y=alt.Y("roots:Q", title="roots", axis=axis(tickMinStep=1)),
-            color=colour("run", names, _COLOURS),
+            color=colour("run", names, COLOURS),
             tooltip=[alt.Tooltip("run:N", title="policy"), alt.Tooltip("size:N", title=f"{what} each"), "roots:Q",
                      alt.Tooltip("pages:Q", title=f"{what} in all", format=",")],
         )

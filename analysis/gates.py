@@ -122,12 +122,10 @@ def _mismatches(result: Result) -> Ends:
 
 def parse(text: str) -> Gate:
     """A condition as --fail-on takes it; a Problem that says what is wrong with it."""
-    match = _GATE.fullmatch(text)
-    if match is None or not text.isprintable():
-        raise Problem(
-            f"--fail-on {printable(text)!r}: write [POLICY.]COLUMN OPERATOR NUMBER-or-baseline, such as "
-            "'preserve.refaults > 0' or 'roots_created > baseline'"
-        )
+    match = _matched(
+        text,
+        "[POLICY.]COLUMN OPERATOR NUMBER-or-baseline, such as 'preserve.refaults > 0' or 'roots_created > baseline'",
+    )
     column = "roots_created" if match["column"] == "creations" else match["column"]
     if _is_time(column):
         raise Problem(
@@ -140,12 +138,32 @@ def parse(text: str) -> Gate:
     return Gate(policy, column, match["op"], None if match["right"] == "baseline" else Decimal(match["right"]))
 
 
-def check(gates: Sequence[Gate], figures: Figures, baseline: Figures | None) -> Iterator[Check]:
-    """How each gate comes out, under each policy that it is on. Problem for columns and policies that are not there."""
+def parse_whole(text: str, names: Sequence[str]) -> Gate:
+    """A condition on one of these figures of a whole, against a number; a Problem that says what is wrong with it."""
+    match = _matched(text, f"FIGURE OPERATOR NUMBER, such as '{names[0]} > 0'")
+    if match["policy"] or match["column"] not in names or match["right"] == "baseline":
+        raise Problem(f"--fail-on {printable(text)!r}: give one of {', '.join(names)}, an operator and a number")
+    return Gate("", match["column"], match["op"], Decimal(match["right"]))
+
+
+def _matched(text: str, how: str) -> re.Match[str]:
+    match = _GATE.fullmatch(text)
+    if match is None or not text.isprintable():
+        raise Problem(f"--fail-on {printable(text)!r}: write {how}")
+    return match
+
+
+def check(
+    gates: Sequence[Gate], figures: Figures, baseline: Figures | None, whole: Sequence[str] = WHOLE
+) -> Iterator[Check]:
+    """How each gate comes out, under each policy that it is on. Problem for columns and policies that are not there.
+
+    `whole`: the figures under no policy.
+    """
     for gate in gates:
         if gate.number is None and baseline is None:
             raise Problem(f"--fail-on '{gate}': give the --baseline that it is held against")
-        if gate.column in WHOLE:
+        if gate.column in whole:
             other = _other(gate, baseline.whole if baseline else {}, "")
             unknown = figures.unvalidated if gate.column == "fidelity" else ""
             found = _checked(gate, figures.whole[gate.column], other, "", unknown)

@@ -12,6 +12,7 @@ import polars as pl
 from analysis.units import Unit, format_value, span
 
 if TYPE_CHECKING:
+    from analysis.charts import Picture
     from analysis.gates import Figures
     from analysis.sources import Recording, Result
 
@@ -64,7 +65,8 @@ class ReportTable:
 
     `kept`: a screen that is too small does without other tables first.
 
-    `query` is the query's name: `kvmtrace export FILE --csv QUERY` gives all of its rows and columns.
+    `query` is the query's name: `kvmtrace export FILE --csv QUERY` gives all of its rows and columns. Where it is not
+    `exported` it is the table's name only, as in a report on a fleet.
     """
 
     query: str
@@ -75,6 +77,7 @@ class ReportTable:
     first: int = 4
     more: bool = False
     kept: bool = False
+    exported: bool = True
 
     def texts(self, columns: tuple[Column, ...] | None = None, rows: int | None = None) -> list[list[str]]:
         """The cells as text, row by row."""
@@ -90,7 +93,8 @@ class ReportTable:
         """Its title with the query that made it, how many rows there are below these, and what to know of it."""
         left = len(self.frame) - rows
         more = [f"more than {max(left, 0):,} more"] if self.more else [f"{left:,} more"] if left > 0 else []
-        return f"{self.title} ({', '.join([f'query {self.query}', *more, *([self.note] if self.note else [])])})"
+        said = [*([f"query {self.query}"] if self.exported else []), *more, *([self.note] if self.note else [])]
+        return f"{self.title} ({', '.join(said)})" if said else self.title
 
     @property
     def narrow(self) -> tuple[Column, ...]:
@@ -131,6 +135,7 @@ class Report:
 
     `verdict`: sentences, the most important first. `trust`: name and text of what the figures rest on. `figures`: all
     that gates can be on, exactly. `loss`: what is missing of the events, if anything.
+    `drawn`: pictures that are made already. `listed`: a table of thousands of rows, which a page has a search for.
     `recording`, `result`: what it is made from, for formats that draw; either may be missing.
     """
 
@@ -141,6 +146,8 @@ class Report:
     checks: tuple[Check, ...] = ()
     figures: Figures | None = None
     loss: str = ""
+    drawn: tuple[Picture, ...] = field(default=(), compare=False)
+    listed: ReportTable | None = field(default=None, compare=False)
     recording: Recording | None = field(default=None, compare=False)
     result: Result | None = field(default=None, compare=False)
 

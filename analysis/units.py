@@ -19,6 +19,7 @@ class Unit(Enum):
     ID = "id"  # a number that names something
     COUNT = "count"
     NS = "ns"
+    LONG = "long ns"  # of many recordings together: in hours where it is long
     BOOT = "boot ns"  # CLOCK_BOOTTIME, shown in seconds as dmesg and trace_pipe do
     SHARE = "share"  # of 1
     RATIO = "ratio"
@@ -38,6 +39,8 @@ def format_value(value: Any, unit: Unit, *, signed: bool = False) -> str:
             return f"{value:,}"
         case Unit.NS:
             return duration(int(value))
+        case Unit.LONG:
+            return long_duration(int(value))
         case Unit.BOOT:
             return f"{value / 1e9:.6f}"
         case Unit.SHARE:
@@ -55,11 +58,24 @@ def format_value(value: Any, unit: Unit, *, signed: bool = False) -> str:
 
 
 def span(low: Any, high: Any, unit: Unit, *, signed: bool = False) -> str:
-    """An interval, or the one value that both its ends are; without an upper end (null) from a value on."""
+    """An interval, or the one value that both its ends are; without an end (null) from a value on, or up to one."""
     if high is None and low is not None:
         return f"{format_value(low, unit, signed=signed)} or more"
+    if low is None and high is not None:
+        return f"{format_value(high, unit, signed=signed)} or less"
     least, most = format_value(low, unit, signed=signed), format_value(high, unit, signed=signed)
     return least if least == most else least + _SPAN + most
+
+
+def long_duration(ns: int) -> str:
+    """Minutes and hours with three figures where there are some, else as any duration."""
+    if ns < 0:
+        return f"-{long_duration(-ns)}"
+    for unit, one in (("h", 3600 * 10**9), ("min", 60 * 10**9)):
+        if ns >= one:
+            value = float(f"{ns / one:.3g}")
+            return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+    return duration(ns)
 
 
 def size(count: int) -> str:

@@ -99,7 +99,8 @@ class _Page:
 
     @property
     def queries(self) -> list[_Query]:
-        names = [*(figure.picture.query for figure in self.figures), *(table.query for table in self.report.tables)]
+        names = [figure.picture.query for figure in self.figures if figure.picture.source is not None]
+        names += [table.query for table in self.report.tables if table.exported]
         return [_query(self.report, name) for name in sorted(set(names))]
 
 
@@ -121,7 +122,9 @@ def render(*reports: Report) -> str:
         figures = [_Figure(f"r{number}-{place}", picture) for place, picture in enumerate(found, 1)]
         pages.append(_Page(f"r{number}", report, figures, lacking))
     charts = {figure.id: _spec(figure) for page in pages for figure in page.figures}
+    lists = {f"{page.id}-list": _list(page.report.listed) for page in pages if page.report.listed is not None}
     scripts = [_script(_library()), _script(_part("page.js"))] if charts else []
+    scripts += [_script(_part("page_list.js"))] if lists else []
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -130,7 +133,8 @@ def render(*reports: Report) -> str:
         style=Markup(_part("page.css")),
         hashes=Markup(" ".join(map(_hash, scripts)) or "'none'"),
         pages=pages,
-        charts=Markup(_json(charts)),
+        charts=Markup(_json(charts)) if charts else "",
+        lists=Markup(_json(lists)) if lists else "",
         scripts=[Markup(script) for script in scripts],
     )
 
@@ -139,6 +143,11 @@ def _spec(figure: _Figure) -> dict[str, Any]:
     document: dict[str, Any] = figure.picture.chart.to_dict()
     document.pop("config", None)  # the page's
     return document
+
+
+def _list(table: ReportTable) -> dict[str, Any]:
+    """Rows as text for the page's own script, which makes elements of those that are looked for."""
+    return {"right": [column.right for column in table.columns], "rows": table.texts()}
 
 
 def _query(report: Report, name: str) -> _Query:

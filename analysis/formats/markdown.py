@@ -61,12 +61,16 @@ def _table(table: ReportTable, rows: int) -> Iterator[str]:
     yield f"### {table.title}"
     yield ""
     if not len(table.frame):
-        yield f"none (query `{table.query}`)"
+        yield f"none (query `{table.query}`)" if table.exported else "none"
         return
     yield f"| {' | '.join(escaped(column.title) for column in table.columns)} |"
     yield f"|{'|'.join('-:' if column.right else '-' for column in table.columns)}|"
     for texts in table.texts(rows=rows):
         yield f"| {' | '.join(map(escaped, texts))} |"
     yield ""
-    more = ", which has more rows" if table.more or len(table.frame) > rows else ""
-    yield f"Query `{table.query}`{more}. {escaped(table.note)}".rstrip()
+    more = table.more or len(table.frame) > rows
+    if table.exported:
+        said = f"Query `{table.query}`{', which has more rows' if more else ''}."
+    else:
+        said = "There are more rows." if more else ""
+    yield f"{said} {escaped(table.note)}".strip()

@@ -1,0 +1,1 @@
+"""Reports on a fleet: what `kvmtrace fleet replay` made of many recordings, added up and held against each other."""

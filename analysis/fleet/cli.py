@@ -1,0 +1,96 @@
+"""The verbs on a fleet's results: `kvmtrace fleet report` and `diff`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from traces import outputs
+from traces.errors import VERDICT_FAILED, Problem
+from traces.help_text import examples
+from traces.options import Force, TextFile
+
+app = typer.Typer()
+
+_RESULTS = "What `kvmtrace fleet replay -o` made: a folder, or a place in a store."
+_FORMATS = ("text", "md", "html", "json")
+
+
+@app.command(
+    short_help="Report on a fleet: who hangs, who would gain, and by how much.",
+    epilog=examples(
+        "kvmtrace fleet report results/",
+        "kvmtrace fleet report results/ --by kernel,vendor",
+        "kvmtrace fleet report results/ --format html -o fleet.html",
+        "kvmtrace fleet report results/ --fail-on 'soft_hang > 0' \\\n  --fail-on 'failed > 0'",
+    ),
+)
+def report(
+    results: Annotated[Path, typer.Argument(help=_RESULTS)],
+    by: Annotated[
+        str,
+        typer.Option(
+            help="Put these beside each other: some of host, kernel, vendor, preset, recorded_policy, own_policy, day, "
+            "with commas between."
+        ),
+    ] = "kernel,vendor",
+    format_: Annotated[
+        str, typer.Option("--format", help="text, md, html or json. [default: text]", show_default=False)
+    ] = "text",
+    out: TextFile = None,
+    fail_on: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Exit 1 where this holds: FIGURE OPERATOR NUMBER, such as 'soft_hang > 0'; repeatable. Figures: "
+            "soft_hang (VMs with one as recorded), failed (tasks), own_policy_mismatch, undecided, lost (events), "
+            "out_of_line (hosts), vms, hosts. An interval that leaves it open fails."
+        ),
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Report on a fleet's results: soft-hangs as recorded, what other policies would change, hosts out of line."""
+    from dataclasses import replace
+
+    from analysis.fleet import fleet_gates
+    from analysis.fleet.fleet_report import best_policy, fleet_report
+    from analysis.fleet.fleet_tables import every_host
+    from analysis.fleet.judged import COLUMNS, dimensions
+    from analysis.fleet.outcome import outcome
+    from analysis.fleet.result_files import batches
+    from analysis.formats import kind, renderer
+    from traces.progress import Progress
+
+    if format_ not in _FORMATS:
+        raise Problem(f"--format {format_}: give {', '.join(_FORMATS)}")
+    render = renderer(format_)
+    if out is not None:
+        outputs.check(out, kind(format_), [results], force=force)
+    gates = tuple(map(fleet_gates.parse, fail_on or ()))
+    with Progress("reading") as progress:
+        found = outcome(batches(results, COLUMNS), dimensions(by), str(results))
+        one = fleet_report(found, str(results), gates)
+        progress.say(f"writing {format_}")
+        if format_ == "html":
+            from analysis.fleet.fleet_charts import pictures
+
+            best = best_policy(found)
+            one = replace(one, drawn=pictures(found, best), listed=every_host(found, best))
+        text = render(one)
+    _write(text, out, format_, results, force)
+    if one.failed:
+        if out or format_ == "json":
+            print(f"kvmtrace: {one.title}: {one.headline}", file=sys.stderr)
+        raise typer.Exit(VERDICT_FAILED)
+
+
+def _write(text: str, out: Path | None, format_: str, results: Path, force: bool) -> None:
+    from analysis.formats import kind
+
+    if out is None:
+        sys.stdout.write(text)
+        return
+    with outputs.Output(out, kind(format_), [results], force=force) as output:
+        output.write(text.encode(errors="backslashreplace"))
