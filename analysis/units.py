@@ -23,6 +23,7 @@ class Unit(Enum):
     BOOT = "boot ns"  # CLOCK_BOOTTIME, shown in seconds as dmesg and trace_pipe do
     SHARE = "share"  # of 1
     RATIO = "ratio"
+    FACTOR = "factor"  # a number that is no whole one
     BYTES = "bytes"
     HEX = "hex"
     FLAG = "flag"
@@ -47,6 +48,8 @@ def format_value(value: Any, unit: Unit, *, signed: bool = False) -> str:
             return share(float(value))
         case Unit.RATIO:
             return f"{value:,.2f}x" if value >= 1 or not value else f"{value:.3g}x"
+        case Unit.FACTOR:
+            return f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
         case Unit.BYTES:
             return size(int(value))
         case Unit.FLAG:

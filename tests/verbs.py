@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 
 import kvmtrace as command_line
+from benchmarks import fleet_rows
 from tests.corpus import CORPUS
 from tests.lab.synthetic import TREE, bzimage
 from tests.traces.making import numbered, write
@@ -61,6 +62,7 @@ class Files:
     text: Path
     schedules: Path
     recordings: Path
+    results: Path
 
 
 _REPORT = "report {trace} --no-replay --format"
@@ -92,6 +94,12 @@ WRITERS = [
     Verb("import", "import {text} -o {out}", outputs.IMPORTED),
     Verb("import-json", "import {text} -o {out} --json", outputs.IMPORTED),
     Verb("recover-json", "recover {kvmt} -o {out} --json", outputs.RECORDING),
+    Verb("fleet-report-text", "fleet report {results} -o {out}", outputs.PROSE),
+    Verb("fleet-report-md", "fleet report {results} --format md -o {out}", outputs.PROSE),
+    Verb("fleet-report-html", "fleet report {results} --format html -o {out}", outputs.PAGE),
+    Verb("fleet-report-json", "fleet report {results} --format json -o {out}", outputs.DOCUMENT),
+    Verb("fleet-diff-text", "fleet diff {results} {results} -o {out}", outputs.PROSE),
+    Verb("fleet-diff-json", "fleet diff {results} {results} --format json -o {out}", outputs.DOCUMENT),
     Verb("fleet-index", "fleet index {recordings} -o {out}", outputs.CATALOGUE),
     Verb("fleet-index-json", "fleet index {recordings} -o {out} --json", outputs.CATALOGUE),
 ]
@@ -126,6 +134,9 @@ TALKERS = [
     Verb("report-junit", "report {trace} --format junit"),
     Verb("diff", "diff {trace} {result}"),
     Verb("diff-part", "diff {trace} {trace} --vm 1=1 --vcpu 0 --to 1s"),
+    Verb("fleet-report", "fleet report {results} --by host,day"),
+    Verb("fleet-report-gate", "fleet report {results} --fail-on vms>0", code=1),
+    Verb("fleet-diff-md", "fleet diff {results} {results} --format md"),
     Verb("export-csv", "export {trace} --csv gfns"),
     Verb("export-list", "export {trace} --list"),
     Verb("explore", "explore vm-destroy --variant v2", code=1),
@@ -214,5 +225,7 @@ def make_files(directory: Path) -> Files:
     assert done.returncode == 0, done.stderr
     write(kvmt, numbered(50))
     text = directory / "trace_pipe.txt"
+    results = directory / "results"
+    fleet_rows.write(fleet_rows.Fleet(hosts=3, days=1, vms=2), results)
     text.write_text(" CPU 0/KVM-7 [000] ..... 1.000000: kvm_entry: vcpu 0, rip 0xfff0\n" * 50)
-    return Files(trace, result, kvmt, text, schedules, recordings)
+    return Files(trace, result, kvmt, text, schedules, recordings, results)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,13 @@ from traces.options import Force, TextFile
 app = typer.Typer()
 
 _RESULTS = "What `kvmtrace fleet replay -o` made: a folder, or a place in a store."
+By = Annotated[
+    str,
+    typer.Option(
+        help="Put these beside each other: some of host, kernel, vendor, preset, recorded_policy, own_policy, day, "
+        "with commas between."
+    ),
+]
 _FORMATS = ("text", "md", "html", "json")
 
 
@@ -29,14 +37,8 @@ _FORMATS = ("text", "md", "html", "json")
     ),
 )
 def report(
-    results: Annotated[Path, typer.Argument(help=_RESULTS)],
-    by: Annotated[
-        str,
-        typer.Option(
-            help="Put these beside each other: some of host, kernel, vendor, preset, recorded_policy, own_policy, day, "
-            "with commas between."
-        ),
-    ] = "kernel,vendor",
+    results: Annotated[str, typer.Argument(help=_RESULTS)],
+    by: By = "kernel,vendor",
     format_: Annotated[
         str, typer.Option("--format", help="text, md, html or json. [default: text]", show_default=False)
     ] = "text",
@@ -60,18 +62,17 @@ def report(
     from analysis.fleet.judged import COLUMNS, dimensions
     from analysis.fleet.outcome import outcome
     from analysis.fleet.result_files import batches
-    from analysis.formats import kind, renderer
+    from analysis.formats import renderer
     from traces.progress import Progress
 
     if format_ not in _FORMATS:
         raise Problem(f"--format {format_}: give {', '.join(_FORMATS)}")
     render = renderer(format_)
-    if out is not None:
-        outputs.check(out, kind(format_), [results], force=force)
+    _check(out, format_, [results], force)
     gates = tuple(map(fleet_gates.parse, fail_on or ()))
     with Progress("reading") as progress:
-        found = outcome(batches(results, COLUMNS), dimensions(by), str(results))
-        one = fleet_report(found, str(results), gates)
+        found = outcome(batches(Path(results), COLUMNS), dimensions(by), results)
+        one = fleet_report(found, results, gates)
         progress.say(f"writing {format_}")
         if format_ == "html":
             from analysis.fleet.fleet_charts import pictures
@@ -79,18 +80,71 @@ def report(
             best = best_policy(found)
             one = replace(one, drawn=pictures(found, best), listed=every_host(found, best))
         text = render(one)
-    _write(text, out, format_, results, force)
+    _write(text, out, format_, [results], force)
     if one.failed:
         if out or format_ == "json":
             print(f"kvmtrace: {one.title}: {one.headline}", file=sys.stderr)
         raise typer.Exit(VERDICT_FAILED)
 
 
-def _write(text: str, out: Path | None, format_: str, results: Path, force: bool) -> None:
+@app.command(
+    short_help="Compare two sets of a fleet's results.",
+    epilog=examples(
+        "kvmtrace fleet diff last-week/ this-week/",
+        "kvmtrace fleet diff last-week/ this-week/ --by kernel,vendor",
+        "kvmtrace fleet diff old/ new/ --format json -o diff.json",
+    ),
+)
+def diff(
+    old: Annotated[str, typer.Argument(help=_RESULTS)],
+    new: Annotated[str, typer.Argument(help="What is held against it.")],
+    by: By = "kernel",
+    format_: Annotated[
+        str, typer.Option("--format", help="text, md or json. [default: text]", show_default=False)
+    ] = "text",
+    out: TextFile = None,
+    force: Force = False,
+) -> None:
+    """Compare two sets of results: by kernel and host, what came out otherwise of a VM in both, what only one has."""
+    from analysis.fleet.fleet_diff import compare, side
+    from analysis.fleet.judged import COLUMNS, dimensions
+    from analysis.fleet.result_files import batches
+    from analysis.formats import renderer
+    from traces.progress import Progress
+
+    if format_ not in ("text", "md", "json"):
+        raise Problem(f"--format {format_}: give text, md or json")
+    render = renderer(format_)
+    _check(out, format_, [old, new], force)
+    keys = dimensions(by)
+    with Progress("reading") as progress:
+        sides = []
+        for where in (old, new):
+            progress.say(f"reading {where}")
+            sides.append(side(batches(Path(where), COLUMNS), keys, where))
+        progress.say("comparing")
+        text = render(compare(*sides))
+    _write(text, out, format_, [old, new], force)
+
+
+def _check(out: Path | None, format_: str, results: Sequence[str], force: bool) -> None:
+    """Raise a Problem where the report may not be written; into results never."""
+    from analysis.formats import kind
+
+    if out is None:
+        return
+    for where in results:
+        if "://" not in where and out.resolve().is_relative_to(Path(where).resolve()):
+            raise Problem(f"{out}: is in what is read ({where}): choose another name")
+    outputs.check(out, kind(format_), [Path(where) for where in results if "://" not in where], force=force)
+
+
+def _write(text: str, out: Path | None, format_: str, results: Sequence[str], force: bool) -> None:
     from analysis.formats import kind
 
     if out is None:
         sys.stdout.write(text)
         return
-    with outputs.Output(out, kind(format_), [results], force=force) as output:
+    inputs = [Path(where) for where in results if "://" not in where]
+    with outputs.Output(out, kind(format_), inputs, force=force) as output:
         output.write(text.encode(errors="backslashreplace"))

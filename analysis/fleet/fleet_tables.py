@@ -19,7 +19,7 @@ ROWS: Final = 20  # of a table, in formats with room for them
 AS_RECORDED: Final = "as recorded"
 _AGREED: Final = "of VMs whose replay agrees with their rows"
 _SHOWN: Final = {1: "1 s", 10: "10 s", 60: "1 min"}
-_TITLES: Final = {
+TITLES: Final = {
     "host": "host", "kernel": "kernel", "vendor": "vendor", "preset": "preset", "recorded_policy": "recorded",
     "own_policy": "agreement", "day": "day",
 }  # fmt: skip
@@ -96,10 +96,10 @@ def tables(found: FleetOutcome, best: str) -> Iterator[ReportTable]:
         failed = (Column("tasks", "tasks"), Column("reason", "reason", Unit.TEXT),
                   Column("trace", "first of them", Unit.TEXT, wide=1))  # fmt: skip
         yield _table("failures", "Tasks that failed", failed, found.failures, first=2)
-    keys = tuple(Column(name, _TITLES[name], Unit.TEXT) for name in found.by)
+    keys = tuple(Column(name, TITLES[name], Unit.TEXT) for name in found.by)
     columns = (_VMS, _HOURS, _HUNG, _STALLED, _RATE, _GAIN, _SAVED, _SPARED, _APART)
     by = groups(found, found.by, found.groups, best)
-    title = f"By {' and '.join(_TITLES[name] for name in found.by)}"
+    title = f"By {' and '.join(TITLES[name] for name in found.by)}"
     yield _table("groups", title, (*keys, *columns), by, first=8, note=_gain_of(best))
     if best:
         hosts = groups(found, ("host", "kernel", "vendor"), found.hosts, best).filter(pl.col("gain") > 0)

@@ -16,6 +16,7 @@ from typing import Final
 import polars as pl
 import pyarrow as pa
 
+from replay.fleet.fleet_schema import RESULTS
 from traces.errors import Problem
 
 DIMENSIONS: Final = ("host", "kernel", "vendor", "preset", "recorded_policy", "own_policy", "day")
@@ -59,7 +60,7 @@ def judged(batches: Iterator[pa.RecordBatch], where: str) -> Iterator[pl.DataFra
     """
     held: list[pl.DataFrame] = []
     for batch in batches:
-        rows = _rows(batch)
+        rows = _rows(batch, where)
         _check(rows, where)
         # The last task may go on in the next batch.
         last = rows.select(pl.struct(_TASK).rle_id()).to_series() if len(rows) else pl.Series([], dtype=pl.UInt32)
@@ -73,7 +74,15 @@ def judged(batches: Iterator[pa.RecordBatch], where: str) -> Iterator[pl.DataFra
         yield _paired(pl.concat(held))
 
 
-def _rows(batch: pa.RecordBatch) -> pl.DataFrame:
+def _rows(batch: pa.RecordBatch, where: str) -> pl.DataFrame:
+    for field in batch.schema:
+        found = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+        if found != RESULTS.field(field.name).type:
+            raise Problem(f"{where}: damaged: column {field.name} is {found}, not {RESULTS.field(field.name).type}")
+    try:
+        batch.validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise Problem(f"{where}: damaged: {str(error).splitlines()[0]}") from None
     frame = pl.DataFrame(pl.from_arrow(batch))
     frame = frame.with_columns(pl.col(name).cast(pl.Categorical) for name in _TEXTS)
     return frame.filter(pl.col("row").is_in(_KINDS)).with_columns(

@@ -61,25 +61,41 @@ class FleetOutcome:
         return ended(folded(rows, *keys))
 
 
+class Summing:
+    """Adds judged rows up, batch by batch."""
+
+    def __init__(self, by: Sequence[str]) -> None:
+        self._by = tuple(by)
+        self._groups = GroupSums(*dict.fromkeys([*by, *_VERDICT]))
+        self._hosts, self._days = GroupSums("host", "kernel", "vendor", *_VERDICT), GroupSums("day", *_VERDICT)
+        self._cells = tuple(dict.fromkeys([*by, "host", "kernel", "vendor", "day", *_VERDICT]))
+        self._gainers, self._failures, self._traces = _Gainers(), _Failures(), _Losses()
+
+    def add(self, rows: pl.DataFrame) -> None:
+        """Rows of `judged`."""
+        self._failures.add(rows.filter(pl.col("row") == "failed"))
+        vms = rows.filter(pl.col("row") == "vm")
+        self._traces.add(rows)
+        self._gainers.add(vms)
+        sums = added(vms, self._cells)
+        for each in (self._groups, self._hosts, self._days):
+            each.add(sums)
+
+    def outcome(self) -> FleetOutcome:
+        """What they come to."""
+        lost = self._traces.frame()["lost"]
+        return FleetOutcome(
+            self._by, self._groups.frame(), self._hosts.frame(), self._days.frame(), self._gainers.frame(),
+            self._failures.frame(), len(lost), int((lost > 0).sum()), int(lost.sum()),
+        )  # fmt: skip
+
+
 def outcome(batches: Iterator[pa.RecordBatch], by: Sequence[str], where: str) -> FleetOutcome:
     """Add up all rows, which are read once. Raises a Problem that names `where` for rows that no replay makes."""
-    groups, hosts = GroupSums(*dict.fromkeys([*by, *_VERDICT])), GroupSums("host", "kernel", "vendor", *_VERDICT)
-    days = GroupSums("day", *_VERDICT)
-    cells = tuple(dict.fromkeys([*by, "host", "kernel", "vendor", "day", *_VERDICT]))
-    gainers, failures, traces = _Gainers(), _Failures(), _Losses()
+    summing = Summing(by)
     for rows in judged(batches, where):
-        failures.add(rows.filter(pl.col("row") == "failed"))
-        vms = rows.filter(pl.col("row") == "vm")
-        traces.add(rows)
-        gainers.add(vms)
-        sums = added(vms, cells)
-        for each in (groups, hosts, days):
-            each.add(sums)
-    lost = traces.frame()["lost"]
-    return FleetOutcome(
-        tuple(by), groups.frame(), hosts.frame(), days.frame(), gainers.frame(), failures.frame(),
-        len(lost), int((lost > 0).sum()), int(lost.sum()),
-    )  # fmt: skip
+        summing.add(rows)
+    return summing.outcome()
 
 
 class _Gainers:
