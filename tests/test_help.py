@@ -86,6 +86,7 @@ def test_an_option_of_several_verbs_says_the_same_in_each() -> None:
                 said.setdefault(parameter.opts[-1], {})[" ".join(path)] = parameter.help
     said["--vm"].pop("record")  # of a process, not of a trace
     said["--vm"].pop("diff")  # of two traces
+    said["--fail-on"].pop("fleet report")  # on figures of a fleet
     unlike = {name: helps for name, helps in said.items() if len(set(helps.values())) > 1}
     assert set(unlike) == OF_EACH_VERB
 
