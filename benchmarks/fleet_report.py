@@ -2,7 +2,7 @@
 
     python -m benchmarks.fleet_report [--rows 10000000] [--rounds 3] [--json]
 
-Rows are made by a seeded generator (benchmarks/fleet_rows.py), once with rows of vCPUs, as replays have them, and once of
+Rows are made by a seeded generator (benchmarks/fleet_rows.py), once with rows of vCPUs, as replays have them, once of
 VMs only, all of which count. Each report is a process of its own; times are the wall clock's, memory its peak. The page
 of 10,000 hosts is made as well, and its size told.
 """
@@ -90,7 +90,7 @@ def main() -> None:
              f"{max(each.peak for each in runs) >> 20:,}"]
             for title, (rows, runs) in found.items()
         ]  # fmt: skip
-        print(table([["rows of", "rows", "s", "CPU s", "MiB"], *lines]))
+        print(table(["rows of", "rows", "s", "CPU s", "MiB"], lines))
         print(f"the page of 10,000 hosts is {size / 1e6:.1f} MB")
     whole = [each for title in fleets for each in found[title][1]]
     if max(each.seconds for each in whole) > SECONDS or max(each.peak for each in whole) > BYTES:
