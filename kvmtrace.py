@@ -23,7 +23,7 @@ from tracer.lab.cli import app as lab
 from tracer.top.cli import app as top
 from traces import ending
 from traces.documents import print_json
-from traces.errors import VERDICT_FAILED, Problem
+from traces.errors import ENVIRONMENT, VERDICT_FAILED, Problem
 from traces.help_text import examples
 from traces.options import Force, Json, Recording
 
@@ -170,6 +170,15 @@ def record(
             show_default=False,
         ),
     ] = "",
+    upload: Annotated[
+        str,
+        typer.Option(
+            help="Upload the recording, or each dump of a flight, to a folder or store, such as s3://BUCKET; what "
+            "cannot be uploaded now waits on disk for the next start.",
+            show_default=False,
+        ),
+    ] = "",
+    spool: Annotated[str, typer.Option(help="With --upload: the most that may wait on disk.")] = "4G",
     as_json: Json = False,
 ) -> None:
     """Record live KVM events into a Parquet trace, every event stored or counted as lost."""
@@ -201,10 +210,22 @@ def record(
 
         kept = (flight, after, _size(memory), _size(disk))
         fly_and_tell(
-            options, out, kept, max_overhead, tuple(trigger or ()), group, metrics, strict=strict, as_json=as_json
+            options,
+            out,
+            kept,
+            max_overhead,
+            tuple(trigger or ()),
+            group,
+            metrics,
+            (upload, _size(spool)),
+            strict=strict,
+            as_json=as_json,
         )
         return
-    (outcome,) = make_recording(options)
+    from tracer.upload.upload_recording import uploading
+
+    with uploading(upload, options.out, _size(spool)) as uploaded:
+        (outcome,) = make_recording(options)
     summary = outcome.summary
     if as_json:
         print_json({
@@ -212,6 +233,7 @@ def record(
             "lost": summary.lost, "bytes": summary.size, "complete": summary.complete,
             "discrepancies": list(summary.discrepancies), "stopped": outcome.stopped, "seconds": outcome.seconds,
             "recorder_cpu_seconds": outcome.cpu_seconds, "command_status": outcome.status, "missed": outcome.missed,
+            "upload": uploaded.outcome.to_dict() if uploaded.outcome else None,
         })  # fmt: skip
     else:
         each = summary.size / summary.events if summary.events else 0
@@ -220,6 +242,8 @@ def record(
             f"{summary.size:,} bytes ({each:.2f} each); "
             f"{outcome.stopped}; recorder used {outcome.cpu_seconds:.1f} s CPU in {outcome.seconds:.1f} s"
         )
+        if uploaded.outcome:
+            _tell(f"kvmtrace: {uploaded.outcome.text}")
     for line in summary.discrepancies:
         _tell(f"kvmtrace: {summary.path}: {line}")
     for probe, runs in outcome.missed.items():
@@ -236,6 +260,8 @@ def record(
     if outcome.status:
         _tell(f"kvmtrace: the command ended with status {outcome.status}")
         raise typer.Exit(VERDICT_FAILED)
+    if uploaded.outcome and (uploaded.outcome.waits or uploaded.outcome.dropped):
+        raise typer.Exit(ENVIRONMENT)
 
 
 def _tell(line: str) -> None:

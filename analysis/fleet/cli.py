@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -134,7 +135,7 @@ def _check(out: Path | None, format_: str, results: Sequence[str], force: bool) 
     if out is None:
         return
     for where in results:
-        if "://" not in where and out.resolve().is_relative_to(Path(where).resolve()):
+        if "://" not in where and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(where)):
             raise Problem(f"{out}: is in what is read ({where}): choose another name")
     outputs.check(out, kind(format_), [Path(where) for where in results if "://" not in where], force=force)
 

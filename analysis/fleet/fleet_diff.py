@@ -38,19 +38,19 @@ class FleetSide:
     where: str
     found: FleetOutcome
     vms: pl.DataFrame
-    traces: pl.DataFrame  # each once, with host
+    recordings: pl.DataFrame  # each once, with host
 
 
 def side(batches: Iterator[pa.RecordBatch], by: Sequence[str], where: str) -> FleetSide:
     """Read a set of results once; memory grows with its VMs. Raises a Problem as `outcome` does."""
-    summing, vms, traces = Summing(by), [], []
+    summing, vms, recordings = Summing(by), [], []
     for rows in judged(batches, where):
         summing.add(rows)
         vms.append(rows.filter(pl.col("row") == "vm").select(_KEPT))
-        traces.append(rows.select(_OF_TRACE).unique())
+        recordings.append(rows.select(_OF_TRACE).unique())
     empty = pl.DataFrame(schema={**dict.fromkeys(_KEPT, pl.Int64), **dict.fromkeys(_TEXTS, pl.Categorical)})
     together, none = pl.concat([empty, *vms]), pl.DataFrame(schema=dict.fromkeys(_OF_TRACE, pl.Categorical))
-    return FleetSide(where, summing.outcome(), together, pl.concat([none, *traces]).unique("trace"))
+    return FleetSide(where, summing.outcome(), together, pl.concat([none, *recordings]).unique("trace"))
 
 
 def compare(old: FleetSide, new: FleetSide) -> Report:
@@ -69,7 +69,7 @@ def compare(old: FleetSide, new: FleetSide) -> Report:
 
 
 def _replaced(old: FleetSide, new: FleetSide) -> Iterator[tuple[str, str]]:
-    both = old.traces.join(new.traces, on="trace", suffix="_new").filter(pl.col("etag") != pl.col("etag_new"))
+    both = old.recordings.join(new.recordings, on="trace", suffix="_new").filter(pl.col("etag") != pl.col("etag_new"))
     if len(both):
         yield (
             "replaced",
@@ -130,7 +130,7 @@ def _verdict(old: FleetSide, new: FleetSide, matched: pl.DataFrame) -> Iterator[
         f"{span(after['hung_low'], after['hung_high'], Unit.COUNT)} of {count(after['vms'], 'VM')}"
     )
     alone = [len(_only(each, other)) for each, other in ((old, new), (new, old))]
-    shared = len(old.traces) - alone[0]
+    shared = len(old.recordings) - alone[0]
     yield (
         f"{count(shared, 'recording')} in both, {alone[0]:,} only in the first, {alone[1]:,} only in the second; "
         f"failed tasks {old.found.failed:,}, then {new.found.failed:,}"
@@ -149,7 +149,11 @@ def _of(share: float | None) -> str:
 
 
 def _only(mine: FleetSide, other: FleetSide) -> pl.DataFrame:
-    return mine.traces.join(other.traces, on="trace", how="anti").with_columns(pl.all().cast(pl.String)).sort("trace")
+    return (
+        mine.recordings.join(other.recordings, on="trace", how="anti")
+        .with_columns(pl.all().cast(pl.String))
+        .sort("trace")
+    )
 
 
 def _tables(old: FleetSide, new: FleetSide, matched: pl.DataFrame) -> Iterator[ReportTable]:

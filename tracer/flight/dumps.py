@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tracer.flight.window import Epoch, FlightWindow
+from tracer.upload.uploads import Uploads
 from traces.errors import ENVIRONMENT, Problem
 from traces.segment_writer import SegmentWriter
 
@@ -38,9 +39,16 @@ class Dump:
 class Dumps:
     """Writes dumps into a directory, and makes traces of what an earlier recorder left in it."""
 
-    def __init__(self, directory: Path, window: FlightWindow, most: int, kept: Callable[[], set[Path]]) -> None:
-        """Automatic dumps go, the oldest first, while all dumps are more than `most` bytes; but for those `kept`."""
+    def __init__(
+        self, directory: Path, window: FlightWindow, most: int, kept: Callable[[], set[Path]],
+        uploads: Uploads | None = None,
+    ) -> None:  # fmt: skip
+        """Automatic dumps go, the oldest first, while all dumps are more than `most` bytes; but for those `kept`.
+
+        `uploads`: takes every trace that is made.
+        """
         self.directory, self._window, self._most, self._kept = directory, window, most, kept
+        self._uploads = uploads
         self.made: list[Path] = []
         self.failed = 0
         self._automatic: list[Path] = []
@@ -96,7 +104,7 @@ class Dumps:
                 self._take_over(work)
                 continue
             try:
-                path = self._compact(self._write(work))
+                path = self._made(self._write(work))
             except Problem as problem:
                 print(f"kvmtrace: {problem}", file=sys.stderr)
                 self.failed += 1
@@ -111,7 +119,7 @@ class Dumps:
     def _take_over(self, left: Path) -> None:
         """Make a trace of what an earlier recorder has left, and say so."""
         try:
-            said = f"made a trace of it: {self._compact(left).name}"
+            said = f"made a trace of it: {self._made(left).name}"
         except Problem as problem:
             said = f"no trace of it: {problem}"
         if not self._hard:
@@ -119,6 +127,8 @@ class Dumps:
 
     def _write(self, dump: Dump) -> Path:
         directory = self.directory / f"{dump.name}{SEGMENTS}"
+        if self._uploads is not None:
+            self._uploads.announce(directory.with_suffix(TRACE))
         pieces = [piece for epoch in dump.epochs for piece in epoch.pieces]
         dump.epochs.clear()
         pieces.reverse()
@@ -153,6 +163,13 @@ class Dumps:
             )
         shutil.rmtree(directory, ignore_errors=True)
         return out
+
+    def _made(self, directory: Path) -> Path:
+        """The trace that was made of a directory's segments, on its way to a store where there is one."""
+        path = self._compact(directory)
+        if self._uploads is not None:
+            self._uploads.add(path)
+        return path
 
     def _make_room(self) -> None:
         sizes = {path: path.stat().st_size for path in self.directory.glob(f"*{TRACE}")}

@@ -33,6 +33,7 @@ from tracer.flight.vcpu_time import idle_codes, thread_time
 from tracer.owner_names import OwnerNames
 from tracer.recorder import Options, Recorder, Stop, check
 from tracer.ring import default_ring_bytes, ring_count
+from tracer.upload.uploads import UploadOutcome, Uploads
 from tracer.writer import OrderedThread
 from traces import interrupts
 from traces.errors import ENVIRONMENT, Problem
@@ -56,6 +57,8 @@ class FlightOptions:
     triggers: tuple[str, ...] = ()
     group: str = ""
     metrics: str = ""  # where they are given out: an address, or a file; empty: nowhere
+    upload: str = ""  # the place that dumps are uploaded to; empty: none
+    spool: int = 0  # bytes of dumps that may wait for it
 
     @property
     def levels(self) -> tuple[Level, ...]:
@@ -77,6 +80,7 @@ class FlightOutcome:
     cpu_seconds: float
     seconds: float
     level_seconds: dict[str, float]  # that each level was recorded for, where more than one may be
+    upload: UploadOutcome | None = None  # where dumps are uploaded
 
 
 class FlightRecorder(Recorder):
@@ -85,7 +89,10 @@ class FlightRecorder(Recorder):
     flush_seconds = _TICK_SECONDS
     idle_seconds = _TICK_SECONDS  # in which 4 million events a second fill half of a ring
 
-    def __init__(self, options: FlightOptions, probes: Probes, ring_bytes: int, stop: Stop) -> None:
+    def __init__(
+        self, options: FlightOptions, probes: Probes, ring_bytes: int, stop: Stop, uploads: Uploads | None = None
+    ) -> None:
+        self._uploads = uploads
         self._bounds = options.bounds
         self._triggers = FlightTriggers(options.triggers, options.record.kinds)
         self._looking = threading.Lock()  # a checkpoint and a dump may look at the host at once
@@ -106,7 +113,9 @@ class FlightRecorder(Recorder):
     def _open(self, manifest: dict[str, Any]) -> OrderedThread:
         first = self._state(host.clock_sample()["boot"], self.snapshot["vms"])
         progress = self._whole_progress
-        self.flight = FlightThread(self.options.out, self._bounds, first, manifest, progress, self._triggers)
+        self.flight = FlightThread(
+            self.options.out, self._bounds, first, manifest, progress, self._triggers, self._uploads
+        )
         return self.flight
 
     def _meet_latecomers(self) -> None:
@@ -260,13 +269,15 @@ def fly(options: FlightOptions) -> FlightOutcome:
             raise Problem(f"{record.out}: its recorder did not start", ENVIRONMENT)
         return flights[0].ask("manual", reason)
 
+    uploads = _uploads(options)
+    upload: UploadOutcome | None = None
     control = Control(record.out, options.group, dump)
     try:
         with stop.listening():
             probes = Probes(record.kinds, ring_count(cpus), ring_bytes, record.vm)
             try:
                 probes.reset()
-                flight = FlightRecorder(options, probes, ring_bytes, stop)
+                flight = FlightRecorder(options, probes, ring_bytes, stop, uploads)
                 _remember(flight.flight, record.out)
                 flights.append(flight)
                 ready.set()
@@ -279,9 +290,20 @@ def fly(options: FlightOptions) -> FlightOutcome:
             dumps = flight.flight.dumps
             with Progress("making traces of the last dumps"):
                 _wait_for(dumps.close, dumps.abandon, stop)
+                if stop.hard:
+                    raise Problem(
+                        "stopped before the last dumps were traces: the next flight makes them", interrupts.CODE
+                    )
+            if uploads is not None:
+                with Progress("uploading the last dumps"):
+                    ended: list[UploadOutcome] = []
+                    _wait_for(lambda: ended.append(uploads.close()), uploads.abandon, stop)
+                    (upload,) = ended
     finally:
         ready.set()
         control.close()
+        if uploads is not None:
+            uploads.abandon()
     put = counters["emitted"].astype(np.int64) - counters["lost"].astype(np.int64)
     return FlightOutcome(
         dumps=tuple(dumps.made),
@@ -294,11 +316,24 @@ def fly(options: FlightOptions) -> FlightOutcome:
         cpu_seconds=time.process_time() - cpu,
         seconds=time.monotonic() - started,
         level_seconds=flight.level_seconds,
+        upload=upload,
     )
 
 
+def _uploads(options: FlightOptions) -> Uploads | None:
+    if not options.upload:
+        return None
+    directory = options.record.out
+
+    def say(line: str) -> None:
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print(f"kvmtrace: {line}", file=sys.stderr)
+
+    return Uploads(options.upload, directory / "upload", directory, options.spool, say)
+
+
 def _wait_for(close: Callable[[], None], abandon: Callable[[], None], stop: Stop) -> None:
-    """Wait until the dumps are traces; a second signal leaves that to the next run."""
+    """Wait until that is closed; a second signal leaves the rest of it to the next run."""
     closing = threading.Thread(target=close)
     closing.start()
     watchdog = Watchdog()
@@ -308,8 +343,6 @@ def _wait_for(close: Callable[[], None], abandon: Callable[[], None], stop: Stop
         if stop.hard:
             abandon()
             closing.join()
-    if stop.hard:
-        raise Problem("stopped before the last dumps were traces: the next flight makes them", interrupts.CODE)
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from tracer.flight.trigger_texts import FlightTriggers
 from tracer.flight.window import Epoch, FlightWindow, stored
 from tracer.program import COUNTERS, KIND_SLOTS
 from tracer.recorder import open_gaps
+from tracer.upload.uploads import Uploads
 from tracer.writer import OrderedThread
 from traces.errors import ENVIRONMENT, Problem
 from traces.identity import LEFT_OUT
@@ -86,7 +87,7 @@ class FlightThread(OrderedThread):
     def __init__(
         self, directory: Path, bounds: Bounds, first: Checkpoint, manifest: dict[str, Any],
         progress: Callable[[], dict[str, Any]],
-        triggers: FlightTriggers,
+        triggers: FlightTriggers, uploads: Uploads | None = None,
     ) -> None:  # fmt: skip
         """`first` is the state before the first row; `progress` gives what changes of the `manifest` by the time.
 
@@ -98,7 +99,7 @@ class FlightThread(OrderedThread):
         epoch = Epoch(first.ended, first.vms, first, lost=nothing, missing=nothing)
         self.window = FlightWindow(epoch, self._cpus, bounds.nanoseconds, bounds.memory)
         self.accounts: dict[str, Account] = {}
-        self.dumps = Dumps(directory, self.window, bounds.disk, self._kept)
+        self.dumps = Dumps(directory, self.window, bounds.disk, self._kept, uploads)
         self.levels: tuple[str, ...] = ()  # to which recording may fall back, if it may
         self.want_checkpoint: Callable[[], None] = lambda: None
         self.metrics: FlightMetrics | None = None

@@ -23,11 +23,12 @@ _MOST_PERCENT = 100
 
 def fly_and_tell(
     options: Options, out: Path | None, kept: tuple[str, str, int, int], overhead: str, triggers: tuple[str, ...],
-    group: str, metrics: str, *, strict: bool, as_json: bool,
+    group: str, metrics: str, upload: tuple[str, int], *, strict: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Fly, tell what came of it, and leave with 1 where events are missing, or lost though `strict`.
 
-    `kept` are --flight and --after as given, and bytes of --memory and --disk; `overhead` is --max-overhead.
+    `kept` are --flight and --after as given, and bytes of --memory and --disk; `overhead` is --max-overhead; `upload`
+    is --upload and bytes of --spool.
     """
     flight, after, memory, disk = kept
     if out is None:
@@ -37,13 +38,14 @@ def fly_and_tell(
     if memory < _LEAST_MEMORY:
         raise Problem("--memory: a flight needs 16M at least")
     bounds = Bounds(_span(flight, "--flight", 1), _span(after, "--after", 0), memory, disk, _share(overhead))
-    outcome = fly(FlightOptions(replace(options, out=out.absolute()), bounds, triggers, group, metrics))
+    outcome = fly(FlightOptions(replace(options, out=out.absolute()), bounds, triggers, group, metrics, *upload))
     if as_json:
         print_json({
             "directory": str(out), "dumps": [str(path) for path in outcome.dumps], "refused": outcome.refused,
             "events": outcome.events, "lost": outcome.lost, "missing": outcome.missing, "stopped": outcome.stopped,
             "seconds": outcome.seconds, "level_seconds": outcome.level_seconds,
             "recorder_cpu_seconds": outcome.cpu_seconds, "command_status": outcome.status,
+            "upload": outcome.upload.to_dict() if outcome.upload else None,
         })  # fmt: skip
     else:
         _tell(outcome, out)
@@ -79,6 +81,8 @@ def _tell(outcome: FlightOutcome, out: Path) -> None:
         lines.append(f"kvmtrace: so that it cost no more than it may, recorded were {spent}")
     for trigger, refused in outcome.refused.items():
         lines.append(f"kvmtrace: {trigger}: {refused['count']:,} more events made no dump: its quota was used up")
+    if outcome.upload is not None:
+        lines.append(f"kvmtrace: {outcome.upload.text}")
     if outcome.missing:
         lines.append(f"kvmtrace: {outcome.missing:,} events were put into a ring and never came out: report this")
     if outcome.status:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from mmap import mmap
 from typing import TYPE_CHECKING, Any, Final
 
 from traces import durable
@@ -92,7 +93,7 @@ class Objects:
         """A whole object."""
         return self._body(key, {}, None, etag)
 
-    def create(self, key: str, data: bytes) -> bool:
+    def create(self, key: str, data: bytes | mmap) -> bool:
         """Write an object unless there is one of that name; whether it was written. It is there whole, or not at all.
 
         An answer that got lost on its way is asked for again: the object is then there already, and False.

@@ -1,0 +1,1 @@
+"""Recordings on their way to a store: a bounded directory in which they wait, and the process that uploads them."""

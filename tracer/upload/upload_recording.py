@@ -1,0 +1,45 @@
+"""`kvmtrace record --upload`: one recording on its way to a store, beside what earlier ones left."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from tracer.upload.uploads import UploadOutcome, Uploads
+from traces.progress import Progress
+
+SPOOL: Final = "kvmtrace-upload"  # beside the recording
+
+
+@dataclass
+class UploadedRecording:
+    """What came of the upload, once it has ended; None where there was none."""
+
+    outcome: UploadOutcome | None = None
+
+
+@contextlib.contextmanager
+def uploading(place: str, recording: Path, most: int) -> Iterator[UploadedRecording]:
+    """Upload what is at `recording` when the `with` ends well; meanwhile what earlier ones left. Raises Problem."""
+    found = UploadedRecording()
+    if not place:
+        yield found
+        return
+    uploads = Uploads(place, recording.parent / SPOOL, recording.parent, most, _say)
+    try:
+        uploads.announce(recording)
+        yield found
+        uploads.add(recording)
+        with Progress("uploading"):
+            found.outcome = uploads.close()
+    finally:
+        uploads.abandon()
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        print(f"kvmtrace: {line}", file=sys.stderr)
