@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 
 from tests.corpus import CORPUS
 from tests.fleet.servers import BUCKET, Proxy, environment
+from tests.flight.rows import Flight, entries
 from tests.waiting import until
+from tracer.flight.keeper import SECOND, Request
 from tracer.upload import upload_process
 from tracer.upload.upload_process import NeverUploaded, Uploader, object_name
 from tracer.upload.upload_recording import uploading
@@ -299,3 +301,17 @@ def test_the_lines_of_the_process_are_json(dumps: Path, place: Path) -> None:
         input="", capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert late.returncode == ENVIRONMENT
+
+
+def test_a_flights_dumps_and_what_a_killed_one_left_go_up(dumps: Path, place: Path) -> None:
+    uploads = Uploads(str(place), dumps / "upload", dumps, 1 << 30)
+    flight = Flight(dumps, seconds=3600, uploads=uploads)
+    flight.give(entries(SECOND, 100, 1000), 2 * SECOND - 1)
+    request = Request("manual", at=2 * SECOND - 1)
+    flight.thread.ask(request)
+    flight.thread.tick()
+    path = request.answer.result()
+    assert until(lambda: stored(place))
+    assert list(stored(place).values()) == [path.read_bytes()]
+    assert flight.close() == [path]
+    assert len(uploads.close().uploaded) == 1

@@ -13,6 +13,7 @@ from tracer.flight.state import Checkpoint
 from tracer.flight.trigger_texts import FlightTriggers
 from tracer.order import HOLD_NANOSECONDS
 from tracer.program import COUNTERS
+from tracer.upload.uploads import Uploads
 from traces.record import RECORD
 from traces.schema import BY_NAME
 
@@ -74,12 +75,12 @@ class Flight:
 
     def __init__(
         self, directory: Path, seconds: float = 30, memory: int = 64 << 20, after: float = 0,
-        triggers: Sequence[str] = (),
+        triggers: Sequence[str] = (), uploads: Uploads | None = None,
     ) -> None:  # fmt: skip
         self.counters = np.zeros(CPUS, COUNTERS)
         bounds = Bounds(int(seconds * SECOND), int(after * SECOND), memory, 1 << 30)
         asked = FlightTriggers(triggers, frozenset(BY_NAME))
-        self.thread = FlightThread(directory, bounds, checkpoint(0, 1, vm()), {}, self._progress, asked)
+        self.thread = FlightThread(directory, bounds, checkpoint(0, 1, vm()), {}, self._progress, asked, uploads)
 
     def _progress(self) -> dict[str, Any]:
         return {"clock": {"name": "boottime", "samples": []}, "stats": {"end": {"all": {}}}, "missed": {},
