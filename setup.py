@@ -9,7 +9,7 @@ COMPILED = (
     "replay/decode/decoder.py",
     "replay/decode/dense.py",
     "replay/decode/inferred.py",
-    "replay/decode/root_uses.py",
+    "replay/decode/groups.py",
     "replay/decode/row_counts.py",
     "replay/decode/lasting.py",
     "replay/decode/removals.py",

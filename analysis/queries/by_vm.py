@@ -6,11 +6,11 @@ from typing import Final
 
 import polars as pl
 
+from analysis.grouped import UsedRoots
 from analysis.queries import replayed
 from analysis.queries.recorded import WINDOW_NS, fixed_of, in_windows
 from analysis.queries.registry import query
 from analysis.sources import Recording, Result
-from analysis.used_roots import UsedRoots
 from analysis.worst import ranked, stuck_of, subject_of
 from traces.vm_names import VmNames
 

@@ -7,13 +7,13 @@ from typing import Any, Final
 import numpy as np
 import polars as pl
 
+from analysis.grouped import UsedRoots
 from analysis.queries.recorded import lives
 from analysis.queries.registry import query
 from analysis.queries.replayed import progress
 from analysis.recorded_time import PARTS
 from analysis.rows import DecodedRows
 from analysis.sources import Recording, Result
-from analysis.used_roots import UsedRoots
 from replay.decode.vcpu_states import VcpuState
 from replay.timing.stalls import Rule
 from traces.errors import Problem

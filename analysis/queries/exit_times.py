@@ -7,6 +7,7 @@ from typing import Final
 
 import polars as pl
 
+from analysis.grouped import KEY, OTHER, KindsBy, kind_names
 from analysis.latencies import Latencies, summed
 from analysis.queries.registry import query
 from analysis.rows import KIND, Tally
@@ -23,7 +24,7 @@ EXITS: Final = Latencies("kvm_exit", ("kvm_entry",))
 USER_EXITS: Final = Latencies("kvm_userspace_exit", ("kvm_entry", "kvm_userspace_exit"), failing=True)
 IOCTLS: Final = Latencies("ioctl", ("ioctl_end",), calls=True)
 # What the host and other tasks did to a VM's memory and roots.
-_CHANGES: Final = (
+CHANGES: Final = (
     "memslot", "kvm_mmu_zap_all_fast", "roots_invalidate", "zap_all", "zap_leafs", "zap_root_begin",
     "zap_invalidated_begin", "kvm_unmap_hva_range", "kvm_set_spte_hva", "kvm_age_hva", "kvm_test_age_hva",
     "kvm_mmu_get_page", "kvm_mmu_prepare_zap_page", "kvm_mmu_split_huge_page", "kvm_apicv_inhibit_changed",
@@ -76,14 +77,10 @@ def ioctls(recording: Recording) -> pl.LazyFrame:
     )  # fmt: skip
 
 
-def faulting_rips() -> Tally:
+def faulting_rips() -> KindsBy:
     """Faults by the guest's RIP."""
-    return Tally(
-        "faults by RIP",
-        where=pl.col("kind") == "kvm_page_fault",
-        by={"rip": pl.col("rip")},
-        least={"first_time": pl.col("time")},
-        most={"last_time": pl.col("time")},
+    return KindsBy(
+        "faults by RIP", ("kvm_page_fault",), (KIND, "time", "rip", KIND), {"rip": KEY.reinterpret(signed=False)}
     )
 
 
@@ -110,14 +107,10 @@ def halts(recording: Recording) -> list[int]:
     return found["rip"].unique().to_list()
 
 
-def changed_by() -> Tally:
+def changed_by() -> KindsBy:
     """Rows of what the host did to a VM's memory and roots, by kind and thread."""
-    return Tally(
-        "changes",
-        where=pl.col(KIND).is_in([BY_NAME[name].code for name in _CHANGES]),
-        by={"kind": pl.col("kind"), "tid": pl.col("tid")},
-        least={"first_time": pl.col("time")},
-        most={"last_time": pl.col("time")},
+    return KindsBy(
+        "changes", CHANGES, (KIND, "time", "tid", KIND), {"kind": kind_names(OTHER), "tid": KEY.cast(pl.Int32)}
     )
 
 
@@ -130,7 +123,7 @@ def changes(recording: Recording) -> pl.LazyFrame:
     return (
         counted.lazy()
         .select(
-            "vm", kind, kind.replace_strict({name: BY_NAME[name].meaning for name in _CHANGES}).alias("meaning"),
+            "vm", kind, kind.replace_strict({name: BY_NAME[name].meaning for name in CHANGES}).alias("meaning"),
             "tid", pl.col("tid").map_elements(names.task, pl.String).alias("task"), events="rows",
             first_time="first_time", last_time="last_time",
         )

@@ -11,12 +11,12 @@ from typing import Any, Final
 
 import polars as pl
 
+from analysis.grouped import KEY, OTHER, FaultedPages, KindsBy, UsedRoots, Windowed
 from analysis.queries.registry import query
 from analysis.rip_runs import RipQuestion, of_vm
-from analysis.rows import Question, Tally
+from analysis.rows import GFN, KIND, Question, Tally
 from analysis.sources import Recording
 from analysis.unseen import lost_windows
-from analysis.used_roots import UsedRoots
 from replay.timing.diagnosis import READ_ONLY, Diagnosis, diagnosed, diagnoses
 from replay.timing.stuck_rip import CERTAIN
 from traces import kernels
@@ -31,7 +31,6 @@ _COUNTED: Final = {
     "exits": "kvm_exit", "faults": "kvm_page_fault", "fixes": "kvm_page_fault", "smis": "kvm_smm_transition",
     "loads": "mmu_load",
 }  # fmt: skip
-_ENTERING: Final = pl.col("flags") & 1 == 1
 
 
 def _is(*kinds: str) -> pl.Expr:
@@ -43,32 +42,18 @@ def _of(count: str, kind: str) -> pl.Expr:
     return pl.when(_is(kind)).then(pl.col(count)).otherwise(0).sum()
 
 
-def _fixes(recording: Recording) -> pl.Expr:
-    """Faults on a leaf that is there: for a permission only."""
-    kernel = _kernel(recording)
-    if recording.metadata.policy == "shadow":  # there the code is of the guest's own tables as well
-        return pl.lit(None, pl.Boolean)
-    fault = (SVM if kernel is None else kernel.vendor).fault
-    there, odd = (pl.lit(mask, pl.UInt64) for mask in (fault.present, fault.reserved))
-    return _is("kvm_page_fault") & (pl.col("code") & there != 0) & (pl.col("code") & odd == 0)
-
-
 def fixed_of(recording: Recording) -> pl.Expr:
     """Their number in a group of windows; null where it is not known which they are."""
     return pl.lit(None, pl.Int64) if recording.metadata.policy == "shadow" else pl.col("fixes").sum()
 
 
-def in_windows(recording: Recording, window_ns: int = WINDOW_NS) -> Tally:
-    """Rows that tell of each vCPU's time in windows, by kind; `at` is ns from a window's begin, `last` in boot ns."""
-    since = pl.col("time") - recording.span[0]
-    window = since // window_ns
-    return Tally(
-        f"windows of {window_ns} ns",
-        where=pl.col("vcpu").is_not_null()
-        & _is("kvm_entry", "kvm_exit", "kvm_page_fault", "kvm_smm_transition", "mmu_load"),
-        by={"vcpu": pl.col("vcpu"), "window": window, "kind": pl.col("kind")},
-        sums={"at": since - window * window_ns, "entering": _ENTERING, "fixes": _fixes(recording)},
-        most={"last": pl.col("time")},
+def in_windows(recording: Recording, window_ns: int = WINDOW_NS) -> Windowed:
+    """Rows that tell of each vCPU's time in windows, by kind."""
+    kernel = _kernel(recording)
+    fault = (SVM if kernel is None else kernel.vendor).fault
+    known = recording.metadata.policy != "shadow"  # there the code is of the guest's own tables as well
+    return Windowed(
+        f"windows of {window_ns} ns", recording.span[0], window_ns, fault.present if known else 0, fault.reserved
     )
 
 
@@ -96,8 +81,8 @@ def windows(recording: Recording, window_ns: int = WINDOW_NS) -> pl.LazyFrame:
         .group_by("vm", "vcpu", "window")
         .agg(
             crossed=pl.when(exit_).then(pl.col("at")).when(entry).then(-pl.col("at")).otherwise(0).sum(),
-            entered=pl.when(entry).then(pl.col("last")).max(),
-            left=pl.when(exit_).then(pl.col("last")).max(),
+            entered=pl.when(entry).then(pl.col("last_time")).max(),
+            left=pl.when(exit_).then(pl.col("last_time")).max(),
             entries=_of("rows", "kvm_entry"),
             exits=_of("rows", "kvm_exit"),
             faults=_of("rows", "kvm_page_fault"),
@@ -133,15 +118,10 @@ def _lost(recording: Recording, window_ns: int, *kinds: str) -> pl.Expr:
     )
 
 
-def installs() -> Tally:
+def installs() -> KindsBy:
     """Leaves that were installed, by page and level."""
-    return Tally(
-        "installs",
-        where=_is("kvm_mmu_set_spte"),
-        by={"gfn": pl.col("gfn"), "level": pl.col("level")},
-        least={"first_time": pl.col("time")},
-        most={"last_time": pl.col("time")},
-    )
+    keys = {"gfn": KEY, "level": OTHER.cast(pl.Int8)}
+    return KindsBy("installs", ("kvm_mmu_set_spte",), (KIND, "time", GFN, "level"), keys)
 
 
 def _of_installs(recording: Recording) -> Iterator[Question]:
@@ -237,24 +217,9 @@ def rmaps(recording: Recording) -> pl.LazyFrame:
     )
 
 
-def faulted() -> Tally:
-    """Faults, and what was done for them, by vCPU and page; `served`: a mapping was requested or a permission fixed."""
-    requested = _is("kvm_mmu_spte_requested")
-    fixed = _is("fast_page_fault") & (pl.col("old") != pl.col("new"))
-    page = (pl.col("addr") // 4096).cast(pl.Int64)
-    return Tally(
-        "faults by page",
-        where=pl.col("vcpu").is_not_null() & _is("kvm_page_fault", "kvm_mmu_spte_requested", "fast_page_fault"),
-        by={"vcpu": pl.col("vcpu"), "gfn": pl.when(requested).then(pl.col("gfn")).otherwise(page)},
-        sums={"faults": _is("kvm_page_fault"), "served": requested | fixed},
-        least={"first_time": pl.col("time")},
-        most={"last_time": pl.col("time")},
-    )
-
-
 def _of_unserved(recording: Recording) -> Iterator[Question]:
     if recording.metadata.policy != "shadow":
-        yield faulted()
+        yield FaultedPages()
         yield from _of_slots(recording)
 
 
@@ -268,7 +233,7 @@ def unserved(recording: Recording) -> pl.LazyFrame:
     """
     if recording.metadata.policy == "shadow":
         raise Problem(f"{recording.path}: query unserved: addresses of faults are the guest's own under the shadow MMU")
-    (counted,) = recording.ask(faulted())
+    (counted,) = recording.ask(FaultedPages())
     found = counted.lazy().with_columns(unserved=pl.col("faults") - pl.col("served")).filter(pl.col("unserved") > 1)
     return (
         _with_slots(found, recording)

@@ -23,76 +23,13 @@ from analysis.queries import drawn, recorded
 from analysis.reporting import Wanted, reported
 from analysis.rows import Tallies, Tally
 from analysis.sources import Recording
-from analysis.used_roots import UsedRoots
-from replay.decode import root_uses
 from tests.analysis.sources import CORPUS
-from tests.replay.plain import plain
 from traces.errors import Problem
 from traces.kernels import policy_rows
 from traces.reader import Trace
-from traces.schema import BY_NAME
 
 TWO_VMS = CORPUS / "two-vms-6.1-async.parquet"
 FEW = len(policy_rows.COLUMNS)  # columns, of the first rows: for the root policy, when a trace is opened
-SHADOW = CORPUS / "smi-storm-6.1-shadow.parquet"
-
-
-def tallies(recording: Recording) -> list[Tally]:
-    return [
-        recorded.in_windows(recording, 3_000_000),
-        recorded.installs(),
-        recorded.faulted(),
-        recorded.placed(),
-    ]
-
-
-def in_order(frame: pl.DataFrame, tally: Tally) -> pl.DataFrame:
-    return frame.select(sorted(frame.columns)).sort("vm", *tally.by)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("batch", "merged"), [(17, 0), (1000, 50), (1 << 18, 1 << 17)])
-@pytest.mark.parametrize("path", [TWO_VMS, SHADOW], ids=lambda path: path.stem)
-def test_parts_merge_to_what_all_rows_say(path: Path, batch: int, merged: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "BATCH_ROWS", batch)
-    monkeypatch.setattr(rows, "_MERGED_ROWS", merged)
-    recording = Recording.open(path)
-    every = recording.scan().collect()
-    asked = tallies(recording)
-    for tally, answer in zip(asked, recording.ask(*asked), strict=True):
-        assert in_order(answer, tally).equals(in_order(tally.of(every, one_vm=False).collect(), tally)), tally.name
-        assert len(answer) or tally.name == "slots"
-
-
-USES = st.lists(
-    st.tuples(
-        st.one_of(st.none(), st.integers(0, 2)), st.integers(-2, 9), st.integers(0, 9),
-        st.sampled_from(["kvm_page_fault", "mmu_load", "root_get", "kvm_mmu_get_page", "kvm_exit"]),
-        st.integers(0, 3),
-    )
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("uses", [root_uses.RootUses, plain("replay.decode.root_uses").RootUses])
-@given(found=USES, cut=st.integers(1, 9))
-def test_roots_are_what_their_rows_say(
-    uses: type[root_uses.RootUses], found: list[tuple[int | None, int, int, str, int]], cut: int
-) -> None:
-    schema = {"vm": pl.Int32, "root": pl.Int32, "time": pl.Int64, "kind": pl.String, "role": pl.UInt32}
-    every = pl.DataFrame(found, schema=schema, orient="row")
-    codes = pl.Series(rows.KIND, [BY_NAME[name].code for name in every["kind"]], pl.UInt8)
-    every = every.with_columns(codes)
-    question = UsedRoots().begin()
-    question._roots = uses(1)
-    for first in range(0, len(every), cut):
-        question.feed(rows.DecodedRows(every[first : first + cut]))
-    loaded = pl.col("kind").is_in(["mmu_load", "root_get", "kvm_mmu_get_page"]) & (pl.col("role") != 0)
-    told = every.filter(pl.col("root") != 0).group_by("vm", "root").agg(
-        rows=pl.len().cast(pl.Int64), loads=(pl.col("kind") == "mmu_load").sum().cast(pl.Int64),
-        faults=(pl.col("kind") == "kvm_page_fault").sum().cast(pl.Int64), role=pl.col("role").filter(loaded).min(),
-        first_time=pl.col("time").min(), last_time=pl.col("time").max(),
-    )  # fmt: skip
-    assert question.answer().sort("vm", "root").equals(told.sort("vm", "root"))
 
 
 NUMBERED = st.lists(

@@ -10,7 +10,7 @@ COMPILED = (
     "replay.decode.decoder",
     "replay.decode.dense",
     "replay.decode.inferred",
-    "replay.decode.root_uses",
+    "replay.decode.groups",
     "replay.decode.row_counts",
     "replay.decode.lasting",
     "replay.decode.removals",

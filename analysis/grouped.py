@@ -1,0 +1,146 @@
+"""What every report asks of rows, counted in groups by a compiled loop: by root, window, page, RIP, or kind and task.
+
+Each answer has `vm`, the question's keys, `rows`, `first_time` and `last_time` (boot ns), and the question's own sums.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from analysis.rows import GFN, KIND, VCPU, DecodedRows
+from replay.decode.groups import FIELDS, Groups
+from traces.schema import BY_CODE, BY_NAME
+
+_NO_VM: Final = -1
+_ROWS: Final = ("rows", "first_time", "last_time")
+_KINDS: Final = pl.Enum([kind.name for kind in BY_CODE.values()])
+KEY: Final = pl.col("key")  # of a group, in the table of Groups
+OTHER: Final = pl.col("other")
+
+
+class Grouped(ABC):
+    """A question that is answered by groups of rows."""
+
+    name: str  # the question, and with which options: two of one name are the same
+    reads: tuple[str, ...]  # the columns that `give` is handed, besides `vm`
+
+    @abstractmethod
+    def give(self, groups: Groups, vm: NDArray[Any], *columns: NDArray[Any]) -> None:
+        """Hand a batch's columns to the loop that counts for this question."""
+
+    @abstractmethod
+    def told(self, table: pl.DataFrame) -> pl.DataFrame:
+        """The answer, of the groups' table: columns FIELDS, `vm` null where a row has none."""
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """What it reads of rows."""
+        return frozenset(self.reads)
+
+    def begin(self) -> Grouping:
+        """Before the first row."""
+        return Grouping(self, Groups())
+
+
+class Grouping:
+    """One on its way through the rows."""
+
+    def __init__(self, asked: Grouped, groups: Groups) -> None:
+        self._asked, self._groups = asked, groups
+
+    def feed(self, rows: DecodedRows) -> None:
+        """Take the next rows."""
+        vm = rows.frame["vm"]
+        columns = (rows.frame[name].to_numpy() for name in self._asked.reads)
+        self._asked.give(self._groups, (vm.fill_null(_NO_VM) if vm.null_count() else vm).to_numpy(), *columns)
+
+    def answer(self) -> pl.DataFrame:
+        """What the rows came to."""
+        table = pl.DataFrame(self._groups.table[: self._groups.count], schema=list(FIELDS), orient="row")
+        return self._asked.told(table.with_columns(pl.when(pl.col("vm") != _NO_VM).then("vm").cast(pl.Int32)))
+
+
+@dataclass(frozen=True, eq=False)
+class KindsBy(Grouped):
+    """Rows of some kinds, by two columns of whole numbers, the second of one byte."""
+
+    name: str
+    kinds: tuple[str, ...]
+    reads: tuple[str, ...]  # KIND, "time" and the two columns
+    keys: Mapping[str, pl.Expr]  # what the answer has of KEY and OTHER
+
+    def give(self, groups: Groups, vm: NDArray[Any], *columns: NDArray[Any]) -> None:
+        kind, time, key, other = columns
+        wanted = np.zeros(256, np.uint8)
+        wanted[[BY_NAME[name].code for name in self.kinds]] = 1
+        signed = key.view(np.int64) if key.itemsize == 8 else key
+        groups.feed(wanted, vm, kind, time, signed, other.view(np.uint8))
+
+    def told(self, table: pl.DataFrame) -> pl.DataFrame:
+        return table.select("vm", *_ROWS, **self.keys)
+
+
+@dataclass(frozen=True)
+class UsedRoots(Grouped):
+    """Rows that name a root, by `root`: its `role` word (null: none is known), `loads` and `faults`."""
+
+    name: str = "roots"
+    reads: tuple[str, ...] = (KIND, "time", "root", "role")
+
+    def give(self, groups: Groups, vm: NDArray[Any], *columns: NDArray[Any]) -> None:
+        groups.feed_roots(vm, *columns)
+
+    def told(self, table: pl.DataFrame) -> pl.DataFrame:
+        role = pl.when(pl.col("sum_2") != 0).then("sum_2").cast(pl.UInt32)
+        return table.select("vm", *_ROWS, root=KEY.cast(pl.Int32), role=role, loads="sum_0", faults="sum_1")
+
+
+@dataclass(frozen=True)
+class FaultedPages(Grouped):
+    """What faults are about, by `vcpu` and `gfn`: `faults`, and those `served`: a page mapped, a permission fixed."""
+
+    name: str = "faults by page"
+    reads: tuple[str, ...] = (VCPU, KIND, "time", GFN, "addr", "old", "new")
+
+    def give(self, groups: Groups, vm: NDArray[Any], *columns: NDArray[Any]) -> None:
+        groups.feed_pages(vm, *columns)
+
+    def told(self, table: pl.DataFrame) -> pl.DataFrame:
+        return table.select("vm", *_ROWS, vcpu=OTHER.cast(pl.Int16), gfn=KEY, faults="sum_0", served="sum_1")
+
+
+@dataclass(frozen=True)
+class Windowed(Grouped):
+    """Rows that tell of a vCPU's time, by `vcpu`, `kind` and `window` of `width_ns` from boot ns `first` on.
+
+    `at` is the sum of their ns from the window's begin, `entering` how many are into SMM, `fixes` how many are faults
+    for a permission only: those whose code has a bit of `present` and none of `reserved`; with 0, none.
+    """
+
+    name: str
+    first: int
+    width_ns: int
+    present: int
+    reserved: int
+    reads: tuple[str, ...] = (VCPU, KIND, "time", "code", "flags")
+
+    def give(self, groups: Groups, vm: NDArray[Any], *columns: NDArray[Any]) -> None:
+        groups.feed_windows(self.first, self.width_ns, self.present, self.reserved, vm, *columns)
+
+    def told(self, table: pl.DataFrame) -> pl.DataFrame:
+        return table.select(
+            "vm", *_ROWS, vcpu=(OTHER // 256).cast(pl.Int16), window=KEY, kind=kind_names(OTHER % 256),
+            at="sum_0", entering="sum_1", fixes="sum_2",
+        )  # fmt: skip
+
+
+def kind_names(codes: pl.Expr) -> pl.Expr:
+    """The kinds' names, by their codes."""
+    return codes.replace_strict(list(BY_CODE), [kind.name for kind in BY_CODE.values()], return_dtype=_KINDS)

@@ -1,0 +1,354 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+"""Rows counted in groups: by VM and two keys, how many there are, from when to when, and up to three sums.
+
+What every report asks goes through here; polars' group_by takes five times as long. Cython in pure-Python mode, as
+`timeline` is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cython
+import numpy as np
+
+from traces.schema import BY_NAME
+
+COMPILED: bool = cython.compiled
+
+_Whole = cython.fused_type(cython.int, cython.longlong)
+
+FIELDS = ("vm", "key", "other", "rows", "first_time", "last_time", "sum_0", "sum_1", "sum_2")
+_VM = cython.declare(cython.int, 0)
+_KEY = cython.declare(cython.int, 1)
+_OTHER = cython.declare(cython.int, 2)
+_ROWS = cython.declare(cython.int, 3)
+_FIRST = cython.declare(cython.int, 4)
+_LAST = cython.declare(cython.int, 5)
+_SUM = cython.declare(cython.int, 6)
+_WIDTH = cython.declare(cython.int, 9)
+
+_FAULT = cython.declare(cython.int, BY_NAME["kvm_page_fault"].code)
+_FAST = cython.declare(cython.int, BY_NAME["fast_page_fault"].code)
+_REQUESTED = cython.declare(cython.int, BY_NAME["kvm_mmu_spte_requested"].code)
+_MMU_LOAD = cython.declare(cython.int, BY_NAME["mmu_load"].code)
+_ROOT_GET = cython.declare(cython.int, BY_NAME["root_get"].code)
+_GET_PAGE = cython.declare(cython.int, BY_NAME["kvm_mmu_get_page"].code)
+_ENTRY = cython.declare(cython.int, BY_NAME["kvm_entry"].code)
+_EXIT = cython.declare(cython.int, BY_NAME["kvm_exit"].code)
+_SMM = cython.declare(cython.int, BY_NAME["kvm_smm_transition"].code)
+_MIX = cython.declare(cython.ulonglong, 0x9E3779B97F4A7C15)  # spreads keys over the hash table
+
+
+@cython.cfunc
+@cython.nogil
+@cython.inline
+@cython.exceptval(check=False)
+def _start(column: cython.longlong[::1]) -> cython.pointer[cython.longlong]:
+    """A column as loops take it: a pointer; as plain Python, itself."""
+    return cython.address(column[0]) if cython.compiled else column  # type: ignore[return-value]
+
+
+@cython.final
+@cython.cclass
+class Groups:
+    """`table` has a row of FIELDS for each group, `count` of them in use; what `other` and the sums are, feeders say.
+
+    Groups are found by a hash table of their places (from 1 on; 0: free), at most half full. Columns of all feeders are
+    as traces have them; `kind` is by code, `vm`, `vcpu` and `gfn` are -1 where there is none.
+    """
+
+    table = cython.declare(object, visibility="public")
+    count = cython.declare(cython.Py_ssize_t, visibility="public")
+    _places: object
+    _mask: cython.Py_ssize_t
+
+    def __init__(self, room: int = 1 << 10) -> None:
+        """`room`: groups that there is memory for at first, a power of two."""
+        self.table, self.count = np.zeros((room, len(FIELDS)), np.int64), 0
+        self._places, self._mask = np.zeros(2 * room, np.int64), 2 * room - 1
+
+    def feed(self, wanted: Any, vm: Any, kind: Any, time: Any, key: Any, other: Any) -> None:
+        """Rows of the kinds that are not 0 in `wanted` (by code), by `key` (int32, int64) and `other` (uint8)."""
+        done: cython.Py_ssize_t = 0
+        while done < len(kind):
+            done = self._feed(done, wanted, vm, kind, time, key, other, self.table.reshape(-1), self._places)
+            self._make_room(done < len(kind))
+
+    def feed_roots(self, vm: Any, kind: Any, time: Any, root: Any, role: Any) -> None:
+        """Rows that name a root, by it. Sums: loads, faults; the third is its least role word, 0: none is known."""
+        done: cython.Py_ssize_t = 0
+        while done < len(kind):
+            done = self._feed_roots(done, vm, kind, time, root, role, self.table.reshape(-1), self._places)
+            self._make_room(done < len(kind))
+
+    def feed_pages(self, vm: Any, vcpu: Any, kind: Any, time: Any, gfn: Any, addr: Any, old: Any, new: Any) -> None:
+        """What faults of vCPUs are about, by page and vCPU. Sums: faults; mappings and fixed permissions for them."""
+        done: cython.Py_ssize_t = 0
+        while done < len(kind):
+            done = self._feed_pages(
+                done, vm, vcpu, kind, time, gfn, addr, old, new, self.table.reshape(-1), self._places
+            )
+            self._make_room(done < len(kind))
+
+    def feed_windows(
+        self, first: int, width: int, present: int, reserved: int,
+        vm: Any, vcpu: Any, kind: Any, time: Any, code: Any, flags: Any,
+    ) -> None:  # fmt: skip
+        """Rows that tell of a vCPU's time, by window of `width` ns from `first` on, and by 256 * vCPU + kind's code.
+
+        Sums: ns from the window's begin; rows with flag 1 (into SMM); faults for a permission only, whose code has a
+        bit of `present` and none of `reserved`.
+        """
+        done: cython.Py_ssize_t = 0
+        while done < len(kind):
+            done = self._feed_windows(
+                done,
+                first,
+                width,
+                present,
+                reserved,
+                vm,
+                vcpu,
+                kind,
+                time,
+                code,
+                flags,
+                self.table.reshape(-1),
+                self._places,
+            )
+            self._make_room(done < len(kind))
+
+    def _make_room(self, wanted: bool) -> None:
+        if wanted:
+            self.table = np.concatenate([self.table, np.zeros_like(self.table)])
+            self._places, self._mask = np.zeros(2 * len(self.table), np.int64), 2 * len(self.table) - 1
+            self._enter(self.table.reshape(-1), self._places)
+
+    def _enter(self, table: cython.longlong[::1], places: cython.longlong[::1]) -> None:
+        """Fill a new hash table."""
+        i: cython.Py_ssize_t
+        g: cython.Py_ssize_t
+        for i in range(self.count):
+            g = i * _WIDTH
+            places[self._place(_start(table), _start(places), table[g + _VM], table[g + _KEY], table[g + _OTHER])] = (
+                i + 1
+            )
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.inline
+    @cython.exceptval(check=False)
+    def _count(
+        self,
+        cells: cython.pointer[cython.longlong],
+        places: cython.pointer[cython.longlong],
+        likely: cython.Py_ssize_t,
+        vm: cython.longlong,
+        key: cython.longlong,
+        other: cython.longlong,
+        time: cython.longlong,
+    ) -> cython.Py_ssize_t:
+        """Count a row in its group, most often `likely`: where that begins in `cells`; -1: there is no room for it."""
+        g: cython.Py_ssize_t = likely
+        p: cython.Py_ssize_t
+        if cells[g + _KEY] != key or cells[g + _OTHER] != other or cells[g + _VM] != vm or self.count == 0:
+            p = self._place(cells, places, vm, key, other)
+            if places[p] == 0:
+                if 2 * self.count > self._mask:
+                    return -1
+                g = self.count * _WIDTH
+                cells[g + _VM] = vm
+                cells[g + _KEY] = key
+                cells[g + _OTHER] = other
+                cells[g + _FIRST] = cells[g + _LAST] = time
+                self.count += 1
+                places[p] = self.count
+            g = (places[p] - 1) * _WIDTH
+        cells[g + _ROWS] += 1
+        if time < cells[g + _FIRST]:
+            cells[g + _FIRST] = time
+        if time > cells[g + _LAST]:
+            cells[g + _LAST] = time
+        return g
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _place(
+        self,
+        cells: cython.pointer[cython.longlong],
+        places: cython.pointer[cython.longlong],
+        vm: cython.longlong,
+        key: cython.longlong,
+        other: cython.longlong,
+    ) -> cython.Py_ssize_t:
+        """Where a group's place is in the hash table, or would be."""
+        mixed: cython.ulonglong = cython.cast(cython.ulonglong, (vm << 32) ^ other) * _MIX
+        p: cython.Py_ssize_t
+        g: cython.Py_ssize_t
+        mixed = (mixed ^ cython.cast(cython.ulonglong, key)) * _MIX
+        p = cython.cast(cython.Py_ssize_t, mixed >> 24) & self._mask
+        while places[p]:
+            g = (places[p] - 1) * _WIDTH
+            if cells[g + _KEY] == key and cells[g + _OTHER] == other and cells[g + _VM] == vm:
+                break
+            p = (p + 1) & self._mask
+        return p
+
+    def _feed(
+        self,
+        start: cython.Py_ssize_t,
+        wanted: cython.const[cython.uchar][::1],
+        vm: cython.const[cython.int][::1],
+        kind: cython.const[cython.uchar][::1],
+        time: cython.const[cython.longlong][::1],
+        key: cython.const[_Whole][::1],
+        other: cython.const[cython.uchar][::1],
+        table: cython.longlong[::1],
+        places: cython.longlong[::1],
+    ) -> cython.Py_ssize_t:
+        """From row `start` on; the row at which there is no room for one more group, or the number of rows."""
+        i: cython.Py_ssize_t
+        at: cython.Py_ssize_t = 0
+        stop: cython.Py_ssize_t = len(kind)
+        cells: cython.pointer[cython.longlong] = _start(table)
+        held: cython.pointer[cython.longlong] = _start(places)
+        if not cython.compiled:
+            vm, kind, time, key, other = map(memoryview, (vm, kind, time, key, other))  # type: ignore[arg-type]
+        with cython.nogil:
+            for i in range(start, kind.shape[0]):
+                if wanted[kind[i]]:
+                    at = self._count(cells, held, at, vm[i], key[i], other[i], time[i])
+                    if at < 0:
+                        stop = i
+                        break
+        return stop
+
+    def _feed_roots(
+        self,
+        start: cython.Py_ssize_t,
+        vm: cython.const[cython.int][::1],
+        kind: cython.const[cython.uchar][::1],
+        time: cython.const[cython.longlong][::1],
+        root: cython.const[cython.int][::1],
+        role: cython.const[cython.uint][::1],
+        table: cython.longlong[::1],
+        places: cython.longlong[::1],
+    ) -> cython.Py_ssize_t:
+        i: cython.Py_ssize_t
+        k: cython.int
+        stop: cython.Py_ssize_t = len(kind)
+        cells: cython.pointer[cython.longlong] = _start(table)
+        held: cython.pointer[cython.longlong] = _start(places)
+        at: cython.Py_ssize_t = 0
+        if not cython.compiled:
+            vm, kind, time, root, role = map(memoryview, (vm, kind, time, root, role))  # type: ignore[arg-type]
+        with cython.nogil:
+            for i in range(start, kind.shape[0]):
+                if root[i] == 0:
+                    continue
+                at = self._count(cells, held, at, vm[i], root[i], 0, time[i])
+                if at < 0:
+                    stop = i
+                    break
+                k = kind[i]
+                if k == _FAULT:
+                    cells[at + _SUM + 1] += 1
+                elif k in (_MMU_LOAD, _ROOT_GET, _GET_PAGE):
+                    cells[at + _SUM] += k == _MMU_LOAD
+                    if role[i] and (cells[at + _SUM + 2] == 0 or role[i] < cells[at + _SUM + 2]):
+                        cells[at + _SUM + 2] = role[i]
+        return stop
+
+    def _feed_pages(
+        self,
+        start: cython.Py_ssize_t,
+        vm: cython.const[cython.int][::1],
+        vcpu: cython.const[cython.short][::1],
+        kind: cython.const[cython.uchar][::1],
+        time: cython.const[cython.longlong][::1],
+        gfn: cython.const[cython.longlong][::1],
+        addr: cython.const[cython.ulonglong][::1],
+        old: cython.const[cython.ulonglong][::1],
+        new: cython.const[cython.ulonglong][::1],
+        table: cython.longlong[::1],
+        places: cython.longlong[::1],
+    ) -> cython.Py_ssize_t:
+        i: cython.Py_ssize_t
+        k: cython.int
+        stop: cython.Py_ssize_t = len(kind)
+        cells: cython.pointer[cython.longlong] = _start(table)
+        held: cython.pointer[cython.longlong] = _start(places)
+        at: cython.Py_ssize_t = 0
+        page: cython.longlong
+        if not cython.compiled:
+            vm, vcpu, kind, time = map(memoryview, (vm, vcpu, kind, time))  # type: ignore[arg-type]
+            gfn, addr, old, new = map(memoryview, (gfn, addr, old, new))  # type: ignore[arg-type]
+        with cython.nogil:
+            for i in range(start, kind.shape[0]):
+                k = kind[i]
+                if vcpu[i] < 0 or k not in (_FAULT, _REQUESTED, _FAST):
+                    continue
+                page = gfn[i] if k == _REQUESTED else cython.cast(cython.longlong, addr[i] >> 12)
+                at = self._count(cells, held, at, vm[i], page, vcpu[i], time[i])
+                if at < 0:
+                    stop = i
+                    break
+                cells[at + _SUM] += k == _FAULT
+                cells[at + _SUM + 1] += k == _REQUESTED or (k == _FAST and old[i] != new[i])
+        return stop
+
+    def _feed_windows(
+        self,
+        start: cython.Py_ssize_t,
+        first: cython.longlong,
+        width: cython.longlong,
+        present: cython.ulonglong,
+        reserved: cython.ulonglong,
+        vm: cython.const[cython.int][::1],
+        vcpu: cython.const[cython.short][::1],
+        kind: cython.const[cython.uchar][::1],
+        time: cython.const[cython.longlong][::1],
+        code: cython.const[cython.ulonglong][::1],
+        flags: cython.const[cython.uchar][::1],
+        table: cython.longlong[::1],
+        places: cython.longlong[::1],
+    ) -> cython.Py_ssize_t:
+        i: cython.Py_ssize_t
+        k: cython.int
+        stop: cython.Py_ssize_t = len(kind)
+        cells: cython.pointer[cython.longlong] = _start(table)
+        held: cython.pointer[cython.longlong] = _start(places)
+        at: cython.Py_ssize_t
+        window: cython.longlong = 0
+        begin: cython.longlong = first  # of that window
+        entry: cython.Py_ssize_t = 0  # the groups of the last rows of these kinds
+        exit: cython.Py_ssize_t = 0
+        others: cython.Py_ssize_t = 0
+        if not cython.compiled:
+            vm, vcpu, kind, time = map(memoryview, (vm, vcpu, kind, time))  # type: ignore[arg-type]
+            code, flags = map(memoryview, (code, flags))  # type: ignore[arg-type]
+        with cython.nogil:
+            for i in range(start, kind.shape[0]):
+                k = kind[i]
+                if vcpu[i] < 0 or k not in (_ENTRY, _EXIT, _FAULT, _SMM, _MMU_LOAD):
+                    continue
+                if time[i] < begin or time[i] - begin >= width:
+                    window = (time[i] - first) // width
+                    begin = first + window * width
+                at = entry if k == _ENTRY else exit if k == _EXIT else others
+                at = self._count(cells, held, at, vm[i], window, vcpu[i] * 256 + k, time[i])
+                if at < 0:
+                    stop = i
+                    break
+                cells[at + _SUM] += time[i] - begin
+                cells[at + _SUM + 1] += flags[i] & 1
+                if k == _ENTRY:
+                    entry = at
+                elif k == _EXIT:
+                    exit = at
+                else:
+                    others = at
+                    cells[at + _SUM + 2] += k == _FAULT and code[i] & present != 0 and code[i] & reserved == 0
+        return stop
