@@ -31,19 +31,20 @@ def trust(
     recording: Recording | None, result: Result | None, validation: Validated | str, remarks: tuple[str, ...]
 ) -> Iterator[tuple[str, str]]:
     """Name and text, one line each. `validation` is why there is none, where there is none; `remarks` come first."""
+    source = source_notes.notes(recording.metadata.raw) if recording is not None else []
     for remark in remarks:
         yield "note", remark
     if recording is not None:
         yield from made_on(recording.metadata, recording.span)
         yield "events", _events(recording)
         yield "coverage", _coverage(recording)
-        yield from (("source", line) for line in source_notes.notes(recording.metadata.raw))
+        yield from (("source", line) for line in source)
     elif result is not None:
         yield "kernel", result.kernel or "unknown"
         yield "events", f"{result.trace_events:,}"
     if result is not None:
-        if result.missing:
-            yield "missing", some(list(result.missing))
+        if missing := [line for line in result.missing if line not in source]:
+            yield "missing", some(missing)
         yield from (("broken", line) for line in result.broken[:_SHOWN])
     if result is not None:
         yield from (("own policy", line) for line in _own_policy(result))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from replay.counted import Outcome
+from replay.counted import WITHIN, Outcome, Spread
 from replay.plan import Refault
 from traces.errors import Problem
 from traces.kernels import Kernel
@@ -64,7 +64,12 @@ def counts(outcomes: list[Outcome], refault: Refault, share: float = 0.0) -> dic
             # VMs do not peak at one time, but there is never more than this.
             ends[name] = ends.get(name, 0) + value
     low, high = (sums.get(bound) or next(iter(sums.values())) for bound in ("low", "high"))
-    found = {name: interval(low[name], high[name], outcomes[0]) for name in low}
+    first = outcomes[0].run.bound
+    spreads = [outcome.spreads for outcome in outcomes if outcome.run.bound == first]
+    found = {
+        name: interval(low[name], high[name], outcomes[0], sum((each.get(name, WITHIN) for each in spreads), WITHIN))
+        for name in low
+    }
     for name in _ASSUMED:
         count = found[name]
         if refault.name == "recent" and len(sums) > 1:
@@ -82,9 +87,10 @@ def bounds_text(refault: str, *, at_least: bool) -> str:
     return ", ".join(filter(None, parts)) or "least .. most"
 
 
-def interval(one: int, other: int, outcome: Outcome) -> Count:
-    """What lies between the two ends of an outcome's target, or from the lesser on."""
-    return Count(min(one, other), None if outcome.target.at_least else max(one, other))
+def interval(one: int, other: int, outcome: Outcome, spread: Spread = WITHIN) -> Count:
+    """What lies between the two ends of an outcome's target, or from the lesser on; `spread` about each end."""
+    endless = outcome.target.at_least or spread.more is None
+    return Count(max(min(one, other) - spread.less, 0), None if endless else max(one, other) + (spread.more or 0))
 
 
 def accessed_share(trace: Trace, kernel: Kernel) -> float:

@@ -22,6 +22,22 @@ _HISTORY: Final = 6  # rows of a root's life that a violation shows
 _LIVES: Final = 1 << 12  # roots of which they are kept
 
 
+@dataclass(frozen=True)
+class Spread:
+    """A count may be less than what was counted by so much, and more by so much; `more` None: without an end."""
+
+    less: int = 0
+    more: int | None = 0
+
+    def __add__(self, other: Spread) -> Spread:
+        more = None if self.more is None or other.more is None else self.more + other.more
+        return Spread(self.less + other.less, more)
+
+
+WITHIN: Final = Spread()  # what was counted
+VM_END: Final = "vm_end"  # of roots freed by cause
+
+
 @dataclass
 class Outcome:
     """One VM under one run of one policy."""
@@ -39,6 +55,7 @@ class Outcome:
     assumed: list[NDArray[np.int64]] = field(default_factory=list)  # leaves that each new root had at once
     freed_tables: int = 0  # of roots, when they were freed
     stuck: list[int | None] = field(default_factory=list)  # by vCPU: the trace's row at which it came to a stop
+    spreads: dict[str, Spread] = field(default_factory=dict)  # of counts that may be others
 
     def counts(self) -> dict[str, int]:
         """Everything that is counted, of the VM as a whole."""

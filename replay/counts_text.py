@@ -6,11 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from replay import bounds, own_policy, worst_off
-from replay.counted import Outcome
+from replay.counted import VM_END, WITHIN, Outcome
 from replay.own_policy import Agreement, OwnPolicyCheck
 from replay.plan import Target
 from replay.result import OF_VCPU
 from replay.run import Replayed, document, left_open
+from traces import source_notes
 from traces.layout import TextColumn
 from traces.screen import VMS_SHOWN, Page
 from traces.vm_names import VmNames
@@ -53,12 +54,13 @@ def to_dict(replayed: Replayed, share: float = 0.0) -> dict[str, Any]:
 def _of_policy(outcomes: list[Outcome], replayed: Replayed, share: float) -> dict[str, Any]:
     counts = bounds.counts(outcomes, replayed.plan.refault, share)
     ends = {"low": outcomes[0], "high": outcomes[-1]}
+    unseen = {VM_END: 0} if VM_END in outcomes[0].spreads else {}
     return {
         **{name: count.value for name, count in counts.items()},
         # Without an upper end each may be less, as well: a root that is given up sooner is not there for the others.
         "frees_by_cause": {}
         if outcomes[0].target.at_least
-        else _merged(outcomes[0], *(e.frees for e in ends.values())),
+        else _merged(outcomes[0], *({**unseen, **end.frees} for end in ends.values())),
         "roots_by_role": _merged(
             outcomes[0], *({f"{word:#x}": n for word, n in end.roles.items()} for end in ends.values())
         ),
@@ -70,14 +72,17 @@ def _of_vcpu(outcomes: list[Outcome], index: int, vcpu: int) -> dict[str, Any]:
     row: dict[str, Any] = {"vcpu": vcpu}
     for name in OF_VCPU:
         low, high = (int(getattr(outcome.vcpus, name)[index]) for outcome in (outcomes[0], outcomes[-1]))
-        row[name] = bounds.interval(low, high, outcomes[0]).value
+        row[name] = bounds.interval(low, high, outcomes[0], outcomes[0].spreads.get(name, WITHIN)).value
     row["stuck_at"] = outcomes[-1].stuck[index]
     return row
 
 
 def _merged(of: Outcome, low: Any, high: Any) -> dict[str, Any]:
     names = sorted({*low, *high})
-    return {name: bounds.interval(low.get(name, 0), high.get(name, 0), of).value for name in names}
+    return {
+        name: bounds.interval(low.get(name, 0), high.get(name, 0), of, of.spreads.get(name, WITHIN)).value
+        for name in names
+    }
 
 
 def _vms(replayed: Replayed) -> list[int]:
@@ -159,7 +164,11 @@ def _say_remarks(page: Page, replayed: Replayed) -> None:
         page.say(f"{inferred:,} removals by the host are inferred: this kernel has no event for them")
     for line in _compared(replayed):
         page.say(line)
-    for what, lines in (("incomplete", replayed.missing), ("broken", replayed.broken)):
+    source = source_notes.notes(plan.capabilities.trace.metadata.raw)
+    missing = [line for line in replayed.missing if line not in source]
+    for line in source:
+        page.say(f"source: {line}")
+    for what, lines in (("incomplete", missing), ("broken", replayed.broken)):
         for line in lines[:VMS_SHOWN]:
             page.say(f"{what}: {line}", "bold red")
         page.more(len(lines) - VMS_SHOWN, "such lines")

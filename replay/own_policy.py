@@ -11,7 +11,7 @@ what a replay needs, is no verdict on the policy.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Final
@@ -77,6 +77,11 @@ class Reading:
         return self.low <= self.replayed and (self.high is None or self.replayed <= self.high)
 
     @property
+    def apart(self) -> int:
+        """How far the replay is from what the rows allow."""
+        return max(self.low - self.replayed, 0 if self.high is None else self.replayed - self.high, 0)
+
+    @property
     def text(self) -> str:
         """The difference in words."""
         most = " or more" if self.high is None else "" if self.high == self.low else f" to {self.high:,}"
@@ -108,6 +113,11 @@ class OwnPolicyCheck:
         """Where they differ: each count once, by the event that shows it first."""
         found = [reading for reading in self.readings if not reading.agrees]
         return tuple({reading.count: reading for reading in reversed(found)}.values())[::-1]
+
+    def apart(self, open_: Collection[str]) -> int:
+        """By how much the replay and the rows differ at most, but for counts that are `open_` anyway."""
+        decided = [reading for reading in self.readings if not {*_READINGS[reading.of][2]} & {*open_}]
+        return max((reading.apart for reading in decided), default=0)
 
     @property
     def agreement(self) -> Agreement:

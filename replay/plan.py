@@ -127,17 +127,19 @@ def _target(capabilities: Capabilities, name: str, kernel: Kernel, other: bool, 
     parameters = policy.parameters if policy else kernel.parameters(name)
     label = policy.name or policy.__name__ if policy else name
     recorded = policy is None and not other and name == capabilities.own.name
-    if recorded:
-        return Target(label, kernel, capabilities.own, None, True, (), (Run("exact", False, Case()),))
-    keeps = capabilities.own.own_reference or capabilities.shadow
+    if recorded and not capabilities.own_or:
+        unseen = (*_unseen_loads(capabilities), *_unseen_end(capabilities))
+        return Target(label, kernel, capabilities.own, None, True, unseen, (Run("exact", False, Case()),))
+    keeps = any(each.own_reference for each in (capabilities.own, *capabilities.own_or)) or capabilities.shadow
     refaults = keeps and not (parameters.own_reference or parameters.mmu == "shadow")
     hidden = capabilities.shadow and parameters.mmu == "tdp"
     writes = frozenset(
         trigger
-        for trigger in _may_show(capabilities.kernel)
+        for trigger in _may_show(capabilities)
         if (OPEN[trigger][0] in kernel.unloads) != (OPEN[trigger][1] in kernel.unloads)
     )
-    most = bool(writes)
+    open_resets = capabilities.open_resets and not capabilities.unbounded
+    most = bool(writes) or open_resets
     # Nothing bounds how often a guest may have written it between two exits, each of which would have been an exit.
     hides_wp = capabilities.hides_wp and (Trigger.CR0_WP in kernel.unloads or kernel.layout.guest_bits)
     open_ = [
@@ -149,6 +151,9 @@ def _target(capabilities: Capabilities, name: str, kernel: Kernel, other: bool, 
             if hides_wp
             else []
         ),
+        *_unseen_unloads(capabilities),
+        *_unseen_end(capabilities),
+        *_unknown_policy(capabilities),
         *(["the recorded kernel kept its roots: what the guest accessed again is not recorded"] if refaults else []),
         *(["the shadow MMU prefetched: which of those pages the guest needed is not in the trace"] if hidden else []),
     ]
@@ -156,17 +161,60 @@ def _target(capabilities: Capabilities, name: str, kernel: Kernel, other: bool, 
     refaults = refaults or (most and not parameters.own_reference and parameters.mmu == "tdp")
     merged = refaults and kernel.layout.guest_bits and not capabilities.kernel.layout.guest_bits
     high = Run("high", refaults, Case(most, hidden, merged))
+    at_least = hides_wp or bool(capabilities.unbounded)
     if not (refaults or hidden or most):
-        runs: tuple[Run, ...] = (low if hides_wp else replace(low, bound="exact"),)
+        runs: tuple[Run, ...] = (low if at_least else replace(low, bound="exact"),)
     elif assumed.name in ("none", "all"):
         runs = (low,) if assumed.name == "none" else (high,)
     else:
         runs = (low, high)
-    return Target(label, kernel, parameters, policy, False, tuple(open_), runs, writes, hides_wp)
+    return Target(label, kernel, parameters, policy, recorded, tuple(open_), runs, writes, at_least)
 
 
-def _may_show(kernel: Kernel) -> tuple[Trigger, Trigger]:
+def _unknown_policy(capabilities: Capabilities) -> list[str]:
+    if not capabilities.own_or:
+        return []
+    names = " or ".join(each.name for each in (capabilities.own, *capabilities.own_or))
+    return [
+        f"which stable update {capabilities.trace.metadata.kernel} is, is not known: its roots may have been {names} "
+        "(import --kernel with the update tells, or --recorded-policy)"
+    ]
+
+
+def _unseen_unloads(capabilities: Capabilities) -> list[str]:
+    """What a recording leaves open of how often its vCPUs gave up their roots, under another policy than its own."""
+    if capabilities.unbounded:
+        why = "; ".join(capabilities.unbounded)
+        return [f"{why}: taken to have unloaded nothing more, so that counts and times are the least"]
+    if capabilities.open_resets:
+        return [
+            "resets are not recorded: there may have been one whenever userspace had the vCPU, and at each write of a "
+            "register whose value before is not known"
+        ]
+    return []
+
+
+def _unseen_loads(capabilities: Capabilities) -> list[str]:
+    """The same under its own policy, of which the tables that were built are shown."""
+    if not capabilities.open_resets:
+        return []
+    return ["resets are not recorded: loads of roots that were there may have been more"]
+
+
+def _unseen_end(capabilities: Capabilities) -> list[str]:
+    if capabilities.has("vm_destroy"):
+        return []
+    return [
+        "the end of VMs is not recorded: roots freed, tables removed, SPTEs zapped and flushes are the least that "
+        "there were"
+    ]
+
+
+def _may_show(capabilities: Capabilities) -> tuple[Trigger, Trigger]:
     """The open triggers that a recording of a kernel can have: resets where it unloads for all, silence elsewhere."""
+    kernel = capabilities.kernel
+    if capabilities.open_resets:
+        return Trigger.CR0_SILENT, Trigger.CR4_SILENT
     return (
         Trigger.CR0_RESET if Trigger.CR0_WP in kernel.unloads else Trigger.CR0_SILENT,
         Trigger.CR4_RESET if Trigger.CR4_PGE in kernel.unloads else Trigger.CR4_SILENT,

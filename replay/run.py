@@ -29,6 +29,7 @@ from replay.plan import Plan, Run, Target
 from replay.result import ResultWriter, VmWriter
 from replay.simulate.operations import Block
 from replay.spool import Spool
+from replay.spread import spreads
 from replay.timing import time_rows
 from replay.timing.measure import Measurement, SpanTimes
 from replay.timing.timed_run import PolicyClock, Settings, VmTime, vm_time
@@ -136,6 +137,10 @@ class _Vm:
         """Replay it; of what that takes, only what came of it is kept: VMs wait for those before them."""
         self._replay(self._inputs)
         self.notes = self._inputs.notes
+        for outcome in self.outcomes:
+            exact = outcome.target.recorded and outcome.run.bound == "exact"
+            ended = self._inputs.decoder.ended
+            outcome.spreads = spreads(self._capabilities, self.notes, self.check, exact=exact, ended=ended)
         del self._inputs, self._times
         return self
 

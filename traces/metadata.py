@@ -22,6 +22,7 @@ KEY: Final = TRACE_KEY
 BY_ROWS: Final = "its rows"
 BY_TYPES: Final = "the kernel's types"
 BY_USER: Final = "--recorded-policy"
+BY_RELEASE: Final = "its release"
 MAX_BYTES: Final = 64 << 20  # Arrow reads no longer strings than 100 MB from a footer
 
 

@@ -28,7 +28,7 @@ from traces.frame import NO_TRACE, check_footer, check_row_groups, check_schema,
 from traces.kernels.policies import POLICIES
 from traces.kernels.policy_rows import COLUMNS, KINDS, PolicyRow, Watch
 from traces.lazy_rows import lazy_rows
-from traces.metadata import BY_ROWS, BY_TYPES, BY_USER, KEY, Metadata, RowGroup, parse
+from traces.metadata import BY_RELEASE, BY_ROWS, BY_TYPES, BY_USER, KEY, Metadata, RowGroup, parse
 from traces.schema import BY_NAME
 from traces.text import printable, some, vms_text
 from traces.untrusted import object_at
@@ -38,7 +38,7 @@ UNKNOWN_CODE: Final = 255
 _POLICY_ROWS: Final = 1 << 14  # looked at for the policy, a batch
 _POLICY_BATCHES: Final = 8
 _TELLING: Final = [BY_NAME[kind].code for kind in KINDS]
-_BY: Final = {"rows": BY_ROWS, "types": BY_TYPES}
+_BY: Final = {"rows": BY_ROWS, "types": BY_TYPES, "release": BY_RELEASE}
 _KNOWN: Final = frozenset(SCHEMA.names)
 # What decoding a hostile file can raise in pyarrow; MemoryError where a length lies.
 _DECODE_ERRORS: Final = (

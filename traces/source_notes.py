@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from traces.metadata import BY_RELEASE, Metadata
 from traces.text import printable
-from traces.untrusted import object_at, text_at
+from traces.untrusted import count_at, object_at, text_at
 
 _MOST: Final = 20
 _LONGEST: Final = 400
@@ -32,6 +33,17 @@ def notes(raw: Mapping[str, Any]) -> list[str]:
     lines = [f"{origin(raw)}, which does not show: {cannot}" if cannot else origin(raw)]
     lines += [f"inferred: {line}" for line in _lines(source, "inferred")]
     return lines + _lines(source, "remarks")
+
+
+def overrun(raw: Mapping[str, Any]) -> int:
+    """How many events an import's source says were overwritten before they were read."""
+    return count_at(object_at(raw, "source"), "overrun") if imported(raw) else 0
+
+
+def other_policies(metadata: Metadata) -> list[str]:
+    """The root policies that an import's kernel may have had besides the one that it is taken to have had."""
+    given = object_at(metadata.raw, "policy").get("or") if metadata.policy_by == BY_RELEASE else None
+    return [name for name in given if isinstance(name, str)] if isinstance(given, list) else []
 
 
 def lacks(probes: tuple[Mapping[str, Any], ...], kind: str, column: str) -> bool:

@@ -32,6 +32,8 @@ _WANTED: Final = {
     "kvm_mmu_zap_all_fast": "invalidations are not recorded",
     "vm_destroy": "the end of VMs is not recorded: their last roots are not freed",
 }
+_RETURNS: Final = ("kvm_userspace_exit", "kvm_exit")  # after which a vCPU's MMU context may have been reset
+_UNLOADING: Final = {"kvm_smm_transition": "SMIs", "kvm_mmu_zap_all_fast": "invalidations"}
 _SEEN: Final = ("kvm_entry", "kvm_page_fault", "mmu_load")  # one of them, or there is nothing a vCPU did
 
 
@@ -50,6 +52,8 @@ class Capabilities:
                 found = meta.policy or "none given"
                 raise Problem(f"the recorder could not tell this kernel's root policy ({found})")
             self.own = self.kernel.parameters()
+            # What it may have been instead, where nothing decides.
+            self.own_or = tuple(map(self.kernel.parameters, source_notes.other_policies(meta)))
         except Problem as problem:
             raise Problem(f"{path}: {problem}") from None
         self.trace = trace
@@ -78,8 +82,13 @@ class Capabilities:
         # 5.10 shows neither notifiers nor SPTE changes: what the host took away can only be inferred.
         # Nor does an import without memslots, which alone make guest memory of a range of the host's addresses.
         placed = any(slot.get("hva") for vm in meta.vms for slot in vm["slots"])
-        unplaced = source_notes.imported(meta.raw) and not placed
+        self.imported = source_notes.imported(meta.raw)
+        unplaced = self.imported and not placed
         self.infers = "kvm_unmap_hva_range" not in self.kinds or unplaced
+        # Whether a vCPU may have given up its roots without a row that says so, and why nothing bounds how often.
+        shown = meta.kinds.get("root_get") or meta.kinds.get("mmu_load")
+        self.open_resets = "mmu_reset" not in self.kinds and not shown
+        self.unbounded = tuple(self._unbounded(trace))
         self.missing = tuple(self._missing(trace))
 
     @cached_property
@@ -90,6 +99,8 @@ class Capabilities:
     @cached_property
     def ad_disabled(self) -> bool:
         """Whether the recorded module has accessed and dirty bits off: a bit of every root's role word."""
+        if known := [int(root["role"]) for root in self.trace.metadata.uncreated_roots if root["role"]]:
+            return roles.has_ad_disabled(known[0])
         for batch in self.trace.batches(["root", "role"], size=1 << 12):
             root, role = (batch.column(name).to_numpy() for name in ("root", "role"))
             found = role[(root > 0) & (role > 0)]
@@ -115,9 +126,20 @@ class Capabilities:
             lines.append(f"VM {vm['id']} was running before: what it had mapped then is not known")
         if omitted := count_at(vm, "slots_omitted"):
             lines.append(f"VM {vm['id']}: {omitted:,} memslot entries are not in the metadata")
-        if vm.get("until") is None:
+        if vm.get("until") is None and self.has("vm_destroy"):
             lines.append(f"VM {vm['id']} was still running at the end: its last roots are not freed")
         return lines
+
+    def _unbounded(self, trace: Trace) -> Iterator[str]:
+        """Why there may have been unloads beyond any number that rows give, one line each."""
+        unseen = [kind for kind in _RETURNS if kind not in self.kinds]
+        if self.open_resets and unseen:
+            yield f"neither resets nor {' and '.join(unseen)} are in it"
+        for kind, what in _UNLOADING.items():
+            if kind not in self.kinds:
+                yield f"{what} are not in it"
+        if self.imported and (trace.metadata.gap_count or source_notes.overrun(trace.metadata.raw)):
+            yield "events were lost, of which kinds is not known"
 
     def _missing(self, trace: Trace) -> list[str]:
         meta = trace.metadata

@@ -96,13 +96,14 @@ _TABLE_FREE = cython.declare(cython.int, 27)
 _ZAP_ROOT = cython.declare(cython.int, 28)
 _ZAP_ROOT_END = cython.declare(cython.int, 29)
 _SPLIT_HUGE = cython.declare(cython.int, 30)
+_USER_EXIT = cython.declare(cython.int, 31)
 _OF_VM = cython.declare(cython.int, 18)
 MEANINGS = (
     "", "kvm_exit", "kvm_entry", "kvm_page_fault", "kvm_mmu_spte_requested", "kvm_mmu_set_spte", "mark_mmio_spte",
     "fast_page_fault", "kvm_mmu_get_page", "root_get", "mmu_load", "mmu_reset", "mmu_unload", "kvm_smm_transition",
     "kvm_cr", "kvm_msr", "ioctl", "new_pgd", "kvm_tdp_mmu_spte_changed", "ioctl_end", "kvm_mmu_zap_all_fast",
     "zap_leafs", "kvm_unmap_hva_range", "zap_all", "memslot", "vm_destroy", "kvm_nested_vmenter", "table_free",
-    "zap_root_begin", "zap_root_end", "kvm_mmu_split_huge_page",
+    "zap_root_begin", "zap_root_end", "kvm_mmu_split_huge_page", "kvm_userspace_exit",
 )  # fmt: skip
 
 _TOUCH = cython.declare(cython.uint, int(Op.TOUCH))
@@ -151,6 +152,7 @@ _CR0_SILENT = cython.declare(cython.longlong, int(Trigger.CR0_SILENT))
 _CR4_SILENT = cython.declare(cython.longlong, int(Trigger.CR4_SILENT))
 _CR0_RESET = cython.declare(cython.longlong, int(Trigger.CR0_RESET))
 _CR4_RESET = cython.declare(cython.longlong, int(Trigger.CR4_RESET))
+_NOT_SEEN = cython.declare(cython.longlong, int(Trigger.UNSEEN))
 
 _IN_SMM = cython.declare(cython.longlong, roles.SMM)
 _WP = cython.declare(cython.longlong, roles.WP)
@@ -165,6 +167,7 @@ _CR4_PGE_BIT = cython.declare(cython.longlong, triggers.CR4_PGE)
 _CR4_PCIDE_BIT = cython.declare(cython.longlong, triggers.CR4_PCIDE)
 _EFER_MSR = cython.declare(cython.ulonglong, triggers.EFER_MSR)
 _EFER_NX = cython.declare(cython.longlong, triggers.EFER_NX)
+_EFER_ROLE = cython.declare(cython.longlong, triggers.EFER_ROLE)
 _SET_SREGS = cython.declare(cython.longlong, triggers.SET_SREGS[0])
 _SET_SREGS2 = cython.declare(cython.longlong, triggers.SET_SREGS[1])
 _SET_CPUID2 = cython.declare(cython.longlong, triggers.SET_CPUID2)
@@ -213,6 +216,7 @@ Vcpu = cython.struct(  # what is known of a vCPU after its last row; rows are na
     state=cython.longlong,  # (`roles`) by the word of that root
     smm=cython.longlong,  # its last SMM transition
     reset=cython.longlong,
+    unloaded=cython.longlong,  # its last SMM transition, or write of a register, that unloads
     cr0_reset=cython.longlong,  # its last reset for a write of CR0 whose value is not known, and that input
     cr0_input=cython.longlong,
     entered=cython.longlong,
@@ -322,6 +326,7 @@ class Decoder:
     _now: cython.longlong  # of the row under way: time, seq
     _at: cython.longlong
     _loads_by: cython.int
+    _open_resets: cython.bint  # resets are not recorded
     _invalidations: cython.longlong
     _invalidated: cython.longlong  # the last one
     _newest_root: cython.longlong
@@ -348,6 +353,7 @@ class Decoder:
     _shadow: cython.bint
     _infers: cython.bint
     _valued: cython.bint  # writes of control registers come with values
+    _msr_valued: cython.bint  # and those of EFER
     _guest_bits: cython.bint
     _one_function: cython.bint
     _fixed: cython.longlong
@@ -392,11 +398,13 @@ class Decoder:
         # Up to 5.17 a notifier takes tables as well.
         self._recovers = kernel.spte_changed and not kernel.zap_tables and bool(kinds.get("zap_root_begin"))
         self._loads_by = _ROOT_GET if kinds.get("root_get") else _MMU_LOAD if kinds.get("mmu_load") else _ENTRY
+        self._open_resets = bool(capabilities.open_resets)
         self._invalidations, self._invalidated, self._newest_root = 0, -1, 0
         self._timed, self._groups = timed, groups
         self._shadow, self._infers = capabilities.shadow, capabilities.infers
         self._meaning = exit_meanings(kernel.vendor)
         self._valued = bool(kinds.get("kvm_cr"))
+        self._msr_valued = bool(kinds.get("kvm_msr"))
         self._guest_bits = kernel.layout.guest_bits
         # The same function empties roots when they are invalidated and when the process ends.
         self._one_function = kernel.zap_all_fast == "empty"
@@ -561,10 +569,15 @@ class Decoder:
                             self._writes(v, code[i], cython.cast(cython.longlong, value[i]))
                     elif means == _MSR:
                         if flags[i] & 1 and code[i] == _EFER_MSR:
+                            if self._open_resets:
+                                self._writes_efer(v, cython.cast(cython.longlong, value[i]))
                             vcpu[v].efer = cython.cast(cython.longlong, value[i])
                     elif means == _FAST:
                         if ret[i] == self._fixed:
                             self._repaired(v, addr[i], (old[i] | new[i]) & _LARGE != 0)
+                    elif means == _USER_EXIT:
+                        if self._open_resets:
+                            self._not_seen(v)
                     elif means == _IOCTL_BEGIN:
                         vcpu[v].opened = seq[i]
                         vcpu[v].why = self._asked(cython.cast(cython.longlong, code[i] & 0xFFFF))
@@ -675,6 +688,8 @@ class Decoder:
         if state != _NO_STATE:
             has |= _HAS_ROLE
         self._count[trigger] += 1
+        if self._unloads[trigger]:
+            self._vcpu[v].unloaded = self._at
         self._put_of(v, _TRIGGER, trigger | state << _STATE_SHIFT, has)
 
     # Time
@@ -864,6 +879,7 @@ class Decoder:
     def _exits(self, v: cython.Py_ssize_t, code: cython.ulonglong, value: cython.ulonglong) -> cython.void:
         vcpu: cython.pointer[Vcpu] = self._vcpu
         why: cython.longlong = _BY_OTHER
+        told: cython.bint
         if code & 0xFFFF < _CODES:
             why = self._meaning[code & 0xFFFF]
         if why == _BY_CR:
@@ -873,6 +889,10 @@ class Decoder:
         vcpu[v].opened = vcpu[v].left = self._at
         vcpu[v].why = why
         vcpu[v].left_by_io = 1 if why == _BY_IO else 0
+        if self._open_resets:
+            told = self._msr_valued if why == _BY_MSR_WRITE else self._valued
+            if why == _BY_INVPCID or (why in (_BY_MSR_WRITE, _BY_CR0, _BY_CR4) and not told):
+                self._not_seen(v)
         if self._valued:
             return
         # Where the kernel unloads for the usual write, no reset means that nothing of the kind was written.
@@ -897,12 +917,13 @@ class Decoder:
         vcpu: cython.pointer[Vcpu] = self._vcpu
         trigger: cython.longlong = _NONE
         changed: cython.longlong
+        first: cython.bint = (vcpu[v].cr0 if register == 0 else vcpu[v].cr4) == _NONE
         if register == 0:
             changed = value ^ vcpu[v].cr0
             if vcpu[v].cr0 == _NONE:
                 # Of the first write it is not known what it changed; a kernel that unloads for all of it shows that by
                 # a reset.
-                trigger = _NONE if self._unloads[_CR0_WP] else _CR0_SILENT
+                trigger = _NONE if self._unloads[_CR0_WP] and not self._open_resets else _CR0_SILENT
             elif changed & _CR0_PG_BIT:
                 trigger = _CR0
             elif changed & _CR0_WP_BIT:
@@ -911,7 +932,7 @@ class Decoder:
         elif register == 4:
             changed = value ^ vcpu[v].cr4
             if vcpu[v].cr4 == _NONE:
-                trigger = _NONE if self._unloads[_CR4_PGE] else _CR4_SILENT
+                trigger = _NONE if self._unloads[_CR4_PGE] and not self._open_resets else _CR4_SILENT
             elif changed & _CR4_ROLE_BITS:
                 trigger = _CR4
             elif changed & _CR4_PGE_BIT:
@@ -923,8 +944,30 @@ class Decoder:
             return
         vcpu[v].wrote = self._at
         vcpu[v].wrote_trigger = trigger
-        if trigger != _NONE and not self._unloads[trigger]:
+        if first and self._open_resets:
+            self._not_seen(v)
+        if trigger != _NONE and (self._open_resets or not self._unloads[trigger]):
             self._silent(v, trigger)
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _writes_efer(self, v: cython.Py_ssize_t, value: cython.longlong) -> cython.void:
+        """A write of EFER, where no reset tells whether it changed a bit of the role."""
+        if self._vcpu[v].efer == _NONE:
+            self._not_seen(v)
+        elif (value ^ self._vcpu[v].efer) & _EFER_ROLE:
+            self._pull(v, _EFER, _NO_STATE)
+            self._vcpu[v].dirty = True
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _not_seen(self, v: cython.Py_ssize_t) -> cython.void:
+        """The vCPU's MMU context may have been reset here, and no row would show it."""
+        if self._vcpu[v].started:
+            self._pull(v, _NOT_SEEN, _NO_STATE)
+            self._vcpu[v].dirty = True
 
     @cython.cfunc
     @cython.nogil
@@ -1075,16 +1118,19 @@ class Decoder:
         """The vCPU enters the guest."""
         vcpu: cython.pointer[Vcpu] = self._vcpu
         word: cython.uint
+        pending: cython.bint = vcpu[v].invalidated != self._invalidations
         if self.began < 0:
             self.began = self._now
         if self._loads_by == _ENTRY and root > 0 and root != vcpu[v].root:
+            if self._open_resets and vcpu[v].root > 0 and vcpu[v].unloaded < vcpu[v].entered and not pending:
+                self._pull(v, _OTHER, _NO_STATE)  # it gave up the root that it had, whatever for
             self._load_root(v, root, role)
         vcpu[v].root = root
         if not vcpu[v].started:  # it ran already when the recording began: its root is the one that it enters with
             word = self._role_of(root)
             vcpu[v].state = self._state(word) if word else _USUAL
             self._arrive(v, vcpu[v].state)
-        if vcpu[v].dirty or vcpu[v].invalidated != self._invalidations:
+        if vcpu[v].dirty or pending:
             self._put_of(v, _ENTER, 0, _HAS_ENTER)
             vcpu[v].dirty = False
             vcpu[v].invalidated = self._invalidations
@@ -1304,15 +1350,15 @@ class Decoder:
 
 # Rows of Vcpu, and which of their fields are -1 at first.
 VCPU = [(name, "i8", (len(VcpuState),)) if name == "ns" else (name, "i8") for name in (
-    "opened", "why", "loaded", "state", "smm", "reset", "cr0_reset", "cr0_input", "entered", "root", "dirty",
-    "invalidated", "started", "touch", "touch_input", "requested", "requested_level", "split", "marked", "present",
-    "faulted", "built", "built_at", "wp_flips", "maybe_flips", "efer", "cr0", "cr4", "wrote", "wrote_trigger",
-    "left", "left_by_io", "asked_smi", "record", "first", "has", "ns", "tables", "built_root", "still", "interrupt",
-    "lead", "lead_guest", "lead_idle", "zapped", "prefetched", "rows", "fault_rows", "faults", "interrupts",
-    "interrupted", "nesting",
+    "opened", "why", "loaded", "state", "smm", "reset", "unloaded", "cr0_reset", "cr0_input", "entered", "root",
+    "dirty", "invalidated", "started", "touch", "touch_input", "requested", "requested_level", "split", "marked",
+    "present", "faulted", "built", "built_at", "wp_flips", "maybe_flips", "efer", "cr0", "cr4", "wrote",
+    "wrote_trigger", "left", "left_by_io", "asked_smi", "record", "first", "has", "ns", "tables", "built_root",
+    "still", "interrupt", "lead", "lead_guest", "lead_idle", "zapped", "prefetched", "rows", "fault_rows", "faults",
+    "interrupts", "interrupted", "nesting",
 )]  # fmt: skip
 NEVER = (
-    "opened", "loaded", "smm", "reset", "cr0_reset", "cr0_input", "entered", "touch", "touch_input", "requested",
-    "split", "marked", "faulted", "built", "built_at", "efer", "cr0", "cr4", "wrote", "wrote_trigger", "left",
-    "asked_smi", "record",
+    "opened", "loaded", "smm", "reset", "unloaded", "cr0_reset", "cr0_input", "entered", "touch", "touch_input",
+    "requested", "split", "marked", "faulted", "built", "built_at", "efer", "cr0", "cr4", "wrote", "wrote_trigger",
+    "left", "asked_smi", "record",
 )  # fmt: skip

@@ -82,6 +82,7 @@ CAUSES: Final = {
     Trigger.CR4_SILENT: Cause.CR4,
     Trigger.CR0_RESET: Cause.CR0,
     Trigger.CR4_RESET: Cause.CR4,
+    Trigger.UNSEEN: Cause.OTHER,
 }
 
 LEVEL_SHIFT: Final = 4

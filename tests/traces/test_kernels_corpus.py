@@ -42,6 +42,7 @@ UNSEEN = {
     "unloads.EXIT": "what nothing recorded explains", "unloads.OTHER": "the same",
     "unloads.CR0_SILENT": "an open end of a recording, not a cause", "unloads.CR4_SILENT": "the same",
     "unloads.CR0_RESET": "the same", "unloads.CR4_RESET": "the same",
+    "unloads.UNSEEN": "the same",
     "vendor.name": "of the hardware", "vendor.cpu": "the same", "vendor.module": "the same",
     "vendor.paging": "the same", "vendor.accessed": "of the hardware",
     "vendor.dirty": "the same", "vendor.interrupt": "the emulated machine interrupts as it likes",

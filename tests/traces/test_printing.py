@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.corpus import CORPUS
+from tests.traces.shown_counts import outside
 from tests.verbs import invoke, kvmtrace
 from traces import kernels
 from traces.imports.form_program import ROLE_FIELDS, FormPart, pieces
@@ -153,7 +154,7 @@ def test_replay_counts_from_a_text_what_it_counts_from_the_recording(name: str, 
     meta = Trace.open(source).metadata
     invoke(["export", str(source), "--perf-script", "-o", str(text)])
     invoke(["import", str(text), "-o", str(back), "--kernel", meta.kernel])
-    counts = []
+    counts: list[dict[str, Any]] = []
     for trace in (source, back):
         done = kvmtrace(["replay", str(trace), "--recorded-policy", meta.policy, "--no-time", "--json"])
         assert done.returncode == 0, done.stderr
@@ -162,4 +163,6 @@ def test_replay_counts_from_a_text_what_it_counts_from_the_recording(name: str, 
             policy["policy"]: {key: policy[key] for key in ("creations", "reuses", "faults", "refaults", "hits")}
             for policy in vm["policies"]
         })  # fmt: skip
-    assert counts[0] == counts[1]
+    assert not outside(*counts)
+    for count in ("creations", "faults", "refaults", "hits"):
+        assert counts[1][meta.policy][count] == counts[0][meta.policy][count]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 import numpy as np
 
+from traces.columns import kind_name
 from traces.errors import Problem
+from traces.imports.event_fields import SYSTEMS, RawFields
 from traces.imports.findings import Findings
 from traces.imports.form_program import RUNS_GUEST
 from traces.imports.perf_data import PerfData
@@ -58,8 +61,10 @@ def read_binary(kind: str, source: SourceBytes, spool: RowSpool, progress: Progr
         release=facts.release,
         clock=facts.clock,
         cut=cut,
+        watched=_watched(reader.fields, counts),
     )
     if isinstance(reader, TraceDat):
+        found.overrun = reader.facts.overrun
         found.odd += reader.odd_pages
         found.vm_of = {tid: name for name, tids in reader.facts.guests.items() for tid in tids if tid}
         found.how = [f"buffer {name}" for name in reader.facts.buffers if name]
@@ -67,6 +72,17 @@ def read_binary(kind: str, source: SourceBytes, spool: RowSpool, progress: Progr
         found.odd += reader.odd_samples
         found.how = [how for how, so in (("stream", reader.facts.piped), ("zstd", reader.facts.compressed)) if so]
     return found
+
+
+def _watched(fields: RawFields, others: Mapping[str, int]) -> frozenset[str]:
+    """The kinds whose events were switched on: a file has the formats of the events that it was to have.
+
+    `trace-cmd extract` writes those of all that the kernel has, instead: then some whole system has no event.
+    """
+    seen = {system for system, names in fields.systems.items() if any(name in others for name in names)}
+    if any(system not in seen for system in fields.systems if system not in (*SYSTEMS, "ftrace")):
+        return frozenset()
+    return frozenset(kind_name(int(code)) for code in fields.kinds[:, 0])
 
 
 def _columns(rows: Rows) -> Columns:

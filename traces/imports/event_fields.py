@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -34,13 +34,14 @@ class RawFields:
 
     `events`: by an event's number in the file, its place in `kinds`, -1 where a trace has no kind for it; `kinds`:
     (kind, first field, end, bytes that there must be); `fields`: (offset, size, signed, place, shift, mask as a signed
-    word). `names` of all events by their numbers.
+    word). `names` of all events by their numbers, and by system.
     """
 
     events: NDArray[np.int64]
     kinds: NDArray[np.int64]
     fields: NDArray[np.int64]
     names: Mapping[int, str]
+    systems: Mapping[str, Sequence[str]]
 
 
 def raw_fields(formats: Iterable[tuple[str, str]]) -> RawFields:
@@ -49,11 +50,13 @@ def raw_fields(formats: Iterable[tuple[str, str]]) -> RawFields:
     kinds: list[tuple[int, int, int, int]] = []
     fields: list[tuple[int, ...]] = []
     names: dict[int, str] = {}
+    systems: dict[str, list[str]] = {}
     for system, text in formats:
         name, number = _NAME.search(text), _ID.search(text)
         if name is None or number is None or int(number[1]) >= MOST_IDS:
             continue
         names[int(number[1])] = name[1]
+        systems.setdefault(system, []).append(name[1])
         kind = _KINDS.get(name[1])
         if kind is None or system not in SYSTEMS:
             continue
@@ -65,7 +68,7 @@ def raw_fields(formats: Iterable[tuple[str, str]]) -> RawFields:
         events[int(number[1])] = len(kinds)
         kinds.append((BY_NAME[kind].code, first, len(fields), least))
     return RawFields(
-        events, np.array(kinds, np.int64).reshape(-1, 4), np.array(fields, np.int64).reshape(-1, 6), names
+        events, np.array(kinds, np.int64).reshape(-1, 4), np.array(fields, np.int64).reshape(-1, 6), names, systems
     )  # fmt: skip
 
 

@@ -19,7 +19,9 @@ class Findings:
 
     `lines` are records of binary data; `odd` ones were not understood, `first_odd` is the first. `others` are events
     that a trace has no kind for, by name. `forms` are rows by the form of their text, of `raw` there were fields
-    instead. `vendors`: exits of VMX, of SVM. `cut` says why the source ended early, if it did.
+    instead. `vendors`: exits of VMX, of SVM. `cut` says why the source ended early, if it did. `watched` are kinds
+    whose events were switched on, as the source says: of those without rows there was none. `overrun` events were
+    overwritten before anybody read them.
     """
 
     kind: str = "text"
@@ -43,3 +45,5 @@ class Findings:
     cut: str = ""
     vm_of: Mapping[int, str] = field(default_factory=dict)
     how: list[str] = field(default_factory=list)
+    watched: frozenset[str] = frozenset()
+    overrun: int = 0

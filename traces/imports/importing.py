@@ -26,10 +26,12 @@ from traces.imports.manifest import Said, manifest
 from traces.imports.opening import Opened
 from traces.imports.root_order import RootOrder, level_of_roots
 from traces.imports.row_spool import RowSpool
+from traces.imports.shadow_mmu import shows_shadow_mmu
 from traces.imports.thread_vms import Assigned, Machine, assign
 from traces.imports.told import ToldOfText
 from traces.kernels import Kernel
 from traces.kernels.fold import parse_version
+from traces.kernels.policies import SHADOW
 from traces.kernels.vendors import SVM, VMX
 from traces.outputs import IMPORTED, check
 from traces.progress import Progress
@@ -123,6 +125,8 @@ def _write(
     vmx, svm = found.vendors.tolist()
     vendor = "" if not svm and not vmx else (SVM if svm > vmx else VMX).cpu
     kernel = _kernel(options.kernel, vendor) or kernel
+    if kernel is not None and shows_shadow_mmu(kernel, spool):
+        kernel = replace(kernel, policy=SHADOW.name, root_get_page=True)
     level = level_of_roots(kernel, spool.root_level, spool.kinds)
     roots = RootOrder(kernel, level)
     source = _Records(spool, assigned, roots, kernel, progress)
@@ -169,8 +173,8 @@ class _Records(SegmentReader):
             written += count
             self._progress.at(written)
         self.manifest |= {"closed": {"rows": written}, "finished": True, "loss": self._loss()}
-        if self._kernel is not None and (other := self._roots.kept.other_policy(self._kernel.policy)):
-            self.manifest["policy"] = other
+        if self._kernel is not None and (policy := self._roots.kept.policy(self._kernel.policy)):
+            self.manifest["policy"] = policy
 
     def _name(self, columns: Columns) -> NDArray[np.int64]:
         """Fill in vCPUs and processes by thread; each row's VM."""

@@ -64,11 +64,13 @@ class KeptRoots:
         if fresh:
             self._root[owner] = True
 
-    def other_policy(self, known: str) -> dict[str, str]:
-        """The policy that rows decide, as a manifest has it, where it is another than `known` by the release."""
+    def policy(self, known: str) -> dict[str, str]:
+        """The policy that rows decide, as a manifest has it: `known` by the release, or another; empty: they do not."""
         times = f"its rows: of {self.kept + self.made:,} times that SMM was entered again"
-        if self.kept and not self.made and known in _FREES:
-            return {"name": PRESERVE.name, "why": f"{times} its root was there each time", "by": "rows"}
-        if self.made and not self.kept and known in _KEEPS:
-            return {"name": ASYNC.name, "why": f"{times} its root was made anew each time", "by": "rows"}
+        if self.kept and not self.made and known in (*_FREES, *_KEEPS):
+            name = known if known in _KEEPS else PRESERVE.name
+            return {"name": name, "why": f"{times} its root was there each time", "by": "rows"}
+        if self.made and not self.kept and known in (*_FREES, *_KEEPS):
+            name = known if known in _FREES else ASYNC.name
+            return {"name": name, "why": f"{times} its root was made anew each time", "by": "rows"}
         return {}

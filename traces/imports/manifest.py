@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from traces import kernels
 from traces.imports.findings import Findings
 from traces.imports.opening import STANDARD_INPUT
 from traces.imports.thread_vms import Assigned, Machine
 from traces.imports.told import ToldOfText
 from traces.kernels import Kernel
+from traces.kernels.fold import parse_version
+from traces.kernels.policies import SHADOW
 from traces.kernels.printed import PLUGIN, shown_kinds, told_since
 from traces.schema import KINDS
 from traces.text import count, printable
@@ -35,6 +39,14 @@ class Said:
     kernel: Kernel | None
     vendor: str  # vendor_id; empty: no exit tells
     roots: bool  # roots were inferred
+
+    @property
+    def updates(self) -> tuple[str, ...]:
+        """The first and last stable update that the kernel may be: a distribution's release does not say which."""
+        major, minor, patch = parse_version(self.options.kernel)
+        if patch or re.fullmatch(r"[\d.]+", self.options.kernel):
+            return ()
+        return f"{major}.{minor}.0", f"{major}.{minor}"
 
     @property
     def others(self) -> dict[str, int]:
@@ -69,6 +81,8 @@ class Said:
         if found.lost or found.uncounted:
             more = f", and {found.uncounted:,} losses without a number" if found.uncounted else ""
             lines.append(f"{found.lost:,} events were lost, as the {found.kind} says{more}")
+        if found.overrun:
+            lines.append(f"{found.overrun:,} events were overwritten before they were read, as the {found.kind} says")
         if found.backwards:
             lines.append(f"times go back {found.backwards:,} times: rows stand in the order of the {found.kind}")
         if found.ticks:
@@ -106,7 +120,7 @@ def manifest(said: Said, machines: Sequence[Machine], kinds: Mapping[str, int]) 
         "snapshot": {"vms": [_vm(number + 1, machine, options) for number, machine in enumerate(machines)]},
     }
     if kernel is not None:
-        made["policy"] = {"name": kernel.policy, "why": f"what {kernel.name} has"}
+        made["policy"] = _policy(said, kernel)
         made["layout"] = {
             "role": {name: list(place) for name, place in kernel.layout.shifts.items()},
             "spte": kernel.spte.to_dict(),
@@ -115,6 +129,15 @@ def manifest(said: Said, machines: Sequence[Machine], kinds: Mapping[str, int]) 
             "table_is_physical": True,
         }
     return made
+
+
+def _policy(said: Said, kernel: Kernel) -> dict[str, Any]:
+    """`or` are the other policies that updates of the release have."""
+    if kernel.policy == SHADOW.name:
+        why = "its rows: leaves are installed, and none of them by the TDP MMU"
+        return {"name": kernel.policy, "why": why, "by": "rows"}
+    others = sorted({kernels.at(other).policy for other in said.updates} - {kernel.policy})
+    return {"name": kernel.policy, "why": f"what {kernel.name} has", "by": "release", "or": others}
 
 
 def _source(said: Said) -> dict[str, Any]:
@@ -139,6 +162,7 @@ def _source(said: Said) -> dict[str, Any]:
         "as_fields": found.raw,
         "others": said.others,
         "odd": found.odd,
+        "overrun": found.overrun,
         "first_odd": said.first_odd,
         "printed_since": list(said.printed_since),
         "cannot_show": cannot,
@@ -148,7 +172,10 @@ def _source(said: Said) -> dict[str, Any]:
 
 
 def _probes(said: Said, kinds: Mapping[str, int]) -> list[dict[str, Any]]:
-    """What is there was watched; of what is not, a text does not tell whether it was. `lacks`: columns not known."""
+    """What is there was watched, as was what the source says so of; of all else a text does not tell whether it was.
+
+    `lacks`: columns not known.
+    """
     probes = []
     shown = shown_kinds()
     for kind in KINDS:
@@ -164,6 +191,8 @@ def _probes(said: Said, kinds: Mapping[str, int]) -> list[dict[str, Any]]:
             if kind.name == "fast_page_fault" and said.kernel is None:
                 lacks.append("ret")
             probe |= {"how": "imported", "why": "", "lacks": lacks}
+        elif kind.name in said.found.watched:
+            probe |= {"how": "imported", "why": "", "lacks": []}
         elif kind.name in shown:
             probe["why"] = _NOT_THERE
         probes.append(probe)

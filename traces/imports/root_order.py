@@ -63,20 +63,23 @@ class RootOrder:
         created = (columns["flags"] & _CREATED) != 0
         born = on_vcpu & (kind == _GET_PAGE) & created & (columns["level"] == self._level) & direct
         self.kept.see(columns, vm, born, smm)
-        loaded = born
+        loaded, made = born, born
         if self._kernel is not None and not self._kernel.root_get_page:
-            loaded = self._entries_before(born, vm << 16 | np.maximum(columns["vcpu"].astype(np.int64), 0), kind)
+            entries = self._entries_before(born, vm << 16 | np.maximum(columns["vcpu"].astype(np.int64), 0), kind)
+            for name in ("role", "level"):  # what the root is known to be
+                columns[name][entries] = columns[name][born]
+            loaded, made = np.isin(np.arange(len(born)), entries), np.zeros(len(born), np.bool_)
         numbers = self.made + np.cumsum(loaded)
         state = vm << 1 | smm
         root = self._latest(np.flatnonzero(on_vcpu), state, loaded, numbers)
         self.made += int(np.count_nonzero(loaded))
-        rows = on_vcpu & _HAS_ROOT[kind] & ((kind != _GET_PAGE) | born)
+        rows = on_vcpu & _HAS_ROOT[kind] & ((kind != _GET_PAGE) | made)
         columns["root"] = np.where(rows, root, 0).astype(np.uint64)
-        columns["w1"] = np.where(born, root.astype(np.uint64), columns["w1"])
+        columns["w1"] = np.where(made, root.astype(np.uint64), columns["w1"])
 
     @staticmethod
-    def _entries_before(born: Flags, key: Ints, kind: Ints) -> Flags:
-        """The entries into the guest that came before, on the same vCPU.
+    def _entries_before(born: Flags, key: Ints, kind: Ints) -> Ints:
+        """The entries into the guest that came before, on the same vCPU; of each row that is born.
 
         Before 5.13 a root's creation is not traced, and the first table below it, which the first fault makes, is
         traced with the root's level: the vCPU had the root when it entered the guest, of which role is not shown.
@@ -85,10 +88,10 @@ class RootOrder:
         entry = kind[order] == _ENTRY
         first = np.append(True, key[order][1:] != key[order][:-1])[: len(order)]
         last = fill_forward(np.arange(len(order)), entry | first)
-        found = last[np.flatnonzero(born[order])]
-        loaded = np.zeros(len(born), np.bool_)
-        loaded[order[found]] = True
-        return loaded
+        place = np.empty(len(order), np.int64)
+        place[order] = np.arange(len(order))
+        entries: Ints = order[last[place[np.flatnonzero(born)]]]
+        return entries
 
     def _smm_of(self, key: Ints, on_vcpu: Flags, moves: Flags, flags: Any) -> Ints:
         """1 for rows of vCPUs that are in SMM."""

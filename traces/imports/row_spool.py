@@ -20,12 +20,16 @@ _CREATED: Final = 1
 
 
 class RowSpool:
-    """`rows` so far, `kinds` of them by number; `root_level` of the tables that are roots, 0: there are none."""
+    """`rows` so far, `kinds` of them by number; `root_level` of the tables that are roots, 0: there are none.
+
+    `lowest_tables` were made at level 1, as the event says.
+    """
 
     def __init__(self, file: IO[bytes]) -> None:
         self.rows = 0
         self.kinds: NDArray[np.int64] = np.zeros(256, np.int64)
         self.root_level = 0
+        self.lowest_tables = 0
         self._file = file
         self._stream: Any = pa.ipc.new_stream(file, RECORD_SCHEMA, options=pa.ipc.IpcWriteOptions(compression="lz4"))
 
@@ -50,6 +54,7 @@ class RowSpool:
         shift = np.where(role & TEXT_ROLE, ROLE_FIELDS["direct"][0], 7)  # the same bit in every kernel's word
         highest = int(columns["level"][made][(role >> shift) & 1 != 0].max(initial=0))
         self.root_level = max(self.root_level, highest if highest in _ROOT_LEVELS else 0)
+        self.lowest_tables += int(np.count_nonzero(columns["level"][made] == 1))
 
     def batches(self) -> Iterator[Columns]:
         """What was added, once; nothing is added after that."""

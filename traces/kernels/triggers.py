@@ -10,7 +10,7 @@ from typing import Final
 
 
 class Trigger(IntEnum):
-    """Why roots may be unloaded. The last four are what recordings leave open: see `OPEN`."""
+    """Why roots may be unloaded. The last five are what recordings leave open: see `OPEN`."""
 
     SMI = 0
     RSM = 1
@@ -29,6 +29,7 @@ class Trigger(IntEnum):
     CR4_SILENT = 14  # the same of CR4: PGE or PCIDE, or nothing
     CR0_RESET = 15  # CR0 was written, its value not recorded, and it was reset where WP alone does: WP, or PG
     CR4_RESET = 16  # the same of CR4: PGE, or a role bit
+    UNSEEN = 17  # where resets are not recorded: userspace had the vCPU, or a register was written: a reset, or nothing
 
 
 # A trigger that is open -> what it is in the case that unloads least (None: nothing), and in the one that unloads most.
@@ -37,6 +38,7 @@ OPEN: Final[dict[Trigger, tuple[Trigger | None, Trigger]]] = {
     Trigger.CR4_SILENT: (None, Trigger.CR4_PGE),
     Trigger.CR0_RESET: (Trigger.CR0_WP, Trigger.CR0),
     Trigger.CR4_RESET: (Trigger.CR4_PGE, Trigger.CR4),
+    Trigger.UNSEEN: (None, Trigger.OTHER),
 }
 # Every kernel unloads for these.
 ALWAYS: Final = frozenset({
@@ -59,6 +61,7 @@ CR4_PCIDE: Final = 1 << 17
 CR4_ROLE: Final = 1 << 4 | 1 << 5 | 1 << 12 | 1 << 20 | 1 << 21 | 1 << 22  # PSE PAE LA57 SMEP SMAP PKE
 EFER_MSR: Final = 0xC0000080
 EFER_NX: Final = 1 << 11
+EFER_ROLE: Final = 1 << 8 | 1 << 11  # LME NX
 
 # ioctls, type and number.
 SET_SREGS: Final = (0xAE84, 0xAECD)
