@@ -89,7 +89,8 @@ class CountedRun:
     def feed(self, block: Block, ranges: Ranges, writer: VmWriter | None) -> None:
         """Do a block; the memory that tables take is looked at before they all go."""
         first = self._done
-        ends = np.flatnonzero((block.op & 15 == Op.ZAP_ALL) | (block.op & 15 == Op.END))
+        op = block.op & 15
+        ends = np.flatnonzero((op == Op.ZAP_ALL) | (op == Op.END) | (op == Op.INVALIDATE))
         start = 0
         for end in [*ends.tolist(), len(block)]:
             part = slice(start, end)
