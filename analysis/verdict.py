@@ -116,7 +116,7 @@ def _ends(rows: pl.DataFrame, hangs: dict[tuple[str, str], list[SoftHang]]) -> _
         mine = hangs.get((row["policy"], row["bound"]), [])
         # No sentence is about its error and progress.
         time = VcpuTime(
-            id=row["vcpu"], wall=row["wall_ns"], spent=spent, stalls=mine, error=0.0, open=0, progress=_UNREAD
+            id=row["vcpu"], wall=row["wall_ns"], spent=spent, stalls=mine, error=0.0, open=(0, 0), progress=_UNREAD
         )  # fmt: skip
         found[row["policy"]] = (found[row["policy"]][0], time) if row["policy"] in found else (time, time)
     return {policy: found[policy] for policy in rows["policy"].unique(maintain_order=True)}

@@ -1,9 +1,10 @@
 """Guests that nobody here wrote, on real kernels in the lab: what of them was recorded, modelled, matched.
 
 `python -m benchmarks.lab_guests` records every guest of `tracer.lab.guests` on two kernels, holds each recording to
-the model and to its own rows, and writes docs/lab-guests.md; `--check` records a smaller set and writes nothing. It
-ends with 1 where a recording lost events, a VM's replay under its own policy is not what the rows show, a modelled
-response does not match, or less than 95 % of the responses are modelled.
+the model and to its own rows, and writes docs/lab-guests.md; `--check` records a smaller set and writes nothing. What
+each guest came to is kept in lab_guests.json beside this file: with `--guest` only those are measured anew. It ends
+with 1 where a recording lost events, a VM's replay under its own policy is not what the rows show, a modelled response
+does not match, or less than 95 % of the responses are modelled.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -28,6 +29,7 @@ from traces.reader import Trace
 KERNELS: Final = ("6.1", "7.x")
 LEAST_MODELLED: Final = 0.95
 TABLE: Final = Path(__file__).parents[1] / "docs" / "lab-guests.md"
+KEPT: Final = Path(__file__).with_suffix(".json")  # what the table was made of
 RESULTS: Final = "results.json"
 
 
@@ -36,7 +38,7 @@ class Measured:
     """What came of a guest on a kernel; the counts are None where nothing was recorded or it could not be read.
 
     `responses` are those of the MMU that the model accounts for, of which `matched` are as it says; `apart` are those
-    it has no model of. `agrees` is None where no VM's replay could be compared with its rows.
+    it has no model of. `agrees` is None where no VM's replay could be compared with its rows. `on` is the day.
     """
 
     guest: str
@@ -51,6 +53,7 @@ class Measured:
     matched: int | None = None
     apart: int | None = None
     agrees: bool | None = None
+    on: str = field(default_factory=lambda: f"{datetime.now(UTC):%Y-%m-%d}")
 
     @property
     def modelled(self) -> float:
@@ -75,6 +78,8 @@ class Measured:
             return [f"did not run ({self.said})"]
         if self.skipped:
             return []
+        if self.status and not self.vms:
+            return [f"made no VM, and ended with {self.status}" + (f": {self.said}" if self.said else "")]
         if self.events is None or self.responses is None:
             return [self.said or "no recording"]
         found = []
@@ -103,7 +108,7 @@ def measure(run: GuestRun) -> Measured:
         run.kernel,
         str(trace.metadata.raw["host"]["kernel"]),
         run.status,
-        (problem or run.said) if run.status is not None else (run.said or "no word of why"),
+        run.said or problem or ("no word of why" if run.status is None else ""),
         trace.metadata.events,
         trace.metadata.lost,
         len(trace.metadata.vms),
@@ -129,7 +134,7 @@ def render(several: Sequence[Measured]) -> str:
     lines = [
         "# Guests that nobody here wrote",
         "",
-        f"Recorded in the lab and held against the model by `make lab-guests` on {datetime.now(UTC):%d %B %Y}.",
+        f"Recorded in the lab and held against the model by `make lab-guests` on {_days(several)}.",
         "*Modelled* is the share of the MMU's responses (roots, tables, SPTEs, faults) that `validate` has a model of,",
         "*matched* that of the modelled ones which are as the model says. *Own policy*: whether a replay under the",
         "recording's own root policy comes to the counts that its rows show, in every VM. *Ended* is how the guest",
@@ -153,6 +158,11 @@ def render(several: Sequence[Measured]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _days(several: Sequence[Measured]) -> str:
+    days = sorted({one.on for one in several})
+    return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+
+
 def _row(one: Measured) -> str:
     ended = {0: "well", guests.SKIPPED: "skipped", None: "did not run", 124: "at its limit"}
     cells = [one.guest, GUESTS[one.guest].shows, ended.get(one.status, f"with {one.status}")]
@@ -172,10 +182,14 @@ def _share(part: int, whole: int) -> str:
     return "100 %" if part == whole else f"{min(part / whole * 100, 99.99):.2f} %"
 
 
-def kept(directory: Path) -> list[Measured]:
-    """What was measured before and is in a directory."""
-    path = directory / RESULTS
+def kept(path: Path) -> list[Measured]:
+    """What was measured before and is in a file."""
     return [Measured(**one) for one in json.loads(path.read_text())] if path.is_file() else []
+
+
+def _as_json(several: Iterable[Measured]) -> str:
+    """A line for each, so that a change of one is a change of one line."""
+    return "[\n" + ",\n".join(json.dumps(asdict(one)) for one in several) + "\n]\n"
 
 
 def main() -> int:
@@ -189,14 +203,18 @@ def main() -> int:
     chosen = [guest for guest in chosen if guest.check or not options.check]
     with ExitStack() as stack:
         directory = options.directory or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        found = {(one.guest, one.kernel): one for one in kept(directory)}
+        found = {(one.guest, one.kernel): one for one in kept(directory / RESULTS)}
         for kernel in options.kernel or (KERNELS[:1] if options.check else KERNELS):
             todo = [guest for guest in chosen if (guest.name, kernel) not in found]
             for run in guests.record(kernel, todo, directory, lambda line: print(line, file=sys.stderr)):
                 found[run.guest.name, kernel] = measure(run)
-                (directory / RESULTS).write_text(json.dumps([asdict(one) for one in found.values()]))
+                (directory / RESULTS).write_text(_as_json(found.values()))
     if not options.check:
-        TABLE.write_text(render(list(found.values())))
+        every = {(one.guest, one.kernel): one for one in kept(KEPT)} | found
+        order = {name: at for at, name in enumerate(GUESTS)}
+        ordered = sorted(every.values(), key=lambda one: (KERNELS.index(one.kernel), order[one.guest]))
+        KEPT.write_text(_as_json(ordered))
+        TABLE.write_text(render(ordered))
     for one in found.values():
         for fault in one.faults:
             print(f"{one.guest} on {one.kernel}: {fault}")

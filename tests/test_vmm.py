@@ -46,6 +46,7 @@ WITHOUT_SMM = {
     "mmio": {"passes": 5, "io_exits": 5, "mmio_exits": 5 * 16},
     "churn": {"passes": 3, "vms": 3},
     "other-thread": {"passes": 14, "host_calls": 4},
+    "late-vcpu": {"passes": 10_000, "io_exits": 2, "vms": 1},
     "one-mapping": {"passes": 8, "host_calls": 6, "vms": 2},
     "cross-fault": {"passes": 8, "host_calls": 3, "vms": 2},
     "steady": {"passes": 5, "io_exits": 1},

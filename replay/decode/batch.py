@@ -16,8 +16,8 @@ from traces.schema import BY_NAME
 
 Ints = NDArray[np.int64]
 COLUMNS: Final = (
-    "seq", "time", "vcpu", "tid", "kind", "root", "role", "level", "as_id", "gfn", "old", "new", "addr", "code",
-    "value", "rip", "refs", "ret", "slot", "flags",
+    "seq", "time", "vcpu", "tid", "kind", "root", "role", "level", "as_id", "gfn", "old", "new", "table", "addr",
+    "code", "value", "rip", "refs", "ret", "slot", "flags",
 )  # fmt: skip
 _TYPES: Final = {name: np.dtype(SCHEMA.field(name).type.to_pandas_dtype()) for name in COLUMNS if name != "kind"}
 
@@ -25,8 +25,8 @@ _TYPES: Final = {name: np.dtype(SCHEMA.field(name).type.to_pandas_dtype()) for n
 class Batch:
     """Columns are made when asked for; one that was not read holds 0.
 
-    `kind` is kind codes; `vcpu` the VM's own dense number, -1 where there is none. `gfn` is undefined in rows of a kind
-    that does not fill it.
+    `kind` is kind codes; `vcpu` the VM's own dense number, -1 where there is none; `table` is 0 where none is known.
+    `gfn` is undefined in rows of a kind that does not fill it.
     """
 
     def __init__(
@@ -51,6 +51,8 @@ class Batch:
         if name not in self._batch.schema.names:
             return _zeros(len(self))[name]
         column = self._batch.column(name)
+        if name == "table" and column.null_count:
+            column = column.fill_null(0)
         if name != "vcpu":
             return _values(column)
         bits = np.frombuffer(column.buffers()[0] if column.null_count else b"", np.uint8)

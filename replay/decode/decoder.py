@@ -432,8 +432,8 @@ class Decoder:
         """
         done: cython.longlong = self._run(
             batch.seq, batch.time, batch.vcpu, batch.tid, batch.kind, batch.root, batch.role, batch.level, batch.as_id,
-            batch.gfn, batch.old, batch.new, batch.addr, batch.code, batch.value, batch.ret, batch.slot, batch.flags,
-            start, state, ns, mark,
+            batch.gfn, batch.old, batch.new, batch.table, batch.addr, batch.code, batch.value, batch.ret, batch.slot,
+            batch.flags, start, state, ns, mark,
         )  # fmt: skip
         if self._unseen is not None:
             self._unseen.forget()
@@ -495,6 +495,7 @@ class Decoder:
         gfn: cython.const[cython.longlong][::1],
         old: cython.const[cython.ulonglong][::1],
         new: cython.const[cython.ulonglong][::1],
+        table: cython.const[cython.longlong][::1],
         addr: cython.const[cython.ulonglong][::1],
         code: cython.const[cython.ulonglong][::1],
         value: cython.const[cython.ulonglong][::1],
@@ -514,7 +515,7 @@ class Decoder:
         if not cython.compiled:
             seq, time, vcpu_of, tid, kind = map(memoryview, (seq, time, vcpu_of, tid, kind))  # type: ignore[arg-type]
             root, role, level, as_id = map(memoryview, (root, role, level, as_id))  # type: ignore[arg-type]
-            gfn, old, new, addr = map(memoryview, (gfn, old, new, addr))  # type: ignore[arg-type]
+            gfn, old, new, table, addr = map(memoryview, (gfn, old, new, table, addr))  # type: ignore[arg-type]
             code, value, ret, slot = map(memoryview, (code, value, ret, slot))  # type: ignore[arg-type]
             flags, state, ns, mark = map(memoryview, (flags, state, ns, mark))  # type: ignore[arg-type]
         with cython.nogil:
@@ -531,7 +532,7 @@ class Decoder:
                     if means in (_SET, _MARK, _FAST) and self._shadows(self._role_of(root[i])):
                         pass  # a fault of a nested guest, in KVM's shadow of the tables that it has from its host
                     elif means in (_SET, _MARK):
-                        self._leaf(v, means == _MARK, level[i], gfn[i], root[i])
+                        self._leaf(v, means == _MARK, level[i], gfn[i], root[i], table[i])
                     elif means == _FAULT:
                         vcpu[v].present = code[i] & self._present != 0
                         vcpu[v].faulted = seq[i]
@@ -775,6 +776,7 @@ class Decoder:
         level: cython.longlong,
         gfn: cython.longlong,
         root: cython.longlong,
+        table: cython.longlong,
     ) -> cython.void:
         """A leaf was installed: the vCPU needed it; or, by the shadow MMU, one more than was asked for."""
         vcpu: cython.pointer[Vcpu] = self._vcpu
@@ -806,7 +808,7 @@ class Decoder:
         if self._groups:
             op |= self._group(space, gfn)
         if self._infers:
-            self._infer(v, root, gfn, level, space, not vcpu[v].present and has == _HAS_TOUCH)
+            self._infer(v, root, gfn, level, space, table, not vcpu[v].present and has == _HAS_TOUCH)
         vcpu[v].touch = self._at
         vcpu[v].touch_input = self.inputs
         self._put_of(v, op, gfn, has)
@@ -846,6 +848,7 @@ class Decoder:
         gfn: cython.longlong,
         level: cython.longlong,
         space: cython.longlong,
+        table: cython.longlong,
         asks: cython.bint,
     ) -> cython.void:
         """Where removals are not recorded: a page that its root had was taken away before it was installed again."""
@@ -854,7 +857,9 @@ class Decoder:
         rebuilt: cython.bint = vcpu[v].built > vcpu[v].faulted and vcpu[v].built_at == region
         gone: cython.int
         with cython.gil:
-            gone = self._unseen.find(root, gfn, level, self._at, vcpu[v].faulted, asks, rebuilt, self._invalidated)
+            gone = self._unseen.find(
+                root, gfn, level, table, self._at, vcpu[v].faulted, asks, rebuilt, self._invalidated
+            )
         if gone & _GONE_PAGE:
             self.inferred += 1
             self._put_range(_ZAP, space, gfn, gfn + (cython.cast(cython.longlong, 1) << _PAGE_BITS * (level - 1)))

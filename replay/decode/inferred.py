@@ -2,8 +2,9 @@
 """Removals that a recording could not show (5.10): a page is installed again by a root that had it, so it was removed.
 
 What a root mapped in a region of 2 MiB counts only since the region last changed between a table and a huge leaf (the
-kernel's own doing, when dirty logging begins and ends), or since its table was built anew. Where the table was built
-anew the range removed was all of it: these kernels drop a table with a range that covers it.
+kernel's own doing, when dirty logging begins and ends), or since its table was built anew: its leaves are in another
+one than before, or the fault got one. There the range removed was all of it: these kernels drop a table with a range
+that covers it.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ _RECENT = cython.declare(cython.longlong, 64)  # roots that are remembered where
 @cython.final
 @cython.cclass
 class _Table:
-    """A hash table from keys (not below 0) to two numbers, in open addressing: 24 bytes a place, half of them free."""
+    """A hash table from keys (not below 0) to three numbers, in open addressing: 32 bytes a place, half are free."""
 
     keys: cython.longlong[::1]
     one: cython.longlong[::1]
     two: cython.longlong[::1]
+    three: cython.longlong[::1]
     held: cython.Py_ssize_t
     _mask: cython.Py_ssize_t
 
@@ -39,6 +41,7 @@ class _Table:
         self.keys = np.full(places, -1, np.int64)
         self.one = np.zeros(places, np.int64)
         self.two = np.zeros(places, np.int64)
+        self.three = np.zeros(places, np.int64)
         self.held = 0
         self._mask = places - 1
 
@@ -62,7 +65,7 @@ class Unseen:
     """What each living root has mapped, and when it was last mapped; and the same of regions of 2 MiB."""
 
     _pages: _Table  # (root, gfn, level) -> the last row that mapped it
-    _regions: _Table  # (root, first gfn) -> its level, and the row at which that last changed
+    _regions: _Table  # (root, first gfn) -> its level, the row at which that or its table last changed, its table
     _ended: set  # type: ignore[type-arg]
     _newest: cython.longlong
     _swept: cython.longlong  # the newest root when what is not needed was last thrown away
@@ -77,6 +80,7 @@ class Unseen:
         root: cython.longlong,
         gfn: cython.longlong,
         level: cython.longlong,
+        table: cython.longlong,
         seq: cython.longlong,
         began: cython.longlong,
         asks: cython.bint,
@@ -85,13 +89,15 @@ class Unseen:
     ) -> int:
         """Note an install at row `seq`; GONE_PAGE and GONE_TABLE by what must have been removed before it.
 
-        `began` is the row where its fault began; `asks`: by a fault on an absent page; `rebuilt`: the fault built the
-        table that the leaf is in; `emptied` is the row of the last invalidation, which empties every root.
+        `table` is the one that the leaf is in, 0 where that is not known; `began` is the row where its fault began;
+        `asks`: by a fault on an absent page; `rebuilt`: the fault built the table that the leaf is in; `emptied` is the
+        row of the last invalidation, which empties every root.
         """
         at: cython.Py_ssize_t
         former: cython.longlong
         before: cython.longlong
         changed: cython.longlong
+        other: cython.longlong
         gone: cython.int = 0
         root = max(root, 0)
         self._newest = max(self._newest, root)
@@ -107,11 +113,15 @@ class Unseen:
             self._regions.held += 1
         else:
             former = self._regions.one[at]
+            other = self._regions.three[at]
+            if table > 0 and other > 0:  # what another fault built is known by then where that one's leaf is in it
+                rebuilt = table != other or (rebuilt and self._regions.two[at] < began)
             if rebuilt or former != level:
                 self._regions.two[at] = seq
                 if rebuilt and former == level == 1 and asks:
                     gone |= GONE_TABLE
         self._regions.one[at] = level
+        self._regions.three[at] = table
         changed = self._regions.two[at]
 
         at = self._pages.place((root << _ROOT_SHIFT | gfn | level - 1) & _POSITIVE)
@@ -158,5 +168,6 @@ class Unseen:
             new.keys[at] = old.keys[i]
             new.one[at] = old.one[i]
             new.two[at] = old.two[i]
+            new.three[at] = old.three[i]
             new.held += 1
         return new

@@ -94,6 +94,7 @@ Thread = cython.struct(  # what is known of a vCPU's thread after its last row
     guests=cython.longlong,
     idle=cython.longlong,  # ns in IDLE until then, and ns that were not the vCPU's: STEAL, PAUSED, and the host's sleep
     away=cython.longlong,
+    stolen=cython.longlong,  # of that, STEAL
     halts=cython.longlong,  # its last exit was for HLT
     rests=cython.longlong,  # the state that its time in userspace has
     signalled=cython.longlong,  # it went to userspace for a signal
@@ -106,6 +107,7 @@ Moment = cython.struct(  # a vCPU's progress after a row
     guests=cython.longlong,
     idle=cython.longlong,
     away=cython.longlong,
+    stolen=cython.longlong,
 )
 
 
@@ -116,7 +118,8 @@ class Timeline:
 
     `totals` is ns by vCPU and VcpuState; `backwards` counts rows whose clock was behind their thread's last row.
     `progress` is arrays of Moment: the last row of each vCPU in each ms, with its guest time until then, how many
-    spans that is, its idle time, and what was not its time. `slept` is ns that were left out, by vCPU.
+    spans that is, its idle time, what was not its time, and what of that was stolen. `slept` is ns that were left out,
+    by vCPU.
     """
 
     totals = cython.declare(object, visibility="public")
@@ -217,7 +220,7 @@ class Timeline:
         count: cython.Py_ssize_t = self.totals.shape[0]
         last = make_pool(count, MOMENT)
         last["vcpu"] = np.arange(count)
-        for name in ("time", "guest", "guests", "idle", "away"):
+        for name in ("time", "guest", "guests", "idle", "away", "stolen"):
             last[name] = self._pool[name]
         self.progress.append(last[self._pool["time"] >= 0])
         self._moment_pool = make_pool(0, MOMENT)  # whoever keeps the timeline needs it no more
@@ -322,6 +325,7 @@ class Timeline:
                         what = _PAUSED
                     self._total[v, what] += passed
                     thread[v].away += waited + asleep
+                    thread[v].stolen += waited
                     if what == _GUEST:
                         thread[v].guest += passed
                         thread[v].guests += 1
@@ -363,6 +367,7 @@ class Timeline:
         self._moment[at].guests = self._thread[v].guests
         self._moment[at].idle = self._thread[v].idle
         self._moment[at].away = self._thread[v].away
+        self._moment[at].stolen = self._thread[v].stolen
         self._moments = at + 1
 
     @cython.cfunc
@@ -454,6 +459,6 @@ class Timeline:
 THREAD = [
     ("time", "i8"), ("kind", "i8"), ("rip", "u8"), ("state", "i8"), ("fetched", "i8"), ("tid", "i8"), ("part", "i8"),
     ("part_end", "i8"), ("next_ms", "i8"), ("guest", "i8"), ("guests", "i8"), ("idle", "i8"), ("away", "i8"),
-    ("halts", "i8"), ("rests", "i8"), ("signalled", "i8"), ("waited", "i8"),
+    ("stolen", "i8"), ("halts", "i8"), ("rests", "i8"), ("signalled", "i8"), ("waited", "i8"),
 ]  # fmt: skip
-MOMENT = [(name, "i8") for name in ("vcpu", "time", "guest", "guests", "idle", "away")]
+MOMENT = [(name, "i8") for name in ("vcpu", "time", "guest", "guests", "idle", "away", "stolen")]

@@ -273,6 +273,7 @@ def _columns(capabilities: Capabilities, vm: Mapping[str, Any], timed: bool, mor
         "as_id": moves or bool(counts.get("zap_leafs")),
         "slot": moves,
         "refs": False,
+        "table": capabilities.infers,
         "tid": timed or moves or capabilities.kernel.zap_all_fast == "empty",
     }
     return [name for name in COLUMNS if wanted.get(name, True) or name in more]

@@ -24,6 +24,7 @@ from replay.timing.costs import Fitted, Samples, Shortest, fit
 from replay.timing.lock_waits import LockWaits
 from replay.timing.reference_clock import TimeCategory
 from replay.timing.steal import Steal
+from replay.timing.steal_curve import StealCurve, steal_curve
 
 _LAB_CPUS: Final = 1  # QEMU emulates the lab's CPUs in turn, in one thread
 _COSTS: Final = ("switch", "fault", "table", "found", "created", "unload", "prefetch", "bare")
@@ -44,6 +45,19 @@ class SpanTimes:
         self.waits = LockWaits(vcpus, cpus != 1 and not own.faults_share)
         self.samples = {name: Samples() for name in _COSTS}
         self.shortest = Shortest()  # of the times in the guest
+
+    def curves(self) -> list[StealCurve]:
+        """By vCPU, when `stolen` was, where `sched_in` rows tell; after the timeline's end."""
+        if not self.steal.known:
+            return []
+        moments, slept = np.concatenate(self.timeline.progress), self.timeline.slept
+        spent, stolen = self.timeline.totals.sum(1), self.stolen
+        found = []
+        for vcpu in range(len(stolen)):
+            mine = moments[moments["vcpu"] == vcpu]
+            began = int(mine["time"][-1] - spent[vcpu] - slept[vcpu]) if len(mine) else 0
+            found.append(steal_curve(mine, began, self.steal.taken_of(vcpu), int(stolen[vcpu])))
+        return found
 
     @property
     def stolen(self) -> Ints:
@@ -86,10 +100,12 @@ class Measured:
     lost: Ints  # to zap workers, where all share one CPU
     waited: Ints  # for mmu_lock
     stolen: Ints  # its thread could run, and had no CPU
-    slept: Ints  # the host did, which is of no state
+    curves: list[StealCurve]  # and when; empty where no row tells
     rows: Ints  # of its thread, and of these those of faults
     fault_rows: Ints
     fault_events: Ints
+    awaited: Ints  # in userspace, while a memslot's change waited for a zap worker that did not zap
+    slept: Ints  # the host did, which is of no state
     interrupts: Ints  # of the host, and what they took
     interrupted: Ints
     faults: Ints
@@ -143,8 +159,8 @@ class Measurement:
         return Measured(
             refused=self._refusal(), began=decoder.began, by_guest=decoder.by_guest, by_clock=decoder.by_clock,
             fitted=self._fitted(totals, tables_freed), recorded=_breakdown(totals, lost + waited, stolen),
-            totals=totals, lost=lost, waited=waited, stolen=stolen, slept=times.timeline.slept,
-            fault_events=vcpus["faults"].copy(), faults=faults, held=times.waits.held,
+            totals=totals, lost=lost, waited=waited, stolen=stolen, curves=times.curves(), awaited=times.steal.awaited,
+            slept=times.timeline.slept, fault_events=vcpus["faults"].copy(), faults=faults, held=times.waits.held,
             requests=times.waits.faults, timeline=times.timeline,
             rip_runs=times.rip_runs, **counted,
         )  # fmt: skip

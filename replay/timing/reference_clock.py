@@ -42,7 +42,7 @@ class TimeCategory(IntEnum):
     OTHER = 5  # exits that no policy changes
     SWITCH = 6  # to the guest and back, for what faults: recorded within guest time
     IDLE = 7  # the guest has halted
-    # Not the vCPU's own, and added to what a clock says as it was recorded:
+    # Not the vCPU's own, and added to what a clock says (`steal_curve`; PAUSED as it was recorded):
     STEAL = 8  # its thread could run, and had no CPU
     PAUSED = 9  # userspace holds it back
 

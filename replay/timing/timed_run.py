@@ -54,7 +54,8 @@ class Settings:
 class VcpuTime:
     """One vCPU under one run of a policy. `spent` is ns by TimeCategory, `wall` their sum, `error` relative to `wall`.
 
-    `open` is by how many ns it may be more (or, below 0, less) for what the recording does not tell of the switch.
+    `open` is by how many ns it may be less and more for what the recording does not tell: of the switch, and, where a
+    worker zapped that the policy has not, of how long userspace waited for it beyond its zaps.
     `progress` is rows of (clock, Cause of the last unload, *spent until then), without steal time.
     """
 
@@ -63,13 +64,13 @@ class VcpuTime:
     spent: tuple[int, ...]
     stalls: list[SoftHang]
     error: float
-    open: int
+    open: tuple[int, int]
     progress: NDArray[np.int64]
 
     @property
     def band(self) -> tuple[int, int]:
         """Two standard errors about the time, and what is open."""
-        low, high = self.wall + min(self.open, 0), self.wall + max(self.open, 0)
+        low, high = self.wall + self.open[0], self.wall + self.open[1]
         return max(round(low - 2 * self.error * self.wall), 0), round(high + 2 * self.error * self.wall)
 
     @property
@@ -180,18 +181,21 @@ class PolicyClock:
         for i, samples in enumerate(engine.samples):
             spent = parts[i].tolist()
             progress = np.vstack([np.zeros((1, samples.shape[1]), np.int64), samples, [[ended[i], causes[i], *spent]]])
-            stolen = int(measured.stolen[i])
+            stolen, uncertain = int(measured.stolen[i]), 0
             more = int(faults[i]) - int(measured.faults[i])
             if not self._target.recorded:
                 interrupted = _interrupted(measured, i, spent)
                 spent[TimeCategory.OTHER] += interrupted
-                stolen = round(stolen * _rows(measured, i, more)) if measured.fitted.costs.cpus else stolen
+                stolen, uncertain = _stolen(measured, i, sum(spent) - spent[TimeCategory.IDLE], more)
             spent[TimeCategory.STEAL] += stolen
             spent[TimeCategory.PAUSED] += measured.recorded[i][TimeCategory.PAUSED]
             wall = sum(spent)
             hangs = soft_hangs(progress, settings.rule)
-            error = _error(measured, i, spent, more)
-            vcpus.append(VcpuTime(ids[i], wall, tuple(spent), hangs, error, -more * measured.fitted.open, progress))
+            error = _error(measured, i, spent, more, uncertain)
+            awaited = 0 if self._target.parameters.teardown == "worker" else int(measured.awaited[i])
+            of_switch = -more * measured.fitted.open
+            open_ = (min(of_switch, 0) - awaited, max(of_switch, 0))
+            vcpus.append(VcpuTime(ids[i], wall, tuple(spent), hangs, error, open_, progress))
         return PolicyTime(self._target, self._run, vcpus, engine.jobs, engine.worked)
 
 
@@ -205,6 +209,19 @@ def _interrupted(measured: Measured, vcpu: int, spent: list[int]) -> int:
     return sum(spent) * (switches + within) // max(recorded, 1)
 
 
+def _stolen(measured: Measured, vcpu: int, own: int, more: int) -> tuple[int, int]:
+    """What others take while the vCPU has a CPU for `own` ns, and its standard error (see `steal_curve`).
+
+    On the lab's one CPU they are above all the recorder, whose work is in proportion to rows.
+    """
+    stolen, curve = int(measured.stolen[vcpu]), measured.curves[vcpu] if measured.curves else None
+    if curve is None:
+        return (round(stolen * _rows(measured, vcpu, more)) if measured.fitted.costs.cpus else stolen), 0
+    guests = round(stolen * _rows(measured, vcpu, more)) if measured.fitted.costs.cpus else curve.even(own)
+    by_clock = curve.at(own)
+    return (guests + by_clock) // 2, abs(guests - by_clock) // 2
+
+
 def _rows(measured: Measured, vcpu: int, more: int) -> float:
     """How many times as many rows of the vCPU a recording with so many `more` faults would have as there are.
 
@@ -216,12 +233,15 @@ def _rows(measured: Measured, vcpu: int, more: int) -> float:
     return max(1 + more * each / rows, 0.0)
 
 
-def _error(measured: Measured, vcpu: int, spent: list[int], more: int) -> float:
-    """Relative standard error: of one run against another, and of the costs of faults added or taken away (`more`)."""
+def _error(measured: Measured, vcpu: int, spent: list[int], more: int, of_steal: int) -> float:
+    """Relative standard error: of one run against another, of the costs of faults added or taken away (`more`), and of
+    what others take (`of_steal`, ns).
+    """
     costs, errors = measured.fitted.costs, measured.fitted.error
     noise = NOISE_LAB if costs.cpus else NOISE
     of_switch = more * costs.switch * errors.get("switch", _UNKNOWN)
     of_faults = (spent[TimeCategory.FAULT] - measured.recorded[vcpu][TimeCategory.FAULT]) * errors.get(
         "fault", _UNKNOWN
     )
-    return float(np.hypot(noise, np.hypot(of_switch, of_faults) / max(sum(spent), 1)))
+    of_costs = np.hypot(of_switch, of_faults)
+    return float(np.hypot(noise, np.hypot(of_costs, of_steal) / max(sum(spent), 1)))

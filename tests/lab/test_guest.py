@@ -58,6 +58,14 @@ def test_command_line() -> None:
     shares = [command[index + 1] for index, word in enumerate(command) if word == "-virtfs"]
     assert [share.endswith(",readonly=on") for share in shares] == [True, False]
     assert ",path=/tmp/a,,b,mount_tag=lab," in shares[1]
+    assert "-icount" not in command
+    assert command[command.index("-smp") + 1] == "2"
+
+
+def test_a_clock_that_counts_instructions_has_one_processor() -> None:
+    command = qemu.LabMachine(Path("/k"), Path("/i"), Path("/s"), 512, counts=True).command()
+    assert command[command.index("-icount") + 1] == "shift=4,sleep=off"
+    assert command[command.index("-smp") + 1] == "1"
 
 
 def alive(pid: int) -> bool:

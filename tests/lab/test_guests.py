@@ -85,7 +85,8 @@ def test_what_holds() -> None:
     assert replace(none, status=guests.SKIPPED).skipped
     assert not replace(none, status=guests.SKIPPED).holds
     assert not replace(none, status=guests.SKIPPED).faults
-    assert replace(none, status=1, said="it has no VM").faults == ["it has no VM"]
+    assert replace(none, status=0, said="it has no VM").faults == ["it has no VM"]
+    assert replace(none, status=254, said="no NRIPS").faults == ["made no VM, and ended with 254: no NRIPS"]
     for change, fault in (
         ({"lost": 3}, "3 events lost"),
         ({"matched": 399}, "1 responses do not match"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -33,11 +33,12 @@ _WAS: dict[str, Any] = {"flags": 0, "old": 0, "new": 0, "root": 0, "refs": 2}
 
 
 class Rows:
-    """The only VM of a recording, as rows in memory."""
+    """A recording's first VM, as rows in memory."""
 
     def __init__(self, path: Path) -> None:
         self.trace = Trace.open(path)
-        (self.vm,) = self.trace.metadata.vms
+        self.vm = self.trace.metadata.vms[0]
+        self.trace.metadata = replace(self.trace.metadata, vms=(self.vm,))
         self.table = pa.Table.from_batches(list(self.trace.batches(vm=int(self.vm["id"]))))
         self.kinds: list[str] = self.table.column("kind").to_pylist()
         self.kernel = kernels.recorded(self.trace.metadata)

@@ -130,7 +130,8 @@ def test_a_thread_that_waits_for_a_cpu_is_stolen_from(tmp_path: Path) -> None:
     assert not stalls(vm)
     assert vm.fitted.costs.fault < 10_000
     for outcome in vm.outcomes:
-        assert outcome.vcpus[0].spent[TimeCategory.STEAL] == 200 * 3 * MS
+        # What takes longer is stolen more from.
+        assert outcome.vcpus[0].spent[TimeCategory.STEAL] == pytest.approx(200 * 3 * MS, rel=0.01)
 
 
 def slept(tmp_path: Path, where: str, **more: Any) -> Path:

@@ -24,13 +24,15 @@ from traces.kernels.policies import POLICIES
 from traces.reader import Trace
 
 HERE = Path(__file__).parents[1] / "recordings"
-# Mutations of all recordings together; `make mutations` asks for 10,000.
+# Mutations of all recordings together; `make mutations` asks for 10,000, of every recording of a TDP MMU.
 COUNT = int(os.environ.get("MUTATIONS", "300"))
-MUTATED = (
+FEW = (
     "smi-one-5.10", "dirty-log-5.10", "smi-one-6.1", "smi-one-6.1-async", "dirty-log-6.1", "huge-6.1-async", "huge-7.x",
     "wp-toggle-6.12", "roots-6.12", "dirty-log-huge-7.x", "smi-one-6.1-ept", "mmio-6.1-ept", "dirty-log-huge-6.1-ept",
     "slot-move-6.1-async-ept", "dirty-log-6.1-pml", "notifier-6.1-eptad0", "smi-one-7.x-ept",
 )  # fmt: skip
+TDP = tuple(path.stem for path in REPLAYED if not path.stem.endswith("-shadow"))
+MUTATED = TDP if COUNT >= 10_000 else FEW
 
 
 def checks(capabilities: Capabilities) -> list[OwnPolicyCheck]:

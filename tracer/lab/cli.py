@@ -124,7 +124,7 @@ def run(
     context: typer.Context,
     kernel: Annotated[str, typer.Option("--kernel", help="A name in `kvmtrace lab list`, or the path of a bzImage.")],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The trace to write (.parquet).")] = None,
-    cpu: Annotated[str, typer.Option(help="amd, intel, or intel-pml; see `kvmtrace lab list`.")] = "amd",
+    cpu: Annotated[str, typer.Option(help="amd, amd-icount, intel or intel-pml; see `kvmtrace lab list`.")] = "amd",
     scenario: Annotated[str, typer.Option(help="A scenario of the project's own VMM.")] = "",
     workload: Annotated[str, typer.Option(help="A command of this machine's to run in the guest instead.")] = "",
     modules: Modules = None,
@@ -140,7 +140,7 @@ def run(
     """Boot a kernel, run a scenario or a command of this machine's in it, and hand back the recorded trace."""
     from tracer.lab import prebuilt, session
     from tracer.lab.fetch import choose
-    from tracer.lab.lab_cpus import AMD
+    from tracer.lab.lab_cpus import lab_cpu
 
     if bare == bool(output):
         raise Problem("lab run: give -o OUT.parquet to record, or --bare to only run")
@@ -150,7 +150,7 @@ def run(
     booted = choose(kernel, modules, kvm_modules)
     _stop_cleanly()
     _say(f"kernel {booted.name} ({booted.release}): {' '.join(command)}")
-    on_amd, run = cpu == AMD, command
+    on_amd, run = not lab_cpu(cpu).model, command
     give: dict[str, str] = {}
     if not bare and on_amd:
         run = session.recorder(command, events)

@@ -14,12 +14,16 @@ from traces.errors import Problem
 
 @dataclass(frozen=True)
 class LabCpu:
-    """`wanted` are the modules its guest loads, the last of which is KVM's for this vendor; `model` is Bochs's name."""
+    """`wanted` are the modules its guest loads, the last of which is KVM's for this vendor; `model` is Bochs's name.
+
+    `counts`: QEMU's clock, which the guest sees, is the count of its instructions, as Bochs's always is.
+    """
 
     name: str
     shows: str
     wanted: tuple[str, ...]
     model: str = ""
+    counts: bool = False
 
     @property
     def kvm(self) -> str:
@@ -36,6 +40,7 @@ CPUS: Final = {
     cpu.name: cpu
     for cpu in (
         LabCpu(AMD, "EPYC under QEMU: SVM with nested paging (NPT)", WANTED),
+        LabCpu("amd-icount", "the same, one CPU; its clock counts instructions: times repeat", WANTED, counts=True),
         LabCpu("intel", "Haswell under Bochs: VMX with EPT", WANTED_ON_INTEL, "corei7_haswell_4770"),
         LabCpu("intel-pml", "Skylake under Bochs: EPT with PML", WANTED_ON_INTEL, "corei7_skylake_x"),
     )

@@ -65,7 +65,7 @@ SECONDS_PER_CELL_INTEL: Final = 120
 
 # `storm` is for volume on software KVM; it adds to `roots` nothing but emulator events. The others are about who does
 # what, which tests/lab/test_booking.py records; `apicv` needs hardware (docs/lab.md).
-_LEFT_OUT: Final = ("storm", "other-thread", "one-mapping", "cross-fault", "apicv")
+_LEFT_OUT: Final = ("storm", "other-thread", "late-vcpu", "one-mapping", "cross-fault", "apicv")
 # Besides each scenario with its defaults; with the TDP MMU only, to keep what ships small.
 _VARIATIONS: Final = (
     ("cr4-toggle", ("--bit", "pge")),

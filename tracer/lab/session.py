@@ -148,7 +148,7 @@ def boot(
         else:
             console, packed = work / "serial", work / "initrd"
             packed.write_bytes(initrd)
-            on_qemu = LabMachine(kernel.image, packed, share, memory, on_command_line, nodes)
+            on_qemu = LabMachine(kernel.image, packed, share, memory, on_command_line, nodes, machine.counts)
             ending = run(on_qemu.command(), console, timeout, tick)
         if output:
             output.pass_on()
@@ -284,7 +284,7 @@ def _failure(
     lines = [line for line in lines if line and "TCG doesn't support requested feature" not in line]
     cause = next((line.split(": ", 1)[1] for line in reversed(lines) if line.startswith("kvmtrace-lab: ")), "")
     who = f"kernel {kernel.name}"
-    vendor, extension = ("AMD", "SVM") if machine.name == AMD else ("Intel", "VMX")
+    vendor, extension = ("Intel", "VMX") if machine.model else ("AMD", "SVM")
     if ending is Ending.MODULE_REFUSED and machine.kvm in cause:
         message = f"{who}: no {extension} for its KVM ({cause}): a lab guest needs KVM with {vendor} support"
     elif ending is Ending.MODULE_REFUSED:

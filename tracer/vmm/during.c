@@ -69,6 +69,24 @@ void change_slots_often(struct run *run)
 	} while (!all_done(run));
 }
 
+/* vCPUs that come late, as by hotplug, and join the pass that is under way: the first page has been written. */
+void add_vcpus(struct run *run)
+{
+	struct vm *vm = &run->vms[0];
+	volatile const uint32_t *first = (volatile const uint32_t *)host_address(vm, DATA_GPA);
+
+	while (*first == 0)
+		usleep(PAUSE_US);
+	while (vm->n_vcpus < run->options->vcpus) {
+		struct vcpu *vcpu = &vm->vcpus[vm->n_vcpus];
+
+		create_vcpu(run, vm, vm->n_vcpus);
+		start_thread(vcpu);
+		sem_post(&vcpu->go);
+		usleep(PAUSE_US);
+	}
+}
+
 /* For guests that halt: the kernel then keeps them until an interrupt. Without it a halt is the VMM's to wait for. */
 void give_irqchip(struct run *run, struct vm *vm)
 {

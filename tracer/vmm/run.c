@@ -142,23 +142,19 @@ void on_thread_of(struct vcpu *vcpu, void (*errand)(struct run *run, struct vcpu
 	vcpu->errand = NULL;
 }
 
-static void start_threads(struct vm *vm)
+void start_thread(struct vcpu *vcpu)
 {
 	sigset_t all, old;
+	int error;
 
 	/* The alarm must reach the main thread, which waits where a signal finds it; a vCPU thread may be deep in KVM. */
 	sigfillset(&all);
 	pthread_sigmask(SIG_BLOCK, &all, &old);
-	for (unsigned i = 0; i < vm->n_vcpus; i++) {
-		struct vcpu *vcpu = &vm->vcpus[i];
-		int error;
-
-		sem_init(&vcpu->go, 0, 0);
-		sem_init(&vcpu->done, 0, 0);
-		error = pthread_create(&vcpu->thread, NULL, vcpu_thread, vcpu);
-		if (error != 0)
-			fail(EXIT_NO_ABILITY, "no thread for vCPU %u: %s", i, strerror(error));
-	}
+	sem_init(&vcpu->go, 0, 0);
+	sem_init(&vcpu->done, 0, 0);
+	error = pthread_create(&vcpu->thread, NULL, vcpu_thread, vcpu);
+	if (error != 0)
+		fail(EXIT_NO_ABILITY, "no thread for vCPU %u: %s", vcpu->index, strerror(error));
 	pthread_sigmask(SIG_SETMASK, &old, NULL);
 }
 
@@ -177,7 +173,11 @@ static void stop_threads(struct vm *vm)
 
 static unsigned total_vcpus(const struct run *run)
 {
-	return run->n_vms * run->options->vcpus;
+	unsigned total = 0;
+
+	for (unsigned v = 0; v < run->n_vms; v++)
+		total += run->vms[v].n_vcpus;
+	return total;
 }
 
 static struct vcpu *nth_vcpu(struct run *run, unsigned n)
@@ -249,7 +249,8 @@ static void run_vms(struct run *run, unsigned passes)
 		map_all(run, (scenario->same_pages ? 1 : run->options->vcpus) * working_set_bytes(run));
 	for (unsigned v = 0; v < run->n_vms; v++) {
 		create_vm(run, &run->vms[v]);
-		start_threads(&run->vms[v]);
+		for (unsigned i = 0; i < run->vms[v].n_vcpus; i++)
+			start_thread(&run->vms[v].vcpus[i]);
 	}
 	run->tally.setup_ns += now_ns() - start;
 	start = now_ns();

@@ -137,6 +137,15 @@ const struct scenario scenarios[] = {
 		.ended_by_vcpu = true,
 	},
 	{
+		.name = "late-vcpu",
+		.shows = "a vCPU is created while another one runs, as by hotplug: it finds the root that is there",
+		.defaults = {LOOPS(5000), .pages = 128, .vcpus = 2},
+		.guest = {.passes_in_guest = true},
+		.min_vcpus = 2,
+		.late_vcpus = 1,
+		.during = add_vcpus,
+	},
+	{
 		.name = "one-mapping",
 		.shows = "two VMs in one mapping, which the host changes after each pass and unmaps in the end: each loses its own",
 		.defaults = {LOOPS(4), .pages = 64, .vcpus = 1},

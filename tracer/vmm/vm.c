@@ -112,7 +112,7 @@ void create_vm(struct run *run, struct vm *vm)
 	set_slot(run, vm, SLOT_DATA, DATA_GPA, vm->data_size, host_address(vm, DATA_GPA), 0);
 	if (scenario->prepare != NULL)
 		scenario->prepare(run, vm);
-	for (unsigned i = 0; i < run->options->vcpus; i++)
+	for (unsigned i = 0; i < run->options->vcpus - scenario->late_vcpus; i++)
 		create_vcpu(run, vm, i);
 	run->tally.vms++;
 }

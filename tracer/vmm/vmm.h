@@ -174,6 +174,7 @@ struct scenario {
 	bool growing;         /* pass k touches k times the pages */
 	bool one_mapping;     /* the memory of all VMs is one mapping, unmapped at once while they live */
 	bool loses_memory;    /* KVM_RUN fails with EFAULT where the guest accesses what the host no longer maps */
+	unsigned late_vcpus;  /* of --vcpus, those that are created while the others run */
 	bool ended_by_vcpu;   /* the first vCPU's thread unmaps the VM's memory, then destroys the VM */
 	/* Called for each new VM, which has its memory and not yet its vCPUs. */
 	void (*prepare)(struct run *run, struct vm *vm);
@@ -235,6 +236,7 @@ uint64_t now_ns(void);
 void run_scenario(struct run *run);
 bool all_done(struct run *run); /* the pass that the vCPUs run */
 void on_thread_of(struct vcpu *vcpu, void (*errand)(struct run *run, struct vcpu *vcpu));
+void start_thread(struct vcpu *vcpu);
 
 /* changes.c: what a scenario changes between passes */
 void smi_to_all(struct run *run, unsigned pass);
@@ -259,6 +261,7 @@ void notify_often(struct run *run);
 void change_slots_often(struct run *run);
 void give_irqchip(struct run *run, struct vm *vm);
 void wake_halted(struct run *run);
+void add_vcpus(struct run *run);
 
 /* dirty.c: dirty logging by bitmap and by ring */
 void choose_dirty_log(struct run *run, struct vm *vm);
