@@ -45,7 +45,7 @@ class Latencies:
     @property
     def columns(self) -> frozenset[str]:
         if self.calls:
-            return frozenset({"seq", "time", "tid", "kind", KIND, "code"})
+            return frozenset({"seq", "time", "tid", KIND, "code"})
         return frozenset({"time", VCPU, KIND, "code", *(["ret"] if self.failing else [])})
 
     def begin(self) -> _Following | _Calls:
@@ -97,17 +97,17 @@ class _Calls:
     """By thread: few rows, and the two of an ioctl may be among those of another VM, or of none, which come first."""
 
     def __init__(self, asked: Latencies) -> None:
-        self._asked = asked
+        self._begins = BY_NAME[asked.begins].code
+        self._ends = [BY_NAME[name].code for name in asked.ends]
         self._parts = [pl.DataFrame(schema=_SCHEMA)]
         self._held: list[pl.DataFrame] = []
         self._held_rows = 0
 
     def feed(self, rows: DecodedRows) -> None:
         kind = rows.frame[KIND].to_numpy()
-        codes = [BY_NAME[name].code for name in (self._asked.begins, *self._asked.ends)]
-        at = np.flatnonzero(np.logical_or.reduce([kind == code for code in codes]))
+        at = np.flatnonzero(np.logical_or.reduce([kind == code for code in (self._begins, *self._ends)]))
         if len(at):
-            self._held.append(rows.frame.select("seq", "time", "vm", "tid", "kind", "code")[at])
+            self._held.append(rows.frame[at, ["seq", "time", "vm", "tid", KIND, "code"]])
             self._held_rows += len(at)
             if self._held_rows > _HELD_ROWS:
                 self._pair()
@@ -115,7 +115,7 @@ class _Calls:
     def answer(self) -> pl.DataFrame:
         if self._held:
             self._pair()
-            left = self._held[0].filter(pl.col("kind") == self._asked.begins)
+            left = self._held[0].filter(pl.col(KIND) == self._begins)
             self._add_rows(left, np.full(len(left), -1, np.int64))
             self._held = []
         self._merge()
@@ -130,9 +130,8 @@ class _Calls:
     def _pair(self) -> None:
         """Count those of which both rows are here; the others go on waiting."""
         found = pl.concat(self._held).sort("tid", "seq")
-        begins = (found["kind"] == self._asked.begins).to_numpy()
-        ends = found["kind"].is_in(list(self._asked.ends)).to_numpy()
-        tid, code, time = (found[name].to_numpy() for name in ("tid", "code", "time"))
+        kind, tid, code, time = (found[name].to_numpy() for name in (KIND, "tid", "code", "time"))
+        begins, ends = kind == self._begins, np.isin(kind, self._ends)
         ended = begins.copy()
         ended[-1:] = False
         ended[:-1] &= ends[1:] & (tid[1:] == tid[:-1]) & (code[1:] == code[:-1])

@@ -6,17 +6,17 @@ grows with the groups of an answer (pages, roots, windows), not with rows.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from threading import Lock
 from typing import Final, Protocol, TypeAlias
 
-import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from traces.reader import UNKNOWN_CODE, Trace, codes_of
+from traces.reader import Trace, kind_codes
 
 # Of one batch: the questions cost polars 2 ms or so however few its rows are, and twice the rows take 45 MiB more.
 BATCH_ROWS: Final = 1 << 18
@@ -24,7 +24,6 @@ KIND: Final = "kind_code"  # columns that are made of others, once for all quest
 VCPU: Final = "vcpu_id"  # a vCPU's id and a gfn, -1 where there is none
 GFN: Final = "gfn_if_any"
 _MADE: Final = {KIND: "kind", VCPU: "vcpu", GFN: "gfn"}
-_NO_KIND: Final = 255
 _MERGED_ROWS: Final = 1 << 17  # parts are merged when they have more rows than this, and than what is merged
 
 
@@ -104,10 +103,11 @@ class Asking:
     def __init__(self, trace: Trace, questions: Sequence[Question], window: Window = ALL) -> None:
         self._trace, self._window = trace, window
         wanted = frozenset({"vm"}).union(window.columns, *(question.columns for question in questions))
-        self._made = [name for name in _MADE if name in wanted]
-        read = wanted.union(_MADE[name] for name in self._made)
+        made = [name for name in _MADE if name in wanted]
+        read = wanted.union(_MADE[name] for name in made)
         self.columns: Final = [name for name in trace.schema.names if name in read]
-        none = _with_made(pl.DataFrame(pl.from_arrow(trace.schema.empty_table().select(self.columns))), self._made)
+        self._kept = [*(name for name in self.columns if name in wanted), *made]
+        none = self._rows(pa.RecordBatch.from_pylist([], schema=trace.schema))
         self._tallies = Tallies([question for question in questions if isinstance(question, Tally)], none)
         self._counting = {question.name: question.begin() for question in questions if not isinstance(question, Tally)}
         self._seen: set[int] = set()
@@ -123,7 +123,7 @@ class Asking:
             # A long batch by itself: of several parts no column is in one piece.
             if self._held + batch.num_rows > BATCH_ROWS or 2 * batch.num_rows >= BATCH_ROWS:
                 self._count_waiting()
-            self._waiting.append(self._window.of(pl.DataFrame(pl.from_arrow(batch.select(self.columns)))))
+            self._waiting.append(self._window.of(self._rows(batch)))
             self._held += len(self._waiting[-1])
             if 2 * self._held >= BATCH_ROWS:
                 self._count_waiting()
@@ -136,37 +136,28 @@ class Asking:
         self._count_waiting()
         return self._tallies.answers() | {name: each.answer() for name, each in self._counting.items()}
 
+    def _rows(self, batch: pa.RecordBatch) -> pl.DataFrame:
+        """What of a batch is wanted, and what is made of it."""
+        columns = [_column(batch, name) for name in self._kept]
+        return pl.DataFrame(pl.from_arrow(pa.RecordBatch.from_arrays(columns, names=self._kept)))
+
     def _count_waiting(self) -> None:
         waiting, held = self._waiting, self._held
         self._waiting, self._held = [], 0
         if not held:
             return
-        decoded = DecodedRows(_with_made(pl.concat(waiting), self._made))
+        decoded = DecodedRows(pl.concat(waiting))
         self._tallies.feed(decoded)
         for each in self._counting.values():
             each.feed(decoded)
 
 
-def _with_made(rows: pl.DataFrame, made: Collection[str]) -> pl.DataFrame:
-    """With these of KIND, VCPU and GFN."""
-    columns: list[pl.Series | pl.Expr] = []
-    if KIND in made:
-        kind = rows["kind"].to_physical()
-        place = (kind.fill_null(_NO_KIND) if kind.null_count() else kind).to_numpy()
-        codes = place.astype(np.uint8, copy=False).tobytes().translate(_codes(rows.schema["kind"]))
-        columns.append(pl.Series(KIND, np.frombuffer(codes, np.uint8)))
-    columns += [pl.col(_MADE[name]).fill_null(-1).alias(name) for name in made if name != KIND]
-    return rows.with_columns(columns)
-
-
-@cache
-def _codes(kinds: pl.DataType) -> bytes:
-    """The code of each kind by its place in the column's type, which is that of the trace's own version."""
-    codes = np.full(_NO_KIND + 1, UNKNOWN_CODE, np.uint8)
-    if isinstance(kinds, pl.Enum):
-        names = codes_of(kinds.categories.to_list())
-        codes[: len(names)] = names
-    return codes.tobytes()
+def _column(batch: pa.RecordBatch, name: str) -> pa.Array:
+    """One of a batch, or one that is made of it; made here, for a polars expression costs 100 us in each batch."""
+    if name == KIND:
+        return pa.array(kind_codes(batch))
+    column = batch.column(_MADE.get(name, name))
+    return pc.fill_null(column, pa.scalar(-1, column.type)) if name in _MADE else column
 
 
 @dataclass(frozen=True, eq=False)

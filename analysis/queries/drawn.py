@@ -12,11 +12,12 @@ from analysis.queries.recorded import lives
 from analysis.queries.registry import query
 from analysis.queries.replayed import progress
 from analysis.recorded_time import PARTS
-from analysis.rows import DecodedRows
+from analysis.rows import KIND, DecodedRows
 from analysis.sources import Recording, Result
 from replay.decode.vcpu_states import VcpuState
 from replay.timing.stalls import Rule
 from traces.errors import Problem
+from traces.schema import BY_NAME
 from traces.text import vms_text
 
 ROWS: Final = 100  # of the pages
@@ -109,7 +110,7 @@ class Heat:
     `installs`, in no order.
     """
 
-    columns = frozenset({"time", "kind", "gfn"})
+    columns = frozenset({"time", KIND, "gfn"})
 
     def __init__(self, recording: Recording, parts: int, rows: int) -> None:
         self.name = f"heat in {parts} parts and {rows} ranges"
@@ -130,8 +131,8 @@ class _Heating:
         self._cells = {vm: pl.DataFrame(schema=_CELLS) for vm in widths}
 
     def feed(self, rows: DecodedRows) -> None:
-        mapped = rows.frame.lazy().filter(pl.col("kind") == "kvm_mmu_set_spte").select("vm", "time", "gfn").collect()
-        for vm, part in DecodedRows(mapped).by_vm:
+        at = np.flatnonzero(rows.frame[KIND].to_numpy() == BY_NAME["kvm_mmu_set_spte"].code)
+        for vm, part in DecodedRows(rows.frame[at, ["vm", "time", "gfn"]]).by_vm:
             if vm in self._widths:
                 self._add(vm, part)
 
