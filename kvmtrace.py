@@ -26,6 +26,7 @@ from traces.documents import print_json
 from traces.errors import ENVIRONMENT, VERDICT_FAILED, Problem
 from traces.help_text import examples
 from traces.options import Force, Json, Recording
+from traces.sizes import size_of
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -70,15 +71,6 @@ def _options(
     ] = False,
 ) -> None:
     """Record, replay and analyse how KVM x86 keeps, frees and rebuilds its MMU roots."""
-
-
-def _size(text: str) -> int:
-    """Bytes of '64M', '1G', '4096'."""
-    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-    digits, unit = (text[:-1], units[text[-1].upper()]) if text and text[-1].upper() in units else (text, 1)
-    if not digits.isdigit() or not int(digits):
-        raise Problem(f"{text}: not a size; write it like 64M or 1G")
-    return int(digits) * unit
 
 
 def _kinds(events: str) -> tuple[str, frozenset[str]]:
@@ -189,7 +181,7 @@ def record(
 
     if vm != "all" and not vm.isdigit():
         raise Problem(f"--vm {vm}: give the process id of the VM's owner, or `all`")
-    ring = _size(ring_size) if ring_size else None
+    ring = size_of(ring_size) if ring_size else None
     if ring is not None and (ring & (ring - 1) or ring < 4096):
         raise Problem(f"--ring-size {ring_size}: must be a power of two, at least 4096")
     preset, kinds = _kinds(events)
@@ -200,7 +192,7 @@ def record(
         vm=None if vm == "all" else int(vm),
         duration=duration,
         max_events=max_events,
-        max_size=_size(max_size) if max_size else None,
+        max_size=size_of(max_size) if max_size else None,
         ring_bytes=ring,
         command=tuple(command or ()),
         command_stdout=sys.stderr.fileno() if as_json else None,  # standard output is the document's
@@ -208,7 +200,7 @@ def record(
     if flight:
         from tracer.flight.verb import fly_and_tell
 
-        kept = (flight, after, _size(memory), _size(disk))
+        kept = (flight, after, size_of(memory), size_of(disk))
         fly_and_tell(
             options,
             out,
@@ -217,14 +209,14 @@ def record(
             tuple(trigger or ()),
             group,
             metrics,
-            (upload, _size(spool)),
+            (upload, size_of(spool)),
             strict=strict,
             as_json=as_json,
         )
         return
     from tracer.upload.upload_recording import uploading
 
-    with uploading(upload, options.out, _size(spool)) as uploaded:
+    with uploading(upload, options.out, size_of(spool)) as uploaded:
         (outcome,) = make_recording(options)
     summary = outcome.summary
     if as_json:
@@ -417,7 +409,7 @@ def synth(
     from traces.synth import Parameters, synthesize
 
     parameters = Parameters(
-        policy=policy, vms=vms, vcpus=vcpus, smi_rate=smi_rate, working_set=working_set, memory=_size(memory),
+        policy=policy, vms=vms, vcpus=vcpus, smi_rate=smi_rate, working_set=working_set, memory=size_of(memory),
         locality=locality, page_size=page_size, memslot_rate=memslot_rate, exit_rate=exit_rate,
         cr0_wp_rate=cr0_wp_rate, reset_on=reset_on, duration=duration, events=events, zap_rows=zap_rows, seed=seed,
     )  # fmt: skip

@@ -115,6 +115,13 @@ def make(capabilities: Capabilities, names: Sequence[str], version: str = "", as
     return Plan(capabilities, targets, assumed)
 
 
+def check(names: Sequence[str]) -> None:
+    """Raise a Problem where one of these is no policy, before there is a trace to replay."""
+    for name in names:
+        if _own_policy(name) is None:
+            kernels.at("6.1").parameters(name)  # any version has all of the kernel's
+
+
 def _kernel(version: str) -> Kernel:
     try:
         return kernels.at(version)

@@ -58,13 +58,18 @@ def replay(
     settings: Settings | None = None,
     writer: ResultWriter | None = None,
     beside: RowReader | None = None,
+    only: int | None = None,
 ) -> Replayed:
     """Run a plan; with `settings` in virtual time, too. What comes out goes to the writer; its caller closes it.
 
-    `beside`: is given the rows of every VM that has a vCPU.
+    `beside`: is given the rows of every VM that has a vCPU. `only`: the one VM that is replayed, of all.
     """
     capabilities = plan.capabilities
-    vms = [vm for vm in capabilities.trace.metadata.vms if any(True for _ in vm["vcpus"])]
+    vms = [
+        vm
+        for vm in capabilities.trace.metadata.vms
+        if any(True for _ in vm["vcpus"]) and (only is None or vm["id"] == only)
+    ]
     done = Replayed(plan, [], [], Counter(), list(capabilities.missing))
     progress = Progress("replaying", capabilities.trace.metadata.events)
     workers = min(os.cpu_count() or 1, len(vms))

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def test_a_name_that_is_not_utf_8_is_one_line(verb: Verb, files: Files, tmp_path
     odd = tmp_path / os.fsdecode(b"odd-\xff.parquet")
     shutil.copy(files.trace, odd)
     before = sorted(tmp_path.iterdir())
-    given = Files(odd, odd, odd, odd, odd, odd)
+    given = Files(*[odd] * len(fields(Files)))
     words = verb.words(given, odd.with_suffix(".out"))
     if os.fspath(odd) not in words and verb.kind is None:
         words.append(os.fspath(odd))  # what takes no file takes no such word either

@@ -49,7 +49,7 @@ def test_readmes_commands_work_as_printed(tmp_path: Path) -> None:
         (tmp_path / name).symlink_to(REPOSITORY / name)
     command = tmp_path / "bin" / "kvmtrace"
     command.parent.mkdir()
-    command.write_text(f"#!{sys.executable}\nimport kvmtrace\nkvmtrace.main()\n")
+    command.write_text(f"#!{sys.executable}\nimport kvmtrace\n\nif __name__ == '__main__':\n    kvmtrace.main()\n")
     command.chmod(0o755)
     environment = {
         **os.environ, "PATH": f"{command.parent}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY), "COLUMNS": "80",

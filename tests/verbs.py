@@ -54,7 +54,10 @@ class Verb:
 
 @dataclass(frozen=True)
 class Files:
-    """The inputs, in a directory of their own. `schedules`: what `explore --json` found; `recordings`: of a lab."""
+    """The inputs, in a directory of their own. `schedules`: what `explore --json` found; `recordings`: of a lab.
+
+    `results` are of a fleet; `catalogue` is of a folder with the trace, `replayed` where its replay goes.
+    """
 
     trace: Path
     result: Path
@@ -63,6 +66,8 @@ class Files:
     schedules: Path
     recordings: Path
     results: Path
+    catalogue: Path
+    replayed: Path
 
 
 _REPORT = "report {trace} --no-replay --format"
@@ -149,6 +154,8 @@ TALKERS = [
     Verb("kernels-json", "kernels 6.1 --json"),
     Verb("doctor", "doctor"),  # its exit code is the machine's
     Verb("doctor-json", "doctor --json"),
+    Verb("fleet-replay", "fleet replay {catalogue} -o {replayed}"),
+    Verb("fleet-replay-json", "fleet replay {catalogue} -o {replayed} --json"),
     Verb("dump", "dump {kvmt}", code=2),  # nobody records into it
     Verb("dump-json", "dump {kvmt} --json", code=2),
     Verb("top", "top {trace} --once"),
@@ -228,4 +235,9 @@ def make_files(directory: Path) -> Files:
     results = directory / "results"
     fleet_rows.write(fleet_rows.Fleet(hosts=3, days=1, vms=2), results)
     text.write_text(" CPU 0/KVM-7 [000] ..... 1.000000: kvm_entry: vcpu 0, rip 0xfff0\n" * 50)
-    return Files(trace, result, kvmt, text, schedules, recordings, results)
+    catalogue, replayed = directory / "catalogue.parquet", directory / "replayed"
+    (directory / "fleet").mkdir()
+    shutil.copy(TRACE, directory / "fleet")
+    done = kvmtrace(["fleet", "index", os.fspath(directory / "fleet"), "-o", os.fspath(catalogue)])
+    assert done.returncode == 0, done.stderr
+    return Files(trace, result, kvmt, text, schedules, recordings, results, catalogue, replayed)

@@ -58,11 +58,17 @@ class Progress:
         _LINE.update()
 
 
+def hide() -> None:
+    """Show nothing in this process any more: somebody else has the terminal."""
+    _LINE.hidden = True
+
+
 class _Line:
     """The line of the terminal, and the jobs under way, the innermost last."""
 
     def __init__(self) -> None:
         self.drawn: Drawn | None = None
+        self.hidden = False
         self._task: TaskID | None = None
         self._jobs: list[Progress] = []
         self._timer: threading.Timer | None = None
@@ -71,7 +77,7 @@ class _Line:
     def begin(self, job: Progress) -> None:
         with self._lock:
             self._jobs.append(job)
-            if len(self._jobs) == 1 and sys.stderr.isatty():
+            if len(self._jobs) == 1 and not self.hidden and sys.stderr.isatty():
                 self._timer = threading.Timer(DELAY, self._draw)
                 self._timer.daemon = True
                 self._timer.start()

@@ -36,7 +36,7 @@ _VM: Final = (
 )
 
 
-def _ends(name: str) -> tuple[str, str]:
+def ends(name: str) -> tuple[str, str]:
     """The two ends of an interval: the unit stays last."""
     stem, unit = (name[: -len("_ns")], "_ns") if name.endswith("_ns") else (name, "")
     return f"{stem}_low{unit}", f"{stem}_high{unit}"
@@ -67,7 +67,8 @@ CATALOGUE: Final = pa.schema([
 ])  # fmt: skip
 
 # One row for each trace, VM and policy (`row` is "vm"), and one for each of their vCPUs ("vcpu"): never add both up.
-# A task that failed leaves one row "failed". Times are those of the policy's low end; with them stand their bounds.
+# A task that failed leaves one row "failed". Times are those of the policy's low end, and their bounds those of both;
+# of a "vm" row they are those of its vCPUs added up (the longest stall: the longest of any).
 RESULTS: Final = pa.schema([
     pa.field("row", pa.string(), nullable=False),
     pa.field("trace", pa.string(), nullable=False),
@@ -81,11 +82,11 @@ RESULTS: Final = pa.schema([
     pa.field("events", pa.int64()),
     pa.field("lost", pa.int64()),
     pa.field("own_policy", pa.string()),  # "agrees", "differs" or "open": the recorded policy's replay beside the rows
-    *(pa.field(end, pa.int64()) for name in COUNTS for end in _ends(name)),
+    *(pa.field(end, pa.int64()) for name in COUNTS for end in ends(name)),
     pa.field("recorded_ns", pa.int64()),
     *(pa.field(name, pa.int64()) for name in ("wall_ns", "wall_low_ns", "wall_high_ns")),
     *(pa.field(name, pa.int64()) for name in SPENT),
-    *(pa.field(end, pa.int64()) for name in STALLS for end in _ends(name)),
+    *(pa.field(end, pa.int64()) for name in STALLS for end in ends(name)),
     pa.field("no_times", pa.string()),  # why there are none; empty otherwise
     pa.field("reason", pa.string()),  # of "failed" rows
 ])  # fmt: skip

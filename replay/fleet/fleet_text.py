@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Final
 
 import polars as pl
 
-from replay.fleet.fleet_catalogue import Indexed
+from replay.fleet.fleet_catalogue import Catalogue, Indexed
+from replay.fleet.fleet_run import FleetRun
 from traces.screen import Page
-from traces.text import count
+from traces.text import count, some
 
 SHOWN: Final = 10  # of what is broken or failed
 
@@ -42,4 +44,49 @@ def render_indexed(found: Indexed, where: str) -> str:
         for each in broken[:SHOWN]:
             page.say(f"  {each['trace']}: {each['reason']}", indent="    ")
         page.more(len(broken) - SHOWN, "such objects")
+    return page.text
+
+
+def warn_of_folders(results: str, root: str) -> None:
+    """Of a cluster that is elsewhere: folders are those of each of its machines."""
+    print(f"kvmtrace: the workers must have the same folders: {root}, {results}", file=sys.stderr)
+
+
+def replayed_to_dict(done: FleetRun, catalogue: Catalogue, where: str) -> dict[str, Any]:
+    """The document of `fleet replay --json`; times in ns."""
+    return {
+        "results": where, "root": catalogue.root,
+        "tasks": {
+            "all": done.tasks, "done": done.done, "before": done.before - done.failed_before,
+            "failed": len(done.failed), "failed_before": done.failed_before,
+        },
+        "rows": done.rows, "ns": int(done.seconds * 1e9), "merged": done.merged,
+        "failed": [{"trace": each.task.trace, "vm": each.task.vm, "reason": each.reason} for each in done.failed],
+    }  # fmt: skip
+
+
+def render_replayed(done: FleetRun, catalogue: Catalogue, where: str) -> str:
+    """The same for people."""
+    page = Page()
+    seconds = max(done.seconds, 1e-3)
+    before = done.before - done.failed_before
+    page.say(
+        f"{where}: {count(done.done, 'VM')} replayed, {before:,} were there"
+        + (f", {len(done.failed):,} failed" if done.failed else "")
+        + f"; {done.rows:,} rows in {seconds:.1f} s, {done.done / seconds:.1f} VMs a second"
+    )
+    left_out = catalogue.broken["trace"].n_unique()
+    if left_out:
+        page.say(f"{count(left_out, 'object')} of the catalogue cannot be replayed: `kvmtrace fleet index` says why")
+    if done.failed_before:
+        again = "--retry-failed tries them again"
+        page.say(f"{count(done.failed_before, 'VM')} failed in an earlier run: {again}", "bold red")
+    if done.failed:
+        page.say(f"{count(len(done.failed), 'VM')} could not be replayed:", "bold red")
+        reasons: dict[str, list[str]] = {}
+        for each in done.failed:
+            reasons.setdefault(each.reason, []).append(each.task.text)
+        for reason, tasks in sorted(reasons.items(), key=lambda item: -len(item[1]))[:SHOWN]:
+            page.say(f"  {reason}: {some(sorted(tasks))}", indent="    ")
+        page.more(len(reasons) - SHOWN, "reasons")
     return page.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import socket
 import subprocess
@@ -13,12 +14,14 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import psutil
+
 BUCKET = "fleet-bucket"
 _SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"
 
 # (method, path with query, how many requests of this method and path there were before) -> what goes wrong, or "".
 # "503": the store says so; "reset": no answer; "lost": it is done, and no answer; "cut": half of the body; "stall":
-# half of it, then silence.
+# half of it, then silence; "kill": the process that asks dies; "kill after": it dies when what it asked for is done.
 Fault = Callable[[str, str, int], str]
 
 
@@ -79,6 +82,7 @@ class Proxy:
         self.fault = fault
         self.seen: dict[tuple[str, str], int] = {}
         self.done: dict[str, int] = {}  # faults by what they were
+        self.killed: list[int] = []
         self._lock = threading.Lock()
         self._ended = threading.Event()
         outer = self
@@ -118,7 +122,9 @@ class Proxy:
             what = self.fault(method, path, before)
             if what:
                 self.done[what] = self.done.get(what, 0) + 1
-        if what == "reset":
+        if what == "kill":
+            self._kill(client.client_address[1])
+        if what in ("kill", "reset"):
             client.close_connection = True
             return
         if what == "503":
@@ -131,7 +137,9 @@ class Proxy:
             data = answer.read()
         finally:
             connection.close()
-        if what == "lost":
+        if what == "kill after":
+            self._kill(client.client_address[1])
+        if what in ("kill after", "lost"):
             client.close_connection = True
             return
         hop = ("transfer-encoding", "connection", "content-length", "date", "server")
@@ -143,6 +151,16 @@ class Proxy:
             self._ended.wait(60)
         if what in ("cut", "stall"):
             client.close_connection = True
+
+    def _kill(self, port: int) -> None:
+        """Kill the child of this process whose end of a connection this is."""
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if any(each.laddr.port == port for each in child.net_connections("tcp") if each.raddr):
+                    child.kill()  # and wait for nothing: whoever started it is told only once that it ended
+                    self.killed.append(child.pid)
+                    return
+        raise AssertionError(f"whose port {port} is cannot be told")
 
     @staticmethod
     def _send(

@@ -84,6 +84,15 @@ class Objects:
                     return
             time.sleep(_DELAY * 2 ** (LISTINGS - 1 - left) * (0.5 + random.random()))
 
+    def has(self, key: str) -> bool:
+        """Whether there is an object of that name."""
+        with self._failing(key):
+            try:
+                self._store.head(key)
+            except FileNotFoundError:
+                return False
+        return True
+
     def read(self, key: str, start: int, end: int, etag: str = "") -> bytes:
         """The bytes from `start` up to `end`. Raises Problem; ChangedObject where the object has another etag."""
         options: dict[str, Any] = {"range": (start, end)}

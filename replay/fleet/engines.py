@@ -1,0 +1,172 @@
+"""What runs a fleet's tasks: processes of this machine, or Dask; both are an Executor to the rest."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, Executor
+from contextlib import contextmanager
+from typing import Any, Final, Protocol
+
+from replay.fleet.worker_processes import WorkerDied, WorkerProcesses
+from traces.errors import ENVIRONMENT, Problem
+from traces.text import printable
+
+LOCAL: Final = "local"
+DASK: Final = "dask"
+MODULE: Final = "replay.fleet.fleet_task"  # with all that a task needs
+_SHARE: Final = 0.5  # of the memory that there is, for the rows of tasks
+_ASKED: Final = 2.0  # seconds between two questions to a scheduler
+_CONNECT: Final = 15  # seconds for a scheduler to answer
+_PATIENCE: Final = 60  # seconds for its first worker
+
+
+class FleetEngine(Protocol):
+    """An executor, and what is to be known of it."""
+
+    name: str
+
+    @property
+    def executor(self) -> Executor:
+        """What runs tasks."""
+
+    @property
+    def slots(self) -> int:
+        """Tasks that it works on at a time, and as many as it should have waiting so that none is idle."""
+
+    @property
+    def memory(self) -> int:
+        """Bytes for tasks that are under way, where nobody says."""
+
+    def died(self, error: BaseException) -> str:
+        """How the process ended that worked on a task, by what came of its future; empty: that is no such error."""
+
+
+@contextmanager
+def opened(name: str, workers: int) -> Iterator[FleetEngine]:
+    """The engine of that name, until the `with` ends; on an exception its tasks are given up. Raises Problem."""
+    if name == LOCAL:
+        with _local(workers) as local:
+            yield local
+    elif name == DASK or "://" in name:
+        with _dask("" if name == DASK else name, workers) as dask:
+            yield dask
+    else:
+        raise Problem(f"--engine {printable(name)}: give local, dask, or a scheduler's address such as tcp://HOST:8786")
+
+
+class _Local:
+    def __init__(self, workers: int) -> None:
+        self.name = LOCAL
+        self.slots = workers or os.cpu_count() or 1
+        self.executor: Executor = WorkerProcesses(self.slots, (MODULE,))
+        self.memory = int(_available() * _SHARE)
+
+    def died(self, error: BaseException) -> str:
+        return str(error) if isinstance(error, WorkerDied) else ""
+
+
+@contextmanager
+def _local(workers: int) -> Iterator[_Local]:
+    engine = _Local(workers)
+    try:
+        yield engine
+    except BaseException:
+        engine.executor.shutdown(cancel_futures=True)
+        raise
+    engine.executor.shutdown()
+
+
+class _Dask:
+    def __init__(self, client: Any, name: str) -> None:
+        self.name = name
+        self.executor: Executor = client.get_executor(pure=False)
+        self._client = client
+        self._asked = 0.0
+        self._workers: dict[str, Any] = {}
+
+    @property
+    def slots(self) -> int:
+        # One more for each worker, which is there when it is done with the one before.
+        return sum(int(each["nthreads"]) + 1 for each in self._there().values())
+
+    @property
+    def memory(self) -> int:
+        return int(sum(int(each["memory_limit"] or 0) for each in self._there().values()) * _SHARE) or _available()
+
+    def died(self, error: BaseException) -> str:
+        from distributed.scheduler import KilledWorker
+
+        if isinstance(error, CancelledError):
+            raise Problem(
+                f"{self.name}: the scheduler is gone, or gave the tasks up: run the same again, what is done is kept",
+                ENVIRONMENT,
+            )
+        return "killed, or ended, as when memory runs out" if isinstance(error, KilledWorker) else ""
+
+    def _there(self) -> dict[str, Any]:
+        if time.monotonic() - self._asked > _ASKED:
+            self._workers = self._client.scheduler_info(n_workers=-1)["workers"]
+            self._asked = time.monotonic()
+        return self._workers
+
+
+@contextmanager
+def _dask(address: str, workers: int) -> Iterator[_Dask]:
+    try:
+        import dask
+        from distributed import Client, LocalCluster
+    except ImportError:
+        raise Problem(
+            "--engine: Dask is not installed: install it with `python3 -m pip install 'kvmtrace[fleet]'`", ENVIRONMENT
+        ) from None
+    count = workers or os.cpu_count() or 1
+    # Dask does again what a dead worker had, and blames all of it when that happens too often: of our own cluster at
+    # once, for whoever is suspected is then tried alone (fleet_run.py).
+    settings = {
+        "distributed.scheduler.allowed-failures": 0,
+        "distributed.worker.preload": [MODULE],
+        # A worker that is not there 15 s after one was lost, such as when it dies again, is given up for good else.
+        "distributed.deploy.lost-worker-timeout": "1 day",
+    }
+    new_client: Any = Client
+    new_cluster: Any = LocalCluster
+    try:
+        with dask.config.set(settings):
+            if address:
+                with new_client(address, timeout=_CONNECT, set_as_default=False) as client:
+                    yield _ready(client, address, 1)
+            else:
+                with (
+                    new_cluster(
+                        n_workers=count,
+                        threads_per_worker=1,
+                        processes=True,
+                        dashboard_address=None,
+                        silence_logs=logging.CRITICAL,
+                    ) as cluster,
+                    new_client(cluster, set_as_default=False) as client,
+                ):
+                    yield _ready(client, DASK, count)
+    except (OSError, TimeoutError) as error:
+        why = (str(error).splitlines() or ["it does not answer"])[0]
+        raise Problem(f"--engine {printable(address or DASK)}: {printable(why[:200])}", ENVIRONMENT) from None
+
+
+def _ready(client: Any, name: str, least: int) -> _Dask:
+    try:
+        client.wait_for_workers(least, timeout=_PATIENCE)
+    except TimeoutError:
+        raise Problem(f"{name}: it has no worker: start some, such as `dask worker {name}`", ENVIRONMENT) from None
+    return _Dask(client, name)
+
+
+def _available() -> int:
+    """Bytes of memory that may be used, as Linux says."""
+    with open("/proc/meminfo") as file:  # noqa: PTH123
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    return 1 << 30

@@ -1,0 +1,196 @@
+"""Runs the tasks of a fleet's replay: what is done is not done again, and nothing that fails takes others along.
+
+Which tasks there are, and under way at a time, is decided here; where they run, and what becomes of those of a worker
+that dies, is the executor's business (engines.py). A task whose worker died is tried again, alone: whatever others were
+under way when it died have nothing to do with it then, and are not blamed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import polars as pl
+
+from replay.fleet.engines import FleetEngine
+from replay.fleet.fleet_catalogue import Catalogue
+from replay.fleet.fleet_task import FleetTask, PolicyText, made_by, perform
+from replay.fleet.results import ResultFolder, task_of
+from traces.durations import duration
+from traces.errors import Problem
+from traces.progress import Progress
+from traces.text import printable
+
+ATTEMPTS: Final = 2  # alone, of a task whose worker died
+_LOOK: Final = 0.5  # seconds between two looks at ^C, the workers, and the clock
+_NO_WORKER: Final = 120  # seconds without any before giving up
+_SAME: Final = (
+    "trace", "etag", "host", "kernel", "vendor", "preset", "start", "duration_ns", "vm", "vm_name", "vcpus",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FailedTask:
+    """A task that cannot be done, and why."""
+
+    task: FleetTask
+    reason: str
+
+
+@dataclass
+class FleetRun:
+    """What became of the tasks."""
+
+    tasks: int
+    before: int  # were done, or had failed, in an earlier run
+    done: int = 0
+    failed: list[FailedTask] = field(default_factory=list)
+    failed_before: int = 0
+    merged: int = 0
+    seconds: float = 0.0
+    rows: int = 0  # of the VMs that were replayed
+
+
+def chosen(catalogue: Catalogue, where: str) -> pl.DataFrame:
+    """The catalogue's rows that can be replayed, and that a polars expression in SQL is true of. Raises Problem."""
+    rows = catalogue.rows.filter((pl.col("reason") == "") & (pl.col("vcpus") > 0))
+    if not where:
+        return rows
+    try:
+        return rows.filter(pl.sql_expr(where))
+    except (pl.exceptions.PolarsError, TypeError, ValueError) as error:
+        why = (str(error).splitlines() or [""])[0].partition("; valid columns")[0]
+        columns = ", ".join(rows.columns)
+        raise Problem(f"--where {printable(where)}: {printable(why)[:200]}: the columns are {columns}") from None
+
+
+def tasks_of(
+    catalogue: Catalogue, rows: pl.DataFrame, policies: tuple[PolicyText, ...], results: str
+) -> dict[str, tuple[FleetTask, dict[str, Any]]]:
+    """Tasks by id, each with its row of the catalogue; the largest first."""
+    found = []
+    for row in rows.iter_rows(named=True):
+        task = FleetTask(
+            catalogue.root, row["trace"], row["etag"] or "", row["size"], row["vm"], row["decoded"], policies, results,
+            made_by(),
+        )  # fmt: skip
+        found.append((task.id, task, row))
+    found.sort(key=lambda each: (-each[1].decoded, each[0]))
+    return {name: (task, row) for name, task, row in found}
+
+
+def run(
+    tasks: dict[str, tuple[FleetTask, dict[str, Any]]],
+    folder: ResultFolder,
+    engine: FleetEngine,
+    memory: int = 0,
+    *,
+    retry_failed: bool = False,
+    perform: Callable[[FleetTask], str] = perform,
+) -> FleetRun:
+    """Do the tasks that have no result yet. `memory`: bytes for the rows of those under way; 0: the engine's choice."""
+    began = time.monotonic()
+    state = folder.state()
+    failed_before = {task_of(each) for each in state.failures}
+    known = state.done if retry_failed else state.done | failed_before
+    wanted = [(name, task) for name, (task, _) in tasks.items() if name not in known]
+    found = FleetRun(len(tasks), len(tasks) - len(wanted))
+    found.failed_before = 0 if retry_failed else len(failed_before & tasks.keys())
+    events = {name: int(row["events"] or 0) for name, (_, row) in tasks.items()}
+    with Progress("replaying", len(wanted)) as progress:
+        shown = _Shown(progress, [events[name] for name, _ in wanted])
+        for name, task, reason in _performed(wanted, engine, memory, perform, shown):
+            if reason:
+                found.failed.append(FailedTask(task, reason))
+                folder.put_failed(name, _facts(tasks[name][1], reason))
+            else:
+                found.done += 1
+                found.rows += events[name]
+            shown.finished(events[name], failed=bool(reason))
+        progress.say("putting results together")
+        found.merged = folder.merge()
+    found.seconds = time.monotonic() - began
+    return found
+
+
+def _performed(
+    wanted: Sequence[tuple[str, FleetTask]],
+    engine: FleetEngine,
+    memory: int,
+    perform: Callable[[FleetTask], str],
+    shown: _Shown,
+) -> Iterator[tuple[str, FleetTask, str]]:
+    """Each task that is through, in whichever order, with the reason why it failed, or nothing."""
+    limit = memory or engine.memory
+    left, alone = deque(wanted), deque[tuple[str, FleetTask, int, str]]()
+    under_way: dict[Future[str], tuple[str, FleetTask, int]] = {}
+    size = 0
+    idle_since = time.monotonic()
+    while left or alone or under_way:
+        slots = engine.slots
+        if slots or not (left or alone):
+            idle_since = time.monotonic()
+        elif time.monotonic() - idle_since > _NO_WORKER:
+            raise Problem(f"{engine.name}: no worker is left: run the same again when there are some")
+        while left and slots > len(under_way) and (not under_way or size + left[0][1].decoded <= limit):
+            name, task = left.popleft()
+            size += task.decoded
+            under_way[engine.executor.submit(perform, task)] = (name, task, 0)
+        if not left and not under_way and alone and slots:
+            name, task, attempt, _ = alone.popleft()
+            size += task.decoded
+            under_way[engine.executor.submit(perform, task)] = (name, task, attempt)
+        if not under_way:
+            time.sleep(_LOOK)
+        done, _ = wait(under_way, timeout=_LOOK, return_when=FIRST_COMPLETED)
+        shown.look()
+        for future in done:
+            name, task, attempt = under_way.pop(future)
+            size -= task.decoded
+            error = CancelledError() if future.cancelled() else future.exception()
+            if error is None:
+                yield name, task, future.result()
+            elif not (how := engine.died(error)):
+                text = (str(error).splitlines() or [""])[0]
+                yield name, task, printable(f"{type(error).__name__}: {text}"[:300])
+            elif attempt < ATTEMPTS:
+                alone.append((name, task, attempt + 1, how))
+            else:
+                yield name, task, f"the process that replays it died, alone and {attempt + 1} times: {how}"
+
+
+def _facts(row: dict[str, Any], reason: str) -> dict[str, Any]:
+    """What a failed task's row says, of the catalogue's row and the reason."""
+    same = {name: row[name] for name in _SAME}
+    return {**same, "recorded_policy": row["policy"], "events": row["events"], "lost": row["lost"], "reason": reason}
+
+
+class _Shown:
+    """How far it is, at which rate, and for how long yet, by the rows that are to be replayed."""
+
+    def __init__(self, progress: Progress, rows: Sequence[int]) -> None:
+        self._progress, self._all = progress, sum(rows)
+        self._tasks, self._done, self._failed, self._rows = len(rows), 0, 0, 0
+        self._began = time.monotonic()
+
+    def finished(self, rows: int, *, failed: bool) -> None:
+        """A task is through."""
+        self._done += 1
+        self._failed += failed
+        self._rows += rows
+        passed = max(time.monotonic() - self._began, 1e-3)
+        left = passed * (self._all - self._rows) / max(self._rows, 1)
+        bad = f", {self._failed:,} failed" if self._failed else ""
+        self._progress.say(
+            f"{self._done:,} of {self._tasks:,} VMs, {self._done / passed:.1f} a second, "
+            f"{duration(int(left * 1e9))} left{bad}"
+        )
+        self._progress.at(self._done)
+
+    def look(self) -> None:
+        """Stop where ^C was pressed."""
+        self._progress.at(self._done)

@@ -1,0 +1,309 @@
+"""The results of a fleet's replay: how they are written so that none is lost or doubled, and how they are read back.
+
+A place has `job.json`, which policies and version its results are of; `tasks/ID.parquet`, one object for each task that
+is done, created once; `failed/ID.parquet`, one row for each that cannot be done; and `merged/`, the results of many
+tasks in one object, which says in its footer of which. A task that is in a merged object is nowhere else, whatever
+objects are left of it; one that is done has not failed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from replay.fleet.fleet_schema import FORMAT, KEY, RESULTS
+from traces.errors import Problem
+from traces.lazy_rows import lazy_rows
+from traces.stores.location import Location, location
+from traces.stores.object_store import Objects, StoredObject
+from traces.text import printable
+
+JOB: Final = "job.json"
+TASKS, FAILED, MERGED = "tasks", "failed", "merged"
+MERGE: Final = 256  # so many objects of single tasks stay as they are
+MERGE_BYTES: Final = 16 << 20  # of a merged object, about: some are in memory at a time
+MERGE_TASKS: Final = 1 << 14
+_GROUP_ROWS: Final = 1 << 17
+_AHEAD: Final = 8  # objects that are read while others are looked at
+_TAIL: Final = 1 << 20
+_TEXTS: Final = [field.name for field in RESULTS if pa.types.is_string(field.type)]
+_DAMAGED: Final = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, IndexError)
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
+
+class ResultFolder:
+    """A place that results go to."""
+
+    def __init__(self, place: Location, *, make: bool = False) -> None:
+        """`make`: a folder that is not there is made."""
+        if make and place.folder is not None:
+            try:
+                place.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise Problem(f"{printable(place.text)}: cannot be made: {error.strerror}") from None
+        self.place = place
+        self.objects = Objects(place)
+
+    def claim(self, job: Mapping[str, Any]) -> None:
+        """Have it hold the results of this job, and of no other. Raises Problem where it holds another's."""
+        document = {"what": "results", "format": FORMAT, **job}
+        if self.objects.create(JOB, json.dumps(document, indent=2).encode()):
+            return
+        there = self.job()
+        other = [name for name in document if there.get(name) != document[name]]
+        if other:
+            raise Problem(
+                f"{printable(self.place.text)}: holds results of other {' and '.join(other)} "
+                f"({printable(json.dumps(there.get(other[0])))}): choose another place with -o"
+            )
+
+    def job(self) -> dict[str, Any]:
+        """What its results are of. Raises Problem where there is none."""
+        try:
+            document = json.loads(self.objects.read_all(JOB))
+            if document["what"] != "results":
+                raise ValueError
+            if document["format"]["major"] > FORMAT["major"]:
+                raise Problem(f"{printable(self.place.text)}: results of a newer kvmtrace: upgrade this one")
+        except (ValueError, KeyError, TypeError):
+            raise Problem(f"{printable(self.place.text)}: its {JOB} is damaged: no results of a fleet") from None
+        return dict(document)
+
+    def has(self, task: str) -> bool:
+        """Whether a task's own object is there; it may also be in a merged one."""
+        return self.objects.has(f"{TASKS}/{task}.parquet")
+
+    def put(self, task: str, table: pa.Table) -> None:
+        """A task's result, unless it is there."""
+        self.objects.create(f"{TASKS}/{task}.parquet", _written([(task, table)]))
+
+    def put_failed(self, task: str, facts: Mapping[str, Any]) -> None:
+        """Why a task cannot be done: columns of RESULTS, `reason` among them."""
+        table = pa.Table.from_pylist([{"row": "failed", **facts}], RESULTS)
+        self.objects.replace(f"{FAILED}/{task}.parquet", _written([(task, table)]))
+
+    def state(self) -> ResultState:
+        """What is there."""
+        found: dict[str, list[StoredObject]] = {TASKS: [], FAILED: [], MERGED: []}
+        for folder, objects in found.items():
+            objects += (each for each in self.objects.list(folder) if each.key.endswith(".parquet"))
+        for objects in found.values():
+            objects.sort(key=lambda each: each.key)
+        merged = dict(
+            zip(
+                (each.key for each in found[MERGED]),
+                in_order(lambda each: _tasks_in(self.objects, each), found[MERGED]),
+                strict=True,
+            )
+        )
+        return ResultState(found[TASKS], found[FAILED], found[MERGED], merged)
+
+    def merge(self, least: int = 0) -> int:
+        """Put the objects of single tasks together, where there are so many (0: MERGE); how many. It may be killed.
+
+        A merged object is whole before the first of those that it is made of goes.
+        """
+        least = least or MERGE
+        state = self.state()
+        inside = state.in_merged
+        left = [each for each in state.tasks if task_of(each) in inside]
+        loose = [each for each in state.tasks if task_of(each) not in inside]
+        if len(loose) >= least:
+            for part in _parts(loose):
+                read = in_order(lambda each: self.objects.read_all(each.key, each.etag), part)
+                tables = [
+                    (task_of(each), _table(self.place, each.key, data)) for each, data in zip(part, read, strict=True)
+                ]
+                name = hashlib.sha256("".join(task for task, _ in tables).encode()).hexdigest()[:32]
+                self.objects.create(f"{MERGED}/{name}.parquet", _written(tables))
+                left += part
+        done = state.done
+        left += [each for each in state.failed if task_of(each) in done]
+        for _ in in_order(lambda each: self.objects.delete([each.key]), left):
+            pass
+        return len(loose) if len(loose) >= least else 0
+
+
+@dataclass(frozen=True)
+class ResultState:
+    """The objects of a place; `contents`: of merged ones, by key, the tasks in order with how many rows each has."""
+
+    tasks: list[StoredObject]
+    failed: list[StoredObject]
+    merged: list[StoredObject]
+    contents: Mapping[str, list[tuple[str, int]]]
+
+    @property
+    def in_merged(self) -> set[str]:
+        return {task for tasks in self.contents.values() for task, _ in tasks}
+
+    @property
+    def done(self) -> set[str]:
+        """Tasks with a result."""
+        return self.in_merged | set(map(task_of, self.tasks))
+
+    @property
+    def failures(self) -> list[StoredObject]:
+        """Of tasks that have none."""
+        done = self.done
+        return [each for each in self.failed if task_of(each) not in done]
+
+
+class Results:
+    """Results as they are read: each task's once, however many objects there are of it."""
+
+    def __init__(self, folder: ResultFolder) -> None:
+        self._folder = folder
+        self.metadata = folder.job()
+        self._state = folder.state()
+
+    def batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """The rows, object after object in order of their names; a task's stand together. Raises Problem.
+
+        Texts are dictionaries where they are stored as such, and each batch has its own.
+        """
+        names = list(RESULTS.names if columns is None else columns)
+        seen: set[str] = set()
+        read = [*self._state.failures, *self._state.merged, *self._state.tasks]
+        for found, source in zip(read, in_order(self._source, read), strict=True):
+            tasks = self._state.contents.get(found.key) or [(task_of(found), -1)]
+            fresh = {task for task, _ in tasks} - seen
+            if not fresh:
+                continue
+            try:
+                file = pq.ParquetFile(source, read_dictionary=_TEXTS)
+                batches = file.iter_batches(1 << 16, columns=names, use_threads=False)
+                for batch in batches if len(fresh) == len(tasks) else _only(batches, tasks, fresh):
+                    yield batch.select(names)
+            except _DAMAGED as error:
+                raise _damaged(self._folder.place, found.key, error) from None
+            seen |= fresh
+
+    def rows(self) -> pl.LazyFrame:
+        """All of it, read anew for each `collect`."""
+        none = pl.DataFrame(pl.from_arrow(RESULTS.empty_table()))
+
+        def flat(asked: Collection[str] | None) -> Iterator[pa.RecordBatch]:
+            names = [name for name in RESULTS.names if asked is None or name in asked]
+            schema = pa.schema([RESULTS.field(name) for name in names])
+            for batch in self.batches(names):
+                yield batch.cast(schema)
+
+        return lazy_rows(none.schema, flat)
+
+    def _source(self, found: StoredObject) -> Any:
+        """What Arrow reads an object from."""
+        place = self._folder.place
+        if place.folder is not None:
+            return Path(place.folder) / found.key
+        return pa.BufferReader(self._folder.objects.read_all(found.key, found.etag))
+
+
+def open_results(where: str) -> Results:
+    """The results in a place. Raises Problem where there are none."""
+    return Results(ResultFolder(location(where)))
+
+
+def task_of(found: StoredObject) -> str:
+    """The task that an object is named by."""
+    return found.key.rpartition("/")[2].removesuffix(".parquet")
+
+
+def in_order(function: Callable[[Item], Found], items: Collection[Item]) -> Iterator[Found]:
+    """What a function gives for each, some at a time, in their order; few that nobody has asked for yet are held."""
+    with ThreadPoolExecutor(_AHEAD) as pool:
+        waiting: deque[Future[Found]] = deque()
+        try:
+            for each in items:
+                waiting.append(pool.submit(function, each))
+                if len(waiting) >= _AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _written(tables: Sequence[tuple[str, pa.Table]]) -> bytes:
+    """Tables of tasks as one object: a task's rows are in one row group."""
+    document = {"what": "results", "format": FORMAT, "tasks": [[task, len(table)] for task, table in tables]}
+    sink = io.BytesIO()
+    schema = RESULTS.with_metadata({KEY: json.dumps(document).encode()})
+    with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
+        waiting: list[pa.Table] = []
+        for _, table in tables:
+            if sum(map(len, waiting)) + len(table) > _GROUP_ROWS and waiting:
+                _write(writer, waiting)
+                waiting = []
+            waiting.append(table)
+        _write(writer, waiting)
+    return sink.getvalue()
+
+
+def _write(writer: pq.ParquetWriter, tables: list[pa.Table]) -> None:
+    whole = pa.concat_tables([table.select(RESULTS.names).replace_schema_metadata(None) for table in tables])
+    writer.write_table(whole, row_group_size=max(len(whole), 1))
+
+
+def _parts(objects: list[StoredObject]) -> Iterator[list[StoredObject]]:
+    """Objects for one merged object each."""
+    part: list[StoredObject] = []
+    size = 0
+    for each in objects:
+        if part and (size + each.size > MERGE_BYTES or len(part) == MERGE_TASKS):
+            yield part
+            part, size = [], 0
+        part.append(each)
+        size += each.size
+    yield part
+
+
+def _table(place: Location, key: str, data: bytes) -> pa.Table:
+    try:
+        return pq.read_table(pa.BufferReader(data)).select(RESULTS.names).cast(RESULTS)
+    except _DAMAGED as error:
+        raise _damaged(place, key, error) from None
+
+
+def _tasks_in(objects: Objects, found: StoredObject) -> list[tuple[str, int]]:
+    """The tasks of a merged object, by its footer."""
+    try:
+        data = objects.read(found.key, max(found.size - _TAIL, 0), found.size, found.etag)
+        length = int.from_bytes(data[-8:-4], "little") + 8
+        if length > len(data):
+            data = objects.read(found.key, max(found.size - length, 0), found.size, found.etag)
+        document = json.loads(pq.read_metadata(pa.BufferReader(data)).metadata[KEY])
+        return [(str(task), int(rows)) for task, rows in document["tasks"]]
+    except _DAMAGED as error:
+        raise _damaged(objects.place, found.key, error) from None
+
+
+def _only(
+    batches: Iterator[pa.RecordBatch], tasks: Sequence[tuple[str, int]], wanted: set[str]
+) -> Iterator[pa.RecordBatch]:
+    """The rows of some of an object's tasks: two runs at once may merge some of them twice."""
+    keep = pa.array([task in wanted for task, rows in tasks for _ in range(rows)])
+    at = 0
+    for batch in batches:
+        yield batch.filter(keep.slice(at, len(batch)))
+        at += len(batch)
+
+
+def _damaged(place: Location, key: str, error: BaseException) -> Problem:
+    why = (str(error).splitlines() or [type(error).__name__])[0]
+    return Problem(
+        f"{printable(place.text)}/{printable(key)}: damaged: {printable(why[:200])}: remove it, and replay again"
+    )
