@@ -96,7 +96,7 @@ def run(
     began = time.monotonic()
     state = folder.state()
     failed_before = {task_of(each) for each in state.failures}
-    known = state.done if retry_failed else state.done | failed_before
+    known = state.done(list(tasks)) | (set() if retry_failed else failed_before)
     wanted = [(name, task) for name, (task, _) in tasks.items() if name not in known]
     found = FleetRun(len(tasks), len(tasks) - len(wanted))
     found.failed_before = 0 if retry_failed else len(failed_before & tasks.keys())

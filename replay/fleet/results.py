@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,9 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from replay.fleet.fleet_schema import FORMAT, KEY, RESULTS
 from traces.errors import Problem
@@ -35,10 +38,12 @@ MERGE: Final = 256  # so many objects of single tasks stay as they are
 MERGE_BYTES: Final = 16 << 20  # of a merged object, about: some are in memory at a time
 MERGE_TASKS: Final = 1 << 14
 _GROUP_ROWS: Final = 1 << 17
+_NAME: Final = re.compile(rf"({TASKS}|{FAILED})/[0-9a-f]{{32}}\.parquet|{MERGED}/[^/]+\.parquet")
 _AHEAD: Final = 8  # objects that are read while others are looked at
 _TAIL: Final = 1 << 20
 _TEXTS: Final = [field.name for field in RESULTS if pa.types.is_string(field.type)]
 _DAMAGED: Final = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, IndexError)
+Digests = NDArray[np.bytes_]
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 
@@ -98,17 +103,16 @@ class ResultFolder:
         """What is there."""
         found: dict[str, list[StoredObject]] = {TASKS: [], FAILED: [], MERGED: []}
         for folder, objects in found.items():
-            objects += (each for each in self.objects.list(folder) if each.key.endswith(".parquet"))
+            objects += (each for each in self.objects.list(folder) if _NAME.fullmatch(each.key))
         for objects in found.values():
             objects.sort(key=lambda each: each.key)
-        merged = dict(
-            zip(
-                (each.key for each in found[MERGED]),
-                in_order(lambda each: _tasks_in(self.objects, each), found[MERGED]),
-                strict=True,
-            )
-        )
-        return ResultState(found[TASKS], found[FAILED], found[MERGED], merged)
+        inside = [_digests([task for task, _ in tasks]) for tasks in in_order(self._contents, found[MERGED])]
+        every = np.concatenate([_digests([]), *inside])
+        once = np.unique(every)
+        return ResultState(found[TASKS], found[FAILED], found[MERGED], once, len(once) < len(every))
+
+    def _contents(self, found: StoredObject) -> list[tuple[str, int]]:
+        return _tasks_in(self.objects, found)
 
     def merge(self, least: int = 0) -> int:
         """Put the objects of single tasks together, where there are so many (0: MERGE); how many. It may be killed.
@@ -117,9 +121,9 @@ class ResultFolder:
         """
         least = least or MERGE
         state = self.state()
-        inside = state.in_merged
-        left = [each for each in state.tasks if task_of(each) in inside]
-        loose = [each for each in state.tasks if task_of(each) not in inside]
+        loose = state.loose
+        kept = {each.key for each in loose}
+        left = [each for each in state.tasks if each.key not in kept]
         if len(loose) >= least:
             for part in _parts(loose):
                 read = in_order(lambda each: self.objects.read_all(each.key, each.etag), part)
@@ -129,8 +133,8 @@ class ResultFolder:
                 name = hashlib.sha256("".join(task for task, _ in tables).encode()).hexdigest()[:32]
                 self.objects.create(f"{MERGED}/{name}.parquet", _written(tables))
                 left += part
-        done = state.done
-        left += [each for each in state.failed if task_of(each) in done]
+        open_ = {each.key for each in state.failures}
+        left += [each for each in state.failed if each.key not in open_]
         for _ in in_order(lambda each: self.objects.delete([each.key]), left):
             pass
         return len(loose) if len(loose) >= least else 0
@@ -138,26 +142,33 @@ class ResultFolder:
 
 @dataclass(frozen=True)
 class ResultState:
-    """The objects of a place; `contents`: of merged ones, by key, the tasks in order with how many rows each has."""
+    """The objects of a place. `inside` are the tasks of merged ones, sorted (16 bytes each: there may be millions).
+
+    `doubled`: some of them are in two: runs at the same time may merge the same.
+    """
 
     tasks: list[StoredObject]
     failed: list[StoredObject]
     merged: list[StoredObject]
-    contents: Mapping[str, list[tuple[str, int]]]
+    inside: Digests
+    doubled: bool
+
+    def done(self, tasks: Sequence[str]) -> set[str]:
+        """Those of these tasks that have a result."""
+        own = set(map(task_of, self.tasks))
+        merged = np.isin(_digests(tasks), self.inside)
+        return {task for task, there in zip(tasks, merged.tolist(), strict=True) if there or task in own}
 
     @property
-    def in_merged(self) -> set[str]:
-        return {task for tasks in self.contents.values() for task, _ in tasks}
-
-    @property
-    def done(self) -> set[str]:
-        """Tasks with a result."""
-        return self.in_merged | set(map(task_of, self.tasks))
+    def loose(self) -> list[StoredObject]:
+        """The objects of single tasks that are in no merged one."""
+        there = np.isin(_digests(list(map(task_of, self.tasks))), self.inside)
+        return [each for each, merged in zip(self.tasks, there.tolist(), strict=True) if not merged]
 
     @property
     def failures(self) -> list[StoredObject]:
-        """Of tasks that have none."""
-        done = self.done
+        """Of tasks that have no result."""
+        done = self.done(list(map(task_of, self.failed)))
         return [each for each in self.failed if task_of(each) not in done]
 
 
@@ -175,21 +186,21 @@ class Results:
         Texts are dictionaries where they are stored as such, and each batch has its own.
         """
         names = list(RESULTS.names if columns is None else columns)
-        seen: set[str] = set()
-        read = [*self._state.failures, *self._state.merged, *self._state.tasks]
+        state = self._state
+        seen: set[str] | None = set() if state.doubled else None
+        read = [*state.failures, *state.merged, *state.loose]
         for found, source in zip(read, in_order(self._source, read), strict=True):
-            tasks = self._state.contents.get(found.key) or [(task_of(found), -1)]
-            fresh = {task for task, _ in tasks} - seen
-            if not fresh:
-                continue
             try:
                 file = pq.ParquetFile(source, read_dictionary=_TEXTS)
                 batches = file.iter_batches(1 << 16, columns=names, use_threads=False)
-                for batch in batches if len(fresh) == len(tasks) else _only(batches, tasks, fresh):
+                if seen is not None:
+                    tasks = _tasks_of(file.metadata)
+                    batches = _only(batches, tasks, {task for task, _ in tasks} - seen)
+                    seen |= {task for task, _ in tasks}
+                for batch in batches:
                     yield batch.select(names)
             except _DAMAGED as error:
                 raise _damaged(self._folder.place, found.key, error) from None
-            seen |= fresh
 
     def rows(self) -> pl.LazyFrame:
         """All of it, read anew for each `collect`."""
@@ -285,10 +296,21 @@ def _tasks_in(objects: Objects, found: StoredObject) -> list[tuple[str, int]]:
         length = int.from_bytes(data[-8:-4], "little") + 8
         if length > len(data):
             data = objects.read(found.key, max(found.size - length, 0), found.size, found.etag)
-        document = json.loads(pq.read_metadata(pa.BufferReader(data)).metadata[KEY])
-        return [(str(task), int(rows)) for task, rows in document["tasks"]]
+        return _tasks_of(pq.read_metadata(pa.BufferReader(data)))
     except _DAMAGED as error:
         raise _damaged(objects.place, found.key, error) from None
+
+
+def _tasks_of(footer: Any) -> list[tuple[str, int]]:
+    found = [(str(task), int(rows)) for task, rows in json.loads(footer.metadata[KEY])["tasks"]]
+    if not all(re.fullmatch("[0-9a-f]{32}", task) for task, _ in found):
+        raise ValueError("it names no tasks")
+    return found
+
+
+def _digests(tasks: Sequence[str]) -> Digests:
+    """The names of tasks, which are hexadecimal."""
+    return np.frombuffer(bytes.fromhex("".join(tasks)), "S16")
 
 
 def _only(
