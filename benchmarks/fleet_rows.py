@@ -7,6 +7,7 @@ no upper end, some no times, some tasks failed, and one host in fifty faults far
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from replay.fleet.fleet_schema import COUNTS, FORMAT, KEY, RESULTS, SPENT
+from replay.fleet.results import MERGE_TASKS, MERGED, ResultFolder
+from traces.stores.location import location
 
 Array = NDArray[Any]
 KERNELS: Final = ("5.15.0-107-generic", "6.1.0-21-amd64", "6.6.30", "6.12.9", "6.14.2")
@@ -55,17 +58,16 @@ def parts(fleet: Fleet, hosts_a_part: int = 1000) -> Iterator[pa.Table]:
             yield _part(fleet, day, hosts, np.random.default_rng((fleet.seed, day, first)))
 
 
-def write(fleet: Fleet, directory: Path, hosts_a_part: int = 1000) -> int:
-    """The rows as Parquet files, one a part; how many rows there are."""
-    directory.mkdir(parents=True, exist_ok=True)
+def write(fleet: Fleet, directory: Path, hosts_a_part: int = 0) -> int:
+    """The rows as a place that a fleet's replay wrote to, all of it merged; how many rows there are."""
+    ResultFolder(location(str(directory)), make=True).claim({"policies": fleet.policies, "made_by": "benchmarks"})
+    (directory / MERGED).mkdir(exist_ok=True)
     count = 0
-    for number, part in enumerate(parts(fleet, hosts_a_part)):
+    for number, part in enumerate(parts(fleet, hosts_a_part or max(MERGE_TASKS // fleet.vms, 1))):
         pq.write_table(
-            part.replace_schema_metadata(metadata()),
-            directory / f"part-{number:05d}.parquet",
-            compression="zstd",
-            row_group_size=1 << 17,
-        )
+            part.replace_schema_metadata(metadata(part)), directory / MERGED / f"part-{number:05d}.parquet",
+            compression="zstd", row_group_size=1 << 17,
+        )  # fmt: skip
         count += len(part)
     return count
 
@@ -176,6 +178,10 @@ def _cast(values: Any, wanted: pa.DataType) -> pa.Array:
     return array.cast(wanted)
 
 
-def metadata() -> dict[bytes, bytes]:
-    """The footer's metadata of a file of results."""
-    return {KEY: json.dumps({"format": FORMAT}).encode()}
+def metadata(part: pa.Table) -> dict[bytes, bytes]:
+    """The footer's metadata of merged results: which tasks they are of, and how many rows each has."""
+    tasks = part.group_by(["trace", "vm"], use_threads=False).aggregate([([], "count_all")])
+    ids = []
+    for trace, vm, rows in zip(*(tasks[name].to_pylist() for name in ("trace", "vm", "count_all")), strict=True):
+        ids.append([hashlib.sha256(f"{trace}-{vm}".encode()).hexdigest()[:32], rows])
+    return {KEY: json.dumps({"what": "results", "format": FORMAT, "tasks": ids}).encode()}

@@ -62,8 +62,8 @@ def report(
     from analysis.fleet.fleet_tables import every_host
     from analysis.fleet.judged import COLUMNS, dimensions
     from analysis.fleet.outcome import outcome
-    from analysis.fleet.result_files import batches
     from analysis.formats import renderer
+    from replay.fleet.results import open_results
     from traces.progress import Progress
 
     if format_ not in _FORMATS:
@@ -72,7 +72,7 @@ def report(
     _check(out, format_, [results], force)
     gates = tuple(map(fleet_gates.parse, fail_on or ()))
     with Progress("reading") as progress:
-        found = outcome(batches(Path(results), COLUMNS), dimensions(by), results)
+        found = outcome(open_results(results).batches(COLUMNS), dimensions(by), results)
         one = fleet_report(found, results, gates)
         progress.say(f"writing {format_}")
         if format_ == "html":
@@ -109,8 +109,8 @@ def diff(
     """Compare two sets of results: by kernel and host, what came out otherwise of a VM in both, what only one has."""
     from analysis.fleet.fleet_diff import compare, side
     from analysis.fleet.judged import COLUMNS, dimensions
-    from analysis.fleet.result_files import batches
     from analysis.formats import renderer
+    from replay.fleet.results import open_results
     from traces.progress import Progress
 
     if format_ not in ("text", "md", "json"):
@@ -122,7 +122,7 @@ def diff(
         sides = []
         for where in (old, new):
             progress.say(f"reading {where}")
-            sides.append(side(batches(Path(where), COLUMNS), keys, where))
+            sides.append(side(open_results(where).batches(COLUMNS), keys, where))
         progress.say("comparing")
         text = render(compare(*sides))
     _write(text, out, format_, [old, new], force)

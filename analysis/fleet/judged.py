@@ -45,6 +45,7 @@ COLUMNS: Final = (
     *(end for ends in _ENDS.items() for end in ends),
 )  # fmt: skip
 _TASK: Final = ("trace", "etag", "vm")
+_ROWS: Final = 1 << 16  # that are looked at together
 _MOST: Final = 1 << 55  # of any number: 1.1 years in ns, and sums of a hundred such are far from the end of int64
 _NEEDED: Final = ("policy", "recorded_policy", "vm", "duration_ns", "vcpus", "own_policy", "faults_low", "refaults_low")
 _MOST_VCPUS: Final = 1 << 16
@@ -52,7 +53,7 @@ _KINDS: Final = ("vm", "failed")
 
 
 def judged(batches: Iterator[pa.RecordBatch], where: str) -> Iterator[pl.DataFrame]:
-    """Rows of VMs and of failed tasks, a frame for each batch, with `day`, `own` and what is saved.
+    """Rows of VMs and of failed tasks, in frames of some 65,536, with `day`, `own` and what is saved.
 
     `own`: the row is that of the recorded policy. `paired`: the row of the recorded policy is there. `saved_low_ns`,
     `saved_high_ns`, `spared_low`, `spared_high` are null in rows of the recorded policy, and of those that are not
@@ -60,18 +61,21 @@ def judged(batches: Iterator[pa.RecordBatch], where: str) -> Iterator[pl.DataFra
     """
     held: list[pl.DataFrame] = []
     for batch in batches:
-        rows = _rows(batch, where)
+        held.append(_rows(batch, where))
+        if sum(map(len, held)) < _ROWS:
+            continue
+        rows = pl.concat(held)
         _check(rows, where)
         # The last task may go on in the next batch.
-        last = rows.select(pl.struct(_TASK).rle_id()).to_series() if len(rows) else pl.Series([], dtype=pl.UInt32)
-        begin = int((last < last[-1]).sum()) if len(rows) else 0
+        tasks = rows.select(pl.struct(_TASK).rle_id()).to_series()
+        begin = int((tasks < tasks[-1]).sum())
+        held = [rows[begin:]]
         if begin:
-            yield _paired(pl.concat([*held, rows[:begin]]))
-            held = []
-        if len(rows):
-            held.append(rows[begin:])
-    if held:
-        yield _paired(pl.concat(held))
+            yield _paired(rows[:begin])
+    if sum(map(len, held)):
+        rows = pl.concat(held)
+        _check(rows, where)
+        yield _paired(rows)
 
 
 def _rows(batch: pa.RecordBatch, where: str) -> pl.DataFrame:

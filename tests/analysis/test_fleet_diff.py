@@ -105,8 +105,8 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert max(map(len, out.splitlines())) <= 80
     invoke([*line, "--format", "json", "-o", str(tmp_path / "diff.json")])
     assert json.loads((tmp_path / "diff.json").read_text())["schema"] == 1
-    before = sorted((tmp_path / "old").iterdir())
-    for name in ("x.txt", before[0].name):
+    before = sorted((tmp_path / "old").rglob("*"))
+    for name in ("x.txt", "job.json", "merged/part-00000.parquet"):
         with pytest.raises(Problem, match="is in what is read"):
             invoke([*line, "-o", str(tmp_path / "old" / name), "--force"])
-    assert sorted((tmp_path / "old").iterdir()) == before
+    assert sorted((tmp_path / "old").rglob("*")) == before

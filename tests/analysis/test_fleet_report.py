@@ -22,7 +22,7 @@ from analysis.fleet.outcome import FleetOutcome, outcome
 from analysis.fleet.outliers import LEAST, outliers
 from analysis.formats import renderer
 from analysis.report import Status
-from benchmarks.fleet_rows import Fleet, metadata, parts, write
+from benchmarks.fleet_rows import Fleet, parts, write
 from replay.fleet.fleet_schema import RESULTS
 from tests.golden import fleets
 from tests.verbs import invoke
@@ -256,23 +256,28 @@ def test_the_verb_writes_each_format_and_fails_on_a_gate(
     assert capsys.readouterr().out.startswith("FAILED: vms > 0")
 
 
+def results_of(path: Path) -> Path:
+    return path.parent.parent
+
+
 def damages(path: Path) -> dict[str, Any]:
     table = pq.read_table(path)
+    kept = table.schema.metadata
 
     def column(name: str, values: Any) -> None:
         at = table.column_names.index(name)
-        pq.write_table(table.set_column(at, name, values).replace_schema_metadata(metadata()), path)
+        pq.write_table(table.set_column(at, name, values).replace_schema_metadata(kept), path)
 
     return {
         "cut": lambda: path.write_bytes(path.read_bytes()[:-100]),
         "no parquet": lambda: path.write_text("hello"),
         "zeros": lambda: path.write_bytes(path.read_bytes()[:4] + bytes(2000) + path.read_bytes()[2004:]),
         "another": lambda: pq.write_table(table.replace_schema_metadata({}), path),
-        "newer": lambda: pq.write_table(
-            table.replace_schema_metadata({b"kvmtrace.fleet": b'{"format": {"major": 2}}'}), path
-        ),
+        "no job": lambda: (results_of(path) / "job.json").unlink(),
+        "another job": lambda: (results_of(path) / "job.json").write_text("[]"),
+        "newer": lambda: (results_of(path) / "job.json").write_text('{"what": "results", "format": {"major": 2}}'),
         "metadata": lambda: pq.write_table(table.replace_schema_metadata({b"kvmtrace.fleet": b"[["}), path),
-        "column gone": lambda: pq.write_table(table.drop(["lost"]).replace_schema_metadata(metadata()), path),
+        "column gone": lambda: pq.write_table(table.drop(["lost"]).replace_schema_metadata(kept), path),
         "another type": lambda: column("lost", pa.array(["x"] * len(table))),
         "below zero": lambda: column("duration_ns", pa.array([-1] * len(table), pa.int64())),
         "far too much": lambda: column("faults_high", pa.array([1 << 62] * len(table), pa.int64())),
@@ -284,14 +289,15 @@ def damages(path: Path) -> dict[str, Any]:
 
 
 DAMAGES = (
-    "cut", "no parquet", "zeros", "another", "newer", "metadata", "column gone", "another type", "below zero",
+    "cut", "no parquet", "zeros", "another", "no job", "another job", "newer",
+    "metadata", "column gone", "another type", "below zero",
     "far too much", "crossed", "empty", "no agreement", "no text",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("how", DAMAGES)
 def test_a_hostile_file_is_one_line(results: Path, how: str) -> None:
-    path = sorted(results.iterdir())[1]
+    path = sorted((results / "merged").iterdir())[1]
     damages(path)[how]()
     with pytest.raises(Problem) as raised:
         invoke(["fleet", "report", str(results)])

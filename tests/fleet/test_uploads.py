@@ -165,7 +165,7 @@ def test_a_recording_keeps_the_boot_that_it_was_made_in(dumps: Path) -> None:
 def test_the_process_uploads_while_others_are_made_and_tells_at_the_end(dumps: Path, place: Path) -> None:
     said: list[str] = []
     uploads = Uploads(str(place), dumps / "upload", dumps, 1 << 30, said.append)
-    assert said[0].startswith(f"uploading to {place}; at most")
+    assert said[0].startswith(f"uploading to {place}; 1.07 GB may wait in")
     uploads.add(made(dumps, "a"))
     assert until(lambda: len(stored(place)) == 1)
     uploads.add(made(dumps, "b", OTHER))
@@ -196,7 +196,7 @@ def test_a_full_spool_drops_and_counts(dumps: Path, place: Path) -> None:
     outcome = uploads.close()
     assert (outcome.waits, outcome.dropped) == (1, 2)
     assert any("dropped, not uploaded: the spool is full; 2 so far" in line for line in said)
-    assert "1 wait" in outcome.text
+    assert "waiting for the next start 1 " in outcome.text
     assert "2 dropped" in outcome.text
 
 

@@ -26,7 +26,18 @@ DASHBOARD = Path(__file__).parents[2] / "scripts" / "kvmtrace-grafana.json"
 DOCS = Path(__file__).parents[2] / "docs" / "always-on.md"
 LEVELS = ("mmu", "time", "roots", "counters")
 FACTS = RecorderFacts(
-    {"kvm_entry": 7}, {"kvm_entry": 1}, {"manual": 2}, {"signal": 3}, 0, 1000, 9.5, 1.25, 0.004, "time", LEVELS
+    {"kvm_entry": 7},
+    {"kvm_entry": 1},
+    {"manual": 2},
+    {"signal": 3},
+    0,
+    1000,
+    9.5,
+    1.25,
+    0.004,
+    "time",
+    LEVELS,
+    (2, 1, 3),
 )
 
 

@@ -158,6 +158,7 @@ class FlightRecorder(Recorder):
             overhead=governor.share if governor is not None else None,
             level=governor.level.name if governor is not None else "",
             levels=self.flight.levels,
+            uploads=self._uploads.counts if self._uploads is not None else None,
         )
 
     def _own_cpu(self) -> float:

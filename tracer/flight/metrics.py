@@ -61,14 +61,17 @@ _REFUSED: Final = Family(
     "kvmtrace_dumps_refused", "counter", "Requests that made no dump: the quota was used up.", ("trigger",)
 )
 _FAILED: Final = Family("kvmtrace_dumps_failed", "counter", "Dumps that could not be written.")
+_UPLOADED: Final = Family("kvmtrace_uploads", "counter", "Dumps uploaded (--upload).")
+_DROPPED: Final = Family("kvmtrace_uploads_dropped", "counter", "Dumps dropped for want of room to wait (--upload).")
+_WAITING: Final = Family("kvmtrace_uploads_waiting", "gauge", "Dumps that wait for their upload (--upload).")
 _HELD: Final = Family("kvmtrace_window_bytes", "gauge", "Memory that the window takes.")
 _SECONDS: Final = Family("kvmtrace_window_seconds", "gauge", "How far back the window goes.")
 _CPU: Final = Family("kvmtrace_recorder_cpu_seconds", "counter", "CPU time of the recorder.")
 _OVERHEAD: Final = Family("kvmtrace_overhead_ratio", "gauge", "What recording costs, of all CPUs (--max-overhead).")
 _LEVEL: Final = Family("kvmtrace_level", "gauge", "1 for the level that is recorded at (--max-overhead).", ("level",))
 
-FAMILIES: Final = (*_BY_LINE.values(), _TIME, _EXITS, _VCPUS, _EVENTS, _LOST, _DUMPS, _REFUSED, _FAILED, _HELD,
-                   _SECONDS, _CPU, _OVERHEAD, _LEVEL)  # fmt: skip
+FAMILIES: Final = (*_BY_LINE.values(), _TIME, _EXITS, _VCPUS, _EVENTS, _LOST, _DUMPS, _REFUSED, _FAILED,
+                   _UPLOADED, _DROPPED, _WAITING, _HELD, _SECONDS, _CPU, _OVERHEAD, _LEVEL)  # fmt: skip
 
 
 @dataclass
@@ -198,6 +201,7 @@ class RecorderFacts:
     overhead: float | None = None  # None: there is no bound on it
     level: str = ""
     levels: tuple[str, ...] = ()
+    uploads: tuple[int, int, int] | None = None  # uploaded, dropped, waiting; None: nothing is to be uploaded
 
     def samples(self) -> Iterator[Sample]:
         """These, as samples."""
@@ -209,6 +213,10 @@ class RecorderFacts:
         ):
             yield from (Sample(family, (label,), value) for label, value in values.items())
         yield Sample(_FAILED, (), self.failed)
+        if self.uploads is not None:
+            yield from (
+                Sample(each, (), n) for each, n in zip((_UPLOADED, _DROPPED, _WAITING), self.uploads, strict=True)
+            )
         yield Sample(_HELD, (), self.window_bytes)
         yield Sample(_SECONDS, (), self.window_seconds)
         yield Sample(_CPU, (), self.cpu_seconds)

@@ -39,7 +39,7 @@ class UploadOutcome:
         """In words."""
         said = [f"{count(len(self.uploaded), 'recording')} uploaded to {self.place}"]
         if self.waits:
-            said.append(f"{self.waits:,} wait ({self.waiting_bytes:,} bytes) for the next start")
+            said.append(f"waiting for the next start {self.waits:,} ({self.waiting_bytes:,} bytes)")
         said.append(f"{self.dropped:,} dropped")
         if self.odd:
             said.append(f"{self.odd:,} that no store takes")
@@ -85,7 +85,7 @@ class Uploads:
         left = self._spool.left(recordings)
         size = sum(each.size for each in left)
         earlier = f", {count(len(left), 'recording')} of an earlier start first ({size:,} bytes)" if left else ""
-        say(f"uploading to {self.place}{earlier}; at most {most:,} bytes wait in {spool}, beyond that the oldest go")
+        say(f"uploading to {self.place}{earlier}; {most / 1e9:,.2f} GB may wait in {spool}, beyond that the oldest go")
         self._thread = threading.Thread(target=self._run, name="uploads", daemon=True)
         self._thread.start()
 
@@ -107,8 +107,8 @@ class Uploads:
 
     @property
     def counts(self) -> tuple[int, int, int]:
-        """Recordings uploaded, waiting and dropped, so far."""
-        return len(self._told.uploaded), sum(1 for _ in self._spool.waiting()), self._dropped
+        """Recordings uploaded and dropped so far, and those that wait."""
+        return len(self._told.uploaded), self._dropped, sum(1 for _ in self._spool.waiting())
 
     def close(self, patience: float = PATIENCE) -> UploadOutcome:
         """Try once more what waits, for so many seconds at most; what came of it all."""
@@ -204,5 +204,5 @@ class Uploads:
             elif why != self._told.why:
                 self._told.why = why
                 waits = sum(1 for _ in self._spool.waiting())
-                self._say(f"not uploaded yet, and tried again: {why}; {count(waits, 'recording')} wait")
+                self._say(f"not uploaded yet, and tried again: {why}; waiting: {count(waits, 'recording')}")
         return len(self._told.uploaded) > before
