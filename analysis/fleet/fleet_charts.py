@@ -33,7 +33,8 @@ def _distribution(found: FleetOutcome) -> Picture | None:
     names = frame["policy"].unique(maintain_order=True).to_list()
     scale = alt.Scale(type="log", nice=False, domain=[STEPS_NS[0] / SECOND, STEPS_NS[-1] / SECOND])
     base = alt.Chart(frame.select("policy", "s", "low", "high")).encode(
-        x=alt.X("s:Q", title="longest soft-hang of at least, s", scale=scale, axis=axis(grid=False)),
+        x=alt.X("s:Q", title="longest soft-hang of at least, s", scale=scale,
+                axis=axis(grid=False, minExtent=0, maxExtent=60)),
         color=colour("policy", names, COLOURS),
         tooltip=[alt.Tooltip("policy:N"), alt.Tooltip("s:Q", title="at least, s"),
                  alt.Tooltip("low:Q", title="VMs", format=","), alt.Tooltip("high:Q", title="at most", format=",")],
@@ -82,19 +83,20 @@ def _groups(found: FleetOutcome, best: str) -> Picture | None:
     if not len(changed):
         return None
     names = changed["what"].unique(maintain_order=True).to_list()
-    chart = (
-        alt.Chart(changed)
-        .mark_bar()
-        .encode(
-            y=alt.Y("group:N", title=None, sort=changed["group"].unique(maintain_order=True).to_list(),
-                    axis=alt.Axis(labelLimit=180)),
-            yOffset=alt.YOffset("what:N", sort=names),
-            x=alt.X("share:Q", title="of 1,000 s of vCPU time, s", axis=alt.Axis(tickCount=5)),
-            color=colour("what", names, COLOURS),
-            tooltip=[alt.Tooltip("group:N"), alt.Tooltip("what:N"), alt.Tooltip("share:Q", format=".3~f")],
-        )
-        .properties(width="container", height=max(120, 12 * len(changed)))
+    order = changed["group"].unique(maintain_order=True).to_list()
+    # A group's name stands above its bars: beside them there would be no room for it.
+    y = alt.Y("group:N", axis=None, sort=order)
+    rows = alt.YOffset("what:N", scale=alt.Scale(domain=["", *names]))
+    bars = alt.Chart(changed.select("group", "what", "share")).mark_bar().encode(
+        y=y, yOffset=rows,
+        x=alt.X("share:Q", title="of 1,000 s of vCPU time, s", axis=alt.Axis(tickCount=5)),
+        color=colour("what", names, COLOURS),
+        tooltip=[alt.Tooltip("group:N"), alt.Tooltip("what:N"), alt.Tooltip("share:Q", format=".3~f")],
     )  # fmt: skip
+    labels = alt.Chart(pl.DataFrame({"group": order, "what": [""] * len(order)})).mark_text(
+        align="left", baseline="middle", dx=3, limit=260
+    ).encode(y=y, yOffset=rows, x=alt.value(0), text="group:N")  # fmt: skip
+    chart = alt.layer(bars, labels).properties(width="container", height=max(120, 44 * len(order)))
     more = f" The {_BARS} with most of {len(frame)}." if len(frame) > _BARS else ""
     return Picture(
         "groups", None, f"Soft-hangs by {' and '.join(found.by)}",
@@ -113,7 +115,7 @@ def _days(found: FleetOutcome, best: str) -> Picture | None:
         alt.Chart(changed)
         .mark_line(point=True)
         .encode(
-            x=alt.X("group:T", title=None, axis=axis(grid=False, format="%d %b")),
+            x=alt.X("group:T", title=None, axis=axis(grid=False, format="%d %b", minExtent=0, maxExtent=60)),
             y=alt.Y("share:Q", title="of 1,000 s of vCPU time, s", axis=axis()),
             color=colour("what", names, COLOURS),
             tooltip=[alt.Tooltip("group:T", title="day"), alt.Tooltip("what:N"), alt.Tooltip("share:Q", format=".3~f")],

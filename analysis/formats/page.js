@@ -30,7 +30,7 @@
         labelFontSize: 11, titleFontSize: 12, titleFontWeight: "normal", gridOpacity: 0.6 },
       legend: { labelColor: ink, titleColor: soft, labelFontSize: 12, titleFontWeight: "normal", symbolStrokeWidth: 3,
         labelLimit: width - 30, columns: Math.max(Math.floor(width / (names * 7 + 30)), 1) },
-      title: { color: ink },
+      title: { color: ink }, text: { color: ink },
     };
   }
 
