@@ -133,6 +133,8 @@ def _dask(address: str, workers: int) -> Iterator[_Dask]:
     }
     new_client: Any = Client
     new_cluster: Any = LocalCluster
+    said = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # what becomes of workers and schedulers is told here, in one line each
     try:
         with dask.config.set(settings):
             if address:
@@ -153,6 +155,8 @@ def _dask(address: str, workers: int) -> Iterator[_Dask]:
     except (OSError, TimeoutError) as error:
         why = (str(error).splitlines() or ["it does not answer"])[0]
         raise Problem(f"--engine {printable(address or DASK)}: {printable(why[:200])}", ENVIRONMENT) from None
+    finally:
+        logging.disable(said)
 
 
 def _ready(client: Any, name: str, least: int) -> _Dask:

@@ -132,7 +132,7 @@ def _performed(
     idle_since = time.monotonic()
     while left or alone or under_way:
         slots = engine.slots
-        if slots or not (left or alone):
+        if slots:
             idle_since = time.monotonic()
         elif time.monotonic() - idle_since > _NO_WORKER:
             raise Problem(f"{engine.name}: no worker is left: run the same again when there are some")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -392,7 +393,51 @@ def test_hostile_traces_cost_their_own_tasks(fleet: Fleet, tmp_path: Path) -> No
         assert mine.sort(order).equals(plain.sort(order))
 
 
-def test_a_scheduler_that_is_not_there_and_one_without_workers(tmp_path: Path, fleet: Fleet) -> None:
+@contextmanager
+def cluster() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A scheduler and two workers that somebody else has started: its address and process."""
+    address = f"tcp://127.0.0.1:{servers.free_port()}"
+    dask = [sys.executable, "-m", "dask"]
+    scheduler = [*dask, "scheduler", "--host", "127.0.0.1", "--port", address.rpartition(":")[2], "--no-dashboard"]
+    worker = [*dask, "worker", address, "--nthreads", "1", "--no-dashboard", "--no-nanny"]
+    commands = [scheduler, worker, worker]
+    started = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for command in commands]
+    try:
+        yield address, started[0]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+def test_a_cluster_that_is_there_and_its_scheduler_dying(fleet: Fleet, tmp_path: Path) -> None:
+    catalogue = str(tmp_path / "catalogue.parquet")
+    fleet_catalogue.write(fleet.catalogue, catalogue)
+    words = ["fleet", "replay", catalogue, *(f"--policy={each}" for each in POLICIES), "-o"]
+    with cluster() as (address, scheduler):
+        some = ["--where", "trace LIKE 'dt=%'", "--engine", address]
+        done = kvmtrace(*words, f"s3://{BUCKET}/of-cluster", *some)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        rows = Results(ResultFolder(location(f"s3://{BUCKET}/of-cluster"))).rows().collect()
+        assert ordered(rows).equals(fleet.rows.filter(pl.col("trace").str.starts_with("dt=")))
+        began = subprocess.Popen(
+            [sys.executable, "-m", "kvmtrace", *words, f"s3://{BUCKET}/of-dying", "--engine", address],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        objects = Objects(location(f"s3://{BUCKET}/of-dying"))
+        while not list(objects.list("tasks")):
+            assert began.poll() is None
+            time.sleep(0.1)
+        scheduler.kill()
+        _, said = began.communicate(timeout=120)
+    assert began.returncode == 3, said
+    assert said.splitlines() == [
+        f"kvmtrace: {address}: the scheduler is gone, or gave the tasks up: run the same again, what is done is kept"
+    ]
+
+
+def test_a_scheduler_that_is_not_there(tmp_path: Path, fleet: Fleet) -> None:
     catalogue = str(tmp_path / "catalogue.parquet")
     fleet_catalogue.write(fleet.catalogue, catalogue)
     port = servers.free_port()
