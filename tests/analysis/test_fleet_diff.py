@@ -63,6 +63,7 @@ def changed(every: list[list[Row]]) -> tuple[list[list[Row]], int]:
 
 
 @given(tasks())
+@pytest.mark.slow
 def test_each_vm_that_came_out_otherwise_is_counted(every: list[list[Row]]) -> None:
     other, count = changed(every)
     old, new = (
@@ -95,6 +96,7 @@ def test_a_set_in_which_all_failed() -> None:
     assert compare(of(OLD), failed).verdict == ("new: no VM was replayed, 1 task failed",)
 
 
+@pytest.mark.slow
 def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(OLD, tmp_path / "old")
     write(replace(OLD, seed=2), tmp_path / "new")

@@ -150,6 +150,7 @@ def test_sums_are_those_of_a_plain_loop_whatever_the_batches(every: list[list[Ro
 
 
 @given(tasks(), st.randoms(use_true_random=False))
+@pytest.mark.slow
 def test_the_order_of_tasks_changes_nothing(every: list[list[Row]], rng: random.Random) -> None:
     def text(order: list[list[Row]]) -> str:
         return str(renderer("json")(fleet_report(added_up([row for task in order for row in task], 7), "results")))
@@ -160,6 +161,7 @@ def test_the_order_of_tasks_changes_nothing(every: list[list[Row]], rng: random.
 
 
 @given(tasks())
+@pytest.mark.slow
 def test_groups_add_up_to_the_whole(every: list[list[Row]]) -> None:
     rows = [row for task in every for row in task]
     wholes = [added_up(rows, by=by).recorded() for by in (("kernel",), ("host", "day"), ("own_policy", "preset"))]
@@ -245,6 +247,7 @@ def results(tmp_path: Path) -> Path:
     return tmp_path / "results"
 
 
+@pytest.mark.slow
 def test_the_verb_writes_each_format_and_fails_on_a_gate(
     results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

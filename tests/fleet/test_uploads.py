@@ -162,6 +162,7 @@ def test_a_recording_keeps_the_boot_that_it_was_made_in(dumps: Path) -> None:
     assert [each.boot for each in waits.waiting()] == ["0000deadbeef"]
 
 
+@pytest.mark.slow
 def test_the_process_uploads_while_others_are_made_and_tells_at_the_end(dumps: Path, place: Path) -> None:
     said: list[str] = []
     uploads = Uploads(str(place), dumps / "upload", dumps, 1 << 30, said.append)
@@ -176,6 +177,7 @@ def test_the_process_uploads_while_others_are_made_and_tells_at_the_end(dumps: P
     assert outcome.text == f"2 recordings uploaded to {place}, 0 dropped"
 
 
+@pytest.mark.slow
 def test_what_a_crash_left_is_uploaded_by_the_next_start(dumps: Path, place: Path) -> None:
     spool(dumps).add(made(dumps, "a"))
     said: list[str] = []
@@ -185,9 +187,8 @@ def test_what_a_crash_left_is_uploaded_by_the_next_start(dumps: Path, place: Pat
     assert list(stored(place).values()) == [TRACE.read_bytes()]
 
 
+@pytest.mark.slow
 def test_a_full_spool_drops_and_counts(dumps: Path, place: Path) -> None:
-    place.rmdir()
-    place.mkdir()
     said: list[str] = []
     uploads = Uploads(str(place), dumps / "upload", dumps, TRACE.stat().st_size, said.append)
     shutil.rmtree(place)  # the store goes away
@@ -200,6 +201,7 @@ def test_a_full_spool_drops_and_counts(dumps: Path, place: Path) -> None:
     assert "2 dropped" in outcome.text
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_is_begun_again(dumps: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tracer.upload.uploads._RESTARTS", (0.01, 0.01))
     said: list[str] = []
@@ -220,6 +222,7 @@ def test_it_has_no_capability(tmp_path: Path) -> None:
     assert found["NoNewPrivs"] == "1"
 
 
+@pytest.mark.slow
 def test_a_recording_is_uploaded_when_it_is_there(dumps: Path, place: Path) -> None:
     with uploading(str(place), dumps / "a.parquet", 1 << 30) as found:
         made(dumps, "a")
@@ -245,6 +248,7 @@ def in_store(port: int, prefix: str) -> dict[str, bytes]:
     return {each.key: objects.read_all(each.key) for each in objects.list()}
 
 
+@pytest.mark.slow
 def test_to_s3_through_a_network_that_fails(
     s3: int, dumps: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -273,6 +277,7 @@ def test_to_s3_through_a_network_that_fails(
     assert len(asked) > 2
 
 
+@pytest.mark.slow
 def test_a_store_that_refuses_is_said_once_and_what_waits_stays(
     s3: int, dumps: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,6 +291,7 @@ def test_a_store_that_refuses_is_said_once_and_what_waits_stays(
     assert sum("bucket does not exist" in line for line in said) == 1
 
 
+@pytest.mark.slow
 def test_the_lines_of_the_process_are_json(dumps: Path, place: Path) -> None:
     spool(dumps).add(made(dumps, "a"))
     done = subprocess.run(
@@ -303,7 +309,8 @@ def test_the_lines_of_the_process_are_json(dumps: Path, place: Path) -> None:
     assert late.returncode == ENVIRONMENT
 
 
-def test_a_flights_dumps_and_what_a_killed_one_left_go_up(dumps: Path, place: Path) -> None:
+@pytest.mark.slow
+def test_a_flights_dumps_go_up(dumps: Path, place: Path) -> None:
     uploads = Uploads(str(place), dumps / "upload", dumps, 1 << 30)
     flight = Flight(dumps, seconds=3600, uploads=uploads)
     flight.give(entries(SECOND, 100, 1000), 2 * SECOND - 1)
