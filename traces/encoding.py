@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +22,8 @@ MAGIC: Final = b"KVMTRACE"
 SEAL_SIZE: Final = len(MAGIC) + 4
 
 ROW_GROUP_ROWS: Final = 1 << 20
+
+TEXT: Final = pa.field("text", pa.string())
 
 # Rising or page-like numbers pack best as differences; everything else repeats and is a dictionary.
 DELTA: Final = ("seq", "time", "gfn")
@@ -36,15 +38,27 @@ OPTIONS: Final[dict[str, Any]] = {
 }
 
 
+class Texts(Protocol):
+    """What of an import has texts and no columns."""
+
+    def column(self, rows: pa.RecordBatch) -> pa.Array:
+        """The texts of rows of SCHEMA, null where there is none."""
+
+
 class TraceFile:
     """A trace in the making: row groups with their CRC, metadata at the end, visible only when finished."""
 
-    def __init__(self, path: Path, kind: FileKind = RECORDING, *, force: bool = False) -> None:
+    def __init__(
+        self, path: Path, kind: FileKind = RECORDING, *, force: bool = False, texts: Texts | None = None
+    ) -> None:
+        """`texts` of rows of the kind `other`, where there are any: a column more."""
         self.path = path
+        self._texts = texts
+        schema = SCHEMA if texts is None else SCHEMA.append(TEXT)
         self._output = Output(path, kind, force=force)
         self._sink = _Sink(self._output)
         try:
-            self._writer = pq.ParquetWriter(self._sink, SCHEMA, **OPTIONS)
+            self._writer = pq.ParquetWriter(self._sink, schema, **OPTIONS)
         except BaseException:
             self.discard()
             raise
@@ -53,6 +67,8 @@ class TraceFile:
         """Write the batches as one row group; where its bytes lie and their CRC-32."""
         offset = self._sink.position
         self._sink.crc32 = 0
+        if (texts := self._texts) is not None:
+            batches = [batch.append_column(TEXT, texts.column(batch)) for batch in batches]
         table = pa.Table.from_batches(batches)
         self._writer.write_table(table, row_group_size=table.num_rows)
         return {"offset": offset, "size": self._sink.position - offset, "crc32": self._sink.crc32}

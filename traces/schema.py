@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 FORMAT_MAJOR: Final = 1
-FORMAT_MINOR: Final = 3
+FORMAT_MINOR: Final = 4
 
 # Every row carries these; a kind adds the ones it names in the table below.
 COMMON_COLUMNS: Final = ("seq", "time", "vm", "vcpu", "cpu", "tid", "kind")
@@ -165,6 +165,7 @@ def _kinds() -> tuple[Kind, ...]:
             ("has_error",),
         ),
         # Functions of the root's life, by meaning; the probe table says which function each kernel has.
+        Kind(39, "other", "of an import: an event that no kind is for, in the column `text`"),
         Kind(40, "mmu_load", "the vCPU loaded a root (at return)", (), "ret", function),
         Kind(41, "mmu_unload", "the vCPU empties all its root slots", (), "", function),
         Kind(42, "mmu_reset", "the vCPU's MMU context is reset", (), "", function),
@@ -226,8 +227,8 @@ def _kinds() -> tuple[Kind, ...]:
 KINDS: Final = _kinds()
 BY_NAME: Final = {kind.name: kind for kind in KINDS}
 BY_CODE: Final = {kind.code: kind for kind in KINDS}
-# What the recorder itself writes, and no probe.
-OWN_KINDS: Final = ("gap", "host_suspend", "left_out")
+# What the recorder itself writes, or an import, and no probe.
+OWN_KINDS: Final = ("gap", "host_suspend", "left_out", "other")
 
 # The record as the probes write it: (field, numpy type). 80 bytes, naturally aligned, no padding.
 RECORD_FIELDS: Final = (

@@ -20,6 +20,7 @@ from traces.errors import Problem
 from traces.imports import samples
 from traces.imports.clock_shift import ClockShift
 from traces.imports.importing import import_file
+from traces.imports.other_events import OtherTexts
 from traces.imports.perf_data import PerfData
 from traces.imports.source_bytes import SourceBytes
 from traces.imports.told import ToldOfText
@@ -139,7 +140,7 @@ def test_the_compiled_reader_reads_as_the_plain_one(monkeypatch: pytest.MonkeyPa
 def _rows(reader: Any, data: bytes) -> Iterator[Any]:
     import io
 
-    for rows in reader(SourceBytes(io.BytesIO(data))).batches():
+    for rows in reader(SourceBytes(io.BytesIO(data)), OtherTexts()).batches():
         yield from rows
 
 

@@ -48,6 +48,7 @@ def imported(path: Path, text: bytes | str, **options: Any) -> tuple[pl.DataFram
 def test_lines_of_every_era_and_tool(name: str, tmp_path: Path) -> None:
     rows, meta = imported(tmp_path, text_of(name))
     expected = [line for line in EXCERPTS[name] if line.kind]
+    rows = rows.filter(pl.col("kind").cast(pl.String) != "other")
     assert rows["kind"].cast(pl.String).to_list() == [line.kind for line in expected]
     for row, line in zip(rows.to_dicts(), expected, strict=True):
         assert {column: row[column] for column in line.row} == line.row, line.text
@@ -81,7 +82,7 @@ def test_compressed_texts_are_known_by_content(packed: str, tmp_path: Path) -> N
         "utf-16": lambda: text.decode().encode("utf-16"),
     }[packed]()
     rows, _ = imported(tmp_path, data)
-    assert len(rows) == sum(bool(line.kind) for line in EXCERPTS["6.1"])
+    assert (rows["kind"].cast(pl.String) != "other").sum() == sum(bool(line.kind) for line in EXCERPTS["6.1"])
 
 
 def test_a_cut_archive_gives_what_is_there(tmp_path: Path) -> None:
@@ -214,6 +215,42 @@ def test_memslots_are_told(tmp_path: Path) -> None:
         invoke(["import", str(source), "-o", str(out), "--vm-of", "web=1"])
 
 
+def test_events_of_other_kinds_are_kept_as_text_and_given_back(tmp_path: Path) -> None:
+    text = (
+        "CPU 0/KVM-7 [001] 1.000000: kvm_entry: vcpu 0, rip 0x1\n"
+        "<idle>-0 [002] 1.000001: sched_switch: prev_comm=swapper/2 prev_pid=0 ==> next_comm=CPU 0/KVM next_pid=7\n"
+        "CPU 0/KVM-7 [001] 1.000002: kvm_apic: apic_read APIC_ID = 0x0\n"
+        "CPU 0/KVM-7 [001] 1.000003: kvm_exit: vcpu 0 reason HLT rip 0x1 info1 0x0000000000000000 "
+        "info2 0x0000000000000000 intr_info 0x00000000 error_code 0x00000000\n"
+        f"x-9 [003] 1.000004: long: {'y' * 900}\n"
+    )
+    rows, meta = imported(tmp_path, text, kernel="6.1.20")
+    kinds = rows["kind"].cast(pl.String)
+    assert kinds.to_list() == ["kvm_entry", "other", "other", "kvm_exit", "other"]
+    assert rows["text"].to_list()[:4] == [
+        None, "sched_switch: prev_comm=swapper/2 prev_pid=0 ==> next_comm=CPU 0/KVM next_pid=7",
+        "kvm_apic: apic_read APIC_ID = 0x0", None,
+    ]  # fmt: skip
+    assert len(rows["text"][4]) == 480
+    others = rows.filter(kinds == "other")
+    assert others.select("cpu", "tid").rows() == [(2, 0), (1, 7), (3, 9)]
+    assert others["vm"].null_count() == others["vcpu"].null_count() == len(others)
+    assert len(meta.vms) == 1  # a thread with no event of KVM is no VM's
+    assert meta.raw["source"]["others"] == {"sched_switch": 1, "kvm_apic": 1, "long": 1}
+    for style in ("--ftrace-text", "--perf-script"):
+        back = tmp_path / "back"
+        invoke(["export", str(tmp_path / "out.parquet"), style, "-o", str(back), "--force"])
+        invoke(["import", str(back), "-o", str(tmp_path / "again.parquet"), "--kernel", "6.1.20", "--force"])
+        again = pl.read_parquet(tmp_path / "again.parquet").sort("seq")
+        shown = ["time", "cpu", "tid", "kind", "text"]
+        assert again.select(shown).rows() == rows.select(shown).rows()
+
+
+def test_a_trace_without_other_events_has_no_column_more(tmp_path: Path) -> None:
+    rows, _ = imported(tmp_path, text_of("5.4"))
+    assert "text" not in rows.columns
+
+
 @pytest.mark.kvm
 @pytest.mark.live
 def test_perf_data_of_this_machine(tmp_path: Path) -> None:
@@ -261,7 +298,7 @@ def _scanned(text: bytes, size: int, scanner: Any = scan.Scanner) -> Any:
         left = left[made.take(left, 0, False) :]
     made.take(left, 0, True)
     rows = {name: values[: made.rows].tolist() for name, values in made.columns.items()}
-    return rows, made.odd, made.first_odd, made.threads, made.others(), made.forms.tolist()
+    return rows, made.odd, made.first_odd, made.threads, made.others(), made.forms.tolist(), made.texts
 
 
 @pytest.mark.skipif(not os.environ.get("CI") and not scan.COMPILED, reason="the engine is not compiled: scripts/setup")

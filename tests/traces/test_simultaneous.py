@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from traces.schema import BY_NAME
 DIRECTORY = Path(__file__).parents[2] / "traces" / "simultaneous"
 NAMES = sorted(path.stem for path in DIRECTORY.glob("*.parquet"))
 # Not in the preset that kvmtrace records with.
-PEERS_ONLY = {"kvm_pio", "kvm_emulate_insn"}
+PEERS_ONLY = {"kvm_pio", "kvm_emulate_insn", "other"}
 # What no tracepoint has: a root's frame stands in `table`, where it is created or zapped, and in `root`.
 NOT_SHOWN = {"root", "role of kvm_page_fault", "table of kvm_mmu_get_page", "table of kvm_mmu_prepare_zap_page"}
 SHARED = ("tid", "cpu", "vcpu")
@@ -65,6 +66,8 @@ def test_every_event_of_both_is_in_both_with_equal_fields_in_order(name: str, to
     assert meta.raw["source"]["kind"] == {"dat": "trace.dat", "data": "perf.data"}[tool]
     assert meta.raw["source"]["odd"] == 0
     assert meta.lost == 0
+    others = theirs.filter(pl.col("kind") == "other")["text"].str.split(":").list.first()
+    assert dict(Counter(others.to_list())) == meta.raw["source"]["others"]
 
 
 def test_times_of_one_clock_differ_by_what_recording_takes(tmp_path: Path) -> None:

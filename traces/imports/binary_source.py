@@ -12,6 +12,7 @@ from traces.errors import Problem
 from traces.imports.event_fields import SYSTEMS, RawFields
 from traces.imports.findings import Findings
 from traces.imports.form_program import RUNS_GUEST
+from traces.imports.other_events import OTHER
 from traces.imports.perf_data import PerfData
 from traces.imports.row_spool import RowSpool
 from traces.imports.source_bytes import Damaged, SourceBytes
@@ -31,13 +32,13 @@ def read_binary(kind: str, source: SourceBytes, spool: RowSpool, progress: Progr
     reader: TraceDat | PerfData | None = None
     seen, cut = _Threads(), ""
     try:
-        reader = TraceDat(source) if kind == TRACE_DAT else PerfData(source)
+        reader = TraceDat(source, spool.texts) if kind == TRACE_DAT else PerfData(source, spool.texts)
         for rows in reader.batches():
             seen.see(rows)
             spool.add(_columns(rows))
             progress.at(spool.rows)
     except (Damaged, IndexError, OverflowError) as damage:  # numbers out of range, which every access is checked for
-        if not spool.rows:
+        if not spool.known:
             raise Problem(f"nothing to import, but a damaged {kind}: {damage}") from None
         cut = f"the {kind} is damaged: {damage}"
     except Problem as problem:
@@ -51,8 +52,8 @@ def read_binary(kind: str, source: SourceBytes, spool: RowSpool, progress: Progr
         kind=kind,
         threads=seen.threads(reader.threads),
         others=counts,
-        lines=spool.rows + sum(counts.values()),
-        raw=spool.rows,
+        lines=spool.rows,
+        raw=spool.known,
         odd=decoder.odd,
         lost=decoder.lost,
         uncounted=decoder.uncounted,
@@ -94,24 +95,25 @@ class _Threads:
     """Which threads there are, their processes and vCPUs, as rows say."""
 
     def __init__(self) -> None:
-        self._facts: dict[int, tuple[int, int, bool]] = {}  # process, vCPU, whether it runs a guest
+        self._facts: dict[int, tuple[int, int, bool, bool]] = {}  # process, vCPU, runs a guest, has an event of KVM
 
     def see(self, rows: Rows) -> None:
         guest = _RUNS_GUEST[rows["kind"]] | (rows["vcpu"] >= 0)
-        for chosen in (guest, ~guest):
+        other = rows["kind"] == OTHER
+        for chosen in (guest, ~guest & ~other, other):
             keys = rows[["tid", "tgid", "vcpu"]][chosen]
             if not len(keys):
                 continue
             change = np.append(True, (keys["tid"][1:] != keys["tid"][:-1]) | (keys["vcpu"][1:] != keys["vcpu"][:-1]))
             for tid, tgid, vcpu in set(keys[change].tolist()):
-                before = self._facts.get(tid, (0, -1, False))
-                runs = before[2] or chosen is guest
-                self._facts[tid] = (tgid or before[0], vcpu if vcpu >= 0 else before[1], runs)
+                before = self._facts.get(tid, (0, -1, False, False))
+                runs, acted = before[2] or chosen is guest, before[3] or chosen is not other
+                self._facts[tid] = (tgid or before[0], vcpu if vcpu >= 0 else before[1], runs, acted)
 
     def threads(self, named: dict[int, tuple[int, bytes]]) -> list[TextThread]:
         nobody = (0, b"")
         return threads_of(
-            (tid, named.get(tid, nobody)[1], tgid or named.get(tid, nobody)[0], vcpu, runs)
-            for tid, (tgid, vcpu, runs) in self._facts.items()
+            (tid, named.get(tid, nobody)[1], tgid or named.get(tid, nobody)[0], vcpu, runs, acted)
+            for tid, (tgid, vcpu, runs, acted) in self._facts.items()
             if tid
         )

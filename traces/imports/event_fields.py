@@ -34,7 +34,7 @@ class RawFields:
 
     `events`: by an event's number in the file, its place in `kinds`, -1 where a trace has no kind for it; `kinds`:
     (kind, first field, end, bytes that there must be); `fields`: (offset, size, signed, place, shift, mask as a signed
-    word). `names` of all events by their numbers, and by system.
+    word). `names` of all events by their numbers, and by system; `others`: the formats of those that no kind is for.
     """
 
     events: NDArray[np.int64]
@@ -42,6 +42,7 @@ class RawFields:
     fields: NDArray[np.int64]
     names: Mapping[int, str]
     systems: Mapping[str, Sequence[str]]
+    others: Mapping[int, str]
 
 
 def raw_fields(formats: Iterable[tuple[str, str]]) -> RawFields:
@@ -50,6 +51,7 @@ def raw_fields(formats: Iterable[tuple[str, str]]) -> RawFields:
     kinds: list[tuple[int, int, int, int]] = []
     fields: list[tuple[int, ...]] = []
     names: dict[int, str] = {}
+    others: dict[int, str] = {}
     systems: dict[str, list[str]] = {}
     for system, text in formats:
         name, number = _NAME.search(text), _ID.search(text)
@@ -59,6 +61,7 @@ def raw_fields(formats: Iterable[tuple[str, str]]) -> RawFields:
         systems.setdefault(system, []).append(name[1])
         kind = _KINDS.get(name[1])
         if kind is None or system not in SYSTEMS:
+            others[int(number[1])] = text
             continue
         first, least = len(fields), COMMON
         for field in _FIELD.finditer(text.partition("print fmt:")[0]):
@@ -67,9 +70,8 @@ def raw_fields(formats: Iterable[tuple[str, str]]) -> RawFields:
             least = max([least, *(offset + size for offset, size, *_ in read)])
         events[int(number[1])] = len(kinds)
         kinds.append((BY_NAME[kind].code, first, len(fields), least))
-    return RawFields(
-        events, np.array(kinds, np.int64).reshape(-1, 4), np.array(fields, np.int64).reshape(-1, 6), names, systems
-    )  # fmt: skip
+    tables = (np.array(kinds, np.int64).reshape(-1, 4), np.array(fields, np.int64).reshape(-1, 6))
+    return RawFields(events, *tables, names, systems, others)
 
 
 def _read(event: str, kind: str, field: re.Match[str]) -> list[tuple[int, ...]]:

@@ -24,6 +24,7 @@ from traces.errors import Problem
 from traces.imports.findings import Findings
 from traces.imports.manifest import Said, manifest
 from traces.imports.opening import Opened
+from traces.imports.other_events import OTHER
 from traces.imports.root_order import RootOrder, level_of_roots
 from traces.imports.row_spool import RowSpool
 from traces.imports.shadow_mmu import shows_shadow_mmu
@@ -63,7 +64,7 @@ def import_file(path: Path, out: Path, options: ToldOfText, *, force: bool = Fal
         with tempfile.TemporaryFile(prefix="kvmtrace-") as file, Progress(f"reading {path}") as progress:
             spool = RowSpool(file)
             found = _read(opened, spool, progress)
-            if not spool.rows:
+            if not spool.known:
                 raise Problem(_nothing(path, found))
             if found.release and not options.kernel:
                 options = replace(options, kernel=found.release)
@@ -133,12 +134,13 @@ def _write(
     said = Said(opened.path, [*opened.how, *found.how], found, assigned, options, kernel, vendor, bool(level))
     source.manifest = manifest(said, source.machines, source.kinds())
     source.manifest_problem = f"imported, and {found.cut}" if found.cut else ""
-    file = TraceFile(out, IMPORTED, force=force)
+    file = TraceFile(out, IMPORTED, force=force, texts=spool.texts if spool.known < spool.rows else None)
     try:
         progress.say(f"writing {out}")
         return Imported(_Compaction(source, file).run(), said)
     finally:
         file.discard()
+        spool.texts.close()
 
 
 class _Records(SegmentReader):
@@ -165,6 +167,7 @@ class _Records(SegmentReader):
         written = 0
         for columns in self._spool.batches():
             count = len(columns["time"])
+            self._spool.texts.place(columns, written)
             vm = self._name(columns)
             columns["kvm"] = vm.astype(np.uint64)
             self._roots.fill(columns, vm)
@@ -181,11 +184,11 @@ class _Records(SegmentReader):
         vm, vcpu, tgid = self._assigned.of(columns["tid"].astype(np.int64))
         if len(self.machines) == 1:  # lines that name no thread
             vm = np.where(columns["tid"] == 0, 1, vm)
-        gap = columns["kind"] == _GAP
+        gap = (columns["kind"] == _GAP) | (columns["kind"] == OTHER)
         named = columns["vcpu"] >= 0
         columns["vcpu"] = np.where(gap, -1, np.where(named, columns["vcpu"], vcpu)).astype(np.int16)
-        columns["tgid"] = tgid.astype(np.uint32)
-        columns["w1"] = np.where(gap, np.uint64(_SHOWN), columns["w1"])
+        columns["tgid"] = np.where(gap, 0, tgid).astype(np.uint32)
+        columns["w1"] = np.where(columns["kind"] == _GAP, np.uint64(_SHOWN), columns["w1"])
         vm[gap] = 0
         return vm
 
@@ -202,7 +205,7 @@ class _Records(SegmentReader):
         """Of which kinds the lost events were is not known."""
         loss: dict[str, Any] = {}
         for code, cpu in np.argwhere(self._counts).tolist():
-            if code != _GAP:
+            if code not in (_GAP, OTHER):
                 counts = loss.setdefault(kind_name(code), {"emitted": {}, "lost": {}})
                 counts["emitted"][str(cpu)] = int(self._counts[code, cpu])
         if any(self._lost.values()):

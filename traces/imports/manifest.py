@@ -50,7 +50,7 @@ class Said:
 
     @property
     def others(self) -> dict[str, int]:
-        """Events that a trace has no kind for, by name: not kept, for without their fields a row would say nothing."""
+        """Events that a trace has no kind for, by name: each is a row of the kind `other`, with its text."""
         names = sorted(self.found.others.items(), key=lambda item: -item[1])
         return dict(names[:_MOST_NAMES])
 
@@ -77,7 +77,9 @@ class Said:
             lines.append(f"{count(found.odd, 'record')} could not be read: damaged, or without the event's own data")
         if self.others:
             shown = ", ".join(f"{printable(name)} {rows:,}" for name, rows in list(self.others.items())[:3])
-            lines.append(f"{sum(self.others.values()):,} events of kinds that a trace does not have, not kept: {shown}")
+            lines.append(
+                f"{sum(self.others.values()):,} events of kinds that a trace does not have, kept as text: {shown}"
+            )
         if found.lost or found.uncounted:
             more = f", and {found.uncounted:,} losses without a number" if found.uncounted else ""
             lines.append(f"{found.lost:,} events were lost, as the {found.kind} says{more}")

@@ -18,6 +18,8 @@ import numpy as np
 
 from traces.errors import Problem
 from traces.imports.event_fields import raw_fields
+from traces.imports.field_texts import FieldTexts
+from traces.imports.other_events import OtherTexts
 from traces.imports.samples import CHAIN, CPU, GROUP, ID, RAW, READ, REST, TID, TIME, RawDecoder, walk_perf
 from traces.imports.source_bytes import Damaged, SourceBytes, SourceCursor, unzstd
 from traces.imports.time_order import Rows, TimeOrder
@@ -123,7 +125,8 @@ class _Stream:
 class PerfData:
     """A perf.data: iterate `batches` once. Raises Problem for what cannot be read, Damaged where it is cut."""
 
-    def __init__(self, source: SourceBytes) -> None:
+    def __init__(self, source: SourceBytes, texts: OtherTexts) -> None:
+        self._texts = texts
         self.facts = PerfFacts()
         self.order = TimeOrder()
         self.odd_samples = 0
@@ -221,7 +224,7 @@ class PerfData:
         self._ids = np.array(sorted(self._of_ids), np.uint64)
         self._by_id = np.array([self._of_ids[number] for number in sorted(self._of_ids)], np.int64)
         self.fields = raw_fields(self._formats)
-        self.decoder = RawDecoder(self.fields)
+        self.decoder = RawDecoder(self.fields, FieldTexts(self.fields.names, self.fields.others, self._texts))
 
     # Records
 

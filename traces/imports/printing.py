@@ -44,11 +44,15 @@ class Printer:
     perf: bool
     left_out: dict[str, int] = field(default_factory=dict)
 
-    def lines(self, columns: Columns, kinds: NDArray[Any], names: list[str]) -> bytes:
-        """These rows; `kinds` are indices of `names`."""
+    def lines(self, columns: Columns, kinds: NDArray[Any], names: list[str], texts: pa.Array | None = None) -> bytes:
+        """These rows; `kinds` are indices of `names`, `texts` those of rows of the kind `other`."""
         parts: list[tuple[NDArray[np.int64], pa.Array]] = []
         for index in np.unique(kinds).tolist():
             rows = np.flatnonzero(kinds == index)
+            if names[index] == "other" and texts is not None:
+                mine = {name: values[rows] for name, values in columns.items()}
+                parts.append((rows, self._line(None, mine, pc.fill_null(texts.take(pa.array(rows)), "other:"))))
+                continue
             for form, at in self._forms(names[index], columns, rows):
                 if form is None:
                     self.left_out[names[index]] = self.left_out.get(names[index], 0) + len(at)
@@ -86,20 +90,23 @@ class Printer:
         if len(left):
             yield None, left
 
-    def _line(self, form: Form, columns: Columns, text: pa.Array) -> pa.Array:
+    def _line(self, form: Form | None, columns: Columns, text: pa.Array) -> pa.Array:
+        """`form` None: the event's name is in the text."""
+        event = form.event if form is not None else ""
+        gap = form is not None and form.kind == "gap"
         time = columns["time"].astype(np.int64)
         seconds = _decimal(time // 10**9)
         tids, where = np.unique(columns["tid"], return_inverse=True)
         cpu = pc.utf8_lpad(_decimal(columns["cpu"]), 3, "0")
-        if form.kind == "gap" and not self.perf:
+        if gap and not self.perf:
             return _joined(["CPU:", _decimal(columns["cpu"]), " [LOST ", _decimal(columns["value"]), " EVENTS]"])
         tasks = pa.array([self._task(int(tid)) for tid in tids]).take(pa.array(where))
         if self.perf:
             fraction = pc.utf8_lpad(_decimal(time % 10**9), 9, "0")
-            name = "PERF_RECORD_LOST " if form.kind == "gap" else f"{_system(form.event)}:{form.event}: "
+            name = "PERF_RECORD_LOST " if gap else f"{_system(event)}:{event}: " if event else ""
             return _joined([tasks, " [", cpu, "] ", seconds, ".", fraction, ": ", name, text])
         fraction = pc.utf8_lpad(_decimal(time % 10**9 // 1000), 6, "0")
-        return _joined([tasks, " [", cpu, "] .....  ", seconds, ".", fraction, f": {form.event}: ", text])
+        return _joined([tasks, " [", cpu, "] .....  ", seconds, ".", fraction, f": {event}: " if event else ": ", text])
 
     def _task(self, tid: int) -> str:
         comm, process = self.tasks.get(tid, ("", 0))
@@ -213,14 +220,15 @@ def printed(trace: Trace, kernel: Kernel, *, perf: bool) -> tuple[Iterator[bytes
                 for name in COLUMNS
                 if name != "kind"
             }
-            yield printer.lines(columns, kinds.indices.to_numpy(), kinds.dictionary.to_pylist())
+            texts = table.column("text") if "text" in table.schema.names else None
+            yield printer.lines(columns, kinds.indices.to_numpy(), kinds.dictionary.to_pylist(), texts)
 
     return text(), printer.left_out
 
 
 def in_order(trace: Trace) -> Iterator[pa.RecordBatch]:
     """All rows by `seq`; a batch of each VM is held."""
-    names = list(COLUMNS)
+    names = [*COLUMNS, *(["text"] if "text" in trace.schema.names else [])]
     owners: list[int | None] = sorted({group.vm for group in trace.metadata.row_groups}, key=lambda vm: vm or 0)
     streams = {owner: _of_owner(trace, names, owner) for owner in owners}
     heads = {owner: batch for owner, stream in streams.items() if (batch := next(stream, None)) is not None}

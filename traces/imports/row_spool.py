@@ -10,6 +10,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from traces.imports.form_program import ROLE_FIELDS, TEXT_ROLE
+from traces.imports.other_events import OTHER, OtherTexts
 from traces.record import Columns
 from traces.schema import BY_NAME, RECORD_FIELDS
 from traces.sealed_stream import RECORD_SCHEMA, to_columns
@@ -22,16 +23,22 @@ _CREATED: Final = 1
 class RowSpool:
     """`rows` so far, `kinds` of them by number; `root_level` of the tables that are roots, 0: there are none.
 
-    `lowest_tables` were made at level 1, as the event says.
+    `lowest_tables` were made at level 1, as the event says. `texts` are those of events that no kind is for.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
         self.rows = 0
+        self.texts = OtherTexts()
         self.kinds: NDArray[np.int64] = np.zeros(256, np.int64)
         self.root_level = 0
         self.lowest_tables = 0
         self._file = file
         self._stream: Any = pa.ipc.new_stream(file, RECORD_SCHEMA, options=pa.ipc.IpcWriteOptions(compression="lz4"))
+
+    @property
+    def known(self) -> int:
+        """Rows of events that a kind is for."""
+        return self.rows - int(self.kinds[OTHER])
 
     def add(self, columns: Columns) -> None:
         """Columns of the record's, all of one length; those that are missing are 0."""

@@ -15,6 +15,7 @@ import numpy as np
 
 from traces.imports import form_program as p
 from traces.imports.event_fields import COMMON, MOST_IDS
+from traces.imports.other_events import OTHER
 from traces.record import RECORD
 
 COMPILED: bool = cython.compiled
@@ -28,6 +29,7 @@ _VCPU = cython.declare(cython.int, p.VCPU)
 _VENDOR = cython.declare(cython.int, p.VENDOR)
 _PLACES = cython.declare(cython.int, p.PLACES)
 _COMMON = cython.declare(cython.int, COMMON)
+_NO_KIND = cython.declare(cython.uchar, OTHER)
 _CPUS = cython.declare(cython.int, 4096)
 # Of literals above 31 bits compiled code would make Python's numbers, a hundred times slower.
 _MASK64 = cython.declare(cython.ulonglong, 0xFFFFFFFFFFFFFFFF)
@@ -297,6 +299,7 @@ class RawDecoder:
     odd = cython.declare(cython.longlong, visibility="public")
     lost = cython.declare(cython.longlong, visibility="public")
     uncounted = cython.declare(cython.longlong, visibility="public")
+    _texts: Any
     _events: cython.const[cython.longlong][::1]
     _kinds: cython.const[cython.longlong][:, ::1]
     _fields: cython.const[cython.longlong][:, ::1]
@@ -305,7 +308,9 @@ class RawDecoder:
     _out: cython.ulonglong[::1]
     _seen_on: cython.longlong[::1]
 
-    def __init__(self, fields: Any) -> None:
+    def __init__(self, fields: Any, texts: Any = None) -> None:
+        """`texts`: where those of events go that no kind is for (`field_texts.FieldTexts`); None: they are left out."""
+        self._texts = texts
         self.others = np.zeros(MOST_IDS, np.int64)
         self.vendors = np.zeros(2, np.int64)
         self._events, self._kinds, self._fields = fields.events, fields.kinds, fields.fields
@@ -318,12 +323,15 @@ class RawDecoder:
         self.odd = self.lost = self.uncounted = 0
 
     def rows(self, data: cython.const[cython.uchar][::1], found: cython.longlong[:, ::1], count: int) -> Any:
-        """The rows of the first `count` of `found`; those of no kind are counted and left out."""
+        """The rows of the first `count` of `found`."""
         made = np.zeros(count, RECORD)
         columns: list[Any] = [made[name] for name in _COLUMNS]
         if not cython.compiled:
             columns = [memoryview(values) for values in columns]
-        return made[: self._fill(data, found, count, *columns)]
+        rows = made[: self._fill(data, found, count, *columns)]
+        if self._texts is not None:
+            self._texts.fill(rows, data)
+        return rows
 
     def _fill(
         self,
@@ -368,6 +376,18 @@ class RawDecoder:
                 which = self._events[_u16(data, at)]
                 if which < 0:
                     self._others[_u16(data, at)] += 1
+                    if self._texts is None:
+                        continue
+                    kind[r] = _NO_KIND
+                    w0[r] = cython.cast(cython.ulonglong, at)
+                    w1[r] = cython.cast(cython.ulonglong, found[i, _SIZE])
+                    n[r] = self._signed(_u16(data, at))
+                    vcpu[r] = -1
+                    tid[r] = cython.cast(cython.uint, found[i, _THREAD] & 0x7FFFFFFF)
+                    tgid[r] = cython.cast(cython.uint, found[i, _PROCESS] & 0x7FFFFFFF)
+                    time[r] = cython.cast(cython.ulonglong, found[i, _WHEN])
+                    cpu[r] = cython.cast(cython.ushort, on)
+                    r += 1
                     continue
                 if found[i, _SIZE] < self._kinds[which, 3]:
                     self.odd += 1

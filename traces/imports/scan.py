@@ -12,6 +12,7 @@ import cython
 import numpy as np
 
 from traces.imports import form_program as p
+from traces.imports.other_events import OTHER
 
 COMPILED: bool = cython.compiled
 
@@ -44,6 +45,7 @@ _DECIMAL = cython.declare(cython.longlong, p.DECIMAL)
 _BARE = cython.declare(cython.longlong, p.BARE)
 _PREFIXED = cython.declare(cython.longlong, p.PREFIXED)
 _NO_VCPU = cython.declare(cython.ulonglong, 0xFFFF)
+_NO_KIND = cython.declare(cython.longlong, OTHER)
 # Of literals above 31 bits compiled code would make Python's numbers, a hundred times slower.
 _MASK64 = cython.declare(cython.ulonglong, 0xFFFFFFFFFFFFFFFF)
 _MASK32 = cython.declare(cython.ulonglong, 0xFFFFFFFF)
@@ -85,7 +87,8 @@ class Scanner:
     """`take` reads lines until `room` rows are there; `rows` of them are in `columns`.
 
     `threads`: (tid, comm) of each, in order of appearance, `thread_facts` what is known of them (tgid + 1, vCPU + 1,
-    whether it ran a guest). `others`: events that a trace has no kind for, by name. `forms` and `raw` count the rows by
+    whether it ran a guest, whether an event of KVM is its). `others`: events that a trace has no kind for, by name;
+    `texts` are those of their rows. `forms` and `raw` count the rows by
     form, and those given as fields. `odd` lines were not understood, `first_odd` is the first of them.
     """
 
@@ -93,6 +96,7 @@ class Scanner:
     rows = cython.declare(cython.Py_ssize_t, visibility="public")
     threads = cython.declare(list, visibility="public")
     thread_facts = cython.declare(object, visibility="public")
+    texts = cython.declare(list, visibility="public")
     other_names = cython.declare(list, visibility="public")
     other_counts = cython.declare(object, visibility="public")
     forms = cython.declare(object, visibility="public")
@@ -201,8 +205,9 @@ class Scanner:
         self.threads = []
         self._thread_slot = np.zeros(_THREAD_SLOTS, np.int64)
         self._thread_tid = np.zeros(_MOST_THREADS, np.int64)
-        self.thread_facts = np.zeros((_MOST_THREADS, 3), np.int64)
+        self.thread_facts = np.zeros((_MOST_THREADS, 4), np.int64)
         self._fact = self.thread_facts
+        self.texts = []
         self.other_names = []
         self.other_counts = np.zeros(_NAME_SLOTS, np.int64)
         self._other = self.other_counts
@@ -428,6 +433,11 @@ class Scanner:
             self._other_hash[at] = h
             self.other_names.append((at, bytes(self._text[self._l_name : min(self._l_name_end, self._l_name + 100)])))
         self._other[at] += 1
+        self._l_kind = _NO_KIND
+        self._clear()
+        self._out[_VCPU] = _NO_VCPU
+        self._emit()
+        self.texts.append(bytes(self._text[self._l_name : self._l_end]))
 
     @cython.cfunc
     def _emit(self) -> cython.void:
@@ -465,8 +475,10 @@ class Scanner:
         self._vcpu[r] = cython.cast(cython.ushort, vcpu & 0xFFFF)
         if self._out[_VENDOR] > 0:
             self._vendor_count[1 if self._out[_VENDOR] > 1 else 0] += 1
-        self._last_emitted = self._l_form
-        if self._l_form >= 0:
+        if kind == _NO_KIND:
+            pass
+        elif self._l_form >= 0:
+            self._last_emitted = self._l_form
             self._form_count[self._l_form] += 1
         else:
             self._last_emitted = 0
@@ -483,6 +495,8 @@ class Scanner:
             if thread >= 0:
                 if self._l_tgid > 0:
                     self._fact[thread, 0] = self._l_tgid + 1
+                if kind != _NO_KIND:
+                    self._fact[thread, 3] = 1
                 if vcpu != _NO_VCPU and kind != 0:
                     self._fact[thread, 1] = cython.cast(cython.longlong, vcpu) + 1
                     self._fact[thread, 2] = 1
@@ -874,6 +888,7 @@ class Scanner:
         event = self._find(self._event_table, 256, first, i)
         # The function tracer's lines have no colon, nor has perf's own word on losses.
         if event < 0 or (self._text[i] != 58 and self._text[i] != 40 and self._form[self._events[event, 0], 0] != 0):
+            self._l_end = end
             return _OTHER
         i += 1
         tried = self._last_form[event]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Final
 
+import numpy as np
+
 from traces.imports.findings import Findings
 from traces.imports.form_program import program
 from traces.imports.opening import Opened
+from traces.imports.other_events import OTHER
 from traces.imports.row_spool import RowSpool
 from traces.imports.scan import Scanner
 from traces.imports.thread_vms import threads_of
@@ -26,8 +29,10 @@ def read_text(opened: Opened, spool: RowSpool, progress: Progress) -> Findings:
     rows = zip(program().order, scanner.forms.tolist(), strict=True)
     return Findings(
         threads=threads_of(
-            (tid, comm, tgid - 1, vcpu - 1, bool(guest))
-            for (tid, comm), (tgid, vcpu, guest) in zip(scanner.threads, scanner.thread_facts.tolist(), strict=False)
+            (tid, comm, tgid - 1, vcpu - 1, bool(guest), bool(acted))
+            for (tid, comm), (tgid, vcpu, guest, acted) in zip(
+                scanner.threads, scanner.thread_facts.tolist(), strict=False
+            )
         ),
         others=scanner.others(),
         forms={form: count for form, count in rows if count},
@@ -66,7 +71,12 @@ def _lines(scanner: Scanner, data: bytes, spool: RowSpool, *, final: bool) -> by
 
 def _move(scanner: Scanner, spool: RowSpool, count: int) -> None:
     """Put the first rows into the spool; the last one stays, as long as the next line may change it."""
-    spool.add({name: values[:count].copy() for name, values in scanner.columns.items()})
+    columns = {name: values[:count].copy() for name, values in scanner.columns.items()}
+    others = np.flatnonzero(columns["kind"] == OTHER)
+    if len(others):
+        columns["w0"][others], columns["w1"][others] = spool.texts.add(scanner.texts[: len(others)])
+        del scanner.texts[: len(others)]
+    spool.add(columns)
     for values in scanner.columns.values():
         values[: scanner.rows - count] = values[count : scanner.rows]
     scanner.rows -= count

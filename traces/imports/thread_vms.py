@@ -21,13 +21,14 @@ _MOST_VCPUS: Final = 0x7FFF
 
 @dataclass
 class TextThread:
-    """A thread of the text. `tgid` 0 and `vcpu` None: not known; `guest`: it ran one."""
+    """A thread of the text. `tgid` 0 and `vcpu` None: not known; `guest`: it ran one; `acted`: it has events of KVM."""
 
     tid: int
     comm: str
     tgid: int
     vcpu: int | None
     guest: bool
+    acted: bool = True
 
 
 @dataclass
@@ -69,16 +70,19 @@ class Assigned:
         )
 
 
-def threads_of(seen: Iterable[tuple[int, bytes, int, int, bool]]) -> list[TextThread]:
-    """The threads of a source: number, name, process (0: unknown), vCPU (-1: unknown), whether it runs a guest."""
+def threads_of(seen: Iterable[tuple[int, bytes, int, int, bool, bool]]) -> list[TextThread]:
+    """The threads of a source: number, name, process (0: unknown), vCPU (-1: unknown), whether it runs a guest, whether
+    it has an event of KVM.
+    """
     found = []
-    for tid, comm, tgid, vcpu, guest in seen:
+    for tid, comm, tgid, vcpu, guest, acted in seen:
         text = comm.decode(errors="replace").strip()
         match = _VCPU_NAMES.fullmatch(text)
         number = vcpu if vcpu >= 0 else int(next(n for n in match.groups() if n)) if match else None
         if number is not None and number > _MOST_VCPUS:
             number = None
-        found.append(TextThread(tid, "" if text == "<...>" else text, max(tgid, 0), number, guest or bool(match)))
+        runs = guest or (acted and bool(match))
+        found.append(TextThread(tid, "" if text == "<...>" else text, max(tgid, 0), number, runs, acted))
     return sorted(found, key=lambda thread: thread.tid)
 
 
@@ -135,7 +139,7 @@ def assign(threads: Sequence[TextThread], vm_of: Mapping[int, str]) -> Assigned:
     for tgid, count in several.items():
         inferred.append(f"VMs: {count:,} threads of process {tgid} are a vCPU 0: taken for as many VMs")
     alone = 1 if len(machines) == 1 else 0
-    if alone and len(threads) > len(guests):
+    if alone and any(thread.acted and id(thread) not in number_of for thread in threads):
         inferred.append("VMs: what other threads did is taken for the only VM's")
     vm = [number_of.get(id(t)) or of_process.get(t.tgid, alone) for t in threads]
     return Assigned(

@@ -16,6 +16,8 @@ import numpy as np
 from traces.errors import Problem
 from traces.imports.clock_shift import ClockShift
 from traces.imports.event_fields import RawFields, raw_fields
+from traces.imports.field_texts import FieldTexts
+from traces.imports.other_events import OtherTexts
 from traces.imports.samples import RawDecoder, walk_pages
 from traces.imports.source_bytes import Damaged, SourceBytes, SourceCursor, unpacked
 from traces.imports.time_order import Rows, TimeOrder
@@ -72,7 +74,7 @@ class TraceDatFacts:
 class TraceDat:
     """A trace.dat: iterate `batches` once. Raises Problem for what cannot be read, Damaged where it is cut."""
 
-    def __init__(self, source: SourceBytes) -> None:
+    def __init__(self, source: SourceBytes, texts: OtherTexts) -> None:
         self.facts = TraceDatFacts()
         self.order = TimeOrder()
         self.odd_pages = 0
@@ -92,7 +94,7 @@ class TraceDat:
         self._page_size = self._a_page_size(head.numbers("I")[0])
         formats = self._read_6(head) if version == "6" else self._read_7(head)
         self.fields: RawFields = raw_fields(formats)
-        self.decoder = RawDecoder(self.fields)
+        self.decoder = RawDecoder(self.fields, FieldTexts(self.fields.names, self.fields.others, texts))
 
     @property
     def threads(self) -> dict[int, tuple[int, bytes]]:
