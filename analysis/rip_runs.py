@@ -71,8 +71,13 @@ class _Following:
         return pl.DataFrame(found, schema=SCHEMA)
 
 
-def of_vm(answer: pl.DataFrame, vm: int) -> tuple[list[RipRun], list[RipEnd]]:
-    """The runs and ends of a VM, from an answer."""
-    rows = answer.filter(pl.col("vm") == vm).to_dicts()
-    runs = [RipRun(**{name: row[name] for name in _RUN}) for row in rows if row["exits"] is not None]
-    return runs, [RipEnd(**{name: row[name] for name in _END}) for row in rows if row["exits"] is None]
+def by_vm(answer: pl.DataFrame) -> dict[int, tuple[list[RipRun], list[RipEnd]]]:
+    """The runs and ends of each VM that has any, from an answer."""
+    found: dict[int, tuple[list[RipRun], list[RipEnd]]] = {}
+    for row in answer.iter_rows(named=True):
+        runs, ends = found.setdefault(row["vm"], ([], []))
+        if row["exits"] is None:
+            ends.append(RipEnd(**{name: row[name] for name in _END}))
+        else:
+            runs.append(RipRun(**{name: row[name] for name in _RUN}))
+    return found

@@ -27,23 +27,37 @@ _MADE: Final = {KIND: "kind", VCPU: "vcpu", GFN: "gfn"}
 _MERGED_ROWS: Final = 1 << 17  # parts are merged when they have more rows than this, and than what is merged
 
 
-@dataclass(frozen=True, eq=False)
 class DecodedRows:
     """Some rows with what several questions ask of them, made once for all."""
 
-    frame: pl.DataFrame
+    def __init__(self, *parts: pl.DataFrame) -> None:
+        """`parts` follow one another; most often each is of one VM."""
+        self._parts = parts
+
+    @cached_property
+    def frame(self) -> pl.DataFrame:
+        """All of them, each column in one piece."""
+        return self._parts[0] if len(self._parts) == 1 else pl.concat(self._parts, rechunk=True)
 
     @cached_property
     def one_vm(self) -> bool:
         """Whether `vm` is the same in all rows."""
-        vm = self.frame["vm"]
-        return vm.null_count() in (0, len(vm)) and vm.min() == vm.max()
+        return _one_vm(self.frame)
 
     @cached_property
     def by_vm(self) -> list[tuple[int, pl.DataFrame]]:
-        """Each VM's rows, in order; not those of no VM."""
-        parts = [self.frame] if self.one_vm else self.frame.partition_by("vm", maintain_order=True)
+        """The rows by VM, a VM's in order, in as many parts as they come in; not those of no VM."""
+        parts = [
+            part
+            for some in self._parts
+            for part in ([some] if _one_vm(some) else some.partition_by("vm", maintain_order=True))
+        ]
         return [(part["vm"][0], part) for part in parts if len(part) and part["vm"][0] is not None]
+
+
+def _one_vm(rows: pl.DataFrame) -> bool:
+    vm = rows["vm"]
+    return vm.null_count() in (0, len(vm)) and vm.min() == vm.max()
 
 
 class Counting(Protocol):
@@ -146,7 +160,7 @@ class Asking:
         self._waiting, self._held = [], 0
         if not held:
             return
-        decoded = DecodedRows(pl.concat(waiting))
+        decoded = DecodedRows(*waiting)
         self._tallies.feed(decoded)
         for each in self._counting.values():
             each.feed(decoded)

@@ -64,6 +64,7 @@ class Recording:
         self.kinds = frozenset(watched | {kind for kind, count in meta.kinds.items() if count}) - self.hidden
         self.symbol: Callable[[int], str] | None = None  # the name of a guest's address
         self.notes: list[str] = []  # of queries: what their rows do not have
+        self.diagnosed: dict[tuple[bool, int], list[Diagnosis]] = {}  # by whether it was replayed, and `exits`
         self._answers: dict[str, pl.DataFrame] = {}
 
     @classmethod

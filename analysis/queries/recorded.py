@@ -13,7 +13,7 @@ import polars as pl
 
 from analysis.grouped import KEY, OTHER, FaultedPages, KindsBy, UsedRoots, Windowed
 from analysis.queries.registry import query
-from analysis.rip_runs import RipQuestion, of_vm
+from analysis.rip_runs import RipQuestion, by_vm
 from analysis.rows import GFN, KIND, Question, Tally
 from analysis.sources import Recording
 from analysis.unseen import lost_windows
@@ -309,6 +309,13 @@ def stuck_vcpus(recording: Recording, exits: int = CERTAIN) -> list[Diagnosis]:
 
     Of a window that begins later also those that were stuck before, and still are in it.
     """
+    key = (recording.replayed, exits)
+    if key not in recording.diagnosed:
+        recording.diagnosed[key] = _diagnosed(recording, exits)
+    return recording.diagnosed[key]
+
+
+def _diagnosed(recording: Recording, exits: int) -> list[Diagnosis]:
     kernel = _kernel(recording)
     vms = {int(vm["id"]): vm for vm in recording.metadata.vms}
     found: list[Diagnosis] = []
@@ -322,10 +329,11 @@ def stuck_vcpus(recording: Recording, exits: int = CERTAIN) -> list[Diagnosis]:
         whole = recording.whole.ask(question) if since is not None else []
         for answer in (*whole, *recording.ask(question)):
             told = {(each.vm, each.vcpu) for each in found}
+            shown = by_vm(answer)
             mine = [
                 each
                 for number, vm in vms.items()
-                for each in diagnosed(recording.trace, vm, kernel, *of_vm(answer, number), exits)
+                for each in diagnosed(recording.trace, vm, kernel, *shown.get(number, ([], [])), exits)
             ]
             found += [each for each in mine if each.until >= (since or each.until) and (each.vm, each.vcpu) not in told]
     return sorted(found, key=lambda each: (each.since - each.until, each.vm, each.vcpu))

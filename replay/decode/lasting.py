@@ -80,7 +80,9 @@ class Lasting:
         self.codes = np.concatenate([self.codes, np.zeros(room, np.uint64)])
         self.rets = np.concatenate([self.rets, np.zeros(room, np.int32)])
         self.totals = np.concatenate([self.totals, np.zeros((room, _WIDTH), np.int64)])
-        self.buckets = np.concatenate([self.buckets, np.zeros((room, BUCKETS), np.int64)])
+        buckets = np.zeros((len(self.codes), BUCKETS), np.int64)
+        buckets[: len(self.buckets)] = self.buckets
+        self.buckets = buckets
 
     def _feed(
         self,
