@@ -11,7 +11,7 @@ import polars as pl
 
 from analysis import verdict as sentences
 from analysis.gates import Figures, figures_of
-from analysis.queries import by_vm, exit_times, leaves, recorded, removed, replayed
+from analysis.queries import by_vm, exit_times, guest_tasks, leaves, recorded, removed, replayed
 from analysis.queries.registry import Query
 from analysis.report import Check, Column, Report, ReportTable, Status
 from analysis.sources import Recording, Result, ResultPolicy
@@ -178,6 +178,11 @@ _RIPS: Final = (
     _VM, Column("rip", "RIP", Unit.HEX), Column("faults", "faults"),
     Column("share", "of faults", Unit.SHARE), _FIRST, _LAST,
 )  # fmt: skip
+_TASKS: Final = (
+    _VM, Column("task", "task", Unit.TEXT), Column("pid", "PID", Unit.ID), Column("faults", "faults"),
+    Column("share", "of faults", Unit.SHARE), Column("fault_ns", "time", Unit.NS), Column("roots", "roots"),
+    Column("vcpus", "vCPUs", wide=1), _FIRST, _LAST,
+)  # fmt: skip
 _CHANGES: Final = (
     _VM, Column("kind", "event", Unit.TEXT), Column("task", "task", Unit.TEXT), Column("events", "events"),
     _FIRST, _LAST,
@@ -207,6 +212,7 @@ _OF_RECORDING: Final = (
     _Part(exit_times.user_exits, "Returns to userspace by reason", _RETURNS, first=4, least=1),
     _Part(exit_times.ioctls, "ioctls", _IOCTLS, first=2, least=1),
     _Part(exit_times.changes, "What was done to memory and roots", _CHANGES, first=2, least=1),
+    _Part(guest_tasks.guest_tasks, "Guest tasks by the time of their faults", _TASKS, first=5, least=1),
     _Part(exit_times.rips, "Guest RIPs by faults", _RIPS, first=2, least=1),
     _Part(recorded.roles, "Root lives as recorded", _ROLES, first=0),
     _Part(recorded.gfns, "Hottest gfns as recorded", _GFNS, first=2),
@@ -285,6 +291,8 @@ def _parts(recording: Recording | None, result: Result | None) -> Iterator[tuple
         if recording is None:
             return
         if part.query is leaves.memory_types and not leaves.have_types(recording):
+            continue
+        if part.query is guest_tasks.guest_tasks and recording.guest is None:
             continue
         blind = part.query is exit_times.user_exits and "kvm_entry" not in recording.kinds
         yield replace(part, note=_GUEST_IN_IT) if blind else part, recording

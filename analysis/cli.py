@@ -16,6 +16,7 @@ from traces.options import Force, OptionGroup, RecordedPolicy, TextFile, part_of
 from traces.text import printable
 
 if TYPE_CHECKING:
+    from analysis.guest_files import GuestFile
     from analysis.symbols import Naming
     from traces.selection import Selection
 
@@ -63,6 +64,42 @@ _NAMING = OptionGroup(
 )
 
 
+def _guest(guest: str, guest_offset: str) -> GuestFile | None:
+    from analysis.guest_files import guest_file
+
+    return guest_file(guest, guest_offset)
+
+
+_GUEST = OptionGroup(
+    {
+        "guest": (
+            Annotated[
+                str,
+                typer.Option(
+                    "--guest",
+                    help="What trace-cmd or ftrace recorded inside the guest, with sched_switch: FILE, or VM=FILE.",
+                    metavar="[VM=]FILE",
+                    show_default=False,
+                ),
+            ],
+            "",
+        ),
+        "guest_offset": (
+            Annotated[
+                str,
+                typer.Option(
+                    help="Seconds to be added to the guest's times. [default: by trace-cmd's offsets]",
+                    metavar="SECONDS",
+                    show_default=False,
+                ),
+            ],
+            "",
+        ),
+    },
+    _guest,
+)
+
+
 def _of_both(vm: list[str] | None, vcpu: list[int] | None, until: str) -> PairedSelection:
     from traces.selection import Selection
 
@@ -102,11 +139,12 @@ _OF_BOTH = OptionGroup(
         "kvmtrace report stall.parquet",
         "kvmtrace report stall.parquet --format html -o stall.html",
         "kvmtrace report result.parquet --format md -o $GITHUB_STEP_SUMMARY",
+        "kvmtrace report stall.parquet --guest guest.dat",
         "kvmtrace report new.parquet --fail-on 'preserve.refaults > 0'",
         "kvmtrace report new.parquet --fail-on 'roots_created > baseline' \\\n  --baseline old.json",
     ),
 )
-@taking(selected=part_of("vm", "vcpu", "since", "until"), naming=_NAMING)
+@taking(selected=part_of("vm", "vcpu", "since", "until"), naming=_NAMING, guest=_GUEST)
 def report(
     files: Annotated[list[Path], typer.Argument(help=_SOURCES)],
     policy: Annotated[
@@ -127,6 +165,7 @@ def report(
     *,
     selected: Selection,
     naming: Naming,
+    guest: GuestFile | None,
     force: Force = False,
     fail_on: Annotated[
         list[str] | None,
@@ -171,6 +210,7 @@ def report(
         drawn=drawn(format_),
         selection=selected,
         naming=naming,
+        guest=guest,
     )
     with ExitStack() as stack:
         with Progress("reading") as progress:
@@ -264,7 +304,7 @@ def diff(
         "kvmtrace export stall.parquet --ftrace-text -o stall.txt",
     ),
 )
-@taking(selected=part_of("vm", "vcpu", "since", "until"), naming=_NAMING)
+@taking(selected=part_of("vm", "vcpu", "since", "until"), naming=_NAMING, guest=_GUEST)
 def export(
     file: Annotated[Path, typer.Argument(help="A trace, or a result of `kvmtrace replay -o`.")],
     csv: Annotated[str, typer.Option(help="Mode: write all rows of this query as CSV.", show_default=False)] = "",
@@ -284,6 +324,7 @@ def export(
     *,
     selected: Selection,
     naming: Naming,
+    guest: GuestFile | None,
     force: Force = False,
 ) -> None:
     """Give the rows behind a report's tables, or a recording's course, to other tools."""
@@ -300,11 +341,11 @@ def export(
             raise Problem("export --perfetto: --vcpu and --from are for --csv: a course begins with its recording")
         if out is None:
             raise Problem("export --perfetto: say with -o which file to write")
-        exporting.perfetto(file, out, selected, force=force, recorded_policy=recorded_policy)
+        exporting.perfetto(file, out, selected, guest, force=force, recorded_policy=recorded_policy)
     elif list_:
         _write(exporting.listing(file, recorded_policy), out, outputs.QUERIES, [file], force)
     else:
-        exporting.csv(file, csv, out, selected, naming, force=force, recorded_policy=recorded_policy)
+        exporting.csv(file, csv, out, selected, naming, guest, force=force, recorded_policy=recorded_policy)
 
 
 def _write(text: str, out: Path | None, kind: outputs.FileKind, inputs: Sequence[Path], force: bool) -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import polars as pl
 
+from analysis.guest_files import GuestFile, use_guest
 from analysis.queries.registry import named, queries
 from analysis.reporting import use_symbols
-from analysis.sources import Recording, open_source
+from analysis.sources import Recording, Result, open_source
 from analysis.symbols import NO_NAMING, Naming
 from traces.errors import Problem
 from traces.outputs import FTRACE_TEXT, PERF_TEXT, FileKind, Output
@@ -43,6 +44,7 @@ def csv(
     out: Path | None,
     selection: Selection = ALL,
     naming: Naming = NO_NAMING,
+    guest: GuestFile | None = None,
     *,
     force: bool = False,
     recorded_policy: str = "",
@@ -51,7 +53,9 @@ def csv(
     query = named(name)
     source = open_source(path, recorded_policy, selection)
     if isinstance(source, Recording):
-        source.note(*use_symbols(source, naming))
+        source.note(*use_symbols(source, naming), *use_guest(source, guest))
+    elif guest is not None:
+        raise Problem(f"{path}: a result has no rows of a guest: --guest is for traces")
     rows = query(source)
     if selection.vcpus and "vcpu" in rows.collect_schema():
         rows = rows.filter(pl.col("vcpu").is_in(list(selection.vcpus)))
@@ -96,13 +100,22 @@ def text(path: Path, out: Path | None, selection: Selection = ALL, *, perf: bool
 
 
 def perfetto(
-    path: Path, out: Path, selection: Selection = ALL, *, force: bool = False, recorded_policy: str = ""
+    path: Path,
+    out: Path,
+    selection: Selection = ALL,
+    guest: GuestFile | None = None,
+    *,
+    force: bool = False,
+    recorded_policy: str = "",
 ) -> None:
     """A recording's course, or a replay's, as a trace for ui.perfetto.dev; remarks on stderr."""
     from analysis.perfetto import export
 
     source = open_source(path, recorded_policy, selection)
-    remarks = export(source, out, force=force)
+    if isinstance(source, Result) and guest is not None:
+        raise Problem(f"{path}: a result has no rows of a guest: --guest is for traces")
+    told = use_guest(source, guest) if isinstance(source, Recording) else []
+    remarks = [*told, *export(source, out, force=force)]
     for remark in remarks:
         print(f"kvmtrace: {path}: {remark}", file=sys.stderr)
     print(f"{out}: {out.stat().st_size:,} bytes", file=sys.stderr)

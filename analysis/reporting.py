@@ -13,6 +13,7 @@ from typing import Final
 
 from analysis.assemble import asked, assemble
 from analysis.gates import Figures, Gate, check
+from analysis.guest_files import GuestFile, use_guest
 from analysis.queries.exit_times import halts
 from analysis.queries.registry import Query
 from analysis.report import Check, Report
@@ -40,6 +41,7 @@ class Wanted:
     drawn: tuple[Query[Recording], ...] = ()
     selection: Selection = ALL
     naming: Naming = NO_NAMING
+    guest: GuestFile | None = None
 
 
 @contextmanager
@@ -59,6 +61,9 @@ def reported(path: Path, wanted: Wanted, step: Callable[[str], None] = lambda _:
             recording = source
         if recording is not None:
             remarks += use_symbols(recording, wanted.naming)
+            remarks += use_guest(recording, wanted.guest)
+        elif wanted.guest is not None:
+            raise Problem(f"{path}: --guest: without its recording's rows there is nothing to hold the guest's against")
         if isinstance(source, Recording):
             window = source.window.since is not None
             if window and (wanted.policies or wanted.gates):

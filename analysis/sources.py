@@ -25,6 +25,7 @@ from replay.timing.diagnosis import Diagnosis
 from traces import metadata
 from traces.errors import Problem
 from traces.foreign import check_whole_parquet, of_parquet
+from traces.imports.guest_switches import GuestTasks
 from traces.lazy_rows import lazy_rows
 from traces.reader import Trace
 from traces.selection import ALL, Selection
@@ -46,6 +47,14 @@ _OF_GUESTS: Final = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class GuestOfVm:
+    """What was recorded inside the guest of a VM."""
+
+    vm: int
+    tasks: GuestTasks
+
+
 class Recording:
     """A trace, with the kinds of event that it could have seen.
 
@@ -62,6 +71,7 @@ class Recording:
         watched = {str(probe.get("kind")) for probe in meta.probes if probe.get("how") != "none"}
         self.hidden = _hidden(trace, watched)
         self.kinds = frozenset(watched | {kind for kind, count in meta.kinds.items() if count}) - self.hidden
+        self.guest: GuestOfVm | None = None  # what was recorded inside a guest
         self.symbol: Callable[[int], str] | None = None  # the name of a guest's address
         self.notes: list[str] = []  # of queries: what their rows do not have
         self.diagnosed: dict[tuple[bool, int], list[Diagnosis]] = {}  # by whether it was replayed, and `exits`

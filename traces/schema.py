@@ -164,8 +164,8 @@ def _kinds() -> tuple[Kind, ...]:
             (),
             ("has_error",),
         ),
-        # Functions of the root's life, by meaning; the probe table says which function each kernel has.
         Kind(39, "other", "of an import: an event that no kind is for, in the column `text`"),
+        # Functions of the root's life, by meaning; the probe table says which function each kernel has.
         Kind(40, "mmu_load", "the vCPU loaded a root (at return)", (), "ret", function),
         Kind(41, "mmu_unload", "the vCPU empties all its root slots", (), "", function),
         Kind(42, "mmu_reset", "the vCPU's MMU context is reset", (), "", function),

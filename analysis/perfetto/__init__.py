@@ -24,7 +24,7 @@ def export(source: Recording | Result, out: Path, *, force: bool = False) -> lis
             writer.flush()
             return []
         writer = PacketWriter(output, recording.NAMES, recording.NOTES)
-        told = recording.write(source.trace, writer, Rule())
+        told = recording.write(source.trace, writer, Rule(), source.guest)
         writer.flush()
     names = VmNames(source.metadata)
     remarks = [f"{names.vms(ids)}: soft-hangs are not known: {why}" for why, ids in told.unjudged.items()]

@@ -12,16 +12,19 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
 from analysis.perfetto.packets import Ints, PacketWriter
 from analysis.recorded_time import COLUMNS, RecordedTime, Spans, recorded_times, spans_of
+from analysis.sources import GuestOfVm
 from replay.decode.batch import Batch
 from replay.decode.timeline import Timeline
 from replay.decode.vcpu_states import VcpuState
 from replay.decode.vm_inputs import dense_numbers, vcpu_ids
 from replay.timing.stalls import Rule
 from traces import kernels
+from traces.imports.guest_switches import GuestTasks
 from traces.kernels import roles
 from traces.progress import Progress
 from traces.reader import Trace
@@ -47,8 +50,11 @@ class Told:
     unjudged: dict[str, list[int]] = field(default_factory=dict)  # VMs whose soft-hangs are not known, by why
 
 
-def write(trace: Trace, writer: PacketWriter, rule: Rule) -> Told:
-    """Every VM of a trace. Memory is a batch, the roots alive, and 16 bytes for each ms of each vCPU."""
+def write(trace: Trace, writer: PacketWriter, rule: Rule, guest: GuestOfVm | None = None) -> Told:
+    """Every VM of a trace. Memory is a batch, the roots alive, and 16 bytes for each ms of each vCPU.
+
+    `guest`: what was recorded inside one of them is beneath its vCPUs.
+    """
     told = Told()
     writer.clocks(_samples(trace))
     threads = {each["tid"]: printable(each.get("comm", "")) for each in trace.metadata.threads if "tid" in each}
@@ -56,7 +62,8 @@ def write(trace: Trace, writer: PacketWriter, rule: Rule) -> Told:
         for vm, times in zip(trace.metadata.vms, recorded_times(trace), strict=True):
             if times.switch is None:
                 told.unjudged.setdefault(times.unknown, []).append(int(vm["id"]))
-            one = _Vm(trace, vm, writer, threads, told, times)
+            own = guest.tasks if guest is not None and guest.vm == int(vm["id"]) else None
+            one = _Vm(trace, vm, writer, threads, told, times, own)
             numbers = dense_numbers(trace.path, vm)
             for rows in trace.batches(COLUMNS, vm=int(vm["id"])):
                 one.feed(Batch(rows, numbers))
@@ -94,8 +101,9 @@ class _Vm:
         threads: Mapping[int, str],
         told: Told,
         times: RecordedTime,
+        guest: GuestTasks | None,
     ) -> None:
-        """`times` say where its vCPUs hung, as far as that is known."""
+        """`times` say where its vCPUs hung, as far as that is known; `guest`: which of its guest's tasks ran."""
         self._writer, self._threads, self._told = writer, threads, told
         name = VmNames(trace.metadata).vm(int(vm["id"]))
         self._track = writer.track(name, description=f"process {vm.get('pid') or 'not known'}, as recorded")
@@ -110,11 +118,14 @@ class _Vm:
             if times.switch is not None:
                 about = f"guest time without the switch, {times.switch.text} each"
                 self._hangs[each] = writer.track(f"vCPU {each} soft-hangs", self._track, description=about)
+        self._guest = guest
+        self._of_guest = {each: writer.track(f"vCPU {each} guest tasks", self._track) for each in ids if guest}
         self._timeline = Timeline(len(ids))
         self._workers: dict[int, int] = {}
         self._zaps: dict[int, tuple[int, int, int]] = {}
         self._roots = _Roots(writer, self._track, _there_before(trace, vm))
         self._newest = 0
+        self._first = trace.metadata.spans.get(int(vm["id"]), (0, 0))[0]
         self._last = 0
         self._ended = False
 
@@ -137,9 +148,21 @@ class _Vm:
                 share = f"{stall.guest / stall.ns:.2%} in the guest"
                 track = self._hangs[number]
                 self._writer.span(track, stall.begin, stall.end, f"soft-hang, {share}", {"guest_ns": stall.guest})
+        for number, track in self._of_guest.items():
+            self._tasks(number, track)
         for tid, (begin, seq, root) in self._zaps.items():
             self._job(tid, np.array([[begin, self._last, seq, root]]))
         self._roots.finish(self._last)
+
+    def _tasks(self, number: int, track: int) -> None:
+        """Which task of the guest ran on a vCPU, idle apart, as long as the VM is seen."""
+        assert self._guest is not None
+        ran = self._guest.ran.filter(pl.col("cpu") == number).sort("time")
+        ends = [*ran["time"].to_list()[1:], self._last]
+        for begin, end, pid, task in zip(ran["time"], ends, ran["pid"], ran["task"], strict=True):
+            begin, end = max(begin, self._first), min(end, self._last)
+            if pid and begin < end:
+                self._writer.span(track, begin, end, printable(task) or f"PID {pid}", {"pid": pid})
 
     def _run(self, rows: Batch) -> None:
         spans = spans_of(self._timeline, rows)

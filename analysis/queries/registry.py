@@ -15,7 +15,8 @@ from traces.errors import Problem
 
 Source = TypeVar("Source", Recording, Result)
 _MODULES: Final = tuple(
-    f"analysis.queries.{name}" for name in ("recorded", "replayed", "by_vm", "exit_times", "removed", "drawn", "leaves")
+    f"analysis.queries.{name}"
+    for name in ("recorded", "replayed", "by_vm", "exit_times", "removed", "drawn", "leaves", "guest_tasks")
 )
 _QUERIES: Final[dict[str, Query[Any]]] = {}
 _OLD_NAMES: Final = {"doings": "vcpu_states"}  # accepted until 0.2

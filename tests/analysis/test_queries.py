@@ -12,7 +12,7 @@ import pytest
 
 from analysis.queries import recorded, replayed
 from analysis.queries.registry import named, queries
-from analysis.sources import Recording, Result
+from analysis.sources import GuestOfVm, Recording, Result
 from replay import bounds, plan, run
 from replay.decode.capabilities import Capabilities
 from tests.analysis.sources import CORPUS, OLD_STORM, ROOT, STORM, TIMING, result_of
@@ -20,6 +20,7 @@ from tests.replay.recording import ALL_KINDS, Guest, manifest
 from tests.traces.making import stream, trace
 from traces import kernels
 from traces.errors import Problem
+from traces.imports.guest_switches import GuestTasks
 from traces.reader import Trace
 
 RECORDINGS = [CORPUS / f"{name}.parquet" for name in ("churn-6.1", "two-vms-6.1-async", "mmio-6.12", "huge-5.10")]
@@ -249,6 +250,8 @@ def test_every_query_answers_and_says_what_it_asks(name: str, tmp_path: Path) ->
     assert len(query.about) < 120
     of = {"rmaps": CORPUS / "smi-storm-6.1-shadow.parquet", "memory_types": CORPUS / "smi-storm-6.1-ept.parquet"}
     recording = Recording.open(of.get(name, OLD_STORM))
+    ran = pl.DataFrame({"cpu": [0], "time": [0], "pid": [7], "task": ["sh"]})
+    recording.guest = GuestOfVm(1, GuestTasks(tmp_path, ran, "", 0, 0))
     source = recording if query.source is Recording else result_of(OLD_STORM, tmp_path)
     assert isinstance(query(source), pl.LazyFrame)
     assert set(asked(query(source).head(1)).columns)

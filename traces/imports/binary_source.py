@@ -65,7 +65,7 @@ def read_binary(kind: str, source: SourceBytes, spool: RowSpool, progress: Progr
         watched=_watched(reader.fields, counts),
     )
     if isinstance(reader, TraceDat):
-        found.overrun = reader.facts.overrun
+        found.overrun, found.synced = reader.facts.overrun, reader.synced
         found.odd += reader.odd_pages
         found.vm_of = {tid: name for name, tids in reader.facts.guests.items() for tid in tids if tid}
         found.how = [f"buffer {name}" for name in reader.facts.buffers if name]

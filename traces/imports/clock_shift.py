@@ -38,6 +38,11 @@ class ClockShift:
     def needed(self) -> bool:
         return bool(self._added or self._multiply or self._of_cpu)
 
+    @property
+    def of_host(self) -> bool:
+        """Whether there are offsets between a guest's clock and its host's."""
+        return any(self._of_cpu)
+
     def add(self, nanoseconds: int) -> None:
         self._added += nanoseconds
 

@@ -21,7 +21,7 @@ class Findings:
     that a trace has no kind for, by name. `forms` are rows by the form of their text, of `raw` there were fields
     instead. `vendors`: exits of VMX, of SVM. `cut` says why the source ended early, if it did. `watched` are kinds
     whose events were switched on, as the source says: of those without rows there was none. `overrun` events were
-    overwritten before anybody read them.
+    overwritten before anybody read them. `synced`: it is a guest's, and its times were made its host's.
     """
 
     kind: str = "text"
@@ -47,3 +47,4 @@ class Findings:
     how: list[str] = field(default_factory=list)
     watched: frozenset[str] = frozenset()
     overrun: int = 0
+    synced: bool = False

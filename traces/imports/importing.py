@@ -63,7 +63,7 @@ def import_file(path: Path, out: Path, options: ToldOfText, *, force: bool = Fal
     try:
         with tempfile.TemporaryFile(prefix="kvmtrace-") as file, Progress(f"reading {path}") as progress:
             spool = RowSpool(file)
-            found = _read(opened, spool, progress)
+            found = read(opened, spool, progress)
             if not spool.known:
                 raise Problem(_nothing(path, found))
             if found.release and not options.kernel:
@@ -75,7 +75,8 @@ def import_file(path: Path, out: Path, options: ToldOfText, *, force: bool = Fal
         opened.close()
 
 
-def _read(opened: Opened, spool: RowSpool, progress: Progress) -> Findings:
+def read(opened: Opened, spool: RowSpool, progress: Progress) -> Findings:
+    """Put the rows of what was opened into the spool, whatever it is; what else was found. Raises Problem."""
     if opened.binary:
         from traces.imports.binary_source import read_binary
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import mmap
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import numpy as np
@@ -60,10 +60,15 @@ class OtherTexts:
             some = np.array(index[first:last])
             where = np.searchsorted(seq, some[:, 0])
             mine = np.flatnonzero(seq[np.minimum(where, len(seq) - 1)] == some[:, 0])
-            data = self._mapped() if len(mine) else b""
-            for row, at, length in zip(where[mine].tolist(), *some[mine, 1:].T.tolist(), strict=True):
-                texts[row] = bytes(data[at : at + length]).decode(errors="replace")
+            for row, text in zip(where[mine].tolist(), self.of(*some[mine, 1:].T), strict=True):
+                texts[row] = text
         return pa.array(texts, pa.string())
+
+    def of(self, at: NDArray[np.uint64], lengths: NDArray[np.uint64]) -> Iterator[str]:
+        """The texts at these places."""
+        data = self._mapped()
+        for begin, length in zip(at.tolist(), lengths.tolist(), strict=True):
+            yield bytes(data[begin : begin + length]).decode(errors="replace")
 
     def close(self) -> None:
         if self._read is not None:

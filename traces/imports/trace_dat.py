@@ -101,6 +101,11 @@ class TraceDat:
         """By thread: its process, which these files do not say, and its name."""
         return {tid: (0, comm) for tid, comm in self.facts.comms.items()}
 
+    @property
+    def synced(self) -> bool:
+        """Whether it is a guest's, with offsets that make its times its host's."""
+        return self._shift.of_host
+
     def batches(self) -> Iterator[Rows]:
         """The rows in the order of their times."""
         running = [pages for pages in self._pages if not pages[1].done]

@@ -1,0 +1,58 @@
+"""A recording from inside a guest beside the host's: which VM it is of, and whether the two are of one time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from analysis.sources import GuestOfVm, Recording
+from traces.errors import Problem
+from traces.imports.guest_switches import offset_of, read_guest
+
+
+@dataclass(frozen=True)
+class GuestFile:
+    """`vm` is None where it was not said whose guest it is; `offset` in ns, None where it was not told."""
+
+    path: Path
+    vm: int | None
+    offset: int | None
+
+
+def guest_file(guest: str, guest_offset: str) -> GuestFile | None:
+    """`--guest [VM=]FILE` and `--guest-offset SECONDS`; None where there is no guest. Raises Problem."""
+    offset = offset_of(guest_offset)
+    if not guest:
+        if offset is not None:
+            raise Problem("--guest-offset: there is no guest: give --guest FILE as well")
+        return None
+    vm, equals, path = guest.partition("=")
+    if equals and vm.isascii() and vm.isdigit() and path:
+        return GuestFile(Path(path), int(vm), offset)
+    return GuestFile(Path(guest), None, offset)
+
+
+def use_guest(recording: Recording, given: GuestFile | None) -> list[str]:
+    """Put what was recorded in the guest beside the recording; what is to be said of it. Raises Problem."""
+    if given is None:
+        return []
+    ids = [int(vm["id"]) for vm in recording.metadata.vms]
+    vm = given.vm if given.vm is not None else ids[0] if len(ids) == 1 else None
+    if vm is None:
+        raise Problem(
+            f"--guest {given.path}: {recording.path} has {len(ids)} VMs: say whose guest it is, as 1={given.path}"
+        )
+    if vm not in ids:
+        raise Problem(f"--guest {vm}={given.path}: no VM {vm} in {recording.path}")
+    tasks = read_guest(given.path, given.offset)
+    first, last = recording.metadata.spans.get(vm, recording.span)
+    if tasks.last < first or tasks.first > last:
+        spans = " and ".join(
+            f"from {a / 1e9:.6f} s to {b / 1e9:.6f} s" for a, b in ((tasks.first, tasks.last), (first, last))
+        )
+        raise Problem(
+            f"--guest {given.path}: it and VM {vm} of {recording.path} have no time in common ({spans}): "
+            "--guest-offset gives the seconds to be added to the guest's times"
+        )
+    recording.guest = GuestOfVm(vm, tasks)
+    return [f"tasks of VM {vm}'s guest, from {given.path}: {tasks.how}"]
