@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from analysis.sources import GuestOfVm, Recording
 from traces.errors import Problem
-from traces.imports.guest_switches import offset_of, read_guest
+from traces.text import printable
+
+_OFFSET: Final = re.compile(r"([+-]?)(\d{1,12})(?:\.(\d{1,9}))?")
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,17 @@ class GuestFile:
     path: Path
     vm: int | None
     offset: int | None
+
+
+def offset_of(text: str) -> int | None:
+    """`--guest-offset` in ns; None where it is empty. Raises Problem."""
+    if not text:
+        return None
+    match = _OFFSET.fullmatch(text)
+    if match is None:
+        raise Problem(f"--guest-offset {printable(text)}: give seconds to be added to the guest's times, such as -12.5")
+    ns = int(match[2]) * 10**9 + int((match[3] or "").ljust(9, "0"))
+    return -ns if match[1] == "-" else ns
 
 
 def guest_file(guest: str, guest_offset: str) -> GuestFile | None:
@@ -44,6 +59,8 @@ def use_guest(recording: Recording, given: GuestFile | None) -> list[str]:
         )
     if vm not in ids:
         raise Problem(f"--guest {vm}={given.path}: no VM {vm} in {recording.path}")
+    from traces.imports.guest_switches import read_guest
+
     tasks = read_guest(given.path, given.offset)
     first, last = recording.metadata.spans.get(vm, recording.span)
     if tasks.last < first or tasks.first > last:

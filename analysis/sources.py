@@ -9,7 +9,7 @@ from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import polars as pl
 import pyarrow as pa
@@ -25,11 +25,13 @@ from replay.timing.diagnosis import Diagnosis
 from traces import metadata
 from traces.errors import Problem
 from traces.foreign import check_whole_parquet, of_parquet
-from traces.imports.guest_switches import GuestTasks
 from traces.lazy_rows import lazy_rows
 from traces.reader import Trace
 from traces.selection import ALL, Selection
 from traces.text import printable, some, vms_text
+
+if TYPE_CHECKING:
+    from traces.imports.guest_switches import GuestTasks
 
 BATCH_ROWS: Final = 1 << 14
 _MAJOR: Final = 1

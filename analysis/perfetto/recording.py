@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import polars as pl
@@ -24,13 +24,15 @@ from replay.decode.vcpu_states import VcpuState
 from replay.decode.vm_inputs import dense_numbers, vcpu_ids
 from replay.timing.stalls import Rule
 from traces import kernels
-from traces.imports.guest_switches import GuestTasks
 from traces.kernels import roles
 from traces.progress import Progress
 from traces.reader import Trace
 from traces.schema import BY_NAME
 from traces.text import printable
 from traces.vm_names import VmNames
+
+if TYPE_CHECKING:
+    from traces.imports.guest_switches import GuestTasks
 
 _RSM: Final = len(VcpuState)  # an SMM transition that leaves; VcpuState.SMM then is one that enters
 NAMES: Final = (*("SMI" if doing == VcpuState.SMM else doing.name.lower() for doing in VcpuState), "RSM", "zap")

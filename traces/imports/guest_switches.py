@@ -6,7 +6,6 @@ else somebody has to tell.
 
 from __future__ import annotations
 
-import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +20,7 @@ from traces.imports.opening import Opened
 from traces.imports.other_events import OTHER
 from traces.imports.row_spool import RowSpool
 from traces.progress import Progress
-from traces.text import printable
 
-_OFFSET: Final = re.compile(r"([+-]?)(\d{1,12})(?:\.(\d{1,9}))?")
 # As ftrace and perf print it, and a raw record's fields; as trace-cmd's plugin does.
 _NEXT: Final = r"next_comm=(.*?) next_pid=(\d+)"
 _PREVIOUS: Final = r"prev_comm=(.*?) prev_pid=(\d+)"
@@ -43,17 +40,6 @@ class GuestTasks:
     how: str
     first: int
     last: int
-
-
-def offset_of(text: str) -> int | None:
-    """`--guest-offset` in ns; None where it is empty. Raises Problem."""
-    if not text:
-        return None
-    match = _OFFSET.fullmatch(text)
-    if match is None:
-        raise Problem(f"--guest-offset {printable(text)}: give seconds to be added to the guest's times, such as -12.5")
-    ns = int(match[2]) * 10**9 + int((match[3] or "").ljust(9, "0"))
-    return -ns if match[1] == "-" else ns
 
 
 def read_guest(path: Path, offset: int | None) -> GuestTasks:
