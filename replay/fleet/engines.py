@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Executor
 from contextlib import contextmanager
@@ -136,7 +137,8 @@ def _dask(address: str, workers: int) -> Iterator[_Dask]:
     said = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # what becomes of workers and schedulers is told here, in one line each
     try:
-        with dask.config.set(settings):
+        with dask.config.set(settings), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as that its page has another port than usual
             if address:
                 with new_client(address, timeout=_CONNECT, set_as_default=False) as client:
                     yield _ready(client, address, 1)
@@ -146,7 +148,7 @@ def _dask(address: str, workers: int) -> Iterator[_Dask]:
                         n_workers=count,
                         threads_per_worker=1,
                         processes=True,
-                        dashboard_address=None,
+                        dashboard_address="127.0.0.1:0",  # for this machine only
                         silence_logs=logging.CRITICAL,
                     ) as cluster,
                     new_client(cluster, set_as_default=False) as client,

@@ -193,6 +193,7 @@ def _ended(how: str) -> int:
     return os.getpid()
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_takes_no_other_task_along() -> None:
     with WorkerProcesses(2) as processes:
         futures = [processes.submit(_ended, how) for how in ("", "kill", "", "exit", "", "raise", "", "")]
@@ -206,6 +207,7 @@ def test_a_process_that_dies_takes_no_other_task_along() -> None:
     assert os.getpid() not in pids
 
 
+@pytest.mark.slow
 def test_processes_end_at_once_when_they_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVMTRACE_TEST", "seen")
     processes = WorkerProcesses(2)

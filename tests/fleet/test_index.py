@@ -175,6 +175,7 @@ def test_what_is_no_catalogue_is_refused_and_not_written_over(tmp_path: Path, fo
         fleet_catalogue.read(str(newer))
 
 
+@pytest.mark.slow
 def test_a_catalogue_in_the_place_itself_is_no_recording(folder: Path) -> None:
     out = str(folder / "catalogue.parquet")
     for _ in range(2):
