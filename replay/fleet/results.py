@@ -37,6 +37,7 @@ TASKS, FAILED, MERGED = "tasks", "failed", "merged"
 MERGE: Final = 256  # so many objects of single tasks stay as they are
 MERGE_BYTES: Final = 16 << 20  # of a merged object, about: some are in memory at a time
 MERGE_TASKS: Final = 1 << 14
+DELETES: Final = 1000  # in one request
 _GROUP_ROWS: Final = 1 << 17
 _NAME: Final = re.compile(rf"({TASKS}|{FAILED})/[0-9a-f]{{32}}\.parquet|{MERGED}/[^/]+\.parquet")
 _HEX: Final = re.compile("[0-9a-f]*")
@@ -138,8 +139,8 @@ class ResultFolder:
                 left += part
         open_ = {each.key for each in state.failures}
         left += [each for each in state.failed if each.key not in open_]
-        for _ in in_order(lambda each: self.objects.delete([each.key]), left):
-            pass
+        for at in range(0, len(left), DELETES):
+            self.objects.delete([each.key for each in left[at : at + DELETES]])
         return len(loose) if len(loose) >= least else 0
 
 
