@@ -2,7 +2,7 @@
 """Why pages of a VM had to be mapped again: who removed or protected what was mapped, counted in one go over the rows.
 
 A thread is at one thing at a time, which a row begins (a notifier, an ioctl, a memslot's change, the zap of a root) and
-the thread's next such row ends. What it changes meanwhile is its doing. A root is lost when its last reference goes,
+the thread's next such row ends. What it changes meanwhile is attributed to that. A root is lost when its last reference goes,
 for what its vCPU did since its last exit, or when all roots are invalidated; with it goes what it mapped. A page that a
 fault maps is then held against what became of its last mapping under the same role word.
 
@@ -14,7 +14,7 @@ fault maps is then held against what became of its last mapping under the same r
     zap_root_begin                                    what that root was lost for
     zap_leafs                                         a range zap, if at nothing else
     zap_all, vm_destroy                               the VM's end
-    kvm_page_fault of a vCPU                          its fault: only a huge page that it splits is its doing
+    kvm_page_fault of a vCPU                          its fault: only a huge page that it splits is attributed to it
 
 Cython in pure-Python mode, like `timeline`.
 """
@@ -814,7 +814,7 @@ class Removals:
         word: cython.uint,
         gfn: cython.longlong,
     ) -> cython.uchar:
-        """A fault on a leaf that is there: what took the permission; it counts when the fault mends that."""
+        """A fault on a leaf that is there: what took the permission; it counts when the fault repairs that."""
         level: cython.longlong
         at: cython.Py_ssize_t
         why: cython.longlong = 0

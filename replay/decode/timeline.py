@@ -141,7 +141,7 @@ class Timeline:
     _walk_mask: cython.ulonglong
     _walk: cython.ulonglong
     _interrupts: cython.uchar[::1]  # by exit code: for an interrupt of the host
-    _idles: cython.uchar[::1]  # by exit code: for HLT and its like
+    _idles: cython.uchar[::1]  # by exit code: for HLT and similar exits
     _suspends: list  # type: ignore[type-arg]
     _least: cython.longlong  # ns: a shorter span has no sleep of the host in it
     _slept: cython.longlong[::1]

@@ -262,7 +262,7 @@ def _faults(run: RipRun, shown: ShownOfVm, kernel: Kernel | None, where: str) ->
     if not shown.knows_slots and run.reserved * 2 >= run.faults:
         return "mmio", f"faults {where}, on an SPTE with a reserved bit set, as those of emulated MMIO have"
     if run.reserved * 2 >= run.faults:
-        return "reserved_bits", f"faults {where} on an SPTE with a reserved bit set, which nothing mends"
+        return "reserved_bits", f"faults {where} on an SPTE with a reserved bit set, which nothing repairs"
     blind = [kind for kind in ("kvm_unmap_hva_range", "kvm_userspace_exit") if not shown.none_of(run, kind)]
     if kernel is not None and kernel.mmu_seq_int and not blind and shown.knows_slots:
         return "mmu_seq", (

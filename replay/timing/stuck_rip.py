@@ -61,7 +61,7 @@ class RipRun:
             return False
         if (self.errors + self.internal + self.shutdowns + self.failed) * 2 >= self.exits or not self.polls:
             return True
-        if self.mmio * 2 < self.exits:  # CPUID, RDMSR, hypercalls: it goes on with what they return
+        if self.mmio * 2 < self.exits:  # CPUID, RDMSR, hypercalls: it continues with what they return
             return False
         took = self.until - self.since
         # Whether an access reads is in a fault's code only: without it, more of the time must be lost.

@@ -1,6 +1,6 @@
 """What KVM's shadow MMU does with the pages that shadow a guest's own page tables: one hash, found, created, zapped.
 
-docs/kvm-mmu.md, "The shadow MMU". Which page is looked up (gfn, role word, level) is the guest's doing and is taken
+docs/kvm-mmu.md, "The shadow MMU". Which page is looked up (gfn, role word, level) is decided by the guest and is taken
 from the recording. What the kernel makes of it is predicted, and certain, as `struct kvm_mmu_page` is only changed
 under mmu_lock held for write: whether the page is there, which table it has, its references and whether it is in sync;
 that a page is zapped once, in the order of the list of active pages where a walk of that list zaps it; that a page

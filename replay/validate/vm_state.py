@@ -44,7 +44,7 @@ class State:
     nx_bit: int = 0
     guest_mode_bit: int = 0
     direct_bit: int = 0
-    words: dict[int, int] = field(default_factory=dict)  # model word index -> role word
+    words: dict[int, int] = field(default_factory=dict)  # index of the role in the model -> role word
     roots: list[Root] = field(default_factory=list)  # newest first, as the kernel's list
     recorded: dict[int, Root] = field(default_factory=dict)  # by the recording's root id
     names: dict[int, int] = field(default_factory=dict)  # model root id -> the recording's

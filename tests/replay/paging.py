@@ -43,7 +43,7 @@ def shows(trace: Trace, rows: list[RowTuple], at: int, mutation: str) -> bool:
     used = "KVM_USED_PAGES" not in trace.metadata.raw["layout"]["missing"]
     counted = "mmu_load" in trace.metadata.kinds
     if row.kind == "kvm_mmu_get_page" and mutation in ("drop", "double") and not row.flags & 1:
-        # That a page is looked up again is the guest's doing; a load's lookups are counted, a fault's go downwards.
+        # That a page is looked up again is decided by the guest; a load's lookups are counted, a fault's go downwards.
         return counted and (mutation == "double" or row.level >= 4)
     if row.kind == "kvm_mmu_set_spte" and mutation in ("drop", "gfn", "new"):
         # Which neighbours of a leaf the host has at hand, and their page frames, nothing predicts. 5.10 tells the

@@ -34,7 +34,7 @@ def test_every_scenario_is_in_it() -> None:
         assert set(rows) == set(accuracy.scenarios(direction))
         both = {direction.source, direction.target}
         kinds = {kind for kind, kernels in KINDS.items() if both <= set(kernels)}
-        if len(both) == 2:  # how much these remove is the host's doing
+        if len(both) == 2:  # how much these remove is decided by the host
             kinds -= {"ksm", "notifier-storm", "nx-recovery", "slot-storm"}
         assert kinds <= set(rows)
         # Variations are of TDP MMUs, on Intel on two kernels; on a variant only those in which roots are given up.

@@ -58,7 +58,7 @@ def test_what_unloads_on_intel(name: str, leaves: int) -> None:
 
 
 def test_with_pml_no_write_to_a_logged_page_faults() -> None:
-    """The processor logs it; without, each is a fault that fast_page_fault mends. KVM changes SPTEs alike."""
+    """The processor logs it; without, each is a fault that fast_page_fault repairs. KVM changes SPTEs alike."""
     logged, faulted = (Trace.open(CORPUS / f"dirty-log-6.1-{mmu}.parquet").metadata for mmu in ("pml", "ept"))
     assert (logged.raw["modules"]["kvm_intel"]["pml"], faulted.raw["modules"]["kvm_intel"]["pml"]) == ("Y", "N")
     assert "fast_page_fault" not in logged.kinds
@@ -69,7 +69,7 @@ def test_with_pml_no_write_to_a_logged_page_faults() -> None:
 
 
 def test_without_accessed_and_dirty_bits_every_fault_tries_the_fast_way() -> None:
-    """An access that KVM tracks by taking rights away would look like it; the first of a page is not mended by it."""
+    """An access that KVM tracks by taking rights away would look like it; the first of a page is not repaired by it."""
     told = rows(CORPUS / "smi-storm-6.1-eptad0.parquet")
     tried = told.filter(pl.col("kind") == "fast_page_fault")
     assert len(tried) == len(told.filter(pl.col("kind") == "kvm_page_fault")) == 514

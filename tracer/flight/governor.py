@@ -1,4 +1,4 @@
-"""What a flight may cost: where it costs more it goes on with fewer kinds of event, and comes back by and by.
+"""What a flight may cost: where it costs more it continues with fewer kinds of event, and comes back gradually.
 
 Measured are the time that the kernel's own statistics say the BPF programs run for, and the CPU time of this process;
 that of writing dumps is left out, for it is then that everything is wanted. What it takes to get from a tracepoint to

@@ -153,7 +153,7 @@ def record(kernel: str, guests: Iterable[LabGuest], directory: Path, say: Say) -
             several = [_run(guest, kernel, directory, failure) for guest in group]
             came = next((at for at, run in enumerate(several) if run.status is None), len(group))
             barren = 0 if came else barren + 1
-            if barren > 1:  # it is not the guest's doing
+            if barren > 1:  # it is not the guest's fault
                 came = len(group)
             runs += several[: came + 1]
             group = group[came + 1 :]

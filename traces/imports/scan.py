@@ -300,7 +300,7 @@ class Scanner:
             self._emit()
             self._hold(begin, end, _EVENT)
         elif what in (_KNOWN, _LOSS):
-            # What looks like a frame of a stack may be a number that an event goes on with.
+            # What looks like a frame of a stack may be a number that continues an event.
             if what == _LOSS or self._held == 0 or self._held_what != _BEGUN or not self._join(begin, end):
                 self._held = 0
                 self._goes_on_held = False

@@ -26,7 +26,7 @@ class PolicyParameters:
     request: Literal["obsolete", "reload"] = "obsolete"
     # A removed table is flushed from remote TLBs one by one (to 5.17).
     flush_per_table: bool = False
-    # A range zap removes tables that lie wholly in the range, not leaves only (to 5.17).
+    # A range zap removes tables that lie entirely in the range, not leaves only (to 5.17).
     zap_tables: bool = False
     # A small fault below a huge leaf splits it in place (6.3), or zaps it.
     split_in_place: bool = True

@@ -1,0 +1,100 @@
+"""Words that this project once used in a sense of its own, and what the field says instead.
+
+Looked for in prose: documents, docstrings, comments, messages, help. Names in code (variables, keys of formats) are not
+prose; a word in backticks or quotes is being spoken of, not used.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import subprocess
+import tokenize
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from tests.documents import REPOSITORY
+
+WORDS: Final = {
+    r"foretell\w*|foretold": "predict",
+    r"wholly": "entirely; for a share: 100 %",
+    r"harmed|harms": "mutated; damages",
+    r"mend\w*": "fix, repair",
+    r"lock-step|lockstep": "conformance check",
+    r"stimul\w+": "inputs",
+    r"lowerings?": "specialization for a kernel",
+    r"ghosts?|husks?": "remembered tree; invalid root",
+    r"word index": "role index",
+    r"(?:its|their|whose|'s|’s) doing|doings": "state; caused by",
+    r"at the hands of": "by",
+    r"the dearest|dearer": "largest cost; costs more",
+    r"what (?:it|they|that time|the time) goes? on": "time by category",
+    r"goes on with": "continues with",
+    r"(?:and|or) (?:its|their) likes?": "and similar ones",
+    r"nothing to go by|go(?:es)? by what": "undefined; depends on",
+    r"by and by": "gradually",
+    r"put down to": "attributed to",
+}
+
+
+def prose(path: Path) -> list[tuple[int, str]]:
+    """A file's prose, line by line: all of a document but its code, all comments and texts of a program."""
+    text = path.read_text()
+    if path.suffix == ".md":
+        kept, code = [], False
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.startswith("```"):
+                code = not code
+            elif not code and not line.startswith("    "):
+                kept.append((number, line))
+    elif path.suffix == ".py":
+        kept = [(at, line) for at, piece in _texts(text) for line in piece.splitlines()]
+    else:
+        kept = list(enumerate(text.splitlines(), 1))
+    return [(number, re.sub(r"`[^`]*`|\"[^\"]*\"", "", line)) for number, line in kept]
+
+
+def _texts(source: str) -> list[tuple[int, str]]:
+    """The strings of a program that are no keys (they have a blank in them), and its comments."""
+    found = [
+        (node.lineno, node.value)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value.strip()
+    ]
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return found + [(token.start[0], token.string) for token in tokens if token.type == tokenize.COMMENT]
+
+
+def files() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    named = [REPOSITORY / name for name in listed.stdout.split()]
+    wanted = [path for path in named if path.suffix in (".md", ".py", ".c", ".h", ".html") and path.is_file()]
+    return [path for path in wanted if path.name not in ("CHANGELOG.md", Path(__file__).name)]
+
+
+def test_prose_has_none_of_the_words_that_only_we_would_understand() -> None:
+    every = re.compile("|".join(rf"(?:\b(?:{word})\b)" for word in WORDS), re.I)
+    hits = [
+        f"{path.relative_to(REPOSITORY)}:{number}: {found[0]!r}"
+        for path in files()
+        for number, line in prose(path)
+        if (found := every.search(line))
+    ]
+    assert not hits, "\n".join(hits)
+
+
+def test_the_search_finds_words_where_they_would_stand(tmp_path: Path) -> None:
+    program = tmp_path / "a.py"
+    text = "It foretells a fault."
+    program.write_text(f'"""{text}"""\nx = {{"mend": 1}}  # mends `harmed` rows\nraise ValueError("not wholly so")\n')
+    lines = prose(program)
+    hits = [(number, word) for word in WORDS for number, line in lines if re.search(rf"\b(?:{word})\b", line)]
+    assert sorted(hits) == [(1, r"foretell\w*|foretold"), (2, r"mend\w*"), (3, "wholly")]
+    document = tmp_path / "a.md"
+    document.write_text("It mends, and says `mend`.\n\n    kvmtrace mend\n\n```\nmend\n```\n")
+    assert [number for number, line in prose(document) if "mend" in line] == [1]
