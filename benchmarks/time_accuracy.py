@@ -181,7 +181,7 @@ the new policy is said to have: what others took is no part of it. **no**: outsi
 _LIMITS: Final = """
 What limits it:
 
-- **Others on the lab's one CPU.** How much they take is not the policy's doing: the recorder is at work on a new VM
+- **Others on the lab's one CPU.** How much they take does not depend on the policy: the recorder is at work on a new VM
   for its first 0.3 s, and a task that never sleeps takes what it gets. A replay takes the middle of two readings (by
   the clock, and in proportion to what is recorded), and half their difference for its standard error.
 - **slot-delete and slot-move.** Under the old policy a memslot's change waits for the worker, which others keep from

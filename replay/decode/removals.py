@@ -2,9 +2,9 @@
 """Why pages of a VM had to be mapped again: who removed or protected what was mapped, counted in one go over the rows.
 
 A thread is at one thing at a time, which a row begins (a notifier, an ioctl, a memslot's change, the zap of a root) and
-the thread's next such row ends. What it changes meanwhile is attributed to that. A root is lost when its last reference goes,
-for what its vCPU did since its last exit, or when all roots are invalidated; with it goes what it mapped. A page that a
-fault maps is then held against what became of its last mapping under the same role word.
+the thread's next such row ends. What it changes meanwhile is attributed to that. A root is lost when its last
+reference goes, for what its vCPU did since its last exit, or when all roots are invalidated; with it goes what it
+mapped. A page that a fault maps is then compared with what became of its last mapping under the same role word.
 
     row                                               the thread is at
     kvm_unmap_hva_range, kvm_set_spte_hva,

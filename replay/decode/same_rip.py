@@ -160,7 +160,7 @@ class RipRuns:
     _tells: cython.bint  # an exit for a fault has its address, or else what was being delivered
 
     def __init__(self, vcpus: int, vendor: Vendor = SVM, fixed: int = -1) -> None:
-        """`vendor`: whose codes exits and faults have. `fixed`: what fast_page_fault returns where it repairs an SPTE."""
+        """`vendor`: whose codes exits and faults have. `fixed`: what fast_page_fault returns on a repaired SPTE."""
         self._pool, self.longest = (make_pool(max(vcpus, 1), RIP_RUN) for _ in range(2))
         self.ends = make_pool(max(vcpus, 1), FOLLOW)
         for name in ("entered", "page", "home", "ended", "exit"):
