@@ -36,6 +36,8 @@ NOT_RUN: Final = {
     "kvmtrace import": "names files of the reader's; tests/traces/test_import.py has them",
     "cp /usr/share": "firmware that is not everywhere, for a lab run",
 }
+# Of these kinds the ones that name only what ships.
+RUN: Final = ("kvmtrace fleet index traces/corpus ", 'kvmtrace fleet replay catalogue.parquet --where "trace LIKE')
 EXPECTED: Final = {"kvmtrace explore": (0, 1)}  # 1: it has found what a scenario is there to show
 
 
@@ -56,6 +58,8 @@ class Command:
     @property
     def not_run(self) -> str | None:
         """Why no test runs it, if none does."""
+        if self.line.startswith(RUN):
+            return None
         return next((why for start, why in NOT_RUN.items() if self.line.startswith(start)), None)
 
     @property
