@@ -73,7 +73,7 @@ def render_replayed(done: FleetRun, catalogue: Catalogue, where: str) -> str:
     page.say(
         f"{where}: {count(done.done, 'VM')} replayed, {before:,} were there"
         + (f", {len(done.failed):,} failed" if done.failed else "")
-        + f"; {done.rows:,} rows in {seconds:.1f} s, {done.done / seconds:.1f} VMs a second"
+        + (f"; {done.rows:,} rows in {seconds:.1f} s, {done.done / seconds:.1f} VMs a second" if done.done else "")
     )
     left_out = catalogue.broken["trace"].n_unique()
     if left_out:

@@ -18,10 +18,11 @@ import psutil
 
 BUCKET = "fleet-bucket"
 _SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"
+_DENIED = b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
 
 # (method, path with query, how many requests of this method and path there were before) -> what goes wrong, or "".
-# "503": the store says so; "reset": no answer; "lost": it is done, and no answer; "cut": half of the body; "stall":
-# half of it, then silence; "kill": the process that asks dies; "kill after": it dies when what it asked for is done.
+# "403", "503": the store says so; "reset": no answer; "lost": it is done, and no answer; "cut": half of the body;
+# "stall": half of it, then silence; "kill": the process that asks dies; "kill after": when what it asked for is done.
 Fault = Callable[[str, str, int], str]
 
 
@@ -126,6 +127,9 @@ class Proxy:
             self._kill(client.client_address[1])
         if what in ("kill", "reset"):
             client.close_connection = True
+            return
+        if what == "403":
+            self._send(client, 403, [("Content-Type", "application/xml")], _DENIED, len(_DENIED))
             return
         if what == "503":
             self._send(client, 503, [("Content-Type", "application/xml")], _SLOW_DOWN, len(_SLOW_DOWN))

@@ -132,6 +132,26 @@ def test_a_store_that_goes_on_failing_is_one_line(
         assert "none-secret" not in str(failed.value)
 
 
+def test_places_of_the_other_clouds_are_what_their_names_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as that can be told without them: nothing here answers for Google or Azure."""
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "bm9uZQ==")
+    azure = Objects(location("az://account/container/a/b"))._store
+    assert (azure.config["account_name"], azure.config["container_name"]) == ("account", "container")
+    assert azure.prefix == "a/b"
+    assert Objects(location("az://account/container"))._store.prefix is None
+    google = Objects(location("gs://bucket/a/b"))._store
+    assert (google.config["bucket"], google.prefix) == ("bucket", "a/b")
+
+
+def test_access_that_is_refused_says_where_credentials_come_from(s3: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Proxy(s3, lambda method, path, before: "403") as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", environment(proxy.port)["AWS_ENDPOINT_URL"])
+        with pytest.raises(Problem, match=r"the store refuses access .*403.*: set AWS_ACCESS_KEY_ID") as refused:
+            list(Objects(location(f"s3://{BUCKET}/refused")).list())
+        assert refused.value.code == ENVIRONMENT
+        assert "none-secret" not in str(refused.value)
+
+
 def test_a_store_that_is_not_there(s3: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(object_store, "RETRIES", 1)
     monkeypatch.setenv("AWS_ENDPOINT_URL", environment(free_port())["AWS_ENDPOINT_URL"])

@@ -24,7 +24,7 @@ from traces.stores.location import CLOUDS, MEMORY, Location
 from traces.text import printable
 
 if TYPE_CHECKING:
-    from obstore.store import ObjectStore
+    from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
 CONNECT_TIMEOUT: Final = timedelta(seconds=5)
 READ_TIMEOUT: Final = timedelta(seconds=15)  # without a byte
@@ -34,6 +34,8 @@ RETRY_TIMEOUT: Final = timedelta(seconds=90)
 LISTINGS: Final = 5  # tries to go on with a listing
 _DELAY: Final = 0.2  # seconds before the second one
 _STATUS: Final = re.compile(r"status code: (\d{3}) ?([A-Za-z ]*)")
+# Also what a machine answers that is asked for its role, and has none.
+_REFUSED: Final = re.compile(r"status code: 40[13]\b|169\.254\.169\.254|metadata\.google")
 _CODE: Final = re.compile(r"<Code>(\w+)</Code>")
 _PASSED: Final = re.compile(r"\?[^\s\"']*")  # of a URL: there may be a signature in it
 _memory: dict[str, Any] = {}
@@ -175,7 +177,7 @@ class Objects:
         if isinstance(error, FileNotFoundError):
             what = "the bucket does not exist" if "NoSuchBucket" in str(error) else "is not there"
             return StoreProblem(f"{where}: {what}")
-        if isinstance(error, PermissionDeniedError | UnauthenticatedError):
+        if isinstance(error, PermissionDeniedError | UnauthenticatedError) or _REFUSED.search(str(error)):
             return StoreProblem(
                 f"{where}: the store refuses access ({_reason(error)}): {_CREDENTIALS[self.place.scheme]}", ENVIRONMENT
             )
@@ -194,7 +196,7 @@ _CREDENTIALS: Final = {
 
 
 def _opened(place: Location) -> ObjectStore:
-    from obstore.store import LocalStore, MemoryStore, from_url
+    from obstore.store import AzureStore, LocalStore, MemoryStore, from_url
 
     if place.folder is not None:
         if not place.folder.is_dir():
@@ -205,15 +207,19 @@ def _opened(place: Location) -> ObjectStore:
         store: ObjectStore = _memory.setdefault(place.text, MemoryStore())
         return store
     assert place.scheme in CLOUDS
+    client: ClientConfig = {
+        "connect_timeout": CONNECT_TIMEOUT, "read_timeout": READ_TIMEOUT, "timeout": TIMEOUT,
+        "user_agent": "kvmtrace", "allow_http": _allows_http(place.scheme),
+    }  # fmt: skip
+    retries: RetryConfig = {"max_retries": RETRIES, "retry_timeout": RETRY_TIMEOUT}
     try:
-        return from_url(
-            place.text,
-            client_options={
-                "connect_timeout": CONNECT_TIMEOUT, "read_timeout": READ_TIMEOUT, "timeout": TIMEOUT,
-                "user_agent": "kvmtrace", "allow_http": _allows_http(place.scheme),
-            },
-            retry_config={"max_retries": RETRIES, "retry_timeout": RETRY_TIMEOUT},
-        )  # fmt: skip
+        if place.scheme == "az":  # of a URL obstore would take the account from the environment only
+            account, container, *prefix = place.text.partition("://")[2].split("/", 2)
+            return AzureStore(
+                container, prefix="".join(prefix) or None, account_name=account, client_options=client,
+                retry_config=retries,
+            )  # fmt: skip
+        return from_url(place.text, client_options=client, retry_config=retries)
     except _errors() as error:
         raise StoreProblem(f"{place.text}: {_reason(error)}", ENVIRONMENT) from None
 
