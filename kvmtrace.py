@@ -42,7 +42,7 @@ app.add_typer(lab, name="lab")
 app.add_typer(probes, name="probes")
 fleet = typer.Typer(
     no_args_is_help=True,
-    short_help="Recordings of many hosts in a store: catalogue, replay.",
+    short_help="Recordings of many hosts: catalogue, replay, reports.",
     help="Recordings of many hosts in a folder or an object store: catalogue, replay, reports (docs/fleet.md).",
 )
 fleet.add_typer(fleet_replay)
