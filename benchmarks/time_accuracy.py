@@ -173,10 +173,11 @@ _HOW: Final = """\
 `python -m benchmarks.held_out_times` does both anew: other working sets, 20 and 200 loops, alone in the lab's guest
 and beside a task that never sleeps (`busy`). Recorded on 6.1-async, replayed under `preserve`, held against 6.1; the
 recordings are not kept. The clocks of `amd-icount` (QEMU's `-icount`) and `intel` (Bochs) count the guest's
-instructions, so that this machine's load does not show in them: there two runs of a scenario are within 2 % of each
+instructions, so that this machine's load does not show in them: there two runs of a scenario are within 3 % of each
 other, most within 0.2 %. *Own* is the time that the vCPU had a CPU, with the error of that alone; *steal* is the rest:
 the recorder and the busy task share the lab's one CPU with it. *Hang* is the longest soft-hang that the recording of
-the new policy is said to have: what others took is no part of it. **no**: outside the band. Times in ms.
+the new policy is said to have: what others took is no part of it, so that a vCPU that is well and starved (`steady`,
+`busy`) has steal and no hang. **no**: outside the band. Times in ms.
 """
 _LIMITS: Final = """
 What limits it:

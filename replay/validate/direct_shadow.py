@@ -17,7 +17,7 @@ from replay.validate.expect import Activity, Expect
 from replay.validate.kernel_steps import KernelSteps
 from replay.validate.roots import top_level
 from replay.validate.slot_lookup import Memslot
-from replay.validate.vm_state import NO_SLOT, Mapping
+from replay.validate.vm_state import NO_SLOT, Mapping, RootWalk
 from traces.kernels.spte import WRITABLE, pfn
 
 
@@ -76,8 +76,11 @@ class ShadowSteps(KernelSteps):
         yield Expect("mmu_load", {"root": self.name(found), "role": self.words[found.word], "ret": 0})
         yield None
 
-    def put(self, root: Root) -> Activity:
-        """mmu_free_root_page: a root that nobody has loaded stays in the hash, unless it was zapped meanwhile."""
+    def put(self, root: Root, walk: RootWalk | None = None) -> Activity:
+        """mmu_free_root_page: a root that nobody has loaded stays in the hash, unless it was zapped meanwhile.
+
+        No walk holds one (`walk`): notifiers go by the reverse maps.
+        """
         role = self.role(root)
         yield Expect("root_put", {"root": self.name(root), "role": role, "refs": root.refs})
         root.refs -= 1

@@ -282,6 +282,12 @@ class FaultSteps(Zaps):
         again = isinstance(before, int) and not self.present(before) and mmio
         new = expect.any_mmio(self.kernel) if mmio else expect.to_page(frame, self.kernel)
         place = {"root": self.name(root), "level": table.level, "gfn": table.gfn_of(at)}
+        # A table in the place of a huge leaf (the host has merged its pages since) goes with it.
+        first = isinstance(before, Table) and self.kernel.children_first
+        if first:
+            assert isinstance(before, Table)
+            yield from self.remove_table(root, before, shared=True, may_stop=may_stop)
+            may_stop = False
         if self.kernel.spte_changed:
             row = yield replace(self.change(root, table, at, new, optional=same or again), may_stop=may_stop)
             if row is not None:
@@ -295,7 +301,7 @@ class FaultSteps(Zaps):
                 new = Spte(f"{row.new:#x}", lambda word, installed=row.new: word == installed)  # type: ignore[misc]
                 same = False
                 yield None
-                if isinstance(before, Table):
+                if isinstance(before, Table) and not first:
                     yield from self.remove_table(root, before, shared=True)
         if mmio:
             want: dict[str, object] = {"root": self.name(root), "gfn": gfn}

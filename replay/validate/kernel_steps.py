@@ -8,6 +8,7 @@ from replay.validate import expect
 from replay.validate.dirty_steps import DirtySteps
 from replay.validate.expect import Activity, perhaps
 from replay.validate.slot_lookup import Memslot
+from replay.validate.vm_state import RootWalk
 from traces.kernels.spte import WRITABLE
 
 
@@ -16,22 +17,31 @@ class KernelSteps(DirtySteps):
 
     def unmap(self, start: int, end: int) -> Activity:
         """An MMU notifier: host addresses become guest frames by each memslot that they overlap."""
+        walk = RootWalk(between=bool(self.roots) and any(True for _ in self.slots.overlaps(start, end)))
+        self.walks.add(walk)
+        return self._unmap(start, end, walk)
+
+    def _unmap(self, start: int, end: int, walk: RootWalk) -> Activity:
         if not self.kernel.spte_changed:
             return
         self.sequence += 1
-        for slot, first, last, certain in self.slots.overlaps(start, end):
-            zap = self.zap_range(slot.as_id, first, last)
+        visits = list(self.slots.overlaps(start, end))
+        for left, (slot, first, last, certain) in zip(range(len(visits) - 1, -1, -1), visits, strict=True):
+            walk.more = left > 0
+            zap = self.zap_range(slot.as_id, first, last, walk)
             if certain:
                 yield from zap
             else:
                 yield from perhaps(zap)
 
-    def zap_range(self, as_id: int, start: int, end: int) -> Activity:
+    def zap_range(self, as_id: int, start: int, end: int, walk: RootWalk | None = None) -> Activity:
         """kvm_tdp_mmu_unmap_gfn_range: the leaves of [start, end) go from every root of an address space."""
         for root in self.held():
+            if walk is not None:
+                walk.between = False
             if self.as_id(root) == as_id:
                 yield from self.zap_leafs(root, start, end)
-            yield from self.put(root)
+            yield from self.put(root, walk)
 
     def zap_slot(self, slot: Memslot) -> Activity:
         """kvm_mmu_zap_memslot: with KVM_X86_QUIRK_SLOT_ZAP_ALL off the leaves of a slot that goes are all that goes."""

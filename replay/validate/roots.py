@@ -6,6 +6,7 @@ from replay.simulate.page_table import Table
 from replay.simulate.reference import CURRENT, Root, Vcpu
 from replay.validate.expect import Activity, Expect, Spte
 from replay.validate.row_tuples import RowTuple
+from replay.validate.vm_state import RootWalk
 from replay.validate.zap_steps import Zaps
 
 
@@ -36,8 +37,8 @@ class Roots(Zaps):
             root = self.new_root(vcpu, row.role, row.root, row.table)
             role = row.role
             yield None
-        want = {"role": role} if root is None else {"role": role, "root": self.name(root), "refs": root.refs}
-        row = yield Expect("root_get", want, agrees=lambda got: got.refs == self.refs_after(root, got.role))
+        want = {"role": role} if root is None else {"role": role, "root": self.name(root), "refs": self.refs_seen(root)}
+        row = yield Expect("root_get", want, agrees=lambda got: self.may_have(got.refs, root, got.role))
         assert row is not None
         if root is None and not word:
             root = self.valid(row.role)
@@ -49,6 +50,10 @@ class Roots(Zaps):
         yield None
         yield Expect("mmu_load", {"root": self.name(root), "role": self.words[root.word], "ret": 0})
         yield None
+
+    def may_have(self, refs: int, root: Root | None, role: int) -> bool:
+        """Whether a root that is loaded may have so many references then."""
+        return 0 <= refs - self.refs_after(root, role) <= self.may_be_held
 
     def refs_after(self, root: Root | None, role: int) -> int:
         """References after a load of a role word, which found `root`, or what the word leads to."""
@@ -115,11 +120,14 @@ class Roots(Zaps):
                 vcpu.slots[i] = None
                 yield from self.put(root)
 
-    def put(self, root: Root) -> Activity:
-        """One reference less; what the last one brings about is the policy."""
-        row = yield Expect("root_put", {"root": self.name(root), "role": self.role(root), "refs": root.refs})
+    def put(self, root: Root, walk: RootWalk | None = None) -> Activity:
+        """One reference less; what the last one brings about is the policy. `walk`: whose visit ends with it."""
+        want = {"root": self.name(root), "role": self.role(root), "refs": self.refs_seen(root)}
+        row = yield Expect("root_put", want)
         assert row is not None
         self.frames[root.id] = row.table
+        if walk is not None:
+            walk.between = walk.more or root is not self.roots[-1]
         root.refs -= 1
         if root.refs == 0:
             if root.valid and self.parameters.teardown == "worker":

@@ -76,6 +76,7 @@ class Thread:
     activities: list[Activity] = field(default_factory=list)
     silent: SilentActivity | None = None  # the top activity, until the thread's next row
     pending: Expect | None = None  # what the top activity has said, unless it waits
+    notifier: Activity | None = None  # the last one that it began
     vcpu: int | None = None
     obsolete: bool = False  # in kvm_mmu_free_obsolete_roots
     unloads: int | None = None  # in kvm_mmu_unload of this vCPU, which need not be the thread's own
@@ -197,10 +198,32 @@ class VmCheck(ABC):
 
     def _begin_perhaps(self, thread: Thread, activity: Activity, idle: Callable[[], bool]) -> None:
         """As `_begin`, for what may find nothing to do: other threads' rows may come before its first, or for ever."""
+        if thread.activities and thread.activities[-1] is thread.notifier:
+            self._end_notifier(thread, thread.notifier)
         self._begin(thread, activity)
+        thread.notifier = activity
         thread.silent = SilentActivity(activity, idle, idle())
         if not thread.silent.passed:
             self._silent.append(thread.silent)
+
+    def _end_notifier(self, thread: Thread, notifier: Activity) -> None:
+        """A thread's notifier is over when it begins the next: what it still expected never came."""
+        while thread.activities and thread.activities[-1] is notifier:
+            if thread.pending is None:
+                try:
+                    thread.pending = next(notifier)
+                except StopIteration:
+                    thread.activities.pop()
+                continue
+            if thread.pending.optional:
+                self._send(thread, None)
+                continue
+            if not thread.pending.may_stop:
+                self._tally(thread.pending.kind).missing += 1
+                if self._recent:
+                    self._remember(self._recent[-1], f"{thread.pending} expected after it, another notifier recorded")
+            thread.activities.pop().close()
+            thread.pending = None
 
     def _pass_idle(self) -> None:
         for silent in self._silent:

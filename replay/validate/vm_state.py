@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
+from weakref import WeakSet
 
 from replay.simulate.page_table import Table
 from replay.simulate.reference import Root, Vcpu
@@ -28,6 +29,17 @@ class Mapping:
     root: Root
     gfn: int
     fetch: bool = False
+
+
+@dataclass(eq=False)
+class RootWalk:
+    """A walk over the roots for each memslot in turn, whose references rows of other threads may show.
+
+    `more`: of visits to come; `between`: whether the next one may have begun, of which its own rows show nothing yet.
+    """
+
+    more: bool = False
+    between: bool = False
 
 
 @dataclass
@@ -57,6 +69,7 @@ class State:
     executed: set[int] = field(default_factory=set)  # page frames of tables that were made to execute what they map
     tracked: Counter[int] = field(default_factory=Counter)  # guest frames whose writes are emulated (tables of L1)
     mapping: list[Mapping] = field(default_factory=list)  # faults, until they have written their leaf
+    walks: WeakSet[RootWalk] = field(default_factory=WeakSet)  # each lives as long as the activity that makes it
     capable: bool = False  # KVM_ENABLE_CAP was called: it may have asked for KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
     initially_set: bool | None = None  # whether that was with KVM_DIRTY_LOG_INITIALLY_SET; None: nothing told yet
     slot_zap: bool | None = None  # slots that go take their leaves along, and roots stay; None: none has gone yet
@@ -154,6 +167,17 @@ class State:
                 except GeneratorExit:
                     root.refs -= 1
                     raise
+
+    def refs_seen(self, root: Root) -> Spte:
+        """The references that a row may show of a root: those that walks have taken between their rows, too."""
+        may = self.may_be_held
+        what = f"{root.refs} to {root.refs + may}" if may else f"{root.refs}"
+        return Spte(what, lambda got: root.refs <= got <= root.refs + self.may_be_held)
+
+    @property
+    def may_be_held(self) -> int:
+        """How many references walks may have taken of which no row tells."""
+        return sum(walk.between for walk in self.walks)
 
     def present(self, entry: Table | int) -> bool:
         """Whether an entry maps something; an MMIO SPTE does not."""

@@ -51,12 +51,16 @@ class Zaps(State):
         if put is not None and row is not None and self.present(row.new):
             table.entries[at] = row.new
 
-    def remove_table(self, root: Root, table: Table, shared: bool) -> Activity:
-        """handle_removed_pt: under mmu_lock held for read every entry is frozen, even absent ones."""
+    def remove_table(self, root: Root, table: Table, shared: bool, may_stop: bool = False) -> Activity:
+        """handle_removed_pt: under mmu_lock held for read every entry is frozen, even absent ones.
+
+        `may_stop`: somebody else may have changed the entry that points to the table.
+        """
         role = self.child_role(root, table.level)
         yield Expect(
             "kvm_mmu_prepare_zap_page",
             {"role": role, "level": table.level, "gfn": table.gfn, "table": table.frame},
+            may_stop=may_stop,
         )
         self.removed[table.frame] = (role, table.level, table.gfn)
         yield None

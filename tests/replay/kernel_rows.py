@@ -19,7 +19,7 @@ NO_SLOT = 1 << 63
 LEAF = 0xE67  # present, writable for the guest, host and MMU, accessed and dirty (6.1 with NPT)
 HUGE = 0xEE7
 TABLE = 0x827
-ABSENT = {"6.1.100": 0, "6.12.50": 1 << 63}
+ABSENT = {"6.1.100": 0, "6.12.50": 1 << 63, "7.3.4": 1 << 63}
 MMIO = 0x8000000000477
 
 

@@ -387,6 +387,39 @@ def a_huge_page_that_a_fetch_splits() -> KernelRows:
     return made
 
 
+def a_huge_page_in_the_place_of_a_table(kernel: str = "6.1.100") -> KernelRows:
+    """The host has merged the guest's pages since: the table goes with what is left in it."""
+    made = KernelRows(kernel)
+    made.slot(GFN, PAGES)
+    made.load()
+    made.fault(0, GFN + 3, 0x603)
+    child = made.rows[-2].table
+    made.unmapped(GFN, PAGES, refs=3)
+    above = next(row.table for row in made.rows if row.kind == "kvm_mmu_get_page" and row.level == 2)
+    huge, frozen = 0x800 << 12 | 0xEE7, 0x5A0 if kernel == "6.1.100" else 1 << 63 | 0x1A0
+    changed = {"root": 1, "level": 2, "gfn": GFN, "old": child << 12 | 0x827, "new": huge}
+    made.requested(0, GFN, 0x800, level=2)
+    if kernel == "6.1.100":
+        made.of(0, "kvm_tdp_mmu_spte_changed", **changed)
+    made.of(0, "kvm_mmu_prepare_zap_page", GFN, role=ROLE & ~15 | 1, level=1, table=child)
+    for page in range(512):
+        made.of(0, "kvm_tdp_mmu_spte_changed", GFN + page, root=1, level=1, old=made.absent, new=frozen)
+    if kernel != "6.1.100":
+        made.of(0, "kvm_tdp_mmu_spte_changed", **changed)
+    made.of(0, "kvm_mmu_set_spte", root=1, level=2, gfn=GFN, new=huge, table=above)
+    made.of(0, "kvm_entry")
+    made.row("table_free", 7, gfn=GFN, role=ROLE & ~15 | 1, level=1, table=child)
+    made.unmap(GFN, PAGES)
+    made.row("kvm_tdp_mmu_spte_changed", root=1, level=2, gfn=GFN, old=huge, new=made.absent)
+    made.put(3)
+    return made
+
+
+def a_huge_page_in_the_place_of_a_table_on_a_newer_kernel() -> KernelRows:
+    """The table and its entries show before the entry that pointed to it."""
+    return a_huge_page_in_the_place_of_a_table("7.3.4")
+
+
 def slots_that_take_their_leaves_along() -> KernelRows:
     """KVM_X86_QUIRK_SLOT_ZAP_ALL off: no root goes with a slot that is deleted, or moved."""
     made = guest(NEW)
@@ -447,6 +480,8 @@ SCRIPTS: tuple[Callable[[], KernelRows], ...] = (
     a_nested_guest_with_nested_paging,
     recovery_of_nx_huge_pages,
     a_huge_page_that_a_fetch_splits,
+    a_huge_page_in_the_place_of_a_table,
+    a_huge_page_in_the_place_of_a_table_on_a_newer_kernel,
     slots_that_take_their_leaves_along,
     apicv_that_is_inhibited,
     apicv_that_is_inhibited_on_a_newer_kernel,
@@ -489,7 +524,10 @@ PERMITTED = {
     a_page_that_another_vcpu_mapped_first: {"without kvm_mmu_spte_requested"},  # the loser's: tried again before that
     a_page_lost_before_the_winner_shows: {"without kvm_mmu_spte_requested"},
     a_root_that_another_vcpu_made_during_the_search: {"without root_put"},  # the search began when it was there
-    recovery_of_nx_huge_pages: {"without table_free"},  # a grace period may end after the recording
+    # A grace period may end after the recording.
+    recovery_of_nx_huge_pages: {"without table_free"},
+    a_huge_page_in_the_place_of_a_table: {"without table_free"},
+    a_huge_page_in_the_place_of_a_table_on_a_newer_kernel: {"without table_free"},
     dirty_logging_initially_set: {"twice root_put"},  # 64 pages more, none of which was writable
 }
 
@@ -668,3 +706,26 @@ def test_a_leaf_outside_of_the_log_is_not_protected_by_it() -> None:
     made.put(3)
     made.protect(GFN)
     assert made.why() == "kvm_tdp_mmu_spte_changed recorded, nothing more expected of this thread"
+
+
+@pytest.mark.parametrize("refs", [3, 4])
+def test_a_notifier_may_have_a_root_of_which_its_rows_show_nothing_yet(refs: int) -> None:
+    """It was preempted between two memslots; what it has then is one reference more, and never two."""
+    made = KernelRows()
+    made.slot(GFN, PAGES)
+    made.slot(GFN + PAGES, PAGES, slot=1)
+    made.load()
+    made.unmap(GFN, 2 * PAGES)
+    made.put(3)
+    others = 50
+    made.unmap(GFN, PAGES, others)
+    made.put(refs, tid=others)
+    made.put(3)
+    assert not made.why()
+    made.unmap(GFN, PAGES, others)
+    made.put(3, tid=others)
+    assert not made.why()
+    assert made.why([*made.rows[:-1], made.rows[-1]._replace(refs=4)]) == "refs 3 expected, 4 recorded"
+    at = next(i for i, row in enumerate(made.rows) if row.tid == others and row.kind == "root_put")
+    two_more = [*made.rows[:at], made.rows[at]._replace(refs=5), *made.rows[at + 1 :]]
+    assert made.why(two_more) == "refs 3 to 4 expected, 5 recorded"
