@@ -61,9 +61,9 @@ def _of_policy(outcomes: list[Outcome], replayed: Replayed, share: float) -> dic
         "frees_by_cause": {}
         if outcomes[0].target.at_least
         else _merged(outcomes[0], *({**unseen, **end.frees} for end in ends.values())),
-        "roots_by_role": _merged(
-            outcomes[0], *({f"{word:#x}": n for word, n in end.roles.items()} for end in ends.values())
-        ),
+        "roots_by_role": {}
+        if replayed.plan.capabilities.open_roles
+        else _merged(outcomes[0], *({f"{word:#x}": n for word, n in end.roles.items()} for end in ends.values())),
         "vcpus": [_of_vcpu(outcomes, index, vcpu) for index, vcpu in enumerate(outcomes[0].vcpu_ids)],
     }
 

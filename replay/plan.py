@@ -209,6 +209,20 @@ def _unseen_loads(capabilities: Capabilities) -> list[str]:
 
 
 def _unseen_end(capabilities: Capabilities) -> list[str]:
+    """What follows from how VMs end, and from role words, under any policy."""
+    return [*_of_ends(capabilities), *_of_roles(capabilities)]
+
+
+def _of_roles(capabilities: Capabilities) -> list[str]:
+    if not capabilities.open_roles:
+        return []
+    return [
+        "a text does not print CR0.WP and EFER.NX, which are in this kernel's role words: where they may have changed, "
+        "which roots were shared is not known"
+    ]
+
+
+def _of_ends(capabilities: Capabilities) -> list[str]:
     if capabilities.has("vm_destroy"):
         return []
     return [

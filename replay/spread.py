@@ -16,6 +16,8 @@ from replay.result import OF_VCPU, OF_VM
 from traces.kernels.triggers import Trigger
 
 _ENDLESS = Spread(0, None)
+_ANY = Spread(1 << 62, None)  # nothing is known of it
+_FLIPS = (Trigger.CR0_WP, Trigger.CR0_SILENT, Trigger.EFER, Trigger.UNSEEN)  # may change CR0.WP or EFER.NX
 _ALL = (*OF_VCPU, *OF_VM, "roots_peak", "tables_peak", VM_END)
 
 
@@ -45,6 +47,10 @@ def spreads(
         # Tables that are built are shown: a load that they do not belong to found its root.
         most = None if capabilities.unbounded else notes.get(f"trigger {Trigger.UNSEEN.name}", 0)
         add(Spread(0, most), "loads", "reuses", "flushes")
+    flips = any(notes.get(f"trigger {trigger.name}", 0) for trigger in _FLIPS)
+    if capabilities.open_roles and (flips or capabilities.unbounded):
+        add(_ANY, *(count for count in _ALL if count not in ("faults", "fixes")))
+        add(_ENDLESS, "faults", "fixes")
     if capabilities.imported and (apart := check.apart(found)):
         # The replay is not what the rows show, for want of what the source does not show.
         return {count: found.get(count, WITHIN) + Spread(apart, None) for count in _ALL}

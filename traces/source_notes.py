@@ -35,6 +35,12 @@ def notes(raw: Mapping[str, Any]) -> list[str]:
     return lines + _lines(source, "remarks")
 
 
+def from_text(raw: Mapping[str, Any]) -> bool:
+    """Whether an import's rows were read from what was printed, not from fields."""
+    source = object_at(raw, "source")
+    return imported(raw) and text_at(source, "kind") == "text" and not count_at(source, "as_fields")
+
+
 def overrun(raw: Mapping[str, Any]) -> int:
     """How many events an import's source says were overwritten before they were read."""
     return count_at(object_at(raw, "source"), "overrun") if imported(raw) else 0

@@ -84,6 +84,8 @@ class Capabilities:
         placed = any(slot.get("hva") for vm in meta.vms for slot in vm["slots"])
         self.imported = source_notes.imported(meta.raw)
         unplaced = self.imported and not placed
+        # A text does not print CR0.WP and EFER.NX, which old kernels have in role words: which roots share one is open.
+        self.open_roles = source_notes.from_text(meta.raw) and self.kernel.layout.guest_bits
         self.infers = "kvm_unmap_hva_range" not in self.kinds or unplaced
         # Whether a vCPU may have given up its roots without a row that says so, and why nothing bounds how often.
         shown = meta.kinds.get("root_get") or meta.kinds.get("mmu_load")
