@@ -208,6 +208,15 @@ def test_the_command_is_the_module_and_loads_nothing_from_where_it_is_called(fil
     assert (done.returncode, done.stdout) == (0, kvmtrace(["info", str(files.trace)]).stdout)
 
 
+def test_processes_that_the_command_starts_find_what_it_finds(files: Files, tmp_path: Path) -> None:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        [COMMAND, "fleet", "replay", files.catalogue, "-o", tmp_path / "results"],
+        capture_output=True, check=False, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 _SOME = (
     "info", "report-html", "report-text", "export-perfetto", "replay", "diff-text", "synth", "recover", "validate",
     "doctor", "explore", "kernels-one", "record", "lab-list", "probes-text",
