@@ -79,6 +79,9 @@ class ResultFolder:
 
     def job(self) -> dict[str, Any]:
         """What its results are of. Raises Problem where there is none."""
+        if not self.objects.has(JOB):
+            where = printable(self.place.text)
+            raise Problem(f"{where}: no results of a fleet: `kvmtrace fleet replay -o` writes them")
         try:
             document = json.loads(self.objects.read_all(JOB))
             if document["what"] != "results":

@@ -138,7 +138,7 @@ def test_what_is_damaged_or_no_results_is_one_line(folder: ResultFolder, tmp_pat
     folder.objects.replace("job.json", b"[]")
     with pytest.raises(Problem, match="no results of a fleet"):
         open_results(folder.place.text)
-    with pytest.raises(Problem, match="is not there"):
+    with pytest.raises(Problem, match="fleet replay -o` writes them"):
         open_results(str(tmp_path))
 
 
