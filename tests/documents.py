@@ -33,6 +33,9 @@ NOT_RUN: Final = {
     "kvmtrace top stall.parquet": "is a screen; tests/top/test_terminal.py has a terminal",
     "kvmtrace --install-completion": "changes the shell's files",
     "kvmtrace fleet": "names places of the reader's host; tests/fleet has them",
+    "kvmtrace report stall.parquet --guest": "names a guest's recording; tests of import have them",
+    "kvmtrace export stall.parquet --csv guest_tasks": "the same",
+    "kvmtrace export stall.parquet --perfetto -o stall.pftrace --guest": "the same",
     "kvmtrace import": "names files of the reader's; tests/traces/test_import.py has them",
     "cp /usr/share": "firmware that is not everywhere, for a lab run",
 }
