@@ -91,7 +91,14 @@ def many_vcpus(path: Path, vcpus: int, seconds: int) -> Path:
     return path
 
 
-def test_it_is_drawn_anew_at_any_size_and_ends_with_q(tmp_path: Path) -> None:
+@pytest.mark.parametrize("exported", [{}, {"COLUMNS": "80", "LINES": "24"}], ids=["plain", "exported"])
+def test_it_is_drawn_anew_at_any_size_and_ends_with_q(
+    exported: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("COLUMNS", "LINES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in exported.items():
+        monkeypatch.setenv(name, value)
     with top(tmp_path, CORPUS / "steady-6.1.parquet") as terminal:
         assert terminal.shows("vCPU", "verdict"), terminal.text
         for columns, lines in ((40, 10), (200, 50), (20, 5), (80, 24)):

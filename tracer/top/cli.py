@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -93,6 +94,8 @@ def _screen(trace: Path | None, dumps: Path | None) -> None:
     from tracer.top.live import LiveTop
     from tracer.top.playback import Played
 
+    for name in ("COLUMNS", "LINES"):  # where they are exported, textual takes them for the terminal's size for good
+        os.environ.pop(name, None)
     source = Played(trace) if trace is not None else LiveTop()
     screen = TopScreen(str(trace) if trace is not None else "this host", _dump_of(dumps), source.start)
     try:
