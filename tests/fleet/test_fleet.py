@@ -351,6 +351,7 @@ def test_a_store_that_fails_in_every_way_while_it_is_used(fleet: Fleet, monkeypa
         objects.replace(changed, original)
     assert set(faults) == {"503", "reset", "cut", "lost", "stall"}
     assert sum(faults.values()) > 60
+    assert [(each.task.trace, each.reason) for each in done.failed if each.task.trace != changed] == []
     assert [each.task.trace for each in done.failed] == [changed]
     assert "was changed meanwhile" in done.failed[0].reason
     folder = ResultFolder(folder.place)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 CONNECT_TIMEOUT: Final = timedelta(seconds=5)
 READ_TIMEOUT: Final = timedelta(seconds=15)  # without a byte
 TIMEOUT: Final = timedelta(minutes=10)  # of a whole request: one of a large recording takes long
-RETRIES: Final = 6  # from 0.1 s on, each time twice as long
+RETRIES: Final = 10  # from 0.1 s on, each time twice as long, up to 15 s: a busy store is given a minute
 RETRY_TIMEOUT: Final = timedelta(seconds=90)
 LISTINGS: Final = 5  # tries to go on with a listing
 _DELAY: Final = 0.2  # seconds before the second one
