@@ -105,13 +105,15 @@ class Steal:
     def _work(self, batch: Any) -> Any:
         """By row: ns since the row before it that its thread, a worker, was at work."""
         work = np.zeros(len(batch), np.int64)
-        rows = np.flatnonzero(np.isin(batch.tid, list(self._workers)) & (batch.vcpu < 0))
+        rows = np.flatnonzero(batch.vcpu < 0)
+        rows = rows[np.isin(batch.tid[rows], list(self._workers))]
         if self._time < 0:
             rows = rows[rows > 0]
-        times, kinds = np.append(batch.time, self._time), np.append(batch.kind, self._kind).astype(np.int64)
-        spans = times[rows] - times[rows - 1]  # what precedes the first row is in the last place
+        first = rows == 0  # the row before it is the last one of the batch before
+        spans = batch.time[rows] - np.where(first, self._time, batch.time[rows - 1])
         if self.shared and self.known:  # where not, what others took beside a worker is no time of the vCPU's either
-            between = kinds[rows - 1] << 8 | kinds[rows]
+            kinds = batch.kind.astype(np.int64)
+            between = np.where(first, self._kind, kinds[rows - 1]) << 8 | kinds[rows]
             for pair in np.unique(between):
                 alike = spans[between == pair]
                 most = max(_TIMES_OF_WORKER * int(np.median(alike)), _LEAST)
@@ -151,13 +153,12 @@ class Steal:
                         self._zap(tid[i], k, time[i])
                 if works:
                     self._works(k, time[i], work[i])
-                self._time = time[i]
-                self._kind = k
                 if state[i] == _NO_SPAN:
                     continue
-                if state[i] == _USER:
-                    self._awaited[v] += min(self._idled - self._idle[v], ns[i])
-                self._idle[v] = self._idled
+                if works:
+                    if state[i] == _USER:
+                        self._awaited[v] += min(self._idled - self._idle[v], ns[i])
+                    self._idle[v] = self._idled
                 if self.shared:
                     taken = self._worked - self._taken[v]
                     self._taken[v] = self._worked
@@ -167,9 +168,13 @@ class Steal:
                     else:
                         lost[i] = taken
                     self._lost[v] += taken
+            if kind.shape[0]:
+                self._time = time[kind.shape[0] - 1]
+                self._kind = kind[kind.shape[0] - 1]
 
     @cython.cfunc
     @cython.nogil
+    @cython.inline
     @cython.exceptval(check=False)
     def _works(self, k: cython.int, time: cython.longlong, work: cython.longlong) -> cython.void:
         """A row where there is a worker, which worked for so long until then."""
