@@ -14,11 +14,10 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from analysis.rows import GFN, KIND, VCPU, DecodedRows
+from analysis.rows import GFN, KIND, VCPU, VM, DecodedRows
 from replay.decode.groups import FIELDS, Groups
 from traces.schema import BY_CODE, BY_NAME
 
-_NO_VM: Final = -1
 _ROWS: Final = ("rows", "first_time", "last_time")
 _KINDS: Final = pl.Enum([kind.name for kind in BY_CODE.values()])
 KEY: Final = pl.col("key")  # of a group, in the table of Groups
@@ -29,7 +28,7 @@ class Grouped(ABC):
     """A question that is answered by groups of rows."""
 
     name: str  # the question, and with which options: two of one name are the same
-    reads: tuple[str, ...]  # the columns that `give` is handed, besides `vm`
+    reads: tuple[str, ...]  # the columns that `give` is handed, after VM
 
     @abstractmethod
     def give(self, groups: Groups, vm: NDArray[Any], *columns: NDArray[Any]) -> None:
@@ -42,7 +41,7 @@ class Grouped(ABC):
     @property
     def columns(self) -> frozenset[str]:
         """What it reads of rows."""
-        return frozenset(self.reads)
+        return frozenset({VM, *self.reads})
 
     def begin(self) -> Grouping:
         """Before the first row."""
@@ -57,14 +56,13 @@ class Grouping:
 
     def feed(self, rows: DecodedRows) -> None:
         """Take the next rows."""
-        vm = rows.frame["vm"]
-        columns = (rows.frame[name].to_numpy() for name in self._asked.reads)
-        self._asked.give(self._groups, (vm.fill_null(_NO_VM) if vm.null_count() else vm).to_numpy(), *columns)
+        vm, *columns = (rows.frame[name].to_numpy() for name in (VM, *self._asked.reads))
+        self._asked.give(self._groups, vm, *columns)
 
     def answer(self) -> pl.DataFrame:
         """What the rows came to."""
         table = pl.DataFrame(self._groups.table[: self._groups.count], schema=list(FIELDS), orient="row")
-        return self._asked.told(table.with_columns(pl.when(pl.col("vm") != _NO_VM).then("vm").cast(pl.Int32)))
+        return self._asked.told(table.with_columns(pl.when(pl.col("vm") != -1).then("vm").cast(pl.Int32)))
 
 
 @dataclass(frozen=True, eq=False)

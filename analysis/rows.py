@@ -21,9 +21,10 @@ from traces.reader import Trace, kind_codes
 # Of one batch: the questions cost polars 2 ms or so however few its rows are, and twice the rows take 45 MiB more.
 BATCH_ROWS: Final = 1 << 18
 KIND: Final = "kind_code"  # columns that are made of others, once for all questions: a kind's code,
-VCPU: Final = "vcpu_id"  # a vCPU's id and a gfn, -1 where there is none
+VCPU: Final = "vcpu_id"  # a vCPU's id, a gfn and a VM's id, -1 where there is none
 GFN: Final = "gfn_if_any"
-_MADE: Final = {KIND: "kind", VCPU: "vcpu", GFN: "gfn"}
+VM: Final = "vm_id"
+_MADE: Final = {KIND: "kind", VCPU: "vcpu", GFN: "gfn", VM: "vm"}
 _MERGED_ROWS: Final = 1 << 17  # parts are merged when they have more rows than this, and than what is merged
 
 

@@ -70,26 +70,15 @@ class Groups:
 
     def feed(self, wanted: Any, vm: Any, kind: Any, time: Any, key: Any, other: Any) -> None:
         """Rows of the kinds that are not 0 in `wanted` (by code), by `key` (int32, int64) and `other` (uint8)."""
-        done: cython.Py_ssize_t = 0
-        while done < len(kind):
-            done = self._feed(done, wanted, vm, kind, time, key, other, self.table.reshape(-1), self._places)
-            self._make_room(done < len(kind))
+        self._through(self._feed, len(kind), wanted, vm, kind, time, key, other)
 
     def feed_roots(self, vm: Any, kind: Any, time: Any, root: Any, role: Any) -> None:
         """Rows that name a root, by it. Sums: loads, faults; the third is its least role word, 0: none is known."""
-        done: cython.Py_ssize_t = 0
-        while done < len(kind):
-            done = self._feed_roots(done, vm, kind, time, root, role, self.table.reshape(-1), self._places)
-            self._make_room(done < len(kind))
+        self._through(self._feed_roots, len(kind), vm, kind, time, root, role)
 
     def feed_pages(self, vm: Any, vcpu: Any, kind: Any, time: Any, gfn: Any, addr: Any, old: Any, new: Any) -> None:
         """What faults of vCPUs are about, by page and vCPU. Sums: faults; mappings and fixed permissions for them."""
-        done: cython.Py_ssize_t = 0
-        while done < len(kind):
-            done = self._feed_pages(
-                done, vm, vcpu, kind, time, gfn, addr, old, new, self.table.reshape(-1), self._places
-            )
-            self._make_room(done < len(kind))
+        self._through(self._feed_pages, len(kind), vm, vcpu, kind, time, gfn, addr, old, new)
 
     def feed_windows(
         self, first: int, width: int, present: int, reserved: int,
@@ -100,27 +89,13 @@ class Groups:
         Sums: ns from the window's begin; rows with flag 1 (into SMM); faults for a permission only, whose code has a
         bit of `present` and none of `reserved`.
         """
-        done: cython.Py_ssize_t = 0
-        while done < len(kind):
-            done = self._feed_windows(
-                done,
-                first,
-                width,
-                present,
-                reserved,
-                vm,
-                vcpu,
-                kind,
-                time,
-                code,
-                flags,
-                self.table.reshape(-1),
-                self._places,
-            )
-            self._make_room(done < len(kind))
+        given = (first, width, present, reserved, vm, vcpu, kind, time, code, flags)
+        self._through(self._feed_windows, len(kind), *given)
 
-    def _make_room(self, wanted: bool) -> None:
-        if wanted:
+    def _through(self, loop: Any, rows: int, *given: Any) -> None:
+        """Go through all rows with a loop that stops where there is no room for one more group."""
+        done = 0
+        while (done := loop(done, *given, self.table.reshape(-1), self._places)) < rows:
             self.table = np.concatenate([self.table, np.zeros_like(self.table)])
             self._places, self._mask = np.zeros(2 * len(self.table), np.int64), 2 * len(self.table) - 1
             self._enter(self.table.reshape(-1), self._places)

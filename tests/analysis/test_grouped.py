@@ -103,6 +103,7 @@ ROWS = st.lists(
 def decoded(frame: pl.DataFrame) -> rows.DecodedRows:
     codes = pl.Series([BY_NAME[name].code for name in frame["kind"]], dtype=pl.UInt8)
     made = {rows.KIND: codes, rows.VCPU: frame["vcpu"].fill_null(-1), rows.GFN: frame["gfn"].fill_null(-1)}
+    made[rows.VM] = frame["vm"].fill_null(-1)
     return rows.DecodedRows(frame.with_columns(**made))
 
 
