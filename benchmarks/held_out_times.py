@@ -75,8 +75,33 @@ sys.exit(status)
 """
 
 
+class BesideMeasured:
+    """A time that was predicted, `low` and `high` with a `band` about them, and the times that were measured; ns."""
+
+    low: int
+    high: int
+    band: tuple[int, int]
+    measured: Sequence[int]
+
+    @property
+    def median(self) -> int:
+        return int(statistics.median(self.measured))
+
+    @property
+    def error(self) -> float:
+        """Relative, of the number predicted; of an interval, how far the measured median lies outside."""
+        if self.low <= self.median <= self.high:
+            return 0.0
+        nearest = self.low if self.median < self.low else self.high
+        return nearest / self.median - 1
+
+    @property
+    def inside(self) -> bool:
+        return self.band[0] <= self.median <= self.band[1]
+
+
 @dataclass(frozen=True)
-class Predicted:
+class Predicted(BesideMeasured):
     """One scenario on one machine; ns of its passes, as each run's recording has them.
 
     `recorded` is under the old policy, `low` and `high` are the median of what the clock predicts of these for the new
@@ -94,22 +119,6 @@ class Predicted:
     band: tuple[int, int]
     own: tuple[int, int]
     hang: int
-
-    @property
-    def median(self) -> int:
-        return int(statistics.median(self.measured))
-
-    @property
-    def error(self) -> float:
-        """Relative, of the number predicted; of an interval, how far the measured median lies outside."""
-        if self.low <= self.median <= self.high:
-            return 0.0
-        nearest = self.low if self.median < self.low else self.high
-        return nearest / self.median - 1
-
-    @property
-    def inside(self) -> bool:
-        return self.band[0] <= self.median <= self.band[1]
 
     @property
     def own_error(self) -> float:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.held_out_times import Predicted, dated, kept
+from benchmarks.held_out_times import BesideMeasured, Predicted, dated, kept
 from replay import plan
 from replay.decode.capabilities import Capabilities
 from replay.run import replay
@@ -36,7 +36,7 @@ DIRECTIONS: Final = (
 
 
 @dataclass(frozen=True)
-class Line:
+class Line(BesideMeasured):
     """One scenario in one direction; ns. `low` and `high` are the predicted bounds, equal where there is one number."""
 
     scenario: str
@@ -49,22 +49,6 @@ class Line:
     measured: tuple[int, ...]
     bare: tuple[int, int]  # medians without a recorder: on the recorded machine, on the measured one
     source: int  # median as recorded, on the recorded machine
-
-    @property
-    def median(self) -> int:
-        return int(statistics.median(self.measured))
-
-    @property
-    def error(self) -> float:
-        """Relative, of the number predicted; of an interval, how far the measured median lies outside."""
-        if self.low <= self.median <= self.high:
-            return 0.0
-        nearest = self.low if self.median < self.low else self.high
-        return nearest / self.median - 1
-
-    @property
-    def inside(self) -> bool:
-        return self.band[0] <= self.median <= self.band[1]
 
 
 def lines(directory: Path = TIMING) -> list[Line]:

@@ -120,6 +120,24 @@ def _whole(lines: list[str], at: int, first: str, indent: int) -> tuple[str, int
     return command, at
 
 
+def environment(directory: Path, source: Path) -> dict[str, str]:
+    """Of somebody with 80 columns whose `kvmtrace`, put below that directory, is that of a source tree."""
+    program = directory / "bin" / "kvmtrace"
+    program.parent.mkdir()
+    program.write_text(f"#!{sys.executable}\nimport kvmtrace\n\nif __name__ == '__main__':\n    kvmtrace.main()\n")
+    program.chmod(0o755)
+    path = f"{program.parent}:{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(source), "COLUMNS": "80"}
+
+
+def typed(line: str, directory: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """A line of a shell."""
+    return subprocess.run(
+        [shutil.which("bash") or "sh", "-c", line],
+        cwd=directory, env=environment, capture_output=True, text=True, timeout=1200, check=False,
+    )  # fmt: skip
+
+
 class Reader:
     """Somebody who types a document's commands in a directory of their own, with the files that README names."""
 
@@ -127,22 +145,15 @@ class Reader:
         self.directory = directory
         for name in ("traces", "replay", "docs", "tests"):
             (directory / name).symlink_to(REPOSITORY / name)
-        program = directory / "bin" / "kvmtrace"
-        program.parent.mkdir()
-        program.write_text(f"#!{sys.executable}\nimport kvmtrace\n\nif __name__ == '__main__':\n    kvmtrace.main()\n")
-        program.chmod(0o755)
-        path = f"{program.parent}:{os.environ['PATH']}"
-        self.environment = {**os.environ, "PATH": path, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "80"}
+        self.environment = environment(directory, REPOSITORY)
         for command in commands(REPOSITORY / "README.md"):
             if command.line.startswith("cp "):
                 self.run(command)
 
     def run(self, command: Command) -> subprocess.CompletedProcess[str]:
         """Type it; 100 million events are cut to 100,000."""
-        return subprocess.run(
-            [shutil.which("bash") or "sh", "-c", f"{{ {command.shell.replace('100000000', '100000')}\n}} 2>&1"],
-            cwd=self.directory, env=self.environment, capture_output=True, text=True, timeout=1200, check=False,
-        )  # fmt: skip
+        line = f"{{ {command.shell.replace('100000000', '100000')}\n}} 2>&1"
+        return typed(line, self.directory, self.environment)
 
 
 def figures_apart(lines: tuple[str, ...] | list[str]) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.documents import REPOSITORY, figures_apart
+from tests.documents import REPOSITORY, environment, figures_apart, typed
 
 LINKED = ("traces/corpus", "traces/simultaneous", "traces/timing", "tests/recordings")
 
@@ -62,12 +62,9 @@ class ScratchCopy:
                 shutil.copy2(REPOSITORY / file, place / file)
         for name in LINKED:
             (place / name).symlink_to(REPOSITORY / name)
-        program = place / "bin" / "kvmtrace"
-        program.parent.mkdir()
-        program.write_text(f"#!{sys.executable}\nimport kvmtrace\n\nif __name__ == '__main__':\n    kvmtrace.main()\n")
-        program.chmod(0o755)
-        path = f"{program.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-        self.environment = {**os.environ, "PATH": path, "PYTHONPATH": str(place), "COLUMNS": "80"}
+        self.environment = environment(place, place)
+        # The checks that the page names are those of this environment.
+        self.environment["PATH"] = f"{place / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
 
     def apply(self, diff: str) -> None:
         """Line numbers in a document's diff stand for nothing: its lines of context are looked for."""
@@ -79,10 +76,7 @@ class ScratchCopy:
             assert done.returncode == 0, done.stderr
 
     def run(self, line: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [shutil.which("bash") or "sh", "-c", line],
-            cwd=self.place, env=self.environment, capture_output=True, text=True, timeout=1200, check=False,
-        )  # fmt: skip
+        return typed(line, self.place, self.environment)
 
 
 EXAMPLES = worked_examples()
