@@ -7,6 +7,7 @@ without samples may show it all the same: no row of any VM for longer than a hos
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -91,8 +92,7 @@ def _read(trace: Trace, least: int) -> tuple[list[tuple[int, int, int]], list[Ga
     told = bool(trace.metadata.kinds.get("host_suspend"))
     columns = ["time", "kind", "addr", "value"] if told else ["time"]
     for vm in trace.metadata.vms:
-        times = (batch.column("time").to_numpy() for batch in trace.batches(["time"], vm=int(vm["id"])))
-        mine = _gaps(times, least)
+        mine = _gaps(_times(trace, int(vm["id"]), least), least)
         gaps = mine if gaps is None else _common(gaps, mine, least)
     if told:
         for batch in trace.batches(columns):
@@ -103,7 +103,17 @@ def _read(trace: Trace, least: int) -> tuple[list[tuple[int, int, int]], list[Ga
     return rows, [(begin, end) for begin, end in gaps or [] if begin > -_NEVER and end < _NEVER]
 
 
-def _gaps(parts: Any, least: int) -> list[Gap]:
+def _times(trace: Trace, vm: int, least: int) -> Iterator[NDArray[np.int64]]:
+    """The times of a VM's rows in order, part by part: only the first and last of what has no room for a gap."""
+    for group in trace.groups(vm):
+        if not trace.partial and group.last_time - group.first_time < least:
+            yield np.array([group.first_time, group.last_time])
+            continue
+        for batch in trace.batches(["time"], vm=vm, seqs=(group.first_seq, group.last_seq)):
+            yield batch.column("time").to_numpy()
+
+
+def _gaps(parts: Iterator[NDArray[np.int64]], least: int) -> list[Gap]:
     """The times of a VM without a row, the time before its first and after its last among them."""
     found: list[Gap] = []
     last = -_NEVER

@@ -10,10 +10,11 @@ import pytest
 
 from replay import plan
 from replay.decode.capabilities import Capabilities
-from replay.decode.suspends import Suspend, suspends
+from replay.decode.suspends import Suspend, _gaps, _times, suspends
 from replay.run import replay
 from replay.timing.reference_clock import TimeCategory
 from replay.timing.timed_run import Settings, VmTime
+from tests import corpus
 from tests.replay.recording import TID, Guest, manifest
 from tests.traces.making import KVM_A, event, trace
 from traces.reader import Trace
@@ -230,3 +231,13 @@ def test_work_between_sparse_faults_is_the_guests(tmp_path: Path, page_size: str
         (vcpu,) = outcome.vcpus
         assert vcpu.spent[TimeCategory.GUEST] > 0.99 * vcpu.wall
         assert vcpu.spent[TimeCategory.SWITCH] < 0.001 * vcpu.wall
+
+
+@pytest.mark.parametrize("least", [100_000, MS, 100 * MS])
+def test_silence_is_found_without_reading_rows_that_have_no_room_for_it(least: int) -> None:
+    """The same as in all rows, on recordings of one VM and of several."""
+    for path in corpus.RECORDINGS[::20]:
+        recording = Trace.open(path)
+        for vm in recording.metadata.vms:
+            rows = (batch.column("time").to_numpy() for batch in recording.batches(["time"], vm=vm["id"]))
+            assert _gaps(_times(recording, vm["id"], least), least) == _gaps(rows, least), path.name
