@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # make demo and make test do all the set-up they need; see README.md.
 .PHONY: setup demo quick test nightly mutations lab-test lab-guests lab-guests-check lint check ci-example bench corpus \
 	simultaneous man pictures clean

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line of kvmtrace: each verb is a thin layer over the package that does the work."""
 
 from __future__ import annotations

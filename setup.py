@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The compiled modules. All else about the package is in pyproject.toml."""
 
 from Cython.Build import cythonize

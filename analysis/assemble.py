@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes the report of a recording, a result, or both: which queries it asks and how their columns read."""
 
 from __future__ import annotations

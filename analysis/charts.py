@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures of a recording and of what replays made of it: Vega-Lite charts over frames of a few thousand rows at most.
 
 A chart's `width` is "container" for whoever embeds it to put a number in; colours of text and lines are the page's.

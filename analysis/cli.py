@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The verbs of analysis: `kvmtrace report`, `diff` and `export`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`kvmtrace diff`: two recordings or results, vCPU by vCPU and phase by phase, largest cost first.
 
 A recording is replayed under its own policy (or the one asked for), so that both sides are results. VMs are matched as

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`kvmtrace export`: a named query's rows as CSV, a recording's course for Perfetto."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gates: conditions on what is exact, under which a report fails. `preserve.refaults > 0`, `roots_created > baseline`.
 
 What a trace leaves open is an interval; a gate on it is decided only if it comes out the same at every value in it, and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every report asks of rows, counted in groups by a compiled loop: by root, window, page, RIP, or kind and task.
 
 Each answer has `vm`, the question's keys, `rows`, `first_time` and `last_time` (boot ns), and the question's own sums.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A recording from inside a guest beside the host's: which VM it is of, and whether the two are of one time."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How long things took that a row begins and another ends: exits, returns to userspace, ioctls. As histograms.
 
 A duration is counted in its bucket, 64 to a power of two, so that p50 and p99 are right to 1 %, and memory grows with

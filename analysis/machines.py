@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What two recordings must have in common before times of theirs are compared, and what a reader must know besides."""
 
 from __future__ import annotations

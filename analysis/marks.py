@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What charts have in common: axes in line with each other, one zoom, colours, units."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which VM of one recording or result is which of another: as asked for, by name, else in order of their ids."""
 
 from __future__ import annotations

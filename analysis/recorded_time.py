@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A recording's time: what each vCPU did in each part of it, where it hardly ran its guest, where it got no further.
 
 All of it comes of one pass over a VM's rows: the one that replays it, where a report does that anyway.

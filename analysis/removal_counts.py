@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What removed and protected a VM's pages, asked of rows: `replay.decode.removals` on its way through them."""
 
 from __future__ import annotations

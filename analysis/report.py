@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The report: what every format renders, so that the same figures are in each."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`kvmtrace report`: finds what belongs to a file, replays and validates it where asked, and has it assembled."""
 
 from __future__ import annotations

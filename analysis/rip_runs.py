@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """vCPUs that get no further: their longest runs of exits at one RIP, and their last exits, asked of rows."""
 
 from __future__ import annotations

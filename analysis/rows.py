@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Questions about a recording's rows, as many as there are answered in one pass over them.
 
 Each batch of rows is decoded once, by the trace's own reader, and every question takes of it what it is about. Memory

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is analysed: recordings and results of replays, checked before anything is asked of them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names of a guest's addresses: of its vmlinux (ELF), its System.map, or what it had in /proc/kallsyms.
 
 pyelftools would do for the first, at ten seconds a vmlinux; of ELF it is one table of fixed records, which numpy reads

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a report's figures rest on: events and losses, coverage, validation, costs, kernel, and what is left open."""
 
 from __future__ import annotations

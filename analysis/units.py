@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How values read: one place for the text of every number, so that it is the same in every format."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a recording could not see: 0 is never said of it."""
 
 from __future__ import annotations

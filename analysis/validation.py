@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The validated share of a recording, as a report states it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The verdict: what the recorded policy cost the vCPU that it cost most, and what another would have."""
 
 from __future__ import annotations

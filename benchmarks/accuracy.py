@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Accuracy of prediction: each recording of the corpus, replayed under another's policy, beside that one's counts.
 
     python -m benchmarks.accuracy            # writes docs/prediction-accuracy.md

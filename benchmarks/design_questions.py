@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes docs/design-questions.md: the tables of the design questions on recorded and on generated traces.
 
     python -m benchmarks.design_questions

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rings drained in bulk (tracer/ring.py) against bcc's callback API: the same probes, rings and workload.
 
 Both only count what they read, which favours the callback: the bulk drain has copied its records out by then, ready for

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes the table of docs/explore.md: each scenario and variant, what was found, and what that took.
 
     python -m benchmarks.explore_table

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an engine and a store add to replaying many recordings, what a second worker brings, how fast footers are read.
 
     python -m benchmarks.fleet_replay [--engine local] [--tasks 200] [--rounds 8] [--wait SECONDS] [--footers 10000]

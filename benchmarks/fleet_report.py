@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How fast a fleet is reported on, and in how much memory: 10 million rows of made-up results.
 
     python -m benchmarks.fleet_report [--rows 10000000] [--rounds 3] [--json]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Result sets of made-up fleets, of the schema that `kvmtrace fleet replay` writes: seeded, of any number of hosts.
 
 For the benchmark of the report and for its tests. Hosts differ by kernel, and with it by recorded policy; old policies

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a fleet costs, and where its limit is: tasks measured here, then 1,000 to 100,000 hosts simulated.
 
     python -m benchmarks.fleet_size [--events 300000 1000000 3000000] [--workers 16 64 256 1024 4096] [--json]

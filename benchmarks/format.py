@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Why a trace lies in its file as it does: size and decoding speed of our layout and of what else could be done.
 
 `python -m benchmarks.format [TRACE ...]` takes recordings; without any it makes three synthetic ones of tests/streams.

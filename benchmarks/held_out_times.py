@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Records what the clock was never fitted to, under both root policies, and holds what it predicts against it.
 
     python -m benchmarks.held_out_times [--machine amd-icount] [--runs 3] [--directory DIR]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Import against the tools whose files it reads: each reads the same file, in turns, in one run.
 
     python -m benchmarks.imports [--copies 100] [--rounds 3] [--json]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Guests that nobody here wrote, on real kernels in the lab: what of them was recorded, modelled, matched.
 
 `python -m benchmarks.lab_guests` records every guest of `tracer.lab.guests` on two kernels, holds each recording to

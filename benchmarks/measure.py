@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One run of one recorder over the workload: in a session of its own, bounded in time, its files read and removed."""
 
 from __future__ import annotations

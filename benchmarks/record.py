@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What recording costs: one live workload bare and under each recorder, over the same tracepoints, interleaved.
 
     python -m benchmarks.record [--rounds 3] [--loops 10000] [--json]

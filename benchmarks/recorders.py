@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The recorders under comparison: how each is started over the same tracepoints, and what it says it kept and lost."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How fast the replay engine is: against C, the reference model, libCacheSim, decoding, and itself on two threads.
 
     python -m benchmarks.replay [--rounds 5] [--touches 1000000] [--trace TRACE] [--json]

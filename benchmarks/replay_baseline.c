@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* The replay engine's algorithm as C, for benchmarks/replay.py: what the engine is measured against and compared with.
  *
  * The same trees (generations, pairs of present and ever bits, two passes over 64 operations) and the same counts, for

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who the replay engine is measured against: a C program of its algorithm, the reference model, libCacheSim's LRU."""
 
 from __future__ import annotations

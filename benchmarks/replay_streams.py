@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Streams of operations that the replay benchmark runs: a mix of six kinds of VM, and SMI storms. Made in numpy.
 
 Guests touch in runs of 64: half of them sequential, 30 % skewed towards a few hot frames, 20 % uniform. Controls are

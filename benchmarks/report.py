@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How fast a report is made, and in how much memory: against `trace-cmd report | awk` and `perf script | python`.
 
     python -m benchmarks.report [--rounds 3] [--events 100000000] [--loops 100] [--json]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What recording the time that vCPUs did not get costs everybody: the two programs on the scheduler's tracepoints.
 
     python -m benchmarks.sched [--rounds 5] [--switches 200000] [--json]

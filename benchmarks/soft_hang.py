@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The soft-hang as recorded: 200 passes over 512 pages with an SMI after each, on kernels of either root policy.
 
     python -m benchmarks.soft_hang [--loops 200] [--pages 512] [--json]

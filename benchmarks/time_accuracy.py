@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes docs/time-accuracy.md: how long a scenario takes under another policy, predicted and measured.
 
     python -m benchmarks.time_accuracy

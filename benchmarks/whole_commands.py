@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What whole commands cost: CPU time against decoding the same file, peak memory, VMs on two cores, and many of them.
 
     python -m benchmarks.whole_commands [--events 10000000,100000000] [--rounds 3] [--keep DIRECTORY] [--json]

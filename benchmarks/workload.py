@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run one command as a recorder's child: its JSON line and the CPU time it used go to a file.
 
 A script of its own, so that every recorder starts the same thing: `python workload.py RESULT COMMAND...`. The

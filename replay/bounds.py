@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From the two ends of what a trace leaves open to what is said of it: one number, an interval, or one with a name.
 
 An assumption about the working set makes one number of the interval of re-faults, and of nothing else: `recent:K` that

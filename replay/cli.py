@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The verbs of replay: `kvmtrace validate`, `replay` and `explore`."""
 
 from __future__ import annotations

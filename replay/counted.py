@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Counts of one VM under one run of one policy: what its roots did, in the order of the recording."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `kvmtrace replay` prints: one table a VM, or the same as a JSON document."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether a replay under the recording's own policy comes to what the recording's rows show, VM by VM.
 
 The rows are counted while they are decoded (`decode.row_counts`), the replay by the engine; a model that is right about

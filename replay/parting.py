@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From which row on a replay and the rows differ: the recording is decoded once more for it, up to its end.
 
 Both are counted row by row. A count parts at the first row after which it never again is the same on both sides, or

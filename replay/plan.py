@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which policies a replay runs, on which kernel's triggers, and what of the answer the trace leaves open.
 
 From a recording whose kernel frees roots, another policy's outcome follows: what the guest accessed again is recorded.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The result of a replay as a Parquet file of its own; RESULT.md beside this file says what a reader may rely on."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Replays a trace under every policy of a plan, decoding it once.
 
 Of each VM the rows go through the decoder, batch by batch; each batch's inputs go to all policies before the next, to

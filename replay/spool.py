@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A VM's inputs kept until its costs are known: in memory up to a bound, beyond it in a temporary file.
 
 Columns are kept in as few bytes as their values need: some 30 an input, where they take 90 in memory.

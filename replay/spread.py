@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How far a count may lie from what a run comes to, where the recording does not show what it is a count of.
 
 What the trace leaves open of an outcome as a whole has runs of its own (`plan.Run`). This is of single counts, and the

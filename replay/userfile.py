@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Loads a Python file that a user names on the command line: a policy, a scenario."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which vCPU is worst off, and so which VM, in the order that reports have (analysis/worst.py).
 
 First those that got no further in the recording, then those that stood still longest, then those that lost the most to

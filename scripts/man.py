@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Man pages, made from the command line's own help: `python scripts/man.py DIRECTORY`, a page for each verb."""
 
 from __future__ import annotations

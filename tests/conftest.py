@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What tests need of the machine, and the rule for skips: in CI nothing may be skipped that could have run.
 
 Tests are marked by what they need (pyproject.toml has the markers); `make quick` runs those that need nothing.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The recordings that ship, and what tests of all of them run over: a few of each kernel where time is short."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command lines that README and docs/ print, and what stands beneath them as their output.
 
 A command is a line indented by four spaces, or one after `$ ` in a block marked `console`; there what follows is its

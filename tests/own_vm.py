@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which VM of a recording is the test's own: on this machine others may run as well."""
 
 from __future__ import annotations

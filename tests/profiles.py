@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How many examples Hypothesis tries: `quick` for `make quick`, `full` for `make test`, `ci` where CI is set.
 
 No profile has a deadline, and none fails for slowness: a busy machine is not a defect.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Raw record streams that look like recordings: what the format is measured and tested with where no KVM can make them.
 
 Kinds, order and volume follow the traces of real kernels: a fault is exit, page fault, requested SPTE, a page and an

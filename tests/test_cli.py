@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line itself: help that is quick, usage errors in one line with exit code 2."""
 
 from __future__ import annotations

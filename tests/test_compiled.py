@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compiled code computes in C's numbers: of a literal above 31 bits Cython makes Python's, a hundred times slower."""
 
 from __future__ import annotations

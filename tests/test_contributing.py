@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The worked examples of CONTRIBUTING.md, done in a copy of the repository: a kernel version, a probe, a policy, ..."""
 
 from __future__ import annotations

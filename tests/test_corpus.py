@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The recordings we ship: whole, what their table says, and each kernel's root policy as the recorder saw it."""
 
 from __future__ import annotations

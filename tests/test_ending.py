@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What ends a command: streams closed, full or unread, odd terminals, locales and names, and ^C at every moment.
 
 Each in a process of its own; `make quick` runs a few.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A file that is no trace is named for what it is, with what takes it: one line, exit code 2, in every verb."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is made from the command line's own help: `--help` with examples that work, shell completion, man pages."""
 
 from __future__ import annotations

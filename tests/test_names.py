@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """No two public classes, and no two modules, of the product have one name: a name says which of them is meant."""
 
 from __future__ import annotations

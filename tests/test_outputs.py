@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every verb that writes, with every place that it may not or cannot write to, in this process."""
 
 from __future__ import annotations

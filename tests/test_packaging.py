@@ -1,17 +1,60 @@
-"""What stands in more than one file about versions agrees: pyproject.toml, CITATION.cff, constraints.txt."""
+# SPDX-License-Identifier: Apache-2.0
+"""What stands in more than one file about versions agrees, and each source file names the licence."""
 
 from __future__ import annotations
 
 import re
+import subprocess
 import tomllib
 from typing import Any, Final
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tests.documents import REPOSITORY
 
-PROJECT: Final[dict[str, Any]] = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+PYPROJECT: Final[dict[str, Any]] = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+PROJECT: Final[dict[str, Any]] = PYPROJECT["project"]
+SOURCES: Final = (".py", ".c", ".h", ".S", ".css", ".js", ".html", ".toml", ".yml", ".cff", ".service")
+LICENCE: Final = "SPDX-License-Identifier: Apache-2.0"
+
+
+def unlicensed(texts: dict[str, str]) -> list[str]:
+    """The source files, and the scripts without a suffix, whose first line after a `#!` does not name the licence."""
+    found = []
+    for name, text in texts.items():
+        lines = text.splitlines()
+        script = bool(lines) and lines[0].startswith("#!")
+        if (script or name.endswith(SOURCES) or name == "Makefile") and not any(
+            LICENCE in line for line in lines[script : script + 1]
+        ):
+            found.append(name)
+    return found
+
+
+def test_each_source_file_names_the_licence() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    binary = (".parquet", ".xz", ".png")
+    exempt = PYPROJECT["tool"]["ruff"]["lint"]["per-file-ignores"]
+    files = [
+        name
+        for name in listed.stdout.splitlines()
+        if not name.endswith(binary) and name not in exempt and (REPOSITORY / name).is_file()
+    ]
+    texts = {name: (REPOSITORY / name).read_text(errors="replace") for name in files}
+    assert sum(name.endswith(SOURCES) for name in texts) > 500
+    assert unlicensed(texts) == []
+
+
+def test_a_file_without_the_licence_is_found() -> None:
+    texts = {
+        "a.py": f"# {LICENCE}\n", "b": f"#!/bin/sh\n# {LICENCE}\n", "c.md": "text\n",
+        "d.py": "", "e.c": "int a;\n", "f": "#!/bin/sh\n", "g.py": f"import os\n# {LICENCE}\n",
+    }  # fmt: skip
+    assert unlicensed(texts) == ["d.py", "e.c", "f", "g.py"]
 
 
 def test_a_citation_names_the_version() -> None:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """README and docs: commands work and print what stands there, links and names lead somewhere, README is short."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The VMM: what it prints, how it fails, and that a run is repeatable. Its MMU events are the recorder's tests."""
 
 from __future__ import annotations

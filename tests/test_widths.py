@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Text fits its terminal: every verb on recordings of several VMs, in 80 columns and in 40."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Words that this project once used in a sense of its own, and what the field says instead.
 
 Looked for in prose: documents, docstrings, comments, messages, help. Names in code (variables, keys of formats) are not

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every verb and mode that tests walk, as command lines over one small recording; `Files` says what is there.
 
 test_help.py holds that none is left out. What needs more of the machine than files says so with a marker.

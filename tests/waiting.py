@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Waiting for what has to happen, as long as a busy machine may need for it."""
 
 from __future__ import annotations

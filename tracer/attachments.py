@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How each probe of the table is attached on this kernel: the first of its points that holds, or why none does."""
 
 from __future__ import annotations

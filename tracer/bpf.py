@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The loaded probes: attached, read and detached."""
 
 from __future__ import annotations

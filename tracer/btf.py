@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Struct offsets, bitfields and prototypes of the running kernel, from its BTF through libbpf.
 
 Debian's kvm is a module with split BTF (`/sys/kernel/btf/kvm`, from 5.11); a kernel with KVM built in has everything in

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`kvmtrace probes`: compile the recorder's BPF programs ahead, here or for another machine."""
 
 from __future__ import annotations

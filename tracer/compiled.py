@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The BPF programs as instructions: compiled by bcc, or read from what was compiled before.
 
 In each instruction that loads a map the immediate is the map's place in the list of maps; `loaded.py` puts a descriptor

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What can be recorded on this machine, what cannot, and the one command that fixes each problem.
 
 Everything is looked at without changing anything; what an ordinary user may not see is said to be unseen, not absent.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kernel headers that bcc itself wants.
 
 Our programs use uapi types only, so headers of any version serve any kernel. Where those of the running kernel are not

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Facts about this host: kernel, CPU, KVM's module parameters, its root policy, symbols, clocks, counters."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compiled probes kept between recordings, so that only the first one on a kernel needs bcc, clang and headers.
 
 A file is named for what it was compiled from (the C text, which has this kernel's offsets in it, and the kernel's BTF)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The distribution's libbpf through ctypes: maps, programs and how they are attached, without a compiler.
 
 It is what bcc itself loads through, and all that a host needs to run programs compiled elsewhere: libbcc would bring

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the probes find things: offsets of the running kernel's structs, as #defines for the BPF programs.
 
 Everything comes from BTF. The one exception is `struct kvm_mmu_page` on kernels before module BTF (5.11): KVM is a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One stream in the order of time out of rings that are each in order, and how far nothing is missing in it."""
 
 from __future__ import annotations

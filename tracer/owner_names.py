@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the owners of VMs call them: QEMU's `-name` (libvirt gives it the domain's), Firecracker's `--id`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The dated table of probes: for each kind of event, the points in the kernel that show it, best first.
 
 A point is one of

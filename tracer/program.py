@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The BPF program, as C text for bcc: one small function per probe that fills one fixed-size record.
 
 Counting comes before everything: a record is first counted as emitted, then reserved in the ring; if the ring refuses,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One recording, from attached probes to a finished Parquet file.
 
 The order matters: nothing is attached before the output can be written, the VMs that are already there are read before

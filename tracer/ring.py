@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The BPF ring buffers, read in bulk: memory mapped, records of one size viewed as an array, one copy a batch.
 
 Layout (kernel/bpf/ringbuf.c): a consumer page that we may write, a producer page, and the data mapped twice in a row so

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Several recordings in one process, for machines on which compiling the probes costs more than the recordings.
 
 `python -m tracer.several JOBS.json` with {"events": PRESET, "jobs": [{"out": PATH, "command": [WORD, ...]}, ...]}. What

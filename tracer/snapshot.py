@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What was there before the recording began: VMs, vCPUs, memory slots and live roots, read by a BPF task iterator.
 
 A host with a stalled VM has no ioctl left to watch: its slots were set at boot and its vCPU threads sit in KVM_RUN. The

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tracepoint formats, as tracefs prints them: which events exist here and where their fields lie in the record."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The disk side of a recording: a thread that orders batches and writes segments, so that the drain never waits for it.
 
 Between drain and disk stands a queue bounded in bytes. While the disk keeps up it is empty; when it does not, the queue

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What compaction counts while the rows go by: kinds, loss, vCPUs, threads, gaps."""
 
 from __future__ import annotations

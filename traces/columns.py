@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From the record's words to named columns, by the table of kinds.
 
 What a kind does not fill is 0 in its rows, except in the columns of NULLABLE, where 0 is a real place: there it is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From a recording's segments to one Parquet trace, on a clean end and after a crash alike.
 
 Rows stream through in ring order; what is held is at most BUFFERED_ROWS rows. Rows of one VM share row groups, so that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Documents for machines: what `--json` prints of any verb."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files that are there after a crash: write whole buffers, fsync, replace by rename.
 
 Every write, fsync and rename of a trace goes through these functions, which is also where tests make the n-th one fail.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a duration is written, the same in every table, sentence and document."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a trace lies in its file: the encodings that `benchmarks/format.py` found best, and CRCs over every byte.
 
 A trace is an ordinary Parquet file. Between the last row group and the footer, where Parquet allows anything, stand 12

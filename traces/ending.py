@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a command ends, whatever happens: its exit code, and at most one line on standard error.
 
 0 fine, 1 a verdict or a gate failed, 2 bad input, bad usage or nowhere to write, 3 the environment lacks something, 130

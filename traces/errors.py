@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The one error type that reaches the user: a line to print and the exit code to leave with."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a file is that is no trace: named by its first bytes, with what takes it, or what to do with it."""
 
 from __future__ import annotations

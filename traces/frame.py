@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks of a trace file before any of its rows is decoded: magics, CRCs, sizes, schema, row groups."""
 
 from __future__ import annotations

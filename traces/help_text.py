@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every verb's `--help` and man page ends with: examples, each on lines of its own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which VM and which root each record is about: small ids that stay unique over the whole recording.
 
 State is carried from batch to batch; within a batch everything is arrays. The rules (SPEC.md, "Identity"):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What ^C does: one line and exit code 130, from the first import on.
 
 The command (scripts/kvmtrace) has Python answer ^C before that, and kvmtrace.py imports this module before all others.

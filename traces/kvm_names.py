@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names of KVM's interface to userspace on x86: what KVM_RUN returns with, and ioctls (include/uapi/linux/kvm.h).
 
 Numbers never change; later kernels add to them: SET_USER_MEMORY_REGION2, SET_MEMORY_ATTRIBUTES and CREATE_GUEST_MEMFD

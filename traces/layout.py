@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tables and paragraphs as lines of plain text that fit a width."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows for polars: batches that our own reader has decoded and checked, as a LazyFrame.
 
 polars's own Parquet reader is let near no file: on some hostile ones it aborts the process, where Arrow raises. A

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lives: telling apart the objects that one kernel address or page frame named in turn.
 
 A `struct kvm` pointer or a root's page frame is reused as soon as its object is freed, so neither is an identity. These

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The memory slots of every VM over time, from the snapshot and the KVM_SET_USER_MEMORY_REGION calls recorded.
 
 `memslot` rows are written when the ioctl begins; whether it took effect is what the thread's next `ioctl_end` says.

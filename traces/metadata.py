@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a trace says about itself: the JSON under the Parquet key `kvmtrace`, checked before anyone relies on it.
 
 The recorder's manifest is carried through; compaction adds what it found in the rows. Keys that this version does not

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Options and arguments that several verbs have: one type each, so that they say the same in every help."""
 
 from __future__ import annotations

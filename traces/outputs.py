@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where a command may write: every `-o` goes through here.
 
 A file is written beside its place and takes it when it is whole, so that what failed leaves what was there. It takes

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a command is doing, on one line of the terminal: every long job of the product shows itself here.
 
     with Progress("replaying", metadata.events) as progress:

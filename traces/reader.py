@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reading a trace: nothing of the file is trusted before it was checked.
 
 Every byte is under a CRC: the footer is checked before Arrow parses it, each row group before Arrow decodes it, and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The recorder's 80-byte record as numpy sees it. Arrow, which takes time to load, is not needed here."""
 
 from __future__ import annotations

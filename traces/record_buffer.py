@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Records gathered into batches of columns, for what stores them.
 
 A record is 80 bytes, and each of its fields goes to a column of its own: block by block, so that a block is read from

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an event is: the kinds, the columns each kind fills, and the fixed-size record the probes write.
 
 This table is the single place that binds the BPF programs (which fill the record's four words), the segments (which

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A page of text for a terminal, or plain for a file: made in memory, so that what prints it decides where it goes.
 
 It is as wide as the terminal, within bounds, and 80 columns where there is none.

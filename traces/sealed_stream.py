@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Segments of a recording in Arrow: batches of raw records, each followed by its seal (see segments.py)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writing a recording as it grows; segments.py says what its directory holds."""
 
 from __future__ import annotations

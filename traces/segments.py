@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The recording as it grows: a directory of Arrow IPC streams that survives a kill.
 
 `OUT.kvmt/` holds `manifest.json` (replaced by rename) and `seg-00000.arrows`, `seg-00001.arrows`, ... Each segment is

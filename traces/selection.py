@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which part of a recording is asked about: VMs, vCPUs, a window of time."""
 
 from __future__ import annotations

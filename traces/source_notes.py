@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an imported trace says of its source, in lines for people: empty for a recording of kvmtrace's own."""
 
 from __future__ import annotations

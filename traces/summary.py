@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `kvmtrace info` says about a trace: a document for programs, and one screen for people."""
 
 from __future__ import annotations

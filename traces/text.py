@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small pieces of text: names from elsewhere made fit for one line of a terminal, numbers with their nouns."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a JSON object from elsewhere has under a key, or nothing where that is of another type."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What VMs and vCPUs are called: the id that a recording gave, the process, and the name that its owner gave."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Wall-clock time of a recording's rows: boot ns as UTC by the recorder's clock samples, and back."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The verbs on a fleet's results: `kvmtrace fleet report` and `diff`."""
 
 from __future__ import annotations

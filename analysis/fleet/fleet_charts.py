@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures of a fleet: how long its VMs hang under each policy, kernels side by side, and its days."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gates on a fleet: `--fail-on 'soft_hang > 0'`, with the operators and the intervals of those on one report."""
 
 from __future__ import annotations

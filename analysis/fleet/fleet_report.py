@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The report on a fleet: its sentences, what they rest on, its tables and gates, as the model of all formats."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tables of a report on a fleet: which sums they show, and how their columns read."""
 
 from __future__ import annotations

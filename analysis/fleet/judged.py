@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows of results as judgements: each VM under each policy beside the same VM under the policy that was recorded.
 
 A task's rows (one trace, one VM, all policies) stand together, so that a batch of rows needs no other: whatever the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """All that a report on a fleet is made of, in one pass over the rows of its results."""
 
 from __future__ import annotations

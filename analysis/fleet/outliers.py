@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hosts out of line: their faults a vCPU hour against those of hosts with the same kernel and vendor.
 
 The rule is that of median and MAD (the median distance from the median), on logarithms, for rates differ by factors: a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Judgements added up: for each group of rows and each policy, counts and intervals that add up again.
 
 All are sums and maxima of whole numbers, so that neither the order of rows nor that of files changes one of them. An

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The formats of a report: each module renders the same model, and none computes a figure of its own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One page for a browser, offline: the same tables as the other formats, and pictures.
 
 Everything that comes from a file is escaped by the template; beyond that the page's policy lets no script run but its

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """For programs: exact values, times in ns, shares of 1; schema 1 of `analysis/REPORT.md`."""
 
 from __future__ import annotations

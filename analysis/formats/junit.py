@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """For CI: JUnit XML, a suite for each report, a case for each gate and invariant, figures as properties."""
 
 from __future__ import annotations

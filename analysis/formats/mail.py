@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """For a mailing list: plain ASCII of 72 columns, few rows."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """For the job summaries of GitHub and GitLab: tables, and under the 1 MiB that these take."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Draws the charts in the page's own colours, anew when its width or its scheme of colours changes.
 "use strict";
 (() => {

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Tables of thousands of rows: only those that are looked for become elements, the first hundred of them.
 "use strict";
 (() => {

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """For a terminal: some 60 lines, the verdict first, as wide as the terminal; 80 columns where there is none."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A report's tables as lines of plain text."""
 
 from __future__ import annotations

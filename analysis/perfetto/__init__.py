@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Traces and results as Perfetto files, for ui.perfetto.dev."""
 
 from __future__ import annotations

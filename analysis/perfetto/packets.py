@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes a Perfetto trace as a stream: single packets as objects of the `perfetto` package, many alike as arrays.
 
 Objects take some 2.5 us a packet. For spans and counters a packet is therefore serialised once by the package, and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A replay's result as Perfetto tracks: under each policy and bound, each vCPU's soft-hangs and its guest share.
 
 Virtual time is put on the recording's clock: it begins at the VM's first entry. The wall clock of a recording and the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A trace as Perfetto tracks: of each VM its vCPUs, the tasks that zap its roots, and its roots.
 
 What a vCPU did is what `replay.decode.timeline` says; adjoining spans of one kind are one. A flow leads from each SMI

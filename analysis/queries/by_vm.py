@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each VM in one row, the worst first: of a replay's result, and of a recording with what its replay found."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Queries that pictures are drawn from: time, pages and counts in so many parts that a picture has room for."""
 
 from __future__ import annotations

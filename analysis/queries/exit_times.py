@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Queries of a recording: exits by reason, returns to userspace, ioctls, guest RIPs by faults, the host's changes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which task of a guest paid for its faults: a recording of the host beside one that was made inside the guest."""
 
 from __future__ import annotations

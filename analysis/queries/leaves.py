@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What leaves are: of Intel's extended page tables the memory type, which stands in each of them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Queries over the rows of a recording: what a pass over them counts, and what is told from that.
 
 The rows are read when a query is made, unless the recording has answered the same question before; memory grows with

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Named queries: what each asks, the kinds of event it needs, and where to find it by its name."""
 
 from __future__ import annotations

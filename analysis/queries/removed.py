@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Queries of a recording: why pages had to be mapped again, and what removed or protected them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Queries over the rows of a replay's result.
 
 What a trace leaves open is two rows of a policy in the result, and here an interval: `NAME_low` and `NAME_high`. Where

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A root policy made worse on purpose: the gate of the example has to see it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One batch of a VM's rows as arrays, one a column, in the types that compiled loops read."""
 
 from __future__ import annotations

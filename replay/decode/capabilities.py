@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a trace can show: the recorded kernel, the kinds observed, and what is missing for a replay, by line."""
 
 from __future__ import annotations

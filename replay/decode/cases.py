@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ends of what a trace leaves open of a replay's inputs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a vCPU's exits and ioctls say of its roots, by the vendor's codes: what the decoder asks of each of them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Inputs: what happened to a VM that no root policy decides, in order; what decoding puts out.
 
 An input has the two columns of an operation (`simulate.operations`), and two marks more:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The memslot table of a VM over time: where a page's slot begins and ends, which frames host memory backs."""
 
 from __future__ import annotations

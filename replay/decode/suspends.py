@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """When the host slept while it was recorded: boot time that passed for nobody.
 
 CLOCK_BOOTTIME goes on while a host is suspended, CLOCK_MONOTONIC does not. `host_suspend` rows say between which times

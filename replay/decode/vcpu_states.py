@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a vCPU's thread spends its time on: the states of a recording's time line, and which kinds of row show each."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One VM of a trace, decoded once: its rows through the decoder, batch by batch, and out as parts of its inputs.
 
 Memory is a batch, a few numbers a vCPU and the memslot table; for recordings that show no removals (5.10), also what

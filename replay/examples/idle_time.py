@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Free a root that no vCPU has used for some time. Time passes as recorded; roots are looked at when a vCPU unloads."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Keep at most N roots that no vCPU uses; of more, the least recently used is freed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A lookup against the last put: why what is found on a list is taken with refcount_inc_not_zero().
 
     kvmtrace explore replay/examples/last_reference.py

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Actors as what they are to a search: places in their code, and what a step from there does to a given memory.
 
 A generator cannot be copied. But what it does is determined by what it read, so that one run for each way to read is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finds the scenario that a command names: one of kvmtrace's own, or a file of the user's."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an exploration says: as text, and as the JSON that replays what it found."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Shared memory of a model: every read and write of it is seen, so that a step is known by what it read.
 
 Nothing is kept in the things themselves: a state's memory is one tuple, a place for each field of each thing. What a

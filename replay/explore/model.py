@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a scenario builds: things in shared memory, actors that step on them, invariants; and locks and RCU to use."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model made ready to run: its actors with their places, its predicates with what they came to."""
 
 from __future__ import annotations

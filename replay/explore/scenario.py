@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A scenario: a model in several variants, each with what is expected of it; and one run of one of them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A schedule that leads to a violation: as columns to read, as JSON, and run again."""
 
 from __future__ import annotations

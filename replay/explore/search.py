@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every interleaving of a model's actors, breadth first, so that what is found first is as short as can be.
 
 A state is the shared memory and where each actor stands. Found are: invariants that do not hold, deadlocks, and

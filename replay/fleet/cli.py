@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`kvmtrace fleet index` and `fleet replay`: recordings of many hosts in a store, and their replay."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What runs a fleet's tasks: processes of this machine, or Dask; both are an Executor to the rest."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The catalogue of a place's recordings: one row for each trace and VM, of what their footers say.
 
 An object is read up to its footer, many at a time; one that is as it was in an earlier catalogue is not read again. An

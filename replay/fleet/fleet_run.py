@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs the tasks of a fleet's replay: what is done is not done again, and nothing that fails takes others along.
 
 Which tasks there are, and under way at a time, is decided here; where they run, and what becomes of those of a worker

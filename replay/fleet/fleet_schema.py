@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The columns of a fleet's catalogue and of its results: what `kvmtrace fleet` writes, and what reports read."""
 
 from __future__ import annotations

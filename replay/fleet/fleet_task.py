@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One task of a fleet's replay: one VM of one recording under a list of policies, from a store, into a store.
 
 It may run anywhere and any number of times: what it writes is the same bytes under the same name, which is made of all

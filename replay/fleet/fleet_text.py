@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `kvmtrace fleet index` and `fleet replay` print."""
 
 from __future__ import annotations

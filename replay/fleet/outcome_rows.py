@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a replay says of one VM, as rows of a fleet's results: one a policy, and one for each of its vCPUs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The results of a fleet's replay: how they are written so that none is lost or doubled, and how they are read back.
 
 A place has `job.json`, which policies and version its results are of; `tasks/ID.parquet`, one object for each task that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Processes of this machine as an Executor: one that dies takes its own task with it, and no other.
 
 `concurrent.futures.ProcessPoolExecutor` fails all of its tasks when one of its processes dies, and does not say which

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run a stream of operations through the reference model, one at a time."""
 
 from __future__ import annotations

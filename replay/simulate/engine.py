@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The engine as Python sees it: owns the memory that `core` works on, makes more of it, checks what goes in, reads
 what comes out.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The inputs of a replay: what happened to a VM that no root policy decides, as a stream of small operations.
 
 Both implementations of the model (`reference`, `engine`) read this stream and nothing else. It has two columns, one

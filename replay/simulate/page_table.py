@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A root's tree of second-level tables, as plain objects: what the reference model and `validate` keep of each root.
 
 Levels are KVM's: 1 maps 4 KiB, 2 maps 2 MiB, 3 maps 1 GiB; a root table is of level 4 or 5. An entry of a table holds

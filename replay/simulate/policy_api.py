@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a root policy may decide, as the interface of the reference model; users write their own against it.
 
 A policy of your own is one file with one subclass of `Policy` in it (`kvmtrace replay TRACE --policy ./mine.py`), or an

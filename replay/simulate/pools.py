@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Memory that compiled loops read as C structures, and numpy as rows with named fields."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The reference model of a VM's roots: plain Python that reads like the description of the kernel it follows.
 
 Source: docs/kvm-mmu.md ("Root slots of a vCPU", "The life of a root, by policy"). `engine` does

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One VM under one policy as `run` drives it: the engine for kernels' policies, the reference model for users' own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Operations with the time they took: what virtual time reads.
 
 A timed block is a `Block` with six more columns, one value an operation:

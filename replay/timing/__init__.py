@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Virtual time: how long each vCPU would have stood still, when and why."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What things cost, in ns: measured in the recording where it can tell, else from a dated table.
 
 `Costs` is what the clock computes with; `Measured` collects samples; `fit` says of each cost where it is from.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Why a vCPU makes no progress: what fits the evidence, with the rows that it rests on, or that nothing does.
 
 Each cause is looked for where its evidence is in the rows: KVM_RUN's error, userspace's exit reason, loads of roots,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What things cost in a recording, and where its time went: measured of one VM while it is decoded."""
 
 from __future__ import annotations

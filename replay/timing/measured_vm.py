@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decodes one VM once: measures what things cost in it, and keeps its inputs for whoever runs a clock with that."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The reference clock: a discrete-event simulation of one VM over its reference model, one operation at a time.
 
 Actors are the vCPUs, what the wall clock does to them and to the VM, and the zap worker. The next event is the one with

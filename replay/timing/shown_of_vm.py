@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a recording shows of one VM, for a diagnosis: what was watched, the memslots, and when events were lost."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Why a vCPU hung in virtual time: what emptied its root slots, and its time breakdown."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Soft-hangs: periods in which a vCPU hardly ran its guest, found in its progress.
 
 Progress is (time, guest and idle time until then) at some moments, both in ns and never falling: a recording's, or a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What others take of a vCPU's CPU while it runs: a vCPU that is done sooner has waited less.
 
 Who takes it is not known. Who runs by the clock takes early what was taken early in the recording, whatever root policy

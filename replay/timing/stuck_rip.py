@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """vCPUs that make no progress, in a recording: each one's longest run of exits at one RIP, and how its last exit ended.
 
 Not every hang is of roots, and not every loop is a hang. `diagnosis` says which one this is, by what the run has.

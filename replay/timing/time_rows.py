@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times as columns and rows of a result: what RESULT.md says of `*_ns`, `progress` and `stall`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `kvmtrace replay` says of time: a verdict in a sentence for each vCPU, then the figures it rests on."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The compiled clock as Python sees it: `engine.Engine` in virtual time, as `reference_clock` does it to the ns.
 
 Operations wait in one pool, 72 bytes each, in the order of the stream, until their turn has come. Where only programs

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Replays one VM's inputs in virtual time, under every policy of a plan, with the costs that were measured of it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`kvmtrace validate`: does the model do what the recorded kernel did, event for event?"""
 
 from __future__ import annotations

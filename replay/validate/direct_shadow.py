@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What KVM's shadow MMU does step by step in direct mode (`kvm.tdp_mmu=0`): a VM's pages in one hash, roots among them.
 
 docs/kvm-mmu.md, "The shadow MMU". Few of its steps have an event: links, removals by notifiers and write protection

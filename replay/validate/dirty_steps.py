@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The steps of dirty logging: huge leaves split, leaves write-protected, tables collapsed (docs, "Dirty logging")."""
 
 from __future__ import annotations

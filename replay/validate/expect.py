@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the model expects a thread to show next, and whether what it showed fits."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The steps of a fault (docs/kvm-mmu.md, "Page faults"), and of mapping by other hands."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """All the steps of one VM: those of roots, faults, zaps and dirty logging, and those of MMU notifiers."""
 
 from __future__ import annotations

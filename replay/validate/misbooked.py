@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Why VMs of one process differ from the model: a recorder that booked one VM's notifier to another.
 
 One munmap notifies every VM of the process, each by an event of its own. A recorder that took the VM from the thread

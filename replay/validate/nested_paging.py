@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows of nested guests' own paging: KVM's shadow of the tables that L1 made for L2. Not modelled, but told apart.
 
 L1's nested page tables are shadowed in the vCPU's other context (guest_mmu), by pages whose role word has guest_mode

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The steps of a root's life: load, unload, put, invalidation (docs/kvm-mmu.md, "The life of a root, by policy")."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A trace's rows as Python tuples, for what must look at them one by one (`validate`; never `replay`)."""
 
 from __future__ import annotations

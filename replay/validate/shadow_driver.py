@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The conformance check of shadow paging: a recording against the model of its pages, thread by thread."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What KVM's shadow MMU does with the pages that shadow a guest's own page tables: one hash, found, created, zapped.
 
 docs/kvm-mmu.md, "The shadow MMU". Which page is looked up (gfn, role word, level) is decided by the guest and is taken

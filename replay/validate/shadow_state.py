@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `validate` knows of a VM under shadow paging: its pages, by table, gfn and root, and who holds them."""
 
 from __future__ import annotations

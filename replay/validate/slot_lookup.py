@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A VM's memslots, and which of them others may meet while an ioctl changes one."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The conformance check of nested paging: a recording against the model of its roots, thread by thread."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The conformance check: the recording says which thread runs next, the model predicts what it does.
 
 Rows that no root policy decides (entries, exits, faults' addresses, SMM transitions, ioctls, what the host maps) are

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `kvmtrace validate` says: a document for programs, one screen for people."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the conformance check knows of one VM, and what it would expect to meet in an entry."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The steps of zaps: whole roots, single entries, ranges (docs/kvm-mmu.md, "Zaps")."""
 
 from __future__ import annotations

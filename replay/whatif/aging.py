@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """--aging: what faulting vCPUs wait for agers that hold mmu_lock for write, and what walks meet without it.
 
 One ager (kswapd) walks one call after another, at a rate. Locked: the call waits for the readers, and later faults wait

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is asked of the design questions, and the shape of what comes back."""
 
 from __future__ import annotations

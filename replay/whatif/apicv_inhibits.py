@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """--apicv: an inhibit that deletes the APIC page's memslot, so that every root goes, or one that zaps that one gfn.
 
 The inhibit is put into the replay at moments spread over the recording. What is zapped then is known; what of it the

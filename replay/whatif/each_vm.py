@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Questions put to each VM of a recording: one that cannot be asked is named, and hides no other's answer."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """mmu_lock and the spinlocks as queues: who asks first has it first, as in the kernel's queued locks.
 
 The same rule as the virtual clock's (`timing.reference_clock`, `_wait` and `_take`). Requests are made in order of

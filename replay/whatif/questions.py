@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs the design questions over a trace's VMs, and says what came of it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """--zap-lock: kvm_zap_gfn_range under mmu_lock for read or write, with or without the notifier's count and sequence.
 
 For write, faults wait until the range is zapped and flushed once. For read nobody waits, but each SPTE is frozen and

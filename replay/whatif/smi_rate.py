@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What if SMIs came more often, the working set were larger, or other vCPUs held the root as well?
 
 The recorded program is kept without its SMIs, and copies of its last SMI strike each vCPU at a steady rate of the wall

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a sweep of SMI rates came to, for people and as a document."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """--tdp-pages: each table that a fault links goes into a list under tdp_mmu_pages_lock, or is counted.
 
 The faults are the recorded ones with the tables that they linked; roots are in neither. A table that is linked in place

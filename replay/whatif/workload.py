@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a trace's VM brings to the design questions: its faults at their own pace, what is mapped, what things cost."""
 
 from __future__ import annotations

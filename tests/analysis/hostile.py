@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads mutated results in a process of its own; `python -m tests.analysis.hostile SEED KIND FIRST COUNT SCRATCH`.
 
 Those of tests.traces.forged's kinds fit in every size, offset and checksum, like its traces.

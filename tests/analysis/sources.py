@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recordings and results that tests of analysis ask things of."""
 
 from __future__ import annotations

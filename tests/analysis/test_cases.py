@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The cases of docs/cases.md that are answered, each as its user would ask: of a recording made by the lab."""
 
 from __future__ import annotations

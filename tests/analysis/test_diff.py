@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`diff`: what is compared with what, in which order, and which machines are not."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Queries that pictures are drawn from, against the rows they are made of."""
 
 from __future__ import annotations

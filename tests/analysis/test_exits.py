@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Exits by reason, returns to userspace, ioctls: against a plain walk over the rows; and what could not be seen."""
 
 from __future__ import annotations

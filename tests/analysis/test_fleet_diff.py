@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two sets of a fleet's results held against each other."""
 
 from __future__ import annotations

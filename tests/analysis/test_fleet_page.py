@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The page of a fleet in a real Chromium: pictures drawn, every host found by what is looked for, names harmless."""
 
 from __future__ import annotations

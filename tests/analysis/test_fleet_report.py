@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reports on fleets: against a plain Python sum over the rows, in any order, and of what is empty or hostile."""
 
 from __future__ import annotations

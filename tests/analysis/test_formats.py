@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Formats: golden files, and the same figures in each, read back from its text."""
 
 from __future__ import annotations

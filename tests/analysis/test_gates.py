@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gates: what they accept, how they come out, and that nothing open is ever taken for green."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every report asks of rows: the compiled groups are what polars' group_by makes of the same rows."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which task of a guest paid for its faults: a host's recording beside one that was made inside the guest.
 
 The pairs are made by hand: the host's is text of ftrace on its clock; the guest's has sched_switch on a clock that is

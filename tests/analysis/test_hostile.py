@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mutated results and odd traces: read, or one line that says what is wrong; never a traceback, a hang or a crash."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The page in a real Chromium: every picture drawn, nothing fetched, readable narrow and wide, light and dark."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Perfetto files, parsed back with the package's definitions: spans, roots, workers and flows are those of the file."""
 
 from __future__ import annotations

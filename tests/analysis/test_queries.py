@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Queries against what the rows say when they are gone through one by one."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every page that is mapped again, and every one that is removed, has its cause: on recordings, and by made rows."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`kvmtrace report` and `export` as users meet them: verdict, exit codes, several files, what cannot be."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Questions about rows: what a pass in batches answers is what the rows say together, and there is one pass."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Only some VMs, vCPUs or a window of time: the same rows as of the whole, counted where they are asked for."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reports of several VMs: the worst first, each with its name, and none hidden by one that cannot be answered for."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names of a guest's addresses: three kinds of file, and KASLR, which is found or said to be unknown."""
 
 from __future__ import annotations

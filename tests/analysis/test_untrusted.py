@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A replay that the rows contradict is not believed: the first line of every format says so, and CI fails."""
 
 from __future__ import annotations

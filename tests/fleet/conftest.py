@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One S3 on loopback for all tests of a process."""
 
 from __future__ import annotations

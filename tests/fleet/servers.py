@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An S3 on loopback (moto), and a proxy before it that fails as stores and networks do."""
 
 from __future__ import annotations

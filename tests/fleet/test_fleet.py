@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fleets from end to end: a bucket on loopback, replayed by processes and by Dask, through deaths and faults.
 
 Results are compared, byte for byte, with a plain loop that replays each file as a whole.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which tasks run when, and what a death, an error or an earlier run does to them: in threads and small processes."""
 
 from __future__ import annotations

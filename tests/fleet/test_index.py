@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The catalogue: what footers say, read once each, and what no trace, or a hostile one, costs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Results are in a place once: created once, merged whatever is in the way, read in any state."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Places in stores: what a text means, what is refused, and reading and writing through faults."""
 
 from __future__ import annotations

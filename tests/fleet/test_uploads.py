@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recordings on their way to a store: uploaded once, retried, bounded on disk, and found again after a crash."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dumps of the tests' own keepers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`python -m tests.flight.dumping DIRECTORY`: a keeper that is asked for dump after dump, until it is killed.
 
 Each dump that was answered is a line on standard output: its name, and how many rows it must have.

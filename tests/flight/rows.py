@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Streams, checkpoints and keepers of the tests' own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Flights over this machine's own KVM: what a dump holds is what an independent program counted."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The governor: steps down where recording costs too much and back up, and what that leaves in dumps."""
 
 from __future__ import annotations

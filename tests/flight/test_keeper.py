@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows through the keeper: dumps are ordinary traces whose rows, states and counts are those of their window."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Metrics: what is counted, that it is what Prometheus reads, and that the dashboard asks for nothing else."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What goes wrong around a recorder: it is killed, the disk is full, thousands ask at once, the clock is set.
 
 The short forms run always; the long ones are `make nightly`.

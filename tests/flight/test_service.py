@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The systemd unit: its command line is understood, and its capabilities are enough."""
 
 from __future__ import annotations

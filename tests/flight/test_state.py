@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a window begins from: a snapshot, corrected by the rows of the time in which it was taken."""
 
 from __future__ import annotations

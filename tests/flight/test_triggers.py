@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """FlightTriggers against event-at-a-time references: the same alarms, however the rows are cut into batches."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The window keeps what it is asked to, bytes first, and gives out whole epochs that become traces."""
 
 from __future__ import annotations

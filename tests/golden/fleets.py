@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Make the golden reports on a made-up fleet again: `python -m tests.golden.fleets`. Review what changed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Make the golden files of the current version: `python -m tests.golden.make`. Those of released versions stay.
 
 A golden file holds one event of every kind, of two VMs, with a manifest as a recorder gives it; beside it, as JSON,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Make the pictures of the page that documents show again: `python -m tests.golden.pictures`, or `make pictures`.
 
 Of shipped recordings, in the browser of the tests (tests/analysis/browser.py). Look at what changed.

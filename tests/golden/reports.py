@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Make the golden reports again: `python -m tests.golden.reports`. Review what changed; it is what users see.
 
 One is of a recording whose other policy is an interval, one of a recording of 26 VMs, one has gates that pass and fail,

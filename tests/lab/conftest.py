@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An empty place for kernels, and real ones."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kernel images, modules and archives made up for tests."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Intel machine: what Bochs is given, what comes back, and a real kernel's EPT recorded in it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows are booked to what they are about, whichever thread shows them: vCPU, VM, address space, root.
 
 Three scenarios in which the acting thread says the wrong thing: vCPU threads that act for each other and for the root

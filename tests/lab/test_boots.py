@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Real boots under emulation (3 to 15 s each): nested KVM is there, and every way a guest fails ends the run."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`kvmtrace doctor` inside the lab: every probe of a root's life attached on each kernel, with the kvm module's BTF."""
 
 from __future__ import annotations

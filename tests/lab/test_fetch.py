@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Getting kernels: from a directory, and from Debian through a private apt."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a lab boots from: the initramfs, modules, kernel images and the table of kernels."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A storm on real kernels: the old policy's triggers a dump that names the cause, the new policy's triggers nothing."""
 
 from __future__ import annotations

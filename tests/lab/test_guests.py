@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Guests that nobody here wrote: the list of them, how one's end is read, and when a measurement holds."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which recordings the matrix makes, their names, and the table of where they come from."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A Linux guest under real shadow paging: its page tables go out of sync thousands of times, and `validate` holds."""
 
 from __future__ import annotations

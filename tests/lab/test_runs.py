@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The lab records today what it recorded for the corpus that we ship, event for event where the guest is deterministic.
 
 Four scenarios on each of four root policies: SMIs (unloads), CR0.WP toggles (unloads on old kernels only), a deleted

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recordings with rows that are missing, doubled or changed, in memory; and what rows show, counted one by one."""
 
 from __future__ import annotations

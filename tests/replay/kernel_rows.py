@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows of one VM as a kernel shows them, written by hand: what the lab's guests do too seldom to be recorded."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mutations of a recording of shadow paging, for the tests that each is found; and which of them nothing shows."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The compiled modules as plain Python, which is the readable reference that their compiled forms are held against."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small recordings of a made-up guest on a made-up kernel, event by event, for the tests of decoding."""
 
 from __future__ import annotations

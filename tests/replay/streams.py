@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Streams of operations for tests: few frames, at the borders of tables, so that operations meet."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Time that is the guest's, and time that is nobody's: halts, sleeps of the host, waits for a CPU, pauses."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Virtual time: what the clock keeps to, and that the compiled one says the same to the ns."""
 
 from __future__ import annotations

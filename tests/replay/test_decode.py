@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decoding: each rule on a few rows, and whole recordings in batches of any size."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A vCPU that gets no further is diagnosed by what its rows show, with these rows; one that goes on is not."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Diagnoses of recordings that show less, or more at once: several vCPUs, either vendor, a part of a hang, losses."""
 
 from __future__ import annotations

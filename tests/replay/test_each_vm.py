@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One VM that cannot be answered for never hides the others: a note for each, in every mode of replay."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The engine does what the reference does, bit for bit: compiled, and the same file as plain Python."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The search through interleavings: known races with lengths known by hand, and what a scenario must not do."""
 
 from __future__ import annotations

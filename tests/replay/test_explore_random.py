@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random small programs: the search, with and without reduction, against enumeration by other means."""
 
 from __future__ import annotations

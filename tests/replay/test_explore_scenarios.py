@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every scenario that comes with kvmtrace, at its documented bounds; the verb; schedules that replay."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Guests that are well: no soft-hang, no diagnosis, and no more time on faults and roots than their rows hold.
 
 What the rows hold is counted without the model: from each exit for a fault, or with a root's load or unload in it, to

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """With EPT the guest owns CR0.WP from 6.4 on: what a kernel that unloads for it would have done has no upper end."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Waits for mmu_lock, found in recorded spans."""
 
 from __future__ import annotations

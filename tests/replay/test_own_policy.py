@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A replay under the recording's own policy beside its rows: equal everywhere, and nowhere once a row is not right."""
 
 from __future__ import annotations

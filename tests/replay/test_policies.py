@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Policies of users: the examples, what is asked of a file, and plans."""
 
 from __future__ import annotations

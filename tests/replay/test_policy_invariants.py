@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A leak, a double free and a missing flush, put into the model on purpose: a user sees which invariant breaks."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What replay predicts of other policies and kernels is what their recordings show; its table is current."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The published experiment (kvm@, 13 April 2023): the MMU context reset on every exit, under either root policy."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`kvmtrace replay` as users meet it: numbers, intervals, the result file, and one line for what cannot be."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Soft-hangs in progress, and vCPUs stuck at an instruction."""
 
 from __future__ import annotations

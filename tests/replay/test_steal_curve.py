@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What others take of a vCPU's CPU, read off a recording: none of it lost, and none twice."""
 
 from __future__ import annotations

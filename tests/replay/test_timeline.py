@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where recorded time went: nothing counted twice, nothing left out, and the same wherever batches are cut."""
 
 from __future__ import annotations

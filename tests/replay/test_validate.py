@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model against real kernels: every response of every recording, and that a wrong one is found."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What other guests than the lab's own bring about, row by row: each kind comes out, and each wrong row is found.
 
 Where the kernel's threads race, the rows permit a set of outcomes; a test of each has one that is not in the set.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recordings of this machine's own KVM, where it is software KVM with shadow roots: each found, created, zapped."""
 
 from __future__ import annotations

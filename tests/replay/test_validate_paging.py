@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model of shadow paging against real kernels, made-up rows where those show too little, and mutated rows."""
 
 from __future__ import annotations

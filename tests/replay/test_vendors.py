@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an Intel CPU does by the description of vendors, held against the recordings of one."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Virtual time on recordings: it gives back what was recorded, and says what rests on what."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SMIs at other rates: where a program tips from slow to hung, and the arithmetic beside it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The design questions beside the root policy: queues against arithmetic, what a trace brings, the command."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Timed streams for tests: `streams` with times drawn for them, SMIs and VM-wide operations in wall-clock queues."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `top` shows of a recording is what its rows say, counted one by one."""
 
 from __future__ import annotations

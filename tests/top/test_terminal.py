@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`kvmtrace top` in a real terminal, which tmux is: it is drawn, resized, and ended with a key."""
 
 from __future__ import annotations

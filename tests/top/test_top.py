@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`kvmtrace top`: its screen by its keys, its documents, this host's own VMs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Struct layout from BTF: facts that no kernel changes, the role word against the reference, and its absence."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`kvmtrace doctor` as root, as an ordinary user, and where bcc is missing: each says the right thing, exits 0 or 3."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """KVM's counters from debugfs, while VMs come and go."""
 
 from __future__ import annotations

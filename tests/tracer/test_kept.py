@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Probes kept between recordings: read back as they were, from nobody else's hands, and used without a compiler."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reading maps: what the kernel writes, laid out as a C struct with holes, is what is read."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """--max-events and --max-size hold, the books balance, and a host that slept shows."""
 
 from __future__ import annotations

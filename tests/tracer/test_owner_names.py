@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The name of a VM, from the command line of who owns it."""
 
 from __future__ import annotations

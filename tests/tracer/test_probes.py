@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The table of probes against the table of kinds, and the C that comes out of it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recordings of this machine's own KVM: counted independently, lost on purpose, cut short in every way."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The bulk reader against a ring made by hand, and the merge of several rings."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Several recordings with one set of probes: each is whole, and none sees the other's counts or threads."""
 
 from __future__ import annotations

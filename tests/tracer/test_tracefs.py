@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tracepoint formats: a fixture as the kernel prints it, and every format of this machine against its print line."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """perf.data and trace.dat in the forms that no recording here has, made of those that were recorded."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the tests of damaged and of forged files begin with."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lines as kernels, trace-cmd and perf print them, by era, with the row that each is; and what mailers do to lines."""
 
 # ruff: noqa: E501 - lines stand as tools print them

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Traces, results and recordings forged by who knows the format: checksums, offsets and seals fit what is wrong.
 
 `python -m tests.traces.forged SEED_TRACE KIND FIRST COUNT SCRATCH [verbs]` reads so many of a kind (or, with `verbs`,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads mutated traces in a process of its own; `python -m tests.traces.hostile SEED_TRACE KIND FIRST COUNT SCRATCH`.
 
 Prints one JSON line a mutant, before reading it and after: {"mutant": n} and {"outcome": "read" or the error}. A crash,

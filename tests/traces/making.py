@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small recordings for the tests of the format."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an import of a mutated file comes to: one line, or a trace that reads, and in time."""
 
 from __future__ import annotations

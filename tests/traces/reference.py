@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The format's meaning, written once more: one record at a time, straight from the table of kinds."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the rows of one recording show of each field of its kernel's description, whatever the description says."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Counts of a recording against those of its import, in the form of `replay --json`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """perf.data and trace.dat in all their forms; damaged, cut and of others: one line, or what is there."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a recording keeps when it is killed, cut, damaged, or when the disk refuses: always a prefix, and which one.
 
 Row number i of these recordings has `time` and `value` i, so whatever a recovery yields can be held against that.

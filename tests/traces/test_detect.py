@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The table of root policies: each kernel that the reference dates, by the facts that tell it."""
 
 from __future__ import annotations

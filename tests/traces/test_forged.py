@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Forged traces and recordings whose checksums fit: the right rows or one line; no abort, hang or traceback."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files of released versions read as they did when they were made."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A thousand mutated traces, and mutated segments: a correct reading or one line, never a traceback, hang or crash."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which VM and which root rows belong to, one case a test; every case also with its rows in batches of one."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`kvmtrace import`: every era's lines, every tool's, what mailers do to them, and what the trace says of itself."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mutated and cut texts, and texts of others: one clear line, or a trace that reads. Never anything else."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The table of kernel versions, and the role words it gives."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The description of kernels against recordings of real ones, field by field."""
 
 from __future__ import annotations

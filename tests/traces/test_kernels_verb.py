@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`kvmtrace kernels`: what a version does, and what changed between two."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The root policy by the rows: found in every recording of the TDP MMU, and above what the kernel's types say."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What export prints, import reads: every form of every era, whole recordings as ftrace's and perf's text."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The progress line: on a terminal, of what takes a while, gone at the end; never in what a command answers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs that kvmtrace, trace-cmd and perf recorded at once: what is imported is what was recorded natively."""
 
 from __future__ import annotations

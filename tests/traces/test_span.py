@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows further apart than a difference of times can be are refused; one ns less is not."""
 
 from __future__ import annotations

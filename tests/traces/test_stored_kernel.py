@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kernel's description in a trace: it reads the same whatever the table says later, and cannot break a reader."""
 
 from __future__ import annotations

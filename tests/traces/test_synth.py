@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Synthetic traces: KVM's own rules checked row by row, and the shape of rows compared with real recordings."""
 
 from __future__ import annotations

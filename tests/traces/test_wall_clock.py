@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Boot time as wall-clock time, and the moments that options name."""
 
 from __future__ import annotations

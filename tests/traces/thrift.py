@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Thrift's compact protocol as trees to be changed and written again: what Parquet's footer and page headers are.
 
 A struct is a list of [field id, type, value]; a list is [element type, values]; numbers and bytes are themselves.

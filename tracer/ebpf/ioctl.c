@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /*
  * ioctls, from the syscall tracepoints: they show the descriptor's owner on every kernel, without symbols of KVM's.
  * KVM_RUN only tells which thread is which vCPU; its comings and goings are kvm_entry and kvm_exit.

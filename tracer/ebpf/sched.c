@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* Host time that a vCPU did not get: when its thread has no CPU, and since when it could have used one. */
 #ifdef PREV_STATE
 /* The vCPU thread that a task is, if it is one: what everybody else's switches cost is this. */

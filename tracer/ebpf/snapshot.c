@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /*
  * The task iterator: every open KVM file once, told to userspace as records of snapshot.py's layout. It takes no
  * reference to a file, as the iterator over files does: the last one would end the VM in the recorder's context. What is

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /*
  * What the probes share: the rings, what is known of each thread, the counters, the settings. `struct event`, RINGS and
  * MAX_THREADS come from program.py, the OFF_* and HAVE_* macros from offsets.py.

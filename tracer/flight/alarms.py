@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a trigger finds: that something begins to be so, of one vCPU or VM. It is told once, until it is so no more."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`kvmtrace dump`: ask a running flight recorder for what it holds."""
 
 from __future__ import annotations

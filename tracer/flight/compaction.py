@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`python -m tracer.flight.compaction PARENT DIRECTORY OUT`: make a dump's segments a trace, with the lowest priority.
 
 In a process of its own, so that it takes no time from the drain.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The socket by which a running flight recorder is asked for a dump: root's, or a group's as well.
 
 One line of JSON each way: {"do": "dump", "reason": TEXT}, answered by {"path": PATH} or {"problem": LINE, "code": N}.

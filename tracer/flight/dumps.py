@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dumps on their way to the disk: segments first, then a trace, one after the other while recording goes on."""
 
 from __future__ import annotations

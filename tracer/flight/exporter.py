@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The way out of a flight's metrics: a page for Prometheus to read, or a file for node_exporter to pass on."""
 
 from __future__ import annotations

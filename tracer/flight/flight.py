@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One flight: a recorder that keeps the last seconds, until a signal or its command's end ends it."""
 
 from __future__ import annotations

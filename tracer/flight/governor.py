@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a flight may cost: where it costs more it continues with fewer kinds of event, and comes back gradually.
 
 Measured are the time that the kernel's own statistics say the BPF programs run for, and the CPU time of this process;

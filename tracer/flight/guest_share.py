@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The trigger `guest-share`: a vCPU that is busy and hardly gets into its guest.
 
 Of each vCPU two numbers are kept up, the ns that it was in the guest and the ns that do not count: halted, asleep, or

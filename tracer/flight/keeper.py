@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The heart of the flight recorder: rows in the order of time go into the window, and out of it when one asks.
 
 All of it happens on the thread that orders the rows, as the stream comes to a moment: a checkpoint becomes an epoch of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a flight recorder counts, for Prometheus: by VM, and of itself.
 
 The counts are made by the thread that has the rows, in batches, and given out once a second; whoever asks gets the last

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How many dumps a trigger may make, so that a host in trouble is not buried under recordings of it.
 
 Each trigger has its own quota, by the hour and by the day; asking by hand has another, which no trigger uses up. The

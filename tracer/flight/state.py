@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is known of a host at one moment while it is being recorded: where a window of the recording may begin.
 
 The snapshot that an ordinary recording begins with (snapshot.py) takes some milliseconds, in which the host goes on.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a user may write after --trigger, and the detectors that it becomes."""
 
 from __future__ import annotations

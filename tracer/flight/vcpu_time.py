@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where a vCPU is by its rows, and for how long it had no CPU: what the trigger `guest-share` and `top` count."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`kvmtrace record --flight`: its options checked, and what it tells at the end."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The recording's last seconds, in memory: pieces of compressed rows, grouped by the state that they begin from.
 
 The bound in bytes comes first, the time second. What a dump has still to write stays in memory as well, and counts.

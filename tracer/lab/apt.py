@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A private apt: Debian's archives as this machine's sources name them, but other suites.
 
 Own state, cache and sources list; the system's are read and never changed. Nothing here needs root.

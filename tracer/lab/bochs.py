@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One Bochs process: an Intel machine whose KVM has EPT, which QEMU's emulation has not (it knows AMD's SVM only).
 
 Bochs has neither a boot loader of ours, nor 9p: a boot sector reads kernel and initramfs, what the guest needs of this

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A kernel image taken apart for a boot sector that has no room to: the kernel unpacked, and its boot header.
 
 The kernel's own unpacking of XZ takes some three billion instructions; here it takes a second.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`kvmtrace lab`: boot real kernels under emulation and record their own KVM."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files of this machine for a guest that cannot see its file system, each with the links and directories above it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`python -m tracer.lab.exercise`: do all of a recording but its probes, then list every file that it took.
 
 A guest that cannot see this machine's file system is given these files: the interpreter, modules, shared libraries and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Getting a kernel: from a directory of kernels, or from Debian through the machine's own apt sources.
 
 What is kept of a kernel is its image and the few modules that a lab loads: some 15 MB of a package's 400.

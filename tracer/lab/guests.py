@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Guests that nobody here wrote, recorded in the lab: KVM's selftests, OVMF, Linux under QEMU.
 
 Each is a line of data: what it is, what it is built from, and the command that runs it in the lab guest. Those of one

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The initramfs of a lab guest: PID 1 and the modules it loads, as an uncompressed newc cpio archive.
 
 The kernel's own parser reads it (Documentation/driver-api/early-userspace/buffer-format.rst); neither cpio nor root is

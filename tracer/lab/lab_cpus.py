@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The CPUs that a lab kernel can be booted on: which emulator shows which CPU's KVM."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kernels a lab boots: the one table of what each one's root policy is, and where their files are.
 
 The table is dated: Debian's suites move on, and stable kernels get the policy changes backported.

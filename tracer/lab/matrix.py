@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every scenario on every kernel: the recordings that are shipped, and the table of where they come from.
 
 A cell is one scenario on one kernel with one of its MMUs, recorded to `SCENARIO[-PARAMETERS]-KERNEL[-MMU].parquet`;

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kernel modules as files: what they depend on, decompressed, and in the order they must be loaded.
 
 A Debian package ships no modules.dep (depmod makes it at installation), so dependencies come from each module itself:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Guests of QEMU's, run within a lab guest: a firmware, a Debian, two machines at once, a migration.
 
 `python -m tracer.lab.nested NAME DIRECTORY`, in the lab guest; DIRECTORY is what `builds` made for it. QEMU is driven

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The recorder's probes for a lab kernel, compiled in the first guest that records and then given to every other.
 
 A guest would otherwise run clang under emulation each time, most of what a round costs. Compiling needs the kernel that

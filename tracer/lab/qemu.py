@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One QEMU process: its command line, its limits, and what its end means; the limits are every emulator's."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One boot of a lab guest: what it is given, what it runs, and what it hands back."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`python -m tracer.lab.simultaneous DIRECTORY`: one run each of six scenarios, recorded by three tools at once.
 
 kvmtrace, trace-cmd and perf record the same events on the same clock (CLOCK_MONOTONIC): what an import makes of the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`kvmtrace top`: what every vCPU does, second by second."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """This host's vCPUs, second by second: a recorder that stores nothing."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What each vCPU did in each second, counted from batches of rows."""
 
 from __future__ import annotations

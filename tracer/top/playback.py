@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A recording's rows as the recorder had them, second by second."""
 
 from __future__ import annotations

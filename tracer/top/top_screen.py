@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The screen of `kvmtrace top`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The columns of `kvmtrace top`: what each is called, how it is written, and what it is sorted by."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Giving up what root may do: whoever talks to a network needs none of what recording needs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`python -m tracer.upload.upload_process PARENT SPOOL PLACE`: upload what waits, until standard input ends.
 
 In a process of its own, without any capability and with the lowest priority: whatever a network does to it, the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`kvmtrace record --upload`: one recording on its way to a store, beside what earlier ones left."""
 
 from __future__ import annotations

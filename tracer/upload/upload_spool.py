@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A directory in which recordings wait for their upload: bounded in bytes, and whole after a crash.
 
 A recording that waits is a hard link, so that it takes no more room while its original is there, and stays when that

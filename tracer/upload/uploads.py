@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is uploaded while a recorder records: the spool filled, its process kept alive, and what came of it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The VMM of the project: a static C program over /dev/kvm with named scenarios that make MMU events in volume."""
 
 from __future__ import annotations

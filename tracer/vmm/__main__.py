@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`python -m tracer.vmm`: build the program where it is missing or out of date, and say where it is."""
 
 from __future__ import annotations

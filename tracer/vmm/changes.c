@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* What the scenarios change between passes, as a VMM's main thread would, with all vCPUs stopped. */
 #define _GNU_SOURCE
 #include "vmm.h"

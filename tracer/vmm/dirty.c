@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* Dirty logging of the data slot: by a bitmap that reading protects again, by one with a call of its own for that
  * (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, which QEMU uses), or by a ring of written pages in each vCPU. */
 #include "vmm.h"

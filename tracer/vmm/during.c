@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* What the scenarios do while the vCPUs run. */
 #define _GNU_SOURCE
 #include "vmm.h"

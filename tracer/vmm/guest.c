@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* Guest machine code and page tables.
  *
  * Registers at entry (set in vcpu.c): ebx first byte of the working set, ebp pages to touch, edi pages added after

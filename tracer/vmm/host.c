@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* Settings of the host that a scenario needs. They are put back however the program ends, short of SIGKILL. */
 #include "vmm.h"
 

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* Options. */
 #define _GNU_SOURCE
 #include "vmm.h"

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* The host memory behind a VM: touched before the guest starts, so that no host fault mixes with the guest's. */
 #define _GNU_SOURCE
 #include "vmm.h"

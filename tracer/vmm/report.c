@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* Everything the program prints: the list of scenarios, the result, the one line of a failure. */
 #include "vmm.h"
 

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* Passes: one thread per vCPU, led through the passes by the main thread. */
 #define _GNU_SOURCE
 #include "vmm.h"

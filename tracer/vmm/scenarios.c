@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* The scenarios. What each one shows is what `--list` says; it must need no other words. */
 #include "vmm.h"
 

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* vCPUs: their mode and registers at the first entry. */
 #include "vmm.h"
 

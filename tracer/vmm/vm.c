@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* /dev/kvm, VMs and their memory slots. */
 #include "vmm.h"
 

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* kvmtrace-vmm: a small VMM over /dev/kvm whose scenarios make MMU events in known numbers.
  *
  * A run is one or two VMs. Each vCPU has a thread of its own (the kernel names it by that thread) and runs in

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The data of trace-cmd and perf to rows: read as they are, no tool is run."""
 
 from __future__ import annotations

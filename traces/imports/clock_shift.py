@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What trace-cmd's options say of a file's times: a clock's ticks to nanoseconds, and a guest's times to its host's."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a tracepoint's raw record holds, by the format that its file carries: where which column's bits are."""
 
 from __future__ import annotations

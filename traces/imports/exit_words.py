@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How kernels and libtraceevent print the names of exits, and which vendor's they are."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The text of an event that no kind is for, from its raw record: `name: field=value field=value`, by its own format."""
 
 from __future__ import annotations

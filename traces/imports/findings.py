@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What reading a source came to besides its rows, in the same form for text and for the tools' own data."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The table of forms as arrays: what the scanner runs, event by event (`scan.py`)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which task ran on which CPU of a guest, and when: from what trace-cmd or ftrace recorded inside it.
 
 Its clock is not its host's. trace-cmd's guest files have how much the two differ (its time synchronisation); of all

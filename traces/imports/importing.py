@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From what others recorded to a trace: to records in one pass, threads to VMs and vCPUs, then compaction as of any
 recording.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether a kernel keeps a root that no vCPU uses, as rows of an import show: SMM's root, when SMM is entered again.
 
 A distribution's release (6.1.0-56-amd64) does not say which stable update it is, and updates of one version differ in

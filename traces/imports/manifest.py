@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an imported trace says of itself: where it came from, what its source cannot show, and what was inferred."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A file, or standard input, as pieces of text: unpacked, and what mailers did to it undone. One piece is held."""
 
 from __future__ import annotations

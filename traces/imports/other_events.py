@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Events of an import that a trace has no kind for: kept as the text that was printed, or that their fields make.
 
 The texts wait in a temporary file, as their rows do; of each row the record has where its text is.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """perf's perf.data, as a file and as a stream (pipe mode), compressed or not: tracepoints' samples with raw data.
 
 A file has a head that says where its events' attributes, its records and, behind them, what else is known of the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A trace's rows as kernels, and perf, print them: what `kvmtrace import` reads, for those who have tools for it.
 
 Rows of one kind are printed together, column by column. What no trace holds (sizes, pointers, other registers) is

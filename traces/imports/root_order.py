@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which root each row is about, which no text names: roots follow from the tables made at their level, in order.
 
 A vCPU outside SMM and one in SMM have a root each, and vCPUs of one VM share them. A new table at the level of a root,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows that wait in a temporary file until all of a source is read: only then is known whom each thread belongs to."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether the rows of an import are the shadow MMU's: kvm.tdp_mmu may be off, and was by default before 5.14."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A file of others' data that can be read anywhere: every access is held against its size."""
 
 from __future__ import annotations

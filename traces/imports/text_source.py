@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A text to rows: pieces of it to the scanner, the scanner's rows to the spool."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which VM and which vCPU each thread of a text is: by what the text names, else by what is likeliest, and said so.
 
 A text names threads, seldom their process, and no VM. A thread that enters a guest is a vCPU's. Its number is in the

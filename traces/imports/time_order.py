@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows of several buffers in the order of their times, as far as they are there."""
 
 from __future__ import annotations

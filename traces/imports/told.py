@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a text lacks and a user may tell: the kernel, threads' VMs, memory slots."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """trace-cmd's trace.dat, versions 6 and 7: formats, options, and each CPU's pages of ftrace's ring buffer.
 
 Version 6 is one block after the other; 7 has sections, which may be compressed, and a chain of options that says where

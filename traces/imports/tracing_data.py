@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What trace.dat and perf.data both carry of the traced kernel: the formats of its events, and names of tasks."""
 
 from __future__ import annotations

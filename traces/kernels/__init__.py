@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What each kernel's KVM MMU does with roots, and how that shows: one dated description, for every part of kvmtrace.
 
 `changes` is the list of what changed, with commits and first versions; `fold` applies it to a version and to what was

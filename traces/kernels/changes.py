@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The dated list of changes: what KVM's MMU did in 5.10, and everything that has changed since. Dated 2026-11.
 
 Adding a kernel is one entry here. Sources: the kernels read in source (5.10.223, 5.15, 6.1.192, 6.12.107, 7.3.4), what

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a kernel version does, or what changed between two, for people and for programs."""
 
 from __future__ import annotations

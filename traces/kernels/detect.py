@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which root policy a running kernel has: its own types and functions decide wherever they can, the version the rest.
 
 So that a distribution's back-port is seen for what it is.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What exits are called: KVM's exits to the host by vendor, as /sys/kernel/tracing and perf kvm stat print them.
 
 SVM exit codes are those of AMD's manual (volume 2, appendix C), VMX basic exit reasons those of Intel's (volume 3,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From a version, and what was detected, to one `Kernel`: the changes that hold, applied in order."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One kernel: all that is known of what its KVM does with roots and of how that shows, as one frozen object."""
 
 from __future__ import annotations

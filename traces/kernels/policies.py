@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Root policies: what happens to a root that no vCPU uses, and the parameters by which a simulator replays one.
 
 A policy is what is chosen: `mmu`, `own_reference`, `teardown`. The other parameters are habits that a kernel version

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The root policy as a recording's own rows show it: who holds references on a root, and who zaps it.
 
 A kernel built with a change undone may have the types of one policy and the behaviour of another; rows do not lie.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How kernels print the events of KVM, by version: the one dated table by which text is read and written.
 
 A form is the text after an event's name. `{column:how}` is a column of the trace (`traces/schema.py`), `{:how}` what no

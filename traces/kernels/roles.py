@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Role words: a vCPU's state, the word that a kernel makes of it, and back.
 
 A state is a number of five bits, the same for every kernel: what of a vCPU any kernel puts in a root's word. Layouts

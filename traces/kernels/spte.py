@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SPTEs: which bits a kernel uses for what.
 
 BTF cannot tell: KVM names these bits with constants and writes the masks at load time. A test holds every field that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A kernel's description as a trace's metadata holds it (`kernel`, format 1.1), so that it reads the same for ever.
 
 What a later version of kvmtrace knows better does not change what an old trace says of itself. What is read may be

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triggers: what makes a vCPU give up its roots, as a recording shows it and before a kernel version decides.
 
 Which of them unload is a property of the kernel (`Kernel.unloads`), and so is which change the role word.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What differs between processors: the codes of exits and of nested page faults. Of the hardware, not of a kernel.
 
 AMD's are SVM exit codes and the error code of a nested page fault, which is that of #PF with more bits on top; Intel's

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a user writes for a place in a store: a folder, `file:`, `s3://`, `gs://` or `az://`.
 
 Credentials come from where the store's own tools take them (environment variables, the machine's identity), never from

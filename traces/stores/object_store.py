@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Objects of a place: listed, read in ranges, created once. Errors are one Problem that says what and where.
 
 obstore does the work, its retries with jitter included: of refused connections, of answers 429 and 5xx, and of bodies

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A trace in a store, opened by its footer: row groups are fetched when they are read, and no others.
 
 What is fetched goes to its own place in a temporary file of the object's size, most of which is a hole, so that the

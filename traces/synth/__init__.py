@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Traces to order: synthetic recordings for benchmarks and what-ifs, in the format of real ones.
 
 from traces.synth import Parameters, synthesize

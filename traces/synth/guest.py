@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a guest does over its own time, whatever the host's policy: pages accessed, SMIs, exits, register writes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rows of a batch of steps in the vCPUs' threads, in the order and with the columns of recordings of 6.1.
 
 Each function describes one thing KVM does, for many steps at once: a cursor has every step's place.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rare parts of a VM's life, row by row: its creation, a memslot deleted and created again, its end."""
 
 from __future__ import annotations

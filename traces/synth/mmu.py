@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """KVM's answer to a guest's steps: which accesses fault, which tables are missing, which roots are made, by the policy.
 
 A root's *life* is counted within a batch of steps: life 0 is the root that was there when the batch began. Only the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What to synthesize: the parameters, their defaults and limits, and the cost model that gives rows their times."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rows of a dying root: its tree is zapped, in KVM's order, and its tables go back to the allocator."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows in the making: record columns by the names that a trace gives them, placed many at a time."""
 
 from __future__ import annotations

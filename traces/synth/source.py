@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From VMs to one trace file: their rows merged by time, and compacted as a recorder's would be."""
 
 from __future__ import annotations

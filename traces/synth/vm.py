@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One VM from its creation to its end: batches of steps, the memslot changes between them, and the workers' rows."""
 
 from __future__ import annotations

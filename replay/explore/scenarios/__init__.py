@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scenarios that come with kvmtrace, a module for each family. Abstractions of kernel paths; no kernel code."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The number of TDP MMU page tables: a link lost to a racing link, a list against a counter, a leak seen at teardown.
 
 Faults link new tables under mmu_lock for read, so that two may want to fill one entry: who loses the cmpxchg frees its

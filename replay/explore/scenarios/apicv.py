@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Inhibiting APICv while other vCPUs fault on the APIC page.
 
 "KVM: x86: hyper-v: Deactivate APICv only when AutoEOI feature is in use" (July 2021, Linux 5.15) keeps the APIC page's

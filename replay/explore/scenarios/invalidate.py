@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Invalidating all roots against loads and against faults in flight.
 
 A fault picks its root before it takes mmu_lock. kvm_mmu_zap_all_fast() may invalidate that root and zap it in between:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The last put of a root: why it took a temporary reference and a work item, and why `preserve` needs neither.
 
 Until Linux 6.3 (since 5.18) a root died with the last reference that a vCPU held. kvm_tdp_mmu_put_root() then marked it

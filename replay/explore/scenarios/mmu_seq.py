@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The sign extension of mmu_seq: after 2^31 invalidations every fault looks stale, and is retried for ever.
 
 A fault notes the VM's mmu_notifier_seq, an unsigned long, and retries if it has changed by the time it holds mmu_lock.

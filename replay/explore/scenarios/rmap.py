@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A lockless walk of a reverse map against what adds to it and zaps from it.
 
 "KVM: x86/mmu: Add support for lockless walks of rmap SPTEs" (November 2024, merged in Linux 6.15). A zap first makes an

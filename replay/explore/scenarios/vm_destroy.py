@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """VM destroy walks the list of roots while zap workers free them.
 
 The patch "KVM: x86: Preserve TDP MMU roots until they are explicitly invalidated" made kvm_mmu_uninit_tdp_mmu()
