@@ -9,7 +9,6 @@ no upper end, some no times, some tasks failed, and one host in fifty faults far
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from replay.fleet.fleet_schema import COUNTS, FORMAT, KEY, RESULTS, SPENT
-from replay.fleet.results import MERGE_TASKS, MERGED, ResultFolder
+from replay.fleet.fleet_schema import COUNTS, KEY, RESULTS, SPENT
+from replay.fleet.results import MERGE_TASKS, MERGED, ResultFolder, footer_of
 from traces.stores.location import location
 
 Array = NDArray[Any]
@@ -65,10 +64,11 @@ def write(fleet: Fleet, directory: Path, hosts_a_part: int = 0) -> int:
     (directory / MERGED).mkdir(exist_ok=True)
     count = 0
     for number, part in enumerate(parts(fleet, hosts_a_part or max(MERGE_TASKS // fleet.vms, 1))):
-        pq.write_table(
-            part.replace_schema_metadata(metadata(part)), directory / MERGED / f"part-{number:05d}.parquet",
-            compression="zstd", row_group_size=1 << 17,
-        )  # fmt: skip
+        with pq.ParquetWriter(
+            directory / MERGED / f"part-{number:05d}.parquet", RESULTS, compression="zstd", store_schema=False
+        ) as writer:
+            writer.add_key_value_metadata(metadata(part))
+            writer.write_table(part, row_group_size=1 << 17)
         count += len(part)
     return count
 
@@ -182,7 +182,6 @@ def _cast(values: Any, wanted: pa.DataType) -> pa.Array:
 def metadata(part: pa.Table) -> dict[bytes, bytes]:
     """The footer's metadata of merged results: which tasks they are of, and how many rows each has."""
     tasks = part.group_by(["trace", "vm"], use_threads=False).aggregate([([], "count_all")])
-    ids = []
-    for trace, vm, rows in zip(*(tasks[name].to_pylist() for name in ("trace", "vm", "count_all")), strict=True):
-        ids.append([hashlib.sha256(f"{trace}-{vm}".encode()).hexdigest()[:32], rows])
-    return {KEY: json.dumps({"what": "results", "format": FORMAT, "tasks": ids}).encode()}
+    named = zip(tasks["trace"].to_pylist(), tasks["vm"].to_pylist(), strict=True)
+    ids = [hashlib.sha256(f"{trace}-{vm}".encode()).hexdigest()[:32] for trace, vm in named]
+    return {KEY: footer_of(ids, tasks["count_all"].to_pylist())}

@@ -10,7 +10,9 @@ import pyarrow as pa
 from traces.outputs import FLEET_KEY
 
 KEY: Final = FLEET_KEY  # of the metadata of both: a JSON object with `format`, and `what`: "catalogue" or "results"
-FORMAT: Final = {"major": 1, "minor": 0}
+FORMAT: Final = {"major": 1, "minor": 0}  # of the catalogue
+# Of the results. Version 1 had the tasks of an object as a list of texts, which took most of a report's time to read.
+RESULTS_FORMAT: Final = {"major": 2, "minor": 0}
 
 # Counts of a policy's outcome: what a trace leaves open lies between NAME_low and NAME_high. They are equal where the
 # outcome is exact; NAME_high is null where there is no upper end.

@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from replay import plan, run
 from replay.decode.capabilities import Capabilities
-from replay.fleet.fleet_schema import FORMAT, RESULTS
+from replay.fleet.fleet_schema import RESULTS, RESULTS_FORMAT
 from replay.fleet.outcome_rows import rows_of
 from replay.fleet.results import ResultFolder
 from replay.plan import Plan
@@ -82,7 +82,7 @@ class FleetTask:
 @cache
 def made_by() -> str:
     """What the bytes of a result depend on besides the recording and the policies."""
-    return f"kvmtrace {version('kvmtrace')}, results {FORMAT['major']}.{FORMAT['minor']}"
+    return f"kvmtrace {version('kvmtrace')}, results {RESULTS_FORMAT['major']}.{RESULTS_FORMAT['minor']}"
 
 
 def policy_texts(names: Sequence[str]) -> tuple[PolicyText, ...]:

@@ -5,10 +5,13 @@ A place has `job.json`, which policies and version its results are of; `tasks/ID
 is done, created once; `failed/ID.parquet`, one row for each that cannot be done; and `merged/`, the results of many
 tasks in one object, which says in its footer of which. A task that is in a merged object is nowhere else, whatever
 objects are left of it; one that is done has not failed.
+
+An object's footer has its tasks as `footer_of` packs them: there may be millions, and a report looks at all of them.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import json
@@ -26,7 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from replay.fleet.fleet_schema import FORMAT, KEY, RESULTS
+from replay.fleet.fleet_schema import KEY, RESULTS, RESULTS_FORMAT
 from traces.errors import Problem
 from traces.lazy_rows import lazy_rows
 from traces.stores.location import Location, location
@@ -41,13 +44,13 @@ MERGE_TASKS: Final = 1 << 14
 DELETES: Final = 1000  # in one request
 _GROUP_ROWS: Final = 1 << 17
 _NAME: Final = re.compile(rf"({TASKS}|{FAILED})/[0-9a-f]{{32}}\.parquet|{MERGED}/[^/]+\.parquet")
-_HEX: Final = re.compile("[0-9a-f]*")
-_DIGITS: Final = 32  # of a task's name
 _AHEAD: Final = 8  # objects that are read while others are looked at
 _TAIL: Final = 1 << 20
 _TEXTS: Final = [field.name for field in RESULTS if pa.types.is_string(field.type)]
 _DAMAGED: Final = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, IndexError)
 Digests = NDArray[np.bytes_]
+_DIGEST: Final = "S16"  # a task's name, which is hexadecimal
+_ROWS: Final = "<u4"
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 
@@ -67,7 +70,7 @@ class ResultFolder:
 
     def claim(self, job: Mapping[str, Any]) -> None:
         """Have it hold the results of this job, and of no other. Raises Problem where it holds another's."""
-        document = {"what": "results", "format": FORMAT, **job}
+        document = {"what": "results", "format": RESULTS_FORMAT, **job}
         if self.objects.create(JOB, json.dumps(document, indent=2).encode()):
             return
         there = self.job()
@@ -87,8 +90,14 @@ class ResultFolder:
             document = json.loads(self.objects.read_all(JOB))
             if document["what"] != "results":
                 raise ValueError
-            if document["format"]["major"] > FORMAT["major"]:
+            major = document["format"]["major"]
+            if major > RESULTS_FORMAT["major"]:
                 raise Problem(f"{printable(self.place.text)}: results of a newer kvmtrace: upgrade this one")
+            if major < RESULTS_FORMAT["major"]:
+                raise Problem(
+                    f"{printable(self.place.text)}: results of an earlier kvmtrace, in a form that is not read any "
+                    "more: replay again, with another place for -o"
+                )
         except (ValueError, KeyError, TypeError):
             raise Problem(f"{printable(self.place.text)}: its {JOB} is damaged: no results of a fleet") from None
         return dict(document)
@@ -113,13 +122,13 @@ class ResultFolder:
             objects += (each for each in self.objects.list(folder) if _NAME.fullmatch(each.key))
         for objects in found.values():
             objects.sort(key=lambda each: each.key)
-        inside = [_digests([task for task, _ in tasks]) for tasks in in_order(self._contents, found[MERGED])]
+        inside = [names for names, _ in in_order(self._contents, found[MERGED])]
         every = np.sort(np.concatenate([_digests([]), *inside]))  # np.unique would hash them, ten times as slow
         first = np.ones(len(every), bool)
         first[1:] = every[1:] != every[:-1]
         return ResultState(found[TASKS], found[FAILED], found[MERGED], every[first], not bool(first.all()))
 
-    def _contents(self, found: StoredObject) -> list[tuple[str, int]]:
+    def _contents(self, found: StoredObject) -> tuple[Digests, NDArray[np.uint32]]:
         return _tasks_in(self.objects, found)
 
     def merge(self, least: int = 0) -> int:
@@ -195,16 +204,16 @@ class Results:
         """
         names = list(RESULTS.names if columns is None else columns)
         state = self._state
-        seen: set[str] | None = set() if state.doubled else None
+        seen = _digests([]) if state.doubled else None
         read = [*state.failures, *state.merged, *state.loose]
         for found, source in zip(read, in_order(self._source, read), strict=True):
             try:
                 file = pq.ParquetFile(source, read_dictionary=_TEXTS)
                 batches = file.iter_batches(1 << 16, columns=names, use_threads=False)
                 if seen is not None:
-                    tasks = _tasks_of(file.metadata)
-                    batches = _only(batches, tasks, {task for task, _ in tasks} - seen)
-                    seen |= {task for task, _ in tasks}
+                    tasks, rows = _tasks_of(file.metadata)
+                    batches = _filtered(batches, np.repeat(~_among(tasks, seen), rows))
+                    seen = np.union1d(seen, tasks)
                 for batch in batches:
                     yield batch.select(names)
             except _DAMAGED as error:
@@ -258,10 +267,10 @@ def in_order(function: Callable[[Item], Found], items: Collection[Item]) -> Iter
 
 def _written(tables: Sequence[tuple[str, pa.Table]]) -> bytes:
     """Tables of tasks as one object: a task's rows are in one row group."""
-    document = {"what": "results", "format": FORMAT, "tasks": [[task, len(table)] for task, table in tables]}
     sink = io.BytesIO()
-    schema = RESULTS.with_metadata({KEY: json.dumps(document).encode()})
-    with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
+    # Arrow's own copy of the schema would have the tasks once more.
+    with pq.ParquetWriter(sink, RESULTS, compression="zstd", store_schema=False) as writer:
+        writer.add_key_value_metadata({KEY: footer_of([task for task, _ in tables], [len(rows) for _, rows in tables])})
         waiting: list[pa.Table] = []
         for _, table in tables:
             if sum(map(len, waiting)) + len(table) > _GROUP_ROWS and waiting:
@@ -270,6 +279,16 @@ def _written(tables: Sequence[tuple[str, pa.Table]]) -> bytes:
             waiting.append(table)
         _write(writer, waiting)
     return sink.getvalue()
+
+
+def footer_of(tasks: Sequence[str], rows: Sequence[int]) -> bytes:
+    """The footer's metadata of an object with so many rows of each of these tasks, one after the other.
+
+    In base 64: 16 bytes of each task's name, and of each its rows as a little-endian number of four bytes.
+    """
+    packed = {"tasks": _digests(tasks).tobytes(), "rows": np.array(rows, _ROWS).tobytes()}
+    texts = {name: base64.b64encode(data).decode() for name, data in packed.items()}
+    return json.dumps({"what": "results", "format": RESULTS_FORMAT, **texts}).encode()
 
 
 def _write(writer: pq.ParquetWriter, tables: list[pa.Table]) -> None:
@@ -297,8 +316,8 @@ def _table(place: Location, key: str, data: bytes) -> pa.Table:
         raise _damaged(place, key, error) from None
 
 
-def _tasks_in(objects: Objects, found: StoredObject) -> list[tuple[str, int]]:
-    """The tasks of a merged object, by its footer."""
+def _tasks_in(objects: Objects, found: StoredObject) -> tuple[Digests, NDArray[np.uint32]]:
+    """The tasks of a merged object and the rows of each, by its footer."""
     try:
         data = objects.read(found.key, max(found.size - _TAIL, 0), found.size, found.etag)
         length = int.from_bytes(data[-8:-4], "little") + 8
@@ -309,13 +328,13 @@ def _tasks_in(objects: Objects, found: StoredObject) -> list[tuple[str, int]]:
         raise _damaged(objects.place, found.key, error) from None
 
 
-def _tasks_of(footer: Any) -> list[tuple[str, int]]:
-    found = [(task, rows) for task, rows in json.loads(footer.metadata[KEY])["tasks"]]
-    if found:  # of tens of thousands: not one by one
-        names, counts = zip(*found, strict=True)
-        if set(map(type, counts)) != {int} or set(map(len, names)) != {_DIGITS} or not _HEX.fullmatch("".join(names)):
-            raise ValueError("it names no tasks")
-    return found
+def _tasks_of(footer: Any) -> tuple[Digests, NDArray[np.uint32]]:
+    document = json.loads(footer.metadata[KEY])
+    names, counts = (base64.b64decode(document[name], validate=True) for name in ("tasks", "rows"))
+    tasks, rows = np.frombuffer(names, _DIGEST), np.frombuffer(counts, _ROWS)
+    if len(tasks) != len(rows) or int(rows.sum(dtype=np.int64)) != footer.num_rows:
+        raise ValueError("it does not name the tasks of its rows")
+    return tasks, rows
 
 
 def _among(some: Digests, of: Digests) -> NDArray[np.bool_]:
@@ -327,18 +346,16 @@ def _among(some: Digests, of: Digests) -> NDArray[np.bool_]:
 
 
 def _digests(tasks: Sequence[str]) -> Digests:
-    """The names of tasks, which are hexadecimal."""
-    return np.frombuffer(bytes.fromhex("".join(tasks)), "S16")
+    """The names of tasks."""
+    return np.frombuffer(bytes.fromhex("".join(tasks)), _DIGEST)
 
 
-def _only(
-    batches: Iterator[pa.RecordBatch], tasks: Sequence[tuple[str, int]], wanted: set[str]
-) -> Iterator[pa.RecordBatch]:
-    """The rows of some of an object's tasks: two runs at once may merge some of them twice."""
-    keep = pa.array([task in wanted for task, rows in tasks for _ in range(rows)])
+def _filtered(batches: Iterator[pa.RecordBatch], keep: NDArray[np.bool_]) -> Iterator[pa.RecordBatch]:
+    """The rows of an object that are to be kept."""
+    mask = pa.array(keep)
     at = 0
     for batch in batches:
-        yield batch.filter(keep.slice(at, len(batch)))
+        yield batch.filter(mask.slice(at, len(batch)))
         at += len(batch)
 
 
