@@ -209,7 +209,7 @@ class Results:
         for found, source in zip(read, in_order(self._source, read), strict=True):
             try:
                 file = pq.ParquetFile(source, read_dictionary=_TEXTS)
-                batches = file.iter_batches(1 << 16, columns=names, use_threads=False)
+                batches = file.iter_batches(1 << 16, columns=names, use_threads=True)
                 if seen is not None:
                     tasks, rows = _tasks_of(file.metadata)
                     batches = _filtered(batches, np.repeat(~_among(tasks, seen), rows))
