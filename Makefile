@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # make demo and make test do all the set-up they need; see README.md.
 .PHONY: setup demo quick test nightly mutations lab-test lab-guests lab-guests-check lint check ci-example bench corpus \
-	simultaneous man pictures clean
+	simultaneous chroots man pictures site clean
 
 PYTHON := .venv/bin/python
 
@@ -29,6 +29,11 @@ test: setup
 # The long forms of tests whose short forms are in `make test`, with recordings of this machine's own KVM (root).
 nightly: setup
 	$(PYTHON) -m pytest -m nightly
+
+# `make demo` and `make test` in a fresh Debian 12 and a fresh Debian 13, for the night (root, debootstrap): two hours.
+chroots:
+	scripts/chroots bookworm
+	scripts/chroots trixie
 
 # Real kernels under QEMU's emulation: fetched, booted, recorded, compared with the recordings we ship.
 lab-test: setup
@@ -81,6 +86,11 @@ simultaneous: setup
 # Man pages of every verb, from the command line's own help: `man -M build/man kvmtrace-report`.
 man: setup
 	$(PYTHON) scripts/man.py build/man/man1
+
+# The documents as a site, build/site/index.html. It needs no network, and a link that leads nowhere is an error.
+site: setup
+	rm -rf build/site
+	$(PYTHON) -m sphinx -q -W --keep-going -b html -d build/doctrees -c docs . build/site
 
 # The pictures of a report's page in docs/, of shipped recordings, in Chromium.
 pictures: setup

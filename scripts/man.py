@@ -75,14 +75,20 @@ def page(context: Any) -> str:
     ])  # fmt: skip
 
 
-def pages(context: Any | None = None) -> Iterator[tuple[str, str]]:
-    """Each command's name and page, groups before what is in them."""
+def contexts(context: Any | None = None) -> Iterator[Any]:
+    """Each command's context, groups before what is in them."""
     if context is None:
         command = typer.main.get_command(kvmtrace.app)
         context = command.make_context("kvmtrace", [], resilient_parsing=True)
-    yield context.command_path.replace(" ", "-"), page(context)
+    yield context
     for name, command in getattr(context.command, "commands", {}).items():
-        yield from pages(command.make_context(name, [], parent=context, resilient_parsing=True))
+        yield from contexts(command.make_context(name, [], parent=context, resilient_parsing=True))
+
+
+def pages() -> Iterator[tuple[str, str]]:
+    """Each command's name and page."""
+    for context in contexts():
+        yield context.command_path.replace(" ", "-"), page(context)
 
 
 def main(directory: str) -> None:

@@ -22,6 +22,7 @@ import pytest
 import tests.profiles  # noqa: F401 - how many examples Hypothesis tries, before any test module asks
 
 if TYPE_CHECKING:
+    from tests.analysis.browser import Browser
     from tests.verbs import Files, Verb
 
 TRACING = Path("/sys/kernel/tracing")
@@ -133,6 +134,17 @@ def vmm() -> str:
     from tracer.vmm import binary
 
     return str(binary())
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A headless Chromium."""
+    from tests.analysis.browser import Browser, chromium
+
+    if chromium() is None and os.geteuid() != 0:
+        pytest.skip(NO_CHROMIUM)
+    with Browser() as one:
+        yield one
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import html
 import json
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,9 +23,8 @@ from analysis.report import Check, Report, Status
 from analysis.reporting import Wanted, reported
 from analysis.sources import open_source
 from replay.result import KEY
-from tests.analysis.browser import Browser, chromium
+from tests.analysis.browser import Browser
 from tests.analysis.test_formats import from_json
-from tests.conftest import NO_CHROMIUM
 from tests.golden.reports import golden
 from traces.synth import Parameters, synthesize
 
@@ -102,14 +100,6 @@ class _Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self._cell is not None:
             self._cell.append(data)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if chromium() is None and os.geteuid() != 0:
-        pytest.skip(NO_CHROMIUM)
-    with Browser() as one:
-        yield one
 
 
 @pytest.fixture(scope="module")
