@@ -20,6 +20,11 @@ COMPILED = (
     "replay/decode/specialize.py",
     "replay/timing/lock_waits.py",
     "replay/timing/steal.py",
+    "traces/imports/event_text.py",
+    "traces/imports/line_head.py",
+    "traces/imports/line_rows.py",
+    "traces/imports/line_text.py",
+    "traces/imports/named_fields.py",
     "traces/imports/samples.py",
     "traces/imports/scan.py",
 )

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import patch
 
 COMPILED = (
     "replay.decode.decoder",
@@ -25,12 +27,13 @@ COMPILED = (
 ROOT = Path(__file__).parents[2]
 
 
-def plain(name: str) -> ModuleType:
-    """The module of this name, not compiled."""
+def plain(name: str, *beneath: str) -> ModuleType:
+    """The module of this name, not compiled; so are those `beneath`, whose classes it extends, the lowest first."""
     path = ROOT / f"{name.replace('.', '/')}.py"
     spec = importlib.util.spec_from_file_location(f"{name.rpartition('.')[2]}_as_python", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with patch.dict(sys.modules, {each: plain(each, *beneath[:at]) for at, each in enumerate(beneath)}):
+        spec.loader.exec_module(module)
     return module

@@ -282,8 +282,10 @@ def test_pieces_of_a_text_may_end_anywhere() -> None:
 
 
 def test_the_compiled_scanner_reads_as_the_plain_one() -> None:
-    reference = plain("traces.imports.scan")
+    beneath = ("line_text", "line_head", "named_fields", "event_text", "line_rows")
+    reference = plain("traces.imports.scan", *(f"traces.imports.{each}" for each in beneath))
     assert not reference.COMPILED
+    assert all("as_python" in each.__module__ for each in reference.Scanner.__mro__[:-1])
     for name in EXCERPTS:
         text = text_of(name).encode()
         assert _scanned(text, len(text), reference.Scanner) == _scanned(text, len(text))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of forms as arrays: what the scanner runs, event by event (`scan.py`)."""
+"""The table of forms as arrays: what the scanner runs, event by event (`event_text.py`)."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ from traces.schema import BY_NAME
 
 # What an operation does. Its arguments: `to` the place of a value, `shift` (negative: to the right), `mask`.
 LITERAL, HEX, DEC, NEGATIVE, POINTER, WORD, ONE_OF, EXIT, PFERR_BITS, PERM, FAILED = range(11)
+# What a line is. KNOWN: a heading, a stack, an empty line; OTHERS: an event of no kind that a trace has; BEGUN: an
+# event with its time, but without the end of its text.
+JUNK, EVENT, KNOWN, OTHERS, LOSS, BEGUN = range(6)
 # Places of a row's values.
 W0, W1, W2, W3, COUNT, ROLE, LEVEL, FLAGS, SPACE, VCPU, VENDOR, NOWHERE = range(12)
 PLACES: Final = 12

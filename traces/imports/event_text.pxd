@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+from traces.imports.named_fields cimport NamedFields
+
+
+cdef class EventText(NamedFields):
+    cdef const long long[:, ::1] _ops
+    cdef const long long[:, ::1] _names
+    cdef const long long[:, ::1] _form
+    cdef const long long[:, ::1] _events
+    cdef long long[::1] _last_form
+    cdef long long _l_kind
+    cdef long long _l_form
+    cdef Py_ssize_t _l_name
+    cdef Py_ssize_t _l_name_end
+    cdef unsigned long long _pferr
+
+    cdef int _event(self, Py_ssize_t begin, Py_ssize_t end) noexcept
+    cdef int _matched(self, long long event, long long form) noexcept
+    cdef bint _matches(self, long long form, Py_ssize_t begin, Py_ssize_t end) noexcept
+    cdef bint _goes_on(self, Py_ssize_t begin, Py_ssize_t end) noexcept
+    cdef bint _is_name(self, Py_ssize_t offset, Py_ssize_t length, Py_ssize_t begin, Py_ssize_t end) noexcept
+    cdef bint _ends(self, Py_ssize_t begin, Py_ssize_t end, bytes tail) noexcept
+    cdef Py_ssize_t _fault_bits(self, Py_ssize_t begin, Py_ssize_t end) noexcept

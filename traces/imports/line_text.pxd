@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+cdef class LineText:
+    cdef const unsigned char[::1] _text
+    cdef const unsigned char[::1] _blob
+    cdef const unsigned char[::1] _of_name
+    cdef const long long[:, ::1] _event_table
+    cdef const long long[:, ::1] _exit_table
+    cdef unsigned long long _digits_value
+
+    cdef long long _number(self, Py_ssize_t begin, Py_ssize_t end) noexcept
+    cdef bint _prefixed(self, Py_ssize_t begin, Py_ssize_t end, bytes prefix) noexcept
+    cdef unsigned long long _hash(self, Py_ssize_t begin, Py_ssize_t end) noexcept
+    cdef long long _find(self, const long long[:, ::1] table, Py_ssize_t slots, Py_ssize_t begin, Py_ssize_t end) noexcept
+    cdef int _digits(self, Py_ssize_t begin, Py_ssize_t end) noexcept
+    cdef unsigned long long _hexadecimal(self, Py_ssize_t begin, Py_ssize_t end) noexcept
+    cdef unsigned long long _wide(self, Py_ssize_t begin, Py_ssize_t end) noexcept

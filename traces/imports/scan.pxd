@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+cimport cython
+
+from traces.imports.line_rows cimport LineRows
+
+
+@cython.final
+cdef class Scanner(LineRows):
+    cdef public long long odd
+    cdef public bytes first_odd
+    cdef public long long lines
+    cdef public long long joined
+    cdef Py_ssize_t _room
+    cdef const unsigned char[::1] _data
+    cdef unsigned char[::1] _scratch
+    cdef Py_ssize_t _held
+    cdef Py_ssize_t _held_at
+    cdef int _parts
+    cdef int _held_what
+    cdef bint _goes_on_held
+    cdef Py_ssize_t _held_used
+
+    cdef void _take_line(self, Py_ssize_t begin, Py_ssize_t end)
+    cdef int _read(self, Py_ssize_t begin, Py_ssize_t end) noexcept
+    cdef void _hold(self, Py_ssize_t begin, Py_ssize_t end, int what)
+    cdef void _keep(self)
+    cdef Py_ssize_t _append(self, Py_ssize_t begin, Py_ssize_t end)
+    cdef bint _with_task(self, Py_ssize_t begin, Py_ssize_t end)
+    cdef int _read_scratch(self, Py_ssize_t length)
+    cdef void _absorb(self, Py_ssize_t length)
+    cdef void _became(self, Py_ssize_t length)
+    cdef bint _join(self, Py_ssize_t begin, Py_ssize_t end)
+    cdef void _count_odd(self, Py_ssize_t begin, Py_ssize_t end)
