@@ -97,4 +97,4 @@ pictures: setup
 	$(PYTHON) -m tests.golden.pictures
 
 clean:
-	rm -rf .venv build demo *.egg-info tracer/vmm/kvmtrace-vmm replay/*/*.so traces/*/*.so
+	rm -rf .venv build demo *.egg-info tracer/vmm/kvmtrace-vmm replay/*/*.so tracer/*/*.so traces/*/*.so

@@ -20,6 +20,7 @@ COMPILED = (
     "replay/decode/specialize.py",
     "replay/timing/lock_waits.py",
     "replay/timing/steal.py",
+    "tracer/top/meter_rows.py",
     "traces/imports/event_text.py",
     "traces/imports/line_head.py",
     "traces/imports/line_rows.py",

@@ -27,7 +27,7 @@ from tracer.bpf import Probes, loss_table
 from tracer.btf import kernel_btf
 from tracer.owner_names import OwnerNames
 from tracer.ring import Rings, default_ring_bytes, ring_count
-from tracer.writer import OrderedThread, SegmentThread, prefer_this_thread
+from tracer.writer import SegmentThread, Sink, prefer_this_thread
 from traces import interrupts, outputs
 from traces.errors import ENVIRONMENT, Problem
 from traces.progress import Progress
@@ -157,8 +157,8 @@ class Recorder:
         self._child: subprocess.Popen[bytes] | None = None
         self._said = 0.0
 
-    def _open(self, manifest: dict[str, Any]) -> OrderedThread:
-        """Begin to store; what the thread given back takes."""
+    def _open(self, manifest: dict[str, Any]) -> Sink:
+        """Begin to store; what is given back takes the records."""
         options = self.options
         self._segments = SegmentThread(options.directory, manifest, options.max_events, options.max_size)
         self._turned_away = self._segments.turned_away

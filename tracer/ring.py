@@ -65,6 +65,19 @@ class Ring:
         """The share of the ring that waits to be read, 0 to 1."""
         return (self.end - self.position) / self.size
 
+    def peek(self) -> Records:
+        """The finished records in ring order, as they lie in the ring: they stay there until they are released."""
+        position = self.position
+        count = (self.end - position) // STRIDE
+        start = self._data_offset + position % self.size
+        slots: Records = np.ndarray((count,), dtype=_SLOT, buffer=self._data_map, offset=start)
+        busy = np.flatnonzero(slots["length"] & _BUSY)
+        return slots["record"][: int(busy[0]) if len(busy) else count].view(RECORD)
+
+    def release(self, count: int) -> None:
+        """Give the space of that many records back."""
+        self._consumer[0] = self.position + count * STRIDE
+
     def drain(self) -> Records | None:
         """At most BATCH finished records in ring order, copied out and released; None where there are none."""
         position = self.position
@@ -83,7 +96,7 @@ class Ring:
                 count = first + len(finished)
                 break
         # x86 keeps loads before later stores: the copy is done before the space is given back.
-        self._consumer[0] = position + count * STRIDE
+        self.release(count)
         return copied[:count].view(RECORD) if count else None
 
 
@@ -98,6 +111,22 @@ class Rings:
     def fill(self) -> float:
         """How full the fullest ring is, 0 to 1."""
         return max(ring.fill for ring in self._rings)
+
+    def peek(self) -> tuple[list[Records], int]:
+        """Each ring's records as they lie there, and the time (boot ns) up to which nothing is missing in them."""
+        began = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        ends = [ring.end for ring in self._rings]
+        parts = [ring.peek() for ring in self._rings]
+        if all(
+            ring.position + len(part) * STRIDE >= end for ring, part, end in zip(self._rings, parts, ends, strict=True)
+        ):
+            self.complete_at = began
+        return parts, self.complete_at
+
+    def release(self, counts: list[int]) -> None:
+        """Give the space of that many records of each ring back."""
+        for ring, count in zip(self._rings, counts, strict=True):
+            ring.release(count)
 
     def drain(self) -> tuple[list[Records], int]:
         """One round: what every ring held as it began, and the time (boot ns) up to which nothing is missing now."""

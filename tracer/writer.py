@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -41,6 +41,15 @@ def prefer_this_thread() -> None:
     """
     with contextlib.suppress(PermissionError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+
+
+class Sink(Protocol):
+    """What a recorder gives its records to, round by round; `error` is what it failed with."""
+
+    error: Exception | None
+
+    def write(self, batches: Sequence[Records], complete_at: int) -> None:
+        """Take one round of the rings; nothing from before `complete_at` (boot ns) is missing after it."""
 
 
 @dataclass(frozen=True)

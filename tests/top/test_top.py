@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -30,9 +31,9 @@ def screen_of(lines: list[VcpuSecond], dump: Callable[[], str] | None, keys: lis
     """(status line, rows shown) after these keys."""
     textual = pytest.importorskip("textual", reason="textual is not installed")
     assert textual
-    from textual.widgets import DataTable, Static
+    from textual.widgets import Static
 
-    from tracer.top.top_screen import TopScreen
+    from tracer.top.top_screen import TopScreen, VcpuTable
 
     async def walk() -> tuple[str, list[list[str]]]:
         app = TopScreen("a test", dump, lambda _: None)
@@ -44,8 +45,7 @@ def screen_of(lines: list[VcpuSecond], dump: Callable[[], str] | None, keys: lis
             if "d" in keys:
                 await app.workers.wait_for_complete()
                 await pilot.pause()
-            table = app.query_one(DataTable)
-            shown = [[str(cell) for cell in table.get_row_at(at)] for at in range(table.row_count)]
+            shown = [re.split(r"  +", row.strip()) for row in app.query_one(VcpuTable).rows]
             return str(app.query_one("#status", Static).render()), shown
 
     return asyncio.run(walk())

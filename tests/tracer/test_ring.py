@@ -78,6 +78,24 @@ def test_stops_at_a_record_that_is_still_being_written() -> None:
     os.close(memory.fd)
 
 
+def test_what_is_peeked_at_stays_until_it_is_released() -> None:
+    memory = Memory(PAGE)
+    ring = Ring(memory.fd, PAGE)
+    expected = 0
+    for number in range(20):
+        for i in range(40):
+            memory.put(expected + i)
+        memory.put(expected + 40, busy=True)
+        assert ring.peek()["time"].tolist() == list(range(expected, expected + 40))
+        ring.release(25)
+        memory.finish((41 * number + 40) * STRIDE)
+        assert ring.peek()["time"].tolist() == list(range(expected + 25, expected + 41))
+        ring.release(16)
+        assert ring.position == memory.end
+        expected += 41
+    os.close(memory.fd)
+
+
 def test_what_was_drained_is_a_copy() -> None:
     memory = Memory(PAGE)
     ring = Ring(memory.fd, PAGE)

@@ -16,7 +16,8 @@ from typing import Any, Final
 from tracer.flight.alarms import Rows
 from tracer.flight.vcpu_time import KINDS as TIME_KINDS
 from tracer.flight.vcpu_time import ThreadTime
-from tracer.top.meter import EXIT_EDGES, Meters, VcpuSecond
+from tracer.top.meter import Meters, VcpuSecond
+from tracer.top.meter_rows import EXIT_EDGES
 
 SECOND: Final = 10**9
 MOST_VMS: Final = 256

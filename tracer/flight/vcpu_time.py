@@ -18,7 +18,7 @@ ENTRY, EXIT, USER, SCHED = (BY_NAME[name].code for name in KINDS)
 OUT, GUEST, IDLE = 0, 1, 2  # of its guest; in it; out of it because it has nothing to do
 _SEEN: Final = np.zeros(256, np.bool_)
 _SEEN[[ENTRY, EXIT, USER, SCHED]] = True
-_UNINTERRUPTIBLE: Final = 2  # of task states: sleeps until the disk, or another thread of the host, is done
+UNINTERRUPTIBLE: Final = 2  # of task states: sleeps until the disk, or another thread of the host, is done
 
 # (ns of CPU time so far, whether it sleeps and cannot be woken) of a thread of a process; None where it is gone.
 ThreadTime = Callable[[int, int], tuple[int, bool] | None]
@@ -61,7 +61,7 @@ def off_cpu(rows: Rows, before: Rows, passed: Rows) -> tuple[Rows, Rows]:
     counted = (rows["kind"] == SCHED) & (before == OUT)
     off = np.minimum(np.maximum(rows["time"].astype(np.int64) - rows["w0"].astype(np.int64), 0), passed)
     waited = np.minimum(rows["w1"].astype(np.int64), off)
-    held_up = rows["w2"] & np.uint64(_UNINTERRUPTIBLE) != 0
+    held_up = rows["w2"] & np.uint64(UNINTERRUPTIBLE) != 0
     return np.where(counted & ~held_up, off - waited, 0), np.where(counted, waited, 0)
 
 

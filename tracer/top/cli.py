@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -52,21 +53,26 @@ def _once(trace: Path | None, as_json: bool) -> None:
     if trace is not None:
         from tracer.top.playback import seconds
 
-        found = list(seconds(trace))
+        found, lost = list(seconds(trace)), 0
     else:
-        found = [(0, _one_second())]
+        lines, lost = _one_second()
+        found = [(0, lines)]
     if as_json:
         print_json({
-            "seconds": [{"after_ns": after, "vcpus": [line.document() for line in lines]} for after, lines in found]
+            "seconds": [{"after_ns": after, "vcpus": [line.document() for line in lines]} for after, lines in found],
+            **({"lost": lost} if trace is None else {}),
         })  # fmt: skip
         return
+    if trace is None and lost:
+        print(f"kvmtrace: {lost:,} events were lost: counts are too low", file=sys.stderr)
     for after, lines in found:
         if trace is not None:
             print(f"after {after / 1e9:.0f} s")
         print(text(lines, screen.width()) if lines else "no vCPU shows anything")
 
 
-def _one_second() -> list[VcpuSecond]:
+def _one_second() -> tuple[list[VcpuSecond], int]:
+    """The lines, and how many events were lost."""
     from tracer.top.live import LiveTop
 
     came, shown = threading.Event(), list[list["VcpuSecond"]]()
@@ -80,11 +86,12 @@ def _one_second() -> list[VcpuSecond]:
     try:
         while live.running and not came.wait(0.1):
             pass
+        lost = live.lost()
     finally:
         live.close()
     if not shown:
         raise Problem("nothing could be watched: see kvmtrace doctor", ENVIRONMENT)
-    return shown[0]
+    return shown[0], lost
 
 
 def _screen(trace: Path | None, dumps: Path | None) -> None:
@@ -97,8 +104,9 @@ def _screen(trace: Path | None, dumps: Path | None) -> None:
 
     for name in ("COLUMNS", "LINES"):  # where they are exported, textual takes them for the terminal's size for good
         os.environ.pop(name, None)
-    source = Played(trace) if trace is not None else LiveTop()
-    screen = TopScreen(str(trace) if trace is not None else "this host", _dump_of(dumps), source.start)
+    source: Played | LiveTop = Played(trace) if trace is not None else LiveTop()
+    lost = source.lost if isinstance(source, LiveTop) else None
+    screen = TopScreen(str(trace) if trace is not None else "this host", _dump_of(dumps), source.start, lost)
     try:
         screen.run()
     finally:

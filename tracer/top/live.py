@@ -12,80 +12,80 @@ from typing import Any
 from tracer import host
 from tracer.bpf import Probes
 from tracer.flight.vcpu_time import Rows, idle_codes, thread_time
+from tracer.order import HOLD_NANOSECONDS
 from tracer.recorder import Options, Recorder, Stop, check
-from tracer.ring import ring_count
+from tracer.ring import Rings, ring_count
 from tracer.top.meter import KINDS, Meters, VcpuSecond
-from tracer.writer import OrderedThread
 from traces.progress import Progress
 
 SECOND = 10**9
-_RING = 1 << 22
+_RING = 1 << 23  # of each CPU: 95,000 events, of which 50 ms' are always there
 _TICK_SECONDS = 0.1
+_CROWDED = 0.5  # of a ring: more than that may be full before the next look
 _LIVES = frozenset({"vm_create", "vm_destroy"})  # so that an address is the VM that is there now
 _OPTIONS = Options(Path(), frozenset(KINDS), "list")
 
 Show = Callable[[list[VcpuSecond]], None]
 
 
-class MeterThread(OrderedThread):
-    """Counts the rows, and gives out each second's lines."""
+class LiveMeters:
+    """Counts the rows where they lie in the rings, and gives out each second's lines."""
 
     def __init__(self, show: Show) -> None:
         self.meters = Meters(idle_codes(host.cpu()), thread_time)
+        self.error: Exception | None = None
         self._show, self._next = show, 0
-        super().__init__("meters")
 
-    def tick(self) -> None:
-        """Go on though no rows come."""
-        self._then(self._pass)
+    def write(self, batches: Sequence[Rows], complete_at: int) -> None:
+        """Rows of the recorder's own (that the host slept) are none of a vCPU's."""
 
-    def close(self) -> None:
-        """The recording has ended."""
-        self._end()
-
-    def _store(self, parts: Sequence[Rows]) -> None:
-        for records in parts:
-            self.meters.see(records)
-
-    def _pass(self) -> None:
-        reached = self._order.given_until
-        if not self._next:
+    def look(self, rings: Rings) -> int:
+        """Take what can be taken in the order of time, and end the second where it is over; how many rows."""
+        parts, complete_at = rings.peek()
+        reached = complete_at - HOLD_NANOSECONDS
+        taken = self.meters.see_until(parts, reached)
+        rings.release(taken)
+        if reached > 0 and not self._next:
             self._next = reached + SECOND
             self.meters.second(reached)
-        elif reached >= self._next:
+        elif reached >= self._next > 0:
             self._show(self.meters.second(reached))
             self._next = reached + SECOND
+        return sum(taken)
 
 
 class TopRecorder(Recorder):
     """Drains the rings into meters."""
 
-    flush_seconds = _TICK_SECONDS
+    idle_seconds = _TICK_SECONDS
 
     def __init__(self, probes: Probes, stop: Stop, show: Show) -> None:
         self._lines = show
         super().__init__(_OPTIONS, probes, _RING, stop)
 
-    def _open(self, manifest: dict[str, Any]) -> OrderedThread:
-        self._meters = MeterThread(self._lines)
+    def _open(self, manifest: dict[str, Any]) -> LiveMeters:
+        self._meters = LiveMeters(self._lines)
         names = manifest["vm_names"]
         for vm in self.snapshot["vms"]:
             if name := names.get(str(vm["tgid"])):
                 self._meters.meters.names[vm["kvm"]] = name
         return self._meters
 
+    def _drain_once(self) -> bool:
+        self.drained += self._meters.look(self.rings)
+        return self.rings.fill > _CROWDED
+
+    def _finish(self) -> None:
+        """What is left is of a second that nobody sees."""
+
     def _store(self, changes: Callable[[], dict[str, Any]]) -> None:
         """Nothing is stored."""
 
     def _flush(self) -> None:
-        self._meters.write([], self.rings.complete_at)
-        self._meters.tick()
+        """Nothing waits."""
 
     def _full(self) -> str:
         return ""
-
-    def _close(self) -> None:
-        self._meters.close()
 
     def _stored(self) -> str:
         return ""
@@ -108,6 +108,10 @@ class LiveTop:
         recorder = TopRecorder(self._probes, self._stop, show)
         self._thread = threading.Thread(target=self._run, args=(recorder,), name="top", daemon=True)
         self._thread.start()
+
+    def lost(self) -> int:
+        """Events that the rings refused so far: they are in no line."""
+        return int(self._probes.counters()["lost"].sum())
 
     @property
     def running(self) -> bool:

@@ -8,15 +8,46 @@ import signal
 from collections.abc import Callable
 from typing import ClassVar
 
+from rich.segment import Segment
+from rich.style import Style
 from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
-from textual.widgets import DataTable, Footer, Input, Static
+from textual.geometry import Size
+from textual.scroll_view import ScrollView
+from textual.strip import Strip
+from textual.widgets import Footer, Input, Static
 
 from tracer.top.meter import VcpuSecond
-from tracer.top.top_table import NAMES, cells, chosen
+from tracer.top.top_table import NAMES, chosen, text
 from traces.errors import Problem
 
 Show = Callable[[list[VcpuSecond]], None]
+_HEAD = Style(bold=True, reverse=True)
+_ALL = 1 << 16  # columns of text: none is left out, one can scroll
+
+
+class VcpuTable(ScrollView, can_focus=True):
+    """Lines of text below a head that stays; only what is seen of them is drawn, and only where it changed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._head, self.rows = Strip.blank(0), list[str]()
+
+    def show(self, head: str, rows: list[str]) -> None:
+        """Have these lines instead."""
+        before, self._head, self.rows = (self._head.text, self.rows), Strip([Segment(head)]), rows
+        if before != (head, rows):
+            width = max((Strip([Segment(each)]).cell_length for each in (head, *rows)), default=0)
+            self.virtual_size = Size(width, len(rows) + 1)
+            self.refresh()
+
+    def render_line(self, y: int) -> Strip:
+        """Line `y` of the screen."""
+        left, above = self.scroll_offset
+        at = above + y - 1
+        line = self._head if not y else Strip([Segment(self.rows[at])] if at < len(self.rows) else [])
+        style = self.rich_style if y else self.rich_style + _HEAD
+        return line.crop_extend(left, left + self.size.width, style).apply_style(style)
 
 
 class TopScreen(App[None]):
@@ -31,22 +62,27 @@ class TopScreen(App[None]):
     ]
     CSS = "Input { display: none; } Input.asked { display: block; } #status { height: 1; }"
 
-    def __init__(self, what: str, dump: Callable[[], str] | None, start: Callable[[Show], None]) -> None:
-        """`dump` makes one and says where it is; None where nobody records. `start` is told who shows lines."""
+    def __init__(
+        self, what: str, dump: Callable[[], str] | None, start: Callable[[Show], None],
+        lost: Callable[[], int] | None = None,
+    ) -> None:  # fmt: skip
+        """`dump` makes one and says where it is; None where nobody records. `start` is told who shows lines.
+
+        `lost` says how many events were lost so far; None where that cannot change.
+        """
         super().__init__()
-        self._what, self._dump, self._start = what, dump, start
+        self._what, self._dump, self._start, self._lost, self._status = what, dump, start, lost, ""
         self._lines: list[VcpuSecond] = []
         self._sort, self._wanted, self.frozen, self._said = NAMES[0], "", False, ""
 
     def compose(self) -> ComposeResult:
         yield Static(self._what, id="status", markup=False)
         yield Input(placeholder="a VM's name, or a verdict")
-        yield DataTable(cursor_type="row")
+        yield VcpuTable()
         yield Footer()
 
     def on_mount(self) -> None:
-        self.query_one(DataTable).add_columns(*NAMES)
-        self.query_one(DataTable).focus()
+        self.query_one(VcpuTable).focus()
         loop = asyncio.get_running_loop()
         for ending in (signal.SIGTERM, signal.SIGHUP):
             # It leaves the terminal as it was. And with a handler of its own, asyncio is woken by every signal: without
@@ -65,18 +101,17 @@ class TopScreen(App[None]):
             self._draw()
 
     def _draw(self) -> None:
-        table = self.query_one(DataTable)
-        at, left = table.cursor_row, table.scroll_offset
         shown = chosen(self._lines, self._sort, self._wanted)
-        table.clear()
-        table.add_rows(cells(line) for line in shown)
-        table.move_cursor(row=min(at, max(len(shown) - 1, 0)))
-        table.scroll_to(left.x, left.y, animate=False)
+        head, *rows = text(shown, _ALL).splitlines()
+        self.query_one(VcpuTable).show(head, rows)
+        state = f"by {self._sort}" + (f", of {self._wanted}" if self._wanted else "")
+        state += ", frozen" if self.frozen else ""
+        lost = f"; {count:,} events were lost" if self._lost is not None and (count := self._lost()) else ""
         none = "" if self._lines else "; no vCPU shows anything"
-        state = f"by {self._sort}" + (f", of {self._wanted}" if self._wanted else "") + (
-            ", frozen" if self.frozen else ""
-        )  # fmt: skip
-        self.query_one("#status", Static).update(f"{self._what}: {len(shown)} vCPUs {state}{none} {self._said}")
+        said = f"{self._what}: {len(shown)} vCPUs {state}{none}{lost} {self._said}"
+        if said != self._status:
+            self._status = said
+            self.query_one("#status", Static).update(said, layout=False)
 
     def action_sort(self) -> None:
         self._sort = NAMES[(NAMES.index(self._sort) + 1) % len(NAMES)]
@@ -90,7 +125,7 @@ class TopScreen(App[None]):
     def on_input_submitted(self, event: Input.Submitted) -> None:
         self._wanted = event.value
         event.input.remove_class("asked")
-        self.query_one(DataTable).focus()
+        self.query_one(VcpuTable).focus()
         self._draw()
 
     def action_freeze(self) -> None:
