@@ -107,7 +107,7 @@ def drawn_vms(report: Report) -> list[int]:
 
 
 def _states(recording: Recording, vm: int) -> pl.DataFrame:
-    return drawn.vcpu_states(recording).filter(pl.col("vm") == vm).collect()
+    return drawn.vcpu_states(recording, vm=vm).collect()
 
 
 def every_vcpu(recording: Recording, vm: int) -> Picture | None:
@@ -271,7 +271,7 @@ def lives(recording: Recording, vm: int) -> Picture | None:
 
 def shares(result: Result, of: int | None) -> Picture | None:
     """Guest share over virtual time, a line a policy, with soft-hangs beneath; of the VM with the least if of None."""
-    fine = drawn.shares(result).filter(pl.col("vm") == of if of is not None else True).collect()
+    fine = drawn.shares(result, vm=of).collect()
     if fine.is_empty():
         return None
     vm = fine.group_by("vm").agg(pl.col("guest_share").mean()).sort("guest_share", "vm")["vm"][0]

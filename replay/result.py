@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -14,6 +14,7 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from replay.simulate.engine import RootLog, Vcpus
 from replay.simulate.operations import Block, Cause, Word
@@ -25,11 +26,13 @@ KEY: Final = RESULT_KEY
 FORMAT: Final = {"major": 1, "minor": 4}
 # A row group ends at about so many rows, or writes: what a query pays for one, it pays for some thousand rows.
 GROUP_ROWS: Final = 1 << 15
-GROUP_BATCHES: Final = 1 << 9
+GROUP_WRITES: Final = 1 << 9
 _NAMES: Final = pa.dictionary(pa.int8(), pa.string())
 _LABELS: Final = pa.dictionary(pa.int16(), pa.string())
-_EVENTS: Final = pa.array([event.name.lower() for event in Happened])
-_CAUSES: Final = pa.array([cause.name.lower() for cause in Cause])
+_CODED: Final = {
+    "event": pa.array([event.name.lower() for event in Happened]),
+    "cause": pa.array([cause.name.lower() for cause in Cause]),
+}
 
 # Columns that count: of a vCPU, and of a VM (where those of its vCPUs are summed).
 OF_VCPU: Final = tuple(field.name for field in fields(Vcpus) if field.name != "stuck")
@@ -63,13 +66,28 @@ def vm_counts(counters: Counters) -> dict[str, int]:
     return {{"tables": "tables_built"}.get(name, name): int(value) for name, value in vars(counters).items()}
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of one kind, of one VM and policy. `columns`: arrays; of events and causes their numbers.
+
+    What a masked array masks is null, and so is every column that is not there.
+    """
+
+    row: str
+    policy: int
+    bound: str
+    vm: int
+    count: int
+    columns: Mapping[str, Any]
+
+
 class ResultWriter:
     """Writes a result, many writes to a row group; the file appears under its name when all of it is written."""
 
     def __init__(self, path: Path, policies: list[str], inputs: Sequence[Path] = (), *, force: bool = False) -> None:
         """`inputs`: the files that it is made of, which `path` may not be; `force`: see `traces.outputs`."""
-        self._policies = pa.array(policies)
-        self._waiting: list[pa.RecordBatch] = []
+        self._policies = policies
+        self._waiting: list[_Rows] = []
         self._rows = 0  # in them
         self._output = Output(path, RESULT, inputs, force=force)
         self._file = pq.ParquetWriter(self._output, SCHEMA, compression="zstd")
@@ -86,13 +104,12 @@ class ResultWriter:
 
     def of_vm(self, vm: int, held: bool) -> VmWriter:
         """What writes the rows of one VM; `held`: they wait for its `release`, so that VMs stay in order."""
-        return VmWriter(vm, self._policies, self.write, held)
+        return VmWriter(vm, self._write, held)
 
-    def write(self, batch: pa.RecordBatch) -> None:
-        """Rows of SCHEMA."""
-        self._waiting.append(batch)
-        self._rows += len(batch)
-        if self._rows >= GROUP_ROWS or len(self._waiting) >= GROUP_BATCHES:
+    def _write(self, rows: _Rows) -> None:
+        self._waiting.append(rows)
+        self._rows += rows.count
+        if self._rows >= GROUP_ROWS or len(self._waiting) >= GROUP_WRITES:
             self._flush()
 
     def close(self, metadata: dict[str, Any]) -> None:
@@ -103,25 +120,69 @@ class ResultWriter:
         self._output.commit()
 
     def _flush(self) -> None:
-        if self._waiting:
-            self._file.write_table(pa.Table.from_batches(self._waiting).unify_dictionaries())
-            self._waiting, self._rows = [], 0
+        """A row group of what waits: a column is made once for all of it, since making one costs as much as a row."""
+        waiting = self._waiting
+        if not waiting:
+            return
+        counts = np.array([rows.count for rows in waiting])
+        ends = np.cumsum(counts).tolist()
+        names = {
+            "row": [rows.row for rows in waiting],
+            "policy": [self._policies[rows.policy] for rows in waiting],
+            "bound": [rows.bound for rows in waiting],
+        }
+        arrays = []
+        for field in SCHEMA:
+            if field.name in names:
+                arrays.append(_named(names[field.name], counts, field.type))
+            elif field.name == "vm":
+                arrays.append(pa.array(np.repeat(np.array([rows.vm for rows in waiting], np.int32), counts)))
+            else:
+                there = [
+                    (end - rows.count, end, rows.columns[field.name])
+                    for rows, end in zip(waiting, ends, strict=True)
+                    if field.name in rows.columns
+                ]
+                arrays.append(_column(field, there, self._rows))
+        self._file.write_table(pa.Table.from_arrays(arrays, schema=SCHEMA))
+        self._waiting, self._rows = [], 0
+
+
+def _named(names: list[str], counts: NDArray[Any], dtype: pa.DictionaryType) -> pa.Array:
+    """Names, each so many times."""
+    known = {name: code for code, name in enumerate(dict.fromkeys(names))}
+    codes = np.array([known[name] for name in names], dtype.index_type.to_pandas_dtype())
+    return pa.DictionaryArray.from_arrays(np.repeat(codes, counts), list(known))
+
+
+def _column(field: pa.Field, there: list[tuple[int, int, Any]], count: int) -> pa.Array:
+    """A column of so many rows from its pieces and their places; null where there is none."""
+    if not there:
+        return pa.nulls(count, field.type)
+    coded = _CODED.get(field.name)
+    values = np.zeros(count, np.int8 if coded is not None else field.type.to_pandas_dtype())
+    null = np.ones(count, np.bool_)
+    for begin, end, piece in there:
+        values[begin:end] = np.ma.getdata(piece)
+        null[begin:end] = np.ma.getmask(piece)
+    column = pa.array(values, mask=null)
+    return column if coded is None else pa.DictionaryArray.from_arrays(column, coded)
 
 
 class VmWriter:
     """Makes the rows of one VM."""
 
-    def __init__(self, vm: int, policies: pa.Array, write: Callable[[pa.RecordBatch], None], held: bool) -> None:
-        self._vm, self._policies = vm, policies
+    def __init__(self, vm: int, write: Callable[[_Rows], None], held: bool) -> None:
+        self._vm = vm
         self._write_out = write
         self._logs: dict[tuple[int, str], list[dict[str, Any]]] = {}
         self._logged = 0
-        self._held: list[pa.RecordBatch] | None = [] if held else None
+        self._held: list[_Rows] | None = [] if held else None
 
     def release(self) -> None:
         """Write what was held."""
-        for batch in self._held or ():
-            self._write_out(batch)
+        for rows in self._held or ():
+            self._write_out(rows)
         self._held = None
 
     def log(
@@ -152,20 +213,14 @@ class VmWriter:
         for (policy, bound), parts in self._logs.items():
             columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
             acted = columns.pop("acted")
-            count = len(acted)
-            self._write("root", policy, bound, count, {
-                **columns,
-                "vcpu": pa.array(columns["vcpu"], mask=~acted),
-                "event": _coded(columns["event"], _EVENTS),
-                "cause": _coded(columns["cause"], _CAUSES),
-            })  # fmt: skip
+            columns["vcpu"] = np.ma.masked_array(columns["vcpu"], ~acted)
+            self._write("root", policy, bound, len(acted), columns)
         self._logs, self._logged = {}, 0
 
     def moments(self, row: str, policy: int, bound: str, vcpu: int, columns: Mapping[str, Any]) -> None:
         """Rows of kind `progress` or `stall`: a vCPU's, with `cause` as a Cause."""
         if count := len(columns["clock"]):
-            cause = _coded(np.asarray(columns["cause"]), _CAUSES)
-            self._write(row, policy, bound, count, {**columns, "vcpu": np.full(count, vcpu, np.int16), "cause": cause})
+            self._write(row, policy, bound, count, {**columns, "vcpu": np.full(count, vcpu, np.int16)})
 
     def counts(
         self,
@@ -183,36 +238,18 @@ class VmWriter:
         """
         self._write_logs()
         own = {name: getattr(vcpus, name) for name in OF_VCPU}
-        columns = {"vcpu": np.array(ids, np.int16), "seq": pa.array(stuck, pa.int64()), **own, **timed}
+        seq = np.ma.masked_array([at or 0 for at in stuck], [at is None for at in stuck])
+        columns = {"vcpu": np.array(ids, np.int16), "seq": seq, **own, **timed}
         self._write("vcpu", policy, bound, len(ids), columns)
         sums = {name: np.array([values.sum()]) for name, values in own.items()}
         self._write("vm", policy, bound, 1, {**sums, **{name: np.array([n]) for name, n in whole.items()}})
 
     def _write(self, row: str, policy: int, bound: str, count: int, columns: Mapping[str, Any]) -> None:
-        arrays = []
-        for field in SCHEMA:
-            if field.name == "policy":
-                arrays.append(pa.DictionaryArray.from_arrays(np.full(count, policy, np.int16), self._policies))
-            elif field.name in ("row", "bound"):
-                text = row if field.name == "row" else bound
-                arrays.append(pa.DictionaryArray.from_arrays(np.zeros(count, np.int8), pa.array([text])))
-            elif field.name == "vm":
-                arrays.append(pa.array(np.full(count, self._vm, np.int32)))
-            elif field.name in columns:
-                column = columns[field.name]
-                coded = isinstance(column, pa.DictionaryArray)
-                arrays.append(column if coded else pa.array(column).cast(field.type))
-            else:
-                arrays.append(pa.nulls(count, field.type))
-        batch = pa.record_batch(arrays, schema=SCHEMA)
+        rows = _Rows(row, policy, bound, self._vm, count, columns)
         if self._held is None:
-            self._write_out(batch)
+            self._write_out(rows)
         else:
-            self._held.append(batch)
-
-
-def _coded(values: Any, names: pa.Array) -> pa.DictionaryArray:
-    return pa.DictionaryArray.from_arrays(values.astype(np.int8), names)
+            self._held.append(rows)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

@@ -34,14 +34,16 @@ _HEAT: Final = {"vm": pl.Int32, **dict.fromkeys(("time", "length_ns", "gfn", "pa
 
 
 @query(Recording, needs=("kvm_entry", "kvm_exit"))
-def vcpu_states(recording: Recording) -> pl.LazyFrame:
+def vcpu_states(recording: Recording, vm: int | None = None) -> pl.LazyFrame:
     """What each vCPU did in each of 400 parts of its VM's time: ns in the guest, on faults, loads, unloads, zaps, SMM.
 
     `guest_ns` has the switch to the guest and back in it. Parts in which a vCPU did nothing that was recorded are not
-    there. The recording is read for this when the query is made.
+    there. The recording is read for this when the query is made. `vm`: of this one only.
     """
     frames = []
     for one in recording.times:
+        if vm not in (None, one.vm):
+            continue
         found = one.parts.copy()
         found[:, :, VcpuState.FAULT] += found[:, :, VcpuState.PREFETCH]
         found[:, :, VcpuState.PREFETCH] = 0
@@ -171,9 +173,13 @@ def heat(recording: Recording, parts: int = PARTS // 4, rows: int = ROWS // 2) -
 
 
 @query(Result)
-def shares(result: Result, parts: int = PARTS) -> pl.LazyFrame:
-    """The share of time in the guest under each policy, in 400 parts of a VM's longest virtual time."""
+def shares(result: Result, parts: int = PARTS, vm: int | None = None) -> pl.LazyFrame:
+    """The share of time in the guest under each policy, in 400 parts of a VM's longest virtual time.
+
+    `vm`: of this one only.
+    """
     of_clock = progress(result).drop_nulls(("clock", "guest_ns")).filter(pl.col("clock") >= 0)
+    of_clock = of_clock if vm is None else of_clock.filter(pl.col("vm") == vm)
     rows = of_clock.select("policy", "recorded", "bound", "vm", "vcpu", "clock", "guest_ns").collect(engine="streaming")
     frames = []
     longest = dict(rows.group_by("vm").agg(pl.col("clock").max()).iter_rows())
