@@ -23,6 +23,7 @@ from analysis.report import Check, Status
 from analysis.sources import Recording, Result, open_source
 from analysis.units import Unit, span
 from analysis.validation import Validated
+from replay.decode.capabilities import LEFT_OUT
 from replay.own_policy import Agreement
 from traces.errors import Problem
 from traces.text import printable, some
@@ -40,6 +41,9 @@ _GATE: Final = re.compile(
     re.ASCII,
 )
 _MAX_JSON: Final = 64 << 20
+_MOST_RESPONSES: Final = (
+    1 << 50
+)  # in any recording: one that is not the model's leaves the share at most so much below 1
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,8 @@ class Figures:
     recorded: str  # which policy the recording's is; empty if it was not replayed
     whole: Mapping[str, Ends]
     policies: Mapping[str, Mapping[str, Ends]]
-    unvalidated: str = ""  # why `fidelity` is not known
-    untrusted: str = ""  # how the replay under the recorded policy and the rows differ
+    unvalidated: str = ""  # why `fidelity` is not known, or not of all of the recording
+    untrusted: str = ""  # how the replay under the recorded policy and the rows differ, or why that is not known
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: a number, [low, high], or null where it is not known."""
@@ -101,11 +105,23 @@ def figures_of(recording: Recording | None, result: Result | None, validation: V
                 name: _between(row[f"{name}_low"], row[f"{name}_high"]) for name in names if not _is_time(name)
             }
         whole[OWN_POLICY] = _mismatches(result)
+    why_open = validation if isinstance(validation, str) else validation.stopped
     if isinstance(validation, Validated):
-        whole["fidelity"] = (Fraction(validation.matched, validation.expected),) * 2
+        whole["fidelity"] = _fidelity(validation)
     recorded = next((p.name for p in result.policies if p.recorded), "") if result is not None else ""
-    texts = [each.text for each in result.agreements if each.differences] if result is not None else []
-    return Figures(recorded, whole, policies, validation if isinstance(validation, str) else "", some(texts))
+    agreements = result.agreements if result is not None else ()
+    texts = [each.text for each in agreements if each.differences]
+    if whole[OWN_POLICY] is None:
+        texts = [each.text for each in agreements if each.text]
+    return Figures(recorded, whole, policies, why_open, some(texts))
+
+
+def _fidelity(validation: Validated) -> Ends:
+    """The validated share. Of responses that were not compared any may be another than the model's."""
+    share = Fraction(validation.matched, validation.expected)
+    if not validation.stopped:
+        return share, share
+    return 0, 1 if share == 1 else 1 - Fraction(1, _MOST_RESPONSES)
 
 
 def _between(low: Number | None, high: Number | None) -> Ends:
@@ -115,10 +131,11 @@ def _between(low: Number | None, high: Number | None) -> Ends:
 def _mismatches(result: Result) -> Ends:
     """How many VMs are not what their rows show, at least and at most; None where that was not compared."""
     differ = sum(each.agreement is Agreement.DIFFERS for each in result.agreements)
+    unjudged = any(LEFT_OUT in line for line in result.missing)
     open_ = [each for each in result.agreements if each.agreement is Agreement.OPEN]
     if len([each for each in open_ if not each.differences]) == len(result.agreements):
         return None
-    return differ, differ + sum(each.differences > 0 for each in open_)
+    return differ, differ + sum(each.differences > 0 or unjudged for each in open_)
 
 
 def parse(text: str) -> Gate:
@@ -167,8 +184,10 @@ def check(
         if gate.column in whole:
             other = _other(gate, baseline.whole if baseline else {}, "")
             unknown = figures.unvalidated if gate.column == "fidelity" else ""
+            if gate.column == OWN_POLICY:
+                unknown = "" if figures.whole[OWN_POLICY] is not None else figures.untrusted
             found = _checked(gate, figures.whole[gate.column], other, "", unknown)
-            if gate.column == OWN_POLICY and figures.untrusted:
+            if gate.column == OWN_POLICY and figures.untrusted and not unknown:
                 found = replace(found, why=printable(f"{found.why}: {figures.untrusted}"))
             if found.status is Status.UNDECIDED and not gate.asked:
                 found = replace(found, status=Status.SKIPPED)
@@ -257,7 +276,7 @@ def _checked(gate: Gate, mine: Ends, other: tuple[Number, Number], policy: str, 
             "gate",
             name,
             Status.UNDECIDED,
-            f"{why}: cannot be decided, the trace leaves it open (replay --refault assumes)",
+            f"{why}: cannot be decided, {unknown or 'the trace leaves it open (replay --refault assumes)'}",
         )
     return Check("gate", name, Status.FAILED if holds else Status.PASSED, why)
 

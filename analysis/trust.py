@@ -13,6 +13,7 @@ import polars as pl
 from analysis.rows import ALL
 from analysis.sources import Recording, Result
 from analysis.validation import Validated
+from replay.decode.capabilities import LEFT_OUT
 from replay.own_policy import Agreement
 from traces import kernels, source_notes
 from traces.durations import duration
@@ -81,7 +82,8 @@ def made_on(meta: Metadata, span: tuple[int, int]) -> Iterator[tuple[str, str]]:
 def loss(recording: Recording | None, result: Result | None) -> str:
     """What is missing of the events, for a report's first line; empty where nothing is known to be."""
     if recording is None:
-        return next((line for line in (result.missing if result is not None else ()) if " lost in " in line), "")
+        missing = result.missing if result is not None else ()
+        return next((line for line in missing if " lost in " in line or LEFT_OUT in line), "")
     meta = recording.metadata
     if meta.lost:
         return f"{meta.lost:,} of {meta.emitted:,} events lost"

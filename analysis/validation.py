@@ -12,12 +12,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Validated:
-    """How many of the recorded responses the model matched; `partial`: not every VM from its begin to its end."""
+    """How many of the recorded responses the model matched; `partial`: not every VM from its begin to its end.
+
+    `stopped`: why those after some moment, which may be others, were not compared; empty where all were.
+    """
 
     matched: int
     expected: int
     left: int
     partial: bool
+    stopped: str = ""
 
     @property
     def share(self) -> float:
@@ -43,4 +47,4 @@ def validated(trace: Trace, policy: str = "", since: int | None = None) -> Valid
     from replay.validate.compare import validate
 
     report = validate(trace, policy, since=since)
-    return Validated(report.matched, report.expected, report.left, not report.complete)
+    return Validated(report.matched, report.expected, report.left, not report.complete, report.stopped)

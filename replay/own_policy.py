@@ -191,7 +191,7 @@ def compare(
     if vm.get("origin") != "created":
         return replace(check, why="it was running before the recording began")
     if not check.differences:
-        return check
+        return replace(check, why=_unjudged(capabilities, vm))
     apart = [_apart(reading, int(rows.counts[reading.of])) for reading in readings if not reading.agrees]
     places = first_rows(capabilities, vm, apart)
     placed = []
@@ -200,6 +200,14 @@ def compare(
         placed.append(replace(reading, row=row, time=time))
     check = replace(check, readings=tuple(placed))
     return replace(check, why=_doubt(capabilities, vm, inputs, check))
+
+
+def _unjudged(capabilities: Capabilities, vm: Mapping[str, Any]) -> str:
+    """Why that they agree says nothing; empty where it does."""
+    meta = capabilities.trace.metadata
+    first, last = meta.spans.get(int(vm["id"]), meta.span)
+    over = [each for each in meta.left_out if each["since"] <= last and (each["until"] or last) >= first]
+    return "the recorder left out kinds of event in its time, so that recording cost less" if over else ""
 
 
 def _counts(own: Simulator) -> dict[str, int]:

@@ -136,8 +136,11 @@ def _target(capabilities: Capabilities, name: str, kernel: Kernel, other: bool, 
     label = policy.name or policy.__name__ if policy else name
     recorded = policy is None and not other and name == capabilities.own.name
     if recorded and not capabilities.own_or:
+        left_out = bool(capabilities.trace.metadata.left_out)
         unseen = (*_unseen_loads(capabilities), *_unseen_end(capabilities))
-        return Target(label, kernel, capabilities.own, None, True, unseen, (Run("exact", False, Case()),))
+        unseen = (*_unseen_unloads(capabilities), *unseen) if left_out else unseen
+        once = (Run("exact", False, Case()),)
+        return Target(label, kernel, capabilities.own, None, True, unseen, once, at_least=left_out)
     keeps = any(each.own_reference for each in (capabilities.own, *capabilities.own_or)) or capabilities.shadow
     refaults = keeps and not (parameters.own_reference or parameters.mmu == "shadow")
     hidden = capabilities.shadow and parameters.mmu == "tdp"

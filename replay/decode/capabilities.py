@@ -18,6 +18,7 @@ from traces.reader import Trace
 from traces.text import count
 from traces.untrusted import count_at, object_at
 
+LEFT_OUT: Final = "the recorder left out"  # begins what `missing` says of kinds that were not recorded, to cost less
 _NEEDED: Final = {
     "kvm_mmu_set_spte": "leaf installs",
     "kvm_page_fault": "page faults",
@@ -141,6 +142,8 @@ class Capabilities:
         for kind, what in _UNLOADING.items():
             if kind not in self.kinds:
                 yield f"{what} are not in it"
+        if trace.metadata.left_out:
+            yield "kinds of event were left out at times, so that recording cost less"
         if self.imported and (trace.metadata.gap_count or source_notes.overrun(trace.metadata.raw)):
             yield "events were lost, of which kinds is not known"
 
@@ -154,8 +157,8 @@ class Capabilities:
             kinds = sorted({kind for each in meta.left_out for kind in each["kinds"]})
             ended = "the end" if until is None else f"{until / 1e9:.3f} s"
             lines.append(
-                f"to cost less, the recorder left out {count(len(kinds), 'kind')} of event at times between "
-                f"{since / 1e9:.3f} s and {ended} of boot time: what happened then is not known"
+                f"{LEFT_OUT} {count(len(kinds), 'kind')} of event, to cost less, at times between {since / 1e9:.3f} s "
+                f"and {ended} of boot time: what happened then is not known"
             )
         if not meta.complete and not lines:
             lines.append("the recording is not complete")

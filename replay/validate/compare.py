@@ -53,6 +53,7 @@ class VmReport:
     until: str = ""  # why it was validated only to some point; empty if to the end
     taken: Mapping[str, int] = field(default_factory=dict)  # by what it is: taken from the recording, not predicted
     not_modelled: Mapping[str, int] = field(default_factory=dict)  # responses by kind: of nested guests' own paging
+    stopped: str = ""  # why rows from some moment on were not compared; empty if all were
     mistaken: int = 0  # rows that name a root of another address space than their own, which was not compared
 
 
@@ -103,6 +104,11 @@ class ConformanceReport:
     def complete(self) -> bool:
         """Every VM was validated from its creation to its end."""
         return not self.part and not any(vm.skipped or vm.until for vm in self.vms)
+
+    @property
+    def stopped(self) -> str:
+        """Why responses that were recorded were not compared, from some moment on; empty where all were."""
+        return next((vm.stopped for vm in self.vms if vm.stopped), "")
 
     @property
     def holds(self) -> bool:
@@ -207,7 +213,8 @@ def _vm(
         check = ConformanceCheck(machine_of(kernel, parameters, trace.metadata.raw.get("modules")))
     with Progress(f"validating VM {number}, rows") as progress:
         check.run(_counted(rows if since is None else _compared_from(since, rows, check.forget), progress))
-    left, until = 0, why_cut if rows.stopped else ""
+    left, stopped = 0, why_cut if rows.stopped else ""
+    until = stopped
     if not until and not check.ended:  # what its threads are in the middle of goes on after the end
         until = "the VM was not destroyed in the recording; what it would leave is not known"
     elif not until:
@@ -216,7 +223,7 @@ def _vm(
             left, until = 0, "the dump was made as the VM was being destroyed; what it left is not known"
         else:
             check.finish()
-    found = VmReport(number, check.tallies, check.first, left, 0, 0, until=until)
+    found = VmReport(number, check.tallies, check.first, left, 0, 0, until=until, stopped=stopped)
     if isinstance(check, shadow_driver.Paged):
         return replace(found, taken=check.taken)
     machine = check.machine

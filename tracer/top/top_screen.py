@@ -71,6 +71,7 @@ class TopScreen(App[None]):
         `lost` says how many events were lost so far; None where that cannot change.
         """
         super().__init__()
+        self.animation_level = "none"  # a key that is pressed while lines still move is as good as not pressed
         self._what, self._dump, self._start, self._lost, self._status = what, dump, start, lost, ""
         self._lines: list[VcpuSecond] = []
         self._sort, self._wanted, self.frozen, self._said = NAMES[0], "", False, ""
