@@ -111,6 +111,14 @@ def replay(
             help="Room for the rows of the VMs under way, such as 8G; one is always. [default: half of what is free]"
         ),
     ] = "",
+    time_limit: Annotated[
+        float,
+        typer.Option(
+            help="Seconds that one VM may take; one that takes longer has failed, and its process is ended. 0: no "
+            "limit.",
+            min=0,
+        ),
+    ] = 3600,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Try again, too, what failed in an earlier run.")
     ] = False,
@@ -139,7 +147,7 @@ def replay(
         fleet_text.warn_of_folders(place.text, found.root)
     folder = ResultFolder(place, make=True)
     folder.claim({"policies": [each.mark for each in policies], "made_by": fleet_task.made_by()})
-    tasks = fleet_run.tasks_of(found, rows, policies, place.text)
+    tasks = fleet_run.tasks_of(found, rows, policies, place.text, time_limit)
     with engines.opened(engine, workers) as opened:
         done = fleet_run.run(tasks, folder, opened, room, retry_failed=retry_failed)
     if as_json:

@@ -4,6 +4,9 @@
 Which tasks there are, and under way at a time, is decided here; where they run, and what becomes of those of a worker
 that dies, is the executor's business (engines.py). A task whose worker died is tried again, alone: whatever others were
 under way when it died have nothing to do with it then, and are not blamed.
+
+A process ends itself when a task's time is up (time_limit.py). Where the executor tells how it ended, that is known at
+once; Dask does not, and the task is tried once more, alone, so that how long it took tells.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from replay.fleet.engines import FleetEngine
 from replay.fleet.fleet_catalogue import Catalogue
 from replay.fleet.fleet_task import FleetTask, PolicyText, made_by, perform
 from replay.fleet.results import ResultFolder, task_of
+from replay.fleet.worker_processes import OUT_OF_TIME
 from traces.durations import duration
 from traces.errors import Problem
 from traces.progress import Progress
@@ -70,14 +74,14 @@ def chosen(catalogue: Catalogue, where: str) -> pl.DataFrame:
 
 
 def tasks_of(
-    catalogue: Catalogue, rows: pl.DataFrame, policies: tuple[PolicyText, ...], results: str
+    catalogue: Catalogue, rows: pl.DataFrame, policies: tuple[PolicyText, ...], results: str, seconds: float = 0.0
 ) -> dict[str, tuple[FleetTask, dict[str, Any]]]:
-    """Tasks by id, each with its row of the catalogue; the largest first."""
+    """Tasks by id, each with its row of the catalogue; the largest first. `seconds` that each may take; 0: no limit."""
     found = []
     for row in rows.iter_rows(named=True):
         task = FleetTask(
             catalogue.root, row["trace"], row["etag"] or "", row["size"], row["vm"], row["decoded"], policies, results,
-            made_by(),
+            made_by(), seconds,
         )  # fmt: skip
         found.append((task.id, task, row))
     found.sort(key=lambda each: (-each[1].decoded, each[0]))
@@ -128,7 +132,7 @@ def _performed(
     """Each task that is through, in whichever order, with the reason why it failed, or nothing."""
     limit = memory or engine.memory
     left, alone = deque(wanted), deque[tuple[str, FleetTask, int, str]]()
-    under_way: dict[Future[str], tuple[str, FleetTask, int]] = {}
+    under_way: dict[Future[str], tuple[str, FleetTask, int, float]] = {}
     size = 0
     idle_since = time.monotonic()
     while left or alone or under_way:
@@ -140,17 +144,17 @@ def _performed(
         while left and slots > len(under_way) and (not under_way or size + left[0][1].decoded <= limit):
             name, task = left.popleft()
             size += task.decoded
-            under_way[engine.executor.submit(perform, task)] = (name, task, 0)
+            under_way[engine.executor.submit(perform, task)] = (name, task, 0, time.monotonic())
         if not left and not under_way and alone and slots:
             name, task, attempt, _ = alone.popleft()
             size += task.decoded
-            under_way[engine.executor.submit(perform, task)] = (name, task, attempt)
+            under_way[engine.executor.submit(perform, task)] = (name, task, attempt, time.monotonic())
         if not under_way:
             time.sleep(_LOOK)
         done, _ = wait(under_way, timeout=_LOOK, return_when=FIRST_COMPLETED)
         shown.look()
         for future in done:
-            name, task, attempt = under_way.pop(future)
+            name, task, attempt, began = under_way.pop(future)
             size -= task.decoded
             error = CancelledError() if future.cancelled() else future.exception()
             if error is None:
@@ -158,6 +162,8 @@ def _performed(
             elif not (how := engine.died(error)):
                 text = (str(error).splitlines() or [""])[0]
                 yield name, task, printable(f"{type(error).__name__}: {text}"[:300])
+            elif how == OUT_OF_TIME or (attempt and 0 < task.seconds <= time.monotonic() - began):
+                yield name, task, f"not done after {task.seconds:g} seconds, the limit for a task (--time-limit)"
             elif attempt < ATTEMPTS:
                 alone.append((name, task, attempt + 1, how))
             else:

@@ -25,6 +25,7 @@ from replay.decode.capabilities import Capabilities
 from replay.fleet.fleet_schema import RESULTS, RESULTS_FORMAT
 from replay.fleet.outcome_rows import rows_of
 from replay.fleet.results import ResultFolder
+from replay.fleet.time_limit import limited
 from replay.plan import Plan
 from replay.timing.timed_run import Settings
 from traces import progress
@@ -55,7 +56,10 @@ class PolicyText:
 
 @dataclass(frozen=True)
 class FleetTask:
-    """`trace` is a key below `root`; `decoded` about what the VM's rows take in memory, bytes; `results` a place."""
+    """`trace` is a key below `root`; `decoded` about what the VM's rows take in memory, bytes; `results` a place.
+
+    `seconds` that it may take; 0: no limit.
+    """
 
     root: str
     trace: str
@@ -66,6 +70,7 @@ class FleetTask:
     policies: tuple[PolicyText, ...]
     results: str
     made_by: str
+    seconds: float = 0.0
 
     @property
     def id(self) -> str:
@@ -106,16 +111,22 @@ def perform(task: FleetTask) -> str:
     if task.made_by != made_by():
         return f"this worker is of {made_by()}, and the results are those of {task.made_by}: install the same"
     try:
-        results = _results(task.results)
-        if not results.has(task.id):
-            with remote_trace(_objects(task.root), StoredObject(task.trace, task.size, task.etag), task.vm) as trace:
-                rows = rows_for(trace, task)
-            results.put(task.id, pa.Table.from_pylist(rows, RESULTS))
+        with limited(task.seconds):
+            _perform(task)
     except Problem as problem:
         return printable(str(problem).removeprefix(f"{task.trace}: "))
     except MemoryError:
         return _MEMORY
     return ""
+
+
+def _perform(task: FleetTask) -> None:
+    results = _results(task.results)
+    if results.has(task.id):
+        return
+    with remote_trace(_objects(task.root), StoredObject(task.trace, task.size, task.etag), task.vm) as trace:
+        rows = rows_for(trace, task)
+    results.put(task.id, pa.Table.from_pylist(rows, RESULTS))
 
 
 def rows_for(trace: Trace, task: FleetTask) -> list[dict[str, Any]]:

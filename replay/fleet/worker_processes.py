@@ -21,6 +21,7 @@ from typing import Any, Final, ParamSpec, TypeVar
 Given = ParamSpec("Given")
 Found = TypeVar("Found")
 
+OUT_OF_TIME: Final = "killed by SIGALRM"  # which is how time_limit.py ends its process
 _WAIT: Final = 10.0  # seconds for a process that broke off to be gone
 
 

@@ -7,6 +7,7 @@ Results are compared, byte for byte, with a plain loop that replays each file as
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -323,6 +324,87 @@ def test_a_poisoned_trace_one_without_memory_and_one_that_is_killed_in_the_middl
     assert (again.done, again.failed_before) == (0, 2)
 
 
+GREEDY = """
+import sys, time
+from itertools import repeat
+from replay.simulate.policy_api import Policy
+
+class Mine(Policy):
+    name = "mine"
+
+    def on_put_to_zero(self, vm, root, cause, vcpu):
+        frame = sys._getframe()
+        while "task" not in frame.f_locals:
+            frame = frame.f_back
+        if frame.f_locals["task"].trace in ({never!r}, {hungry!r}):
+            if frame.f_locals["task"].trace == {never!r}:
+                sum(repeat(0))  # in C, where Python runs nothing else
+            held = []
+            while len(held) < 300:
+                held.append(bytearray(b"x") * (10 << 20))
+                time.sleep(0.05)
+            raise RuntimeError("nobody minds 3 GB")
+        vm.free(root, cause, vcpu)
+"""
+
+
+@pytest.fixture
+def greedy(fleet: Fleet, tmp_path: Path) -> tuple[Path, pl.DataFrame, str, str]:
+    """A policy under which one recording is replayed for ever, and one takes more and more memory; the recordings."""
+    some = fleet.catalogue.rows.filter(pl.col("trace").str.contains("smi-(one|grow|both)-6")).sort("trace")
+    assert len(some) >= 6
+    never, hungry = some["trace"][4], some["trace"][1]
+    policy = tmp_path / "mine.py"
+    policy.write_text(GREEDY.format(never=never, hungry=hungry))
+    return policy, some, never, hungry
+
+
+@pytest.mark.parametrize("engine", ["local", "dask"])
+def test_a_replay_that_never_ends_costs_its_own_task(
+    engine: str, fleet: Fleet, greedy: tuple[Path, pl.DataFrame, str, str]
+) -> None:
+    policy, some, never, hungry = greedy
+    place, policies = f"s3://{BUCKET}/never-{engine}", policy_texts([str(policy)])
+    rows = Catalogue(fleet.catalogue.root, some.filter(pl.col("trace") != hungry))
+    # Long enough for the others, on a machine that has much else to do.
+    tasks = fleet_run.tasks_of(rows, rows.rows, policies, place, 20)
+    done, folder = replayed(fleet, engine, place.rpartition("/")[2], tasks, (str(policy),))
+    assert [(each.task.trace, each.reason) for each in done.failed] == [
+        (never, "not done after 20 seconds, the limit for a task (--time-limit)")
+    ]
+    found = Results(folder).rows().collect()
+    assert found.filter(pl.col("row") == "failed")["trace"].to_list() == [never]
+    assert done.done == found.filter(pl.col("row") == "vm")["trace"].n_unique() == len(tasks) - 1
+
+
+@pytest.mark.parametrize("engine", ["local", "dask"])
+def test_one_that_takes_more_memory_than_there_is_costs_its_own_task(
+    engine: str, fleet: Fleet, greedy: tuple[Path, pl.DataFrame, str, str], tmp_path: Path
+) -> None:
+    """Dask's nanny ends a worker at 95 % of its limit, as the kernel ends a process when memory runs out; of a limit of
+    the process itself (RLIMIT_DATA) the task is told.
+    """
+    policy, some, never, hungry = greedy
+    catalogue, place = str(tmp_path / "catalogue.parquet"), f"s3://{BUCKET}/hungry-{engine}"
+    fleet_catalogue.write(fleet.catalogue, catalogue)
+    chosen = ", ".join(f"'{each}'" for each in some["trace"] if each != never)
+    words = ["fleet", "replay", catalogue, "-o", place, "--policy", str(policy), "--where", f"trace IN ({chosen})"]
+    own = [sys.executable, "-m", "kvmtrace", *words, "--json"]
+    if engine == "local":
+        done = subprocess.run(["prlimit", f"--data={2 << 30}", *own], capture_output=True, text=True, check=False)
+        reason = "there was not enough memory for it"
+    else:
+        with cluster("--nanny", "--memory-limit", "700MiB") as (address, _):
+            done = subprocess.run([*own, "--engine", address], capture_output=True, text=True, check=False)
+        reason = "the process that replays it died, alone and 3 times: killed, or ended, as when memory runs out"
+    assert done.returncode == 1, done.stderr
+    told = json.loads(done.stdout)
+    assert [(each["trace"], each["reason"]) for each in told["failed"]] == [(hungry, reason)]
+    found = Results(ResultFolder(location(place))).rows().collect()
+    assert found.filter(pl.col("row") == "failed")["trace"].to_list() == [hungry]
+    assert told["tasks"]["done"] == found.filter(pl.col("row") == "vm")["trace"].n_unique() == len(some) - 2
+
+
 @pytest.mark.usefixtures("unmerged")
 def test_a_store_that_fails_in_every_way_while_it_is_used(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     some = fleet.catalogue.rows.filter(pl.len().over("trace") == 1).sort("size").head(80)
@@ -396,14 +478,19 @@ def test_hostile_traces_cost_their_own_tasks(fleet: Fleet, tmp_path: Path) -> No
 
 
 @contextmanager
-def cluster() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """A scheduler and two workers that somebody else has started: its address and process."""
+def cluster(*options: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A scheduler and two workers that somebody else has started: its address and process. `options` of the workers."""
     address = f"tcp://127.0.0.1:{servers.free_port()}"
     dask = [sys.executable, "-m", "dask"]
     scheduler = [*dask, "scheduler", "--host", "127.0.0.1", "--port", address.rpartition(":")[2], "--no-dashboard"]
-    worker = [*dask, "worker", address, "--nthreads", "1", "--no-dashboard", "--no-nanny"]
+    worker = [*dask, "worker", address, "--nthreads", "1", "--no-dashboard", *(options or ["--no-nanny"])]
     commands = [scheduler, worker, worker]
-    started = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for command in commands]
+    # What kills its worker is told at once, not after three more of them.
+    environment_ = {**os.environ, "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "0"}
+    started = [
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment_)
+        for command in commands
+    ]
     try:
         yield address, started[0]
     finally:
