@@ -27,8 +27,10 @@ test: setup
 	$(PYTEST) $$(($$(nproc) + 1)) -m "not lab and not nightly"
 
 # The long forms of tests whose short forms are in `make test`, with recordings of this machine's own KVM (root).
+# Microsoft's emulator of Azure's store is npm's.
 nightly: setup
-	$(PYTHON) -m pytest -m nightly
+	@command -v azurite-blob >/dev/null || npm install --silent --no-audit --no-fund --prefix build/azurite azurite@3
+	PATH="$$PWD/build/azurite/node_modules/.bin:$$PATH" $(PYTHON) -m pytest -m nightly
 
 # `make demo` and `make test` in a fresh Debian 12 and a fresh Debian 13, for the night (root, debootstrap): two hours.
 chroots:

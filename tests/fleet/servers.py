@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hmac
 import http.client
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,12 +15,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import psutil
 
 BUCKET = "fleet-bucket"
+AZURE_ACCOUNT = "devstoreaccount1"
+AZURE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 _SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"
 _DENIED = b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
 
@@ -56,6 +62,63 @@ def s3() -> Iterator[int]:
     finally:
         server.kill()
         server.wait()
+
+
+def azure_environment(port: int) -> dict[str, str]:
+    """What clients of Azurite need in their environment. The key is everyone's: the emulator's documentation has it."""
+    return {
+        "AZURE_STORAGE_ACCOUNT_KEY": AZURE_KEY, "AZURE_ALLOW_HTTP": "true",
+        "AZURE_STORAGE_ENDPOINT": f"http://127.0.0.1:{port}/{AZURE_ACCOUNT}",
+    }  # fmt: skip
+
+
+@contextmanager
+def azure() -> Iterator[int]:
+    """Azurite, Microsoft's emulator of Azure's blobs, with an empty container; its port."""
+    program = shutil.which("azurite-blob")
+    assert program, "azurite-blob is not on the PATH: `npm install azurite`, as `make nightly` does"
+    port = free_port()
+    words = [
+        "--inMemoryPersistence",
+        "--silent",
+        "--skipApiVersionCheck",
+        "--disableTelemetry",
+        "--blobPort",
+        str(port),
+    ]
+    server = subprocess.Popen([program, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            try:
+                assert _make_container(port) == 201
+                break
+            except OSError:
+                assert server.poll() is None, "azurite-blob has ended"
+                time.sleep(0.1)
+        else:
+            raise AssertionError("azurite-blob does not answer within a minute")
+        yield port
+    finally:
+        server.kill()
+        server.wait()
+
+
+def _make_container(port: int) -> int:
+    """Azure's library is not needed for this one request, which obstore has not."""
+    now, version = formatdate(usegmt=True), "2021-08-06"
+    path = f"/{AZURE_ACCOUNT}/{BUCKET}"
+    signed = "PUT" + "\n" * 12 + f"x-ms-date:{now}\nx-ms-version:{version}\n/{AZURE_ACCOUNT}{path}\nrestype:container"
+    digest = hmac.digest(base64.b64decode(AZURE_KEY), signed.encode(), "sha256")
+    headers = {
+        "x-ms-date": now, "x-ms-version": version, "Content-Length": "0",
+        "Authorization": f"SharedKey {AZURE_ACCOUNT}:{base64.b64encode(digest).decode()}",
+    }  # fmt: skip
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        connection.request("PUT", f"{path}?restype=container", headers=headers)
+        return connection.getresponse().status
+    finally:
+        connection.close()
 
 
 def free_port() -> int:

@@ -59,6 +59,11 @@ def test_what_is_no_place_is_refused_without_repeating_a_secret(text: str, said:
 
 
 def test_objects_are_written_once_listed_and_read(objects: Objects) -> None:
+    use(objects)
+
+
+def use(objects: Objects) -> None:
+    """Everything that a place is used for."""
     assert list(objects.list()) == []
     assert objects.create("a/b c.parquet", DATA)
     assert not objects.create("a/b c.parquet", b"other")
@@ -79,6 +84,32 @@ def test_objects_are_written_once_listed_and_read(objects: Objects) -> None:
     objects.delete(["a/none", "a/d"])
     with pytest.raises(Problem, match="a/d: is not there"):
         objects.read_all("a/d")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["", "503", "reset", "lost"])
+def test_a_large_object_goes_up_in_parts_once(what: str, s3: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fault(method: str, path: str, before: int) -> str:
+        """One of the parts, and the last request: that they are all there."""
+        return what if not before and "uploadId=" in path and (method == "POST" or "partNumber=2" in path) else ""
+
+    with Proxy(s3, fault) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", environment(proxy.port)["AWS_ENDPOINT_URL"])
+        of_parts(Objects(location(f"s3://{BUCKET}/large-{what}")), monkeypatch)
+        assert len([path for method, path in proxy.seen if method == "PUT"]) == 3
+        assert proxy.done.get(what, 0) == (2 if what else 0)
+
+
+def of_parts(objects: Objects, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An object of three parts is created once."""
+    monkeypatch.setattr(object_store, "WHOLE", 6 << 20)
+    monkeypatch.setattr(object_store, "PART", 5 << 20)  # S3 takes no smaller ones
+    data = os.urandom(12 << 20)
+    assert objects.create("a", data)
+    assert not objects.create("a", b"other" + data[5:])
+    (found,) = objects.list()
+    assert found.size == len(data)
+    assert objects.read_all("a", found.etag) == data
 
 
 @pytest.mark.slow

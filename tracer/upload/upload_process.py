@@ -29,7 +29,6 @@ from traces.errors import ENVIRONMENT, Problem
 
 FIRST_DELAY: Final = 1.0  # seconds until the second try; each time twice as long
 LAST_DELAY: Final = 300.0
-LARGEST: Final = 4 << 30  # bytes that a store takes in one conditional request, S3's 5 GiB less some
 _LOWEST: Final = 19
 _SET_PARENT_DEATH_SIGNAL: Final = 1  # PR_SET_PDEATHSIG
 _NAME: Final = re.compile(r"[^A-Za-z0-9._-]+")
@@ -66,8 +65,6 @@ def object_name(waiting: Waiting, digest: str) -> str:
 
 def upload(waiting: Waiting, create: Callable[[str, Any], bool]) -> dict[str, Any]:
     """Upload one by `create` (see `traces.stores.object_store.Objects`); what there is to tell of it."""
-    if waiting.size > LARGEST:
-        raise NeverUploaded(f"{waiting.path}: more than {LARGEST >> 30} GiB: upload it with the store's own tools")
     with waiting.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         key = object_name(waiting, hashlib.sha256(data).hexdigest())
         made = create(key, data)

@@ -32,6 +32,10 @@ READ_TIMEOUT: Final = timedelta(seconds=15)  # without a byte
 TIMEOUT: Final = timedelta(minutes=10)  # of a whole request: one of a large recording takes long
 RETRIES: Final = 10  # from 0.1 s on, each time twice as long, up to 15 s: a busy store is given a minute
 RETRY_TIMEOUT: Final = timedelta(seconds=90)
+WHOLE: Final = 64 << 20  # bytes of an object that is written in one request, which has to end within TIMEOUT
+PART: Final = 16 << 20  # of a larger one
+MOST_PARTS: Final = 10_000  # that S3 and Google take of one object
+PARTS_AT_ONCE: Final = 4
 LISTINGS: Final = 5  # tries to go on with a listing
 _DELAY: Final = 0.2  # seconds before the second one
 _STATUS: Final = re.compile(r"status code: (\d{3}) ?([A-Za-z ]*)")
@@ -109,15 +113,33 @@ class Objects:
         """Write an object unless there is one of that name; whether it was written. It is there whole, or not at all.
 
         An answer that got lost on its way is asked for again: the object is then there already, and False.
+
+        A store takes a condition with a whole object only: one of more than WHOLE bytes goes up in parts, and whether
+        there is one of its name is asked before. Two that write it at once both do: its name has to tell its content.
         """
         from obstore.exceptions import AlreadyExistsError
 
+        if len(data) > WHOLE and self.place.scheme in CLOUDS:
+            return self._create_in_parts(key, data)
         with self._failing(key):
             try:
                 self._store.put(key, data, mode="create")
             except AlreadyExistsError:
                 return False
         self._sync(key)
+        return True
+
+    def _create_in_parts(self, key: str, data: bytes | mmap) -> bool:
+        if self.has(key):
+            return False
+        part = max(PART, -(-len(data) // MOST_PARTS))
+        with self._failing(key):
+            try:
+                self._store.put(key, data, use_multipart=True, chunk_size=part, max_concurrency=PARTS_AT_ONCE)
+            except FileNotFoundError:
+                if not self.has(key):
+                    raise
+                # The last answer got lost, and when it was asked for again the upload was done already.
         return True
 
     def replace(self, key: str, data: bytes) -> None:
@@ -129,9 +151,10 @@ class Objects:
     def delete(self, keys: Sequence[str]) -> None:
         """Remove objects, up to 1,000 in one request; those that are gone already are no error."""
         if self.place.scheme in CLOUDS:
-            with self._failing(keys[0] if keys else ""):
+            # Azure and Google say of an object that it was not there, and then what became of the rest is not known.
+            with self._failing(keys[0] if keys else ""), contextlib.suppress(FileNotFoundError):
                 self._store.delete(list(keys))
-            return
+                return
         for key in keys:
             with self._failing(key), contextlib.suppress(FileNotFoundError):
                 self._store.delete(key)
@@ -176,14 +199,13 @@ class Objects:
         if isinstance(error, PreconditionError):
             return ChangedObject(f"{where}: was changed meanwhile: it is not the object that was indexed")
         if isinstance(error, FileNotFoundError):
-            what = "the bucket does not exist" if "NoSuchBucket" in str(error) else "is not there"
-            return StoreProblem(f"{where}: {what}")
+            return StoreProblem(f"{where}: {_missing(error) or 'is not there'}")
         if isinstance(error, PermissionDeniedError | UnauthenticatedError) or _REFUSED.search(str(error)):
             return StoreProblem(
                 f"{where}: the store refuses access ({_reason(error)}): {_CREDENTIALS[self.place.scheme]}", ENVIRONMENT
             )
-        if not self.place.local and "<Code>NoSuchBucket</Code>" in str(error):
-            return StoreProblem(f"{where}: the bucket does not exist")
+        if not self.place.local and (missing := _missing(error)):
+            return StoreProblem(f"{where}: {missing}")
         return StoreProblem(f"{where}: {_reason(error)}", ENVIRONMENT)
 
 
@@ -241,6 +263,12 @@ def _of_body(error: Exception) -> bool:
     """Whether an answer had begun well, and its body did not come whole."""
     text = str(error)
     return _STATUS.search(text) is None and ("body error" in text or "timed out" in text or "TimedOut" in text)
+
+
+def _missing(error: Exception) -> str:
+    """That there is no such bucket, where a store says so."""
+    codes = {"NoSuchBucket": "the bucket does not exist", "ContainerNotFound": "the container does not exist"}
+    return next((said for code, said in codes.items() if f"<Code>{code}</Code>" in str(error)), "")
 
 
 def _reason(error: Exception) -> str:
