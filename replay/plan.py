@@ -11,7 +11,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import entry_points
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Final
 
@@ -250,7 +251,7 @@ def _own_policy(name: str) -> type[Policy] | None:
     """A user's policy, by path or entry point; None for a name of a kernel's."""
     if name.endswith(".py") or "/" in name:
         return _from_file(Path(name))
-    found = [entry for entry in entry_points(group=GROUP) if entry.name == name]
+    found = [entry for entry in _entries() if entry.name == name]
     if not found:
         return None
     try:
@@ -260,6 +261,12 @@ def _own_policy(name: str) -> type[Policy] | None:
     if not (isinstance(policy, type) and issubclass(policy, Policy)):
         raise Problem(f"--policy {name}: entry point {found[0].value} is no subclass of policy_api.Policy")
     return policy
+
+
+@cache
+def _entries() -> tuple[EntryPoint, ...]:
+    """Of policies. To find them every installed distribution is looked at: 8 ms, which a short replay would notice."""
+    return tuple(entry_points(group=GROUP))
 
 
 def _from_file(path: Path) -> type[Policy]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pyarrow.parquet as pq
@@ -104,6 +106,24 @@ def test_one_request_for_each_footer_and_none_the_second_time(
         assert [path for method, path in proxy.seen if "list-type" not in path] == [
             f"/{BUCKET}/index/catalogue.parquet"
         ]
+
+
+def test_footers_are_asked_for_many_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No read ends before as many are under way: one after the other would never."""
+    shutil.copy(SOME[0], tmp_path / "0.parquet")
+    for number in range(1, 2 * fleet_catalogue.READERS):
+        (tmp_path / f"{number}.parquet").hardlink_to(tmp_path / "0.parquet")
+    together = threading.Barrier(fleet_catalogue.READERS, timeout=60)
+    read = Objects.read
+
+    def waiting(self: Objects, key: str, *more: Any) -> bytes:
+        together.wait()
+        return read(self, key, *more)
+
+    monkeypatch.setattr(Objects, "read", waiting)
+    found = fleet_catalogue.index(location(str(tmp_path)))
+    assert found.catalogue.rows["trace"].n_unique() == 2 * fleet_catalogue.READERS
+    assert found.catalogue.broken.is_empty()
 
 
 def test_a_footer_beyond_the_first_read_takes_a_second(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,7 +108,7 @@ def test_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
         importlib.metadata.EntryPoint("wrong", "replay.simulate.reference:Vm", plan.GROUP),
         importlib.metadata.EntryPoint("gone", "replay.nowhere:Policy", plan.GROUP),
     ]
-    monkeypatch.setattr(plan, "entry_points", lambda group: entries if group == plan.GROUP else [])
+    monkeypatch.setattr(plan, "_entries", lambda: entries)
     (mine,) = storm("6.1-async", "lazy")
     assert mine.target.policy is idle_time.IdleTime
     with pytest.raises(Problem, match="no subclass"):
