@@ -10,7 +10,8 @@ round as many tasks are done by one worker and by two, one after the other. Told
 - CPU seconds outside of the tasks, of all processes but the store's, for each task, whatever else the machine does. In
   a task is the replay of its rows; outside are the scheduler, the executor, the store's client, opening the recording
   and writing the result, but not the start of processes. It does not grow with a task, so that tasks may be shorter
-  than the second that it is held against;
+  than the second that it is held against. What an engine takes in a second in which it does nothing, its own heartbeat,
+  is told apart, and belongs to a task of a second as well;
 - footers a second of an index, beside what the same server gives the same client when nothing is done with them.
 """
 
@@ -47,6 +48,7 @@ from traces.synth import Parameters, synthesize
 POLICIES: Final = (PolicyText("async"), PolicyText("preserve"))
 ENDPOINT: Final = f"s3://{BUCKET}"
 WRITERS: Final = 16
+IDLE: Final = 4.0  # seconds
 SPEEDUP: Final = 1.8
 OVERHEAD: Final = 0.1  # of a task of a second
 
@@ -112,8 +114,8 @@ def cpu(but: int) -> float:
     return spent
 
 
-def replays(options: argparse.Namespace, server: int, scratch: Path) -> dict[int, list[MeasuredRun]]:
-    """By workers, a run for each round."""
+def replays(options: argparse.Namespace, server: int, scratch: Path) -> tuple[dict[int, list[MeasuredRun]], float]:
+    """By workers, a run for each round; and the CPU seconds a second of both engines while they do nothing."""
     file = scratch / "trace.parquet"
     synthesize(file, Parameters(policy="async", vms=1, vcpus=2, events=options.events))
     place = filled("traces", file.read_bytes(), options.tasks)
@@ -123,13 +125,16 @@ def replays(options: argparse.Namespace, server: int, scratch: Path) -> dict[int
     with engines.opened(options.engine, 1) as one, engines.opened(options.engine, 2) as two:
         for workers, engine in ((1, one), (2, two)):  # processes begin, and import what they need
             by(engine, catalogue, catalogue.rows.head(4 * workers), server, scratch / f"warm-{workers}")
+        spent, began = cpu(server), time.monotonic()
+        time.sleep(IDLE)
+        idle = (cpu(server) - spent) / (time.monotonic() - began)
         for number in range(options.rounds):
             rows = catalogue.rows.slice(number * each, each)
             for workers, engine in ((1, one), (2, two)):
                 found[workers].append(by(engine, catalogue, rows, server, scratch / f"{number}-{workers}"))
             times = ", ".join(f"{workers} {runs[-1].seconds:.2f} s" for workers, runs in found.items())
             say(f"fleet_replay: round {number + 1}, workers: {times}")
-    return found
+    return found, idle
 
 
 def by(engine: Any, catalogue: Catalogue, rows: Any, server: int, notes: Path) -> MeasuredRun:
@@ -186,19 +191,20 @@ def footers(count: int, scratch: Path) -> dict[str, float]:
     return rates
 
 
-def summary(runs: dict[int, list[MeasuredRun]]) -> dict[str, float]:
+def summary(runs: dict[int, list[MeasuredRun]], idle: float) -> dict[str, float]:
     """The figures that the runs come to."""
     one, two = runs[1], runs[2]
     every = [*one, *two]
     tasks, inside = sum(run.tasks for run in every), sum(run.inside for run in every)
-    outside = sum(run.outside for run in every) / tasks
+    outside = sum(run.outside - idle * run.seconds for run in every) / tasks
     pairs = [a.seconds / b.seconds for a, b in zip(one, two, strict=True)]
     return {
         "two workers, times one": statistics.median(pairs),
         "least of a round": min(pairs),
         "CPU s in a task": inside / tasks,
         "CPU s outside, for each task": outside,
-        "CPU outside, share of a task of a second": outside,
+        "CPU s of idle engines, each second": idle,
+        "CPU outside, share of a task of a second": outside + idle,
         "wall s of one worker outside, for each task": statistics.median(
             (run.seconds - run.inside) / run.tasks for run in one
         ),
@@ -217,8 +223,8 @@ def main() -> None:
     with store() as server, tempfile.TemporaryDirectory() as scratch:
         document: dict[str, Any] = {"machine": machine(), "load": os.getloadavg()[0], "engine": options.engine}
         if options.tasks:
-            runs = replays(options, server, Path(scratch))
-            document |= summary(runs)
+            runs, idle = replays(options, server, Path(scratch))
+            document |= summary(runs, idle)
             document["runs"] = {workers: [asdict(run) for run in of] for workers, of in runs.items()}
         if options.footers:
             document["footers a second"] = footers(options.footers, Path(scratch))
