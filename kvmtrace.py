@@ -25,6 +25,7 @@ from tracer.top.cli import app as top
 from traces import ending
 from traces.documents import print_json
 from traces.errors import ENVIRONMENT, VERDICT_FAILED, Problem
+from traces.extras import how_to_get, need
 from traces.help_text import examples
 from traces.options import Force, Json, Recording
 from traces.sizes import size_of
@@ -185,6 +186,10 @@ def record(
     ring = size_of(ring_size) if ring_size else None
     if ring is not None and (ring & (ring - 1) or ring < 4096):
         raise Problem(f"--ring-size {ring_size}: must be a power of two, at least 4096")
+    if flight or upload:
+        need("pyarrow", "--flight" if flight else "--upload", "flight")
+    if upload:
+        need("obstore", "--upload", "flight")
     preset, kinds = _kinds(events)
     options = Options(
         out=out or Path(time.strftime("kvmtrace-%Y%m%d-%H%M%S.parquet")),
@@ -239,6 +244,11 @@ def record(
             _tell(f"kvmtrace: {uploaded.outcome.text}")
     for line in summary.discrepancies:
         _tell(f"kvmtrace: {summary.path}: {line}")
+    if summary.path.suffix == ".kvmt":
+        _tell(
+            f"kvmtrace: {summary.path}: no trace yet, for that needs pyarrow: copy it to where it is installed, or "
+            f"{how_to_get('pyarrow')}; then run `kvmtrace recover {summary.path}`"
+        )
     for probe, runs in outcome.missed.items():
         _tell(
             f"kvmtrace: the kernel skipped {probe} {runs:,} times, as another BPF program was running on that CPU: "

@@ -70,5 +70,7 @@ def test_constraints_have_a_version_that_fits_for_every_dependency() -> None:
     wanted = [*PROJECT["dependencies"], *(each for extra in extras for each in extra)]
     for text in wanted:
         requirement = Requirement(text)
+        if requirement.name == PROJECT["name"]:  # an extra of ours that brings another one
+            continue
         version = pinned[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version), (text, version)

@@ -30,13 +30,14 @@ from tracer.ring import Rings, default_ring_bytes, ring_count
 from tracer.writer import SegmentThread, Sink, prefer_this_thread
 from traces import interrupts, outputs
 from traces.errors import ENVIRONMENT, Problem
+from traces.extras import have
 from traces.progress import Progress
 from traces.record import RECORD
+from traces.recording_summary import of_segments
 from traces.schema import BY_NAME
-from traces.segment_writer import load_arrow
 
 if TYPE_CHECKING:
-    from traces.compact import Summary
+    from traces.recording_summary import Summary
 
 IDLE_SECONDS = 0.02  # between drains: long enough for full batches, short against a ring (32 MiB: 0.1 s at 4 M/s)
 FLUSH_SECONDS = 1.0
@@ -220,7 +221,6 @@ class Recorder:
         options, started, flushed = self.options, time.monotonic(), time.monotonic()
         self.probes.attach()
         try:
-            load_arrow()  # 0.1 s, in which the rings take what comes
             self._meet_latecomers()
             if options.command:
                 self._child = subprocess.Popen(options.command, stdout=options.command_stdout)
@@ -403,16 +403,23 @@ def take(*several: Options) -> Iterator[Taken]:
             probes.close()
 
 
+def _compacted(taken: Taken) -> Summary:
+    from traces.arrow_records import spare_allocations  # not before the probes are attached: it loads Arrow
+    from traces.compact import compact
+
+    spare_allocations()
+    options = taken.options
+    with Progress(f"compacting {taken.drained:,} events into {options.out}"):
+        summary = compact(options.directory, options.out)
+    shutil.rmtree(options.directory)
+    return summary
+
+
 def record(*several: Options) -> Iterator[RecordingOutcome]:
-    """Make recordings as `take` does, each compacted into its file."""
+    """Make recordings as `take` does, each compacted into its file; left as segments where pyarrow is not installed."""
     started, cpu = time.monotonic(), time.process_time()
     for taken in take(*several):
-        from traces.compact import compact  # not before the probes are attached: it loads Parquet
-
-        options = taken.options
-        with Progress(f"compacting {taken.drained:,} events into {options.out}"):
-            summary = compact(options.directory, options.out)
-        shutil.rmtree(options.directory)
+        summary = _compacted(taken) if have("pyarrow") else of_segments(taken.options.directory)
         used, passed = time.process_time() - cpu, time.monotonic() - started
         yield RecordingOutcome(summary, taken.stopped, taken.status, used, passed, taken.missed)
         started, cpu = time.monotonic(), time.process_time()

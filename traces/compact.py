@@ -30,6 +30,7 @@ from traces.memslots import MAX_SLOTS, Memslots
 from traces.metadata import KEY
 from traces.outputs import Unwritable
 from traces.record import Columns
+from traces.recording_summary import Summary
 from traces.schema import BY_CODE, BY_NAME, FORMAT_MAJOR, FORMAT_MINOR
 from traces.segments import SegmentReader
 from traces.text import printable
@@ -42,18 +43,6 @@ _POLICY_CODES: Final = [BY_NAME[kind].code for kind in KINDS]
 
 # What compaction uses up. Snapshots hold kernel addresses, which are not for a file that gets mailed around.
 _WORKING_KEYS: Final = ("snapshot", "closed")
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a compaction came to: events stored and lost, file size in bytes, and why it is not complete, if so."""
-
-    path: Path
-    events: int
-    lost: int
-    size: int
-    complete: bool
-    discrepancies: tuple[str, ...]
 
 
 @dataclass

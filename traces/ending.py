@@ -18,7 +18,8 @@ from typing import Any, Final, NoReturn
 import typer
 
 from traces import interrupts
-from traces.errors import BAD_INPUT, Problem
+from traces.errors import BAD_INPUT, ENVIRONMENT, Problem
+from traces.extras import missing
 from traces.text import printable
 
 _USAGE: Final[Any] = typer.BadParameter.__base__  # UsageError of click, or of typer's own copy of it
@@ -99,6 +100,8 @@ def _told(error: BaseException) -> int:
     elif isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename is not None else ""
         line = f"{where}{error.strerror or error}"
+    elif isinstance(error, ImportError) and (lacking := missing(error)) is not None:
+        code, line = ENVIRONMENT, lacking
     elif isinstance(error, UnicodeEncodeError):
         line = f"{printable(error.object)}: not UTF-8, which the libraries that read and write files need"
     else:  # a bug: it is reported with its traceback

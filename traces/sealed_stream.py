@@ -1,24 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Segments of a recording in Arrow: batches of raw records, each followed by its seal (see segments.py)."""
+"""Segments of a recording as an Arrow stream: batches of raw records, each followed by its seal (see segments.py).
+
+Written without pyarrow, which is 170 MB on a host that only records. Tests hold it against pyarrow.
+https://arrow.apache.org/docs/format/Columnar.html has the messages, metadata version 5; bodies are LZ4 frames.
+"""
 
 from __future__ import annotations
 
-import io
 import json
+import struct
 import zlib
-from typing import Final
+from collections.abc import Callable
+from typing import Any, Final
 
 import numpy as np
-import pyarrow as pa
 
+from traces.flat_buffers import Node, flat_buffer
 from traces.record import RECORD, Columns, columns_of
-from traces.schema import RECORD_FIELDS
 
-RECORD_SCHEMA: Final = pa.schema(
-    [pa.field(name, pa.from_numpy_dtype(RECORD[name]), nullable=False) for name, _ in RECORD_FIELDS]
-)
 END: Final = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream
-_OPTIONS: Final = pa.ipc.IpcWriteOptions(compression="lz4")
+_V5: Final = 4  # MetadataVersion
+_SCHEMA, _RECORD_BATCH = 1, 3  # MessageHeader
+_INT: Final = 2  # Type
+_EMPTY: Final = columns_of(np.empty(0, RECORD))
 
 
 def seal_crc(message: bytes | memoryview, first: int, rows: int) -> int:
@@ -26,18 +30,36 @@ def seal_crc(message: bytes | memoryview, first: int, rows: int) -> int:
     return zlib.crc32(f"{first} {rows}".encode(), zlib.crc32(message))
 
 
-def to_batch(columns: Columns) -> pa.RecordBatch:
-    """The columns as one Arrow record batch of RECORD_SCHEMA, without copying."""
-    arrays = [pa.array(columns[name]) for name, _ in RECORD_FIELDS]
-    return pa.RecordBatch.from_arrays(arrays, schema=RECORD_SCHEMA)
+def _compression() -> Callable[[Any], bytes]:
+    """What makes an LZ4 frame: of lz4, which is small and soon loaded, or else of pyarrow."""
+    try:
+        from lz4 import frame
+    except ImportError:
+        import pyarrow as pa
+
+        codec = pa.Codec("lz4")
+        return lambda data: bytes(codec.compress(data, asbytes=True))
+    return lambda data: bytes(frame.compress(data, block_size=frame.BLOCKSIZE_MAX4MB, store_size=False))
 
 
-def to_columns(batch: pa.RecordBatch) -> Columns:
-    """The columns of a validated batch of RECORD_SCHEMA as numpy arrays, without copying."""
-    return {name: batch.column(index).to_numpy(zero_copy_only=True) for index, (name, _) in enumerate(RECORD_FIELDS)}
+def _message(kind: int, header: Node, body: int, custom: Node | None = None) -> bytes:
+    """A message as a stream has it, but for its body of so many bytes: a mark, the size, and what it says."""
+    said: dict[int, Node] = {0: _V5, 1: kind, 2: header, 3: body}
+    if custom is not None:
+        said[4] = custom
+    data = flat_buffer(said)
+    return struct.pack("<iI", -1, len(data)) + data
 
 
-_EMPTY: Final = to_batch(columns_of(np.empty(0, RECORD)))
+def _schema() -> bytes:
+    """The message with which a stream begins: the record's fields, integers that are never null."""
+    fields: list[Node] = []
+    for name in RECORD.names or ():
+        kind = RECORD[name]
+        fields.append({
+            0: name.encode(), 1: 0, 2: _INT, 3: {0: kind.itemsize * 8, 1: int(kind.kind == "i")}, 5: [],
+        })  # fmt: skip
+    return _message(_SCHEMA, {0: 0, 1: fields}, 0)
 
 
 class BatchEncoder:
@@ -46,26 +68,39 @@ class BatchEncoder:
     What was encoded may go into any segment, later and elsewhere.
     """
 
+    head: Final = _schema()
+
     def __init__(self) -> None:
-        self._sink = io.BytesIO()
-        self._stream = pa.ipc.new_stream(self._sink, RECORD_SCHEMA, options=_OPTIONS)
-        self.head = RECORD_SCHEMA.serialize().to_pybytes()
-        self._stream.write_batch(_EMPTY)
-        self._taken()  # the stream's own head
+        self._compress = _compression()
 
     def batch(self, columns: Columns) -> bytes:
         """The message of some records, given as columns by field."""
-        self._stream.write_batch(to_batch(columns))
-        return self._taken()
+        return self._batch(columns)
 
     def seal(self, message: bytes, first: int, rows: int) -> bytes:
         """The message that vouches for all bytes since the seal before it, and for the number of the first row."""
         seal = {"first": first, "rows": rows, "crc32": seal_crc(message, first, rows)}
-        self._stream.write_batch(_EMPTY, custom_metadata={"seal": json.dumps(seal)})
-        return self._taken()
+        return self._batch(_EMPTY, [{0: b"seal", 1: json.dumps(seal).encode()}])
 
-    def _taken(self) -> bytes:
-        data = self._sink.getvalue()
-        self._sink.seek(0)
-        self._sink.truncate()
-        return data
+    def _batch(self, columns: Columns, custom: Node | None = None) -> bytes:
+        """A message of (rows, nulls) and (offset, size) of the body's buffers, and that body."""
+        rows, names = len(columns["time"]), RECORD.names or ()
+        buffers = np.zeros((len(names), 2, 2), np.int64)  # of each a bitmap of nulls, which is empty, and the values
+        parts: list[bytes] = []
+        offset = 0
+        for place, name in zip(buffers, names, strict=True):
+            data = self._buffer(columns[name]) if rows else b""
+            place[:, 0], place[1, 1] = offset, len(data)
+            parts += (data, bytes(-len(data) % 8))
+            offset += len(data) + -len(data) % 8
+        nodes = np.array([(rows, 0)] * len(names), np.int64)
+        compressed: Node = {0: 0, 1: 0}  # LZ4_FRAME, by buffer
+        header: Node = {0: rows, 1: nodes, 2: buffers.reshape(-1, 2), 3: compressed}
+        return b"".join((_message(_RECORD_BATCH, header, offset, custom), *parts))
+
+    def _buffer(self, values: np.ndarray[Any, Any]) -> bytes:
+        """The size that the values have, then they as a frame; -1 and they as they are where that is no longer."""
+        packed = self._compress(values)
+        if len(packed) < values.nbytes:
+            return struct.pack("<q", values.nbytes) + packed
+        return struct.pack("<q", -1) + values.tobytes()

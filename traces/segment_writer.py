@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +17,7 @@ from traces import durable
 from traces.errors import Problem
 from traces.record import Columns
 from traces.record_buffer import RecordBuffer
-
-if TYPE_CHECKING:
-    from traces.sealed_stream import BatchEncoder
+from traces.sealed_stream import END, BatchEncoder
 
 MANIFEST: Final = "manifest.json"
 SEGMENT_ROWS: Final = 1 << 21
@@ -45,7 +43,7 @@ class SegmentWriter:
         self._segment = 0
         self._segment_rows = 0
         self._fd = -1
-        self._encoder: BatchEncoder | None = None
+        self._encoder = BatchEncoder()
         self._buffer = RecordBuffer()
         self._failure: Problem | None = None
         try:
@@ -103,25 +101,19 @@ class SegmentWriter:
         self._write_message(message, rows)
 
     def _write_batch(self, columns: Columns) -> None:
-        self._write_message(self._encoding().batch(columns), len(columns["time"]))
+        self._write_message(self._encoder.batch(columns), len(columns["time"]))
 
     def _write_message(self, message: bytes, rows: int) -> None:
         if self._failure is not None:
             raise self._failure
-        encoder = self._encoding()
         if self._fd < 0:
             self._begin_segment()
-            message = encoder.head + message
-        self._append(message + encoder.seal(message, self._sealed, rows))
+            message = self._encoder.head + message
+        self._append(message + self._encoder.seal(message, self._sealed, rows))
         self._sealed += rows
         self._segment_rows += rows
         if self._segment_rows >= SEGMENT_ROWS:
             self._end_segment()
-
-    def _encoding(self) -> BatchEncoder:
-        if self._encoder is None:
-            self._encoder = _new_encoder()
-        return self._encoder
 
     def _begin_segment(self) -> None:
         with self._failing():
@@ -132,7 +124,7 @@ class SegmentWriter:
     def _end_segment(self) -> None:
         if self._fd < 0:
             return
-        self._append(_end())
+        self._append(END)
         with self._failing():
             durable.sync(self._fd)
         os.close(self._fd)
@@ -157,27 +149,3 @@ class SegmentWriter:
                 f"make room, then run `kvmtrace recover {self.directory}`"
             )
             raise self._failure from error
-
-
-def load_arrow() -> None:
-    """Load what segments are written with: a recorder does so once its probes are attached, and no row waits for it.
-
-    Arrow's own allocator gives memory back to the kernel between two batches and takes it again, a tenth of what
-    recording and compaction cost; libc's keeps it.
-    """
-    import pyarrow as pa
-
-    pa.set_memory_pool(pa.system_memory_pool())
-    _new_encoder()
-
-
-def _new_encoder() -> BatchEncoder:
-    from traces.sealed_stream import BatchEncoder
-
-    return BatchEncoder()
-
-
-def _end() -> bytes:
-    from traces.sealed_stream import END
-
-    return END

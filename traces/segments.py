@@ -20,10 +20,11 @@ from typing import Any, Final
 
 import pyarrow as pa
 
+from traces.arrow_records import RECORD_SCHEMA, to_columns
 from traces.errors import Problem
 from traces.foreign import of_no_directory
 from traces.record import Columns
-from traces.sealed_stream import RECORD_SCHEMA, seal_crc, to_columns
+from traces.sealed_stream import seal_crc
 from traces.segment_writer import MANIFEST
 
 MAX_BATCH_ROWS: Final = 1 << 20  # what a reader accepts from elsewhere

@@ -14,6 +14,7 @@ from typing import Any, Final, Protocol
 
 from replay.fleet.worker_processes import WorkerDied, WorkerProcesses
 from traces.errors import ENVIRONMENT, Problem
+from traces.extras import how_to_get
 from traces.text import printable
 
 LOCAL: Final = "local"
@@ -121,9 +122,7 @@ def _dask(address: str, workers: int) -> Iterator[_Dask]:
         import dask
         from distributed import Client, LocalCluster
     except ImportError:
-        raise Problem(
-            "--engine: Dask is not installed: install it with `python3 -m pip install 'kvmtrace[fleet]'`", ENVIRONMENT
-        ) from None
+        raise Problem(f"--engine: Dask is not installed: {how_to_get('distributed')}", ENVIRONMENT) from None
     count = workers or os.cpu_count() or 1
     # Dask does again what a dead worker had, and blames all of it when that happens too often: of our own cluster at
     # once, for whoever is suspected is then tried alone (fleet_run.py).

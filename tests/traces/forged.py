@@ -33,12 +33,12 @@ from tests.traces import thrift
 from tests.traces.hostile import CPU_SECONDS, MEMORY, flipped, odd_metadata, sealed, with_metadata
 from tests.traces.thrift import LIST, STRUCT, Struct
 from traces import sealed_stream
+from traces.arrow_records import RECORD_SCHEMA, to_batch
 from traces.compact import compact
 from traces.errors import BAD_INPUT, Problem
 from traces.metadata import KEY
 from traces.reader import Trace
 from traces.record import RECORD, columns_of
-from traces.sealed_stream import RECORD_SCHEMA, to_batch
 from traces.segment_writer import MANIFEST, segment_name
 
 NUMBERS = (0, 1, -1, 2, 7, 127, 255, 1 << 15, (1 << 16) + 3, (1 << 31) - 1, -(1 << 31), 1 << 32, 1 << 40, (1 << 63) - 1)

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from tests import streams
-from traces.compact import Summary, compact
+from traces.compact import compact
 from traces.record import RECORD
+from traces.recording_summary import Summary
 from traces.schema import BY_NAME
 from traces.segment_writer import SegmentWriter
 from traces.segments import SegmentReader

@@ -25,10 +25,11 @@ import pytest
 
 from tests.waiting import PATIENCE, until
 from traces import durable, segment_writer
-from traces.compact import Summary, compact
+from traces.compact import compact
 from traces.errors import Problem
 from traces.reader import Trace
 from traces.record import RECORD
+from traces.recording_summary import Summary
 from traces.schema import BY_NAME
 from traces.segment_writer import MANIFEST, SegmentWriter, segment_name
 from traces.segments import SegmentReader

@@ -14,12 +14,11 @@ from typing import Any, Final
 
 from tracer.flight.metrics import BUCKETS, FAMILIES, Sample
 from traces.errors import ENVIRONMENT, Problem
+from traces.extras import need
 
-try:
-    import prometheus_client
-    from prometheus_client import core
-except ImportError:
-    raise Problem("--metrics needs prometheus-client: pip install 'kvmtrace[metrics]'", ENVIRONMENT) from None
+need("prometheus_client", "--metrics")
+import prometheus_client  # noqa: E402
+from prometheus_client import core  # noqa: E402
 
 SUFFIX: Final = ".prom"
 _EVERY: Final = 15.0  # seconds between two writes of the file

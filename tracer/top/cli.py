@@ -14,6 +14,7 @@ import typer
 
 from traces.documents import print_json
 from traces.errors import ENVIRONMENT, Problem
+from traces.extras import how_to_get
 from traces.help_text import examples
 from traces.options import Json
 
@@ -98,7 +99,7 @@ def _screen(trace: Path | None, dumps: Path | None) -> None:
     try:
         from tracer.top.top_screen import TopScreen
     except ImportError:
-        raise Problem("the screen needs textual: pip install 'kvmtrace[top]', or use --once", ENVIRONMENT) from None
+        raise Problem(f"the screen needs textual: {how_to_get('textual')}, or use --once", ENVIRONMENT) from None
     from tracer.top.live import LiveTop
     from tracer.top.playback import Played
 

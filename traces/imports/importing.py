@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from traces import kernels
 from traces.columns import kind_name
-from traces.compact import Summary, _Compaction
+from traces.compact import _Compaction
 from traces.encoding import TraceFile
 from traces.errors import Problem
 from traces.imports.findings import Findings
@@ -38,6 +38,7 @@ from traces.kernels.vendors import SVM, VMX
 from traces.outputs import IMPORTED, check
 from traces.progress import Progress
 from traces.record import Columns
+from traces.recording_summary import Summary
 from traces.schema import BY_NAME, KINDS
 from traces.segments import Segment, SegmentReader
 

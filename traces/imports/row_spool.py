@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from traces.arrow_records import RECORD_SCHEMA, to_batch, to_columns
 from traces.imports.form_program import ROLE_FIELDS, TEXT_ROLE
 from traces.imports.other_events import OTHER, OtherTexts
 from traces.record import Columns
 from traces.schema import BY_NAME, RECORD_FIELDS
-from traces.sealed_stream import RECORD_SCHEMA, to_columns
 
 _GET_PAGE: Final = BY_NAME["kvm_mmu_get_page"].code
 _ROOT_LEVELS: Final = (4, 5)
@@ -46,12 +46,11 @@ class RowSpool:
         count = len(columns["kind"])
         if not count:
             return
-        arrays = []
+        whole = {}
         for name, dtype in RECORD_FIELDS:
             values = columns.get(name)
-            data = np.zeros(count, dtype) if values is None else np.ascontiguousarray(values).view(dtype)
-            arrays.append(pa.array(data))
-        self._stream.write_batch(pa.RecordBatch.from_arrays(arrays, schema=RECORD_SCHEMA))
+            whole[name] = np.zeros(count, dtype) if values is None else np.ascontiguousarray(values).view(dtype)
+        self._stream.write_batch(to_batch(whole))
         self.rows += count
         self.kinds += np.bincount(columns["kind"], minlength=256)
         self._see_roots(columns)

@@ -11,12 +11,13 @@ from typing import Any, Final
 import numpy as np
 
 from traces.columns import kind_name
-from traces.compact import Summary, _Compaction
+from traces.compact import _Compaction
 from traces.encoding import TraceFile
 from traces.kernels import at
 from traces.outputs import SYNTHETIC
 from traces.progress import Progress
 from traces.record import Columns
+from traces.recording_summary import Summary
 from traces.segments import Segment, SegmentReader
 from traces.synth.parameters import Parameters
 from traces.synth.row_columns import join, take

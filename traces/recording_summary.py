@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a recording came to, as a trace or as the segments that a trace is made of."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from traces.segment_writer import MANIFEST
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Events stored and lost, size in bytes, and why it is not complete, if so; None: nobody has looked yet."""
+
+    path: Path
+    events: int
+    lost: int
+    size: int
+    complete: bool | None
+    discrepancies: tuple[str, ...]
+
+
+def of_segments(directory: Path) -> Summary:
+    """What a recorder that has ended says of its segments; whether they are whole only `compact` finds."""
+    manifest = json.loads((directory / MANIFEST).read_bytes())
+    lost = sum(sum(kind["lost"].values()) for kind in manifest["loss"].values())
+    size = sum(path.stat().st_size for path in directory.iterdir())
+    return Summary(directory, manifest["closed"]["rows"], lost, size, None, ())
