@@ -126,8 +126,9 @@ def _verdict(old: FleetSide, new: FleetSide, matched: pl.DataFrame) -> Iterator[
                 yield f"{each.where}: no VM was replayed, {count(each.found.failed, 'task')} failed"
         return
     yield (
-        f"soft-hangs as recorded {_of(before['hung_rate'])}, then {_of(after['hung_rate'])} s of 1,000 s of vCPU time: "
-        f"{span(before['hung_low'], before['hung_high'], Unit.COUNT)} of {count(before['vms'], 'VM')}, then "
+        f"soft-hangs as recorded: {_of(before['hung_rate'])} s of 1,000 s of vCPU time, then "
+        f"{_of(after['hung_rate'])} s; "
+        f"{span(before['hung_low'], before['hung_high'], Unit.COUNT)} of {count(before['vms'], 'VM')} have some, then "
         f"{span(after['hung_low'], after['hung_high'], Unit.COUNT)} of {count(after['vms'], 'VM')}"
     )
     alone = [len(_only(each, other)) for each, other in ((old, new), (new, old))]
@@ -139,10 +140,8 @@ def _verdict(old: FleetSide, new: FleetSide, matched: pl.DataFrame) -> Iterator[
     if len(matched):
         lost = matched.filter((pl.col("own_policy") == "agrees") & (pl.col("own_policy_new") != "agrees"))
         tasks = lost.select(_TASK).n_unique() if len(lost) else 0
-        yield (
-            f"of {count(len(matched), 'replay')} in both {len(_changed(matched)):,} came out otherwise; of "
-            f"{count(tasks, 'VM')} the replay agreed with the rows, and does so no more"
-        )
+        less = f"; {count(tasks, 'VM')} whose replay agreed with its rows, and does so no more" if tasks else ""
+        yield f"of {count(len(matched), 'replay')} in both {len(_changed(matched)):,} came out otherwise{less}"
 
 
 def _of(share: float | None) -> str:

@@ -15,6 +15,8 @@ from analysis.fleet.outliers import RULE, outliers
 from analysis.gates import Gate
 from analysis.report import Report
 from analysis.units import Unit, span
+from replay.timing.stalls import Rule
+from traces.durations import duration
 from traces.text import count, printable
 
 
@@ -62,7 +64,7 @@ def _verdict(found: FleetOutcome, best: str) -> Iterator[str]:
     long = span(whole["stalled_low_ns"], whole["stalled_high_ns"], Unit.LONG)
     recorded = (
         f"{count(hosts, 'host')}, {count(found.recordings, 'recording')} of {count(whole['vms'], 'VM')} with "
-        f"{count(whole['vcpus'], 'vCPU')}, {_long(whole['vm_ms'])} of VMs and {_long(whole['vcpu_ms'])} of vCPUs"
+        f"{count(whole['vcpus'], 'vCPU')}, {_long(whole['vm_ms'])} of VM and {_long(whole['vcpu_ms'])} of vCPU time"
     )
     said = (
         f"{hung} of {whole['timed']:,} VMs had {times} soft-hangs, {long} in all"
@@ -130,6 +132,8 @@ def _apart(found: FleetOutcome, best: str, whole: dict[str, int]) -> Iterator[st
 
 def _trust() -> Iterator[tuple[str, str]]:
     yield "VMs", "each counts once in each of its recordings"
+    rule = Rule()
+    yield "soft-hang", f"{duration(rule.window)} or more with less than {rule.share:.0%} in the guest or halted"
     yield (
         "gain",
         (
