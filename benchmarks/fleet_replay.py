@@ -6,7 +6,9 @@
 One synthetic recording under many names in a store on loopback (moto, a process of its own on the same CPUs). In each
 round as many tasks are done by one worker and by two, one after the other. Told are
 
-- the wall time of one worker as a multiple of that of two, the median of the rounds: of use on an idle machine only;
+- the wall time of one worker as a multiple of that of two, the median of the rounds: of use on an idle machine only.
+  Beside it, what two processes bring over one that replay the same file and do nothing else: two CPUs may be threads of
+  one core;
 - CPU seconds outside of the tasks, of all processes but the store's, for each task, whatever else the machine does. In
   a task is the replay of its rows; outside are the scheduler, the executor, the store's client, opening the recording
   and writing the result, but not the start of processes. It does not grow with a task, so that tasks may be shorter
@@ -84,6 +86,12 @@ def counting(folder: str, task: FleetTask) -> str:
             file.write(f"{spent}\n")
 
 
+def alone(file: str) -> int:
+    """A replay without a store."""
+    task = FleetTask("", "trace.parquet", "", 0, 1, 0, POLICIES, "", fleet_task.made_by())
+    return len(fleet_task.rows_for(Trace.open(Path(file)), task))
+
+
 @contextmanager
 def store() -> Iterator[int]:
     """A bucket on loopback, in this process's environment and that of its workers; the number of its process."""
@@ -114,14 +122,15 @@ def cpu(but: int) -> float:
     return spent
 
 
-def replays(options: argparse.Namespace, server: int, scratch: Path) -> tuple[dict[int, list[MeasuredRun]], float]:
-    """By workers, a run for each round; and the CPU seconds a second of both engines while they do nothing."""
+def replays(options: argparse.Namespace, server: int, scratch: Path) -> dict[str, Any]:
+    """The figures of all rounds, and the runs that they are of."""
     file = scratch / "trace.parquet"
     synthesize(file, Parameters(policy="async", vms=1, vcpus=2, events=options.events))
     place = filled("traces", file.read_bytes(), options.tasks)
     catalogue = fleet_catalogue.index(location(place)).catalogue
     each = max(options.tasks // options.rounds, 1)
     found: dict[int, list[MeasuredRun]] = {1: [], 2: []}
+    machines: list[float] = []
     with engines.opened(options.engine, 1) as one, engines.opened(options.engine, 2) as two:
         for workers, engine in ((1, one), (2, two)):  # processes begin, and import what they need
             by(engine, catalogue, catalogue.rows.head(4 * workers), server, scratch / f"warm-{workers}")
@@ -133,8 +142,17 @@ def replays(options: argparse.Namespace, server: int, scratch: Path) -> tuple[di
             for workers, engine in ((1, one), (2, two)):
                 found[workers].append(by(engine, catalogue, rows, server, scratch / f"{number}-{workers}"))
             times = ", ".join(f"{workers} {runs[-1].seconds:.2f} s" for workers, runs in found.items())
-            say(f"fleet_replay: round {number + 1}, workers: {times}")
-    return found, idle
+            machines.append(wall(one, file, each // 2) / wall(two, file, each // 2))
+            say(f"fleet_replay: round {number + 1}, workers: {times}; processes alone: {machines[-1]:.2f} times one")
+    runs = {workers: [asdict(run) for run in of] for workers, of in found.items()}
+    return {"two processes alone, times one": statistics.median(machines), **summary(found, idle), "runs": runs}
+
+
+def wall(engine: Any, file: Path, count: int) -> float:
+    """Seconds of so many replays by an engine's processes, and of nothing else."""
+    began = time.monotonic()
+    list(engine.executor.map(alone, [str(file)] * count))
+    return time.monotonic() - began
 
 
 def by(engine: Any, catalogue: Catalogue, rows: Any, server: int, notes: Path) -> MeasuredRun:
@@ -223,9 +241,7 @@ def main() -> None:
     with store() as server, tempfile.TemporaryDirectory() as scratch:
         document: dict[str, Any] = {"machine": machine(), "load": os.getloadavg()[0], "engine": options.engine}
         if options.tasks:
-            runs, idle = replays(options, server, Path(scratch))
-            document |= summary(runs, idle)
-            document["runs"] = {workers: [asdict(run) for run in of] for workers, of in runs.items()}
+            document |= replays(options, server, Path(scratch))
         if options.footers:
             document["footers a second"] = footers(options.footers, Path(scratch))
     if options.json:

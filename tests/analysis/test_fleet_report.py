@@ -279,7 +279,8 @@ def damages(path: Path) -> dict[str, Any]:
         "another": lambda: pq.write_table(table.replace_schema_metadata({}), path),
         "no job": lambda: (results_of(path) / "job.json").unlink(),
         "another job": lambda: (results_of(path) / "job.json").write_text("[]"),
-        "newer": lambda: (results_of(path) / "job.json").write_text('{"what": "results", "format": {"major": 2}}'),
+        "newer": lambda: (results_of(path) / "job.json").write_text('{"what": "results", "format": {"major": 3}}'),
+        "earlier": lambda: (results_of(path) / "job.json").write_text('{"what": "results", "format": {"major": 1}}'),
         "metadata": lambda: pq.write_table(table.replace_schema_metadata({b"kvmtrace.fleet": b"[["}), path),
         "column gone": lambda: pq.write_table(table.drop(["lost"]).replace_schema_metadata(kept), path),
         "another type": lambda: column("lost", pa.array(["x"] * len(table))),
@@ -293,7 +294,7 @@ def damages(path: Path) -> dict[str, Any]:
 
 
 DAMAGES = (
-    "cut", "no parquet", "zeros", "another", "no job", "another job", "newer",
+    "cut", "no parquet", "zeros", "another", "no job", "another job", "newer", "earlier",
     "metadata", "column gone", "another type", "below zero",
     "far too much", "crossed", "empty", "no agreement", "no text",
 )  # fmt: skip

@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from replay.fleet import results
-from replay.fleet.fleet_schema import RESULTS
+from replay.fleet.fleet_schema import KEY, RESULTS
 from replay.fleet.results import ResultFolder, Results, in_order, open_results, task_of
 from traces.errors import Problem
 from traces.stores.location import location
@@ -141,6 +144,26 @@ def test_what_is_damaged_or_no_results_is_one_line(folder: ResultFolder, tmp_pat
         open_results(folder.place.text)
     with pytest.raises(Problem, match="fleet replay -o` writes them"):
         open_results(str(tmp_path))
+
+
+def test_results_of_another_version_are_refused_in_one_line(folder: ResultFolder) -> None:
+    said = {1: "results of an earlier kvmtrace, .*replay again", 3: "of a newer kvmtrace: upgrade this one"}
+    job = folder.job()
+    for major, text in said.items():
+        folder.objects.replace("job.json", json.dumps({**job, "format": {"major": major, "minor": 0}}).encode())
+        for use in (lambda: folder.claim(JOB), lambda: open_results(folder.place.text)):
+            with pytest.raises(Problem, match=text):
+                use()
+
+
+def test_an_object_that_names_other_tasks_than_it_has_is_damaged(folder: ResultFolder) -> None:
+    sink = io.BytesIO()
+    with pq.ParquetWriter(sink, RESULTS, store_schema=False) as writer:
+        writer.write_table(table(2))
+        writer.add_key_value_metadata({KEY: results.footer_of([name(60), name(61)], [1, 3])})
+    folder.objects.create("merged/odd.parquet", sink.getvalue())
+    with pytest.raises(Problem, match=r"merged/odd.parquet: damaged: it does not name the tasks of its rows"):
+        open_results(folder.place.text)
 
 
 def test_results_in_a_folder_that_is_made(tmp_path: Path) -> None:
