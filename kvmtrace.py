@@ -111,7 +111,7 @@ def record(
     ] = None,
     vm: Annotated[str, typer.Option(help="Process that owns the VM to record, or `all`.")] = "all",
     duration: Annotated[float | None, typer.Option(help="Seconds to record.", min=0.001)] = None,
-    max_events: Annotated[int | None, typer.Option(help="Keep the first so many events, and stop.", min=1)] = None,
+    max_events: Annotated[int | None, typer.Option(help="Stop after this many events.", min=1)] = None,
     max_size: Annotated[
         str | None, typer.Option(help="Stop when this much is on disk, such as 2G; within one batch of 65,536 events.")
     ] = None,
@@ -125,42 +125,47 @@ def record(
     ring_size: Annotated[
         str | None, typer.Option(help="BPF ring buffer of each CPU, a power of two. [default: 32M, 256M in all]")
     ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit 1 when an event was lost, or never seen.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit 1 when an event was lost, or the kernel skipped a probe.")
+    ] = False,
     flight: Annotated[
         str,
         typer.Option(
-            help="Keep only the last so many seconds, such as 30s, and write them to the directory -o when asked for: "
-            "by `kvmtrace dump`, SIGUSR2, or a trigger.",
+            help="Keep only the last seconds, such as 30s, and write them to the directory -o on request: by "
+            "`kvmtrace dump`, SIGUSR2, or a trigger.",
             show_default=False,
         ),
     ] = "",
-    memory: Annotated[str, typer.Option(help="Of a flight: the most memory that these seconds may take.")] = "256M",
-    after: Annotated[str, typer.Option(help="Of a flight: a dump goes on for so long after its moment.")] = "2s",
-    disk: Annotated[str, typer.Option(help="Of a flight: the most that the dumps of triggers may take.")] = "4G",
+    memory: Annotated[str, typer.Option(help="With --flight: the most memory that these seconds may take.")] = "256M",
+    after: Annotated[str, typer.Option(help="With --flight: a dump includes this much time after the request.")] = "2s",
+    disk: Annotated[
+        str, typer.Option(help="With --flight: the most disk space that the dumps of triggers may take.")
+    ] = "4G",
     max_overhead: Annotated[
         str,
         typer.Option(
-            help="Of a flight: where it uses more of the host's CPUs, such as 1%, record fewer kinds of event for a "
-            "while.",
+            help="With --flight: record fewer kinds of event while recording uses more than this share of the "
+            "host's CPUs, such as 1%.",
             show_default=False,
         ),
     ] = "",
     trigger: Annotated[
         list[str] | None,
         typer.Option(
-            help='Of a flight: make a dump when this begins, such as "guest-share < 10% for 200ms"; repeatable. '
-            "docs/always-on.md has them all.",
+            help='With --flight: make a dump when this begins, such as "guest-share < 10% for 200ms"; repeatable.'
+            " docs/always-on.md lists them all.",
             show_default=False,
         ),
     ] = None,
     group: Annotated[
-        str, typer.Option(help="Of a flight: this group may ask for dumps, not only root.", show_default=False)
+        str,
+        typer.Option(help="With --flight: members of this group may ask for dumps, not only root.", show_default=False),
     ] = "",
     metrics: Annotated[
         str,
         typer.Option(
-            help="Of a flight: give metrics out, at an address such as :9417 for Prometheus, or into a file NAME.prom "
-            "for node_exporter.",
+            help="With --flight: publish metrics at an address such as :9417 for Prometheus, or in a file "
+            "NAME.prom for node_exporter.",
             show_default=False,
         ),
     ] = "",
@@ -340,7 +345,8 @@ def import_(
         Path | None, typer.Option("-o", "--output", help="The trace to write. [default: FILE's name, .parquet]")
     ] = None,
     kernel: Annotated[
-        str, typer.Option(help="The kernel that printed it, such as 6.1.20: replay needs it.", show_default=False)
+        str,
+        typer.Option(help="The kernel that it was recorded on, such as 6.1.20: replay needs it.", show_default=False),
     ] = "",
     vm_of: Annotated[
         list[str] | None,
@@ -353,7 +359,7 @@ def import_(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Make a trace of what trace-cmd or perf recorded, or of what they and ftrace printed; it says what that lacks."""
+    """Make a trace of what trace-cmd or perf recorded, or of what they and ftrace printed, and say what is missing."""
     from traces.imports.importing import import_file
     from traces.imports.told import ToldOfText, slots
     from traces.imports.told import vm_of as named
@@ -385,7 +391,9 @@ def import_(
 )
 def synth(
     out: Annotated[Path, typer.Argument(help="The trace to write.")],
-    policy: Annotated[str, typer.Option(help="Of the host that `recorded` it: preserve or async.")] = "preserve",
+    policy: Annotated[
+        str, typer.Option(help="Root policy of the host that the trace pretends to come from: preserve or async.")
+    ] = "preserve",
     vms: Annotated[int, typer.Option(help="Virtual machines.")] = 1,
     vcpus: Annotated[int, typer.Option(help="vCPUs of each VM.")] = 1,
     smi_rate: Annotated[
@@ -398,10 +406,11 @@ def synth(
     ] = "sequential",
     page_size: Annotated[str, typer.Option(help="What the host maps: 4k, 2m or mixed.")] = "4k",
     memslot_rate: Annotated[
-        float | None, typer.Option(help="Slots deleted and made again, per second. [default: 0; 0.7 with --reset-on]")
+        float | None,
+        typer.Option(help="Memory slots deleted and made again, per second. [default: 0; 0.7 with --reset-on]"),
     ] = None,
     exit_rate: Annotated[
-        float | None, typer.Option(help="Exits but faults, per second. [default: 0; 10000 with --reset-on]")
+        float | None, typer.Option(help="Exits other than faults, per second. [default: 0; 10000 with --reset-on]")
     ] = None,
     cr0_wp_rate: Annotated[float, typer.Option(help="CR0.WP writes that reset the MMU, per second.")] = 0.0,
     reset_on: Annotated[
@@ -411,12 +420,14 @@ def synth(
         float | None, typer.Option(help="Seconds of guest time. [default: 1; 10 with --reset-on]")
     ] = None,
     events: Annotated[int | None, typer.Option(help="Instead of --duration: end after about this many events.")] = None,
-    zap_rows: Annotated[bool, typer.Option("--zap-rows", help="With the rows of zaps: 513 for each table.")] = False,
+    zap_rows: Annotated[
+        bool, typer.Option("--zap-rows", help="Write the rows of zaps as well: 513 for each table.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Write a synthetic trace for benchmarks and what-ifs; its metadata says that nobody recorded it."""
+    """Write a synthetic trace for benchmarks and experiments; its metadata says that it was not recorded."""
     from traces.synth import Parameters, synthesize
 
     parameters = Parameters(
@@ -454,7 +465,7 @@ def info(
 
 
 @app.command(
-    short_help="Say what can be recorded on this machine, and what is lacking.",
+    short_help="Say what can be recorded on this machine, and what is missing.",
     epilog=examples("kvmtrace doctor", "kvmtrace doctor --json"),
 )
 def doctor(as_json: Json = False) -> None:

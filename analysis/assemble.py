@@ -215,7 +215,7 @@ _OF_RECORDING: Final = (
     _Part(exit_times.changes, "What was done to memory and roots", _CHANGES, first=2, least=1),
     _Part(guest_tasks.guest_tasks, "Guest tasks by the time of their faults", _TASKS, first=5, least=1),
     _Part(exit_times.rips, "Guest RIPs by faults", _RIPS, first=2, least=1),
-    _Part(recorded.roles, "Root lives as recorded", _ROLES, first=0),
+    _Part(recorded.roles, "Lifetimes of roots as recorded", _ROLES, first=0),
     _Part(recorded.gfns, "Hottest gfns as recorded", _GFNS, first=2),
     _Part(recorded.regions, "Hottest 2 MiB regions as recorded", _REGIONS, first=2),
     _Part(leaves.memory_types, "Memory types of leaves", _TYPES, first=0, least=1),
@@ -235,7 +235,7 @@ def assemble(
 ) -> Report:
     """The report of one source, or of both a recording and its replay.
 
-    `drawn`: queries of the recording that the report's format will make besides. `step` is told what is being asked.
+    `drawn`: further queries that the report's format will make. `step` is called with what is being asked.
     """
     parts = list(_parts(recording, result))
     if recording is not None:

@@ -259,7 +259,7 @@ def lives(recording: Recording, vm: int) -> Picture | None:
         .sort("roots", "role", descending=[True, False])
     )
     return Picture(
-        "lives", recording, f"Lives of the roots of VM {vm}",
+        "lives", recording, f"Lifetimes of the roots of VM {vm}",
         f"Each line is a root, from the first row that names it to the last: {len(roots):,} in all. A staircase is "
         f"roots that are built again and again; a kernel that keeps them has a few long lines.{thinned}",
         chart, by_role.head(_PARTS),

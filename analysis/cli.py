@@ -53,8 +53,8 @@ _NAMING = OptionGroup(
             Annotated[
                 str,
                 typer.Option(
-                    help="How far the guest's kernel was moved, such as 0x1a000000. [default: found where HLT exits "
-                    "show it]",
+                    help="The guest kernel's KASLR offset, such as 0x1a000000. [default: found from HLT exits, "
+                    "if there are any]",
                     show_default=False,
                 ),
             ],
@@ -89,7 +89,7 @@ _GUEST = OptionGroup(
             Annotated[
                 str,
                 typer.Option(
-                    help="Seconds to be added to the guest's times. [default: by trace-cmd's offsets]",
+                    help="Seconds to add to the guest's times. [default: trace-cmd's offsets]",
                     metavar="SECONDS",
                     show_default=False,
                 ),
@@ -153,11 +153,14 @@ def report(
         typer.Option(help="Replay a trace under this one; repeatable. [default: the recorded one, preserve, async]"),
     ] = None,
     replay: Annotated[
-        bool, typer.Option("--replay/--no-replay", help="Replay traces; without, only what was recorded is reported.")
+        bool,
+        typer.Option(
+            "--replay/--no-replay", help="Replay traces. With --no-replay, only what was recorded is reported."
+        ),
     ] = True,
     recorded_policy: RecordedPolicy = "",
     validate: Annotated[
-        bool, typer.Option("--validate", help="Hold the recording against the model as well: 100,000 rows a second.")
+        bool, typer.Option("--validate", help="Compare the recording with the model as well: 100,000 rows a second.")
     ] = False,
     format_: Annotated[
         str, typer.Option("--format", help="text, md, mail, html, json or junit. [default: text]", show_default=False)
@@ -172,16 +175,16 @@ def report(
         list[str] | None,
         typer.Option(
             help="Exit 1 where this holds: [POLICY.]COLUMN OPERATOR NUMBER, or `baseline` for the number; repeatable. "
-            "Without a policy it is the recorded one, else every one. An interval that leaves it open fails. "
-            "Not on time. `own_policy_mismatch > 0`, that the replay under the recording's own policy is not what "
-            "its rows show, is in JUnit without being asked for, and fails there."
+            "Without POLICY the recorded one is meant, or each one if none was recorded. A condition that an interval "
+            "does not decide fails. Times cannot be gated. `own_policy_mismatch > 0` (the replay under the recording's "
+            "own policy differs from its rows) is part of JUnit output even if it is not given, and fails there."
         ),
     ] = None,
     baseline: Annotated[
-        Path | None, typer.Option(help="A result, or a report in JSON, that gates are held against.")
+        Path | None, typer.Option(help="A result, or a report in JSON, that gates are compared with.")
     ] = None,
 ) -> None:
-    """Say what a recording or a replay comes to: verdict, what it rests on, policies, causes, worst windows, gfns."""
+    """Summarize a recording or a replay: verdict, what it rests on, policies, causes, worst windows, gfns."""
     import os
     from contextlib import ExitStack
 
@@ -238,7 +241,7 @@ def report(
 @taking(selected=_OF_BOTH)
 def diff(
     base: Annotated[Path, typer.Argument(help="A trace or a result.")],
-    new: Annotated[Path, typer.Argument(help="What is held against it.")],
+    new: Annotated[Path, typer.Argument(help="The one to compare with the first.")],
     policy: Annotated[
         list[str] | None,
         typer.Option(
@@ -247,7 +250,10 @@ def diff(
     ] = None,
     recorded_policy: RecordedPolicy = "",
     unlike: Annotated[
-        bool, typer.Option("--unlike", help="Compare other machines as well, and mark that their times are no measure.")
+        bool,
+        typer.Option(
+            "--unlike", help="Compare recordings of different machines, too, and mark their times as not comparable."
+        ),
     ] = False,
     format_: Annotated[
         str, typer.Option("--format", help="text, md, mail or json. [default: text]", show_default=False)
@@ -296,7 +302,7 @@ def diff(
 
 
 @app.command(
-    short_help="Give a report's rows, or a recording's course, to other tools.",
+    short_help="Write a report's rows, or a recording's time line, for other tools.",
     epilog=examples(
         "kvmtrace export stall.parquet --list",
         "kvmtrace export stall.parquet --csv windows >windows.csv",
@@ -309,7 +315,7 @@ def diff(
 def export(
     file: Annotated[Path, typer.Argument(help="A trace, or a result of `kvmtrace replay -o`.")],
     csv: Annotated[str, typer.Option(help="Mode: write all rows of this query as CSV.", show_default=False)] = "",
-    list_: Annotated[bool, typer.Option("--list", help="Mode: say which queries there are for this file.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="Mode: list the queries that this file can answer.")] = False,
     perfetto: Annotated[
         bool,
         typer.Option("--perfetto", help="Mode: write what each vCPU did, and when, for ui.perfetto.dev; needs -o."),
@@ -328,7 +334,7 @@ def export(
     guest: GuestFile | None,
     force: Force = False,
 ) -> None:
-    """Give the rows behind a report's tables, or a recording's course, to other tools."""
+    """Write the rows behind a report's tables, or a recording's time line, for other tools."""
     from analysis import exporting
 
     if bool(csv) + list_ + perfetto + ftrace_text + perf_script != 1:

@@ -56,7 +56,7 @@ def opened(
 ) -> Side:
     """A side, or what is selected of it; a recording is replayed into `scratch`.
 
-    Problem where the policy to compare is not clear or not there.
+    Raises Problem where the policy to compare is ambiguous or missing.
     """
     source = open_source(path, recorded_policy, selection)
     recording: Recording | None
@@ -142,7 +142,7 @@ def compare(base: Side, new: Side, *, mark: bool, remarks: Sequence[str] = ()) -
         *changed(base.recording, new.recording),
         *(("note", remark) for remark in remarks),
         *(("no times", f"the replay of {side.path} has none") for side in (base, new) if not side.result.timed),
-        *(("left open", line) for line in _assumed(base, new)),
+        *(("undecided", line) for line in _assumed(base, new)),
         *(("no times", line) for side in (base, new) for line in _without_times(side)),
         *(("matched", line) for line in (how, *matched.lines())),
     ]
@@ -219,7 +219,7 @@ def _how(base: Side, new: Side) -> str:
 
 
 def _without_times(side: Side) -> Iterator[str]:
-    """VMs of which the replay has no times, by why; what it counts of them is in the counts."""
+    """VMs whose replay has no times, by reason; their counts are included."""
     by_why: dict[str, list[str]] = {}
     for vm in side.result.vms:
         if vm.refused:

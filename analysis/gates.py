@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gates: conditions on what is exact, under which a report fails. `preserve.refaults > 0`, `roots_created > baseline`.
 
-What a trace leaves open is an interval; a gate on it is decided only if it comes out the same at every value in it, and
+What a trace does not determine is an interval. A gate on it is decided only if every value in it decides alike, and
 fails as undecided otherwise. There is no gate on time: it differs from run to run of the same work.
 """
 
@@ -180,7 +180,7 @@ def check(
     """
     for gate in gates:
         if gate.number is None and baseline is None:
-            raise Problem(f"--fail-on '{gate}': give the --baseline that it is held against")
+            raise Problem(f"--fail-on '{gate}': give the --baseline that it is compared with")
         if gate.column in whole:
             other = _other(gate, baseline.whole if baseline else {}, "")
             unknown = figures.unvalidated if gate.column == "fidelity" else ""

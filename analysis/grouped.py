@@ -61,7 +61,7 @@ class Grouping:
         self._asked.give(self._groups, vm, *columns)
 
     def answer(self) -> pl.DataFrame:
-        """What the rows came to."""
+        """The results over all rows."""
         table = pl.DataFrame(self._groups.table[: self._groups.count], schema=list(FIELDS), orient="row")
         return self._asked.told(table.with_columns(pl.when(pl.col("vm") != -1).then("vm").cast(pl.Int32)))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A recording from inside a guest beside the host's: which VM it is of, and whether the two are of one time."""
+"""A recording from inside a guest, combined with the host's: which VM it is of, and whether the two are of one time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _OFFSET: Final = re.compile(r"([+-]?)(\d{1,12})(?:\.(\d{1,9}))?")
 
 @dataclass(frozen=True)
 class GuestFile:
-    """`vm` is None where it was not said whose guest it is; `offset` in ns, None where it was not told."""
+    """`vm` is None where it was not said whose guest it is; `offset` in ns, None where it was not given."""
 
     path: Path
     vm: int | None
@@ -49,7 +49,7 @@ def guest_file(guest: str, guest_offset: str) -> GuestFile | None:
 
 
 def use_guest(recording: Recording, given: GuestFile | None) -> list[str]:
-    """Put what was recorded in the guest beside the recording; what is to be said of it. Raises Problem."""
+    """Combine a guest's recording with the host's, and return notes on it. Raises Problem."""
     if given is None:
         return []
     ids = [int(vm["id"]) for vm in recording.metadata.vms]

@@ -129,7 +129,7 @@ class _Calls:
         ]
 
     def _pair(self) -> None:
-        """Count those of which both rows are here; the others go on waiting."""
+        """Count those whose both rows have come; the others are kept."""
         found = pl.concat(self._held).sort("tid", "seq")
         kind, tid, code, time = (found[name].to_numpy() for name in (KIND, "tid", "code", "time"))
         begins, ends = kind == self._begins, np.isin(kind, self._ends)
@@ -142,7 +142,7 @@ class _Calls:
         self._held_rows = len(self._held[0])
 
     def _add_rows(self, begun: pl.DataFrame, ns: Ints) -> None:
-        """Count calls that lasted so many ns; -1: that is not known."""
+        """Count calls that lasted this many ns; -1: that is not known."""
         ended = pl.col("ns") >= 0
         counted = begun.select("vm", "code", ret=pl.lit(0, pl.Int32)).with_columns(
             ns=pl.Series(ns), bucket=pl.Series(np.where(ns < 0, -1, bucket_of(np.maximum(ns, 0)))),

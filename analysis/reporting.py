@@ -26,7 +26,7 @@ from traces.errors import BAD_INPUT, Problem
 from traces.outputs import Unwritable
 from traces.selection import ALL, Selection
 
-UNVALIDATED: Final = "not done: --validate holds the recording against the model (100,000 rows a second)"
+UNVALIDATED: Final = "not done: --validate compares the recording with the model (100,000 rows a second)"
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def reported(path: Path, wanted: Wanted, step: Callable[[str], None] = lambda _:
             remarks += use_symbols(recording, wanted.naming)
             remarks += use_guest(recording, wanted.guest)
         elif wanted.guest is not None:
-            raise Problem(f"{path}: --guest: without its recording's rows there is nothing to hold the guest's against")
+            raise Problem(f"{path}: --guest: without its recording's rows there is nothing to compare the guest's with")
         if isinstance(source, Recording):
             window = source.window.since is not None
             if window and (wanted.policies or wanted.gates):

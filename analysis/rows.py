@@ -69,7 +69,7 @@ class Counting(Protocol):
         """Take the next rows, in file order."""
 
     def answer(self) -> pl.DataFrame:
-        """What the rows came to."""
+        """The results over all rows."""
 
 
 class Followed(Protocol):
@@ -145,7 +145,7 @@ class Asking:
                 self._count_waiting()
 
     def answers(self) -> dict[str, pl.DataFrame]:
-        """What the rows came to, by the questions' names; those of VMs that nobody gave are read for it."""
+        """The results over all rows, by the questions' names; those of VMs that nobody gave are read for it."""
         for batch in self._trace.batches(self.columns, size=BATCH_ROWS, since=self._window.since, but=self._seen):
             self.feed(None, batch)
             del batch  # else it is there as long as the next one is decoded
@@ -244,7 +244,7 @@ class Tallies:
             parts.add(groups)
 
     def answers(self) -> dict[str, pl.DataFrame]:
-        """What the rows came to, by the tallies' names."""
+        """The results over all rows, by the tallies' names."""
         return {tally.name: parts.merged() for tally, parts in zip(self._tallies, self._parts, strict=True)}
 
     def _groups(self, rows: pl.DataFrame, one_vm: bool) -> list[pl.DataFrame]:

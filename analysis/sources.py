@@ -82,7 +82,7 @@ class Recording:
 
     @classmethod
     def open(cls, path: Path | str, recorded_policy: str = "", selection: Selection = ALL) -> Recording:
-        """A trace, or what is selected of it; raises Problem for what is no sound trace.
+        """A trace, or what is selected of it; raises Problem if it is not a valid trace.
 
         `recorded_policy`: see `Trace.open`.
         """
@@ -187,7 +187,7 @@ def _hidden(trace: Trace, watched: Collection[str]) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class ResultPolicy:
-    """A policy of a result. `open`: what the trace leaves open of its outcome; `assumes`: what is taken to be so.
+    """A policy of a result. `open`: what the trace does not determine of it; `assumes`: what is taken to be so.
 
     `keeps`: whether the TDP MMU holds a reference of its own on roots, so that they stay until they are invalidated.
     `at_least`: whether its counts and times have no upper end.
@@ -204,7 +204,7 @@ class ResultPolicy:
     at_least: bool
 
     def given(self, refault: str) -> str:
-        """How what is left open is given, with the assumption that the result was made with (empty: none)."""
+        """How undetermined counts are given, with the assumption that the result was made with (empty: none)."""
         return bounds_text(refault, at_least=self.at_least)
 
 
@@ -227,7 +227,7 @@ class ResultTimes:
     """What a result's metadata says of one VM's times.
 
     `refused`: why there are none; empty if there are. `marked`: what makes them less than they seem; empty if nothing
-    does. `stuck`: vCPUs that got no further in the recording.
+    does. `stuck`: vCPUs that made no progress in the recording.
     """
 
     vm: int

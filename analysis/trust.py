@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a report's figures rest on: events and losses, coverage, validation, costs, kernel, and what is left open."""
+"""What a report's figures rest on: events and losses, coverage, validation, costs, kernel, and what is undetermined."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _MAIN: Final = ("fault", "switch", "created")  # the costs that make up most of 
 def trust(
     recording: Recording | None, result: Result | None, validation: Validated | str, remarks: tuple[str, ...]
 ) -> Iterator[tuple[str, str]]:
-    """Name and text, one line each. `validation` is why there is none, where there is none; `remarks` come first."""
+    """Name and text, one line each. `validation`: why it was not validated, if it was not; `remarks` come first."""
     source = source_notes.notes(recording.metadata.raw) if recording is not None else []
     for remark in remarks:
         yield "note", remark
@@ -54,7 +54,7 @@ def trust(
     if result is not None:
         yield "costs", _costs(result)
         yield from [("marked", f"VM {vm.vm}: {vm.marked}") for vm in result.vms if vm.marked][:_SHOWN]
-        yield from (("left open", line) for line in _open(result))
+        yield from (("undecided", line) for line in _open(result))
     yield REPORTED
 
 
@@ -80,7 +80,7 @@ def made_on(meta: Metadata, span: tuple[int, int]) -> Iterator[tuple[str, str]]:
 
 
 def loss(recording: Recording | None, result: Result | None) -> str:
-    """What is missing of the events, for a report's first line; empty where nothing is known to be."""
+    """Which events are missing, for a report's first line; empty if none are known to be."""
     if recording is None:
         missing = result.missing if result is not None else ()
         return next((line for line in missing if " lost in " in line or LEFT_OUT in line), "")

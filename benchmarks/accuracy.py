@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accuracy of prediction: each recording of the corpus, replayed under another's policy, beside that one's counts.
+"""Accuracy of prediction: each recording of the corpus, replayed under another's policy, compared with its counts.
 
     python -m benchmarks.accuracy            # writes docs/prediction-accuracy.md
 
@@ -101,8 +101,8 @@ _OF_TIMES: Final = (
     "the recording under the other policy (docs/time-accuracy.md has medians of many). AMD's under QEMU, with the",
     "recorder's own work in it; Intel's under Bochs, whose clock counts instructions: compare lines of one CPU.",
     "",
-    "What the model has no part of: on Intel's one processor a memslot's change waits under the old policy until the",
-    "worker has had it (1,141 ms in KVM_SET_USER_MEMORY_REGION, 159 under the new one). AMD's guest has two.",
+    "What the model does not include: on Intel's one processor a memslot's change waits under the old policy until the",
+    "worker is done with it (1,141 ms in KVM_SET_USER_MEMORY_REGION, 159 under the new one). AMD's guest has two.",
 )
 KERNELS: Final = ("5.10", "6.1", "6.1-async", "6.12", "7.x")
 SHADOWS: Final = ("5.10-shadow", "6.1-shadow", "6.12-shadow", "7.x-shadow")

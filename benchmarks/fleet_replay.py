@@ -12,9 +12,9 @@ round as many tasks are done by one worker and by two, one after the other. Told
 - CPU seconds outside of the tasks, of all processes but the store's, for each task, whatever else the machine does. In
   a task is the replay of its rows; outside are the scheduler, the executor, the store's client, opening the recording
   and writing the result, but not the start of processes. It does not grow with a task, so that tasks may be shorter
-  than the second that it is held against. What an engine takes in a second in which it does nothing, its own heartbeat,
-  is told apart, and belongs to a task of a second as well;
-- footers a second of an index, beside what the same server gives the same client when nothing is done with them.
+  than the second that it is compared with. What an engine takes in a second without work, its own heartbeat,
+  is counted separately, and belongs to a task of a second as well;
+- footers a second of an index, compared with what the same server gives the same client when nothing is done with them.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 
 Rows are made by a seeded generator (benchmarks/fleet_rows.py), once with rows of vCPUs, as replays have them, once of
 VMs only, all of which count. Each report is a process of its own; times are the wall clock's, memory its peak. The page
-of 10,000 hosts is made as well, and its size told.
+of 10,000 hosts is made as well, and its size printed.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     recordings = _HOSTS * _DAYS
-    # A VM has a row for each of three policies, and in the first set one for each of its 4.5 vCPUs beside it.
+    # A VM has a row for each of three policies, and in the first set one for each of its 4.5 vCPUs as well.
     fleets = {
         "VMs and vCPUs": Fleet(_HOSTS, _DAYS, max(round(options.rows / recordings / 16.5), 1)),
         "VMs only": Fleet(_HOSTS, _DAYS, max(round(options.rows / recordings / 3), 1), vcpu_rows=False),

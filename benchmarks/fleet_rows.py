@@ -39,7 +39,7 @@ _SECOND: Final = 10**9
 class Fleet:
     """How many of what: each host makes one recording a day, of all of its VMs.
 
-    `vcpu_rows`: whether there are rows of vCPUs beside those of VMs.
+    `vcpu_rows`: whether there are rows of vCPUs as well as those of VMs.
     """
 
     hosts: int = 20
@@ -51,7 +51,7 @@ class Fleet:
 
 
 def parts(fleet: Fleet, hosts_a_part: int = 1000) -> Iterator[pa.Table]:
-    """The rows, a table for each day and so many hosts."""
+    """The rows, a table for each day and this many hosts."""
     for day in range(fleet.days):
         for first in range(0, fleet.hosts, hosts_a_part):
             hosts = np.arange(first, min(first + hosts_a_part, fleet.hosts))

@@ -8,7 +8,7 @@ of recordings of the corpus (from a folder in the place of a store); what a sche
 nothing, through each engine that is installed); the rate of a report. Assumed, for no store of that size is at hand:
 what Amazon documents of S3 (3,500 writes and 5,500 reads a second below one prefix), and 30 ms a request.
 
-Simulated is one day of dumps, replayed as fast as may be by so many workers. A task waits for the scheduler, which does
+Simulated is one day of dumps, replayed as fast as these workers can. A task waits for the scheduler, which does
 one thing at a time, and for the store, which admits no more requests than it says. The limit is what was busy longest.
 """
 

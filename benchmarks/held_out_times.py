@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records what the clock was never fitted to, under both root policies, and holds what it predicts against it.
+"""Records what the clock was never fitted to, under both root policies, and compares its predictions with it.
 
     python -m benchmarks.held_out_times [--machine amd-icount] [--runs 3] [--directory DIR]
 
 Each scenario is recorded on 6.1-async, whose recordings are replayed under `preserve`, and on 6.1, which shows how long
 that takes: with other working sets than `benchmarks.virtual_time` has, 20 and 200 loops, alone in the lab guest and
-beside a task that never sleeps. On `amd-icount` and `intel` the guest's clock counts its instructions, so that what
+with a task that never sleeps. On `amd-icount` and `intel` the guest's clock counts its instructions, so that what
 else this machine does changes nothing; on `amd` it is this machine's, and medians of several runs are compared. The
 results are kept in traces/timing/held_out.json, the recordings in DIR only, if one is given (what is there is not made
 again); `python -m benchmarks.time_accuracy` makes the table of docs/time-accuracy.md of them. Nightly: an hour.
@@ -147,7 +147,7 @@ def file_name(cell: str) -> str:
 
 
 def record(machine: str, kernel: str, load: str, directory: Path) -> None:
-    """Record every cell in one boot, what is there apart, beside a .json of what the VMM said."""
+    """Record every cell in one boot, what is there apart, next to a .json of what the VMM said."""
     directory.mkdir(parents=True, exist_ok=True)
     todo = [cell for cell in CELLS if not (directory / f"{file_name(cell)}.parquet").is_file()]
     if not todo:
@@ -196,7 +196,7 @@ def own(spent: Sequence[int]) -> int:
 
 
 def hold(machine: str, load: str, cell: str, old: list[Path], new: list[Path]) -> Predicted:
-    """Predict each of a cell's recordings of the old policy, and hold their median against the new one's."""
+    """Predict each of a cell's recordings of the old policy, and compare their median with the new one's."""
     told = [shown(directory, cell, POLICY) for directory in old]
     came = [shown(directory, cell, POLICY) for directory in new]
 

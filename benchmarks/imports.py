@@ -7,8 +7,8 @@ The files are `traces/simultaneous/slot-delete-6.1` many times over, one copy be
 are as trace-cmd and perf wrote them: trace.dat and perf.data, and of each the text that its tool prints. What is
 measured are whole processes, start-up included; figures are medians of the rounds.
 
-    trace-cmd report FILE >/dev/null     what `kvmtrace import FILE` of a trace.dat is held against
-    trace-cmd report FILE | awk          events counted by name: what an import of the text is held against
+    trace-cmd report FILE >/dev/null     what `kvmtrace import FILE` of a trace.dat is compared with
+    trace-cmd report FILE | awk          events counted by name: what an import of the text is compared with
     perf script -i FILE | python         the same of a perf.data
 
 Of a pipeline the CPU time is that of all its processes, its time on the clock that of the slowest. Import writes its

@@ -3,7 +3,7 @@
 
 `python -m benchmarks.lab_guests` records every guest of `tracer.lab.guests` on two kernels, holds each recording to
 the model and to its own rows, and writes docs/lab-guests.md; `--check` records a smaller set and writes nothing. What
-each guest came to is kept in lab_guests.json beside this file: with `--guest` only those are measured anew. It ends
+each guest gave is kept in lab_guests.json next to this file: with `--guest` only those are measured anew. It ends
 with 1 where a recording lost events, a VM's replay under its own policy is not what the rows show, a modelled response
 does not match, or less than 95 % of the responses are modelled.
 """
@@ -96,7 +96,7 @@ class Measured:
 
 
 def measure(run: GuestRun) -> Measured:
-    """Hold a guest's recording against the model and against its own rows."""
+    """Compare a guest's recording with the model and with its own rows."""
     if run.trace is None:
         return Measured(run.guest.name, run.kernel, "", run.status, run.said or "no recording")
     trace = Trace.open(run.trace)
@@ -135,14 +135,14 @@ def render(several: Sequence[Measured]) -> str:
     lines = [
         "# Guests that nobody here wrote",
         "",
-        f"Recorded in the lab and held against the model by `make lab-guests` on {_days(several)}.",
+        f"Recorded in the lab and compared with the model by `make lab-guests` on {_days(several)}.",
         "*Modelled* is the share of the MMU's responses (roots, tables, SPTEs, faults) that `validate` has a model of,",
         "*matched* that of the modelled ones which are as the model says. *Own policy*: whether a replay under the",
-        "recording's own root policy comes to the counts that its rows show, in every VM. *Ended* is how the guest",
+        "recording's own root policy gives the counts that its rows show, in every VM. *Ended* is how the guest",
         "itself ended: KVM's selftests, of 6.1's source on every kernel, skip what the emulated processor cannot do. A",
         "guest *at its limit* was stopped before it had done all that it is for: what it did until then is counted.",
-        "*Not compared*: no vCPU ran, or the kernel skipped runs of probes, so that events are missing of which nobody",
-        "knows. A vCPU that comes late is shown by the scenario `late-vcpu` (lab.md): `hotplug` is not there in time.",
+        "*Not compared*: no vCPU ran, or the kernel skipped runs of probes, so that an unknown number of events is",
+        "missing. The scenario `late-vcpu` (lab.md) shows a vCPU that is added late: `hotplug` does not get so far.",
     ]
     for kernel in dict.fromkeys(one.kernel for one in several):
         those = [one for one in several if one.kernel == kernel]

@@ -20,7 +20,7 @@ from benchmarks.recorders import Kept, Recorder
 from tracer import vmm
 from tracer.recorder import owns_vm
 
-ATTEMPTS = 4  # at a run without another VM beside it
+ATTEMPTS = 4  # at a run during which no other VM is alive
 LOOK_SECONDS = 0.5  # between looks for other VMs: reading /proc costs some milliseconds
 
 
@@ -112,7 +112,7 @@ def last_words(path: Path) -> str:
 
 
 def measure_undisturbed(recorder: Recorder, loops: int, timeout: float) -> Run:
-    """The first of a few runs beside which no other VM was seen, or the last, which then says so."""
+    """The first of a few runs during which no other VM was seen, or the last, which then says so."""
     for _ in range(ATTEMPTS - 1):
         run = measure(recorder, loops, timeout)
         if not run.disturbed:

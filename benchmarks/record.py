@@ -4,7 +4,7 @@
     python -m benchmarks.record [--rounds 3] [--loops 10000] [--json]
 
 The workload is the VMM's scenario `storm`, which runs a fixed number of loops. Every recorder starts the same command
-and records the whole machine; a run beside which another VM was alive is repeated. A recorder that is missing or
+and records the whole machine; a run during which another VM was alive is repeated. A recorder that is missing or
 refused stays in the table, with the reason. The second table drains the same storm in bulk and by bcc's callbacks.
 
 Slow-down: time inside KVM_RUN per loop, over that of the bare run of the same round; the probes' own work is in there.
@@ -186,7 +186,7 @@ def benchmark(arguments: Sequence[str]) -> int:
         head = ["recorder", "guest, s", "slow-down", "events kept", "events lost", "unaccounted", "bytes an event"]
         print(table([*head, "recorder CPU, s", "start to file, s"], recorder_rows(rounds)))
         if beside := sum(run.disturbed for runs in rounds for run in runs):
-            print(f"\n{beside} runs had another VM beside them, whose events are counted in.")
+            print(f"\n{beside} runs had another VM alive during them, whose events are counted in.")
         head = ["drain", "events", "read", "lost", "CPU of the drain, s", "million events a CPU second"]
         print("\n" + table(head, drain_rows(drained)))
         print(f"\nIn bulk over callbacks: {spread(ratios(drained), '.1f')} (wanted: at least {WANTED_RATIO:g}).")

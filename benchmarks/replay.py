@@ -161,7 +161,7 @@ def two_threads(streams: list[Stream]) -> list[tuple[Line, Turn]]:
         taken.append(time.thread_time() - began)
 
     def run(threads: int) -> tuple[float, float]:
-        """(Wall clock, mean CPU time of a thread) for all the work, by so many threads."""
+        """(Wall clock, mean CPU time of a thread) for all the work, by this many threads."""
         taken: list[float] = []
         began = time.perf_counter()
         each = [threading.Thread(target=replay, args=(2 // threads, taken)) for _ in range(threads)]

@@ -4,7 +4,7 @@
     python -m benchmarks.sched [--rounds 5] [--switches 200000] [--json]
 
 Two processes that are no vCPUs pass one byte to and fro on one CPU, which is nothing but wake-ups and switches: with no
-program, and with the recorder's two attached and a VM running. Beside it stands what the kernel itself measured for one
+program, and with the recorder's two attached and a VM running. Next to it is what the kernel itself measured for one
 run of each program (kernel.bpf_stats_enabled), whoever was switched. Needs root and a KVM.
 """
 
@@ -32,7 +32,7 @@ _RUN_NS, _RUNS = 192, 200  # struct bpf_prog_info: run_time_ns, run_cnt
 
 
 def ping_pong(switches: int, cpu: int) -> float:
-    """Seconds for so many switches between two processes on one CPU."""
+    """Seconds for this many switches between two processes on one CPU."""
     (to, at), (back, there) = os.pipe(), os.pipe()
     if (child := os.fork()) == 0:
         os.sched_setaffinity(0, {cpu})

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `kvmtrace top` uses of a CPU beside guests that make so many events a second.
+"""What `kvmtrace top` uses of a CPU while guests make a given number of events a second.
 
     python -m benchmarks.top [--rate 100000] [--seconds 20] [--rounds 3] [--json]
 
 `kvmtrace top` runs as a person would start it, on a terminal of 120 by 40 that is read but not drawn. Guests load new
 roots as fast as they can, and are stopped and continued so that they make `--rate` events a second, which `perf stat`
 counts. What top uses is its own process's CPU time (/proc/PID/stat) over those seconds; what its BPF programs ran for
-in other processes is the kernel's own count (kernel.bpf_stats_enabled), and stands beside it. Needs root and a KVM.
+in other processes is the kernel's own count (kernel.bpf_stats_enabled), printed next to it. Needs root and a KVM.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def program_seconds(pid: int) -> float:
 
 
 def measure(rate: int, seconds: float) -> TopRun:
-    """One run of top beside the guests."""
+    """One run of top with the guests."""
     guests = Guests(rate)
     try:
         with top_on_a_terminal() as pid:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records what virtual time is held against: the same work under two root policies and the shadow MMU, several times.
+"""Records what virtual time is compared with: the same work under two root policies and the shadow MMU, several times.
 
     python -m benchmarks.virtual_time [--runs 4] [--out traces/timing]
 

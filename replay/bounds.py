@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the two ends of what a trace leaves open to what is said of it: one number, an interval, or one with a name.
+"""How what a trace leaves undetermined is printed, from its two bounds: one number, an interval, or one with a name.
 
 An assumption about the working set makes one number of the interval of re-faults, and of nothing else: `recent:K` that
 each root built anew is needed for the K pages last mapped in it, `accessed` that of its pages the share is needed which
@@ -57,7 +57,7 @@ class Count:
 
 
 def counts(outcomes: list[Outcome], refault: Refault, share: float = 0.0) -> dict[str, Count]:
-    """The counts of one policy: `outcomes` are its runs of one VM, or of all. `share` is what `accessed` goes by."""
+    """The counts of one policy: `outcomes` are its runs of one VM, or of all. `share` is used by `accessed`."""
     sums: dict[str, dict[str, int]] = {}
     for outcome in outcomes:
         ends = sums.setdefault(outcome.run.bound, {})
@@ -83,7 +83,7 @@ def counts(outcomes: list[Outcome], refault: Refault, share: float = 0.0) -> dic
 
 
 def bounds_text(refault: str, *, at_least: bool) -> str:
-    """How what a trace leaves open is given: by an assumption (`refault`, or empty), as the least, as an interval."""
+    """How undetermined counts are given: by an assumption (`refault`, or empty), as the least, as an interval."""
     parts = [f"assumed: --refault {refault}" if refault else "", "the least" if at_least else ""]
     return ", ".join(filter(None, parts)) or "least .. most"
 

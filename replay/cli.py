@@ -28,7 +28,7 @@ app = typer.Typer()
 def validate(
     trace: Recording,
     policy: Annotated[
-        str, typer.Option(help="Root policy to hold it against. [default: the recorded kernel's]", show_default=False)
+        str, typer.Option(help="Root policy to compare it with. [default: the recorded kernel's]", show_default=False)
     ] = "",
     recorded_policy: RecordedPolicy = "",
     *,
@@ -74,7 +74,7 @@ def replay(
     kernel: Annotated[
         str,
         typer.Option(
-            help="With the habits of this version, such as 5.15: when it unloads, how it zaps. "
+            help="Replay as this kernel version would behave, such as 5.15: when it unloads, how it zaps. "
             "[default: its own policy, and the recorded one; --policy names others]"
         ),
     ] = "",
@@ -87,7 +87,10 @@ def replay(
     ] = "",
     out: Annotated[Path | None, typer.Option("-o", "--output", help="Write the result, a Parquet file.")] = None,
     timed: Annotated[
-        bool, typer.Option("--time/--no-time", help="Also how long each vCPU takes and stands still, in virtual time.")
+        bool,
+        typer.Option(
+            "--time/--no-time", help="Also predict, in virtual time, how long each vCPU takes and how long it hangs."
+        ),
     ] = True,
     smi: Annotated[
         str,
@@ -100,23 +103,23 @@ def replay(
     ] = 0.1,
     stall_window: Annotated[int, typer.Option(help="... for at least this many ms.", min=1)] = 100,
     stuck_exits: Annotated[
-        int, typer.Option(help="A recorded vCPU is stuck after so many exits at one RIP without progress.", min=1)
+        int, typer.Option(help="Call a recorded vCPU stuck after this many exits at one RIP without progress.", min=1)
     ] = 200,  # stuck_rip.CERTAIN
     sweep: Annotated[
         str, typer.Option(help="Mode: SMIs at other rates, such as smi-rate=10:10000:log; where does it hang?")
     ] = "",
     smi_rate: Annotated[float, typer.Option(help="Mode: SMIs at this rate, per second and vCPU.", min=0)] = 0.0,
     scale_working_set: Annotated[
-        float, typer.Option(help="With these two: a refill needs this many times the pages.", min=0)
+        float, typer.Option(help="With --sweep or --smi-rate: a refill needs this many times the pages.", min=0)
     ] = 1.0,
     vcpus_holding_root: Annotated[
-        int, typer.Option(help="With these two: so many vCPUs have the root loaded.", min=1)
+        int, typer.Option(help="With --sweep or --smi-rate: this many vCPUs have the root loaded.", min=1)
     ] = 1,
     aging: Annotated[
         str,
         typer.Option(
-            help="Mode: agers that hold mmu_lock (locked) or do not (lockless): what faults wait, 1 to 64 vCPUs. "
-            "locked,lockless@20000x1: 20,000 a second of 1 page each."
+            help="Mode: agers that hold mmu_lock (locked) or do not (lockless): how long faults wait, with 1 to "
+            "64 vCPUs. locked,lockless@20000x1: 20,000 a second of 1 page each."
         ),
     ] = "",
     zap_lock: Annotated[

@@ -55,7 +55,7 @@ class Outcome:
     tables_peak: int = 0  # as seen where roots come and go, and at the end of each batch
     assumed: list[NDArray[np.int64]] = field(default_factory=list)  # leaves that each new root had at once
     freed_tables: int = 0  # of roots, when they were freed
-    stuck: list[int | None] = field(default_factory=list)  # by vCPU: the trace's row at which it came to a stop
+    stuck: list[int | None] = field(default_factory=list)  # by vCPU: the trace's row at which it stopped
     spreads: dict[str, Spread] = field(default_factory=dict)  # of counts that may be others
 
     def counts(self) -> dict[str, int]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a replay under the recording's own policy comes to what the recording's rows show, VM by VM.
+"""Whether a replay under the recording's own policy gives what the recording's rows show, VM by VM.
 
 The rows are counted while they are decoded (`decode.row_counts`), the replay by the engine; a model that is right about
-the recorded kernel comes to the same numbers, so that nothing else that it says is to be believed where it does not.
+the recorded kernel gives the same numbers, so that nothing else that it says is to be believed where it does not.
 Most counts have two readings, by events that do not depend on each other.
 
 What a recording cannot show is not compared: kinds of event that it has not, VMs that ran before it began. Lost events
@@ -97,7 +97,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class OwnPolicyCheck:
-    """One VM's replay under the recording's own policy beside its rows.
+    """One VM's replay under the recording's own policy, compared with its rows.
 
     `why`: the reason why nothing is decided, where that is so. `unseen`: counts that the recording cannot show, with
     the reason.
@@ -159,13 +159,13 @@ class OwnPolicyCheck:
 
 
 def untrusted(checks: Sequence[OwnPolicyCheck]) -> list[str]:
-    """What is to be said before all else: a line for each VM whose replay is not what its rows show, none else."""
+    """Warnings that come first: a line for each VM whose replay differs from its rows."""
     differ = [check.text for check in checks if check.agreement is Agreement.DIFFERS]
     return told(differ, len(checks))
 
 
 def told(differ: Sequence[str], vms: int) -> list[str]:
-    """The same of these VMs' texts, out of so many VMs."""
+    """The same of these VMs' texts, out of this many VMs."""
     if not differ:
         return []
     where = f" in {len(differ):,} of {vms:,} VMs" if vms > 1 else ""
@@ -183,7 +183,7 @@ def to_dict(checks: Sequence[OwnPolicyCheck]) -> dict[str, Any]:
 def compare(
     capabilities: Capabilities, vm: Mapping[str, Any], inputs: VmInputs, rows: RowCounts, own: Simulator
 ) -> OwnPolicyCheck:
-    """Hold a finished replay of one VM under its own policy against the rows counted on the way."""
+    """Compare a finished replay of one VM under its own policy with the rows counted on the way."""
     used, unseen = _used(capabilities, rows.counts)
     replayed = _counts(own)
     readings = tuple(_readings(capabilities, used, rows, replayed, ended=inputs.decoder.ended))

@@ -49,7 +49,7 @@ def first_rows(
     engine = Engine(capabilities.own, specialized.words, vcpus, log=False)
     walks = [_Walk(each) for each in apart]
     done = 0
-    with contextlib.suppress(Violation):  # the model gave up: up to there it is told
+    with contextlib.suppress(Violation):  # the model gave up: what it did until then is reported
         for part in inputs:
             block = specialized.block(part)
             changes = engine.feed_each(block, part.ranges, done)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which policies a replay runs, on which kernel's triggers, and what of the answer the trace leaves open.
+"""Which policies a replay runs, on which kernel's triggers, and what of the answer the trace does not determine.
 
 From a recording whose kernel frees roots, another policy's outcome follows: what the guest accessed again is recorded.
 From one that keeps roots it does not, for accesses to mapped pages cause no exit: the outcome lies between no page
@@ -43,7 +43,7 @@ class Run:
 class Target:
     """A policy to replay. `policy` is a user's own, a kernel's otherwise.
 
-    `open` says what such a trace leaves open; `writes` are the triggers for which that is only so if there are any.
+    `open` says what such a trace does not determine; `writes` are triggers that matter for it only if there are any.
     With `at_least` the outcome has no upper end: its runs give the least that it can be.
     """
 
@@ -194,7 +194,7 @@ def _unknown_policy(capabilities: Capabilities) -> list[str]:
 
 
 def _unseen_unloads(capabilities: Capabilities) -> list[str]:
-    """What a recording leaves open of how often its vCPUs gave up their roots, under another policy than its own."""
+    """What a recording does not determine of how often its vCPUs gave up roots under another policy than its own."""
     if capabilities.unbounded:
         why = "; ".join(capabilities.unbounded)
         return [f"{why}: taken to have unloaded nothing more, so that counts and times are the least"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The result of a replay as a Parquet file of its own; RESULT.md beside this file says what a reader may rely on."""
+"""The result of a replay as a Parquet file of its own; RESULT.md next to this file says what a reader may rely on."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from traces.outputs import RESULT, RESULT_KEY, Output
 
 KEY: Final = RESULT_KEY
 FORMAT: Final = {"major": 1, "minor": 4}
-# A row group ends at about so many rows, or writes: what a query pays for one, it pays for some thousand rows.
+# A row group ends at about this many rows, or writes: what a query pays for one, it pays for some thousand rows.
 GROUP_ROWS: Final = 1 << 15
 GROUP_WRITES: Final = 1 << 9
 _NAMES: Final = pa.dictionary(pa.int8(), pa.string())
@@ -113,7 +113,7 @@ class ResultWriter:
             self._flush()
 
     def close(self, metadata: dict[str, Any]) -> None:
-        """Finish the file, with what it says of itself."""
+        """Finish the file, with its metadata."""
         self._flush()
         self._file.add_key_value_metadata({KEY: json.dumps({"format": FORMAT, **metadata}).encode()})
         self._file.close()
@@ -149,7 +149,7 @@ class ResultWriter:
 
 
 def _named(names: list[str], counts: NDArray[Any], dtype: pa.DictionaryType) -> pa.Array:
-    """Names, each so many times."""
+    """Names, each repeated the given number of times."""
     known = {name: code for code, name in enumerate(dict.fromkeys(names))}
     codes = np.array([known[name] for name in names], dtype.index_type.to_pandas_dtype())
     return pa.DictionaryArray.from_arrays(np.repeat(codes, counts), list(known))
@@ -232,7 +232,7 @@ class VmWriter:
         stuck: list[int | None],
         timed: Mapping[str, list[int]],
     ) -> None:
-        """Rows of kind `vcpu`, one each, and one of kind `vm`. `stuck`: the rows (seq) where vCPUs came to a stop.
+        """Rows of kind `vcpu`, one each, and one of kind `vm`. `stuck`: the rows (seq) where vCPUs stopped.
 
         `timed`: the columns of times of rows of vCPUs.
         """

@@ -51,7 +51,7 @@ class Replayed:
     notes: Counter[str]
     missing: list[str]
     broken: list[str] = field(default_factory=list)  # promises of a policy that its outcome does not keep
-    checks: list[OwnPolicyCheck] = field(default_factory=list)  # by VM: its own policy's replay beside its rows
+    checks: list[OwnPolicyCheck] = field(default_factory=list)  # by VM: its own policy's replay compared with its rows
 
 
 def replay(
@@ -63,7 +63,7 @@ def replay(
 ) -> Replayed:
     """Run a plan; with `settings` in virtual time, too. What comes out goes to the writer; its caller closes it.
 
-    `beside`: is given the rows of every VM that has a vCPU. `only`: the one VM that is replayed, of all.
+    `beside`: also gets the rows of every VM that has a vCPU. `only`: the one VM that is replayed, of all.
     """
     capabilities = plan.capabilities
     vms = [
@@ -137,7 +137,7 @@ class _Vm:
         self.check: OwnPolicyCheck
         self.outcomes: list[Outcome] = []
         self.times: list[VmTime] = []
-        self.notes: Counter[str] = Counter()  # what decoding had to infer or leave open
+        self.notes: Counter[str] = Counter()  # what decoding had to infer or could not determine
 
     def run(self) -> _Vm:
         """Replay it; of what that takes, only what came of it is kept: VMs wait for those before them."""
@@ -244,7 +244,7 @@ def _broken(outcomes: list[Outcome]) -> Iterator[str]:
 
 
 def left_open(replayed: Replayed, target: Target) -> list[str]:
-    """What this trace leaves open of a policy's outcome, one line each."""
+    """What of a policy's outcome this trace does not determine, one line each."""
     writes = sum(replayed.notes.get(f"trigger {trigger.name}", 0) for trigger in target.writes)
     why = f"{writes:,} writes of CR0 or CR4 have no value: whether they unload is not in the trace"
     lines = [*target.open, *([why] if writes else [])]
@@ -255,7 +255,7 @@ def left_open(replayed: Replayed, target: Target) -> list[str]:
 
 
 def document(replayed: Replayed) -> dict[str, Any]:
-    """What a result file says of itself."""
+    """The metadata of a result file."""
     plan = replayed.plan
     meta = plan.capabilities.trace.metadata
     return {

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a count may lie from what a run comes to, where the recording does not show what it is a count of.
+"""How far a count may lie from the result of a run, where the recording does not show what is counted.
 
-What the trace leaves open of an outcome as a whole has runs of its own (`plan.Run`). This is of single counts, and the
+What the trace does not determine of a whole outcome has runs of its own (`plan.Run`). This is of single counts, and the
 same under every policy: how many roots went at a VM's end that no row shows, how often TLBs were flushed for removals
 that were inferred page by page, how often the recorded kernel loaded a root that it found.
 """

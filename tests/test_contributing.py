@@ -44,7 +44,7 @@ def worked_examples() -> list[WorkedExample]:
 
 
 class ScratchCopy:
-    """The files that git knows, copied, with the compiled modules beside them; recordings are linked."""
+    """The files that git knows, copied, with the compiled modules next to them; recordings are linked."""
 
     def __init__(self, place: Path) -> None:
         self.place = place

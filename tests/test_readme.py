@@ -5,12 +5,21 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
+from typing import Final
 
 import pytest
 
 from tests.documents import DOCUMENTS, EXPECTED, NOT_RUN, REPOSITORY, Reader, commands, figures_apart, shown
 from tests.test_help import ROOT
+
+WITH_PYTHON: Final = (*DOCUMENTS, *REPOSITORY.glob("*/*.md"))
+
+
+def programs(path: Path) -> list[str]:
+    """The Python that a document prints."""
+    return re.findall(r"^```python\n(.*?)^```", path.read_text(), re.M | re.S)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
@@ -19,7 +28,7 @@ def test_every_printed_command_line_is_understood(path: Path) -> None:
         for given in printed.called:
             command = ROOT
             if given[0].startswith("-"):
-                assert given[0] in {option for each in ROOT.params for option in each.opts}, printed.line
+                assert given[0] in {"--help", *(option for each in ROOT.params for option in each.opts)}, printed.line
                 continue
             while hasattr(command, "commands"):
                 command = command.commands[given.pop(0)]
@@ -54,6 +63,34 @@ def test_commands_work_and_print_what_stands_there(path: Path, tmp_path: Path) -
         if command.output is not None:
             wanted = command.output[:-1] if command.output[-1] == "..." else command.output
             assert figures_apart(shown(command, done.stdout)) == figures_apart(wanted), command.line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [path for path in WITH_PYTHON if programs(path)], ids=lambda path: path.name)
+def test_programs_run_or_are_a_part_of_an_example_that_ships(path: Path, tmp_path: Path) -> None:
+    reader = Reader(tmp_path)
+    examples = [example.read_text() for example in (REPOSITORY / "replay/examples").glob("*.py")]
+    for program in programs(path):
+        if program.startswith(("import ", "from ")):
+            done = subprocess.run(
+                [sys.executable, "-c", program],
+                cwd=reader.directory, env=reader.environment, capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+        else:
+            assert any(program in example for example in examples), program
+
+
+def test_targets_of_make_that_documents_name_are_there() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.M))
+    named = {
+        (path.name, target)
+        for path in (*DOCUMENTS, *REPOSITORY.glob("*/*.md"))
+        for target in re.findall(r"(?:^    |`|&& |run: )make ([a-z][a-z-]+)(?=[ `\n])", path.read_text(), re.M)
+    }
+    ours = {each for each in named if each[1] not in ("modules_install", "headers_install")}  # the kernel's own
+    assert len(ours) > 10
+    assert not [each for each in ours if each[1] not in targets]
 
 
 def test_links_of_documents_lead_somewhere() -> None:

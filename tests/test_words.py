@@ -38,11 +38,24 @@ WORDS: Final = {
     r"nothing to go by|go(?:es)? by what": "undefined; depends on",
     r"by and by": "gradually",
     r"put down to": "attributed to",
+    r"beside": "next to (a place), besides (in addition), compared with",
+    r"h[eo]ld(?:s|ing)?(?: [^\s.:;]+){0,12} against": "compared with, checked against",
+    r"told apart|told of": "distinguished; reported",
+    r"can(?:not)? be told|could be told|as told|ha(?:d|s|ve) told": "determined; given; reported",
+    r"(?:comes?|came) to (?:the same|a stop|their ends?|an end)": "gives the same; stops, ends",
+    r"what \S+(?: \S+)? (?:comes?|came) to": "the result of",
+    r"left open|leaves? open": "undetermined by the trace",
+    r"never came": "missing",
+    r"of chance": "random",
+    r"bring(?:s|ing)? about": "cause",
 }
 
 
-def prose(path: Path) -> list[tuple[int, str]]:
-    """A file's prose, line by line: all of a document but its code, all comments and texts of a program."""
+def prose(path: Path, quoted: bool = False) -> list[tuple[int, str]]:
+    """A file's prose, line by line: all of a document but its code, all comments and texts of a program.
+
+    Without `quoted` what is in backticks or double quotes is left out.
+    """
     text = path.read_text()
     if path.suffix == ".md":
         kept, code = [], False
@@ -55,7 +68,7 @@ def prose(path: Path) -> list[tuple[int, str]]:
         kept = [(at, line) for at, piece in _texts(text) for line in piece.splitlines()]
     else:
         kept = list(enumerate(text.splitlines(), 1))
-    return [(number, re.sub(r"`[^`]*`|\"[^\"]*\"", "", line)) for number, line in kept]
+    return kept if quoted else [(number, re.sub(r"`[^`]*`|\"[^\"]*\"", "", line)) for number, line in kept]
 
 
 def _texts(source: str) -> list[tuple[int, str]]:

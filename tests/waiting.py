@@ -11,7 +11,7 @@ PATIENCE = 300.0  # seconds; what has not happened by then will not
 
 
 def until(holds: Callable[[], Any]) -> Any:
-    """What `holds` gives once that is true; false where it never came to be."""
+    """What `holds` gives once that is true; false where that never happened."""
     give_up = time.monotonic() + PATIENCE
     while not (found := holds()) and time.monotonic() < give_up:
         time.sleep(0.01)

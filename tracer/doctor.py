@@ -162,7 +162,7 @@ def _tools() -> Iterator[DoctorCheck]:
             "kept probes", OK, f"there for this kernel, in {kept.directory()}: recording needs no compiler"
         )
     elif found is None:
-        yield DoctorCheck("kept probes", UNSEEN, "whether there are any for this kernel cannot be told")
+        yield DoctorCheck("kept probes", UNSEEN, "whether there are any for this kernel is unknown")
     elif found:
         yield DoctorCheck("kept probes", WARN, f"not used: {found}", f"sudo {kept.BUILD}")
     else:
@@ -223,7 +223,7 @@ def _filesystems() -> Iterator[DoctorCheck]:
 
 
 def _probes() -> tuple[list[Attachment], bool]:
-    """How each probe fares: as root all are attached and detached again at once, else they are only looked up."""
+    """Whether each probe attaches: root attaches and detaches all of them; others only look them up."""
     if os.geteuid() != 0:
         return attachments.plan(preset_kinds("all"), attachments.choices()).attachments, False
     probes = Probes(preset_kinds("all"), 1, mmap.PAGESIZE)

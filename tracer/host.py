@@ -36,7 +36,7 @@ def kernel_symbols(functions: Iterable[str], variables: Iterable[str]) -> dict[s
     text = KALLSYMS.read_bytes()
     mark = b"\t[kvm]\n"
     first = text.find(mark)
-    # The symbols of a module stand together.
+    # The symbols of a module are next to each other.
     kvm = text[text.rfind(b"\n", 0, first) + 1 : text.rfind(mark)] if first >= 0 else text
     wanted = {name.encode() for name in functions}
     found = dict.fromkeys((name.decode() for name in wanted.intersection(kvm.split())), 0)

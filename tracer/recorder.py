@@ -276,7 +276,7 @@ class Recorder:
         return self.rings.fill > 0.05
 
     def _look_at_clocks(self) -> None:
-        """A row where the host slept since the last look: only the boot clock goes on meanwhile."""
+        """A row if the host slept since the last check: only the boot clock advances meanwhile."""
         before, self._awake = self._awake, host.suspended()
         slept = self._awake.least - before.most
         if slept >= SUSPENDED:
@@ -304,11 +304,11 @@ class Recorder:
         return ""
 
     def _full(self) -> str:
-        """Why nothing more is to be stored, empty where there is room."""
+        """Why nothing more can be stored; empty while there is room."""
         return self._segments.full
 
     def _settle(self) -> None:
-        """Let the kernel finish with a VM that is gone: until nothing has come for a moment, a second at most."""
+        """Let the kernel finish with a VM that has ended: wait until no event came for a moment, at most a second."""
         end = time.monotonic() + SETTLE_SECONDS
         last = time.monotonic()
         while (now := time.monotonic()) < end and now - last < QUIET_SECONDS:
@@ -379,7 +379,7 @@ class Taken:
 def take(*several: Options) -> Iterator[Taken]:
     """Make recordings one after the other with one set of probes; all must ask for the same events, rings and VM.
 
-    They are left in their directories, as segments. Raises Problem, after which whatever was flushed lies there.
+    They are left in their directories, as segments. Raises Problem; what was flushed before stays on disk.
     """
     for options in several:
         check(options)

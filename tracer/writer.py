@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The disk side of a recording: a thread that orders batches and writes segments, so that the drain never waits for it.
 
-Between drain and disk stands a queue bounded in bytes. While the disk keeps up it is empty; when it does not, the queue
+Between drain and disk is a queue bounded in bytes. While the disk keeps up it is empty; when it does not, the queue
 fills, the rings fill behind it, and what they then refuse is counted by the probes.
 """
 
@@ -61,7 +61,7 @@ class _Round:
 class OrderedThread:
     """Takes rounds of the rings and gives their records out in the order of time, on a thread of its own.
 
-    What the thread fails with stands in `error` from then on, and nothing more is taken.
+    If the thread fails, `error` has the exception from then on, and nothing more is taken.
     """
 
     def __init__(self, name: str, limit: int = QUEUE_BYTES) -> None:
@@ -121,8 +121,8 @@ class OrderedThread:
 class SegmentThread(OrderedThread):
     """Owns the recording's directory; takes records and manifest changes, keeps what the disk refused in `error`.
 
-    With `max_events` it stores the first so many in order of time; with `max_bytes` it stops after the batch
-    (BATCH_ROWS events) with which its directory has come to that size. `full` then says so. What came later is no part
+    With `max_events` it stores that many, the first in order of time; with `max_bytes` it stops after the batch
+    (BATCH_ROWS events) with which its directory has reached that size. `full` then says so. What came later is no part
     of the recording: `turned_away` counts it by kind code and CPU. Gaps are always stored.
     """
 

@@ -67,7 +67,7 @@ def _invoke(app: typer.Typer) -> int:
 
 
 def _code_of(work: Callable[[], int | None]) -> int:
-    """The exit code that some work comes to; what it raised is told."""
+    """The exit code of some work; what it raised is printed."""
     try:
         code = work() or 0
     except KeyboardInterrupt:

@@ -70,7 +70,7 @@ _PARTS: Final[dict[str, tuple[Any, Any]]] = {
 
 @dataclass(frozen=True)
 class OptionGroup:
-    """Options that come to one argument: each with its type and default, and what makes the argument of them."""
+    """Options that make up one argument: each with its type and default, and what makes the argument of them."""
 
     options: Mapping[str, tuple[Any, Any]]
     make: Callable[..., object]

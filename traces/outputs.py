@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a command may write: every `-o` goes through here.
 
-A file is written beside its place and takes it when it is whole, so that what failed leaves what was there. It takes
+A file is written next to its place and takes it when it is whole, so that what failed leaves what was there. It takes
 nobody's place but that of a file of its own kind: not of an input (under whichever name), not of a recording, ever, and
 of anything else only with --force. Devices and pipes are written as they are.
 """
@@ -25,7 +25,7 @@ from traces.errors import Problem
 TRACE_KEY: Final = b"kvmtrace"  # of a trace's metadata, as Parquet has it
 RESULT_KEY: Final = b"kvmtrace.result"
 FLEET_KEY: Final = b"kvmtrace.fleet"
-_HEAD: Final = 1 << 16  # bytes in which a kind is told
+_HEAD: Final = 1 << 16  # bytes from which a kind is recognized
 
 
 class Unwritable(Problem):
@@ -215,7 +215,7 @@ def _kind_of(file: Path, wanted: FileKind) -> FileKind | None:
 
 
 def kind_of_parquet(file: Path) -> FileKind:
-    """Which of ours it is; a recording where that cannot be told any more."""
+    """Which of ours it is; a recording where that is no longer known."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -48,7 +48,7 @@ class Progress:
         return _LINE.drawn is not None
 
     def at(self, done: int) -> None:
-        """So many steps are done, or more: VMs that are replayed side by side do not report in order."""
+        """This many steps are done, or more: VMs that are replayed side by side do not report in order."""
         interrupts.stop_if_interrupted()
         self.done = max(self.done, done)
         _LINE.update()

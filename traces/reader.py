@@ -107,9 +107,9 @@ class Trace:
         return opened
 
     def _with_policy_of_rows(self) -> Metadata:
-        """With what decides which root policy it is: rows, where they show it.
+        """The metadata with the root policy that rows show, where they show one.
 
-        Those of 1.0 nobody has asked for it before, and the first of them may contradict the kernel's types.
+        For traces of format 1.0 the rows were never examined; those of early recorders may contradict the types.
         """
         metadata = self.metadata
         by = object_at(metadata.raw, "policy").get("by")
@@ -128,7 +128,7 @@ class Trace:
                 telling = batch.take(pa.array(np.flatnonzero(np.isin(kind_codes(batch), _TELLING))))
                 watch.see(map(PolicyRow._make, zip(*(column.to_pylist() for column in telling.columns), strict=True)))
         except Problem:
-            return metadata  # whoever reads these rows is told
+            return metadata  # whoever reads these rows is warned
         other = "" if "kernel" in metadata.raw else watch.other
         return replace(metadata, seen_policy=other, policy_by=BY_ROWS if other or watch.bears_out else BY_TYPES)
 
@@ -144,7 +144,7 @@ class Trace:
 
     @property
     def partial(self) -> bool:
-        """Whether it is of some VMs only, or up to a moment; `metadata.root_count` is of all all the same."""
+        """Whether it is of some VMs only, or up to a moment; `metadata.root_count` still counts the roots of all."""
         return self._until is not None or len(self._chosen) < len(self._row_groups)
 
     def selected(self, vms: Collection[int] | None = None, until: int | None = None) -> Trace:
@@ -202,7 +202,7 @@ class Trace:
 
     @property
     def rows(self) -> int:
-        """Rows of the file, whatever is selected of it."""
+        """Rows of the file, or of the part of it that is selected."""
         return sum(group.rows for group in self._row_groups)
 
     def counts(self) -> dict[str, int]:
@@ -365,9 +365,9 @@ def codes_of(names: Sequence[str]) -> NDArray[np.uint8]:
 
 
 def _validate(batch: pa.RecordBatch, foreign: Sequence[str]) -> None:
-    """What `batch.validate(full=True)` checks, at a tenth of its cost; `foreign` are columns not of this version.
+    """What `batch.validate(full=True)` checks, at a tenth of its cost; `foreign`: columns unknown to this version.
 
-    Of fixed-width values there is nothing more to check, and of `kind` only the indices.
+    Fixed-width values need no further check, and of `kind` only the indices do.
     """
     batch.validate()
     for name in foreign:

@@ -56,9 +56,9 @@ class Page:
         self._line("")
 
     def facts(self, pairs: Sequence[tuple[str, str]], style: str = "", at: int = 0) -> None:
-        """Names with texts beside them, which begin in column `at`, by default two behind the longest name."""
+        """Names with texts next to them, which begin in column `at`, by default two behind the longest name."""
         at = at or max((len(name) for name, _ in pairs), default=0) + GAP
-        if 2 * at > self.width:  # no room beside them
+        if 2 * at > self.width:  # no room next to them
             at = 2 * GAP
         for name, text in pairs:
             self.say(f"{name:<{at - 1}} {text}", style, " " * at)

@@ -95,7 +95,7 @@ class SegmentWriter:
             self._write_batch(columns)
 
     def write_encoded(self, message: bytes, rows: int) -> None:
-        """Take what a BatchEncoder made of so many records; after those given to `write` before."""
+        """Take what a BatchEncoder made of this many records; after those given to `write` before."""
         self._write_buffer()
         self.rows += rows
         self._write_message(message, rows)

@@ -41,7 +41,7 @@ def _size(path: Path) -> int:
 
 @dataclass(frozen=True)
 class Segment:
-    """What reading one segment came to; final once its batches were read to the end."""
+    """The result of reading one segment; final once its batches were read to the end."""
 
     name: str
     rows: int

@@ -22,7 +22,7 @@ _RESULTS = "What `kvmtrace fleet replay -o` made: a folder, or a place in a stor
 By = Annotated[
     str,
     typer.Option(
-        help="Put these beside each other: some of host, kernel, vendor, preset, recorded_policy, own_policy, day, "
+        help="Compare groups by these: some of host, kernel, vendor, preset, recorded_policy, own_policy, day, "
         "with commas between."
     ),
 ]
@@ -50,7 +50,7 @@ def report(
         typer.Option(
             help="Exit 1 where this holds: FIGURE OPERATOR NUMBER, such as 'soft_hang > 0'; repeatable. Figures: "
             "soft_hang (VMs with one as recorded), failed (tasks), own_policy_mismatch, undecided, lost (events), "
-            "out_of_line (hosts), vms, hosts. An interval that leaves it open fails."
+            "out_of_line (hosts), vms, hosts. A condition that an interval does not decide fails."
         ),
     ] = None,
     force: Force = False,
@@ -99,7 +99,7 @@ def report(
 )
 def diff(
     old: Annotated[str, typer.Argument(help=_RESULTS)],
-    new: Annotated[str, typer.Argument(help="What is held against it.")],
+    new: Annotated[str, typer.Argument(help="The one to compare with the first.")],
     by: By = "kernel",
     format_: Annotated[
         str, typer.Option("--format", help="text, md or json. [default: text]", show_default=False)
@@ -107,7 +107,7 @@ def diff(
     out: TextFile = None,
     force: Force = False,
 ) -> None:
-    """Compare two sets of results: by kernel and host, what came out otherwise of a VM in both, what only one has."""
+    """Compare two sets of results: by kernel and host, VMs whose results differ, and VMs that only one has."""
     from analysis.fleet.fleet_diff import compare, side
     from analysis.fleet.judged import COLUMNS, dimensions
     from analysis.formats import renderer

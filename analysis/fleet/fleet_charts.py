@@ -47,7 +47,7 @@ def _distribution(found: FleetOutcome) -> Picture | None:
     return Picture(
         "stalls", None, "VMs by their longest soft-hang",
         "Of VMs whose replay agrees with their rows: how many had a soft-hang of at least so long. A line is the "
-        "least, the band above it what the recordings leave open.",
+        "least, the band above it is what the recordings leave undetermined.",
         chart, frame,
         (Column("policy", "policy", Unit.TEXT), Column("ns", "at least", Unit.NS), Column("low", "VMs", high="high")),
     )  # fmt: skip
@@ -85,7 +85,7 @@ def _groups(found: FleetOutcome, best: str) -> Picture | None:
         return None
     names = changed["what"].unique(maintain_order=True).to_list()
     order = changed["group"].unique(maintain_order=True).to_list()
-    # A group's name stands above its bars: beside them there would be no room for it.
+    # A group's name stands above its bars: next to them there would be no room for it.
     y = alt.Y("group:N", axis=None, sort=order)
     rows = alt.YOffset("what:N", scale=alt.Scale(domain=["", *names]))
     bars = alt.Chart(changed.select("group", "what", "share")).mark_bar().encode(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`kvmtrace fleet diff`: two sets of results, group by group, host by host, and VM by VM where both have the recording.
 
-Groups and hosts are held against each other by rates, for the two may be of different days. Where a recording is in
+Groups and hosts are compared by rates, because the two may be of different days. Where a recording is in
 both, as after a new version replayed it or with another set of policies, its VMs are matched by their ids.
 """
 

@@ -121,7 +121,7 @@ def _apart(found: FleetOutcome, best: str, whole: dict[str, int]) -> Iterator[st
         lines.append(f"{count(untimed, 'VM')} without times")
     unpaired = int(found.groups["unpaired"].sum())
     if unpaired:
-        lines.append(f"{count(unpaired, 'row')} without one of the recorded policy beside them")
+        lines.append(f"{count(unpaired, 'row')} without one of the recorded policy to compare with")
     if found.failed:
         lines.append(count(found.failed, "failed task"))
     if lines:
@@ -137,7 +137,7 @@ def _trust() -> Iterator[tuple[str, str]]:
     yield (
         "gain",
         (
-            "less soft-hang time than under the recorded policy, at the least of what the recordings leave open, of "
+            "less soft-hang time than under the recorded policy, at least, of "
             "VMs whose replay under the recorded policy is what their rows show"
         ),
     )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of results as judgements: each VM under each policy beside the same VM under the policy that was recorded.
+"""Rows of results as judgements: each VM under each policy, compared with itself under the recorded policy.
 
-A task's rows (one trace, one VM, all policies) stand together, so that a batch of rows needs no other: whatever the
+A task's rows (one trace, one VM, all policies) are consecutive, so that a batch of rows needs no other: whatever the
 number of rows, no more than a batch is held. Rows of vCPUs are not looked at.
 
 Time saved is soft-hang time under the recorded policy less that under the other one, faults spared likewise. Both are
@@ -35,7 +35,7 @@ _TEXTS: Final = (
     "policy",
     "own_policy",
 )
-# Intervals that are held against the recorded policy's; with the names of what is saved.
+# Intervals that are compared with the recorded policy's; with the names of what is saved.
 _SAVED: Final = {"stalled_low_ns": "stalled_high_ns", "faults_low": "faults_high"}
 _ENDS: Final = {
     "stalls_low": "stalls_high", "longest_stall_low_ns": "longest_stall_high_ns", "refaults_low": "refaults_high",

@@ -83,7 +83,7 @@ class Summing:
             each.add(sums)
 
     def outcome(self) -> FleetOutcome:
-        """What they come to."""
+        """Their sums."""
         lost = self._traces.frame()["lost"]
         return FleetOutcome(
             self._by, self._groups.frame(), self._hosts.frame(), self._days.frame(), self._gainers.frame(),

@@ -44,5 +44,5 @@ def outliers(hosts: pl.DataFrame) -> pl.DataFrame:
 
 
 def rate(name: str) -> pl.Expr:
-    """So many a vCPU hour."""
+    """This many a vCPU hour."""
     return pl.col(name) * 3_600_000 / pl.col("vcpu_ms")

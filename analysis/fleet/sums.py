@@ -13,7 +13,7 @@ from typing import Final
 import polars as pl
 
 SECOND: Final = 10**9
-# How long the longest soft-hang of a VM was: at least so many ns.
+# How long the longest soft-hang of a VM was: at least this many ns.
 STEPS_NS: Final = tuple(
     step * 10**7 for step in (10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 6_000, 10_000, 30_000)
 )
@@ -127,7 +127,7 @@ def folded(frame: pl.DataFrame, *keys: str) -> pl.DataFrame:
 
 
 def ended(frame: pl.DataFrame) -> pl.DataFrame:
-    """Upper ends null where a row had none; what a hang and a gain may be, beside what they are for certain."""
+    """Upper ends null where a row had none; what a hang and a gain may be at most; their lower bounds are certain."""
     open_ends = {name: _ends(name)[1] for name in _INTERVALS}
     return frame.with_columns(
         *(pl.when(pl.col(f"{name}_open") == 0).then(pl.col(high)).alias(high) for name, high in open_ends.items()),

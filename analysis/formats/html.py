@@ -183,7 +183,7 @@ def _json(document: Any) -> str:
 def _library() -> str:
     """Vega-Embed and all that it needs, as one script.
 
-    Bundling it takes V8 more than a second and 90 MiB, and always comes to the same: it is kept for the next report
+    Bundling it takes V8 more than a second and 90 MiB, and always gives the same result: it is kept for the next report
     ($XDG_CACHE_HOME/kvmtrace), under its versions.
     """
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

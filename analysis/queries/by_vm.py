@@ -100,7 +100,7 @@ def overview(recording: Recording, result: Result | None = None) -> pl.LazyFrame
 
 
 def _of_rows(recording: Recording) -> pl.LazyFrame:
-    """By VM, what the rows come to."""
+    """By VM, the results over its rows."""
     counted, roots = recording.ask(in_windows(recording), UsedRoots())
     entry, exit_ = pl.col("kind") == "kvm_entry", pl.col("kind") == "kvm_exit"
     # `at` is the sum of times in the window, each counted from its begin.

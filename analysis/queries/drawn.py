@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Queries that pictures are drawn from: time, pages and counts in so many parts that a picture has room for."""
+"""Queries that pictures are drawn from: time, pages and counts in as many parts as a picture has room for."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class Heat:
 
 
 class _Heating:
-    """Ranges double whenever there come to be too many of them: more rows of a VM can only add to them."""
+    """Ranges double whenever there are too many of them: more rows of a VM can only add to them."""
 
     def __init__(self, widths: dict[int, tuple[int, int]], rows: int) -> None:
         self._widths, self._rows = widths, rows

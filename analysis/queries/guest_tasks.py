@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which task of a guest paid for its faults: a recording of the host beside one that was made inside the guest."""
+"""Which task of a guest paid for its faults: a recording of the host combined with one made inside the guest."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Queries over the rows of a recording: what a pass over them counts, and what is told from that.
+"""Queries over the rows of a recording: what a pass over them counts, and what follows from that.
 
 The rows are read when a query is made, unless the recording has answered the same question before; memory grows with
 groups, not with rows.
@@ -277,7 +277,7 @@ def lives(recording: Recording) -> pl.LazyFrame:
 
 @query(Recording, asks=lambda _: [UsedRoots()])
 def roles(recording: Recording) -> pl.LazyFrame:
-    """Root lives by role word: how many roots, how long they are seen (median and longest), loads, faults."""
+    """Lifetimes of roots by role word: how many roots, how long they are seen (median and longest), loads, faults."""
     return (
         lives(recording)
         .group_by("vm", "role")
@@ -342,14 +342,14 @@ def _diagnosed(recording: Recording, exits: int) -> list[Diagnosis]:
 
 @query(Recording, needs=("kvm_exit",), asks=_runs_asked)
 def stuck(recording: Recording, exits: int = CERTAIN) -> pl.LazyFrame:
-    """vCPUs that got no further: 200 exits and more at one RIP without progress, or an end in an error, and why."""
+    """vCPUs that made no progress: 200 exits and more at one RIP without progress, or an end in an error, and why."""
     found = [{name: getattr(each, name) for name in _STUCK} for each in stuck_vcpus(recording, exits)]
     return pl.LazyFrame(found, schema=_STUCK)
 
 
 @query(Recording, needs=("kvm_exit",), asks=_runs_asked)
 def stuck_rows(recording: Recording, exits: int = CERTAIN) -> pl.LazyFrame:
-    """The rows that show why: of each vCPU that got no further, one round of what it did, and its page's SPTEs."""
+    """The rows that show why: of each vCPU that made no progress, one round of what it did, and its page's SPTEs."""
     found = [
         {"vm": each.vm, "vcpu": each.vcpu, "row": row} for each in stuck_vcpus(recording, exits) for row in each.rows
     ]

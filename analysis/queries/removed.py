@@ -48,7 +48,7 @@ _TEXTS: Final = {
     Why.OTHER: "not explained",
 }
 _NONE: Final = (Why.FIRST, Why.UNSEEN, Why.UNWRITABLE)  # nobody removed anything
-# Told though they changed nothing: how often the host asks, and notifiers hold up all faults meanwhile
+# Reported though they changed nothing: how often the host asks, and notifiers hold up all faults meanwhile
 _ASKING: Final = [
     int(why) for why in (
         Why.NOTIFIER, Why.NOTIFIER_CHANGE, Why.AGING, Why.GET_DIRTY_LOG, Why.CLEAR_DIRTY_LOG, Why.DIRTY_RING,
@@ -62,7 +62,7 @@ def _asked(recording: Recording) -> Iterator[RemovalQuestion]:
 
 
 def _question(recording: Recording) -> RemovalQuestion:
-    """Raises Problem where causes cannot be told."""
+    """Raises Problem where causes cannot be determined."""
     if recording.metadata.policy == "shadow":
         raise Problem(f"{recording.path}: under the shadow MMU a page has many SPTEs: why it is mapped again is open")
     try:

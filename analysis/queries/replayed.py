@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Queries over the rows of a replay's result.
 
-What a trace leaves open is two rows of a policy in the result, and here an interval: `NAME_low` and `NAME_high`. Where
-it leaves nothing open both are the same; where there is no upper end, `NAME_high` is null.
+What a trace does not determine has two rows of a policy in the result, and here `NAME_low` and `NAME_high`. Where
+everything is determined both are the same; where there is no upper end, `NAME_high` is null.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ COUNTS: Final = tuple("roots_created" if name == "creations" else name for name 
 
 @query(Result)
 def policies(result: Result) -> pl.LazyFrame:
-    """What each policy comes to, over all VMs: counts, memory held, time, soft-hangs.
+    """The result of each policy, over all VMs: counts, memory held, time, soft-hangs.
 
     Peaks, `memory_bytes` (tables and roots alive, 4 KiB each), and `wall_ns` are those of the VM or vCPU with the most.
     `stall_share` and `refill_share` (faults with their switches, loads, unloads, waits) are of the vCPUs' time. `error`

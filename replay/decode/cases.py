@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ends of what a trace leaves open of a replay's inputs."""
+"""The bounds of what a trace leaves undetermined in a replay's inputs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Case:
-    """One end of what a trace leaves open."""
+    """One bound of what a trace does not determine."""
 
     most: bool = False  # writes of CR0 and CR4 of unknown value unload
     hidden: bool = False  # prefetched pages were needed

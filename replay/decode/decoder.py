@@ -1233,7 +1233,7 @@ class Decoder:
     @cython.nogil
     @cython.exceptval(check=False)
     def _end_slot(self, tid: cython.int, zaps: cython.bint) -> cython.void:
-        """The thread that takes a slot away has come to its leaves, to the end, or to an invalidation of all roots."""
+        """The thread that takes a slot away has reached its leaves, the end, or an invalidation of all roots."""
         with cython.gil:
             gone = self._deleting.pop(tid, None)
             self._deletes = bool(self._deleting)

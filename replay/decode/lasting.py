@@ -19,7 +19,7 @@ LEADING = 6  # bits of a duration that choose its bucket, besides the highest
 BUCKETS = 64 * 58  # of int64
 _LEAST = cython.declare(cython.longlong, 128)  # from here on buckets are wider than a ns
 _BUCKETS = cython.declare(cython.Py_ssize_t, 64 * 58)
-_MOST = cython.declare(cython.Py_ssize_t, 2048)  # codes that are told apart
+_MOST = cython.declare(cython.Py_ssize_t, 2048)  # codes that are distinguished
 _OTHERS = cython.declare(cython.ulonglong, (1 << 64) - 2)
 OTHERS = (1 << 64) - 2  # the code of those beyond
 _FIELDS = ("begun", "ended", "ns", "longest")
@@ -55,7 +55,7 @@ class Lasting:
         self._since, self._place = np.zeros(0, np.int64), np.zeros(0, np.int32)
 
     def feed(self, time: Any, vcpu: Any, kind: Any, code: Any, ret: Any = None) -> None:
-        """Take in rows; `vcpu` is -1 where there is none. With `ret`, rows of one code are told apart by it."""
+        """Take in rows; `vcpu` is -1 where there is none. With `ret`, rows of one code are distinguished by it."""
         done: cython.Py_ssize_t = 0
         self._make_room(int(vcpu.max()) + 1 if len(vcpu) else 0)
         rets = np.zeros(1, np.int32) if ret is None else ret

@@ -178,7 +178,7 @@ _GFNS = cython.declare(cython.longlong, (1 << 40) - 1)
 _GOLDEN = cython.declare(cython.ulonglong, 0x9E3779B97F4A7C15)
 _WHOLE = cython.declare(cython.ulonglong, (1 << 64) - 1)
 
-_MOST = cython.declare(cython.int, 254)  # causes and threads that are told apart; the last is of those beyond
+_MOST = cython.declare(cython.int, 254)  # causes and threads that are distinguished; the last is of those beyond
 _IS_MAPPED = cython.declare(cython.longlong, 255)
 _COUNTED = cython.declare(cython.uchar, 255)  # a fault that was counted already
 _NO_THREAD = cython.declare(cython.longlong, -(1 << 40))

@@ -1,13 +1,13 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """What the rows themselves say of one VM's roots, tables and leaves, counted while they are decoded.
 
-A replay under the recording's own policy has to come to the same numbers (`replay.own_policy`). Inputs are therefore
+A replay under the recording's own policy has to give the same numbers (`replay.own_policy`). Inputs are therefore
 not what is counted here, wherever another event tells the same:
 
     row                                             counted as
     first root_get (or mmu_load) of a root          CREATED      every other one: FOUND
     kvm_mmu_get_page of a new root                  GOT_ROOT
-    mmu_load beside root_get                        LOADED
+    mmu_load with root_get                        LOADED
     root_put that drops the last reference          PUT          once a root: a worker takes and puts it again
     table_free of a root                            FREED        once a root
     kvm_tdp_mmu_spte_changed   to a table           LINKED       from one: UNLINKED

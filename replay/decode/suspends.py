@@ -87,7 +87,7 @@ def _placed(gaps: list[Gap], begin: int, end: int, slept: int) -> Suspend | None
 
 
 def _read(trace: Trace, least: int) -> tuple[list[tuple[int, int, int]], list[Gap]]:
-    """`host_suspend` rows (addr, time, value), and the times of at least so many ns without a row of any VM."""
+    """`host_suspend` rows (addr, time, value), and the times of at least this many ns without a row of any VM."""
     rows: list[tuple[int, int, int]] = []
     gaps: list[Gap] | None = None
     told = bool(trace.metadata.kinds.get("host_suspend"))

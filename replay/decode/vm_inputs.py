@@ -99,7 +99,7 @@ class RowReader(Protocol):
 class VmInputs:
     """One VM of a trace. Iterate once; `vcpus` gives the recorded id of each of its dense numbers.
 
-    After the iteration `decoder` has what was counted, `notes` what had to be inferred or left open, and `rest` what
+    After the iteration `decoder` has what was counted, `notes` what was inferred or is undetermined, and `rest` what
     each vCPU still did after its last input.
     """
 
@@ -241,7 +241,7 @@ class _Held:
         return new
 
     def move(self, inputs: int, inputs_end: int, exits: int, exits_end: int, ranges: int, ranges_end: int) -> None:
-        """What is behind the first so many, up to the ends, to the front."""
+        """Move what is behind the first `count` values, up to the ends, to the front."""
         for names, first, end in (
             (self.INPUTS, inputs, inputs_end),
             (EXIT_COLUMNS, exits, exits_end),

@@ -11,7 +11,7 @@ IDLE_NS = 10_000_000
 
 
 class IdleTime(Policy):
-    """What a kernel thread that reclaims idle roots would come to."""
+    """What a kernel thread that reclaims idle roots would change."""
 
     name = "idle-time"
 

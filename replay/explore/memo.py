@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a function of shared memory comes to, remembered by what it read: a tree of the places it reads in turn."""
+"""The result of a function of shared memory, remembered by what it read: a tree of the places it reads in turn."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def require(condition: Any, invariant: str, detail: str = "") -> None:
 
 @dataclass(frozen=True)
 class Part:
-    """An actor as it was described; `daemon`: it need not come to an end."""
+    """An actor as it was described; `daemon`: it need not finish."""
 
     name: str
     start: Callable[[], Steps]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model made ready to run: its actors with their places, its predicates with what they came to."""
+"""A model made ready to run: its actors with their places, its predicates with their values."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class ReadyModel:
         return next((Broken(i.name) for i, memo in self.ends if not self._holds(i, memo, values, False)), None)
 
     def ended(self, places: Sequence[Place]) -> bool:
-        """Whether all actors that need to have come to their ends."""
+        """Whether all actors that need to have finished."""
         return all(place.done or actor.daemon for actor, place in zip(self.actors, places, strict=True))
 
     def stopped(self, values: Values, places: Sequence[Place]) -> Broken | None:

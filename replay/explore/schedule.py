@@ -106,7 +106,7 @@ def replay(model: ReadyModel, schedule: Schedule, where: str) -> Broken | None:
             raise Problem(f"{said}there is no actor {line.actor}")
         place = places[number]
         if place.label != line.step:
-            raise Problem(f"{said}{line.actor} does not come to {line.step!r} but {place.label or 'its end'!r}")
+            raise Problem(f"{said}{line.actor} does not reach {line.step!r} but {place.label or 'its end'!r}")
         outcome = model.actors[number].step(place, values)
         if outcome.violation is not None:
             return outcome.violation

@@ -2,7 +2,7 @@
 """Every interleaving of a model's actors, breadth first, so that what is found first is as short as can be.
 
 A state is the shared memory and where each actor stands. Found are: invariants that do not hold, deadlocks, and
-livelocks (states from which, whatever is scheduled, not all actors can come to their end any more).
+livelocks (states from which, whatever is scheduled, not all actors can finish any more).
 
 Reduction. Where the next step of one actor reads nothing that another may still write, and writes nothing that another
 may still read or write or that an invariant for every state reads, it can change places with all that the others may
@@ -44,7 +44,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Exploration:
-    """What a search came to. `shortest`: no schedule to any violation has fewer steps (before the cycle, if any)."""
+    """The result of a search. `shortest`: no schedule to any violation has fewer steps (before the cycle, if any)."""
 
     found: Found | None
     states: int

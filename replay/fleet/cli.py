@@ -38,9 +38,9 @@ def index(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Say of each VM in a place's recordings (*.parquet) where it is, of which host, kernel and policy, and how large.
+    """List each VM in a place's recordings (*.parquet): where it is, its host, kernel and policy, and its size.
 
-    Only footers are read. What a catalogue of that name has already, and was not changed since, is not read again.
+    Only footers are read. Recordings that the catalogue has, and that were not changed since, are not read again.
     """
     from replay.fleet import fleet_catalogue, fleet_text
     from traces import outputs
@@ -76,7 +76,7 @@ def replay(
         typer.Option(
             "-o",
             "--output",
-            help="The results: a folder, or a place in a store. What is there already is not done again.",
+            help="The results: a folder, or a place in a store. Tasks whose results are there are not run again.",
             show_default=False,
         ),
     ],
@@ -90,8 +90,8 @@ def replay(
     where: Annotated[
         str,
         typer.Option(
-            help="Only VMs of which this is true: a condition on the catalogue's columns, as polars has SQL. It is "
-            "never run as Python.",
+            help="Only VMs that fulfil this condition on the catalogue's columns, in polars' SQL. It is never run"
+            " as Python.",
             show_default=False,
         ),
     ] = "",
@@ -108,7 +108,8 @@ def replay(
     memory: Annotated[
         str,
         typer.Option(
-            help="Room for the rows of the VMs under way, such as 8G; one is always. [default: half of what is free]"
+            help="Memory for the rows of the VMs being replayed, such as 8G; at least one VM always is. [default:"
+            " half of what is free]"
         ),
     ] = "",
     time_limit: Annotated[
@@ -120,14 +121,14 @@ def replay(
         ),
     ] = 3600,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Try again, too, what failed in an earlier run.")
+        bool, typer.Option("--retry-failed", help="Also try tasks again that failed in an earlier run.")
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Replay each VM of a catalogue under other root policies, one task each; exit 1 when any of them failed.
 
-    A task that fails takes no other along, and leaves a row with the reason. Run again after an interruption, it goes
-    on where it was.
+    A task that fails does not affect the others, and leaves a row with the reason. Run again after an interruption, the
+    command continues where it stopped.
     """  # fmt: skip
     from replay import plan
     from replay.fleet import engines, fleet_catalogue, fleet_run, fleet_task, fleet_text

@@ -138,7 +138,7 @@ def _dask(address: str, workers: int) -> Iterator[_Dask]:
     new_client: Any = Client
     new_cluster: Any = LocalCluster
     said = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)  # what becomes of workers and schedulers is told here, in one line each
+    logging.disable(logging.CRITICAL)  # what becomes of workers and schedulers is printed here, in one line each
     try:
         with dask.config.set(settings), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # such as that its page has another port than usual

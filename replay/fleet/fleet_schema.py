@@ -14,7 +14,7 @@ FORMAT: Final = {"major": 1, "minor": 0}  # of the catalogue
 # Of the results. Version 1 had the tasks of an object as a list of texts, which took most of a report's time to read.
 RESULTS_FORMAT: Final = {"major": 2, "minor": 0}
 
-# Counts of a policy's outcome: what a trace leaves open lies between NAME_low and NAME_high. They are equal where the
+# Counts of a policy's outcome: what a trace leaves undetermined is from NAME_low to NAME_high. They are equal where the
 # outcome is exact; NAME_high is null where there is no upper end.
 COUNTS: Final = (
     "loads", "creations", "reuses", "faults", "refaults", "fixes", "frees", "zapped", "tables_built",
@@ -84,7 +84,7 @@ RESULTS: Final = pa.schema([
     pa.field("policy", pa.string()),
     pa.field("events", pa.int64()),
     pa.field("lost", pa.int64()),
-    pa.field("own_policy", pa.string()),  # "agrees", "differs" or "open": the recorded policy's replay beside the rows
+    pa.field("own_policy", pa.string()),  # "agrees", "differs" or "open": its replay compared with the rows
     *(pa.field(end, pa.int64()) for name in COUNTS for end in ends(name)),
     pa.field("recorded_ns", pa.int64()),
     *(pa.field(name, pa.int64()) for name in ("wall_ns", "wall_low_ns", "wall_high_ns")),

@@ -139,7 +139,7 @@ def rows_for(trace: Trace, task: FleetTask) -> list[dict[str, Any]]:
 
 
 def planned(capabilities: Capabilities, names: Sequence[str]) -> Plan:
-    """These policies and the recorded one, which all others are held against."""
+    """These policies and the recorded one, which all others are compared with."""
     return plan.make(capabilities, list(dict.fromkeys([capabilities.own.name, *(names or plan.DEFAULT)])))
 
 

@@ -38,7 +38,7 @@ from traces.text import printable
 
 JOB: Final = "job.json"
 TASKS, FAILED, MERGED = "tasks", "failed", "merged"
-MERGE: Final = 256  # so many objects of single tasks stay as they are
+MERGE: Final = 256  # up to this many objects of single tasks stay as they are
 MERGE_BYTES: Final = 16 << 20  # of a merged object, about: some are in memory at a time
 MERGE_TASKS: Final = 1 << 14
 DELETES: Final = 1000  # in one request
@@ -134,7 +134,7 @@ class ResultFolder:
     def merge(self, least: int = 0) -> int:
         """Put the objects of single tasks together, where there are so many (0: MERGE); how many. It may be killed.
 
-        A merged object is whole before the first of those that it is made of goes.
+        A merged object is complete before the first of its parts is deleted.
         """
         least = least or MERGE
         state = self.state()
@@ -198,7 +198,7 @@ class Results:
         self._state = folder.state()
 
     def batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-        """The rows, object after object in order of their names; a task's stand together. Raises Problem.
+        """The rows, object after object in order of their names; a task's are next to each other. Raises Problem.
 
         Texts are dictionaries where they are stored as such, and each batch has its own.
         """
@@ -282,7 +282,7 @@ def _written(tables: Sequence[tuple[str, pa.Table]]) -> bytes:
 
 
 def footer_of(tasks: Sequence[str], rows: Sequence[int]) -> bytes:
-    """The footer's metadata of an object with so many rows of each of these tasks, one after the other.
+    """The footer's metadata of an object with this many rows of each of these tasks, one after the other.
 
     In base 64: 16 bytes of each task's name, and of each its rows as a little-endian number of four bytes.
     """

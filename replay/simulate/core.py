@@ -1383,7 +1383,7 @@ class Timer:
     def run(
         self, ranges: cython.const[cython.longlong][::1], until: cython.longlong, final: cython.bint
     ) -> cython.bint:
-        """Do what is due before `until` and can be told; True: it wants room, or the core is in error."""
+        """Do what is due before `until` and can be determined; True: it needs room, or the core is in error."""
         if cython.compiled:
             self.core.ranges = cython.cast(cython.pointer[cython.longlong], cython.address(ranges[0]))
             with cython.nogil:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Policy:
-    """The kernels' own rules; override what should be otherwise.
+    """The kernels' own rules; override what should differ.
 
     `parameters` says of what kernel the rest is (`traces.kernels.policies`). With `own_reference` the last put never
     comes while a root is valid, so that a policy that keeps roots of its own accord leaves it False.

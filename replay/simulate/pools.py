@@ -26,7 +26,7 @@ def make_pool(rows: int, layout: Any) -> NDArray[Any]:
 
 @cache
 def _structure(fields: tuple[Any, ...]) -> np.dtype[np.void]:
-    """That of so many fields takes numpy 0.1 ms to make, and a VM has a dozen pools."""
+    """One of that many fields takes numpy 0.1 ms to make, and a VM has a dozen pools."""
     return np.dtype(list(fields))
 
 

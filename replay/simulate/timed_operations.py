@@ -9,14 +9,14 @@ A timed block is a `Block` with six more columns, one value an operation:
     guest  how much of `lead` the guest ran, the switch to it and back included
     idle   how much of `lead` the guest had halted
     cost   ns that this operation took as recorded
-    was    what it came to as recorded: of a TOUCH 1 + tables built (0: it was no fault), of an ENTER 1 found,
+    was    its outcome as recorded: of a TOUCH 1 + tables built (0: it was no fault), of an ENTER 1 found,
            2 created, of an UNLOAD 1 if it was one
 
 In a wall-clock queue `wall` is when it is due (ns since the VM's first entry); MORE continues what is under way
 there (an SMI's inside), LAST ends it. In a program `wall` is MORE. What is due takes at least two operations, but of
 those that are due to the VM each stands alone.
 
-`until` is what makes blocks of any size come to the same: what the wall clock does in later blocks is due then at the
+`until` makes the result independent of the size of blocks: what the wall clock does in later blocks is due then at the
 earliest (MORE is due with what it continues), so that programs may run up to there. With no wall-clock queues it is
 NEVER.
 """

@@ -17,9 +17,11 @@ Ints = NDArray[np.int64]
 _KEPT: Final = 1 << 14  # samples of each cost
 _ENOUGH: Final = 3  # samples, for a measured cost
 _LEAST_KEPT: Final = 1 << 10
-_FLUKES: Final = 1_000  # one in so many of the shortest times in the guest may be a fluke
-_BARE: Final = 2  # the switch takes up to so many times the shortest time in the guest
-_PLAUSIBLE: Final = 4  # ... and no more than so many usual faults take (the lab: 1.7; where hosts are nested, the most)
+_FLUKES: Final = 1_000  # one in this many of the shortest times in the guest may be a fluke
+_BARE: Final = 2  # the switch takes up to this many times the shortest time in the guest
+_PLAUSIBLE: Final = (
+    4  # ... and no more than this many usual faults take (the lab: 1.7; where hosts are nested, the most)
+)
 
 
 @dataclass(frozen=True)

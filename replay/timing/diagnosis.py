@@ -130,7 +130,7 @@ def diagnosed(
         if end.reason in ENDS and end.error >= 0 and end.vcpu not in told:
             why = f"{user_exit_name(end.reason)} ({end.reason}): {_MEANS[end.reason]}"
             if end.reason == USER_SHUTDOWN and end.shutdowns > 1:
-                why += f", the last of {end.shutdowns:,}: userspace resets the vCPU and it comes to that again"
+                why += f", the last of {end.shutdowns:,}: userspace resets the vCPU and it happens again"
             row = f"row {end.ended:,} kvm_userspace_exit {user_exit_name(end.reason)}"
             found.append(
                 Diagnosis(int(vm["id"]), end.vcpu, ENDS[end.reason], why, end.at, 1, end.time, end.time, end.ended,

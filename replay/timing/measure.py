@@ -84,7 +84,7 @@ class SpanTimes:
 
 @dataclass(frozen=True)
 class Measured:
-    """One VM as recorded. By vCPU, where nothing else is said; times are ns.
+    """One VM as recorded. By vCPU unless stated otherwise; times are in ns.
 
     `refused`: why there are no times, empty if there are. `began` is the boot time of its first entry. `recorded` is
     the time by TimeCategory, the switch within the guest's. `totals` is by VcpuState, without steal time; OTHER
@@ -172,7 +172,7 @@ class Measurement:
             if self._capabilities.has("kvm_entry"):
                 return "it never entered its guest"
             return "no entry into the guest is recorded: times are not known (--events time records them)"
-        return f"the clock runs backwards at {backwards:,} rows: times are not to be had" if backwards else ""
+        return f"the clock runs backwards at {backwards:,} rows: times are not available" if backwards else ""
 
     def _totals(self) -> Ints:
         """ns by vCPU and VcpuState."""
@@ -211,7 +211,7 @@ class Measurement:
             extra: Ints = cost[tables] - round(samples["fault"].mean)
             built: Ints = was[tables].astype(np.int64) - 1
             samples["table"].add(np.maximum(extra, 0) // built)
-        # All others are few beside touches.
+        # All others are few compared with touches.
         others = np.flatnonzero(~touch)
         kind, was, cost = kind[others], was[others], cost[others]
         load = kind == Op.ENTER

@@ -111,7 +111,7 @@ class Steal:
             rows = rows[rows > 0]
         first = rows == 0  # the row before it is the last one of the batch before
         spans = batch.time[rows] - np.where(first, self._time, batch.time[rows - 1])
-        if self.shared and self.known:  # where not, what others took beside a worker is no time of the vCPU's either
+        if self.shared and self.known:  # where not, what others took while a worker ran is no time of the vCPU's either
             kinds = batch.kind.astype(np.int64)
             between = np.where(first, self._kind, kinds[rows - 1]) << 8 | kinds[rows]
             for pair in np.unique(between):

@@ -39,7 +39,7 @@ class StealCurve:
 def steal_curve(moments: NDArray[Any], began: int, taken: tuple[Ints, Ints], stolen: int) -> StealCurve:
     """One vCPU's, from its `Moment`s, in order, and when it `began` (boot ns).
 
-    `taken` is what does not count as stolen, for a zap worker took it: boot ns, and ns at each. In the end it comes to
+    `taken` is what does not count as stolen, for a zap worker took it: boot ns, and ns at each. In the end it is
     `stolen`.
     """
     times, ns = taken

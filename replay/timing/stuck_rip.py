@@ -57,7 +57,7 @@ class RipRun:
     last: int = 0
 
     def certain(self, exits: int = CERTAIN) -> bool:
-        """Whether it got no further for so many exits, or polled for so many, and long enough to be a hang."""
+        """Whether it got no further for this many exits, or polled for this many, and long enough to be a hang."""
         if self.exits < exits or self.moves * 100 >= self.exits or self.halts * 2 >= self.exits:
             return False
         if (self.errors + self.internal + self.shutdowns + self.failed) * 2 >= self.exits or not self.polls:

@@ -20,7 +20,7 @@ from traces.text import count, vms_text
 from traces.vm_names import VmNames
 
 _VCPUS_SHOWN: Final = 16
-_SENTENCES: Final = 8  # on vCPUs that got no further
+_SENTENCES: Final = 8  # on vCPUs that made no progress
 _STUCK_SHOWN: Final = 4  # vCPUs whose rows are shown
 # Of columns: which go first where there is no room, the others before these.
 _LEVELS: Final = {TimeCategory.GUEST: 1, TimeCategory.FAULT: 2}
@@ -102,7 +102,7 @@ def verdicts(vm: VmTime, vcpus: Iterable[int]) -> Iterator[str]:
 
 
 def base_of(ends: Mapping[str, tuple[VcpuTime, VcpuTime]]) -> str:
-    """The policy that others are held against: the one that keeps roots, or, without it, the quickest."""
+    """The policy that others are compared with: the one that keeps roots, or, without it, the quickest."""
     quickest = min(ends, key=lambda name: ends[name][1].wall)
     return next((name for name in _PRESERVED if name in ends), quickest)
 
@@ -110,7 +110,7 @@ def base_of(ends: Mapping[str, tuple[VcpuTime, VcpuTime]]) -> str:
 def compared(ends: Mapping[str, tuple[VcpuTime, VcpuTime]], least: Collection[str] = ()) -> Iterator[str]:
     """One vCPU under each policy (both ends of an interval, or the same twice): every other one against the base.
 
-    Times of the policies `least` have no upper end, so that there is nothing to hold one against.
+    Times of the policies `least` have no upper end, so that there is nothing to compare one with.
     """
     base = base_of(ends)
     for name, (low, high) in ends.items():

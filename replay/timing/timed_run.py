@@ -102,7 +102,7 @@ class VmTime:
     measured: Measured
     open: bool  # SMIs keep their wall-clock time
     outcomes: list[PolicyTime]
-    stuck: list[Diagnosis]  # vCPUs that got no further, and why
+    stuck: list[Diagnosis]  # vCPUs that made no progress, and why
     marked: str = ""  # what makes the times less than they seem
 
     @property

@@ -84,7 +84,7 @@ class ConformanceReport:
 
     @property
     def expected(self) -> int:
-        """Responses recorded, and predicted ones that never came."""
+        """Responses recorded, and predicted ones that are missing."""
         return sum(t.matched + t.mismatched + t.missing for t in self.tallies.values())
 
     @property
@@ -121,7 +121,7 @@ def validate(
 ) -> ConformanceReport:
     """Replay a recording under its own policy (or `policy`), row by row; `recorded_policy` as `Trace.open` takes it.
 
-    Rows before `since` (boot ns) lead to the state that later ones are held against, and are not compared.
+    Rows before `since` (boot ns) lead to the state that later ones start from, and are not compared themselves.
 
     Raises Problem where there is nothing that could be validated.
     """
@@ -151,7 +151,7 @@ def validate(
     if newer := kernels.newer_than_known(kernel.version):
         notes.insert(0, f"kernel {meta.kernel} is {newer}")
     if since is not None:
-        notes.insert(0, "rows before --from are not compared: they lead to the state that later ones are held against")
+        notes.insert(0, "rows before --from are not compared: they give the state that later ones start from")
     report = ConformanceReport(path, meta.kernel, policy, vms, notes, policy_by, since is not None, names)
     if not report.expected:
         whys = [f"{names.vm(vm.vm)}: {why}" for vm in vms for why in (vm.skipped, vm.until) if why]
@@ -232,7 +232,7 @@ def _vm(
 
 
 def _compared_from(since: int, rows: Iterable[RowTuple], forget: Callable[[], None]) -> Iterator[RowTuple]:
-    """Rows; what they came to is forgotten before the first one at or after `since`."""
+    """Rows; their results are forgotten before the first one at or after `since`."""
     before = True
     for row in rows:
         if before and row.time >= since:

@@ -14,7 +14,7 @@ from traces.kernels.spte import pfn
 
 @dataclass(frozen=True)
 class Spte:
-    """An SPTE as the model knows it, to hold against a recorded word."""
+    """An SPTE as the model knows it, to compare with a recorded word."""
 
     what: str
     fits: Callable[[int], bool]

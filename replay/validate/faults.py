@@ -97,7 +97,7 @@ class FaultSteps(Zaps):
             yield from self.requested(root, gfn, present=True)
 
     def generation(self, mmio: Spte) -> Expect:
-        """The memslots' generation of an MMIO SPTE is held against the VM's; while they change that is not looked at.
+        """The memslots' generation of an MMIO SPTE is compared with the VM's, except while memslots change.
 
         check_mmio_spte() shows nothing then, and the fault is served anew; nor where the vCPU has the page cached.
         """

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of nested guests' own paging: KVM's shadow of the tables that L1 made for L2. Not modelled, but told apart.
+"""Rows of nested guests' own paging: KVM's shadow of the tables that L1 made for L2. Not modelled, but distinguished.
 
 L1's nested page tables are shadowed in the vCPU's other context (guest_mmu), by pages whose role word has guest_mode
-and that are not direct, or lie below such a page. Only rows that show this are told apart, and only in a VM that has
+and that are not direct, or lie below such a page. Only rows that show this are distinguished, and only in a VM that has
 entered a nested guest: never a row because it is not what the model expects.
 """
 

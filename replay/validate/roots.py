@@ -12,7 +12,7 @@ from replay.validate.zap_steps import Zaps
 
 
 class Roots(Zaps):
-    """Who holds a root, and what its last reference brings about."""
+    """Who holds a root, and what dropping its last reference causes."""
 
     def load(self, vcpu: Vcpu) -> Activity:
         """kvm_mmu_load: the valid root of the vCPU's role word, or a new one."""
@@ -53,7 +53,7 @@ class Roots(Zaps):
         yield None
 
     def may_have(self, refs: int, root: Root | None, role: int) -> bool:
-        """Whether a root that is loaded may have so many references then."""
+        """Whether a root that is loaded may have this many references then."""
         return 0 <= refs - self.refs_after(root, role) <= self.may_be_held
 
     def refs_after(self, root: Root | None, role: int) -> int:
@@ -122,7 +122,7 @@ class Roots(Zaps):
                 yield from self.put(root)
 
     def put(self, root: Root, walk: RootWalk | None = None) -> Activity:
-        """One reference less; what the last one brings about is the policy. `walk`: whose visit ends with it."""
+        """One reference less; what dropping the last one causes is the policy. `walk`: whose visit ends with it."""
         want = {"root": self.name(root), "role": self.role(root), "refs": self.refs_seen(root)}
         row = yield Expect("root_put", want)
         assert row is not None

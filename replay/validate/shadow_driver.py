@@ -157,7 +157,7 @@ class Paged(VmCheck):
             "moments when a page went out of sync or back: the guest writes and flushes": self.pages.turns,
             "moments of an invalid root's last put (its one zap is predicted; puts are not recorded)": self.pages.puts,
             "counts of references of pages that may be a root (loads and puts are not recorded)": self.pages.counts,
-            "leaves beside the one asked for: their page frames, and in indirect pages which": self.pages.neighbours,
+            "other leaves than the one asked for: page frames, and in indirect pages which": self.pages.neighbours,
         }
         return {what: count for what, count in counts.items() if count}
 
@@ -268,7 +268,7 @@ class Paged(VmCheck):
             pages.destroyed = True
 
     def _unasked(self, row: RowTuple, work: _Work) -> None:
-        """A leaf that was asked for never came, and was not there before."""
+        """A leaf that was asked for is missing, and was not there before."""
         asked, work.asked = work.asked, None
         if asked is not None and not self.pages.has_leaf(asked):
             self._tally("kvm_mmu_set_spte").missing += 1

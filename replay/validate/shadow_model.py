@@ -24,7 +24,7 @@ from replay.validate.shadow_state import CREATED, LEVEL, PAE, ROOTS, Leaf, Pages
 from traces.kernels.spte import WRITABLE, pfn
 
 _HELD_MOST: Final = ROOTS  # pages that a vCPU holds: its slots, or the directories of a PAE root, which has no others
-_REFILL: Final = 25  # make_mmu_pages_available makes so many free
+_REFILL: Final = 25  # make_mmu_pages_available makes this many free
 
 
 class Pages(PagesState):
@@ -35,7 +35,7 @@ class Pages(PagesState):
     def lookup(self, row: RowTuple, load: bool, below: int, beside: int) -> Activity:
         """kvm_mmu_get_page: found or created.
 
-        `load`: as a root. `below`: the level that a fault's lookups have come to, 0 before the first of a fault or
+        `load`: as a root. `below`: the level that a fault's lookups have reached, 0 before the first of a fault or
         load, when pages must be free. `beside`: the role word of the root in use, 0 if not known.
         """
         assert row.gfn is not None
@@ -250,7 +250,7 @@ class Pages(PagesState):
                 yield from self._zapped(page, row)
 
     def last_put(self, page: ShadowPage) -> Activity:
-        """The last put of an invalid root, where puts are not recorded: what it brings about."""
+        """The last put of an invalid root, where puts are not recorded: what it causes."""
         page.refs = 0
         self.puts += 1
         return self.zap(page)

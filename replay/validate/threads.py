@@ -208,7 +208,7 @@ class VmCheck(ABC):
             self._silent.append(thread.silent)
 
     def _end_notifier(self, thread: Thread, notifier: Activity) -> None:
-        """A thread's notifier is over when it begins the next: what it still expected never came."""
+        """A thread's notifier is over when it begins the next: what it still expected is missing."""
         while thread.activities and thread.activities[-1] is notifier:
             if thread.pending is None:
                 try:
@@ -259,7 +259,7 @@ class VmCheck(ABC):
             self._diverge(row, why)
 
     def _settle(self, thread: Thread, row: RowTuple | None) -> None:
-        """The thread goes on to something else: what its activities still expect never came."""
+        """The thread goes on to something else: what its activities still expect is missing."""
         while (expected := self._expected(thread)) is not None:
             if expected.optional:
                 self._send(thread, None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the conformance check knows of one VM, and what it would expect to meet in an entry."""
+"""The state of one VM in the conformance check, and the value that it expects in an entry."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class State:
     mapping: list[Mapping] = field(default_factory=list)  # faults, until they have written their leaf
     walks: WeakSet[RootWalk] = field(default_factory=WeakSet)  # each lives as long as the activity that makes it
     capable: bool = False  # KVM_ENABLE_CAP was called: it may have asked for KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
-    initially_set: bool | None = None  # whether that was with KVM_DIRTY_LOG_INITIALLY_SET; None: nothing told yet
+    initially_set: bool | None = None  # whether that was with KVM_DIRTY_LOG_INITIALLY_SET; None: not known yet
     slot_zap: bool | None = None  # slots that go take their leaves along, and roots stay; None: none has gone yet
     taken: dict[str, int] = field(default_factory=dict)  # by what it is: taken from the recording, not predicted
     queued: list[Root] = field(default_factory=list)  # for the zap worker
@@ -177,7 +177,7 @@ class State:
 
     @property
     def may_be_held(self) -> int:
-        """How many references walks may have taken of which no row tells."""
+        """How many references walks may have taken that no row shows."""
         return sum(walk.between for walk in self.walks)
 
     def present(self, entry: Table | int) -> bool:
@@ -190,7 +190,7 @@ class State:
         return slot is not None and slot.logged
 
     def found(self, as_id: int, gfn: int) -> Spte:
-        """What a fault's lookup of the memslot and of the host's page may come to: a page frame, or no memslot."""
+        """What a fault's lookup of the memslot and of the host's page may result in: a page frame, or no memslot."""
         none = {slot is None for slot in self.slots.possible(as_id, gfn)}
         own = gfn in _PRIVATE
         what = "a page frame" if none == {False} else "no memslot" if none == {True} else "a page frame or no memslot"

@@ -37,12 +37,12 @@ class AgingRun:
 
 
 def walk(work: Workload, costs: LockCosts, pages: int) -> int:
-    """ns of one aging call over so many pages."""
+    """ns of one aging call over this many pages."""
     return costs.call + pages * work.sptes * costs.age_leaf
 
 
 def meet(work: Workload, vcpus: int, period: float | None, ns: int, locks: bool = True) -> AgingRun:
-    """So many vCPUs fault at their pace; each `period` (None: never) an ager walks for `ns`; it `locks` mmu_lock."""
+    """This many vCPUs fault at their pace; each `period` (None: never) an ager walks for `ns`; it `locks` mmu_lock."""
     lock = Lock()
     met = AgingRun()
     crowd = work.crowd(vcpus)
@@ -78,7 +78,7 @@ def meet(work: Workload, vcpus: int, period: float | None, ns: int, locks: bool 
 
 
 def limit(work: Workload, vcpus: int, calls: int, rate: float, ns: int) -> tuple[float, float]:
-    """Arithmetic: what faults wait for a lock that is taken `rate` times a second, at moments of chance, for `ns`.
+    """Arithmetic: what faults wait for a lock that is taken `rate` times a second, at random moments, for `ns`.
 
     The least: each call keeps them out for its own `ns`. The most: also while it waits for a reader, `hold` at the
     longest, and the run is longer for all that, so that more calls fall into it; and no fault waits for more than one

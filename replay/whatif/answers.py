@@ -78,7 +78,7 @@ def parse(axis: str, text: str) -> Asked:
 
 
 def spread(low: float, middle: float, high: float) -> str:
-    """A number with the ends that its assumed costs leave open."""
+    """A number with its bounds under assumed costs."""
     if low == middle == high:
         return duration(middle)
     return f"{duration(middle)} ({duration(min(low, middle, high))} .. {duration(max(low, middle, high))})"

@@ -55,7 +55,7 @@ def last(work: Workload, costs: LockCosts, pages: int, shared: bool) -> int:
 
 
 def meet(work: Workload, vcpus: int, period: float, ns: int, shared: bool, counted: bool) -> RangeZapRun:
-    """So many vCPUs fault at their pace; each `period` a range zap takes `ns`."""
+    """This many vCPUs fault at their pace; each `period` a range zap takes `ns`."""
     lock = Lock()
     met = RangeZapRun()
     crowd = work.crowd(vcpus)
@@ -110,7 +110,7 @@ def meet(work: Workload, vcpus: int, period: float, ns: int, shared: bool, count
 def caught(
     work: Workload, vcpus: int, rate: float, ns: int, shared: bool, counted: bool, waited: int
 ) -> tuple[float, float]:
-    """Arithmetic: faults that are retried and faults that install what is stale, at moments of chance.
+    """Arithmetic: faults that are retried and faults that install what is stale, at random moments.
 
     Stale: those that have read and not yet asked, or wait for other reasons (`waited` ns in all), when a zap begins;
     under a shared lock those that have it then, too. Retried: those, and the ones that ask while a zap is under way.

@@ -152,7 +152,7 @@ class SmiProgram:
     def _factor(self, parameters: PolicyParameters, rate: float, alone: int) -> float | None:
         """How many times its undisturbed time the program takes; None: it does not get on.
 
-        What is left of the program after so many SMIs passes undisturbed: from that, and from what is left after twice
+        What is left of the program after these SMIs passes undisturbed: from that, and from what is left after twice
         as many, follow the speed and the end.
         """
         period = 1e9 / rate
@@ -185,7 +185,7 @@ class SmiProgram:
         many = take(smi, np.tile(np.arange(len(smi)), count))
         many.queue[:] = self.vcpus + vcpu
         many.wall[:: len(smi)] = (np.arange(1, count + 1) * period).astype(np.int64)
-        return replace(many, until=0)  # to be done beside the program, not before it
+        return replace(many, until=0)  # to be done while the program runs, not before it
 
     def _last_smi(self, whole: Timed, vcpu: int) -> Timed | None:
         """A vCPU's last whole SMI."""

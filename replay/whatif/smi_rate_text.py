@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a sweep of SMI rates came to, for people and as a document."""
+"""The result of a sweep of SMI rates, for people and as a document."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def hold(costs: LockCosts, variant: str, vcpus: int) -> int:
 
 
 def meet(work: Workload, vcpus: int, ns: int) -> AccountingRun:
-    """So many vCPUs fault at their pace; each table that they link takes a turn of `ns`."""
+    """This many vCPUs fault at their pace; each table that they link takes a turn of `ns`."""
     turn = Lock()
     met = AccountingRun()
     crowd = work.crowd(vcpus)
@@ -82,7 +82,7 @@ def answer(work: Workload, asked: Asked, own: str) -> Answer:
             path = middle.faults * handling + middle.links * work.costs.table
             demand = middle.links / max(middle.end, 1)  # links a ns
             busy = min(demand * ns, 1.0)
-            chance = middle.links * busy * ns / 2  # at moments of chance, half of what another still has
+            chance = middle.links * busy * ns / 2  # at random moments, half of what another still has
             at_once = middle.links * (vcpus - 1) * ns // 2  # everyone at each other's heels
             taken = (middle.links, middle.links) if variant == "list" else (0, middle.links if work.nx else 0)
             rows.append({
@@ -108,7 +108,7 @@ def answer(work: Workload, asked: Asked, own: str) -> Answer:
         f"counter for those that the NX workaround tracks only ({'0 to all' if work.nx else 'none: it was off'})",
         f"its {count(work.roots, 'root')} stand in neither; the list of roots has the same spinlock under either",
         "a counter's waits are for its cache line",
-        "arithmetic: waits at moments of chance .. with all vCPUs at once (in step they can also meet more rarely)",
+        "arithmetic: waits at random moments .. with all vCPUs at once (in step they can also meet more rarely)",
     ]
     if work.shadow:
         notes.append("recorded with the shadow MMU, which has neither: as the TDP MMU would link such tables")

@@ -87,7 +87,7 @@ class Workload:
     mmio: int = 0  # pages with a cached MMIO SPTE, as far as recorded
     aged: int = 0  # recorded aging walks
     aged_pages: int = 0
-    check: OwnPolicyCheck | None = None  # its own policy's replay beside its rows
+    check: OwnPolicyCheck | None = None  # its own policy's replay compared with its rows
 
     @property
     def locks(self) -> LockCosts:
@@ -108,7 +108,7 @@ class Workload:
         return sum(len(program.gap) for program in self.programs)
 
     def crowd(self, vcpus: int) -> list[tuple[FaultProgram, int]]:
-        """So many vCPUs, each as a recorded one in turn, and when each begins: evenly over a mean cycle."""
+        """This many vCPUs, each as a recorded one in turn, and when each begins: evenly over a mean cycle."""
         chosen = [self.programs[i % len(self.programs)] for i in range(vcpus)]
         cycle = sum(program.cycle for program in self.programs) / len(self.programs)
         return [(program, round(i * cycle / vcpus)) for i, program in enumerate(chosen)]

@@ -29,7 +29,7 @@ def chromium() -> str | None:
 
 
 class Browser:
-    """One page of a fresh profile. `events` is all that the browser has told of it."""
+    """One page of a fresh profile. `events` is all that the browser has reported of it."""
 
     def __init__(self) -> None:
         program = chromium()
@@ -98,11 +98,11 @@ class Browser:
         """Wait until this holds."""
         until = time.monotonic() + _SECONDS
         while not self.value(f"Boolean({expression})"):
-            assert time.monotonic() < until, f"never came to be: {expression}; {self.complaints()}"
+            assert time.monotonic() < until, f"never happened: {expression}; {self.complaints()}"
             time.sleep(0.05)
 
     def value(self, expression: str) -> Any:
-        """What a JavaScript expression comes to."""
+        """The value of a JavaScript expression."""
         answer = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")

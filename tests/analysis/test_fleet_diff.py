@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two sets of a fleet's results held against each other."""
+"""Two sets of a fleet's results compared."""
 
 from __future__ import annotations
 

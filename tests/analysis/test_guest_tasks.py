@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which task of a guest paid for its faults: a host's recording beside one that was made inside the guest.
+"""Which task of a guest paid for its faults: a host's recording combined with one that was made inside the guest.
 
 The pairs are made by hand: the host's is text of ftrace on its clock; the guest's has sched_switch on a clock that is
 100 s behind. vCPU 0 faults while `sh` runs, then while `make` does; vCPU 1 while `idle` and `make` do.
@@ -95,7 +95,7 @@ def test_the_report_says_whose_time_it_was(tmp_path: Path, capsys: pytest.Captur
     invoke(asked)
     text = " ".join(capsys.readouterr().out.split())
     assert (
-        "by 3 rows of sched_switch; its times are moved by +100.000000000 s as told; its CPU 0 is taken for vCPU 0"
+        "by 3 rows of sched_switch; its times are moved by +100.000000000 s as given; its CPU 0 is taken for vCPU 0"
         in text
     )
 

@@ -79,7 +79,7 @@ def test_in_ci_it_fails_without_being_asked_for(tmp_path: Path) -> None:
     done = run("report", STORM, *WRONG, *gate, "--format", "junit", "-o", tmp_path / "c.xml")
     assert done.exit_code == 0
     assert cases_of((tmp_path / "c.xml").read_text())["own_policy_mismatch > 1"] == "passed"
-    # Without a replay there is nothing to hold against the rows.
+    # Without a replay there is nothing to compare with the rows.
     done = run("report", STORM, "--no-replay", "--format", "junit", "-o", tmp_path / "d.xml")
     assert done.exit_code == 0
     assert cases_of((tmp_path / "d.xml").read_text())["own_policy_mismatch > 0"] == "skipped"

@@ -231,7 +231,7 @@ class Proxy:
                     child.kill()  # and wait for nothing: whoever started it is told only once that it ended
                     self.killed.append(child.pid)
                     return
-        raise AssertionError(f"whose port {port} is cannot be told")
+        raise AssertionError(f"the owner of port {port} cannot be determined")
 
     @staticmethod
     def _send(

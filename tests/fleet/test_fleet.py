@@ -159,7 +159,7 @@ def test_results_are_those_of_a_plain_loop_byte_for_byte(engine: str, fleet: Fle
 
 
 def test_results_are_what_replay_prints(fleet: Fleet) -> None:
-    """Another witness of the rows: the document of `kvmtrace replay --json`."""
+    """Another source for the rows: the document of `kvmtrace replay --json`."""
     rows = fleet.rows
     names = sorted(rows["trace"].unique())[::60]
     for name in names:
@@ -231,7 +231,7 @@ PLACES = [
 
 
 def killing(tasks: dict[str, Any], count: int) -> tuple[Callable[[str, str, int], str], list[str]]:
-    """Kills the process of so many tasks, each once, at one of the places in turn."""
+    """Kills the process of this many tasks, each once, at one of the places in turn."""
     chosen = list(tasks)[:: len(tasks) // count][:count]
     plan = {}
     for number, name in enumerate(chosen):

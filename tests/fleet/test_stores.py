@@ -165,7 +165,7 @@ def test_a_store_that_goes_on_failing_is_one_line(
 
 
 def test_places_of_the_other_clouds_are_what_their_names_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As far as that can be told without them: nothing here answers for Google or Azure."""
+    """As far as that can be tested without them: nothing here answers for Google or Azure."""
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "bm9uZQ==")
     azure = Objects(location("az://account/container/a/b"))._store
     assert (azure.config["account_name"], azure.config["container_name"]) == ("account", "container")

@@ -253,7 +253,7 @@ def in_store(port: int, prefix: str) -> dict[str, bytes]:
 def test_to_s3_through_a_network_that_fails(
     s3: int, dumps: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """503, an answer that is lost after the object was written, a reset: each is there once, and told as uploaded."""
+    """503, an answer lost after the object was written, a reset: each is there once, and reported as uploaded."""
     faults = {0: "503", 1: "lost", 2: "reset"}
     asked = []
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quotas: so many an hour and a day, the first and the worst kept, what is refused counted."""
+"""Quotas: this many an hour and a day, the first and the worst kept, what is refused counted."""
 
 from __future__ import annotations
 

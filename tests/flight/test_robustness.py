@@ -77,7 +77,7 @@ def test_killed_at_random_moments_nothing_is_lost_that_was_kept(
 
 @contextmanager
 def small_disk(at: Path, size: str) -> Iterator[Path]:
-    """A file system of its own, of so many bytes."""
+    """A file system of its own, of this many bytes."""
     if os.geteuid():
         pytest.skip(NOT_ROOT)
     at.mkdir()

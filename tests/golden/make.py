@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make the golden files of the current version: `python -m tests.golden.make`. Those of released versions stay.
 
-A golden file holds one event of every kind, of two VMs, with a manifest as a recorder gives it; beside it, as JSON,
+A golden file holds one event of every kind, of two VMs, with a manifest as a recorder gives it; next to it, as JSON,
 what a reader must make of it.
 """
 

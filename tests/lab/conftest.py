@@ -13,7 +13,7 @@ from traces.errors import Problem
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty kernel directory, and an empty cache beside it."""
+    """An empty kernel directory, and an empty cache next to it."""
     directory = tmp_path / "kernels"
     directory.mkdir()
     monkeypatch.setenv("KVMTRACE_KERNELS", str(directory))

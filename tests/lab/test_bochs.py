@@ -226,7 +226,7 @@ def test_a_recording_needs_these_files() -> None:
     assert sys.executable in paths
     for name in ("libbpf.so", "libarrow.so", "tracer/recorder.py", "tracer/ebpf/state.c"):
         assert any(name in path for path in paths), name
-    # The version: where it is installed, or beside the sources where it was built from them.
+    # The version: where it is installed, or next to the sources where it was built from them.
     assert any(path.endswith(("/METADATA", "/PKG-INFO")) for path in paths)
     assert not any("libclang" in path or "libLLVM" in path for path in paths), "the guest compiles nothing"
 

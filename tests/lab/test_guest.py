@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Running a guest: QEMU's limits and endings, what the guest is told, errors, and the command line."""
+"""Running a guest: QEMU's limits and endings, what the guest is given, errors, and the command line."""
 
 from __future__ import annotations
 

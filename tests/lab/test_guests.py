@@ -55,7 +55,7 @@ def test_how_a_guest_ended(tmp_path: Path, printed: str | None, status: int | No
 def test_a_guest_that_ends_the_machine_underneath_ends_no_other(
     deadly: tuple[int, ...], boots: int, none: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Unless two boots in a row come to nothing."""
+    """Unless two boots in a row fail."""
     group = list(GUESTS.values())[:4]
     made: list[int] = []
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled modules as plain Python, which is the readable reference that their compiled forms are held against."""
+"""The compiled modules as plain Python, which is the readable reference that their compiled forms are compared with."""
 
 from __future__ import annotations
 

@@ -203,7 +203,7 @@ def test_json_replays(tmp_path: Path) -> None:
     assert json.loads(again.stdout)["replays"][0]["broken"] is None
     fixed["variant"] = "write-recheck"
     found.write_text(json.dumps(fixed))
-    assert "step 11 of apicv write-recheck: the schedule is out of date: vcpu0 does not come to" in one_line(
+    assert "step 11 of apicv write-recheck: the schedule is out of date: vcpu0 does not reach" in one_line(
         kvmtrace("explore", "--replay", str(found))
     )
 

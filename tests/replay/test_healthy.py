@@ -65,7 +65,7 @@ def held_by_rows(path: Path) -> dict[tuple[int, int], int]:
 
 
 def assert_well(path: Path, *, window_ms: int = 100, of: Collection[TimeCategory] = OF_ROOTS) -> None:
-    """`window_ms`: how long a soft-hang is at least; `of`: what is held against the rows."""
+    """`window_ms`: how long a soft-hang is at least; `of`: what is compared with the rows."""
     capabilities = Capabilities(Trace.open(path))
     recording = Recording.open(path)
     rule = Rule(window=window_ms * MS)

@@ -86,7 +86,7 @@ def test_every_way_to_see_it_says_so(tmp_path: Path) -> None:
     done = kvmtrace("replay", recording, "--kernel", "5.10", "--policy", "sync", "-o", result)
     assert "1 or more" in done
     assert "writes CR0.WP without an exit" in " ".join(done.split())
-    assert "x the time" not in done, "two times without an upper end are not held against each other"
+    assert "x the time" not in done, "two times without an upper bound are not compared"
     document = json.loads(kvmtrace("replay", recording, "--kernel", "5.10", "--policy", "sync", "--json"))
     (policy,) = document["policies"]
     assert policy["at_least"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A replay under the recording's own policy beside its rows: equal everywhere, and nowhere once a row is not right."""
+"""A replay under the recording's own policy equals its rows everywhere, and no longer once a row is wrong."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def test_neither_halts_nor_pauses_nor_a_zap_workers_time_count() -> None:
 @examples(100)
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), min_size=1, max_size=20), st.integers(0, 3000))
 def test_a_curve_never_falls_and_ends_as_recorded(steps: list[tuple[int, int]], own: int) -> None:
-    """By moments of so many ms with a CPU and so many without."""
+    """By moments of this many ms with a CPU and this many without."""
     had, stolen = np.cumsum([[0, 0], *steps], axis=0).T
     rows = [(int(a + b), 0, int(b), int(b)) for a, b in zip(had[1:], stolen[1:], strict=True)]
     curve = steal_curve(moments(*rows), 0, NOTHING, int(stolen[-1]) * MS)

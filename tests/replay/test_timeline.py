@@ -123,7 +123,7 @@ def test_operations_are_given_all_of_it(name: str, size: int, case: Case) -> Non
 
 
 def _was(name: str) -> list[tuple[int, int]]:
-    """What the operations came to as recorded: (operation, `was`)."""
+    """The outcome of the operations as recorded: (operation, `was`)."""
     capabilities = opened(name)
     vm = capabilities.trace.metadata.vms[0]
     times = SpanTimes(capabilities, vm)

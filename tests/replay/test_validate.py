@@ -236,7 +236,7 @@ QUALIFIED = 3 << 7  # a guest address goes with the fault, and it was its final 
 
 
 def in_intels_codes(row: RowTuple) -> RowTuple | None:
-    """A row of an AMD recording as VMX would have told it; None where VMX has no such event."""
+    """A row of an AMD recording as VMX would have reported it; None where VMX has no such event."""
     if row.kind == "kvm_page_fault":
         if row.code & 8:
             return None

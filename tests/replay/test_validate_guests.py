@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What other guests than the lab's own bring about, row by row: each kind comes out, and each wrong row is found.
+"""What guests other than the lab's own cause, row by row: each kind comes out, and each wrong row is found.
 
 Where the kernel's threads race, the rows permit a set of outcomes; a test of each has one that is not in the set.
 """
@@ -291,7 +291,7 @@ def a_nested_guest_without_nested_paging() -> KernelRows:
 
 
 def a_nested_guest_with_nested_paging() -> KernelRows:
-    """L1's tables are shadowed in the vCPU's other context: told apart, while the roots of L1 go on being compared."""
+    """L1's tables are shadowed in the vCPU's other context: not compared, while the roots of L1 still are."""
     made = guest()
     made.of(0, "kvm_nested_vmenter")
     made.of(0, "new_pgd", role=SHADOW_ROLE)
@@ -518,7 +518,7 @@ def test_every_response_is_predicted(script: Callable[[], KernelRows]) -> None:
 
 
 MOST = 16  # rows of a kind that are mutated, spread over the script
-# What is another outcome that the kernel might have come to as well.
+# What is another outcome that the kernel might have produced as well.
 PERMITTED = {
     a_notifier_while_a_slot_is_deleted: {"without root_put"},  # the slot was gone by then
     aging: {"without kvm_tdp_mmu_spte_changed"},  # the processor had not set the bit

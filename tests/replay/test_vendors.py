@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an Intel CPU does by the description of vendors, held against the recordings of one."""
+"""What an Intel CPU does by the description of vendors, compared with the recordings of one."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SMIs at other rates: where a program tips from slow to hung, and the arithmetic beside it."""
+"""SMIs at other rates: the rate at which a slow program hangs, and the arithmetic for comparison."""
 
 from __future__ import annotations
 

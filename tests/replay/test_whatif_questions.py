@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The design questions beside the root policy: queues against arithmetic, what a trace brings, the command."""
+"""The design questions other than the root policy: queues against arithmetic, what a trace brings, the command."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def made(gaps: list[list[int]], hold: int = 100, links: int = 0, shares: bool = 
 
 
 def even(faults: int, low: int, high: int, **more: Any) -> Workload:
-    """One vCPU with gaps of chance."""
+    """One vCPU with random gaps."""
     return made([np.random.default_rng(7).integers(low, high, faults).tolist()], **more)
 
 
@@ -246,7 +246,7 @@ def test_recorded_agers_are_the_rate(tmp_path: Path) -> None:
     assert (work.aged, work.aged_pages) == (40, 160)
     assert "as recorded), 4 pages each, 1 SPTE a page" in answer.notes[0]
     assert answer.own == "locked"
-    assert set(answer.rows[0]) >= {"locked", "lockless"}, "the recorded kernel's own way stands beside what was asked"
+    assert set(answer.rows[0]) >= {"locked", "lockless"}, "the recorded kernel's own way is shown with what was asked"
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ class Terminal:
         return self.tmux("capture-pane", "-p", "-t", self.name)
 
     def shows(self, *texts: str) -> bool:
-        """Whether all of these come to be seen at once; a traceback is none of them."""
+        """Whether all of these are visible at the same time; a traceback is none of them."""
         return bool(until(lambda: "Traceback" in self.text or all(text in self.text for text in texts))) and (
             "Traceback" not in self.text
         )

@@ -171,7 +171,7 @@ def cpu_ticks(pid: int) -> int:
 
 
 def recorded_for(directory: Path, flushes: int) -> bool:
-    """Wait until a recording has rows on disk, and its manifest has been written anew so many times."""
+    """Wait until a recording has rows on disk, and its manifest has been written anew this many times."""
     seen: set[int] = set()
 
     def enough() -> bool:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Traces, results and recordings forged by who knows the format: checksums, offsets and seals fit what is wrong.
 
-`python -m tests.traces.forged SEED_TRACE KIND FIRST COUNT SCRATCH [verbs]` reads so many of a kind (or, with `verbs`,
+`python -m tests.traces.forged SEED_TRACE KIND FIRST COUNT SCRATCH [verbs]` reads this many of a kind (or, with `verbs`,
 gives each to the verbs) in a process of its own, and prints a JSON line before and after each.
 """
 

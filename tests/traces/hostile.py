@@ -109,7 +109,7 @@ def odd_metadata(metadata: dict[str, Any], rng: random.Random) -> bytes:
             if rng.random() < 0.2:
                 del node[key]
             else:
-                node[key] = copy.deepcopy(rng.choice(_ODD))  # else one of them may come to hold itself
+                node[key] = copy.deepcopy(rng.choice(_ODD))  # else one of them may end up containing itself
             break
         if not mutant:
             break

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an import of a mutated file comes to: one line, or a trace that reads, and in time."""
+"""The outcome of importing a mutated file: one line, or a trace that reads, and in time."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a recording keeps when it is killed, cut, damaged, or when the disk refuses: always a prefix, and which one.
 
-Row number i of these recordings has `time` and `value` i, so whatever a recovery yields can be held against that.
+Row number i of these recordings has `time` and `value` i, so whatever a recovery yields can be compared with that.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def said_rows(said: Path) -> list[int]:
 
 
 def has_flushed(said: Path, flushes: int, writer: BaseProcess) -> bool:
-    """Whether so many flushes are said to be done; an error where the writer will not come to it."""
+    """Whether this many flushes are said to be done; an error where the writer will not get that far."""
     assert writer.is_alive(), "the writer ended by itself"
     return len(said_rows(said)) >= flushes
 

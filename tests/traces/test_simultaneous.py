@@ -54,7 +54,7 @@ def test_every_event_of_both_is_in_both_with_equal_fields_in_order(name: str, to
         columns = [*SHARED, *(each for each in BY_NAME[kind].columns if not {each, f"{each} of {kind}"} & NOT_SHOWN)]
         mine, other = (rows.filter(pl.col("kind") == kind).select(columns) for rows in (native, theirs))
         assert other.rows() == mine.rows(), kind
-    # On one CPU all three see events one after the other; between CPUs each takes the time when it comes to it.
+    # On one CPU all three see events one after the other; between CPUs each takes the time when its turn comes.
     shown = native.filter(pl.col("kind").is_in(tracepoints))
     mine, other = (
         rows.filter(~pl.col("kind").is_in(PEERS_ONLY)).sort("cpu", maintain_order=True).select("cpu", "tid", "kind")

@@ -136,7 +136,7 @@ static __always_inline u64 only_root(u64 kvm, u32 as_id)
 }
 
 /*
- * Whose tree a changed SPTE belongs to: that of the root being zapped, or come to in a loop over the roots; in a vCPU's
+ * Whose tree a changed SPTE belongs to: that of the root being zapped, or reached in a loop over the roots; in a vCPU's
  * own ioctl the loaded root, if it is of that address space; else the only one that the VM has for it.
  */
 static __always_inline u64 changed_root(struct thread *self, u32 as_id)

@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The task iterator: every open KVM file once, told to userspace as records of snapshot.py's layout. It takes no
+ * The task iterator: every open KVM file once, sent to userspace as records of snapshot.py's layout. It takes no
  * reference to a file, as the iterator over files does: the last one would end the VM in the recorder's context. What is
  * read may therefore be freed meanwhile; snapshot.py looks twice.
  */
 #define FDS 128
-/* files told of at a time: the verifier goes through all that is done with each, at every start, a millisecond each */
+/* files reported at a time: the verifier goes through all that is done with each, at every start, a millisecond each */
 #define FILES 16
 /* slots looked at per bucket of the id hash (128 buckets): sequential ids spread evenly */
 #define CHAIN 64

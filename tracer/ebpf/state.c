@@ -11,7 +11,7 @@ struct thread {
     u64 ended;      /* VM that this thread is emptying or destroying */
     u64 zap_kvm;    /* VM of the root that this thread is zapping: a worker thread is in no ioctl */
     u64 zap_root;   /* frame of that root */
-    u64 walk_root;  /* frame of the root that a loop over the VM's roots has come to */
+    u64 walk_root;  /* frame of the root that a loop over the VM's roots has reached */
     u64 own_vcpu;   /* struct kvm_vcpu that this thread ran last: SPEC 4.4's vCPU of a thread */
     u64 own_kvm;    /* its VM */
     u64 own_since;  /* when the thread last entered KVM_RUN with it, boot ns */

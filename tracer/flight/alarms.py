@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a trigger finds: that something begins to be so, of one vCPU or VM. It is told once, until it is so no more."""
+"""What a trigger finds: a condition that begins to hold for a vCPU or VM. It is reported once, until it ends."""
 
 from __future__ import annotations
 

@@ -17,17 +17,17 @@ app = typer.Typer()
 
 
 @app.command(
-    short_help="Have a flight recorder write what it holds.",
+    short_help="Make a running flight recorder write a dump.",
     epilog=examples(
         "sudo kvmtrace dump /var/lib/kvmtrace", 'sudo kvmtrace dump /var/lib/kvmtrace --reason "web1 did not answer"'
     ),
 )
 def dump(
     directory: Annotated[Path, typer.Argument(help="Where the recorder keeps its dumps: the -o of record --flight.")],
-    reason: Annotated[str, typer.Option(help="Why, for the trace's metadata.")] = "",
+    reason: Annotated[str, typer.Option(help="The reason for the dump, kept in the trace's metadata.")] = "",
     as_json: Json = False,
 ) -> None:
-    """Have a running flight recorder write the last seconds as a trace; its path when it is there."""
+    """Make a running flight recorder write the last seconds as a trace, and print its path once it is complete."""
     from tracer.flight.control import ask
 
     path = ask(directory, reason)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triggers that count rows: so many in a time, so many alike one after the other, or one thing that takes too long."""
+"""Triggers that count rows: many in a time, many alike one after the other, or one thing that takes too long."""
 
 from __future__ import annotations
 

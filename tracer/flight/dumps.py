@@ -28,7 +28,7 @@ _OLD: Final = 600  # seconds: nobody still writes it
 
 @dataclass
 class Dump:
-    """What is to become the trace `name`; `done` is told its path, or what went wrong."""
+    """What is to become the trace `name`; `done` is called with its path, or what went wrong."""
 
     name: str
     epochs: list[Epoch]

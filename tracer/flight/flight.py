@@ -75,7 +75,7 @@ class FlightOutcome:
     refused: dict[str, dict[str, float]]
     events: int
     lost: int
-    missing: int  # events that the probes put into a ring and that never came out
+    missing: int  # events that the probes put into a ring and that were not read from it
     stopped: str
     status: int | None
     cpu_seconds: float
@@ -371,7 +371,7 @@ def _asked_by_signal(flight: FlightRecorder) -> Iterator[None]:
 
 
 def _remember(flight: FlightThread, directory: Path) -> None:
-    """What earlier flights made counts: their quotas do not begin anew, and their dumps are among those that go."""
+    """Dumps of earlier flights count: quotas do not start again, and old dumps may be deleted."""
     paths = sorted(directory.glob(f"*{TRACE}"), key=lambda path: path.stat().st_mtime)[-_MOST_EARLIER:]
     if not paths:
         return

@@ -115,7 +115,7 @@ class GovernorThread:
         self, probes: GovernedProbes, steps: tuple[Level, ...], most: float, own_cpu: Callable[[], float],
         tell: Callable[[LevelChange], None],
     ) -> None:  # fmt: skip
-        """`own_cpu` gives the recorder's CPU time so far (s); `tell` is told of each change once it has happened.
+        """`own_cpu` gives the recorder's CPU time so far (s); `tell` is called with each change once it has happened.
 
         Raises OSError where this kernel does not measure programs.
         """

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The heart of the flight recorder: rows in the order of time go into the window, and out of it when one asks.
+"""The core of the flight recorder: rows enter the window in order of time, and leave it when a dump is requested.
 
-All of it happens on the thread that orders the rows, as the stream comes to a moment: a checkpoint becomes an epoch of
-the window where the stream has come to its end, and a dump is cut where the stream has come to the dump's end.
+All of it happens on the thread that orders the rows, as the stream reaches a moment: a checkpoint becomes an epoch of
+the window where the stream has reached its end, and a dump is cut where the stream has reached the dump's end.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Rows = np.ndarray[Any, Any]
 
 @dataclass
 class Request:
-    """Somebody, or a trigger, asks for a dump: why, in words, and how bad it is (only to compare with the like)."""
+    """A person or a trigger asks for a dump: why, in words, and how severe it is (compared within one trigger only)."""
 
     trigger: str
     text: str = ""
@@ -90,7 +90,7 @@ class FlightThread(OrderedThread):
         progress: Callable[[], dict[str, Any]],
         triggers: FlightTriggers, uploads: Uploads | None = None,
     ) -> None:  # fmt: skip
-        """`first` is the state before the first row; `progress` gives what changes of the `manifest` by the time.
+        """`first` is the state before the first row; `progress` returns what changes in the `manifest`.
 
         Alarms of `triggers` ask for dumps like anybody.
         """
@@ -138,11 +138,11 @@ class FlightThread(OrderedThread):
         self._then(lambda: self._manifest.update(changes()))
 
     def tick(self) -> None:
-        """Go on though no rows come."""
+        """Advance although no rows arrive."""
         self._then(lambda: self._pass(np.empty(0, RECORD)))
 
     def close(self) -> None:
-        """The recording has ended: what is asked for becomes a dump now. Raises what the thread failed with."""
+        """The recording has ended: requested dumps are made now. Raises what the thread failed with."""
         with self._asking:
             self._over = True
         self._end()
@@ -163,7 +163,7 @@ class FlightThread(OrderedThread):
         self._pass(records)
 
     def _pass(self, records: Rows) -> None:
-        """Take rows, and do what is due at moments that the stream has come to with them."""
+        """Take rows, and do what is due at moments that the stream has reached with them."""
         self.passed = time.monotonic()
         self._receive()
         reached = self._order.given_until
@@ -237,7 +237,7 @@ class FlightThread(OrderedThread):
             return
         self._tries = 0
         before = self.window.last
-        # Where events are lost and no row has told yet, the row to come tells of the time before as well.
+        # Where events are lost and no row has reported them yet, the next row covers the time before as well.
         told = checkpoint.counters["gap_count"] == 0
         lost = np.where(told[:, None], checkpoint.counters["lost"].astype(np.int64), before.lost)
         self.window.begin(
@@ -324,7 +324,7 @@ class FlightThread(OrderedThread):
         return before if before["w1"][0] else before[:0], always
 
     def _books(self, epochs: list[Epoch], counters: Rows) -> Rows:
-        """The window's counts as the probes' counters have them: stored, lost since, and what never came."""
+        """The window's counts as the probes' counters have them: stored, lost since, and missing."""
         first, last = epochs[0], epochs[-1]
         counts = [piece.counts for epoch in epochs for piece in epoch.pieces]
         lost = counters["lost"].astype(np.int64) - first.lost

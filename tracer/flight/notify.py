@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What systemd is told: that the recorder is there, and that it goes on. Nothing, where systemd did not ask.
+"""Messages to systemd: that the recorder is there, and that it is alive. None where systemd did not ask.
 
 The protocol is a datagram of text to a socket (sd_notify(3)): no library is needed for it.
 """

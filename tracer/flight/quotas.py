@@ -83,7 +83,7 @@ class Account:
         self.refused.worst = max(self.refused.worst, severity)
 
     def told(self) -> Refused:
-        """What was refused since it was last told."""
+        """What was refused since the last report."""
         refused, self.refused = self.refused, Refused()
         return refused
 

@@ -85,7 +85,7 @@ def _tell(outcome: FlightOutcome, out: Path) -> None:
     if outcome.upload is not None:
         lines.append(f"kvmtrace: {outcome.upload.text}")
     if outcome.missing:
-        lines.append(f"kvmtrace: {outcome.missing:,} events were put into a ring and never came out: report this")
+        lines.append(f"kvmtrace: {outcome.missing:,} events were put into a ring and not read from it: report this")
     if outcome.status:
         lines.append(f"kvmtrace: the command ended with status {outcome.status}")
     with contextlib.suppress(OSError):  # the terminal may be gone

@@ -52,8 +52,8 @@ class Epoch:
     began: int
     vms: list[dict[str, Any]]
     checkpoint: Checkpoint
-    lost: Rows  # events lost until then, by CPU and kind, as far as rows have told
-    missing: Rows  # the same of events that never came
+    lost: Rows  # events lost until then, by CPU and kind, as far as rows have reported
+    missing: Rows  # the same of missing events
     unsettled: bool = False  # the host's VMs came and went while their state was looked at
     pieces: list[Piece] = field(default_factory=list)
     dropped_until: int = 0  # its first rows are gone up to here (boot ns): they alone were more than the memory

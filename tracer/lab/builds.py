@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the lab's guests are built from: KVM's selftests, a firmware, a Linux. Kept in the cache beside the kernels.
+"""What the lab's guests are built from: KVM's selftests, a firmware, a Linux. Kept in the cache next to the kernels.
 
 Sources come as Debian's packages through the private apt: nothing is installed, nothing needs root.
 """

@@ -31,14 +31,14 @@ _UNCHECKED: Final = (1).to_bytes(4, "little") + bytes(8)  # a .pyc that is not t
 
 
 def of_recorder() -> list[Path]:
-    """Every file that recording reads, of this interpreter's environment. Raises Problem where that cannot be told."""
+    """Every file that recording reads, of this interpreter's environment. Raises Problem where that is unknown."""
     command = [sys.executable, "-m", "tracer.lab.exercise"]
     root = str(Path(__file__).resolve().parents[2])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["without a word"])[-1]
-        raise Problem(f"what recording reads cannot be told: {said}", ENVIRONMENT)
+        raise Problem(f"which files recording reads cannot be found out: {said}", ENVIRONMENT)
     return [Path(line) for line in done.stdout.splitlines()]
 
 

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * PID 1 of a lab guest. Loads the modules packed beside it, makes the host's root the guest's root (read-only
+ * PID 1 of a lab guest. Loads the modules packed next to it, makes the host's root the guest's root (read-only
  * 9p below, tmpfs above), runs one command of the host's and powers off.
  *
  * It is one static program because a lab then needs neither busybox, kmod nor a disk image. What it is to run is
@@ -10,7 +10,7 @@
  * Bochs has no 9p: there the share and the host's files come in the initramfs, and what came of it leaves through
  * the port that Bochs copies to its standard output, as "\1FILE NAME SIZE\n" and the bytes.
  *
- * The way it ended is told through QEMU's isa-debug-exit, or as "\1END CODE\n"; the codes are those of
+ * How it ended is reported through QEMU's isa-debug-exit, or as "\1END CODE\n"; the codes are those of
  * tracer/lab/qemu.py.
  */
 #define _GNU_SOURCE

@@ -73,7 +73,7 @@ def build(
 
 
 def compiled(name: str, into: Path) -> bytes:
-    """A static PID 1, compiled from the C file of that name beside this one by way of the directory `into` (0.2 s).
+    """A static PID 1, compiled from the C file of that name next to this one by way of the directory `into` (0.2 s).
 
     Raises Problem (environment) when there is no compiler or no static C library.
     """

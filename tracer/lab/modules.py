@@ -35,7 +35,7 @@ def module_name(filename: str) -> str | None:
 
 
 def decompressed(data: bytes, where: str) -> bytes:
-    """The ELF image of a module as packaged: plain, xz (Debian since 6.12), gzip or zstd, told by its first bytes.
+    """The ELF image of a module as packaged: plain, xz (Debian since 6.12), gzip or zstd, by its first bytes.
 
     Raises Problem when it is none of these or is damaged.
     """

@@ -29,7 +29,7 @@ _MOST: Final = 32  # kernels' worth, of which each is a quarter of a megabyte; t
 
 
 def directory() -> Path:
-    """Where they are kept, beside the kernels."""
+    """Where they are kept, next to the kernels."""
     return cache().parent / "lab-probes"
 
 

@@ -103,7 +103,7 @@ def boot(
     every trace, recording, .stdout file and file of trace-cmd or perf (.dat, .data) from there; `parameters` are
     module parameters (kvm.tdp_mmu=0) after the kernel's own; `memory` in MiB, of an AMD guest on one NUMA node or two
     (`nodes`); `timeout` in seconds for the whole boot; `follow` passes the command's output on as it comes, an Intel
-    guest's at the end. A command that failed is the caller's to judge.
+    guest's at the end. Whether a failed command is an error is for the caller to decide.
 
     Raises Problem when something is missing to begin with, GuestFailed when the guest did not get to the end.
     """

@@ -2,7 +2,7 @@
 """`python -m tracer.lab.simultaneous DIRECTORY`: one run each of six scenarios, recorded by three tools at once.
 
 kvmtrace, trace-cmd and perf record the same events on the same clock (CLOCK_MONOTONIC): what an import makes of the
-files of the other two is held against the trace that kvmtrace made itself. A boot of each kernel gives
+files of the other two is compared with the trace that kvmtrace made itself. A boot of each kernel gives
 SCENARIO-KERNEL.parquet, and of the others' files SCENARIO-KERNEL.dat.xz and .data.xz.
 """
 

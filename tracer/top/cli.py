@@ -32,7 +32,9 @@ app = typer.Typer()
 )
 def top(
     trace: Annotated[Path | None, typer.Argument(help="Play this recording instead of watching this host.")] = None,
-    once: Annotated[bool, typer.Option("--once", help="One second, or every second of a recording, and end.")] = False,
+    once: Annotated[
+        bool, typer.Option("--once", help="Print one second, or every second of a recording, and exit.")
+    ] = False,
     dumps: Annotated[
         Path | None, typer.Option(help="Where a flight recorder keeps its dumps: key d then makes one.")
     ] = None,

@@ -66,7 +66,7 @@ class TopScreen(App[None]):
         self, what: str, dump: Callable[[], str] | None, start: Callable[[Show], None],
         lost: Callable[[], int] | None = None,
     ) -> None:  # fmt: skip
-        """`dump` makes one and says where it is; None where nobody records. `start` is told who shows lines.
+        """`dump` makes one and returns its path; None where nothing is recorded. `start` gets what shows lines.
 
         `lost` says how many events were lost so far; None where that cannot change.
         """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Giving up what root may do: whoever talks to a network needs none of what recording needs."""
+"""Giving up what root may do: whoever talks to a network needs no privilege of those that recording needs."""
 
 from __future__ import annotations
 

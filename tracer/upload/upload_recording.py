@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`kvmtrace record --upload`: one recording on its way to a store, beside what earlier ones left."""
+"""`kvmtrace record --upload`: one recording on its way to a store, along with what earlier ones left."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Final
 from tracer.upload.uploads import UploadOutcome, Uploads
 from traces.progress import Progress
 
-SPOOL: Final = "kvmtrace-upload"  # beside the recording
+SPOOL: Final = "kvmtrace-upload"  # next to the recording
 
 
 @dataclass

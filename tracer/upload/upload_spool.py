@@ -46,7 +46,7 @@ class UploadSpool:
             raise Problem(f"{directory}: cannot be made: {error.strerror}") from None
 
     def announce(self, recording: Path) -> None:
-        """Say that a recording is about to be made, so that it is found though nobody comes to `add` it."""
+        """Say that a recording is about to be made, so that it is found though nobody calls `add` it."""
         with suppress(OSError):  # then only a crash could lose its upload
             self._place(recording).with_suffix(_ANNOUNCED).touch()
 

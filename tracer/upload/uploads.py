@@ -56,7 +56,7 @@ class UploadOutcome:
 
 @dataclass
 class _Told:
-    """What the process has told so far."""
+    """What the process has reported so far."""
 
     uploaded: list[str] = field(default_factory=list)
     names: set[str] = field(default_factory=set)
@@ -112,7 +112,7 @@ class Uploads:
         return len(self._told.uploaded), self._dropped, sum(1 for _ in self._spool.waiting())
 
     def close(self, patience: float = PATIENCE) -> UploadOutcome:
-        """Try once more what waits, for so many seconds at most; what came of it all."""
+        """Try once more what waits, for this many seconds at most; what came of it all."""
         self._ending.set()
         with self._changed:
             child = self._child

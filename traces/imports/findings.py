@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What reading a source came to besides its rows, in the same form for text and for the tools' own data."""
+"""The result of reading a source besides its rows, in the same form for text and for the tools' own data."""
 
 from __future__ import annotations
 

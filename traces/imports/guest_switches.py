@@ -71,9 +71,11 @@ def read_guest(path: Path, offset: int | None) -> GuestTasks:
         ran, by = rows.select("cpu", "time", "pid").join(names, on="pid", how="left"), "by whose each event is"
     else:
         ran, by = switches, f"by {len(rows.filter(_is_switch(rows))):,} rows of sched_switch"
-    told = f"moved by {offset / 1e9:+.9f} s as told" if offset is not None else "made the host's by trace-cmd's offsets"
+    moved = (
+        f"moved by {offset / 1e9:+.9f} s as given" if offset is not None else "made the host's by trace-cmd's offsets"
+    )
     ran = ran.with_columns(pl.col("task").fill_null("")).sort("cpu", "time", maintain_order=True)
-    how = f"{by}; its times are {told}; its CPU 0 is taken for vCPU 0, and so on"
+    how = f"{by}; its times are {moved}; its CPU 0 is taken for vCPU 0, and so on"
     first, last = (int(getattr(rows["time"], end)()) for end in ("min", "max"))
     return GuestTasks(path, ran, how, first, last)
 

@@ -48,7 +48,7 @@ _SHOWN: Final = sum(1 << kind.code for kind in KINDS if kind.code < 40)  # a gap
 
 @dataclass(frozen=True)
 class Imported:
-    """What an import came to."""
+    """The result of an import."""
 
     summary: Summary
     said: Said

@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""Rows of what was read, and what is known beside them: threads, events of no kind, losses, counts by form."""
+"""Rows of what was read, and what else is known: threads, events of no kind, losses, counts by form."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def _source(said: Said) -> dict[str, Any]:
     if said.roots and said.text_kinds & _WITH_ROLES:
         inferred.append("roles: by what the text says, in SMM by the transitions before")
     if said.options.kernel:
-        by = "as the file says" if said.options.kernel == found.release else "as told"
+        by = "as the file says" if said.options.kernel == found.release else "as given"
         inferred.append(f"kernel: {said.options.kernel}, {by}")
     cannot = ["which VM", "ioctls", "what is lost but for what it says"]
     cannot += [] if said.roots else ["roots"]

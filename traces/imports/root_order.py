@@ -31,7 +31,7 @@ _ENTRY: Final = BY_NAME["kvm_entry"].code
 
 
 def level_of_roots(kernel: Kernel | None, level: int, kinds: Ints) -> int:
-    """The level of tables that are roots; 0 where roots cannot be told: there are none, or two roles before 5.13."""
+    """The level of tables that are roots; 0 where roots are unknown: there are none, or two roles before 5.13."""
     return 0 if kernel is not None and not kernel.root_get_page and kinds[_SMM] else level
 
 

@@ -3,7 +3,7 @@
 
 Two walks find the records, `walk_perf` in perf's stream and `walk_pages` in the pages of ftrace's ring buffer;
 `RawDecoder` reads their fields. What is read comes from files of others: each number that says where the next one
-begins is held against the end of what there is, and all accesses are checked besides. Cython in pure-Python mode.
+begins is checked against the end of the data, and all accesses are checked besides. Cython in pure-Python mode.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A file of others' data that can be read anywhere: every access is held against its size."""
+"""A file of others' data that can be read anywhere: every access is checked against its size."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 """Which VM and which vCPU each thread of a text is: by what the text names, else by what is likeliest, and said so.
 
 A text names threads, seldom their process, and no VM. A thread that enters a guest is a vCPU's. Its number is in the
-event's text from 5.x on, or in the thread's name. Its VM is its process, where that is given; else VMs are told apart
+event's text from 5.x on, or in the thread's name. Its VM is its process, where that is given; else VMs are separated
 by vCPU numbers that come twice, as a VMM makes its vCPUs' threads one after the other.
 """
 

@@ -16,7 +16,7 @@ _MOST: Final = 1 << 52  # bytes of guest-physical addresses
 
 @dataclass(frozen=True)
 class ToldSlot:
-    """A memory slot as told: of the VM of that name (empty: of each), in frames; `hva` 0: not told."""
+    """A memory slot as the user gave it: of the VM of that name (empty: of each), in frames; `hva` 0: not given."""
 
     vm: str
     gfn: int

@@ -51,13 +51,13 @@ _RULES: tuple[tuple[str, str, Callable[[RunningKernel], bool]], ...] = (
         lambda host: host.version < (5, 12),
     ),
     (
-        # A worker is asked for before the newer field: a kernel with the worker put back may keep that field beside it.
+        # A worker is asked for before the newer field: a kernel with the worker put back may keep that field as well.
         "preserve-worker",  # edbdb43fc96b on top of the 5.18 worker
         "6.4 to 6.5, tdp_mmu_zap_root_work: roots stay until invalidated, a worker zaps them",
         lambda host: host.types.has_function("tdp_mmu_zap_root_work") and host.version >= (6, 4),
     ),
     (
-        "async",  # 22b94c4b63eb; 6.2.y and 6.3.2+ took edbdb43fc96b back and cannot be told apart by their types
+        "async",  # 22b94c4b63eb; 6.2.y and 6.3.2+ took edbdb43fc96b back and cannot be distinguished by their types
         "tdp_mmu_zap_root_work before 6.4: the last put queues the root for a worker (late 6.2.y and 6.3.2+ preserve)",
         lambda host: host.types.has_function("tdp_mmu_zap_root_work"),
     ),

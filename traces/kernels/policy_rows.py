@@ -55,7 +55,7 @@ class Watch:
 
     @property
     def settled(self) -> bool:
-        """Whether more rows would say nothing new: the policy is told, or is none that rows could tell."""
+        """Whether more rows would say nothing new: the policy is known, or is none that rows could show."""
         return self.found not in POLICIES or POLICIES[self.found].mmu == "shadow" or bool(self.policy)
 
     @property

@@ -11,7 +11,7 @@ from typing import Final
 
 
 class Trigger(IntEnum):
-    """Why roots may be unloaded. The last five are what recordings leave open: see `OPEN`."""
+    """Why roots may be unloaded. The last five are not determined by recordings: see `OPEN`."""
 
     SMI = 0
     RSM = 1

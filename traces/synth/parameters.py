@@ -66,7 +66,7 @@ class Parameters:
     cr0_wp_rate: float = 0.0  # CR0.WP writes on a host that resets the MMU for each (before 6.4)
     reset_on: str | None = None  # after these exits the host resets the MMU context
     duration: float | None = None  # seconds of guest time: 1, with `reset_on` 10
-    events: int | None = None  # or: end with the step that reaches so many rows, in all
+    events: int | None = None  # or: end with the step that reaches this many rows, in all
     zap_rows: bool = False
     seed: int = 0
     costs: SynthCosts = field(default_factory=SynthCosts)

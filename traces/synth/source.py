@@ -42,7 +42,7 @@ ZAPS: Final = ("kvm_mmu_prepare_zap_page", "zap_root_begin", "zap_root_end")
 _LEFT_OUT: Final = "left out: made with --zap-rows"
 _FAULTS_ONLY: Final = "changes by faults only; those by zaps were left out"
 
-_PART_ROWS: Final = 1 << 18  # a row group ends with the part that fills it, so parts must be small beside it
+_PART_ROWS: Final = 1 << 18  # a row group ends with the part that fills it, so parts must be small compared with it
 
 
 class _Synthetic(SegmentReader):
