@@ -7,7 +7,7 @@ One synthetic recording under many names in a store on loopback (moto, a process
 round as many tasks are done by one worker and by two, one after the other. Told are
 
 - the wall time of one worker as a multiple of that of two, the median of the rounds: of use on an idle machine only.
-  Beside it, what two processes bring over one that replay the same file and do nothing else: two CPUs may be threads of
+  In addition, what two processes bring over one that replay the same file and do nothing else: two CPUs may be threads of
   one core;
 - CPU seconds outside of the tasks, of all processes but the store's, for each task, whatever else the machine does. In
   a task is the replay of its rows; outside are the scheduler, the executor, the store's client, opening the recording
@@ -103,7 +103,7 @@ def store() -> Iterator[int]:
 
 
 def filled(prefix: str, data: bytes, count: int) -> str:
-    """A place with so many objects of these bytes."""
+    """A place with this many objects of these bytes."""
     place = f"{ENDPOINT}/{prefix}"
     objects = Objects(location(place))
     with ThreadPoolExecutor(WRITERS) as pool:
@@ -149,7 +149,7 @@ def replays(options: argparse.Namespace, server: int, scratch: Path) -> dict[str
 
 
 def wall(engine: Any, file: Path, count: int) -> float:
-    """Seconds of so many replays by an engine's processes, and of nothing else."""
+    """Seconds of this many replays by an engine's processes, and of nothing else."""
     began = time.monotonic()
     list(engine.executor.map(alone, [str(file)] * count))
     return time.monotonic() - began
@@ -170,7 +170,7 @@ def by(engine: Any, catalogue: Catalogue, rows: Any, server: int, notes: Path) -
 
 
 def footers(count: int, scratch: Path) -> dict[str, float]:
-    """Footers a second: of so many objects by an index; by requests alone, from the same store; of a folder."""
+    """Footers a second: of this many objects by an index; by requests alone, from the same store; of a folder."""
     file = scratch / "small.parquet"
     synthesize(file, Parameters(duration=0.02))
     data = file.read_bytes()

@@ -52,7 +52,7 @@ class TopRun:
 
 
 class Guests:
-    """Guests that are stopped and continued so that they make so many events a second, by an independent count."""
+    """Guests that are stopped and continued so that they make this many events a second, by an independent count."""
 
     def __init__(self, rate: int) -> None:
         self._rate = rate

@@ -156,7 +156,7 @@ def _named(names: list[str], counts: NDArray[Any], dtype: pa.DictionaryType) -> 
 
 
 def _column(field: pa.Field, there: list[tuple[int, int, Any]], count: int) -> pa.Array:
-    """A column of so many rows from its pieces and their places; null where there is none."""
+    """A column of this many rows from its pieces and their places; null where there is none."""
     if not there:
         return pa.nulls(count, field.type)
     coded = _CODED.get(field.name)

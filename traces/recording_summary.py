@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a recording came to, as a trace or as the segments that a trace is made of."""
+"""A summary of a recording, as a trace or as the segments that a trace is made of."""
 
 from __future__ import annotations
 

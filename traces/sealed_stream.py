@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Segments of a recording as an Arrow stream: batches of raw records, each followed by its seal (see segments.py).
 
-Written without pyarrow, which is 170 MB on a host that only records. Tests hold it against pyarrow.
+Written without pyarrow, which is 170 MB on a host that only records. Tests compare it with pyarrow.
 https://arrow.apache.org/docs/format/Columnar.html has the messages, metadata version 5; bodies are LZ4 frames.
 """
 
@@ -43,7 +43,7 @@ def _compression() -> Callable[[Any], bytes]:
 
 
 def _message(kind: int, header: Node, body: int, custom: Node | None = None) -> bytes:
-    """A message as a stream has it, but for its body of so many bytes: a mark, the size, and what it says."""
+    """A message as a stream has it, but for its body of this many bytes: a mark, the size, and what it says."""
     said: dict[int, Node] = {0: _V5, 1: kind, 2: header, 3: body}
     if custom is not None:
         said[4] = custom

@@ -26,7 +26,7 @@ def encoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def records(seed: int, rows: int) -> np.ndarray[Any, Any]:
-    """Some columns full of chance, which do not get shorter, some of extremes, some of zeros."""
+    """Some columns of random bytes, which do not get shorter, some of extremes, some of zeros."""
     rng = np.random.default_rng(seed)
     made = np.zeros(rows, RECORD)
     for name in RECORD.names or ():
