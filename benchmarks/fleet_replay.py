@@ -7,7 +7,7 @@ One synthetic recording under many names in a store on loopback (moto, a process
 round as many tasks are done by one worker and by two, one after the other. Told are
 
 - the wall time of one worker as a multiple of that of two, the median of the rounds: of use on an idle machine only.
-  In addition, what two processes bring over one that replay the same file and do nothing else: two CPUs may be threads of
+  Also what two processes bring over one that replay the same file and do nothing else: two CPUs may be threads of
   one core;
 - CPU seconds outside of the tasks, of all processes but the store's, for each task, whatever else the machine does. In
   a task is the replay of its rows; outside are the scheduler, the executor, the store's client, opening the recording
