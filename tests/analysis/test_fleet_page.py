@@ -18,7 +18,6 @@ from analysis.formats.html import render
 from benchmarks.fleet_rows import Fleet, parts
 from tests.analysis.browser import Browser
 from tests.analysis.test_html import EVIL, SCHEMES, WIDTHS, _check
-from tests.analysis.test_html import browser as browser
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser, pytest.mark.xdist_group("browser")]
 
