@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # make demo and make test do all the set-up they need; see README.md.
 .PHONY: setup demo quick test nightly mutations lab-test lab-guests lab-guests-check lint check ci-example bench corpus \
-	simultaneous chroots man pictures site clean
+	simultaneous chroots man pictures site dist clean
 
 PYTHON := .venv/bin/python
 
@@ -98,5 +98,9 @@ site: setup
 pictures: setup
 	$(PYTHON) -m tests.golden.pictures
 
+# A source distribution, and a wheel for each CPython at hand, in dist/.
+dist:
+	scripts/dist
+
 clean:
-	rm -rf .venv build demo *.egg-info tracer/vmm/kvmtrace-vmm replay/*/*.so tracer/*/*.so traces/*/*.so
+	rm -rf .venv build demo dist share *.egg-info tracer/vmm/kvmtrace-vmm replay/*/*.so tracer/*/*.so traces/*/*.so

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled modules. All else about the package is in pyproject.toml."""
+"""The compiled modules, and the files under share/. All else about the package is in pyproject.toml."""
+
+import os
+import sys
+from collections import defaultdict
+from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 # gcc's vectoriser of straight-line code costs up to 4 % in storms. Without a compiler it runs as Python, and says so.
-FLAGS = ["-O3", "-fno-tree-slp-vectorize"]
+FLAGS = ["-O3", "-fno-tree-slp-vectorize", "-g0"]
 COMPILED = (
     "replay/decode/decoder.py",
     "replay/decode/dense.py",
@@ -33,4 +38,18 @@ EXTENSIONS = [
     Extension(path.removesuffix(".py").replace("/", "."), [path], extra_compile_args=FLAGS, optional=True)
     for path in COMPILED
 ]
-setup(ext_modules=cythonize(EXTENSIONS, build_dir="build"))
+CPUS = len(os.sched_getaffinity(0))
+
+# Man pages and completion are there once scripts/dist has made them: they come from the command line's own help.
+SHARE = defaultdict(list, {
+    "share/kvmtrace": ["scripts/kvmtrace-flight.service", "scripts/kvmtrace-grafana.json"],
+    "share/kvmtrace/recordings": ["traces/corpus/smi-storm-6.1.parquet", "traces/corpus/smi-storm-6.1-async.parquet"],
+})  # fmt: skip
+for path in Path("share").rglob("*"):
+    if path.is_file():
+        SHARE[str(path.parent)].append(str(path))
+
+# What only says what there is compiles nothing.
+if not {"egg_info", "dist_info", "sdist"} & set(sys.argv):
+    EXTENSIONS = cythonize(EXTENSIONS, build_dir="build")
+setup(ext_modules=EXTENSIONS, data_files=sorted(SHARE.items()), options={"build_ext": {"parallel": CPUS}})

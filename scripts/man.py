@@ -4,16 +4,17 @@
 from __future__ import annotations
 
 import sys
+import tomllib
 from collections.abc import Iterator
-from importlib.metadata import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import typer
 
 import kvmtrace
 from traces.help_text import examples_of
 
+VERSION: Final[str] = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["version"]
 _EXIT_CODES = {
     "0": "It is fine.",
     "1": "A verdict or a gate failed.",
@@ -58,8 +59,7 @@ def page(context: Any) -> str:
     others = sorted(
         {context.parent.command_path if context.parent else "", *(f"{context.command_path} {c}" for c in commands)}
     )
-    about = metadata("kvmtrace")
-    head = " ".join(f'"{part}"' for part in (name.upper(), "1", "", f"kvmtrace {about['Version']}", "kvmtrace"))
+    head = " ".join(f'"{part}"' for part in (name.upper(), "1", "", f"kvmtrace {VERSION}", "kvmtrace"))
     return "\n".join([
         f".TH {head}",
         *_section("NAME", f"{roff(name)} \\- {roff(command.get_short_help_str(200).rstrip('.'))}"),

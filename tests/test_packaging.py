@@ -63,6 +63,14 @@ def test_a_citation_names_the_version() -> None:
     assert cited[1] == PROJECT["version"]
 
 
+def test_changelogs_begin_with_the_version() -> None:
+    debian = (REPOSITORY / "debian/changelog").read_text()
+    assert debian.startswith(f"kvmtrace ({PROJECT['version']}) ")
+    newest = re.search(r"^## (\S+)", (REPOSITORY / "CHANGELOG.md").read_text(), re.M)
+    assert newest is not None
+    assert newest[1] == PROJECT["version"]
+
+
 def test_constraints_have_a_version_that_fits_for_every_dependency() -> None:
     lines = [line.partition("==") for line in (REPOSITORY / "constraints.txt").read_text().splitlines()]
     pinned = {canonicalize_name(name): version for name, _, version in lines if version}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Final
 
 from traces.errors import ENVIRONMENT, Problem
@@ -25,6 +26,8 @@ EXTRAS: Final = {
     "vl_convert": "report",
 }
 
+_DEBIAN: Final = "/usr/lib/kvmtrace"  # where the Debian packages have it: debian/rules
+
 
 def have(package: str) -> bool:
     """Whether a package is installed, without loading it."""
@@ -33,6 +36,8 @@ def have(package: str) -> bool:
 
 def how_to_get(package: str, extra: str = "") -> str:
     """The command that installs what brings a package, into the Python that runs this."""
+    if Path(__file__).is_relative_to(_DEBIAN):
+        return "apt-get install kvmtrace-report"
     return f"{sys.executable} -m pip install 'kvmtrace[{extra or EXTRAS[package]}]'"
 
 
@@ -45,6 +50,8 @@ def need(package: str, what: str, extra: str = "") -> None:
 def missing(error: ImportError) -> str | None:
     """The line for a user where a package of an extra is not installed; None of any other failed import."""
     package = (error.name or "").partition(".")[0]
+    if package == "cython":
+        return "its modules are not compiled: install gcc, libc6-dev and python3-dev, then kvmtrace again"
     if package not in EXTRAS or have(package):
         return None
     return f"this needs {package}, which is not installed: {how_to_get(package)}"
