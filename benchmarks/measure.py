@@ -34,6 +34,7 @@ class Run:
     guest_seconds: float = 0.0
     whole_seconds: float = 0.0
     recorder_cpu_seconds: float = 0.0
+    work_cpu_seconds: float = 0.0  # of the workload's processes, with the probes that run in them
     kept: Kept | None = None
     disturbed: bool = False
 
@@ -103,7 +104,8 @@ def measure(recorder: Recorder, loops: int, timeout: float) -> Run:
         work = json.loads(result.read_text())
         guest = sum(work["output"]["guest_ns"]) / 1e9
         kept = recorder.read(scratch)
-        return Run(recorder.name, "", loops, guest, whole, cpu - work["cpu_seconds"], kept, disturbed)
+        used = work["cpu_seconds"]
+        return Run(recorder.name, "", loops, guest, whole, cpu - used, used, kept, disturbed)
 
 
 def last_words(path: Path) -> str:

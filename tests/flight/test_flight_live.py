@@ -116,6 +116,7 @@ def test_a_vcpu_that_polls_mmio_triggers_while_it_goes_on_and_its_beginning_is_t
     assert facts["time"] <= late + 500_000_000, "within twice its time after enough of it was there"
     (vm,) = [vm for vm in trace.metadata.vms if vm["pid"] == guest.pid]
     assert vm["origin"] == "created"
+    assert "KVM_EXIT_MMIO" in run("report", dump).stdout, "that is what it does all the time"
 
 
 def test_healthy_vms_trigger_nothing(tmp_path: Path, vmm: str) -> None:
