@@ -72,6 +72,8 @@ bench: setup
 	$(PYTHON) -m benchmarks.soft_hang
 	$(PYTHON) -m benchmarks.format
 	$(PYTHON) -m benchmarks.record
+	$(PYTHON) -m benchmarks.flight_overhead
+	$(PYTHON) -m benchmarks.top
 	$(PYTHON) -m benchmarks.replay
 	$(PYTHON) -m benchmarks.report
 	$(PYTHON) -m benchmarks.whole_commands

@@ -49,6 +49,11 @@ def overwrite_command(scratch: Path, workload: Sequence[str]) -> list[str]:
     return ["perf", "record", *options, "-o", str(scratch / "perf.data"), "--", *workload]
 
 
+def overwrite_read(scratch: Path) -> Kept:
+    kept = perf_read(scratch)
+    return Kept(kept.events, None, kept.size)
+
+
 def live_command(scratch: Path, workload: Sequence[str]) -> list[str]:
     """`perf kvm stat live` runs no command of its own: it is begun before, and ended after."""
     script = 'perf kvm stat live -d 1 >"$0/live" 2>&1 & p=$!; sleep 1; "$@"; s=$?; kill -INT $p; wait $p; exit $s'
@@ -64,7 +69,7 @@ def recorders() -> tuple[Recorder, ...]:
     return (
         *flights,
         Recorder("--flight --max-overhead 1%", sys.executable, bounded, flight_read),
-        Recorder("perf record -a --overwrite", "perf", overwrite_command, perf_read),
+        Recorder("perf record -a --overwrite", "perf", overwrite_command, overwrite_read),
         Recorder("perf kvm stat live", "perf", live_command, bare_read),
     )
 
@@ -105,11 +110,12 @@ def main() -> None:
         slow[name] = statistics.median(ratios)
         kept = [other.kept for _, other in good if other.kept is not None]
         counts = any(one.events for one in kept)
+        lost = [one.lost for one in kept if one.lost is not None]
         rows.append([
             name, spread(ratios), spread([other.guest_seconds / one.guest_seconds for one, other in good]),
             spread([other.recorder_cpu_seconds for _, other in good], ".1f"),
             spread([one.events for one in kept], ",.0f") if counts else "none",
-            spread([one.lost or 0 for one in kept], ",.0f") if counts else "",
+            spread(lost, ",.0f") if lost and counts else "the rest, overwritten" if counts else "",
         ])  # fmt: skip
     where = f"{facts['date']}, kernel {facts['kernel']}, {facts['cpu']}, {facts['cpus']} CPUs, load {facts['load']:.1f}"
     print(f"{where}; storm of {options.loops:,} loops, medians (and ranges) of {options.rounds} pairs\n")

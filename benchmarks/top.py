@@ -150,6 +150,8 @@ def measure(rate: int, seconds: float) -> TopRun:
             events = guests.counted - events
     finally:
         guests.close()
+    if not events:
+        raise Problem("perf stat counted nothing", ENVIRONMENT)
     return TopRun(events / passed, (after - before) / passed, programs / passed)
 
 
