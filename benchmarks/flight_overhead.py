@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a flight recorder costs the guests, beside recorders that people keep running today: all in one run.
+"""What a flight recorder costs the guests, and recorders that people keep running today: all in one run.
 
     python -m benchmarks.flight_overhead [--rounds 3] [--loops 5000] [--json]
 
 The workload is that of benchmarks.record (VMM scenario `storm`, at its full rate), each time bare and then under one
 recorder. Slow-down is the CPU time of the workload's own process, which its probes are part of, over that of the bare
-run just before: on a busy machine the time on the clock says little, and stands beside it. The recorder's CPU time is
+run just before: on a busy machine the time on the clock says little, and is given as well. The recorder's CPU time is
 that of everything else in its process tree, its start included.
 """
 
@@ -56,7 +56,7 @@ def overwrite_read(scratch: Path) -> Kept:
 
 def live_command(scratch: Path, workload: Sequence[str]) -> list[str]:
     """`perf kvm stat live` runs no command of its own: it is begun before, and ended after."""
-    script = 'perf kvm stat live -d 1 >"$0/live" 2>&1 & p=$!; sleep 1; "$@"; s=$?; kill -INT $p; wait $p; exit $s'
+    script = 'cd "$0"; perf kvm stat live -d 1 >live 2>&1 & p=$!; sleep 1; "$@"; s=$?; kill -INT $p; wait $p; exit $s'
     return ["sh", "-c", script, str(scratch), *workload]
 
 
