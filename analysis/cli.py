@@ -309,6 +309,7 @@ def diff(
         "kvmtrace export result.parquet --csv roots -o roots.csv",
         "kvmtrace export stall.parquet --perfetto -o stall.pftrace",
         "kvmtrace export stall.parquet --ftrace-text -o stall.txt",
+        "kvmtrace export stall.parquet --trace-dat -o stall.dat",
     ),
 )
 @taking(selected=part_of("vm", "vcpu", "since", "until"), naming=_NAMING, guest=_GUEST)
@@ -326,6 +327,9 @@ def export(
     perf_script: Annotated[
         bool, typer.Option("--perf-script", help="Write the events as perf script prints them.")
     ] = False,
+    trace_dat: Annotated[
+        bool, typer.Option("--trace-dat", help="Write the events as a trace.dat, for trace-cmd; needs -o.")
+    ] = False,
     recorded_policy: RecordedPolicy = "",
     out: TextFile = None,
     *,
@@ -337,11 +341,18 @@ def export(
     """Write the rows behind a report's tables, or a recording's time line, for other tools."""
     from analysis import exporting
 
-    if bool(csv) + list_ + perfetto + ftrace_text + perf_script != 1:
-        raise Problem("export: give one of --csv QUERY, --list, --perfetto, --ftrace-text and --perf-script")
-    if ftrace_text or perf_script:
+    if bool(csv) + list_ + perfetto + ftrace_text + perf_script + trace_dat != 1:
+        raise Problem(
+            "export: give one of --csv QUERY, --list, --perfetto, --ftrace-text, --perf-script and --trace-dat"
+        )
+    if ftrace_text or perf_script or trace_dat:
         if selected.vcpus or selected.since:
-            raise Problem("export: a text has all rows of a VM from the beginning: --vcpu and --from are for --csv")
+            raise Problem("export: all events of a VM from the beginning are written: --vcpu and --from are for --csv")
+        if trace_dat and out is None:
+            raise Problem("export --trace-dat: say with -o which file to write")
+    if trace_dat and out is not None:
+        exporting.trace_dat(file, out, selected, force=force)
+    elif ftrace_text or perf_script:
         exporting.text(file, out, selected, perf=perf_script, force=force)
     elif perfetto:
         if selected.vcpus or selected.since:

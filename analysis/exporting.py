@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`kvmtrace export`: a named query's rows as CSV, a recording's course for Perfetto."""
+"""`kvmtrace export`: a query's rows as CSV, a recording's course for Perfetto, its events for the tools of others."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import polars as pl
 
@@ -16,11 +17,15 @@ from analysis.reporting import use_symbols
 from analysis.sources import Recording, Result, open_source
 from analysis.symbols import NO_NAMING, Naming
 from traces.errors import Problem
-from traces.outputs import FTRACE_TEXT, PERF_TEXT, FileKind, Output
+from traces.outputs import FTRACE_TEXT, PERF_TEXT, TRACE_DAT, FileKind, Output
 from traces.progress import Progress
 from traces.screen import Page
 from traces.selection import ALL, Selection
 from traces.text import printable, some
+
+if TYPE_CHECKING:
+    from traces.kernels import Kernel
+    from traces.reader import Trace
 
 _NEWEST = "7.x"
 
@@ -77,13 +82,11 @@ def csv(
 
 def text(path: Path, out: Path | None, selection: Selection = ALL, *, perf: bool, force: bool = False) -> None:
     """A recording's events as ftrace's or perf's text, to a file or to standard output; what has no text on stderr."""
-    from traces import kernels
     from traces.imports.printing import printed
     from traces.reader import Trace
 
     trace = selection.of(Trace.open(path))
-    known = trace.metadata.kernel
-    kernel = kernels.recorded(trace.metadata) if known else kernels.at(_NEWEST)
+    kernel, known = _kernel_of(trace)
     pieces, left_out = printed(trace, kernel, perf=perf)
     kind = PERF_TEXT if perf else FTRACE_TEXT
     with (
@@ -94,10 +97,35 @@ def text(path: Path, out: Path | None, selection: Selection = ALL, *, perf: bool
             (sys.stdout.buffer if output is None else output).write(piece)
     if not known:
         print(f"kvmtrace: {path}: the trace does not say its kernel: printed as {kernel.name} does", file=sys.stderr)
+    _say_left_out(path, left_out, "have no such text")
+
+
+def trace_dat(path: Path, out: Path, selection: Selection = ALL, *, force: bool = False) -> None:
+    """A recording's events as a trace.dat; what tracepoints do not show on stderr."""
+    from traces.imports.trace_dat_writer import write_trace_dat
+    from traces.reader import Trace
+
+    trace = selection.of(Trace.open(path))
+    kernel, _ = _kernel_of(trace)
+    with Output(out, TRACE_DAT, [path], force=force) as output, Progress(f"writing {out}"):
+        left_out = write_trace_dat(trace, kernel, output.write)
+    _say_left_out(path, left_out, "are no events of tracepoints")
+    print(f"{out}: {out.stat().st_size:,} bytes", file=sys.stderr)
+
+
+def _kernel_of(trace: Trace) -> tuple[Kernel, bool]:
+    """The kernel by which a trace's events are written, and whether the trace says it."""
+    from traces import kernels
+
+    known = bool(trace.metadata.kernel)
+    return (kernels.recorded(trace.metadata) if known else kernels.at(_NEWEST)), known
+
+
+def _say_left_out(path: Path, left_out: dict[str, int], why: str) -> None:
     if left_out:
         most = sorted(left_out.items(), key=lambda item: -item[1])
         lines = some([f"{printable(name)} {rows:,}" for name, rows in most])
-        print(f"kvmtrace: {path}: {sum(left_out.values()):,} rows have no such text: {lines}", file=sys.stderr)
+        print(f"kvmtrace: {path}: {sum(left_out.values()):,} rows {why}: {lines}", file=sys.stderr)
 
 
 def perfetto(

@@ -89,6 +89,7 @@ WRITERS = [
     Verb("export-csv", "export {trace} --csv gfns -o {out}", outputs.FileKind("the rows of query gfns")),
     Verb("export-list", "export {trace} --list -o {out}", outputs.QUERIES),
     Verb("export-ftrace", "export {trace} --ftrace-text -o {out}", outputs.FTRACE_TEXT),
+    Verb("export-dat", "export {trace} --trace-dat -o {out}", outputs.TRACE_DAT),
     Verb("export-perf", "export {trace} --perf-script -o {out}", outputs.PERF_TEXT),
     Verb("export-perfetto", "export {trace} --perfetto -o {out}", outputs.TIMELINE),
     Verb("export-result-csv", "export {result} --csv roots -o {out}", outputs.FileKind("the rows of query roots")),

@@ -55,7 +55,10 @@ PROSE: Final = FileKind("a report in text", re.compile(rb"^(of {9}|of: |\| of \|
 QUERIES: Final = FileKind("a list of queries", re.compile(rb"\Aqueries of "))
 FTRACE_TEXT: Final = FileKind("a text as ftrace prints it", re.compile(rb"\A# tracer: nop\n#\n"))
 PERF_TEXT: Final = FileKind("a text as perf prints it", re.compile(rb"\A[^\n]{0,60} \[\d{3,5}\] \d+\.\d{9}: "))
-MARKED: Final = (FTRACE_TEXT, PERF_TEXT, TIMELINE, PAGE, DOCUMENT, JUNIT, PROSE, QUERIES)
+TRACE_DAT: Final = FileKind(
+    "a trace.dat of kvmtrace", re.compile(rb"\A\x17\x08Dtracing6\0.{0,900}# written by kvmtrace\n", re.S)
+)
+MARKED: Final = (TRACE_DAT, FTRACE_TEXT, PERF_TEXT, TIMELINE, PAGE, DOCUMENT, JUNIT, PROSE, QUERIES)
 _NOT_OURS: Final = FileKind("a file that kvmtrace did not write")
 
 

@@ -192,6 +192,29 @@ EXCERPTS: dict[str, list[Line]] = {
               "kvm_unmap_hva_range", tid=17, addr=0x7F12, value=0x8F12),
         _line("   qemu-12  [000] .N..2.102   1.000004: kvm_entry: vcpu 2", "kvm_entry", tid=12),
     ],
+    "latency format": [
+        _line("# irqsoff latency trace v1.1.5 on 5.15.0-91-generic"),
+        _line("#  cmd     pid     |||||| time  |   caller"),
+        _line("CPU 0/KV-4021      3d..1. 1203us : kvm_entry: vcpu 0, rip 0xffffffff8104c0de", "kvm_entry", cpu=3, tid=4021,
+              time=1203000, rip=0xFFFFFFFF8104C0DE),
+        _line("CPU 0/KV-4021     13dN.21 1207us+: kvm_userspace_exit: reason KVM_EXIT_IO (2)", "kvm_userspace_exit", cpu=13,
+              tid=4021, time=1207000, code=2),
+        _line("CPU 0/KV-4021      3d..1. 1301us!: <stack trace>"),
+    ],
+    "function_graph": [
+        _line("# tracer: function_graph"),
+        _line(" 3)               |  /* kvm_entry: vcpu 0, rip 0xfff0 */", "kvm_entry", cpu=3, rip=0xFFF0, vcpu=0),
+        _line(" 11)  CPU 1/K-4021  |               |  /* kvm_entry: vcpu 1, rip 0xfff1 */", "kvm_entry", cpu=11, tid=4021,
+              rip=0xFFF1),
+    ],
+    "cut at the end": [
+        _line("   qemu-12  [000] d...  1.000001: kvm_exit: vcpu 2 reason HLT rip 0x401a2b info1 0x0000000000000001 info2 "
+              "0x0000000000000002 intr_info ...", "kvm_exit", code=12, rip=0x401A2B, value=1, addr=2),
+        _line("   qemu-12  [000] d...  1.000002: kvm_exit: vcpu 2 reason HLT rip 0x401a2b info1 0x00000000000....", "other"),
+        _line("   qemu-12  [000] d...  1.000003: kvm_exit: vcpu 2 reason HLT rip 0x401a2b ....", "other"),
+        _line("   qemu-12  [000] d...  1.000004: kvm_page_fault: address ...", "other"),
+        _line("   qemu-12  [000] d...  1.000005: kvm_entry: vcpu 2, rip 0x7", "kvm_entry", rip=7),
+    ],
     "ticks": [
         _line("   qemu-12  [000] d...  98765432109: kvm_entry: vcpu 2", "kvm_entry", tid=12, time=98765432109),
     ],

@@ -77,6 +77,27 @@ def test_of_a_cut_trace_dat_what_is_there_is_imported(tmp_path: Path) -> None:
         imported(tmp_path, recorded("slot-delete-6.1.data")[:100_000])
 
 
+def test_samples_of_a_counter_are_named(tmp_path: Path) -> None:
+    """As `perf kvm --guest record` takes them of a guest: an attribute without raw data."""
+    data = bytearray(as_stream(recorded("smi-storm-6.1.data")))
+    at = 16
+    while struct.unpack_from("<I", data, at)[0] == 64:  # attributes
+        (sample_type,) = struct.unpack_from("<Q", data, at + 32)
+        struct.pack_into("<Q", data, at + 32, sample_type & ~0x400)
+        at += struct.unpack_from("<H", data, at + 6)[0]
+    with pytest.raises(Problem, match=r"no event in this perf\.data, but [\d,]+ records .*perf kvm --guest"):
+        imported(tmp_path, bytes(data))
+
+
+def test_the_processes_of_a_trace_dat_s_threads_are_read(tmp_path: Path) -> None:
+    data = recorded("smi-both-6.1.dat")
+    rows, _ = imported(tmp_path, data)
+    first, second = sorted(set(rows.filter(pl.col("kind").cast(pl.String) == "kvm_entry")["tid"]))
+    table = f"    {first} 77\n    {second} 77\n".encode()
+    _, meta = imported(tmp_path, with_options(data, option(11, table)))
+    assert [vm["pid"] for vm in meta.vms] == [77]
+
+
 def test_every_buffer_of_a_trace_dat_is_read(tmp_path: Path) -> None:
     data = recorded("smi-storm-6.1.dat")
     rows, _ = imported(tmp_path, data)

@@ -13,10 +13,13 @@ cdef class EventText(NamedFields):
     cdef Py_ssize_t _l_name
     cdef Py_ssize_t _l_name_end
     cdef unsigned long long _pferr
+    cdef bint _cut
+    cdef public long long cut
 
     cdef int _event(self, Py_ssize_t begin, Py_ssize_t end) noexcept
     cdef int _matched(self, long long event, long long form) noexcept
     cdef bint _matches(self, long long form, Py_ssize_t begin, Py_ssize_t end) noexcept
+    cdef bint _is_cut(self, long long form, Py_ssize_t op, Py_ssize_t begin, Py_ssize_t at, Py_ssize_t end) noexcept
     cdef bint _goes_on(self, Py_ssize_t begin, Py_ssize_t end) noexcept
     cdef bint _is_name(self, Py_ssize_t offset, Py_ssize_t length, Py_ssize_t begin, Py_ssize_t end) noexcept
     cdef bint _ends(self, Py_ssize_t begin, Py_ssize_t end, bytes tail) noexcept

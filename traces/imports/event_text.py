@@ -23,6 +23,7 @@ _FAILED = cython.declare(cython.int, p.FAILED)
 _COUNT = cython.declare(cython.int, p.COUNT)
 _ROLE = cython.declare(cython.int, p.ROLE)
 _VENDOR = cython.declare(cython.int, p.VENDOR)
+_NOWHERE = cython.declare(cython.longlong, p.NOWHERE)
 _TEXT_ROLE = cython.declare(cython.ulonglong, p.TEXT_ROLE)
 _FAST = cython.declare(cython.longlong, p.FAST_PAGE_FAULT)
 _MASK64 = cython.declare(cython.ulonglong, 0xFFFFFFFFFFFFFFFF)
@@ -30,6 +31,7 @@ _MASK32 = cython.declare(cython.ulonglong, 0xFFFFFFFF)
 _SIGN32 = cython.declare(cython.ulonglong, 0x80000000)
 _JUNK = cython.declare(cython.int, p.JUNK)
 _EVENT = cython.declare(cython.int, p.EVENT)
+_KNOWN = cython.declare(cython.int, p.KNOWN)
 _OTHER = cython.declare(cython.int, p.OTHERS)
 _BEGUN = cython.declare(cython.int, p.BEGUN)
 # What plain Python must see as C does: numbers that are no numpy's.
@@ -40,7 +42,7 @@ _VIEWS = (
 
 @cython.cclass
 class EventText(NamedFields):
-    """`_l_kind` and `_l_form` are the event's just read; -1: its text was fields."""
+    """`_l_kind` and `_l_form` are the event's just read; -1: its text was fields. `cut`: events that were cut short."""
 
     _ops: cython.const[cython.longlong][:, ::1]
     _names: cython.const[cython.longlong][:, ::1]
@@ -52,12 +54,16 @@ class EventText(NamedFields):
     _l_name: cython.Py_ssize_t
     _l_name_end: cython.Py_ssize_t
     _pferr: cython.ulonglong
+    _cut: cython.bint  # the text just read ends in dots before it has all that its row needs
+    cut: int
 
     def __init__(self) -> None:
         super().__init__()
         made = p.arrays()
         self._ops, self._names, self._form, self._events = made["ops"], made["names"], made["forms"], made["events"]
         self._last_form = np.full(len(made["events"]), -1, np.int64)
+        self._cut = False
+        self.cut = 0
         if not cython.compiled:
             for name in _VIEWS:
                 setattr(self, name, memoryview(getattr(self, name)))
@@ -94,6 +100,8 @@ class EventText(NamedFields):
         self._l_name = first
         self._l_name_end = i
         if i == first:
+            if i < end and self._text[i] == 60 and self._text[end - 1] == 62:  # <stack trace>
+                return _KNOWN
             return _BEGUN if i >= end else _JUNK
         if i >= end:
             return _BEGUN
@@ -103,6 +111,7 @@ class EventText(NamedFields):
             self._l_end = end
             return _OTHER
         i += 1
+        self._cut = False
         tried = self._last_form[event]
         if tried >= 0 and self._matches(tried, i, end) and self._l_end >= end:
             return self._matched(event, tried)
@@ -114,6 +123,10 @@ class EventText(NamedFields):
             self._l_form = -1
             self._l_kind = self._form[self._events[event, 0], 0]
             return _EVENT
+        if self._cut:
+            self.cut += 1
+            self._l_end = end
+            return _OTHER
         return _BEGUN
 
     @cython.cfunc
@@ -156,13 +169,14 @@ class EventText(NamedFields):
             if what == _LITERAL:
                 for k in range(first, first + count):
                     if self._blob[k] == 32:
+                        if i < end and i > begin and self._of_name[self._text[i]] and self._of_name[self._text[i - 1]]:
+                            return False  # `info` is no beginning of `info1`
                         while i < end and self._text[i] <= 32:
                             i += 1
                     elif i < end and self._text[i] == self._blob[k]:
                         i += 1
                     else:
-                        # The end of a text may lack what only closes it.
-                        return False
+                        return self._is_cut(form, op, begin, i, end)
                 continue
             while i < end and self._text[i] <= 32:
                 i += 1
@@ -173,7 +187,9 @@ class EventText(NamedFields):
                 digits = self._digits(i, min(end, i + 17))
                 value = self._digits_value
                 i += digits
-                if digits == 0 or digits > 16 or (i < end and self._of_name[self._text[i]]):
+                if digits == 0:
+                    return self._is_cut(form, op, begin, i, end)
+                if digits > 16 or (i < end and self._of_name[self._text[i]]):
                     return False
             elif what in (_DEC, _NEGATIVE):
                 digits = 0
@@ -184,7 +200,9 @@ class EventText(NamedFields):
                     value = (value * 10 + (self._text[i] - 48)) & _MASK64
                     digits += 1
                     i += 1
-                if digits == 0 or (i < end and self._of_name[self._text[i]]):
+                if digits == 0:
+                    return self._is_cut(form, op, begin, i, end)
+                if i < end and self._of_name[self._text[i]]:
                     return False
                 if (self._text[k] == 45) != (what == _NEGATIVE):
                     value = (0 - value) & _MASK64
@@ -249,6 +267,41 @@ class EventText(NamedFields):
             self._put(self._ops[op, 1], self._ops[op, 2], self._ops[op, 3], value)
         self._l_end = i
         return not (i < end and self._goes_on(i, end))
+
+    @cython.cfunc
+    @cython.exceptval(check=False)
+    def _is_cut(
+        self,
+        form: cython.longlong,
+        op: cython.Py_ssize_t,
+        begin: cython.Py_ssize_t,
+        at: cython.Py_ssize_t,
+        end: cython.Py_ssize_t,
+    ) -> cython.bint:
+        """Whether only dots follow, with which somebody cut the text, and it lacks nothing that a row has.
+
+        Where it lacks something it is `_cut`: a number in front of the dots may be half a number.
+        """
+        i: cython.Py_ssize_t = at
+        first: cython.Py_ssize_t = at
+        value: cython.Py_ssize_t
+        while first > begin and self._text[first - 1] == 32:
+            first -= 1
+        self._l_end = at
+        while i < end and (
+            self._text[i] == 46 or self._text[i] == 0xE2 or self._text[i] == 0x80 or self._text[i] == 0xA6
+        ):
+            i += 1
+        if i < end or end - at < 2 or op == self._form[form, 1]:
+            return False
+        if first < at:
+            for value in range(op, self._form[form, 2]):
+                if self._ops[value, 0] != _LITERAL and self._ops[value, 1] != _NOWHERE:
+                    break
+            else:
+                return True
+        self._cut = True
+        return False
 
     @cython.cfunc
     @cython.exceptval(check=False)

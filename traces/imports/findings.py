@@ -16,13 +16,12 @@ from traces.kernels.printed import Form
 
 @dataclass
 class Findings:
-    """`kind` is what it was: text, perf.data, trace.dat.
-
-    `lines` are records of binary data; `odd` ones were not understood, `first_odd` is the first. `others` are events
-    that a trace has no kind for, by name. `forms` are rows by the form of their text, of `raw` there were fields
-    instead. `vendors`: exits of VMX, of SVM. `cut` says why the source ended early, if it did. `watched` are kinds
-    whose events were switched on, as the source says: of those without rows there was none. `overrun` events were
-    overwritten before anybody read them. `synced`: it is a guest's, and its times were made its host's.
+    """`kind` is what it was: text, perf.data, trace.dat. `lines` are records of binary data; `odd` ones were not
+    understood, `first_odd` is the first. `others` are events that a trace has no kind for, by name. `forms` are
+    rows by the form of their text, of `raw` there were fields instead. `vendors`: exits of VMX, of SVM. `cut` says
+    why the source ended early, if it did. `watched` are kinds whose events were switched on, as the source says: of
+    those without rows there was none. `overrun` events were overwritten before anybody read them; `cut_short` ones
+    end in dots, and are among the others. `synced`: it is a guest's, and its times were made its host's.
     """
 
     kind: str = "text"
@@ -48,4 +47,5 @@ class Findings:
     how: list[str] = field(default_factory=list)
     watched: frozenset[str] = frozenset()
     overrun: int = 0
+    cut_short: int = 0
     synced: bool = False

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
@@ -107,18 +108,27 @@ class _Table:
     """A hash table of names for the scanner: open addressing, checked against the names themselves."""
 
     slots: int
+    hashed: Callable[[bytes], int]
     names: dict[str, int] = field(default_factory=dict)
 
     def arrays(self, blob: bytearray) -> NDArray[np.int64]:
         """Rows of (hash, offset and length in `blob`, value + 1; 0: free)."""
         table = np.zeros((self.slots, 4), np.int64)
         for name, value in self.names.items():
-            at = fnv(name.encode()) & (self.slots - 1)
+            at = self.hashed(name.encode()) & (self.slots - 1)
             while table[at, 3]:
                 at = (at + 1) & (self.slots - 1)
-            table[at] = (fnv(name.encode()), len(blob), len(name), value + 1)
+            table[at] = (self.hashed(name.encode()), len(blob), len(name), value + 1)
             blob += name.encode()
         return table
+
+
+def short_hash(name: bytes) -> int:
+    """Of a few bytes: names of one table differ in these, or are compared."""
+    value = len(name)
+    for at in (len(name) // 2, len(name) - 1, len(name) // 4):
+        value = value * 31 + name[at]
+    return value
 
 
 def fnv(name: bytes) -> int:
@@ -164,11 +174,11 @@ def program() -> FormProgram:
     forms: list[tuple[int, int, int]] = []
     order: list[Form] = []
     events: list[tuple[int, int]] = []
-    table = _Table(256)
+    table = _Table(256, short_hash)
     by_event: dict[str, list[Form]] = {}
     for form in FORMS:
         by_event.setdefault(form.event, []).append(form)
-    fields = _Table(1024)
+    fields = _Table(1024, fnv)
     targets: list[tuple[int, int, int, int]] = []
     for event, mine in by_event.items():
         table.names[event] = len(events)
@@ -185,7 +195,7 @@ def program() -> FormProgram:
                 fields.names[f"{len(events)}.{name}"] = len(targets)
                 targets.append((place(mine[0].kind, column)[0], shift, signed(mask), _base(mine, column)))
         events.append((first, len(forms)))
-    exits = _Table(1024)
+    exits = _Table(1024, short_hash)
     exits.names = words()
     event_table, exit_table, field_table = (each.arrays(blob) for each in (table, exits, fields))
     return FormProgram(

@@ -41,6 +41,7 @@ from traces.record import Columns
 from traces.recording_summary import Summary
 from traces.schema import BY_NAME, KINDS
 from traces.segments import Segment, SegmentReader
+from traces.text import count
 
 _GAP: Final = BY_NAME["gap"].code
 _SHOWN: Final = sum(1 << kind.code for kind in KINDS if kind.code < 40)  # a gap may have had any tracepoint
@@ -106,10 +107,12 @@ def _kernel(release: str, vendor: str = "") -> Kernel | None:
 def _nothing(path: Path, found: Findings) -> str:
     if found.others:
         names = ", ".join(list(found.others)[:3])
-        count = sum(found.others.values())
-        return f"{path}: nothing to import: no event that a trace has, but {count:,} others ({names})"
+        rows = sum(found.others.values())
+        return f"{path}: nothing to import: no event that a trace has, but {rows:,} others ({names})"
     if found.kind != "text":
-        return f"{path}: nothing to import: no event in this {found.kind}"
+        other = "damaged, or samples of a counter, such as `perf kvm --guest` takes"
+        but = f", but {count(found.odd, 'record')} without a tracepoint's data: {other}" if found.odd else ""
+        return f"{path}: nothing to import: no event in this {found.kind}{but}"
     first = found.first_odd.decode(errors="replace")
     said = f"; its first line is {first[:60]!r}" if first else ""
     return f"{path}: nothing to import: no line of ftrace, trace-cmd or perf with an event of KVM{said}"
@@ -198,8 +201,9 @@ class _Records(SegmentReader):
     def _count(self, columns: Columns) -> None:
         cpu = np.minimum(columns["cpu"].astype(np.int64), (1 << 12) - 1)
         columns["cpu"] = cpu.astype(np.uint16)
-        cells = columns["kind"].astype(np.int64) << 12 | cpu
-        self._counts += np.bincount(cells, minlength=1 << 20).reshape(256, 1 << 12)
+        cpus = int(cpu.max()) + 1
+        cells = columns["kind"].astype(np.int64) * cpus + cpu
+        self._counts[:, :cpus] += np.bincount(cells, minlength=256 * cpus).reshape(256, cpus)
         for row in np.flatnonzero(columns["kind"] == _GAP).tolist():
             name = str(int(cpu[row]))
             self._lost[name] = self._lost.get(name, 0) + int(columns["w0"][row])

@@ -15,6 +15,8 @@ cdef class LineHead(LineText):
     cdef bint _after_cpu(self, Py_ssize_t begin, Py_ssize_t at) noexcept
     cdef void _task(self, Py_ssize_t begin, Py_ssize_t end) noexcept
     cdef bint _are_flags(self, Py_ssize_t begin, Py_ssize_t end) noexcept
+    cdef Py_ssize_t _microseconds(self, Py_ssize_t begin, Py_ssize_t end) noexcept
+    cdef Py_ssize_t _comment(self, Py_ssize_t begin, Py_ssize_t end) noexcept
     cdef Py_ssize_t _relative(self, Py_ssize_t begin, Py_ssize_t end) noexcept
     cdef Py_ssize_t _bare(self, Py_ssize_t begin, Py_ssize_t end) noexcept
     cdef bint _starts(self, Py_ssize_t begin, Py_ssize_t end) noexcept

@@ -36,11 +36,14 @@ class LineHead(LineText):
         part: cython.ulonglong
         digits: cython.Py_ssize_t
         for i in range(begin + 3, min(end, begin + 200)):
-            if (
-                self._text[i] != 58
-                or not 48 <= self._text[i - 1] <= 57
-                or (i + 1 < end and self._text[i + 1] != 32 and self._text[i + 1] != 9)
-            ):
+            if self._text[i] != 58 or (i + 1 < end and self._text[i + 1] != 32 and self._text[i + 1] != 9):
+                continue
+            if not 48 <= self._text[i - 1] <= 57:
+                if i > begin + 3 and self._text[i - 2] == 115 and self._text[i - 3] == 117:  # `us`
+                    first = self._microseconds(begin, i - 3)
+                    if first >= 0:
+                        self._task(begin, first)
+                        return i + 1
                 continue
             first = i - 1
             while first > begin and 48 <= self._text[first - 1] <= 57:
@@ -75,6 +78,46 @@ class LineHead(LineText):
             self._task(begin, first)
             return i + 1
         return -1
+
+    @cython.cfunc
+    @cython.exceptval(check=False)
+    def _microseconds(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.Py_ssize_t:
+        """Where the time begins that ends here, as ftrace's latency format has it; -1: there is none."""
+        first: cython.Py_ssize_t = end
+        while first > begin and 48 <= self._text[first - 1] <= 57:
+            first -= 1
+        if first in (begin, end) or end - first > 15 or self._text[first - 1] != 32:
+            return -1
+        self._l_time = cython.cast(cython.ulonglong, self._number(first, end)) * 1000
+        self._l_how = 3
+        return first
+
+    @cython.cfunc
+    @cython.exceptval(check=False)
+    def _comment(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.Py_ssize_t:
+        """Where an event begins among function_graph's lines, ` 3)  task-7  |  /* kvm_entry: ... */`; -1: none does."""
+        i: cython.Py_ssize_t = begin
+        first: cython.Py_ssize_t
+        while i < end and 48 <= self._text[i] <= 57:
+            i += 1
+        if i == begin or i >= end or self._text[i] != 41 or end - i < 8 or self._text[end - 1] != 47:
+            return -1
+        first = i + 1
+        while i < end and self._text[i] != 124:
+            i += 1
+        while i < end - 2 and not (self._text[i] == 47 and self._text[i + 1] == 42):
+            i += 1
+        if i >= end - 4 or self._text[end - 2] != 42:
+            return -1
+        self._l_cpu = self._number(begin, first - 1)
+        self._l_comm = first
+        while first < i and self._text[self._l_comm] == 32:
+            self._l_comm += 1
+            first += 1
+        while first < i and self._text[first] != 124:
+            first += 1
+        self._task(self._l_comm, first)
+        return i + 2
 
     @cython.cfunc
     @cython.exceptval(check=False)

@@ -91,10 +91,16 @@ class LineText:
         end: cython.Py_ssize_t,
     ) -> cython.longlong:
         """The value of a name in a table; -1: it is not there."""
-        h: cython.ulonglong = self._hash(begin, end)
-        at: cython.Py_ssize_t = cython.cast(cython.Py_ssize_t, h & cython.cast(cython.ulonglong, slots - 1))
+        h: cython.ulonglong = 0
+        at: cython.Py_ssize_t
         i: cython.Py_ssize_t
         same: cython.bint
+        if end > begin:  # as `form_program.short_hash`
+            h = end - begin
+            h = h * 31 + self._text[begin + (end - begin) // 2]
+            h = h * 31 + self._text[end - 1]
+            h = h * 31 + self._text[begin + (end - begin) // 4]
+        at = cython.cast(cython.Py_ssize_t, h & cython.cast(cython.ulonglong, slots - 1))
         while table[at, 3] != 0:
             if cython.cast(cython.ulonglong, table[at, 0]) == h and table[at, 2] == end - begin:
                 same = True

@@ -81,6 +81,10 @@ class Said:
             lines.append(
                 f"{sum(self.others.values()):,} events of kinds that a trace does not have, kept as text: {shown}"
             )
+        if found.cut_short:
+            lines.append(
+                f"{count(found.cut_short, 'event')} cut short (...), kept as text: what they lack is not known"
+            )
         if found.lost or found.uncounted:
             more = f", and {found.uncounted:,} losses without a number" if found.uncounted else ""
             lines.append(f"{found.lost:,} events were lost, as the {found.kind} says{more}")

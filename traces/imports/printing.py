@@ -104,7 +104,7 @@ class Printer:
         tasks = pa.array([self._task(int(tid)) for tid in tids]).take(pa.array(where))
         if self.perf:
             fraction = pc.utf8_lpad(_decimal(time % 10**9), 9, "0")
-            name = "PERF_RECORD_LOST " if gap else f"{_system(event)}:{event}: " if event else ""
+            name = "PERF_RECORD_LOST " if gap else f"{system_of(event)}:{event}: " if event else ""
             return _joined([tasks, " [", cpu, "] ", seconds, ".", fraction, ": ", name, text])
         fraction = pc.utf8_lpad(_decimal(time % 10**9 // 1000), 6, "0")
         return _joined([tasks, " [", cpu, "] .....  ", seconds, ".", fraction, f": {event}: " if event else ": ", text])
@@ -267,7 +267,8 @@ def _seq(batch: pa.RecordBatch) -> NDArray[np.int64]:
     return batch.column(0).to_numpy()  # type: ignore[no-any-return]
 
 
-def _system(event: str) -> str:
+def system_of(event: str) -> str:
+    """The system that an event is of."""
     mmu = event.startswith(("kvm_mmu", "kvm_tdp_mmu")) or "mmio_spte" in event
     return "kvmmmu" if mmu or event in ("fast_page_fault", "handle_mmio_page_fault") else "kvm"
 

@@ -169,6 +169,10 @@ class Scanner(LineRows):
             if at >= 0:
                 self._l_how = 3
                 return self._event(at, end)
+            at = self._comment(begin, end)
+            if at >= 0:
+                self._l_how = 1
+                return self._event(at, end - 2)
         if self._starts(begin, end):
             return self._loss(begin, end)
         at = self._bare(begin, end)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 import numpy as np
@@ -17,6 +18,8 @@ from traces.imports.thread_vms import threads_of
 from traces.progress import Progress
 
 _MOST_LEFT: Final = 1 << 20  # bytes: no line is so long
+# The kernel, as the headings of a latency tracer's text and of `perf script --header` name it.
+_RELEASE: Final = re.compile(rb"^# (?:.{0,40} latency trace v\S+ on|os release :) (\d+\.\d+[\w.+~-]{0,100})\s*$", re.M)
 
 
 def read_text(opened: Opened, spool: RowSpool, progress: Progress) -> Findings:
@@ -27,6 +30,7 @@ def read_text(opened: Opened, spool: RowSpool, progress: Progress) -> Findings:
         progress.at(spool.rows)
     _lines(scanner, left, spool, final=True)
     _move(scanner, spool, scanner.rows)
+    release = _RELEASE.search(opened.head)
     rows = zip(program().order, scanner.forms.tolist(), strict=True)
     return Findings(
         threads=threads_of(
@@ -50,7 +54,8 @@ def read_text(opened: Opened, spool: RowSpool, progress: Progress) -> Findings:
         relative=scanner.relative,
         vendors=scanner.by_vendor,
         cut=opened.cut,
-        how=opened.how,
+        release=release[1].decode() if release else "",
+        cut_short=scanner.cut,
     )
 
 

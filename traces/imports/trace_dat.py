@@ -40,7 +40,7 @@ _PAGE_SIZES: Final = tuple(1 << bits for bits in range(12, 17))
 _COMPRESSED: Final = 1
 # Options, of either version.
 _DONE, _DATE, _STATISTICS, _BUFFER, _CLOCK, _UNAME, _OFFSET, _CPU_COUNT = 0, 1, 2, 3, 4, 5, 7, 8
-_TIME_SHIFT, _GUEST, _TSC, _HEADER, _FTRACE, _FORMATS, _COMMS = 12, 13, 14, 16, 17, 18, 21
+_PROCESSES, _TIME_SHIFT, _GUEST, _TSC, _HEADER, _FTRACE, _FORMATS, _COMMS = 11, 12, 13, 14, 16, 17, 18, 21
 _UNAME_TEXT: Final = re.compile(rb"^\S+ \S+ (\d+\.\d+[\w.+~-]{0,100})")
 
 
@@ -67,6 +67,7 @@ class TraceDatFacts:
     release: str = ""
     clock: str = ""
     comms: dict[int, bytes] = field(default_factory=dict)
+    processes: dict[int, int] = field(default_factory=dict)  # by thread
     buffers: list[str] = field(default_factory=list)
     guests: dict[str, tuple[int, ...]] = field(default_factory=dict)  # by name: the host's threads of its vCPUs
     overrun: int = 0  # events that were overwritten before they were read
@@ -99,8 +100,10 @@ class TraceDat:
 
     @property
     def threads(self) -> dict[int, tuple[int, bytes]]:
-        """By thread: its process, which these files do not say, and its name."""
-        return {tid: (0, comm) for tid, comm in self.facts.comms.items()}
+        """By thread: its process, where the kernel kept these (ftrace's record-tgid), and its name."""
+        processes = self.facts.processes
+        names = {tid: (processes.get(tid, 0), comm) for tid, comm in self.facts.comms.items()}
+        return {tid: (process, b"") for tid, process in processes.items()} | names
 
     @property
     def synced(self) -> bool:
@@ -289,6 +292,11 @@ class TraceDat:
             self.facts.overrun += sum(
                 int(count) for count in re.findall(rb"^(?:overrun|dropped events): (\d{1,15})", data, re.M)
             )
+        elif number == _PROCESSES:
+            self.facts.processes |= {
+                int(thread): int(process)
+                for thread, process in re.findall(rb"^\s*(\d{1,9}) (\d{1,9})\s*$", data.rstrip(b"\0"), re.M)
+            }
         elif number == _GUEST:
             guest = SourceCursor(data, "options")
             name, (_, count) = guest.string(), guest.numbers("QI")
