@@ -21,7 +21,7 @@ COMPILED = (
     "replay/decode/removals.py",
     "replay/decode/same_rip.py",
     "replay/decode/timeline.py",
-    "replay/simulate/core.py",
+    "replay/simulate/compiled/core.py",
     "replay/decode/specialize.py",
     "replay/timing/lock_waits.py",
     "replay/timing/steal.py",

@@ -23,7 +23,7 @@ from traces.errors import ENVIRONMENT, Problem
 from traces.kernels.policies import PolicyParameters
 
 try:
-    from replay.simulate.core import COMPILED, Core
+    from replay.simulate.compiled.core import COMPILED, Core
 except ModuleNotFoundError as missing:  # only as plain Python does it need Cython when it runs
     raise Problem(f"the replay engine is not compiled ({missing}): scripts/setup", ENVIRONMENT) from None
 

@@ -19,7 +19,7 @@ COMPILED = (
     "replay.decode.removals",
     "replay.decode.same_rip",
     "replay.decode.timeline",
-    "replay.simulate.core",
+    "replay.simulate.compiled.core",
     "replay.decode.specialize",
     "replay.timing.lock_waits",
     "replay.timing.steal",

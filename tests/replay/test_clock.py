@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from replay.simulate import core, dispatch
+from replay.simulate import dispatch
 from replay.simulate import timed_operations as columns
+from replay.simulate.compiled import core
 from replay.simulate.operations import Cause, Op, Ranges, Word, pack
 from replay.simulate.timed_operations import FOUND, LAST, MORE
 from replay.timing import reference_clock as clocks

@@ -18,7 +18,8 @@ from replay.decode.capabilities import Capabilities
 from replay.decode.cases import Case
 from replay.decode.specialize import Specialization
 from replay.decode.vm_inputs import VmInputs
-from replay.simulate import core, dispatch, engine
+from replay.simulate import dispatch, engine
+from replay.simulate.compiled import core
 from replay.simulate.engine import Engine, RootState, Vcpus
 from replay.simulate.operations import Block, Cause, Op, Ranges, Word, pack
 from replay.simulate.page_table import Table
@@ -34,7 +35,7 @@ from traces.reader import Trace
 TINY = (16, 16, 32)  # tables, nodes and log rows at first: pools grow all the time
 
 
-PLAIN: Any = plain("replay.simulate.core")
+PLAIN: Any = plain("replay.simulate.compiled.core")
 
 
 def mapped(vm: Vm, word: int) -> list[tuple[int, int]]:
