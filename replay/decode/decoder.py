@@ -25,7 +25,7 @@ Time goes with the exits. Each exit of a vCPU that has an input is a record: wha
 until then that no input owns (`lead`), and what faults, loads and unloads took in it. An exit is done when the next
 one begins; inputs wait until then, as an input may still be explained by a later row of its exit.
 
-Cython in pure-Python mode, like `simulate.core`. Nothing here allocates but for rare rows: `run` stops before a row
+Cython in pure-Python mode, like `simulate.compiled`. Nothing here allocates but for rare rows: `run` stops before a row
 that may find no room, and `vm_inputs` makes some.
 """
 

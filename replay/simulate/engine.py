@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine as Python sees it: owns the memory that `core` works on, makes more of it, checks what goes in, reads
+"""The engine as Python sees it: owns the memory that `compiled` works on, makes more of it, checks what goes in, reads
 what comes out.
 
 Memory follows the model's state, never the stream's length: 136 bytes for each table that ever was (0.27 a page where

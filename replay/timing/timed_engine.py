@@ -14,7 +14,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from replay.simulate.compiled.core import Core, Timer
+from replay.simulate.compiled.core import Core
+from replay.simulate.compiled.timer import Timer
 from replay.simulate.engine import Engine, RootLog, Vcpus
 from replay.simulate.operations import Ranges, Word
 from replay.simulate.pools import by_vcpu, grown, make_pool, row_type

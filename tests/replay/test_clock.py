@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from replay.simulate import dispatch
 from replay.simulate import timed_operations as columns
-from replay.simulate.compiled import core
+from replay.simulate.compiled import core, timer
 from replay.simulate.operations import Cause, Op, Ranges, Word, pack
 from replay.simulate.timed_operations import FOUND, LAST, MORE
 from replay.timing import reference_clock as clocks
@@ -23,11 +23,14 @@ from replay.timing.costs import Costs
 from replay.timing.reference_clock import Clock, TimeCategory
 from replay.timing.timed_engine import TimedEngine
 from tests.profiles import examples
-from tests.replay.test_engine import PLAIN, assert_same
+from tests.replay.plain import plain
+from tests.replay.test_engine import PLAIN, assert_same, members
 from tests.replay.timed_streams import TimedStream, timed_of, timed_streams
 from traces.errors import Problem
 from traces.kernels.policies import ASYNC, POLICIES, PRESERVE, PolicyParameters
 
+PLAIN_TIMER: Any = plain("replay.simulate.compiled.timer", "replay.simulate.compiled.turns")
+TIMERS = {core: timer.Timer, PLAIN: PLAIN_TIMER.Timer}
 WHOLE = [1 << 30]
 SIZES = st.lists(st.sampled_from([1, 2, 3, 17, 64, 100]), min_size=1, max_size=3)
 
@@ -46,8 +49,8 @@ def by_reference(stream: TimedStream, sizes: Sequence[int] = WHOLE) -> Clock:
 
 def by_engine(stream: TimedStream, sizes: Sequence[int] = WHOLE, module: Any = core) -> TimedEngine:
     made = TimedEngine(
-        stream.parameters, stream.words, stream.vcpus, stream.costs, core=module.Core, timer=module.Timer, rows=(1, 1),
-        weights=weights_of(stream),
+        stream.parameters, stream.words, stream.vcpus, stream.costs, core=module.Core, timer=TIMERS[module],
+        rows=(1, 1), weights=weights_of(stream),
     )  # fmt: skip
     for at, block in stream.blocks(sizes):
         made.feed(block, stream.ranges, at)
@@ -317,11 +320,11 @@ def test_a_worker_and_a_lock_that_loads_wait_for(name: str) -> None:
 def test_numbers_are_those_of_the_clock() -> None:
     for spent in TimeCategory:
         if spent <= TimeCategory.IDLE:  # the others are of no clock
-            assert getattr(PLAIN, f"ON_{spent.name}") == spent
-    assert (PLAIN.WAS_FOUND, PLAIN.WAS_CREATED, PLAIN.LAST) == (FOUND, columns.CREATED, LAST)
-    assert (PLAIN.NEVER, PLAIN.SAMPLE) == (columns.NEVER, clocks.SAMPLE)
-    timer = TimedEngine(PRESERVE, [Word(0)], 1, Costs())._timer
-    assert [getattr(timer, field.name) for field in fields(Costs)] == [getattr(Costs(), f.name) for f in fields(Costs)]
+            assert getattr(PLAIN_TIMER, f"ON_{spent.name}") == spent
+    assert (PLAIN_TIMER.WAS_FOUND, PLAIN_TIMER.WAS_CREATED, PLAIN_TIMER.LAST) == (FOUND, columns.CREATED, LAST)
+    assert (PLAIN_TIMER.NEVER, PLAIN_TIMER.SAMPLE) == (columns.NEVER, clocks.SAMPLE)
+    made = TimedEngine(PRESERVE, [Word(0)], 1, Costs())._timer
+    assert [getattr(made, field.name) for field in fields(Costs)] == [getattr(Costs(), f.name) for f in fields(Costs)]
 
 
 def test_structures_are_those_of_the_pools() -> None:
@@ -335,7 +338,7 @@ def test_structures_are_those_of_the_pools() -> None:
         ("Zapped", timing.ZAPPED),
     ]
     for name, dtype in pairs:
-        assert list(getattr(PLAIN, name)._members) == list(dtype.names or ()), name
+        assert members(name) == list(dtype.names or ()), name
     assert timing.TODO.itemsize == 72
     assert timing.PACE["spent"].shape == (len(TimeCategory),)
     assert np.dtype(np.int64).itemsize * (8 + len(TimeCategory)) == timing.PACE.itemsize
