@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """How long what a vCPU's row begins lasts, until a row that ends it: exits until the next entry. Histograms, by code.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """Why pages of a VM had to be mapped again: who removed or protected what was mapped, counted in one go over the rows.
 

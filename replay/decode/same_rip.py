@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """The longest run of exits at one RIP of each vCPU that shows no progress, row by row, with the evidence of why.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """How long faults have mmu_lock, and what vCPUs waited for it, as recorded: the clock reckons its waits for itself.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """Steal time where all CPUs share one, as in the lab, whose emulator runs its CPUs in turn.
 

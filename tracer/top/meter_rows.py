@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """What each vCPU did, added up row by row: where its time went, what it faulted on again, how long its exits took.
 

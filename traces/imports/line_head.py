@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """Whose line it is: the task, process, CPU and time before an event, as ftrace, trace-cmd and perf print them."""
 

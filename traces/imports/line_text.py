@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """What stands in a line: numbers, names of a table, prefixes. The bytes are `_text`, places in them are told.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """Fields by name to a row's values: `exit_reason=48 guest_rip=0xfff0`, as libtraceevent and perf trace print them."""
 

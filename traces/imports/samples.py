@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=True, wraparound=False, cdivision=True, initializedcheck=False
 """Raw records of tracepoints to rows: the loops over bytes that read what perf and trace-cmd keep.
 

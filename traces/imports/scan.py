@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """Lines of text to records: what ftrace, trace-cmd and perf print, line by line, and what mailers made of it.
 

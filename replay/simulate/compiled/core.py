@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """The compiled engine: `reference` at the speed of C, bit for bit. Cython in pure-Python mode, so it runs as it is too.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """Roots, and the slots in which vCPUs hold them: loaded, put, invalidated and freed, as the policy has it."""
 

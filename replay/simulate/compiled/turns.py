@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """Whose turn it is in virtual time: a winner tree over the queues of programs, of the wall clock, and of the VM."""
 

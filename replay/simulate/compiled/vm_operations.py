@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """What a vCPU does, and what happens to the VM: each kind of operation, the slow way, which trusts only the slots."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """One VM's memory, as the compiled engine sees it: pointers into the pools that `engine` owns, and what there is once.
 
