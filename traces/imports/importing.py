@@ -114,7 +114,8 @@ def _nothing(path: Path, found: Findings) -> str:
         but = f", but {count(found.odd, 'record')} without a tracepoint's data: {other}" if found.odd else ""
         return f"{path}: nothing to import: no event in this {found.kind}{but}"
     first = found.first_odd.decode(errors="replace")
-    said = f"; its first line is {first[:60]!r}" if first else ""
+    shown = repr(first[:60])  # a byte that is not printed becomes four
+    said = f"; its first line is {shown if len(shown) <= 80 else shown[:77] + '...'}" if first else ""
     return f"{path}: nothing to import: no line of ftrace, trace-cmd or perf with an event of KVM{said}"
 
 
