@@ -16,7 +16,7 @@ CREATED = cython.declare(cython.longlong, int(Happened.CREATED))
 FOUND = cython.declare(cython.longlong, int(Happened.FOUND))
 FREED = cython.declare(cython.longlong, int(Happened.FREED))
 INVALIDATED = cython.declare(cython.longlong, int(Happened.INVALIDATED))
-FINAL_PUT = cython.declare(cython.longlong, 1)
+FINAL_PUT = cython.declare(cython.longlong, 1)  # in `error`: see engine._violation
 
 
 @cython.cclass

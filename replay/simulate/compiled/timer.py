@@ -17,11 +17,12 @@ UNLOAD = cython.declare(cython.longlong, int(Op.UNLOAD))
 SWITCH = cython.declare(cython.longlong, int(Op.SWITCH))
 ZAP = cython.declare(cython.longlong, int(Op.ZAP))
 SPLIT = cython.declare(cython.longlong, int(Op.SPLIT))
+# Those of simulate.timed_operations and timing.reference_clock, which is above this floor; test_clock compares them.
 WAS_FOUND = cython.declare(cython.longlong, 1)
 WAS_CREATED = cython.declare(cython.longlong, 2)
 LAST = cython.declare(cython.longlong, -2)
 NEVER = cython.declare(cython.longlong, 0x4000000000000000)
-SAMPLE = cython.declare(cython.longlong, 1000000)
+SAMPLE = cython.declare(cython.longlong, 1000000)  # ns
 ON_GUEST = cython.declare(cython.longlong, 0)
 ON_FAULT = cython.declare(cython.longlong, 1)
 ON_LOAD = cython.declare(cython.longlong, 2)

@@ -15,7 +15,7 @@ EXIT = cython.declare(cython.longlong, int(Cause.EXIT))
 MEMSLOT = cython.declare(cython.longlong, int(Cause.MEMSLOT))
 VM_END = cython.declare(cython.longlong, int(Cause.VM_END))
 EMPTIED = cython.declare(cython.longlong, int(Happened.EMPTIED))
-LEFT_AT_END = cython.declare(cython.longlong, 2)
+LEFT_AT_END = cython.declare(cython.longlong, 2)  # in `error`: see engine._violation
 
 
 @cython.cclass
