@@ -11,6 +11,7 @@ cdef class Trees(VmPools):
     cdef long long _split_leaf(self, long long w, long long node, long long level, long long at) noexcept nogil
     cdef long long _clear(self, long long page, long long first, long long last) noexcept nogil
     cdef void _drop(self, long long w, long long c, long long level) noexcept nogil
+    cdef void _account(self, long long w) noexcept nogil
     cdef void _zap_tree(self, long long w) noexcept nogil
     cdef void _raze(self, long long w) noexcept nogil
     cdef void _zap_range(self, long long w, long long node, long long level, long long base, long long start, long long end) noexcept nogil

@@ -94,10 +94,7 @@ class Trees(VmPools):
             if below:
                 self.gone_leaves = self.gone_tables = 0
                 self._drop(w, below, level - 1)
-                self.word[w].leaves -= self.gone_leaves
-                self.word[w].tables -= self.gone_tables
-                self.zapped += self.gone_leaves
-                self.tables_freed += self.gone_tables
+                self._account(w)
         self.vcpu[v].refaults += self.bits[k + 1] >> (at & 63) & 1
         mask = mask << (at & 63)
         self.word[w].leaves += ones(mask & ~self.bits[k])
@@ -219,6 +216,17 @@ class Trees(VmPools):
                 if below:
                     self._drop(w, below, level - 1)
         self.gen[page] = 0
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _account(self, w: cython.longlong) -> cython.void:
+        """Take off a tree's counts what is gone of it; what is only remembered was counted when its root was freed."""
+        self.word[w].leaves -= self.gone_leaves
+        self.word[w].tables -= self.gone_tables
+        if not self.word[w].remembered:
+            self.zapped += self.gone_leaves
+            self.tables_freed += self.gone_tables
 
     @cython.cfunc
     @cython.nogil

@@ -134,12 +134,9 @@ class VmOperations(RootSlots):
             if self.word[w].as_id == as_id and (self.word[w].root or self.word[w].remembered):
                 self.gone_leaves = self.gone_tables = 0
                 self._zap_range(w, self.word[w].top, self.word[w].level, 0, start, end)
-                self.word[w].leaves -= self.gone_leaves
-                self.word[w].tables -= self.gone_tables
+                self._account(w)
                 if not self.word[w].remembered:
                     removed += self.gone_leaves
-                    self.zapped += self.gone_leaves
-                    self.tables_freed += self.gone_tables
         self.flushes += removed > 0
 
     @cython.cfunc
@@ -205,8 +202,7 @@ class VmOperations(RootSlots):
                 if below:
                     self.gone_leaves = self.gone_tables = 0
                     self._drop(w, below, level - 1)
-                    self.word[w].leaves -= self.gone_leaves
-                    self.word[w].tables -= self.gone_tables
+                    self._account(w)
                     if self.recovers and not for_good:
                         at = g >> (level - 1) * 9 & 511
                         k = self.page_of[node] * 16 + (at >> 6) * 2
@@ -215,8 +211,6 @@ class VmOperations(RootSlots):
                         self.word[w].leaves += 1
                     if not self.word[w].remembered:
                         removed += 1
-                        self.zapped += self.gone_leaves
-                        self.tables_freed += self.gone_tables
         self.flushes += removed > 0
 
     @cython.cfunc
