@@ -101,6 +101,34 @@ def test_no_vm_and_200_vcpus_on_any_terminal(count: int, size: tuple[int, int]) 
 
 
 @pytest.mark.slow
+def test_pages_leave_out_no_row_and_keys_that_come_at_once_all_count() -> None:
+    pytest.importorskip("textual", reason="textual is not installed")
+    from tracer.top.top_screen import TopScreen, VcpuTable
+
+    async def walk() -> tuple[list[float], list[float]]:
+        app = TopScreen("a test", None, lambda _: None)
+        async with app.run_test(size=(120, 20)) as pilot:
+            app._take(lines_of(100))
+            await pilot.pause()
+            table = app.query_one(VcpuTable)
+            rows = table.size.height - 1  # the head's line is none
+            at = [table.scroll_y / rows]
+            for key in ("pagedown", "pagedown", "pageup"):
+                await pilot.press(key)
+                await pilot.pause()
+                at.append(table.scroll_y / rows)
+            before = table.scroll_y
+            await pilot.press(*["down"] * 5, *["pagedown"] * 2, *["up"] * 3, "pageup")
+            await pilot.pause()
+            return at, [table.scroll_y - before - rows, table.max_scroll_y + rows]
+
+    pages, (lines, shown) = asyncio.run(walk())
+    assert pages == [0, 1, 2, 1]
+    assert lines == 2
+    assert shown == 100, "the last row can be seen"
+
+
+@pytest.mark.slow
 def test_a_recording_as_text_and_as_json() -> None:
     done = run("top", TRACE, "--once")
     assert done.stdout.startswith("after 0 s\nVM ")

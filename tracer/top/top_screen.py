@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from rich.segment import Segment
 from rich.style import Style
@@ -40,6 +40,18 @@ class VcpuTable(ScrollView, can_focus=True):
             width = max((Strip([Segment(each)]).cell_length for each in (head, *rows)), default=0)
             self.virtual_size = Size(width, len(rows) + 1)
             self.refresh()
+
+    def scroll_to(self, x: float | None = None, y: float | None = None, *, immediate: bool = True, **how: Any) -> None:
+        """Scroll at once: textual would wait for the next refresh, and forget keys that are pressed before that."""
+        super().scroll_to(x, y, **how | {"immediate": True})
+
+    def action_page_down(self) -> None:
+        """Go on where the page ends; textual's own page is a row longer, as the head's line is one of the page."""
+        self.scroll_to(y=self.scroll_target_y + self.size.height - 1)
+
+    def action_page_up(self) -> None:
+        """Go back by a page."""
+        self.scroll_to(y=self.scroll_target_y - self.size.height + 1)
 
     def render_line(self, y: int) -> Strip:
         """Line `y` of the screen."""
