@@ -9,6 +9,7 @@ import hmac
 import http.client
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -28,8 +29,10 @@ _SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Reduce 
 _DENIED = b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
 
 # (method, path with query, how many requests of this method and path there were before) -> what goes wrong, or "".
-# "403", "503": the store says so; "reset": no answer; "lost": it is done, and no answer; "cut": half of the body;
-# "stall": half of it, then silence; "kill": the process that asks dies; "kill after": when what it asked for is done.
+# "403", "503": the store says so; "reset": no answer, the connection ends; "torn": it is reset (RST), as when a server
+# ends it with bytes unread; "lost": it is done, and no answer; "torn after": and reset; "cut": half of the body;
+# "stall": half of it, then silence; "silence": no answer, and no end; "kill": the process that asks dies; "kill after":
+# when what it asked for is done.
 Fault = Callable[[str, str, int], str]
 
 
@@ -192,8 +195,10 @@ class Proxy:
                 self.done[what] = self.done.get(what, 0) + 1
         if what == "kill":
             self._kill(client.client_address[1])
-        if what in ("kill", "reset"):
-            client.close_connection = True
+        if what == "silence":
+            self._ended.wait(60)
+        if what in ("kill", "reset", "torn", "silence"):
+            self._end(client, torn=what == "torn")
             return
         if what == "403":
             self._send(client, 403, [("Content-Type", "application/xml")], _DENIED, len(_DENIED))
@@ -210,8 +215,8 @@ class Proxy:
             connection.close()
         if what == "kill after":
             self._kill(client.client_address[1])
-        if what in ("kill after", "lost"):
-            client.close_connection = True
+        if what in ("kill after", "lost", "torn after"):
+            self._end(client, torn=what == "torn after")
             return
         hop = ("transfer-encoding", "connection", "content-length", "date", "server")
         headers = [(name, value) for name, value in answer.getheaders() if name.lower() not in hop]
@@ -232,6 +237,13 @@ class Proxy:
                     self.killed.append(child.pid)
                     return
         raise AssertionError(f"the owner of port {port} cannot be determined")
+
+    @staticmethod
+    def _end(client: BaseHTTPRequestHandler, *, torn: bool) -> None:
+        client.close_connection = True
+        if torn:
+            client.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            socket.close(client.connection.detach())  # not by shutdown(), which ends it in order
 
     @staticmethod
     def _send(

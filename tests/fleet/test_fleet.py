@@ -418,7 +418,7 @@ def test_a_store_that_fails_in_every_way_while_it_is_used(fleet: Fleet, monkeypa
         if before == 0 and hash_of(path) % 40 == 7 and method == "GET" and not stalls[0]:
             stalls[0] += 1
             return "stall"
-        kinds = ("503", "reset", "cut", "lost", "", "", "")
+        kinds = ("503", "reset", "torn", "cut", "lost", "torn after", "", "", "", "")
         return kinds[hash_of(f"{method} {path} {before}") % len(kinds)] if before < 2 else ""
 
     objects = Objects(location(f"s3://{BUCKET}/traces"))
@@ -432,7 +432,7 @@ def test_a_store_that_fails_in_every_way_while_it_is_used(fleet: Fleet, monkeypa
         monkeypatch.setenv("AWS_ENDPOINT_URL", environment(fleet.port)["AWS_ENDPOINT_URL"])
     finally:
         objects.replace(changed, original)
-    assert set(faults) == {"503", "reset", "cut", "lost", "stall"}
+    assert set(faults) == {"503", "reset", "torn", "cut", "lost", "torn after", "stall"}
     assert sum(faults.values()) > 60
     assert [(each.task.trace, each.reason) for each in done.failed if each.task.trace != changed] == []
     assert [each.task.trace for each in done.failed] == [changed]

@@ -87,7 +87,7 @@ def use(objects: Objects) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["", "503", "reset", "lost"])
+@pytest.mark.parametrize("what", ["", "503", "reset", "torn", "lost", "torn after"])
 def test_a_large_object_goes_up_in_parts_once(what: str, s3: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def fault(method: str, path: str, before: int) -> str:
         """One of the parts, and the last request: that they are all there."""
@@ -131,7 +131,7 @@ def test_a_place_that_is_not_there(tmp_path: Path, s3: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["503", "reset", "cut", "stall", "lost"])
+@pytest.mark.parametrize("what", ["503", "reset", "torn", "cut", "stall", "silence", "lost", "torn after"])
 @pytest.mark.parametrize("times", [1, 3])
 def test_a_store_that_fails_some_times(what: str, times: int, s3: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(object_store, "READ_TIMEOUT", timedelta(seconds=2))
@@ -142,6 +142,8 @@ def test_a_store_that_fails_some_times(what: str, times: int, s3: int, monkeypat
         (found,) = objects.list()
         assert objects.read("a", 5, 250_000, found.etag) == DATA[5:250_000]
         assert proxy.done[what] >= 3
+        objects.delete(["a"])
+        assert list(objects.list()) == []
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,9 @@
 """Objects of a place: listed, read in ranges, created once. Errors are one Problem that says what and where.
 
 obstore does the work, its retries with jitter included: of refused connections, of answers 429 and 5xx, and of bodies
-that break off or stall, where it goes on from where it was, if the object is still the same. Pages of a listing that
-break off it does not ask for again: that is done here.
+that break off or stall, where it goes on from where it was, if the object is still the same. What it does not ask for
+again is repeated here: pages of a listing that break off, and requests to create an object or to delete some, whose
+answer does not come or breaks off. Done twice they are as if done once.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from mmap import mmap
@@ -36,12 +37,13 @@ WHOLE: Final = 64 << 20  # bytes of an object that is written in one request, wh
 PART: Final = 16 << 20  # of a larger one
 MOST_PARTS: Final = 10_000  # that S3 and Google take of one object
 PARTS_AT_ONCE: Final = 4
-LISTINGS: Final = 5  # tries to go on with a listing
+TRIES: Final = 5  # to go on with a listing, to create an object
 _DELAY: Final = 0.2  # seconds before the second one
 _STATUS: Final = re.compile(r"status code: (\d{3}) ?([A-Za-z ]*)")
 # Also what a machine answers that is asked for its role, and has none.
 _REFUSED: Final = re.compile(r"status code: 40[13]\b|169\.254\.169\.254|metadata\.google")
 _CODE: Final = re.compile(r"<Code>(\w+)</Code>")
+_NOT_REPEATED: Final = re.compile(r"\bkind: (Interrupted|Timeout)\b")
 _PASSED: Final = re.compile(r"\?[^\s\"']*")  # of a URL: there may be a signature in it
 _memory: dict[str, Any] = {}
 
@@ -75,7 +77,7 @@ class Objects:
         from obstore.exceptions import GenericError
 
         last: str | None = None
-        for left in reversed(range(LISTINGS)):
+        for left in reversed(range(TRIES)):
             with self._failing(under):
                 try:
                     for page in self._store.list(under or None, offset=last):
@@ -85,11 +87,11 @@ class Objects:
                 except FileNotFoundError:
                     return
                 except GenericError as error:
-                    if not left or not _of_body(error):
+                    if not left or not _of_answer(error):
                         raise
                 else:
                     return
-            time.sleep(_DELAY * 2 ** (LISTINGS - 1 - left) * (0.5 + random.random()))
+            _pause(left)
 
     def has(self, key: str) -> bool:
         """Whether there is an object of that name."""
@@ -123,7 +125,7 @@ class Objects:
             return self._create_in_parts(key, data)
         with self._failing(key):
             try:
-                self._store.put(key, data, mode="create")
+                _repeated(lambda: self._store.put(key, data, mode="create"))
             except AlreadyExistsError:
                 return False
         self._sync(key)
@@ -153,7 +155,7 @@ class Objects:
         if self.place.scheme in CLOUDS:
             # Azure and Google say of an object that it was not there, and then what became of the rest is not known.
             with self._failing(keys[0] if keys else ""), contextlib.suppress(FileNotFoundError):
-                self._store.delete(list(keys))
+                _repeated(lambda: self._store.delete(list(keys)))
                 return
         for key in keys:
             with self._failing(key), contextlib.suppress(FileNotFoundError):
@@ -259,7 +261,26 @@ def _errors() -> tuple[type[Exception], ...]:
     return (BaseError, OSError, ValueError)
 
 
-def _of_body(error: Exception) -> bool:
+def _repeated(act: Callable[[], object]) -> None:
+    """Do what may be done twice, again where obstore would not."""
+    from obstore.exceptions import GenericError
+
+    for left in reversed(range(TRIES)):
+        try:
+            act()
+            return
+        except GenericError as error:
+            if not left or not (_NOT_REPEATED.search(str(error)) or _of_answer(error)):
+                raise
+        _pause(left)
+
+
+def _pause(left: int) -> None:
+    """Wait before another of TRIES, of which so many are left."""
+    time.sleep(_DELAY * 2 ** (TRIES - 1 - left) * (0.5 + random.random()))
+
+
+def _of_answer(error: Exception) -> bool:
     """Whether an answer had begun well, and its body did not come whole."""
     text = str(error)
     return _STATUS.search(text) is None and ("body error" in text or "timed out" in text or "TimedOut" in text)
