@@ -29,6 +29,7 @@ from traces.extras import how_to_get, need
 from traces.help_text import examples
 from traces.options import Force, Json, Recording
 from traces.sizes import size_of
+from traces.text import count
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -322,7 +323,8 @@ def recover(
         })  # fmt: skip
         return
     print(
-        f"{summary.path}: {summary.events:,} events recovered, {summary.lost:,} known lost, {summary.size:,} bytes",
+        f"{summary.path}: {count(summary.events, 'event')} recovered, {summary.lost:,} known lost, "
+        f"{count(summary.size, 'byte')}",
         file=sys.stderr,
     )
     for line in summary.discrepancies:
@@ -376,8 +378,8 @@ def import_(
             "others": said.others, "inferred": list(said.assigned.inferred), "remarks": said.remarks(),
         })  # fmt: skip
         return
-    unit = "lines" if said.found.kind == "text" else "records"
-    _tell(f"{summary.path}: {summary.events:,} events of {said.found.lines:,} {unit}, {summary.size:,} bytes")
+    read = count(said.found.lines, "line" if said.found.kind == "text" else "record")
+    _tell(f"{summary.path}: {count(summary.events, 'event')} of {read}, {count(summary.size, 'byte')}")
     for line in (*said.remarks(), *said.assigned.inferred):
         _tell(f"kvmtrace: {file}: {line}")
 

@@ -14,9 +14,9 @@ def printable(text: object) -> str:
     return "".join(char if char.isprintable() else "?" for char in str(text))
 
 
-def count(number: int, what: str) -> str:
-    """A number and its noun: `1 load`, `1,234 loads`."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+def count(number: int, what: str, several: str = "") -> str:
+    """A number and its noun: `1 load`, `1,234 loads`; `several`: its plural, where that is not `what` with an s."""
+    return f"{number:,} {what if number == 1 else several or what + 's'}"
 
 
 def some(lines: Sequence[object]) -> str:

@@ -21,6 +21,7 @@ from traces.imports.opening import Opened
 from traces.imports.other_events import OTHER
 from traces.imports.row_spool import RowSpool
 from traces.progress import Progress
+from traces.text import count
 
 # As ftrace and perf print it, and a raw record's fields; as trace-cmd's plugin does.
 _NEXT: Final = r"next_comm=(.*?) next_pid=(\d+)"
@@ -70,7 +71,7 @@ def read_guest(path: Path, offset: int | None) -> GuestTasks:
     if switches.is_empty():
         ran, by = rows.select("cpu", "time", "pid").join(names, on="pid", how="left"), "by whose each event is"
     else:
-        ran, by = switches, f"by {len(rows.filter(_is_switch(rows))):,} rows of sched_switch"
+        ran, by = switches, f"by {count(len(rows.filter(_is_switch(rows))), 'row')} of sched_switch"
     moved = (
         f"moved by {offset / 1e9:+.9f} s as given" if offset is not None else "made the host's by trace-cmd's offsets"
     )

@@ -108,7 +108,7 @@ def _nothing(path: Path, found: Findings) -> str:
     if found.others:
         names = ", ".join(list(found.others)[:3])
         rows = sum(found.others.values())
-        return f"{path}: nothing to import: no event that a trace has, but {rows:,} others ({names})"
+        return f"{path}: nothing to import: no event that a trace has, but {count(rows, 'other')} ({names})"
     if found.kind != "text":
         other = "damaged, or samples of a counter, such as `perf kvm --guest` takes"
         but = f", but {count(found.odd, 'record')} without a tracepoint's data: {other}" if found.odd else ""

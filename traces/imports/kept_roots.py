@@ -16,6 +16,7 @@ from traces.kernels.policies import ASYNC, PRESERVE, PRESERVE_WORKER, SYNC
 from traces.lives import Flags, Ints
 from traces.record import Columns
 from traces.schema import BY_NAME
+from traces.text import count
 
 _SMM: Final = BY_NAME["kvm_smm_transition"].code
 _INVALIDATION: Final = BY_NAME["kvm_mmu_zap_all_fast"].code
@@ -67,7 +68,7 @@ class KeptRoots:
 
     def policy(self, known: str) -> dict[str, str]:
         """The policy that rows decide, as a manifest has it: `known` by the release, or another; empty: they do not."""
-        times = f"its rows: of {self.kept + self.made:,} times that SMM was entered again"
+        times = f"its rows: SMM was entered again {count(self.kept + self.made, 'time')}, and"
         if self.kept and not self.made and known in (*_FREES, *_KEEPS):
             name = known if known in _KEEPS else PRESERVE.name
             return {"name": name, "why": f"{times} its root was there each time", "by": "rows"}

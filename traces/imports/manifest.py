@@ -78,24 +78,23 @@ class Said:
             lines.append(f"{count(found.odd, 'record')} could not be read: damaged, or without the event's own data")
         if self.others:
             shown = ", ".join(f"{printable(name)} {rows:,}" for name, rows in list(self.others.items())[:3])
-            lines.append(
-                f"{sum(self.others.values()):,} events of kinds that a trace does not have, kept as text: {shown}"
-            )
+            of_none = count(sum(self.others.values()), "event")
+            lines.append(f"{of_none} of kinds that a trace does not have, kept as text: {shown}")
         if found.cut_short:
             lines.append(
                 f"{count(found.cut_short, 'event')} cut short (...), kept as text: what they lack is not known"
             )
         if found.lost or found.uncounted:
-            more = f", and {found.uncounted:,} losses without a number" if found.uncounted else ""
-            lines.append(f"{found.lost:,} events were lost, as the {found.kind} says{more}")
+            more = f", and {count(found.uncounted, 'loss', 'losses')} without a number" if found.uncounted else ""
+            lines.append(f"lost, as the {found.kind} says: {count(found.lost, 'event')}{more}")
         if found.overrun:
-            lines.append(f"{found.overrun:,} events were overwritten before they were read, as the {found.kind} says")
+            lines.append(f"overwritten before it was read, as the {found.kind} says: {count(found.overrun, 'event')}")
         if found.backwards:
-            lines.append(f"times go back {found.backwards:,} times: rows stand in the order of the {found.kind}")
+            lines.append(f"times go back {count(found.backwards, 'time')}: rows stand in the order of the {found.kind}")
         if found.ticks:
             lines.append("times are a clock's ticks, not nanoseconds: spans of time mean nothing")
         if found.bare:
-            lines.append(f"{found.bare:,} lines have neither task nor time: they have the time of the line before")
+            lines.append(f"without task and time: {count(found.bare, 'line')}, taken for the time of the line before")
         if found.relative:
             lines.append("times are since the recording began")
         if found.cut:

@@ -36,7 +36,7 @@ def read_text(opened: Opened, spool: RowSpool, progress: Progress) -> Findings:
         threads=threads_of(
             (tid, comm, tgid - 1, vcpu - 1, bool(guest), bool(acted))
             for (tid, comm), (tgid, vcpu, guest, acted) in zip(
-                scanner.threads, scanner.thread_facts.tolist(), strict=False
+                scanner.threads, scanner.thread_facts[: len(scanner.threads)].tolist(), strict=True
             )
         ),
         others=scanner.others(),

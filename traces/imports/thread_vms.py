@@ -16,6 +16,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from traces.text import count
+
 _VCPU_NAMES: Final = re.compile(r"(?:CPU (\d{1,5})/KVM|fc_vcpu (\d{1,5})|.*vcpu[ :_-]?(\d{1,5}))")
 _MOST_VCPUS: Final = 0x7FFF
 
@@ -127,18 +129,20 @@ def assign(threads: Sequence[TextThread], vm_of: Mapping[int, str]) -> Assigned:
     if loose:
         many = f"{len(machines)} VMs" if len(machines) > 1 else "one VM"
         inferred.append(
-            f"VMs: no process is named for {loose:,} vCPU threads; taken for {many} by their vCPUs' numbers"
+            f"VMs: no process is named for {count(loose, 'vCPU thread')}; taken for {many} by their vCPUs' numbers"
         )
     if any(machine.tgid for machine in machines):
         inferred.append("VMs: each process that runs vCPUs is taken for one VM, as long as one thread is its vCPU 0")
     if unnumbered:
-        inferred.append(f"vCPUs: {unnumbered:,} threads are not numbered in the text; numbered by thread")
+        inferred.append(
+            f"vCPUs: {count(unnumbered, 'thread')} without a number in the text; numbered in the threads' order"
+        )
     number_of = {id(thread): index + 1 for index, machine in enumerate(machines) for thread in machine.threads}
-    several = {tgid: count for tgid, count in again.items() if count > 1}
+    several = {tgid: firsts for tgid, firsts in again.items() if firsts > 1}
     of_process = {machine.tgid: index + 1 for index, machine in enumerate(machines) if machine.tgid}
     of_process |= dict.fromkeys(several, 0)  # whose VM another thread of theirs works for is not shown
-    for tgid, count in several.items():
-        inferred.append(f"VMs: {count:,} threads of process {tgid} are a vCPU 0: taken for as many VMs")
+    for tgid, firsts in several.items():
+        inferred.append(f"VMs: {firsts:,} threads of process {tgid} are a vCPU 0: taken for as many VMs")
     alone = 1 if len(machines) == 1 else 0
     if alone and any(thread.acted and id(thread) not in number_of for thread in threads):
         inferred.append("VMs: what other threads did is taken for the only VM's")
