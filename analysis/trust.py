@@ -16,6 +16,7 @@ from analysis.validation import Validated
 from replay.decode.capabilities import LEFT_OUT
 from replay.own_policy import Agreement
 from traces import kernels, source_notes
+from traces.dump_texts import dump_texts
 from traces.durations import duration
 from traces.errors import Problem
 from traces.metadata import Metadata
@@ -73,6 +74,7 @@ def made_on(meta: Metadata, span: tuple[int, int]) -> Iterator[tuple[str, str]]:
     """Where, when and on what a recording was made; `span`: boot ns of what of it counts."""
     yield "host", _host(meta)
     yield "recorded", _recorded(meta, *span)
+    yield from (("dump", line) for line in dump_texts(meta))
     yield "kernel", f"{meta.kernel or 'unknown'}, {meta.policy or 'unknown'} roots, by {meta.policy_by}"
     with suppress(Problem):  # of a kernel that is not known, or has no TDP MMU
         if newer := kernels.newer_than_known(kernels.recorded(meta).version):

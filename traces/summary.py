@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from traces import source_notes
+from traces.dump_texts import dump_texts
 from traces.layout import TextColumn
 from traces.metadata import Metadata
 from traces.reader import Trace
 from traces.screen import VMS_SHOWN, Page
-from traces.untrusted import object_at, text_at
+from traces.untrusted import object_at
 from traces.wall_clock import wall_text
 
 _NAMES: Final = 12  # columns of the names of facts
@@ -54,6 +55,7 @@ def info(path: Path) -> dict[str, Any]:
         "source": source_notes.notes(meta.raw),
         "command": meta.raw.get("command", []),
         "flight": object_at(meta.raw, "flight"),
+        "dump": dump_texts(meta),
         "kinds": dict(sorted(meta.kinds.items(), key=lambda item: -item[1])),
         "lost_kinds": {name: lost for name in meta.loss if (lost := meta.lost_of(name))},
         "roots": meta.root_count,
@@ -112,9 +114,7 @@ def _say_head(page: Page, facts: dict[str, Any]) -> None:
         ("policy", facts["policy_text"]),
         ("events", f"{facts['events']:,} stored, {facts['lost']:,} lost, {facts['gaps']:,} gaps"),
     ]
-    if facts["flight"]:
-        text = text_at(facts["flight"], "text")
-        rows.append(("dump", f"of a flight, by {text_at(facts['flight'], 'trigger')}" + (f": {text}" if text else "")))
+    rows += [("dump", line) for line in facts["dump"]]
     if facts["kvm_counted"]:
         counted = ", ".join(f"{name} {count:,}" for name, count in facts["kvm_counted"].items())
         faults = facts["kinds"].get("kvm_page_fault", 0)

@@ -9,13 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from analysis.trust import made_on
 from tests.flight.rows import KVM, Flight, entries, root, row, vm
 from tracer.flight.keeper import SECOND, Request
 from tracer.flight.quotas import Quota
+from traces.dump_texts import dump_texts
 from traces.errors import Problem
 from traces.reader import Trace
 from traces.schema import BY_NAME
 from traces.segments import SegmentReader
+from traces.summary import render
 
 pytestmark = pytest.mark.slow
 
@@ -163,7 +166,59 @@ def test_a_disk_that_refuses_is_one_line_and_the_flight_goes_on(
     assert len(times(again.answer.result(60))) == 100_000
     assert flight.thread.window.held >= held, "nothing that is kept went with it"
     flight.close()
-    assert capsys.readouterr().err.count("\n") == 1
+    failed, made = capsys.readouterr().err.splitlines()
+    assert failed.endswith("no dump: No space left on device: make room")
+    assert made == f"kvmtrace: {again.answer.result()}: dumped: other"
+
+
+def test_a_dump_by_hand_that_could_not_be_written_uses_up_no_quota(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tracer.flight.keeper.MANUAL", Quota(hour=2, day=2))
+    flight = Flight(tmp_path)
+    flight.give(entries(SECOND, 10, MS), 2 * SECOND)
+    with monkeypatch.context() as full:
+        full.setattr("traces.durable.write_all", lambda *_: (_ for _ in ()).throw(OSError(28, os.strerror(28))))
+        for _ in range(5):
+            with pytest.raises(Problem, match="No space left on device"):
+                ask(flight, 2 * SECOND).answer.result(60)
+    paths = [ask(flight, 2 * SECOND).answer.result(60) for _ in range(2)]
+    with pytest.raises(Problem, match="manual has made all that it may"):
+        ask(flight, 2 * SECOND).answer.result(60)
+    assert flight.close() == paths
+
+
+def test_a_dump_says_why_it_was_made_where_nobody_was_there_and_in_info_and_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tracer.flight.keeper.AUTOMATIC", Quota(hour=1, day=9))
+    flight = Flight(tmp_path, after=0.5)
+    flight.give(entries(SECOND, 10, MS), 2 * SECOND)
+    for number in range(4):
+        at = (2 + number) * SECOND
+        request = Request("zap", f"process 7: zap {number}", manual=False, severity=1, at=at)
+        flight.thread.ask(request)
+        flight.give(entries(at, 10, MS), at + SECOND - 1)
+        assert (request.answer.exception(60) is None) == (number == 0)
+    ask(flight, 6 * SECOND, text="web1 hangs")
+    zap, manual = flight.close()
+    assert sorted(capsys.readouterr().err.splitlines()) == sorted(
+        [  # two threads say them
+            f"kvmtrace: {zap}: dumped: zap: process 7: zap 0",
+            "kvmtrace: zap: no dump, for it has made its 1 an hour or 9 a day: the next ones are only counted "
+            "(process 7: zap 1)",
+            f"kvmtrace: {manual}: dumped: manual: web1 hangs",
+        ]
+    )
+    assert dump_texts(Trace.open(zap).metadata)[0] == "made by the trigger zap: process 7: zap 0"
+    assert dump_texts(Trace.open(zap).metadata)[1].endswith("500 ms before its end")
+    by_hand = dump_texts(Trace.open(manual).metadata)
+    assert by_hand[0] == "asked for by hand (`kvmtrace dump`): web1 hangs"
+    assert "zap: 3 times no dump before this one, for its quota was used up" in by_hand
+    for path in (zap, manual):
+        meta = Trace.open(path).metadata
+        assert [line for name, line in made_on(meta, meta.span) if name == "dump"] == dump_texts(meta)
+        assert dump_texts(meta)[0].split(":")[0] in render(path)
 
 
 @pytest.mark.usefixtures("own_process")

@@ -103,12 +103,14 @@ def test_a_full_disk_is_one_line_and_what_was_there_stays(
         with pytest.raises(Problem, match=r"No space left on device"):
             second.answer.result(120)
         assert len(times(first)) == 1000
-        assert len(capsys.readouterr().err.splitlines()) == 1
+        made, failed = capsys.readouterr().err.splitlines()
+        assert made == f"kvmtrace: {first}: dumped: manual"
+        assert "No space left on device" in failed
         subprocess.run(["mount", "-o", "remount,size=64M", directory], check=True)
         third = ask(flight, 4 * SECOND, "signal").answer.result(120)
         assert len(times(third)) == 401_000
         flight.close()
-        assert capsys.readouterr().err == ""
+        assert capsys.readouterr().err == f"kvmtrace: {third}: dumped: signal\n"
 
 
 def test_ten_thousand_triggers_in_a_second_make_as_many_dumps_as_they_may(tmp_path: Path) -> None:

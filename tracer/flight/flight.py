@@ -23,7 +23,7 @@ from tracer import host
 from tracer.bpf import Probes, kind_mask
 from tracer.flight.control import Control
 from tracer.flight.dumps import TRACE
-from tracer.flight.governor import GovernorThread, Level, LevelChange, levels
+from tracer.flight.governor import LOWEST, GovernorThread, Level, LevelChange, levels
 from tracer.flight.keeper import Bounds, FlightThread, Request
 from tracer.flight.metrics import FlightMetrics, RecorderFacts, Sample
 from tracer.flight.notify import Watchdog, notify
@@ -37,6 +37,7 @@ from tracer.ring import default_ring_bytes, ring_count
 from tracer.upload.uploads import UploadOutcome, Uploads
 from tracer.writer import OrderedThread
 from traces import interrupts
+from traces.durations import duration
 from traces.errors import ENVIRONMENT, Problem
 from traces.identity import LEFT_OUT
 from traces.progress import Progress
@@ -122,6 +123,11 @@ class FlightRecorder(Recorder):
     def _meet_latecomers(self) -> None:
         super()._meet_latecomers()
         notify(f"READY=1\nSTATUS=Recording {self.options.preset}, dumps in {self.options.out}")
+        print(
+            f"kvmtrace: recording: `kvmtrace dump {self.options.out}` writes the last "
+            f"{duration(self._bounds.nanoseconds)}, or what of them fits into {self._bounds.memory >> 20} MiB",
+            file=sys.stderr,
+        )
         if not self._levels:
             return
         try:  # not before: attaching takes CPU time, too
@@ -172,9 +178,15 @@ class FlightRecorder(Recorder):
             print("kvmtrace: everything is recorded again", file=sys.stderr)
             return
         blind = self._triggers.needing(change.left_out)
+        what = (
+            "KVM's own counters and which VMs there are"
+            if change.name == LOWEST
+            else f"what --events {change.name} has"
+        )
         print(
-            f"kvmtrace: recording used {change.share:.1%} of this host's CPUs, of {self._bounds.overhead:.2%} that it "
-            f"may: now at the level {change.name}" + (f"; not watched: {', '.join(blind)}" if blind else ""),
+            f"kvmtrace: recording used {change.share:.1%} of this host's CPUs, --max-overhead allows "
+            f"{self._bounds.overhead:.2%}: now at the level {change.name}; until it costs less only {what} is recorded"
+            + (f"; not watched: {', '.join(blind)}" if blind else ""),
             file=sys.stderr,
         )
 

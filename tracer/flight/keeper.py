@@ -7,6 +7,8 @@ the window where the stream has reached its end, and a dump is cut where the str
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -267,6 +269,9 @@ class FlightThread(OrderedThread):
         if granted is None:
             quota = account.quota
             self.refused[request.trigger] += 1
+            if account.refused.count == 1:  # of those that the next dump's metadata counts
+                _say(f"{request.trigger}: no dump, for it has made its {quota.hour} an hour or {quota.day} a day: the "
+                     f"next ones are only counted ({request.text or 'no reason given'})")  # fmt: skip
             request.answer.set_exception(Problem(
                 f"no dump: {request.trigger} has made all that it may: {quota.hour} an hour, {quota.day} a day",
                 ENVIRONMENT,
@@ -336,19 +341,28 @@ class FlightThread(OrderedThread):
     def _made(self, pending: _Pending, done: Future[Path]) -> None:
         """On the dumps' thread: the dump is a file, or is none."""
         error = done.exception()
+        first = pending.requests[0]
+        if error is None:  # for a journal: nobody may have been there when it was asked for
+            _say(f"{done.result()}: dumped: {first.trigger}" + (f": {first.text}" if first.text else ""))
+        pending.granted.failed = error is not None and first.manual
         for request in pending.requests:
             if error is None:
                 request.answer.set_result(done.result())
             else:
                 request.answer.set_exception(error)
         if error is None:
-            self.dumped[pending.requests[0].trigger] += 1
+            self.dumped[first.trigger] += 1
             pending.granted.path = done.result()
             if pending.instead is not None and pending.instead.path is not None:
                 pending.instead.path.unlink(missing_ok=True)
 
     def _kept(self) -> set[Path]:
         return {path for account in list(self.accounts.values()) for path in account.keeps()}
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        print(f"kvmtrace: {line}", file=sys.stderr)
 
 
 def _kinds_of(left_out: Rows) -> frozenset[str]:

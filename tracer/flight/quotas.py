@@ -36,6 +36,7 @@ class Made:
     severity: float
     path: Path | None = None  # None until it is a file
     first: bool = False
+    failed: bool = False  # it never will be one, and does not count
 
 
 @dataclass
@@ -59,7 +60,7 @@ class Account:
 
     def ask(self, now: float, severity: float) -> tuple[Made | None, Made | None]:
         """(the dump that may be made now, or None; the dump made earlier that has to go for it, or None)."""
-        self.made = [each for each in self.made if now - each.at < _DAY]
+        self.made = [each for each in self.made if now - each.at < _DAY and not each.failed]
         hour = sum(now - each.at < _HOUR for each in self.made)
         instead = None
         if len(self.made) >= self.quota.day:

@@ -81,7 +81,7 @@ def _tell(outcome: FlightOutcome, out: Path) -> None:
         spent = ", ".join(f"{name} for {seconds:.0f} s" for name, seconds in outcome.level_seconds.items() if seconds)
         lines.append(f"kvmtrace: so that it cost no more than it may, recorded were {spent}")
     for trigger, refused in outcome.refused.items():
-        lines.append(f"kvmtrace: {trigger}: {refused['count']:,} more events made no dump: its quota was used up")
+        lines.append(f"kvmtrace: {trigger}: {refused['count']:,} more times no dump: its quota was used up")
     if outcome.upload is not None:
         lines.append(f"kvmtrace: {outcome.upload.text}")
     if outcome.missing:
