@@ -37,7 +37,9 @@ COMPILED = (
     "traces/imports/line_rows.py",
     "traces/imports/line_text.py",
     "traces/imports/named_fields.py",
-    "traces/imports/samples.py",
+    "traces/imports/raw_records.py",
+    "traces/imports/raw_rows.py",
+    "traces/imports/record_walks.py",
     "traces/imports/scan.py",
 )
 EXTENSIONS = [

@@ -18,7 +18,7 @@ from tests.replay.plain import plain
 from tests.traces.binary_files import as_compressed, as_stream, option, record, recorded, with_options
 from tests.traces.mutations import outcome
 from traces.errors import Problem
-from traces.imports import samples
+from traces.imports import raw_rows, record_walks
 from traces.imports.clock_shift import ClockShift
 from traces.imports.importing import import_file
 from traces.imports.other_events import OtherTexts
@@ -148,15 +148,18 @@ def test_a_guest_s_times_become_its_host_s(interpolated: bool) -> None:
 
 
 def test_the_compiled_reader_reads_as_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    reference = plain("traces.imports.samples")
-    assert not reference.COMPILED
-    for name, reader in (("smi-both-6.1.data", PerfData), ("smi-both-6.12.dat", TraceDat)):
-        found = []
-        for module in (samples, reference):
-            for each in ("RawDecoder", "walk_perf", "walk_pages"):
-                monkeypatch.setattr(f"{reader.__module__}.{each}", getattr(module, each), raising=False)
-            found.append([row.tobytes() for row in _rows(reader, recorded(name))])
-        assert found[0] == found[1]
+    records = "traces.imports.raw_records"
+    references = {name: plain(f"traces.imports.{name}", records) for name in ("raw_rows", "record_walks")}
+    assert not references["raw_rows"].COMPILED
+    for name, reader, walk in (
+        ("smi-both-6.1.data", PerfData, "walk_perf"),
+        ("smi-both-6.12.dat", TraceDat, "walk_pages"),
+    ):
+        compiled = [row.tobytes() for row in _rows(reader, recorded(name))]
+        with monkeypatch.context() as patch:
+            patch.setattr(f"{reader.__module__}.RawDecoder", references["raw_rows"].RawDecoder)
+            patch.setattr(f"{reader.__module__}.{walk}", getattr(references["record_walks"], walk))
+            assert [row.tobytes() for row in _rows(reader, recorded(name))] == compiled
 
 
 def _rows(reader: Any, data: bytes) -> Iterator[Any]:
@@ -166,9 +169,10 @@ def _rows(reader: Any, data: bytes) -> Iterator[Any]:
         yield from rows
 
 
-@pytest.mark.skipif(not os.environ.get("CI") and not samples.COMPILED, reason="the engine is not compiled")
+@pytest.mark.skipif(not os.environ.get("CI") and not raw_rows.COMPILED, reason="the engine is not compiled")
 def test_the_reader_is_compiled() -> None:
-    assert samples.COMPILED
+    assert raw_rows.COMPILED
+    assert record_walks.COMPILED
 
 
 BASES = {

@@ -21,7 +21,8 @@ from traces.errors import Problem
 from traces.imports.event_fields import raw_fields
 from traces.imports.field_texts import FieldTexts
 from traces.imports.other_events import OtherTexts
-from traces.imports.samples import CHAIN, CPU, GROUP, ID, RAW, READ, REST, TID, TIME, RawDecoder, walk_perf
+from traces.imports.raw_rows import RawDecoder
+from traces.imports.record_walks import CHAIN, CPU, GROUP, ID, RAW, READ, REST, TID, TIME, walk_perf
 from traces.imports.source_bytes import Damaged, SourceBytes, SourceCursor, unzstd
 from traces.imports.time_order import Rows, TimeOrder
 from traces.imports.tracing_data import Formats, from_perf

@@ -19,7 +19,8 @@ from traces.imports.clock_shift import ClockShift
 from traces.imports.event_fields import RawFields, raw_fields
 from traces.imports.field_texts import FieldTexts
 from traces.imports.other_events import OtherTexts
-from traces.imports.samples import RawDecoder, walk_pages
+from traces.imports.raw_rows import RawDecoder
+from traces.imports.record_walks import walk_pages
 from traces.imports.source_bytes import Damaged, SourceBytes, SourceCursor, unpacked
 from traces.imports.time_order import Rows, TimeOrder
 from traces.imports.tracing_data import (
