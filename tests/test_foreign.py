@@ -20,6 +20,7 @@ import pytest
 
 from tests.traces.making import numbered, write
 from tests.verbs import TALKERS, WRITERS, Files, Verb, invoke, kvmtrace
+from tests.waiting import PATIENCE
 from traces.errors import BAD_INPUT, Problem
 from traces.reader import Trace
 from traces.segment_writer import MANIFEST, segment_name
@@ -187,5 +188,5 @@ def test_the_process_ends_with_one_line(tmp_path: Path) -> None:
         ["report", str(tmp_path / "x"), "--fail-on", "faults > baseline", "--baseline", str(tmp_path / "pipe")],
         ["explore", "--replay", str(tmp_path / "pipe")],
     ):
-        done = kvmtrace(words, timeout=60)
+        done = kvmtrace(words, timeout=PATIENCE)
         assert (done.returncode, done.stderr.count(b"\n")) == (BAD_INPUT, 1), done.stderr

@@ -38,6 +38,7 @@ from tests.fleet import servers
 from tests.fleet.servers import BUCKET, Proxy, environment
 from tests.test_cli import kvmtrace
 from tests.traces.forged import KINDS, forged
+from tests.waiting import PATIENCE
 from traces.reader import Trace
 from traces.stores.location import location
 from traces.stores.object_store import Objects
@@ -205,10 +206,10 @@ def test_a_run_that_was_killed_goes_on_where_it_was(fleet: Fleet, tmp_path: Path
         children = psutil.Process(began.pid).children(recursive=True)
         assert len(children) >= 2
         began.send_signal(number)
-        _, said = began.communicate(timeout=60)
+        _, said = began.communicate(timeout=PATIENCE)
         assert began.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130)
         assert "Traceback" not in said
-        _, alive = psutil.wait_procs(children, timeout=30)
+        _, alive = psutil.wait_procs(children, timeout=PATIENCE)
         assert not alive, "no process is left behind"
     before = len(list(objects.list("tasks")))
     assert 60 <= before < len(fleet.plain)
@@ -519,7 +520,7 @@ def test_a_cluster_that_is_there_and_its_scheduler_dying(fleet: Fleet, tmp_path:
             assert began.poll() is None
             time.sleep(0.1)
         scheduler.kill()
-        _, said = began.communicate(timeout=120)
+        _, said = began.communicate(timeout=PATIENCE)
     assert began.returncode == 3, said
     assert said.splitlines() == [
         f"kvmtrace: {address}: the scheduler is gone, or gave the tasks up: run the same again, what is done is kept"

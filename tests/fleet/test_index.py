@@ -19,6 +19,7 @@ from tests.corpus import CORPUS, RECORDINGS
 from tests.fleet.servers import BUCKET, Proxy, environment
 from tests.test_cli import kvmtrace
 from tests.traces.forged import KINDS, forged
+from tests.waiting import PATIENCE
 from traces.errors import ENVIRONMENT, Problem
 from traces.reader import Trace
 from traces.stores import object_store, remote_trace
@@ -113,7 +114,7 @@ def test_footers_are_asked_for_many_at_a_time(tmp_path: Path, monkeypatch: pytes
     shutil.copy(SOME[0], tmp_path / "0.parquet")
     for number in range(1, 2 * fleet_catalogue.READERS):
         (tmp_path / f"{number}.parquet").hardlink_to(tmp_path / "0.parquet")
-    together = threading.Barrier(fleet_catalogue.READERS, timeout=60)
+    together = threading.Barrier(fleet_catalogue.READERS, timeout=PATIENCE)
     read = Objects.read
 
     def waiting(self: Objects, key: str, *more: Any) -> bytes:

@@ -27,7 +27,7 @@ import pytest
 from tests.flight.test_flight_live import flying, watching
 from tests.own_vm import noted
 from tests.tracer.test_record_live import counted, independent_counter, run
-from tests.waiting import until
+from tests.waiting import PATIENCE, until
 from traces.reader import Trace
 
 pytestmark = [pytest.mark.live, pytest.mark.slow, pytest.mark.usefixtures("live")]
@@ -38,7 +38,7 @@ MANY = 10  # dumps of one run
 def metrics(address: str) -> dict[str, float]:
     """The sum of each metric over its labels."""
     found: dict[str, float] = {}
-    with urllib.request.urlopen(f"http://{address}/metrics", timeout=60) as page:
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=PATIENCE) as page:
         text = page.read().decode()
     for name, value in re.findall(r"^(\w+)(?:\{.*\})? (\S+)$", text, re.M):
         found[name] = found.get(name, 0) + float(value)

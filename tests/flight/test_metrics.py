@@ -13,6 +13,7 @@ import pytest
 
 from tests.flight.rows import KVM, Rows, row
 from tests.test_help import ROOT
+from tests.waiting import PATIENCE
 from tracer.flight.metrics import BUCKETS, FAMILIES, MOST_VMS, OTHERS, FlightMetrics, RecorderFacts, Sample
 from tracer.probes import preset_kinds
 from traces.errors import Problem
@@ -193,7 +194,7 @@ def test_they_are_read_over_http_and_from_a_file(tmp_path: Path) -> None:
     try:
         with pytest.raises(Problem, match=r"--metrics 127\.0\.0\.1:29417: Address already in use"):
             exporter.Exporter(exporter.place("127.0.0.1:29417"), samples)
-        with urllib.request.urlopen("http://127.0.0.1:29417/metrics", timeout=10) as page:
+        with urllib.request.urlopen("http://127.0.0.1:29417/metrics", timeout=PATIENCE) as page:
             families = {family.name: family for family in parse_text(page.read().decode())}
     finally:
         served.close()

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.conftest import NO_SYSTEMD
@@ -149,6 +150,7 @@ def test_it_tells_when_it_records_that_it_goes_on_and_that_it_ends(
                 assert until(lambda: "WATCHDOG=1" in heard(end))
                 beats += 1
             flight.send_signal(signal.SIGSTOP)  # it hangs
+            assert until(lambda: psutil.Process(flight.pid).status() == psutil.STATUS_STOPPED)
             heard(end)
             time.sleep(1)
             assert heard(end) == []

@@ -20,7 +20,7 @@ import pytest
 from tests.conftest import NO_TMUX
 from tests.corpus import CORPUS
 from tests.flight.rows import KVM, Rows
-from tests.waiting import until
+from tests.waiting import PATIENCE, until
 from traces.compact import compact
 from traces.record import RECORD
 from traces.schema import BY_NAME
@@ -39,7 +39,7 @@ class Terminal:
 
     def tmux(self, *words: str) -> str:
         done = subprocess.run(
-            ["tmux", "-L", self.name, *words], capture_output=True, text=True, check=False, timeout=60
+            ["tmux", "-L", self.name, *words], capture_output=True, text=True, check=False, timeout=PATIENCE
         )
         return done.stdout
 

@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ import polars as pl
 import pytest
 
 from tests.own_vm import noted, own_vms
-from tests.waiting import until
+from tests.waiting import PATIENCE, until
 from tracer import bpf
 from tracer.attachments import Choices
 from tracer.compiled import import_bcc, quiet
@@ -221,9 +220,9 @@ def test_started_before_the_first_vm_exists(tmp_path: Path, vmm: str) -> None:
     said = recorder.stderr.readline()
     assert said == "kvmtrace: no VM is running yet: recording from the first one's creation on\n"
     guest = subprocess.Popen([vmm, "slot-delete"], stdout=subprocess.DEVNULL)
-    assert guest.wait(timeout=60) == 0
+    assert guest.wait(timeout=PATIENCE) == 0
     recorder.send_signal(signal.SIGINT)
-    said = recorder.communicate(timeout=60)[1]
+    said = recorder.communicate(timeout=PATIENCE)[1]
     assert recorder.returncode == 0, said
     (vm,) = [vm for vm in Trace.open(out).metadata.raw["vms"] if vm["pid"] == guest.pid]
     assert (vm["origin"], vm["comm"]) == ("created", "kvmtrace-vmm")
@@ -257,7 +256,11 @@ def test_inside_a_pid_namespace(tmp_path: Path, vmm: str) -> None:
     with running(vmm, "storm", "--loops", "10000000"):
         asked = command("record", "-o", out)
         done = subprocess.run(
-            [*NAMESPACE, "sh", "-c", script, "sh", *asked], capture_output=True, text=True, timeout=120, check=False
+            [*NAMESPACE, "sh", "-c", script, "sh", *asked],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
         )
     pid, *tids = map(int, done.stdout.split())
     assert pid < 100, "a number of the namespace's own"
@@ -278,8 +281,9 @@ def test_a_vm_in_a_pid_namespace(tmp_path: Path, vmm: str) -> None:
     with running(vmm, "idle", *endless):
         guest = subprocess.Popen([*NAMESPACE, vmm, "storm", *endless], stdout=subprocess.DEVNULL)
         try:
-            time.sleep(1)
-            (pid,) = map(int, Path(f"/proc/{guest.pid}/task/{guest.pid}/children").read_text().split())
+            children = Path(f"/proc/{guest.pid}/task/{guest.pid}/children")
+            (pid,) = map(int, until(lambda: children.read_text().split()))
+            assert until(lambda: "anon_inode:kvm-vcpu:0" in open_files(pid) and cpu_ticks(pid) > 5)
             done = run("record", "--vm", str(pid), "--duration", "1", "-o", out)
         finally:
             guest.kill()
@@ -296,7 +300,7 @@ def test_a_proc_of_another_namespace_is_told(tmp_path: Path) -> None:
     namespace = ("unshare", "--pid", "--fork")
     done = subprocess.run(
         [*namespace, *command("record", "--vm", "1", "-o", tmp_path / "x.parquet")],
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
     assert done.returncode == 3
     assert done.stderr.startswith("kvmtrace: --vm 1: /proc is of another pid namespace")
