@@ -181,7 +181,7 @@ def packages(dist: Path) -> list[Path]:
     if not [*dist.glob("*.deb")]:
         done = run(REPOSITORY / "scripts/deb")
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return sorted(dist.glob("*.deb"))
+    return [the_one([*dist.glob(f"{name}_*.deb")]) for name in ("kvmtrace", "kvmtrace-report")]
 
 
 @pytest.mark.skipif(not Path("/etc/debian_version").exists(), reason="not a Debian")

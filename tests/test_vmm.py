@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from tracer import vmm
+from tracer.lab.cli import app
 from traces.errors import ENVIRONMENT, Problem
 
 NO_KVM = "no usable /dev/kvm: the VMM has nothing to run a guest with"
@@ -248,3 +250,19 @@ def test_a_program_older_than_its_sources_is_built_again(monkeypatch: pytest.Mon
             later = vmm.BINARY.stat().st_mtime + 1
             os.utime(source, (later, later))
         assert subprocess.run([vmm.binary()]).returncode == status
+
+
+def test_kernels_are_listed_where_the_vmm_cannot_be_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(vmm, "BINARY", tmp_path / "kvmtrace-vmm")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    runner = CliRunner()
+    listed = runner.invoke(app, ["list"], catch_exceptions=False)
+    assert listed.exit_code == 0
+    assert "root policies:" in listed.stdout
+    assert " ".join(listed.stdout.split()).endswith(
+        f"scenarios: not known: no C compiler to build kvmtrace-vmm with: {vmm.INSTALL}"
+    )
+    document = json.loads(runner.invoke(app, ["list", "--json"], catch_exceptions=False).stdout)
+    assert document["scenarios"] is None
+    assert vmm.INSTALL in document["lacking"]
+    assert document["kernels"]

@@ -72,9 +72,14 @@ def list_(as_json: Json = False) -> None:
                 "cpus": [cpu.name for cpu in CPUS.values() if here and cpu.runs(Directory(*here.modules))],
             }
         )
-    scenarios = [one._asdict() for one in vmm.scenarios()]
+    scenarios: list[dict[str, Any]] | None = None
+    lacking = ""
+    try:
+        scenarios = [one._asdict() for one in vmm.scenarios()]
+    except Problem as problem:  # what is known of kernels does not depend on a compiler
+        lacking = str(problem)
     if as_json:
-        print_json({"table_date": TABLE_DATE, "kernels": kernels, "scenarios": scenarios})
+        print_json({"table_date": TABLE_DATE, "kernels": kernels, "scenarios": scenarios, "lacking": lacking or None})
         return
     page = Page()
     page.say(f"kernels (root policies as of {TABLE_DATE}):")
@@ -85,11 +90,13 @@ def list_(as_json: Json = False) -> None:
     for title, facts in (
         ("CPUs (--cpu)", [(cpu.name, cpu.shows) for cpu in CPUS.values()]),
         ("root policies", list(MEANINGS.items())),
-        ("scenarios", [(scenario["name"], scenario["shows"]) for scenario in scenarios]),
+        ("scenarios", [(scenario["name"], scenario["shows"]) for scenario in scenarios or ()]),
     ):
         page.blank()
         page.say(f"{title}:")
         page.facts([(f"  {name}", text) for name, text in facts])
+    if lacking:
+        page.say(f"  not known: {lacking}")
     print(page.text, end="")
 
 
