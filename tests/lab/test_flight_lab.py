@@ -62,9 +62,10 @@ def test_the_old_policys_storm_is_dumped_from_its_beginning_and_named(tmp_path: 
     assert facts["begins"] < times[0], "the first root is there"
     assert facts["time"] <= times[8] + 4 * SECOND, "within twice its time from when there were enough"
     assert kvmtrace("validate", dump).startswith("100 %")
-    verdict = kvmtrace("report", dump).split("\n\n")[0]
-    assert "under async (as recorded)" in verdict
-    assert "an SMI" in verdict
+    report = kvmtrace("report", dump)
+    assert "under async (as recorded)" in report.split("\n\n")[0]
+    # Not in the verdict: a fast machine emulates the storm without a soft-hang, whose cause that would be.
+    assert "SMI: root lost" in report
 
 
 def test_the_new_policys_storm_triggers_nothing(tmp_path: Path) -> None:
