@@ -7,7 +7,6 @@ from __future__ import annotations
 from traces import interrupts  # noqa: F401
 
 # isort: split
-import contextlib
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -27,6 +26,7 @@ from traces.documents import print_json
 from traces.errors import ENVIRONMENT, VERDICT_FAILED, Problem
 from traces.extras import how_to_get, need
 from traces.help_text import examples
+from traces.messages import tell
 from traces.options import Force, Json, Recording
 from traces.sizes import size_of
 from traces.text import count
@@ -241,42 +241,34 @@ def record(
         })  # fmt: skip
     else:
         each = summary.size / summary.events if summary.events else 0
-        _tell(
+        tell(
             f"{summary.path}: {summary.events:,} events, {summary.lost:,} lost, "
             f"{summary.size:,} bytes ({each:.2f} each); "
             f"{outcome.stopped}; recorder used {outcome.cpu_seconds:.1f} s CPU in {outcome.seconds:.1f} s"
         )
         if uploaded.outcome:
-            _tell(f"kvmtrace: {uploaded.outcome.text}")
+            tell(f"kvmtrace: {uploaded.outcome.text}")
     for line in summary.discrepancies:
-        _tell(f"kvmtrace: {summary.path}: {line}")
+        tell(f"kvmtrace: {summary.path}: {line}")
     if summary.path.suffix == ".kvmt":
-        _tell(
+        tell(
             f"kvmtrace: {summary.path}: no trace yet, for that needs pyarrow: copy it to where it is installed, or "
             f"{how_to_get('pyarrow')}; then run `kvmtrace recover {summary.path}`"
         )
     for probe, runs in outcome.missed.items():
-        _tell(
+        tell(
             f"kvmtrace: the kernel skipped {probe} {runs:,} times, as another BPF program was running on that CPU: "
             "these events were never seen"
         )
     if summary.discrepancies or (strict and (summary.lost or outcome.missed)):
         if strict and summary.lost:
-            _tell(
-                f"kvmtrace: {summary.lost:,} events were lost (--strict): try a larger --ring-size, or fewer --events"
-            )
+            tell(f"kvmtrace: {summary.lost:,} events were lost (--strict): try a larger --ring-size, or fewer --events")
         raise typer.Exit(VERDICT_FAILED)
     if outcome.status:
-        _tell(f"kvmtrace: the command ended with status {outcome.status}")
+        tell(f"kvmtrace: the command ended with status {outcome.status}")
         raise typer.Exit(VERDICT_FAILED)
     if uploaded.outcome and (uploaded.outcome.waits or uploaded.outcome.dropped):
         raise typer.Exit(ENVIRONMENT)
-
-
-def _tell(line: str) -> None:
-    """A line on standard error, unless the terminal is gone: its SIGHUP ends a recording like any other signal."""
-    with contextlib.suppress(OSError):
-        print(line, file=sys.stderr)
 
 
 @app.command(
@@ -379,9 +371,9 @@ def import_(
         })  # fmt: skip
         return
     read = count(said.found.lines, "line" if said.found.kind == "text" else "record")
-    _tell(f"{summary.path}: {count(summary.events, 'event')} of {read}, {count(summary.size, 'byte')}")
+    tell(f"{summary.path}: {count(summary.events, 'event')} of {read}, {count(summary.size, 'byte')}")
     for line in (*said.remarks(), *said.assigned.inferred):
-        _tell(f"kvmtrace: {file}: {line}")
+        tell(f"kvmtrace: {file}: {line}")
 
 
 @app.command(

@@ -19,6 +19,7 @@ from typing import Any, Final
 from tracer.flight.window import Epoch, FlightWindow
 from tracer.upload.uploads import Uploads
 from traces.errors import ENVIRONMENT, Problem
+from traces.messages import say
 from traces.segment_writer import SegmentWriter
 
 SEGMENTS: Final = ".kvmt"
@@ -107,7 +108,7 @@ class Dumps:
             try:
                 path = self._made(self._write(work))
             except Problem as problem:
-                print(f"kvmtrace: {problem}", file=sys.stderr)
+                say(str(problem))
                 self.failed += 1
                 work.done.set_exception(problem)
                 continue
@@ -124,7 +125,7 @@ class Dumps:
         except Problem as problem:
             said = f"no trace of it: {problem}"
         if not self._hard:
-            print(f"kvmtrace: {left.name}: left by a recorder that was ended: {said}", file=sys.stderr)
+            say(f"{left.name}: left by a recorder that was ended: {said}")
 
     def _write(self, dump: Dump) -> Path:
         directory = self.directory / f"{dump.name}{SEGMENTS}"

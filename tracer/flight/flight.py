@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from collections import deque
@@ -40,6 +39,7 @@ from traces import interrupts
 from traces.durations import duration
 from traces.errors import ENVIRONMENT, Problem
 from traces.identity import LEFT_OUT
+from traces.messages import say
 from traces.progress import Progress
 from traces.record import RECORD
 from traces.schema import BY_CODE
@@ -123,10 +123,9 @@ class FlightRecorder(Recorder):
     def _meet_latecomers(self) -> None:
         super()._meet_latecomers()
         notify(f"READY=1\nSTATUS=Recording {self.options.preset}, dumps in {self.options.out}")
-        print(
-            f"kvmtrace: recording: `kvmtrace dump {self.options.out}` writes the last "
-            f"{duration(self._bounds.nanoseconds)}, or what of them fits into {self._bounds.memory >> 20} MiB",
-            file=sys.stderr,
+        say(
+            f"recording: `kvmtrace dump {self.options.out}` writes the last "
+            f"{duration(self._bounds.nanoseconds)}, or what of them fits into {self._bounds.memory >> 20} MiB"
         )
         if not self._levels:
             return
@@ -175,7 +174,7 @@ class FlightRecorder(Recorder):
         """On the governor's thread."""
         self._changes.append(change)
         if not change.left_out:
-            print("kvmtrace: everything is recorded again", file=sys.stderr)
+            say("everything is recorded again")
             return
         blind = self._triggers.needing(change.left_out)
         what = (
@@ -183,11 +182,10 @@ class FlightRecorder(Recorder):
             if change.name == LOWEST
             else f"what --events {change.name} has"
         )
-        print(
-            f"kvmtrace: recording used {change.share:.1%} of this host's CPUs, --max-overhead allows "
+        say(
+            f"recording used {change.share:.1%} of this host's CPUs, --max-overhead allows "
             f"{self._bounds.overhead:.2%}: now at the level {change.name}; until it costs less only {what} is recorded"
-            + (f"; not watched: {', '.join(blind)}" if blind else ""),
-            file=sys.stderr,
+            + (f"; not watched: {', '.join(blind)}" if blind else "")
         )
 
     def _drain_once(self) -> bool:
@@ -338,11 +336,6 @@ def _uploads(options: FlightOptions) -> Uploads | None:
     if not options.upload:
         return None
     directory = options.record.out
-
-    def say(line: str) -> None:
-        with contextlib.suppress(OSError):  # the terminal may be gone
-            print(f"kvmtrace: {line}", file=sys.stderr)
-
     return Uploads(options.upload, directory / "upload", directory, options.spool, say)
 
 

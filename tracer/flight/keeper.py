@@ -7,8 +7,6 @@ the window where the stream has reached its end, and a dump is cut where the str
 
 from __future__ import annotations
 
-import contextlib
-import sys
 import threading
 import time
 from collections import Counter, deque
@@ -35,6 +33,7 @@ from tracer.upload.uploads import Uploads
 from tracer.writer import OrderedThread
 from traces.errors import ENVIRONMENT, Problem
 from traces.identity import LEFT_OUT
+from traces.messages import say
 from traces.record import RECORD
 from traces.schema import KINDS
 
@@ -270,7 +269,7 @@ class FlightThread(OrderedThread):
             quota = account.quota
             self.refused[request.trigger] += 1
             if account.refused.count == 1:  # of those that the next dump's metadata counts
-                _say(f"{request.trigger}: no dump, for it has made its {quota.hour} an hour or {quota.day} a day: the "
+                say(f"{request.trigger}: no dump, for it has made its {quota.hour} an hour or {quota.day} a day: the "
                      f"next ones are only counted ({request.text or 'no reason given'})")  # fmt: skip
             request.answer.set_exception(Problem(
                 f"no dump: {request.trigger} has made all that it may: {quota.hour} an hour, {quota.day} a day",
@@ -343,7 +342,7 @@ class FlightThread(OrderedThread):
         error = done.exception()
         first = pending.requests[0]
         if error is None:  # for a journal: nobody may have been there when it was asked for
-            _say(f"{done.result()}: dumped: {first.trigger}" + (f": {first.text}" if first.text else ""))
+            say(f"{done.result()}: dumped: {first.trigger}" + (f": {first.text}" if first.text else ""))
         pending.granted.failed = error is not None and first.manual
         for request in pending.requests:
             if error is None:
@@ -358,11 +357,6 @@ class FlightThread(OrderedThread):
 
     def _kept(self) -> set[Path]:
         return {path for account in list(self.accounts.values()) for path in account.keeps()}
-
-
-def _say(line: str) -> None:
-    with contextlib.suppress(OSError):  # the terminal may be gone
-        print(f"kvmtrace: {line}", file=sys.stderr)
 
 
 def _kinds_of(left_out: Rows) -> frozenset[str]:

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from tracer.upload.uploads import UploadOutcome, Uploads
+from traces.messages import say
 from traces.progress import Progress
 
 SPOOL: Final = "kvmtrace-upload"  # next to the recording
@@ -30,7 +30,7 @@ def uploading(place: str, recording: Path, most: int) -> Iterator[UploadedRecord
     if not place:
         yield found
         return
-    uploads = Uploads(place, recording.parent / SPOOL, recording.parent, most, _say)
+    uploads = Uploads(place, recording.parent / SPOOL, recording.parent, most, say)
     try:
         uploads.announce(recording)
         yield found
@@ -39,8 +39,3 @@ def uploading(place: str, recording: Path, most: int) -> Iterator[UploadedRecord
             found.outcome = uploads.close()
     finally:
         uploads.abandon()
-
-
-def _say(line: str) -> None:
-    with contextlib.suppress(OSError):  # the terminal may be gone
-        print(f"kvmtrace: {line}", file=sys.stderr)
