@@ -63,8 +63,10 @@ def test_the_old_policys_storm_is_dumped_from_its_beginning_and_named(tmp_path: 
     assert facts["time"] <= times[8] + 4 * SECOND, "within twice its time from when there were enough"
     assert kvmtrace("validate", dump).startswith("100 %")
     report = kvmtrace("report", dump)
-    assert "under async (as recorded)" in report.split("\n\n")[0]
-    # Not in the verdict: a fast machine emulates the storm without a soft-hang, whose cause that would be.
+    verdict = report.split("\n\n")[0]
+    assert "under async (as recorded)" in verdict
+    # A fast machine emulates the storm without a soft-hang, whose cause the verdict names.
+    assert "an SMI" in verdict or "no soft-hang" in verdict
     assert "SMI: root lost" in report
 
 

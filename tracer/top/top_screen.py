@@ -41,7 +41,7 @@ class VcpuTable(ScrollView, can_focus=True):
             self.virtual_size = Size(width, len(rows) + 1)
             self.refresh()
 
-    def scroll_to(self, x: float | None = None, y: float | None = None, *, immediate: bool = True, **how: Any) -> None:
+    def scroll_to(self, x: float | None = None, y: float | None = None, **how: Any) -> None:
         """Scroll at once: textual would wait for the next refresh, and forget keys that are pressed before that."""
         super().scroll_to(x, y, **how | {"immediate": True})
 

@@ -30,7 +30,6 @@ _ON = cython.declare(cython.int, ON)
 _SAMPLE = cython.declare(cython.int, 9)
 # Columns of a table of layouts: where a sample has what, -1: nowhere.
 ID, TID, TIME, CPU, REST, READ, GROUP, CHAIN, RAW = range(9)
-_ID = cython.declare(cython.int, ID)
 _TID = cython.declare(cython.int, TID)
 _TIME = cython.declare(cython.int, TIME)
 _CPU = cython.declare(cython.int, CPU)

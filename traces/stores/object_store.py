@@ -37,7 +37,7 @@ WHOLE: Final = 64 << 20  # bytes of an object that is written in one request, wh
 PART: Final = 16 << 20  # of a larger one
 MOST_PARTS: Final = 10_000  # that S3 and Google take of one object
 PARTS_AT_ONCE: Final = 4
-TRIES: Final = 5  # to go on with a listing, to create an object
+TRIES: Final = 5  # to go on with a listing, to create an object, to delete some
 _DELAY: Final = 0.2  # seconds before the second one
 _STATUS: Final = re.compile(r"status code: (\d{3}) ?([A-Za-z ]*)")
 # Also what a machine answers that is asked for its role, and has none.
