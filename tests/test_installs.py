@@ -24,7 +24,7 @@ from tests.test_packaging import PROJECT
 pytestmark = [pytest.mark.nightly, pytest.mark.xdist_group("installs")]
 
 STORM: Final = "share/kvmtrace/recordings/smi-storm-6.1-async.parquet"
-MOST_TO_RECORD: Final = 120 << 20  # bytes, as `du -m` counts
+MOST_TO_RECORD: Final = 120_000_000  # bytes on the disk, as `du` counts
 LINTIAN: Final = ("lintian", "--fail-on", "error,warning", "--allow-root")
 
 
