@@ -12,8 +12,8 @@ round as many tasks are done by one worker and by two, one after the other. Told
 - CPU seconds outside of the tasks, of all processes but the store's, for each task, whatever else the machine does. In
   a task is the replay of its rows; outside are the scheduler, the executor, the store's client, opening the recording
   and writing the result, but not the start of processes. It does not grow with a task, so that tasks may be shorter
-  than the second that it is compared with. What an engine takes in a second without work, its own heartbeat,
-  is counted separately, and belongs to a task of a second as well;
+  than the second that it is compared with. What an engine with one worker takes in a second without work, its own
+  heartbeat, is counted separately, and belongs to a task of a second as well;
 - footers a second of an index, compared with what the same server gives the same client when nothing is done with them.
 """
 
@@ -27,7 +27,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -50,7 +50,7 @@ from traces.synth import Parameters, synthesize
 POLICIES: Final = (PolicyText("async"), PolicyText("preserve"))
 ENDPOINT: Final = f"s3://{BUCKET}"
 WRITERS: Final = 16
-IDLE: Final = 4.0  # seconds
+IDLE: Final = 10.0  # seconds
 SPEEDUP: Final = 1.8
 OVERHEAD: Final = 0.1  # of a task of a second
 
@@ -131,21 +131,26 @@ def replays(options: argparse.Namespace, server: int, scratch: Path) -> dict[str
     each = max(options.tasks // options.rounds, 1)
     found: dict[int, list[MeasuredRun]] = {1: [], 2: []}
     machines: list[float] = []
-    with engines.opened(options.engine, 1) as one, engines.opened(options.engine, 2) as two:
-        for workers, engine in ((1, one), (2, two)):  # processes begin, and import what they need
-            by(engine, catalogue, catalogue.rows.head(4 * workers), server, scratch / f"warm-{workers}")
-        spent, began = cpu(server), time.monotonic()
-        time.sleep(IDLE)
-        idle = (cpu(server) - spent) / (time.monotonic() - began)
+    idle: list[float] = []  # with one engine, then with both
+    with ExitStack() as open_engines:
+        opened: dict[int, Any] = {}
+        for workers in (1, 2):
+            opened[workers] = open_engines.enter_context(engines.opened(options.engine, workers))
+            # Processes begin, and import what they need.
+            by(opened[workers], catalogue, catalogue.rows.head(4 * workers), server, scratch / f"warm-{workers}")
+            spent, began = cpu(server), time.monotonic()
+            time.sleep(IDLE)
+            idle.append((cpu(server) - spent) / (time.monotonic() - began))
+        one, two = opened[1], opened[2]
         for number in range(options.rounds):
             rows = catalogue.rows.slice(number * each, each)
-            for workers, engine in ((1, one), (2, two)):
+            for workers, engine in opened.items():
                 found[workers].append(by(engine, catalogue, rows, server, scratch / f"{number}-{workers}"))
             times = ", ".join(f"{workers} {runs[-1].seconds:.2f} s" for workers, runs in found.items())
             machines.append(wall(one, file, each // 2) / wall(two, file, each // 2))
             say(f"fleet_replay: round {number + 1}, workers: {times}; processes alone: {machines[-1]:.2f} times one")
     runs = {workers: [asdict(run) for run in of] for workers, of in found.items()}
-    return {"two processes alone, times one": statistics.median(machines), **summary(found, idle), "runs": runs}
+    return {"two processes alone, times one": statistics.median(machines), **summary(found, *idle), "runs": runs}
 
 
 def wall(engine: Any, file: Path, count: int) -> float:
@@ -209,19 +214,19 @@ def footers(count: int, scratch: Path) -> dict[str, float]:
     return rates
 
 
-def summary(runs: dict[int, list[MeasuredRun]], idle: float) -> dict[str, float]:
-    """The figures that the runs come to."""
+def summary(runs: dict[int, list[MeasuredRun]], idle: float, both: float) -> dict[str, float]:
+    """The figures that the runs come to; `idle` and `both` are CPU seconds a second of one engine and of the two."""
     one, two = runs[1], runs[2]
     every = [*one, *two]
     tasks, inside = sum(run.tasks for run in every), sum(run.inside for run in every)
-    outside = sum(run.outside - idle * run.seconds for run in every) / tasks
+    outside = sum(run.outside - both * run.seconds for run in every) / tasks
     pairs = [a.seconds / b.seconds for a, b in zip(one, two, strict=True)]
     return {
         "two workers, times one": statistics.median(pairs),
         "least of a round": min(pairs),
         "CPU s in a task": inside / tasks,
         "CPU s outside, for each task": outside,
-        "CPU s of idle engines, each second": idle,
+        "CPU s of an idle engine with one worker, each second": idle,
         "CPU outside, share of a task of a second": outside + idle,
         "wall s of one worker outside, for each task": statistics.median(
             (run.seconds - run.inside) / run.tasks for run in one

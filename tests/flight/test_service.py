@@ -40,7 +40,7 @@ def test_its_command_line_is_understood() -> None:
     words = shlex.split(service()["ExecStart"].replace("%%", "%"))
     assert words[:3] == ["/usr/bin/env", "kvmtrace", "record"]
     context = ROOT.commands["record"].make_context("it", words[3:])
-    assert context.params["out"] == Path("/var/lib") / service()["StateDirectory"]
+    assert Path(context.params["out"]) == Path("/var/lib") / service()["StateDirectory"]
     from tracer.flight.trigger_texts import FlightTriggers
     from tracer.probes import preset_kinds
 
