@@ -29,7 +29,7 @@ from traces.help_text import examples
 from traces.messages import tell
 from traces.options import Force, Json, Recording
 from traces.sizes import size_of
-from traces.text import count
+from traces.text import count, events_lost
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -262,7 +262,7 @@ def record(
         )
     if summary.discrepancies or (strict and (summary.lost or outcome.missed)):
         if strict and summary.lost:
-            tell(f"kvmtrace: {summary.lost:,} events were lost (--strict): try a larger --ring-size, or fewer --events")
+            tell(f"kvmtrace: {events_lost(summary.lost)} (--strict): try a larger --ring-size, or fewer --events")
         raise typer.Exit(VERDICT_FAILED)
     if outcome.status:
         tell(f"kvmtrace: the command ended with status {outcome.status}")
@@ -354,6 +354,7 @@ def import_(
     as_json: Json = False,
 ) -> None:
     """Make a trace of what trace-cmd or perf recorded, or of what they and ftrace printed, and say what is missing."""
+    from traces.arrow_records import spare_allocations
     from traces.imports.importing import import_file
     from traces.imports.told import ToldOfText, slots
     from traces.imports.told import vm_of as named
@@ -361,6 +362,7 @@ def import_(
     if out is None:
         out = Path("imported.parquet") if str(file) == "-" else Path(file.name.split(".")[0] + ".parquet")
     told = ToldOfText(kernel, named(vm_of or []), slots(memslot or []))
+    spare_allocations()
     made = import_file(file, out, told, force=force)
     summary, said = made.summary, made.said
     if as_json:

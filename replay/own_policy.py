@@ -25,7 +25,7 @@ from replay.decode.row_counts import RowCount, RowCounts
 from replay.decode.vm_inputs import VmInputs
 from replay.parting import Apart, first_rows
 from replay.simulate.simulator import Simulator
-from traces.text import some
+from traces.text import events_lost, some
 
 # RowCount -> what it is a count of, the event that it is read from, and which of the replay's counts make it.
 _READINGS: Final = {
@@ -300,10 +300,10 @@ def _doubt(capabilities: Capabilities, vm: Mapping[str, Any], inputs: VmInputs, 
     lines = [line for line in capabilities.missing if line]
     if meta.lost and meta.gaps:
         since = min(int(gap["since"]) for gap in meta.gaps)
-        lines = [line for line in lines if "were lost in" not in line]
+        lines = [line for line in lines if line != meta.lost_text]
         times = [reading.time for reading in check.differences if reading.time is not None]
         if not times or min(times) >= since:
-            lines.append(f"{meta.lost:,} events were lost, and it begins after the first of them")
+            lines.append(f"{events_lost(meta.lost)}, and it begins after the first of them")
     if vm.get("slots_omitted"):
         lines.append("not all its memslots are known")
     if inputs.decoder.nested:

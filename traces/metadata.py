@@ -17,6 +17,7 @@ from traces.errors import Problem
 from traces.kernels.policies import current_name
 from traces.outputs import TRACE_KEY
 from traces.schema import FORMAT_MAJOR
+from traces.text import count, events_lost
 from traces.untrusted import object_at, text_at
 
 KEY: Final = TRACE_KEY
@@ -77,6 +78,11 @@ class Metadata:
     @property
     def lost(self) -> int:
         return sum(self.lost_of(kind) for kind in self.loss)
+
+    @property
+    def lost_text(self) -> str:
+        """How much was lost, for people."""
+        return f"{events_lost(self.lost)} in {count(self.gap_count, 'gap')}"
 
     def lost_of(self, kind: str) -> int:
         """Events of one kind that the rings refused."""

@@ -19,6 +19,11 @@ def count(number: int, what: str, several: str = "") -> str:
     return f"{number:,} {what if number == 1 else several or what + 's'}"
 
 
+def events_lost(number: int) -> str:
+    """`1 event was lost`, `1,234 events were lost`."""
+    return f"{count(number, 'event')} {'was' if number == 1 else 'were'} lost"
+
+
 def some(lines: Sequence[object]) -> str:
     """The first three, and how many more there are."""
     more = f", and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""

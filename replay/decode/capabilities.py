@@ -151,7 +151,7 @@ class Capabilities:
         meta = trace.metadata
         lines = [*source_notes.notes(meta.raw), *(line for line in meta.discrepancies if line)]
         if meta.lost:
-            lines.append(f"{meta.lost:,} events were lost in {meta.gap_count:,} gaps")
+            lines.append(meta.lost_text)
         if meta.left_out:
             since, until = meta.left_out[0]["since"], meta.left_out[-1]["until"]
             kinds = sorted({kind for each in meta.left_out for kind in each["kinds"]})

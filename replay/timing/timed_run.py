@@ -135,9 +135,7 @@ def vm_time(
         return VmTime(number, nothing, False, [], stuck)
     marked = [_slept(capabilities, measured)] if measured.slept.any() else []
     if meta.lost:
-        marked.append(
-            f"{meta.lost:,} events were lost in {meta.gap_count:,} gaps: their time counts as the state before them"
-        )
+        marked.append(f"{meta.lost_text}: {'its' if meta.lost == 1 else 'their'} time counts as the state before")
     if meta.left_out:
         marked.append("kinds of event were left out at times: their time counts as the state before them")
     return VmTime(number, measured, settings.smis_open(measured), outcomes, stuck, "; ".join(marked))

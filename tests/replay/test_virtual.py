@@ -274,7 +274,7 @@ def test_gaps_mark_the_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(Trace, "open", lossy)
     (vm,) = timed(path, "async")
     assert vm.outcomes
-    assert vm.marked.startswith("5 events were lost in 1 gaps")
+    assert vm.marked.startswith("5 events were lost in 1 gap: their time counts")
     assert "marked: 5 events were lost" in CliRunner().invoke(kvmtrace.app, ["replay", str(path)]).stdout
 
 

@@ -163,7 +163,7 @@ def test_vms_are_told_apart_by_process_and_by_vcpu_numbers(tmp_path: Path) -> No
     bare = "".join(f"v-{tid} [000] 1.000000: kvm_entry: vcpu {vcpu}\n" for tid, vcpu in ((100, 0), (101, 1), (200, 0)))
     rows, meta = imported(tmp_path, bare)
     assert rows["vm"].to_list() == [1, 1, 2]
-    assert any("taken for 2 VMs" in line for line in meta.raw["source"]["inferred"])
+    assert any("taken for 2 VMs" in line and "--vm-of 200=NAME" in line for line in meta.raw["source"]["inferred"])
     rows, meta = imported(tmp_path, bare, vm_of={100: "web", 101: "db", 200: "web"})
     assert rows["vm"].to_list() == [1, 2, 1]
     assert [vm["name"] for vm in meta.vms] == ["web", "db"]

@@ -17,6 +17,7 @@ from traces.errors import ENVIRONMENT, Problem
 from traces.extras import how_to_get
 from traces.help_text import examples
 from traces.options import Json
+from traces.text import events_lost
 
 if TYPE_CHECKING:
     from tracer.top.meter import VcpuSecond
@@ -67,7 +68,7 @@ def _once(trace: Path | None, as_json: bool) -> None:
         })  # fmt: skip
         return
     if trace is None and lost:
-        print(f"kvmtrace: {lost:,} events were lost: counts are too low", file=sys.stderr)
+        print(f"kvmtrace: {events_lost(lost)}: counts are too low", file=sys.stderr)
     for after, lines in found:
         if trace is not None:
             print(f"after {after / 1e9:.0f} s")

@@ -20,6 +20,7 @@ from textual.widgets import Footer, Input, Static
 from tracer.top.meter import VcpuSecond
 from tracer.top.top_table import NAMES, chosen, text
 from traces.errors import Problem
+from traces.text import events_lost
 
 Show = Callable[[list[VcpuSecond]], None]
 _HEAD = Style(bold=True, reverse=True)
@@ -119,7 +120,7 @@ class TopScreen(App[None]):
         self.query_one(VcpuTable).show(head, rows)
         state = f"by {self._sort}" + (f", of {self._wanted}" if self._wanted else "")
         state += ", frozen" if self.frozen else ""
-        lost = f"; {count:,} events were lost" if self._lost is not None and (count := self._lost()) else ""
+        lost = f"; {events_lost(count)}" if self._lost is not None and (count := self._lost()) else ""
         none = "" if self._lines else "; no vCPU shows anything"
         said = f"{self._what}: {len(shown)} vCPUs {state}{none}{lost} {self._said}"
         if said != self._status:

@@ -89,6 +89,10 @@ def threads_of(seen: Iterable[tuple[int, bytes, int, int, bool, bool]]) -> list[
     return sorted(found, key=lambda thread: thread.tid)
 
 
+def _tell(thread: TextThread) -> str:
+    return f" (--vm-of {thread.tid}=NAME says of a thread whose it is)"
+
+
 def assign(threads: Sequence[TextThread], vm_of: Mapping[int, str]) -> Assigned:
     """Group the threads that run guests into VMs, and number their vCPUs; `vm_of` names VMs by a thread of theirs."""
     machines: list[Machine] = []
@@ -127,10 +131,9 @@ def assign(threads: Sequence[TextThread], vm_of: Mapping[int, str]) -> Assigned:
                 thread.vcpu = next(number for number in range(_MOST_VCPUS) if number not in used)
                 used.add(thread.vcpu)
     if loose:
-        many = f"{len(machines)} VMs" if len(machines) > 1 else "one VM"
-        inferred.append(
-            f"VMs: no process is named for {count(loose, 'vCPU thread')}; taken for {many} by their vCPUs' numbers"
-        )
+        many, tell = (f"{len(machines)} VMs", _tell(guests[-1])) if len(machines) > 1 else ("one VM", "")
+        unnamed = count(loose, "vCPU thread")
+        inferred.append(f"VMs: no process is named for {unnamed}; taken for {many} by their vCPUs' numbers{tell}")
     if any(machine.tgid for machine in machines):
         inferred.append("VMs: each process that runs vCPUs is taken for one VM, as long as one thread is its vCPU 0")
     if unnumbered:
@@ -142,7 +145,8 @@ def assign(threads: Sequence[TextThread], vm_of: Mapping[int, str]) -> Assigned:
     of_process = {machine.tgid: index + 1 for index, machine in enumerate(machines) if machine.tgid}
     of_process |= dict.fromkeys(several, 0)  # whose VM another thread of theirs works for is not shown
     for tgid, firsts in several.items():
-        inferred.append(f"VMs: {firsts:,} threads of process {tgid} are a vCPU 0: taken for as many VMs")
+        tell = _tell(next(thread for thread in guests if thread.tgid == tgid))
+        inferred.append(f"VMs: {firsts:,} threads of process {tgid} are a vCPU 0: taken for as many VMs{tell}")
     alone = 1 if len(machines) == 1 else 0
     if alone and any(thread.acted and id(thread) not in number_of for thread in threads):
         inferred.append("VMs: what other threads did is taken for the only VM's")
