@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Import against the tools whose files it reads: each reads the same file, in turns, in one run.
 
-    python -m benchmarks.imports [--copies 100] [--rounds 3] [--json]
+    python -m benchmarks.imports [--copies 100 1000] [--rounds 3] [--json]
 
 The files are `traces/simultaneous/slot-delete-6.1` many times over, one copy behind the other in time, so that they
 are as trace-cmd and perf wrote them: trace.dat and perf.data, and of each the text that its tool prints. What is
-measured are whole processes, start-up included; figures are medians of the rounds.
+measured are whole processes, start-up included. Each command of ours stands under its peer, which reads the same file:
 
-    trace-cmd report FILE >/dev/null     what `kvmtrace import FILE` of a trace.dat is compared with
-    trace-cmd report FILE | awk          events counted by name: what an import of the text is compared with
-    perf script -i FILE | python         the same of a perf.data
+    trace-cmd report trace.dat           prints the events; an import of trace.dat reads them, and one of the pipe both
+    trace-cmd report trace.dat | awk     counts them by name, which is the least that one does with a text
+    awk report.txt                       the same of a text that somebody sent: no trace-cmd, no trace.dat
+    perf script | python, python         the same of perf.data and of its text
 
 Of a pipeline the CPU time is that of all its processes, its time on the clock that of the slowest. Import writes its
-trace as Parquet besides, which the others do not.
+trace as Parquet besides, which the others do not. Ratios are of the same round; all figures are medians. With several
+sizes, what a further event costs is told too, without what any process costs to start.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ from benchmarks.record import machine, table
 from tests.traces.binary_files import recorded
 from traces.reader import Trace
 
+Taken = tuple[float, float, float]  # seconds on the clock, of CPU, peak MiB
+
 NAME = "slot-delete-6.1"
 SPAN = 10_000_000_000  # ns between copies
 PAGE = 4096
@@ -53,12 +57,18 @@ AWK = "{ for (i = 4; i < 7; i++) if ($i ~ /^kvm/) { n[$i]++; break } } END { for
 
 @dataclass(frozen=True)
 class ImportFigure:
-    """Medians of one command: events a second of clock and of CPU time, peak memory in MiB."""
+    """Medians of one command at one size: events a second of clock and of CPU time, peak memory in MiB.
+
+    `times` and `cpu_times`: by how much that is more than its peer's; 1 of a peer.
+    """
 
     command: str
+    events: int
     per_second: float
     per_cpu_second: float
     memory: float
+    times: float
+    cpu_times: float
 
 
 def many_pages(data: bytes, copies: int) -> bytes:
@@ -107,7 +117,7 @@ def many_samples(data: bytes, copies: int) -> bytes:
     return bytes(start) + body + bytes(behind)
 
 
-def measured(command: str, directory: Path) -> tuple[float, float, float]:
+def measured(command: str, directory: Path) -> Taken:
     """Seconds on the clock, of CPU, and the peak in MiB of a shell's command line and all that it runs."""
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-S", "-c", MEASURE, command], capture_output=True, text=True, cwd=directory)
@@ -117,24 +127,59 @@ def measured(command: str, directory: Path) -> tuple[float, float, float]:
     return time.monotonic() - began, float(cpu), float(memory)
 
 
-def commands(directory: Path) -> dict[str, str]:
+PEERS = {  # what each command of ours is compared with
+    "kvmtrace import trace.dat": "trace-cmd report trace.dat",
+    "trace-cmd report trace.dat | kvmtrace import -": "trace-cmd report trace.dat | awk",
+    "kvmtrace import report.txt": "awk report.txt",
+    "perf script perf.data | kvmtrace import -": "perf script perf.data | python",
+    "kvmtrace import perf.data": "perf script perf.data | python",
+    "kvmtrace import script.txt": "python script.txt",
+}
+
+
+def commands() -> dict[str, str]:
     """What is measured, by its name in the table."""
-    python = shlex.quote(sys.executable)
-    ours = f"{python} -m kvmtrace import"
+    python, awk = shlex.quote(sys.executable), f"awk {shlex.quote(AWK)}"
+    count = f"{python} -S -c {shlex.quote(COUNTING)}"
+    report, script = "trace-cmd report trace.dat", "perf script -f -i perf.data"
+
+    def ours(source: str, out: str) -> str:
+        return f"{python} -m kvmtrace import {source} -o {out}.parquet --force"
+
     return {
-        "trace-cmd report trace.dat": "trace-cmd report trace.dat",
-        "kvmtrace import trace.dat": f"{ours} trace.dat -o a.parquet --force",
-        "trace-cmd report trace.dat | awk": f"trace-cmd report trace.dat | awk {shlex.quote(AWK)}",
-        "kvmtrace import report.txt": f"{ours} report.txt -o b.parquet --force",
-        "perf script perf.data | python": f"perf script -f -i perf.data | {python} -S -c {shlex.quote(COUNTING)}",
-        "kvmtrace import script.txt": f"{ours} script.txt -o c.parquet --force",
-        "kvmtrace import perf.data": f"{ours} perf.data -o d.parquet --force",
+        "trace-cmd report trace.dat": report,
+        "kvmtrace import trace.dat": ours("trace.dat", "dat"),
+        "trace-cmd report trace.dat | awk": f"{report} | {awk}",
+        "trace-cmd report trace.dat | kvmtrace import -": f"{report} | {ours('-', 'report-pipe')}",
+        "awk report.txt": f"{awk} report.txt",
+        "kvmtrace import report.txt": ours("report.txt", "report"),
+        "perf script perf.data | python": f"{script} | {count}",
+        "perf script perf.data | kvmtrace import -": f"{script} | {ours('-', 'script-pipe')}",
+        "kvmtrace import perf.data": ours("perf.data", "data"),
+        "python script.txt": f"{count} < script.txt",
+        "kvmtrace import script.txt": ours("script.txt", "script"),
     }
+
+
+def compare(copies: int, rounds: int, directory: Path) -> list[ImportFigure]:
+    """All commands on files of that many copies; raises SystemExit where ours do not agree on how many events it is."""
+    (directory / "trace.dat").write_bytes(many_pages(recorded(f"{NAME}.dat"), copies))
+    (directory / "perf.data").write_bytes(many_samples(recorded(f"{NAME}.data"), copies))
+    for command in ("trace-cmd report trace.dat > report.txt", "perf script -f -i perf.data > script.txt"):
+        subprocess.run(command, shell=True, cwd=directory, stderr=subprocess.DEVNULL, check=True)  # noqa: S602
+    taken: dict[str, list[Taken]] = {each: [] for each in commands()}
+    for _ in range(rounds):
+        for each, command in commands().items():
+            taken[each].append(measured(command, directory))
+    counts = {path.stem: Trace.open(path).metadata.events for path in sorted(directory.glob("*.parquet"))}
+    if len(set(counts.values())) > 1:
+        raise SystemExit(f"not the same events: {counts}")
+    return [_figure(each, runs, taken[PEERS.get(each, each)], counts["dat"]) for each, runs in taken.items()]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--copies", type=int, default=100, help="some 4,500 events each")
+    parser.add_argument("--copies", type=int, nargs="+", default=[100, 1000], help="some 4,500 events each")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
@@ -142,30 +187,53 @@ def main() -> None:
         if shutil.which(tool) is None:
             raise SystemExit(f"{tool} is not installed")
     os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # who has it compiles every module at each start
     with tempfile.TemporaryDirectory(prefix="kvmtrace-bench-") as name:
-        directory = Path(name)
-        (directory / "trace.dat").write_bytes(many_pages(recorded(f"{NAME}.dat"), asked.copies))
-        (directory / "perf.data").write_bytes(many_samples(recorded(f"{NAME}.data"), asked.copies))
-        for command in ("trace-cmd report trace.dat > report.txt", "perf script -f -i perf.data > script.txt"):
-            subprocess.run(command, shell=True, cwd=directory, stderr=subprocess.DEVNULL, check=True)  # noqa: S602
-        taken: dict[str, list[tuple[float, float, float]]] = {each: [] for each in commands(directory)}
-        for _ in range(asked.rounds):
-            for each, command in commands(directory).items():
-                taken[each].append(measured(command, directory))
-        counts = {each: Trace.open(directory / f"{each}.parquet").metadata.events for each in "abcd"}
-    events = counts["a"]
-    figures = [_figure(each, runs, events) for each, runs in taken.items()]
+        sizes = [compare(copies, asked.rounds, Path(name)) for copies in asked.copies]
     if asked.json:
-        print(json.dumps({"machine": machine(), "events": counts, "figures": [asdict(each) for each in figures]}))
+        print(json.dumps({"machine": machine(), "figures": [asdict(each) for size in sizes for each in size]}))
         return
-    print(f"{machine()}; {events:,} events of kinds that a trace has ({counts})\n")
-    rows = [(f.command, f"{f.per_second:,.0f}", f"{f.per_cpu_second:,.0f}", f"{f.memory:.0f}") for f in figures]
-    print(table(("command", "events/s", "events/CPU s", "MiB"), rows))
+    head = ["command", "events/s", "times its peer", "events/CPU s", "times its peer", "MiB"]
+    for figures in sizes:
+        print(f"{machine()}; {figures[0].events:,} events\n\n{table(head, [_row(each) for each in figures])}\n")
+    if len(sizes) > 1:
+        print(f"of further events\n\n{table(head[:5], _further(sizes[0], sizes[-1]))}")
 
 
-def _figure(command: str, runs: list[tuple[float, float, float]], events: int) -> ImportFigure:
+def _figure(command: str, runs: list[Taken], peer: list[Taken], events: int) -> ImportFigure:
     clock, cpu, memory = (statistics.median(each) for each in zip(*runs, strict=True))
-    return ImportFigure(command, events / clock, events / cpu, memory)
+    times, cpu_times = (
+        statistics.median(other[at] / mine[at] for mine, other in zip(runs, peer, strict=True)) for at in (0, 1)
+    )
+    return ImportFigure(command, events, events / clock, events / cpu, memory, times, cpu_times)
+
+
+def _row(figure: ImportFigure) -> list[str]:
+    ours = figure.command in PEERS
+    return [
+        figure.command,
+        f"{figure.per_second:,.0f}",
+        f"{figure.times:.2f}" if ours else "",
+        f"{figure.per_cpu_second:,.0f}",
+        f"{figure.cpu_times:.2f}" if ours else "",
+        f"{figure.memory:.0f}",
+    ]
+
+
+def _further(few: list[ImportFigure], many: list[ImportFigure]) -> list[list[str]]:
+    """What each event costs by which the larger files are larger: start-up is in neither."""
+    speeds: dict[str, list[float]] = {}
+    for small, large in zip(few, many, strict=True):
+        speeds[large.command] = [
+            (large.events - small.events) / (large.events / getattr(large, per) - small.events / getattr(small, per))
+            for per in ("per_second", "per_cpu_second")
+        ]
+    rows = []
+    for command, each in speeds.items():
+        peer = speeds[PEERS.get(command, command)]
+        times = [f"{mine / other:.2f}" if command in PEERS else "" for mine, other in zip(each, peer, strict=True)]
+        rows.append([command, f"{each[0]:,.0f}", times[0], f"{each[1]:,.0f}", times[1]])
+    return rows
 
 
 if __name__ == "__main__":
