@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a flight recorder costs the guests, and recorders that people keep running today: all in one run.
 
-    python -m benchmarks.flight_overhead [--rounds 3] [--loops 5000] [--json]
+    python -m benchmarks.flight_overhead [--scenario storm] [--rounds 3] [--loops 5000] [--json]
+    python -m benchmarks.flight_overhead --lab 6.1-async [--rounds 3] [--loops 20] [--json]
 
-The workload is that of benchmarks.record (VMM scenario `storm`, at its full rate), each time bare and then under one
-recorder. Slow-down is the CPU time of the workload's own process, which its probes are part of, over that of the bare
-run just before: on a busy machine the time on the clock says little, and is given as well. The recorder's CPU time is
-that of everything else in its process tree, its start included.
+The workload is a scenario of the VMM at its full rate, each time bare and then under one recorder: `storm` for a KVM in
+software, `smi-storm` for one with nested paging. Slow-down is the CPU time of the VMM's process, which its probes are
+part of, over that of the bare run just before: on a busy machine the time on the clock says little, and is given as
+well. The recorder's CPU time is that of everything else in its process tree, its start included.
+
+With `--lab` all of this runs in one guest of that kernel, on one CPU, whose clock counts instructions: what else this
+machine does shows in no figure. An exit costs as little there as any other instruction.
 """
 
 from __future__ import annotations
@@ -17,113 +21,127 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from datetime import date
 from pathlib import Path
+from typing import Any, Final
 
-from benchmarks.measure import Run, measure_undisturbed
+from benchmarks.flight_recorders import SCENARIOS, Scenario, flight, recorders
+from benchmarks.measure import measure_undisturbed
 from benchmarks.record import machine, spread, table
-from benchmarks.recorders import NAMES, RING_BYTES, Kept, Recorder, bare_command, bare_read, perf_read
+from benchmarks.recorders import Recorder, bare_command, bare_read
+from tracer.lab import prebuilt
+from tracer.lab.fetch import fetch
+from tracer.lab.session import boot
 from traces.errors import ENVIRONMENT, Problem
 
-PRESETS = ("all", "mmu", "time", "roots")
-WANTED = {"mmu": 2.5, "roots": 1.05}
+WANTED: Final = {"mmu": 2.5, "roots": 1.05}
+LAB_SCENARIO: Final = "smi-storm"
+_CPU: Final = "amd-icount"
+_MEMORY: Final = 4096  # MiB: what recorders write is in the guest's memory as well
+_LAB_TIMEOUT: Final = 7200.0
+
+Document = dict[str, Any]
+_Pair = Sequence[Mapping[str, Any]]
 
 
-def flight_command(preset: str, *more: str) -> Callable[[Path, Sequence[str]], list[str]]:
-    def command(scratch: Path, workload: Sequence[str]) -> list[str]:
-        options = ["--flight", "30s", "--events", preset, *more, "--json", "-o", str(scratch / "dumps")]
-        return [sys.executable, "-m", "kvmtrace", "record", *options, "--", *workload]
-
-    return command
-
-
-def flight_read(scratch: Path) -> Kept:
-    said = json.loads((scratch / "stdout").read_text())
-    return Kept(said["events"], said["lost"], 0)
-
-
-def overwrite_command(scratch: Path, workload: Sequence[str]) -> list[str]:
-    """perf's own flight recorder: the ring is overwritten, and read at the end."""
-    options = ["-q", "-a", "--overwrite", "-m", str(RING_BYTES // 4096), "-e", ",".join(NAMES)]
-    return ["perf", "record", *options, "-o", str(scratch / "perf.data"), "--", *workload]
+def measured(scenario: Scenario, rounds: int, loops: int, timeout: float) -> Document:
+    """Pairs of runs by recorder, bare and recorded. Raises Problem where the workload does not run."""
+    if os.geteuid() != 0 or not Path("/dev/kvm").exists():
+        raise Problem("needs root and /dev/kvm", ENVIRONMENT)
+    facts, bare = machine(), Recorder("bare", sys.executable, bare_command, bare_read)
+    pairs: dict[str, list[list[dict[str, Any]]]] = {}
+    for number in range(rounds):
+        for recorder in recorders(scenario.tracepoints()):
+            print(f"round {number + 1} of {rounds}: {recorder.name}", file=sys.stderr, flush=True)
+            pair = [measure_undisturbed(each, loops, timeout, scenario.words) for each in (bare, recorder)]
+            if pair[0].why:
+                raise Problem(f"the workload alone does not run: {pair[0].why}", ENVIRONMENT)
+            pairs.setdefault(recorder.name, []).append([asdict(run) for run in pair])
+    return {"schema": 2, **facts, "scenario": " ".join(scenario.words), "loops": loops, "pairs": pairs}
 
 
-def overwrite_read(scratch: Path) -> Kept:
-    kept = perf_read(scratch)
-    return Kept(kept.events, None, kept.size)
-
-
-def live_command(scratch: Path, workload: Sequence[str]) -> list[str]:
-    """`perf kvm stat live` runs no command of its own: it is begun before, and ended after."""
-    script = 'cd "$0"; perf kvm stat live -d 1 >live 2>&1 & p=$!; sleep 1; "$@"; s=$?; kill -INT $p; wait $p; exit $s'
-    return ["sh", "-c", script, str(scratch), *workload]
-
-
-def recorders() -> tuple[Recorder, ...]:
-    """All that are compared."""
-    flights = [
-        Recorder(f"--flight --events {each}", sys.executable, flight_command(each), flight_read) for each in PRESETS
-    ]
-    bounded = flight_command("mmu", "--max-overhead", "1%")
-    return (
-        *flights,
-        Recorder("--flight --max-overhead 1%", sys.executable, bounded, flight_read),
-        Recorder("perf record -a --overwrite", "perf", overwrite_command, overwrite_read),
-        Recorder("perf kvm stat live", "perf", live_command, bare_read),
+def in_lab(kernel: str, scenario: str, rounds: int, loops: int, timeout: float) -> Document:
+    """The same of a guest in the lab. Raises Problem."""
+    booted = fetch(kernel, lambda line: print(line, file=sys.stderr))
+    asked = {"scenario": scenario, "rounds": rounds, "loops": loops, "timeout": timeout}
+    options = [f"--{name}={value}" for name, value in asked.items()]
+    done = boot(
+        booted,
+        [sys.executable, "-m", "benchmarks.flight_overhead", "--json", *options],
+        cpu=_CPU,
+        probes=prebuilt.of(booted),
+        memory=_MEMORY,
+        timeout=_LAB_TIMEOUT,
     )
+    if done.code or done.signalled:
+        raise Problem(f"in the guest of kernel {kernel}: {done.stderr.strip()[-300:]}", ENVIRONMENT)
+    return {**json.loads(done.stdout), "date": date.today().isoformat(), "lab": kernel}
+
+
+def ratios(pairs: Sequence[_Pair], figure: str) -> list[float]:
+    """A figure under the recorder over the bare one, pair by pair."""
+    return [recorded[figure] / bare[figure] for bare, recorded in pairs]
+
+
+def ran(pairs: Sequence[_Pair]) -> list[_Pair]:
+    """Those whose recorder ran."""
+    return [pair for pair in pairs if not pair[1]["why"]]
+
+
+def rows(document: Document) -> Iterator[list[str]]:
+    """A recorder each: medians and ranges."""
+    for name, pairs in document["pairs"].items():
+        good = ran(pairs)
+        if not good:
+            yield [name, pairs[0][1]["why"], "", "", "", ""]
+            continue
+        kept = [recorded["kept"] for _, recorded in good]
+        counts = any(one["events"] for one in kept)
+        lost = [one["lost"] for one in kept if one["lost"] is not None]
+        yield [
+            name, spread(ratios(good, "work_cpu_seconds")), spread(ratios(good, "guest_seconds")),
+            spread([recorded["recorder_cpu_seconds"] for _, recorded in good], ".1f"),
+            spread([one["events"] for one in kept], ",.0f") if counts else "none",
+            spread(lost, ",.0f") if lost and counts else "the rest, overwritten" if counts else "",
+        ]  # fmt: skip
+
+
+def text(document: Document) -> str:
+    """The table, what it was measured on, and how it compares with what is wanted."""
+    where = f"{document['date']}, kernel {document['kernel']}"
+    where += f" ({document['lab']}, {_CPU} of the lab)" if "lab" in document else f", load {document['load']:.1f}"
+    where += f", {document['cpu']}, {document['cpus']} CPU{'' if document['cpus'] == 1 else 's'}"
+    rounds = max(map(len, document["pairs"].values()))
+    what = f"{document['scenario']} of {document['loops']:,} loops, medians (and ranges) of {rounds} pairs"
+    head = ["recorder", "slow-down, CPU", "slow-down, clock", "recorder CPU, s", "events kept", "events lost"]
+    lines = [f"{where}; {what}", "", table(head, list(rows(document)))]
+    for preset, most in WANTED.items():
+        if good := ran(document["pairs"].get(flight(preset), ())):
+            found = statistics.median(ratios(good, "work_cpu_seconds"))
+            lines += ["", f"{preset}: {found:.2f}x of bare (wanted: at most {most:g}x)"]
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.flight_overhead", description="What a flight recorder costs.")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--loops", type=int, default=5_000, help="of the storm; 10,000 are about 2 s bare")
+    parser.add_argument("--lab", metavar="KERNEL", help="in a guest of this kernel of the lab")
+    parser.add_argument("--scenario", choices=SCENARIOS, help=f"of the VMM: storm, with --lab {LAB_SCENARIO}")
+    parser.add_argument("--loops", type=int, help="of the scenario; 10,000 of storm are about 2 s bare")
     parser.add_argument("--timeout", type=float, default=180.0, help="seconds that one run may take")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    if os.geteuid() != 0 or not Path("/dev/kvm").exists():
-        raise SystemExit("benchmarks.flight_overhead: needs root and /dev/kvm")
-    facts, bare = machine(), Recorder("bare", sys.executable, bare_command, bare_read)
-    pairs: dict[str, list[tuple[Run, Run]]] = {}
+    chosen = options.scenario or (LAB_SCENARIO if options.lab else "storm")
+    scenario = SCENARIOS[chosen]
+    asked = (options.rounds, options.loops or scenario.loops, options.timeout)
     try:
-        for number in range(options.rounds):
-            for recorder in recorders():
-                print(f"round {number + 1} of {options.rounds}: {recorder.name}", file=sys.stderr)
-                pair = [measure_undisturbed(each, options.loops, options.timeout) for each in (bare, recorder)]
-                if pair[0].why:
-                    raise Problem(f"the workload alone does not run: {pair[0].why}", ENVIRONMENT)
-                pairs.setdefault(recorder.name, []).append((pair[0], pair[1]))
+        document = in_lab(options.lab, chosen, *asked) if options.lab else measured(scenario, *asked)
     except (Problem, subprocess.TimeoutExpired) as problem:
         print(f"benchmarks.flight_overhead: {problem}", file=sys.stderr)
         raise SystemExit(ENVIRONMENT) from None
-    if options.json:
-        runs = {name: [[asdict(run) for run in pair] for pair in each] for name, each in pairs.items()}
-        print(json.dumps({"schema": 1, **facts, "loops": options.loops, "pairs": runs}, indent=2))
-        return
-    rows, slow = [], {}
-    for name, each in pairs.items():
-        good = [(one, other) for one, other in each if not other.why]
-        if not good:
-            rows.append([name, each[0][1].why, "", "", "", ""])
-            continue
-        ratios = [other.work_cpu_seconds / one.work_cpu_seconds for one, other in good]
-        slow[name] = statistics.median(ratios)
-        kept = [other.kept for _, other in good if other.kept is not None]
-        counts = any(one.events for one in kept)
-        lost = [one.lost for one in kept if one.lost is not None]
-        rows.append([
-            name, spread(ratios), spread([other.guest_seconds / one.guest_seconds for one, other in good]),
-            spread([other.recorder_cpu_seconds for _, other in good], ".1f"),
-            spread([one.events for one in kept], ",.0f") if counts else "none",
-            spread(lost, ",.0f") if lost and counts else "the rest, overwritten" if counts else "",
-        ])  # fmt: skip
-    where = f"{facts['date']}, kernel {facts['kernel']}, {facts['cpu']}, {facts['cpus']} CPUs, load {facts['load']:.1f}"
-    print(f"{where}; storm of {options.loops:,} loops, medians (and ranges) of {options.rounds} pairs\n")
-    head = ["recorder", "slow-down, CPU", "slow-down, clock", "recorder CPU, s", "events kept", "events lost"]
-    print(table(head, rows))
-    for preset, most in WANTED.items():
-        if (found := slow.get(f"--flight --events {preset}")) is not None:
-            print(f"\n{preset}: {found:.2f}x of bare (wanted: at most {most:g}x)")
+    print(json.dumps(document, indent=2) if options.json else text(document))
 
 
 if __name__ == "__main__":

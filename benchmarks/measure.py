@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +35,7 @@ class Run:
     guest_seconds: float = 0.0
     whole_seconds: float = 0.0
     recorder_cpu_seconds: float = 0.0
-    work_cpu_seconds: float = 0.0  # of the workload's processes, with the probes that run in them
+    work_cpu_seconds: float = 0.0  # of the VMM's process, with the probes that run in it
     kept: Kept | None = None
     disturbed: bool = False
 
@@ -73,11 +74,11 @@ def supervise(child: subprocess.Popen[bytes], timeout: float) -> tuple[float, bo
         time.sleep(0.01)
 
 
-def storm(loops: int, timeout: float) -> list[str]:
-    return [str(vmm.binary()), "storm", "--loops", str(loops), "--timeout", str(int(timeout))]
+def storm(loops: int, timeout: float, scenario: Sequence[str] = ("storm",)) -> list[str]:
+    return [str(vmm.binary()), *scenario, "--loops", str(loops), "--timeout", str(int(timeout))]
 
 
-def measure(recorder: Recorder, loops: int, timeout: float) -> Run:
+def measure(recorder: Recorder, loops: int, timeout: float, scenario: Sequence[str] = ("storm",)) -> Run:
     """Run the workload under one recorder and read what it kept; its files are gone afterwards."""
     if shutil.which(recorder.program) is None:
         return Run(recorder.name, f"{recorder.program} is not installed")
@@ -85,9 +86,8 @@ def measure(recorder: Recorder, loops: int, timeout: float) -> Run:
     with tempfile.TemporaryDirectory(prefix="kvmtrace-bench-") as name:
         scratch = Path(name)
         result = scratch / "workload.json"
-        argv = recorder.command(
-            scratch, [sys.executable, "-S", str(workload.__file__), str(result), *storm(loops, timeout)]
-        )
+        work = storm(loops, timeout, scenario)
+        argv = recorder.command(scratch, [sys.executable, "-S", str(workload.__file__), str(result), *work])
         with (scratch / "stdout").open("wb") as out, (scratch / "stderr").open("wb") as err:
             started = time.monotonic()
             environment = {**os.environ, **recorder.environment}
@@ -101,11 +101,11 @@ def measure(recorder: Recorder, loops: int, timeout: float) -> Run:
             whole = time.monotonic() - started
         if child.returncode != 0 or not result.exists():
             return Run(recorder.name, f"refused: {last_words(scratch / 'stderr')}")
-        work = json.loads(result.read_text())
-        guest = sum(work["output"]["guest_ns"]) / 1e9
+        ended = json.loads(result.read_text())
+        guest = sum(ended["output"]["guest_ns"]) / 1e9
         kept = recorder.read(scratch)
-        used = work["cpu_seconds"]
-        return Run(recorder.name, "", loops, guest, whole, cpu - used, used, kept, disturbed)
+        used, vmm_used = ended["cpu_seconds"], ended["vmm_cpu_seconds"]
+        return Run(recorder.name, "", loops, guest, whole, cpu - used, vmm_used, kept, disturbed)
 
 
 def last_words(path: Path) -> str:
@@ -113,10 +113,10 @@ def last_words(path: Path) -> str:
     return "; ".join(lines[:3]) or "it says nothing"
 
 
-def measure_undisturbed(recorder: Recorder, loops: int, timeout: float) -> Run:
+def measure_undisturbed(recorder: Recorder, loops: int, timeout: float, scenario: Sequence[str] = ("storm",)) -> Run:
     """The first of a few runs during which no other VM was seen, or the last, which then says so."""
     for _ in range(ATTEMPTS - 1):
-        run = measure(recorder, loops, timeout)
+        run = measure(recorder, loops, timeout, scenario)
         if not run.disturbed:
             return run
-    return measure(recorder, loops, timeout)
+    return measure(recorder, loops, timeout, scenario)

@@ -86,7 +86,7 @@ def perf_read(scratch: Path) -> Kept:
     argv = ["perf", "report", "-i", str(data), "--stats"]
     text = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
     parts = re.split(r"^(.+) stats:$", text, flags=re.MULTILINE)
-    by_event = "".join(block for name, block in zip(parts[1::2], parts[2::2], strict=True) if name in NAMES)
+    by_event = "".join(block for name, block in zip(parts[1::2], parts[2::2], strict=True) if name.startswith("kvm"))
     lost: int | None = _sum(r"^\s*LOST_SAMPLES events:\s+(\d+)", by_event)
     if not lost and _sum(r"^\s*LOST events:\s+(\d+)", text):
         lost = None
