@@ -31,7 +31,7 @@ _LOG_SIZE: Final = 1 << 20
 _PROG_INFO_SIZE: Final = 224  # struct bpf_prog_info
 _MAP_INFO: Final = struct.Struct("=6I")  # struct bpf_map_info: type, id, key and value size, entries, flags
 _SYS_PERF_EVENT_OPEN: Final = 298
-_PERF_TRACEPOINT, _PERF_SAMPLE_RAW, _PERF_CLOEXEC = 2, 1 << 10, 8
+_PERF_TRACEPOINT, _PERF_CLOEXEC = 2, 8
 _IOC_ENABLE, _IOC_SET_BPF = 0x2400, 0x40042408
 _ATTR: Final = struct.Struct("=IIQQQQQIIQQ")  # struct perf_event_attr up to config2 (PERF_ATTR_SIZE_VER1)
 
@@ -249,7 +249,7 @@ def iterate(link: int) -> int:
 
 def attach_tracepoint(fd: int, event: int) -> int:
     """Attach to the tracepoint whose id tracefs gives as `event`; closing the descriptor detaches. Raises OSError."""
-    return _perf_event(fd, _ATTR.pack(_PERF_TRACEPOINT, _ATTR.size, event, 1, _PERF_SAMPLE_RAW, 0, 0, 1, 0, 0, 0))
+    return _perf_event(fd, _ATTR.pack(_PERF_TRACEPOINT, _ATTR.size, event, *bytes(8)))
 
 
 def attach_kprobe(fd: int, function: str, returns: bool) -> int:
@@ -258,11 +258,14 @@ def attach_kprobe(fd: int, function: str, returns: bool) -> int:
     kind = int((PERF_OF_KPROBES / "type").read_text())
     bit = int((PERF_OF_KPROBES / "format" / "retprobe").read_text().rpartition(":")[2])
     where = ctypes.addressof(name)
-    return _perf_event(fd, _ATTR.pack(kind, _ATTR.size, int(returns) << bit, 1, 0, 0, 0, 1, 0, where, 0))
+    return _perf_event(fd, _ATTR.pack(kind, _ATTR.size, int(returns) << bit, 0, 0, 0, 0, 0, 0, where, 0))
 
 
 def _perf_event(fd: int, attributes: bytes) -> int:
-    """A perf event that runs the program: on every CPU, whichever one it is opened for."""
+    """A perf event that runs the program: on every CPU, whichever one it is opened for.
+
+    It has no period: with one, the kernel would make a sample of each event on that CPU, which nobody reads.
+    """
     system = ctypes.CDLL(None, use_errno=True)
     event = int(system.syscall(_SYS_PERF_EVENT_OPEN, attributes, -1, 0, -1, _PERF_CLOEXEC))
     if event < 0:
