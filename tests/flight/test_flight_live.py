@@ -19,6 +19,8 @@ from tests.tracer.test_record_live import command, counted, independent_counter,
 from tests.waiting import until
 from traces.reader import Trace
 
+INTERNAL_ERROR = 17  # KVM_EXIT_INTERNAL_ERROR
+
 pytestmark = [pytest.mark.live, pytest.mark.usefixtures("live")]
 
 
@@ -117,6 +119,22 @@ def test_a_vcpu_that_polls_mmio_triggers_while_it_goes_on_and_its_beginning_is_t
     (vm,) = [vm for vm in trace.metadata.vms if vm["pid"] == guest.pid]
     assert vm["origin"] == "created"
     assert "KVM_EXIT_MMIO" in run("report", dump).stdout, "that is what it does all the time"
+
+
+def test_a_vm_that_kvm_run_gives_up_on_triggers_and_the_report_names_the_error(tmp_path: Path, vmm: str) -> None:
+    """Here a software KVM answers the access to a lost page itself, so that the error is an instruction's."""
+    directory, second = tmp_path / "d", 1_000_000_000
+    with watching(directory, "errors > 0 for 1s"):
+        subprocess.run(noted(tmp_path / "pid", vmm, "not-emulated"), check=True, stdout=subprocess.DEVNULL)
+        assert until(lambda: list(directory.glob("*-errors.parquet"))), "it must trigger"
+    dump = min(directory.glob("*-errors.parquet"))
+    facts = Trace.open(dump).metadata.raw["flight"]
+    assert facts["text"].startswith(f"process {(tmp_path / 'pid').read_text().strip()}: ")
+    exits = pl.scan_parquet(dump).filter(pl.col("kind") == "kvm_userspace_exit", pl.col("code") == INTERNAL_ERROR)
+    failed = exits.sort("time").collect()["time"].to_list()
+    assert len(failed) > 100, "it fails on and on"
+    assert facts["begins"] < failed[0] <= facts["time"] <= failed[0] + 2 * second, "within twice its time"
+    assert "KVM_EXIT_INTERNAL_ERROR" in run("report", dump).stdout
 
 
 def test_healthy_vms_trigger_nothing(tmp_path: Path, vmm: str) -> None:
