@@ -31,6 +31,7 @@ pytestmark = pytest.mark.slow
 KERNEL = kernels.at("6.1.192")
 INTEL = kernels.at("6.1.192", kernels.Facts(cpu=VMX.cpu))
 RECORDINGS = ("smi-grow-5.10", "smi-storm-6.1-async", "two-vms-6.12", "huge-7.x", "smi-one-6.1-ept", "roots-6.1-npt0")
+APART = ("gap", "fast_page_fault")  # forms that have tests of their own
 # Of other than the kernel's printing: put together from what is printed, or not printed at all.
 INFERRED = ("seq", "vm", "vcpu", "root", "role", "table")
 
@@ -76,7 +77,7 @@ def rows(draw: Any, form: Form, intel: bool) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("intel", [False, True], ids=["svm", "vmx"])
-@pytest.mark.parametrize("form", [form for form in FORMS if form.kind not in ("gap", "fast_page_fault")],
+@pytest.mark.parametrize("form", [form for form in FORMS if form.kind not in APART],
                          ids=lambda form: f"{form.event}-{form.since[0]}.{form.since[1]}")  # fmt: skip
 @given(data=st.data())
 def test_every_form_is_read_as_it_is_printed(form: Form, intel: bool, data: st.DataObject) -> None:
@@ -92,12 +93,16 @@ def test_every_form_is_read_as_it_is_printed(form: Form, intel: bool, data: st.D
     columns["role"] = np.array([role], np.uint32)
     text, fits = Printer(kernel, {}, perf=False).text(form, columns)
     assert fits.all()
+    for head in ("CPU 0/KVM-7 [000] ..... 1.000000: ", "CPU 0/KVM 7/8 [000] 1.000000000: kvm:"):  # ftrace's, perf's
+        _is_read(f"{head}{form.event}: {text[0].as_py()}\n".encode(), form, row, kernel)
+
+
+def _is_read(line: bytes, form: Form, row: dict[str, int], kernel: kernels.Kernel) -> None:
     scanner = Scanner(8)
-    line = f"CPU 0/KVM-7 [000] ..... 1.000000: {form.event}: {text[0].as_py()}\n".encode()
     scanner.take(line, 0, True)
     assert scanner.rows == 1, line
     kind = BY_NAME[form.kind]
-    assert scanner.columns["kind"][0] == kind.code
+    assert scanner.columns["kind"][0] == kind.code, line
     for name, value in row.items():
         if name.startswith("role."):
             shift, mask = ROLE_FIELDS[name.removeprefix("role.")]
@@ -109,6 +114,34 @@ def test_every_form_is_read_as_it_is_printed(form: Form, intel: bool, data: st.D
         )
         found = int(scanner.columns[places.get(name, name)][0])
         assert found == value & (0xFFFFFFFF if name == kind.count else (1 << 64) - 1), line
+
+
+@given(vcpu=st.integers(0, 4095), words=st.tuples(*[st.integers(0, (1 << 64) - 1)] * 3), fixed=st.booleans())
+def test_a_fast_fault_is_read_as_it_is_printed(vcpu: int, words: tuple[int, int, int], fixed: bool) -> None:
+    """Its text has words for two return codes, whose numbers are the kernel's."""
+    (form,) = (form for form in FORMS if form.kind == "fast_page_fault")
+    columns: dict[str, Any] = {name: np.zeros(1, np.int64) for name in COLUMNS}
+    columns |= {name: np.array([word], np.uint64) for name, word in zip(("addr", "old", "new"), words, strict=True)}
+    codes = KERNEL.ret_pf
+    columns |= {"vcpu": np.array([vcpu]), "ret": np.array([codes.fixed if fixed else codes.spurious])}
+    text, _ = Printer(KERNEL, {}, perf=False).text(form, columns)
+    scanner = Scanner(8)
+    scanner.take(f"CPU 0/KVM-7 [000] ..... 1.000000: {form.event}: {text[0].as_py()}\n".encode(), 0, True)
+    found = {name: int(scanner.columns[name][0]) for name in ("kind", "vcpu", "w0", "w1", "w2", "w3", "n")}
+    kind = BY_NAME["fast_page_fault"]
+    assert (found["kind"], found["vcpu"], found["n"] & 3) == (kind.code, vcpu, 1 if fixed else 2)
+    places = dict(zip(kind.words, ("w0", "w1", "w2", "w3"), strict=False))
+    assert tuple(found[places[name]] for name in ("addr", "old", "new")) == words
+
+
+@pytest.mark.parametrize("perf", [False, True])
+@given(cpu=st.integers(0, 4095), lost=st.integers(1, (1 << 32) - 1))
+def test_losses_are_read_as_they_are_printed(perf: bool, cpu: int, lost: int) -> None:
+    columns: dict[str, Any] = {name: np.zeros(1, np.int64) for name in COLUMNS}
+    columns |= {"cpu": np.array([cpu]), "value": np.array([lost], np.uint64)}
+    scanner = Scanner(8)
+    scanner.take(Printer(KERNEL, {}, perf).lines(columns, np.zeros(1, np.int64), ["gap"]), 0, True)
+    assert [int(scanner.columns[name][0]) for name in ("kind", "cpu", "w0")] == [BY_NAME["gap"].code, cpu, lost]
 
 
 def _role_bits(kernel: kernels.Kernel, name: str, value: int) -> int:
