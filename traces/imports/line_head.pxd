@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-from traces.imports.line_text cimport LineText
+from traces.imports.line_text cimport LineText, find_byte
 
 
 cdef class LineHead(LineText):

@@ -9,6 +9,9 @@ import cython
 from traces.imports import form_program as p
 from traces.imports.line_text import LineText
 
+if not cython.compiled:
+    from traces.imports.line_text import find_byte
+
 _JUNK = cython.declare(cython.int, p.JUNK)
 _KNOWN = cython.declare(cython.int, p.KNOWN)
 
@@ -36,8 +39,13 @@ class LineHead(LineText):
         whole: cython.ulonglong
         part: cython.ulonglong
         digits: cython.Py_ssize_t
-        for i in range(begin + 3, min(end, begin + 200)):
-            if self._text[i] != 58 or (i + 1 < end and self._text[i + 1] != 32 and self._text[i + 1] != 9):
+        last: cython.Py_ssize_t = max(min(end, begin + 200), begin + 3)
+        i = begin + 2
+        while True:
+            i = find_byte(self._text, 58, i + 1, last)
+            if i == last:
+                return -1
+            if i + 1 < end and self._text[i + 1] != 32 and self._text[i + 1] != 9:
                 continue
             if not 48 <= self._text[i - 1] <= 57:
                 if i > begin + 3 and self._text[i - 2] == 115 and self._text[i - 3] == 117:  # `us`
@@ -78,7 +86,6 @@ class LineHead(LineText):
                 self._l_how = 2
             self._task(begin, first)
             return i + 1
-        return -1
 
     @cython.cfunc
     @cython.exceptval(check=False)

@@ -1,4 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
+from libc.string cimport memchr
+
+
+cdef inline Py_ssize_t find_byte(
+    const unsigned char[::1] text, unsigned char byte, Py_ssize_t begin, Py_ssize_t end
+) noexcept:
+    """Where the byte stands first; `end` where it does not."""
+    if begin >= end:
+        return end
+    cdef const unsigned char* found = <const unsigned char*>memchr(&text[begin], byte, end - begin)
+    return end if found is NULL else found - &text[0]
+
+
 cdef class LineText:
     cdef const unsigned char[::1] _text
     cdef const unsigned char[::1] _blob

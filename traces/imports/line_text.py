@@ -19,6 +19,12 @@ _VIEWS = (
     "_of_name", "_event_table", "_exit_table",
 )  # fmt: skip
 
+if not cython.compiled:
+
+    def find_byte(text: memoryview, byte: int, begin: int, end: int) -> int:
+        """As C's memchr does it (line_text.pxd)."""
+        return next((at for at in range(begin, end) if text[at] == byte), end)
+
 
 @cython.cclass
 class LineText:

@@ -2,6 +2,7 @@
 cimport cython
 
 from traces.imports.line_rows cimport LineRows
+from traces.imports.line_text cimport find_byte
 
 
 @cython.final
@@ -13,6 +14,7 @@ cdef class Scanner(LineRows):
     cdef Py_ssize_t _room
     cdef const unsigned char[::1] _data
     cdef unsigned char[::1] _scratch
+    cdef bint _in_scratch
     cdef Py_ssize_t _held
     cdef Py_ssize_t _held_at
     cdef int _parts
@@ -26,6 +28,7 @@ cdef class Scanner(LineRows):
     cdef void _keep(self)
     cdef Py_ssize_t _append(self, Py_ssize_t begin, Py_ssize_t end)
     cdef bint _with_task(self, Py_ssize_t begin, Py_ssize_t end)
+    cdef int _read_data(self, Py_ssize_t begin, Py_ssize_t end)
     cdef int _read_scratch(self, Py_ssize_t length)
     cdef void _absorb(self, Py_ssize_t length)
     cdef void _became(self, Py_ssize_t length)

@@ -16,6 +16,9 @@ import numpy as np
 from traces.imports import form_program as p
 from traces.imports.line_rows import LineRows
 
+if not cython.compiled:
+    from traces.imports.line_text import find_byte
+
 COMPILED: bool = cython.compiled
 
 _JUNK = cython.declare(cython.int, p.JUNK)
@@ -48,6 +51,7 @@ class Scanner(LineRows):
     _room: cython.Py_ssize_t
     _data: cython.const[cython.uchar][::1]  # what was given
     _scratch: cython.uchar[::1]
+    _in_scratch: cython.bint  # `_text` is that: to set it costs as much as all else of a short line
     _held: cython.Py_ssize_t  # its length; 0: none
     _held_at: cython.Py_ssize_t  # where it stands in the text; -1: it is in _scratch
     _parts: cython.int
@@ -59,6 +63,7 @@ class Scanner(LineRows):
         super().__init__(room)
         self._room = room
         self._scratch = np.zeros(_LONGEST, np.uint8)
+        self._in_scratch = False
         self._held = 0
         self._held_at = -1
         self._parts = 0
@@ -80,11 +85,10 @@ class Scanner(LineRows):
         at: cython.Py_ssize_t = start
         end: cython.Py_ssize_t
         begin: cython.Py_ssize_t
-        self._data = data
+        self._data = self._text = data
+        self._in_scratch = False
         while at < size and self.rows < self._room - 1:
-            end = at
-            while end < size and self._data[end] != 10:
-                end += 1
+            end = find_byte(self._data, 10, at, size)
             if end == size and not final:
                 break
             begin = at
@@ -121,8 +125,7 @@ class Scanner(LineRows):
             self._count_odd(begin, end)
             self._held = 0
             return
-        self._text = self._data
-        what = self._read(begin, end)
+        what = self._read_data(begin, end)
         if (
             what in (_EVENT, _BEGUN)
             and self._l_tid == 0
@@ -131,8 +134,7 @@ class Scanner(LineRows):
         ):
             if self._with_task(begin, end):
                 return
-            self._text = self._data
-            what = self._read(begin, end)
+            what = self._read_data(begin, end)
         if what == _EVENT:
             self._emit()
             self._hold(begin, end, _EVENT)
@@ -233,8 +235,16 @@ class Scanner(LineRows):
         return True
 
     @cython.cfunc
+    def _read_data(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.int:
+        if self._in_scratch:
+            self._text = self._data
+            self._in_scratch = False
+        return self._read(begin, end)
+
+    @cython.cfunc
     def _read_scratch(self, length: cython.Py_ssize_t) -> cython.int:
         self._text = self._scratch
+        self._in_scratch = True
         return self._read(0, length)
 
     @cython.cfunc
