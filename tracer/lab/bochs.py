@@ -126,7 +126,7 @@ class BochsMachine:
         # Debian's builds have no display that needs nothing: one for VNC that does not wait for a viewer stands in.
         display = 'rfb, options="timeout=0"' if bochs.has_debugger else "nogui"
         bios, vga = BIOS
-        # Debian's builds mix sound in a thread, which aborts ("buffer overflow detected") where there is no sound card.
+        # Debian's builds mix sound in a thread, which aborted ("buffer overflow detected") on a machine without a card.
         silent = ["speaker: enabled=0", "sound: waveoutdrv=dummy, waveindrv=dummy, midioutdrv=dummy"]
         return [
             *(silent if bochs.has_debugger else ()),
