@@ -24,6 +24,13 @@ def test_every_guest_is_built_and_run_by_what_is_there() -> None:
     assert {guest.build for guest in GUESTS.values() if guest.check} == {"selftests"}, "quick enough for every check"
 
 
+def test_a_build_within_a_recipe_of_make_is_a_make_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """KVM's selftests built into / where MAKELEVEL was set."""
+    (tmp_path / "Makefile").write_text("all:\n\t@echo $(MAKELEVEL) >&2\n")
+    monkeypatch.setenv("MAKELEVEL", "1")
+    assert builds._make(tmp_path, "all") == "0\n"
+
+
 def test_a_job_has_its_limit_and_says_how_it_ended(tmp_path: Path) -> None:
     job = guests._job(GUESTS["selftest-smm"], "6.1", Path("/built here"))
     assert job["out"] == "/mnt/lab/selftest-smm-6.1.parquet"

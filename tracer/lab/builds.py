@@ -60,18 +60,25 @@ def _selftests(work: Path, made: Path) -> None:
     tree = work / f"linux-source-{SERIES}"
     # It ends early where there is no rsync, and has then made all that the tests need.
     _make(tree, "headers_install", "ARCH=x86_64")
-    _make(tree / _TESTS, "-k", "ARCH=x86_64", "LDFLAGS=-pthread -no-pie -static", _RENAMED)
+    said = _make(tree / _TESTS, "-k", "ARCH=x86_64", "LDFLAGS=-pthread -no-pie -static", _RENAMED)
     for path in (*(tree / _TESTS).glob("*"), *(tree / _TESTS / "x86_64").glob("*")):
         if path.is_file() and not path.suffix and os.access(path, os.X_OK):
             shutil.copy(path, made)
     if not any(made.iterdir()):
-        raise Problem("KVM's selftests do not build: apt-get install gcc make libc6-dev", ENVIRONMENT)
+        last = (said.strip().splitlines() or ["make said nothing"])[-1]
+        raise Problem(f"KVM's selftests do not build: apt-get install gcc make libc6-dev ({last})", ENVIRONMENT)
 
 
-def _make(tree: Path, *words: str) -> None:
-    """What does not build is missing in the end; a table of results shows it."""
+def _make(tree: Path, *words: str) -> str:
+    """What make said on standard error. What does not build is missing in the end; a table of results shows it.
+
+    It is a make of its own, also where this runs in a recipe of another: below one (MAKELEVEL), the selftests take the
+    place to build in from the make above, and with none they build into the root directory.
+    """
+    alone = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    command = ["make", "-C", str(tree), f"-j{os.cpu_count()}", *words]
     try:
-        subprocess.run(["make", "-C", tree, f"-j{os.cpu_count()}", *words], capture_output=True, check=False)
+        return subprocess.run(command, capture_output=True, check=False, env=alone, text=True, errors="replace").stderr
     except FileNotFoundError:
         raise Problem("no make: apt-get install make", ENVIRONMENT) from None
 
