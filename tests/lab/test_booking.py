@@ -33,7 +33,12 @@ SCENARIOS = ("other-thread", "one-mapping", "cross-fault", "late-vcpu", "churn")
 _CREATE_VCPU = 0xAE41
 
 
-@pytest.fixture(scope="module", params=["6.1", "7.x"])
+def booking(kernel: str) -> object:
+    """All tests of a kernel on one worker, which boots it once."""
+    return pytest.param(kernel, marks=pytest.mark.xdist_group(f"booking-{kernel}"))
+
+
+@pytest.fixture(scope="module", params=[booking("6.1"), booking("7.x")])
 def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the scenarios' recordings, all of one boot."""
     fetch.fetch(request.param)

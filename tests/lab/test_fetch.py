@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -45,6 +47,28 @@ def test_update_replaces_the_cached_kernel(store: Path) -> None:
     add_archive(store, newer)
     assert modules.Directory(*fetch.fetch("6.1").modules)["kvm"] == TREE["kvm"]
     assert modules.Directory(*fetch.fetch("6.1", update=True).modules)["kvm"] == elf("depends=irqbypass", "newer=1")
+
+
+def test_a_kernel_wanted_by_two_is_unpacked_by_one(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second waits, and takes what the first made."""
+    add_archive(store, whole_kernel())
+    kept = fetch._keep
+    made: list[str] = []
+
+    def slow(name: str, *rest: Any) -> lab_kernels.Bootable:
+        made.append(name)
+        if len(made) == 1:
+            other.start()
+            other.join(timeout=0.5)
+        return kept(name, *rest)
+
+    found: list[object] = []
+    other = threading.Thread(target=lambda: found.append(fetch.present("6.1")))
+    monkeypatch.setattr(fetch, "_keep", slow)
+    assert fetch.present("6.1") is not None
+    other.join()
+    assert found == [lab_kernels.fetched("6.1")]
+    assert made == ["6.1"]
 
 
 def test_archive_does_not_decide_where_files_go(store: Path, tmp_path: Path) -> None:

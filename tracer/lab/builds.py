@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from tracer.lab.apt import Apt
-from tracer.lab.fetch import Say, fetch
+from tracer.lab.fetch import Say, alone, fetch
 from tracer.lab.initramfs import Archive, build, compiled
 from tracer.lab.lab_kernels import cache
 from tracer.lab.modules import Directory
@@ -36,9 +36,11 @@ def built(what: str, say: Say = lambda line: None) -> Path:
     home = cache().parent / "guests" / what
     if home.is_dir():
         return home
-    say(f"building {what}")
     home.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{what}-", dir=home.parent) as directory:
+    with alone(home.parent), tempfile.TemporaryDirectory(prefix=f".{what}-", dir=home.parent) as directory:
+        if home.is_dir():
+            return home  # built by another process, while this one waited
+        say(f"building {what}")
         made = Path(directory) / "made"
         made.mkdir()
         _BUILDS[what](Path(directory), made)

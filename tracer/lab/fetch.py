@@ -6,6 +6,7 @@ What is kept of a kernel is its image and the few modules that a lab loads: some
 
 from __future__ import annotations
 
+import fcntl
 import lzma
 import os
 import shutil
@@ -43,7 +44,7 @@ def kernel_directory() -> Path | None:
 def present(name: str) -> Bootable | None:
     """A kernel of the table that is here, unpacked from the kernel directory if it is only there; or None."""
     kernel = known(name)
-    return fetched(name) or _from_directory(kernel)
+    return fetched(name) or _from_directory(kernel, anew=False)
 
 
 def fetch(name: str, say: Say = lambda line: None, *, update: bool = False) -> Bootable:
@@ -53,7 +54,7 @@ def fetch(name: str, say: Say = lambda line: None, *, update: bool = False) -> B
     no space.
     """
     kernel = known(name)
-    found = _from_directory(kernel) if update else present(name)
+    found = _from_directory(kernel, anew=True) if update else present(name)
     # Directories of kernels made before there was Intel in the lab have KVM for AMD only.
     whole = found and all(cpu.runs(Directory(*found.modules)) for cpu in CPUS.values())
     if found and (whole or not update or not kernel.suites):
@@ -61,7 +62,7 @@ def fetch(name: str, say: Say = lambda line: None, *, update: bool = False) -> B
     if not kernel.suites:
         raise missing(name)
     say(f"kernel {name}: looking for it in {', '.join(suite for _, suite in kernel.suites)}")
-    return _from_debian(kernel, say)
+    return _from_debian(kernel, say, anew=update)
 
 
 def choose(name: str, modules: Path | None = None, kvm_modules: Path | None = None) -> Bootable:
@@ -80,7 +81,7 @@ def choose(name: str, modules: Path | None = None, kvm_modules: Path | None = No
     return found
 
 
-def _from_directory(kernel: LabKernel) -> Bootable | None:
+def _from_directory(kernel: LabKernel, *, anew: bool) -> Bootable | None:
     directory = kernel_directory()
     archives = sorted(directory.glob(f"{kernel.series}.*-amd64.tar.xz")) if directory else []
     replaced: dict[str, bytes] = {}
@@ -94,6 +95,8 @@ def _from_directory(kernel: LabKernel) -> Bootable | None:
         return None
     archive = archives[-1]
     with _workplace(kernel.name) as work:
+        if not anew and (found := fetched(kernel.name)):
+            return found  # by another process, while this one waited
         tar = work / "kernel.tar"
         try:
             with lzma.open(archive) as packed, tar.open("wb") as plain:
@@ -103,8 +106,10 @@ def _from_directory(kernel: LabKernel) -> Bootable | None:
         return _keep(kernel.name, [tar], replaced)
 
 
-def _from_debian(kernel: LabKernel, say: Say) -> Bootable:
+def _from_debian(kernel: LabKernel, say: Say, *, anew: bool) -> Bootable:
     with _workplace(kernel.name) as work:
+        if not anew and (found := fetched(kernel.name)):
+            return found  # by another process, while this one waited
         apt = Apt(work / "apt", kernel.suites)
         apt.update()
         images = apt.images(kernel.series)
@@ -192,20 +197,34 @@ def _keep(name: str, paths: Sequence[Path], replaced: Mapping[str, bytes] = Mapp
 
 
 @contextmanager
+def alone(directory: Path) -> Iterator[None]:
+    """One process at a time, whichever makes something in that directory."""
+    lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+@contextmanager
 def _workplace(name: str) -> Iterator[Path]:
-    """A directory in the cache for the time of a fetch. Raises Problem when it cannot be made or there is no space."""
-    try:
-        cache().mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(cache()).free
-        work = Path(tempfile.mkdtemp(prefix=f".fetch-{name}-", dir=cache()))
-    except OSError as error:
-        raise Problem(f"{cache()}: {error.strerror}: set XDG_CACHE_HOME to a directory of yours", ENVIRONMENT) from None
-    try:
+    """A directory in the cache for the time of a fetch, of which there is one at a time.
+
+    Raises Problem when it cannot be made or there is no space.
+    """
+    with ExitStack() as held:
+        try:
+            cache().mkdir(parents=True, exist_ok=True)
+            held.enter_context(alone(cache()))
+            free = shutil.disk_usage(cache()).free
+            work = held.enter_context(tempfile.TemporaryDirectory(prefix=f".fetch-{name}-", dir=cache()))
+        except OSError as error:
+            hint = "set XDG_CACHE_HOME to a directory of yours"
+            raise Problem(f"{cache()}: {error.strerror}: {hint}", ENVIRONMENT) from None
         if free < SPACE_NEEDED:
             raise Problem(
                 f"{cache()}: {free >> 20} MiB free, {SPACE_NEEDED >> 20} needed: make room or set XDG_CACHE_HOME",
                 ENVIRONMENT,
             )
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        yield Path(work)
