@@ -10,12 +10,13 @@ from typing import Any, Final
 import numpy as np
 import polars as pl
 
-from analysis.queries import replayed
+from analysis.queries import removed, replayed
 from analysis.queries.by_vm import overview
 from analysis.queries.recorded import stuck_vcpus
 from analysis.sources import HIDDEN, Recording, Result
 from analysis.units import Unit, format_value, span
 from analysis.worst import ranked, stuck_of, subject_of
+from replay.decode.removals import Why
 from replay.result import SPENT
 from replay.simulate.operations import Cause
 from replay.timing.diagnosis import Diagnosis, plainly, summed_up
@@ -42,6 +43,8 @@ _ELSE: Final = (
     ("kvm_mmu_get_page", "table"),
     ("kvm_mmu_prepare_zap_page", "zapped table"),
 )
+_A_TENTH: Final = 0.1
+_NOT_AGAIN: Final = [why.name.lower() for why in (Why.FIRST, Why.UNSEEN, Why.UNWRITABLE, Why.OTHER)]
 _BOUNDS: Final = {"exact": 0, "low": 0, "high": 1}
 
 
@@ -60,6 +63,7 @@ def verdict(result: Result | None, recording: Recording | None) -> Iterator[str]
     subject = subject_of(result)
     if rows.is_empty():
         yield _counted(replayed.policies(result).collect(engine="streaming"))
+        yield from _mapped_again(recording)
         return
     subject = subject if subject in rows["policy"] else rows["policy"][0]
     worst = ranked(rows.filter(policy=subject), stuck_of(result)).row(0, named=True)
@@ -70,6 +74,25 @@ def verdict(result: Result | None, recording: Recording | None) -> Iterator[str]
     other = base if base != subject else next(iter(others), "")
     yield _headline(mine, subject, other, _who(worst, recording), recorded=bool(worst["recorded"]))
     yield from compared(ends, {policy.name for policy in result.policies if policy.at_least})
+    yield from _mapped_again(recording, worst["vm"])
+
+
+def _mapped_again(recording: Recording | None, vm: int | None = None) -> Iterator[str]:
+    """What led to most of a VM's faults, or to most of all; nothing if that is less than a tenth, or not known."""
+    if recording is None or removed.refaults.lacking(recording):
+        return
+    with suppress(Problem):  # where causes cannot be determined the table's note says so
+        rows = removed.refaults(recording).filter(~pl.col("cause").is_in(_NOT_AGAIN), pl.col("share") >= _A_TENTH)
+        mine = rows if vm is None else rows.filter(vm=vm)
+        for row in mine.head(1).collect().iter_rows(named=True):
+            who = VmNames(recording.metadata).vm(row["vm"])
+            share = format_value(row["share"], Unit.SHARE)
+            did = (
+                "mapped again what had gone" if row["mapped"] >= row["fixes"] else "repaired a permission that had gone"
+            )
+            by, root, _ = row["by"].partition(": root lost")
+            did += " with its root" if root else ""
+            yield f"{share} of the recorded faults of {who} {did} ({by}{', ' * bool(row['task'])}{row['task']})"
 
 
 def _no_further(found: Iterable[Diagnosis], recording: Recording | None) -> Iterator[str]:
@@ -169,6 +192,7 @@ def _recorded(recording: Recording | None) -> Iterator[str]:
         if kind in recording.kinds and (text := _count_of(meta, kind, what))
     ]
     yield f"{vms} in {duration(last - first)}: {', '.join([*roots, *parts])}"
+    yield from _mapped_again(recording)
     if recording.hidden:
         names = [what for kind, what in _SHOWN if kind in recording.hidden]
         yield f"not observable: {', '.join(f'{name}s' for name in names)}: {HIDDEN}"
