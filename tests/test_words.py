@@ -8,10 +8,8 @@ prose; a word in backticks or quotes is being spoken of, not used.
 from __future__ import annotations
 
 import ast
-import io
 import re
 import subprocess
-import tokenize
 from pathlib import Path
 from typing import Final
 
@@ -73,13 +71,24 @@ def prose(path: Path, quoted: bool = False) -> list[tuple[int, str]]:
 
 def _texts(source: str) -> list[tuple[int, str]]:
     """The strings of a program that are no keys (they have a blank in them), and its comments."""
+    strings = [
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes)))
+    ]
     found = [
         (node.lineno, node.value)
-        for node in ast.walk(ast.parse(source))
+        for node in strings
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value.strip()
     ]
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    return found + [(token.start[0], token.string) for token in tokens if token.type == tokenize.COMMENT]
+    # A "#" that is in no string begins a comment. The tokenizer says so, too, in three times the time.
+    spans = [((node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset)) for node in strings]
+    for number, line in enumerate(source.encode().splitlines(), 1):  # the tree's columns are bytes
+        for sign in re.finditer(rb"#", line):
+            if not any(begin <= (number, sign.start()) < end for begin, end in spans):
+                found.append((number, line[sign.start() :].decode()))
+                break
+    return found
 
 
 def files() -> list[Path]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from traces.reader import Trace
+from traces.row_values import values_of
 
 
 class RowTuple(NamedTuple):
@@ -39,4 +40,4 @@ class RowTuple(NamedTuple):
 def rows_of(trace: Trace, vm: int) -> Iterator[RowTuple]:
     """One VM's rows in order of recording."""
     for batch in trace.batches(RowTuple._fields, vm=vm):
-        yield from map(RowTuple._make, zip(*(column.to_pylist() for column in batch.columns), strict=True))
+        yield from map(RowTuple._make, zip(*map(values_of, batch.columns), strict=True))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from traces.kernels.policy_rows import PolicyRow, Watch
 from traces.reader import Trace
+from traces.row_values import values_of
 
 PFN = (1 << 52) - (1 << 12)
 # Bits of an SPTE that are the processor's own, but for the frame; the last of EPT's suppresses #VE.
@@ -56,7 +57,7 @@ class Recording:
         self.vms: list[list[Row]] = []
         for vm in self.meta.vms:
             batches = self.trace.batches(COLUMNS, vm=vm["id"])
-            self.vms.append([Row(*row) for batch in batches for row in zip(*_lists(batch), strict=True)])
+            self.vms.append([row for batch in batches for row in map(Row._make, zip(*_lists(batch), strict=True))])
         self.kinds = {row.kind for rows in self.vms for row in rows}
         self.tdp = self.meta.policy != "shadow"
         self.vmx = self.meta.raw["host"]["vendor"] == "GenuineIntel"
@@ -85,7 +86,7 @@ class Recording:
 
 
 def _lists(batch: Any) -> list[list[Any]]:
-    return [column.to_pylist() for column in batch.columns]
+    return [values_of(column) for column in batch.columns]
 
 
 def policy(made: Recording) -> dict[str, Any]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import fields
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.corpus import RECORDINGS, each
 from tests.traces.shown import Recording
 from traces import kernels
 from traces.kernels import Facts, Kernel
@@ -18,8 +19,9 @@ from traces.kernels.fold import release_of
 from traces.kernels.triggers import Trigger
 from traces.reader import Trace
 
-CORPUS = sorted((Path(__file__).parents[2] / "traces" / "corpus").glob("*.parquet"))
-INTEL = sorted((Path(__file__).parents[1] / "recordings").glob("*-ept.parquet"))
+ALL = [*RECORDINGS, *sorted((Path(__file__).parent.parent / "recordings").glob("*-ept.parquet"))]
+
+pytestmark = pytest.mark.xdist_group("kernels-corpus")  # each recording's rows are looked at once
 
 # No recording that ships shows these, and why.
 UNSEEN = {
@@ -57,21 +59,18 @@ UNSEEN = {
 }  # fmt: skip
 
 
-@lru_cache(maxsize=1)
-def shown() -> dict[str, dict[str, Any]]:
-    """By recording, what its rows show."""
-    return {path.stem: Recording(path).of() for path in [*CORPUS, *INTEL]}
+@cache
+def shown(path: Path) -> dict[str, Any]:
+    """What a recording's rows show."""
+    return Recording(path).of()
 
 
-@lru_cache(maxsize=1)
-def described() -> dict[str, Kernel]:
-    """By recording, its kernel by version, vendor and policy alone: neither BTF nor what the trace stores."""
-    found = {}
-    for path in [*CORPUS, *INTEL]:
-        meta = Trace.open(path).metadata
-        modified = "async" if path.stem.endswith(("-async", "-async-ept")) else ""  # modules with edbdb43fc96b undone
-        found[path.stem] = kernels.at(release_of(meta.raw), Facts(policy=modified, cpu=meta.raw["host"]["vendor"]))
-    return found
+@cache
+def described(path: Path) -> Kernel:
+    """A recording's kernel by version, vendor and policy alone: neither BTF nor what the trace stores."""
+    meta = Trace.open(path).metadata
+    modified = "async" if path.stem.endswith(("-async", "-async-ept")) else ""  # modules with edbdb43fc96b undone
+    return kernels.at(release_of(meta.raw), Facts(policy=modified, cpu=meta.raw["host"]["vendor"]))
 
 
 def agrees(kernel: Kernel, name: str, value: Any) -> bool:
@@ -100,11 +99,10 @@ def agrees(kernel: Kernel, name: str, value: Any) -> bool:
     return bool(said == value)
 
 
-@pytest.mark.corpus
-@pytest.mark.parametrize("path", [*CORPUS, *INTEL], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", each(ALL))
 def test_a_recording_shows_what_the_description_says(path: Path) -> None:
-    kernel = described()[path.stem]
-    wrong = {name: value for name, value in shown()[path.stem].items() if not agrees(kernel, name, value)}
+    kernel = described(path)
+    wrong = {name: value for name, value in shown(path).items() if not agrees(kernel, name, value)}
     assert not wrong, {name: (value, kernel.name) for name, value in wrong.items()}
 
 
@@ -124,23 +122,24 @@ def names() -> set[str]:
     return found - {"vendor.fault"}
 
 
-@pytest.mark.slow
+@pytest.mark.corpus
 def test_every_field_is_shown_by_a_recording_or_named_as_not_shown() -> None:
-    seen = {name for found in shown().values() for name in found} - {"spte.writable"}
+    seen = {name for path in ALL for name in shown(path)} - {"spte.writable"}
     assert seen | UNSEEN.keys() >= names(), names() - seen - UNSEEN.keys()
     assert not UNSEEN.keys() - names(), UNSEEN.keys() - names()
     assert not seen & UNSEEN.keys(), "shown by now: take them off the list"
 
 
+@pytest.mark.corpus
 def test_what_is_shown_would_tell_another_kernel() -> None:
     """Where two kernels of the corpus differ in a field that recordings show, theirs deny each other's."""
     checked: dict[str, int] = defaultdict(int)
     denied: dict[str, int] = defaultdict(int)
-    by_kernel = {kernel: stem for stem, kernel in described().items()}
-    for stem, found in shown().items():
-        own = described()[stem]
-        for name, value in found.items():
-            for other in by_kernel:
+    described_kernels = {described(path) for path in ALL}
+    for path in ALL:
+        own = described(path)
+        for name, value in shown(path).items():
+            for other in described_kernels:
                 if not name.startswith("vendor") and _said(other, name) != _said(own, name):
                     checked[name] += 1
                     denied[name] += not agrees(other, name, value)
