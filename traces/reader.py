@@ -30,6 +30,7 @@ from traces.kernels.policies import POLICIES
 from traces.kernels.policy_rows import COLUMNS, KINDS, PolicyRow, Watch
 from traces.lazy_rows import lazy_rows
 from traces.metadata import BY_RELEASE, BY_ROWS, BY_TYPES, BY_USER, KEY, Metadata, RowGroup, parse
+from traces.row_values import values_of
 from traces.schema import BY_NAME
 from traces.text import printable, some, vms_text
 from traces.untrusted import object_at
@@ -126,7 +127,7 @@ class Trace:
                 if watch.settled or kept or number == _POLICY_BATCHES:
                     break
                 telling = batch.take(pa.array(np.flatnonzero(np.isin(kind_codes(batch), _TELLING))))
-                watch.see(map(PolicyRow._make, zip(*(column.to_pylist() for column in telling.columns), strict=True)))
+                watch.see(map(PolicyRow._make, zip(*map(values_of, telling.columns), strict=True)))
         except Problem:
             return metadata  # whoever reads these rows is warned
         other = "" if "kernel" in metadata.raw else watch.other

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.traces.making import event, stream, trace
 from traces import kernels
 from traces.errors import Problem
-from traces.kernels import Facts, Kernel, stored
+from traces.kernels import Facts, Kernel, fold, stored
 from traces.kernels.vendors import VENDORS
 from traces.reader import Trace
 
@@ -43,6 +43,7 @@ def test_a_trace_keeps_what_was_known_when_it_was_made(tmp_path: Path, monkeypat
     before = kernels.recorded(Trace.open(tmp_path / "a.parquet").metadata)
     assert (before.policy, before.vendor.name, before.recovers) == ("preserve", "vmx", True)
     monkeypatch.setattr("traces.kernels.fold.CHANGES", ())
+    monkeypatch.setattr("traces.kernels.fold._folded", fold._folded.__wrapped__)
     assert not kernels.at("6.13").recovers
     assert kernels.recorded(Trace.open(tmp_path / "a.parquet").metadata) == before
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from traces.errors import Problem
@@ -118,6 +119,7 @@ def newer_than_known(version: Version) -> str:
     return f"newer than all that this kvmtrace knows, which ends with {newest}: taken to do what {newest} does"
 
 
+@lru_cache(maxsize=256)  # some kernels in thousands of recordings
 def _folded(version: Version) -> Kernel:
     if version < FIRST.version:
         raise Problem(f"{version[0]}.{version[1]}: there is no TDP MMU before 5.10")
