@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.thinned import thinned
 from tests.traces.making import numbered, write
 from tests.verbs import TALKERS, WRITERS, Files, Verb, invoke, kvmtrace
 from tests.waiting import PATIENCE
@@ -162,7 +163,9 @@ def test_recover_names_what_it_is_given(files: Files, tmp_path: Path) -> None:
 READERS = [verb for verb in (*WRITERS, *TALKERS) if verb.input in ("trace", "result")]
 
 
-@pytest.mark.parametrize("verb", READERS, ids=lambda verb: f"{verb.name}-{'file' if verb.kind else 'stdout'}")
+@pytest.mark.parametrize(
+    "verb", thinned(4, READERS), ids=lambda verb: f"{verb.name}-{'file' if verb.kind else 'stdout'}"
+)
 def test_every_verb_that_reads_names_it(verb: Verb, files: Files, tmp_path: Path) -> None:
     (tmp_path / "trace.dat").write_bytes(b"\x17\x08Dtracing6\0\0\x08" + bytes(100))
     given = replace(files, trace=tmp_path / "trace.dat", result=tmp_path / "trace.dat")

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from typer.testing import CliRunner
+
 import kvmtrace as command_line
 from benchmarks import fleet_rows
 from tests.corpus import CORPUS
@@ -189,6 +191,13 @@ def invoke(words: Sequence[str]) -> None:
     command_line.app(list(words), standalone_mode=False)
 
 
+def printed(words: Sequence[str], code: int = 0) -> str:
+    """What a command line that ends with this exit code prints, in this process."""
+    done = CliRunner().invoke(command_line.app, list(words), catch_exceptions=False)
+    assert done.exit_code == code, done.output
+    return done.stdout
+
+
 def kvmtrace(words: list[str], before: str = "", **options: object) -> subprocess.CompletedProcess[bytes]:
     """Run a command line in a process of its own; `before` is run in it first."""
     code = f"{before}\nimport sys; sys.argv[0] = 'kvmtrace'\nimport kvmtrace; kvmtrace.main()"
@@ -226,12 +235,9 @@ def make_files(directory: Path) -> Files:
     shutil.copy(CORPUS / PROVENANCE, recordings)
     for row in provenance(recordings):
         (recordings / row.file).touch()  # what is there is not recorded again
-    found = kvmtrace(["explore", "vm-destroy", "--variant", "v2", "--json"])
-    assert found.returncode == 1, found.stderr
-    schedules.write_bytes(found.stdout)
+    schedules.write_text(printed(["explore", "vm-destroy", "--variant", "v2", "--json"], code=1))
     shutil.copy(TRACE, trace)
-    done = kvmtrace(["replay", os.fspath(trace), "-o", os.fspath(result)])
-    assert done.returncode == 0, done.stderr
+    printed(["replay", os.fspath(trace), "-o", os.fspath(result)])
     write(kvmt, numbered(50))
     text = directory / "trace_pipe.txt"
     results = directory / "results"
@@ -240,6 +246,5 @@ def make_files(directory: Path) -> Files:
     catalogue, replayed = directory / "catalogue.parquet", directory / "replayed"
     (directory / "fleet").mkdir()
     shutil.copy(TRACE, directory / "fleet")
-    done = kvmtrace(["fleet", "index", os.fspath(directory / "fleet"), "-o", os.fspath(catalogue)])
-    assert done.returncode == 0, done.stderr
+    printed(["fleet", "index", os.fspath(directory / "fleet"), "-o", os.fspath(catalogue)])
     return Files(trace, result, kvmt, text, schedules, recordings, results, catalogue, replayed)

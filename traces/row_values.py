@@ -10,16 +10,16 @@ import pyarrow as pa
 
 def values_of(column: pa.Array) -> list[Any]:
     """What `to_pylist` gives, in a tenth of the time where it would make an Arrow scalar of each number first."""
+    found: list[Any]
     if pa.types.is_dictionary(column.type):
         names = column.dictionary.to_pylist()
-        return [None if index is None else names[index] for index in values_of(column.indices)]
-    if not pa.types.is_integer(column.type):
-        found: list[Any] = column.to_pylist()
-        return found
-    if not column.null_count:
+        found = [None if index is None else names[index] for index in values_of(column.indices)]
+    elif not pa.types.is_integer(column.type):
+        found = column.to_pylist()
+    elif not column.null_count:
         found = column.to_numpy().tolist()
-        return found
-    values = column.fill_null(0).to_numpy().astype(object)
-    values[column.is_null().to_numpy(zero_copy_only=False)] = None
-    found = values.tolist()
+    else:
+        values = column.fill_null(0).to_numpy().astype(object)
+        values[column.is_null().to_numpy(zero_copy_only=False)] = None
+        found = values.tolist()
     return found

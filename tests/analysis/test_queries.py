@@ -244,8 +244,13 @@ def test_times_are_those_of_the_rows(tmp_path: Path) -> None:
     assert len(stalls)
 
 
+@pytest.fixture(scope="module")
+def replayed_storm(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    return result_of(OLD_STORM, tmp_path_factory.mktemp("storm"))
+
+
 @pytest.mark.parametrize("name", sorted(queries()))
-def test_every_query_answers_and_says_what_it_asks(name: str, tmp_path: Path) -> None:
+def test_every_query_answers_and_says_what_it_asks(name: str, replayed_storm: Result, tmp_path: Path) -> None:
     query = named(name)
     assert query.about.endswith((".", ":"))
     assert len(query.about) < 120
@@ -253,10 +258,10 @@ def test_every_query_answers_and_says_what_it_asks(name: str, tmp_path: Path) ->
     recording = Recording.open(of.get(name, OLD_STORM))
     ran = pl.DataFrame({"cpu": [0], "time": [0], "pid": [7], "task": ["sh"]})
     recording.guest = GuestOfVm(1, GuestTasks(tmp_path, ran, "", 0, 0))
-    source = recording if query.source is Recording else result_of(OLD_STORM, tmp_path)
+    source = recording if query.source is Recording else replayed_storm
     assert isinstance(query(source), pl.LazyFrame)
     assert set(asked(query(source).head(1)).columns)
-    other: Recording | Result = result_of(OLD_STORM, tmp_path) if query.source is Recording else recording
+    other: Recording | Result = replayed_storm if query.source is Recording else recording
     with pytest.raises(Problem, match=f"query {name} is for"):
         query(other)
 

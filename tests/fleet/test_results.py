@@ -16,6 +16,7 @@ import pytest
 from replay.fleet import results
 from replay.fleet.fleet_schema import KEY, RESULTS
 from replay.fleet.results import ResultFolder, Results, in_order, open_results, task_of
+from tests.thinned import thinned
 from traces.errors import Problem
 from traces.stores.location import location
 from traces.stores.object_store import Objects
@@ -75,7 +76,7 @@ def test_merging_by_parts_is_the_same(folder: ResultFolder, monkeypatch: pytest.
     check(folder)
 
 
-@pytest.mark.parametrize("at", range(0, 15, 2))
+@pytest.mark.parametrize("at", thinned(3, range(0, 15, 2)))
 def test_a_merge_that_is_killed_at_any_step(folder: ResultFolder, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "MERGE_TASKS", 10)
     monkeypatch.setattr(results, "DELETES", 4)

@@ -7,6 +7,8 @@ exit for a fault in the nested page tables, an entry at the same instruction, an
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
+from operator import itemgetter
 from pathlib import Path
 
 import polars as pl
@@ -33,7 +35,10 @@ def documented(vendor: str) -> GuestShare:
 
 
 def within(spans: list[tuple[int, int]], first: int, last: int) -> int:
-    return sum(max(0, min(end, last) - max(begin, first)) for begin, end in spans)
+    """The part of these spans, which are in order, that is between two moments."""
+    begun = bisect_left(spans, last, key=itemgetter(0))
+    over = bisect_right(spans, first, key=itemgetter(1))
+    return sum(min(end, last) - max(begin, first) for begin, end in spans[over:begun])
 
 
 def first_hang(rows: Rows) -> int:

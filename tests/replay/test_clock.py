@@ -179,7 +179,7 @@ def test_an_smi_under_way_is_waited_for(module: Any) -> None:
     assert made.vcpus.creations.tolist() == [1, 0]
 
 
-def crowd(parameters: PolicyParameters, costs: Costs, seed: int, count: int = 1500) -> TimedStream:
+def crowd(parameters: PolicyParameters, costs: Costs, seed: int, count: int = 400) -> TimedStream:
     """Three vCPUs in one role or another, close together, whose last puts of roots make others wait."""
     rng = np.random.default_rng(seed)
     rows: list[tuple[int, int, int, int, int, int, int, int]] = []
@@ -206,7 +206,7 @@ def test_vcpus_that_wait_for_each_other(
     costs = Costs(3, 5, 2, 4, 9, 3, zap_leaf=2, zap_table=7, job=6, chunk=chunk, cpus=cpus)
     stream = crowd(parameters, costs, cpus)
     clock = by_reference(stream)
-    assert_on_time(by_engine(stream, [700], module), clock)
+    assert_on_time(by_engine(stream, [150], module), clock)
     assert sum(pace.spent[TimeCategory.WAIT] for pace in clock.paces) > 0 or (teardown, cpus) == ("worker", 3)
 
 

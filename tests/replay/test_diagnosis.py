@@ -300,7 +300,7 @@ GOING = (moves_on, copies_to_a_device, halts, halts_outside, writes_a_port, runs
 
 
 @pytest.mark.parametrize("step", GOING)
-@pytest.mark.parametrize("times", [REPEATS, 2000])
+@pytest.mark.parametrize("times", [REPEATS, pytest.param(2000, marks=pytest.mark.slow)])
 def test_a_loop_that_goes_on_is_not_stuck(tmp_path: Path, step: Step, times: int) -> None:
     assert not found(tmp_path, step, times=times)
 

@@ -153,7 +153,7 @@ def test_two_vcpus_are_stuck_for_two_reasons_and_a_third_goes_on(tmp_path: Path,
 
 @pytest.mark.parametrize("cpu", [AMD, INTEL])
 @pytest.mark.parametrize("kind", ["run_error", "invalidated", "unexplained", "internal_error"])
-@pytest.mark.parametrize("each", [20, 90])
+@pytest.mark.parametrize("each", [20, pytest.param(90, marks=pytest.mark.slow)])
 def test_the_guests_own_timer_does_not_hide_it(tmp_path: Path, cpu: str, kind: str, each: int) -> None:
     """An interrupt comes between two tries; its handler has exits elsewhere, and comes back to the same instruction."""
     step, says = KINDS[kind]

@@ -61,7 +61,10 @@ BROKEN = {
 
 
 # Of many states: explored where there is time.
-HEAVY = {("invalidate", "request-first"), ("invalidate", "two-looks"), ("invalidate", "check")}
+HEAVY = {
+    ("invalidate", "request-first"), ("invalidate", "two-looks"), ("invalidate", "check"),
+    ("mmu-seq", "int"), ("mmu-seq", "int-early"), ("mmu-seq", "unsigned-long"),
+}  # fmt: skip
 
 
 def light(variants: Iterable[tuple[str, str]]) -> list[Any]:

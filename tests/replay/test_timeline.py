@@ -25,6 +25,7 @@ from replay.timing import measure
 from replay.timing.measure import Measurement, SpanTimes
 from tests.profiles import examples
 from tests.replay.plain import plain
+from tests.thinned import thinned
 from traces.reader import Trace
 
 CORPUS = Path(__file__).parents[2] / "traces" / "corpus"
@@ -183,7 +184,9 @@ def _everything(name: str, size: int) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("name", [*NAMES, "dirty-log-huge-7.x", "notifier-5.10", "roots-6.1-shadow", "two-vms-7.x"])
+@pytest.mark.parametrize(
+    "name", thinned(3, [*NAMES, "dirty-log-huge-7.x", "notifier-5.10", "roots-6.1-shadow", "two-vms-7.x"])
+)
 def test_compiled_loops_do_what_they_do_as_plain_python(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = _everything(name, 1000)
     decoder, timeline = plain("replay.decode.decoder"), plain("replay.decode.timeline")

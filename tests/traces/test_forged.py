@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.corpus import CORPUS
+from tests.thinned import thinned
 from tests.traces.forged import KINDS, File, rows_of, through_verbs
 
 ROOT = Path(__file__).parents[2]
@@ -79,11 +80,11 @@ def test_verbs_answer_or_say_why_not(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "odd",
-    [
+    thinned(4, [
         {"cut": {"rows_missing": {}}}, {"cut": []}, {"cut": {"rows_missing": "x"}}, {"layout": {"missing": 5}},
         {"layout": []}, {"modules": {"kvm": {"tdp_mmu": []}}}, {"modules": 5}, {"missed": {"mmu_load": []}},
         {"gaps": [{}]}, {"gaps": [{"since": "x", "until": 0}]}, {"host": []}, {"preset": {"a": "\x1b[31m"}},
-    ],
+    ]),
     ids=str,
 )  # fmt: skip
 def test_metadata_of_other_types_is_answered_or_refused(odd: dict[str, Any], tmp_path: Path) -> None:
