@@ -7,17 +7,18 @@ test_help.py holds that none is left out. What needs more of the machine than fi
 from __future__ import annotations
 
 import atexit
+import io
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-
-from typer.testing import CliRunner
+from unittest.mock import patch
 
 import kvmtrace as command_line
 from benchmarks import fleet_rows
@@ -26,7 +27,7 @@ from tests.lab.synthetic import TREE, bzimage
 from tests.traces.making import numbered, write
 from tracer.lab.lab_kernels import KERNELS
 from tracer.lab.matrix import PROVENANCE, provenance
-from traces import outputs
+from traces import ending, outputs
 
 TRACE = CORPUS / "huge-6.1.parquet"
 
@@ -191,10 +192,18 @@ def invoke(words: Sequence[str]) -> None:
     command_line.app(list(words), standalone_mode=False)
 
 
-def printed(words: Sequence[str], code: int = 0) -> str:
-    """What a command line that ends with this exit code prints, in this process."""
-    done = CliRunner().invoke(command_line.app, list(words), catch_exceptions=False)
-    assert done.exit_code == code, done.output
+def answered(*words: str, columns: int = 80) -> subprocess.CompletedProcess[str]:
+    """Run a command line in this process, for what it prints and its exit code: a process of its own takes longer."""
+    out, err = io.StringIO(), io.StringIO()
+    with patch.dict(os.environ, COLUMNS=str(columns)), redirect_stdout(out), redirect_stderr(err):
+        code = ending._code_of(lambda: command_line.app(list(words), standalone_mode=False) or 0)
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+
+def printed(*words: str, code: int = 0, columns: int = 80) -> str:
+    """What a command line prints that ends with this exit code, in this process."""
+    done = answered(*words, columns=columns)
+    assert done.returncode == code, (done.stdout, done.stderr)
     return done.stdout
 
 
@@ -235,9 +244,9 @@ def make_files(directory: Path) -> Files:
     shutil.copy(CORPUS / PROVENANCE, recordings)
     for row in provenance(recordings):
         (recordings / row.file).touch()  # what is there is not recorded again
-    schedules.write_text(printed(["explore", "vm-destroy", "--variant", "v2", "--json"], code=1))
+    schedules.write_text(printed("explore", "vm-destroy", "--variant", "v2", "--json", code=1))
     shutil.copy(TRACE, trace)
-    printed(["replay", os.fspath(trace), "-o", os.fspath(result)])
+    printed("replay", os.fspath(trace), "-o", os.fspath(result))
     write(kvmt, numbered(50))
     text = directory / "trace_pipe.txt"
     results = directory / "results"
@@ -246,5 +255,5 @@ def make_files(directory: Path) -> Files:
     catalogue, replayed = directory / "catalogue.parquet", directory / "replayed"
     (directory / "fleet").mkdir()
     shutil.copy(TRACE, directory / "fleet")
-    printed(["fleet", "index", os.fspath(directory / "fleet"), "-o", os.fspath(catalogue)])
+    printed("fleet", "index", os.fspath(directory / "fleet"), "-o", os.fspath(catalogue))
     return Files(trace, result, kvmt, text, schedules, recordings, results, catalogue, replayed)

@@ -30,6 +30,7 @@ from replay.decode.vcpu_states import VcpuState
 from replay.decode.vm_inputs import VmInputs, vcpu_ids
 from replay.result import KEY
 from replay.timing.measure import SpanTimes
+from tests.verbs import printed
 from traces.errors import Problem
 from traces.outputs import TIMELINE, Output
 from traces.progress import Progress
@@ -118,7 +119,7 @@ def storm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def result(storm: Path) -> Path:
     out = storm.with_name("result.parquet")
-    subprocess.run([sys.executable, "-m", "kvmtrace", "replay", storm, "-o", out], check=True, capture_output=True)
+    printed("replay", str(storm), "-o", str(out))
     return out
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -19,6 +18,7 @@ from replay.explore import explore_text
 from replay.explore.catalogue import find
 from replay.explore.scenario import VIOLATION, ScenarioRun, run
 from replay.explore.scenarios import SCENARIOS
+from tests.verbs import answered
 from traces.errors import Problem
 
 pytestmark = pytest.mark.xdist_group("explore")  # each variant is explored once
@@ -79,13 +79,6 @@ def light(variants: Iterable[tuple[str, str]]) -> list[Any]:
 @cache
 def made(scenario: str, variant: str) -> ScenarioRun:
     return run(find(scenario), variant, {})
-
-
-def kvmtrace(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "kvmtrace", *arguments], capture_output=True, text=True, timeout=1200, check=False,
-        cwd=ROOT,
-    )  # fmt: skip
 
 
 def one_line(done: subprocess.CompletedProcess[str]) -> str:
@@ -159,33 +152,33 @@ def test_the_schedule_in_the_document_is_current() -> None:
 
 
 def test_list() -> None:
-    done = kvmtrace("explore", "--list", "--json")
+    done = answered("explore", "--list", "--json")
     assert done.returncode == 0
     document = json.loads(done.stdout)
     assert document["schema"] == 1
     listed = {each["name"]: {v["name"]: v["expect"] for v in each["variants"]} for each in document["scenarios"]}
     assert listed == {each.name: {v.name: v.expect for v in each.variants} for each in SCENARIOS}
-    text = " ".join(kvmtrace("explore", "--list").stdout.split())
+    text = " ".join(answered("explore", "--list").stdout.split())
     assert all(f"{each.name}: {each.title}" in text for each in SCENARIOS)
 
 
 @pytest.mark.slow
 def test_text_and_exit_codes() -> None:
-    both = kvmtrace("explore", "vm-destroy")
+    both = answered("explore", "vm-destroy")
     assert both.returncode == 1
     assert "vm-destroy v2: violation in 11 steps\n" in both.stdout
     assert "=> broken: no access to a freed root (R0.next is read)" in both.stdout
     assert "vm-destroy v3: no violation in 3,928 states, bounds roots=4, workers=2, " in both.stdout
     assert not both.stderr
-    assert kvmtrace("explore", "vm-destroy", "--variant", "v2").returncode == 1
-    assert kvmtrace("explore", "vm-destroy", "--variant", "v3").returncode == 0
-    fewer = kvmtrace("explore", "vm-destroy", "--variant", "v3", "--bound", "roots=2", "--bound", "workers=1")
+    assert answered("explore", "vm-destroy", "--variant", "v2").returncode == 1
+    assert answered("explore", "vm-destroy", "--variant", "v3").returncode == 0
+    fewer = answered("explore", "vm-destroy", "--variant", "v3", "--bound", "roots=2", "--bound", "workers=1")
     assert "bounds roots=2, workers=1" in fewer.stdout
 
 
 @pytest.mark.slow
 def test_json_replays(tmp_path: Path) -> None:
-    done = kvmtrace("explore", "apicv", "--variant", "write", "--variant", "write-count-seq", "--json")
+    done = answered("explore", "apicv", "--variant", "write", "--variant", "write-count-seq", "--json")
     assert done.returncode == 1
     document = json.loads(done.stdout)
     assert [(each["variant"], each["outcome"], each["steps"]) for each in document["runs"]] == [
@@ -194,20 +187,20 @@ def test_json_replays(tmp_path: Path) -> None:
     assert document["runs"][0]["schedule"]["steps"][-1]["actor"] == "vcpu0"
     found = tmp_path / "found.json"
     found.write_text(done.stdout)
-    again = kvmtrace("explore", "--replay", str(found))
+    again = answered("explore", "--replay", str(found))
     assert again.returncode == 1
     assert " ".join(again.stdout.split()) == f"apicv write, 12 steps: broken again: {APIC}"
     # The same steps without the last break nothing yet; the fixed variant cannot make them.
     short, fixed = json.loads(done.stdout)["runs"][0]["schedule"], document["runs"][0]["schedule"]
     short["steps"].pop()
     found.write_text(json.dumps(short))
-    again = kvmtrace("explore", "--replay", str(found), "--json")
+    again = answered("explore", "--replay", str(found), "--json")
     assert again.returncode == 0
     assert json.loads(again.stdout)["replays"][0]["broken"] is None
     fixed["variant"] = "write-recheck"
     found.write_text(json.dumps(fixed))
     assert "step 11 of apicv write-recheck: the schedule is out of date: vcpu0 does not reach" in one_line(
-        kvmtrace("explore", "--replay", str(found))
+        answered("explore", "--replay", str(found))
     )
 
 
@@ -256,19 +249,19 @@ def test_a_schedule_that_is_none(document: str, said: str, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_what_is_not_there_is_one_line(tmp_path: Path) -> None:
-    assert "there is no scenario cows: give vm-destroy, " in one_line(kvmtrace("explore", "cows"))
-    assert "has no variant v4: it has v2, v3" in one_line(kvmtrace("explore", "vm-destroy", "--variant", "v4"))
+    assert "there is no scenario cows: give vm-destroy, " in one_line(answered("explore", "cows"))
+    assert "has no variant v4: it has v2, v3" in one_line(answered("explore", "vm-destroy", "--variant", "v4"))
     assert "has no bound cows: it has roots, workers" in one_line(
-        kvmtrace("explore", "vm-destroy", "--bound", "cows=1")
+        answered("explore", "vm-destroy", "--bound", "cows=1")
     )
-    assert "give NAME=N" in one_line(kvmtrace("explore", "vm-destroy", "--bound", "roots"))
-    assert "at least 1" in one_line(kvmtrace("explore", "vm-destroy", "--bound", "roots=0"))
-    assert "give a scenario, or --list" in one_line(kvmtrace("explore"))
+    assert "give NAME=N" in one_line(answered("explore", "vm-destroy", "--bound", "roots"))
+    assert "at least 1" in one_line(answered("explore", "vm-destroy", "--bound", "roots=0"))
+    assert "give a scenario, or --list" in one_line(answered("explore"))
     assert "more than 100 states" in one_line(
-        kvmtrace("explore", "apicv", "--variant", "write-seq", "--max-states", "100")
+        answered("explore", "apicv", "--variant", "write-seq", "--max-states", "100")
     )
-    assert "No such file" in one_line(kvmtrace("explore", "--replay", str(tmp_path / "none.json")))
-    assert "there is no such file" in one_line(kvmtrace("explore", str(tmp_path / "none.py")))
+    assert "No such file" in one_line(answered("explore", "--replay", str(tmp_path / "none.json")))
+    assert "there is no such file" in one_line(answered("explore", str(tmp_path / "none.py")))
 
 
 @pytest.mark.slow
@@ -276,7 +269,7 @@ def test_a_scenario_of_ones_own(tmp_path: Path) -> None:
     example = ROOT / "replay" / "examples" / "last_reference.py"
     code = example.read_text()
     assert len(code[code.index("def build") :].splitlines()) <= 50
-    done = kvmtrace("explore", str(example), "--json")
+    done = answered("explore", str(example), "--json")
     assert done.returncode == 1
     document = json.loads(done.stdout)
     assert [(each["variant"], each["outcome"], each["steps"]) for each in document["runs"]] == [
@@ -285,10 +278,10 @@ def test_a_scenario_of_ones_own(tmp_path: Path) -> None:
     assert all(each["outcome"] == each["expect"] for each in document["runs"])
     found = tmp_path / "found.json"
     found.write_text(done.stdout)
-    assert "broken again" in kvmtrace("explore", str(example), "--replay", str(found)).stdout
-    assert "give the file it is in" in one_line(kvmtrace("explore", "--replay", str(found)))
+    assert "broken again" in answered("explore", str(example), "--replay", str(found)).stdout
+    assert "give the file it is in" in one_line(answered("explore", "--replay", str(found)))
     assert "is of scenario last-reference, not of apicv" in one_line(
-        kvmtrace("explore", "apicv", "--replay", str(found))
+        answered("explore", "apicv", "--replay", str(found))
     )
 
 
@@ -304,7 +297,7 @@ def test_a_scenario_of_ones_own(tmp_path: Path) -> None:
 def test_a_broken_file_is_one_line(code: str, said: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text(code)
-    assert said in one_line(kvmtrace("explore", str(path)))
+    assert said in one_line(answered("explore", str(path)))
 
 
 def test_not_as_expected_is_said(tmp_path: Path) -> None:
@@ -318,7 +311,7 @@ def test_not_as_expected_is_said(tmp_path: Path) -> None:
         "    model.actor('a', fail)\n"
         "SCENARIO = Scenario('mine', 'Mine', (Variant('only', HOLDS),), build)\n"
     )
-    done = kvmtrace("explore", str(path))
+    done = answered("explore", str(path))
     assert done.returncode == 1
     assert "mine only: violation in 1 step  NOT AS EXPECTED: holds" in done.stdout
     assert VIOLATION not in done.stderr

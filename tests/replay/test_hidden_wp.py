@@ -4,9 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,16 +15,14 @@ from replay.plan import Plan
 from replay.timing import time_text
 from replay.timing.timed_run import Settings
 from tests.corpus import CORPUS
+from tests.verbs import printed
 from traces.reader import Trace
 
 pytestmark = pytest.mark.slow
 
 
 def kvmtrace(*arguments: str, code: int = 0) -> str:
-    argv = [sys.executable, "-m", "kvmtrace", *arguments]
-    done = subprocess.run(argv, capture_output=True, text=True, env={**os.environ, "COLUMNS": "100"})
-    assert done.returncode == code, (done.stdout, done.stderr)
-    return done.stdout
+    return printed(*arguments, code=code, columns=100)
 
 
 def planned(name: str, kernel: str, refault: str = "", policy: str = "") -> Plan:

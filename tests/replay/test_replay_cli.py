@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from replay import bounds, plan
 from replay.bounds import Count
 from replay.result import SCHEMA, read_metadata
 from tests.replay.recording import Guest
+from tests.verbs import answered
 from traces.errors import Problem
 
 pytestmark = pytest.mark.slow
@@ -28,9 +28,7 @@ STORM, OLD_STORM = (str(CORPUS / f"smi-storm-{kernel}.parquet") for kernel in ("
 
 
 def kvmtrace(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "kvmtrace.py"), "replay", *arguments], capture_output=True, text=True
-    )
+    done = answered("replay", *arguments)
     assert done.returncode == code, done.stderr
     return done
 

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from tests.profiles import examples
+from tests.verbs import answered
 from traces.errors import BAD_INPUT, Problem
 from traces.reader import Trace
 from traces.schema import BY_NAME
@@ -476,32 +475,26 @@ def test_a_vms_beginning_is_the_rows_that_recordings_show(tmp_path: Path) -> Non
     assert ours == shape(real("smi-storm", ""))
 
 
-def kvmtrace(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "kvmtrace", *arguments], capture_output=True, text=True, timeout=1200, check=False
-    )
-
-
 @pytest.mark.slow
 def test_the_command_makes_what_info_reads(tmp_path: Path) -> None:
     out = str(tmp_path / "out.parquet")
-    done = kvmtrace("synth", out, "--policy", "async", "--events", "3000", "--memory", "8M", "--json")
+    done = answered("synth", out, "--policy", "async", "--events", "3000", "--memory", "8M", "--json")
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["schema"] == 1
     assert document["parameters"]["memory"] == 8 << 20
-    facts = json.loads(kvmtrace("info", out, "--json").stdout)
+    facts = json.loads(answered("info", out, "--json").stdout)
     assert facts["events"] == document["events"] >= 3000
     assert facts["preset"] == "synthetic"
-    assert "synthetic" in kvmtrace("info", out).stdout
+    assert "synthetic" in answered("info", out).stdout
 
 
 def test_the_command_refuses_bad_parameters(tmp_path: Path) -> None:
-    done = kvmtrace("synth", str(tmp_path / "out.parquet"), "--policy", "sync")
+    done = answered("synth", str(tmp_path / "out.parquet"), "--policy", "sync")
     assert done.returncode == BAD_INPUT
     assert done.stderr.count("\n") == 1
     assert "--policy sync" in done.stderr
 
 
 def test_the_commands_help_has_an_example() -> None:
-    assert "kvmtrace synth" in kvmtrace("synth", "--help").stdout.split("Example")[1]
+    assert "kvmtrace synth" in answered("synth", "--help").stdout.split("Example")[1]
