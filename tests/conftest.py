@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import functools
 import os
 import shutil
 import subprocess
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import typer.main
+import typer.testing
 
 import tests.profiles  # noqa: F401 - how many examples Hypothesis tries, before any test module asks
 
@@ -59,6 +62,9 @@ _HONEST = {
     NO_TMUX: lambda: shutil.which("tmux") is None,
     NO_VARIANT: _variant_missing,
 }
+
+# Typer makes the command of all verbs anew whenever it is called, and one process does that once, but for tests.
+typer.main.get_command = typer.testing._get_command = functools.cache(typer.main.get_command)
 
 os.environ["KVMTRACE_PROBES"] = str(Path(tempfile.gettempdir()) / "kvmtrace-test-probes")  # not in this system's cache
 

@@ -31,8 +31,8 @@ def test_help_imports_nothing_heavy() -> None:
     ("arguments", "said"),
     [
         (("info", "/nonexistent.parquet"), "/nonexistent.parquet"),
-        (("recover", "/nonexistent.kvmt"), "/nonexistent.kvmt"),
-        (("info", "/etc/passwd"), "/etc/passwd"),
+        pytest.param(("recover", "/nonexistent.kvmt"), "/nonexistent.kvmt", marks=pytest.mark.slow),
+        pytest.param(("info", "/etc/passwd"), "/etc/passwd", marks=pytest.mark.slow),
     ],
 )
 def test_what_is_not_there_is_one_line(arguments: tuple[str, ...], said: str) -> None:

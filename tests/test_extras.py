@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tests.documents import REPOSITORY
+from tests.thinned import thinned
 from tests.traces.making import numbered
 from traces.compact import compact
 from traces.extras import EXTRAS, missing
@@ -92,9 +93,9 @@ def test_only_a_package_of_an_extra_is_said_to_be_one() -> None:
     [
         ("report", "polars"),
         ("info", "pyarrow"),
-        ("replay", "polars"),
-        ("validate", "pyarrow"),
-        ("export --csv roots", "polars"),
+        pytest.param("replay", "polars", marks=pytest.mark.slow),
+        pytest.param("validate", "pyarrow", marks=pytest.mark.slow),
+        pytest.param("export --csv roots", "polars", marks=pytest.mark.slow),
     ],
 )
 def test_a_verb_without_its_package_says_how_to_get_it(verb: str, package: str, tmp_path: Path) -> None:
@@ -106,7 +107,8 @@ def test_a_verb_without_its_package_says_how_to_get_it(verb: str, package: str, 
 
 
 @pytest.mark.parametrize(
-    "words", ["--help", "--version", "record --help", "report --help", "fleet --help", "lab list", "kernels 6.1"]
+    "words",
+    thinned(2, ["lab list", "--version", "record --help", "report --help", "kernels 6.1", "--help", "fleet --help"]),
 )
 def test_what_needs_no_extra_works_without_any(words: str, tmp_path: Path) -> None:
     done = without(sorted(EXTRAS), *words.split(), cwd=tmp_path)
