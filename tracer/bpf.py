@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tracer import kept, libbpf, snapshot, tracefs
-from tracer.attachments import IOCTL_PROGRAMS, SCHED_PROGRAMS, choices, kernel_bases, plan, this_layout
+from tracer.attachments import IOCTL_PROGRAMS, SCHED_PROGRAMS, choices, kernel_bases, plan, svm_vmcb, this_layout
 from tracer.btf import kernel_btf
 from tracer.libbpf import BpfMap
 from tracer.program import COUNTERS, SETTINGS, THREAD, Chosen
@@ -63,6 +63,7 @@ class Probes:
             settings["filter_tgid"] = filter_tgid or 0
             settings["page_offset_at"] = bases.get("PAGE_OFFSET_BASE", 0)
             settings["vmemmap_at"] = bases.get("VMEMMAP_BASE", 0)
+            settings["svm_vmcb"] = svm_vmcb()
             self._maps["settings"].update(0, settings)
             self._missed_before: dict[str, int] = {}
             iterated = kernel_btf().function_id(snapshot.TARGET)

@@ -18,7 +18,7 @@ from traces.errors import ENVIRONMENT, Problem
 
 BTF_DIRECTORY = Path("/sys/kernel/btf")
 
-_PTR, _STRUCT, _UNION, _TYPEDEF, _VOLATILE, _CONST, _RESTRICT, _FUNC, _FUNC_PROTO = 2, 4, 5, 8, 9, 10, 11, 12, 13
+_PTR, _STRUCT, _UNION, _ENUM, _TYPEDEF, _VOLATILE, _CONST, _RESTRICT, _FUNC = 2, 4, 5, 6, 8, 9, 10, 11, 12
 _MODIFIERS = (_TYPEDEF, _VOLATILE, _CONST, _RESTRICT)
 
 
@@ -33,9 +33,9 @@ class Member:
 
 
 class Btf:
-    """BTF of the running kernel, with that of the `kvm` module on top where KVM is a module that has one."""
+    """BTF of the running kernel, with that of a module, `kvm` as a rule, on top where it is one that has BTF."""
 
-    def __init__(self, directory: Path = BTF_DIRECTORY) -> None:
+    def __init__(self, directory: Path = BTF_DIRECTORY, module: str = "kvm") -> None:
         self._lib = libbpf()
         self._found: dict[tuple[str, int], int] = {}
         vmlinux = directory / "vmlinux"
@@ -44,11 +44,11 @@ class Btf:
                 f"no {vmlinux}: this kernel has no BTF; run a kernel with CONFIG_DEBUG_INFO_BTF=y", ENVIRONMENT
             )
         self._handle = self._parse(vmlinux, None)
-        module = directory / "kvm"
+        split = directory / module
         self.sources = [str(vmlinux)]
-        if module.exists():
-            self._handle = self._parse(module, self._handle)
-            self.sources.append(str(module))
+        if split.exists():
+            self._handle = self._parse(split, self._handle)
+            self.sources.append(str(split))
 
     def _parse(self, path: Path, base: int | None) -> int:
         handle = self._lib.btf__parse_split(str(path).encode(), base)
@@ -136,6 +136,20 @@ class Btf:
         """Size of a struct in bytes, 0 where it is not known."""
         type_id = self._find(struct, _STRUCT)
         return int(self._type(type_id).size_or_type) if type_id else 0
+
+    def member_size(self, struct: str, path: str) -> int:
+        """Size in bytes of a member that is a number, 0 where it is not there."""
+        found = self.member(struct, path)
+        return int(self._type(found.type_id).size_or_type) if found else 0
+
+    def enumerator(self, enum: str, name: str) -> int | None:
+        """The value of one of an enum's names, or None where it has none such."""
+        type_id = self._find(enum, _ENUM)
+        if not type_id:
+            return None
+        entry = self._type(type_id)
+        words = (ctypes.c_uint32 * (2 * entry.count)).from_address(ctypes.addressof(entry) + ctypes.sizeof(BtfType))
+        return next((int(words[2 * i + 1]) for i in range(entry.count) if self._name(words[2 * i]) == name), None)
 
     def has_function(self, name: str) -> bool:
         return bool(self._find(name, _FUNC))

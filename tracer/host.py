@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tracer.btf import Btf
-from tracer.probes import Version
+from tracer.points import Version
 from traces.kernels.detect import RunningKernel, root_policy
 
 KALLSYMS = Path("/proc/kallsyms")
 MODULES = ("kvm", "kvm_amd", "kvm_intel")
+MODULE_DIRECTORY = Path("/sys/module")
+CPUINFO = Path("/proc/cpuinfo")
 DEBUGFS_KVM = Path("/sys/kernel/debug/kvm")
 ALL_VMS = "all"  # whose counters the metadata's `stats` has
 
@@ -50,14 +52,14 @@ def module_parameters() -> dict[str, dict[str, str]]:
     """{module: {parameter: value}} of the KVM modules loaded (or built in); unreadable ones are left out."""
     found: dict[str, dict[str, str]] = {}
     for module in MODULES:
-        directory = Path("/sys/module") / module / "parameters"
+        directory = MODULE_DIRECTORY / module / "parameters"
         values = {}
         for entry in sorted(directory.iterdir()) if directory.is_dir() else ():
             try:
                 values[entry.name] = entry.read_text().strip()
             except OSError:
                 continue
-        if values or (Path("/sys/module") / module).is_dir():
+        if values or (MODULE_DIRECTORY / module).is_dir():
             found[module] = values
     return found
 
@@ -66,13 +68,22 @@ def cpu() -> dict[str, str]:
     """Vendor and model of the first CPU, as /proc/cpuinfo prints them."""
     wanted = {"vendor_id": "vendor", "model name": "model"}
     found: dict[str, str] = {}
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
+    for line in CPUINFO.read_text().splitlines():
         key, _, value = line.partition(":")
         if key.strip() in wanted:
             found.setdefault(wanted[key.strip()], value.strip())
         if not line:
             break
     return found
+
+
+def runs_svm() -> bool:
+    """Whether KVM runs its guests by AMD's SVM, and by nothing else: some KVMs are neither kvm_amd nor kvm_intel."""
+    modules = {path.name for path in MODULE_DIRECTORY.glob("kvm_*")}
+    if "kvm_amd" not in modules or modules - set(MODULES):
+        return False
+    flags = next((line for line in CPUINFO.read_text().splitlines() if line.startswith("flags")), "")
+    return "svm" in flags.split()  # built in, kvm_amd and kvm_intel are both there
 
 
 def clock_sample() -> dict[str, int]:

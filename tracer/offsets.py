@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tracer.btf import BTF_DIRECTORY, Btf
-from tracer.probes import OLDEST
+from tracer.points import OLDEST
 from traces.kernels import at
 
 # macro name: (struct, alternatives in order of age, newest first)
@@ -64,10 +64,21 @@ _MEMBERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "FDT_FD": ("fdtable", ("fd",)),
     "FDT_MAX": ("fdtable", ("max_fds",)),
     "PAGE_PRIVATE": ("page", ("private",)),
+    "FAULT_ADDR": ("kvm_page_fault", ("addr",)),  # 5.16+ (f0066d94c92d: what tracepoints get)
+    "FAULT_CODE": ("kvm_page_fault", ("error_code",)),
+    "FAULT_GFN": ("kvm_page_fault", ("gfn",)),
+    "FAULT_PFN": ("kvm_page_fault", ("pfn",)),
+    "FAULT_LEVEL": ("kvm_page_fault", ("goal_level",)),
+    "VCPU_RIP": ("kvm_vcpu", ("arch.rip",)),  # 7.x; before, one of arch.regs
+    "VCPU_PROTECTED": ("kvm_vcpu", ("arch.guest_state_protected",)),
     "PID_NR": ("pid", ("numbers",)),
     "PID_LEVEL": ("pid", ("level",)),
 }
 
+
+# What is read at once of a struct: members near each other, of at most 8 bytes each.
+MMU_MEMBERS = ("MMU_ROOT", "MMU_ROLE")
+FAULT_MEMBERS = ("FAULT_ADDR", "FAULT_CODE", "FAULT_GFN", "FAULT_PFN", "FAULT_LEVEL")
 
 # Without these there is no saying whose an event is, or which root's.
 _NEEDED = (
@@ -91,6 +102,10 @@ class Layout:
     def defines(self) -> str:
         """C #defines: OFF_X for each offset, HAVE_X where X is known; what the probes read of a role word."""
         lines = [f"#define OFF_{name} {value}\n#define HAVE_{name} 1" for name, value in sorted(self.offsets.items())]
+        for name, members in (("MMU", MMU_MEMBERS), ("FAULT", FAULT_MEMBERS)):
+            at = [self.offsets[member] for member in members if member in self.offsets] or [0]
+            first = min(at) & ~7  # what is aligned in the struct has to be on the stack
+            lines.append(f"#define {name}_FIRST {first}\n#define {name}_SPAN {max(at) + 8 - first}")
         invalid, smm = self.role.get("invalid", (31, 0)), self.role.get("smm", (24, 8))
         lines.append(f"#define ROLE_INVALID {((1 << invalid[1]) - 1) << invalid[0]:#x}u")
         lines.append(f"#define ROLE_SMM(role) (((role) >> {smm[0]}) & {(1 << smm[1]) - 1:#x}u)")
@@ -133,6 +148,11 @@ def kernel_layout(btf: Btf, version: tuple[int, int], bases: dict[str, int]) -> 
     for macro, struct in (("PAGE_STRUCT_SIZE", "page"), ("SLOT_STRUCT_SIZE", "kvm_memory_slot")):
         if size := btf.size(struct):
             offsets[macro] = size
+    if size := btf.member_size("kvm_page_fault", "error_code"):
+        offsets["FAULT_CODE_SIZE"] = size
+    registers, rip = btf.member("kvm_vcpu", "arch.regs"), btf.enumerator("kvm_reg", "VCPU_REGS_RIP")
+    if registers and rip is not None:
+        offsets["VCPU_RIP"] = registers.offset + 8 * rip
     role = btf.bitfields("kvm_mmu_page_role")
     source = "BTF of " + " and ".join(Path(path).name for path in btf.sources)
     if "SP_ROLE" not in offsets and kernel.page_struct:

@@ -3,56 +3,22 @@
 
 A point is one of
   tp      a classic tracepoint; `$name` in an expression is a field of its format (`$?name`: 0 where it is lacking)
-  raw     the same tracepoint's raw arguments, `@0`, `@1`, ...: for the pointers that the format does not print
+  raw     the same tracepoint's raw arguments, `@0`, `@1`, ...: for the pointers that the format does not print, and
+          because the kernel then makes no record of it first; `#name` is the type of a field of the format
   entry   a function's entry, arguments `@0`, ...; fentry where bcc can (KVM built in), else kprobe
   return  a function's return, value `@ret`
-Expressions are C over the helpers of program.py (SP_ROLE, VCPU_ROOT, ...). `since`/`until` bound the kernel versions in
-which the point means this (until is exclusive); where BTF knows the function, `signature` must match as well. The first
-point that holds on a kernel is used; what it was, and why an earlier one was not, goes into the trace's metadata.
+Expressions are C over the helpers of ebpf/helpers.c (SP_ROLE, VCPU_ROOT, ...). `since`/`until` bound the kernel
+versions in which the point means this (until is exclusive); where BTF knows the function, `signature` must match as
+well. A raw point has to give what the classic tracepoint shows, to the bit, and is left out where that is not sure. The
+first point that holds on a kernel is used; what it was, and why an earlier one was not, goes into the trace's metadata.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
-Version = tuple[int, int]
-OLDEST: Version = (5, 10)
-FUTURE: Version = (99, 0)
-
-
-@dataclass(frozen=True)
-class Point:
-    how: str
-    where: str
-    fill: Mapping[str, str] = field(default_factory=dict)
-    since: Version = OLDEST
-    until: Version = FUTURE
-    signature: tuple[str, ...] = ()  # leading parameter types to insist on, where BTF can tell
-    only_if: str = ""  # C condition; where it is false the function's call is not this event
-    in_interrupt: bool = False  # runs on top of whatever thread was there: that thread says nothing about the event
-    before: str = ""  # C statement run first: what the recorder learns from this point
-    after: str = ""
-
-
-@dataclass(frozen=True)
-class Probe:
-    kind: str
-    points: tuple[Point, ...]
-    preset: str  # the smallest preset that has it: roots < mmu < all
-
-    @property
-    def name(self) -> str:
-        return f"{self.kind}__{self.points[0].where.replace(':', '_')}"
-
-
-@dataclass(frozen=True)
-class Hook:
-    """A point that writes no row: it tells the probes of `serves` on what the thread is at work there."""
-
-    points: tuple[Point, ...]
-    serves: tuple[str, ...]
-
+from tracer.points import EXIT_IN_MEMORY, FUTURE, OLDEST, PHYSICAL, RIP_IN_MEMORY, Hook, Point, Probe, Version
 
 PRESETS = ("roots", "time", "mmu", "all")
 
@@ -82,34 +48,102 @@ def _tp(kind: str, where: str, preset: str, **fill: str) -> Probe:
     return Probe(kind, (Point("tp", where, fill),), preset)
 
 
+def _plain(kind: str, where: str, preset: str, arguments: Mapping[str, str], **fill: str) -> Probe:
+    """A tracepoint that shows its arguments as they are; `arguments`: the type of each, by the name of its field."""
+    numbers = {name: number for number, name in enumerate(arguments)}
+    raw = {
+        column: re.sub(r"\$(\w+)", lambda found: f"((#{found[1]})@{numbers[found[1]]})", text)
+        for column, text in fill.items()
+    }
+    signature, printed = tuple(arguments.values()), tuple(arguments)
+    return Probe(
+        kind, (Point("raw", where, raw, signature=signature, printed=printed), Point("tp", where, fill)), preset
+    )
+
+
 def _vcpu_function(kind: str, preset: str, function: str, since: Version = OLDEST, **fill: str) -> Probe:
     """A function whose first argument is the vCPU; the root is the vCPU's current one as the function begins."""
     base = {"vcpu": "@0", "root": "VCPU_ROOT(@0)", "role": "VCPU_ROLE(@0)"}
     return Probe(kind, (Point("entry", function, {**base, **fill}, since, signature=("kvm_vcpu *",)),), preset)
 
 
+def _rip_points(
+    where: str,
+    fill: Mapping[str, str],
+    signature: tuple[str, ...],
+    printed: tuple[str, ...] = (),
+    needs: str = RIP_IN_MEMORY,
+    shared: str = "",
+) -> tuple[Point, Point]:
+    """A raw tracepoint that shows the RIP of the vCPU that `rip` names; of a protected one 0 from TDX on.
+
+    That first release, 6.16, is inferred. Rows of such guests (SEV-ES) have no RIP worth reading before it either.
+    """
+
+    def point(rip: str, since: Version, until: Version) -> Point:
+        shown = {**fill, "rip": f"{rip}({fill['rip']})"}
+        return Point("raw", where, shown, since, until, signature, printed, needs, shared)
+
+    return point("VCPU_RIP", OLDEST, (6, 16)), point("SHOWN_RIP", (6, 16), FUTURE)
+
+
+_U64, _U32 = "long long unsigned int", "unsigned int"
 _CURRENT = {"root": "CURRENT_ROOT(self)"}
+_CURRENT_BOTH = {"root": "frame_in(&mmu)", "role": "ROLE_IN(&mmu)"}
+_MMU = "struct mmu mmu = vcpu_mmu_now(self->vcpu);"
+_FAULT, _EXIT = "struct fault fault = fault_at({});", "struct vmcb_exit exit = vmcb_exit({});"
 TRACEPOINTS: tuple[Probe, ...] = (
     _page("kvm_mmu_get_page", "roots", created="@1"),
     _page("kvm_mmu_prepare_zap_page", "mmu"),
     _page("kvm_mmu_sync_page", "mmu"),
     _page("kvm_mmu_unsync_page", "mmu"),
-    _tp("kvm_mmu_spte_requested", "kvmmmu:kvm_mmu_spte_requested", "time",
-        gfn="$gfn", value="$pfn", level="$level", **_CURRENT),
-    _tp("kvm_mmu_set_spte", "kvmmmu:kvm_mmu_set_spte", "time",
-        gfn="$gfn", new="$spte", table="$sptep >> 12", level="$level", **_CURRENT),
+    Probe("kvm_mmu_spte_requested", (
+        # 5.16+ (f0066d94c92d)
+        Point("raw", "kvmmmu:kvm_mmu_spte_requested",
+              {"gfn": "FAULT_GFN", "value": "asked_pfn(FAULT_PFN, FAULT_GFN, FAULT_LEVEL)", "level": "FAULT_LEVEL",
+               **_CURRENT},
+              signature=("kvm_page_fault *",), shared=_FAULT.format("@0")),
+        Point("raw", "kvmmmu:kvm_mmu_spte_requested",
+              {"gfn": "@0 >> 12", "value": "asked_pfn(@2, @0 >> 12, @1)", "level": "@1", **_CURRENT}, until=(5, 16),
+              signature=(_U64, "int", _U64), printed=("gfn", "pfn", "level")),
+        Point("tp", "kvmmmu:kvm_mmu_spte_requested",
+              {"gfn": "$gfn", "value": "$pfn", "level": "$level", **_CURRENT}),
+    ), "time"),
+    Probe("kvm_mmu_set_spte", (
+        Point("raw", "kvmmmu:kvm_mmu_set_spte",
+              {"gfn": "@1", "new": "READ64(@2)", "table": "frame_of(@2)", "level": "@0", **_CURRENT},
+              signature=("int", _U64, "long long unsigned int *"),
+              printed=("gfn", "spte", "sptep", "level", "r", "x", "u"), needs=PHYSICAL),
+        Point("tp", "kvmmmu:kvm_mmu_set_spte",
+              {"gfn": "$gfn", "new": "$spte", "table": "$sptep >> 12", "level": "$level", **_CURRENT}),
+    ), "time"),
     # 5.15+ (33dd3574f5fe); 5.10's TDP MMU changes SPTEs without an event.
     Probe("kvm_tdp_mmu_spte_changed", (
         Point("raw", "kvmmmu:kvm_tdp_mmu_spte_changed",
               {"gfn": "@1", "old": "@3", "new": "@4", "level": "@2", "as_id": "@0",
                "root": "CHANGED_ROOT(self, (u32)@0)"},
-              signature=("int", "long long unsigned int", "int", "long long unsigned int", "long long unsigned int")),
+              signature=("int", _U64, "int", _U64, _U64)),
         Point("tp", "kvmmmu:kvm_tdp_mmu_spte_changed",
               {"gfn": "$gfn", "old": "$old_spte", "new": "$new_spte", "level": "$level", "as_id": "$as_id",
                "root": "CHANGED_ROOT(self, $as_id)"}),
     ), "mmu"),
-    _tp("fast_page_fault", "kvmmmu:fast_page_fault", "time",
-        addr="$cr2_or_gpa", code="$error_code", old="$old_spte", new="$new_spte", ret="$ret", **_CURRENT),
+    Probe("fast_page_fault", (
+        # 5.16+ (f0066d94c92d)
+        Point("raw", "kvmmmu:fast_page_fault",
+              {"addr": "FAULT_ADDR", "code": "(#error_code)FAULT_CODE", "old": "@3", "new": "READ64(@2)", "ret": "@4",
+               **_CURRENT},
+              signature=("kvm_vcpu *", "kvm_page_fault *", "long long unsigned int *", _U64,
+                         "int"), shared=_FAULT.format("@1")),
+        Point("raw", "kvmmmu:fast_page_fault",
+              {"addr": "@1", "code": "(#error_code)@2", "old": "@4", "new": "READ64(@3)", "ret": "@5", **_CURRENT},
+              until=(5, 16),
+              signature=("kvm_vcpu *", _U64, _U32, "long long unsigned int *",
+                         _U64, "int"),
+              printed=("vcpu_id", "cr2_or_gpa", "error_code", "sptep", "old_spte", "new_spte", "ret")),
+        Point("tp", "kvmmmu:fast_page_fault",
+              {"addr": "$cr2_or_gpa", "code": "$error_code", "old": "$old_spte", "new": "$new_spte", "ret": "$ret",
+               **_CURRENT}),
+    ), "time"),
     Probe("kvm_mmu_zap_all_fast", (
         Point("raw", "kvmmmu:kvm_mmu_zap_all_fast", {"kvm": "@0", "value": "KVM_USED(@0)", "flags": "KVM_GEN(@0)"},
               signature=("kvm *",)),
@@ -118,38 +152,59 @@ TRACEPOINTS: tuple[Probe, ...] = (
     _tp("kvm_mmu_split_huge_page", "kvmmmu:kvm_mmu_split_huge_page", "mmu",
         gfn="$gfn", old="$spte", level="$level", ret="$errno"),
     _tp("mark_mmio_spte", "kvmmmu:mark_mmio_spte", "time", gfn="$gfn", code="$access", value="$gen", **_CURRENT),
-    _tp("handle_mmio_page_fault", "kvmmmu:handle_mmio_page_fault", "time",
-        addr="$addr", gfn="$gfn", code="$access", **_CURRENT),
-    _tp("check_mmio_spte", "kvmmmu:check_mmio_spte", "time", old="$spte", value="$kvm_gen", code="$spte_gen"),
-    # The emulator's two hottest events: raw costs about half of the classic tracepoint.
-    Probe("kvm_mmu_pagetable_walk", (
-        Point("raw", "kvmmmu:kvm_mmu_pagetable_walk", {"addr": "@0", "code": "@1"},
-              signature=("long long unsigned int", "unsigned int")),
-        Point("tp", "kvmmmu:kvm_mmu_pagetable_walk", {"addr": "$addr", "code": "$pferr"}),
-    ), "all"),
-    Probe("kvm_mmu_paging_element", (
-        Point("raw", "kvmmmu:kvm_mmu_paging_element", {"value": "@0", "level": "@1"},
-              signature=("long long unsigned int", "int")),
-        Point("tp", "kvmmmu:kvm_mmu_paging_element", {"value": "$pte", "level": "$level"}),
-    ), "all"),
+    _plain("handle_mmio_page_fault", "kvmmmu:handle_mmio_page_fault", "time",
+           {"addr": _U64, "gfn": _U64, "access": _U32}, addr="$addr", gfn="$gfn", code="$access", **_CURRENT),
+    _plain("check_mmio_spte", "kvmmmu:check_mmio_spte", "time",
+           {"spte": _U64, "kvm_gen": _U32, "spte_gen": _U32}, old="$spte", value="$kvm_gen", code="$spte_gen"),
+    # The emulator's two hottest events.
+    _plain("kvm_mmu_pagetable_walk", "kvmmmu:kvm_mmu_pagetable_walk", "all", {"addr": _U64, "pferr": _U32},
+           addr="$addr", code="$pferr"),
+    _plain("kvm_mmu_paging_element", "kvmmmu:kvm_mmu_paging_element", "all", {"pte": _U64, "level": "int"},
+           value="$pte", level="$level"),
     _tp("kvm_mmu_set_accessed_bit", "kvmmmu:kvm_mmu_set_accessed_bit", "all", addr="$gpa"),
     _tp("kvm_mmu_set_dirty_bit", "kvmmmu:kvm_mmu_set_dirty_bit", "all", addr="$gpa"),
     _tp("kvm_mmu_walker_error", "kvmmmu:kvm_mmu_walker_error", "all", code="$pferr"),
-    # vcpu and RIP are in the format from 6.1 (faebdc6b4e7c); 5.10 and 5.15 print address and error code only.
-    _tp("kvm_page_fault", "kvm:kvm_page_fault", "time", addr="$fault_address", code="$error_code", rip="$?guest_rip",
-        root="CURRENT_ROOT(self)", role="CURRENT_ROLE(self)"),
-    # immediate_exit came in 6.10 and was taken back into 6.1.y
-    _tp("kvm_entry", "kvm:kvm_entry", "time", rip="$rip", flags="$?immediate_exit ? 1 : 0", **_CURRENT),
-    _tp("kvm_exit", "kvm:kvm_exit", "time", code="$exit_reason", rip="$guest_rip", value="$info1", addr="$info2"),
+    Probe("kvm_page_fault", (
+        # vcpu and RIP are in the format from 6.1 (faebdc6b4e7c); 5.10 and 5.15 print address and error code only.
+        *_rip_points("kvm:kvm_page_fault",
+                     {"addr": "@1", "code": "(#error_code)@2", "rip": "@0", **_CURRENT_BOTH},
+                     ("kvm_vcpu *", _U64, _U64), shared=_MMU),
+        Point("raw", "kvm:kvm_page_fault",
+              {"addr": "@0", "code": "(#error_code)@1", **_CURRENT_BOTH},
+              signature=("long unsigned int", _U32), printed=("fault_address", "error_code"), shared=_MMU),
+        Point("tp", "kvm:kvm_page_fault",
+              {"addr": "$fault_address", "code": "$error_code", "rip": "$?guest_rip", **_CURRENT_BOTH}, shared=_MMU),
+    ), "time"),
+    Probe("kvm_entry", (
+        # immediate_exit came in 6.10 and was taken back into 6.1.y
+        *_rip_points("kvm:kvm_entry", {"rip": "@0", "flags": "(u8)@1 ? 1 : 0", **_CURRENT}, ("kvm_vcpu *", "_Bool")),
+        *_rip_points("kvm:kvm_entry", {"rip": "@0", **_CURRENT}, ("kvm_vcpu *",), ("vcpu_id", "rip")),
+        Point("tp", "kvm:kvm_entry", {"rip": "$rip", "flags": "$?immediate_exit ? 1 : 0", **_CURRENT}),
+    ), "time"),
+    Probe("kvm_exit", (
+        # 5.16+ (0a62a0319abb): the reason is no argument any more
+        *_rip_points("kvm:kvm_exit",
+                     {"code": "(#exit_reason)exit.code", "rip": "@0", "value": "exit.info_1",
+                      "addr": "exit.info_2"},
+                     ("kvm_vcpu *", _U32), needs=EXIT_IN_MEMORY, shared=_EXIT.format("@0")),
+        *_rip_points("kvm:kvm_exit",
+                     {"code": "(#exit_reason)@0", "rip": "@1", "value": "exit.info_1", "addr": "exit.info_2"},
+                     (_U32, "kvm_vcpu *", _U32), needs=EXIT_IN_MEMORY,
+                     shared=_EXIT.format("@1")),
+        Point("tp", "kvm:kvm_exit",
+              {"code": "$exit_reason", "rip": "$guest_rip", "value": "$info1", "addr": "$info2"}),
+    ), "time"),
     Probe("kvm_smm_transition", (
         Point("tp", "kvm:kvm_smm_transition", {"addr": "$smbase", "flags": "$entering ? 1 : 0"}),
         # the name until 5.16
         Point("tp", "kvm:kvm_enter_smm", {"addr": "$smbase", "flags": "$entering ? 1 : 0"}),
     ), "roots"),
-    _tp("kvm_cr", "kvm:kvm_cr", "roots", code="$cr", value="$val", flags="$rw ? 1 : 0"),
-    _tp("kvm_msr", "kvm:kvm_msr", "time", code="$ecx", value="$data",
-        flags="($write ? 1 : 0) | ($exception ? 2 : 0)"),
-    _tp("kvm_userspace_exit", "kvm:kvm_userspace_exit", "time", code="$reason", ret="$errno"),
+    _plain("kvm_cr", "kvm:kvm_cr", "roots", {"rw": _U32, "cr": _U32, "val": "long unsigned int"},
+           code="$cr", value="$val", flags="$rw ? 1 : 0"),
+    _plain("kvm_msr", "kvm:kvm_msr", "time", {"write": _U32, "ecx": _U32, "data": _U64, "exception": "_Bool"},
+           code="$ecx", value="$data", flags="($write ? 1 : 0) | ($exception ? 2 : 0)"),
+    _plain("kvm_userspace_exit", "kvm:kvm_userspace_exit", "time", {"reason": _U32, "errno": "int"},
+           code="$reason", ret="$errno"),
     _tp("kvm_unmap_hva_range", "kvm:kvm_unmap_hva_range", "roots", addr="$start", value="$end"),
     _tp("kvm_age_hva", "kvm:kvm_age_hva", "mmu", addr="$start", value="$end"),
     _tp("kvm_test_age_hva", "kvm:kvm_test_age_hva", "mmu", addr="$hva"),
@@ -170,7 +225,7 @@ TRACEPOINTS: tuple[Probe, ...] = (
     _tp("kvm_emulate_insn", "kvm:kvm_emulate_insn", "all", rip="$rip", flags="$failed ? 1 : 0"),
     _tp("kvm_pio", "kvm:kvm_pio", "all", code="$port", value="$val", flags="$rw ? 1 : 0"),
     _tp("kvm_mmio", "kvm:kvm_mmio", "all", addr="$gpa", value="$val", code="$len | ($type << 8)"),
-    _tp("kvm_fast_mmio", "kvm:kvm_fast_mmio", "mmu", addr="$gpa"),
+    _plain("kvm_fast_mmio", "kvm:kvm_fast_mmio", "mmu", {"gpa": _U64}, addr="$gpa"),
     _tp("vcpu_match_mmio", "kvm:vcpu_match_mmio", "all", addr="$gpa", flags="$write ? 1 : 0"),
     _tp("kvm_inj_exception", "kvm:kvm_inj_exception", "mmu", code="$exception", value="$error_code",
         flags="$has_error ? 1 : 0"),

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from tracer.offsets import Layout
-from tracer.probes import IOCTL_KINDS, SCHED_KINDS, Hook, Point, Probe
+from tracer.points import Hook, Point, Probe
+from tracer.probes import IOCTL_KINDS, SCHED_KINDS
 from tracer.ring import MAX_RINGS
 from tracer.tracefs import Field
 from traces.schema import BY_NAME, RECORD_FIELDS, RECORD_SIZE
@@ -30,8 +31,9 @@ MAX_THREADS = 65536
 THREAD = np.dtype({"names": ["tid", "tgid", "comm"], "formats": ["u4", "u4", "S16"], "offsets": [104, 108, 132],
                    "itemsize": 152})  # fmt: skip
 SETTINGS = np.dtype([("page_offset", "u8"), ("vmemmap", "u8"), ("page_offset_at", "u8"), ("vmemmap_at", "u8"),
-                     ("kinds", "u8"), ("pid_ns", "u8"), ("pid_ns_level", "u4"), ("filter_tgid", "u4"),
-                     ("look_at", "u8"), ("first_fd", "u4"), ("part", "u4"), ("files", "u4", 18)])  # fmt: skip
+                     ("svm_vmcb", "u8"), ("kinds", "u8"), ("pid_ns", "u8"), ("pid_ns_level", "u4"),
+                     ("filter_tgid", "u4"), ("look_at", "u8"), ("first_fd", "u4"), ("part", "u4"),
+                     ("files", "u4", 18)])  # fmt: skip
 COUNTERS = np.dtype([("emitted", "u8", KIND_SLOTS), ("lost", "u8", KIND_SLOTS), ("gap_count", "u8"),
                      ("gap_kinds", "u8"), ("gap_since", "u8")])  # fmt: skip
 
@@ -75,6 +77,9 @@ def _expand(expression: str, chosen: Chosen, arguments: int) -> str:
             return "0"
         return f"(*({found.ctype} *)((u8 *)ctx + {found.offset}))"
 
+    def ctype(match: re.Match[str]) -> str:
+        return chosen.fields[match["name"]].ctype
+
     def argument(match: re.Match[str]) -> str:
         index = match["index"]
         if chosen.how == "raw":
@@ -85,6 +90,7 @@ def _expand(expression: str, chosen: Chosen, arguments: int) -> str:
             return "((u64)PT_REGS_RC((struct pt_regs *)ctx))"
         return f"((u64)PT_REGS_PARM{int(index) + 1}((struct pt_regs *)ctx))"
 
+    expression = re.sub(r"#(?P<name>\w+)", ctype, expression)
     expression = re.sub(r"\$(?P<optional>\??)(?P<name>\w+)", field, expression)
     return re.sub(r"@(?P<index>ret|\d)", argument, expression)
 
@@ -96,7 +102,7 @@ def _function(chosen: Chosen, arguments: int) -> str:
             (
                 f"int {chosen.function}(void *ctx)",
                 "{",
-                "    struct thread local = {};",
+                "    struct thread local;",
                 "    struct thread *self = current_thread(&local);",
                 f"    {_expand(point.before, chosen, arguments)}",
                 "    return 1;",
@@ -121,11 +127,13 @@ def _function(chosen: Chosen, arguments: int) -> str:
     lines = [
         f"int {chosen.function}(void *ctx)",
         "{",
-        "    struct thread local = {};",
+        "    struct thread local;",
         "    struct thread *self = nobody(&local);"
         if point.in_interrupt
         else "    struct thread *self = current_thread(&local);",
     ]
+    if point.shared:
+        lines.append(f"    {_expand(point.shared, chosen, arguments)}")
     if point.only_if:
         lines.append(f"    if (!({_expand(point.only_if, chosen, arguments)})) return 1;")
     if point.before:

@@ -33,6 +33,17 @@ def test_layouts_that_never_change() -> None:
 
 
 @needs_btf
+def test_numbers_and_enumerators() -> None:
+    btf = kernel_btf()
+    assert btf.member_size("task_struct", "pid") == 4
+    assert btf.member_size("kmem_cache", "no_such_member") == 0
+    assert btf.enumerator("pid_type", "PIDTYPE_PID") == 0
+    assert btf.enumerator("pid_type", "PIDTYPE_SID") == 3
+    assert btf.enumerator("pid_type", "PIDTYPE_OTHER") is None
+    assert btf.enumerator("no_such_enum", "PIDTYPE_PID") is None
+
+
+@needs_btf
 def test_signatures() -> None:
     signature = kernel_btf().signature("vfs_read")
     assert signature is not None

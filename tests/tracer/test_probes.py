@@ -13,17 +13,8 @@ import pytest
 from tracer import attachments
 from tracer.btf import Btf
 from tracer.offsets import _NEEDED, Layout
-from tracer.probes import (
-    FUTURE,
-    HOOKS,
-    IOCTL_KINDS,
-    OLDEST,
-    PRESETS,
-    PROBES,
-    SCHED_KINDS,
-    Hook,
-    preset_kinds,
-)
+from tracer.points import FUTURE, OLDEST, Hook
+from tracer.probes import HOOKS, IOCTL_KINDS, PRESETS, PROBES, SCHED_KINDS, preset_kinds
 from tracer.program import Chosen, program
 from tracer.tracefs import Field
 from traces.kernels import at
@@ -37,6 +28,7 @@ def test_points_fill_what_their_kind_has(probe) -> None:  # type: ignore[no-unty
     columns = set(BY_NAME[probe.kind].columns) | {"kvm", "vcpu"}
     for point in probe.points:
         assert set(point.fill) <= columns, (probe.kind, set(point.fill) - columns)
+        assert point.how == "raw" or not (point.printed or point.needs)
         assert point.since < point.until
         assert point.how in ("tp", "raw", "entry", "return")
     promised = set(BY_NAME[probe.kind].columns) - {"flags"}
@@ -92,11 +84,11 @@ def test_expressions_become_c() -> None:
     for probe in PROBES:
         for point in probe.points:
             how = {"entry": "kprobe", "return": "kretprobe"}.get(point.how, point.how)
-            names = {name for text in point.fill.values() for name in re.findall(r"\$\??(\w+)", text)}
+            names = {name for text in point.fill.values() for name in re.findall(r"[$#]\??(\w+)", text)}
             fields = {name: Field(8 + 8 * i, 8, False) for i, name in enumerate(sorted(names))}
             text = program([Chosen(probe, point, how, fields)], Layout({}, {}, ""))
             body = text.rpartition("int on_")[2]
-            assert not re.search(r"[@$]", body), body
+            assert not re.search(r"[@$#]", body), body
             assert "return 0;" not in body, "a 0 would take the event away from everybody else's perf"
             assert f"reserve(self, {BY_NAME[probe.kind].code}, kvm)" in body
 
@@ -104,7 +96,7 @@ def test_expressions_become_c() -> None:
 def test_an_optional_field_that_is_lacking_reads_zero() -> None:
     probe = next(probe for probe in PROBES if probe.kind == "kvm_page_fault")
     fields = {"fault_address": Field(8, 8, False), "error_code": Field(16, 4, False)}
-    text = program([Chosen(probe, probe.points[0], "tp", fields)], Layout({}, {}, ""))
+    text = program([Chosen(probe, probe.points[-1], "tp", fields)], Layout({}, {}, ""))
     body = text.rpartition("int on_")[2]
     assert "*(u32 *)((u8 *)ctx + 16)" in body
     assert "e->w2 = 0;" in body, "5.10 prints no RIP"
@@ -116,7 +108,7 @@ def test_a_member_that_is_gone_is_taken_from_the_tracepoint(offsets: dict[str, i
     (probe,) = (probe for probe in PROBES if probe.kind == "kvm_mmu_zap_all_fast")
     assert [point.how for point in probe.points] == ["raw", "tp"]
     btf = SimpleNamespace(signature=lambda _: None)
-    assert attachments._raw_matches(probe.points[0], cast("Btf", btf), Layout(offsets, {}, "")) == raw
+    assert attachments._raw_matches(probe.points[0], {}, cast("Btf", btf), Layout(offsets, {}, "")) == raw
 
 
 @pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: f"{hook.points[0].how}-{hook.points[0].where}")

@@ -51,11 +51,66 @@ static __always_inline u32 mmu_role(u64 mmu) { return mmu ? read32(mmu + OFF_MMU
 #define MMU_ROLE(mmu) mmu_role((u64)(mmu))
 static __always_inline u64 vcpu_root(u64 vcpu) { return mmu_root(vcpu_mmu(vcpu)); }
 static __always_inline u32 vcpu_role(u64 vcpu) { return mmu_role(vcpu_mmu(vcpu)); }
+/*
+ * Both at once, as whatever several expressions read of a struct: a call of bpf_probe_read_kernel() is 76 instructions,
+ * however little it reads. Zeros where it cannot be read.
+ */
+struct mmu { u8 bytes[MMU_SPAN] __attribute__((aligned(8))); };
+static __always_inline struct mmu vcpu_mmu_now(u64 vcpu)
+{
+    struct mmu now;
+    u64 mmu = vcpu_mmu(vcpu);
+    bpf_probe_read_kernel(&now, sizeof(now), (void *)(mmu ? mmu + MMU_FIRST : 0));
+    return now;
+}
+static __always_inline u64 frame_in(struct mmu *now)
+{
+    u64 frame = *(u64 *)(now->bytes + OFF_MMU_ROOT - MMU_FIRST) >> 12;
+    return frame == EMPTY_FRAME ? 0 : frame;
+}
+#define ROLE_IN(now) (*(u32 *)((now)->bytes + OFF_MMU_ROLE - MMU_FIRST))
 #define VCPU_ROOT(vcpu) vcpu_root((u64)(vcpu))
 #define VCPU_ROLE(vcpu) vcpu_role((u64)(vcpu))
 /* The vCPU of the ioctl in progress is the one whose fault, load or exit an event inside of it is. */
 #define CURRENT_ROOT(self) vcpu_root((self)->vcpu)
 #define CURRENT_ROLE(self) vcpu_role((self)->vcpu)
+
+/* Of the fault that the MMU handles (struct kvm_page_fault, 5.16+), all that tracepoints show of it. */
+#ifdef HAVE_FAULT_CODE
+struct fault { u8 bytes[FAULT_SPAN] __attribute__((aligned(8))); };
+static __always_inline struct fault fault_at(u64 at)
+{
+    struct fault fault;
+    bpf_probe_read_kernel(&fault, sizeof(fault), (void *)(at + FAULT_FIRST));
+    return fault;
+}
+#define FAULT_MEMBER(type, name) (*(type *)(fault.bytes + OFF_FAULT_##name - FAULT_FIRST))
+#define FAULT_ADDR FAULT_MEMBER(u64, ADDR)
+#define FAULT_CODE (OFF_FAULT_CODE_SIZE == 8 ? FAULT_MEMBER(u64, CODE) : FAULT_MEMBER(u32, CODE))
+#define FAULT_GFN FAULT_MEMBER(u64, GFN)
+#define FAULT_LEVEL FAULT_MEMBER(u8, LEVEL)
+#define FAULT_PFN FAULT_MEMBER(u64, PFN)
+#endif
+/* The page frame asked for, as kvm_mmu_spte_requested shows it. */
+static __always_inline u64 asked_pfn(u64 pfn, u64 gfn, u32 level) { return pfn | (gfn & ((1ULL << (level - 1) * 9) - 1)); }
+
+/* What SVM keeps in memory of a vCPU: its RIP, and in the VMCB, whose layout is the CPU's, why it left its guest. */
+#ifdef HAVE_VCPU_RIP
+#define VCPU_RIP(vcpu) read64((u64)(vcpu) + OFF_VCPU_RIP)
+#ifdef HAVE_VCPU_PROTECTED
+#define SHOWN_RIP(vcpu) (read8((u64)(vcpu) + OFF_VCPU_PROTECTED) ? 0 : VCPU_RIP(vcpu))
+#endif
+#endif
+#define VMCB_EXIT 0x70
+struct vmcb_exit { u64 code, info_1, info_2; };
+static __always_inline struct vmcb_exit vmcb_exit(u64 vcpu)
+{
+    struct vmcb_exit exit;
+    struct config *c = config();
+    u64 vmcb = c ? read64(vcpu + c->svm_vmcb) : 0;
+    bpf_probe_read_kernel(&exit, sizeof(exit), (void *)(vmcb + VMCB_EXIT));
+    return exit;
+}
 /* What this thread is at work on decides the VM of an event that names none; 0 where it is at work on none. */
 #define CONTEXT_KVM(self) \
     ((self)->notified ? (self)->notified : (self)->zap_kvm ? (self)->zap_kvm : (self)->ended ? (self)->ended : (self)->kvm)
@@ -88,7 +143,7 @@ static __always_inline u64 mmu_vcpu(u64 mmu, u64 kvm)
  */
 static __always_inline s16 thread_vcpu(struct thread *self, u64 kvm)
 {
-    if (self->vcpu && (!kvm || vcpu_kvm(self->vcpu) == kvm))
+    if (self->vcpu && (!kvm || self->kvm == kvm)) /* in an ioctl on a vCPU `kvm` is that vCPU's */
         return self->vcpu_id;
     if (!self->own_vcpu || (kvm && self->own_kvm != kvm))
         return -1;
@@ -145,8 +200,11 @@ static __always_inline u64 changed_root(struct thread *self, u32 as_id)
         return self->zap_root;
     if (self->walk_root)
         return self->walk_root;
-    if (self->vcpu && !self->notified && ROLE_SMM(vcpu_role(self->vcpu)) == as_id)
-        return vcpu_root(self->vcpu);
+    if (self->vcpu && !self->notified) {
+        struct mmu now = vcpu_mmu_now(self->vcpu);
+        if (ROLE_SMM(ROLE_IN(&now)) == as_id)
+            return frame_in(&now);
+    }
     return only_root(CONTEXT_KVM(self), as_id);
 }
 #define CHANGED_ROOT(self, as_id) changed_root(self, as_id)
@@ -210,6 +268,7 @@ static __always_inline struct thread *current_thread(struct thread *local)
     struct thread *self = threads.lookup(&tid);
     if (self && self->host_tgid == tgid)
         return self;
+    __builtin_memset(local, 0, sizeof(*local)); /* only now: it is 19 stores, and nearly every thread is known */
     u64 task = (u64)bpf_get_current_task();
     local->tid = number_here(read64(task + OFF_TASK_PID), tid);
     local->tgid = number_here(read64(read64(task + OFF_TASK_LEADER) + OFF_TASK_PID), tgid);
@@ -224,6 +283,7 @@ static __always_inline struct thread *current_thread(struct thread *local)
 static __always_inline struct thread *nobody(struct thread *local)
 {
     struct config *c = config();
+    __builtin_memset(local, 0, sizeof(*local));
     if (c)
         local->tgid = c->filter_tgid;
     return local;
@@ -266,7 +326,8 @@ static __always_inline struct event *reserve(struct thread *self, u8 kind, u64 k
         return 0;
     struct percpu *mine = counters.lookup(&zero);
     u64 now = bpf_ktime_get_boot_ns();
-    int index = bpf_get_smp_processor_id() % RINGS;
+    u32 cpu = bpf_get_smp_processor_id();
+    int index = cpu % RINGS;
     void *ring = rings.lookup(&index);
     struct event *e;
     if (!mine || !ring)
@@ -290,7 +351,7 @@ static __always_inline struct event *reserve(struct thread *self, u8 kind, u64 k
             e->w0 = mine->gap_count;
             e->w1 = mine->gap_kinds;
             e->w2 = mine->gap_since;
-            e->cpu = bpf_get_smp_processor_id();
+            e->cpu = cpu;
             e->vcpu = -1;
             mine->gap_count = 0;
             mine->gap_kinds = 0;
@@ -311,7 +372,7 @@ static __always_inline struct event *reserve(struct thread *self, u8 kind, u64 k
     e->kind = kind;
     e->tid = self->tid;
     e->tgid = self->tgid;
-    e->cpu = bpf_get_smp_processor_id();
+    e->cpu = cpu;
     e->vcpu = thread_vcpu(self, kvm);
     return e;
 }

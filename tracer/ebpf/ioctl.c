@@ -58,7 +58,7 @@ int ioctl_enter(void *ctx)
     struct event *e;
     if (((cmd >> 8) & 0xff) != KVMIO_TYPE)
         return 1;
-    struct thread local = {};
+    struct thread local;
     struct thread *self = current_thread(&local);
     u64 file = file_of(fd);
     int what = file ? file_kind(file) : FILE_OTHER;

@@ -39,6 +39,7 @@ struct config {
     u64 page_offset;  /* start of the direct map: 0 where this kernel's symbols do not tell */
     u64 vmemmap;      /* start of the struct page array, the same */
     u64 page_offset_at, vmemmap_at; /* the kernel's variables that hold them */
+    u64 svm_vmcb;     /* where in a vCPU the pointer to its VMCB is; 0 without SVM */
     u64 kinds;        /* bit by kind: which rows are wanted */
     u64 pid_ns;       /* the recorder's pid namespace, and how far it is from the initial one */
     u32 pid_ns_level;
