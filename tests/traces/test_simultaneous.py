@@ -14,24 +14,15 @@ import pytest
 from tests.replay.recording import Guest
 from tests.thinned import thinned
 from tests.traces.shown_counts import outside
+from tests.traces.simultaneous_rows import compare, rows_of
 from tests.verbs import invoke
 from traces.errors import Problem
 from traces.imports.importing import import_file
 from traces.imports.told import ToldOfText
 from traces.reader import Trace
-from traces.schema import BY_NAME
 
 DIRECTORY = Path(__file__).parents[2] / "traces" / "simultaneous"
 NAMES = sorted(path.stem for path in DIRECTORY.glob("*.parquet"))
-# Not in the preset that kvmtrace records with.
-PEERS_ONLY = {"kvm_pio", "kvm_emulate_insn", "other"}
-# What no tracepoint has: a root's frame stands in `table`, where it is created or zapped, and in `root`.
-NOT_SHOWN = {"root", "role of kvm_page_fault", "table of kvm_mmu_get_page", "table of kvm_mmu_prepare_zap_page"}
-SHARED = ("tid", "cpu", "vcpu")
-
-
-def rows_of(path: Path) -> pl.DataFrame:
-    return pl.read_parquet(path).sort("seq").with_columns(pl.col("kind").cast(pl.String))
 
 
 def test_there_are_six_scenarios_on_four_kernels() -> None:
@@ -47,21 +38,7 @@ def test_every_event_of_both_is_in_both_with_equal_fields_in_order(name: str, to
     out = tmp_path / "out.parquet"
     import_file(DIRECTORY / f"{name}.{tool}.xz", out, ToldOfText())
     native, theirs = rows_of(DIRECTORY / f"{name}.parquet"), rows_of(out)
-    tracepoints = set(theirs["kind"].unique()) - PEERS_ONLY
-    counts = [dict(rows.group_by("kind").len().rows()) for rows in (native, theirs)]
-    assert {kind: counts[1][kind] for kind in tracepoints} == {kind: counts[0].get(kind) for kind in tracepoints}
-    assert {kind for kind in counts[0] if kind.startswith("kvm_")} <= tracepoints  # and none of ours is missing
-    for kind in tracepoints:
-        columns = [*SHARED, *(each for each in BY_NAME[kind].columns if not {each, f"{each} of {kind}"} & NOT_SHOWN)]
-        mine, other = (rows.filter(pl.col("kind") == kind).select(columns) for rows in (native, theirs))
-        assert other.rows() == mine.rows(), kind
-    # On one CPU all three see events one after the other; between CPUs each takes the time when its turn comes.
-    shown = native.filter(pl.col("kind").is_in(tracepoints))
-    mine, other = (
-        rows.filter(~pl.col("kind").is_in(PEERS_ONLY)).sort("cpu", maintain_order=True).select("cpu", "tid", "kind")
-        for rows in (shown, theirs)
-    )
-    assert other.rows() == mine.rows()
+    compare(native, theirs)
     meta = Trace.open(out).metadata
     assert meta.kernel == Trace.open(DIRECTORY / f"{name}.parquet").metadata.kernel
     assert meta.raw["clock"]["name"] == "mono"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import lzma
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -51,15 +52,15 @@ cp /tmp/$name.dat /tmp/$name.data {SHARE}
 """
 
 
-def record(kernel: str, directory: Path) -> list[Path]:
-    """Record the scenarios on one kernel; the files that were made. Raises Problem where something is missing."""
+def record(kernel: str, directory: Path, names: Iterable[str] = SCENARIOS) -> list[Path]:
+    """Record scenarios on one kernel; the files that were made. Raises Problem where something is missing."""
     booted = fetch(kernel, lambda line: print(line, file=sys.stderr))
     jobs = {
         f"{name}-{kernel}": [
             "sh", f"{SHARE}/{_SCRIPT}", f"{name}-{kernel}", " ".join(_TRACE_CMD[kernel]),
-            str(vmm.binary()), name, *given,
+            str(vmm.binary()), name, *SCENARIOS[name],
         ]
-        for name, given in SCENARIOS.items()
+        for name in names
     }  # fmt: skip
     command, give = several(jobs, "mmu", segments=False)
     with tempfile.TemporaryDirectory(prefix="kvmtrace-beside-") as made:
