@@ -132,13 +132,18 @@ def written(path: Path, **more: object) -> Recording:
     ("more", "said"),
     [
         ({"host": {"kernel": "6.1.55", "vendor": "GenuineIntel"}}, "other CPUs: AuthenticAMD against GenuineIntel"),
-        ({"host": {"kernel": "6.1.55", "vendor": "AuthenticAMD", "model": "EPYC 9"}}, "unknown against EPYC 9"),
-        (
+        pytest.param(
+            {"host": {"kernel": "6.1.55", "vendor": "AuthenticAMD", "model": "EPYC 9"}},
+            "unknown against EPYC 9",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             {"host": {"kernel": "6.1.55", "vendor": "AuthenticAMD", "cpus": 8}},
             "other number of CPUs: unknown against 8",
+            marks=pytest.mark.slow,
         ),
         ({"lab": {"kernel": "6.1"}}, "a host against the lab's emulation"),
-        ({"origin": "synthetic"}, "a host against a synthetic trace"),
+        pytest.param({"origin": "synthetic"}, "a host against a synthetic trace", marks=pytest.mark.slow),
     ],
 )
 def test_unlike_machines_are_refused_or_marked(more: dict[str, object], said: str, tmp_path: Path) -> None:

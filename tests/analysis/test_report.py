@@ -194,7 +194,7 @@ def test_several_files_in_each_format() -> None:
         ("smi-storm-5.10", "with its root (SMI, "),
     ],
 )
-@pytest.mark.parametrize("replayed", [True, False])
+@pytest.mark.parametrize("replayed", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_the_verdict_names_what_made_most_faults(scenario: str, said: str, replayed: bool) -> None:
     """Also where no soft-hang, whose cause would be named, came of it."""
     with reported(CORPUS / f"{scenario}.parquet", Wanted(replay=replayed)) as report:

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.flight.rows import KVM, row
+from tests.profiles import examples
 from tracer.flight import counting
 from tracer.flight.alarms import Alarm, Detector
 from tracer.flight.guest_share import GuestShare
@@ -115,7 +116,7 @@ HEALTHY = {
 
 
 @pytest.mark.parametrize("what", HANGS)
-@settings(max_examples=10)
+@examples(10)
 @given(cuts=st.lists(st.integers(0, 3000), max_size=6))
 def test_a_hang_is_found_within_twice_its_time_however_the_rows_come(what: str, cuts: list[int]) -> None:
     rows = stream(HANGS[what])
@@ -128,7 +129,7 @@ def test_a_hang_is_found_within_twice_its_time_however_the_rows_come(what: str, 
 
 
 @pytest.mark.parametrize("what", HEALTHY)
-@settings(max_examples=10)
+@examples(10)
 @given(cuts=st.lists(st.integers(0, 3000), max_size=6))
 def test_a_healthy_vcpu_triggers_nothing(what: str, cuts: list[int]) -> None:
     assert in_batches(share(), stream(HEALTHY[what]), cuts) == []

@@ -20,12 +20,14 @@ import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import typer.main
 
 import kvmtrace as command_line
 from replay.result import KEY as RESULT_KEY
@@ -357,6 +359,12 @@ VERBS = (
 )  # fmt: skip
 
 
+@cache
+def _command() -> Any:
+    """The command line, which typer would make anew for each call."""
+    return typer.main.get_command(command_line.app)
+
+
 def through_verbs(path: Path, verbs: Sequence[str] = VERBS) -> str:
     """Each verb answers, or says in one line why not; its exit code is 0 or 1 where it answers."""
     said = {}
@@ -367,7 +375,7 @@ def through_verbs(path: Path, verbs: Sequence[str] = VERBS) -> str:
         words = verb.format(path, path.parent).split()
         try:
             with contextlib.redirect_stdout(io.StringIO()) as told, contextlib.redirect_stderr(io.StringIO()):
-                code = command_line.app(words, standalone_mode=False)
+                code = _command()(words, standalone_mode=False)
             assert code in (None, 0, 1), (verb, code)
             assert told.getvalue().replace("\n", "").isprintable(), (verb, told.getvalue())
         except Problem as problem:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -353,12 +354,17 @@ def test_a_place_that_cannot_be_written_is_a_usage_error(tmp_path: Path) -> None
 SHAPES = [("preserve", ""), ("async", "-async")]
 
 
+@cache
 def real(scenario: str, suffix: str) -> Rows:
     return rows(Trace.open(CORPUS / f"{scenario}-6.1{suffix}.parquet"))
 
 
-def storm(path: Path, policy: str) -> Rows:
-    return rows(make(path, policy=policy, smi_rate=1_000.0, working_set=600, duration=0.0105, zap_rows=True))
+@pytest.fixture(scope="module")
+def storms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Rows]:
+    """By policy."""
+    order = {"smi_rate": 1_000.0, "working_set": 600, "duration": 0.0105, "zap_rows": True}
+    directory = tmp_path_factory.mktemp("storms")
+    return {policy: rows(make(directory / policy, policy=policy, **order)) for policy, _ in SHAPES}
 
 
 @pytest.mark.parametrize(("policy", "suffix"), SHAPES)
@@ -384,16 +390,16 @@ def filled(listed: Rows) -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize(("policy", "suffix"), SHAPES)
-def test_a_fault_is_the_rows_that_recordings_show(policy: str, suffix: str, tmp_path: Path) -> None:
+def test_a_fault_is_the_rows_that_recordings_show(policy: str, suffix: str, storms: dict[str, Rows]) -> None:
     def shapes(listed: Rows) -> set[tuple[Any, ...]]:
         exits = [run for run in between(listed, "kvm_exit", "kvm_entry") if run[0]["code"] == 0x400]
         return {tuple((row["kind"], row["level"], row["role"], row["as_id"]) for row in run) for run in exits}
 
-    assert shapes(storm(tmp_path / "ours.parquet", policy)) == shapes(real("smi-storm", suffix))
+    assert shapes(storms[policy]) == shapes(real("smi-storm", suffix))
 
 
 @pytest.mark.parametrize(("policy", "suffix"), SHAPES)
-def test_an_smi_is_the_rows_that_recordings_show(policy: str, suffix: str, tmp_path: Path) -> None:
+def test_an_smi_is_the_rows_that_recordings_show(policy: str, suffix: str, storms: dict[str, Rows]) -> None:
     def shapes(listed: Rows) -> list[tuple[Any, ...]]:
         runs, run = [], None
         for row in [row for row in listed if row["vcpu"] == 0 and row["kind"] != "ioctl_end"]:
@@ -406,7 +412,7 @@ def test_an_smi_is_the_rows_that_recordings_show(policy: str, suffix: str, tmp_p
                     run = None
         return runs
 
-    ours, theirs = shapes(storm(tmp_path / "ours.parquet", policy)), shapes(real("smi-storm", suffix))
+    ours, theirs = shapes(storms[policy]), shapes(real("smi-storm", suffix))
     assert len(theirs) >= 3
     assert ours[0] == theirs[0]
     assert set(ours[1:]) == set(theirs[1:])
@@ -447,7 +453,7 @@ def test_a_zap_is_the_rows_that_recordings_show(policy: str, suffix: str, tmp_pa
 
 
 @pytest.mark.parametrize(("policy", "suffix"), SHAPES)
-def test_a_vms_end_is_the_rows_that_recordings_show(policy: str, suffix: str, tmp_path: Path) -> None:
+def test_a_vms_end_is_the_rows_that_recordings_show(policy: str, suffix: str, storms: dict[str, Rows]) -> None:
     def shape(listed: Rows) -> list[tuple[Any, ...]]:
         first = next(i for i, row in enumerate(listed) if row["kind"] == "zap_all")
         skipped = ("kvm_tdp_mmu_spte_changed", "kvm_mmu_prepare_zap_page", "table_free")
@@ -457,7 +463,7 @@ def test_a_vms_end_is_the_rows_that_recordings_show(policy: str, suffix: str, tm
             if row["kind"] not in skipped
         ]
 
-    assert shape(storm(tmp_path / "ours.parquet", policy)) == shape(real("smi-storm", suffix))
+    assert shape(storms[policy]) == shape(real("smi-storm", suffix))
 
 
 def test_a_vms_beginning_is_the_rows_that_recordings_show(tmp_path: Path) -> None:
