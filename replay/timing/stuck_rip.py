@@ -13,7 +13,7 @@ from typing import Final
 from replay.decode.same_rip import RipRuns
 
 CERTAIN: Final = 200  # exits at one RIP, by default
-_FAILING: Final = 10  # of those, one in so many is enough where KVM_RUN fails: no healthy guest tries that again
+_FAILING: Final = 10  # of those, one in so many is enough where KVM_RUN fails, which no healthy guest tries again
 LASTING: Final = 100_000_000  # ns; a guest that polls a device ends each access, and may do so for a while
 
 
@@ -59,11 +59,11 @@ class RipRun:
 
     def certain(self, exits: int = CERTAIN) -> bool:
         """Whether it got no further for this many exits, or polled for this many, and long enough to be a hang."""
-        fails = (self.errors + self.internal + self.shutdowns + self.failed) * 2 >= self.exits
-        least = max(exits // _FAILING, 1) if fails else exits
+        failures = self.errors + self.internal + self.failed
+        least = max(exits // _FAILING, 1) if failures * 2 >= self.exits else exits
         if self.exits < least or self.moves * 100 >= self.exits or self.halts * 2 >= self.exits:
             return False
-        if fails or not self.polls:
+        if (failures + self.shutdowns) * 2 >= self.exits or not self.polls:
             return True
         if self.mmio * 2 < self.exits:  # CPUID, RDMSR, hypercalls: it continues with what they return
             return False
