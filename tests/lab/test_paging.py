@@ -15,8 +15,9 @@ from traces.reader import Trace
 
 pytestmark = pytest.mark.lab
 
-# It boots until it finds no root file system. Emulation aborts where a nested guest writes CR8 while an interrupt is
-# pending, hence no interrupt controller in the kernel; asynchronous page faults would look pages up without a fault.
+# It boots until it finds no root file system, which takes an idle machine two minutes. Emulation aborts where a nested
+# guest writes CR8 while an interrupt is pending, hence no interrupt controller in the kernel; asynchronous page faults
+# would look pages up without a fault.
 QEMU = (
     "qemu-system-x86_64 -accel kvm -m 512 -nodefaults -display none -no-reboot -net none"
     " -machine q35,kernel-irqchip=off -cpu host,-kvm-asyncpf-int,-kvm-pv-eoi,-kvm-asyncpf,-kvm-steal-time"
@@ -31,11 +32,11 @@ def test_a_guest_that_writes_its_page_tables(lab_kernel: lab_kernels.Bootable, t
     out = tmp_path / "linux.parquet"
     session.boot(
         lab_kernel,
-        session.recorder(["sh", "-c", f"timeout 60 {guest}"], "mmu"),
+        session.recorder(["sh", "-c", f"timeout 600 {guest}"], "mmu"),
         trace=out,
         parameters=["kvm_amd.npt=0"],
         memory=3072,
-        timeout=400,
+        timeout=1200,
     )
     report = validate(out)
     assert report.holds, render(report)
