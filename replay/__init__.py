@@ -1,2 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A software TDP MMU: what a recording's VMs would have done under another root policy."""
+"""A software model of KVM's TDP MMU: it replays a recording and says what
+the VMs would have done under another root policy.
+"""

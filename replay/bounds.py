@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How what a trace leaves undetermined is printed, from its two bounds: one number, an interval, or one with a name.
+"""Turn the two bounds of an undetermined count into what is printed: one number, or an interval.
 
-An assumption about the working set makes one number of the interval of re-faults, and of nothing else: `recent:K` that
-each root built anew is needed for the K pages last mapped in it, `accessed` that of its pages the share is needed which
-the recording shows to have been accessed.
+An assumption about the working set (`--refault`) picks one number from the interval of faults and re-faults, and of no
+other count. `recent:K` assumes that a root that is built anew needs the K pages that were mapped last in its
+predecessor. `accessed` assumes that it needs the share of pages that the recording shows to have been accessed.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ _LARGE = np.uint64(LARGE)
 
 @dataclass(frozen=True)
 class Count:
-    """A count that lies between `low` and `high`, where there is an upper end.
+    """A count that lies between `low` and `high`; `high` is None where the trace sets no upper bound.
 
-    `assumed` is the one number under the assumption, if there is one; without an upper end it is the least as well.
+    `assumed` is the one number that a working-set assumption gives, if there is one; where `high` is None it replaces
+    `low`.
     """
 
     low: int
@@ -36,7 +37,7 @@ class Count:
 
     @property
     def text(self) -> str:
-        """For people: the number, or `low .. high`."""
+        """The count as it is printed: `1,234`, `low .. high`, or `low or more`."""
         if self.high is None:
             return f"{self.low if self.assumed is None else self.assumed:,} or more"
         if self.assumed is not None:
@@ -45,7 +46,7 @@ class Count:
 
     @property
     def value(self) -> int | list[int | None]:
-        """For programs: the number, or [low, high], high being null where there is no upper end."""
+        """The count as it stands in JSON: a number, or [low, high], where high is null if there is no upper bound."""
         if self.high is None:
             return [self.low if self.assumed is None else self.assumed, None]
         if self.assumed is not None:
@@ -57,12 +58,16 @@ class Count:
 
 
 def counts(outcomes: list[Outcome], refault: Refault, share: float = 0.0) -> dict[str, Count]:
-    """The counts of one policy: `outcomes` are its runs of one VM, or of all. `share` is used by `accessed`."""
+    """Return the counts of one policy by name.
+
+    `outcomes` are all runs of that policy, of one VM or of several, whose counts are then summed. `share` is the share
+    of accessed pages, from 0 to 1, and is used with `--refault accessed` only.
+    """
     sums: dict[str, dict[str, int]] = {}
     for outcome in outcomes:
         ends = sums.setdefault(outcome.run.bound, {})
         for name, value in outcome.counts().items():
-            # VMs do not peak at one time, but there is never more than this.
+            # VMs need not peak at the same time, so the sum of their peaks is an upper bound.
             ends[name] = ends.get(name, 0) + value
     low, high = (sums.get(bound) or next(iter(sums.values())) for bound in ("low", "high"))
     first = outcomes[0].run.bound
@@ -83,21 +88,27 @@ def counts(outcomes: list[Outcome], refault: Refault, share: float = 0.0) -> dic
 
 
 def bounds_text(refault: str, *, at_least: bool) -> str:
-    """How undetermined counts are given: by an assumption (`refault`, or empty), as the least, as an interval."""
+    """Say how undetermined counts are printed: under the assumption
+    `refault`, as the least (`at_least`), or as an interval.
+    """
     parts = [f"assumed: --refault {refault}" if refault else "", "the least" if at_least else ""]
     return ", ".join(filter(None, parts)) or "least .. most"
 
 
 def interval(one: int, other: int, outcome: Outcome, spread: Spread = WITHIN) -> Count:
-    """What lies between the two ends of an outcome's target, or from the lesser on; `spread` about each end."""
+    """Return the interval between the counts of two runs of a policy, widened at each end by `spread`.
+
+    The interval has no upper bound if the policy's target says so (`at_least`) or if `spread` has none.
+    """
     endless = outcome.target.at_least or spread.more is None
     return Count(max(min(one, other) - spread.less, 0), None if endless else max(one, other) + (spread.more or 0))
 
 
 def accessed_share(trace: Trace, kernel: Kernel) -> float:
-    """Of the leaves that went after the host had begun to age pages, the share with the accessed bit set.
+    """Return the share of leaves with the accessed bit, among those removed after the host began to age pages.
 
-    Raises Problem where a trace has no such rows: an accessed bit that nothing ever cleared says nothing.
+    Raises Problem if the trace has no such rows: an accessed bit that nobody ever cleared says nothing about recent
+    use.
     """
     bit, present = np.uint64(kernel.vendor.accessed), np.uint64(kernel.spte.present)
     aged, accessed, removed = set[int](), 0, 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verbs of replay: `kvmtrace validate`, `replay` and `explore`."""
+"""The commands `kvmtrace validate`, `kvmtrace replay` and `kvmtrace explore`."""
 
 from __future__ import annotations
 

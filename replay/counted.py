@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counts of one VM under one run of one policy: what its roots did, in the order of the recording."""
+"""Count what happens to one VM's roots, tables and SPTEs while one run of one policy is replayed."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ from replay.simulate.reference import Counters, Happened, Violation
 from replay.simulate.simulator import Reference, Simulator
 from traces.errors import VERDICT_FAILED, Problem
 
-_HISTORY: Final = 6  # rows of a root's life that a violation shows
-_LIVES: Final = 1 << 12  # roots of which they are kept
+_HISTORY: Final = 6  # events of a root that the message of a violation shows
+_LIVES: Final = 1 << 12  # roots whose last events are kept for such a message
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A count may be less than what was counted by so much, and more by so much; `more` None: without an end."""
+    """How far the true count may lie below (`less`) and above (`more`) the counted one.
+
+    `more` is None if it has no limit.
+    """
 
     less: int = 0
     more: int | None = 0
@@ -35,13 +38,13 @@ class Spread:
         return Spread(self.less + other.less, more)
 
 
-WITHIN: Final = Spread()  # what was counted
-VM_END: Final = "vm_end"  # of roots freed by cause
+WITHIN: Final = Spread()  # the count is exact
+VM_END: Final = "vm_end"  # the key in `frees` of roots that were freed because the VM ended
 
 
 @dataclass
 class Outcome:
-    """One VM under one run of one policy."""
+    """The counts of one VM under one run of one policy."""
 
     target: Target
     run: Run
@@ -49,29 +52,32 @@ class Outcome:
     vcpu_ids: list[int]
     vcpus: Vcpus | None = None
     counters: Counters = field(default_factory=Counters)
-    frees: Counter[str] = field(default_factory=Counter)  # by cause
+    frees: Counter[str] = field(default_factory=Counter)  # roots freed, by cause
     roles: Counter[int] = field(default_factory=Counter)  # roots created, by role word
     roots_peak: int = 0
-    tables_peak: int = 0  # as seen where roots come and go, and at the end of each batch
-    assumed: list[NDArray[np.int64]] = field(default_factory=list)  # leaves that each new root had at once
-    freed_tables: int = 0  # of roots, when they were freed
-    stuck: list[int | None] = field(default_factory=list)  # by vCPU: the trace's row at which it stopped
-    spreads: dict[str, Spread] = field(default_factory=dict)  # of counts that may be others
+    tables_peak: int = 0  # sampled whenever a root is created, found or freed, and at the end of each batch
+    assumed: list[NDArray[np.int64]] = field(default_factory=list)  # assume_refault: leaves each new root began with
+    freed_tables: int = 0  # tables that freed roots still had when they were freed
+    stuck: list[int | None] = field(default_factory=list)  # by vCPU: the trace row after which it makes no progress
+    spreads: dict[str, Spread] = field(default_factory=dict)  # by count: how far it may be off; absent if exact
 
     def counts(self) -> dict[str, int]:
-        """Everything that is counted, of the VM as a whole."""
+        """Return all counts of the VM by name; the counts of its vCPUs are summed."""
         assert self.vcpus is not None
         sums = {name: int(values.sum()) for name, values in vars(self.vcpus).items() if name != "stuck"}
         return {**sums, **vm_counts(self.counters), "roots_peak": self.roots_peak, "tables_peak": self.tables_peak}
 
 
 class CountedRun:
-    """A VM under one run, while it is replayed."""
+    """One run of one policy over one VM, while it is being replayed."""
 
     def __init__(
         self, number: int, target: Target, run: Run, vm: int, vcpu_ids: list[int], specialized: Specialization
     ) -> None:
-        """`number` is the target's place in the plan; `vcpu_ids` are the recorded ids by dense number."""
+        """Prepare the run.
+
+        `number` is the target's position in the plan; `vcpu_ids` has the recorded id of each vCPU, by its dense number.
+        """
         vcpus = len(vcpu_ids)
         self.number = number
         self.specialized = specialized
@@ -84,11 +90,16 @@ class CountedRun:
                 replace(target.parameters, assume_refault=run.assume_refault), specialized.words, vcpus
             )
         self._done = 0
-        # What happened to each root last, in words, the latest root last: users' own policies may break invariants.
+        # The last events of each root, in words, for error messages: a user's own policy may break invariants. The root
+        # that had an event last is at the end.
         self._lives: OrderedDict[int, list[str]] | None = OrderedDict() if target.policy is not None else None
 
     def feed(self, block: Block, ranges: Ranges, writer: VmWriter | None) -> None:
-        """Do a block; the memory that tables take is looked at before they all go."""
+        """Run one block of operations, and write its root events to `writer` if there is one.
+
+        The block is cut before each operation that may remove all tables at once, so that `tables_peak` sees them
+        first.
+        """
         first = self._done
         op = block.op & 15
         ends = np.flatnonzero((op == Op.ZAP_ALL) | (op == Op.END) | (op == Op.INVALIDATE))
@@ -114,7 +125,7 @@ class CountedRun:
             writer.log(self.number, self.outcome.run.bound, self.specialized.words, ids, log, block, first)
 
     def _broken(self, violation: Violation, block: Block, first: int) -> Problem:
-        """What an invariant's violation looks like to a user: the event, the root, and its history as far as logged."""
+        """Turn a violated invariant into a one-line Problem with the operation, the root and its last events."""
         log = self.simulator.take_log()
         self._remember(log, block, first)
         told = self._lives.get(violation.root, []) if self._lives and violation.root is not None else []
@@ -162,7 +173,10 @@ class CountedRun:
             outcome.assumed.append(log.leaves[created])
 
     def finish(self, writer: VmWriter | None, timed: dict[str, list[int]] | None = None) -> Outcome:
-        """The outcome; `timed` is what the rows of vCPUs in a result say of times."""
+        """Return the outcome, and write its count rows to `writer` if there is one.
+
+        `timed` has the time columns of a result's `vcpu` rows, one value per vCPU.
+        """
         outcome = self.outcome
         outcome.vcpus, outcome.counters = self.simulator.vcpus, self.simulator.counters
         if writer is not None:
@@ -174,6 +188,6 @@ class CountedRun:
 
 
 def _told(log: RootLog, i: int, block: Block, first: int) -> str:
-    """One row of a root's life in words."""
+    """Describe one row of the root log in words, for an error message."""
     what = f"root {log.root[i]} {Happened(int(log.event[i])).name.lower()} ({Cause(int(log.cause[i])).name.lower()})"
     return f"{what} at row {block.seq[log.at[i] - first]:,}" if log.at[i] >= first else what

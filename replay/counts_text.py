@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `kvmtrace replay` prints: one table a VM, or the same as a JSON document."""
+"""The output of `kvmtrace replay`: one table of counts for all VMs, or a JSON document with the same counts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from traces.layout import TextColumn
 from traces.screen import VMS_SHOWN, Page
 from traces.vm_names import VmNames
 
-# Counts, their titles, and which go first where there is no room.
+# Counts, their column titles, and their levels: on a narrow screen the columns of the highest level are left out first.
 _COUNTS: Final = (
     ("creations", "roots", 0),
     ("reuses", "reused", 3),
@@ -34,7 +34,10 @@ _COUNTS: Final = (
 
 
 def to_dict(replayed: Replayed, share: float = 0.0) -> dict[str, Any]:
-    """The document of `--json`. A count is a number, or [low, high] where the trace leaves it open."""
+    """Return the document that `--json` prints.
+
+    A count is a number, or [low, high] where the trace does not determine it.
+    """
     plan = replayed.plan
     return {
         **document(replayed),
@@ -58,7 +61,8 @@ def _of_policy(outcomes: list[Outcome], replayed: Replayed, share: float) -> dic
     unseen = {VM_END: 0} if VM_END in outcomes[0].spreads else {}
     return {
         **{name: count.value for name, count in counts.items()},
-        # Without an upper end each may be less, as well: a root that is given up sooner is not there for the others.
+        # Without an upper bound, the count of a single cause may also be less than in this run, so none is given: a
+        # root that one cause frees earlier is not there for another cause to free.
         "frees_by_cause": {}
         if outcomes[0].target.at_least
         else _merged(outcomes[0], *({**unseen, **end.frees} for end in ends.values())),
@@ -95,7 +99,7 @@ def _of(replayed: Replayed, target: Target, vm: int) -> list[Outcome]:
 
 
 def render(replayed: Replayed, share: float = 0.0) -> str:
-    """The same for people: the worst VMs, in one table."""
+    """Return the counts as text: a table that shows the VMs that are worst off, and the remarks below it."""
     page = Page()
     trace = replayed.plan.capabilities.trace
     meta = trace.metadata
@@ -112,7 +116,7 @@ def render(replayed: Replayed, share: float = 0.0) -> str:
 
 
 def untrusted(checks: Sequence[OwnPolicyCheck]) -> str:
-    """What is to be said before answers that rest on a replay which the rows contradict; empty where none does."""
+    """Return the warning to print before answers if the replay contradicts the recorded rows; empty if it does not."""
     page = Page()
     _say_untrusted(page, checks)
     return page.text
@@ -176,7 +180,7 @@ def _say_remarks(page: Page, replayed: Replayed) -> None:
 
 
 def _compared(replayed: Replayed) -> list[str]:
-    """How many VMs are what their rows show under the recorded policy, and why it is not said of the others."""
+    """Say in how many VMs the replay under the recorded policy equals the rows, and why other VMs were not compared."""
     agree = sum(check.agreement is Agreement.AGREES for check in replayed.checks)
     lines = [f"own policy's replay: equals the rows in {agree:,} of {len(replayed.checks):,} VMs"]
     unseen = list(dict.fromkeys(name for check in replayed.checks for name, _ in check.unseen))

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a replay under the recording's own policy gives what the recording's rows show, VM by VM.
+"""Check, VM by VM, that a replay under the recording's own policy gives the counts that the recorded rows show.
 
-The rows are counted while they are decoded (`decode.row_counts`), the replay by the engine; a model that is right about
-the recorded kernel gives the same numbers, so that nothing else that it says is to be believed where it does not.
-Most counts have two readings, by events that do not depend on each other.
+The rows are counted while they are decoded (`decode.row_counts`), the replay by the engine. If the model of the
+recorded kernel is right, both give the same numbers; where they differ, no other prediction of the model for that VM
+can be trusted. Most counts are read twice from the rows, from two kinds of event that do not depend on each other.
 
-What a recording cannot show is not compared: kinds of event that it has not, VMs that ran before it began. Lost events
-widen a reading to an interval; and a difference that begins after something was lost, or where the recording lacks
-what a replay needs, is no verdict on the policy.
+Counts that a recording cannot show are not compared: those whose events it lacks, and all counts of VMs that ran before
+it began. Lost events widen a reading to an interval. A difference that begins after events were lost, or where the
+recording lacks what a replay needs, is reported as undecided and not as an error of the model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from replay.parting import Apart, first_rows
 from replay.simulate.simulator import Simulator
 from traces.text import events_lost, some
 
-# RowCount -> what it is a count of, the event that it is read from, and which of the replay's counts make it.
+# By RowCount: what is counted, the event from which it is read in the rows, and the replay's counts that add up to it.
 _READINGS: Final = {
     RowCount.CREATED: ("roots created", "root_get", ("creations",)),
     RowCount.GOT_ROOT: ("roots created", "kvm_mmu_get_page", ("creations",)),
@@ -49,19 +49,20 @@ _NO_CHANGES: Final = "no kvm_tdp_mmu_spte_changed is recorded"
 
 
 class Agreement(Enum):
-    """How a VM's replay under its own policy and its rows compare."""
+    """The result of comparing a VM's replay under its own policy with its rows."""
 
     AGREES = "agrees"
     DIFFERS = "differs"
-    OPEN = "open"  # not compared, or the recording has a reason of its own to differ
+    OPEN = "open"  # not compared, or the difference may come from the recording and not from the model
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One count by one kind of event. `high` is None where there is no upper end.
+    """One count, as read from the rows by one kind of event and as replayed.
 
-    `row` and `time` (boot ns) are those of the first row after which the replay and the rows never agreed again; None
-    where they agree.
+    The rows allow `low` to `high`; `high` is None if they set no upper bound. `row` (trace row) and `time` (boot clock,
+    ns) say where the replay and the rows agreed for the last time before they parted for good; both are None where they
+    agree.
     """
 
     of: RowCount
@@ -79,17 +80,17 @@ class Reading:
 
     @property
     def apart(self) -> int:
-        """How far the replay is from what the rows allow."""
+        """By how much the replayed count lies outside the interval that the rows allow; 0 if it lies inside."""
         return max(self.low - self.replayed, 0 if self.high is None else self.replayed - self.high, 0)
 
     @property
     def text(self) -> str:
-        """The difference in words."""
+        """The replayed count and what the rows allow, in words."""
         most = " or more" if self.high is None else "" if self.high == self.low else f" to {self.high:,}"
         return f"{self.count} {self.replayed:,} (its rows: {self.low:,}{most})"
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the reading as it stands in JSON."""
         rows = self.low if self.high == self.low else [self.low, self.high]
         place = {} if self.agrees else {"from_row": self.row, "from_time": self.time}
         return {"count": self.count, "event": self.event, "rows": rows, "replayed": self.replayed, **place}
@@ -99,8 +100,8 @@ class Reading:
 class OwnPolicyCheck:
     """One VM's replay under the recording's own policy, compared with its rows.
 
-    `why`: the reason why nothing is decided, where that is so. `unseen`: counts that the recording cannot show, with
-    the reason.
+    `why` is the reason if the comparison decides nothing, else empty. `unseen` are pairs of a count that the recording
+    cannot show and the reason.
     """
 
     vm: int
@@ -111,12 +112,17 @@ class OwnPolicyCheck:
 
     @property
     def differences(self) -> tuple[Reading, ...]:
-        """Where they differ: each count once, by the event that shows it first."""
+        """The readings that differ.
+
+        If several events show the same count, only the first of them in the order of `RowCount`.
+        """
         found = [reading for reading in self.readings if not reading.agrees]
         return tuple({reading.count: reading for reading in reversed(found)}.values())[::-1]
 
     def apart(self, open_: Collection[str]) -> int:
-        """By how much the replay and the rows differ at most, but for counts that are `open_` anyway."""
+        """Return the largest difference between replay and rows, ignoring
+        counts in `open_`, which are undetermined anyway.
+        """
         decided = [reading for reading in self.readings if not {*_READINGS[reading.of][2]} & {*open_}]
         return max((reading.apart for reading in decided), default=0)
 
@@ -128,12 +134,12 @@ class OwnPolicyCheck:
 
     @property
     def row(self) -> int | None:
-        """The first row from which they differ."""
+        """The earliest trace row at which a count differs for good; None if all agree or the row is unknown."""
         return min((r.row for r in self.readings if r.row is not None), default=None)
 
     @property
     def text(self) -> str:
-        """What is to be said of it in one line; empty where they agree."""
+        """The result as one line of text; empty if replay and rows agree."""
         if self.agreement is Agreement.AGREES:
             return ""
         if not self.differences:
@@ -144,7 +150,7 @@ class OwnPolicyCheck:
         return f"VM {self.vm}, replayed under {self.policy}: {differ}{place}{open_}"
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the check as it stands in JSON."""
         return {
             "vm": self.vm,
             "policy": self.policy,
@@ -159,13 +165,13 @@ class OwnPolicyCheck:
 
 
 def untrusted(checks: Sequence[OwnPolicyCheck]) -> list[str]:
-    """Warnings that come first: a line for each VM whose replay differs from its rows."""
+    """Return one warning line for each VM whose replay differs from its rows."""
     differ = [check.text for check in checks if check.agreement is Agreement.DIFFERS]
     return told(differ, len(checks))
 
 
 def told(differ: Sequence[str], vms: int) -> list[str]:
-    """The same of these VMs' texts, out of this many VMs."""
+    """Return the warning lines for the VMs whose differences are described in `differ`, out of `vms` VMs in all."""
     if not differ:
         return []
     where = f" in {len(differ):,} of {vms:,} VMs" if vms > 1 else ""
@@ -174,7 +180,7 @@ def told(differ: Sequence[str], vms: int) -> list[str]:
 
 
 def to_dict(checks: Sequence[OwnPolicyCheck]) -> dict[str, Any]:
-    """For JSON. `agrees` is null where no VM differs, and of some it is not decided."""
+    """Return the checks as they stand in JSON. `agrees` is null if no VM differs but some VM could not be decided."""
     found = {check.agreement for check in checks}
     agrees = False if Agreement.DIFFERS in found else True if found == {Agreement.AGREES} else None
     return {"agrees": agrees, "vms": [check.to_dict() for check in checks]}
@@ -183,7 +189,9 @@ def to_dict(checks: Sequence[OwnPolicyCheck]) -> dict[str, Any]:
 def compare(
     capabilities: Capabilities, vm: Mapping[str, Any], inputs: VmInputs, rows: RowCounts, own: Simulator
 ) -> OwnPolicyCheck:
-    """Compare a finished replay of one VM under its own policy with the rows counted on the way."""
+    """Compare the finished replay of one VM under its own policy with its
+    rows, which were counted while they were decoded.
+    """
     used, unseen = _used(capabilities, rows.counts)
     replayed = _counts(own)
     readings = tuple(_readings(capabilities, used, rows, replayed, ended=inputs.decoder.ended))
@@ -203,7 +211,7 @@ def compare(
 
 
 def _unjudged(capabilities: Capabilities, vm: Mapping[str, Any]) -> str:
-    """Why that they agree says nothing; empty where it does."""
+    """Say why equal counts prove nothing; empty if they do prove that the model is right."""
     meta = capabilities.trace.metadata
     first, last = meta.spans.get(int(vm["id"]), meta.span)
     over = [each for each in meta.left_out if each["since"] <= last and (each["until"] or last) >= first]
@@ -211,20 +219,20 @@ def _unjudged(capabilities: Capabilities, vm: Mapping[str, Any]) -> str:
 
 
 def _counts(own: Simulator) -> dict[str, int]:
-    """A replay's counts by `engine.CHANGES`."""
+    """Return the totals of a replay under the names of `engine.CHANGES`."""
     vcpus, counters = own.vcpus, own.counters
     of_vcpus = {name: int(getattr(vcpus, name).sum()) for name in ("creations", "reuses", "fixes", "faults")}
     return {**vars(counters), **of_vcpus, "installs": of_vcpus["faults"] + counters.prefetched}
 
 
 def _used(capabilities: Capabilities, counts: NDArray[np.int64]) -> tuple[list[RowCount], tuple[tuple[str, str], ...]]:
-    """The readings that a VM's rows allow, and which counts they cannot show."""
+    """Return the readings that a VM's rows allow, and the counts that its rows cannot show, each with the reason."""
     kernel, kinds = capabilities.kernel, capabilities.trace.metadata.kinds
     tdp = not capabilities.shadow
     changes = bool(tdp and kernel.spte_changed and kernel.spte.present and kinds.get("kvm_tdp_mmu_spte_changed"))
     loads = kinds.get("root_get") or kinds.get("mmu_load")
-    # Of a leaf there are tables, and of a root that went, leaves and tables: rows without them do not show them (5.10;
-    # and what no kernel wrote, as `synth` does without --zap-rows).
+    # A mapped leaf implies tables, and a freed root implies zapped leaves and tables. If the rows have the former and
+    # none of the latter, these rows do not show them: 5.10 does not, nor does `kvmtrace synth` without --zap-rows.
     tables = counts[RowCount.GOT_TABLE] > 0 or not counts[RowCount.SET]
     links = changes and (counts[RowCount.LINKED] > 0 or not counts[RowCount.SET])
     zaps = changes and (counts[RowCount.ZAPPED] + counts[RowCount.UNLINKED] > 0 or not counts[RowCount.PUT])
@@ -241,7 +249,7 @@ def _used(capabilities: Capabilities, counts: NDArray[np.int64]) -> tuple[list[R
         RowCount.FIXED: changes,
         RowCount.TRIED: changes and kernel.fast and kinds.get("fast_page_fault"),
         RowCount.SET: not changes,
-        # A fault that shares mmu_lock may lose a race, and request its mapping again.
+        # A fault that holds mmu_lock for read may lose a race and request its mapping a second time.
         RowCount.REQUESTED: not changes and tdp and not kernel.faults_share and kinds.get("kvm_mmu_spte_requested"),
         RowCount.UNLINKED: zaps,
         RowCount.ZAPPED: zaps,
@@ -262,7 +270,7 @@ def _readings(
 ) -> Iterator[Reading]:
     meta = capabilities.trace.metadata
     seen = {of: int(rows.counts[of]) for of in used}
-    # A root that nobody holds is zapped and freed some time later: by a worker, by RCU.
+    # A root without references is zapped and freed some time later, by a worker or by RCU.
     waiting = not ended and seen.get(RowCount.PUT, 1) > seen.get(RowCount.FREED, 0)
     for of in used:
         name, event, parts = _READINGS[of]
@@ -279,7 +287,7 @@ def _readings(
             case RowCount.ZAPPED:
                 high = None if waiting else low + rows.mmio
                 if ended and not waiting and not rows.replaced and not meta.lost:
-                    low += rows.mmio  # all are gone
+                    low += rows.mmio  # the VM has ended, so every MMIO SPTE was zapped as well
             case RowCount.UNLINKED:
                 high = None if waiting else low
         if high is not None:
@@ -295,7 +303,7 @@ def _apart(reading: Reading, seen: int) -> Apart:
 
 
 def _doubt(capabilities: Capabilities, vm: Mapping[str, Any], inputs: VmInputs, check: OwnPolicyCheck) -> str:
-    """Why a difference may be the recording's own; empty where it may not."""
+    """Say why a difference may come from the recording and not from the model; empty if there is no such reason."""
     meta = capabilities.trace.metadata
     lines = [line for line in capabilities.missing if line]
     if meta.lost and meta.gaps:

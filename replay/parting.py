@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From which row on a replay and the rows differ: the recording is decoded once more for it, up to its end.
+"""Find the trace row from which a replay and the recorded rows differ, by decoding the recording once more.
 
-Both are counted row by row. A count parts at the first row after which it never again is the same on both sides, or
-within what is open; in between the kernel is at work, and one of the two is ahead.
+Both sides are counted row by row. A count *parts* at the first row after which the two sides never again agree, or
+never again lie within the allowed difference. Before that row they may differ for a while: the kernel is then in the
+middle of an action, and one side counts it earlier than the other.
 """
 
 from __future__ import annotations
@@ -30,7 +31,11 @@ _ALL: Final = 1 << 62
 
 @dataclass(frozen=True)
 class Apart:
-    """A count that differs: which of `engine.CHANGES` make it, and what the replay may have more than the rows."""
+    """A count that differs between replay and rows.
+
+    `parts` are the columns of `engine.CHANGES` that add up to it; `least` and `most` say how much more than the rows
+    the replay may count and still agree, where `most` None means without limit.
+    """
 
     of: RowCount
     parts: tuple[str, ...]
@@ -41,7 +46,7 @@ class Apart:
 def first_rows(
     capabilities: Capabilities, vm: Mapping[str, Any], apart: list[Apart]
 ) -> dict[RowCount, tuple[int, int]]:
-    """(seq, boot ns) of the row from which each of these differs."""
+    """Return by count the trace row (seq) and its time (boot clock, ns) from which the replay and the rows differ."""
     counter = _Counter(capabilities, vm)
     inputs = VmInputs(capabilities, vm, groups=capabilities.own.prefetch > 1, row_counts=counter)
     vcpus = max(len(inputs.vcpus), 1)
@@ -49,7 +54,7 @@ def first_rows(
     engine = Engine(capabilities.own, specialized.words, vcpus, log=False)
     walks = [_Walk(each) for each in apart]
     done = 0
-    with contextlib.suppress(Violation):  # the model gave up: what it did until then is reported
+    with contextlib.suppress(Violation):  # the model cannot continue: report where it differed until then
         for part in inputs:
             block = specialized.block(part)
             changes = engine.feed_each(block, part.ranges, done)
@@ -64,40 +69,40 @@ def first_rows(
 
 
 class _Counter:
-    """Counts rows, and holds which row counted what until that is asked for."""
+    """Counts rows as `RowCounts` does, and keeps which row counted what until `until` takes it."""
 
     def __init__(self, capabilities: Capabilities, vm: Mapping[str, Any]) -> None:
         self._counts = RowCounts(capabilities, len(vm["vcpus"]), log=True)
         self._log: NDArray[np.int64] = np.zeros((0, 4), np.int64)
 
     def feed(self, batch: Batch) -> None:
-        """Take in a batch."""
+        """Count the rows of a batch."""
         self._counts.feed(batch)
         self._log = np.concatenate([self._log, self._counts.log])
 
     def finish(self) -> None:
-        """There are no more rows."""
+        """Count what is still pending after the last row."""
         self._counts.finish()
         self._log = np.concatenate([self._log, self._counts.log])
 
     def until(self, seq: int) -> NDArray[np.int64]:
-        """What was counted up to a row: (seq, time, RowCount, step)."""
+        """Take the counted steps up to a trace row, as rows of (seq, time, RowCount, step)."""
         held = int(np.searchsorted(self._log[:, 0], seq, "right"))
         log, self._log = self._log[:held], self._log[held:]
         return log
 
 
 class _Walk:
-    """One count along the rows. `place` is where it has parted; None as long as it has not."""
+    """Follows the difference of one count along the rows. `place` is where it has parted, or None while it has not."""
 
     def __init__(self, apart: Apart) -> None:
         self.apart = apart
         self.place: tuple[int, int] | None = None
         self._columns = [CHANGES.index(part) for part in apart.parts]
-        self._ahead = 0  # of the replay, before the rows
+        self._ahead = 0  # by how much the replay has counted more than the rows so far
 
     def go(self, log: NDArray[np.int64], block: Block | None = None, changes: NDArray[np.int64] | None = None) -> None:
-        """Take in rows that counted, and operations with what they changed."""
+        """Take in the next counted rows, and the next block of operations with what each of them changed."""
         log = log[log[:, 2] == self.apart.of]
         steps = [(log[:, 0], log[:, 1], -log[:, 3])]
         if block is not None and changes is not None:
@@ -112,7 +117,7 @@ class _Walk:
         within = ahead >= self.apart.least
         if self.apart.most is not None:
             within &= ahead <= self.apart.most
-        within[:-1] &= seq[:-1] != seq[1:]  # what one row does counts when all of it is done
+        within[:-1] &= seq[:-1] != seq[1:]  # compare only after everything that belongs to one row is counted
         agreed = np.flatnonzero(within)
         after = int(agreed[-1]) + 1 if len(agreed) else 0
         if len(agreed):

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which policies a replay runs, on which kernel's triggers, and what of the answer the trace does not determine.
+"""Decide which policies a replay runs, as which kernel, and which parts of the result the trace does not determine.
 
-From a recording whose kernel frees roots, another policy's outcome follows: what the guest accessed again is recorded.
-From one that keeps roots it does not, for accesses to mapped pages cause no exit: the outcome lies between no page
-accessed again and every one. Both ends are replays too (`parameters.assume_refault`, `decode.cases.Case`).
+From a recording whose kernel frees roots, the outcome under another policy follows: which pages the guest accessed
+again is recorded. From a recording whose kernel keeps roots it does not follow, because an access to a mapped page
+causes no exit: the outcome lies between no page and every page being accessed again. Each bound is a replay of its own
+(`parameters.assume_refault`, `decode.cases.Case`).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ DEFAULT: Final = ("preserve", "async")
 
 @dataclass(frozen=True)
 class Run:
-    """One replay: `bound` is exact, low or high."""
+    """One replay of a policy. `bound` is `exact`, or `low` or `high` if the trace leaves an interval."""
 
     bound: str
     assume_refault: bool
@@ -41,10 +42,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Target:
-    """A policy to replay. `policy` is a user's own, a kernel's otherwise.
+    """A policy to replay. `policy` is the class of a user's own policy, and None for a policy of the kernel.
 
-    `open` says what such a trace does not determine; `writes` are triggers that matter for it only if there are any.
-    With `at_least` the outcome has no upper end: its runs give the least that it can be.
+    `open` says in sentences what the trace does not determine under this policy. `writes` are the triggers which make
+    the outcome undetermined if the recording has any of them. With `at_least` the outcome has no upper bound, and its
+    runs give the least possible counts.
     """
 
     name: str
@@ -59,7 +61,7 @@ class Target:
 
     @property
     def assumes(self) -> str:
-        """What is taken to be so of the host, without which the outcome would be another; empty where nothing is."""
+        """The assumption about the host on which the outcome rests, as a sentence; empty if there is none."""
         if self.parameters.mmu == "tdp" or self.recorded:
             return ""
         return (
@@ -68,26 +70,29 @@ class Target:
 
     @property
     def merged(self) -> bool:
-        """Whether its ends are of different role words (`decode.cases.Case`)."""
+        """Whether a run takes role words that differ only in CR0.WP or EFER.NX for one word (`decode.cases.Case`)."""
         return any(run.case.merged for run in self.runs)
 
 
 @dataclass(frozen=True)
 class Refault:
-    """The working-set assumption: none, all, accessed, or recent with `pages`; empty: the interval is given."""
+    """The working-set assumption: `none`, `all`, `accessed`, or `recent` with `pages`.
+
+    If `name` is empty, intervals are given.
+    """
 
     name: str = ""
     pages: int = 0
 
     @property
     def text(self) -> str:
-        """As it is written on the command line."""
+        """The assumption as it is written on the command line."""
         return f"{self.name}:{self.pages}" if self.name == "recent" else self.name
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a replay is to do."""
+    """Everything that a replay is to do: the trace's capabilities, the policies, and the working-set assumption."""
 
     capabilities: Capabilities
     targets: tuple[Target, ...]
@@ -95,7 +100,7 @@ class Plan:
 
 
 def refault(text: str) -> Refault:
-    """Parse --refault; raises Problem if it is invalid."""
+    """Parse the value of --refault. Raises Problem if it is invalid."""
     if text in ("", "none", "all", "accessed"):
         return Refault(text)
     match = re.fullmatch(r"recent:(\d+)", text)
@@ -105,9 +110,10 @@ def refault(text: str) -> Refault:
 
 
 def make(capabilities: Capabilities, names: Sequence[str], version: str = "", assumed: Refault | None = None) -> Plan:
-    """The plan for these policies (none: the recorded kernel's own, preserve and async), with a kernel's habits.
+    """Return the plan for the policies `names`, replayed as the kernel `version` (or the recorded kernel) would behave.
 
-    Of another kernel, where no policy is named: its own, and the recorded one with that kernel's habits.
+    Without `names` the policies are the recorded one, preserve and async. With `version` and no `names` they are that
+    kernel's own policy and the recorded one.
     """
     kernel = _kernel(version) if version else capabilities.kernel
     own = capabilities.own.name
@@ -118,10 +124,10 @@ def make(capabilities: Capabilities, names: Sequence[str], version: str = "", as
 
 
 def check(names: Sequence[str]) -> None:
-    """Raise a Problem where one of these is no policy, before there is a trace to replay."""
+    """Raise Problem if one of `names` is not a policy. This needs no trace."""
     for name in names:
         if _own_policy(name) is None:
-            kernels.at("6.1").parameters(name)  # any version has all of the kernel's
+            kernels.at("6.1").parameters(name)  # raises Problem; every version knows all policies of kernels
 
 
 def _kernel(version: str) -> Kernel:
@@ -152,7 +158,7 @@ def _target(capabilities: Capabilities, name: str, kernel: Kernel, other: bool, 
     )
     open_resets = capabilities.open_resets and not capabilities.unbounded
     most = bool(writes) or open_resets
-    # Nothing bounds how often a guest may have written it between two exits, each of which would have been an exit.
+    # Nothing bounds how often a guest wrote CR0.WP without an exit; on a kernel that intercepts it, each write exits.
     hides_wp = capabilities.hides_wp and (Trigger.CR0_WP in kernel.unloads or kernel.layout.guest_bits)
     open_ = [
         *(
@@ -194,7 +200,7 @@ def _unknown_policy(capabilities: Capabilities) -> list[str]:
 
 
 def _unseen_unloads(capabilities: Capabilities) -> list[str]:
-    """What a recording does not determine of how often its vCPUs gave up roots under another policy than its own."""
+    """Say which unloads under another policy than the recorded one the recording does not determine."""
     if capabilities.unbounded:
         why = "; ".join(capabilities.unbounded)
         return [f"{why}: taken to have unloaded nothing more, so that counts and times are the least"]
@@ -207,14 +213,17 @@ def _unseen_unloads(capabilities: Capabilities) -> list[str]:
 
 
 def _unseen_loads(capabilities: Capabilities) -> list[str]:
-    """The same under its own policy, of which the tables that were built are shown."""
+    """Say which loads under the recorded policy the recording does not determine.
+
+    The tables that were built are recorded.
+    """
     if not capabilities.open_resets:
         return []
     return ["resets are not recorded: loads of roots that were there may have been more"]
 
 
 def _unseen_end(capabilities: Capabilities) -> list[str]:
-    """What follows from how VMs end, and from role words, under any policy."""
+    """Say what stays undetermined under any policy because the ends of VMs or bits of role words are not recorded."""
     return [*_of_ends(capabilities), *_of_roles(capabilities)]
 
 
@@ -237,7 +246,10 @@ def _of_ends(capabilities: Capabilities) -> list[str]:
 
 
 def _may_show(capabilities: Capabilities) -> tuple[Trigger, Trigger]:
-    """The open triggers that a recording of a kernel can have: resets where it unloads for all, silence elsewhere."""
+    """Return the triggers of unknown effect that a recording of this kernel can have, for CR0 and for CR4.
+
+    A kernel that unloads for every write shows resets (RESET); other kernels show nothing for them (SILENT).
+    """
     kernel = capabilities.kernel
     if capabilities.open_resets:
         return Trigger.CR0_SILENT, Trigger.CR4_SILENT
@@ -248,7 +260,10 @@ def _may_show(capabilities: Capabilities) -> tuple[Trigger, Trigger]:
 
 
 def _own_policy(name: str) -> type[Policy] | None:
-    """A user's policy, by path or entry point; None for a name of a kernel's."""
+    """Return a user's policy, named by a path or an entry point, or None if `name` is neither.
+
+    Raises Problem if it is invalid.
+    """
     if name.endswith(".py") or "/" in name:
         return _from_file(Path(name))
     found = [entry for entry in _entries() if entry.name == name]
@@ -265,7 +280,11 @@ def _own_policy(name: str) -> type[Policy] | None:
 
 @cache
 def _entries() -> tuple[EntryPoint, ...]:
-    """Of policies. To find them every installed distribution is looked at: 8 ms, which a short replay would notice."""
+    """Return the installed entry points for policies.
+
+    The result is cached: a search looks at every installed distribution and takes 8 ms, which a short replay would
+    notice.
+    """
     return tuple(entry_points(group=GROUP))
 
 

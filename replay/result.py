@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The result of a replay as a Parquet file of its own; RESULT.md next to this file says what a reader may rely on."""
+"""Write and read the result of a replay, a Parquet file; RESULT.md in this directory specifies it for readers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from traces.outputs import RESULT, RESULT_KEY, Output
 
 KEY: Final = RESULT_KEY
 FORMAT: Final = {"major": 1, "minor": 4}
-# A row group ends at about this many rows, or writes: what a query pays for one, it pays for some thousand rows.
+# A row group ends after about this many rows or writes: opening a row group costs a query as much as reading some
+# thousand rows.
 GROUP_ROWS: Final = 1 << 15
 GROUP_WRITES: Final = 1 << 9
 _NAMES: Final = pa.dictionary(pa.int8(), pa.string())
@@ -34,11 +35,11 @@ _CODED: Final = {
     "cause": pa.array([cause.name.lower() for cause in Cause]),
 }
 
-# Columns that count: of a vCPU, and of a VM (where those of its vCPUs are summed).
+# Columns with counts: those of a vCPU, which a VM's row has as sums, and those of a VM only.
 OF_VCPU: Final = tuple(field.name for field in fields(Vcpus) if field.name != "stuck")
 OF_VM: Final = tuple({"tables": "tables_built"}.get(field.name, field.name) for field in fields(Counters))
 _LOGGED: Final = ("root", "leaves", "tables", "roots_alive", "tables_alive")
-# Virtual time, ns.
+# Columns with virtual time, in ns, by what the time was spent on.
 SPENT: Final = tuple(
     f"{name}_ns" for name in ("guest", "fault", "load", "unload", "wait", "other", "switch", "idle", "steal", "paused")
 )
@@ -62,15 +63,16 @@ SCHEMA: Final = pa.schema([
 
 
 def vm_counts(counters: Counters) -> dict[str, int]:
-    """A VM's counters by their names in the result."""
+    """Return a VM's counters under their names in the result: `tables` is called `tables_built` there."""
     return {{"tables": "tables_built"}.get(name, name): int(value) for name, value in vars(counters).items()}
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows of one kind, of one VM and policy. `columns`: arrays; of events and causes their numbers.
+    """`count` rows of one kind (`row`), of one VM and one policy.
 
-    What a masked array masks is null, and so is every column that is not there.
+    `columns` has an array per column; events and causes are given as numbers. Masked values become null, and so does
+    every column of the schema that is absent from `columns`.
     """
 
     row: str
@@ -82,13 +84,20 @@ class _Rows:
 
 
 class ResultWriter:
-    """Writes a result, many writes to a row group; the file appears under its name when all of it is written."""
+    """Writes a result file.
+
+    Rows are gathered into large row groups, and the file appears at its path only once it is complete.
+    """
 
     def __init__(self, path: Path, policies: list[str], inputs: Sequence[Path] = (), *, force: bool = False) -> None:
-        """`inputs`: the files that it is made of, which `path` may not be; `force`: see `traces.outputs`."""
+        """Begin a result with the policies named `policies`.
+
+        `inputs` are the files that the result is made from, which `path` must not be; `force` is explained in
+        `traces.outputs`.
+        """
         self._policies = policies
         self._waiting: list[_Rows] = []
-        self._rows = 0  # in them
+        self._rows = 0  # number of rows in `_waiting`
         self._output = Output(path, RESULT, inputs, force=force)
         self._file = pq.ParquetWriter(self._output, SCHEMA, compression="zstd")
 
@@ -103,7 +112,10 @@ class ResultWriter:
         self._output.discard()
 
     def of_vm(self, vm: int, held: bool) -> VmWriter:
-        """What writes the rows of one VM; `held`: they wait for its `release`, so that VMs stay in order."""
+        """Return a writer for the rows of one VM.
+
+        If `held`, its rows wait for `VmWriter.release`, so that VMs stay in order.
+        """
         return VmWriter(vm, self._write, held)
 
     def _write(self, rows: _Rows) -> None:
@@ -113,14 +125,17 @@ class ResultWriter:
             self._flush()
 
     def close(self, metadata: dict[str, Any]) -> None:
-        """Finish the file, with its metadata."""
+        """Write the file's metadata and finish it."""
         self._flush()
         self._file.add_key_value_metadata({KEY: json.dumps({"format": FORMAT, **metadata}).encode()})
         self._file.close()
         self._output.commit()
 
     def _flush(self) -> None:
-        """A row group of what waits: a column is made once for all of it, since making one costs as much as a row."""
+        """Write the waiting rows as one row group.
+
+        Each column is made once for all of them, since making one costs as much as a row.
+        """
         waiting = self._waiting
         if not waiting:
             return
@@ -149,14 +164,17 @@ class ResultWriter:
 
 
 def _named(names: list[str], counts: NDArray[Any], dtype: pa.DictionaryType) -> pa.Array:
-    """Names, each repeated the given number of times."""
+    """Return a dictionary column in which names[i] is repeated counts[i] times."""
     known = {name: code for code, name in enumerate(dict.fromkeys(names))}
     codes = np.array([known[name] for name in names], dtype.index_type.to_pandas_dtype())
     return pa.DictionaryArray.from_arrays(np.repeat(codes, counts), list(known))
 
 
 def _column(field: pa.Field, there: list[tuple[int, int, Any]], count: int) -> pa.Array:
-    """A column of this many rows from its pieces and their places; null where there is none."""
+    """Return a column of `count` rows from its pieces, each given as (begin, end, values).
+
+    Rows without a piece are null.
+    """
     if not there:
         return pa.nulls(count, field.type)
     coded = _CODED.get(field.name)
@@ -170,7 +188,7 @@ def _column(field: pa.Field, there: list[tuple[int, int, Any]], count: int) -> p
 
 
 class VmWriter:
-    """Makes the rows of one VM."""
+    """Writes the rows of one VM."""
 
     def __init__(self, vm: int, write: Callable[[_Rows], None], held: bool) -> None:
         self._vm = vm
@@ -180,7 +198,7 @@ class VmWriter:
         self._held: list[_Rows] | None = [] if held else None
 
     def release(self) -> None:
-        """Write what was held."""
+        """Write the rows that were held back, and hold back no more."""
         for rows in self._held or ():
             self._write_out(rows)
         self._held = None
@@ -188,7 +206,10 @@ class VmWriter:
     def log(
         self, policy: int, bound: str, words: list[Word], ids: list[int], log: RootLog, block: Block, first: int
     ) -> None:
-        """Rows of kind `root`: a block's part of a root log. `ids` are the vCPUs' recorded ids."""
+        """Write rows of kind `root`: the root log of one block.
+
+        `ids` are the recorded vCPU ids, `first` the block's first operation.
+        """
         if not len(log):
             return
         at = log.at - first
@@ -209,7 +230,7 @@ class VmWriter:
             self._write_logs()
 
     def _write_logs(self) -> None:
-        """Rows of kind `root` that were put together from many blocks: a write costs what some thousand rows do."""
+        """Write the rows of kind `root` that were gathered from many blocks, since each write has a high fixed cost."""
         for (policy, bound), parts in self._logs.items():
             columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
             acted = columns.pop("acted")
@@ -218,7 +239,7 @@ class VmWriter:
         self._logs, self._logged = {}, 0
 
     def moments(self, row: str, policy: int, bound: str, vcpu: int, columns: Mapping[str, Any]) -> None:
-        """Rows of kind `progress` or `stall`: a vCPU's, with `cause` as a Cause."""
+        """Write rows of kind `progress` or `stall` for one vCPU; the column `cause` holds numbers of `Cause`."""
         if count := len(columns["clock"]):
             self._write(row, policy, bound, count, {**columns, "vcpu": np.full(count, vcpu, np.int16)})
 
@@ -232,9 +253,10 @@ class VmWriter:
         stuck: list[int | None],
         timed: Mapping[str, list[int]],
     ) -> None:
-        """Rows of kind `vcpu`, one each, and one of kind `vm`. `stuck`: the rows (seq) where vCPUs stopped.
+        """Write one row of kind `vcpu` for each vCPU, and one row of kind `vm`.
 
-        `timed`: the columns of times of rows of vCPUs.
+        `whole` has the VM's counts, `stuck` the trace row (seq) where each vCPU stopped or None, and `timed` the
+        columns of times, one value per vCPU.
         """
         self._write_logs()
         own = {name: getattr(vcpus, name) for name in OF_VCPU}
@@ -253,7 +275,7 @@ class VmWriter:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What a result says of itself; a Problem if the file is none."""
+    """Return the metadata of a result file. Raises Problem if the file is not a result."""
     try:
         pairs = pq.read_metadata(path).metadata or {}
         document: dict[str, Any] = json.loads(pairs[KEY])

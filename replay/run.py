@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Replays a trace under every policy of a plan, decoding it once.
+"""Replay a trace under every policy of a plan, while decoding the trace only once.
 
-Of each VM the rows go through the decoder, batch by batch; each batch's inputs go to all policies before the next, to
-be counted. Where times are wanted, the inputs are kept until the costs are known that the clock runs with. VMs are
-independent of each other: they run on all CPUs.
+The rows of each VM go through the decoder in batches, and each batch's inputs are counted under all policies before the
+next batch is read. If times are wanted, the inputs are also kept until the costs are measured, because the virtual
+clock needs the costs. VMs do not depend on each other and run on all CPUs.
 """
 
 from __future__ import annotations
@@ -37,21 +37,23 @@ from replay.timing.timed_run import PolicyClock, Settings, VmTime, vm_time
 from traces.kernels.triggers import Trigger
 from traces.progress import Progress
 
-_FLIPS: Final = (Trigger.CR0_WP, Trigger.CR0_SILENT, Trigger.EFER)  # of bits that old kernels have in role words
-PROMISED: Final = 6  # roots that a VM can have under `preserve`, by its commit's text
+_FLIPS: Final = (Trigger.CR0_WP, Trigger.CR0_SILENT, Trigger.EFER)  # they change role bits that kernels up to 5.18 have
+PROMISED: Final = 6  # the most roots that a VM can have under `preserve`, according to that policy's commit message
 
 
 @dataclass
 class Replayed:
-    """All of a plan's outcomes, their times where these were wanted, and what was noted on the way."""
+    """The outcomes of all VMs and policies of a plan, with their times if
+    they were wanted, and notes taken on the way.
+    """
 
     plan: Plan
     outcomes: list[Outcome]
     times: list[VmTime]
     notes: Counter[str]
     missing: list[str]
-    broken: list[str] = field(default_factory=list)  # promises of a policy that its outcome does not keep
-    checks: list[OwnPolicyCheck] = field(default_factory=list)  # by VM: its own policy's replay compared with its rows
+    broken: list[str] = field(default_factory=list)  # lines about policies that have more role words than promised
+    checks: list[OwnPolicyCheck] = field(default_factory=list)  # by VM: the own policy's replay compared with its rows
 
 
 def replay(
@@ -61,9 +63,10 @@ def replay(
     beside: RowReader | None = None,
     only: int | None = None,
 ) -> Replayed:
-    """Run a plan; with `settings` in virtual time, too. What comes out goes to the writer; its caller closes it.
+    """Replay the VMs of a plan's trace; with `settings`, in virtual time as well.
 
-    `beside`: also gets the rows of every VM that has a vCPU. `only`: the one VM that is replayed, of all.
+    `writer` gets the result's rows; the caller closes it. `beside` is also given the rows of every VM that has a vCPU.
+    If `only` is given, no other VM is replayed.
     """
     capabilities = plan.capabilities
     vms = [
@@ -103,7 +106,11 @@ def replay_into(
     force: bool = False,
     beside: RowReader | None = None,
 ) -> Replayed:
-    """Run a plan and write its result; `inputs` and `force` as `ResultWriter` takes them, `beside` as `replay`."""
+    """Replay a plan and write the result to `path`.
+
+    `inputs` and `force` are passed to `ResultWriter`, `beside` to `replay`. Raises Problem if `path` must not be
+    written.
+    """
     from replay.timing import time_text
 
     with ResultWriter(path, [target.name for target in plan.targets], inputs, force=force) as writer:
@@ -114,7 +121,7 @@ def replay_into(
 
 
 class _Vm:
-    """One VM's replay."""
+    """The replay of one VM."""
 
     def __init__(
         self,
@@ -137,10 +144,13 @@ class _Vm:
         self.check: OwnPolicyCheck
         self.outcomes: list[Outcome] = []
         self.times: list[VmTime] = []
-        self.notes: Counter[str] = Counter()  # what decoding had to infer or could not determine
+        self.notes: Counter[str] = Counter()  # how often decoding had to infer something, or could not determine it
 
     def run(self) -> _Vm:
-        """Replay it; of what that takes, only what came of it is kept: VMs wait for those before them."""
+        """Replay the VM and return it with its outcomes.
+
+        Inputs and measurements are dropped, since a finished VM may wait for the VMs before it.
+        """
         self._replay(self._inputs)
         self.notes = self._inputs.notes
         for outcome in self.outcomes:
@@ -197,19 +207,21 @@ class _Vm:
         ]
 
     def _own(self) -> CountedRun:
-        """The recorded policy's run, which says what the recorded kernel did."""
+        """Return a run of the recorded policy, for a plan that does not
+        contain it: it says what the recorded kernel did.
+        """
         kernel, own = self._capabilities.kernel, self._capabilities.own
         target = Target(own.name, kernel, own, None, True, (), (Run("exact", False, Case()),))
         specialized = Specialization(kernel, Case(), self._capabilities.ad_disabled, len(self._inputs.vcpus))
         return CountedRun(-1, target, target.runs[0], self._inputs.id, self._inputs.vcpus, specialized)
 
     def _compare(self, own: CountedRun) -> None:
-        """All rows were taken in: the recorded policy's run has to be what they show."""
+        """Compare the recorded policy's run with the rows, after all rows were taken in."""
         own.finish(None)
         self.check = compare(self._capabilities, self._vm, self._inputs, self._rows, own.simulator)
 
     def _specialized(self) -> dict[tuple[str, Case], Specialization]:
-        """One for each kernel and case of the plan."""
+        """Return one specialization for each pair of kernel and case in the plan."""
         found = {}
         for target in self._plan.targets:
             for run in target.runs:
@@ -219,7 +231,10 @@ class _Vm:
         return found
 
     def _count(self, counting: list[CountedRun], part: Inputs, own: CountedRun, block: Block | None = None) -> None:
-        """Take in a part; `own` and `block`: the recorded policy's run, and the part's operations of its kernel."""
+        """Count one part of the inputs under every policy.
+
+        `own` is the recorded policy's run; `block` has the part's operations for its kernel if they were made already.
+        """
         blocks = {} if block is None else {own.specialized: block}
         for each in counting if own in counting else [*counting, own]:
             if each.specialized not in blocks:
@@ -244,7 +259,7 @@ def _broken(outcomes: list[Outcome]) -> Iterator[str]:
 
 
 def left_open(replayed: Replayed, target: Target) -> list[str]:
-    """What of a policy's outcome this trace does not determine, one line each."""
+    """Return what this trace does not determine of a policy's outcome, as one line for each reason."""
     writes = sum(replayed.notes.get(f"trigger {trigger.name}", 0) for trigger in target.writes)
     why = f"{writes:,} writes of CR0 or CR4 have no value: whether they unload is not in the trace"
     lines = [*target.open, *([why] if writes else [])]
@@ -255,7 +270,7 @@ def left_open(replayed: Replayed, target: Target) -> list[str]:
 
 
 def document(replayed: Replayed) -> dict[str, Any]:
-    """The metadata of a result file."""
+    """Return the metadata of a result file."""
     plan = replayed.plan
     meta = plan.capabilities.trace.metadata
     return {

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A VM's inputs kept until its costs are known: in memory up to a bound, beyond it in a temporary file.
+"""Keep a VM's inputs until its costs are known, in memory up to a limit and beyond it in a temporary file.
 
-Columns are kept in as few bytes as their values need: some 30 an input, where they take 90 in memory.
+Each column is kept in as few bytes as its values need: about 30 bytes an input, instead of 90.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ _NARROW: Final = tuple((np.dtype(kind), int(np.iinfo(kind).max)) for kind in (np
 
 @dataclass(frozen=True)
 class _Column:
-    """`count` values of int64, less `base`; or as they are, where `base` is None. `data` None: they are in the file."""
+    """`count` values of int64 minus `base`, stored as `dtype`; with `base` None they are stored unchanged.
+
+    `data` is None if the values were written to the temporary file.
+    """
 
     base: int | None
     dtype: np.dtype[Any]
@@ -46,10 +49,10 @@ class _Part:
 
 
 class Spool:
-    """Parts of inputs, in order: `append`, then iterate as often as needed."""
+    """Parts of a VM's inputs, in order. They are added by `append` and can be iterated over as often as needed."""
 
     def __init__(self, seq: bool = False) -> None:
-        """`seq`: keep that column, too; else it comes back as 0."""
+        """Begin an empty spool. Without `seq` that column is not kept and reads as 0."""
         self._columns = (*_COLUMNS, "seq") if seq else _COLUMNS
         self._spilled: list[_Part] = []
         self._parts: list[_Part] = []
@@ -66,7 +69,7 @@ class Spool:
             self._file.close()
 
     def append(self, part: Inputs) -> None:
-        """Keep a part."""
+        """Add a part. Raises Problem if the temporary directory has no room."""
         arrays = [getattr(part, name) for name in self._columns] + [getattr(part.exits, name) for name in EXIT_COLUMNS]
         columns = tuple(map(_narrowed, arrays))
         self._parts.append(_Part(columns, part.ranges, part.exits.first))
@@ -113,7 +116,10 @@ class Spool:
 
 
 def _narrowed(values: NDArray[Any]) -> _Column:
-    """A column in as few bytes as its values need; below 0 they are taken as they are."""
+    """Return a column in as few bytes as its values need.
+
+    One with negative values is kept unchanged unless its span is small.
+    """
     if values.dtype == np.int64 and len(values):
         most = int(values.view(np.uint64).max())
         for dtype, limit in _NARROW:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads a Python file that a user names on the command line: a policy, a scenario."""
+"""Load a Python file that a user names on the command line, such as a policy or a scenario."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from traces.errors import Problem
 
 
 def load(path: Path, said: str) -> ModuleType:
-    """The module of this file; a Problem that begins with `said` (how the user named it) if there is none."""
+    """Import the file and return it as a module.
+
+    Raises Problem, whose text begins with `said` (how the user named the file), if there is no such file or it fails to
+    load.
+    """
     if not path.is_file():
         raise Problem(f"{said}: there is no such file")
     spec = importlib.util.spec_from_file_location(f"kvmtrace_user_{path.stem}", path)
@@ -28,5 +32,5 @@ def load(path: Path, said: str) -> ModuleType:
 
 
 def one_line(error: Exception) -> str:
-    """What an exception says, in one line."""
+    """Return the type of an exception and the first line of its message."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which vCPU is worst off, and so which VM, in the order that reports have (analysis/worst.py).
+"""Rank vCPUs, and so VMs, by how badly off they are; reports use the same order (analysis/worst.py).
 
-First those that got no further in the recording, then those that stood still longest, then those that lost the most to
-faults and roots, under the recorded policy or, without it, the first; then by faults.
+First come vCPUs that made no more progress in the recording, then those with the longest soft-hang, then those that
+lost most time to faults and roots, then those with most faults. Times and faults are those under the recorded policy
+or, if it was not replayed, under the first one.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from collections import defaultdict
 from replay.run import Replayed
 from replay.timing.soft_hangs import OF_ROOTS
 
-VcpuPlace = tuple[int, int]  # VM, and which of its vCPUs
+VcpuPlace = tuple[int, int]  # the VM's number, and the vCPU's dense number within it
 
 
 def ranked(replayed: Replayed) -> list[VcpuPlace]:
-    """Every vCPU that was replayed, the worst off first."""
+    """Return every vCPU that was replayed, the worst off first."""
     targets = replayed.plan.targets
     subject = next((target for target in targets if target.recorded), targets[0])
     stuck = {(vm.vm, each.vcpu) for vm in replayed.times for each in vm.stuck if not each.ended}
@@ -41,5 +42,5 @@ def ranked(replayed: Replayed) -> list[VcpuPlace]:
 
 
 def vms(order: list[VcpuPlace]) -> list[int]:
-    """The VMs of these, each where its worst vCPU is."""
+    """Return the VMs of ranked vCPUs, each at the position of its worst vCPU."""
     return list(dict.fromkeys(vm for vm, _ in order))

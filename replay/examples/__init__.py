@@ -1,2 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Root policies that no kernel has, as examples of what a file for `kvmtrace replay --policy` looks like."""
+"""Examples of files for `kvmtrace replay --policy` and `kvmtrace
+explore`: policies that no kernel has, and a scenario.
+"""

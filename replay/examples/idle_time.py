@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Free a root that no vCPU has used for some time. Time passes as recorded; roots are looked at when a vCPU unloads."""
+"""Free roots that no vCPU has used for some time (IDLE_NS).
+
+Roots are examined whenever a vCPU unloads, in recorded time.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,12 @@ IDLE_NS = 10_000_000
 
 
 class IdleTime(Policy):
-    """What a kernel thread that reclaims idle roots would change."""
+    """A policy like that of a kernel thread that reclaims idle roots."""
 
     name = "idle-time"
 
     def on_put_to_zero(self, vm: Vm, root: Root, cause: Cause, vcpu: Vcpu) -> None:
-        """Leave it: `on_unload` sees it again."""
+        """Keep the root for now: `on_unload` frees it once it has been idle long enough."""
 
     def on_unload(self, vm: Vm, vcpu: Vcpu) -> None:
         for root in vm.roots.copy():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keep at most N roots that no vCPU uses; of more, the least recently used is freed."""
+"""Keep at most N roots that no vCPU uses; when there are more, the least recently used one is freed."""
 
 from __future__ import annotations
 

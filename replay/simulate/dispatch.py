@@ -22,12 +22,12 @@ from traces.kernels.policies import PolicyParameters
 
 
 def begin(parameters: PolicyParameters, words: list[Word], vcpus: int, policy: Policy | None = None) -> Vm:
-    """A VM before its first operation."""
+    """Return a VM before its first operation."""
     return Vm(parameters, words, vcpus, policy)
 
 
 def feed(vm: Vm, block: Block, ranges: Ranges, first: int = 0) -> None:
-    """Do a block's operations; `first` is the number of the block's first one in the stream."""
+    """Run a block's operations; `first` is the position of the block's first operation in the whole stream."""
     ops, gfns, times = block.op.tolist(), block.gfn.tolist(), block.time.tolist()
     for i in range(len(ops)):
         vm.at = first + i
@@ -36,14 +36,14 @@ def feed(vm: Vm, block: Block, ranges: Ranges, first: int = 0) -> None:
 
 
 def perform(vm: Vm, op: int, gfn: int, ranges: Ranges) -> None:
-    """Do one operation."""
+    """Run one operation, given by its two columns."""
     kind = Op(op & 15)
     level = op >> LEVEL_SHIFT & 7
     number = op >> VCPU_SHIFT
     if kind <= Op.SWITCH:
         vcpu = vm.vcpus[number]
         if vcpu.stuck >= 0:
-            return  # a guest that does not get past an instruction does nothing after it
+            return  # the guest does not get past an instruction, so its later operations do not happen
         _of_vcpu(vm, vcpu, kind, op, level, gfn)
     elif kind == Op.INVALIDATE:
         vm.invalidate()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine as Python sees it: owns the memory that `compiled` works on, makes more of it, checks what goes in, reads
-what comes out.
+"""The Python side of the compiled engine: it owns and enlarges the memory that `compiled` works on, checks the
+operations that go in, and reads the results.
 
-Memory follows the model's state, never the stream's length: 136 bytes for each table that ever was (0.27 a page where
-tables are full), 2 KiB more for one above level 1, all doubled at most. The root log is the exception: whoever feeds
-long streams takes it block by block (`take_log`).
+The memory needed depends on the model's state and not on the length of the stream: 136 bytes for each table that ever
+existed (0.27 bytes a page where tables are full) and 2 KiB more for a table above level 1, with up to as much again for
+growth. The root log is the exception: whoever feeds a long stream empties it block by block (`take_log`).
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from traces.kernels.policies import PolicyParameters
 
 try:
     from replay.simulate.compiled.core import COMPILED, Core
-except ModuleNotFoundError as missing:  # only as plain Python does it need Cython when it runs
+except ModuleNotFoundError as missing:  # uncompiled, the module needs the package Cython at run time
     raise Problem(f"the replay engine is not compiled ({missing}): scripts/setup", ENVIRONMENT) from None
 
 GFN_LIMIT: Final = 1 << 40
 _ANY: Final = (1 << 64) - 1
-# What `Engine.feed_each` tells of each operation; leaves installed are faults and prefetched ones.
+# The columns that `Engine.feed_each` returns; `installs` counts the leaves installed by faults and by prefetch.
 CHANGES: Final = ("creations", "reuses", "frees", "tables", "tables_freed", "installs", "fixes", "zapped")
 _FOR_TIMERS: Final = ("assumed_leaves", "assumed_tables", "put_room", "puts")
 
-# By kind of operation: the last argument, where that is the same for all VMs, and a bit for each level allowed.
+# By kind of operation: the largest value of `gfn`, where it is the same for all VMs, and a bit for each allowed level.
 _LAST_GFN: Final = np.full(16, _ANY, np.uint64)
 _LAST_GFN[[Op.TOUCH, Op.FIX, Op.COLLAPSE]] = GFN_LIMIT - 1
 _LAST_GFN[Op.UNLOAD] = max(Cause)
@@ -52,7 +52,7 @@ _ROOT: Final = row_type("id", "word", "refs", "valid", "cause", "before", "after
 
 @dataclass(frozen=True)
 class RootLog:
-    """`reference.Logged` as columns: events in roots' lives, in order. `vcpu` is -1 where no vCPU acted."""
+    """The root log as columns, one row for each event (`reference.Logged`), in order. `vcpu` is -1 if no vCPU acted."""
 
     at: NDArray[np.int64]
     event: NDArray[np.uint8]
@@ -76,7 +76,10 @@ _NARROW: Final = {"event": np.uint8, "vcpu": np.int32, "word": np.int32, "cause"
 
 @dataclass(frozen=True)
 class Vcpus:
-    """What is counted by vCPU: arrays with a row a vCPU. `stuck`: the operation at which one stands still, or -1."""
+    """The counts of vCPUs: each array has one value per vCPU.
+
+    `stuck` is the operation at which the vCPU stopped, or -1.
+    """
 
     loads: NDArray[np.int64]
     creations: NDArray[np.int64]
@@ -94,7 +97,7 @@ _COUNTERS: Final = tuple(field.name for field in fields(Counters))
 
 @dataclass(frozen=True)
 class RootState:
-    """A root that is alive."""
+    """The state of a root that is alive; `word` is an index into the VM's role words."""
 
     id: int
     word: int
@@ -105,13 +108,13 @@ class RootState:
 
 
 class Engine:
-    """One VM under one policy, as `reference` does it, at about 150 million operations a second.
+    """Simulates one VM under one policy exactly as `reference` does, at about 150 million operations a second.
 
-    Feed it a stream in blocks of any size. Raises Problem (bad input) for a block with an operation that cannot be;
-    nothing of the block is then done. Raises `reference.Violation` where the reference does; the VM is then of no use.
+    A stream is fed in blocks of any size. An invalid operation raises Problem, and nothing of its block is then run.
+    The engine raises `reference.Violation` where the reference model does, after which it must not be used any more.
     """
 
-    said = False  # the notice that it runs uncompiled
+    said = False  # whether the notice was printed that the engine runs uncompiled
 
     def __init__(
         self,
@@ -122,7 +125,11 @@ class Engine:
         core: type[Any] = Core,
         rows: tuple[int, int, int] = (256, 32, 256),
     ) -> None:
-        """`log`: keep a root log. `rows`: tables, nodes and log rows that there is memory for at first."""
+        """Create the VM with `vcpus` vCPUs and the role words `words`.
+
+        `log` says whether to keep a root log. `rows` are the numbers of tables, nodes and log rows to allocate at
+        first. Raises Problem if an argument is invalid.
+        """
         if not 0 < vcpus <= MAX_VCPUS:
             raise Problem(f"a VM has 1 to {MAX_VCPUS} vCPUs, not {vcpus}")
         if bad := [word for word in words if word.level not in (4, 5)] or not words:
@@ -156,14 +163,17 @@ class Engine:
         self._limits(vcpus)
 
     def feed(self, block: Block, ranges: Ranges, first: int = 0) -> None:
-        """Do a block's operations; `first` is the number of the block's first one in the stream."""
+        """Run a block's operations; `first` is the position of the block's first operation in the whole stream."""
         op, gfn = self.check(block, ranges, first)
         done = 0
         while (done := self.core.run(op, gfn, self.bounds, done, first)) < len(op):
             self.go_on()
 
     def feed_each(self, block: Block, ranges: Ranges, first: int = 0) -> NDArray[np.int64]:
-        """As `feed`, some ten times slower; what each operation (row) added to each of CHANGES (column)."""
+        """Run a block as `feed` does, some ten times slower, and return by how much each operation changed each count.
+
+        The array has one row per operation and one column for each name in CHANGES.
+        """
         op, gfn = self.check(block, ranges, first)
         changes = np.zeros((len(op), len(CHANGES)), np.int64)
         done = 0
@@ -172,7 +182,7 @@ class Engine:
         return changes
 
     def check(self, block: Block, ranges: Ranges, first: int = 0) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-        """A block's columns as the core takes them: op, gfn. Raises Problem (bad input) if one of them cannot be."""
+        """Return a block's columns `op` and `gfn` as the core takes them. Raises Problem if an operation is invalid."""
         self._read_ranges(ranges)
         op, gfn = np.ascontiguousarray(block.op), np.ascontiguousarray(block.gfn)
         if op.dtype != np.uint32 or gfn.dtype != np.int64 or op.shape != gfn.shape or op.ndim != 1:
@@ -183,32 +193,35 @@ class Engine:
         return op, gfn
 
     def go_on(self) -> None:
-        """The core stopped before an operation: give it memory. Raises reference.Violation if that is not why."""
+        """Give the core more memory, after it stopped for lack of it.
+
+        Raises Violation if it stopped for an invariant instead.
+        """
         if self.core.error:
             raise self._violation()
         self.grow()
 
-    # What comes out
+    # Results
 
     @property
     def vcpus(self) -> Vcpus:
-        """Counts by vCPU, as they are now."""
+        """The counts of vCPUs so far."""
         return Vcpus(**{name: (self._vcpu if of_vcpu else self._slots)[name].copy() for name, of_vcpu in _COUNTED})
 
     @property
     def causes(self) -> NDArray[np.int64]:
-        """The Cause of each vCPU's last unload."""
+        """The Cause of each vCPU's last unload, by vCPU."""
         causes: NDArray[np.int64] = self._slots["cause"].copy()
         return causes
 
     @property
     def counters(self) -> Counters:
-        """Counts of the VM, as they are now."""
+        """The counts of the VM so far."""
         return Counters(**{name: getattr(self.core, name) for name in _COUNTERS})
 
     @property
     def roots(self) -> list[RootState]:
-        """Roots alive, oldest first: valid ones, and invalid ones that a slot still holds."""
+        """The roots that are alive, oldest first: valid ones, and invalid ones that a vCPU's slot still holds."""
         states = []
         at = int(self._root[0]["after"])
         while at:
@@ -222,12 +235,15 @@ class Engine:
 
     @property
     def slots(self) -> NDArray[np.int64]:
-        """Each vCPU's slots, the current one first: ids of roots, -1 for none."""
+        """The root ids in each vCPU's slots, one row per vCPU, the current slot first; -1 is an empty slot."""
         held = self._slots["slot"]
         return np.where(held > 0, self._root["id"][held], -1)
 
     def mapped(self, word: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(level, gfn) of each leaf of the valid root with this word, in order of gfn."""
+        """Return the level and the gfn of each leaf in the valid root with this role word, sorted by gfn.
+
+        Empty without a root.
+        """
         row = self._word[word]
         found: list[tuple[NDArray[np.int64], int]] = []
         if row["root"]:
@@ -239,26 +255,29 @@ class Engine:
 
     @property
     def bytes_used(self) -> int:
-        """Memory that the trees take, without what is there for growth."""
+        """The memory that the trees use, in bytes, without the spare room for growth."""
         return int(self.core.pages) * 136 + int(self.core.nodes) * 2052
 
     def take_log(self) -> RootLog:
-        """What the root log holds since it was last taken."""
+        """Return the rows of the root log since the last call, and empty the log."""
         rows = self._log[: self.core.rows]
         self.core.rows = 0
         return RootLog(**{name: rows[name].astype(_NARROW.get(name, np.int64)) for name in _LOG_COLUMNS})
 
-    # How it is set up
+    # Setting up the pools
 
     def _begin_words(self, words: list[Word]) -> None:
-        """Each word has its root table, which is node and table number 1 and on; 0 stands for none."""
+        """Set up the role words. The root table of word i is node and table number i + 1; number 0 stands for none."""
         self._word = make_pool(len(words), _WORD)
         self._word["gen"] = self._word["top"] = np.arange(1, len(words) + 1)
         self._word["level"] = [word.level for word in words]
         self._word["as_id"] = [word.as_id for word in words]
 
     def _begin_roots(self, rows: int) -> None:
-        """Never more are alive than words and slots; row 0 is the head of the list, the others are free."""
+        """Set up the pool of roots.
+
+        There are never more than words and slots; row 0 is the list's head, the others are free.
+        """
         self._root = make_pool(rows, _ROOT)
         self._root["after"][1:-1] = np.arange(2, rows)
 
@@ -285,11 +304,13 @@ class Engine:
         self.core.attach_rows(*map(self.rows_of, (self._vcpu, self._slots, self._word, self._root)))
 
     def rows_of(self, pool: NDArray[Any]) -> Any:
-        """A pool of structures as the core takes it."""
+        """Return a pool in the form that the core takes: bytes if the core is compiled, else ctypes structures."""
         return as_bytes(pool) if COMPILED and isinstance(self.core, Core) else as_structures(pool)
 
     def grow(self) -> None:
-        """Double what has become short; what `engine.Core._room` wants is what this gives."""
+        """Double each pool that has become too small to satisfy
+        `compiled.core.Core._room`, and attach the pools to the core.
+        """
         core = self.core
         tables, nodes, rows = len(self._gen), len(self._page_of), len(self._log)
         while core.pages + 8 > tables:
@@ -307,10 +328,10 @@ class Engine:
         core.attach_trees(self._bits, self._gen, self._child, self._page_of)
         core.attach_log(self.rows_of(self._log), rows)
 
-    # What goes in
+    # Checking operations
 
     def _limits(self, vcpus: int) -> None:
-        """By kind of operation: the last argument, and one more than the last vCPU."""
+        """Set the limits that depend on the VM, by kind of operation: the largest `gfn`, and the number of vCPUs."""
         self._last_gfn = _LAST_GFN.copy()
         self._last_gfn[Op.ROLE] = self._last_gfn[Op.SWITCH] = len(self.words) - 1
         self._vcpu_limit = np.full(16, MAX_VCPUS, np.int64)
@@ -336,7 +357,7 @@ class Engine:
         return f"{where}: frame {gfn:#x} is not within the {GFN_LIMIT:#x} of a guest's memory"
 
     def _read_ranges(self, ranges: Ranges) -> None:
-        """Take over rows that are new. No table lies beyond the limit, so that a range may be cut there."""
+        """Copy ranges that are new, cut at GFN_LIMIT: no table lies beyond it."""
         known = len(self.bounds) // 2 if ranges is self._ranges else 0
         rows = ranges.rows[known:]
         if ranges is self._ranges and not rows:
@@ -344,7 +365,7 @@ class Engine:
         cut = [min(max(bound, 0), GFN_LIMIT) for row in rows for bound in row]
         self.bounds = np.concatenate([self.bounds[: 2 * known], np.array(cut, np.int64)])
         self._ranges = ranges
-        # There is always memory to point at; without rows, no index is allowed.
+        # The limit of the index cannot be below 0. Without any range, a vCPU limit of 0 rejects every ZAP and SPLIT.
         self._last_gfn[Op.ZAP] = self._last_gfn[Op.SPLIT] = max(len(ranges.rows) - 1, 0)
         self._vcpu_limit[Op.ZAP] = self._vcpu_limit[Op.SPLIT] = MAX_VCPUS if ranges.rows else 0
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The inputs of a replay: what happened to a VM that no root policy decides, as a stream of small operations.
+"""The operations that a replay consists of: what happened to a VM independently of any root policy.
 
-Both implementations of the model (`reference`, `engine`) read this stream and nothing else. It has two columns, one
-row an operation: `op` (uint32, packed as below) and `gfn` (int64, a guest frame or the operation's argument). What an
-operation means is in the table of `Op`; how a trace becomes operations is in `replay.decode`.
+Both implementations of the model (`reference`, `engine`) read this stream and nothing else. It has two columns and one
+row per operation: `op` (uint32, packed as below) and `gfn` (int64, a guest frame or the operation's argument). `Op`
+says what each operation means; `replay.decode` turns a trace into operations.
 
     bits  0-3  operation (Op)
     bits  4-6  level of the leaf (TOUCH, FIX, COLLAPSE), address space (ZAP, SPLIT)
@@ -28,26 +28,26 @@ from traces.kernels.triggers import Trigger
 
 
 class Op(IntEnum):
-    """What happens. `v` is the vCPU of bits 16-31, `gfn` the second column."""
+    """The kinds of operation. `v` is the vCPU of bits 16-31, and `gfn` the second column."""
 
     TOUCH = 0  # v needs a leaf of `level` at `gfn` (aligned to it): a fault unless a leaf covers it
-    FIX = 1  # permission fault of v: the leaf of `level` is there and lets too little through, or a larger one that is
-    # split: counted; else an ordinary fault
+    FIX = 1  # permission fault of v: if a leaf of `level` is there (or a larger one, which is then split), a fix is
+    # counted; else an ordinary fault
     ENTER = 2  # v is about to enter the guest: pending requests, then a load if its current slot is empty
     UNLOAD = 3  # v empties all its root slots; `gfn` is the Cause
     ROLE = 4  # v's next load is of the word with index `gfn`
-    SWITCH = 5  # v goes over to the word with index `gfn` by the fast switch, which keeps previous roots
+    SWITCH = 5  # v switches to the word with index `gfn` by kvm_mmu_new_pgd, which keeps the previous roots in slots
     INVALIDATE = 6  # kvm_mmu_zap_all_fast: every root of the VM becomes obsolete
     ZAP = 7  # leaves in ranges[gfn] of one address space are removed from every root
     ZAP_ALL = 8  # every root is emptied and stays (exit of the VM's process)
     SPLIT = 9  # huge leaves in ranges[gfn] of one address space become tables (dirty logging begins)
-    COLLAPSE = 10  # the table below the entry of `level` at `gfn` is removed (dirty logging ended; FOR_GOOD: no huge
-    # leaf comes in its place, as an NX huge page is recovered by a later fault); vCPU bits: space
+    COLLAPSE = 10  # the table below the entry of `level` at `gfn` is removed, as when dirty logging ends. FOR_GOOD: no
+    # huge leaf replaces it at once (NX huge page recovery: a later fault maps it). The vCPU bits are the address space
     END = 11  # the VM is destroyed
 
 
 class Cause(IntEnum):
-    """Why slots were emptied, a root built or freed."""
+    """Why a vCPU's slots were emptied, or why a root was built or freed."""
 
     FIRST = 0  # a vCPU's first load
     SMI = 1
@@ -56,9 +56,9 @@ class Cause(IntEnum):
     CR0 = 4
     CR4 = 5
     EFER = 6
-    SREGS = 7  # KVM_SET_SREGS, KVM_SET_SREGS2 and what else userspace sets
+    SREGS = 7  # KVM_SET_SREGS, KVM_SET_SREGS2 and other ioctls that set vCPU state
     CPUID = 8
-    EXIT = 9  # an exit that resets without a reason of its own
+    EXIT = 9  # an exit that resets the MMU context, on a kernel or VM where every exit does
     MEMSLOT = 10  # kvm_mmu_zap_all_fast: slot deleted or moved, nx_huge_pages written
     VM_END = 11
     OTHER = 12
@@ -97,7 +97,7 @@ PREFETCH: Final = 8
 
 
 def pack(op: Op, vcpu: int = 0, level: int = 0, first: int = 0, last: int = 0, resets: bool = False) -> int:
-    """One operation's first column."""
+    """Return the first column of an operation."""
     return (
         int(op)
         | level << LEVEL_SHIFT
@@ -110,7 +110,10 @@ def pack(op: Op, vcpu: int = 0, level: int = 0, first: int = 0, last: int = 0, r
 
 @dataclass
 class Block:
-    """A part of one VM's stream. `time` (ns) and `seq` (trace row) are for reports: the model reads neither."""
+    """A part of one VM's operations.
+
+    `time` (ns) and `seq` (trace row) are for reports: the model itself does not read them.
+    """
 
     op: NDArray[np.uint32]
     gfn: NDArray[np.int64]
@@ -123,12 +126,12 @@ class Block:
 
 @dataclass
 class Ranges:
-    """The ranges [start, end) of ZAP and SPLIT, in gfns: operations hold an index into this list."""
+    """The ranges [start, end) of gfns that ZAP and SPLIT refer to by their index in this list."""
 
     rows: list[tuple[int, int]] = field(default_factory=list)
 
     def add(self, start: int, end: int) -> int:
-        """The index of a range, added if it is new as the last."""
+        """Return the index of a range. It is added at the end unless it equals the last one."""
         if not self.rows or self.rows[-1] != (start, end):
             self.rows.append((start, end))
         return len(self.rows) - 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A root's tree of second-level tables, as plain objects: what the reference model and `validate` keep of each root.
+"""A root's tree of second-level tables as plain objects, used by the reference model and by `validate`.
 
 Levels are KVM's: 1 maps 4 KiB, 2 maps 2 MiB, 3 maps 1 GiB; a root table is of level 4 or 5. An entry of a table holds
 another table, a leaf (its SPTE word, never 0), or nothing.
@@ -15,17 +15,20 @@ _BITS: Final = 9
 
 
 def span(level: int) -> int:
-    """Guest frames that one entry of a table of `level` covers."""
+    """Return the number of guest frames that one entry of a table of `level` covers."""
     return 1 << _BITS * (level - 1)
 
 
 def index(gfn: int, level: int) -> int:
-    """Which entry of a table of `level` covers `gfn`."""
+    """Return the index of the entry that covers `gfn` in a table of `level`."""
     return gfn >> _BITS * (level - 1) & ENTRIES - 1
 
 
 class Table:
-    """One page of SPTEs: `gfn` is the first that it covers, `entries` what is present."""
+    """One page of SPTEs.
+
+    `gfn` is the first guest frame that it covers, and `entries` has the present entries by index.
+    """
 
     __slots__ = ("entries", "frame", "gfn", "level")
 
@@ -36,12 +39,12 @@ class Table:
         self.entries: dict[int, Table | int] = {}
 
     def gfn_of(self, at: int) -> int:
-        """The first guest frame of entry `at`."""
+        """Return the first guest frame that entry `at` covers."""
         return self.gfn + at * span(self.level)
 
 
 def walk(top: Table, gfn: int, goal: int) -> Table:
-    """The lowest table on the way from `top` to the entry of level `goal` for `gfn`."""
+    """Return the lowest existing table on the way from `top` down to the entry of level `goal` for `gfn`."""
     table = top
     while table.level > goal:
         below = table.entries.get(index(gfn, table.level))
@@ -52,14 +55,14 @@ def walk(top: Table, gfn: int, goal: int) -> Table:
 
 
 def leaf(top: Table, gfn: int) -> tuple[Table, int] | None:
-    """The table and entry of the leaf that covers `gfn`, of whatever level; None if nothing maps it."""
+    """Return the table and the index of the leaf, of any level, that covers `gfn`, or None if nothing maps it."""
     table = walk(top, gfn, 1)
     at = index(gfn, table.level)
     return (table, at) if isinstance(table.entries.get(at), int) else None
 
 
 def count(table: Table) -> tuple[int, int]:
-    """(leaves, tables) below a table, itself not counted."""
+    """Return the numbers of (leaves, tables) below a table, which itself is not counted."""
     leaves = tables = 0
     for entry in table.entries.values():
         if isinstance(entry, Table):
@@ -72,7 +75,7 @@ def count(table: Table) -> tuple[int, int]:
 
 
 def tables(table: Table) -> Iterator[Table]:
-    """Every table below a table, itself not counted."""
+    """Yield every table below a table, without the table itself."""
     if table.level > 1:
         for entry in table.entries.values():
             if isinstance(entry, Table):
@@ -81,9 +84,9 @@ def tables(table: Table) -> Iterator[Table]:
 
 
 def within(table: Table, start: int, end: int) -> Iterator[tuple[Table, int]]:
-    """Tables and entries that overlap [start, end), parents before children, in order of gfn.
+    """Yield (table, index) of each entry that overlaps [start, end), parents before children, in order of gfn.
 
-    Entries may be removed while the iteration stands on them: their subtree is then not entered.
+    The entry that was yielded last may be removed before the iteration continues; its subtree is then not entered.
     """
     first = max(0, (start - table.gfn) // span(table.level))
     last = min(ENTRIES - 1, (end - 1 - table.gfn) // span(table.level))

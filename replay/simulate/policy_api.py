@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a root policy may decide, as the interface of the reference model; users write their own against it.
+"""The interface of root policies in the reference model, against which users write their own.
 
 A policy of your own is one file with one subclass of `Policy` in it (`kvmtrace replay TRACE --policy ./mine.py`), or an
 entry point of the group `kvmtrace.policies`. The VM is a `reference.Vm`: `vm.find(word)`, `vm.free(root, cause)`,
-`vm.invalidate_root(root, cause)`, `vm.roots`, `vm.now` (ns of the recording's clock). `examples` has two that no kernel
-has.
+`vm.invalidate_root(root, cause)`, `vm.roots`, `vm.now` (ns of the recording's clock). `replay/examples` has two
+policies that no kernel has.
 """
 
 from __future__ import annotations
@@ -19,28 +19,32 @@ if TYPE_CHECKING:
 
 
 class Policy:
-    """The kernels' own rules; override what should differ.
+    """The rules of the kernels themselves; override the hooks that should behave differently.
 
-    `parameters` says of what kernel the rest is (`traces.kernels.policies`). With `own_reference` the last put never
-    comes while a root is valid, so that a policy that keeps roots of its own accord leaves it False.
+    `parameters` says how the kernel behaves in all other respects (`traces.kernels.policies`). With `own_reference` the
+    VM holds a reference on each valid root, so that `on_put_to_zero` is never called for one; a policy that itself
+    decides to keep roots leaves it False.
     """
 
     name: str = ""
     parameters: PolicyParameters = ASYNC
 
     def on_load(self, vm: Vm, word: int) -> Root | None:
-        """The root for a vCPU whose role word has this index; None: build one."""
+        """Return the root to load for a vCPU whose role word has the index `word`, or None to have a new root built."""
         return vm.find(word)
 
     def on_put_to_zero(self, vm: Vm, root: Root, cause: Cause, vcpu: Vcpu) -> None:
-        """The last slot gave up a valid root. Free it, or leave it for a later `on_load`."""
+        """The last reference on a valid root was dropped: free the root, or keep it for a later `on_load`."""
         vm.free(root, cause, vcpu)
 
     def on_unload(self, vm: Vm, vcpu: Vcpu) -> None:
         """A vCPU has emptied all its slots."""
 
     def on_invalidate(self, vm: Vm) -> None:
-        """Every valid root has been invalidated and zapped; invalid roots still held are freed with their last slot."""
+        """Every valid root was invalidated and zapped.
+
+        An invalid root that a vCPU still holds is freed with its last reference.
+        """
 
     def on_vm_end(self, vm: Vm) -> None:
-        """Every root has been invalidated. What is left in `vm.roots` now counts as leaked."""
+        """Every root was invalidated because the VM ends. Roots left in `vm.roots` after this call count as leaked."""

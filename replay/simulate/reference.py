@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference model of a VM's roots: plain Python that reads like the description of the kernel it follows.
+"""The reference model of a VM's roots, in plain Python that can be read side by side with the kernel's source.
 
-Source: docs/kvm-mmu.md ("Root slots of a vCPU", "The life of a root, by policy"). `engine` does
-the same at speed and must agree bit for bit; user policies plug in here (`policies`). What a kernel version adds or
-leaves out are `parameters`; this file has no version in it.
+It follows docs/kvm-mmu.md ("Root slots of a vCPU", "The life of a root, by policy"). `engine` does the same at speed
+and must agree bit for bit; user policies run in this model (`policy_api`). Differences between kernel versions are in
+`parameters`, so no version is mentioned in this file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SLOTS = 4  # one current root, three previous ones
 
 
 class Happened(IntEnum):
-    """A row of the root log."""
+    """The kinds of event in the root log."""
 
     CREATED = 0
     FOUND = 1
@@ -37,7 +37,7 @@ class Happened(IntEnum):
 
 @dataclass(eq=False)
 class Root:
-    """A top-level table: `refs` as the kernel counts them, `valid` until it is invalidated."""
+    """A top-level table: `refs` is the kernel's reference count, `valid` is True until the root is invalidated."""
 
     id: int
     word: int  # index into the VM's words
@@ -46,23 +46,26 @@ class Root:
     valid: bool = True
     leaves: int = 0
     tables: int = 0
-    cause: Cause = Cause.OTHER  # of the invalidation, once there was one
-    remembered: bool = False  # under `assume_refault`: freed here, and only remembered for what it had mapped
-    idle_since: int = 0  # ns; for policies
+    cause: Cause = Cause.OTHER  # why the root was invalidated, once it was
+    remembered: bool = False  # under `assume_refault`: the root was freed, and its tree kept to know what was mapped
+    idle_since: int = 0  # when the last reference was dropped, in ns; for policies
     linked: set[Table] = field(default_factory=set)  # every table below `top`: what the kernel counts (tdp_mmu_pages)
-    stale: int = 0  # leaves removed that a vCPU's TLB may still have: a flush is due before mmu_lock is dropped
+    stale: int = 0  # removed leaves that a vCPU's TLB may still hold: a flush is due before mmu_lock is dropped
 
 
 @dataclass
 class Vcpu:
-    """A vCPU's root slots, of its current role. `request`: an invalidation it has yet to take note of."""
+    """A vCPU with its root slots, its role word and its counts.
+
+    `request` says that an invalidation is yet to be served.
+    """
 
     index: int
     slots: list[Root | None] = field(default_factory=lambda: [None] * SLOTS)
     word: int = 0
-    cause: Cause = Cause.FIRST  # of its last unload
+    cause: Cause = Cause.FIRST  # why it unloaded last
     request: bool = False
-    stuck: int = -1  # operation at which it can make no more progress
+    stuck: int = -1  # the operation at which the vCPU can make no more progress; -1: none
     loads: int = 0
     creations: int = 0
     reuses: int = 0
@@ -74,9 +77,10 @@ class Vcpu:
 
 @dataclass
 class Counters:
-    """Of one VM, what is not counted by vCPU. SPTEs zapped are leaves; roots are no tables; loads flush TLBs too.
+    """The counts of a VM that are not kept by vCPU.
 
-    Flushes of the one range that a fault replaces are not counted.
+    `zapped` counts leaf SPTEs. `tables` and `tables_freed` do not include roots. `flushes` includes the flush of each
+    load, but not the flush of the single range that a fault replaces.
     """
 
     frees: int = 0
@@ -89,11 +93,11 @@ class Counters:
 
 @dataclass(frozen=True)
 class Logged:
-    """What the log holds of each event in a root's life; `leaves` and `tables` are the root's, at that moment."""
+    """One event in a root's life as the log keeps it; `leaves` and `tables` are those of the root at that moment."""
 
-    at: int  # operation
+    at: int  # position of the operation in the stream
     event: Happened
-    vcpu: int  # -1: no vCPU
+    vcpu: int  # dense number; -1: no vCPU acted
     root: int
     word: int
     cause: Cause
@@ -104,12 +108,12 @@ class Logged:
 
 
 class Violation(Exception):
-    """An invariant does not hold: the trace, the model or a policy of one's own is wrong.
+    """An invariant is broken, so the trace, the model or a user's own policy is wrong.
 
-    Of references (docs/kvm-mmu.md, "Invariants"), of tables (each linked once and unlinked once before its root is
-    freed) and of TLBs (what is removed from a root that a vCPU holds is flushed before mmu_lock is dropped).
-
-    `at` is the operation, `root` the root it is about (None: the VM).
+    The invariants are about references (docs/kvm-mmu.md, "Invariants"), about tables (each is linked once, and unlinked
+    once before its root is freed) and about TLBs (what is removed from a root that a vCPU holds is flushed before
+    mmu_lock is dropped). `at` is the operation's position, and `root` the id of the root concerned (None: it concerns
+    the VM).
     """
 
     def __init__(self, what: str, at: int, root: int | None = None) -> None:
@@ -131,18 +135,18 @@ class Vm:
         self.vcpus = [Vcpu(i) for i in range(vcpus)]
         self.policy = policy or Policy()
         self.roots: list[Root] = []  # alive: valid ones, and invalid ones that a slot still holds
-        self.ever: set[tuple[int, int, int]] = set()  # (word, level, gfn) mapped at some time
-        self.remembered_trees: dict[int, Root] = {}  # under `assume_refault`: by word, what a freed root had mapped
+        self.ever: set[tuple[int, int, int]] = set()  # each (word, level, gfn) that was mapped at some time
+        self.remembered_trees: dict[int, Root] = {}  # under `assume_refault`, by word: the tree of a freed root
         self.counters = Counters()
         self.log: list[Logged] = []
         self.at = 0
         self.now = 0
         self._ids = 0
 
-    # What a vCPU does
+    # Operations of a vCPU
 
     def enter(self, vcpu: Vcpu) -> None:
-        """kvm_mmu_reload: serve a pending request, then load if the current slot is empty."""
+        """Follow kvm_mmu_reload: serve a pending request, then load a root if the current slot is empty."""
         if vcpu.request:
             vcpu.request = False
             if self.parameters.request == "reload":
@@ -153,17 +157,20 @@ class Vm:
             self._load(vcpu)
 
     def unload(self, vcpu: Vcpu, cause: Cause) -> None:
-        """kvm_mmu_unload: every slot's reference is put, the previous ones first."""
+        """Follow kvm_mmu_unload: put the reference of every slot, those of the previous roots first."""
         vcpu.request = False
         self._empty(vcpu, cause)
         self.policy.on_unload(self, vcpu)
 
     def role(self, vcpu: Vcpu, word: int) -> None:
-        """The vCPU's role changed; the current root goes on until it is unloaded."""
+        """Change the vCPU's role word; its current root stays in use until it is unloaded."""
         vcpu.word = word
 
     def switch(self, vcpu: Vcpu, word: int) -> None:
-        """fast_pgd_switch: the current root goes to the previous ones, which are searched, the latest first."""
+        """Follow fast_pgd_switch: take a fitting root from the previous slots, searching from the latest to the oldest.
+
+        The current root moves to the previous slots; if none fits, the oldest root falls out and its reference is put.
+        """
         vcpu.word = word
         slots = vcpu.slots
         current = slots[CURRENT]
@@ -187,7 +194,11 @@ class Vm:
             self._put(victim, Cause.OTHER, vcpu)
 
     def touch(self, vcpu: Vcpu, gfn: int, level: int, first: int = 0, last: int = 7, resets: bool = False) -> None:
-        """The guest needs `gfn` mapped at `level`: a hit if a leaf covers it, else a fault that installs one."""
+        """Have the guest access `gfn`: a hit if a leaf of `level` or larger covers it, else a fault that installs one.
+
+        `first` and `last` bound the entries that the shadow MMU may prefetch; `resets` says that the exit unloads the
+        roots.
+        """
         root = self._current(vcpu)
         if self._covered(root, gfn, level):
             vcpu.hits += 1
@@ -197,7 +208,7 @@ class Vm:
             self._reset(vcpu, gfn, level)
 
     def fix(self, vcpu: Vcpu, gfn: int, level: int, resets: bool = False) -> None:
-        """A fault on a leaf that is there but lets too little through, as dirty logging leaves it."""
+        """Serve a permission fault on a present leaf, such as one that dirty logging has write-protected."""
         root = self._current(vcpu)
         found = page_table.leaf(root.top, gfn)
         if found is not None and found[0].level > level and self.parameters.split_in_place:
@@ -210,10 +221,10 @@ class Vm:
         if resets:
             self._reset(vcpu, gfn, level)
 
-    # What happens to the VM
+    # Operations on the whole VM
 
     def invalidate(self) -> None:
-        """kvm_mmu_zap_all_fast: every root becomes obsolete, and every vCPU is asked to give it up."""
+        """Follow kvm_mmu_zap_all_fast: every root becomes obsolete, and every vCPU is asked to give up its root."""
         self.remembered_trees.clear()
         flush = False
         for root in [r for r in self.roots if r.valid]:
@@ -229,7 +240,7 @@ class Vm:
         self.policy.on_invalidate(self)
 
     def zap(self, as_id: int, start: int, end: int) -> None:
-        """Leaves in [start, end) of an address space are removed from every root of it, invalid ones too."""
+        """Remove the leaves in [start, end) from every root of an address space, including invalid roots."""
         removed = 0
         for root in [*self.roots, *self.remembered_trees.values()]:
             if self.words[root.word].as_id == as_id:
@@ -241,7 +252,7 @@ class Vm:
         self._unlock(removed > 0)
 
     def zap_all(self) -> None:
-        """kvm_mmu_zap_all: every root is emptied, and stays."""
+        """Follow kvm_mmu_zap_all: every root is emptied and stays alive."""
         self.remembered_trees.clear()
         removed = 0
         for root in self.roots:
@@ -252,7 +263,9 @@ class Vm:
         self._unlock(removed > 0)
 
     def split(self, as_id: int, start: int, end: int) -> None:
-        """Huge leaves inside [start, end) become tables of 4 KiB leaves in every valid root of the address space."""
+        """Turn huge leaves inside [start, end) into tables of 4 KiB leaves,
+        in every valid root of the address space.
+        """
         for root in [*self.roots, *self.remembered_trees.values()]:
             if not root.valid or self.words[root.word].as_id != as_id:
                 continue
@@ -264,7 +277,10 @@ class Vm:
                 self.counters.tables += root.tables - before
 
     def collapse(self, as_id: int, level: int, gfn: int, for_good: bool = False) -> None:
-        """The table below the entry of `level` that covers `gfn` goes from every valid root, or becomes a huge leaf."""
+        """Remove the table below the entry of `level` that covers `gfn` from every valid root of the address space.
+
+        On kernels that recover huge pages in place (`parameters.recovers`), a huge leaf replaces it unless `for_good`.
+        """
         removed = 0
         for root in [*self.roots, *self.remembered_trees.values()]:
             if not root.valid or self.words[root.word].as_id != as_id:
@@ -282,7 +298,10 @@ class Vm:
         self._unlock(removed > 0)
 
     def end(self) -> None:
-        """kvm_arch_destroy_vm: every vCPU unloads, then every root goes; nothing may be left."""
+        """Follow kvm_arch_destroy_vm: every vCPU unloads, then every root goes.
+
+        Raises Violation if anything is left.
+        """
         self.remembered_trees.clear()
         for vcpu in self.vcpus:
             vcpu.request = False
@@ -295,19 +314,22 @@ class Vm:
             left = f"{len(self.roots)} roots and {self.tables_alive} tables are left, root {first} among them"
             raise Violation(f"VM end: {left}", self.at, first)
 
-    # What policies use
+    # For policies
 
     @property
     def tables_alive(self) -> int:
-        """Tables of all roots, the roots not counted."""
+        """The number of tables of all roots, without the roots themselves."""
         return sum(root.tables for root in self.roots)
 
     def find(self, word: int) -> Root | None:
-        """The valid root with exactly this role word: there is at most one."""
+        """Return the valid root with exactly this role word, of which there is at most one, or None."""
         return next((r for r in self.roots if r.valid and r.word == word), None)
 
     def invalidate_root(self, root: Root, cause: Cause) -> None:
-        """Mark a root invalid and zap it. It is freed with its last reference: the VM's own is given back here."""
+        """Mark a root invalid, zap it and drop the VM's own reference on it, if it has one.
+
+        Without references it is freed.
+        """
         root.valid = False
         root.cause = cause
         self._zap_tree(root)
@@ -318,13 +340,16 @@ class Vm:
             self._free(root, cause, None)
 
     def free(self, root: Root, cause: Cause, vcpu: Vcpu | None = None) -> None:
-        """Zap and free a root that no slot holds, `vcpu`: the vCPU that dropped the last reference, if any."""
+        """Zap and free a root that no slot holds. `vcpu` is the vCPU that dropped the last reference, if any.
+
+        Raises Violation if the root still has references.
+        """
         if root.refs:
             raise Violation(f"root {root.id} is freed with {root.refs} references", self.at, root.id)
         root.valid = False
         self._free(root, cause, vcpu)
 
-    # How it is done
+    # References and slots
 
     def _current(self, vcpu: Vcpu) -> Root:
         root = vcpu.slots[CURRENT]
@@ -362,7 +387,7 @@ class Vm:
         self._note(Happened.CREATED, root, vcpu.cause, vcpu)
 
     def _empty(self, vcpu: Vcpu, cause: Cause, only_invalid: bool = False) -> None:
-        """kvm_mmu_free_roots: previous slots in order, then the current one."""
+        """Follow kvm_mmu_free_roots: put the roots in the previous slots, in order, then the current one."""
         for i in (1, 2, 3, CURRENT):
             root = vcpu.slots[i]
             if root is None or (only_invalid and root.valid):
@@ -389,7 +414,7 @@ class Vm:
         if root not in self.roots:
             raise Violation(f"root {root.id} is freed twice", self.at, root.id)
         if self.parameters.assume_refault and (root.leaves or root.tables):
-            # The tree lives on as what the recorded kernel still has; here it is zapped.
+            # The tree is kept, because the recorded kernel still has it. For the counts of this policy it is zapped.
             remembered = Root(root.id, root.word, root.top, 0, True, root.leaves, root.tables, remembered=True)
             self.remembered_trees[root.word] = remembered
             self.counters.zapped += root.leaves
@@ -440,7 +465,9 @@ class Vm:
         return found is not None and found[0].level >= level
 
     def _fault(self, vcpu: Vcpu, root: Root, gfn: int, level: int, first: int, last: int) -> None:
-        """kvm_tdp_mmu_map: tables on the way down, then one leaf (and its neighbours, where the MMU prefetches)."""
+        """Follow kvm_tdp_mmu_map: build missing tables on the way down, then
+        install the leaf, and prefetch neighbours if enabled.
+        """
         vcpu.faults += 1
         table = self._descend(root, gfn, level)
         at = page_table.index(gfn, level)
@@ -485,7 +512,7 @@ class Vm:
         self.ever.add((root.word, table.level, table.gfn_of(at)))
 
     def _split(self, root: Root, table: Table, at: int, down_to: int) -> None:
-        """Put a full table of smaller leaves where a huge leaf was, down to tables of level `down_to`."""
+        """Replace a huge leaf by a full table of smaller leaves, and these again, down to tables of level `down_to`."""
         child = Table(table.level - 1, table.gfn_of(at))
         self._link(root, table, at, child)
         root.leaves -= 1
@@ -500,7 +527,7 @@ class Vm:
         return start <= gfn and gfn + page_table.span(table.level) <= end
 
     def _remove(self, root: Root, table: Table, at: int) -> tuple[int, int]:
-        """Take one entry out, with what is below it: (leaves, tables) that went."""
+        """Remove one entry and everything below it, and return the numbers of (leaves, tables) removed."""
         entry = table.entries.pop(at)
         leaves, tables = 1, 0
         if isinstance(entry, Table):
@@ -532,17 +559,17 @@ class Vm:
         root.leaves = root.tables = 0
         return leaves, tables
 
-    # Accounting, of tables and of TLBs
+    # Accounting of tables, and of flushes that are due
 
     def _link(self, root: Root, table: Table, at: int, child: Table) -> None:
-        """tdp_mmu_link_sp: the table counts from now on."""
+        """Follow tdp_mmu_link_sp: link a table, which is accounted from now on."""
         table.entries[at] = child
         root.tables += 1
         if not root.remembered:
             root.linked.add(child)
 
     def _unlink(self, root: Root, gone: Iterable[Table]) -> None:
-        """tdp_mmu_unlink_sp, of each table that is removed."""
+        """Follow tdp_mmu_unlink_sp for each removed table. Raises Violation if a table was unlinked before."""
         if root.remembered:
             return
         for table in gone:
@@ -552,16 +579,22 @@ class Vm:
             root.linked.remove(table)
 
     def _expose(self, root: Root, leaves: int) -> None:
-        """Leaves are gone that a vCPU with the root in a slot may still use; others flush when they load it."""
+        """Note that leaves were removed which the TLB of a vCPU that holds the root may still have.
+
+        Others flush at their load.
+        """
         if any(root in vcpu.slots for vcpu in self.vcpus):
             root.stale += leaves
 
     def _flush(self, root: Root) -> None:
-        """A remote flush, of what was removed from this root."""
+        """Note that remote TLBs were flushed of what was removed from this root."""
         root.stale = 0
 
     def _unlock(self, flush: bool) -> None:
-        """mmu_lock is dropped, after a flush of all that was removed if one is due."""
+        """Drop mmu_lock, after a flush if `flush`.
+
+        Raises Violation if a root has removed leaves that were not flushed.
+        """
         self.counters.flushes += flush
         for root in self.roots:
             if flush:
@@ -571,9 +604,11 @@ class Vm:
                 raise Violation(f"{what}: a vCPU that has it loaded still reaches the pages", self.at, root.id)
 
     def _reset(self, vcpu: Vcpu, gfn: int, level: int) -> None:
-        """The fault's own exit unloads the roots. A guest that gets a new root for it never gets past the instruction.
+        """Unload the roots because the fault's own exit does so.
 
-        Under `assume_refault` the new root has the leaf, but by faults, each of which would have reset as well.
+        A guest that gets a new root for it never passes the instruction.
+
+        Under `assume_refault` the new root already has the leaf, but through faults that would each have reset as well.
         """
         built = vcpu.creations
         self.unload(vcpu, Cause.EXIT)

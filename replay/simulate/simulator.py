@@ -18,36 +18,36 @@ from replay.simulate.reference import Counters, Logged, Vm
 
 
 class Simulator(Protocol):
-    """What both implementations offer."""
+    """The interface that the engine and the reference model share."""
 
     @property
     def vcpus(self) -> Vcpus:
-        """Counts by vCPU, as they are now."""
+        """The counts of vCPUs so far."""
 
     @property
     def counters(self) -> Counters:
-        """Counts of the VM, as they are now."""
+        """The counts of the VM so far."""
 
     def feed(self, block: Block, ranges: Ranges, first: int = 0) -> None:
-        """Do a block's operations; `first` is the number of its first one in the stream."""
+        """Run a block's operations; `first` is the position of the block's first operation in the whole stream."""
 
     def take_log(self) -> RootLog:
-        """What the root log holds since it was last taken."""
+        """Return the rows of the root log since the last call, and empty the log."""
 
 
 class Reference:
-    """The reference model with the engine's manners; `policy` may be a user's."""
+    """The reference model behind the engine's interface; `policy` may be a user's own."""
 
     def __init__(self, policy: Policy, assume_refault: bool, words: list[Word], vcpus: int) -> None:
         self._vm: Vm = dispatch.begin(replace(policy.parameters, assume_refault=assume_refault), words, vcpus, policy)
 
     def feed(self, block: Block, ranges: Ranges, first: int = 0) -> None:
-        """Do a block's operations; `first` is the number of its first one in the stream."""
+        """Run a block's operations; `first` is the position of the block's first operation in the whole stream."""
         dispatch.feed(self._vm, block, ranges, first)
 
     @property
     def vcpus(self) -> Vcpus:
-        """Counts by vCPU, as they are now."""
+        """The counts of vCPUs so far."""
         return Vcpus(**{
             field.name: np.array([getattr(vcpu, field.name) for vcpu in self._vm.vcpus], np.int64)
             for field in fields(Vcpus)
@@ -55,11 +55,11 @@ class Reference:
 
     @property
     def counters(self) -> Counters:
-        """Counts of the VM, as they are now."""
+        """The counts of the VM so far."""
         return self._vm.counters
 
     def take_log(self) -> RootLog:
-        """What the root log holds since it was last taken."""
+        """Return the rows of the root log since the last call, and empty the log."""
         log, self._vm.log = self._vm.log, []
         return RootLog(**{field.name: _column(log, field.name) for field in fields(RootLog)})
 

@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operations with the time they took: what virtual time reads.
+"""Operations with the time that each took: the input of virtual time.
 
-A timed block is a `Block` with six more columns, one value an operation:
+A timed block is a `Block` with further columns, one value per operation:
 
-    queue  whose turn it is: vCPU v's own program (v), what the wall clock does to vCPU v (vcpus + v), or to the VM
-           (2 * vcpus). Operations of one queue stay in order; queues move against each other.
+    queue  the queue that the operation is in: vCPU v's own program (v), what the wall clock does to vCPU v (vcpus + v)
+           or to the VM (2 * vcpus). Operations of one queue stay in order; queues move relative to each other.
     lead   ns from the end of the queue's previous operation to the exit of this one; no policy changes it
-    guest  how much of `lead` the guest ran, the switch to it and back included
-    idle   how much of `lead` the guest had halted
+    guest  the part of `lead` in which the guest ran, including the switch to it and back
+    idle   the part of `lead` in which the guest had halted
     cost   ns that this operation took as recorded
-    was    its outcome as recorded: of a TOUCH 1 + tables built (0: it was no fault), of an ENTER 1 found,
-           2 created, of an UNLOAD 1 if it was one
+    was    the recorded outcome: of a TOUCH 1 + tables built (0: it was no fault); of an ENTER 1 if it found a root and
+           2 if it created one; of an UNLOAD 1 if it unloaded anything
+    wall   in a wall-clock queue, when the operation is due (ns since the VM's first entry). MORE continues the action
+           that is under way (the inside of an SMI) and LAST ends it. In a program it is always MORE
 
-In a wall-clock queue `wall` is when it is due (ns since the VM's first entry); MORE continues what is under way
-there (an SMI's inside), LAST ends it. In a program `wall` is MORE. What is due takes at least two operations, but of
-those that are due to the VM each stands alone.
+An action of a vCPU's wall-clock queue has at least two operations; in the VM's queue each operation stands alone.
 
-`until` makes the result independent of the size of blocks: what the wall clock does in later blocks is due then at the
-earliest (MORE is due with what it continues), so that programs may run up to there. With no wall-clock queues it is
+`until` makes the result independent of the size of blocks: no wall-clock operation of a later block is due before it
+(MORE is due with the action that it continues), so that programs may run up to there. Without wall-clock queues it is
 NEVER.
 """
 
@@ -61,7 +61,7 @@ _COLUMNS: Final = tuple(each.name for each in fields(Timed) if each.name not in 
 
 
 def tail(lead: Ints, guest: Ints, idle: Ints) -> Timed:
-    """What each vCPU still did behind its last operation, as an operation that does nothing."""
+    """Return the time of each vCPU after its last operation, as one timed operation per vCPU that does nothing."""
     count = len(lead)
     none = np.zeros(count, np.int64)
     op = (int(Op.ROLE) | np.arange(count) << VCPU_SHIFT).astype(np.uint32)
@@ -70,13 +70,13 @@ def tail(lead: Ints, guest: Ints, idle: Ints) -> Timed:
 
 
 def take(timed: Timed, at: Ints) -> Timed:
-    """Some operations, in the order of `at`."""
+    """Return the operations at the positions `at`, in that order."""
     block = Block(*(getattr(timed.block, each.name)[at] for each in fields(Block)))
     return replace(timed, block=block, **{name: getattr(timed, name)[at] for name in _COLUMNS})
 
 
 def joined(parts: list[Timed]) -> Timed:
-    """Parts joined into one, after which nothing follows."""
+    """Return the parts joined into one, after which nothing follows."""
     block = Block(*(np.concatenate([getattr(each.block, field.name) for each in parts]) for field in fields(Block)))
     columns: dict[str, Any] = {name: np.concatenate([getattr(each, name) for each in parts]) for name in _COLUMNS}
     return Timed(block, **columns)
