@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the report of a recording, a result, or both: which queries it asks and how their columns read."""
+"""Assemble the report of a recording, a result, or both: which queries it has, and how their columns are shown."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from traces.errors import Problem
 from traces.text import printable
 from traces.vm_names import VmNames
 
-ROWS: Final = 20  # of a table, in formats with room for them
-_MOST_VMS: Final = 10_000  # in the table of all VMs
+ROWS: Final = 20  # rows of each table, in formats with room for them
+_MOST_VMS: Final = 10_000  # rows in the table of all VMs
 _GUEST_IN_IT: Final = "no entry can be seen: the guest's own time is in it"
 _VMS_TITLE: Final = "VMs, the worst first"
 
@@ -119,9 +119,10 @@ _ROLES: Final = (
 
 @dataclass(frozen=True)
 class _Part:
-    """One table: a query, its columns, rows of it that a first screen shows; left out where it has fewer than `least`.
+    """One table of a report: the query, its columns, and how many of its rows are shown.
 
-    `rows`: how many of them formats with room for them show.
+    `first` is the number of rows on a first screen (plain text), `rows` the number in formats with more room. The table
+    is left out where the query has fewer than `least` rows. `note` stands next to the title.
     """
 
     query: Query[Any]
@@ -233,14 +234,16 @@ def assemble(
     gates: Callable[[Figures], Iterable[Check]] = lambda _: (),
     step: Callable[[str], None] = lambda _: None,
 ) -> Report:
-    """The report of one source, or of both a recording and its replay.
+    """Return the report of one source, or of both a recording and its replay.
 
-    `drawn`: further queries that the report's format will make. `step` is called with what is being asked.
+    `drawn` are further queries that the report's format makes for its pictures; they share one pass over the rows with
+    those of the tables. `gates` turns the report's figures into checks. `step` is called with the name of each query,
+    to show progress.
     """
     parts = list(_parts(recording, result))
     if recording is not None:
         step("rows")
-        with suppress(Problem):  # of a damaged file each query says so itself
+        with suppress(Problem):  # where the file is damaged, each query reports that itself
             recording.ask(*(question for query in asked(drawn) for question in query.questions(recording)))
     names = VmNames(recording.metadata) if recording is not None and len(recording.metadata.vms) > 1 else None
     tables: list[ReportTable] = []
@@ -276,12 +279,12 @@ def assemble(
 
 
 def asked(drawn: Iterable[Query[Recording]] = ()) -> list[Query[Recording]]:
-    """The queries that a report makes of a recording; `drawn` as `assemble` takes them."""
+    """Return the queries that a report makes of a recording, with those that its format makes (`drawn`)."""
     return [by_vm.overview, *(part.query for part in _OF_RECORDING), *drawn]
 
 
 def _parts(recording: Recording | None, result: Result | None) -> Iterator[tuple[_Part, Recording | Result]]:
-    """The tables of a report, in their order, each with what it is asked of."""
+    """Yield the tables of a report in their order, each with the source that its query is asked of."""
     if recording is not None:
         found = (*_OVERVIEW[:-1], *(_RANKED if result is not None else ()), _OVERVIEW[-1])
         yield _Part(by_vm.overview, _VMS_TITLE, found, first=8, least=2, rows=_MOST_VMS), recording
@@ -333,7 +336,7 @@ def _table(
 
 
 def _invariants(result: Result | None, validation: Validated | str) -> Iterator[Check]:
-    """What must hold whatever the gates are; one that does not fails the report."""
+    """Yield the checks that every report has, whatever its gates are; one that fails makes the report fail."""
     for policy in result.policies if result is not None else ():
         broken = [line for line in result.broken if f", {policy.name}: " in line] if result is not None else []
         if broken or _promises(policy):
@@ -349,7 +352,7 @@ def _invariants(result: Result | None, validation: Validated | str) -> Iterator[
 
 
 def _promises(policy: ResultPolicy) -> bool:
-    """Whether its roots are bounded, by the text of its commit: it keeps them, and role words are the host's."""
+    """Whether the policy bounds the number of roots: it keeps them, and guests control no bit of role words."""
     try:
         return policy.keeps and not kernels.at(policy.kernel).layout.guest_bits
     except Problem:

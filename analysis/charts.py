@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of a recording and of what replays made of it: Vega-Lite charts over frames of a few thousand rows at most.
+"""Pictures of a recording and of its replays: Vega-Lite charts over frames of a few thousand rows at most.
 
-A chart's `width` is "container" for whoever embeds it to put a number in; colours of text and lines are the page's.
+A chart's `width` is "container": the page that embeds it puts a number there. The page also sets the colours of text
+and lines.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from analysis.units import Unit, share
 from traces.durations import duration
 from traces.errors import Problem
 
-_POINTS: Final = 4000  # of one chart
+_POINTS: Final = 4000  # points in one chart, at most
 _VCPUS: Final = 8
-VMS: Final = 8  # of which pictures are made
+VMS: Final = 8  # VMs that have pictures, at most
 _ROOTS: Final = 600
-_PARTS: Final = 16  # of the time, in the text alternative
+_PARTS: Final = 16  # parts of the time in the table that stands for a chart as text
 _MINUTE: Final = 60 * 10**9
 COLOURS: Final = ("#3f7fd4", "#d9772b", "#3f9a6c", "#b5478f", "#8b6fd0", "#9a7b2f")
 _KINDS: Final = {
@@ -44,10 +45,11 @@ _STALL: Final = "#d33a3a"
 
 @dataclass(frozen=True)
 class Picture:
-    """A chart with the text that stands for it: `about` in words, `frame` in figures, from query `query`.
+    """A chart with the text that stands for it.
 
-    `broad`: worth the whole width of a page. `vm`: whose it is, None: of all. `source`: what the query
-    is of; None in a report on a fleet, where `query` is a name only.
+    `about` says in words what it shows; `frame` and `columns` show it in figures, which come from the query named
+    `query` of `source`. In a report on a fleet `source` is None, and `query` is only a name. A `broad` picture deserves
+    the whole width of a page. `vm` is the VM that it shows, None for all of them.
     """
 
     query: str
@@ -62,7 +64,7 @@ class Picture:
 
 
 def pictures(report: Report) -> tuple[list[Picture], list[str]]:
-    """What can be drawn of a report's sources, and why the rest cannot."""
+    """Return the pictures that can be drawn of a report's sources, and the reasons why others cannot be."""
     drawn_: list[Picture] = list(report.drawn)
     lacking: list[str] = []
     for make in _makers(report):
@@ -111,7 +113,7 @@ def _states(recording: Recording, vm: int) -> pl.DataFrame:
 
 
 def every_vcpu(recording: Recording, vm: int) -> Picture | None:
-    """A row a vCPU, where there are more than strips have room for: how much of its time went to faults and roots."""
+    """Draw a row for each vCPU, its share of time on faults and roots; None for a VM with up to 8 vCPUs."""
     parts = _states(recording, vm)
     vcpus = parts["vcpu"].n_unique()
     if vcpus <= _VCPUS:
@@ -151,7 +153,7 @@ def every_vcpu(recording: Recording, vm: int) -> Picture | None:
 
 
 def timeline(recording: Recording, vm: int) -> Picture | None:
-    """What each vCPU of a VM did over its time, with soft-hangs above."""
+    """Draw what each vCPU of a VM did over time, with its soft-hangs above; None where nothing is known of that."""
     parts = _states(recording, vm)
     if parts.is_empty():
         return None
@@ -215,7 +217,7 @@ def timeline(recording: Recording, vm: int) -> Picture | None:
 
 
 def _coarser(parts: pl.DataFrame, begin: int, by: int) -> pl.DataFrame:
-    """Parts of the query `vcpu_states` taken together, `by` of them to one."""
+    """Merge parts of the query `vcpu_states`, `by` consecutive ones into one."""
     width = pl.col("length_ns") * by
     return (
         parts.with_columns(time=begin + (pl.col("time") - begin) // width * width, length_ns=width)
@@ -226,7 +228,7 @@ def _coarser(parts: pl.DataFrame, begin: int, by: int) -> pl.DataFrame:
 
 
 def lives(recording: Recording, vm: int) -> Picture | None:
-    """Every root of a VM, from its first to its last row."""
+    """Draw every root of a VM as a line from its first to its last row; None where no root was recorded."""
     roots = recorded.lives(recording).filter(pl.col("vm") == vm).collect(engine="streaming")
     if roots.is_empty():
         return None
@@ -270,7 +272,10 @@ def lives(recording: Recording, vm: int) -> Picture | None:
 
 
 def shares(result: Result, of: int | None) -> Picture | None:
-    """Guest share over virtual time, a line a policy, with soft-hangs beneath; of the VM with the least if of None."""
+    """Draw the guest share over virtual time, a line for each policy, with soft-hangs below.
+
+    `of` is the VM to draw; None: the one with the lowest mean share. Returns None where there are no times.
+    """
     fine = drawn.shares(result, vm=of).collect()
     if fine.is_empty():
         return None
@@ -281,7 +286,7 @@ def shares(result: Result, of: int | None) -> Picture | None:
     hangs = _named(result_stalls(result).filter(vm=vm))
     end = int((fine["clock"] + fine["length_ns"]).max())  # type: ignore[arg-type]
     unit, name = unit_of(end)
-    # A step's last value stands to its end.
+    # The last value of each line holds until the end of its part.
     steps = pl.concat([
         fine.select("run", x=pl.col("clock") / unit, share="guest_share"),
         fine.group_by("run", maintain_order=True).last().select(
@@ -337,7 +342,7 @@ def shares(result: Result, of: int | None) -> Picture | None:
 
 
 def _averaged(shares_: pl.DataFrame, by: int) -> pl.DataFrame:
-    """Parts of the query `shares` taken together, `by` of them to one."""
+    """Merge parts of the query `shares`, `by` consecutive ones into one, by their time-weighted mean."""
     width = pl.col("length_ns").max() * by
     ran = (pl.col("guest_share") * pl.col("length_ns")).sum() / pl.col("length_ns").sum()
     return (
@@ -348,18 +353,18 @@ def _averaged(shares_: pl.DataFrame, by: int) -> pl.DataFrame:
 
 
 def result_stalls(result: Result) -> pl.DataFrame:
-    """Soft-hangs of a result, in order of time."""
+    """Return the soft-hangs of a result in order of virtual time."""
     return replayed.stalls(result).drop_nulls(("clock", "wall_ns")).collect(engine="streaming").sort("clock")
 
 
 def refills(result: Result) -> Picture | None:
-    """How large refills were, by policy."""
+    """Draw how many pages roots were refilled with, by policy."""
     rows = _named(drawn.refills(result).collect())
     return _sizes("refills", result, rows, _runs(result, rows), "pages", "Refills by size and policy")
 
 
 def fills(recording: Recording) -> Picture | None:
-    """How large refills were, as recorded."""
+    """Draw how many faults roots were refilled with, as recorded."""
     rows = drawn.fills(recording).collect().with_columns(run=pl.lit("as recorded"))
     return _sizes("fills", recording, rows, ["as recorded"], "faults", "Refills by size, as recorded")
 
@@ -406,7 +411,7 @@ def _sizes(
 
 
 def heat(recording: Recording, vm: int) -> Picture | None:
-    """Installs of leaves over time and guest memory, of a VM."""
+    """Draw where in a VM's memory leaves were installed, over time."""
     fine = drawn.heat(recording).filter(pl.col("vm") == vm).collect(engine="streaming")
     if fine.is_empty():
         return None
@@ -451,7 +456,7 @@ def heat(recording: Recording, vm: int) -> Picture | None:
 
 
 def _stacked(parts: pl.DataFrame, begin: int, unit: int) -> pl.DataFrame:
-    """A part's kinds one above the other, as shares of its length."""
+    """Stack the kinds of time of each part, as shares of its length, one above the other."""
     sums = {kind: pl.sum_horizontal(names) for kind, names in _KINDS.items()}
     wide = parts.with_columns(**sums).select("time", "length_ns", *_KINDS)
     long = wide.unpivot(list(_KINDS), index=["time", "length_ns"], variable_name="kind", value_name="ns")
@@ -496,14 +501,14 @@ def _timed(hangs: pl.DataFrame, begin: int, unit: int) -> pl.DataFrame:
 
 
 def _named(rows: pl.DataFrame) -> pl.DataFrame:
-    """Rows with `run`: the policy, with its bound where there are two, and whether it is the recorded one."""
+    """Add the column `run`: the policy, its bound where there are two, and whether it is the recorded policy."""
     bound = pl.when(pl.col("bound") == "exact").then(pl.lit("")).otherwise(pl.format(" ({})", pl.col("bound")))
     own = pl.when("recorded").then(pl.lit(" (recorded)")).otherwise(pl.lit(""))
     return rows.with_columns(run=pl.col("policy") + bound + own)
 
 
 def _runs(result: Result, rows: pl.DataFrame) -> list[str]:
-    """The runs in such rows, in the result's order, so that a run has one colour in all pictures."""
+    """Return the runs (policy and bound) in the result's order, so that each has one colour in all pictures."""
     place = {policy.name: number for number, policy in enumerate(result.policies)}
     order = sorted(
         rows.select("policy", "bound", "run").unique().rows(), key=lambda row: (place[row[0]], row[1] == "high")

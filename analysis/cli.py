@@ -188,8 +188,8 @@ def report(
     import os
     from contextlib import ExitStack
 
-    # What is asked of rows is asked of a quarter of a million at a time: a second thread of polars's would mostly wait
-    # (a tenth of the CPU time, 20 MiB). polars reads this when it is imported, which nothing has done yet.
+    # Queries take rows in batches of a quarter of a million: a second thread of polars would mostly wait, and cost
+    # a tenth of the CPU time and 20 MiB. polars reads this when it is imported, which nothing has done yet.
     os.environ.setdefault("POLARS_MAX_THREADS", "1")
 
     from analysis import gates

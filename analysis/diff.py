@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`kvmtrace diff`: two recordings or results, vCPU by vCPU and phase by phase, largest cost first.
+"""`kvmtrace diff`: compares two recordings or results, vCPU by vCPU and phase by phase, the largest cost first.
 
 A recording is replayed under its own policy (or the one asked for), so that both sides are results. VMs are matched as
-asked for, by name, else in order of their ids, vCPUs by their ids, and phases are tenths of a vCPU's guest work: what
-no root policy changes, if both sides ran the same program.
+asked for, else by name, else in order of their ids; vCPUs are matched by their ids. A phase is a tenth of a vCPU's
+guest work, which no root policy changes if both sides ran the same program.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ _SAID: Final = {"roots_created": "roots", "faults": "faults", "refaults": "re-fa
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two: a result, the policy in it that is compared, and the recording where it is at hand."""
+    """One side of a comparison: a result, the policy of it to compare, and the recording where it is at hand."""
 
     path: Path
     result: Result
     policy: str
     recording: Recording | None
     vms: VmsOfSide
-    vcpus: Sequence[int] = ()  # that are compared; none: all
+    vcpus: Sequence[int] = ()  # the vCPUs to compare; empty: all
 
     @property
     def name(self) -> str:
@@ -54,9 +54,10 @@ class Side:
 def opened(
     path: Path, policy: str, scratch: Path, remarks: list[str], recorded_policy: str = "", selection: Selection = ALL
 ) -> Side:
-    """A side, or what is selected of it; a recording is replayed into `scratch`.
+    """Open one side, or what is selected of it; a recording is replayed into `scratch`.
 
-    Raises Problem where the policy to compare is ambiguous or missing.
+    What a reader of the report must know is appended to `remarks`. Raises Problem where the policy to compare is
+    ambiguous or missing.
     """
     source = open_source(path, recorded_policy, selection)
     recording: Recording | None
@@ -76,7 +77,7 @@ def opened(
 
 
 def times(base: Side, new: Side) -> pl.LazyFrame:
-    """Each vCPU's time by category, ns, and the change; the largest first. `what` is `wall` for all of it."""
+    """Return each vCPU's ns by category and their changes, the largest first; `what` is `wall` for all its time."""
     names, matched = ("wall_ns", *SPENT), MatchedVms.of(base.vms, new.vms)
 
     def of(side: Side) -> pl.LazyFrame:
@@ -87,7 +88,7 @@ def times(base: Side, new: Side) -> pl.LazyFrame:
 
 
 def counts(base: Side, new: Side) -> pl.LazyFrame:
-    """Counts over all VMs, and the change; the largest first, what did not change left out."""
+    """Return the counts over all VMs that differ between the sides, and their changes, the largest first."""
 
     def of(side: Side) -> pl.LazyFrame:
         rows = replayed.policies(side.result).filter(pl.col("policy") == side.policy)
@@ -100,13 +101,13 @@ def counts(base: Side, new: Side) -> pl.LazyFrame:
 
 
 def phases(base: Side, new: Side) -> pl.LazyFrame:
-    """How long each vCPU took for each tenth of its guest work, ns, and the change; the largest first."""
+    """Return the ns that each vCPU took for each tenth of its guest work, and the changes, the largest first."""
     matched = MatchedVms.of(base.vms, new.vms)
     return _compared(_tenths(base, matched), _tenths(new, matched), ["vm", "vcpu", "phase"])
 
 
 def causes(base: Side, new: Side) -> pl.LazyFrame:
-    """Roots freed, by cause, and the change; the largest first."""
+    """Return the number of roots freed by each cause, and the changes, the largest first."""
 
     def of(side: Side) -> pl.LazyFrame:
         rows = replayed.causes(side.result).filter(pl.col("policy") == side.policy)
@@ -116,7 +117,7 @@ def causes(base: Side, new: Side) -> pl.LazyFrame:
 
 
 def events(base: Side, new: Side) -> pl.LazyFrame:
-    """Events recorded, by kind, and the change; the largest first. Null where a kind was not watched."""
+    """Return the number of events of each kind, null where it was not watched, and the changes, the largest first."""
 
     def of(side: Side) -> pl.LazyFrame:
         if side.recording is None:
@@ -128,9 +129,9 @@ def events(base: Side, new: Side) -> pl.LazyFrame:
 
 
 def compare(base: Side, new: Side, *, mark: bool, remarks: Sequence[str] = ()) -> Report:
-    """The report of a comparison; its tables are of base and new, by the queries that they name.
+    """Return the report of a comparison; each of its tables compares rows of the query that it names.
 
-    Problem for unlike machines, unless they are only to be marked.
+    Raises Problem for recordings of unlike machines, unless `mark` is set: then the differences are reported.
     """
     apart = list(unlike(base.recording, new.recording))
     if apart and not mark:
@@ -155,7 +156,7 @@ def compare(base: Side, new: Side, *, mark: bool, remarks: Sequence[str] = ()) -
 
 
 def _of_vcpus(rows: pl.LazyFrame, side: Side, matched: MatchedVms) -> pl.LazyFrame:
-    """A side's rows under its policy, of VMs that both have, by the number that is theirs in both."""
+    """Return a side's rows under its policy, of VMs that both sides have, with the VM ids of the first side."""
     numbers = matched.numbers(side.vms)
     mine = rows.filter(pl.col("policy") == side.policy, pl.col("vm").is_in(list(numbers)))
     mine = mine.filter(pl.col("vcpu").is_in(list(side.vcpus))) if side.vcpus else mine
@@ -163,7 +164,7 @@ def _of_vcpus(rows: pl.LazyFrame, side: Side, matched: MatchedVms) -> pl.LazyFra
 
 
 def _long(rows: pl.LazyFrame, keys: list[str], names: Sequence[str]) -> pl.LazyFrame:
-    """One row for each of the columns, with the least and the greatest value over the bounds."""
+    """Turn columns into rows; `low` and `high` are the least and the greatest value over the bounds."""
     ends = rows.unpivot(on=list(names), index=keys, variable_name="what", value_name="value")
     return ends.group_by(*keys, "what").agg(low=pl.col("value").min(), high=pl.col("value").max())
 
@@ -184,9 +185,9 @@ def _compared(base: pl.LazyFrame, new: pl.LazyFrame, keys: list[str], missing: i
 
 
 def _tenths(side: Side, matched: MatchedVms) -> pl.LazyFrame:
-    """Time of each tenth of a vCPU's guest work, between the moments at which its progress was seen taken as even.
+    """Return the ns of each tenth of a vCPU's guest work, interpolated linearly between its rows of progress.
 
-    A vCPU that was seen less often than there are tenths has none: its tenths would be of unequal work.
+    A vCPU with fewer rows of progress than tenths is left out: its tenths would be of unequal work.
     """
     rows = _of_vcpus(replayed.progress(side.result), side, matched)
     found = []
@@ -219,7 +220,7 @@ def _how(base: Side, new: Side) -> str:
 
 
 def _without_times(side: Side) -> Iterator[str]:
-    """VMs whose replay has no times, by reason; their counts are included."""
+    """Yield a line for each reason why VMs have no times in a replay; their counts are compared."""
     by_why: dict[str, list[str]] = {}
     for vm in side.result.vms:
         if vm.refused:
@@ -288,7 +289,7 @@ def _tables(base: Side, new: Side, matched: MatchedVms) -> Iterator[ReportTable]
         try:
             frame = function(base, new).head(ROWS + 1).collect(engine="streaming")
         except Problem:
-            continue  # of a result alone there are no events
+            continue  # without its recording a result has no events
         if several and "vm" in frame.columns:
             frame = frame.with_columns(pl.Series("process", [matched.process(vm) for vm in frame["vm"]], pl.String))
         values = [

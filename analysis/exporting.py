@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`kvmtrace export`: a query's rows as CSV, a recording's course for Perfetto, its events for the tools of others."""
+"""`kvmtrace export`: writes rows of a query as CSV, a time line for Perfetto, or events in forms of other tools."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _NEWEST = "7.x"
 
 
 def listing(path: Path, recorded_policy: str = "") -> str:
-    """The queries that this file can answer, and why it cannot answer the others of its sort."""
+    """Return a list of the queries for this type of file, with the kinds of event that some of them lack here."""
     source = open_source(path, recorded_policy)
     page = Page()
     page.say(f"queries of {path}:")
@@ -55,7 +55,7 @@ def csv(
     force: bool = False,
     recorded_policy: str = "",
 ) -> None:
-    """All rows of a query, streamed to a file or to standard output; null is empty."""
+    """Write all rows of a query as CSV, streamed, to `out` or to standard output; null is an empty field."""
     query = named(name)
     source = open_source(path, recorded_policy, selection)
     if isinstance(source, Recording):
@@ -71,7 +71,7 @@ def csv(
         try:
             rows.sink_csv(sys.stdout.buffer if output is None else output.written, engine="streaming")
         except OSError as error:
-            if "Broken pipe" in str(error):  # polars raises it without its number: whoever read has enough
+            if "Broken pipe" in str(error):  # polars raises it without errno: the reader closed its end
                 raise BrokenPipeError from None
             why = re.sub(r" \(os error \d+\)$", "", error.strerror or str(error))
             raise Problem(f"{out or 'standard output'}: cannot be written: {why}") from None
@@ -81,7 +81,10 @@ def csv(
 
 
 def text(path: Path, out: Path | None, selection: Selection = ALL, *, perf: bool, force: bool = False) -> None:
-    """A recording's events as ftrace's or perf's text, to a file or to standard output; what has no text on stderr."""
+    """Write a recording's events as ftrace or perf prints them, to `out` or to standard output.
+
+    Rows that have no such text are counted on standard error.
+    """
     from traces.imports.printing import printed
     from traces.reader import Trace
 
@@ -101,7 +104,7 @@ def text(path: Path, out: Path | None, selection: Selection = ALL, *, perf: bool
 
 
 def trace_dat(path: Path, out: Path, selection: Selection = ALL, *, force: bool = False) -> None:
-    """A recording's events as a trace.dat; what tracepoints do not show on stderr."""
+    """Write a recording's events as a trace.dat file; rows of no tracepoint are counted on standard error."""
     from traces.imports.trace_dat_writer import write_trace_dat
     from traces.reader import Trace
 
@@ -114,7 +117,7 @@ def trace_dat(path: Path, out: Path, selection: Selection = ALL, *, force: bool 
 
 
 def _kernel_of(trace: Trace) -> tuple[Kernel, bool]:
-    """The kernel by which a trace's events are written, and whether the trace says it."""
+    """Return the kernel in whose form the events of a trace are written, and whether the trace names it."""
     from traces import kernels
 
     known = bool(trace.metadata.kernel)
@@ -137,7 +140,7 @@ def perfetto(
     force: bool = False,
     recorded_policy: str = "",
 ) -> None:
-    """A recording's course, or a replay's, as a trace for ui.perfetto.dev; remarks on stderr."""
+    """Write the time line of a recording or a replay for ui.perfetto.dev; remarks go to standard error."""
     from analysis.perfetto import export
 
     source = open_source(path, recorded_policy, selection)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gates: conditions on what is exact, under which a report fails. `preserve.refaults > 0`, `roots_created > baseline`.
+"""Gates: conditions under which a report fails, such as `preserve.refaults > 0` or `roots_created > baseline`.
 
-What a trace does not determine is an interval. A gate on it is decided only if every value in it decides alike, and
-fails as undecided otherwise. There is no gate on time: it differs from run to run of the same work.
+What a trace does not determine is an interval. A gate on it is decided only if every value of the interval decides
+alike, and fails as undecided otherwise. There is no gate on time, which differs from run to run of the same work.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from traces.errors import Problem
 from traces.text import printable, some
 
 Number = int | float | Fraction
-Ends = tuple[Number, Number] | None  # None: not known
+Ends = tuple[Number, Number] | None  # least and greatest value; None: not known
 
-# Of the recording or the replay, under no policy.
+# Figures of the recording or of the whole replay, which belong to no policy.
 OWN_POLICY: Final = "own_policy_mismatch"  # VMs whose replay under the recorded policy is not what their rows show
 WHOLE: Final = ("fidelity", "lost", "gaps", "missing", "broken", OWN_POLICY)
-_TIMES: Final = ("wall", "time", "stalls", "stall_share", "refill_share")  # and whatever ends in _ns
+_TIMES: Final = ("wall", "time", "stalls", "stall_share", "refill_share")  # and all names that end in _ns
 _GATE: Final = re.compile(
     r"\s*(?:(?P<policy>[^<>=!]*[^<>=!\s])\s*\.)?\s*(?P<column>[A-Za-z_]\w*)\s*"
     r"(?P<op>[<>]=?|[=!]=)\s*(?P<right>baseline|-?\d+(?:\.\d+)?)\s*",
@@ -43,17 +43,18 @@ _GATE: Final = re.compile(
 _MAX_JSON: Final = 64 << 20
 _MOST_RESPONSES: Final = (
     1 << 50
-)  # in any recording: one that is not the model's leaves the share at most so much below 1
+)  # no recording has more, so one response that differs makes the share at least 2**-50 less than 1
 
 
 @dataclass(frozen=True)
 class Gate:
-    """Fails where `column` stands in `op` to `number`, or to the baseline's where that is None.
+    """A condition under which a report fails: `column` stands in the relation `op` to a number.
 
-    `asked`: whether somebody did; one that nobody asked for is skipped where it cannot be decided.
+    The number is that of the baseline where `number` is None. A gate that nobody `asked` for is skipped, not failed,
+    where it cannot be decided.
     """
 
-    policy: str  # empty: the recorded one
+    policy: str  # empty: the recorded policy
     column: str
     op: str
     number: Decimal | None
@@ -65,12 +66,12 @@ class Gate:
 
 
 BY_DEFAULT: Final = (Gate("", OWN_POLICY, ">", Decimal(0), asked=False),)
-"""What CI output (JUnit) holds a report to though nobody asks."""
+"""The gates that JUnit output has even if no --fail-on was given."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """All that a gate can be on: of the whole, and of each policy, each as the ends of what it lies between."""
+    """All figures that a gate can be on, those of the whole and those of each policy, as intervals."""
 
     recorded: str  # which policy the recording's is; empty if it was not replayed
     whole: Mapping[str, Ends]
@@ -79,7 +80,7 @@ class Figures:
     untrusted: str = ""  # how the replay under the recorded policy and the rows differ, or why that is not known
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: a number, [low, high], or null where it is not known."""
+        """Return the figures for JSON, each a number, [low, high], or null where it is not known."""
         return {
             "recorded": self.recorded,
             "whole": {name: _plain(ends) for name, ends in self.whole.items()},
@@ -91,7 +92,7 @@ class Figures:
 
 
 def figures_of(recording: Recording | None, result: Result | None, validation: Validated | str) -> Figures:
-    """The figures of a report's sources."""
+    """Return the figures of a report's sources; `validation` is a text where nothing was validated."""
     whole: dict[str, Ends] = dict.fromkeys(WHOLE)
     if recording is not None:
         meta = recording.metadata
@@ -117,7 +118,7 @@ def figures_of(recording: Recording | None, result: Result | None, validation: V
 
 
 def _fidelity(validation: Validated) -> Ends:
-    """The validated share. Of responses that were not compared any may be another than the model's."""
+    """Return the validated share as an interval: responses that were not compared may all differ."""
     share = Fraction(validation.matched, validation.expected)
     if not validation.stopped:
         return share, share
@@ -129,7 +130,7 @@ def _between(low: Number | None, high: Number | None) -> Ends:
 
 
 def _mismatches(result: Result) -> Ends:
-    """How many VMs are not what their rows show, at least and at most; None where that was not compared."""
+    """Return how many VMs differ from their rows, at least and at most; None where that was not compared."""
     differ = sum(each.agreement is Agreement.DIFFERS for each in result.agreements)
     unjudged = any(LEFT_OUT in line for line in result.missing)
     open_ = [each for each in result.agreements if each.agreement is Agreement.OPEN]
@@ -139,7 +140,7 @@ def _mismatches(result: Result) -> Ends:
 
 
 def parse(text: str) -> Gate:
-    """A condition as --fail-on takes it; a Problem that says what is wrong with it."""
+    """Parse a condition as --fail-on takes it. Raises a Problem that says what is wrong with it."""
     match = _matched(
         text,
         "[POLICY.]COLUMN OPERATOR NUMBER-or-baseline, such as 'preserve.refaults > 0' or 'roots_created > baseline'",
@@ -157,7 +158,10 @@ def parse(text: str) -> Gate:
 
 
 def parse_whole(text: str, names: Sequence[str]) -> Gate:
-    """A condition on one of these figures of a whole, against a number; a Problem that says what is wrong with it."""
+    """Parse a condition on one of the figures `names`, none of which has a policy or a baseline.
+
+    Raises a Problem that says what is wrong with it.
+    """
     match = _matched(text, f"FIGURE OPERATOR NUMBER, such as '{names[0]} > 0'")
     if match["policy"] or match["column"] not in names or match["right"] == "baseline":
         raise Problem(f"--fail-on {printable(text)!r}: give one of {', '.join(names)}, an operator and a number")
@@ -174,9 +178,9 @@ def _matched(text: str, how: str) -> re.Match[str]:
 def check(
     gates: Sequence[Gate], figures: Figures, baseline: Figures | None, whole: Sequence[str] = WHOLE
 ) -> Iterator[Check]:
-    """How each gate comes out, under each policy that it is on. Problem for columns and policies that are not there.
+    """Yield the outcome of each gate, under each policy that it is on.
 
-    `whole`: the figures under no policy.
+    `whole` names the figures that belong to no policy. Raises Problem for columns and policies that do not exist.
     """
     for gate in gates:
         if gate.number is None and baseline is None:
@@ -200,15 +204,15 @@ def check(
                 raise Problem(f"--fail-on '{gate}': no column {gate.column}; there are {known}")
             theirs = policy
             if baseline is not None and not gate.policy and policy == figures.recorded:
-                theirs = baseline.recorded  # as recorded, whatever policy that was
+                theirs = baseline.recorded  # recorded is compared with recorded, whatever policy it was
             other = _other(gate, baseline.policies.get(theirs, {}) if baseline else {}, theirs)
             yield _checked(gate, columns[gate.column], other, policy, "")
 
 
 def load_baseline(path: Path) -> Figures:
-    """The figures of a result, or of a report's JSON (one report); Problem for anything else."""
+    """Read figures from a result, or from a report's JSON (of one report). Raises Problem for any other file."""
     text = b""
-    with contextlib.suppress(OSError):  # open_source says which
+    with contextlib.suppress(OSError):  # `open_source` reports it
         if path.is_file():  # a pipe would keep its reader waiting
             with path.open("rb") as file:
                 start = file.read(1)
@@ -238,7 +242,7 @@ def _is_time(column: str) -> bool:
 
 
 def _chosen(gate: Gate, figures: Figures) -> list[str]:
-    """The policies that a gate is on: the one it names, else the recorded one, else every one."""
+    """Return the policies that a gate is on: the one it names, else the recorded one, else every one."""
     if not figures.policies:
         raise Problem(f"--fail-on '{gate}': nothing was replayed, so that no policy has a {gate.column}")
     name = gate.policy or figures.recorded
@@ -282,7 +286,7 @@ def _checked(gate: Gate, mine: Ends, other: tuple[Number, Number], policy: str, 
 
 
 def decided(op: str, left: tuple[Number, Number], right: tuple[Number, Number]) -> bool | None:
-    """Whether `op` holds between every value of two intervals (True), none (False), or some (None)."""
+    """Return True if `op` holds between all values of two intervals, False if between none, else None."""
     (low, high), (least, most) = left, right
     match op:
         case ">":

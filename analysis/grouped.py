@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every report asks of rows, counted in groups by a compiled loop: by root, window, page, RIP, or kind and task.
+"""Questions that every report asks of rows, answered by a compiled loop that counts rows in groups.
 
-Each answer has `vm`, the question's keys, `rows`, `first_time` and `last_time` (boot ns), and the question's own sums.
+Groups are by root, window, page, RIP, or kind and task. Each answer has `vm`, the question's keys, `rows`, `first_time`
+and `last_time` (boot ns), and the question's own sums.
 """
 
 from __future__ import annotations
@@ -21,59 +22,59 @@ from traces.schema import BY_CODE, BY_NAME
 
 _ROWS: Final = ("rows", "first_time", "last_time")
 _KINDS: Final = pl.Enum([kind.name for kind in BY_CODE.values()])
-KEY: Final = pl.col("key")  # of a group, in the table of Groups
+KEY: Final = pl.col("key")  # the two keys of a group, in the table of Groups
 OTHER: Final = pl.col("other")
 
 
 class Grouped(ABC):
-    """A question that is answered by groups of rows."""
+    """A question that is answered by counting rows in groups."""
 
-    name: str  # the question, and with which options: two of one name are the same
+    name: str  # tells the question and its options: those of one name are the same
     reads: tuple[str, ...]  # the columns that `give` is handed, after VM
 
     @abstractmethod
     def give(self, groups: Groups, vm: NDArray[Any], *columns: NDArray[Any]) -> None:
-        """Hand a batch's columns to the loop that counts for this question."""
+        """Pass a batch's columns to the compiled loop that counts for this question."""
 
     @abstractmethod
     def told(self, table: pl.DataFrame) -> pl.DataFrame:
-        """The answer, of the groups' table: columns FIELDS, `vm` null where a row has none."""
+        """Return the answer, made from the table of groups: columns FIELDS, `vm` null for rows of no VM."""
 
     @property
     def columns(self) -> frozenset[str]:
-        """What it reads of rows."""
+        """The columns of rows that the question needs."""
         return frozenset({VM, *self.reads})
 
     def begin(self) -> Grouping:
-        """Before the first row."""
+        """Begin a pass over the rows."""
         return Grouping(self, Groups())
 
 
 class Grouping:
-    """One on its way through the rows."""
+    """A grouped question during a pass over the rows."""
 
     def __init__(self, asked: Grouped, groups: Groups) -> None:
         self._asked, self._groups = asked, groups
 
     def feed(self, rows: DecodedRows) -> None:
-        """Take the next rows."""
+        """Count the next rows."""
         vm, *columns = (rows.frame[name].to_numpy() for name in (VM, *self._asked.reads))
         self._asked.give(self._groups, vm, *columns)
 
     def answer(self) -> pl.DataFrame:
-        """The results over all rows."""
+        """Return the answer over all rows."""
         table = pl.DataFrame(self._groups.table[: self._groups.count], schema=list(FIELDS), orient="row")
         return self._asked.told(table.with_columns(pl.when(pl.col("vm") != -1).then("vm").cast(pl.Int32)))
 
 
 @dataclass(frozen=True, eq=False)
 class KindsBy(Grouped):
-    """Rows of some kinds, by two columns of whole numbers, the second of one byte."""
+    """Counts rows of some kinds, by two columns of integers, the second of one byte."""
 
     name: str
     kinds: tuple[str, ...]
     reads: tuple[str, ...]  # KIND, "time" and the two columns
-    keys: Mapping[str, pl.Expr]  # what the answer has of KEY and OTHER
+    keys: Mapping[str, pl.Expr]  # the answer's key columns, as expressions of KEY and OTHER
 
     def give(self, groups: Groups, vm: NDArray[Any], *columns: NDArray[Any]) -> None:
         kind, time, key, other = columns
@@ -88,7 +89,7 @@ class KindsBy(Grouped):
 
 @dataclass(frozen=True)
 class UsedRoots(Grouped):
-    """Rows that name a root, by `root`: its `role` word (null: none is known), `loads` and `faults`."""
+    """Counts rows that name a root, by `root`: its `role` word (null: not known), `loads` and `faults`."""
 
     name: str = "roots"
     reads: tuple[str, ...] = (KIND, "time", "root", "role")
@@ -103,7 +104,7 @@ class UsedRoots(Grouped):
 
 @dataclass(frozen=True)
 class FaultedPages(Grouped):
-    """What faults are about, by `vcpu` and `gfn`: `faults`, and those `served`: a page mapped, a permission fixed."""
+    """Counts faults by `vcpu` and `gfn`, and those `served`: a page was mapped, or a permission fixed."""
 
     name: str = "faults by page"
     reads: tuple[str, ...] = (VCPU, KIND, "time", GFN, "addr", "old", "new")
@@ -117,10 +118,11 @@ class FaultedPages(Grouped):
 
 @dataclass(frozen=True)
 class Windowed(Grouped):
-    """Rows that tell of a vCPU's time, by `vcpu`, `kind` and `window` of `width_ns` from boot ns `first` on.
+    """Counts rows that show how a vCPU spent its time, by `vcpu`, `kind` and `window`.
 
-    `at` is the sum of their ns from the window's begin, `entering` how many are into SMM, `fixes` how many are faults
-    for a permission only: those whose code has a bit of `present` and none of `reserved`; with 0, none.
+    Windows are `width_ns` long and begin at boot ns `first`. `at` is the sum of the rows' ns since the begin of their
+    window, `entering` the number of rows that enter SMM, `fixes` the number of faults that lacked only a permission:
+    those whose error code has a bit of `present` and none of `reserved`; none if `present` is 0.
     """
 
     name: str
@@ -141,5 +143,5 @@ class Windowed(Grouped):
 
 
 def kind_names(codes: pl.Expr) -> pl.Expr:
-    """The kinds' names, by their codes."""
+    """Return an expression for the names of kinds, given their codes."""
     return codes.replace_strict(list(BY_CODE), [kind.name for kind in BY_CODE.values()], return_dtype=_KINDS)

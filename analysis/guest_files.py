@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A recording from inside a guest, combined with the host's: which VM it is of, and whether the two are of one time."""
+"""A recording made inside a guest, combined with the host's: which VM it is of, and whether their times overlap."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ _OFFSET: Final = re.compile(r"([+-]?)(\d{1,12})(?:\.(\d{1,9}))?")
 
 @dataclass(frozen=True)
 class GuestFile:
-    """`vm` is None where it was not said whose guest it is; `offset` in ns, None where it was not given."""
+    """A file recorded inside a guest.
+
+    `vm` is None where nobody said which VM's guest that is; `offset` is in ns, None where it was not given.
+    """
 
     path: Path
     vm: int | None
@@ -25,7 +28,7 @@ class GuestFile:
 
 
 def offset_of(text: str) -> int | None:
-    """`--guest-offset` in ns; None where it is empty. Raises Problem."""
+    """Parse `--guest-offset`, in seconds, and return ns; None where it is empty. Raises Problem."""
     if not text:
         return None
     match = _OFFSET.fullmatch(text)
@@ -36,7 +39,7 @@ def offset_of(text: str) -> int | None:
 
 
 def guest_file(guest: str, guest_offset: str) -> GuestFile | None:
-    """`--guest [VM=]FILE` and `--guest-offset SECONDS`; None where there is no guest. Raises Problem."""
+    """Parse `--guest [VM=]FILE` and `--guest-offset SECONDS`; None without a guest. Raises Problem."""
     offset = offset_of(guest_offset)
     if not guest:
         if offset is not None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long things took that a row begins and another ends: exits, returns to userspace, ioctls. As histograms.
+"""Durations of exits, returns to userspace and ioctls, which one row begins and another ends, as histograms.
 
-A duration is counted in its bucket, 64 to a power of two, so that p50 and p99 are right to 1 %, and memory grows with
-what there is to tell apart, not with rows. The longest and the sum are exact.
+A duration is counted in a bucket, 64 to a power of two, so that p50 and p99 are right to 1 % and memory grows with the
+number of buckets in use, not with rows. The longest and the sum are exact.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ _HELD_ROWS: Final = 1 << 18
 
 @dataclass(frozen=True)
 class Latencies:
-    """From each row of kind `begins` to the vCPU's next row of `begins` or `ends`; `calls`: to its thread's next.
+    """Durations from each row of kind `begins` to the next row of `begins` or `ends` of the same vCPU.
 
-    It lasted until then if that row is one of `ends` (which may be `begins` itself); of `calls` if it has the same
-    `code`, too. The answer has `vm`, `code`, `ret` (of the row that began; 0 unless `failing`), `bucket` (-1: the end
-    is not known), `begun` (rows), `spans` (those that ended), `ns` and `longest` (ns, of the whole in one row).
+    With `calls` it is the next such row of the same thread. A duration is known if that row is one of `ends` (which may
+    include `begins`), and for `calls` if it has the same `code`, too. The answer has `vm`, `code`, `ret` (of the row
+    that began; 0 unless `failing`), `bucket` (-1: the end is not known), `begun` (rows), `spans` (rows whose end is
+    known), `ns` and `longest`, which are null in rows whose durations another row of the same group has in it.
     """
 
     begins: str
@@ -54,7 +55,7 @@ class Latencies:
 
 
 class _Following:
-    """By vCPU: there are many rows, which a compiled loop goes through, a VM's by itself."""
+    """Follows vCPUs, whose rows are many: a compiled loop goes through those of each VM."""
 
     def __init__(self, asked: Latencies) -> None:
         self._asked = asked
@@ -88,14 +89,14 @@ class _Following:
                 found += [
                     (*key, at, count, count, None, None) for at, count in zip(buckets.tolist(), counts, strict=True)
                 ]
-                # The sum and the longest, which are exact, are of no bucket, as is what did not end.
+                # The sum and the longest are exact and belong to no bucket, and neither do rows without an end.
                 begun, ended, ns, longest = lasting.totals[row].tolist()
                 found.append((*key, -1, begun - ended, 0, longest, ns))
         return pl.DataFrame(found, schema=_SCHEMA, orient="row")
 
 
 class _Calls:
-    """By thread: few rows, and the two of an ioctl may be among those of another VM, or of none, which come first."""
+    """Follows threads: the two rows of an ioctl may be among those of different VMs, or of none."""
 
     def __init__(self, asked: Latencies) -> None:
         self._begins = BY_NAME[asked.begins].code
@@ -129,7 +130,7 @@ class _Calls:
         ]
 
     def _pair(self) -> None:
-        """Count those whose both rows have come; the others are kept."""
+        """Count the calls both of whose rows are there; keep the other rows."""
         found = pl.concat(self._held).sort("tid", "seq")
         kind, tid, code, time = (found[name].to_numpy() for name in (KIND, "tid", "code", "time"))
         begins, ends = kind == self._begins, np.isin(kind, self._ends)
@@ -142,7 +143,7 @@ class _Calls:
         self._held_rows = len(self._held[0])
 
     def _add_rows(self, begun: pl.DataFrame, ns: Ints) -> None:
-        """Count calls that lasted this many ns; -1: that is not known."""
+        """Count calls by their durations in ns, of which -1 is one that is not known."""
         ended = pl.col("ns") >= 0
         counted = begun.select("vm", "code", ret=pl.lit(0, pl.Int32)).with_columns(
             ns=pl.Series(ns), bucket=pl.Series(np.where(ns < 0, -1, bucket_of(np.maximum(ns, 0)))),
@@ -155,21 +156,24 @@ class _Calls:
 
 
 def bucket_of(ns: Ints) -> Ints:
-    """The bucket of durations of 0 ns or more: the number itself up to 127, beyond it its leading seven bits."""
+    """Return the buckets of durations of 0 ns or more: the ns up to 127, above that their leading seven bits."""
     _, exponent = np.frexp(ns.astype(np.float64))  # 2**(exponent - 1) <= ns; exact below 2**53 ns, 104 days
     shift = np.maximum(exponent.astype(np.int64) - 1 - LEADING, 0)
     return (shift << LEADING) + (ns >> shift)
 
 
 def ns_of(bucket: pl.Expr) -> pl.Expr:
-    """The middle of a bucket, ns."""
+    """Return an expression for the middle of a bucket, in ns."""
     shift = pl.max_horizontal(bucket // (1 << LEADING) - 1, 0)
     width = pl.lit(2, pl.Int64).pow(shift).cast(pl.Int64)
     return (bucket - shift * (1 << LEADING)) * width + (width - 1) // 2
 
 
 def summed(answer: pl.LazyFrame, keys: Sequence[str]) -> pl.LazyFrame:
-    """By `keys`: `begun`, `spans`, `ns`, `p50_ns`, `p99_ns`, `longest_ns`; the last three null where nothing ended."""
+    """Sum answers by `keys`: `begun`, `spans`, `ns`, `p50_ns`, `p99_ns`, `longest_ns`.
+
+    The last three are null where no end is known.
+    """
     by_bucket = (
         answer.group_by(*keys, "bucket")
         .agg(pl.col("begun", "spans", "ns").sum(), pl.col("longest").max())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What two recordings must have in common before times of theirs are compared, and what a reader must know besides."""
+"""Differences between two recordings: those that make times not comparable, and those that a reader must know."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PARAMETERS_SHOWN: Final = 4
 
 
 def unlike(base: Recording | None, new: Recording | None) -> Iterator[str]:
-    """Differences of the machines themselves: times are then not comparable."""
+    """Yield differences between the machines, each of which makes times not comparable."""
     if base is None or new is None:
         which = " and ".join(name for name, side in (("base", base), ("new", new)) if side is None)
         yield f"the machine of the {which} is not known: the recording is not at hand"
@@ -31,7 +31,7 @@ def unlike(base: Recording | None, new: Recording | None) -> Iterator[str]:
 
 
 def changed(base: Recording | None, new: Recording | None) -> Iterator[tuple[str, str]]:
-    """Differences that may be the very thing compared: kernel, root policy, module parameters, what was watched."""
+    """Yield differences that may be what is compared: kernel, policy, module parameters, kinds watched, losses."""
     if base is None or new is None:
         return
     one, two = base.metadata, new.metadata

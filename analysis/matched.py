@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which VM of one recording or result is which of another: as asked for, by name, else in order of their ids."""
+"""Matches the VMs of two recordings or results: as asked for, else by name, else in order of their ids."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ _SHOWN: Final = 8
 
 @dataclass(frozen=True)
 class VmsOfSide:
-    """The VMs of one of the two; `chosen`: those asked for, in that order."""
+    """The VMs of one side of a comparison; `chosen` are those that were asked for, in that order."""
 
     ids: Sequence[int]
     chosen: Sequence[int] = ()
     recording: Recording | None = None
 
     def named(self) -> Mapping[str, int]:
-        """By the name that its owner gave, where no other has the same."""
+        """Return VMs by the names that their owners gave them; a name that occurs twice is left out."""
         vms = self.recording.metadata.vms if self.recording is not None else ()
         names = {int(vm["id"]): text_at(vm, "name") for vm in vms if int(vm["id"]) in set(self.ids)}
         twice = Counter(names.values())
         return {name: vm for vm, name in names.items() if name and twice[name] == 1}
 
     def name(self, vm: int) -> str:
-        """`VM 5 (qemu-system-x86 4242)`, or as much of it as is known."""
+        """Return how a VM is called, such as `VM 5 (qemu-system-x86 4242)`, or as much of it as is known."""
         return VmNames(self.recording.metadata).vm(vm) if self.recording is not None else f"VM {vm}"
 
 
 @dataclass(frozen=True)
 class MatchedVms:
-    """`pairs`: VMs of base and new; the others are in one of the two only."""
+    """The matched VMs of two sides: `pairs` of VM ids of base and new; other VMs are on one side only."""
 
     base: VmsOfSide
     new: VmsOfSide
@@ -55,23 +55,23 @@ class MatchedVms:
         return cls(base, new, sorted([*pairs, *zip(left, right, strict=False)]))
 
     def numbers(self, side: VmsOfSide) -> dict[int, int]:
-        """A side's VMs by the number under which they are compared: the first one's id."""
+        """Return for each VM id of a side the id under which it is compared, which is that of the first side."""
         return {(pair[0] if side is self.base else pair[1]): pair[0] for pair in self.pairs}
 
     def process(self, vm: int) -> str:
-        """What owns a pair: as the first side has it, or the second where its recording is not at hand."""
+        """Return the process that owns a pair, from the first recording that is at hand; empty without any."""
         for side, number in zip((self.base, self.new), self._pair(vm), strict=True):
             if side.recording is not None:
                 return VmNames(side.recording.metadata).process(number)
         return ""
 
     def vcpu(self, vm: int, vcpu: int) -> str:
-        """A vCPU with the names of its VM."""
+        """Return how a vCPU is called, with its VM and the VM's process."""
         process = self.process(vm)
         return f"vCPU {vcpu} of VM {vm}" + (f" ({process})" if process else "")
 
     def lines(self) -> Iterator[str]:
-        """How they were matched, where that is not plain; and which were not."""
+        """Yield how VMs were matched, where that is not obvious, and which VMs were not."""
         unlike = [(one, other) for one, other in self.pairs if one != other or self.base.named() != self.new.named()]
         shown = [f"{self.base.name(one)} with {self.new.name(other)}" for one, other in unlike]
         if len(self.pairs) > 1 or any(one != other for one, other in self.pairs):

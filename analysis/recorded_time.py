@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A recording's time: what each vCPU did in each part of it, where it hardly ran its guest, where it got no further.
+"""A recording's time: what each vCPU did in each part of it, where it hardly ran its guest, where it was stuck.
 
-All of it comes of one pass over a VM's rows: the one that replays it, where a report does that anyway.
+All of it comes from one pass over a VM's rows, which is the replay's pass where a report replays the VM anyway.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from traces.durations import duration
 from traces.errors import Problem
 from traces.reader import Trace
 
-PARTS: Final = 400  # of a VM's time
+PARTS: Final = 400  # equal parts of a VM's time
 COLUMNS: Final = (
     "seq", "time", "vcpu", "tid", "kind", "root", "role", "code", "rip", "addr", "value", "ret", "flags",
 )  # fmt: skip
@@ -37,7 +37,7 @@ COLUMNS: Final = (
 
 @dataclass(frozen=True)
 class Switch:
-    """ns of an exit and entry, which a recording shows as guest time; `least`: what it may be, `ns` being the most."""
+    """The ns of an exit and entry, which a recording shows as guest time: at most `ns`, at least `least`."""
 
     ns: int
     least: int
@@ -55,7 +55,10 @@ class Switch:
 
 @dataclass(frozen=True)
 class RecordedTime:
-    """One VM. `switch` is what a replay takes the switch to be; None where no replay can, and `unknown` says why."""
+    """The recorded time of one VM.
+
+    `switch` is what a replay takes the switch to be; None where no replay can determine it, and `unknown` says why.
+    """
 
     vm: int
     ids: list[int]
@@ -69,12 +72,12 @@ class RecordedTime:
 
     @property
     def parts(self) -> NDArray[np.int64]:
-        """ns by vCPU (dense), part of the time, and VcpuState."""
+        """The ns by vCPU (dense number), part of the time, and VcpuState, as a three-dimensional array."""
         parts: NDArray[np.int64] = self.timeline.parts
         return parts[: len(self.ids), :PARTS]
 
     def stalls(self, rule: Rule) -> dict[int, list[Stall]]:
-        """Soft-hangs by vCPU id. Guest time is without the switch; where that is not known, there is none."""
+        """Return soft-hangs by vCPU id, the switch not counted as guest time; none where it is not known."""
         if self.switch is None:
             return {}
         moments = np.concatenate(self.timeline.progress)
@@ -87,9 +90,9 @@ class RecordedTime:
 
 
 def guest_time(guest: Ints, guests: Ints, switch: int) -> Ints:
-    """ns that a guest ran until some moments: `guest` ns in `guests` spans, each with a switch in it.
+    """Return the ns that a guest ran until some moments: `guest` ns in `guests` spans, less a switch in each.
 
-    Between two moments it is never below 0, as the switch is a mean.
+    Between two moments it is never below 0, although the switch is a mean.
     """
     ran = np.diff(guest, prepend=0) - np.diff(guests, prepend=0) * switch
     total: Ints = np.cumsum(np.maximum(ran, 0))
@@ -97,7 +100,7 @@ def guest_time(guest: Ints, guests: Ints, switch: int) -> Ints:
 
 
 def recorded_times(trace: Trace) -> list[RecordedTime]:
-    """Of each VM, in one pass. Raises Problem where a row's time or vCPU cannot be."""
+    """Return the time of each VM, from one pass. Raises Problem where a row's time or vCPU is impossible."""
     capabilities: Capabilities | None = None
     why = ""
     try:
@@ -116,7 +119,7 @@ def recorded_times(trace: Trace) -> list[RecordedTime]:
 
 
 def of_replay(trace: Trace, times: Iterable[VmTime]) -> list[RecordedTime]:
-    """The same, where a replay has made the pass (`Settings.parts`)."""
+    """Return the time of each VM, where a replay has made the pass (`Settings.parts`)."""
     made = {time.vm: time.measured for time in times}
     found = []
     for vm in trace.metadata.vms:
@@ -152,7 +155,7 @@ def _unmeasured(trace: Trace, vm: Mapping[str, Any], why: str) -> RecordedTime:
 
 @dataclass(frozen=True)
 class Spans:
-    """Spans of vCPUs' time in one batch, by vCPU and in order: each ends at `time` with row `at` of it, `ns` long."""
+    """Spans of vCPUs' time in one batch, by vCPU and in order: each is `ns` long and ends at `time` with row `at`."""
 
     at: Ints
     vcpu: NDArray[np.int32]
@@ -162,7 +165,7 @@ class Spans:
 
 
 def spans_of(timeline: Timeline, batch: Batch) -> Spans:
-    """The spans that end in a batch."""
+    """Return the spans that end in a batch."""
     rows = len(batch)
     state, mark, before = (np.empty(rows, np.uint8) for _ in range(3))
     ns = np.empty(rows, np.int64)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What removed and protected a VM's pages, asked of rows: `replay.decode.removals` on its way through them."""
+"""The question what removed and protected a VM's pages, which `replay.decode.removals` answers."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from traces.kernels.kernel import Kernel
 from traces.reader import Trace
 
 SCHEMA: Final = {"vm": pl.Int64, **dict.fromkeys(FIELDS, pl.Int64)}
-_RECOVERY: Final = "kvm-nx-lpage"  # how the threads of NX huge page recovery begin, by whatever name they go on
+_RECOVERY: Final = "kvm-nx-lpage"  # how the names of NX huge page recovery's threads begin
 _NAMES: Final = [name for name in COLUMNS if name not in ("kind", "vcpu", "gfn")]
 
 
 @dataclass(frozen=True, eq=False)
 class RemovalQuestion:
-    """By VM, cause and thread: columns `vm` and `removals.FIELDS`."""
+    """Counts removals by VM, cause and thread; the answer has the columns `vm` and `removals.FIELDS`."""
 
     trace: Trace
     kernel: Kernel

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report: what every format renders, so that the same figures are in each."""
+"""The report model: what every format renders, so that the same figures are in each."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ if TYPE_CHECKING:
     from analysis.gates import Figures
     from analysis.sources import Recording, Result
 
-SCHEMA: Final = 1  # of the JSON format
+SCHEMA: Final = 1  # version of the JSON format
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column as shown. `name` is the frame's; with `high` a value lies between `name` and that column.
+    """A column as shown.
 
-    `wide`: 1 where it is left out of 72 columns, 2 where a terminal too small leaves it out too. `signed`: a change.
+    `name` is its name in the frame; with `high`, a value lies between `name` and that column. `wide` is 1 where the
+    column is left out of 72 columns, 2 where a terminal that is too narrow leaves it out first. `signed` is for
+    changes, which are shown with their sign.
     """
 
     name: str
@@ -36,12 +38,12 @@ class Column:
 
     @property
     def key(self) -> str:
-        """Its name in JSON: without `_low` where it is an interval."""
+        """The column's name in JSON: without `_low` where it is an interval."""
         return self.name.removesuffix("_low") if self.high else self.name
 
     @property
     def right(self) -> bool:
-        """Whether it is aligned to the right."""
+        """Whether the column is aligned to the right."""
         return self.unit is not Unit.TEXT
 
     def text(self, row: dict[str, Any]) -> str:
@@ -50,7 +52,7 @@ class Column:
         return format_value(row[self.name], self.unit, signed=self.signed)
 
     def value(self, row: dict[str, Any]) -> Any:
-        """Exact: a number or text, null (for 0 / 0 as well), or [low, high] where the two differ."""
+        """Return the exact value: a number or text, null (for 0 / 0 as well), or [low, high] where the two differ."""
         low = _exact(row[self.name])
         high = _exact(row[self.high]) if self.high else low
         return low if low == high else [low, high]
@@ -62,12 +64,12 @@ def _exact(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class ReportTable:
-    """A query's rows. `first`: how many of them a first screen has room for; `more`: there are rows that are not here.
+    """Rows of a query, as they are shown.
 
-    `kept`: a screen that is too small does without other tables first.
-
-    `query` is the query's name: `kvmtrace export FILE --csv QUERY` gives all of its rows and columns. Where it is not
-    `exported` it is the table's name only, as in a report on a fleet.
+    `query` is the query's name: `kvmtrace export FILE --csv QUERY` gives all of its rows and columns. Where the table
+    is not `exported`, as in a report on a fleet, it is the table's name only. `first` is how many rows a first screen
+    has room for; `more` says that there are rows which are not in `frame`. A screen that is too small shortens other
+    tables than those that are `kept`.
     """
 
     query: str
@@ -81,17 +83,17 @@ class ReportTable:
     exported: bool = True
 
     def texts(self, columns: tuple[Column, ...] | None = None, rows: int | None = None) -> list[list[str]]:
-        """The cells as text, row by row."""
+        """Return the cells as text, row by row."""
         chosen = self.columns if columns is None else columns
         frame = self.frame if rows is None else self.frame.head(rows)
         return [[column.text(row) for column in chosen] for row in frame.iter_rows(named=True)]
 
     def values(self) -> list[dict[str, Any]]:
-        """The cells as they are, row by row."""
+        """Return the exact values of the cells, row by row."""
         return [{column.key: column.value(row) for column in self.columns} for row in self.frame.iter_rows(named=True)]
 
     def heading(self, rows: int) -> str:
-        """Its title with the query that made it, how many rows there are below these, and what to know of it."""
+        """Return the title with the query's name, how many rows there are besides these, and the note."""
         left = len(self.frame) - rows
         more = [f"more than {max(left, 0):,} more"] if self.more else [f"{left:,} more"] if left > 0 else []
         said = [*([f"query {self.query}"] if self.exported else []), *more, *([self.note] if self.note else [])]
@@ -99,16 +101,16 @@ class ReportTable:
 
     @property
     def narrow(self) -> tuple[Column, ...]:
-        """The columns for 72 characters."""
+        """The columns that are shown in 72 characters."""
         return self.up_to(0)
 
     def up_to(self, wide: int) -> tuple[Column, ...]:
-        """The columns that are no wider than this (`Column.wide`)."""
+        """Return the columns whose `Column.wide` is at most `wide`."""
         return tuple(column for column in self.columns if column.wide <= wide)
 
 
 class Status(Enum):
-    """How a check came out. What cannot be decided, for the trace leaves it open, counts as failed."""
+    """The outcome of a check; undecided, where the trace does not determine it, counts as failed."""
 
     PASSED = "passed"
     FAILED = "failed"
@@ -132,12 +134,12 @@ class Check:
 
 @dataclass(frozen=True)
 class Report:
-    """All that is said of one trace or result.
+    """All that is reported of one trace or result.
 
-    `verdict`: sentences, the most important first. `trust`: name and text of what the figures rest on. `figures`: all
-    that gates can be on, exactly. `loss`: what is missing of the events, if anything.
-    `drawn`: pictures that are made already. `listed`: a table of thousands of rows, which a page has a search for.
-    `recording`, `result`: what it is made from, for formats that draw; either may be missing.
+    `verdict`: sentences, the most important first. `trust`: name and text of what the figures rest on. `figures`: the
+    exact figures that gates can be on. `loss`: which events are missing, if any. `drawn`: pictures that were already
+    made. `listed`: a table of thousands of rows, which a page has a search for. `recording` and `result` are the
+    sources, for formats that draw; either may be None.
     """
 
     title: str
@@ -169,5 +171,5 @@ class Report:
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """The first line and the rest of the verdict: the same in every format for people."""
+        """The headline and the rest of the verdict: the same in every format for people."""
         return (self.headline, *(self.verdict if self.failed else self.verdict[1:]))

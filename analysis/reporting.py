@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`kvmtrace report`: finds what belongs to a file, replays and validates it where asked, and has it assembled."""
+"""`kvmtrace report`: opens what belongs to a file, replays and validates it where asked, and makes the report."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ UNVALIDATED: Final = "not done: --validate compares the recording with the model
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked of each file. `drawn`: queries of a recording that the format makes besides the tables'."""
+    """What a report on each file is to have.
+
+    `drawn` are queries of a recording that the format makes besides those of the tables.
+    """
 
     policies: tuple[str, ...] = ()
     recorded_policy: str = ""
@@ -47,7 +50,10 @@ class Wanted:
 
 @contextmanager
 def reported(path: Path, wanted: Wanted, step: Callable[[str], None] = lambda _: None) -> Iterator[Report]:
-    """The report of one trace or result, while its sources last: a trace's replay is in a file that goes afterwards."""
+    """Yield the report of one trace or result, as a context in which its sources can be read.
+
+    A trace's replay is in a temporary file, which is removed afterwards. `step` is called with what is being done.
+    """
     with tempfile.TemporaryDirectory(prefix="kvmtrace-") as scratch:
         step(f"reading {path}")
         source = open_source(path, wanted.recorded_policy, wanted.selection)
@@ -90,7 +96,7 @@ def reported(path: Path, wanted: Wanted, step: Callable[[str], None] = lambda _:
 
 
 def use_symbols(recording: Recording, naming: Naming) -> list[str]:
-    """Name the guest's addresses by these, where any are given; what is to be said of it."""
+    """Name the guest's addresses by a file of symbols, where one is given; return remarks on that."""
     if naming.symbols is None:
         return []
     halted = halts(recording) if naming.kaslr is None and "kvm_exit" in recording.kinds else []
@@ -104,7 +110,7 @@ def recording_of(
     remarks: list[str],
     selection: Selection = ALL,
 ) -> Recording | None:
-    """The trace that a result is of, where it is still there and the same; else a remark why not."""
+    """Return the trace that a result was made of, if it is still there and the same; else None, and a remark."""
     try:
         recording = Recording.open(result.trace_path)
     except (Problem, ValueError) as problem:  # ValueError: a path that no file can have
@@ -134,9 +140,10 @@ def _replayed(
 def replayed_under(
     recording: Recording, policies: tuple[str, ...], path: Path, queries: Iterable[Query[Recording]] = ()
 ) -> Result:
-    """Replay a recording, with times, into a result at `path`; none named: the recorded policy, preserve and async.
+    """Replay a recording, with times, into a result at `path`.
 
-    `queries`: are to be made of the recording, too: rows are read once for them and for the replay.
+    Without `policies` these are the recorded one, preserve and async. The rows are read once, for the replay and for
+    the `queries` that are to be made of the recording.
     """
     from analysis.recorded_time import PARTS, of_replay
     from replay.decode.capabilities import Capabilities
@@ -151,14 +158,14 @@ def replayed_under(
     replayed = replay_into(plan, path, Settings(parts=PARTS), beside=asking)
     recording.times = of_replay(recording.trace, replayed.times)
     del plan, replayed
-    with contextlib.suppress(Problem):  # of a damaged file each query says so itself
+    with contextlib.suppress(Problem):  # where the file is damaged, each query reports that itself
         recording.take(asking)
     _give_memory_back()
     return Result.open(path)
 
 
 def _give_memory_back() -> None:
-    """What a replay has freed, glibc keeps; the queries that follow allocate elsewhere, on top of it."""
+    """Return freed memory to the kernel: glibc keeps it, and later queries allocate elsewhere, on top of it."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
@@ -173,5 +180,5 @@ def _validated(recording: Recording | None) -> Validated | str:
 
 
 def exit_code(reports: Sequence[Report]) -> int:
-    """1 where a gate or an invariant failed."""
+    """Return 1 where a gate or an invariant failed, else 0."""
     return int(any(report.failed for report in reports))

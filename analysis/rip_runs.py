@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vCPUs that get no further: their longest runs of exits at one RIP, and their last exits, asked of rows."""
+"""The question which vCPUs are stuck: their longest runs of exits at one RIP, and their last exits."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from traces.reader import Trace
 _RUN: Final = tuple(field.name for field in fields(RipRun))
 _END: Final = tuple(field.name for field in fields(RipEnd))
 _UNSIGNED: Final = dict.fromkeys(("rip", "addr", "at"), pl.UInt64)
-# A row is a run, or an end (`exits` is then null).
+# A row of an answer is a run, or a last exit, whose `exits` is null.
 SCHEMA: Final = {"vm": pl.Int64, **dict.fromkeys((*_RUN, *_END), pl.Int64), **_UNSIGNED}
 
 
 @dataclass(frozen=True, eq=False)
 class RipQuestion:
-    """Each vCPU's longest run and last exit: columns `vm` and the fields of `RipRun` or `RipEnd`."""
+    """Finds each vCPU's longest runs and last exit; the answer has `vm` and the fields of `RipRun` or `RipEnd`."""
 
     trace: Trace
     kernel: Kernel | None
@@ -73,7 +73,7 @@ class _Following:
 
 
 def by_vm(answer: pl.DataFrame) -> dict[int, tuple[list[RipRun], list[RipEnd]]]:
-    """The runs and ends of each VM that has any, from an answer."""
+    """Return the runs and last exits in an answer, by VM; VMs without any are missing."""
     found: dict[int, tuple[list[RipRun], list[RipEnd]]] = {}
     for row in answer.iter_rows(named=True):
         runs, ends = found.setdefault(row["vm"], ([], []))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Questions about a recording's rows, as many as there are answered in one pass over them.
+"""Questions about a recording's rows, any number of which are answered in one pass over them.
 
-Each batch of rows is decoded once, by the trace's own reader, and every question takes of it what it is about. Memory
+Each batch of rows is decoded once, by the trace's own reader, and every question takes from it what it needs. Memory
 grows with the groups of an answer (pages, roots, windows), not with rows.
 """
 
@@ -19,26 +19,26 @@ import pyarrow.compute as pc
 
 from traces.reader import Trace, kind_codes
 
-# Of one batch: the questions cost polars 2 ms or so however few its rows are, and twice the rows take 45 MiB more.
+# Rows of a batch: each batch costs polars 2 ms or so, however small it is; twice the rows take 45 MiB more.
 BATCH_ROWS: Final = 1 << 18
-KIND: Final = "kind_code"  # columns that are made of others, once for all questions: a kind's code,
+KIND: Final = "kind_code"  # columns that are computed once for all questions: a kind's code,
 VCPU: Final = "vcpu_id"  # a vCPU's id, a gfn and a VM's id, -1 where there is none
 GFN: Final = "gfn_if_any"
 VM: Final = "vm_id"
 _MADE: Final = {KIND: "kind", VCPU: "vcpu", GFN: "gfn", VM: "vm"}
-_MERGED_ROWS: Final = 1 << 17  # parts are merged when they have more rows than this, and than what is merged
+_MERGED_ROWS: Final = 1 << 17  # partial groups are merged when they are more than this, and than the merged ones
 
 
 class DecodedRows:
-    """Some rows with what several questions ask of them, made once for all."""
+    """Some rows, with what several questions need of them computed once."""
 
     def __init__(self, *parts: pl.DataFrame) -> None:
-        """`parts` follow one another; most often each is of one VM."""
+        """`parts` follow one another; usually each has the rows of one VM."""
         self._parts = parts
 
     @cached_property
     def frame(self) -> pl.DataFrame:
-        """All of them, each column in one piece."""
+        """All rows, each column in one piece."""
         return self._parts[0] if len(self._parts) == 1 else pl.concat(self._parts, rechunk=True)
 
     @cached_property
@@ -48,7 +48,7 @@ class DecodedRows:
 
     @cached_property
     def by_vm(self) -> list[tuple[int, pl.DataFrame]]:
-        """The rows by VM, a VM's in order, in as many parts as they come in; not those of no VM."""
+        """The rows of each VM in order, in one or more parts; rows of no VM are left out."""
         parts = [
             part
             for some in self._parts
@@ -63,33 +63,33 @@ def _one_vm(rows: pl.DataFrame) -> bool:
 
 
 class Counting(Protocol):
-    """A question on its way through the rows."""
+    """A question during a pass over the rows."""
 
     def feed(self, rows: DecodedRows) -> None:
         """Take the next rows, in file order."""
 
     def answer(self) -> pl.DataFrame:
-        """The results over all rows."""
+        """Return the answer over all rows."""
 
 
 class Followed(Protocol):
-    """A question that goes through the rows itself."""
+    """A question that goes through the rows with code of its own, not with a polars expression."""
 
     @property
     def name(self) -> str:
-        """It, and with which options: two of one name are the same question."""
+        """Identifies the question and its options: questions of one name are the same."""
 
     @property
     def columns(self) -> frozenset[str]:
-        """What it reads of rows; KIND and VCPU are made."""
+        """The columns that the question needs, computed ones such as KIND and VCPU among them."""
 
     def begin(self) -> Counting:
-        """Before the first row."""
+        """Begin a pass over the rows."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """The rows that count: from `since` on (boot ns; None: from the first), and of these vCPUs (none: of all)."""
+    """Which rows count: those from boot ns `since` on (None: all), of these vCPUs (empty: of all)."""
 
     since: int | None = None
     vcpus: frozenset[int] = frozenset()
@@ -99,10 +99,10 @@ class Window:
         return frozenset({"time"} if self.since is not None else ()) | ({"vcpu", "kind"} if self.vcpus else frozenset())
 
     def of(self, rows: pl.DataFrame) -> pl.DataFrame:
-        """Those of some rows."""
+        """Return the rows that count, of some rows."""
         if self.since is not None:
             rows = rows.filter(pl.col("time") >= self.since)
-        if self.vcpus:  # the end of an ioctl has no vCPU: whose it is, its begin says
+        if self.vcpus:  # the end of an ioctl names no vCPU, only its begin does
             rows = rows.filter(pl.col("vcpu").is_in(list(self.vcpus)) | (pl.col("kind") == "ioctl_end"))
         return rows
 
@@ -111,9 +111,9 @@ ALL: Final = Window()
 
 
 class Asking:
-    """Questions on their way through a trace's rows: through those that somebody else has read, then the others.
+    """Questions during a pass over a trace's rows: first those that a replay has read, then the others.
 
-    Rows are taken from several threads. Small batches (of many VMs) are taken together.
+    Rows may be given by several threads. Small batches, as those of many VMs, are counted together.
     """
 
     def __init__(self, trace: Trace, questions: Sequence[Question], window: Window = ALL) -> None:
@@ -132,11 +132,11 @@ class Asking:
         self._lock = Lock()
 
     def feed(self, vm: int | None, batch: pa.RecordBatch) -> None:
-        """Take a VM's next rows (None: of all VMs): whoever gives some of a VM's gives all of them."""
+        """Take a VM's next rows (None: of all VMs). Who gives some rows of a VM must give all of them."""
         with self._lock:
             if vm is not None:
                 self._seen.add(vm)
-            # A long batch by itself: of several parts no column is in one piece.
+            # A long batch is counted alone: the columns of several parts are not in one piece.
             if self._held + batch.num_rows > BATCH_ROWS or 2 * batch.num_rows >= BATCH_ROWS:
                 self._count_waiting()
             self._waiting.append(self._window.of(self._rows(batch)))
@@ -145,15 +145,15 @@ class Asking:
                 self._count_waiting()
 
     def answers(self) -> dict[str, pl.DataFrame]:
-        """The results over all rows, by the questions' names; those of VMs that nobody gave are read for it."""
+        """Return the answers by the questions' names; rows of VMs that were not given are read for that."""
         for batch in self._trace.batches(self.columns, size=BATCH_ROWS, since=self._window.since, but=self._seen):
             self.feed(None, batch)
-            del batch  # else it is there as long as the next one is decoded
+            del batch  # else it is held while the next one is decoded
         self._count_waiting()
         return self._tallies.answers() | {name: each.answer() for name, each in self._counting.items()}
 
     def _rows(self, batch: pa.RecordBatch) -> pl.DataFrame:
-        """What of a batch is wanted, and what is made of it."""
+        """Return the columns of a batch that are wanted, computed ones included."""
         columns = [_column(batch, name) for name in self._kept]
         return pl.DataFrame(pl.from_arrow(pa.RecordBatch.from_arrays(columns, names=self._kept)))
 
@@ -169,7 +169,7 @@ class Asking:
 
 
 def _column(batch: pa.RecordBatch, name: str) -> pa.Array:
-    """One of a batch, or one that is made of it; made here, for a polars expression costs 100 us in each batch."""
+    """Return a column of a batch, or a computed one; a polars expression for it would cost 100 us a batch."""
     if name == KIND:
         return pa.array(kind_codes(batch))
     column = batch.column(_MADE.get(name, name))
@@ -178,10 +178,10 @@ def _column(batch: pa.RecordBatch, name: str) -> pa.Array:
 
 @dataclass(frozen=True, eq=False)
 class Tally:
-    """A group_by whose aggregates merge: of the rows `where`, by VM and by `by`, sums, least and most values.
+    """A group_by whose aggregates can be merged: of the rows `where`, by VM and `by`, sums, minima and maxima.
 
-    The answer has columns `vm`, those of `by`, `rows` (how many there are in the group), and one for each value, in no
-    order; a sum is an Int64, and of a condition the number of rows where it holds.
+    The answer has the columns `vm`, those of `by`, `rows` (the number of rows in the group), and one for each value, in
+    no order. A sum is an Int64; that of a condition is the number of rows where it holds.
     """
 
     name: str
@@ -197,7 +197,7 @@ class Tally:
         return frozenset(name for expression in every for name in expression.meta.root_names())
 
     def of(self, rows: pl.DataFrame, one_vm: bool) -> pl.LazyFrame:
-        """The groups of some rows; of one VM, for a key less is a tenth less work, `vm` is put before them."""
+        """Return the groups of some rows. If all are of one VM it is no key, which saves a tenth of the work."""
         if one_vm:
             vm = pl.lit(rows["vm"].first(), rows.schema["vm"]).alias("vm")
             groups = rows.lazy().filter(self.where).select(self._selected).group_by(*self.by).agg(self._counted)
@@ -206,7 +206,7 @@ class Tally:
 
     @cached_property
     def _selected(self) -> list[pl.Expr]:
-        """Once for all batches: making expressions takes half as long as answering them."""
+        """The expressions, made once for all batches: making them takes half as long as evaluating them."""
         every = {**self.by, **self.sums, **self.least, **self.most}
         return [each.alias(name) for name, each in every.items()]
 
@@ -215,10 +215,10 @@ class Tally:
         return [pl.len().cast(pl.Int64).alias("rows"), *self._values()]
 
     def merged(self, parts: Iterable[pl.DataFrame]) -> pl.DataFrame:
-        """Parts with `vm`, each group once."""
+        """Merge partial groups, which have `vm`, so that each group occurs once."""
         every = pl.concat(parts).lazy().group_by("vm", *self.by).agg(pl.col("rows").sum(), *self._values())
-        # Of 1,000 VMs with 50 MiB less than by the other engine. In one piece: polars divides a row by itself
-        # otherwise than several at once, in the last bit.
+        # The streaming engine takes 50 MiB less for 1,000 VMs. In one piece, because polars divides a single row
+        # differently from several at once, in the last bit.
         return every.collect(engine="streaming").rechunk()
 
     def _values(self) -> Iterator[pl.Expr]:
@@ -231,20 +231,20 @@ Question: TypeAlias = Tally | Followed
 
 
 class Tallies:
-    """Tallies on their way through the rows; polars makes all of a batch's groups in one go, for each go costs a ms."""
+    """Tallies during a pass over the rows; one call of polars, which costs a ms, makes all groups of a batch."""
 
     def __init__(self, tallies: Sequence[Tally], none: pl.DataFrame) -> None:
-        """`none`: a batch without rows."""
+        """`none` is a batch without rows."""
         self._tallies = tallies
         self._parts = [_Parts(tally, groups) for tally, groups in zip(tallies, self._groups(none, False), strict=True)]
 
     def feed(self, rows: DecodedRows) -> None:
-        """Take the next rows, as `Counting.feed`."""
+        """Take the next rows, as `Counting.feed` does."""
         for parts, groups in zip(self._parts, self._groups(rows.frame, rows.one_vm), strict=True):
             parts.add(groups)
 
     def answers(self) -> dict[str, pl.DataFrame]:
-        """The results over all rows, by the tallies' names."""
+        """Return the answers over all rows, by the tallies' names."""
         return {tally.name: parts.merged() for tally, parts in zip(self._tallies, self._parts, strict=True)}
 
     def _groups(self, rows: pl.DataFrame, one_vm: bool) -> list[pl.DataFrame]:
@@ -252,7 +252,7 @@ class Tallies:
 
 
 class _Parts:
-    """A tally's groups, merged now and then, so that there are never many more rows of them than there are groups."""
+    """The groups of a tally, merged now and then, so that partial groups never far outnumber them."""
 
     def __init__(self, tally: Tally, merged: pl.DataFrame) -> None:
         self._tally = tally
@@ -267,7 +267,7 @@ class _Parts:
             self.merged()
 
     def merged(self) -> pl.DataFrame:
-        """All of them, each group once."""
+        """Return all groups, each once."""
         self._merged = self._tally.merged([self._merged, *self._parts])
         self._parts, self._rows = [], 0
         return self._merged

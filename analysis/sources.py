@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is analysed: recordings and results of replays, checked before anything is asked of them."""
+"""The sources of an analysis: recordings, and results of replays, which are checked when they are opened."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _ERRORS: Final = (pa.ArrowException, OSError, ValueError, TypeError, KeyError, I
 _TEXTS: Final = tuple(field.name for field in SCHEMA if pa.types.is_dictionary(field.type))
 
 
-# What an entry leads to. A kernel that shows no entry of a guest that ran (KVM in software, PVM) shows none of it.
+# Kinds that only a guest's entry leads to: a kernel that shows no entries (KVM in software, PVM) shows none of them.
 _OF_GUESTS: Final = (
     "kvm_entry", "kvm_exit", "kvm_page_fault", "fast_page_fault", "kvm_mmu_set_spte", "kvm_mmu_spte_requested",
     "mmu_load", "root_get", "kvm_smm_transition", "kvm_cr", "kvm_mmio", "kvm_pio", "kvm_emulate_insn",
@@ -52,7 +52,7 @@ _OF_GUESTS: Final = (
 
 @dataclass(frozen=True)
 class GuestOfVm:
-    """What was recorded inside the guest of a VM."""
+    """What was recorded inside the guest of one VM."""
 
     vm: int
     tasks: GuestTasks
@@ -61,12 +61,12 @@ class GuestOfVm:
 class Recording:
     """A trace, with the kinds of event that it could have seen.
 
-    `kinds` are those that were watched; `hidden` those that were, and could not be seen of these guests: that there is
-    no such row does not say that there was no such event.
+    `kinds` are those that were watched. `hidden` are those that were watched and could not be seen of these guests:
+    that there is no such row does not mean that there was no such event.
     """
 
     def __init__(self, trace: Trace, window: rows.Window = rows.ALL) -> None:
-        """`window`: the rows of the trace that questions are asked of."""
+        """`window` selects the rows of the trace that questions are asked of."""
         self.trace = trace
         self.window = window
         self.path = trace.path
@@ -76,15 +76,15 @@ class Recording:
         self.kinds = frozenset(watched | {kind for kind, count in meta.kinds.items() if count}) - self.hidden
         self.guest: GuestOfVm | None = None  # what was recorded inside a guest
         self.symbol: Callable[[int], str] | None = None  # the name of a guest's address
-        self.notes: list[str] = []  # of queries: what their rows do not have
-        self.diagnosed: dict[tuple[bool, int], list[Diagnosis]] = {}  # by whether it was replayed, and `exits`
+        self.notes: list[str] = []  # what queries could not answer
+        self.diagnosed: dict[tuple[bool, int], list[Diagnosis]] = {}  # keys: whether it was replayed, `exits`
         self._answers: dict[str, pl.DataFrame] = {}
 
     @classmethod
     def open(cls, path: Path | str, recorded_policy: str = "", selection: Selection = ALL) -> Recording:
-        """A trace, or what is selected of it; raises Problem if it is not a valid trace.
+        """Open a trace, or what is selected of it. Raises Problem if it is not a valid trace.
 
-        `recorded_policy`: see `Trace.open`.
+        For `recorded_policy` see `Trace.open`.
         """
         trace = Trace.open(path, recorded_policy)
         trace.check_span()
@@ -93,13 +93,13 @@ class Recording:
 
     @cached_property
     def span(self) -> tuple[int, int]:
-        """Boot ns of the first and the last row that counts; 0 where there is none."""
+        """Boot ns of the first and the last row in the window; 0 where there is none."""
         first, last = self.metadata.span
         return max(first, self.window.since or first), last
 
     @cached_property
     def spans(self) -> dict[int, tuple[int, int]]:
-        """Boot ns of each VM's first and last row that counts."""
+        """Boot ns of each VM's first and last row in the window."""
         since = self.window.since
         return {
             vm: (max(first, since or first), last)
@@ -109,7 +109,7 @@ class Recording:
 
     @cached_property
     def whole(self) -> Recording:
-        """The same from its first row on, whenever the window begins."""
+        """This recording from its first row on, wherever the window begins."""
         return self if self.window.since is None else Recording(self.trace, rows.Window(vcpus=self.window.vcpus))
 
     @property
@@ -119,7 +119,7 @@ class Recording:
 
     @cached_property
     def times(self) -> list[RecordedTime]:
-        """Each VM's time; the recording is read for it, unless its replay has set it."""
+        """The time of each VM; the recording is read for it, unless its replay has set it."""
         return recorded_times(self.trace)
 
     @property
@@ -127,14 +127,14 @@ class Recording:
         return self.trace.metadata
 
     def scan(self) -> pl.LazyFrame:
-        """Its rows, after each row group was checked."""
+        """Return the rows in the window; each row group is checked before it is read."""
         found = self.trace.scan()
         if self.window.since is not None:
             found = found.filter(pl.col("time") >= self.window.since)
         return found.filter(pl.col("vcpu").is_in(list(self.window.vcpus))) if self.window.vcpus else found
 
     def ask(self, *questions: rows.Question) -> list[pl.DataFrame]:
-        """The answers to questions about its rows, in one pass for those that were not asked before.
+        """Return the answers to questions about the rows, with one pass for those that were not asked before.
 
         Raises Problem where the trace is damaged.
         """
@@ -143,16 +143,16 @@ class Recording:
         return [self._answers[question.name] for question in questions]
 
     def asking(self, *questions: rows.Question) -> rows.Asking:
-        """Those of the questions that were not asked before, to be answered by whoever reads the rows; see `take`."""
+        """Return the questions that were not asked before, to be fed by who reads the rows; see `take`."""
         new = {question.name: question for question in questions if question.name not in self._answers}
         return rows.Asking(self.trace, list(new.values()), self.window)
 
     def take(self, asking: rows.Asking) -> None:
-        """Keep the answers; rows that `asking` was not given are read now. Raises Problem as `ask`."""
+        """Keep the answers; rows that `asking` was not given are read now. Raises Problem as `ask` does."""
         self._answers |= asking.answers()
 
     def note(self, *lines: str) -> None:
-        """What a query could not answer of some VM, once each."""
+        """Note, once each, what a query could not answer."""
         self.notes += [line for line in dict.fromkeys(lines) if line not in self.notes]
 
     def need(self, kinds: Iterable[str], what: str) -> None:
@@ -164,7 +164,7 @@ class Recording:
             raise Problem(f"{self.path}: {what}: {', '.join(lacking)} not recorded ({self.why_not(lacking[0])})")
 
     def why_not(self, kind: str) -> str:
-        """Why a kind was not recorded."""
+        """Return why a kind was not recorded."""
         whys = {str(probe.get("kind")): str(probe.get("why", "")) for probe in self.metadata.probes}
         return whys.get(kind) or "the preset did not ask for it: --events mmu has most, all has every kind"
 
@@ -173,11 +173,11 @@ HIDDEN: Final = "this kernel shows none of these guests, which did run"
 
 
 def _hidden(trace: Trace, watched: Collection[str]) -> frozenset[str]:
-    """Kinds of which there is no row though a guest ran: KVM_RUN came back for what it did, and not with an error."""
+    """Return watched kinds without a row although a guest ran, as a KVM_RUN that returned without error shows."""
     counts = trace.metadata.kinds
     if counts.get("kvm_entry") or counts.get("kvm_exit") or not counts.get("kvm_userspace_exit"):
         return frozenset()
-    with suppress(Problem):  # of a damaged file each query says so itself
+    with suppress(Problem):  # where the file is damaged, each query reports that itself
         for batch in trace.batches(["kind", "ret"]):
             rows = pl.DataFrame(pl.from_arrow(batch))
             if ((rows["kind"] == "kvm_userspace_exit") & (rows["ret"] >= 0)).any():
@@ -187,10 +187,11 @@ def _hidden(trace: Trace, watched: Collection[str]) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class ResultPolicy:
-    """A policy of a result. `open`: what the trace does not determine of it; `assumes`: what is taken to be so.
+    """A policy of a result.
 
-    `keeps`: whether the TDP MMU holds a reference of its own on roots, so that they stay until they are invalidated.
-    `at_least`: whether its counts and times have no upper end.
+    `open` lists what the trace does not determine under it; `assumes` says what was assumed. `keeps` is whether the TDP
+    MMU holds a reference of its own on roots, so that they stay until they are invalidated, and `at_least` whether
+    counts and times have no upper end.
     """
 
     name: str
@@ -204,13 +205,16 @@ class ResultPolicy:
     at_least: bool
 
     def given(self, refault: str) -> str:
-        """How undetermined counts are given, with the assumption that the result was made with (empty: none)."""
+        """Return how undetermined counts are given, under the result's assumption `refault` (empty: none)."""
         return bounds_text(refault, at_least=self.at_least)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What something costs, ns; `source` says whether that was measured; `error` is relative, null if assumed."""
+    """The ns that an operation costs.
+
+    `source` says whether that was measured; `error` is relative, None for an assumed cost.
+    """
 
     name: str
     ns: int
@@ -226,8 +230,8 @@ class Cost:
 class ResultTimes:
     """What a result's metadata says of one VM's times.
 
-    `refused`: why there are none; empty if there are. `marked`: what makes them less than they seem; empty if nothing
-    does. `stuck`: vCPUs that made no progress in the recording.
+    `refused`: why there are none; empty if there are. `marked`: what makes them less certain than they seem; empty if
+    nothing does. `stuck`: vCPUs that made no progress in the recording.
     """
 
     vm: int
@@ -240,9 +244,9 @@ class ResultTimes:
 
 @dataclass(frozen=True)
 class ResultAgreement:
-    """What a result says of one VM's replay under the recording's own policy: see `replay.own_policy`.
+    """Whether one VM's replay under the recording's own policy agrees with its rows: see `replay.own_policy`.
 
-    `text` is empty where it agrees with the rows; `differences` counts what differs, be it decided or open.
+    `text` is empty where it does; `differences` counts what differs, decided or undecided.
     """
 
     vm: int
@@ -253,15 +257,16 @@ class ResultAgreement:
 
 
 class Result:
-    """A result of `kvmtrace replay -o`. Every byte of it is untrusted: Arrow decodes it and every batch is validated.
+    """A result of `kvmtrace replay -o`.
 
-    polars's own reader is not let near it, for it aborts the process on some hostile files.
+    Every byte of it is untrusted: Arrow decodes it and every batch is validated. polars' own reader is not used for it,
+    because it aborts the process on some hostile files.
     """
 
     def __init__(self, path: Path, document: Mapping[str, Any]) -> None:
         self.path = path
         self.document = document
-        self._only: frozenset[int] = frozenset()  # VMs; none: all
+        self._only: frozenset[int] = frozenset()  # the VMs that are read; empty: all
         try:
             self.policies = tuple(_policy(each) for each in _list(document, "policies", dict))
             self.trace_path = Path(_text(_object(document, "trace"), "path"))
@@ -280,7 +285,7 @@ class Result:
 
     @classmethod
     def open(cls, path: Path | str) -> Result:
-        """Raises Problem for what is no result that this version reads; decodes all of it once, to be sure."""
+        """Open a result and decode all of it once. Raises Problem for what is no result that this version reads."""
         path = Path(path)
         file = _opened(path)
         pairs = file.metadata.metadata or {}
@@ -298,7 +303,7 @@ class Result:
         return result
 
     def selected(self, vms: Collection[int]) -> Result:
-        """The same of these VMs; of all where none is given. Raises Problem for one that is not in it."""
+        """Return this result with these VMs only (all, if none is given). Raises Problem for one that it lacks."""
         if not vms:
             return self
         there = set(self.scan().select(pl.col("vm").unique()).collect()["vm"])
@@ -311,23 +316,23 @@ class Result:
 
     @property
     def untrusted(self) -> list[str]:
-        """What is to be said before all else of a replay that the recording's rows contradict; a line for each VM."""
+        """Lines on VMs whose replay the recording's rows contradict, which are to be said before all else."""
         return told(
             [each.text for each in self.agreements if each.agreement is Agreement.DIFFERS], len(self.agreements)
         )
 
     @property
     def timed(self) -> bool:
-        """Whether it says how long anything took."""
+        """Whether the result has times."""
         return self.document.get("time") is not None
 
     def scan(self) -> pl.LazyFrame:
-        """Its rows, all columns of this version; those that an older one does not have are null."""
+        """Return the rows with all columns of this version; those that an older result does not have are null."""
         schema = {field.name: pl.String() if field.name in _TEXTS else _polars(field) for field in SCHEMA}
         return lazy_rows(pl.Schema(schema), self.batches)
 
     def batches(self, columns: Collection[str] | None = None) -> Iterator[pa.RecordBatch]:
-        """Its rows as validated batches of these columns (all by default); dictionaries become text."""
+        """Yield the rows as validated batches of these columns (default: all); dictionaries become text."""
         file = _opened(self.path)
         _check_types(self.path, file.schema_arrow)
         fields = [
@@ -360,9 +365,9 @@ class Result:
 
 
 def open_source(path: Path | str, recorded_policy: str = "", selection: Selection = ALL) -> Recording | Result:
-    """A trace or a result, whichever the file is, or what is selected of it; Problem where it is neither.
+    """Open a trace or a result, whichever the file is, or what is selected of it. Raises Problem for other files.
 
-    `recorded_policy`: see `Trace.open`; a result has its own.
+    For `recorded_policy` see `Trace.open`; a result has its own.
     """
     path = Path(path)
     pairs = _opened(path).metadata.metadata or {}
@@ -378,7 +383,7 @@ def open_source(path: Path | str, recorded_policy: str = "", selection: Selectio
 
 
 def metadata_of(text: bytes, path: Path) -> Mapping[str, Any]:
-    """The JSON of a result, of a version that is known."""
+    """Return the JSON metadata of a result. Raises Problem where it is damaged or of a newer format."""
     try:
         document: dict[str, Any] = json.loads(text)
     except (ValueError, RecursionError):
@@ -394,7 +399,7 @@ def metadata_of(text: bytes, path: Path) -> Mapping[str, Any]:
 
 
 class _Malformed(Exception):
-    """The key of a result's metadata that is not what it should be."""
+    """Names the key of a result's metadata that is not what it should be."""
 
 
 def _opened(path: Path) -> pq.ParquetFile:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of a guest's addresses: of its vmlinux (ELF), its System.map, or what it had in /proc/kallsyms.
+"""Names of a guest's addresses, from its vmlinux (ELF), its System.map, or a copy of its /proc/kallsyms.
 
-pyelftools would do for the first, at ten seconds a vmlinux; of ELF it is one table of fixed records, which numpy reads
-in a tenth of one.
+pyelftools would read ELF as well, but takes ten seconds for a vmlinux; the symbol table is an array of fixed records,
+which numpy reads in a tenth of a second.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _SYMBOL: Final = np.dtype([("name", "<u4"), ("info", "u1"), ("other", "u1"), ("s
 
 @dataclass(frozen=True)
 class Naming:
-    """The file that names a guest's addresses, and how far its kernel was moved (None: to be found)."""
+    """The file that names a guest's addresses, and how far KASLR moved its kernel (None: to be found)."""
 
     symbols: Path | None = None
     kaslr: int | None = None
@@ -46,7 +46,7 @@ NO_NAMING: Final = Naming()
 
 @dataclass(frozen=True)
 class Symbols:
-    """Sorted addresses with their names. `offset`: how far KASLR has moved the guest, None: not known."""
+    """Sorted addresses with their names; `offset` is how far KASLR has moved the guest, None where not known."""
 
     path: Path
     addresses: list[int]
@@ -55,7 +55,7 @@ class Symbols:
     how: str = ""
 
     def named(self, address: int) -> str:
-        """`native_safe_halt+0xb`, or nothing where there is no symbol or no offset."""
+        """Return a name such as `native_safe_halt+0xb`; empty where there is no symbol, or no offset is known."""
         if self.offset is None:
             return ""
         found = self._at(address - self.offset)
@@ -69,9 +69,10 @@ class Symbols:
         return self.names[at] + (f"+{past:#x}" if past else "")
 
     def moved(self, offset: int | None, halted: Iterable[int]) -> Symbols:
-        """With the offset given, or found: `halted` are RIPs at which the guest halted.
+        """Return these symbols with the KASLR offset that is given, or that is found by `halted`.
 
-        An offset is found only if it is the only one at which all of them are in functions that halt or idle.
+        `halted` are the RIPs at which the guest halted. An offset is found only if it is the only one at which all of
+        them are in functions that halt or idle.
         """
         if offset is not None:
             return Symbols(self.path, self.addresses, self.names, offset, f"KASLR offset {offset:#x} as given")
@@ -107,7 +108,7 @@ class Symbols:
 
 
 def load(path: Path) -> Symbols:
-    """The symbols of a file, whichever of the three it is; Problem where it is none of them, or has none."""
+    """Read the symbols of a file of any of the three types. Raises Problem where it is none, or has no symbols."""
     try:
         with path.open("rb") as file:
             elf = file.read(4) == b"\x7fELF"

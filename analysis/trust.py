@@ -25,7 +25,7 @@ from traces.untrusted import object_at, text_at
 from traces.wall_clock import wall_text
 
 REPORTED: Final = ("report", f"kvmtrace {version('kvmtrace')}")
-_SAID: Final = ("kvm_entry", "kvm_exit", "kvm_page_fault", "mmu_load", "kvm_mmu_set_spte")  # of what guests hide
+_SAID: Final = ("kvm_entry", "kvm_exit", "kvm_page_fault", "mmu_load", "kvm_mmu_set_spte")  # named if hidden
 _SHOWN: Final = 3
 _MAIN: Final = ("fault", "switch", "created")  # the costs that make up most of a refill
 
@@ -33,7 +33,10 @@ _MAIN: Final = ("fault", "switch", "created")  # the costs that make up most of 
 def trust(
     recording: Recording | None, result: Result | None, validation: Validated | str, remarks: tuple[str, ...]
 ) -> Iterator[tuple[str, str]]:
-    """Name and text, one line each. `validation`: why it was not validated, if it was not; `remarks` come first."""
+    """Yield name and text, one line each, of what a report's figures rest on; `remarks` come first.
+
+    `validation` is the outcome of the conformance check, or a text that says why there was none.
+    """
     source = source_notes.notes(recording.metadata.raw) if recording is not None else []
     for remark in remarks:
         yield "note", remark
@@ -60,7 +63,7 @@ def trust(
 
 
 def _own_policy(result: Result) -> Iterator[str]:
-    """Whether the replay under the recorded policy is what the recording's rows show."""
+    """Yield whether the replay under the recorded policy is what the recording's rows show."""
     if not result.agreements:
         yield "not compared with the rows: this result is older than that"
         return
@@ -71,7 +74,7 @@ def _own_policy(result: Result) -> Iterator[str]:
 
 
 def made_on(meta: Metadata, span: tuple[int, int]) -> Iterator[tuple[str, str]]:
-    """Where, when and on what a recording was made; `span`: boot ns of what of it counts."""
+    """Yield where, when and on what a recording was made; `span` is boot ns of the rows that count."""
     yield "host", _host(meta)
     yield "recorded", _recorded(meta, *span)
     yield from (("dump", line) for line in dump_texts(meta))
@@ -82,7 +85,7 @@ def made_on(meta: Metadata, span: tuple[int, int]) -> Iterator[tuple[str, str]]:
 
 
 def loss(recording: Recording | None, result: Result | None) -> str:
-    """Which events are missing, for a report's first line; empty if none are known to be."""
+    """Return which events are missing, for a report's first line; empty if none are known to be."""
     if recording is None:
         missing = result.missing if result is not None else ()
         return next((line for line in missing if " lost in " in line or LEFT_OUT in line), "")
@@ -95,7 +98,7 @@ def loss(recording: Recording | None, result: Result | None) -> str:
 
 
 def left_out(meta: Metadata) -> str:
-    """What the recorder left out so that it cost less, and for how long; empty where nothing."""
+    """Return what the recorder left out to cost less, and for how long; empty where it left out nothing."""
     ns: dict[str, int] = {}
     for kind in {kind for each in meta.left_out for kind in each["kinds"]}:
         ns[kind] = sum(until - since for since, until in meta.left_out_of(kind))
@@ -156,7 +159,7 @@ def _coverage(recording: Recording) -> str:
 
 
 def _costs(result: Result) -> str:
-    """Of the first VM that has times; the query `costs` has all."""
+    """Return the costs of the first VM that has times, as text; the query `costs` has those of all."""
     by_why: dict[str, list[int]] = {}
     for vm in result.vms:
         if vm.refused:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How values read: one place for the text of every number, so that it is the same in every format."""
+"""How values are shown: the text of every number is made here, so that it is the same in every format."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ _SPAN: Final = " .. "
 
 
 class Unit(Enum):
-    """What a column's values are."""
+    """The unit of a column's values."""
 
     TEXT = "text"
     ID = "id"  # a number that names something
     COUNT = "count"
     NS = "ns"
-    LONG = "long ns"  # of many recordings together: in hours where it is long
+    LONG = "long ns"  # summed over many recordings: in minutes or hours where it is long
     BOOT = "boot ns"  # CLOCK_BOOTTIME, shown in seconds as dmesg and trace_pipe do
     SHARE = "share"  # of 1
     RATIO = "ratio"
-    FACTOR = "factor"  # a number that is no whole one
+    FACTOR = "factor"  # a number that need not be whole
     BYTES = "bytes"
     HEX = "hex"
     FLAG = "flag"
 
 
 def format_value(value: Any, unit: Unit, *, signed: bool = False) -> str:
-    """A value as every format shows it; `-` for null. `signed`: with a plus where it is more than 0."""
+    """Return a value as every format shows it; `-` for null. `signed`: with a plus sign if it is positive."""
     if value is None:
         return NONE
     if signed and value > 0:
@@ -62,7 +62,7 @@ def format_value(value: Any, unit: Unit, *, signed: bool = False) -> str:
 
 
 def span(low: Any, high: Any, unit: Unit, *, signed: bool = False) -> str:
-    """An interval, or the one value that both its ends are; without an end (null) from a value on, or up to one."""
+    """Return an interval as text, or one value if both ends read the same; a null end makes it `or more`, `or less`."""
     if high is None and low is not None:
         return f"{format_value(low, unit, signed=signed)} or more"
     if low is None and high is not None:
@@ -72,7 +72,7 @@ def span(low: Any, high: Any, unit: Unit, *, signed: bool = False) -> str:
 
 
 def long_duration(ns: int) -> str:
-    """Minutes and hours with three figures where there are some, else as any duration."""
+    """Return a duration of a minute or more in minutes or hours with three digits, others as usual."""
     if ns < 0:
         return f"-{long_duration(-ns)}"
     for unit, one in (("h", 3600 * 10**9), ("min", 60 * 10**9)):
@@ -83,7 +83,7 @@ def long_duration(ns: int) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes, in the binary unit that fits."""
+    """Return a number of bytes in the binary unit that fits."""
     for unit, one in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if count >= one:
             return f"{count / one:,.1f} {unit}" if count % one else f"{count // one:,} {unit}"
@@ -91,7 +91,7 @@ def size(count: int) -> str:
 
 
 def share(part: float) -> str:
-    """In percent; what is not all or nothing never reads 100 % or 0 %."""
+    """Return a share in percent; one that is not exactly 0 or 1 never reads 0 % or 100 %."""
     percent = part * 100
     if 0 < percent < 0.1:
         return "<0.1 %"

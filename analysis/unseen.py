@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a recording could not see: 0 is never said of it."""
+"""What a recording could not see, of which a report must never say 0."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from traces.text import printable
 
 
 def lost_windows(recording: Recording, kind: str, window_ns: int) -> NDArray[np.int64]:
-    """The windows, by number from the first row that counts on, in which events of this kind were lost or left out.
+    """Return the windows in which events of this kind were lost or left out, numbered from the first row on.
 
-    Of more gaps than the metadata has (16,384) nobody knows where: then it is all windows.
+    If there were more gaps than the metadata lists (16,384), it is not known where they were: then all windows are
+    returned.
     """
     meta = recording.metadata
     first, last = recording.span
@@ -40,7 +41,7 @@ def _windows(since: int, until: int, first: int, last: int, window_ns: int) -> N
 
 
 def unanswered(recording: Recording, queries: Iterable[Query[Any]]) -> list[str]:
-    """Why queries have no answer here, one line for each reason."""
+    """Return why queries have no answer for a recording, one line for each reason."""
     found: dict[str, dict[str, None]] = defaultdict(dict)
     names: dict[str, list[str]] = defaultdict(list)
     for query in queries:

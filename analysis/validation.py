@@ -12,9 +12,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Validated:
-    """How many of the recorded responses the model matched; `partial`: not every VM from its begin to its end.
+    """How many of the recorded responses the model matched.
 
-    `stopped`: why those after some moment, which may be others, were not compared; empty where all were.
+    `partial`: not every VM was compared from its begin to its end. `stopped`: why responses after some moment, which
+    may differ, were not compared; empty where all were. `left`: tables and roots that remained at a VM's end.
     """
 
     matched: int
@@ -33,7 +34,7 @@ class Validated:
 
     @property
     def text(self) -> str:
-        """Never rounded up to all of it."""
+        """The share as text, never rounded up to 100 %."""
         share = "100 %" if self.matched == self.expected else f"{int(10_000 * self.share) / 100:.2f} %"
         left = f"; {self.left:,} tables and roots left at the end" if self.left else ""
         part = ", of what can be validated of it" if self.partial else ""
@@ -41,9 +42,10 @@ class Validated:
 
 
 def validated(trace: Trace, policy: str = "", since: int | None = None) -> Validated:
-    """Runs `kvmtrace validate` on a trace, event by event (some 100,000 a second); Problem where it cannot be.
+    """Run `kvmtrace validate` on a trace, some 100,000 events a second. Raises Problem where that is impossible.
 
-    `since`: boot ns from which on responses count."""
+    `since` is the boot ns from which on responses count.
+    """
     from replay.validate.compare import validate
 
     report = validate(trace, policy, since=since)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verdict: what the recorded policy cost the vCPU that it cost most, and what another would have."""
+"""The verdict: what the recorded policy cost the vCPU that it cost most, and what another would have cost."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _Ends = dict[str, tuple[VcpuTime, VcpuTime]]
 _STUCK_SHOWN: Final = 4
 _UNTRUSTED_SHOWN: Final = 3
 _UNREAD: Final = np.zeros((0, 2 + len(SPENT)), np.int64)
-# Counted of a recording: kind and noun; the second where exits are not to be seen.
+# Kinds that are counted in a recording's verdict, with their nouns; `_ELSE` where exits cannot be seen.
 _SHOWN: Final = (("kvm_exit", "exit"), ("kvm_page_fault", "fault"), ("mmu_load", "root load"))
 _ELSE: Final = (
     ("kvm_userspace_exit", "KVM_RUN return"),
@@ -49,7 +49,7 @@ _BOUNDS: Final = {"exact": 0, "low": 0, "high": 1}
 
 
 def verdict(result: Result | None, recording: Recording | None) -> Iterator[str]:
-    """Sentences, the most important first."""
+    """Yield the sentences of the verdict, the most important first."""
     if result is None:
         yield from _recorded(recording)
         return
@@ -78,7 +78,7 @@ def verdict(result: Result | None, recording: Recording | None) -> Iterator[str]
 
 
 def _mapped_again(recording: Recording | None, vm: int | None = None) -> Iterator[str]:
-    """What led to most of a VM's faults, or to most of all; nothing if that is less than a tenth, or not known."""
+    """Yield what caused most faults of a VM, or of any VM; nothing if that is below a tenth, or not known."""
     if recording is None or removed.refaults.lacking(recording):
         return
     with suppress(Problem):  # where causes cannot be determined the table's note says so
@@ -96,7 +96,7 @@ def _mapped_again(recording: Recording | None, vm: int | None = None) -> Iterato
 
 
 def _no_further(found: Iterable[Diagnosis], recording: Recording | None) -> Iterator[str]:
-    """vCPUs that are stuck, or ended in an error."""
+    """Yield sentences on vCPUs that are stuck, or ended in an error."""
     who = plainly if recording is None else VmNames(recording.metadata).vcpu
     only = recording.window.vcpus if recording is not None else frozenset()
     stuck = summed_up([each for each in found if not only or each.vcpu in only], who)
@@ -133,12 +133,12 @@ def _facts(rows: pl.DataFrame, policy: str) -> tuple[str, str, str]:
 
 
 def _ends(rows: pl.DataFrame, hangs: dict[tuple[str, str], list[SoftHang]]) -> _Ends:
-    """A vCPU's times under each policy: low and high, or the same twice."""
+    """Return a vCPU's times under each policy: those of the low and the high bound, or the same twice."""
     found: _Ends = {}
     for row in sorted(rows.iter_rows(named=True), key=lambda row: _BOUNDS.get(row["bound"], 0)):
         spent = tuple(int(row[name]) for name in SPENT)
         mine = hangs.get((row["policy"], row["bound"]), [])
-        # No sentence is about its error and progress.
+        # No sentence needs its error and progress.
         time = VcpuTime(
             id=row["vcpu"], wall=row["wall_ns"], spent=spent, stalls=mine, error=0.0, open=(0, 0), progress=_UNREAD
         )  # fmt: skip
@@ -158,7 +158,7 @@ def _hangs(result: Result, vm: int, vcpu: int) -> dict[tuple[str, str], list[Sof
 
 
 def _counted(policies: pl.DataFrame) -> str:
-    """Without times: the counts."""
+    """Return the counts of each policy, for a result without times."""
     parts = []
     for row in policies.iter_rows(named=True):
         counts = ", ".join(
@@ -170,11 +170,11 @@ def _counted(policies: pl.DataFrame) -> str:
 
 
 def _recorded(recording: Recording | None) -> Iterator[str]:
-    """Of what was recorded alone; what could not be seen is named, and what was lost is no 0."""
+    """Yield sentences on the recording alone; what could not be seen, or was lost, is named and never 0."""
     if recording is None:
         return
     if "kvm_exit" in recording.kinds:
-        with suppress(Problem):  # of a damaged file the tables say so
+        with suppress(Problem):  # where the file is damaged, the tables report that
             yield from _no_further(stuck_vcpus(recording), recording)
     meta = recording.metadata
     first, last = recording.span
@@ -202,7 +202,7 @@ def _recorded(recording: Recording | None) -> Iterator[str]:
 
 
 def _count_of(meta: Metadata, kind: str, what: str) -> str:
-    """Its number, which is a least one where some were lost; nothing where none is left of those."""
+    """Return how many events of a kind there are: at least, where some were lost; empty if none of those is left."""
     number = meta.kinds.get(kind, 0)
     if not meta.loss.get(kind, {}).get("lost"):
         return count(number, what)
@@ -210,7 +210,7 @@ def _count_of(meta: Metadata, kind: str, what: str) -> str:
 
 
 def _of_window(recording: Recording) -> Iterator[str]:
-    """Of a part of its rows, whose counts the metadata has not: the worst VM in it."""
+    """Yield a sentence on the worst VM in the window, of which the metadata has no counts."""
     first, last = recording.span
     worst = overview(recording).collect().row(0, named=True)
     counts = [

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which vCPU is worst off, and so which VM: one order for headline, tables and pictures.
+"""The order of vCPUs, and so of VMs, from the worst on: one order for headline, tables and pictures.
 
-First those that got no further in the recording, then those that stood still longest, then those that lost the most to
-faults and roots.
+First come those that were stuck in the recording, then those that stood still longest, then those that lost the most
+time to faults and roots.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from analysis.sources import Result
 
 
 def subject_of(result: Result) -> str:
-    """The policy that a report is about: the recorded one, else the first with times, else the first."""
+    """Return the policy that a report is about: the recorded one, else the first with times, else the first."""
     recorded = [policy.name for policy in result.policies if policy.recorded]
     timed = [policy.name for policy in result.policies if result.timed and not policy.own]
     return next(iter([*recorded, *timed, *(policy.name for policy in result.policies)]), "")
 
 
 def stuck_of(result: Result) -> frozenset[tuple[int, int]]:
-    """(VM, vCPU) of those that went on without getting further in the recording."""
+    """Return (VM, vCPU) of the vCPUs that kept running without progress in the recording."""
     return frozenset((vm.vm, each.vcpu) for vm in result.vms for each in vm.stuck if not each.ended)
 
 
 def ranked(rows: pl.DataFrame, stuck: Collection[tuple[int, int]]) -> pl.DataFrame:
-    """Rows of the query `vcpus`, the worst vCPU first; those without times last."""
+    """Return rows of the query `vcpus`, the worst vCPU first; those without times last."""
     held = pl.Series([(row[0], row[1]) in stuck for row in rows.select("vm", "vcpu").iter_rows()], dtype=pl.Boolean)
     cost = pl.when(pl.col("wall_ns") > 0).then(pl.sum_horizontal(replayed.REFILL))
     return (

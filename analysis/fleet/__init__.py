@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reports on a fleet: what `kvmtrace fleet replay` made of many recordings, added up and compared."""
+"""Reports on a fleet: the results of `kvmtrace fleet replay` on many recordings, added up and compared."""

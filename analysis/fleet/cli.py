@@ -130,7 +130,7 @@ def diff(
 
 
 def _check(out: Path | None, format_: str, results: Sequence[str], force: bool) -> None:
-    """Raise a Problem where the report may not be written; into results never."""
+    """Raise Problem where the report must not be written to `out`; inside the results it never may be."""
     from analysis.formats import kind
 
     if out is None:

@@ -22,7 +22,7 @@ _OF_SHARE: Final = (Column("what", "what", Unit.TEXT), Column("share", "s of 1,0
 
 
 def pictures(found: FleetOutcome, best: str) -> tuple[Picture, ...]:
-    """Those that there are rows for."""
+    """Return those pictures of a fleet for which there are rows."""
     return tuple(picture for picture in (_distribution(found), _groups(found, best), _days(found, best)) if picture)
 
 
@@ -61,8 +61,8 @@ def _steps(frame: pl.DataFrame) -> Iterator[dict[str, Any]]:
 
 
 def _change(frame: pl.DataFrame, keys: tuple[str, ...], best: str) -> pl.DataFrame:
-    """What is hung in a thousandth of vCPU time as recorded, and what of it the best other policy saves."""
-    share = 1 / (pl.col("vcpu_ms") * 1000)  # of ns in ms
+    """Return soft-hang time by group, s in 1,000 s of vCPU time: as recorded, and saved under the policy `best`."""
+    share = 1 / (pl.col("vcpu_ms") * 1000)  # ns in ms to s in 1,000 s
     name = pl.concat_str([pl.col(key).cast(pl.String).fill_null("-") for key in keys], separator=" ")
     wide = frame.filter(pl.col("vcpu_ms") > 0).select(
         "vcpu_ms",

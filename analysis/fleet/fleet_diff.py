@@ -34,12 +34,12 @@ _KEPT: Final = (*_TASK, "host", "policy", "own_policy", *_VALUES)
 
 @dataclass(frozen=True)
 class FleetSide:
-    """One of the two: its sums, and its rows of VMs with what is compared of them."""
+    """One side of a comparison: its sums, and its rows of VMs with the values that are compared."""
 
     where: str
     found: FleetOutcome
     vms: pl.DataFrame
-    recordings: pl.DataFrame  # each once, with host
+    recordings: pl.DataFrame  # one row for each recording, with its host
 
 
 def side(batches: Iterator[pa.RecordBatch], by: Sequence[str], where: str) -> FleetSide:
@@ -55,7 +55,7 @@ def side(batches: Iterator[pa.RecordBatch], by: Sequence[str], where: str) -> Fl
 
 
 def compare(old: FleetSide, new: FleetSide) -> Report:
-    """The report of a comparison."""
+    """Return the report of a comparison of two sets of results."""
     matched = _matched(old, new)
     return Report(
         title=printable(f"{old.where} against {new.where}"),
@@ -79,13 +79,13 @@ def _replaced(old: FleetSide, new: FleetSide) -> Iterator[tuple[str, str]]:
 
 
 def _matched(old: FleetSide, new: FleetSide) -> pl.DataFrame:
-    """VMs under policies that both have, with what both say."""
+    """Return the VMs under policies that both sides have, with the values of both in one row."""
     keys = [*_TASK, "policy"]
     return old.vms.join(new.vms.drop("host"), on=keys, how="inner", suffix="_new")
 
 
 def _changed(matched: pl.DataFrame) -> pl.DataFrame:
-    """Those of which something that was compared is not the same; the largest change of faults first."""
+    """Return the matched rows in which a compared value differs, the largest change of soft-hang time first."""
     differs = [pl.col(name).ne_missing(pl.col(f"{name}_new")) for name in ("own_policy", *_VALUES)]
     return (
         matched.filter(pl.any_horizontal(differs))
@@ -111,7 +111,7 @@ def _rates(found: FleetOutcome, *keys: str, frame: pl.DataFrame | None = None) -
 
 
 def _beside(old: pl.DataFrame, new: pl.DataFrame, keys: Sequence[str]) -> pl.DataFrame:
-    """Rates of both, with the change; the largest change of soft-hang time first."""
+    """Return the rates of both sides with their changes, the largest change of soft-hang time first."""
     both = old.join(new, on=list(keys), how="full", coalesce=True, nulls_equal=True, suffix="_new")
     return both.with_columns(
         change=pl.col("hung_rate_new") - pl.col("hung_rate"), times=pl.col("rate_new") / pl.col("rate")

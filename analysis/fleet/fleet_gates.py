@@ -12,20 +12,20 @@ from analysis.fleet.outliers import outliers
 from analysis.gates import OWN_POLICY, Ends, Figures, Gate, check, parse_whole
 from analysis.report import Check
 
-# Of the whole fleet. What they are is in analysis/REPORT.md.
+# Figures of the whole fleet, which analysis/REPORT.md explains.
 FIGURES: Final = ("soft_hang", "failed", OWN_POLICY, "undecided", "lost", "out_of_line", "vms", "hosts")
 
 
 def parse(text: str) -> Gate:
-    """A condition as --fail-on takes it; a Problem that says what is wrong with it."""
+    """Parse a condition as --fail-on takes it. Raises a Problem that says what is wrong with it."""
     return parse_whole(text, FIGURES)
 
 
 def figures(found: FleetOutcome) -> Figures:
-    """All that a gate can be on."""
+    """Return all figures that a gate can be on, as intervals."""
     (whole,) = found.recorded().to_dicts()
     by = {row["own_policy"]: row["vms"] for row in found.recorded("own_policy").to_dicts()}
-    hung = (whole["hung_low"], whole["hung_high"] + whole["vms"] - whole["timed"])  # of those without times any
+    hung = (whole["hung_low"], whole["hung_high"] + whole["vms"] - whole["timed"])  # any VM without times may have one
     far = len(outliers(found.recorded("host", "kernel", "vendor", frame=found.hosts)))
     hosts = found.hosts.filter("own")["host"].n_unique()
     exact = {
@@ -51,5 +51,5 @@ def _ends(low: int, high: int | None) -> Ends:
 
 
 def checked(gates: Sequence[Gate], all_figures: Figures) -> Iterator[Check]:
-    """How each gate comes out."""
+    """Yield the outcome of each gate."""
     return check(gates, all_figures, None, FIGURES)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report on a fleet: its sentences, what they rest on, its tables and gates, as the model of all formats."""
+"""The report on a fleet: verdict, what it rests on, tables and gates, in the model that all formats render."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from traces.text import count, printable
 
 
 def fleet_report(found: FleetOutcome, where: str, gates: Sequence[Gate] = ()) -> Report:
-    """Raises a Problem for a gate on what is not there."""
+    """Return the report on a fleet's results. Raises Problem for a gate on a figure that does not exist."""
     best = best_policy(found)
     all_figures = figures(found)
     return Report(
@@ -35,9 +35,10 @@ def fleet_report(found: FleetOutcome, where: str, gates: Sequence[Gate] = ()) ->
 
 
 def best_policy(found: FleetOutcome) -> str:
-    """The policy that saves most soft-hang time for certain, of those that may save any; empty for none.
+    """Return the other policy that certainly saves most soft-hang time; empty if none may save any.
 
-    Of VMs whose replay agrees with their rows, and only where there are none of the others.
+    Only VMs whose replay agrees with their rows count. If there are none, VMs for which that is undecided count, and if
+    there are none of these either, those whose replay differs.
     """
     saves = (pl.col("saved_high_ns") > 0) | pl.col("saved_high_ns").is_null()
     for agreement in AGREEMENTS:
@@ -102,7 +103,7 @@ def _change(found: FleetOutcome, best: str) -> str:
 
 
 def _apart(found: FleetOutcome, best: str, whole: dict[str, int]) -> Iterator[str]:
-    """What is not in the gains, and why."""
+    """Yield sentences on the VMs, rows and tasks that are not in the gains, and why."""
     by = {row["own_policy"]: row for row in found.recorded("own_policy").to_dicts()}
     lines = []
     for agreement, what in (

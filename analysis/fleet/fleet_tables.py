@@ -16,7 +16,7 @@ from analysis.report import Column, ReportTable
 from analysis.units import Unit
 from traces.text import printable
 
-ROWS: Final = 20  # of a table, in formats with room for them
+ROWS: Final = 20  # rows of each table, in formats with room for them
 AS_RECORDED: Final = "as recorded"
 _AGREED: Final = "of VMs whose replay agrees with their rows"
 _SHOWN: Final = {1: "1 s", 10: "10 s", 60: "1 min"}
@@ -44,7 +44,7 @@ _POLICY: Final = Column("policy", "policy", Unit.TEXT)
 
 
 def policies(found: FleetOutcome, agreement: str = AGREES) -> pl.DataFrame:
-    """What each policy changes for VMs of this agreement, the most time saved for certain first."""
+    """Return what each policy changes for VMs of this agreement, the most certainly saved time first."""
     rows = [found.under(name, agreement=agreement).with_columns(policy=pl.lit(name)) for name in found.policies]
     if not rows:
         return pl.DataFrame()
@@ -55,7 +55,7 @@ def policies(found: FleetOutcome, agreement: str = AGREES) -> pl.DataFrame:
 
 
 def stalls(found: FleetOutcome) -> pl.DataFrame:
-    """As recorded and under each policy: how many VMs had a soft-hang of so long, of those whose replay agrees."""
+    """Return how many VMs whose replay agrees had soft-hangs of each length, as recorded and under each policy."""
     agreed = found.groups.filter(own_policy=AGREES)
     rows = [found.recorded(frame=agreed).with_columns(policy=pl.lit(AS_RECORDED))]
     rows += [found.under(name).with_columns(policy=pl.lit(name)) for name in found.policies]
@@ -63,7 +63,7 @@ def stalls(found: FleetOutcome) -> pl.DataFrame:
 
 
 def groups(found: FleetOutcome, keys: tuple[str, ...], frame: pl.DataFrame, best: str) -> pl.DataFrame:
-    """By some columns: what was recorded, and what the best other policy changes of it."""
+    """Return the sums as recorded by the columns `keys`, and what the policy `best` changes of them."""
     recorded = found.recorded(*keys, frame=frame).with_columns(
         rate=rate("faults_low").round().cast(pl.Int64, strict=False), vcpu_ns=pl.col("vcpu_ms").cast(pl.Int128) * 10**6
     )
@@ -78,7 +78,7 @@ def groups(found: FleetOutcome, keys: tuple[str, ...], frame: pl.DataFrame, best
 
 
 def tables(found: FleetOutcome, best: str) -> Iterator[ReportTable]:
-    """All of them, what matters most first. `best`: the other policy that saves most; empty for none."""
+    """Yield all tables, the most important first; `best` is the other policy that saves most, empty for none."""
     order = policies(found)
     yield _table(
         "policies", f"What another policy changes, {_AGREED}",
@@ -145,7 +145,7 @@ def _table(
 
 
 def every_host(found: FleetOutcome, best: str) -> ReportTable:
-    """All hosts, for a page that can search them."""
+    """Return the table of all hosts, for a page that can search them."""
     frame = groups(found, ("host", "kernel", "vendor"), found.hosts, best)
     order = frame.sort("saved_low_ns", "host", descending=[True, False], nulls_last=True)
     names = tuple(Column(name, name, Unit.TEXT) for name in ("host", "kernel", "vendor"))

@@ -35,7 +35,7 @@ _TEXTS: Final = (
     "policy",
     "own_policy",
 )
-# Intervals that are compared with the recorded policy's; with the names of what is saved.
+# Intervals that are compared with the recorded policy's: the column of the lower end, and that of the upper end.
 _SAVED: Final = {"stalled_low_ns": "stalled_high_ns", "faults_low": "faults_high"}
 _ENDS: Final = {
     "stalls_low": "stalls_high", "longest_stall_low_ns": "longest_stall_high_ns", "refaults_low": "refaults_high",
@@ -46,19 +46,19 @@ COLUMNS: Final = (
     *(end for ends in _ENDS.items() for end in ends),
 )  # fmt: skip
 _TASK: Final = ("trace", "etag", "vm")
-_ROWS: Final = 1 << 16  # that are looked at together
-_MOST: Final = 1 << 55  # of any number: 1.1 years in ns, and sums of a hundred such are far from the end of int64
+_ROWS: Final = 1 << 16  # rows that are judged together
+_MOST: Final = 1 << 55  # the largest number accepted: 1.1 years in ns; int64 has room for sums of a hundred such
 _NEEDED: Final = ("policy", "recorded_policy", "vm", "duration_ns", "vcpus", "own_policy", "faults_low", "refaults_low")
 _MOST_VCPUS: Final = 1 << 16
 _KINDS: Final = ("vm", "failed")
 
 
 def judged(batches: Iterator[pa.RecordBatch], where: str) -> Iterator[pl.DataFrame]:
-    """Rows of VMs and of failed tasks, in frames of some 65,536, with `day`, `own` and what is saved.
+    """Yield rows of VMs and of failed tasks, in frames of some 65,536 rows, with what a policy saves.
 
-    `own`: the row is that of the recorded policy. `paired`: the row of the recorded policy is there. `saved_low_ns`,
-    `saved_high_ns`, `spared_low`, `spared_high` are null in rows of the recorded policy, and of those that are not
-    paired. Raises a Problem that names `where` for numbers that no replay makes.
+    Added columns are `day`, `own` (the row is that of the recorded policy), `paired` (there is a row of the recorded
+    policy) and `saved_low_ns`, `saved_high_ns`, `spared_low`, `spared_high`, which are null in rows of the recorded
+    policy and in rows that are not paired. Raises a Problem that names `where` for numbers that no replay makes.
     """
     held: list[pl.DataFrame] = []
     for batch in batches:
@@ -67,7 +67,7 @@ def judged(batches: Iterator[pa.RecordBatch], where: str) -> Iterator[pl.DataFra
             continue
         rows = pl.concat(held)
         _check(rows, where)
-        # The last task may go on in the next batch.
+        # The last task's rows may continue in the next batch.
         tasks = rows.select(pl.struct(_TASK).rle_id()).to_series()
         begin = int((tasks < tasks[-1]).sum())
         held = [rows[begin:]]
@@ -131,7 +131,7 @@ def _paired(rows: pl.DataFrame) -> pl.DataFrame:
 
 
 def dimensions(text: str) -> Sequence[str]:
-    """The columns of --by; a Problem for one that is none of them."""
+    """Return the columns that --by names. Raises Problem for a name that is not one of them."""
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in DIMENSIONS:

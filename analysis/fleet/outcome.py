@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All that a report on a fleet is made of, in one pass over the rows of its results."""
+"""Everything that a report on a fleet shows, found in one pass over the rows of its results."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _MERGED: Final = 1 << 20  # traces that wait to be merged
 
 @dataclass(frozen=True)
 class FleetOutcome:
-    """Sums by group, recorded policy's agreement, policy, and whether it is the recorded one; see `sums`.
+    """Sums of a fleet's results by group, agreement with the rows, policy, and whether it is the recorded one.
 
-    `gainers`: for each policy the VMs whose replay agrees and that save most. `failures`: failed tasks by reason, with
-    the first of the traces. `recordings`, `lossy`, `lost`: how many recordings there are, how many of them lost events,
-    and how many events.
+    The columns are those of `analysis.fleet.sums`. `gainers`: for each policy, the VMs that save most of those whose
+    replay agrees with their rows. `failures`: failed tasks by reason, each with the first of its traces by name.
+    `recordings`, `lossy` and `lost` are the numbers of recordings, of those that lost events, and of the events lost.
     """
 
     by: tuple[str, ...]
@@ -41,23 +41,23 @@ class FleetOutcome:
 
     @property
     def failed(self) -> int:
-        """Tasks that failed."""
+        """The number of tasks that failed."""
         return int(self.failures["tasks"].sum())
 
     @property
     def policies(self) -> list[str]:
-        """The policies that are not the recorded one of some VM."""
+        """The policies, sorted, that are not the recorded one for at least one VM."""
         return sorted(self.groups.filter(~pl.col("own"))["policy"].unique())
 
     def recorded(self, *keys: str, frame: pl.DataFrame | None = None) -> pl.DataFrame:
-        """All VMs as recorded, by these columns of `groups` or of another frame of sums."""
+        """Return sums of all VMs under their recorded policy, by columns of `groups` or of another such frame."""
         rows = (self.groups if frame is None else frame).filter("own")
         return ended(folded(rows, *keys))
 
     def under(
         self, policy: str, *keys: str, frame: pl.DataFrame | None = None, agreement: str = AGREES
     ) -> pl.DataFrame:
-        """The VMs of this agreement under a policy, by these columns."""
+        """Return sums of the VMs of this agreement under a policy, by the columns `keys`."""
         rows = (self.groups if frame is None else frame).filter(policy=policy, own_policy=agreement)
         return ended(folded(rows, *keys))
 
@@ -73,7 +73,7 @@ class Summing:
         self._gainers, self._failures, self._traces = _Gainers(), _Failures(), _Losses()
 
     def add(self, rows: pl.DataFrame) -> None:
-        """Rows of `judged`."""
+        """Add a batch of rows from `judged`."""
         self._failures.add(rows.filter(pl.col("row") == "failed"))
         vms = rows.filter(pl.col("row") == "vm")
         self._traces.add(rows)
@@ -83,7 +83,7 @@ class Summing:
             each.add(sums)
 
     def outcome(self) -> FleetOutcome:
-        """Their sums."""
+        """Return the sums of all rows so far."""
         lost = self._traces.frame()["lost"]
         return FleetOutcome(
             self._by, self._groups.frame(), self._hosts.frame(), self._days.frame(), self._gainers.frame(),
@@ -92,7 +92,7 @@ class Summing:
 
 
 def outcome(batches: Iterator[pa.RecordBatch], by: Sequence[str], where: str) -> FleetOutcome:
-    """Add up all rows, which are read once. Raises a Problem that names `where` for rows that no replay makes."""
+    """Add up all rows in one pass. Raises a Problem that names `where` for rows that no replay makes."""
     summing = Summing(by)
     for rows in judged(batches, where):
         summing.add(rows)
@@ -100,7 +100,7 @@ def outcome(batches: Iterator[pa.RecordBatch], by: Sequence[str], where: str) ->
 
 
 class _Gainers:
-    """For each policy the VMs that save most for certain; of equal ones those that come first by name."""
+    """For each policy, the VMs that certainly save most; of equal ones the first by host, recording and id."""
 
     def __init__(self) -> None:
         self._best = pl.DataFrame(
@@ -109,7 +109,7 @@ class _Gainers:
 
     def add(self, vms: pl.DataFrame) -> None:
         found = vms.filter((pl.col("own_policy") == AGREES) & (pl.col("saved_low_ns") > 0))
-        # No sort of all of them: those that are not among the first of this batch cannot be among the first of all.
+        # Avoids sorting all rows: what is not among the first of its batch cannot be among the first of all.
         least = (
             found.select(
                 pl.col("saved_low_ns")
@@ -148,7 +148,7 @@ class _Failures:
 
 
 class _Losses:
-    """Events lost by each trace: known by a hash of its name, for there may be millions."""
+    """Events lost in each recording, which a hash of its name stands for, because there may be millions."""
 
     def __init__(self) -> None:
         self._parts: list[pl.DataFrame] = []

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hosts out of line: their faults a vCPU hour against those of hosts with the same kernel and vendor.
+"""Hosts out of line: those whose rate of faults is far from that of hosts with the same kernel and vendor.
 
-The rule is that of median and MAD (the median distance from the median), on logarithms, for rates differ by factors: a
-host is out of line whose distance is more than `DISTANCE` times what the MAD says of a normal distribution. It is asked
-only of groups of `LEAST` hosts and more. Where more than half of a group are the same, a spread of 1 % is taken.
+Rates are faults per vCPU hour, compared by their logarithms because they differ by factors. A host is out of line if
+its distance from the median is more than `DISTANCE` standard deviations, estimated as 1.4826 times the MAD (the median
+distance from the median). Only groups of at least `LEAST` hosts are examined. The deviation is taken as at least 1 %,
+for groups of which more than half have the same rate.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ RULE: Final = (
     f"hosts whose faults a vCPU hour are more than {DISTANCE:g} times 1.4826 MAD off the median of the same kernel and "
     f"vendor ({LEAST} hosts and more), in logarithms"
 )
-_MAD: Final = 1.4826  # of a normal distribution's standard deviation
+_MAD: Final = 1.4826  # standard deviation of a normal distribution, in MADs
 _SPREAD: Final = 0.01
 
 
 def outliers(hosts: pl.DataFrame) -> pl.DataFrame:
-    """The hosts out of line, the furthest first: `rate`, `median`, `times` (of the median) and `distance`.
+    """Return the hosts out of line, the furthest first, with `rate`, `median`, `times` and `distance`.
 
-    `hosts`: sums of rows as recorded by host, kernel and vendor.
+    `times` is the rate divided by the median. `hosts` are sums of rows as recorded, by host, kernel and vendor.
     """
     group = ("kernel", "vendor")
     rates = hosts.filter(pl.col("vcpu_ms") > 0).with_columns(rate=rate("faults_low"))
@@ -44,5 +45,5 @@ def outliers(hosts: pl.DataFrame) -> pl.DataFrame:
 
 
 def rate(name: str) -> pl.Expr:
-    """This many a vCPU hour."""
+    """Return an expression for the column `name` as a rate per vCPU hour."""
     return pl.col(name) * 3_600_000 / pl.col("vcpu_ms")

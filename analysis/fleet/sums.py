@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Judgements added up: for each group of rows and each policy, counts and intervals that add up again.
+"""Sums of judgements: for each group of rows and each policy, counts and intervals that can be added up again.
 
-All are sums and maxima of whole numbers, so that neither the order of rows nor that of files changes one of them. An
-interval's upper end that some row does not have is counted (`*_open`), and null once the sums are `ended`.
+All values are sums or maxima of integers, so that neither the order of rows nor that of files changes them. Rows whose
+interval has no upper end are counted (`*_open`); `ended` makes the upper end of their sum null.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Final
 import polars as pl
 
 SECOND: Final = 10**9
-# How long the longest soft-hang of a VM was: at least this many ns.
+# Lengths, in ns, at which the distribution of each VM's longest soft-hang is counted.
 STEPS_NS: Final = tuple(
     step * 10**7 for step in (10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 6_000, 10_000, 30_000)
 )
@@ -47,7 +47,7 @@ def _aggregates() -> list[pl.Expr]:
         _count(pl.col("stalls_low") > 0).alias("hung_low"),
         _count((stalls_high > 0) | (timed & stalls_high.is_null())).alias("hung_high"),
         _count(~pl.col("paired")).alias("unpaired"),
-        # What another policy changes; all of it null, and none counted, in rows of the recorded one.
+        # What another policy changes: null, and so not counted, in rows of the recorded policy.
         _count(low > 0).alias("gain"),
         _count(high < 0).alias("lose"),
         _count((low == 0) & (high == 0)).alias("same"),
@@ -82,7 +82,7 @@ SUMS: Final = tuple(name for name in (each.meta.output_name() for each in _AGGRE
 
 
 def added(rows: pl.DataFrame, keys: Sequence[str]) -> pl.DataFrame:
-    """The sums of judged rows of VMs by these columns, to be added to others of the same columns."""
+    """Return the sums of judged rows of VMs by the columns `keys`; they can be added to other such sums."""
     return rows.group_by(keys).agg(_AGGREGATES)
 
 
@@ -93,7 +93,7 @@ def _merged(sums: pl.DataFrame, keys: Sequence[str]) -> pl.DataFrame:
 
 
 class GroupSums:
-    """Sums by some columns, over as many batches as there are; memory grows with groups."""
+    """Sums by some columns, over any number of batches; memory grows with the number of groups."""
 
     def __init__(self, *keys: str) -> None:
         self.keys = keys
@@ -101,7 +101,7 @@ class GroupSums:
         self._waiting = 0
 
     def add(self, sums: pl.DataFrame) -> None:
-        """Sums by at least these columns."""
+        """Add sums that are grouped by at least these columns."""
         part = _merged(sums, self.keys)
         self._parts.append(part)
         self._waiting += len(part)
@@ -110,7 +110,7 @@ class GroupSums:
             self._waiting = 0
 
     def frame(self) -> pl.DataFrame:
-        """One row a group, texts as texts, in order of the columns; intervals `ended`."""
+        """Return one row for each group, in order of its columns, which are texts; intervals are not yet `ended`."""
         if not self._parts:
             numbers = dict.fromkeys((*SUMS, *_MAXIMA), pl.Int64)
             keys = {key: pl.Boolean if key == "own" else pl.String for key in self.keys}
@@ -121,13 +121,13 @@ class GroupSums:
 
 
 def folded(frame: pl.DataFrame, *keys: str) -> pl.DataFrame:
-    """The same by fewer columns, in their order; by none, one row, of zeros where there was none."""
+    """Return sums by fewer columns, in their order; without any, one row, of zeros if there was none."""
     found = _merged(frame, keys)
     return found.sort(keys, nulls_last=True) if keys else found
 
 
 def ended(frame: pl.DataFrame) -> pl.DataFrame:
-    """Upper ends null where a row had none; what a hang and a gain may be at most; their lower bounds are certain."""
+    """Set upper ends to null where a row had none, and add `undecided`: the VMs that may gain or lose."""
     open_ends = {name: _ends(name)[1] for name in _INTERVALS}
     return frame.with_columns(
         *(pl.when(pl.col(f"{name}_open") == 0).then(pl.col(high)).alias(high) for name, high in open_ends.items()),

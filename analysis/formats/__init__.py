@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The formats of a report: each module renders the same model, and none computes a figure of its own."""
+"""The formats of a report: each module renders the same report model, and none computes a figure of its own."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FORMATS: Final = {
 
 
 def renderer(name: str) -> Callable[..., str]:
-    """The function that renders reports in this format; a Problem where there is none."""
+    """Return the function that renders reports in this format. Raises Problem for an unknown format."""
     if name not in FORMATS:
         raise Problem(f"--format {name}: give {', '.join(FORMATS)}")
     render: Callable[..., str] = import_module(f"analysis.formats.{FORMATS[name]}").render
@@ -34,10 +34,10 @@ def renderer(name: str) -> Callable[..., str]:
 
 
 def kind(name: str) -> outputs.FileKind:
-    """What a file in this format is."""
+    """Return the type of file of this format, by which an existing file is recognised before it is replaced."""
     return _KINDS.get(name, outputs.PROSE)
 
 
 def drawn(name: str) -> tuple[Query[Recording], ...]:
-    """The queries of a recording that this format makes itself; its module, of 30 MiB, is loaded when it renders."""
+    """Return the queries that this format makes of a recording, without loading its module, which takes 30 MiB."""
     return PICTURED if name == "html" else ()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One page for a browser, offline: the same tables as the other formats, and pictures.
+"""One page for a browser, which works offline: the tables of the other formats, and pictures.
 
-Everything that comes from a file is escaped by the template; beyond that the page's policy lets no script run but its
-own, and nothing be fetched. Charts are Vega-Lite's, with one copy of its JavaScript in the page.
+Everything that comes from a file is escaped by the template; besides, the page's content security policy allows no
+script but its own, and no fetches. Charts are drawn by Vega-Lite, with one copy of its JavaScript in the page.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class _Page:
 
     @property
     def vms(self) -> list[tuple[int, str]]:
-        """The VMs to choose from, the worst first; none where there is one."""
+        """The VMs to choose from, the worst first; empty where there is only one."""
         recording = self.report.recording
         if recording is None or len(recording.metadata.vms) < 2:
             return []
@@ -70,13 +70,13 @@ class _Page:
         return [(vm, names.vm(vm)) for vm in order]
 
     def hidden(self, figure: _Figure) -> bool:
-        """Whether a picture waits until its VM is chosen: at first those of the worst one are there."""
+        """Whether a picture is hidden until its VM is chosen; at first those of the worst VM are shown."""
         drawn = drawn_vms(self.report)
         return figure.picture.vm is not None and figure.picture.vm not in drawn[:1]
 
     @property
     def broad_figures(self) -> set[str]:
-        """Pictures over the whole width: those that are worth it, and whose row would be half empty."""
+        """Ids of the pictures over the whole width: broad ones, and those whose row would be half empty."""
         shown = [figure for figure in self.figures if not self.hidden(figure)]
         filled = _filled([figure.picture.broad for figure in shown])
         alone = {figure.id for figure, whole in zip(shown, filled, strict=True) if whole}
@@ -84,7 +84,7 @@ class _Page:
 
     @property
     def tables(self) -> list[tuple[ReportTable, list[int | None]]]:
-        """Each table, and the VM of each row (None: of none)."""
+        """Each table with the VM of each of its rows (None: the row belongs to no VM)."""
         return [
             (table, table.frame["vm"].to_list() if "vm" in table.frame.columns else [None] * len(table.frame))
             for table in self.report.tables
@@ -106,7 +106,7 @@ class _Page:
 
 
 def _filled(broad: list[bool]) -> list[bool]:
-    """Which of some parts of a page take its whole width, so that two columns leave no row half empty."""
+    """Return which parts of a page take its whole width, so that its two columns leave no row half empty."""
     found, beside = list(broad), 0
     for at, whole in enumerate([*broad, True]):
         if whole and beside % 2:
@@ -116,7 +116,7 @@ def _filled(broad: list[bool]) -> list[bool]:
 
 
 def render(*reports: Report) -> str:
-    """All reports on one page."""
+    """Render all reports as one HTML page."""
     pages = []
     for number, report in enumerate(reports, 1):
         found, lacking = pictures(report)
@@ -142,17 +142,17 @@ def render(*reports: Report) -> str:
 
 def _spec(figure: _Figure) -> dict[str, Any]:
     document: dict[str, Any] = figure.picture.chart.to_dict()
-    document.pop("config", None)  # the page's
+    document.pop("config", None)  # the page has its own
     return document
 
 
 def _list(table: ReportTable) -> dict[str, Any]:
-    """Rows as text for the page's own script, which makes elements of those that are looked for."""
+    """Return rows as text for the page's script, which makes elements only of the rows that a search finds."""
     return {"right": [column.right for column in table.columns], "rows": table.texts()}
 
 
 def _query(report: Report, name: str) -> _Query:
-    """How to run it: a recording's replay may have been made for the report only."""
+    """Return a query with the command that runs it, which replays first where the report made its own replay."""
     query = named(name)
     file = shlex.quote(report.title)
     export = f"kvmtrace export {{}} --csv {name}"
@@ -166,7 +166,7 @@ def _query(report: Report, name: str) -> _Query:
 
 
 def printable_lines(text: str) -> str:
-    """Lines of a command without what could steer whatever they are pasted into."""
+    """Replace control characters in the lines of a command, which could steer a terminal it is pasted into."""
     return "\n".join(printable(line) for line in text.split("\n"))
 
 
@@ -175,16 +175,16 @@ def _part(name: str) -> str:
 
 
 def _json(document: Any) -> str:
-    """JSON that no HTML parser takes for the end of its script element, or the begin of another."""
+    """Return JSON in which no HTML parser sees the end of its script element, or the begin of another."""
     return json.dumps(document, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 @cache
 def _library() -> str:
-    """Vega-Embed and all that it needs, as one script.
+    """Return Vega-Embed and all that it needs, as one script.
 
-    Bundling it takes V8 more than a second and 90 MiB, and always gives the same result: it is kept for the next report
-    ($XDG_CACHE_HOME/kvmtrace), under its versions.
+    Bundling it takes V8 more than a second and 90 MiB, and always gives the same text. It is therefore kept for the
+    next report in $XDG_CACHE_HOME/kvmtrace, under the version of vl-convert.
     """
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     kept = base / "kvmtrace" / f"vega-embed-{version('vl-convert-python')}.js"
@@ -193,7 +193,7 @@ def _library() -> str:
     import vl_convert
 
     text = vl_convert.javascript_bundle(_SNIPPET)
-    with suppress(OSError):  # a cache that cannot be written is none
+    with suppress(OSError):  # without a writable cache it is bundled anew each time
         kept.parent.mkdir(parents=True, exist_ok=True)
         part = kept.with_suffix(f".{os.getpid()}")
         part.write_text(text, encoding="utf-8")

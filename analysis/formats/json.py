@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""For programs: exact values, times in ns, shares of 1; schema 1 of `analysis/REPORT.md`."""
+"""The JSON format, for programs: exact values, times in ns, shares of 1; schema 1 of `analysis/REPORT.md`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from analysis.report import SCHEMA, Report
 
 
 def render(*reports: Report) -> str:
-    """A document with a list of reports, in the order given."""
+    """Return a JSON document with a list of reports, in the order given."""
     document = {"schema": SCHEMA, "reports": [_report(report) for report in reports]}
     return json.dumps(document, indent=1, allow_nan=False) + "\n"
 

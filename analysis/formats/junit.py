@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""For CI: JUnit XML, a suite for each report, a case for each gate and invariant, figures as properties."""
+"""The JUnit format, for CI: a suite for each report, a case for each gate and invariant, figures as properties."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _TAGS: Final = {Status.FAILED: "failure", Status.UNDECIDED: "failure", Status.SK
 
 
 def render(*reports: Report) -> str:
-    """The XML; its characters are all printable."""
+    """Render reports as JUnit XML, in which all characters are printable."""
     suites = Xml.Element("testsuites", name="kvmtrace")
     for report in reports:
         suites.append(_suite(report))
@@ -41,5 +41,5 @@ def _suite(report: Report) -> Xml.Element:
 
 
 def _text(text: str) -> str:
-    """Without characters that XML cannot have."""
+    """Replace the characters that XML cannot have by `?`."""
     return "".join(c if c in "\n\t" or (c.isprintable() and c not in "\ufffe\uffff") else "?" for c in text)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""For a mailing list: plain ASCII of 72 columns, few rows."""
+"""The mail format, for mailing lists: plain ASCII in 72 columns, with few rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROWS: Final = 4
 
 
 def render(*reports: Report) -> str:
-    """One report after another, no line longer than 72 characters unless one word of it is."""
+    """Render reports one after another; no line is longer than 72 characters unless one word of it is."""
     text = "\n".join("\n".join(_lines(report)) + "\n" for report in reports)
     return text.encode("ascii", "replace").decode()
 

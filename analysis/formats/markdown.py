@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""For the job summaries of GitHub and GitLab: tables, and under the 1 MiB that these take."""
+"""The Markdown format, for job summaries of GitHub and GitLab: no longer than the 1 MiB that these take."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from analysis.report import Report, ReportTable
 
 LIMIT: Final = (1 << 20) - 1  # bytes
 _ROWS: Final = (20, 5, 1, 0)
-_KEPT: Final = 200  # of a table that is to be there as a whole: that of all VMs
+_KEPT: Final = 200  # rows of a table that is `kept`, such as that of all VMs
 _MARKS: Final = re.compile(r"([\\`*_{}\[\]<>#|~&$@!])")
 
 
 def render(*reports: Report) -> str:
-    """One report after another; with fewer rows a table, and then fewer reports, where it would be too long."""
+    """Render reports one after another; if that is too long, with fewer rows, and then with fewer reports."""
     for rows in _ROWS:
         text = "\n".join("\n".join(_lines(report, rows)) + "\n" for report in reports)
         if len(text.encode()) <= LIMIT:
@@ -35,7 +35,7 @@ def render(*reports: Report) -> str:
 
 
 def escaped(text: str) -> str:
-    """Text that reads as it is in Markdown, in a table as well."""
+    """Escape text so that Markdown shows it as it is, in a table as well."""
     return _MARKS.sub(r"\\\1", text)
 
 

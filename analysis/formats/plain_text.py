@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""For a terminal: some 60 lines, the verdict first, as wide as the terminal; 80 columns where there is none."""
+"""The text format, for a terminal: some 60 lines, the verdict first, in its width, or 80 columns without one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NAMES: Final = 11
 
 
 def render(*reports: Report) -> str:
-    """One report after another, plain text. What there is no room for is named in the last line."""
+    """Render reports as plain text, one after another; the last line names the tables that have no room."""
     return "\n".join("\n".join(_screen(report, screen.width())) + "\n" for report in reports)
 
 
@@ -24,7 +24,7 @@ def _screen(report: Report, width: int) -> list[str]:
     tables = [(table, table.first) for table in report.tables if table.first]
     left_out = [table for table in report.tables if not table.first]
     while tables and len(head) + sum(len(_table(*each, width)) for each in tables) + bool(left_out) > HEIGHT:
-        # The last table with rows to spare gives up one; where none has, the last one goes.
+        # The last table that can spare a row loses one; where none can, the last table is left out.
         spare = max(
             (i for i, (table, rows) in enumerate(tables) if min(rows, len(table.frame)) > 1 and not table.kept),
             default=-1,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A report's tables as lines of plain text."""
+"""Tables of a report as lines of plain text."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from traces.layout import TextColumn
 
 
 def aligned(table: ReportTable, columns: Sequence[Column], rows: int) -> list[str]:
-    """The header and the first rows, columns at least two blanks apart, numbers to the right."""
+    """Return the header and the first rows as lines, columns at least two blanks apart, numbers to the right."""
     cells = [[column.title for column in columns], *table.texts(tuple(columns), rows)]
     return layout.aligned(cells, [column.right for column in columns])
 
 
 def fitted(table: ReportTable, columns: Sequence[Column], rows: int, width: int) -> list[str]:
-    """The rows within this width: as a table, as one that is turned, else a paragraph a row."""
+    """Return the rows as lines of this width: as a table, as a transposed one, else as a paragraph for each row."""
     shown = [TextColumn(column.title, column.right) for column in columns]
     return layout.fitted(shown, list(table.texts(tuple(columns), rows)), width)

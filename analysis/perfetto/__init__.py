@@ -14,9 +14,10 @@ from traces.vm_names import VmNames
 
 
 def export(source: Recording | Result, out: Path, *, force: bool = False) -> list[str]:
-    """Write what was recorded, or what a replay predicted; gives remarks, one line each. `force`: see `traces.outputs`.
+    """Write what was recorded, or what a replay predicted, and return remarks, one line each.
 
-    The file appears under its name when all of it is written. Raises Problem where it cannot be.
+    The file appears under its name when all of it is written. Raises Problem where it cannot be. For `force` see
+    `traces.outputs`.
     """
     with Output(out, TIMELINE, [source.path], force=force) as output:
         if isinstance(source, Result):

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a Perfetto trace as a stream: single packets as objects of the `perfetto` package, many alike as arrays.
+"""Writes a Perfetto trace as a stream: single packets by the `perfetto` package, many alike as arrays of bytes.
 
-Objects take some 2.5 us a packet. For spans and counters a packet is therefore serialised once by the package, and
-numbers are put into copies of its bytes: where they go is found by serialising it again with another number of the same
-length, so that every field number is the package's. Varints of one array have one length; the shorter are padded, as
-Perfetto's own writer pads lengths.
+A packet as an object takes some 2.5 us. One span or counter is therefore serialised by the package, and numbers are put
+into copies of its bytes. Where they go is found by serialising it again with another number of the same length, so that
+every field number is the package's. Varints of one array have one length; the shorter are padded, as Perfetto's own
+writer pads lengths.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ _BUFFER: Final = 1 << 20  # bytes
 
 
 class Template:
-    """Bytes of packets with places for numbers. `fill` makes a trace that has them; `widths`: bytes of each varint;
-    `fixed`: names of those of eight bytes.
+    """The bytes of packets, with places for numbers.
+
+    `fill` makes a trace that has these numbers. `widths` are the bytes of each varint, by name; `fixed` names the
+    numbers of eight bytes.
     """
 
     def __init__(self, fill: Callable[..., Any], widths: Mapping[str, int], fixed: Sequence[str] = ()) -> None:
@@ -40,7 +42,7 @@ class Template:
         self._places = {name: np.flatnonzero(self._bytes != _bytes(fill(**{**low, name: high[name]}))) for name in low}
 
     def encode(self, columns: Mapping[str, Ints | NDArray[np.float64]]) -> NDArray[np.uint8]:
-        """One row of bytes for each value of the columns, all of one length."""
+        """Return a two-dimensional array of bytes: a row for each value of the columns, all of one length."""
         count = len(next(iter(columns.values())))
         rows = np.tile(self._bytes, (count, 1))
         for name, values in columns.items():
@@ -57,10 +59,10 @@ class Template:
 
 
 class PacketWriter:
-    """Writes the packets of one file, many at a time: `flush` ends it."""
+    """Writes the packets of one file, many at a time; `flush` must be the last call."""
 
     def __init__(self, output: Output, names: Sequence[str], notes: Sequence[str]) -> None:
-        """`names` are those of spans written in bulk, by number from 0; `notes` what may be annotated with a number."""
+        """`names` are the names of spans written in bulk, by number from 0; `notes` those of numeric annotations."""
         self.packets = 0
         self._output = output
         self._waiting = bytearray()
@@ -75,12 +77,12 @@ class PacketWriter:
         self._write(first)
 
     def flush(self) -> None:
-        """Hand on what waits: the last call of all."""
+        """Write out what is buffered."""
         self._output.write(self._waiting)
         self._waiting.clear()
 
     def clocks(self, samples: Sequence[Mapping[str, int]]) -> None:
-        """How CLOCK_BOOTTIME stood to the monotonic and the real clock: `boot`, `mono`, `real` in ns."""
+        """Write samples of three clocks: CLOCK_BOOTTIME, monotonic and real, `boot`, `mono`, `real` in ns."""
         for sample in samples:
             packet = self._packet()
             for clock, name in (
@@ -92,7 +94,7 @@ class PacketWriter:
             self._write(packet)
 
     def track(self, name: str, parent: int = 0, *, unit: str = "", description: str = "") -> int:
-        """A new track, beneath `parent` and behind its tracks so far; with a unit it is a counter. Gives its uuid."""
+        """Add a track below `parent`, after its other tracks, and return its uuid; with a unit it is a counter."""
         self._tracks += 1
         packet = self._packet()
         track = packet.track_descriptor
@@ -109,7 +111,7 @@ class PacketWriter:
         return self._tracks
 
     def span(self, track: int, begin: int, end: int, name: str, notes: Mapping[str, int | str] | None = None) -> None:
-        """One span, ns of CLOCK_BOOTTIME, with a name of its own."""
+        """Write one span with a name of its own, from `begin` to `end` in ns of CLOCK_BOOTTIME."""
         packet = self._event(track, begin, pb.TrackEvent.TYPE_SLICE_BEGIN)
         packet.track_event.name = name
         for key, value in (notes or {}).items():
@@ -123,7 +125,10 @@ class PacketWriter:
     def spans(
         self, track: int, begin: Ints, end: Ints, name: Ints, notes: Mapping[str, Ints], flows: tuple[Ints, Ints]
     ) -> None:
-        """Spans of one track in order of time; `flows` are the places of those with a flow through them, and its id."""
+        """Write spans of one track in order of time.
+
+        `flows` has the places of those spans through which a flow goes, and the ids of these flows.
+        """
         if not len(begin):
             return
         at, flow = flows
@@ -138,14 +143,14 @@ class PacketWriter:
             flowing[at] = True
             rest = {key: values[~flowing] for key, values in columns.items()}
             those = {key: values[at] for key, values in columns.items()}
-            ids = flow.view(np.float64)  # of eight bytes as well
+            ids = flow.view(np.float64)  # numbers of eight bytes, too
             self._raw(
                 _woven(plain.encode(rest), _spans(widths, track, numbers, True).encode({**those, "flow": ids}), flowing)
             )
         self.packets += 2 * len(begin)
 
     def counter(self, track: int, time: Ints, values: NDArray[np.float64]) -> None:
-        """What a counter stood at, at these times."""
+        """Write the values of a counter at these times (ns)."""
         if len(time):
             self._raw(_counter(_width(time), track).encode({"time": time, "value": values}))
             self.packets += len(time)
@@ -173,7 +178,7 @@ class PacketWriter:
 
 
 def _width(values: Ints | NDArray[np.float64]) -> int:
-    """Bytes that the largest needs as a varint. Negative numbers are none that a trace has here."""
+    """Return how many bytes the largest value needs as a varint. No value is negative."""
     return max(-(-int(values.max()).bit_length() // 7), 1)
 
 
@@ -182,7 +187,7 @@ def _bytes(trace: Any) -> NDArray[np.uint8]:
 
 
 def _woven(first: NDArray[np.uint8], second: NDArray[np.uint8], which: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """Rows of two lengths in one order: those of `second` where `which`."""
+    """Join two arrays of rows, each of its own length, in one order: `which` says where a row of `second` is next."""
     size: Ints = np.array([first.shape[1], second.shape[1]])[which.astype(np.int8)]
     start = np.cumsum(size) - size
     woven = np.empty(int(size.sum()), np.uint8)
@@ -192,7 +197,7 @@ def _woven(first: NDArray[np.uint8], second: NDArray[np.uint8], which: NDArray[n
 
 
 def _span(track: int, notes: tuple[int, ...]) -> Callable[..., Any]:
-    """Both ends of a span. Annotations come with their numbers in the order of `notes`."""
+    """Return a function that makes both packets of a span; annotations take its values in the order of `notes`."""
 
     def fill(begin: int, end: int, name: int, flow: float | None = None, **values: int) -> Any:
         trace = pb.Trace()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A replay's result as Perfetto tracks: under each policy and bound, each vCPU's soft-hangs and its guest share.
+"""A replay's result as Perfetto tracks: each vCPU's soft-hangs and guest share, under each policy and bound.
 
-Virtual time is put on the recording's clock: it begins at the VM's first entry. The wall clock of a recording and the
-virtual one part ways after that, so that only lengths can be compared.
+Virtual time is drawn on the recording's clock and begins at the VM's first entry. From there on the two clocks diverge,
+so that only lengths can be compared.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class _Vcpu:
 
 
 def write(result: Result, writer: PacketWriter) -> None:
-    """Every policy of a result. Memory is a batch. Raises Problem where rows are not what the format says."""
+    """Write all policies of a result, a batch at a time. Raises Problem where rows are not what the format says."""
     if not result.timed:
         raise Problem(f"{result.path}: a replay without times has nothing to draw: replay without --no-time")
     groups: dict[tuple[str, str, int], int] = {}
@@ -62,7 +62,7 @@ def write(result: Result, writer: PacketWriter) -> None:
 
 
 def _check(result: Result, frame: pl.DataFrame) -> None:
-    """Times are there, and such as a clock can show."""
+    """Raise Problem unless all times are there and within the range of a clock."""
     if frame.is_empty():
         return
     last = max([vm.began for vm in result.vms], default=0)
@@ -78,7 +78,7 @@ def _check(result: Result, frame: pl.DataFrame) -> None:
 
 
 def _shares(writer: PacketWriter, vcpu: _Vcpu, moments: pl.DataFrame) -> None:
-    """The share between a moment and the next stands from the first on."""
+    """Write the guest share between consecutive moments, each from the earlier moment on."""
     clock = np.append(vcpu.clock, moments["clock"].to_numpy())
     guest = np.append(vcpu.guest, moments["guest_ns"].to_numpy())
     passed = np.diff(clock)

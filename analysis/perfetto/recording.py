@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trace as Perfetto tracks: of each VM its vCPUs, the tasks that zap its roots, and its roots.
+"""A trace as Perfetto tracks: for each VM its vCPUs, the tasks that zap its roots, and its roots.
 
-What a vCPU did is what `replay.decode.timeline` says; adjoining spans of one kind are one. A flow leads from each SMI
-and RSM to the first fault in a root that was not there before: the refill it cost.
+What a vCPU did is taken from `replay.decode.timeline`; adjacent spans of one kind are joined. A flow leads from each
+SMI and RSM to the first fault in a root that was not there before, where the refill begins.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _NEVER: Final = np.iinfo(np.int64).max
 
 @dataclass
 class Told:
-    """What was written, and what could not be shown as it is."""
+    """How many rows were written, and what could not be shown as it is."""
 
     rows: int = 0
     clipped: int = 0  # ns of spans that would begin before the span before them ends: clocks of two CPUs
@@ -54,9 +54,9 @@ class Told:
 
 
 def write(trace: Trace, writer: PacketWriter, rule: Rule, guest: GuestOfVm | None = None) -> Told:
-    """Every VM of a trace. Memory is a batch, the roots alive, and 16 bytes for each ms of each vCPU.
+    """Write every VM of a trace. Memory is a batch, the roots alive, and 16 bytes for each ms of each vCPU.
 
-    `guest`: what was recorded inside one of them is beneath its vCPUs.
+    `guest` is what was recorded inside one of the VMs; its tasks are drawn below that VM's vCPUs.
     """
     told = Told()
     writer.clocks(_samples(trace))
@@ -88,8 +88,8 @@ def _samples(trace: Trace) -> list[Mapping[str, int]]:
 
 
 def _there_before(trace: Trace, vm: Mapping[str, Any]) -> dict[int, int]:
-    """Role words of roots that a VM had when the recording began."""
-    # 5.10 shows the creation of no TDP root: there, roots that lack one may be new.
+    """Return the role words, by root id, of the roots that a VM had when the recording began."""
+    # 5.10 has no event for the creation of a TDP root: there, a root without one may be new.
     if vm.get("origin") == "created" or trace.metadata.kernel.startswith("5.10."):
         return {}
     return {int(root["id"]): int(root["role"]) for root in trace.metadata.uncreated_roots if root["vm"] == vm["id"]}
@@ -106,7 +106,7 @@ class _Vm:
         times: RecordedTime,
         guest: GuestTasks | None,
     ) -> None:
-        """`times` say where its vCPUs hung, as far as that is known; `guest`: which of its guest's tasks ran."""
+        """`times` say where vCPUs hung, as far as that is known; `guest` says which tasks of the guest ran."""
         self._writer, self._threads, self._told = writer, threads, told
         name = VmNames(trace.metadata).vm(int(vm["id"]))
         self._track = writer.track(name, description=f"process {vm.get('pid') or 'not known'}, as recorded")
@@ -136,14 +136,14 @@ class _Vm:
         if not len(rows):
             return
         self._last = max(self._last, int(rows.time.max()))
-        if not self._ended:  # what vCPUs do is split as a replay splits it: up to here
+        if not self._ended:  # the time of vCPUs is split only so far, as in a replay
             own, self._ended = rows.of_vm()
             self._run(own)
         self._zap(rows)
         self._roots.feed(rows)
 
     def finish(self, rule: Rule) -> None:
-        """What is still open ends with the VM's last row."""
+        """End what is still open at the VM's last row."""
         for vcpu in self._vcpus:
             vcpu.finish()
         for number, stalls in self._times.stalls(rule).items():
@@ -158,7 +158,7 @@ class _Vm:
         self._roots.finish(self._last)
 
     def _tasks(self, number: int, track: int) -> None:
-        """Which task of the guest ran on a vCPU, idle apart, as long as the VM is seen."""
+        """Write which task of the guest ran on a vCPU, idle excepted, between the VM's first and last row."""
         assert self._guest is not None
         ran = self._guest.ran.filter(pl.col("cpu") == number).sort("time")
         ends = [*ran["time"].to_list()[1:], self._last]
@@ -213,7 +213,10 @@ class _Vm:
 
 @dataclass
 class _Runs:
-    """Adjoining spans of one kind as one. `seq` is the row that ended the first of them; `moved`: a transition."""
+    """Runs of adjacent spans of one kind, as arrays.
+
+    `seq` is the row that ended the first span of a run; `moved` is whether that row is an SMM transition.
+    """
 
     begin: Ints
     end: Ints
@@ -225,11 +228,11 @@ class _Runs:
 
 
 class _Vcpu:
-    """One vCPU's track."""
+    """Writes the track of one vCPU."""
 
     def __init__(self, writer: PacketWriter, track: int, told: Told) -> None:
         self._writer, self._track, self._told = writer, track, told
-        self._held: _Runs | None = None  # the last run, which may go on
+        self._held: _Runs | None = None  # the last run, which may continue in the next batch
         self._since = _NEVER  # the newest root at the last transition that no refill followed yet
         self._flow = 0
         self._end = 0
@@ -237,10 +240,10 @@ class _Vcpu:
     def feed(
         self, spans: Spans, part: slice, what: Ints, moved: NDArray[np.bool_], rows: tuple[Ints, Ints, Ints]
     ) -> None:
-        """`rows`: of each span the row that ends it, its root, and the newest root until then."""
+        """`rows` are, for each span, the row that ends it, that row's root, and the newest root until then."""
         seq, root, newest = rows
         time, ns = spans.time[part], spans.ns[part]
-        # A clock behind its thread's last row must not make spans cross.
+        # Clocks of CPUs differ: a row that seems earlier than its thread's last one must not make spans cross.
         past = np.maximum.accumulate(np.append(self._end, time))
         end, before = past[1:], past[:-1]
         begin = np.maximum(time - ns, before)
@@ -258,7 +261,7 @@ class _Vcpu:
             self._write(self._held)
 
     def _told_apart(self, what: Ints, moved: NDArray[np.bool_]) -> Ints:
-        """`what`, where spans that go on with an RSM are the RSM's as well."""
+        """Return `what`, with spans that continue an RSM named RSM as well."""
         carried = np.flatnonzero((what == VcpuState.SMM) & ~moved)
         if not len(carried):
             return what
@@ -279,7 +282,7 @@ class _Vcpu:
         self._writer.spans(self._track, runs.begin, runs.end, runs.what, {"seq": runs.seq, "root": root}, (at, flow))
 
     def _flows(self, runs: _Runs) -> tuple[Ints, Ints]:
-        """Places and ids of the flows that begin or end in these runs."""
+        """Return the places and ids of the flows that begin or end in these runs."""
         moves = np.flatnonzero(runs.moved)
         ids = runs.seq[moves] + 1  # of the transition's row; 0 is no id
         of = np.searchsorted(moves, np.arange(len(runs.begin)), "right")
@@ -316,7 +319,7 @@ def _merged(runs: _Runs) -> _Runs:
 
 @dataclass
 class _Lanes:
-    """Tracks of one name; of the lanes, each holds one root at a time."""
+    """Tracks of one name, lanes, each of which shows one root at a time."""
 
     tracks: list[int] = field(default_factory=list)
     free: list[int] = field(default_factory=list)
@@ -332,10 +335,10 @@ class _Root:
 
 
 class _Roots:
-    """From a root's creation, or the first row that names it, to the free of its table."""
+    """Draws each root from its creation, or the first row that names it, until its table is freed."""
 
     def __init__(self, writer: PacketWriter, parent: int, there: Mapping[int, int]) -> None:
-        """`there`: roots that were there before the recording began, and their role words."""
+        """`there` has the role words of roots that existed before the recording began, by root id."""
         self._writer, self._parent, self._there = writer, parent, there
         self._alive: dict[int, _Root] = {}
         self._of: dict[int, _Lanes] = {}

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Named queries: each gives a LazyFrame of a recording or a result."""
+"""Named queries: each returns a LazyFrame over a recording or a result."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each VM in one row, the worst first: of a replay's result, and of a recording with what its replay found."""
+"""Queries with one row for each VM, the worst first: over a result, or a recording with its replay's result."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _OF_RESULT: Final = ("refill_share", "stalls", "longest_stall_ns", "roots_create
 def ranking(result: Result) -> pl.LazyFrame:
     """Each VM under the recorded policy, the worst first: share lost to faults and roots, soft-hangs, roots, re-faults.
 
-    `refill_share` and `longest_stall_ns` are those of the VM's worst vCPU, counts are of all of them. Without a
-    recorded policy it is the first.
+    `refill_share` and `longest_stall_ns` are those of the VM's worst vCPU; counts are sums over its vCPUs. Without a
+    recorded policy, the first one with times is taken.
     """
     rows = replayed.vcpus(result).filter(pl.col("policy") == subject_of(result)).collect(engine="streaming")
     order = ranked(rows, stuck_of(result))["vm"].unique(maintain_order=True).to_list()
@@ -57,10 +57,9 @@ def ranking(result: Result) -> pl.LazyFrame:
 def overview(recording: Recording, result: Result | None = None) -> pl.LazyFrame:
     """Each VM, the worst first: its process, when it ran, share in the guest, exits, faults, SMIs, roots seen.
 
-    `fixes`: of the faults those for a permission only.
-
-    With the result of its replay also what that found (see the query `ranking`), and in its order; else in order of
-    faults. `guest_share` is of all its vCPUs' time, with the switch; null where entries and exits do not alternate.
+    `fixes` are the faults that lacked only a permission. Given the result of the recording's replay, the columns of the
+    query `ranking` are added, and VMs are in its order; else they are in order of faults. `guest_share` is of the time
+    of all the VM's vCPUs, the switch to the guest included; null where entries and exits do not alternate.
     """
     meta = recording.metadata
     names = VmNames(meta)
@@ -68,20 +67,20 @@ def overview(recording: Recording, result: Result | None = None) -> pl.LazyFrame
     for vm in recording.metadata.vms:
         number = int(vm["id"])
         if recording.window.since is not None and number not in recording.spans:
-            continue  # it had ended before
+            continue  # the VM had ended before the window
         began, ended = recording.spans.get(number, (None, None))
         length = None if began is None or ended is None else ended - began
         facts.append((number, names.process(number), len({each["id"] for each in vm["vcpus"]}), began, length))
     frame = pl.LazyFrame(facts, schema=_FACTS, orient="row").join(_of_rows(recording), on="vm", how="left")
-    # In a window without an entry it may be in its guest all the time.
+    # In a window without an entry a vCPU may have been in its guest all the time.
     silent = "never entered its guest" if recording.window.since is None else ""
-    # None of a kind that was watched is 0; what was not watched stays null.
+    # No row of a watched kind means 0; a kind that was not watched stays null.
     shown = {
         "entries": "kvm_entry", "exits": "kvm_exit", "faults": "kvm_page_fault", "fixes": "kvm_page_fault",
         "smis": "kvm_smm_transition",
     }  # fmt: skip
     frame = frame.with_columns(
-        # and where some may be lacking, 0 is not known to be none
+        # where rows may be missing, 0 is not certain
         (pl.when(pl.col(name) > 0).then(name) if meta.may_lack(kind) else pl.col(name).fill_null(0))
         if kind in recording.kinds
         else pl.lit(None, pl.Int64).alias(name)
@@ -100,7 +99,7 @@ def overview(recording: Recording, result: Result | None = None) -> pl.LazyFrame
 
 
 def _of_rows(recording: Recording) -> pl.LazyFrame:
-    """By VM, the results over its rows."""
+    """Return what the recording's rows say of each VM, one row for each."""
     counted, roots = recording.ask(in_windows(recording), UsedRoots())
     entry, exit_ = pl.col("kind") == "kvm_entry", pl.col("kind") == "kvm_exit"
     # `at` is the sum of times in the window, each counted from its begin.
@@ -119,7 +118,7 @@ def _of_rows(recording: Recording) -> pl.LazyFrame:
         entries=rows_of("kvm_entry"), exits=rows_of("kvm_exit"), faults=rows_of("kvm_page_fault"),
         fixes=fixed_of(recording), smis=rows_of("kvm_smm_transition", "entering"),
     )  # fmt: skip
-    # Who is in the guest at the end was so to the VM's last row.
+    # A vCPU that is in the guest at the end stayed there until the VM's last row.
     stays = pl.when(pl.col("entries") > pl.col("exits")).then("ended").otherwise(0)
     alternate = (pl.col("entries") - pl.col("exits")).abs() <= 1
     by_vm = (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Queries that pictures are drawn from: time, pages and counts in as many parts as a picture has room for."""
+"""Queries behind pictures: time, pages and counts, in as many parts as a picture has room for."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from traces.errors import Problem
 from traces.schema import BY_NAME
 from traces.text import vms_text
 
-ROWS: Final = 100  # of the pages
+ROWS: Final = 100  # ranges of pages in a picture
 # A prefetch is part of its fault here.
 STATES: Final = {f"{state.name.lower()}_ns": state for state in VcpuState if state != VcpuState.PREFETCH}
 
@@ -37,8 +37,8 @@ _HEAT: Final = {"vm": pl.Int32, **dict.fromkeys(("time", "length_ns", "gfn", "pa
 def vcpu_states(recording: Recording, vm: int | None = None) -> pl.LazyFrame:
     """What each vCPU did in each of 400 parts of its VM's time: ns in the guest, on faults, loads, unloads, zaps, SMM.
 
-    `guest_ns` has the switch to the guest and back in it. Parts in which a vCPU did nothing that was recorded are not
-    there. The recording is read for this when the query is made. `vm`: of this one only.
+    `guest_ns` includes the switch to the guest and back. Parts without any recorded activity of a vCPU are missing. The
+    recording is read when the query is made. `vm` restricts the answer to one VM.
     """
     frames = []
     for one in recording.times:
@@ -63,7 +63,7 @@ def vcpu_states(recording: Recording, vm: int | None = None) -> pl.LazyFrame:
 
 
 def _counted(recording: Recording, rows: pl.LazyFrame) -> pl.LazyFrame:
-    """Those that begin within what is asked about."""
+    """Restrict rows to the recording's window: its vCPUs, and what begins in it."""
     window = recording.window
     rows = rows if window.since is None else rows.filter(pl.col("time") >= window.since)
     return rows.filter(pl.col("vcpu").is_in(list(window.vcpus))) if window.vcpus else rows
@@ -73,9 +73,10 @@ def _counted(recording: Recording, rows: pl.LazyFrame) -> pl.LazyFrame:
 def soft_hangs(recording: Recording) -> pl.LazyFrame:
     """Soft-hangs as recorded, by the usual rule: under 10 % of 100 ms or more in the guest, the longest first.
 
-    `guest_ns` is without the switch to the guest and back, `switch_ns` each, as a replay measures it; where the
-    recording does not show it bare, that is the most that it can be, and `switch_low_ns` the least. A VM of which no
-    replay can tell is noted; a Problem where there is no other. The recording is read for this when the query is made.
+    `guest_ns` is without the switches to the guest and back, each of which takes `switch_ns`, as a replay measures it.
+    Where the recording does not determine it, `switch_ns` is the most that it can be and `switch_low_ns` the least. VMs
+    of which no replay can determine it are noted; if there are no others, Problem is raised. The recording is read when
+    the query is made.
     """
     found: list[dict[str, Any]] = []
     unknown: dict[str, list[int]] = {}
@@ -107,10 +108,10 @@ def soft_hangs(recording: Recording) -> pl.LazyFrame:
 
 
 class Heat:
-    """Installs of leaves by part of the time and range of gfns: the smallest ranges of which there are at most `rows`.
+    """Counts installs of leaves by part of the time and by range of gfns, in at most `rows` ranges for each VM.
 
-    The answer has `vm`, `time` (the part's begin), `length_ns`, `gfn` (the range's), `pages` (how long it is) and
-    `installs`, in no order.
+    All ranges of a VM have the same size, the smallest power of two pages that is enough. The answer has `vm`, `time`
+    (the part's begin), `length_ns`, `gfn` (the range's begin), `pages` (its length) and `installs`, in no order.
     """
 
     columns = frozenset({"time", KIND, "gfn"})
@@ -126,7 +127,7 @@ class Heat:
 
 
 class _Heating:
-    """Ranges double whenever there are too many of them: more rows of a VM can only add to them."""
+    """Counts installs; a VM's ranges are doubled whenever there are too many, for their number can only grow."""
 
     def __init__(self, widths: dict[int, tuple[int, int]], rows: int) -> None:
         self._widths, self._rows = widths, rows
@@ -166,7 +167,7 @@ class _Heating:
 def heat(recording: Recording, parts: int = PARTS // 4, rows: int = ROWS // 2) -> pl.LazyFrame:
     """Where in guest memory leaves were installed, and when: 100 parts of the time, up to 50 ranges of gfns.
 
-    Ranges are of one size and aligned to it; those in which nothing was ever mapped are not there.
+    Ranges have one size and are aligned to it; those in which nothing was ever mapped are missing.
     """
     (cells,) = recording.ask(Heat(recording, parts, rows))
     return cells.lazy().sort("vm", "time", "gfn")
@@ -176,7 +177,7 @@ def heat(recording: Recording, parts: int = PARTS // 4, rows: int = ROWS // 2) -
 def shares(result: Result, parts: int = PARTS, vm: int | None = None) -> pl.LazyFrame:
     """The share of time in the guest under each policy, in 400 parts of a VM's longest virtual time.
 
-    `vm`: of this one only.
+    `vm` restricts the answer to one VM.
     """
     of_clock = progress(result).drop_nulls(("clock", "guest_ns")).filter(pl.col("clock") >= 0)
     of_clock = of_clock if vm is None else of_clock.filter(pl.col("vm") == vm)
@@ -211,7 +212,8 @@ def shares(result: Result, parts: int = PARTS, vm: int | None = None) -> pl.Lazy
 def refills(result: Result) -> pl.LazyFrame:
     """How many pages each root was filled with, in powers of two; `refill`: a root of its role word was there before.
 
-    Pages are the most leaves that any event in the root's life saw; 4 KiB, 2 MiB and 1 GiB each count as one.
+    The pages of a root are the most leaves that it had at any of its events; a leaf of 4 KiB, 2 MiB or 1 GiB counts as
+    one.
     """
     keys = ["policy", "recorded", "bound", "vm"]
     counted = (
@@ -236,7 +238,7 @@ def _policies(result: Result) -> pl.LazyFrame:
 
 
 def _by_size(rows: pl.LazyFrame, keys: list[str]) -> pl.LazyFrame:
-    """Roots by `pages` of [1, 1], [2, 3], [4, 7], and so on; 0 by itself."""
+    """Group roots by `pages`: 0, [1, 1], [2, 3], [4, 7], and so on."""
     least = pl.when(pl.col("pages") > 0).then(2 ** pl.col("pages").log(2).floor()).otherwise(0).cast(pl.Int64)
     again = pl.col("root") > pl.col("root").min().over(*keys, "role")
     return (
@@ -249,4 +251,4 @@ def _by_size(rows: pl.LazyFrame, keys: list[str]) -> pl.LazyFrame:
     )
 
 
-PICTURED: Final = (lives, fills, heat)  # what pictures ask of a recording's rows
+PICTURED: Final = (lives, fills, heat)  # queries of a recording's rows that pictures need

@@ -52,10 +52,11 @@ def exits(recording: Recording) -> pl.LazyFrame:
 def user_exits(recording: Recording) -> pl.LazyFrame:
     """Returns of KVM_RUN to userspace by reason or error, and the time until the vCPU runs again; the most time first.
 
-    Until its next entry, or KVM_RUN's next return if none was seen: where no entries are, the guest's time is in it.
+    That time ends with the vCPU's next entry, or with KVM_RUN's next return if no entry was seen: without entries it
+    includes the guest's own time.
     """
     (counted,) = recording.ask(USER_EXITS)
-    # Of a KVM_RUN that failed, what the reason says is left over from the one before.
+    # The exit reason of a KVM_RUN that failed is left over from the one before.
     said = counted.lazy().with_columns(pl.when(pl.col("ret") >= 0).then("code"))
     rows = _shared(recording, summed(said, ("vm", "code", "ret")))
     reason = pl.struct("code", "ret").map_elements(lambda row: user_exit_name(row["code"] or 0, row["ret"]), pl.String)
@@ -68,7 +69,7 @@ def user_exits(recording: Recording) -> pl.LazyFrame:
 def ioctls(recording: Recording) -> pl.LazyFrame:
     """KVM's ioctls by name (KVM_RUN is not among them): how many, and how long they took; the most time first.
 
-    `vm` is null for those of /dev/kvm itself.
+    `vm` is null for ioctls of /dev/kvm itself.
     """
     (counted,) = recording.ask(IOCTLS)
     name = pl.col("code").map_elements(ioctl_name, pl.String)
@@ -79,7 +80,7 @@ def ioctls(recording: Recording) -> pl.LazyFrame:
 
 
 def faulting_rips() -> KindsBy:
-    """Faults by the guest's RIP."""
+    """Return the question that counts faults by the guest's RIP."""
     return KindsBy(
         "faults by RIP", ("kvm_page_fault",), (KIND, "time", "rip", KIND), {"rip": KEY.reinterpret(signed=False)}
     )
@@ -100,7 +101,7 @@ def rips(recording: Recording) -> pl.LazyFrame:
 
 
 def halts(recording: Recording) -> list[int]:
-    """The RIPs of exits for HLT: where a kernel idles."""
+    """Return the RIPs of HLT exits: where the guest's kernel idles."""
     vendor = _vendor(recording)
     halted = pl.any_horizontal(pl.col("code") == code for code in vendor.hlt)
     where = (pl.col("kind") == "kvm_exit") & halted
@@ -109,7 +110,7 @@ def halts(recording: Recording) -> list[int]:
 
 
 def changed_by() -> KindsBy:
-    """Rows of what the host did to a VM's memory and roots, by kind and thread."""
+    """Return the question that counts what the host did to a VM's memory and roots, by kind and thread."""
     return KindsBy(
         "changes", CHANGES, (KIND, "time", "tid", KIND), {"kind": kind_names(OTHER), "tid": KEY.cast(pl.Int32)}
     )
@@ -137,7 +138,7 @@ def _vendor(recording: Recording) -> Vendor:
 
 
 def _shared(recording: Recording, rows: pl.LazyFrame) -> pl.LazyFrame:
-    """With `share` of all time of the VM's vCPUs, and null for times of which none is known; the most time first."""
+    """Add `share`, of the time of all the VM's vCPUs; make unknown times null; sort by time, the most first."""
     lengths = list(_lengths(recording))
     of_vms = pl.LazyFrame(lengths, schema={"vm": pl.Int32, "whole": pl.Int64}, orient="row")
     known = pl.col("spans") > 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What leaves are: of Intel's extended page tables the memory type, which stands in each of them."""
+"""Memory types of leaves: each leaf of Intel's extended page tables has one."""
 
 from __future__ import annotations
 
@@ -46,10 +46,11 @@ def _asked(recording: Recording) -> Iterator[Question]:
 
 @query(Recording, needs=("kvm_mmu_set_spte",), asks=_asked)
 def memory_types(recording: Recording) -> pl.LazyFrame:
-    """Leaves by memory type (EPT): UC is uncached; WB, by which RAM is mapped, and whether the guest's PAT has a say.
+    """Leaves by memory type (EPT), such as WB for RAM and UC for uncached, and whether the guest's PAT has a say.
 
-    `leaves` counts installs. `ignores_pat`: the type is what it says; else the guest's own PAT is combined with it. A
-    Problem on AMD, where a leaf has none: there the guest's PAT and the host's MTRRs decide.
+    `leaves` counts installs. Where `ignores_pat` is true the type applies as it is; else the guest's own PAT is
+    combined with it. Raises Problem on AMD, whose leaves have no memory type: there the guest's PAT and the host's
+    MTRRs decide.
     """
     if not have_types(recording):
         raise Problem(f"{recording.path}: query memory_types: leaves have a memory type in Intel's EPT only")

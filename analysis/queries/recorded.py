@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Queries over the rows of a recording: what a pass over them counts, and what follows from that.
+"""Queries over the rows of a recording: counts over its rows, and what follows from them.
 
-The rows are read when a query is made, unless the recording has answered the same question before; memory grows with
-groups, not with rows.
+The rows are read when a query is made, unless the recording has answered the same question before. Memory grows with
+the number of groups, not with rows.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ _COUNTED: Final = {
 
 
 def _is(*kinds: str) -> pl.Expr:
-    return pl.any_horizontal(pl.col("kind") == kind for kind in kinds)  # each by its code: a cast to text takes twice
+    return pl.any_horizontal(pl.col("kind") == kind for kind in kinds)  # by code: a cast to text takes twice as long
 
 
 def _of(count: str, kind: str) -> pl.Expr:
-    """A count of a tally that is by kind, of this kind."""
+    """Return an expression for the sum of the column `count` over rows of this kind."""
     return pl.when(_is(kind)).then(pl.col(count)).otherwise(0).sum()
 
 
 def fixed_of(recording: Recording) -> pl.Expr:
-    """Their number in a group of windows; null where it is not known which they are."""
+    """Return an expression for the sum of fixes over windows; null under the shadow MMU, which does not show them."""
     return pl.lit(None, pl.Int64) if recording.metadata.policy == "shadow" else pl.col("fixes").sum()
 
 
 def in_windows(recording: Recording, window_ns: int = WINDOW_NS) -> Windowed:
-    """Rows that tell of each vCPU's time in windows, by kind."""
+    """Return the question that counts rows in windows of each vCPU's time, by kind."""
     kernel = _kernel(recording)
     fault = (SVM if kernel is None else kernel.vendor).fault
-    known = recording.metadata.policy != "shadow"  # there the code is of the guest's own tables as well
+    known = recording.metadata.policy != "shadow"  # there a fault's code is about the guest's own tables, too
     return Windowed(
         f"windows of {window_ns} ns", recording.span[0], window_ns, fault.present if known else 0, fault.reserved
     )
@@ -62,17 +62,17 @@ def in_windows(recording: Recording, window_ns: int = WINDOW_NS) -> Windowed:
 def windows(recording: Recording, window_ns: int = WINDOW_NS) -> pl.LazyFrame:
     """Each vCPU's time in windows of 100 ms, the most faults first: guest time, exits, faults, SMIs, loads of a root.
 
-    `fixes`: faults on a leaf that was there, for a permission only; they are among `faults`.
-
-    A window without a row of the vCPU is not there. `guest_ns` is from entries to exits, with the switch; null where
-    these do not alternate or were lost, as is a count whose kind was not watched, and one of 0 where events were lost.
-    `time` is the window's begin in boot ns, `since_ns` counted from the recording's first row.
+    `fixes` are the faults on a leaf that was present and lacked only a permission; they are among `faults`. Windows
+    without a row of the vCPU are missing. `guest_ns` is the time from entries to exits, the switch included; null where
+    these do not alternate or were lost. A count is null if its kind was not watched, or if it is 0 and events of its
+    kind were lost in the window. `time` is the window's begin in boot ns; `since_ns` is counted from the recording's
+    first row.
     """
     first, last = recording.span
     entry, exit_ = _is("kvm_entry"), _is("kvm_exit")
     begin = first + pl.col("window") * window_ns
     length = pl.min_horizontal(pl.lit(window_ns, pl.Int64), last - begin + 1)
-    # Guest time is the sum of exits' times less that of entries; one that is in at the end stays to the end.
+    # Guest time is the sum of exits' times less that of entries; who is in the guest last stays to the window's end.
     stays = pl.col("entered") > pl.col("left").fill_null(-1)
     guest = pl.col("crossed") + pl.when(stays).then(pl.col("length_ns")).otherwise(0)
     alternate = (pl.col("entries") - pl.col("exits")).abs() <= 1
@@ -113,14 +113,14 @@ def windows(recording: Recording, window_ns: int = WINDOW_NS) -> pl.LazyFrame:
 
 
 def _lost(recording: Recording, window_ns: int, *kinds: str) -> pl.Expr:
-    """Whether events of these kinds were lost in a window."""
+    """Return an expression for whether events of these kinds were lost in a window."""
     return pl.any_horizontal(
         pl.col("window").is_in(lost_windows(recording, kind, window_ns).tolist()) for kind in kinds
     )
 
 
 def installs() -> KindsBy:
-    """Leaves that were installed, by page and level."""
+    """Return the question that counts installed leaves by page and level."""
     keys = {"gfn": KEY, "level": OTHER.cast(pl.Int8)}
     return KindsBy("installs", ("kvm_mmu_set_spte",), (KIND, "time", GFN, "level"), keys)
 
@@ -134,7 +134,7 @@ def _of_installs(recording: Recording) -> Iterator[Question]:
 def gfns(recording: Recording, top: int | None = None) -> pl.LazyFrame:
     """How often each page was mapped, and in which memory slot it is, the most often first; `top` of them.
 
-    `slot` is null for a page in no slot that is known. `level` is that of the SPTE: 1 for 4 KiB, 2 for 2 MiB.
+    `slot` is null for a page in no known slot. `level` is that of the SPTE: 1 for 4 KiB, 2 for 2 MiB.
     """
     found = _installs(recording).sort("installs", "vm", "gfn", "level", descending=[True, False, False, False])
     return _with_slots(found if top is None else found.head(top), recording).sort(
@@ -144,7 +144,7 @@ def gfns(recording: Recording, top: int | None = None) -> pl.LazyFrame:
 
 @query(Recording, needs=("kvm_mmu_set_spte",), asks=_of_installs)
 def regions(recording: Recording) -> pl.LazyFrame:
-    """The same by regions of 2 MiB: pages mapped, installs, and installs a page; the hottest first."""
+    """How often pages were mapped, by region of 2 MiB: pages mapped, installs, installs a page; the hottest first."""
     found = (
         _installs(recording)
         .group_by("vm", (pl.col("gfn") // REGION_PAGES * REGION_PAGES).alias("region"))
@@ -166,7 +166,7 @@ def regions(recording: Recording) -> pl.LazyFrame:
 
 @query(Recording, needs=("kvm_mmu_set_spte",), asks=_of_installs)
 def slots(recording: Recording) -> pl.LazyFrame:
-    """The same by memory slot: pages it has, pages of it that were mapped, installs."""
+    """How often pages were mapped, by memory slot: the pages that it has, those that were mapped, and installs."""
     return (
         _with_slots(_installs(recording), recording)
         .group_by("vm", "slot", "slot_gfn", "slot_pages")
@@ -183,11 +183,11 @@ def slots(recording: Recording) -> pl.LazyFrame:
 def rmaps(recording: Recording) -> pl.LazyFrame:
     """The shadow MMU's reverse maps: the most SPTEs that map a page at one time, the longest chains first.
 
-    A page's reverse map is one word: none, its only SPTE, or a chain of `descs` pte_list_desc (null where the
-    version's length of one is not known). SPTEs go with their shadow page; those that notifiers or the guest's own
-    writes take have no event, and SMM's address space, whose reverse maps are its own, is counted with the other,
-    so that `sptes` is the most that there can have been. KVM's statistic max_mmu_rmap_size is one less than the
-    largest: it is taken before the last was added.
+    A page's reverse map is one word: empty, its only SPTE, or a chain of `descs` pte_list_desc (null where the kernel
+    version's capacity of one is not known). SPTEs go with their shadow page. Removals by notifiers or by the guest's
+    own writes have no event, and SMM's address space, which has reverse maps of its own, is counted with the other; so
+    `sptes` is an upper bound. KVM's statistic max_mmu_rmap_size is one less than the largest, because it is taken
+    before the last SPTE is added.
     """
     if recording.metadata.policy != "shadow":
         raise Problem(f"{recording.path}: query rmaps: the TDP MMU has no reverse maps")
@@ -252,7 +252,7 @@ def unserved(recording: Recording) -> pl.LazyFrame:
 
 
 def _read_only(recording: Recording) -> pl.LazyFrame:
-    """The slots that take no writes: what such a write does is emulated."""
+    """Return the read-only slots; writes to them are emulated."""
     found = {
         (int(vm["id"]), slot["slot"], True)
         for vm in recording.metadata.vms
@@ -293,12 +293,12 @@ def roles(recording: Recording) -> pl.LazyFrame:
 
 
 def _runs_asked(recording: Recording) -> list[RipQuestion]:
-    """None where a replay has followed the runs already."""
+    """Return the question for runs of exits, unless a replay has already found them."""
     return [] if recording.replayed else [RipQuestion(recording.trace, _kernel(recording))]
 
 
 def _kernel(recording: Recording) -> Kernel | None:
-    """What is known of the recorded kernel; None of one that has no TDP MMU."""
+    """Return the description of the recorded kernel; None where it is not known, or has no TDP MMU."""
     try:
         return kernels.recorded(recording.metadata)
     except Problem:
@@ -306,9 +306,9 @@ def _kernel(recording: Recording) -> Kernel | None:
 
 
 def stuck_vcpus(recording: Recording, exits: int = CERTAIN) -> list[Diagnosis]:
-    """Why vCPUs got no further, those that go on for longest first.
+    """Return why vCPUs made no progress, those that were stuck longest first.
 
-    Of a window that begins later also those that were stuck before, and still are in it.
+    For a window that begins later than its recording, vCPUs that were stuck before and still are in it are included.
     """
     key = (recording.replayed, exits)
     if key not in recording.diagnosed:
@@ -349,7 +349,7 @@ def stuck(recording: Recording, exits: int = CERTAIN) -> pl.LazyFrame:
 
 @query(Recording, needs=("kvm_exit",), asks=_runs_asked)
 def stuck_rows(recording: Recording, exits: int = CERTAIN) -> pl.LazyFrame:
-    """The rows that show why: of each vCPU that made no progress, one round of what it did, and its page's SPTEs."""
+    """The rows that show why vCPUs made no progress: of each one round of what it did, and its page's SPTEs."""
     found = [
         {"vm": each.vm, "vcpu": each.vcpu, "row": row} for each in stuck_vcpus(recording, exits) for row in each.rows
     ]
@@ -381,7 +381,7 @@ def kinds(recording: Recording) -> pl.LazyFrame:
 
 
 def _nulled(recording: Recording, **kinds: str) -> list[pl.Expr]:
-    """Counts of kinds that were not watched are not 0 but null."""
+    """Return expressions that make counts null whose kinds were not watched."""
     return [pl.lit(None, pl.Int64).alias(name) for name, kind in kinds.items() if kind not in recording.kinds]
 
 
@@ -393,7 +393,7 @@ def _installs(recording: Recording) -> pl.LazyFrame:
 
 
 def placed() -> Tally:
-    """Places that a memory slot was given while it was recorded; `value` is its pages."""
+    """Return the question for the places that memory slots were given while recording; `value` is their pages."""
     return Tally(
         "slots",
         where=_is("memslot") & pl.col("value").is_between(1, 1 << 52),
@@ -407,7 +407,7 @@ def _of_slots(recording: Recording) -> Iterator[Question]:
 
 
 def known_slots(recording: Recording) -> pl.DataFrame:
-    """Every place that a memory slot had, in the snapshot or later: `vm`, `slot`, `gfn`, `pages`, in order of `gfn`."""
+    """Return every place that a memory slot had, in the snapshot or later: `vm`, `slot`, `gfn`, `pages`, by `gfn`."""
     meta = recording.metadata
     rows = [
         {"vm": int(vm["id"]), **{name: slot[name] for name in ("slot", "gfn", "pages")}}
@@ -424,7 +424,7 @@ def known_slots(recording: Recording) -> pl.DataFrame:
 
 
 def _with_slots(rows: pl.LazyFrame, recording: Recording) -> pl.LazyFrame:
-    """Rows with a `gfn`, and the slot that it lies in: the one that begins last at or before it."""
+    """Add to rows with a `gfn` the slot in which it lies: the one that begins last at or before it."""
     places = known_slots(recording).lazy().select(
         "vm", "gfn", "slot", slot_gfn="gfn", slot_pages="pages"
     )  # fmt: skip

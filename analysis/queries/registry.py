@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Named queries: what each asks, the kinds of event it needs, and where to find it by its name."""
+"""The registry of named queries: their sources, the kinds of event that they need, and their lookup by name."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ _OLD_NAMES: Final = {"doings": "vcpu_states"}  # accepted in 0.2, and no longer 
 
 @dataclass(frozen=True)
 class Query(Generic[Source]):
-    """A named query: called with an opened recording or result it gives a LazyFrame.
+    """A named query: a callable that takes an opened recording or result and returns a LazyFrame.
 
-    `needs`: kinds of event without which there is no answer. `asks`: what it will ask of a recording's rows, without
-    options: whoever makes several queries lets the recording answer all that they ask in one pass.
+    `needs` are the kinds of event without which there is no answer. `asks` returns the questions about a recording's
+    rows that the query asks if it is called without options; so a recording can answer those of several queries in one
+    pass.
     """
 
     name: str
@@ -38,7 +39,7 @@ class Query(Generic[Source]):
     make: Callable[..., pl.LazyFrame]
 
     def __call__(self, source: Source, **options: Any) -> pl.LazyFrame:
-        """Raises Problem where the source is of the other sort, or was not watched for what the query needs."""
+        """Make the query. Raises Problem for a source of the wrong type, or one without the kinds of event it needs."""
         if not isinstance(source, self.source):
             what = "recordings" if self.source is Recording else "results of `kvmtrace replay -o`"
             raise Problem(f"{source.path}: query {self.name} is for {what}")
@@ -47,23 +48,23 @@ class Query(Generic[Source]):
         return self.make(source, **options)
 
     def lacking(self, source: Source) -> list[str]:
-        """The kinds that it needs and that were not watched."""
+        """Return the kinds of event that the query needs and that were not watched."""
         return [kind for kind in self.needs if isinstance(source, Recording) and kind not in source.kinds]
 
     def questions(self, source: Source) -> list[Question]:
-        """What it will ask of the rows; nothing where there is no answer."""
+        """Return what the query will ask of the rows; nothing where it has no answer."""
         return [] if self.lacking(source) else list(self.asks(source))
 
     @property
     def about(self) -> str:
-        """What it asks, in a line."""
+        """What the query returns, in one line: the first of its docstring."""
         return (self.make.__doc__ or "").splitlines()[0]
 
 
 def query(
     source: type[Source], needs: tuple[str, ...] = (), asks: Callable[[Source], Iterable[Question]] = lambda _: ()
 ) -> Callable[[Callable[..., pl.LazyFrame]], Query[Source]]:
-    """Make a function of an opened source (and options) a query under the function's name."""
+    """Register a function of an opened source (and options) as a query, under the function's name."""
 
     def register(make: Callable[..., pl.LazyFrame]) -> Query[Source]:
         made = Query(make.__name__, source, needs, asks, make)
@@ -74,14 +75,14 @@ def query(
 
 
 def queries() -> dict[str, Query[Any]]:
-    """All of them by name."""
+    """Return all queries by name."""
     for module in _MODULES:
         import_module(module)
     return dict(sorted(_QUERIES.items()))
 
 
 def named(name: str) -> Query[Any]:
-    """The query of this name; a Problem that lists them where there is none."""
+    """Return the query of this name. Raises a Problem that lists all names where there is none."""
     known = queries()
     name = _OLD_NAMES.get(name, name)
     if name not in known:

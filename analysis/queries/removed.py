@@ -48,7 +48,7 @@ _TEXTS: Final = {
     Why.OTHER: "not explained",
 }
 _NONE: Final = (Why.FIRST, Why.UNSEEN, Why.UNWRITABLE)  # nobody removed anything
-# Reported though they changed nothing: how often the host asks, and notifiers hold up all faults meanwhile
+# Reported even where they changed nothing: their number matters, and notifiers hold up all faults meanwhile
 _ASKING: Final = [
     int(why) for why in (
         Why.NOTIFIER, Why.NOTIFIER_CHANGE, Why.AGING, Why.GET_DIRTY_LOG, Why.CLEAR_DIRTY_LOG, Why.DIRTY_RING,
@@ -62,7 +62,7 @@ def _asked(recording: Recording) -> Iterator[RemovalQuestion]:
 
 
 def _question(recording: Recording) -> RemovalQuestion:
-    """Raises Problem where causes cannot be determined."""
+    """Return the question for removals. Raises Problem where causes cannot be determined."""
     if recording.metadata.policy == "shadow":
         raise Problem(f"{recording.path}: under the shadow MMU a page has many SPTEs: why it is mapped again is open")
     try:
@@ -88,7 +88,8 @@ def refaults(recording: Recording) -> pl.LazyFrame:
     """Faults by what became of the page's last mapping: mapped again after what, permission repaired after what.
 
     `mapped` are faults that mapped a page, `fixes` those that repaired a permission; `share` is of both, in the VM.
-    `cause` is a word for programs, `by` a phrase, `task` who did it. A page is one under a role word, as in a replay.
+    `cause` is a word for programs, `by` the same as a phrase, `task` the task that caused it. A page is counted
+    separately under each role word, as in a replay.
     """
     names = VmNames(recording.metadata)
     both = pl.col("mapped") + pl.col("fixes")
@@ -110,9 +111,9 @@ def refaults(recording: Recording) -> pl.LazyFrame:
 def removals(recording: Recording) -> pl.LazyFrame:
     """What removed or protected pages, by cause and task: how often, how many, which, and for how long at least.
 
-    `operations`: of notifiers and dirty logging those that changed nothing are counted, too. `leaves` and
-    `tables` were zapped, `protected` leaves made read-only, `aged` lost their accessed bit, from `low_gfn` to
-    `high_gfn`. No row shows when an operation ends: `ns` and `longest_ns` are until the last SPTE that it changed.
+    `operations` of notifiers and dirty logging include those that changed nothing. `leaves` and `tables` were zapped,
+    `protected` leaves made read-only, `aged` leaves lost their accessed bit, from `low_gfn` to `high_gfn`. No row shows
+    when an operation ends: `ns` and `longest_ns` are until the last SPTE that it changed.
     """
     names = VmNames(recording.metadata)
     some = pl.col("low") <= pl.col("high")

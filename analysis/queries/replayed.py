@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Queries over the rows of a replay's result.
 
-What a trace does not determine has two rows of a policy in the result, and here `NAME_low` and `NAME_high`. Where
-everything is determined both are the same; where there is no upper end, `NAME_high` is null.
+Where a trace does not determine a value, the result has two rows for a policy, one for each bound; queries have
+`NAME_low` and `NAME_high` for them. Where everything is determined both are the same; where there is no upper end,
+`NAME_high` is null.
 """
 
 from __future__ import annotations
@@ -25,25 +26,25 @@ REFILL: Final = tuple(SPENT[each] for each in OF_ROOTS)  # what root policies de
 
 
 def _ends(rows: pl.LazyFrame, keys: list[str], names: list[str]) -> pl.LazyFrame:
-    """Rows of each bound folded to one, each value the interval of the two."""
+    """Fold the rows of all bounds into one, each value the interval over the bounds."""
     low = [pl.col(name).min().alias(f"{name}_low") for name in names]
     return rows.group_by(keys).agg(*low, *(pl.col(name).max().alias(f"{name}_high") for name in names))
 
 
 def _unbounded(result: Result, rows: pl.LazyFrame) -> pl.LazyFrame:
-    """Null for the upper ends of policies that have none."""
+    """Set upper ends to null for policies that have none."""
     open_ = pl.col("policy").is_in([policy.name for policy in result.policies if policy.at_least])
     return rows.with_columns(pl.when(~open_).then(pl.col("^.*_high$")).name.keep())
 
 
 def _of(result: Result, row: str) -> pl.LazyFrame:
-    """Rows of one kind, with the policy's place in the metadata and whether it is the recorded one."""
+    """Return rows of one type, with the policy's place in the metadata and whether it is the recorded policy."""
     known = pl.LazyFrame(
         [(policy.name, number, policy.recorded) for number, policy in enumerate(result.policies)],
         schema={"policy": pl.String, "policy_number": pl.Int64, "recorded": pl.Boolean},
         orient="row",
     )
-    # Results from before 1.3 have idle time, steal time and pauses among the others.
+    # Results before format 1.3 count idle time, steal time and pauses as other time.
     added = [
         pl.when(pl.col("guest_ns").is_not_null()).then(pl.col(name).fill_null(0)).alias(name) for name in SPENT[7:]
     ]
@@ -55,12 +56,12 @@ def _sorted(rows: pl.LazyFrame, *names: str) -> pl.LazyFrame:
 
 
 def _share(part: pl.Expr, whole: pl.Expr) -> pl.Expr:
-    """Null where there is no whole."""
+    """Return an expression for part / whole; null where the whole is 0."""
     return pl.when(whole > 0).then(part / whole)
 
 
 def _counts(rows: pl.LazyFrame) -> pl.LazyFrame:
-    """A `vm` row's counts under the names that reports give them."""
+    """Give the counts of `vm` rows the names that reports use, and add `memory_bytes`."""
     return rows.with_columns(memory_bytes=(pl.col("tables_peak") + pl.col("roots_peak")) * PAGE).rename(
         {"creations": "roots_created"}
     )
@@ -74,8 +75,8 @@ def policies(result: Result) -> pl.LazyFrame:
     """The result of each policy, over all VMs: counts, memory held, time, soft-hangs.
 
     Peaks, `memory_bytes` (tables and roots alive, 4 KiB each), and `wall_ns` are those of the VM or vCPU with the most.
-    `stall_share` and `refill_share` (faults with their switches, loads, unloads, waits) are of the vCPUs' time. `error`
-    is half the time's band, relative. Times are null where there are none.
+    `stall_share` and `refill_share` (faults with their switches, loads, unloads, waits) are shares of the vCPUs' time.
+    `error` is half the width of the time's band, relative to the time. Times are null in a result without times.
     """
     keys = ["policy", "policy_number", "recorded"]
     counts = (
@@ -109,7 +110,7 @@ def policies(result: Result) -> pl.LazyFrame:
 
 @query(Result)
 def vms(result: Result) -> pl.LazyFrame:
-    """The same counts, each VM by itself."""
+    """Each VM under each policy: the counts of the query `policies`."""
     keys = ["policy", "policy_number", "recorded", "vm"]
     return _sorted(_unbounded(result, _ends(_counts(_of(result, "vm")), keys, [*COUNTS, *_PEAKS])), "vm")
 
@@ -210,7 +211,7 @@ def roots(result: Result) -> pl.LazyFrame:
 
 @query(Result)
 def costs(result: Result) -> pl.LazyFrame:
-    """What things cost in each VM's recording, ns, and whether that was measured there or taken from a dated table."""
+    """What operations cost in each VM's recording, in ns, measured there or taken from a dated table."""
     rows = [
         (vm.vm, cost.name, cost.ns, cost.measured, cost.source, cost.error) for vm in result.vms for cost in vm.costs
     ]
