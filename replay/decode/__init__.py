@@ -1,2 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a trace to each VM's operations: what happened that no root policy decides."""
+"""Decode a trace into each VM's inputs, what happened regardless of the
+root policy, and these into operations of a kernel.
+"""

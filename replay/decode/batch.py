@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One batch of a VM's rows as arrays, one a column, in the types that compiled loops read."""
+"""One batch of a VM's rows as arrays, one for each column, in the types that compiled loops read."""
 
 from __future__ import annotations
 
@@ -24,16 +24,19 @@ _TYPES: Final = {name: np.dtype(SCHEMA.field(name).type.to_pandas_dtype()) for n
 
 
 class Batch:
-    """Columns are made when asked for; one that was not read holds 0.
+    """A batch of rows. Each column is an attribute that is made on first use; a column that was not read is all 0.
 
-    `kind` is kind codes; `vcpu` the VM's own dense number, -1 where there is none; `table` is 0 where none is known.
-    `gfn` is undefined in rows of a kind that does not fill it.
+    `kind` has kind codes; `vcpu` has dense vCPU numbers, with -1 for none; `table` is 0 where it is unknown. `gfn` is
+    undefined in rows of a kind that does not fill it.
     """
 
     def __init__(
         self, batch: pa.RecordBatch, numbers: NDArray[np.int32], kind: NDArray[np.uint8] | None = None
     ) -> None:
-        """`numbers`: the dense number of each vCPU id, and in the last place that of no vCPU. `kind`, where known."""
+        """`numbers` has the dense number of each vCPU id, and in the last place the number for no vCPU (-1).
+
+        `kind` has the kind codes if they are already known.
+        """
         self._batch = batch
         self._numbers = numbers
         self.kind = _kinds(batch) if kind is None else kind
@@ -61,16 +64,19 @@ class Batch:
         return dense
 
     def cut(self, count: int) -> Batch:
-        """The first `count` rows."""
+        """Return the first `count` rows."""
         return self if count == len(self) else Batch(self._batch.slice(0, count), self._numbers, self.kind[:count])
 
     def of_vm(self) -> tuple[Batch, bool]:
-        """The rows up to and with the VM's end, and whether that is among them: what follows it is none of the VM's."""
+        """Return the rows up to and including the VM's end, and whether that end is among them.
+
+        Rows behind the end do not belong to the VM any more.
+        """
         ends = self.of("vm_destroy")
         return (self.cut(int(ends[0]) + 1), True) if len(ends) else (self, False)
 
     def of(self, *kinds: str) -> Ints:
-        """Row numbers of these kinds, in order."""
+        """Return the positions of rows of these kinds, in order."""
         codes = [BY_NAME[name].code for name in kinds]
         return np.flatnonzero(self.kind == codes[0] if len(codes) == 1 else np.isin(self.kind, codes))
 
@@ -83,11 +89,11 @@ def _kinds(batch: pa.RecordBatch) -> NDArray[np.uint8]:
 
 @lru_cache(2)
 def _zeros(rows: int) -> dict[str, NDArray[Any]]:
-    """Columns that were not read."""
+    """Return zeroed arrays, by name, for columns that were not read."""
     return {name: np.zeros(rows, dtype) for name, dtype in _TYPES.items()}
 
 
 def _values(column: pa.Array) -> NDArray[Any]:
-    """A column's values as they lie in memory: where it is null, anything that the type can hold."""
+    """Return a column's values as they lie in memory; the value of a null is arbitrary."""
     values = np.frombuffer(column.buffers()[1], column.type.to_pandas_dtype())
     return values[column.offset : column.offset + len(column)]

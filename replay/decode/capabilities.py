@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a trace can show: the recorded kernel, the kinds observed, and what is missing for a replay, by line."""
+"""What a trace can show: the recorded kernel, the kinds of event that
+were observed, and what is missing for a replay.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,13 @@ from traces.reader import Trace
 from traces.text import count
 from traces.untrusted import count_at, object_at
 
-LEFT_OUT: Final = "the recorder left out"  # begins what `missing` says of kinds that were not recorded, to cost less
+LEFT_OUT: Final = "the recorder left out"  # begins the line in `missing` about kinds that were left out to save time
 _NEEDED: Final = {
     "kvm_mmu_set_spte": "leaf installs",
     "kvm_page_fault": "page faults",
 }
-_LOADS: Final = ("root_get", "mmu_load", "kvm_entry")  # one of them shows loads of roots
-# Kind -> what is then not in the result.
+_LOADS: Final = ("root_get", "mmu_load", "kvm_entry")  # loads of roots are known if the trace has one of these kinds
+# By kind of event: what a result lacks if the kind was not recorded.
 _WANTED: Final = {
     "kvm_entry": "entries into the guest are not recorded: times are not known (--events time has them)",
     "kvm_exit": "exits are not recorded: times are not known, nor what resets were for (--events time has them)",
@@ -34,13 +36,16 @@ _WANTED: Final = {
     "kvm_mmu_zap_all_fast": "invalidations are not recorded",
     "vm_destroy": "the end of VMs is not recorded: their last roots are not freed",
 }
-_RETURNS: Final = ("kvm_userspace_exit", "kvm_exit")  # after which a vCPU's MMU context may have been reset
+_RETURNS: Final = ("kvm_userspace_exit", "kvm_exit")  # kinds after which a vCPU's MMU context may have been reset
 _UNLOADING: Final = {"kvm_smm_transition": "SMIs", "kvm_mmu_zap_all_fast": "invalidations"}
-_SEEN: Final = ("kvm_entry", "kvm_page_fault", "mmu_load")  # one of them, or there is nothing a vCPU did
+_SEEN: Final = ("kvm_entry", "kvm_page_fault", "mmu_load")  # without rows of any of these, no vCPU did anything
 
 
 class Capabilities:
-    """A trace that can be replayed; Problem (bad input) where it cannot."""
+    """A trace that can be replayed, with what it shows.
+
+    Raises Problem (bad input) for a trace that cannot be replayed.
+    """
 
     def __init__(self, trace: Trace) -> None:
         meta = trace.metadata
@@ -54,7 +59,7 @@ class Capabilities:
                 found = meta.policy or "none given"
                 raise Problem(f"the recorder could not tell this kernel's root policy ({found})")
             self.own = self.kernel.parameters()
-            # What it may have been instead, where nothing decides.
+            # Other policies that the kernel may have had, if the trace does not decide between them.
             self.own_or = tuple(map(self.kernel.parameters, source_notes.other_policies(meta)))
         except Problem as problem:
             raise Problem(f"{path}: {problem}") from None
@@ -76,20 +81,22 @@ class Capabilities:
                 f"{path}: no entry into a guest, no fault and no load of a root is in it (this kernel shows none of "
                 "them for these guests): nothing to replay"
             )
-        # Threads of the host's own that zap roots for VMs, by tid.
+        # The tids of kernel workers, which zap roots on behalf of VMs.
         self.workers = frozenset(_workers(meta.threads))
         self.intel = self.kernel.vendor is VMX
-        self.hides_wp = self.intel and self.kernel.guest_owns_wp  # nested paging is on, or there is nothing to replay
+        self.hides_wp = self.intel and self.kernel.guest_owns_wp  # with nested paging, which is on (checked above)
         self.shadow = self.own.mmu == "shadow"
-        # 5.10 shows neither notifiers nor SPTE changes: what the host took away can only be inferred.
-        # Nor does an import without memslots, which alone make guest memory of a range of the host's addresses.
+        # 5.10 shows neither notifiers nor SPTE changes, so removals by the host can only be inferred. The same holds
+        # for an import without memslots, since they are needed to translate host addresses into guest frames.
         placed = any(slot.get("hva") for vm in meta.vms for slot in vm["slots"])
         self.imported = source_notes.imported(meta.raw)
         unplaced = self.imported and not placed
-        # A text does not print CR0.WP and EFER.NX, which old kernels have in role words: which roots share one is open.
+        # A text does not print CR0.WP and EFER.NX, which old kernels have in role words. So it is not known which vCPUs
+        # share a root.
         self.open_roles = source_notes.from_text(meta.raw) and self.kernel.layout.guest_bits
         self.infers = "kvm_unmap_hva_range" not in self.kinds or unplaced
-        # Whether a vCPU may have given up its roots without a row that says so, and why nothing bounds how often.
+        # Whether a vCPU may have unloaded its roots without a row that shows it, and the reasons why nothing bounds how
+        # often.
         shown = meta.kinds.get("root_get") or meta.kinds.get("mmu_load")
         self.open_resets = "mmu_reset" not in self.kinds and not shown
         self.unbounded = tuple(self._unbounded(trace))
@@ -97,12 +104,12 @@ class Capabilities:
 
     @cached_property
     def suspends(self) -> tuple[Suspend, ...]:
-        """When the host slept."""
+        """When the host was suspended."""
         return suspends(self.trace)
 
     @cached_property
     def ad_disabled(self) -> bool:
-        """Whether the recorded module has accessed and dirty bits off: a bit of every root's role word."""
+        """Whether the recorded kernel did not use accessed and dirty bits: a bit in every root's role word."""
         if known := [int(root["role"]) for root in self.trace.metadata.uncreated_roots if root["role"]]:
             return roles.has_ad_disabled(known[0])
         for batch in self.trace.batches(["root", "role"], size=1 << 12):
@@ -113,18 +120,18 @@ class Capabilities:
         return False
 
     def reopened(self) -> Capabilities:
-        """The same with a reader of its own, for another thread."""
-        self.ad_disabled, self.suspends  # noqa: B018  (found once, not by each thread)
+        """Return a copy with a reader of its own, for use in another thread."""
+        self.ad_disabled, self.suspends  # noqa: B018  (compute them once, not once in each thread)
         own = copy(self)
         own.trace = self.trace.reopened()
         return own
 
     def has(self, kind: str) -> bool:
-        """Whether a kind was observed."""
+        """Return whether a kind of event was observed."""
         return kind in self.kinds
 
     def of_vm(self, vm: Mapping[str, Any]) -> list[str]:
-        """What is missing of one VM."""
+        """Return what is missing for the replay of one VM, one line each."""
         lines = []
         if vm.get("origin") != "created":
             lines.append(f"VM {vm['id']} was running before: what it had mapped then is not known")
@@ -135,7 +142,7 @@ class Capabilities:
         return lines
 
     def _unbounded(self, trace: Trace) -> Iterator[str]:
-        """Why there may have been unloads beyond any number that rows give, one line each."""
+        """Yield the reasons why there may have been more unloads than any number that the rows give."""
         unseen = [kind for kind in _RETURNS if kind not in self.kinds]
         if self.open_resets and unseen:
             yield f"neither resets nor {' and '.join(unseen)} are in it"
@@ -169,7 +176,7 @@ class Capabilities:
         return lines + [line for kind, line in _WANTED.items() if kind not in self.kinds]
 
     def off(self, module: str, name: str) -> bool:
-        """Whether the trace says that a module's parameter was off."""
+        """Return whether the trace says that a parameter of a module was off."""
         modules = self.trace.metadata.raw.get("modules")
         values = modules.get(module) if isinstance(modules, dict) else None
         return isinstance(values, dict) and str(values.get(name, "")) in OFF

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a vCPU's exits and ioctls say of its roots, by the vendor's codes: what the decoder asks of each of them."""
+"""What the vendor's exit codes and KVM's ioctls mean for a vCPU's roots."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from numpy.typing import NDArray
 
 from traces.kernels.vendors import VENDORS, Vendor
 
-CODES: Final = 1 << 11  # of exits that may mean something; SVM's largest is VMEXIT_NPF and its kin, 0x400 to 0x403
+CODES: Final = 1 << 11  # exit codes from here on have no meaning for roots; SVM's largest are 0x400 (NPF) to 0x403
 
 
 class Left(IntEnum):
-    """Why a vCPU last left its guest, or what its thread asked of KVM then."""
+    """Why a vCPU last left its guest, or the ioctl that its thread made after that."""
 
-    NEVER = 0  # it has not
+    NEVER = 0  # the vCPU has not left the guest yet
     OTHER_EXIT = 1
     IO = 2
     CR0_WRITE = 3
     CR4_WRITE = 4
     MSR_WRITE = 5
     RSM = 6
-    UNDEFINED = 7  # #UD, or with other exceptions on VMX: an RSM may come by it
+    UNDEFINED = 7  # #UD (on VMX any exception): KVM may emulate an RSM for it
     INVPCID = 8
-    CR = 9  # one exit for all control registers: `value` says which
-    MSR = 10  # one exit for reads and writes: `value` says which
+    CR = 9  # the exit for all control registers; `value` says which register
+    MSR = 10  # the exit for both reads and writes; `value` says which
     SET_SREGS = 11
     SET_CPUID = 12
     OTHER_IOCTL = 13
 
 
-# KVM_EXIT_* of linux/kvm.h, by number; those of other architectures have no name here.
+# The names of KVM_EXIT_* in linux/kvm.h by number, without those of other architectures.
 _USER_EXITS: Final = {
     0: "UNKNOWN", 1: "EXCEPTION", 2: "IO", 3: "HYPERCALL", 4: "DEBUG", 5: "HLT", 6: "MMIO", 7: "IRQ_WINDOW_OPEN",
     8: "SHUTDOWN", 9: "FAIL_ENTRY", 10: "INTR", 11: "SET_TPR", 12: "TPR_ACCESS", 16: "NMI", 17: "INTERNAL_ERROR",
@@ -47,12 +47,15 @@ EINTR, EAGAIN = 4, 11
 
 
 def user_exit_name(reason: int) -> str:
-    """KVM_EXIT_* of a kvm_userspace_exit's reason."""
+    """Return the name KVM_EXIT_* for the reason in a kvm_userspace_exit."""
     return f"KVM_EXIT_{_USER_EXITS.get(reason, reason)}"
 
 
 def idle_exits(vendor: Vendor) -> NDArray[np.uint8]:
-    """1 for each exit code below CODES by which a guest halts. HLT's code of either vendor means nothing else."""
+    """Return an array of CODES values: 1 for each exit code by which a guest halts, else 0.
+
+    The HLT codes of both vendors are included, since neither means anything else for the other vendor.
+    """
     idle = np.zeros(CODES, np.uint8)
     for each in VENDORS:
         idle[list(each.hlt)] = 1
@@ -61,7 +64,7 @@ def idle_exits(vendor: Vendor) -> NDArray[np.uint8]:
 
 
 def exit_meanings(vendor: Vendor) -> NDArray[np.uint8]:
-    """What each exit code below CODES means; the others are OTHER_EXIT."""
+    """Return the meaning (`Left`) of each exit code below CODES; codes without one are OTHER_EXIT."""
     meanings = np.full(CODES, Left.OTHER_EXIT, np.uint8)
     for meaning, codes in (
         (Left.IO, vendor.io),

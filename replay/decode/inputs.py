@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs: what happened to a VM that no root policy decides, in order; what decoding puts out.
+"""Inputs: what happened to a VM independently of any root policy, in order. They are the result of decoding.
 
-An input has the two columns of an operation (`simulate.operations`), and two marks more:
+An input has the two columns of an operation (`simulate.operations`), and two additional encodings:
 
     op 15 (TRIGGER)  `gfn` is the Trigger, and from bit 8 on the state (`roles`) that it puts the vCPU in, or NO_STATE
-    bit 14 (HIDDEN)  an access that the recording kernel may have made of its own accord, by prefetch
+    bit 14 (HIDDEN)  an access that may have been no access of the guest, but a prefetch by the recorded kernel
 
-A ROLE's `gfn` is a state, too, until a kernel makes a role word of it (`specialize`).
+The `gfn` of a ROLE is a state, too, until `specialize` turns it into a role word of a certain kernel.
 """
 
 from __future__ import annotations
@@ -25,24 +25,26 @@ HIDDEN: Final = 1 << 14
 STATE_SHIFT: Final = 8
 NO_STATE: Final = 255
 
-# What inputs an exit has, in Exits.has: accesses, hidden ones, entries, changes of role; and HAS_TRIGGER << Trigger.
+# Bits of Exits.has, which inputs an exit has: accesses, hidden accesses, entries, changes of role. The bit of a trigger
+# is HAS_TRIGGER << Trigger.
 HAS_TOUCH: Final = 1
 HAS_HIDDEN: Final = 2
 HAS_ENTER: Final = 4
 HAS_ROLE: Final = 8
 HAS_TRIGGER: Final = 1 << 8
-# Exits.flags: the guest before it did next to nothing; it built a root.
+# Bits of Exits.flags: the guest did next to nothing before the exit; a root was built in the exit.
 WAS_STILL: Final = 1
 BUILT_ROOT: Final = 2
 
 
 @dataclass
 class Exits:
-    """Exits of vCPUs, in the order of their first inputs; times are ns.
+    """Exits of vCPUs, in the order of their first inputs; times are in ns.
 
-    `lead` is what no input owns, of this exit and of those before it that have no input: the guest's time (`guest`,
-    the switch there and back included), the time that it halted (`idle`), and what no policy changes. `fault`, `load`
-    and `unload` are what these took; `tables` were built. `first` is the number of the first of them in the stream.
+    `lead` is the time, of this exit and of those before it without inputs, that belongs to no input: the guest's time
+    (`guest`, including the switch to it and back), the time for which the guest halted (`idle`), and exit handling that
+    no policy changes. `fault`, `load` and `unload` are the times of these, and `tables` is how many tables were built.
+    `first` is the number of the first of these exits in the stream.
     """
 
     lead: Ints
@@ -62,7 +64,7 @@ class Exits:
 
 @dataclass
 class Inputs:
-    """A part of one VM's inputs. `exit` is each one's place in `exits`, -1 for what is no vCPU's or has no time."""
+    """A part of one VM's inputs. `exit` is each input's position in `exits`, or -1 if it has no vCPU or no time."""
 
     op: NDArray[np.uint32]
     gfn: Ints
@@ -78,7 +80,7 @@ class Inputs:
 
 @dataclass
 class Rest:
-    """What each vCPU still did after its last exit that has an input: ns, and ns of them in the guest, and halted."""
+    """The time of each vCPU after its last exit with an input, in ns: in all, in the guest, and halted."""
 
     lead: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     guest: Ints = field(default_factory=lambda: np.zeros(0, np.int64))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memslot table of a VM over time: where a page's slot begins and ends, which frames host memory backs."""
+"""The memslot table of a VM over time: which guest frames are in a slot, and where they are in host memory."""
 
 from __future__ import annotations
 
@@ -13,24 +13,27 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 LOG_DIRTY: Final = 1  # KVM_MEM_LOG_DIRTY_PAGES
 _EVER: Final = 1 << 62
-_SPACE: Final = 52  # bits of a frame; above it the address space, in keys
+_SPACE: Final = 52  # in a key the guest frame has this many bits, and the address space is above them
 _SPACES: Final = 0xFF
-_LARGEST: Final = 1 << 48  # no address space has more pages; what a file says beyond it is cut
+_LARGEST: Final = 1 << 48  # no address space has more pages; larger numbers in a file are cut to this
 
 
 def _number(value: Any, otherwise: int) -> int:
-    """A number of the metadata, which may say anything."""
+    """Return a number of the metadata, in which there may be anything; `otherwise` if it is not a number."""
     return min(value, _EVER) if isinstance(value, int) else otherwise
 
 
 def logs_dirty(slot: Mapping[str, Any]) -> bool:
-    """Whether a slot's dirty pages are logged."""
+    """Return whether a slot's dirty pages are logged."""
     return bool(_number(slot.get("flags"), 0) & LOG_DIRTY)
 
 
 @dataclass(frozen=True)
 class SlotTable:
-    """The slots at one time, in order of (address space, first frame); true from `since` on, before `until` (ns)."""
+    """The slots at one time, sorted by (address space, first frame).
+
+    It is valid from `since` on and before `until` (ns).
+    """
 
     since: int
     until: int
@@ -42,7 +45,10 @@ class SlotTable:
 
 
 class Slots:
-    """`entries` as a trace's metadata has them (`vms[].slots`): gfn, pages, hva, as_id, since, until (ns or None)."""
+    """The memslots of a VM.
+
+    `entries` are those of a trace's metadata (`vms[].slots`): gfn, pages, hva, as_id, since and until (ns or None).
+    """
 
     def __init__(self, entries: Sequence[Mapping[str, Any]]) -> None:
         def column(name: str, otherwise: int, kind: type[Any] = np.int64) -> Any:
@@ -61,7 +67,10 @@ class Slots:
         return len(self._gfn)
 
     def logging_change(self, time: int, slot: int, as_id: int) -> tuple[int, int, int]:
-        """Whether dirty logging begins (1) or ends (-1) with the change of a slot at `time` (ns), and its frames."""
+        """Return whether dirty logging begins (1) or ends (-1) as a slot changes at `time` (ns), and the slot's frames.
+
+        If it does neither, return (0, 0, 0).
+        """
         before, after = self._ended.get((as_id, slot, time)), self._began.get((as_id, slot, time))
         if before is None or after is None or before["pages"] != after["pages"]:
             return 0, 0, 0
@@ -69,7 +78,7 @@ class Slots:
         return int(logs_dirty(after)) - int(logs_dirty(before)), start, start + pages
 
     def gone(self, time: int, slot: int, as_id: int) -> tuple[int, int]:
-        """The frames that a slot had which was deleted or moved at `time` (ns); none where it was not."""
+        """Return the range of frames of a slot that was deleted or moved at `time` (ns); (0, 0) if it was not."""
         before, after = self._ended.get((as_id, slot, time)), self._began.get((as_id, slot, time))
         lies = [[_number(entry.get(name), 0) for name in ("gfn", "pages", "hva")] for entry in (before, after) if entry]
         if before is None or (len(lies) == 2 and lies[0] == lies[1]):
@@ -78,7 +87,7 @@ class Slots:
         return start, start + pages
 
     def at(self, time: int) -> SlotTable:
-        """The slots at a time (ns)."""
+        """Return the slots at a time (ns)."""
         epoch = int(np.searchsorted(self._changes, time, "right"))
         if epoch not in self._tables:
             self._tables = {key: table for key, table in self._tables.items() if key >= epoch - 2}

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When the host slept while it was recorded: boot time that passed for nobody.
+"""When the host was suspended while it was recorded: boot time in which no vCPU ran.
 
-CLOCK_BOOTTIME goes on while a host is suspended, CLOCK_MONOTONIC does not. `host_suspend` rows say between which times
-that was; before format 1.2 the first and the last sample of the clocks say how much of it there was. A recording
-without samples may show it all the same: no row of any VM for longer than a host's own watchdog lets a CPU stand still.
+CLOCK_BOOTTIME advances while a host is suspended, CLOCK_MONOTONIC does not. `host_suspend` rows give the times; before
+format 1.2 only the first and the last sample of both clocks give the total. A recording without samples may still show
+a suspend: no VM has a row for longer than the host's own watchdog would let a CPU stand still.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from traces.metadata import Metadata
 from traces.reader import Trace, kind_codes
 from traces.schema import BY_NAME
 
-_LEAST: Final = 1_000_000  # ns: samples of two clocks lie as far apart as that where nothing slept
+_LEAST: Final = 1_000_000  # ns; samples of two clocks may differ by this much without a suspend
 _WATCHDOG: Final = 20 * 10**9  # ns; Linux: twice watchdog_thresh (10 s)
 _ROW: Final = BY_NAME["host_suspend"].code
 _NEVER: Final = 1 << 62
@@ -29,10 +29,10 @@ Gap = tuple[int, int]
 
 @dataclass(frozen=True)
 class Suspend:
-    """The host slept `slept` ns, in one piece, between two rows at `begin` and `end` (boot ns).
+    """The host was suspended for `slept` ns, in one piece, between two rows at `begin` and `end` (boot clock, ns).
 
-    `assumed`: nothing but the rows' silence says so. A guest may well run, or halt, that long without an exit; a vCPU
-    that KVM handles an exit of may not.
+    `assumed` means that only the absence of rows says so. A guest may run, or halt, for that long without an exit; a
+    vCPU whose exit KVM is handling may not.
     """
 
     begin: int
@@ -42,7 +42,7 @@ class Suspend:
 
 
 def suspends(trace: Trace) -> tuple[Suspend, ...]:
-    """In order of time. Rows are read only where there may have been one."""
+    """Return the suspends in order of time. Rows are read only if there may have been one."""
     meta = trace.metadata
     told = bool(meta.kinds.get("host_suspend"))
     slept = _by_samples(meta)
@@ -60,7 +60,7 @@ def suspends(trace: Trace) -> tuple[Suspend, ...]:
 
 
 def _by_samples(meta: Metadata) -> int | None:
-    """ns that the clocks' first and last sample say that the host slept; None: there are no two samples."""
+    """Return the ns of suspend according to the first and last clock sample, or None if there are not two samples."""
     clock = meta.raw.get("clock")
     samples = clock.get("samples") if isinstance(clock, dict) else None
     ahead = [ns for sample in samples if (ns := _ahead(sample)) is not None] if isinstance(samples, list) else []
@@ -78,7 +78,7 @@ def _ahead(sample: Any) -> int | None:
 
 
 def _placed(gaps: list[Gap], begin: int, end: int, slept: int) -> Suspend | None:
-    """The longest time without a row between two times, where it is long enough for all of the sleep."""
+    """Return a suspend in the longest gap between two times; None if no gap there is as long as the suspend."""
     within = [(first, last) for first, last in gaps if last > begin and first < end and last - first >= slept]
     if not within or slept < _LEAST:
         return None
@@ -87,7 +87,7 @@ def _placed(gaps: list[Gap], begin: int, end: int, slept: int) -> Suspend | None
 
 
 def _read(trace: Trace, least: int) -> tuple[list[tuple[int, int, int]], list[Gap]]:
-    """`host_suspend` rows (addr, time, value), and the times of at least this many ns without a row of any VM."""
+    """Return the `host_suspend` rows as (addr, time, value), and the gaps of at least `least` ns without a row."""
     rows: list[tuple[int, int, int]] = []
     gaps: list[Gap] | None = None
     told = bool(trace.metadata.kinds.get("host_suspend"))
@@ -105,7 +105,10 @@ def _read(trace: Trace, least: int) -> tuple[list[tuple[int, int, int]], list[Ga
 
 
 def _times(trace: Trace, vm: int, least: int) -> Iterator[NDArray[np.int64]]:
-    """The times of a VM's rows in order, part by part: only the first and last of what has no room for a gap."""
+    """Yield the times of a VM's rows in order, in parts.
+
+    A row group too short for a gap gives its first and last time only.
+    """
     for group in trace.groups(vm):
         if not trace.partial and group.last_time - group.first_time < least:
             yield np.array([group.first_time, group.last_time])
@@ -115,7 +118,7 @@ def _times(trace: Trace, vm: int, least: int) -> Iterator[NDArray[np.int64]]:
 
 
 def _gaps(parts: Iterator[NDArray[np.int64]], least: int) -> list[Gap]:
-    """The times of a VM without a row, the time before its first and after its last among them."""
+    """Return the gaps between a VM's rows, including the time before its first and after its last row."""
     found: list[Gap] = []
     last = -_NEVER
     for part in parts:
@@ -129,7 +132,7 @@ def _gaps(parts: Iterator[NDArray[np.int64]], least: int) -> list[Gap]:
 
 
 def _common(ours: list[Gap], theirs: list[Gap], least: int) -> list[Gap]:
-    """The parts that are in a gap of either list."""
+    """Return the parts of gaps that are in both lists."""
     found: list[Gap] = []
     i = j = 0
     while i < len(ours) and j < len(theirs):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a vCPU's thread spends its time on: the states of a recording's time line, and which kinds of row show each."""
+"""The states in which a vCPU's thread spends its time, and which kinds of row show each state."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ class VcpuState(IntEnum):
     SMM = 5  # an SMI or RSM is emulated
     USER = 6  # userspace has the vCPU
     OTHER = 7  # any other exit
-    PREFETCH = 8  # the shadow MMU fills one entry more than it was asked for
+    PREFETCH = 8  # the shadow MMU fills one entry in addition to the faulting one
     IDLE = 9  # the guest has halted: the vCPU waits for an interrupt, in the kernel or in userspace
-    STEAL = 10  # its thread could run, and had no CPU (`sched_in`)
-    PAUSED = 11  # userspace holds it back: the VM is stopped, or has ended
+    STEAL = 10  # the thread could run and had no CPU (`sched_in`)
+    PAUSED = 11  # userspace does not run the vCPU: the VM is stopped, or has ended
 
 
 UNTOLD: Final = 255  # a kind of row that does not say what its thread was doing
 NO_SPAN: Final = 255  # a row that ends no span of a vCPU's time
 # Marks of a span.
-STILL: Final = 1  # in the guest, which came back at the RIP it had gone in with
-BARE: Final = 2  # of these: no instruction can have ended in it: the switch, and nothing else
-INTERRUPT: Final = 4  # ends with an exit for an interrupt of the host
+STILL: Final = 1  # a span in the guest that ended at the RIP with which it began
+BARE: Final = 2  # a STILL span in which no instruction can have completed: it is only the switch
+INTERRUPT: Final = 4  # a span that ends with an exit for an interrupt of the host
 _OF_KIND: Final = {
     VcpuState.FAULT: (
         "kvm_page_fault", "kvm_mmu_spte_requested", "kvm_mmu_get_page", "kvm_tdp_mmu_spte_changed",
@@ -54,7 +54,10 @@ _OF_KIND: Final = {
 
 
 def states_of_kinds() -> NDArray[np.uint8]:
-    """The VcpuState that a row of each kind code shows, or UNTOLD. A kvm_mmu_get_page of a root shows LOAD instead."""
+    """Return the VcpuState that a row of each kind code shows, or UNTOLD.
+
+    A kvm_mmu_get_page of a root shows LOAD instead.
+    """
     states = np.full(256, UNTOLD, np.uint8)
     for state, names in _OF_KIND.items():
         states[[BY_NAME[name].code for name in names]] = state

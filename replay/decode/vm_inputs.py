@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One VM of a trace, decoded once: its rows through the decoder, batch by batch, and out as parts of its inputs.
+"""Decode one VM of a trace: feed its rows to the decoder batch by batch, and yield its inputs in parts.
 
-Memory is a batch, a few numbers a vCPU and the memslot table; for recordings that show no removals (5.10), also what
-the recorded roots have mapped.
+The memory needed is a batch, a few numbers for each vCPU, and the memslot table; for recordings that show no removals
+(5.10), also everything that the recorded roots have mapped.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from traces.errors import Problem
 from traces.kernels.triggers import Trigger
 from traces.reader import BATCH_ROWS, Trace
 
-_LONG: Final = 1 << 20  # rows of a VM: batches are twice as long then, for a tenth less time and 40 MiB more
-_ROOTS: Final = 1 << 24  # whose role words are kept; beyond, touches count as outside of SMM
+_LONG: Final = 1 << 20  # from this many rows of a VM on, batches are twice as long: 10 % less time, 40 MiB more memory
+_ROOTS: Final = 1 << 24  # roots whose role words are kept; accesses under other roots count as outside of SMM
 _IDS: Final = 1 << 15  # vCPU ids are int16 in a trace
 _TYPES: Final = {"op": np.uint32, "exit": np.int32, "tables": np.uint8, "has": np.uint32, "flags": np.uint8}
 _TRIGGERS: Final = tuple(f"trigger {trigger.name}" for trigger in Trigger)
@@ -35,19 +35,26 @@ _RANGED: Final = (int(Op.ZAP), int(Op.SPLIT))
 
 
 class RowTimes(Protocol):
-    """What finds the spans of time that end with the rows of a batch."""
+    """Finds the spans of time that end with the rows of a batch."""
 
     def feed(self, batch: Batch) -> tuple[NDArray[np.uint8], Ints, NDArray[np.uint8]]:
-        """By row: VcpuState (NO_SPAN: none ends there), ns, marks."""
+        """Take in a batch, and return by row the VcpuState that ends there (or
+        NO_SPAN), its length in ns, and the span's marks.
+        """
 
 
 def vcpu_ids(vm: Mapping[str, Any]) -> list[int]:
-    """A VM's vCPUs by their recorded ids; a place in the list is a vCPU's dense number."""
+    """Return a VM's recorded vCPU ids, sorted; the position in the list is the vCPU's dense number."""
     return sorted({int(vcpu["id"]) for vcpu in vm["vcpus"]})
 
 
 def dense_numbers(where: object, vm: Mapping[str, Any]) -> NDArray[np.int32]:
-    """The dense number of each vCPU id, -1 for none; the last place is that of no vCPU. Not to be written to."""
+    """Return the dense number of each vCPU id, -1 if there is none.
+
+    The last place, for rows without a vCPU, is -1 as well.
+
+    The array must not be written to. Raises Problem for an id that no row can have.
+    """
     ids = vcpu_ids(vm)
     if ids and not 0 <= ids[0] <= ids[-1] < _IDS:
         wrong = ids[-1] if ids[-1] >= _IDS else ids[0]
@@ -57,7 +64,7 @@ def dense_numbers(where: object, vm: Mapping[str, Any]) -> NDArray[np.int32]:
 
 @lru_cache(16)
 def _numbers(ids: tuple[int, ...]) -> NDArray[np.int32]:
-    """128 KiB, which VMs with the same ids share."""
+    """Return the array from a cache: it takes 128 KiB, which VMs with the same ids share."""
     numbers = np.full(_IDS + 1, -1, np.int32)
     numbers[list(ids)] = np.arange(len(ids))
     numbers.flags.writeable = False
@@ -65,9 +72,9 @@ def _numbers(ids: tuple[int, ...]) -> NDArray[np.int32]:
 
 
 def parts_of(trace: Trace, vm: Mapping[str, Any], count: int) -> tuple[int, int, int]:
-    """A VM's time in `count` parts: (boot ns of the first's begin, ns of each, count).
+    """Divide a VM's time into `count` parts, and return (begin in boot ns, length of a part in ns, count).
 
-    Raises Problem for rows before the clock began.
+    Raises Problem if the VM has rows before the clock began.
     """
     first, last = trace.metadata.spans.get(int(vm["id"]), (0, 0))
     if first < 0:
@@ -76,31 +83,31 @@ def parts_of(trace: Trace, vm: Mapping[str, Any], count: int) -> tuple[int, int,
 
 
 class RowCounter(Protocol):
-    """What counts rows (`row_counts.RowCounts`)."""
+    """Counts rows while they are decoded (`row_counts.RowCounts`)."""
 
     def feed(self, batch: Batch) -> None:
-        """Take in all rows of a batch, those after the VM's end too."""
+        """Take in all rows of a batch, including those after the VM's end."""
 
     def finish(self) -> None:
-        """There are no more rows."""
+        """Count what is still pending after the last row."""
 
 
 class RowReader(Protocol):
-    """What is asked of the same rows besides, so that they are read once for both."""
+    """Reads the same rows for another purpose, so that they are read from the file only once."""
 
     @property
     def columns(self) -> Collection[str]:
-        """What it reads of rows."""
+        """The columns that it needs."""
 
     def feed(self, vm: int, batch: pa.RecordBatch) -> None:
-        """Take a VM's next rows, which have these columns and others; VMs may come from several threads."""
+        """Take in a VM's next rows, which have these columns and others; VMs may come from several threads."""
 
 
 class VmInputs:
-    """One VM of a trace. Iterate once; `vcpus` gives the recorded id of each of its dense numbers.
+    """The inputs of one VM of a trace, which can be iterated over once. `vcpus` has the recorded ids by dense number.
 
-    After the iteration `decoder` has what was counted, `notes` what was inferred or is undetermined, and `rest` what
-    each vCPU still did after its last input.
+    After the iteration, `decoder` has the counts, `notes` what was inferred or is undetermined, and `rest` the time of
+    each vCPU after its last input.
     """
 
     def __init__(
@@ -115,11 +122,12 @@ class VmInputs:
         columns: tuple[str, ...] = (),
         beside: RowReader | None = None,
     ) -> None:
-        """`groups`: find out what the shadow MMU may prefetch around touches. `times`: inputs come with times.
+        """Prepare the decoding of one VM.
 
-        `size`: rows of a batch; by default as many as suit the VM's length.
-        `row_counts`: counts the rows on the way. `columns`: to be read though decoding does not need them, for `times`.
-        `beside`: is given all rows, too.
+        `groups` says to find out what the shadow MMU may prefetch around accesses. `size` is the number of rows in a
+        batch; by default it depends on the VM's length. With `times`, inputs come with times. `row_counts` counts the
+        rows on the way. `columns` are read in addition to those that decoding needs, for `times`. `beside` is also
+        given all rows.
         """
         self.id = int(vm["id"])
         self.vcpus = vcpu_ids(vm)
@@ -143,7 +151,7 @@ class VmInputs:
 
     @property
     def notes(self) -> Counter[str]:
-        """Counts by what they are of."""
+        """How often each trigger occurred, and how often something was inferred, hidden or nested, by name."""
         decoder = self.decoder
         counts = Counter(dict(zip(_TRIGGERS, decoder.counts.tolist(), strict=True)))
         counts.update({"inferred removals": decoder.inferred, "prefetched rows": decoder.hidden})
@@ -166,7 +174,7 @@ class VmInputs:
                 yield self._taken(settled)
             if ends and self._row_counts is None:
                 break
-            del rows, whole, batch  # else they are there as long as the next ones are decoded
+            del rows, whole, batch  # else they would stay in memory while the next batch is read
         if self._row_counts is not None:
             self._row_counts.finish()
         decoder.finish()
@@ -183,7 +191,7 @@ class VmInputs:
         for rows in trace.batches(names, vm=self.id, size=self._size):
             beside.feed(self.id, rows)
             yield rows.select(self._columns)
-            del rows  # else they are there as long as the next ones are decoded
+            del rows  # else they would stay in memory while the next batch is read
 
     def _decode(self, batch: Batch) -> None:
         if self._times is not None:
@@ -196,7 +204,7 @@ class VmInputs:
             self.decoder.attach(self._held)
 
     def _taken(self, count: int) -> Inputs:
-        """The first inputs, which no later row can change; what is behind them moves to the front."""
+        """Return the first `count` inputs, which no later row can change, and move those behind them to the front."""
         decoder, held = self.decoder, self._held
         left = held.exit[count : decoder.inputs]
         op, gfn, time, seq, exit_ = (getattr(held, name)[:count].copy() for name in _Held.INPUTS)
@@ -204,7 +212,7 @@ class VmInputs:
         bounds = zip(held.start[:ranges].tolist(), held.end[:ranges].tolist(), strict=True)
         records = int(exit_.max(initial=-1)) + 1
         exits = Exits(**{name: getattr(held, name)[:records].copy() for name in EXIT_COLUMNS}, first=self._first_exit)
-        # An exit may have inputs on both sides.
+        # An exit may have inputs among both those that are taken and those that stay.
         done = int(left[left >= 0].min(initial=decoder.records))
         moved = left - done
         held.move(count, decoder.inputs, done, decoder.records, ranges, decoder.ranges)
@@ -218,7 +226,7 @@ class VmInputs:
 
 
 class _Held:
-    """Memory for the inputs, exits and ranges that are held, `room` of each."""
+    """Memory for `room` inputs, exits and ranges each, which are still held."""
 
     INPUTS: Final = ("op", "gfn", "time", "seq", "exit")
     RANGES: Final = ("start", "end")
@@ -234,14 +242,14 @@ class _Held:
     end: Ints
 
     def grown(self) -> _Held:
-        """Twice the room, with the same in it."""
+        """Return a copy with twice the room."""
         new = _Held(2 * len(self.op))
         for name, column in vars(self).items():
             getattr(new, name)[: len(column)] = column
         return new
 
     def move(self, inputs: int, inputs_end: int, exits: int, exits_end: int, ranges: int, ranges_end: int) -> None:
-        """Move what is behind the first `count` values, up to the ends, to the front."""
+        """Move inputs, exits and ranges to the front, each from its first position up to its end."""
         for names, first, end in (
             (self.INPUTS, inputs, inputs_end),
             (EXIT_COLUMNS, exits, exits_end),
@@ -253,14 +261,14 @@ class _Held:
 
 
 def _counted(capabilities: Capabilities) -> tuple[str, ...]:
-    """The columns that counting rows needs besides."""
+    """Return the columns that counting rows needs in addition."""
     counts = capabilities.trace.metadata.kinds
     changes = ("old", "new") if counts.get("kvm_tdp_mmu_spte_changed") else ()
     return (*changes, "ret", *(("refs",) if counts.get("root_put") else ()))
 
 
 def _columns(capabilities: Capabilities, vm: Mapping[str, Any], timed: bool, more: tuple[str, ...]) -> list[str]:
-    """The columns that say anything of this VM: reading the others takes as long as all the rest."""
+    """Return the columns with information about this VM; reading the others would take as long as everything else."""
     counts = capabilities.trace.metadata.kinds
     logs = any(map(logs_dirty, vm["slots"]))
     moves = logs or (capabilities.kernel.slot_zap and any(slot.get("until") is not None for slot in vm["slots"]))

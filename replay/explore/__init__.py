@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small-step models of concurrent kernel paths, and a search through all their interleavings: `kvmtrace explore`.
 
-A scenario of one's own needs these names and nothing else; docs/explore.md shows how.
+A scenario of your own needs only these names; docs/explore.md shows how to write one.
 """
 
 from replay.explore.memory import Thing, free, freed

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Actors as what they are to a search: places in their code, and what a step from there does to a given memory.
+"""Actors as the search sees them: places in their code, and what a step from a place does to a given memory.
 
-A generator cannot be copied. But what it does is determined by what it read, so that one run for each way to read is
-enough; the rest is `Memo`. To get back to a place a new generator is run along what led there, on what was read then.
+A generator cannot be copied. But what a step does is determined by what it reads, so each step has to run once for each
+combination of values that it reads; after that its outcome is remembered (`Memo`). To return to a place, a new
+generator is run along the path that led there, with the values that were read on it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _OF_EVERY_FRAME: Final = (FrameType, CodeType, FunctionType, dict)
 
 
 class Place:
-    """Where an actor stands: what it is about to do and all it remembers. `waits`: its step has a condition."""
+    """Where an actor stands: its next step and everything that it remembers."""
 
     __slots__ = ("before", "done", "future_reads", "future_writes", "label", "memo", "number", "outcomes", "reads")
 
@@ -43,17 +44,20 @@ class Place:
         self.number = number
         self.label = label
         self.done = done
-        self.before = before  # one way to get here, and what its last step read
-        self.reads = reads
+        self.before = before  # the place before this one, on one path to it
+        self.reads = reads  # what the step from there to here read
         self.memo: Memo[StepOutcome] = Memo()
         self.outcomes: list[StepOutcome] = []
-        self.future_reads = 0  # bits of places in memory: `search` keeps these
+        self.future_reads = 0  # bit sets of memory fields that later steps may touch, maintained by `search`
         self.future_writes = 0
 
 
 @dataclass(eq=False)
 class StepOutcome:
-    """What a step does: `place` is None if it has to wait or breaks an invariant. `read` and `written` are bit sets."""
+    """What a step does. `place` is None if the step has to wait or breaks an invariant.
+
+    `read` and `written` are bit sets of memory fields.
+    """
 
     place: Place | None
     writes: tuple[tuple[int, Any], ...]
@@ -63,7 +67,7 @@ class StepOutcome:
 
 
 class Actor:
-    """One actor of a model, with all its places found so far."""
+    """One actor of a model, with all its places that were found so far."""
 
     def __init__(self, memory: Memory, part: Part) -> None:
         self.memory = memory
@@ -76,7 +80,7 @@ class Actor:
         self.first = self._place(steps, self._advance(steps, {}, ""), None, {})
 
     def step(self, place: Place, values: Sequence[Any]) -> StepOutcome:
-        """What its step from this place does to this memory."""
+        """Return what the actor's step from this place does if memory has these values."""
         return place.memo.look(values) or self._run(place, values)
 
     def _fresh(self) -> Steps:
@@ -113,7 +117,10 @@ class Actor:
         return outcome
 
     def _advance(self, steps: Steps, given: Mapping[int, Any] | None, label: str) -> Step:
-        """Let it run to its next yield; an empty label says that it has ended."""
+        """Run the generator to its next yield, and return what it yields; an empty label says that it has ended.
+
+        `given` are the values that it may read; None continues the step that is under way.
+        """
         if given is not None:
             self.memory.begin(self.name, given)
         try:
@@ -127,7 +134,10 @@ class Actor:
         raise Problem(f"actor {self.name}, after {label!r}: yields {said!r}, which is neither a text nor until(...)")
 
     def _again(self, place: Place) -> tuple[Steps, Step]:
-        """A generator that stands at this place, and what it says it is about to do."""
+        """Return a new generator that stands at this place, and its next step.
+
+        Raises Problem if the actor is not deterministic.
+        """
         path = [place]
         while path[-1].before is not None:
             path.append(path[-1].before)
@@ -135,7 +145,7 @@ class Actor:
         step = Step("")
         for way in reversed(path):
             try:
-                # A condition's reads are part of the step's, and it was true.
+                # The condition need not be evaluated: its reads are among those of the step, and it was true then.
                 step = self._advance(steps, way.reads, step.label)
             except Broken as violation:
                 raise self._undetermined(place) from violation
@@ -181,10 +191,13 @@ class _Unfit(Exception):
 
 
 def _frozen(value: Any, inside: frozenset[int] = frozenset()) -> Any:
-    """What is equal exactly for equal values, of what an actor may keep; equal places go on equally."""
+    """Return a hashable value that is equal for equal values, of whatever an actor may keep across a yield.
+
+    Places whose frozen values are equal behave in the same way from then on. Raises _Unfit for values that may change.
+    """
     if isinstance(value, _PLAIN):
         return type(value), value
-    if isinstance(value, _LASTING):  # as long as the search does, and what changes of them is shared memory
+    if isinstance(value, _LASTING):  # they live as long as the search, and their mutable state is in shared memory
         return id(value)
     if isinstance(value, GeneratorType):
         return _frame(value)
@@ -194,7 +207,7 @@ def _frozen(value: Any, inside: frozenset[int] = frozenset()) -> Any:
     if isinstance(value, CellType):
         try:
             return _frozen(value.cell_contents, inside)
-        except ValueError:  # empty still
+        except ValueError:  # the variable has no value yet
             return None
     if isinstance(value, FunctionType):
         if id(value) in inside:
@@ -217,7 +230,9 @@ def _frozen(value: Any, inside: frozenset[int] = frozenset()) -> Any:
 
 
 def _frame(steps: Any) -> Any:
-    """All that a suspended generator remembers: its variables, and what lies on its stack (an iterator of a `for`)."""
+    """Freeze everything that a suspended generator remembers: its variables,
+    and its stack (such as the iterator of a `for`).
+    """
     frame: FrameType | None = steps.gi_frame
     if frame is None:
         return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds the scenario that a command names: one of kvmtrace's own, or a file of the user's."""
+"""Find the scenario that a command names: one that kvmtrace ships, or one in a file of the user's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from traces.errors import Problem
 
 
 def find(name: str) -> Scenario:
-    """The scenario of this name, or in this Python file; a Problem if there is none."""
+    """Return the scenario of this name, or the one in this Python file. Raises Problem if there is none."""
     if name.endswith(".py") or "/" in name:
         return _from_file(Path(name))
     for scenario in SCENARIOS:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an exploration says: as text, and as the JSON that replays what it found."""
+"""The results of an exploration as text, and as the JSON from which `kvmtrace explore --replay` repeats a schedule."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MAX_JSON: Final = 64 << 20
 
 
 def bounds(texts: Sequence[str]) -> dict[str, int]:
-    """What --bound says: NAME=N, repeated."""
+    """Parse the values of --bound, NAME=N each. Raises Problem if one is invalid."""
     found = {}
     for text in texts:
         name, _, count = text.partition("=")
@@ -31,7 +31,7 @@ def bounds(texts: Sequence[str]) -> dict[str, int]:
 
 
 def listing(scenarios: Sequence[Scenario]) -> dict[str, Any]:
-    """The document of --list."""
+    """Return the JSON document of --list."""
     return {
         "scenarios": [
             {
@@ -49,7 +49,7 @@ def listing(scenarios: Sequence[Scenario]) -> dict[str, Any]:
 
 
 def render_listing(scenarios: Sequence[Scenario]) -> str:
-    """The text of --list."""
+    """Return the text of --list."""
     page = Page()
     for scenario in scenarios:
         page.say(f"{scenario.name}: {scenario.title} ({_bounds(scenario.bounds)})")
@@ -59,7 +59,7 @@ def render_listing(scenarios: Sequence[Scenario]) -> str:
 
 
 def to_dict(run: ScenarioRun) -> dict[str, Any]:
-    """One run of the JSON document."""
+    """Return one run as it stands in the JSON document."""
     return {
         "variant": run.variant.name,
         "expect": run.variant.expect,
@@ -75,7 +75,7 @@ def to_dict(run: ScenarioRun) -> dict[str, Any]:
 
 
 def render(run: ScenarioRun) -> str:
-    """A variant's outcome, with the schedule of what was found."""
+    """Return a variant's outcome as text, with the schedule that leads to the violation if one was found."""
     page = Page()
     name, seen = f"{run.scenario.name} {run.variant.name}", run.exploration
     expected = "" if run.outcome == run.variant.expect else f"  NOT AS EXPECTED: {run.variant.expect}"
@@ -95,7 +95,10 @@ def _bounds(bounds: Mapping[str, int]) -> str:
 
 
 def schedules(path: Path) -> list[Schedule]:
-    """Those of a document that `explore --json` printed, or a single one."""
+    """Read the schedules in what `explore --json` printed, or a single schedule.
+
+    Raises Problem if the file has none.
+    """
     try:
         if not path.is_file() and path.exists():  # a pipe would keep its reader waiting
             raise Problem(f"{path}: not a file: give what kvmtrace explore --json printed")
@@ -117,7 +120,10 @@ def schedules(path: Path) -> list[Schedule]:
 
 
 def replay(given: Schedule, scenario: Scenario | None, where: str) -> dict[str, Any]:
-    """Run a schedule again: `broken` is the invariant that breaks at its end, `again` whether it is the same one."""
+    """Run a schedule again, and return the result as a dictionary.
+
+    `broken` is the invariant that breaks at its end (or None), and `again` whether it is the one that broke before.
+    """
     scenario = scenario or _named(given, where)
     if scenario.name != given.scenario:
         raise Problem(f"{where}: is of scenario {given.scenario}, not of {scenario.name}")
@@ -145,7 +151,7 @@ def _named(given: Schedule, where: str) -> Scenario:
 
 
 def render_replay(replayed: Mapping[str, Any]) -> str:
-    """The text of a replay."""
+    """Return the result of a replayed schedule as text."""
     page = Page()
     name = f"{replayed['scenario']} {replayed['variant']}, {replayed['steps']} steps"
     if replayed["again"]:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The result of a function of shared memory, remembered by what it read: a tree of the places it reads in turn."""
+"""Remember the results of a function of shared memory by what it read,
+in a tree of the fields that it reads in turn.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,10 @@ class _Fork:
 
 
 class Memo(Generic[Leaf]):
-    """Sound because the function is deterministic: with the same values read so far it reads the same place next."""
+    """The results of one deterministic function.
+
+    It is sound because such a function, having read the same values so far, reads the same field next.
+    """
 
     __slots__ = ("root",)
 
@@ -26,14 +31,17 @@ class Memo(Generic[Leaf]):
         self.root: Any = None
 
     def look(self, values: Sequence[Any]) -> Leaf | None:
-        """The result for this memory, if one with the same values where it matters is known."""
+        """Return the result for this memory, if one is known for the same values of the fields that matter.
+
+        Else None.
+        """
         node = self.root
         while node.__class__ is _Fork:
             node = node.ways.get(values[node.place])
         return node  # type: ignore[no-any-return]
 
     def store(self, reads: Mapping[int, Any], leaf: Leaf) -> None:
-        """Remember a result; `reads` in the order in which they were made."""
+        """Remember a result; `reads` has the fields and values in the order in which they were read."""
         if not reads:
             self.root = leaf
             return

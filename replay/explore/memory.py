@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared memory of a model: every read and write of it is seen, so that a step is known by what it read.
+"""The shared memory of a model. Every read and write is observed, so that a step is characterised by what it read.
 
-Nothing is kept in the things themselves: a state's memory is one tuple, a place for each field of each thing. What a
-step does is a function of what it read (`memo.Memo`), which makes exploring cheap; what it read and wrote says which
-steps of different actors can change places (`search`).
+Nothing is stored in the things themselves: the memory of a state is one tuple, with a place for each field of each
+thing. What a step does is a function of what it read (`memo.Memo`), which makes the search cheap; what it read and
+wrote says which steps of different actors commute (`search`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from traces.errors import Problem
 
 
 class Broken(Exception):
-    """An invariant, by name, that does not hold, and in what way."""
+    """An invariant does not hold: `invariant` is its name, `detail` says in what way."""
 
     def __init__(self, invariant: str, detail: str = "") -> None:
         super().__init__(invariant)
@@ -32,7 +32,7 @@ FREED: Final = _Freed()
 
 
 class Memory:
-    """The places, and the step that is being run: what it may read, what it has read and written so far."""
+    """The memory's fields, and the step that is running: what it may read, and what it has read and written so far."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -43,7 +43,7 @@ class Memory:
         self.writes: dict[int, Any] = {}
 
     def begin(self, actor: str, given: Sequence[Any] | Mapping[int, Any]) -> None:
-        """Start a step of this actor on a state's memory, or on what such a step read before."""
+        """Start a step of `actor` on the memory of a state, or on the values that the same step read before."""
         self.actor, self.given = actor, given
         self.reads, self.writes = {}, {}
 
@@ -77,7 +77,7 @@ class Memory:
 
 
 class Thing:
-    """A piece of shared memory with named fields, made by `Model.thing`; fields are read and assigned as usual."""
+    """A piece of shared memory with named fields, made by `Model.thing`. Fields are read and assigned as usual."""
 
     __slots__ = ("_kind", "_memory", "_name", "_places")
 
@@ -129,5 +129,5 @@ def free(thing: Thing) -> None:
 
 
 def freed(thing: Thing) -> bool:
-    """Whether it has been freed; for invariants, not for actors, who cannot know."""
+    """Return whether a thing has been freed; for invariants only, since an actor cannot know."""
     return thing._memory.read(next(iter(thing._places.values()))) is FREED

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a scenario builds: things in shared memory, actors that step on them, invariants; and locks and RCU to use."""
+"""What a scenario is built from: things in shared memory, actors that act on them, invariants, locks and RCU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from replay.explore.memory import Broken, Memory, Thing, free
 
 
 class Step(NamedTuple):
-    """What an actor is about to do, and the condition it waits for, if any."""
+    """What an actor is about to do, and the condition that it waits for, if any."""
 
     label: str
     ready: Callable[[], Any] | None = None
@@ -21,19 +21,19 @@ Steps = Generator[str | Step, None, Any]
 
 
 def until(label: str, ready: Callable[[], Any]) -> Step:
-    """To yield: the step comes only in states where `ready()` is true, and sees it true."""
+    """Return a step to yield that happens only in states where `ready()` is true."""
     return Step(label, ready)
 
 
 def require(condition: Any, invariant: str, detail: str = "") -> None:
-    """A violation of this invariant unless the condition holds: what WARN_ON and BUG_ON are to the kernel."""
+    """Report a violation of this invariant unless the condition holds, as WARN_ON and BUG_ON do in the kernel."""
     if not condition:
         raise Broken(invariant, detail)
 
 
 @dataclass(frozen=True)
 class Part:
-    """An actor as it was described; `daemon`: it need not finish."""
+    """An actor as the scenario described it; a `daemon` need not finish."""
 
     name: str
     start: Callable[[], Steps]
@@ -42,14 +42,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Invariant:
-    """A named predicate, for every state or for ends only."""
+    """A named predicate, which must hold in every state or at the end only."""
 
     name: str
     holds: Callable[[], Any]
 
 
 class Model:
-    """Built by a scenario, then explored; nothing may be added by the actors."""
+    """A model that a scenario builds and the search then explores; actors must not add anything to it."""
 
     def __init__(self) -> None:
         self.memory = Memory()
@@ -58,35 +58,38 @@ class Model:
         self.ends: list[Invariant] = []
 
     def thing(self, name: str, kind: str = "", /, **fields: Any) -> Thing:
-        """A thing with these fields. With a `kind` it can be freed, and the invariant of that has the kind's name."""
+        """Add a thing with these fields. With a `kind` it can be freed, and violations about that name the kind."""
         return Thing(self.memory, name, kind, fields)
 
     def actor(self, name: str, steps: Callable[..., Steps], *arguments: Any, daemon: bool = False) -> None:
-        """An actor: `steps(*arguments)` yields what it is about to do; what follows, up to the next yield, is one step.
+        """Add an actor: `steps(*arguments)` yields what it is about to do.
+
+        What follows up to the next yield is one step.
 
         It must be deterministic, touch shared memory only after its first yield, and keep across a yield only what
-        cannot change (or an iterator over that). A `daemon` need not end: a worker that waits for work.
+        cannot change (or an iterator over that). A `daemon`, such as a worker that waits for work, need not end.
         """
         self.parts.append(Part(name, lambda: steps(*arguments), daemon))
 
     def always(self, invariant: str, holds: Callable[[], Any]) -> None:
-        """The predicate holds in every state."""
+        """Require that the predicate holds in every state."""
         self.everywhere.append(Invariant(invariant, holds))
 
     def at_end(self, invariant: str, holds: Callable[[], Any]) -> None:
-        """The predicate holds when all actors but daemons have ended and nothing more can happen."""
+        """Require that the predicate holds when all actors but daemons have ended and nothing more can happen."""
         self.ends.append(Invariant(invariant, holds))
 
     @property
     def me(self) -> str:
-        """The actor whose step is running."""
+        """The name of the actor whose step is running."""
         return self.memory.actor
 
 
 class Mutex:
-    """A lock for one: a kernel mutex or spinlock. To lock is a step of its own; to unlock is part of a step.
+    """A lock for one holder: a kernel mutex or spinlock. Locking is a step of its own; unlocking is part of a step.
 
-    That loses nothing: an unlock can only let others go on, so that it comes soonest with the step before it.
+    That loses no interleaving: an unlock only lets others continue, so it is enough to have it as early as possible, in
+    the step before it.
     """
 
     def __init__(self, model: Model, name: str) -> None:
@@ -102,7 +105,10 @@ class Mutex:
 
 
 class RwLock:
-    """A lock for one writer or many readers, as mmu_lock is since 5.12. Unlocking: see `Mutex`."""
+    """A lock for one writer or many readers, as mmu_lock is since 5.12.
+
+    Unlocking is part of a step, as with `Mutex`.
+    """
 
     def __init__(self, model: Model, name: str) -> None:
         self.name = name
@@ -124,9 +130,12 @@ class RwLock:
 
 
 class Rcu:
-    """Read sections and what waits for them. A thing is freed the moment its grace period is over.
+    """RCU read-side sections, and the things that wait to be freed.
 
-    The kernel may free later. The soonest is the worst: what reads a thing freed later reads it freed sooner too.
+    A thing is freed the moment its grace period is over.
+
+    The kernel may free it later. But the earliest moment is the worst case: whoever accesses a thing after it was freed
+    later also accesses it after it was freed earlier.
     """
 
     def __init__(self, model: Model) -> None:
@@ -142,11 +151,11 @@ class Rcu:
         self._settle((thing, readers - {me}) for thing, readers in self.state.waiting)
 
     def call_free(self, thing: Thing) -> None:
-        """call_rcu(): free it when all that are in a read section now have left theirs."""
+        """call_rcu(): free the thing when all actors that are in a read-side section now have left theirs."""
         self._settle((*self.state.waiting, (thing, self.state.readers)))
 
     def barrier(self) -> Step:
-        """To yield: until nothing waits to be freed."""
+        """Return a step to yield that waits until nothing is left to be freed: rcu_barrier()."""
         return until("rcu_barrier()", lambda: not self.state.waiting)
 
     def _settle(self, waiting: Iterable[tuple[Thing, frozenset[str]]]) -> None:

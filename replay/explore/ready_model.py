@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model made ready to run: its actors with their places, its predicates with their values."""
+"""A model made ready for a search: its actors with their places, and its invariants with their known values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Values = tuple[Any, ...]
 
 
 class ReadyModel:
-    """What a search steps through; `start` and `places` are the first state."""
+    """What a search steps through; `start` (memory) and `places` (of the actors) are the first state."""
 
     def __init__(self, model: Model) -> None:
         self.memory: Memory = model.memory
@@ -30,24 +30,26 @@ class ReadyModel:
             raise Problem("the scenario has two actors of one name")
         self.everywhere = [(invariant, Memo[bool]()) for invariant in model.everywhere]
         self.ends = [(invariant, Memo[bool]()) for invariant in model.ends]
-        self.visible = 0  # what predicates for every state read
+        self.visible = 0  # bit set of the memory fields that invariants for every state read
         self.start: Values = tuple(model.memory.initial)
         self.places: tuple[Place, ...] = tuple(actor.first for actor in self.actors)
 
     def broken(self, values: Values) -> Broken | None:
-        """The first invariant for every state that does not hold in this memory."""
+        """Return the first invariant for every state that does not hold in this memory, or None."""
         return next((Broken(i.name) for i, memo in self.everywhere if not self._holds(i, memo, values, True)), None)
 
     def broken_at_end(self, values: Values) -> Broken | None:
-        """The same of those for ends."""
+        """Return the first invariant for the end that does not hold in this memory, or None."""
         return next((Broken(i.name) for i, memo in self.ends if not self._holds(i, memo, values, False)), None)
 
     def ended(self, places: Sequence[Place]) -> bool:
-        """Whether all actors that need to have finished."""
+        """Return whether all actors that have to finish have finished."""
         return all(place.done or actor.daemon for actor, place in zip(self.actors, places, strict=True))
 
     def stopped(self, values: Values, places: Sequence[Place]) -> Broken | None:
-        """What is wrong with a state in which no actor can step."""
+        """Return what is wrong with a state in which no actor can step: a
+        deadlock, or a broken invariant for the end; else None.
+        """
         if self.ended(places):
             return self.broken_at_end(values)
         waiting = (
@@ -76,7 +78,7 @@ class ReadyModel:
 
 
 def after(values: Values, outcome: StepOutcome) -> Values:
-    """The memory after a step."""
+    """Return the memory after a step."""
     if not outcome.writes:
         return values
     changed = list(values)
@@ -86,7 +88,7 @@ def after(values: Values, outcome: StepOutcome) -> Values:
 
 
 def moved(places: Sequence[Place], number: int, outcome: StepOutcome) -> tuple[Place, ...]:
-    """Where the actors stand after a step of this one."""
+    """Return where the actors stand after a step of the one with this number."""
     assert outcome.place is not None
     return (*places[:number], outcome.place, *places[number + 1 :])
 
@@ -94,7 +96,10 @@ def moved(places: Sequence[Place], number: int, outcome: StepOutcome) -> tuple[P
 def lasso(
     model: ReadyModel, values: Values, places: tuple[Place, ...], turns: tuple[int, ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """These actors step in turn until a state comes again: the way there, and the round, empty if all have to stop."""
+    """Let these actors step in turn until a state repeats, and return the path to it and the loop from it to itself.
+
+    The loop is empty if all of them have to stop.
+    """
     seen: dict[tuple[Any, ...], int] = {}
     path: list[int] = []
     turn = 0

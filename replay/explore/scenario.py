@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A scenario: a model in several variants, each with what is expected of it; and one run of one of them."""
+"""A scenario: a model in several variants, each with its expected outcome; and the run of one variant."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ Bounds = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Variant:
-    """`expect` is "violation" or "holds"; `about` says in a line how it differs and why that matters."""
+    """A variant of a scenario.
+
+    `expect` is "violation" or "holds"; `about` says in a line what differs and why it matters.
+    """
 
     name: str
     expect: str
@@ -33,7 +36,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Scenario:
-    """`build(model, variant, bounds)` describes the model; `bounds` are how many of what, with their defaults."""
+    """A scenario. `build(model, variant, bounds)` describes the model of a variant.
+
+    `bounds` are the numbers that limit its size, such as that of vCPUs, with their defaults.
+    """
 
     name: str
     title: str
@@ -49,7 +55,7 @@ class Scenario:
                 raise Problem(f"variant {variant.name}: expects {variant.expect!r}; give {VIOLATION} or {HOLDS}")
 
     def variant(self, name: str) -> Variant:
-        """The variant of this name; a Problem if there is none."""
+        """Return the variant of this name. Raises Problem if there is none."""
         for variant in self.variants:
             if variant.name == name:
                 return variant
@@ -57,7 +63,10 @@ class Scenario:
         raise Problem(f"scenario {self.name} has no variant {name}: it has {known}")
 
     def bounded(self, given: Bounds) -> Bounds:
-        """Its bounds, with these in place of the defaults."""
+        """Return the scenario's bounds, with the values in `given` replacing the defaults.
+
+        Raises Problem if one is invalid.
+        """
         for name, count in given.items():
             if name not in self.bounds:
                 raise Problem(f"scenario {self.name} has no bound {name}: it has {', '.join(self.bounds) or 'none'}")
@@ -66,7 +75,7 @@ class Scenario:
         return MappingProxyType({**self.bounds, **given})
 
     def model(self, variant: str, bounds: Bounds) -> Model:
-        """The model of a variant, ready to be explored; an error in its code is a Problem."""
+        """Return the model of a variant, ready to be explored. Raises Problem if the scenario's code fails."""
         model = Model()
         try:
             self.build(model, variant, bounds)
@@ -79,7 +88,7 @@ class Scenario:
 
 @dataclass(frozen=True)
 class ScenarioRun:
-    """A variant that was explored; `schedule` leads to what was found, if anything was."""
+    """A variant that was explored; `schedule` leads to the violation, and is None if none was found."""
 
     scenario: Scenario
     variant: Variant
@@ -93,7 +102,7 @@ class ScenarioRun:
 
 
 def run(scenario: Scenario, variant: str, bounds: Bounds, limit: int = LIMIT) -> ScenarioRun:
-    """Explore one variant."""
+    """Explore one variant. Raises Problem if it has more than `limit` states."""
     chosen, bounded = scenario.variant(variant), scenario.bounded(bounds)
     model = scenario.model(variant, bounded)
     exploration = explore(model, limit)

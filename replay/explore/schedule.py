@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A schedule that leads to a violation: as columns to read, as JSON, and run again."""
+"""A schedule that leads to a violation: rendered as columns, converted to and from JSON, and replayed."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from traces.errors import Problem
 from traces.layout import GAP, wrapped
 
 WIDEST: Final = 120
-_NUMBER: Final = 5  # columns of a step's number
-_CHANGES: Final = 30  # of what changed, at least
-_NARROWEST: Final = 12
+_NUMBER: Final = 5  # screen columns for a step's number
+_CHANGES: Final = 30  # screen columns for what a step changed, at least
+_NARROWEST: Final = 12  # screen columns for an actor, at least; with less room, all actors share one column
 _FOR_EVER: Final = "     from here on, for ever:\n"
 
 
 @dataclass(frozen=True)
 class Line:
-    """One step: who, what, and what it changed (name, before, after)."""
+    """One step: the actor, its label, and what it changed as (name, before, after)."""
 
     actor: str
     step: str
@@ -33,7 +33,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The steps from the start to what is broken. `cycle`: the steps from this index on can go round for ever."""
+    """The steps from the start to the violation. In a livelock the steps from index `cycle` on can repeat for ever."""
 
     scenario: str
     variant: str
@@ -44,7 +44,7 @@ class Schedule:
     cycle: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON; `parse` reads it."""
+        """Return the schedule as it stands in JSON; `parse` reads it."""
         return {
             "scenario": self.scenario,
             "variant": self.variant,
@@ -60,7 +60,7 @@ class Schedule:
 
 
 def parse(document: Any, where: str) -> Schedule:
-    """A schedule from its JSON; a Problem that begins with `where` if it is none."""
+    """Return a schedule from its JSON. Raises Problem, whose text begins with `where`, if it is not one."""
     try:
         cycle = document["cycle"]
         lines = tuple(Line(str(step["actor"]), str(step["step"])) for step in document["steps"])
@@ -76,7 +76,7 @@ def parse(document: Any, where: str) -> Schedule:
 
 
 def make(model: ReadyModel, found: Found, scenario: str, variant: str, bounds: Mapping[str, int]) -> Schedule:
-    """What was found, step by step."""
+    """Return the schedule that leads to what a search has found."""
     values, places = model.start, model.places
     lines = []
     for number in (*found.path, *found.cycle):
@@ -93,7 +93,10 @@ def make(model: ReadyModel, found: Found, scenario: str, variant: str, bounds: M
 
 
 def replay(model: ReadyModel, schedule: Schedule, where: str) -> Broken | None:
-    """Run a schedule again: what is broken at its end. A Problem if its steps are not those of the scenario now."""
+    """Run a schedule again, and return what is broken at its end, or None.
+
+    Raises Problem if the steps are no longer those of the scenario.
+    """
     numbers = {actor.name: number for number, actor in enumerate(model.actors)}
     values, places = model.start, model.places
     round_begins = None
@@ -135,7 +138,7 @@ def _changes(model: ReadyModel, before: Sequence[Any], now: Sequence[Any]) -> tu
         for name, old, new in zip(model.memory.names, before, now, strict=True)
         if old is not new and old != new
     )
-    return tuple(dict.fromkeys(changes))  # a freed thing once, not for each of its fields
+    return tuple(dict.fromkeys(changes))  # a freed thing is listed once, not once for each of its fields
 
 
 def _text(value: Any) -> str:
@@ -147,7 +150,7 @@ def _text(value: Any) -> str:
 
 
 def render(schedule: Schedule) -> str:
-    """A column for each actor that steps, and one for what changed."""
+    """Return the schedule as text, with a column for each actor that steps and one for the changes."""
     actors = list(dict.fromkeys(line.actor for line in schedule.lines))
     if not actors:
         return f"     in the first state: {_said(schedule)}\n"
@@ -171,7 +174,7 @@ def render(schedule: Schedule) -> str:
 
 
 def _one_column(schedule: Schedule, notes: Sequence[str], whole: int) -> str:
-    """The same where there is no room for a column for each."""
+    """Return the schedule as text in a single column, where there is no room for one column per actor."""
     rows = []
     for at, (line, note) in enumerate(zip(schedule.lines, notes, strict=True)):
         if at == schedule.cycle:

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every interleaving of a model's actors, breadth first, so that what is found first is as short as can be.
+"""Search every interleaving of a model's actors, breadth first, so that the first violation found is a shortest one.
 
-A state is the shared memory and where each actor stands. Found are: invariants that do not hold, deadlocks, and
+A state is the shared memory and the place of each actor. The search finds invariants that do not hold, deadlocks, and
 livelocks (states from which, whatever is scheduled, not all actors can finish any more).
 
-Reduction. Where the next step of one actor reads nothing that another may still write, and writes nothing that another
-may still read or write or that an invariant for every state reads, it can change places with all that the others may
-do before it: only that actor is followed (a persistent set of one). What an actor may still touch is learned on the
-way. When nothing is left to follow, states where too little was known are followed up with all actors, until there
-are none. The step of one actor alone always leads to a new state, so that no actor is put off for ever. Kept are all
-broken invariants, deadlocks and livelocks, but not the shortest way to them: that is searched for without reduction.
+Reduction. If the next step of an actor reads nothing that another may still write, and writes nothing that another may
+still read or write or that an invariant for every state reads, then it commutes with everything that the others may do
+before it. It is enough to follow that actor alone (a persistent set of one). What an actor may still touch is learned
+during the search. When no state is left to follow, states at which too little was known are followed up with all
+actors, until there are none. The step of one actor alone always leads to a new state, so that no actor is postponed for
+ever. The reduction preserves all broken invariants, deadlocks and livelocks, but not the shortest path to them: that is
+then searched for without reduction.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ Key = tuple[Any, ...]  # the number of a memory, then each actor's place
 
 @dataclass(frozen=True)
 class Found:
-    """A violation and the way to it: numbers of actors. `cycle`: what can then go on for ever, of a livelock."""
+    """A violation, and the path to it as numbers of actors.
+
+    In a livelock, `cycle` can repeat for ever after the path.
+    """
 
     violation: Broken
     path: tuple[int, ...]
@@ -44,7 +48,10 @@ class Found:
 
 @dataclass(frozen=True)
 class Exploration:
-    """The result of a search. `shortest`: no schedule to any violation has fewer steps (before the cycle, if any)."""
+    """The result of a search.
+
+    `shortest` says that no schedule to any violation has fewer steps (before the cycle, if there is one).
+    """
 
     found: Found | None
     states: int
@@ -54,7 +61,7 @@ class Exploration:
 
 
 def explore(model: Model, limit: int = LIMIT, reduced: bool = True) -> Exploration:
-    """All that can happen. A Problem when that is more than `limit` states."""
+    """Search all states of a model. Raises Problem if there are more than `limit`."""
     began = time.monotonic()
     ready = ReadyModel(model)
     search = _Search(ready, limit, reduced).run()
@@ -68,7 +75,7 @@ def explore(model: Model, limit: int = LIMIT, reduced: bool = True) -> Explorati
 
 
 def explore_from(model: ReadyModel, values: Values, places: tuple[Place, ...]) -> Exploration:
-    """All that can happen from this state on."""
+    """Search all states that can be reached from this state."""
     began = time.monotonic()
     model.start, model.places = values, places
     search = _Search(model, LIMIT, False).run()
@@ -80,7 +87,7 @@ class _TooMany(Problem):
 
 
 def _learn(model: ReadyModel) -> None:
-    """Work out what each actor may still read and write from each of its places, as far as is known."""
+    """Work out what each actor may still read and write from each of its places, as far as its steps are known."""
     for actor in model.actors:
         changed = True
         while changed:
@@ -100,7 +107,7 @@ def _learn(model: ReadyModel) -> None:
 
 @dataclass(eq=False)
 class _Search:
-    """One search through the states."""
+    """One search through the states of a model."""
 
     model: ReadyModel
     limit: int
@@ -116,15 +123,15 @@ class _Search:
     edges: tuple[array[int], array[int]] = field(default_factory=lambda: (array("q"), array("q")))
     alone: list[tuple[int, int, StepOutcome]] = field(
         default_factory=list
-    )  # states where one actor was followed, and how
-    backward: bool = False  # some step led to a state found no later than its own: there may be cycles
+    )  # states where only one actor was followed, with its number and step
+    backward: bool = False  # some step led to the same or an earlier state, so there may be cycles
 
     @property
     def states(self) -> int:
         return len(self.keys)
 
     def run(self) -> _Search:
-        """Layer by layer; within one, what is broken in a state goes before what a step from it breaks."""
+        """Search layer by layer; in a layer, what is broken in a state comes before what a step from it breaks."""
         violation, _ = self._reach(self.model.start, self.model.places, -1, -1)
         if violation is not None:
             self.found = Found(violation, ())
@@ -155,7 +162,10 @@ class _Search:
             self.found = found
 
     def _follow_up(self) -> bool:
-        """Follow all actors where one was followed for want of knowledge; whether there were such states."""
+        """Follow all actors from states at which one was followed wrongly, for lack of knowledge.
+
+        Return whether there were any.
+        """
         mistaken = [
             (state, number)
             for state, number, outcome in self.alone
@@ -168,7 +178,7 @@ class _Search:
         return bool(mistaken)
 
     def _reach(self, values: Values, places: tuple[Place, ...], parent: int, by: int) -> tuple[Broken | None, int]:
-        """A state's number, which is new if it is the last; and what is broken in it."""
+        """Return what is broken in a state, and the state's number; a new state gets the next number."""
         memory = self.memories.setdefault(values, len(self.values))
         violation = None
         if memory == len(self.values):
@@ -183,7 +193,10 @@ class _Search:
         return violation, state
 
     def _expand(self, state: int, followed: int | None = None) -> Found | None:
-        """Follow the actors from a state, but the one that was; the shortest of what is found to be broken."""
+        """Follow the actors from a state, except the one that was already `followed`.
+
+        Return a violation if there is one.
+        """
         model = self.model
         memory, *places = self.keys[state]
         values = self.values[memory]
@@ -220,7 +233,7 @@ class _Search:
     def _alone(
         self, outcomes: list[tuple[int, StepOutcome]], places: Sequence[Place], values: Values
     ) -> tuple[int, StepOutcome] | None:
-        """An actor's step that can be followed alone, as far as is known."""
+        """Return an actor and its step that can be followed alone, as far as is known, or None."""
         for number, outcome in outcomes:
             if self._independent(number, outcome, places):
                 memory = self.memories.get(after(values, outcome))
@@ -229,7 +242,7 @@ class _Search:
         return None
 
     def _independent(self, number: int, outcome: StepOutcome, places: Sequence[Place]) -> bool:
-        """Whether a step can change places with all that others may still do, and no invariant sees it."""
+        """Return whether a step commutes with all that other actors may still do, and is seen by no invariant."""
         read, written = outcome.read, outcome.written
         if written & self.model.visible:
             return False
@@ -246,7 +259,10 @@ class _Search:
         return tuple(reversed(path))
 
     def _livelock(self) -> Found | None:
-        """The first state from which no end can be reached, and how its actors go round."""
+        """Return the first state from which no end can be reached, with a cycle of its actors.
+
+        None if there is no such state.
+        """
         import numpy as np
 
         ends = np.fromiter((self.model.ended(key[1:]) for key in self.keys), bool, self.states)
@@ -264,7 +280,9 @@ class _Search:
         return Found(Broken(NO_LIVELOCK, detail), (*self._path(state), *on), cycle)
 
     def _round_of_one(self, stuck: Sequence[int]) -> tuple[int, tuple[int, ...], tuple[int, ...]] | None:
-        """The first state in which one actor goes round by itself, on what no other will change any more."""
+        """Return the first state in which one actor loops by itself, on
+        memory that no other actor will change any more.
+        """
         model = self.model
         _learn(model)
         for state in stuck:
@@ -281,7 +299,7 @@ class _Search:
         return None
 
     def _reads_only(self, state: int, path: Sequence[int]) -> int:
-        """What these steps read and do not write themselves."""
+        """Return the bit set of fields that these steps read and do not write themselves."""
         memory, *places = self.keys[state]
         values, read, written = self.values[memory], 0, 0
         for number in path:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many recordings in a store: a catalogue of them, their replay as tasks that any executor runs, and the results."""
+"""Recordings of many hosts in a store: a catalogue of them, their replay as tasks for any executor, and the results."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`kvmtrace fleet index` and `fleet replay`: recordings of many hosts in a store, and their replay."""
+"""The commands `kvmtrace fleet index` and `fleet replay`: catalogue the recordings of many hosts, and replay them."""
 
 from __future__ import annotations
 

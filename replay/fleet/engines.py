@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What runs a fleet's tasks: processes of this machine, or Dask; both are an Executor to the rest."""
+"""The engines that run a fleet's tasks: processes of this machine, or Dask.
+
+The rest of the code sees both as an Executor.
+"""
 
 from __future__ import annotations
 
@@ -19,37 +22,40 @@ from traces.text import printable
 
 LOCAL: Final = "local"
 DASK: Final = "dask"
-MODULE: Final = "replay.fleet.fleet_task"  # with all that a task needs
-_SHARE: Final = 0.5  # of the memory that there is, for the rows of tasks
-_ASKED: Final = 2.0  # seconds between two questions to a scheduler
-_CONNECT: Final = 15  # seconds for a scheduler to answer
-_PATIENCE: Final = 60  # seconds for its first worker
+MODULE: Final = "replay.fleet.fleet_task"  # importing it imports everything that a task needs
+_SHARE: Final = 0.5  # the share of the available memory that the rows of tasks may take
+_ASKED: Final = 2.0  # seconds between two requests to a scheduler for its workers
+_CONNECT: Final = 15  # seconds to wait for a scheduler's answer
+_PATIENCE: Final = 60  # seconds to wait for a scheduler's first worker
 
 
 class FleetEngine(Protocol):
-    """An executor, and what is to be known of it."""
+    """An executor for tasks, with the properties that scheduling needs."""
 
     name: str
 
     @property
     def executor(self) -> Executor:
-        """What runs tasks."""
+        """The executor that runs the tasks."""
 
     @property
     def slots(self) -> int:
-        """Tasks that it works on at a time, and as many as it should have waiting so that none is idle."""
+        """How many tasks to submit at a time: those it can run, and as many waiting ones as keep it from being idle."""
 
     @property
     def memory(self) -> int:
-        """Bytes for tasks that are under way, where nobody says."""
+        """The bytes that the rows of all running tasks may take, if the user gives no limit."""
 
     def died(self, error: BaseException) -> str:
-        """How the process ended that worked on a task, by what came of its future; empty: that is no such error."""
+        """Say how the process of a task ended, judging by the task's exception; empty if the process did not end."""
 
 
 @contextmanager
 def opened(name: str, workers: int) -> Iterator[FleetEngine]:
-    """The engine of that name, until the `with` ends; on an exception its tasks are given up. Raises Problem."""
+    """Open the engine of that name for the duration of the `with`; on an exception its tasks are cancelled.
+
+    Raises Problem if there is no such engine, or if it cannot be reached.
+    """
     if name == LOCAL:
         with _local(workers) as local:
             yield local
@@ -92,7 +98,7 @@ class _Dask:
 
     @property
     def slots(self) -> int:
-        # One more for each worker, which is there when it is done with the one before.
+        # Each worker has one more task waiting, which it begins as soon as it is done with the one before.
         return sum(int(each["nthreads"]) + 1 for each in self._there().values())
 
     @property
@@ -124,15 +130,15 @@ def _dask(address: str, workers: int) -> Iterator[_Dask]:
     except ImportError:
         raise Problem(f"--engine: Dask is not installed: {how_to_get('distributed')}", ENVIRONMENT) from None
     count = workers or os.cpu_count() or 1
-    # Dask does again what a dead worker had, and blames all of it when that happens too often: of our own cluster at
-    # once, for whoever is suspected is then tried alone (fleet_run.py).
+    # When a worker dies, Dask runs its tasks again, and fails them all once that has happened too often. In our own
+    # cluster they fail at once, since fleet_run.py then tries each of them alone.
     settings = {
         "distributed.scheduler.allowed-failures": 0,
         "distributed.worker.preload": [MODULE],
-        # A worker that is not there 15 s after one was lost, such as when it dies again, is given up for good else.
+        # By default a lost worker that is not back after 15 s, as when it dies again, is given up for good.
         "distributed.deploy.lost-worker-timeout": "1 day",
-        # Nobody looks at its page: no worker's stack is looked at each 10 ms, the machine not twice a second, and no
-        # process checks each 20 ms that its loop still turns. That was more than half of what an idle cluster uses.
+        # Nobody looks at Dask's dashboard. So do not sample each worker's stack every 10 ms or the machine twice a
+        # second, nor check every 20 ms that each event loop runs: more than half of an idle cluster's CPU time.
         "distributed.worker.profile.enabled": False,
         "distributed.admin.system-monitor.interval": "5s",
         "distributed.admin.tick.interval": "1s",
@@ -140,10 +146,10 @@ def _dask(address: str, workers: int) -> Iterator[_Dask]:
     new_client: Any = Client
     new_cluster: Any = LocalCluster
     said = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)  # what becomes of workers and schedulers is printed here, in one line each
+    logging.disable(logging.CRITICAL)  # failures of workers and schedulers are reported by us, in one line each
     try:
         with dask.config.set(settings), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # such as that its page has another port than usual
+            warnings.simplefilter("ignore")  # such as that the dashboard has another port than usual
             if address:
                 with new_client(address, timeout=_CONNECT, set_as_default=False) as client:
                     yield _ready(client, address, 1)
@@ -175,7 +181,7 @@ def _ready(client: Any, name: str, least: int) -> _Dask:
 
 
 def _available() -> int:
-    """Bytes of memory that may be used, as Linux says."""
+    """Return the bytes of memory that are available, as /proc/meminfo says."""
     with open("/proc/meminfo") as file:  # noqa: PTH123
         for line in file:
             if line.startswith("MemAvailable:"):

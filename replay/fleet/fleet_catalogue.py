@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The catalogue of a place's recordings: one row for each trace and VM, of what their footers say.
+"""The catalogue of the recordings in a place: one row for each trace and VM, made from the traces' footers.
 
-An object is read up to its footer, many at a time; one that is as it was in an earlier catalogue is not read again. An
-object that is no sound trace has a row that says why, and is nobody else's trouble.
+Of each object only the footer is read, many objects at a time; one that has not changed since an earlier catalogue is
+not read again. An object that is not a sound trace gets a row with the reason, and does not affect the others.
 """
 
 from __future__ import annotations
@@ -36,43 +36,43 @@ from traces.vm_names import VmNames
 from traces.wall_clock import wall_ns
 
 SUFFIX: Final = ".parquet"
-READERS: Final = 32  # objects at a time
-_LONGEST: Final = 300  # of a text that comes from a trace
-_VENDORS: Final = {"AuthenticAMD": "amd", "GenuineIntel": "intel"}  # as /proc/cpuinfo has them
-_NAMELESS: Final = "(none)"  # the kernel's own name of a host that nobody has named
-# Bytes of a row in memory with all of its columns.
+READERS: Final = 32  # objects that are read at a time
+_LONGEST: Final = 300  # the most characters kept of a text that comes from a trace
+_VENDORS: Final = {"AuthenticAMD": "amd", "GenuineIntel": "intel"}  # by vendor_id of /proc/cpuinfo
+_NAMELESS: Final = "(none)"  # the host name that the kernel has until somebody sets one
+# The bytes that a row with all of its columns takes in memory.
 _ROW: Final = sum((field.type.bit_width if pa.types.is_integer(field.type) else 32) // 8 for field in SCHEMA)
 _OLD: Final = (pa.ArrowException, OSError, ValueError, KeyError, TypeError)
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """`root` is the place that the keys in `rows` (columns of CATALOGUE) are below."""
+    """A catalogue. `rows` has the columns of CATALOGUE; the keys in it are relative to the place `root`."""
 
     root: str
     rows: pl.DataFrame
 
     @property
     def broken(self) -> pl.DataFrame:
-        """The rows of what cannot be replayed, each with its `reason`."""
+        """The rows of objects that cannot be replayed, each with its `reason`."""
         return self.rows.filter(pl.col("reason") != "")
 
 
 @dataclass(frozen=True)
 class Indexed:
-    """A catalogue, and what it took: objects by what was done with them."""
+    """A catalogue, and the number of objects that were read, kept from an earlier catalogue, or gone since."""
 
     catalogue: Catalogue
     read: int
     kept: int
     gone: int
-    others: int  # of other names, which were not looked at
+    others: int  # objects that are no *.parquet, which were not looked at
 
 
 def index(root: Location, before: Catalogue | None = None, but: str = "") -> Indexed:
-    """The catalogue of a place; of objects that are as they were `before`, their rows from there.
+    """Return the catalogue of a place. Objects that have not changed since `before` keep their rows from there.
 
-    `but`: an object that is no recording, such as the catalogue itself.
+    `but` is an object to leave out, such as the catalogue itself.
     """
     objects = Objects(root)
     left_out = location(but).text if but else ""
@@ -114,7 +114,7 @@ def _read(objects: Objects, found: list[StoredObject]) -> Iterator[dict[str, Any
             return _rows_of(objects, each)
         except StoreProblem as problem:
             failed.append(problem)
-            return [_broken(each, "", str(problem))]  # of no etag: the next index asks again
+            return [_broken(each, "", str(problem))]  # without an etag, the next index reads the object again
         except Problem as problem:
             return [_broken(each, each.etag, str(problem).removeprefix(f"{each.key}: "))]
 
@@ -127,7 +127,7 @@ def _read(objects: Objects, found: list[StoredObject]) -> Iterator[dict[str, Any
 
 
 def _rows_of(objects: Objects, found: StoredObject) -> list[dict[str, Any]]:
-    """An object's rows; raises Problem where it is no sound trace, as far as its footer tells."""
+    """Return an object's rows. Raises Problem if it is not a sound trace, as far as its footer tells."""
     with remote_trace(objects, found, footer_only=True) as trace:
         rows = [_row(found, trace, vm) for vm in trace.metadata.vms] or [_broken(found, found.etag, "no VM is in it")]
     try:
@@ -157,7 +157,7 @@ def _row(found: StoredObject, trace: Trace, vm: Any) -> dict[str, Any]:
 
 
 def host_facts(key: str, meta: Metadata) -> dict[str, Any]:
-    """What a catalogue and results say of a recording's host."""
+    """Return the columns of a catalogue or of results that describe a recording's host."""
     host = object_at(meta.raw, "host")
     name = next((part[len("host=") :] for part in PurePosixPath(key).parts if part.startswith("host=")), "")
     name = name or text_at(host, "name")
@@ -170,7 +170,7 @@ def host_facts(key: str, meta: Metadata) -> dict[str, Any]:
 
 
 def vm_facts(meta: Metadata, vm: int) -> dict[str, Any]:
-    """What they say of one of its VMs."""
+    """Return the columns of a catalogue or of results that describe one of a recording's VMs."""
     first, last = meta.spans.get(vm, (0, 0))
     began = wall_ns(meta, first)
     return {"start": began, "duration_ns": last - first, "vm": vm, "vm_name": _short(VmNames(meta).process(vm))}
@@ -191,7 +191,7 @@ def _frame(rows: list[dict[str, Any]]) -> pl.DataFrame:
 
 
 def write(catalogue: Catalogue, where: str, *, force: bool = False) -> None:
-    """Write it to a file or an object. Raises Problem."""
+    """Write a catalogue to a file or to an object in a store. Raises Problem if that fails."""
     table = catalogue.rows.to_arrow().cast(CATALOGUE)
     document = {"what": "catalogue", "format": FORMAT, "root": catalogue.root}
     table = table.replace_schema_metadata({KEY: json.dumps(document).encode()})
@@ -206,7 +206,7 @@ def write(catalogue: Catalogue, where: str, *, force: bool = False) -> None:
 
 
 def read(where: str) -> Catalogue:
-    """Read a catalogue from a file or an object. Raises Problem where it is none."""
+    """Read a catalogue from a file or from an object in a store. Raises Problem if it is not one."""
     if is_remote(where):
         place, name = location(where).apart()
         source: Any = pa.BufferReader(Objects(place).read_all(name))
@@ -229,7 +229,7 @@ def read(where: str) -> Catalogue:
 
 
 def earlier(where: str) -> Catalogue | None:
-    """The catalogue that is there already; None where there is none."""
+    """Return the catalogue that already exists at `where`, or None if there is none."""
     try:
         return read(where)
     except StoreProblem as problem:
@@ -245,7 +245,7 @@ def _no_catalogue(where: str, why: str) -> NoReturn:
 
 
 def local_path(where: str) -> Path:
-    """The file that a text means which names no store."""
+    """Return the path that a text names which is not the address of a store."""
     if where.startswith("file:"):
         folder = location(where).folder
         assert folder is not None

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the tasks of a fleet's replay: what is done is not done again, and nothing that fails takes others along.
+"""Run the tasks of a fleet's replay: finished tasks are not run again, and one that fails does not affect the others.
 
-Which tasks there are, and under way at a time, is decided here; where they run, and what becomes of those of a worker
-that dies, is the executor's business (engines.py). A task whose worker died is tried again, alone: whatever others were
-under way when it died have nothing to do with it then, and are not blamed.
+This module decides which tasks to run and how many at a time. Where they run, and what happens to the tasks of a worker
+that dies, is up to the executor (engines.py). A task whose worker died is tried again alone, so that other tasks on
+that worker are not blamed for it.
 
-A process ends itself when a task's time is up (time_limit.py). Where the executor tells how it ended, that is known at
-once; Dask does not, and the task is tried once more, alone, so that how long it took tells.
+A process ends itself when a task's time is up (time_limit.py). If the executor says how the process ended, that is
+known at once. Dask does not say it; the task is then tried once more, alone, and the time that it takes tells.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from traces.errors import Problem
 from traces.progress import Progress
 from traces.text import printable
 
-ATTEMPTS: Final = 2  # alone, of a task whose worker died
-_LOOK: Final = 0.5  # seconds between two looks at ^C, the workers, and the clock
-_NO_WORKER: Final = 120  # seconds without any before giving up
+ATTEMPTS: Final = 2  # how often a task whose worker died is tried alone
+_LOOK: Final = 0.5  # seconds between two checks for ^C, for workers, and of the clock
+_NO_WORKER: Final = 120  # seconds without any worker after which a run gives up
 _SAME: Final = (
     "trace", "etag", "host", "kernel", "vendor", "preset", "start", "duration_ns", "vm", "vm_name", "vcpus",
 )  # fmt: skip
@@ -40,7 +40,7 @@ _SAME: Final = (
 
 @dataclass(frozen=True)
 class FailedTask:
-    """A task that cannot be done, and why."""
+    """A task that failed, and the reason."""
 
     task: FleetTask
     reason: str
@@ -48,20 +48,23 @@ class FailedTask:
 
 @dataclass
 class FleetRun:
-    """What became of the tasks."""
+    """The result of a run: how many tasks were done, failed, or had been done before."""
 
     tasks: int
-    before: int  # were done, or had failed, in an earlier run
+    before: int  # tasks that were done, or had failed, in an earlier run
     done: int = 0
     failed: list[FailedTask] = field(default_factory=list)
     failed_before: int = 0
     merged: int = 0
     seconds: float = 0.0
-    rows: int = 0  # of the VMs that were replayed
+    rows: int = 0  # trace rows of the VMs that were replayed
 
 
 def chosen(catalogue: Catalogue, where: str) -> pl.DataFrame:
-    """The catalogue's rows that can be replayed, and that a polars expression in SQL is true of. Raises Problem."""
+    """Return the catalogue's rows that can be replayed and for which the SQL condition `where` is true.
+
+    Raises Problem if the condition is invalid.
+    """
     rows = catalogue.rows.filter((pl.col("reason") == "") & (pl.col("vcpus") > 0))
     if not where:
         return rows
@@ -76,7 +79,10 @@ def chosen(catalogue: Catalogue, where: str) -> pl.DataFrame:
 def tasks_of(
     catalogue: Catalogue, rows: pl.DataFrame, policies: tuple[PolicyText, ...], results: str, seconds: float = 0.0
 ) -> dict[str, tuple[FleetTask, dict[str, Any]]]:
-    """Tasks by id, each with its row of the catalogue; the largest first. `seconds` that each may take; 0: no limit."""
+    """Return the tasks by id, each with its row of the catalogue, the largest first.
+
+    `results` is the place for their results; `seconds` is the time that each may take, and 0 means no limit.
+    """
     found = []
     for row in rows.iter_rows(named=True):
         task = FleetTask(
@@ -97,7 +103,10 @@ def run(
     retry_failed: bool = False,
     perform: Callable[[FleetTask], str] = perform,
 ) -> FleetRun:
-    """Do the tasks that have no result yet. `memory`: bytes for the rows of those under way; 0: the engine's choice."""
+    """Run the tasks that have no result yet.
+
+    `memory` is the number of bytes that the rows of all running tasks may take; 0 leaves it to the engine.
+    """
     began = time.monotonic()
     state = folder.state()
     failed_before = {task_of(each) for each in state.failures}
@@ -129,7 +138,7 @@ def _performed(
     perform: Callable[[FleetTask], str],
     shown: _Shown,
 ) -> Iterator[tuple[str, FleetTask, str]]:
-    """Each task that is through, in whichever order, with the reason why it failed, or nothing."""
+    """Yield each finished task, in any order, with the reason if it failed, else with an empty text."""
     limit = memory or engine.memory
     left, alone = deque(wanted), deque[tuple[str, FleetTask, int, str]]()
     under_way: dict[Future[str], tuple[str, FleetTask, int, float]] = {}
@@ -171,13 +180,15 @@ def _performed(
 
 
 def _facts(row: dict[str, Any], reason: str) -> dict[str, Any]:
-    """What a failed task's row says, of the catalogue's row and the reason."""
+    """Return the result row of a failed task, made from its catalogue row and the reason."""
     same = {name: row[name] for name in _SAME}
     return {**same, "recorded_policy": row["policy"], "events": row["events"], "lost": row["lost"], "reason": reason}
 
 
 class _Shown:
-    """How far it is, at which rate, and for how long yet, by the rows that are to be replayed."""
+    """Reports how many tasks are done, at which rate, and the time left,
+    estimated from the rows still to be replayed.
+    """
 
     def __init__(self, progress: Progress, rows: Sequence[int]) -> None:
         self._progress, self._all = progress, sum(rows)
@@ -185,7 +196,7 @@ class _Shown:
         self._began = time.monotonic()
 
     def finished(self, rows: int, *, failed: bool) -> None:
-        """A task is through."""
+        """Count a task that is finished."""
         self._done += 1
         self._failed += failed
         self._rows += rows
@@ -199,5 +210,5 @@ class _Shown:
         self._progress.at(self._done)
 
     def look(self) -> None:
-        """Stop where ^C was pressed."""
+        """Raise if ^C was pressed."""
         self._progress.at(self._done)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One task of a fleet's replay: one VM of one recording under a list of policies, from a store, into a store.
+"""One task of a fleet's replay: replay one VM of one recording in a store under several policies, and store the result.
 
-It may run anywhere and any number of times: what it writes is the same bytes under the same name, which is made of all
-that they depend on, and an object that is there is left alone.
+A task may run anywhere and any number of times. Its result has the same bytes each time, and a name that is derived
+from everything on which they depend; a result that exists already is left alone.
 """
 
 from __future__ import annotations
@@ -41,14 +41,16 @@ _MEMORY: Final = "there was not enough memory for it"
 
 @dataclass(frozen=True)
 class PolicyText:
-    """A policy by its name; of a user's own file, with its text, so that it need not be where the task runs."""
+    """A policy by its name. For a user's own file it includes the text, since the task may run on another machine."""
 
     name: str
     text: str = ""
 
     @property
     def mark(self) -> str:
-        """What tells it from others, for people and for the names of tasks."""
+        """A text that identifies the policy, for people and for the names of
+        tasks: it includes a hash of the file's text.
+        """
         return (
             f"{Path(self.name).name} {hashlib.sha256(self.text.encode()).hexdigest()[:16]}" if self.text else self.name
         )
@@ -56,9 +58,10 @@ class PolicyText:
 
 @dataclass(frozen=True)
 class FleetTask:
-    """`trace` is a key below `root`; `decoded` about what the VM's rows take in memory, bytes; `results` a place.
+    """The replay of one VM of the recording `trace`, a key below `root`.
 
-    `seconds` that it may take; 0: no limit.
+    `decoded` is the approximate size of the VM's rows in memory, in bytes; `results` is the place for the result;
+    `seconds` is the time that the task may take, and 0 means no limit.
     """
 
     root: str
@@ -74,24 +77,24 @@ class FleetTask:
 
     @property
     def id(self) -> str:
-        """The name of its result: the same for the same rows, policies and version, and for nothing else."""
+        """The name of the task's result: a hash over the recording, the VM, the policies and kvmtrace's version."""
         told = [self.trace, self.etag, self.size, self.vm, [each.mark for each in self.policies], self.made_by]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
 
     @property
     def text(self) -> str:
-        """For people."""
+        """The task as it is named in messages."""
         return f"{self.trace}, VM {self.vm}"
 
 
 @cache
 def made_by() -> str:
-    """What the bytes of a result depend on besides the recording and the policies."""
+    """Return the versions of kvmtrace and of the results' format, on which the bytes of a result depend."""
     return f"kvmtrace {version('kvmtrace')}, results {RESULTS_FORMAT['major']}.{RESULTS_FORMAT['minor']}"
 
 
 def policy_texts(names: Sequence[str]) -> tuple[PolicyText, ...]:
-    """Policies as a user names them. Raises Problem where a file of his cannot be read."""
+    """Return the policies that a user names. Raises Problem if one is a file that cannot be read."""
     found = []
     for name in dict.fromkeys(names):
         if not (name.endswith(".py") or "/" in name):
@@ -106,7 +109,7 @@ def policy_texts(names: Sequence[str]) -> tuple[PolicyText, ...]:
 
 
 def perform(task: FleetTask) -> str:
-    """Do a task, where its result is not there yet; why it cannot be done, empty where it was."""
+    """Run a task unless its result exists, and return the reason if it failed, else an empty text."""
     progress.hide()
     if task.made_by != made_by():
         return f"this worker is of {made_by()}, and the results are those of {task.made_by}: install the same"
@@ -130,7 +133,7 @@ def _perform(task: FleetTask) -> None:
 
 
 def rows_for(trace: Trace, task: FleetTask) -> list[dict[str, Any]]:
-    """The rows of a task's result, of its trace."""
+    """Return the rows of a task's result, replayed from its trace."""
     capabilities = Capabilities(trace)
     with _policies(task.policies) as names:
         wanted = planned(capabilities, names)
@@ -139,13 +142,13 @@ def rows_for(trace: Trace, task: FleetTask) -> list[dict[str, Any]]:
 
 
 def planned(capabilities: Capabilities, names: Sequence[str]) -> Plan:
-    """These policies and the recorded one, which all others are compared with."""
+    """Return the plan for these policies and the recorded one, with which all others are compared."""
     return plan.make(capabilities, list(dict.fromkeys([capabilities.own.name, *(names or plan.DEFAULT)])))
 
 
 @contextmanager
 def _policies(policies: Sequence[PolicyText]) -> Iterator[list[str]]:
-    """What `plan.make` takes: files of users' own are written anew."""
+    """Give the names of policies as `plan.make` takes them; a user's own file is written to a temporary directory."""
     if not any(each.text for each in policies):
         yield [each.name for each in policies]
         return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `kvmtrace fleet index` and `fleet replay` print."""
+"""The output of `kvmtrace fleet index` and `fleet replay`, as text and as JSON documents."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from replay.fleet.fleet_run import FleetRun
 from traces.screen import Page
 from traces.text import count, some
 
-SHOWN: Final = 10  # of what is broken or failed
+SHOWN: Final = 10  # the most broken objects, or reasons of failed tasks, that are shown
 
 
 def indexed_to_dict(found: Indexed, where: str) -> dict[str, Any]:
-    """The document of `fleet index --json`."""
+    """Return the document of `fleet index --json`."""
     rows = found.catalogue.rows.filter(pl.col("reason") == "")
     return {
         "catalogue": where, "root": found.catalogue.root,
@@ -29,7 +29,7 @@ def indexed_to_dict(found: Indexed, where: str) -> dict[str, Any]:
 
 
 def render_indexed(found: Indexed, where: str) -> str:
-    """The same for people."""
+    """Return the text of `fleet index`."""
     page = Page()
     facts = indexed_to_dict(found, where)
     page.say(
@@ -49,12 +49,12 @@ def render_indexed(found: Indexed, where: str) -> str:
 
 
 def warn_of_folders(results: str, root: str) -> None:
-    """Of a cluster that is elsewhere: folders are those of each of its machines."""
+    """Warn that each machine of a remote cluster must have the folders that are named."""
     print(f"kvmtrace: the workers must have the same folders: {root}, {results}", file=sys.stderr)
 
 
 def replayed_to_dict(done: FleetRun, catalogue: Catalogue, where: str) -> dict[str, Any]:
-    """The document of `fleet replay --json`; times in ns."""
+    """Return the document of `fleet replay --json`; times are in ns."""
     return {
         "results": where, "root": catalogue.root,
         "tasks": {
@@ -67,7 +67,7 @@ def replayed_to_dict(done: FleetRun, catalogue: Catalogue, where: str) -> dict[s
 
 
 def render_replayed(done: FleetRun, catalogue: Catalogue, where: str) -> str:
-    """The same for people."""
+    """Return the text of `fleet replay`."""
     page = Page()
     seconds = max(done.seconds, 1e-3)
     before = done.before - done.failed_before

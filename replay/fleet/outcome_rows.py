@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a replay says of one VM, as rows of a fleet's results: one a policy, and one for each of its vCPUs."""
+"""The outcome of one VM's replay as rows of a fleet's results: for each policy one of the VM and one of each vCPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OF_USER: Final = "counted only: policies of users are not timed"
 
 
 def rows_of(replayed: Replayed, key: str, etag: str, vm: int) -> list[dict[str, Any]]:
-    """The rows of a VM, by the columns of `fleet_schema.RESULTS`; of a trace of that key and etag."""
+    """Return the rows of a VM with the columns of `fleet_schema.RESULTS`; `key` and `etag` are those of its trace."""
     plan = replayed.plan
     trace = plan.capabilities.trace
     meta = trace.metadata
@@ -45,7 +45,7 @@ def rows_of(replayed: Replayed, key: str, etag: str, vm: int) -> list[dict[str, 
 
 
 def _of_policy(target: Target, outcomes: list[Outcome], time: VmTime) -> Iterator[dict[str, Any]]:
-    """The row of the VM, and those of its vCPUs."""
+    """Yield the row of the VM under one policy, and the rows of its vCPUs."""
     timed = [each.vcpus for each in time.outcomes if each.target is target]
     why = time.refused or (_OF_USER if not timed else "")
     vcpus = [_time(time, target, [end[at] for end in timed], at) for at in range(len(outcomes[0].vcpu_ids))]
@@ -60,7 +60,7 @@ def _of_policy(target: Target, outcomes: list[Outcome], time: VmTime) -> Iterato
 
 
 def _counted(counts: Mapping[str, Count]) -> dict[str, int | None]:
-    """Both ends of each count; those of a VM are in no vCPU's row."""
+    """Return the columns with both bounds of each count. Counts of the whole VM are absent in rows of vCPUs."""
     found: dict[str, int | None] = {}
     for name in COUNTS:
         if name in counts:
@@ -70,7 +70,7 @@ def _counted(counts: Mapping[str, Count]) -> dict[str, int | None]:
 
 
 def _time(time: VmTime, target: Target, under: Sequence[VcpuTime], at: int) -> dict[str, int | None]:
-    """A vCPU's times: `under` one end or both."""
+    """Return a vCPU's time columns; `under` has its times at one bound or at both."""
     if not under:
         return {}
     open_ = target.at_least
@@ -90,7 +90,7 @@ def _time(time: VmTime, target: Target, under: Sequence[VcpuTime], at: int) -> d
 
 
 def _summed(vcpus: Sequence[dict[str, int | None]]) -> dict[str, int | None]:
-    """The times of a VM: those of its vCPUs added up, but for the longest stall."""
+    """Return the time columns of a VM: the sums over its vCPUs, and the maximum of the longest stall."""
     if not vcpus or not vcpus[0]:
         return {}
     longest = ends(STALLS[-1])

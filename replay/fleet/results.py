@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The results of a fleet's replay: how they are written so that none is lost or doubled, and how they are read back.
+"""The results of a fleet's replay: written so that none is lost or counted twice, and read back.
 
-A place has `job.json`, which policies and version its results are of; `tasks/ID.parquet`, one object for each task that
-is done, created once; `failed/ID.parquet`, one row for each that cannot be done; and `merged/`, the results of many
-tasks in one object, which says in its footer of which. A task that is in a merged object is nowhere else, whatever
-objects are left of it; one that is done has not failed.
+A place has `job.json`, which names the policies and the version of the results; `tasks/ID.parquet`, one object for each
+finished task, created once; `failed/ID.parquet`, one row for each task that failed; and `merged/`, objects with the
+results of many tasks each, whose footers name the tasks. A task in a merged object counts from there only, even while
+its own object still exists, and a task with a result does not count as failed.
 
-An object's footer has its tasks as `footer_of` packs them: there may be millions, and a report looks at all of them.
+The footer of an object has its tasks in the packed form of `footer_of`: there may be millions, and a report reads them
+all.
 """
 
 from __future__ import annotations
@@ -38,28 +39,28 @@ from traces.text import printable
 
 JOB: Final = "job.json"
 TASKS, FAILED, MERGED = "tasks", "failed", "merged"
-MERGE: Final = 256  # up to this many objects of single tasks stay as they are
-MERGE_BYTES: Final = 16 << 20  # of a merged object, about: some are in memory at a time
-MERGE_TASKS: Final = 1 << 14
-DELETES: Final = 1000  # in one request
+MERGE: Final = 256  # objects of single tasks are merged when there are at least this many
+MERGE_BYTES: Final = 16 << 20  # approximate size of a merged object; several are in memory at a time
+MERGE_TASKS: Final = 1 << 14  # the most tasks in a merged object
+DELETES: Final = 1000  # objects deleted by one request
 _GROUP_ROWS: Final = 1 << 17
 _NAME: Final = re.compile(rf"({TASKS}|{FAILED})/[0-9a-f]{{32}}\.parquet|{MERGED}/[^/]+\.parquet")
-_AHEAD: Final = 8  # objects that are read while others are looked at
-_TAIL: Final = 1 << 20
+_AHEAD: Final = 8  # objects that are read ahead
+_TAIL: Final = 1 << 20  # bytes at the end of an object that are read at first, to find its footer
 _TEXTS: Final = [field.name for field in RESULTS if pa.types.is_string(field.type)]
 _DAMAGED: Final = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, IndexError)
 Digests = NDArray[np.bytes_]
-_DIGEST: Final = "S16"  # a task's name, which is hexadecimal
-_ROWS: Final = "<u4"
+_DIGEST: Final = "S16"  # the 16 bytes that the hexadecimal name of a task stands for
+_ROWS: Final = "<u4"  # the number of rows of a task
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 
 
 class ResultFolder:
-    """A place that results go to."""
+    """A place in a file system or store that holds the results of one fleet replay."""
 
     def __init__(self, place: Location, *, make: bool = False) -> None:
-        """`make`: a folder that is not there is made."""
+        """With `make`, a folder that does not exist is created. Raises Problem if that fails."""
         if make and place.folder is not None:
             try:
                 place.folder.mkdir(parents=True, exist_ok=True)
@@ -69,7 +70,7 @@ class ResultFolder:
         self.objects = Objects(place)
 
     def claim(self, job: Mapping[str, Any]) -> None:
-        """Have it hold the results of this job, and of no other. Raises Problem where it holds another's."""
+        """Reserve the place for the results of this job. Raises Problem if it holds those of another job."""
         document = {"what": "results", "format": RESULTS_FORMAT, **job}
         if self.objects.create(JOB, json.dumps(document, indent=2).encode()):
             return
@@ -82,7 +83,7 @@ class ResultFolder:
             )
 
     def job(self) -> dict[str, Any]:
-        """What its results are of. Raises Problem where there is none."""
+        """Return the policies and the version of the place's results. Raises Problem if it holds no results."""
         if not self.objects.has(JOB):
             where = printable(self.place.text)
             raise Problem(f"{where}: no results of a fleet: `kvmtrace fleet replay -o` writes them")
@@ -103,20 +104,20 @@ class ResultFolder:
         return dict(document)
 
     def has(self, task: str) -> bool:
-        """Whether a task's own object is there; it may also be in a merged one."""
+        """Return whether a task's own object exists; its result may also be in a merged object."""
         return self.objects.has(f"{TASKS}/{task}.parquet")
 
     def put(self, task: str, table: pa.Table) -> None:
-        """A task's result, unless it is there."""
+        """Store a task's result, unless it exists."""
         self.objects.create(f"{TASKS}/{task}.parquet", _written([(task, table)]))
 
     def put_failed(self, task: str, facts: Mapping[str, Any]) -> None:
-        """Why a task cannot be done: columns of RESULTS, `reason` among them."""
+        """Store the row of a task that failed; `facts` are columns of RESULTS, including `reason`."""
         table = pa.Table.from_pylist([{"row": "failed", **facts}], RESULTS)
         self.objects.replace(f"{FAILED}/{task}.parquet", _written([(task, table)]))
 
     def state(self) -> ResultState:
-        """What is there."""
+        """Return the list of what is stored in the place."""
         found: dict[str, list[StoredObject]] = {TASKS: [], FAILED: [], MERGED: []}
         for folder, objects in found.items():
             objects += (each for each in self.objects.list(folder) if _NAME.fullmatch(each.key))
@@ -132,9 +133,9 @@ class ResultFolder:
         return _tasks_in(self.objects, found)
 
     def merge(self, least: int = 0) -> int:
-        """Put the objects of single tasks together, where there are so many (0: MERGE); how many. It may be killed.
+        """Merge the objects of single tasks if there are at least `least` (0: MERGE), and return how many were merged.
 
-        A merged object is complete before the first of its parts is deleted.
+        It may be killed at any time: a merged object is complete before the first of its parts is deleted.
         """
         least = least or MERGE
         state = self.state()
@@ -159,9 +160,11 @@ class ResultFolder:
 
 @dataclass(frozen=True)
 class ResultState:
-    """The objects of a place. `inside` are the tasks of merged ones, sorted (16 bytes each: there may be millions).
+    """The objects in a place.
 
-    `doubled`: some of them are in two: runs at the same time may merge the same.
+    `inside` are the tasks of merged objects, sorted (16 bytes each, since there may be millions).
+
+    `doubled` says that some of them are in two merged objects, as when two runs merged at the same time.
     """
 
     tasks: list[StoredObject]
@@ -171,26 +174,26 @@ class ResultState:
     doubled: bool
 
     def done(self, tasks: Sequence[str]) -> set[str]:
-        """Those of these tasks that have a result."""
+        """Return which of these tasks have a result."""
         own = set(map(task_of, self.tasks))
         merged = _among(_digests(tasks), self.inside)
         return {task for task, there in zip(tasks, merged.tolist(), strict=True) if there or task in own}
 
     @property
     def loose(self) -> list[StoredObject]:
-        """The objects of single tasks that are in no merged one."""
+        """The objects of single tasks that are in no merged object."""
         there = _among(_digests(list(map(task_of, self.tasks))), self.inside)
         return [each for each, merged in zip(self.tasks, there.tolist(), strict=True) if not merged]
 
     @property
     def failures(self) -> list[StoredObject]:
-        """Of tasks that have no result."""
+        """The objects of failed tasks that have no result."""
         done = self.done(list(map(task_of, self.failed)))
         return [each for each in self.failed if task_of(each) not in done]
 
 
 class Results:
-    """Results as they are read: each task's once, however many objects there are of it."""
+    """The results in a place, as they are read: each task once, however many objects contain it."""
 
     def __init__(self, folder: ResultFolder) -> None:
         self._folder = folder
@@ -198,9 +201,9 @@ class Results:
         self._state = folder.state()
 
     def batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-        """The rows, object after object in order of their names; a task's are next to each other. Raises Problem.
+        """Yield the rows, object after object in order of their names; the rows of a task are adjacent. Raises Problem.
 
-        Texts are dictionaries where they are stored as such, and each batch has its own.
+        Texts that are stored with a dictionary come as dictionary columns, and each batch has its own dictionary.
         """
         names = list(RESULTS.names if columns is None else columns)
         state = self._state
@@ -220,7 +223,7 @@ class Results:
                 raise _damaged(self._folder.place, found.key, error) from None
 
     def rows(self) -> pl.LazyFrame:
-        """All of it, read anew for each `collect`."""
+        """Return all rows as a lazy frame, which reads them anew at each `collect`."""
         none = pl.DataFrame(pl.from_arrow(RESULTS.empty_table()))
 
         def flat(asked: Collection[str] | None) -> Iterator[pa.RecordBatch]:
@@ -232,7 +235,7 @@ class Results:
         return lazy_rows(none.schema, flat)
 
     def _source(self, found: StoredObject) -> Any:
-        """What Arrow reads an object from."""
+        """Return what Arrow reads an object from: a path, or a buffer with its bytes."""
         place = self._folder.place
         if place.folder is not None:
             return Path(place.folder) / found.key
@@ -240,17 +243,17 @@ class Results:
 
 
 def open_results(where: str) -> Results:
-    """The results in a place. Raises Problem where there are none."""
+    """Open the results in a place. Raises Problem if it holds none."""
     return Results(ResultFolder(location(where)))
 
 
 def task_of(found: StoredObject) -> str:
-    """The task that an object is named by."""
+    """Return the id of the task that an object is named after."""
     return found.key.rpartition("/")[2].removesuffix(".parquet")
 
 
 def in_order(function: Callable[[Item], Found], items: Collection[Item]) -> Iterator[Found]:
-    """What a function gives for each, some at a time, in their order; few that nobody has asked for yet are held."""
+    """Yield function(item) for each item, in order, computing up to _AHEAD of them in advance in threads."""
     with ThreadPoolExecutor(_AHEAD) as pool:
         waiting: deque[Future[Found]] = deque()
         try:
@@ -266,9 +269,9 @@ def in_order(function: Callable[[Item], Found], items: Collection[Item]) -> Iter
 
 
 def _written(tables: Sequence[tuple[str, pa.Table]]) -> bytes:
-    """Tables of tasks as one object: a task's rows are in one row group."""
+    """Return the tables of tasks as one Parquet object; the rows of a task are in one row group."""
     sink = io.BytesIO()
-    # Arrow's own copy of the schema would have the tasks once more.
+    # Arrow's own copy of the schema is left out: it would contain the list of tasks a second time.
     with pq.ParquetWriter(sink, RESULTS, compression="zstd", store_schema=False) as writer:
         writer.add_key_value_metadata({KEY: footer_of([task for task, _ in tables], [len(rows) for _, rows in tables])})
         waiting: list[pa.Table] = []
@@ -282,9 +285,9 @@ def _written(tables: Sequence[tuple[str, pa.Table]]) -> bytes:
 
 
 def footer_of(tasks: Sequence[str], rows: Sequence[int]) -> bytes:
-    """The footer's metadata of an object with this many rows of each of these tasks, one after the other.
+    """Return the metadata for the footer of an object that holds rows[i] rows of tasks[i], one task after the other.
 
-    In base 64: 16 bytes of each task's name, and of each its rows as a little-endian number of four bytes.
+    The tasks (16 bytes each) and the numbers of rows (4 bytes each, little-endian) are in base 64.
     """
     packed = {"tasks": _digests(tasks).tobytes(), "rows": np.array(rows, _ROWS).tobytes()}
     texts = {name: base64.b64encode(data).decode() for name, data in packed.items()}
@@ -297,7 +300,7 @@ def _write(writer: pq.ParquetWriter, tables: list[pa.Table]) -> None:
 
 
 def _parts(objects: list[StoredObject]) -> Iterator[list[StoredObject]]:
-    """Objects for one merged object each."""
+    """Split objects into groups, each of which becomes one merged object."""
     part: list[StoredObject] = []
     size = 0
     for each in objects:
@@ -317,7 +320,7 @@ def _table(place: Location, key: str, data: bytes) -> pa.Table:
 
 
 def _tasks_in(objects: Objects, found: StoredObject) -> tuple[Digests, NDArray[np.uint32]]:
-    """The tasks of a merged object and the rows of each, by its footer."""
+    """Return the tasks of a merged object and the number of rows of each, read from its footer."""
     try:
         data = objects.read(found.key, max(found.size - _TAIL, 0), found.size, found.etag)
         length = int.from_bytes(data[-8:-4], "little") + 8
@@ -338,7 +341,7 @@ def _tasks_of(footer: Any) -> tuple[Digests, NDArray[np.uint32]]:
 
 
 def _among(some: Digests, of: Digests) -> NDArray[np.bool_]:
-    """Which of some are in a sorted array."""
+    """Return for each element of `some` whether it is in the sorted array `of`."""
     if not len(of):
         return np.zeros(len(some), bool)
     at = np.searchsorted(of, some)
@@ -346,12 +349,12 @@ def _among(some: Digests, of: Digests) -> NDArray[np.bool_]:
 
 
 def _digests(tasks: Sequence[str]) -> Digests:
-    """The names of tasks."""
+    """Return the names of tasks as an array of 16 bytes each."""
     return np.frombuffer(bytes.fromhex("".join(tasks)), _DIGEST)
 
 
 def _filtered(batches: Iterator[pa.RecordBatch], keep: NDArray[np.bool_]) -> Iterator[pa.RecordBatch]:
-    """The rows of an object that are to be kept."""
+    """Yield the batches of an object with only those rows for which `keep` is true."""
     mask = pa.array(keep)
     at = 0
     for batch in batches:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long a task may take: the kernel ends its process after that, whatever it is at work on.
+"""Limit the time of a task: when it is up, the kernel ends the task's process, whatever it is doing.
 
-A replay that never ends may be in compiled code, where neither a handler of Python's nor another thread gets its turn.
-What SIGALRM does by default needs neither. Whoever has the process learns of it as of any other death.
+A replay that never ends may be in compiled code, where neither a Python signal handler nor another thread gets to run.
+The default action of SIGALRM needs neither. The engine sees it like any other death of a worker process.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_ends: dict[object, float] = {}  # of what is under way in this process, one for each thread at most
+_ends: dict[object, float] = {}  # when the time of each running `with` is up; at most one for each thread
 _lock = threading.Lock()
 
 
 @contextmanager
 def limited(seconds: float) -> Iterator[None]:
-    """This process ends by SIGALRM when the `with` takes longer; 0: it may take as long as it wants."""
+    """End this process by SIGALRM if the `with` takes longer than `seconds`; 0 means no limit."""
     if not seconds:
         yield
         return
@@ -36,6 +36,6 @@ def limited(seconds: float) -> Iterator[None]:
 
 
 def _set() -> None:
-    """There is one such timer in a process: it is that of the task whose time is up first."""
+    """Set the process's one interval timer for the task whose time is up first."""
     left = max(min(_ends.values()) - time.monotonic(), 1e-6) if _ends else 0.0
     signal.setitimer(signal.ITIMER_REAL, left)

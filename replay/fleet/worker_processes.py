@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes of this machine as an Executor: one that dies takes its own task with it, and no other.
+"""An Executor of processes on this machine, in which a process that dies fails its own task and no other.
 
 `concurrent.futures.ProcessPoolExecutor` fails all of its tasks when one of its processes dies, and does not say which
-was at work in it. So there is one pool of one process for each slot, made anew when it broke.
+process was running which task. So there is one pool of one process for each slot, recreated when it breaks.
 """
 
 from __future__ import annotations
@@ -21,16 +21,20 @@ from typing import Any, Final, ParamSpec, TypeVar
 Given = ParamSpec("Given")
 Found = TypeVar("Found")
 
-OUT_OF_TIME: Final = "killed by SIGALRM"  # which is how time_limit.py ends its process
-_WAIT: Final = 10.0  # seconds for a process that broke off to be gone
+OUT_OF_TIME: Final = "killed by SIGALRM"  # time_limit.py ends a process in this way
+_WAIT: Final = 10.0  # seconds to wait for the exit code of a process that died
 
 
 class WorkerDied(Exception):
-    """The process that was at work on a task ended; the text says how."""
+    """The process that was running a task ended; the text says how."""
 
 
 class WorkerProcesses(Executor):
-    """`preload` are modules that every process needs: they are imported once, and processes forked from there."""
+    """An Executor with `count` processes.
+
+    `preload` are modules that every process needs: a fork server imports them once, and the processes are forked from
+    it.
+    """
 
     def __init__(self, count: int, preload: tuple[str, ...] = ()) -> None:
         context = multiprocessing.get_context("forkserver")
@@ -42,11 +46,11 @@ class WorkerProcesses(Executor):
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="slot")
 
     def submit(self, function: Callable[Given, Found], /, *args: Given.args, **kwargs: Given.kwargs) -> Future[Found]:
-        """Run it in a process; its future has WorkerDied where that process ended."""
+        """Run a function in a process. The future raises WorkerDied if that process ends."""
         return self._threads.submit(self._run, function, *args, **kwargs)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """End the processes. With `cancel_futures` at once, whatever they do."""
+        """End the processes when their tasks are done; with `cancel_futures` at once, whatever they do."""
         if cancel_futures:
             self._threads.shutdown(wait=False, cancel_futures=True)
             for slot in list(self._slots):
@@ -66,7 +70,7 @@ class WorkerProcesses(Executor):
 
 
 class _Slot:
-    """A pool of one process, of the thread that uses it."""
+    """A pool of one process, which belongs to the thread that uses it."""
 
     def __init__(self, context: Any) -> None:
         self._context = context
@@ -76,7 +80,7 @@ class _Slot:
     def run(self, function: Callable[..., Found], /, *args: Any, **kwargs: Any) -> Found:
         try:
             if self._pool is None:
-                # The fork server has the environment of the moment when it was started.
+                # The fork server has the environment from when it was started, so pass the current one.
                 self._pool = ProcessPoolExecutor(
                     1, mp_context=self._context, initializer=_begin, initargs=(dict(os.environ),)
                 )
@@ -89,13 +93,13 @@ class _Slot:
             raise WorkerDied(how) from None
 
     def kill(self) -> None:
-        """End the process, whatever it does."""
+        """Kill the process, whatever it does."""
         if self._process is not None:
-            with contextlib.suppress(ValueError):  # it is closed
+            with contextlib.suppress(ValueError):  # the process object was closed already
                 self._process.kill()
 
     def end(self) -> None:
-        """End the process when it is done."""
+        """End the process when it is done with its task."""
         if self._pool is not None:
             self._pool.shutdown()
         self._pool = self._process = None
@@ -113,7 +117,7 @@ class _Slot:
 
 
 def _begin(environment: Mapping[str, str]) -> None:
-    """In a new process: ^C is for the one that started it, and without that one there is nothing to do."""
+    """Set up a new process: ignore ^C, which is for the parent; take its environment; and end when the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.clear()
     os.environ.update(environment)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why a vCPU makes no progress: what fits the evidence, with the rows that it rests on, or that nothing does.
+"""Diagnose why a vCPU makes no progress: the cause that fits the evidence in the rows, or that none fits.
 
-Each cause is looked for where its evidence is in the rows: KVM_RUN's error, userspace's exit reason, loads of roots,
-what became of the faults, who invalidated meanwhile, and what the kernel's version is known to get wrong.
+Each cause is looked for in the rows that show it: errors of KVM_RUN, exit reasons of userspace exits, loads of roots,
+what became of the faults, invalidations meanwhile, and known bugs of the kernel version.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from traces.kernels.kernel import Kernel
 from traces.reader import Trace
 from traces.vm_names import VmNames
 
-_ROWS: Final = 12  # shown of a diagnosis
-_HISTORY: Final = 6  # of these, changes of the page's SPTE
-_READ: Final = 1 << 17  # rows that are searched for them
+_ROWS: Final = 12  # the most rows that a diagnosis shows
+_HISTORY: Final = 6  # the most of these that are earlier changes of the page's SPTE
+_READ: Final = 1 << 17  # the most rows that are searched for the rows to show
 READ_ONLY: Final = 1 << 1  # KVM_MEM_READONLY of a memslot
 _HOST: Final = ("kvm_unmap_hva_range", "kvm_mmu_zap_all_fast", "zap_leafs", "kvm_set_spte_hva", "memslot")
 _SPTES: Final = ("kvm_tdp_mmu_spte_changed", "kvm_mmu_set_spte", "kvm_mmu_prepare_zap_page")
@@ -46,16 +46,17 @@ Named = Callable[[int, int], str]
 
 
 def plainly(vm: int, vcpu: int) -> str:
-    """A vCPU by its numbers."""
+    """Name a vCPU by its numbers."""
     return f"vCPU {vcpu} of VM {vm}"
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """One vCPU. `kind` is a word for programs, `why` a phrase; `exits` at `rip` from `since` to `until` (boot ns).
+    """Why one vCPU makes no progress, or in which error it ended.
 
-    `seq` is the row of the first of them; `rows` are rows in words that show what is said. A vCPU that ended with one
-    exit has that.
+    `kind` is a word for programs and `why` a phrase for people. The vCPU had `exits` exits at `rip` from `since` to
+    `until` (boot clock, ns), of which the first is the trace row `seq`; a vCPU that ended has that one exit. `rows` are
+    the rows that show it, in words.
     """
 
     vm: int
@@ -71,11 +72,11 @@ class Diagnosis:
 
     @property
     def ended(self) -> bool:
-        """Whether it ended with one exit, rather than going on without getting further."""
+        """Whether the vCPU ended with one exit, as opposed to running on without making progress."""
         return self.exits == 1 and self.kind in (*ENDS.values(), RUN_ERROR)
 
     def said(self, who: Named) -> str:
-        """A sentence, with the vCPU's name."""
+        """Return the diagnosis as a sentence; `who` names the vCPU."""
         name = who(self.vm, self.vcpu)
         if self.ended:
             return f"{name} ends in {self.why}, at RIP {self.rip:#x}, row {self.seq:,}"
@@ -90,14 +91,16 @@ ENDS: Final = {
     USER_SHUTDOWN: "shutdown", USER_FAIL_ENTRY: "fail_entry", USER_INTERNAL_ERROR: "internal_error",
 }  # fmt: skip
 RUN_ERROR: Final = "run_error"
-# KVM_RUN also comes back with an error where it is to be called again: a signal, a vCPU that waits for its start-up.
+# These errors of KVM_RUN only mean that it is to be called again: after a signal, or for a vCPU that awaits its SIPI.
 _AGAIN: Final = (errno.EINTR, errno.EAGAIN)
 
 
 def diagnoses(
     trace: Trace, vm: Mapping[str, Any], kernel: Kernel | None, runs: RipRuns, ids: Sequence[int], exits: int = CERTAIN
 ) -> list[Diagnosis]:
-    """Of one VM: its vCPUs that are stuck, for `exits` at one RIP and more, and those that ended in an error."""
+    """Return the diagnoses of one VM's vCPUs: those with at least `exits`
+    exits at one RIP, and those that ended in an error.
+    """
     return diagnosed(trace, vm, kernel, longest_runs(runs, ids), last_exits(runs, ids), exits)
 
 
@@ -109,7 +112,7 @@ def diagnosed(
     ends: Sequence[RipEnd],
     exits: int = CERTAIN,
 ) -> list[Diagnosis]:
-    """The same, of runs and ends."""
+    """Return the same diagnoses from runs of exits and last exits that are already known."""
     found = []
     shown = ShownOfVm.of(trace, vm)
     for run in runs:
@@ -140,7 +143,7 @@ def diagnosed(
 
 
 def _failed(trace: Trace, vm: Mapping[str, Any], shown: ShownOfVm, end: RipEnd) -> Diagnosis:
-    """A vCPU whose last KVM_RUN failed: most VMMs stop it then, with or without a word."""
+    """Diagnose a vCPU whose last KVM_RUN failed; most VMMs then stop it, some without a message."""
     why = f"KVM_RUN failing with {_error(-end.error)}"
     rows = [f"row {end.ended:,} kvm_userspace_exit errno {-end.error}"]
     for row in _rows(trace, vm, end.exit, end.ended) if end.exit >= 0 else ():
@@ -166,7 +169,7 @@ _MEANS: Final = {
 
 
 def _cause(run: RipRun, shown: ShownOfVm, kernel: Kernel | None) -> tuple[str, str]:
-    """A word and a phrase."""
+    """Return the cause of a run as a word for programs and a phrase for people."""
     most = run.exits / 2
     where = shown.place(run)
     if run.errors >= most:
@@ -215,7 +218,10 @@ def _undelivered(run: RipRun, where: str) -> str:
 
 
 def _emulates(run: RipRun, shown: ShownOfVm) -> str:
-    """What an address in no memslot means for an instruction that failed."""
+    """Say what an access outside all memslots means for an instruction that failed.
+
+    Empty if the address is in a memslot.
+    """
     if not shown.in_no_slot(run):
         return ""
     return ": emulated MMIO, by an instruction that KVM does not emulate or in the delivery of an event (IDT, stack)"
@@ -283,11 +289,14 @@ def _faults(run: RipRun, shown: ShownOfVm, kernel: Kernel | None, where: str) ->
 _BY_OTHERS: Final = ("served_again", "invalidated")
 _WHO: Final = ("kvm_unmap_hva_range", "kvm_set_spte_hva", "zap_leafs", "kvm_mmu_zap_all_fast")
 _TASKS: Final = 3
-_SOON: Final = 256  # rows before a run in which the invalidation may have begun that it meets
+_SOON: Final = 256  # an invalidation that delays a run's faults may have begun up to this many rows before the run
 
 
 def _invalidators(trace: Trace, vm: Mapping[str, Any], run: RipRun) -> str:
-    """The tasks that invalidated something meanwhile or just before, and how: in progress, that holds up all faults."""
+    """Name the tasks that invalidated mappings during the run or shortly before it, with the kinds of their rows.
+
+    An MMU notifier that is in progress delays all faults in its range, so one that began earlier counts too.
+    """
     found: dict[int, dict[str, None]] = {}
     since = max(run.seq - _SOON, 0)
     for row in _rows(trace, vm, since, min(run.last, since + _READ), _WHO):
@@ -296,11 +305,11 @@ def _invalidators(trace: Trace, vm: Mapping[str, Any], run: RipRun) -> str:
     return "; ".join(f"{names.task(tid)}: {', '.join(kinds)}" for tid, kinds in list(found.items())[:_TASKS])
 
 
-_SLOW: Final = 1_000_000  # ns an exit: beyond what KVM's own handling takes
+_SLOW: Final = 1_000_000  # ns for an exit: longer than KVM's own handling takes
 
 
 def _unbacked(shown: ShownOfVm, gfn: int, time: int) -> str:
-    """What EFAULT means for the page that was asked for."""
+    """Say what EFAULT means for the accessed page: it is in no memslot, or its slot has no host page for it."""
     slot = shown.slot(gfn, time)
     if slot is not None:
         return f": gfn {gfn:#x} of slot {slot['slot']} has no host page"
@@ -308,7 +317,7 @@ def _unbacked(shown: ShownOfVm, gfn: int, time: int) -> str:
 
 
 def _evidence(trace: Trace, vm: Mapping[str, Any], run: RipRun) -> Iterator[str]:
-    """One round of the run, the last that is whole, and what became of its page before."""
+    """Yield in words earlier changes of the faulting page's SPTE, then the rows of the run's last complete round."""
     comms = {
         int(each["tid"]): str(each.get("comm", ""))
         for each in trace.metadata.threads
@@ -335,7 +344,10 @@ def _evidence(trace: Trace, vm: Mapping[str, Any], run: RipRun) -> Iterator[str]
 def _rows(
     trace: Trace, vm: Mapping[str, Any], first: int, last: int, kinds: Sequence[str] = ()
 ) -> Iterator[dict[str, Any]]:
-    """A VM's rows by number, [first, last]; of these kinds only, where any are given."""
+    """Yield the VM's rows with numbers in [first, last] as dictionaries.
+
+    If `kinds` are given, only rows of these kinds.
+    """
     for batch in trace.batches(_COLUMNS, vm=int(vm["id"]), seqs=(first, last)):
         seq = batch.column("seq").to_numpy()
         low, high = np.searchsorted(seq, [first, last + 1])
@@ -346,7 +358,7 @@ def _rows(
 
 
 def _told(row: Mapping[str, Any], run: RipRun, comms: Mapping[int, str]) -> str:
-    """A row in words."""
+    """Describe a row in words."""
     words = [f"row {row['seq']:,}", f"+{duration(max(row['time'] - run.since, 0))}", str(row["kind"])]
     if row["kind"] == "kvm_userspace_exit":
         words.append(f"errno {-row['ret']}" if row["ret"] < 0 else f"{user_exit_name(row['code'])} ({row['code']})")
@@ -358,7 +370,11 @@ def _told(row: Mapping[str, Any], run: RipRun, comms: Mapping[int, str]) -> str:
 
 
 def summed_up(found: Sequence[Diagnosis], who: Named = plainly) -> list[str]:
-    """A sentence each, those that go on first and the longest of them; those that ended alike in one."""
+    """Return one sentence for each diagnosis.
+
+    vCPUs that run without progress come first, the longest first. vCPUs that ended for the same reason share a
+    sentence.
+    """
     going = sorted((each for each in found if not each.ended), key=lambda each: each.since - each.until)
     sentences = [each.said(who) for each in going]
     for why, alike in groupby(sorted((each for each in found if each.ended), key=_alike), key=lambda each: each.why):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What things cost in a recording, and where its time went: measured of one VM while it is decoded."""
+"""Measure, while one VM is decoded, what its actions cost and what its time was spent on."""
 
 from __future__ import annotations
 
@@ -32,12 +32,15 @@ _COSTS: Final = ("switch", "fault", "table", "found", "created", "unload", "pref
 
 
 class SpanTimes:
-    """The spans of time that end with a VM's rows, without its vCPUs' steal time. `samples` are of costs."""
+    """The time between the rows of each vCPU's thread, by state, and samples of costs taken from it.
+
+    Time that other tasks took from a vCPU is kept separately (`stolen`, `steal.lost`).
+    """
 
     def __init__(
         self, capabilities: Capabilities, vm: Mapping[str, Any], parts: tuple[int, int, int] | None = None
     ) -> None:
-        """`parts`: see `Timeline`."""
+        """`parts` is passed to `Timeline`."""
         vcpus, own, cpus = max(len(vcpu_ids(vm)), 1), capabilities.own, cpus_of(capabilities)
         self._prefetches = own.prefetch > 1
         self.timeline = Timeline(vcpus, self._prefetches, capabilities.kernel.vendor, parts, capabilities.suspends)
@@ -45,10 +48,13 @@ class SpanTimes:
         self.steal = Steal(vcpus, cpus == 1, capabilities.workers, capabilities.has("sched_in"))
         self.waits = LockWaits(vcpus, cpus != 1 and not own.faults_share)
         self.samples = {name: Samples() for name in _COSTS}
-        self.shortest = Shortest()  # of the times in the guest
+        self.shortest = Shortest()  # the shortest times in the guest
 
     def curves(self) -> list[StealCurve]:
-        """By vCPU, when `stolen` was, where `sched_in` rows tell; after the timeline's end."""
+        """Return each vCPU's steal time over time, after the timeline's end.
+
+        Empty unless the trace has `sched_in` rows.
+        """
         if not self.steal.known:
             return []
         moments, slept = np.concatenate(self.timeline.progress), self.timeline.slept
@@ -62,12 +68,14 @@ class SpanTimes:
 
     @property
     def stolen(self) -> Ints:
-        """ns by vCPU for which its thread had no CPU, but for what zap workers took of it."""
+        """By vCPU, the ns for which its thread could run and had no CPU, without the time that zap workers took."""
         waited: Ints = self.timeline.totals[:, VcpuState.STEAL] + self.steal.preempted
         return waited - np.minimum(self.steal.lost, waited) if self.steal.known else waited
 
     def feed(self, batch: Batch) -> tuple[NDArray[np.uint8], Ints, NDArray[np.uint8]]:
-        """By row: VcpuState (NO_SPAN: none ends there), ns, marks."""
+        """Take in a batch, and return by row the VcpuState that ends there (or
+        NO_SPAN), its length in ns, and the span's marks.
+        """
         rows = len(batch)
         state, mark, before = (np.empty(rows, np.uint8) for _ in range(3))
         ns = np.empty(rows, np.int64)
@@ -84,51 +92,54 @@ class SpanTimes:
 
 @dataclass(frozen=True)
 class Measured:
-    """One VM as recorded. By vCPU unless stated otherwise; times are in ns.
+    """What one VM's recording shows of time. Lists and arrays are by vCPU unless stated otherwise, and times are in ns.
 
-    `refused`: why there are no times, empty if there are. `began` is the boot time of its first entry. `recorded` is
-    the time by TimeCategory, the switch within the guest's. `totals` is by VcpuState, without steal time; OTHER
-    has all that is no operation's. `faults` are those of the recorded policy's own replay.
+    `refused` is the reason if there are no times, else empty. `began` is the boot time of the VM's first entry.
+    `recorded` is the time by TimeCategory; the switch is part of guest time there. `totals` is the time by VcpuState,
+    without steal time; OTHER has everything that belongs to no operation. `faults` are those of the recorded policy's
+    replay.
     """
 
     refused: str
     began: int
-    by_guest: int  # SMIs that followed an exit of the guest's own making, and those that did not
-    by_clock: int
+    by_guest: int  # number of SMIs of the VM that followed an exit which the guest itself caused
+    by_clock: int  # number of the VM's other SMIs
     fitted: Fitted
     recorded: list[tuple[int, ...]]
     totals: Ints
-    lost: Ints  # to zap workers, where all share one CPU
-    waited: Ints  # for mmu_lock
-    stolen: Ints  # its thread could run, and had no CPU
-    curves: list[StealCurve]  # and when; empty where no row tells
-    rows: Ints  # of its thread, and of these those of faults
-    fault_rows: Ints
-    fault_events: Ints
-    awaited: Ints  # in userspace, while a memslot's change waited for a zap worker that did not zap
-    slept: Ints  # the host did, which is of no state
-    interrupts: Ints  # of the host, and what they took
-    interrupted: Ints
+    lost: Ints  # time taken by zap workers, where all tasks share one CPU
+    waited: Ints  # time waiting for mmu_lock
+    stolen: Ints  # time for which the thread could run and had no CPU
+    curves: list[StealCurve]  # steal time over time; empty if the trace does not show it
+    rows: Ints  # number of rows of the vCPU's thread
+    fault_rows: Ints  # number of those rows that belong to faults
+    fault_events: Ints  # number of fault events
+    awaited: Ints  # time in userspace while a memslot change waited for a zap worker that was not zapping
+    slept: Ints  # time for which the host was suspended, which is in no state
+    interrupts: Ints  # number of exits for interrupts of the host
+    interrupted: Ints  # time of those exits
     faults: Ints
-    held: int  # under mmu_lock by so many `requests`, of all vCPUs
-    requests: int
+    held: int  # time under mmu_lock, all vCPUs
+    requests: int  # number of acquisitions of mmu_lock in `held`
     timeline: Timeline
     rip_runs: RipRuns
 
     @property
     def weights(self) -> list[int]:
-        """What part each vCPU has in what a zap worker takes: as recorded, else the same."""
+        """The relative share of each vCPU in the time that a zap worker takes:
+        as recorded, or equal if nothing was recorded.
+        """
         most = int(self.lost.max(initial=0))
         return [1000 * int(lost) // most for lost in self.lost] if most else [1] * len(self.lost)
 
     @property
     def smis_open(self) -> bool:
-        """Whether most SMIs came of the wall clock."""
+        """Whether most SMIs came from the wall clock and not from the guest itself."""
         return self.by_clock > self.by_guest
 
 
 class Measurement:
-    """Measures a VM part by part: `take` each part of its inputs; `result` when there are no more."""
+    """Measures one VM part by part: `take` each part of its inputs, then call `result`."""
 
     def __init__(self, capabilities: Capabilities, inputs: VmInputs, times: SpanTimes) -> None:
         self._capabilities, self._inputs, self._times = capabilities, inputs, times
@@ -142,13 +153,19 @@ class Measurement:
         return words
 
     def take(self, part: Inputs) -> Timed:
-        """Sample what a part's operations took; the operations, as the recorded kernel had them."""
+        """Sample what the operations of a part took, and return these
+        operations as the recorded kernel performed them.
+        """
         timed = self._own.timed(part)
         self._sample(timed, self._own.still[: len(timed)] != 0)
         return timed
 
     def result(self, faults: Ints, tables_freed: int) -> Measured:
-        """What was measured. The recorded policy's own replay: `faults` by vCPU, tables of roots that it freed."""
+        """Return what was measured, after the last part.
+
+        `faults` (by vCPU) and `tables_freed` (tables of roots that were freed) are counts of the recorded policy's own
+        replay.
+        """
         decoder, times = self._inputs.decoder, self._times
         self._own.rest(self._inputs.rest)
         times.timeline.finish()
@@ -175,7 +192,7 @@ class Measurement:
         return f"the clock runs backwards at {backwards:,} rows: times are not available" if backwards else ""
 
     def _totals(self) -> Ints:
-        """ns by vCPU and VcpuState."""
+        """Return the ns by vCPU (rows) and VcpuState (columns)."""
         programs, vcpus = self._own.programs, self._inputs.decoder.vcpus
         totals = np.zeros((len(programs), len(VcpuState)), np.int64)
         measured = (VcpuState.GUEST, VcpuState.FAULT, VcpuState.LOAD, VcpuState.UNLOAD, VcpuState.OTHER, VcpuState.IDLE)
@@ -190,7 +207,7 @@ class Measurement:
         samples, waits, steal = dict(times.samples), times.waits, times.steal
         if waits.faults:
             samples["hold"] = Samples.alike(waits.faults, waits.held)
-        # Each vCPU gives up its part of a job (`reference_clock`), so that a job takes what they lost on average.
+        # In `reference_clock` each vCPU gives up its share of a job's time, so a job costs what they lost on average.
         lost = int(steal.lost.mean())
         taken = lost if own.teardown == "worker" else int(totals[:, VcpuState.ZAP].sum())
         if tables_freed and taken:
@@ -211,7 +228,7 @@ class Measurement:
             extra: Ints = cost[tables] - round(samples["fault"].mean)
             built: Ints = was[tables].astype(np.int64) - 1
             samples["table"].add(np.maximum(extra, 0) // built)
-        # All others are few compared with touches.
+        # Operations other than touches are few, so only they are selected from here on.
         others = np.flatnonzero(~touch)
         kind, was, cost = kind[others], was[others], cost[others]
         load = kind == Op.ENTER
@@ -238,5 +255,5 @@ _SPENT: Final = {
 
 
 def cpus_of(capabilities: Capabilities) -> int:
-    """CPUs that vCPUs and the worker share: the lab's one, else enough (0)."""
+    """Return how many CPUs vCPUs and the worker share: one in the lab, else 0, which means enough for all."""
     return _LAB_CPUS if capabilities.trace.metadata.raw.get("lab") else 0

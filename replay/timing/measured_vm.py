@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decodes one VM once: measures what things cost in it, and keeps its inputs for whoever runs a clock with that."""
+"""Decode one VM once: measure the costs of its actions, and keep its inputs
+for a virtual clock that runs with these costs.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from replay.timing.measure import Measured, Measurement, SpanTimes
 
 @dataclass(frozen=True)
 class MeasuredVm:
-    """The VM's inputs (all taken), what was measured, and the engine as its own policy left it."""
+    """A VM's decoded inputs, which are used up, what was measured, and the
+    engine after the replay of the recorded policy.
+    """
 
     inputs: VmInputs
     measured: Measured
@@ -32,7 +36,7 @@ def measure_vm(
     times: SpanTimes | None = None,
     row_counts: RowCounts | None = None,
 ) -> MeasuredVm:
-    """Measure a VM. Its inputs are in `spool`, if there is one; its rows are counted by `row_counts`."""
+    """Measure a VM. Its inputs are added to `spool` if there is one; `row_counts` counts its rows on the way."""
     times = times or SpanTimes(capabilities, vm)
     inputs = VmInputs(capabilities, vm, times=times, row_counts=row_counts)
     measurement = Measurement(capabilities, inputs, times)

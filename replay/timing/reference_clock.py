@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reference clock: a discrete-event simulation of one VM over its reference model, one operation at a time.
 
-Actors are the vCPUs, what the wall clock does to them and to the VM, and the zap worker. The next event is the one with
-the least (time, priority, queue), so that a replay is the same to the ns wherever blocks are cut. Guest work is kept:
-an operation's `lead` passes as recorded. What changes is which operations cost an exit, and how much:
+The actors are the vCPUs, the wall clock (which acts on vCPUs and on the VM), and the zap worker. The next event is the
+one with the least (time, priority, queue), so a replay is the same to the ns wherever blocks are cut. The guest's own
+work does not change: an operation's `lead` passes as recorded. What changes is which operations cost an exit, and how
+much:
 
-- A touch that hits takes no exit: its handling and the switch are saved.
-- A fault takes its recorded handling, more or less by the tables it now builds. A refill takes that much for each leaf.
-- A load takes its recorded time if it ends as recorded, else what the other kind of load costs.
-- Faults, loads and unloads have mmu_lock for a while, for read or for write as the kernel takes it: others queue.
-- A root's last put zaps inline, where that is the policy: the vCPU pays, and others wait for mmu_lock; or queues it
-  for the worker, which holds mmu_lock for read meanwhile: loads that want it for write wait, and where CPUs are short,
-  all do.
+- A touch that hits takes no exit: its handling and the switch are saved. - A fault takes its recorded handling time,
+adjusted for the number of tables that it builds now. A refill takes that for each leaf. - A load takes its recorded
+time if it ends as recorded, else the cost of the other kind of load. - Faults, loads and unloads hold mmu_lock for a
+while, for read or for write as in the kernel; others queue for it. - The last put of a root zaps inline, if the policy
+does so: the vCPU pays, and others wait for mmu_lock. Or it queues the zap for the worker, which holds mmu_lock for read
+meanwhile: loads that want it for write wait, and if CPUs are short, all vCPUs do.
 
-What the recorded costs hold of waits for mmu_lock is taken out of them before (`contended`).
+Waits for mmu_lock that the recorded costs contain were removed before (`lock_waits`).
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ class TimeCategory(IntEnum):
     GUEST = 0
     FAULT = 1
     LOAD = 2
-    UNLOAD = 3  # with whatever is zapped inline
-    WAIT = 4  # for mmu_lock, or for a CPU
+    UNLOAD = 3  # including inline zaps
+    WAIT = 4  # waiting for mmu_lock, or for a CPU that the zap worker uses
     OTHER = 5  # exits that no policy changes
-    SWITCH = 6  # to the guest and back, for what faults: recorded within guest time
+    SWITCH = 6  # switches to the guest and back for faults; a recording shows them as guest time
     IDLE = 7  # the guest has halted
-    # Not the vCPU's own, and added to what a clock says (`steal_curve`; PAUSED as it was recorded):
-    STEAL = 8  # its thread could run, and had no CPU
-    PAUSED = 9  # userspace holds it back
+    # The clock does not compute these two: they are added to its result (`steal_curve`; PAUSED as recorded).
+    STEAL = 8  # the thread could run and had no CPU
+    PAUSED = 9  # userspace does not run the vCPU
 
 
 @dataclass
@@ -53,9 +53,9 @@ class Pace:
     """One vCPU's progress through its operations."""
 
     clock: int = 0  # ns
-    lead: int = -1  # what is left of its next operation's lead; -1: as the operation says
-    guest: int = 0  # of that, in the guest, and halted
-    idle: int = 0
+    lead: int = -1  # ns left of the next operation's lead; -1: all of it
+    guest: int = 0  # the part of `lead` in the guest
+    idle: int = 0  # the part of `lead` for which the guest had halted
     inside: bool = False  # an SMI is under way
     spent: list[int] = field(default_factory=lambda: [0] * len(TimeCategory))
     sampled: int = 0
@@ -77,25 +77,28 @@ class _Todo:
 
 
 class Clock:
-    """One VM. `feed` timed blocks, then `finish`."""
+    """One VM in virtual time: `feed` it timed blocks, then call `finish`. All times are in ns."""
 
     def __init__(self, vm: Vm, costs: Costs, weights: Sequence[int] = ()) -> None:
-        """`weights`: what part each vCPU has in what a worker takes where CPUs are short; none given: the same."""
+        """`weights` is each vCPU's relative share in the time that a zap worker takes when CPUs are short.
+
+        By default equal.
+        """
         self.vm = vm
         self._weights = weights or [1] * len(vm.vcpus)
         self.costs = costs
         self.paces = [Pace() for _ in vm.vcpus]
-        self.begun = 0  # since when the worker is at it, or will be
-        self.worker = 0  # until when
-        self.locked = 0  # until when someone has mmu_lock for write
-        self.shared = 0  # until when someone has it for read, the worker apart
-        self.worked = 0  # ns the worker took in all
+        self.begun = 0  # when the zap worker begins its current work
+        self.worker = 0  # when the zap worker finishes it
+        self.locked = 0  # until when mmu_lock is held for write
+        self.shared = 0  # until when mmu_lock is held for read, not counting the worker
+        self.worked = 0  # ns that the worker took in all
         self.jobs = 0
         self._hold = costs.hold if len(vm.vcpus) > 1 else 0
         self._queues: list[deque[_Todo]] = [deque() for _ in range(2 * len(vm.vcpus) + 1)]
 
     def feed(self, timed: Timed, ranges: Ranges, first: int = 0) -> None:
-        """Take in operations, and do what can be done before the next ones are known."""
+        """Take in operations, and perform those whose turn does not depend on operations that are still to come."""
         block = timed.block
         columns = (block.op, block.gfn, timed.lead, timed.guest, timed.idle, timed.cost, timed.was, timed.wall)
         rows = zip(*(column.tolist() for column in columns), strict=True)
@@ -105,7 +108,7 @@ class Clock:
         self._run(final=False, until=timed.until)
 
     def finish(self) -> None:
-        """There are no more operations. The wall clock's are done until every program is at its end."""
+        """Perform the rest after the last block: wall-clock operations happen until every vCPU's program has ended."""
         self._run(final=True, until=NEVER)
 
     def _run(self, final: bool, until: int) -> None:
@@ -126,7 +129,7 @@ class Clock:
         return 0 if queue == 2 * vcpus else 1 if queue >= vcpus else 2
 
     def _when(self, queue: int, final: bool) -> int | None:
-        """When a queue's next operation is due; None: it has none, or has to wait; -1: that is not known yet."""
+        """Return when a queue's next operation is due; None: it has none, or must wait; -1: not known yet."""
         vcpus = len(self.paces)
         todo = self._queues[queue][0] if self._queues[queue] else None
         if todo is None:
@@ -145,7 +148,7 @@ class Clock:
         vcpus = len(self.paces)
         todo = self._queues[queue].popleft()
         if queue == 2 * vcpus:
-            self._perform(todo)  # what an invalidation zaps is zapped under every policy: it is in the leads
+            self._perform(todo)  # its time does not depend on the policy, and is already in the recorded leads
             return
         number = queue % vcpus
         pace = self.paces[number]
@@ -173,7 +176,10 @@ class Clock:
         pace.spent[TimeCategory.OTHER] += lead - guest - idle
 
     def _interrupt(self, pace: Pace, program: int, when: int) -> None:
-        """Part of the program's lead has passed when the wall clock strikes; guest and idle time are taken first."""
+        """Let the part of the program's lead pass that precedes a wall-clock event.
+
+        Guest time passes first, then idle time.
+        """
         passed = when - pace.clock
         head = self._queues[program][0] if self._queues[program] else None
         if head is None:
@@ -237,7 +243,10 @@ class Clock:
         self._account_frees(pace, logged)
 
     def _switch(self, pace: Pace, was: int, guest: int) -> None:
-        """A fault's exit and entry: within the guest time before it, or added if it was none as recorded."""
+        """Account a fault's exit and entry as SWITCH.
+
+        If the fault was recorded they are part of the guest time before it; if it was not, their time is added.
+        """
         if not was:
             self._spend(pace, TimeCategory.SWITCH, self.costs.switch)
             return
@@ -250,9 +259,12 @@ class Clock:
         pace.spent[on] += ns
 
     def _wait(self, pace: Pace, exclusive: bool) -> None:
-        """For mmu_lock: held for write it stops whoever wants it, for read (as the worker does) who wants it for write.
+        """Wait for mmu_lock.
 
-        Who comes first has it first, as with the queue of the kernel's lock: vCPUs come in the order of their exits.
+        A holder for write stops everyone; a holder for read, like the worker, stops who wants it for write.
+
+        The lock is granted in order of request, as the kernel's queued locks do; vCPUs request it in the order of their
+        exits.
         """
         until = max(self.locked, self.shared) if exclusive else self.locked
         if exclusive and self.begun <= pace.clock < self.worker:
@@ -262,14 +274,14 @@ class Clock:
             self._spend(pace, TimeCategory.WAIT, until - pace.clock)
 
     def _take(self, exclusive: bool, since: int, until: int) -> None:
-        """mmu_lock, which is free then."""
+        """Hold mmu_lock, which is free at `since`, until `until`."""
         if until > since and exclusive:
             self.locked = max(self.locked, until)
         elif until > since:
             self.shared = max(self.shared, until)
 
     def _account_frees(self, pace: Pace, logged: int) -> None:
-        """What the last put of a valid root left to zap is zapped, by whom the policy says."""
+        """Account the zaps of roots that were freed, inline or by the worker as the policy has it."""
         teardown, costs = self.vm.parameters.teardown, self.costs
         for row in self.vm.log[logged:]:
             if row.event != Happened.FREED or not row.tables:
@@ -290,7 +302,7 @@ class Clock:
         self.jobs += 1
         busy = len(self.paces) + 1
         if 0 < self.costs.cpus < busy:
-            for pace, weight in zip(self.paces, self._weights, strict=True):  # each gives up its part
+            for pace, weight in zip(self.paces, self._weights, strict=True):  # each vCPU gives up its share
                 self._spend(pace, TimeCategory.WAIT, work * (busy - self.costs.cpus) * weight // sum(self._weights))
 
     def _perform(self, todo: _Todo) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a recording shows of one VM, for a diagnosis: what was watched, the memslots, and when events were lost."""
+"""What a recording shows of one VM, as a diagnosis needs it: watched kinds of event, memslots, and losses of events."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ _EVER: Final = 1 << 62
 
 @dataclass(frozen=True)
 class ShownOfVm:
-    """Kinds that were watched, memslots, and when events were lost, of which kinds (`losses`)."""
+    """The kinds of event that were watched, the VM's memslots, the gaps, and
+    the kinds of which events were lost (`losses`).
+    """
 
     vm: Mapping[str, Any]
     watched: frozenset[str]
@@ -32,11 +34,11 @@ class ShownOfVm:
 
     @property
     def knows_slots(self) -> bool:
-        """Whether a page that is in none of its memslots is in none."""
+        """Whether all memslots of the VM are known, so that a page outside the known ones is in no memslot."""
         return bool(self.vm["slots"] or "memslot" in self.watched) and not self.vm.get("slots_omitted")
 
     def slot(self, gfn: int, time: int) -> Mapping[str, Any] | None:
-        """The memslot that a page is in at a time (boot ns); None where there is none, or none is known."""
+        """Return the memslot that contains a page at a time (boot clock, ns), or None if none is known."""
         for slot in self.vm["slots"]:
             since, until = slot.get("since"), slot.get("until")
             lasts = (since if isinstance(since, int) else 0) <= time < (until if isinstance(until, int) else _EVER)
@@ -45,11 +47,11 @@ class ShownOfVm:
         return None
 
     def in_no_slot(self, run: RipRun) -> bool:
-        """Whether the page of its last access is known to be in no memslot."""
+        """Whether the page of the run's last access is known to be in no memslot."""
         return self.knows_slots and self.slot(run.addr >> PAGE_SHIFT, run.until) is None
 
     def place(self, run: RipRun) -> str:
-        """Where its last access went."""
+        """Say in words which address the run's last access had, and in which memslot."""
         if not run.accesses:
             return "at an address that no row shows"
         gfn = run.addr >> PAGE_SHIFT
@@ -59,7 +61,7 @@ class ShownOfVm:
         return f"at gpa {run.addr:#x} (gfn {gfn:#x}){known}"
 
     def lost(self, run: RipRun, *kinds: str) -> bool:
-        """Whether events (of these kinds) may have been lost while it went on."""
+        """Whether events (of the given kinds, or of any) may have been lost during the run."""
         if not self.losses & set(kinds or self.losses):
             return False
         if not self.gaps:
@@ -71,5 +73,7 @@ class ShownOfVm:
         )
 
     def none_of(self, run: RipRun, kind: str) -> bool:
-        """Whether that there is no row of a kind in it says that there was no such event."""
+        """Whether a run without a row of this kind means that there was no
+        such event: it was watched, and none was lost.
+        """
         return kind in self.watched and not self.lost(run, kind)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why a vCPU hung in virtual time: what emptied its root slots, and its time breakdown."""
+"""Soft-hangs in virtual time, each with the cause that emptied the vCPU's root slots and with its time breakdown."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ _SAID: Final = {
 
 @dataclass(frozen=True)
 class SoftHang:
-    """A soft-hang of a vCPU; `cause` emptied its root slots most often in it, `spent` is ns by TimeCategory."""
+    """One soft-hang of a vCPU.
+
+    `cause` is the cause that applied to most of its progress samples; `spent` is its time in ns by TimeCategory.
+    """
 
     begin: int  # ns of virtual time
     end: int
@@ -49,17 +52,19 @@ class SoftHang:
 
     @property
     def of_roots(self) -> bool:
-        """Whether most of it was spent on what root policies decide, not on other exits."""
+        """Whether at least half of the time was spent on faults and roots, which root policies decide."""
         return 2 * sum(self.spent[each] for each in OF_ROOTS) >= self.ns
 
     @property
     def why(self) -> str:
-        """What began it."""
+        """The cause in words."""
         return _SAID[self.cause] if self.of_roots else "exits for other than faults and roots"
 
 
 def soft_hangs(progress: NDArray[np.int64], rule: Rule) -> list[SoftHang]:
-    """The soft-hangs in rows of (clock, Cause of the last unload, *spent until then)."""
+    """Return the soft-hangs in a vCPU's progress, given as rows of (clock,
+    Cause of the last unload, *spent until then).
+    """
     clock, spent = progress[:, 0], progress[:, 2:]
     return [
         _explained(each, clock, progress[:, 1], spent)
@@ -69,12 +74,12 @@ def soft_hangs(progress: NDArray[np.int64], rule: Rule) -> list[SoftHang]:
 
 def _explained(stall: Stall, clock: NDArray[np.int64], causes: NDArray[np.int64], spent: NDArray[np.int64]) -> SoftHang:
     first, last = np.searchsorted(clock, [stall.begin, stall.end])
-    cause = np.bincount(causes[first + 1 : last + 1]).argmax()  # each row has the cause of the time before it
+    cause = np.bincount(causes[first + 1 : last + 1]).argmax()  # a row has the cause that applied up to its time
     return SoftHang(stall.begin, stall.end, Cause(int(cause)), tuple((spent[last] - spent[first]).tolist()))
 
 
 def causes(hangs: Iterable[SoftHang]) -> str:
-    """Their causes in a phrase: `cause: an SMI`, or the number of each."""
+    """Return the causes of soft-hangs as a phrase: `cause: an SMI`, or the number of hangs by cause."""
     counts = Counter(each.why for each in hangs)
     if len(counts) == 1:
         (why,) = counts

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Soft-hangs: periods in which a vCPU hardly ran its guest, found in its progress.
+"""Soft-hangs: periods in which a vCPU hardly ran its guest, found in the vCPU's progress.
 
-Progress is (time, guest and idle time until then) at some moments, both in ns and never falling: a recording's, or a
-replay's. A guest that halts got as far as it wanted. Time that was not the vCPU's to use (the host slept, its thread
-had no CPU, userspace held it back) is of no period. The rule is adjustable: under `share` for at least `window`.
+Progress is the time and the guest and idle time until then, both in ns and never falling, at some moments of a
+recording or of a replay. Idle time counts as progress, since a guest that halts has nothing to do. Time that the vCPU
+could not use (the host slept, its thread had no CPU, userspace did not run it) does not count at all. The rule can be
+changed: a soft-hang is a period of at least `window` with less than `share` of it in the guest.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ RCU_STALL: Final = 21 * 10**9  # ns; Linux: CONFIG_RCU_CPU_STALL_TIMEOUT
 
 @dataclass(frozen=True)
 class Rule:
-    """What counts as a soft-hang: less than `share` of a period of `window` ns or more in the guest, or halted."""
+    """What counts as a soft-hang: a period of at least `window` ns of which less than `share` is guest or idle time."""
 
     share: float = 0.10
     window: int = 100_000_000
@@ -29,7 +30,10 @@ class Rule:
 
 @dataclass(frozen=True)
 class Stall:
-    """One soft-hang, [begin, end) in ns, with the guest and idle time in it; `ns` is without time not the vCPU's."""
+    """One soft-hang, [begin, end) in ns, with its guest and idle time (`guest`).
+
+    `ns` is its length without the time that the vCPU could not use.
+    """
 
     begin: int
     end: int
@@ -38,10 +42,11 @@ class Stall:
 
 
 def stalls(time: Ints, guest: Ints, rule: Rule, away: Ints | None = None) -> list[Stall]:
-    """The soft-hangs in a vCPU's progress, in order, none touching another. `away`: ns until then not its own to use.
+    """Return the soft-hangs in a vCPU's progress, in order and without overlap.
 
-    Between two moments guest time is taken to pass evenly, so that moments a window apart or closer are needed to see
-    a window's share.
+    `time` and `guest` are the moments and the guest and idle time until then; `away` is the time until then that the
+    vCPU could not use. Guest time is taken to pass evenly between two moments, so moments must be no further apart than
+    a window.
     """
     if len(time) < 2:
         return []
@@ -65,7 +70,7 @@ def stalls(time: Ints, guest: Ints, rule: Rule, away: Ints | None = None) -> lis
 
 
 def watchdogs(longest: int) -> list[str]:
-    """Which of a Linux guest's watchdogs a stall of this length would set off."""
+    """Return which watchdogs of a Linux guest a stall of `longest` ns would trigger."""
     return [name for name, limit in (("soft lockup", SOFT_LOCKUP), ("RCU stall", RCU_STALL)) if longest >= limit]
 
 

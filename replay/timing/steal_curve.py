@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What others take of a vCPU's CPU while it runs: a vCPU that is done sooner has waited less.
+"""Model how much steal time a vCPU would have had if it had run for a shorter or longer time than recorded.
 
-Who takes it is not known. Who runs by the clock takes early what was taken early in the recording, whatever root policy
-KVM has; who runs because of what the guest does (a recorder, a device's thread) takes in proportion to that. A replay
-takes the middle of both, and half their difference for its standard error.
+It is not known which tasks take the CPU. A task that runs by the clock takes early what it took early in the recording,
+whatever KVM's root policy is. A task that runs because of what the guest does (a recorder, a device's thread) takes in
+proportion to that. A replay uses the mean of the two, and half their difference as its standard error.
 """
 
 from __future__ import annotations
@@ -19,34 +19,37 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class StealCurve:
-    """ns by moment, none less than the one before: what a vCPU had of a CPU (`own`), and was stolen from it (`stolen`).
+    """Two series in ns that never fall: a vCPU's CPU time (`own`), and the time stolen from it until then (`stolen`).
 
-    Time that it halts or is held back in counts as neither.
+    Time for which it halts, or is not run by userspace, is in neither.
     """
 
     own: Ints
     stolen: Ints
 
     def at(self, own: int) -> int:
-        """ns stolen until it has had a CPU for `own` ns; beyond the recording's end, on average as much."""
+        """Return the ns stolen until the vCPU has had a CPU for `own` ns.
+
+        Beyond the recording's end, the average rate is used.
+        """
         return self.even(own) if own > self.own[-1] else int(np.interp(own, self.own, self.stolen))
 
     def even(self, own: int) -> int:
-        """The same if others took as much of each ms."""
+        """Return the ns stolen until then if steal time were spread evenly over the vCPU's own time."""
         return int(self.stolen[-1]) * own // max(int(self.own[-1]), 1)
 
 
 def steal_curve(moments: NDArray[Any], began: int, taken: tuple[Ints, Ints], stolen: int) -> StealCurve:
-    """One vCPU's, from its `Moment`s, in order, and when it `began` (boot ns).
+    """Return the curve of one vCPU from its `Moment`s, in order; `began` is its begin in boot ns.
 
-    `taken` is what does not count as stolen, for a zap worker took it: boot ns, and ns at each. In the end it is
-    `stolen`.
+    `taken` are the time and length (arrays, boot ns and ns) of what zap workers took, which does not count as stolen.
+    `stolen` is the total at the end.
     """
     times, ns = taken
     until = np.concatenate([[0], np.cumsum(ns)])[np.searchsorted(times, moments["time"], "right")]
     lost = moments["stolen"] - until
     lost[-1:] = stolen
-    # Of a wait, what a zap worker had of it may be known late.
+    # How much of a wait a zap worker took may be known only after the wait: keep the series from falling.
     lost = np.clip(np.minimum.accumulate(lost[::-1])[::-1], 0, stolen)
     had = moments["time"] - began - moments["idle"] - (moments["away"] - moments["stolen"]) - lost
     zero = np.zeros(1, np.int64)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vCPUs that make no progress, in a recording: each one's longest run of exits at one RIP, and how its last exit ended.
+"""vCPUs that make no progress in a recording: each vCPU's longest run of exits at one RIP, and how its last exit ended.
 
-Not every hang is of roots, and not every loop is a hang. `diagnosis` says which one this is, by what the run has.
+Not every hang is caused by roots, and not every loop is a hang. `diagnosis` finds the cause from the counts of a run.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ from typing import Final
 
 from replay.decode.same_rip import RipRuns
 
-CERTAIN: Final = 200  # exits at one RIP, by default
-_FAILING: Final = 10  # of those, one in so many is enough where KVM_RUN fails, which no healthy guest tries again
-LASTING: Final = 100_000_000  # ns; a guest that polls a device ends each access, and may do so for a while
+CERTAIN: Final = 200  # exits at one RIP after which a vCPU counts as stuck, by default
+_FAILING: Final = 10  # a tenth of them is enough where KVM_RUN fails, since no healthy guest repeats that
+LASTING: Final = 100_000_000  # ns for which a guest may poll a device, completing each access, without being stuck
 
 
 @dataclass(frozen=True)
 class RipRun:
-    """Exits of one vCPU at one RIP, without another between them; counts are of rows among them (`same_rip.RipRun`)."""
+    """Consecutive exits of one vCPU at one RIP, with counts of the rows among
+    them (`same_rip.RipRun` explains each count).
+    """
 
     vcpu: int
     rip: int
@@ -27,8 +29,8 @@ class RipRun:
     until: int
     seq: int  # row of the first exit
     exits: int
-    still: int = 0  # exits at the RIP that it had entered with: no instruction ended
-    guest: int = 0  # ns
+    still: int = 0  # exits at the RIP with which the vCPU had entered: no instruction was completed
+    guest: int = 0  # ns in the guest
     faults: int = 0
     requested: int = 0
     installed: int = 0
@@ -37,7 +39,7 @@ class RipRun:
     mmio: int = 0
     loads: int = 0
     moves: int = 0  # faults on another page than the one before
-    fresh: int = 0  # accesses beyond the addresses until then
+    fresh: int = 0  # accesses below or above all earlier addresses of the run
     halts: int = 0
     ports: int = 0
     unasked: int = 0
@@ -58,36 +60,39 @@ class RipRun:
     last: int = 0
 
     def certain(self, exits: int = CERTAIN) -> bool:
-        """Whether it got no further for this many exits, or polled for this many, and long enough to be a hang."""
+        """Whether the vCPU is stuck: `exits` exits without progress, or as many
+        that poll a device for long enough to be a hang.
+        """
         failures = self.errors + self.internal + self.failed
         least = max(exits // _FAILING, 1) if failures * 2 >= self.exits else exits
         if self.exits < least or self.moves * 100 >= self.exits or self.halts * 2 >= self.exits:
             return False
         if (failures + self.shutdowns) * 2 >= self.exits or not self.polls:
             return True
-        if self.mmio * 2 < self.exits:  # CPUID, RDMSR, hypercalls: it continues with what they return
+        if self.mmio * 2 < self.exits:  # CPUID, RDMSR, hypercalls: the guest continues with their results
             return False
         took = self.until - self.since
-        # Whether an access reads is in a fault's code only: without it, more of the time must be lost.
+        # Only a fault's code tells reads from writes. Without faults, at least half the time must be outside the guest.
         reads = self.writes * 2 <= self.faults if self.faults else self.guest * 2 < took
         return took >= LASTING and self.guest * 4 < 3 * took and reads
 
     @property
     def accesses(self) -> bool:
-        """Whether any row of it has an address."""
+        """Whether any row of the run has an address."""
         return self.fresh > 0
 
     @property
     def polls(self) -> bool:
-        """Whether the guest ends the instruction each time, and comes back to it."""
+        """Whether the guest mostly completes the instruction, and comes back to it."""
         return self.still * 2 < self.exits
 
 
 @dataclass(frozen=True)
 class RipEnd:
-    """How a vCPU left for userspace for the last time: the row, its reason (KVM_EXIT_*), error, time, and the RIP.
+    """How a vCPU left for userspace for the last time.
 
-    `shutdowns`: how often it has left for KVM_EXIT_SHUTDOWN, in all.
+    `ended` is the row of that exit to userspace, with its `reason` (KVM_EXIT_*), `error` and `time`; `exit` and `at`
+    are the row and the RIP of the vCPU's last exit. `shutdowns` is how often it left for KVM_EXIT_SHUTDOWN in all.
     """
 
     vcpu: int
@@ -105,12 +110,15 @@ _ENDED: Final = tuple(field.name for field in fields(RipEnd) if field.name != "v
 
 
 def longest_runs(runs: RipRuns, ids: Sequence[int]) -> list[RipRun]:
-    """Each vCPU's longest run; `ids` are their recorded ids."""
-    longest = zip(ids, runs.longest, strict=False)  # of a VM without vCPUs there is one that has none
+    """Return the longest run of each vCPU that has one; `ids` are the recorded vCPU ids."""
+    longest = zip(ids, runs.longest, strict=False)  # for a VM without vCPUs, `runs` has room for one
     return [RipRun(vcpu, *(int(run[name]) for name in _COUNTED)) for vcpu, run in longest if run["exits"]]
 
 
 def last_exits(runs: RipRuns, ids: Sequence[int]) -> list[RipEnd]:
-    """How each vCPU went to userspace that has not entered its guest since."""
+    """Return the last exit to userspace of each vCPU that has not entered its guest since.
+
+    `ids` are the recorded vCPU ids.
+    """
     ends = zip(ids, runs.ends, strict=False)
     return [RipEnd(vcpu, *(int(end[name]) for name in _ENDED)) for vcpu, end in ends if end["ended"] >= 0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times as columns and rows of a result: what RESULT.md says of `*_ns`, `progress` and `stall`."""
+"""Times as columns and rows of a result file; RESULT.md specifies `*_ns`, `progress` and `stall`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from replay.timing.timed_run import PolicyTime, VcpuTime
 
 
 def named(spent: Sequence[int]) -> dict[str, int]:
-    """The time breakdown (ns by `TimeCategory`) under the names of a result's columns."""
+    """Return a time breakdown (ns by `TimeCategory`) under the names of the result's columns."""
     return dict(zip(SPENT, spent, strict=True))
 
 
 def write(writer: VmWriter, policy: int, time: PolicyTime, recorded: Sequence[Sequence[int]]) -> dict[str, list[int]]:
-    """Rows of kind `progress` and `stall` under one policy; the columns of times that rows of vCPUs get.
+    """Write the `progress` and `stall` rows of one policy, and return the time columns for its `vcpu` rows.
 
-    `recorded` is ns by vCPU and TimeCategory, as recorded; `policy` the policy's place in the result.
+    `policy` is the policy's position in the result; `recorded` is the recorded time in ns by vCPU and TimeCategory.
     """
     bound = time.run.bound
     for vcpu in time.vcpus:

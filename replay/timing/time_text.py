@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `kvmtrace replay` says of time: a verdict in a sentence for each vCPU, then the figures it rests on."""
+"""The output of `kvmtrace replay` about time: a sentence with the verdict for each vCPU, then the times behind it."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from traces.text import count, vms_text
 from traces.vm_names import VmNames
 
 _VCPUS_SHOWN: Final = 16
-_SENTENCES: Final = 8  # on vCPUs that made no progress
-_STUCK_SHOWN: Final = 4  # vCPUs whose rows are shown
-# Of columns: which go first where there is no room, the others before these.
+_SENTENCES: Final = 8  # the most sentences about vCPUs that made no progress
+_STUCK_SHOWN: Final = 4  # the most stuck vCPUs whose rows are shown
+# The levels of columns: on a narrow screen the highest level is left out first; all other categories have level 3.
 _LEVELS: Final = {TimeCategory.GUEST: 1, TimeCategory.FAULT: 2}
 _PRESERVED: Final = ("preserve", "preserve-worker")
 
 
 def to_dict(times: list[VmTime], settings: Settings) -> dict[str, Any]:
-    """The document's part on time; all times in ns."""
+    """Return the part of the JSON document about time; all times are in ns."""
     return {
         "rule": {"share": settings.rule.share, "window": settings.rule.window},
         "vms": [
@@ -53,7 +53,10 @@ def to_dict(times: list[VmTime], settings: Settings) -> dict[str, Any]:
 
 
 def render(times: list[VmTime], plan: Plan, order: Sequence[tuple[int, int]]) -> str:
-    """For people. `order` is of (VM, which of its vCPUs), the worst off first: those are shown."""
+    """Return the times as text, for the vCPUs that are worst off.
+
+    `order` has (VM, dense vCPU number), the worst off first.
+    """
     page = Page()
     names = VmNames(plan.capabilities.trace.metadata)
     stuck = [each for vm in times for each in vm.stuck]
@@ -94,7 +97,7 @@ def render(times: list[VmTime], plan: Plan, order: Sequence[tuple[int, int]]) ->
 
 
 def verdicts(vm: VmTime, vcpus: Iterable[int]) -> Iterator[str]:
-    """One sentence a policy for each of these vCPUs (places): see `compared`."""
+    """Yield the sentences of `compared` for these vCPUs, given by their dense numbers."""
     ends = _ends(vm)
     for i in vcpus if ends else ():
         least = {outcome.target.name for outcome in vm.outcomes if outcome.target.at_least}
@@ -102,15 +105,16 @@ def verdicts(vm: VmTime, vcpus: Iterable[int]) -> Iterator[str]:
 
 
 def base_of(ends: Mapping[str, tuple[VcpuTime, VcpuTime]]) -> str:
-    """The policy that others are compared with: the one that keeps roots, or, without it, the quickest."""
+    """Return the policy that others are compared with: one that preserves roots, or else the fastest."""
     quickest = min(ends, key=lambda name: ends[name][1].wall)
     return next((name for name in _PRESERVED if name in ends), quickest)
 
 
 def compared(ends: Mapping[str, tuple[VcpuTime, VcpuTime]], least: Collection[str] = ()) -> Iterator[str]:
-    """One vCPU under each policy (both ends of an interval, or the same twice): every other one against the base.
+    """Yield a sentence for each policy but the base, comparing one vCPU's time with that under the base.
 
-    Times of the policies `least` have no upper end, so that there is nothing to compare one with.
+    `ends` has the vCPU's times at both bounds (twice the same if they are exact). Times under the policies in `least`
+    have no upper bound, so only the time itself is said.
     """
     base = base_of(ends)
     for name, (low, high) in ends.items():
@@ -145,7 +149,7 @@ def _hangs(vcpu: VcpuTime) -> str:
 
 
 def _ends(vm: VmTime) -> dict[str, tuple[PolicyTime, PolicyTime]]:
-    """By policy, its one outcome or both ends."""
+    """Return by policy the outcomes at the low and the high bound; a policy with one outcome has it twice."""
     found: dict[str, tuple[PolicyTime, PolicyTime]] = {}
     for outcome in vm.outcomes:
         name = outcome.target.name
@@ -162,7 +166,10 @@ def _columns(shown: Sequence[tuple[VmTime, int]]) -> list[TextColumn]:
 
 
 def _rows(vm: VmTime, at: int) -> Iterator[list[str]]:
-    """A vCPU as recorded, and under each policy: cells of `_columns`, empty for what nothing was spent on."""
+    """Yield the table rows of a vCPU, as recorded and under each policy, with the cells of `_columns`.
+
+    A category on which no time was spent has an empty cell.
+    """
     under = [(outcome, outcome.vcpus[at]) for outcome in vm.outcomes]
     recorded = vm.recorded[at]
     own = str(under[0][1].id) if under else ""
@@ -187,7 +194,7 @@ def _rows(vm: VmTime, at: int) -> Iterator[list[str]]:
 
 
 def _trust(vm: VmTime, several: bool) -> Iterator[str]:
-    """What the times rest on; of one VM among several what was measured of it alone."""
+    """Yield the lines about what the times rest on; when several VMs are shown, only what was measured in this one."""
     if vm.marked:
         yield f"marked: {vm.marked}"
     costs = vm.fitted.costs

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled clock as Python sees it: `engine.Engine` in virtual time, as `reference_clock` does it to the ns.
+"""The Python side of the compiled clock: `engine.Engine` in virtual time, equal to `reference_clock` to the ns.
 
-Operations wait in one pool, 72 bytes each, in the order of the stream, until their turn has come. Where only programs
-are (no wall-clock queues) and all vCPUs go on, that is a block's worth. A VM that falls behind the wall clock, or a
-vCPU without operations, makes all the others' wait.
+Operations wait in one pool, 72 bytes each, in the order of the stream, until it is their turn. Without wall-clock
+queues, and while all vCPUs have operations, the pool holds about one block. If the VM falls behind the wall clock, or a
+vCPU has no operations for a time, the operations of all other vCPUs wait in it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,10 @@ _COLUMNS: Final = {
 
 
 class TimedEngine:
-    """One VM under one policy, timed. `feed` blocks of any size, then `finish`. `engine` is the VM apart from times."""
+    """One VM under one policy in virtual time: `feed` it blocks of any size, then call `finish`. All times are in ns.
+
+    `engine` is the VM's state apart from times.
+    """
 
     def __init__(
         self,
@@ -62,9 +65,12 @@ class TimedEngine:
         rows: tuple[int, int] = (256, 256),
         weights: Sequence[int] = (),
     ) -> None:
-        """`log`: keep a root log. `rows`: operations and samples that there is memory for at first.
+        """`log` says whether to keep a root log.
 
-        `weights`: what part each vCPU has in what a worker takes where CPUs are short; none given: the same for all.
+        `rows` are the numbers of operations and samples to allocate memory for at first.
+
+        `weights` is each vCPU's relative share in the time that a zap worker takes when CPUs are short; by default
+        equal.
         """
         self.engine = Engine(parameters, words, vcpus, log, core)
         self._timer = timer()
@@ -76,7 +82,7 @@ class TimedEngine:
         leaves = 1 << (2 * vcpus).bit_length()
         self._turn = make_pool(2 * leaves, TURN)
         self._turn["due"] = NEVER
-        # One operation frees no more roots than can be alive, and what it loads itself.
+        # One operation can free all roots that are alive, and the ones that it loads itself.
         puts = len(words) + SLOTS * vcpus + 4
         self._put = make_pool(puts, ZAPPED)
         self._todo = make_pool(rows[0], TODO)
@@ -89,10 +95,10 @@ class TimedEngine:
         self._attach()
 
     def feed(self, timed: Timed, ranges: Ranges, first: int = 0) -> None:
-        """Take in operations, and do what can be done before the next ones are known.
+        """Take in operations, and perform those whose turn does not depend on operations that are still to come.
 
-        Raises Problem (bad input) for an operation that cannot be, or is in another vCPU's queue, or whose times are
-        negative; nothing of the block is then taken. Raises `reference.Violation` where the reference does.
+        Raises Problem (bad input) for an operation that is invalid, that is in another vCPU's queue, or whose times are
+        negative; nothing of the block is then taken in. Raises `reference.Violation` where the reference does.
         """
         op, gfn = self.engine.check(timed.block, ranges, first)
         columns = [np.ascontiguousarray(getattr(timed, name), dtype) for name, dtype in _COLUMNS.items()]
@@ -109,75 +115,75 @@ class TimedEngine:
         self._run(timed.until, False)
 
     def finish(self) -> None:
-        """There are no more operations. The wall clock's are done until every program is at its end."""
+        """Perform the rest after the last block: wall-clock operations happen until every vCPU's program has ended."""
         self._run(NEVER, True)
 
-    # What comes out: times are ns
+    # Results; times are in ns
 
     @property
     def clock(self) -> NDArray[np.int64]:
-        """How far each vCPU is."""
+        """The virtual time that each vCPU has reached."""
         clock: NDArray[np.int64] = self._pace["clock"].copy()
         return clock
 
     @property
     def spent(self) -> NDArray[np.int64]:
-        """The time breakdown: a row a vCPU, a column each of `TimeCategory`."""
+        """The time breakdown, one row per vCPU and one column per `TimeCategory`."""
         spent: NDArray[np.int64] = self._pace["spent"].copy()
         return spent
 
     @property
     def samples(self) -> list[NDArray[np.int64]]:
-        """Each vCPU's progress: rows of (clock, Cause of its last unload, *spent until then)."""
+        """Each vCPU's progress, as rows of (clock, Cause of its last unload, *spent until then)."""
         rows = self._sample[: self._timer.samples]
         table = np.column_stack([rows["clock"], rows["cause"], rows["spent"]])
         return [table[places] for places in by_vcpu(rows["vcpu"], len(self._pace))]
 
     @property
     def causes(self) -> NDArray[np.int64]:
-        """The Cause of each vCPU's last unload, as it is now."""
+        """The Cause of each vCPU's last unload so far."""
         return self.engine.causes
 
     @property
     def worker(self) -> int:
-        """Until when the zap worker is at it."""
+        """The time at which the zap worker finishes the work that it has now."""
         return int(self._timer.worker)
 
     @property
     def locked(self) -> int:
-        """Until when someone has mmu_lock for write."""
+        """The time until which mmu_lock is held for write."""
         return int(self._timer.locked)
 
     @property
     def shared(self) -> int:
-        """Until when someone has it for read, the worker apart."""
+        """The time until which mmu_lock is held for read, not counting the zap worker."""
         return int(self._timer.shared)
 
     @property
     def worked(self) -> int:
-        """What the zap worker took in all."""
+        """The time that the zap worker took in all."""
         return int(self._timer.worked)
 
     @property
     def jobs(self) -> int:
-        """How often it was given work."""
+        """The number of zaps that were queued for the zap worker."""
         return int(self._timer.jobs)
 
     @property
     def vcpus(self) -> Vcpus:
-        """Counts by vCPU, as they are now."""
+        """The counts of vCPUs so far."""
         return self.engine.vcpus
 
     @property
     def counters(self) -> Counters:
-        """Counts of the VM, as they are now."""
+        """The counts of the VM so far."""
         return self.engine.counters
 
     def take_log(self) -> RootLog:
-        """What the root log holds since it was last taken."""
+        """Return the rows of the root log since the last call, and empty the log."""
         return self.engine.take_log()
 
-    # How it is done
+    # Pools of the compiled timer
 
     def _begin(self, parameters: PolicyParameters, costs: Costs) -> None:
         timer = self._timer
@@ -203,7 +209,7 @@ class TimedEngine:
                 self._attach()
 
     def _make_room(self, count: int) -> None:
-        """Make room for `count` operations; compact first if at least half the buffer is consumed."""
+        """Make room for `count` operations; the pool is compacted first if at least half of it is used up."""
         held = self._queue["head"] >= 0
         end = int(self._timer.todos)
         begin = int(self._queue["head"][held].min()) if held.any() else end
@@ -217,7 +223,10 @@ class TimedEngine:
             self._attach()
 
     def _add_ranges(self) -> int:
-        """The number of the first range of the block that has just been checked; what none waits for is forgotten."""
+        """Add the ranges of the block that was just checked, and return the number of the first of them.
+
+        If no operation is waiting, the ranges of earlier blocks are dropped.
+        """
         if self._timer.todos == 0:
             self._bounds = self.engine.bounds
             return 0

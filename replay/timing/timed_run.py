@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Replays one VM's inputs in virtual time, under every policy of a plan, with the costs that were measured of it."""
+"""Replay one VM's inputs in virtual time under every policy of a plan, with the costs that were measured in that VM."""
 
 from __future__ import annotations
 
@@ -26,19 +26,20 @@ from replay.timing.stuck_rip import CERTAIN
 from replay.timing.timed_engine import TimedEngine
 from traces.durations import duration
 
-# Relative standard deviation between two runs of the same work, dated 2026-11: of the lab's recordings of scenarios
-# that no policy changes as measured, of bare-metal hosts as assumed.
+# Relative standard deviation of the time between two runs of the same work, dated 2026-11: measured in the lab with
+# scenarios that no policy changes, and assumed for bare-metal hosts.
 NOISE_LAB: Final = 0.15
 NOISE: Final = 0.03
-_UNKNOWN: Final = 0.5  # relative, of a cost that is the table's
+_UNKNOWN: Final = 0.5  # relative standard error of a cost that comes from the table
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How virtual time is to be taken. `smi`: auto, open (SMIs keep their wall-clock time) or closed (their place).
+    """The options of a replay in virtual time.
 
-    `stuck` is after how many exits at one RIP a recorded vCPU is taken to be stuck; `parts` is in how many parts the
-    recorded time is to be broken down as well (`Timeline.parts`).
+    `smi` is `open` (SMIs keep their wall-clock time), `closed` (they keep their place in the program) or `auto`.
+    `stuck` is the number of exits at one RIP after which a recorded vCPU counts as stuck. `parts` is the number of
+    parts of the recording for which the recorded time is broken down separately (`Timeline.parts`); 0: none.
     """
 
     smi: str = "auto"
@@ -47,17 +48,18 @@ class Settings:
     parts: int = 0
 
     def smis_open(self, measured: Measured) -> bool:
-        """Whether SMIs keep their wall-clock time."""
+        """Whether SMIs keep their wall-clock time in this VM."""
         return measured.smis_open if self.smi == "auto" else self.smi == "open"
 
 
 @dataclass(frozen=True)
 class VcpuTime:
-    """One vCPU under one run of a policy. `spent` is ns by TimeCategory, `wall` their sum, `error` relative to `wall`.
+    """One vCPU under one run of a policy.
 
-    `open` is by how many ns it may be less and more for what the recording does not tell: of the switch, and, where a
-    worker zapped that the policy has not, of how long userspace waited for it beyond its zaps.
-    `progress` is rows of (clock, Cause of the last unload, *spent until then), without steal time.
+    `spent` is its time in ns by TimeCategory, `wall` their sum, and `error` the standard error relative to `wall`.
+    `open` says by how many ns the time may be less (negative) and more because the recording does not determine the
+    cost of a switch or, where a worker zapped that the policy does not have, how long userspace waited for it beyond
+    its zaps. `progress` has rows of (clock, Cause of the last unload, *spent until then), without steal time.
     """
 
     id: int
@@ -70,32 +72,32 @@ class VcpuTime:
 
     @property
     def band(self) -> tuple[int, int]:
-        """Two standard errors about the time, and what is open."""
+        """The interval of the time in ns: two standard errors on each side, widened by `open`."""
         low, high = self.wall + self.open[0], self.wall + self.open[1]
         return max(round(low - 2 * self.error * self.wall), 0), round(high + 2 * self.error * self.wall)
 
     @property
     def longest(self) -> int:
-        """The longest soft-hang, ns."""
+        """The length of the longest soft-hang in ns; 0 if there is none."""
         return max((stall.ns for stall in self.stalls), default=0)
 
 
 @dataclass(frozen=True)
 class PolicyTime:
-    """One VM under one run of one policy."""
+    """The times of one VM under one run of one policy."""
 
     target: Target
     run: Run
     vcpus: list[VcpuTime]
-    jobs: int  # of the zap worker
-    worked: int  # ns it took
+    jobs: int  # zaps queued for the zap worker
+    worked: int  # ns that the zap worker took
 
 
 @dataclass(frozen=True)
 class VmTime:
-    """One VM: what was recorded, what things cost, and how it would have gone.
+    """The times of one VM: as recorded, the costs that were fitted, and the outcome under each policy.
 
-    `recorded` is ns by vCPU and TimeCategory, of which the switch is within the guest's.
+    `recorded` is in ns by vCPU and TimeCategory; the switch is part of guest time there.
     """
 
     vm: int
@@ -103,11 +105,11 @@ class VmTime:
     open: bool  # SMIs keep their wall-clock time
     outcomes: list[PolicyTime]
     stuck: list[Diagnosis]  # vCPUs that made no progress, and why
-    marked: str = ""  # what makes the times less than they seem
+    marked: str = ""  # a sentence that says why the times are less reliable; empty if nothing does
 
     @property
     def refused(self) -> str:
-        """Why there are no times; empty if there are."""
+        """The reason why there are no times; empty if there are."""
         return self.measured.refused
 
     @property
@@ -127,7 +129,7 @@ def vm_time(
     outcomes: list[PolicyTime],
     settings: Settings,
 ) -> VmTime:
-    """What is known of one VM's times."""
+    """Put together what is known of one VM's times; `ids` are the recorded vCPU ids."""
     meta, number = capabilities.trace.metadata, int(vm["id"])
     stuck = diagnoses(capabilities.trace, vm, capabilities.kernel, measured.rip_runs, ids, settings.stuck)
     if measured.refused:
@@ -142,13 +144,13 @@ def vm_time(
 
 
 def _slept(capabilities: Capabilities, measured: Measured) -> str:
-    """What the host slept, which no time of a vCPU has."""
+    """Say for how long the host was suspended; that time is in no vCPU's time."""
     why = "" if any(not each.assumed for each in capabilities.suspends) else " (no VM has a row of that time)"
     return f"the host slept for {duration(int(measured.slept.max()))}{why}: that is nobody's time"
 
 
 class PolicyClock:
-    """One VM under one run of a policy, in virtual time."""
+    """The replay of one VM under one run of a policy in virtual time."""
 
     def __init__(self, target: Target, run: Run, specialized: Specialization, vcpus: int, measured: Measured) -> None:
         self.specialized = specialized
@@ -160,7 +162,7 @@ class PolicyClock:
 
     @staticmethod
     def run_all(clocks: list[PolicyClock], parts: Iterable[Inputs], rest: Rest, began: int) -> None:
-        """Replay a VM's inputs under all of them. `began`: see `Specialization.timed`."""
+        """Replay a VM's inputs under all clocks; `Specialization.timed` explains `began`."""
         kernels = list(dict.fromkeys(clock.specialized for clock in clocks))
         for part in parts:
             timed = {specialized: specialized.timed(part, began) for specialized in kernels}
@@ -173,7 +175,7 @@ class PolicyClock:
             clock._engine.finish()
 
     def outcome(self, ids: list[int], settings: Settings) -> PolicyTime:
-        """What came of it; `ids` are the vCPUs' recorded ids."""
+        """Return the times under this policy; `ids` are the recorded vCPU ids."""
         engine, measured = self._engine, self._measured
         vcpus = []
         ended, parts, causes, faults = engine.clock, engine.spent, engine.causes, engine.vcpus.faults
@@ -199,7 +201,9 @@ class PolicyClock:
 
 
 def _interrupted(measured: Measured, vcpu: int, spent: list[int]) -> int:
-    """Take the host's interrupts out of `spent`; ns of as many as a run of that length has."""
+    """Remove the recorded interrupts of the host from `spent`, and return the
+    ns that interrupts take in a run of that length.
+    """
     switches = min(int(measured.interrupts[vcpu]) * measured.fitted.costs.switch, spent[TimeCategory.GUEST])
     within = min(int(measured.interrupted[vcpu]), spent[TimeCategory.OTHER])
     spent[TimeCategory.GUEST] -= switches
@@ -209,9 +213,9 @@ def _interrupted(measured: Measured, vcpu: int, spent: list[int]) -> int:
 
 
 def _stolen(measured: Measured, vcpu: int, own: int, more: int) -> tuple[int, int]:
-    """What others take while the vCPU has a CPU for `own` ns, and its standard error (see `steal_curve`).
+    """Return the ns stolen while the vCPU has a CPU for `own` ns, and their standard error (see `steal_curve`).
 
-    On the lab's one CPU they are above all the recorder, whose work is in proportion to rows.
+    On the lab's one CPU this is mostly the recorder, whose work is proportional to the number of rows.
     """
     stolen, curve = int(measured.stolen[vcpu]), measured.curves[vcpu] if measured.curves else None
     if curve is None:
@@ -222,10 +226,10 @@ def _stolen(measured: Measured, vcpu: int, own: int, more: int) -> tuple[int, in
 
 
 def _rows(measured: Measured, vcpu: int, more: int) -> float:
-    """How many times as many rows of the vCPU a recording with so many `more` faults would have as there are.
+    """Return the factor by which the vCPU's number of rows would grow with `more` further faults.
 
-    Steal time on the lab's one CPU is above all the recorder's work, 8 to 9 us a row (smi-storm on 6.1, roots
-    kept and freed: 24.9 ms at 3,047 rows, 482 ms at 52,109).
+    Steal time on the lab's one CPU is mostly the recorder's work, 8 to 9 us a row (smi-storm on 6.1, roots kept and
+    freed: 24.9 ms at 3,047 rows, 482 ms at 52,109).
     """
     rows = max(int(measured.rows[vcpu]), 1)
     each = 1 + int(measured.fault_rows[vcpu]) / max(int(measured.fault_events[vcpu]), 1)
@@ -233,8 +237,10 @@ def _rows(measured: Measured, vcpu: int, more: int) -> float:
 
 
 def _error(measured: Measured, vcpu: int, spent: list[int], more: int, of_steal: int) -> float:
-    """Relative standard error: of one run against another, of the costs of faults added or taken away (`more`), and of
-    what others take (`of_steal`, ns).
+    """Return the relative standard error of a vCPU's time.
+
+    It combines the noise between two runs, the uncertain costs of faults that are added or saved (`more`), and the
+    standard error of steal time (`of_steal`, ns).
     """
     costs, errors = measured.fitted.costs, measured.fitted.error
     noise = NOISE_LAB if costs.cpus else NOISE

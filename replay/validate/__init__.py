@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The conformance check: a recording against the model, row by row (`kvmtrace validate`)."""
+"""The conformance check of `kvmtrace validate`: compare a recording with the model of its kernel, row by row."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The design questions other than the root policy: how aging walks lock, how range zaps do, and how tables are counted.
+"""Design questions other than the root policy: how aging walks and range zaps lock, and how tables are accounted.
 
-Each is a what-if: the recorded vCPUs' faults, at their own pace, meet actors that no recording has (agers, range
-zaps) or a lock that it does not show, in a small queueing simulation. `kvmtrace replay --aging` and its kin; the
-document made of it is docs/design-questions.md (`document`).
+Each question is a what-if. In a small queueing simulation the faults of the recorded vCPUs, at their own pace, meet
+actors that no recording has (agers, range zaps) or a lock that it does not show. `kvmtrace replay` answers them
+(--aging, --zap-lock, --apicv, --tdp-pages), and docs/design-questions.md is generated from the answers.
 """

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""--aging: what faulting vCPUs wait for agers that hold mmu_lock for write, and what walks meet without it.
+"""--aging: how long faults wait for an ager that holds mmu_lock for write, and what an ager meets that takes no lock.
 
-One ager (kswapd) walks one call after another, at a rate. Locked: the call waits for the readers, and later faults wait
-behind it. Lockless (6.15): nobody waits; a walk may meet an SPTE that is being zapped, and skips it.
+One ager (kswapd) makes one aging call after another, at a given rate. Locked: a call waits for the readers of mmu_lock,
+and later faults wait for the call. Lockless (6.15): nobody waits, but a walk may meet an SPTE that is being zapped, and
+skips it.
 """
 
 from __future__ import annotations
@@ -21,12 +22,16 @@ from traces.durations import duration
 from traces.text import count
 
 _AGER: Final = -1
-FACTORS: Final = (0.5, 1.0, 2.0)  # by which the table's costs may be off
+FACTORS: Final = (0.5, 1.0, 2.0)  # by which the costs from the table may be off
 
 
 @dataclass
 class AgingRun:
-    """A run: what faults waited in all and at most (ns), how many, until when; the ager's calls and its own waits."""
+    """The result of one simulated run; times are in ns.
+
+    `waited` and `longest` are the total and the longest wait of the `faults`, `end` is when the last vCPU is done, and
+    `ager_waited` is how long the ager waited in its `calls`.
+    """
 
     waited: int = 0
     longest: int = 0
@@ -37,12 +42,15 @@ class AgingRun:
 
 
 def walk(work: Workload, costs: LockCosts, pages: int) -> int:
-    """ns of one aging call over this many pages."""
+    """Return the ns that one aging call over `pages` pages takes."""
     return costs.call + pages * work.sptes * costs.age_leaf
 
 
 def meet(work: Workload, vcpus: int, period: float | None, ns: int, locks: bool = True) -> AgingRun:
-    """This many vCPUs fault at their pace; each `period` (None: never) an ager walks for `ns`; it `locks` mmu_lock."""
+    """Simulate `vcpus` vCPUs that fault at their pace, and an ager that walks for `ns` each `period` ns (None: never).
+
+    With `locks` the ager holds mmu_lock for write during a walk.
+    """
     lock = Lock()
     met = AgingRun()
     crowd = work.crowd(vcpus)
@@ -78,12 +86,12 @@ def meet(work: Workload, vcpus: int, period: float | None, ns: int, locks: bool 
 
 
 def limit(work: Workload, vcpus: int, calls: int, rate: float, ns: int) -> tuple[float, float]:
-    """Arithmetic: what faults wait for a lock that is taken `rate` times a second, at random moments, for `ns`.
+    """Return by arithmetic the least and the most ns that faults wait for a lock taken for `ns`, `rate` times a second.
 
-    The least: each call keeps them out for its own `ns`. The most: also while it waits for a reader, `hold` at the
-    longest, and the run is longer for all that, so that more calls fall into it; and no fault waits for more than one
-    call and one reader. Where faults exclude each other they queue, and each of the `calls` puts off every vCPU by
-    `ns` at the most.
+    The calls come at random moments. The least: each call keeps faults out for its own `ns`. The most: it also keeps
+    them out while it waits for a reader, for `hold` at the longest; the run gets longer, so that more calls fall into
+    it; and no fault waits for more than one call and one reader. Where faults exclude each other they queue, and each
+    of the `calls` delays every vCPU by at most `ns`.
     """
     rate = min(rate, 1e9 / ns) / 1e9
     least = sum(_kept_out(program, work.hold, ns) * rate for program, _ in work.crowd(vcpus))
@@ -100,13 +108,18 @@ def limit(work: Workload, vcpus: int, calls: int, rate: float, ns: int) -> tuple
 
 
 def _kept_out(program: FaultProgram, hold: int, ns: int) -> float:
-    """ns * ns: a vCPU whose next request is due in r < `ns` when the lock is taken waits for `ns` - r, once."""
+    """Return the sum of ns * ns over all requests of a vCPU: multiplied by a rate, the ns that it waits.
+
+    If a vCPU's next request is due in r < `ns` when the lock is taken, it waits for `ns` - r, once.
+    """
     short = np.minimum(program.gap + hold, ns).astype(np.float64)
     return float((short * ns - short * short / 2).sum())
 
 
 def non_present(work: Workload, rate: float, ns: int, pages: int) -> float:
-    """Lockless walks that meet an SPTE while it is zapped, at most: those under way in a zap's range meanwhile."""
+    """Return how many lockless walks meet an SPTE while it is being zapped,
+    at most: those in a zap's range while it lasts.
+    """
     met = 0.0
     for leaves in work.zaps:
         lasts = work.locks.call + leaves * work.locks.zap_spte + work.locks.flush
@@ -116,7 +129,7 @@ def non_present(work: Workload, rate: float, ns: int, pages: int) -> float:
 
 
 def answer(work: Workload, asked: Asked, own: str) -> Answer:
-    """The table of --aging."""
+    """Return the answer to --aging for one VM, simulated with 1 to 64 vCPUs."""
     seconds = work.wall / 1e9
     recorded = work.aged / seconds if work.aged and seconds else 0.0
     rate = asked.rate or recorded or asked.default_rate

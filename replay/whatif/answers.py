@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is asked of the design questions, and the shape of what comes back."""
+"""A design question as it is asked on the command line, and the form of its answer."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ VARIANTS: Final = {
     "apicv": ("memslot", "gfn"),
     "tdp_pages": ("list", "counter"),
 }
-MOST_PAGES: Final = 1 << 36  # of one call: 256 TiB
-_RATES: Final = {"aging": 100_000.0, "zap_lock": 1_000.0}  # a second, where neither the trace nor the user says
+MOST_PAGES: Final = 1 << 36  # the most pages of one call: 256 TiB
+_RATES: Final = {"aging": 100_000.0, "zap_lock": 1_000.0}  # calls a second, unless the trace or the user gives them
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One axis: which ways of it, how often a second the actor comes (None: as recorded), and for how many pages."""
+    """One design question (`axis`) with the variants to compare.
+
+    `rate` is the number of calls a second, and None means as recorded; `pages` is the number of pages of a call.
+    """
 
     axis: str
     variants: tuple[str, ...]
@@ -32,34 +35,40 @@ class Asked:
 
     @property
     def option(self) -> str:
-        """As it is written on the command line."""
+        """The name of the option on the command line."""
         return f"--{self.axis.replace('_', '-')}"
 
     @property
     def text(self) -> str:
-        """Its value, as it is written there."""
+        """The value of the option as it is written on the command line."""
         rate = "" if self.rate is None else f"@{self.rate:.15g}"
         return f"{','.join(self.variants)}{rate}{'' if self.pages is None else f'x{self.pages}'}"
 
     @property
     def default_rate(self) -> float:
-        """What is assumed."""
+        """The calls a second that are assumed if neither the trace nor the user gives them."""
         return _RATES[self.axis]
 
 
 @dataclass
 class Answer:
-    """One axis on one VM. `rows` are in ns and counts; `table` is the same for people: (headers, cells)."""
+    """The answer to one design question for one VM.
+
+    `rows` are the figures in ns and counts; `table` is the same for people, as (headers, cells).
+    """
 
     axis: str
-    own: str  # the recorded kernel's way
+    own: str  # the variant of the recorded kernel
     rows: list[dict[str, Any]]
     table: tuple[list[str], list[list[str]]]
-    notes: list[str] = field(default_factory=list)  # what is assumed, what the arithmetic is
+    notes: list[str] = field(default_factory=list)  # the assumptions, and what the column "arithmetic" means
 
 
 def parse(axis: str, text: str) -> Asked:
-    """What an option says: `locked`, `locked,lockless`, `lockless@20000x512` (20,000 a second, 512 pages each)."""
+    """Parse an option: `locked`, `locked,lockless`, `lockless@20000x512` (20,000 calls a second of 512 pages each).
+
+    Raises Problem if it is invalid.
+    """
     known = VARIANTS[axis]
     rated = axis in _RATES
     match = re.fullmatch(r"([a-z,]+)(?:@(\d+(?:\.\d+)?)(?:x(\d+))?)?", text)
@@ -78,7 +87,7 @@ def parse(axis: str, text: str) -> Asked:
 
 
 def spread(low: float, middle: float, high: float) -> str:
-    """A number with its bounds under assumed costs."""
+    """Return a duration as text, followed by its bounds if costs that are uncertain make a difference."""
     if low == middle == high:
         return duration(middle)
     return f"{duration(middle)} ({duration(min(low, middle, high))} .. {duration(max(low, middle, high))})"

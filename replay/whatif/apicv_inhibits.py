@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""--apicv: an inhibit that deletes the APIC page's memslot, so that every root goes, or one that zaps that one gfn.
+"""--apicv: compare an APICv inhibit that deletes the APIC page's memslot (every root goes) with one that zaps a gfn.
 
-The inhibit is put into the replay at moments spread over the recording. What is zapped then is known; what of it the
-guest needs again is not in a recording that had it mapped all along: from what it shows to every page.
+Inhibits are inserted into the replay at moments spread over the recording. How much is zapped then is known. How much
+of it the guest needs again is not, if the recording had it mapped all along: at least what its faults show, at most
+every page.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from traces.text import count
 
 
 def answer(work: Workload, asked: Asked, own: str) -> Answer:
-    """The table of --apicv."""
+    """Return the answer to --apicv for one VM."""
     moments = work.moments
     number = max(len(moments), 1)
     leaves = [moment.leaves for moment in moments] or [0]

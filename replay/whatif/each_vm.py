@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Questions put to each VM of a recording: one that cannot be asked is named, and hides no other's answer."""
+"""Put a question to each VM of a recording.
+
+A VM that cannot answer is named with the reason, and the others still answer.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,16 @@ Answered = TypeVar("Answered")
 
 
 class UnansweredVm(Problem):
-    """Why a question cannot be put to a VM."""
+    """The reason why a question has no answer for a VM."""
 
 
 def ask_each_vm(
     capabilities: Capabilities, ask: Callable[[Mapping[str, Any]], Answered]
 ) -> tuple[dict[int, Answered], dict[int, str]]:
-    """By VM, what `ask` says of it, and of others why there is no answer. A Problem where there is none at all."""
+    """Return by VM the answers of `ask`, and by VM the reasons why there is no answer.
+
+    Raises Problem if no VM has an answer.
+    """
     answers: dict[int, Answered] = {}
     unanswered: dict[int, str] = {}
     for vm in capabilities.trace.metadata.vms:
@@ -38,7 +44,7 @@ def ask_each_vm(
 
 
 def notes(unanswered: Mapping[int, str]) -> list[str]:
-    """A line for each reason, with the VMs that it holds for."""
+    """Return one line for each reason, with the VMs to which it applies."""
     by_why: dict[str, list[str]] = {}
     for vm, why in unanswered.items():
         by_why.setdefault(why, []).append(str(vm))
@@ -48,5 +54,5 @@ def notes(unanswered: Mapping[int, str]) -> list[str]:
 
 
 def to_dict(unanswered: Mapping[int, str]) -> list[dict[str, Any]]:
-    """The same for a document."""
+    """Return the VMs without an answer as they stand in JSON."""
     return [{"vm": vm, "why": why} for vm, why in unanswered.items()]

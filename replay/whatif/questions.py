@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the design questions over a trace's VMs, and says what came of it."""
+"""Put the design questions to the VMs of a trace, and render the answers."""
 
 from __future__ import annotations
 
@@ -24,16 +24,19 @@ _ANSWER: Final[Mapping[str, Callable[[Workload, Asked, str], Answer]]] = {
 
 
 def asked(**given: str) -> list[Asked]:
-    """The axes that are asked for, by name of `VARIANTS`: texts of their options, empty where they are not given."""
+    """Parse the options that were given.
+
+    The names of the arguments are those of `VARIANTS`, and empty texts are ignored.
+    """
     return [parse(axis, text) for axis, text in given.items() if text]
 
 
 def answer(
     capabilities: Capabilities, questions: Sequence[Asked]
 ) -> tuple[list[tuple[Workload, list[Answer]]], dict[int, str]]:
-    """Each VM with a table for each question, and of others why there is no answer.
+    """Return each VM's workload with one answer per question, and by VM the reasons why there is no answer.
 
-    The recorded kernel's own way is always among the variants.
+    The recorded kernel's own variant is always among those that are compared.
     """
     stands = capabilities.kernel
     with Progress("simulating", len(capabilities.trace.metadata.vms) * (len(questions) + 1)) as progress:
@@ -61,7 +64,7 @@ def _answers(work: Workload, stands: Kernel, questions: Sequence[Asked], progres
 
 
 def to_dict(found: Sequence[tuple[Workload, list[Answer]]]) -> list[dict[str, Any]]:
-    """The document's part on design questions; times in ns."""
+    """Return the answers as they stand in the JSON document; times are in ns."""
     return [
         {
             "vm": work.vm,
@@ -79,7 +82,7 @@ def to_dict(found: Sequence[tuple[Workload, list[Answer]]]) -> list[dict[str, An
 
 
 def render(found: Sequence[tuple[Workload, list[Answer]]], unanswered: Mapping[int, str]) -> str:
-    """For people: the VMs with the most faults, which have the most to wait for."""
+    """Return the answers as text, for the VMs with most faults, since they have most to wait for."""
     page = Page()
     ranked = sorted(found, key=lambda each: _faults(each[0]), reverse=True)
     notes: dict[str, list[int]] = {}
@@ -105,7 +108,7 @@ def _faults(work: Workload) -> int:
 
 
 def trust(work: Workload) -> list[str]:
-    """What all of a VM's tables rest on."""
+    """Return the assumptions on which all tables of a VM rest, one line each."""
     how = "measured" if work.measured else "0.23 of a fault, assumed"
     shared = "shared with" if work.faults_share else "not with"
     return [

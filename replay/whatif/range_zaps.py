@@ -2,10 +2,10 @@
 """--zap-lock: kvm_zap_gfn_range under mmu_lock for read or write, with or without the notifier's count and sequence.
 
 For write, faults wait until the range is zapped and flushed once. For read nobody waits, but each SPTE is frozen and
-flushed by itself. What a fault will map it reads before it has mmu_lock: a fault that reads before the zap begins and
-installs after it installs what is stale (the APIC page, as if APICv were still on). With count and sequence it compares
-under mmu_lock whether a zap has ended since it read, or is under way, and tries again. With the lock for read that is
-not enough: a zap may begin between the comparison and the install.
+flushed by itself. A fault looks up the page that it will map before it takes mmu_lock. If it does so before a zap
+begins, and installs the SPTE after that, the SPTE is stale (the APIC page, as if APICv were still on). With count and
+sequence, the fault checks under mmu_lock whether a zap has ended since the lookup or is under way, and if so tries
+again. With the lock held for read that is not enough: a zap may begin between the check and the install.
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ from traces.durations import duration
 from traces.text import count
 
 _ZAPPER: Final = -1
-_TRIES: Final = 100  # of one fault, before it is taken to hang
+_TRIES: Final = 100  # tries after which a fault counts as hung
 
 
 @dataclass
 class RangeZapRun:
-    """A run: what faults waited in all and at most, what retries took (ns); how many faults, retries, zaps.
+    """The result of one simulated run; times are in ns.
 
-    `stale` is how many install what they read before a zap, after it began; `hung` gave up trying.
+    `waited` and `longest` are the total and the longest wait of the `faults`; `retried` is the number of retries and
+    `again` the time that they took; `end` is when the last vCPU is done. `stale` is the number of faults that installed
+    what they had looked up before a zap began, and `hung` the number of faults that gave up trying.
     """
 
     waited: int = 0
@@ -47,7 +49,7 @@ class RangeZapRun:
 
 
 def last(work: Workload, costs: LockCosts, pages: int, shared: bool) -> int:
-    """ns of one zap."""
+    """Return the ns that one zap takes, under the lock for read (`shared`) or for write."""
     leaves = min(pages * work.sptes, max(work.leaves, 1))
     if shared:
         return costs.call + leaves * (costs.zap_spte + costs.flush)
@@ -55,20 +57,23 @@ def last(work: Workload, costs: LockCosts, pages: int, shared: bool) -> int:
 
 
 def meet(work: Workload, vcpus: int, period: float, ns: int, shared: bool, counted: bool) -> RangeZapRun:
-    """This many vCPUs fault at their pace; each `period` a range zap takes `ns`."""
+    """Simulate `vcpus` vCPUs that fault at their pace, while a range zap begins every `period` ns and takes `ns`.
+
+    With `counted` a fault compares the notifier's count and sequence, and is retried.
+    """
     lock = Lock()
     met = RangeZapRun()
     crowd = work.crowd(vcpus)
     gaps = [program.gap.tolist() for program, _ in crowd]
-    # (request, vCPU, fault, when it read what it will map, tries)
+    # (time of the request, vCPU, number of the fault, when it looked up its page, tries)
     heap = [(0, _ZAPPER, 0, 0, 0)]
     for vcpu, (program, begin) in enumerate(crowd):
         at = begin + int(program.gap[0])
         heap.append((at, vcpu, 0, max(at - work.window, 0), 0))
     heapq.heapify(heap)
     again = work.costs.switch + work.window
-    zaps = [(-1, -1), (-1, -1)]  # the last two that have been asked for: when each begins and ends
-    holding: list[tuple[int, int]] = []  # faults since the last zap: when each has the lock, until when
+    zaps = [(-1, -1), (-1, -1)]  # begin and end of the last two zaps
+    holding: list[tuple[int, int]] = []  # from when and until when each fault since the last zap holds the lock
     left = vcpus
     while left:
         at, who, i, read, tries = heapq.heappop(heap)
@@ -87,7 +92,7 @@ def meet(work: Workload, vcpus: int, period: float, ns: int, shared: bool, count
         met.waited += start - at
         met.longest = max(met.longest, start - at)
         sees = any(read < ended and begin <= start for begin, ended in zaps)
-        if sees and counted and tries < _TRIES:  # it compares, and drops the lock
+        if sees and counted and tries < _TRIES:  # the fault sees that the sequence changed, and drops the lock
             met.retried += 1
             met.again += again
             heapq.heappush(heap, (start + again, who, i, start + again - work.window, tries + 1))
@@ -110,10 +115,11 @@ def meet(work: Workload, vcpus: int, period: float, ns: int, shared: bool, count
 def caught(
     work: Workload, vcpus: int, rate: float, ns: int, shared: bool, counted: bool, waited: int
 ) -> tuple[float, float]:
-    """Arithmetic: faults that are retried and faults that install what is stale, at random moments.
+    """Return by arithmetic how many faults are retried and how many install a stale page, if zaps come at random.
 
-    Stale: those that have read and not yet asked, or wait for other reasons (`waited` ns in all), when a zap begins;
-    under a shared lock those that have it then, too. Retried: those, and the ones that ask while a zap is under way.
+    Stale are faults that have looked up their page and not yet asked for the lock, or that wait for other reasons
+    (`waited` ns in all), when a zap begins; under a shared lock also those that hold it then. Retried are these, and
+    those that ask for the lock while a zap is under way.
     """
     crowd = work.crowd(vcpus)
     faults = sum(len(program.gap) for program, _ in crowd)
@@ -132,7 +138,7 @@ WAYS: Final = (("write", True), ("write", False), ("read", True), ("read", False
 
 
 def answer(work: Workload, asked: Asked, own: str) -> Answer:
-    """The table of --zap-lock."""
+    """Return the answer to --zap-lock for one VM, simulated with 1 to 64 vCPUs."""
     rate = asked.rate or asked.default_rate
     pages = asked.pages or 1
     period = 1e9 / rate
@@ -143,7 +149,7 @@ def answer(work: Workload, asked: Asked, own: str) -> Answer:
         alone = meet(work, vcpus, 1e18, 0, False, False)
         for lock, counted in ways:
             shared = lock == "read"
-            free = shared and work.faults_share  # nobody waits, whatever a zap costs
+            free = shared and work.faults_share  # readers on both sides: nobody waits, whatever a zap costs
             ns = last(work, work.locks, pages, shared)
             middle = meet(work, vcpus, period, ns, shared, counted)
             runs = [

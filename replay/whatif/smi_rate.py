@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What if SMIs came more often, the working set were larger, or other vCPUs held the root as well?
+"""--sweep, --smi-rate: what if SMIs came more often, the working set were larger, or other vCPUs held the root as well?
 
-The recorded program is kept without its SMIs, and copies of its last SMI strike each vCPU at a steady rate of the wall
-clock. What the guest needs after each is in no recording made at another rate: every page that is mapped is taken to be
-accessed again at once, so that policies which free roots come out at their worst.
+The recorded program is replayed without its SMIs, and copies of its last SMI interrupt each vCPU at a steady rate of
+the wall clock. Which pages the guest needs after each of them is in no recording made at another rate. So every mapped
+page is taken to be accessed again at once, which is the worst case for policies that free roots.
 """
 
 from __future__ import annotations
@@ -33,15 +33,18 @@ from traces.errors import Problem
 from traces.kernels.policies import PolicyParameters
 
 Ints = NDArray[np.int64]
-_SMIS: Final = 500  # of a run, and of one with twice as many, by which the first is judged
-_PROGRESS: Final = 0.001  # of its undisturbed speed: a program slower than that hangs
-_POINTS: Final = 3  # of a sweep, in each factor of ten
-_BISECTIONS: Final = 12
+_SMIS: Final = 500  # SMIs in a run; a second run with twice as many shows the speed
+_PROGRESS: Final = 0.001  # a program hangs if it is slower than this share of its undisturbed speed
+_POINTS: Final = 3  # rates that a sweep tries in each factor of ten
+_BISECTIONS: Final = 12  # steps in which the rate is narrowed down from which a program hangs
 
 
 @dataclass(frozen=True)
 class SmiChange:
-    """What is otherwise. `holders` vCPUs have the root loaded, of which all but the recorded ones do nothing."""
+    """What differs from the recording: the working set by a factor, and how many vCPUs hold the root.
+
+    `holders` vCPUs have the root loaded; those in excess of the recorded ones do nothing.
+    """
 
     working_set: float = 1.0
     holders: int = 1
@@ -49,7 +52,7 @@ class SmiChange:
 
 @dataclass(frozen=True)
 class Sweep:
-    """SMIs a second to try: from `low` to `high`, by equal factors (`log`) or in equal steps."""
+    """The SMIs a second to try: from `low` to `high`, by equal factors (`log`) or in equal steps."""
 
     low: float
     high: float
@@ -57,7 +60,7 @@ class Sweep:
 
     @property
     def rates(self) -> list[float]:
-        """The points."""
+        """The rates to try, in SMIs a second."""
         if self.low == self.high:
             return [self.low]
         if not self.log:
@@ -68,10 +71,12 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Swept:
-    """One policy: at each rate how many times its undisturbed time the program takes, None where it hangs.
+    """The result of a sweep under one policy.
 
-    `tips` is the rate from which on it hangs (None: at none that was tried); `limit` is the arithmetic: SMIs a second
-    at which each leaves no time until the next, `refill` ns to fault everything in again and `smi` ns of its own.
+    `factors` has for each rate the program's time relative to its undisturbed time, or None where it hangs. `tips` is
+    the rate from which on it hangs (None: at no rate that was tried). The arithmetic `limit` is the rate in SMIs a
+    second at which an SMI leaves no time until the next one: it takes `smi` ns itself, and `refill` ns to fault
+    everything in again.
     """
 
     policy: str
@@ -86,7 +91,7 @@ class Swept:
 
 
 def parse(text: str) -> Sweep:
-    """Parse --sweep: `smi-rate=10:10000:log`, or `:lin`."""
+    """Parse the value of --sweep, such as `smi-rate=10:10000:log` or `:lin`. Raises Problem if it is invalid."""
     match = re.fullmatch(r"smi-rate=(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)(?::(log|lin))?", text)
     if match is None or not 0 < float(match[1]) <= float(match[2]):
         raise Problem(f"--sweep {text}: write it like smi-rate=10:10000:log")
@@ -94,7 +99,9 @@ def parse(text: str) -> Sweep:
 
 
 class SmiProgram:
-    """One VM's program without its SMIs, and an SMI of each vCPU that had one; by the recorded kernel's triggers."""
+    """One VM's program without its SMIs, and the last SMI of each vCPU that
+    had one, with the recorded kernel's triggers.
+    """
 
     def __init__(self, capabilities: Capabilities, vm: Mapping[str, Any], change: SmiChange) -> None:
         parts = []
@@ -117,7 +124,7 @@ class SmiProgram:
         if all(smi is None for smi in self._smis):
             raise UnansweredVm("it has no whole SMI to repeat: record one, or make a trace with kvmtrace synth")
         self._program = take(whole, np.flatnonzero(whole.queue < self.recorded))
-        # The exit of the VM's process, which empties every root, is to be like any other moment.
+        # Ignore the exit of the VM's process, which empties every root: turn it into an operation without effect.
         ends = self._program.block.op & 15 == Op.ZAP_ALL
         self._program.block.op[ends] = int(Op.ROLE) | self._program.queue[ends].astype(np.uint32) << VCPU_SHIFT
         self._program.block.gfn[ends] = 0
@@ -125,7 +132,7 @@ class SmiProgram:
         self._costs: Costs = replace(measured.fitted.costs, refill=round(1000 * change.working_set))
 
     def sweep(self, parameters: PolicyParameters, rates: Iterable[float]) -> Swept:
-        """A policy at each rate, and where it tips."""
+        """Replay a policy at each rate, and find the rate from which on the program hangs."""
         alone, engine = self._run(parameters, None, 0)
         tried = {rate: self._factor(parameters, rate, alone) for rate in rates}
         hangs = min((rate for rate, factor in tried.items() if factor is None), default=None)
@@ -140,7 +147,7 @@ class SmiProgram:
         return Swept(parameters.name, list(tried.values()), tips, self._refill(parameters, engine), smi)
 
     def _refill(self, parameters: PolicyParameters, engine: TimedEngine) -> int:
-        """ns to fault in again all that is mapped at the end, where a policy's root does not outlive the SMI."""
+        """Return the ns to fault in again everything that is mapped at the end; 0 if a root outlives the SMI."""
         if parameters.own_reference or parameters.mmu == "shadow" or self.vcpus > 1:
             return 0
         counters, costs = engine.counters, self._costs
@@ -150,10 +157,10 @@ class SmiProgram:
         return refill * costs.refill // 1000 + costs.created
 
     def _factor(self, parameters: PolicyParameters, rate: float, alone: int) -> float | None:
-        """How many times its undisturbed time the program takes; None: it does not get on.
+        """Return the program's time relative to its undisturbed time, or None if it makes no progress.
 
-        What is left of the program after these SMIs passes undisturbed: from that, and from what is left after twice
-        as many, follow the speed and the end.
+        A run has _SMIS SMIs, after which the rest of the program passes undisturbed. The rests after that many and
+        after twice as many SMIs give the program's speed under SMIs, and so its end.
         """
         period = 1e9 / rate
         ended, _ = self._run(parameters, period, _SMIS)
@@ -167,7 +174,7 @@ class SmiProgram:
         return (2 * _SMIS * period + then / speed) / alone if speed > _PROGRESS else None
 
     def _run(self, parameters: PolicyParameters, period: float | None, count: int) -> tuple[int, TimedEngine]:
-        """(ns of the slowest vCPU, the engine at the end)."""
+        """Return the ns of the slowest vCPU, and the engine at the end."""
         frees = not (parameters.own_reference or parameters.mmu == "shadow")
         parameters = replace(parameters, assume_refault=frees)
         engine = TimedEngine(parameters, self._words, self.vcpus, self._costs, log=False)
@@ -185,10 +192,10 @@ class SmiProgram:
         many = take(smi, np.tile(np.arange(len(smi)), count))
         many.queue[:] = self.vcpus + vcpu
         many.wall[:: len(smi)] = (np.arange(1, count + 1) * period).astype(np.int64)
-        return replace(many, until=0)  # to be done while the program runs, not before it
+        return replace(many, until=0)  # they must happen while the program runs, not before it
 
     def _last_smi(self, whole: Timed, vcpu: int) -> Timed | None:
-        """A vCPU's last whole SMI."""
+        """Return a vCPU's last complete SMI, or None if it has none."""
         mine = np.flatnonzero(whole.queue == self.recorded + vcpu)
         ends = np.flatnonzero(whole.wall[mine] == LAST)
         starts = np.flatnonzero(whole.wall[mine] >= 0)
@@ -199,14 +206,14 @@ class SmiProgram:
 
 
 def _entry(vcpu: int) -> Timed:
-    """A vCPU that enters the guest once and stays there."""
+    """Return the operation of a vCPU that enters the guest once and stays there."""
     none = np.zeros(1, np.int64)
     block = Block(np.array([int(Op.ENTER) | vcpu << VCPU_SHIFT], np.uint32), none, none, none)
     return Timed(block, np.array([vcpu], np.int32), none, none, none, none, none.astype(np.uint8), none + MORE, until=0)
 
 
 def _shifted(timed: Timed, by: int) -> Timed:
-    """With ranges numbered from `by` on."""
+    """Renumber the ranges of a block, in place, so that they begin at `by`."""
     timed.block.gfn[np.isin(timed.block.op & 15, (int(Op.ZAP), int(Op.SPLIT)))] += by
     return timed
 
@@ -214,7 +221,9 @@ def _shifted(timed: Timed, by: int) -> Timed:
 def swept(
     capabilities: Capabilities, policies: Iterable[PolicyParameters], sweep: Sweep, change: SmiChange
 ) -> tuple[dict[int, list[Swept]], list[OwnPolicyCheck], dict[int, str]]:
-    """By VM, each policy at each rate; whether their own policy is what their rows show; of others why no answer."""
+    """Return by VM the sweep of each policy, the checks of the recorded
+    policy, and by VM the reasons why there is no answer.
+    """
     chosen = list(policies)
     checks = []
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The result of a sweep of SMI rates, for people and as a document."""
+"""The result of a sweep of SMI rates, as text and as a part of the JSON document."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from traces.screen import VMS_SHOWN, Page
 
 
 def to_dict(found: dict[int, list[Swept]], unanswered: dict[int, str], sweep: Sweep) -> dict[str, Any]:
-    """The document's part on a sweep: factors by rate, null where the program hangs; rates in SMIs a second."""
+    """Return the sweep as it stands in JSON: factors by rate, null where the program hangs.
+
+    Rates are in SMIs a second.
+    """
     return {
         "rates": sweep.rates,
         "vms": [
@@ -26,7 +29,7 @@ def to_dict(found: dict[int, list[Swept]], unanswered: dict[int, str], sweep: Sw
 
 
 def render(found: dict[int, list[Swept]], unanswered: dict[int, str], sweep: Sweep) -> str:
-    """For each VM how many times as long its program takes, by rate and policy, and where it tips."""
+    """Return for each VM a table of factors by rate and policy, and the rates from which on the program hangs."""
     page = Page()
 
     def limit(vm: int) -> float:

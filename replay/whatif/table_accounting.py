@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""--tdp-pages: each table that a fault links goes into a list under tdp_mmu_pages_lock, or is counted.
+"""--tdp-pages: compare keeping linked tables in a list under tdp_mmu_pages_lock with counting them.
 
-The faults are the recorded ones with the tables that they linked; roots are in neither. A table that is linked in place
-of a huge page that the NX workaround forbids takes the spinlock either way: how many do is not in a trace.
+The faults are the recorded ones with the tables that they linked; neither way accounts roots. A table that is linked in
+place of a huge page which the NX workaround forbids takes the spinlock either way, and a trace does not show how many
+do.
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ from traces.text import count
 
 @dataclass
 class AccountingRun:
-    """A run: links, how many of them waited, for how long in all (ns), what was held; faults, and until when."""
+    """The result of one simulated run; times are in ns.
+
+    `links` is the number of tables linked, of which `contended` waited, for `waited` ns in all; `held` is the time for
+    which the list's lock or the counter's cache line was held. `end` is when the last of the `faults` is done.
+    """
 
     links: int = 0
     contended: int = 0
@@ -33,13 +38,19 @@ class AccountingRun:
 
 
 def hold(costs: LockCosts, variant: str, vcpus: int) -> int:
-    """ns that one link keeps the next one out: with others about, the lock's line, and the list's, come from them."""
+    """Return the ns for which one link keeps the next one out.
+
+    With other vCPUs, the cache lines of the lock and of the list (or of the counter) have to be fetched from them.
+    """
     lines = 0 if vcpus == 1 else 2 if variant == "list" else 1
     return (costs.link if variant == "list" else costs.atomic) + lines * costs.line
 
 
 def meet(work: Workload, vcpus: int, ns: int) -> AccountingRun:
-    """This many vCPUs fault at their pace; each table that they link takes a turn of `ns`."""
+    """Simulate `vcpus` vCPUs that fault at their pace.
+
+    Each table that they link takes the lock or the counter for `ns`.
+    """
     turn = Lock()
     met = AccountingRun()
     crowd = work.crowd(vcpus)
@@ -69,7 +80,7 @@ def meet(work: Workload, vcpus: int, ns: int) -> AccountingRun:
 
 
 def answer(work: Workload, asked: Asked, own: str) -> Answer:
-    """The table of --tdp-pages."""
+    """Return the answer to --tdp-pages for one VM, simulated with 1 to 64 vCPUs."""
     rows: list[dict[str, Any]] = []
     cells = []
     handling = work.costs.fault
@@ -82,8 +93,8 @@ def answer(work: Workload, asked: Asked, own: str) -> Answer:
             path = middle.faults * handling + middle.links * work.costs.table
             demand = middle.links / max(middle.end, 1)  # links a ns
             busy = min(demand * ns, 1.0)
-            chance = middle.links * busy * ns / 2  # at random moments, half of what another still has
-            at_once = middle.links * (vcpus - 1) * ns // 2  # everyone at each other's heels
+            chance = middle.links * busy * ns / 2  # links at random moments: on average half a hold is left
+            at_once = middle.links * (vcpus - 1) * ns // 2  # all vCPUs link at once, and half of the others are ahead
             taken = (middle.links, middle.links) if variant == "list" else (0, middle.links if work.nx else 0)
             rows.append({
                 "vcpus": vcpus, "variant": variant, "faults": middle.faults, "links": middle.links,

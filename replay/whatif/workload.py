@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a trace's VM brings to the design questions: its faults at their own pace, what is mapped, what things cost."""
+"""What the design questions need of a trace's VM: its faults at their own pace, how much is mapped, and the costs."""
 
 from __future__ import annotations
 
@@ -29,29 +29,34 @@ from replay.whatif.answers import MOST_PAGES
 from replay.whatif.each_vm import UnansweredVm
 
 Ints = NDArray[np.int64]
-FAULTS: Final = 500  # of each recorded vCPU that are simulated: the first ones
-MOMENTS: Final = 8  # at which it is asked what is mapped, evenly spaced over the trace's rows
+FAULTS: Final = 500  # how many faults of each recorded vCPU are simulated, from the first on
+MOMENTS: Final = 8  # moments, evenly spaced over the trace's rows, at which mappings are counted
 APIC_GFN: Final = 0xFEE00
-_ALONE: Final = 0.23  # of a fault that it has mmu_lock: `costs`
+_ALONE: Final = 0.23  # the share of a fault's handling under mmu_lock if it was not measured (see `timing.costs`)
 _PAGE: Final = 12
 
 
 @dataclass(frozen=True)
 class FaultProgram:
-    """One recorded vCPU: its faults in order. `gap` is ns from the end of one's mmu_lock to the next one's request."""
+    """The faults of one recorded vCPU, in order.
+
+    `gap` is the ns from the moment at which one fault drops mmu_lock to the next one's request for it.
+    """
 
     gap: Ints
-    links: Ints  # tables that each links
+    links: Ints  # the number of tables that each fault links
 
     @property
     def cycle(self) -> float:
-        """Mean ns between requests, what is under the lock apart."""
+        """The mean ns between a fault's release of mmu_lock and the next one's request."""
         return float(self.gap.mean())
 
 
 @dataclass
 class Mapped:
-    """What the recorded kernel has at one of MOMENTS: SPTEs and tables of all roots, roots, SPTEs of the APIC page."""
+    """What the recorded kernel has at one of MOMENTS: SPTEs and tables of
+    all roots, roots, and SPTEs of the APIC page.
+    """
 
     leaves: int
     tables: int
@@ -61,61 +66,63 @@ class Mapped:
 
 @dataclass
 class Workload:
-    """One VM. Times are ns."""
+    """What the design questions need of one VM. Times are in ns."""
 
     vm: int
-    recorded: int  # vCPUs
-    programs: list[FaultProgram]  # of those that fault
-    hold: int  # of a fault: how long it has mmu_lock
-    window: int  # before: a fault has read what it will map, at the earliest
+    recorded: int  # number of recorded vCPUs
+    programs: list[FaultProgram]  # of the vCPUs that fault
+    hold: int  # how long a fault holds mmu_lock
+    window: int  # how long before it asks for mmu_lock a fault looks up its page, at most
     costs: Costs
-    scale: float  # this machine's faults over the table's
-    measured: bool  # `hold`
-    faults_share: bool
+    scale: float  # the cost of a fault on the recorded machine relative to the table's
+    measured: bool  # whether `hold` was measured
+    faults_share: bool  # whether faults hold mmu_lock for read
     shadow: bool
-    wall: int  # of the slowest vCPU
-    leaves: int = 0  # at the end
-    alive: int = 0  # roots, at the end
-    gfns: int = 0  # distinct ones that were accessed
-    tables: int = 0  # linked in all
-    freed: int = 0  # unlinked under the read lock, by the zap worker
-    roots: int = 0  # created
+    wall: int  # recorded time of the slowest vCPU
+    leaves: int = 0  # SPTEs mapped before the VM's end
+    alive: int = 0  # roots alive before the VM's end
+    gfns: int = 0  # distinct gfns that were accessed
+    tables: int = 0  # tables linked in all
+    freed: int = 0  # tables unlinked under the read lock, by the zap worker
+    roots: int = 0  # roots created
     nx: bool = True  # the NX huge page workaround may have been on
     moments: list[Mapped] = field(default_factory=list)
-    refaults: tuple[int, int] = (0, 0)  # faults more with an inhibit at each moment: by memslot, by gfn
+    refaults: tuple[int, int] = (0, 0)  # further faults if there is an inhibit at each moment: by memslot, by gfn
     zaps: list[int] = field(default_factory=list)  # SPTEs that each recorded range zap or unmap removed
     mmio: int = 0  # pages with a cached MMIO SPTE, as far as recorded
     aged: int = 0  # recorded aging walks
-    aged_pages: int = 0
-    check: OwnPolicyCheck | None = None  # its own policy's replay compared with its rows
+    aged_pages: int = 0  # pages that they covered
+    check: OwnPolicyCheck | None = None  # the own policy's replay compared with the rows
 
     @property
     def locks(self) -> LockCosts:
-        """The table's costs on this machine."""
+        """The costs under locks, scaled from the table to the recorded machine."""
         return LockCosts().times(self.scale)
 
     @property
     def sptes(self) -> int:
-        """SPTEs that map one page, rounded up: of the pages that were accessed, but no more than there are roots.
+        """How many SPTEs map one accessed page, rounded up, but no more than there are roots.
 
-        (What the shadow MMU prefetches is of other pages.)
+        The shadow MMU also maps other pages by prefetch, so the plain quotient may be too large.
         """
         return max(min(-(-self.leaves // max(self.gfns, 1)), self.alive), 1)
 
     @property
     def faults(self) -> int:
-        """Faults that are simulated of all recorded vCPUs."""
+        """The number of faults that are simulated, of all recorded vCPUs."""
         return sum(len(program.gap) for program in self.programs)
 
     def crowd(self, vcpus: int) -> list[tuple[FaultProgram, int]]:
-        """This many vCPUs, each as a recorded one in turn, and when each begins: evenly over a mean cycle."""
+        """Return the programs of `vcpus` vCPUs, the recorded ones in turn, and
+        when each begins: evenly spread over a mean cycle.
+        """
         chosen = [self.programs[i % len(self.programs)] for i in range(vcpus)]
         cycle = sum(program.cycle for program in self.programs) / len(self.programs)
         return [(program, round(i * cycle / vcpus)) for i, program in enumerate(chosen)]
 
 
 def workload(capabilities: Capabilities, vm: Mapping[str, Any]) -> Workload:
-    """Of one VM; raises UnansweredVm where the trace has no times, or no fault."""
+    """Return one VM's workload. Raises UnansweredVm if the trace has no times or no faults for it."""
     with Spool(seq=True) as spool:
         watch = _Watch(capabilities, vm)
         rows = RowCounts(capabilities, len(vcpu_ids(vm)))
@@ -139,7 +146,7 @@ def workload(capabilities: Capabilities, vm: Mapping[str, Any]) -> Workload:
 
 
 class _Watch(SpanTimes):
-    """Sees each batch of rows: pages with a cached MMIO SPTE, and what was aged."""
+    """Also notes, from each batch of rows, the pages with a cached MMIO SPTE and the aging walks."""
 
     def __init__(self, capabilities: Capabilities, vm: Mapping[str, Any]) -> None:
         super().__init__(capabilities, vm)
@@ -158,7 +165,9 @@ class _Watch(SpanTimes):
 
 
 class _Replay:
-    """Faults by vCPU, and three engines: as recorded, with inhibits by memslot, with ones by gfn."""
+    """Collects the faults by vCPU, and runs three engines: as recorded, with
+    inhibits by memslot, and with inhibits by gfn.
+    """
 
     def __init__(self, capabilities: Capabilities, found: Workload) -> None:
         self._found = found
@@ -170,11 +179,11 @@ class _Replay:
         self._done = 0
         self._gaps: list[list[Ints]] = [[] for _ in range(found.recorded)]
         self._links: list[list[Ints]] = [[] for _ in range(found.recorded)]
-        self._since = np.zeros(found.recorded, np.int64)  # ns since the vCPU's last fault had mmu_lock
+        self._since = np.zeros(found.recorded, np.int64)  # ns since the vCPU's last fault dropped mmu_lock
         self._seen: Ints = np.empty(0, np.int64)
 
     def run(self, parts: Iterable[Inputs]) -> None:
-        """Fill the workload."""
+        """Replay the inputs, and fill in the workload."""
         found = self._found
         for part in parts:
             timed = self._specialized.timed(part)
@@ -201,7 +210,7 @@ class _Replay:
             if not len(faults):
                 self._since[v] += total[-1]
                 continue
-            # All but the lock's own time goes before the request: after the last SPTE little is done (`contended`).
+            # All handling time except `hold` is taken to precede the request, since little is done after the last SPTE.
             ends = total[faults + 1]
             gap = np.diff(np.append(-self._since[v], ends)) - self._found.hold
             self._since[v] = total[-1] - ends[-1]
@@ -230,14 +239,14 @@ class _Replay:
                 self._found.zaps.append(self._engines[0].counters.zapped - before)
         self._do(block, ranges, start, end)
         leaves, _, roots = self._alive
-        if leaves:  # what is there before it all goes
+        if leaves:  # keep what was mapped before everything is zapped
             self._found.leaves, self._found.alive = leaves, roots
         self._found.freed = self._engines[0].counters.tables_freed if self._worker else 0
         self._do(block, ranges, end, len(block))
 
     @property
     def _alive(self) -> tuple[int, int, int]:
-        """SPTEs, tables and roots that the recorded kernel has now."""
+        """The numbers of SPTEs, tables and roots that the recorded kernel has now."""
         roots = self._engines[0].roots
         return sum(root.leaves for root in roots), sum(root.tables for root in roots), len(roots)
 
@@ -254,7 +263,7 @@ class _Replay:
         self._done += end - start
 
     def _inhibit(self) -> None:
-        """At this moment: as it is in the first engine, by memslot in the second, by gfn in the third."""
+        """Insert an inhibit at this moment: none in the first engine, by memslot in the second, by gfn in the third."""
         none = np.zeros(1, np.int64)
         memslot, gfn = self._engines[1:]
         memslot.feed(Block(np.array([int(Op.INVALIDATE)], np.uint32), none, none, none), Ranges(), self._done)

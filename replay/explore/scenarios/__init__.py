@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scenarios that come with kvmtrace, a module for each family. Abstractions of kernel paths; no kernel code."""
+"""The scenarios that kvmtrace ships, one module for each family.
+
+They are abstractions of kernel paths, not kernel code.
+"""
 
 from __future__ import annotations
 

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The number of TDP MMU page tables: a link lost to a racing link, a list against a counter, a leak seen at teardown.
+"""Accounting of the TDP MMU's page tables: racing links, a list compared with a counter, and leaks seen at teardown.
 
-Faults link new tables under mmu_lock for read, so that two may want to fill one entry: who loses the cmpxchg frees its
-table, which was never counted, and retries. Tables were kept on a list, under tdp_mmu_pages_lock, until "Track the
-number of TDP MMU pages, but not the actual pages" (d25ceb926436, Linux 6.2) made that an atomic counter: a fault needs
-no spinlock any more, and teardown still warns of leaks, which "is very, very useful for detecting KVM bugs".
+Faults link new tables under mmu_lock for read, so that two of them may want to fill the same entry: the one that loses
+the cmpxchg frees its table, which was never counted, and retries. Tables were kept on a list, under tdp_mmu_pages_lock,
+until "Track the number of TDP MMU pages, but not the actual pages" (d25ceb926436, Linux 6.2) replaced it by an atomic
+counter: a fault needs no spinlock any more, and teardown still warns of leaks, which "is very, very useful for
+detecting KVM bugs".
 
-NX huge page recovery removes a table: under mmu_lock for write up to Linux 6.17, for read since. For read it freezes
-each entry of the table as it goes, so that a fault that stands in it links nothing there any more: such a table would
-be in no tree, and counted for ever. For read it may also meet a table that is linked but not yet counted. A counter
-does not mind the order; a list does.
+NX huge page recovery removes a table, under mmu_lock for write up to Linux 6.17 and for read since. For read it freezes
+each entry of the table on the way, so that a fault that is walking the table links nothing there any more: such a table
+would be in no tree, and be counted for ever. For read it may also meet a table that is linked but not yet counted. The
+order does not matter to a counter; it does to a list.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from replay.explore.model import Model, Mutex, RwLock, Steps, require, until
 from replay.explore.scenario import HOLDS, VIOLATION, Bounds, Scenario, Variant
 
 FROZEN = "frozen"
-EMPTY = (None, None)  # of 512 entries, two
+EMPTY = (None, None)  # a table has two entries here, instead of 512
 
 
 def build(model: Model, variant: str, bounds: Bounds) -> None:
     """vCPUs fault in pages under one entry of the root, with two levels of tables missing; recovery; then teardown.
 
-    mmu_lock is only there where it is taken for write. What RCU frees is freed at teardown: see vm-destroy for RCU.
+    mmu_lock is modelled only in variants that take it for write. Tables that RCU would free are freed at teardown; see
+    vm-destroy for RCU.
     """
     listed = variant.startswith("list")
     exclusive = variant in ("list", "list-unlocked")  # how recovery holds mmu_lock
@@ -36,7 +38,7 @@ def build(model: Model, variant: str, bounds: Bounds) -> None:
     pages_lock = Mutex(model, "tdp_mmu_pages_lock")
     root = model.thing("root", entries=(None,))
     kvm = model.thing("kvm", tdp_mmu_pages=0, pages_list=frozenset(), removed=())
-    caches = tuple(  # what a vCPU may allocate; who loses a race takes the next
+    caches = tuple(  # the tables that each vCPU may allocate, in order; after a lost race it takes the next one
         tuple(model.thing(f"T{n}{letter}", "page table", entries=EMPTY) for letter in "abcdef"[: vcpus + 2])
         for n in range(vcpus)
     )

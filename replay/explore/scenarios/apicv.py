@@ -17,11 +17,13 @@ from replay.explore.scenario import HOLDS, VIOLATION, Bounds, Scenario, Variant
 
 
 def build(model: Model, variant: str, bounds: Bounds) -> None:
-    """A vCPU for each root but the last, whose APIC page is mapped already; the inhibit zaps it in every root.
+    """A vCPU faults on the APIC page in each root but the last, where the page is mapped already.
 
-    A variant's name says: read or write, for the lock of the zap; which of count and seq it changes; recheck: the fault
-    looks at the flag again under the lock; yields: the zap is of a larger range and gives the lock up between entries;
-    late: the fault reads the sequence number after the flag.
+    The inhibit zaps all roots.
+
+    The name of a variant says: read or write, how the zap holds mmu_lock; count and seq, which of the two the zap
+    changes; recheck, that the fault looks at the flag again under the lock; yields, that the zap is of a larger range
+    and drops the lock between entries; late, that the fault reads the sequence number after the flag.
     """
     has = set(variant.split("-")).__contains__
     shared, count, seq, recheck = map(has, ("read", "count", "seq", "recheck"))

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Invalidating all roots against loads and against faults in flight.
+"""Invalidating all roots, while vCPUs load roots and handle faults.
 
-A fault picks its root before it takes mmu_lock. kvm_mmu_zap_all_fast() may invalidate that root and zap it in between:
-what the fault installs then is never zapped, for the last put of a root zaps nothing. So a fault looks, under
+A fault picks its root before it takes mmu_lock. kvm_mmu_zap_all_fast() may invalidate that root and zap it in between;
+what the fault installs after that is never zapped, for the last put of a root zaps nothing. So a fault checks, under
 mmu_lock, whether its root is obsolete, and retries (a955cad84cda). That is enough because roots become invalid under
 mmu_lock for write, "to ensure that a root doesn't become invalid while there are active readers" (edbdb43fc96b), and
-because vCPUs are asked to drop obsolete roots after these are marked, so that a retry gets a new one.
+because vCPUs are asked to drop obsolete roots after the roots were marked, so that a retry gets a new one.
 
-Since Linux 6.9 roots are looked up and made under mmu_lock for read. Two vCPUs may both find none; a second look, under
-tdp_mmu_pages_lock, keeps at most one valid root for each role word.
+Since Linux 6.9 roots are looked up and made under mmu_lock for read. Two vCPUs may both find none; a second lookup,
+under tdp_mmu_pages_lock, keeps at most one valid root for each role word.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ WORDS = ("normal", "smm")
 
 
 def build(model: Model, variant: str, bounds: Bounds) -> None:
-    """vCPUs of two role words with roots loaded, or none (`look` variants); each faults one page in. `preserve`."""
+    """vCPUs with two role words each fault in one page, under `preserve`.
+
+    In `look` variants they have no root loaded yet.
+    """
     loaded = "look" not in variant
     mmu_lock = RwLock(model, "mmu_lock")
     pages_lock = Mutex(model, "tdp_mmu_pages_lock")
-    roots = tuple(  # enough for one invalidation: a new root for each word
+    roots = tuple(  # enough for one invalidation, after which each role word gets a new root
         model.thing(f"R{n}", "root", word="", refs=0, invalid=False, leaves=frozenset()) for n in range(4)
     )
     kvm = model.thing("kvm", roots=())
@@ -135,7 +138,7 @@ def build(model: Model, variant: str, bounds: Bounds) -> None:
 
 
 def find(kvm: Thing, word: str) -> Thing | None:
-    """The valid root of a role word."""
+    """Return the valid root with a role word, or None."""
     return next((root for root in kvm.roots if root.word == word and not root.invalid), None)
 
 

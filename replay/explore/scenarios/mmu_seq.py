@@ -14,13 +14,15 @@ from replay.explore.scenario import HOLDS, VIOLATION, Bounds, Scenario, Variant
 
 
 def as_int(value: int) -> int:
-    """A number given as an int and compared with an unsigned long again."""
+    """Return the value of an unsigned long that was passed as an int and
+    is then compared with an unsigned long again.
+    """
     low = value & 0xFFFF_FFFF
     return low if low < 1 << 31 else low + 0xFFFF_FFFF_0000_0000
 
 
 def build(model: Model, variant: str, bounds: Bounds) -> None:
-    """vCPUs that fault on a page each, of a range that an MMU notifier invalidates a few times."""
+    """Each vCPU faults on a page of its own, in a range that an MMU notifier invalidates a few times."""
     start = 1000 if variant == "int-early" else (1 << 31) - bounds["invalidations"]
     passed = as_int if variant.startswith("int") else int
     mmu_lock = RwLock(model, "mmu_lock")

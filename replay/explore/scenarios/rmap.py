@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A lockless walk of a reverse map against what adds to it and zaps from it.
+"""A lockless walk of a reverse map, while others add SPTEs to it and zap SPTEs from it.
 
 "KVM: x86/mmu: Add support for lockless walks of rmap SPTEs" (November 2024, merged in Linux 6.15). A zap first makes an
-SPTE non-present, then takes it off its rmap, both under mmu_lock for write. Who walks under that lock never sees the
-time between: to him a non-present SPTE was worth a BUG(). Who walks without it does, and must skip such SPTEs. The
-chain itself, and its descriptors, are kept from changing under a walker without mmu_lock by the LOCKED bit in the
-rmap's head, which whoever changes the chain holds too. A walker locks only a head that is not empty, and unlocks by
-writing back the head that it found.
+SPTE non-present, then takes it off its rmap, both under mmu_lock for write. A walker that holds that lock never sees
+the state in between, and treated a non-present SPTE as a BUG(). A walker without the lock does see it, and must skip
+such SPTEs. The chain itself, and its descriptors, are kept from changing under a walker without mmu_lock by the LOCKED
+bit in the rmap's head, which whoever changes the chain also takes. A walker locks only a head that is not empty, and
+unlocks by writing back the head that it found.
 
 A head here is empty, one SPTE, or descriptors of two SPTEs each, of which only the first may have room.
 """
@@ -19,11 +19,13 @@ from replay.explore.memory import Thing, free
 from replay.explore.model import Model, RwLock, Steps, require, until
 from replay.explore.scenario import HOLDS, VIOLATION, Bounds, Scenario, Variant
 
-ROOM = 2  # PTE_LIST_EXT is 14; with two, all that can happen to a descriptor happens
+ROOM = 2  # PTE_LIST_EXT is 14; two are enough for everything that can happen to a descriptor
 
 
 def build(model: Model, variant: str, bounds: Bounds) -> None:
-    """SPTEs of one rmap: a zap takes the last and the first away, a fault adds one, walkers age what is there."""
+    """SPTEs of one rmap: a zap removes the last and the first, a fault
+    adds one, and walkers age those that are there.
+    """
     mmu_lock = RwLock(model, "mmu_lock")
     count = bounds["sptes"]
     sptes = tuple(model.thing(f"spte{n}", present=False, accessed=True) for n in range(count))
@@ -126,7 +128,7 @@ def build(model: Model, variant: str, bounds: Bounds) -> None:
             desc = desc.more
         *kept, last = head.sptes
         head.sptes = tuple(kept)
-        if last is not spte:  # the first descriptor's last takes its place
+        if last is not spte:  # the last SPTE of the first descriptor takes its place
             desc.sptes = tuple(last if other is spte else other for other in desc.sptes)
         if not head.sptes:
             rmap.head = head.more

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VM destroy walks the list of roots while zap workers free them.
+"""VM destruction walks the list of roots while zap workers free them.
 
 The patch "KVM: x86: Preserve TDP MMU roots until they are explicitly invalidated" made kvm_mmu_uninit_tdp_mmu()
-invalidate all roots, without mmu_lock, for nobody else uses the VM. But each root is queued as it is invalidated, and
-an unbound workqueue starts at once: the worker may put the last reference and free the root on which the walk stands.
-syzbot found that in v2 of the patch (KASAN: use-after-free in kvm_tdp_mmu_invalidate_all_roots); v3 (edbdb43fc96b,
-Linux 6.4) walks in an RCU read section, and roots have been freed by call_rcu() all along.
+invalidate all roots, without mmu_lock, because nobody else uses the VM then. But each root is queued as it is
+invalidated, and an unbound workqueue starts at once: the worker may put the last reference and free the root at which
+the walk stands. syzbot found that in v2 of the patch (KASAN: use-after-free in kvm_tdp_mmu_invalidate_all_roots); v3
+(edbdb43fc96b, Linux 6.4) walks in an RCU read-side section, and roots had always been freed by call_rcu().
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from replay.explore.scenario import HOLDS, VIOLATION, Bounds, Scenario, Variant
 
 
 def build(model: Model, variant: str, bounds: Bounds) -> None:
-    """Roots hold one reference, the TDP MMU's own: vCPUs are gone. The list is linked as list_head is."""
+    """Each root holds one reference, the TDP MMU's own, since the vCPUs are gone.
+
+    The list is linked as a list_head is.
+    """
     in_rcu = variant == "v3"
     head = model.thing("tdp_mmu_roots", next=None, prev=None)
     queue = model.thing("workqueue", items=(), running=0)
@@ -71,7 +74,7 @@ def build(model: Model, variant: str, bounds: Bounds) -> None:
         if not root.refs:
             require(root.invalid, "the final put is never of a valid root", f"{root}")
             yield from pages_lock.lock()
-            yield f"list_del_rcu({root})"  # leaves its own links, for those who stand on it
+            yield f"list_del_rcu({root})"  # leaves the root's own links, for walkers that stand on it
             root.prev.next = root.next
             root.next.prev = root.prev
             pages_lock.unlock()
