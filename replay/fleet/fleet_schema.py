@@ -74,10 +74,10 @@ CATALOGUE: Final = pa.schema([
     pa.field("reason", pa.string(), nullable=False),  # why the VM or object cannot be replayed; empty: it can
 ])  # fmt: skip
 
-# The results have one row for each trace, VM and policy (`row` is "vm"), and one for each of the VM's vCPUs ("vcpu"): do
-# not add up rows of both kinds. A task that failed leaves one row "failed". Times are those at the policy's low bound;
-# the columns NAME_low and NAME_high cover both bounds. A "vm" row has the sums over its vCPUs, except that its longest
-# stall is the longest of any vCPU.
+# The results have one row for each trace, VM and policy (`row` is "vm"), and one for each of the VM's vCPUs ("vcpu"):
+# do not add up rows of both kinds. A task that failed leaves one row "failed". Times are those at the policy's low
+# bound; the columns NAME_low and NAME_high cover both bounds. A "vm" row has the sums over its vCPUs, except that its
+# longest stall is the longest of any vCPU.
 RESULTS: Final = pa.schema([
     pa.field("row", pa.string(), nullable=False),
     pa.field("trace", pa.string(), nullable=False),
