@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a recording's segments to one Parquet trace, on a clean end and after a crash alike.
 
-Rows stream through in ring order; what is held is at most BUFFERED_ROWS rows. Rows of one VM share row groups, so that
-a reader of one VM reads nothing else and neighbouring values stay close to each other.
+Rows stream through in ring order; what is held is at most BUFFERED_ROWS rows, and one row group that is being written.
+Rows of one VM share row groups, so that a reader of one VM reads nothing else and neighbouring values stay close to
+each other.
 """
 
 from __future__ import annotations
@@ -176,9 +177,9 @@ class _Compaction:
                 "first_time": min(batch.first_time for batch in batches),
                 "last_time": max(batch.last_time for batch in batches),
                 "constants": common(batches),
-                **self._file.write([batch.rows for batch in batches]),
             }
         )
+        self._file.write([batch.rows for batch in batches])
 
     def _finish(self) -> Summary:
         discrepancies = self._cuts()
@@ -200,7 +201,7 @@ class _Compaction:
             "gaps": self._books.gaps,
             "gap_count": self._books.gap_count,
             **({"left_out": self._books.left_out} if self._books.left_out else {}),
-            "row_groups": self._row_groups,
+            "row_groups": [group | place for group, place in zip(self._row_groups, self._file.places(), strict=True)],
         }
         metadata |= self._policy()
         if self._kernel is not None:

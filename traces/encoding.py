@@ -15,6 +15,7 @@ from typing import Any, Final, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from traces.behind import Behind
 from traces.columns import SCHEMA
 from traces.outputs import RECORDING, FileKind, Output
 
@@ -58,24 +59,35 @@ class TraceFile:
         schema = SCHEMA if texts is None else SCHEMA.append(TEXT)
         self._output = Output(path, kind, force=force)
         self._sink = _Sink(self._output)
+        self._behind = Behind()
+        self._places: list[dict[str, int]] = []
         try:
             self._writer = pq.ParquetWriter(self._sink, schema, **OPTIONS)
         except BaseException:
             self.discard()
             raise
 
-    def write(self, batches: list[pa.RecordBatch]) -> dict[str, int]:
-        """Write the batches as one row group; where its bytes lie and their CRC-32."""
-        offset = self._sink.position
-        self._sink.crc32 = 0
+    def write(self, batches: list[pa.RecordBatch]) -> None:
+        """Write the batches as one row group, in a thread of its own."""
         if (texts := self._texts) is not None:
             batches = [batch.append_column(TEXT, texts.column(batch)) for batch in batches]
         table = pa.Table.from_batches(batches)
+        self._behind.do(lambda: self._encode(table))
+
+    def _encode(self, table: pa.Table) -> None:
+        offset = self._sink.position
+        self._sink.crc32 = 0
         self._writer.write_table(table, row_group_size=table.num_rows)
-        return {"offset": offset, "size": self._sink.position - offset, "crc32": self._sink.crc32}
+        self._places.append({"offset": offset, "size": self._sink.position - offset, "crc32": self._sink.crc32})
+
+    def places(self) -> list[dict[str, int]]:
+        """Of each row group, all of which are then written, where its bytes lie and their CRC-32."""
+        self._behind.wait()
+        return self._places
 
     def finish(self, metadata: dict[bytes, bytes]) -> int:
         """Write seal and footer, make the file durable under its name; its size in bytes."""
+        self._behind.wait()
         self._sink.hold()
         self._writer.add_key_value_metadata(metadata)
         self._writer.close()
@@ -85,6 +97,7 @@ class TraceFile:
 
     def discard(self) -> None:
         """Remove what was written; harmless after `finish`."""
+        self._behind.end()
         self._sink.abandon()
         self._output.discard()
 

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+from traces.imports.line_text cimport strlen
 from traces.imports.named_fields cimport NamedFields
 
 
@@ -16,11 +17,11 @@ cdef class EventText(NamedFields):
     cdef bint _cut
     cdef public long long cut
 
-    cdef int _event(self, Py_ssize_t begin, Py_ssize_t end) noexcept
-    cdef int _matched(self, long long event, long long form) noexcept
-    cdef bint _matches(self, long long form, Py_ssize_t begin, Py_ssize_t end) noexcept
-    cdef bint _is_cut(self, long long form, Py_ssize_t op, Py_ssize_t begin, Py_ssize_t at, Py_ssize_t end) noexcept
-    cdef bint _goes_on(self, Py_ssize_t begin, Py_ssize_t end) noexcept
-    cdef bint _is_name(self, Py_ssize_t offset, Py_ssize_t length, Py_ssize_t begin, Py_ssize_t end) noexcept
-    cdef bint _ends(self, Py_ssize_t begin, Py_ssize_t end, bytes tail) noexcept
-    cdef Py_ssize_t _fault_bits(self, Py_ssize_t begin, Py_ssize_t end) noexcept
+    cdef int _event(self, Py_ssize_t begin, Py_ssize_t end) noexcept nogil
+    cdef int _matched(self, long long event, long long form) noexcept nogil
+    cdef bint _matches(self, long long form, Py_ssize_t begin, Py_ssize_t end) noexcept nogil
+    cdef bint _is_cut(self, long long form, Py_ssize_t op, Py_ssize_t begin, Py_ssize_t at, Py_ssize_t end) noexcept nogil
+    cdef bint _goes_on(self, Py_ssize_t begin, Py_ssize_t end) noexcept nogil
+    cdef bint _is_name(self, Py_ssize_t offset, Py_ssize_t length, Py_ssize_t begin, Py_ssize_t end) noexcept nogil
+    cdef bint _ends(self, Py_ssize_t begin, Py_ssize_t end, const char* tail) noexcept nogil
+    cdef Py_ssize_t _fault_bits(self, Py_ssize_t begin, Py_ssize_t end) noexcept nogil

@@ -10,6 +10,9 @@ import numpy as np
 from traces.imports import form_program as p
 from traces.imports.named_fields import NamedFields
 
+if not cython.compiled:
+    from traces.imports.line_text import strlen
+
 _LITERAL = cython.declare(cython.int, p.LITERAL)
 _HEX = cython.declare(cython.int, p.HEX)
 _DEC = cython.declare(cython.int, p.DEC)
@@ -70,6 +73,7 @@ class EventText(NamedFields):
                 setattr(self, name, memoryview(getattr(self, name)))
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _event(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.int:
         """`kvm:kvm_exit: reason ...`, perhaps with perf's period before it."""
@@ -131,6 +135,7 @@ class EventText(NamedFields):
         return _BEGUN
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _matched(self, event: cython.longlong, form: cython.longlong) -> cython.int:
         self._l_form = form
@@ -142,6 +147,7 @@ class EventText(NamedFields):
         return _EVENT
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _matches(
         self,
@@ -270,6 +276,7 @@ class EventText(NamedFields):
         return not (i < end and self._goes_on(i, end))
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _is_cut(
         self,
@@ -305,6 +312,7 @@ class EventText(NamedFields):
         return False
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _goes_on(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.bint:
         """Whether what is left is more of the event: ` name 0x...`, of a longer form or of one not in the table."""
@@ -322,6 +330,7 @@ class EventText(NamedFields):
         return i < end and 48 <= self._text[i] <= 57
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _is_name(
         self,
@@ -339,16 +348,19 @@ class EventText(NamedFields):
         return True
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _ends(
         self,
         begin: cython.Py_ssize_t,
         end: cython.Py_ssize_t,
-        tail: bytes,
+        tail: cython.pointer[cython.const[cython.char]],
     ) -> cython.bint:
-        return end - begin >= len(tail) and self._prefixed(end - len(tail), end, tail)
+        length: cython.Py_ssize_t = strlen(tail)
+        return end - begin >= length and self._prefixed(end - length, end, tail)
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _fault_bits(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.Py_ssize_t:
         """`P|W|RSVD|0x100000000` into `_pferr`; where it ends. A code without bits is not printed at all."""

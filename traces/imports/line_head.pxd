@@ -11,13 +11,13 @@ cdef class LineHead(LineText):
     cdef Py_ssize_t _l_comm_end
     cdef int _l_how
 
-    cdef Py_ssize_t _find_time(self, Py_ssize_t begin, Py_ssize_t end) noexcept
-    cdef bint _after_cpu(self, Py_ssize_t begin, Py_ssize_t at) noexcept
-    cdef void _task(self, Py_ssize_t begin, Py_ssize_t end) noexcept
-    cdef bint _are_flags(self, Py_ssize_t begin, Py_ssize_t end) noexcept
-    cdef Py_ssize_t _microseconds(self, Py_ssize_t begin, Py_ssize_t end) noexcept
-    cdef Py_ssize_t _comment(self, Py_ssize_t begin, Py_ssize_t end) noexcept
-    cdef Py_ssize_t _relative(self, Py_ssize_t begin, Py_ssize_t end) noexcept
-    cdef Py_ssize_t _bare(self, Py_ssize_t begin, Py_ssize_t end) noexcept
-    cdef bint _starts(self, Py_ssize_t begin, Py_ssize_t end) noexcept
-    cdef int _heading(self, Py_ssize_t begin, Py_ssize_t end) noexcept
+    cdef Py_ssize_t _find_time(self, Py_ssize_t begin, Py_ssize_t end) noexcept nogil
+    cdef bint _after_cpu(self, Py_ssize_t begin, Py_ssize_t at) noexcept nogil
+    cdef void _task(self, Py_ssize_t begin, Py_ssize_t end) noexcept nogil
+    cdef bint _are_flags(self, Py_ssize_t begin, Py_ssize_t end) noexcept nogil
+    cdef Py_ssize_t _microseconds(self, Py_ssize_t begin, Py_ssize_t end) noexcept nogil
+    cdef Py_ssize_t _comment(self, Py_ssize_t begin, Py_ssize_t end) noexcept nogil
+    cdef Py_ssize_t _relative(self, Py_ssize_t begin, Py_ssize_t end) noexcept nogil
+    cdef Py_ssize_t _bare(self, Py_ssize_t begin, Py_ssize_t end) noexcept nogil
+    cdef bint _starts(self, Py_ssize_t begin, Py_ssize_t end) noexcept nogil
+    cdef int _heading(self, Py_ssize_t begin, Py_ssize_t end) noexcept nogil

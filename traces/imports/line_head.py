@@ -29,6 +29,7 @@ class LineHead(LineText):
     _l_how: cython.int  # 0: in seconds, 1: bare, 2: ticks, 3: milliseconds since the beginning
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _find_time(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.Py_ssize_t:
         """Where the event begins behind `1234.567890: `, with task, CPU and time taken; -1: there is no time."""
@@ -88,6 +89,7 @@ class LineHead(LineText):
             return i + 1
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _microseconds(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.Py_ssize_t:
         """Where the time begins that ends here, as ftrace's latency format has it; -1: there is none."""
@@ -101,6 +103,7 @@ class LineHead(LineText):
         return first
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _comment(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.Py_ssize_t:
         """Where an event begins among function_graph's lines, ` 3)  task-7  |  /* kvm_entry: ... */`; -1: none does."""
@@ -128,6 +131,7 @@ class LineHead(LineText):
         return i + 2
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _after_cpu(self, begin: cython.Py_ssize_t, at: cython.Py_ssize_t) -> cython.bint:
         """Whether a CPU in brackets stands before, with nothing but flags between: a time without a point."""
@@ -142,6 +146,7 @@ class LineHead(LineText):
         return i > begin and self._text[i - 1] == 93 and i - 2 >= begin and 48 <= self._text[i - 2] <= 57
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _task(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.void:
         """`CPU 3/KVM-5120 (51) [006] d....`, `fc_vcpu 2  417/418 [011]`: from the right, for names hold anything."""
@@ -201,6 +206,7 @@ class LineHead(LineText):
         self._l_comm_end = max(min(i, begin + 64), begin)
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _are_flags(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.bint:
         """`d..1.`, `dNh2`, `-....`, `...2 102`: letters, digits and dots; a dot or a letter among them."""
@@ -220,6 +226,7 @@ class LineHead(LineText):
         return other > 0 and self._text[end - 1] != 45
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _relative(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.Py_ssize_t:
         """perf trace's `731.042 ( 0.004 ms): qemu/2700 kvm:kvm_entry(`: where the event begins; -1: it is none."""
@@ -265,6 +272,7 @@ class LineHead(LineText):
         return -1
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _bare(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.Py_ssize_t:
         """Where a line begins with the name of an event that is known; -1: with none."""
@@ -282,6 +290,7 @@ class LineHead(LineText):
         return begin if self._find(self._event_table, 256, system, i) >= 0 else -1
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _starts(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.bint:
         """Whether a line is `CPU:2 [LOST 771 EVENTS]`, or `CPU:2 [EVENTS DROPPED]`."""
@@ -294,6 +303,7 @@ class LineHead(LineText):
         )
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _heading(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.int:
         """Headings, stacks and what separates: nothing to wonder at. All else is junk."""

@@ -44,8 +44,9 @@ cdef class LineRows(EventText):
     cdef unsigned long long[::1] _seen_on
     cdef unsigned long long _now
     cdef long long _last_emitted
+    cdef Py_ssize_t _known_threads
 
-    cdef void _emit(self)
-    cdef long long _thread(self)
-    cdef void _count_other(self)
-    cdef int _loss(self, Py_ssize_t begin, Py_ssize_t end)
+    cdef int _emit(self) except -1 nogil
+    cdef long long _thread(self) except -2 nogil
+    cdef int _count_other(self) except -1 nogil
+    cdef int _loss(self, Py_ssize_t begin, Py_ssize_t end) noexcept nogil

@@ -31,6 +31,7 @@ _THREAD_SLOTS = cython.declare(cython.int, 1 << 17)
 _MOST_THREADS = cython.declare(cython.int, 1 << 16)
 _NAME_SLOTS = cython.declare(cython.int, 1 << 12)
 _CPUS = cython.declare(cython.int, 4096)
+_MOST_LOST = cython.declare(cython.longlong, 1 << 50)  # a number that goes on is none
 _FIELDS = (
     ("time", "u8"), ("w0", "u8"), ("w1", "u8"), ("w2", "u8"), ("w3", "u8"), ("tid", "u4"), ("tgid", "u4"),
     ("role", "u4"), ("n", "u4"), ("cpu", "u2"), ("vcpu", "u2"), ("kind", "u1"), ("level", "u1"), ("flags", "u1"),
@@ -94,6 +95,7 @@ class LineRows(EventText):
     _seen_on: cython.ulonglong[::1]
     _now: cython.ulonglong
     _last_emitted: cython.longlong
+    _known_threads: cython.Py_ssize_t
 
     def __init__(self, room: int) -> None:
         super().__init__()
@@ -120,6 +122,7 @@ class LineRows(EventText):
         self._other_hash = np.zeros(_NAME_SLOTS, np.int64)
         self._seen_on = np.zeros(_CPUS, np.uint64)
         self._now = 0
+        self._known_threads = 0
         if not cython.compiled:
             for name in _VIEWS:
                 setattr(self, name, memoryview(getattr(self, name)))
@@ -130,7 +133,9 @@ class LineRows(EventText):
         return {name.decode(errors="replace"): int(self.other_counts[at]) for at, name in self.other_names}
 
     @cython.cfunc
-    def _emit(self) -> cython.void:
+    @cython.nogil
+    @cython.exceptval(-1, check=False)
+    def _emit(self) -> cython.int:
         """Write the row of the line just read."""
         r: cython.Py_ssize_t = self.rows
         kind: cython.longlong = self._l_kind
@@ -193,8 +198,11 @@ class LineRows(EventText):
                 elif kind in (_ENTRY, _LEFT, _RETURN):
                     self._fact[thread, 2] = 1
         self.rows = r + 1
+        return 0
 
     @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(-2, check=False)
     def _thread(self) -> cython.longlong:
         """The number of the line's thread; -1: there are too many."""
         at: cython.Py_ssize_t = (self._l_tid * 40503) & (_THREAD_SLOTS - 1)
@@ -202,15 +210,19 @@ class LineRows(EventText):
             if self._thread_tid[self._thread_slot[at] - 1] == self._l_tid:
                 return self._thread_slot[at] - 1
             at = (at + 1) & (_THREAD_SLOTS - 1)
-        if len(self.threads) >= _MOST_THREADS:
+        if self._known_threads >= _MOST_THREADS:
             return -1
-        self._thread_tid[len(self.threads)] = self._l_tid
-        self.threads.append((int(self._l_tid), bytes(self._text[self._l_comm : self._l_comm_end])))
-        self._thread_slot[at] = len(self.threads)
-        return len(self.threads) - 1
+        with cython.gil:
+            self.threads.append((int(self._l_tid), bytes(self._text[self._l_comm : self._l_comm_end])))
+        self._thread_tid[self._known_threads] = self._l_tid
+        self._known_threads += 1
+        self._thread_slot[at] = self._known_threads
+        return self._known_threads - 1
 
     @cython.cfunc
-    def _count_other(self) -> cython.void:
+    @cython.nogil
+    @cython.exceptval(-1, check=False)
+    def _count_other(self) -> cython.int:
         """Count an event by its name; a name beyond the table's room with the last."""
         h: cython.longlong = cython.cast(cython.longlong, self._hash(self._l_name, self._l_name_end)) + 1
         at: cython.Py_ssize_t = h & (_NAME_SLOTS - 1)
@@ -220,15 +232,21 @@ class LineRows(EventText):
             tries += 1
         if self._other_hash[at] == 0:
             self._other_hash[at] = h
-            self.other_names.append((at, bytes(self._text[self._l_name : min(self._l_name_end, self._l_name + 100)])))
+            with cython.gil:
+                name = bytes(self._text[self._l_name : min(self._l_name_end, self._l_name + 100)])
+                self.other_names.append((at, name))
         self._other[at] += 1
         self._l_kind = _NO_KIND
         self._clear()
         self._out[_VCPU] = _NO_VCPU
         self._emit()
-        self.texts.append(bytes(self._text[self._l_name : self._l_end]))
+        with cython.gil:
+            self.texts.append(bytes(self._text[self._l_name : self._l_end]))
+        return 0
 
     @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
     def _loss(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.int:
         """A gap row, as far as the line says how much was lost."""
         i: cython.Py_ssize_t = begin + 4
@@ -240,14 +258,15 @@ class LineRows(EventText):
             i += 1
         while i < end and not 48 <= self._text[i] <= 57:
             i += 1
-        while i < end and 48 <= self._text[i] <= 57 and count < 1 << 50:
+        while i < end and 48 <= self._text[i] <= 57 and count < _MOST_LOST:
             count = count * 10 + (self._text[i] - 48)
             i += 1
-        for name in self.columns:
-            self.columns[name][r] = 0
         self._time[r] = self._now
         self._w0[r] = cython.cast(cython.ulonglong, count)
         self._w2[r] = self._seen_on[cpu & (_CPUS - 1)]
+        self._w1[r] = self._w3[r] = 0
+        self._tid[r] = self._tgid[r] = self._role[r] = self._n[r] = 0
+        self._kind[r] = self._level[r] = self._flags[r] = self._as_id[r] = 0
         self._cpu[r] = cython.cast(cython.ushort, cpu & (_CPUS - 1))
         self._vcpu[r] = cython.cast(cython.ushort, _NO_VCPU)
         self.lost += count

@@ -25,6 +25,10 @@ if not cython.compiled:
         """As C's memchr does it (line_text.pxd)."""
         return next((at for at in range(begin, end) if text[at] == byte), end)
 
+    def strlen(text: bytes) -> int:
+        """As C has it."""
+        return len(text)
+
 
 @cython.cclass
 class LineText:
@@ -47,6 +51,7 @@ class LineText:
                 setattr(self, name, memoryview(getattr(self, name)))
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _number(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.longlong:
         """A decimal number with blanks around it; -1: it is none."""
@@ -64,22 +69,25 @@ class LineText:
         return value
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _prefixed(
         self,
         begin: cython.Py_ssize_t,
         end: cython.Py_ssize_t,
-        prefix: bytes,
+        prefix: cython.pointer[cython.const[cython.char]],
     ) -> cython.bint:
         i: cython.Py_ssize_t
-        if end - begin < len(prefix):
+        length: cython.Py_ssize_t = strlen(prefix)
+        if end - begin < length:
             return False
-        for i in range(len(prefix)):  # noqa: SIM110 (C has no generators)
+        for i in range(length):  # noqa: SIM110 (C has no generators)
             if self._text[begin + i] != cython.cast(cython.uchar, prefix[i]):
                 return False
         return True
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _hash(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.ulonglong:
         h: cython.ulonglong = 2166136261
@@ -89,6 +97,7 @@ class LineText:
         return h
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _find(
         self,
@@ -121,6 +130,7 @@ class LineText:
         return -1
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _digits(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.int:
         """How many hexadecimal digits there are from `begin` on; their value is in `_digits_value`."""
@@ -143,6 +153,7 @@ class LineText:
         return cython.cast(cython.int, i - begin)
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _hexadecimal(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.ulonglong:
         """A number of at most 32 bits with 0x; all ones: it is none."""
@@ -163,6 +174,7 @@ class LineText:
         return value
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _wide(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.ulonglong:
         value: cython.ulonglong = 0

@@ -9,7 +9,7 @@ cdef class NamedFields(LineHead):
     cdef Py_ssize_t _l_end
     cdef bint _in_decimal
 
-    cdef void _clear(self) noexcept
-    cdef void _put(self, long long to, long long shift, long long mask, unsigned long long value) noexcept
-    cdef bint _fields(self, long long event, Py_ssize_t begin, Py_ssize_t end) noexcept
-    cdef long long _field(self, long long event, Py_ssize_t begin, Py_ssize_t end) noexcept
+    cdef void _clear(self) noexcept nogil
+    cdef void _put(self, long long to, long long shift, long long mask, unsigned long long value) noexcept nogil
+    cdef bint _fields(self, long long event, Py_ssize_t begin, Py_ssize_t end) noexcept nogil
+    cdef long long _field(self, long long event, Py_ssize_t begin, Py_ssize_t end) noexcept nogil

@@ -48,6 +48,7 @@ class NamedFields(LineHead):
                 setattr(self, name, memoryview(getattr(self, name)))
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _clear(self) -> cython.void:
         i: cython.int
@@ -56,6 +57,7 @@ class NamedFields(LineHead):
         self._out[_VCPU] = _NO_VCPU
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _put(
         self, to: cython.longlong, shift: cython.longlong, mask: cython.longlong, value: cython.ulonglong
@@ -68,6 +70,7 @@ class NamedFields(LineHead):
             self._out[to] |= value
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _fields(
         self,
@@ -153,6 +156,7 @@ class NamedFields(LineHead):
         return known > 0
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _field(
         self,

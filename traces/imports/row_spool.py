@@ -11,6 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from traces.arrow_records import RECORD_SCHEMA, to_batch, to_columns
+from traces.behind import Behind, ahead
 from traces.imports.form_program import ROLE_FIELDS, TEXT_ROLE
 from traces.imports.other_events import OTHER, OtherTexts
 from traces.record import Columns
@@ -34,24 +35,28 @@ class RowSpool:
         self.root_level = 0
         self.lowest_tables = 0
         self._file = file
+        self._behind = Behind()
         self._stream: Any = pa.ipc.new_stream(file, RECORD_SCHEMA, options=pa.ipc.IpcWriteOptions(compression="lz4"))
 
     @property
     def known(self) -> int:
-        """Rows of events that a kind is for."""
+        """Rows of events that a kind is for, once all are written."""
+        self._behind.wait()
         return self.rows - int(self.kinds[OTHER])
 
     def add(self, columns: Columns) -> None:
-        """Columns of the record's, all of one length; those that are missing are 0."""
+        """Columns of the record's, all of one length; those that are missing are 0. They are written meanwhile."""
+        if count := len(columns["kind"]):
+            self.rows += count
+            self._behind.do(lambda: self._write(columns))
+
+    def _write(self, columns: Columns) -> None:
         count = len(columns["kind"])
-        if not count:
-            return
         whole = {}
         for name, dtype in RECORD_FIELDS:
             values = columns.get(name)
             whole[name] = np.zeros(count, dtype) if values is None else np.ascontiguousarray(values).view(dtype)
         self._stream.write_batch(to_batch(whole))
-        self.rows += count
         self.kinds += np.bincount(columns["kind"], minlength=256)
         self._see_roots(columns)
 
@@ -65,6 +70,11 @@ class RowSpool:
 
     def batches(self) -> Iterator[Columns]:
         """What was added, once; nothing is added after that."""
+        self._behind.wait()
+        self._behind.end()
+        return ahead(self._batches())
+
+    def _batches(self) -> Iterator[Columns]:
         self._stream.close()
         self._file.seek(0)
         with pa.ipc.open_stream(self._file) as stream:

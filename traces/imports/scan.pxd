@@ -22,15 +22,15 @@ cdef class Scanner(LineRows):
     cdef bint _goes_on_held
     cdef Py_ssize_t _held_used
 
-    cdef void _take_line(self, Py_ssize_t begin, Py_ssize_t end)
-    cdef int _read(self, Py_ssize_t begin, Py_ssize_t end) noexcept
-    cdef void _hold(self, Py_ssize_t begin, Py_ssize_t end, int what)
-    cdef void _keep(self)
-    cdef Py_ssize_t _append(self, Py_ssize_t begin, Py_ssize_t end)
-    cdef bint _with_task(self, Py_ssize_t begin, Py_ssize_t end)
-    cdef int _read_data(self, Py_ssize_t begin, Py_ssize_t end)
-    cdef int _read_scratch(self, Py_ssize_t length)
-    cdef void _absorb(self, Py_ssize_t length)
-    cdef void _became(self, Py_ssize_t length)
-    cdef bint _join(self, Py_ssize_t begin, Py_ssize_t end)
-    cdef void _count_odd(self, Py_ssize_t begin, Py_ssize_t end)
+    cdef int _take_line(self, Py_ssize_t begin, Py_ssize_t end) except -1 nogil
+    cdef int _read(self, Py_ssize_t begin, Py_ssize_t end) noexcept nogil
+    cdef void _hold(self, Py_ssize_t begin, Py_ssize_t end, int what) noexcept nogil
+    cdef void _keep(self) noexcept nogil
+    cdef Py_ssize_t _append(self, Py_ssize_t begin, Py_ssize_t end) noexcept nogil
+    cdef bint _with_task(self, Py_ssize_t begin, Py_ssize_t end) except -1 nogil
+    cdef int _read_data(self, Py_ssize_t begin, Py_ssize_t end) noexcept nogil
+    cdef int _read_scratch(self, Py_ssize_t length) noexcept nogil
+    cdef int _absorb(self, Py_ssize_t length) except -1 nogil
+    cdef int _became(self, Py_ssize_t length) except -1 nogil
+    cdef bint _join(self, Py_ssize_t begin, Py_ssize_t end) except -1 nogil
+    cdef int _count_odd(self, Py_ssize_t begin, Py_ssize_t end) except -1 nogil

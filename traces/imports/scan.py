@@ -85,23 +85,25 @@ class Scanner(LineRows):
         at: cython.Py_ssize_t = start
         end: cython.Py_ssize_t
         begin: cython.Py_ssize_t
+        last: cython.bint = final
         self._data = self._text = data
         self._in_scratch = False
-        while at < size and self.rows < self._room - 1:
-            end = find_byte(self._data, 10, at, size)
-            if end == size and not final:
-                break
-            begin = at
-            at = end + 1
-            while begin < end and (
-                self._data[begin] == 62 or self._data[begin] == 32 or self._data[begin] == 9
-            ):  # quoting
-                begin += 1
-            while end > begin and self._data[end - 1] <= 32:
-                end -= 1
-            self.lines += 1
-            self._take_line(begin, end)
-        self._keep()
+        with cython.nogil:
+            while at < size and self.rows < self._room - 1:
+                end = find_byte(self._data, 10, at, size)
+                if end == size and not last:
+                    break
+                begin = at
+                at = end + 1
+                while begin < end and (
+                    self._data[begin] == 62 or self._data[begin] == 32 or self._data[begin] == 9
+                ):  # quoting
+                    begin += 1
+                while end > begin and self._data[end - 1] <= 32:
+                    end -= 1
+                self.lines += 1
+                self._take_line(begin, end)
+            self._keep()
         return min(at, size)
 
     @property
@@ -117,14 +119,16 @@ class Scanner(LineRows):
         self._held = 0
 
     @cython.cfunc
-    def _take_line(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.void:
+    @cython.nogil
+    @cython.exceptval(-1, check=False)
+    def _take_line(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.int:
         what: cython.int
         if begin == end:
-            return
+            return 0
         if end - begin >= _LONGEST:
             self._count_odd(begin, end)
             self._held = 0
-            return
+            return 0
         what = self._read_data(begin, end)
         if (
             what in (_EVENT, _BEGUN)
@@ -133,7 +137,7 @@ class Scanner(LineRows):
             and ((self._l_how == 0 and self._held_what == _JUNK) or (self._l_how == 1 and self._held_what == _BEGUN))
         ):
             if self._with_task(begin, end):
-                return
+                return 0
             what = self._read_data(begin, end)
         if what == _EVENT:
             self._emit()
@@ -151,8 +155,10 @@ class Scanner(LineRows):
             if what == _BEGUN or not self._goes_on_held:
                 self._hold(begin, end, what)
             self._goes_on_held = False
+        return 0
 
     @cython.cfunc
+    @cython.nogil
     @cython.exceptval(check=False)
     def _read(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.int:
         """What the line is; of an event all that `_emit` needs."""
@@ -185,6 +191,8 @@ class Scanner(LineRows):
         return self._heading(begin, end)
 
     @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
     def _hold(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t, what: cython.int) -> cython.void:
         """Keep a line: the next may go on with it."""
         self._held_at = begin
@@ -194,6 +202,8 @@ class Scanner(LineRows):
         self._parts = 1
 
     @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
     def _keep(self) -> cython.void:
         """Copy the line that is held: where it stands is needed otherwise."""
         i: cython.Py_ssize_t
@@ -203,6 +213,8 @@ class Scanner(LineRows):
             self._held_at = -1
 
     @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
     def _append(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.Py_ssize_t:
         """Put the line behind the one that is held; how long both are, 0: too long, or in too many parts."""
         i: cython.Py_ssize_t
@@ -216,6 +228,8 @@ class Scanner(LineRows):
         return length
 
     @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(-1, check=False)
     def _with_task(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.bint:
         """Whether the line before is this one's task, which a mailer cut off before or behind the time."""
         length: cython.Py_ssize_t = self._append(begin, end)
@@ -235,6 +249,8 @@ class Scanner(LineRows):
         return True
 
     @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
     def _read_data(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.int:
         if self._in_scratch:
             self._text = self._data
@@ -242,29 +258,39 @@ class Scanner(LineRows):
         return self._read(begin, end)
 
     @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
     def _read_scratch(self, length: cython.Py_ssize_t) -> cython.int:
         self._text = self._scratch
         self._in_scratch = True
         return self._read(0, length)
 
     @cython.cfunc
-    def _absorb(self, length: cython.Py_ssize_t) -> cython.void:
+    @cython.nogil
+    @cython.exceptval(-1, check=False)
+    def _absorb(self, length: cython.Py_ssize_t) -> cython.int:
         """What is held is the beginning of an event after all."""
         self.odd -= self._parts
         if self.odd == 0:
-            self.first_odd = b""
-        self._became(length)
+            with cython.gil:
+                self.first_odd = b""
+        return self._became(length)
 
     @cython.cfunc
-    def _became(self, length: cython.Py_ssize_t) -> cython.void:
+    @cython.nogil
+    @cython.exceptval(-1, check=False)
+    def _became(self, length: cython.Py_ssize_t) -> cython.int:
         self._emit()
         self.joined += 1
         self._held = length
         self._held_what = _EVENT
         self._held_used = self._l_end
         self._parts += 1
+        return 0
 
     @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(-1, check=False)
     def _join(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.bint:
         """Whether the line is the rest of the one before, an event that had begun or one that seemed to be whole."""
         length: cython.Py_ssize_t = self._append(begin, end)
@@ -284,7 +310,8 @@ class Scanner(LineRows):
             if what == _OTHER:
                 self.odd -= self._parts
                 if self.odd == 0:
-                    self.first_odd = b""
+                    with cython.gil:
+                        self.first_odd = b""
                 self._count_other()
                 self._held = 0
                 return True
@@ -294,7 +321,11 @@ class Scanner(LineRows):
         return False
 
     @cython.cfunc
-    def _count_odd(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.void:
+    @cython.nogil
+    @cython.exceptval(-1, check=False)
+    def _count_odd(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.int:
         if self.odd == 0:
-            self.first_odd = bytes(self._data[begin : min(end, begin + _SHOWN)])
+            with cython.gil:
+                self.first_odd = bytes(self._data[begin : min(end, begin + _SHOWN)])
         self.odd += 1
+        return 0

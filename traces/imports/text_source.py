@@ -8,9 +8,10 @@ from typing import Final
 
 import numpy as np
 
+from traces.behind import ahead
 from traces.imports.findings import Findings
 from traces.imports.form_program import program
-from traces.imports.opening import Opened
+from traces.imports.opening import STANDARD_INPUT, Opened
 from traces.imports.other_events import OTHER
 from traces.imports.row_spool import RowSpool
 from traces.imports.scan import Scanner
@@ -25,7 +26,8 @@ _RELEASE: Final = re.compile(rb"^# (?:.{0,40} latency trace v\S+ on|os release :
 def read_text(opened: Opened, spool: RowSpool, progress: Progress) -> Findings:
     """Put a text's rows into the spool; what else was found."""
     scanner, left = Scanner(), b""
-    for piece in opened.pieces():
+    pieces = opened.pieces()
+    for piece in pieces if opened.path == STANDARD_INPUT else ahead(pieces):  # a pipe may never say more
         left = _lines(scanner, left + piece, spool, final=False)
         progress.at(spool.rows)
     _lines(scanner, left, spool, final=True)
