@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`kvmtrace validate`: does the model do what the recorded kernel did, event for event?"""
+"""`kvmtrace validate`: compare what the recorded kernel did with what the model of that kernel does, event by event."""
 
 from __future__ import annotations
 
@@ -28,20 +28,23 @@ from traces.text import count
 from traces.untrusted import count_at, object_at
 from traces.vm_names import VmNames
 
-# What a recording must have watched, so that the model knows when slots are filled and emptied.
+# The kinds of event that a recording must have, so that the model knows when root slots are filled and emptied.
 _NEEDED: Final = {
     "tdp": ("kvm_mmu_get_page", "kvm_mmu_set_spte", "kvm_page_fault", "mmu_load", "mmu_free_roots", "root_put"),
     "shadow": ("kvm_mmu_get_page", "kvm_mmu_set_spte", "kvm_page_fault", "mmu_load", "mmu_free_roots"),
     "paged": ("kvm_mmu_get_page", "kvm_mmu_prepare_zap_page"),
 }
 _ZAPS: Final = ("kvm_tdp_mmu_spte_changed", "kvm_mmu_prepare_zap_page", "zap_root_begin", "zap_root_end")
-_DESTRUCTION: Final = 10**9  # ns, as long as a recording waits for what RCU frees of a VM that is gone
-_STEP: Final = 1 << 14  # rows between two looks at the terminal
+_DESTRUCTION: Final = 10**9  # ns for which a recording waits for RCU to free the tables of a VM that is gone
+_STEP: Final = 1 << 14  # rows between two updates of the progress display
 
 
 @dataclass(frozen=True)
 class VmReport:
-    """One VM's outcome. `left` counts removed tables that were never freed, and roots still alive at the end."""
+    """The result of one VM.
+
+    `left` counts removed tables that were never freed, and roots that were still alive at the end.
+    """
 
     vm: int
     tallies: Mapping[str, MatchTally]
@@ -49,30 +52,30 @@ class VmReport:
     left: int
     inferred: int
     role_words_taken: int
-    skipped: str = ""  # why it was not validated; empty if it was
-    until: str = ""  # why it was validated only to some point; empty if to the end
-    taken: Mapping[str, int] = field(default_factory=dict)  # by what it is: taken from the recording, not predicted
-    not_modelled: Mapping[str, int] = field(default_factory=dict)  # responses by kind: of nested guests' own paging
+    skipped: str = ""  # why the VM was not validated; empty if it was
+    until: str = ""  # why the VM was validated only up to some point; empty if to its end
+    taken: Mapping[str, int] = field(default_factory=dict)  # numbers of facts taken from the recording, not predicted
+    not_modelled: Mapping[str, int] = field(default_factory=dict)  # by kind: responses of nested guests' own paging
     stopped: str = ""  # why rows from some moment on were not compared; empty if all were
-    mistaken: int = 0  # rows that name a root of another address space than their own, which was not compared
+    mistaken: int = 0  # rows with a root of the wrong address space, whose root was not compared
 
 
 @dataclass(frozen=True)
 class ConformanceReport:
-    """What `validate` found."""
+    """The result of validating a recording."""
 
     path: Path
     kernel: str
     policy: str
     vms: list[VmReport]
     notes: list[str] = field(default_factory=list)
-    policy_by: str = ""  # what decides the policy; empty where it is asked for
-    part: bool = False  # compared from a moment on only
+    policy_by: str = ""  # how the policy was determined; empty if the user named it
+    part: bool = False  # only rows from some moment on were compared
     names: VmNames | None = None
 
     @property
     def tallies(self) -> dict[str, MatchTally]:
-        """Over all VMs, by kind."""
+        """The tallies of all VMs together, by kind of response, the most frequent first."""
         total: dict[str, MatchTally] = {}
         for vm in self.vms:
             for kind, tally in vm.tallies.items():
@@ -84,7 +87,7 @@ class ConformanceReport:
 
     @property
     def expected(self) -> int:
-        """Responses recorded, and predicted ones that are missing."""
+        """The number of responses recorded, plus the number of predicted ones that are missing."""
         return sum(t.matched + t.mismatched + t.missing for t in self.tallies.values())
 
     @property
@@ -93,7 +96,7 @@ class ConformanceReport:
 
     @property
     def not_modelled(self) -> dict[str, int]:
-        """Responses of nested guests' own paging over all VMs, by kind: they are in no other count."""
+        """The responses of nested guests' own paging in all VMs, by kind; they are in no other count."""
         return dict(sum((Counter(vm.not_modelled) for vm in self.vms), Counter()).most_common())
 
     @property
@@ -102,28 +105,27 @@ class ConformanceReport:
 
     @property
     def complete(self) -> bool:
-        """Every VM was validated from its creation to its end."""
+        """Whether every VM was validated from its creation to its end."""
         return not self.part and not any(vm.skipped or vm.until for vm in self.vms)
 
     @property
     def stopped(self) -> str:
-        """Why responses that were recorded were not compared, from some moment on; empty where all were."""
+        """Why recorded responses were not compared from some moment on; empty if all were."""
         return next((vm.stopped for vm in self.vms if vm.stopped), "")
 
     @property
     def holds(self) -> bool:
-        """Every response as predicted, and nothing left at a VM's end."""
+        """Whether every response was as predicted, and nothing was left at a VM's end."""
         return self.matched == self.expected and not self.left
 
 
 def validate(
     recording: Path | Trace, policy: str = "", recorded_policy: str = "", since: int | None = None
 ) -> ConformanceReport:
-    """Replay a recording under its own policy (or `policy`), row by row; `recorded_policy` as `Trace.open` takes it.
+    """Compare a recording, row by row, with the model of its kernel under its own policy (or `policy`).
 
-    Rows before `since` (boot ns) lead to the state that later ones start from, and are not compared themselves.
-
-    Raises Problem where there is nothing that could be validated.
+    `recorded_policy` is passed to `Trace.open`. Rows before `since` (boot clock, ns) give the state from which the
+    comparison starts, and are not compared themselves. Raises Problem if nothing can be validated.
     """
     trace = recording if isinstance(recording, Trace) else Trace.open(recording, recorded_policy)
     path, meta = trace.path, trace.metadata
@@ -162,7 +164,7 @@ def validate(
 
 
 def _kernel(path: Path, meta: Metadata) -> Kernel | None:
-    """The recorded kernel; None where the trace does not say, or where it is too old."""
+    """Return the recorded kernel, or None if the trace does not say it or it is too old."""
     try:
         return kernels.recorded(meta)
     except Problem as problem:
@@ -172,7 +174,10 @@ def _kernel(path: Path, meta: Metadata) -> Kernel | None:
 
 
 def machine_of(kernel: Kernel, parameters: PolicyParameters, modules: Any = None) -> KernelSteps:
-    """An empty machine for one VM of a recording. `modules`: the parameters of KVM's modules, where they are known."""
+    """Return a model of one VM of a recording, without any roots.
+
+    `modules` has the parameters of KVM's modules if known.
+    """
     layout = kernel.layout
     modules = modules if isinstance(modules, Mapping) else {}
 
@@ -199,7 +204,10 @@ def machine_of(kernel: Kernel, parameters: PolicyParameters, modules: Any = None
 def _vm(
     trace: Trace, vm: Mapping[str, Any], parameters: PolicyParameters | None, kernel: Kernel, since: int | None
 ) -> VmReport:
-    """One VM, compared from `since` on. `parameters`: None where its roots follow its own page tables."""
+    """Validate one VM, comparing rows from `since` on.
+
+    `parameters` is None if the VM's roots follow the guest's page tables.
+    """
     number = int(vm["id"])
     if vm["origin"] != "created":
         why = "it was running before the recording began: what it had mapped is not known"
@@ -215,7 +223,7 @@ def _vm(
         check.run(_counted(rows if since is None else _compared_from(since, rows, check.forget), progress))
     left, stopped = 0, why_cut if rows.stopped else ""
     until = stopped
-    if not until and not check.ended:  # what its threads are in the middle of goes on after the end
+    if not until and not check.ended:  # the recording ended first: threads are still in the middle of activities
         until = "the VM was not destroyed in the recording; what it would leave is not known"
     elif not until:
         left = check.left("table_free" in trace.metadata.kinds)
@@ -232,7 +240,7 @@ def _vm(
 
 
 def _compared_from(since: int, rows: Iterable[RowTuple], forget: Callable[[], None]) -> Iterator[RowTuple]:
-    """Rows; their results are forgotten before the first one at or after `since`."""
+    """Yield the rows, and call `forget`, which drops all results, before the first row at or after `since`."""
     before = True
     for row in rows:
         if before and row.time >= since:
@@ -244,7 +252,9 @@ def _compared_from(since: int, rows: Iterable[RowTuple], forget: Callable[[], No
 
 
 class _UntilCut:
-    """Rows up to where the first one may be lacking: after it, a divergence may be the recorder's."""
+    """The rows before the first moment at which rows may be lacking: after it,
+    the recorder may be the cause of a divergence.
+    """
 
     def __init__(self, rows: Iterator[RowTuple], until: int | None) -> None:
         self._rows = rows
@@ -267,7 +277,9 @@ def _counted(rows: Iterable[RowTuple], progress: Progress) -> Iterator[RowTuple]
 
 
 def _cut(meta: Metadata) -> tuple[int | None, str]:
-    """From when on events may be lacking (boot ns; None: none are), and why nothing after it is validated."""
+    """Return the moment (boot clock, ns) from which events may be lacking,
+    or None, and why nothing after it is validated.
+    """
     lost = [int(gap["since"]) for gap in meta.gaps]
     if count_at(object_at(meta.raw, "cut"), "rows_missing") or (meta.lost and not lost):
         lost = [0]
@@ -279,13 +291,15 @@ def _cut(meta: Metadata) -> tuple[int | None, str]:
 
 
 def _being_destroyed(meta: Metadata, vm: int) -> bool:
-    """Whether a dump ends within a second of a VM's last row: then more of its tables may still have been freed."""
+    """Return whether a dump ends within a second of the VM's last row, so
+    that tables may have been freed after its end.
+    """
     ends = object_at(meta.raw, "flight").get("ends")
     return isinstance(ends, int) and vm in meta.spans and ends - meta.spans[vm][1] < _DESTRUCTION
 
 
 def _unseen(meta: Metadata) -> dict[str, str]:
-    """Kinds that no probe watched, with the reason."""
+    """Return the kinds of event that no probe watched, each with the reason."""
     return {
         str(probe.get("kind")): str(probe.get("why", ""))
         for probe in meta.probes
@@ -294,7 +308,7 @@ def _unseen(meta: Metadata) -> dict[str, str]:
 
 
 def _misbooked(trace: Trace, vms: list[VmReport]) -> Iterator[str]:
-    """Of processes with several VMs, one of which differs from the model: whether rows are another VM's."""
+    """Yield notes on processes with several VMs, one of which diverges, if rows of one VM are recorded as another's."""
     differing = {vm.vm for vm in vms if vm.first is not None}
     by_process: dict[int, list[int]] = {}
     for vm in trace.metadata.vms:

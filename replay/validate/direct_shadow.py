@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What KVM's shadow MMU does step by step in direct mode (`kvm.tdp_mmu=0`): a VM's pages in one hash, roots among them.
+"""The steps of KVM's shadow MMU in direct mode (`kvm.tdp_mmu=0`): a VM's pages are in one hash, roots among them.
 
-docs/kvm-mmu.md, "The shadow MMU". Few of its steps have an event: links, removals by notifiers and write protection
-are silent, and show only in which later faults find what.
+docs/kvm-mmu.md, "The shadow MMU", explains them. Few of these steps have an event: links, removals by notifiers and
+write protection show only in what later faults find.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from traces.kernels.spte import WRITABLE, pfn
 
 @dataclass(eq=False)
 class DirectPage:
-    """A kvm_mmu_page: its table, role word, and the entries that point to it. `root` if it was ever loaded."""
+    """A kvm_mmu_page: its table, its role word, and the entries that point to it. `root` is set once it was loaded."""
 
     table: Table
     role: int
@@ -34,7 +34,7 @@ class DirectPage:
 
 @dataclass
 class ShadowSteps(KernelSteps):
-    """As `KernelSteps`, with the shadow MMU. `pages` are the active ones, the oldest first."""
+    """The steps of `KernelSteps` as the shadow MMU does them. `pages` are the active pages, oldest first."""
 
     pages: list[DirectPage] = field(default_factory=list)
 
@@ -46,11 +46,11 @@ class ShadowSteps(KernelSteps):
         return True
 
     def find(self, gfn: int, role: int) -> DirectPage | None:
-        """The active page of this gfn and role word."""
+        """Return the active page with this gfn and role word, or None."""
         return next((page for page in self.pages if page.role == role and page.table.gfn == gfn), None)
 
     def load(self, vcpu: Vcpu) -> Activity:
-        """mmu_alloc_direct_roots: the page of gfn 0 and the vCPU's role word, found in the hash or created."""
+        """Follow mmu_alloc_direct_roots: the page of gfn 0 with the vCPU's role word is found or created."""
         word = self.word_of(vcpu)
         page = self.find(0, word) if word else None
         found = page.root if page is not None else None
@@ -78,9 +78,9 @@ class ShadowSteps(KernelSteps):
         yield None
 
     def put(self, root: Root, walk: RootWalk | None = None) -> Activity:
-        """mmu_free_root_page: a root that nobody has loaded stays in the hash, unless it was zapped meanwhile.
+        """Follow mmu_free_root_page: a root that nobody holds stays in the hash, unless it was zapped meanwhile.
 
-        No walk holds one (`walk`): notifiers go by the reverse maps.
+        `walk` is not used: notifiers use the reverse maps and do not walk roots.
         """
         role = self.role(root)
         yield Expect("root_put", {"root": self.name(root), "role": role, "refs": root.refs})
@@ -93,17 +93,19 @@ class ShadowSteps(KernelSteps):
             yield None
 
     def invalidate(self) -> Activity:
-        """kvm_mmu_zap_all_fast: every page is obsolete and zapped, the oldest first."""
+        """Follow kvm_mmu_zap_all_fast: every page becomes obsolete and is zapped, oldest first."""
         self.sequence += 1
         return self.zap_pages(list(self.pages))
 
     def zap_all(self) -> Activity:
-        """kvm_mmu_zap_all: the newest first."""
+        """Follow kvm_mmu_zap_all: pages are zapped newest first."""
         self.sequence += 1
         return self.zap_pages(self.pages[::-1])
 
     def zap_pages(self, pages: list[DirectPage]) -> Activity:
-        """__kvm_mmu_prepare_zap_page of each: a loaded root becomes invalid and stays until its last put."""
+        """Follow __kvm_mmu_prepare_zap_page for each page: a loaded root
+        becomes invalid and stays until its last put.
+        """
         for page in pages:
             refs = page.root.refs if page.root is not None else 0
             want = {"role": page.role, "level": page.table.level, "gfn": page.table.gfn, "table": page.table.frame}
@@ -123,7 +125,7 @@ class ShadowSteps(KernelSteps):
         return _silent()
 
     def map(self, fault: Mapping, goal: int, frame: int, unseen: bool = False) -> Activity:
-        """direct_map: pages from the hash or new ones downwards, the leaf, and neighbours that the host has at hand."""
+        """Follow direct_map: pages from the hash or new ones downwards, the leaf, and neighbours that the host has."""
         root, gfn = fault.root, fault.gfn
         yield None
         table = root.top
@@ -152,11 +154,13 @@ class ShadowSteps(KernelSteps):
         yield from self.leaf(root, table, gfn, frame)
 
     def leaf(self, root: Root, table: Table, gfn: int, frame: int) -> Activity:
-        """mmu_set_spte, then direct_pte_prefetch: of the aligned group of 8 what is absent, if the host has it."""
+        """Follow mmu_set_spte and direct_pte_prefetch, which fills absent entries
+        of the aligned group of 8 if the host has them.
+        """
         at = page_table.index(gfn, table.level)
         if frame == NO_SLOT:
             yield Expect("mark_mmio_spte", {"root": self.name(root), "gfn": gfn})
-            table.entries[at] = self.kernel.spte.some_mmio  # its word has no event, but for 5.10
+            table.entries[at] = self.kernel.spte.some_mmio  # only 5.10 has an event with the SPTE's actual word
             yield None
             if not self.kernel.spte_changed:
                 yield Expect(
@@ -188,7 +192,7 @@ class ShadowSteps(KernelSteps):
         return expect.any_mmio(self.kernel)
 
     def unmap(self, start: int, end: int) -> Activity:
-        """A notifier zaps what the reverse maps of the range hold; nothing shows it."""
+        """An MMU notifier zaps the SPTEs in the reverse maps of the range, without an event."""
         self.sequence += 1
         for slot, first, last, _ in self.slots.overlaps(start, end):
             for table, at in self.leaves(slot.as_id, first, last):
@@ -196,7 +200,7 @@ class ShadowSteps(KernelSteps):
         return _silent()
 
     def leaves(self, as_id: int, start: int, end: int) -> list[tuple[Table, int]]:
-        """Present leaves in [start, end) of an address space."""
+        """Return the present leaves in [start, end) of an address space."""
         return [
             (page.table, at)
             for page in self.pages
@@ -206,7 +210,7 @@ class ShadowSteps(KernelSteps):
         ]
 
     def log_on(self, slot: Memslot) -> Activity:
-        """Write protection of a slot that is logged from now on; nothing shows it."""
+        """Write-protect a slot whose dirty pages are logged from now on; there is no event."""
         self.protect(slot)
         return _silent()
 
@@ -214,19 +218,19 @@ class ShadowSteps(KernelSteps):
         return _silent()
 
     def protect(self, slot: Memslot) -> None:
-        """Each leaf of the slot loses its W bit."""
+        """Clear the W bit of each leaf in the slot."""
         for table, at in self.leaves(slot.as_id, slot.gfn, slot.end):
             entry = table.entries[at]
             assert isinstance(entry, int)
             table.entries[at] = entry & ~WRITABLE
 
     def read_dirty_log(self) -> None:
-        """KVM_GET_DIRTY_LOG, of which slot the trace does not say: what is logged is write-protected again."""
+        """KVM_GET_DIRTY_LOG: write-protect all logged slots, since the trace does not say which slot it was for."""
         for slot in self.slots:
             if slot.logged:
                 self.protect(slot)
 
 
 def _silent() -> Activity:
-    """What is done at once and shows no event."""
+    """Return an activity that shows no event; its effects on the model took place already."""
     yield from ()

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The steps of dirty logging: huge leaves split, leaves write-protected, tables collapsed (docs, "Dirty logging")."""
+"""The steps of dirty logging: huge leaves are split, leaves
+write-protected, tables collapsed (kvm-mmu.md, "Dirty logging").
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,13 @@ _CHOSEN = "leaves whose writes are logged anew by KVM_CLEAR_DIRTY_LOG or KVM_RES
 
 
 class DirtySteps(Roots, FaultSteps):
-    """What the kernel does when dirty pages of a slot are logged, reported, logged anew, and logged no more."""
+    """The kernel's steps when logging of a slot's dirty pages begins, is read, is rearmed, and ends."""
 
     def log_on(self, slot: Memslot) -> Activity:
-        """A slot's dirty pages are logged from now on.
+        """Logging of a slot's dirty pages begins.
 
-        With KVM_DIRTY_LOG_INITIALLY_SET nothing happens until KVM_CLEAR_DIRTY_LOG. Whether a VMM asked for that the
-        first slot tells that is logged while there is a root: else there is a reference to put.
+        With KVM_DIRTY_LOG_INITIALLY_SET nothing happens until KVM_CLEAR_DIRTY_LOG. Whether a VMM asked for that shows
+        at the first slot for which logging begins while there is a root: without it, a reference on the root is put.
         """
         if not self.kernel.spte_changed or self.initially_set:
             return
@@ -37,7 +39,7 @@ class DirtySteps(Roots, FaultSteps):
             yield from logging
 
     def _log_on(self, slot: Memslot) -> Activity:
-        """Huge leaves are split (eager_page_split), then every leaf is protected, or its dirty bit cleared (PML)."""
+        """Split huge leaves (eager_page_split), then write-protect every leaf, or clear its dirty bit (PML)."""
         if self.kernel.eager_split and self.eager_split:
             for root in self.held(only_valid=True):
                 if self.as_id(root) == slot.as_id:
@@ -52,18 +54,18 @@ class DirtySteps(Roots, FaultSteps):
                 yield from self.put(root)
 
     def split(self, root: Root, start: int, end: int) -> Activity:
-        """kvm_tdp_mmu_try_split_huge_pages down to 4 KiB."""
+        """Follow kvm_tdp_mmu_try_split_huge_pages, down to 4 KiB."""
         for table, at in page_table.within(root.top, start, end):
             if self.is_huge(table, at):
                 yield from self.split_one(root, table, at)
 
     def is_huge(self, table: Table, at: int) -> bool:
-        """Whether an entry is a huge leaf."""
+        """Return whether an entry is a huge leaf."""
         entry = table.entries.get(at)
         return table.level > 1 and isinstance(entry, int) and self.present(entry)
 
     def split_one(self, root: Root, table: Table, at: int) -> Activity:
-        """tdp_mmu_split_huge_page: a table of smaller leaves in place of one leaf."""
+        """Follow tdp_mmu_split_huge_page: a table of smaller leaves replaces one leaf."""
         whole = table.entries[at]
         assert isinstance(whole, int)
         child = Table(table.level - 1, table.gfn_of(at))
@@ -80,7 +82,7 @@ class DirtySteps(Roots, FaultSteps):
         yield None
 
     def write_protect(self, root: Root, start: int, end: int, least: int = 1) -> Activity:
-        """Each writable leaf in [start, end) of level `least` or higher loses its W bit."""
+        """Clear the W bit of each writable leaf in [start, end) of level `least` or higher."""
         for table, at in list(page_table.within(root.top, start, end)):
             word = table.entries.get(at)
             if not isinstance(word, int) or not self.present(word) or not word & WRITABLE or table.level < least:
@@ -91,7 +93,7 @@ class DirtySteps(Roots, FaultSteps):
             yield None
 
     def clear_dirty(self, root: Root, start: int, end: int) -> Activity:
-        """Each leaf in [start, end) that the processor has set the dirty bit of loses it; no other bit changes."""
+        """Clear the dirty bit of each leaf in [start, end) for which the processor has set it; no other bit changes."""
         for table, at in list(page_table.within(root.top, start, end)):
             word = table.entries.get(at)
             if not isinstance(word, int) or not self.present(word):
@@ -101,7 +103,9 @@ class DirtySteps(Roots, FaultSteps):
                 yield None
 
     def log_off(self, slot: Memslot) -> Activity:
-        """Tables whose memory the host maps huge go (zap_collapsible_spte_range), or become huge leaves (6.13)."""
+        """Logging ends: tables whose memory the host maps huge are zapped
+        (zap_collapsible_spte_range), or replaced (6.13).
+        """
         if not self.kernel.spte_changed:
             return
         for root in self.held(only_valid=True):
@@ -113,19 +117,21 @@ class DirtySteps(Roots, FaultSteps):
                         continue
                     pages = [word for word in child.entries.values() if isinstance(word, int) and self.present(word)]
                     if pages or not self.kernel.recovers:
-                        # Whether the host maps this range huge only the recording can tell: its first event decides.
+                        # Only the recording can show whether the host maps this range huge: the first event decides.
                         yield from perhaps(self.collapse(root, table, at, pfn(pages[0]) if pages else 0))
             yield from self.put(root)
 
     def collapse(self, root: Root, table: Table, at: int, frame: int) -> Activity:
-        """A table goes; from 6.13 the huge leaf that its page frames are pieces of takes its place."""
+        """A table is removed; from 6.13 on, the huge leaf whose pieces it mapped takes its place."""
         put = self.zapped()
         if self.kernel.recovers:
             put = expect.to_page(frame & -page_table.span(table.level), self.kernel)
         yield from self.zap_entry(root, table, at, shared=True, put=put)
 
     def report(self, slot: Memslot) -> Activity:
-        """KVM_GET_DIRTY_LOG, not manual: pages reported, which are the writable ones, are protected, 64 at a time."""
+        """KVM_GET_DIRTY_LOG without manual protection: the reported pages,
+        which are writable, are protected, 64 at a time.
+        """
         for start in range(slot.gfn, slot.end, _CHUNK):
             for root in self.roots:
                 if self.as_id(root) != slot.as_id:
@@ -134,9 +140,9 @@ class DirtySteps(Roots, FaultSteps):
                 yield from step(root, start, min(start + _CHUNK, slot.end))
 
     def log_anew(self) -> Activity:
-        """KVM_CLEAR_DIRTY_LOG and KVM_RESET_DIRTY_RINGS: of 64 pages at a time those that the VMM says.
+        """KVM_CLEAR_DIRTY_LOG and KVM_RESET_DIRTY_RINGS: protect the pages that the VMM names, 64 at a time.
 
-        With KVM_DIRTY_LOG_INITIALLY_SET their huge leaves are split first, and protected where they could not be.
+        With KVM_DIRTY_LOG_INITIALLY_SET their huge leaves are split first, or protected where they could not be split.
         """
         parted = self.initially_set and self.kernel.eager_split and self.eager_split
         while not parted or (yield from self.split_chunk()):
@@ -147,7 +153,10 @@ class DirtySteps(Roots, FaultSteps):
                 return
 
     def split_chunk(self) -> Attempt:
-        """Huge leaves of 64 pages are split, and each root's reference is put. False: there are no more pages."""
+        """Split the huge leaves of 64 pages, and put each root's reference.
+
+        Returns False if there are no more pages.
+        """
         began = False
         for root in self.held(only_valid=True):
             while (yield from perhaps(self.split_any(root))):
@@ -162,7 +171,7 @@ class DirtySteps(Roots, FaultSteps):
         return began
 
     def split_any(self, root: Root) -> Activity:
-        """A huge leaf of a slot that is logged is split; which, the row says."""
+        """Split a huge leaf of a logged slot; the recorded row says which."""
 
         def place(row: RowTuple) -> tuple[Table, int]:
             return self.entry(root, row.gfn or 0, row.level + 1)
@@ -183,12 +192,12 @@ class DirtySteps(Roots, FaultSteps):
         yield from splitting
 
     def entry(self, root: Root, gfn: int, level: int) -> tuple[Table, int]:
-        """The entry for a guest frame, of this level or of a higher one that has no table below it."""
+        """Return the entry for a guest frame at this level, or at a higher one that has no table below it."""
         table = page_table.walk(root.top, gfn, level)
         return table, page_table.index(gfn, table.level)
 
     def protect_one(self, chunk: list[int]) -> Attempt:
-        """A leaf's writes are logged anew. `chunk`: the guest frames so far, which lie within one of 64 pages."""
+        """Rearm the logging of one leaf. `chunk` are the guest frames so far, all within the same 64 pages."""
         row = yield Expect(
             "kvm_tdp_mmu_spte_changed", optional=True, agrees=lambda got: self._logged_anew(got, chunk) is not None
         )
@@ -206,7 +215,9 @@ class DirtySteps(Roots, FaultSteps):
         return True
 
     def _logged_anew(self, row: RowTuple, chunk: list[int]) -> tuple[Table, int] | None:
-        """The leaf that a row's change is of, if it is one that is logged and the change is the right one."""
+        """Return the leaf that a row changes, if the leaf is in a logged slot
+        and the change is the expected one, else None.
+        """
         slot = None if row.gfn is None else self.slots.of(row.as_id, row.gfn)
         if row.gfn is None or slot is None or not slot.logged:
             return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The steps of a fault (docs/kvm-mmu.md, "Page faults"), and of mapping by other hands."""
+"""The steps of a fault (docs/kvm-mmu.md, "Page faults"), and the mapping of pages in general."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ from replay.validate.zap_steps import Zaps
 from traces.kernels.roles import has_ad_disabled
 from traces.kernels.spte import LARGE, WRITABLE, pfn
 
-# A table of the goal level, and the levels that were changed by others meanwhile.
+# Returns the table of the goal level, and the levels at which other threads changed an entry meanwhile; or None.
 Descent = Generator[Expect | None, RowTuple | None, tuple[Table, set[int]] | None]
 
 
 class FaultSteps(Zaps):
-    """From the fault's address to the leaf."""
+    """The steps from a fault's address to its leaf."""
 
     def fault(self, vcpu: Vcpu, addr: int, code: int) -> Activity:
-        """A TDP fault: fast_page_fault without mmu_lock, a cached MMIO SPTE, or the way through kvm_tdp_mmu_map."""
+        """Handle a TDP fault: a cached MMIO SPTE, fast_page_fault without
+        mmu_lock, or the full path through kvm_tdp_mmu_map.
+        """
         gfn = addr >> 12
         root = vcpu.slots[CURRENT]
         if root is None:
@@ -49,7 +51,7 @@ class FaultSteps(Zaps):
                 table, at = found
                 word = table.entries[at]
                 assert isinstance(word, int)
-                # A page that the host lets KVM only read (zero page, COW, KSM) takes a full fault.
+                # A page that is read-only for KVM on the host (zero page, COW, KSM) needs a full fault.
                 fixable = bool(word & self.mmu_writable) and (
                     table.level == 1 or not self.logged(self.as_id(root), gfn)
                 )
@@ -65,7 +67,7 @@ class FaultSteps(Zaps):
                 if fixable:
                     return
         elif not present and self.fast and has_ad_disabled(self.role(root)):
-            # Without A/D bits an access that is tracked looks like this, too: page_fault_can_be_fast() lets it try.
+            # Without A/D bits, access tracking also clears the present bit, so page_fault_can_be_fast() allows a try.
             found = page_table.leaf(root.top, gfn)
             if found is None:
                 want = {"root": self.name(root), "addr": addr, "old": self.nothing, "ret": self.kernel.ret_pf.invalid}
@@ -74,7 +76,10 @@ class FaultSteps(Zaps):
         yield from self.requested(root, gfn, present, bool(code & codes.fetch))
 
     def misconfigured(self, vcpu: Vcpu) -> Activity:
-        """An EPT misconfiguration: the guest accessed an MMIO SPTE. Which one, the exit does not say: its SPTE does."""
+        """Handle an EPT misconfiguration: the guest accessed an MMIO SPTE.
+
+        The exit has no address; the SPTE in the row gives it.
+        """
         root = vcpu.slots[CURRENT]
         if root is None:
             return
@@ -97,26 +102,27 @@ class FaultSteps(Zaps):
             yield from self.requested(root, gfn, present=True)
 
     def generation(self, mmio: Spte) -> Expect:
-        """The memslots' generation of an MMIO SPTE is compared with the VM's, except while memslots change.
+        """Expect the check of an MMIO SPTE's memslot generation.
 
-        check_mmio_spte() shows nothing then, and the fault is served anew; nor where the vCPU has the page cached.
+        It does not show while memslots change (check_mmio_spte() has no event then, and the fault is served anew), nor
+        if the vCPU has the page in its MMIO cache.
         """
         return Expect("check_mmio_spte", {"old": mmio}, optional=bool(self.slots.updates), may_stop=True)
 
     def made_for_mmio(self, root: Root, gfn: int) -> bool:
-        """Whether a root has an MMIO SPTE for a guest frame."""
+        """Return whether a root has an MMIO SPTE for a guest frame."""
         found = page_table.leaf(root.top, gfn)
         word = None if found is None else found[0].entries[found[1]]
         return isinstance(word, int) and not self.present(word)
 
     def mmio_at(self, root: Root, word: int) -> int | None:
-        """The guest frame that a root has this very MMIO SPTE for."""
+        """Return the guest frame for which a root has this very MMIO SPTE, or None."""
         gfn = self.mmio_words.get(word)
         found = None if gfn is None else page_table.leaf(root.top, gfn)
         return gfn if found is not None and self.mmio(*found).fits(word) else None
 
     def requested(self, root: Root, gfn: int, present: bool, fetch: bool = False) -> Activity:
-        """The fault's way under mmu_lock: what it is about to map, and the mapping."""
+        """Handle a fault under mmu_lock: the request (kvm_mmu_spte_requested), then the mapping."""
         want = {"root": self.name(root), "gfn": gfn, "value": self.found(self.as_id(root), gfn)}
         row = yield Expect("kvm_mmu_spte_requested", want, may_stop=True)
         assert row is not None
@@ -124,7 +130,10 @@ class FaultSteps(Zaps):
         yield from self.map(Mapping(root, gfn, fetch), row.level, row.value, unseen)
 
     def infer(self, root: Root, gfn: int) -> bool:
-        """5.10 shows no notifier: a leaf that faults as absent was removed unseen, perhaps with its table."""
+        """Infer a removal that the kernel does not show (5.10), and return whether there was one.
+
+        A leaf that faults as absent although the model has it was removed, perhaps with its table.
+        """
         found = page_table.leaf(root.top, gfn)
         if found is None:
             return False
@@ -133,12 +142,13 @@ class FaultSteps(Zaps):
         return True
 
     def map(self, fault: Mapping, goal: int, frame: int, unseen: bool = False) -> Activity:
-        """kvm_tdp_mmu_map: tables downwards to the goal level, then the leaf.
+        """Follow kvm_tdp_mmu_map: tables down to the goal level, then the leaf.
 
-        `unseen`: something was removed here that no event showed, so that a table may be built anew.
+        `unseen` says that something was removed here without an event, so that a table may be built again.
 
-        Faults hold mmu_lock for read, so that others may change the same entries meanwhile. Who read an entry before
-        that and writes to it after has lost, and tries again; so has who meets a frozen entry.
+        Faults hold mmu_lock for read, so others may change the same entries meanwhile. A fault that reads an entry
+        before such a change and writes to it afterwards loses the race and tries again; so does one that meets a frozen
+        entry.
         """
         self.mapping.append(fault)
         try:
@@ -155,8 +165,8 @@ class FaultSteps(Zaps):
             if not isinstance(below, Table) or self.nx_huge_pages is False:
                 yield from self.install(fault, table, frame, raced=goal in raced)
                 return
-            # Where the guest executed from smaller pages the goal is one level less (disallowed_hugepage_adjust); from
-            # 6.2 or later on (not read) only there, before that at every table.
+            # Where the guest executed from smaller pages the goal is one level lower (disallowed_hugepage_adjust). Old
+            # kernels do so at every table; from which version on only there (6.2 or later) was not read in the source.
             made_for_it = self.nx_huge_pages and below.frame in self.executed
             if not made_for_it and (yield from perhaps(self.install(fault, table, frame, raced=goal in raced))):
                 return
@@ -166,7 +176,7 @@ class FaultSteps(Zaps):
             found = yield from self._descend(fault, table, goal, unseen, raced)
 
     def _descend(self, fault: Mapping, table: Table, goal: int, unseen: bool, raced: set[int]) -> Descent:
-        """Tables downwards to the goal level; None: the fault lost a race, and tries again."""
+        """Walk and build tables down to the goal level; return None if the fault lost a race and tries again."""
         root, gfn = fault.root, fault.gfn
         while table.level > goal:
             at = page_table.index(gfn, table.level)
@@ -215,14 +225,16 @@ class FaultSteps(Zaps):
         return table, raced
 
     def _wait(self, fault: Mapping) -> Generator[None, None, set[int]]:
-        """Wait for the thread's next row. The levels whose entry on the way was changed by others meanwhile."""
+        """Wait for the thread's next row, and return the levels at which
+        others changed the entry for the gfn meanwhile.
+        """
         before = self._way(fault)
         yield None
         now = self._way(fault)
         return {level for level in before.keys() | now.keys() if before.get(level) != now.get(level)}
 
     def _way(self, fault: Mapping) -> dict[int, Table | int | None]:
-        """The entries on the way to a guest frame, by level."""
+        """Return the entries for the fault's gfn, by level."""
         found: dict[int, Table | int | None] = {}
         table: Table | int | None = fault.root.top
         while isinstance(table, Table):
@@ -231,7 +243,7 @@ class FaultSteps(Zaps):
         return found
 
     def contended(self, fault: Mapping, table: Table, at: int) -> bool:
-        """Whether another fault is about to write to the entry: it may have done so already, and not shown it yet."""
+        """Return whether another fault is about to write to the entry, or may have done so without showing it yet."""
         first = table.gfn_of(at)
         span = page_table.span(table.level)
         return any(
@@ -240,19 +252,19 @@ class FaultSteps(Zaps):
         )
 
     def mapped(self, fault: Mapping) -> None:
-        """A fault has written its leaf, or was given up."""
+        """Note that a fault has written its leaf, or was given up."""
         if fault in self.mapping:
             self.mapping.remove(fault)
 
     def zap_huge(self, root: Root, table: Table, at: int) -> Activity:
-        """To 6.2 a huge leaf above the goal is zapped, and the walk goes on as if there had been nothing."""
+        """Up to 6.2: zap a huge leaf above the goal level; the walk continues as if there had been nothing."""
         if self.kernel.spte_changed:
             yield from self.zap_entry(root, table, at, shared=False, put=self.zapped())
         else:
             del table.entries[at]
 
     def link(self, root: Root, table: Table, at: int, child: Table, may_stop: bool = False) -> Activity:
-        """The entry points to the child from now on; where it was a huge leaf, the child holds its pieces."""
+        """Link a child table to the entry; if there was a huge leaf, the child holds its pieces."""
         whole = table.entries.get(at)
         if isinstance(whole, int):
             size = page_table.span(child.level)
@@ -269,9 +281,10 @@ class FaultSteps(Zaps):
             yield Expect("kvm_mmu_get_page", want)
 
     def install(self, fault: Mapping, table: Table, frame: int, raced: bool) -> Activity:
-        """tdp_mmu_map_handle_target_level: the leaf, or an MMIO SPTE where no memslot is.
+        """Follow tdp_mmu_map_handle_target_level: install the leaf, or an MMIO SPTE if there is no memslot.
 
-        `raced`: another wrote to the entry since this fault's last row, perhaps after this one had read it.
+        `raced` says that another thread wrote to the entry since this fault's last row, perhaps after this fault had
+        read it.
         """
         root, gfn = fault.root, fault.gfn
         at = page_table.index(gfn, table.level)
@@ -283,7 +296,7 @@ class FaultSteps(Zaps):
         again = isinstance(before, int) and not self.present(before) and mmio
         new = expect.any_mmio(self.kernel) if mmio else expect.to_page(frame, self.kernel)
         place = {"root": self.name(root), "level": table.level, "gfn": table.gfn_of(at)}
-        # A table in the place of a huge leaf (the host has merged its pages since) goes with it.
+        # If the host has merged the pages meanwhile, a huge leaf replaces the table here, which is removed.
         first = isinstance(before, Table) and self.kernel.children_first
         if first:
             assert isinstance(before, Table)
@@ -307,7 +320,7 @@ class FaultSteps(Zaps):
         if mmio:
             want: dict[str, object] = {"root": self.name(root), "gfn": gfn}
             spte = table.entries.get(at)
-            if again and spte is before and spte in self.mmio_made:  # not changed: of the same generation
+            if again and spte is before and spte in self.mmio_made:  # unchanged, so of the same generation
                 want["value"] = self.mmio_made[spte]
             row = yield Expect("mark_mmio_spte", want)
             if row is not None and isinstance(spte, int):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All the steps of one VM: those of roots, faults, zaps and dirty logging, and those of MMU notifiers."""
+"""All steps of one VM: those of roots, faults, zaps and dirty logging, and in addition those of MMU notifiers."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from traces.kernels.spte import WRITABLE
 
 
 class KernelSteps(DirtySteps):
-    """All that the recorded kernel does of its own accord or at the host's bidding, for one VM."""
+    """Everything that the recorded kernel's MMU does for one VM, by itself or on behalf of the host."""
 
     def unmap(self, start: int, end: int) -> Activity:
-        """An MMU notifier: host addresses become guest frames by each memslot that they overlap."""
+        """Handle an MMU notifier: each memslot that the host addresses overlap gives a range of guest frames to zap."""
         walk = RootWalk(between=bool(self.roots) and any(True for _ in self.slots.overlaps(start, end)))
         self.walks.add(walk)
         return self._unmap(start, end, walk)
@@ -36,7 +36,7 @@ class KernelSteps(DirtySteps):
                 yield from perhaps(zap)
 
     def zap_range(self, as_id: int, start: int, end: int, walk: RootWalk | None = None) -> Activity:
-        """kvm_tdp_mmu_unmap_gfn_range: the leaves of [start, end) go from every root of an address space."""
+        """Follow kvm_tdp_mmu_unmap_gfn_range: zap the leaves in [start, end) in every root of an address space."""
         for root in self.held():
             if walk is not None:
                 walk.between = False
@@ -45,12 +45,17 @@ class KernelSteps(DirtySteps):
             yield from self.put(root, walk)
 
     def zap_slot(self, slot: Memslot) -> Activity:
-        """kvm_mmu_zap_memslot: with KVM_X86_QUIRK_SLOT_ZAP_ALL off the leaves of a slot that goes are all that goes."""
+        """Follow kvm_mmu_zap_memslot: with KVM_X86_QUIRK_SLOT_ZAP_ALL off,
+        only the leaves of a removed slot are zapped.
+        """
         yield from self.zap_range(slot.as_id, slot.gfn, slot.end)
         self.slot_zap = True
 
     def zap_gfns(self, as_id: int, start: int, end: int) -> Activity:
-        """kvm_tdp_mmu_zap_leafs, for an APICv inhibit: from 6.9 on of all address spaces and of valid roots only."""
+        """Follow kvm_tdp_mmu_zap_leafs, for an APICv inhibit.
+
+        From 6.9 on it zaps all address spaces, and valid roots only.
+        """
         once = self.kernel.zap_leafs_once
         for root in self.held(only_valid=once):
             if once or self.as_id(root) == as_id:
@@ -58,11 +63,11 @@ class KernelSteps(DirtySteps):
             yield from self.put(root)
 
     def finds(self, start: int, end: int) -> bool:
-        """Whether a notifier of these host addresses would show anything for certain."""
+        """Return whether a notifier for these host addresses would certainly show an event."""
         return bool(self.roots) and any(certain for *_, certain in self.slots.overlaps(start, end))
 
     def age(self, start: int, end: int) -> Activity:
-        """kvm_age_hva: leaves in the range that the processor has set the accessed bit of lose it."""
+        """Follow kvm_age_hva: clear the accessed bit of leaves in the range for which the processor has set it."""
         for slot, first, last, _ in self.slots.overlaps(start, end):
             for root in list(self.roots):
                 for table, at in list(page_table.within(root.top, first, last)):
@@ -74,7 +79,9 @@ class KernelSteps(DirtySteps):
                         yield None
 
     def track(self, as_id: int, gfn: int) -> Activity:
-        """kvm_mmu_slot_gfn_write_protect: a table of L1's is about to be shadowed, so that no root maps it writable."""
+        """Follow kvm_mmu_slot_gfn_write_protect: a table of L1 is about to be
+        shadowed, so it is write-protected in all roots.
+        """
         for root in self.roots:
             found = page_table.leaf(root.top, gfn) if self.as_id(root) == as_id else None
             if found is None:
@@ -90,7 +97,10 @@ class KernelSteps(DirtySteps):
                 yield None
 
     def recover(self, as_id: int, level: int, gfn: int) -> Activity:
-        """kvm_recover_nx_huge_pages: a table that was made to execute smaller pages goes; which, the worker chooses."""
+        """Follow kvm_recover_nx_huge_pages: zap a table that was built to execute smaller pages.
+
+        The worker chooses which.
+        """
         for root in self.roots:
             table, at = self.entry(root, gfn, level)
             below = table.entries.get(at)

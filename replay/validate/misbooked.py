@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why VMs of one process differ from the model: a recorder that booked one VM's notifier to another.
+"""Explain divergences of VMs of one process by a recorder that attributed one VM's notifier to another VM.
 
-One munmap notifies every VM of the process, each by an event of its own. A recorder that took the VM from the thread
-(before 26 November 2026) gave all of them, and the zaps that follow, to one VM.
+One munmap notifies every VM of the process, each by an event of its own. A recorder that determined the VM from the
+thread (before 26 November 2026) attributed all of them, and the zaps that follow, to one VM.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _NOTIFIER = "kvm_unmap_hva_range"
 
 
 def notifiers_of_others(rows: Mapping[int, Iterable[RowTuple]]) -> list[str]:
-    """What to say of VMs of one process, whose rows are given by VM: which has notifiers of which others."""
+    """Return lines that say which VM of a process has notifiers of which other one; `rows` has the VMs' rows by VM."""
     met = {
         vm: Counter((row.tid, row.addr, row.value) for row in of_vm if row.kind == _NOTIFIER)
         for vm, of_vm in rows.items()

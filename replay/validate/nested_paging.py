@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of nested guests' own paging: KVM's shadow of the tables that L1 made for L2. Not modelled, but distinguished.
+"""Rows about nested guests' own paging: KVM's shadow of the tables that L1 made for L2, distinguished but not modelled.
 
 L1's nested page tables are shadowed in the vCPU's other context (guest_mmu), by pages whose role word has guest_mode
-and that are not direct, or lie below such a page. Only rows that show this are distinguished, and only in a VM that has
-entered a nested guest: never a row because it is not what the model expects.
+and not direct, or that lie below such a page. A row is distinguished only if it shows this itself, and only in a VM
+that has entered a nested guest: never because it is not what the model expects.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from replay.validate.row_tuples import RowTuple
 
 
 class NestedPaging:
-    """Of one VM: its roots and tables that shadow L1's, and `rows` of them by kind."""
+    """The roots and tables of one VM that shadow L1's tables; `rows` is the number of rows about them, by kind."""
 
     def __init__(self, guest_mode_bit: int, direct_bit: int) -> None:
         self._guest_mode = guest_mode_bit
         self._direct = direct_bit
         self._roots: set[int] = set()
-        self._tables: dict[int, tuple[int, bool]] = {}  # page frame -> guest frame, whether writes to that are tracked
-        self._faults: set[int] = set()  # threads that handle a fault of a nested guest
+        self._tables: dict[int, tuple[int, bool]] = {}  # page frame -> guest frame, whether writes to it are tracked
+        self._faults: set[int] = set()  # threads that are handling a fault of a nested guest
         self.entered = False
         self.rows: Counter[str] = Counter()
-        self.tracked: Counter[int] = Counter()  # guest frames that a write to is emulated: L1's upper tables
+        self.tracked: Counter[int] = Counter()  # guest frames to which writes are emulated: upper tables of L1
 
     def shadows(self, role: int) -> bool:
-        """Whether a role word is of a page that shadows one of L1's tables."""
+        """Return whether a role word is that of a page that shadows one of L1's tables."""
         return self.entered and bool(role & self._guest_mode) and not role & self._direct
 
     def faults(self, tid: int) -> bool:
-        """Whether a thread handles a fault of a nested guest."""
+        """Return whether a thread is handling a fault of a nested guest."""
         return tid in self._faults
 
     def happen(self, row: RowTuple) -> bool:
-        """Take note of a row that is no response; True if it is about the shadow of L1's tables alone."""
+        """Take note of a row that is not a response; return True if it concerns only the shadow of L1's tables."""
         if row.kind == "kvm_nested_vmenter":
             self.entered = True
         elif row.kind == "kvm_page_fault":
@@ -48,7 +48,7 @@ class NestedPaging:
         return row.kind in ("new_pgd", "mmu_free_roots") and self.shadows(row.role)
 
     def has(self, row: RowTuple) -> bool:
-        """Whether a response is of the shadow of L1's tables; it is counted then."""
+        """Return whether a response belongs to the shadow of L1's tables, and count it if it does."""
         if not self.entered or not self._is_of(row):
             return False
         self.rows[row.kind] += 1
@@ -68,7 +68,7 @@ class NestedPaging:
 
     def _is_of(self, row: RowTuple) -> bool:
         if row.kind == "kvm_mmu_get_page":
-            below = self.faults(row.tid) and bool(row.role & self._guest_mode)  # L1 maps a huge page there
+            below = self.faults(row.tid) and bool(row.role & self._guest_mode)  # a direct page below L1's huge page
             return self.shadows(row.role) or below
         if row.kind == "kvm_mmu_prepare_zap_page":
             return row.table in self._tables or self.shadows(row.role)

@@ -12,10 +12,10 @@ from replay.validate.zap_steps import Zaps
 
 
 class Roots(Zaps):
-    """Who holds a root, and what dropping its last reference causes."""
+    """Who holds a root, and what happens when its last reference is dropped."""
 
     def load(self, vcpu: Vcpu) -> Activity:
-        """kvm_mmu_load: the valid root of the vCPU's role word, or a new one."""
+        """Follow kvm_mmu_load: take the valid root with the vCPU's role word, or build one."""
         word = self.word_of(vcpu)
         root = None
         for other in self.held(only_valid=True):
@@ -27,9 +27,9 @@ class Roots(Zaps):
             else:
                 other.refs -= 1
         if root is None and self.kernel.search_puts:
-            root = self.valid(word)  # built by another vCPU since the search began: there is a second one (6.9)
+            root = self.valid(word)  # from 6.9 on there is a second search: another vCPU may have built it meanwhile
         if root is not None:
-            root.refs += 1  # the slot's
+            root.refs += 1  # the slot's reference
         role: int | Spte = self.role_of(vcpu, word)
         self.role_words_taken += not word
         if root is None and self.kernel.root_get_page:
@@ -53,11 +53,11 @@ class Roots(Zaps):
         yield None
 
     def may_have(self, refs: int, root: Root | None, role: int) -> bool:
-        """Whether a root that is loaded may have this many references then."""
+        """Return whether a root that is loaded may show this many references."""
         return 0 <= refs - self.refs_after(root, role) <= self.may_be_held
 
     def refs_after(self, root: Root | None, role: int) -> int:
-        """References after a load of a role word, which found `root`, or what the word leads to."""
+        """Return the references after a load which found `root`, or else the root with this role word."""
         if root is not None:
             return root.refs
         found = self.valid(role)
@@ -65,18 +65,18 @@ class Roots(Zaps):
 
     @property
     def first_refs(self) -> int:
-        """References on a root just built: the slot's, and the VM's own."""
+        """The references on a root that was just built: that of the slot, and the VM's own if the policy has one."""
         return 1 + self.parameters.own_reference
 
     def role_of(self, vcpu: Vcpu, word: int) -> int | Spte:
-        """What the role word of a load must be, as far as it is known."""
+        """Return the role word that a load must show, as far as it is known."""
         if word or self.base is None:
             return word or Spte("a role word", lambda got: True)
         known = self.base | (self.smm_bit if vcpu.index in self.smm else 0)
         return Spte(f"{known:#x} with any guest bits", lambda got: got & ~self.guest_bits == known)
 
     def new_root(self, vcpu: Vcpu, word: int, name: int, frame: int) -> Root:
-        """A root that the kernel has just built."""
+        """Add a root that the kernel has just built."""
         if vcpu.index not in self.guest and vcpu.index not in self.smm:
             self.guest[vcpu.index] = word & self.guest_bits
         if self.base is None:
@@ -93,9 +93,10 @@ class Roots(Zaps):
         return root
 
     def switch(self, vcpu: Vcpu, role: int) -> None:
-        """kvm_mmu_new_pgd: a nested guest without nested paging is entered or left, and a slot of that word is current.
+        """Follow kvm_mmu_new_pgd: a nested guest without nested paging is entered or left, and its root becomes
+        current.
 
-        Where there is none the current slot is emptied, which shows as a free of roots of its own.
+        If no previous root fits, the current slot is emptied, which shows as a separate free of roots.
         """
         (self.nested.add if role & self.guest_mode_bit else self.nested.discard)(vcpu.index)
         slots = vcpu.slots
@@ -114,7 +115,7 @@ class Roots(Zaps):
             slots[CURRENT], slots[i] = slots[i], slots[CURRENT]
 
     def free_slots(self, vcpu: Vcpu, mask: int) -> Activity:
-        """kvm_mmu_free_roots: previous slots in order, then the current one."""
+        """Follow kvm_mmu_free_roots: put the previous slots in order, then the current one."""
         for i in (1, 2, 3, CURRENT):
             root = vcpu.slots[i]
             if root is not None and mask >> i & 1:
@@ -122,7 +123,10 @@ class Roots(Zaps):
                 yield from self.put(root)
 
     def put(self, root: Root, walk: RootWalk | None = None) -> Activity:
-        """One reference less; what dropping the last one causes is the policy. `walk`: whose visit ends with it."""
+        """Drop one reference; the policy decides what happens with the last.
+
+        `walk` is the walk whose visit ends with this put.
+        """
         want = {"root": self.name(root), "role": self.role(root), "refs": self.refs_seen(root)}
         row = yield Expect("root_put", want)
         assert row is not None
@@ -148,7 +152,7 @@ class Roots(Zaps):
         yield None
 
     def zap_marked(self, root: Root) -> Activity:
-        """A root that is freed inline on top of 5.18's code: marked invalid, then zapped pass by pass, then gone."""
+        """Free a root inline with the code of 5.18 or later: mark it invalid, zap it pass by pass, then remove it."""
         root.valid = False
         root.refs = 1
         yield from self.zap_root(root, shared=False)
@@ -156,23 +160,23 @@ class Roots(Zaps):
         self.gone(root)
 
     def gone(self, root: Root) -> None:
-        """Off the list; its page is freed after a grace period."""
+        """Take the root off the list; its page is freed after a grace period."""
         self.roots.remove(root)
         self.removed[self.frames[root.id]] = (self.role(root), root.top.level, 0)
 
     def zap_inline(self, root: Root) -> Activity:
-        """kvm_tdp_mmu_free_root: the last putter zaps the tree and frees the page."""
+        """Follow kvm_tdp_mmu_free_root: the thread that drops the last reference zaps the tree and frees the page."""
         yield Expect("zap_root_begin", {"root": self.name(root), "role": self.words[root.word]})
         root.top.entries.clear()
         yield None
-        freed = {"root": self.name(root), "role": 0, "level": 0, "gfn": 0}  # a bare page: its struct is gone
+        freed = {"root": self.name(root), "role": 0, "level": 0, "gfn": 0}  # the struct kvm_mmu_page is gone already
         yield Expect("table_free", {**freed, "table": self.frames[root.id]})
         yield None
         yield Expect("zap_root_end")
         yield None
 
     def invalidate(self) -> Activity | None:
-        """Every valid root is marked invalid, or emptied (5.10)."""
+        """Mark every valid root invalid, or empty it (5.10)."""
         self.sequence += 1
         for root in self.roots:
             if self.parameters.zap_all_fast == "empty":
@@ -187,13 +191,13 @@ class Roots(Zaps):
         return None
 
     def worker(self, root: Root) -> Activity:
-        """tdp_mmu_zap_root_work: zap one queued root, put the reference it came with."""
+        """Follow tdp_mmu_zap_root_work: zap one queued root, and put the reference that it was queued with."""
         self.queued.remove(root)
         yield from self.zap_root(root, shared=True)
         yield from self.put(root)
 
     def zap_invalidated(self) -> Activity:
-        """kvm_tdp_mmu_zap_invalidated_roots: roots visited newest first, each with a reference meanwhile."""
+        """Follow kvm_tdp_mmu_zap_invalidated_roots: visit the roots newest first, each with a reference meanwhile."""
         shared = not (self.destroyed and self.kernel.ends_exclusively)
         for root in self.held():
             if root.id in self.scheduled:
@@ -203,7 +207,7 @@ class Roots(Zaps):
             yield from self.put(root)
 
     def zap_all(self) -> Activity:
-        """kvm_tdp_mmu_zap_all: every root is emptied under mmu_lock held for write; none is invalidated."""
+        """Follow kvm_tdp_mmu_zap_all: empty every root under mmu_lock held for write; none is invalidated."""
         self.sequence += 1
         for root in self.held():
             if self.kernel.spte_changed:
@@ -215,5 +219,5 @@ class Roots(Zaps):
 
 
 def top_level(row: RowTuple) -> bool:
-    """A root's level is its role's."""
+    """Return whether the row's level is that in its role word, as it must be for a root."""
     return row.level == row.role & 15

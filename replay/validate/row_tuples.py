@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trace's rows as Python tuples, for what must look at them one by one (`validate`; never `replay`)."""
+"""A trace's rows as Python tuples, for `validate`, which looks at them one by one; `replay` never does."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from traces.row_values import values_of
 
 
 class RowTuple(NamedTuple):
-    """One event; columns as in traces/SPEC.md."""
+    """One row of a trace; traces/SPEC.md explains the columns."""
 
     seq: int
     time: int
@@ -38,6 +38,6 @@ class RowTuple(NamedTuple):
 
 
 def rows_of(trace: Trace, vm: int) -> Iterator[RowTuple]:
-    """One VM's rows in order of recording."""
+    """Yield one VM's rows in order of recording."""
     for batch in trace.batches(RowTuple._fields, vm=vm):
         yield from map(RowTuple._make, zip(*map(values_of, batch.columns), strict=True))

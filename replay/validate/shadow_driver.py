@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The conformance check of shadow paging: a recording against the model of its pages, thread by thread."""
+"""The conformance check of shadow paging: compare a recording with the model of its shadow pages, thread by thread."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from traces.reader import Trace
 from traces.untrusted import object_at
 
 _SET_NR_MMU_PAGES: Final = 0xAE44
-# What shows that a vCPU still runs: zaps after the last of these are those of the VM's end.
+# Kinds of row that show a vCPU still running: zaps after the last of them are those of the VM's end.
 _RUNNING: Final = (
     "kvm_mmu_get_page", "kvm_mmu_zap_all_fast", "kvm_page_fault", "kvm_entry", "kvm_exit", "kvm_userspace_exit",
     "kvm_mmu_pagetable_walk", "kvm_emulate_insn", "mmu_load", "new_pgd",
 )  # fmt: skip
-# Of the host, in the middle of whatever the thread does.
+# Kinds of row that the host may cause in the middle of whatever the thread does.
 _ASIDE: Final = ("kvm_unmap_hva_range", "kvm_set_spte_hva", "kvm_age_hva", "kvm_test_age_hva")
 _NEXT_EVENT: Final = ("kvm_page_fault", "kvm_entry", "kvm_exit", "kvm_userspace_exit", "mmu_free_roots", "mmu_load")
 COMPARED: Final = (
@@ -37,13 +37,13 @@ COMPARED: Final = (
     "mmu_free_roots",
     "root_put",
 )
-_NONE: Final = -1  # the vCPU of a thread that has made none yet, or whose first is being made
-# Without these nothing is known of who holds a root.
+_NONE: Final = -1  # stands for the vCPU of a thread that has none yet, or is just creating it
+# Without rows of these kinds it is not known who holds a root.
 _COUNTING: Final = ("mmu_load", "mmu_free_roots", "root_put", "new_pgd")
 
 
 def is_paged(meta: Metadata) -> bool:
-    """Whether roots follow the guest's page tables: nested paging is off, or the host has none (software KVM)."""
+    """Return whether roots follow the guest's page tables: nested paging is off, or the host has none."""
     modules = meta.raw.get("modules")
     if meta.policy != "shadow" or not isinstance(modules, dict):
         return False
@@ -53,7 +53,7 @@ def is_paged(meta: Metadata) -> bool:
 
 
 def pages_of(meta: Metadata, kernel: Kernel, vm: int) -> Pages:
-    """A VM without a page yet, on the recorded kernel."""
+    """Return the model of a VM without any page yet, on the recorded kernel."""
     layout = kernel.layout
     own = ("level", "has_4_byte_gpte", "gpte_is_8_bytes", "quadrant", "direct", "access", "passthrough")
     vcpus = {int(vcpu["id"]) for found in meta.vms if found["id"] == vm for vcpu in found.get("vcpus", ())}
@@ -68,7 +68,7 @@ def pages_of(meta: Metadata, kernel: Kernel, vm: int) -> Pages:
 
 
 def paged_of(trace: Trace, vm: int, kernel: Kernel) -> Paged:
-    """A VM of a recording, to be run through its rows."""
+    """Return the check of a VM of a recording, to be run through the VM's rows."""
     meta = trace.metadata
     return Paged(
         pages_of(meta, kernel, vm),
@@ -79,7 +79,7 @@ def paged_of(trace: Trace, vm: int, kernel: Kernel) -> Paged:
 
 
 def blind(meta: Metadata) -> list[str]:
-    """Kinds that would be compared and are not recorded, and what zap_all_fast does not tell."""
+    """Return the kinds of event that are not recorded and so not compared, and the counts that are not compared."""
     kinds = sorted(_unseen(meta) & {*COMPARED, *_COUNTING, "vm_destroy"})
     if not _shows_use(meta) and "kvm_mmu_zap_all_fast" in meta.kinds:
         kinds.append("pages in use at kvm_mmu_zap_all_fast")
@@ -87,7 +87,10 @@ def blind(meta: Metadata) -> list[str]:
 
 
 def _shows_use(meta: Metadata) -> bool:
-    """Recordings of 7.3 made until 2026-11-24 have 0 there: the member that the raw probe read is gone."""
+    """Return whether kvm_mmu_zap_all_fast shows the pages in use.
+
+    Recordings of 7.3 made until 2026-11-24 have 0 there: the member that the raw probe read is gone.
+    """
     if any(probe.get("kind") == "kvm_mmu_zap_all_fast" and probe.get("how") == "tp" for probe in meta.probes):
         return True
     missing = object_at(meta.raw, "layout").get("missing")
@@ -99,7 +102,7 @@ def _unseen(meta: Metadata) -> set[str]:
 
 
 def last_run(trace: Trace, vm: int) -> int:
-    """The last row that shows a VM's vCPU at work; -1 if there is none."""
+    """Return the last row that shows a vCPU of the VM at work, or -1 if there is none."""
     last = -1
     for batch in trace.batches(("seq", "kind"), vm=vm):
         kinds = batch["kind"].to_pylist()
@@ -112,18 +115,21 @@ def last_run(trace: Trace, vm: int) -> int:
 
 @dataclass
 class _Work:
-    """What a thread is at: the pages it looked up since it last began something, and its fault."""
+    """What a thread is doing: the pages that it has looked up since it last began something, and its fault."""
 
     looked: list[ShadowPage] = field(default_factory=list)
     fault: bool = False
-    level: int = 0  # of the fault's last lookup
-    asked: RowTuple | None = None  # kvm_mmu_spte_requested, until the leaf is there
+    level: int = 0  # level of the fault's last lookup
+    asked: RowTuple | None = None  # kvm_mmu_spte_requested, until its leaf is installed
     ioctl: int = 0
-    leaf: Leaf | None = None  # what was asked for and came
+    leaf: Leaf | None = None  # the requested leaf, once it is installed
 
 
 class Paged(VmCheck):
-    """One VM whose roots follow its page tables. `last`: the row after which only its end is left."""
+    """The check of one VM whose roots follow the guest's page tables.
+
+    After the row `last` only the VM's end follows.
+    """
 
     responses = COMPARED
 
@@ -131,26 +137,26 @@ class Paged(VmCheck):
         super().__init__()
         self.pages = pages
         self._last = last
-        self._shows_use = shows_use  # kvm_mmu_zap_all_fast tells the pages in use and the generation
-        self._shows_end = shows_end  # there is a vm_destroy
+        self._shows_use = shows_use  # whether kvm_mmu_zap_all_fast shows the pages in use and the generation
+        self._shows_end = shows_end  # whether vm_destroy is recorded
         self._work: dict[int, _Work] = {}
 
     @property
     def ended(self) -> bool:
-        """Whether the VM was destroyed or, where that is not shown, all its pages were zapped.
+        """Whether the VM was destroyed or, if that is not recorded, all its pages were zapped.
 
-        On Intel the last of them go with KVM's own memslots, before kvm_mmu_zap_all.
+        On Intel the last of them are zapped with KVM's own memslots, before kvm_mmu_zap_all.
         """
         return self.pages.destroyed or (not self._shows_end and (self.pages.emptied or not self.left(False)))
 
     def left(self, shows_frees: bool) -> int:
-        """Pages that were not zapped, and roots that were not put."""
+        """Return the number of pages that were not zapped plus the number of roots that were not put."""
         slots = [slot for slots in self.pages.slots.values() for slot in slots if slot is not None]
         return self.pages.used + len(slots)
 
     @property
     def taken(self) -> dict[str, int]:
-        """What is taken from the recording rather than predicted, by what it is."""
+        """How many facts of each sort were taken from the recording and not predicted."""
         counts = {
             "lookups (gfn, role word and level: the guest's page tables decide them)": self.pages.lookups,
             "zaps that the guest's writes to its page tables brought about": self.pages.zaps,
@@ -230,7 +236,7 @@ class Paged(VmCheck):
         if pages.short:
             return pages.recycle()
         page = pages.active.get(row.table)
-        # The host's ioctls zap by walks that are predicted, but for a limit that it sets.
+        # Zaps of the host's ioctls are predicted, except those of a new page limit (KVM_SET_NR_MMU_PAGES).
         return None if page is None or work.ioctl not in (0, _SET_NR_MMU_PAGES) else pages.given_up(page)
 
     def _happen(self, thread: Thread, row: RowTuple) -> None:
@@ -268,7 +274,7 @@ class Paged(VmCheck):
             pages.destroyed = True
 
     def _unasked(self, row: RowTuple, work: _Work) -> None:
-        """A leaf that was asked for is missing, and was not there before."""
+        """Count a requested leaf as missing, unless it was there before."""
         asked, work.asked = work.asked, None
         if asked is not None and not self.pages.has_leaf(asked):
             self._tally("kvm_mmu_set_spte").missing += 1

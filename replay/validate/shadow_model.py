@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What KVM's shadow MMU does with the pages that shadow a guest's own page tables: one hash, found, created, zapped.
+"""The steps of KVM's shadow MMU for pages that shadow a guest's own page tables: lookups in the hash, creation, zaps.
 
-docs/kvm-mmu.md, "The shadow MMU". Which page is looked up (gfn, role word, level) is decided by the guest and is taken
-from the recording. What the kernel makes of it is predicted, and certain, as `struct kvm_mmu_page` is only changed
-under mmu_lock held for write: whether the page is there, which table it has, its references and whether it is in sync;
-that a page is zapped once, in the order of the list of active pages where a walk of that list zaps it; that a page
-which is somebody's root stays, invalid, until its last put zaps it again.
+docs/kvm-mmu.md, "The shadow MMU", explains them. The guest decides which page is looked up (gfn, role word, level), so
+that is taken from the recording. What the kernel does with it is predicted. That is possible with certainty, as `struct
+kvm_mmu_page` changes only under mmu_lock held for write: whether the page exists, which table it has, its references,
+and whether it is in sync; that a page is zapped once, and in the order of the list of active pages where a walk of that
+list zaps it; that a root which is zapped stays, invalid, until its last put zaps it again.
 
-What links pages to one another shows no event. Which unsync pages go with the page above them is therefore taken, and
-so are zaps that the guest brought about by writing to its page tables.
+Links between pages have no event. So which unsync pages are zapped with the page above them is taken from the
+recording, and so are zaps that are caused by the guest's writes to its page tables.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ from replay.validate.row_tuples import RowTuple
 from replay.validate.shadow_state import CREATED, LEVEL, PAE, ROOTS, Leaf, PagesState, RootSlot, ShadowPage
 from traces.kernels.spte import WRITABLE, pfn
 
-_HELD_MOST: Final = ROOTS  # pages that a vCPU holds: its slots, or the directories of a PAE root, which has no others
-_REFILL: Final = 25  # make_mmu_pages_available makes this many free
+_HELD_MOST: Final = ROOTS  # the most pages that a vCPU holds: in its slots, or the four directories of its PAE root
+_REFILL: Final = 25  # make_mmu_pages_available zaps until this many pages are free
 
 
 class Pages(PagesState):
-    """What the kernel does with a VM's shadow pages, step by step."""
+    """The kernel's steps on a VM's shadow pages."""
 
     # Lookups
 
     def lookup(self, row: RowTuple, load: bool, below: int, beside: int) -> Activity:
-        """kvm_mmu_get_page: found or created.
+        """Follow kvm_mmu_get_page: a page is found or created.
 
-        `load`: as a root. `below`: the level that a fault's lookups have reached, 0 before the first of a fault or
-        load, when pages must be free. `beside`: the role word of the root in use, 0 if not known.
+        `load` says that it is looked up as a root. `below` is the level that a fault's lookups have reached; it is 0
+        for the first lookup of a fault or load, before which pages are recycled if too few are free. `beside` is the
+        role word of the root in use, or 0 if it is not known.
         """
         assert row.gfn is not None
         hidden = self.in_the_way(row.gfn, row.role)
@@ -55,7 +56,7 @@ class Pages(PagesState):
         else:
             want = self.want(page)
             if load and not self.counted and page.held:
-                want["refs"] = self._up_to(self.vcpus - 1)  # the vCPU itself would not have to look up what it has
+                want["refs"] = self._up_to(self.vcpus - 1)  # this vCPU would not look up a page that it holds
         if below:
             want["level"] = Spte(f"a level below {below}", lambda got: got == row.role & LEVEL and got < below)
         if beside:
@@ -73,7 +74,7 @@ class Pages(PagesState):
         yield None
 
     def _named(self, row: RowTuple, page: ShadowPage | None) -> bool:
-        """A root's id is that of its page and no other's; a word that is looked up has no invalid bit."""
+        """Return whether a row's root id belongs to this page and no other, and its role word has no invalid bit."""
         return not row.role & self.invalid_bit and (not row.root or self.by_root.get(row.root, page) is page)
 
     def _name(self, page: ShadowPage, root: int) -> None:
@@ -84,12 +85,12 @@ class Pages(PagesState):
     # Roots
 
     def load(self, vcpu: int, pages: list[ShadowPage]) -> Activity:
-        """kvm_mmu_load, at its return: the pages it looked up are the current root from now on."""
+        """Follow kvm_mmu_load at its return: the pages that it looked up are the current root from now on."""
         top = pages[-1]
         whole = len(pages) == 1
         if top.level < PAE:
             whole = len(pages) <= ROOTS
-            if top.role & self.direct_bit:  # a directory for each GiB of the guest's first four
+            if top.role & self.direct_bit:  # one directory for each of the guest's first four GiB
                 whole = [page.gfn for page in pages] == [quarter << 18 for quarter in range(ROOTS)]
         if not whole:
             yield Expect("kvm_mmu_get_page", {"level": top.level})
@@ -111,7 +112,9 @@ class Pages(PagesState):
         yield None
 
     def switch(self, vcpu: int, pgd: int, role: int) -> Activity:
-        """kvm_mmu_new_pgd: a slot of that page table becomes current, or the least recent one is emptied."""
+        """Follow kvm_mmu_new_pgd: a slot with that page table becomes current,
+        or the least recently used one is emptied.
+        """
         slots = self.slots_of(vcpu)
         if slots[CURRENT] is None and not self.old:
             at = next((i for i in range(1, ROOTS) if self._usable(slots[i], pgd, role)), 0)
@@ -128,22 +131,24 @@ class Pages(PagesState):
         yield from self.free(vcpu, 1 << CURRENT)
 
     def _usable(self, slot: RootSlot | None, pgd: int, role: int) -> bool:
-        """is_root_usable: the role word as it reads now has the invalid bit once the page was zapped."""
+        """Follow is_root_usable: a zapped page has the invalid bit in its role word, which makes its root unusable."""
         if slot is None or slot.role & LEVEL <= PAE:
             return False
         page = slot.pages[0]
         return not page.invalid and page.role == role and bool(role & self.direct_bit or page.gfn == pgd >> 12)
 
     def free_obsolete(self, vcpu: int) -> Activity:
-        """kvm_mmu_free_obsolete_roots."""
+        """Follow kvm_mmu_free_obsolete_roots."""
         mask = sum(1 << i for i, slot in enumerate(self.slots_of(vcpu)) if slot is not None and slot.obsolete)
         if mask:
             yield from self.free(vcpu, mask)
 
     def free(self, vcpu: int, mask: int | None = None) -> Activity:
-        """kvm_mmu_free_roots: previous slots in order, then the current one; an invalid root goes with its last put.
+        """Follow kvm_mmu_free_roots: previous slots in order, then the current one.
 
-        `mask`: the slots that must be emptied; without it those that the recording says.
+        An invalid root is zapped with its last put.
+
+        `mask` are the slots that must be emptied; without it, the recording says which.
         """
         slots = self.slots_of(vcpu)
         current = slots[CURRENT]
@@ -154,7 +159,7 @@ class Pages(PagesState):
         assert row is not None
         freed = [(i, slots[i]) for i in (1, 2, 3, CURRENT) if row.value >> i & 1]
         if not row.role & ~self.invalid_bit:
-            freed = []  # the vCPU's other context, of nested guests
+            freed = []  # these are slots of the vCPU's other context, for nested guests
         for i, _ in freed:
             slots[i] = None
         yield None
@@ -172,13 +177,16 @@ class Pages(PagesState):
     # Zaps
 
     def zap(self, page: ShadowPage) -> Activity:
-        """__kvm_mmu_prepare_zap_page: the page, the unsync pages below it, and the end of its own being unsync."""
+        """Follow __kvm_mmu_prepare_zap_page: zap the page and the unsync pages below it.
+
+        A page that was unsync is synced.
+        """
         row = yield Expect("kvm_mmu_prepare_zap_page", self.want(page), agrees=_still(self, page))
         assert row is not None
         yield from self._zapped(page, row)
 
     def _zapped(self, page: ShadowPage, row: RowTuple) -> Activity:
-        want = self.want(page)  # as the row of its sync reads, which comes before it is invalid
+        want = self.want(page)  # the row of the page's sync has the role word from before it became invalid
         unsync, page.unsync = page.unsync, False
         if page.invalid:
             del self.invalid_roots[page.table]
@@ -214,25 +222,25 @@ class Pages(PagesState):
         return page is not None and page.unsync
 
     def zap_all(self) -> Activity:
-        """kvm_mmu_zap_all, as the VM's process ends: the newest first."""
+        """Follow kvm_mmu_zap_all, as the VM's process ends: pages are zapped newest first."""
         self.emptied = True
         while self.active:
             yield from self.zap(next(reversed(self.active.values())))
 
     def zap_obsolete(self) -> Activity:
-        """kvm_zap_obsolete_pages: the oldest first, until one of this generation comes."""
+        """Follow kvm_zap_obsolete_pages: pages are zapped oldest first, up to the first of this generation."""
         while (oldest := next(iter(self.active.values()), None)) is not None and oldest.obsolete:
             yield from self.zap(oldest)
 
     def invalidate(self) -> Activity:
-        """kvm_mmu_zap_all_fast: no page that is there is found again."""
+        """Follow kvm_mmu_zap_all_fast: no page that exists now is found by a lookup any more."""
         self.generation ^= 1
         for page in self.active.values():
             page.obsolete = True
         return self.zap_obsolete()
 
     def recycle(self) -> Activity:
-        """make_mmu_pages_available: the oldest first, roots that have references passed over."""
+        """Follow make_mmu_pages_available: pages are zapped oldest first, except roots that have references."""
         goal = self.used - (_REFILL - self.available)
         passed = 0
         for page in list(self.active.values()):
@@ -250,27 +258,27 @@ class Pages(PagesState):
                 yield from self._zapped(page, row)
 
     def last_put(self, page: ShadowPage) -> Activity:
-        """The last put of an invalid root, where puts are not recorded: what it causes."""
+        """Model the last put of an invalid root if puts are not recorded: it zaps the page."""
         page.refs = 0
         self.puts += 1
         return self.zap(page)
 
     def given_up(self, page: ShadowPage) -> Activity:
-        """A zap that the guest brought about: it wrote to the page table, or what it holds cannot be synced."""
+        """Zap a page because of the guest: it wrote to the page table, or the contents cannot be synced."""
         self.zaps += 1
         return self.zap(page)
 
     # In and out of sync
 
     def out_of_sync(self, page: ShadowPage) -> Activity:
-        """kvm_unsync_page: the guest may write to the page table from now on."""
+        """Follow kvm_unsync_page: the guest may write to the page table from now on."""
         yield Expect("kvm_mmu_unsync_page", self.want(page))
         self.turns += 1
         page.unsync = True
         yield None
 
     def in_sync(self, page: ShadowPage) -> Activity:
-        """kvm_unlink_unsync_page, for a flush or a lookup."""
+        """Follow kvm_unlink_unsync_page, for a flush or a lookup."""
         yield Expect("kvm_mmu_sync_page", self.want(page))
         self.turns += 1
         page.unsync = False
@@ -279,11 +287,11 @@ class Pages(PagesState):
     # Leaves
 
     def install(self, page: ShadowPage, asked: RowTuple | None, beside: Leaf | None) -> Activity:
-        """mmu_set_spte: the leaf that was asked for, or a neighbour of that one, `beside`.
+        """Follow mmu_set_spte: the requested leaf (`asked`), or a neighbour of the leaf `beside`.
 
         In a direct page the neighbours are those of an aligned group of 8 that the host has, in ascending order
-        (direct_pte_prefetch); in others the guest's entries say which.
-        What the guest may write from now on is no page table, or one that is out of sync (mmu_try_to_unsync_pages).
+        (direct_pte_prefetch); in others the guest's entries say which. A page that the guest may write to from now on
+        is not a page table, or one that is out of sync (mmu_try_to_unsync_pages).
         """
         span = 1 << 9 * (page.level - 1)
         want: dict[str, Any] = {"level": page.level}
@@ -312,13 +320,13 @@ class Pages(PagesState):
         return all(page.unsync or page.obsolete for page in shadows)
 
     def answers(self, frame: int, asked: RowTuple, level: int) -> bool:
-        """Whether a leaf of this page frame is what kvm_mmu_spte_requested said."""
+        """Return whether a leaf with this page frame is the one that kvm_mmu_spte_requested announced."""
         if self.old:
             return frame | (asked.gfn or 0) & (1 << 9 * (asked.level - 1)) - 1 == asked.value
         return frame == asked.value & -(1 << 9 * (level - 1))
 
     def has_leaf(self, asked: RowTuple) -> bool:
-        """Whether what a fault asked for was there before: it then shows no kvm_mmu_set_spte."""
+        """Return whether the requested leaf was there before; the fault then shows no kvm_mmu_set_spte."""
         return any(
             self.answers(page.leaves[gfn], asked, page.level)
             for page in self.active.values()
@@ -328,10 +336,10 @@ class Pages(PagesState):
 
 
 def _still(pages: Pages, page: ShadowPage) -> Callable[[RowTuple], bool]:
-    """Whether no other thread's zap came before this one's."""
+    """Return a condition: no other thread has zapped the page before this one."""
     return lambda row: (pages.invalid_roots if page.invalid else pages.active).get(page.table) is page
 
 
 def _of(pages: Pages, page: ShadowPage) -> Callable[[RowTuple], bool]:
-    """Whether a row's root is the page's, or not known yet."""
+    """Return a condition: a row's root is that of the page, or not known yet."""
     return lambda row: pages.by_root.get(row.root, page) is page

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `validate` knows of a VM under shadow paging: its pages, by table, gfn and root, and who holds them."""
+"""What `validate` knows of a VM under shadow paging: its pages by table,
+gfn and root, and which vCPUs hold them as roots.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +10,19 @@ from typing import Any, Final
 
 from replay.validate.expect import Spte
 
-ROOTS: Final = 4  # a vCPU's slots: the current root and three before it (KVM_MMU_NUM_PREV_ROOTS)
-CREATED, UNSYNC = 1, 2  # of a row's flags
-PAE: Final = 3  # level of roots of four page directories, none of which is the root itself
-LEVEL: Final = 15
-FREE_LEAST: Final = 5  # make_mmu_pages_available zaps the oldest pages where fewer are free
-# kvm_mmu_calculate_default_mmu_pages: the least, and thousandths of the memslots' pages.
+ROOTS: Final = 4  # a vCPU's slots: the current root and three previous ones (KVM_MMU_NUM_PREV_ROOTS)
+CREATED, UNSYNC = 1, 2  # bits of the column `flags`
+PAE: Final = 3  # the level of a root with four page directories, which is not a page itself
+LEVEL: Final = 15  # the level's bits in a role word
+FREE_LEAST: Final = 5  # make_mmu_pages_available zaps the oldest pages if fewer than this are free
+# kvm_mmu_calculate_default_mmu_pages: the minimum, and the share of the memslots' pages in thousandths.
 _LIMIT_LEAST: Final = 64
 _PERMILLE: Final = 20
 
 
 @dataclass(eq=False)
 class ShadowPage:
-    """A kvm_mmu_page. `role` without the invalid bit, `root` the recording's id of it as a root (0: not known)."""
+    """A kvm_mmu_page. `role` is without the invalid bit; `root` is its id as a root in the recording (0: unknown)."""
 
     gfn: int
     role: int
@@ -30,8 +32,8 @@ class ShadowPage:
     unsync: bool = False
     obsolete: bool = False
     invalid: bool = False
-    held: bool = False  # loaded since it was last seen without references, where these are not recorded
-    leaves: dict[int, int] = field(default_factory=dict)  # gfn -> page frame, as installed last
+    held: bool = False  # may have references: it was loaded, and puts are not recorded
+    leaves: dict[int, int] = field(default_factory=dict)  # gfn -> page frame that was installed last
 
     @property
     def level(self) -> int:
@@ -40,21 +42,21 @@ class ShadowPage:
 
 @dataclass(eq=False)
 class RootSlot:
-    """What a vCPU has in a root slot: one page, or the page directories of a PAE root. `root` as recorded."""
+    """A root in a vCPU's slot: one page, or the page directories of a PAE root. `root` is the recorded id."""
 
     pages: list[ShadowPage]
     root: int
-    role: int  # of the load
+    role: int  # the role word with which it was loaded
 
     @property
     def obsolete(self) -> bool:
-        """is_obsolete_root: a root that is no page itself always is."""
+        """Follow is_obsolete_root: a PAE root, which is not a page itself, always is obsolete."""
         return self.role & LEVEL == PAE or any(page.invalid or page.obsolete for page in self.pages)
 
 
 @dataclass
 class Leaf:
-    """The leaf that a fault asked for, and the last of its neighbours that came with it."""
+    """The leaf that a fault requested, and the last of its neighbours that was prefetched with it."""
 
     table: int
     gfn: int
@@ -63,15 +65,15 @@ class Leaf:
 
 @dataclass
 class PagesState:
-    """A VM's shadow pages. `active` and `invalid_roots` (zapped while they were roots) by table, the oldest first."""
+    """A VM's shadow pages. `active` and `invalid_roots` (zapped while they were roots) are by table, oldest first."""
 
     invalid_bit: int
     direct_bit: int
-    guest_bits: int  # of a role word: those that a root and all pages under it share
-    counted: bool  # loads and puts of roots are recorded, hence references known
-    # As 5.10 does and 6.1 no more (what is between was not read): a lookup for an upper level syncs unsync pages of its
-    # gfn rather than zap them; a switch of page tables rotates an empty current slot as well; kvm_mmu_spte_requested
-    # tells the frame of the guest's virtual address, its bits below the guest's page size set in the page frame too.
+    guest_bits: int  # the bits of a role word that a root and all pages below it share
+    counted: bool  # loads and puts of roots are recorded, so references are known
+    # Whether the kernel behaves like 5.10 and not like 6.1 (the versions between were not read): a lookup for an upper
+    # level syncs unsync pages of its gfn instead of zapping them; a switch of page tables rotates an empty current slot
+    # as well; kvm_mmu_spte_requested shows the frame of the guest-virtual address, and its low bits in the page frame.
     old: bool
     vcpus: int = 1
     active: dict[int, ShadowPage] = field(default_factory=dict)
@@ -79,26 +81,26 @@ class PagesState:
     by_gfn: dict[int, list[ShadowPage]] = field(default_factory=dict)  # active pages, the newest first
     by_root: dict[int, ShadowPage] = field(default_factory=dict)
     slots: dict[int, list[RootSlot | None]] = field(default_factory=dict)  # by vCPU: current, three previous
-    memslots: dict[tuple[int, int], int] = field(default_factory=dict)  # pages
-    limit: int = 0  # of KVM_SET_NR_MMU_PAGES; 0: the default
+    memslots: dict[tuple[int, int], int] = field(default_factory=dict)  # by (address space, slot): number of pages
+    limit: int = 0  # the page limit set by KVM_SET_NR_MMU_PAGES; 0: the default
     generation: int = 0
     destroyed: bool = False
     emptied: bool = False  # kvm_mmu_zap_all has begun
     lookups: int = 0
-    zaps: int = 0  # whose cause is the guest's
-    turns: int = 0  # in and out of sync, likewise
+    zaps: int = 0  # zaps that the guest caused
+    turns: int = 0  # times that the guest made a page unsync, or in sync again
     puts: int = 0  # final zaps of roots whose put is not recorded
-    counts: int = 0  # references that are not known
-    neighbours: int = 0  # leaves that nobody asked for
+    counts: int = 0  # zaps of pages whose references are not known
+    neighbours: int = 0  # leaves other than requested ones
 
-    # What is there
+    # Queries
 
     def find(self, gfn: int, role: int) -> ShadowPage | None:
-        """kvm_mmu_find_shadow_page, obsolete pages passed over."""
+        """Follow kvm_mmu_find_shadow_page: return the page that is not obsolete, or None."""
         return next((p for p in self.by_gfn.get(gfn, ()) if p.role == role and not p.obsolete), None)
 
     def in_the_way(self, gfn: int, role: int) -> ShadowPage | None:
-        """An unsync page of the gfn that a lookup for an upper level does not leave as it is."""
+        """Return the unsync page of this gfn that a lookup for an upper level syncs or zaps first, or None."""
         if role & LEVEL == 1:
             return None
         if self.old and self.find(gfn, role) is not None:
@@ -129,7 +131,7 @@ class PagesState:
         return self.slots.setdefault(vcpu, [None] * ROOTS)
 
     def want(self, page: ShadowPage) -> dict[str, Any]:
-        """A page's columns as its events must have them."""
+        """Return the columns that a page's events must show."""
         role = page.role | (self.invalid_bit if page.invalid else 0)
         want: dict[str, Any] = {"gfn": page.gfn, "role": role, "level": page.level, "table": page.table}
         want["flags"] = UNSYNC * page.unsync
@@ -138,7 +140,7 @@ class PagesState:
         if self.counted or not page.held or page.invalid:
             want["refs"] = page.refs
         else:
-            # A vCPU has a page in one of its slots at most: with two, the first would have been taken for the second.
+            # A vCPU has a page in at most one of its slots: it would have reused that slot instead of loading again.
             want["refs"] = self._up_to(self.vcpus)
         return want
 

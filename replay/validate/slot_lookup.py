@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A VM's memslots, and which of them others may meet while an ioctl changes one."""
+"""A VM's memslots, and which of them other threads may find while an ioctl changes one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LOG_DIRTY: Final = 1  # KVM_MEM_LOG_DIRTY_PAGES
 
 @dataclass(frozen=True)
 class Memslot:
-    """A memslot: `hva` in bytes, `flags` as KVM_SET_USER_MEMORY_REGION has them."""
+    """A memslot; `hva` is in bytes, and `flags` are those of KVM_SET_USER_MEMORY_REGION."""
 
     as_id: int
     slot: int
@@ -28,39 +28,45 @@ class Memslot:
 
     @property
     def logged(self) -> bool:
-        """Whether its dirty pages are logged."""
+        """Whether the slot's dirty pages are logged."""
         return bool(self.flags & _LOG_DIRTY)
 
     @property
     def read_only(self) -> bool:
-        """Whether the guest may not write to it, whatever the host would allow."""
+        """Whether the guest may not write to the slot, even if the host could."""
         return bool(self.flags & READ_ONLY)
 
     def has(self, as_id: int, gfn: int) -> bool:
-        """Whether the guest frame lies in it."""
+        """Return whether the guest frame is in this slot."""
         return self.as_id == as_id and self.gfn <= gfn < self.end
 
     def lies_as(self, other: Memslot) -> bool:
-        """Whether it has the same guest frames at the same host addresses."""
+        """Return whether this slot has the same guest frames at the same host addresses as another."""
         return (self.gfn, self.pages, self.hva) == (other.gfn, other.pages, other.hva)
 
 
 @dataclass(frozen=True)
 class SlotUpdate:
-    """KVM_SET_USER_MEMORY_REGION in progress. When it takes effect has no event: others meet either of the two."""
+    """A KVM_SET_USER_MEMORY_REGION in progress.
+
+    No event shows when it takes effect, so others may find the old or new slot.
+    """
 
     before: Memslot | None
     after: Memslot | None
 
     @property
     def kept(self) -> Memslot | None:
-        """The slot, where it lies as it did, and only its flags change."""
+        """The new slot if it is where the old one was, so that only flags change; else None."""
         return self.after if self.after and self.before and self.after.lies_as(self.before) else None
 
 
 @dataclass
 class SlotLookup:
-    """By address space and slot id, as of the last ioctl that began; `updates` by thread, until it returns."""
+    """The slots by (address space, slot id), as set by the last ioctl that began.
+
+    `updates` has the ioctls in progress, by thread, until they return.
+    """
 
     by_key: dict[tuple[int, int], Memslot] = field(default_factory=dict)
     updates: dict[int, SlotUpdate] = field(default_factory=dict)
@@ -69,7 +75,7 @@ class SlotLookup:
         return iter(self.by_key.values())
 
     def begin(self, tid: int, slot: Memslot) -> SlotUpdate:
-        """A thread's ioctl sets a slot, or deletes it (no pages)."""
+        """A thread's ioctl begins to set a slot, or to delete it (no pages)."""
         key = (slot.as_id, slot.slot)
         update = SlotUpdate(self.by_key.get(key), slot if slot.pages else None)
         if update.after is None:
@@ -80,7 +86,7 @@ class SlotLookup:
         return update
 
     def end(self, tid: int, done: bool) -> None:
-        """The thread's ioctl returned; not `done`: nothing was changed."""
+        """The thread's ioctl returned; unless `done`, it has changed nothing."""
         update = self.updates.pop(tid, None)
         slot = None if update is None else update.after or update.before
         if update is None or slot is None or done:
@@ -91,11 +97,13 @@ class SlotLookup:
             self.by_key[slot.as_id, slot.slot] = update.before
 
     def of(self, as_id: int, gfn: int) -> Memslot | None:
-        """The slot that a guest frame lies in, ioctls in progress taken as done."""
+        """Return the slot of a guest frame, with ioctls in progress taken as done; None if there is none."""
         return next((slot for slot in self if slot.has(as_id, gfn)), None)
 
     def possible(self, as_id: int, gfn: int) -> list[Memslot | None]:
-        """The slots, or none, that a thread may find for a guest frame now: ioctls in progress may be done or not."""
+        """Return the slots (None for no slot) that a thread may find for a guest
+        frame now, whether or not ioctls took effect.
+        """
         found = [self.of(as_id, gfn)]
         for update in self.updates.values():
             before = update.before if update.before and update.before.has(as_id, gfn) else None
@@ -104,9 +112,9 @@ class SlotLookup:
         return found
 
     def overlaps(self, start: int, end: int) -> list[tuple[Memslot, int, int, bool]]:
-        """The slots that host addresses [start, end) overlap, each with the guest frames [first, last) there.
+        """Return the slots that host addresses [start, end) overlap, each with its range [first, last) of guest frames.
 
-        And whether the slot is there for certain: one that is being made, moved or deleted may be or not.
+        The fourth value says whether the slot certainly exists; one that is being created, moved or deleted may not.
         """
         changing = [slot for u in self.updates.values() if not u.kept for slot in (u.before, u.after) if slot]
         candidates = [(slot, True) for slot in self if slot not in changing]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The conformance check of nested paging: a recording against the model of its roots, thread by thread."""
+"""The conformance check of nested paging: compare a recording with the model of its roots, thread by thread."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ _LOGS_ANEW: Final = ("root_put", "kvm_mmu_get_page", "kvm_tdp_mmu_spte_changed")
 _RECOVERS: Final = ("kvm_tdp_mmu_spte_changed", "kvm_mmu_prepare_zap_page")
 _SET_MEMORY: Final = (0x4020AE46, 0x40A0AE49)  # KVM_SET_USER_MEMORY_REGION, KVM_SET_USER_MEMORY_REGION2
 _ENABLE_CAP: Final = 0x4068AEA3
-# A load's first sign: a root passed over in the search (6.9), one built, one found.
+# The first row of a load: a root that the search passes over (from 6.9 on), a new root, or an existing one.
 _LOADING: Final = ("root_put", "kvm_mmu_get_page", "root_get", "mmu_load")
 
 
 class ConformanceCheck(VmCheck):
-    """One VM whose roots map guest-physical addresses."""
+    """The check of one VM whose roots map guest-physical addresses."""
 
     def __init__(self, machine: KernelSteps) -> None:
         super().__init__()
         self.machine = machine
         self.nested = NestedPaging(machine.guest_mode_bit, machine.direct_bit)
         machine.tracked = self.nested.tracked
-        self.mistaken = 0  # rows that name a root of another address space than their own
+        self.mistaken = 0  # rows whose root is of another address space than the row itself
 
     @property
     def ended(self) -> bool:
@@ -41,7 +41,7 @@ class ConformanceCheck(VmCheck):
         return self.machine.destroyed
 
     def left(self, shows_frees: bool) -> int:
-        """Removed tables that were never freed, where that is recorded, and roots still alive."""
+        """Return the number of roots still alive plus, if frees are recorded, of removed tables never freed."""
         return len(self.machine.removed) * shows_frees + len(self.machine.roots)
 
     def _respond(self, thread: Thread, row: RowTuple, stopped: str = "") -> None:
@@ -53,7 +53,7 @@ class ConformanceCheck(VmCheck):
         root = self.machine.recorded.get(row.root) if row.kind == "kvm_tdp_mmu_spte_changed" else None
         if root is not None and self.machine.as_id(root) != row.as_id:
             self.mistaken += 1
-            row = row._replace(root=0)  # the address space is the event's own
+            row = row._replace(root=0)  # the address space comes from the event itself, so the root is wrong
         super()._respond(thread, row, stopped)
 
     def _awaits(self, thread: Thread, kind: str) -> bool:
@@ -61,15 +61,17 @@ class ConformanceCheck(VmCheck):
         return expected is not None and expected.kind == kind
 
     def _begun_by(self, thread: Thread, row: RowTuple) -> Activity | None:
-        """The activity whose first sign a row is: loads, the zap worker and dirty logs have no event at their start."""
+        """Return the activity that a row begins: loads, the zap worker and dirty
+        logs have no event of their own at the start.
+        """
         machine = self.machine
         if thread.ioctl in _LOG_ANEW and row.kind in _LOGS_ANEW and machine.kernel.spte_changed:
-            if machine.capable and machine.initially_set is None:  # only then a root's references tell of the pages
+            if machine.capable and machine.initially_set is None:  # only with INITIALLY_SET references are put first
                 machine.initially_set = row.kind != "kvm_tdp_mmu_spte_changed"
             return machine.log_anew()
         alone = thread.responds_only and machine.parameters.mmu != "shadow"
         if alone and row.kind in _RECOVERS and row.gfn is not None and machine.nx_huge_pages is not False:
-            level = row.level + (row.kind == "kvm_mmu_prepare_zap_page")  # of the entry that goes
+            level = row.level + (row.kind == "kvm_mmu_prepare_zap_page")  # the level of the entry that is removed
             as_id = bool(row.role & machine.smm_bit) if level > row.level else row.as_id
             return machine.recover(as_id, level, row.gfn)
         if row.kind == "kvm_tdp_mmu_spte_changed" and self.nested.entered and row.gfn is not None:
@@ -88,7 +90,7 @@ class ConformanceCheck(VmCheck):
         return None
 
     def _free(self, row: RowTuple) -> None:
-        """A grace period after a table was removed its page is freed, by whatever thread the callback interrupts."""
+        """Check that a freed page was a removed table. It is freed a grace period later, in whatever thread."""
         found = self.machine.removed.pop(row.table, None)
         if found is None:
             self._diverge(row, f"page {row.table:#x} is freed, which no removed table has")
@@ -108,7 +110,7 @@ class ConformanceCheck(VmCheck):
                 self._begin_perhaps(thread, machine.age(start, end), lambda: True)
             return
         if row.kind == "zap_all" and thread.ioctl and not machine.kernel.spte_changed:
-            return  # 5.10's way to empty the roots in kvm_mmu_zap_all_fast
+            return  # on 5.10 kvm_mmu_zap_all_fast empties the roots in this way
         self._settle(thread, row)
         if self.nested.happen(row):
             thread.obsolete = False
@@ -122,7 +124,7 @@ class ConformanceCheck(VmCheck):
         elif row.kind == "kvm_cr" and row.vcpu is not None and row.flags & 1 and row.code == 0:
             machine.guest_bit(row.vcpu, machine.wp_bit, bool(row.value & CR0_WP))
         elif row.kind == "kvm_exit" and row.vcpu is not None and row.code in machine.kernel.vendor.cr0_write:
-            machine.guest.pop(row.vcpu, None)  # to what, only kvm_cr says, and emulated writes have none
+            machine.guest.pop(row.vcpu, None)  # only kvm_cr shows the new value, and emulated writes have no kvm_cr
         elif row.kind == "kvm_exit" and row.vcpu is not None and row.code in machine.kernel.vendor.mmio:
             self._begin(thread, machine.misconfigured(self._vcpu(row.vcpu)))
         elif row.kind == "kvm_msr" and row.vcpu is not None and row.flags & 1 and row.code == EFER_MSR:
@@ -188,7 +190,7 @@ class ConformanceCheck(VmCheck):
             machine.slots.end(row.tid, done=True)
         before = update.before
         if before and not update.kept and machine.kernel.slot_zap and machine.slot_zap is not False:
-            none = machine.slot_zap is None  # which it is, shows with the first
+            none = machine.slot_zap is None  # the first slot that is removed shows whether the quirk is on or off
             self._begin_perhaps(thread, machine.zap_slot(before), lambda: none or not machine.roots)
         if update.kept and before and before.logged != slot.logged and not slot.read_only:
             steps = machine.log_on(slot) if slot.logged else machine.log_off(slot)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The conformance check: the recording says which thread runs next, the model predicts what it does.
+"""The conformance check: the recording says which thread runs next, and the model predicts what that thread does.
 
-Rows that no root policy decides (entries, exits, faults' addresses, SMM transitions, ioctls, what the host maps) are
-put into the model; every row that is the MMU's response is predicted by the thread's activity (`steps`) and compared.
+Rows that no root policy decides (entries, exits, the addresses of faults, SMM transitions, ioctls, what the host maps)
+are fed into the model. Every row that is a response of the MMU is predicted by the thread's current activity and
+compared.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Final
 from replay.validate.expect import Activity, Expect
 from replay.validate.row_tuples import RowTuple
 
-# What the kernel does in response, and the model therefore predicts.
+# The kinds of row that are responses of the MMU, which the model predicts.
 RESPONSES: Final = (
     "kvm_mmu_get_page",
     "kvm_mmu_prepare_zap_page",
@@ -35,14 +36,16 @@ RESPONSES: Final = (
     "zap_root_end",
     "table_free",
 )
-# The host's scheduler and power management: they come in the middle of anything, and KVM does nothing in response.
+# Rows of the host's scheduler and power management may come at any time, and KVM does nothing in response.
 _OF_THE_HOST: Final = ("sched_in", "host_suspend")
-_CONTEXT: Final = 6
+_CONTEXT: Final = 6  # rows before and after a divergence that are kept
 
 
 @dataclass
 class MatchTally:
-    """Rows of one kind: as predicted, not as predicted (or not predicted at all), and predicted but never recorded."""
+    """Numbers of rows of one kind: as predicted, not as predicted (or not
+    predicted at all), and predicted but not recorded.
+    """
 
     matched: int = 0
     mismatched: int = 0
@@ -51,7 +54,9 @@ class MatchTally:
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first difference: what was recorded, what the model had predicted, and the rows before and after."""
+    """The first difference between recording and model: the recorded row, why
+    it differs, and the rows before and after it.
+    """
 
     row: RowTuple
     why: str
@@ -61,10 +66,10 @@ class Divergence:
 
 @dataclass
 class SilentActivity:
-    """An activity of which nothing was seen yet. It is over before its thread's next row of any kind.
+    """An activity that has shown nothing yet. It is over before its thread's next row of any kind.
 
-    `idle` says whether it would find nothing to do now; `passed`, whether that was so at some moment since it began:
-    then that it shows nothing is one of the outcomes that the rows permit.
+    `idle` tells whether it would find nothing to do now. `passed` says that this was so at some moment since it began;
+    the activity may then end without showing anything.
     """
 
     activity: Activity
@@ -76,17 +81,20 @@ class SilentActivity:
 class Thread:
     activities: list[Activity] = field(default_factory=list)
     silent: SilentActivity | None = None  # the top activity, until the thread's next row
-    pending: Expect | None = None  # what the top activity has said, unless it waits
-    notifier: Activity | None = None  # the last one that it began
+    pending: Expect | None = None  # the row that the top activity expects, unless it waits
+    notifier: Activity | None = None  # the last activity begun by `_begin_perhaps`
     vcpu: int | None = None
-    obsolete: bool = False  # in kvm_mmu_free_obsolete_roots
-    unloads: int | None = None  # in kvm_mmu_unload of this vCPU, which need not be the thread's own
+    obsolete: bool = False  # the thread is in kvm_mmu_free_obsolete_roots
+    unloads: int | None = None  # it is in kvm_mmu_unload for this vCPU, which may be another thread's
     ioctl: int = 0
-    responds_only: bool = True  # as a kernel's worker, of which no other row is seen
+    responds_only: bool = True  # it has only shown responses, as a kernel worker does
 
 
 class VmCheck(ABC):
-    """A VM's threads, each with what it is in the middle of; subclasses say what begins and what happens."""
+    """The check of one VM: its threads, each with its current activities.
+
+    Subclasses say which activities rows begin, and what other rows do to the model.
+    """
 
     responses: Collection[str] = RESPONSES
 
@@ -94,11 +102,11 @@ class VmCheck(ABC):
         self.tallies: dict[str, MatchTally] = {}
         self.first: Divergence | None = None
         self._threads: dict[int, Thread] = {}
-        self._silent: list[SilentActivity] = []  # of all threads, those that have not passed
+        self._silent: list[SilentActivity] = []  # silent activities of all threads that have not `passed`
         self._recent: deque[RowTuple] = deque(maxlen=_CONTEXT)
 
     def run(self, rows: Iterable[RowTuple]) -> None:
-        """Go through a VM's rows in order of recording."""
+        """Process a VM's rows in order of recording."""
         for row in rows:
             if row.kind in _OF_THE_HOST:
                 continue
@@ -118,12 +126,12 @@ class VmCheck(ABC):
                 self.first.after.append(row)
 
     def forget(self) -> None:
-        """What was compared so far does not count; the state that it led to stays."""
+        """Drop the results of all comparisons so far, and keep the state of the model."""
         self.tallies.clear()
         self.first = None
 
     def finish(self) -> None:
-        """The recording ended: what threads are still expected to show will not come."""
+        """End the check at the end of the recording: responses that are still expected count as missing."""
         for thread in self._threads.values():
             if thread.silent is not None:
                 self._decide(thread, None)
@@ -131,14 +139,21 @@ class VmCheck(ABC):
 
     @abstractmethod
     def _begun_by(self, thread: Thread, row: RowTuple) -> Activity | None:
-        """The activity whose first sign a response is, where nothing was expected of the thread."""
+        """Return the activity of which a response is the first sign, if nothing was expected of the thread.
+
+        None if unknown.
+        """
 
     @abstractmethod
     def _happen(self, thread: Thread, row: RowTuple) -> None:
-        """What is no response is put into the model."""
+        """Apply a row that is not a response to the model."""
 
     def _respond(self, thread: Thread, row: RowTuple, stopped: str = "") -> None:
-        """`stopped`: how the row differs from what an activity, now taken to have stopped before, would have shown."""
+        """Compare a response with what is expected of its thread.
+
+        `stopped` says how the row differs from what an activity would have shown that is now taken to have stopped
+        before it.
+        """
         expected = self._expected(thread)
         if expected is None:
             activity = self._begun_by(thread, row)
@@ -168,7 +183,7 @@ class VmCheck(ABC):
         self._diverge(row, f"{row.kind} recorded, nothing more expected of this thread")
 
     def _expected(self, thread: Thread) -> Expect | None:
-        """What the thread's innermost unfinished activity expects now, given what other threads did meanwhile."""
+        """Return what the thread's innermost unfinished activity expects now, after what other threads did."""
         while thread.activities:
             if thread.pending is None:
                 try:
@@ -198,7 +213,9 @@ class VmCheck(ABC):
         thread.pending = None
 
     def _begin_perhaps(self, thread: Thread, activity: Activity, idle: Callable[[], bool]) -> None:
-        """As `_begin`, for what may find nothing to do: other threads' rows may come before its first, or for ever."""
+        """Begin an activity that may find nothing to do: rows of other threads
+        may come before its first, or it may show none.
+        """
         if thread.activities and thread.activities[-1] is thread.notifier:
             self._end_notifier(thread, thread.notifier)
         self._begin(thread, activity)
@@ -208,7 +225,7 @@ class VmCheck(ABC):
             self._silent.append(thread.silent)
 
     def _end_notifier(self, thread: Thread, notifier: Activity) -> None:
-        """A thread's notifier is over when it begins the next: what it still expected is missing."""
+        """End a thread's notifier as the next one begins: responses that it still expects count as missing."""
         while thread.activities and thread.activities[-1] is notifier:
             if thread.pending is None:
                 try:
@@ -232,7 +249,9 @@ class VmCheck(ABC):
         self._silent = [silent for silent in self._silent if not silent.passed]
 
     def _decide(self, thread: Thread, row: RowTuple | None) -> None:
-        """The thread's next row is the first sign of what was silent so far, or that has passed without one."""
+        """Decide, at the thread's next row, whether the row is the first of its
+        silent activity or that activity showed nothing.
+        """
         silent, thread.silent = thread.silent, None
         assert silent is not None
         if silent in self._silent:
@@ -242,7 +261,7 @@ class VmCheck(ABC):
             thread.pending = None
 
     def _misfits(self, thread: Thread, row: RowTuple | None) -> bool:
-        """Whether a row is none that the top activity expects, what may be left out left out."""
+        """Return whether a row is not what the top activity expects, even if optional rows are skipped."""
         activity = thread.activities[-1]
         thread.pending = next(activity, None)
         while row is not None and thread.pending is not None and thread.pending.optional and thread.pending.misfit(row):
@@ -259,7 +278,7 @@ class VmCheck(ABC):
             self._diverge(row, why)
 
     def _settle(self, thread: Thread, row: RowTuple | None) -> None:
-        """The thread goes on to something else: what its activities still expect is missing."""
+        """The thread begins something else: responses that its activities still expect count as missing."""
         while (expected := self._expected(thread)) is not None:
             if expected.optional:
                 self._send(thread, None)

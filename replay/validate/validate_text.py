@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `kvmtrace validate` says: a document for programs, one screen for people."""
+"""The output of `kvmtrace validate`: a JSON document, or one screen of text."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from traces.screen import VMS_SHOWN, Page
 from traces.text import count
 
 _TALLIES: Final = ("matched", "mismatched", "missing", "share")
-# Of the document. 1 said `reproduced` and `wrong` for `matched` and `mismatched`; 2 had no `not_modelled`.
+# The version of the JSON document. Version 1 had `reproduced` and `wrong` for `matched` and `mismatched`; version 2 had
+# no `not_modelled`.
 SCHEMA: Final = 3
 _HEX: Final = frozenset(("role", "old", "new", "table", "addr", "code", "value", "rip"))
 _PLACE: Final = frozenset(("seq", "time", "cpu", "kind"))
 
 
 def to_dict(report: ConformanceReport) -> dict[str, Any]:
-    """The document of `kvmtrace validate --json`."""
+    """Return the document of `kvmtrace validate --json`."""
     return {
         "path": str(report.path),
         "kernel": report.kernel,
@@ -62,7 +63,10 @@ def to_dict(report: ConformanceReport) -> dict[str, Any]:
 
 
 def headline(report: ConformanceReport) -> str:
-    """The verdict in one line; a share is never rounded up to 100 %, and is one of what is modelled."""
+    """Return the verdict in one line.
+
+    A share below 100 % is never rounded up to it, and counts only what is modelled.
+    """
     share = _share(report.matched, report.expected)
     by = f", by {report.policy_by}" if report.policy_by else ""
     where = f"{report.path} ({report.kernel}, policy {report.policy}{by})"
@@ -76,7 +80,7 @@ def headline(report: ConformanceReport) -> str:
 
 
 def render(report: ConformanceReport) -> str:
-    """For people: the verdict, the tally, what was not compared, and where the worst VMs diverge."""
+    """Return the report as text: the verdict, the tallies, what was not compared, and where the worst VMs diverge."""
     page = Page()
     page.say(headline(report), "bold green" if report.holds else "bold red")
     rows = [

@@ -14,10 +14,10 @@ from replay.validate.vm_state import State
 
 
 class Zaps(State):
-    """What is removed, in which order, and how it shows."""
+    """The steps of zaps: what is removed, in which order, and which events show it."""
 
     def zap_root(self, root: Root, shared: bool) -> Activity:
-        """tdp_mmu_zap_root: one pass a level, biggest last."""
+        """Follow tdp_mmu_zap_root: one pass for each level in `kernel.passes`, the highest last."""
         for level in self.kernel.passes:
             level = level or root.top.level
             want = {"root": self.name(root), "role": self.role(root), "refs": root.refs, "flags": int(shared)}
@@ -31,7 +31,7 @@ class Zaps(State):
             yield None
 
     def zap_entry(self, root: Root, table: Table, at: int, shared: bool, put: Spte | None = None) -> Activity:
-        """One present entry becomes absent (or `put`), with all that is below it."""
+        """Make one present entry absent (or `put`), with everything below it."""
         entry = table.entries[at]
         change = self.change(root, table, at, put or self.nothing)
         if not self.kernel.children_first or not isinstance(entry, Table):
@@ -47,15 +47,15 @@ class Zaps(State):
             yield None
 
     def _replace(self, table: Table, at: int, row: RowTuple | None, put: Spte | None) -> None:
-        """The entry goes, or a huge leaf takes its place (`put`)."""
+        """Remove the entry, or replace it by a huge leaf (`put`)."""
         del table.entries[at]
         if put is not None and row is not None and self.present(row.new):
             table.entries[at] = row.new
 
     def remove_table(self, root: Root, table: Table, shared: bool, may_stop: bool = False) -> Activity:
-        """handle_removed_pt: under mmu_lock held for read every entry is frozen, even absent ones.
+        """Follow handle_removed_pt: under mmu_lock held for read every entry is frozen, even absent ones.
 
-        `may_stop`: somebody else may have changed the entry that points to the table.
+        `may_stop` says that another thread may have changed the entry that points to the table.
         """
         role = self.child_role(root, table.level)
         yield Expect(
@@ -79,19 +79,22 @@ class Zaps(State):
                 yield from self.remove_table(root, entry, shared)
 
     def zap_leafs(self, root: Root, start: int, end: int) -> Activity:
-        """tdp_mmu_zap_leafs: leaves in [start, end) go, tables stay."""
+        """Follow tdp_mmu_zap_leafs: leaves in [start, end) are zapped, tables stay."""
         for table, at in list(page_table.within(root.top, start, end)):
             entry = table.entries.get(at)
             if isinstance(entry, int) and self.present(entry):
                 yield from self.zap_entry(root, table, at, shared=False)
 
     def zapped(self) -> Spte | None:
-        """What a single entry zapped under mmu_lock for read is shown to become; None: nothing."""
+        """Return what the event shows as the new value if an entry is zapped under mmu_lock for read.
+
+        None: an absent entry.
+        """
         return self.frozen if self.kernel.zapped_as_frozen else None
 
 
 def _tables(table: Table, level: int) -> Iterator[Table]:
-    """The tables of one level below (or at) `table`, in order of gfn."""
+    """Yield the tables of one level at or below `table`, in order of gfn."""
     if table.level == level:
         yield table
         return
