@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""From the rows of one VM to its inputs: what happened to it that no root policy decides. One row at a time.
+"""Decode the rows of one VM, one row at a time, into its inputs: what happened to it that no root policy decides.
 
-Inputs are operations (`simulate.operations`), and triggers that a kernel version turns into operations (`inputs` says
-which columns they have). What each kind of row says:
+Inputs are operations (`simulate.operations`), and triggers, which become operations for a certain kernel version
+(`inputs` explains their columns). Each kind of row becomes:
 
     kvm_mmu_set_spte, mark_mmio_spte   the vCPU needed a page: TOUCH; or FIX where the leaf was there already
     fast_page_fault                    FIX, where it was repaired without mmu_lock
@@ -19,15 +19,15 @@ which columns they have). What each kind of row says:
     kvm_mmu_split_huge_page            FIX, by a fault that needs a part of a huge page executable or writable
     zap_all, vm_destroy                ZAP_ALL, END
 
-A reset's cause is what the same vCPU did since it last left the guest. Resets come in pairs (entering SMM resets
-twice) and by more than one function; the first since the exit, or since the last load, is the one that empties slots.
+The cause of a reset is what the same vCPU did since it last left the guest. Resets come in pairs (entering SMM resets
+twice) and from more than one function; the first since the exit, or since the last load, is the one that empties slots.
 
-Time goes with the exits. Each exit of a vCPU that has an input is a record: what the guest and everything else took
-until then that no input owns (`lead`), and what faults, loads and unloads took in it. An exit is done when the next
-one begins; inputs wait until then, as an input may still be explained by a later row of its exit.
+Times belong to exits. Each exit of a vCPU that has an input gets a record: the time until then that belongs to no input
+(`lead`), and the times of faults, loads and unloads in it. An exit is complete when the next one begins; its inputs are
+held back until then, because a later row of the exit may still change the meaning of an input.
 
-Cython in pure-Python mode, like `simulate.compiled`. Nothing here allocates but for rare rows: `run` stops before a row
-that may find no room, and `vm_inputs` makes some.
+This is Cython in pure-Python mode, like `simulate.compiled`. Only rare rows allocate memory here: `run` stops before a
+row for which there may be no room, and `vm_inputs` makes room.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ COMPILED: bool = cython.compiled
 _NONE = cython.declare(cython.longlong, -1)
 _PAGE_BITS = cython.declare(cython.int, 9)  # of a table's index
 
-# What a row says, by kind: its place in MEANINGS. From _OF_VM on, of the VM as a whole.
+# The meaning of a row by kind, as an index into MEANINGS. From _OF_VM on, rows are about the VM as a whole.
 _NOTHING = cython.declare(cython.int, 0)
 _EXIT = cython.declare(cython.int, 1)
 _ENTRY = cython.declare(cython.int, 2)
@@ -210,74 +210,74 @@ _IS_SMM = cython.declare(cython.int, int(VcpuState.SMM))
 _IS_USER = cython.declare(cython.int, int(VcpuState.USER))
 _IS_IDLE = cython.declare(cython.int, int(VcpuState.IDLE))
 
-Vcpu = cython.struct(  # what is known of a vCPU after its last row; rows are named by their seq, -1 for none
-    opened=cython.longlong,  # its last exit or ioctl
-    why=cython.longlong,  # what that was (`exits.Left`)
-    loaded=cython.longlong,  # its last load of a root
-    state=cython.longlong,  # (`roles`) by the word of that root
-    smm=cython.longlong,  # its last SMM transition
-    reset=cython.longlong,
-    unloaded=cython.longlong,  # its last SMM transition, or write of a register, that unloads
-    cr0_reset=cython.longlong,  # its last reset for a write of CR0 whose value is not known, and that input
-    cr0_input=cython.longlong,
-    entered=cython.longlong,
-    root=cython.longlong,  # at its last entry
-    dirty=cython.longlong,  # it may have to load at its next entry
-    invalidated=cython.longlong,  # how many invalidations it has taken note of
-    started=cython.longlong,
-    touch=cython.longlong,  # its last touch, and that input
-    touch_input=cython.longlong,
-    requested=cython.longlong,  # the gfn that its fault is about to map, and the level
-    requested_level=cython.longlong,
-    split=cython.longlong,  # its last fault that split a huge leaf in place
-    marked=cython.longlong,  # the gfn of an MMIO SPTE, if that is what its fault has made
-    present=cython.longlong,  # its last fault was on a leaf that is there
-    faulted=cython.longlong,
-    built=cython.longlong,  # the last table that it built, and where that is
-    built_at=cython.longlong,
-    wp_flips=cython.longlong,  # writes of CR0.WP that its root's word does not tell, odd or even
-    maybe_flips=cython.longlong,  # and of CR0 whose value is not known
-    efer=cython.longlong,  # its last written value, and those of CR0 and CR4; -1: none
-    cr0=cython.longlong,
-    cr4=cython.longlong,
-    wrote=cython.longlong,  # its last write of CR0 or CR4 with a value, and what that triggers (-1: nothing)
-    wrote_trigger=cython.longlong,
-    left=cython.longlong,  # its last exit, and whether it was for port I/O
-    left_by_io=cython.longlong,
-    asked_smi=cython.longlong,  # the last KVM_SMI ioctl by its thread
-    # The exit that goes on
-    record=cython.longlong,  # -1: it has no input yet
-    first=cython.longlong,  # its first input
+Vcpu = cython.struct(  # the state of a vCPU after its last row; rows are given by their seq, -1 for none
+    opened=cython.longlong,  # row of the last exit or ioctl
+    why=cython.longlong,  # meaning of that exit or ioctl (`exits.Left`)
+    loaded=cython.longlong,  # row of the last load of a root
+    state=cython.longlong,  # state (`roles`) in the role word of the loaded root
+    smm=cython.longlong,  # row of the last SMM transition
+    reset=cython.longlong,  # row of the last reset or unload
+    unloaded=cython.longlong,  # row of the last trigger that unloads
+    cr0_reset=cython.longlong,  # row of the last reset for a write of CR0 of unknown value
+    cr0_input=cython.longlong,  # number of the input made of it
+    entered=cython.longlong,  # row of the last entry
+    root=cython.longlong,  # root at the last entry
+    dirty=cython.longlong,  # the vCPU may have to load at its next entry
+    invalidated=cython.longlong,  # number of invalidations that the vCPU has served
+    started=cython.longlong,  # a root of the vCPU is known
+    touch=cython.longlong,  # row of the last touch
+    touch_input=cython.longlong,  # number of the input made of it
+    requested=cython.longlong,  # gfn that the fault under way is about to map
+    requested_level=cython.longlong,  # level at which it will be mapped
+    split=cython.longlong,  # row of the last fault that split a huge leaf in place
+    marked=cython.longlong,  # gfn of the MMIO SPTE that the fault under way has made; -1: none
+    present=cython.longlong,  # the last fault was on a leaf that was present
+    faulted=cython.longlong,  # row of the last fault
+    built=cython.longlong,  # row at which the vCPU last built a table
+    built_at=cython.longlong,  # gfn of that table
+    wp_flips=cython.longlong,  # parity of writes that changed CR0.WP, where the role word does not have the bit
+    maybe_flips=cython.longlong,  # parity of writes of CR0 of unknown value
+    efer=cython.longlong,  # last value written to EFER; -1: none
+    cr0=cython.longlong,  # last value written to CR0; -1: none
+    cr4=cython.longlong,  # last value written to CR4; -1: none
+    wrote=cython.longlong,  # row of the last write of CR0 or CR4 of known value
+    wrote_trigger=cython.longlong,  # trigger of that write; -1: none
+    left=cython.longlong,  # row of the last exit
+    left_by_io=cython.longlong,  # that exit was for port I/O
+    asked_smi=cython.longlong,  # row of the last KVM_SMI ioctl by the vCPU's thread
+    # The exit under way
+    record=cython.longlong,  # number of its record; -1: it has no input yet
+    first=cython.longlong,  # number of its first input
     has=cython.longlong,  # which inputs it has (`inputs.HAS_*`)
-    ns=cython.longlong[12],  # by VcpuState
+    ns=cython.longlong[12],  # times by VcpuState
     tables=cython.longlong,
     built_root=cython.longlong,
     still=cython.longlong,
     interrupt=cython.longlong,
-    # What came after its last exit with an input: ns, and ns in the guest and halted
+    # Time after the last exit with an input: ns in all, in the guest, and halted
     lead=cython.longlong,
     lead_guest=cython.longlong,
     lead_idle=cython.longlong,
     # Sums
-    zapped=cython.longlong,  # ns of inline zaps, and of prefetches: the policy's own
-    prefetched=cython.longlong,
-    rows=cython.longlong,  # of its thread
+    zapped=cython.longlong,  # ns of inline zaps; they depend on the policy
+    prefetched=cython.longlong,  # ns of prefetches; they depend on the policy
+    rows=cython.longlong,  # number of rows of the vCPU's thread
     fault_rows=cython.longlong,
     faults=cython.longlong,
-    interrupts=cython.longlong,  # of the host, and ns they took
-    interrupted=cython.longlong,
-    nesting=cython.longlong,  # it has entered a nested guest, and shown no root for it yet
+    interrupts=cython.longlong,  # number of exits for interrupts of the host
+    interrupted=cython.longlong,  # ns that those exits took
+    nesting=cython.longlong,  # a nested guest was entered, and no root of it was seen yet
 )
 
 
 @cython.final
 @cython.cclass
 class Decoder:
-    """The rows of one VM to inputs; `vm_inputs.VmInputs` gives it memory and takes what comes out.
+    """Decodes the rows of one VM into inputs; `vm_inputs.VmInputs` provides the memory and takes the inputs.
 
-    `counts` is triggers by number; `nested` entries of nested guests, `inferred` removals and `hidden` prefetches are
-    counted. `by_guest` SMIs followed an exit of the guest's own making, `by_clock` none. `began` is the time of the
-    VM's first entry, -1: it had none.
+    `counts` is the number of triggers of each kind. `nested` is the number of entries of nested guests, `inferred` that
+    of inferred removals, and `hidden` that of prefetches. `by_guest` SMIs followed port I/O of the guest, or a KVM_SMI
+    ioctl, and `by_clock` SMIs did not. `began` is the time of the VM's first entry, or -1 if it has none.
     """
 
     vcpus = cython.declare(object, visibility="public")  # rows of Vcpu
@@ -289,7 +289,7 @@ class Decoder:
     by_guest = cython.declare(cython.longlong, visibility="public")
     by_clock = cython.declare(cython.longlong, visibility="public")
     began = cython.declare(cython.longlong, visibility="public")
-    # What is held: inputs, records of exits, ranges
+    # Numbers of inputs, of records of exits and of ranges that are held
     inputs = cython.declare(cython.longlong, visibility="public")
     records = cython.declare(cython.longlong, visibility="public")
     ranges = cython.declare(cython.longlong, visibility="public")
@@ -317,29 +317,29 @@ class Decoder:
     _count_vcpus: cython.Py_ssize_t
     _means: cython.uchar[::1]
     _unloads: cython.uchar[::1]
-    _roles: cython.uint[::1]  # by root id; the last place stays 0, for ids beyond
+    _roles: cython.uint[::1]  # role words by root id; the last place stays 0, and serves all larger ids
     _slots: Any
     _unseen: Any
     _collapsing: set  # type: ignore[type-arg]  # threads in an ioctl that ends dirty logging
-    _invalidating: set  # type: ignore[type-arg]  # threads
+    _invalidating: set  # type: ignore[type-arg]  # threads in kvm_mmu_zap_all_fast
     _zapping: set  # type: ignore[type-arg]  # threads that zap a root
-    _deleting: dict  # type: ignore[type-arg]  # by thread, the (address space, frames) of the slot that it takes away
-    _now: cython.longlong  # of the row under way: time, seq
-    _at: cython.longlong
-    _loads_by: cython.int
+    _deleting: dict  # type: ignore[type-arg]  # by thread, the address space and frames of the slot it removes
+    _now: cython.longlong  # time of the row under way
+    _at: cython.longlong  # seq of the row under way
+    _loads_by: cython.int  # the meaning of rows from which loads are taken
     _open_resets: cython.bint  # resets are not recorded
-    _invalidations: cython.longlong
-    _invalidated: cython.longlong  # the last one
+    _invalidations: cython.longlong  # number of invalidations
+    _invalidated: cython.longlong  # row of the last invalidation
     _newest_root: cython.longlong
     _starting: cython.longlong  # vCPUs that have not loaded a root yet
     _timed: cython.bint
     _groups: cython.bint
     _collapses: cython.bint
     _deletes: cython.bint
-    _slot_zap: cython.bint  # without an invalidation a slot that goes takes its leaves with it
+    _slot_zap: cython.bint  # removing a slot without an invalidation zaps the slot's leaves
     _zap_leafs_once: cython.bint
-    _recovers: cython.bint  # a table that goes by itself is one of a huge page that is recovered
-    # The memory slots at one time: from `_slots_since` on, before `_slots_until`
+    _recovers: cython.bint  # a table that is removed by itself shows NX huge page recovery
+    # The memory slots as they are from `_slots_since` on and before `_slots_until`
     _slots_since: cython.longlong
     _slots_until: cython.longlong
     _slot_count: cython.Py_ssize_t
@@ -350,22 +350,24 @@ class Decoder:
     _slot_hva: cython.const[cython.ulonglong][::1]
     _slot_space: cython.const[cython.longlong][::1]
     # The recorded kernel
-    _meaning: cython.uchar[::1]  # of exits (`exits`)
+    _meaning: cython.uchar[::1]  # meanings of exit codes (`exits`)
     _shadow: cython.bint
     _infers: cython.bint
-    _valued: cython.bint  # writes of control registers come with values
-    _msr_valued: cython.bint  # and those of EFER
+    _valued: cython.bint  # writes of control registers are recorded with their values
+    _msr_valued: cython.bint  # writes of EFER are recorded with their values
     _guest_bits: cython.bint
     _one_function: cython.bint
     _fixed: cython.longlong
     _wp: cython.longlong
     _nx: cython.longlong
     _spte_present: cython.ulonglong
-    _present: cython.ulonglong  # bits of a fault's code that say that the leaf was there
+    _present: cython.ulonglong  # bits of a fault's code which say that the leaf was present
 
     def __init__(self, capabilities: Any, vcpus: int, slots: Any, role_words: Any, groups: bool, timed: bool) -> None:
-        """`role_words`: by root id, those known before. `groups`: find out what the shadow MMU may prefetch around
-        each touch. `timed`: spans of time come with the rows.
+        """`role_words` has the role words of roots that are known beforehand, by root id.
+
+        `groups` says to find out what the shadow MMU may prefetch around each touch; `timed` that spans of time come
+        with the rows.
         """
         kernel, kinds = capabilities.kernel, capabilities.trace.metadata.kinds
         vcpus = max(vcpus, 1)
@@ -407,7 +409,7 @@ class Decoder:
         self._valued = bool(kinds.get("kvm_cr"))
         self._msr_valued = bool(kinds.get("kvm_msr"))
         self._guest_bits = kernel.layout.guest_bits
-        # The same function empties roots when they are invalidated and when the process ends.
+        # Before 5.12 the same function empties roots when they are invalidated and when the process ends.
         self._one_function = kernel.zap_all_fast == "empty"
         self._fixed, self._wp, self._nx = kernel.ret_pf.fixed, kernel.layout.wp, kernel.layout.nx
         self._spte_present = kernel.spte.present
@@ -418,7 +420,9 @@ class Decoder:
         self.inputs = self.records = self.ranges = 0
 
     def attach(self, held: Any) -> None:
-        """Write inputs, records and ranges into these arrays (`vm_inputs.Held`), which hold what there is so far."""
+        """Write inputs, records and ranges into these arrays
+        (`vm_inputs._Held`), which contain what there is so far.
+        """
         self._op, self._gfn, self._time, self._seq, self._exit = held.op, held.gfn, held.time, held.seq, held.exit
         self._lead, self._guest, self._idle, self._fault = held.lead, held.guest, held.idle, held.fault
         self._load, self._unload, self._tables = held.load, held.unload, held.tables
@@ -427,7 +431,7 @@ class Decoder:
         self._room = len(held.op)
 
     def run(self, batch: Any, start: int, state: Any, ns: Any, mark: Any) -> int:
-        """Take in rows from `start` on; the first that is not done, for want of room, or how many there are.
+        """Take in rows from `start` on; return the first row not done, for lack of room, or the number of rows.
 
         `state`, `ns` and `mark` are the spans that end with each row (`Timeline.feed`).
         """
@@ -441,9 +445,11 @@ class Decoder:
         return done
 
     def settle(self, since: int) -> int:
-        """How many inputs no later row can change. What was held before (the first `since`) is settled now.
+        """Return how many inputs no later row can change any more.
 
-        An exit that goes on gives what it has so far; what comes later of it is the next input's.
+        All inputs held before (the first `since`) are settled now.
+
+        An exit under way gives its record the times that it has so far; its later time belongs to the next input.
         """
         v: cython.Py_ssize_t
         settled: cython.longlong = self.inputs
@@ -463,13 +469,13 @@ class Decoder:
         return settled
 
     def finish(self) -> None:
-        """There are no more rows: every exit is done."""
+        """Complete every exit after the last row."""
         v: cython.Py_ssize_t
         for v in range(self._count_vcpus):
             self._close(v)
 
     def drop(self, inputs: int, records: int, ranges: int) -> None:
-        """So many of the held ones are no longer held: the others have moved to the front."""
+        """Forget the first inputs, records and ranges: the others were moved to the front."""
         v: cython.Py_ssize_t
         vcpu: cython.pointer[Vcpu] = self._vcpu
         self.inputs -= inputs
@@ -531,7 +537,7 @@ class Decoder:
                     self._spend(v, means, state[i], ns[i], mark[i], root[i])
                 if v >= 0:
                     if means in (_SET, _MARK, _FAST) and self._shadows(self._role_of(root[i])):
-                        pass  # a fault of a nested guest, in KVM's shadow of the tables that it has from its host
+                        pass  # a fault of a nested guest, in KVM's shadow of L1's tables
                     elif means in (_SET, _MARK):
                         self._leaf(v, means == _MARK, level[i], gfn[i], root[i], table[i])
                     elif means == _FAULT:
@@ -643,7 +649,7 @@ class Decoder:
     @cython.inline
     @cython.exceptval(check=False)
     def _put(self, op: cython.uint, gfn: cython.longlong) -> cython.void:
-        """An input of this row that is no vCPU's."""
+        """Add an input of this row that belongs to no vCPU."""
         n: cython.Py_ssize_t = self.inputs
         self._op[n] = op
         self._gfn[n] = gfn
@@ -657,7 +663,7 @@ class Decoder:
     @cython.inline
     @cython.exceptval(check=False)
     def _put_of(self, v: cython.Py_ssize_t, op: cython.uint, gfn: cython.longlong, has: cython.longlong) -> cython.void:
-        """An input of this row and vCPU, and of the exit that it is in."""
+        """Add an input of this row that belongs to a vCPU and to its exit."""
         n: cython.Py_ssize_t = self.inputs
         self._put(op | cython.cast(cython.uint, v << _VCPU_SHIFT), gfn)
         if self._timed:
@@ -675,7 +681,7 @@ class Decoder:
     def _put_range(
         self, op: cython.uint, space: cython.longlong, start: cython.longlong, end: cython.longlong
     ) -> cython.void:
-        """An operation on [start, end) of one address space."""
+        """Add an operation on [start, end) of one address space."""
         self._start[self.ranges] = start
         self._end[self.ranges] = end
         self._put(op | cython.cast(cython.uint, (space & 7) << _LEVEL_SHIFT), self.ranges)
@@ -685,7 +691,7 @@ class Decoder:
     @cython.nogil
     @cython.exceptval(check=False)
     def _pull(self, v: cython.Py_ssize_t, trigger: cython.longlong, state: cython.longlong) -> cython.void:
-        """A trigger, and the state that it puts the vCPU in."""
+        """Add a trigger, with the state that it puts the vCPU in."""
         has: cython.longlong = _HAS_TRIGGER << trigger
         if state != _NO_STATE:
             has |= _HAS_ROLE
@@ -709,7 +715,7 @@ class Decoder:
         mark: cython.int,
         root: cython.longlong,
     ) -> cython.void:
-        """Add the span that ends with this row to the vCPU's exit; a kvm_exit begins the next one."""
+        """Add the span that ends with this row to the vCPU's exit; a kvm_exit begins the next exit."""
         vcpu: cython.pointer[Vcpu] = self._vcpu
         if means == _EXIT:
             self._close(v)
@@ -730,7 +736,7 @@ class Decoder:
     @cython.nogil
     @cython.exceptval(check=False)
     def _close(self, v: cython.Py_ssize_t) -> cython.void:
-        """The vCPU's exit is done: its time is its record's, or, where it has none, the next one's."""
+        """Complete the vCPU's exit: its time goes to its record or, if it has none, to the next exit's lead."""
         vcpu: cython.pointer[Vcpu] = self._vcpu
         r: cython.Py_ssize_t = vcpu[v].record
         i: cython.int
@@ -779,7 +785,7 @@ class Decoder:
         root: cython.longlong,
         table: cython.longlong,
     ) -> cython.void:
-        """A leaf was installed: the vCPU needed it; or, by the shadow MMU, one more than was asked for."""
+        """A leaf was installed: the vCPU needed it, or the shadow MMU prefetched it."""
         vcpu: cython.pointer[Vcpu] = self._vcpu
         space: cython.longlong
         op: cython.uint
@@ -791,11 +797,11 @@ class Decoder:
         if level < 1 or level > 5:
             level = 1
         gfn &= -(cython.cast(cython.longlong, 1) << _PAGE_BITS * (level - 1))
-        # 5.10's TDP MMU reports one MMIO SPTE by both events.
+        # The TDP MMU of 5.10 reports an MMIO SPTE by both events.
         vcpu[v].marked = gfn if mmio else -1
         if not mmio and marked == gfn:
             return
-        # MMIO exits whether its SPTE is there or not: then it is emulated.
+        # An access to MMIO exits whether its SPTE is present or not, and is then emulated.
         op = _FIX if mmio or vcpu[v].present else _TOUCH
         if vcpu[v].split > vcpu[v].faulted:
             return  # counted where the huge leaf was split
@@ -833,7 +839,7 @@ class Decoder:
     @cython.nogil
     @cython.exceptval(check=False)
     def _splits(self, v: cython.Py_ssize_t, gfn: cython.longlong, level: cython.longlong) -> cython.void:
-        """A fault splits a huge leaf that lets too little through. What it needs may be let through by that alone."""
+        """A fault splits a huge leaf that grants too little; the split alone may grant what the fault needs."""
         op: cython.longlong = max(level, 1) << _LEVEL_SHIFT | (gfn & 7) << _FIRST_SHIFT | (gfn & 7) << _LAST_SHIFT
         self._vcpu[v].split = self._vcpu[v].touch = self._at
         self._vcpu[v].touch_input = self.inputs
@@ -852,7 +858,9 @@ class Decoder:
         table: cython.longlong,
         asks: cython.bint,
     ) -> cython.void:
-        """Where removals are not recorded: a page that its root had was taken away before it was installed again."""
+        """Infer, where removals are not recorded, that a page which its root had
+        mapped was removed before it is installed again.
+        """
         vcpu: cython.pointer[Vcpu] = self._vcpu
         region: cython.longlong = gfn & -512
         rebuilt: cython.bint = vcpu[v].built > vcpu[v].faulted and vcpu[v].built_at == region
@@ -872,12 +880,12 @@ class Decoder:
     @cython.nogil
     @cython.exceptval(check=False)
     def _forget(self, root: cython.longlong) -> cython.void:
-        """A root has ended: what it had mapped need not be remembered."""
+        """Forget what a root had mapped, since it has ended."""
         if root:
             with cython.gil:
                 self._unseen.end(root)
 
-    # What a vCPU does to its roots
+    # Loads and unloads of vCPUs
 
     @cython.cfunc
     @cython.nogil
@@ -901,7 +909,7 @@ class Decoder:
                 self._not_seen(v)
         if self._valued:
             return
-        # Where the kernel unloads for the usual write, no reset means that nothing of the kind was written.
+        # If the kernel unloads for the usual writes, the absence of a reset means that there was no such write.
         if why == _BY_CR0 and not self._unloads[_CR0_WP]:
             self._silent(v, _CR0_SILENT)
         elif why == _BY_CR4 and not self._unloads[_CR4_PGE]:
@@ -919,7 +927,7 @@ class Decoder:
     @cython.nogil
     @cython.exceptval(check=False)
     def _writes(self, v: cython.Py_ssize_t, register: cython.ulonglong, value: cython.longlong) -> cython.void:
-        """A write of CR0 or CR4, with its value."""
+        """A write of CR0 or CR4 of known value."""
         vcpu: cython.pointer[Vcpu] = self._vcpu
         trigger: cython.longlong = _NONE
         changed: cython.longlong
@@ -927,8 +935,8 @@ class Decoder:
         if register == 0:
             changed = value ^ vcpu[v].cr0
             if vcpu[v].cr0 == _NONE:
-                # Of the first write it is not known what it changed; a kernel that unloads for all of it shows that by
-                # a reset.
+                # It is not known what the first write changed. If it changed a bit for which the kernel unloads, a
+                # reset shows it.
                 trigger = _NONE if self._unloads[_CR0_WP] and not self._open_resets else _CR0_SILENT
             elif changed & _CR0_PG_BIT:
                 trigger = _CR0
@@ -959,7 +967,7 @@ class Decoder:
     @cython.nogil
     @cython.exceptval(check=False)
     def _writes_efer(self, v: cython.Py_ssize_t, value: cython.longlong) -> cython.void:
-        """A write of EFER, where no reset tells whether it changed a bit of the role."""
+        """A write of EFER, where resets are not recorded: only the values show whether it changed a bit of the role."""
         if self._vcpu[v].efer == _NONE:
             self._not_seen(v)
         elif (value ^ self._vcpu[v].efer) & _EFER_ROLE:
@@ -970,7 +978,7 @@ class Decoder:
     @cython.nogil
     @cython.exceptval(check=False)
     def _not_seen(self, v: cython.Py_ssize_t) -> cython.void:
-        """The vCPU's MMU context may have been reset here, and no row would show it."""
+        """The vCPU's MMU context may have been reset here, which no row would show."""
         if self._vcpu[v].started:
             self._pull(v, _NOT_SEEN, _NO_STATE)
             self._vcpu[v].dirty = True
@@ -979,7 +987,10 @@ class Decoder:
     @cython.nogil
     @cython.exceptval(check=False)
     def _silent(self, v: cython.Py_ssize_t, trigger: cython.longlong) -> cython.void:
-        """A write that the recorded kernel does not unload for: another may, so that there is a load at its entry."""
+        """A write for which the recorded kernel does not unload.
+
+        Another kernel may, so there may be a load at the next entry.
+        """
         if trigger == _CR0_WP:
             self._vcpu[v].wp_flips ^= 1
         elif trigger == _CR0_SILENT:
@@ -994,7 +1005,7 @@ class Decoder:
     @cython.nogil
     @cython.exceptval(check=False)
     def _moves(self, v: cython.Py_ssize_t, entering: cython.bint) -> cython.void:
-        """SMM is entered or left."""
+        """The vCPU enters or leaves SMM."""
         vcpu: cython.pointer[Vcpu] = self._vcpu
         state: cython.longlong = self._with_registers(v, vcpu[v].state)
         by_io: cython.bint
@@ -1026,11 +1037,11 @@ class Decoder:
             return
         if vcpu[v].smm > base:
             return
-        # An unload outside of a reset after an invalidation is the one that it asked for (5.10 to 5.17).
+        # After an invalidation, an unload without a reset serves that invalidation's request (5.10 to 5.17).
         if unload and self._invalidated > vcpu[v].loaded:
             return
         trigger = self._cause(vcpu[v].why, in_smm)
-        # Of a first write, whose change is not known, the reset says that it was of a role bit.
+        # For a first write, whose change is not known, the reset shows that it changed a bit of the role.
         told = vcpu[v].wrote_trigger >= 0 and vcpu[v].wrote_trigger not in (_CR0_SILENT, _CR4_SILENT)
         if self._valued and vcpu[v].wrote > base and told:
             trigger = vcpu[v].wrote_trigger
@@ -1049,7 +1060,7 @@ class Decoder:
     @cython.nogil
     @cython.exceptval(check=False)
     def _cause(self, why: cython.longlong, in_smm: cython.bint) -> cython.longlong:
-        """A reset's trigger, by what the vCPU did last: exit or ioctl."""
+        """Return a reset's trigger, which follows from the vCPU's last exit or ioctl."""
         if why == _TO_SREGS:
             return _SREGS
         if why == _TO_CPUID:
@@ -1077,7 +1088,7 @@ class Decoder:
         if self._shadows(role if role else self._role_of(root)):
             return
         if self._guest_bits and vcpu[v].cr0_reset > vcpu[v].loaded and vcpu[v].cr0_input >= 0:
-            # A reset for a write of CR0: for WP alone where the next word differs in WP, and only then.
+            # The reset for a write of CR0 was for WP alone if, and only if, the next role word differs in WP.
             cr0 = _CR0_WP if (vcpu[v].state ^ state) & _WP else _CR0
             self._gfn[vcpu[v].cr0_input] = self._gfn[vcpu[v].cr0_input] >> _STATE_SHIFT << _STATE_SHIFT | cr0
             vcpu[v].has = vcpu[v].has & ~(_HAS_TRIGGER << _CR0_RESET) | _HAS_TRIGGER << cr0
@@ -1089,7 +1100,7 @@ class Decoder:
     @cython.nogil
     @cython.exceptval(check=False)
     def _switches(self, v: cython.Py_ssize_t, role: cython.uint) -> cython.void:
-        """kvm_mmu_new_pgd: between a guest and one nested in it whose root is the TDP MMU's, too, slots are kept."""
+        """Follow kvm_mmu_new_pgd: slots are kept if a guest and its nested guest both have roots of the TDP MMU."""
         vcpu: cython.pointer[Vcpu] = self._vcpu
         state: cython.longlong = self._state(role)
         if not role & _DIRECT or not vcpu[v].started:
@@ -1106,7 +1117,7 @@ class Decoder:
     @cython.inline
     @cython.exceptval(check=False)
     def _shadows(self, role: cython.uint) -> cython.bint:
-        """Whether a role word is of a root that shadows the tables which a nested guest has from its host."""
+        """Return whether a role word is that of a root which shadows L1's nested page tables."""
         return role & _GUEST_MODE != 0 and role & _DIRECT == 0
 
     @cython.cfunc
@@ -1129,10 +1140,10 @@ class Decoder:
             self.began = self._now
         if self._loads_by == _ENTRY and root > 0 and root != vcpu[v].root:
             if self._open_resets and vcpu[v].root > 0 and vcpu[v].unloaded < vcpu[v].entered and not pending:
-                self._pull(v, _OTHER, _NO_STATE)  # it gave up the root that it had, whatever for
+                self._pull(v, _OTHER, _NO_STATE)  # it gave up its root for a reason that is not recorded
             self._load_root(v, root, role)
         vcpu[v].root = root
-        if not vcpu[v].started:  # it ran already when the recording began: its root is the one that it enters with
+        if not vcpu[v].started:  # it ran before the recording began: its root is the one at its first entry
             word = self._role_of(root)
             vcpu[v].state = self._state(word) if word else _USUAL
             self._arrive(v, vcpu[v].state)
@@ -1164,7 +1175,7 @@ class Decoder:
     @cython.nogil
     @cython.exceptval(check=False)
     def _state(self, word: cython.uint) -> cython.longlong:
-        """The state in a role word (`roles`); where words have no guest bits, WP and NX are set."""
+        """Return the state in a role word (`roles`); if role words have no guest bits, WP and NX count as set."""
         state: cython.longlong = _USUAL
         if self._guest_bits:
             state = (_WP if word & self._wp else 0) | (_NX if word & self._nx else 0)
@@ -1180,7 +1191,7 @@ class Decoder:
     @cython.nogil
     @cython.exceptval(check=False)
     def _with_registers(self, v: cython.Py_ssize_t, state: cython.longlong) -> cython.longlong:
-        """A state with WP and NX as writes left them; as it is where words have the bits."""
+        """Return a state with WP and NX as register writes left them; unchanged if role words have these bits."""
         vcpu: cython.pointer[Vcpu] = self._vcpu
         if self._guest_bits:
             return state
@@ -1193,13 +1204,13 @@ class Decoder:
             state &= ~_NX
         return state
 
-    # What happens to the VM as a whole
+    # Events of the VM as a whole
 
     @cython.cfunc
     @cython.nogil
     @cython.exceptval(check=False)
     def _is_empty(self, tid: cython.int, all_roots: cython.bint) -> cython.bint:
-        """Whether a zap_all empties every root for good: before 5.12 an invalidation calls the same function."""
+        """Return whether a zap_all empties every root for good: before 5.12 an invalidation calls the same function."""
         empties: cython.bint
         with cython.gil:
             empties = all_roots and tid not in self._invalidating
@@ -1213,9 +1224,12 @@ class Decoder:
     @cython.nogil
     @cython.exceptval(check=False)
     def _change_slot(self, tid: cython.int, slot: cython.int, space: cython.int) -> cython.void:
-        """Dirty logging begins: huge leaves are split. It ends: tables whose memory is huge are removed.
+        """A memslot changes.
 
-        A slot that is deleted or moved takes all roots with it, or, as the VMM may have chosen, its leaves alone.
+        If dirty logging begins, huge leaves are split; if it ends, tables of huge memory are removed.
+
+        If the slot is deleted or moved, all roots are invalidated or, if the VMM has chosen that, only its leaves are
+        zapped.
         """
         with cython.gil:
             if self._slot_zap:
@@ -1234,7 +1248,7 @@ class Decoder:
     @cython.nogil
     @cython.exceptval(check=False)
     def _end_slot(self, tid: cython.int, zaps: cython.bint) -> cython.void:
-        """The thread that takes a slot away has reached its leaves, the end, or an invalidation of all roots."""
+        """The thread that removes a slot zaps the slot's leaves or ends (`zaps`), or invalidates all roots."""
         with cython.gil:
             gone = self._deleting.pop(tid, None)
             self._deletes = bool(self._deleting)
@@ -1274,7 +1288,7 @@ class Decoder:
     ) -> cython.void:
         """A table is removed by the thread whose ioctl ends dirty logging, or by the worker of NX huge page recovery.
 
-        The worker is neither a vCPU nor in the middle of a root.
+        The worker is a thread without a vCPU that is not zapping a root.
         """
         op: cython.uint
         mine: cython.bint
@@ -1295,7 +1309,7 @@ class Decoder:
     @cython.nogil
     @cython.exceptval(check=False)
     def _look_up_slots(self) -> cython.void:
-        """Have the memory slots as they are at the time of this row. Times may go back a little between CPUs."""
+        """Load the memory slots as they are at the time of this row. Times may go back a little between CPUs."""
         if self._slots_since <= self._now < self._slots_until:
             return
         with cython.gil:
@@ -1309,7 +1323,10 @@ class Decoder:
     @cython.nogil
     @cython.exceptval(check=False)
     def _group(self, space: cython.longlong, gfn: cython.longlong) -> cython.uint:
-        """First and last entry of a page's aligned group of 8 that its slot reaches; its own where it has none."""
+        """Return, as bits of an operation, the first and last entry of a page's aligned group of 8 that its slot has.
+
+        Without a slot both are the page's own entry.
+        """
         own: cython.longlong = gfn & 7
         base: cython.longlong = gfn - own
         first: cython.longlong = own
@@ -1336,7 +1353,7 @@ class Decoder:
     @cython.nogil
     @cython.exceptval(check=False)
     def _unmap(self, start: cython.ulonglong, end: cython.ulonglong) -> cython.void:
-        """An MMU notifier unmaps host addresses: in each slot that has some of them, the frames behind them."""
+        """An MMU notifier unmaps host addresses: zap the guest frames behind them in each slot that has some."""
         s: cython.Py_ssize_t
         low: cython.ulonglong
         high: cython.ulonglong
@@ -1354,7 +1371,7 @@ class Decoder:
                 self._put_range(_ZAP, self._slot_space[s], first, past)
 
 
-# Rows of Vcpu, and which of their fields are -1 at first.
+# The fields of Vcpu as numpy has them, and those that are -1 at first.
 VCPU = [(name, "i8", (len(VcpuState),)) if name == "ns" else (name, "i8") for name in (
     "opened", "why", "loaded", "state", "smm", "reset", "unloaded", "cr0_reset", "cr0_input", "entered", "root",
     "dirty", "invalidated", "started", "touch", "touch_input", "requested", "requested_level", "split", "marked",

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""Columns of a batch in the numbers that decoding knows: kinds by code, vCPUs by their place in the VM.
+"""Convert a batch's columns to the numbers that decoding uses: kinds to their codes, vCPU ids to dense numbers.
 
-Cython in pure-Python mode, as `timeline` is.
+This is Cython in pure-Python mode, like `timeline`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ COMPILED: bool = cython.compiled
 
 
 def kinds_of(places: cython.const[cython.int][::1], codes: cython.const[cython.uchar][::1]) -> Any:
-    """The code of each row's kind: `codes` by the kind's place in its dictionary, which holds all of them."""
+    """Return the code of each row's kind.
+
+    `places` are indices into the column's dictionary, and `codes` its kinds' codes.
+    """
     i: cython.Py_ssize_t
     found = np.empty(len(places), np.uint8)
     out: cython.uchar[::1] = found
@@ -32,9 +35,10 @@ def vcpus_of(
     first: cython.Py_ssize_t,
     numbers: cython.const[cython.int][::1],
 ) -> Any:
-    """The dense number of each row's vCPU, -1 for none.
+    """Return the dense number of each row's vCPU, or -1 if it has none.
 
-    `valid` has a bit a row, the first of them at bit `first`; it is empty where all are. `numbers` is by id.
+    `valid` is Arrow's validity bitmap, in which the first row's bit is number `first`; it is empty if all rows are
+    valid. `numbers` has the dense number of each id.
     """
     i: cython.Py_ssize_t
     at: cython.Py_ssize_t

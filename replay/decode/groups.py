@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""Rows counted in groups: by VM and two keys, how many there are, from when to when, and up to three sums.
+"""Count rows in groups, by VM and two keys: the number of rows, their first and last time, and up to three sums.
 
-What every report asks goes through here; polars' group_by takes five times as long. Cython in pure-Python mode, as
-`timeline` is.
+Most queries of a report use this; the group_by of polars takes five times as long. This is Cython in pure-Python mode,
+like `timeline`.
 """
 
 from __future__ import annotations
@@ -46,17 +46,18 @@ _MIX = cython.declare(cython.ulonglong, 0x9E3779B97F4A7C15)  # spreads keys over
 @cython.inline
 @cython.exceptval(check=False)
 def _start(column: cython.longlong[::1]) -> cython.pointer[cython.longlong]:
-    """A column as loops take it: a pointer; as plain Python, itself."""
+    """Return a column in the form that loops take: a pointer, or in plain Python the column itself."""
     return cython.address(column[0]) if cython.compiled else column  # type: ignore[return-value]
 
 
 @cython.final
 @cython.cclass
 class Groups:
-    """`table` has a row of FIELDS for each group, `count` of them in use; what `other` and the sums are, feeders say.
+    """The groups. `table` has one row of FIELDS for each, of which `count` are in use.
 
-    Groups are found by a hash table of their places (from 1 on; 0: free), at most half full. Columns of all feeders are
-    as traces have them; `kind` is by code, `vm`, `vcpu` and `gfn` are -1 where there is none.
+    What the key `other` and the sums mean depends on the method that feeds rows. Groups are found by a hash table of
+    their positions (from 1 on; 0 is free), which is at most half full. The columns that are fed are as in traces,
+    except that `kind` is a code, and that `vm`, `vcpu` and `gfn` are -1 where there is none.
     """
 
     table = cython.declare(object, visibility="public")
@@ -65,36 +66,47 @@ class Groups:
     _mask: cython.Py_ssize_t
 
     def __init__(self, room: int = 1 << 10) -> None:
-        """`room`: groups that there is memory for at first, a power of two."""
+        """`room` is the number of groups to allocate memory for at first, a power of two."""
         self.table, self.count = np.zeros((room, len(FIELDS)), np.int64), 0
         self._places, self._mask = np.zeros(2 * room, np.int64), 2 * room - 1
 
     def feed(self, wanted: Any, vm: Any, kind: Any, time: Any, key: Any, other: Any) -> None:
-        """Rows of the kinds that are not 0 in `wanted` (by code), by `key` (int32, int64) and `other` (uint8)."""
+        """Group rows by `key` (int32 or int64) and `other` (uint8), if `wanted` is not 0 for the code of their kind."""
         self._through(self._feed, len(kind), wanted, vm, kind, time, key, other)
 
     def feed_roots(self, vm: Any, kind: Any, time: Any, root: Any, role: Any) -> None:
-        """Rows that name a root, by it. Sums: loads, faults; the third is its least role word, 0: none is known."""
+        """Group rows that have a root by that root.
+
+        The sums are: loads; faults; and, not a sum, the least role word of the root, 0 if none is known.
+        """
         self._through(self._feed_roots, len(kind), vm, kind, time, root, role)
 
     def feed_pages(self, vm: Any, vcpu: Any, kind: Any, time: Any, gfn: Any, addr: Any, old: Any, new: Any) -> None:
-        """What faults of vCPUs are about, by page and vCPU. Sums: faults; mappings and fixed permissions for them."""
+        """Group the rows of vCPUs' faults by page and vCPU.
+
+        The sums are: faults; mappings and permissions that they led to.
+        """
         self._through(self._feed_pages, len(kind), vm, vcpu, kind, time, gfn, addr, old, new)
 
     def feed_windows(
         self, first: int, width: int, present: int, reserved: int,
         vm: Any, vcpu: Any, kind: Any, time: Any, code: Any, flags: Any,
     ) -> None:  # fmt: skip
-        """Rows that tell of a vCPU's time, by window of `width` ns from `first` on, and by 256 * vCPU + kind's code.
+        """Group rows that show a vCPU's time by window and by 256 * vCPU + kind.
 
-        Sums: ns from the window's begin; rows with flag 1 (into SMM); faults for a permission only, whose code has a
-        bit of `present` and none of `reserved`.
+        Windows are `width` ns long, from `first` on.
+
+        The sums are: ns since the window's begin; rows with flag 1 (entries into SMM); permission faults, whose code
+        has a bit of `present` and none of `reserved`.
         """
         given = (first, width, present, reserved, vm, vcpu, kind, time, code, flags)
         self._through(self._feed_windows, len(kind), *given)
 
     def _through(self, loop: Any, rows: int, *given: Any) -> None:
-        """Go through all rows with a loop that stops where there is no room for one more group."""
+        """Run a loop over all rows, which stops when there is no room for another group.
+
+        Then enlarge the tables and continue.
+        """
         done = 0
         while (done := loop(done, *given, self.table.reshape(-1), self._places)) < rows:
             self.table = np.concatenate([self.table, np.zeros_like(self.table)])
@@ -102,7 +114,7 @@ class Groups:
             self._enter(self.table.reshape(-1), self._places)
 
     def _enter(self, table: cython.longlong[::1], places: cython.longlong[::1]) -> None:
-        """Fill a new hash table."""
+        """Enter all groups into a new hash table."""
         i: cython.Py_ssize_t
         g: cython.Py_ssize_t
         for i in range(self.count):
@@ -125,7 +137,10 @@ class Groups:
         other: cython.longlong,
         time: cython.longlong,
     ) -> cython.Py_ssize_t:
-        """Count a row in its group, most often `likely`: where that begins in `cells`; -1: there is no room for it."""
+        """Count a row in its group, which most often is `likely`.
+
+        Return where the group begins in `cells`, or -1 without room.
+        """
         g: cython.Py_ssize_t = likely
         p: cython.Py_ssize_t
         if cells[g + _KEY] != key or cells[g + _OTHER] != other or cells[g + _VM] != vm or self.count == 0:
@@ -159,7 +174,7 @@ class Groups:
         key: cython.longlong,
         other: cython.longlong,
     ) -> cython.Py_ssize_t:
-        """Where a group's place is in the hash table, or would be."""
+        """Return where a group's position is stored in the hash table, or would be stored."""
         mixed: cython.ulonglong = cython.cast(cython.ulonglong, (vm << 32) ^ other) * _MIX
         p: cython.Py_ssize_t
         g: cython.Py_ssize_t
@@ -184,7 +199,10 @@ class Groups:
         table: cython.longlong[::1],
         places: cython.longlong[::1],
     ) -> cython.Py_ssize_t:
-        """From row `start` on; the row at which there is no room for one more group, or the number of rows."""
+        """Process rows from `start` on.
+
+        Return the row at which there is no room for another group, or the number of rows.
+        """
         i: cython.Py_ssize_t
         at: cython.Py_ssize_t = 0
         stop: cython.Py_ssize_t = len(kind)
@@ -298,7 +316,7 @@ class Groups:
         held: cython.pointer[cython.longlong] = _start(places)
         at: cython.Py_ssize_t
         window: cython.longlong = 0
-        begin: cython.longlong = first  # of that window
+        begin: cython.longlong = first  # when that window begins
         entry: cython.Py_ssize_t = 0  # the groups of the last rows of these kinds
         exit: cython.Py_ssize_t = 0
         others: cython.Py_ssize_t = 0

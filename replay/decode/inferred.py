@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""Removals that a recording could not show (5.10): a page is installed again by a root that had it, so it was removed.
+"""Infer removals that a recording does not show (5.10): a page that a root installs again was removed before.
 
-What a root mapped in a region of 2 MiB counts only since the region last changed between a table and a huge leaf (the
-kernel's own doing, when dirty logging begins and ends), or since its table was built anew: its leaves are in another
-one than before, or the fault got one. There the range removed was all of it: these kernels drop a table with a range
-that covers it.
+Installs of a root in a region of 2 MiB are compared only if the region did not change in between. It changes when a
+table replaces a huge leaf or the reverse, which the kernel does by itself when dirty logging begins or ends. It also
+changes when its table is built anew: the leaf is then in another table than before, or the fault built one. In that
+case the whole region was removed, because these kernels drop a table together with a range that covers it.
 """
 
 from __future__ import annotations
@@ -16,20 +16,22 @@ import numpy as np
 COMPILED: bool = cython.compiled
 
 GONE_PAGE = 1  # the page was removed before it was installed again
-GONE_TABLE = 2  # the whole table was
+GONE_TABLE = 2  # the whole table was removed
 _EMPTY = cython.declare(cython.longlong, -1)
-# Of literals above 31 bits compiled code would make Python's numbers, a hundred times slower.
+# In compiled code a literal of more than 31 bits would be a Python integer, which is a hundred times slower.
 _GOLDEN = cython.declare(cython.ulonglong, 0x9E3779B97F4A7C15)
 _WHOLE = cython.declare(cython.ulonglong, (1 << 64) - 1)
 _POSITIVE = cython.declare(cython.longlong, (1 << 63) - 1)
 _ROOT_SHIFT = cython.declare(cython.int, 36)
-_RECENT = cython.declare(cython.longlong, 64)  # roots that are remembered where their ends are not recorded
+_RECENT = cython.declare(cython.longlong, 64)  # how many of the newest roots are kept if ends of roots are not recorded
 
 
 @cython.final
 @cython.cclass
 class _Table:
-    """A hash table from keys (not below 0) to three numbers, in open addressing: 32 bytes a place, half are free."""
+    """A hash table from keys (not negative) to three numbers, with open
+    addressing: 32 bytes a place, of which half are free.
+    """
 
     keys: cython.longlong[::1]
     one: cython.longlong[::1]
@@ -50,7 +52,7 @@ class _Table:
     @cython.nogil
     @cython.exceptval(check=False)
     def place(self, key: cython.longlong) -> cython.Py_ssize_t:
-        """Where a key is, or is to be put."""
+        """Return the place of a key, or where it has to be put."""
         mixed: cython.ulonglong = cython.cast(cython.ulonglong, key)
         at: cython.Py_ssize_t
         mixed = (mixed ^ mixed >> 29) * _GOLDEN & _WHOLE
@@ -63,13 +65,13 @@ class _Table:
 @cython.final
 @cython.cclass
 class Unseen:
-    """What each living root has mapped, and when it was last mapped; and the same of regions of 2 MiB."""
+    """What each living root has mapped and when it mapped it last, by page and by region of 2 MiB."""
 
-    _pages: _Table  # (root, gfn, level) -> the last row that mapped it
-    _regions: _Table  # (root, first gfn) -> its level, the row at which that or its table last changed, its table
+    _pages: _Table  # (root, gfn, level) -> the last row that mapped the page
+    _regions: _Table  # (root, first gfn) -> level of the last leaf, row at which level or table changed last, table
     _ended: set  # type: ignore[type-arg]
     _newest: cython.longlong
-    _swept: cython.longlong  # the newest root when what is not needed was last thrown away
+    _swept: cython.longlong  # the newest root when old roots were last dropped
 
     def __init__(self) -> None:
         self._pages, self._regions = _Table(1 << 10), _Table(1 << 10)
@@ -88,11 +90,11 @@ class Unseen:
         rebuilt: cython.bint,
         emptied: cython.longlong,
     ) -> int:
-        """Note an install at row `seq`; GONE_PAGE and GONE_TABLE by what must have been removed before it.
+        """Note an install at row `seq`, and return GONE_PAGE and GONE_TABLE for what must have been removed before it.
 
-        `table` is the one that the leaf is in, 0 where that is not known; `began` is the row where its fault began;
-        `asks`: by a fault on an absent page; `rebuilt`: the fault built the table that the leaf is in; `emptied` is the
-        row of the last invalidation, which empties every root.
+        `table` is the table that the leaf is in, or 0 if it is not known; `began` is the row where the leaf's fault
+        began; `asks` says that the fault was on an absent page; `rebuilt` says that the fault built the leaf's table;
+        `emptied` is the row of the last invalidation, which empties every root.
         """
         at: cython.Py_ssize_t
         former: cython.longlong
@@ -115,7 +117,7 @@ class Unseen:
         else:
             former = self._regions.one[at]
             other = self._regions.three[at]
-            if table > 0 and other > 0:  # what another fault built is known by then where that one's leaf is in it
+            if table > 0 and other > 0:  # both tables are known, so compare them: another fault may have built this one
                 rebuilt = table != other or (rebuilt and self._regions.two[at] < began)
             if rebuilt or former != level:
                 self._regions.two[at] = seq
@@ -131,18 +133,18 @@ class Unseen:
             self._pages.held += 1
         else:
             before = self._pages.one[at]
-            # A fault that began before the page was mapped was only late.
+            # A fault that began before the page was mapped only lost a race; it shows no removal.
             if asks and before > emptied and before >= changed and before < began:
                 gone |= GONE_PAGE
         self._pages.one[at] = seq
         return gone
 
     def end(self, root: int) -> None:
-        """A root has ended; root ids are never used again."""
+        """Note that a root has ended; its id is never used again."""
         self._ended.add(root)
 
     def forget(self) -> None:
-        """Throw away what roots had that have ended, or are far from the newest."""
+        """Drop what is known of roots that have ended, or that are much older than the newest one."""
         if self._ended or self._newest >= self._swept + _RECENT:
             self._pages, self._regions = self._kept(self._pages, 1), self._kept(self._regions, 1)
             self._swept = self._newest
@@ -150,7 +152,7 @@ class Unseen:
 
     @cython.cfunc
     def _kept(self, old: _Table, sweeps: cython.bint) -> _Table:
-        """A table with room for twice what is held; without the roots that are gone, if it `sweeps`."""
+        """Return a copy of a table with room for twice its contents, without old roots if `sweeps`."""
         places: cython.Py_ssize_t = 1 << 10
         i: cython.Py_ssize_t
         at: cython.Py_ssize_t

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""How long what a vCPU's row begins lasts, until a row that ends it: exits until the next entry. Histograms, by code.
+"""Histograms of how long something lasts that one row of a vCPU begins and another ends, such as an exit, by code.
 
-A duration is counted in its bucket, 64 to a power of two; the longest and the sum are exact. Cython in pure-Python
-mode, like `timeline`.
+A duration is counted in a bucket, of which there are 64 for each power of two; the longest and the sum are exact. This
+is Cython in pure-Python mode, like `timeline`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import numpy as np
 COMPILED: bool = cython.compiled
 
 _LEADING = cython.declare(cython.longlong, 6)
-LEADING = 6  # bits of a duration that choose its bucket, besides the highest
-BUCKETS = 64 * 58  # of int64
+LEADING = 6  # how many bits of a duration, after the highest, choose its bucket
+BUCKETS = 64 * 58  # buckets for all values of an int64
 _LEAST = cython.declare(cython.longlong, 128)  # from here on buckets are wider than a ns
 _BUCKETS = cython.declare(cython.Py_ssize_t, 64 * 58)
-_MOST = cython.declare(cython.Py_ssize_t, 2048)  # codes that are distinguished
+_MOST = cython.declare(cython.Py_ssize_t, 2048)  # the most codes that are distinguished
 _OTHERS = cython.declare(cython.ulonglong, (1 << 64) - 2)
-OTHERS = (1 << 64) - 2  # the code of those beyond
+OTHERS = (1 << 64) - 2  # stands for all further codes
 _FIELDS = ("begun", "ended", "ns", "longest")
 _WIDTH = cython.declare(cython.Py_ssize_t, 4)
 
@@ -30,9 +30,10 @@ _WIDTH = cython.declare(cython.Py_ssize_t, 4)
 @cython.final
 @cython.cclass
 class Lasting:
-    """Of one VM. `codes` and `rets` say what each row of `totals` (begun, ended, ns, longest) and `buckets` is of.
+    """The durations of one VM.
 
-    Memory is what there is to tell apart: `count` rows are in use, others are room.
+    Row i of `totals` (begun, ended, ns, longest) and of `buckets` is about `codes[i]` and `rets[i]`. `count` rows are
+    in use; memory grows with the number of codes that occur.
     """
 
     codes = cython.declare(object, visibility="public")
@@ -47,16 +48,22 @@ class Lasting:
     _itself: cython.bint
 
     def __init__(self, begins: int, end: int, itself: bool = False) -> None:
-        """Rows of kind `begins` begin something, those of kind `end` end it, or with `itself` the next that begins."""
+        """Rows of kind `begins` begin something.
+
+        Rows of kind `end` end it, and with `itself` also the next row of kind `begins`.
+        """
         self._begins, self._end, self._itself = begins, end, itself
         self.count = 0
         self.codes, self.rets = np.zeros(0, np.uint64), np.zeros(0, np.int32)
         self.totals, self.buckets = np.zeros((0, _WIDTH), np.int64), np.zeros((0, BUCKETS), np.int64)
-        # By vCPU: when what it is at began, and the row of `totals` that it is of, from 1 on; 0: it is at nothing.
+        # By vCPU: when the duration under way began, and its row of `totals`, from 1 on; 0: none is under way.
         self._since, self._place = np.zeros(0, np.int64), np.zeros(0, np.int32)
 
     def feed(self, time: Any, vcpu: Any, kind: Any, code: Any, ret: Any = None) -> None:
-        """Take in rows; `vcpu` is -1 where there is none. With `ret`, rows of one code are distinguished by it."""
+        """Take in rows; `vcpu` is -1 where there is none.
+
+        With `ret`, rows with the same code are also distinguished by it.
+        """
         done: cython.Py_ssize_t = 0
         self._make_room(int(vcpu.max()) + 1 if len(vcpu) else 0)
         rets = np.zeros(1, np.int32) if ret is None else ret
@@ -70,7 +77,7 @@ class Lasting:
             self._grow()
 
     def _make_room(self, vcpus: int) -> None:
-        """For ids below `vcpus`: of many VMs few have more than some."""
+        """Make room for vCPU ids below `vcpus`. It grows on demand, since few of many VMs have many vCPUs."""
         more = vcpus - len(self._since)
         if more > 0:
             self._since = np.concatenate([self._since, np.zeros(more, np.int64)])
@@ -101,7 +108,10 @@ class Lasting:
         since: cython.longlong[::1],
         place: cython.int[::1],
     ) -> cython.Py_ssize_t:
-        """From row `start` on; the row at which there is no room for one more code, or the number of rows."""
+        """Process rows from `start` on.
+
+        Return the row at which there is no room for another code, or the number of rows.
+        """
         i: cython.Py_ssize_t
         at: cython.Py_ssize_t = 0
         row: cython.Py_ssize_t
@@ -121,7 +131,7 @@ class Lasting:
                     continue
                 v = vcpu[i]
                 if kind[i] == begins:
-                    # Which row of the totals: most often that of the last one looked for.
+                    # Find the row of the totals; most often it is the same as for the previous row.
                     failed = ret[i] if failing else 0
                     if not (at < self.count and codes[at] == code[i] and rets[at] == failed):
                         at = 0

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""Why pages of a VM had to be mapped again: who removed or protected what was mapped, counted in one go over the rows.
+"""Find out why pages of a VM had to be mapped again: which cause removed or protected the earlier mapping.
 
-A thread is at one thing at a time, which a row begins (a notifier, an ioctl, a memslot's change, the zap of a root) and
-the thread's next such row ends. What it changes meanwhile is attributed to that. A root is lost when its last
-reference goes, for what its vCPU did since its last exit, or when all roots are invalidated; with it goes what it
-mapped. A page that a fault maps is then compared with what became of its last mapping under the same role word.
+This takes one pass over the rows. A thread does one thing at a time: a row begins it (a notifier, an ioctl, a memslot
+change, the zap of a root), and the thread's next such row ends it. What the thread changes in between is attributed to
+that cause. A root is lost when its last reference is dropped, and the cause is what the vCPU did since its last exit;
+or it is lost when all roots are invalidated. With the root, everything that it mapped is lost. A page that a fault maps
+is then compared with what happened to its last mapping under the same role word.
 
-    row                                               the thread is at
+    row                                               what the thread is doing
     kvm_unmap_hva_range, kvm_set_spte_hva,
     kvm_age_hva, kvm_test_age_hva                     a notifier, until it does something else
     ioctl                                             GET_DIRTY_LOG, CLEAR_DIRTY_LOG, RESET_DIRTY_RINGS, or another
@@ -17,7 +18,7 @@ mapped. A page that a fault maps is then compared with what became of its last m
     zap_all, vm_destroy                               the VM's end
     kvm_page_fault of a vCPU                          its fault: only a huge page that it splits is attributed to it
 
-Cython in pure-Python mode, like `timeline`.
+This is Cython in pure-Python mode, like `timeline`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ COMPILED: bool = cython.compiled
 
 
 class Why(IntEnum):
-    """What pages were removed or protected by; the first three are of faults only."""
+    """The cause by which a page was removed or protected; the first three occur for faults only."""
 
     FIRST = 0  # the page had not been mapped under this role word
     UNSEEN = 1  # no row shows that it was removed
@@ -69,8 +70,8 @@ class Why(IntEnum):
     OTHER = 27
 
 
-# What is counted of each cause and thread. `mapped`: faults that mapped a page whose last mapping had gone so; `fixes`:
-# permission faults on a page that was protected so; `low` and `high`: gfns.
+# What is counted for each cause and thread. `mapped`: faults that mapped a page whose last mapping was lost for this
+# cause; `fixes`: permission faults on a page that was protected for it; `low` and `high`: the range of gfns.
 FIELDS = (
     "why", "tid", "operations", "leaves", "tables", "protected", "aged", "ns", "longest", "mapped", "fixes", "low",
     "high", "first", "last",
@@ -160,7 +161,7 @@ COLUMNS = (
     "slot", "flags",
 )  # fmt: skip
 
-# Numbers of KVM's ioctls, of which the commands differ by size.
+# The number bits of KVM's ioctl commands; variants of an ioctl differ in the other bits.
 _SET_MEMORY = cython.declare(cython.ulonglong, 0x46)
 _SET_MEMORY2 = cython.declare(cython.ulonglong, 0x49)
 _GET_LOG = cython.declare(cython.ulonglong, 0x42)
@@ -174,23 +175,23 @@ _LARGE = cython.declare(cython.ulonglong, LARGE)
 _WRITABLE = cython.declare(cython.ulonglong, WRITABLE)
 _PFN = cython.declare(cython.ulonglong, (1 << 52) - (1 << 12))
 _MMIO_TYPE = cython.declare(cython.ulonglong, 3)
-# Of literals above 31 bits compiled code would make Python's numbers, a hundred times slower.
+# In compiled code a literal of more than 31 bits would be a Python integer, which is a hundred times slower.
 _GFNS = cython.declare(cython.longlong, (1 << 40) - 1)
 _GOLDEN = cython.declare(cython.ulonglong, 0x9E3779B97F4A7C15)
 _WHOLE = cython.declare(cython.ulonglong, (1 << 64) - 1)
 
-_MOST = cython.declare(cython.int, 254)  # causes and threads that are distinguished; the last is of those beyond
+_MOST = cython.declare(cython.int, 254)  # the most pairs of cause and thread; the last row stands for all further ones
 _IS_MAPPED = cython.declare(cython.longlong, 255)
-_COUNTED = cython.declare(cython.uchar, 255)  # a fault that was counted already
+_COUNTED = cython.declare(cython.uchar, 255)  # marks a fault that was counted already
 _NO_THREAD = cython.declare(cython.longlong, -(1 << 40))
 _SLOTS = cython.declare(cython.Py_ssize_t, 1 << 10)
 _WORDS = cython.declare(cython.Py_ssize_t, 1 << 8)
 _NO_GFN = cython.declare(cython.longlong, 1 << 52)
-_FEW = 16  # threads and vCPUs that there is room for at first
+_FEW = 16  # threads and vCPUs for which there is room at first
 
 
 def roots_of(count: int, uncreated: Any) -> tuple[Any, Any]:
-    """By root id, for all VMs of a trace: what each was lost for, and its role word."""
+    """Return, by root id for all VMs of a trace, arrays for the cause of each root's loss and for its role word."""
     lost, words = np.zeros(min(count, 1 << 24) + 2, np.uint8), np.zeros(min(count, 1 << 24) + 2, np.uint32)
     for root in uncreated:
         if root["id"] < len(words) - 1:
@@ -199,7 +200,7 @@ def roots_of(count: int, uncreated: Any) -> tuple[Any, Any]:
 
 
 def causes_of(kernel: Any) -> Any:
-    """By exit reason, for all VMs of a trace: what a root is lost for that its vCPU loses after that exit."""
+    """Return by exit code, for all VMs of a trace, the cause if a vCPU loses a root after such an exit."""
     whys = {Left.CR0_WRITE: Why.CR0, Left.CR4_WRITE: Why.CR4, Left.RSM: Why.RSM}
     return np.array([whys.get(Left(each), Why.EXIT) for each in exit_meanings(kernel.vendor)], np.uint8)
 
@@ -207,7 +208,7 @@ def causes_of(kernel: Any) -> Any:
 @cython.final
 @cython.cclass
 class Removals:
-    """Of one VM. `totals` has the `count` rows of FIELDS."""
+    """The removals of one VM. `totals` has rows of FIELDS, of which `count` are in use."""
 
     totals = cython.declare(object, visibility="public")
     count = cython.declare(cython.int, visibility="public")
@@ -218,25 +219,25 @@ class Removals:
     _keys: cython.longlong[::1]
     _values: cython.longlong[::1]
     _held: cython.Py_ssize_t
-    # By place of a thread: who it is, what it is at (a row of `totals`, -1: nothing), since when, until when so far
+    # By place of a thread: its tid, what it is doing (a row of `totals`, -1: nothing), since when, until when so far
     _tid: cython.longlong[::1]
     _threads: cython.Py_ssize_t
     _at: cython.longlong[::1]
     _since: cython.longlong[::1]
     _done: cython.longlong[::1]
     _did: cython.uchar[::1]
-    _zaps: cython.longlong[::1]  # the root that it zaps, 0: none
-    _context: cython.uchar[::1]  # by vCPU: Why of a root that it loses
-    _fixing: cython.uchar[::1]  # by vCPU: the row in which its fault under way counts if it is a fix; 0: in none
-    _marked: cython.longlong[::1]  # by vCPU: the gfn of its last MMIO SPTE, which some kernels show as a leaf besides
+    _zaps: cython.longlong[::1]  # the root that the thread is zapping; 0: none
+    _context: cython.uchar[::1]  # by vCPU: the cause (Why) if it loses a root now
+    _fixing: cython.uchar[::1]  # by vCPU: the row of `totals` that counts its fault under way if it is a fix; 0: none
+    _marked: cython.longlong[::1]  # by vCPU: the gfn of its last MMIO SPTE, which some kernels also show as a leaf
     _slot_flags: cython.uchar[::1]
-    _own: cython.uint[::1]  # role words of this VM
+    _own: cython.uint[::1]  # the role words of this VM
     _own_count: cython.Py_ssize_t
     _nx: cython.longlong[::1]
     _shows: cython.bint
     _ended: cython.bint
     _newest: cython.longlong
-    _invalid: cython.longlong  # roots up to this one were invalidated, for the cause in that row
+    _invalid: cython.longlong  # roots up to this one were invalidated, for the cause in row `_invalid_by`
     _invalid_by: cython.int
     _spte: cython.ulonglong
     _type: cython.int
@@ -248,9 +249,11 @@ class Removals:
     _meaning: cython.uchar[::1]
 
     def __init__(self, kernel: Any, causes: Any, roots: Any, slots: Any, recovery: Any, shows: bool) -> None:
-        """`causes` and `roots`: see `causes_of` and `roots_of`. `slots`: (id, flags) of those before the first row.
+        """`causes` and `roots` are results of `causes_of` and `roots_of`.
 
-        `recovery`: thread ids of NX huge page recovery. `shows`: the kernel shows changes of SPTEs.
+        `slots` has (id, flags) of slots before the first row.
+
+        `recovery` are the tids of NX huge page recovery. `shows` says that the kernel shows changes of SPTEs.
         """
         totals = self.totals = np.zeros((int(_MOST), len(FIELDS)), np.int64)
         totals[:, _LOW] = _NO_GFN
@@ -282,7 +285,7 @@ class Removals:
         self._meaning = _plain(causes)
 
     def feed(self, rows: Any) -> None:
-        """Take in rows, as columns by their names (COLUMNS); `vcpu` is -1 where there is none, as is `gfn`."""
+        """Take in rows, as columns by name (COLUMNS); `vcpu` and `gfn` are -1 where there is none."""
         done: cython.Py_ssize_t = 0
         while done < len(rows.kind):
             done = self._feed(
@@ -305,7 +308,7 @@ class Removals:
         self._marked = _plain(np.full(room, -1, np.int64))
 
     def _grow(self, vcpu: int) -> None:
-        """Make room where there is none left, for pages, for threads or for a vCPU's number."""
+        """Make more room for pages, for threads or for the number of a vCPU, whichever has run out."""
         if self._held >= len(self._keys) // 2:
             self._grow_pages()
         if 2 * self._threads >= len(self._tid):
@@ -359,7 +362,7 @@ class Removals:
         slot: cython.const[cython.int][::1],
         flags: cython.const[cython.uchar][::1],
     ) -> cython.Py_ssize_t:
-        """From row `start` on; the row for which a table has to grow, or the number of rows."""
+        """Process rows from `start` on; return the row for which a table has to grow, or the number of rows."""
         i: cython.Py_ssize_t
         k: cython.int
         t: cython.Py_ssize_t
@@ -391,7 +394,7 @@ class Removals:
             if t < 0 or v >= vcpus:
                 return i
             if k == _ON_CHANGED:
-                if not r:  # not every recorder and every kernel shows it
+                if not r:  # not every recorder and kernel shows the root
                     r = self._zaps[t]
                 was = self._maps(old[i])
                 is_ = self._maps(new[i])
@@ -418,7 +421,7 @@ class Removals:
                     if not self._maps(new[i]):
                         self._totals[j, _LEAVES] += 1
                         self._pages(j, gfn[i])
-                    elif self._mend(v):  # split in place (6.3): 7.3 installs no leaf after that
+                    elif self._mend(v):  # split in place (from 6.3 on); 7.3 installs no leaf after that
                         self._fixing[v] = _COUNTED
                     self._of_page(r, as_id[i], level[i], gfn[i], j, True)
                 elif is_ and r:
@@ -555,7 +558,7 @@ class Removals:
     @cython.nogil
     @cython.exceptval(check=False)
     def _thread(self, tid: cython.longlong) -> cython.Py_ssize_t:
-        """A thread's place; -1: there is no room for a new one."""
+        """Return a thread's place, or -1 if there is no room for a new thread."""
         mask: cython.Py_ssize_t = len(self._tid) - 1
         t: cython.Py_ssize_t = cython.cast(cython.Py_ssize_t, tid) & mask
         while self._tid[t] != tid:
@@ -573,7 +576,7 @@ class Removals:
     @cython.inline
     @cython.exceptval(check=False)
     def _maps(self, spte: cython.ulonglong) -> cython.bint:
-        """Whether an entry maps something; an MMIO SPTE does not."""
+        """Return whether an entry maps something; an MMIO SPTE does not."""
         if self._spte:
             return spte & self._spte != 0
         return spte != 0 and spte >> self._type & 3 != _MMIO_TYPE
@@ -582,7 +585,7 @@ class Removals:
     @cython.nogil
     @cython.exceptval(check=False)
     def _key(self, word: cython.uint, level: cython.longlong, gfn: cython.longlong) -> cython.longlong:
-        """Of a page under a role word."""
+        """Return the key of a page under a role word."""
         at: cython.Py_ssize_t = 0
         while at < self._own_count and self._own[at] != word:
             at += 1
@@ -598,7 +601,7 @@ class Removals:
     @cython.nogil
     @cython.exceptval(check=False)
     def _cause(self, root: cython.longlong) -> cython.Py_ssize_t:
-        """What a root was lost for (a row of the totals); 0: it was not."""
+        """Return the row of `totals` for the cause by which a root was lost, or 0 if it was not lost."""
         if self._lost[root]:
             return self._lost[root]
         return self._invalid_by if root <= self._invalid else 0
@@ -607,7 +610,7 @@ class Removals:
     @cython.nogil
     @cython.exceptval(check=False)
     def _find(self, why: cython.int, tid: cython.longlong) -> cython.int:
-        """The row of a cause and a thread."""
+        """Return the row of `totals` for a cause and a thread."""
         at: cython.int = 3
         while at < self.count and not (self._totals[at, 0] == why and self._totals[at, 1] == tid):
             at += 1
@@ -630,7 +633,7 @@ class Removals:
         time: cython.longlong,
         counts: cython.bint,
     ) -> cython.void:
-        """The thread begins something; without `counts` it is only an operation if it changes something."""
+        """The thread begins something; without `counts` it is counted as an operation only if it changes something."""
         self._since[t] = self._done[t] = time
         self._did[t] = counts
         if not counts:
@@ -658,7 +661,9 @@ class Removals:
         v: cython.int,
         time: cython.longlong,
     ) -> cython.Py_ssize_t:
-        """The thread changes something: the row that it is counted in, which lasts until now at least."""
+        """The thread changes something: return the row of `totals` in which
+        that is counted, and extend its time until now.
+        """
         j: cython.Py_ssize_t
         why: cython.int
         if self._at[t] < 0:
@@ -685,7 +690,8 @@ class Removals:
         self._totals[at, _LOW] = min(self._totals[at, _LOW], gfn)
         self._totals[at, _HIGH] = max(self._totals[at, _HIGH], gfn)
 
-    # A page's value: the root that mapped it last, what it was protected by (0: by nothing), what it was removed by.
+    # A page's value has three parts: the root that mapped it last, the row of the cause that protected it (0: none),
+    # and the row of the cause that removed it (_IS_MAPPED: it is mapped).
 
     @cython.cfunc
     @cython.nogil
@@ -726,9 +732,9 @@ class Removals:
         by: cython.longlong,
         goes: cython.bint,
     ) -> cython.void:
-        """A root's leaf goes or is protected; of a page that another root has mapped since, nothing changes.
+        """A root's leaf is removed or protected; if another root has mapped the page since, nothing changes.
 
-        Where the root is not known, it is that of every role word of the address space under which the page is mapped.
+        If the root is not known, every role word of the address space under which the page is mapped is taken.
         """
         w: cython.Py_ssize_t
         at: cython.Py_ssize_t
@@ -747,7 +753,7 @@ class Removals:
                     self._values[at] = self._values[at] >> 16 << 16 | (by if goes else by << 8 | _IS_MAPPED)
                     continue
                 at = self._place(self._key(self._own[w], level + 1, gfn))
-                if self._keys[at] >= 0:  # a part of a huge page that was split, of which no row is
+                if self._keys[at] >= 0:  # a part of a huge page whose split no row shows
                     self._put(key, self._values[at] >> 16, 0 if goes else by, by if goes else _IS_MAPPED)
 
     @cython.cfunc
@@ -759,7 +765,9 @@ class Removals:
         level: cython.longlong,
         gfn: cython.longlong,
     ) -> cython.void:
-        """A leaf of a root that is not known: a part of a huge page, or all parts of one together again."""
+        """A leaf of an unknown root is installed: it is a part of a split
+        huge page, or a huge page put together again.
+        """
         w: cython.Py_ssize_t
         at: cython.Py_ssize_t
         for w in range(self._own_count):
@@ -779,7 +787,7 @@ class Removals:
         root: cython.longlong,
         v: cython.int,
     ) -> cython.void:
-        """A leaf is installed: what its page's last mapping went by."""
+        """A leaf is installed: count it for the cause by which the page's last mapping was lost."""
         at: cython.Py_ssize_t = self._place(key)
         why: cython.Py_ssize_t
         if self._keys[at] < 0:
@@ -800,7 +808,7 @@ class Removals:
     @cython.nogil
     @cython.exceptval(check=False)
     def _mend(self, v: cython.int) -> cython.bint:
-        """Count a vCPU's fault under way as a fix; whether it is one."""
+        """Count a vCPU's fault under way as a fix, if it is one, and return whether it is."""
         if v < 0 or not 0 < self._fixing[v] < _MOST:
             return False
         self._totals[self._fixing[v], _FIXES] += 1
@@ -815,7 +823,10 @@ class Removals:
         word: cython.uint,
         gfn: cython.longlong,
     ) -> cython.uchar:
-        """A fault on a leaf that is there: what took the permission; it counts when the fault repairs that."""
+        """Return the row of the cause that took a permission from the faulting page.
+
+        It is counted when the fault restores it.
+        """
         level: cython.longlong
         at: cython.Py_ssize_t
         why: cython.longlong = 0
@@ -831,7 +842,7 @@ class Removals:
     @cython.nogil
     @cython.exceptval(check=False)
     def _place(self, key: cython.longlong) -> cython.Py_ssize_t:
-        """Where a key is, or is to be put."""
+        """Return the place of a key, or where it has to be put."""
         mask: cython.Py_ssize_t = len(self._keys) - 1
         mixed: cython.ulonglong = cython.cast(cython.ulonglong, key)
         at: cython.Py_ssize_t
@@ -843,5 +854,7 @@ class Removals:
 
 
 def _plain(array: Any) -> Any:
-    """What items of it are read from and written to: of numpy's arrays uncompiled code gets numpy's numbers."""
+    """Return an array in the form that loops access: uncompiled, a memoryview,
+    whose items are Python's numbers, not numpy's.
+    """
     return array if cython.compiled else memoryview(array)

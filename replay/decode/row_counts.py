@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""What the rows themselves say of one VM's roots, tables and leaves, counted while they are decoded.
+"""Count what the rows themselves show of one VM's roots, tables and leaves, while they are decoded.
 
-A replay under the recording's own policy has to give the same numbers (`replay.own_policy`). Inputs are therefore
-not what is counted here, wherever another event tells the same:
+A replay under the recording's own policy must give the same numbers (`replay.own_policy`). To be independent, the
+counts are taken from other events than the inputs of the replay wherever another event shows the same:
 
     row                                             counted as
     first root_get (or mmu_load) of a root          CREATED      every other one: FOUND
@@ -21,7 +21,7 @@ not what is counted here, wherever another event tells the same:
     leaf set or repaired                            SET          for kernels that do not show changes of SPTEs
     kvm_mmu_spte_requested                          REQUESTED    with those repaired
 
-Cython in pure-Python mode, as `timeline` is.
+This is Cython in pure-Python mode, like `timeline`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ COMPILED: bool = cython.compiled
 
 
 class RowCount(IntEnum):
-    """What is counted; see above."""
+    """The counts; the table above says which rows each counts."""
 
     CREATED = 0
     GOT_ROOT = 1
@@ -97,28 +97,28 @@ KINDS = (
     "kvm_mmu_split_huge_page",
 )  # fmt: skip
 
-# What an SPTE is.
+# Kinds of SPTE.
 _NOTHING = cython.declare(cython.int, 0)
 _LEAF = cython.declare(cython.int, 1)
 _TABLE = cython.declare(cython.int, 2)
 _MMIO = cython.declare(cython.int, 3)
 
-# What is known of a root: bits.
+# Bits of what is known about a root.
 _WAS_SEEN = cython.declare(cython.uchar, 1)
 _WAS_PUT = cython.declare(cython.uchar, 2)
 _WAS_FREED = cython.declare(cython.uchar, 4)
 
-Server = cython.struct(  # of faults: a vCPU; the last one stands for all threads that run none
+Server = cython.struct(  # who serves faults: a vCPU; the last one stands for all threads without a vCPU
     faulted=cython.longlong,  # row of its last fault
-    present=cython.longlong,  # that was on a leaf which was there
-    maps=cython.longlong,  # it has requested a mapping, and not gone on since
-    installed=cython.longlong,  # and has installed a leaf
-    split=cython.longlong,  # and has split a huge leaf: 2, once that is counted
+    present=cython.longlong,  # that fault was on a leaf which was present
+    maps=cython.longlong,  # it has requested a mapping, and is still busy with it
+    installed=cython.longlong,  # it has installed a leaf for that
+    split=cython.longlong,  # it has split a huge leaf for that; 2: and that is counted
     marked=cython.longlong,  # gfn of the MMIO SPTE that its fault has made; -1: none
-    got=cython.longlong,  # level and gfn of the table that it got last, -1: none, or it came twice
-    # What is yet to be counted, with the event that goes with it or when the vCPU goes on
-    waits=cython.longlong,  # whether there is any
-    write=cython.longlong,  # its fault was a write to a leaf, which fast_page_fault tries to let through
+    got=cython.longlong,  # level and gfn of the last table it got; -1: none, or both of its two rows were seen
+    # Pending counts: they are counted with a later event of the fault, at the latest when the vCPU does something else
+    waits=cython.longlong,  # whether there are any
+    write=cython.longlong,  # its fault was a write to a leaf, which fast_page_fault may repair
     asked=cython.longlong,
     leaves=cython.longlong,
     links=cython.longlong,
@@ -135,12 +135,12 @@ SERVER = [(name, "i8") for name in (
 @cython.final
 @cython.cclass
 class RowCounts:
-    """Counts the rows of one VM, batch after batch, those after its end too. `counts` is by RowCount.
+    """Counts the rows of one VM, batch after batch, including those after its end. `counts` is indexed by RowCount.
 
-    `late_sets` and `late_tables`: of them, those of a fault during which another vCPU had one as well, so that the
-    kernel may have found its leaf or table there already. `mmio`: MMIO SPTEs installed, which may go without an event;
-    `replaced`: those that something else took the place of.
-    `log` is, where wanted, (seq, time, RowCount, step) of each step that the last batch made.
+    `late_sets` and `late_tables` are those leaves and tables that were set during a fault in which another vCPU set one
+    as well, so that the kernel may have found its leaf or table there already. `mmio` is the number of MMIO SPTEs
+    installed, which may be removed without an event, and `replaced` that of MMIO SPTEs that something else replaced. If
+    wanted, `log` has the steps of the last batch as rows of (seq, time, RowCount, step).
     """
 
     counts = cython.declare(object, visibility="public")
@@ -151,28 +151,28 @@ class RowCounts:
     replaced = cython.declare(cython.longlong, visibility="public")
     _pool: Any
     _server: cython.pointer[Server]
-    _others: cython.Py_ssize_t  # the last Server
+    _others: cython.Py_ssize_t  # index of the last Server, for threads without a vCPU
     _count: cython.longlong[::1]
     _root: cython.uchar[::1]
-    _counted: cython.uchar[::1]  # by kind: whether a row of it says anything here
+    _counted: cython.uchar[::1]  # by kind: whether rows of this kind are looked at
     _logs: cython.bint
     _room: Any
     _logged: cython.longlong[:, ::1]
     _log_rows: cython.Py_ssize_t
-    _seq: cython.longlong  # of the row under way
+    _seq: cython.longlong  # seq and time of the row under way
     _time: cython.longlong
     _loads_by: cython.int
     _requests: cython.bint
     _moves: cython.bint
     _twice: cython.bint
     _fixed: cython.int
-    _present: cython.ulonglong  # of SPTEs
+    _present: cython.ulonglong  # bits of an SPTE; likewise the next two
     _nonpresent: cython.ulonglong
     _frozen: cython.ulonglong
-    _there: cython.ulonglong  # of faults
+    _there: cython.ulonglong  # bits of a fault's code; likewise the next two
     _write: cython.ulonglong
     _odd: cython.ulonglong
-    _set_by: cython.Py_ssize_t  # who set the last leaf, and got the last table; and at which row
+    _set_by: cython.Py_ssize_t  # which Server set the last leaf, and at which row; and the same for the last table
     _set_at: cython.longlong
     _got_by: cython.Py_ssize_t
     _got_at: cython.longlong
@@ -211,7 +211,7 @@ class RowCounts:
         self._set_at = self._got_at = -1
 
     def feed(self, batch: Any) -> None:
-        """Take in all rows of a batch."""
+        """Count all rows of a batch."""
         self._begin_log(len(batch))
         self._feed(
             batch.seq, batch.time, batch.vcpu, batch.kind, batch.root, batch.level, batch.gfn, batch.old, batch.new,
@@ -220,7 +220,7 @@ class RowCounts:
         self.log = self._room[: self._log_rows]
 
     def finish(self) -> None:
-        """There are no more rows: what waits for an event is counted."""
+        """Count what is still pending after the last row."""
         v: cython.Py_ssize_t
         self._begin_log(self._others + 1)
         for v in range(self._others + 1):
@@ -229,7 +229,7 @@ class RowCounts:
 
     def _begin_log(self, rows: cython.Py_ssize_t) -> None:
         if self._logs:
-            self._room = np.zeros((9 * rows + 1, 4), np.int64)  # no row makes more than nine steps
+            self._room = np.zeros((9 * rows + 1, 4), np.int64)  # no row adds more than nine steps
             self._logged = self._room
             self._log_rows = 0
 
@@ -303,13 +303,13 @@ class RowCounts:
     @cython.nogil
     @cython.exceptval(check=False)
     def _settle(self, v: cython.Py_ssize_t) -> cython.void:
-        """The vCPU goes on: what waited for an event waits no more."""
+        """Count what is pending for a vCPU, which now does something else."""
         server: cython.pointer[Server] = self._server
         self._map(v)
         if server[v].split == 1:
             self._add(_FIXED, 1)
             server[v].write = True
-            server[v].split = 2  # counted, if its fault sets a leaf yet
+            server[v].split = 2  # counted here, so a leaf that its fault may still set is not counted as a fix again
         self._add(_TRIED, server[v].write)
         self._add(_GOT_ROOT, server[v].roots)
         self._add(_LOADED, -server[v].loads)
@@ -320,7 +320,7 @@ class RowCounts:
     @cython.inline
     @cython.exceptval(check=False)
     def _map(self, v: cython.Py_ssize_t) -> cython.void:
-        """What a mapping took: counted with its leaf, as the replay does it all at once."""
+        """Count what a mapping took together with its leaf, because the replay counts it all at once."""
         server: cython.pointer[Server] = self._server
         self._add(_REQUESTED, server[v].asked)
         self._add(_INSTALLED, server[v].leaves)
@@ -347,7 +347,7 @@ class RowCounts:
     @cython.nogil
     @cython.exceptval(check=False)
     def _repairs(self, v: cython.Py_ssize_t, fixed: cython.bint) -> cython.void:
-        """fast_page_fault has lifted what was in the way, or has not."""
+        """fast_page_fault has repaired the fault, or has not."""
         if fixed:
             self._add(_FIXED, 1)
             self._add(_SET, 1)
@@ -389,7 +389,10 @@ class RowCounts:
     @cython.inline
     @cython.exceptval(check=False)
     def _first(self, root: cython.longlong, what: cython.uchar) -> cython.bint:
-        """Whether this is the first row that says so of a root. Roots beyond those that are kept count each time."""
+        """Return whether this is the first row that shows this of a root.
+
+        Roots beyond the array's size count each time.
+        """
         first: cython.bint
         if root >= self._root.shape[0]:
             return True
@@ -402,7 +405,7 @@ class RowCounts:
     @cython.inline
     @cython.exceptval(check=False)
     def _what(self, word: cython.ulonglong, level: cython.int) -> cython.int:
-        """What an SPTE of a level is."""
+        """Return the kind of an SPTE at a level."""
         if word == 0 or word == self._nonpresent or word == self._frozen:
             return _NOTHING
         if word & self._present == 0:
@@ -415,7 +418,7 @@ class RowCounts:
     def _changes(
         self, v: cython.Py_ssize_t, level: cython.int, old: cython.ulonglong, new: cython.ulonglong
     ) -> cython.void:
-        """An SPTE changes."""
+        """Count a change of an SPTE."""
         server: cython.pointer[Server] = self._server
         was: cython.int = self._what(old, level)
         now: cython.int = self._what(new, level)
@@ -433,7 +436,7 @@ class RowCounts:
                 server[v].installed = server[v].waits = True
                 self.mmio += now == _MMIO
             elif was == _NOTHING:
-                # A notifier that changes a page (until 6.10) takes its leaf out, and puts another in.
+                # Up to 6.9 a notifier that changes a page (kvm_set_spte_hva) removes its leaf and installs another.
                 self._add(_ZAPPED if self._moves else _INSTALLED, -1 if self._moves else 1)
         elif was == _LEAF and now == _NOTHING:
             self._add(_ZAPPED, 1)
@@ -444,9 +447,9 @@ class RowCounts:
     @cython.nogil
     @cython.exceptval(check=False)
     def _leaf(self, v: cython.Py_ssize_t, gfn: cython.longlong, mmio: cython.bint) -> cython.void:
-        """A fault's leaf is set, or was there already."""
+        """Count the leaf of a fault, which is set now or was there already."""
         server: cython.pointer[Server] = self._server
-        # 5.10's TDP MMU reports one MMIO SPTE by both events.
+        # The TDP MMU of 5.10 reports an MMIO SPTE by both events.
         both: cython.bint = not mmio and server[v].marked == gfn
         server[v].marked = gfn if mmio else -1
         if both:
@@ -467,7 +470,7 @@ class RowCounts:
     @cython.nogil
     @cython.exceptval(check=False)
     def _gets(self, v: cython.Py_ssize_t, root: cython.longlong, table: cython.longlong) -> cython.void:
-        """A root is got for a load, or a table for a fault or a split."""
+        """Count a root that is allocated for a load, or a table that is allocated for a fault or a split."""
         server: cython.pointer[Server] = self._server
         if root > 0:
             server[v].roots += 1

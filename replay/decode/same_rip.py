@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""The longest run of exits at one RIP of each vCPU that shows no progress, row by row, with the evidence of why.
+"""Find each vCPU's longest run of exits at one RIP without progress, row by row, with counts that show the reason.
 
-A run shows progress where addresses move on, where the guest halts, where ports and eventfds are written, and where the
-guest runs most of the time. A loop that moves on and then stays at one page has a run of its own from there on, and one
-that stays and then moves on again has had it. Exits for nothing that the guest did (interrupts) do not end it, nor do a
-few elsewhere from which it comes back: the guest's own interrupt handlers have exits, too. Cython in pure-Python mode,
-like `timeline`.
+A run shows progress if its addresses move on, if the guest halts, if ports or eventfds are written, or if the guest
+runs most of the time. A loop that moves on and then stays at one page has a run of its own from there on; one that
+stays and then moves on has ended its run. Exits that the guest did not cause (interrupts) do not end a run. Neither do
+a few exits elsewhere from which the vCPU comes back, since the guest's own interrupt handlers exit, too. This is Cython
+in pure-Python mode, like `timeline`.
 """
 
 from __future__ import annotations
@@ -57,48 +57,48 @@ _INTERNAL = cython.declare(cython.ulonglong, USER_INTERNAL_ERROR)
 _EINTR = cython.declare(cython.int, -EINTR)
 _EAGAIN = cython.declare(cython.int, -EAGAIN)
 _VECTORING = cython.declare(cython.ulonglong, 1 << 31)  # IDT-vectoring information is valid
-_HALTS = cython.declare(cython.int, 1)  # what an exit code says (`_meaning`)
+_HALTS = cython.declare(cython.int, 1)  # this and the next three are meanings of exit codes (`_meaning`)
 _IO = cython.declare(cython.int, 2)
 _ASYNCHRONOUS = cython.declare(cython.int, 3)
 _NESTED = cython.declare(cython.int, 4)
-_FEW = cython.declare(cython.longlong, 100)  # one in so many exits at another address is no progress
-_AWAY = cython.declare(cython.longlong, 64)  # exits elsewhere that an interrupt of the guest may have
+_FEW = cython.declare(cython.longlong, 100)  # at most one in this many exits may be at a new address without progress
+_AWAY = cython.declare(cython.longlong, 64)  # the most exits elsewhere that count as the guest's interrupt handler
 
-RipRun = cython.struct(  # exits of a vCPU at one RIP, without another between them, and rows among them
+RipRun = cython.struct(  # consecutive exits of a vCPU at one RIP, with counts of the rows among them
     rip=cython.ulonglong,
     since=cython.longlong,
     until=cython.longlong,
     seq=cython.longlong,
     exits=cython.longlong,
-    still=cython.longlong,  # exits at the RIP that the vCPU had entered with
+    still=cython.longlong,  # exits at the RIP with which the vCPU had entered
     guest=cython.longlong,  # ns in the guest
     faults=cython.longlong,
     requested=cython.longlong,
     installed=cython.longlong,
-    fixed=cython.longlong,  # by fast_page_fault
-    marked=cython.longlong,  # MMIO SPTEs that were made
-    mmio=cython.longlong,  # exits to userspace for MMIO, or, where these are not recorded, MMIO that was emulated
+    fixed=cython.longlong,  # faults repaired by fast_page_fault
+    marked=cython.longlong,  # MMIO SPTEs made
+    mmio=cython.longlong,  # exits to userspace for MMIO
     loads=cython.longlong,
     moves=cython.longlong,  # faults on another page than the one before
-    fresh=cython.longlong,  # accesses below or above all addresses of the run until then
+    fresh=cython.longlong,  # accesses below or above all earlier addresses of the run
     halts=cython.longlong,  # exits for HLT, and exits to userspace for it
-    ports=cython.longlong,  # exits for port I/O, and MMIO that was an eventfd's
-    unasked=cython.longlong,  # exits for nothing that the guest did, which are none of `exits`
-    nested=cython.longlong,  # exits for faults in the second-level tables, and those while an event was delivered (VMX)
-    vectoring=cython.longlong,
-    errors=cython.longlong,  # KVM_RUNs that failed, and the last one's errno
-    error=cython.longlong,
-    internal=cython.longlong,  # KVM_EXIT_INTERNAL_ERROR, _SHUTDOWN, _FAIL_ENTRY
-    shutdowns=cython.longlong,
-    failed=cython.longlong,
-    undefined=cython.longlong,  # #UD that was injected
-    reserved=cython.longlong,  # faults with a reserved bit set, by writes, and on a leaf that was there
-    writes=cython.longlong,
-    present=cython.longlong,
-    addr=cython.ulonglong,  # of the last access
-    notified=cython.longlong,  # MMU notifiers of the VM meanwhile
-    before=cython.longlong,  # the exit before the last one, and the last: rows
-    last=cython.longlong,
+    ports=cython.longlong,  # exits for port I/O, and MMIO writes to an eventfd
+    unasked=cython.longlong,  # exits that the guest did not cause; they are not in `exits`
+    nested=cython.longlong,  # exits for faults in the second-level tables
+    vectoring=cython.longlong,  # those of them while an event was being delivered (VMX)
+    errors=cython.longlong,  # KVM_RUNs that failed
+    error=cython.longlong,  # errno of the last of them
+    internal=cython.longlong,  # exits to userspace with KVM_EXIT_INTERNAL_ERROR
+    shutdowns=cython.longlong,  # exits to userspace with KVM_EXIT_SHUTDOWN
+    failed=cython.longlong,  # exits to userspace with KVM_EXIT_FAIL_ENTRY
+    undefined=cython.longlong,  # #UDs injected
+    reserved=cython.longlong,  # faults with a reserved bit set
+    writes=cython.longlong,  # faults by writes
+    present=cython.longlong,  # faults on a leaf that was present
+    addr=cython.ulonglong,  # address of the last access
+    notified=cython.longlong,  # MMU notifiers of the VM during the run
+    before=cython.longlong,  # row of the last exit but one
+    last=cython.longlong,  # row of the last exit
 )
 RIP_RUN = [("rip", "u8")] + [
     (name, "u8" if name == "addr" else "i8")
@@ -110,24 +110,24 @@ RIP_RUN = [("rip", "u8")] + [
     )
 ]  # fmt: skip
 
-Follow = cython.struct(  # a vCPU after its last row
-    rip=cython.ulonglong,  # at its last entry, and when that was; -1: it is in userspace, or was not seen
-    entered=cython.longlong,
-    page=cython.longlong,  # of its last fault, -1: it had none
-    home=cython.longlong,  # of the run's first fault
-    moved=cython.longlong,  # exits of the run when its address last moved on
-    low=cython.ulonglong,  # the least and the greatest address of the run
-    high=cython.ulonglong,
-    notified=cython.longlong,  # MMU notifiers when its run began
-    ended=cython.longlong,  # the row of its last exit to userspace, if it has not entered since: -1
-    reason=cython.longlong,
-    error=cython.longlong,
-    time=cython.longlong,
-    shutdowns=cython.longlong,  # how often it has ended in KVM_EXIT_SHUTDOWN
-    exit=cython.longlong,  # the row of its last exit, its RIP
-    at=cython.ulonglong,
-    away=cython.longlong,  # exits elsewhere since its run's last one, while it may come back
-    back=cython.longlong,  # the run's `still` when it last came back
+Follow = cython.struct(  # the state of a vCPU after its last row
+    rip=cython.ulonglong,  # RIP at the last entry
+    entered=cython.longlong,  # time of the last entry; -1: it has exited since, or none was seen
+    page=cython.longlong,  # page of the last fault; -1: none
+    home=cython.longlong,  # page of the run's first fault; -1: none
+    moved=cython.longlong,  # number of the run's exits when its address last moved on
+    low=cython.ulonglong,  # least address of the run
+    high=cython.ulonglong,  # greatest address of the run
+    notified=cython.longlong,  # number of MMU notifiers when the run began
+    ended=cython.longlong,  # row of the last exit to userspace; -1: none, or the vCPU has entered since
+    reason=cython.longlong,  # KVM_EXIT_* of that exit
+    error=cython.longlong,  # error of that KVM_RUN, negative; else 0
+    time=cython.longlong,  # time of that exit
+    shutdowns=cython.longlong,  # number of exits to userspace with KVM_EXIT_SHUTDOWN
+    exit=cython.longlong,  # row of the last exit
+    at=cython.ulonglong,  # RIP of the last exit
+    away=cython.longlong,  # exits elsewhere since the run's last exit, while the vCPU may come back
+    back=cython.longlong,  # the run's `still` when the vCPU last came back
 )
 FOLLOW = [
     (name, "u8" if name in ("rip", "low", "high", "at") else "i8")
@@ -141,9 +141,9 @@ FOLLOW = [
 @cython.final
 @cython.cclass
 class RipRuns:
-    """Of one VM. `longest` has a row of RipRun for each vCPU, after `finish`; 0 exits: it had none.
+    """The runs of one VM. After `finish`, `longest` has a row of RipRun for each vCPU, with 0 exits if it had no run.
 
-    `ends` has a row of Follow for each vCPU: why it went to userspace last, if it did not come back.
+    `ends` has a row of Follow for each vCPU, which says why it last went to userspace if it has not entered since.
     """
 
     longest = cython.declare(object, visibility="public")
@@ -154,14 +154,17 @@ class RipRuns:
     _vcpu: cython.pointer[Follow]
     _notified: cython.longlong
     _meaning: cython.uchar[::1]
-    _write: cython.ulonglong  # bits of a fault's code
+    _write: cython.ulonglong  # bits of a fault's code; likewise the next two
     _reserved: cython.ulonglong
     _present: cython.ulonglong
     _fixed: cython.int
-    _tells: cython.bint  # an exit for a fault has its address, or else what was being delivered
+    _tells: cython.bint  # `addr` of an exit for a fault is the address (SVM), not the event being delivered (VMX)
 
     def __init__(self, vcpus: int, vendor: Vendor = SVM, fixed: int = -1) -> None:
-        """`vendor`: whose codes exits and faults have. `fixed`: what fast_page_fault returns on a repaired SPTE."""
+        """`vendor` gives the meaning of exit codes and fault codes.
+
+        `fixed` is RET_PF_FIXED, which fast_page_fault returns.
+        """
         self._pool, self.longest = (make_pool(max(vcpus, 1), RIP_RUN) for _ in range(2))
         self.ends = make_pool(max(vcpus, 1), FOLLOW)
         for name in ("entered", "page", "home", "ended", "exit"):
@@ -187,11 +190,13 @@ class RipRuns:
             self._vcpu = as_structures(self.ends)
 
     def feed(self, batch: Any) -> None:
-        """Take in a batch: `seq`, `time`, `vcpu` (dense, -1 for none), `kind`, `rip`, `addr`, `code`, `ret` of it."""
+        """Take in a batch: its columns `seq`, `time`, `vcpu` (dense, -1 for
+        none), `kind`, `rip`, `addr`, `code` and `ret`.
+        """
         self._feed(batch.seq, batch.time, batch.vcpu, batch.kind, batch.rip, batch.addr, batch.code, batch.ret)
 
     def finish(self) -> None:
-        """There are no more rows: runs that go on end here."""
+        """End all runs after the last row."""
         v: cython.Py_ssize_t
         for v in range(len(self._pool)):
             self._end_run(v)
@@ -233,7 +238,7 @@ class RipRuns:
         code: cython.ulonglong,
         ret: cython.int,
     ) -> cython.void:
-        """Go on with the vCPU's run of exits at one RIP, or begin another."""
+        """Continue the vCPU's run of exits at one RIP, or begin another."""
         run: cython.pointer[RipRun] = self._going
         page: cython.longlong
         if k == _EXIT:
@@ -245,7 +250,7 @@ class RipRuns:
         elif k == _USER_EXIT:
             self._goes_out(v, seq, time, code, ret)
         elif self._vcpu[v].away:
-            pass  # what its interrupt handler does is not the run's
+            pass  # what the guest's interrupt handler does is not part of the run
         elif k == _FAULT:
             page = cython.cast(cython.longlong, addr >> 12)
             if page != self._vcpu[v].page and page != self._vcpu[v].home and self._vcpu[v].page >= 0:
@@ -318,7 +323,7 @@ class RipRuns:
         run[v].ports += meaning == _IO
         if self._vcpu[v].entered >= 0:
             run[v].still += self._vcpu[v].rip == rip
-            if run[v].exits > 1:  # before the first the guest came from elsewhere
+            if run[v].exits > 1:  # before the first exit the guest was elsewhere
                 run[v].guest += ran
         self._vcpu[v].entered = -1
         if meaning == _NESTED:
@@ -333,12 +338,13 @@ class RipRuns:
     @cython.inline
     @cython.exceptval(check=False)
     def _may_come_back(self, v: cython.Py_ssize_t, rip: cython.ulonglong) -> cython.bint:
-        """At an exit elsewhere: whether an interrupt took it away from where it stands, and not its getting further.
+        """Return, at an exit elsewhere, whether an interrupt took the vCPU away from its run, rather than progress.
 
-        It had entered there, as it had most times to come out there again, and did so since it last came back.
+        It did if the vCPU had last entered at the run's RIP, exits there mostly without completing an instruction, and
+        has done so again since it last came back.
         """
         run: cython.pointer[RipRun] = self._going
-        if self._vcpu[v].away:  # unless it stands still there
+        if self._vcpu[v].away:  # it may, unless it makes no progress there either
             return self._vcpu[v].away < _AWAY and (self._vcpu[v].entered < 0 or self._vcpu[v].rip != rip)
         if self._vcpu[v].entered < 0 or self._vcpu[v].rip != run[v].rip or self._goes_on(v):
             return False
@@ -384,7 +390,9 @@ class RipRuns:
     @cython.nogil
     @cython.exceptval(check=False)
     def _moves_on(self, v: cython.Py_ssize_t, before: cython.longlong) -> cython.void:
-        """Its address moves on: where that is not rare, nor the first time, another run begins with this exit."""
+        """The run's address moves on: unless that is rare, or happens for the
+        first time, another run begins with this exit.
+        """
         run: cython.pointer[RipRun] = self._going
         if before > 0 and run[v].exits - self._vcpu[v].moved < _FEW:
             self._end_run(v)
@@ -404,7 +412,7 @@ class RipRuns:
         reason: cython.ulonglong,
         error: cython.int,
     ) -> cython.void:
-        """KVM_RUN returns. A write that is two accesses returns twice."""
+        """KVM_RUN returns to userspace. A write that spans two accesses returns twice."""
         run: cython.pointer[RipRun] = self._going
         again: cython.bint = self._vcpu[v].ended >= 0
         self._vcpu[v].ended = seq
@@ -446,7 +454,7 @@ class RipRuns:
     @cython.nogil
     @cython.exceptval(check=False)
     def _goes_on(self, v: cython.Py_ssize_t) -> cython.bint:
-        """Whether a run shows progress."""
+        """Return whether a run shows progress."""
         run: cython.pointer[RipRun] = self._going
         exits: cython.longlong = run[v].exits
         if run[v].halts * 2 >= exits or run[v].ports * 2 >= exits:

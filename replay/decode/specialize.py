@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""Inputs to operations for one kernel: what it makes of triggers and states, and which operation took which time.
+"""Turn inputs into operations for one kernel: its triggers, its role words, and which operation took which time.
 
-An exit's time goes to its operations: what its faults took to its first touch, loads to its first entry, unloads to
-its first unload. All else of it, the guest's time before it, and exits without an operation are the `lead` of the next
-exit's first operation. For example, three exits of a vCPU of which the second has no operation:
+An exit's time is given to its operations: the time of faults to its first TOUCH or FIX, of loads to its first ENTER, of
+unloads to its first UNLOAD. The rest of its time, the guest's time before it, and exits without an operation become the
+`lead` of the next exit's first operation. For example, three exits of a vCPU of which the second has no operation:
 
     exit                     guest  faults  other     operation   lead              cost
     1, fault at gfn 7          10      3      1       TOUCH 7     10 + 1            3
     2, a port is read           5             4       -
     3, fault at gfn 8          20      6      1       TOUCH 8     5 + 4 + 20 + 1    6
 
-Nothing is given twice or left out. What happens to the VM as a whole takes its turn behind the vCPU that acted last.
+Every ns is given to exactly one operation. An operation on the whole VM takes its turn after the vCPU that acted last.
 
-SMIs that the wall clock brings on ("open") are taken out of vCPUs' programs into queues of their own, due at their
-recorded time: from the unload for the SMI to the load that follows the one for its RSM.
+If SMIs keep their wall-clock time ("open"), they are moved from the vCPUs' programs into queues of their own, due at
+their recorded time: from the unload for the SMI to the load after the unload for its RSM.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ _WAS_CREATED = cython.declare(cython.uchar, CREATED)
 _WALL_MORE = cython.declare(cython.longlong, MORE)
 _WALL_LAST = cython.declare(cython.longlong, LAST)
 _WALL_NEVER = cython.declare(cython.longlong, NEVER)
-_MOST_TABLES = cython.declare(cython.longlong, 200)  # that `was` can tell
+_MOST_TABLES = cython.declare(cython.longlong, 200)  # larger numbers of tables are stored as this in `was`
 
 _HAS_TOUCH = cython.declare(cython.longlong, HAS_TOUCH)
 _HAS_HIDDEN = cython.declare(cython.longlong, HAS_HIDDEN)
@@ -78,28 +78,28 @@ _HAS_ENTER = cython.declare(cython.longlong, HAS_ENTER)
 _IS_STILL = cython.declare(cython.longlong, WAS_STILL)
 _IS_BUILT = cython.declare(cython.longlong, BUILT_ROOT)
 
-# What of an exit's time an operation of it takes.
+# The parts of an exit's time that its operations take.
 _FAULTS = cython.declare(cython.longlong, 1)
 _LOADS = cython.declare(cython.longlong, 2)
 _UNLOADS = cython.declare(cython.longlong, 4)
 
-Program = cython.struct(  # one vCPU's
-    exit=cython.longlong,  # the exit under way, -1: none
-    takes=cython.longlong,  # parts of it that an operation is to take, and has not yet
-    fault=cython.longlong,  # ns
+Program = cython.struct(  # the state of one vCPU's program
+    exit=cython.longlong,  # number of the exit under way; -1: none
+    takes=cython.longlong,  # parts of its time that are still to be given to an operation
+    fault=cython.longlong,  # ns of the exit's faults; likewise for `load` and `unload`
     load=cython.longlong,
     unload=cython.longlong,
     tables=cython.longlong,
     flags=cython.longlong,
-    lead=cython.longlong,  # of the next operation
+    lead=cython.longlong,  # lead of the next operation, so far
     guest=cython.longlong,
     idle=cython.longlong,
-    kept=cython.longlong,  # what passed before an SMI of the wall clock
+    kept=cython.longlong,  # lead before a wall-clock SMI, kept for the program's next operation
     kept_guest=cython.longlong,
     kept_idle=cython.longlong,
-    inside=cython.longlong,  # an SMI of the wall clock
-    leaving=cython.longlong,  # after the RSM's unload, before the load that ends it
-    total_guest=cython.longlong,  # ns in all: as `VcpuState` has them
+    inside=cython.longlong,  # a wall-clock SMI is under way
+    leaving=cython.longlong,  # its RSM has unloaded, and the load that ends the SMI is still to come
+    total_guest=cython.longlong,  # ns in all, under the names of `VcpuState`
     total_idle=cython.longlong,
     total_fault=cython.longlong,
     total_load=cython.longlong,
@@ -125,8 +125,10 @@ _CAUSE = np.array([int(CAUSES[trigger]) for trigger in Trigger])
 
 @lru_cache(16)
 def _meanings(kernel: Kernel, case: Case, ad_disabled: bool) -> tuple[list[Word], Any, Any, int]:
-    """What is the same for all VMs, and not to be written to: role words, the index of each state's, whether each
-    trigger unloads, and those that do as bits of Exits.has.
+    """Return what is the same for all VMs with this kernel and case; it must not be written to.
+
+    That is: the role words, the index of each state's word, whether each trigger unloads, and the triggers that do as
+    bits of Exits.has.
     """
     words, index = roles.words(kernel.layout, ad_disabled)
     states = np.arange(2 * roles.STATES)
@@ -143,17 +145,18 @@ def _meanings(kernel: Kernel, case: Case, ad_disabled: bool) -> tuple[list[Word]
 @cython.final
 @cython.cclass
 class Specialization:
-    """For one VM, kernel and case. `words` are all role words that its roots can have; index 0 is the usual state's.
+    """Turns the inputs of one VM into operations for one kernel and case.
 
-    `programs` has a row of Program for each vCPU: what is left of leads, and totals.
+    `words` are all role words that its roots can have; index 0 is that of the usual state. `programs` has a row of
+    Program for each vCPU, with leads that are left over and totals.
     """
 
     words = cython.declare(object, visibility="public")
     programs = cython.declare(object, visibility="public")
     _program: cython.pointer[Program]
     _vcpus: cython.longlong
-    _word: cython.longlong[::1]  # index by state
-    _unloads: cython.uchar[::1]  # by trigger
+    _word: cython.longlong[::1]  # index of the role word of each state
+    _unloads: cython.uchar[::1]  # whether each trigger unloads
     _cause: cython.longlong[::1]
     _hidden: cython.bint
     _splits: cython.bint
@@ -188,13 +191,15 @@ class Specialization:
             self._program = as_structures(self.programs)
 
     def block(self, inputs: Any) -> Block:
-        """The operations of inputs, without times."""
+        """Return the operations for these inputs, without times."""
         count = self._write(inputs, -1)
         return Block(*(self._out[name][:count] for name in ("op", "gfn", "time", "seq")))
 
     def timed(self, inputs: Any, began: int = -1) -> Timed:
-        """The operations of inputs with their times. `began`: SMIs are due at their recorded time, ns since then
-        (boot clock); below 0 they keep their place in vCPUs' programs.
+        """Return the operations for these inputs, with their times.
+
+        With `began` (boot clock, ns), SMIs are due at their recorded time, in ns since then; if it is negative they
+        keep their place in the vCPUs' programs.
         """
         count = self._write(inputs, began)
         block = Block(*(self._out[name][:count] for name in ("op", "gfn", "time", "seq")))
@@ -204,11 +209,14 @@ class Specialization:
 
     @property
     def still(self) -> Any:
-        """Of the last operations with times: whether the guest did next to nothing before their exit."""
+        """For each operation of the last call of `timed`: whether the guest did next to nothing before its exit."""
         return self._out["still"]
 
     def rest(self, rest: Any) -> tuple[Any, Any, Any]:
-        """What came after the last operation, by vCPU: ns, ns in the guest and halted. `rest` is that of the inputs."""
+        """Return the time after each vCPU's last operation: ns in all, in the guest, and halted.
+
+        `rest` is that of the inputs.
+        """
         v: cython.Py_ssize_t
         for v in range(self._vcpus):
             self._leave(v)
@@ -332,7 +340,7 @@ class Specialization:
     @cython.inline
     @cython.exceptval(check=False)
     def _divide(self, v: cython.Py_ssize_t, has: cython.longlong) -> cython.void:
-        """Which parts of an exit its operations will take; the others are led to the next operation."""
+        """Decide which parts of an exit's time its operations will take; the rest is added to the next lead."""
         program: cython.pointer[Program] = self._program
         program[v].takes = 0
         if has & _HAS_TOUCH or (self._hidden and has & _HAS_HIDDEN):
@@ -353,7 +361,9 @@ class Specialization:
     @cython.inline
     @cython.exceptval(check=False)
     def _leave(self, v: cython.Py_ssize_t) -> cython.void:
-        """The exit under way is done: what none of its operations has taken goes to the next one's."""
+        """End the exit under way: parts that none of its operations has
+        taken are added to the next operation's lead.
+        """
         program: cython.pointer[Program] = self._program
         if program[v].takes & _FAULTS:
             program[v].lead += program[v].fault
@@ -368,7 +378,7 @@ class Specialization:
     @cython.inline
     @cython.exceptval(check=False)
     def _attribute(self, n: cython.Py_ssize_t, v: cython.Py_ssize_t, timed: cython.bint) -> cython.void:
-        """Give operation `n` its time, and its turn."""
+        """Give operation `n` its time and its queue."""
         program: cython.pointer[Program] = self._program
         kind: cython.int = self._op[n] & 15
         self._lead[n] = self._guest[n] = self._idle[n] = self._cost[n] = 0
@@ -376,7 +386,7 @@ class Specialization:
         self._wall[n] = _WALL_MORE
         if kind > _SWITCH:
             self._queue[n] = self._actor
-            if kind == _END:  # no vCPU waits for what is left to free then
+            if kind == _END:  # the VM ends after all vCPUs are done
                 self._queue[n] = 2 * self._vcpus
                 self._wall[n] = _WALL_NEVER
             return
@@ -415,7 +425,7 @@ class Specialization:
     @cython.nogil
     @cython.exceptval(check=False)
     def _set_apart(self, n: cython.Py_ssize_t, began: cython.longlong) -> cython.void:
-        """Take operation `n` out of its vCPU's program if it is an SMI's."""
+        """Move operation `n` from its vCPU's program to the wall-clock queue if it belongs to an SMI."""
         program: cython.pointer[Program] = self._program
         v: cython.Py_ssize_t = self._queue[n]
         kind: cython.int = self._op[n] & 15
@@ -429,7 +439,7 @@ class Specialization:
                 self._wall[n] = _WALL_LAST
                 program[v].inside = program[v].leaving = False
         elif kind == _UNLOAD and self._gfn[n] == _SMI:
-            # What passed until the SMI is the program's.
+            # The time that passed until the SMI belongs to the program.
             program[v].kept += self._lead[n]
             program[v].kept_guest += self._guest[n]
             program[v].kept_idle += self._idle[n]

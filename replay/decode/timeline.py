@@ -1,23 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""Where each vCPU's time went, row by row: in the guest, or in what part of handling an exit.
+"""Where each vCPU's time went, row by row: in the guest, or in which part of handling an exit.
 
-The time between two rows of a vCPU's thread is the state that the later row shows (`vcpu_states`), or, where that row
-shows none (an exit's reason, the entry itself), the state that the earlier one began. Every ns between the first root
-that a vCPU loads (or its first entry) and its last row belongs to exactly one state:
+The time between two rows of a vCPU's thread belongs to the state that the later row shows (`vcpu_states`) or, if that
+row shows none (a row with an exit's reason, the entry itself), to the state that an earlier row began. Every ns between
+the first root that a vCPU loads (or its first entry) and its last row belongs to exactly one state:
 
     row                         ends a span in state
-    kvm_entry                   OTHER, or what went on before
+    kvm_entry                   OTHER, or the state before
     kvm_exit                    GUEST
     kvm_page_fault              FAULT
     kvm_mmu_set_spte            FAULT
     kvm_entry                   FAULT
 
-A vCPU that exits for HLT is IDLE until its next row, one that goes to userspace for HLT until it enters again; where
-userspace holds it back (a signal stopped it, or the guest has ended) it is PAUSED. What a `sched_in` row says that its
-thread waited for a CPU is STEAL. What the host slept is of no state: it is left out of all spans.
+A vCPU that exits for HLT is IDLE until its next row, and one that goes to userspace for HLT is IDLE until it enters
+again. While userspace does not run it (a signal stopped it, or the guest has ended) it is PAUSED. The time for which
+its thread waited for a CPU, as a `sched_in` row says, is STEAL. Time for which the host was suspended is in no state,
+and is left out of all spans.
 
-Cython in pure-Python mode: the compiled form does some 200 million rows a second; uncompiled it is the same code.
+This is Cython in pure-Python mode: compiled it processes some 200 million rows a second, and it also runs uncompiled.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ _USER_EXIT = cython.declare(cython.int, BY_NAME["kvm_userspace_exit"].code)
 _GET_PAGE = cython.declare(cython.int, BY_NAME["kvm_mmu_get_page"].code)
 _SET = cython.declare(cython.int, BY_NAME["kvm_mmu_set_spte"].code)
 _TABLE_FREE = cython.declare(cython.int, BY_NAME["table_free"].code)  # an RCU callback interrupts whatever runs
-_SCHED_IN = cython.declare(cython.int, BY_NAME["sched_in"].code)  # what the thread was doing goes on
+_SCHED_IN = cython.declare(cython.int, BY_NAME["sched_in"].code)  # the thread continues what it was doing
 _IOCTL = cython.declare(cython.int, BY_NAME["ioctl"].code)
 _GUEST = cython.declare(cython.int, int(VcpuState.GUEST))
 _LOAD = cython.declare(cython.int, int(VcpuState.LOAD))
@@ -75,33 +76,33 @@ _USER_AP_RESET_HOLD = cython.declare(cython.ulonglong, USER_AP_RESET_HOLD)
 _EINTR = cython.declare(cython.int, -EINTR)
 _EAGAIN = cython.declare(cython.int, -EAGAIN)
 _SLEEPS = cython.declare(cython.ulonglong, 1)  # TASK_INTERRUPTIBLE of a task state
-_PAUSE = cython.declare(cython.longlong, 10_000_000)  # ns in userspace after a signal that no handling of one takes
-_STEP = cython.declare(cython.longlong, 1_000_000)  # ns between two moments of a vCPU's progress, about
+_PAUSE = cython.declare(cython.longlong, 10_000_000)  # ns in userspace after a signal, longer than handling one takes
+_STEP = cython.declare(cython.longlong, 1_000_000)  # ns between two moments of a vCPU's progress, approximately
 _CODES = cython.declare(cython.ulonglong, CODES)
 _UNTOLD = cython.declare(cython.int, UNTOLD)
 _NO_SPAN = cython.declare(cython.int, NO_SPAN)
 
-Thread = cython.struct(  # what is known of a vCPU's thread after its last row
-    time=cython.longlong,  # -1: it had none
+Thread = cython.struct(  # the state of a vCPU's thread after its last row
+    time=cython.longlong,  # time of that row; -1: there was none
     kind=cython.longlong,
     rip=cython.ulonglong,
     state=cython.longlong,
     fetched=cython.longlong,  # the last exit was a fault on an instruction, or on the guest's own page tables
     tid=cython.longlong,
-    part=cython.longlong,  # the part of the time in which that row is, and where the part ends
-    part_end=cython.longlong,
-    next_ms=cython.longlong,  # where the ms ends in which that row is
-    guest=cython.longlong,  # ns in the guest until then, and how many spans that was in
-    guests=cython.longlong,
-    idle=cython.longlong,  # ns in IDLE until then, and ns that were not the vCPU's: STEAL, PAUSED, and the host's sleep
-    away=cython.longlong,
-    stolen=cython.longlong,  # of that, STEAL
-    halts=cython.longlong,  # its last exit was for HLT
-    rests=cython.longlong,  # the state that its time in userspace has
-    signalled=cython.longlong,  # it went to userspace for a signal
-    waited=cython.longlong,  # ns for a CPU since that row
+    part=cython.longlong,  # the part of the recorded time in which that row is
+    part_end=cython.longlong,  # when that part ends
+    next_ms=cython.longlong,  # when the millisecond ends in which that row is
+    guest=cython.longlong,  # ns in the guest so far
+    guests=cython.longlong,  # number of spans in the guest so far
+    idle=cython.longlong,  # ns in IDLE so far
+    away=cython.longlong,  # ns so far that the vCPU could not use: STEAL, PAUSED, and suspends of the host
+    stolen=cython.longlong,  # the part of `away` in STEAL
+    halts=cython.longlong,  # the last exit was for HLT
+    rests=cython.longlong,  # the state to which time in userspace belongs now
+    signalled=cython.longlong,  # the vCPU went to userspace for a signal
+    waited=cython.longlong,  # ns for which the thread has waited for a CPU since that row
 )
-Moment = cython.struct(  # a vCPU's progress after a row
+Moment = cython.struct(  # a vCPU's progress after a row; the fields are those of Thread
     vcpu=cython.longlong,
     time=cython.longlong,
     guest=cython.longlong,
@@ -115,12 +116,12 @@ Moment = cython.struct(  # a vCPU's progress after a row
 @cython.final
 @cython.cclass
 class Timeline:
-    """Splits the rows of one VM, batch after batch, into spans.
+    """Divides the time of one VM, batch after batch, into spans that end with its rows.
 
-    `totals` is ns by vCPU and VcpuState; `backwards` counts rows whose clock was behind their thread's last row.
-    `progress` is arrays of Moment: the last row of each vCPU in each ms, with its guest time until then, how many
-    spans that is, its idle time, what was not its time, and what of that was stolen. `slept` is ns that were left out,
-    by vCPU.
+    `totals` is the ns by vCPU and VcpuState; `backwards` is the number of rows whose time was before that of their
+    thread's last row. `progress` has arrays of Moment: for each vCPU the last row in each millisecond, with the guest
+    time until then, its number of spans, the idle time, the time that the vCPU could not use, and how much of that was
+    stolen. `slept` is the ns by vCPU that were left out because the host was suspended.
     """
 
     totals = cython.declare(object, visibility="public")
@@ -138,13 +139,13 @@ class Timeline:
     _in_part: cython.longlong[:, :, ::1]
     _states: cython.uchar[::1]
     _prefetches: cython.bint
-    _fetch: cython.ulonglong  # of a fault's code (`vendors.FaultCode`)
+    _fetch: cython.ulonglong  # bits of a fault's code (`vendors.FaultCode`); likewise the next two
     _walk_mask: cython.ulonglong
     _walk: cython.ulonglong
-    _interrupts: cython.uchar[::1]  # by exit code: for an interrupt of the host
-    _idles: cython.uchar[::1]  # by exit code: for HLT and similar exits
+    _interrupts: cython.uchar[::1]  # by exit code: whether it is for an interrupt of the host
+    _idles: cython.uchar[::1]  # by exit code: whether it is for HLT or similar
     _suspends: list  # type: ignore[type-arg]
-    _least: cython.longlong  # ns: a shorter span has no sleep of the host in it
+    _least: cython.longlong  # ns; a shorter span contains no suspend of the host
     _slept: cython.longlong[::1]
     _first: cython.longlong
     _width: cython.longlong
@@ -158,11 +159,12 @@ class Timeline:
         parts: tuple[int, int, int] | None = None,
         suspends: Sequence[Suspend] = (),
     ) -> None:
-        """`prefetches`: the recorded MMU does, as the shadow MMU. `vendor`: whose codes exits and faults have.
-        `suspends`: when the host slept.
+        """`prefetches` says that the recorded MMU prefetches, as the shadow MMU does.
 
-        `parts` = (first, width, count): also add up `parts`, ns by vCPU, part of the time and state, in `count` parts
-        of `width` ns from `first` on.
+        `vendor` gives the meaning of exit and fault codes. `suspends` are the times for which the host was suspended.
+
+        With `parts` = (first, width, count), `self.parts` is added up as well: ns by vCPU, part and state, for `count`
+        parts of `width` ns from `first` on.
         """
         vcpus = max(vcpus, 1)
         self._pool = make_pool(vcpus, THREAD)
@@ -200,7 +202,9 @@ class Timeline:
             self._thread = as_structures(self._pool)
 
     def feed(self, batch: Any, state: Any, ns: Any, mark: Any, before: Any) -> None:
-        """Write the span that ends with each row: its VcpuState (NO_SPAN: none does), ns, marks, kind before it."""
+        """Write, for each row, the span that ends with it: its VcpuState (or
+        NO_SPAN), ns, marks, and the kind of the row before.
+        """
         if len(batch) > len(self._moment_pool):
             self._moment_pool = make_pool(len(batch), MOMENT)
             if cython.compiled:
@@ -217,14 +221,14 @@ class Timeline:
             self.progress.append(self._moment_pool[: self._moments].copy())
 
     def finish(self) -> None:
-        """There are no more rows: each vCPU's last ms ends here."""
+        """Write each vCPU's last moment after the last row."""
         count: cython.Py_ssize_t = self.totals.shape[0]
         last = make_pool(count, MOMENT)
         last["vcpu"] = np.arange(count)
         for name in ("time", "guest", "guests", "idle", "away", "stolen"):
             last[name] = self._pool[name]
         self.progress.append(last[self._pool["time"] >= 0])
-        self._moment_pool = make_pool(0, MOMENT)  # whoever keeps the timeline needs it no more
+        self._moment_pool = make_pool(0, MOMENT)  # release memory that is not needed any more
 
     def _feed(
         self,
@@ -274,7 +278,7 @@ class Timeline:
                 if k == _GET_PAGE and root[i] != 0:
                     own = _LOAD
                 if tid[i] != thread[v].tid:
-                    # What a thread did before it ran a vCPU (as userspace sets it up) is no time of the vCPU's.
+                    # What a thread did before it first ran a vCPU, such as setting it up, is not the vCPU's time.
                     if not self._runs_vcpus(tid[i], own == _LOAD or k == _ENTRY):
                         continue
                     thread[v].tid = tid[i]
@@ -360,7 +364,7 @@ class Timeline:
     @cython.inline
     @cython.exceptval(check=False)
     def _note(self, v: cython.Py_ssize_t) -> cython.void:
-        """A vCPU's last row was the last one of its ms."""
+        """Write a moment: a vCPU's last row was the last one in its millisecond."""
         at: cython.Py_ssize_t = self._moments
         self._moment[at].vcpu = v
         self._moment[at].time = self._thread[v].time
@@ -377,7 +381,9 @@ class Timeline:
     def _comes_back(
         self, v: cython.Py_ssize_t, time: cython.longlong, code: cython.ulonglong, value: cython.ulonglong
     ) -> cython.void:
-        """The vCPU's thread has a CPU again: it waited for one; or it slept in the kernel, for it had nothing to do."""
+        """The vCPU's thread gets a CPU again: it had waited for one, or had
+        slept in the kernel because it had nothing to do.
+        """
         off: cython.longlong = time - self._thread[v].time
         waited: cython.longlong = cython.cast(cython.longlong, min(value, cython.cast(cython.ulonglong, max(off, 0))))
         self._thread[v].waited += waited
@@ -388,7 +394,7 @@ class Timeline:
     @cython.nogil
     @cython.exceptval(check=False)
     def _rest(self, reason: cython.ulonglong, error: cython.int) -> cython.int:
-        """The state of a vCPU that went to userspace for a reason, until it enters its guest again."""
+        """Return the state of a vCPU that went to userspace for this reason, until it enters its guest again."""
         if error < 0:
             return _IDLE if error == _EAGAIN else _USER
         if reason in (_USER_HLT, _USER_AP_RESET_HOLD):
@@ -399,7 +405,10 @@ class Timeline:
     @cython.nogil
     @cython.exceptval(check=False)
     def _asleep(self, begin: cython.longlong, end: cython.longlong, in_kernel: cython.bint) -> cython.longlong:
-        """ns of [begin, end) that the host slept; `in_kernel`: an exit was being handled."""
+        """Return the ns of [begin, end) for which the host was suspended.
+
+        `in_kernel` says that an exit was being handled.
+        """
         found: cython.longlong = 0
         with cython.gil:
             for suspend in self._suspends:
@@ -412,9 +421,10 @@ class Timeline:
     @cython.inline
     @cython.exceptval(check=False)
     def _is_fetch(self, code: cython.ulonglong) -> cython.bint:
-        """Whether a fault was on an instruction, or on the guest's own page tables.
+        """Return whether a fault was on an instruction fetch, or on an access to the guest's own page tables.
 
-        Then the guest has yet to end the instruction that it goes in with, and a fault at it again is of its data.
+        The guest has then not completed the instruction with which it enters, and another fault at the same RIP is on
+        its data.
         """
         return code & self._fetch != 0 or code & self._walk_mask == self._walk
 
@@ -422,7 +432,9 @@ class Timeline:
     @cython.nogil
     @cython.exceptval(check=False)
     def _runs_vcpus(self, tid: cython.int, begins: cython.bint) -> cython.bint:
-        """Whether a thread runs vCPUs: from the first root that it loads, or the first guest that it enters."""
+        """Return whether a thread runs vCPUs, which it does from the first root
+        that it loads, or the first guest that it enters.
+        """
         found: cython.bint
         with cython.gil:
             if begins:
@@ -436,7 +448,7 @@ class Timeline:
     def _spread(
         self, v: cython.Py_ssize_t, what: cython.int, begin: cython.longlong, end: cython.longlong
     ) -> cython.void:
-        """Add a span to the parts of the time that it lies in."""
+        """Add a span to the parts of the recorded time in which it lies."""
         part: cython.longlong
         cut: cython.longlong
         last: cython.longlong = self._first + self._width * self._count

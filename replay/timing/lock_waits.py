@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""How long faults have mmu_lock, and what vCPUs waited for it, as recorded: the clock reckons its waits for itself.
+"""Measure how long faults hold mmu_lock, and remove from the recorded times what vCPUs waited for it.
 
-A fault has mmu_lock from about its kvm_mmu_spte_requested to the last SPTE it sets. Where faults exclude each other
-(5.10, whose lock is a spinlock, and the shadow MMU), another vCPU that is between its kvm_page_fault and that event
-meanwhile waits:
+A fault holds mmu_lock from about its kvm_mmu_spte_requested to the last SPTE that it sets. Where faults exclude each
+other (5.10, whose lock is a spinlock, and the shadow MMU), another vCPU that is between its kvm_page_fault and its
+kvm_mmu_spte_requested meanwhile waits. The virtual clock computes waits by itself, so recorded ones must not count
+twice:
 
-    vCPU 0   requested ------ set_spte            has mmu_lock
+    vCPU 0   requested ------ set_spte            holds mmu_lock
     vCPU 1        page_fault ..waits.. requested  waits from its fault on until vCPU 0 is done
 """
 
@@ -22,7 +23,7 @@ from traces.schema import BY_NAME
 
 COMPILED: bool = cython.compiled
 
-_KEPT = cython.declare(cython.int, 256)  # periods under the lock that are remembered
+_KEPT = cython.declare(cython.int, 256)  # how many of the latest periods under the lock are kept
 _IS_FAULT = cython.declare(cython.int, int(VcpuState.FAULT))
 _IS_PREFETCH = cython.declare(cython.int, int(VcpuState.PREFETCH))
 _FAULT = cython.declare(cython.int, BY_NAME["kvm_page_fault"].code)
@@ -34,7 +35,11 @@ _GET_PAGE = cython.declare(cython.int, BY_NAME["kvm_mmu_get_page"].code)
 @cython.final
 @cython.cclass
 class LockWaits:
-    """Takes waits for mmu_lock out of faults. `waited` is ns by vCPU; `held` and `faults` are of all, ns and number."""
+    """Removes waits for mmu_lock from the times of faults.
+
+    `waited` is the time removed, in ns by vCPU. `held` is the ns for which all vCPUs together held the lock, and
+    `faults` is how many faults did.
+    """
 
     waited = cython.declare(object, visibility="public")
     held = cython.declare(cython.longlong, visibility="public")
@@ -47,7 +52,7 @@ class LockWaits:
     _exclusive: cython.bint
 
     def __init__(self, vcpus: int, exclusive: bool) -> None:
-        """`exclusive`: the recorded kernel's faults take mmu_lock for write."""
+        """`exclusive` says that faults of the recorded kernel hold mmu_lock for write, or as a spinlock."""
         self.waited = np.zeros(vcpus, np.int64)
         self.held = self.faults = 0
         self._waited = self.waited
@@ -56,7 +61,7 @@ class LockWaits:
         self._exclusive = exclusive and vcpus > 1
 
     def feed(self, batch: Any, state: Any, ns: Any, before: Any) -> None:
-        """Shorten the spans of a batch (`Timeline.feed`) by the waits in them."""
+        """Shorten the spans of a batch (`Timeline.feed`), in place, by the waits in them."""
         self._feed(batch.time, batch.vcpu, batch.kind, state, ns, before)
 
     def _feed(
@@ -92,7 +97,7 @@ class LockWaits:
     @cython.nogil
     @cython.exceptval(check=False)
     def _wait_of(self, v: cython.longlong, begin: cython.longlong, end: cython.longlong) -> cython.longlong:
-        """ns of [begin, end) in which another vCPU had the lock; no ns counts twice."""
+        """Return the ns of [begin, end) in which another vCPU held the lock; no ns counts twice."""
         waited: cython.longlong = 0
         at: cython.longlong = self._newest
         first: cython.longlong

@@ -102,7 +102,7 @@ class Measured:
 
     refused: str
     began: int
-    by_guest: int  # number of SMIs of the VM that followed an exit which the guest itself caused
+    by_guest: int  # number of the VM's SMIs that followed port I/O of the guest, or a KVM_SMI ioctl
     by_clock: int  # number of the VM's other SMIs
     fitted: Fitted
     recorded: list[tuple[int, ...]]

@@ -2,15 +2,16 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """Steal time where all CPUs share one, as in the lab, whose emulator runs its CPUs in turn.
 
-Recorded spans of vCPUs contain the run time of other tasks, which another policy would not have. There one thing goes
-on at a time, so that the time between two rows of the VM is that of the later row's thread: what a zap worker took of
-a vCPU's span is taken out of it (`lost`), and is the measure of what zaps cost there. What other tasks took (the
-recorder above all) has no rows: a span many times as long as others between the same two kinds of row was preempted,
-and is cut to their median (`preempted`). Where `sched_in` rows tell what a thread waited, that is out of the spans
-already: `lost` is then part of it, and what is cut is the worker's spans, for it is preempted as well.
+The recorded spans of vCPUs then contain the run time of other tasks, which another policy would not have. Only one task
+runs at a time, so the time between two rows of the VM belongs to the thread of the later row. What a zap worker took of
+a vCPU's span is removed from it (`lost`), and tells what zaps cost. What other tasks took (above all the recorder) has
+no rows: a span that is many times as long as others between the same two kinds of row was preempted, and is cut to
+their median (`preempted`). If `sched_in` rows say how long a thread waited for a CPU, that time is not in the spans in
+the first place: `lost` is then a part of it, and the worker's own spans are cut, since the worker is preempted as well.
 
-A kernel whose worker zaps has whoever changes memslots wait for it. How long that is beyond the zaps themselves
-(`awaited`) depends on who else wants the worker's CPU, and another policy would not have it.
+On a kernel whose worker zaps, a task that changes memslots waits for the worker. How much longer that takes than the
+zaps themselves (`awaited`) depends on which other tasks want the worker's CPU, and another policy would not have that
+time.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from traces.schema import BY_NAME
 
 COMPILED: bool = cython.compiled
 
-_TIMES = 10  # a span this many times the median of its like, and longer than _LEAST ns, was preempted
+_TIMES = 10  # a span of more than this many times the median of similar spans was preempted, if longer than _LEAST ns
 _LEAST = 50_000
-_ENOUGH = 10  # spans of a kind, for a median
-_TIMES_OF_WORKER = 3  # its zaps differ, as roots do; but preempted, it waits for a time slice or more
-_NOTHING = 2  # a time in the guest of up to so many times the short ones is the switch, and little else
+_ENOUGH = 10  # the fewest similar spans for which a median is taken
+_TIMES_OF_WORKER = 3  # the same for the worker: its zaps differ like roots, but preemption costs a time slice or more
+_NOTHING = 2  # a time in the guest of up to this many times the short ones is little more than the switch
 
 _NO_SPAN = cython.declare(cython.int, NO_SPAN)
 _WAITS = cython.declare(cython.int, BY_NAME["zap_invalidated_begin"].code)
@@ -44,11 +45,12 @@ _REMOVES = cython.declare(cython.int, BY_NAME["kvm_mmu_prepare_zap_page"].code)
 @cython.final
 @cython.cclass
 class Steal:
-    """Takes steal time out of the spans of one VM, where `shared`; and measures zaps by other tasks everywhere.
+    """Removes steal time from the spans of one VM if all tasks share a CPU, and always measures zaps by other tasks.
 
-    `lost` is what zap workers took, `preempted` what others did, ns by vCPU. `taken` is `lost`, in arrays of (vCPU,
-    boot ns, ns), where `sched_in` rows tell. `removed` tables took tasks that are neither vCPUs nor workers `removing`
-    ns. `awaited` is ns by vCPU in userspace while an invalidation waited for a worker that did not zap.
+    `lost` is the time that zap workers took and `preempted` the time that other tasks took, in ns by vCPU. `taken` is
+    `lost` as arrays of (vCPU, boot ns, ns) if there are `sched_in` rows. `removed` tables were removed in `removing` ns
+    by tasks that are neither vCPUs nor workers. `awaited` is the ns by vCPU in userspace while an invalidation waited
+    for a worker that was not zapping.
     """
 
     shared = cython.declare(cython.bint, visibility="public")
@@ -61,21 +63,23 @@ class Steal:
     removing = cython.declare(cython.longlong, visibility="public")
     _workers: set  # type: ignore[type-arg]
     _zapping: dict  # type: ignore[type-arg]
-    _time: cython.longlong  # of the last row, and its kind
-    _kind: cython.int
-    _worked: cython.longlong  # ns of the workers, in all
-    _waiting: cython.longlong  # invalidations that wait for the worker
-    _since: cython.longlong  # when the first of them began to, and how long the worker has zapped since
-    _zapped: cython.longlong
-    _idled: cython.longlong  # ns in all that invalidations waited for more than zaps
+    _time: cython.longlong  # time of the last row
+    _kind: cython.int  # kind of the last row
+    _worked: cython.longlong  # ns that the workers worked in all
+    _waiting: cython.longlong  # number of invalidations that are waiting for the worker
+    _since: cython.longlong  # when the first of them began to wait
+    _zapped: cython.longlong  # ns that the worker has zapped since then
+    _idled: cython.longlong  # ns in all that invalidations waited while the worker was not zapping
     _taken: cython.longlong[::1]  # `_worked` at each vCPU's last row
     _lost: cython.longlong[::1]
     _idle: cython.longlong[::1]  # `_idled` at each vCPU's last row
     _awaited: cython.longlong[::1]
 
     def __init__(self, vcpus: int, shared: bool, workers: Collection[int], known: bool = False) -> None:
-        """`shared`: all run on one CPU. `workers` are the tids of kernel workers. `known`: spans are without what their
-        threads waited for a CPU.
+        """`shared` says that all tasks run on one CPU. `workers` are the tids of kernel workers.
+
+        `known` says that the time for which a thread waited for a CPU is known from `sched_in` rows, and not in the
+        spans.
         """
         self.shared = shared
         self.known = known
@@ -94,7 +98,7 @@ class Steal:
         self._awaited = self.awaited
 
     def feed(self, batch: Any, state: Any, ns: Any, mark: Any, before: Any) -> None:
-        """Shorten the spans of a batch (`Timeline.feed`) by what was not theirs."""
+        """Shorten the spans of a batch (`Timeline.feed`), in place, by the time that other tasks took."""
         lost = np.zeros(len(batch) if self.shared and self.known else 0, np.int64)
         work = self._work(batch) if self._workers else lost[:0]
         self._feed(batch.time, batch.vcpu, batch.tid, batch.kind, state, ns, lost, work)
@@ -104,15 +108,17 @@ class Steal:
             self._cut(batch, state, ns, mark, before)
 
     def _work(self, batch: Any) -> Any:
-        """By row: ns since the row before it that its thread, a worker, was at work."""
+        """Return by row the ns since the previous row if the row's thread is a
+        worker, which was working in that time; else 0.
+        """
         work = np.zeros(len(batch), np.int64)
         rows = np.flatnonzero(batch.vcpu < 0)
         rows = rows[np.isin(batch.tid[rows], list(self._workers))]
         if self._time < 0:
             rows = rows[rows > 0]
-        first = rows == 0  # the row before it is the last one of the batch before
+        first = rows == 0  # the previous row is the last one of the previous batch
         spans = batch.time[rows] - np.where(first, self._time, batch.time[rows - 1])
-        if self.shared and self.known:  # where not, what others took while a worker ran is no time of the vCPU's either
+        if self.shared and self.known:  # else other tasks' time within a worker's span is not the vCPU's time either
             kinds = batch.kind.astype(np.int64)
             between = np.where(first, self._kind, kinds[rows - 1]) << 8 | kinds[rows]
             for pair in np.unique(between):
@@ -124,7 +130,7 @@ class Steal:
         return work
 
     def taken_of(self, vcpu: int) -> tuple[Any, Any]:
-        """One vCPU's part of `taken`, in order: boot ns, and ns."""
+        """Return one vCPU's part of `taken`, in order: the boot times and the ns."""
         every = np.concatenate(self.taken) if self.taken else np.zeros((0, 3), np.int64)
         mine = every[every[:, 0] == vcpu]
         return mine[:, 1], mine[:, 2]
@@ -178,7 +184,7 @@ class Steal:
     @cython.inline
     @cython.exceptval(check=False)
     def _works(self, k: cython.int, time: cython.longlong, work: cython.longlong) -> cython.void:
-        """A row where there is a worker, which worked for so long until then."""
+        """Take in a row, before which a worker had worked for `work` ns."""
         if k == _WAITS:
             if not self._waiting:
                 self._since = time
@@ -188,14 +194,14 @@ class Steal:
             self._waiting -= 1
             if not self._waiting:
                 self._idled += max(time - self._since - self._zapped, 0)
-        # What an invalidation waits for is done under every policy, once the worker is at it.
+        # The zaps that an invalidation waits for happen under every policy, so they are not lost time.
         if self._waiting:
             self._zapped += work if k != _BEGIN else 0
         else:
             self._worked += work
 
     def _zap(self, tid: int, kind: int, time: int) -> None:
-        """Zaps by other tasks measure a table's removal where no worker does."""
+        """Measure the removal of tables by tasks that are not workers, for kernels whose workers do not zap."""
         if tid in self._workers:
             return
         if kind == _REMOVES:
@@ -206,12 +212,12 @@ class Steal:
             self.removing += time - self._zapping.pop(tid)
 
     def _cut(self, batch: Any, state: Any, ns: Any, mark: Any, before: Any) -> None:
-        """Cut spans that are far longer than their like to the median of these."""
+        """Cut spans that are far longer than similar ones to the median of these."""
         spans = np.flatnonzero(state != NO_SPAN)
         still = mark[spans] & STILL != 0
         between = before[spans].astype(np.int64) << 8 | batch.kind[spans]
-        # Where the guest did nothing, all beyond the switch is preemption. It did something where what is usual is far
-        # from the short times in the guest.
+        # If the guest did nothing in STILL spans, all time beyond the switch is preemption. Their median tells: it is
+        # then close to the short times in the guest.
         guest = ns[spans][state[spans] == VcpuState.GUEST]
         nothing = still.any() and np.median(ns[spans[still]]) <= _NOTHING * np.quantile(guest, 0.1)
         like = [(spans[still], 1, 0) if nothing else (spans[still], _TIMES, _LEAST)]

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine's loops, compiled: a VM's pools, its trees, its roots, what happens to it, and its clock."""
+"""The engine's compiled loops: a VM's memory pools, its trees, its roots, its operations, and its virtual clock."""

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""The compiled engine: `reference` at the speed of C, bit for bit. Cython in pure-Python mode, so it runs as it is too.
+"""The compiled engine: the same as `reference`, bit for bit, at the speed of C. It also runs as plain Python.
 
-A block is done 64 operations at a time. A first pass walks the trees for each touch and leaves a guess at the table;
-the second takes it if the table's generation is that of the vCPU's current root, and sets the bits without a branch.
-All else (controls, missing tables, huge pages, prefetch) goes the slow way (`vm_operations`).
+A block is processed 64 operations at a time. A first pass walks the trees for each TOUCH and stores a guess of the
+table. The second pass uses the guess if the table's generation is that of the vCPU's current root, and then sets the
+bits without a branch. Everything else (other operations, missing tables, huge pages, prefetch) takes the slow path
+(`vm_operations`).
 
-Nothing here allocates: `run` stops before an operation that may not find room, and `engine` makes some.
+Nothing here allocates memory: `run` stops before an operation for which there may be no room, and `engine` makes room.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ END = cython.declare(cython.longlong, int(Op.END))
 @cython.final
 @cython.cclass
 class Core(VmOperations):
-    """One VM under one policy, block by block. `engine.Engine` sets it up and reads it."""
+    """One VM under one policy, fed block by block. `engine.Engine` sets it up and reads its results."""
 
     def check(
         self,
@@ -44,7 +45,9 @@ class Core(VmOperations):
         vcpus: cython.const[cython.longlong][::1],
         levels: cython.const[cython.longlong][::1],
     ) -> cython.longlong:
-        """The first operation that is beyond what its kind allows, or how many there are."""
+        """Return the index of the first operation that is beyond the limits of
+        its kind, or the number of operations if none is.
+        """
         n: cython.longlong = op.shape[0]
         i: cython.longlong = 0
         j: cython.longlong
@@ -56,11 +59,11 @@ class Core(VmOperations):
         last_vcpu: cython.int = cython.cast(cython.int, vcpus[0]) - 1
         frames: cython.ulonglong
         kind: cython.uint
-        touches: cython.bint  # all that are touches may be
+        touches: cython.bint  # every TOUCH among them is within the limits
         with cython.nogil:
             while i < n:
                 end = i + 256 if n - i > 256 else n
-                # What is true of a run of touches, without a branch, as most operations are touches.
+                # Check a run of touches without branches, since most operations are touches.
                 some = 0
                 good = 16
                 beyond = 0
@@ -68,7 +71,7 @@ class Core(VmOperations):
                 for j in range(i, end):
                     o = op[j]
                     some |= o
-                    good &= o | o >> 1 | (o & 15) + 15  # bit 4: of level 1, 2 or 3, or no touch
+                    good &= o | o >> 1 | (o & 15) + 15  # bit 4 is set for level 1, 2 or 3, and if it is not a TOUCH
                     beyond |= last_vcpu - cython.cast(cython.int, o >> 16)
                     frames |= gfn[j]
                 touches = frames <= last_gfn[0] and beyond >= 0 and some & 64 == 0 and good != 0
@@ -95,7 +98,9 @@ class Core(VmOperations):
         start: cython.longlong,
         first: cython.longlong,
     ) -> cython.longlong:
-        """Do the operations from `start` on: the index of the first that is not done, for want of room or in error."""
+        """Run the operations from `start` on, and return the index of the first
+        one not done, for lack of room or after an error.
+        """
         n: cython.longlong = op.shape[0]
         if cython.compiled:
             self.ranges = cython.cast(cython.pointer[cython.longlong], cython.address(ranges[0]))
@@ -126,7 +131,7 @@ class Core(VmOperations):
         guess: cython.uint[64]
         if not cython.compiled:
             guess = [0] * 64
-        # Faults on huge pages, with a reset, or with prefetch are not the second pass's.
+        # Faults on huge pages, with a reset, or with prefetch are left to the slow path.
         special: cython.longlong = 0x2070 if self.prefetch else 0x2060
         end: cython.longlong
         j: cython.longlong
@@ -161,7 +166,7 @@ class Core(VmOperations):
                     if level != 1:
                         page = page_of[low if level == 2 else node]
                     guess[j] = page
-                elif o & 14 == 4:  # ROLE, SWITCH: most likely the root of the touches that follow
+                elif o & 14 == 4:  # ROLE, SWITCH: the touches that follow most likely use this word's root
                     vcpu[o >> 16].top = word[gfn[i + j]].top
                     vcpu[o >> 16].deep = word[gfn[i + j]].level == 5
             for j in range(end - i):
@@ -204,7 +209,10 @@ class Core(VmOperations):
         first: cython.longlong,
         changes: cython.longlong[:, ::1],
     ) -> cython.longlong:
-        """As `run`, the slow way; a row of `changes` is what its operation added to the counts (`engine.CHANGES`)."""
+        """Run operations as `run` does, all of them on the slow path.
+
+        Row i of `changes` gets what operation i added to the counts in `engine.CHANGES`.
+        """
         n: cython.longlong = op.shape[0]
         i: cython.longlong = start
         v: cython.longlong
@@ -242,7 +250,7 @@ class Core(VmOperations):
     @cython.nogil
     @cython.exceptval(check=False)
     def _do(self, o: cython.longlong, g: cython.longlong) -> cython.bint:
-        """One operation, the slow way; True: it could not be finished."""
+        """Run one operation on the slow path; return True if it could not be finished."""
         kind: cython.longlong = o & 15
         v: cython.longlong = o >> 16
         level: cython.longlong = o >> 4 & 7

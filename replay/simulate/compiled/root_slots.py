@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""Roots, and the slots in which vCPUs hold them: loaded, put, invalidated and freed, as the policy has it."""
+"""Roots and the slots in which vCPUs hold them: loaded, put, invalidated and freed as the policy says."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from replay.simulate.compiled.trees import Trees
 from replay.simulate.operations import Cause
 from replay.simulate.reference import Happened
 
-NONE = cython.declare(cython.longlong, -1)  # no generation, no vCPU
+NONE = cython.declare(cython.longlong, -1)  # stands for no generation, and for no vCPU
 OTHER = cython.declare(cython.longlong, int(Cause.OTHER))
 CREATED = cython.declare(cython.longlong, int(Happened.CREATED))
 FOUND = cython.declare(cython.longlong, int(Happened.FOUND))
 FREED = cython.declare(cython.longlong, int(Happened.FREED))
 INVALIDATED = cython.declare(cython.longlong, int(Happened.INVALIDATED))
-FINAL_PUT = cython.declare(cython.longlong, 1)  # in `error`: see engine._violation
+FINAL_PUT = cython.declare(cython.longlong, 1)  # a value of `error`, which Engine._violation reports
 
 
 @cython.cclass
 class RootSlots(Trees):
-    """All roots that are alive, in order of creation, and who holds them."""
+    """All roots that are alive, in order of creation, and the vCPUs that hold them."""
 
     @cython.cfunc
     @cython.nogil
@@ -37,7 +37,7 @@ class RootSlots(Trees):
                 r = self.slots[v].slot[i]
                 if r and r == good:
                     self.slots[v].slot[0] = r
-                    while i < 3:  # the later ones move up
+                    while i < 3:  # close the gap that the root leaves
                         self.slots[v].slot[i] = self.slots[v].slot[i + 1]
                         i += 1
                     self.slots[v].slot[3] = 0
@@ -145,7 +145,7 @@ class RootSlots(Trees):
         w: cython.longlong = self.root[r].word
         leaves: cython.longlong = 0
         tables: cython.longlong = 0
-        if self.root[r].valid:  # an invalid root is empty, and the tree another root's
+        if self.root[r].valid:  # an invalid root is empty, and the word's tree belongs to another root
             leaves = self.word[w].leaves
             tables = self.word[w].tables
             self.word[w].root = 0
@@ -173,7 +173,7 @@ class RootSlots(Trees):
     @cython.nogil
     @cython.exceptval(check=False)
     def _forget(self) -> cython.void:
-        """No remembered tree can be taken up any more."""
+        """Drop all remembered trees: no new root can take them over any more."""
         w: cython.longlong
         for w in range(self.words):
             if self.word[w].remembered:
@@ -221,7 +221,7 @@ class RootSlots(Trees):
     @cython.nogil
     @cython.exceptval(check=False)
     def _refresh(self, v: cython.longlong) -> cython.void:
-        """Bring what the fast way reads of a vCPU in line with its slots. Without a root the guess stays."""
+        """Update the fields of a vCPU that the fast path reads from its slots. Without a root they stay as a guess."""
         r: cython.longlong = self.slots[v].slot[0]
         w: cython.longlong = self.root[r].word
         self.vcpu[v].gen = NONE

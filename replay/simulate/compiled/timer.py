@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""A Core's operations in virtual time, as `timing.reference_clock` does it, to the ns."""
+"""Run a Core's operations in virtual time, equal to `timing.reference_clock` to the ns."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from replay.simulate.compiled.core import Core
 from replay.simulate.compiled.turns import Turns
 from replay.simulate.operations import Op
 
-NONE = cython.declare(cython.longlong, -1)  # no generation, no vCPU
+NONE = cython.declare(cython.longlong, -1)  # stands for no operation, and for no lead under way
 FIX = cython.declare(cython.longlong, int(Op.FIX))
 ENTER = cython.declare(cython.longlong, int(Op.ENTER))
 UNLOAD = cython.declare(cython.longlong, int(Op.UNLOAD))
 SWITCH = cython.declare(cython.longlong, int(Op.SWITCH))
 ZAP = cython.declare(cython.longlong, int(Op.ZAP))
 SPLIT = cython.declare(cython.longlong, int(Op.SPLIT))
-# Those of simulate.timed_operations and timing.reference_clock, which is above this floor; test_clock compares them.
+# The values of simulate.timed_operations and timing.reference_clock. The latter must not be imported from this layer;
+# test_clock compares them.
 WAS_FOUND = cython.declare(cython.longlong, 1)
 WAS_CREATED = cython.declare(cython.longlong, 2)
 LAST = cython.declare(cython.longlong, -2)
@@ -36,7 +37,7 @@ ON_IDLE = cython.declare(cython.longlong, 7)
 @cython.final
 @cython.cclass
 class Timer(Turns):
-    """Virtual time of a Core. `timed_engine.TimedEngine` sets it up and reads it."""
+    """The virtual time of a Core. `timed_engine.TimedEngine` sets it up and reads its results."""
 
     # Pools
     sample: cython.pointer[Sample]
@@ -45,7 +46,7 @@ class Timer(Turns):
     todos: cython.longlong
     samples: cython.longlong
 
-    # Costs, ns, and parameters; `inline` and `by_worker` say who zaps a root that dies
+    # Costs in ns, and parameters; `inline` and `by_worker` say who zaps a root after its last put
     switch: cython.longlong
     fault: cython.longlong
     table: cython.longlong
@@ -83,9 +84,10 @@ class Timer(Turns):
         put: cython.uchar[::1],
         room: cython.longlong,
     ) -> None:
-        """Time this core, with these pools. `put` has room for all roots that one operation can free.
+        """Time this core, using these pools.
 
-        `turn`: two rows for each of `leaves`, a power of two; those that are no queue's are due NEVER.
+        `turn` has two rows for each of `leaves`, a power of two; leaves that belong to no queue are due NEVER. `put`
+        has room for all roots that one operation can free (`room`).
         """
         self.core = core
         core.put_room = room
@@ -98,7 +100,7 @@ class Timer(Turns):
             self.queue, self.turn, self.pace, core.put = queue, turn, pace, put
 
     def attach_todo(self, todo: cython.uchar[::1], room: cython.longlong) -> None:
-        """Keep operations here, which holds what the last pool held."""
+        """Use this pool for operations; it holds what the previous pool held."""
         if cython.compiled:
             self.todo = cython.cast(cython.pointer[Todo], cython.address(todo[0]))
         else:
@@ -106,7 +108,7 @@ class Timer(Turns):
         self.todo_room = room
 
     def attach_samples(self, sample: cython.uchar[::1], room: cython.longlong) -> None:
-        """Write samples here, from row `samples` on."""
+        """Use this pool for samples, which are written from row `samples` on."""
         if cython.compiled:
             self.sample = cython.cast(cython.pointer[Sample], cython.address(sample[0]))
         else:
@@ -122,7 +124,9 @@ class Timer(Turns):
         idle: cython.const[cython.longlong][::1],
         cost: cython.const[cython.longlong][::1],
     ) -> cython.longlong:
-        """The first operation in a queue that is not its own, or with a time that cannot be; or how many there are."""
+        """Return the index of the first operation that is in the wrong queue or
+        has an invalid time, or the number of operations.
+        """
         i: cython.longlong
         q: cython.longlong
         vcpus: cython.longlong = self.core.vcpus
@@ -150,7 +154,7 @@ class Timer(Turns):
         first: cython.longlong,
         ranges: cython.longlong,
     ) -> None:
-        """Put operations, which have been checked, into their queues. Their ranges begin with number `ranges`."""
+        """Append checked operations to their queues. The block's ranges begin with number `ranges` of all ranges."""
         i: cython.longlong
         at: cython.longlong = self.todos
         tail: cython.longlong
@@ -179,7 +183,10 @@ class Timer(Turns):
     def run(
         self, ranges: cython.const[cython.longlong][::1], until: cython.longlong, final: cython.bint
     ) -> cython.bint:
-        """Do what is due before `until` and can be determined; True: it needs room, or the core is in error."""
+        """Run the operations that are due before `until` and whose order is known.
+
+        Returns True if it stopped because a pool is full or the core has an error.
+        """
         if cython.compiled:
             self.core.ranges = cython.cast(cython.pointer[cython.longlong], cython.address(ranges[0]))
             with cython.nogil:
@@ -193,15 +200,18 @@ class Timer(Turns):
     @cython.nogil
     @cython.exceptval(check=False)
     def _run(self, until: cython.longlong, final: cython.bint) -> cython.bint:
-        """The next is what is due first: of what is due at once the VM's, then the wall clock's, then programs'.
+        """Run what is due first.
 
-        The queues are the leaves of a winner tree, in that order, so that a turn costs the logarithm of the vCPUs.
+        At the same time, the VM's operation precedes those of the wall clock, and these the programs'.
+
+        The queues are the leaves of a winner tree, in that order, so that finding the next takes the logarithm of the
+        vCPUs.
         """
         vcpus: cython.longlong = self.core.vcpus
         v: cython.longlong
         which: cython.longlong
         due: cython.longlong
-        programs: cython.longlong = 0  # that have operations
+        programs: cython.longlong = 0  # number of programs that have operations
         stopped: cython.bint
         for v in range(vcpus):
             if not final and self._lacks(v):
@@ -234,7 +244,7 @@ class Timer(Turns):
     @cython.nogil
     @cython.exceptval(check=False)
     def _program(self, v: cython.longlong, bound: cython.longlong) -> cython.bint:
-        """A vCPU's own operations that are due before `bound`; True: one of them could not be finished."""
+        """Run a vCPU's own operations that are due before `bound`; return True if one of them could not be finished."""
         bits: cython.pointer[cython.ulonglong] = self.core.bits
         gen: cython.pointer[cython.longlong] = self.core.gen
         vcpu: cython.pointer[Vcpu] = self.core.vcpu
@@ -277,7 +287,7 @@ class Timer(Turns):
             page = todo[i].guess
             fault = NONE
             if o & 15 == 0 and gen[page] == vcpu[v].gen:
-                # As in Core._run.
+                # The fast path, as in Core._run.
                 level = o >> 4 & 7
                 k = todo[i].gfn >> (level - 1) * 9 & 511
                 bit = k & 63
@@ -328,7 +338,7 @@ class Timer(Turns):
     @cython.nogil
     @cython.exceptval(check=False)
     def _guess(self, v: cython.longlong, i: cython.longlong) -> cython.void:
-        """The first pass of Core._run, over the next operations of a program."""
+        """Run the first pass of Core._run over the next operations of a program."""
         child: cython.pointer[cython.uint] = self.core.child
         vcpu: cython.pointer[Vcpu] = self.core.vcpu
         todo: cython.pointer[Todo] = self.todo
@@ -366,7 +376,7 @@ class Timer(Turns):
     @cython.nogil
     @cython.exceptval(check=False)
     def _event(self, q: cython.longlong, when: cython.longlong) -> cython.bint:
-        """One operation of a wall-clock queue; True: it could not be finished."""
+        """Run one operation of a wall-clock queue; return True if it could not be finished."""
         v: cython.longlong = q - self.core.vcpus
         i: cython.longlong = self.queue[q].head
         guest: cython.longlong = 0
@@ -417,7 +427,10 @@ class Timer(Turns):
     @cython.nogil
     @cython.exceptval(check=False)
     def _step(self, v: cython.longlong, i: cython.longlong, guest: cython.longlong) -> cython.bint:
-        """An operation of a vCPU, the slow way, and what it takes; True: it could not be finished."""
+        """Run one operation of a vCPU on the slow path, and account its time.
+
+        Return True if it could not be finished.
+        """
         o: cython.longlong = self.todo[i].op
         was: cython.longlong = self.todo[i].was
         kind: cython.longlong = o & 15

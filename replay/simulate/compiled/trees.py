@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""The page tables of each role word: a radix tree that is never taken down.
+"""The tree of each role word: a radix tree of page tables, whose memory is never released.
 
-A table exists if its generation is the word's, so that a tree is zapped by giving the word a new generation, and a
-table whose generation is right has live ancestors all the way up. A table is 512 pairs of bits, (present, ever), in
-eight pairs of 64-bit words: "ever" outlives the table, and tells a re-fault. Tables above level 1 are also nodes: 512
-children. A child is a table of level 1, or a node with a table of its own; 0 for neither.
+A table exists if its generation is that of the word. So a tree is zapped by giving the word a new generation; and a
+table whose generation is right has live ancestors up to the root. A table is 512 pairs of bits, (present, ever), in
+eight pairs of 64-bit words. "ever" survives the table, and identifies a re-fault. Tables above level 1 are also nodes,
+with 512 children each: a child is a table of level 1, or a node with a table of its own, or 0 for none.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BYTES = cython.declare(cython.ulonglong, 0x0F0F0F0F0F0F0F0F)
 @cython.inline
 @cython.exceptval(check=False)
 def ones(x: cython.ulonglong) -> cython.longlong:
-    """How many bits are set."""
+    """Return the number of bits that are set."""
     x = x - (x >> 1 & PAIRS)
     x = (x & NIBBLES) + (x >> 2 & NIBBLES)
     x = x + (x >> 4) & BYTES
@@ -46,7 +46,7 @@ class Trees(VmPools):
     def _below(
         self, w: cython.longlong, node: cython.longlong, level: cython.longlong, at: cython.longlong
     ) -> cython.longlong:
-        """The child at an entry of a node of `level`, if it is alive."""
+        """Return the child at an entry of a node of `level`, or 0 if it does not exist."""
         c: cython.longlong = self.child[node * 512 + at]
         return c if self.gen[c if level == 2 else self.page_of[c]] == self.word[w].gen else 0
 
@@ -54,7 +54,7 @@ class Trees(VmPools):
     @cython.nogil
     @cython.exceptval(check=False)
     def _leaf(self, w: cython.longlong, g: cython.longlong) -> cython.longlong:
-        """The level of the leaf that covers a frame, 0 for none."""
+        """Return the level of the leaf that covers a frame, or 0 if none does."""
         level: cython.longlong = self.word[w].level
         c: cython.longlong = self.word[w].top
         page: cython.longlong
@@ -112,7 +112,7 @@ class Trees(VmPools):
     @cython.nogil
     @cython.exceptval(check=False)
     def _descend(self, w: cython.longlong, g: cython.longlong, goal: cython.longlong) -> cython.longlong:
-        """The table of level `goal` for a frame (a node, above level 1), made if it is not there."""
+        """Return the table of level `goal` for a frame (a node, above level 1), building tables that are missing."""
         level: cython.longlong = self.word[w].level
         node: cython.longlong = self.word[w].top
         below: cython.longlong
@@ -143,7 +143,7 @@ class Trees(VmPools):
     def _table(
         self, w: cython.longlong, node: cython.longlong, level: cython.longlong, at: cython.longlong
     ) -> cython.longlong:
-        """An empty table at an entry of a node of `level`: a new one, or the one that was there once."""
+        """Make an empty table at an entry of a node of `level`, reusing the memory of one that was there before."""
         c: cython.longlong = self.child[node * 512 + at]
         page: cython.longlong
         i: cython.longlong
@@ -169,7 +169,7 @@ class Trees(VmPools):
     def _split_leaf(
         self, w: cython.longlong, node: cython.longlong, level: cython.longlong, at: cython.longlong
     ) -> cython.longlong:
-        """A table full of leaves where a leaf of `level` was."""
+        """Replace a leaf of `level` by a table full of leaves."""
         c: cython.longlong = self._table(w, node, level, at)
         page: cython.longlong = c if level == 2 else self.page_of[c]
         i: cython.longlong
@@ -183,7 +183,7 @@ class Trees(VmPools):
     @cython.nogil
     @cython.exceptval(check=False)
     def _clear(self, page: cython.longlong, first: cython.longlong, last: cython.longlong) -> cython.longlong:
-        """Remove the leaves at entries `first` to `last`; how many there were."""
+        """Remove the leaves at entries `first` to `last`, and return how many there were."""
         i: cython.longlong
         leaves: cython.longlong = 0
         mask: cython.ulonglong
@@ -203,7 +203,7 @@ class Trees(VmPools):
     @cython.nogil
     @cython.exceptval(check=False)
     def _drop(self, w: cython.longlong, c: cython.longlong, level: cython.longlong) -> cython.void:
-        """Remove a table of `level` with all that is below it."""
+        """Remove a table of `level` with everything below it, and add it to `gone_leaves` and `gone_tables`."""
         page: cython.longlong = c if level == 1 else self.page_of[c]
         at: cython.longlong
         below: cython.longlong
@@ -221,7 +221,10 @@ class Trees(VmPools):
     @cython.nogil
     @cython.exceptval(check=False)
     def _account(self, w: cython.longlong) -> cython.void:
-        """Take off a tree's counts what is gone of it; what is only remembered was counted when its root was freed."""
+        """Subtract what was removed from a tree's counts, and count it as zapped.
+
+        What was removed from a remembered tree was counted as zapped when its root was freed.
+        """
         self.word[w].leaves -= self.gone_leaves
         self.word[w].tables -= self.gone_tables
         if not self.word[w].remembered:
@@ -240,7 +243,10 @@ class Trees(VmPools):
     @cython.nogil
     @cython.exceptval(check=False)
     def _raze(self, w: cython.longlong) -> cython.void:
-        """A new generation, in which the tree has no tables. No leaf is without one."""
+        """Empty a tree by giving its word a new generation.
+
+        Every leaf is in a table, so without tables there is nothing to do.
+        """
         if self.word[w].tables:
             self.last_gen += 1
             self.word[w].gen = self.last_gen
@@ -259,7 +265,7 @@ class Trees(VmPools):
         start: cython.longlong,
         end: cython.longlong,
     ) -> cython.void:
-        """Remove leaves in [start, end) below a node of `level` that begins at frame `base`."""
+        """Remove the leaves in [start, end) below a node of `level` that begins at frame `base`."""
         shift: cython.longlong = (level - 1) * 9
         size: cython.longlong = 1
         first: cython.longlong = (start - base) >> shift
@@ -294,7 +300,10 @@ class Trees(VmPools):
         start: cython.longlong,
         end: cython.longlong,
     ) -> cython.bint:
-        """Split huge leaves inside [start, end) below a node down to level 1; True: for want of room, not all."""
+        """Split huge leaves inside [start, end) below a node into leaves of level 1.
+
+        Return True if room ran out before the end.
+        """
         shift: cython.longlong = (level - 1) * 9
         size: cython.longlong = 1
         first: cython.longlong = (start - base) >> shift

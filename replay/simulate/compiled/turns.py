@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""Whose turn it is in virtual time: a winner tree over the queues of programs, of the wall clock, and of the VM."""
+"""Find whose turn it is in virtual time, with a winner tree over the
+queues of programs, of the wall clock, and of the VM.
+"""
 
 from __future__ import annotations
 
@@ -8,35 +10,35 @@ import cython
 
 from replay.simulate.compiled.core import Core
 
-NONE = cython.declare(cython.longlong, -1)  # no generation, no vCPU
+NONE = cython.declare(cython.longlong, -1)  # stands for no operation
 NEVER = cython.declare(cython.longlong, 0x4000000000000000)
 
 
 @cython.cclass
 class Turns:
-    """The queues, each vCPU's clock, and what is due first."""
+    """The queues, each vCPU's clock, and the winner tree."""
 
     core: Core
     todo: cython.pointer[Todo]
     queue: cython.pointer[Queue]
     turn: cython.pointer[Turn]
     pace: cython.pointer[Pace]
-    leaves: cython.longlong  # of the winner tree
-    moved: cython.bint  # other vCPUs than the one whose turn it was
+    leaves: cython.longlong  # number of leaves of the winner tree
+    moved: cython.bint  # clocks of other vCPUs than the one whose turn it was have changed
 
     @cython.cfunc
     @cython.nogil
     @cython.inline
     @cython.exceptval(check=False)
     def _lacks(self, v: cython.longlong) -> cython.bint:
-        """What this vCPU does next is not known yet."""
+        """Return whether it is not known yet what this vCPU does next."""
         return self.queue[v].head == NONE or (self.pace[v].inside != 0 and self.queue[self.core.vcpus + v].head == NONE)
 
     @cython.cfunc
     @cython.nogil
     @cython.exceptval(check=False)
     def _due(self, q: cython.longlong) -> cython.longlong:
-        """When the first of a queue is due."""
+        """Return when the first operation of a queue is due; NEVER if it has none or must wait."""
         vcpus: cython.longlong = self.core.vcpus
         i: cython.longlong = self.queue[q].head
         v: cython.longlong = q - vcpus if q >= vcpus else q
@@ -58,7 +60,9 @@ class Turns:
     @cython.inline
     @cython.exceptval(check=False)
     def _leaf(self, q: cython.longlong) -> cython.longlong:
-        """The VM's is the leftmost, then the wall clock's, then programs'."""
+        """Return a queue's leaf in the winner tree: leftmost is the VM's queue,
+        then the wall clock's queues, then the programs.
+        """
         vcpus: cython.longlong = self.core.vcpus
         return self.leaves + (0 if q == 2 * vcpus else q - vcpus + 1 if q >= vcpus else q + vcpus + 1)
 
@@ -66,7 +70,7 @@ class Turns:
     @cython.nogil
     @cython.exceptval(check=False)
     def _place(self, q: cython.longlong) -> cython.void:
-        """Put a queue where it is due now."""
+        """Update a queue's leaf with the time at which the queue is due now, and the winners above it."""
         node: cython.longlong = self._leaf(q)
         due: cython.longlong = self._due(q)
         if self.turn[node].due != due:
@@ -94,7 +98,7 @@ class Turns:
     @cython.inline
     @cython.exceptval(check=False)
     def _win(self, node: cython.longlong) -> cython.void:
-        """Of what is due at once the left one goes first."""
+        """Set a node to the winner of its two children; if both are due at the same time, the left one wins."""
         best: cython.longlong = 2 * node
         if self.turn[best + 1].due < self.turn[best].due:
             best += 1
@@ -105,7 +109,7 @@ class Turns:
     @cython.nogil
     @cython.exceptval(check=False)
     def _bound(self, q: cython.longlong, until: cython.longlong) -> cython.longlong:
-        """Up to where the queue that goes first may run: then it is another one's turn."""
+        """Return the time up to which the queue whose turn it is may run before another queue is due first."""
         bound: cython.longlong = until
         node: cython.longlong = self._leaf(q)
         while node > 1:

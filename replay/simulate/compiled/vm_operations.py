@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""What a vCPU does, and what happens to the VM: each kind of operation, the slow way, which trusts only the slots."""
+"""Each kind of operation on the slow path, which reads the slots themselves
+and none of the fields that the fast path keeps.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +12,17 @@ from replay.simulate.compiled.root_slots import RootSlots
 from replay.simulate.operations import Cause
 from replay.simulate.reference import Happened
 
-NONE = cython.declare(cython.longlong, -1)  # no generation, no vCPU
+NONE = cython.declare(cython.longlong, -1)  # stands for no generation, and for no vCPU
 EXIT = cython.declare(cython.longlong, int(Cause.EXIT))
 MEMSLOT = cython.declare(cython.longlong, int(Cause.MEMSLOT))
 VM_END = cython.declare(cython.longlong, int(Cause.VM_END))
 EMPTIED = cython.declare(cython.longlong, int(Happened.EMPTIED))
-LEFT_AT_END = cython.declare(cython.longlong, 2)  # in `error`: see engine._violation
+LEFT_AT_END = cython.declare(cython.longlong, 2)  # a value of `error`, which Engine._violation reports
 
 
 @cython.cclass
 class VmOperations(RootSlots):
-    """One VM under one policy, operation by operation."""
+    """One VM under one policy, one operation at a time."""
 
     @cython.cfunc
     @cython.nogil

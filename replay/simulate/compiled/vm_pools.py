@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""One VM's memory, as the compiled engine sees it: pointers into the pools that `engine` owns, and what there is once.
+"""One VM's memory as the compiled engine sees it: pointers into the pools that `engine` owns, and the VM's scalars.
 
-Nothing here allocates. In C, pools are pointers; as plain Python, memoryviews and arrays of ctypes structures over the
-same numpy memory. Each class of this package extends the one before it: VmPools, Trees, RootSlots, VmOperations, Core.
+Nothing here allocates memory. In C the pools are pointers; in plain Python they are memoryviews and arrays of ctypes
+structures over the same numpy memory. Each class of this package extends the one before it: VmPools, Trees, RootSlots,
+VmOperations, Core.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ SPLIT = cython.declare(cython.longlong, int(Op.SPLIT))
 
 @cython.cclass
 class VmPools:
-    """Pointers into pools, and counters. `engine.Engine` sets it up and reads it."""
+    """Pointers into pools, and counters. `engine.Engine` sets them up and reads them."""
 
     # Pools
     bits: cython.pointer[cython.ulonglong]
@@ -66,14 +67,14 @@ class VmPools:
     error: cython.longlong
     error_root: cython.longlong
     error_tables: cython.longlong
-    gone_leaves: cython.longlong  # what `drop` and `clear` took away
+    gone_leaves: cython.longlong  # leaves and tables that the current operation has removed from a tree
     gone_tables: cython.longlong
 
-    # What a timer asks of one operation
+    # What a Timer needs to know about the last operation
     assumed_leaves: cython.longlong
     assumed_tables: cython.longlong
-    put: cython.pointer[Zapped]  # trees zapped with a root's last put
-    put_room: cython.longlong  # 0: nobody asks
+    put: cython.pointer[Zapped]  # leaves and tables of each root that was freed with them
+    put_room: cython.longlong  # rows of `put`; 0 without a Timer
     puts: cython.longlong
 
     def attach_trees(
@@ -83,7 +84,7 @@ class VmPools:
         child: cython.uint[::1],
         page_of: cython.uint[::1],
     ) -> None:
-        """Use these pools, which hold what the last ones held."""
+        """Use these pools for the trees; they hold what the previous pools held."""
         if cython.compiled:
             self.bits = cython.address(bits[0])
             self.gen = cython.address(gen[0])
@@ -98,7 +99,7 @@ class VmPools:
     def attach_rows(
         self, vcpu: cython.uchar[::1], slots: cython.uchar[::1], word: cython.uchar[::1], root: cython.uchar[::1]
     ) -> None:
-        """Use these pools of structures, given as bytes (as plain Python: as arrays of ctypes structures)."""
+        """Use these pools of structures, given as bytes (in plain Python, as arrays of ctypes structures)."""
         if cython.compiled:
             self.vcpu = cython.cast(cython.pointer[Vcpu], cython.address(vcpu[0]))
             self.slots = cython.cast(cython.pointer[Slots], cython.address(slots[0]))
@@ -108,7 +109,7 @@ class VmPools:
             self.vcpu, self.slots, self.word, self.root = vcpu, slots, word, root
 
     def attach_log(self, log: cython.uchar[::1], room: cython.longlong) -> None:
-        """Write the root log here, from row `rows` on."""
+        """Use this pool for the root log, which is written from row `rows` on."""
         if cython.compiled:
             self.log = cython.cast(cython.pointer[Row], cython.address(log[0]))
         else:
@@ -120,7 +121,10 @@ class VmPools:
     @cython.inline
     @cython.exceptval(check=False)
     def _room(self) -> cython.bint:
-        """Whether any one operation finds room. SPLIT asks again for each leaf, and can be begun anew."""
+        """Return whether there is room for any one operation.
+
+        SPLIT asks again before each leaf, and can be restarted.
+        """
         return (
             self.pages + 8 <= self.page_room
             and self.nodes + 8 <= self.node_room
