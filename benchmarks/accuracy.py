@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accuracy of prediction: each recording of the corpus, replayed under another's policy, compared with its counts.
+"""How accurate the replay's predictions are: recordings replayed under another policy, compared with what was recorded.
 
     python -m benchmarks.accuracy            # writes docs/prediction-accuracy.md
 
-Both recordings are of one scenario, which does the same in every run, under two policies or on two kernels. What was
-recorded is counted from the rows, without the model.
+Each prediction is made from one recording of the corpus and compared with another recording of the same scenario, made
+under the other policy or on the other kernel; a scenario does the same work in every run. The recorded counts are taken
+from the rows of the trace, without the model.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ ROOT: Final = Path(__file__).parents[1]
 CORPUS: Final = ROOT / "traces" / "corpus"
 DOCUMENT: Final = ROOT / "docs" / "prediction-accuracy.md"
 COUNTS: Final = ("roots", "tables", "installs", "first accesses", "zaps")
-_TIMED: Final = ("slot-delete", "smi-storm", "steady", "wp-toggle")  # what tells an old policy from its stock kernel
+_TIMED: Final = ("slot-delete", "smi-storm", "steady", "wp-toggle")  # recorded under both policies on both CPUs
 
 
 @dataclass(frozen=True)
 class Direction:
-    """A recording of kernel `source` replayed with these options, to predict that of `target`."""
+    """One comparison: recordings of kernel `source`, replayed with these options, predict those of kernel `target`."""
 
     source: str
     target: str
@@ -45,21 +46,24 @@ class Direction:
 
     @property
     def options(self) -> str:
-        """As on the command line; empty: its own policy."""
+        """Return the options as given to `kvmtrace replay`.
+
+        Empty where the recording's own policy and kernel are replayed.
+        """
         given = {"--policy": self.policy, "--kernel": self.kernel, "--refault": self.refault}
         return " ".join(f"{option} {value}" for option, value in given.items() if value)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One count: as predicted and as recorded. `recorded` None: that kernel's recordings do not show it."""
+    """One count as predicted and as recorded; `recorded` is None where recordings of that kernel do not show it."""
 
     predicted: Count
     recorded: int | None
 
     @property
     def verdict(self) -> str:
-        """exact, within (an interval), off, or unseen."""
+        """Return "exact" (one number, the right one), "within" (in the predicted interval), "off" or "unseen"."""
         if self.recorded is None:
             return "unseen"
         if self.recorded not in self.predicted:
@@ -67,7 +71,7 @@ class Cell:
         return "exact" if self.predicted.low == self.predicted.high else "within"
 
 
-# Why a count differs, and where it may.
+# Why a predicted count may differ from the recorded one; reason() says in which cells.
 REASONS: Final = {
     "A": "MMIO SPTEs go with their table and are not counted as leaves by KVM; the model counts each as a leaf.",
     "B": "5.10 drops a table with a range that covers it. A recording of 5.10 does not show what the host removed, "
@@ -79,13 +83,13 @@ REASONS: Final = {
 }
 
 
-# Scenarios with MMIO SPTEs, and those where it depends on the host's speed how much it removes.
+# Scenarios with MMIO SPTEs, and scenarios where the host's speed decides how many SPTEs the host removes.
 _MMIO: Final = ("bar", "idle", "lost-idt", "mmio", "mmio-poll", "not-emulated", "one-idle")
 _BY_THE_CLOCK: Final = {"ksm", "notifier-storm", "nx-recovery", "slot-storm"}
 
 
 def reason(direction: Direction, scenario: str, count: str) -> str:
-    """The key of why this count may be off; empty where it must not be."""
+    """Return the key in REASONS that explains why this count may be off, or "" where it must not be off."""
     if direction.target == "5.10" and direction.refault == "all" and count == "first accesses" and "toggle" in scenario:
         return "D"
     rules = (
@@ -109,7 +113,7 @@ SHADOWS: Final = ("5.10-shadow", "6.1-shadow", "6.12-shadow", "7.x-shadow")
 
 
 def directions() -> Iterator[Direction]:
-    """Every direction of the table."""
+    """Yield every comparison of the document, in its order."""
     for kernel in (*KERNELS, *SHADOWS):
         yield Direction(kernel, kernel)
     yield Direction("6.1-async", "6.1", "preserve")
@@ -120,7 +124,7 @@ def directions() -> Iterator[Direction]:
     for kernel in ("6.1", "6.12", "7.x"):
         yield Direction(kernel, f"{kernel}-shadow", "shadow")
         yield Direction(f"{kernel}-shadow", kernel, "preserve")
-    # The same kernels on Intel.
+    # Recordings of the same kernels on Intel (EPT).
     yield Direction("6.1-ept", "6.1-ept")
     yield Direction("6.1-async-ept", "6.1-async-ept")
     yield Direction("6.1-async-ept", "6.1-ept", "preserve")
@@ -146,7 +150,10 @@ def directions() -> Iterator[Direction]:
 
 
 def scenarios(direction: Direction) -> list[str]:
-    """The scenarios that both kernels have recordings of, but for those that do not do the same in every run."""
+    """Return the scenarios that both kernels have recordings of, without those whose work depends on the host's speed.
+
+    A recording that is compared with itself may be of any scenario.
+    """
 
     def of(kernel: str) -> set[str]:
         suffix = f"-{kernel}.parquet"
@@ -162,7 +169,7 @@ def _evidence(name: str) -> Capabilities:
 
 
 def predicted(direction: Direction, scenario: str) -> dict[str, Count]:
-    """What the replay says of the target's counts."""
+    """Return the counts that a replay of the source's recording predicts for the target, by name."""
     capabilities = _evidence(f"{scenario}-{direction.source}")
     own = kernels.at(direction.kernel).policy if direction.kernel else capabilities.own.name
     names = [direction.policy or own]
@@ -175,7 +182,7 @@ def predicted(direction: Direction, scenario: str) -> dict[str, Count]:
     if faults.high is None or refaults.high is None or prefetched.high is None:
         installs, accesses = Count(faults.low + prefetched.low, None), Count(least, None)
     else:
-        # With `merged` the two ends are not of the same words.
+        # With `merged` the two ends of the interval count accesses under different sets of role words.
         other = faults.high - (refaults.low if wanted.targets[0].merged else refaults.high)
         installs = Count(faults.low + prefetched.low, faults.high + prefetched.high)
         accesses = Count(min(least, other), max(least, other))
@@ -190,7 +197,10 @@ def predicted(direction: Direction, scenario: str) -> dict[str, Count]:
 
 @cache
 def recorded(name: str) -> dict[str, int | None]:
-    """What a recording's rows say, counted without the model."""
+    """Return the counts that the rows of a recording show, without the model, by name.
+
+    None for a count they do not show.
+    """
     capabilities = _evidence(name)
     trace = capabilities.trace
     rows = trace.scan().with_columns(pl.col("kind").cast(pl.String)).sort("seq")
@@ -212,11 +222,11 @@ def recorded(name: str) -> dict[str, int | None]:
         .join(role, on="root", how="left", maintain_order="left")
         .with_columns(
             first=pl.int_range(pl.len()).over(key) == 0,
-            # 5.10 tells of one MMIO SPTE twice.
+            # 5.10 traces the installation of one MMIO SPTE twice (mark_mmio_spte, then kvm_mmu_set_spte).
             again=(pl.col("gfn") == pl.col("gfn").shift(1))
             & (kind.shift(1) == "mark_mmio_spte")
             & (kind != "mark_mmio_spte"),
-            # Another level than the last in its region: it took the place of a table, or of a huge leaf.
+            # A level other than that of the last SPTE in the 2 MiB region: it replaced a table or a huge leaf.
             other=(pl.col("level") != pl.col("level").shift(1).over("vm", "word", pl.col("gfn") // 512)).fill_null(
                 False
             ),
@@ -248,7 +258,7 @@ def recorded(name: str) -> dict[str, int | None]:
 
 @cache
 def table(direction: Direction) -> dict[str, dict[str, Cell]]:
-    """Each scenario's cells."""
+    """Return the cells of a comparison, by scenario and name of the count."""
     found = {}
     for scenario in scenarios(direction):
         said, seen = predicted(direction, scenario), recorded(f"{scenario}-{direction.target}")
@@ -257,7 +267,7 @@ def table(direction: Direction) -> dict[str, dict[str, Cell]]:
 
 
 def times() -> list[str]:
-    """Lines of a table: how long the scenarios took that both policies of 6.1 have on both CPUs, and as predicted."""
+    """Return the lines of a table of recorded and predicted times under both root policies of 6.1, on both CPUs."""
     measured = {row.file.removesuffix(".parquet"): row.guest_ns / 1e6 for row in provenance(CORPUS)}
     lines = ["| CPU | scenario | recorded under | ms | replayed under | predicted, ms | recorded, ms | error |"]
     lines += ["|-|-|-|-:|-|-:|-:|-:|"]
@@ -266,7 +276,7 @@ def times() -> list[str]:
             for source, target, own, policy in ((old, new, "async", "preserve"), (new, old, "preserve", "async")):
                 name, there = f"{scenario}-{source}", measured[f"{scenario}-{target}"]
                 (vm,) = run.replay(plan.make(_evidence(name), [policy]), Settings()).times
-                # The VMM's own measure has a little around what the vCPU's rows show.
+                # The time that the VMM measures includes a little more than the vCPU's rows do.
                 scale = measured[name] / sum(map(sum, vm.recorded))
                 low, high = (scale * sum(vcpu.wall for vcpu in vm.outcomes[end].vcpus) for end in (0, -1))
                 error = "within" if low < there < high else f"{(low if there <= low else high) / there - 1:+.0%}"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rings drained in bulk (tracer/ring.py) against bcc's callback API: the same probes, rings and workload.
+"""Compares two ways to read the BPF ring buffers: in bulk (tracer/ring.py) and by bcc's callback for each record.
 
-Both only count what they read, which favours the callback: the bulk drain has copied its records out by then, ready for
-the disk, where a callback that keeps its record pays for that on top.
+Probes, rings and workload are the same. Both ways only count what they read, which favours the callback: the bulk drain
+has copied its records out by then, ready for the disk, where a callback that keeps its record pays extra.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ from tracer.recorder import IDLE_SECONDS
 from tracer.ring import Rings, ring_count
 from tracer.writer import prefer_this_thread
 
-SETTLE_SECONDS = 0.3  # after the workload: RCU callbacks still free its tables
+SETTLE_SECONDS = 0.3  # to go on reading after the workload: RCU callbacks still free its page tables
 
 
 @dataclass(frozen=True)
 class Drained:
-    """One run of one way to drain: `read` includes gap records, `cpu_seconds` are the draining thread's."""
+    """One run of one way to read the rings: `read` includes gap records.
+
+    `cpu_seconds` are those of the reading thread.
+    """
 
     way: str
     emitted: int
@@ -40,7 +43,7 @@ class Drained:
 
 
 def bulk(probes: Probes) -> Callable[[], int]:
-    """A function that drains one round of all rings and returns how many records it held."""
+    """Return a function that reads all that is in the rings once, and returns the number of records."""
     rings = Rings(probes.ring_fds, RING_BYTES)
 
     def drain() -> int:
@@ -50,7 +53,7 @@ def bulk(probes: Probes) -> Callable[[], int]:
 
 
 def callback(probes: Probes) -> Callable[[], int]:
-    """A function that lets bcc call back for every event that waits and returns how many there were."""
+    """Return a function that lets bcc call back for every record that waits, and returns the number of records."""
     read = 0
 
     def on_event(_context: object, _data: object, _size: int) -> int:
@@ -107,9 +110,10 @@ def _drain(way: str, workload: Sequence[str], timeout: float) -> Drained:
 
 
 def run(way: str, workload: Sequence[str], timeout: float) -> Drained:
-    """Drain one workload, with the recorder's own priority; the thread, and the priority with it, ends with the run.
+    """Read the rings by `way` while the workload runs, with the recorder's scheduling priority, and return the counts.
 
-    Raises subprocess.TimeoutExpired where it takes longer than `timeout` seconds.
+    This happens in a thread of its own, so that the priority ends with it. Raises subprocess.TimeoutExpired where the
+    workload takes longer than `timeout` seconds.
     """
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(_drain, way, workload, timeout).result()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the table of docs/explore.md: each scenario and variant, what was found, and what that took.
+"""Makes the table in docs/explore.md: what `kvmtrace explore` finds for each scenario and variant, and what that costs.
 
     python -m benchmarks.explore_table
 
-States and steps are the same everywhere; seconds are of the machine that made the table.
+States and steps are the same on every machine; seconds are those of the machine that made the table.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ END: Final = "<!-- End of what was made. -->\n"
 
 
 def rows(runs: Iterable[ScenarioRun]) -> list[tuple[str, ...]]:
-    """Cells of each run; the last is seconds."""
+    """Return the cells of one table row for each run; the last cell is the duration in seconds."""
     return [
         (
             f"`{made.scenario.name}`",
@@ -37,7 +37,7 @@ def rows(runs: Iterable[ScenarioRun]) -> list[tuple[str, ...]]:
 
 
 def render(runs: Iterable[ScenarioRun]) -> str:
-    """The table."""
+    """Return the table as Markdown."""
     lines = [
         "| scenario | bounds | variant | found: broken invariant | steps | states | s |",
         "|-|-|-|-|-:|-:|-:|",
@@ -47,14 +47,14 @@ def render(runs: Iterable[ScenarioRun]) -> str:
 
 
 def split(text: str) -> tuple[str, str, str]:
-    """The document before the table, the table, and after it."""
+    """Return the text of the document before the table, the table, and the text after it."""
     before, _, rest = text.partition(BEGIN)
     table, _, after = rest.partition(END)
     return before, table, after
 
 
 def main() -> None:
-    """Make it."""
+    """Explore every scenario and variant with its default bounds, and replace the table in docs/explore.md."""
     runs = [run(scenario, variant.name, {}) for scenario in SCENARIOS for variant in scenario.variants]
     before, _, after = split(DOCUMENT.read_text())
     DOCUMENT.write_text(before + BEGIN + render(runs) + END + after)

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine and a store add to replaying many recordings, what a second worker brings, how fast footers are read.
+"""Measures the replay of many recordings: what engine and object store add, what a second worker gains, footer rates.
 
     python -m benchmarks.fleet_replay [--engine local] [--tasks 200] [--rounds 4] [--footers 10000] [--json]
 
-One synthetic recording under many names in a store on loopback (moto, a process of its own on the same CPUs). In each
-round as many tasks are done by one worker and by two, one after the other. Told are
+One synthetic recording is put under many names into an object store on the loopback interface (moto, a process of its
+own on the same CPUs). In each round the same number of tasks is done by one worker and then by two. The output has
 
-- the wall time of one worker as a multiple of that of two, the median of the rounds: of use on an idle machine only.
-  Also what two processes bring over one that replay the same file and do nothing else: two CPUs may be threads of
-  one core;
-- CPU seconds outside of the tasks, of all processes but the store's, for each task, whatever else the machine does. In
-  a task is the replay of its rows; outside are the scheduler, the executor, the store's client, opening the recording
-  and writing the result, but not the start of processes. It does not grow with a task, so that tasks may be shorter
-  than the second that it is compared with. What an engine with one worker takes in a second without work, its own
-  heartbeat, is counted separately, and belongs to a task of a second as well;
-- footers a second of an index, compared with what the same server gives the same client when nothing is done with them.
+- the wall time of one worker divided by that of two, the median of the rounds, which is meaningful on an idle machine
+only. Next to it is the same ratio for two processes that replay the same file and do nothing else, because two CPUs may
+be hardware threads of one core; - CPU seconds outside of the tasks, for each task, of all processes but the store's;
+other load on the machine does not count. A task is the replay of its rows; outside of it are the scheduler, the
+executor, the store's client, opening the recording and writing the result, but not the start of processes. This cost
+does not grow with a task, so that tasks may be shorter than the second that it is compared with. What an engine with
+one worker uses in a second without work (its heartbeat) is measured separately, and is added to a task of one second; -
+footers that an index reads in a second, compared with the rate at which the same client gets the same bytes from the
+same server and does nothing with them.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ POLICIES: Final = (PolicyText("async"), PolicyText("preserve"))
 ENDPOINT: Final = f"s3://{BUCKET}"
 WRITERS: Final = 16
 IDLE: Final = 10.0  # seconds
-SPEEDUP: Final = 1.8
-OVERHEAD: Final = 0.1  # of a task of a second
+SPEEDUP: Final = 1.8  # of two workers over one, at the least, on an idle machine
+OVERHEAD: Final = 0.1  # the largest share of a task of one second that may be spent outside of its replay
 
 
 @dataclass(frozen=True)
 class MeasuredRun:
-    """Tasks by some workers: seconds of the wall clock, of the CPU in the tasks, and outside of them."""
+    """Tasks done by one or two workers: wall clock seconds, and CPU seconds spent in the tasks and outside of them."""
 
     tasks: int
     seconds: float
@@ -66,7 +66,10 @@ class MeasuredRun:
 
 
 def counting(folder: str, task: FleetTask) -> str:
-    """A task that leaves behind how much CPU its replay took. Its process does one task at a time."""
+    """Perform a task, and append the CPU seconds of its replay to a file in `folder` that is named after the process.
+
+    A worker process does one task at a time. Returns what fleet_task.perform returns.
+    """
     real = fleet_task.rows_for
     spent = 0.0
 
@@ -87,14 +90,17 @@ def counting(folder: str, task: FleetTask) -> str:
 
 
 def alone(file: str) -> int:
-    """A replay without a store."""
+    """Replay a local file under POLICIES, without a store or an engine, and return the number of result rows."""
     task = FleetTask("", "trace.parquet", "", 0, 1, 0, POLICIES, "", fleet_task.made_by())
     return len(fleet_task.rows_for(Trace.open(Path(file)), task))
 
 
 @contextmanager
 def store() -> Iterator[int]:
-    """A bucket on loopback, in this process's environment and that of its workers; the number of its process."""
+    """Run an S3 server on the loopback interface, and yield its process ID.
+
+    The environment of this process, which its workers inherit, then refers to that server and its bucket.
+    """
     before = set(psutil.Process().children())
     with s3() as port:
         (server,) = set(psutil.Process().children()) - before
@@ -103,7 +109,7 @@ def store() -> Iterator[int]:
 
 
 def filled(prefix: str, data: bytes, count: int) -> str:
-    """A place with this many objects of these bytes."""
+    """Write `count` objects with this content below a prefix of the bucket, and return their location."""
     place = f"{ENDPOINT}/{prefix}"
     objects = Objects(location(place))
     with ThreadPoolExecutor(WRITERS) as pool:
@@ -112,7 +118,7 @@ def filled(prefix: str, data: bytes, count: int) -> str:
 
 
 def cpu(but: int) -> float:
-    """CPU seconds of this process, of all below it that live, and of those that are gone; not of one of them."""
+    """Return the CPU seconds used so far by this process and its descendants, without the live process `but`."""
     times = psutil.Process().cpu_times()
     spent: float = times.user + times.system + times.children_user + times.children_system
     for each in psutil.Process().children(recursive=True):
@@ -123,7 +129,7 @@ def cpu(but: int) -> float:
 
 
 def replays(options: argparse.Namespace, server: int, scratch: Path) -> dict[str, Any]:
-    """The figures of all rounds, and the runs that they are of."""
+    """Run all rounds of replay tasks; return the summary's figures and the single runs that they come from."""
     file = scratch / "trace.parquet"
     synthesize(file, Parameters(policy="async", vms=1, vcpus=2, events=options.events))
     place = filled("traces", file.read_bytes(), options.tasks)
@@ -131,12 +137,12 @@ def replays(options: argparse.Namespace, server: int, scratch: Path) -> dict[str
     each = max(options.tasks // options.rounds, 1)
     found: dict[int, list[MeasuredRun]] = {1: [], 2: []}
     machines: list[float] = []
-    idle: list[float] = []  # with one engine, then with both
+    idle: list[float] = []  # CPU seconds per second without work: of the first engine, then of both
     with ExitStack() as open_engines:
         opened: dict[int, Any] = {}
         for workers in (1, 2):
             opened[workers] = open_engines.enter_context(engines.opened(options.engine, workers))
-            # Processes begin, and import what they need.
+            # A first run, which is not measured: worker processes start and import their modules.
             by(opened[workers], catalogue, catalogue.rows.head(4 * workers), server, scratch / f"warm-{workers}")
             spent, began = cpu(server), time.monotonic()
             time.sleep(IDLE)
@@ -154,14 +160,14 @@ def replays(options: argparse.Namespace, server: int, scratch: Path) -> dict[str
 
 
 def wall(engine: Any, file: Path, count: int) -> float:
-    """Seconds of this many replays by an engine's processes, and of nothing else."""
+    """Return the wall clock seconds of `count` bare replays of a file in the worker processes of an engine."""
     began = time.monotonic()
     list(engine.executor.map(alone, [str(file)] * count))
     return time.monotonic() - began
 
 
 def by(engine: Any, catalogue: Catalogue, rows: Any, server: int, notes: Path) -> MeasuredRun:
-    """A run of one task for each row."""
+    """Replay one task for each row of the catalogue by an engine, and return what that took."""
     notes.mkdir()
     folder = ResultFolder(location(f"{ENDPOINT}/results/{notes.name}"))
     folder.claim({"policies": [each.mark for each in POLICIES]})
@@ -175,7 +181,11 @@ def by(engine: Any, catalogue: Catalogue, rows: Any, server: int, notes: Path) -
 
 
 def footers(count: int, scratch: Path) -> dict[str, float]:
-    """Footers a second: of this many objects by an index; by requests alone, from the same store; of a folder."""
+    """Return footers read in a second, by the way of reading.
+
+    The ways are single requests, concurrent requests, an index of the store with `count` objects, and an index of a
+    local folder with as many files.
+    """
     file = scratch / "small.parquet"
     synthesize(file, Parameters(duration=0.02))
     data = file.read_bytes()
@@ -215,7 +225,10 @@ def footers(count: int, scratch: Path) -> dict[str, float]:
 
 
 def summary(runs: dict[int, list[MeasuredRun]], idle: float, both: float) -> dict[str, float]:
-    """The figures that the runs come to; `idle` and `both` are CPU seconds a second of one engine and of the two."""
+    """Return the figures that the document shows, by name.
+
+    `idle` and `both` are CPU seconds per second without work, of one engine and of both together.
+    """
     one, two = runs[1], runs[2]
     every = [*one, *two]
     tasks, inside = sum(run.tasks for run in every), sum(run.inside for run in every)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast a fleet is reported on, and in how much memory: 10 million rows of made-up results.
+"""Measures `kvmtrace fleet report` on 10 million rows of generated results: its time and its peak memory.
 
     python -m benchmarks.fleet_report [--rows 10000000] [--rounds 3] [--json]
 
-Rows are made by a seeded generator (benchmarks/fleet_rows.py), once with rows of vCPUs, as replays have them, once of
-VMs only, all of which count. Each report is a process of its own; times are the wall clock's, memory its peak. The page
-of 10,000 hosts is made as well, and its size printed.
+A seeded generator (benchmarks/fleet_rows.py) makes the rows, once with rows of vCPUs, as replays write them, and once
+with rows of VMs only, all of which the report uses. Each report is a process of its own; times are those of the wall
+clock, memory is the peak. The HTML page of 10,000 hosts is made as well, and its size printed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _DAYS: Final = 10
 
 @dataclass(frozen=True)
 class MeasuredReport:
-    """One run: seconds of the wall clock and of all CPUs, and bytes of memory at its peak."""
+    """One run: seconds of the wall clock, CPU seconds, and the peak of resident memory in bytes."""
 
     seconds: float
     cpu: float
@@ -43,7 +43,7 @@ class MeasuredReport:
 
 
 def run(results: Path, *more: str) -> MeasuredReport:
-    """`fleet report` once."""
+    """Run `kvmtrace fleet report` once with these additional arguments, and return what it took."""
     begun = time.monotonic()
     child = subprocess.Popen(
         [*KVMTRACE, "fleet", "report", str(results), *more], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -56,7 +56,10 @@ def run(results: Path, *more: str) -> MeasuredReport:
 
 
 def made(fleet: Fleet, directory: Path) -> int:
-    """Write the rows in a process of its own, for the memory of this one would count in its children; how many."""
+    """Write the rows of a fleet in a process of its own, and return how many they are.
+
+    In this process its memory would count: a child's peak starts from its parent's.
+    """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(write, fleet, directory).result()
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Result sets of made-up fleets, of the schema that `kvmtrace fleet replay` writes: seeded, of any number of hosts.
+"""Generates results of made-up fleets of any number of hosts, in the schema of `kvmtrace fleet replay`, from a seed.
 
-For the benchmark of the report and for its tests. Hosts differ by kernel, and with it by recorded policy; old policies
-lose their pages at SMIs, so that their VMs stall and the others' do not; a few VMs stall under every policy, some have
-no upper end, some no times, some tasks failed, and one host in fifty faults far more than its like.
+The benchmark of the report and its tests use them. Hosts differ by kernel, and by the root policy of that kernel. Many
+VMs stall under the old policies, which free their roots at SMIs, and only a few under `preserve`. Some counts have no
+upper end, some VMs have no times, some tasks failed, and one host in fifty has many times the page faults of the
+others.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from traces.stores.location import location
 
 Array = NDArray[Any]
 KERNELS: Final = ("5.15.0-107-generic", "6.1.0-21-amd64", "6.6.30", "6.12.9", "6.14.2")
-RECORDED: Final = ("sync", "async", "preserve", "preserve", "preserve")  # by kernel
+RECORDED: Final = ("sync", "async", "preserve", "preserve", "preserve")  # the root policy of each of KERNELS
 VENDORS: Final = ("GenuineIntel", "AuthenticAMD")
 POLICIES: Final = ("preserve", "async", "sync")
 AGREEMENTS: Final = ("agrees", "open", "differs")
@@ -37,9 +38,9 @@ _SECOND: Final = 10**9
 
 @dataclass(frozen=True)
 class Fleet:
-    """How many of what: each host makes one recording a day, of all of its VMs.
+    """The size of a generated fleet; each host makes one recording a day, of all of its VMs.
 
-    `vcpu_rows`: whether there are rows of vCPUs as well as those of VMs.
+    `vcpu_rows` says whether there are rows of vCPUs next to those of VMs.
     """
 
     hosts: int = 20
@@ -51,7 +52,7 @@ class Fleet:
 
 
 def parts(fleet: Fleet, hosts_a_part: int = 1000) -> Iterator[pa.Table]:
-    """The rows, a table for each day and this many hosts."""
+    """Yield the rows as tables, one for each day and for each `hosts_a_part` hosts."""
     for day in range(fleet.days):
         for first in range(0, fleet.hosts, hosts_a_part):
             hosts = np.arange(first, min(first + hosts_a_part, fleet.hosts))
@@ -59,7 +60,7 @@ def parts(fleet: Fleet, hosts_a_part: int = 1000) -> Iterator[pa.Table]:
 
 
 def write(fleet: Fleet, directory: Path, hosts_a_part: int = 0) -> int:
-    """The rows as a place that a fleet's replay wrote to, all of it merged; how many rows there are."""
+    """Write the rows to a directory as merged results of a fleet's replay, and return how many rows there are."""
     ResultFolder(location(str(directory)), make=True).claim({"policies": fleet.policies, "made_by": "benchmarks"})
     (directory / MERGED).mkdir(exist_ok=True)
     count = 0
@@ -74,7 +75,7 @@ def write(fleet: Fleet, directory: Path, hosts_a_part: int = 0) -> int:
 
 
 def _of_hosts(fleet: Fleet, hosts: Array) -> dict[str, Array]:
-    """What a host is, the same on each day."""
+    """Return what stays the same on each day, by name: kernel, CPU vendor, and how busy each host is."""
     rng = np.random.default_rng((fleet.seed, 1 << 20))
     kernel, vendor = (rng.integers(0, n, fleet.hosts)[hosts] for n in (len(KERNELS), len(VENDORS)))
     busy = np.where(rng.random(fleet.hosts) < 0.02, 40.0, 1.0)[hosts]
@@ -86,7 +87,7 @@ def _part(fleet: Fleet, day: int, hosts: Array, rng: np.random.Generator) -> pa.
     host = np.repeat(hosts, fleet.vms)
     of = {name: np.repeat(values, fleet.vms) for name, values in _of_hosts(fleet, hosts).items()}
     vm = np.tile(np.arange(1, fleet.vms + 1), len(hosts))
-    # One row a task and policy, then one for each vCPU of it.
+    # Each task and policy has one row for the VM, followed by one for each of its vCPUs.
     names = np.array(fleet.policies)
     count = len(names)
     task = np.repeat(np.arange(vms), count)
@@ -134,7 +135,11 @@ def _part(fleet: Fleet, day: int, hosts: Array, rng: np.random.Generator) -> pa.
 def _drawn(
     fleet: Fleet, of: dict[str, Array], vcpus: Array, task: Array, policy: Array, rng: np.random.Generator
 ) -> dict[str, Any]:
-    """The figures of each VM under each policy."""
+    """Draw the figures of each VM under each policy.
+
+    Returns "untimed" (a bool for each task and policy) and "numbers" (by column: the values, and which of them are
+    null).
+    """
     vms, rows = len(vcpus), len(task)
     recorded = np.array([list(fleet.policies).index(RECORDED[k]) for k in range(len(KERNELS))])[of["kernel"]]
     own = recorded[task] == policy
@@ -180,7 +185,7 @@ def _cast(values: Any, wanted: pa.DataType) -> pa.Array:
 
 
 def metadata(part: pa.Table) -> dict[bytes, bytes]:
-    """The footer's metadata of merged results: which tasks they are of, and how many rows each has."""
+    """Return the footer metadata of merged results, which lists their tasks and the number of rows of each."""
     tasks = part.group_by(["trace", "vm"], use_threads=False).aggregate([([], "count_all")])
     named = zip(tasks["trace"].to_pylist(), tasks["vm"].to_pylist(), strict=True)
     ids = [hashlib.sha256(f"{trace}-{vm}".encode()).hexdigest()[:32] for trace, vm in named]

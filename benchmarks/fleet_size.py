@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a fleet costs, and where its limit is: tasks measured here, then 1,000 to 100,000 hosts simulated.
+"""Estimates what a fleet costs and what limits it: tasks measured here, then 1,000 to 100,000 hosts simulated.
 
     python -m benchmarks.fleet_size [--events 300000 1000000 3000000] [--workers 16 64 256 1024 4096] [--json]
 
-Measured on this machine: CPU time, memory, requests and bytes of replay tasks of synthetic storms of several sizes, and
-of recordings of the corpus (from a folder in the place of a store); what a scheduler takes for a task (tasks that do
-nothing, through each engine that is installed); the rate of a report. Assumed, for no store of that size is at hand:
-what Amazon documents of S3 (3,500 writes and 5,500 reads a second below one prefix), and 30 ms a request.
+Measured on this machine are CPU time, memory, requests and bytes of replay tasks, of synthetic SMI storms of several
+sizes and of recordings of the corpus (from a folder instead of a store); the scheduler's time for a task, by tasks that
+do nothing, in each engine that is installed; and the rate of a report. Assumed, because no store of that size is at
+hand, are the request rates that Amazon documents for S3 (3,500 writes and 5,500 reads a second below one prefix) and 30
+ms for a request.
 
-Simulated is one day of dumps, replayed as fast as these workers can. A task waits for the scheduler, which does
-one thing at a time, and for the store, which admits no more requests than it says. The limit is what was busy longest.
+The simulation is of one day's dumps, replayed as fast as the given workers can. A task waits for the scheduler, which
+does one thing at a time, and for the store, which admits requests at its documented rate. The limit is whatever of
+workers, scheduler and store is busy for the largest share of the time.
 """
 
 from __future__ import annotations
@@ -39,19 +41,22 @@ from traces.stores.location import location
 from traces.stores.object_store import Objects
 from traces.synth import Parameters, synthesize
 
-READS, WRITES = 5500.0, 3500.0  # requests a second below one prefix, documented by Amazon
+READS, WRITES = 5500.0, 3500.0  # requests a second that S3 takes below one prefix, as Amazon documents it
 LATENCY: Final = 0.03  # seconds of a request, assumed
 DOLLARS: Final = {"a GB-month": 0.023, "1,000 writes": 0.005, "1,000 reads": 0.0004}  # S3 standard, us-east-1, assumed
 HOSTS: Final = (1_000, 10_000, 100_000)
 VMS, DUMPS = 20, 3  # a host's VMs, and its dumps a day, assumed
 _CORPUS: Final = Path("traces/corpus")
 _RECORDED: Final = ("smi-storm-6.1", "smi-storm-6.1-async", "churn-6.1", "huge-6.1")
-_NOTHING: Final = 2000  # tasks that do nothing
+_NOTHING: Final = 2000  # number of empty tasks by which a scheduler is measured
 
 
 @dataclass(frozen=True)
 class TaskCost:
-    """One task, three policies with times: what it took. `events` are rows of the VM."""
+    """What one replay task took, under two policies with virtual times; `events` is the number of rows of its VM.
+
+    `seconds` is CPU time; `peak`, `read_bytes` and `result_bytes` are bytes; `reads` and `writes` are requests.
+    """
 
     name: str
     events: int
@@ -66,7 +71,7 @@ class TaskCost:
 
 @dataclass(frozen=True)
 class Costs:
-    """Of a task: seconds = `fixed` + `each` x events; requests, and bytes of an event stored and of a result."""
+    """Mean costs of a task: `fixed` + `each` x events CPU seconds, requests, bytes per stored event and per result."""
 
     fixed: float
     each: float
@@ -75,13 +80,13 @@ class Costs:
     event_bytes: float
     result_bytes: float
     result_rows: float
-    scheduler: float  # seconds a task
-    report_rows: float  # a second
-    row_bytes: float  # of a row of results, once they are merged
+    scheduler: float  # seconds of the scheduler for one task
+    report_rows: float  # rows of results that a report reads in a second
+    row_bytes: float  # bytes of a row of results, once they are merged
 
 
 def task_cost(name: str, trace: Path, scratch: Path) -> TaskCost:
-    """Do the task of a trace's first VM in a process of its own."""
+    """Perform the replay task of a trace's first VM in a process of its own, and return what it took."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     child = context.Process(target=_perform, args=(theirs, trace, scratch))
@@ -118,14 +123,14 @@ def _perform(answer: Any, trace: Path, scratch: Path) -> None:
 
 
 def _peak() -> int:
-    """Bytes of memory that this process had at its most; getrusage would count what its parent had."""
+    """Return the peak resident memory of this process in bytes; that of getrusage would include its parent's."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) << 10
 
 
 @contextmanager
 def _counted() -> Iterator[dict[str, int]]:
-    """Requests of this process to stores, and the bytes that came."""
+    """Count the requests that this process makes to object stores, and the bytes that they return."""
     counts = {"reads": 0, "writes": 0, "read_bytes": 0}
     kept = {name: getattr(Objects, name) for name in ("read", "read_all", "create", "has")}
 
@@ -148,7 +153,10 @@ def _counted() -> Iterator[dict[str, int]]:
 
 
 def fitted(costs: Sequence[TaskCost]) -> tuple[float, float]:
-    """The line through seconds over events by least squares of relative errors."""
+    """Fit seconds = fixed + each x events by least squares of relative errors.
+
+    Return (fixed, each), neither negative.
+    """
     import numpy as np
 
     events = np.array([cost.events for cost in costs], float)
@@ -159,10 +167,10 @@ def fitted(costs: Sequence[TaskCost]) -> tuple[float, float]:
 
 
 def scheduler_cost(engine: str) -> float | None:
-    """Seconds that a task costs its scheduler, by tasks that do nothing; None where the engine is not installed."""
+    """Return the seconds that an engine's scheduler needs for a task that does nothing; None if it is not installed."""
     try:
         with engines.opened(engine, 2) as opened:
-            list(opened.executor.map(abs, range(10)))  # the workers are there
+            list(opened.executor.map(abs, range(10)))  # waits until the workers have started
             begun = time.monotonic()
             futures = [opened.executor.submit(abs, number) for number in range(_NOTHING)]
             for future in futures:
@@ -187,7 +195,7 @@ class SimulatedDay:
 
     @property
     def limit(self) -> str:
-        """What is busy all of the time, or most of it."""
+        """Return which of "workers", "scheduler" and "store" is busy for the largest share of the time."""
         shares = {"workers": self.workers_busy, "scheduler": self.scheduler_busy, "store": self.store_busy}
         return max(shares, key=lambda name: shares[name])
 
@@ -195,17 +203,20 @@ class SimulatedDay:
 def simulate(
     hosts: int, workers: int, costs: Costs, events: Sequence[int], most: int = 300_000, seed: int = 1
 ) -> SimulatedDay:
-    """Replay one day's dumps. More than `most` tasks are simulated by so many: time goes with their number."""
+    """Simulate the replay of one day's dumps.
+
+    More than `most` tasks are scaled up from a simulation of `most` of them: time is proportional to their number.
+    """
     every = hosts * VMS * DUMPS
     tasks, rng = min(every, most), random.Random(seed)
     free = [0.0] * min(workers, tasks)  # when each worker is free
     heapq.heapify(free)
     scheduler = store = worked = end = 0.0
-    one = costs.reads / READS + costs.writes / WRITES  # of the store's time, for one task
+    one = costs.reads / READS + costs.writes / WRITES  # seconds of the store's capacity that one task uses
     for _ in range(tasks):
         at = heapq.heappop(free)
         begin = max(at, scheduler)
-        scheduler = begin + costs.scheduler  # it hands one out after the other
+        scheduler = begin + costs.scheduler  # the scheduler hands out one task after the other
         admitted = max(scheduler, store)
         store = admitted + one
         took = (costs.reads + costs.writes) * LATENCY + costs.fixed + costs.each * rng.choice(events)
@@ -225,7 +236,7 @@ def simulate(
 
 
 def sized(costs: Costs, events_an_hour: float) -> list[list[str]]:
-    """A million VM-hours that are all recorded: bytes, CPU, requests, and dollars of S3."""
+    """Return table rows of what a million recorded VM-hours come to: bytes, CPU time, requests, and dollars of S3."""
     hours, rows = 1e6, 1e6 * costs.result_rows
     events = hours * events_an_hour
     stored, cpu = events * costs.event_bytes, events * costs.each + hours * costs.fixed
@@ -242,7 +253,7 @@ def sized(costs: Costs, events_an_hour: float) -> list[list[str]]:
 
 
 def report_rate(rows: int = 2_000_000) -> tuple[float, float]:
-    """Rows of results a second, of one `fleet report`, and bytes of a row on disk."""
+    """Return how many rows of results one `fleet report` reads in a second, and the bytes of a row on disk."""
     from benchmarks.fleet_report import made, run
     from benchmarks.fleet_rows import Fleet
 

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a flight recorder costs the guests, and recorders that people keep running today: all in one run.
+"""Measures what a flight recorder costs the guests, next to other recorders that people keep running today, in one run.
 
     python -m benchmarks.flight_overhead [--scenario storm] [--rounds 3] [--loops 5000] [--json]
     python -m benchmarks.flight_overhead --lab 6.1-async [--rounds 3] [--loops 20] [--json]
 
-The workload is a scenario of the VMM at its full rate, each time bare and then under one recorder: `storm` for a KVM in
-software, `smi-storm` for one with nested paging. Slow-down is the CPU time of the VMM's process, which its probes are
-part of, over that of the bare run just before: on a busy machine the time on the clock says little, and is given as
-well. The recorder's CPU time is that of everything else in its process tree, its start included.
+The workload is a scenario of the test VMM at its full rate, run in pairs: bare, then under one recorder. `storm` is for
+a KVM that emulates in software, `smi-storm` for one with nested paging. The slow-down is the CPU time of the VMM's
+process, which includes the probes that run in it, divided by that of the bare run just before. The slow-down of the
+wall clock is printed as well, but says little on a busy machine. The recorder's CPU time is that of all other processes
+of its process tree, its start included.
 
-With `--lab` all of this runs in one guest of that kernel, on one CPU, whose clock counts instructions: what else this
-machine does shows in no figure. An exit costs as little there as any other instruction.
+With `--lab` everything runs in one guest of that kernel, on one CPU whose clock counts instructions, so that other load
+on this machine changes no figure. A VM exit is as cheap there as any other instruction.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ from tracer.lab.fetch import fetch
 from tracer.lab.session import boot
 from traces.errors import ENVIRONMENT, Problem
 
-WANTED: Final = {"mmu": 2.5, "roots": 1.05}
+WANTED: Final = {"mmu": 2.5, "roots": 1.05}  # the largest slow-down of the VMM's CPU time, by preset of events
 LAB_SCENARIO: Final = "smi-storm"
 _CPU: Final = "amd-icount"
-_MEMORY: Final = 4096  # MiB: what recorders write is in the guest's memory as well
+_MEMORY: Final = 4096  # MiB of the lab guest, whose memory also holds the files that recorders write
 _LAB_TIMEOUT: Final = 7200.0
 
 Document = dict[str, Any]
@@ -47,7 +48,10 @@ _Pair = Sequence[Mapping[str, Any]]
 
 
 def measured(scenario: Scenario, rounds: int, loops: int, timeout: float) -> Document:
-    """Pairs of runs by recorder, bare and recorded. Raises Problem where the workload does not run."""
+    """Run every recorder `rounds` times, each after a bare run, and return the document that `--json` prints.
+
+    Raises Problem without root or /dev/kvm, and where the workload alone does not run.
+    """
     if os.geteuid() != 0 or not Path("/dev/kvm").exists():
         raise Problem("needs root and /dev/kvm", ENVIRONMENT)
     facts, bare = machine(), Recorder("bare", sys.executable, bare_command, bare_read)
@@ -63,7 +67,10 @@ def measured(scenario: Scenario, rounds: int, loops: int, timeout: float) -> Doc
 
 
 def in_lab(kernel: str, scenario: str, rounds: int, loops: int, timeout: float) -> Document:
-    """The same of a guest in the lab. Raises Problem."""
+    """Take the same measurement in a guest of the lab that runs this kernel, and return its document.
+
+    Raises Problem.
+    """
     booted = fetch(kernel, lambda line: print(line, file=sys.stderr))
     asked = {"scenario": scenario, "rounds": rounds, "loops": loops, "timeout": timeout}
     options = [f"--{name}={value}" for name, value in asked.items()]
@@ -81,17 +88,17 @@ def in_lab(kernel: str, scenario: str, rounds: int, loops: int, timeout: float) 
 
 
 def ratios(pairs: Sequence[_Pair], figure: str) -> list[float]:
-    """A figure under the recorder over the bare one, pair by pair."""
+    """Return, for each pair, a figure under the recorder divided by that of the bare run."""
     return [recorded[figure] / bare[figure] for bare, recorded in pairs]
 
 
 def ran(pairs: Sequence[_Pair]) -> list[_Pair]:
-    """Those whose recorder ran."""
+    """Return the pairs in which the recorder could be run."""
     return [pair for pair in pairs if not pair[1]["why"]]
 
 
 def rows(document: Document) -> Iterator[list[str]]:
-    """A recorder each: medians and ranges."""
+    """Yield one table row for each recorder: medians and ranges over its pairs."""
     for name, pairs in document["pairs"].items():
         good = ran(pairs)
         if not good:
@@ -109,7 +116,7 @@ def rows(document: Document) -> Iterator[list[str]]:
 
 
 def text(document: Document) -> str:
-    """The table, what it was measured on, and how it compares with what is wanted."""
+    """Return the table with the machine that it was measured on, and the slow-downs next to the wanted ones."""
     where = f"{document['date']}, kernel {document['kernel']}"
     where += f" ({document['lab']}, {_CPU} of the lab)" if "lab" in document else f", load {document['load']:.1f}"
     where += f", {document['cpu']}, {document['cpus']} CPU{'' if document['cpus'] == 1 else 's'}"

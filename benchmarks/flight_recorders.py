@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recorders that run always, under comparison in `benchmarks.flight_overhead`, and the workloads they record."""
+"""The always-on recorders that `benchmarks.flight_overhead` compares, and the workloads that they record."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ PRESETS: Final = ("all", "mmu", "time", "roots")
 
 @dataclass(frozen=True)
 class Scenario:
-    """What the VMM does, and by default how often; `tracepoints` are what perf and trace-cmd record of it."""
+    """A workload of the test VMM: its arguments, its default number of loops, and tracepoints for other tools.
+
+    `tracepoints` returns those that perf and trace-cmd record.
+    """
 
     words: tuple[str, ...]
     loops: int
@@ -28,7 +31,7 @@ class Scenario:
 
 
 def mmu_tracepoints() -> tuple[str, ...]:
-    """The tracepoints of the preset `mmu` that this kernel has."""
+    """Return the names of those tracepoints of the preset `mmu` that this kernel has."""
     root = tracefs.tracefs() or tracefs.MOUNT_POINTS[0]
     wanted = preset_kinds("mmu")
     points = (point for probe in PROBES if probe.kind in wanted for point in probe.points)
@@ -36,7 +39,7 @@ def mmu_tracepoints() -> tuple[str, ...]:
     return tuple(name for name in names if tracefs.tracepoint(root, name) is not None)
 
 
-# Of a software KVM's storm nearly all events are its emulator's, which the preset `all` has.
+# In a storm on a KVM that emulates in software nearly all events are the emulator's; only the preset `all` has these.
 SCENARIOS: Final = {
     "storm": Scenario(("storm",), 5_000, lambda: NAMES),
     "smi-storm": Scenario(("smi-storm",), 20, mmu_tracepoints),
@@ -44,7 +47,7 @@ SCENARIOS: Final = {
 
 
 def recorders(tracepoints: Sequence[str]) -> tuple[Recorder, ...]:
-    """All that are compared; those that are not kvmtrace record these tracepoints."""
+    """Return all recorders that are compared; those other than kvmtrace record these tracepoints."""
     ring = f"{RING_BYTES >> 20} MiB a CPU"
     return (
         *(Recorder(flight(each), sys.executable, _flight(each), _flight_read) for each in PRESETS),
@@ -56,7 +59,7 @@ def recorders(tracepoints: Sequence[str]) -> tuple[Recorder, ...]:
 
 
 def flight(preset: str) -> str:
-    """The recorder's name."""
+    """Return the name of kvmtrace's flight recorder with this preset of events, as the table shows it."""
     return f"--flight --events {preset}"
 
 
@@ -74,7 +77,7 @@ def _flight_read(scratch: Path) -> Kept:
 
 
 def _overwrite(tracepoints: Sequence[str]) -> Callable[[Path, Sequence[str]], list[str]]:
-    """perf's own flight recorder: the ring is overwritten, and read at the end."""
+    """Return perf's own flight recorder: it overwrites its ring, and reads it when the workload has ended."""
 
     def command(scratch: Path, workload: Sequence[str]) -> list[str]:
         options = ["-q", "-a", "--overwrite", "-m", str(RING_BYTES // 4096), "-e", ",".join(tracepoints)]
@@ -89,24 +92,24 @@ def _overwrite_read(scratch: Path) -> Kept:
 
 
 def _live(scratch: Path, workload: Sequence[str]) -> list[str]:
-    """`perf kvm stat live` runs no command of its own: it is begun before, and ended after."""
+    """Return a command that starts `perf kvm stat live` before the workload, and ends it after."""
     return ["sh", "-c", _LIVE, str(scratch), *workload]
 
 
-# It counts from when it first prints, which it does once a second.
+# perf counts from its first output on, and prints once a second.
 _LIVE: Final = """cd "$0"; perf kvm stat live -d 1 >live 2>&1 & p=$!
 while kill -0 $p 2>/dev/null && ! ls -l /proc/$p/fd | grep -q perf_event; do sleep 0.2; done
 sleep 1; "$@"; s=$?; kill -INT $p; wait $p; exit $s"""
 
 
 def _live_read(scratch: Path) -> Kept:
-    """Exits that it counted: it says so each second."""
+    """Return the number of VM exits that `perf kvm stat live` counted; it prints a number each second."""
     said = (scratch / "live").read_text(errors="replace")
     return Kept(sum(map(int, re.findall(r"Total Samples:(\d+)", said))), None, 0)
 
 
 def _ftrace(tracepoints: Sequence[str]) -> Callable[[Path, Sequence[str]], list[str]]:
-    """ftrace's ring, which is overwritten, and written to a file at the end."""
+    """Return ftrace by trace-cmd: its ring is overwritten, and extracted into a file when the workload has ended."""
 
     def command(scratch: Path, workload: Sequence[str]) -> list[str]:
         start = ["trace-cmd", "start", "-b", str(RING_BYTES >> 10)]

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why a trace lies in its file as it does: size and decoding speed of our layout and of what else could be done.
+"""Why a trace is laid out in its file as it is: size and decoding speed of this layout and of its alternatives.
 
-`python -m benchmarks.format [TRACE ...]` takes recordings; without any it makes three synthetic ones of tests/streams.
+`python -m benchmarks.format [TRACE ...]` reads recordings; without any it makes three synthetic ones of tests/streams.
 
-Every line of one table is the same events in the same columns, written and read back in this run. "pyarrow defaults" is
-`pq.write_table(table)` in the order of recording and `pq.read_table(path, use_threads=False)`; "kvmtrace" is our file
-through our reader with all its checks; every other line is our layout with one thing changed, through pyarrow's
+All lines of a table are the same events in the same columns, written and read back in this run. "pyarrow defaults" is
+`pq.write_table(table)` in the order of recording and `pq.read_table(path, use_threads=False)`; "kvmtrace" is a trace
+file read by our reader with all its checks; every other line is our layout with one thing changed, read by pyarrow's
 `iter_batches` without checks. Times are CPU seconds of one thread, the median of several rounds in which all lines take
-turns. Each reading happens in a process of its own, twice: "first" pays for its memory, as a program that reads a file
-once does; "again" finds its memory mapped.
+turns. Each reading happens in a process of its own, twice: "first" includes the page faults of its memory, as in a
+program that reads a file once; "again" finds its memory mapped.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ OURS = "kvmtrace"
 
 @dataclass
 class Line:
-    """One layout: its file, how it is read, and what was measured: CPU seconds by round, bytes of memory."""
+    """One layout: its file, the function that reads it, and CPU seconds by round and bytes of memory."""
 
     name: str
     path: Path
@@ -76,7 +76,7 @@ def read_batches(path: Path) -> int:
 
 
 def scan(path: Path) -> int:
-    """What a user of polars gets without our code."""
+    """Read a file with polars alone, as a user without our reader would, and return the number of rows."""
     return sum(frame.height for frame in pl.scan_parquet(path).collect_batches(chunk_size=2 * BATCH))
 
 
@@ -84,7 +84,7 @@ READERS = {DEFAULTS: read_defaults, OURS: read_ours}
 
 
 def all_nullable(table: pa.Table) -> pa.Table:
-    """The table with nulls in every column that a row's kind does not fill, as a user might like best."""
+    """Return the table with null in every column that the kind of the row does not fill, as a user might like best."""
     kind = table["kind"].combine_chunks()
     names = np.array(kind.dictionary.to_pylist())[kind.indices.to_numpy()]
     columns, fields = [], []
@@ -100,7 +100,10 @@ def all_nullable(table: pa.Table) -> pa.Table:
 
 
 def write(table: pa.Table, path: Path, groups: list[int], **changes: Any) -> float:
-    """Write the table in row groups of the given sizes with our options, changed; CPU seconds."""
+    """Write the table in row groups of the given sizes, with our options and these `changes`.
+
+    Return the CPU seconds.
+    """
     started = time.process_time()
     with pq.ParquetWriter(path, table.schema, **{**encoding.OPTIONS, **changes}) as writer:
         offset = 0
@@ -111,7 +114,10 @@ def write(table: pa.Table, path: Path, groups: list[int], **changes: Any) -> flo
 
 
 def write_layouts(trace: Path, scratch: Path) -> dict[str, Any]:
-    """Write every layout of a trace's events to scratch; {"events": n, "lines": [[name, path, write seconds]]}."""
+    """Write the events of a trace to `scratch` in every layout.
+
+    Returns {"events": number of events, "lines": [(name, path, CPU seconds to write)]}.
+    """
     opened = Trace.open(trace)
     groups = [group.rows for group in opened.metadata.row_groups]
     table = pa.Table.from_batches(list(opened.batches())).unify_dictionaries().combine_chunks()
@@ -144,7 +150,7 @@ def write_layouts(trace: Path, scratch: Path) -> dict[str, Any]:
 
 
 def alone(work: Callable[[], Any]) -> Any:
-    """The result (as JSON carries it) of work done in a forked process, whose memory nobody else has touched."""
+    """Do the work in a forked process, whose memory nothing else has touched, and return its result by way of JSON."""
     output, told = os.pipe()
     child = os.fork()
     if child == 0:
@@ -160,7 +166,7 @@ def alone(work: Callable[[], Any]) -> Any:
 
 
 def timed(read: Callable[[Path], int], path: Path, events: int) -> tuple[float, float, int]:
-    """CPU seconds of a first and a second reading, and by how many bytes they raised the process's peak."""
+    """Return the CPU seconds of a first and of a second reading, and by how many bytes they raised peak memory."""
 
     def work() -> tuple[list[int], list[float], int]:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -223,7 +229,10 @@ def main() -> None:
 
 
 def report(name: str, events: int, found: list[Line], quiet: bool) -> list[dict[str, Any]]:
-    """Print one table (unless quiet); its rows: speeds in events per second, sizes in bytes."""
+    """Return one row of results for each layout, and print them as a table unless `quiet`.
+
+    Speeds are in events per second of CPU time, sizes in bytes.
+    """
     base = found[0]
     rows = [
         {

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records what the clock was never fitted to, under both root policies, and compares its predictions with it.
+"""Compares predicted times with recordings that the model of time was not fitted to, under both root policies.
 
     python -m benchmarks.held_out_times [--machine amd-icount] [--runs 3] [--directory DIR]
 
 Each scenario is recorded on 6.1-async, whose recordings are replayed under `preserve`, and on 6.1, which shows how long
-that takes: with other working sets than `benchmarks.virtual_time` has, 20 and 200 loops, alone in the lab guest and
-with a task that never sleeps. On `amd-icount` and `intel` the guest's clock counts its instructions, so that what
-else this machine does changes nothing; on `amd` it is this machine's, and medians of several runs are compared. The
-results are kept in traces/timing/held_out.json, the recordings in DIR only, if one is given (what is there is not made
-again); `python -m benchmarks.time_accuracy` makes the table of docs/time-accuracy.md of them. Nightly: an hour.
+it really takes under that policy. Working sets differ from those of `benchmarks.virtual_time`; there are 20 and 200
+loops, alone in the lab guest and next to a task that never sleeps. On `amd-icount` and `intel` the guest's clock counts
+its instructions, so that other load on this machine changes nothing; on `amd` the clock is this machine's, and medians
+of several runs are compared. Results go to traces/timing/held_out.json. Recordings are kept only in DIR, if it is
+given; those that are there already are not made again. `python -m benchmarks.time_accuracy` writes the results to
+docs/time-accuracy.md. This runs nightly, and takes an hour.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ RESULTS: Final = Path(__file__).parents[1] / "traces" / "timing" / "held_out.jso
 OLD, NEW, POLICY = "6.1-async", "6.1", "preserve"
 MACHINES: Final = ("amd-icount", "intel", "amd")
 LOADS: Final = ("alone", "busy")
-# Words of the VMM's command line. virtual_time, which the clock's assumptions were made with, has 20 loops over each
-# scenario's default working set.
+# Arguments of the VMM. benchmarks.virtual_time, whose recordings the model of time was fitted to, has 20 loops over
+# each scenario's default working set.
 CELLS: Final = (
     "smi-storm --loops 20 --pages 96",
     "smi-storm --loops 20 --pages 400",
@@ -64,7 +65,7 @@ CELLS: Final = (
     "steady --loops 20000 --pages 64",
 )
 _NOT_ITS_OWN: Final = (TimeCategory.STEAL, TimeCategory.IDLE, TimeCategory.PAUSED)
-_LONG: Final = ("--timeout", "3600")  # the VMM's, in the guest's seconds
+_LONG: Final = ("--timeout", "3600")  # option of the VMM; seconds of the guest's clock
 _BUSY: Final = """
 import os, signal, subprocess, sys
 child = os.fork()
@@ -77,7 +78,7 @@ sys.exit(status)
 
 
 class BesideMeasured:
-    """A time that was predicted, `low` and `high` with a `band` about them, and the times that were measured; ns."""
+    """A predicted time next to measured ones, in ns: `low` and `high`, the `band` about them, and `measured`."""
 
     low: int
     high: int
@@ -90,7 +91,10 @@ class BesideMeasured:
 
     @property
     def error(self) -> float:
-        """Relative, of the number predicted; of an interval, how far the measured median lies outside."""
+        """Return how far the prediction lies from the measured median, as a share of the median.
+
+        It is 0 if the median lies between `low` and `high`; otherwise it is the error of the nearer of the two.
+        """
         if self.low <= self.median <= self.high:
             return 0.0
         nearest = self.low if self.median < self.low else self.high
@@ -103,11 +107,12 @@ class BesideMeasured:
 
 @dataclass(frozen=True)
 class Predicted(BesideMeasured):
-    """One scenario on one machine; ns of its passes, as each run's recording has them.
+    """One scenario on one machine; the times of its passes in ns, one for each run's recording where there is a list.
 
-    `recorded` is under the old policy, `low` and `high` are the median of what the clock predicts of these for the new
-    one, `band` that of its bands, and `measured` what that took. `own` is what of `high` and of `measured` (their
-    medians) the vCPU had a CPU for. `hang` is the longest soft-hang that a recording of the new policy is said to have.
+    `recorded` is under the old policy. `low` and `high` are medians, over these recordings, of the time predicted for
+    the new policy, and `band` is the median of the predicted bands; `measured` is how long the new policy took. `own`
+    is for how much of `high` and of `measured` (medians) the vCPU had a CPU. `hang` is the longest soft-hang that the
+    model finds in a recording of the new policy.
     """
 
     machine: str
@@ -123,22 +128,22 @@ class Predicted(BesideMeasured):
 
     @property
     def own_error(self) -> float:
-        """Relative, of the vCPU's own time."""
+        """Return the relative error of the predicted time in which the vCPU has a CPU."""
         return self.own[0] / self.own[1] - 1
 
     @property
     def steal(self) -> float:
-        """The share of the measured time in which the vCPU had no CPU."""
+        """Return the share of the measured time in which the vCPU had no CPU."""
         return max(1 - self.own[1] / self.median, 0.0)
 
     @property
     def waits(self) -> bool:
-        """Whether memslots change, for which the old policy waits."""
+        """Return whether the scenario changes memslots, because the old policy then waits for its zap worker."""
         return self.cell.startswith("slot-")
 
     @property
     def width(self) -> float:
-        """How many times its lower end the band's upper end is."""
+        """Return the band's upper end divided by its lower end."""
         return self.band[1] / max(self.band[0], 1)
 
 
@@ -147,7 +152,7 @@ def file_name(cell: str) -> str:
 
 
 def record(machine: str, kernel: str, load: str, directory: Path) -> None:
-    """Record every cell in one boot, what is there apart, next to a .json of what the VMM said."""
+    """Record in one boot every cell that is not in `directory` yet, and store what the VMM printed next to it."""
     directory.mkdir(parents=True, exist_ok=True)
     todo = [cell for cell in CELLS if not (directory / f"{file_name(cell)}.parquet").is_file()]
     if not todo:
@@ -175,15 +180,17 @@ def record(machine: str, kernel: str, load: str, directory: Path) -> None:
 
 
 def passes_ns(directory: Path, cell: str) -> int:
-    """How long the passes took, as the VMM says."""
+    """Return how many ns the passes of the scenario took by the VMM's measure."""
     said = (directory / f"{file_name(cell)}.stdout").read_text().splitlines()[-1]
     return int(json.loads(said)["wall_ns"])
 
 
 def shown(directory: Path, cell: str, policy: str) -> tuple[VmTime, float]:
-    """What a recording's rows show, replayed under a policy; and how many times as long the VMM says that it took.
+    """Replay a recording under a policy.
 
-    The VMM's own measure has a little around what the vCPU's rows show.
+    Return the times of its VM, and the VMM's measured time divided by the recorded one.
+
+    The factor is a little above 1, because the VMM measures a little more than the vCPU's rows show.
     """
     capabilities = Capabilities(Trace.open(directory / f"{file_name(cell)}.parquet"))
     (vm,) = replay(plan.make(capabilities, [policy]), Settings()).times
@@ -191,12 +198,12 @@ def shown(directory: Path, cell: str, policy: str) -> tuple[VmTime, float]:
 
 
 def own(spent: Sequence[int]) -> int:
-    """ns that the vCPU had a CPU for."""
+    """Return for how many of the ns spent, by category of time, the vCPU had a CPU."""
     return sum(spent) - sum(spent[category] for category in _NOT_ITS_OWN)
 
 
 def hold(machine: str, load: str, cell: str, old: list[Path], new: list[Path]) -> Predicted:
-    """Predict each of a cell's recordings of the old policy, and compare their median with the new one's."""
+    """Predict the new policy's time from each recording of the old one; return it next to the new recordings."""
     told = [shown(directory, cell, POLICY) for directory in old]
     came = [shown(directory, cell, POLICY) for directory in new]
 
@@ -220,7 +227,7 @@ def hold(machine: str, load: str, cell: str, old: list[Path], new: list[Path]) -
 
 
 def kept() -> list[Predicted]:
-    """The results that are there."""
+    """Return the results in traces/timing/held_out.json; none if the file does not exist."""
     if not RESULTS.is_file():
         return []
     found = json.loads(RESULTS.read_text())["held"]
@@ -228,7 +235,7 @@ def kept() -> list[Predicted]:
 
 
 def dated() -> str:
-    """When they were made."""
+    """Return the date of these results."""
     return str(json.loads(RESULTS.read_text())["date"]) if RESULTS.is_file() else "no day yet"
 
 

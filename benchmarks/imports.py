@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Import against the tools whose files it reads: each reads the same file, in turns, in one run.
+"""Compares `kvmtrace import` with the tools whose files it imports: each reads the same file, in turns, in one run.
 
     python -m benchmarks.imports [--copies 100 1000] [--rounds 3] [--json]
 
-The files are `traces/simultaneous/slot-delete-6.1` many times over, one copy behind the other in time, so that they
-are as trace-cmd and perf wrote them: trace.dat and perf.data, and of each the text that its tool prints. What is
-measured are whole processes, start-up included. Each command of ours stands under its peer, which reads the same file:
+The files hold `traces/simultaneous/slot-delete-6.1` many times over, one copy after the other in time, in the formats
+that trace-cmd and perf write (trace.dat and perf.data), and as the text that each tool prints of them. Whole processes
+are measured, start-up included. Each import is compared with a peer that reads the same file:
 
-    trace-cmd report trace.dat           prints the events; an import of trace.dat reads them, and one of the pipe both
-    trace-cmd report trace.dat | awk     counts them by name, which is the least that one does with a text
-    awk report.txt                       the same of a text that somebody sent: no trace-cmd, no trace.dat
-    perf script | python, python         the same of perf.data and of its text
+    trace-cmd report trace.dat           prints the events; the peer of an import of trace.dat
+    trace-cmd report trace.dat | awk     counts them by name, the least that one does with a text; the peer of an
+                                         import of trace-cmd's output
+    awk report.txt                       counts them in a text that somebody sent, without trace-cmd and trace.dat
+    perf script | python, python         the same for perf.data and its text
 
-Of a pipeline the CPU time is that of all its processes, its time on the clock that of the slowest. Import writes its
-trace as Parquet besides, which the others do not. Ratios are of the same round; all figures are medians. With several
-sizes, what a further event costs is told too, without what any process costs to start.
+The CPU time of a pipeline is that of all its processes. Import also writes its trace as Parquet, which the peers do
+not. Ratios are of the same round; all figures are medians. With several sizes the cost of one further event is printed
+too, without what the processes cost to start.
 """
 
 from __future__ import annotations
@@ -57,9 +58,9 @@ AWK = "{ for (i = 4; i < 7; i++) if ($i ~ /^kvm/) { n[$i]++; break } } END { for
 
 @dataclass(frozen=True)
 class ImportFigure:
-    """Medians of one command at one size: events a second of clock and of CPU time, peak memory in MiB.
+    """Medians of one command on one file size: events per second of clock and of CPU time, and peak memory in MiB.
 
-    `times` and `cpu_times`: by how much that is more than its peer's; 1 of a peer.
+    `times` and `cpu_times` are these rates divided by those of the command's peer; 1 for a peer.
     """
 
     command: str
@@ -72,7 +73,7 @@ class ImportFigure:
 
 
 def many_pages(data: bytes, copies: int) -> bytes:
-    """A trace.dat of version 6 with each CPU's pages many times over, later each time."""
+    """Return a trace.dat (version 6) in which each CPU's pages are repeated, each copy later than the one before."""
     begin = data.index(b"flyrecord\0") + 10
     places = [struct.unpack_from("<QQ", data, begin + 16 * cpu) for cpu in range(2)]
     first = (begin + 32 + PAGE - 1) // PAGE * PAGE
@@ -87,7 +88,7 @@ def many_pages(data: bytes, copies: int) -> bytes:
 
 
 def many_samples(data: bytes, copies: int) -> bytes:
-    """A perf.data with its samples many times over, later each time."""
+    """Return a perf.data in which the samples are repeated, each copy later than the one before."""
     at, size = struct.unpack_from("<QQ", data, 40)
     records, head = [], []
     place = at
@@ -118,7 +119,10 @@ def many_samples(data: bytes, copies: int) -> bytes:
 
 
 def measured(command: str, directory: Path) -> Taken:
-    """Seconds on the clock, of CPU, and the peak in MiB of a shell's command line and all that it runs."""
+    """Run a shell command line.
+
+    Return its seconds on the clock, its CPU seconds, and its largest process's peak in MiB.
+    """
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-S", "-c", MEASURE, command], capture_output=True, text=True, cwd=directory)
     code, cpu, memory = done.stdout.split()
@@ -127,7 +131,7 @@ def measured(command: str, directory: Path) -> Taken:
     return time.monotonic() - began, float(cpu), float(memory)
 
 
-PEERS = {  # what each command of ours is compared with
+PEERS = {  # the command that each import is compared with
     "kvmtrace import trace.dat": "trace-cmd report trace.dat",
     "trace-cmd report trace.dat | kvmtrace import -": "trace-cmd report trace.dat | awk",
     "kvmtrace import report.txt": "awk report.txt",
@@ -138,7 +142,7 @@ PEERS = {  # what each command of ours is compared with
 
 
 def commands() -> dict[str, str]:
-    """What is measured, by its name in the table."""
+    """Return the shell command lines that are measured, by their name in the table."""
     python, awk = shlex.quote(sys.executable), f"awk {shlex.quote(AWK)}"
     count = f"{python} -S -c {shlex.quote(COUNTING)}"
     report, script = "trace-cmd report trace.dat", "perf script -f -i perf.data"
@@ -162,7 +166,10 @@ def commands() -> dict[str, str]:
 
 
 def compare(copies: int, rounds: int, directory: Path) -> list[ImportFigure]:
-    """All commands on files of that many copies; raises SystemExit where ours do not agree on how many events it is."""
+    """Measure all commands on files of that many copies.
+
+    Raises SystemExit if a command fails, or if the imports differ in their number of events.
+    """
     (directory / "trace.dat").write_bytes(many_pages(recorded(f"{NAME}.dat"), copies))
     (directory / "perf.data").write_bytes(many_samples(recorded(f"{NAME}.data"), copies))
     for command in ("trace-cmd report trace.dat > report.txt", "perf script -f -i perf.data > script.txt"):
@@ -187,7 +194,7 @@ def main() -> None:
         if shutil.which(tool) is None:
             raise SystemExit(f"{tool} is not installed")
     os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # who has it compiles every module at each start
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # with it Python would compile every module at each start
     with tempfile.TemporaryDirectory(prefix="kvmtrace-bench-") as name:
         sizes = [compare(copies, asked.rounds, Path(name)) for copies in asked.copies]
     if asked.json:
@@ -221,7 +228,7 @@ def _row(figure: ImportFigure) -> list[str]:
 
 
 def _further(few: list[ImportFigure], many: list[ImportFigure]) -> list[list[str]]:
-    """What each event costs by which the larger files are larger: start-up is in neither."""
+    """Return table rows of the rate of further events: of the difference between the sizes, without start-up."""
     speeds: dict[str, list[float]] = {}
     for small, large in zip(few, many, strict=True):
         speeds[large.command] = [

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guests that nobody here wrote, on real kernels in the lab: what of them was recorded, modelled, matched.
+"""Records third-party guests on real kernels in the lab, and reports how much the model covers and whether it matches.
 
-`python -m benchmarks.lab_guests` records every guest of `tracer.lab.guests` on two kernels, holds each recording to
-the model and to its own rows, and writes docs/lab-guests.md; `--check` records a smaller set and writes nothing. What
-each guest gave is kept in lab_guests.json next to this file: with `--guest` only those are measured anew. It ends
-with 1 where a recording lost events, a VM's replay under its own policy is not what the rows show, a modelled response
-does not match, or less than 95 % of the responses are modelled.
+`python -m benchmarks.lab_guests` records every guest of `tracer.lab.guests` on two kernels, compares each recording
+with the model and with its own rows, and writes docs/lab-guests.md; `--check` records a smaller set and writes nothing.
+The results are kept in lab_guests.json next to this file: with `--guest` only the named guests are measured anew. The
+exit status is 1 where a recording lost events, where a VM's replay under its own policy differs from its rows, where a
+modelled response does not match, or where less than 95 % of the responses are modelled.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ from traces.reader import Trace
 KERNELS: Final = ("6.1", "7.x")
 LEAST_MODELLED: Final = 0.95
 TABLE: Final = Path(__file__).parents[1] / "docs" / "lab-guests.md"
-KEPT: Final = Path(__file__).with_suffix(".json")  # what the table was made of
+KEPT: Final = Path(__file__).with_suffix(".json")  # the results that docs/lab-guests.md shows
 RESULTS: Final = "results.json"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What came of a guest on a kernel; the counts are None where nothing was recorded or it could not be read.
+    """The results of one guest on one kernel; counts are None where nothing was recorded or it could not be read.
 
-    `responses` are those of the MMU that the model accounts for, of which `matched` are as it says; `apart` are those
-    it has no model of. `agrees` is None where no VM's replay could be compared with its rows. `on` is the day.
+    `responses` are the MMU responses that the model accounts for, and `matched` are those that are as it says; `apart`
+    are responses that have no model. `agrees` is None where no VM's replay could be compared with its rows. `on` is the
+    date.
     """
 
     guest: str
@@ -58,23 +59,23 @@ class Measured:
 
     @property
     def modelled(self) -> float:
-        """The share of responses that are modelled; 1 where there are none."""
+        """Return the share of responses that are modelled; 1 where there are none."""
         whole = (self.responses or 0) + (self.apart or 0)
         return (self.responses or 0) / whole if whole else 1.0
 
     @property
     def skipped(self) -> bool:
-        """Whether the guest cannot do here what it is for, and made no VM."""
+        """Return whether the guest made no VM because the emulated processor cannot do what the guest tests."""
         return self.status == guests.SKIPPED and not self.vms
 
     @property
     def holds(self) -> bool:
-        """Whether all that was asked of it is so."""
+        """Return whether the guest ran, and nothing is wrong with its recording."""
         return not self.skipped and not self.faults
 
     @property
     def faults(self) -> list[str]:
-        """What is not as it should be."""
+        """Return one line for each thing that is wrong with the run or with its recording."""
         if self.status is None:
             return [f"did not run ({self.said})"]
         if self.skipped:
@@ -96,11 +97,11 @@ class Measured:
 
 
 def measure(run: GuestRun) -> Measured:
-    """Compare a guest's recording with the model and with its own rows."""
+    """Compare a guest's recording with the model (`kvmtrace validate`) and with its own rows (`kvmtrace replay`)."""
     if run.trace is None:
         return Measured(run.guest.name, run.kernel, "", run.status, run.said or "no recording")
     trace = Trace.open(run.trace)
-    idle = not trace.counts().keys() & {"mmu_load", "kvm_page_fault"}  # no vCPU ran, or there was no VM
+    idle = not trace.counts().keys() & {"mmu_load", "kvm_page_fault"}  # there was no VM, or no vCPU of it ran
     told = {"responses": 0, "matched": 0} if idle else _asked("validate", str(run.trace))
     replayed = _asked("replay", "--no-time", str(run.trace))
     problem = (told.get("problem") or replayed.get("problem") or "").replace(str(run.trace), run.trace.name)
@@ -121,7 +122,7 @@ def measure(run: GuestRun) -> Measured:
 
 
 def _asked(*words: str) -> dict[str, Any]:
-    """What a verb says as JSON; {"problem": its line} where it cannot."""
+    """Return the JSON output of a kvmtrace command; {"problem": last line of its errors} where there is none."""
     done = subprocess.run([sys.executable, "-m", "kvmtrace", *words, "--json"], capture_output=True, text=True)
     try:
         said: dict[str, Any] = json.loads(done.stdout)
@@ -131,7 +132,7 @@ def _asked(*words: str) -> dict[str, Any]:
 
 
 def render(several: Sequence[Measured]) -> str:
-    """The table as Markdown, a section for each kernel."""
+    """Return docs/lab-guests.md, with a section for each kernel."""
     lines = [
         "# Guests that nobody here wrote",
         "",
@@ -179,19 +180,19 @@ def _row(one: Measured) -> str:
 
 
 def _share(part: int, whole: int) -> str:
-    """A share that is never rounded up to 100 %."""
+    """Return a share in percent, which is never rounded up to 100 %."""
     if not whole:
         return "none"
     return "100 %" if part == whole else f"{min(part / whole * 100, 99.99):.2f} %"
 
 
 def kept(path: Path) -> list[Measured]:
-    """What was measured before and is in a file."""
+    """Return the results in a file; none if it does not exist."""
     return [Measured(**one) for one in json.loads(path.read_text())] if path.is_file() else []
 
 
 def _as_json(several: Iterable[Measured]) -> str:
-    """A line for each, so that a change of one is a change of one line."""
+    """Return the results as JSON with one line for each, so that a change of one changes one line."""
     return "[\n" + ",\n".join(json.dumps(asdict(one)) for one in several) + "\n]\n"
 
 

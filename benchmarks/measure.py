@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run of one recorder over the workload: in a session of its own, bounded in time, its files read and removed."""
+"""Runs a workload once under one recorder, in its own session and with a time limit, and reads the recording."""
 
 from __future__ import annotations
 
@@ -21,13 +21,16 @@ from benchmarks.recorders import Kept, Recorder
 from tracer import vmm
 from tracer.recorder import owns_vm
 
-ATTEMPTS = 4  # at a run during which no other VM is alive
-LOOK_SECONDS = 0.5  # between looks for other VMs: reading /proc costs some milliseconds
+ATTEMPTS = 4  # runs at most, to get one during which no other VM is alive
+LOOK_SECONDS = 0.5  # between two searches for other VMs, because reading /proc costs some milliseconds
 
 
 @dataclass(frozen=True)
 class Run:
-    """One recorder in one round; times in seconds. `why` says why there is nothing else."""
+    """One run under one recorder, times in seconds; `why` says why it failed, and is empty if it did not.
+
+    `disturbed` says that another VM was alive during the run.
+    """
 
     recorder: str
     why: str = ""
@@ -41,7 +44,7 @@ class Run:
 
 
 def other_vms(session: int) -> bool:
-    """Whether a process outside `session` owns a VM now: its events would be recorded as well."""
+    """Return whether a process outside `session` owns a VM now, whose events would be recorded as well."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
@@ -51,7 +54,9 @@ def other_vms(session: int) -> bool:
 
 
 def supervise(child: subprocess.Popen[bytes], timeout: float) -> tuple[float, bool]:
-    """Wait for a child that leads its session: (CPU seconds of its whole tree, whether another VM was seen).
+    """Wait for a child that leads a session.
+
+    Return the CPU seconds of its tree, and whether another VM was seen meanwhile.
 
     Raises subprocess.TimeoutExpired after ending the whole session.
     """
@@ -79,7 +84,7 @@ def storm(loops: int, timeout: float, scenario: Sequence[str] = ("storm",)) -> l
 
 
 def measure(recorder: Recorder, loops: int, timeout: float, scenario: Sequence[str] = ("storm",)) -> Run:
-    """Run the workload under one recorder and read what it kept; its files are gone afterwards."""
+    """Run the workload under one recorder and read what it kept; the recorder's files are removed."""
     if shutil.which(recorder.program) is None:
         return Run(recorder.name, f"{recorder.program} is not installed")
     loops = max(1, round(loops * recorder.share))
@@ -114,7 +119,7 @@ def last_words(path: Path) -> str:
 
 
 def measure_undisturbed(recorder: Recorder, loops: int, timeout: float, scenario: Sequence[str] = ("storm",)) -> Run:
-    """The first of a few runs during which no other VM was seen, or the last, which then says so."""
+    """Repeat a run until no other VM is seen during it, ATTEMPTS times at most; return the last run."""
     for _ in range(ATTEMPTS - 1):
         run = measure(recorder, loops, timeout, scenario)
         if not run.disturbed:

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What recording costs: one live workload bare and under each recorder, over the same tracepoints, interleaved.
+"""Measures what recording costs: one live workload, bare and under each recorder in turns, over the same tracepoints.
 
     python -m benchmarks.record [--rounds 3] [--loops 10000] [--json]
 
-The workload is the VMM's scenario `storm`, which runs a fixed number of loops. Every recorder starts the same command
-and records the whole machine; a run during which another VM was alive is repeated. A recorder that is missing or
-refused stays in the table, with the reason. The second table drains the same storm in bulk and by bcc's callbacks.
+The workload is the scenario `storm` of the test VMM, which runs a fixed number of loops. Every recorder starts the same
+command and records the whole machine; a run during which another VM was alive is repeated. A recorder that is missing
+or was refused stays in the table, with the reason. A second table reads the rings of the same storm in bulk and by
+bcc's callbacks (benchmarks/drain.py).
 
-Slow-down: time inside KVM_RUN per loop, over that of the bare run of the same round; the probes' own work is in there.
-Events lost: what the tool says. Unaccounted: events per loop that kvmtrace's counters saw, less those kept and lost;
-not nothing where a tool loses silently, or where somebody else's BPF program swallows perf's events.
-Recorder CPU: user + system of everything the recorder started, from its start to the finished file (for kvmtrace this
-includes compiling the probes and writing the Parquet file), less the workload's own, which includes the probes.
+Slow-down: the time inside KVM_RUN per loop, divided by that of the bare run of the same round; it includes the work of
+the probes. Events lost: as the tool says. Unaccounted: the events per loop that kvmtrace's counters saw, less those
+that the tool kept or says it lost. It is not 0 where a tool loses events silently, or where somebody else's BPF program
+swallows perf's events. Recorder CPU: user and system time of everything that the recorder started, from its start to
+the finished file (for kvmtrace this includes compiling the probes and writing the Parquet file), less that of the
+workload, which includes the probes.
 """
 
 from __future__ import annotations
@@ -38,8 +40,8 @@ from benchmarks.recorders import KINDS, RING_BYTES, recorders
 from tracer import host
 from traces.errors import ENVIRONMENT, VERDICT_FAILED, Problem
 
-BYTES_PER_LOOP = 200_000  # on disk, at most: perf stores some 1,590 events a loop of 90 bytes each
-WANTED_RATIO = 10.0  # bulk drain over bcc's callbacks
+BYTES_PER_LOOP = 200_000  # on disk, at most: perf stores some 1,590 events of 90 bytes each for a loop
+WANTED_RATIO = 10.0  # events per CPU second read in bulk, over those read by bcc's callbacks
 
 Row = list[str]
 
@@ -50,7 +52,11 @@ def say(text: str) -> None:
 
 
 def compare(rounds: int, loops: int, timeout: float) -> list[list[Run]]:
-    """Every round runs every recorder once, bare first; one that could not run is not tried again."""
+    """Run every recorder once in each round, the bare workload first, and return the runs by round.
+
+    A recorder that could not run is not tried again in later rounds. Raises Problem where the workload alone does not
+    run.
+    """
     done: list[list[Run]] = []
     failed: dict[str, Run] = {}
     for number in range(rounds):
@@ -67,19 +73,24 @@ def compare(rounds: int, loops: int, timeout: float) -> list[list[Run]]:
 
 
 def spread(values: Sequence[float], form: str = ".2f") -> str:
-    """Median, and the range where there is one: `3.10 (2.90 to 3.40)`."""
+    """Return the median, followed by the range unless all values look the same: `3.10 (2.90 to 3.40)`."""
     middle, low, high = (f"{value:{form}}" for value in (statistics.median(values), min(values), max(values)))
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def slow_downs(rounds: list[list[Run]], column: int) -> list[float]:
-    """Guest time per loop over the bare run's of the same round."""
+    """Return, for each round, a recorder's guest time per loop divided by that of the bare run."""
     pairs = [(runs[column], runs[0]) for runs in rounds if not runs[column].why and not runs[0].why]
     return [(run.guest_seconds / run.loops) / (bare.guest_seconds / bare.loops) for run, bare in pairs]
 
 
 def events_per_loop(rounds: list[list[Run]]) -> float:
-    """As kvmtrace's counters saw them; the few events outside the loops are spread over them."""
+    """Return the median number of events per loop by kvmtrace's counters.
+
+    It includes a share of the events outside loops.
+
+    Raises Problem where kvmtrace did not record.
+    """
     counted = [run for runs in rounds for run in runs if run.kept and "emitted" in run.kept.extra]
     if not counted:
         raise Problem(f"kvmtrace did not record: {rounds[0][1].why}", VERDICT_FAILED)
@@ -129,7 +140,7 @@ def drain_rows(drained: list[Drained]) -> list[Row]:
 
 
 def ratios(drained: list[Drained]) -> list[float]:
-    """Events per CPU second in bulk over those of the callbacks, round by round."""
+    """Return, for each round, the events read in bulk per CPU second divided by those read by callbacks."""
     bulk, callback = ([run.per_cpu_second for run in drained if run.way == way] for way in WAYS)
     return [one / other for one, other in zip(bulk, callback, strict=True)]
 

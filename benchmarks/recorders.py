@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recorders under comparison: how each is started over the same tracepoints, and what it says it kept and lost."""
+"""The recorders that `benchmarks.record` compares: how each is started, and how its counts of events are read."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pathlib import Path
 from tracer.ring import default_ring_bytes
 
 CPUS = os.cpu_count() or 1
-RING_BYTES = default_ring_bytes(CPUS)  # a CPU, as kvmtrace has it by default; the others get a row with as much
+RING_BYTES = default_ring_bytes(CPUS)  # bytes a CPU, kvmtrace's default; the other tools get a row with this size too
 
-# Group, event, and the two fields that bpftrace prints of it. kvmtrace and perf store every field.
+# For each tracepoint its group, its name, and the two fields that bpftrace prints. kvmtrace and perf store all fields.
 TRACEPOINTS = (
     ("kvmmmu", "kvm_mmu_get_page", "gfn", "role"),
     ("kvmmmu", "kvm_mmu_prepare_zap_page", "gfn", "role"),
@@ -33,7 +33,7 @@ NAMES = tuple(f"{group}:{event}" for group, event, *_ in TRACEPOINTS)
 
 @dataclass(frozen=True)
 class Kept:
-    """What one recording holds: events, events lost (None: the tool does not say how many), bytes on disk."""
+    """What one recording holds: events, lost events (None if the tool does not say how many), and bytes on disk."""
 
     events: int
     lost: int | None
@@ -43,7 +43,10 @@ class Kept:
 
 @dataclass(frozen=True)
 class Recorder:
-    """One row of the table. `share` of the workload's loops is run where the whole would take minutes."""
+    """One recorder, which is one row of the table.
+
+    It runs only a `share` of the workload's loops if all would take minutes.
+    """
 
     name: str
     program: str
@@ -81,7 +84,7 @@ def perf_command(*options: str) -> Callable[[Path, Sequence[str]], list[str]]:
 
 
 def perf_read(scratch: Path) -> Kept:
-    """Counts by `perf report --stats`: LOST_SAMPLES count samples (perf and kernel from 6.0), LOST chunks."""
+    """Read the counts of `perf report --stats`: LOST_SAMPLES are samples (perf and kernel from 6.0), LOST chunks."""
     data = scratch / "perf.data"
     argv = ["perf", "report", "-i", str(data), "--stats"]
     text = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
@@ -101,7 +104,7 @@ def trace_cmd_command(scratch: Path, workload: Sequence[str]) -> list[str]:
 
 
 def trace_cmd_read(scratch: Path) -> Kept:
-    """Counts by the kernel buffer's statistics that trace-cmd saves: events read out of it, overwritten, dropped."""
+    """Read the statistics of the kernel's buffer that trace-cmd saves: events read, overwritten and dropped."""
     data = scratch / "trace.dat"
     argv = ["trace-cmd", "report", "--stat", "-i", str(data)]
     text = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
@@ -110,7 +113,7 @@ def trace_cmd_read(scratch: Path) -> Kept:
 
 
 def bpftrace_command(scratch: Path, workload: Sequence[str]) -> list[str]:
-    """One line an event: time, CPU, kind, two fields."""
+    """Return a bpftrace command that prints a line for each event: time, CPU, kind, and two fields."""
     script = scratch / "events.bt"
     probe = 'tracepoint:{}:{} {{ printf("%llu %d {} %llx %x\\n", nsecs, cpu, args->{}, args->{}); }}\n'
     script.write_text("".join(
@@ -136,7 +139,10 @@ def _sum(pattern: str, text: str) -> int:
 
 
 def recorders() -> tuple[Recorder, ...]:
-    """All rows, in the order in which a round runs them. bpftrace slows the workload some 60 times: a tenth of it."""
+    """Return all recorders, in the order in which a round runs them.
+
+    bpftrace gets a tenth of the loops, because it slows the workload down some 60 times.
+    """
     pages = str(RING_BYTES // 4096)
     buffer = f"{RING_BYTES >> 20} MiB a CPU"
     return (

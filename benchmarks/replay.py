@@ -1,22 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast the replay engine is: against C, the reference model, libCacheSim, decoding, and itself on two threads.
+"""Measures the replay engine against C, the reference model, libCacheSim, decoding, and itself on two threads.
 
     python -m benchmarks.replay [--rounds 5] [--touches 1000000] [--trace TRACE] [--json]
 
-Everything takes turns in one run on one core; figures are medians (and ranges) over the rounds, ratios are of the same
-round. Times are CPU seconds; two threads against one are also of the wall clock, which on a machine that has other work
-shows that work.
+All of them take turns in one run on one core; figures are medians (and ranges) over the rounds, ratios are of the same
+round. Times are CPU seconds; for two threads against one there is also the wall clock, which other work on the machine
+distorts.
 
-C: `replay_baseline.c`, the engine's algorithm by hand, gcc -O3, which checks nothing; the engine's time has its checks
-of what goes in. Both get the stream in pieces of 65,536 operations, just written, as a reader hands them over. Counts
-are compared in every run; a difference ends the benchmark. Streams: `replay_streams`.
-Reference: the first operations of the mixed VMs.
-libCacheSim: its LRU (`.venv/bin/pip install --no-deps libcachesim`; without it the rows say so) on the same keys as the
-engine: zipf 1.0 over a million frames, a cache of 100,000; the mixed VMs' own (VM, frame), a cache of 500,000.
-Virtual time: SMI storms with times on each operation; at most 100 ns for one, or the benchmark ends.
-Decoding and end to end: one trace, by default a synthetic SMI storm made at the start, read from Parquet with every
-check; end to end is `kvmtrace replay`'s work in this process, decoding and specialization included. Both find their
-memory mapped.
+C: `replay_baseline.c`, the engine's algorithm written by hand (gcc -O3), which checks nothing, while the engine's time
+includes its checks of the input. Both get the stream in pieces of 65,536 operations, just written, as a reader hands
+them over. Counts are compared in every run; a difference ends the benchmark. Streams: `replay_streams`. Reference: the
+first operations of the mixed VMs. libCacheSim: its LRU (`.venv/bin/pip install --no-deps libcachesim`; without it the
+rows say so) on the same keys as the engine: zipf 1.0 over a million frames with a cache of 100,000, and the mixed VMs'
+own (VM, frame) with a cache of 500,000. Virtual time: SMI storms with times on each operation. The benchmark ends if an
+operation takes more than 100 ns. Decoding and end to end: one trace, by default a synthetic SMI storm made at the
+start, read from Parquet with every check; end to end is `kvmtrace replay`'s work in this process, decoding and
+specialization included. Both find their memory mapped.
 """
 
 from __future__ import annotations
@@ -45,8 +44,8 @@ from replay.simulate.operations import Block, Op, Ranges, pack
 from traces.errors import VERDICT_FAILED, Problem
 from traces.kernels.policies import ASYNC, PRESERVE, PolicyParameters
 
-REFERENCE_TOUCHES = 100_000  # of each mixed VM
-TIMED_NS = 100  # 10 million operations a second
+REFERENCE_TOUCHES = 100_000  # operations of each mixed VM that the reference model gets
+TIMED_NS = 100  # the longest that an operation may take in virtual time: 10 million a second
 KEYS = 2_000_000
 ZIPF_OBJECTS, ZIPF_CACHE, OWN_CACHE = 1_000_000, 100_000, 500_000
 DENSE_PAGES = 1 << 20  # 4 GiB
@@ -57,17 +56,17 @@ POLICIES = (PRESERVE, ASYNC)
 
 @dataclass
 class Line:
-    """One comparison: by round, ns per operation (or event) of the engine and of the other, and their ratio."""
+    """One comparison: for each round, ns per operation (or event) of the engine and of the other, and their ratio."""
 
     name: str
-    wanted: float  # of the ratio; 0: nothing
+    wanted: float  # the least ratio that passes; 0 if any does
     ours: list[float] = field(default_factory=list)
     theirs: list[float] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
-    why: str = ""  # there is nothing
+    why: str = ""  # why there are no figures; empty if there are
 
     def add(self, ours: float, theirs: float, ratio: float | None = None) -> None:
-        """A round's times, in the same unit; the ratio is theirs over ours if it is not given."""
+        """Add the times of a round, both in the same unit; the ratio is theirs divided by ours if it is not given."""
         self.ours.append(ours)
         self.theirs.append(theirs)
         self.ratios.append(theirs / ours if ratio is None else ratio)
@@ -94,7 +93,10 @@ def count(streams: Sequence[Stream]) -> int:
 def against(
     name: str, streams: list[Stream], parameters: PolicyParameters, other: Callable[..., Any], wanted: float
 ) -> tuple[Line, Turn]:
-    """The engine and another implementation of it, stream by stream."""
+    """Return the comparison of the engine with another implementation, and the function that runs one round.
+
+    The function raises Problem where their counts differ.
+    """
     line = Line(f"{name}, {parameters.name}", wanted)
 
     def turn() -> None:
@@ -111,7 +113,10 @@ def against(
 
 
 def against_lru(name: str, streams: list[Stream], capacity: int, wanted: float) -> tuple[Line, Turn]:
-    """The engine on streams, libCacheSim on the keys that they touch; ns per touch of both."""
+    """Return the comparison of the engine with libCacheSim, which gets the keys that the streams touch.
+
+    In ns per touch.
+    """
     line = Line(f"libCacheSim LRU, {name}", wanted)
     try:
         import libcachesim  # type: ignore[import-not-found]  # noqa: F401
@@ -132,7 +137,10 @@ def against_lru(name: str, streams: list[Stream], capacity: int, wanted: float) 
 
 
 def in_virtual_time(stream: Stream, parameters: PolicyParameters) -> tuple[Line, Turn]:
-    """The clock's engine on a stream, and counting alone."""
+    """Return the comparison of the engine in virtual time with the engine that only counts, on one stream.
+
+    The function for a round raises Problem if an operation takes more than TIMED_NS.
+    """
     line = Line(f"virtual time / counting alone, {stream.name}, {parameters.name}", 0)
 
     def turn() -> None:
@@ -146,7 +154,7 @@ def in_virtual_time(stream: Stream, parameters: PolicyParameters) -> tuple[Line,
 
 
 def two_threads(streams: list[Stream]) -> list[tuple[Line, Turn]]:
-    """Two equal sets of VMs after one another, and at once."""
+    """Return comparisons of two equal sets of VMs replayed one after the other, and on two threads at once."""
     wall = Line("two VMs on two threads, wall clock", 1.8)
     cpu = Line("two VMs on two threads, CPU time as if on idle cores", 0)
 
@@ -161,7 +169,10 @@ def two_threads(streams: list[Stream]) -> list[tuple[Line, Turn]]:
         taken.append(time.thread_time() - began)
 
     def run(threads: int) -> tuple[float, float]:
-        """(Wall clock, mean CPU time of a thread) for all the work, by this many threads."""
+        """Return the wall clock time and the mean CPU time of a thread for all the work done by this many threads.
+
+        Both are in ns per operation.
+        """
         taken: list[float] = []
         began = time.perf_counter()
         each = [threading.Thread(target=replay, args=(2 // threads, taken)) for _ in range(threads)]
@@ -181,7 +192,7 @@ def two_threads(streams: list[Stream]) -> list[tuple[Line, Turn]]:
 
 
 def from_parquet(path: Path) -> list[tuple[Line, Turn]]:
-    """Decoding a trace, and replaying it from the file; ns per event."""
+    """Return comparisons of decoding a trace with replaying it from its file, in ns per event."""
     from replay import plan, run
     from replay.decode.batch import COLUMNS
     from replay.decode.capabilities import Capabilities
@@ -203,7 +214,7 @@ def from_parquet(path: Path) -> list[tuple[Line, Turn]]:
         return (time.process_time() - began) * 1e9 / events
 
     def take(line: Line, names: list[str]) -> None:
-        replay(names)  # maps the memory
+        replay(names)  # not timed: it maps the memory that the timed runs use
         line.add(replay(names), decode())
 
     found: list[tuple[Line, Turn]] = []
@@ -215,7 +226,7 @@ def from_parquet(path: Path) -> list[tuple[Line, Turn]]:
 
 
 def dense() -> float:
-    """Bytes of trees per mapped page, every page of 4 GiB touched once."""
+    """Return the bytes of the engine's trees per mapped page, after every page of 4 GiB was touched once."""
     gfn = np.arange(DENSE_PAGES, dtype=np.int64)
     op = np.full(DENSE_PAGES, pack(Op.TOUCH, level=1), np.uint32)
     return run_engine(Stream("dense", [NORMAL], 1, Block(op, gfn, gfn, gfn), Ranges()), PRESERVE)[2] / DENSE_PAGES
@@ -228,7 +239,7 @@ def zipf_stream() -> Stream:
 
 
 def lines(touches: int, trace: Path) -> list[tuple[Line, Turn]]:
-    """All that is compared, each with what a round of it does."""
+    """Return all comparisons, each with the function that runs one round of it."""
     mixed = replay_streams.mixed(touches)
     few = [stream.first(REFERENCE_TOUCHES) for stream in mixed]
     storms = [

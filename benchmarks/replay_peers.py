@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who the replay engine is measured against: a C program of its algorithm, the reference model, libCacheSim's LRU."""
+"""What the replay engine is measured against: a C program of its algorithm, the reference model, libCacheSim's LRU."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Counts = list[int]
 
 
 def counts_of(vcpus: Iterable[Any], counters: Any) -> Counts:
-    """All that each implementation counts, as one list."""
+    """Return all counts that every implementation has, as one list: those of each vCPU, then those of the VM."""
     return [getattr(v, name) for v in vcpus for name in BY_VCPU] + [getattr(counters, name) for name in OF_VM]
 
 
@@ -44,7 +44,7 @@ def engine_counts(made: Engine) -> Counts:
 
 
 def run_engine(stream: Stream, parameters: PolicyParameters) -> tuple[float, Counts, int]:
-    """(CPU seconds, counts, bytes of its trees)."""
+    """Run the engine on a stream; return its CPU seconds, its counts, and the bytes of its trees."""
     began = time.thread_time()
     made = Engine(parameters, stream.words, stream.vcpus, log=False)
     taken = time.thread_time() - began
@@ -58,7 +58,10 @@ def run_engine(stream: Stream, parameters: PolicyParameters) -> tuple[float, Cou
 
 
 def run_timed(stream: Stream, parameters: PolicyParameters, seed: int = 1) -> float:
-    """CPU seconds of the engine in virtual time: a few us between operations, half of which were faults."""
+    """Return the CPU seconds of the engine in virtual time.
+
+    Operations are a few us apart, and half of them had a recorded fault.
+    """
     rng = np.random.default_rng(seed)
     made = TimedEngine(parameters, stream.words, stream.vcpus, DEFAULT, log=False)
     taken, at = 0.0, 0
@@ -84,7 +87,10 @@ def run_reference(stream: Stream, parameters: PolicyParameters) -> tuple[float, 
 
 
 class Baseline:
-    """The C program, compiled here and now."""
+    """The engine's algorithm in C (replay_baseline.c), compiled when this is constructed.
+
+    Raises Problem where it does not compile.
+    """
 
     def __init__(self, compiler: str = "gcc") -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="kvmtrace-bench-")
@@ -124,7 +130,7 @@ _ORACLE = np.dtype([("time", "<u4"), ("id", "<u8"), ("size", "<u4"), ("next", "<
 
 
 class Lru:
-    """libCacheSim over a file of keys; the file is made once, outside the time."""
+    """libCacheSim's LRU over a file of keys, which is written when this is constructed and not timed."""
 
     def __init__(self, keys: NDArray[np.int64], capacity: int) -> None:
         import libcachesim  # type: ignore[import-not-found]
@@ -141,7 +147,7 @@ class Lru:
         records.tofile(self._path)
 
     def run(self) -> float:
-        """CPU seconds of all keys in a cache that is empty at first."""
+        """Return the CPU seconds for all keys, in a cache that is empty at first."""
         reader = self._lib.TraceReader(
             trace=str(self._path),
             trace_type=self._lib.TraceType.ORACLE_GENERAL_TRACE,
@@ -157,7 +163,7 @@ class Lru:
 
 
 def zipf(count: int, objects: int, seed: int = 1) -> NDArray[np.int64]:
-    """Keys below `objects`, the k-th as often as 1/k."""
+    """Return `count` keys below `objects`, of which the k-th is drawn with a probability proportional to 1/k."""
     rng = np.random.default_rng(seed)
     share = np.cumsum(1.0 / np.arange(1, objects + 1))
     keys: NDArray[np.int64] = np.searchsorted(share, rng.random(count) * share[-1]).astype(np.int64)

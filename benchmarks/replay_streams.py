@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streams of operations that the replay benchmark runs: a mix of six kinds of VM, and SMI storms. Made in numpy.
+"""Makes, in numpy, the streams of operations for the replay benchmark: six different kinds of VM, and SMI storms.
 
-Guests touch in runs of 64: half of them sequential, 30 % skewed towards a few hot frames, 20 % uniform. Controls are
-merged in between by the number of touches before them.
+Guests touch pages in runs of 64: half of the runs are sequential, 30 % are skewed towards a few hot frames, 20 % are
+uniform. The other operations (SMIs, zaps, switches of roots) are merged in between by the number of touches before
+them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Places = NDArray[np.float64]
 
 @dataclass
 class Stream:
-    """One VM."""
+    """The operations of one VM, with the role words, the number of vCPUs and the gfn ranges that they refer to."""
 
     name: str
     words: list[Word]
@@ -42,7 +43,7 @@ class Stream:
         return Stream(self.name, self.words, self.vcpus, cut, self.ranges)
 
     def batches(self) -> Iterator[Block]:
-        """The stream as a reader hands it over: piece by piece in the same memory, just written, so in the cache."""
+        """Yield the stream in pieces, each just written to the same memory and so in the cache, as from a reader."""
         op, gfn = np.empty(BATCH, np.uint32), np.empty(BATCH, np.int64)
         for at in range(0, len(self.block), BATCH):
             rows = slice(at, min(at + BATCH, len(self.block)))
@@ -52,7 +53,7 @@ class Stream:
 
 
 def frames(rng: np.random.Generator, count: int, size: int) -> Ints:
-    """Frames below `size` that a guest touches."""
+    """Return `count` guest frame numbers below `size`, in the order in which a guest touches them."""
     runs = -(-count // RUN)
     uniform = rng.integers(0, size, (runs, RUN))
     skewed = (size * rng.random((runs, RUN)) ** 4).astype(np.int64)
@@ -62,13 +63,13 @@ def frames(rng: np.random.Generator, count: int, size: int) -> Ints:
 
 
 class Maker:
-    """Gathers operations with their places, then sorts them into a stream."""
+    """Collects operations with the places where they belong, then sorts them into a stream."""
 
     def __init__(self, count: int, seed: int, vcpus: int, size: int, level: int | Ints = 1) -> None:
         self.rng = np.random.default_rng(seed)
         self.count = count
         gfn = frames(self.rng, count, size)
-        # A vCPU runs on for a while, as an exit at a time would not be worth a record.
+        # The vCPU changes only between runs of touches.
         vcpu = self.rng.integers(0, vcpus, -(-count // RUN)).repeat(RUN)[:count]
         levels = level if isinstance(level, int) else level[gfn >> 18]
         op = int(Op.TOUCH) | levels << 4 | vcpu << VCPU_SHIFT
@@ -83,13 +84,13 @@ class Maker:
         self.parts.append((place, packed, np.broadcast_to(np.asarray(gfn, np.int64), shape)))
 
     def every(self, low: int, high: int) -> Places:
-        """Places between touches, `low` to `high` apart."""
+        """Return places between touches that are `low` to `high` touches apart."""
         gaps = self.rng.integers(low, high + 1, self.count // low + 1)
         at = np.cumsum(gaps).astype(np.float64) - 0.5
         return at[at < self.count]
 
     def smis(self, low: int, high: int) -> None:
-        """An SMI to all vCPUs: into SMM, a few touches, and out again; the exact places keep the order."""
+        """Add SMIs to all vCPUs, `low` to `high` touches apart: each enters SMM, touches a few pages, and leaves it."""
         at = self.every(low, high)
         for v in range(self.vcpus):
             steps = [(pack(Op.UNLOAD, v), Cause.SMI), (pack(Op.ROLE, v), 1), (pack(Op.ENTER, v), 0)]
@@ -106,14 +107,14 @@ class Maker:
 
 
 def storm(count: int, size: int, touches: int, seed: int = 1) -> Stream:
-    """One vCPU that touches `size` frames, with an SMI after every `touches`."""
+    """Return the stream of one vCPU that touches `size` frames, with an SMI after every `touches` touches."""
     maker = Maker(count, seed, 1, size)
     maker.smis(touches, touches)
     return maker.stream(f"storm, {size:,} pages, SMI every {touches:,}", [NORMAL, SMM])
 
 
 def mixed(count: int, seed: int = 1) -> list[Stream]:
-    """Six VMs with `count` touches each."""
+    """Return six VMs of different kinds with `count` touches each."""
     smi = Maker(count, seed, 1, 1 << 15)
     smi.smis(2000, 10_000)
 

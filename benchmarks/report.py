@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast a report is made, and in how much memory: against `trace-cmd report | awk` and `perf script | python`.
+"""Measures how fast a report is made, and its memory, against `trace-cmd report | awk` and `perf script | python`.
 
     python -m benchmarks.report [--rounds 3] [--events 100000000] [--loops 100] [--json]
 
 An SMI storm on 6.1-async is recorded in the lab by all three recorders at once, over the same five tracepoints. The
-peers print it as text, which awk and Python add up: events by name, faults by page. kvmtrace is asked the same of
-that recording (`export --csv gfns`: installs by page), and for its whole report of the recorded rows (verdict,
-windows, gfns, regions, root lives, faults not served, stuck vCPUs), and both of a synthetic trace of --events, where
-starting up counts for nothing. All take turns in one run; a pipeline's time is the wall clock's, its memory that of
-its largest process. perf and trace-cmd come from the distribution (linux-perf, trace-cmd); one that is not installed
-gets a line that says so.
+peers print it as text, in which awk and Python count events by name and faults by page. kvmtrace does the same with its
+own recording (`export --csv gfns`: installs by page), and makes its whole report of the recorded rows (verdict,
+windows, gfns, regions, root lives, faults not served, stuck vCPUs). It does both for a synthetic trace of --events as
+well, where start-up does not matter. All take turns in one run; the time of a pipeline is that of the wall clock, its
+memory that of its largest process. perf and trace-cmd come from the distribution (linux-perf, trace-cmd); if one is not
+installed, a line says so.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TRACEPOINTS = (
     "kvm:kvm_exit", "kvm:kvm_entry", "kvm:kvm_page_fault", "kvmmmu:kvm_mmu_spte_requested", "kvmmmu:kvm_mmu_set_spte"
 )  # fmt: skip
 PERF, TRACE_CMD = "perf.data.stdout", "trace.dat.stdout"  # the lab hands files of this name back
-BUFFER_KIB = 65_536  # a CPU; the storm must not lose events
+BUFFER_KIB = 65_536  # trace-cmd's buffer for a CPU, large enough that no event of the storm is lost
 BOUND = 2 << 30  # bytes that the report of 100 million events may take
 
 AWK = """
@@ -63,7 +63,7 @@ print(events, len(pages))
 
 @dataclass(frozen=True)
 class Task:
-    """What is timed: a pipeline of programs over `events` events."""
+    """A pipeline of programs that is timed; `events` is the number of events that it reads."""
 
     name: str
     events: int
@@ -72,7 +72,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Measured:
-    """One run: seconds of the wall clock and of all CPUs, and bytes of the largest process."""
+    """One run: seconds of the wall clock, CPU seconds, and the peak memory of the largest process in bytes."""
 
     seconds: float
     cpu: float
@@ -80,7 +80,10 @@ class Measured:
 
 
 def recorded(scratch: Path, loops: int) -> Path:
-    """The storm, recorded in one boot by all that are there; the trace. Raises Problem where a recorder lost events."""
+    """Record the storm in one boot by all recorders that are installed, and return the path of kvmtrace's trace.
+
+    Raises Problem where a recorder failed, or kvmtrace lost events.
+    """
     command = [str(vmm.binary()), "smi-storm", "--loops", str(loops)]
     chosen = [argument for name in TRACEPOINTS for argument in ("-e", name)]
     if shutil.which("perf"):
@@ -97,7 +100,7 @@ def recorded(scratch: Path, loops: int) -> Path:
 
 
 def tasks(scratch: Path, storm: Path, big: Path) -> list[Task]:
-    """Each tool over the storm, and ours over the large trace."""
+    """Return the pipelines to time: every installed tool on the storm, and kvmtrace on the large trace too."""
     found = []
     if (scratch / PERF).exists():
         text = subprocess.run(["perf", "script", "-i", str(scratch / PERF)], stdout=subprocess.PIPE, check=True).stdout
@@ -120,7 +123,7 @@ def tasks(scratch: Path, storm: Path, big: Path) -> list[Task]:
 
 
 def run(task: Task) -> Measured:
-    """The pipeline once."""
+    """Run the pipeline once and return what it took."""
     started = time.monotonic()
     children: list[subprocess.Popen[bytes]] = []
     for number, argv in enumerate(task.pipeline):
@@ -142,7 +145,7 @@ def run(task: Task) -> Measured:
 
 
 def rows(done: dict[str, list[Measured]], every: Sequence[Task]) -> list[list[str]]:
-    """The table: medians and ranges over the rounds."""
+    """Return a table row for each task: medians and ranges over the rounds."""
     found = []
     for task in every:
         runs = done[task.name]
@@ -156,7 +159,10 @@ def rows(done: dict[str, list[Measured]], every: Sequence[Task]) -> list[list[st
 
 
 def ratios(task: Task, done: dict[str, list[Measured]], every: Sequence[Task]) -> list[float]:
-    """Events a second over those of the quicker peer, round by round."""
+    """Return, for each round, the task's events per second divided by those of the quicker peer.
+
+    None without a peer.
+    """
 
     def rate(task: Task, number: int) -> float:
         return task.events / done[task.name][number].seconds

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What recording the time that vCPUs did not get costs everybody: the two programs on the scheduler's tracepoints.
+"""Measures what recording the time that vCPUs did not get costs everybody else: two programs on scheduler tracepoints.
 
     python -m benchmarks.sched [--rounds 5] [--switches 200000] [--json]
 
-Two processes that are no vCPUs pass one byte to and fro on one CPU, which is nothing but wake-ups and switches: with no
-program, and with the recorder's two attached and a VM running. Next to it is what the kernel itself measured for one
-run of each program (kernel.bpf_stats_enabled), whoever was switched. Needs root and a KVM.
+Two processes that are no vCPUs pass one byte to and fro on one CPU, which is nothing but wake-ups and switches. They do
+so without a program, and with the recorder's two programs attached while a VM runs. The kernel's own measurement of one
+run of each program (kernel.bpf_stats_enabled), whichever task was switched, is printed next to it. Needs root and KVM.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _RUN_NS, _RUNS = 192, 200  # struct bpf_prog_info: run_time_ns, run_cnt
 
 
 def ping_pong(switches: int, cpu: int) -> float:
-    """Seconds for this many switches between two processes on one CPU."""
+    """Return the seconds that this many switches between two processes on one CPU take."""
     (to, at), (back, there) = os.pipe(), os.pipe()
     if (child := os.fork()) == 0:
         os.sched_setaffinity(0, {cpu})
@@ -56,7 +56,7 @@ def ping_pong(switches: int, cpu: int) -> float:
 
 
 def kernel_counted(probes: Probes) -> dict[str, tuple[int, int]]:
-    """{program: (ns, runs)} as the kernel has it."""
+    """Return {program: (ns, runs)} as the kernel counted them. Raises Problem where it gives no information."""
     found = {}
     for name in PROGRAMS:
         if not (info := program_info(probes.function(name))):
@@ -67,7 +67,10 @@ def kernel_counted(probes: Probes) -> dict[str, tuple[int, int]]:
 
 
 def measure(rounds: int, switches: int) -> dict[str, Any]:
-    """Medians over the rounds, each bare and then with the programs."""
+    """Return the medians over the rounds as the document that `--json` prints.
+
+    A round runs bare, then with the programs.
+    """
     cpu = max(os.sched_getaffinity(0))
     bare, recorded = [], []
     with ExitStack() as stack:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The soft-hang as recorded: 200 passes over 512 pages with an SMI after each, on kernels of either root policy.
+"""Measures the soft-hang: 200 passes over 512 pages with an SMI after each, on kernels of either root policy.
 
     python -m benchmarks.soft_hang [--loops 200] [--pages 512] [--json]
 
-Counts are the recording's. Times are of the guest's passes without a recorder, the median of three boots, under
-emulation: they compare the kernels with each other, on the same machine in the same run, and say nothing of
+Counts are those of a recording. Times are those of the guest's passes without a recorder, the median of three boots
+under emulation: they compare the kernels with each other, on the same machine in the same run, and say nothing of
 hardware.
 """
 
@@ -33,7 +33,7 @@ RUNS = 3
 
 @dataclass(frozen=True)
 class Line:
-    """One kernel: what the recording counted, and the guest's time in ms."""
+    """One kernel: what its recording counted, and the time of the guest's passes in ms."""
 
     kernel: str
     policy: str

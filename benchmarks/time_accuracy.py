@@ -3,9 +3,9 @@
 
     python -m benchmarks.time_accuracy
 
-Reads the recordings of `traces/timing` and the times of all runs in its `measured.json` (`benchmarks.virtual_time` made
-both), and what `benchmarks.held_out_times` found. Nothing of the predicted side comes from the kernel that it is held
-against.
+It reads the recordings of `traces/timing` and the times of all runs in its `measured.json` (`benchmarks.virtual_time`
+made both), and the results of `benchmarks.held_out_times`. A prediction uses nothing that was measured on the kernel
+that it is compared with.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from traces.reader import Trace
 ROOT: Final = Path(__file__).parents[1]
 TIMING: Final = ROOT / "traces" / "timing"
 DOCUMENT: Final = ROOT / "docs" / "time-accuracy.md"
-# (recorded on, replayed under, measured on); names as files end.
+# (kernel recorded on, policy replayed under, kernel measured on); kernels are named as in the recordings' file names.
 DIRECTIONS: Final = (
     ("6.1-async", "preserve", "6.1"),
     ("6.1", "async", "6.1-async"),
@@ -38,7 +38,10 @@ DIRECTIONS: Final = (
 
 @dataclass(frozen=True)
 class Line(BesideMeasured):
-    """One scenario in one direction; ns. `low` and `high` are the predicted bounds, equal where there is one number."""
+    """One scenario in one direction, in ns.
+
+    `low` and `high` are the predicted bounds, equal where one number is predicted.
+    """
 
     scenario: str
     recorded: str
@@ -48,12 +51,12 @@ class Line(BesideMeasured):
     high: int
     band: tuple[int, int]
     measured: tuple[int, ...]
-    bare: tuple[int, int]  # medians without a recorder: on the recorded machine, on the measured one
-    source: int  # median as recorded, on the recorded machine
+    bare: tuple[int, int]  # medians without a recorder: on the kernel recorded on, and on the one measured on
+    source: int  # the median of the recorded times, on the kernel recorded on
 
 
 def lines(directory: Path = TIMING) -> list[Line]:
-    """Every scenario in every direction that was recorded and measured."""
+    """Return every scenario in every direction that was both recorded and measured."""
     measured = json.loads((directory / "measured.json").read_text())["measured"]
     found = []
     for recorded, policy, target in DIRECTIONS:
@@ -69,7 +72,7 @@ def _line(directory: Path, scenario: str, recorded: str, policy: str, target: st
     capabilities = Capabilities(Trace.open(directory / f"{scenario}-{recorded}.parquet"))
     (vm,) = replay(plan.make(capabilities, [policy]), Settings()).times
     runs = measured[f"{scenario}-{recorded}"]
-    # The VMM's own measure has a little around what the vCPU's rows show.
+    # The time that the VMM measures includes a little more than the vCPU's rows do.
     scale = statistics.median(runs["recorded"]) / sum(map(sum, vm.recorded))
     low, high, ends = _predicted(vm, scale)
     there = measured[f"{scenario}-{target}"]
@@ -89,7 +92,7 @@ def _predicted(vm: VmTime, scale: float) -> tuple[int, int, tuple[int, int]]:
 
 
 def document(found: list[Line]) -> str:
-    """The whole of docs/time-accuracy.md."""
+    """Return the whole text of docs/time-accuracy.md."""
     exact = [line for line in found if line.low == line.high]
     errors = [abs(line.error) for line in exact]
     inside = sum(line.inside for line in found)
@@ -122,11 +125,11 @@ def document(found: list[Line]) -> str:
     ]) + "\n"  # fmt: skip
 
 
-_LITTLE: Final = 1 / 3  # of the time, to others
+_LITTLE: Final = 1 / 3  # below this share of steal time a measurement counts as little disturbed
 
 
 def _held_out(found: list[Predicted]) -> Iterator[str]:
-    """What no assumption of the clock was made with."""
+    """Yield the section on recordings that the model of time was not fitted to; nothing without results."""
     if not found:
         return
     kept_slots = [one for one in found if not one.waits]
@@ -217,7 +220,7 @@ def _ms(ns: int) -> str:
 
 
 def main() -> None:
-    """Write the document."""
+    """Write docs/time-accuracy.md."""
     DOCUMENT.write_text(document(lines()))
 
 

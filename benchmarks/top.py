@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `kvmtrace top` uses of a CPU while guests make a given number of events a second.
+"""Measures how much CPU time `kvmtrace top` uses while guests make a given number of events a second.
 
     python -m benchmarks.top [--rate 100000] [--seconds 20] [--rounds 3] [--json]
 
-`kvmtrace top` runs as a person would start it, on a terminal of 120 by 40 that is read but not drawn. Guests load new
-roots as fast as they can, and are stopped and continued so that they make `--rate` events a second, which `perf stat`
-counts. What top uses is its own process's CPU time (/proc/PID/stat) over those seconds; what its BPF programs ran for
-in other processes is the kernel's own count (kernel.bpf_stats_enabled), printed next to it. Needs root and a KVM.
+`kvmtrace top` runs as a person would start it, on a terminal of 120 by 40 characters that is read but not drawn. Guests
+load new roots as fast as they can, and are stopped and continued so that they make `--rate` events a second, which
+`perf stat` counts. The figure is the CPU time of top's own process (/proc/PID/stat) over those seconds. The time that
+its BPF programs ran in other processes is counted by the kernel (kernel.bpf_stats_enabled) and printed next to it.
+Needs root and KVM.
 """
 
 from __future__ import annotations
@@ -36,23 +37,23 @@ from traces.errors import ENVIRONMENT, Problem
 
 COUNTED = ("kvmmmu:kvm_mmu_get_page", "kvmmmu:kvm_mmu_prepare_zap_page", "kvm:kvm_userspace_exit")
 GUESTS = 2
-BEAT_MS = 50  # between two looks at the rate
-SETTLE_SECONDS = 3.0  # after its first lines
+BEAT_MS = 50  # the interval at which guests are stopped or continued
+SETTLE_SECONDS = 3.0  # from when top first shows a VM until the measurement begins
 HERTZ = os.sysconf("SC_CLK_TCK")
 WANTED = 0.02  # of a CPU, at 100,000 events a second
 
 
 @dataclass(frozen=True)
 class TopRun:
-    """One run: events a second, and shares of one CPU."""
+    """One run: events a second, and the shares of one CPU that top and its BPF programs used."""
 
     rate: float
     cpu: float
-    programs: float  # its BPF programs, in whichever process
+    programs: float  # of top's BPF programs, in whichever process they ran
 
 
 class Guests:
-    """Guests that are stopped and continued so that they make this many events a second, by an independent count."""
+    """Guests that are stopped and continued so that they make `rate` events a second, as `perf stat` counts them."""
 
     def __init__(self, rate: int) -> None:
         self._rate = rate
@@ -84,7 +85,7 @@ class Guests:
                 guest.send_signal(signal.SIGCONT if owed > 0 else signal.SIGSTOP)
 
     def close(self) -> None:
-        """End them."""
+        """End the guests and `perf stat`."""
         for process in (self._perf, *self._guests):
             process.kill()
             process.wait()
@@ -93,7 +94,10 @@ class Guests:
 
 @contextlib.contextmanager
 def top_on_a_terminal() -> Iterator[int]:
-    """`kvmtrace top` on a terminal of its own, from when it shows a VM on; its process."""
+    """Run `kvmtrace top` on a terminal of its own, and yield its process ID once it shows a VM.
+
+    Raises Problem if it shows none within 120 seconds.
+    """
     pid, terminal = pty.fork()
     if not pid:
         os.environ["TERM"] = "xterm-256color"
@@ -121,13 +125,13 @@ def top_on_a_terminal() -> Iterator[int]:
 
 
 def used(pid: int) -> float:
-    """CPU seconds of a process so far."""
+    """Return the CPU seconds that a process has used so far."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / HERTZ
 
 
 def program_seconds(pid: int) -> float:
-    """What a process's BPF programs have run for, as the kernel counts it; each once."""
+    """Return the seconds for which a process's BPF programs have run, as the kernel counts them, each program once."""
     found: dict[str, int] = {}
     for entry in Path(f"/proc/{pid}/fdinfo").iterdir():
         with contextlib.suppress(OSError):
@@ -138,7 +142,7 @@ def program_seconds(pid: int) -> float:
 
 
 def measure(rate: int, seconds: float) -> TopRun:
-    """One run of top with the guests."""
+    """Run top and the guests once, and return what was used in `seconds` after the start-up."""
     guests = Guests(rate)
     try:
         with top_on_a_terminal() as pid:

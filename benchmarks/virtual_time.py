@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records what virtual time is compared with: the same work under two root policies and the shadow MMU, several times.
+"""Records what predicted times are compared with: the same work under two root policies and the shadow MMU.
 
     python -m benchmarks.virtual_time [--runs 4] [--out traces/timing]
 
-Each scenario runs on 6.1 (roots kept), 6.1-async (roots freed) and 6.1 with `kvm.tdp_mmu=0`, in a boot of its own for
-each run, recorded and bare. Of the recorded runs the one with the median time is kept, with the times of all of them in
-`measured.json`. Zaps are not recorded entry by entry (`--events time`), for that would cost the freeing kernel more
-than the zaps do. `python -m benchmarks.time_accuracy` makes `docs/time-accuracy.md` of it. Use a quiet machine.
+Each scenario runs several times on 6.1 (which keeps roots), on 6.1-async (which frees them) and on 6.1 with
+`kvm.tdp_mmu=0`, in a boot of its own for each run, with a recorder and without. The recorded run with the median time
+is kept, with the times of all runs in `measured.json`. Zaps are not recorded entry by entry (`--events time`), because
+that would cost the kernel that frees roots more than the zaps do. `python -m benchmarks.time_accuracy` makes
+`docs/time-accuracy.md` of the results. Use a quiet machine.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ MACHINES = (("6.1", TDP), ("6.1-async", TDP), ("6.1", DIRECT))
 
 
 def bare(kernel: str, mmu: str) -> list[int]:
-    """Guest ns of each scenario without a recorder, in one boot."""
+    """Run all scenarios without a recorder in one boot, and return the guest's time for each in ns."""
     program = str(vmm.binary())
     script = "\n".join(f"{program} {scenario} --loops {LOOPS} || exit 1; echo" for scenario in SCENARIOS)
     done = boot(fetch(kernel), ["sh", "-c", script], parameters=MMUS[mmu])

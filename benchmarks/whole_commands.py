@@ -1,26 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What whole commands cost: CPU time against decoding the same file, peak memory, VMs on two cores, and many of them.
+"""Measures whole commands: CPU time against decoding the same file, peak memory, two VMs on two cores, and many VMs.
 
     python -m benchmarks.whole_commands [--events 10000000,100000000] [--rounds 3] [--keep DIRECTORY] [--json]
 
-Recordings are generated: `kvmtrace synth --policy async --smi-rate 1000 --working-set 512`, of each number of events.
-In every round all commands take turns with decoding, which is a process of its own that reads every column with our
-reader (`Trace.open(path).batches()`) and does nothing else. A command's ratio is its CPU time (user and system, of
-the process and its children, start-up included) over that of decoding in the same round; figures are medians, and
-ranges over the rounds. Memory is the peak of the command's largest process. Start-up is 0.5 s or so of each: nothing
-in 100 million events, much in 10 million, so that the targets of ratios are those at the largest number of events.
+Recordings are generated (`kvmtrace synth --policy async --smi-rate 1000 --working-set 512`), one for each number of
+events. In every round all commands take turns with decoding, a process of its own that reads every column with our
+reader (`Trace.open(path).batches()`) and does nothing else. A command's ratio is its CPU time (user and system, of the
+process and its children, start-up included) divided by that of decoding in the same round; figures are medians, and
+ranges over the rounds. Memory is the peak of the command's largest process. Start-up takes each process some 0.5 s,
+which is nothing for 100 million events but much for 10 million, so that ratios have targets only at the largest number
+of events.
 
-Of the smallest number of events, too:
+For the smallest number of events there are two more measurements:
 
-- one recording of two VMs, replayed on one core and on two: how many times the wall clock's speed the second brings;
-- recordings of 1,000 VMs and of 1,000 vCPUs: what `replay`, `report --no-replay` and decoding cost a row, over what
-  they cost a row of the recording of one VM with one vCPU, and their peak memory.
+- one recording of two VMs, replayed on one core and on two: how many times as fast the second core makes it; -
+recordings of 1,000 VMs and of 1,000 vCPUs: what a row costs in `replay`, `report --no-replay` and decoding, divided by
+what it costs in the recording of one VM with one vCPU, and the peak memory.
 
-`--keep`: recordings are made there and stay; one that is there already is not made again.
+With `--keep` recordings are made in that directory and stay there; one that exists is not made again.
 
-The first page of HTML that a machine makes takes a second and 90 MiB more, which bundle the page's JavaScript once.
+The first HTML page that a machine makes takes a second and 90 MiB more, because the page's JavaScript is bundled once.
 
-Nothing fails for a figure: a busy machine is no fault of the code. The table says which are over their target.
+The benchmark does not fail for a figure, because a busy machine is no fault of the code; the table says which figures
+miss their target.
 """
 
 from __future__ import annotations
@@ -43,15 +45,15 @@ from traces.errors import VERDICT_FAILED, Problem
 KVMTRACE: Final = (sys.executable, "-m", "kvmtrace")
 STORM: Final = ("--policy", "async", "--smi-rate", "1000", "--working-set", "512")
 DECODE: Final = "import sys; from traces.reader import Trace; [None for _ in Trace.open(sys.argv[1]).batches()]"
-MEMORY: Final = 350  # MiB
-CORES: Final = 1.7
-MANY: Final = 1.5
-MANY_OF: Final = 1000
+MEMORY: Final = 350  # target: the most MiB that a command may use
+CORES: Final = 1.7  # target: the least speed-up of two VMs by a second core
+MANY: Final = 1.5  # target: the most that a row of many VMs may cost, over a row of one VM
+MANY_OF: Final = 1000  # VMs (or vCPUs) of a recording of many
 
 
 @dataclass(frozen=True)
 class Command:
-    """What is measured; `target`: times the CPU time of decoding, None where there is none."""
+    """A measured command; `target` is the largest wanted multiple of decoding's CPU time, None where there is none."""
 
     name: str
     argv: tuple[str, ...]
@@ -74,7 +76,7 @@ OF_MANY: Final = (DECODING, *(each for each in COMMANDS if each.name in ("replay
 
 @dataclass(frozen=True)
 class Run:
-    """One run: CPU seconds, seconds of the wall clock, bytes of the largest process."""
+    """One run: CPU seconds, seconds of the wall clock, and the peak memory of the largest process in bytes."""
 
     cpu: float
     seconds: float
@@ -82,8 +84,8 @@ class Run:
 
 
 def run(argv: Sequence[str], cores: frozenset[int] | None = None) -> Run:
-    """A command once, on these cores (all by default). Raises Problem where it fails."""
-    # It starts on the cores that this process may run on.
+    """Run a command once on these cores (by default on all) and return what it took. Raises Problem where it fails."""
+    # A child process inherits the CPU affinity of this one.
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores or before)
     try:
@@ -99,7 +101,10 @@ def run(argv: Sequence[str], cores: frozenset[int] | None = None) -> Run:
 
 
 def made(directory: Path, events: int, *options: str) -> Path:
-    """A generated recording, made by a process of its own: this one's memory is inherited by what it starts."""
+    """Return a generated recording in `directory`, and make it if it is not there.
+
+    A process of its own makes it, because what this process starts later inherits its peak memory.
+    """
     path = directory / f"{'-'.join([*(option.strip('-') for option in options), str(events)])}.parquet"
     if not path.exists():
         say(f"whole_commands: making {path.name}")
@@ -113,7 +118,7 @@ def rows_of(path: Path) -> int:
 
 
 def in_turns(rounds: int, runs: dict[str, Callable[[], Run]]) -> dict[str, list[Run]]:
-    """Each of them once a round."""
+    """Run each of the functions once in every round, and return their runs by name."""
     done: dict[str, list[Run]] = {name: [] for name in runs}
     for number in range(rounds):
         for name, one in runs.items():
@@ -123,13 +128,13 @@ def in_turns(rounds: int, runs: dict[str, Callable[[], Run]]) -> dict[str, list[
 
 
 def whole(path: Path, rounds: int) -> dict[str, list[Run]]:
-    """Decoding and every command over one recording."""
+    """Run decoding and every command on one recording, and return the runs by name."""
     every = (DECODING, *COMMANDS)
     return in_turns(rounds, {each.name: lambda each=each: run(each.over(path)) for each in every})  # type: ignore[misc]
 
 
 def two_cores(path: Path, rounds: int) -> dict[str, list[Run]]:
-    """`replay` of two VMs on one core and on two; nothing where there is only one."""
+    """Run `replay` of two VMs on one core and on two; return nothing where this process may use only one core."""
     cores = sorted(os.sched_getaffinity(0))[:2]
     if len(cores) < 2:
         return {}
@@ -139,7 +144,7 @@ def two_cores(path: Path, rounds: int) -> dict[str, list[Run]]:
 
 
 def many(paths: dict[str, Path], rounds: int) -> dict[str, list[Run]]:
-    """Commands over recordings of one VM and of many, by command and recording."""
+    """Run commands on recordings of one VM and of many, and return the runs by command and recording."""
     return in_turns(rounds, {
         f"{each.name}, {name}": lambda each=each, path=path: run(each.over(path))  # type: ignore[misc]
         for name, path in paths.items()
@@ -148,12 +153,12 @@ def many(paths: dict[str, Path], rounds: int) -> dict[str, list[Run]]:
 
 
 def ratios(done: dict[str, list[Run]], name: str, of: str, figure: Callable[[Run], float]) -> list[float]:
-    """One's figure over the other's, round by round."""
+    """Return, for each round, a figure of one command divided by that of another."""
     return [figure(one) / figure(other) for one, other in zip(done[name], done[of], strict=True)]
 
 
 def judged(values: Sequence[float], target: float | None, most: bool = True) -> str:
-    """A target, and whether the median keeps it."""
+    """Return the target as text, with ": MISSED" if the median of the values does not meet it."""
     if target is None:
         return ""
     middle = sorted(values)[len(values) // 2]
@@ -196,7 +201,7 @@ def many_rows(done: dict[str, list[Run]], rows: dict[str, int]) -> list[list[str
 
 
 def many_table(directory: Path, events: int, rounds: int, document: dict[str, Any]) -> str:
-    """Two VMs on two cores, and many of them; what was measured goes into the document."""
+    """Return the table of two VMs on two cores and of many VMs, and add what was measured to the document."""
     paths = {"one VM": made(directory, events)}
     for option, label in (("--vms", "VMs"), ("--vcpus", "vCPUs")):
         paths[f"{MANY_OF:,} {label}"] = made(directory, events, option, str(MANY_OF))

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run one command as a recorder's child: its JSON line and the CPU time it used go to a file.
+"""Runs one command as the child of a recorder, and writes its JSON output and the CPU time that it used to a file.
 
 A script of its own, so that every recorder starts the same thing: `python workload.py RESULT COMMAND...`. The
-recorder's own CPU time is then that of its whole process tree minus what is written here (this interpreter included).
+recorder's own CPU time is then that of its whole process tree, minus what is written here (which includes this
+interpreter).
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from pathlib import Path
 
 
 def main(result: str, *command: str) -> int:
-    """Write {"output": the command's JSON, "cpu_seconds": user + system of it and of this process}; its exit status.
+    """Run the command, write what it took to the file `result`, and return its exit status.
 
-    "vmm_cpu_seconds" are those of the command alone.
+    The file gets {"output": the command's JSON, "cpu_seconds": user and system time of the command and of this process,
+    "vmm_cpu_seconds": that of the command alone}; it is not written if the command fails.
     """
     done = subprocess.run(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
     if done.returncode == 0:

@@ -97,7 +97,7 @@ class RowReader(Protocol):
 
     @property
     def columns(self) -> Collection[str]:
-        """The columns that it needs."""
+        """The names of the trace's columns that this reader needs."""
 
     def feed(self, vm: int, batch: pa.RecordBatch) -> None:
         """Take in a VM's next rows, which have these columns and others; VMs may come from several threads."""
