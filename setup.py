@@ -41,6 +41,7 @@ COMPILED = (
     "traces/imports/raw_rows.py",
     "traces/imports/record_walks.py",
     "traces/imports/scan.py",
+    "traces/numbering.py",
 )
 EXTENSIONS = [
     Extension(path.removesuffix(".py").replace("/", "."), [path], extra_compile_args=FLAGS, optional=True)

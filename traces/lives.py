@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
+
+from traces.numbering import numbered
 
 Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
@@ -21,8 +22,8 @@ def dense(values: NDArray[np.generic]) -> tuple[Ints, NDArray[np.generic]]:
     """Codes 0, 1, ... in order of first appearance, and the value of each code."""
     if len(values) and bool((values == values[0]).all()):
         return np.zeros(len(values), np.int64), values[:1]
-    encoded = pa.array(values).dictionary_encode()
-    return encoded.indices.to_numpy().astype(np.int64), encoded.dictionary.to_numpy()
+    codes, firsts = numbered(np.ascontiguousarray(values, np.uint64))
+    return codes, values[firsts]
 
 
 def first_rows(codes: Ints, count: int) -> Ints:

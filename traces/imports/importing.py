@@ -35,6 +35,7 @@ from traces.kernels import Kernel
 from traces.kernels.fold import parse_version
 from traces.kernels.policies import SHADOW
 from traces.kernels.vendors import SVM, VMX
+from traces.lives import dense
 from traces.outputs import IMPORTED, check
 from traces.progress import Progress
 from traces.record import Columns
@@ -188,7 +189,8 @@ class _Records(SegmentReader):
 
     def _name(self, columns: Columns) -> NDArray[np.int64]:
         """Fill in vCPUs and processes by thread; each row's VM."""
-        vm, vcpu, tgid = self._assigned.of(columns["tid"].astype(np.int64))
+        thread, tids = dense(columns["tid"])
+        vm, vcpu, tgid = (each[thread] for each in self._assigned.of(tids.astype(np.int64)))
         if len(self.machines) == 1:  # lines that name no thread
             vm = np.where(columns["tid"] == 0, 1, vm)
         gap = (columns["kind"] == _GAP) | (columns["kind"] == OTHER)

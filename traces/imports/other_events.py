@@ -54,9 +54,9 @@ class OtherTexts:
         """The texts of rows of a trace, null where there is none."""
         seq = rows.column("seq").to_numpy().astype(np.uint64)
         texts: list[str | None] = [None] * len(seq)
-        if self._placed and len(seq):
+        if (placed := self._placed) and len(seq):  # before the flush: those of later batches are being noted meanwhile
             self._index.flush()
-            index = np.memmap(self._index, np.uint64, "r", shape=(self._placed, 3))
+            index = np.memmap(self._index, np.uint64, "r", shape=(placed, 3))
             first, last = np.searchsorted(index[:, 0], [seq[0], seq[-1] + np.uint64(1)])
             some = np.array(index[first:last])
             where = np.searchsorted(seq, some[:, 0])
