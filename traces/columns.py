@@ -192,6 +192,6 @@ def _values(
         return None, kinds.among(())
     values = np.zeros(kinds.rows, dtype)
     for source, codes in filling.items():
-        values += fields[sources[source]].astype(dtype, copy=False) * kinds.among(tuple(codes))
+        np.copyto(values, fields[sources[source]], where=kinds.among(tuple(codes)), casting="unsafe")
     filled = tuple(sorted(code for codes in filling.values() for code in codes))
     return values, None if empty is None else kinds.among(filled)
