@@ -204,7 +204,7 @@ def check(
                 raise Problem(f"--fail-on '{gate}': no column {gate.column}; there are {known}")
             theirs = policy
             if baseline is not None and not gate.policy and policy == figures.recorded:
-                theirs = baseline.recorded  # recorded is compared with recorded, whatever policy it was
+                theirs = baseline.recorded  # the recorded policies are compared, even if they differ
             other = _other(gate, baseline.policies.get(theirs, {}) if baseline else {}, theirs)
             yield _checked(gate, columns[gate.column], other, policy, "")
 

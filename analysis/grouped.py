@@ -29,8 +29,8 @@ OTHER: Final = pl.col("other")
 class Grouped(ABC):
     """A question that is answered by counting rows in groups."""
 
-    name: str  # tells the question and its options: those of one name are the same
-    reads: tuple[str, ...]  # the columns that `give` is handed, after VM
+    name: str  # identifies the question with its options: two of the same name are counted once
+    reads: tuple[str, ...]  # the columns that `give` gets, besides VM
 
     @abstractmethod
     def give(self, groups: Groups, vm: NDArray[Any], *columns: NDArray[Any]) -> None:

@@ -62,13 +62,13 @@ class RecordedTime:
 
     vm: int
     ids: list[int]
-    first: int  # boot ns of the first of PARTS, `width` ns each
+    first: int  # boot ns at which the first of the PARTS begins; each is `width` ns long
     width: int
     timeline: Timeline
     rip_runs: RipRuns | None  # None where there is no vCPU, or no replay
     switch: Switch | None
     unknown: str = ""
-    unplaced: int = 0  # ns that its threads had no CPU, of which no row says when
+    unplaced: int = 0  # ns in which its threads had no CPU, but no row says when that was
 
     @property
     def parts(self) -> NDArray[np.int64]:

@@ -21,7 +21,7 @@ from traces.reader import Trace, kind_codes
 
 # Rows of a batch: each batch costs polars 2 ms or so, however small it is; twice the rows take 45 MiB more.
 BATCH_ROWS: Final = 1 << 18
-KIND: Final = "kind_code"  # columns that are computed once for all questions: a kind's code,
+KIND: Final = "kind_code"  # these columns are computed once for all questions: a kind's code,
 VCPU: Final = "vcpu_id"  # a vCPU's id, a gfn and a VM's id, -1 where there is none
 GFN: Final = "gfn_if_any"
 VM: Final = "vm_id"
@@ -43,7 +43,7 @@ class DecodedRows:
 
     @cached_property
     def one_vm(self) -> bool:
-        """Whether `vm` is the same in all rows."""
+        """Whether all rows are of one VM."""
         return _one_vm(self.frame)
 
     @cached_property

@@ -114,7 +114,7 @@ class Recording:
 
     @property
     def replayed(self) -> bool:
-        """Whether a replay has set `times`."""
+        """Whether a replay has filled `times`."""
         return "times" in vars(self)
 
     @cached_property

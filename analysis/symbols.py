@@ -22,11 +22,11 @@ from traces.text import printable
 
 _LINE: Final = re.compile(rb"([0-9a-fA-F]{8,16}) ([a-zA-Z]) (\S+)(?:\s+\[(\S+)\])?\s*")
 _ALIGNED: Final = 2 << 20  # KASLR moves the kernel by multiples of CONFIG_PHYSICAL_ALIGN, 2 MiB at the least
-_FARTHEST: Final = 1 << 30  # and by less than this (KERNEL_IMAGE_SIZE)
+_FARTHEST: Final = 1 << 30  # KASLR moves it by less than this (KERNEL_IMAGE_SIZE)
 _LINKED_AT: Final = 0xFFFFFFFF81000000  # _text of every x86-64 kernel before KASLR moves it
 _KERNEL: Final = 1 << 63  # addresses from here on are the kernel's
-_IDLE: Final = re.compile(r"halt|idle")  # where a kernel halts
-_IDLE_BYTES: Final = 4096  # and no such function is longer
+_IDLE: Final = re.compile(r"halt|idle")  # names of the functions in which a kernel halts
+_IDLE_BYTES: Final = 4096  # no such function is longer
 _FAR: Final = 1 << 20  # no function is so long: beyond it, the address is of something without a symbol
 _SYMTAB: Final = 2
 _SYMBOL: Final = np.dtype([("name", "<u4"), ("info", "u1"), ("other", "u1"), ("section", "<u2"), ("value", "<u8"),

@@ -25,7 +25,7 @@ from traces.untrusted import object_at, text_at
 from traces.wall_clock import wall_text
 
 REPORTED: Final = ("report", f"kvmtrace {version('kvmtrace')}")
-_SAID: Final = ("kvm_entry", "kvm_exit", "kvm_page_fault", "mmu_load", "kvm_mmu_set_spte")  # named if hidden
+_SAID: Final = ("kvm_entry", "kvm_exit", "kvm_page_fault", "mmu_load", "kvm_mmu_set_spte")  # named if none can be seen
 _SHOWN: Final = 3
 _MAIN: Final = ("fault", "switch", "created")  # the costs that make up most of a refill
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How each probe of the table is attached on this kernel: the first of its points that holds, or why none does."""
+"""How each probe of the table is attached on this kernel: by the first of its points that holds, or why by none."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ SCHED_PROGRAMS = (("sched_switch", "sched_switched"), ("sched_wakeup", "sched_wo
 
 @dataclass(frozen=True)
 class Attachment:
-    """What became of one probe: `how` is the attachment, or "none" with the reason in `why`; a hook has no kind."""
+    """How one probe or hook is attached.
+
+    `how` is the type of attachment, or "none" with the reason in `why`. A hook has an empty `kind`.
+    """
 
     kind: str
     point: str
@@ -39,7 +42,7 @@ class Attachment:
 
 @dataclass
 class ProbePlan:
-    """Which probes this kernel allows, and how; made without root as far as that goes."""
+    """Which probes and hooks this kernel allows, and how they are attached; made without root as far as possible."""
 
     chosen: list[Chosen] = field(default_factory=list)
     attachments: list[Attachment] = field(default_factory=list)
@@ -49,11 +52,11 @@ class ProbePlan:
 
     @property
     def shown(self) -> frozenset[str]:
-        """The kinds of which some probe is attached."""
+        """The kinds of event for which some probe is attached."""
         return frozenset(attachment.kind for attachment in self.attachments if attachment.how != "none")
 
     def refused(self, chosen: Chosen, why: str) -> None:
-        """Note that the kernel refused a probe or hook."""
+        """Note that the kernel refused to attach a probe or hook, and why."""
         kind = chosen.probe.kind if isinstance(chosen.probe, Probe) else ""
         attachments = self.attachments if kind else self.hooks
         for i, attachment in enumerate(attachments):
@@ -70,7 +73,7 @@ def kvm_built_in() -> bool:
 
 
 def fentry_refused(btf: Btf) -> str:
-    """Why fentry cannot be used on KVM's functions here, or "" where it can; as root by trying it."""
+    """Return why fentry cannot be used on KVM's functions here, or "" where it can; a trial program shows it."""
     if not kvm_built_in():
         return "fentry is for functions of vmlinux, and kvm is a module"
     nothing = b"\xb7" + bytes(7) + b"\x95" + bytes(7)  # r0 = 0; exit
@@ -90,9 +93,9 @@ def fentry_refused(btf: Btf) -> str:
 def _choose(
     probe: Probe | Hook, btf: Btf, root: Path | None, layout: Layout, fentry: str, kprobe: bool
 ) -> list[Chosen] | str:
-    """The points of a probe that hold on this kernel, best first, up to the one that needs nothing else of a machine.
+    """Return the points of a probe that hold on this kernel, best first, or why none does.
 
-    Or why none does.
+    The list ends with the first point that needs nothing else of a machine, because no later one would be used.
     """
     version, symbols, why = kernel_version(), _symbols(), []
     found: list[Chosen] = []
@@ -136,9 +139,10 @@ _READ = (
 
 
 def _raw_matches(point: Point, fields: Mapping[str, Field], btf: Btf, layout: Layout) -> bool:
-    """Whether the raw arguments are the ones the table means.
+    """Whether the raw arguments of a tracepoint are those that the table means.
 
-    Without module BTF those are trusted whose format is the very one that the table says, and a leading pointer.
+    Without module BTF they are trusted where the format has exactly the fields that the table says, or where only the
+    first argument, a pointer, is used.
     """
     for used, members in _READ:
         if any(re.search(used, text) for text in point.fill.values()) and not layout.offsets.keys() >= set(members):
@@ -152,13 +156,13 @@ def _raw_matches(point: Point, fields: Mapping[str, Field], btf: Btf, layout: La
 
 
 def kernel_bases() -> dict[str, int]:
-    """Addresses of the variables holding the direct map's and the page array's start; empty where symbols hide them."""
+    """Return where the kernel keeps page_offset_base and vmemmap_base; empty where symbols are hidden."""
     symbols = _symbols()
     return {macro: symbols[name] for macro, name in _BASES.items() if symbols.get(name)}
 
 
 def svm_vmcb() -> int:
-    """Where in a struct kvm_vcpu, the first member of a struct vcpu_svm, the pointer to its VMCB is; 0 without SVM."""
+    """Return the offset of the VMCB's pointer in a struct vcpu_svm, which begins with its kvm_vcpu; 0 without SVM."""
     return _svm_vmcb() if runs_svm() else 0
 
 
@@ -170,7 +174,7 @@ def _svm_vmcb() -> int:
 
 
 def machine_has() -> frozenset[str]:
-    """What points may need and what is there on this machine."""
+    """Return which of the things that points may need (`Point.needs`) this machine has."""
     there = {
         RIP_IN_MEMORY: runs_svm(),
         EXIT_IN_MEMORY: bool(svm_vmcb()),
@@ -188,29 +192,29 @@ def _symbols() -> dict[str, int]:
 
 @lru_cache(maxsize=1)
 def this_layout() -> Layout:
-    """The running kernel's layout, looked up once."""
+    """Return the running kernel's layout, which is looked up once."""
     return kernel_layout(kernel_btf(), kernel_version(), kernel_bases())
 
 
 @dataclass(frozen=True)
 class Choices:
-    """For every probe and hook of the table the points that hold on this kernel, or why none does."""
+    """For every probe and hook of the table, the points that hold on this kernel, or why none does."""
 
     probes: list[tuple[Probe, list[Chosen] | str]]
     hooks: list[tuple[Hook, list[Chosen] | str]]
-    prev_state: str  # how a sched_switch tells the state of the task that leaves; empty where that is not known
-    syscalls: bool  # whether the tracepoints of system calls are to be seen
-    has: frozenset[str]  # what of the points' needs this machine has
+    prev_state: str  # C for the state of the task that a sched_switch takes off its CPU; empty: not known
+    syscalls: bool  # whether tracefs shows the tracepoints of system calls
+    has: frozenset[str]  # which of the things that points need this machine has
 
     def text(self, btf: Btf, layout: Layout) -> str:
-        """The C text of all of them, whatever is to be recorded, for every machine with this kernel."""
+        """Return the C text of all points, whatever is to be recorded: it is for every machine with this kernel."""
         chosen = [one for _, each in (*self.probes, *self.hooks) if not isinstance(each, str) for one in each]
         arguments = {c.point.where: len(btf.signature(c.point.where) or ()) for c in chosen if c.how == "fexit"}
         return program(chosen, layout, arguments, self.prev_state)
 
 
 def choices() -> Choices:
-    """How each probe and hook can be observed here."""
+    """Return how each probe and hook can be observed on this kernel."""
     btf, layout, root = kernel_btf(), this_layout(), tracefs.tracefs()
     fentry, kprobe = fentry_refused(btf), kprobes_available()
     signature = btf.signature("__traceiter_sched_switch") or ()
@@ -224,12 +228,12 @@ def choices() -> Choices:
 
 
 def _best(choice: list[Chosen], has: frozenset[str]) -> Chosen:
-    """The first that this machine can use; the last needs nothing."""
+    """Return the first point that this machine can use; the last one needs nothing."""
     return next((each for each in choice if each.point.needs in has), choice[-1])
 
 
 def _instead(probe: Probe, taken: Chosen, choice: list[Chosen]) -> str:
-    """Which point would have been better, and what of this machine it lacks; empty where the taken one is the best."""
+    """Return which better point was not taken, and what it needs; empty where the taken one is the best."""
     if choice[0] != taken:
         return f"instead of {choice[0].how} {choice[0].point.where}, which needs {choice[0].point.needs}"
     here = (taken.point.how, taken.point.where)
@@ -238,7 +242,7 @@ def _instead(probe: Probe, taken: Chosen, choice: list[Chosen]) -> str:
 
 
 def plan(kinds: frozenset[str], among: Choices) -> ProbePlan:
-    """What is to be attached for `kinds`."""
+    """Return what is to be attached to record `kinds`."""
     made = ProbePlan()
     for probe, choice in among.probes:
         if probe.kind not in kinds:

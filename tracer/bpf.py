@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loaded probes: attached, read and detached."""
+"""The loaded BPF programs: how they are attached, read and detached."""
 
 from __future__ import annotations
 
@@ -34,12 +34,13 @@ _VALUES = {"threads": THREAD, "counters": COUNTERS, "settings": SETTINGS, "wante
 
 
 class Probes:
-    """The loaded program: `attach`, then `detach`; the maps that ring.py and the recorder read in between."""
+    """The loaded BPF programs: `attach`, then `detach`; in between, ring.py and the recorder read the maps."""
 
     def __init__(self, kinds: frozenset[str], rings: int, ring_bytes: int, filter_tgid: int | None = None) -> None:
-        """Load for this kernel what is kept for it, or compile. `filter_tgid` is the only process to record.
+        """Load the programs that are kept for this kernel, or compile them.
 
-        Raises Problem where bcc, headers, privileges or tracefs are lacking.
+        `rings` is the number of ring buffers, each of `ring_bytes`; `filter_tgid` is the only process to record. Raises
+        Problem where bcc, headers, privileges or tracefs are lacking.
         """
         if tracefs.tracefs() is None:
             raise Problem(f"tracefs is not mounted or not readable: {tracefs.MOUNT_COMMAND}", ENVIRONMENT)
@@ -51,7 +52,7 @@ class Probes:
         self._compiled = kept.get(available.text(kernel_btf(), self.layout))
         self._functions: dict[str, int] = {}
         self._links: list[int] = []
-        self._apart: dict[str, int] = {}  # links that `observe` takes away and brings back, by their function
+        self._apart: dict[str, int] = {}  # links that `observe` closes and opens again, by function
         self._setting = threading.Lock()
         self._maps: dict[str, BpfMap] = {}
         self._rings: list[BpfMap] = []
@@ -84,18 +85,18 @@ class Probes:
 
     @property
     def ring_fds(self) -> list[int]:
-        """The rings' descriptors, for ring.py."""
+        """The descriptors of the ring buffers."""
         return [ring.fd for ring in self._rings]
 
     def _load(self, name: str, type_: int, attach_type: int = 0, btf_id: int = 0) -> int:
-        """A program's descriptor, loaded if it is not yet. Raises OSError."""
+        """Return a program's descriptor; the program is loaded at the first call. Raises OSError."""
         if name not in self._functions:
             code = self._compiled.with_maps(name, {each: made.fd for each, made in self._maps.items()})
             self._functions[name] = libbpf.load(name, type_, code, attach_type, btf_id)
         return self._functions[name]
 
     def attach(self) -> None:
-        """Attach everything; a probe that the kernel refuses is recorded as absent, with the reason."""
+        """Attach all probes and hooks; one that the kernel refuses is noted as absent, with the reason."""
         try:
             if self.plan.ioctls:
                 for where, function in IOCTL_PROGRAMS:
@@ -117,10 +118,10 @@ class Probes:
                 self._links.append(link)
 
     def observe(self, kinds: frozenset[str]) -> frozenset[str]:
-        """While attached: from now on take events of these kinds, of those loaded, and no others; which they are.
+        """Of the kinds loaded, take events of only these from now on, while attached; return those observed.
 
-        Probes that do nothing but tell of other kinds are detached, and cost nothing. Those by which the programs know
-        what a thread is at work on stay.
+        Probes that only write rows of other kinds are detached, and cost nothing. Those that also tell the programs
+        what a thread is working on stay attached.
         """
         refused = set()
         for chosen in self.plan.chosen:
@@ -138,7 +139,7 @@ class Probes:
         return kinds
 
     def run_time(self) -> int:
-        """Ns that the programs have run for, while statistics were on: those whose probes are attached, and others."""
+        """Return the ns for which the loaded programs ran, attached or not, while statistics were on."""
         infos = [libbpf.program_info(fd) for fd in self._functions.values()]
         return sum(int.from_bytes(info[_RUN_TIME:][:8], sys.byteorder) for info in infos)
 
@@ -173,20 +174,20 @@ class Probes:
         self._functions, self._maps, self._rings = {}, {}, []
 
     def function(self, name: str) -> int:
-        """Descriptor of one of the loaded programs."""
+        """Return the descriptor of a loaded program."""
         return self._functions[name]
 
     def reset(self) -> None:
-        """Forget counts and threads of an earlier recording; nothing may be attached."""
+        """Forget the counts and threads of an earlier recording; nothing may be attached."""
         self._missed_before = self._misses()
         self._maps["counters"].update(0, np.zeros(libbpf.possible_cpus(), COUNTERS))
         for name in ("threads", "wanted", "born"):
             self._maps[name].clear()
 
     def forget_dead(self, crowded: int) -> None:
-        """Where more than `crowded` threads are known, forget those that have ended: their table must not get full.
+        """If more than `crowded` threads are known, forget those that ended: their table must not get full.
 
-        From within a pid namespace other threads cannot be seen to end.
+        In a pid namespace it does nothing, because other threads cannot be seen to end from there.
         """
         threads = self._maps["threads"]
         known = threads.items()[0]
@@ -197,7 +198,7 @@ class Probes:
                 threads.delete(tid)
 
     def snapshot(self) -> dict[str, Any]:
-        """VMs alive now, and the probes' thread table primed with their vCPUs; see snapshot.py."""
+        """Return the VMs that are alive now, and enter their vCPUs into the probes' thread table; see snapshot.py."""
 
         def ask(first_fd: int, vm: int, part: int) -> None:
             self._set(first_fd=first_fd, look_at=vm, part=part)
@@ -208,7 +209,7 @@ class Probes:
             ask(0, 0, 0)
 
     def _set(self, **values: int) -> None:
-        """Change some of the programs' settings; a snapshot and `observe` may do so at once."""
+        """Change some of the programs' settings; a snapshot and `observe` may do so at the same time."""
         with self._setting:
             settings = self._maps["settings"].lookup()
             for name, value in values.items():
@@ -216,15 +217,15 @@ class Probes:
             self._maps["settings"].update(0, settings)
 
     def born(self) -> set[int]:
-        """Pointers of the VMs whose creation the probes saw."""
+        """Return the addresses of struct kvm of the VMs whose creation the probes saw."""
         return {int(kvm) for kvm in self._maps["born"].items()[0]}
 
     def pid_namespace_level(self) -> int:
-        """How many pid namespaces this process is below the initial one; known after the first snapshot."""
+        """Return how many pid namespaces this process is below the initial one; known after the first snapshot."""
         return int(self._maps["settings"].lookup()["pid_ns_level"][0])
 
     def missed(self) -> dict[str, int]:
-        """{probe: runs that the kernel skipped} because another BPF program was running on that CPU (from 5.12 on)."""
+        """Return, by probe, runs that the kernel skipped while another BPF program ran on that CPU (5.12+)."""
         before = self._missed_before
         return {name: more for name, misses in self._misses().items() if (more := misses - before.get(name, 0))}
 
@@ -235,11 +236,11 @@ class Probes:
         }
 
     def counters(self) -> np.ndarray[Any, Any]:
-        """Counters of each possible CPU: emitted and lost by kind code, and the gap still open."""
+        """Return the counters of each possible CPU: emitted and lost by kind code, and the gap still open."""
         return self._maps["counters"].lookup(0, libbpf.possible_cpus())
 
     def threads(self) -> dict[int, dict[str, Any]]:
-        """Threads the probes met: {tid: {tgid, comm}}."""
+        """Return the threads that the probes met: {tid: {tgid, comm}}."""
         return {
             int(t["tid"]): {"tgid": int(t["tgid"]), "comm": bytes(t["comm"]).split(b"\0")[0].decode(errors="replace")}
             for t in self._maps["threads"].items()[1]
@@ -247,7 +248,7 @@ class Probes:
 
 
 def kind_mask(kinds: Iterable[str]) -> int:
-    """One bit for each kind, by its code."""
+    """Return a mask with one bit for each kind, by its code."""
     return sum(1 << BY_NAME[kind].code for kind in kinds)
 
 
@@ -260,9 +261,9 @@ def _not_allowed(error: OSError) -> Problem:
 def loss_table(
     counters: np.ndarray[Any, Any], turned_away: Mapping[tuple[int, int], int]
 ) -> dict[str, dict[str, dict[str, int]]]:
-    """{kind: {"emitted": {cpu: n}, "lost": {cpu: n}}} of the kinds that were seen at all.
+    """Return {kind: {"emitted": {cpu: n}, "lost": {cpu: n}}} of the kinds that were seen at all.
 
-    `turned_away` counts, by kind code and CPU, events from after the recording's end.
+    `turned_away` counts, by kind code and CPU, events from after the recording's end; they are not counted as emitted.
     """
     table: dict[str, dict[str, dict[str, int]]] = {}
     counters = counters.copy()

@@ -33,7 +33,7 @@ class Member:
 
 
 class Btf:
-    """BTF of the running kernel, with that of a module, `kvm` as a rule, on top where it is one that has BTF."""
+    """BTF of the running kernel, and on top of it that of a module (usually `kvm`), where the module has its own."""
 
     def __init__(self, directory: Path = BTF_DIRECTORY, module: str = "kvm") -> None:
         self._lib = libbpf()
@@ -64,20 +64,20 @@ class Btf:
         return (self._lib.btf__name_by_offset(self._handle, offset) or b"").decode()
 
     def _find(self, name: str, kind: int) -> int:
-        """A type's id, 0 where there is none; remembered, for libbpf compares one name after the other."""
+        """Return a type's id, 0 where there is none. It is remembered, because libbpf compares name by name."""
         if (name, kind) not in self._found:
             found = int(self._lib.btf__find_by_name_kind(self._handle, name.encode(), kind))
             self._found[name, kind] = max(0, found)
         return self._found[name, kind]
 
     def _resolve(self, type_id: int) -> int:
-        """The type behind typedefs and qualifiers."""
+        """Return the type behind typedefs and qualifiers."""
         while (entry := self._type(type_id)).kind in _MODIFIERS:
             type_id = entry.size_or_type
         return type_id
 
     def _members(self, type_id: int) -> list[tuple[str, int, int, int]]:
-        """(name, type id, bit offset, bitfield width) of each member."""
+        """Return (name, type id, bit offset, bitfield width) of each member."""
         entry = self._type(type_id)
         base = ctypes.addressof(entry) + ctypes.sizeof(BtfType)
         words = (ctypes.c_uint32 * (3 * entry.count)).from_address(base)
@@ -89,7 +89,7 @@ class Btf:
         return result
 
     def _locate(self, type_id: int, name: str) -> tuple[int, int, int] | None:
-        """(bit offset, width, type id) of a member, looked for inside anonymous structs and unions too."""
+        """Return (bit offset, width, type id) of a member, looked for inside anonymous structs and unions too."""
         for member, member_type, bits, width in self._members(type_id):
             if member == name:
                 return bits, width, member_type
@@ -101,7 +101,7 @@ class Btf:
         return None
 
     def member(self, struct: str, path: str) -> Member | None:
-        """The member `path` (dotted through embedded structs) of a struct or union, or None where it is not there."""
+        """Return the member `path` (dotted through embedded structs) of a struct or union, None where it is missing."""
         type_id = self._find(struct, _STRUCT) or self._find(struct, _UNION)
         bits, width = 0, 0
         for name in path.split("."):
@@ -116,7 +116,7 @@ class Btf:
         return Member(unit // 8, type_id, bits - unit, width)
 
     def bitfields(self, name: str) -> dict[str, tuple[int, int]]:
-        """{field: (shift, width)} of a union whose word is split into bitfields, such as kvm_mmu_page_role."""
+        """Return {field: (shift, width)} of a union whose word is split into bitfields, such as kvm_mmu_page_role."""
         fields: dict[str, tuple[int, int]] = {}
 
         def collect(type_id: int, base: int) -> None:
@@ -133,17 +133,17 @@ class Btf:
         return fields
 
     def size(self, struct: str) -> int:
-        """Size of a struct in bytes, 0 where it is not known."""
+        """Return the size of a struct in bytes, 0 if BTF does not have it."""
         type_id = self._find(struct, _STRUCT)
         return int(self._type(type_id).size_or_type) if type_id else 0
 
     def member_size(self, struct: str, path: str) -> int:
-        """Size in bytes of a member that is a number, 0 where it is not there."""
+        """Return the size in bytes of a member that is a number, 0 if BTF does not have it."""
         found = self.member(struct, path)
         return int(self._type(found.type_id).size_or_type) if found else 0
 
     def enumerator(self, enum: str, name: str) -> int | None:
-        """The value of one of an enum's names, or None where it has none such."""
+        """Return the value of a name of an enum, or None where it has no such name."""
         type_id = self._find(enum, _ENUM)
         if not type_id:
             return None
@@ -155,11 +155,11 @@ class Btf:
         return bool(self._find(name, _FUNC))
 
     def function_id(self, name: str) -> int:
-        """The id of a function's type, 0 where it is not known."""
+        """Return the id of a function's type, 0 where it is not known."""
         return self._find(name, _FUNC)
 
     def digest(self) -> str:
-        """A hash of the BTF as the kernel gives it: another build of a kernel has another."""
+        """Return a hash of the BTF as the kernel shows it, which differs between builds of a kernel."""
         digest = hashlib.blake2b(digest_size=32)
         for source in self.sources:
             digest.update(Path(source).read_bytes())
@@ -176,7 +176,7 @@ class Btf:
         return self._name(entry.name_off)
 
     def signature(self, function: str) -> tuple[str, ...] | None:
-        """Types of a function's parameters, typedefs resolved, such as ("kvm_vcpu *", "unsigned int")."""
+        """Return the types of a function's parameters, typedefs resolved, such as ("kvm_vcpu *", "unsigned int")."""
         type_id = self._find(function, _FUNC)
         if not type_id:
             return None
@@ -188,5 +188,5 @@ class Btf:
 
 @lru_cache(maxsize=1)
 def kernel_btf() -> Btf:
-    """The running kernel's BTF, parsed once."""
+    """Return the running kernel's BTF, which is parsed once."""
     return Btf()

@@ -79,7 +79,7 @@ def text() -> None:
 
 
 def _of_this_kernel() -> dict[str, str]:
-    """{"kernel": its release, "key": how its file is named, "text": the C}."""
+    """Return for this kernel {"kernel": its release, "key": the name of its kept file, "text": the C source}."""
     import platform
 
     from tracer import attachments, kept, tracefs

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The BPF programs as instructions: compiled by bcc, or read from what was compiled before.
 
-In each instruction that loads a map the immediate is the map's place in the list of maps; `loaded.py` puts a descriptor
-there. Nothing else in the instructions is this boot's or this machine's.
+In each instruction that loads a map, the immediate is the map's place in the list of maps; `Compiled.with_maps` puts a
+descriptor there. Nothing else in the instructions depends on this boot or this machine.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from traces.errors import ENVIRONMENT, Problem
 DIST_PACKAGES: Final = "/usr/lib/python3/dist-packages"
 INSTALL_BCC: Final = "apt-get install python3-bpfcc"
 SCHEMA: Final = 1
-MAPS: Final = ("ring", "rings", "threads", "counters", "settings", "wanted", "born")  # those of ebpf/state.c
+MAPS: Final = ("ring", "rings", "threads", "counters", "settings", "wanted", "born")  # the maps of ebpf/state.c
 
 _INSTRUCTION: Final = np.dtype([("code", "u1"), ("registers", "u1"), ("offset", "<i2"), ("immediate", "<i4")])
 _LOAD_64, _FROM_MAP = 0x18, 1  # BPF_LD | BPF_IMM | BPF_DW; BPF_PSEUDO_MAP_FD as the source register
@@ -38,18 +38,21 @@ _NAME: Final = re.compile(r"\w{1,200}")
 
 @dataclass(frozen=True)
 class Compiled:
-    """`maps` by name: (type, key size, value size, entries, flags); `programs` by name: instructions."""
+    """Compiled programs and the shapes of their maps.
+
+    `maps` by name: (type, key size, value size, entries, flags). `programs` by name: instructions.
+    """
 
     maps: Mapping[str, tuple[int, int, int, int, int]]
     programs: Mapping[str, bytes]
 
     def document(self) -> bytes:
-        """As a file keeps it, for `read`."""
+        """Return the contents of a file that `read` reads."""
         programs = {name: base64.b64encode(code).decode() for name, code in self.programs.items()}
         return json.dumps({"schema": SCHEMA, "maps": self.maps, "programs": programs}).encode()
 
     def with_maps(self, name: str, descriptors: Mapping[str, int]) -> bytes:
-        """A program's instructions with the maps' descriptors in them."""
+        """Return a program's instructions with the descriptors of its maps in them."""
         code = np.frombuffer(self.programs[name], _INSTRUCTION).copy()
         wanted = _loads_of_maps(code)
         by_place = np.array([descriptors[each] for each in self.maps], dtype="i4")
@@ -58,7 +61,7 @@ class Compiled:
 
 
 def read(document: bytes) -> Compiled:
-    """What `Compiled.document` wrote. Raises ValueError, with what is wrong, for anything else."""
+    """Return the programs that `Compiled.document` wrote. Raises ValueError, with what is wrong, for anything else."""
     try:
         raw = json.loads(document)
     except RecursionError:
@@ -91,7 +94,7 @@ def read(document: bytes) -> Compiled:
 
 
 def _loads_of_maps(code: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Which instructions load a map; a 64-bit load is two instructions long, of which the second is only data."""
+    """Return which instructions load a map; a 64-bit load takes two, of which the second is only data."""
     wide = code["code"] == _LOAD_64
     if (code["code"][1:][wide[:-1]] != 0).any() or (len(code) and wide[-1]):
         raise ValueError("a load of 64 bits that does not end")
@@ -100,7 +103,7 @@ def _loads_of_maps(code: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def import_bcc() -> Any:
-    """The distribution's bcc module. It lives outside a virtual environment, so its directory goes LAST on sys.path."""
+    """Return the distribution's bcc module, whose directory, outside a virtual environment, goes LAST on sys.path."""
     if os.environ.get("KVMTRACE_WITHOUT_BCC"):  # how a machine without it is tested
         raise Problem(f"bcc is not installed: {INSTALL_BCC}", ENVIRONMENT)
     if DIST_PACKAGES not in sys.path:
@@ -115,7 +118,7 @@ def import_bcc() -> Any:
 
 
 def bcc_version() -> str:
-    """The version of bcc, empty where it is not installed; without importing it, which loads clang and LLVM."""
+    """Return bcc's version, empty where it is not installed, without importing it: that loads clang and LLVM."""
     if os.environ.get("KVMTRACE_WITHOUT_BCC"):
         return ""
     try:
@@ -127,7 +130,7 @@ def bcc_version() -> str:
 
 
 def compile_text(text: str) -> Compiled:
-    """Compile (seconds). Raises Problem: no bcc, no headers, no privileges for the maps, or what clang says."""
+    """Compile a C text (seconds). Raises Problem: no bcc, headers or privileges for the maps, or clang's error."""
     bcc = import_bcc()
     said: list[str] = []
     try:

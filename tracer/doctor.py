@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What can be recorded on this machine, what cannot, and the one command that fixes each problem.
 
-Everything is looked at without changing anything; what an ordinary user may not see is said to be unseen, not absent.
+Nothing is changed. What an ordinary user may not see is reported as unseen, not as absent.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _CAPABILITIES = {"CAP_SYS_ADMIN": 21, "CAP_PERFMON": 38, "CAP_BPF": 39}
 
 @dataclass(frozen=True)
 class DoctorCheck:
-    """One thing looked at: FAIL stops recording, a note limits what can be seen, unseen needs root to tell."""
+    """One thing examined: FAIL prevents recording, a note limits what can be seen, unseen takes root to know."""
 
     name: str
     state: str
@@ -153,7 +153,7 @@ def _btf() -> Iterator[DoctorCheck]:
 
 
 def _tools() -> Iterator[DoctorCheck]:
-    """The two ways to the probes: what is kept of an earlier compilation, or compiling."""
+    """Check the two ways to get the probes: kept from an earlier compilation, or compiled now."""
     found = _kept_probes()
     ready = isinstance(found, Compiled)
     lacking = WARN if ready else FAIL
@@ -182,7 +182,7 @@ def _tools() -> Iterator[DoctorCheck]:
 
 
 def _kept_probes() -> Compiled | str | None:
-    """What `kept.find` says; None where this kernel, or this user, does not let the probes' text be known."""
+    """Return what `kept.find` does; None where this kernel or user does not allow the probes' text to be made."""
     if tracefs.tracefs() is None:
         return None
     try:
@@ -193,7 +193,7 @@ def _kept_probes() -> Compiled | str | None:
 
 
 def _lab() -> Iterator[DoctorCheck]:
-    """What `kvmtrace lab` boots kernels with; recording this machine needs none of it."""
+    """Check what `kvmtrace lab` boots kernels with; recording this machine needs none of it."""
     if version := qemu_version():
         yield DoctorCheck("lab, AMD", OK, f"QEMU {version}")
     else:
@@ -223,7 +223,7 @@ def _filesystems() -> Iterator[DoctorCheck]:
 
 
 def _probes() -> tuple[list[Attachment], bool]:
-    """Whether each probe attaches: root attaches and detaches all of them; others only look them up."""
+    """Return how each probe attaches, and whether that was tried: only root attaches and detaches them all."""
     if os.geteuid() != 0:
         return attachments.plan(preset_kinds("all"), attachments.choices()).attachments, False
     probes = Probes(preset_kinds("all"), 1, mmap.PAGESIZE)
@@ -236,7 +236,7 @@ def _probes() -> tuple[list[Attachment], bool]:
 
 
 def examine() -> DoctorReport:
-    """Look at everything; never raises for what is merely absent."""
+    """Check everything; never raises for what is merely absent."""
     report = DoctorReport()
     for part in (_kernel, _privileges, _kvm, _btf, _tools, _filesystems, _lab):
         try:
@@ -256,7 +256,7 @@ def examine() -> DoctorReport:
 
 
 def render(report: DoctorReport) -> str:
-    """The report as text: a line a check, then what can and cannot be observed."""
+    """Return the report as text: a line for each check, then what can and cannot be observed."""
     page = Page()
     at = _STATE + max(len(check.name) for check in report.checks) + GAP
     for check in report.checks:
@@ -274,7 +274,7 @@ def render(report: DoctorReport) -> str:
 
 
 def _observed(report: DoctorReport) -> Iterator[tuple[str, str]]:
-    """Numbers of probes, and of what cannot be observed, with what is to be said of them."""
+    """Yield how many probes attach in which way, and which kinds cannot be observed, and why."""
     by_how: dict[str, list[str]] = {}
     missing: dict[str, list[str]] = {}
     for probe in report.probes:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel headers that bcc itself wants.
+"""The kernel headers that bcc needs.
 
 Our programs use uapi types only, so headers of any version serve any kernel. Where those of the running kernel are not
-installed, the newest under /usr/src are used; Debian splits them in two trees, which are joined by symlinks in a
+installed, the newest under /usr/src are used; Debian splits them into two trees, which are joined by symlinks in a
 temporary directory, so that nothing under /lib/modules has to be touched.
 """
 
@@ -28,7 +28,10 @@ def _version(path: Path) -> tuple[int, ...]:
 
 
 def find_headers() -> list[Path]:
-    """The trees bcc needs, best first: [] where bcc finds the running kernel's by itself; one tree, or Debian's two."""
+    """Return the trees that bcc needs, best first; empty where it finds the running kernel's by itself.
+
+    Debian's headers are two trees.
+    """
     if VARIABLE in os.environ:
         return []
     build = Path("/lib/modules") / platform.release() / "build"
@@ -59,7 +62,7 @@ def _join(trees: list[Path], into: Path) -> None:
 
 @contextmanager
 def headers() -> Iterator[None]:
-    """While this is open, bcc finds usable kernel headers."""
+    """Make bcc find usable kernel headers within this context."""
     trees = find_headers()
     if not trees:
         yield

@@ -21,19 +21,20 @@ MODULES = ("kvm", "kvm_amd", "kvm_intel")
 MODULE_DIRECTORY = Path("/sys/module")
 CPUINFO = Path("/proc/cpuinfo")
 DEBUGFS_KVM = Path("/sys/kernel/debug/kvm")
-ALL_VMS = "all"  # whose counters the metadata's `stats` has
+ALL_VMS = "all"  # the key, in the metadata's `stats`, of counters over all VMs
 
 
 def kernel_version(release: str | None = None) -> Version:
-    """(major, minor) of a kernel release string, this machine's by default."""
+    """Return (major, minor) of a kernel release string, by default of the running kernel; (0, 0) if there is none."""
     match = re.match(r"(\d+)\.(\d+)", release or platform.release())
     return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
 def kernel_symbols(functions: Iterable[str], variables: Iterable[str]) -> dict[str, int]:
-    """Those of KVM's `functions` that are there, as 0, and the addresses of those of the kernel's `variables` that are.
+    """Return which of KVM's `functions` exist, each as 0, and the addresses of the kernel's `variables`.
 
-    An address is 0 where kptr_restrict hides it. Reading line by line would take most of a recording's start.
+    An address is 0 where kptr_restrict hides it. The file is searched as a whole, because reading it line by line would
+    take most of a recording's start.
     """
     text = KALLSYMS.read_bytes()
     mark = b"\t[kvm]\n"
@@ -49,7 +50,7 @@ def kernel_symbols(functions: Iterable[str], variables: Iterable[str]) -> dict[s
 
 
 def module_parameters() -> dict[str, dict[str, str]]:
-    """{module: {parameter: value}} of the KVM modules loaded (or built in); unreadable ones are left out."""
+    """Return {module: {parameter: value}} of the KVM modules loaded or built in, without unreadable ones."""
     found: dict[str, dict[str, str]] = {}
     for module in MODULES:
         directory = MODULE_DIRECTORY / module / "parameters"
@@ -65,7 +66,7 @@ def module_parameters() -> dict[str, dict[str, str]]:
 
 
 def cpu() -> dict[str, str]:
-    """Vendor and model of the first CPU, as /proc/cpuinfo prints them."""
+    """Return vendor and model of the first CPU, as /proc/cpuinfo prints them."""
     wanted = {"vendor_id": "vendor", "model name": "model"}
     found: dict[str, str] = {}
     for line in CPUINFO.read_text().splitlines():
@@ -78,7 +79,7 @@ def cpu() -> dict[str, str]:
 
 
 def runs_svm() -> bool:
-    """Whether KVM runs its guests by AMD's SVM, and by nothing else: some KVMs are neither kvm_amd nor kvm_intel."""
+    """Whether KVM runs its guests by AMD's SVM and nothing else: there are KVMs besides kvm_amd and kvm_intel."""
     modules = {path.name for path in MODULE_DIRECTORY.glob("kvm_*")}
     if "kvm_amd" not in modules or modules - set(MODULES):
         return False
@@ -87,7 +88,7 @@ def runs_svm() -> bool:
 
 
 def clock_sample() -> dict[str, int]:
-    """One moment on three clocks, ns: events carry `boot` (CLOCK_BOOTTIME); `real` relates them to wall time."""
+    """Return one moment on three clocks, ns: events carry `boot` (CLOCK_BOOTTIME), `real` gives wall time."""
     return {
         "boot": time.clock_gettime_ns(time.CLOCK_BOOTTIME),
         "mono": time.clock_gettime_ns(time.CLOCK_MONOTONIC),
@@ -96,9 +97,10 @@ def clock_sample() -> dict[str, int]:
 
 
 class Suspended(NamedTuple):
-    """How long the host has slept since its boot, as seen at `boot` (boot ns): at `least` and at `most`, ns.
+    """How long the host was suspended since its boot, as seen at `boot` (boot ns): at `least` and at `most`, ns.
 
-    The two clocks cannot be read at once, and a busy host takes this thread's CPU away in between.
+    It is an interval because the two clocks cannot be read at once, and a busy host may take this thread's CPU away in
+    between.
     """
 
     boot: int
@@ -107,7 +109,7 @@ class Suspended(NamedTuple):
 
 
 def suspended() -> Suspended:
-    """CLOCK_BOOTTIME goes on while the host is suspended, CLOCK_MONOTONIC does not."""
+    """Return how long the host was suspended: CLOCK_BOOTTIME goes on meanwhile, CLOCK_MONOTONIC does not."""
     before = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
     boot = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
     after = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
@@ -115,7 +117,7 @@ def suspended() -> Suspended:
 
 
 def host(btf: Btf) -> dict[str, Any]:
-    """The metadata's `host`, `modules` and `policy`."""
+    """Return the metadata's `host`, `modules` and `policy`."""
     uname, parameters = platform.uname(), module_parameters()
     return {
         "host": {
@@ -132,9 +134,10 @@ def host(btf: Btf) -> dict[str, Any]:
 
 
 def kvm_counters() -> dict[str, int]:
-    """KVM's own counters, each added up over the VMs alive now, from debugfs; empty where it is not readable.
+    """Return KVM's own counters from debugfs, each summed over the VMs alive now; empty if not readable.
 
-    Not those of each VM: an open file in a VM's own directory holds the VM, and who closes the last one destroys it.
+    Those of each VM are not read: an open file in a VM's own directory holds the VM, and who closes the last one
+    destroys it.
     """
     values = {}
     with contextlib.suppress(OSError):
@@ -150,14 +153,14 @@ def _above_zero(counters: dict[str, int]) -> dict[str, int]:
 
 
 class Counted:
-    """How far KVM's counters rose. What a VM counted goes with it, so that rises between two looks may be missed."""
+    """How far KVM's counters rose. A VM's counts vanish with it, so rises between two looks may be missed."""
 
     def __init__(self) -> None:
         self.start = self._last = kvm_counters()
         self._risen: dict[str, int] = {}
 
     def look(self) -> dict[str, Any]:
-        """The metadata's `stats`: counters at the `start`, and at the `end` by the rises seen since."""
+        """Return the metadata's `stats`: counters at the `start`, and at the `end` by the rises seen since."""
         now = kvm_counters()
         for name, value in now.items():
             self._risen[name] = self._risen.get(name, 0) + max(0, value - self._last.get(name, 0))

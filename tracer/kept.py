@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiled probes kept between recordings, so that only the first one on a kernel needs bcc, clang and headers.
 
-A file is named for what it was compiled from (the C text, which has this kernel's offsets in it, and the kernel's BTF)
-and for the bcc that did it. Its instructions are run in the kernel as root: nothing is read that anybody but root or
-this user could have put there.
+A file's name comes from what its probes were compiled from (the C text, which contains this kernel's offsets, and the
+kernel's BTF) and from the version of bcc. The kernel runs the instructions as root: a file is read only if nobody but
+root or this user could have written it.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ VARIABLE: Final = "KVMTRACE_PROBES"
 DIRECTORY: Final = Path("/var/cache/kvmtrace/probes")
 BUILD: Final = "kvmtrace probes build"
 SUFFIX: Final = ".probes"
-MOST_FILES: Final = 64  # of half a megabyte; the oldest go
+MOST_FILES: Final = 64  # files, of half a megabyte each; the oldest are removed
 _MOST_BYTES: Final = 16 << 20
 _OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 
 
 def directory() -> Path:
-    """Where compiled probes are kept: $KVMTRACE_PROBES, else the system's cache."""
+    """Return the directory of kept probes: $KVMTRACE_PROBES, else the system's cache."""
     return Path(os.environ.get(VARIABLE) or DIRECTORY)
 
 
 def key(text: str) -> str:
-    """How files for this text on this kernel are named, up to bcc's version."""
+    """Return the name of the files for this C text on this kernel, without bcc's version."""
     return hashlib.sha256(f"{kernel_btf().digest()}\n{text}".encode()).hexdigest()[:32]
 
 
 def get(text: str) -> Compiled:
-    """The probes of this text: kept ones where there are, else compiled and kept. Raises Problem as compiling does."""
+    """Return the probes of a C text: kept ones, or else compiled now and kept. Raises Problem as compiling does."""
     found = find(text)
     if isinstance(found, Compiled):
         return found
@@ -64,9 +64,9 @@ def get(text: str) -> Compiled:
 
 
 def find(text: str) -> Compiled | str:
-    """The kept probes of this text; or why those that are there are not used, empty where there are none.
+    """Return the kept probes of a C text, or why those that exist are not used; empty where none exist.
 
-    They must be of the bcc that is installed; where there is none, of any.
+    They must be made by the bcc that is installed; where none is installed, any will do.
     """
     base, version = key(text), bcc_version()
     wanted, named = [file_name(base, version)] if version else [], re.compile(rf"{base}-[\w.+~-]+{re.escape(SUFFIX)}")
@@ -82,12 +82,12 @@ def find(text: str) -> Compiled | str:
 
 
 def file_name(base: str, version: str) -> str:
-    """The name of a file of probes: `base` as of `key`, and bcc's version."""
+    """Return the name of a file of probes: `base` from `key`, and bcc's version."""
     return f"{base}-{version}{SUFFIX}"
 
 
 def _trusted(path: Path) -> bytes:
-    """A file's contents. Raises ValueError where somebody else could have written it, OSError as reading does."""
+    """Return a file's contents. Raises ValueError where others could have written it, OSError as reading does."""
     place = _trusted_directory(path.parent)
     with os.fdopen(
         os.open(place / path.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb"
@@ -103,7 +103,7 @@ def _trusted(path: Path) -> bytes:
 
 
 def _trusted_directory(path: Path) -> Path:
-    """The directory, its links resolved. Raises ValueError where somebody else could put another file there."""
+    """Return a directory, links resolved. Raises ValueError where others could put another file there."""
     place = path.resolve(strict=True)
     for each in (place, *place.parents):
         facts = each.stat()
@@ -118,7 +118,7 @@ def _foreign(facts: os.stat_result) -> bool:
 
 
 def keep(text: str, made: Compiled) -> Path:
-    """Keep compiled probes for this kernel; where. Raises Problem where they cannot be written."""
+    """Keep compiled probes for this kernel and return the file. Raises Problem where it cannot be written."""
     path = write(directory(), file_name(key(text), bcc_version()), made.document())
     try:
         place = _trusted_directory(path.parent)
@@ -131,7 +131,7 @@ def keep(text: str, made: Compiled) -> Path:
 
 
 def write(into: Path, name: str, document: bytes) -> Path:
-    """Put a file of probes into a directory, whole or not at all. Raises Problem where that is not possible."""
+    """Write a file of probes into a directory, atomically, and return it. Raises Problem where that is impossible."""
     try:
         into.mkdir(0o755, parents=True, exist_ok=True)
         fd, made = tempfile.mkstemp(prefix=".", dir=into)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The distribution's libbpf through ctypes: maps, programs and how they are attached, without a compiler.
 
-It is what bcc itself loads through, and all that a host needs to run programs compiled elsewhere: libbcc would bring
-clang and LLVM along. libbpf has no call for a perf event, which tracepoints and kprobes hang on: that one is the
-system's.
+bcc itself loads programs through it, and it is all that a host needs to run programs compiled elsewhere: libbcc would
+bring clang and LLVM along. libbpf has no call for perf events, to which tracepoints and kprobes are attached: these are
+opened by the system call.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _ATTR: Final = struct.Struct("=IIQQQQQIIQQ")  # struct perf_event_attr up to con
 
 
 class BtfType(ctypes.Structure):
-    """struct btf_type."""
+    """The kernel's struct btf_type."""
 
     _fields_ = (("name_off", ctypes.c_uint32), ("info", ctypes.c_uint32), ("size_or_type", ctypes.c_uint32))
 
@@ -55,7 +55,7 @@ class BtfType(ctypes.Structure):
 
 
 class _MapOptions(ctypes.Structure):
-    """struct bpf_map_create_opts, as far as we set it."""
+    """libbpf's struct bpf_map_create_opts, as far as it is set here."""
 
     _fields_ = (
         ("sz", ctypes.c_size_t), ("btf_fd", ctypes.c_uint32), ("key_type", ctypes.c_uint32),
@@ -65,7 +65,7 @@ class _MapOptions(ctypes.Structure):
 
 
 class _ProgramOptions(ctypes.Structure):
-    """struct bpf_prog_load_opts, up to the verifier's log."""
+    """libbpf's struct bpf_prog_load_opts, up to the verifier's log."""
 
     _fields_ = (
         ("sz", ctypes.c_size_t), ("attempts", ctypes.c_int), ("expected_attach_type", ctypes.c_uint32),
@@ -80,7 +80,7 @@ class _ProgramOptions(ctypes.Structure):
 
 @lru_cache(maxsize=1)
 def libbpf() -> ctypes.CDLL:
-    """libbpf 1.0 or newer, its prototypes set. Raises Problem where it is not there."""
+    """Return libbpf 1.0 or newer, its prototypes set. Raises Problem where it is not installed."""
     try:
         library = ctypes.CDLL("libbpf.so.1", use_errno=True)
     except OSError:
@@ -109,7 +109,7 @@ def libbpf() -> ctypes.CDLL:
     for name, (result, arguments) in prototypes.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    library.libbpf_set_print(None)  # what went wrong is ours to say
+    library.libbpf_set_print(None)  # errors are reported by this program
     return library
 
 
@@ -119,7 +119,7 @@ def _refused() -> OSError:
 
 
 def map_info(fd: int) -> tuple[int, int, int, int, int]:
-    """(type, key size, value size, entries, flags) of a map that is there. Raises OSError."""
+    """Return (type, key size, value size, entries, flags) of a map, by its descriptor. Raises OSError."""
     raw, size = ctypes.create_string_buffer(_MAP_INFO.size), ctypes.c_uint32(_MAP_INFO.size)
     if libbpf().bpf_obj_get_info_by_fd(fd, raw, ctypes.byref(size)):
         raise _refused()
@@ -128,13 +128,13 @@ def map_info(fd: int) -> tuple[int, int, int, int, int]:
 
 
 def program_info(fd: int) -> bytes:
-    """A loaded program's struct bpf_prog_info, as far as this kernel fills it; empty where it does not tell."""
+    """Return a loaded program's struct bpf_prog_info as far as this kernel fills it; empty where it refuses."""
     raw, size = ctypes.create_string_buffer(_PROG_INFO_SIZE), ctypes.c_uint32(_PROG_INFO_SIZE)
     return b"" if libbpf().bpf_obj_get_info_by_fd(fd, raw, ctypes.byref(size)) else raw.raw
 
 
 def enable_statistics() -> int:
-    """A descriptor for as long as which the kernel measures how long programs run (5.8+). Raises OSError."""
+    """Return a descriptor; while it is open the kernel measures programs' run time (5.8+). Raises OSError."""
     fd = int(libbpf().bpf_enable_stats(0))  # BPF_STATS_RUN_TIME
     if fd < 0:
         raise _refused()
@@ -142,12 +142,12 @@ def enable_statistics() -> int:
 
 
 class BpfMap:
-    """A map of ours. Keys and values are numpy scalars of the types given; a per-CPU map's value is one of each CPU."""
+    """A BPF map. Keys and values are numpy scalars of the types given; a per-CPU map has a value for each CPU."""
 
     def __init__(
         self, name: str, shape: tuple[int, int, int, int, int], key: Any = "u4", value: Any = "u4", inner: int = 0
     ) -> None:
-        """Create it: `shape` as of `map_info`, `inner` the descriptor of a template of its elements. Raises OSError."""
+        """Create the map: `shape` as of `map_info`, `inner` a template of its elements. Raises OSError."""
         self.key, self.value = np.dtype(key), np.dtype(value)
         options = _MapOptions(sz=ctypes.sizeof(_MapOptions), inner_map_fd=inner, map_flags=shape[4])
         self.fd = int(libbpf().bpf_map_create(shape[0], name.encode(), *shape[1:4], ctypes.byref(options)))
@@ -155,7 +155,7 @@ class BpfMap:
             raise _refused()
 
     def lookup(self, key: int = 0, each: int = 1) -> np.ndarray[Any, Any]:
-        """The value of a key that is there, as an array of `each`: one, or one for each possible CPU."""
+        """Return the value of a key that exists, as an array of `each`: 1, or the number of possible CPUs."""
         asked, found = np.array([key], self.key), np.zeros(each, self.value)
         if libbpf().bpf_map_lookup_elem(self.fd, asked.ctypes.data, found.ctypes.data):
             raise _refused()
@@ -168,11 +168,11 @@ class BpfMap:
             raise _refused()
 
     def items(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """All keys and values of a hash map; one that is deleted meanwhile may make it begin anew and show keys twice.
+        """Return all keys and values of a hash map; a deletion meanwhile may restart the walk and repeat keys.
 
-        One by one: for a whole batch, empty buckets included, the kernel runs no tracing program on this CPU
-        (bpf_disable_instrumentation() in __htab_map_lookup_and_delete_batch()), and where it can be preempted in there
-        (7.x) whoever has the CPU then goes unseen until this thread has it again.
+        They are read one by one: for a whole batch, empty buckets included, the kernel runs no tracing program on this
+        CPU (bpf_disable_instrumentation() in __htab_map_lookup_and_delete_batch()), and where it can be preempted in
+        there (7.x), events of whatever runs on the CPU then are missed until this thread has it again.
         """
         library, keys, values, found = libbpf(), np.zeros(0, self.key), np.zeros(0, self.value), 0
         before, next_key = None, ctypes.create_string_buffer(self.key.itemsize)
@@ -205,7 +205,10 @@ class BpfMap:
 
 
 def load(name: str, type_: int, instructions: bytes, attach_type: int = 0, btf_id: int = 0) -> int:
-    """Have the kernel verify and load a program; its descriptor. Raises OSError whose text ends the verifier's log."""
+    """Have the kernel verify and load a program; return its descriptor.
+
+    Raises OSError whose text is the last line of the verifier's log, where there is one.
+    """
     options = _ProgramOptions(sz=ctypes.sizeof(_ProgramOptions), expected_attach_type=attach_type, attach_btf_id=btf_id)
     arguments = (type_, name[:15].encode(), _LICENSE, instructions, len(instructions) // 8, ctypes.byref(options))
     fd = int(libbpf().bpf_prog_load(*arguments))
@@ -224,7 +227,7 @@ def load(name: str, type_: int, instructions: bytes, attach_type: int = 0, btf_i
 
 
 def attach_traced(fd: int, tracepoint: str = "") -> int:
-    """Attach to a raw tracepoint, or a fentry or fexit program to its function; closing the descriptor detaches."""
+    """Attach a program to a raw tracepoint, or by fentry or fexit to its function; closing the link detaches."""
     link = int(libbpf().bpf_raw_tracepoint_open(tracepoint.encode() or None, fd))
     if link < 0:
         raise _refused()
@@ -232,7 +235,7 @@ def attach_traced(fd: int, tracepoint: str = "") -> int:
 
 
 def attach_iterator(fd: int) -> int:
-    """A link to an iterator program, which `iterate` makes streams of. Raises OSError."""
+    """Return a link to an iterator program, of which `iterate` makes streams. Raises OSError."""
     link = int(libbpf().bpf_link_create(fd, 0, ITERATOR, None))
     if link < 0:
         raise _refused()
@@ -240,7 +243,7 @@ def attach_iterator(fd: int) -> int:
 
 
 def iterate(link: int) -> int:
-    """The descriptor of one pass of an iterator. Raises OSError."""
+    """Return the descriptor of one pass of an iterator. Raises OSError."""
     stream = int(libbpf().bpf_iter_create(link))
     if stream < 0:
         raise _refused()
@@ -262,7 +265,7 @@ def attach_kprobe(fd: int, function: str, returns: bool) -> int:
 
 
 def _perf_event(fd: int, attributes: bytes) -> int:
-    """A perf event that runs the program: on every CPU, whichever one it is opened for.
+    """Open a perf event that runs the program on every CPU, whichever CPU the event is opened for.
 
     It has no period: with one, the kernel would make a sample of each event on that CPU, which nobody reads.
     """
@@ -279,5 +282,5 @@ def _perf_event(fd: int, attributes: bytes) -> int:
 
 
 def possible_cpus() -> int:
-    """How many CPUs the kernel makes per-CPU values for."""
+    """Return the number of CPUs for which the kernel has per-CPU values."""
     return int(libbpf().libbpf_num_possible_cpus())

@@ -2,7 +2,8 @@
 """Where the probes find things: offsets of the running kernel's structs, as #defines for the BPF programs.
 
 Everything comes from BTF. The one exception is `struct kvm_mmu_page` on kernels before module BTF (5.11): KVM is a
-module there and vmlinux knows the struct only by name, so the kernel's description stands in (Kernel.page_struct).
+module there and vmlinux knows the struct only by name, so offsets come from the kernel's description
+(Kernel.page_struct).
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ _NEEDED = (
 
 @dataclass(frozen=True)
 class Layout:
-    """Offsets found (`offsets`, bytes), the role word's fields, and what could not be found (`missing`)."""
+    """Offsets of struct members (bytes), the role word's fields, and the members that were not found (`missing`)."""
 
     offsets: dict[str, int]
     role: dict[str, tuple[int, int]]
@@ -100,7 +101,7 @@ class Layout:
     spte: dict[str, Any] = field(default_factory=dict)
 
     def defines(self) -> str:
-        """C #defines: OFF_X for each offset, HAVE_X where X is known; what the probes read of a role word."""
+        """Return C #defines: OFF_X and HAVE_X for each known offset, and what the probes read of a role word."""
         lines = [f"#define OFF_{name} {value}\n#define HAVE_{name} 1" for name, value in sorted(self.offsets.items())]
         for name, members in (("MMU", MMU_MEMBERS), ("FAULT", FAULT_MEMBERS)):
             at = [self.offsets[member] for member in members if member in self.offsets] or [0]
@@ -112,7 +113,7 @@ class Layout:
         return "\n".join(lines) + "\n"
 
     def unknown(self) -> str:
-        """Why this kernel cannot be recorded, in one line; empty where the layout has what every probe needs."""
+        """Return why this kernel cannot be recorded, in one line; empty where every offset needed is known."""
         lacking = [name for name in _NEEDED if name not in self.offsets]
         if not lacking:
             return ""
@@ -136,7 +137,7 @@ class Layout:
 
 
 def kernel_layout(btf: Btf, version: tuple[int, int], bases: dict[str, int]) -> Layout:
-    """Offsets for this kernel: BTF first, its description for what is missing in BTF. `bases`: see bpf.kernel_bases."""
+    """Return this kernel's offsets: from BTF, else its description. For `bases` see attachments.kernel_bases."""
     kernel = at(f"{max(version, OLDEST)[0]}.{max(version, OLDEST)[1]}")
     offsets: dict[str, int] = {}
     for macro, (struct, alternatives) in _MEMBERS.items():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One stream in the order of time out of rings that are each in order, and how far nothing is missing in it."""
+"""Merges rings, each of which is in order, into one stream in order of time, and tells how far it is complete."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ENOUGH = 1 << 17  # records worth a merge; fewer wait for the next flush, so tha
 
 
 class Order:
-    """Holds records back until no older one can come. Its numpy calls release the GIL: the drain goes on meanwhile."""
+    """Holds records back until no older one can come. Its numpy calls release the GIL, so that draining goes on."""
 
     def __init__(self) -> None:
         self._held: list[Records] = []
@@ -24,14 +24,14 @@ class Order:
         self._complete_at = 0
 
     def push(self, batches: Sequence[Records], complete_at: int) -> None:
-        """Take one round of the rings; nothing from before `complete_at` (boot ns) is missing after it."""
+        """Take one round of the rings, after which no record from before `complete_at` (boot ns) is missing."""
         self._held += batches
         self._rows += sum(len(batch) for batch in batches)
         self._complete_at = complete_at
 
     @property
     def given_until(self) -> int:
-        """The time (boot ns) up to which the next release gives out everything."""
+        """The time (boot ns) up to which the next `release` gives out all records."""
         return max(self._complete_at - HOLD_NANOSECONDS, 0)
 
     @property
@@ -39,9 +39,9 @@ class Order:
         return self._rows >= ENOUGH
 
     def release(self, everything: bool = False) -> list[Records]:
-        """The records that can be given out, by time, in parts of which none is empty.
+        """Return the records that can be given out, in order of time, as a list of parts that are not empty.
 
-        Parts are put together only where they belong among each other: copying is most of what ordering costs.
+        Parts are merged only where they overlap, because copying is most of what ordering costs.
         """
         parts, times = self._held, [np.ascontiguousarray(part["time"]) for part in self._held]
         joined = np.concatenate(times) if times else np.empty(0, np.uint64)

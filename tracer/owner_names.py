@@ -28,13 +28,13 @@ def name_in(arguments: Sequence[str]) -> str:
 
 
 class OwnerNames:
-    """The names of processes' VMs, by process; each process is read once, while it is there."""
+    """The names of VMs, by the process that owns them; each process is read once, while it exists."""
 
     def __init__(self) -> None:
         self._names: dict[int, str] = {}
 
     def of(self, tgids: Iterable[int]) -> dict[str, str]:
-        """The metadata's `vm_names`: those of these processes, and of earlier ones, that have a name."""
+        """Return the metadata's `vm_names`: names of VMs of these and earlier processes, where they have one."""
         for tgid in tgids:
             if tgid and tgid not in self._names:
                 try:

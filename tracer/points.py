@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the table of probes (probes.py) is made of: points in the kernel, probes and hooks, and what a point needs."""
+"""The parts of the table of probes (probes.py): points in the kernel, probes and hooks, and what a point needs."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Point:
     since: Version = OLDEST
     until: Version = FUTURE
     signature: tuple[str, ...] = ()  # leading parameter types to insist on, where BTF can tell
-    printed: tuple[str, ...] = ()  # of a raw one: the format's fields; they stand in for a signature that BTF lacks
-    needs: str = ""  # what the machine must have, which the kernel alone does not tell: one of those below
-    shared: str = ""  # C declaration of what several expressions read
+    printed: tuple[str, ...] = ()  # of a raw tracepoint: its format's fields, in place of a signature that BTF lacks
+    needs: str = ""  # what the machine must have besides the kernel: one of the constants below
+    shared: str = ""  # C declaration of a variable that several expressions read
     only_if: str = ""  # C condition; where it is false the function's call is not this event
-    in_interrupt: bool = False  # runs on top of whatever thread was there: that thread says nothing about the event
+    in_interrupt: bool = False  # runs in interrupt context: the interrupted thread says nothing about the event
     before: str = ""  # C statement run first: what the recorder learns from this point
     after: str = ""
 
@@ -41,13 +41,13 @@ class Probe:
 
 @dataclass(frozen=True)
 class Hook:
-    """A point that writes no row: it tells the probes of `serves` on what the thread is at work there."""
+    """A point that writes no row: it tells the probes of `serves` what the thread is working on there."""
 
     points: tuple[Point, ...]
     serves: tuple[str, ...]
 
 
-# What a raw point reads that is not there on every machine; a tracepoint's own code asks the CPU for it.
+# What a raw point reads from memory, where not every machine has it: a tracepoint's own code asks the CPU for it.
 RIP_IN_MEMORY = "a vCPU's RIP in memory (SVM)"
 EXIT_IN_MEMORY = "an exit's reason in memory (SVM)"
 PHYSICAL = "the direct map's base"

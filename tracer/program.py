@@ -45,7 +45,7 @@ _PARTS = ("state.c", "helpers.c", "ioctl.c", "sched.c", "snapshot.c")
 
 @dataclass(frozen=True)
 class Chosen:
-    """A probe as it will be attached here: the point that holds on this kernel and, for a tracepoint, its fields."""
+    """A probe or hook with the point that holds on this kernel and, for a tracepoint, the fields of its format."""
 
     probe: Probe | Hook
     point: Point
@@ -54,22 +54,22 @@ class Chosen:
 
     @property
     def kind(self) -> str:
-        """The kind of event that it tells of; empty of a hook."""
+        """The kind of event that it records; empty for a hook."""
         return self.probe.kind if isinstance(self.probe, Probe) else ""
 
     @property
     def only_tells(self) -> bool:
-        """Whether it does nothing but write a record: nothing that other probes write depends on it."""
+        """Whether it only writes rows, and nothing that other probes write depends on it."""
         return bool(self.kind) and not self.point.before and not self.point.after
 
     @property
     def function(self) -> str:
-        """Name of the C function."""
+        """The name of its C function."""
         return f"on_{self.kind or 'hook'}_{self.how}_" + re.sub(r"\W", "_", self.point.where)
 
 
 def _expand(expression: str, chosen: Chosen, arguments: int) -> str:
-    """C text of a table expression: fields, arguments and return value in the way this attachment passes them."""
+    """Return the C text of a table's expression: fields, arguments and return value as this attachment has them."""
 
     def field(match: re.Match[str]) -> str:
         found = chosen.fields.get(match["name"])
@@ -157,10 +157,11 @@ def _function(chosen: Chosen, arguments: int) -> str:
 def program(
     chosen: Iterable[Chosen], layout: Layout, arguments: Mapping[str, int] | None = None, prev_state: str = ""
 ) -> str:
-    """The whole C text. `arguments` gives the parameter count of each fexit function.
+    """Return the whole C text; `arguments` has the number of parameters of each fexit function.
 
-    `prev_state` is how a sched_switch tells the state of the task that leaves; empty where that is not known. Nothing
-    in the text depends on what is recorded, or on this boot or machine: such things are in the map `settings`.
+    `prev_state` is the C expression for the state of the task that a sched_switch takes off its CPU; empty where that
+    is not known. Nothing in the text depends on what is recorded, or on this boot or machine: such things are in the
+    map `settings`.
     """
     fields = " ".join(f"{_CTYPES[ctype]} {name};" for name, ctype in RECORD_FIELDS)
     kinds = [f"#define KIND_{name} {BY_NAME[name].code}" for name in (*IOCTL_KINDS, "vm_destroy", *SCHED_KINDS)]
@@ -186,7 +187,7 @@ def program(
 
 
 def _same_layout(struct: str, dtype: np.dtype[Any]) -> list[str]:
-    """C that does not compile unless a struct is what userspace takes it for."""
+    """Return C assertions that do not compile unless a struct has the layout that userspace assumes."""
     lines = [f'_Static_assert(sizeof(struct {struct}) == {dtype.itemsize}, "size of {struct}");']
     for name, (_, offset, *_) in (dtype.fields or {}).items():
         lines.append(f'_Static_assert(__builtin_offsetof(struct {struct}, {name}) == {offset}, "{struct}.{name}");')

@@ -45,14 +45,14 @@ SAY_SECONDS = 0.25  # between two texts of the live line
 SETTLE_SECONDS = 1.0  # after the command ended: RCU callbacks still free its tables
 QUIET_SECONDS = 0.1
 GAP, SUSPEND = BY_NAME["gap"].code, BY_NAME["host_suspend"].code
-SUSPENDED = 1_000_000  # ns that the host must have slept for a row
+SUSPENDED = 1_000_000  # ns that the host must have been suspended for a `host_suspend` row
 VM_DESCRIPTOR = "anon_inode:kvm-vm"
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to record. `vm` is a process that owns a VM, None all of them; `kinds` as in schema.KINDS."""
+    """What to record. `vm` is the process that owns the VM, None for all VMs; `kinds` are names of schema.KINDS."""
 
     out: Path
     kinds: frozenset[str]
@@ -67,13 +67,13 @@ class Options:
 
     @property
     def directory(self) -> Path:
-        """Where the recording lies until it is compacted."""
+        """The directory of the recording until it is compacted."""
         return self.out.with_name(self.out.stem + ".kvmt")
 
 
 @dataclass
 class RecordingOutcome:
-    """How a recording ended: what the file holds, why it stopped, the command's exit status, and what it cost."""
+    """How a recording ended: a summary of the file, why it stopped, the command's exit status, and its cost."""
 
     summary: Summary
     stopped: str
@@ -84,7 +84,7 @@ class RecordingOutcome:
 
 
 def owns_vm(pid: int) -> bool:
-    """Whether a process holds a VM's descriptor."""
+    """Whether a process has a descriptor of a KVM virtual machine."""
     with contextlib.suppress(OSError):  # it may end at any moment
         for entry in Path(f"/proc/{pid}/fd").iterdir():
             with contextlib.suppress(OSError):
@@ -94,7 +94,7 @@ def owns_vm(pid: int) -> bool:
 
 
 def check(options: Options) -> None:
-    """Refuse what cannot work, before anything is loaded."""
+    """Raise Problem for what cannot work, before anything is loaded."""
     if os.geteuid() != 0:
         raise Problem("recording needs root (CAP_BPF, CAP_PERFMON, tracefs): run it with sudo", ENVIRONMENT)
     if not Path("/dev/kvm").exists():
@@ -136,7 +136,7 @@ class Stop:
 
 
 class Recorder:
-    """Drains one loaded program's rings into one directory."""
+    """Drains the rings of loaded probes into the directory of one recording."""
 
     flush_seconds = FLUSH_SECONDS
     idle_seconds = IDLE_SECONDS
@@ -146,7 +146,7 @@ class Recorder:
         self.stop = stop
         self.probes = probes
         self.rings = Rings(probes.ring_fds, ring_bytes)
-        self.drained = self.events = 0  # rows taken from the rings; without gaps, where there is a limit
+        self.drained = self.events = 0  # rows taken from the rings; if there is a limit, of them the events
         self.snapshot = self._look()
         self.clock = [host.clock_sample()]
         self._awake = host.suspended()
@@ -159,22 +159,22 @@ class Recorder:
         self._said = 0.0
 
     def _open(self, manifest: dict[str, Any]) -> Sink:
-        """Begin to store; what is given back takes the records."""
+        """Begin to store, and return what takes the records."""
         options = self.options
         self._segments = SegmentThread(options.directory, manifest, options.max_events, options.max_size)
         self._turned_away = self._segments.turned_away
         return self._segments
 
     def _flush(self) -> None:
-        """Called every `flush_seconds`: make what was recorded until now durable."""
+        """Make durable what was recorded until now; called every `flush_seconds`."""
         self._store(self._progress)
 
     def _store(self, changes: Callable[[], dict[str, Any]]) -> None:
-        """Store what changes of the manifest; it is gathered by the writer's thread."""
+        """Store changes of the manifest; `changes` is called by the writer's thread."""
         self._segments.flush(changes)
 
     def _look(self) -> dict[str, Any]:
-        """The VMs alive now that are to be recorded."""
+        """Return a snapshot of the VMs that are alive now and to be recorded."""
         only = self.options.vm
         return {"vms": [vm for vm in self.probes.snapshot()["vms"] if only is None or vm["tgid"] == only]}
 
@@ -198,9 +198,9 @@ class Recorder:
         }
 
     def _progress(self) -> dict[str, Any]:
-        """What changes while recording; written with every flush, so that a killed recording still has it.
+        """Return what changes while recording; each flush writes it, so that a killed recording has it, too.
 
-        Reads debugfs and whole maps, which may take long on a host with many VMs: never called by the drain.
+        It reads debugfs and whole maps, which may take long on a host with many VMs: the drain never calls it.
         """
         self.missed = self.probes.missed()
         threads = self.probes.threads()
@@ -217,7 +217,7 @@ class Recorder:
         }
 
     def run(self, progress: Progress) -> tuple[str, int | None]:
-        """Attach, record until something ends it, detach, drain; (why it ended, the command's status)."""
+        """Attach, record until something ends it, detach, drain; return (why it ended, the command's status)."""
         options, started, flushed = self.options, time.monotonic(), time.monotonic()
         self.probes.attach()
         try:
@@ -244,9 +244,9 @@ class Recorder:
         return reason, status
 
     def _meet_latecomers(self) -> None:
-        """VMs that were created after the snapshot but before the probes: no row will tell of their creation.
+        """Add VMs created after the snapshot but before the probes: no row will show their creation.
 
-        Says what the user could not know of what is not there.
+        It also prints what a user could not know: that no VM is running yet, or what a pid namespace hides.
         """
         known = {vm["kvm"] for vm in self.snapshot["vms"]} | self.probes.born()
         new = [vm for vm in self._look()["vms"] if vm["kvm"] not in known]
@@ -265,7 +265,7 @@ class Recorder:
             )
 
     def _drain_once(self) -> bool:
-        """One round of the rings; whether more waits already."""
+        """Read the rings once; return whether more is waiting already."""
         self._look_at_clocks()
         batches, complete_at = self.rings.drain()
         if batches:
@@ -276,7 +276,7 @@ class Recorder:
         return self.rings.fill > 0.05
 
     def _look_at_clocks(self) -> None:
-        """A row if the host slept since the last check: only the boot clock advances meanwhile."""
+        """Write a row if the host was suspended since the last call: only the boot clock advances then."""
         before, self._awake = self._awake, host.suspended()
         slept = self._awake.least - before.most
         if slept >= SUSPENDED:
@@ -304,11 +304,11 @@ class Recorder:
         return ""
 
     def _full(self) -> str:
-        """Why nothing more can be stored; empty while there is room."""
+        """Return why nothing more can be stored; empty while there is room."""
         return self._segments.full
 
     def _settle(self) -> None:
-        """Let the kernel finish with a VM that has ended: wait until no event came for a moment, at most a second."""
+        """Wait until no event came for a moment, at most a second, while the kernel frees a VM that has ended."""
         end = time.monotonic() + SETTLE_SECONDS
         last = time.monotonic()
         while (now := time.monotonic()) < end and now - last < QUIET_SECONDS:
@@ -319,7 +319,7 @@ class Recorder:
             time.sleep(IDLE_SECONDS / 4)
 
     def _finish(self) -> None:
-        """The last drain; every emitted event is now in the ring, lost, or a bug that the file will name."""
+        """Drain for the last time: every event emitted is now stored or lost, or else the file reports a bug."""
         deadline = time.monotonic() + 2.0
         while True:
             self._drain_once()
@@ -333,7 +333,7 @@ class Recorder:
         self._close()
 
     def _close(self) -> None:
-        """End storing: all of it is durable afterwards."""
+        """End storing; everything is durable afterwards."""
         self._segments.close(self._progress)
 
     def _show(self, progress: Progress, seconds: float) -> None:
@@ -348,12 +348,12 @@ class Recorder:
             )
 
     def _stored(self) -> str:
-        """What is stored, for the live line."""
+        """Return how much is stored, as text for the live line."""
         return f"{self._segments.bytes_written / 1e6:,.1f} MB"
 
 
 def open_gaps(counters: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Gap records for the CPUs on which nothing came after the loss."""
+    """Return gap records for the CPUs on which nothing was recorded after a loss."""
     cpus = np.flatnonzero(counters["gap_count"])
     records = np.zeros(len(cpus), RECORD)
     records["time"] = host.clock_sample()["boot"]
@@ -367,7 +367,7 @@ def open_gaps(counters: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 @dataclass
 class Taken:
-    """A recording as it lies in its directory: what ended it, the command's status, and what the kernel skipped."""
+    """A recording in its directory, not compacted: why it ended, the command's status, runs that the kernel skipped."""
 
     options: Options
     stopped: str
@@ -379,7 +379,8 @@ class Taken:
 def take(*several: Options) -> Iterator[Taken]:
     """Make recordings one after the other with one set of probes; all must ask for the same events, rings and VM.
 
-    They are left in their directories, as segments. Raises Problem; what was flushed before stays on disk.
+    Each is yielded once it has ended, and left in its directory as segments. Raises Problem; what was flushed before
+    stays on disk.
     """
     for options in several:
         check(options)
@@ -416,7 +417,7 @@ def _compacted(taken: Taken) -> Summary:
 
 
 def record(*several: Options) -> Iterator[RecordingOutcome]:
-    """Make recordings as `take` does, each compacted into its file; left as segments where pyarrow is not installed."""
+    """Make recordings as `take` does and compact each into its file; without pyarrow they stay segments."""
     started, cpu = time.monotonic(), time.process_time()
     for taken in take(*several):
         summary = _compacted(taken) if have("pyarrow") else of_segments(taken.options.directory)

@@ -22,7 +22,7 @@ BATCH = 1 << 17  # records a batch, 10 MiB: large enough to be cheap, small enou
 MAX_RINGS = 16
 DEFAULT_RING = 32 << 20
 DEFAULT_TOTAL = 256 << 20
-_BLOCK = 1 << 12  # records, 352 KiB: what was looked at is copied out of the core's own cache
+_BLOCK = 1 << 12  # records, 352 KiB: a block that was looked at is still in the core's own cache when it is copied
 _BUSY = np.uint32(1 << 31)
 _SLOT = np.dtype([("length", "u4"), ("page", "u4"), ("record", f"V{RECORD_SIZE}")])
 
@@ -34,12 +34,12 @@ def ring_count(cpus: int) -> int:
 
 
 def default_ring_bytes(cpus: int) -> int:
-    """Bytes of each ring: 32 MiB, less on machines with so many CPUs that 256 MiB in all would be exceeded."""
+    """Return the size of each ring: 32 MiB, less if so many CPUs would have more than 256 MiB in all."""
     return min(DEFAULT_RING, 1 << (DEFAULT_TOTAL // ring_count(cpus)).bit_length() - 1)
 
 
 class Ring:
-    """Consumer of one ring buffer map of `size` bytes whose records all have the trace's record layout."""
+    """The consumer of a BPF ring buffer of `size` bytes, whose records all have the layout RECORD."""
 
     def __init__(self, fd: int, size: int) -> None:
         page = mmap.PAGESIZE
@@ -66,7 +66,7 @@ class Ring:
         return (self.end - self.position) / self.size
 
     def peek(self) -> Records:
-        """The finished records in ring order, as they lie in the ring: they stay there until they are released."""
+        """Return the finished records in ring order, not copied: they stay in the ring until they are released."""
         position = self.position
         count = (self.end - position) // STRIDE
         start = self._data_offset + position % self.size
@@ -75,11 +75,11 @@ class Ring:
         return slots["record"][: int(busy[0]) if len(busy) else count].view(RECORD)
 
     def release(self, count: int) -> None:
-        """Give the space of that many records back."""
+        """Give back the space of `count` records."""
         self._consumer[0] = self.position + count * STRIDE
 
     def drain(self) -> Records | None:
-        """At most BATCH finished records in ring order, copied out and released; None where there are none."""
+        """Return at most BATCH finished records in ring order, copied out and released; None where there are none."""
         position = self.position
         count = min((self.end - position) // STRIDE, BATCH)
         if count == 0:
@@ -113,7 +113,7 @@ class Rings:
         return max(ring.fill for ring in self._rings)
 
     def peek(self) -> tuple[list[Records], int]:
-        """Each ring's records as they lie there, and the time (boot ns) up to which nothing is missing in them."""
+        """Return each ring's records, not copied, and the time (boot ns) up to which none is missing."""
         began = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
         ends = [ring.end for ring in self._rings]
         parts = [ring.peek() for ring in self._rings]
@@ -124,12 +124,12 @@ class Rings:
         return parts, self.complete_at
 
     def release(self, counts: list[int]) -> None:
-        """Give the space of that many records of each ring back."""
+        """Give back the space of that many records of each ring."""
         for ring, count in zip(self._rings, counts, strict=True):
             ring.release(count)
 
     def drain(self) -> tuple[list[Records], int]:
-        """One round: what every ring held as it began, and the time (boot ns) up to which nothing is missing now."""
+        """Read all rings once; return the records, and the time (boot ns) up to which none is missing now."""
         began = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
         batches, whole = [], True
         for ring in self._rings:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was there before the recording began: VMs, vCPUs, memory slots and live roots, read by a BPF task iterator.
+"""What existed before the recording began: VMs, vCPUs, memory slots and live roots, read by a BPF task iterator.
 
-A host with a stalled VM has no ioctl left to watch: its slots were set at boot and its vCPU threads sit in KVM_RUN. The
-iterator (bpf_iter, 5.8+) walks every process's table of descriptors, tells userspace which are KVM's, and tells the
-probes' own thread table which thread is which vCPU. It reads only, and holds nothing: a VM whose last descriptor is
-closed meanwhile ends in its owner's context, as it would without us.
+A host with a stalled VM makes no more ioctls that could be watched: its slots were set at boot and its vCPU threads sit
+in KVM_RUN. The iterator (bpf_iter, 5.8+) walks every process's table of descriptors, tells userspace which are KVM's,
+and tells the probes' own thread table which thread is which vCPU. It only reads, and holds nothing: a VM whose last
+descriptor is closed meanwhile ends in its owner's context, as it would without us.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from tracer import libbpf
 from traces.errors import ENVIRONMENT, Problem
 
 FUNCTION = "bpf_iter__task"
-TARGET = "bpf_iter_task"  # the kernel's, which it iterates by
+TARGET = "bpf_iter_task"  # the kernel function whose BTF id names the iterator
 
 _VM, _VCPU, _SLOT, _ROOT, _MORE, _END, _MORE_HERE = 1, 2, 3, 4, 5, 6, 7
 _RECORD = np.dtype([("type", "u4"), ("tgid", "u4"), ("kvm", "u8"), ("a", "u8"), ("b", "u8"), ("c", "u8"), ("x", "u4"),
                     ("y", "u4"), ("comm", "S16")])  # fmt: skip
-_DESCRIPTORS = 128  # that one pass looks at in each process
+_DESCRIPTORS = 128  # descriptors of each process that one pass looks at
 _PARTS = 64  # of a VM's slots: 32 for each address space
 _CHUNK = 1 << 16
 
@@ -48,13 +48,13 @@ def _link(program_fd: int) -> Iterator[int]:
 
 
 def _pass(link: int, *, first_only: bool) -> Records:
-    """What one pass writes: over all tasks, or only what it writes at the first."""
+    """Return what one pass of the iterator writes: over all tasks, or only at the first task."""
     try:
         stream = libbpf.iterate(link)
     except OSError as error:
         raise Problem(f"cannot read the snapshot iterator: bpf_iter refused ({error.strerror})", ENVIRONMENT) from None
     try:
-        # A read goes on over tasks until it has as many bytes as asked for; the next one first gives what is left over.
+        # A read continues over tasks until it has as many bytes as asked for; the next read begins with the rest.
         chunks = [os.read(stream, 1)] if first_only else []
         while chunk := os.read(stream, _CHUNK):
             chunks.append(chunk)
@@ -66,18 +66,21 @@ def _pass(link: int, *, first_only: bool) -> Records:
 
 
 def take(program_fd: int, ask: Ask) -> dict[str, Any]:
-    """{"vms": [{kvm, tgid, comm, fd, vcpus, slots, roots}]}: each VM alive now, frames as in the `table` column."""
+    """Return the VMs alive now: {"vms": [{kvm, tgid, comm, fd, vcpus, slots, roots}]}.
+
+    Frames are as in the `table` column.
+    """
     with _link(program_fd) as link:
         vms = _descriptors(link, ask)
         for vm in vms.values():
             _contents(link, ask, vm)
-        # Whatever ended meanwhile was read from memory that may be another's by then.
+        # What was read of a VM that ended meanwhile may be from memory that was reused.
         still = _descriptors(link, ask) if vms else {}
     return {"vms": [vm for kvm, vm in vms.items() if kvm in still]}
 
 
 def _descriptors(link: int, ask: Ask) -> dict[int, dict[str, Any]]:
-    """The VMs that some process has open, by pointer, each with its vCPUs."""
+    """Return the VMs that some process has open, by address of their struct kvm, each with its vCPUs."""
     vms: dict[int, dict[str, Any]] = {}
     vcpus: dict[int, dict[tuple[int, int], dict[str, int]]] = {}
     first, part, more = 0, 0, True
@@ -103,7 +106,7 @@ def _descriptors(link: int, ask: Ask) -> dict[int, dict[str, Any]]:
 
 
 def _contents(link: int, ask: Ask, vm: dict[str, Any]) -> None:
-    """Fill in a VM's slots and roots."""
+    """Fill in a VM's memory slots and roots."""
     seen: set[tuple[int, ...]] = set()
     for part in range(_PARTS):
         ask(0, vm["kvm"], part)

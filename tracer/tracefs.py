@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tracepoint formats, as tracefs prints them: which events exist here and where their fields lie in the record."""
+"""Tracepoint formats as tracefs prints them: which events this kernel has, and where fields lie in a record."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FIELD = re.compile(
 
 @dataclass(frozen=True)
 class Field:
-    """One field of a tracepoint's record: offset and size in bytes."""
+    """Where a field of a tracepoint's record lies: its offset and size in bytes."""
 
     offset: int
     size: int
@@ -29,7 +29,7 @@ class Field:
 
 
 def parse_format(text: str) -> dict[str, Field]:
-    """Fields of one tracepoint by name, from the text of its `format` file (common_* fields left out)."""
+    """Return the fields of a tracepoint by name, from its `format` file, without the common_* fields."""
     fields = {}
     for match in _FIELD.finditer(text):
         name = re.sub(r"\[.*\]$", "", match["decl"].split()[-1]).lstrip("*")
@@ -39,7 +39,7 @@ def parse_format(text: str) -> dict[str, Field]:
 
 
 def tracefs() -> Path | None:
-    """Where tracefs is mounted and readable, or None."""
+    """Return where tracefs is mounted and readable, or None."""
     for mount in MOUNT_POINTS:
         try:
             if (mount / "events").is_dir():
@@ -50,7 +50,7 @@ def tracefs() -> Path | None:
 
 
 def tracepoint(root: Path, where: str) -> dict[str, Field] | None:
-    """The fields of tracepoint `system:name`, or None where this kernel has no such event."""
+    """Return the fields of tracepoint `system:name`, or None where this kernel has no such event."""
     system, name = where.split(":")
     try:
         return parse_format((root / "events" / system / name / "format").read_text())
@@ -59,6 +59,6 @@ def tracepoint(root: Path, where: str) -> dict[str, Field] | None:
 
 
 def event_id(where: str) -> int:
-    """The kernel's number of tracepoint `system:name`. Raises OSError where there is none."""
+    """Return the kernel's number of tracepoint `system:name`. Raises OSError where there is none."""
     system, name = where.split(":")
     return int(((tracefs() or MOUNT_POINTS[0]) / "events" / system / name / "id").read_text())

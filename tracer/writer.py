@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The disk side of a recording: a thread that orders batches and writes segments, so that the drain never waits for it.
+"""The disk side of a recording: a thread that orders batches and writes segments, so that the drain never waits.
 
 Between drain and disk is a queue bounded in bytes. While the disk keeps up it is empty; when it does not, the queue
 fills, the rings fill behind it, and what they then refuse is counted by the probes.
@@ -34,7 +34,7 @@ _GAP = BY_NAME["gap"].code
 
 
 def prefer_this_thread() -> None:
-    """Let this thread run before others: a ring that is not emptied in time loses.
+    """Raise this thread's priority: a ring that is not emptied in time loses events.
 
     Drain and writer both need it. They share the interpreter's lock, and a writer that loses its CPU while it holds the
     lock would stop the drain as well.
@@ -44,12 +44,12 @@ def prefer_this_thread() -> None:
 
 
 class Sink(Protocol):
-    """What a recorder gives its records to, round by round; `error` is what it failed with."""
+    """Takes a recorder's records, round by round; `error` is what it failed with."""
 
     error: Exception | None
 
     def write(self, batches: Sequence[Records], complete_at: int) -> None:
-        """Take one round of the rings; nothing from before `complete_at` (boot ns) is missing after it."""
+        """Take one round of the rings, after which no record from before `complete_at` (boot ns) is missing."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class OrderedThread:
     """
 
     def __init__(self, name: str, limit: int = QUEUE_BYTES) -> None:
-        """`limit` is how many bytes may wait for the thread; whoever brings more waits."""
+        """`limit` is how many bytes may wait for the thread; a caller that brings more has to wait."""
         self._order = Order()
         self._queue: queue.SimpleQueue[_Round | Callable[[], None] | None] = queue.SimpleQueue()
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -83,11 +83,11 @@ class OrderedThread:
         self._queue.put(_Round(batches, complete_at))
 
     def _then(self, work: Callable[[], None]) -> None:
-        """Queue work for the thread; everything before it that can be given out is given out first."""
+        """Queue work for the thread, which first gives out all earlier records that can be given out."""
         self._queue.put(work)
 
     def _end(self) -> None:
-        """Have everything given out and the thread ended. Raises what it failed with."""
+        """Give out everything and end the thread. Raises what it failed with."""
         self._queue.put(None)
         self._thread.join()
         if self.error:
@@ -114,15 +114,15 @@ class OrderedThread:
             self._store(parts)
 
     def _store(self, parts: Sequence[Records]) -> None:
-        """Take records, in the order of time; no part is empty."""
+        """Take records, in order of time; no part is empty."""
         raise NotImplementedError
 
 
 class SegmentThread(OrderedThread):
-    """Owns the recording's directory; takes records and manifest changes, keeps what the disk refused in `error`.
+    """Stores records and manifest changes in the recording's directory; `error` is what the disk refused.
 
     With `max_events` it stores that many, the first in order of time; with `max_bytes` it stops after the batch
-    (BATCH_ROWS events) with which its directory has reached that size. `full` then says so. What came later is no part
+    (BATCH_ROWS events) with which its directory has reached that size. `full` then says so. What came later is not part
     of the recording: `turned_away` counts it by kind code and CPU. Gaps are always stored.
     """
 
@@ -144,7 +144,7 @@ class SegmentThread(OrderedThread):
         return self._segments.bytes_written
 
     def flush(self, manifest: Callable[[], Mapping[str, Any]]) -> None:
-        """Queue a flush of everything before it; the manifest's changes are gathered then, by the writer's thread."""
+        """Queue a flush of all earlier records; the writer's thread then calls `manifest` for the changes."""
 
         def work() -> None:
             self._segments.flush()
@@ -153,7 +153,7 @@ class SegmentThread(OrderedThread):
         self._then(work)
 
     def close(self, manifest: Callable[[], Mapping[str, Any]]) -> None:
-        """Write out the queue and end the recording; the changes are gathered then. Raises what the disk refused."""
+        """Write out the queue and end the recording, with last changes. Raises what the disk refused."""
         self._end()
         self._segments.close(manifest())
 

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""The trace format: how traces are stored, read, checked, imported and made up, and what each kernel's KVM does."""
+
 import os
 import sys
 

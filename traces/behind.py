@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work for a second thread: what Arrow compresses and encodes, and what is read, holds no interpreter meanwhile."""
+"""A second thread for work that runs without the interpreter's lock, such as reading, and compressing by Arrow."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ Item = TypeVar("Item")
 
 
 class Behind:
-    """Does what it is given while the caller goes on, in order; it holds one piece of work, so that memory is bounded.
+    """Runs work on a second thread while the caller goes on, one piece at a time, so that memory is bounded.
 
-    What a piece of work raised comes out of the next call.
+    An exception that a piece of work raised is raised by the next call.
     """
 
     def __init__(self) -> None:
@@ -21,23 +21,23 @@ class Behind:
         self._begun: Future[None] | None = None
 
     def do(self, work: Callable[[], None]) -> None:
-        """Begin with this once all before it is done."""
+        """Wait until the work before is done, then begin this piece of work."""
         self.wait()
         self._begun = self._thread.submit(work)
 
     def wait(self) -> None:
-        """Until all is done."""
+        """Wait until all work is done."""
         begun, self._begun = self._begun, None
         if begun is not None:
             begun.result()
 
     def end(self) -> None:
-        """Wait, whatever comes of it; nothing is done after that."""
+        """End the thread once its work is done, whatever came of it; nothing can be begun after that."""
         self._thread.shutdown()
 
 
 def ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """The items; each is made while the caller is busy with the one before."""
+    """Yield the items; each is made on a second thread while the caller works on the one before."""
     with ThreadPoolExecutor(1) as thread:
         following = thread.submit(next, items, None)
         while (item := following.result()) is not None:

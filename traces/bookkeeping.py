@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What compaction counts while the rows go by: kinds, loss, vCPUs, threads, gaps."""
+"""What compaction counts while the rows pass: kinds, loss, vCPUs, threads, gaps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Loss = dict[str, dict[str, dict[str, int]]]
 
 
 class Books:
-    """Counts per kind and CPU, and the small tables of who was there."""
+    """Counts rows by kind and CPU, and lists the threads, vCPUs and gaps that occur."""
 
     def __init__(self) -> None:
         self.events = 0
@@ -71,7 +71,7 @@ class Books:
                     self._vcpus.setdefault((value >> 47, (value >> 32) & 0x7FFF, value & 0xFFFFFFFF))
 
     def kinds(self) -> dict[str, int]:
-        """Stored rows by kind name, those that occur."""
+        """Return the number of stored rows by kind name, of the kinds that occur."""
         totals = self._counts.sum(axis=1)
         counts: dict[str, int] = {}
         for code in np.flatnonzero(totals).tolist():
@@ -85,12 +85,12 @@ class Books:
         return [{"id": vcpu, "tid": tid} for owner, vcpu, tid in sorted(self._vcpus) if owner == vm]
 
     def loss(self, reported: Any) -> tuple[Loss, list[str]]:
-        """The loss table with what is stored, and one line for each kind where emitted is not stored plus lost."""
+        """Return the loss table with what is stored, and a line for each kind with events that are unaccounted for."""
         if not isinstance(reported, dict):
             return {}, ["the recorder left no loss counts"]
         stored: dict[str, dict[str, int]] = {str(name): {} for name in reported}
         for code, cpu in np.argwhere(self._counts).tolist():
-            if code not in _OWN:  # nothing emits them
+            if code not in _OWN:  # rows of the recorder's own kinds are not emitted by probes
                 cpus = stored.setdefault(kind_name(code), {})
                 cpus[str(cpu)] = cpus.get(str(cpu), 0) + int(self._counts[code, cpu])
         table: Loss = {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Documents for machines: what `--json` prints of any verb."""
+"""The JSON documents that `--json` prints."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ SCHEMA = 1
 
 
 def print_json(document: dict[str, Any], schema: int = SCHEMA) -> None:
-    """Print a document with its schema version first: `schema` where a verb's document has left version 1."""
+    """Print a document with its schema version first, which is `schema` where a verb has left version 1."""
     print(json.dumps({"schema": schema, **document}, indent=2))

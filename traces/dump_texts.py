@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why a flight recorder wrote a dump, in words, for those who read it."""
+"""Why a flight recorder wrote a dump, as text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BY_HAND: Final = {"manual": "asked for by hand (`kvmtrace dump`)", "signal": "a
 
 
 def dump_texts(meta: Metadata) -> list[str]:
-    """What asked for this dump, and what else is to be known of it, a line each; none of an ordinary recording."""
+    """Return lines on what asked for this dump, and what else a reader must know; none for other recordings."""
     facts = object_at(meta.raw, "flight")
     if not facts:
         return []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are there after a crash: write whole buffers, fsync, replace by rename.
+"""Files that survive a crash: write whole buffers, fsync, replace by rename.
 
 Every write, fsync and rename of a trace goes through these functions, which is also where tests make the n-th one fail.
 """
@@ -23,7 +23,7 @@ def write_all(fd: int, data: bytes | bytearray | memoryview) -> None:
 
 
 def create_beside(path: Path) -> tuple[Path, int]:
-    """A new file in the directory of `path`, to be renamed to it, and its descriptor; its name was nobody's."""
+    """Create a file with an unused name next to `path`, to be renamed to it; return its path and descriptor."""
     while True:
         temporary = path.with_name(f".kvmtrace-{secrets.token_hex(4)}.tmp")  # short: `path` may be as long as names get
         with contextlib.suppress(FileExistsError):
@@ -31,7 +31,7 @@ def create_beside(path: Path) -> tuple[Path, int]:
 
 
 def sync(fd: int) -> None:
-    """Make the file's contents durable."""
+    """Make the contents of the open file durable; raises OSError."""
     os.fsync(fd)
 
 
@@ -45,20 +45,20 @@ def sync_directory(directory: Path) -> None:
 
 
 def replace(temporary: Path, final: Path) -> None:
-    """Give a synced temporary file its final name, durably; whoever looks sees the old file or the whole new one."""
+    """Give a synced temporary file its final name, durably; a reader finds the old file or the whole new one."""
     temporary.replace(final)
     sync_directory(final.parent)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> int:
-    """Replace `path` by `value` as JSON, durably; the size in bytes."""
+    """Replace `path` by `value` as JSON, durably; return the size in bytes."""
     data = json.dumps(value, indent=1).encode()
     write_file(path, data)
     return len(data)
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Replace `path` by these bytes, durably; what was there stays where that fails (OSError)."""
+    """Replace `path` by these bytes, durably; if that fails (OSError), the old file stays."""
     temporary, fd = create_beside(path)
     try:
         try:

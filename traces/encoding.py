@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a trace lies in its file: the encodings that `benchmarks/format.py` found best, and CRCs over every byte.
 
-A trace is an ordinary Parquet file. Between the last row group and the footer, where Parquet allows anything, stand 12
-bytes of ours: `KVMTRACE` and the CRC-32 of the rest of the file. The row groups' own CRCs are in the footer's metadata.
-A reader therefore sees damage before it decodes anything.
+A trace is an ordinary Parquet file. Between the last row group and the footer, where Parquet allows anything, are 12
+bytes of its own: `KVMTRACE` and the CRC-32 of the rest of the file. The row groups' own CRCs are in the footer's
+metadata. A reader therefore finds damage before it decodes anything.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ OPTIONS: Final[dict[str, Any]] = {
 
 
 class Texts(Protocol):
-    """What of an import has texts and no columns."""
+    """The texts of an import's rows for which there are no columns."""
 
     def column(self, rows: pa.RecordBatch) -> pa.Array:
-        """The texts of rows of SCHEMA, null where there is none."""
+        """Return the texts of rows of SCHEMA, null where a row has none."""
 
 
 class TraceFile:
-    """A trace in the making: row groups with their CRC, metadata at the end, visible only when finished."""
+    """A trace that is being written: row groups with CRCs, metadata at the end, visible only when finished."""
 
     def __init__(
         self, path: Path, kind: FileKind = RECORDING, *, force: bool = False, texts: Texts | None = None
     ) -> None:
-        """`texts` of rows of the kind `other`, where there are any: a column more."""
+        """`texts` adds a column with the texts of rows of the kind `other`."""
         self.path = path
         self._texts = texts
         schema = SCHEMA if texts is None else SCHEMA.append(TEXT)
@@ -81,12 +81,12 @@ class TraceFile:
         self._places.append({"offset": offset, "size": self._sink.position - offset, "crc32": self._sink.crc32})
 
     def places(self) -> list[dict[str, int]]:
-        """Of each row group, all of which are then written, where its bytes lie and their CRC-32."""
+        """Wait until all row groups are written; return for each where its bytes lie and their CRC-32."""
         self._behind.wait()
         return self._places
 
     def finish(self, metadata: dict[bytes, bytes]) -> int:
-        """Write seal and footer, make the file durable under its name; its size in bytes."""
+        """Write the seal and the footer, make the file durable under its name; return its size in bytes."""
         self._behind.wait()
         self._sink.hold()
         self._writer.add_key_value_metadata(metadata)
@@ -103,7 +103,7 @@ class TraceFile:
 
 
 class _Sink:
-    """The file object that Arrow writes to. Keeps count and CRC; holds the footer back until its CRC is known."""
+    """The file object that Arrow writes to: it counts bytes and computes the CRC, and holds the footer back."""
 
     def __init__(self, output: Output) -> None:
         self.closed = False
@@ -122,23 +122,23 @@ class _Sink:
         return len(view)
 
     def flush(self) -> None:
-        """Arrow calls it; what is held back stays so."""
+        """Do nothing: Arrow calls it, and what is held back stays so."""
 
     def close(self) -> None:
-        """Arrow calls it after the footer; the file stays open for `end`."""
+        """Do nothing: Arrow calls it after the footer, and the file stays open for `end`."""
 
     def hold(self) -> None:
-        """Keep what comes from now on, the footer, for `end`."""
+        """Hold back what is written from now on, which is the footer, until `end`."""
         self._held = []
 
     def end(self) -> None:
-        """Write the seal and what was held."""
+        """Write the seal and what was held back."""
         footer = b"".join(self._held or ())
         self._write(memoryview(MAGIC + zlib.crc32(footer).to_bytes(4, "little") + footer))
         self.abandon()
 
     def abandon(self) -> None:
-        """Take no more; what Arrow's writer still sends when it is collected goes nowhere."""
+        """Ignore later writes, such as those of Arrow's writer when it is garbage-collected."""
         self._held = []
         self.closed = True
 

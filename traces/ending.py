@@ -2,7 +2,7 @@
 """How a command ends, whatever happens: its exit code, and at most one line on standard error.
 
 0 fine, 1 a verdict or a gate failed, 2 bad input, bad usage or nowhere to write, 3 the environment lacks something, 130
-^C. What happens to standard output does not change a verdict: where nobody reads on (`| head`) the rest is dropped.
+^C. What happens to standard output does not change a verdict: if its reader has gone (`| head`), the rest is dropped.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _USAGE: Final[Any] = typer.BadParameter.__base__  # UsageError of click, or of t
 
 
 class _Standard(io.FileIO):
-    """Standard output or error. Once nobody reads it, what is written goes nowhere."""
+    """Standard output or error; once its reader has gone, what is written is dropped."""
 
     def __init__(self, fd: int) -> None:
         super().__init__(fd, "w", closefd=False)
@@ -67,7 +67,7 @@ def _invoke(app: typer.Typer) -> int:
 
 
 def _code_of(work: Callable[[], int | None]) -> int:
-    """The exit code of some work; what it raised is printed."""
+    """Return the exit code of some work; what it raised is printed as one line."""
     try:
         code = work() or 0
     except KeyboardInterrupt:
@@ -82,8 +82,8 @@ def _code_of(work: Callable[[], int | None]) -> int:
 
 
 def _told(error: BaseException) -> int:
-    """Say what happened; the exit code."""
-    if isinstance(error, SystemExit):  # of shell completion, whose 1 is no verdict
+    """Print what happened, and return the exit code."""
+    if isinstance(error, SystemExit):  # from shell completion, whose 1 is no verdict
         return BAD_INPUT if error.code else 0
     if isinstance(error, BrokenPipeError):
         return 0
@@ -112,10 +112,10 @@ def _told(error: BaseException) -> int:
 
 
 def _open_standard_streams() -> None:
-    """Standard streams that never fail with a traceback, nor on a character, nor where the caller has closed them.
+    """Replace standard streams, so that none fails with a traceback, on a character, or if it was closed.
 
-    A closed one is opened, lest the next file that is opened takes its place: output for reading, so that writing to
-    it fails with EBADF as if it were closed.
+    A closed one is opened, lest the next file that is opened takes its place: output for reading, so that writing to it
+    fails with EBADF as if it were closed.
     """
     for fd, stream in ((0, sys.stdin), (1, sys.stdout), (2, sys.stderr)):
         if stream is None:

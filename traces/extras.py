@@ -35,20 +35,20 @@ def have(package: str) -> bool:
 
 
 def how_to_get(package: str, extra: str = "") -> str:
-    """The command that installs what brings a package, into the Python that runs this."""
+    """Return the command that installs what brings a package, into the Python that runs this."""
     if Path(__file__).is_relative_to(_DEBIAN):
         return "apt-get install kvmtrace-report"
     return f"{sys.executable} -m pip install 'kvmtrace[{extra or EXTRAS[package]}]'"
 
 
 def need(package: str, what: str, extra: str = "") -> None:
-    """Refuse to begin with what needs a package that is not installed; `extra` is the least that brings it."""
+    """Raise Problem if a package that `what` needs is not installed; `extra` is the smallest extra that brings it."""
     if not have(package):
         raise Problem(f"{what} needs {package}, which is not installed: {how_to_get(package, extra)}", ENVIRONMENT)
 
 
 def missing(error: ImportError) -> str | None:
-    """The line for a user where a package of an extra is not installed; None of any other failed import."""
+    """Return the line for a user if a package of an extra is not installed; None for any other failed import."""
     package = (error.name or "").partition(".")[0]
     if package == "cython":
         return "its modules are not compiled: install gcc, libc6-dev and python3-dev, then kvmtrace again"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flatbuffers, as much of them as Arrow's messages need: https://flatbuffers.dev/internals.
+"""Flatbuffers, as far as Arrow's messages need them: https://flatbuffers.dev/internals.
 
-Written once from the front: what a table refers to follows it. Each number takes 8 bytes, which in this byte order hold
-the shorter ones as well.
+A buffer is written once, from the front: what a table refers to follows it. Each number takes 8 bytes, which in
+little-endian order serve for shorter ones as well.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ Node: TypeAlias = "int | bytes | Sequence[Node] | NDArray[np.int64] | Mapping[in
 
 
 def flat_buffer(root: Node) -> bytes:
-    """The bytes of a table and all that it refers to, a multiple of 8."""
+    """Return the bytes of a table and of all that it refers to, padded to a multiple of 8."""
     out = bytearray(8)
     struct.pack_into("<I", out, 0, _lay(out, root))
     return bytes(out) + bytes(-len(out) % 8)
 
 
 def _lay(out: bytearray, node: Node) -> int:
-    """Append a node that is no number; where it begins."""
+    """Append a node that is not a number, and return where it begins."""
     out += bytes(-len(out) % 8)
     at = len(out)
     if isinstance(node, bytes):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a file is that is no trace: named by its first bytes, with what takes it, or what to do with it."""
+"""What a file is that is not a trace, by its first bytes, and which command takes it or what else to do with it."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ _KNOWN: Final = [
 
 
 def check_whole_parquet(path: Path, wanted: str) -> None:
-    """Raise a Problem unless `path` is a file that begins and ends as Parquet does; `wanted` says what else it is not.
+    """Raise Problem unless `path` is a file that begins and ends as Parquet does.
 
-    Such as: "not a kvmtrace trace".
+    `wanted` is what the message says that it is not, such as "not a kvmtrace trace".
     """
     try:
         status = path.stat()
@@ -82,14 +82,14 @@ def check_whole_parquet(path: Path, wanted: str) -> None:
 
 
 def of_parquet(path: Path) -> str:
-    """What a whole Parquet file is that has not the seal of a trace."""
+    """Return what a whole Parquet file is that does not have the seal of a trace."""
     if outputs.kind_of_parquet(path) == outputs.RESULT:
         return "the result of a replay: `kvmtrace report`, `diff` and `export` take it"
     return f"a Parquet file that kvmtrace did not write: {_RECORD}"
 
 
 def of_no_directory(path: Path) -> str:
-    """What something is that was taken for a directory in which a recorder left a recording."""
+    """Return what a path is that was taken for a directory in which a recorder left a recording."""
     if not path.is_file():
         return "not even a file"
     with path.open("rb") as file:
@@ -100,7 +100,7 @@ def of_no_directory(path: Path) -> str:
 
 
 def named(path: Path, head: bytes) -> str:
-    """What a file is by its first bytes, and what to do with it."""
+    """Return what a file is by its first bytes, and what to do with it."""
     return _named(path, head)
 
 

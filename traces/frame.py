@@ -24,7 +24,7 @@ _CHUNK: Final = 1 << 18
 
 
 def check_footer(path: Path) -> int:
-    """Check magics and the footer's CRC; where the row groups end. Raises Problem."""
+    """Check the magics and the footer's CRC; return where the row groups end. Raises Problem."""
     foreign.check_whole_parquet(path, NO_TRACE)
     try:
         size = path.stat().st_size
@@ -46,7 +46,7 @@ def check_footer(path: Path) -> int:
 
 
 def crc_of(path: Path, offset: int, size: int) -> int | None:
-    """CRC-32 of `size` bytes at `offset`; None where the file ends before."""
+    """Return the CRC-32 of `size` bytes at `offset`; None where the file ends before."""
     crc = 0
     buffer = memoryview(bytearray(min(size, _CHUNK)))
     try:
@@ -64,7 +64,7 @@ def crc_of(path: Path, offset: int, size: int) -> int | None:
 
 
 def check_schema(path: Path, schema: pa.Schema) -> None:
-    """Every column of this version is there with its type; columns of other names are none of our business."""
+    """Raise Problem unless each column of this version is there with its type; other columns are ignored."""
     for field in SCHEMA:
         positions = schema.get_all_field_indices(field.name)
         if len(positions) != 1:
@@ -79,10 +79,10 @@ def check_schema(path: Path, schema: pa.Schema) -> None:
 
 
 def check_row_groups(path: Path, footer: Any, metadata: Metadata, rows_end: int) -> None:
-    """Parquet's footer and our own index tell one story, in sizes that rows can have, and cover every byte.
+    """Raise Problem unless Parquet's footer and our own index agree, with possible sizes, on every byte.
 
-    Of single columns nothing is asked here: where a forged footer makes Arrow throw, pyarrow's view of a column ends
-    the process (26.0: `RowGroupMetaData.column` declares no exception), while decoding raises.
+    Single columns are not examined here: where a forged footer makes Arrow throw, pyarrow's view of a column ends the
+    process (26.0: `RowGroupMetaData.column` declares no exception), while decoding raises.
     """
     groups = metadata.row_groups
     fits = footer.num_row_groups == len(groups) and footer.num_rows == metadata.events

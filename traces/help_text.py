@@ -7,14 +7,14 @@ _KEPT = "\b"  # click wraps no paragraph that begins with this on a line of its 
 
 
 def examples(*lines: str, note: str = "") -> str:
-    """A verb's epilog: a note, if any, and examples, whose own line ends are kept."""
+    """Return a verb's epilog: a note, if any, and examples, whose own line ends are kept."""
     head = "Example:" if len(lines) == 1 else "Examples:"
     shown = [f"  {part}" for line in lines for part in line.splitlines()]
     return "\n".join([*([note, ""] if note else []), _KEPT, head, *shown])
 
 
 def examples_of(epilog: str) -> tuple[str, list[str]]:
-    """The note and the examples of an epilog that `examples` made."""
+    """Return the note and the examples of an epilog that `examples` made."""
     note, _, rest = epilog.partition(_KEPT)
     found: list[str] = []
     for line in rest.splitlines():

@@ -38,7 +38,7 @@ CREATED: Final = 1  # bit 0 of kvm_mmu_get_page's flags
 
 @dataclass
 class VmIdentity:
-    """One VM: `since` is None where it was alive at the start, `until` None where no destruction was seen (ns)."""
+    """One VM. `since` (ns) is None where it existed at the start, `until` where its destruction was not recorded."""
 
     id: int
     pointer: int
@@ -60,7 +60,7 @@ class RootIdentity:
 
 
 class _Change(NamedTuple):
-    """From `row` of a batch on, the only VM of process `tgid` is `after` (0: none or several), until then `before`."""
+    """From `row` of a batch on, `after` is the only VM of process `tgid`, before it `before` (0: none or several)."""
 
     row: int
     tgid: int
@@ -90,7 +90,7 @@ class Identities:
                 self._user_of[table] = owner
 
     def resolve(self, columns: Columns, first_seq: int) -> tuple[Ints, Ints]:
-        """(VM ids, root ids) of one batch, whose first row has number `first_seq`."""
+        """Return (VM ids, root ids) of one batch, whose first row has number `first_seq`."""
         vm, changes = self._by_pointer_life(columns)
         self._by_table_user(columns, vm)
         self._by_process(columns, vm, changes)
@@ -108,7 +108,8 @@ class Identities:
         lives = follow(codes, current, born, np.zeros(len(kind), np.bool_), len(self.vms) + 1)
         ids = np.maximum(lives.ids, 0)
 
-        # The few rows that change which VM a process has, in order; of one row: birth, process learnt, death.
+        # The few rows that change which VM a process has, in order. Of one row's changes, a VM's birth comes first,
+        # then that its process is known, then its death.
         strangers = [vm.id for vm in known if vm and not vm.tgid] + ids[lives.began[~born[lives.began]]].tolist()
         met = np.flatnonzero(on_vcpu & np.isin(ids, strangers)) if strangers else lives.began[:0]
         met = met[np.unique(ids[met], return_index=True)[1]]
@@ -139,7 +140,8 @@ class Identities:
         """Fill in the VM of rows that have a table or root but no pointer; remember who uses which frame.
 
         Tables are freed by RCU callbacks, which know no VM, and removed by threads of which only the VM they served
-        last is known, which in a process of several may be another: whoever got the page last had it.
+        last is known, which in a process with several VMs may be another. A table therefore belongs to the VM that got
+        its page last.
         """
         frame = np.where(np.isin(columns["kind"], PAGE_KINDS), columns["w1"], columns["root"])
         rows = np.flatnonzero((frame != 0) & (columns["kind"] != GAP))
@@ -163,7 +165,7 @@ class Identities:
         self._user_of.update(zip(frames.tolist(), last.tolist(), strict=True))
 
     def _by_process(self, columns: Columns, vm: Ints, changes: list[_Change]) -> None:
-        """Fill in the VM of rows that have nothing but their process, where that has exactly one VM alive."""
+        """Fill in the VM of rows of which only the process is known, where it has exactly one VM alive."""
         rows = np.flatnonzero(vm == 0)
         if not len(rows):
             return

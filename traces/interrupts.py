@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ^C does: one line and exit code 130, from the first import on.
 
-The command (scripts/kvmtrace) has Python answer ^C before that, and kvmtrace.py imports this module before all others.
-Until the command line is loaded nothing was begun that would have to be put away, so that the process may end on the
-spot: a KeyboardInterrupt in the middle of an import is not always one when it comes out of it (extension modules make
-it an ImportError, polars panics). From then on (`unwinding`) it is raised, so that temporary files go, after the import
-that is under way, if one is.
+The command (scripts/kvmtrace) makes Python answer ^C before that, and kvmtrace.py imports this module before all
+others. Until the command line is loaded nothing was begun that would have to be cleaned up, so that the process may end
+on the spot: a KeyboardInterrupt in the middle of an import does not always come out of it as one (extension modules
+make it an ImportError, polars panics). From then on (`unwinding`) it is raised, so that temporary files are removed,
+after the import that is under way, if one is.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ happened = False
 
 
 def unwinding() -> None:
-    """From now on ^C raises KeyboardInterrupt, and `happened` tells, whatever becomes of that."""
+    """Make ^C raise KeyboardInterrupt from now on, and set `happened`, whatever becomes of the exception."""
     if _heard():
         signal.signal(signal.SIGINT, _raise)
         signal.signal(signal.SIGALRM, _raise)
 
 
 def ignored() -> None:
-    """From now on ^C does nothing: the command is done, and the interpreter's own end takes a moment."""
+    """Make ^C do nothing from now on: the command is done, and the interpreter's own end takes a moment."""
     if signal.getsignal(signal.SIGINT) is _raise:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGALRM, signal.SIG_IGN)
 
 
 def stop_if_interrupted() -> None:
-    """For threads, which no signal reaches: raise KeyboardInterrupt where the main thread was interrupted."""
+    """Raise KeyboardInterrupt if the main thread was interrupted: for threads, which no signal reaches."""
     if happened:
         raise KeyboardInterrupt
 
 
 def end() -> NoReturn:
-    """Say that it was interrupted, and end; threads are not waited for."""
+    """Print that the command was interrupted, and end; threads are not waited for."""
     try:
         os.write(2, _LINE)
     finally:
@@ -75,7 +75,7 @@ def _importing(frame: FrameType | None) -> bool:
 
 
 def _heard() -> bool:
-    """Whether ^C is for us: it is ignored by what runs behind a shell's `&`, and others may have a handler."""
+    """Whether ^C is to be handled here: a shell's `&` has it ignored, and others may have a handler."""
     handler = signal.getsignal(signal.SIGINT)
     ours = getattr(handler, "__module__", "") == "__main__" and getattr(handler, "__name__", "") == "end"
     return ours or handler in (signal.default_int_handler, _end)

@@ -51,13 +51,13 @@ IOCTLS: Final = {
 
 
 def user_exit_name(reason: int, ret: int) -> str:
-    """`KVM_EXIT_IO`; where KVM_RUN failed (`ret` below 0) its error: `KVM_RUN: EINTR`."""
+    """Return a name such as `KVM_EXIT_IO`, or the error where KVM_RUN failed (`ret` < 0): `KVM_RUN: EINTR`."""
     if ret < 0:
         return f"KVM_RUN: {errno.errorcode.get(-ret, -ret)}"
     return f"KVM_EXIT_{USER_EXITS.get(reason, reason)}"
 
 
 def ioctl_name(command: int) -> str:
-    """`KVM_SET_USER_MEMORY_REGION`; the number where it has no name."""
+    """Return a name such as `KVM_SET_USER_MEMORY_REGION`; the number where an ioctl has no name."""
     name = IOCTLS.get(command)
     return f"KVM_{name}" if name else f"{command:#x}"

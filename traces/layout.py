@@ -14,7 +14,7 @@ _FEW: Final = 4  # rows that may become columns rather than lose some
 
 @dataclass(frozen=True)
 class TextColumn:
-    """A column: numbers stand to the right. `level`: those of the highest go first where there is no room."""
+    """A column of text; numbers are aligned to the right. Columns of the highest `level` are left out first."""
 
     title: str
     right: bool = True
@@ -22,7 +22,7 @@ class TextColumn:
 
 
 def aligned(cells: Sequence[Sequence[str]], right: Sequence[bool]) -> list[str]:
-    """Rows of cells, columns at least two blanks apart."""
+    """Return rows of cells as lines, with columns at least two blanks apart."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return [
         (" " * GAP)
@@ -35,12 +35,12 @@ def aligned(cells: Sequence[Sequence[str]], right: Sequence[bool]) -> list[str]:
 
 
 def turned(cells: Sequence[Sequence[str]]) -> list[str]:
-    """The same, each row a column: for few rows that are too wide."""
+    """Return rows of cells as lines, transposed, each row a column: for few rows that are too wide."""
     return aligned(list(zip(*cells, strict=True)), [False, *[True] * (len(cells) - 1)])
 
 
 def parted(cells: Sequence[Sequence[str]], right: Sequence[bool], width: int) -> list[str]:
-    """The same as tables one below the other, each with the first columns, which tell rows apart; empty if too wide."""
+    """Return several tables one below the other, each with the columns that tell rows apart; empty if too wide."""
     titles, *rows = cells
     keys = next((n for n in range(1, len(titles)) if len({tuple(row[:n]) for row in rows}) == len(rows)), len(titles))
     lines: list[str] = []
@@ -59,7 +59,7 @@ def parted(cells: Sequence[Sequence[str]], right: Sequence[bool], width: int) ->
 
 
 def listed(cells: Sequence[Sequence[str]], width: int) -> list[str]:
-    """The same where there is no room for columns: a paragraph a row, without what is empty."""
+    """Return a paragraph for each row, without its empty cells: for rows that have no room as columns."""
     titles, *rows = cells
     lines = []
     for row in rows:
@@ -69,7 +69,7 @@ def listed(cells: Sequence[Sequence[str]], width: int) -> list[str]:
 
 
 def fitted(columns: Sequence[TextColumn], rows: Sequence[Sequence[str]], width: int) -> list[str]:
-    """Header and rows within a width: as a table, turned if that keeps all of few rows, or with fewer columns.
+    """Return header and rows as lines within a width: as a table, transposed if few rows fit so, or with fewer columns.
 
     Where not even that fits it is in parts, or listed. Columns without any text are left out.
     """
@@ -89,7 +89,7 @@ def fitted(columns: Sequence[TextColumn], rows: Sequence[Sequence[str]], width: 
 
 
 def whole_width(columns: Sequence[TextColumn], rows: Sequence[Sequence[str]]) -> int:
-    """How wide a table with all of its columns is."""
+    """Return how wide a table with all of its columns is."""
     return max(map(len, aligned([[column.title for column in columns], *rows], [column.right for column in columns])))
 
 
@@ -98,5 +98,5 @@ def _too_wide(lines: Sequence[str], width: int) -> bool:
 
 
 def wrapped(text: str, width: int, indent: str = "  ") -> list[str]:
-    """Text in lines of at most this width, all but the first indented."""
+    """Return a text in lines of at most this width, all but the first indented."""
     return textwrap.wrap(text, width, subsequent_indent=indent, break_on_hyphens=False) or [""]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows for polars: batches that our own reader has decoded and checked, as a LazyFrame.
 
-polars's own Parquet reader is let near no file: on some hostile ones it aborts the process, where Arrow raises. A
+polars' own Parquet reader is not used for any file: on some hostile ones it aborts the process, where Arrow raises. A
 Problem that the reader raises comes out of `collect` as it is.
 """
 
@@ -15,7 +15,7 @@ from polars.io.plugins import register_io_source
 
 
 def lazy_rows(schema: pl.Schema, batches: Callable[[Collection[str] | None], Iterator[pa.RecordBatch]]) -> pl.LazyFrame:
-    """The rows of `batches(columns)` (None: all of the schema), read anew for each `collect`."""
+    """Return the rows of `batches(columns)` (None: all of the schema), which are read anew for each `collect`."""
 
     def frames(
         columns: list[str] | None, predicate: pl.Expr | None, limit: int | None, _size: int | None

@@ -19,7 +19,7 @@ Flags = NDArray[np.bool_]
 
 
 def dense(values: NDArray[np.generic]) -> tuple[Ints, NDArray[np.generic]]:
-    """Codes 0, 1, ... in order of first appearance, and the value of each code."""
+    """Return codes 0, 1, ... of the values in order of first appearance, and the value of each code."""
     if len(values) and bool((values == values[0]).all()):
         return np.zeros(len(values), np.int64), values[:1]
     codes, firsts = numbered(np.ascontiguousarray(values, np.uint64))
@@ -27,14 +27,14 @@ def dense(values: NDArray[np.generic]) -> tuple[Ints, NDArray[np.generic]]:
 
 
 def first_rows(codes: Ints, count: int) -> Ints:
-    """The first row of each of the codes 0..count-1, all of which occur."""
+    """Return the first row of each of the codes 0..count-1, all of which occur."""
     rows = np.empty(count, np.int64)
     rows[codes[::-1]] = np.arange(len(codes) - 1, -1, -1)
     return rows
 
 
 class Lives(NamedTuple):
-    """`ids` of every row's life; `current` life of each code after the batch (0: none); rows where lives `began`."""
+    """The lives in a batch: `ids` by row, `current` by code after the batch (0: none), and rows where one `began`."""
 
     ids: Ints
     current: Ints
@@ -70,6 +70,6 @@ def follow(codes: Ints, current: Ints, born: Flags, dying: Flags, next_id: int) 
 
 
 def fill_forward(values: Ints, known: Flags) -> Ints:
-    """Each row's value, or that of the nearest known row before it; the first row must be known."""
+    """Return each row's value, or that of the nearest known row before it; the first row must be known."""
     rows = np.where(known, np.arange(len(values)), 0)
     return values[np.maximum.accumulate(rows)]

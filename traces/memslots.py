@@ -40,7 +40,7 @@ class Memslots:
     """Collects slot changes batch by batch; `of_vm` then gives a VM's slots with their times."""
 
     def __init__(self) -> None:
-        self._pending: dict[int, list[Any]] = {}  # by thread: its change and whether it took effect
+        self._pending: dict[int, list[Any]] = {}  # by thread: the change in progress and whether it succeeded
         self._changes: list[list[Any]] = []
 
     def add(self, columns: Columns, vm: Ints) -> None:
@@ -61,11 +61,10 @@ class Memslots:
             self._pending[tid] = entry
 
     def of_vm(self, vm: int, at_start: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Slots as {slot, as_id, gfn, pages, hva, flags, since, until}, oldest first.
+        """Return a VM's slots as {slot, as_id, gfn, pages, hva, flags, since, until}, oldest first.
 
-        Times are ns; `since` None means since before the recording, `until` None to its end.
-
-        `assumed` marks a slot whose ioctl was not seen to end; it is taken to have succeeded.
+        Times are ns; `since` None means since before the recording, `until` None to its end. `assumed` marks a slot
+        whose ioctl was not seen to end; it is taken to have succeeded.
         """
         slots = [dict(slot, since=None, until=None) for slot in at_start]
         live = {(int(slot["as_id"]), int(slot["slot"])): slot for slot in slots}

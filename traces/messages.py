@@ -8,11 +8,11 @@ import sys
 
 
 def tell(line: str) -> None:
-    """A line as it is, unless the terminal is gone: its SIGHUP ends a recording like any other signal."""
+    """Print a line, unless the terminal is gone: its SIGHUP ends a recording like any other signal."""
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr)
 
 
 def say(line: str) -> None:
-    """A line that says that it is ours."""
+    """Print a line that begins with the program's name."""
     tell(f"kvmtrace: {line}")

@@ -30,9 +30,9 @@ MAX_BYTES: Final = 64 << 20  # Arrow reads no longer strings than 100 MB from a 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """One row group: its VM (None: rows of no known VM), its rows, where its bytes lie and their CRC-32.
+    """One row group: its VM (None: rows of no known VM), how many rows, where its bytes lie, and their CRC-32.
 
-    `constants` are the columns with one value (None: null) in all rows; a reader need not decode them.
+    `constants` are the columns that have one value (None: null) in all rows; a reader need not decode them.
     """
 
     vm: int | None
@@ -67,12 +67,12 @@ class Metadata:
     loss: Mapping[str, Mapping[str, Mapping[str, int]]]
     row_groups: tuple[RowGroup, ...]
     left_out: tuple[Mapping[str, Any], ...] = ()  # stretches of time in which some kinds were not recorded, on purpose
-    seen_policy: str = ""  # another root policy than the recorder's: what rows of a trace of 1.0 show, or as given
-    policy_by: str = BY_TYPES  # what decides which policy it is
+    seen_policy: str = ""  # a root policy other than the recorder's: shown by rows of a 1.0 trace, or given
+    policy_by: str = BY_TYPES  # how the policy is known
 
     @property
     def emitted(self) -> int:
-        """Events the probes met, stored or lost."""
+        """The number of events that the probes met, stored or lost."""
         return self.events + self.lost
 
     @property
@@ -81,15 +81,15 @@ class Metadata:
 
     @property
     def lost_text(self) -> str:
-        """How much was lost, for people."""
+        """How many events were lost, as text."""
         return f"{events_lost(self.lost)} in {count(self.gap_count, 'gap')}"
 
     def lost_of(self, kind: str) -> int:
-        """Events of one kind that the rings refused."""
+        """Return how many events of one kind the rings refused."""
         return sum(self.loss[kind].get("lost", {}).values())
 
     def left_out_of(self, kind: str) -> list[tuple[int, int]]:
-        """When events of this kind were not recorded, nor counted (boot ns)."""
+        """Return the intervals (boot ns) in which events of this kind were neither recorded nor counted."""
         end = self.span[1]
         return [
             (each["since"], end if each["until"] is None else each["until"])
@@ -98,12 +98,12 @@ class Metadata:
         ]
 
     def may_lack(self, kind: str) -> bool:
-        """Whether events of this kind happened, or may have, that are not in the rows, while others of it are."""
+        """Whether the rows may lack events of this kind, because some were left out or lost."""
         return bool(self.left_out_of(kind)) or (kind in self.loss and self.lost_of(kind) > 0)
 
     @property
     def missed(self) -> dict[str, int]:
-        """Runs that the kernel skipped, by probe; nothing of a file that says something else there."""
+        """The number of runs that the kernel skipped, by probe; empty where a file has something else there."""
         missed = self.raw.get("missed")
         return {str(k): v for k, v in missed.items() if isinstance(v, int)} if isinstance(missed, dict) else {}
 
@@ -131,17 +131,17 @@ class Metadata:
 
     @property
     def policy_text(self) -> str:
-        """The policy for people, with what decides it."""
+        """The root policy as text, with what decides it."""
         return f"{self.policy}, by {self.policy_by}" if self.policy else "unknown"
 
     @property
     def policy(self) -> str:
-        """The root policy of that kernel, by today's name: the recorder's, unless rows show another; empty: unknown."""
+        """The root policy of the kernel, by today's name: the recorder's, unless rows show another; empty: unknown."""
         return self.seen_policy or current_name(text_at(object_at(self.raw, "policy"), "name"))
 
 
 def parse(text: bytes, where: str) -> Metadata:
-    """Check and read the JSON; a Problem in one line where it is not what a trace of this major version has."""
+    """Check and read the JSON. Raises a Problem of one line where it is not what a trace of this version has."""
     if len(text) > MAX_BYTES:
         raise Problem(f"{where}: metadata of {len(text):,} bytes is too large")
     try:

@@ -31,7 +31,7 @@ RecordedPolicy = Annotated[
         show_default=False,
     ),
 ]
-# Which part of a recording is asked about. Several verbs have these, each those that make sense of it.
+# Options for a part of a recording. Several verbs have them, each those that make sense for it.
 _PARTS: Final[dict[str, tuple[Any, Any]]] = {
     "vm": (
         Annotated[
@@ -70,21 +70,21 @@ _PARTS: Final[dict[str, tuple[Any, Any]]] = {
 
 @dataclass(frozen=True)
 class OptionGroup:
-    """Options that make up one argument: each with its type and default, and what makes the argument of them."""
+    """Options that make up one argument of a verb: types and defaults, and the function that makes the argument."""
 
     options: Mapping[str, tuple[Any, Any]]
     make: Callable[..., object]
 
 
 def part_of(*names: str) -> OptionGroup:
-    """These of `vm`, `vcpu`, `since` and `until`, as a Selection."""
+    """Return a group of these of the options `vm`, `vcpu`, `since` and `until`, which make a Selection."""
     return OptionGroup({name: _PARTS[name] for name in names}, _selection)
 
 
 def taking(**groups: OptionGroup) -> Callable[[Verb], Verb]:
-    """A verb whose arguments of these names are made of groups of options.
+    """Return a decorator for a verb whose arguments of these names are made of groups of options.
 
-    typer reads a verb's options off its signature: there those of a group stand in the place of their argument.
+    typer reads a verb's options off its signature: there the options of a group take the place of their argument.
     """
 
     def decorate(verb: Verb) -> Verb:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a command may write: every `-o` goes through here.
 
-A file is written next to its place and takes it when it is whole, so that what failed leaves what was there. It takes
-nobody's place but that of a file of its own kind: not of an input (under whichever name), not of a recording, ever, and
-of anything else only with --force. Devices and pipes are written as they are.
+A file is written next to its place and takes it when it is whole, so that a failure leaves the old file. It only takes
+the place of a file of its own kind: never of an input (under whichever name), never of a recording, and of any other
+file only with --force. Devices and pipes are written as they are.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Final, Self
 from traces import durable
 from traces.errors import Problem
 
-TRACE_KEY: Final = b"kvmtrace"  # of a trace's metadata, as Parquet has it
+TRACE_KEY: Final = b"kvmtrace"  # the Parquet key of a trace's metadata
 RESULT_KEY: Final = b"kvmtrace.result"
 FLEET_KEY: Final = b"kvmtrace.fleet"
 _HEAD: Final = 1 << 16  # bytes from which a kind is recognized
@@ -34,7 +34,7 @@ class Unwritable(Problem):
 
 @dataclass(frozen=True)
 class FileKind:
-    """What a file is. `mark` is in the first bytes of those that it fits; None: nothing there tells it."""
+    """A kind of file: `mark` is found in the first bytes of such files; None: nothing there identifies them."""
 
     name: str
     mark: re.Pattern[bytes] | None = None
@@ -63,17 +63,17 @@ _NOT_OURS: Final = FileKind("a file that kvmtrace did not write")
 
 
 def check(path: Path, kind: FileKind, inputs: Sequence[Path] = (), *, force: bool = False) -> None:
-    """Raise a Problem unless a file of this kind may be written to `path`. A command that takes long begins with it."""
+    """Raise Problem unless a file of this kind may be written to `path`. A command that takes long begins with it."""
     _Place(path, kind, inputs, force).check()
 
 
 class Output:
-    """A file being written, and a binary file for what writes to one; visible under its name when its `with` ends well.
+    """A file being written, as a binary file object; it appears under its name when its `with` block ends well.
 
-    `written` is its name until then. Raises Problem where it may not or cannot be written, from every call.
+    `written` is its path until then. Every call raises Problem where the file may not or cannot be written.
     """
 
-    closed = False  # for Arrow, which asks
+    closed = False  # Arrow asks for it
 
     def __init__(self, path: Path, kind: FileKind, inputs: Sequence[Path] = (), *, force: bool = False) -> None:
         self.path = path
@@ -101,7 +101,7 @@ class Output:
             self.discard()
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
-        """Write all of it; after the end nothing, for what a library's writer still sends when it is collected."""
+        """Write all of `data`; after the end, ignore what a library's writer still sends when it is collected."""
         try:
             if self._fd >= 0:
                 durable.write_all(self._fd, data)
@@ -110,13 +110,13 @@ class Output:
         return memoryview(data).nbytes
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Do nothing: no data is held back."""
 
     def close(self) -> None:
-        """Who writes may take it for a file of its own; it ends with `commit` or `discard`."""
+        """Do nothing: a library may take the file for its own, but it ends with `commit` or `discard`."""
 
     def commit(self) -> None:
-        """Give it its name, durably."""
+        """Give the file its name, durably."""
         if self._final is None or self._fd < 0:
             return
         try:
@@ -131,7 +131,7 @@ class Output:
             raise _failed(self.path, error) from None
 
     def discard(self) -> None:
-        """Remove what has not got its name; harmless after `commit`."""
+        """Remove the file if it does not have its name yet; harmless after `commit`."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -140,7 +140,7 @@ class Output:
 
 
 class _Place:
-    """Where a file is to go, and what may not be lost there."""
+    """Where a file is to go, and what must not be lost there."""
 
     def __init__(self, path: Path, kind: FileKind, inputs: Sequence[Path], force: bool) -> None:
         self._path, self.kind, self._inputs, self._force = path, kind, inputs, force
@@ -153,9 +153,9 @@ class _Place:
         self.file = None if device else Path(os.path.realpath(path)) if path.is_symlink() else path
 
     def check(self, *, whole: bool = True) -> None:
-        """Raise a Problem where writing there would do harm, or cannot be done.
+        """Raise Problem where a file may not, or cannot, be written there.
 
-        Before a recording is `whole` one may be there: it may turn out to be the same.
+        Until the new recording is `whole`, another may be there: the two may turn out to be the same.
         """
         path, choose = self._path, "choose another name"
         try:
@@ -202,12 +202,12 @@ def _status(path: Path) -> os.stat_result | None:
 
 
 def _of_directory(file: Path) -> bool:
-    """Whether it is, or would be, among the files of a recording under way, or of one that was cut short."""
+    """Whether a file is, or would be, one of a recording under way, or of one that was cut short."""
     return file.resolve().parent.suffix == ".kvmt" or re.fullmatch(r"seg-\d{5,}\.arrows", file.name) is not None
 
 
 def _kind_of(file: Path, wanted: FileKind) -> FileKind | None:
-    """What a file is; None for an empty one."""
+    """Return which kind a file is of; None for an empty one."""
     with file.open("rb") as opened:
         head = opened.read(_HEAD)
     if not head:
@@ -218,7 +218,7 @@ def _kind_of(file: Path, wanted: FileKind) -> FileKind | None:
 
 
 def kind_of_parquet(file: Path) -> FileKind:
-    """Which of ours it is; a recording where that is no longer known."""
+    """Return which kind a Parquet file is of; a recording where that cannot be found out any more."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -236,7 +236,7 @@ def kind_of_parquet(file: Path) -> FileKind:
 
 
 def _same(one: Path, other: Path) -> bool:
-    """Whether two files hold the same bytes; not where the second is missing."""
+    """Whether two files have the same bytes; False where the second is missing."""
     import filecmp
 
     try:

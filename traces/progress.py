@@ -28,7 +28,7 @@ _REFRESHES: Final = 5  # a second
 
 
 class Progress:
-    """A job, from entering its `with` to the end; `total` is how many steps it has, if that is known."""
+    """A job, shown from entering its `with` block to the end; `total` is how many steps it has, if that is known."""
 
     def __init__(self, what: str, total: int | None = None) -> None:
         self.what = what
@@ -44,23 +44,23 @@ class Progress:
 
     @property
     def shown(self) -> bool:
-        """Whether somebody sees it: else a text that costs something to make can be spared."""
+        """Whether the line is on screen; if not, a text that takes effort to make can be spared."""
         return _LINE.drawn is not None
 
     def at(self, done: int) -> None:
-        """This many steps are done, or more: VMs that are replayed side by side do not report in order."""
+        """Report that at least `done` steps are done: VMs that are replayed in parallel do not report in order."""
         interrupts.stop_if_interrupted()
         self.done = max(self.done, done)
         _LINE.update()
 
     def say(self, what: str) -> None:
-        """What is being done from now on."""
+        """Set what is being done from now on."""
         self.what = what
         _LINE.update()
 
 
 def hide() -> None:
-    """Show nothing in this process any more: somebody else has the terminal."""
+    """Show nothing in this process from now on, because another one has the terminal."""
     _LINE.hidden = True
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading a trace: nothing of the file is trusted before it was checked.
+"""Reading a trace: nothing in the file is trusted before it was checked.
 
 Every byte is under a CRC: the footer is checked before Arrow parses it, each row group before Arrow decodes it, and
-every decoded batch is validated fully. Decoding is Arrow's, not polars's, which aborts the process on some hostile
-files (traces/lazy_rows.py).
+every decoded batch is validated fully. Decoding is done by Arrow, not by polars, which aborts the process on some
+hostile files (traces/lazy_rows.py).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from traces.untrusted import object_at
 
 BATCH_ROWS: Final = 1 << 16
 UNKNOWN_CODE: Final = 255
-_POLICY_ROWS: Final = 1 << 14  # looked at for the policy, a batch
+_POLICY_ROWS: Final = 1 << 14  # rows in a batch that is examined for the policy
 _POLICY_BATCHES: Final = 8
 _TELLING: Final = [BY_NAME[kind].code for kind in KINDS]
 _BY: Final = {"rows": BY_ROWS, "types": BY_TYPES, "release": BY_RELEASE}
@@ -56,7 +56,7 @@ _DECODE_ERRORS: Final = (
 
 
 class Trace:
-    """One trace file, checked. `open` it; `metadata` says what it is; `batches` and `scan` give its rows."""
+    """One trace file, checked: `open` it; `metadata` says what it is; `batches` and `scan` give its rows."""
 
     def __init__(self, path: Path, file: pq.ParquetFile, metadata: Metadata) -> None:
         self.path = path
@@ -82,8 +82,9 @@ class Trace:
     ) -> Trace:
         """Open and check the file; raises Problem (one line, with the path) if it is not a sound trace of format 1.
 
-        `recorded_policy`: the root policy that the recorded kernel had, whatever the trace says. `fetch`: is given each
-        row group before its bytes are first read, of a file that has not all of them yet (stores/remote_trace.py).
+        `recorded_policy` is the root policy that the recorded kernel had, whatever the trace says. `fetch` is called
+        with each row group before its bytes are first read, for a file that does not have all of them yet
+        (stores/remote_trace.py).
         """
         path = Path(path)
         if recorded_policy and recorded_policy not in POLICIES:
@@ -108,7 +109,7 @@ class Trace:
         return opened
 
     def _with_policy_of_rows(self) -> Metadata:
-        """The metadata with the root policy that rows show, where they show one.
+        """Return the metadata with the root policy that rows show, where they show one.
 
         For traces of format 1.0 the rows were never examined; those of early recorders may contradict the types.
         """
@@ -129,12 +130,12 @@ class Trace:
                 telling = batch.take(pa.array(np.flatnonzero(np.isin(kind_codes(batch), _TELLING))))
                 watch.see(map(PolicyRow._make, zip(*map(values_of, telling.columns), strict=True)))
         except Problem:
-            return metadata  # whoever reads these rows is warned
+            return metadata  # reading these rows reports it
         other = "" if "kernel" in metadata.raw else watch.other
         return replace(metadata, seen_policy=other, policy_by=BY_ROWS if other or watch.bears_out else BY_TYPES)
 
     def _created(self, vm: int | None) -> bool:
-        """Whether a VM was created in the recording, so that all its roots were."""
+        """Return whether the VM was created during the recording, so that all its roots were."""
         return any(each["id"] == vm and each["origin"] == "created" for each in self.metadata.vms)
 
     def _by_vm(self) -> dict[int | None, list[int]]:
@@ -145,14 +146,14 @@ class Trace:
 
     @property
     def partial(self) -> bool:
-        """Whether it is of some VMs only, or up to a moment; `metadata.root_count` still counts the roots of all."""
+        """Whether only some VMs, or rows up to a moment, are selected; `metadata.root_count` still counts all roots."""
         return self._until is not None or len(self._chosen) < len(self._row_groups)
 
     def selected(self, vms: Collection[int] | None = None, until: int | None = None) -> Trace:
-        """The same trace with these VMs only (None: all), and with the rows before `until` (boot ns; None: all).
+        """Return the trace with these VMs only (None: all), and with the rows before `until` (boot ns; None: all).
 
         Row groups of other VMs, and those that begin later, are not read. `metadata` is that of the rows that are left,
-        but for losses and gaps, which may have been any VM's. Raises Problem where nothing is left.
+        except for losses and gaps, which may concern any VM. Raises Problem where nothing is left.
         """
         if vms is None and until is None:
             return self
@@ -195,7 +196,7 @@ class Trace:
         return other
 
     def reopened(self) -> Trace:
-        """The same trace with a file of its own, so that another thread can read it meanwhile."""
+        """Return the trace with a file of its own, so that another thread can read it at the same time."""
         footer = self._file.metadata
         other = copy(self)
         other._file = pq.ParquetFile(self.path, metadata=footer, read_dictionary=["kind"], pre_buffer=False)
@@ -203,15 +204,15 @@ class Trace:
 
     @property
     def rows(self) -> int:
-        """Rows of the file, or of the part of it that is selected."""
+        """The number of rows in the whole file, whatever part of it is selected."""
         return sum(group.rows for group in self._row_groups)
 
     def counts(self) -> dict[str, int]:
-        """Stored rows by kind name."""
+        """Return the number of stored rows by kind name."""
         return dict(self.metadata.kinds)
 
     def groups(self, vm: int) -> list[RowGroup]:
-        """The row groups of a VM."""
+        """Return the row groups of a VM."""
         return [self._row_groups[index] for index in self._groups.get(vm, ())]
 
     def batches(
@@ -223,12 +224,12 @@ class Trace:
         seqs: tuple[int, int] | None = None,
         but: Collection[int] = (),
     ) -> Iterator[pa.RecordBatch]:
-        """Rows as validated record batches of at most `size` rows, one thread, in file order.
+        """Yield rows as validated record batches of at most `size` rows, on one thread, in file order.
 
         Within one VM, file order is ring order (ascending `seq`). With `vm`, only that VM's rows; rows of no known VM,
-        and `gap` rows, are not among them (gaps are in `metadata.gaps`). `columns` in the order wanted; all by default.
-        Row groups that end before `since` (boot ns) are not read; the others are whole.
-        `seqs`: only row groups that have a row from the first of these numbers to the last. `but`: not these VMs' rows.
+        and `gap` rows, are not among them (gaps are in `metadata.gaps`). `columns` are in the order given; default:
+        all. Row groups that end before `since` (boot ns) are not read; the others are whole. `seqs`: only row groups
+        that have a row between these two numbers, both included. `but`: without the rows of these VMs.
         """
         there = self.schema.names
         names = list(there if columns is None else columns)
@@ -255,9 +256,9 @@ class Trace:
         return pa.schema([self.schema.field(name) for name in names])
 
     def scan(self) -> pl.LazyFrame:
-        """The whole trace as a polars LazyFrame, decoded and checked by this reader whenever it is collected.
+        """Return the whole trace as a polars LazyFrame, decoded and checked by this reader whenever it is collected.
 
-        Of a later version's columns those that are nested are not in it.
+        Nested columns, which a later version may have, are not in it.
         """
         flat = [field.name for field in self.schema if not pa.types.is_nested(field.type)]
         none = pl.DataFrame(pl.from_arrow(self.schema.empty_table().select(flat)))
@@ -266,10 +267,10 @@ class Trace:
         )
 
     def roots(self) -> pl.DataFrame:
-        """Every root: `root`, `vm`, `table`, `role`, `first_seq`, `first_time` (ns), `created`; times null if unused.
+        """Return every root: `root`, `vm`, `table`, `role`, `first_seq`, `first_time`, `created`; times null if unused.
 
-        `created` says that its creation was recorded; if not, `table` and `role` are what the snapshot or its first
-        use said.
+        `first_time` is in ns. `created` says that its creation was recorded; if not, `table` and `role` are what the
+        snapshot or its first use said.
         """
         first = [pl.col(name).first() for name in ("vm", "table", "role")]
         times = [pl.col("seq").first().alias("first_seq"), pl.col("time").first().alias("first_time")]
@@ -303,7 +304,7 @@ class Trace:
                 batch = pa.RecordBatch.from_arrays([columns[name] for name in names], schema=fields)
                 del columns
                 yield batch
-                del batch  # else it is there as long as the next one is decoded
+                del batch  # else it is held while the next one is decoded
         except _DECODE_ERRORS as error:
             raise _damaged(self.path, f"row group {index}", error) from None
         if rows != group.rows:
@@ -336,7 +337,7 @@ class _Constants:
         return name in self._arrays or (name == "seq" and self._dense_seq)
 
     def columns(self, start: int, count: int) -> dict[str, pa.Array]:
-        """The values of `count` rows from row `start` of the group on."""
+        """Return the values of `count` rows from row `start` of the group on."""
         whole = count == self._size
         arrays = self._arrays if whole else {name: array.slice(0, count) for name, array in self._arrays.items()}
         if not self._dense_seq:
@@ -354,21 +355,22 @@ def _repeat(value: int | None, field: pa.Field, size: int) -> pa.Array:
 
 
 def kind_codes(batch: pa.RecordBatch) -> NDArray[np.uint8]:
-    """The `kind` column as kind codes of this version's schema; 255 for a kind that it does not know."""
+    """Return the `kind` column as kind codes of this version's schema; 255 for a kind that it does not know."""
     kind = batch.column("kind")
     codes: NDArray[np.uint8] = codes_of(kind.dictionary.to_pylist()).take(kind.indices.to_numpy())
     return codes
 
 
 def codes_of(names: Sequence[str]) -> NDArray[np.uint8]:
-    """Kinds by name as kind codes."""
+    """Return the codes of kinds by name; 255 for a kind that this version does not know."""
     return np.array([BY_NAME[name].code if name in BY_NAME else UNKNOWN_CODE for name in names], np.uint8)
 
 
 def _validate(batch: pa.RecordBatch, foreign: Sequence[str]) -> None:
-    """What `batch.validate(full=True)` checks, at a tenth of its cost; `foreign`: columns unknown to this version.
+    """Check what `batch.validate(full=True)` does, at a tenth of its cost.
 
-    Fixed-width values need no further check, and of `kind` only the indices do.
+    `foreign` are columns unknown to this version. Fixed-width values need no further check, and of `kind` only the
+    indices do.
     """
     batch.validate()
     for name in foreign:

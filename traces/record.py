@@ -18,5 +18,5 @@ Columns = dict[str, NDArray[Any]]
 
 
 def columns_of(records: NDArray[np.void]) -> Columns:
-    """A few records as columns; for many, record_buffer.py is sparing with memory."""
+    """Return a few records as columns; for many, record_buffer.py needs less memory."""
     return {name: np.ascontiguousarray(records[name]) for name in RECORD.names or ()}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records gathered into batches of columns, for what stores them.
+"""Gathers records into batches of columns, for what stores them.
 
 A record is 80 bytes, and each of its fields goes to a column of its own: block by block, so that a block is read from
-memory once and not once a field. The columns are written over for the next batch: no memory is asked for.
+memory once and not once a field. The columns are reused for the next batch, so that no memory is allocated.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _BLOCK: Final = 1 << 11  # records, 160 KiB: they stay in a core's own cache whi
 
 
 class RecordBuffer:
-    """Takes records as they come and gives them out as columns, BATCH_ROWS at a time."""
+    """Takes records as they come and returns them as columns, BATCH_ROWS at a time."""
 
     def __init__(self) -> None:
         self._columns: Columns = {name: np.empty(BATCH_ROWS, RECORD[name]) for name in RECORD.names or ()}
@@ -28,11 +28,11 @@ class RecordBuffer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that it takes, however full it is."""
+        """The bytes of memory that the buffer takes, however full it is."""
         return sum(column.nbytes for column in self._columns.values())
 
     def add(self, records: NDArray[np.void]) -> Iterator[Columns]:
-        """Take records (dtype RECORD; copied); each full batch, which is valid until the next one is asked for."""
+        """Take records (dtype RECORD; copied) and yield full batches, each valid until the next is asked for."""
         while len(records):
             taken = records[: min(_BLOCK, BATCH_ROWS - self._filled)]
             for name, column in self._columns.items():
@@ -43,7 +43,7 @@ class RecordBuffer:
                 yield from self.rest()
 
     def rest(self) -> Iterator[Columns]:
-        """What does not fill a batch, as one; nothing where there is nothing."""
+        """Yield the records that do not fill a batch as one; nothing if there are none."""
         filled, self._filled = self._filled, 0
         if filled:
             yield {name: column[:filled] for name, column in self._columns.items()}

@@ -12,7 +12,10 @@ from traces.segment_writer import MANIFEST
 
 @dataclass(frozen=True)
 class Summary:
-    """Events stored and lost, size in bytes, and why it is not complete, if so; None: nobody has looked yet."""
+    """How many events a recording has and lost, its size in bytes, and why it is not complete, if so.
+
+    `complete` is None where nobody has checked that yet.
+    """
 
     path: Path
     events: int
@@ -23,7 +26,7 @@ class Summary:
 
 
 def of_segments(directory: Path) -> Summary:
-    """What a recorder that has ended says of its segments; whether they are whole only `compact` finds."""
+    """Return what a recorder that has ended says of its segments; only `compact` finds whether they are intact."""
     manifest = json.loads((directory / MANIFEST).read_bytes())
     lost = sum(sum(kind["lost"].values()) for kind in manifest["loss"].values())
     size = sum(path.stat().st_size for path in directory.iterdir())

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 
 def values_of(column: pa.Array) -> list[Any]:
-    """What `to_pylist` gives, in a tenth of the time where it would make an Arrow scalar of each number first."""
+    """Return what `to_pylist` does, in a tenth of the time where it would make an Arrow scalar of each number."""
     found: list[Any]
     if pa.types.is_dictionary(column.type):
         names = column.dictionary.to_pylist()

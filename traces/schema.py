@@ -228,7 +228,7 @@ def _kinds() -> tuple[Kind, ...]:
 KINDS: Final = _kinds()
 BY_NAME: Final = {kind.name: kind for kind in KINDS}
 BY_CODE: Final = {kind.code: kind for kind in KINDS}
-# What the recorder itself writes, or an import, and no probe.
+# Kinds that no probe writes, but the recorder itself, or an import.
 OWN_KINDS: Final = ("gap", "host_suspend", "left_out", "other")
 
 # The record as the probes write it: (field, numpy type). 80 bytes, naturally aligned, no padding.

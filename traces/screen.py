@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A page of text for a terminal, or plain for a file: made in memory, so that what prints it decides where it goes.
+"""A page of text for a terminal, or plain for a file, made in memory: the caller decides where it goes.
 
 It is as wide as the terminal, within bounds, and 80 columns where there is none.
 """
@@ -21,11 +21,11 @@ from traces.text import printable
 WIDTH: Final = 80
 WIDEST: Final = 120
 NARROWEST: Final = 40
-VMS_SHOWN: Final = 8  # of a trace, the worst; --json has the others
+VMS_SHOWN: Final = 8  # VMs of a trace; --json has the others
 
 
 def width() -> int:
-    """How many columns there are."""
+    """Return how many columns of text there are."""
     if not sys.stdout.isatty():
         return WIDTH
     return min(max(shutil.get_terminal_size().columns, NARROWEST), WIDEST)
@@ -43,45 +43,45 @@ class Page:
         )
 
     def say(self, text: str, style: str = "", indent: str = "  ") -> None:
-        """A paragraph, all lines but the first indented; what could steer a terminal is made printable."""
+        """Add a paragraph, all lines but the first indented; what could steer a terminal is replaced."""
         for line in wrapped(printable(text), self.width, indent):
             self._line(line, style)
 
     def command(self, text: str, at: int) -> None:
-        """What somebody may copy: an arrow and the text, in one line whatever its length."""
+        """Add a command that somebody may copy: an arrow and the text, in one line whatever its length."""
         self._line(f"{'':<{at if 2 * at <= self.width else 0}}-> {printable(text)}")
 
     def blank(self) -> None:
-        """An empty line."""
+        """Add an empty line."""
         self._line("")
 
     def facts(self, pairs: Sequence[tuple[str, str]], style: str = "", at: int = 0) -> None:
-        """Names with texts next to them, which begin in column `at`, by default two behind the longest name."""
+        """Add names with texts next to them, which begin in column `at`, by default two after the longest name."""
         at = at or max((len(name) for name, _ in pairs), default=0) + GAP
-        if 2 * at > self.width:  # no room next to them
+        if 2 * at > self.width:  # no room next to the labels
             at = 2 * GAP
         for name, text in pairs:
             self.say(f"{name:<{at - 1}} {text}", style, " " * at)
 
     def table(self, columns: Sequence[TextColumn], rows: Sequence[Sequence[str]]) -> None:
-        """A table that fits: see `traces.layout`."""
+        """Add a table that fits: see `traces.layout`."""
         head, *lines = fitted(columns, [[printable(cell) for cell in row] for row in rows], self.width)
         self._line(head, "bold")
         for line in lines:
             self._line(line)
 
     def has_room_for(self, columns: Sequence[TextColumn], rows: Sequence[Sequence[str]]) -> bool:
-        """Whether a table fits as it is."""
+        """Whether a table with all of its columns fits."""
         return whole_width(columns, rows) <= self.width
 
     def more(self, number: int, what: str) -> None:
-        """How much is left out, if anything."""
+        """Add a line on how much is left out, if anything."""
         if number > 0:
             self.say(f"... {number:,} more {what}: --json has them")
 
     @property
     def text(self) -> str:
-        """What was said, no line with blanks at its end."""
+        """All that was added, without blanks at the ends of lines."""
         return "".join(f"{line.rstrip()}\n" for line in self._file.getvalue().splitlines())
 
     def _line(self, line: str, style: str = "") -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Segments of a recording as an Arrow stream: batches of raw records, each followed by its seal (see segments.py).
 
-Written without pyarrow, which is 170 MB on a host that only records. Tests compare it with pyarrow.
+They are written without pyarrow, which is 170 MB on a host that only records; tests compare the two.
 https://arrow.apache.org/docs/format/Columnar.html has the messages, metadata version 5; bodies are LZ4 frames.
 """
 
@@ -26,12 +26,12 @@ _EMPTY: Final = columns_of(np.empty(0, RECORD))
 
 
 def seal_crc(message: bytes | memoryview, first: int, rows: int) -> int:
-    """CRC-32 of a batch's bytes and of what its seal says of them, so that a damaged seal renumbers nothing."""
+    """Return the CRC-32 of a batch's bytes and of its seal's numbers, so that a damaged seal renumbers no rows."""
     return zlib.crc32(f"{first} {rows}".encode(), zlib.crc32(message))
 
 
 def _compression() -> Callable[[Any], bytes]:
-    """What makes an LZ4 frame: of lz4, which is small and soon loaded, or else of pyarrow."""
+    """Return the function that makes an LZ4 frame: that of lz4, which is small and soon loaded, else pyarrow's."""
     try:
         from lz4 import frame
     except ImportError:
@@ -43,7 +43,7 @@ def _compression() -> Callable[[Any], bytes]:
 
 
 def _message(kind: int, header: Node, body: int, custom: Node | None = None) -> bytes:
-    """A message as a stream has it, but for its body of this many bytes: a mark, the size, and what it says."""
+    """Return a message as a stream has it, without its body of so many bytes: a mark, the size, and the flatbuffer."""
     said: dict[int, Node] = {0: _V5, 1: kind, 2: header, 3: body}
     if custom is not None:
         said[4] = custom
@@ -52,7 +52,7 @@ def _message(kind: int, header: Node, body: int, custom: Node | None = None) -> 
 
 
 def _schema() -> bytes:
-    """The message with which a stream begins: the record's fields, integers that are never null."""
+    """Return the message with which a stream begins: the record's fields, integers that are never null."""
     fields: list[Node] = []
     for name in RECORD.names or ():
         kind = RECORD[name]
@@ -63,9 +63,10 @@ def _schema() -> bytes:
 
 
 class BatchEncoder:
-    """Records as messages of an Arrow stream, each whole in itself: a segment is `head`, messages and seals, and `END`.
+    """Encodes records as messages of an Arrow stream, each complete in itself.
 
-    What was encoded may go into any segment, later and elsewhere.
+    A segment is `head`, messages and their seals, and `END`. What was encoded may go into any segment, later and
+    elsewhere.
     """
 
     head: Final = _schema()
@@ -74,18 +75,18 @@ class BatchEncoder:
         self._compress = _compression()
 
     def batch(self, columns: Columns) -> bytes:
-        """The message of some records, given as columns by field."""
+        """Return the message of some records, given as columns by field."""
         return self._batch(columns)
 
     def seal(self, message: bytes, first: int, rows: int) -> bytes:
-        """The message that vouches for all bytes since the seal before it, and for the number of the first row."""
+        """Return the message that vouches for all bytes since the previous seal, and for the first row's number."""
         seal = {"first": first, "rows": rows, "crc32": seal_crc(message, first, rows)}
         return self._batch(_EMPTY, [{0: b"seal", 1: json.dumps(seal).encode()}])
 
     def _batch(self, columns: Columns, custom: Node | None = None) -> bytes:
-        """A message of (rows, nulls) and (offset, size) of the body's buffers, and that body."""
+        """Return a message with (rows, nulls) and (offset, size) of the body's buffers, and that body."""
         rows, names = len(columns["time"]), RECORD.names or ()
-        buffers = np.zeros((len(names), 2, 2), np.int64)  # of each a bitmap of nulls, which is empty, and the values
+        buffers = np.zeros((len(names), 2, 2), np.int64)  # of each column: a bitmap of nulls, empty, and the values
         parts: list[bytes] = []
         offset = 0
         for place, name in zip(buffers, names, strict=True):
@@ -94,12 +95,12 @@ class BatchEncoder:
             parts += (data, bytes(-len(data) % 8))
             offset += len(data) + -len(data) % 8
         nodes = np.array([(rows, 0)] * len(names), np.int64)
-        compressed: Node = {0: 0, 1: 0}  # LZ4_FRAME, by buffer
+        compressed: Node = {0: 0, 1: 0}  # codec LZ4_FRAME, each buffer compressed alone
         header: Node = {0: rows, 1: nodes, 2: buffers.reshape(-1, 2), 3: compressed}
         return b"".join((_message(_RECORD_BATCH, header, offset, custom), *parts))
 
     def _buffer(self, values: np.ndarray[Any, Any]) -> bytes:
-        """The size that the values have, then they as a frame; -1 and they as they are where that is no longer."""
+        """Return the size of the values and their LZ4 frame; if that is no shorter, -1 and the values as they are."""
         packed = self._compress(values)
         if len(packed) < values.nbytes:
             return struct.pack("<q", values.nbytes) + packed

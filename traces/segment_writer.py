@@ -36,7 +36,7 @@ class SegmentWriter:
 
     def __init__(self, directory: Path, manifest: Mapping[str, Any]) -> None:
         self.directory = directory
-        self.rows = 0  # given to write()
+        self.rows = 0  # taken so far
         self._segment_bytes = self._manifest_bytes = 0
         self._manifest = dict(manifest)
         self._sealed = 0  # rows in segments
@@ -62,7 +62,7 @@ class SegmentWriter:
 
     @property
     def bytes_written(self) -> int:
-        """Bytes that are on disk: of the segments, and of the manifest as it is now."""
+        """The bytes on disk: those of the segments, and of the manifest as it is now."""
         return self._segment_bytes + self._manifest_bytes
 
     def write(self, records: NDArray[np.void]) -> None:
@@ -95,7 +95,7 @@ class SegmentWriter:
             self._write_batch(columns)
 
     def write_encoded(self, message: bytes, rows: int) -> None:
-        """Take what a BatchEncoder made of this many records; after those given to `write` before."""
+        """Take a BatchEncoder's message of `rows` records, which come after those given to `write`."""
         self._write_buffer()
         self.rows += rows
         self._write_message(message, rows)

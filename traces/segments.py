@@ -27,12 +27,12 @@ from traces.record import Columns
 from traces.sealed_stream import seal_crc
 from traces.segment_writer import MANIFEST
 
-MAX_BATCH_ROWS: Final = 1 << 20  # what a reader accepts from elsewhere
+MAX_BATCH_ROWS: Final = 1 << 20  # the most that a reader accepts
 MAX_MANIFEST: Final = 24 << 20  # bytes; a larger one is not ours, and a trace's metadata must have room for it
 
 
 def _size(path: Path) -> int:
-    """Bytes of a regular file; a pipe or a device would keep its reader waiting, or never end."""
+    """Return the size of a regular file in bytes; raises ValueError for others, which might be read for ever."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("not a regular file")
@@ -41,7 +41,7 @@ def _size(path: Path) -> int:
 
 @dataclass(frozen=True)
 class Segment:
-    """The result of reading one segment; final once its batches were read to the end."""
+    """How far one segment could be read; final once its batches were read to the end."""
 
     name: str
     rows: int
@@ -60,7 +60,7 @@ class SegmentReader:
         self.directory = directory
         self.segments: list[Segment] = []
         self.manifest_problem = ""
-        self._expected = 0  # the least number the next row may have
+        self._expected = 0  # the lowest row number that the next row may have
         try:
             names = sorted(path.name for path in directory.iterdir())
         except NotADirectoryError:
@@ -74,7 +74,7 @@ class SegmentReader:
         self.manifest = self._read_manifest()
 
     def batches(self) -> Iterator[tuple[int, Columns]]:
-        """Each sealed batch as (number of its first row in the recording, columns by record field)."""
+        """Yield each sealed batch as (number of its first row in the recording, columns by record field)."""
         for name in self._names:
             yield from self._read_segment(name)
 
@@ -114,7 +114,7 @@ class SegmentReader:
 
 
 class _Messages:
-    """The messages of one segment: the schema, then batches and their seals in turn."""
+    """The messages of one segment: the schema, then batches, each followed by its seal."""
 
     def __init__(self, source: pa.MemoryMappedFile) -> None:
         self._source = source
@@ -129,7 +129,7 @@ class _Messages:
         self.end = 0  # of the last sealed batch, or of the stream
 
     def next_batch(self) -> tuple[int, Columns] | None:
-        """The next sealed batch, or None at the stream's own end; raises where the stream is torn or damaged."""
+        """Return the next sealed batch, or None at the stream's end; raises where it is torn or damaged."""
         before = self._source.tell()
         message = self._next()
         if message is None:

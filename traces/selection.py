@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which part of a recording is asked about: VMs, vCPUs, a window of time."""
+"""The part of a recording that is asked about: VMs, vCPUs, a window of time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Selection:
-    """What options ask for; moments are text until there is a recording to read them by."""
+    """What options select; moments are text until there is a recording to interpret them by."""
 
     vms: Sequence[int] = ()
     vcpus: Sequence[int] = ()
@@ -29,7 +29,7 @@ class Selection:
 
     @property
     def text(self) -> str:
-        """As a report states it; empty where it is all."""
+        """The selection as a report states it; empty where it is everything."""
         parts = [f"VM {vm}" for vm in self.vms] + [f"vCPU {vcpu}" for vcpu in self.vcpus]
         parts = [f"of {', '.join(parts)}"] if parts else []
         parts += [f"from {self.since}"] if self.since else []
@@ -37,12 +37,12 @@ class Selection:
 
     @property
     def remark(self) -> str:
-        """What a report says of it."""
+        """The sentence with which a report explains the selection."""
         of_all = "policies and roots are of all its vCPUs; " if self.vcpus else ""
         return f"only {self.text}; {of_all}losses are those of the whole recording"
 
     def window(self, trace: Trace) -> tuple[int | None, int | None]:
-        """Boot ns of `since` and `until`; a Problem where it holds no time of the recording."""
+        """Return `since` and `until` in boot ns. Raises Problem where the recording has no time between them."""
         first, last = trace.metadata.span
         since = moment(trace.metadata, self.since, "--from") if self.since else None
         until = moment(trace.metadata, self.until, "--to") if self.until else None
@@ -55,9 +55,10 @@ class Selection:
         return since, until
 
     def of(self, trace: Trace) -> Trace:
-        """The trace with these VMs, up to `until`; with the rows before `since`, for the state that they lead to.
+        """Return the trace with these VMs, up to `until`.
 
-        Raises Problem where that leaves no row, or no such vCPU.
+        Rows before `since` are kept, for the state that they lead to. Raises Problem where no row is left, or where
+        there is no such vCPU.
         """
         since, until = self.window(trace)
         chosen = trace.selected(self.vms or None, until)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a size is written on a command line."""
+"""Sizes as they are written on a command line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from traces.errors import Problem
 
 
 def size_of(text: str) -> int:
-    """Bytes of '64M', '1G', '4096'. Raises Problem."""
+    """Return the bytes that '64M', '1G' or '4096' means. Raises Problem."""
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     digits, unit = (text[:-1], units[text[-1].upper()]) if text and text[-1].upper() in units else (text, 1)
     if not digits.isdigit() or not int(digits):

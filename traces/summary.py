@@ -21,7 +21,7 @@ _TOLD: Final = 5
 
 
 def info(path: Path) -> dict[str, Any]:
-    """`kvmtrace info --json`: sizes in bytes, times in ns. Raises Problem for a file that is no trace."""
+    """Return the document of `kvmtrace info --json`: sizes in bytes, times in ns. Raises Problem for other files."""
     trace = Trace.open(path)
     meta = trace.metadata
     first, last = meta.span
@@ -69,7 +69,7 @@ def info(path: Path) -> dict[str, Any]:
 
 
 def render(path: Path) -> str:
-    """The same on one screen, for people."""
+    """Return the same facts as text on one screen."""
     facts = info(path)
     page = Page()
     _say_head(page, facts)
@@ -80,15 +80,15 @@ def render(path: Path) -> str:
 
 
 def _utc(meta: Metadata, boot: int) -> str:
-    """A boot time as UTC to the second; empty where that is not known."""
+    """Return a boot time as UTC to the second; empty where that is not known."""
     text = wall_text(meta, boot)
     return f"{text[:19].replace(' ', 'T')}Z" if text else ""
 
 
 def _kvm_counted(meta: Metadata) -> dict[str, int]:
-    """How far KVM's own fault counters rose while recording, at least, over all VMs; a cross-check.
+    """Return how far KVM's own fault counters rose while recording, at least, over all VMs; a cross-check.
 
-    What a VM counted goes with it, and recorders look once a second.
+    A VM's counts vanish with it, and recorders look once a second.
     """
     stats = meta.raw.get("stats")
     start, end = (stats.get(key) if isinstance(stats, dict) else None for key in ("start", "end"))
@@ -148,7 +148,7 @@ def _say_vms(page: Page, facts: dict[str, Any]) -> None:
 
 
 def _say_kinds(page: Page, facts: dict[str, Any]) -> None:
-    """Kinds by count, two to a line where there is room: name, stored, lost where any were."""
+    """Add kinds by count, two to a line where there is room: name, stored, and lost where any were."""
     names = list(facts["kinds"]) + [name for name in facts["lost_kinds"] if name not in facts["kinds"]]
     cells = [[name, f"{facts['kinds'].get(name, 0):,}", f"{facts['lost_kinds'].get(name) or ''}"] for name in names]
     columns = [TextColumn("kind", right=False), TextColumn("stored"), TextColumn("lost")]

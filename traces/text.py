@@ -10,7 +10,7 @@ _SHOWN: Final = 3
 
 
 def printable(text: object) -> str:
-    """The object's text without line ends and whatever else could steer a terminal."""
+    """Return an object's text with `?` for line ends and whatever else could steer a terminal."""
     return "".join(char if char.isprintable() else "?" for char in str(text))
 
 
@@ -25,7 +25,7 @@ def events_lost(number: int) -> str:
 
 
 def some(lines: Sequence[object]) -> str:
-    """The first three, and how many more there are."""
+    """Return the first three as text, and how many more there are."""
     more = f", and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
     return ", ".join(str(line) for line in lines[:_SHOWN]) + more
 

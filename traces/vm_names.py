@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What VMs and vCPUs are called: the id that a recording gave, the process, and the name that its owner gave."""
+"""How VMs and vCPUs are called: the id in the recording, the process, and the name that its owner gave."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from traces.untrusted import text_at
 
 
 class VmNames:
-    """Of one recording. Names come from other programs: they are made printable here."""
+    """The names of one recording's VMs and threads. They come from other programs and are made printable here."""
 
     def __init__(self, meta: Metadata) -> None:
         self._vms: dict[int, Mapping[str, Any]] = {int(vm["id"]): vm for vm in meta.vms}
         self._threads = {thread["tid"]: thread for thread in meta.threads if isinstance(thread.get("tid"), int)}
 
     def process(self, vm: int | None) -> str:
-        """The process that owns a VM: `guest1, qemu-system-x86 4242`; as much of that as is known, or nothing."""
+        """Return the process that owns a VM, as `guest1, qemu-system-x86 4242`, or as much as is known of that."""
         found = self._vms.get(vm) if vm is not None else None
         if found is None:
             return ""
@@ -27,18 +27,18 @@ class VmNames:
         return printable(", ".join(filter(None, (text_at(found, "name"), process))))
 
     def vm(self, vm: int) -> str:
-        """`VM 5 (qemu-system-x86 4242)`."""
+        """Return a text such as `VM 5 (qemu-system-x86 4242)`."""
         process = self.process(vm)
         return f"VM {vm} ({process})" if process else f"VM {vm}"
 
     def vms(self, ids: Sequence[int]) -> str:
-        """`VM 5 (qemu-system-x86 4242), VM 6 (...), VM 7 (...), and 8 more`."""
+        """Return a text such as `VM 5 (qemu-system-x86 4242), VM 6 (...), VM 7 (...), and 8 more`."""
         return some([self.vm(vm) for vm in ids])
 
     def thread(self, vm: int | None, vcpu: int | None) -> str:
-        """The name of a vCPU's thread, such as `CPU 0/KVM`, where it is another than its process's; else nothing.
+        """Return the name of a vCPU's thread, such as `CPU 0/KVM`; empty if it is that of the process.
 
-        Of several threads that acted for a vCPU it is the last one: the first is often who created it.
+        Of several threads that acted for a vCPU it is the last one: the first is often the one that created it.
         """
         found = self._vms.get(vm) if vm is not None else None
         tids = [each["tid"] for each in found["vcpus"] if each["id"] == vcpu] if found is not None else []
@@ -48,12 +48,12 @@ class VmNames:
         return "" if comm == text_at(found, "comm") else printable(comm)
 
     def vcpu(self, vm: int, vcpu: int) -> str:
-        """`vCPU 0 (CPU 0/KVM) of VM 5 (qemu-system-x86 4242)`."""
+        """Return a text such as `vCPU 0 (CPU 0/KVM) of VM 5 (qemu-system-x86 4242)`."""
         thread = self.thread(vm, vcpu)
         return f"vCPU {vcpu}{f' ({thread})' if thread else ''} of {self.vm(vm)}"
 
     def task(self, tid: int | None) -> str:
-        """A thread by its name and number: `kworker/0:1 23`; the number alone where its name is not known."""
+        """Return a thread's name and number, as `kworker/0:1 23`; the number alone where its name is not known."""
         if tid is None:
             return ""
         comm = text_at(self._threads.get(tid, {}), "comm")

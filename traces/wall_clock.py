@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Wall-clock time of a recording's rows: boot ns as UTC by the recorder's clock samples, and back."""
+"""Wall-clock times of a recording's rows: boot ns to UTC by the recorder's clock samples, and back."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _OF_DAY: Final = re.compile(r"\d\d?:\d\d(:\d\d(\.\d+)?)?", re.ASCII)
 
 
 def wall_ns(meta: Metadata, boot: int) -> int | None:
-    """ns since 1970 of a boot time, by the last clock sample before it; None where the recording has no sample."""
+    """Return ns since 1970 of a boot time, by the last clock sample before it; None without any sample."""
     samples = _samples(meta)
     if not samples:
         return None
@@ -30,7 +30,7 @@ def wall_ns(meta: Metadata, boot: int) -> int | None:
 
 
 def wall_text(meta: Metadata, boot: int) -> str:
-    """A boot time as UTC to the ms, such as `2026-11-26 09:12:25.457`; empty where that is not known."""
+    """Return a boot time as UTC to the ms, such as `2026-11-26 09:12:25.457`; empty where that is not known."""
     ns = wall_ns(meta, boot)
     if ns is None:
         return ""
@@ -40,7 +40,7 @@ def wall_text(meta: Metadata, boot: int) -> str:
 
 
 def span_ns(text: str) -> int | None:
-    """The ns of a time such as `30s`, `1.5s`, `200ms`, `2m` or `3`, which is in seconds; None of another text."""
+    """Return the ns of a time such as `30s`, `1.5s`, `200ms`, `2m` or `3` (seconds); None for another text."""
     match = _RELATIVE.fullmatch(text.strip())
     if match is None:
         return None
@@ -50,7 +50,7 @@ def span_ns(text: str) -> int | None:
 
 
 def moment(meta: Metadata, text: str, option: str) -> int:
-    """The boot ns that a text means: a time since the first row (`1.5s`, `200ms`, `2m`), or a wall-clock time in UTC.
+    """Return the boot ns of a text: a time since the first row (`1.5s`, `200ms`, `2m`), or a wall-clock time in UTC.
 
     A wall-clock time is `2026-11-26T09:12:25.5` or, on the day of the recording's first row, `09:12:25`. Raises
     Problem.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gates on a fleet: `--fail-on 'soft_hang > 0'`, with the operators and the intervals of those on one report."""
+"""Gates on a fleet, as `--fail-on 'soft_hang > 0'`, with the same operators and intervals as gates on one report."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def figures(found: FleetOutcome) -> Figures:
     """Return all figures that a gate can be on, as intervals."""
     (whole,) = found.recorded().to_dicts()
     by = {row["own_policy"]: row["vms"] for row in found.recorded("own_policy").to_dicts()}
-    hung = (whole["hung_low"], whole["hung_high"] + whole["vms"] - whole["timed"])  # any VM without times may have one
+    hung = (whole["hung_low"], whole["hung_high"] + whole["vms"] - whole["timed"])  # an untimed VM may have one
     far = len(outliers(found.recorded("host", "kernel", "vendor", frame=found.hosts)))
     hosts = found.hosts.filter("own")["host"].n_unique()
     exact = {

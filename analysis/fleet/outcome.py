@@ -63,7 +63,7 @@ class FleetOutcome:
 
 
 class Summing:
-    """Adds judged rows up, batch by batch."""
+    """Sums of judged rows, added up batch by batch."""
 
     def __init__(self, by: Sequence[str]) -> None:
         self._by = tuple(by)

@@ -20,15 +20,15 @@ from traces.text import printable
 
 _KEY: Final = ("policy", "bound", "vm", "vcpu")
 _SPLIT: Final = ("guest_ns", "fault_ns", "load_ns", "unload_ns", "wait_ns", "other_ns", "switch_ns")
-_LATEST: Final = 1 << 62  # ns; no clock of a machine stands there
+_LATEST: Final = 1 << 62  # ns; later than any machine's clock
 
 
 @dataclass
 class _Vcpu:
-    share: int  # track
+    share: int  # its track of guest shares; `hangs` is that of its soft-hangs
     hangs: int
     began: int
-    clock: int = 0  # of the last moment
+    clock: int = 0  # ns, of the last moment written; `guest` is the guest time until then
     guest: int = 0
 
 

@@ -50,7 +50,7 @@ class Told:
 
     rows: int = 0
     clipped: int = 0  # ns of spans that would begin before the span before them ends: clocks of two CPUs
-    unjudged: dict[str, list[int]] = field(default_factory=dict)  # VMs whose soft-hangs are not known, by why
+    unjudged: dict[str, list[int]] = field(default_factory=dict)  # by reason, the VMs whose soft-hangs are not known
 
 
 def write(trace: Trace, writer: PacketWriter, rule: Rule, guest: GuestOfVm | None = None) -> Told:
@@ -113,7 +113,7 @@ class _Vm:
         ids = vcpu_ids(vm)
         self._vcpus: list[_Vcpu] = []
         self._times = times
-        self._hangs: dict[int, int] = {}  # tracks
+        self._hangs: dict[int, int] = {}  # by vCPU, its track of soft-hangs
         for each in ids:
             about = "guest: from kvm_entry to kvm_exit, the switch there and back included"
             track = writer.track(f"vCPU {each}", self._track, description=about)
@@ -284,7 +284,7 @@ class _Vcpu:
     def _flows(self, runs: _Runs) -> tuple[Ints, Ints]:
         """Return the places and ids of the flows that begin or end in these runs."""
         moves = np.flatnonzero(runs.moved)
-        ids = runs.seq[moves] + 1  # of the transition's row; 0 is no id
+        ids = runs.seq[moves] + 1  # the transition's row number plus 1, because Perfetto's ids are not 0
         of = np.searchsorted(moves, np.arange(len(runs.begin)), "right")
         since = np.append(self._since, runs.newest[moves])
         flow = np.append(self._flow, ids)

@@ -80,7 +80,7 @@ def overview(recording: Recording, result: Result | None = None) -> pl.LazyFrame
         "smis": "kvm_smm_transition",
     }  # fmt: skip
     frame = frame.with_columns(
-        # where rows may be missing, 0 is not certain
+        # where rows may be missing, a count of 0 is not certain: it becomes null
         (pl.when(pl.col(name) > 0).then(name) if meta.may_lack(kind) else pl.col(name).fill_null(0))
         if kind in recording.kinds
         else pl.lit(None, pl.Int64).alias(name)

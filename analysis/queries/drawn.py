@@ -22,7 +22,7 @@ from traces.schema import BY_NAME
 from traces.text import vms_text
 
 ROWS: Final = 100  # ranges of pages in a picture
-# A prefetch is part of its fault here.
+# Pictures show no prefetches: the time of one is part of its fault's.
 STATES: Final = {f"{state.name.lower()}_ns": state for state in VcpuState if state != VcpuState.PREFETCH}
 
 HANGS: Final = {

@@ -15,15 +15,16 @@ from traces.errors import Problem
 from traces.kernels.vendors import OFF, VMX, vendor_of
 from traces.untrusted import object_at, text_at
 
-# Bits 5:3 of an EPT leaf, and bit 6: that the guest's PAT has no say (SDM 3, "EPT and memory typing").
+# Bits 5:3 of an EPT leaf are its memory type; bit 6 says that the guest's PAT is ignored (SDM 3, "EPT and memory
+# typing").
 _TYPES: Final = {0: "UC", 1: "WC", 4: "WT", 5: "WP", 6: "WB"}
 _TYPE: Final = pl.col("new") // 8 % 8
 _PAT_IGNORED: Final = pl.col("new") // 64 % 2
-_READS: Final = pl.col("new") % 8 != 0  # else it maps nothing
+_READS: Final = pl.col("new") % 8 != 0  # an entry without any of these bits maps nothing
 
 
 def have_types(recording: Recording) -> bool:
-    """Whether this host's leaves have a memory type."""
+    """Return whether leaf SPTEs of this recording's host contain a memory type."""
     raw = recording.metadata.raw
     modules = object_at(object_at(raw, "modules"), VMX.module)
     return vendor_of(text_at(object_at(raw, "host"), "vendor")) is VMX and modules.get(VMX.paging) not in OFF

@@ -52,7 +52,7 @@ def in_windows(recording: Recording, window_ns: int = WINDOW_NS) -> Windowed:
     """Return the question that counts rows in windows of each vCPU's time, by kind."""
     kernel = _kernel(recording)
     fault = (SVM if kernel is None else kernel.vendor).fault
-    known = recording.metadata.policy != "shadow"  # there a fault's code is about the guest's own tables, too
+    known = recording.metadata.policy != "shadow"  # under the shadow MMU the code may be about the guest's tables
     return Windowed(
         f"windows of {window_ns} ns", recording.span[0], window_ns, fault.present if known else 0, fault.reserved
     )

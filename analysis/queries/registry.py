@@ -20,7 +20,7 @@ _MODULES: Final = tuple(
     for name in ("recorded", "replayed", "by_vm", "exit_times", "removed", "drawn", "leaves", "guest_tasks")
 )
 _QUERIES: Final[dict[str, Query[Any]]] = {}
-_OLD_NAMES: Final = {"doings": "vcpu_states"}  # accepted in 0.2, and no longer in 0.3
+_OLD_NAMES: Final = {"doings": "vcpu_states"}  # old names, accepted in 0.2 and no longer in 0.3
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,8 @@ _TEXTS: Final = {
     Why.VM_END: "VM's end",
     Why.OTHER: "not explained",
 }
-_NONE: Final = (Why.FIRST, Why.UNSEEN, Why.UNWRITABLE)  # nobody removed anything
-# Reported even where they changed nothing: their number matters, and notifiers hold up all faults meanwhile
+_NONE: Final = (Why.FIRST, Why.UNSEEN, Why.UNWRITABLE)  # causes that no removal is behind
+# These are reported even where they changed nothing: their number matters, and faults wait while a notifier runs
 _ASKING: Final = [
     int(why) for why in (
         Why.NOTIFIER, Why.NOTIFIER_CHANGE, Why.AGING, Why.GET_DIRTY_LOG, Why.CLEAR_DIRTY_LOG, Why.DIRTY_RING,

@@ -22,7 +22,7 @@ PAGE: Final = 4096
 _SUMMED: Final = (*OF_VCPU, *OF_VM)
 _PEAKS: Final = ("roots_peak", "tables_peak", "memory_bytes")
 _TIMES: Final = ("stalls", "stalled_ns", "longest_stall_ns", "wall_ns", *SPENT)
-REFILL: Final = tuple(SPENT[each] for each in OF_ROOTS)  # what root policies decide
+REFILL: Final = tuple(SPENT[each] for each in OF_ROOTS)  # times that depend on the root policy
 
 
 def _ends(rows: pl.LazyFrame, keys: list[str], names: list[str]) -> pl.LazyFrame:

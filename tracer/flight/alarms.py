@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a trigger finds: a condition that begins to hold for a vCPU or VM. It is reported once, until it ends."""
+"""Alarms of triggers: a condition that begins to hold for a vCPU or VM, reported once until it ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Rows = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Alarm:
-    """`severity` compares alarms of one trigger; `text` is what the dump's metadata says."""
+    """What a trigger found: `severity` compares alarms of one trigger, `text` is for the dump's metadata."""
 
     trigger: str
     text: str
@@ -22,17 +22,17 @@ class Alarm:
 
 
 class Detector(Protocol):
-    """Looks at all rows, in the order of time."""
+    """Watches all rows, in order of time, for the condition of one trigger."""
 
     def see(self, rows: Rows) -> list[Alarm]:
-        """Take rows; what began by them."""
+        """Take rows; return the alarms that begin with them."""
 
     def now(self, at: int) -> list[Alarm]:
-        """Nothing more comes from before `at` (boot ns); what began by that."""
+        """Return the alarms that begin by `at` (boot ns), before which no more rows will come."""
 
 
 class Ongoing:
-    """What is so at the moment, by what it is of."""
+    """The keys (vCPUs, VMs or threads) for which a condition holds at the moment."""
 
     def __init__(self) -> None:
         self._so: set[Hashable] = set()
@@ -41,7 +41,7 @@ class Ongoing:
         return key in self._so
 
     def begins(self, key: Hashable, so: bool) -> bool:
-        """Whether it is so now and was not before."""
+        """Set whether the condition holds for a key; return whether it does now and did not before."""
         new = so and key not in self._so
         (self._so.add if so else self._so.discard)(key)
         return new

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m tracer.flight.compaction PARENT DIRECTORY OUT`: make a dump's segments a trace, with the lowest priority.
+"""`python -m tracer.flight.compaction PARENT DIRECTORY OUT`: make a trace of a dump's segments, at lowest priority.
 
-In a process of its own, so that it takes no time from the drain.
+It is a process of its own, so that it takes no time from the thread that drains the rings.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
 
 def main(parent: int, directory: Path, out: Path) -> int:
-    """Compact for the recorder with the number `parent`; the exit code. What went wrong is a line on standard error."""
+    """Compact for the recorder with process id `parent`; return the exit code. An error is a line on standard error."""
     os.setpriority(os.PRIO_PROCESS, 0, _LOWEST)
-    # Not without the recorder: one that is killed leaves the segments to the next, which must be alone with them.
+    # End with the recorder: if it is killed, the next one takes the segments over, and must be alone with them.
     ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     if os.getppid() != parent:
         return ENVIRONMENT

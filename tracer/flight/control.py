@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The socket by which a running flight recorder is asked for a dump: root's, or a group's as well.
+"""The socket by which a running flight recorder is asked for a dump, by root or also by members of a group.
 
 One line of JSON each way: {"do": "dump", "reason": TEXT}, answered by {"path": PATH} or {"problem": LINE, "code": N}.
 """
@@ -24,7 +24,7 @@ from traces.text import printable
 
 NAME: Final = "flight.sock"
 _LOCK: Final = ".flight.lock"
-_MOST: Final = 16  # clients at once
+_MOST: Final = 16  # clients at a time
 _LINE: Final = 4096
 _REASON: Final = 200
 _FAREWELL: Final = 2.0  # seconds for the answers that are under way at the end
@@ -32,10 +32,10 @@ _PATIENCE: Final = 5.0  # seconds for a client's line
 
 
 class Control:
-    """Listens in the dumps' directory; `dump` is given each client's reason, and answers in time."""
+    """Listens in the dumps' directory; `dump` is called with each client's reason and returns a future path."""
 
     def __init__(self, directory: Path, group: str, dump: Callable[[str], Future[Path]]) -> None:
-        """Raises Problem where another recorder has the directory, or there is no such group."""
+        """Raises Problem where another recorder uses the directory, or the group does not exist."""
         self._path, self._dump = directory / NAME, dump
         self._lock = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -43,7 +43,7 @@ class Control:
         except OSError:
             os.close(self._lock)
             raise Problem(f"{directory}: another flight recorder keeps its dumps there: choose another -o") from None
-        self._path.unlink(missing_ok=True)  # a killed recorder's
+        self._path.unlink(missing_ok=True)  # left by a killed recorder
         self._listener = socket.socket(socket.AF_UNIX)
         before = os.umask(0o177)
         try:
@@ -59,7 +59,7 @@ class Control:
         threading.Thread(target=self._serve, name="control", daemon=True).start()
 
     def close(self) -> None:
-        """Listen no more; who waits for a dump still gets its answer."""
+        """Stop listening; clients that wait for a dump still get their answers, for at most two seconds."""
         self._path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
@@ -103,7 +103,7 @@ class Control:
 
 
 def ask(directory: Path, reason: str) -> Path:
-    """Have the recorder that keeps its dumps in `directory` make one; the trace. Raises Problem where it does not."""
+    """Ask the recorder of `directory` for a dump and return the trace's path. Raises Problem where none is made."""
     with socket.socket(socket.AF_UNIX) as connection:
         try:
             with _reachable(directory) as place:
@@ -135,7 +135,7 @@ def _line(connection: socket.socket) -> bytes:
 
 @contextlib.contextmanager
 def _reachable(directory: Path) -> Any:
-    """The socket's address: a path of its own may be longer than the 108 bytes that an address has."""
+    """Yield the socket's address through /proc: its own path may be longer than the 108 bytes of an address."""
     fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield f"/proc/self/fd/{fd}/{NAME}"

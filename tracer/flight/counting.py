@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triggers that count rows: many in a time, many alike one after the other, or one thing that takes too long."""
+"""Triggers that count: too many rows in a time, too many equal faults in succession, or a zap that takes too long."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from traces.durations import duration
 from traces.identity import CREATED, GET_PAGE
 from traces.schema import BY_NAME
 
-_PARTS: Final = 8  # of the time in which is counted
+_PARTS: Final = 8  # parts of the time over which rows are counted
 _FAULT, _USER = BY_NAME["kvm_page_fault"].code, BY_NAME["kvm_userspace_exit"].code
 _ROOT_GET = BY_NAME["root_get"].code
 _BRACKETS: Final = (("zap_root_begin", "zap_root_end"), ("zap_invalidated_begin", "zap_invalidated_end"))
-_FORGOTTEN: Final = 600 * 10**9  # ns after which the end of a zap was lost
-_INTERRUPTED: Final = (-4, -11)  # EINTR, EAGAIN: how userspace gets its thread back
+_FORGOTTEN: Final = 600 * 10**9  # ns after which the end of a zap is taken for lost
+_INTERRUPTED: Final = (-4, -11)  # EINTR, EAGAIN: userspace wanted its thread back, no failure
 _FAILED: Final = (0, 9, 17)  # KVM_EXIT_UNKNOWN, KVM_EXIT_FAIL_ENTRY, KVM_EXIT_INTERNAL_ERROR
 
 Mask = Callable[[Rows], Rows]
 
 
 def roots(rows: Rows) -> Rows:
-    """Rows by which a root was made."""
+    """Return which rows show that a root was created."""
     kind = rows["kind"]
     made: Rows = (kind == GET_PAGE) & (rows["flags"] & CREATED != 0) & (rows["root"] != 0)
     made &= rows["root"] == rows["w1"]
@@ -34,7 +34,7 @@ def roots(rows: Rows) -> Rows:
 
 
 def old_roots(rows: Rows) -> Rows:
-    """The same on kernels before 5.12, which show no table of a TDP root: it has its first user."""
+    """Return the same for kernels before 5.12, which trace no table of a TDP root: its first user shows it."""
     found: Rows = roots(rows) | ((rows["kind"] == _ROOT_GET) & (rows["n"] == 1))
     return found
 
@@ -50,7 +50,7 @@ def user_exits(rows: Rows) -> Rows:
 
 
 def errors(rows: Rows) -> Rows:
-    """KVM_RUN failed, or came back with an exit that says that KVM cannot go on."""
+    """Return which rows are failures of KVM_RUN, or exits to userspace that say that KVM cannot continue."""
     ret = rows["n"]
     refused = (ret < 0) & ~np.isin(ret, _INTERRUPTED)
     found: Rows = (rows["kind"] == _USER) & (refused | ((ret >= 0) & np.isin(rows["w0"], _FAILED)))
@@ -58,7 +58,7 @@ def errors(rows: Rows) -> Rows:
 
 
 class RowRate:
-    """Alarms where a VM has more than `limit` such rows within `nanoseconds`."""
+    """Alarms where a VM has more than `limit` rows of one sort (`mask`) within `nanoseconds`."""
 
     def __init__(self, name: str, what: str, mask: Mask, limit: float, nanoseconds: int) -> None:
         self._name, self._what, self._mask = name, what, mask
@@ -69,7 +69,7 @@ class RowRate:
         self._alarmed = Ongoing()
 
     def see(self, rows: Rows) -> list[Alarm]:
-        """Take rows; the VMs that begin to have too many."""
+        """Take rows; return the alarms of VMs that begin to have too many."""
         rows = rows[self._mask(rows)]
         rows = rows[rows["kvm"] != 0]
         if not len(rows):
@@ -96,7 +96,7 @@ class RowRate:
         return found
 
     def now(self, at: int) -> list[Alarm]:
-        """VMs that have had none for the whole time have none too many."""
+        """Forget VMs that had no such row for the whole time; return no alarm."""
         quiet = {kvm for kvm, known in self._counts.items() if max(known) < at // self._part - _PARTS}
         for kvm in quiet:
             del self._counts[kvm], self._owner[kvm]
@@ -105,15 +105,15 @@ class RowRate:
 
 
 class SameFault:
-    """Alarms where a vCPU faults more than `limit` times, one after the other, at one RIP or on one gfn."""
+    """Alarms where a vCPU faults more than `limit` times in succession at one RIP or on one gfn."""
 
     def __init__(self, name: str, value: Callable[[Rows], Rows], limit: int) -> None:
         self._name, self._value, self._limit = name, value, limit
-        self._last: dict[tuple[int, int], tuple[int, int]] = {}  # by vCPU: the value, and how often by now
+        self._last: dict[tuple[int, int], tuple[int, int]] = {}  # by vCPU: the value, and how often in succession
         self._alarmed = Ongoing()
 
     def see(self, rows: Rows) -> list[Alarm]:
-        """Take rows; the vCPUs that begin to repeat themselves."""
+        """Take rows; return the alarms of vCPUs that begin to repeat themselves."""
         rows = rows[(rows["kind"] == _FAULT) & (rows["vcpu"] >= 0)]
         if not len(rows):
             return []
@@ -122,8 +122,8 @@ class SameFault:
         other = (rows["kvm"][1:] != rows["kvm"][:-1]) | (rows["vcpu"][1:] != rows["vcpu"][:-1])
         starts = np.append(0, np.flatnonzero(other | (values[1:] != values[:-1])) + 1)
         lengths = np.diff(np.append(starts, len(rows)))
-        firsts = np.append(0, np.flatnonzero(other) + 1)  # each vCPU's first row here: its run may go on
-        # Runs that matter: each vCPU's first and last, and those that are long enough alone.
+        firsts = np.append(0, np.flatnonzero(other) + 1)  # each vCPU's first row here, which may continue a run
+        # The runs to look at: each vCPU's first and last, which batches may divide, and those over the limit.
         ends = np.append(firsts[1:], len(rows)) - 1
         last_runs = starts[np.searchsorted(starts, ends, side="right") - 1]
         matter = np.unique(np.concatenate([firsts, last_runs, starts[lengths > self._limit]]))
@@ -142,20 +142,20 @@ class SameFault:
         return found
 
     def now(self, at: int) -> list[Alarm]:
-        """Time alone changes nothing."""
+        """Return no alarm: only rows make one."""
         return []
 
 
 class LongZap:
-    """Alarms where a zap of a root, or of all invalid ones, takes longer than `nanoseconds`; it is under mmu_lock."""
+    """Alarms where a zap of a root, or of all invalid roots, takes longer than `nanoseconds`, under mmu_lock."""
 
     def __init__(self, nanoseconds: int) -> None:
         self._nanoseconds = nanoseconds
-        self._open: dict[tuple[int, int], tuple[int, int]] = {}  # by thread and bracket: since when, whose
+        self._open: dict[tuple[int, int], tuple[int, int]] = {}  # by thread and bracket: begin, process
         self._alarmed = Ongoing()
 
     def see(self, rows: Rows) -> list[Alarm]:
-        """Take rows; zaps that have ended are judged here."""
+        """Take rows; return the alarms of zaps that ended and took too long."""
         found = []
         for bracket, (begin, end) in enumerate(_BRACKETS):
             codes = (BY_NAME[begin].code, BY_NAME[end].code)
@@ -183,7 +183,7 @@ class LongZap:
         return found
 
     def now(self, at: int) -> list[Alarm]:
-        """Zaps that are not done yet."""
+        """Return the alarms of zaps that take too long and have not ended yet."""
         for key in [key for key, (since, _) in self._open.items() if at - since > _FORGOTTEN]:
             del self._open[key]
         return [

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dumps on their way to the disk: segments first, then a trace, one after the other while recording goes on."""
+"""Dumps on their way to the disk: first as segments, then as a trace, one at a time, while recording continues."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from traces.segment_writer import SegmentWriter
 
 SEGMENTS: Final = ".kvmt"
 TRACE: Final = ".parquet"
-_OLD: Final = 600  # seconds: nobody still writes it
+_OLD: Final = 600  # seconds after which a temporary file is taken for abandoned
 
 
 @dataclass
 class Dump:
-    """What is to become the trace `name`; `done` is called with its path, or what went wrong."""
+    """A dump that is to become the trace `name`; `done` receives its path, or the Problem."""
 
     name: str
     epochs: list[Epoch]
@@ -45,20 +45,21 @@ class Dumps:
         self, directory: Path, window: FlightWindow, most: int, kept: Callable[[], set[Path]],
         uploads: Uploads | None = None,
     ) -> None:  # fmt: skip
-        """Automatic dumps go, the oldest first, while all dumps are more than `most` bytes; but for those `kept`.
+        """Start the thread that writes.
 
-        `uploads`: takes every trace that is made.
+        While all dumps together have more than `most` bytes, the oldest automatic ones are deleted, except those
+        `kept`. `uploads` takes every trace that is made.
         """
         self.directory, self._window, self._most, self._kept = directory, window, most, kept
         self._uploads = uploads
         self.made: list[Path] = []
         self.failed = 0
         self._automatic: list[Path] = []
-        self._named: set[str] = set()  # some of them wait, and no file has their name yet
+        self._named: set[str] = set()  # names given out, some to dumps that have no file yet
         self._queue: queue.SimpleQueue[Dump | Path | None] = queue.SimpleQueue()
         self._child: subprocess.Popen[str] | None = None
         self._hard = False
-        for left in directory.glob(".kvmtrace-*.tmp"):  # of a compaction that was killed
+        for left in directory.glob(".kvmtrace-*.tmp"):  # left by a compaction that was killed
             if left.stat().st_mtime < time.time() - _OLD:
                 left.unlink(missing_ok=True)
         for left in sorted(directory.glob(f"*{SEGMENTS}")):
@@ -67,18 +68,18 @@ class Dumps:
         self._thread.start()
 
     def know(self, automatic: list[Path]) -> None:
-        """Automatic dumps of earlier runs, the oldest first."""
+        """Take over automatic dumps of earlier runs, the oldest first."""
         self._automatic += automatic
 
     def cpu_seconds(self) -> float:
-        """CPU time that writing dumps has taken so far, but for the processes that make traces of them."""
+        """Return the CPU time (s) that writing dumps took so far, without the processes that compact them."""
         return time.clock_gettime(time.pthread_getcpuclockid(self._thread.ident or 0)) if self._thread.is_alive() else 0
 
     def add(self, dump: Dump) -> None:
         self._queue.put(dump)
 
     def name(self, wanted: str) -> str:
-        """A name that no file has yet, and no dump that waits."""
+        """Return a name that no file and no waiting dump has yet."""
         names = (wanted, *(f"{wanted}-{number}" for number in range(2, 1 << 20)))
         found = next(
             name
@@ -90,12 +91,12 @@ class Dumps:
         return found
 
     def close(self) -> None:
-        """Wait until everything is a trace."""
+        """Wait until every dump is a trace."""
         self._queue.put(None)
         self._thread.join()
 
     def abandon(self) -> None:
-        """End as soon as what is in memory is on the disk: making traces is left to the next run, or to `recover`."""
+        """End as soon as memory is on disk; making traces of it is left to the next run, or to `recover`."""
         self._hard = True
         if (child := self._child) is not None:
             child.terminate()
@@ -119,7 +120,7 @@ class Dumps:
             self._make_room()
 
     def _take_over(self, left: Path) -> None:
-        """Make a trace of what an earlier recorder has left, and say so."""
+        """Make a trace of the segments that an earlier recorder left, and print a line about it."""
         try:
             said = f"made a trace of it: {self._made(left).name}"
         except Problem as problem:
@@ -141,7 +142,7 @@ class Dumps:
                 self._window.give_back(pieces.pop())
             writer.close({})
         except Problem as problem:
-            shutil.rmtree(directory, ignore_errors=True)  # its rows are in the window for another try
+            shutil.rmtree(directory, ignore_errors=True)  # its rows are still in the window, for another try
             reason = problem.__cause__.strerror if isinstance(problem.__cause__, OSError) else problem
             raise Problem(f"{directory.with_suffix(TRACE)}: no dump: {reason}: make room", ENVIRONMENT) from None
         finally:
@@ -167,7 +168,7 @@ class Dumps:
         return out
 
     def _made(self, directory: Path) -> Path:
-        """The trace that was made of a directory's segments, on its way to a store where there is one."""
+        """Make a trace of a directory's segments, have it uploaded where that is wanted, and return its path."""
         path = self._compact(directory)
         if self._uploads is not None:
             self._uploads.add(path)

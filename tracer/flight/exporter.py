@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The way out of a flight's metrics: a page for Prometheus to read, or a file for node_exporter to pass on."""
+"""Where a flight's metrics go: a page that Prometheus reads, or a file that node_exporter passes on."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ADDRESS: Final = re.compile(r"(?:(\[[0-9a-fA-F:]+\]|[\w.-]*)):(\d{1,5})")
 
 
 def place(text: str) -> Path | tuple[str, int]:
-    """What --metrics gives: a file, or (address, port). Raises Problem."""
+    """Parse --metrics and return a file, or (address, port). Raises Problem."""
     if text.endswith(SUFFIX):
         path = Path(text).absolute()
         if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
@@ -43,7 +43,7 @@ class _Collector:
         self._samples = samples
 
     def describe(self) -> Iterator[Any]:
-        """Nothing is asked for yet as it is registered."""
+        """Return nothing: when the collector is registered there are no samples yet."""
         return iter(())
 
     def collect(self) -> Iterator[Any]:
@@ -72,10 +72,10 @@ _KINDS: Final[dict[str, Any]] = {
 
 
 class Exporter:
-    """Gives the samples out until it is closed."""
+    """Publishes samples until it is closed."""
 
     def __init__(self, to: Path | tuple[str, int], samples: Callable[[], Iterable[Sample]]) -> None:
-        """Raises Problem where the address cannot be had."""
+        """`samples` returns the current samples. Raises Problem where the address cannot be bound."""
         self._registry = prometheus_client.CollectorRegistry()
         self._registry.register(_Collector(samples))
         self._ended = threading.Event()
@@ -92,7 +92,7 @@ class Exporter:
             raise Problem(f"--metrics {to[0]}:{to[1]}: {error.strerror}", ENVIRONMENT) from None
 
     def close(self) -> None:
-        """No more; a file goes, so that nobody takes it for the present."""
+        """Stop publishing; a file is removed, so that nobody takes it for the present state."""
         self._ended.set()
         if self._thread is not None:
             self._thread.join()

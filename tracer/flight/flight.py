@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One flight: a recorder that keeps the last seconds, until a signal or its command's end ends it."""
+"""One flight: a recorder that keeps the last seconds, until a signal or the end of its command ends it."""
 
 from __future__ import annotations
 
@@ -46,31 +46,31 @@ from traces.schema import BY_CODE
 
 _TICK_SECONDS = 0.05
 _TIDY = 60 * 10**9  # ns between two looks at the probes' tables
-_CROWDED = 1 << 14  # threads in the probes' table, of which the dead ones then go
-_MOST_EARLIER = 1000  # dumps of earlier runs that are looked at
+_CROWDED = 1 << 14  # threads in the probes' table, above which dead ones are dropped
+_MOST_EARLIER = 1000  # dumps of earlier runs that are taken into account
 
 
 @dataclass(frozen=True)
 class FlightOptions:
-    """What to record (`record.out` is the dumps' directory), how much to keep, and who asks for dumps."""
+    """What to record (`record.out` is the dumps' directory), how much to keep, and what triggers dumps."""
 
     record: Options
     bounds: Bounds
     triggers: tuple[str, ...] = ()
     group: str = ""
-    metrics: str = ""  # where they are given out: an address, or a file; empty: nowhere
+    metrics: str = ""  # the address or file that metrics are published at; empty: none
     upload: str = ""  # the place that dumps are uploaded to; empty: none
-    spool: int = 0  # bytes of dumps that may wait for it
+    spool: int = 0  # bytes of dumps that may wait for their upload
 
     @property
     def levels(self) -> tuple[Level, ...]:
-        """What may be recorded, so that it costs no more than it may."""
+        """The levels to which recording may fall back within --max-overhead; empty without that bound."""
         return levels(self.record.preset, self.record.kinds) if self.bounds.overhead else ()
 
 
 @dataclass(frozen=True)
 class FlightOutcome:
-    """How a flight ended: its dumps, what it saw and lost, and why dumps are not whole, if so."""
+    """How a flight ended: its dumps, events that it saw, lost and missed, and what it cost."""
 
     dumps: tuple[Path, ...]
     refused: dict[str, dict[str, float]]
@@ -81,15 +81,15 @@ class FlightOutcome:
     status: int | None
     cpu_seconds: float
     seconds: float
-    level_seconds: dict[str, float]  # that each level was recorded for, where more than one may be
-    upload: UploadOutcome | None = None  # where dumps are uploaded
+    level_seconds: dict[str, float]  # by level, with --max-overhead
+    upload: UploadOutcome | None = None  # None where dumps are not uploaded
 
 
 class FlightRecorder(Recorder):
-    """Drains the rings into a window in memory."""
+    """A recorder that drains the rings into a window in memory."""
 
     flush_seconds = _TICK_SECONDS
-    idle_seconds = _TICK_SECONDS  # in which 4 million events a second fill half of a ring
+    idle_seconds = _TICK_SECONDS  # in this time 4 million events a second fill half of a ring
 
     def __init__(
         self, options: FlightOptions, probes: Probes, ring_bytes: int, stop: Stop, uploads: Uploads | None = None
@@ -97,7 +97,7 @@ class FlightRecorder(Recorder):
         self._uploads = uploads
         self._bounds = options.bounds
         self._triggers = FlightTriggers(options.triggers, options.record.kinds)
-        self._looking = threading.Lock()  # a checkpoint and a dump may look at the host at once
+        self._looking = threading.Lock()  # a checkpoint and a dump may look at the host at the same time
         self._tidied = 0
         self._levels = options.levels
         self._governor: GovernorThread | None = None
@@ -129,7 +129,7 @@ class FlightRecorder(Recorder):
         )
         if not self._levels:
             return
-        try:  # not before: attaching takes CPU time, too
+        try:  # begun only now, because attaching takes CPU time, too
             self._governor = GovernorThread(
                 self.probes, self._levels, self._bounds.overhead, self._own_cpu, self._changed
             )
@@ -139,17 +139,17 @@ class FlightRecorder(Recorder):
 
     @property
     def level_seconds(self) -> dict[str, float]:
-        """How long each level was recorded for, where there is a bound."""
+        """How many seconds each level was recorded for; empty without --max-overhead."""
         return self._governor.seconds if self._governor else {}
 
     def samples(self) -> Iterator[Sample]:
-        """What there is to say, as metrics, from any thread."""
+        """Yield the samples of all metrics; any thread may call it."""
         if self._facts is not None and self.flight.metrics is not None:
             yield from self.flight.metrics.samples()
             yield from self._facts.samples()
 
     def _look_at_itself(self) -> None:
-        """Once a second, on the thread that has the rows."""
+        """Take the recorder's own figures, once a second, on the thread that handles the rows."""
         window, lost = self.flight.window, self.probes.counters()["lost"].sum(axis=0)
         events, governor = window.pushed().sum(axis=0), self._governor
         self._facts = RecorderFacts(
@@ -171,7 +171,7 @@ class FlightRecorder(Recorder):
         return time.process_time() - self.flight.dumps.cpu_seconds()
 
     def _changed(self, change: LevelChange) -> None:
-        """On the governor's thread."""
+        """Queue a change of level for the drain, and print it; called on the governor's thread."""
         self._changes.append(change)
         if not change.left_out:
             say("everything is recorded again")
@@ -189,7 +189,7 @@ class FlightRecorder(Recorder):
         )
 
     def _drain_once(self) -> bool:
-        if time.monotonic() - self.flight.passed < self._watchdog.seconds / 2:  # this thread is not alone in it
+        if time.monotonic() - self.flight.passed < self._watchdog.seconds / 2:  # the flight's thread is alive, too
             self._watchdog.beat()
         while self._changes:
             change, record = self._changes.popleft(), np.zeros(1, RECORD)
@@ -222,7 +222,7 @@ class FlightRecorder(Recorder):
         self.flight.update(changes)
 
     def _flush(self) -> None:
-        self.flight.write([], self.rings.complete_at)  # the stream goes on though nothing happens
+        self.flight.write([], self.rings.complete_at)  # advances the stream even if there are no events
         self.flight.tick()
 
     def _full(self) -> str:
@@ -242,7 +242,7 @@ class FlightRecorder(Recorder):
         return f"the last {seconds:.0f} s in {window.held / 1e6:,.0f} MB, {len(dumps.made)} dumps"
 
     def ask(self, trigger: str, text: str) -> Future[Path]:
-        """Ask for a dump by hand."""
+        """Ask for a dump and return a future of its path."""
         request = Request(trigger, text)
         self.flight.ask(request)
         return request.answer
@@ -262,7 +262,7 @@ def _check(options: FlightOptions) -> None:
 
 
 def fly(options: FlightOptions) -> FlightOutcome:
-    """Record until something ends it. Raises Problem; dumps that were being made are then left to the next flight."""
+    """Record until something ends it. Raises Problem; dumps that are not finished are then left to the next flight."""
     FlightTriggers(options.triggers, options.record.kinds)  # before anything is loaded
     _check(options)
     if options.metrics:
@@ -340,7 +340,7 @@ def _uploads(options: FlightOptions) -> Uploads | None:
 
 
 def _wait_for(close: Callable[[], None], abandon: Callable[[], None], stop: Stop) -> None:
-    """Wait until that is closed; a second signal leaves the rest of it to the next run."""
+    """Wait until `close` returns; at a second signal `abandon` leaves the rest to the next run."""
     closing = threading.Thread(target=close)
     closing.start()
     watchdog = Watchdog()
@@ -376,7 +376,7 @@ def _asked_by_signal(flight: FlightRecorder) -> Iterator[None]:
 
 
 def _remember(flight: FlightThread, directory: Path) -> None:
-    """Dumps of earlier flights count: quotas do not start again, and old dumps may be deleted."""
+    """Count dumps of earlier flights, so that quotas do not start again and old dumps may be deleted."""
     paths = sorted(directory.glob(f"*{TRACE}"), key=lambda path: path.stat().st_mtime)[-_MOST_EARLIER:]
     if not paths:
         return
@@ -395,7 +395,7 @@ def _remember(flight: FlightThread, directory: Path) -> None:
 
 
 def _flight_facts(path: Path) -> tuple[str, bool, float] | None:
-    """(trigger, whether by hand, severity) of a dump; None of a file that is none."""
+    """Return (trigger, whether asked for by hand, severity) of a dump; None of another file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -408,4 +408,4 @@ def _flight_facts(path: Path) -> tuple[str, bool, float] | None:
 
 
 def _ignore(_answer: object) -> None:
-    """Nobody waits for the answer: the dump is there, or a line says why not."""
+    """Do nothing with the answer: the dump appears, or a printed line says why not."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a flight may cost: where it costs more it continues with fewer kinds of event, and comes back gradually.
+"""The bound on what a flight costs: above it fewer kinds of event are recorded, and more again later.
 
-Measured are the time that the kernel's own statistics say the BPF programs run for, and the CPU time of this process;
-that of writing dumps is left out, for it is then that everything is wanted. What it takes to get from a tracepoint to
-its program is in neither.
+The cost is the run time of the BPF programs, by the kernel's own statistics, and the CPU time of this process. Writing
+dumps is left out, because it is just then that everything is wanted. What it takes to get from a tracepoint to its
+program is in neither.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from tracer.probes import IOCTL_KINDS, PRESETS, preset_kinds
 from tracer.writer import prefer_this_thread
 
 LOWEST: Final = "counters"
-# Of these there is always a row: which VM an address is, and what memory it has, is known again afterwards.
+# Always recorded, so that it stays known which VM an address belongs to, and what memory the VM has.
 _ALWAYS: Final = frozenset({*IOCTL_KINDS, "vm_destroy"})
-_TICK: Final = 1.0  # seconds over which is measured
-_AVERAGED: Final = 5  # seconds, in some of which the VMs are looked at anew
-_STORM: Final = 4  # times what it may cost: one second of that is enough
+_TICK: Final = 1.0  # seconds of a measurement
+_AVERAGED: Final = 5  # measurements: some of them include a snapshot of the VMs
+_STORM: Final = 4  # times the bound: above that, one measurement is enough
 _FIRST_HOLD, _MOST_HOLD = 10.0, 640.0  # seconds at a level before more is tried; twice as long each time it fails
 
 
 @dataclass(frozen=True)
 class Level:
-    """What is recorded at one step, and how users call it."""
+    """One step of recording: its name for users, and the kinds of event that are recorded."""
 
     name: str
     kinds: frozenset[str]
 
 
 def levels(preset: str, kinds: frozenset[str]) -> tuple[Level, ...]:
-    """From everything that was asked for down to the least."""
+    """Return the levels, from everything that was asked for down to the least."""
     found = [Level(preset, kinds)]
     for name in reversed(PRESETS):
         fewer = (kinds & preset_kinds(name)) | (kinds & _ALWAYS)
@@ -49,24 +49,24 @@ def levels(preset: str, kinds: frozenset[str]) -> tuple[Level, ...]:
 
 
 class Governor:
-    """Decides at which level to record: one step down when it costs too much, one up after a while in which it did not.
+    """Decides at which level to record: one step down when it costs too much, one up after a while without that.
 
-    A step up that fails soon makes it wait twice as long before the next. What it costs is that of the last seconds at
-    the level: one busy second among several is none too much, a storm is at once.
+    If a step up soon fails, it waits twice as long before the next. The cost is averaged over the last seconds at the
+    level, so that a single busy second is not too much; a storm is too much at once.
     """
 
     def __init__(self, steps: int, most: float) -> None:
-        """`steps` is how many levels there are, `most` the share of the host's CPUs that may be used."""
+        """`steps` is the number of levels, `most` the share of the host's CPUs that may be used (0 to 1)."""
         self.level = 0
         self._last, self._most = steps - 1, most
         self._since: float | None = None
         self._shares: deque[float] = deque(maxlen=_AVERAGED)
         self._hold = _FIRST_HOLD
-        self._tried = False  # whether the present level is one that was gone up to
-        self.share = 0.0  # of all CPUs, by which was judged last
+        self._tried = False  # whether the present level was reached by a step up
+        self.share = 0.0  # of all CPUs, as judged last
 
     def judge(self, now: float, share: float) -> int:
-        """The level to record at after a second, up to `now` (s), in which so large a share was used."""
+        """Return the level to record at, after a second until `now` (s) in which that share of all CPUs was used."""
         self._since = now - _TICK if self._since is None else self._since
         self._shares.append(share)
         self.share = sum(self._shares) / len(self._shares)
@@ -99,7 +99,7 @@ class GovernedProbes(Protocol):
 
 @dataclass(frozen=True)
 class LevelChange:
-    """From `since` (boot ns) on kinds are left out, or none; `share` is what was used before, of all CPUs."""
+    """From `since` (boot ns) on these kinds, if any, are left out; `share` is what was used before, of all CPUs."""
 
     since: int
     level: int
@@ -109,13 +109,13 @@ class LevelChange:
 
 
 class GovernorThread:
-    """Measures once a second while it is there, and has the probes changed."""
+    """Measures the cost once a second while it exists, and changes what the probes observe."""
 
     def __init__(
         self, probes: GovernedProbes, steps: tuple[Level, ...], most: float, own_cpu: Callable[[], float],
         tell: Callable[[LevelChange], None],
     ) -> None:  # fmt: skip
-        """`own_cpu` gives the recorder's CPU time so far (s); `tell` is called with each change once it has happened.
+        """`own_cpu` returns the recorder's CPU time so far (s); `tell` is called after each change.
 
         Raises OSError where this kernel does not measure programs.
         """
@@ -131,12 +131,12 @@ class GovernorThread:
 
     @property
     def share(self) -> float:
-        """What recording costs, of all CPUs, over the last seconds."""
+        """The share of all CPUs that recording used over the last seconds."""
         return self._governor.share
 
     @property
     def level(self) -> Level:
-        """What is recorded now."""
+        """The level that is recorded at now."""
         return self._levels[self._governor.level]
 
     def close(self) -> None:
@@ -145,7 +145,7 @@ class GovernorThread:
         os.close(self._statistics)
 
     def _run(self) -> None:
-        prefer_this_thread()  # a host that is busy is when it is needed
+        prefer_this_thread()  # the governor is needed most when the host is busy
         try:
             before = self._used()
             while not self._ended.wait(_TICK):
@@ -162,7 +162,7 @@ class GovernorThread:
             self.error = error
 
     def _used(self) -> tuple[float, float]:
-        """(Now, CPU time used until now), s."""
+        """Return the time now and the CPU time used until now, both in s."""
         return time.monotonic(), self._probes.run_time() / 1e9 + self._own_cpu()
 
     def _change(self) -> None:

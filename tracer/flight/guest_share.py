@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trigger `guest-share`: a vCPU that is busy and hardly gets into its guest.
+"""The trigger `guest-share`: a vCPU that is busy, but spends little of that time in its guest.
 
-Of each vCPU two numbers are kept up, the ns that it was in the guest and the ns that do not count: halted, asleep, or
-waiting for a CPU (steal). Both are known at each of its rows, and between two rows lie on a line, so that they are read
-off at the edges of short intervals; the share is that over the intervals of the time asked for. Of the time that counts
-there must be a half at least: else a nearly idle vCPU that handles an interrupt would be one that hangs.
+Two sums are kept for each vCPU: the ns that it was in the guest, and the ns that do not count because it was halted,
+asleep, or waiting for a CPU (steal time). Both are known at each of its rows and interpolated between two rows, at the
+edges of short intervals; the share is taken over the intervals of the time asked for. At least half of that time must
+count: else a nearly idle vCPU that handles an interrupt would seem to hang.
 
-A vCPU that shows no row, because its thread works in the kernel or sleeps there, is seen by its thread's CPU time.
+A vCPU without rows, because its thread works or sleeps in the kernel, is judged by its thread's CPU time.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from tracer.flight.vcpu_time import ENTRY, GUEST, IDLE, OUT, ThreadTime, by_vcpu
 from traces.durations import duration
 
 _PARTS: Final = 8  # intervals in the time asked for
-_RESTART: Final = 4  # times that time without a row: what was before says nothing any more
+_RESTART: Final = 4  # after so many times that time without a row, earlier rows no longer count
 
 
 class _Vcpu:
-    """One vCPU: its state since its last row, the two sums, and them at the last edges (an edge's number first)."""
+    """One vCPU: its state since its last row, both sums, and their values at the last edges (edge number first)."""
 
     def __init__(self, at: int, state: int) -> None:
         self.last, self.state = at, state
-        self.entered = False  # ever: where entries do not show, nothing can be said of its share
+        self.entered = False  # whether any entry was recorded: without one its share is not known
         self.tgid = self.tid = 0
         self.guest = self.idle = 0.0
         self.edges: Rows = np.empty((0, 3))
-        self.looked: tuple[int, int, bool] | None = None  # when its thread's time was read, and what it was
-        self.judged = False  # nothing more is to be found out until its next row
+        self.looked: tuple[int, int, bool] | None = None  # time of the look at its thread, and its ThreadTime then
+        self.judged = False  # nothing more can be found out until its next row
 
 
 class GuestShare:
-    """Alarms where a vCPU's share is below `below` (0 to 1) for `nanoseconds`."""
+    """Alarms where a vCPU's guest share is below `below` (0 to 1) for `nanoseconds`."""
 
     def __init__(
         self, below: float, nanoseconds: int, idle_codes: tuple[int, ...], time_of: ThreadTime = thread_time
     ) -> None:
-        """`idle_codes`: exits of this vendor by which a guest says that it has nothing to do."""
+        """`idle_codes` are the exits of this vendor by which a guest says that it is idle."""
         self._below, self._nanoseconds, self._time_of = below, nanoseconds, time_of
         self._edge = max(nanoseconds // _PARTS, 1)
         self._idle_codes = np.array(idle_codes, np.uint64)
@@ -51,7 +51,7 @@ class GuestShare:
         self._next_look = 0
 
     def see(self, rows: Rows) -> list[Alarm]:
-        """Take rows; the vCPUs that begin to hang by them."""
+        """Take rows; return the alarms of vCPUs that begin to hang."""
         alarms = []
         for name, mine in by_vcpu(rows):
             alarms += self._follow(name, mine)
@@ -100,7 +100,7 @@ class GuestShare:
         return found
 
     def now(self, at: int) -> list[Alarm]:
-        """The vCPUs that have shown nothing outside of their guest for too long, though their threads work."""
+        """Return alarms of vCPUs out of their guest without a row for too long, whose threads work or cannot wake."""
         if at < self._next_look:
             return []
         self._next_look = at + self._edge

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The core of the flight recorder: rows enter the window in order of time, and leave it when a dump is requested.
 
-All of it happens on the thread that orders the rows, as the stream reaches a moment: a checkpoint becomes an epoch of
-the window where the stream has reached its end, and a dump is cut where the stream has reached the dump's end.
+All of it happens on the thread that orders the rows. A checkpoint becomes an epoch of the window once the stream has
+reached the moment at which it was complete; a dump is cut once the stream has reached the dump's end.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ from traces.record import RECORD
 from traces.schema import KINDS
 
 SECOND = 10**9
-EPOCHS = 8  # of which a window consists, at least
-_MOST_TEXTS = 100  # of requests that share a dump, in its metadata
-QUEUE_BYTES = 64 << 20  # of rows on their way into the window
+EPOCHS = 8  # epochs of a window, at least
+_MOST_TEXTS = 100  # texts, in a dump's metadata, of requests that share the dump
+QUEUE_BYTES = 64 << 20  # bytes of rows on their way into the window
 
 Rows = np.ndarray[Any, Any]
 
 
 @dataclass
 class Request:
-    """A person or a trigger asks for a dump: why, in words, and how severe it is (compared within one trigger only)."""
+    """A request for a dump by a person or a trigger: why, and how severe it is (comparable within a trigger only)."""
 
     trigger: str
     text: str = ""
@@ -63,7 +63,7 @@ class Request:
 
 @dataclass
 class _Pending:
-    """A dump that waits for the end of its rows; those who asked for the same one meanwhile share it."""
+    """A dump that waits for its last rows; later requests of the same trigger share it."""
 
     until: int  # boot ns
     requests: list[Request]
@@ -80,11 +80,11 @@ class Bounds:
     after: int
     memory: int
     disk: int
-    overhead: float = 0  # the most of the host's CPUs that recording may use, 0 to 1; 0: whatever it takes
+    overhead: float = 0  # the share of the host's CPUs that recording may use, 0 to 1; 0: no bound
 
 
 class FlightThread(OrderedThread):
-    """Keeps the window, and cuts dumps out of it."""
+    """Keeps the window of the last seconds, and cuts dumps out of it."""
 
     def __init__(
         self, directory: Path, bounds: Bounds, first: Checkpoint, manifest: dict[str, Any],
@@ -93,7 +93,7 @@ class FlightThread(OrderedThread):
     ) -> None:  # fmt: skip
         """`first` is the state before the first row; `progress` returns what changes in the `manifest`.
 
-        Alarms of `triggers` ask for dumps like anybody.
+        Alarms of `triggers` request dumps as users do.
         """
         self.bounds, self._manifest, self._progress, self._triggers = bounds, manifest, progress, triggers
         self._cpus = len(first.counters)
@@ -102,14 +102,14 @@ class FlightThread(OrderedThread):
         self.window = FlightWindow(epoch, self._cpus, bounds.nanoseconds, bounds.memory)
         self.accounts: dict[str, Account] = {}
         self.dumps = Dumps(directory, self.window, bounds.disk, self._kept, uploads)
-        self.levels: tuple[str, ...] = ()  # to which recording may fall back, if it may
+        self.levels: tuple[str, ...] = ()  # names of the levels that recording may fall back to
         self.want_checkpoint: Callable[[], None] = lambda: None
         self.metrics: FlightMetrics | None = None
-        self.each_second: Callable[[], None] = lambda: None  # where there are metrics, on the thread
+        self.each_second: Callable[[], None] = lambda: None  # called on this thread, where there are metrics
         self.dumped: Counter[str] = Counter()  # by trigger
         self.refused: Counter[str] = Counter()
-        self.passed = time.monotonic()  # when the thread last went on
-        self._telling: list[Rows] = []  # rows that change the state, since a checkpoint was wanted
+        self.passed = time.monotonic()  # when the thread last made progress
+        self._telling: list[Rows] = []  # rows that changed the VMs' state since a checkpoint was wanted
         self._offered: Checkpoint | None = None
         self._wanted = False
         self._tries = 0
@@ -117,13 +117,13 @@ class FlightThread(OrderedThread):
         self._asked: deque[Request] = deque()
         self._pending: list[_Pending] = []
         self._pushed_until = first.ended
-        self._left_out: list[Rows] = []  # rows that say so: those of the window, and the last one before it
+        self._left_out: list[Rows] = []  # `left_out` rows of the window, and the last one before it
         super().__init__("flight", QUEUE_BYTES)
 
     # From other threads
 
     def ask(self, request: Request) -> None:
-        """Ask for a dump; its answer is the trace's path, or a Problem."""
+        """Ask for a dump; the request's answer becomes the trace's path, or a Problem."""
         with self._asking:
             if self._over:
                 request.answer.set_exception(Problem("no dump: the recorder is ending", ENVIRONMENT))
@@ -131,19 +131,19 @@ class FlightThread(OrderedThread):
                 self._asked.append(request)
 
     def offer(self, checkpoint: Checkpoint) -> None:
-        """Give the checkpoint that was wanted."""
+        """Hand over the checkpoint that was wanted."""
         self._then(partial(self._take_offer, checkpoint))
 
     def update(self, changes: Callable[[], dict[str, Any]]) -> None:
-        """Change the manifest of dumps to come."""
+        """Queue changes of the manifest, for dumps to come."""
         self._then(lambda: self._manifest.update(changes()))
 
     def tick(self) -> None:
-        """Advance although no rows arrive."""
+        """Advance although there are no rows."""
         self._then(lambda: self._pass(np.empty(0, RECORD)))
 
     def close(self) -> None:
-        """The recording has ended: requested dumps are made now. Raises what the thread failed with."""
+        """End: requested dumps are cut now. Raises what the thread failed with."""
         with self._asking:
             self._over = True
         self._end()
@@ -158,13 +158,13 @@ class FlightThread(OrderedThread):
         self._offered = checkpoint
 
     def _store(self, parts: Sequence[Rows]) -> None:
-        records = np.concatenate(parts)  # moments that something is due at may lie anywhere in them
+        records = np.concatenate(parts)  # a moment at which something is due may be between any two rows
         if self._wanted and len(found := telling(records)):
             self._telling.append(found)
         self._pass(records)
 
     def _pass(self, records: Rows) -> None:
-        """Take rows, and do what is due at moments that the stream has reached with them."""
+        """Take rows, and do what is due at the moments that the stream reaches with them."""
         self.passed = time.monotonic()
         self._receive()
         reached = self._order.given_until
@@ -196,7 +196,7 @@ class FlightThread(OrderedThread):
                 self._triggers.leave_out(kinds)
                 if self.metrics is not None:
                     self.metrics.leave_out(kinds)
-                self._left_out_of(self.window.begins)  # older ones go
+                self._left_out_of(self.window.begins)  # drops the older rows of `_left_out`
                 at = change
             self._see(records[at:])
 
@@ -224,7 +224,7 @@ class FlightThread(OrderedThread):
         old = self._order.given_until - epoch.began >= self.bounds.nanoseconds // EPOCHS
         if not self._wanted and (old or self._tries or epoch.size >= self.bounds.memory // EPOCHS):
             self._wanted = True
-            self._telling = []  # what comes later is younger than this moment: rows are held back for a while
+            self._telling = []  # rows younger than this are still to come, as rows are held back for a while
             self.want_checkpoint()
 
     def _begin_epoch(self) -> None:
@@ -247,7 +247,7 @@ class FlightThread(OrderedThread):
         self.window.last.missing = np.maximum(before.missing, self._missing(checkpoint.counters))
 
     def _missing(self, counters: Rows) -> Rows:
-        """Events that the probes put into a ring by then, and that are not among the rows pushed: none, ever."""
+        """Return how many events the probes had put into a ring that are not among the rows pushed: 0, always."""
         put = counters["emitted"].astype(np.int64) - counters["lost"].astype(np.int64)
         return put - self.window.pushed()
 
@@ -268,7 +268,7 @@ class FlightThread(OrderedThread):
         if granted is None:
             quota = account.quota
             self.refused[request.trigger] += 1
-            if account.refused.count == 1:  # of those that the next dump's metadata counts
+            if account.refused.count == 1:  # of those that are counted until the next dump
                 say(f"{request.trigger}: no dump, for it has made its {quota.hour} an hour or {quota.day} a day: the "
                      f"next ones are only counted ({request.text or 'no reason given'})")  # fmt: skip
             request.answer.set_exception(Problem(
@@ -316,7 +316,7 @@ class FlightThread(OrderedThread):
         self.dumps.add(dump)
 
     def _left_out_of(self, begins: int) -> tuple[Rows, frozenset[str]]:
-        """What was left out as the window begins, as a row (none: nothing was), and what is in all of it."""
+        """Return a row on what is left out as the window begins (empty: nothing), and what is left out all the time."""
         known = self._left_out
         while len(known) > 1 and known[1]["time"][0] <= begins:
             known.pop(0)
@@ -328,7 +328,7 @@ class FlightThread(OrderedThread):
         return before if before["w1"][0] else before[:0], always
 
     def _books(self, epochs: list[Epoch], counters: Rows) -> Rows:
-        """The window's counts as the probes' counters have them: stored, lost since, and missing."""
+        """Return the window's counts in the form of the probes' counters: stored, lost since, and missing."""
         first, last = epochs[0], epochs[-1]
         counts = [piece.counts for epoch in epochs for piece in epoch.pieces]
         lost = counters["lost"].astype(np.int64) - first.lost
@@ -338,10 +338,10 @@ class FlightThread(OrderedThread):
         return made
 
     def _made(self, pending: _Pending, done: Future[Path]) -> None:
-        """On the dumps' thread: the dump is a file, or is none."""
+        """Answer the requests of a dump that was written or failed; called on the dumps' thread."""
         error = done.exception()
         first = pending.requests[0]
-        if error is None:  # for a journal: nobody may have been there when it was asked for
+        if error is None:  # for the journal: a trigger's dump has no other reader
             say(f"{done.result()}: dumped: {first.trigger}" + (f": {first.text}" if first.text else ""))
         pending.granted.failed = error is not None and first.manual
         for request in pending.requests:
@@ -360,13 +360,13 @@ class FlightThread(OrderedThread):
 
 
 def _kinds_of(left_out: Rows) -> frozenset[str]:
-    """The kinds of event that a `left_out` row says are not recorded from then on."""
+    """Return the kinds of event that a `left_out` row says are not recorded from then on."""
     mask = int(left_out["w1"][0])
     return frozenset(kind.name for kind in KINDS if mask >> kind.code & 1)
 
 
 def _not_in(probe: dict[str, str], left_out: frozenset[str]) -> dict[str, str]:
-    """A probe's entry in the metadata of a dump that has none of these kinds."""
+    """Return a probe's entry in the metadata of a dump that has none of the kinds `left_out`."""
     if probe["kind"] not in left_out or probe["how"] == "none":
         return probe
     return {**probe, "how": "none", "why": "left out all the time, so that recording cost less"}

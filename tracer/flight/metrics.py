@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a flight recorder counts, for Prometheus: by VM, and of itself.
+"""What a flight recorder counts for Prometheus, by VM and of itself.
 
-The counts are made by the thread that has the rows, in batches, and given out once a second; whoever asks gets the last
-second's. What is not recorded at the moment has no sample, rather than one that stands still. A VM's counts go with it,
-and beyond `MOST_VMS` VMs share one label, so that no host makes series without end.
+The thread that handles the rows counts them in batches, and publishes the counts once a second; a reader gets the last
+second's. What is not recorded at the moment has no sample, rather than one that stands still. A VM's counts are dropped
+with it, and beyond `MOST_VMS` VMs share one label, so that no host makes series without end.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STATES: Final = ("guest", "idle", "steal", "other")
 
 @dataclass(frozen=True)
 class Family:
-    """One metric: its name without `_total`, what it is, its labels, and the kinds of event that it needs."""
+    """One metric: its name without `_total`, type, help text, labels, and the kinds of event that it needs."""
 
     name: str
     type: str  # counter, gauge or histogram
@@ -38,7 +38,7 @@ class Family:
 
 
 _VM: Final = ("vm", "pid")
-_BY_LINE: Final = {  # a field of VcpuSecond each
+_BY_LINE: Final = {  # keys: the fields of VcpuSecond that the metrics count
     "faults": Family("kvmtrace_vm_page_faults", "counter", "Page faults of the VM's guest.", _VM, ("kvm_page_fault",)),
     "refaults": Family("kvmtrace_vm_refaults", "counter", "Page faults on a page that the vCPU faulted on in the last "
                        "five seconds.", _VM, ("kvm_page_fault",)),
@@ -47,7 +47,7 @@ _BY_LINE: Final = {  # a field of VcpuSecond each
     "zaps": Family("kvmtrace_vm_tables_removed", "counter", "Page tables removed.", _VM, ("kvm_mmu_prepare_zap_page",)),
     "exits": Family("kvmtrace_vm_userspace_exits", "counter", "Exits to the VMM.", _VM, ("kvm_userspace_exit",)),
 }  # fmt: skip
-_HIDDEN: Final = ("faults", "refaults", "smis")  # what a kernel does not show of guests whose entries it does not
+_HIDDEN: Final = ("faults", "refaults", "smis")  # not shown of guests whose entries a kernel does not show
 _ENTRY: Final = TIME_KINDS[0]
 _TIME: Final = Family("kvmtrace_vm_vcpu_seconds", "counter", "Time of the VM's vCPUs: in the guest, idle, waiting for "
                       "a CPU, other. Only of vCPUs of which this is known.", (*_VM, "state"), TIME_KINDS)  # fmt: skip
@@ -78,7 +78,7 @@ FAMILIES: Final = (*_BY_LINE.values(), _TIME, _EXITS, _VCPUS, _EVENTS, _LOST, _D
 
 @dataclass
 class _Vm:
-    """What is counted of one VM, since it was first seen."""
+    """What is counted of one VM since it was first seen."""
 
     name: str
     pid: int
@@ -95,7 +95,7 @@ class _Vm:
 
 @dataclass(frozen=True)
 class Sample:
-    """One value of a family; a histogram's is (how many in each bucket of BUCKETS and beyond, their sum)."""
+    """One value of a family; that of a histogram is (counts in each bucket of BUCKETS and beyond, sum in seconds)."""
 
     family: Family
     labels: tuple[str, ...]
@@ -103,10 +103,10 @@ class Sample:
 
 
 class FlightMetrics:
-    """Counts rows by VM; `see` rows in the order of time, `second` now and then, `samples` from any thread."""
+    """Counts rows by VM: `see` takes rows in order of time, `now` ends a second, any thread reads `samples`."""
 
     def __init__(self, idle_codes: tuple[int, ...], kinds: frozenset[str], time_of: ThreadTime | None) -> None:
-        """`kinds` are those that are recorded."""
+        """`kinds` are those that are recorded; `time_of` reads a thread's CPU time."""
         self._idle_codes, self._kinds, self._time_of = idle_codes, kinds, time_of
         self._meters = Meters(idle_codes, time_of)
         self._vms: dict[int, _Vm] = {}
@@ -116,17 +116,17 @@ class FlightMetrics:
         self.names: dict[str, str] = {}  # of VMs, by their owner's process
 
     def see(self, rows: Rows) -> None:
-        """Take rows."""
+        """Count rows."""
         self._meters.see(rows)
 
     def leave_out(self, kinds: frozenset[str]) -> None:
-        """These kinds do not come from now on: where a vCPU is is not known, and counts of them stand still."""
+        """Expect no rows of these kinds from now on: their counts stop, and the vCPUs' states are not known."""
         self._left_out, exit_times = kinds, self._meters.exit_times
         self._meters = Meters(self._idle_codes, self._time_of)
         self._meters.exit_times = exit_times
 
     def now(self, at: int) -> bool:
-        """Nothing more comes from before `at` (boot ns); whether a second is over by that."""
+        """End a second if one is over by `at` (boot ns), before which no more rows will come; return whether."""
         if at < self._next:
             return False
         began, self._next = self._next - SECOND, at + SECOND
@@ -137,7 +137,7 @@ class FlightMetrics:
         return True
 
     def samples(self) -> tuple[Sample, ...]:
-        """The last second's, of VMs."""
+        """Return the samples of all VMs, as of the last second."""
         return self._samples
 
     def _add(self, lines: list[VcpuSecond], at: int, seconds: float) -> None:
@@ -185,12 +185,12 @@ class FlightMetrics:
         return self._kinds.issuperset(family.needs) and self._left_out.isdisjoint(family.needs)
 
 
-_FORGOTTEN: Final = 300 * SECOND  # after a VM's last row its counts go
+_FORGOTTEN: Final = 300 * SECOND  # ns after a VM's last row until its counts are dropped
 
 
 @dataclass(frozen=True)
 class RecorderFacts:
-    """What a recorder says of itself at one moment."""
+    """A recorder's own figures at one moment."""
 
     events: Mapping[str, int]
     lost: Mapping[str, int]
@@ -206,7 +206,7 @@ class RecorderFacts:
     uploads: tuple[int, int, int] | None = None  # uploaded, dropped, waiting; None: nothing is to be uploaded
 
     def samples(self) -> Iterator[Sample]:
-        """These, as samples."""
+        """Yield these figures as samples of their families."""
         for family, values in (
             (_EVENTS, self.events),
             (_LOST, self.lost),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Messages to systemd: that the recorder is there, and that it is alive. None where systemd did not ask.
+"""Messages to systemd that the recorder is ready, and that it is alive; none where systemd did not ask for them.
 
 The protocol is a datagram of text to a socket (sd_notify(3)): no library is needed for it.
 """
@@ -12,11 +12,11 @@ import socket
 import time
 from typing import Final
 
-_BEATS: Final = 3  # in the time after which systemd takes the recorder to hang
+_BEATS: Final = 3  # heartbeats in the time after which systemd takes the recorder to hang
 
 
 def notify(text: str) -> None:
-    """Tell systemd, where it gave us a socket; that nobody listens there is no reason to end."""
+    """Send a message to systemd if it gave us a socket; it is no error that nobody listens there."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address.startswith(("/", "@")):
         return
@@ -26,7 +26,7 @@ def notify(text: str) -> None:
 
 
 class Watchdog:
-    """Tells systemd that the recorder goes on, as often as it asked for."""
+    """Tells systemd that the recorder is alive, as often as systemd asked for."""
 
     def __init__(self) -> None:
         microseconds = os.environ.get("WATCHDOG_USEC", "")
@@ -35,7 +35,7 @@ class Watchdog:
         self._next = 0.0
 
     def beat(self) -> None:
-        """It goes on: call this often."""
+        """Tell systemd that the recorder is alive, if it is time to; call this often."""
         now = time.monotonic()
         if self.seconds and now >= self._next:
             self._next = now + self.seconds / _BEATS

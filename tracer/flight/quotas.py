@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many dumps a trigger may make, so that a host in trouble is not buried under recordings of it.
 
-Each trigger has its own quota, by the hour and by the day; asking by hand has another, which no trigger uses up. The
-first dump of a day and the worst one are kept: when the day's quota is used up, a worse event still makes a dump, and
-the mildest of the others goes for it. What is refused is counted, and the next dump says how often.
+Each trigger has its own quota, by the hour and by the day; requests by hand have another, which no trigger uses up. The
+first dump of a day and the worst one are kept: when the day's quota is used up, a worse event still makes a dump, for
+which the mildest of the others is deleted. Requests that are refused are counted, and the next dump says how many.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _DAY: Final = 24 * _HOUR
 
 @dataclass(frozen=True)
 class Quota:
-    """Dumps that one trigger may make."""
+    """How many dumps one trigger may make in an hour and in a day."""
 
     hour: int
     day: int
@@ -36,7 +36,7 @@ class Made:
     severity: float
     path: Path | None = None  # None until it is a file
     first: bool = False
-    failed: bool = False  # it never will be one, and does not count
+    failed: bool = False  # no file will be made of it, and it does not count
 
 
 @dataclass
@@ -52,14 +52,14 @@ class Refused:
 
 @dataclass
 class Account:
-    """What one trigger has made of its quota."""
+    """What one trigger has used of its quota."""
 
     quota: Quota
     made: list[Made] = field(default_factory=list)
     refused: Refused = field(default_factory=Refused)
 
     def ask(self, now: float, severity: float) -> tuple[Made | None, Made | None]:
-        """(the dump that may be made now, or None; the dump made earlier that has to go for it, or None)."""
+        """Return (the dump that may be made now, or None; an earlier dump that is to be deleted for it, or None)."""
         self.made = [each for each in self.made if now - each.at < _DAY and not each.failed]
         hour = sum(now - each.at < _HOUR for each in self.made)
         instead = None
@@ -84,11 +84,11 @@ class Account:
         self.refused.worst = max(self.refused.worst, severity)
 
     def told(self) -> Refused:
-        """What was refused since the last report."""
+        """Return what was refused since the last call."""
         refused, self.refused = self.refused, Refused()
         return refused
 
     def keeps(self) -> set[Path]:
-        """The dumps that the disk's bound does not take: the first of the day and the worst."""
+        """Return the dumps that are kept although the disk's bound is exceeded: the first of the day and the worst."""
         worst = max(self.made, key=lambda each: each.severity, default=None)
         return {each.path for each in self.made if each.path and (each.first or each is worst)}

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is known of a host at one moment while it is being recorded: where a window of the recording may begin.
 
-The snapshot that an ordinary recording begins with (snapshot.py) takes some milliseconds, in which the host goes on.
-The rows of that time are there, so they say what has changed: a root that they create or free is, or is not, in the
-state; where they show a VM or a memory slot that comes or goes, the snapshot is taken again.
+The snapshot that an ordinary recording begins with (snapshot.py) takes some milliseconds, in which the host changes.
+The rows of that time show what has changed: a root that they create is added to the state, one that they free is
+removed. Where they show a VM or a memory slot that comes or goes, the snapshot is taken again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tracer.writer import prefer_this_thread
 from traces.identity import CREATED, GET_PAGE, TABLE_FREE, VM_CREATE, VM_DESTROY
 from traces.memslots import MEMSLOT
 
-TRIES = 5  # of a snapshot that the host's VMs change under; then it is taken as it is, and this is said
+TRIES = 5  # snapshots while VMs come and go; then the last is taken as it is, and marked
 _REST = 20  # times the CPU time of a snapshot, at least, until the next one
 
 Rows = np.ndarray[Any, Any]
@@ -30,7 +30,7 @@ _OF_VMS = (VM_CREATE, VM_DESTROY, MEMSLOT)
 
 
 def telling(records: Rows) -> Rows:
-    """The records that change what a state holds, copied."""
+    """Return copies of the records that change what a state holds."""
     found = records[_KINDS[records["kind"]]]
     page = (found["kind"] == GET_PAGE) | (found["kind"] == TABLE_FREE)
     root = (found["root"] != 0) & (found["root"] == found["w1"])
@@ -41,7 +41,7 @@ def telling(records: Rows) -> Rows:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The VMs as a snapshot shows them, taken between two moments (boot ns), and the counts as they stood then."""
+    """The VMs in a snapshot that was taken between two moments (boot ns), and the counts at that time."""
 
     began: int
     ended: int
@@ -53,11 +53,11 @@ class Checkpoint:
     names: dict[str, str]  # of VMs, by their owner's process
 
     def unsettled(self, rows: Rows) -> bool:
-        """Whether VMs or memory slots came or went by these rows, so that the snapshot may have half of them."""
+        """Whether VMs or memory slots came or went with these rows, so that the snapshot may have half of them."""
         return bool(np.isin(self._meanwhile(rows)["kind"], _OF_VMS).any())
 
     def state(self, rows: Rows) -> list[dict[str, Any]]:
-        """The VMs after these rows (those of `telling` since `began`), as a manifest's snapshot has them."""
+        """Return the VMs after these rows (those of `telling` since `began`), in the form of a manifest's snapshot."""
         rows = self._meanwhile(rows)
         gone = set(rows["kvm"][rows["kind"] == VM_DESTROY].tolist()) - set(
             rows["kvm"][rows["kind"] == VM_CREATE].tolist()
@@ -83,10 +83,10 @@ def _last_of_each_root(rows: Rows) -> Rows:
 
 
 class Checkpoints:
-    """Takes checkpoints when they are wanted, on a thread of its own: a host with many VMs takes a while to look at."""
+    """Takes checkpoints on request, on a thread of its own: a host with many VMs takes a while to look at."""
 
     def __init__(self, take: Callable[[], Checkpoint], offer: Callable[[Checkpoint], None]) -> None:
-        """`take` makes one; `offer` is given each that was `wanted`."""
+        """`take` makes a checkpoint; `offer` is called with each."""
         self._take, self._offer = take, offer
         self._wanted, self._ended = threading.Event(), threading.Event()
         self.error: Exception | None = None
@@ -94,7 +94,7 @@ class Checkpoints:
         self._thread.start()
 
     def want(self) -> None:
-        """Ask for one; asking again before it is there changes nothing."""
+        """Ask for a checkpoint; asking again before it is there changes nothing."""
         self._wanted.set()
 
     def close(self) -> None:
@@ -103,7 +103,7 @@ class Checkpoints:
         self._thread.join()
 
     def _run(self) -> None:
-        prefer_this_thread()  # without a new state nothing old can go
+        prefer_this_thread()  # without a new state no old rows can be dropped
         try:
             while True:
                 self._wanted.wait()

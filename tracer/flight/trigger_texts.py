@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user may write after --trigger, and the detectors that it becomes."""
+"""What a user may write after --trigger, and the detectors that are made of it."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from traces.wall_clock import span_ns
 
 LEAST: Final = 10_000_000  # ns: rows are held back for longer than this before anybody sees them
 _EXPRESSION: Final = re.compile(r"([a-z-]+)\s*([<>])\s*([\d.]+)\s*(%|/s|ns|us|ms|s|)(?:\s+for\s+(\S+))?")
-_RIP: Final = 2  # words of kvm_page_fault
+_RIP: Final = 2  # the word of a kvm_page_fault record that holds the RIP
 _TDP_TABLES_SHOWN: Final = (5, 12)  # the first kernel whose tracepoints show tables of TDP roots
 
 
 @dataclass(frozen=True)
 class TriggerKind:
-    """One kind of trigger: what it is written like, the kinds of rows that it looks at, and what it is made of.
+    """One kind of trigger: how it is written, the kinds of rows that it looks at, and how its detector is made.
 
-    `make` is given the number, and the time of its `for` (ns).
+    `make` is called with the number, and with the ns of its `for`.
     """
 
     name: str
@@ -86,33 +86,33 @@ _BY_NAME: Final = {each.name: each for each in TRIGGERS}
 
 
 class FlightTriggers:
-    """The detectors that a user's expressions ask for."""
+    """The detectors of a user's trigger expressions."""
 
     def __init__(self, expressions: Iterable[str], kinds: frozenset[str]) -> None:
-        """Raises Problem where one cannot be understood, or where it needs `kinds` that are not recorded."""
+        """Raises Problem for an expression that cannot be understood, or needs other rows than `kinds`."""
         self.expressions = tuple(expressions)
         self._made = [_trigger(expression, kinds) for expression in self.expressions]
         self._detectors: list[Detector | None] = [make() for _, make in self._made]
 
     def needing(self, kinds: frozenset[str]) -> list[str]:
-        """The expressions that cannot be watched without these kinds of rows."""
+        """Return the expressions that cannot be watched without these kinds of rows."""
         made = zip(self.expressions, self._made, strict=True)
         return [expression for expression, (trigger, _) in made if not kinds.isdisjoint(trigger.kinds)]
 
     def leave_out(self, kinds: frozenset[str]) -> None:
-        """These kinds of rows do not come from now on: what needs them is not watched until they do."""
+        """Suspend the triggers that need these kinds of rows, which no longer come, and resume the others."""
         for at, (trigger, make) in enumerate(self._made):
             if not kinds.isdisjoint(trigger.kinds):
                 self._detectors[at] = None
             elif self._detectors[at] is None:
-                self._detectors[at] = make()  # anew: what was before says nothing
+                self._detectors[at] = make()  # anew: its earlier state no longer counts
 
     def see(self, rows: Rows) -> list[Alarm]:
-        """Take rows, in the order of time; what began by them."""
+        """Take rows, in order of time; return the alarms that begin with them."""
         return [alarm for detector in self._detectors if detector for alarm in detector.see(rows)]
 
     def now(self, at: int) -> list[Alarm]:
-        """Nothing more comes from before `at` (boot ns); what began by that."""
+        """Return the alarms that begin by `at` (boot ns), before which no more rows will come."""
         return [alarm for detector in self._detectors if detector for alarm in detector.now(at)]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a vCPU is by its rows, and for how long it had no CPU: what the trigger `guest-share` and `top` count."""
+"""Where a vCPU is according to its rows, and how long it had no CPU: for the trigger `guest-share` and for `top`."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from traces.schema import BY_NAME
 Rows = np.ndarray[Any, Any]
 KINDS: Final = ("kvm_entry", "kvm_exit", "kvm_userspace_exit", "sched_in")
 ENTRY, EXIT, USER, SCHED = (BY_NAME[name].code for name in KINDS)
-OUT, GUEST, IDLE = 0, 1, 2  # of its guest; in it; out of it because it has nothing to do
+OUT, GUEST, IDLE = 0, 1, 2  # out of its guest; in it; out of it because it is idle
 _SEEN: Final = np.zeros(256, np.bool_)
 _SEEN[[ENTRY, EXIT, USER, SCHED]] = True
-UNINTERRUPTIBLE: Final = 2  # of task states: sleeps until the disk, or another thread of the host, is done
+UNINTERRUPTIBLE: Final = 2  # task state: sleeps until the disk, or another thread of the host, is done
 
-# (ns of CPU time so far, whether it sleeps and cannot be woken) of a thread of a process; None where it is gone.
+# Of (process, thread): (ns of CPU time so far, whether it sleeps uninterruptibly); None where it is gone.
 ThreadTime = Callable[[int, int], tuple[int, bool] | None]
 
 
 def by_vcpu(rows: Rows) -> list[tuple[tuple[int, int], Rows]]:
-    """((VM's pointer, vCPU), its rows in the order of time) of each vCPU that shows where it is."""
+    """Return ((VM's address, vCPU id), its rows in order of time) for each vCPU that shows where it is."""
     rows = rows[_SEEN[rows["kind"]]]
     return grouped(rows[(rows["vcpu"] >= 0) & (rows["kvm"] != 0)])
 
 
 def grouped(rows: Rows) -> list[tuple[tuple[int, int], Rows]]:
-    """The same of any rows."""
+    """Return ((VM's address, vCPU id), its rows in their order) for each vCPU of any rows."""
     if not len(rows):
         return []
     kvms, vm = np.unique(rows["kvm"], return_inverse=True)
@@ -44,7 +44,7 @@ def grouped(rows: Rows) -> list[tuple[tuple[int, int], Rows]]:
 
 
 def states(state: int, rows: Rows, idle_codes: Rows) -> tuple[Rows, Rows]:
-    """The state after and before each of a vCPU's rows: a thread that is back on its CPU is where it was."""
+    """Return a vCPU's state after and before each row; a thread that is back on its CPU is in the state it was in."""
     kind = rows["kind"]
     halted = (kind == EXIT) & np.isin(rows["w0"], idle_codes)
     own = np.where(kind == ENTRY, GUEST, np.where(halted, IDLE, OUT))
@@ -54,9 +54,9 @@ def states(state: int, rows: Rows, idle_codes: Rows) -> tuple[Rows, Rows]:
 
 
 def off_cpu(rows: Rows, before: Rows, passed: Rows) -> tuple[Rows, Rows]:
-    """(ns asleep, ns waiting for a CPU) that end with each row, of the ns that `passed` since the one before it.
+    """Return the ns asleep and the ns waiting for a CPU that end with each row, out of those `passed` before it.
 
-    Sleep while the host's own work holds the thread up is neither.
+    Uninterruptible sleep, in which the host's own work holds the thread up, is neither.
     """
     counted = (rows["kind"] == SCHED) & (before == OUT)
     off = np.minimum(np.maximum(rows["time"].astype(np.int64) - rows["w0"].astype(np.int64), 0), passed)
@@ -66,7 +66,7 @@ def off_cpu(rows: Rows, before: Rows, passed: Rows) -> tuple[Rows, Rows]:
 
 
 def thread_time(tgid: int, tid: int) -> tuple[int, bool] | None:
-    """(ns of CPU time so far, whether it sleeps and cannot be woken) as /proc has it; None where it is gone."""
+    """Return a thread's CPU time (ns) and whether it sleeps uninterruptibly, from /proc; None where it is gone."""
     task = Path(f"/proc/{tgid}/task/{tid}")
     with contextlib.suppress(OSError, ValueError, IndexError):
         ran = int((task / "schedstat").read_text().split()[0])
@@ -75,7 +75,7 @@ def thread_time(tgid: int, tid: int) -> tuple[int, bool] | None:
 
 
 def idle_codes(cpu: dict[str, Any]) -> tuple[int, ...]:
-    """The exits by which a guest on this processor (host.cpu()) says that it has nothing to do."""
+    """Return the exits by which a guest on this processor (`host.cpu()`) says that it has nothing to do."""
     from traces.kernels.vendors import VENDORS
 
     return next(((*each.hlt, *each.mwait) for each in VENDORS if each.cpu == cpu.get("vendor")), ())

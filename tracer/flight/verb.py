@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`kvmtrace record --flight`: its options checked, and what it tells at the end."""
+"""`kvmtrace record --flight`: checks its options, runs the flight, and prints its outcome."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def fly_and_tell(
     options: Options, out: Path | None, kept: tuple[str, str, int, int], overhead: str, triggers: tuple[str, ...],
     group: str, metrics: str, upload: tuple[str, int], *, strict: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Fly, tell what came of it, and leave with 1 where events are missing, or lost though `strict`.
+    """Run a flight and print its outcome; exit with 1 where events are missing, or lost though `strict` is set.
 
-    `kept` are --flight and --after as given, and bytes of --memory and --disk; `overhead` is --max-overhead; `upload`
-    is --upload and bytes of --spool.
+    A command that failed exits with 1 as well. `kept` are --flight and --after as given, and the bytes of --memory and
+    --disk; `overhead` is --max-overhead; `upload` is --upload and the bytes of --spool.
     """
     flight, after, memory, disk = kept
     if out is None:
@@ -55,7 +55,7 @@ def fly_and_tell(
 
 
 def _share(text: str) -> float:
-    """--max-overhead as a share of all CPUs, 0 where there is no bound."""
+    """Return --max-overhead as a share of all CPUs, 0 where there is no bound."""
     if not text:
         return 0
     match = re.fullmatch(r"(\d+(?:\.\d+)?)%", text.strip())

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The recording's last seconds, in memory: pieces of compressed rows, grouped by the state that they begin from.
 
-The bound in bytes comes first, the time second. What a dump has still to write stays in memory as well, and counts.
-Pieces are messages of the segments' own format: writing a dump is copying.
+The bound in bytes takes precedence over the one in time. What a dump has still to write stays in memory, and counts.
+Pieces are messages of the segments' own format, so that writing a dump is copying.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _OWN = [BY_NAME[name].code for name in OWN_KINDS]
 
 
 class Counts(NamedTuple):
-    """How many rows of each kind and CPU: `cells` are kind * cpus + cpu, in rising order."""
+    """The number of rows by kind and CPU: `cells` are kind * cpus + cpu, in ascending order."""
 
     cells: Rows
     counts: Rows
@@ -34,29 +34,29 @@ class Counts(NamedTuple):
 
 @dataclass(eq=False)
 class Piece:
-    """Some rows in the order of time, compressed; `first` and `last` are their times (boot ns)."""
+    """Some rows in order of time, compressed; `first` and `last` are the times (boot ns) of the first and last row."""
 
     message: bytes
     rows: int
     first: int
     last: int
     counts: Counts
-    wanted: int = 0  # dumps that have still to write it
-    dropped: bool = False  # from the window
+    wanted: int = 0  # the number of dumps that still have to write it
+    dropped: bool = False  # whether the window has dropped it
 
 
 @dataclass(eq=False)
 class Epoch:
-    """The rows from one known state to the next, which began at `began` (boot ns)."""
+    """The rows from one known state of the host, at `began` (boot ns), to the next."""
 
     began: int
     vms: list[dict[str, Any]]
     checkpoint: Checkpoint
     lost: Rows  # events lost until then, by CPU and kind, as far as rows have reported
-    missing: Rows  # the same of missing events
+    missing: Rows  # missing events until then, also by CPU and kind
     unsettled: bool = False  # the host's VMs came and went while their state was looked at
     pieces: list[Piece] = field(default_factory=list)
-    dropped_until: int = 0  # its first rows are gone up to here (boot ns): they alone were more than the memory
+    dropped_until: int = 0  # its rows up to here (boot ns) were dropped: alone they exceeded the memory
 
     @property
     def size(self) -> int:
@@ -64,7 +64,7 @@ class Epoch:
 
 
 class FlightWindow:
-    """The epochs kept; rows are pushed at the end and dropped from the beginning. One thread pushes."""
+    """The epochs that are kept: one thread pushes rows at the end, and drops them from the beginning."""
 
     def __init__(self, first: Epoch, cpus: int, nanoseconds: int, memory: int) -> None:
         """`memory` (bytes) bounds all that is held here; within it the rows of the last `nanoseconds` are kept."""
@@ -79,31 +79,31 @@ class FlightWindow:
 
     @property
     def held(self) -> int:
-        """Bytes in memory, what dumps have still to write included."""
+        """Bytes in memory, those that dumps have still to write included."""
         return self._held
 
     @property
     def begins(self) -> int:
-        """Boot ns from which on rows are held."""
+        """The boot ns from which on rows are held."""
         return max(self._epochs[0].began, self._epochs[0].dropped_until)
 
     @property
     def last(self) -> Epoch:
-        """The epoch that rows are pushed to."""
+        """The epoch to which rows are added now."""
         return self._epochs[-1]
 
     def push(self, records: Rows) -> None:
-        """Take rows, in the order of time and not before any that were pushed."""
+        """Take rows, in order of time and none older than those pushed before."""
         for columns in self._buffer.add(records):
             self._keep(columns)
 
     def begin(self, epoch: Epoch) -> None:
-        """Rows pushed from now on begin from another state."""
+        """Begin an epoch: rows pushed from now on belong to it."""
         self._seal()
         self._epochs.append(epoch)
 
     def trim(self, now: int) -> None:
-        """Drop what is too much, and what is too old at `now` (boot ns)."""
+        """Drop what exceeds the memory, and what is too old at `now` (boot ns)."""
         epochs = self._epochs
         while len(epochs) > 1 and (epochs[1].began <= now - self._nanoseconds or self._held > self._memory):
             for piece in epochs.popleft().pieces:
@@ -114,7 +114,7 @@ class FlightWindow:
             self._drop(piece)
 
     def cut(self, before: Rows, after: Rows) -> list[Epoch]:
-        """Everything held, for a dump, with rows before and after it: who takes it gives back every piece."""
+        """Return all that is held, for a dump, with rows before and after it; each piece must be given back."""
         self._seal()
         epochs = [replace(each, pieces=list(each.pieces)) for each in self._epochs]
         epochs[0].pieces[:0] = self._extra(before)
@@ -126,14 +126,14 @@ class FlightWindow:
         return epochs
 
     def _extra(self, records: Rows) -> list[Piece]:
-        """A piece of rows that the window does not keep."""
+        """Return rows as a piece that the window does not keep; empty for no rows."""
         made = [self._encode(columns_of(records))] if len(records) else []
         for piece in made:
             piece.dropped = True
         return made
 
     def give_back(self, piece: Piece) -> None:
-        """A dump has written this piece."""
+        """Note that a dump has written this piece."""
         with self._lock:
             piece.wanted -= 1
             if piece.dropped and not piece.wanted:
@@ -146,7 +146,7 @@ class FlightWindow:
                 self._held -= len(piece.message)
 
     def pushed(self) -> Rows:
-        """All rows until now, by CPU and kind; without the recorder's own."""
+        """Return the number of rows pushed so far, by CPU and kind, without the recorder's own kinds."""
         self._seal()
         return stored([self._counted], self._cpus)
 
@@ -168,14 +168,14 @@ class FlightWindow:
 
 
 def count(columns: Columns, cpus: int) -> Counts:
-    """How many of each kind and CPU."""
+    """Return the number of rows by kind and CPU."""
     counts = np.bincount(columns["kind"].astype(np.int64) * cpus + columns["cpu"], minlength=KIND_SLOTS * cpus)
     cells = np.flatnonzero(counts)
     return Counts(cells, counts[cells])
 
 
 def stored(counts: list[Counts], cpus: int) -> Rows:
-    """The sum of such counts as a table by CPU and kind, like the probes' counters; without the recorder's own."""
+    """Return the sum of such counts as a table by CPU and kind, without the recorder's own kinds."""
     table = np.zeros(KIND_SLOTS * cpus, np.int64)
     for each in counts:
         table[each.cells] += each.counts

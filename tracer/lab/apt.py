@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A private apt: Debian's archives as this machine's sources name them, but other suites.
 
-Own state, cache and sources list; the system's are read and never changed. Nothing here needs root.
+It has its own state, cache and list of sources; the system's are read and never changed. Nothing here needs root.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _KEYRING: Final = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
 
 class Apt:
-    """A private apt: Debian's archives as the machine's sources name them, but the suites asked for."""
+    """A private apt: Debian's archives as the machine's sources name them, with the suites asked for."""
 
     def __init__(self, home: Path, suites: Sequence[tuple[str, str]]) -> None:
         """`suites` are (archive label, suite). Raises Problem when the machine has no Debian source for any."""
@@ -55,11 +55,11 @@ class Apt:
         ]
 
     def update(self) -> None:
-        """Read the suites' package lists (some 10 MB each)."""
+        """Download the suites' package lists (some 10 MB each)."""
         self._run("apt-get", "update")
 
     def images(self, series: str) -> list[tuple[str, str]]:
-        """The kernels of a series ("6.12", "7"): packages with their versions, the newest released one first.
+        """Return the kernels of a series ("6.12", "7"): (package, version), the newest released one first.
 
         Release candidates come last, newest first: Debian's experimental has one most of the time.
         """
@@ -71,12 +71,12 @@ class Apt:
         return sorted(found, key=lambda image: (_age(image[1]), image[0]), reverse=True)
 
     def newest(self, package: str) -> str:
-        """The newest version of a package."""
+        """Return the newest version of a package."""
         versions: list[str] = re.findall(r"^Version: (\S+)$", self._run("apt-cache", "show", package), re.MULTILINE)
         return max(versions, key=_age)
 
     def parts(self, package: str, version: str) -> dict[str, str]:
-        """What a version of a kernel's package installs of it: package names with their versions."""
+        """Return the packages that a version of a kernel's package consists of, with their versions."""
         found = {package: version}
         pending = [(package, version)]
         while pending:
@@ -90,7 +90,7 @@ class Apt:
         return found
 
     def download(self, package: str, version: str) -> Path:
-        """The contents of a package as a tar file; apt checks it against the signed lists."""
+        """Download a package and return its contents as a tar file; apt checks it with the signed lists."""
         place = self.home / package
         place.mkdir()
         self._run("apt-get", "download", f"{package}={version}", cwd=place)
@@ -113,12 +113,12 @@ class Apt:
 
 
 def _age(version: str) -> tuple[bool, list[int]]:
-    """What Debian's kernel versions sort by here: released before candidate (7.3~rc7), then by their numbers."""
+    """Return the sort key of Debian's kernel versions: candidates (7.3~rc7) before released ones, then by numbers."""
     return "~rc" not in version, [int(number) for number in re.findall(r"\d+", version)]
 
 
 def _debian_sites() -> dict[str, str]:
-    """The base addresses of Debian's archives in the machine's sources, by label (Debian, Debian-Security)."""
+    """Return the addresses of Debian's archives in the machine's sources, by label (Debian, Debian-Security)."""
     query = ["apt-get", "indextargets", "--format", "$(ORIGIN)|$(LABEL)|$(SITE)", "Created-By: Packages"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, check=False)

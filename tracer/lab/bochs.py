@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One Bochs process: an Intel machine whose KVM has EPT, which QEMU's emulation has not (it knows AMD's SVM only).
+"""One Bochs process: an Intel machine whose KVM has EPT; QEMU's emulation knows AMD's SVM only.
 
-Bochs has neither a boot loader of ours, nor 9p: a boot sector reads kernel and initramfs, what the guest needs of this
-machine is in the initramfs, and results leave through a port that Bochs copies to its standard output. Bochs is
+Bochs has neither a usable boot loader nor 9p: a boot sector of ours reads kernel and initramfs, what the guest needs of
+this machine is in the initramfs, and results leave through a port that Bochs copies to its standard output. Bochs is
 deterministic: the clock that the guest sees is the count of its instructions.
 """
 
@@ -29,12 +29,12 @@ VARIABLE: Final = "KVMTRACE_BOCHS"
 PROGRAM: Final = "bochs-bin"  # Debian's `bochs` is a script around it that asks for a terminal
 INSTALL: Final = "apt-get install bochs bochsbios vgabios binutils gcc libc6-dev"
 BIOS: Final = (Path("/usr/share/bochs/BIOS-bochs-latest"), Path("/usr/share/vgabios/vgabios.bin"))
-_TELLS_ITS_CLOCK: Final = "skylake"  # by CPUID 15h, and the kernel would take it for the TSC's: 3.5 GHz
+_TELLS_ITS_CLOCK: Final = "skylake"  # tells 3.5 GHz by CPUID 15h, which the kernel would take for the TSC's
 
 INSTRUCTIONS_PER_SECOND: Final = 50_000_000  # of the guest's clock: more would make each wait cost more, less each tick
 CLOCK_AT_START: Final = 1767225600  # 2026-01-01: two runs see the same dates
-# RDRAND and RDSEED, by their kernel's numbers: Bochs seeds them by the host's time, and with them go the places of
-# everything that the kernel and Python put in random order.
+# Hides RDRAND and RDSEED, by the kernel's numbers of these features. Bochs seeds them by the host's time: what the
+# kernel and Python place at random would differ from run to run.
 _NO_CHANCE: Final = "clearcpuid=158,306"
 _SECTOR: Final = 512
 _FIRST_SECTOR: Final = 64
@@ -60,7 +60,7 @@ class Emulator:
 
 
 def emulator() -> Emulator:
-    """The Bochs of $KVMTRACE_BOCHS, else the distribution's. Raises Problem where it, or its firmware, is not there."""
+    """Return the Bochs of $KVMTRACE_BOCHS, else the distribution's. Raises Problem without it or its firmware."""
     given = os.environ.get(VARIABLE)
     program = given or PROGRAM
     try:
@@ -86,7 +86,7 @@ def _asked(program: str, *words: str) -> str:
 
 @dataclass(frozen=True)
 class BochsMachine:
-    """What Bochs is asked for; `memory` in MiB, `model` is its name of the CPU, `parameters` as of a kernel."""
+    """A machine for Bochs: `memory` in MiB, `model` is Bochs's name of the CPU, `parameters` are the kernel's."""
 
     image: Path
     initrd: bytes
@@ -95,7 +95,7 @@ class BochsMachine:
     parameters: tuple[str, ...] = ()
 
     def prepare(self, work: Path, bochs: Emulator) -> list[str]:
-        """Write all that Bochs reads into `work`; the argv that runs it. Raises Problem as `unpack` does."""
+        """Write all that Bochs reads into `work`; return the argv that runs it. Raises Problem as `unpack`."""
         kernel = unpack(self.image)
         at = -(-kernel.end // _ALIGNMENT) * _ALIGNMENT + (32 << 20)
         if at + len(self.initrd) > (self.memory - 64) << 20:
@@ -172,7 +172,7 @@ def _boot_sector(work: Path) -> bytearray:
 
 
 def _write_disk(path: Path, pieces: list[tuple[int, bytes]], entry: int, sector: bytearray) -> int:
-    """Write the disk image: the boot sector with its table, then each piece; how many cylinders it has."""
+    """Write the disk image: the boot sector with its table, then each piece; return its number of cylinders."""
     table, place = b"", _FIRST_SECTOR
     with path.open("wb") as disk:
         for address, data in pieces:
@@ -191,9 +191,9 @@ def _write_disk(path: Path, pieces: list[tuple[int, bytes]], entry: int, sector:
 
 
 def run(argv: list[str], work: Path, share: Path, timeout: float, tick: Callable[[], None] = lambda: None) -> Ending:
-    """Run a prepared machine until it ends or `timeout` seconds have passed; what it sent is put into `share`.
+    """Run a prepared machine until it ends or `timeout` seconds have passed; files that it sent go into `share`.
 
-    Raises Problem (environment) when Bochs is not there.
+    Raises Problem (environment) when Bochs is not installed.
     """
     console, output = work / "console", work / "output"
     deadline, panicked = time.monotonic() + timeout, False
@@ -216,7 +216,7 @@ def run(argv: list[str], work: Path, share: Path, timeout: float, tick: Callable
 
 
 def _why(status: int | None, log: Path) -> str:
-    """What is known of an emulator that ended before its guest had sent all: how it ended, and its last word."""
+    """Return how an emulator ended before its guest had sent all, and its last line in the log."""
     said = log.read_text(errors="replace").split("\n") if log.is_file() else []
     last = next((line.strip() for line in reversed(said) if line.strip()), "nothing in its log")
     if status is not None and status < 0:
@@ -225,7 +225,7 @@ def _why(status: int | None, log: Path) -> str:
 
 
 def receive(sent: bytes, share: Path) -> Ending | None:
-    """Put the files that a guest's init sent into `share`; how it said that it ended, None where it did not."""
+    """Put the files that a guest's init sent into `share`; return how it said that it ended, None if it did not."""
     at = 0
     while found := _FILE.search(sent, at):
         name, size = Path(found[1].decode(errors="replace")), int(found[2])

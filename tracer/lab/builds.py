@@ -72,10 +72,10 @@ def _selftests(work: Path, made: Path) -> None:
 
 
 def _make(tree: Path, *words: str) -> str:
-    """What make said on standard error. What does not build is missing in the end; a table of results shows it.
+    """Run make and return its standard error. What does not build is missing in the end, as a table of results shows.
 
-    It is a make of its own, also where this runs in a recipe of another: below one (MAKELEVEL), the selftests take the
-    place to build in from the make above, and with none they build into the root directory.
+    It is a make of its own, even inside another's recipe: below one (MAKELEVEL), the selftests take the place to build
+    in from the make above, and with none they build into the root directory.
     """
     alone = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     command = ["make", "-C", str(tree), f"-j{os.cpu_count()}", *words]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A kernel image taken apart for a boot sector that has no room to: the kernel unpacked, and its boot header.
+"""Unpacks a kernel image for a boot sector that has no room to do so: the kernel itself, and its boot header.
 
 The kernel's own unpacking of XZ takes some three billion instructions; here it takes a second.
 """
@@ -21,9 +21,10 @@ _MAP_BASE: Final = 0x80000000  # __START_KERNEL_map, of which the entry's addres
 
 @dataclass(frozen=True)
 class UnpackedKernel:
-    """`image` is to lie at physical address `base`, and takes memory up to `end`; `entry` is its 64-bit entry.
+    """An unpacked kernel: `image` belongs at physical address `base`, and takes memory up to `end`.
 
-    `header` is the setup header (Documentation/arch/x86/boot.rst), to be put at 0x1f1 of the boot parameters.
+    `entry` is its 64-bit entry. `header` is the setup header (Documentation/arch/x86/boot.rst), to be put at 0x1f1 of
+    the boot parameters.
     """
 
     image: bytes
@@ -34,7 +35,7 @@ class UnpackedKernel:
 
 
 def unpack(path: Path) -> UnpackedKernel:
-    """Take a bzImage apart. Raises Problem where it is damaged, or compressed in a way that is not known here."""
+    """Unpack a bzImage. Raises Problem where it is damaged, or compressed in a way that is not known here."""
     packed = path.read_bytes()
     try:
         setup = ((packed[0x1F1] or 4) + 1) * 512
@@ -63,7 +64,7 @@ def unpack(path: Path) -> UnpackedKernel:
 
 
 def _decompress(payload: bytes, path: Path) -> bytes:
-    """The ELF image; the unpacked size follows what is packed, but for gzip, which has it itself."""
+    """Return the ELF image of a compressed kernel. Its size follows the data, except with gzip, which contains it."""
     if payload.startswith(b"\xfd7zXZ\0"):
         return _whole(lzma.LZMADecompressor(), payload)
     if payload.startswith(b"\x1f\x8b"):

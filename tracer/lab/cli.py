@@ -37,7 +37,7 @@ def _say(line: str) -> None:
 
 
 def _stop_cleanly() -> None:
-    """Have SIGTERM unwind like ^C does, so that the guest and the temporary files go before we do."""
+    """Let SIGTERM unwind as ^C does, so that the guest and temporary files are removed before this process ends."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
@@ -290,7 +290,7 @@ def _fill(wanted: list[Cell], directory: Path, jobs: int, as_json: bool) -> None
 
 
 def _compact(output: Path) -> None:
-    """Make the trace of what a guest recorded that has neither the time nor the libraries to."""
+    """Make the trace of a recording from a guest that has neither the time nor the libraries to do that."""
     import shutil
 
     from traces.compact import compact
@@ -302,7 +302,7 @@ def _compact(output: Path) -> None:
 
 
 def _command(scenario: str, workload: str, rest: list[str]) -> list[str]:
-    """The argv to run in the guest: a scenario of the VMM, or any command, with what the command line has left over."""
+    """Return the argv to run in the guest: a VMM scenario or any command, with the remaining words of the line."""
     import shlex
 
     from tracer import vmm

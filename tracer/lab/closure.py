@@ -31,7 +31,7 @@ _UNCHECKED: Final = (1).to_bytes(4, "little") + bytes(8)  # a .pyc that is not t
 
 
 def of_recorder() -> list[Path]:
-    """Every file that recording reads, of this interpreter's environment. Raises Problem where that is unknown."""
+    """Return every file that recording reads in this interpreter's environment. Raises Problem where unknown."""
     command = [sys.executable, "-m", "tracer.lab.exercise"]
     root = str(Path(__file__).resolve().parents[2])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
@@ -43,13 +43,13 @@ def of_recorder() -> list[Path]:
 
 
 def of_program(program: Path) -> list[Path]:
-    """A program and the shared libraries that it is linked with."""
+    """Return a program and the shared libraries that it is linked with."""
     done = subprocess.run(["ldd", str(program)], capture_output=True, text=True, check=False)
     return [program, *map(Path, re.findall(r"(/\S+) \(0x", done.stdout))]
 
 
 def gather(paths: Iterable[Path]) -> Entries:
-    """These files with all that leads to them, what the loader needs, and Python's modules compiled."""
+    """Return these files with all that leads to them, what the loader needs, and Python's modules compiled."""
     entries: Entries = {}
     for path in (*paths, *map(Path, _LOADER)):
         _collect(entries, str(path))
@@ -65,7 +65,7 @@ def gather(paths: Iterable[Path]) -> Entries:
 
 @lru_cache
 def _links(directory: Path) -> dict[Path, list[str]]:
-    """The links in a directory by where they lead: programs ask for libelf.so.1, and map libelf-0.188.so."""
+    """Return the links in a directory by target: programs ask for libelf.so.1, and map libelf-0.188.so."""
     found: dict[Path, list[str]] = {}
     for link in directory.iterdir():
         if link.is_symlink():
@@ -74,7 +74,7 @@ def _links(directory: Path) -> dict[Path, list[str]]:
 
 
 def _collect(entries: Entries, path: str) -> None:
-    """Add a file, a directory without its contents, or nothing where there is none; and every link on the way."""
+    """Add a file or a directory without its contents, and every link on the way; add no more where one is missing."""
     place, pending = Path("/"), path.split("/")
     while pending:
         part = pending.pop(0)
@@ -99,7 +99,7 @@ def _collect(entries: Entries, path: str) -> None:
 
 
 def _code(name: str, source: bytes, cached: Path) -> bytes:
-    """A module's .pyc that holds whatever the dates of its source are: those of an initramfs may all be zero."""
+    """Return a module's .pyc that is valid whatever its source's date: in an initramfs all dates may be zero."""
     try:
         made = cached.read_bytes()
         if made[:4] == importlib.util.MAGIC_NUMBER and cached.stat().st_mtime >= Path(name).stat().st_mtime:
@@ -111,7 +111,7 @@ def _code(name: str, source: bytes, cached: Path) -> bytes:
 
 
 def beside(directory: str, files: Iterable[Path]) -> Entries:
-    """Files as they are to lie in one directory of the guest, with the directories above it."""
+    """Return these files placed in one directory of the guest, with the directories above it."""
     entries: Entries = {str(above): (stat.S_IFDIR | 0o755, b"") for above in Path(directory, "x").parents if above.name}
     for file in files:
         entries[f"{directory}/{file.name}"] = (stat.S_IFREG | 0o644, file.read_bytes())

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m tracer.lab.exercise`: do all of a recording but its probes, then list every file that it took.
+"""`python -m tracer.lab.exercise`: do all of a recording but its probes, then list every file that was read.
 
 A guest that cannot see this machine's file system is given these files: the interpreter, modules, shared libraries and
-what they read. A recording of a made-up row is written; compacting it is left to this machine.
+what they read. A recording of one made-up row is written; compacting it is left to this machine.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _record(directory: Path) -> None:
 
 
 def _mapped() -> set[str]:
-    """Files mapped into this process: shared libraries, the interpreter and its loader."""
+    """Return the files mapped into this process: shared libraries, the interpreter and its loader."""
     lines = Path("/proc/self/maps").read_text().splitlines()
     return {parts[5] for line in lines if len(parts := line.split(maxsplit=5)) > 5 and parts[5].startswith("/")}
 

@@ -32,7 +32,7 @@ SPACE_NEEDED: Final = 700 << 20
 
 
 def kernel_directory() -> Path | None:
-    """The directory of kernels that need no network: $KVMTRACE_KERNELS, else ../shared/kernels of a checkout."""
+    """Return the directory of kernels that need no network: $KVMTRACE_KERNELS, else ../shared/kernels."""
     if given := os.environ.get("KVMTRACE_KERNELS"):
         if not Path(given).is_dir():
             raise Problem(f"KVMTRACE_KERNELS: {given}: no such directory")
@@ -42,16 +42,16 @@ def kernel_directory() -> Path | None:
 
 
 def present(name: str) -> Bootable | None:
-    """A kernel of the table that is here, unpacked from the kernel directory if it is only there; or None."""
+    """Return a kernel of the table that is here, unpacked from the kernel directory if need be; or None."""
     kernel = known(name)
     return fetched(name) or _from_directory(kernel, anew=False)
 
 
 def fetch(name: str, say: Say = lambda line: None, *, update: bool = False) -> Bootable:
-    """A kernel of the table, fetched if it is not here; `update` looks for a newer one even if it is.
+    """Return a kernel of the table, fetched if it is not here; `update` looks for a newer one even if it is.
 
-    `say` gets a line of progress now and then. Raises Problem (environment): no Debian sources, nothing to download,
-    no space.
+    `say` is called with a line of progress now and then. Raises Problem (environment): no Debian sources, nothing to
+    download, no space.
     """
     kernel = known(name)
     found = _from_directory(kernel, anew=True) if update else present(name)
@@ -66,7 +66,7 @@ def fetch(name: str, say: Say = lambda line: None, *, update: bool = False) -> B
 
 
 def choose(name: str, modules: Path | None = None, kvm_modules: Path | None = None) -> Bootable:
-    """The kernel that `name`, a name of the table or an image's path, means with these directories of modules."""
+    """Return the kernel named `name` (in the table, or an image's path), with these directories of modules."""
     if "/" not in name and not Path(name).exists():
         found = present(name)
         if found is None:
@@ -125,7 +125,7 @@ def _from_debian(kernel: LabKernel, say: Say, *, anew: bool) -> Bootable:
 
 
 def _download(apt: Apt, package: str, version: str, say: Say) -> list[Path]:
-    """The contents of all packages that a kernel is split into."""
+    """Download all packages that a kernel is split into; return their contents as tar files."""
     tars = []
     for part, exact in apt.parts(package, version).items():
         say(f"{part} {exact}")
@@ -134,7 +134,7 @@ def _download(apt: Apt, package: str, version: str, say: Say) -> list[Path]:
 
 
 class _Tars(Mapping[str, bytes]):
-    """The modules in package contents, by name; `replaced` are others to take instead, or as well."""
+    """The modules in the contents of packages, by name; those in `replaced` are taken instead, or in addition."""
 
     def __init__(self, tars: Sequence[tarfile.TarFile], replaced: Mapping[str, bytes]) -> None:
         self.replaced = replaced
@@ -168,9 +168,9 @@ def _contents(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def _keep(name: str, paths: Sequence[Path], replaced: Mapping[str, bytes] = MappingProxyType({})) -> Bootable:
-    """Put the image and the modules a lab needs into the cache, all or nothing, and drop the tar files' rest.
+    """Put the image and the modules that a lab needs into the cache, all or nothing, and nothing else of the tar files.
 
-    Members are written under names of ours, so nothing in an archive decides where a file goes.
+    Members are written under names chosen here, so that nothing in an archive decides where a file goes.
     """
     home = cache() / name
     made = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache()))
@@ -198,7 +198,7 @@ def _keep(name: str, paths: Sequence[Path], replaced: Mapping[str, bytes] = Mapp
 
 @contextmanager
 def alone(directory: Path) -> Iterator[None]:
-    """One process at a time, whichever makes something in that directory."""
+    """Let one process at a time make something in that directory."""
     lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -209,7 +209,7 @@ def alone(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def _workplace(name: str) -> Iterator[Path]:
-    """A directory in the cache for the time of a fetch, of which there is one at a time.
+    """Yield a directory in the cache for the time of a fetch; there is one fetch at a time.
 
     Raises Problem when it cannot be made or there is no space.
     """

@@ -23,17 +23,17 @@ from tracer.lab.lab_kernels import Bootable
 from tracer.lab.session import DEFAULT_MEMORY, DEFAULT_TIMEOUT, JOBS, SHARE, GuestFailed, boot
 from traces.compact import compact
 
-# KVM's selftests leave with this where the host cannot do what they test.
+# The exit status of KVM's selftests where the host cannot do what they test (KSFT_SKIP).
 SKIPPED: Final = 4
 _ENDED: Final = "ended with "
 
 
 @dataclass(frozen=True)
 class LabGuest:
-    """One guest: `build` is what `builds.built` makes for it, `command` what runs it, `{built}` standing for that.
+    """One guest: `builds.built` makes `build` for it, and `command` runs it, `{built}` standing for that directory.
 
-    `seconds` is its limit on an idle machine, of which ten times are waited; `memory` in MiB and two NUMA `nodes` are
-    the lab guest's. `check` has it in the smaller set that `make check` records.
+    `seconds` is its limit on an idle machine, of which ten times are waited; `memory` (MiB) and the number of NUMA
+    `nodes` are the lab guest's. `check` puts it into the smaller set that `make check` records.
     """
 
     name: str
@@ -124,8 +124,10 @@ GUESTS: Final = {guest.name: guest for guest in (*_SELFTESTS, *_NESTED)}
 
 @dataclass(frozen=True)
 class GuestRun:
-    """A guest as it ended: `status` is its exit status, None where the lab guest did not get to it; `said` its last
-    line. `trace` is where its recording is, if there is one.
+    """How a guest ended.
+
+    `status` is its exit status, None where the lab guest did not get to it; `said` is its last line. `trace` is where
+    its recording is, if there is one.
     """
 
     guest: LabGuest
@@ -154,7 +156,7 @@ def record(kernel: str, guests: Iterable[LabGuest], directory: Path, say: Say) -
             several = [_run(guest, kernel, directory, failure) for guest in group]
             came = next((at for at, run in enumerate(several) if run.status is None), len(group))
             barren = 0 if came else barren + 1
-            if barren > 1:  # it is not the guest's fault
+            if barren > 1:  # two boots without any result: it is not the guest's fault
                 came = len(group)
             runs += several[: came + 1]
             group = group[came + 1 :]
@@ -162,7 +164,7 @@ def record(kernel: str, guests: Iterable[LabGuest], directory: Path, say: Say) -
 
 
 def _boot(booted: Bootable, group: Sequence[LabGuest], place: Path, directory: Path) -> str:
-    """Run guests one after another in one lab guest; what failed, if anything did."""
+    """Run guests one after another in one lab guest; return what failed, empty if nothing did."""
     jobs = [_job(guest, booted.name, place) for guest in group]
     try:
         done = boot(

@@ -33,7 +33,7 @@ class Archive:
         self.entries.append(_padded(header + path) + _padded(data))
 
     def contents(self) -> bytes:
-        """The whole archive, ended as cpio wants it."""
+        """Return the whole archive, with the trailer entry that ends a cpio archive."""
         end = Archive()
         end.add("TRAILER!!!", 0)
         return b"".join((*self.entries, *end.entries))
@@ -50,7 +50,7 @@ def build(
     wanted: Sequence[str] = WANTED,
     files: Mapping[str, tuple[int, bytes]] = MappingProxyType({}),
 ) -> bytes:
-    """The archive for a guest: `init` as PID 1, of the modules in `tree` those `wanted`, and files by absolute path.
+    """Return the archive for a guest: `init` as PID 1, the `wanted` modules of `tree`, and files by absolute path.
 
     `parameters` maps a module's name to its parameters ("tdp_mmu=1 npt=0"): they are given at loading, since a module
     loaded by finit_module() does not see the `kvm.tdp_mmu=1` of the kernel's command line.
@@ -73,7 +73,7 @@ def build(
 
 
 def compiled(name: str, into: Path) -> bytes:
-    """A static PID 1, compiled from the C file of that name next to this one by way of the directory `into` (0.2 s).
+    """Return a static PID 1, compiled from NAME.c in this package; the program is made in `into` (0.2 s).
 
     Raises Problem (environment) when there is no compiler or no static C library.
     """

@@ -15,9 +15,10 @@ from traces.errors import Problem
 
 @dataclass(frozen=True)
 class LabCpu:
-    """`wanted` are the modules its guest loads, the last of which is KVM's for this vendor; `model` is Bochs's name.
+    """A CPU for lab guests: `wanted` are the modules they load, the last of which is KVM's for this vendor.
 
-    `counts`: QEMU's clock, which the guest sees, is the count of its instructions, as Bochs's always is.
+    `model` is Bochs's name of it. `counts`: QEMU's clock, which the guest sees, is the count of its instructions, as
+    Bochs's always is.
     """
 
     name: str
@@ -49,7 +50,7 @@ CPUS: Final = {
 
 
 def lab_cpu(name: str) -> LabCpu:
-    """A CPU of the table. Raises Problem for a name that it does not have."""
+    """Return a CPU of the table. Raises Problem for a name that it does not have."""
     if name in CPUS:
         return CPUS[name]
     raise Problem(f"--cpu {name}: no such CPU; there are {', '.join(CPUS)}")
@@ -57,7 +58,7 @@ def lab_cpu(name: str) -> LabCpu:
 
 @lru_cache(maxsize=1)
 def qemu_version() -> str:
-    """QEMU's own version, for the provenance; empty where it is not there."""
+    """Return QEMU's own version, for the provenance; empty where it is not installed."""
     from tracer.lab.qemu import PROGRAM
 
     try:

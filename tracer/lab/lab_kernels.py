@@ -21,9 +21,9 @@ TABLE_DATE: Final = "2026-11-26"
 
 @dataclass(frozen=True)
 class LabKernel:
-    """A line of the table. `suites` are (archive label, suite), where Debian has it as `linux-image-amd64`.
+    """A kernel of the table. `suites` are (archive label, suite), where Debian has it as `linux-image-amd64`.
 
-    `series` is how its version begins; `parameters` are module parameters as on a command line (kvm.tdp_mmu=1)
+    `series` is how its version begins; `parameters` are the module parameters, as on a command line (kvm.tdp_mmu=1),
     that it needs for its TDP MMU; `variant` names the folder that replaces kvm.ko and kvm-amd.ko, for a kernel that no
     package has.
     """
@@ -92,9 +92,9 @@ _SUITES: Final = (
 
 @dataclass(frozen=True)
 class Bootable:
-    """A kernel whose files are here. `modules` are directories of which the last one to have a module counts.
+    """A kernel whose files are here. Of a module that several of the directories `modules` have, the last one counts.
 
-    `name` and `policy` are the table's, or the image's release and nothing for a user's own kernel.
+    `name` and `policy` are those of the table; for a user's own kernel, `name` is the image's release, `policy` empty.
     """
 
     name: str
@@ -106,24 +106,24 @@ class Bootable:
 
     @property
     def release(self) -> str:
-        """What `uname -r` says in it."""
+        """The kernel's release, as `uname -r` prints it."""
         return self.version.split(" ", 1)[0]
 
     @property
     def package(self) -> str:
-        """Debian's package and its version, empty for a kernel that is not Debian's build."""
+        """The Debian package and its version, empty for a kernel that Debian did not build."""
         built = re.search(r" Debian (\S+) \(", self.version)
         return f"linux-image-{self.release} {built[1]}" if built else ""
 
 
 def cache() -> Path:
-    """Where fetched kernels are kept: $XDG_CACHE_HOME/kvmtrace/kernels."""
+    """Return where fetched kernels are kept: $XDG_CACHE_HOME/kvmtrace/kernels."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "kvmtrace" / "kernels"
 
 
 def known(name: str) -> LabKernel:
-    """The table's line, or one made for a series such as 6.18. Raises Problem for a name that is neither."""
+    """Return a kernel of the table, or one made for a series such as 6.18. Raises Problem for any other name."""
     if name in KERNELS:
         return KERNELS[name]
     if not re.fullmatch(r"\d{1,2}\.\d{1,3}", name):
@@ -142,13 +142,13 @@ def known(name: str) -> LabKernel:
 
 
 def cached() -> list[str]:
-    """The kernels that `known` knows: the table's, then those of a series that were fetched."""
+    """Return the kernels that `known` knows: the table's, then those of a series that were fetched."""
     others = sorted(path.name for path in cache().glob("[0-9]*.[0-9]*") if path.name not in KERNELS)
     return [*KERNELS, *others]
 
 
 def fetched(name: str) -> Bootable | None:
-    """A kernel of the table that is in the cache, or None."""
+    """Return a kernel that is in the cache, or None."""
     kernel, home = known(name), cache() / name
     if not (home / "vmlinuz").is_file():
         return None
@@ -163,13 +163,13 @@ def fetched(name: str) -> Bootable | None:
 
 
 def own(image: Path, modules: Path | None) -> Bootable:
-    """A kernel of the user's: a bzImage, and where its modules are unless KVM and 9p are built in."""
+    """Return a user's own kernel: a bzImage, and where its modules are unless KVM and 9p are built in."""
     version = image_version(image)
     return Bootable(version.split(" ", 1)[0], image, (modules,) if modules else (), version=version)
 
 
 def image_version(image: Path) -> str:
-    """The version line within a bzImage (x86 boot protocol, `kernel_version` at 0x20e): release, builder, date.
+    """Return the version line of a bzImage (boot protocol, `kernel_version` at 0x20e): release, builder, date.
 
     Raises Problem when the file cannot be read or is no bzImage.
     """
@@ -186,7 +186,7 @@ def image_version(image: Path) -> str:
 
 
 def missing(name: str) -> Problem:
-    """The problem of a kernel of the table that is not here, with the command that gets it."""
+    """Return the Problem of a kernel that is not here, with the command that gets it."""
     if known(name).variant:
         return Problem(f"kernel {name} is in no package: set KVMTRACE_KERNELS to a directory that has it", ENVIRONMENT)
     return Problem(f"kernel {name} is not here: kvmtrace lab fetch {name}", ENVIRONMENT)

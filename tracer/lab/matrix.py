@@ -120,12 +120,12 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The file's name without its ending."""
+        """The name of the recording's file, without its ending."""
         return "-".join(filter(None, (self.what, self.kernel, self.mmu)))
 
     @property
     def what(self) -> str:
-        """The scenario with what is given to it."""
+        """The scenario's name with its arguments, joined by dashes."""
         return "-".join((self.scenario, *(argument.lstrip("-") for argument in self.arguments)))
 
 
@@ -162,11 +162,12 @@ class MatrixRow:
 
 
 def cells(kernels: Mapping[str, Sequence[str]], scenarios: Sequence[str] = ()) -> list[Cell]:
-    """The cells for these kernels (names of the table), each with its MMUs, and these scenarios (all by default).
+    """Return the cells for these kernels (names of the table) with their MMUs, and these scenarios (default: all).
 
-    Scenarios with other than their defaults, and kinds of trouble, are recorded with TDP only, the latter on their
-    kernels unless they are asked for (with their defaults: what else they take need not be there on others); with NPT
-    off, only the telling ones are recorded. Raises Problem for a scenario that is not there.
+    Scenarios with other options than their defaults, and kinds of trouble, are recorded with the TDP MMU only. Kinds of
+    trouble are recorded on the kernels of `KINDS`, unless they are asked for (then with their defaults: what their
+    other options need may be missing on other kernels). With NPT off, only scenarios that show something there are
+    recorded. Raises Problem for a scenario that does not exist.
     """
     listed = [scenario.name for scenario in vmm.scenarios()]
     for name in scenarios:
@@ -191,7 +192,7 @@ def cells(kernels: Mapping[str, Sequence[str]], scenarios: Sequence[str] = ()) -
 
 
 def worth(kernel: LabKernel, cpus: Sequence[str]) -> tuple[str, ...]:
-    """Those of a kernel's MMUs on these CPUs that are worth recording.
+    """Return the MMUs of a kernel, on these CPUs, that are worth recording.
 
     A variant differs from its stock kernel in the TDP MMU only. What an Intel CPU does without A/D bits, with PML, and
     without EPT, where the guest's page tables are shadowed as without NPT, does not differ between kernels.
@@ -214,7 +215,7 @@ def _telling(name: str, arguments: tuple[str, ...], kernel: str, mmu: str) -> bo
 
 
 def record(group: Sequence[Cell], directory: Path, events: str = EVENTS) -> tuple[list[MatrixRow], list[Problem]]:
-    """Record cells of one kernel and one MMU in one boot; the rows of those that were made, and what failed."""
+    """Record cells of one kernel and one MMU in one boot; return the rows of those made, and what failed."""
     first = group[0]
     kernel = present(first.kernel)
     if kernel is None:
@@ -262,12 +263,12 @@ def record(group: Sequence[Cell], directory: Path, events: str = EVENTS) -> tupl
 
 
 def _guest_ns(stdout: str) -> int:
-    """How long the passes took, as the VMM reports it in its line of JSON."""
+    """Return how long the passes took, as the VMM reports it in its line of JSON."""
     return int(json.loads(stdout.splitlines()[-1])["wall_ns"])
 
 
 def examine(cell: Cell, path: Path, package: str, parameters: tuple[str, ...], guest_ns: int) -> MatrixRow:
-    """The line of provenance for a recording that was just made."""
+    """Return the row of provenance for a recording that was just made."""
     import pyarrow.compute as pc
 
     from traces.reader import Trace
@@ -308,10 +309,10 @@ def examine(cell: Cell, path: Path, package: str, parameters: tuple[str, ...], g
 def fill(
     wanted: Iterable[Cell], directory: Path, say: Callable[[str], None], jobs: int = 1
 ) -> tuple[list[MatrixRow], list[Problem]]:
-    """Make those of the recordings that are not in `directory` yet, and bring its provenance up to date each time.
+    """Make the recordings that are not in `directory` yet, and update its provenance after each boot.
 
-    One boot for each kernel and MMU, `jobs` of them at a time; a failed one does not keep the others from being
-    recorded. Returns the rows of all `wanted` cells that are there, and what failed.
+    There is one boot for each kernel and MMU, `jobs` of them at a time; a failed one does not keep the others from
+    being recorded. Returns the rows of all `wanted` cells that are there, and what failed.
     """
     rows = {row.file: row for row in provenance(directory) if (directory / row.file).is_file()}
     problems: list[Problem] = []
@@ -349,7 +350,7 @@ def _outcome(done: Future[tuple[list[MatrixRow], list[Problem]]]) -> tuple[list[
 
 
 def provenance(directory: Path) -> list[MatrixRow]:
-    """The recordings that `directory` says it has; none when it has no provenance yet."""
+    """Return the recordings that `directory` says it has; none where it has no provenance yet."""
     path = directory / PROVENANCE
     if not path.is_file():
         return []
@@ -388,7 +389,7 @@ def _write(directory: Path, rows: list[MatrixRow]) -> None:
 
 
 def render(rows: Sequence[MatrixRow]) -> str:
-    """The rows as a table for a terminal."""
+    """Return the rows as a table for a terminal."""
     body = [
         [
             row.file.removesuffix(".parquet"),

@@ -27,7 +27,7 @@ _SUFFIXES: Final = (".ko", ".ko.xz", ".ko.gz", ".ko.zst")
 
 
 def module_name(filename: str) -> str | None:
-    """The kernel's name of a module file (`kvm-amd.ko.xz` is `kvm_amd`); None for a file that is no module."""
+    """Return the kernel's name of a module file (`kvm_amd` for `kvm-amd.ko.xz`); None for a file that is no module."""
     for suffix in _SUFFIXES:
         if filename.endswith(suffix):
             return filename.removesuffix(suffix).replace("-", "_")
@@ -35,7 +35,7 @@ def module_name(filename: str) -> str | None:
 
 
 def decompressed(data: bytes, where: str) -> bytes:
-    """The ELF image of a module as packaged: plain, xz (Debian since 6.12), gzip or zstd, by its first bytes.
+    """Return the ELF image of a module as packaged: plain, xz (Debian since 6.12), gzip or zstd, by its first bytes.
 
     Raises Problem when it is none of these or is damaged.
     """
@@ -56,7 +56,7 @@ def decompressed(data: bytes, where: str) -> bytes:
 
 
 def modinfo(image: bytes, where: str) -> dict[str, str]:
-    """The `key=value` strings of a module's .modinfo section; of a key that repeats (alias, parm), the last.
+    """Return the `key=value` strings of a module's .modinfo section; of a key that repeats (alias, parm), the last.
 
     Raises Problem when the ELF image (64-bit, little-endian) has no such section or ends too early.
     """
@@ -75,10 +75,10 @@ def modinfo(image: bytes, where: str) -> dict[str, str]:
 
 
 def load_order(tree: Mapping[str, bytes], wanted: Iterable[str] = WANTED) -> list[str]:
-    """The names of `wanted` and all they depend on, dependencies first.
+    """Return the names of `wanted` modules and of all they depend on, dependencies first.
 
-    `tree` maps module names to file contents; a wanted name that is not in it counts as built in. Raises Problem when
-    a dependency is missing: `depends=` names only what the kernel does not have built in.
+    `tree` maps module names to file contents; a wanted name that is not in it counts as built in. Raises Problem when a
+    dependency is missing: `depends=` names only what the kernel does not have built in.
     """
     order: list[str] = []
 
@@ -102,7 +102,7 @@ class Directory(Mapping[str, bytes]):
     """The modules below a directory (a /lib/modules/VERSION tree or a flat one), read when asked for."""
 
     def __init__(self, *roots: Path) -> None:
-        """Of a module below several `roots` the last one's counts. Raises Problem when a root is no directory."""
+        """Find the modules below `roots`; the last root that has one counts. Raises Problem if one is no directory."""
         self.paths: dict[str, Path] = {}
         for root in roots:
             if not root.is_dir():

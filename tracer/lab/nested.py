@@ -60,7 +60,7 @@ class NestedMachine:
         return [word for share in shares for word in ("-virtfs", share)]
 
     def ask(self, command: str, **arguments: object) -> Any:
-        """What the monitor returns to a command; events that come between are passed over."""
+        """Return the monitor's answer to a command; events that come in between are skipped."""
         self.monitor.sendall(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
         for line in self.answers:
             answer = json.loads(line)
@@ -71,7 +71,7 @@ class NestedMachine:
         raise Problem(f"{command}: QEMU ended")
 
     def said(self, text: str) -> bool:
-        """Whether the guest wrote `text` to its serial line, or what it runs to its standard output."""
+        """Return whether `text` is on the guest's serial line, or in the output of the command that it runs."""
         paths = (self.home / "serial", self.home / "share" / "stdout")
         return any(text in path.read_text(errors="replace") for path in paths if path.exists())
 
@@ -81,7 +81,7 @@ class NestedMachine:
 
 
 def wait_for(condition: Callable[[], bool], *machines: NestedMachine) -> None:
-    """Until it holds; raises Problem where a machine ends before."""
+    """Wait until a condition holds; raises Problem where a machine ends before."""
     while not condition():
         for machine in machines:
             if machine.process.poll() is not None and not condition():
@@ -105,14 +105,14 @@ def _linux(built: Path, memory: int, initrd: str = "initrd") -> tuple[str, ...]:
 
 
 def debian(built: Path, stack: ExitStack) -> None:
-    """The kernel and the userland of this machine, which reads some of it and is done."""
+    """Run this machine's userland under a lab kernel: it reads some of its files and is done."""
     script = "uname -a; sha256sum /usr/bin/[a-m]* > /dev/null; echo finished"
     machine = NestedMachine(stack, *_linux(built, 384), script=script)
     wait_for(lambda: machine.said("finished\n"), machine)
 
 
 def pressed(built: Path, stack: ExitStack) -> None:
-    """More work than a guest has memory for, while the host merges its pages (KSM) and moves them (NUMA)."""
+    """Run a guest with more work than memory, while the host merges its pages (KSM) and moves them (NUMA)."""
     for name, value in (("sleep_millisecs", "20"), ("pages_to_scan", "2000"), ("run", "1")):
         (_KSM / name).write_text(value)
     Path("/proc/sys/kernel/numa_balancing").write_text("1")
@@ -156,7 +156,7 @@ def migration(built: Path, stack: ExitStack) -> None:
 
 
 def firmware(built: Path, stack: ExitStack) -> None:
-    """OVMF whose variable store is in SMM, booted to its shell."""
+    """Boot OVMF, whose variable store is in SMM, to its shell."""
     variables = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "vars.fd"
     shutil.copy(built / "vars.fd", variables)
     machine = NestedMachine(

@@ -25,16 +25,16 @@ GUEST: Final = "/var/cache/kvmtrace/lab-probes"  # where init.c puts them, and K
 ROOT: Final = Path(__file__).resolve().parents[2]
 _SOURCES: Final = ("tracer/*.py", "tracer/ebpf/*.c", "traces/schema.py", "traces/kernels/*.py")
 _TIMEOUT: Final = 600.0  # seconds: on a busy machine clang under emulation takes minutes
-_MOST: Final = 32  # kernels' worth, of which each is a quarter of a megabyte; the oldest go
+_MOST: Final = 32  # kernels whose probes are kept, a quarter of a megabyte each; the oldest are removed
 
 
 def directory() -> Path:
-    """Where they are kept, next to the kernels."""
+    """Return the directory of the lab's compiled probes, next to the kernels."""
     return cache().parent / "lab-probes"
 
 
 def have(kernel: Bootable) -> Path | None:
-    """The file of a kernel's probes, or None where no guest of it has recorded yet."""
+    """Return the file of a kernel's probes, or None where no guest of it has recorded yet."""
     return next(iter(sorted((directory() / _made_from(kernel)).glob(f"*{SUFFIX}"))), None)
 
 
@@ -51,7 +51,7 @@ def keep(kernel: Bootable, files: Iterable[Path]) -> None:
 
 
 def of(kernel: Bootable) -> Path:
-    """The file of a kernel's probes; where there is none, a guest compiles them (half a minute of processor time).
+    """Return the file of a kernel's probes; if there is none, a guest compiles them (half a minute of CPU time).
 
     Raises Problem where it cannot.
     """
@@ -67,7 +67,7 @@ def of(kernel: Bootable) -> Path:
 
 
 def _made_from(kernel: Bootable) -> str:
-    """A name for all that a kernel's probes depend on: its image and KVM, our own source, and bcc."""
+    """Return a name for all that a kernel's probes depend on: its image and KVM, our own source, and bcc."""
     from tracer.compiled import bcc_version
 
     digest = hashlib.sha256(bcc_version().encode())

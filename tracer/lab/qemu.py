@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One QEMU process: its command line, its limits, and what its end means; the limits are every emulator's."""
+"""One QEMU process: its command line, its limits, and what its end means. Bochs has the same limits."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _COUNTED: Final = "shift=4,sleep=off"
 
 @dataclass(frozen=True)
 class LabMachine:
-    """What QEMU is asked for; `memory` in MiB, on one NUMA node or two; `parameters` as on a kernel's command line.
+    """A machine for QEMU: `memory` in MiB, on one NUMA node or two; `parameters` as on a kernel's command line.
 
     `counts`: the guest's clock is the count of its instructions, whatever else this machine does.
     """
@@ -48,9 +48,9 @@ class LabMachine:
     counts: bool = False
 
     def command(self) -> list[str]:
-        """The argv. Two processors, since some scenarios are about two vCPUs; a nested guest needs SVM and NPT.
+        """Return the argv. There are two processors, for scenarios with two vCPUs; nested guests need SVM and NPT.
 
-        One where instructions are counted: with two, QEMU 7.2 does not get beyond starting the second.
+        There is one where instructions are counted: with two, QEMU 7.2 does not get beyond starting the second.
         """
         return [
             PROGRAM,
@@ -68,7 +68,7 @@ class LabMachine:
         ]
 
     def _node(self, node: int) -> tuple[str, ...]:
-        """One NUMA node, with one of the processors and its share of the memory."""
+        """Return the options of a NUMA node, with one of the processors and its share of the memory."""
         memory = f"memory-backend-ram,id=memory{node},size={self.memory // self.nodes}M"
         return ("-object", memory, "-numa", f"node,nodeid={node},memdev=memory{node},cpus={node}")
 
@@ -104,7 +104,7 @@ BY_CODE: Final = (
 
 
 def decode(status: int) -> Ending:
-    """What QEMU's exit status says. 0 is a failure: `panic=-1 -no-reboot` makes QEMU leave quietly after a panic."""
+    """Return what QEMU's exit status means. 0 is a failure: `panic=-1 -no-reboot` makes QEMU exit so after a panic."""
     if status == 0:
         return Ending.PANIC
     # An error of QEMU's own (bad option, unreadable image) is 1 as well; `session` tells it by the missing result.
@@ -114,9 +114,9 @@ def decode(status: int) -> Ending:
 
 
 def run(argv: list[str], serial: Path, timeout: float, tick: Callable[[], None] = lambda: None) -> Ending:
-    """Run QEMU until it ends or `timeout` seconds have passed, its output in the file `serial`.
+    """Run QEMU until it ends or `timeout` seconds have passed, with its output in the file `serial`.
 
-    `tick` is called some ten times a second. Raises Problem (environment) when QEMU is not there.
+    `tick` is called some ten times a second. Raises Problem (environment) when QEMU is not installed.
     """
 
     def watch() -> bool:
@@ -128,10 +128,11 @@ def run(argv: list[str], serial: Path, timeout: float, tick: Callable[[], None] 
 
 
 def wait_for(argv: list[str], said: Path, timeout: float, watch: Callable[[], bool], install: str) -> int | None:
-    """Run an emulator, its output in the file `said`; its exit status, None if it was ended.
+    """Run an emulator, with its output in the file `said`; return its exit status, None if it was killed.
 
-    It is ended after `timeout` seconds, or when `watch`, called some ten times a second, says so. It does not outlive
-    this call, whatever ends that, nor this process. Raises Problem (environment), with `install`, where there is none.
+    It is killed after `timeout` seconds, or when `watch`, called some ten times a second, returns True. It does not
+    outlive this call, whatever ends that, nor this process. Raises Problem (environment), with `install`, where there
+    is none.
     """
     with said.open("wb") as output:
         try:
@@ -161,7 +162,7 @@ def wait_for(argv: list[str], said: Path, timeout: float, watch: Callable[[], bo
 
 
 def kill_running() -> None:
-    """End every emulator that other threads wait for in `wait_for`, which returns there at once."""
+    """Kill every emulator that other threads wait for in `wait_for`, which returns there at once."""
     for process in tuple(_running):
         _kill(process)
 
@@ -172,7 +173,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def _die_with_parent() -> Callable[[], None]:
-    """For the child between fork and exec: have the kernel kill it when we die, even of SIGKILL."""
+    """Return what the child does before exec: have the kernel kill it when we die, even of SIGKILL."""
     prctl = ctypes.CDLL(None, use_errno=True).prctl  # looked up before the fork
     parent = os.getpid()
 

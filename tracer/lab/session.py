@@ -53,7 +53,7 @@ class GuestFailed(Problem):
 
 @dataclass(frozen=True)
 class Finished:
-    """What came of a command in the guest; `seconds` is its wall time there, `warnings` its kernel's complaints."""
+    """How a command in the guest ended; `seconds` is its wall time there, `warnings` its kernel's complaints."""
 
     signalled: bool
     code: int
@@ -64,14 +64,14 @@ class Finished:
 
 
 def recorder(workload: Sequence[str], events: str) -> list[str]:
-    """The command that records `workload` in the guest, by the interpreter that we run under ourselves."""
+    """Return the command that records `workload` in the guest, with the interpreter that runs this process."""
     return [sys.executable, "-m", "kvmtrace", "record", "-o", f"{SHARE}/{TRACE}", "--events", events, "--", *workload]
 
 
 def several(
     jobs: Mapping[str, Sequence[str]], events: str, *, segments: bool, shown: bool = False
 ) -> tuple[list[str], dict[str, str]]:
-    """The command that records several workloads in the guest, by names of their own, and the file to give it.
+    """Return the command that records several workloads in the guest, each by its name, and the file it needs.
 
     `segments` leaves compacting to this machine; what a workload prints is `shown`, else in a .stdout file.
     """
@@ -167,7 +167,7 @@ def boot(
 
 
 def _everything(command: Sequence[str], share: Path) -> closure.Entries:
-    """All files of a guest that sees nothing of this machine: what the command's programs and recording read."""
+    """Return all files for a guest that sees nothing of this machine: those that the command and recording read."""
     wanted = closure.of_recorder() if command[0] == sys.executable else []
     for word in (*command, str(vmm.binary())):
         if program := shutil.which(word) if os.access(word, os.X_OK) or word == command[0] else None:
@@ -177,7 +177,7 @@ def _everything(command: Sequence[str], share: Path) -> closure.Entries:
 
 
 def _by_module(parameters: Iterable[str]) -> dict[str, str]:
-    """Parameters as insmod takes them, "a=1 b=2" by module; of one given twice the last counts there."""
+    """Return parameters as insmod takes them, "a=1 b=2", by module; of one given twice the last counts there."""
     given: dict[str, str] = {}
     for parameter in parameters:
         parts = _PARAMETER.fullmatch(parameter)
@@ -221,7 +221,7 @@ def _ask(share: Path, command: Sequence[str], environment: dict[str, str]) -> No
 
 
 def _result(share: Path) -> Finished | None:
-    """What the guest left in the share; None when it left nothing, which is how QEMU's own errors show."""
+    """Return what the guest left in the share; None where it left nothing, as after an error of QEMU's own."""
     if not (share / "status").is_file():
         return None
     how, code, seconds = (share / "status").read_text().split()
@@ -237,7 +237,7 @@ def _result(share: Path) -> Finished | None:
 
 
 def _take(share: Path, trace: Path) -> Path | None:
-    """Move the trace out of the share, or the segments of a recording that was cut short; where it is now."""
+    """Move the trace, or the segments of a recording that was cut short, out of the share; return where it is now."""
     for made, kept in ((share / TRACE, trace), ((share / TRACE).with_suffix(".kvmt"), trace.with_suffix(".kvmt"))):
         if made.exists():
             try:
@@ -280,7 +280,7 @@ def _failure(
     kept: Path | None = None,
     machine: LabCpu = CPUS[AMD],
 ) -> GuestFailed:
-    """The one line for a guest that did not do its work; its init says the cause on the console."""
+    """Return the error for a guest that did not do its work; its init says the cause on the console."""
     lines = [line.strip() for line in serial.decode(errors="replace").splitlines()]
     lines = [line for line in lines if line and "TCG doesn't support requested feature" not in line]
     cause = next((line.split(": ", 1)[1] for line in reversed(lines) if line.startswith("kvmtrace-lab: ")), "")

@@ -53,7 +53,7 @@ cp /tmp/$name.dat /tmp/$name.data {SHARE}
 
 
 def record(kernel: str, directory: Path, names: Iterable[str] = SCENARIOS) -> list[Path]:
-    """Record scenarios on one kernel; the files that were made. Raises Problem where something is missing."""
+    """Record scenarios on one kernel and return the files. Raises Problem where something is missing."""
     booted = fetch(kernel, lambda line: print(line, file=sys.stderr))
     jobs = {
         f"{name}-{kernel}": [
@@ -79,7 +79,7 @@ def record(kernel: str, directory: Path, names: Iterable[str] = SCENARIOS) -> li
 
 
 def _keep(made: Path, directory: Path) -> Path:
-    """Move a file to where it is to stay: a trace as it is, what others made packed."""
+    """Move a file to where it is to stay: a trace as it is, files of the other tools compressed."""
     packed = made.suffix != ".parquet"
     kept = directory / f"{made.name}{'.xz' if packed else ''}"
     data = made.read_bytes()

@@ -76,7 +76,7 @@ def _once(trace: Path | None, as_json: bool) -> None:
 
 
 def _one_second() -> tuple[list[VcpuSecond], int]:
-    """The lines, and how many events were lost."""
+    """Return the lines of one second, and how many events were lost."""
     from tracer.top.live import LiveTop
 
     came, shown = threading.Event(), list[list["VcpuSecond"]]()
@@ -118,7 +118,7 @@ def _screen(trace: Path | None, dumps: Path | None) -> None:
 
 
 def _dump_of(dumps: Path | None) -> Callable[[], str] | None:
-    """What key d does."""
+    """Return what key d does, which is to ask for a dump; None without a directory of dumps."""
     if dumps is None:
         return None
 

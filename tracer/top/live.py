@@ -19,17 +19,17 @@ from tracer.top.meter import KINDS, Meters, VcpuSecond
 from traces.progress import Progress
 
 SECOND = 10**9
-_RING = 1 << 23  # of each CPU: 95,000 events, of which 50 ms' are always there
+_RING = 1 << 23  # bytes of each CPU's ring: 95,000 events; the last 50 ms always stay in it
 _TICK_SECONDS = 0.1
-_CROWDED = 0.5  # of a ring: more than that may be full before the next look
-_LIVES = frozenset({"vm_create", "vm_destroy"})  # so that an address is the VM that is there now
+_CROWDED = 0.5  # share of a ring: with more than that, it is read again at once
+_LIVES = frozenset({"vm_create", "vm_destroy"})  # so that an address stands for the VM that has it now
 _OPTIONS = Options(Path(), frozenset(KINDS), "list")
 
 Show = Callable[[list[VcpuSecond]], None]
 
 
 class LiveMeters:
-    """Counts the rows where they lie in the rings, and gives out each second's lines."""
+    """Counts rows where they lie in the rings, and shows the lines of each second."""
 
     def __init__(self, show: Show) -> None:
         self.meters = Meters(idle_codes(host.cpu()), thread_time)
@@ -37,10 +37,10 @@ class LiveMeters:
         self._show, self._next = show, 0
 
     def write(self, batches: Sequence[Rows], complete_at: int) -> None:
-        """Rows of the recorder's own (that the host slept) are none of a vCPU's."""
+        """Ignore the recorder's own rows, such as that the host slept: they belong to no vCPU."""
 
     def look(self, rings: Rings) -> int:
-        """Take what can be taken in the order of time, and end the second where it is over; how many rows."""
+        """Count the rows that can be taken in order of time, end a second that is over; return how many rows."""
         parts, complete_at = rings.peek()
         reached = complete_at - HOLD_NANOSECONDS
         taken = self.meters.see_until(parts, reached)
@@ -55,7 +55,7 @@ class LiveMeters:
 
 
 class TopRecorder(Recorder):
-    """Drains the rings into meters."""
+    """A recorder that drains the rings into meters."""
 
     idle_seconds = _TICK_SECONDS
 
@@ -76,13 +76,13 @@ class TopRecorder(Recorder):
         return self.rings.fill > _CROWDED
 
     def _finish(self) -> None:
-        """What is left is of a second that nobody sees."""
+        """Do nothing: what is left belongs to a second that nobody sees."""
 
     def _store(self, changes: Callable[[], dict[str, Any]]) -> None:
-        """Nothing is stored."""
+        """Do nothing: `top` has no manifest."""
 
     def _flush(self) -> None:
-        """Nothing waits."""
+        """Do nothing: `top` stores no rows."""
 
     def _full(self) -> str:
         return ""
@@ -92,10 +92,10 @@ class TopRecorder(Recorder):
 
 
 class LiveTop:
-    """The recorder, on a thread of its own while the screen has the main one."""
+    """Runs the recorder on a thread of its own, while the screen has the main thread."""
 
     def __init__(self) -> None:
-        """Raises Problem where this machine cannot be recorded."""
+        """Open a recorder of this host's VMs; raises Problem where this machine cannot be recorded."""
         check(_OPTIONS)
         self._stop = Stop()
         self._probes = Probes(_OPTIONS.kinds | _LIVES, ring_count(os.cpu_count() or 1), _RING)
@@ -103,14 +103,14 @@ class LiveTop:
         self._thread: threading.Thread | None = None
 
     def start(self, show: Show) -> None:
-        """Give each second's lines to `show`, from a thread."""
+        """Begin: `show` is called with each second's lines, from a thread."""
         self._probes.reset()
         recorder = TopRecorder(self._probes, self._stop, show)
         self._thread = threading.Thread(target=self._run, args=(recorder,), name="top", daemon=True)
         self._thread.start()
 
     def lost(self) -> int:
-        """Events that the rings refused so far: they are in no line."""
+        """Return how many events the rings refused so far, which no line counts."""
         return int(self._probes.counters()["lost"].sum())
 
     @property
@@ -118,7 +118,7 @@ class LiveTop:
         return self._thread is not None and self._thread.is_alive()
 
     def close(self) -> None:
-        """Detach. Raises what ended it before."""
+        """Detach the probes. Raises what ended the recorder before."""
         self._stop.reason = "closed"
         if self._thread is not None:
             self._thread.join()

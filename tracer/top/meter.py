@@ -16,15 +16,15 @@ KINDS: Final = (
     "kvm_mmu_prepare_zap_page", "kvm_smm_transition",
 )  # fmt: skip
 COUNTS: Final = ("faults", "refaults", "roots", "smis", "zaps", "exits")
-_SILENT: Final = 5  # seconds after which a vCPU that shows nothing is no more
-_SHORT: Final = 10**8  # ns for which nobody is looked up
+_SILENT: Final = 5  # seconds after which a vCPU without rows is dropped
+_SHORT: Final = 10**8  # ns without a row, below which a thread is not looked up
 _HALF: Final = 0.5
 _ENDLESS: Final = (1 << 63) - 1
 
 
 @dataclass(frozen=True)
 class VcpuSecond:
-    """One vCPU in one second; vCPU -1 is what other threads of the host do in that VM.
+    """What one vCPU did in one second; vCPU -1 stands for other threads of the host that act on that VM.
 
     Shares are of that time; None is not known, as on a kernel that shows no entries.
     """
@@ -41,7 +41,7 @@ class VcpuSecond:
     smis: int
     zaps: int
     exits: int  # to userspace
-    longest_ns: int  # exit from which it came back in this time
+    longest_ns: int  # of the exits that ended in this time
     verdict: str
 
     def document(self) -> dict[str, Any]:
@@ -50,35 +50,35 @@ class VcpuSecond:
 
 @dataclass
 class ExitTimes:
-    """How long a VM's vCPUs were out of their guests: how often up to each of EXIT_EDGES and beyond, and ns in all."""
+    """How long a VM's vCPUs were out of their guests: exits up to each of EXIT_EDGES and beyond, and ns in all."""
 
     counts: Rows = field(default_factory=lambda: np.zeros(len(EXIT_EDGES) + 1, np.int64))
     nanoseconds: int = 0
 
 
 class Meters:
-    """All vCPUs that showed themselves; `see` rows in the order of time, then `second` ends one."""
+    """All vCPUs that had rows: `see` takes rows in order of time, `second` ends a second."""
 
     def __init__(self, idle_codes: tuple[int, ...], time_of: ThreadTime | None = None) -> None:
-        """`time_of` looks a silent thread up; None where what is shown is long past."""
+        """`time_of` reads the CPU time of a thread without rows; None where rows are from the past."""
         self._rows, self._time_of = MeterRows(np.array(idle_codes, np.uint64)), time_of
         self._began: int | None = None
-        self._ran: dict[int, int] = {}  # by thread that was silent: ns of CPU time at the last second's end
-        self.names: dict[int, str] = {}  # of VMs, by their pointer
+        self._ran: dict[int, int] = {}  # by thread without rows: ns of CPU time at the last second's end
+        self.names: dict[int, str] = {}  # of VMs, by address of struct kvm
         self.exit_times: dict[int, ExitTimes] = {}  # since the beginning, by process
 
     def see(self, rows: Rows) -> None:
-        """Take rows, in the order of time."""
+        """Take rows, in order of time."""
         self.see_until([rows], _ENDLESS)
 
     def see_until(self, parts: list[Rows], until: int) -> list[int]:
-        """Take the rows up to `until` (boot ns) of parts that are each in the order of time; how many of each part."""
+        """Take rows up to `until` (boot ns) of parts each in order of time; return how many of each part."""
         if self._began is None:
             self._began = min((int(part["time"][0]) for part in parts if len(part)), default=None)
         return self._rows.take(parts, until)
 
     def second(self, at: int) -> list[VcpuSecond]:
-        """End a second at `at` (boot ns): what each vCPU did since the last one ended."""
+        """End a second at `at` (boot ns); return what each vCPU did since the last one ended."""
         began, self._began = self._began, at
         vcpus = self._rows.vcpus()
         self._account(vcpus, at)
@@ -93,7 +93,7 @@ class Meters:
         return sorted(lines, key=lambda line: (line.vm, line.vcpu))
 
     def _account(self, vcpus: Rows, at: int) -> None:
-        """The time since each one's last row. Out of its guest it works or sleeps, which only its thread can tell."""
+        """Account the time since each vCPU's last row; out of the guest, its thread tells work from sleep."""
         passed = np.maximum(at - vcpus["last"], 0)
         passed[vcpus["vcpu"] < 0] = 0
         for state, name in ((GUEST, "guest"), (IDLE, "idle")):
@@ -131,7 +131,7 @@ class Meters:
 
 
 def _verdict(guest: float | None, idle: float, steal: float, counts: dict[str, int]) -> str:
-    """One word: what a person would look at first."""
+    """Return one word that says what a person would look at first."""
     busy = 1 - idle - steal
     if idle > _HALF:
         return "idle"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A recording's rows as the recorder had them, second by second."""
+"""A recording's rows as the recorder saw them, second by second."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _BY_ADDRESS = ("sched_in", "kvm_page_fault")  # kinds whose first word is an add
 
 
 def to_records(frame: pl.DataFrame) -> Rows:
-    """Rows of KINDS as records, as far as meters look at them; a VM's id stands for its pointer."""
+    """Return rows of KINDS as records, as far as meters need them; a VM's id stands for its address."""
     made = np.zeros(len(frame), RECORD)
     kinds = frame["kind"].cast(pl.String)
     codes = {name: BY_NAME[name].code for name in KINDS}
@@ -43,7 +43,7 @@ def to_records(frame: pl.DataFrame) -> Rows:
 
 
 def seconds(path: Path) -> Iterator[tuple[int, list[VcpuSecond]]]:
-    """(ns since its beginning, lines) of each second of a recording."""
+    """Yield (ns since its beginning, lines) for each second of a recording."""
     trace = Trace.open(path)
     meta = trace.metadata
     frame = trace.scan().select(_COLUMNS).filter(pl.col("kind").cast(pl.String).is_in(KINDS)).sort("time").collect()
@@ -64,19 +64,19 @@ def seconds(path: Path) -> Iterator[tuple[int, list[VcpuSecond]]]:
 
 
 class Played:
-    """A recording that plays a second of its own in each of ours."""
+    """A recording that is played at its own speed."""
 
     def __init__(self, path: Path) -> None:
-        """Raises Problem where it is none."""
+        """Raises Problem where the file is no recording."""
         self._seconds = list(seconds(path))
         self._over = threading.Event()
 
     def start(self, show: Callable[[list[VcpuSecond]], None]) -> None:
-        """Give each second's lines to `show`, from a thread."""
+        """Begin: `show` is called with each second's lines, from a thread."""
         threading.Thread(target=self._run, args=(show,), name="top", daemon=True).start()
 
     def close(self) -> None:
-        """Give nothing more."""
+        """Stop playing."""
         self._over.set()
 
     def _run(self, show: Callable[[list[VcpuSecond]], None]) -> None:

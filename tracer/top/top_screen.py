@@ -28,14 +28,14 @@ _ALL = 1 << 16  # columns of text: none is left out, one can scroll
 
 
 class VcpuTable(ScrollView, can_focus=True):
-    """Lines of text below a head that stays; only what is seen of them is drawn, and only where it changed."""
+    """Lines of text below a head that stays in place; only visible lines that changed are drawn."""
 
     def __init__(self) -> None:
         super().__init__()
         self._head, self.rows = Strip.blank(0), list[str]()
 
     def show(self, head: str, rows: list[str]) -> None:
-        """Have these lines instead."""
+        """Show these lines instead."""
         before, self._head, self.rows = (self._head.text, self.rows), Strip([Segment(head)]), rows
         if before != (head, rows):
             width = max((Strip([Segment(each)]).cell_length for each in (head, *rows)), default=0)
@@ -47,15 +47,15 @@ class VcpuTable(ScrollView, can_focus=True):
         super().scroll_to(x, y, **how | {"immediate": True})
 
     def action_page_down(self) -> None:
-        """Go on where the page ends; textual's own page is a row longer, as the head's line is one of the page."""
+        """Go down by a page, without the head's line, which textual's own page would count."""
         self.scroll_to(y=self.scroll_target_y + self.size.height - 1)
 
     def action_page_up(self) -> None:
-        """Go back by a page."""
+        """Go up by a page."""
         self.scroll_to(y=self.scroll_target_y - self.size.height + 1)
 
     def render_line(self, y: int) -> Strip:
-        """Line `y` of the screen."""
+        """Return line `y` of the screen."""
         left, above = self.scroll_offset
         at = above + y - 1
         line = self._head if not y else Strip([Segment(self.rows[at])] if at < len(self.rows) else [])
@@ -79,9 +79,9 @@ class TopScreen(App[None]):
         self, what: str, dump: Callable[[], str] | None, start: Callable[[Show], None],
         lost: Callable[[], int] | None = None,
     ) -> None:  # fmt: skip
-        """`dump` makes one and returns its path; None where nothing is recorded. `start` gets what shows lines.
+        """`dump` makes a dump and returns a text; None where nothing is recorded. `start` is given `show`.
 
-        `lost` says how many events were lost so far; None where that cannot change.
+        `lost` returns how many events were lost so far; None where that cannot change.
         """
         super().__init__()
         self.animation_level = "none"  # a key that is pressed while lines still move is as good as not pressed
@@ -105,7 +105,7 @@ class TopScreen(App[None]):
         self._start(self.show)
 
     def show(self, lines: list[VcpuSecond]) -> None:
-        """A second's lines."""
+        """Show the lines of a second."""
         if self.is_running:
             self.call_from_thread(self._take, lines)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The columns of `kvmtrace top`: what each is called, how it is written, and what it is sorted by."""
+"""The columns of `kvmtrace top`: how each is called, written, and sorted."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ _VM_WIDTH: Final = 28
 
 
 def cells(line: VcpuSecond) -> list[str]:
-    """One line's texts, in the order of NAMES."""
+    """Return the texts of a line, in the order of NAMES."""
     return [write(line) for _, write, _ in _COLUMNS]
 
 
 def chosen(lines: Iterable[VcpuSecond], sort: str, wanted: str) -> list[VcpuSecond]:
-    """The lines that have a text in their VM's name or their verdict, sorted by a column, the most telling first."""
+    """Return the lines with a text in their VM's name or verdict, sorted by a column, the most telling first."""
     by = next(key for name, _, key in _COLUMNS if name == sort)
     return sorted((line for line in lines if wanted.lower() in f"{line.vm} {line.verdict}".lower()), key=by)
 
 
 def text(lines: Iterable[VcpuSecond], width: int) -> str:
-    """A plain table of at most `width` columns of text: where that is narrow, what matters less is left out."""
+    """Return a plain table of at most `width` columns of text; where that is too narrow, less important columns go."""
     columns = {name: [name] for name in NAMES}
     for line in lines:
         for name, cell in zip(NAMES, cells(line), strict=True):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Giving up what root may do: whoever talks to a network needs no privilege of those that recording needs."""
+"""Giving up root's privileges: a process that talks to a network needs none of those that recording needs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class _Sets(ctypes.Structure):
 
 
 def drop_all() -> None:
-    """Have no capability any more, in this process and what it runs, for good. Raises OSError where that fails."""
+    """Drop every capability of this process and of what it executes, for good. Raises OSError where that fails."""
     libc = ctypes.CDLL(None, use_errno=True)
     header, none = _Header(_VERSION_3, 0), (_Sets * 2)()
     for call, arguments in (

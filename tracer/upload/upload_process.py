@@ -40,7 +40,7 @@ class NeverUploaded(Problem):
 
 
 def object_name(waiting: Waiting, digest: str) -> str:
-    """Where a recording goes in a store: by day, host, begin, boot and content. Raises NeverUploaded for no trace."""
+    """Return the key of a recording in a store, by day, host, begin, boot and content. Raises NeverUploaded."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -64,7 +64,7 @@ def object_name(waiting: Waiting, digest: str) -> str:
 
 
 def upload(waiting: Waiting, create: Callable[[str, Any], bool]) -> dict[str, Any]:
-    """Upload one by `create` (see `traces.stores.object_store.Objects`); what there is to tell of it."""
+    """Upload a recording by `create` (see `traces.stores.object_store.Objects`); return the event to report."""
     with waiting.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         key = object_name(waiting, hashlib.sha256(data).hexdigest())
         made = create(key, data)
@@ -73,16 +73,16 @@ def upload(waiting: Waiting, create: Callable[[str, Any], bool]) -> dict[str, An
 
 
 class Uploader:
-    """Goes through what waits, the oldest first, again and again."""
+    """Uploads what waits in a spool, the oldest first, again and again."""
 
     def __init__(self, spool: UploadSpool, place: str, tell: Callable[[dict[str, Any]], None]) -> None:
         self._spool, self._place, self._tell = spool, place, tell
         self._create: Callable[[str, Any], bool] | None = None
-        self._odd: set[Path] = set()  # will never be uploaded
-        self.failures = 0  # one after the other
+        self._odd: set[Path] = set()  # recordings that will never be uploaded
+        self.failures = 0  # in succession
 
     def once(self) -> bool:
-        """Upload all that waits, up to the first that fails; whether none did."""
+        """Upload all that waits, up to the first failure; return whether there was none."""
         for waiting in self._spool.waiting():
             if waiting.path in self._odd:
                 continue
@@ -90,7 +90,7 @@ class Uploader:
                 self._tell(upload(waiting, self._opened()))
                 self.failures = 0
             except FileNotFoundError:
-                continue  # it went for newer ones
+                continue  # it was dropped for newer ones
             except NeverUploaded as problem:
                 self._odd.add(waiting.path)
                 self._tell({"odd": waiting.path.name, "why": str(problem)})
@@ -102,7 +102,7 @@ class Uploader:
 
     @property
     def delay(self) -> float:
-        """Seconds until the next try."""
+        """Seconds until the next try, with a random part."""
         whole: float = min(FIRST_DELAY * 2 ** (self.failures - 1), LAST_DELAY)
         return whole * (0.5 + random.random() / 2)
 
@@ -116,12 +116,12 @@ class Uploader:
 
 
 def main(parent: int, spool: Path, place: str) -> int:
-    """Upload for the recorder with the number `parent`; the exit code."""
+    """Upload for the recorder with process id `parent`; return the exit code."""
     os.setpriority(os.PRIO_PROCESS, 0, _LOWEST)
     ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     if os.getppid() != parent:
         return ENVIRONMENT
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the recorder's
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is for the recorder
     drop_all()
     uploader = Uploader(UploadSpool(spool, 0), place, lambda event: print(json.dumps(event), flush=True))
     while True:

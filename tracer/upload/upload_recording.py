@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`kvmtrace record --upload`: one recording on its way to a store, along with what earlier ones left."""
+"""`kvmtrace record --upload`: uploads a recording to a store, along with what earlier ones left."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ SPOOL: Final = "kvmtrace-upload"  # next to the recording
 
 @dataclass
 class UploadedRecording:
-    """What came of the upload, once it has ended; None where there was none."""
+    """The outcome of an upload once it has ended; None where there was none."""
 
     outcome: UploadOutcome | None = None
 
 
 @contextlib.contextmanager
 def uploading(place: str, recording: Path, most: int) -> Iterator[UploadedRecording]:
-    """Upload what is at `recording` when the `with` ends well; meanwhile what earlier ones left. Raises Problem."""
+    """Upload `recording` if the `with` block ends well, and meanwhile what earlier ones left. Raises Problem."""
     found = UploadedRecording()
     if not place:
         yield found

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A directory in which recordings wait for their upload: bounded in bytes, and whole after a crash.
+"""A directory in which recordings wait for their upload: bounded in bytes, and intact after a crash.
 
-A recording that waits is a hard link, so that it takes no more room while its original is there, and stays when that
-goes. Its name is that of the boot it was recorded in and the recording's own. A recording that is being made is
-announced by an empty file, so that one whose recorder dies before it could be linked is found by the next.
+A recording that waits is a hard link, so that it takes no more room while its original exists, and stays when that is
+deleted. Its name has the boot it was recorded in and the recording's own name. A recording that is being made is
+announced by an empty file; if its recorder dies before it could be linked, the next recorder finds it by that.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _BOOT_DIGITS: Final = 12
 
 @dataclass(frozen=True)
 class Waiting:
-    """A recording that waits. `boot`: digits of the id of the boot that it was recorded in."""
+    """A recording that waits; `boot` has digits of the id of the boot that it was recorded in."""
 
     path: Path
     boot: str
@@ -35,10 +35,10 @@ class Waiting:
 
 
 class UploadSpool:
-    """The recordings that wait in a directory. Its owner adds, any process may look and take away."""
+    """The recordings that wait in a directory: its owner adds them, any process may read and remove them."""
 
     def __init__(self, directory: Path, most: int) -> None:
-        """`most`: bytes that they may take. Raises Problem where the directory cannot be made."""
+        """`most` is how many bytes they may take. Raises Problem where the directory cannot be made."""
         self.directory, self._most = directory, most
         try:
             directory.mkdir(exist_ok=True)
@@ -46,14 +46,14 @@ class UploadSpool:
             raise Problem(f"{directory}: cannot be made: {error.strerror}") from None
 
     def announce(self, recording: Path) -> None:
-        """Say that a recording is about to be made, so that it is found though nobody calls `add` it."""
-        with suppress(OSError):  # then only a crash could lose its upload
+        """Announce a recording that is about to be made, so that it is found even if `add` is never called."""
+        with suppress(OSError):  # unannounced, its upload is lost only if this process crashes
             self._place(recording).with_suffix(_ANNOUNCED).touch()
 
     def add(self, recording: Path) -> list[Waiting]:
-        """Have a recording wait; those that went for it, the oldest first, itself among them where it is too large.
+        """Let a recording wait; return those dropped for it, the oldest first, and itself if it is too large.
 
-        Raises Problem where it cannot.
+        Raises Problem where it cannot be put into the directory.
         """
         place = self._place(recording)
         try:
@@ -72,7 +72,7 @@ class UploadSpool:
         return self._make_room()
 
     def left(self, recordings: Path) -> list[Waiting]:
-        """What earlier recorders left here, with those of `recordings` that one of them had announced."""
+        """Return what earlier recorders left here, with those of `recordings` that they had only announced."""
         for announced in sorted(self.directory.glob(f"*{_ANNOUNCED}")):
             name = announced.stem.partition("~")[2]
             recording = recordings / f"{name}{_TRACE}"
@@ -80,13 +80,13 @@ class UploadSpool:
                 with suppress(OSError, FileExistsError):
                     os.link(recording, announced.with_suffix(_TRACE))
             if recording.is_file() or not recording.with_suffix(".kvmt").exists():
-                announced.unlink(missing_ok=True)  # else its segments are made a trace of later on
+                announced.unlink(missing_ok=True)  # else a trace would be made of its segments later on
         for partial in self.directory.glob(".kvmtrace-*.tmp"):
             partial.unlink(missing_ok=True)
         return list(self.waiting())
 
     def waiting(self) -> Iterator[Waiting]:
-        """Those that wait, the oldest first."""
+        """Yield the recordings that wait, the oldest first."""
         found = []
         for path in self.directory.glob(f"*{_TRACE}"):
             with suppress(FileNotFoundError):
@@ -112,7 +112,7 @@ class UploadSpool:
 
 
 def boot_id() -> str:
-    """Twelve digits of the kernel's id of this boot."""
+    """Return twelve digits of the kernel's id of this boot."""
     return _BOOT_ID.read_text().strip().replace("-", "")[:_BOOT_DIGITS]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is uploaded while a recorder records: the spool filled, its process kept alive, and what came of it."""
+"""Uploads while a recorder runs: fills the spool, keeps the uploading process alive, collects its outcome."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ _RESTARTS: Final = (1.0, 60.0)  # seconds before a process that ended is begun a
 
 @dataclass(frozen=True)
 class UploadOutcome:
-    """What came of the uploads. `waits`, `waiting_bytes`: what the next start will try; `why`: the last failure."""
+    """The outcome of all uploads.
+
+    `waits` and `waiting_bytes` are what the next start will try; `why` is the last failure.
+    """
 
     place: str
     uploaded: tuple[str, ...]  # keys
@@ -37,7 +40,7 @@ class UploadOutcome:
 
     @property
     def text(self) -> str:
-        """In words."""
+        """The outcome in words."""
         said = [f"{count(len(self.uploaded), 'recording')} uploaded to {self.place}"]
         if self.waits:
             said.append(f"waiting for the next start {self.waits:,} ({self.waiting_bytes:,} bytes)")
@@ -47,7 +50,7 @@ class UploadOutcome:
         return ", ".join(said) + (f": {self.why}" if self.waits and self.why else "")
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the outcome for JSON."""
         return {
             "place": self.place, "uploaded": list(self.uploaded), "waits": self.waits,
             "waiting_bytes": self.waiting_bytes, "dropped": self.dropped, "odd": self.odd, "why": self.why,
@@ -56,7 +59,7 @@ class UploadOutcome:
 
 @dataclass
 class _Told:
-    """What the process has reported so far."""
+    """What the upload process has reported so far."""
 
     uploaded: list[str] = field(default_factory=list)
     names: set[str] = field(default_factory=set)
@@ -65,14 +68,14 @@ class _Told:
 
 
 class Uploads:
-    """Has recordings uploaded to a place, from a spool in a directory, until it is closed."""
+    """Uploads recordings to a place, from a spool in a directory, until it is closed."""
 
     def __init__(
         self, place: str, spool: Path, recordings: Path, most: int, say: Callable[[str], None] = lambda _: None
     ) -> None:
-        """`recordings`: the directory that they are made in; `most`: bytes that may wait; `say`: takes lines to tell.
+        """`recordings` is the directory that recordings are made in, `most` the bytes that may wait.
 
-        Raises Problem for what is no place, or where the spool cannot be made.
+        `say` is called with lines to print. Raises Problem for what is no place, or where the spool cannot be made.
         """
         target = location(place)
         if target.folder is not None and not target.folder.is_dir():
@@ -91,11 +94,11 @@ class Uploads:
         self._thread.start()
 
     def announce(self, recording: Path) -> None:
-        """Say that a recording is about to be made."""
+        """Announce a recording that is about to be made."""
         self._spool.announce(recording)
 
     def add(self, recording: Path) -> None:
-        """Have a recording uploaded. Where it cannot wait, a line says so."""
+        """Have a recording uploaded; if it cannot wait in the spool, a line is printed."""
         try:
             gone = self._spool.add(recording)
         except Problem as problem:
@@ -108,11 +111,11 @@ class Uploads:
 
     @property
     def counts(self) -> tuple[int, int, int]:
-        """Recordings uploaded and dropped so far, and those that wait."""
+        """How many recordings were uploaded and dropped so far, and how many wait."""
         return len(self._told.uploaded), self._dropped, sum(1 for _ in self._spool.waiting())
 
     def close(self, patience: float = PATIENCE) -> UploadOutcome:
-        """Try once more what waits, for this many seconds at most; what came of it all."""
+        """Try once more to upload what waits, for at most `patience` seconds; return the outcome of all."""
         self._ending.set()
         with self._changed:
             child = self._child
@@ -130,7 +133,7 @@ class Uploads:
         )  # fmt: skip
 
     def abandon(self) -> None:
-        """End at once: what waits is for the next start."""
+        """End at once; what waits is left to the next start."""
         self._ending.set()
         with self._changed:
             if self._child is not None:
@@ -157,7 +160,7 @@ class Uploads:
                 child.stdin.write("\n")
                 child.stdin.flush()
             except (BrokenPipeError, ValueError):
-                pass  # it has ended, and is begun again
+                pass  # the process has ended, and is started again
 
     def _run(self) -> None:
         delay = _RESTARTS[0]
@@ -186,7 +189,7 @@ class Uploads:
         )  # fmt: skip
 
     def _listen(self, lines: IO[str]) -> bool:
-        """Take in what it tells until it ends; whether it uploaded something."""
+        """Read the process's events until it ends; return whether it uploaded something."""
         before = len(self._told.uploaded)
         for line in lines:
             event = json.loads(line)
@@ -194,7 +197,7 @@ class Uploads:
                 self._told.uploaded.append(event["key"])
                 self._told.names.add(event["uploaded"])
                 self._told.why = ""
-                if event["uploaded"] in self._gone:  # while it was on its way
+                if event["uploaded"] in self._gone:  # it was dropped from the spool while it was uploaded
                     self._gone.discard(event["uploaded"])
                     self._dropped -= 1
                 continue

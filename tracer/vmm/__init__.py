@@ -20,7 +20,7 @@ INSTALL = "sudo apt-get install gcc libc6-dev"
 
 
 class VmmScenario(NamedTuple):
-    """One scenario: its name, one line on what it shows, and the default of every option that it takes."""
+    """A scenario of the VMM: its name, one line on what it shows, and the default of every option that it takes."""
 
     name: str
     shows: str
@@ -29,7 +29,7 @@ class VmmScenario(NamedTuple):
 
 
 def binary() -> Path:
-    """Path of the built program; builds it first where it is missing or older than its sources.
+    """Return the path of the built program, which is built if it is missing or older than its sources.
 
     Raises Problem (3) where there is no compiler, or no static C library, to build it with.
     """
@@ -40,7 +40,7 @@ def binary() -> Path:
 
 
 def scenarios() -> list[VmmScenario]:
-    """All scenarios, as the program itself lists them."""
+    """Return all scenarios, as the program itself lists them."""
     listed = subprocess.run([binary(), "--list"], check=True, capture_output=True, text=True).stdout
     rows = [json.loads(line) for line in listed.splitlines()]
     return [VmmScenario(row["name"], row["shows"], row["defaults"], row["needs_smm"]) for row in rows]

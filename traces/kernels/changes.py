@@ -21,9 +21,10 @@ from traces.kernels.vendors import SVM
 
 @dataclass(frozen=True)
 class Change:
-    """`fields` of `Kernel` (a dot goes one deeper) and their new values; sets (`unloads`, `points`) by +name and -name.
+    """One change of KVM's MMU, and what it changes in the description of a kernel.
 
-    `backports`: the first release of each stable series that has it, too.
+    `fields` are fields of `Kernel` (a dot goes one level deeper) with their new values; the sets `unloads` and `points`
+    change by +name and -name. `backports` are the first releases of the stable series that have the change, too.
     """
 
     since: tuple[int, int]
@@ -35,7 +36,7 @@ class Change:
     points: tuple[str, ...] = ()
 
     def holds(self, version: Version) -> bool:
-        """Whether a version has it."""
+        """Whether a kernel of this version has the change."""
         return version >= (*self.since, 0) or any(
             version[:2] == first[:2] and version >= first for first in self.backports
         )

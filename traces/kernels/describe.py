@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a kernel version does, or what changed between two, for people and for programs."""
+"""What a kernel version does, or what changed between two, as a document for programs and as text."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _LEVELS: Final = {0: "its own", 1: "4 KiB", 2: "2 MiB", 3: "1 GiB"}
 
 
 def every_change() -> tuple[dict[str, Any], str]:
-    """The whole list, as a document and as text."""
+    """Return the whole list of changes, as a document and as text."""
     head = f"What changed in KVM's MMU since 5.10, as far as kvmtrace needs it ({len(CHANGES)} changes)."
     text = f"{textwrap.fill(head, screen.width())}\n\n{_listed(CHANGES)}"
     return {"changes": [_change(change) for change in CHANGES]}, text
 
 
 def one(version: str) -> tuple[dict[str, Any], str]:
-    """What a version does. Raises Problem for what is no version."""
+    """Return what a kernel version does, as a document and as text. Raises Problem for what is no version."""
     kernel = at(version)
     held = [change for change in CHANGES if change.holds(kernel.version)]
     note = newer_than_known(kernel.version)
@@ -40,7 +40,7 @@ def one(version: str) -> tuple[dict[str, Any], str]:
 
 
 def two(old: str, new: str) -> tuple[dict[str, Any], str]:
-    """What changed between two versions. Raises Problem for what is no version."""
+    """Return what changed between two versions, as a document and as text. Raises Problem for what is no version."""
     before, after = at(old), at(new)
     gained, lost = changes_between(before.version, after.version)
     was, now = stored.document(before), stored.document(after)
@@ -173,7 +173,7 @@ def _change(change: Change) -> dict[str, Any]:
 
 
 def _difference(old: Any, new: Any) -> str:
-    """Two values in short: of sets and objects only what differs."""
+    """Return two values in short; of lists and objects only what differs."""
     if isinstance(old, list) and isinstance(new, list) and all(isinstance(item, str) for item in [*old, *new]):
         gone, come = (sorted(set(one_) - set(other)) for one_, other in ((old, new), (new, old)))
         return " ".join([*(f"-{item}" for item in gone), *(f"+{item}" for item in come)])

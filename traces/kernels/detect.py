@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which root policy a running kernel has: its own types and functions decide wherever they can, the version the rest.
+"""Which root policy a running kernel has: its own types and functions decide wherever they can, else its version.
 
-So that a distribution's back-port is seen for what it is.
+So a distribution's back-port is recognised.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from traces.kernels.vendors import OFF, VENDORS
 
 
 class Types(Protocol):
-    """What is asked of a kernel's BTF."""
+    """What is needed of a kernel's BTF."""
 
     def has_function(self, name: str, /) -> bool: ...
 
@@ -23,7 +23,7 @@ class Types(Protocol):
 
 @dataclass(frozen=True)
 class RunningKernel:
-    """A running kernel: version, BTF, and KVM's module parameters, {module: {parameter: value}}."""
+    """A running kernel: its version, its BTF, and KVM's module parameters as {module: {parameter: value}}."""
 
     version: tuple[int, int]
     types: Types
@@ -75,7 +75,7 @@ _RULES: tuple[tuple[str, str, Callable[[RunningKernel], bool]], ...] = (
 
 
 def root_policy(host: RunningKernel) -> dict[str, str]:
-    """{name, why}: one of `policies.POLICIES`, or unknown."""
+    """Return {name, why}: the name is one of `policies.POLICIES`, or unknown."""
     for name, why, holds in _RULES:
         if holds(host):
             return {"name": name, "why": why}

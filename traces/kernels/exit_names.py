@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What exits are called: KVM's exits to the host by vendor, as /sys/kernel/tracing and perf kvm stat print them.
+"""Names of KVM's exits to the host, by vendor, as /sys/kernel/tracing and perf kvm stat print them.
 
 SVM exit codes are those of AMD's manual (volume 2, appendix C), VMX basic exit reasons those of Intel's (volume 3,
 appendix C).
@@ -49,7 +49,7 @@ _INVALID: Final = (1 << 64) - 1  # SVM: the guest's state was not valid; a 32-bi
 
 
 def exit_name(vendor: Vendor, code: int) -> str:
-    """An exit's name without the vendor's prefix; its number in hexadecimal where it has none."""
+    """Return an exit's name without the vendor's prefix; its number in hexadecimal where it has no name."""
     if vendor is VMX:
         failed = "FAILED_VMENTRY_" if code & 1 << 31 else ""
         return failed + _VMX.get(code & 0xFFFF, f"{code & 0xFFFF:#x}")
@@ -57,5 +57,5 @@ def exit_name(vendor: Vendor, code: int) -> str:
 
 
 def codes(vendor: Vendor) -> tuple[int, ...]:
-    """The exits that have a name."""
+    """Return the codes of the exits that have a name."""
     return tuple(_VMX if vendor is VMX else _SVM)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a version, and what was detected, to one `Kernel`: the changes that hold, applied in order."""
+"""Makes one `Kernel` of a version and of what was detected, by applying the changes that hold, in order."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LAST_PATCH: Final = 1 << 20
 
 @dataclass(frozen=True)
 class Facts:
-    """What was detected on a host or is in a trace, and stands above the version. Empty: not known."""
+    """What was detected on a host or is in a trace, and overrides the version; empty where it is not known."""
 
     policy: str = ""
     role: Any = None  # {field: [lowest bit, width]}, from BTF
@@ -36,7 +36,7 @@ class Facts:
 
 
 def at(version: str, facts: Facts | None = None) -> Kernel:
-    """The kernel of a version such as `5.15`, `6.1.20` or `7.x`; raises Problem for what is none.
+    """Return the kernel of a version such as `5.15`, `6.1.20` or `7.x`; raises Problem for what is no version.
 
     A version without a patch level means the last of its stable series, which is what distributions have.
     """
@@ -44,10 +44,10 @@ def at(version: str, facts: Facts | None = None) -> Kernel:
 
 
 def recorded(metadata: Metadata) -> Kernel:
-    """The kernel that a trace was recorded on: as it describes it (format 1.1), or folded from what it says.
+    """Return the kernel that a trace was recorded on: as it describes it (format 1.1), or folded from what it says.
 
     Raises Problem where the trace does not say which kernel it is, or where its description is damaged. `policy` is
-    what the recorder found; `unknown` where it could not tell.
+    what the recorder found; `unknown` where it could not determine it.
     """
     kernel = described(metadata.raw)
     kernel = stored.kernel_of(metadata.raw["kernel"], kernel) if "kernel" in metadata.raw else kernel
@@ -55,7 +55,7 @@ def recorded(metadata: Metadata) -> Kernel:
 
 
 def described(raw: Mapping[str, Any]) -> Kernel:
-    """The kernel of a recording by its manifest or metadata, folded now. Raises Problem where these do not say."""
+    """Return the kernel of a recording, folded now by its manifest or metadata. Raises Problem where these lack it."""
     layout, host, policy = (object_at(raw, name) for name in ("layout", "host", "policy"))
     facts = Facts(_known(policy.get("name")), layout.get("role"), layout.get("spte"), text_at(host, "vendor"))
     return at(release_of(raw), facts)
@@ -67,7 +67,7 @@ def _known(policy: object) -> str:
 
 
 def parse_version(version: str) -> Version:
-    """A version as three numbers; raises Problem."""
+    """Return a version as three numbers; for `x` or a missing part, one above every real one. Raises Problem."""
     match = re.match(r"v?(\d{1,4})\.(\d{1,4}|x)(?:\.(\d{1,5}))?", version)
     if match is None:
         raise Problem(f"{printable(version)}: not a version; write it like 5.15 or 6.1.20")
@@ -80,7 +80,7 @@ def parse_version(version: str) -> Version:
 
 
 def release_of(raw: Mapping[str, Any]) -> str:
-    """The recorded kernel's version. Debian's release has the ABI where the patch level would be; its build tells."""
+    """Return the recorded kernel's version. Debian's is taken from the build: its release has the ABI instead."""
     host = object_at(raw, "host")
     release = text_at(host, "kernel")
     exact = re.search(r"Debian (\d{1,4}\.\d{1,4}\.\d{1,5})", text_at(host, "build"))
@@ -92,13 +92,13 @@ def release_of(raw: Mapping[str, Any]) -> str:
 
 
 def changes_between(old: Version, new: Version) -> tuple[list[Change], list[Change]]:
-    """The changes that `new` has and `old` has not, and those that `old` has and `new` has not."""
+    """Return the changes that `new` has and `old` has not, and those that `old` has and `new` has not."""
     gained = [change for change in CHANGES if change.holds(new) and not change.holds(old)]
     return gained, [change for change in CHANGES if change.holds(old) and not change.holds(new)]
 
 
 def since(name: str, value: object) -> str:
-    """From which version on a field of `Kernel` had a value, and what made it so."""
+    """Return from which version on a field of `Kernel` had a value, and what made it so."""
     told = [f"{FIRST.version[0]}.{FIRST.version[1]}"] if getattr(FIRST, name) == value else []
     before = getattr(FIRST, name)
     for change in CHANGES:
@@ -111,7 +111,7 @@ def since(name: str, value: object) -> str:
 
 
 def newer_than_known(version: Version) -> str:
-    """What is to be said of a version that is newer than every change that is known; empty for others."""
+    """Return a remark on a version that is newer than every known change; empty for others."""
     last = max(change.since for change in CHANGES)
     if version[:2] <= last or version[1] == _LAST_PATCH:
         return ""
@@ -119,7 +119,7 @@ def newer_than_known(version: Version) -> str:
     return f"newer than all that this kvmtrace knows, which ends with {newest}: taken to do what {newest} does"
 
 
-@lru_cache(maxsize=256)  # some kernels in thousands of recordings
+@lru_cache(maxsize=256)  # thousands of recordings are of a few kernels
 def _folded(version: Version) -> Kernel:
     if version < FIRST.version:
         raise Problem(f"{version[0]}.{version[1]}: there is no TDP MMU before 5.10")
@@ -131,7 +131,7 @@ def _folded(version: Version) -> Kernel:
 
 
 def apply(kernel: Kernel, change: Change) -> Kernel:
-    """The kernel with a change."""
+    """Return the kernel with a change applied."""
     for name, value in change.fields.items():
         outer, _, inner = name.partition(".")
         kernel = replace(kernel, **{outer: replace(getattr(kernel, outer), **{inner: value}) if inner else value})
@@ -147,7 +147,7 @@ def _changed(items: frozenset[Any], signs: Any) -> frozenset[Any]:
 
 
 def _name(version: Version) -> str:
-    """Without the patch level where that makes no difference within the series."""
+    """Return a version's name, without the patch level if that makes no difference within the series."""
     major, minor, patch = version
     if minor == _LAST_PATCH:
         return f"{major}.x"

@@ -18,7 +18,7 @@ Version = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class ReturnCodes:
-    """What a page fault handler returns (RET_PF_*); None: the kernel has no such code."""
+    """What a page fault handler returns (the values of RET_PF_*); None where the kernel has no such code."""
 
     retry: int
     emulate: int
@@ -30,7 +30,7 @@ class ReturnCodes:
 
 @dataclass(frozen=True)
 class Kernel:
-    """`version` and everything that depends on it, on the processor's vendor, and on what was detected.
+    """A version, and everything that depends on it, on the processor's vendor, and on what was detected.
 
     `name` is the version as people write it. A patch level of a million stands for the last of a stable series.
     """
@@ -50,7 +50,7 @@ class Kernel:
     # Tables and leaves
     flush_per_table: bool
     zap_tables: bool
-    slot_zap: bool  # a VMM may have it that the leaves of a memslot which it deletes go alone, and the roots stay
+    slot_zap: bool  # KVM_X86_QUIRK_SLOT_ZAP_ALL can be off: deleting a memslot then zaps its leaves, and roots stay
     zap_leafs_once: bool  # a range zap is one call for all address spaces and valid roots; else one for each, all roots
     split_in_place: bool
     eager_split: bool  # dirty logging splits huge leaves when it begins
@@ -70,7 +70,7 @@ class Kernel:
     spte_changed: bool  # kvm_tdp_mmu_spte_changed, and kvm_mmu_prepare_zap_page for tables of the TDP MMU
     root_get_page: bool  # a TDP root's creation is a kvm_mmu_get_page
     get_page_twice: bool  # a table's kvm_mmu_get_page fires before the link and once more after it
-    child_level: int  # what a table's recorded level is too high by
+    child_level: int  # by how much a table's recorded level is too high
     set_spte_when_spurious: bool  # kvm_mmu_set_spte fires for a fault that found its leaf already there
     page_struct: tuple[
         tuple[str, int], ...
@@ -80,14 +80,14 @@ class Kernel:
     loads_share: bool  # loads and unloads take mmu_lock for read
     faults_share: bool  # faults in the TDP MMU take mmu_lock for read
     aging: Literal["locked", "lockless"]  # kvm_age_hva holds mmu_lock for write, or walks under RCU
-    zap_lock: Literal["read", "write"]  # of kvm_zap_gfn_range
+    zap_lock: Literal["read", "write"]  # how kvm_zap_gfn_range holds mmu_lock
     zap_counted: bool  # kvm_zap_gfn_range moves the notifier's count and sequence: faults begun before it try again
     apicv: Literal["memslot", "gfn"]  # an APICv inhibit deletes the APIC page's memslot, or zaps that one gfn
     tdp_pages: Literal["list", "counter"]  # tables of the TDP MMU: in a list under tdp_mmu_pages_lock, or counted
-    nx_recovery: Literal["write", "read"]  # mmu_lock of NX huge page recovery in the TDP MMU
+    nx_recovery: Literal["write", "read"]  # how NX huge page recovery holds mmu_lock in the TDP MMU
 
     # Shadow MMU
-    old_shadow_mmu: bool  # a lookup syncs what is in its way, kvm_mmu_spte_requested gives guest-virtual frames
+    old_shadow_mmu: bool  # a lookup syncs unsync pages in its way; kvm_mmu_spte_requested has guest-virtual frames
     prefetches_tail: bool  # a fault prefetches behind its entry, too, not only before it
     # mmu_seq is an int where faults compare it: after 2^31 invalidations every fault looks stale, for ever.
     mmu_seq_int: bool
@@ -96,11 +96,11 @@ class Kernel:
     vendor: Vendor
 
     def parameters(self, name: str = "") -> PolicyParameters:
-        """A policy (none: this kernel's own) as this kernel would have it. Raises Problem for a name that is none.
+        """Return a policy (empty: this kernel's own) as this kernel would have it. Raises Problem for a wrong name.
 
         The policy is what is chosen; how huge leaves come and go, what a range zap removes and flushes, and who shares
-        mmu_lock is the kernel's habit. So is, with `sync`, what zap_all_fast does. The other policies give up roots by
-        marking them invalid, as 5.18 does: to an older kernel they bring that with them.
+        mmu_lock are properties of the kernel. So is, with `sync`, what zap_all_fast does. The other policies give up
+        roots by marking them invalid, as 5.18 does; an older kernel gets that along with the policy.
         """
         name = name or self.policy
         if name not in POLICIES:

@@ -35,10 +35,10 @@ class PolicyParameters:
     recovers: bool = False
     # Entries of an aligned group that a fault fills when host memory is there; 1: just its own. Shadow MMU only.
     prefetch: int = 1
-    # Loads and unloads take mmu_lock for read (6.9), or for write. Virtual time alone asks.
+    # Loads and unloads take mmu_lock for read (6.9), or for write. Only virtual time depends on it.
     loads_share: bool = True
     # Faults take mmu_lock for read (TDP from 5.12 on: a2855afc7ee8), or one at a time (5.10's spinlock, shadow MMU).
-    # Virtual time alone asks.
+    # Only virtual time depends on it.
     faults_share: bool = True
     # An assumption, not a policy: the guest accesses again at once all that the recorded kernel still had mapped.
     assume_refault: bool = False
@@ -82,5 +82,5 @@ _FORMER: Final = {"preserve-inline": "preserve"}
 
 
 def current_name(name: str) -> str:
-    """A recorded policy's name as it is called today."""
+    """Return a recorded policy's name as it is called today."""
     return _FORMER.get(name, name)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The root policy as a recording's own rows show it: who holds references on a root, and who zaps it.
 
-A kernel built with a change undone may have the types of one policy and the behaviour of another; rows do not lie.
+A kernel built with a change undone may have the types of one policy and the behaviour of another, which only rows show.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ KINDS: Final = ("root_get", "root_put", "zap_root_begin", "zap_invalidated_begin
 
 
 class PolicyRow(NamedTuple):
-    """What is looked at of an event."""
+    """The columns of an event that show the root policy."""
 
     kind: str
     tid: int
@@ -34,38 +34,38 @@ class PolicyRow(NamedTuple):
 
 @dataclass
 class Watch:
-    """Of a recording of the TDP MMU, row by row: whether it has the policy that the recorder found.
+    """Follows the rows of a recording of the TDP MMU to see whether it has the policy that the recorder found.
 
-    `known` are the roots that may have been there before the recording began.
+    `known` are the roots that may have existed before the recording began.
     """
 
     found: str  # the recorder's policy
-    invalid_bit: int  # of the role word
+    invalid_bit: int  # the role word's bit `invalid`
     known: set[int] = field(default_factory=set)
     own_reference: bool | None = None
     teardown: str = ""
     _last_put: dict[int, int] = field(default_factory=dict)  # root -> thread of the put after which nobody held it
-    _invalidating: set[int] = field(default_factory=set)  # threads
+    _invalidating: set[int] = field(default_factory=set)  # threads in kvm_tdp_mmu_zap_invalidated_roots
     _emptying: set[int] = field(default_factory=set)  # threads that end with the VM's process
 
     @property
     def policy(self) -> str:
-        """The policy that the rows show; empty as long as they leave it open."""
+        """The policy that the rows show; empty as long as they do not determine one."""
         return "" if self.own_reference is None else _NAMES.get((self.own_reference, self.teardown), "")
 
     @property
     def settled(self) -> bool:
-        """Whether more rows would say nothing new: the policy is known, or is none that rows could show."""
+        """Whether more rows would show nothing new: the policy is known, or it is one that rows cannot show."""
         return self.found not in POLICIES or POLICIES[self.found].mmu == "shadow" or bool(self.policy)
 
     @property
     def other(self) -> str:
-        """The policy that the rows show where it is another one than the recorder's; else empty."""
+        """The policy that the rows show if it is not the recorder's; else empty."""
         return self.policy if self.found in POLICIES and self.policy != self.found else ""
 
     @property
     def bears_out(self) -> bool:
-        """Whether the rows show the recorder's policy, as far as they show any."""
+        """Whether the rows agree with the recorder's policy, as far as they show any policy."""
         return (
             self.own_reference is not None
             and self.found in POLICIES
@@ -74,7 +74,7 @@ class Watch:
         )
 
     def see(self, rows: Iterable[PolicyRow]) -> None:
-        """Take rows in, in order of recording, until it is settled."""
+        """Take rows, in order of recording, until the policy is settled."""
         for row in rows:
             if row.kind in KINDS:
                 self.take(row)
@@ -82,7 +82,7 @@ class Watch:
                     return
 
     def take(self, row: PolicyRow) -> None:
-        """Take one row in."""
+        """Take one row."""
         if row.kind == "zap_invalidated_begin":
             self._invalidating.add(row.tid)
         elif row.kind == "zap_invalidated_end":

@@ -35,7 +35,10 @@ PLUGIN: Final = (0, 0)  # printed by libtraceevent's plugin, whatever the kernel
 
 @dataclass(frozen=True)
 class Form:
-    """`kind` of the trace, `event` as the kernel calls it. `when`: which rows (column, relation, number)."""
+    """A form of an event's text: `kind` is the trace's name of it, `event` the kernel's.
+
+    `when` restricts it to some rows: (column, relation, number).
+    """
 
     kind: str
     event: str
@@ -84,7 +87,7 @@ _NESTED_OLD: Final = (
 
 
 def _pages() -> tuple[Form, ...]:
-    """kvm_mmu_get_page has its own word after the page's text, and first where the plugin prints it."""
+    """Return forms of shadow pages' events; kvm_mmu_get_page's own word is last, or first as the plugin prints it."""
     forms: list[Form] = []
     for since, text in _SP_PAGES:
         forms.append(Form("kvm_mmu_get_page", "kvm_mmu_get_page", since, f"{text} {_NEW}"))
@@ -94,18 +97,18 @@ def _pages() -> tuple[Form, ...]:
     forms += [
         Form(kind, kind, PLUGIN, _SP_PLUGIN.removeprefix("sp gfn {gfn:x} "))
         for kind in ("kvm_mmu_prepare_zap_page", "kvm_mmu_sync_page", "kvm_mmu_unsync_page")
-    ]  # whose format it cannot read
+    ]  # libtraceevent cannot read the format of these events
     forms += [
         Form("kvm_mmu_get_page", "kvm_mmu_get_page", PLUGIN, f"{_NEW} {text}") for text in (_SP_PLUGIN, _SP_OLD_PLUGIN)
     ]
     forms += [
         Form("kvm_mmu_get_page", "kvm_mmu_get_page", PLUGIN, f"{_NEW} {text}") for since, text in _SP_PAGES[1:]
-    ]  # posted so in mails, of 3.x and 4.x
+    ]  # this form is in mails with traces of 3.x and 4.x
     return tuple(forms)
 
 
 FORMS: Final[tuple[Form, ...]] = (
-    # The recorder's own: what perf says it lost
+    # Not a kernel's event: what perf says that it lost
     Form("gap", "PERF_RECORD_LOST", PLUGIN, "lost {value:d}"),
     *_pages(),
     Form("kvm_mmu_spte_requested", "kvm_mmu_spte_requested", (5, 1), "gfn {gfn:x} pfn {value:x} level {level:d}"),
@@ -136,7 +139,7 @@ FORMS: Final[tuple[Form, ...]] = (
     Form("kvm_entry", "kvm_entry", (2, 6), "vcpu {vcpu:d}"),
     Form("kvm_entry", "kvm_entry", PLUGIN, "vcpu {vcpu:d} rip 0x{rip:x}"),
     Form("kvm_entry", "kvm_entry", (5, 0), "vcpu {vcpu:d}, rip 0x{rip:x}"),
-    # Taken back into 6.1.y.
+    # Also in late 6.1.y.
     Form("kvm_entry", "kvm_entry", (6, 10), "vcpu {vcpu:d}, rip 0x{rip:x}{flags:[immediate exit]=1|=0}"),
     Form("kvm_entry", "kvm_entry", (6, 14),
          "vcpu {vcpu:d}, rip 0x{rip:x} intr_info 0x{:08x} error_code 0x{:08x}{flags:[immediate exit]=1|=0}"),
@@ -194,7 +197,7 @@ _LEFT_OUT: Final = re.compile(r"\{[^{}|]*\|=0\}")
 
 
 def told_since(form: Form) -> Since:
-    """The first version that prints lines of this form: an older one's, if all that differs may be left out."""
+    """Return the first version that prints lines of this form, or an older one's if the rest may be left out."""
     texts = (form.text, _LEFT_OUT.sub("", form.text))
     return min(each.since for each in FORMS if each.event == form.event and each.text in texts)
 
@@ -258,5 +261,5 @@ PFERR: Final = (("RSVD", 3), ("SGX", 15), ("PK", 5), ("SS", 6), ("P", 0), ("W", 
 
 
 def shown_kinds() -> frozenset[str]:
-    """The kinds that a text can have rows of."""
+    """Return the kinds that a text can have rows of."""
     return frozenset(form.kind for form in FORMS) - {"gap"}

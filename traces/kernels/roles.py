@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Role words: a vCPU's state, the word that a kernel makes of it, and back.
 
-A state is a number of five bits, the same for every kernel: what of a vCPU any kernel puts in a root's word. Layouts
-are those of union kvm_mmu_page_role (docs/kvm-mmu.md, "Role words"); a recording brings its own from BTF.
+A state is a number of five bits, the same for every kernel: those parts of a vCPU's state that any kernel puts into a
+root's role word. Layouts are those of union kvm_mmu_page_role (docs/kvm-mmu.md, "Role words"); a recording contains the
+layout of its kernel, from BTF.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _WORD_BITS: Final = 32
 
 @dataclass(frozen=True)
 class Word:
-    """A root's role word as the model sees it: `as_id` 1 in SMM; `level` of the root table, 4 or 5."""
+    """A root's role word as the model sees it. `as_id` is 1 in SMM; `level` is that of the root table, 4 or 5."""
 
     word: int
     level: int = 4
@@ -49,11 +50,11 @@ class RoleLayout:
 
     @cached_property
     def shifts(self) -> dict[str, tuple[int, int]]:
-        """Lowest bit and width by name."""
+        """The lowest bit and the width of each field, by name."""
         return {name: (shift, width) for name, shift, width in self.fields}
 
     def mask(self, name: str) -> int:
-        """All bits of a field; 0 where the kernel does not have it."""
+        """Return the mask of a field; 0 where the kernel does not have it."""
         shift, width = self.shifts.get(name, (0, 0))
         return ((1 << width) - 1) << shift
 
@@ -69,12 +70,12 @@ class RoleLayout:
 
     @cached_property
     def constant(self) -> int:
-        """What is set in every direct root's word: direct, all access bits, and 5.10's "entries have 8 bytes"."""
+        """The bits that are set in every direct root's word: direct, access, and 5.10's "entries have 8 bytes"."""
         return self.mask("direct") | self.mask("access") | self.mask("gpte_is_8_bytes")
 
     @cached_property
     def invalid(self) -> int:
-        """The bit of a root that was invalidated."""
+        """The bit of roots that were invalidated."""
         return self.mask("invalid")
 
     @cached_property
@@ -84,7 +85,7 @@ class RoleLayout:
 
 
 def fields_of(layout: Any) -> tuple[tuple[str, int, int], ...] | None:
-    """The fields of a trace's `layout.role` ({name: [lowest bit, width]}); None where it is none that can be used."""
+    """Return the fields of a trace's `layout.role` ({name: [lowest bit, width]}); None where it cannot be used."""
     if not isinstance(layout, Mapping):
         return None
     fields = []
@@ -105,7 +106,7 @@ def fields_of(layout: Any) -> tuple[tuple[str, int, int], ...] | None:
 
 
 def states(role: NDArray[np.uint32], layout: RoleLayout) -> NDArray[np.int64]:
-    """The state in each role word; where words have no guest bits, WP and NX are set."""
+    """Return the state in each role word; where words have no guest bits, WP and NX are set."""
     word = role.astype(np.int64)
     state: NDArray[np.int64] = (
         (word & _LEVEL == 5) * LEVEL5 + (word >> 24 != 0) * SMM + (word & _GUEST_MODE != 0) * GUEST
@@ -132,7 +133,7 @@ def _words(layout: RoleLayout, ad_disabled: bool) -> tuple[tuple[Word, ...], NDA
 
 
 def words(layout: RoleLayout, ad_disabled: bool) -> tuple[list[Word], NDArray[np.int64]]:
-    """Every word that roots can have under a layout, and for each state the index of its word."""
+    """Return every word that roots can have under a layout, and for each state the index of its word."""
     found, index = _words(layout, ad_disabled)
     return list(found), index
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """SPTEs: which bits a kernel uses for what.
 
-BTF cannot tell: KVM names these bits with constants and writes the masks at load time. A test holds every field that
-recordings show against the corpus.
+BTF does not say: KVM names these bits with constants and writes the masks at load time. A test compares every field
+that recordings show with the corpus.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _WORD: Final = 1 << 64
 
 @dataclass(frozen=True)
 class SpteLayout:
-    """Masks, and the words of empty and frozen entries; all are unsigned 64-bit numbers.
+    """Masks, and the words of absent and frozen entries; all are unsigned 64-bit numbers.
 
-    `host_writable` and `mmu_writable` are (with NPT, with EPT).
+    `host_writable` and `mmu_writable` are pairs: with NPT, with EPT.
     """
 
     present: int  # 0: no bit of its own (5.10)
@@ -40,11 +40,11 @@ class SpteLayout:
 
     @property
     def some_mmio(self) -> int:
-        """An entry that is neither empty nor present: stands for an MMIO SPTE whose word is not recorded."""
+        """An entry that is neither absent nor present: it stands for an MMIO SPTE whose word is not recorded."""
         return 1 if self.present else _MMIO_TYPE << self.type_shift
 
     def to_dict(self) -> dict[str, Any]:
-        """As `layout.spte` of a trace has it: bits as [lowest, width]."""
+        """Return the layout in the form of a trace's `layout.spte`: bits as [lowest, width]."""
         npt, ept = (
             {"host_writable": _bit(self.host_writable[at]), "mmu_writable": _bit(self.mmu_writable[at])}
             for at in (0, 1)
@@ -62,15 +62,15 @@ class SpteLayout:
 
 
 def pfn(spte: int) -> int:
-    """The page frame in an SPTE."""
+    """Return the page frame number in an SPTE."""
     return (spte & _PFN) >> 12
 
 
 def layout_of(document: Any, otherwise: SpteLayout) -> SpteLayout | None:
-    """The layout that `layout.spte` of a trace says; None where it is none that can be used.
+    """Return the layout that a trace's `layout.spte` says; None where it cannot be used.
 
-    Where SPTEs are writable is taken from `otherwise`: recordings of 5.10 made before format 1.1 have other bits there
-    than their rows.
+    The bits by which SPTEs are writable are taken from `otherwise`: recordings of 5.10 made before format 1.1 name
+    other bits than their rows have.
     """
     if not isinstance(document, Mapping):
         return None

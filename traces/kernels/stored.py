@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A kernel's description as a trace's metadata holds it (`kernel`, format 1.1), so that it reads the same for ever.
+"""A kernel's description as a trace's metadata holds it (`kernel`, format 1.1), so that it always reads the same.
 
 What a later version of kvmtrace knows better does not change what an old trace says of itself. What is read may be
-damaged or hostile: everything is checked, and what this version does not know is passed over.
+damaged or hostile: everything is checked, and what this version does not know is ignored.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PASS_LEVELS: Final = range(6)
 
 
 def document(kernel: Kernel) -> dict[str, Any]:
-    """The JSON object of a kernel."""
+    """Return the JSON object of a kernel."""
     made = {
         field.name: getattr(kernel, field.name)
         for field in fields(kernel)
@@ -46,7 +46,7 @@ def document(kernel: Kernel) -> dict[str, Any]:
 
 
 def kernel_of(value: Any, otherwise: Kernel) -> Kernel:
-    """The kernel that a trace describes; what an older minor version does not say is taken from `otherwise`.
+    """Return the kernel that a trace describes; what an older minor version lacks is taken from `otherwise`.
 
     Raises Problem where it is not what the format says.
     """
@@ -90,7 +90,7 @@ def _list(value: Any) -> list[Any]:
 
 
 def _reader(hint: Any) -> Callable[[Any], Any]:
-    """How a plain field is read: a flag, a number, one of several words, a text."""
+    """Return the function that reads a plain field: a flag, a number, one of several words, or a text."""
 
     def word(value: Any) -> Any:
         _need(isinstance(value, str) and value in get_args(hint))

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triggers: what makes a vCPU give up its roots, as a recording shows it and before a kernel version decides.
 
-Which of them unload is a property of the kernel (`Kernel.unloads`), and so is which change the role word.
+Which triggers unload roots is a property of the kernel (`Kernel.unloads`), and so is which of them change the role
+word.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ class Trigger(IntEnum):
     EXIT = 11  # a reset between exit and entry that nothing recorded explains
     OTHER = 12
     CR0_SILENT = 13  # CR0 was written, its value not recorded, and nothing was reset: CR0.WP, or nothing
-    CR4_SILENT = 14  # the same of CR4: PGE or PCIDE, or nothing
+    CR4_SILENT = 14  # the same for CR4: PGE or PCIDE, or nothing
     CR0_RESET = 15  # CR0 was written, its value not recorded, and it was reset where WP alone does: WP, or PG
-    CR4_RESET = 16  # the same of CR4: PGE, or a role bit
+    CR4_RESET = 16  # the same for CR4: PGE, or a role bit
     UNSEEN = 17  # where resets are not recorded: userspace had the vCPU, or a register was written: a reset, or nothing
 
 
-# A trigger that is open -> what it is in the case that unloads least (None: nothing), and in the one that unloads most.
+# A trigger that a recording leaves undetermined -> what it is if least is unloaded (None: nothing), and if most is.
 OPEN: Final[dict[Trigger, tuple[Trigger | None, Trigger]]] = {
     Trigger.CR0_SILENT: (None, Trigger.CR0_WP),
     Trigger.CR4_SILENT: (None, Trigger.CR4_PGE),

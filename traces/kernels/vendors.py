@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What differs between processors: the codes of exits and of nested page faults. Of the hardware, not of a kernel.
+"""What differs between processors: the codes of exits and of nested page faults, whatever the kernel version.
 
 AMD's are SVM exit codes and the error code of a nested page fault, which is that of #PF with more bits on top; Intel's
 are VMX basic exit reasons and the exit qualification of an EPT violation (docs/kvm-mmu.md, "Vendors").
@@ -15,7 +15,7 @@ OFF: Final = ("N", "n", "0")  # what turns a module's parameter off, or says tha
 
 @dataclass(frozen=True)
 class FaultCode:
-    """How `kvm_page_fault.code` reads. Masks: any of their bits says so."""
+    """How to read `kvm_page_fault.code`: each field is a mask, of which any bit that is set means yes."""
 
     present: int  # a leaf was there
     write: int
@@ -26,9 +26,10 @@ class FaultCode:
 
 @dataclass(frozen=True)
 class Vendor:
-    """One vendor's virtualization. Exits are `kvm_exit.code`; tuples hold every code of a meaning.
+    """One vendor's virtualization. Exits are values of `kvm_exit.code`; a tuple holds all codes of one meaning.
 
-    `cr` and `msr` are (code, mask of the exit's `value`, wanted bits) of a write, where one code is for several.
+    `cr` and `msr` are (code, mask of the exit's `value`, wanted bits) of a write, because one code stands for several
+    registers.
     """
 
     name: str  # svm, vmx
@@ -110,5 +111,5 @@ _LIKE: Final = {"HygonGenuine": SVM, "CentaurHauls": VMX, "  Shanghai  ": VMX}
 
 
 def vendor_of(cpu: str) -> Vendor:
-    """The virtualization of a processor by its vendor_id; AMD's where that is not known."""
+    """Return the virtualization of a processor by its vendor_id; AMD's where that is not known."""
     return next((vendor for vendor in VENDORS if vendor.cpu == cpu), _LIKE.get(cpu, SVM))

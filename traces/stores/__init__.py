@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Object stores and local folders, one way to both: where recordings of many hosts are, and results go."""
+"""Object stores and local folders behind one interface: they have recordings of many hosts, and take results."""

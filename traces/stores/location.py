@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user writes for a place in a store: a folder, `file:`, `s3://`, `gs://` or `az://`.
+"""Places in a store as a user writes them: a folder, `file:`, `s3://`, `gs://` or `az://`.
 
 Credentials come from where the store's own tools take them (environment variables, the machine's identity), never from
 here: a command line is seen by every process of its machine, and ends in histories and logs.
@@ -23,7 +23,7 @@ _WRITTEN: Final = "give a folder, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az:/
 
 @dataclass(frozen=True)
 class Location:
-    """A place. `text` names it for people and for other machines; `folder` is that of a local one."""
+    """A place. `text` names it for people and for other machines; `folder` is the path of a local one."""
 
     scheme: str
     text: str
@@ -31,16 +31,16 @@ class Location:
 
     @property
     def local(self) -> bool:
-        """Whether it is a folder of this machine, or one that is mounted here."""
+        """Whether the location is a folder of this machine, or one that is mounted here."""
         return self.folder is not None
 
     def under(self, name: str) -> Location:
-        """A place below it."""
+        """Return a place below this one."""
         folder = None if self.folder is None else self.folder / name
         return Location(self.scheme, f"{self.text.rstrip('/')}/{name}", folder)
 
     def apart(self) -> tuple[Location, str]:
-        """The place of an object's parent, and the object's name in it, where the place is that of one object."""
+        """Return the parent of the object that this place names, and the object's name in it. Raises Problem."""
         parent, _, name = self.text.rpartition("/")
         folder = None if self.folder is None else self.folder.parent
         if not name or parent.endswith(":/"):
@@ -49,12 +49,12 @@ class Location:
 
 
 def is_remote(text: str) -> bool:
-    """Whether a text means a store, and not a file or folder of this machine."""
+    """Whether a text means a store, not a file or folder of this machine."""
     return "://" in text and not text.startswith("file:")
 
 
 def location(text: str) -> Location:
-    """The place that a text means. Raises Problem; what may be a credential is not repeated in it."""
+    """Return the place that a text means. Raises Problem, in which possible credentials are not repeated."""
     if "://" not in text and not text.startswith("file:"):
         return _of_folder(Path(text))
     parts = urlsplit(text)

@@ -2,9 +2,9 @@
 """Objects of a place: listed, read in ranges, created once. Errors are one Problem that says what and where.
 
 obstore does the work, its retries with jitter included: of refused connections, of answers 429 and 5xx, and of bodies
-that break off or stall, where it goes on from where it was, if the object is still the same. What it does not ask for
-again is repeated here: pages of a listing that break off, and requests to create an object or to delete some, whose
-answer does not come or breaks off. Done twice they are as if done once.
+that break off or stall, which it continues from where they were if the object is still the same. What it does not retry
+is repeated here: pages of a listing that break off, and requests to create an object or to delete some whose answer is
+lost or breaks off. Repeating these has no further effect.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
 CONNECT_TIMEOUT: Final = timedelta(seconds=5)
-READ_TIMEOUT: Final = timedelta(seconds=15)  # without a byte
-TIMEOUT: Final = timedelta(minutes=10)  # of a whole request: one of a large recording takes long
+READ_TIMEOUT: Final = timedelta(seconds=15)  # for which no byte arrives
+TIMEOUT: Final = timedelta(minutes=10)  # for a whole request: that of a large recording takes long
 RETRIES: Final = 10  # from 0.1 s on, each time twice as long, up to 15 s: a busy store is given a minute
 RETRY_TIMEOUT: Final = timedelta(seconds=90)
 WHOLE: Final = 64 << 20  # bytes of an object that is written in one request, which has to end within TIMEOUT
-PART: Final = 16 << 20  # of a larger one
-MOST_PARTS: Final = 10_000  # that S3 and Google take of one object
+PART: Final = 16 << 20  # bytes of each part of a larger object
+MOST_PARTS: Final = 10_000  # parts that S3 and Google take of one object
 PARTS_AT_ONCE: Final = 4
-TRIES: Final = 5  # to go on with a listing, to create an object, to delete some
-_DELAY: Final = 0.2  # seconds before the second one
+TRIES: Final = 5  # times that continuing a listing, creating an object or deleting some is tried
+_DELAY: Final = 0.2  # seconds before the second try
 _STATUS: Final = re.compile(r"status code: (\d{3}) ?([A-Za-z ]*)")
-# Also what a machine answers that is asked for its role, and has none.
+# Also errors of a machine that has no role to ask for.
 _REFUSED: Final = re.compile(r"status code: 40[13]\b|169\.254\.169\.254|metadata\.google")
 _CODE: Final = re.compile(r"<Code>(\w+)</Code>")
 _NOT_REPEATED: Final = re.compile(r"\bkind: (Interrupted|Timeout)\b")
@@ -49,16 +49,16 @@ _memory: dict[str, Any] = {}
 
 
 class StoreProblem(Problem):
-    """What a store did not do, or does not have."""
+    """A store did not do something, or does not have something."""
 
 
 class ChangedObject(StoreProblem):
-    """An object is not the one any more that was asked for."""
+    """An object is no longer the one that was asked for."""
 
 
 @dataclass(frozen=True)
 class StoredObject:
-    """One of a listing. `etag` changes whenever its bytes do."""
+    """One object of a listing; its `etag` changes whenever its bytes do."""
 
     key: str
     size: int
@@ -66,14 +66,14 @@ class StoredObject:
 
 
 class Objects:
-    """The objects below a place. From any thread; a process opens its own."""
+    """The objects below a place. Any thread may use it; each process opens its own."""
 
     def __init__(self, place: Location) -> None:
         self.place = place
         self._store = _opened(place)
 
     def list(self, under: str = "") -> Iterator[StoredObject]:
-        """All objects below, or below a folder in it, page by page; none where the folder does not exist yet."""
+        """Yield all objects below the place, or below a folder in it; none where the folder does not exist yet."""
         from obstore.exceptions import GenericError
 
         last: str | None = None
@@ -94,7 +94,7 @@ class Objects:
             _pause(left)
 
     def has(self, key: str) -> bool:
-        """Whether there is an object of that name."""
+        """Return whether an object of that name exists."""
         with self._failing(key):
             try:
                 self._store.head(key)
@@ -103,21 +103,21 @@ class Objects:
         return True
 
     def read(self, key: str, start: int, end: int, etag: str = "") -> bytes:
-        """The bytes from `start` up to `end`. Raises Problem; ChangedObject where the object has another etag."""
+        """Return the bytes from `start` up to `end`. Raises Problem; ChangedObject if the object has another etag."""
         options: dict[str, Any] = {"range": (start, end)}
         return self._body(key, options, end - start, etag)
 
     def read_all(self, key: str, etag: str = "") -> bytes:
-        """A whole object."""
+        """Return a whole object."""
         return self._body(key, {}, None, etag)
 
     def create(self, key: str, data: bytes | mmap) -> bool:
-        """Write an object unless there is one of that name; whether it was written. It is there whole, or not at all.
+        """Write an object unless one of its name exists; return whether it was written. It appears whole or not at all.
 
-        An answer that got lost on its way is asked for again: the object is then there already, and False.
-
-        A store takes a condition with a whole object only: one of more than WHOLE bytes goes up in parts, and whether
-        there is one of its name is asked before. Two that write it at once both do: its name has to tell its content.
+        If the answer is lost, the request is repeated: the object then exists already, and the result is False. A store
+        takes a condition with a whole object only: one of more than WHOLE bytes is uploaded in parts, and whether there
+        is one of its name is asked before. Two that write it at once both succeed: its name has to identify its
+        content.
         """
         from obstore.exceptions import AlreadyExistsError
 
@@ -141,17 +141,17 @@ class Objects:
             except FileNotFoundError:
                 if not self.has(key):
                     raise
-                # The last answer got lost, and when it was asked for again the upload was done already.
+                # The last answer was lost, and when the request was repeated the upload was done already.
         return True
 
     def replace(self, key: str, data: bytes) -> None:
-        """Write an object whatever is there."""
+        """Write an object, whether or not one of its name exists."""
         with self._failing(key):
             self._store.put(key, data, use_multipart=False)
         self._sync(key)
 
     def delete(self, keys: Sequence[str]) -> None:
-        """Remove objects, up to 1,000 in one request; those that are gone already are no error."""
+        """Remove objects, up to 1,000 in one request; an object that is already gone is no error."""
         if self.place.scheme in CLOUDS:
             # Azure and Google say of an object that it was not there, and then what became of the rest is not known.
             with self._failing(keys[0] if keys else ""), contextlib.suppress(FileNotFoundError):
@@ -162,7 +162,7 @@ class Objects:
                 self._store.delete(key)
 
     def _sync(self, key: str) -> None:
-        """A local file survives a crash of its machine."""
+        """Make a local file survive a crash of its machine."""
         if self.place.folder is None:
             return
         path = self.place.folder / key
@@ -250,7 +250,7 @@ def _opened(place: Location) -> ObjectStore:
 
 
 def _allows_http(scheme: str) -> bool:
-    """Whether the environment allows a store without TLS, such as one on loopback; what we ask of a client hides it."""
+    """Whether the environment allows a store without TLS, such as one on loopback; our client options override it."""
     prefix = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}[scheme]
     return os.environ.get(f"{prefix}_ALLOW_HTTP", "").lower() in ("1", "true", "yes", "on")
 
@@ -262,7 +262,7 @@ def _errors() -> tuple[type[Exception], ...]:
 
 
 def _repeated(act: Callable[[], object]) -> None:
-    """Do what may be done twice, again where obstore would not."""
+    """Do what may be done twice, and repeat it where obstore would not."""
     from obstore.exceptions import GenericError
 
     for left in reversed(range(TRIES)):
@@ -276,24 +276,24 @@ def _repeated(act: Callable[[], object]) -> None:
 
 
 def _pause(left: int) -> None:
-    """Wait before another of TRIES, of which so many are left."""
+    """Wait before the next of TRIES, of which `left` are left."""
     time.sleep(_DELAY * 2 ** (TRIES - 1 - left) * (0.5 + random.random()))
 
 
 def _of_answer(error: Exception) -> bool:
-    """Whether an answer had begun well, and its body did not come whole."""
+    """Whether an answer began well, but its body did not arrive whole."""
     text = str(error)
     return _STATUS.search(text) is None and ("body error" in text or "timed out" in text or "TimedOut" in text)
 
 
 def _missing(error: Exception) -> str:
-    """That there is no such bucket, where a store says so."""
+    """Return that there is no such bucket or container, where a store says so; else empty."""
     codes = {"NoSuchBucket": "the bucket does not exist", "ContainerNotFound": "the container does not exist"}
     return next((said for code, said in codes.items() if f"<Code>{code}</Code>" in str(error)), "")
 
 
 def _reason(error: Exception) -> str:
-    """An error in a few words, without what a URL may carry."""
+    """Return an error in a few words, without what a URL may carry."""
     text = str(error)
     if found := _STATUS.search(text):
         code = _CODE.search(text)

@@ -23,19 +23,18 @@ from traces.reader import Trace
 from traces.stores.object_store import Objects, StoredObject
 
 TAIL: Final = 64 << 10  # read at once: footers are some 20 KiB
-_PART: Final = 32 << 20  # of a range that is in memory at a time
+_PART: Final = 32 << 20  # bytes of a range that are in memory at a time
 
 
 @contextmanager
 def remote_trace(
     objects: Objects, found: StoredObject, vm: int | None = None, *, footer_only: bool = False
 ) -> Iterator[Trace]:
-    """The trace, until the `with` ends; the rows of `vm` are fetched in few requests, those of others as they are read.
+    """Yield the trace; the rows of `vm` are fetched in few requests, those of other VMs as they are read.
 
-    With `footer_only` rows cannot be read, and what only they would tell is not known.
-
-    Problems name the object by its key. Two requests at most until there is a row to read: the end, and the rest of the
-    footer where that is longer; of an object that ends otherwise, its begin, which tells what it is.
+    With `footer_only` rows cannot be read, and what only they show is not known. Problems name the object by its key.
+    There are two requests at most until a row is read: for the end, and for the rest of the footer where that is
+    longer; of an object that ends otherwise, for its begin, which shows what it is.
     """
     with tempfile.TemporaryFile() as file:
         copy = _Copy(objects, found, file.fileno())
@@ -57,17 +56,17 @@ def _refuse(group: RowGroup) -> None:
 
 
 class _Copy:
-    """What was fetched of an object."""
+    """A file with the parts of an object that were fetched, each at its own place."""
 
     def __init__(self, objects: Objects, found: StoredObject, fd: int) -> None:
         self._objects, self._found, self._fd = objects, found, fd
-        self._fetched: set[int] = set()  # where row groups begin
+        self._fetched: set[int] = set()  # offsets of the row groups that were fetched
         self.path = Path(f"/proc/self/fd/{fd}")
-        self._from = found.size  # from there on it is all there
+        self._from = found.size  # from here on everything was fetched
         os.ftruncate(fd, found.size)
 
     def fetch_footer(self) -> None:
-        """The end of the object, and what else tells what it is."""
+        """Fetch the end of the object, and what else shows what it is."""
         size = self._found.size
         tail = self._take(max(size - TAIL, 0), size)
         if self._from == 0:
@@ -82,11 +81,11 @@ class _Copy:
         self._put(0, PARQUET_MAGIC)
 
     def fetch(self, group: RowGroup) -> None:
-        """A row group, unless it is there."""
+        """Fetch a row group, unless it was fetched before."""
         self.fetch_groups([group])
 
     def fetch_groups(self, groups: Sequence[RowGroup]) -> None:
-        """Row groups, those side by side in one request."""
+        """Fetch row groups, adjacent ones in one request."""
         spans: list[tuple[int, int]] = []
         for group in sorted(groups, key=lambda group: group.offset):
             end = group.offset + group.size

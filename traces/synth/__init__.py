@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Traces to order: synthetic recordings for benchmarks and what-ifs, in the format of real ones.
+"""Synthetic traces for benchmarks and what-ifs, in the format of recordings.
 
 from traces.synth import Parameters, synthesize
 synthesize(Path("storm.parquet"), Parameters(policy="async", smi_rate=1000, events=1_000_000))

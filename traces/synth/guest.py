@@ -63,11 +63,11 @@ class Ticks:
 
     @property
     def peek(self) -> float:
-        """When it happens next, ns of guest time."""
+        """When it happens next, in ns of guest time; infinite if never."""
         return self._times(self._next, self._next + 1)[0] if self._period else np.inf
 
     def until(self, end: float) -> Ints:
-        """Times not handed out yet and before `end`."""
+        """Return the times before `end` that were not handed out yet."""
         if not self._period:
             return np.empty(0, np.int64)
         times = self._times(self._next, max(self._next, int(end / self._period - self._offset) + 2))
@@ -80,7 +80,7 @@ class Ticks:
 
 
 class Guest:
-    """One VM's guest: deterministic by the seed and the VM's number."""
+    """One VM's guest, determined by the seed and the VM's number."""
 
     def __init__(self, parameters: Parameters, vm: int, stuck: bool) -> None:
         smi_rate, memslot_rate, exit_rate, wp_rate = parameters.rates()
@@ -100,7 +100,7 @@ class Guest:
         self.steps_per_ns = parameters.working_set / self._phase + 2 * (smi_rate + exit_rate + wp_rate) / 1e9
 
     def steps(self, start: int, end: int, fetch_rip: int) -> Steps:
-        """The steps from `start` to `end` ns, memslot changes apart; times go on from the last call's end.
+        """Return the steps from `start` to `end` ns, without memslot changes; times continue from the last call's end.
 
         With `fetch_rip` (0: none) every vCPU first fetches its code page there, as after a root was loaded.
         """
@@ -122,11 +122,11 @@ class Guest:
         return Steps(op_[order].astype(np.uint8), time[order], vcpu[order], gfn[order], rip[order])
 
     def _turn(self, times: Ints) -> Ints:
-        """The vCPU whose turn it is: one for each SMI interval, and for the SMI at its end."""
+        """Return the vCPU whose turn it is at each time: one for each SMI interval, and for the SMI at its end."""
         return np.maximum((times - 1) / self._phase, 0).astype(np.int64) % self._parameters.vcpus
 
     def _data_pages(self, count: int) -> Ints:
-        """The pages of the next `count` touches, as gfns."""
+        """Return the pages of the next `count` accesses, as gfns."""
         index = np.arange(self._touched, self._touched + count) % self._parameters.working_set
         self._touched += count
         if self._stuck:
@@ -146,13 +146,13 @@ class Guest:
         return np.where(which < _MIXTURE[0], index, np.where(which < _MIXTURE[1], self._zipf(len(index)), uniform))
 
     def _zipf(self, count: int) -> Ints:
-        """Rank r with a chance of about 1/r; ranks lie scattered over the memory."""
+        """Return Zipf-distributed pages: rank r has a chance of about 1/r, and ranks are scattered over memory."""
         rank = (float(self.pages) ** self._rng.random(count)).astype(np.int64) - 1
         return rank * self._stride % self.pages
 
 
 def huge_regions(parameters: Parameters, vm: int) -> Flags:
-    """Which 2 MiB regions of the guest the host maps by one SPTE, by region number."""
+    """Return which 2 MiB regions of the guest the host maps by one SPTE, by region number."""
     regions = (DATA_GFN >> 9) + (parameters.memory >> 21)
     if parameters.page_size != "mixed":
         return np.full(regions, parameters.page_size == "2m")

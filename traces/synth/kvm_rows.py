@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rows of a batch of steps in the vCPUs' threads, in the order and with the columns of recordings of 6.1.
 
-Each function describes one thing KVM does, for many steps at once: a cursor has every step's place.
+Each function describes one thing that KVM does, for many steps at once: a cursor has every step's place.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _FAULT: Final = {"kvm_page_fault": 0.1, "kvm_mmu_spte_requested": 0.6, "leaf": 0
 class RowBatch:
     """Rows of one batch in order, the host time before each (ns), and each row's step.
 
-    `root_put` is the place of the put of each step that ended a life, `smm_put` the place of each SMI's.
+    `root_put` is the place of the put of each step that ended a root's life, `smm_put` that of each SMI.
     """
 
     columns: Columns
@@ -59,13 +59,13 @@ class RowMaker:
         self._resets_faults = mmu.reset_on == "exit"
 
     def count(self, done: Resolution) -> Ints:
-        """Rows of each step."""
+        """Return the number of rows of each step."""
         at = np.zeros(len(done.steps), np.int64)
         self._write(done, at, None, None)
         return at
 
     def batch(self, done: Resolution, counts: Ints) -> RowBatch:
-        """The rows; `counts` is what `count` said."""
+        """Return the rows of a batch; `counts` is what `count` returned for it."""
         end = np.cumsum(counts)
         total = int(end[-1]) if len(end) else 0
         columns, costs = blank(total), np.ones(total)
@@ -79,7 +79,7 @@ class RowMaker:
     def _write(
         self, done: Resolution, at: Ints, columns: Columns | None, costs: NDArray[np.float64] | None
     ) -> tuple[Ints, Ints]:
-        """Write every step's rows from `at` on, which then holds where each ends; the places of the puts."""
+        """Write every step's rows from `at` on, which afterwards has where each ends; return the places of puts."""
         puts = np.full(len(at), -1, np.int64)
 
         def cursor(steps: Ints) -> Cursor:
@@ -100,7 +100,7 @@ class RowMaker:
         return puts[done.ends], smm_put
 
     def _fault(self, at: Cursor, done: Resolution, puts: Ints) -> None:
-        """An access that faults: missing tables from the top, the leaf, and the way back into the guest."""
+        """Write an access that faults: missing tables from the top, the leaf, and the way back into the guest."""
         faults, host, costs = done.faults, self._mmu.host, self._costs
         gfn, root = faults.gfn, done.roots[faults.life]
         rip = done.steps.rip[faults.step]
@@ -124,7 +124,7 @@ class RowMaker:
         at.row("kvm_entry", costs.entry, root=root, rip=rip)
 
     def _smi(self, at: Cursor, done: Resolution, puts: Ints) -> Ints:
-        """An SMI that userspace injects after an exit of the guest, and RSM; the places of the SMM root's puts."""
+        """Write an SMI, injected by userspace after an exit, and RSM; return the places of the SMM root's puts."""
         mmu, costs, steps = self._mmu, self._costs, done.smi
         cold, smm, refs = done.smm_cold, done.smm_frames[:, 0], 1 + self._mmu.preserve
         self._call_out(at)
@@ -146,7 +146,7 @@ class RowMaker:
         return smm_put
 
     def _smram_fault(self, at: Cursor, done: Resolution, cold: Flags) -> None:
-        """The fault of a new SMM root: its code page and the tables above it."""
+        """Write the fault of a new SMM root: its code page and the tables above it."""
         mmu, costs, frames = self._mmu, self._costs, done.smm_frames
         gfn = np.full(len(frames), SMRAM_GFN)
         root, level, refs = frames[:, 0], LEVEL - mmu.smm_tables, 1 + mmu.preserve
@@ -168,7 +168,7 @@ class RowMaker:
         at.row("kvm_entry", costs.entry, cold, root=root, rip=SMI_RIP)
 
     def _exit(self, at: Cursor, done: Resolution, steps: Ints, puts: Ints) -> None:
-        """An exit that KVM handles itself (a host interrupt), after which the experiment's host resets."""
+        """Write an exit that KVM handles itself (a host interrupt), after which the experiment's host resets."""
         at.row("kvm_exit", self._costs.exit, code=EXIT_INTR, rip=DATA_RIP)
         root = done.roots[done.life[steps]]
         if self._mmu.reset_on:
@@ -176,7 +176,7 @@ class RowMaker:
         at.row("kvm_entry", self._costs.entry, root=root, rip=DATA_RIP)
 
     def _wp(self, at: Cursor, done: Resolution, steps: Ints, puts: Ints) -> None:
-        """A write of CR0 that toggles WP, on a host that resets the MMU for it."""
+        """Write a write of CR0 that toggles WP, on a host that resets the MMU for it."""
         value = np.where(np.arange(len(steps)) % 2, CR0, CR0 | CR0_WP)
         at.row("kvm_exit", self._costs.exit, code=EXIT_CR0_WRITE, rip=0x101E)
         at.row("kvm_cr", self._costs.fault / 8, value=value, flags=1)
@@ -204,7 +204,7 @@ class RowMaker:
         )  # fmt: skip
 
     def _table(self, at: Cursor, new: Flags, root: Ints, role: int, level: int, gfn: Any, frame: Ints) -> None:
-        """A missing table of this level, and its link into the table above."""
+        """Write a missing table of this level, and its link into the table above."""
         page = {"level": level, "gfn": gfn, "table": frame}
         at.row("kvm_mmu_get_page", self._costs.table * 0.7, new, role=role - LEVEL + level, flags=1, **page)
         at.row(
@@ -213,7 +213,7 @@ class RowMaker:
         )  # fmt: skip
 
     def _reset(self, at: Cursor, root: Ints, role: int, refs: int, where: Flags | None = None) -> Ints:
-        """The vCPU's MMU context is reset: its one root is put, the other context has none; the put's places."""
+        """Write a reset of the vCPU's MMU context: its one root is put, the other context has none; return the puts."""
         cost = self._costs.unload
         at.row("mmu_reset", cost * 0.3, where, root=root, role=role)
         at.row("mmu_free_roots", cost * 0.3, where, root=root, role=role, value=ALL_ROOTS)
@@ -224,7 +224,7 @@ class RowMaker:
     def _load(
         self, at: Cursor, root: Ints, role: int, refs: int, created: Flags, where: Flags | None = None
     ) -> None:  # fmt: skip
-        """A root is loaded: created, or found by its role."""
+        """Write the load of a root that is created, or found by its role."""
         at.row(
             "kvm_mmu_get_page", self._costs.root, created, root=root, role=role, level=LEVEL, gfn=0, table=root, flags=1
         )
@@ -232,7 +232,7 @@ class RowMaker:
         at.row("mmu_load", self._costs.found * 0.5, where, root=root, role=role)
 
     def _load_normal(self, at: Cursor, done: Resolution, steps: Ints) -> Ints:
-        """The normal root is loaded again, a new one where its life has ended; the roots' frames."""
+        """Write the load of the normal root, a new one where its life has ended; return the roots' frames."""
         root = done.roots[done.life[steps] + done.ends[steps]]
         self._load(at, root, ROLE, self._mmu.refs, done.ends[steps])
         return root

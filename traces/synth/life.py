@@ -38,7 +38,7 @@ class Threads:
         return 10_000 + self.vm * (self.vcpus + 3)
 
     def main(self, vcpu: int = -1) -> dict[str, Any]:
-        """The main thread, perhaps at work on a vCPU."""
+        """Return the main thread's columns, perhaps at work on a vCPU."""
         return {"tid": self.tgid, "tgid": self.tgid, "cpu": self._cpu(0), "vcpu": vcpu}
 
     def vcpu(self, vcpu: Any) -> dict[str, Any]:
@@ -48,11 +48,11 @@ class Threads:
         return {"tid": self.tgid + 1, "tgid": self.tgid + 1, "cpu": self._cpu(1 + self.vcpus)}
 
     def rcu(self) -> dict[str, Any]:
-        """RCU callbacks run from the idle task."""
+        """Return the columns of RCU callbacks, which run from the idle task."""
         return {"tid": 0, "tgid": 0, "cpu": self._cpu(1 + self.vcpus)}
 
     def comms(self) -> dict[str, dict[str, str]]:
-        """The threads' names, as a recorder notes them."""
+        """Return the threads' names, as a recorder notes them."""
         named = {self.tgid: "synth-vmm", self.tgid + 1: f"kworker/u4:{self.vm}"}
         named |= {self.tgid + 2 + vcpu: f"CPU {vcpu}/KVM" for vcpu in range(self.vcpus)}
         return {str(tid): {"comm": comm} for tid, comm in named.items()}
@@ -63,7 +63,7 @@ class Threads:
 
 @dataclass
 class Fallen:
-    """A root that an invalidation or the VM's end took: itself and its tables, for RCU to free."""
+    """A root that an invalidation or the VM's end removed, with its tables and leaves: RCU frees them."""
 
     roots: Dying
     tables: Tables
@@ -71,7 +71,7 @@ class Fallen:
 
 
 class Life:
-    """Lists the rows of one VM's rare events; changes its MMU's state as they do."""
+    """Makes the rows of one VM's rare events, and changes its MMU's state accordingly."""
 
     def __init__(self, parameters: Parameters, threads: Threads, mmu: Mmu) -> None:
         self._costs: SynthCosts = parameters.costs
@@ -81,7 +81,7 @@ class Life:
         self._generation = 0
 
     def before(self) -> Listing:
-        """What userspace asks before there is a VM."""
+        """Return the rows of what userspace asks before there is a VM."""
         listing = Listing()
         self._ioctl(listing, GET_API_VERSION, 0, 12)
         self._ioctl(listing, CHECK_EXTENSION, 0x75, 1)
@@ -89,7 +89,7 @@ class Life:
         return listing
 
     def create(self) -> Listing:
-        """The VM, its slots and vCPUs; every vCPU loads the first root and enters the guest."""
+        """Return rows that create the VM, its slots and vCPUs; each vCPU loads the first root and enters the guest."""
         listing, costs = Listing(), self._costs
         listing.row("vm_create", costs.ioctl, **self._threads.main())
         listing.row("ioctl_end", costs.ioctl, code=CREATE_VM, ret=4, **self._threads.main())
@@ -112,7 +112,7 @@ class Life:
         return listing
 
     def churn(self, caller: int) -> tuple[Listing, list[Fallen]]:
-        """Userspace deletes slot 2 and creates it again at a call of this vCPU; the roots that fell by it."""
+        """Return the rows of slot 2 deleted and created again, at a call of this vCPU, and the roots removed by it."""
         listing, costs, mmu = Listing(), self._costs, self._mmu
         self._call_out(listing, caller)
         old, fallen = mmu.tree.root, self._roots(invalid=True)
@@ -124,7 +124,7 @@ class Life:
             listing.row("zap_invalidated_begin", costs.unload, **self._threads.main())
             if as_id == 0:
                 self._zap_invalid(listing, fallen)
-            elif mmu.preserve:  # met once more: the vCPUs still hold it
+            elif mmu.preserve:  # the second walk finds the root again, because the vCPUs still hold it
                 self._put(listing, fallen[-1].roots, mmu.refs, self._threads.main())
             listing.row("zap_invalidated_end", costs.unload, **self._threads.main())
             listing.row("ioctl_end", costs.ioctl, code=SET_MEMSLOT, **self._threads.main())
@@ -144,7 +144,7 @@ class Life:
         return listing, fallen
 
     def destroy(self) -> tuple[Listing, list[Fallen]]:
-        """The vCPUs leave the guest, and the process of the VM exits."""
+        """Return the rows by which the vCPUs leave the guest and the VM's process exits, and the roots removed."""
         listing, costs, mmu, main = Listing(), self._costs, self._mmu, self._threads.main()
         for vcpu in range(mmu.vcpus):
             self._call_out(listing, vcpu)
@@ -161,7 +161,7 @@ class Life:
             listing.row("mmu_free_roots", costs.unload, value=ALL_ROOTS, **main)
         for _ in range(mmu.vcpus):
             self._free_nothing(listing)
-        for root in fallen:  # what is zapped once more is empty by now
+        for root in fallen:  # roots are zapped once more, but are empty by now
             root.roots.invalid, root.roots.refs = True, 1 + mmu.preserve
         none = np.empty(0, np.int64)
         empty = [Fallen(root.roots, Tables(*[none] * 4), Leaves(*[none] * 4)) for root in fallen]
@@ -175,7 +175,7 @@ class Life:
         return listing, fallen
 
     def _roots(self, invalid: bool) -> list[Fallen]:
-        """The valid roots, newest first, as whoever iterates over them holds them; the SMM root is forgotten."""
+        """Return the valid roots, newest first, as a walk that holds references has them; the SMM root is forgotten."""
         mmu, found = self._mmu, []
         if len(mmu.smm):
             tables, leaves = mmu.smm_tree(mmu.smm[None, :])
@@ -186,7 +186,7 @@ class Life:
         return [*found, Fallen(roots, tree.tables(), tree.leaves(mmu.host))]
 
     def _zap_invalid(self, listing: Listing, fallen: list[Fallen]) -> None:
-        """Invalid roots are zapped: by the invalidating task with a reference of its own, or by the worker."""
+        """Add zaps of invalid roots: by the invalidating task with a reference of its own, or by the worker."""
         for root in fallen:
             thread = self._threads.main() if self._mmu.preserve else self._threads.worker()
             self._zap(listing, root, thread, shared=True)
@@ -203,7 +203,7 @@ class Life:
         listing.block(_on(put(root, refs), thread), self._costs.unload / 4)
 
     def _load(self, listing: Listing, vcpu: int, holders: int) -> None:
-        """A vCPU loads the normal root, which so many others have already; the first makes it."""
+        """Add the load of the normal root, which `holders` vCPUs have already; the first one creates it."""
         mmu, thread = self._mmu, self._threads.vcpu(vcpu)
         if holders == 0:
             root = mmu.create_root()
@@ -245,7 +245,7 @@ class Life:
 
 
 def put(root: Dying, refs: int) -> Columns:
-    """A reference on each of these roots is dropped, of so many."""
+    """Return rows by which a reference on each of these roots is dropped; `refs` is the number before that."""
     return rows("root_put", len(root.frame), root=root.frame, role=root.word, table=root.frame, refs=refs)
 
 

@@ -33,7 +33,7 @@ _SPREAD: Final = 0x9E3779B97F4A7C15
 
 
 def link(frame: Ints) -> Ints:
-    """The SPTE that points to the table in this frame."""
+    """Return the SPTE that points to the table in this frame."""
     return (frame << 12) | _LINK
 
 
@@ -44,7 +44,7 @@ class Frames:
         self._first, self._count, self._used = first, count, 0
 
     def at(self, offset: Ints) -> Ints:
-        """The frames of the next allocations, by their number from now on."""
+        """Return the frames of the next allocations, by their number from now on."""
         return self._first + (self._used + offset) % self._count
 
     def used(self, count: int) -> None:
@@ -84,11 +84,11 @@ class HostPages:
         return self._first + (gfn ^ np.where(self.huge[region], 0, mask))
 
     def leaf_gfn(self, gfn: Ints) -> Ints:
-        """The first gfn under the leaf that maps `gfn`."""
+        """Return the first gfn under the leaf that maps `gfn`."""
         return np.where(self.huge[gfn >> 9], gfn >> 9 << 9, gfn)
 
     def leaf(self, gfn: Ints) -> Ints:
-        """The leaf SPTE for `gfn`."""
+        """Return the leaf SPTE for `gfn`."""
         huge = self.huge[gfn >> 9]
         return (self.pfn(np.where(huge, gfn >> 9 << 9, gfn)) << 12) | _LEAF | np.where(huge, LARGE, 0)
 
@@ -111,7 +111,7 @@ class Tree:
             frames[:] = 0
 
     def tables(self) -> Tables:
-        """Its tables, as job 0."""
+        """Return its tables, as those of job 0."""
         parts = [(level, np.flatnonzero(frames)) for level, frames in self.frames.items()]
         level = np.concatenate([np.full(len(at), level) for level, at in parts])
         gfn = np.concatenate([at << (9 * level) for level, at in parts])
@@ -141,18 +141,18 @@ class Resolution:
 
     steps: Steps
     faults: Faults
-    life: Ints  # of the root before each step
+    life: Ints  # the number of the root's life before each step
     ends: Flags  # steps that end that life and make the next
-    roots: Ints  # frame of each life
+    roots: Ints  # the root's frame in each life
     smi: Ints  # steps that are SMIs
-    smm_cold: Flags  # of each SMI: the SMM root is made, and its page faults
-    smm_frames: Ints  # of each SMI: root, then tables of levels 3, 2 and 1 (one less with huge pages)
+    smm_cold: Flags  # of each SMI: whether the SMM root is made, so that its page faults
+    smm_frames: Ints  # of each SMI: frames of the SMM root and its tables of levels 3, 2 and 1 (huge pages: not 1)
     allocated: int
     smm_allocated: int = field(default=0)
 
 
 class Mmu:
-    """One VM's roots under a policy, moved on batch by batch."""
+    """One VM's roots under a policy, advanced batch by batch."""
 
     def __init__(self, parameters: Parameters, host: HostPages, first_frame: int) -> None:
         self.preserve = parameters.policy == "preserve"
@@ -171,7 +171,7 @@ class Mmu:
         return self.vcpus + self.preserve
 
     def create_root(self) -> int:
-        """A new normal root, in place of one that is gone."""
+        """Make a new normal root, in place of one that is gone, and return its frame."""
         self.tree.clear()
         self.tree.root = int(self.frames.at(np.zeros(1, np.int64))[0])
         self.frames.used(1)
@@ -180,7 +180,7 @@ class Mmu:
     def resolve(self, steps: Steps) -> Resolution:
         mortal = not self.preserve and self.vcpus == 1
         resets = (steps.op == SMI) | (steps.op == WP) | ((steps.op == EXIT) & (self.reset_on is not None))
-        if self.reset_on == "exit":  # then a mortal root dies of each fault too, before it could serve a second one
+        if self.reset_on == "exit":  # then each fault's exit, too, ends a root that nothing but its vCPU holds
             resets |= steps.op == TOUCH
         ends = resets if mortal else np.zeros(len(steps), np.bool_)
         life = np.cumsum(ends) - ends
@@ -204,7 +204,7 @@ class Mmu:
         )
 
     def _faults(self, steps: Steps, life: Ints) -> tuple[Faults, Ints]:
-        """The faults, frames still to be placed; and the number of tables that each step makes."""
+        """Return the faults, whose frames are still to be placed, and the number of tables that each step makes."""
         touch = np.flatnonzero(steps.op == TOUCH)
         leaf = self.host.leaf_gfn(steps.gfn[touch])
         unmapped = (life[touch] > 0) | ~self.tree.mapped[leaf]
@@ -220,7 +220,7 @@ class Mmu:
         return faults, tables
 
     def _lacks(self, faults: Faults, level: int) -> Flags:
-        """Which faults are the first of their life under a table of this level that is not there yet."""
+        """Return which faults are the first of their life under a table of this level that does not exist yet."""
         place = faults.gfn >> (9 * level)
         lacks = np.zeros(len(place), np.bool_)
         lacks[np.unique((faults.life << 40) | place, return_index=True)[1]] = True
@@ -256,7 +256,7 @@ class Mmu:
             self.smm = done.smm_frames[0]
 
     def smm_tree(self, frames: Ints) -> tuple[Tables, Leaves]:
-        """Tables and the leaf of SMM roots, whose frames (root first) are the rows of `frames`."""
+        """Return tables and the leaf of SMM roots, whose frames (root first) are the rows of `frames`."""
         count = len(frames)
         job = np.arange(count)
         levels = np.arange(LEVEL - 1, LEVEL - 1 - self.smm_tables, -1)
@@ -269,6 +269,6 @@ class Mmu:
 
 
 def frames_needed(parameters: Parameters) -> int:
-    """How many frames one VM's tables take: two rings of four times what a root can use, and a few thousand."""
+    """Return how many frames a VM's tables take: two rings of four times what a root can use, and some thousand."""
     regions = (parameters.memory >> 21) + 2
     return 2 * (4 * (regions + (regions >> 9) + 8) + 4096)

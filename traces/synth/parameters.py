@@ -26,7 +26,7 @@ RESET_SMI_RATE: Final = 0.75
 
 @dataclass(frozen=True)
 class SynthCosts:
-    """Host time in ns, mean; each row takes 75 % to 125 % of its share. Orders of magnitude of a bare-metal host.
+    """Mean host time in ns, of the order of a bare-metal host; each row takes 75 % to 125 % of its share.
 
     A zapped entry is cheap on purpose: a worker that is slower than the refill would pile up rows without bound.
     """
@@ -47,10 +47,11 @@ class SynthCosts:
 
 @dataclass(frozen=True)
 class Parameters:
-    """A trace to order. Rates are per second of guest time of each VM; None stands for the default `settled` gives.
+    """The parameters of a synthetic trace. Rates are per second of guest time of each VM.
 
-    Of a VM's vCPUs one makes faults at a time, for one SMI interval, while the others run what they have mapped; host
-    work is serial within a VM. Guest time is what the VM's clock shows less that work.
+    None stands for the default that `settled` gives. Of a VM's vCPUs one makes faults at a time, for one SMI interval,
+    while the others run what they have mapped; host work is serial within a VM. Guest time is what the VM's clock shows
+    less that work.
     """
 
     policy: str = "preserve"  # of the host that "recorded" it
@@ -72,7 +73,7 @@ class Parameters:
     costs: SynthCosts = field(default_factory=SynthCosts)
 
     def settled(self) -> Parameters:
-        """With every default in its place; raises Problem (exit code 2) for values that make no sense."""
+        """Return the parameters with every default filled in; raises Problem (exit code 2) for impossible values."""
         for name, choices in (
             ("policy", POLICIES), ("locality", LOCALITIES), ("page_size", PAGE_SIZES), ("reset_on", (None, *RESETS)),
         ):  # fmt: skip
@@ -92,11 +93,11 @@ class Parameters:
         return given
 
     def rates(self) -> tuple[float, float, float, float]:
-        """Of settled parameters: SMIs, memslot churns, other exits, CR0.WP writes, each per second of guest time."""
+        """Return the rates of settled parameters: SMIs, memslot churns, other exits, CR0.WP writes, each per second."""
         return self.smi_rate or 0.0, self.memslot_rate or 0.0, self.exit_rate or 0.0, self.cr0_wp_rate
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON, for the trace's metadata."""
+        """Return all parameters as JSON, for the trace's metadata."""
         own = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "costs"}
         return own | {"costs_ns": vars(self.costs)}
 

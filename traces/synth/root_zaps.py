@@ -39,7 +39,7 @@ class Dying:
 
 
 def zap(roots: Dying, tables: Tables, leaves: Leaves, shared: bool) -> tuple[Columns, Ints]:
-    """All rows of the zaps of these roots, root after root, and each row's job.
+    """Return all rows of the zaps of these roots, root after root, and each row's job.
 
     A first pass removes the level-2 tables with all below them, the second the level-3 table. In shared mode every
     entry of a removed table is reported, absent ones too; in exclusive mode those that were present.
@@ -68,7 +68,7 @@ def zap(roots: Dying, tables: Tables, leaves: Leaves, shared: bool) -> tuple[Col
 
 
 def _place(job: Ints, level: Any, gfn: Ints) -> Ints:
-    """Where in the order of rows the entry lies that points to a table of this level (0: to a page) at `gfn`.
+    """Return the place, in the order of rows, of the entry for a table of this level (0: for a page) at `gfn`.
 
     Depth first: an entry, what it pointed to, the next entry. An entry of a level-2 table has 514 places: its own row,
     its table's removal, that table's 512 entries.
@@ -82,7 +82,7 @@ def _place(job: Ints, level: Any, gfn: Ints) -> Ints:
 
 
 def _absent(writer: _Writer, tables: Tables, leaves: Leaves) -> None:
-    """The entries that were absent: every one of the 512 of each table is frozen and reported."""
+    """Add the entries that were absent: every one of the 512 of each table is frozen and reported."""
     for level in (3, 2, 1):
         at = np.flatnonzero(tables.level == level)
         if not len(at):
@@ -129,7 +129,7 @@ class _Writer:
 
 
 def free(roots: Dying, tables: Tables) -> tuple[Columns, Ints]:
-    """The rows of tables going back to the allocator, each root after its children, and each row's job."""
+    """Return the rows of tables going back to the allocator, each root after its children, and each row's job."""
     end = tables.gfn + (1 << (9 * tables.level)) - 1
     order = np.lexsort((tables.level, end, tables.job))
     job, level = tables.job[order], tables.level[order]

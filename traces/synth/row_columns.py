@@ -24,19 +24,19 @@ NO_VCPU: Final = -1
 
 
 def field_of(kind: str, column: str) -> str:
-    """The record field in which rows of this kind keep that column; a KeyError where they have none such."""
+    """Return the record field in which rows of this kind keep that column; KeyError if they have no such column."""
     return _FIELDS[kind][column]
 
 
 def blank(count: int) -> Columns:
-    """`count` records as columns, all 0 and on no vCPU."""
+    """Return `count` records as columns, all 0 and on no vCPU."""
     columns: Columns = {name: np.zeros(count, dtype) for name, dtype in RECORD_FIELDS}
     columns["vcpu"][:] = NO_VCPU
     return columns
 
 
 def rows(kind: str, count: int, **values: Any) -> Columns:
-    """`count` rows of one kind; values are numbers or arrays."""
+    """Return `count` rows of one kind; values are numbers or arrays."""
     columns = blank(count)
     columns["kind"][:] = BY_NAME[kind].code
     for column, value in values.items():
@@ -66,7 +66,7 @@ class Cursor:
         self._costs = costs
 
     def row(self, kind: str, cost: float, where: Flags | None = None, **values: Any) -> Ints:
-        """One row of every step (of those in `where`), `cost` ns after the one before; its place in each step."""
+        """Write one row of every step (or of those in `where`), `cost` ns after the last; return its place in each."""
         place = self.at
         if self._columns is not None and self._costs is not None:
             at = place if where is None else place[where]
@@ -81,7 +81,7 @@ class Cursor:
 
 
 class Listing:
-    """Rows written one after the other, for what happens rarely: `cost` ns pass before each."""
+    """Rows written one after the other, for rare events: `cost` ns pass before each."""
 
     def __init__(self) -> None:
         self._parts: list[Columns] = []
@@ -91,7 +91,7 @@ class Listing:
         self.block(rows(kind, 1, **values), cost)
 
     def block(self, columns: Columns, cost: float) -> None:
-        """Rows that are there already, `cost` ns each."""
+        """Append rows that are made already, `cost` ns each."""
         self._parts.append(columns)
         self._costs.append(np.full(len(columns["kind"]), cost))
 

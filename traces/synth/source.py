@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From VMs to one trace file: their rows merged by time, and compacted as a recorder's would be."""
+"""Makes one trace file of VMs: their rows are merged by time, and compacted as a recorder's would be."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _PART_ROWS: Final = 1 << 18  # a row group ends with the part that fills it, so 
 
 
 class _Synthetic(SegmentReader):
-    """Stands where compaction expects a recording's segments, and makes their rows as they are asked for."""
+    """Takes the place of a recording's segments in compaction, and makes their rows as they are asked for."""
 
     def __init__(self, parameters: Parameters, progress: Progress) -> None:
         share = None if parameters.events is None else math.ceil(parameters.events / parameters.vms)
@@ -79,7 +79,7 @@ class _Synthetic(SegmentReader):
 
 
 def merge(streams: list[Iterator[Columns]]) -> Iterator[Columns]:
-    """The rows of several VMs in order of time; holds one part of each VM."""
+    """Yield the rows of several VMs in order of time, holding one part of each VM."""
     heads = {index: part for index, stream in enumerate(streams) if (part := next(stream, None)) is not None}
     while heads:
         until = min(part["time"][-1] for part in heads.values())
@@ -113,7 +113,7 @@ def synthesize(path: Path, parameters: Parameters, *, force: bool = False) -> Su
 
 
 def manifest(parameters: Parameters) -> dict[str, Any]:
-    """What a recorder would say of itself, and that there was none."""
+    """Return what a recorder's manifest would say, and that there was no recorder."""
     zaps = parameters.zap_rows
     kernel = at(KERNEL)  # 6.1 on AMD
     role = {name: list(place) for name, place in kernel.layout.shifts.items()}

@@ -59,13 +59,13 @@ class SynthVm:
         self._span = max(1, int(max(limit, MIN_BATCH_STEPS) / self._guest.steps_per_ns))
         self._begin = START + vm * STAGGER
         self._elapsed = 0.0  # host time since `_begin`, ns
-        self._later: list[Columns] = []  # rows of other threads, whose time is still to come
-        self._worker_free = 0  # when it has done what it has so far
+        self._later: list[Columns] = []  # rows of other threads that lie in the future
+        self._worker_free = 0  # when the worker will be done with the roots it has now
         self._busy = 0  # until when workers and RCU have something to do
         self._written = 0
 
     def batches(self) -> Iterator[Columns]:
-        """The VM's rows in order of time, in parts that follow each other."""
+        """Yield the VM's rows in order of time, in parts that follow each other."""
         columns = self._listed(self._life.before(), 0)
         columns["kvm"][:] = 0
         yield self._out(columns)
@@ -82,7 +82,7 @@ class SynthVm:
                 yield self._out(columns)
             if churn == now and now < end and not self._enough():
                 self._guest.memslots.until(churn + 1)
-                self._wait(self._worker_free, now)  # which the ioctl does, before the worker zaps for it
+                self._wait(self._worker_free, now)  # the ioctl waits for the worker, too, before its roots are zapped
                 listing, fallen = self._life.churn(now % self._parameters.vcpus)
                 columns = self._listed(listing, now)
                 self._fell(fallen, int(columns["time"][-1]))
@@ -91,7 +91,7 @@ class SynthVm:
         yield self._end(now)
 
     def _end(self, now: int) -> Columns:
-        """The VM's end, once its workers are done."""
+        """Return the rows of the VM's end, once its workers are done."""
         self._wait(self._busy, now)
         listing, fallen = self._life.destroy()
         columns = self._listed(listing, now)
@@ -100,14 +100,14 @@ class SynthVm:
         return take(columns, np.argsort(columns["time"], kind="stable"))
 
     def _wait(self, until: int, now: int) -> None:
-        """Let host time pass until then, the guest standing at `now` of its own."""
+        """Let host time pass until `until`, while the guest's own time stays at `now`."""
         self._elapsed = max(self._elapsed, float(until - self._begin - now))
 
     def _enough(self) -> bool:
         return self._share is not None and self._written >= self._share
 
     def _out(self, columns: Columns) -> Columns:
-        """These rows, with those of other threads whose time has come."""
+        """Return these rows, with those of other threads whose time has come."""
         now = columns["time"][-1]
         if self._later:
             columns = join([columns, *self._later])
@@ -119,7 +119,7 @@ class SynthVm:
         return columns
 
     def _run(self, steps: Steps) -> Columns:
-        """A batch of steps, cut where the VM has its rows."""
+        """Return the rows of a batch of steps, which is cut where the VM has its share of rows."""
         done = self._mmu.resolve(steps)
         counts = self._host.count(done)
         if self._share is not None and counts.sum() > self._share - self._written:
@@ -158,7 +158,7 @@ class SynthVm:
         self._worker(Dying(frames[order], roles[order], 1), tables, leaves, since[order])
 
     def _trees(self, done: Resolution) -> tuple[Tables, Leaves]:
-        """Tables and leaves of the lives that ended in the batch; the first of them had some before."""
+        """Return the tables and leaves of the lives that ended in the batch, those from before it included."""
         faults, host, tree = done.faults, self._mmu.host, self._mmu.tree
         ended = faults.life < len(done.roots) - 1
         tables = [tree.tables()]
@@ -171,7 +171,7 @@ class SynthVm:
         return Tables(*_columns(tables)), Leaves(*_columns(leaves))
 
     def _worker(self, roots: Dying, tables: Tables, leaves: Leaves, since: Ints) -> None:
-        """The worker's and RCU's rows for roots whose last reference was put at these times, which ascend."""
+        """Make the worker's and RCU's rows for roots that were put last at these times, which ascend."""
         last = put(roots, roots.refs)
         columns, job = last, np.arange(len(since))
         if self._parameters.zap_rows:
@@ -214,7 +214,7 @@ class SynthVm:
         return columns
 
     def _stamp(self, columns: Columns, costs: NDArray[np.float64], guest: Any) -> None:
-        """Times: the guest's clock, and the host's work so far on top."""
+        """Set the rows' times: the guest's clock, with the host's work so far on top."""
         spent = np.cumsum(np.maximum(1.0, costs * (0.75 + 0.5 * self._jitter.random(len(costs)))))
         columns["time"][:] = self._begin + guest + (self._elapsed + spent).astype(np.int64)
         columns["kvm"][:] = self._pointer
@@ -223,7 +223,7 @@ class SynthVm:
 
 
 def _within(job: Ints) -> Ints:
-    """The number of each row among those of its job; the rows are in order of jobs."""
+    """Return the number of each row among those of its job; the rows are in order of jobs."""
     return np.arange(len(job)) - np.searchsorted(job, job)
 
 
