@@ -32,7 +32,7 @@ _RENAMED: Final = "CPPFLAGS=-DTEST_ASSERT_EQ=ASSERT_EQ"
 
 
 def built(what: str, say: Say = lambda line: None) -> Path:
-    """The directory of what was built, which is done now if it is not there: `selftests`, `firmware` or `linux`."""
+    """The directory of what was built, which is done now if it is not there: one of `_BUILDS`."""
     home = cache().parent / "guests" / what
     if home.is_dir():
         return home
@@ -96,15 +96,21 @@ def _linux(work: Path, made: Path) -> None:
     kernel = fetch(SERIES)
     shutil.copy(kernel.image, made / "vmlinuz")
     (made / "initrd").write_bytes(build(Directory(*kernel.modules), {}, compiled("init", work)))
+
+
+def _busy(work: Path, made: Path) -> None:
+    shutil.copy(fetch(SERIES).image, made / "vmlinuz")
     alone = Archive()
-    alone.add("dev", stat.S_IFDIR | 0o755)
+    for name in ("dev", "sys"):
+        alone.add(name, stat.S_IFDIR | 0o755)
     alone.add("dev/console", stat.S_IFCHR | 0o600, device=(5, 1))
     alone.add("init", stat.S_IFREG | 0o755, compiled("busy", work))
-    (made / "busy").write_bytes(alone.contents())
+    (made / "initrd").write_bytes(alone.contents())
 
 
 _BUILDS: Final[dict[str, Callable[[Path, Path], None]]] = {
     "selftests": _selftests,
     "firmware": _firmware,
     "linux": _linux,
+    "busy": _busy,
 }

@@ -115,8 +115,9 @@ _NESTED: Final = (
     _nested("firmware", "OVMF with secure boot to its shell: SMIs in hundreds", "firmware"),
     _nested("debian", "Debian's kernel and userland"),
     _nested("pressed", "more work than memory, under KSM and NUMA balancing", nodes=2),
-    _nested("hotplug", "two machines at once, a vCPU added to one"),
-    _nested("migration", "a live migration to a file"),
+    _nested("hotplug", "two machines at once, a vCPU plugged into one, online and at work", "busy"),
+    _nested("beside", "a machine beside a task that never sleeps", "busy"),
+    _nested("migration", "a live migration to a file", "busy"),
 )
 
 GUESTS: Final = {guest.name: guest for guest in (*_SELFTESTS, *_NESTED)}
