@@ -116,7 +116,7 @@ _NESTED: Final = (
     _nested("debian", "Debian's kernel and userland"),
     _nested("pressed", "more work than memory, under KSM and NUMA balancing", nodes=2),
     _nested("hotplug", "two machines at once, a vCPU plugged into one, online and at work", "busy"),
-    _nested("beside", "a machine beside a task that never sleeps", "busy"),
+    _nested("loaded", "a machine on a host with a task that never sleeps", "busy"),
     _nested("migration", "a live migration to a file", "busy"),
 )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guests of QEMU's, run within a lab guest: a firmware, a Debian, two machines at once, one beside a load, a migration.
+"""Guests of QEMU's, run within a lab guest: a firmware, a Debian, two machines, one on a loaded host, a migration.
 
 `python -m tracer.lab.nested NAME DIRECTORY`, in the lab guest; DIRECTORY is what `builds` made for it. QEMU is driven
 over its monitor protocol by what the guest says, not by the clock: emulation within emulation takes as long as it
@@ -145,8 +145,8 @@ def hotplug(built: Path, stack: ExitStack) -> None:
     wait_for(lambda: first.said(_WRITTEN.format(1)) and second.said(_WRITTEN.format(0)), first, second)
 
 
-def beside(built: Path, stack: ExitStack) -> None:
-    """A machine beside a task that never sleeps."""
+def loaded(built: Path, stack: ExitStack) -> None:
+    """A machine on a host that also runs a task which never sleeps."""
     load = subprocess.Popen([sys.executable, "-c", _SPINS])
     stack.callback(load.kill)
     machine = NestedMachine(stack, *_linux(built, 128))
@@ -183,7 +183,7 @@ def firmware(built: Path, stack: ExitStack) -> None:
     wait_for(lambda: machine.said("Shell>"), machine)
 
 
-GUESTS: Final = {run.__name__: run for run in (debian, pressed, hotplug, beside, migration, firmware)}
+GUESTS: Final = {run.__name__: run for run in (debian, pressed, hotplug, loaded, migration, firmware)}
 
 
 def main() -> None:
