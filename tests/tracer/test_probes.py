@@ -111,6 +111,15 @@ def test_a_member_that_is_gone_is_taken_from_the_tracepoint(offsets: dict[str, i
     assert attachments._raw_matches(probe.points[0], {}, cast("Btf", btf), Layout(offsets, {}, "")) == raw
 
 
+def test_what_a_preempted_probe_would_skip_is_taken_classic() -> None:
+    """Where raw arguments show more, such as a page's address, they are taken all the same."""
+    points = {probe.kind: probe for probe in PROBES}
+    for kind, shown in (("kvm_page_fault", True), ("kvm_userspace_exit", True), ("kvm_mmu_get_page", False)):
+        raw = points[kind].points[0]
+        assert raw.how == "raw"
+        assert attachments._classic_shows_it(points[kind], raw) == shown, kind
+
+
 @pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: f"{hook.points[0].how}-{hook.points[0].where}")
 def test_hooks_write_no_row_and_serve_known_kinds(hook: Hook) -> None:
     assert set(hook.serves) <= BY_NAME.keys()
