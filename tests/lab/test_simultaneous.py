@@ -30,8 +30,10 @@ def test_every_row_is_what_the_classic_tracepoints_show(kernel: str, tmp_path: P
     for name in (f"{scenario}-{kernel}" for scenario in scenarios):
         native = tmp_path / f"{name}.parquet"
         hows = {each["kind"]: each["how"] for each in Trace.open(native).metadata.raw["probes"]}
-        assert {kind for kind in (*RAW, "kvm_exit") if hows[kind] == "raw"} >= RAW, json.dumps(hows)
-        assert hows["kvm_exit"] == ("tp" if kernel == "5.10" else "raw")
+        raw = {kind for kind in (*RAW, "kvm_exit") if hows[kind] == "raw"}
+        # From 7.0 on a raw probe may be preempted, and its CPU then skips others.
+        wanted = set() if kernel == "7.x" else RAW if kernel == "5.10" else {*RAW, "kvm_exit"}
+        assert raw == wanted, json.dumps(hows)
         for tool in ("dat", "data"):
             out = tmp_path / f"{name}-{tool}.parquet"
             import_file(tmp_path / f"{name}.{tool}.xz", out, ToldOfText())

@@ -118,6 +118,9 @@ def test_frequent_tracepoints_are_raw(kind: str, kernel: str, monkeypatch: pytes
     found = chosen(kind, kernel, monkeypatch)
     amd, intel = (attachments._best(found, machine).how for machine in (AMD, INTEL))
     of_vcpu = kind in ("kvm_entry", "kvm_exit") or (kind == "kvm_page_fault" and kernel not in ("5.10", "5.15"))
+    if kernel.startswith("7."):
+        assert (amd, intel) == ("tp", "tp"), "a raw probe may be preempted, and its CPU then skips others"
+        return
     assert intel == ("tp" if of_vcpu else "raw"), "with VMX a vCPU's RIP is not in memory"
     assert amd == ("tp" if (kind, kernel) == ("kvm_exit", "5.10") else "raw")
 
