@@ -143,7 +143,7 @@ def render(several: Sequence[Measured]) -> str:
         "itself ended: KVM's selftests, of 6.1's source on every kernel, skip what the emulated processor cannot do. A",
         "guest *at its limit* was stopped before it had done all that it is for: what it did until then is counted.",
         "*Not compared*: no vCPU ran, or the kernel skipped runs of probes, so that an unknown number of events is",
-        "missing. On 7.3 `hotplug` does not get so far; the scenario `late-vcpu` (lab.md) shows a vCPU added late.",
+        "missing.",
     ]
     for kernel in dict.fromkeys(one.kernel for one in several):
         those = [one for one in several if one.kernel == kernel]
