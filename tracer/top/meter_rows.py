@@ -21,7 +21,7 @@ from traces.schema import BY_NAME
 
 COMPILED: bool = cython.compiled
 EXIT_EDGES: Final = 10 ** np.arange(3, 11)  # ns: 1 us to 10 s
-REMEMBERED: Final = 5  # seconds in which a fault on the same gfn is one again
+REMEMBERED: Final = 5  # seconds within which a second fault on a gfn is a refault
 
 _ENTRY = cython.declare(cython.int, ENTRY)
 _EXIT = cython.declare(cython.int, EXIT)
@@ -67,15 +67,15 @@ assert list(RECORD.names or ()) == [
     "as_id",
 ], "Row is RECORD"  # fmt: skip
 
-Metered = cython.struct(  # a vCPU; -1: other threads of the host in that VM
+Metered = cython.struct(  # `vcpu` is -1 for what other threads of the host do in that VM
     kvm=cython.ulonglong,
     vcpu=cython.longlong,
-    pid=cython.longlong,  # of its last row, and when that was
+    pid=cython.longlong,  # the thread of its last row, and when that row was
     tid=cython.longlong,
     shown=cython.longlong,
-    last=cython.longlong,  # up to where its time is accounted for, and what it is at since then
+    last=cython.longlong,  # until when its time is accounted for, and its state since then
     state=cython.longlong,
-    left=cython.longlong,  # when it left its guest, unless to idle; -1: it did not
+    left=cython.longlong,  # when it left its guest; -1: it is in it, idle, or was not seen to leave
     entered=cython.longlong,
     guest=cython.longlong,  # ns
     idle=cython.longlong,
@@ -88,7 +88,7 @@ Metered = cython.struct(  # a vCPU; -1: other threads of the host in that VM
     smis=cython.longlong,
     zaps=cython.longlong,
     exits=cython.longlong,  # to userspace
-    out=cython.longlong,  # ns of exits that ended
+    out=cython.longlong,  # ns of the exits that have ended
 )
 BY_SECOND: Final = (
     "guest", "idle", "steal", "unknown", "longest", "faults", "refaults", "roots", "smis", "zaps", "exits", "out",
@@ -102,11 +102,11 @@ METERED: Final = np.dtype(
 @cython.final
 @cython.cclass
 class MeterRows:
-    """All vCPUs that showed themselves: `meters` has a row of METERED for each, `took` how many exits took how long."""
+    """Meters of all vCPUs that had rows: `meters` has a row of METERED for each, `took` its exits by duration."""
 
     meters = cython.declare(object, visibility="public")
     took = cython.declare(object, visibility="public")
-    seconds = cython.declare(cython.longlong, visibility="public")  # that have ended: the clock of what is remembered
+    seconds = cython.declare(cython.longlong, visibility="public")  # that have ended; the clock of remembered faults
     _idle: Any
     _meter: cython.pointer[Metered]
     _took: cython.longlong[:, ::1]
@@ -116,11 +116,11 @@ class MeterRows:
     _places: cython.int[::1]  # of vCPUs in `meters`, by hash; -1: none
     _recent: cython.Py_ssize_t  # the vCPU of the last row
     _keys: cython.ulonglong[::1]  # (vCPU's place + 1, gfn) of faults, by hash; 0: none
-    _when: cython.longlong[::1]  # the second of each
+    _when: cython.longlong[::1]  # the second of each key's last fault
     _known: cython.Py_ssize_t
 
     def __init__(self, idle_codes: NDArray[np.uint64]) -> None:
-        """`idle_codes`: exits by which a guest says that it has nothing to do."""
+        """`idle_codes` are the exit reasons by which a guest says that it is idle."""
         self._halts = np.ascontiguousarray(idle_codes, np.uint64)
         self._edges = np.ascontiguousarray(EXIT_EDGES, np.int64)
         self.seconds = 0
@@ -129,15 +129,15 @@ class MeterRows:
         self._forget_faults(1 << 10)
 
     def vcpus(self) -> NDArray[Any]:
-        """The rows of METERED; what is written there counts."""
+        """Return the rows of METERED, one for each vCPU; they are not copied, so writing to them changes the meters."""
         return self.meters[: self._count]  # type: ignore[no-any-return]
 
     def exits_took(self) -> NDArray[np.int64]:
-        """For each of `vcpus`: exits that took up to each of EXIT_EDGES, and longer."""
+        """Return for each of `vcpus` its exits by duration: more than one of EXIT_EDGES (ns), up to the next."""
         return self.took[: self._count]  # type: ignore[no-any-return]
 
     def keep(self, kept: NDArray[np.bool_]) -> None:
-        """End a second: all counts begin anew, and only these of `vcpus` stay."""
+        """End a second: set all counts to 0, and keep only the vCPUs for which `kept`, a mask of `vcpus`, is true."""
         meters, took = self.meters[: self._count], self.took[: self._count]
         for name in BY_SECOND:
             meters[name] = 0
@@ -153,7 +153,7 @@ class MeterRows:
             self._find_places()
 
     def take(self, parts: list[NDArray[Any]], until: int) -> list[int]:
-        """Take the rows up to `until` (boot ns) of all parts, in the order of time; how many of each part."""
+        """Take the rows up to `until` (boot ns) of all parts, in order of time, and return how many of each part."""
         at = np.zeros(len(parts), np.int64)
         sizes = np.array([len(part) for part in parts], np.int64)
         strides = np.array([part.strides[0] for part in parts], np.int64)
@@ -240,7 +240,7 @@ class MeterRows:
         kind: cython.int,
         time: cython.longlong,
     ) -> cython.void:
-        """A row that says where its vCPU is; a thread that is back on its CPU is where it was."""
+        """Account the time up to a row that says where its vCPU is. A thread scheduled in again keeps its state."""
         passed: cython.longlong = max(time - self._meter[place].last, 0)
         state: cython.longlong = self._meter[place].state
         if state == _IN:
@@ -276,7 +276,7 @@ class MeterRows:
 
     @cython.cfunc
     def _ended(self, place: cython.Py_ssize_t, took: cython.longlong) -> cython.void:
-        """An exit that took so long (ns)."""
+        """Count an exit that took `took` ns."""
         i: cython.int = 0
         while i < _EDGES and self._edges[i] < took:
             i += 1
@@ -286,7 +286,7 @@ class MeterRows:
 
     @cython.cfunc
     def _place(self, rows: cython.pointer[Row], i: cython.Py_ssize_t) -> cython.Py_ssize_t:
-        """Where the row's vCPU has its meter, which then has the row's thread and time."""
+        """Return the index of the row's vCPU in `meters`, added if it is new; note the row's thread and time there."""
         place: cython.Py_ssize_t = self._recent
         kvm: cython.ulonglong = rows[i].kvm
         vcpu: cython.longlong = rows[i].vcpu
@@ -329,7 +329,7 @@ class MeterRows:
         self._find_places()
 
     def _find_places(self) -> None:
-        """Hash the vCPUs anew; a table is at most a quarter full, so that no search is long."""
+        """Hash all vCPUs anew. The table is at most a quarter full, so that searches are short."""
         self._places = np.full(4 * len(self.meters), -1, np.int32)
         for place in range(self._count):
             self._note_place(place)
@@ -345,7 +345,7 @@ class MeterRows:
 
     @cython.cfunc
     def _again(self, place: cython.Py_ssize_t, gfn: cython.ulonglong) -> cython.longlong:
-        """1 where the vCPU faulted on this gfn in the last seconds, else 0; from now on it has."""
+        """Return 1 if the vCPU faulted on this gfn in the last REMEMBERED seconds, else 0, and remember this fault."""
         key: cython.ulonglong = (cython.cast(cython.ulonglong, place + 1) << _GFN_BITS) | (gfn & _GFNS)
         mask: cython.ulonglong = self._keys.shape[0] - 1
         slot: cython.ulonglong = _hash(key) & mask
@@ -367,7 +367,7 @@ class MeterRows:
         self._known = 0
 
     def _move_faults(self, places: NDArray[np.int64]) -> None:
-        """Hash anew the faults that are remembered; `places` says where each vCPU is now, -1: it is gone."""
+        """Hash the remembered faults anew; `places` maps each vCPU's old index to its new one, -1 if it is gone."""
         keys, when = np.asarray(self._keys), np.asarray(self._when)
         fresh = (keys != 0) & (self.seconds - when < REMEMBERED)
         keys, when = keys[fresh], when[fresh]
@@ -405,5 +405,5 @@ def _row(address: cython.ulonglong) -> cython.pointer[Row]:
 
 
 def _structures(dtype: Any, memory: Any) -> Any:
-    """Memory as the loop takes it uncompiled: an array of ctypes structures."""
+    """Return `memory` as an array of ctypes structures, which is what the loop reads when it is not compiled."""
     return (np.ctypeslib.as_ctypes_type(dtype) * (len(memory) // dtype.itemsize)).from_buffer(memory)
