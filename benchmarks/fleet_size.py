@@ -244,7 +244,7 @@ def sized(costs: Costs, events_an_hour: float) -> list[list[str]]:
     requests = reads / 1000 * DOLLARS["1,000 reads"] + writes / 1000 * DOLLARS["1,000 writes"]
     return [
         ["recordings", f"{stored / 1e12:,.2f} TB", f"{stored / 1e9 * DOLLARS['a GB-month']:,.0f} $ a month"],
-        ["replay, three policies", f"{cpu / 3600:,.0f} CPU hours", ""],
+        ["replay, two policies", f"{cpu / 3600:,.0f} CPU hours", ""],
         ["requests", f"{reads / 1e6:,.1f} M reads, {writes / 1e6:,.2f} M writes", f"{requests:,.0f} $"],
         ["results", f"{hours * costs.result_bytes / 1e9:,.1f} GB as they are written", ""],
         ["results, merged", f"{rows * costs.row_bytes / 1e9:,.1f} GB, {rows / 1e6:,.0f} M rows", ""],
