@@ -19,7 +19,7 @@ from typing import Any, Final
 import numpy as np
 
 from traces import kernels
-from traces.behind import ahead
+from traces.background import read_ahead
 from traces.bookkeeping import MAX_ENTRIES, Books
 from traces.columns import NamedBatch, common, to_named
 from traces.encoding import ROW_GROUP_ROWS, TraceFile
@@ -114,7 +114,7 @@ class _Compaction:
 
     def run(self) -> Summary:
         expected = 0
-        for first, columns in ahead(self._reader.batches()):
+        for first, columns in read_ahead(self._reader.batches()):
             self._missing += first - expected
             expected = first + len(columns["time"])
             vm, root = self._identities.resolve(columns, first)

@@ -15,7 +15,7 @@ from typing import Any, Final, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from traces.behind import Behind
+from traces.background import Background
 from traces.columns import SCHEMA
 from traces.outputs import RECORDING, FileKind, Output
 
@@ -59,7 +59,7 @@ class TraceFile:
         schema = SCHEMA if texts is None else SCHEMA.append(TEXT)
         self._output = Output(path, kind, force=force)
         self._sink = _Sink(self._output)
-        self._behind = Behind()
+        self._background = Background()
         self._places: list[dict[str, int]] = []
         try:
             self._writer = pq.ParquetWriter(self._sink, schema, **OPTIONS)
@@ -72,7 +72,7 @@ class TraceFile:
         if (texts := self._texts) is not None:
             batches = [batch.append_column(TEXT, texts.column(batch)) for batch in batches]
         table = pa.Table.from_batches(batches)
-        self._behind.do(lambda: self._encode(table))
+        self._background.do(lambda: self._encode(table))
 
     def _encode(self, table: pa.Table) -> None:
         offset = self._sink.position
@@ -82,12 +82,12 @@ class TraceFile:
 
     def places(self) -> list[dict[str, int]]:
         """Wait until all row groups are written; return for each where its bytes lie and their CRC-32."""
-        self._behind.wait()
+        self._background.wait()
         return self._places
 
     def finish(self, metadata: dict[bytes, bytes]) -> int:
         """Write the seal and the footer, make the file durable under its name; return its size in bytes."""
-        self._behind.wait()
+        self._background.wait()
         self._sink.hold()
         self._writer.add_key_value_metadata(metadata)
         self._writer.close()
@@ -97,7 +97,7 @@ class TraceFile:
 
     def discard(self) -> None:
         """Remove what was written; harmless after `finish`."""
-        self._behind.end()
+        self._background.end()
         self._sink.abandon()
         self._output.discard()
 

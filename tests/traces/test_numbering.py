@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.replay.plain import plain
 from traces import numbering
-from traces.behind import Behind, ahead
+from traces.background import Background, read_ahead
 from traces.lives import dense
 
 WORD = st.one_of(st.integers(0, 3), st.sampled_from([1 << 63, (1 << 64) - 1]), st.integers(0, (1 << 64) - 1))
@@ -44,20 +44,20 @@ def test_many_values_that_are_all_different() -> None:
 
 
 def test_what_a_thread_raises_comes_out_of_the_next_call() -> None:
-    behind, done = Behind(), list[int]()
-    behind.do(lambda: done.append(1))
-    behind.do(lambda: done.append(2))
-    behind.do(lambda: done.append(1 // 0))
+    background, done = Background(), list[int]()
+    background.do(lambda: done.append(1))
+    background.do(lambda: done.append(2))
+    background.do(lambda: done.append(1 // 0))
     with pytest.raises(ZeroDivisionError):
-        behind.do(lambda: done.append(3))
-    behind.wait()
-    behind.end()
+        background.do(lambda: done.append(3))
+    background.wait()
+    background.end()
     assert done == [1, 2]
 
 
 def test_items_made_ahead_are_all_and_in_order_and_so_is_what_ends_them() -> None:
-    assert list(ahead(iter(range(1, 50)))) == list(range(1, 50))
-    items = ahead(1 // (3 - number) for number in range(9))
+    assert list(read_ahead(iter(range(1, 50)))) == list(range(1, 50))
+    items = read_ahead(1 // (3 - number) for number in range(9))
     assert [next(items), next(items), next(items)] == [0, 0, 1]
     with pytest.raises(ZeroDivisionError):
         next(items)

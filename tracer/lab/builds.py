@@ -32,7 +32,7 @@ _RENAMED: Final = "CPPFLAGS=-DTEST_ASSERT_EQ=ASSERT_EQ"
 
 
 def built(what: str, say: Say = lambda line: None) -> Path:
-    """The directory of what was built, which is done now if it is not there: one of `_BUILDS`."""
+    """Return the directory of a build, by its name in `_BUILDS`; it is made now if it is not there."""
     home = cache().parent / "guests" / what
     if home.is_dir():
         return home

@@ -11,7 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from traces.arrow_records import RECORD_SCHEMA, to_batch, to_columns
-from traces.behind import Behind, ahead
+from traces.background import Background, read_ahead
 from traces.imports.form_program import ROLE_FIELDS, TEXT_ROLE
 from traces.imports.other_events import OTHER, OtherTexts
 from traces.record import Columns
@@ -35,20 +35,20 @@ class RowSpool:
         self.root_level = 0
         self.lowest_tables = 0
         self._file = file
-        self._behind = Behind()
+        self._background = Background()
         self._stream: Any = pa.ipc.new_stream(file, RECORD_SCHEMA, options=pa.ipc.IpcWriteOptions(compression="lz4"))
 
     @property
     def known(self) -> int:
         """Rows of events that a kind is for, once all are written."""
-        self._behind.wait()
+        self._background.wait()
         return self.rows - int(self.kinds[OTHER])
 
     def add(self, columns: Columns) -> None:
         """Columns of the record's, all of one length; those that are missing are 0. They are written meanwhile."""
         if count := len(columns["kind"]):
             self.rows += count
-            self._behind.do(lambda: self._write(columns))
+            self._background.do(lambda: self._write(columns))
 
     def _write(self, columns: Columns) -> None:
         count = len(columns["kind"])
@@ -70,9 +70,9 @@ class RowSpool:
 
     def batches(self) -> Iterator[Columns]:
         """What was added, once; nothing is added after that."""
-        self._behind.wait()
-        self._behind.end()
-        return ahead(self._batches())
+        self._background.wait()
+        self._background.end()
+        return read_ahead(self._batches())
 
     def _batches(self) -> Iterator[Columns]:
         self._stream.close()

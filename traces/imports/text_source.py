@@ -8,7 +8,7 @@ from typing import Final
 
 import numpy as np
 
-from traces.behind import ahead
+from traces.background import read_ahead
 from traces.imports.findings import Findings
 from traces.imports.form_program import program
 from traces.imports.opening import STANDARD_INPUT, Opened
@@ -27,7 +27,7 @@ def read_text(opened: Opened, spool: RowSpool, progress: Progress) -> Findings:
     """Put a text's rows into the spool; what else was found."""
     scanner, left = Scanner(), b""
     pieces = opened.pieces()
-    for piece in pieces if opened.path == STANDARD_INPUT else ahead(pieces):  # a pipe may never say more
+    for piece in pieces if opened.path == STANDARD_INPUT else read_ahead(pieces):  # a pipe may never say more
         left = _lines(scanner, left + piece, spool, final=False)
         progress.at(spool.rows)
     _lines(scanner, left, spool, final=True)

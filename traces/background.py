@@ -10,7 +10,7 @@ from typing import TypeVar
 Item = TypeVar("Item")
 
 
-class Behind:
+class Background:
     """Runs work on a second thread while the caller goes on, one piece at a time, so that memory is bounded.
 
     An exception that a piece of work raised is raised by the next call.
@@ -36,7 +36,7 @@ class Behind:
         self._thread.shutdown()
 
 
-def ahead(items: Iterator[Item]) -> Iterator[Item]:
+def read_ahead(items: Iterator[Item]) -> Iterator[Item]:
     """Yield the items; each is made on a second thread while the caller works on the one before."""
     with ThreadPoolExecutor(1) as thread:
         following = thread.submit(next, items, None)
