@@ -13,12 +13,10 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -28,12 +26,14 @@ from traces.errors import Problem
 from traces.frame import NO_TRACE, check_footer, check_row_groups, check_schema, crc_of
 from traces.kernels.policies import POLICIES
 from traces.kernels.policy_rows import COLUMNS, KINDS, PolicyRow, Watch
-from traces.lazy_rows import lazy_rows
 from traces.metadata import BY_RELEASE, BY_ROWS, BY_TYPES, BY_USER, KEY, Metadata, RowGroup, parse
 from traces.row_values import values_of
 from traces.schema import BY_NAME
 from traces.text import printable, some, vms_text
 from traces.untrusted import object_at
+
+if TYPE_CHECKING:
+    import polars as pl
 
 BATCH_ROWS: Final = 1 << 16
 UNKNOWN_CODE: Final = 255
@@ -173,7 +173,7 @@ class Trace:
         other._groups = other._by_vm()
         kinds: Counter[str] = Counter()
         for batch in other.batches(["kind"]):
-            for each in pc.value_counts(batch.column("kind").cast(pa.string())).to_pylist():
+            for each in batch.column("kind").cast(pa.string()).value_counts().to_pylist():
                 kinds[each["values"]] += each["counts"]
         groups = [self._row_groups[index] for index in other._chosen]
         other.metadata = replace(
@@ -247,6 +247,8 @@ class Trace:
             if self._until is None or group.last_time < self._until:
                 yield from self._decode(index, fields, size)
                 continue
+            import pyarrow.compute as pc  # takes 0.1 s, and few commands cut a row group
+
             for batch in self._decode(index, with_time, size):
                 kept = batch.filter(pc.less(batch.column("time"), self._until))
                 if kept.num_rows:
@@ -260,6 +262,10 @@ class Trace:
 
         Nested columns, which a later version may have, are not in it.
         """
+        import polars as pl  # takes 0.2 s, and a replay needs none
+
+        from traces.lazy_rows import lazy_rows
+
         flat = [field.name for field in self.schema if not pa.types.is_nested(field.type)]
         none = pl.DataFrame(pl.from_arrow(self.schema.empty_table().select(flat)))
         return lazy_rows(
@@ -272,6 +278,8 @@ class Trace:
         `first_time` is in ns. `created` says that its creation was recorded; if not, `table` and `role` are what the
         snapshot or its first use said.
         """
+        import polars as pl
+
         first = [pl.col(name).first() for name in ("vm", "table", "role")]
         times = [pl.col("seq").first().alias("first_seq"), pl.col("time").first().alias("first_time")]
         used = self.scan().filter(pl.col("root") != 0).group_by("root").agg(*first, *times).collect()
