@@ -12,7 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -161,84 +161,94 @@ class _Vm:
         return self
 
     def _replay(self, inputs: VmInputs) -> None:
-        counting = self._counting()
-        own = next((each for each in counting if each.outcome.target.recorded), None) or self._own()
         if self._settings is None or self._times is None:
+            counting, own = self._counting(self._specialized())
+            kernels = dict.fromkeys(each.specialized for each in [*counting, own])
             for part in inputs:
-                self._count(counting, part, own)
+                self._count(counting, own, part, {kernel: kernel.block(part) for kernel in kernels})
             self._compare(own)
             self.outcomes = [each.finish(self.writer) for each in counting]
             return
         measurement = Measurement(self._capabilities, inputs, self._times)
-        with Spool() as spool:
+        counting, own = self._counting(self._specialized(measurement.own))
+        kernels = dict.fromkeys([measurement.own, *(each.specialized for each in [*counting, own])])
+        clocked = dict.fromkeys(each.specialized for each in counting if each.outcome.target.policy is None)
+        with ExitStack() as stack:
+            spools = {kernel: stack.enter_context(Spool()) for kernel in clocked}
             for part in inputs:
-                self._count(counting, part, own, measurement.take(part).block)
-                spool.append(part)
+                timed = {
+                    kernel: measurement.take(part) if kernel is measurement.own else kernel.timed(part)
+                    for kernel in kernels
+                }
+                self._count(counting, own, part, {kernel: each.block for kernel, each in timed.items()})
+                for kernel, spool in spools.items():
+                    spool.append(timed[kernel], part.ranges)
             self._compare(own)
             assert own.outcome.vcpus is not None
             measured = measurement.result(own.outcome.vcpus.faults, own.outcome.freed_tables)
             clocks: dict[int, PolicyClock] = {}
             if not measured.refused:
-                specialized = self._specialized()
                 for number, each in enumerate(counting):
                     target, run = each.outcome.target, each.outcome.run
                     if target.policy is None:
-                        kernel = specialized[target.kernel.name, run.case]
-                        clocks[number] = PolicyClock(target, run, kernel, len(inputs.vcpus), measured)
+                        clocks[number] = PolicyClock(target, run, each.specialized, len(inputs.vcpus), measured)
                 began = measured.began if self._settings.smis_open(measured) else -1
-                PolicyClock.run_all(list(clocks.values()), spool, inputs.rest, began)
-        timed = {number: clock.outcome(inputs.vcpus, self._settings) for number, clock in clocks.items()}
-        time = vm_time(self._vm, inputs.vcpus, self._capabilities, measured, list(timed.values()), self._settings)
+                for kernel, spool in spools.items():
+                    rest = measurement.rest if kernel is measurement.own else kernel.rest(inputs.rest)
+                    mine = [clock for clock in clocks.values() if clock.specialized is kernel]
+                    PolicyClock.run_all(mine, spool, rest, began)
+        timed_runs = {number: clock.outcome(inputs.vcpus, self._settings) for number, clock in clocks.items()}
+        time = vm_time(self._vm, inputs.vcpus, self._capabilities, measured, list(timed_runs.values()), self._settings)
         self.times = [time]
         for number, each in enumerate(counting):
             columns = None
-            if self.writer is not None and number in timed:
-                columns = time_rows.write(self.writer, each.number, timed[number], time.recorded)
+            if self.writer is not None and number in timed_runs:
+                columns = time_rows.write(self.writer, each.number, timed_runs[number], time.recorded)
             self.outcomes.append(each.finish(self.writer, columns))
 
-    def _counting(self) -> list[CountedRun]:
-        specialized = self._specialized()
-        return [
+    def _counting(self, specialized: Mapping[tuple[str, Case], Specialization]) -> tuple[list[CountedRun], CountedRun]:
+        """Return the runs of the plan, and the run of the recorded policy, which says what the recorded kernel did.
+
+        The latter is one of the former unless the plan does not contain the recorded policy.
+        """
+        counting = [
             CountedRun(
                 number, target, run, self._inputs.id, self._inputs.vcpus, specialized[target.kernel.name, run.case]
             )
             for number, target in enumerate(self._plan.targets)
             for run in target.runs
         ]
-
-    def _own(self) -> CountedRun:
-        """Return a run of the recorded policy, for a plan that does not
-        contain it: it says what the recorded kernel did.
-        """
+        for each in counting:
+            if each.outcome.target.recorded:
+                return counting, each
         kernel, own = self._capabilities.kernel, self._capabilities.own
         target = Target(own.name, kernel, own, None, True, (), (Run("exact", False, Case()),))
-        specialized = Specialization(kernel, Case(), self._capabilities.ad_disabled, len(self._inputs.vcpus))
-        return CountedRun(-1, target, target.runs[0], self._inputs.id, self._inputs.vcpus, specialized)
+        of_own = specialized[kernel.name, Case()]
+        return counting, CountedRun(-1, target, target.runs[0], self._inputs.id, self._inputs.vcpus, of_own)
 
     def _compare(self, own: CountedRun) -> None:
         """Compare the recorded policy's run with the rows, after all rows were taken in."""
         own.finish(None)
         self.check = compare(self._capabilities, self._vm, self._inputs, self._rows, own.simulator)
 
-    def _specialized(self) -> dict[tuple[str, Case], Specialization]:
-        """Return one specialization for each pair of kernel and case in the plan."""
-        found = {}
-        for target in self._plan.targets:
-            for run in target.runs:
-                found[target.kernel.name, run.case] = Specialization(
-                    target.kernel, run.case, self._capabilities.ad_disabled, len(self._inputs.vcpus)
-                )
+    def _specialized(self, own: Specialization | None = None) -> dict[tuple[str, Case], Specialization]:
+        """Return one specialization for each pair of kernel and case in the plan, and that of the recorded kernel.
+
+        The latter is `own` if that is given.
+        """
+        recorded, vcpus = self._capabilities.kernel, len(self._inputs.vcpus)
+        pairs = [(target.kernel, run.case) for target in self._plan.targets for run in target.runs]
+        found = {} if own is None else {(recorded.name, Case()): own}
+        for kernel, case in [(recorded, Case()), *pairs]:
+            if (kernel.name, case) not in found:
+                found[kernel.name, case] = Specialization(kernel, case, self._capabilities.ad_disabled, vcpus)
         return found
 
-    def _count(self, counting: list[CountedRun], part: Inputs, own: CountedRun, block: Block | None = None) -> None:
-        """Count one part of the inputs under every policy.
-
-        `own` is the recorded policy's run; `block` has the part's operations for its kernel if they were made already.
-        """
-        blocks = {} if block is None else {own.specialized: block}
+    def _count(
+        self, counting: list[CountedRun], own: CountedRun, part: Inputs, blocks: Mapping[Specialization, Block]
+    ) -> None:
+        """Count one part of the inputs under every policy; `blocks` has the part's operations for each kernel."""
         for each in counting if own in counting else [*counting, own]:
-            if each.specialized not in blocks:
-                blocks[each.specialized] = each.specialized.block(part)
             each.feed(blocks[each.specialized], part.ranges, self.writer if each.number >= 0 else None)
         self._progress.at(int(part.seq[-1]))
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keep a VM's inputs until its costs are known, in memory up to a limit and beyond it in a temporary file.
+"""Keep a VM's operations until its costs are known, in memory up to a limit and beyond it in a temporary file.
 
-Each column is kept in as few bytes as its values need: about 30 bytes an input, instead of 90.
+Each column is kept in as few bytes as its values need: about 20 bytes an operation, instead of 80.
 """
 
 from __future__ import annotations
@@ -15,45 +15,46 @@ from typing import IO, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from replay.decode.inputs import EXIT_COLUMNS, Exits, Inputs
-from replay.simulate.operations import Ranges
+from replay.simulate.operations import Block, Ranges
+from replay.simulate.timed_operations import Timed
 from traces.errors import Problem
 
 IN_MEMORY: Final = 16 << 20  # bytes
-_COLUMNS: Final = ("op", "gfn", "time", "exit")
+_OF_BLOCK: Final = ("op", "gfn", "time", "seq")
+_OF_TIMES: Final = ("queue", "lead", "guest", "idle", "cost", "was", "wall")
 _NARROW: Final = tuple((np.dtype(kind), int(np.iinfo(kind).max)) for kind in (np.uint8, np.uint16, np.uint32))
 
 
 @dataclass(frozen=True)
 class _Column:
-    """`count` values of int64 minus `base`, stored as `dtype`; with `base` None they are stored unchanged.
+    """`count` values of type `dtype`: `base`, to which those in `data` (of type `stored`) are added.
 
-    `data` is None if the values were written to the temporary file.
+    `stored` is None where all values are `base`; `data` is None there, and where it was written to the temporary file.
     """
 
-    base: int | None
+    base: int
     dtype: np.dtype[Any]
+    stored: np.dtype[Any] | None
     count: int
     data: NDArray[Any] | None
 
     @property
     def size(self) -> int:
-        return self.count * self.dtype.itemsize
+        return self.count * self.stored.itemsize if self.stored is not None else 0
 
 
 @dataclass(frozen=True)
 class _Part:
     columns: tuple[_Column, ...]
     ranges: Ranges
-    first_exit: int
 
 
 class Spool:
-    """Parts of a VM's inputs, in order. They are added by `append` and can be iterated over as often as needed."""
+    """Parts of a VM's operations, in order. They are added by `append` and can be iterated over as often as needed."""
 
     def __init__(self, seq: bool = False) -> None:
         """Begin an empty spool. Without `seq` that column is not kept and reads as 0."""
-        self._columns = (*_COLUMNS, "seq") if seq else _COLUMNS
+        self._seq = seq
         self._spilled: list[_Part] = []
         self._parts: list[_Part] = []
         self._held = 0
@@ -68,24 +69,26 @@ class Spool:
         if self._file is not None:
             self._file.close()
 
-    def append(self, part: Inputs) -> None:
+    def append(self, timed: Timed, ranges: Ranges) -> None:
         """Add a part. Raises Problem if the temporary directory has no room."""
-        arrays = [getattr(part, name) for name in self._columns] + [getattr(part.exits, name) for name in EXIT_COLUMNS]
-        columns = tuple(map(_narrowed, arrays))
-        self._parts.append(_Part(columns, part.ranges, part.exits.first))
+        arrays = {name: getattr(timed.block, name) for name in _OF_BLOCK}
+        arrays |= {name: getattr(timed, name) for name in _OF_TIMES}
+        if not self._seq:
+            arrays["seq"] = np.broadcast_to(np.int64(0), len(timed))
+        columns = tuple(map(_narrowed, arrays.values()))
+        self._parts.append(_Part(columns, ranges))
         self._held += sum(column.size for column in columns)
         if self._held > IN_MEMORY:
             self._spill()
 
-    def __iter__(self) -> Iterator[Inputs]:
+    def __iter__(self) -> Iterator[tuple[Timed, Ranges]]:
+        """Yield each part with its ranges, in arrays of its own."""
         if self._file is not None:
             self._file.seek(0)
         for part in (*self._spilled, *self._parts):
-            arrays: list[Any] = [self._read(column) for column in part.columns]
-            exits = Exits(**dict(zip(EXIT_COLUMNS, arrays[len(self._columns) :], strict=True)), first=part.first_exit)
-            columns = dict(zip(self._columns, arrays, strict=False))
-            columns.setdefault("seq", np.zeros(len(columns["op"]), np.int64))
-            yield Inputs(**columns, ranges=part.ranges, exits=exits)
+            columns: list[Any] = [self._read(column) for column in part.columns]
+            times = dict(zip(_OF_TIMES, columns[len(_OF_BLOCK) :], strict=True))
+            yield Timed(Block(*columns[: len(_OF_BLOCK)]), **times), part.ranges
 
     def _spill(self) -> None:
         try:
@@ -94,7 +97,7 @@ class Spool:
             for part in self._parts:
                 for column in part.columns:
                     self._file.write(b"" if column.data is None else column.data.data)
-                written = tuple(_Column(each.base, each.dtype, each.count, None) for each in part.columns)
+                written = tuple(replace(each, data=None) for each in part.columns)
                 self._spilled.append(replace(part, columns=written))
         except OSError as error:
             why = error.strerror or error
@@ -105,27 +108,27 @@ class Spool:
         self._parts, self._held = [], 0
 
     def _read(self, column: _Column) -> NDArray[Any]:
+        if column.stored is None:
+            return np.full(column.count, column.base, column.dtype)
         data = column.data
         if data is None:
             assert self._file is not None
-            data = np.frombuffer(self._file.read(column.size), column.dtype)
-        if column.base is None:
-            return data
-        wide = data.astype(np.int64)
-        return wide + column.base if column.base else wide
+            data = np.frombuffer(self._file.read(column.size), column.stored)
+        values: NDArray[Any] = data.astype(column.dtype)
+        if column.base:
+            values += column.base
+        return values
 
 
 def _narrowed(values: NDArray[Any]) -> _Column:
-    """Return a column in as few bytes as its values need.
-
-    One with negative values is kept unchanged unless its span is small.
-    """
-    if values.dtype == np.int64 and len(values):
-        most = int(values.view(np.uint64).max())
-        for dtype, limit in _NARROW:
-            if most <= limit:
-                return _Column(0, dtype, len(values), values.astype(dtype))
-        since = values - values[0]
-        if int(since.view(np.uint64).max()) <= _NARROW[-1][1]:
-            return _Column(int(values[0]), _NARROW[-1][0], len(values), since.astype(_NARROW[-1][0]))
-    return _Column(None, values.dtype, len(values), values)
+    """Return a column in as few bytes as its values need; the array is not held."""
+    dtype, count = values.dtype, len(values)
+    least, most = (int(values.min()), int(values.max())) if count else (0, 0)
+    if least == most:
+        return _Column(least, dtype, None, count, None)
+    for stored, limit in _NARROW:
+        if least >= 0 and most <= limit:
+            return _Column(0, dtype, stored, count, values.astype(stored))
+        if most - least <= limit:
+            return _Column(least, dtype, stored, count, (values - least).astype(stored))
+    return _Column(0, dtype, dtype, count, values.copy())

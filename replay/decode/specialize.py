@@ -12,9 +12,6 @@ unloads to its first UNLOAD. The rest of its time, the guest's time before it, a
     3, fault at gfn 8          20      6      1       TOUCH 8     5 + 4 + 20 + 1    6
 
 Every ns is given to exactly one operation. An operation on the whole VM takes its turn after the vCPU that acted last.
-
-If SMIs keep their wall-clock time ("open"), they are moved from the vCPUs' programs into queues of their own, due at
-their recorded time: from the unload for the SMI to the load after the unload for its RSM.
 """
 
 from __future__ import annotations
@@ -38,9 +35,9 @@ from replay.decode.inputs import (
     TRIGGER,
     WAS_STILL,
 )
-from replay.simulate.operations import CAUSES, Block, Cause, Op, Word
+from replay.simulate.operations import CAUSES, Block, Op, Word
 from replay.simulate.pools import as_bytes, as_structures, make_pool
-from replay.simulate.timed_operations import CREATED, FOUND, LAST, MORE, NEVER, Timed
+from replay.simulate.timed_operations import CREATED, FOUND, MORE, NEVER, Timed
 from traces.kernels import Kernel, roles
 from traces.kernels.triggers import OPEN, Trigger
 
@@ -63,12 +60,9 @@ _LAST_SHIFT = cython.declare(cython.int, 10)
 _STATE_SHIFT = cython.declare(cython.int, STATE_SHIFT)
 _TRIGGER_BITS = cython.declare(cython.longlong, (1 << STATE_SHIFT) - 1)
 _NO_STATE = cython.declare(cython.longlong, NO_STATE)
-_SMI = cython.declare(cython.longlong, int(Cause.SMI))
-_RSM = cython.declare(cython.longlong, int(Cause.RSM))
 _WAS_FOUND = cython.declare(cython.uchar, FOUND)
 _WAS_CREATED = cython.declare(cython.uchar, CREATED)
 _WALL_MORE = cython.declare(cython.longlong, MORE)
-_WALL_LAST = cython.declare(cython.longlong, LAST)
 _WALL_NEVER = cython.declare(cython.longlong, NEVER)
 _MOST_TABLES = cython.declare(cython.longlong, 200)  # larger numbers of tables are stored as this in `was`
 
@@ -94,11 +88,6 @@ Program = cython.struct(  # the state of one vCPU's program
     lead=cython.longlong,  # lead of the next operation, so far
     guest=cython.longlong,
     idle=cython.longlong,
-    kept=cython.longlong,  # lead before a wall-clock SMI, kept for the program's next operation
-    kept_guest=cython.longlong,
-    kept_idle=cython.longlong,
-    inside=cython.longlong,  # a wall-clock SMI is under way
-    leaving=cython.longlong,  # its RSM has unloaded, and the load that ends the SMI is still to come
     total_guest=cython.longlong,  # ns in all, under the names of `VcpuState`
     total_idle=cython.longlong,
     total_fault=cython.longlong,
@@ -107,9 +96,8 @@ Program = cython.struct(  # the state of one vCPU's program
     total_other=cython.longlong,
 )
 PROGRAM = [(name, "i8") for name in (
-    "exit", "takes", "fault", "load", "unload", "tables", "flags", "lead", "guest", "idle", "kept",
-    "kept_guest", "kept_idle", "inside", "leaving", "total_guest", "total_idle", "total_fault", "total_load",
-    "total_unload", "total_other",
+    "exit", "takes", "fault", "load", "unload", "tables", "flags", "lead", "guest", "idle", "total_guest", "total_idle",
+    "total_fault", "total_load", "total_unload", "total_other",
 )]  # fmt: skip
 
 COLUMNS = {
@@ -192,20 +180,15 @@ class Specialization:
 
     def block(self, inputs: Any) -> Block:
         """Return the operations for these inputs, without times."""
-        count = self._write(inputs, -1)
+        count = self._write(inputs)
         return Block(*(self._out[name][:count] for name in ("op", "gfn", "time", "seq")))
 
-    def timed(self, inputs: Any, began: int = -1) -> Timed:
-        """Return the operations for these inputs, with their times.
-
-        With `began` (boot clock, ns), SMIs are due at their recorded time, in ns since then; if it is negative they
-        keep their place in the vCPUs' programs.
-        """
-        count = self._write(inputs, began)
+    def timed(self, inputs: Any) -> Timed:
+        """Return the operations for these inputs, with their times."""
+        count = self._write(inputs)
         block = Block(*(self._out[name][:count] for name in ("op", "gfn", "time", "seq")))
-        until = NEVER if began < 0 or not count else max(int(block.time[count - 1]) - began, 0)
         columns: dict = {name: self._out[name][:count] for name in TIMED_COLUMNS}  # type: ignore[type-arg]
-        return Timed(block, until=until, **columns)
+        return Timed(block, **columns)
 
     @property
     def still(self) -> Any:
@@ -225,13 +208,9 @@ class Specialization:
             self._program[v].total_other += self._program[v].lead - self._program[v].guest - self._program[v].idle
             self._program[v].total_other += rest.lead[v] - rest.guest[v] - rest.idle[v]
         programs = self.programs
-        return (
-            programs["lead"] + programs["kept"] + rest.lead,
-            programs["guest"] + programs["kept_guest"] + rest.guest,
-            programs["idle"] + programs["kept_idle"] + rest.idle,
-        )
+        return programs["lead"] + rest.lead, programs["guest"] + rest.guest, programs["idle"] + rest.idle
 
-    def _write(self, inputs: Any, began: int) -> int:
+    def _write(self, inputs: Any) -> int:
         exits, room = inputs.exits, 2 * len(inputs)
         out = {name: np.empty(room, kind) for name, kind in COLUMNS.items()}
         self._out = out
@@ -241,7 +220,7 @@ class Specialization:
         self._idle = out["idle"]
         count: cython.longlong = self._run(
             inputs.op, inputs.gfn, inputs.time, inputs.seq, inputs.exit, exits.lead, exits.guest, exits.idle,
-            exits.fault, exits.load, exits.unload, exits.tables, exits.has, exits.flags, exits.first, began,
+            exits.fault, exits.load, exits.unload, exits.tables, exits.has, exits.flags, exits.first,
         )  # fmt: skip
         return count
 
@@ -262,7 +241,6 @@ class Specialization:
         has: cython.const[cython.uint][::1],
         flags: cython.const[cython.uchar][::1],
         first: cython.longlong,
-        began: cython.longlong,
     ) -> int:
         i: cython.Py_ssize_t
         n: cython.Py_ssize_t = 0
@@ -330,8 +308,6 @@ class Specialization:
                     self._time[n] = time[i]
                     self._seq[n] = seq[i]
                     self._attribute(n, v, e >= 0)
-                    if began >= 0:
-                        self._set_apart(n, began)
                     n += 1
         return n
 
@@ -420,36 +396,3 @@ class Specialization:
                 program[v].takes &= ~_UNLOADS
                 self._cost[n] = program[v].unload
                 program[v].total_unload += program[v].unload
-
-    @cython.cfunc
-    @cython.nogil
-    @cython.exceptval(check=False)
-    def _set_apart(self, n: cython.Py_ssize_t, began: cython.longlong) -> cython.void:
-        """Move operation `n` from its vCPU's program to the wall-clock queue if it belongs to an SMI."""
-        program: cython.pointer[Program] = self._program
-        v: cython.Py_ssize_t = self._queue[n]
-        kind: cython.int = self._op[n] & 15
-        if kind == _END:
-            return
-        if program[v].inside:
-            self._wall[n] = _WALL_MORE
-            if kind == _UNLOAD and self._gfn[n] == _RSM:
-                program[v].leaving = True
-            if program[v].leaving and kind == _ENTER:
-                self._wall[n] = _WALL_LAST
-                program[v].inside = program[v].leaving = False
-        elif kind == _UNLOAD and self._gfn[n] == _SMI:
-            # The time that passed until the SMI belongs to the program.
-            program[v].kept += self._lead[n]
-            program[v].kept_guest += self._guest[n]
-            program[v].kept_idle += self._idle[n]
-            self._lead[n] = self._guest[n] = self._idle[n] = 0
-            program[v].inside = True
-            self._wall[n] = max(self._time[n] - began, 0)
-        else:
-            self._lead[n] += program[v].kept
-            self._guest[n] += program[v].kept_guest
-            self._idle[n] += program[v].kept_idle
-            program[v].kept = program[v].kept_guest = program[v].kept_idle = 0
-            return
-        self._queue[n] = cython.cast(cython.int, self._vcpus + v)

@@ -13,6 +13,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from replay.simulate.timed_operations import NEVER
+
 Ints = NDArray[np.int64]
 _KEPT: Final = 1 << 14  # the most samples kept of each cost
 _ENOUGH: Final = 3  # the fewest samples for which a cost counts as measured
@@ -99,6 +101,8 @@ class Samples:
 
     def add(self, new: Ints) -> None:
         """Add values."""
+        if not len(new):
+            return
         first = -self.count % self._every
         self.count += len(new)
         self.total += int(new.sum())
@@ -118,14 +122,17 @@ class Shortest:
 
     values: Ints = field(default_factory=lambda: np.empty(0, np.int64))
     count: int = 0
+    limit: int = NEVER  # times of this length and more are not among the shortest
 
-    def add(self, new: Ints) -> None:
-        """Add times."""
-        self.count += len(new)
-        if len(self.values) == _LEAST_KEPT:
-            new = new[new < self.values.max()]
-        values = np.concatenate([self.values, new])
+    def add(self, count: int, short: Ints) -> None:
+        """Add `count` times, of which `short` has those below the limit."""
+        self.count += count
+        if not len(short):
+            return
+        values = np.concatenate([self.values, short])
         self.values = np.partition(values, _LEAST_KEPT)[:_LEAST_KEPT] if len(values) > _LEAST_KEPT else values
+        if len(self.values) == _LEAST_KEPT:
+            self.limit = int(self.values.max())
 
     @property
     def ns(self) -> int:

@@ -19,11 +19,12 @@ from replay.decode.specialize import Specialization
 from replay.decode.timeline import Timeline
 from replay.decode.vcpu_states import BARE, VcpuState
 from replay.decode.vm_inputs import VmInputs, vcpu_ids
-from replay.simulate.operations import Op, Word
-from replay.simulate.timed_operations import CREATED, FOUND, Timed
+from replay.simulate.timed_operations import NEVER, Timed
 from replay.timing.costs import Fitted, Samples, Shortest, fit
 from replay.timing.lock_waits import LockWaits
+from replay.timing.operation_samples import samples_of
 from replay.timing.reference_clock import TimeCategory
+from replay.timing.row_spans import RowSpans
 from replay.timing.steal import Steal
 from replay.timing.steal_curve import StealCurve, steal_curve
 
@@ -47,6 +48,7 @@ class SpanTimes:
         self.rip_runs = RipRuns(vcpus, capabilities.kernel.vendor, capabilities.kernel.ret_pf.fixed)
         self.steal = Steal(vcpus, cpus == 1, capabilities.workers, capabilities.has("sched_in"))
         self.waits = LockWaits(vcpus, cpus != 1 and not own.faults_share)
+        self._spans = RowSpans()
         self.samples = {name: Samples() for name in _COSTS}
         self.shortest = Shortest()  # the shortest times in the guest
 
@@ -73,20 +75,20 @@ class SpanTimes:
         return waited - np.minimum(self.steal.lost, waited) if self.steal.known else waited
 
     def feed(self, batch: Batch) -> tuple[NDArray[np.uint8], Ints, NDArray[np.uint8]]:
-        """Take in a batch, and return by row the VcpuState that ends there (or
-        NO_SPAN), its length in ns, and the span's marks.
+        """Take in a batch, and return by row the VcpuState that ends there (or NO_SPAN), its length in ns, and the
+        span's marks, as arrays that the next call uses again.
         """
-        rows = len(batch)
-        state, mark, before = (np.empty(rows, np.uint8) for _ in range(3))
-        ns = np.empty(rows, np.int64)
+        spans = self._spans
+        spans.resize(len(batch))
+        state, ns, mark, before = spans.state, spans.ns, spans.mark, spans.before
         self.rip_runs.feed(batch)
         self.timeline.feed(batch, state, ns, mark, before)
         self.steal.feed(batch, state, ns, mark, before)
         self.waits.feed(batch, state, ns, before)
-        self.samples["bare"].add(ns[mark & BARE != 0])
-        self.shortest.add(ns[state == VcpuState.GUEST])
+        self.samples["bare"].add(spans.times_marked(BARE))
+        self.shortest.add(*spans.times_in(VcpuState.GUEST, self.shortest.limit))
         if self._prefetches:
-            self.samples["prefetch"].add(ns[state == VcpuState.PREFETCH])
+            self.samples["prefetch"].add(spans.times_in(VcpuState.PREFETCH, NEVER)[1])
         return state, ns, mark
 
 
@@ -139,25 +141,24 @@ class Measured:
 
 
 class Measurement:
-    """Measures one VM part by part: `take` each part of its inputs, then call `result`."""
+    """Measures one VM part by part: `take` each part of its inputs, then call `result`.
+
+    `own` makes the operations of the recorded kernel. After `result`, `rest` is the time after each vCPU's last one.
+    """
 
     def __init__(self, capabilities: Capabilities, inputs: VmInputs, times: SpanTimes) -> None:
         self._capabilities, self._inputs, self._times = capabilities, inputs, times
         count = max(len(inputs.vcpus), 1)
-        self._own = Specialization(capabilities.kernel, Case(), capabilities.ad_disabled, count)
-
-    @property
-    def words(self) -> list[Word]:
-        """The role words that roots of the recorded kernel can have."""
-        words: list[Word] = self._own.words
-        return words
+        self.own = Specialization(capabilities.kernel, Case(), capabilities.ad_disabled, count)
+        nothing = np.zeros(count, np.int64)
+        self.rest: tuple[Ints, Ints, Ints] = (nothing, nothing, nothing)
 
     def take(self, part: Inputs) -> Timed:
         """Sample what the operations of a part took, and return these
         operations as the recorded kernel performed them.
         """
-        timed = self._own.timed(part)
-        self._sample(timed, self._own.still[: len(timed)] != 0)
+        timed = self.own.timed(part)
+        self._sample(timed)
         return timed
 
     def result(self, faults: Ints, tables_freed: int) -> Measured:
@@ -167,7 +168,7 @@ class Measurement:
         replay.
         """
         decoder, times = self._inputs.decoder, self._times
-        self._own.rest(self._inputs.rest)
+        self.rest = self.own.rest(self._inputs.rest)
         times.timeline.finish()
         times.rip_runs.finish()
         vcpus = decoder.vcpus
@@ -193,7 +194,7 @@ class Measurement:
 
     def _totals(self) -> Ints:
         """Return the ns by vCPU (rows) and VcpuState (columns)."""
-        programs, vcpus = self._own.programs, self._inputs.decoder.vcpus
+        programs, vcpus = self.own.programs, self._inputs.decoder.vcpus
         totals = np.zeros((len(programs), len(VcpuState)), np.int64)
         measured = (VcpuState.GUEST, VcpuState.FAULT, VcpuState.LOAD, VcpuState.UNLOAD, VcpuState.OTHER, VcpuState.IDLE)
         for state in measured:
@@ -216,25 +217,13 @@ class Measurement:
             samples["zap_table"] = Samples.alike(steal.removed, steal.removing)
         return fit(samples, cpus_of(self._capabilities), times.shortest)
 
-    def _sample(self, timed: Timed, still: NDArray[np.bool_]) -> None:
-        samples, kind, was, cost = self._times.samples, timed.block.op & 15, timed.was, timed.cost
-        touch = kind == Op.TOUCH
-        plain = touch & (was == 1)
-        samples["fault"].add(cost[plain])
-        bare = np.flatnonzero(plain & still)
-        samples["switch"].add(timed.guest[bare[timed.guest[bare] > 0]])
-        tables = np.flatnonzero(touch & (was > 1))
-        if len(tables) and samples["fault"].count:
-            extra: Ints = cost[tables] - round(samples["fault"].mean)
-            built: Ints = was[tables].astype(np.int64) - 1
-            samples["table"].add(np.maximum(extra, 0) // built)
-        # Operations other than touches are few, so only they are selected from here on.
-        others = np.flatnonzero(~touch)
-        kind, was, cost = kind[others], was[others], cost[others]
-        load = kind == Op.ENTER
-        samples["found"].add(cost[load & (was == FOUND)])
-        samples["created"].add(cost[load & (was == CREATED)])
-        samples["unload"].add(cost[(kind == Op.UNLOAD) & (cost > 0)])
+    def _sample(self, timed: Timed) -> None:
+        samples, seen = self._times.samples, samples_of(timed, self.own.still[: len(timed)])
+        for name in ("fault", "switch", "found", "created", "unload"):
+            samples[name].add(seen[name])
+        if len(seen["tables"]) and samples["fault"].count:
+            extra: Ints = seen["with_tables"] - round(samples["fault"].mean)
+            samples["table"].add(np.maximum(extra, 0) // seen["tables"])
 
 
 def _breakdown(totals: Ints, waited: Ints, stolen: Ints) -> list[tuple[int, ...]]:

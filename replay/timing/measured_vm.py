@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode one VM once: measure the costs of its actions, and keep its inputs
+"""Decode one VM once: measure the costs of its actions, and keep its operations
 for a virtual clock that runs with these costs.
 """
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from replay.decode.capabilities import Capabilities
+from replay.decode.inputs import Ints
 from replay.decode.row_counts import RowCounts
 from replay.decode.vm_inputs import VmInputs
 from replay.simulate.engine import Engine
@@ -22,11 +23,14 @@ from replay.timing.measure import Measured, Measurement, SpanTimes
 class MeasuredVm:
     """A VM's decoded inputs, which are used up, what was measured, and the
     engine after the replay of the recorded policy.
+
+    `rest` is the time after each vCPU's last operation (`Specialization.rest`).
     """
 
     inputs: VmInputs
     measured: Measured
     engine: Engine
+    rest: tuple[Ints, Ints, Ints]
 
 
 def measure_vm(
@@ -36,18 +40,22 @@ def measure_vm(
     times: SpanTimes | None = None,
     row_counts: RowCounts | None = None,
 ) -> MeasuredVm:
-    """Measure a VM. Its inputs are added to `spool` if there is one; `row_counts` counts its rows on the way."""
+    """Measure a VM. `row_counts` counts its rows on the way.
+
+    The operations of the recorded kernel are added to `spool` if there is one.
+    """
     times = times or SpanTimes(capabilities, vm)
     inputs = VmInputs(capabilities, vm, times=times, row_counts=row_counts)
     measurement = Measurement(capabilities, inputs, times)
-    engine = Engine(capabilities.own, measurement.words, max(len(inputs.vcpus), 1))
+    engine = Engine(capabilities.own, measurement.own.words, max(len(inputs.vcpus), 1))
     done = tables = 0
     for part in inputs:
-        block = measurement.take(part).block
-        engine.feed(block, part.ranges, done)
-        done += len(block)
+        timed = measurement.take(part)
+        engine.feed(timed.block, part.ranges, done)
+        done += len(timed)
         log = engine.take_log()
         tables += int(log.tables[log.event == Happened.FREED].sum())
         if spool is not None:
-            spool.append(part)
-    return MeasuredVm(inputs, measurement.result(engine.vcpus.faults, tables), engine)
+            spool.append(timed, part.ranges)
+    measured = measurement.result(engine.vcpus.faults, tables)
+    return MeasuredVm(inputs, measured, engine, measurement.rest)

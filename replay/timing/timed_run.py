@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from replay.decode.capabilities import Capabilities
-from replay.decode.inputs import Inputs, Rest
+from replay.decode.inputs import Ints
+from replay.decode.smis_apart import SmisApart
 from replay.decode.specialize import Specialization
 from replay.plan import Run, Target
 from replay.simulate.operations import Ranges
-from replay.simulate.timed_operations import tail
+from replay.simulate.timed_operations import Timed, tail
 from replay.timing.costs import Fitted, fit
 from replay.timing.diagnosis import Diagnosis, diagnoses
 from replay.timing.measure import Measured
@@ -161,17 +162,23 @@ class PolicyClock:
         self._done = 0
 
     @staticmethod
-    def run_all(clocks: list[PolicyClock], parts: Iterable[Inputs], rest: Rest, began: int) -> None:
-        """Replay a VM's inputs under all clocks; `Specialization.timed` explains `began`."""
-        kernels = list(dict.fromkeys(clock.specialized for clock in clocks))
-        for part in parts:
-            timed = {specialized: specialized.timed(part, began) for specialized in kernels}
+    def run_all(
+        clocks: list[PolicyClock], parts: Iterable[tuple[Timed, Ranges]], rest: tuple[Ints, Ints, Ints], began: int
+    ) -> None:
+        """Replay the operations of a VM for one kernel under all clocks, which are those of this kernel.
+
+        `rest` is the time after each vCPU's last operation (`Specialization.rest`). With `began` (boot clock, ns), SMIs
+        are due at their recorded time, in ns since then; if it is negative they keep their place in the programs.
+        """
+        apart = SmisApart(len(rest[0]), began) if began >= 0 else None
+        for part, ranges in parts:
+            timed = part if apart is None else apart.move(part)
             for clock in clocks:
-                clock._engine.feed(timed[clock.specialized], part.ranges, clock._done)
-                clock._done += len(timed[clock.specialized])
-        ends = {specialized: tail(*specialized.rest(rest)) for specialized in kernels}
+                clock._engine.feed(timed, ranges, clock._done)
+                clock._done += len(timed)
+        end = tail(*(rest if apart is None else apart.rest(*rest)))
         for clock in clocks:
-            clock._engine.feed(ends[clock.specialized], Ranges(), clock._done)
+            clock._engine.feed(end, Ranges(), clock._done)
             clock._engine.finish()
 
     def outcome(self, ids: list[int], settings: Settings) -> PolicyTime:

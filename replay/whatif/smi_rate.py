@@ -17,9 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from replay.decode.capabilities import Capabilities
-from replay.decode.cases import Case
 from replay.decode.row_counts import RowCounts
-from replay.decode.specialize import Specialization
+from replay.decode.smis_apart import SmisApart
 from replay.decode.vm_inputs import vcpu_ids
 from replay.own_policy import OwnPolicyCheck, compare
 from replay.simulate.operations import VCPU_SHIFT, Block, Op, Ranges
@@ -115,11 +114,11 @@ class SmiProgram:
                 raise UnansweredVm(measured.refused)
             self.recorded = len(inputs.vcpus)
             self.vcpus = max(self.recorded, change.holders)
-            specialized = Specialization(capabilities.kernel, Case(), capabilities.ad_disabled, self.recorded)
-            for part in spool:
-                parts.append(_shifted(specialized.timed(part, measured.began), len(self._ranges.rows)))
-                self._ranges.rows += part.ranges.rows
-        whole = joined([*parts, tail(*specialized.rest(inputs.rest))])
+            apart = SmisApart(self.recorded, measured.began)
+            for part, ranges in spool:
+                parts.append(_shifted(apart.move(part), len(self._ranges.rows)))
+                self._ranges.rows += ranges.rows
+        whole = joined([*parts, tail(*apart.rest(*found.rest))])
         self._smis = [self._last_smi(whole, vcpu) for vcpu in range(self.recorded)]
         if all(smi is None for smi in self._smis):
             raise UnansweredVm("it has no whole SMI to repeat: record one, or make a trace with kvmtrace synth")
@@ -128,7 +127,7 @@ class SmiProgram:
         ends = self._program.block.op & 15 == Op.ZAP_ALL
         self._program.block.op[ends] = int(Op.ROLE) | self._program.queue[ends].astype(np.uint32) << VCPU_SHIFT
         self._program.block.gfn[ends] = 0
-        self._words = specialized.words
+        self._words = found.engine.words
         self._costs: Costs = replace(measured.fitted.costs, refill=round(1000 * change.working_set))
 
     def sweep(self, parameters: PolicyParameters, rates: Iterable[float]) -> Swept:

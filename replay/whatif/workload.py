@@ -12,15 +12,13 @@ from numpy.typing import NDArray
 
 from replay.decode.batch import Batch
 from replay.decode.capabilities import Capabilities
-from replay.decode.cases import Case
-from replay.decode.inputs import Inputs
 from replay.decode.row_counts import RowCounts
-from replay.decode.specialize import Specialization
 from replay.decode.vm_inputs import vcpu_ids
 from replay.own_policy import OwnPolicyCheck, compare
 from replay.simulate.engine import Engine
-from replay.simulate.operations import LEVEL_SHIFT, VCPU_SHIFT, Block, Op, Ranges
+from replay.simulate.operations import LEVEL_SHIFT, VCPU_SHIFT, Block, Op, Ranges, Word
 from replay.simulate.reference import Happened
+from replay.simulate.timed_operations import Timed
 from replay.spool import Spool
 from replay.timing.costs import DEFAULT, Costs, LockCosts
 from replay.timing.measure import SpanTimes
@@ -138,7 +136,7 @@ def workload(capabilities: Capabilities, vm: Mapping[str, Any]) -> Workload:
             int(measured.totals.sum(1).max()), nx=not capabilities.off("kvm", "nx_huge_pages"),
             mmio=len(watch.mmio), aged=watch.aged, aged_pages=watch.aged_pages,
         )  # fmt: skip
-        _Replay(capabilities, found).run(spool)
+        _Replay(capabilities, found, own.engine.words).run(spool)
         found.check = compare(capabilities, vm, inputs, rows, own.engine)
     if not found.programs:
         raise UnansweredVm("it has no fault with a time of its own: there is nothing to wait for mmu_lock")
@@ -169,10 +167,9 @@ class _Replay:
     inhibits by memslot, and with inhibits by gfn.
     """
 
-    def __init__(self, capabilities: Capabilities, found: Workload) -> None:
+    def __init__(self, capabilities: Capabilities, found: Workload, words: list[Word]) -> None:
         self._found = found
-        self._specialized = Specialization(capabilities.kernel, Case(), capabilities.ad_disabled, found.recorded)
-        self._engines = [Engine(capabilities.own, self._specialized.words, found.recorded) for _ in range(3)]
+        self._engines = [Engine(capabilities.own, words, found.recorded) for _ in range(3)]
         self._worker = capabilities.own.teardown == "worker"
         events = capabilities.trace.metadata.events
         self._moments = [events * i // (MOMENTS + 1) for i in range(1, MOMENTS + 1)]
@@ -182,15 +179,14 @@ class _Replay:
         self._since = np.zeros(found.recorded, np.int64)  # ns since the vCPU's last fault dropped mmu_lock
         self._seen: Ints = np.empty(0, np.int64)
 
-    def run(self, parts: Iterable[Inputs]) -> None:
-        """Replay the inputs, and fill in the workload."""
+    def run(self, parts: Iterable[tuple[Timed, Ranges]]) -> None:
+        """Replay the operations, and fill in the workload."""
         found = self._found
-        for part in parts:
-            timed = self._specialized.timed(part)
+        for timed, ranges in parts:
             block = timed.block
             self._faults(block.op, timed.lead, timed.cost, timed.was)
             self._seen = np.union1d(self._seen, block.gfn[block.op & 15 == Op.TOUCH])
-            self._feed(block, part.ranges)
+            self._feed(block, ranges)
         for gaps, links in zip(self._gaps, self._links, strict=True):
             if gaps:
                 gap, link = np.concatenate(gaps), np.concatenate(links)

@@ -27,7 +27,10 @@ COMPILED = (
     "replay.simulate.compiled.turns",
     "replay.simulate.compiled.timer",
     "replay.decode.specialize",
+    "replay.decode.smis_apart",
     "replay.timing.lock_waits",
+    "replay.timing.operation_samples",
+    "replay.timing.row_spans",
     "replay.timing.steal",
 )
 ROOT = Path(__file__).parents[2]

@@ -21,7 +21,7 @@ from replay.decode.vcpu_states import VcpuState
 from replay.decode.vm_inputs import VmInputs, dense_numbers, vcpu_ids
 from replay.simulate.operations import Op
 from replay.simulate.timed_operations import CREATED, FOUND
-from replay.timing import measure
+from replay.timing import measure, timed_run
 from replay.timing.measure import Measurement, SpanTimes
 from tests.profiles import examples
 from tests.replay.plain import plain
@@ -172,10 +172,17 @@ def _everything(name: str, size: int) -> list[Any]:
         times = SpanTimes(capabilities, vm, (0, 1 << 20, 100))
         inputs = VmInputs(capabilities, vm, times=times, size=size)
         measurement = Measurement(capabilities, inputs, times)
+        apart = timed_run.SmisApart(len(inputs.vcpus), 0)
         for part in inputs:
             timed = measurement.take(part)
             columns = (part.op, part.gfn, part.seq, timed.lead, timed.guest, timed.cost, timed.was, timed.queue)
             found.append(([column.tolist() for column in columns], part.ranges.rows))
+            moved = apart.move(timed)
+            found.append([getattr(moved, name).tolist() for name in ("queue", "lead", "guest", "idle", "wall")])
+        nothing = np.zeros(len(inputs.vcpus), np.int64)
+        found.append([each.tolist() for each in apart.rest(nothing, nothing, nothing)])
+        found.append([(name, each.values.tolist(), each.count, each.total) for name, each in times.samples.items()])
+        found.append((times.shortest.values.tolist(), times.shortest.count))
         times.timeline.finish()
         made = (inputs.rest.lead, times.timeline.totals, times.rip_runs.longest, times.timeline.parts)
         progress = np.concatenate(times.timeline.progress)
@@ -199,5 +206,8 @@ def test_compiled_loops_do_what_they_do_as_plain_python(name: str, monkeypatch: 
     monkeypatch.setattr(measure, "Specialization", plain("replay.decode.specialize").Specialization)
     monkeypatch.setattr(measure, "LockWaits", plain("replay.timing.lock_waits").LockWaits)
     monkeypatch.setattr(measure, "Steal", plain("replay.timing.steal").Steal)
+    monkeypatch.setattr(measure, "RowSpans", plain("replay.timing.row_spans").RowSpans)
+    monkeypatch.setattr(measure, "samples_of", plain("replay.timing.operation_samples").samples_of)
+    monkeypatch.setattr(timed_run, "SmisApart", plain("replay.decode.smis_apart").SmisApart)
     assert not decoder.COMPILED
     assert _everything(name, 1000) == compiled
