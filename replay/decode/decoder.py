@@ -84,27 +84,27 @@ _CR = cython.declare(cython.int, 14)
 _MSR = cython.declare(cython.int, 15)
 _IOCTL_BEGIN = cython.declare(cython.int, 16)
 _NEW_PGD = cython.declare(cython.int, 17)
-_CHANGED = cython.declare(cython.int, 18)
-_IOCTL_END = cython.declare(cython.int, 19)
-_INVALIDATE = cython.declare(cython.int, 20)
-_ZAP_LEAFS = cython.declare(cython.int, 21)
-_UNMAP = cython.declare(cython.int, 22)
-_ZAP_ALL = cython.declare(cython.int, 23)
-_MEMSLOT = cython.declare(cython.int, 24)
-_DESTROY = cython.declare(cython.int, 25)
-_NESTED = cython.declare(cython.int, 26)
-_TABLE_FREE = cython.declare(cython.int, 27)
-_ZAP_ROOT = cython.declare(cython.int, 28)
-_ZAP_ROOT_END = cython.declare(cython.int, 29)
-_SPLIT_HUGE = cython.declare(cython.int, 30)
-_USER_EXIT = cython.declare(cython.int, 31)
-_OF_VM = cython.declare(cython.int, 18)
+_SPLIT_HUGE = cython.declare(cython.int, 18)
+_USER_EXIT = cython.declare(cython.int, 19)
+_OF_VM = cython.declare(cython.int, 20)
+_CHANGED = cython.declare(cython.int, 20)
+_IOCTL_END = cython.declare(cython.int, 21)
+_INVALIDATE = cython.declare(cython.int, 22)
+_ZAP_LEAFS = cython.declare(cython.int, 23)
+_UNMAP = cython.declare(cython.int, 24)
+_ZAP_ALL = cython.declare(cython.int, 25)
+_MEMSLOT = cython.declare(cython.int, 26)
+_DESTROY = cython.declare(cython.int, 27)
+_NESTED = cython.declare(cython.int, 28)
+_TABLE_FREE = cython.declare(cython.int, 29)
+_ZAP_ROOT = cython.declare(cython.int, 30)
+_ZAP_ROOT_END = cython.declare(cython.int, 31)
 MEANINGS = (
     "", "kvm_exit", "kvm_entry", "kvm_page_fault", "kvm_mmu_spte_requested", "kvm_mmu_set_spte", "mark_mmio_spte",
     "fast_page_fault", "kvm_mmu_get_page", "root_get", "mmu_load", "mmu_reset", "mmu_unload", "kvm_smm_transition",
-    "kvm_cr", "kvm_msr", "ioctl", "new_pgd", "kvm_tdp_mmu_spte_changed", "ioctl_end", "kvm_mmu_zap_all_fast",
-    "zap_leafs", "kvm_unmap_hva_range", "zap_all", "memslot", "vm_destroy", "kvm_nested_vmenter", "table_free",
-    "zap_root_begin", "zap_root_end", "kvm_mmu_split_huge_page", "kvm_userspace_exit",
+    "kvm_cr", "kvm_msr", "ioctl", "new_pgd", "kvm_mmu_split_huge_page", "kvm_userspace_exit",
+    "kvm_tdp_mmu_spte_changed", "ioctl_end", "kvm_mmu_zap_all_fast", "zap_leafs", "kvm_unmap_hva_range", "zap_all",
+    "memslot", "vm_destroy", "kvm_nested_vmenter", "table_free", "zap_root_begin", "zap_root_end",
 )  # fmt: skip
 
 _TOUCH = cython.declare(cython.uint, int(Op.TOUCH))
@@ -519,6 +519,7 @@ class Decoder:
         v: cython.Py_ssize_t
         means: cython.int
         vcpu: cython.pointer[Vcpu] = self._vcpu
+        last: cython.longlong = self._room - self._most_slots - 8  # with more inputs there may be no room for a row's
         if not cython.compiled:
             seq, time, vcpu_of, tid, kind = map(memoryview, (seq, time, vcpu_of, tid, kind))  # type: ignore[arg-type]
             root, role, level, as_id = map(memoryview, (root, role, level, as_id))  # type: ignore[arg-type]
@@ -527,7 +528,7 @@ class Decoder:
             flags, state, ns, mark = map(memoryview, (flags, state, ns, mark))  # type: ignore[arg-type]
         with cython.nogil:
             while i < rows and not self.ended:
-                if self.inputs + self._most_slots + 8 > self._room:
+                if self.inputs > last:
                     break
                 v = vcpu_of[i]
                 means = self._means[kind[i]]
@@ -535,65 +536,6 @@ class Decoder:
                 self._now = time[i]
                 if self._timed and state[i] != _NO_SPAN:
                     self._spend(v, means, state[i], ns[i], mark[i], root[i])
-                if v >= 0:
-                    if means in (_SET, _MARK, _FAST) and self._shadows(self._role_of(root[i])):
-                        pass  # a fault of a nested guest, in KVM's shadow of L1's tables
-                    elif means in (_SET, _MARK):
-                        self._leaf(v, means == _MARK, level[i], gfn[i], root[i], table[i])
-                    elif means == _FAULT:
-                        vcpu[v].present = code[i] & self._present != 0
-                        vcpu[v].faulted = seq[i]
-                        vcpu[v].marked = -1
-                    elif means == _REQUESTED:
-                        vcpu[v].marked = -1
-                        vcpu[v].requested = gfn[i]
-                        vcpu[v].requested_level = level[i]
-                    elif means == _SPLIT_HUGE:
-                        if vcpu[v].faulted > max(vcpu[v].opened, vcpu[v].split):
-                            self._splits(v, vcpu[v].requested, vcpu[v].requested_level)
-                    elif means == _EXIT:
-                        self._exits(v, code[i], value[i])
-                    elif means == _ENTRY:
-                        self._enters(v, root[i], role[i])
-                    elif means in (_ROOT_GET, _MMU_LOAD):
-                        if root[i] > 0:
-                            self._name(root[i], role[i])
-                            if means == self._loads_by and ret[i] >= 0:
-                                self._load_root(v, root[i], role[i])
-                    elif means == _GET_PAGE:
-                        if root[i] > 0:
-                            self._name(root[i], role[i])
-                        elif flags[i] & 1 and root[i] == 0:
-                            vcpu[v].built = seq[i]
-                            vcpu[v].built_at = gfn[i]
-                    elif means == _NEW_PGD:
-                        self._switches(v, role[i])
-                    elif means in (_RESET, _UNLOAD):
-                        self._resets(v, means == _UNLOAD, role[i] >> 24 != 0)
-                    elif means == _SMM_MOVE:
-                        self._moves(v, flags[i] & 1 != 0)
-                    elif means == _CR:
-                        if flags[i] & 1:
-                            self._writes(v, code[i], cython.cast(cython.longlong, value[i]))
-                    elif means == _MSR:
-                        if flags[i] & 1 and code[i] == _EFER_MSR:
-                            if self._open_resets:
-                                self._writes_efer(v, cython.cast(cython.longlong, value[i]))
-                            vcpu[v].efer = cython.cast(cython.longlong, value[i])
-                    elif means == _FAST:
-                        if ret[i] == self._fixed:
-                            self._repaired(v, addr[i], (old[i] | new[i]) & _LARGE != 0)
-                    elif means == _USER_EXIT:
-                        if self._open_resets:
-                            self._not_seen(v)
-                    elif means == _IOCTL_BEGIN:
-                        vcpu[v].opened = seq[i]
-                        vcpu[v].why = self._asked(cython.cast(cython.longlong, code[i] & 0xFFFF))
-                        if code[i] == _KVM_SMI:
-                            vcpu[v].asked_smi = seq[i]
-                elif means in (_ROOT_GET, _MMU_LOAD, _GET_PAGE) and root[i] > 0:
-                    self._name(root[i], role[i])
-
                 if means >= _OF_VM:
                     if means == _CHANGED:
                         if self._deletes:
@@ -639,6 +581,63 @@ class Decoder:
                     elif means == _DESTROY:
                         self._put(_END, 0)
                         self.ended = True
+                elif v >= 0:
+                    if means in (_SET, _MARK):
+                        # A fault of a nested guest, in KVM's shadow of L1's tables, is not counted.
+                        if not self._shadows(self._role_of(root[i])):
+                            self._leaf(v, means == _MARK, level[i], gfn[i], root[i], table[i])
+                    elif means == _FAULT:
+                        vcpu[v].present = code[i] & self._present != 0
+                        vcpu[v].faulted = seq[i]
+                        vcpu[v].marked = -1
+                    elif means == _REQUESTED:
+                        vcpu[v].marked = -1
+                        vcpu[v].requested = gfn[i]
+                        vcpu[v].requested_level = level[i]
+                    elif means == _EXIT:
+                        self._exits(v, code[i], value[i])
+                    elif means == _ENTRY:
+                        self._enters(v, root[i], role[i])
+                    elif means in (_ROOT_GET, _MMU_LOAD):
+                        if root[i] > 0:
+                            self._name(root[i], role[i])
+                            if means == self._loads_by and ret[i] >= 0:
+                                self._load_root(v, root[i], role[i])
+                    elif means == _GET_PAGE:
+                        if root[i] > 0:
+                            self._name(root[i], role[i])
+                        elif flags[i] & 1 and root[i] == 0:
+                            vcpu[v].built = seq[i]
+                            vcpu[v].built_at = gfn[i]
+                    elif means == _NEW_PGD:
+                        self._switches(v, role[i])
+                    elif means in (_RESET, _UNLOAD):
+                        self._resets(v, means == _UNLOAD, role[i] >> 24 != 0)
+                    elif means == _SMM_MOVE:
+                        self._moves(v, flags[i] & 1 != 0)
+                    elif means == _CR:
+                        if flags[i] & 1:
+                            self._writes(v, code[i], cython.cast(cython.longlong, value[i]))
+                    elif means == _MSR:
+                        if flags[i] & 1 and code[i] == _EFER_MSR:
+                            if self._open_resets:
+                                self._writes_efer(v, cython.cast(cython.longlong, value[i]))
+                            vcpu[v].efer = cython.cast(cython.longlong, value[i])
+                    elif means == _FAST:
+                        if ret[i] == self._fixed and not self._shadows(self._role_of(root[i])):
+                            self._repaired(v, addr[i], (old[i] | new[i]) & _LARGE != 0)
+                    elif means == _USER_EXIT:
+                        if self._open_resets:
+                            self._not_seen(v)
+                    elif means == _IOCTL_BEGIN:
+                        vcpu[v].opened = seq[i]
+                        vcpu[v].why = self._asked(cython.cast(cython.longlong, code[i] & 0xFFFF))
+                        if code[i] == _KVM_SMI:
+                            vcpu[v].asked_smi = seq[i]
+                    elif means == _SPLIT_HUGE and vcpu[v].faulted > max(vcpu[v].opened, vcpu[v].split):
+                        self._splits(v, vcpu[v].requested, vcpu[v].requested_level)
+                elif means in (_ROOT_GET, _MMU_LOAD, _GET_PAGE) and root[i] > 0:
+                    self._name(root[i], role[i])
                 i += 1
         return i
 

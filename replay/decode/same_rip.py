@@ -47,6 +47,11 @@ _MMU_LOAD = cython.declare(cython.int, BY_NAME["mmu_load"].code)
 _USER_EXIT = cython.declare(cython.int, BY_NAME["kvm_userspace_exit"].code)
 _INJECT = cython.declare(cython.int, BY_NAME["kvm_inj_exception"].code)
 _UNMAP = cython.declare(cython.int, BY_NAME["kvm_unmap_hva_range"].code)
+KINDS = (
+    "kvm_exit", "kvm_entry", "kvm_page_fault", "kvm_mmu_set_spte", "kvm_mmu_spte_requested", "fast_page_fault",
+    "mark_mmio_spte", "handle_mmio_page_fault", "kvm_mmio", "kvm_fast_mmio", "mmu_load", "kvm_userspace_exit",
+    "kvm_inj_exception", "kvm_unmap_hva_range",
+)  # fmt: skip
 _UD = cython.declare(cython.ulonglong, 6)  # the vector of #UD
 _CODES = cython.declare(cython.ulonglong, CODES)
 _HLT = cython.declare(cython.ulonglong, USER_HLT)
@@ -153,6 +158,7 @@ class RipRuns:
     _longest: cython.pointer[RipRun]
     _vcpu: cython.pointer[Follow]
     _notified: cython.longlong
+    _told: cython.uchar[::1]  # by kind: whether its rows say anything of a run
     _meaning: cython.uchar[::1]
     _write: cython.ulonglong  # bits of a fault's code; likewise the next two
     _reserved: cython.ulonglong
@@ -170,6 +176,9 @@ class RipRuns:
         for name in ("entered", "page", "home", "ended", "exit"):
             self.ends[name] = -1
         self._notified = 0
+        self._told = np.zeros(256, np.uint8)
+        for name in KINDS:
+            self._told[BY_NAME[name].code] = 1
         meaning = np.zeros(CODES, np.uint8)
         meaning[idle_exits(vendor) != 0] = 1
         meaning[list(vendor.io)] = 2
@@ -213,11 +222,14 @@ class RipRuns:
         ret: cython.const[cython.int][::1],
     ) -> None:
         i: cython.Py_ssize_t
+        told: cython.uchar[::1] = self._told
         if not cython.compiled:
             seq, time, vcpu, kind, rip, addr = map(memoryview, (seq, time, vcpu, kind, rip, addr))  # type: ignore[arg-type]
             code, ret = map(memoryview, (code, ret))  # type: ignore[arg-type]
         with cython.nogil:
             for i in range(kind.shape[0]):
+                if not told[kind[i]]:
+                    continue
                 if kind[i] == _UNMAP:
                     self._notified += 1
                 elif vcpu[i] >= 0:
@@ -264,10 +276,10 @@ class RipRuns:
             run[v].reserved += code & self._reserved != 0
             run[v].present += code & self._present != 0
             self._accesses(v, addr)
-        elif k == _REQUESTED:
-            run[v].requested += 1
         elif k == _SET:
             run[v].installed += 1
+        elif k == _REQUESTED:
+            run[v].requested += 1
         elif k == _FAST:
             run[v].fixed += ret == self._fixed
         elif k == _MARK:

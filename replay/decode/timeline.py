@@ -55,12 +55,10 @@ _ENTRY = cython.declare(cython.int, BY_NAME["kvm_entry"].code)
 _EXIT = cython.declare(cython.int, BY_NAME["kvm_exit"].code)
 _FAULT = cython.declare(cython.int, BY_NAME["kvm_page_fault"].code)
 _USER_EXIT = cython.declare(cython.int, BY_NAME["kvm_userspace_exit"].code)
-_GET_PAGE = cython.declare(cython.int, BY_NAME["kvm_mmu_get_page"].code)
 _SET = cython.declare(cython.int, BY_NAME["kvm_mmu_set_spte"].code)
-_TABLE_FREE = cython.declare(cython.int, BY_NAME["table_free"].code)  # an RCU callback interrupts whatever runs
-_SCHED_IN = cython.declare(cython.int, BY_NAME["sched_in"].code)  # the thread continues what it was doing
 _IOCTL = cython.declare(cython.int, BY_NAME["ioctl"].code)
 _GUEST = cython.declare(cython.int, int(VcpuState.GUEST))
+_FAULTING = cython.declare(cython.int, int(VcpuState.FAULT))
 _LOAD = cython.declare(cython.int, int(VcpuState.LOAD))
 _USER = cython.declare(cython.int, int(VcpuState.USER))
 _OTHER = cython.declare(cython.int, int(VcpuState.OTHER))
@@ -80,12 +78,17 @@ _PAUSE = cython.declare(cython.longlong, 10_000_000)  # ns in userspace after a 
 _STEP = cython.declare(cython.longlong, 1_000_000)  # ns between two moments of a vCPU's progress, approximately
 _CODES = cython.declare(cython.ulonglong, CODES)
 _UNTOLD = cython.declare(cython.int, UNTOLD)
+# What a kind of row shows, where that is neither a state nor nothing.
+_SPECIAL = cython.declare(cython.int, 250)  # the least of these, and of _UNTOLD
+_GOT_PAGE = cython.declare(cython.int, 250)  # a fault needs a table or, if the page is a root, a load builds it
+_SWITCHED_IN = cython.declare(cython.int, 251)  # the thread continues what it was doing
+_IGNORED = cython.declare(cython.int, 252)  # table_free: an RCU callback interrupts whatever runs
 _NO_SPAN = cython.declare(cython.int, NO_SPAN)
 
 Thread = cython.struct(  # the state of a vCPU's thread after its last row
     time=cython.longlong,  # time of that row; -1: there was none
     kind=cython.longlong,
-    rip=cython.ulonglong,
+    rip=cython.ulonglong,  # at the last entry
     state=cython.longlong,
     fetched=cython.longlong,  # the last exit was a fault on an instruction, or on the guest's own page tables
     tid=cython.longlong,
@@ -101,6 +104,7 @@ Thread = cython.struct(  # the state of a vCPU's thread after its last row
     rests=cython.longlong,  # the state to which time in userspace belongs now
     signalled=cython.longlong,  # the vCPU went to userspace for a signal
     waited=cython.longlong,  # ns for which the thread has waited for a CPU since that row
+    spent=cython.longlong[12],  # ns by VcpuState
 )
 Moment = cython.struct(  # a vCPU's progress after a row; the fields are those of Thread
     vcpu=cython.longlong,
@@ -135,7 +139,6 @@ class Timeline:
     _thread: cython.pointer[Thread]
     _moment: cython.pointer[Moment]
     _moments: cython.Py_ssize_t
-    _total: cython.longlong[:, ::1]
     _in_part: cython.longlong[:, :, ::1]
     _states: cython.uchar[::1]
     _prefetches: cython.bint
@@ -174,12 +177,15 @@ class Timeline:
         self._pool["tid"] = -1
         self._pool["rests"] = VcpuState.USER
         self._threads = set()
-        self.totals = np.zeros((vcpus, len(VcpuState)), np.int64)
+        self.totals = self._pool["spent"]
         first, width, count = parts or (0, 1, 0)
         self.parts = np.zeros((vcpus, count + 1, len(VcpuState)), np.int64)
         self._first, self._width, self._count = first, width, count
         self._pool["part_end"] = -(1 << 62)
-        self._states = states_of_kinds()
+        states = states_of_kinds()
+        for name, special in (("table_free", _IGNORED), ("sched_in", _SWITCHED_IN), ("kvm_mmu_get_page", _GOT_PAGE)):
+            states[BY_NAME[name].code] = special
+        self._states = states
         self._prefetches = prefetches
         self._fetch, (self._walk_mask, self._walk) = vendor.fault.fetch, vendor.fault.walk
         interrupts = np.zeros(CODES, np.uint8)
@@ -193,7 +199,6 @@ class Timeline:
         self.backwards = 0
         self.progress = []
         self._moment_pool = make_pool(0, MOMENT)
-        self._total = self.totals
         self._in_part = self.parts
         if cython.compiled:
             thread: cython.uchar[::1] = as_bytes(self._pool)
@@ -247,36 +252,38 @@ class Timeline:
         before: cython.uchar[::1],
     ) -> None:
         i: cython.Py_ssize_t
-        rows: cython.Py_ssize_t = kind.shape[0]
         v: cython.Py_ssize_t
         k: cython.int
+        was: cython.int
         own: cython.int
         what: cython.int
         marks: cython.int
+        now: cython.longlong
         passed: cython.longlong
-        waited: cython.longlong
-        asleep: cython.longlong
+        away: cython.longlong
         thread: cython.pointer[Thread] = self._thread
+        states: cython.uchar[::1] = self._states
         if not cython.compiled:
             time, vcpu, tid, kind = map(memoryview, (time, vcpu, tid, kind))  # type: ignore[arg-type]
             root, code, rip, value, ret = map(memoryview, (root, code, rip, value, ret))  # type: ignore[arg-type]
         with cython.nogil:
-            for i in range(rows):
+            for i in range(kind.shape[0]):
                 state[i] = _NO_SPAN
                 ns[i] = mark[i] = 0
                 v = vcpu[i]
                 k = kind[i]
                 if v < 0:
                     continue
-                if k == _TABLE_FREE:
-                    continue
-                if k == _SCHED_IN:
-                    if tid[i] == thread[v].tid:
-                        self._comes_back(v, time[i], code[i], value[i])
-                    continue
-                own = self._states[k]
-                if k == _GET_PAGE and root[i] != 0:
-                    own = _LOAD
+                own = states[k]
+                if own >= _SPECIAL:
+                    if own == _IGNORED:
+                        continue
+                    if own == _SWITCHED_IN:
+                        if tid[i] == thread[v].tid:
+                            self._comes_back(v, time[i], code[i], value[i])
+                        continue
+                    if own == _GOT_PAGE:
+                        own = _LOAD if root[i] != 0 else _FAULTING
                 if tid[i] != thread[v].tid:
                     # What a thread did before it first ran a vCPU, such as setting it up, is not the vCPU's time.
                     if not self._runs_vcpus(tid[i], own == _LOAD or k == _ENTRY):
@@ -286,78 +293,80 @@ class Timeline:
                 if own != _UNTOLD:
                     thread[v].state = own
                 what = cython.cast(cython.int, thread[v].state)
-                if thread[v].kind == _USER_EXIT:
-                    what = _USER
-                if what == _USER and (thread[v].kind != _IOCTL or thread[v].rests == _PAUSED):
-                    what = cython.cast(cython.int, thread[v].rests)
-                if thread[v].kind == _ENTRY and k == _EXIT:
-                    what = _GUEST
-                elif thread[v].kind == _EXIT and thread[v].halts:
-                    what = _IDLE
-                elif self._prefetches and thread[v].kind == _SET and k == _SET:
-                    what = _PREFETCH
-
+                was = cython.cast(cython.int, thread[v].kind)
                 marks = 0
-                if what == _GUEST and rip[i] == thread[v].rip:
-                    marks = _STILL
-                    if k == _EXIT and thread[v].fetched:
-                        marks |= _BARE
-                if k == _EXIT:
-                    thread[v].fetched = False
-                    if code[i] < _CODES and self._interrupts[code[i]]:
-                        marks |= _INTERRUPT
-                elif k == _FAULT:
-                    thread[v].fetched = self._is_fetch(code[i])
+                if was == _ENTRY and k == _EXIT:
+                    what = _GUEST
+                    if rip[i] == thread[v].rip:
+                        marks = _STILL | _BARE if thread[v].fetched else _STILL
+                else:
+                    if was == _USER_EXIT:
+                        what = _USER
+                    if what == _USER and (was != _IOCTL or thread[v].rests == _PAUSED):
+                        what = cython.cast(cython.int, thread[v].rests)
+                    if was == _EXIT and thread[v].halts:
+                        what = _IDLE
+                    elif self._prefetches and was == _SET and k == _SET:
+                        what = _PREFETCH
 
-                passed = waited = asleep = 0
+                now = time[i]
+                passed = 0
                 if thread[v].time >= 0:
-                    passed = time[i] - thread[v].time
+                    passed = now - thread[v].time
                     if passed < 0:
                         self.backwards += 1
                         passed = 0
-                    if time[i] >= thread[v].next_ms:
+                    if now >= thread[v].next_ms:
                         self._note(v)
-                        thread[v].next_ms = (time[i] // _STEP + 1) * _STEP
+                        thread[v].next_ms = (now // _STEP + 1) * _STEP
                     if passed >= self._least:
-                        asleep = self._asleep(thread[v].time, time[i], what not in (_GUEST, _USER, _IDLE, _PAUSED))
-                        self._slept[v] += asleep
-                        passed -= asleep
+                        away = self._asleep(thread[v].time, now, what not in (_GUEST, _USER, _IDLE, _PAUSED))
+                        self._slept[v] += away
+                        thread[v].away += away
+                        passed -= away
+                    away = 0
                     if thread[v].waited:
-                        waited = min(thread[v].waited, passed)
-                        passed -= waited
-                        self._total[v, _STEAL] += waited
-                    if what == _USER and thread[v].signalled and passed >= _PAUSE:
-                        what = _PAUSED
-                    self._total[v, what] += passed
-                    thread[v].away += waited + asleep
-                    thread[v].stolen += waited
+                        away = min(thread[v].waited, passed)
+                        passed -= away
+                        thread[v].spent[_STEAL] += away
+                        thread[v].away += away
+                        thread[v].stolen += away
                     if what == _GUEST:
                         thread[v].guest += passed
                         thread[v].guests += 1
                     elif what == _IDLE:
                         thread[v].idle += passed
-                    elif what == _PAUSED:
+                    elif what == _USER and thread[v].signalled and passed >= _PAUSE:
+                        what = _PAUSED
+                    if what == _PAUSED:
                         thread[v].away += passed
+                    thread[v].spent[what] += passed
                     if self._count:
-                        self._spread(v, what, time[i] - waited - passed, time[i] - waited)
-                        if waited:
-                            self._spread(v, _STEAL, time[i] - waited, time[i])
+                        self._spread(v, what, now - away - passed, now - away)
+                        if away:
+                            self._spread(v, _STEAL, now - away, now)
                 if k == _EXIT:
-                    thread[v].halts = code[i] < _CODES and self._idles[code[i]]
+                    thread[v].fetched = thread[v].halts = False
+                    if code[i] < _CODES:
+                        thread[v].halts = self._idles[code[i]]
+                        if self._interrupts[code[i]]:
+                            marks |= _INTERRUPT
                 elif k == _ENTRY:
+                    thread[v].rip = rip[i]
                     thread[v].rests = _USER
                     thread[v].signalled = False
+                elif k == _FAULT:
+                    thread[v].fetched = self._is_fetch(code[i])
                 elif k == _USER_EXIT:
                     thread[v].rests = self._rest(code[i], ret[i])
                     thread[v].signalled = ret[i] == _EINTR
-                state[i] = what
-                ns[i] = passed
-                mark[i] = marks
-                before[i] = cython.cast(cython.uchar, thread[v].kind)
-                thread[v].time = time[i]
+                thread[v].time = now
                 thread[v].kind = k
-                thread[v].rip = rip[i]
                 thread[v].waited = 0
+                ns[i] = passed
+                state[i] = what
+                mark[i] = marks
+                before[i] = was
 
     @cython.cfunc
     @cython.nogil
@@ -473,5 +482,6 @@ THREAD = [
     ("time", "i8"), ("kind", "i8"), ("rip", "u8"), ("state", "i8"), ("fetched", "i8"), ("tid", "i8"), ("part", "i8"),
     ("part_end", "i8"), ("next_ms", "i8"), ("guest", "i8"), ("guests", "i8"), ("idle", "i8"), ("away", "i8"),
     ("stolen", "i8"), ("halts", "i8"), ("rests", "i8"), ("signalled", "i8"), ("waited", "i8"),
+    ("spent", "i8", (len(VcpuState),)),
 ]  # fmt: skip
 MOMENT = [(name, "i8") for name in ("vcpu", "time", "guest", "guests", "idle", "away", "stolen")]

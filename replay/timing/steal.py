@@ -70,6 +70,7 @@ class Steal:
     _since: cython.longlong  # when the first of them began to wait
     _zapped: cython.longlong  # ns that the worker has zapped since then
     _idled: cython.longlong  # ns in all that invalidations waited while the worker was not zapping
+    _behind: cython.longlong  # number of vCPUs that have had no row since it grew
     _taken: cython.longlong[::1]  # `_worked` at each vCPU's last row
     _lost: cython.longlong[::1]
     _idle: cython.longlong[::1]  # `_idled` at each vCPU's last row
@@ -90,7 +91,7 @@ class Steal:
         self._workers = set(workers)
         self._zapping = {}
         self._time = self._kind = -1
-        self._worked = self._waiting = self._since = self._zapped = self._idled = 0
+        self._worked = self._waiting = self._since = self._zapped = self._idled = self._behind = 0
         self._taken = np.zeros(vcpus, np.int64)
         self._lost = self.lost
         self.awaited = np.zeros(vcpus, np.int64)
@@ -155,6 +156,8 @@ class Steal:
             for i in range(kind.shape[0]):
                 v = vcpu[i]
                 k = kind[i]
+                if v >= 0 and not self._behind and not self.shared and k != _WAITS and k != _WAITED:
+                    continue  # most rows: nothing of theirs is counted here
                 if v < 0 and k in (_BEGIN, _END, _REMOVES):
                     with cython.gil:
                         self._zap(tid[i], k, time[i])
@@ -162,10 +165,11 @@ class Steal:
                     self._works(k, time[i], work[i])
                 if state[i] == _NO_SPAN:
                     continue
-                if works:
+                if self._idle[v] != self._idled:
                     if state[i] == _USER:
                         self._awaited[v] += min(self._idled - self._idle[v], ns[i])
                     self._idle[v] = self._idled
+                    self._behind -= 1
                 if self.shared:
                     taken = self._worked - self._taken[v]
                     self._taken[v] = self._worked
@@ -185,6 +189,7 @@ class Steal:
     @cython.exceptval(check=False)
     def _works(self, k: cython.int, time: cython.longlong, work: cython.longlong) -> cython.void:
         """Take in a row, before which a worker had worked for `work` ns."""
+        idled: cython.longlong
         if k == _WAITS:
             if not self._waiting:
                 self._since = time
@@ -193,7 +198,10 @@ class Steal:
         elif k == _WAITED and self._waiting:
             self._waiting -= 1
             if not self._waiting:
-                self._idled += max(time - self._since - self._zapped, 0)
+                idled = time - self._since - self._zapped
+                if idled > 0:
+                    self._idled += idled
+                    self._behind = self._idle.shape[0]
         # The zaps that an invalidation waits for happen under every policy, so they are not lost time.
         if self._waiting:
             self._zapped += work if k != _BEGIN else 0
