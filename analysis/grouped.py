@@ -16,8 +16,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from analysis.rows import GFN, KIND, VCPU, VM, DecodedRows
-from replay.decode.groups import FIELDS, Groups
+from analysis.rows import KIND, DecodedRows
+from replay.decode.groups import FIELDS, IN_WINDOW, Groups
 from traces.schema import BY_CODE, BY_NAME
 
 _ROWS: Final = ("rows", "first_time", "last_time")
@@ -30,24 +30,25 @@ class Grouped(ABC):
     """A question that is answered by counting rows in groups."""
 
     name: str  # identifies the question with its options: two of the same name are counted once
-    reads: tuple[str, ...]  # the columns that `give` gets, besides VM
+    reads: tuple[str, ...]  # the columns that `give` gets
+    sums: tuple[str, ...] = ()  # names for the sums of the groups
 
     @abstractmethod
-    def give(self, groups: Groups, vm: NDArray[Any], *columns: NDArray[Any]) -> None:
-        """Pass a batch's columns to the compiled loop that counts for this question."""
+    def give(self, groups: Groups, vm: int, *columns: NDArray[Any]) -> None:
+        """Pass the columns of a VM's next rows (-1: of no VM) to the compiled loop that counts for this question."""
 
     @abstractmethod
-    def told(self, table: pl.DataFrame) -> pl.DataFrame:
-        """Return the answer, made from the table of groups: columns FIELDS, `vm` null for rows of no VM."""
+    def told(self, table: pl.LazyFrame) -> pl.LazyFrame:
+        """Return the answer, made from the table of groups: FIELDS and `sums`, `vm` null for rows of no VM."""
 
     @property
     def columns(self) -> frozenset[str]:
         """The columns of rows that the question needs."""
-        return frozenset({VM, *self.reads})
+        return frozenset(self.reads)
 
     def begin(self) -> Grouping:
         """Begin a pass over the rows."""
-        return Grouping(self, Groups())
+        return Grouping(self, Groups(len(self.sums)))
 
 
 class Grouping:
@@ -56,15 +57,18 @@ class Grouping:
     def __init__(self, asked: Grouped, groups: Groups) -> None:
         self._asked, self._groups = asked, groups
 
-    def feed(self, rows: DecodedRows) -> None:
+    def feed(self, vm: int, rows: DecodedRows) -> None:
         """Count the next rows."""
-        vm, *columns = (rows.frame[name].to_numpy() for name in (VM, *self._asked.reads))
-        self._asked.give(self._groups, vm, *columns)
+        self._asked.give(self._groups, vm, *(rows[name] for name in self._asked.reads))
 
     def answer(self) -> pl.DataFrame:
-        """Return the answer over all rows."""
-        table = pl.DataFrame(self._groups.table[: self._groups.count], schema=list(FIELDS), orient="row")
-        return self._asked.told(table.with_columns(pl.when(pl.col("vm") != -1).then("vm").cast(pl.Int32)))
+        """Return the answer over all rows, after which no more can be counted."""
+        names = (*FIELDS, *self._asked.sums)
+        table = self._groups.table[: self._groups.count]
+        columns = pl.DataFrame([pl.Series(name, table[:, at], pl.Int64) for at, name in enumerate(names)])
+        del self._groups, table  # they take as much memory as the answer
+        vm = pl.when(pl.col("vm") != -1).then("vm").cast(pl.Int32)
+        return self._asked.told(columns.lazy().with_columns(vm)).collect(engine="streaming")
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,14 +80,14 @@ class KindsBy(Grouped):
     reads: tuple[str, ...]  # KIND, "time" and the two columns
     keys: Mapping[str, pl.Expr]  # the answer's key columns, as expressions of KEY and OTHER
 
-    def give(self, groups: Groups, vm: NDArray[Any], *columns: NDArray[Any]) -> None:
+    def give(self, groups: Groups, vm: int, *columns: NDArray[Any]) -> None:
         kind, time, key, other = columns
         wanted = np.zeros(256, np.uint8)
         wanted[[BY_NAME[name].code for name in self.kinds]] = 1
         signed = key.view(np.int64) if key.itemsize == 8 else key
-        groups.feed(wanted, vm, kind, time, signed, other.view(np.uint8))
+        groups.feed(vm, wanted, kind, time, signed, other.view(np.uint8))
 
-    def told(self, table: pl.DataFrame) -> pl.DataFrame:
+    def told(self, table: pl.LazyFrame) -> pl.LazyFrame:
         return table.select("vm", *_ROWS, **self.keys)
 
 
@@ -93,36 +97,43 @@ class UsedRoots(Grouped):
 
     name: str = "roots"
     reads: tuple[str, ...] = (KIND, "time", "root", "role")
+    sums: tuple[str, ...] = ("loads", "faults", "least_role")
 
-    def give(self, groups: Groups, vm: NDArray[Any], *columns: NDArray[Any]) -> None:
+    def give(self, groups: Groups, vm: int, *columns: NDArray[Any]) -> None:
         groups.feed_roots(vm, *columns)
 
-    def told(self, table: pl.DataFrame) -> pl.DataFrame:
-        role = pl.when(pl.col("sum_2") != 0).then("sum_2").cast(pl.UInt32)
-        return table.select("vm", *_ROWS, root=KEY.cast(pl.Int32), role=role, loads="sum_0", faults="sum_1")
+    def told(self, table: pl.LazyFrame) -> pl.LazyFrame:
+        role = pl.when(pl.col("least_role") != 0).then("least_role").cast(pl.UInt32)
+        return table.select("vm", *_ROWS, "loads", "faults", root=KEY.cast(pl.Int32), role=role)
 
 
 @dataclass(frozen=True)
-class FaultedPages(Grouped):
-    """Counts faults by `vcpu` and `gfn`, and those `served`: a page was mapped, or a permission fixed."""
+class UnservedPages(Grouped):
+    """Counts faults by `vcpu` and `gfn`, and those `served`: a page was mapped, or a permission fixed.
+
+    The answer has only pages of which two faults or more were not served.
+    """
 
     name: str = "faults by page"
-    reads: tuple[str, ...] = (VCPU, KIND, "time", GFN, "addr", "old", "new")
+    sums: tuple[str, ...] = ("faults", "served")
+    reads: tuple[str, ...] = ("vcpu", KIND, "time", "gfn", "addr", "old", "new")
 
-    def give(self, groups: Groups, vm: NDArray[Any], *columns: NDArray[Any]) -> None:
+    def give(self, groups: Groups, vm: int, *columns: NDArray[Any]) -> None:
         groups.feed_pages(vm, *columns)
 
-    def told(self, table: pl.DataFrame) -> pl.DataFrame:
-        return table.select("vm", *_ROWS, vcpu=OTHER.cast(pl.Int16), gfn=KEY, faults="sum_0", served="sum_1")
+    def told(self, table: pl.LazyFrame) -> pl.LazyFrame:
+        return table.filter(pl.col("faults") - pl.col("served") > 1).select(
+            "vm", *_ROWS, *self.sums, vcpu=OTHER.cast(pl.Int16), gfn=KEY
+        )
 
 
 @dataclass(frozen=True)
 class Windowed(Grouped):
-    """Counts rows that show how a vCPU spent its time, by `vcpu`, `kind` and `window`.
+    """Counts rows that show how a vCPU spent its time, by `vcpu` and `window`: see `groups.IN_WINDOW`.
 
-    Windows are `width_ns` long and begin at boot ns `first`. `at` is the sum of the rows' ns since the begin of their
-    window, `entering` the number of rows that enter SMM, `fixes` the number of faults that lacked only a permission:
-    those whose error code has a bit of `present` and none of `reserved`; none if `present` is 0.
+    Windows are `width_ns` long and begin at boot ns `first`. `fixes` is the number of faults that lacked only a
+    permission: those whose error code has a bit of `present` and none of `reserved`; none if `present` is 0. `entered`
+    and `left` are null in windows without an entry or exit.
     """
 
     name: str
@@ -130,15 +141,17 @@ class Windowed(Grouped):
     width_ns: int
     present: int
     reserved: int
-    reads: tuple[str, ...] = (VCPU, KIND, "time", "code", "flags")
+    reads: tuple[str, ...] = ("vcpu", KIND, "time", "code", "flags")
+    sums: tuple[str, ...] = IN_WINDOW
 
-    def give(self, groups: Groups, vm: NDArray[Any], *columns: NDArray[Any]) -> None:
-        groups.feed_windows(self.first, self.width_ns, self.present, self.reserved, vm, *columns)
+    def give(self, groups: Groups, vm: int, *columns: NDArray[Any]) -> None:
+        groups.feed_windows(vm, self.first, self.width_ns, self.present, self.reserved, *columns)
 
-    def told(self, table: pl.DataFrame) -> pl.DataFrame:
+    def told(self, table: pl.LazyFrame) -> pl.LazyFrame:
         return table.select(
-            "vm", *_ROWS, vcpu=(OTHER // 256).cast(pl.Int16), window=KEY, kind=kind_names(OTHER % 256),
-            at="sum_0", entering="sum_1", fixes="sum_2",
+            "vm", *IN_WINDOW, vcpu=OTHER.cast(pl.Int16), window=KEY
+        ).with_columns(
+            pl.when(pl.col("entries") > 0).then("entered"), pl.when(pl.col("exits") > 0).then("left")
         )  # fmt: skip
 
 

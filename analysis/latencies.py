@@ -7,15 +7,15 @@ number of buckets in use, not with rows. The longest and the sum are exact.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from analysis.rows import KIND, VCPU, DecodedRows
+from analysis.rows import KIND, DecodedRows
 from replay.decode.lasting import LEADING, Lasting
 from traces.schema import BY_NAME
 
@@ -48,7 +48,7 @@ class Latencies:
     def columns(self) -> frozenset[str]:
         if self.calls:
             return frozenset({"seq", "time", "tid", KIND, "code"})
-        return frozenset({"time", VCPU, KIND, "code", *(["ret"] if self.failing else [])})
+        return frozenset({"time", "vcpu", KIND, "code", *(["ret"] if self.failing else [])})
 
     def begin(self) -> _Following | _Calls:
         return (_Calls if self.calls else _Following)(self)
@@ -61,38 +61,39 @@ class _Following:
         self._asked = asked
         self._vms: dict[int, Lasting] = {}
 
-    def feed(self, rows: DecodedRows) -> None:
-        for vm, part in rows.by_vm:
-            self._feed(vm, part)
-
-    def _feed(self, vm: int, rows: pl.DataFrame) -> None:
+    def feed(self, vm: int, rows: DecodedRows) -> None:
+        if vm < 0:
+            return
         asked = self._asked
         if vm not in self._vms:
             itself = asked.begins in asked.ends
             (end,) = (BY_NAME[name].code for name in asked.ends if name != asked.begins)
             self._vms[vm] = Lasting(BY_NAME[asked.begins].code, end, itself)
-        self._vms[vm].feed(
-            rows["time"].to_numpy(),
-            rows[VCPU].to_numpy(),
-            rows[KIND].to_numpy(),
-            rows["code"].to_numpy(),
-            rows["ret"].to_numpy() if asked.failing else None,
-        )
+        ret = rows["ret"] if asked.failing else None
+        self._vms[vm].feed(rows["time"], rows["vcpu"], rows[KIND], rows["code"], ret)
 
     def answer(self) -> pl.DataFrame:
-        found: list[tuple[int | None, ...]] = []
-        for vm, lasting in self._vms.items():
-            for row in range(lasting.count):
-                key = (vm, int(lasting.codes[row]), int(lasting.rets[row]))
-                buckets = np.flatnonzero(lasting.buckets[row])
-                counts = lasting.buckets[row][buckets].tolist()
-                found += [
-                    (*key, at, count, count, None, None) for at, count in zip(buckets.tolist(), counts, strict=True)
-                ]
-                # The sum and the longest are exact and belong to no bucket, and neither do rows without an end.
-                begun, ended, ns, longest = lasting.totals[row].tolist()
-                found.append((*key, -1, begun - ended, 0, longest, ns))
-        return pl.DataFrame(found, schema=_SCHEMA, orient="row")
+        each = list(self._vms.values())
+        used = np.array([lasting.count for lasting in each], np.int64)
+        vms = np.repeat(np.array(list(self._vms), np.int32), used)
+        codes, rets = (
+            np.concatenate([np.zeros(0, kind), *(getattr(lasting, name)[: lasting.count] for lasting in each)])
+            for name, kind in (("codes", np.uint64), ("rets", np.int32))
+        )
+        totals = np.concatenate([np.zeros((0, 4), np.int64), *(lasting.totals[: lasting.count] for lasting in each)])
+        firsts = np.cumsum(used) - used
+        parts = [lasting.histogram(first) for lasting, first in zip(each, firsts, strict=True)]
+        row, bucket, count = np.concatenate([np.zeros((3, 0), np.int64), *parts], axis=1)
+        begun, ended, ns, longest = totals.T
+        # The sum and the longest are exact and belong to no bucket, and neither do rows without an end.
+        place = np.append(row, np.arange(len(vms)))
+        nothing, unknown = np.zeros(len(vms), np.int64), np.full(len(row), -1)
+        columns = (
+            vms[place], codes[place], rets[place], np.append(bucket, nothing - 1), np.append(count, begun - ended),
+            np.append(count, nothing), np.append(unknown, longest), np.append(unknown, ns),
+        )  # fmt: skip
+        answer = pl.DataFrame(dict(zip(_SCHEMA, columns, strict=True)), schema=_SCHEMA)
+        return answer.with_columns(pl.when(pl.col("bucket") < 0).then(name) for name in ("longest", "ns"))
 
 
 class _Calls:
@@ -102,14 +103,14 @@ class _Calls:
         self._begins = BY_NAME[asked.begins].code
         self._ends = [BY_NAME[name].code for name in asked.ends]
         self._parts = [pl.DataFrame(schema=_SCHEMA)]
-        self._held: list[pl.DataFrame] = []
+        self._held: list[dict[str, NDArray[Any]]] = []
         self._held_rows = 0
 
-    def feed(self, rows: DecodedRows) -> None:
-        kind = rows.frame[KIND].to_numpy()
-        at = np.flatnonzero(np.logical_or.reduce([kind == code for code in (self._begins, *self._ends)]))
+    def feed(self, vm: int, rows: DecodedRows) -> None:
+        at = np.flatnonzero(np.logical_or.reduce([rows[KIND] == code for code in (self._begins, *self._ends)]))
         if len(at):
-            self._held.append(rows.frame[at, ["seq", "time", "vm", "tid", KIND, "code"]])
+            held = {name: rows[name][at] for name in ("seq", "time", "tid", KIND, "code")}
+            self._held.append(held | {"vm": np.full(len(at), vm, np.int32)})
             self._held_rows += len(at)
             if self._held_rows > _HELD_ROWS:
                 self._pair()
@@ -117,8 +118,8 @@ class _Calls:
     def answer(self) -> pl.DataFrame:
         if self._held:
             self._pair()
-            left = self._held[0].filter(pl.col(KIND) == self._begins)
-            self._add_rows(left, np.full(len(left), -1, np.int64))
+            left = {name: column[self._held[0][KIND] == self._begins] for name, column in self._held[0].items()}
+            self._add_rows(left, np.full(len(left["vm"]), -1, np.int64))
             self._held = []
         self._merge()
         return self._parts[0]
@@ -131,23 +132,29 @@ class _Calls:
 
     def _pair(self) -> None:
         """Count the calls both of whose rows are there; keep the other rows."""
-        found = pl.concat(self._held).sort("tid", "seq")
-        kind, tid, code, time = (found[name].to_numpy() for name in (KIND, "tid", "code", "time"))
+        found = {name: np.concatenate([held[name] for held in self._held]) for name in self._held[0]}
+        order = np.lexsort((found["seq"], found["tid"]))
+        found = {name: column[order] for name, column in found.items()}
+        kind, tid, code, time = (found[name] for name in (KIND, "tid", "code", "time"))
         begins, ends = kind == self._begins, np.isin(kind, self._ends)
         ended = begins.copy()
         ended[-1:] = False
         ended[:-1] &= ends[1:] & (tid[1:] == tid[:-1]) & (code[1:] == code[:-1])
         place = np.flatnonzero(ended)
-        self._add_rows(found[place], np.maximum(time[place + 1] - time[place], 0))
-        self._held = [found[np.flatnonzero(~ended & ~np.append(False, ended[:-1]))]]
-        self._held_rows = len(self._held[0])
+        self._add_rows(
+            {name: column[place] for name, column in found.items()}, np.maximum(time[place + 1] - time[place], 0)
+        )
+        left = ~ended & ~np.append(False, ended[:-1])
+        self._held = [{name: column[left] for name, column in found.items()}]
+        self._held_rows = int(left.sum())
 
-    def _add_rows(self, begun: pl.DataFrame, ns: Ints) -> None:
+    def _add_rows(self, begun: Mapping[str, NDArray[Any]], ns: Ints) -> None:
         """Count calls by their durations in ns, of which -1 is one that is not known."""
         ended = pl.col("ns") >= 0
-        counted = begun.select("vm", "code", ret=pl.lit(0, pl.Int32)).with_columns(
-            ns=pl.Series(ns), bucket=pl.Series(np.where(ns < 0, -1, bucket_of(np.maximum(ns, 0)))),
-            begun=pl.lit(1, pl.Int64), spans=pl.lit(ns >= 0).cast(pl.Int64), longest=pl.Series(ns),
+        counted = pl.DataFrame({"vm": begun["vm"], "code": begun["code"], "ns": ns}).with_columns(
+            pl.when(pl.col("vm") >= 0).then("vm"), ret=pl.lit(0, pl.Int32),
+            bucket=pl.Series(np.where(ns < 0, -1, bucket_of(np.maximum(ns, 0)))),
+            begun=pl.lit(1, pl.Int64), spans=ended.cast(pl.Int64), longest=pl.col("ns"),
         )  # fmt: skip
         self._parts.append(
             counted.with_columns(pl.when(ended).then(name) for name in ("longest", "ns")).select(*_SCHEMA)

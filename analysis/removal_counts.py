@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import polars as pl
 
-from analysis.rows import GFN, KIND, VCPU, DecodedRows
+from analysis.rows import KIND, DecodedRows
 from replay.decode.removals import COLUMNS, FIELDS, Removals, causes_of, roots_of
 from traces.kernels.kernel import Kernel
 from traces.reader import Trace
@@ -27,7 +27,7 @@ class RemovalQuestion:
     trace: Trace
     kernel: Kernel
     name: str = "what removed pages"
-    columns: frozenset[str] = frozenset({*_NAMES, KIND, VCPU, GFN})
+    columns: frozenset[str] = frozenset({*_NAMES, KIND, "vcpu", "gfn"})
 
     def begin(self) -> _Counting:
         return _Counting(self.trace, self.kernel)
@@ -48,12 +48,9 @@ class _Counting:
         self._shows = bool(meta.kinds.get("kvm_tdp_mmu_spte_changed"))
         self._removals: dict[int, Removals] = {}
 
-    def feed(self, rows: DecodedRows) -> None:
-        for vm, part in rows.by_vm:
-            if vm in self._vms:
-                self._feed(vm, part)
-
-    def _feed(self, vm: int, rows: pl.DataFrame) -> None:
+    def feed(self, vm: int, rows: DecodedRows) -> None:
+        if vm not in self._vms:
+            return
         if vm not in self._removals:
             slots = [
                 (slot["slot"], slot.get("flags", 0))
@@ -61,20 +58,11 @@ class _Counting:
                 if slot["pages"] and not isinstance(slot.get("since"), int)
             ]
             self._removals[vm] = Removals(self._kernel, self._causes, self._roots, slots, self._recovery, self._shows)
-        columns = {name: rows[name].to_numpy() for name in _NAMES}
-        self._removals[vm].feed(
-            SimpleNamespace(
-                kind=rows[KIND].to_numpy(),
-                vcpu=rows[VCPU].to_numpy(),
-                gfn=rows[GFN].to_numpy(),
-                **columns,
-            )
-        )
+        columns = {name: rows[name] for name in _NAMES}
+        self._removals[vm].feed(SimpleNamespace(kind=rows[KIND], vcpu=rows["vcpu"], gfn=rows["gfn"], **columns))
 
     def answer(self) -> pl.DataFrame:
         found = [
-            (vm, *row)
-            for vm, removals in self._removals.items()
-            for row in (*removals.totals[: removals.count].tolist(), removals.totals[-1].tolist())
+            (vm, *row) for vm, removals in self._removals.items() for row in removals.totals[: removals.count].tolist()
         ]
         return pl.DataFrame(found, schema=SCHEMA, orient="row")

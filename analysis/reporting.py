@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from analysis.queries.exit_times import halts
 from analysis.queries.registry import Query
 from analysis.report import Check, Report
 from analysis.rip_runs import RipQuestion
+from analysis.rows import give_memory_back
 from analysis.sources import Recording, Result, open_source
 from analysis.symbols import NO_NAMING, Naming, load
 from analysis.validation import Validated, validated
@@ -160,14 +160,8 @@ def replayed_under(
     del plan, replayed
     with contextlib.suppress(Problem):  # where the file is damaged, each query reports that itself
         recording.take(asking)
-    _give_memory_back()
+    give_memory_back()
     return Result.open(path)
-
-
-def _give_memory_back() -> None:
-    """Return freed memory to the kernel: glibc keeps it, and later queries allocate elsewhere, on top of it."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _validated(recording: Recording | None) -> Validated | str:

@@ -1,72 +1,98 @@
 # SPDX-License-Identifier: Apache-2.0
 """Questions about a recording's rows, any number of which are answered in one pass over them.
 
-Each batch of rows is decoded once, by the trace's own reader, and every question takes from it what it needs. Memory
-grows with the groups of an answer (pages, roots, windows), not with rows.
+Each batch of rows is decoded once, by the trace's own reader, and every question takes from it what it needs: most as
+arrays of one VM's rows, tallies as a frame. Memory grows with the groups of an answer (pages, roots, windows), not with
+rows.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from threading import Lock
-from typing import Final, Protocol, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
-from traces.reader import Trace, kind_codes
+from replay.decode.dense import kinds_of
+from traces.reader import BATCH_ROWS, Trace, codes_of
+from traces.schema import BY_NAME
 
-# Rows of a batch: each batch costs polars 2 ms or so, however small it is; twice the rows take 45 MiB more.
-BATCH_ROWS: Final = 1 << 18
-KIND: Final = "kind_code"  # these columns are computed once for all questions: a kind's code,
-VCPU: Final = "vcpu_id"  # a vCPU's id, a gfn and a VM's id, -1 where there is none
-GFN: Final = "gfn_if_any"
-VM: Final = "vm_id"
-_MADE: Final = {KIND: "kind", VCPU: "vcpu", GFN: "gfn", VM: "vm"}
+# Rows that tallies count at once: each time costs polars 2 ms or so, however few they are.
+TALLIED_ROWS: Final = 1 << 18
+KIND: Final = "kind_code"  # a column that is computed for all questions: the code of the kind
 _MERGED_ROWS: Final = 1 << 17  # partial groups are merged when they are more than this, and than the merged ones
 
 
 class DecodedRows:
-    """Some rows, with what several questions need of them computed once."""
+    """Rows of one VM, or of none, as arrays, one for each column, which are made on first use, once for all questions.
 
-    def __init__(self, *parts: pl.DataFrame) -> None:
-        """`parts` follow one another; usually each has the rows of one VM."""
-        self._parts = parts
+    Where there is no value it is -1.
+    """
 
-    @cached_property
-    def frame(self) -> pl.DataFrame:
-        """All rows, each column in one piece."""
-        return self._parts[0] if len(self._parts) == 1 else pl.concat(self._parts, rechunk=True)
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        self._batch = batch
+        self._columns: dict[str, NDArray[Any]] = {}
 
-    @cached_property
-    def one_vm(self) -> bool:
-        """Whether all rows are of one VM."""
-        return _one_vm(self.frame)
+    def __len__(self) -> int:
+        return int(self._batch.num_rows)
 
-    @cached_property
-    def by_vm(self) -> list[tuple[int, pl.DataFrame]]:
-        """The rows of each VM in order, in one or more parts; rows of no VM are left out."""
-        parts = [
-            part
-            for some in self._parts
-            for part in ([some] if _one_vm(some) else some.partition_by("vm", maintain_order=True))
-        ]
-        return [(part["vm"][0], part) for part in parts if len(part) and part["vm"][0] is not None]
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        if name not in self._columns:
+            self._columns[name] = self._made(name)
+        return self._columns[name]
+
+    def _made(self, name: str) -> NDArray[Any]:
+        if name == KIND:
+            kind = self._batch.column("kind")
+            places = kind.indices.to_numpy().astype(np.int32, copy=False)
+            codes: NDArray[np.uint8] = kinds_of(places, _codes(tuple(kind.dictionary.to_pylist())))
+            return codes
+        return _filled(self._batch.column(name))
 
 
-def _one_vm(rows: pl.DataFrame) -> bool:
-    vm = rows["vm"]
-    return vm.null_count() in (0, len(vm)) and vm.min() == vm.max()
+@lru_cache(4)
+def _codes(kinds: tuple[str, ...]) -> NDArray[np.uint8]:
+    return codes_of(kinds)
+
+
+def by_vm(batch: pa.RecordBatch) -> Iterator[tuple[int, DecodedRows]]:
+    """Yield the rows of each VM in a batch; those of no VM are under -1."""
+    vm = _filled(batch.column("vm"))
+    if (vm == vm[:1]).all():
+        if len(vm):
+            yield int(vm[0]), DecodedRows(batch)
+        return
+    for each in dict.fromkeys(vm.tolist()):
+        yield each, DecodedRows(batch.filter(pa.array(vm == each)))
+
+
+def _filled(column: pa.Array) -> NDArray[Any]:
+    """Return a column's values, -1 where there is none; `pyarrow.compute.fill_null` takes three times as long."""
+    valid, values = column.buffers()
+    found = np.frombuffer(values, column.type.to_pandas_dtype())[column.offset : column.offset + len(column)]
+    if not column.null_count:
+        return found
+    bits = np.unpackbits(np.frombuffer(valid, np.uint8), bitorder="little")[column.offset : column.offset + len(column)]
+    filled = bits.astype(found.dtype)
+    filled -= 1  # all bits of a null, none of a value
+    filled |= found
+    return filled
 
 
 class Counting(Protocol):
     """A question during a pass over the rows."""
 
-    def feed(self, rows: DecodedRows) -> None:
-        """Take the next rows, in file order."""
+    def feed(self, vm: int, rows: DecodedRows) -> None:
+        """Take a VM's next rows, in file order; those of no VM have -1."""
 
     def answer(self) -> pl.DataFrame:
         """Return the answer over all rows."""
@@ -98,13 +124,15 @@ class Window:
     def columns(self) -> frozenset[str]:
         return frozenset({"time"} if self.since is not None else ()) | ({"vcpu", "kind"} if self.vcpus else frozenset())
 
-    def of(self, rows: pl.DataFrame) -> pl.DataFrame:
+    def of(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         """Return the rows that count, of some rows."""
         if self.since is not None:
-            rows = rows.filter(pl.col("time") >= self.since)
+            batch = batch.filter(pc.greater_equal(batch.column("time"), self.since))
         if self.vcpus:  # the end of an ioctl names no vCPU, only its begin does
-            rows = rows.filter(pl.col("vcpu").is_in(list(self.vcpus)) | (pl.col("kind") == "ioctl_end"))
-        return rows
+            rows = DecodedRows(batch)
+            kept = np.isin(rows["vcpu"], list(self.vcpus)) | (rows[KIND] == BY_NAME["ioctl_end"].code)
+            batch = batch.filter(pa.array(kept))
+        return batch
 
 
 ALL: Final = Window()
@@ -113,22 +141,18 @@ ALL: Final = Window()
 class Asking:
     """Questions during a pass over a trace's rows: first those that a replay has read, then the others.
 
-    Rows may be given by several threads. Small batches, as those of many VMs, are counted together.
+    Rows may be given by several threads.
     """
 
     def __init__(self, trace: Trace, questions: Sequence[Question], window: Window = ALL) -> None:
         self._trace, self._window = trace, window
         wanted = frozenset({"vm"}).union(window.columns, *(question.columns for question in questions))
-        made = [name for name in _MADE if name in wanted]
-        read = wanted.union(_MADE[name] for name in made)
+        read = {"kind" if name == KIND else name for name in wanted}
         self.columns: Final = [name for name in trace.schema.names if name in read]
-        self._kept = [*(name for name in self.columns if name in wanted), *made]
-        none = self._rows(pa.RecordBatch.from_pylist([], schema=trace.schema))
+        none = pa.RecordBatch.from_pylist([], schema=trace.schema)
         self._tallies = Tallies([question for question in questions if isinstance(question, Tally)], none)
         self._counting = {question.name: question.begin() for question in questions if not isinstance(question, Tally)}
         self._seen: set[int] = set()
-        self._waiting: list[pl.DataFrame] = []
-        self._held = 0  # rows that wait
         self._lock = Lock()
 
     def feed(self, vm: int | None, batch: pa.RecordBatch) -> None:
@@ -136,44 +160,31 @@ class Asking:
         with self._lock:
             if vm is not None:
                 self._seen.add(vm)
-            # A long batch is counted alone: the columns of several parts are not in one piece.
-            if self._held + batch.num_rows > BATCH_ROWS or 2 * batch.num_rows >= BATCH_ROWS:
-                self._count_waiting()
-            self._waiting.append(self._window.of(self._rows(batch)))
-            self._held += len(self._waiting[-1])
-            if 2 * self._held >= BATCH_ROWS:
-                self._count_waiting()
+            batch = self._window.of(batch)
+            if not batch.num_rows:
+                return
+            self._tallies.feed(batch)
+            for of, rows in by_vm(batch):
+                for each in self._counting.values():
+                    each.feed(of, rows)
 
     def answers(self) -> dict[str, pl.DataFrame]:
         """Return the answers by the questions' names; rows of VMs that were not given are read for that."""
         for batch in self._trace.batches(self.columns, size=BATCH_ROWS, since=self._window.since, but=self._seen):
             self.feed(None, batch)
             del batch  # else it is held while the next one is decoded
-        self._count_waiting()
-        return self._tallies.answers() | {name: each.answer() for name, each in self._counting.items()}
-
-    def _rows(self, batch: pa.RecordBatch) -> pl.DataFrame:
-        """Return the columns of a batch that are wanted, computed ones included."""
-        columns = [_column(batch, name) for name in self._kept]
-        return pl.DataFrame(pl.from_arrow(pa.RecordBatch.from_arrays(columns, names=self._kept)))
-
-    def _count_waiting(self) -> None:
-        waiting, held = self._waiting, self._held
-        self._waiting, self._held = [], 0
-        if not held:
-            return
-        decoded = DecodedRows(*waiting)
-        self._tallies.feed(decoded)
-        for each in self._counting.values():
-            each.feed(decoded)
+        answers = self._tallies.answers()
+        while self._counting:
+            name = next(iter(self._counting))
+            answers[name] = self._counting.pop(name).answer()
+            give_memory_back()  # of what was counted for this question
+        return answers
 
 
-def _column(batch: pa.RecordBatch, name: str) -> pa.Array:
-    """Return a column of a batch, or a computed one; a polars expression for it would cost 100 us a batch."""
-    if name == KIND:
-        return pa.array(kind_codes(batch))
-    column = batch.column(_MADE.get(name, name))
-    return pc.fill_null(column, pa.scalar(-1, column.type)) if name in _MADE else column
+def give_memory_back() -> None:
+    """Return freed memory to the kernel: glibc keeps it, and polars and Arrow allocate elsewhere, on top of it."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,23 +242,45 @@ Question: TypeAlias = Tally | Followed
 
 
 class Tallies:
-    """Tallies during a pass over the rows; one call of polars, which costs a ms, makes all groups of a batch."""
+    """Tallies during a pass over the rows; one call of polars, which costs a ms, makes all groups of many batches."""
 
-    def __init__(self, tallies: Sequence[Tally], none: pl.DataFrame) -> None:
+    def __init__(self, tallies: Sequence[Tally], none: pa.RecordBatch) -> None:
         """`none` is a batch without rows."""
         self._tallies = tallies
-        self._parts = [_Parts(tally, groups) for tally, groups in zip(tallies, self._groups(none, False), strict=True)]
+        wanted = frozenset({"vm"}).union(*(tally.columns for tally in tallies))
+        self._columns = [name for name in none.schema.names if name in wanted]
+        self._waiting: list[pl.DataFrame] = []
+        self._held = 0  # rows that wait
+        first = self._groups(self._frame(none))
+        self._parts = [_Parts(tally, groups) for tally, groups in zip(tallies, first, strict=True)]
 
-    def feed(self, rows: DecodedRows) -> None:
-        """Take the next rows, as `Counting.feed` does."""
-        for parts, groups in zip(self._parts, self._groups(rows.frame, rows.one_vm), strict=True):
-            parts.add(groups)
+    def feed(self, batch: pa.RecordBatch) -> None:
+        """Take the next rows, in file order."""
+        if not self._tallies:
+            return
+        self._waiting.append(self._frame(batch))
+        self._held += batch.num_rows
+        if self._held >= TALLIED_ROWS:
+            self._count_waiting()
 
     def answers(self) -> dict[str, pl.DataFrame]:
         """Return the answers over all rows, by the tallies' names."""
+        if self._held:
+            self._count_waiting()
         return {tally.name: parts.merged() for tally, parts in zip(self._tallies, self._parts, strict=True)}
 
-    def _groups(self, rows: pl.DataFrame, one_vm: bool) -> list[pl.DataFrame]:
+    def _frame(self, batch: pa.RecordBatch) -> pl.DataFrame:
+        return pl.DataFrame(pl.from_arrow(batch.select(self._columns)))
+
+    def _count_waiting(self) -> None:
+        rows = pl.concat(self._waiting, rechunk=True)
+        self._waiting, self._held = [], 0
+        for parts, groups in zip(self._parts, self._groups(rows), strict=True):
+            parts.add(groups)
+
+    def _groups(self, rows: pl.DataFrame) -> list[pl.DataFrame]:
+        vm = rows["vm"]
+        one_vm = vm.null_count() in (0, len(vm)) and vm.min() == vm.max()
         return pl.collect_all([tally.of(rows, one_vm) for tally in self._tallies], engine="streaming")
 
 

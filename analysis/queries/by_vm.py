@@ -101,22 +101,15 @@ def overview(recording: Recording, result: Result | None = None) -> pl.LazyFrame
 def _of_rows(recording: Recording) -> pl.LazyFrame:
     """Return what the recording's rows say of each VM, one row for each."""
     counted, roots = recording.ask(in_windows(recording), UsedRoots())
-    entry, exit_ = pl.col("kind") == "kvm_entry", pl.col("kind") == "kvm_exit"
-    # `at` is the sum of times in the window, each counted from its begin.
-    crossed = pl.col("at") + pl.col("rows") * pl.col("window") * WINDOW_NS
+    # Times in the window are counted from its begin.
+    crossed = pl.col("crossed") + (pl.col("exits") - pl.col("entries")) * pl.col("window") * WINDOW_NS
     begin, _ = recording.span
     lengths = pl.LazyFrame(
         [(vm, last - begin, last - first) for vm, (first, last) in recording.spans.items()],
         schema={"vm": pl.Int64, "ended": pl.Int64, "span": pl.Int64}, orient="row",
     )  # fmt: skip
-
-    def rows_of(kind: str, what: str = "rows") -> pl.Expr:
-        return pl.when(pl.col("kind") == kind).then(pl.col(what)).otherwise(0).sum()
-
-    by_vcpu = counted.lazy().group_by("vm", "vcpu").agg(
-        crossed=pl.when(exit_).then(crossed).when(entry).then(-crossed).otherwise(0).sum(),
-        entries=rows_of("kvm_entry"), exits=rows_of("kvm_exit"), faults=rows_of("kvm_page_fault"),
-        fixes=fixed_of(recording), smis=rows_of("kvm_smm_transition", "entering"),
+    by_vcpu = counted.lazy().with_columns(fixed_of(recording), crossed).group_by("vm", "vcpu").agg(
+        pl.col("crossed", "entries", "exits", "faults", "fixes", "smis").sum()
     )  # fmt: skip
     # A vCPU that is in the guest at the end stayed there until the VM's last row.
     stays = pl.when(pl.col("entries") > pl.col("exits")).then("ended").otherwise(0)

@@ -134,11 +134,11 @@ class _Heating:
         self._pages = dict.fromkeys(widths, 1)
         self._cells = {vm: pl.DataFrame(schema=_CELLS) for vm in widths}
 
-    def feed(self, rows: DecodedRows) -> None:
-        at = np.flatnonzero(rows.frame[KIND].to_numpy() == BY_NAME["kvm_mmu_set_spte"].code)
-        for vm, part in DecodedRows(rows.frame[at, ["vm", "time", "gfn"]]).by_vm:
-            if vm in self._widths:
-                self._add(vm, part)
+    def feed(self, vm: int, rows: DecodedRows) -> None:
+        at = np.flatnonzero(rows[KIND] == BY_NAME["kvm_mmu_set_spte"].code)
+        if vm in self._widths and len(at):
+            gfn = pl.when(pl.col("gfn") != -1).then("gfn")
+            self._add(vm, pl.DataFrame({"time": rows["time"][at], "gfn": rows["gfn"][at]}).with_columns(gfn))
 
     def _add(self, vm: int, mapped: pl.DataFrame) -> None:
         first, width = self._widths[vm]

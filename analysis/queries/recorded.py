@@ -12,10 +12,10 @@ from typing import Any, Final
 
 import polars as pl
 
-from analysis.grouped import KEY, OTHER, FaultedPages, KindsBy, UsedRoots, Windowed
+from analysis.grouped import KEY, OTHER, KindsBy, UnservedPages, UsedRoots, Windowed
 from analysis.queries.registry import query
 from analysis.rip_runs import RipQuestion, by_vm
-from analysis.rows import GFN, KIND, Question, Tally
+from analysis.rows import KIND, Question, Tally
 from analysis.sources import Recording
 from analysis.unseen import lost_windows
 from replay.timing.diagnosis import READ_ONLY, Diagnosis, diagnosed, diagnoses
@@ -38,18 +38,13 @@ def _is(*kinds: str) -> pl.Expr:
     return pl.any_horizontal(pl.col("kind") == kind for kind in kinds)  # by code: a cast to text takes twice as long
 
 
-def _of(count: str, kind: str) -> pl.Expr:
-    """Return an expression for the sum of the column `count` over rows of this kind."""
-    return pl.when(_is(kind)).then(pl.col(count)).otherwise(0).sum()
-
-
 def fixed_of(recording: Recording) -> pl.Expr:
-    """Return an expression for the sum of fixes over windows; null under the shadow MMU, which does not show them."""
-    return pl.lit(None, pl.Int64) if recording.metadata.policy == "shadow" else pl.col("fixes").sum()
+    """Return an expression for the column `fixes`; null under the shadow MMU, which does not show them."""
+    return (pl.lit(None, pl.Int64) if recording.metadata.policy == "shadow" else pl.col("fixes")).alias("fixes")
 
 
 def in_windows(recording: Recording, window_ns: int = WINDOW_NS) -> Windowed:
-    """Return the question that counts rows in windows of each vCPU's time, by kind."""
+    """Return the question that counts rows in windows of each vCPU's time."""
     kernel = _kernel(recording)
     fault = (SVM if kernel is None else kernel.vendor).fault
     known = recording.metadata.policy != "shadow"  # under the shadow MMU the code may be about the guest's tables
@@ -69,7 +64,6 @@ def windows(recording: Recording, window_ns: int = WINDOW_NS) -> pl.LazyFrame:
     first row.
     """
     first, last = recording.span
-    entry, exit_ = _is("kvm_entry"), _is("kvm_exit")
     begin = first + pl.col("window") * window_ns
     length = pl.min_horizontal(pl.lit(window_ns, pl.Int64), last - begin + 1)
     # Guest time is the sum of exits' times less that of entries; who is in the guest last stays to the window's end.
@@ -79,18 +73,7 @@ def windows(recording: Recording, window_ns: int = WINDOW_NS) -> pl.LazyFrame:
     (counted,) = recording.ask(in_windows(recording, window_ns))
     return (
         counted.lazy()
-        .group_by("vm", "vcpu", "window")
-        .agg(
-            crossed=pl.when(exit_).then(pl.col("at")).when(entry).then(-pl.col("at")).otherwise(0).sum(),
-            entered=pl.when(entry).then(pl.col("last_time")).max(),
-            left=pl.when(exit_).then(pl.col("last_time")).max(),
-            entries=_of("rows", "kvm_entry"),
-            exits=_of("rows", "kvm_exit"),
-            faults=_of("rows", "kvm_page_fault"),
-            fixes=fixed_of(recording),
-            smis=_of("entering", "kvm_smm_transition"),
-            loads=_of("rows", "mmu_load"),
-        )
+        .with_columns(fixed_of(recording))
         .with_columns(
             _nulled(
                 recording, faults="kvm_page_fault", fixes="kvm_page_fault", smis="kvm_smm_transition", loads="mmu_load"
@@ -122,7 +105,7 @@ def _lost(recording: Recording, window_ns: int, *kinds: str) -> pl.Expr:
 def installs() -> KindsBy:
     """Return the question that counts installed leaves by page and level."""
     keys = {"gfn": KEY, "level": OTHER.cast(pl.Int8)}
-    return KindsBy("installs", ("kvm_mmu_set_spte",), (KIND, "time", GFN, "level"), keys)
+    return KindsBy("installs", ("kvm_mmu_set_spte",), (KIND, "time", "gfn", "level"), keys)
 
 
 def _of_installs(recording: Recording) -> Iterator[Question]:
@@ -220,7 +203,7 @@ def rmaps(recording: Recording) -> pl.LazyFrame:
 
 def _of_unserved(recording: Recording) -> Iterator[Question]:
     if recording.metadata.policy != "shadow":
-        yield FaultedPages()
+        yield UnservedPages()
         yield from _of_slots(recording)
 
 
@@ -234,8 +217,8 @@ def unserved(recording: Recording) -> pl.LazyFrame:
     """
     if recording.metadata.policy == "shadow":
         raise Problem(f"{recording.path}: query unserved: addresses of faults are the guest's own under the shadow MMU")
-    (counted,) = recording.ask(FaultedPages())
-    found = counted.lazy().with_columns(unserved=pl.col("faults") - pl.col("served")).filter(pl.col("unserved") > 1)
+    (counted,) = recording.ask(UnservedPages())
+    found = counted.lazy().with_columns(unserved=pl.col("faults") - pl.col("served"))
     return (
         _with_slots(found, recording)
         .join(_read_only(recording), on=["vm", "slot"], how="left")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""Count rows in groups, by VM and two keys: the number of rows, their first and last time, and up to three sums.
+"""Count rows in groups, by VM and two keys: the number of rows, their first and last time, and some sums.
 
 Most queries of a report use this; the group_by of polars takes five times as long. This is Cython in pure-Python mode,
 like `timeline`.
@@ -19,7 +19,11 @@ COMPILED: bool = cython.compiled
 
 _Whole = cython.fused_type(cython.int, cython.longlong)
 
-FIELDS = ("vm", "key", "other", "rows", "first_time", "last_time", "sum_0", "sum_1", "sum_2")
+FIELDS = ("vm", "key", "other", "rows", "first_time", "last_time")
+# What `Groups.feed_windows` sums. `crossed` is the sum of ns since the window's begin over exits, less that over
+# entries; `entered` and `left`, no sums, are the times of the last entry and exit, 0 without one; `smis` are entries
+# into SMM, and `fixes` permission faults.
+IN_WINDOW = ("entries", "exits", "crossed", "entered", "left", "faults", "fixes", "smis", "loads")
 _VM = cython.declare(cython.int, 0)
 _KEY = cython.declare(cython.int, 1)
 _OTHER = cython.declare(cython.int, 2)
@@ -27,7 +31,16 @@ _ROWS = cython.declare(cython.int, 3)
 _FIRST = cython.declare(cython.int, 4)
 _LAST = cython.declare(cython.int, 5)
 _SUM = cython.declare(cython.int, 6)
-_WIDTH = cython.declare(cython.int, 9)
+_ENTRIES = cython.declare(cython.int, 6 + IN_WINDOW.index("entries"))
+_EXITS = cython.declare(cython.int, 6 + IN_WINDOW.index("exits"))
+_CROSSED = cython.declare(cython.int, 6 + IN_WINDOW.index("crossed"))
+_ENTERED = cython.declare(cython.int, 6 + IN_WINDOW.index("entered"))
+_LEFT = cython.declare(cython.int, 6 + IN_WINDOW.index("left"))
+_FAULTS = cython.declare(cython.int, 6 + IN_WINDOW.index("faults"))
+_FIXES = cython.declare(cython.int, 6 + IN_WINDOW.index("fixes"))
+_SMIS = cython.declare(cython.int, 6 + IN_WINDOW.index("smis"))
+_LOADS = cython.declare(cython.int, 6 + IN_WINDOW.index("loads"))
+_VCPUS = 1 << 15  # vCPU ids are int16 in a trace
 
 _FAULT = cython.declare(cython.int, BY_NAME["kvm_page_fault"].code)
 _FAST = cython.declare(cython.int, BY_NAME["fast_page_fault"].code)
@@ -50,38 +63,53 @@ def _start(column: cython.longlong[::1]) -> cython.pointer[cython.longlong]:
     return cython.address(column[0]) if cython.compiled else column  # type: ignore[return-value]
 
 
+@cython.cfunc
+@cython.nogil
+@cython.inline
+@cython.exceptval(check=False)
+def _first(places: cython.int[::1]) -> cython.pointer[cython.int]:
+    return cython.address(places[0]) if cython.compiled else places  # type: ignore[return-value]
+
+
 @cython.final
 @cython.cclass
 class Groups:
-    """The groups. `table` has one row of FIELDS for each, of which `count` are in use.
+    """The groups. `table` has one row for each, of which `count` are in use: FIELDS, and then the sums.
 
-    What the key `other` and the sums mean depends on the method that feeds rows. Groups are found by a hash table of
-    their positions (from 1 on; 0 is free), which is at most half full. The columns that are fed are as in traces,
-    except that `kind` is a code, and that `vm`, `vcpu` and `gfn` are -1 where there is none.
+    What the keys and the sums mean depends on the method that feeds rows. Groups are found by a hash table of their
+    positions (from 1 on; 0 is free), which is at most half full. Rows are fed by VM, -1 for those of none. The columns
+    are as in traces, except that `kind` is a code, and that `vcpu` and `gfn` are -1 where there is none.
     """
 
     table = cython.declare(object, visibility="public")
     count = cython.declare(cython.Py_ssize_t, visibility="public")
     _places: object
     _mask: cython.Py_ssize_t
+    _width: cython.Py_ssize_t
+    _latest: object  # by vCPU id: where the group of its last row is in `table`
 
-    def __init__(self, room: int = 1 << 10) -> None:
-        """`room` is the number of groups to allocate memory for at first, a power of two."""
-        self.table, self.count = np.zeros((room, len(FIELDS)), np.int64), 0
-        self._places, self._mask = np.zeros(2 * room, np.int64), 2 * room - 1
+    def __init__(self, sums: int, room: int = 1 << 10) -> None:
+        """`sums` is their number; `room` is that of groups to allocate memory for at first, a power of two."""
+        self.table, self.count = np.zeros((room, len(FIELDS) + sums), np.int64), 0
+        self._width = len(FIELDS) + sums
+        self._places, self._mask = np.zeros(2 * room, np.int32), 2 * room - 1
+        self._latest = None
 
-    def feed(self, wanted: Any, vm: Any, kind: Any, time: Any, key: Any, other: Any) -> None:
-        """Group rows by `key` (int32 or int64) and `other` (uint8), if `wanted` is not 0 for the code of their kind."""
-        self._through(self._feed, len(kind), wanted, vm, kind, time, key, other)
+    def feed(self, vm: int, wanted: Any, kind: Any, time: Any, key: Any, other: Any) -> None:
+        """Group rows by `key` (int32 or int64) and `other` (uint8), if `wanted` is not 0 for the code of their kind.
 
-    def feed_roots(self, vm: Any, kind: Any, time: Any, root: Any, role: Any) -> None:
+        There are no sums.
+        """
+        self._through(self._feed, len(kind), vm, wanted, kind, time, key, other)
+
+    def feed_roots(self, vm: int, kind: Any, time: Any, root: Any, role: Any) -> None:
         """Group rows that have a root by that root.
 
         The sums are: loads; faults; and, not a sum, the least role word of the root, 0 if none is known.
         """
         self._through(self._feed_roots, len(kind), vm, kind, time, root, role)
 
-    def feed_pages(self, vm: Any, vcpu: Any, kind: Any, time: Any, gfn: Any, addr: Any, old: Any, new: Any) -> None:
+    def feed_pages(self, vm: int, vcpu: Any, kind: Any, time: Any, gfn: Any, addr: Any, old: Any, new: Any) -> None:
         """Group the rows of vCPUs' faults by page and vCPU.
 
         The sums are: faults; mappings and permissions that they led to.
@@ -89,17 +117,17 @@ class Groups:
         self._through(self._feed_pages, len(kind), vm, vcpu, kind, time, gfn, addr, old, new)
 
     def feed_windows(
-        self, first: int, width: int, present: int, reserved: int,
-        vm: Any, vcpu: Any, kind: Any, time: Any, code: Any, flags: Any,
+        self, vm: int, first: int, width: int, present: int, reserved: int,
+        vcpu: Any, kind: Any, time: Any, code: Any, flags: Any,
     ) -> None:  # fmt: skip
-        """Group rows that show a vCPU's time by window and by 256 * vCPU + kind.
+        """Group rows that show a vCPU's time by window and vCPU.
 
-        Windows are `width` ns long, from `first` on.
-
-        The sums are: ns since the window's begin; rows with flag 1 (entries into SMM); permission faults, whose code
+        Windows are `width` ns long, from `first` on. The sums are IN_WINDOW. Permission faults are those whose code
         has a bit of `present` and none of `reserved`.
         """
-        given = (first, width, present, reserved, vm, vcpu, kind, time, code, flags)
+        if self._latest is None:
+            self._latest = np.zeros(_VCPUS, np.int32)
+        given = (vm, first, width, present, reserved, vcpu, kind, time, code, flags, self._latest)
         self._through(self._feed_windows, len(kind), *given)
 
     def _through(self, loop: Any, rows: int, *given: Any) -> None:
@@ -109,19 +137,22 @@ class Groups:
         """
         done = 0
         while (done := loop(done, *given, self.table.reshape(-1), self._places)) < rows:
-            self.table = np.concatenate([self.table, np.zeros_like(self.table)])
-            self._places, self._mask = np.zeros(2 * len(self.table), np.int64), 2 * len(self.table) - 1
-            self._enter(self.table.reshape(-1), self._places)
+            # Memory for rows that are not in use is not taken from the machine.
+            larger = np.zeros((4 * len(self.table), self._width), np.int64)
+            larger[: len(self.table)] = self.table
+            self.table = larger
+            self._places, self._mask = np.zeros(2 * len(larger), np.int32), 2 * len(larger) - 1
+            self._enter(larger.reshape(-1), self._places)
 
-    def _enter(self, table: cython.longlong[::1], places: cython.longlong[::1]) -> None:
+    def _enter(self, table: cython.longlong[::1], places: cython.int[::1]) -> None:
         """Enter all groups into a new hash table."""
         i: cython.Py_ssize_t
         g: cython.Py_ssize_t
+        p: cython.Py_ssize_t
         for i in range(self.count):
-            g = i * _WIDTH
-            places[self._place(_start(table), _start(places), table[g + _VM], table[g + _KEY], table[g + _OTHER])] = (
-                i + 1
-            )
+            g = i * self._width
+            p = self._place(_start(table), _first(places), table[g + _VM], table[g + _KEY], table[g + _OTHER])
+            places[p] = cython.cast(cython.int, i + 1)
 
     @cython.cfunc
     @cython.nogil
@@ -130,32 +161,37 @@ class Groups:
     def _count(
         self,
         cells: cython.pointer[cython.longlong],
-        places: cython.pointer[cython.longlong],
+        places: cython.pointer[cython.int],
         likely: cython.Py_ssize_t,
         vm: cython.longlong,
         key: cython.longlong,
         other: cython.longlong,
         time: cython.longlong,
     ) -> cython.Py_ssize_t:
-        """Count a row in its group, which most often is `likely`.
+        """Count a row in its group, which most often is `likely`, or the next one.
 
-        Return where the group begins in `cells`, or -1 without room.
+        The next, because a guest that runs through its memory again does so in the same order. Return where the group
+        begins in `cells`, or -1 without room.
         """
         g: cython.Py_ssize_t = likely
         p: cython.Py_ssize_t
+        if cells[g + _KEY] != key or cells[g + _OTHER] != other or cells[g + _VM] != vm or self.count == 0:
+            g += self._width
+            if g >= self.count * self._width:
+                g = 0
         if cells[g + _KEY] != key or cells[g + _OTHER] != other or cells[g + _VM] != vm or self.count == 0:
             p = self._place(cells, places, vm, key, other)
             if places[p] == 0:
                 if 2 * self.count > self._mask:
                     return -1
-                g = self.count * _WIDTH
+                g = self.count * self._width
                 cells[g + _VM] = vm
                 cells[g + _KEY] = key
                 cells[g + _OTHER] = other
                 cells[g + _FIRST] = cells[g + _LAST] = time
                 self.count += 1
-                places[p] = self.count
-            g = (places[p] - 1) * _WIDTH
+                places[p] = cython.cast(cython.int, self.count)
+            g = (places[p] - 1) * self._width
         cells[g + _ROWS] += 1
         if time < cells[g + _FIRST]:
             cells[g + _FIRST] = time
@@ -169,7 +205,7 @@ class Groups:
     def _place(
         self,
         cells: cython.pointer[cython.longlong],
-        places: cython.pointer[cython.longlong],
+        places: cython.pointer[cython.int],
         vm: cython.longlong,
         key: cython.longlong,
         other: cython.longlong,
@@ -181,7 +217,7 @@ class Groups:
         mixed = (mixed ^ cython.cast(cython.ulonglong, key)) * _MIX
         p = cython.cast(cython.Py_ssize_t, mixed >> 24) & self._mask
         while places[p]:
-            g = (places[p] - 1) * _WIDTH
+            g = (places[p] - 1) * self._width
             if cells[g + _KEY] == key and cells[g + _OTHER] == other and cells[g + _VM] == vm:
                 break
             p = (p + 1) & self._mask
@@ -190,14 +226,14 @@ class Groups:
     def _feed(
         self,
         start: cython.Py_ssize_t,
+        vm: cython.longlong,
         wanted: cython.const[cython.uchar][::1],
-        vm: cython.const[cython.int][::1],
         kind: cython.const[cython.uchar][::1],
         time: cython.const[cython.longlong][::1],
         key: cython.const[_Whole][::1],
         other: cython.const[cython.uchar][::1],
         table: cython.longlong[::1],
-        places: cython.longlong[::1],
+        places: cython.int[::1],
     ) -> cython.Py_ssize_t:
         """Process rows from `start` on.
 
@@ -207,13 +243,13 @@ class Groups:
         at: cython.Py_ssize_t = 0
         stop: cython.Py_ssize_t = len(kind)
         cells: cython.pointer[cython.longlong] = _start(table)
-        held: cython.pointer[cython.longlong] = _start(places)
+        held: cython.pointer[cython.int] = _first(places)
         if not cython.compiled:
-            vm, kind, time, key, other = map(memoryview, (vm, kind, time, key, other))  # type: ignore[arg-type]
+            kind, time, key, other = map(memoryview, (kind, time, key, other))  # type: ignore[arg-type]
         with cython.nogil:
             for i in range(start, kind.shape[0]):
                 if wanted[kind[i]]:
-                    at = self._count(cells, held, at, vm[i], key[i], other[i], time[i])
+                    at = self._count(cells, held, at, vm, key[i], other[i], time[i])
                     if at < 0:
                         stop = i
                         break
@@ -222,27 +258,27 @@ class Groups:
     def _feed_roots(
         self,
         start: cython.Py_ssize_t,
-        vm: cython.const[cython.int][::1],
+        vm: cython.longlong,
         kind: cython.const[cython.uchar][::1],
         time: cython.const[cython.longlong][::1],
         root: cython.const[cython.int][::1],
         role: cython.const[cython.uint][::1],
         table: cython.longlong[::1],
-        places: cython.longlong[::1],
+        places: cython.int[::1],
     ) -> cython.Py_ssize_t:
         i: cython.Py_ssize_t
         k: cython.int
         stop: cython.Py_ssize_t = len(kind)
         cells: cython.pointer[cython.longlong] = _start(table)
-        held: cython.pointer[cython.longlong] = _start(places)
+        held: cython.pointer[cython.int] = _first(places)
         at: cython.Py_ssize_t = 0
         if not cython.compiled:
-            vm, kind, time, root, role = map(memoryview, (vm, kind, time, root, role))  # type: ignore[arg-type]
+            kind, time, root, role = map(memoryview, (kind, time, root, role))  # type: ignore[arg-type]
         with cython.nogil:
             for i in range(start, kind.shape[0]):
                 if root[i] == 0:
                     continue
-                at = self._count(cells, held, at, vm[i], root[i], 0, time[i])
+                at = self._count(cells, held, at, vm, root[i], 0, time[i])
                 if at < 0:
                     stop = i
                     break
@@ -258,7 +294,7 @@ class Groups:
     def _feed_pages(
         self,
         start: cython.Py_ssize_t,
-        vm: cython.const[cython.int][::1],
+        vm: cython.longlong,
         vcpu: cython.const[cython.short][::1],
         kind: cython.const[cython.uchar][::1],
         time: cython.const[cython.longlong][::1],
@@ -267,17 +303,17 @@ class Groups:
         old: cython.const[cython.ulonglong][::1],
         new: cython.const[cython.ulonglong][::1],
         table: cython.longlong[::1],
-        places: cython.longlong[::1],
+        places: cython.int[::1],
     ) -> cython.Py_ssize_t:
         i: cython.Py_ssize_t
         k: cython.int
         stop: cython.Py_ssize_t = len(kind)
         cells: cython.pointer[cython.longlong] = _start(table)
-        held: cython.pointer[cython.longlong] = _start(places)
+        held: cython.pointer[cython.int] = _first(places)
         at: cython.Py_ssize_t = 0
         page: cython.longlong
         if not cython.compiled:
-            vm, vcpu, kind, time = map(memoryview, (vm, vcpu, kind, time))  # type: ignore[arg-type]
+            vcpu, kind, time = map(memoryview, (vcpu, kind, time))  # type: ignore[arg-type]
             gfn, addr, old, new = map(memoryview, (gfn, addr, old, new))  # type: ignore[arg-type]
         with cython.nogil:
             for i in range(start, kind.shape[0]):
@@ -285,7 +321,7 @@ class Groups:
                 if vcpu[i] < 0 or k not in (_FAULT, _REQUESTED, _FAST):
                     continue
                 page = gfn[i] if k == _REQUESTED else cython.cast(cython.longlong, addr[i] >> 12)
-                at = self._count(cells, held, at, vm[i], page, vcpu[i], time[i])
+                at = self._count(cells, held, at, vm, page, vcpu[i], time[i])
                 if at < 0:
                     stop = i
                     break
@@ -296,53 +332,60 @@ class Groups:
     def _feed_windows(
         self,
         start: cython.Py_ssize_t,
+        vm: cython.longlong,
         first: cython.longlong,
         width: cython.longlong,
         present: cython.ulonglong,
         reserved: cython.ulonglong,
-        vm: cython.const[cython.int][::1],
         vcpu: cython.const[cython.short][::1],
         kind: cython.const[cython.uchar][::1],
         time: cython.const[cython.longlong][::1],
         code: cython.const[cython.ulonglong][::1],
         flags: cython.const[cython.uchar][::1],
+        latest: cython.int[::1],
         table: cython.longlong[::1],
-        places: cython.longlong[::1],
+        places: cython.int[::1],
     ) -> cython.Py_ssize_t:
         i: cython.Py_ssize_t
         k: cython.int
+        v: cython.Py_ssize_t
         stop: cython.Py_ssize_t = len(kind)
         cells: cython.pointer[cython.longlong] = _start(table)
-        held: cython.pointer[cython.longlong] = _start(places)
+        held: cython.pointer[cython.int] = _first(places)
         at: cython.Py_ssize_t
         window: cython.longlong = 0
         begin: cython.longlong = first  # when that window begins
-        entry: cython.Py_ssize_t = 0  # the groups of the last rows of these kinds
-        exit: cython.Py_ssize_t = 0
-        others: cython.Py_ssize_t = 0
         if not cython.compiled:
-            vm, vcpu, kind, time = map(memoryview, (vm, vcpu, kind, time))  # type: ignore[arg-type]
-            code, flags = map(memoryview, (code, flags))  # type: ignore[arg-type]
+            vcpu, kind, time, code, flags = map(memoryview, (vcpu, kind, time, code, flags))  # type: ignore[arg-type]
         with cython.nogil:
             for i in range(start, kind.shape[0]):
                 k = kind[i]
-                if vcpu[i] < 0 or k not in (_ENTRY, _EXIT, _FAULT, _SMM, _MMU_LOAD):
+                v = vcpu[i]
+                if v < 0 or k not in (_ENTRY, _EXIT, _FAULT, _SMM, _MMU_LOAD):
                     continue
                 if time[i] < begin or time[i] - begin >= width:
                     window = (time[i] - first) // width
                     begin = first + window * width
-                at = entry if k == _ENTRY else exit if k == _EXIT else others
-                at = self._count(cells, held, at, vm[i], window, vcpu[i] * 256 + k, time[i])
+                at = self._count(cells, held, latest[v] * self._width, vm, window, v, time[i])
                 if at < 0:
                     stop = i
                     break
-                cells[at + _SUM] += time[i] - begin
-                cells[at + _SUM + 1] += flags[i] & 1
+                latest[v] = cython.cast(cython.int, at // self._width)
                 if k == _ENTRY:
-                    entry = at
+                    cells[at + _ENTRIES] += 1
+                    cells[at + _CROSSED] -= time[i] - begin
+                    if cells[at + _ENTRIES] == 1 or time[i] > cells[at + _ENTERED]:
+                        cells[at + _ENTERED] = time[i]
                 elif k == _EXIT:
-                    exit = at
+                    cells[at + _EXITS] += 1
+                    cells[at + _CROSSED] += time[i] - begin
+                    if cells[at + _EXITS] == 1 or time[i] > cells[at + _LEFT]:
+                        cells[at + _LEFT] = time[i]
+                elif k == _FAULT:
+                    cells[at + _FAULTS] += 1
+                    cells[at + _FIXES] += code[i] & present != 0 and code[i] & reserved == 0
+                elif k == _SMM:
+                    cells[at + _SMIS] += flags[i] & 1
                 else:
-                    others = at
-                    cells[at + _SUM + 2] += k == _FAULT and code[i] & present != 0 and code[i] & reserved == 0
+                    cells[at + _LOADS] += 1
         return stop

@@ -156,6 +156,8 @@ KINDS = (
     "kvm_mmu_zap_all_fast", "zap_root_begin", "zap_leafs", "zap_all", "vm_destroy", "kvm_unmap_hva_range",
     "kvm_set_spte_hva", "kvm_age_hva", "kvm_test_age_hva", "kvm_apicv_inhibit_changed",
 )  # fmt: skip
+_COUNTED_KINDS = np.zeros(256, np.uint8)
+_COUNTED_KINDS[[BY_NAME[name].code for name in KINDS]] = 1
 COLUMNS = (
     "time", "vcpu", "tid", "kind", "root", "role", "level", "as_id", "gfn", "old", "new", "addr", "code", "ret", "refs",
     "slot", "flags",
@@ -180,14 +182,17 @@ _GFNS = cython.declare(cython.longlong, (1 << 40) - 1)
 _GOLDEN = cython.declare(cython.ulonglong, 0x9E3779B97F4A7C15)
 _WHOLE = cython.declare(cython.ulonglong, (1 << 64) - 1)
 
-_MOST = cython.declare(cython.int, 254)  # the most pairs of cause and thread; the last row stands for all further ones
+_MOST = cython.declare(cython.int, 254)  # the most rows of `totals`: three, and one for each pair of cause and thread,
+_FURTHER = cython.declare(cython.int, 3)  # of which this one stands for all further pairs
 _IS_MAPPED = cython.declare(cython.longlong, 255)
 _COUNTED = cython.declare(cython.uchar, 255)  # marks a fault that was counted already
 _NO_THREAD = cython.declare(cython.longlong, -(1 << 40))
 _SLOTS = cython.declare(cython.Py_ssize_t, 1 << 10)
 _WORDS = cython.declare(cython.Py_ssize_t, 1 << 8)
 _NO_GFN = cython.declare(cython.longlong, 1 << 52)
-_FEW = 16  # threads and vCPUs for which there is room at first
+_FEW = 16  # threads, vCPUs and rows of `totals` for which there is room at first
+_PLACES = 1 << 9  # of the hash table of the rows of `totals`
+_AT_ONCE = cython.declare(cython.Py_ssize_t, 4)  # no row of a trace adds more rows to `totals`
 
 
 def roots_of(count: int, uncreated: Any) -> tuple[Any, Any]:
@@ -213,6 +218,7 @@ class Removals:
     totals = cython.declare(object, visibility="public")
     count = cython.declare(cython.int, visibility="public")
     _totals: cython.longlong[:, ::1]
+    _rows: cython.uchar[::1]  # the hash table by cause and thread of its rows; 0: none
     _counted: cython.uchar[::1]
     _lost: cython.uchar[::1]
     _words: cython.uint[::1]
@@ -255,16 +261,10 @@ class Removals:
 
         `recovery` are the tids of NX huge page recovery. `shows` says that the kernel shows changes of SPTEs.
         """
-        totals = self.totals = np.zeros((int(_MOST), len(FIELDS)), np.int64)
-        totals[:, _LOW] = _NO_GFN
-        totals[:, _HIGH] = totals[:, 1] = -1
-        totals[:3, 0] = range(3)
-        totals[_MOST - 1, 0] = _IS_OTHER
-        self._totals = _plain(totals)
-        self.count = 3
-        self._counted = _plain(np.zeros(256, np.uint8))
-        for name in KINDS:
-            self._counted[BY_NAME[name].code] = 1
+        self._make_totals(_FEW)
+        self.totals[: int(_FURTHER) + 1, 0] = (0, 1, 2, _IS_OTHER)
+        self._rows, self.count = _plain(np.zeros(_PLACES, np.uint8)), int(_FURTHER) + 1
+        self._counted = _plain(_COUNTED_KINDS)
         self._lost, self._words = _plain(roots[0]), _plain(roots[1])
         self._keys, self._values = _plain(np.full(1 << 10, -1, np.int64)), _plain(np.zeros(1 << 10, np.int64))
         self._held = 0
@@ -295,6 +295,12 @@ class Removals:
             if done < len(rows.kind):
                 self._grow(int(rows.vcpu[done]))
 
+    def _make_totals(self, room: int) -> None:
+        self.totals = np.zeros((room, len(FIELDS)), np.int64)
+        self.totals[:, _LOW] = _NO_GFN
+        self.totals[:, _HIGH] = self.totals[:, 1] = -1
+        self._totals = _plain(self.totals)
+
     def _make_threads(self, room: int) -> None:
         self._tid, self._threads = _plain(np.full(room, _NO_THREAD, np.int64)), 0
         self._at = _plain(np.full(room, -1, np.int64))
@@ -308,9 +314,13 @@ class Removals:
         self._marked = _plain(np.full(room, -1, np.int64))
 
     def _grow(self, vcpu: int) -> None:
-        """Make more room for pages, for threads or for the number of a vCPU, whichever has run out."""
-        if self._held >= len(self._keys) // 2:
+        """Make more room for pages, totals, threads or the number of a vCPU, whichever has run out."""
+        if self._held >= len(self._keys) // 4 * 3:
             self._grow_pages()
+        if self.count > self._room_in_totals():
+            totals = self.totals
+            self._make_totals(min(2 * len(totals), int(_MOST)))
+            self.totals[: len(totals)] = totals
         if 2 * self._threads >= len(self._tid):
             before: list[Any] = [self._tid, self._at, self._since, self._done, self._did, self._zaps]
             self._make_threads(2 * len(self._tid))
@@ -324,6 +334,13 @@ class Removals:
             larger: list[Any] = [self._context, self._fixing, self._marked]
             for to, values in zip(map(np.asarray, larger), vcpus, strict=True):
                 to[:room] = values
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.exceptval(check=False)
+    def _room_in_totals(self) -> cython.Py_ssize_t:
+        """Return the most rows that `totals` may have in use before another row of the trace is processed."""
+        return len(self._totals) if len(self._totals) == _MOST else len(self._totals) - _AT_ONCE
 
     def _grow_pages(self) -> None:
         keys: cython.longlong[::1] = self._keys
@@ -371,8 +388,9 @@ class Removals:
         nr: cython.ulonglong
         why: cython.int
         rows: cython.Py_ssize_t = len(kind)
-        room: cython.Py_ssize_t = len(self._keys) // 2
+        room: cython.Py_ssize_t = len(self._keys) // 4 * 3
         vcpus: cython.Py_ssize_t = len(self._context)
+        totals: cython.Py_ssize_t = self._room_in_totals()
         most: cython.longlong = len(self._lost) - 1
         page: cython.longlong
         was: cython.bint
@@ -386,7 +404,7 @@ class Removals:
             k = kind[i]
             if not self._counted[k]:
                 continue
-            if self._held >= room:
+            if self._held >= room or self.count > totals:
                 return i
             v = vcpu[i]
             r = root[i] if root[i] < most else most
@@ -560,7 +578,10 @@ class Removals:
     def _thread(self, tid: cython.longlong) -> cython.Py_ssize_t:
         """Return a thread's place, or -1 if there is no room for a new thread."""
         mask: cython.Py_ssize_t = len(self._tid) - 1
-        t: cython.Py_ssize_t = cython.cast(cython.Py_ssize_t, tid) & mask
+        # Not the tid itself: those of many vCPUs follow one another, so that a second run of them would collide with
+        # all of the first.
+        mixed: cython.ulonglong = cython.cast(cython.ulonglong, tid) * _GOLDEN & _WHOLE
+        t: cython.Py_ssize_t = cython.cast(cython.Py_ssize_t, mixed >> 32) & mask
         while self._tid[t] != tid:
             if self._tid[t] == _NO_THREAD:
                 if 2 * self._threads > mask:
@@ -611,15 +632,22 @@ class Removals:
     @cython.exceptval(check=False)
     def _find(self, why: cython.int, tid: cython.longlong) -> cython.int:
         """Return the row of `totals` for a cause and a thread."""
-        at: cython.int = 3
-        while at < self.count and not (self._totals[at, 0] == why and self._totals[at, 1] == tid):
-            at += 1
-        if at == self.count:
-            if self.count == _MOST - 1:
-                return _MOST - 1
-            self.count += 1
-            self._totals[at, 0] = why
-            self._totals[at, 1] = tid
+        mask: cython.Py_ssize_t = len(self._rows) - 1
+        mixed: cython.ulonglong = cython.cast(cython.ulonglong, tid << 5 | why) * _GOLDEN & _WHOLE
+        place: cython.Py_ssize_t = cython.cast(cython.Py_ssize_t, mixed >> 32) & mask
+        at: cython.int
+        while self._rows[place]:
+            at = self._rows[place]
+            if self._totals[at, 0] == why and self._totals[at, 1] == tid:
+                return at
+            place = place + 1 & mask
+        if self.count == _MOST:
+            return _FURTHER
+        at = self.count
+        self.count += 1
+        self._totals[at, 0] = why
+        self._totals[at, 1] = tid
+        self._rows[place] = cython.cast(cython.uchar, at)
         return at
 
     @cython.cfunc

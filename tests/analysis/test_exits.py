@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +112,33 @@ def test_compiled_and_plain_are_equal(batches: list[list[Any]], itself: bool, fa
             each.feed(time, vcpu.astype(np.int16), columns[0], columns[1], columns[2] if failing else None)
     one, two = made
     assert one.count == two.count
-    for name in ("codes", "rets", "totals", "buckets"):
+    for name in ("codes", "rets", "totals"):
         assert np.array_equal(getattr(one, name), getattr(two, name)), name
+    assert np.array_equal(one.histogram(), two.histogram())
+
+
+@pytest.mark.parametrize("codes", [1, 30])
+def test_each_duration_is_counted_in_its_bucket(codes: int) -> None:
+    """However many buckets are in use: their table grows, and its first size has room for few of them."""
+    rng = np.random.default_rng(5)
+    ns = rng.integers(0, 1 << rng.integers(1, 50, 5000))
+    code = rng.integers(0, codes, len(ns)).astype(np.uint64)
+    one = lasting.Lasting(21, 20)
+    time = np.cumsum(np.stack([np.ones_like(ns), ns], 1).reshape(-1))
+    kind = np.tile(np.array([21, 20], np.uint8), len(ns))
+    one.feed(time, np.zeros(len(kind), np.int16), kind, np.repeat(code, 2))
+    row, bucket, count = one.histogram(first=7)
+    found = dict(zip(zip(one.codes[row - 7].tolist(), bucket.tolist(), strict=True), count.tolist(), strict=True))
+    assert found == Counter(zip(code.tolist(), bucket_of(ns).tolist(), strict=True))
+
+
+def test_a_vm_whose_durations_are_alike_takes_little_memory() -> None:
+    made = plain("replay.decode.lasting").Lasting(21, 20)
+    count = 1000
+    kind = np.tile(np.array([21, 20], np.uint8), count)
+    code = np.repeat(np.arange(count, dtype=np.uint64) % 8, 2)
+    made.feed(np.arange(2 * count) * 2000, np.zeros(2 * count, np.int16), kind, code)
+    assert sum(array.nbytes for array in (made.codes, made.rets, made.totals, made._keys, made._counts)) < 4096
 
 
 def test_a_forged_file_of_endless_codes_takes_bounded_memory() -> None:
@@ -121,7 +146,7 @@ def test_a_forged_file_of_endless_codes_takes_bounded_memory() -> None:
     one = lasting.Lasting(21, 20, False)
     one.feed(np.arange(many), np.zeros(many, np.int16), np.full(many, 21, np.uint8), np.arange(many, dtype=np.uint64))
     assert one.count == 2048
-    assert one.codes[-1] == lasting.OTHERS
+    assert one.codes[one.count - 1] == lasting.OTHERS
     assert one.totals[:, 0].sum() == many
 
 

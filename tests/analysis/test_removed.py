@@ -221,4 +221,13 @@ def test_more_threads_than_are_told_apart_are_counted_together() -> None:
     kind = np.full(count, BY_NAME["kvm_unmap_hva_range"].code, np.uint8)
     made.feed(SimpleNamespace(kind=kind, vcpu=np.full(count, -1, np.int16), **columns))
     assert made.totals[:, module.FIELDS.index("operations")].sum() == count
-    assert made.totals[-1, module.FIELDS.index("operations")] == count - (253 - 3)
+    assert made.totals[3, module.FIELDS.index("operations")] == count - (253 - 3)
+
+
+def test_a_vm_to_which_little_is_done_takes_little_memory() -> None:
+    capabilities = Capabilities(Trace.open(CORPUS / "steady-6.1.parquet"))
+    module = plain("replay.decode.removals")
+    causes = module.causes_of(capabilities.kernel)
+    made = module.Removals(capabilities.kernel, causes, module.roots_of(4, []), [], [], True)
+    assert made.count == 4
+    assert made.totals.nbytes < 4096

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import polars as pl
 import pyarrow as pa
@@ -22,7 +25,7 @@ from analysis.formats import drawn as drawn_by
 from analysis.formats import renderer
 from analysis.queries import drawn, recorded
 from analysis.reporting import Wanted, reported
-from analysis.rows import Tallies, Tally
+from analysis.rows import DecodedRows, Tallies, Tally
 from analysis.sources import Recording
 from tests.analysis.sources import CORPUS
 from traces.errors import Problem
@@ -38,8 +41,8 @@ NUMBERED = st.lists(
 )
 
 
-@given(NUMBERED, st.lists(st.integers(0, 60)))
-def test_any_rows_in_any_parts(values: list[tuple[int | None, int, int | None]], cuts: list[int]) -> None:
+@given(NUMBERED, st.lists(st.integers(0, 60)), st.integers(1, 20))
+def test_any_rows_in_any_parts(values: list[tuple[int | None, int, int | None]], cuts: list[int], at_once: int) -> None:
     schema = {"vm": pl.Int32, "key": pl.Int8, "value": pl.Int64}
     every = pl.DataFrame(values, schema=schema, orient="row")
     value = pl.col("value")
@@ -47,10 +50,12 @@ def test_any_rows_in_any_parts(values: list[tuple[int | None, int, int | None]],
         "any", where=pl.col("key") > 0, by={"key": pl.col("key")}, sums={"sum": value, "odd": value % 2 == 1},
         least={"least": value}, most={"most": value},
     )  # fmt: skip
-    counting = Tallies([tally], every.clear())
-    for begin, end in pairwise(sorted({0, *cuts, len(every)})):
-        part = every[begin:end]
-        counting.feed(rows.DecodedRows(part))
+    whole = every.to_arrow().combine_chunks()
+    counting = Tallies([tally], pa.RecordBatch.from_pylist([], schema=whole.schema))
+    with patch.object(rows, "TALLIED_ROWS", at_once):
+        for begin, end in pairwise(sorted({0, *cuts, len(every)})):
+            for part in whole[begin:end].to_batches():
+                counting.feed(part)
     groups: dict[tuple[Any, int], list[int | None]] = {}
     for vm, key, number in values:
         if key > 0:
@@ -132,6 +137,37 @@ def test_rows_that_a_replay_reads_answer_as_rows_that_are_read_for_them() -> Non
     assert given.keys() == alone.keys()
     for name, answer in alone.items():
         assert_frame_equal(given[name], answer, check_row_order=False)
+
+
+def test_rows_are_let_go_before_the_next_ones_are_decoded() -> None:
+    """At any time there is one batch: what a question holds of earlier ones would grow with the recording."""
+    held: list[int] = []
+
+    class Watched:
+        name = "how many batches there are"
+        columns = frozenset({"time"})
+
+        def begin(self) -> Watched:
+            return self
+
+        def feed(self, vm: int, rows: DecodedRows) -> None:
+            alive.append(weakref.ref(rows))
+            held.append(sum(each() is not None for each in alive))
+
+        def answer(self) -> pl.DataFrame:
+            return pl.DataFrame()
+
+    alive: list[weakref.ref[DecodedRows]] = []
+    recording = Recording.open(TWO_VMS)
+    questions = [question for query in asked(drawn_by("html")) for question in query.questions(recording)]
+    gc.disable()  # which would find a cycle of references, but late
+    try:
+        with patch.object(rows, "BATCH_ROWS", 1000):
+            rows.Asking(recording.trace, [*questions, Watched()]).answers()
+    finally:
+        gc.enable()
+    assert len(held) > 10
+    assert set(held) == {1}
 
 
 def test_a_damaged_row_group_is_told_once_and_no_table_is_made_of_it(tmp_path: Path) -> None:
