@@ -13,9 +13,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from replay.decode.capabilities import Capabilities
 from replay.decode.cases import Case
@@ -26,6 +25,9 @@ from traces.errors import Problem
 from traces.kernels import Kernel
 from traces.kernels.policies import PolicyParameters
 from traces.kernels.triggers import OPEN, Trigger
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 GROUP: Final = "kvmtrace.policies"
 DEFAULT: Final = ("preserve", "async")
@@ -285,6 +287,8 @@ def _entries() -> tuple[EntryPoint, ...]:
     The result is cached: a search looks at every installed distribution and takes 8 ms, which a short replay would
     notice.
     """
+    from importlib.metadata import entry_points  # takes 50 ms
+
     return tuple(entry_points(group=GROUP))
 
 

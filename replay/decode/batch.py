@@ -38,6 +38,7 @@ class Batch:
         `kind` has the kind codes if they are already known.
         """
         self._batch = batch
+        self._names = frozenset(batch.schema.names)
         self._numbers = numbers
         self.kind = _kinds(batch) if kind is None else kind
 
@@ -52,7 +53,7 @@ class Batch:
         return made
 
     def _made(self, name: str) -> NDArray[Any]:
-        if name not in self._batch.schema.names:
+        if name not in self._names:
             return _zeros(len(self))[name]
         column = self._batch.column(name)
         if name == "table" and column.null_count:

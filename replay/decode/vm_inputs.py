@@ -28,10 +28,10 @@ from traces.reader import BATCH_ROWS, Trace
 
 _LONG: Final = 1 << 20  # from this many rows of a VM on, batches are twice as long: 10 % less time, 40 MiB more memory
 _ROOTS: Final = 1 << 24  # roots whose role words are kept; accesses under other roots count as outside of SMM
+_ROOM: Final = 256  # inputs for which there is room beyond those of half a batch's rows; it grows where that is too few
 _IDS: Final = 1 << 15  # vCPU ids are int16 in a trace
 _TYPES: Final = {"op": np.uint32, "exit": np.int32, "tables": np.uint8, "has": np.uint32, "flags": np.uint8}
 _TRIGGERS: Final = tuple(f"trigger {trigger.name}" for trigger in Trigger)
-_RANGED: Final = (int(Op.ZAP), int(Op.SPLIT))
 
 
 class RowTimes(Protocol):
@@ -145,7 +145,7 @@ class VmInputs:
             if root["id"] < len(roles) - 1:
                 roles[root["id"]] = root["role"]
         self.decoder = Decoder(capabilities, count, Slots(vm["slots"]), roles, groups, times is not None)
-        self._held = _Held(2 * size)
+        self._held = _Held(size // 2 + _ROOM)
         self._first_exit = 0
         self.rest = Rest(*(np.zeros(count, np.int64) for _ in range(3)))
 
@@ -208,7 +208,7 @@ class VmInputs:
         decoder, held = self.decoder, self._held
         left = held.exit[count : decoder.inputs]
         op, gfn, time, seq, exit_ = (getattr(held, name)[:count].copy() for name in _Held.INPUTS)
-        ranges = int(np.isin(op & 15, _RANGED).sum()) if decoder.ranges else 0
+        ranges = int(_is_ranged(op).sum()) if decoder.ranges else 0
         bounds = zip(held.start[:ranges].tolist(), held.end[:ranges].tolist(), strict=True)
         records = int(exit_.max(initial=-1)) + 1
         exits = Exits(**{name: getattr(held, name)[:records].copy() for name in EXIT_COLUMNS}, first=self._first_exit)
@@ -218,8 +218,7 @@ class VmInputs:
         held.move(count, decoder.inputs, done, decoder.records, ranges, decoder.ranges)
         held.exit[: len(moved)] = np.where(left >= 0, moved, -1)
         if ranges:
-            ranged = np.isin(held.op[: len(left)] & 15, _RANGED)
-            held.gfn[: len(left)][ranged] -= ranges
+            held.gfn[: len(left)][_is_ranged(held.op[: len(left)])] -= ranges
         decoder.drop(count, done, ranges)
         self._first_exit += done
         return Inputs(op, gfn, time, seq, exit_, Ranges(list(bounds)), exits)
@@ -233,7 +232,7 @@ class _Held:
 
     def __init__(self, room: int) -> None:
         for name in (*self.INPUTS, *EXIT_COLUMNS, *self.RANGES):
-            setattr(self, name, np.zeros(room, _TYPES.get(name, np.int64)))
+            setattr(self, name, np.empty(room, _TYPES.get(name, np.int64)))
 
     op: NDArray[np.uint32]
     gfn: Ints
@@ -258,6 +257,13 @@ class _Held:
             for name in names:
                 column = getattr(self, name)
                 column[: end - first] = column[first:end].copy()
+
+
+def _is_ranged(op: NDArray[np.uint32]) -> NDArray[np.bool_]:
+    """Return whether each input's `gfn` is the number of a range."""
+    kind = op & 15
+    ranged: NDArray[np.bool_] = (kind == Op.ZAP) | (kind == Op.SPLIT)
+    return ranged
 
 
 def _counted(capabilities: Capabilities) -> tuple[str, ...]:

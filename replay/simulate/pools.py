@@ -9,6 +9,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+_SMALL: Final = 1 << 12  # bytes
 _LINE: Final = 64  # bytes of a cache line, to which pools are aligned
 
 
@@ -18,8 +19,13 @@ def row_type(*names: str) -> np.dtype[np.void]:
 
 
 def make_pool(rows: int, layout: Any) -> NDArray[Any]:
-    """Return `rows` zeroed structures, aligned to a cache line; pages that are never touched take no memory."""
+    """Return `rows` zeroed structures; pages that are never touched take no memory.
+
+    Large pools are aligned to a cache line; for small ones that is not worth its 4 us, of which a VM has sixty.
+    """
     dtype = _structure(tuple(layout)) if isinstance(layout, list) else np.dtype(layout)
+    if rows * dtype.itemsize <= _SMALL:
+        return np.zeros(rows, dtype)
     raw = np.zeros(rows * dtype.itemsize + _LINE, np.uint8)
     return np.ndarray(rows, dtype, raw.data, -raw.__array_interface__["data"][0] % _LINE)
 

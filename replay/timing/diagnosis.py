@@ -114,7 +114,7 @@ def diagnosed(
 ) -> list[Diagnosis]:
     """Return the same diagnoses from runs of exits and last exits that are already known."""
     found = []
-    shown = ShownOfVm.of(trace, vm)
+    shown = ShownOfVm(trace, vm)
     for run in runs:
         if run.certain(exits):
             kind, why = _cause(run, shown, kernel)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final
 
 from replay.timing.stuck_rip import RipRun
@@ -16,21 +17,26 @@ _EVER: Final = 1 << 62
 
 @dataclass(frozen=True)
 class ShownOfVm:
-    """The kinds of event that were watched, the VM's memslots, the gaps, and
-    the kinds of which events were lost (`losses`).
-    """
+    """What a trace's metadata says of one VM; `losses` are the kinds of which events were lost."""
 
+    trace: Trace
     vm: Mapping[str, Any]
-    watched: frozenset[str]
-    gaps: tuple[Mapping[str, Any], ...]
-    losses: frozenset[str]
 
-    @classmethod
-    def of(cls, trace: Trace, vm: Mapping[str, Any]) -> ShownOfVm:
-        meta = trace.metadata
-        watched = {str(probe.get("kind")) for probe in meta.probes if probe.get("how") != "none"}
-        losses = frozenset(kind for kind in meta.loss if meta.lost_of(kind))
-        return cls(vm, frozenset(watched | {kind for kind, count in meta.kinds.items() if count}), meta.gaps, losses)
+    @property
+    def gaps(self) -> tuple[Mapping[str, Any], ...]:
+        return self.trace.metadata.gaps
+
+    @cached_property
+    def watched(self) -> frozenset[str]:
+        """The kinds of event that were recorded, whether there was one or not."""
+        meta = self.trace.metadata
+        probed = {str(probe.get("kind")) for probe in meta.probes if probe.get("how") != "none"}
+        return frozenset(probed | {kind for kind, count in meta.kinds.items() if count})
+
+    @cached_property
+    def losses(self) -> frozenset[str]:
+        meta = self.trace.metadata
+        return frozenset(kind for kind in meta.loss if meta.lost_of(kind))
 
     @property
     def knows_slots(self) -> bool:
