@@ -7,7 +7,6 @@ prose; a word in backticks or quotes is being spoken of, not used.
 
 from __future__ import annotations
 
-import ast
 import re
 import subprocess
 from pathlib import Path
@@ -47,6 +46,11 @@ WORDS: Final = {
     r"of chance": "random",
     r"bring(?:s|ing)? about": "cause",
 }
+# A comment or a string of Python; the tree of `ast` says the same in six times the time.
+TOKEN: Final = re.compile(
+    r"""\#[^\n]* | (?P<prefix>\b[rbfu]{1,2}|)(?P<quote>\"{3}|'{3}|["'])(?P<text>(?:\\.|.)*?)(?P=quote)""",
+    re.S | re.I | re.X,
+)
 
 
 def prose(path: Path, quoted: bool = False) -> list[tuple[int, str]]:
@@ -71,24 +75,32 @@ def prose(path: Path, quoted: bool = False) -> list[tuple[int, str]]:
 
 def _texts(source: str) -> list[tuple[int, str]]:
     """The strings of a program that are no keys (they have a blank in them), and its comments."""
-    strings = [
-        node
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes)))
-    ]
-    found = [
-        (node.lineno, node.value)
-        for node in strings
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value.strip()
-    ]
-    # A "#" that is in no string begins a comment. The tokenizer says so, too, in three times the time.
-    spans = [((node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset)) for node in strings]
-    for number, line in enumerate(source.encode().splitlines(), 1):  # the tree's columns are bytes
-        for sign in re.finditer(rb"#", line):
-            if not any(begin <= (number, sign.start()) < end for begin, end in spans):
-                found.append((number, line[sign.start() :].decode()))
-                break
-    return found
+    found: list[tuple[int, str]] = []
+    number, first, at, pieces = 1, 1, 0, list[str]()
+    for token in TOKEN.finditer(source):
+        between = source[at : token.start()]
+        if pieces and (token["text"] is None or between.strip()):
+            found.append((first, "".join(pieces)))
+            pieces = []
+        number += between.count("\n")
+        if token["text"] is None:
+            found.append((number, token[0]))
+        else:
+            first = first if pieces else number
+            pieces.append(_value(token))
+        number += token[0].count("\n")
+        at = token.end()
+    if pieces:
+        found.append((first, "".join(pieces)))
+    return [(number, text) for number, text in found if " " in text.strip()]
+
+
+def _value(literal: re.Match[str]) -> str:
+    """A string's text: without the expressions of an f-string, and of escapes only newlines and tabs."""
+    text = literal["text"]
+    if "f" in literal["prefix"].lower():
+        text = re.sub(r"\{[^{}]*\}", "{}", text)
+    return re.sub(r"\\(.)", lambda escape: {"n": "\n", "t": "\t", "\n": ""}.get(escape[1], escape[1]), text, flags=re.S)
 
 
 def files() -> list[Path]:
