@@ -32,10 +32,15 @@ def made() -> Iterator[dict[str, Report]]:
         yield found
 
 
+def rounded(text: str) -> str:
+    """Without the last digits of quotients: polars divides one way or another by how many CPUs there are."""
+    return re.sub(r"\d\.\d{13,}", lambda number: f"{float(number[0]):.12f}", text)
+
+
 @pytest.mark.parametrize(("name", "form"), list(golden.wanted()))
 def test_golden(made: dict[str, Report], name: str, form: str) -> None:
     said = "changed on purpose? python -m tests.golden.reports, and review"
-    assert renderer(form)(made[name]) == golden.golden(name, form).read_text(), said
+    assert rounded(renderer(form)(made[name])) == rounded(golden.golden(name, form).read_text()), said
 
 
 def expected(report: Report) -> Rows:
