@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import polars as pl
 import pyarrow as pa
@@ -35,8 +36,8 @@ def name(task: int) -> str:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> ResultFolder:
-    found = ResultFolder(location(f"memory://{tmp_path.name}"))  # a disk would be asked to sync each of them
+def folder() -> ResultFolder:
+    found = ResultFolder(location(f"memory://{uuid4()}"))  # a disk would be asked to sync each of them
     found.claim(JOB)
     for task in range(40):
         found.put(name(task), table(task))

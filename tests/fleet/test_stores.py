@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from datetime import timedelta
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
@@ -24,9 +25,9 @@ def objects(request: pytest.FixtureRequest, tmp_path: Path) -> Objects:
     if request.param == "folder":
         return Objects(location(str(tmp_path)))
     if request.param == "memory":
-        return Objects(location(f"memory://{tmp_path.name}"))
+        return Objects(location(f"memory://{uuid4()}"))
     request.getfixturevalue("s3")
-    return Objects(location(f"s3://{BUCKET}/{tmp_path.name}"))
+    return Objects(location(f"s3://{BUCKET}/{uuid4()}"))
 
 
 def test_a_text_means_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
