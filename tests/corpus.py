@@ -15,8 +15,8 @@ RECORDINGS = sorted(CORPUS.glob("*.parquet"))
 # (test_validate_paging has that), and `validate` has a model of its own for them.
 PAGED = [path for path in RECORDINGS if path.stem.endswith(("-npt0", "-ept0"))]
 REPLAYED = [path for path in RECORDINGS if path not in PAGED]
-# Recorded on every kernel, under each of its MMUs: SMM and memslots; and notifiers on the newest.
-FEW = (*(f"{name}-{version}" for name in ("smi-storm", "slot-delete") for version in ("5.", "6.", "7.")), "notifier-7.")
+# SMM on every kernel, under each of its MMUs; memslots with asynchronous roots and on the newest, as notifiers are.
+FEW = ("smi-storm-5.", "smi-storm-6.", "smi-storm-7.", "slot-delete-6.1-async", "slot-delete-7.", "notifier-7.")
 
 
 def each(paths: Iterable[Path]) -> list[Any]:

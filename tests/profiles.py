@@ -15,7 +15,7 @@ SLOW: Final = (HealthCheck.too_slow, HealthCheck.data_too_large)
 _FULL: Final = 100  # examples of a test that asks for no number
 
 settings.register_profile("full", deadline=None, suppress_health_check=SLOW, max_examples=_FULL)
-settings.register_profile("quick", settings.get_profile("full"), max_examples=_FULL // 5)
+settings.register_profile("quick", settings.get_profile("full"), max_examples=_FULL // 10)
 settings.register_profile("ci", settings.get_profile("full"), max_examples=2 * _FULL, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "full")
 
