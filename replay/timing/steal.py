@@ -62,6 +62,7 @@ class Steal:
     removed = cython.declare(cython.longlong, visibility="public")
     removing = cython.declare(cython.longlong, visibility="public")
     _workers: set  # type: ignore[type-arg]
+    _tids: cython.int[::1]  # the same, of which there are few
     _zapping: dict  # type: ignore[type-arg]
     _time: cython.longlong  # time of the last row
     _kind: cython.int  # kind of the last row
@@ -89,6 +90,7 @@ class Steal:
         self.taken = []
         self.removed = self.removing = 0
         self._workers = set(workers)
+        self._tids = np.array(sorted(self._workers), np.int32)
         self._zapping = {}
         self._time = self._kind = -1
         self._worked = self._waiting = self._since = self._zapped = self._idled = self._behind = 0
@@ -100,8 +102,9 @@ class Steal:
 
     def feed(self, batch: Any, state: Any, ns: Any, mark: Any, before: Any) -> None:
         """Shorten the spans of a batch (`Timeline.feed`), in place, by the time that other tasks took."""
-        lost = np.zeros(len(batch) if self.shared and self.known else 0, np.int64)
-        work = self._work(batch) if self._workers else lost[:0]
+        cuts = self.shared and self.known
+        lost = np.zeros(len(batch) if cuts else 0, np.int64)
+        work = self._work(batch) if cuts and self._workers else lost[:0]
         self._feed(batch.time, batch.vcpu, batch.tid, batch.kind, state, ns, lost, work)
         if len(rows := np.flatnonzero(lost)):
             self.taken.append(np.column_stack([batch.vcpu[rows], batch.time[rows], lost[rows]]))
@@ -109,8 +112,9 @@ class Steal:
             self._cut(batch, state, ns, mark, before)
 
     def _work(self, batch: Any) -> Any:
-        """Return by row the ns since the previous row if the row's thread is a
-        worker, which was working in that time; else 0.
+        """Return by row the ns for which the row's thread worked since the previous row if it is a worker, else 0.
+
+        Of the worker's spans those are cut in which other tasks had the CPU.
         """
         work = np.zeros(len(batch), np.int64)
         rows = np.flatnonzero(batch.vcpu < 0)
@@ -119,14 +123,13 @@ class Steal:
             rows = rows[rows > 0]
         first = rows == 0  # the previous row is the last one of the previous batch
         spans = batch.time[rows] - np.where(first, self._time, batch.time[rows - 1])
-        if self.shared and self.known:  # else other tasks' time within a worker's span is not the vCPU's time either
-            kinds = batch.kind.astype(np.int64)
-            between = np.where(first, self._kind, kinds[rows - 1]) << 8 | kinds[rows]
-            for pair in np.unique(between):
-                alike = spans[between == pair]
-                most = max(_TIMES_OF_WORKER * int(np.median(alike)), _LEAST)
-                if len(alike) >= _ENOUGH:
-                    spans[(between == pair) & (spans > most)] = int(np.median(alike))
+        kinds = batch.kind.astype(np.int64)
+        between = np.where(first, self._kind, kinds[rows - 1]) << 8 | kinds[rows]
+        for pair in np.unique(between):
+            alike = spans[between == pair]
+            most = max(_TIMES_OF_WORKER * int(np.median(alike)), _LEAST)
+            if len(alike) >= _ENOUGH:
+                spans[(between == pair) & (spans > most)] = int(np.median(alike))
         work[rows] = np.maximum(spans, 0)
         return work
 
@@ -151,7 +154,10 @@ class Steal:
         v: cython.Py_ssize_t
         k: cython.int
         taken: cython.longlong
-        works: cython.bint = work.shape[0] > 0
+        worked: cython.longlong
+        before: cython.longlong  # time of the previous row
+        works: cython.bint = self._tids.shape[0] > 0
+        known: cython.bint = work.shape[0] > 0
         with cython.nogil:
             for i in range(kind.shape[0]):
                 v = vcpu[i]
@@ -162,7 +168,13 @@ class Steal:
                     with cython.gil:
                         self._zap(tid[i], k, time[i])
                 if works:
-                    self._works(k, time[i], work[i])
+                    # Where other tasks do not share the CPU, a worker works from one of its rows to the next.
+                    worked = work[i] if known else 0
+                    if not known and v < 0 and self._is_worker(tid[i]):
+                        before = time[i - 1] if i else self._time
+                        if i or self._time >= 0:
+                            worked = max(time[i] - before, 0)
+                    self._works(k, time[i], worked)
                 if state[i] == _NO_SPAN:
                     continue
                 if self._idle[v] != self._idled:
@@ -182,6 +194,17 @@ class Steal:
             if kind.shape[0]:
                 self._time = time[kind.shape[0] - 1]
                 self._kind = kind[kind.shape[0] - 1]
+
+    @cython.cfunc
+    @cython.nogil
+    @cython.inline
+    @cython.exceptval(check=False)
+    def _is_worker(self, tid: cython.int) -> cython.bint:
+        i: cython.Py_ssize_t
+        found: cython.bint = False
+        for i in range(self._tids.shape[0]):
+            found |= self._tids[i] == tid
+        return found
 
     @cython.cfunc
     @cython.nogil
