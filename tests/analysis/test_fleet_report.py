@@ -26,6 +26,7 @@ from analysis.report import Status
 from benchmarks.fleet_rows import Fleet, parts, write
 from replay.fleet.fleet_schema import RESULTS
 from tests.golden import fleets
+from tests.thinned import thinned
 from tests.verbs import invoke
 from traces.errors import Problem
 
@@ -300,7 +301,7 @@ DAMAGES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("how", thinned(3, DAMAGES))
 def test_a_hostile_file_is_one_line(results: Path, how: str) -> None:
     path = sorted((results / "merged").iterdir())[1]
     damages(path)[how]()

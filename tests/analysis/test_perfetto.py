@@ -30,6 +30,7 @@ from replay.decode.vcpu_states import VcpuState
 from replay.decode.vm_inputs import VmInputs, vcpu_ids
 from replay.result import KEY
 from replay.timing.measure import SpanTimes
+from tests.thinned import thinned
 from tests.verbs import printed
 from traces.errors import Problem
 from traces.outputs import TIMELINE, Output
@@ -129,7 +130,7 @@ RECORDINGS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*RECORDINGS, pytest.param("synthetic", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [*thinned(2, RECORDINGS), pytest.param("synthetic", marks=pytest.mark.slow)])
 def test_spans_sum_up_to_the_times_of_the_replay(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     source = request.getfixturevalue("storm") if name == "synthetic" else CORPUS / f"{name}.parquet"
     found = exported(source, tmp_path / "out.pftrace")

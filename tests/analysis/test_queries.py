@@ -18,6 +18,7 @@ from replay import bounds, plan, run
 from replay.decode.capabilities import Capabilities
 from tests.analysis.sources import CORPUS, OLD_STORM, ROOT, STORM, TIMING, result_of
 from tests.replay.recording import ALL_KINDS, Guest, manifest
+from tests.thinned import thinned
 from tests.traces.making import stream, trace
 from traces import kernels
 from traces.errors import Problem
@@ -37,7 +38,7 @@ def rows(recording: Recording) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("window", [1_000_000, 7_000_000, 100_000_000])
-@pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", thinned(2, RECORDINGS), ids=lambda path: path.stem)
 def test_guest_time_of_windows_is_that_of_each_entry_to_its_exit(path: Path, window: int) -> None:
     recording = Recording.open(path)
     every = rows(recording)

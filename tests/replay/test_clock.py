@@ -26,6 +26,7 @@ from tests.profiles import examples
 from tests.replay.plain import plain
 from tests.replay.test_engine import PLAIN, assert_same, members
 from tests.replay.timed_streams import TimedStream, timed_of, timed_streams
+from tests.thinned import thinned
 from traces.errors import Problem
 from traces.kernels.policies import ASYNC, POLICIES, PRESERVE, PolicyParameters
 
@@ -195,7 +196,7 @@ def crowd(parameters: PolicyParameters, costs: Costs, seed: int, count: int = 40
     return TimedStream(parameters, [Word(0), Word(1, as_id=1)], 3, costs, timed_of(rows), Ranges())
 
 
-@pytest.mark.parametrize("module", [core, PLAIN])
+@pytest.mark.parametrize("module", thinned(2, [core, PLAIN]))
 @pytest.mark.parametrize(("chunk", "cpus"), [(0, 0), (5, 1), (0, 3), (50, 4)])
 @pytest.mark.parametrize("teardown", ["inline", "worker"])
 @pytest.mark.parametrize("assume_refault", [False, True])

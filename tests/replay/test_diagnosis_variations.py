@@ -15,6 +15,7 @@ from analysis.sources import Recording
 from replay.timing.diagnosis import Diagnosis
 from tests.replay.recording import TID
 from tests.replay.test_apart import AMD, INTEL, MS, TimedGuest
+from tests.thinned import thinned
 from traces.kernels.vendors import SVM, VMX, Vendor
 
 RIP, SLOT, MMIO = 0x4000, 0x401_000, 0xFE00_0004
@@ -121,7 +122,7 @@ def assert_shown(found: Diagnosis) -> None:
 
 
 @pytest.mark.parametrize("cpu", [AMD, INTEL])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", thinned(2, KINDS))
 def test_either_vendors_codes(tmp_path: Path, cpu: str, kind: str) -> None:
     step, says = KINDS[kind]
     host = Host(cpu)

@@ -29,6 +29,7 @@ from tests.corpus import REPLAYED, each
 from tests.profiles import examples
 from tests.replay.plain import COMPILED, ROOT, plain
 from tests.replay.streams import Stream, block_of, streams
+from tests.thinned import thinned
 from traces.errors import Problem
 from traces.kernels.policies import ASYNC, POLICIES, PRESERVE, SYNC, PolicyParameters
 from traces.reader import Trace
@@ -147,7 +148,7 @@ def storm(parameters: PolicyParameters, seed: int = 0, count: int = 6000) -> Str
     return Stream(parameters, [Word(1), Word(2, as_id=1)], 2, block_of(rows), Ranges([(4096, 1 << 20)]))
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", thinned(2, POLICIES))
 @pytest.mark.parametrize("assume_refault", [False, True])
 def test_named_policies_on_a_longer_stream(name: str, assume_refault: bool) -> None:
     assert_same(*run(storm(replace(POLICIES[name], assume_refault=assume_refault)), core.Core, [1000, 77]))

@@ -33,7 +33,7 @@ def test_there_are_six_scenarios_on_four_kernels() -> None:
 
 
 @pytest.mark.parametrize("tool", ["dat", "data"])
-@pytest.mark.parametrize("name", thinned(3, NAMES))
+@pytest.mark.parametrize("name", thinned(6, NAMES))
 def test_every_event_of_both_is_in_both_with_equal_fields_in_order(name: str, tool: str, tmp_path: Path) -> None:
     out = tmp_path / "out.parquet"
     import_file(DIRECTORY / f"{name}.{tool}.xz", out, ToldOfText())
@@ -73,7 +73,7 @@ def replayed(path: Path, capsys: pytest.CaptureFixture[str], *more: str) -> dict
 
 
 @pytest.mark.parametrize("tool", ["dat", pytest.param("data", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", thinned(3, NAMES))
+@pytest.mark.parametrize("name", thinned(6, NAMES))
 def test_replay_s_counts_contain_those_of_the_native_recording(
     name: str, tool: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
