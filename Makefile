@@ -21,7 +21,7 @@ PYTEST := $(PYTHON) -m pytest --dist loadgroup -n
 # as soon as their test has passed.
 IN_MEMORY = $(shell [ "$$(df --output=avail /dev/shm 2>/dev/null | tail -n 1)" -gt 1000000 ] 2>/dev/null && echo TMPDIR=/dev/shm)
 
-# In less than a minute of two CPUs: lint, types, and the tests that need nothing of the machine and not much time. The
+# In about a minute of two CPUs: lint, types, and the tests that need nothing of the machine and not much time. The
 # tests of a file run in one worker, so that what they share is made once, and polars has as many threads as the worker.
 quick: lint
 	$(IN_MEMORY) POLARS_MAX_THREADS=1 $(PYTHON) -m pytest -q -n auto --dist loadfile --hypothesis-profile quick \
