@@ -212,6 +212,7 @@ def report(
         gates=asked,
         baseline=gates.load_baseline(baseline) if baseline else None,
         drawn=drawn(format_),
+        parts=bool(drawn(format_)),
         selection=selected,
         naming=naming,
         guest=guest,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
@@ -82,10 +83,14 @@ class KindsBy(Grouped):
 
     def give(self, groups: Groups, vm: int, *columns: NDArray[Any]) -> None:
         kind, time, key, other = columns
+        signed = key.view(np.int64) if key.itemsize == 8 else key
+        groups.feed(vm, self._wanted, kind, time, signed, other.view(np.uint8))
+
+    @cached_property
+    def _wanted(self) -> NDArray[np.uint8]:
         wanted = np.zeros(256, np.uint8)
         wanted[[BY_NAME[name].code for name in self.kinds]] = 1
-        signed = key.view(np.int64) if key.itemsize == 8 else key
-        groups.feed(vm, wanted, kind, time, signed, other.view(np.uint8))
+        return wanted
 
     def told(self, table: pl.LazyFrame) -> pl.LazyFrame:
         return table.select("vm", *_ROWS, **self.keys)

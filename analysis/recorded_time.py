@@ -74,6 +74,7 @@ class RecordedTime:
     def parts(self) -> NDArray[np.int64]:
         """The ns by vCPU (dense number), part of the time, and VcpuState, as a three-dimensional array."""
         parts: NDArray[np.int64] = self.timeline.parts
+        assert parts.shape[1] > PARTS, "the replay was not asked for parts"
         return parts[: len(self.ids), :PARTS]
 
     def stalls(self, rule: Rule) -> dict[int, list[Stall]]:

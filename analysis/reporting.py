@@ -33,7 +33,8 @@ UNVALIDATED: Final = "not done: --validate compares the recording with the model
 class Wanted:
     """What a report on each file is to have.
 
-    `drawn` are queries of a recording that the format makes besides those of the tables.
+    `drawn` are queries of a recording that the format makes besides those of the tables. `parts`: the recorded time in
+    parts, which only pictures show.
     """
 
     policies: tuple[str, ...] = ()
@@ -43,6 +44,7 @@ class Wanted:
     gates: tuple[Gate, ...] = ()
     baseline: Figures | None = None
     drawn: tuple[Query[Recording], ...] = ()
+    parts: bool = True
     selection: Selection = ALL
     naming: Naming = NO_NAMING
     guest: GuestFile | None = None
@@ -128,7 +130,7 @@ def _replayed(
 ) -> Result | None:
     step(f"replaying {recording.path}")
     try:
-        return replayed_under(recording, wanted.policies, path, asked(wanted.drawn))
+        return replayed_under(recording, wanted.policies, path, asked(wanted.drawn), parts=wanted.parts)
     except Problem as problem:
         gated = any(gate.asked for gate in wanted.gates)
         if wanted.policies or gated or problem.code != BAD_INPUT or isinstance(problem, Unwritable):
@@ -138,12 +140,17 @@ def _replayed(
 
 
 def replayed_under(
-    recording: Recording, policies: tuple[str, ...], path: Path, queries: Iterable[Query[Recording]] = ()
+    recording: Recording,
+    policies: tuple[str, ...],
+    path: Path,
+    queries: Iterable[Query[Recording]] = (),
+    parts: bool = True,
 ) -> Result:
     """Replay a recording, with times, into a result at `path`.
 
     Without `policies` these are the recorded one, preserve and async. The rows are read once, for the replay and for
-    the `queries` that are to be made of the recording.
+    the `queries` that are to be made of the recording. `parts`: the recorded time is wanted in parts, which take some
+    50 KiB for each vCPU.
     """
     from analysis.recorded_time import PARTS, of_replay
     from replay.decode.capabilities import Capabilities
@@ -155,7 +162,7 @@ def replayed_under(
     questions = [question for query in queries for question in query.questions(recording)]
     # The runs of exits come with the replay's times.
     asking = recording.asking(*(each for each in questions if not isinstance(each, RipQuestion)))
-    replayed = replay_into(plan, path, Settings(parts=PARTS), beside=asking)
+    replayed = replay_into(plan, path, Settings(parts=PARTS if parts else 0), beside=asking)
     recording.times = of_replay(recording.trace, replayed.times)
     del plan, replayed
     with contextlib.suppress(Problem):  # where the file is damaged, each query reports that itself

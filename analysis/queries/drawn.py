@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from analysis.grouped import UsedRoots
 from analysis.queries.recorded import lives
@@ -29,7 +30,6 @@ HANGS: Final = {
     "vm": pl.Int32, "vcpu": pl.Int16,
     **dict.fromkeys(("time", "length_ns", "guest_ns", "switch_low_ns", "switch_ns"), pl.Int64),
 }  # fmt: skip
-_CELLS: Final = {"time": pl.Int64, "gfn": pl.Int64, "installs": pl.Int64}
 _HEAT: Final = {"vm": pl.Int32, **dict.fromkeys(("time", "length_ns", "gfn", "pages", "installs"), pl.Int64)}
 
 
@@ -127,40 +127,53 @@ class Heat:
 
 
 class _Heating:
-    """Counts installs; a VM's ranges are doubled whenever there are too many, for their number can only grow."""
+    """Counts installs; a VM's ranges are doubled whenever there are too many, for their number can only grow.
+
+    A VM's cells are three arrays: the part of the time, the range (-1: installs without a gfn), and installs.
+    """
 
     def __init__(self, widths: dict[int, tuple[int, int]], rows: int) -> None:
         self._widths, self._rows = widths, rows
         self._pages = dict.fromkeys(widths, 1)
-        self._cells = {vm: pl.DataFrame(schema=_CELLS) for vm in widths}
+        self._cells: dict[int, NDArray[np.int64]] = {}
 
     def feed(self, vm: int, rows: DecodedRows) -> None:
         at = np.flatnonzero(rows[KIND] == BY_NAME["kvm_mmu_set_spte"].code)
         if vm in self._widths and len(at):
-            gfn = pl.when(pl.col("gfn") != -1).then("gfn")
-            self._add(vm, pl.DataFrame({"time": rows["time"][at], "gfn": rows["gfn"][at]}).with_columns(gfn))
+            first, width = self._widths[vm]
+            part = (rows["time"][at] - first) // width
+            new = _cells(part, rows["gfn"][at] // self._pages[vm], np.ones_like(part))
+            self._cells[vm] = self._aligned(vm, np.concatenate([self._cells.get(vm, _NO_CELLS), new], axis=1))
 
-    def _add(self, vm: int, mapped: pl.DataFrame) -> None:
-        first, width = self._widths[vm]
-        time = first + (pl.col("time") - first) // width * width
-        gfn = pl.col("gfn") // self._pages[vm] * self._pages[vm]
-        new = mapped.lazy().group_by(time=time, gfn=gfn).agg(installs=pl.len().cast(pl.Int64)).collect()
-        cells = pl.concat([self._cells[vm], new])
-        while (cells["gfn"].drop_nulls() // self._pages[vm]).n_unique() > self._rows:
+    def _aligned(self, vm: int, cells: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the cells with ranges so long that there are few enough of them."""
+        part, place, installs = cells
+        while len(np.unique(place[place >= 0])) > self._rows:
             self._pages[vm] *= 2
-        aligned = pl.col("gfn") // self._pages[vm] * self._pages[vm]
-        self._cells[vm] = cells.group_by("time", aligned).agg(pl.col("installs").sum())
+            place = place // 2  # -1 stays
+        return _cells(part, place, installs)
 
     def answer(self) -> pl.DataFrame:
         frames = [pl.DataFrame(schema=_HEAT)]
-        for vm, (_, width) in self._widths.items():
-            same = {"vm": vm, "length_ns": width, "pages": self._pages[vm]}
-            frames.append(
-                self._cells[vm]
-                .with_columns(pl.lit(value, _HEAT[name]).alias(name) for name, value in same.items())
-                .select(*_HEAT)
-            )
-        return pl.concat(frames)
+        for vm, (part, place, installs) in self._cells.items():
+            (first, width), pages = self._widths[vm], self._pages[vm]
+            columns = {
+                "vm": np.full(len(part), vm), "time": first + part * width, "length_ns": np.full(len(part), width),
+                "gfn": place * pages, "pages": np.full(len(part), pages), "installs": installs,
+            }  # fmt: skip
+            frames.append(pl.DataFrame(columns, schema=_HEAT))
+        return pl.concat(frames).with_columns(pl.when(pl.col("gfn") >= 0).then("gfn"))
+
+
+_NO_CELLS: Final = np.zeros((3, 0), np.int64)
+
+
+def _cells(part: NDArray[np.int64], place: NDArray[np.int64], installs: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return cells with their installs, each cell once."""
+    order = np.lexsort((part, place))
+    part, place, installs = part[order], place[order], installs[order]
+    begins = np.flatnonzero(np.append(True, (part[1:] != part[:-1]) | (place[1:] != place[:-1])))
+    return np.array((part[begins], place[begins], np.add.reduceat(installs, begins)))
 
 
 @query(Recording, needs=("kvm_mmu_set_spte",), asks=lambda recording: [Heat(recording, PARTS // 4, ROWS // 2)])

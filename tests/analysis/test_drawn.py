@@ -71,6 +71,14 @@ def test_vcpu_states_are_the_parts(storm: Report) -> None:
     assert len(rows) <= drawn.PARTS
 
 
+@pytest.mark.parametrize("parts", [False, True])
+def test_the_recorded_time_is_held_in_parts_where_they_are_wanted(parts: bool) -> None:
+    with reported(CORPUS / "two-vms-6.1-async.parquet", Wanted(parts=parts)) as report:
+        assert report.recording is not None
+        held = [time.timeline.parts.shape[1] for time in report.recording.times]
+    assert held == [401 if parts else 1] * 2
+
+
 def test_soft_hangs_are_near_those_of_the_replay(storm: Report) -> None:
     assert storm.recording is not None
     assert storm.result is not None
