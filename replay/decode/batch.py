@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any, Final
 
 import numpy as np
@@ -21,6 +20,8 @@ COLUMNS: Final = (
     "code", "value", "rip", "refs", "ret", "slot", "flags",
 )  # fmt: skip
 _TYPES: Final = {name: np.dtype(SCHEMA.field(name).type.to_pandas_dtype()) for name in COLUMNS if name != "kind"}
+
+_ZEROS: dict[np.dtype[Any], NDArray[Any]] = {}  # by type
 
 
 class Batch:
@@ -54,7 +55,7 @@ class Batch:
 
     def _made(self, name: str) -> NDArray[Any]:
         if name not in self._names:
-            return _zeros(len(self))[name]
+            return _zeros(name, len(self))
         column = self._batch.column(name)
         if name == "table" and column.null_count:
             column = column.fill_null(0)
@@ -88,10 +89,14 @@ def _kinds(batch: pa.RecordBatch) -> NDArray[np.uint8]:
     return found
 
 
-@lru_cache(2)
-def _zeros(rows: int) -> dict[str, NDArray[Any]]:
-    """Return zeroed arrays, by name, for columns that were not read."""
-    return {name: np.zeros(rows, dtype) for name, dtype in _TYPES.items()}
+def _zeros(name: str, rows: int) -> NDArray[Any]:
+    """Return the zeros of a column that was not read; all batches share them."""
+    kept = _ZEROS.get(_TYPES[name])
+    if kept is None or len(kept) < rows:
+        kept = np.zeros(1 << rows.bit_length(), _TYPES[name])
+        kept.flags.writeable = False
+        _ZEROS[_TYPES[name]] = kept
+    return kept[:rows]
 
 
 def _values(column: pa.Array) -> NDArray[Any]:
