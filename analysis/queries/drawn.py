@@ -44,11 +44,10 @@ def vcpu_states(recording: Recording, vm: int | None = None) -> pl.LazyFrame:
     for one in recording.times:
         if vm not in (None, one.vm):
             continue
-        found = one.parts.copy()
-        found[:, :, VcpuState.FAULT] += found[:, :, VcpuState.PREFETCH]
-        found[:, :, VcpuState.PREFETCH] = 0
-        vcpu, part = np.nonzero(found.sum(2))
-        times = {name: found[vcpu, part, state] for name, state in STATES.items()}
+        vcpu, part = np.nonzero(one.parts.sum(2))
+        found = one.parts[vcpu, part]
+        found[:, VcpuState.FAULT] += found[:, VcpuState.PREFETCH]
+        times = {name: found[:, state] for name, state in STATES.items()}
         ids = np.array(one.ids, np.int16)
         frames.append(
             pl.DataFrame({
