@@ -275,6 +275,33 @@ Progress.at = stopped
         assert [path.name for path in tmp_path.iterdir()] == ["in.parquet"]
 
 
+def test_an_interrupt_in_a_weak_references_callback_is_not_lost(tmp_path: Path) -> None:
+    """Python would print it there, with the lines of its own code, and go on."""
+    trace = tmp_path / "in.parquet"
+    synthesize(trace, Parameters(events=10_000))
+    stop = """
+import os, signal, weakref
+from traces.progress import Progress
+class Key:
+    pass
+class Data(dict):
+    def __delitem__(self, key):
+        os.kill(os.getpid(), signal.SIGINT)
+        super().__delitem__(key)
+kept = weakref.WeakKeyDictionary()
+kept.data = Data()
+at = Progress.at
+def stopped(self, done):
+    kept[Key()] = done
+    for _ in range(100):
+        signal.sigtimedwait([], 0.01)
+    at(self, done)
+Progress.at = stopped
+"""
+    done = kvmtrace(["replay", str(trace)], stop)
+    assert (done.returncode, done.stderr, done.stdout) == (INTERRUPTED, b"kvmtrace: interrupted\n", b"")
+
+
 def test_behind_a_shells_ampersand_an_ignored_interrupt_stays_ignored(files: Files) -> None:
     ignored = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n" + _AT_IMPORT.format(at=100)
     done = kvmtrace(["info", str(files.trace)], ignored)

@@ -94,7 +94,7 @@ def test_only_a_package_of_an_extra_is_said_to_be_one() -> None:
     [
         ("report", "polars"),
         ("info", "pyarrow"),
-        pytest.param("replay", "polars", marks=pytest.mark.slow),
+        pytest.param("replay", "pyarrow", marks=pytest.mark.slow),
         pytest.param("validate", "pyarrow", marks=pytest.mark.slow),
         pytest.param("export --csv roots", "polars", marks=pytest.mark.slow),
     ],

@@ -5,7 +5,8 @@ The command (scripts/kvmtrace) makes Python answer ^C before that, and kvmtrace.
 others. Until the command line is loaded nothing was begun that would have to be cleaned up, so that the process may end
 on the spot: a KeyboardInterrupt in the middle of an import does not always come out of it as one (extension modules
 make it an ImportError, polars panics). From then on (`unwinding`) it is raised, so that temporary files are removed,
-after the import that is under way, if one is.
+after the import or the callback of a weak reference that is under way, if one is: such a callback would print the
+exception and lose it.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ import sys
 from types import FrameType
 from typing import Final, NoReturn
 
-_RETRY: Final = 0.005  # seconds, while something is imported
+_RETRY: Final = 0.005  # seconds, while nothing can be raised
 CODE: Final = 128 + signal.SIGINT  # what shells say of a process that SIGINT ended
 _LINE: Final = b"kvmtrace: interrupted\n"
+_UNDISTURBED: Final = {
+    ("importlib._bootstrap", "_find_and_load"), ("weakref", "remove"), ("_weakrefset", "_remove"),
+}  # fmt: skip
 
 happened = False
 
@@ -57,18 +61,19 @@ def _end(_number: int, _frame: FrameType | None) -> None:
 
 def _raise(number: int, frame: FrameType | None) -> None:
     global happened
-    importing = _importing(frame)
-    if importing and happened and number == signal.SIGINT:
+    waits = _must_wait(frame)
+    if waits and happened and number == signal.SIGINT:
         end()  # asked twice
     happened = True
-    if not importing:
+    if not waits:
         raise KeyboardInterrupt
     signal.setitimer(signal.ITIMER_REAL, _RETRY)
 
 
-def _importing(frame: FrameType | None) -> bool:
+def _must_wait(frame: FrameType | None) -> bool:
+    """Whether an exception would not come out of what is under way: an import, or the callback of a weak reference."""
     while frame is not None:
-        if frame.f_code.co_name == "_find_and_load" and frame.f_globals.get("__name__") == "importlib._bootstrap":
+        if (frame.f_globals.get("__name__"), frame.f_code.co_name) in _UNDISTURBED:
             return True
         frame = frame.f_back
     return False
