@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from types import TracebackType
 from typing import IO, Any, Final
 
@@ -16,12 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from replay.simulate.operations import Block, Ranges
-from replay.simulate.timed_operations import Timed
+from replay.simulate.timed_operations import TIMED_COLUMNS, Timed
 from traces.errors import Problem
 
 IN_MEMORY: Final = 16 << 20  # bytes
-_OF_BLOCK: Final = ("op", "gfn", "time", "seq")
-_OF_TIMES: Final = ("queue", "lead", "guest", "idle", "cost", "was", "wall")
+_OF_BLOCK: Final = tuple(each.name for each in fields(Block))
 _NARROW: Final = tuple((np.dtype(kind), int(np.iinfo(kind).max)) for kind in (np.uint8, np.uint16, np.uint32))
 
 
@@ -72,7 +71,7 @@ class Spool:
     def append(self, timed: Timed, ranges: Ranges) -> None:
         """Add a part. Raises Problem if the temporary directory has no room."""
         arrays = {name: getattr(timed.block, name) for name in _OF_BLOCK}
-        arrays |= {name: getattr(timed, name) for name in _OF_TIMES}
+        arrays |= {name: getattr(timed, name) for name in TIMED_COLUMNS}
         if not self._seq:
             arrays["seq"] = np.broadcast_to(np.int64(0), len(timed))
         columns = tuple(map(_narrowed, arrays.values()))
@@ -87,7 +86,7 @@ class Spool:
             self._file.seek(0)
         for part in (*self._spilled, *self._parts):
             columns: list[Any] = [self._read(column) for column in part.columns]
-            times = dict(zip(_OF_TIMES, columns[len(_OF_BLOCK) :], strict=True))
+            times = dict(zip(TIMED_COLUMNS, columns[len(_OF_BLOCK) :], strict=True))
             yield Timed(Block(*columns[: len(_OF_BLOCK)]), **times), part.ranges
 
     def _spill(self) -> None:

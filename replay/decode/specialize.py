@@ -37,7 +37,7 @@ from replay.decode.inputs import (
 )
 from replay.simulate.operations import CAUSES, Block, Op, Word
 from replay.simulate.pools import as_bytes, as_structures, make_pool
-from replay.simulate.timed_operations import CREATED, FOUND, MORE, NEVER, Timed
+from replay.simulate.timed_operations import CREATED, FOUND, MORE, NEVER, TIMED_COLUMNS, Timed
 from traces.kernels import Kernel, roles
 from traces.kernels.triggers import OPEN, Trigger
 
@@ -104,8 +104,6 @@ COLUMNS = {
     "op": np.uint32, "queue": np.int32, "was": np.uint8, "still": np.uint8,
     **dict.fromkeys(("gfn", "time", "seq", "lead", "guest", "idle", "cost", "wall"), np.int64),
 }  # fmt: skip
-
-TIMED_COLUMNS = ("queue", "lead", "guest", "idle", "cost", "was", "wall")
 
 
 _CAUSE = np.array([int(CAUSES[trigger]) for trigger in Trigger])

@@ -57,7 +57,8 @@ class Timed:
         return len(self.block)
 
 
-_COLUMNS: Final = tuple(each.name for each in fields(Timed) if each.name not in ("block", "until"))
+# The names of its columns besides those of the block.
+TIMED_COLUMNS: Final = tuple(each.name for each in fields(Timed) if each.name not in ("block", "until"))
 
 
 def tail(lead: Ints, guest: Ints, idle: Ints) -> Timed:
@@ -72,11 +73,11 @@ def tail(lead: Ints, guest: Ints, idle: Ints) -> Timed:
 def take(timed: Timed, at: Ints) -> Timed:
     """Return the operations at the positions `at`, in that order."""
     block = Block(*(getattr(timed.block, each.name)[at] for each in fields(Block)))
-    return replace(timed, block=block, **{name: getattr(timed, name)[at] for name in _COLUMNS})
+    return replace(timed, block=block, **{name: getattr(timed, name)[at] for name in TIMED_COLUMNS})
 
 
 def joined(parts: list[Timed]) -> Timed:
     """Return the parts joined into one, after which nothing follows."""
     block = Block(*(np.concatenate([getattr(each.block, field.name) for each in parts]) for field in fields(Block)))
-    columns: dict[str, Any] = {name: np.concatenate([getattr(each, name) for each in parts]) for name in _COLUMNS}
+    columns: dict[str, Any] = {name: np.concatenate([getattr(each, name) for each in parts]) for name in TIMED_COLUMNS}
     return Timed(block, **columns)
