@@ -194,7 +194,7 @@ class _Vm:
                         clocks[number] = PolicyClock(target, run, each.specialized, len(inputs.vcpus), measured)
                 began = measured.began if self._settings.smis_open(measured) else -1
                 for kernel, spool in spools.items():
-                    rest = measurement.rest if kernel is measurement.own else kernel.rest(inputs.rest)
+                    rest = measured.rest if kernel is measurement.own else kernel.rest(inputs.rest)
                     mine = [clock for clock in clocks.values() if clock.specialized is kernel]
                     PolicyClock.run_all(mine, spool, rest, began)
         timed_runs = {number: clock.outcome(inputs.vcpus, self._settings) for number, clock in clocks.items()}

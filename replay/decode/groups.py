@@ -58,17 +58,9 @@ _MIX = cython.declare(cython.ulonglong, 0x9E3779B97F4A7C15)  # spreads keys over
 @cython.nogil
 @cython.inline
 @cython.exceptval(check=False)
-def _start(column: cython.longlong[::1]) -> cython.pointer[cython.longlong]:
+def _start(column: _Whole[::1]) -> cython.pointer[_Whole]:
     """Return a column in the form that loops take: a pointer, or in plain Python the column itself."""
-    return cython.address(column[0]) if cython.compiled else column  # type: ignore[return-value]
-
-
-@cython.cfunc
-@cython.nogil
-@cython.inline
-@cython.exceptval(check=False)
-def _first(places: cython.int[::1]) -> cython.pointer[cython.int]:
-    return cython.address(places[0]) if cython.compiled else places  # type: ignore[return-value]
+    return cython.address(column[0]) if cython.compiled else column  # type: ignore[index,return-value]
 
 
 @cython.final
@@ -151,7 +143,7 @@ class Groups:
         p: cython.Py_ssize_t
         for i in range(self.count):
             g = i * self._width
-            p = self._place(_start(table), _first(places), table[g + _VM], table[g + _KEY], table[g + _OTHER])
+            p = self._place(_start(table), _start(places), table[g + _VM], table[g + _KEY], table[g + _OTHER])
             places[p] = cython.cast(cython.int, i + 1)
 
     @cython.cfunc
@@ -243,7 +235,7 @@ class Groups:
         at: cython.Py_ssize_t = 0
         stop: cython.Py_ssize_t = len(kind)
         cells: cython.pointer[cython.longlong] = _start(table)
-        held: cython.pointer[cython.int] = _first(places)
+        held: cython.pointer[cython.int] = _start(places)
         if not cython.compiled:
             kind, time, key, other = map(memoryview, (kind, time, key, other))  # type: ignore[arg-type]
         with cython.nogil:
@@ -270,7 +262,7 @@ class Groups:
         k: cython.int
         stop: cython.Py_ssize_t = len(kind)
         cells: cython.pointer[cython.longlong] = _start(table)
-        held: cython.pointer[cython.int] = _first(places)
+        held: cython.pointer[cython.int] = _start(places)
         at: cython.Py_ssize_t = 0
         if not cython.compiled:
             kind, time, root, role = map(memoryview, (kind, time, root, role))  # type: ignore[arg-type]
@@ -309,7 +301,7 @@ class Groups:
         k: cython.int
         stop: cython.Py_ssize_t = len(kind)
         cells: cython.pointer[cython.longlong] = _start(table)
-        held: cython.pointer[cython.int] = _first(places)
+        held: cython.pointer[cython.int] = _start(places)
         at: cython.Py_ssize_t = 0
         page: cython.longlong
         if not cython.compiled:
@@ -351,7 +343,7 @@ class Groups:
         v: cython.Py_ssize_t
         stop: cython.Py_ssize_t = len(kind)
         cells: cython.pointer[cython.longlong] = _start(table)
-        held: cython.pointer[cython.int] = _first(places)
+        held: cython.pointer[cython.int] = _start(places)
         at: cython.Py_ssize_t
         window: cython.longlong = 0
         begin: cython.longlong = first  # when that window begins

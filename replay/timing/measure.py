@@ -99,7 +99,7 @@ class Measured:
     `refused` is the reason if there are no times, else empty. `began` is the boot time of the VM's first entry.
     `recorded` is the time by TimeCategory; the switch is part of guest time there. `totals` is the time by VcpuState,
     without steal time; OTHER has everything that belongs to no operation. `faults` are those of the recorded policy's
-    replay.
+    replay. `rest` is the time after each vCPU's last operation of the recorded kernel (`Specialization.rest`).
     """
 
     refused: str
@@ -125,6 +125,7 @@ class Measured:
     requests: int  # number of acquisitions of mmu_lock in `held`
     timeline: Timeline
     rip_runs: RipRuns
+    rest: tuple[Ints, Ints, Ints]
 
     @property
     def weights(self) -> list[int]:
@@ -143,15 +144,13 @@ class Measured:
 class Measurement:
     """Measures one VM part by part: `take` each part of its inputs, then call `result`.
 
-    `own` makes the operations of the recorded kernel. After `result`, `rest` is the time after each vCPU's last one.
+    `own` makes the operations of the recorded kernel.
     """
 
     def __init__(self, capabilities: Capabilities, inputs: VmInputs, times: SpanTimes) -> None:
         self._capabilities, self._inputs, self._times = capabilities, inputs, times
         count = max(len(inputs.vcpus), 1)
         self.own = Specialization(capabilities.kernel, Case(), capabilities.ad_disabled, count)
-        nothing = np.zeros(count, np.int64)
-        self.rest: tuple[Ints, Ints, Ints] = (nothing, nothing, nothing)
 
     def take(self, part: Inputs) -> Timed:
         """Sample what the operations of a part took, and return these
@@ -168,7 +167,7 @@ class Measurement:
         replay.
         """
         decoder, times = self._inputs.decoder, self._times
-        self.rest = self.own.rest(self._inputs.rest)
+        rest = self.own.rest(self._inputs.rest)
         times.timeline.finish()
         times.rip_runs.finish()
         vcpus = decoder.vcpus
@@ -181,7 +180,7 @@ class Measurement:
             totals=totals, lost=lost, waited=waited, stolen=stolen, curves=times.curves(), awaited=times.steal.awaited,
             slept=times.timeline.slept, fault_events=vcpus["faults"].copy(), faults=faults, held=times.waits.held,
             requests=times.waits.faults, timeline=times.timeline,
-            rip_runs=times.rip_runs, **counted,
+            rip_runs=times.rip_runs, rest=rest, **counted,
         )  # fmt: skip
 
     def _refusal(self) -> str:

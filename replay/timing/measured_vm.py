@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from replay.decode.capabilities import Capabilities
-from replay.decode.inputs import Ints
 from replay.decode.row_counts import RowCounts
 from replay.decode.vm_inputs import VmInputs
 from replay.simulate.engine import Engine
@@ -23,14 +22,11 @@ from replay.timing.measure import Measured, Measurement, SpanTimes
 class MeasuredVm:
     """A VM's decoded inputs, which are used up, what was measured, and the
     engine after the replay of the recorded policy.
-
-    `rest` is the time after each vCPU's last operation (`Specialization.rest`).
     """
 
     inputs: VmInputs
     measured: Measured
     engine: Engine
-    rest: tuple[Ints, Ints, Ints]
 
 
 def measure_vm(
@@ -57,5 +53,4 @@ def measure_vm(
         tables += int(log.tables[log.event == Happened.FREED].sum())
         if spool is not None:
             spool.append(timed, part.ranges)
-    measured = measurement.result(engine.vcpus.faults, tables)
-    return MeasuredVm(inputs, measured, engine, measurement.rest)
+    return MeasuredVm(inputs, measurement.result(engine.vcpus.faults, tables), engine)

@@ -61,8 +61,7 @@ class Steal:
     awaited = cython.declare(object, visibility="public")
     removed = cython.declare(cython.longlong, visibility="public")
     removing = cython.declare(cython.longlong, visibility="public")
-    _workers: set  # type: ignore[type-arg]
-    _tids: cython.int[::1]  # the same, of which there are few
+    _workers: cython.int[::1]  # their tids, of which there are few
     _zapping: dict  # type: ignore[type-arg]
     _time: cython.longlong  # time of the last row
     _kind: cython.int  # kind of the last row
@@ -89,8 +88,7 @@ class Steal:
         self.preempted = np.zeros(vcpus, np.int64)
         self.taken = []
         self.removed = self.removing = 0
-        self._workers = set(workers)
-        self._tids = np.array(sorted(self._workers), np.int32)
+        self._workers = np.array(sorted(workers), np.int32)
         self._zapping = {}
         self._time = self._kind = -1
         self._worked = self._waiting = self._since = self._zapped = self._idled = self._behind = 0
@@ -104,7 +102,7 @@ class Steal:
         """Shorten the spans of a batch (`Timeline.feed`), in place, by the time that other tasks took."""
         cuts = self.shared and self.known
         lost = np.zeros(len(batch) if cuts else 0, np.int64)
-        work = self._work(batch) if cuts and self._workers else lost[:0]
+        work = self._work(batch) if cuts and len(self._workers) else lost[:0]
         self._feed(batch.time, batch.vcpu, batch.tid, batch.kind, state, ns, lost, work)
         if len(rows := np.flatnonzero(lost)):
             self.taken.append(np.column_stack([batch.vcpu[rows], batch.time[rows], lost[rows]]))
@@ -118,7 +116,7 @@ class Steal:
         """
         work = np.zeros(len(batch), np.int64)
         rows = np.flatnonzero(batch.vcpu < 0)
-        rows = rows[np.isin(batch.tid[rows], list(self._workers))]
+        rows = rows[np.isin(batch.tid[rows], self._workers)]
         if self._time < 0:
             rows = rows[rows > 0]
         first = rows == 0  # the previous row is the last one of the previous batch
@@ -156,7 +154,7 @@ class Steal:
         taken: cython.longlong
         worked: cython.longlong
         before: cython.longlong  # time of the previous row
-        works: cython.bint = self._tids.shape[0] > 0
+        works: cython.bint = self._workers.shape[0] > 0
         known: cython.bint = work.shape[0] > 0
         with cython.nogil:
             for i in range(kind.shape[0]):
@@ -202,8 +200,8 @@ class Steal:
     def _is_worker(self, tid: cython.int) -> cython.bint:
         i: cython.Py_ssize_t
         found: cython.bint = False
-        for i in range(self._tids.shape[0]):
-            found |= self._tids[i] == tid
+        for i in range(self._workers.shape[0]):
+            found |= self._workers[i] == tid
         return found
 
     @cython.cfunc
@@ -233,7 +231,7 @@ class Steal:
 
     def _zap(self, tid: int, kind: int, time: int) -> None:
         """Measure the removal of tables by tasks that are not workers, for kernels whose workers do not zap."""
-        if tid in self._workers:
+        if self._is_worker(tid):
             return
         if kind == _REMOVES:
             self.removed += 1

@@ -118,7 +118,7 @@ class SmiProgram:
             for part, ranges in spool:
                 parts.append(_shifted(apart.move(part), len(self._ranges.rows)))
                 self._ranges.rows += ranges.rows
-        whole = joined([*parts, tail(*apart.rest(*found.rest))])
+        whole = joined([*parts, tail(*apart.rest(*measured.rest))])
         self._smis = [self._last_smi(whole, vcpu) for vcpu in range(self.recorded)]
         if all(smi is None for smi in self._smis):
             raise UnansweredVm("it has no whole SMI to repeat: record one, or make a trace with kvmtrace synth")
