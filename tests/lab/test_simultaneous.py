@@ -37,4 +37,4 @@ def test_every_row_is_what_the_classic_tracepoints_show(kernel: str, tmp_path: P
         for tool in ("dat", "data"):
             out = tmp_path / f"{name}-{tool}.parquet"
             import_file(tmp_path / f"{name}.{tool}.xz", out, ToldOfText())
-            compare(rows_of(native), rows_of(out))
+            compare(rows_of(native), rows_of(out), preempted=kernel == "7.x")
