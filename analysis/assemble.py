@@ -11,14 +11,14 @@ from typing import Any, Final
 import polars as pl
 
 from analysis import verdict as sentences
-from analysis.gates import Figures, figures_of
+from analysis.figures import Figures, figures_of
 from analysis.queries import by_vm, exit_times, guest_tasks, leaves, recorded, removed, replayed
-from analysis.queries.registry import Query
-from analysis.report import Check, Column, Report, ReportTable, Status
+from analysis.queries.registry import Query, unanswered
+from analysis.report import Check, Report, Status
+from analysis.report_table import Column, ReportTable
 from analysis.sources import Recording, Result, ResultPolicy
 from analysis.trust import loss, trust
 from analysis.units import Unit
-from analysis.unseen import unanswered
 from analysis.validation import Validated
 from replay.run import PROMISED
 from traces import kernels

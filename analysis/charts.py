@@ -8,7 +8,6 @@ and lines.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
@@ -17,8 +16,10 @@ import polars as pl
 
 from analysis import recorded_time
 from analysis.marks import above, axis, colour, in_hex, time_axis, tip, unit_of, whole_ticks, zoom
+from analysis.picture import Picture
 from analysis.queries import drawn, recorded, replayed
-from analysis.report import Column, Report
+from analysis.report import Report
+from analysis.report_table import Column
 from analysis.sources import Recording, Result
 from analysis.units import Unit, share
 from traces.durations import duration
@@ -41,26 +42,6 @@ _KINDS: Final = {
 }
 _OF_KIND: Final = ("#3f9a6c", "#d9772b", "#b5478f", "#8b93a1", "#a9cdbb", "#d3cfae")
 _STALL: Final = "#d33a3a"
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A chart with the text that stands for it.
-
-    `about` says in words what it shows; `frame` and `columns` show it in figures, which come from the query named
-    `query` of `source`. In a report on a fleet `source` is None, and `query` is only a name. A `broad` picture deserves
-    the whole width of a page. `vm` is the VM that it shows, None for all of them.
-    """
-
-    query: str
-    source: Recording | Result | None
-    title: str
-    about: str
-    chart: Any
-    frame: pl.DataFrame
-    columns: tuple[Column, ...]
-    broad: bool = False
-    vm: int | None = None
 
 
 def pictures(report: Report) -> tuple[list[Picture], list[str]]:

@@ -192,7 +192,7 @@ def report(
     # a tenth of the CPU time and 20 MiB. polars reads this when it is imported, which nothing has done yet.
     os.environ.setdefault("POLARS_MAX_THREADS", "1")
 
-    from analysis import gates
+    from analysis import figures, gates
     from analysis.formats import drawn, kind, renderer
     from analysis.reporting import Wanted, exit_code, reported
     from traces.progress import Progress
@@ -202,7 +202,7 @@ def report(
     if out is not None:
         outputs.check(out, kind(format_), inputs, force=force)
     asked = tuple(map(gates.parse, fail_on or ()))
-    if format_ == "junit" and not any(gate.column == gates.OWN_POLICY for gate in asked):
+    if format_ == "junit" and not any(gate.column == figures.OWN_POLICY for gate in asked):
         asked += gates.BY_DEFAULT
     wanted = Wanted(
         policies=tuple(policy or ()),
@@ -210,7 +210,7 @@ def report(
         replay=replay,
         validate=validate,
         gates=asked,
-        baseline=gates.load_baseline(baseline) if baseline else None,
+        baseline=figures.load_baseline(baseline) if baseline else None,
         drawn=drawn(format_),
         parts=bool(drawn(format_)),
         selection=selected,

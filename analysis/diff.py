@@ -20,7 +20,8 @@ from analysis.assemble import ROWS
 from analysis.machines import changed, unlike
 from analysis.matched import MatchedVms, VmsOfSide
 from analysis.queries import recorded, replayed
-from analysis.report import Column, Report, ReportTable
+from analysis.report import Report
+from analysis.report_table import Column, ReportTable
 from analysis.reporting import recording_of, replayed_under
 from analysis.sources import Recording, Result, open_source
 from analysis.units import Unit, span

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Final
 
 from analysis.assemble import asked, assemble
-from analysis.gates import Figures, Gate, check
+from analysis.figures import Figures
+from analysis.gates import Gate, check
 from analysis.guest_files import GuestFile, use_guest
 from analysis.queries.exit_times import halts
 from analysis.queries.registry import Query

@@ -3,16 +3,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.queries.registry import Query
-from analysis.sources import HIDDEN, Recording
-from traces.text import printable
+from analysis.sources import Recording
 
 
 def lost_windows(recording: Recording, kind: str, window_ns: int) -> NDArray[np.int64]:
@@ -38,16 +32,3 @@ def lost_windows(recording: Recording, kind: str, window_ns: int) -> NDArray[np.
 def _windows(since: int, until: int, first: int, last: int, window_ns: int) -> NDArray[np.int64]:
     begin, end = max(since, first), min(until, last)
     return np.arange((begin - first) // window_ns, (end - first) // window_ns + 1)
-
-
-def unanswered(recording: Recording, queries: Iterable[Query[Any]]) -> list[str]:
-    """Return why queries have no answer for a recording, one line for each reason."""
-    found: dict[str, dict[str, None]] = defaultdict(dict)
-    names: dict[str, list[str]] = defaultdict(list)
-    for query in queries:
-        if lacking := query.lacking(recording):
-            hidden = not recording.hidden.isdisjoint(lacking)
-            why = f"not observable: {HIDDEN}" if hidden else f"not recorded ({recording.why_not(lacking[0])})"
-            found[why] |= dict.fromkeys(lacking)
-            names[why].append(query.name)
-    return [printable(f"{', '.join(kinds)} {why}: no {', '.join(names[why])}") for why, kinds in found.items()]

@@ -13,9 +13,9 @@ import polars as pl
 from analysis.queries import removed, replayed
 from analysis.queries.by_vm import overview
 from analysis.queries.recorded import stuck_vcpus
+from analysis.queries.worst import ranked, stuck_of, subject_of
 from analysis.sources import HIDDEN, Recording, Result
 from analysis.units import Unit, format_value, span
-from analysis.worst import ranked, stuck_of, subject_of
 from replay.decode.removals import Why
 from replay.result import SPENT
 from replay.simulate.operations import Cause

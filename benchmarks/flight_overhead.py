@@ -32,9 +32,8 @@ from benchmarks.flight_recorders import SCENARIOS, Scenario, flight, recorders
 from benchmarks.measure import measure_undisturbed
 from benchmarks.record import machine, spread, table
 from benchmarks.recorders import Recorder, bare_command, bare_read
-from tracer.lab import prebuilt
 from tracer.lab.fetch import fetch
-from tracer.lab.session import boot
+from tracer.lab.session import boot, compiled_probes
 from traces.errors import ENVIRONMENT, Problem
 
 WANTED: Final = {"mmu": 2.5, "roots": 1.05}  # the largest slow-down of the VMM's CPU time, by preset of events
@@ -78,7 +77,7 @@ def in_lab(kernel: str, scenario: str, rounds: int, loops: int, timeout: float) 
         booted,
         [sys.executable, "-m", "benchmarks.flight_overhead", "--json", *options],
         cpu=_CPU,
-        probes=prebuilt.of(booted),
+        probes=compiled_probes(booted),
         memory=_MEMORY,
         timeout=_LAB_TIMEOUT,
     )

@@ -36,7 +36,7 @@ from tracer import vmm
 from tracer.lab import prebuilt
 from tracer.lab.fetch import fetch
 from tracer.lab.lab_cpus import lab_cpu
-from tracer.lab.session import boot, several
+from tracer.lab.session import boot, compiled_probes, several
 from traces.compact import compact
 from traces.errors import Problem
 from traces.reader import Trace
@@ -166,7 +166,7 @@ def record(machine: str, kernel: str, load: str, directory: Path) -> None:
         booted,
         command,
         cpu=machine,
-        probes=prebuilt.have(booted) if on_amd else prebuilt.of(booted),
+        probes=prebuilt.have(booted) if on_amd else compiled_probes(booted),
         give=give,
         into=directory,
         timeout=3 * 3600,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rank vCPUs, and so VMs, by how badly off they are; reports use the same order (analysis/worst.py).
+"""Rank vCPUs, and so VMs, by how badly off they are; reports use the same order (analysis/queries/worst.py).
 
 First come vCPUs that made no more progress in the recording, then those with the longest soft-hang, then those that
 lost most time to faults and roots, then those with most faults. Times and faults are those under the recorded policy

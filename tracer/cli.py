@@ -54,10 +54,10 @@ def build(
     from tracer.compiled import bcc_version, compile_text
 
     if kernel and not kernel.endswith(".json"):
-        from tracer.lab import prebuilt
         from tracer.lab.fetch import choose
+        from tracer.lab.session import compiled_probes
 
-        made = prebuilt.of(choose(kernel, modules))
+        made = compiled_probes(choose(kernel, modules))
         name, document, whose = made.name, made.read_bytes(), kernel
     else:
         if os.geteuid() != 0:

@@ -9,12 +9,13 @@ from typing import Any, Final
 import altair as alt
 import polars as pl
 
-from analysis.charts import COLOURS, Picture
+from analysis.charts import COLOURS
 from analysis.fleet.fleet_tables import AS_RECORDED, groups, stalls
 from analysis.fleet.outcome import FleetOutcome
 from analysis.fleet.sums import SECOND, STEPS_NS
 from analysis.marks import axis, colour
-from analysis.report import Column
+from analysis.picture import Picture
+from analysis.report_table import Column
 from analysis.units import Unit
 
 _BARS: Final = 30  # groups in one picture

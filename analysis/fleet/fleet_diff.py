@@ -18,7 +18,8 @@ from analysis.fleet.fleet_tables import ROWS, TITLES
 from analysis.fleet.judged import judged
 from analysis.fleet.outcome import FleetOutcome, Summing
 from analysis.fleet.outliers import rate
-from analysis.report import Column, Report, ReportTable
+from analysis.report import Report
+from analysis.report_table import Column, ReportTable
 from analysis.units import NONE, Unit, span
 from traces.text import count, printable
 

@@ -7,9 +7,10 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Final
 
+from analysis.figures import OWN_POLICY, Ends, Figures
 from analysis.fleet.outcome import FleetOutcome
 from analysis.fleet.outliers import outliers
-from analysis.gates import OWN_POLICY, Ends, Figures, Gate, check, parse_whole
+from analysis.gates import Gate, check, parse_whole
 from analysis.report import Check
 
 # Figures of the whole fleet, which analysis/REPORT.md explains.

@@ -12,7 +12,7 @@ from analysis.fleet.judged import AGREES
 from analysis.fleet.outcome import FleetOutcome
 from analysis.fleet.outliers import outliers, rate
 from analysis.fleet.sums import SECOND, STEPS_NS
-from analysis.report import Column, ReportTable
+from analysis.report_table import Column, ReportTable
 from analysis.units import Unit
 from traces.text import printable
 

@@ -23,9 +23,11 @@ from typing import Any, Final
 import jinja2
 from markupsafe import Markup
 
-from analysis.charts import Picture, drawn_vms, pictures
+from analysis.charts import drawn_vms, pictures
+from analysis.picture import Picture
 from analysis.queries.registry import named
-from analysis.report import Check, Report, ReportTable
+from analysis.report import Check, Report
+from analysis.report_table import ReportTable
 from analysis.sources import Recording
 from traces.text import printable
 from traces.vm_names import VmNames

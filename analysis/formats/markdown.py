@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterator
 from typing import Final
 
-from analysis.report import Report, ReportTable
+from analysis.report import Report
+from analysis.report_table import ReportTable
 
 LIMIT: Final = (1 << 20) - 1  # bytes
 _ROWS: Final = (20, 5, 1, 0)

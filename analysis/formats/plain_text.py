@@ -6,7 +6,8 @@ from __future__ import annotations
 from typing import Final
 
 from analysis.formats.text_table import aligned, fitted
-from analysis.report import Report, ReportTable
+from analysis.report import Report
+from analysis.report_table import ReportTable
 from traces import screen
 from traces.layout import wrapped
 

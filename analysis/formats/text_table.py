@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from analysis.report import Column, ReportTable
+from analysis.report_table import Column, ReportTable
 from traces import layout
 from traces.layout import TextColumn
 

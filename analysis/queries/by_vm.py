@@ -11,8 +11,8 @@ from analysis.grouped import UsedRoots
 from analysis.queries import replayed
 from analysis.queries.recorded import WINDOW_NS, fixed_of, in_windows
 from analysis.queries.registry import query
+from analysis.queries.worst import ranked, stuck_of, subject_of
 from analysis.sources import Recording, Result
-from analysis.worst import ranked, stuck_of, subject_of
 from traces.vm_names import VmNames
 
 _FACTS: Final = {

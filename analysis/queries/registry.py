@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The registry of named queries: their sources, the kinds of event that they need, and their lookup by name."""
+"""The registry of named queries: their sources, the kinds of event that they need, their lookup by name.
+
+A query whose kinds of event were not recorded has no answer, and says why.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
@@ -11,8 +15,9 @@ from typing import Any, Final, Generic, TypeVar
 import polars as pl
 
 from analysis.rows import Question
-from analysis.sources import Recording, Result
+from analysis.sources import HIDDEN, Recording, Result
 from traces.errors import Problem
+from traces.text import printable
 
 Source = TypeVar("Source", Recording, Result)
 _MODULES: Final = tuple(
@@ -88,3 +93,16 @@ def named(name: str) -> Query[Any]:
     if name not in known:
         raise Problem(f"{name}: no such query; there are {', '.join(known)}")
     return known[name]
+
+
+def unanswered(recording: Recording, asked: Iterable[Query[Any]]) -> list[str]:
+    """Return why queries have no answer for a recording, one line for each reason."""
+    found: dict[str, dict[str, None]] = defaultdict(dict)
+    names: dict[str, list[str]] = defaultdict(list)
+    for each in asked:
+        if lacking := each.lacking(recording):
+            hidden = not recording.hidden.isdisjoint(lacking)
+            why = f"not observable: {HIDDEN}" if hidden else f"not recorded ({recording.why_not(lacking[0])})"
+            found[why] |= dict.fromkeys(lacking)
+            names[why].append(each.name)
+    return [printable(f"{', '.join(kinds)} {why}: no {', '.join(names[why])}") for why, kinds in found.items()]

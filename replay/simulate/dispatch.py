@@ -22,8 +22,8 @@ from traces.kernels.policies import PolicyParameters
 
 
 def begin(parameters: PolicyParameters, words: list[Word], vcpus: int, policy: Policy | None = None) -> Vm:
-    """Return a VM before its first operation."""
-    return Vm(parameters, words, vcpus, policy)
+    """Return a VM before its first operation; without a `policy` of its own it is under the kernels' rules."""
+    return Vm(parameters, words, vcpus, policy or Policy())
 
 
 def feed(vm: Vm, block: Block, ranges: Ranges, first: int = 0) -> None:

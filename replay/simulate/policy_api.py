@@ -9,13 +9,9 @@ policies that no kernel has.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from replay.simulate.operations import Cause
+from replay.simulate.reference import Root, Vcpu, Vm
 from traces.kernels.policies import ASYNC, PolicyParameters
-
-if TYPE_CHECKING:
-    from replay.simulate.operations import Cause
-    from replay.simulate.reference import Root, Vcpu, Vm
 
 
 class Policy:

@@ -11,15 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from replay.simulate import page_table
 from replay.simulate.operations import Cause, Word
 from replay.simulate.page_table import Table
 from traces.kernels.policies import PolicyParameters
-
-if TYPE_CHECKING:
-    from replay.simulate.policy_api import Policy
 
 CURRENT = 0
 SLOTS = 4  # one current root, three previous ones
@@ -122,18 +119,28 @@ class Violation(Exception):
         self.root = root
 
 
+class PolicyHooks(Protocol):
+    """What the model asks of a root policy; `policy_api.Policy` says what each hook may do."""
+
+    def on_load(self, vm: Vm, word: int) -> Root | None: ...
+
+    def on_put_to_zero(self, vm: Vm, root: Root, cause: Cause, vcpu: Vcpu) -> None: ...
+
+    def on_unload(self, vm: Vm, vcpu: Vcpu) -> None: ...
+
+    def on_invalidate(self, vm: Vm) -> None: ...
+
+    def on_vm_end(self, vm: Vm) -> None: ...
+
+
 class Vm:
     """One VM under one policy. Each operation of `operations.Op` is a method of the same name."""
 
-    def __init__(
-        self, parameters: PolicyParameters, words: list[Word], vcpus: int, policy: Policy | None = None
-    ) -> None:
-        from replay.simulate.policy_api import Policy
-
+    def __init__(self, parameters: PolicyParameters, words: list[Word], vcpus: int, policy: PolicyHooks) -> None:
         self.parameters = parameters
         self.words = words
         self.vcpus = [Vcpu(i) for i in range(vcpus)]
-        self.policy = policy or Policy()
+        self.policy = policy
         self.roots: list[Root] = []  # alive: valid ones, and invalid ones that a slot still holds
         self.ever: set[tuple[int, int, int]] = set()  # each (word, level, gfn) that was mapped at some time
         self.remembered_trees: dict[int, Root] = {}  # under `assume_refault`, by word: the tree of a freed root

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from analysis.formats import FORMATS, renderer
 from analysis.formats.markdown import LIMIT
-from analysis.report import Check, Column, Report, ReportTable, Status
+from analysis.report import Check, Report, Status
+from analysis.report_table import Column, ReportTable
 from analysis.units import Unit, format_value, span
 from tests.golden import reports as golden
 

@@ -16,7 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis.gates import WHOLE, Figures, Gate, check, decided, figures_of, load_baseline, parse
+from analysis.figures import WHOLE, Figures, figures_of, load_baseline
+from analysis.gates import Gate, check, decided, parse
 from analysis.report import Check, Status
 from analysis.sources import Recording
 from analysis.validation import Validated

@@ -16,9 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from analysis.charts import Picture, pictures
+from analysis.charts import pictures
 from analysis.formats import drawn as drawn_by
 from analysis.formats.html import _library, render
+from analysis.picture import Picture
 from analysis.report import Check, Report, Status
 from analysis.reporting import Wanted, reported
 from analysis.sources import open_source

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from analysis.gates import figures_of
+from analysis.figures import figures_of
 from analysis.sources import Recording, Result
 from tests.analysis.sources import OLD_STORM, STORM
 from tests.tracer.test_record_live import run

@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 import kvmtrace
 from analysis.formats import renderer
 from analysis.queries.by_vm import overview
+from analysis.queries.worst import ranked
 from analysis.report import Check, Report, Status
 from analysis.reporting import Wanted, reported
 from analysis.sources import Recording
-from analysis.worst import ranked
 from tests.traces.making import event, stream
 from traces.compact import compact
 from traces.segment_writer import SegmentWriter

@@ -18,8 +18,8 @@ import kvmtrace
 from benchmarks import design_questions
 from replay import plan, run
 from replay.decode.capabilities import Capabilities
+from replay.simulate import dispatch
 from replay.simulate.operations import Word
-from replay.simulate.reference import Vm
 from replay.timing.costs import Costs, LockCosts
 from replay.timing.reference_clock import Clock
 from replay.whatif import aging, questions, range_zaps, table_accounting
@@ -63,7 +63,7 @@ requests = st.lists(st.tuples(st.integers(0, 300), st.integers(1, 200), st.boole
 
 @given(requests)
 def test_a_lock_is_the_clocks_mmu_lock_and_first_come_first_served(asked: list[tuple[int, int, bool]]) -> None:
-    lock, clock = Lock(), Clock(Vm(PRESERVE, [Word(0)], 2), Costs())
+    lock, clock = Lock(), Clock(dispatch.begin(PRESERVE, [Word(0)], 2), Costs())
     had: list[tuple[int, bool]] = []  # until when, whether it shared
     for at, ns, shares in sorted(asked):
         pace = clock.paces[0]

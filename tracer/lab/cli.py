@@ -171,7 +171,7 @@ def run(
             run,
             cpu=cpu,
             give=give,
-            probes=None if bare else prebuilt.have(booted) if on_amd else prebuilt.of(booted),
+            probes=None if bare else prebuilt.have(booted) if on_amd else session.compiled_probes(booted),
             trace=output,
             parameters=param or (),
             memory=memory,

@@ -22,7 +22,7 @@ from tracer.lab import prebuilt, qemu
 from tracer.lab.fetch import present
 from tracer.lab.lab_cpus import AMD
 from tracer.lab.lab_kernels import KERNELS, LabKernel, missing
-from tracer.lab.session import DEFAULT_TIMEOUT, DEFAULT_TIMEOUT_INTEL, boot, several
+from tracer.lab.session import DEFAULT_TIMEOUT, DEFAULT_TIMEOUT_INTEL, boot, compiled_probes, several
 from traces import durable
 from traces.compact import compact
 from traces.errors import BAD_INPUT, ENVIRONMENT, Problem
@@ -231,7 +231,7 @@ def record(group: Sequence[Cell], directory: Path, events: str = EVENTS) -> tupl
             kernel,
             command,
             cpu=mmu.cpu,
-            probes=prebuilt.have(kernel) if on_amd else prebuilt.of(kernel),
+            probes=prebuilt.have(kernel) if on_amd else compiled_probes(kernel),
             give=give,
             into=directory,
             parameters=parameters,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,12 +18,10 @@ from typing import Final
 from tracer.kept import SUFFIX
 from tracer.lab.lab_kernels import Bootable, cache
 from tracer.lab.modules import Directory
-from traces.errors import ENVIRONMENT, Problem
 
 GUEST: Final = "/var/cache/kvmtrace/lab-probes"  # where init.c puts them, and KVMTRACE_PROBES of a guest
 ROOT: Final = Path(__file__).resolve().parents[2]
 _SOURCES: Final = ("tracer/*.py", "tracer/ebpf/*.c", "traces/schema.py", "traces/kernels/*.py")
-_TIMEOUT: Final = 600.0  # seconds: on a busy machine clang under emulation takes minutes
 _MOST: Final = 32  # kernels whose probes are kept, a quarter of a megabyte each; the oldest are removed
 
 
@@ -48,22 +45,6 @@ def keep(kernel: Bootable, files: Iterable[Path]) -> None:
         Path(made.name).replace(home / file.name)
     for old in sorted(directory().glob("*"), key=lambda path: path.stat().st_mtime)[:-_MOST]:
         shutil.rmtree(old, ignore_errors=True)
-
-
-def of(kernel: Bootable) -> Path:
-    """Return the file of a kernel's probes; if there is none, a guest compiles them (half a minute of CPU time).
-
-    Raises Problem where it cannot.
-    """
-    from tracer.lab.session import boot
-
-    if found := have(kernel):
-        return found
-    done = boot(kernel, [sys.executable, "-m", "kvmtrace", "probes", "build"], timeout=_TIMEOUT)
-    if found := have(kernel):
-        return found
-    said = (done.stderr.strip().splitlines() or ["without a word"])[-1].removeprefix("kvmtrace: ")
-    raise Problem(f"kernel {kernel.name}: its probes were not compiled: {said}", ENVIRONMENT)
 
 
 def _made_from(kernel: Bootable) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One boot of a lab guest: what it is given, what it runs, and what it hands back."""
+"""One boot of a lab guest: what it is given, what it runs, and what it hands back, such as compiled probes."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ JOBS: Final = "jobs.json"
 _KEPT: Final = (".parquet", ".kvmt", ".stdout", ".dat", ".data")
 SPACE_NEEDED: Final = 256 << 20
 DEFAULT_MEMORY: Final = 2048
+_TIMEOUT_PROBES: Final = 600.0  # seconds: on a busy machine clang under emulation takes minutes
 # Ten times what a recording takes on an idle machine: a busy one is no reason to give up.
 DEFAULT_TIMEOUT: Final = 600.0
 DEFAULT_TIMEOUT_INTEL: Final = 1200.0  # Bochs interprets
@@ -164,6 +165,20 @@ def boot(
             said = console.read_bytes() if console.is_file() else b""
             raise _failure(kernel, ending, said, timeout, kept, machine)
         return finished
+
+
+def compiled_probes(kernel: Bootable) -> Path:
+    """Return the file of a kernel's probes; if there is none, a guest compiles them (half a minute of CPU time).
+
+    Raises Problem where it cannot.
+    """
+    if found := prebuilt.have(kernel):
+        return found
+    done = boot(kernel, [sys.executable, "-m", "kvmtrace", "probes", "build"], timeout=_TIMEOUT_PROBES)
+    if found := prebuilt.have(kernel):
+        return found
+    said = (done.stderr.strip().splitlines() or ["without a word"])[-1].removeprefix("kvmtrace: ")
+    raise Problem(f"kernel {kernel.name}: its probes were not compiled: {said}", ENVIRONMENT)
 
 
 def _everything(command: Sequence[str], share: Path) -> closure.Entries:
