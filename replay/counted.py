@@ -14,8 +14,8 @@ from replay.decode.specialize import Specialization
 from replay.plan import Run, Target
 from replay.result import VmWriter, vm_counts
 from replay.simulate.engine import Engine, RootLog, Vcpus
+from replay.simulate.model_state import Counters, Happened, Violation
 from replay.simulate.operations import Block, Cause, Op, Ranges
-from replay.simulate.reference import Counters, Happened, Violation
 from replay.simulate.simulator import Reference, Simulator
 from traces.errors import VERDICT_FAILED, Problem
 

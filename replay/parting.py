@@ -23,8 +23,8 @@ from replay.decode.row_counts import RowCount, RowCounts
 from replay.decode.specialize import Specialization
 from replay.decode.vm_inputs import VmInputs
 from replay.simulate.engine import CHANGES, Engine
+from replay.simulate.model_state import Violation
 from replay.simulate.operations import Block
-from replay.simulate.reference import Violation
 
 _ALL: Final = 1 << 62
 

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from replay.simulate.engine import RootLog, Vcpus
+from replay.simulate.model_state import Counters, Happened
 from replay.simulate.operations import Block, Cause, Word
-from replay.simulate.reference import Counters, Happened
 from traces.errors import Problem
 from traces.outputs import RESULT, RESULT_KEY, Output
 

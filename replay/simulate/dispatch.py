@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from replay.simulate.model_state import Vcpu
 from replay.simulate.operations import (
     FIRST_SHIFT,
     FOR_GOOD,
@@ -17,7 +18,7 @@ from replay.simulate.operations import (
     Word,
 )
 from replay.simulate.policy_api import Policy
-from replay.simulate.reference import Vcpu, Vm
+from replay.simulate.reference import Vm
 from traces.kernels.policies import PolicyParameters
 
 

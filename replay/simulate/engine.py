@@ -16,9 +16,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from replay.simulate.model_state import SLOTS, Counters, Violation
 from replay.simulate.operations import MAX_VCPUS, PREFETCH, Block, Cause, Op, Ranges, Word
 from replay.simulate.pools import as_bytes, as_structures, grown, make_pool, row_type
-from replay.simulate.reference import SLOTS, Counters, Violation
 from traces.errors import ENVIRONMENT, Problem
 from traces.kernels.policies import PolicyParameters
 
@@ -52,7 +52,7 @@ _ROOT: Final = row_type("id", "word", "refs", "valid", "cause", "before", "after
 
 @dataclass(frozen=True)
 class RootLog:
-    """The root log as columns, one row for each event (`reference.Logged`), in order. `vcpu` is -1 if no vCPU acted."""
+    """The root log as columns, a row for each event (`model_state.Logged`), in order. `vcpu` is -1 if no vCPU acted."""
 
     at: NDArray[np.int64]
     event: NDArray[np.uint8]
@@ -111,7 +111,7 @@ class Engine:
     """Simulates one VM under one policy exactly as `reference` does, at about 150 million operations a second.
 
     A stream is fed in blocks of any size. An invalid operation raises Problem, and nothing of its block is then run.
-    The engine raises `reference.Violation` where the reference model does, after which it must not be used any more.
+    The engine raises `model_state.Violation` where the reference model does, after which it must not be used any more.
     """
 
     said = False  # whether the notice was printed that the engine runs uncompiled

@@ -9,8 +9,9 @@ policies that no kernel has.
 
 from __future__ import annotations
 
+from replay.simulate.model_state import Root, Vcpu
 from replay.simulate.operations import Cause
-from replay.simulate.reference import Root, Vcpu, Vm
+from replay.simulate.reference import Vm
 from traces.kernels.policies import ASYNC, PolicyParameters
 
 

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from replay.simulate import dispatch
 from replay.simulate.engine import RootLog, Vcpus
+from replay.simulate.model_state import Counters, Logged
 from replay.simulate.operations import Block, Ranges, Word
 from replay.simulate.policy_api import Policy
-from replay.simulate.reference import Counters, Logged, Vm
+from replay.simulate.reference import Vm
 
 
 class Simulator(Protocol):

@@ -13,7 +13,7 @@ from replay.decode.capabilities import Capabilities
 from replay.decode.row_counts import RowCounts
 from replay.decode.vm_inputs import VmInputs
 from replay.simulate.engine import Engine
-from replay.simulate.reference import Happened
+from replay.simulate.model_state import Happened
 from replay.spool import Spool
 from replay.timing.measure import Measured, Measurement, SpanTimes
 

@@ -24,8 +24,9 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 
 from replay.simulate import dispatch
+from replay.simulate.model_state import Happened, Vcpu
 from replay.simulate.operations import Op, Ranges
-from replay.simulate.reference import Happened, Vcpu, Vm
+from replay.simulate.reference import Vm
 from replay.simulate.timed_operations import CREATED, FOUND, LAST, NEVER, Timed
 from replay.timing.costs import Costs
 

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from replay.simulate.compiled.core import Core
 from replay.simulate.compiled.timer import Timer
 from replay.simulate.engine import Engine, RootLog, Vcpus
+from replay.simulate.model_state import SLOTS, Counters
 from replay.simulate.operations import Ranges, Word
 from replay.simulate.pools import by_vcpu, grown, make_pool, row_type
-from replay.simulate.reference import SLOTS, Counters
 from replay.simulate.timed_operations import NEVER, Timed
 from replay.timing.costs import Costs
 from replay.timing.reference_clock import TimeCategory
@@ -98,7 +98,7 @@ class TimedEngine:
         """Take in operations, and perform those whose turn does not depend on operations that are still to come.
 
         Raises Problem (bad input) for an operation that is invalid, that is in another vCPU's queue, or whose times are
-        negative; nothing of the block is then taken in. Raises `reference.Violation` where the reference does.
+        negative; nothing of the block is then taken in. Raises `model_state.Violation` where the reference does.
         """
         op, gfn = self.engine.check(timed.block, ranges, first)
         columns = [np.ascontiguousarray(getattr(timed, name), dtype) for name, dtype in _COLUMNS.items()]

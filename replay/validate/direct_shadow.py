@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from replay.simulate import page_table
+from replay.simulate.model_state import CURRENT, Root, Vcpu
 from replay.simulate.operations import PREFETCH
 from replay.simulate.page_table import Table
-from replay.simulate.reference import CURRENT, Root, Vcpu
 from replay.validate import expect
 from replay.validate.expect import Activity, Expect
 from replay.validate.kernel_steps import KernelSteps

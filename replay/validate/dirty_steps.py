@@ -6,8 +6,8 @@ write-protected, tables collapsed (kvm-mmu.md, "Dirty logging").
 from __future__ import annotations
 
 from replay.simulate import page_table
+from replay.simulate.model_state import Root
 from replay.simulate.page_table import Table
-from replay.simulate.reference import Root
 from replay.validate import expect
 from replay.validate.expect import Activity, Attempt, Expect, Spte, perhaps
 from replay.validate.faults import FaultSteps

@@ -8,8 +8,8 @@ from dataclasses import replace
 from errno import EBUSY
 
 from replay.simulate import page_table
+from replay.simulate.model_state import CURRENT, Root, Vcpu
 from replay.simulate.page_table import Table
-from replay.simulate.reference import CURRENT, Root, Vcpu
 from replay.validate import expect
 from replay.validate.expect import Activity, Expect, Spte, perhaps
 from replay.validate.row_tuples import RowTuple

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+from replay.simulate.model_state import CURRENT, Root, Vcpu
 from replay.simulate.page_table import Table
-from replay.simulate.reference import CURRENT, Root, Vcpu
 from replay.validate.expect import Activity, Expect, Spte
 from replay.validate.row_tuples import RowTuple
 from replay.validate.vm_state import RootWalk

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final
 
-from replay.simulate.reference import CURRENT
+from replay.simulate.model_state import CURRENT
 from replay.validate.expect import Activity
 from replay.validate.row_tuples import RowTuple
 from replay.validate.shadow_model import Pages

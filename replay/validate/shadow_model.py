@@ -16,8 +16,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
+from replay.simulate.model_state import CURRENT
 from replay.simulate.operations import PREFETCH
-from replay.simulate.reference import CURRENT
 from replay.validate.expect import Activity, Expect, Spte
 from replay.validate.row_tuples import RowTuple
 from replay.validate.shadow_state import CREATED, LEVEL, PAE, ROOTS, Leaf, PagesState, RootSlot, ShadowPage

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from replay.simulate.reference import CURRENT, Vcpu
+from replay.simulate.model_state import CURRENT, Vcpu
 from replay.validate.expect import Activity
 from replay.validate.kernel_steps import KernelSteps
 from replay.validate.nested_paging import NestedPaging

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Final
 from weakref import WeakSet
 
+from replay.simulate.model_state import Root, Vcpu
 from replay.simulate.page_table import Table
-from replay.simulate.reference import Root, Vcpu
 from replay.validate import expect
 from replay.validate.expect import Expect, Spte
 from replay.validate.slot_lookup import SlotLookup

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from replay.simulate import page_table
+from replay.simulate.model_state import Root
 from replay.simulate.page_table import Table
-from replay.simulate.reference import Root
 from replay.validate.expect import Activity, Expect, Spte
 from replay.validate.row_tuples import RowTuple
 from replay.validate.vm_state import State

@@ -16,8 +16,8 @@ from replay.decode.row_counts import RowCounts
 from replay.decode.vm_inputs import vcpu_ids
 from replay.own_policy import OwnPolicyCheck, compare
 from replay.simulate.engine import Engine
+from replay.simulate.model_state import Happened
 from replay.simulate.operations import LEVEL_SHIFT, VCPU_SHIFT, Block, Op, Ranges, Word
-from replay.simulate.reference import Happened
 from replay.simulate.timed_operations import Timed
 from replay.spool import Spool
 from replay.timing.costs import DEFAULT, Costs, LockCosts

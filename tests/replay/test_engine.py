@@ -22,9 +22,10 @@ from replay.decode.vm_inputs import VmInputs
 from replay.simulate import dispatch, engine
 from replay.simulate.compiled import core
 from replay.simulate.engine import Engine, RootState, Vcpus
+from replay.simulate.model_state import Violation
 from replay.simulate.operations import Block, Cause, Op, Ranges, Word, pack
 from replay.simulate.page_table import Table
-from replay.simulate.reference import Violation, Vm
+from replay.simulate.reference import Vm
 from tests.corpus import REPLAYED, each
 from tests.profiles import examples
 from tests.replay.plain import COMPILED, ROOT, plain

@@ -14,9 +14,10 @@ from replay import plan, run
 from replay.decode.capabilities import Capabilities
 from replay.simulate import page_table
 from replay.simulate.dispatch import begin, feed
-from replay.simulate.operations import Block, Op, Ranges, Word, pack
+from replay.simulate.model_state import Root, Vcpu, Violation
+from replay.simulate.operations import Block, Cause, Op, Ranges, Word, pack
 from replay.simulate.page_table import Table
-from replay.simulate.reference import Cause, Root, Vcpu, Violation, Vm
+from replay.simulate.reference import Vm
 from traces.errors import VERDICT_FAILED, Problem
 from traces.kernels.policies import PRESERVE, SYNC, PolicyParameters
 from traces.reader import Trace

@@ -9,8 +9,8 @@ from __future__ import annotations
 import cython
 
 from replay.simulate.compiled.root_slots import RootSlots
+from replay.simulate.model_state import Happened
 from replay.simulate.operations import Cause
-from replay.simulate.reference import Happened
 
 NONE = cython.declare(cython.longlong, -1)  # stands for no generation, and for no vCPU
 EXIT = cython.declare(cython.longlong, int(Cause.EXIT))
