@@ -16,7 +16,8 @@ from analysis.queries import by_vm, exit_times, guest_tasks, leaves, recorded, r
 from analysis.queries.registry import Query, unanswered
 from analysis.report import Check, Report, Status
 from analysis.report_table import Column, ReportTable
-from analysis.sources import Recording, Result, ResultPolicy
+from analysis.result_source import Result, ResultPolicy
+from analysis.sources import Recording
 from analysis.trust import loss, trust
 from analysis.units import Unit
 from analysis.validation import Validated

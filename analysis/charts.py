@@ -20,7 +20,8 @@ from analysis.picture import Picture
 from analysis.queries import drawn, recorded, replayed
 from analysis.report import Report
 from analysis.report_table import Column
-from analysis.sources import Recording, Result
+from analysis.result_source import Result
+from analysis.sources import Recording
 from analysis.units import Unit, share
 from traces.durations import duration
 from traces.errors import Problem

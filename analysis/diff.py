@@ -23,7 +23,8 @@ from analysis.queries import recorded, replayed
 from analysis.report import Report
 from analysis.report_table import Column, ReportTable
 from analysis.reporting import recording_of, replayed_under
-from analysis.sources import Recording, Result, open_source
+from analysis.result_source import Result
+from analysis.sources import Recording, open_source
 from analysis.units import Unit, span
 from replay.decode.capabilities import Capabilities
 from replay.result import SPENT

@@ -14,7 +14,8 @@ import polars as pl
 from analysis.guest_files import GuestFile, use_guest
 from analysis.queries.registry import named, queries
 from analysis.reporting import use_symbols
-from analysis.sources import Recording, Result, open_source
+from analysis.result_source import Result
+from analysis.sources import Recording, open_source
 from analysis.symbols import NO_NAMING, Naming
 from traces.errors import Problem
 from traces.outputs import FTRACE_TEXT, PERF_TEXT, TRACE_DAT, FileKind, Output

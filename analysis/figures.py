@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from analysis.queries import replayed
-from analysis.sources import Recording, Result, open_source
+from analysis.result_source import Result
+from analysis.sources import Recording, open_source
 from analysis.validation import Validated
 from replay.decode.capabilities import LEFT_OUT
 from replay.own_policy import Agreement

@@ -9,7 +9,8 @@ from typing import Any
 import polars as pl
 
 from analysis.report_table import Column
-from analysis.sources import Recording, Result
+from analysis.result_source import Result
+from analysis.sources import Recording
 
 
 @dataclass(frozen=True)

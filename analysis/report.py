@@ -10,7 +10,8 @@ from typing import Final
 from analysis.figures import Figures
 from analysis.picture import Picture
 from analysis.report_table import ReportTable
-from analysis.sources import Recording, Result
+from analysis.result_source import Result
+from analysis.sources import Recording
 
 SCHEMA: Final = 1  # version of the JSON format
 

@@ -18,9 +18,10 @@ from analysis.guest_files import GuestFile, use_guest
 from analysis.queries.exit_times import halts
 from analysis.queries.registry import Query
 from analysis.report import Check, Report
+from analysis.result_source import Result
 from analysis.rip_runs import RipQuestion
 from analysis.rows import give_memory_back
-from analysis.sources import Recording, Result, open_source
+from analysis.sources import Recording, open_source
 from analysis.symbols import NO_NAMING, Naming, load
 from analysis.validation import Validated, validated
 from traces.errors import BAD_INPUT, Problem

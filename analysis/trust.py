@@ -10,8 +10,9 @@ from typing import Final
 
 import polars as pl
 
+from analysis.result_source import Result
 from analysis.rows import ALL
-from analysis.sources import Recording, Result
+from analysis.sources import Recording
 from analysis.validation import Validated
 from replay.decode.capabilities import LEFT_OUT
 from replay.own_policy import Agreement

@@ -14,7 +14,8 @@ from analysis.queries import removed, replayed
 from analysis.queries.by_vm import overview
 from analysis.queries.recorded import stuck_vcpus
 from analysis.queries.worst import ranked, stuck_of, subject_of
-from analysis.sources import HIDDEN, Recording, Result
+from analysis.result_source import Result
+from analysis.sources import HIDDEN, Recording
 from analysis.units import Unit, format_value, span
 from replay.decode.removals import Why
 from replay.result import SPENT

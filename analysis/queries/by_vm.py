@@ -12,7 +12,8 @@ from analysis.queries import replayed
 from analysis.queries.recorded import WINDOW_NS, fixed_of, in_windows
 from analysis.queries.registry import query
 from analysis.queries.worst import ranked, stuck_of, subject_of
-from analysis.sources import Recording, Result
+from analysis.result_source import Result
+from analysis.sources import Recording
 from traces.vm_names import VmNames
 
 _FACTS: Final = {

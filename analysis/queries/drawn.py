@@ -14,8 +14,9 @@ from analysis.queries.recorded import lives
 from analysis.queries.registry import query
 from analysis.queries.replayed import progress
 from analysis.recorded_time import PARTS
+from analysis.result_source import Result
 from analysis.rows import KIND, DecodedRows
-from analysis.sources import Recording, Result
+from analysis.sources import Recording
 from replay.decode.vcpu_states import VcpuState
 from replay.timing.stalls import Rule
 from traces.errors import Problem

@@ -6,7 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from analysis.reporting import replayed_under
-from analysis.sources import Recording, Result
+from analysis.result_source import Result
+from analysis.sources import Recording
 
 ROOT = Path(__file__).parents[2]
 CORPUS = ROOT / "traces" / "corpus"

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from analysis.figures import figures_of
-from analysis.sources import Recording, Result
+from analysis.result_source import Result
+from analysis.sources import Recording
 from tests.analysis.sources import OLD_STORM, STORM
 from tests.tracer.test_record_live import run
 from tests.traces.hostile import parts, with_metadata

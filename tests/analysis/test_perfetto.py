@@ -24,7 +24,8 @@ from perfetto.protos.perfetto.trace import perfetto_trace_pb2 as pb
 from analysis.perfetto import export
 from analysis.perfetto.packets import PacketWriter
 from analysis.recorded_time import recorded_times
-from analysis.sources import Result, open_source
+from analysis.result_source import Result
+from analysis.sources import open_source
 from replay.decode.capabilities import Capabilities
 from replay.decode.vcpu_states import VcpuState
 from replay.decode.vm_inputs import VmInputs, vcpu_ids

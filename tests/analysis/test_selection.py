@@ -19,8 +19,8 @@ from analysis.queries import exit_times as exits
 from analysis.queries import recorded
 from analysis.queries.by_vm import overview
 from analysis.reporting import Wanted, reported
+from analysis.result_source import Result as Replayed
 from analysis.sources import Recording
-from analysis.sources import Result as Replayed
 from analysis.unseen import lost_windows
 from tests.analysis.sources import CORPUS, result_of
 from tests.replay.test_apart import MS, TimedGuest
