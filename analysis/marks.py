@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all charts share: aligned axes, one zoom, colours, units."""
+"""What all charts share: limits, aligned axes, one zoom, colours, units."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from typing import Any, Final
 import altair as alt
 import polars as pl
 
+POINTS: Final = 4000  # in one chart, at most
+VCPUS: Final = 8  # of one VM, at most
+LINES: Final = 600  # roots or soft-hangs in one chart, at most
+TEXT_PARTS: Final = 16  # parts of the time in the table that stands for a chart as text
+COLOURS: Final = ("#3f7fd4", "#d9772b", "#3f9a6c", "#b5478f", "#8b6fd0", "#9a7b2f")
 _AXIS: Final = 50  # px left of every plot, so that plots one above the other are in line
 
 

@@ -9,11 +9,10 @@ from typing import Any, Final
 import altair as alt
 import polars as pl
 
-from analysis.charts import COLOURS
 from analysis.fleet.fleet_tables import AS_RECORDED, groups, stalls
 from analysis.fleet.outcome import FleetOutcome
 from analysis.fleet.sums import SECOND, STEPS_NS
-from analysis.marks import axis, colour
+from analysis.marks import COLOURS, axis, colour
 from analysis.picture import Picture
 from analysis.report_table import Column
 from analysis.units import Unit
