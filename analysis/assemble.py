@@ -12,7 +12,7 @@ import polars as pl
 
 from analysis import verdict as sentences
 from analysis.figures import Figures, figures_of
-from analysis.queries import by_vm, exit_times, guest_tasks, leaves, recorded, removed, replayed
+from analysis.queries import by_vm, exit_times, guest_tasks, leaves, mapped_pages, recorded, removed, replayed
 from analysis.queries.registry import Query, unanswered
 from analysis.report import Check, Report, Status
 from analysis.report_table import Column, ReportTable
@@ -218,10 +218,10 @@ _OF_RECORDING: Final = (
     _Part(guest_tasks.guest_tasks, "Guest tasks by the time of their faults", _TASKS, first=5, least=1),
     _Part(exit_times.rips, "Guest RIPs by faults", _RIPS, first=2, least=1),
     _Part(recorded.roles, "Lifetimes of roots as recorded", _ROLES, first=0),
-    _Part(recorded.gfns, "Hottest gfns as recorded", _GFNS, first=2),
-    _Part(recorded.regions, "Hottest 2 MiB regions as recorded", _REGIONS, first=2),
+    _Part(mapped_pages.gfns, "Hottest gfns as recorded", _GFNS, first=2),
+    _Part(mapped_pages.regions, "Hottest 2 MiB regions as recorded", _REGIONS, first=2),
     _Part(leaves.memory_types, "Memory types of leaves", _TYPES, first=0, least=1),
-    _Part(recorded.unserved, "Faults for which nothing was mapped", _UNSERVED, first=2, least=1),
+    _Part(mapped_pages.unserved, "Faults for which nothing was mapped", _UNSERVED, first=2, least=1),
 )
 
 
@@ -311,7 +311,7 @@ def _table(
     names: VmNames | None,
 ) -> ReportTable:
     options: dict[str, Any] = {}
-    if part.query is recorded.gfns:
+    if part.query is mapped_pages.gfns:
         options["top"] = part.rows + 1
     elif part.query is by_vm.overview:
         options["result"] = result

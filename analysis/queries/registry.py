@@ -23,8 +23,10 @@ from traces.text import printable
 Source = TypeVar("Source", Recording, Result)
 _MODULES: Final = tuple(
     f"analysis.queries.{name}"
-    for name in ("recorded", "replayed", "by_vm", "exit_times", "removed", "drawn", "leaves", "guest_tasks")
-)
+    for name in (
+        "recorded", "mapped_pages", "replayed", "by_vm", "exit_times", "removed", "drawn", "leaves", "guest_tasks",
+    )
+)  # fmt: skip
 _QUERIES: Final[dict[str, Query[Any]]] = {}
 _OLD_NAMES: Final = {"doings": "vcpu_states"}  # old names, accepted in 0.2 and no longer in 0.3
 

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 import kvmtrace
-from analysis.queries import exit_times, leaves, recorded, removed
+from analysis.queries import exit_times, leaves, mapped_pages, recorded, removed
 from analysis.sources import Recording
 from tests.corpus import CORPUS
 from tests.replay.test_apart import INTEL, TimedGuest
@@ -99,7 +99,7 @@ def test_nx_recovery_is_a_cause(kernel: str) -> None:
 
 def test_a_page_in_a_bar_that_is_emulated() -> None:
     recording = Recording.open(of("bar-6.1"))
-    (page,) = recorded.unserved(recording).collect().to_dicts()
+    (page,) = mapped_pages.unserved(recording).collect().to_dicts()
     assert (page["gfn"], page["slot"], page["why"]) == (0x208, None, "in no slot: emulated")
     out = exit_times.user_exits(recording).collect().filter(reason="KVM_EXIT_MMIO")
     assert out["returns"].to_list() == [20]
@@ -162,7 +162,7 @@ def test_smis_are_why_pages_are_mapped_again() -> None:
 
 def test_writes_to_flash() -> None:
     recording = Recording.open(of("flash-6.1"))
-    pages = recorded.unserved(recording).collect()
+    pages = mapped_pages.unserved(recording).collect()
     assert set(pages["why"]) == {"writes to a read-only slot"}
     assert len(pages) == 16
     assert exit_times.user_exits(recording).collect().filter(reason="KVM_EXIT_MMIO")["returns"].to_list() == [320]

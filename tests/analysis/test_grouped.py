@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from analysis import grouped, rows
 from analysis.grouped import Grouped, UnservedPages, UsedRoots, Windowed
-from analysis.queries import exit_times, recorded
+from analysis.queries import exit_times, mapped_pages, recorded
 from analysis.sources import Recording
 from replay.decode import groups
 from tests.analysis.sources import CORPUS
@@ -79,7 +79,7 @@ ASKED: list[tuple[Grouped, Oracle]] = [
         Windowed("windows", FIRST, WIDTH, PRESENT, RESERVED),
         lambda every: windows(every, FIRST, WIDTH, PRESENT, RESERVED),
     ),
-    (recorded.installs(), by(_KIND == "kvm_mmu_set_spte", "gfn", "level")),
+    (mapped_pages.installs(), by(_KIND == "kvm_mmu_set_spte", "gfn", "level")),
     (exit_times.faulting_rips(), by(_KIND == "kvm_page_fault", "rip")),
     (exit_times.changed_by(), by(_KIND.is_in(exit_times.CHANGES), "kind", "tid")),
 ]

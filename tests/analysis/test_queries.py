@@ -11,7 +11,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from analysis.queries import recorded, replayed
+from analysis.queries import mapped_pages, recorded, replayed
 from analysis.queries.registry import named, queries
 from analysis.result_source import Result
 from analysis.sources import GuestOfVm, Recording
@@ -99,11 +99,11 @@ def test_what_was_not_watched_is_refused_or_null_but_never_zero(tmp_path: Path) 
     recording = Recording.open(tmp_path / "t.parquet")
     (row,) = asked(recorded.windows(recording)).iter_rows(named=True)
     assert (row["faults"], row["smis"], row["exits"]) == (None, None, 1)
-    for query in (recorded.gfns, recorded.regions, recorded.slots):
+    for query in (mapped_pages.gfns, mapped_pages.regions, mapped_pages.slots):
         with pytest.raises(Problem, match=r"query \w+: kvm_mmu_set_spte not recorded"):
             query(recording)
     with pytest.raises(Problem, match="query unserved: kvm_page_fault not recorded"):
-        recorded.unserved(recording)
+        mapped_pages.unserved(recording)
 
 
 @pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
@@ -112,17 +112,17 @@ def test_installs_by_page_region_and_slot_are_those_of_the_rows(path: Path) -> N
     installs = Counter(
         (row["vm"], row["gfn"], row["level"]) for row in rows(recording) if row["kind"] == "kvm_mmu_set_spte"
     )
-    pages = asked(recorded.gfns(recording))
+    pages = asked(mapped_pages.gfns(recording))
     assert {(row["vm"], row["gfn"], row["level"]): row["installs"] for row in pages.iter_rows(named=True)} == installs
-    assert asked(recorded.gfns(recording, top=3)).equals(pages.head(3))
-    regions = asked(recorded.regions(recording))
+    assert asked(mapped_pages.gfns(recording, top=3)).equals(pages.head(3))
+    regions = asked(mapped_pages.regions(recording))
     assert regions["installs"].sum() == installs.total()
     assert regions["pages"].sum() == len(installs)
     by_region: Counter[tuple[int, int]] = Counter()
     for (vm, gfn, _), count in installs.items():
         by_region[vm, gfn // 512 * 512] += count
     assert {(row["vm"], row["region"]): row["installs"] for row in regions.iter_rows(named=True)} == by_region
-    assert asked(recorded.slots(recording))["installs"].sum() == installs.total()
+    assert asked(mapped_pages.slots(recording))["installs"].sum() == installs.total()
     known = {(vm["id"], s["slot"], s["gfn"], s["pages"]) for vm in recording.metadata.vms for s in vm["slots"]}
     for row in pages.filter(pl.col("slot").is_not_null()).iter_rows(named=True):
         assert (row["vm"], row["slot"], row["slot_gfn"], row["slot_pages"]) in known
@@ -138,7 +138,7 @@ def test_pages_find_their_slot_and_holes_have_none(tmp_path: Path) -> None:
     for gfn in (0, 15, 16, 31, 32, 63, 64, 65):
         guest.fault(gfn)
     guest.write(tmp_path / "t.parquet")
-    found = asked(recorded.gfns(Recording.open(tmp_path / "t.parquet")))
+    found = asked(mapped_pages.gfns(Recording.open(tmp_path / "t.parquet")))
     where = dict(found.select("gfn", "slot").iter_rows())
     assert where == {0: 0, 15: 0, 16: 1, 31: 1, 32: None, 63: None, 64: 2, 65: None}
 
@@ -147,7 +147,7 @@ def test_slots_of_impossible_vms_are_left_out(tmp_path: Path) -> None:
     recording = Recording.open(STORM)
     odd = [{**recording.metadata.vms[0], "id": 1 << 40}, *recording.metadata.vms]
     recording.trace.metadata = replace(recording.metadata, vms=tuple(odd))
-    assert asked(recorded.gfns(recording))["slot"].null_count() == 0
+    assert asked(mapped_pages.gfns(recording))["slot"].null_count() == 0
     assert asked(recorded.stuck(recording)).is_empty()
 
 
@@ -163,7 +163,7 @@ def test_faults_that_map_nothing_are_found_and_refaults_are_not(tmp_path: Path) 
         guest.of("fast_page_fault", w0=3 << 12, w1=2, w2=1, w3=3)  # a permission, fixed
     guest.of("kvm_page_fault", w0=4 << 12)
     guest.write(tmp_path / "t.parquet")
-    found = asked(recorded.unserved(Recording.open(tmp_path / "t.parquet")))
+    found = asked(mapped_pages.unserved(Recording.open(tmp_path / "t.parquet")))
     assert [(row["gfn"], row["slot"], row["unserved"]) for row in found.iter_rows(named=True)] == [
         (2, 0, 5), (99, None, 5),
     ]  # fmt: skip
@@ -171,7 +171,7 @@ def test_faults_that_map_nothing_are_found_and_refaults_are_not(tmp_path: Path) 
 
 def test_unserved_is_not_for_the_shadow_mmu() -> None:
     with pytest.raises(Problem, match="the guest's own under the shadow MMU"):
-        recorded.unserved(Recording.open(CORPUS / "smi-storm-6.1-shadow.parquet"))
+        mapped_pages.unserved(Recording.open(CORPUS / "smi-storm-6.1-shadow.parquet"))
 
 
 def test_roots_live_as_long_as_they_are_seen() -> None:
@@ -308,7 +308,7 @@ def test_reverse_maps_grow_with_shadow_pages_and_go_with_them(tmp_path: Path) ->
     spte(6, 0x103)
     spte(5, 0x103, level=2)
     path = guest.write(tmp_path / "shadow.parquet", policy="shadow").trace.path
-    found = recorded.rmaps(Recording.open(path)).collect()
+    found = mapped_pages.rmaps(Recording.open(path)).collect()
     assert found.select("gfn", "level", "sptes", "descs", "slot").rows() == [
         (5, 1, 4, 1, 0), (5, 2, 1, 0, 0), (6, 1, 1, 0, 0),
     ]  # fmt: skip
@@ -317,7 +317,7 @@ def test_reverse_maps_grow_with_shadow_pages_and_go_with_them(tmp_path: Path) ->
 def test_chains_are_as_long_as_the_kernel_makes_them() -> None:
     assert [kernels.at(version).pte_list_ext for version in ("5.10", "6.12")] == [3, 14]
     with pytest.raises(Problem, match="the TDP MMU has no reverse maps"):
-        recorded.rmaps(Recording.open(CORPUS / "smi-storm-6.1.parquet"))
-    longest = recorded.rmaps(Recording.open(CORPUS / "wp-toggle-6.1-npt0.parquet")).collect()
+        mapped_pages.rmaps(Recording.open(CORPUS / "smi-storm-6.1.parquet"))
+    longest = mapped_pages.rmaps(Recording.open(CORPUS / "wp-toggle-6.1-npt0.parquet")).collect()
     assert longest["sptes"].max() == 2
     assert longest["descs"].max() == 1

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 import kvmtrace
 from analysis.queries import exit_times as exits
-from analysis.queries import recorded
+from analysis.queries import mapped_pages, recorded
 from analysis.queries.by_vm import overview
 from analysis.reporting import Wanted, reported
 from analysis.result_source import Result as Replayed
@@ -48,7 +48,14 @@ def test_a_vm_is_what_the_whole_says_of_it() -> None:
     mine = rows(FIELD).filter(vm=4)
     assert only.metadata.events == len(mine)
     assert only.metadata.kinds == dict(mine["kind"].cast(pl.String).value_counts().rows())
-    for query in (recorded.windows, recorded.gfns, recorded.unserved, exits.exits, exits.user_exits, exits.rips):
+    for query in (
+        recorded.windows,
+        mapped_pages.gfns,
+        mapped_pages.unserved,
+        exits.exits,
+        exits.user_exits,
+        exits.rips,
+    ):
         one, other = query(whole).filter(pl.col("vm") == 4).collect(), query(only).collect()
         if query is recorded.windows:  # which begin with the first row that counts
             one, other = (each.select(pl.col("exits", "faults").sum()) for each in (one, other))
@@ -67,7 +74,7 @@ def test_a_window_counts_what_is_in_it() -> None:
     assert counted["faults"].sum() == len(on_vcpu.filter(kind="kvm_page_fault"))
     assert counted["exits"].sum() == len(on_vcpu.filter(kind="kvm_exit"))
     assert exits.exits(recording).collect()["exits"].sum() == len(on_vcpu.filter(kind="kvm_exit"))
-    assert recorded.gfns(recording).collect()["installs"].sum() == len(inside.filter(kind="kvm_mmu_set_spte"))
+    assert mapped_pages.gfns(recording).collect()["installs"].sum() == len(inside.filter(kind="kvm_mmu_set_spte"))
     assert recording.scan().collect().height == len(inside)
 
 
