@@ -184,8 +184,8 @@ def record(
     """Record live KVM events into a Parquet trace, every event stored or counted as lost."""
     import time
 
-    from tracer.recorder import Options
     from tracer.recorder import record as make_recording
+    from tracer.recording_options import Options
 
     if vm != "all" and not vm.isdigit():
         raise Problem(f"--vm {vm}: give the process id of the VM's owner, or `all`")

@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks import workload
 from benchmarks.recorders import Kept, Recorder
 from tracer import vmm
-from tracer.recorder import owns_vm
+from tracer.recording_options import owns_vm
 
 ATTEMPTS = 4  # runs at most, to get one during which no other VM is alive
 LOOK_SECONDS = 0.5  # between two searches for other VMs, because reading /proc costs some milliseconds

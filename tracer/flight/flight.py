@@ -31,7 +31,8 @@ from tracer.flight.state import Checkpoint, Checkpoints
 from tracer.flight.trigger_texts import FlightTriggers
 from tracer.flight.vcpu_time import idle_codes, thread_time
 from tracer.owner_names import OwnerNames
-from tracer.recorder import Options, Recorder, Stop, check
+from tracer.recorder import Recorder, Stop
+from tracer.recording_options import Options, check
 from tracer.ring import default_ring_bytes, ring_count
 from tracer.upload.uploads import UploadOutcome, Uploads
 from tracer.writer import OrderedThread

@@ -13,7 +13,7 @@ import typer
 
 from tracer.flight.flight import FlightOptions, FlightOutcome, fly
 from tracer.flight.keeper import Bounds
-from tracer.recorder import Options
+from tracer.recording_options import Options
 from traces.documents import print_json
 from traces.errors import VERDICT_FAILED, Problem
 from traces.wall_clock import span_ns

@@ -13,7 +13,8 @@ from tracer import host
 from tracer.bpf import Probes
 from tracer.flight.vcpu_time import Rows, idle_codes, thread_time
 from tracer.order import HOLD_NANOSECONDS
-from tracer.recorder import Options, Recorder, Stop, check
+from tracer.recorder import Recorder, Stop
+from tracer.recording_options import Options, check
 from tracer.ring import Rings, ring_count
 from tracer.top.meter import KINDS, Meters, VcpuSecond
 from traces.progress import Progress
