@@ -11,7 +11,8 @@ from pathlib import Path
 
 import typer
 
-from tracer.flight.flight import FlightOptions, FlightOutcome, fly
+from tracer.flight.flight import FlightOutcome, fly
+from tracer.flight.flight_recorder import FlightOptions
 from tracer.flight.keeper import Bounds
 from tracer.recording_options import Options
 from traces.documents import print_json
