@@ -12,7 +12,13 @@ from setuptools import Extension, setup
 # gcc's vectoriser of straight-line code costs up to 4 % in storms. Without a compiler it runs as Python, and says so.
 FLAGS = ["-O3", "-fno-tree-slp-vectorize", "-g0"]
 COMPILED = (
-    "replay/decode/decoder.py",
+    "replay/decode/rows/held_inputs.py",
+    "replay/decode/rows/exit_times.py",
+    "replay/decode/rows/root_loads.py",
+    "replay/decode/rows/unload_triggers.py",
+    "replay/decode/rows/vm_events.py",
+    "replay/decode/rows/page_installs.py",
+    "replay/decode/rows/decoder.py",
     "replay/decode/dense.py",
     "replay/decode/inferred.py",
     "replay/decode/groups.py",

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from replay.decode.batch import COLUMNS, Batch
 from replay.decode.capabilities import Capabilities
-from replay.decode.decoder import Decoder
 from replay.decode.inputs import EXIT_COLUMNS, Exits, Inputs, Ints, Rest
+from replay.decode.rows.decoder import Decoder
 from replay.decode.slots import Slots, logs_dirty
 from replay.simulate.operations import Op, Ranges
 from traces.errors import Problem
@@ -144,7 +144,7 @@ class VmInputs:
         for root in meta.uncreated_roots:
             if root["id"] < len(roles) - 1:
                 roles[root["id"]] = root["role"]
-        self.decoder = Decoder(capabilities, count, Slots(vm["slots"]), roles, groups, times is not None)
+        self.decoder = Decoder(capabilities, count, times is not None, roles, Slots(vm["slots"]), groups)
         self._held = _Held(size // 2 + _ROOM)
         self._first_exit = 0
         self.rest = Rest(*(np.zeros(count, np.int64) for _ in range(3)))

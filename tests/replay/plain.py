@@ -10,7 +10,13 @@ from types import ModuleType
 from unittest.mock import patch
 
 COMPILED = (
-    "replay.decode.decoder",
+    "replay.decode.rows.held_inputs",
+    "replay.decode.rows.exit_times",
+    "replay.decode.rows.root_loads",
+    "replay.decode.rows.unload_triggers",
+    "replay.decode.rows.vm_events",
+    "replay.decode.rows.page_installs",
+    "replay.decode.rows.decoder",
     "replay.decode.dense",
     "replay.decode.inferred",
     "replay.decode.groups",
@@ -33,6 +39,13 @@ COMPILED = (
     "replay.timing.row_spans",
     "replay.timing.steal",
 )
+# What the decoder stands on, the lowest first.
+BENEATH_DECODER = (
+    "replay.decode.inferred",
+    *(f"replay.decode.rows.{name}" for name in (
+        "held_inputs", "exit_times", "root_loads", "unload_triggers", "vm_events", "page_installs"
+    )),
+)  # fmt: skip
 ROOT = Path(__file__).parents[2]
 
 

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 
 from replay.decode.capabilities import Capabilities
 from replay.decode.cases import Case
+from replay.decode.rows import vcpu_rows
 from replay.decode.specialize import Specialization
+from replay.decode.vcpu_states import VcpuState
 from replay.decode.vm_inputs import VmInputs
 from replay.simulate import dispatch, engine
 from replay.simulate.compiled import core
@@ -366,9 +368,9 @@ def test_memory_follows_the_state_not_the_stream() -> None:
     assert made.vcpus.refaults.tolist() == [3 * pages]
 
 
-def members(name: str) -> list[str]:
-    """The fields of a C structure of the engine's, in order."""
-    text = (ROOT / "replay/simulate/compiled/structures.pxd").read_text()
+def members(name: str, package: str = "replay/simulate/compiled") -> list[str]:
+    """The fields of a C structure, in order."""
+    text = (ROOT / package / "structures.pxd").read_text()
     body = re.search(rf"^cdef struct {name}:.*\n((?:    .*\n)+)", text, re.MULTILINE)
     assert body is not None, name
     return re.findall(r"^    (?:long long|unsigned int)(?:\[\d+\])? (\w+)", body[1], re.MULTILINE)
@@ -400,7 +402,6 @@ def test_what_runs_is_compiled(name: str) -> None:
 
 
 @pytest.mark.parametrize(("module", "structure", "layout"), [
-    ("replay.decode.decoder", "Vcpu", "VCPU"),
     ("replay.decode.timeline", "Thread", "THREAD"),
     ("replay.decode.same_rip", "RipRun", "RIP_RUN"),
     ("replay.decode.timeline", "Moment", "MOMENT"),
@@ -412,6 +413,13 @@ def test_structures_of_decoding_are_those_of_their_pools(module: str, structure:
     dtype = np.dtype(getattr(as_python, layout))
     assert dtype.itemsize % 8 == 0
     assert all(each.base.itemsize == 8 for each, *_ in (dtype.fields or {}).values())
+
+
+def test_the_decoders_vcpu_is_the_row_of_its_pool() -> None:
+    assert members("Vcpu", "replay/decode/rows") == [name for name, *_ in vcpu_rows.VCPU]
+    assert np.dtype(vcpu_rows.VCPU).itemsize == 8 * (len(vcpu_rows.VCPU) - 1 + len(VcpuState))
+    structures = (ROOT / "replay/decode/rows/structures.pxd").read_text()
+    assert f"long long[{len(VcpuState)}] ns" in structures
 
 
 def test_running_as_plain_python_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

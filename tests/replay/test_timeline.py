@@ -24,7 +24,7 @@ from replay.simulate.timed_operations import CREATED, FOUND
 from replay.timing import measure, timed_run
 from replay.timing.measure import Measurement, SpanTimes
 from tests.profiles import examples
-from tests.replay.plain import plain
+from tests.replay.plain import BENEATH_DECODER, plain
 from tests.thinned import thinned
 from traces.reader import Trace
 
@@ -196,8 +196,7 @@ def _everything(name: str, size: int) -> list[Any]:
 )
 def test_compiled_loops_do_what_they_do_as_plain_python(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = _everything(name, 1000)
-    decoder, timeline = plain("replay.decode.decoder"), plain("replay.decode.timeline")
-    monkeypatch.setattr(decoder, "Unseen", plain("replay.decode.inferred").Unseen)
+    decoder, timeline = plain("replay.decode.rows.decoder", *BENEATH_DECODER), plain("replay.decode.timeline")
     monkeypatch.setattr(vm_inputs, "Decoder", decoder.Decoder)
     for name_of in ("kinds_of", "vcpus_of"):
         monkeypatch.setattr(batch, name_of, getattr(plain("replay.decode.dense"), name_of))
