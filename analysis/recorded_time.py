@@ -17,12 +17,12 @@ from replay.decode.batch import Batch
 from replay.decode.capabilities import Capabilities
 from replay.decode.inputs import Ints
 from replay.decode.same_rip import RipRuns
-from replay.decode.timeline import Timeline
-from replay.decode.vcpu_states import NO_SPAN, VcpuState
+from replay.decode.spans.timeline import Timeline
+from replay.decode.spans.vcpu_states import NO_SPAN, VcpuState
 from replay.decode.vm_inputs import dense_numbers, parts_of, vcpu_ids
 from replay.simulate.pools import by_vcpu
-from replay.timing.measure import Measured, SpanTimes
-from replay.timing.measured_vm import measure_vm
+from replay.timing.measuring.measure import Measured, SpanTimes
+from replay.timing.measuring.measured_vm import measure_vm
 from replay.timing.stalls import Rule, Stall, stalls
 from replay.timing.timed_run import VmTime
 from traces.durations import duration

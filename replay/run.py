@@ -32,7 +32,7 @@ from replay.simulate.operations import Block
 from replay.spool import Spool
 from replay.spread import spreads
 from replay.timing import time_rows
-from replay.timing.measure import Measurement, SpanTimes
+from replay.timing.measuring.measure import Measurement, SpanTimes
 from replay.timing.timed_run import PolicyClock, Settings, VmTime, vm_time
 from traces.kernels.triggers import Trigger
 from traces.progress import Progress

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A trace as Perfetto tracks: for each VM its vCPUs, the tasks that zap its roots, and its roots.
 
-What a vCPU did is taken from `replay.decode.timeline`; adjacent spans of one kind are joined. A flow leads from each
-SMI and RSM to the first fault in a root that was not there before, where the refill begins.
+What a vCPU did is taken from `replay.decode.spans.timeline`; adjacent spans of one kind are joined. A flow leads from
+each SMI and RSM to the first fault in a root that was not there before, where the refill begins.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from analysis.perfetto.packets import Ints, PacketWriter
 from analysis.recorded_time import COLUMNS, RecordedTime, Spans, recorded_times, spans_of
 from analysis.sources import GuestOfVm
 from replay.decode.batch import Batch
-from replay.decode.timeline import Timeline
-from replay.decode.vcpu_states import VcpuState
+from replay.decode.spans.timeline import Timeline
+from replay.decode.spans.vcpu_states import VcpuState
 from replay.decode.vm_inputs import dense_numbers, vcpu_ids
 from replay.timing.stalls import Rule
 from traces import kernels

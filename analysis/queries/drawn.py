@@ -17,7 +17,7 @@ from analysis.recorded_time import PARTS
 from analysis.result_source import Result
 from analysis.rows import KIND, DecodedRows
 from analysis.sources import Recording
-from replay.decode.vcpu_states import VcpuState
+from replay.decode.spans.vcpu_states import VcpuState
 from replay.timing.stalls import Rule
 from traces.errors import Problem
 from traces.schema import BY_NAME

@@ -10,7 +10,7 @@ from copy import copy
 from functools import cached_property
 from typing import Any, Final
 
-from replay.decode.suspends import Suspend, suspends
+from replay.decode.spans.suspends import Suspend, suspends
 from traces import kernels, source_notes
 from traces.errors import Problem
 from traces.kernels import roles

@@ -23,7 +23,7 @@ from replay.decode.exits import (
     user_exit_name,
 )
 from replay.decode.same_rip import RipRuns
-from replay.timing.shown_of_vm import PAGE_SHIFT, ShownOfVm
+from replay.timing.measuring.shown_of_vm import PAGE_SHIFT, ShownOfVm
 from replay.timing.stuck_rip import CERTAIN, RipEnd, RipRun, last_exits, longest_runs
 from traces.durations import duration
 from traces.kernels.kernel import Kernel

@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 
 from replay.decode.capabilities import Capabilities
 from replay.decode.inputs import Ints
-from replay.decode.smis_apart import SmisApart
 from replay.decode.specialize import Specialization
 from replay.plan import Run, Target
 from replay.simulate.operations import Ranges
 from replay.simulate.timed_operations import Timed, tail
 from replay.timing.costs import Fitted, fit
 from replay.timing.diagnosis import Diagnosis, diagnoses
-from replay.timing.measure import Measured
+from replay.timing.measuring.measure import Measured
 from replay.timing.reference_clock import TimeCategory
+from replay.timing.smis_apart import SmisApart
 from replay.timing.soft_hangs import SoftHang, soft_hangs
 from replay.timing.stalls import Rule
 from replay.timing.stuck_rip import CERTAIN

@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 
 from replay.decode.capabilities import Capabilities
 from replay.decode.row_counts import RowCounts
-from replay.decode.smis_apart import SmisApart
 from replay.decode.vm_inputs import vcpu_ids
 from replay.own_policy import OwnPolicyCheck, compare
 from replay.simulate.operations import VCPU_SHIFT, Block, Op, Ranges
 from replay.simulate.timed_operations import LAST, MORE, Timed, joined, tail, take
 from replay.spool import Spool
 from replay.timing.costs import Costs
-from replay.timing.measured_vm import measure_vm
+from replay.timing.measuring.measured_vm import measure_vm
+from replay.timing.smis_apart import SmisApart
 from replay.timing.timed_engine import TimedEngine
 from replay.whatif.each_vm import UnansweredVm, ask_each_vm
 from traces.errors import Problem

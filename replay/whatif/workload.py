@@ -21,8 +21,8 @@ from replay.simulate.operations import LEVEL_SHIFT, VCPU_SHIFT, Block, Op, Range
 from replay.simulate.timed_operations import Timed
 from replay.spool import Spool
 from replay.timing.costs import DEFAULT, Costs, LockCosts
-from replay.timing.measure import SpanTimes
-from replay.timing.measured_vm import measure_vm
+from replay.timing.measuring.measure import SpanTimes
+from replay.timing.measuring.measured_vm import measure_vm
 from replay.whatif.answers import MOST_PAGES
 from replay.whatif.each_vm import UnansweredVm
 

@@ -17,8 +17,8 @@ from analysis.report import Report
 from analysis.reporting import Wanted, reported
 from analysis.sources import Recording
 from replay.decode.batch import Batch
-from replay.decode.timeline import Timeline
-from replay.decode.vcpu_states import VcpuState
+from replay.decode.spans.timeline import Timeline
+from replay.decode.spans.vcpu_states import VcpuState
 from replay.decode.vm_inputs import dense_numbers, vcpu_ids
 from tests.analysis.sources import CORPUS
 from traces.errors import Problem

@@ -27,10 +27,10 @@ from analysis.recorded_time import recorded_times
 from analysis.result_source import Result
 from analysis.sources import open_source
 from replay.decode.capabilities import Capabilities
-from replay.decode.vcpu_states import VcpuState
+from replay.decode.spans.vcpu_states import VcpuState
 from replay.decode.vm_inputs import VmInputs, vcpu_ids
 from replay.result import KEY
-from replay.timing.measure import SpanTimes
+from replay.timing.measuring.measure import SpanTimes
 from tests.thinned import thinned
 from tests.verbs import printed
 from traces.errors import Problem

@@ -11,20 +11,20 @@ from unittest.mock import patch
 
 COMPILED = (
     "replay.decode.rows.held_inputs",
-    "replay.decode.rows.exit_times",
+    "replay.decode.rows.exit_records",
     "replay.decode.rows.root_loads",
     "replay.decode.rows.unload_triggers",
     "replay.decode.rows.vm_events",
     "replay.decode.rows.page_installs",
     "replay.decode.rows.decoder",
     "replay.decode.dense",
-    "replay.decode.inferred",
+    "replay.decode.rows.inferred",
     "replay.decode.groups",
     "replay.decode.row_counts",
     "replay.decode.lasting",
     "replay.decode.removals",
     "replay.decode.same_rip",
-    "replay.decode.timeline",
+    "replay.decode.spans.timeline",
     "replay.simulate.compiled.vm_pools",
     "replay.simulate.compiled.trees",
     "replay.simulate.compiled.root_slots",
@@ -33,17 +33,17 @@ COMPILED = (
     "replay.simulate.compiled.turns",
     "replay.simulate.compiled.timer",
     "replay.decode.specialize",
-    "replay.decode.smis_apart",
-    "replay.timing.lock_waits",
-    "replay.timing.operation_samples",
-    "replay.timing.row_spans",
-    "replay.timing.steal",
+    "replay.timing.smis_apart",
+    "replay.timing.measuring.lock_waits",
+    "replay.timing.measuring.operation_samples",
+    "replay.timing.measuring.row_spans",
+    "replay.timing.measuring.steal",
 )
 # What the decoder stands on, the lowest first.
 BENEATH_DECODER = (
-    "replay.decode.inferred",
+    "replay.decode.rows.inferred",
     *(f"replay.decode.rows.{name}" for name in (
-        "held_inputs", "exit_times", "root_loads", "unload_triggers", "vm_events", "page_installs"
+        "held_inputs", "exit_records", "root_loads", "unload_triggers", "vm_events", "page_installs"
     )),
 )  # fmt: skip
 ROOT = Path(__file__).parents[2]

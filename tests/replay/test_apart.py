@@ -11,7 +11,7 @@ import pytest
 
 from replay import plan
 from replay.decode.capabilities import Capabilities
-from replay.decode.suspends import Suspend, _gaps, _times, suspends
+from replay.decode.spans.suspends import Suspend, _gaps, _times, suspends
 from replay.run import replay
 from replay.timing.reference_clock import TimeCategory
 from replay.timing.timed_run import Settings, VmTime

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from replay.decode.capabilities import Capabilities
 from replay.decode.cases import Case
 from replay.decode.rows import vcpu_rows
+from replay.decode.spans.vcpu_states import VcpuState
 from replay.decode.specialize import Specialization
-from replay.decode.vcpu_states import VcpuState
 from replay.decode.vm_inputs import VmInputs
 from replay.simulate import dispatch, engine
 from replay.simulate.compiled import core
@@ -402,9 +402,9 @@ def test_what_runs_is_compiled(name: str) -> None:
 
 
 @pytest.mark.parametrize(("module", "structure", "layout"), [
-    ("replay.decode.timeline", "Thread", "THREAD"),
+    ("replay.decode.spans.timeline", "Thread", "THREAD"),
     ("replay.decode.same_rip", "RipRun", "RIP_RUN"),
-    ("replay.decode.timeline", "Moment", "MOMENT"),
+    ("replay.decode.spans.timeline", "Moment", "MOMENT"),
     ("replay.decode.specialize", "Program", "PROGRAM"),
 ])  # fmt: skip
 def test_structures_of_decoding_are_those_of_their_pools(module: str, structure: str, layout: str) -> None:

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from replay.decode.vcpu_states import VcpuState
-from replay.timing.lock_waits import LockWaits
+from replay.decode.spans.vcpu_states import VcpuState
+from replay.timing.measuring.lock_waits import LockWaits
 from traces.schema import BY_NAME
 
 EXIT, FAULT, REQUESTED, SET, ENTRY = (

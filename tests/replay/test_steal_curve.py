@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from replay.decode.timeline import MOMENT
-from replay.decode.vcpu_states import NO_SPAN, VcpuState
-from replay.timing.steal import Steal
-from replay.timing.steal_curve import StealCurve, steal_curve
+from replay.decode.spans.timeline import MOMENT
+from replay.decode.spans.vcpu_states import NO_SPAN, VcpuState
+from replay.timing.measuring.steal import Steal
+from replay.timing.measuring.steal_curve import StealCurve, steal_curve
 from tests.profiles import examples
 from traces.schema import BY_NAME
 

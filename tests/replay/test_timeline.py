@@ -15,14 +15,15 @@ from replay.decode import batch, vm_inputs
 from replay.decode.batch import COLUMNS, Batch
 from replay.decode.capabilities import Capabilities
 from replay.decode.cases import Case
+from replay.decode.spans.timeline import Timeline
+from replay.decode.spans.vcpu_states import VcpuState
 from replay.decode.specialize import Specialization
-from replay.decode.timeline import Timeline
-from replay.decode.vcpu_states import VcpuState
 from replay.decode.vm_inputs import VmInputs, dense_numbers, vcpu_ids
 from replay.simulate.operations import Op
 from replay.simulate.timed_operations import CREATED, FOUND
-from replay.timing import measure, timed_run
-from replay.timing.measure import Measurement, SpanTimes
+from replay.timing import timed_run
+from replay.timing.measuring import measure
+from replay.timing.measuring.measure import Measurement, SpanTimes
 from tests.profiles import examples
 from tests.replay.plain import BENEATH_DECODER, plain
 from tests.thinned import thinned
@@ -196,17 +197,17 @@ def _everything(name: str, size: int) -> list[Any]:
 )
 def test_compiled_loops_do_what_they_do_as_plain_python(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = _everything(name, 1000)
-    decoder, timeline = plain("replay.decode.rows.decoder", *BENEATH_DECODER), plain("replay.decode.timeline")
+    decoder, timeline = plain("replay.decode.rows.decoder", *BENEATH_DECODER), plain("replay.decode.spans.timeline")
     monkeypatch.setattr(vm_inputs, "Decoder", decoder.Decoder)
     for name_of in ("kinds_of", "vcpus_of"):
         monkeypatch.setattr(batch, name_of, getattr(plain("replay.decode.dense"), name_of))
     monkeypatch.setattr(measure, "Timeline", timeline.Timeline)
     monkeypatch.setattr(measure, "RipRuns", plain("replay.decode.same_rip").RipRuns)
     monkeypatch.setattr(measure, "Specialization", plain("replay.decode.specialize").Specialization)
-    monkeypatch.setattr(measure, "LockWaits", plain("replay.timing.lock_waits").LockWaits)
-    monkeypatch.setattr(measure, "Steal", plain("replay.timing.steal").Steal)
-    monkeypatch.setattr(measure, "RowSpans", plain("replay.timing.row_spans").RowSpans)
-    monkeypatch.setattr(measure, "samples_of", plain("replay.timing.operation_samples").samples_of)
-    monkeypatch.setattr(timed_run, "SmisApart", plain("replay.decode.smis_apart").SmisApart)
+    monkeypatch.setattr(measure, "LockWaits", plain("replay.timing.measuring.lock_waits").LockWaits)
+    monkeypatch.setattr(measure, "Steal", plain("replay.timing.measuring.steal").Steal)
+    monkeypatch.setattr(measure, "RowSpans", plain("replay.timing.measuring.row_spans").RowSpans)
+    monkeypatch.setattr(measure, "samples_of", plain("replay.timing.measuring.operation_samples").samples_of)
+    monkeypatch.setattr(timed_run, "SmisApart", plain("replay.timing.smis_apart").SmisApart)
     assert not decoder.COMPILED
     assert _everything(name, 1000) == compiled

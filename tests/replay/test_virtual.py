@@ -157,7 +157,7 @@ def test_a_soft_hang_has_what_began_it_and_what_it_went_on() -> None:
 
 
 def test_a_clock_that_runs_backwards_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from replay.timing.measure import SpanTimes
+    from replay.timing.measuring.measure import SpanTimes
 
     real = SpanTimes.feed
 

@@ -35,7 +35,7 @@ import cython
 
 from replay.decode.rows.page_installs import PageInstalls
 from replay.decode.rows.row_meanings import Meaning, meanings_by_kind
-from replay.decode.vcpu_states import NO_SPAN
+from replay.decode.spans.vcpu_states import NO_SPAN
 from replay.simulate.operations import Op
 from traces.kernels import triggers
 from traces.kernels.spte import LARGE

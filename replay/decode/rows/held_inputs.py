@@ -4,7 +4,7 @@
 
 The memory is `vm_inputs`': the last inputs are held until no later row can change them, then it takes them out.
 
-Each class of this package extends the one before it: HeldInputs, ExitTimes, RootLoads, UnloadTriggers, VmEvents,
+Each class of this package extends the one before it: HeldInputs, ExitRecords, RootLoads, UnloadTriggers, VmEvents,
 PageInstalls, Decoder.
 """
 

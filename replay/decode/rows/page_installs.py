@@ -2,7 +2,7 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """Pages that a vCPU needed: leaves that a fault installed, repaired or split.
 
-Where removals are not recorded (5.10), a page that a root installs again was removed before (`decode.inferred`).
+Where removals are not recorded (5.10), a page that a root installs again was removed before (`decode.rows.inferred`).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 
 import cython
 
-from replay.decode.inferred import GONE_PAGE, GONE_TABLE, Unseen
 from replay.decode.inputs import HAS_HIDDEN, HAS_TOUCH, HIDDEN
+from replay.decode.rows.inferred import GONE_PAGE, GONE_TABLE, Unseen
 from replay.decode.rows.vm_events import VmEvents
 from replay.simulate.operations import Op
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-from replay.decode.rows.exit_times cimport ExitTimes
+from replay.decode.rows.exit_records cimport ExitRecords
 from replay.decode.rows.structures cimport Vcpu
 
 
-cdef class RootLoads(ExitTimes):
+cdef class RootLoads(ExitRecords):
     cdef public long long nested
     cdef public long long began
     cdef unsigned int[::1] _roles

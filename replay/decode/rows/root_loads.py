@@ -9,7 +9,7 @@ from typing import Any
 import cython
 
 from replay.decode.inputs import HAS_ENTER, HAS_ROLE, HAS_TRIGGER, NO_STATE, STATE_SHIFT
-from replay.decode.rows.exit_times import ExitTimes
+from replay.decode.rows.exit_records import ExitRecords
 from replay.decode.rows.row_meanings import Meaning
 from replay.simulate.operations import Op
 from traces.kernels import roles, triggers
@@ -42,7 +42,7 @@ _DIRECT = cython.declare(cython.uint, 1 << 7)
 
 
 @cython.cclass
-class RootLoads(ExitTimes):
+class RootLoads(ExitRecords):
     """Makes ROLE, ENTER and SWITCH of the rows in which a vCPU loads a root or enters the guest."""
 
     nested: cython.longlong

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from replay.decode.vcpu_states import VcpuState
+from replay.decode.spans.vcpu_states import VcpuState
 
 VCPU: Final = [(name, "i8", (len(VcpuState),)) if name == "ns" else (name, "i8") for name in (
     "opened", "why", "loaded", "state", "smm", "reset", "unloaded", "cr0_reset", "cr0_input", "entered", "root",

@@ -2,7 +2,8 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """Hold the spans of one batch of rows, and pick samples of costs out of them.
 
-This is Cython in pure-Python mode, like `decode.timeline`: numpy would make an array of the whole batch for each step.
+This is Cython in pure-Python mode, like `decode.spans.timeline`: numpy would make an array of the whole batch for each
+step.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from typing import Any
 import cython
 import numpy as np
 
-from replay.decode.vcpu_states import NO_SPAN, STILL, VcpuState
+from replay.decode.spans.vcpu_states import NO_SPAN, STILL, VcpuState
 from traces.schema import BY_NAME
 
 COMPILED: bool = cython.compiled

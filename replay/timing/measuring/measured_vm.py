@@ -15,7 +15,7 @@ from replay.decode.vm_inputs import VmInputs
 from replay.simulate.engine import Engine
 from replay.simulate.model_state import Happened
 from replay.spool import Spool
-from replay.timing.measure import Measured, Measurement, SpanTimes
+from replay.timing.measuring.measure import Measured, Measurement, SpanTimes
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any
 import cython
 import numpy as np
 
-from replay.decode.vcpu_states import VcpuState
+from replay.decode.spans.vcpu_states import VcpuState
 from traces.schema import BY_NAME
 
 COMPILED: bool = cython.compiled

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""The times of the exit under way of each vCPU, which go to the exit's record or to the next exit's lead."""
+"""The record of each exit with an input. Times of other exits go to the next record's lead."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import cython
 from replay.decode.inputs import BUILT_ROOT, WAS_STILL
 from replay.decode.rows.held_inputs import HeldInputs
 from replay.decode.rows.row_meanings import Meaning
-from replay.decode.vcpu_states import INTERRUPT, STILL, VcpuState
+from replay.decode.spans.vcpu_states import INTERRUPT, STILL, VcpuState
 
 _EXIT = cython.declare(cython.int, int(Meaning.EXIT))
 _FAULT = cython.declare(cython.int, int(Meaning.FAULT))
@@ -35,7 +35,7 @@ _IS_IDLE = cython.declare(cython.int, int(VcpuState.IDLE))
 
 
 @cython.cclass
-class ExitTimes(HeldInputs):
+class ExitRecords(HeldInputs):
     """Adds up the spans of time that end with each row."""
 
     _newest_root: cython.longlong

@@ -40,8 +40,8 @@ from replay.decode.exits import (
     USER_SYSTEM_EVENT,
     idle_exits,
 )
-from replay.decode.suspends import Suspend
-from replay.decode.vcpu_states import BARE, INTERRUPT, NO_SPAN, STILL, UNTOLD, VcpuState, states_of_kinds
+from replay.decode.spans.suspends import Suspend
+from replay.decode.spans.vcpu_states import BARE, INTERRUPT, NO_SPAN, STILL, UNTOLD, VcpuState, states_of_kinds
 from replay.simulate.pools import as_bytes, as_structures, make_pool
 from traces.kernels.vendors import SVM, Vendor
 from traces.schema import BY_NAME

@@ -15,18 +15,18 @@ from replay.decode.capabilities import Capabilities
 from replay.decode.cases import Case
 from replay.decode.inputs import Inputs, Ints
 from replay.decode.same_rip import RipRuns
+from replay.decode.spans.timeline import Timeline
+from replay.decode.spans.vcpu_states import BARE, VcpuState
 from replay.decode.specialize import Specialization
-from replay.decode.timeline import Timeline
-from replay.decode.vcpu_states import BARE, VcpuState
 from replay.decode.vm_inputs import VmInputs, vcpu_ids
 from replay.simulate.timed_operations import NEVER, Timed
 from replay.timing.costs import Fitted, Samples, Shortest, fit
-from replay.timing.lock_waits import LockWaits
-from replay.timing.operation_samples import samples_of
+from replay.timing.measuring.lock_waits import LockWaits
+from replay.timing.measuring.operation_samples import samples_of
+from replay.timing.measuring.row_spans import RowSpans
+from replay.timing.measuring.steal import Steal
+from replay.timing.measuring.steal_curve import StealCurve, steal_curve
 from replay.timing.reference_clock import TimeCategory
-from replay.timing.row_spans import RowSpans
-from replay.timing.steal import Steal
-from replay.timing.steal_curve import StealCurve, steal_curve
 
 _LAB_CPUS: Final = 1  # QEMU emulates the lab's CPUs in turn, in one thread
 _COSTS: Final = ("switch", "fault", "table", "found", "created", "unload", "prefetch", "bare")
