@@ -89,9 +89,10 @@ class TimedEngine:
         self._sample = make_pool(rows[1], SAMPLED)
         self._bounds = np.zeros(2, np.int64)
         self._begin(parameters, costs)
-        self._timer.leaves = leaves
-        pools = (self.engine.rows_of(pool) for pool in (self._queue, self._turn, self._pace, self._put))
-        self._timer.attach(self.engine.core, *pools, puts)
+        queue, turn, pace, put = map(self.engine.rows_of, (self._queue, self._turn, self._pace, self._put))
+        self._timer.attach(self.engine.core, queue, pace)
+        self._timer.attach_turns(turn, leaves)
+        self._timer.attach_put(put, puts)
         self._attach()
 
     def feed(self, timed: Timed, ranges: Ranges, first: int = 0) -> None:

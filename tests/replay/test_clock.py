@@ -30,7 +30,10 @@ from tests.thinned import thinned
 from traces.errors import Problem
 from traces.kernels.policies import ASYNC, POLICIES, PRESERVE, PolicyParameters
 
-PLAIN_TIMER: Any = plain("replay.simulate.compiled.timer", "replay.simulate.compiled.turns")
+BENEATH = tuple(f"replay.simulate.compiled.{name}" for name in ("timed_queues", "turns", "vcpu_time"))
+PLAIN_TIMER: Any = plain("replay.simulate.compiled.timer", *BENEATH)
+PLAIN_TURNS: Any = plain(BENEATH[1], *BENEATH[:1])
+PLAIN_TIME: Any = plain(BENEATH[2], *BENEATH[:2])
 TIMERS = {core: timer.Timer, PLAIN: PLAIN_TIMER.Timer}
 WHOLE = [1 << 30]
 SIZES = st.lists(st.sampled_from([1, 2, 3, 17, 64, 100]), min_size=1, max_size=3)
@@ -321,9 +324,9 @@ def test_a_worker_and_a_lock_that_loads_wait_for(name: str) -> None:
 def test_numbers_are_those_of_the_clock() -> None:
     for spent in TimeCategory:
         if spent <= TimeCategory.IDLE:  # the others are of no clock
-            assert getattr(PLAIN_TIMER, f"ON_{spent.name}") == spent
-    assert (PLAIN_TIMER.WAS_FOUND, PLAIN_TIMER.WAS_CREATED, PLAIN_TIMER.LAST) == (FOUND, columns.CREATED, LAST)
-    assert (PLAIN_TIMER.NEVER, PLAIN_TIMER.SAMPLE) == (columns.NEVER, clocks.SAMPLE)
+            assert getattr(PLAIN_TIME, f"ON_{spent.name}") == spent
+    assert (PLAIN_TIME.WAS_FOUND, PLAIN_TIME.WAS_CREATED, PLAIN_TIMER.LAST) == (FOUND, columns.CREATED, LAST)
+    assert (PLAIN_TURNS.NEVER, PLAIN_TIME.SAMPLE) == (columns.NEVER, clocks.SAMPLE)
     made = TimedEngine(PRESERVE, [Word(0)], 1, Costs())._timer
     assert [getattr(made, field.name) for field in fields(Costs)] == [getattr(Costs(), f.name) for f in fields(Costs)]
 

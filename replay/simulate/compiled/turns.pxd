@@ -1,15 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-from replay.simulate.compiled.core cimport Core
-from replay.simulate.compiled.structures cimport Pace, Queue, Todo, Turn
+from replay.simulate.compiled.structures cimport Turn
+from replay.simulate.compiled.timed_queues cimport TimedQueues
 
 
-cdef class Turns:
-    cdef Core core
-    cdef Todo *todo
-    cdef Queue *queue
+cdef class Turns(TimedQueues):
     cdef Turn *turn
-    cdef Pace *pace
-    cdef public long long leaves
+    cdef long long leaves
     cdef bint moved
 
     cdef bint _lacks(self, long long v) noexcept nogil

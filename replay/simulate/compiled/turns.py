@@ -8,23 +8,30 @@ from __future__ import annotations
 
 import cython
 
-from replay.simulate.compiled.core import Core
+from replay.simulate.compiled.timed_queues import TimedQueues
 
 NONE = cython.declare(cython.longlong, -1)  # stands for no operation
 NEVER = cython.declare(cython.longlong, 0x4000000000000000)
 
 
 @cython.cclass
-class Turns:
-    """The queues, each vCPU's clock, and the winner tree."""
+class Turns(TimedQueues):
+    """The winner tree over the queues."""
 
-    core: Core
-    todo: cython.pointer[Todo]
-    queue: cython.pointer[Queue]
     turn: cython.pointer[Turn]
-    pace: cython.pointer[Pace]
     leaves: cython.longlong  # number of leaves of the winner tree
     moved: cython.bint  # clocks of other vCPUs than the one whose turn it was have changed
+
+    def attach_turns(self, turn: cython.uchar[::1], leaves: cython.longlong) -> None:
+        """Use this pool for the winner tree.
+
+        It has two rows for each of `leaves`, a power of two; leaves that belong to no queue are due NEVER.
+        """
+        self.leaves = leaves
+        if cython.compiled:
+            self.turn = cython.cast(cython.pointer[Turn], cython.address(turn[0]))
+        else:
+            self.turn = turn
 
     @cython.cfunc
     @cython.nogil

@@ -3,8 +3,8 @@
 """One VM's memory as the compiled engine sees it: pointers into the pools that `engine` owns, and the VM's scalars.
 
 Nothing here allocates memory. In C the pools are pointers; in plain Python they are memoryviews and arrays of ctypes
-structures over the same numpy memory. Each class of this package extends the one before it: VmPools, Trees, RootSlots,
-VmOperations, Core.
+structures over the same numpy memory. The classes of the engine extend one another: VmPools, Trees, RootSlots,
+VmOperations, Core; so do those of its clock (`timed_queues`).
 """
 
 from __future__ import annotations
