@@ -11,7 +11,10 @@ from typing import Any, Final
 import polars as pl
 
 from analysis.rows import KIND, DecodedRows
-from replay.decode.removals import COLUMNS, FIELDS, Removals, causes_of, roots_of
+from replay.decode.last_mappings import roots_of
+from replay.decode.removal_causes import causes_of
+from replay.decode.removal_totals import FIELDS
+from replay.decode.removals import COLUMNS, Removals
 from traces.kernels.kernel import Kernel
 from traces.reader import Trace
 
@@ -22,7 +25,7 @@ _NAMES: Final = [name for name in COLUMNS if name not in ("kind", "vcpu", "gfn")
 
 @dataclass(frozen=True, eq=False)
 class RemovalQuestion:
-    """Counts removals by VM, cause and thread; the answer has the columns `vm` and `removals.FIELDS`."""
+    """Counts removals by VM, cause and thread; the answer has the columns `vm` and FIELDS."""
 
     trace: Trace
     kernel: Kernel
@@ -63,6 +66,8 @@ class _Counting:
 
     def answer(self) -> pl.DataFrame:
         found = [
-            (vm, *row) for vm, removals in self._removals.items() for row in removals.totals[: removals.count].tolist()
+            (vm, *row)
+            for vm, removals in self._removals.items()
+            for row in removals.totals.table[: removals.totals.count].tolist()
         ]
         return pl.DataFrame(found, schema=SCHEMA, orient="row")

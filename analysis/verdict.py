@@ -17,7 +17,7 @@ from analysis.queries.worst import ranked, stuck_of, subject_of
 from analysis.result_source import Result
 from analysis.sources import HIDDEN, Recording
 from analysis.units import Unit, format_value, span
-from replay.decode.removals import Why
+from replay.decode.removal_causes import Why
 from replay.result import SPENT
 from replay.simulate.operations import Cause
 from replay.timing.diagnosis import Diagnosis, plainly, summed_up

@@ -12,7 +12,7 @@ import polars as pl
 from analysis.queries.registry import query
 from analysis.removal_counts import RemovalQuestion
 from analysis.sources import Recording
-from replay.decode.removals import Why
+from replay.decode.removal_causes import Why
 from traces import kernels
 from traces.errors import Problem
 from traces.vm_names import VmNames

@@ -16,6 +16,9 @@ from analysis.queries.removed import refaults, removals
 from analysis.sources import Recording
 from replay import plan
 from replay.decode.capabilities import Capabilities
+from replay.decode.last_mappings import roots_of
+from replay.decode.removal_causes import causes_of
+from replay.decode.removal_totals import FIELDS
 from replay.run import replay
 from tests.corpus import CORPUS
 from tests.replay.plain import plain
@@ -26,6 +29,7 @@ from traces.errors import Problem
 from traces.reader import Trace
 from traces.schema import BY_NAME
 
+BENEATH = tuple(f"replay.decode.{name}" for name in ("removal_totals", "acting_threads", "last_mappings"))
 NX_TID = 77
 # What each scenario's pages were mapped again for, and permissions repaired for.
 SCENARIOS = {
@@ -86,7 +90,7 @@ def test_they_are_as_many_as_a_replay_counts(name: str) -> None:
 def test_compiled_it_does_what_it_does_as_plain_python(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = CORPUS / f"{name}.parquet"
     compiled = Recording.open(path).ask(question(path))[0]
-    module = plain("replay.decode.removals")
+    module = plain("replay.decode.removals", *BENEATH)
     assert not module.COMPILED
     monkeypatch.setattr(removal_counts, "Removals", module.Removals)
     assert Recording.open(path).ask(question(path))[0].equals(compiled)
@@ -208,10 +212,8 @@ def test_under_the_shadow_mmu_it_is_not_said() -> None:
 def test_more_threads_than_are_told_apart_are_counted_together() -> None:
     path = CORPUS / "steady-6.1.parquet"
     capabilities = Capabilities(Trace.open(path))
-    module = plain("replay.decode.removals")
-    made = module.Removals(
-        capabilities.kernel, module.causes_of(capabilities.kernel), module.roots_of(4, []), [], [], True
-    )
+    module = plain("replay.decode.removals", *BENEATH)
+    made = module.Removals(capabilities.kernel, causes_of(capabilities.kernel), roots_of(4, []), [], [], True)
     count = 1000
     columns = {name: np.zeros(count, dtype) for name, dtype in (
         ("time", np.int64), ("tid", np.int32), ("root", np.int32), ("role", np.uint32), ("level", np.int8),
@@ -221,14 +223,14 @@ def test_more_threads_than_are_told_apart_are_counted_together() -> None:
     columns["tid"][:] = np.arange(count)
     kind = np.full(count, BY_NAME["kvm_unmap_hva_range"].code, np.uint8)
     made.feed(SimpleNamespace(kind=kind, vcpu=np.full(count, -1, np.int16), **columns))
-    assert made.totals[:, module.FIELDS.index("operations")].sum() == count
-    assert made.totals[3, module.FIELDS.index("operations")] == count - (253 - 3)
+    assert made.totals.table[:, FIELDS.index("operations")].sum() == count
+    assert made.totals.table[3, FIELDS.index("operations")] == count - (253 - 3)
 
 
 def test_a_vm_to_which_little_is_done_takes_little_memory() -> None:
     capabilities = Capabilities(Trace.open(CORPUS / "steady-6.1.parquet"))
-    module = plain("replay.decode.removals")
-    causes = module.causes_of(capabilities.kernel)
-    made = module.Removals(capabilities.kernel, causes, module.roots_of(4, []), [], [], True)
-    assert made.count == 4
-    assert made.totals.nbytes < 4096
+    module = plain("replay.decode.removals", *BENEATH)
+    causes = causes_of(capabilities.kernel)
+    made = module.Removals(capabilities.kernel, causes, roots_of(4, []), [], [], True)
+    assert made.totals.count == 4
+    assert made.totals.table.nbytes < 4096
