@@ -112,4 +112,5 @@ dist:
 	scripts/dist
 
 clean:
-	rm -rf .venv build demo dist share *.egg-info tracer/vmm/kvmtrace-vmm replay/*/*.so tracer/*/*.so traces/*/*.so
+	rm -rf .venv build demo dist share *.egg-info tracer/vmm/kvmtrace-vmm
+	find analysis replay tracer traces -name "*.so" -delete

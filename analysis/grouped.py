@@ -17,8 +17,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from analysis.passes.groups import FIELDS, IN_WINDOW, Groups
 from analysis.rows import KIND, DecodedRows
-from replay.decode.groups import FIELDS, IN_WINDOW, Groups
 from traces.schema import BY_CODE, BY_NAME
 
 _ROWS: Final = ("rows", "first_time", "last_time")

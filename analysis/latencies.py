@@ -15,8 +15,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from analysis.passes.lasting import LEADING, Lasting
 from analysis.rows import KIND, DecodedRows
-from replay.decode.lasting import LEADING, Lasting
 from traces.schema import BY_NAME
 
 Ints = NDArray[np.int64]

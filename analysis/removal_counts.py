@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The question what removed and protected a VM's pages, which `replay.decode.removals` answers."""
+"""The question what removed and protected a VM's pages, which `analysis.passes.removals` answers."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any, Final
 
 import polars as pl
 
+from analysis.passes.last_mappings import roots_of
+from analysis.passes.removal_causes import causes_of
+from analysis.passes.removal_totals import FIELDS
+from analysis.passes.removals import COLUMNS, Removals
 from analysis.rows import KIND, DecodedRows
-from replay.decode.last_mappings import roots_of
-from replay.decode.removal_causes import causes_of
-from replay.decode.removal_totals import FIELDS
-from replay.decode.removals import COLUMNS, Removals
 from traces.kernels.kernel import Kernel
 from traces.reader import Trace
 

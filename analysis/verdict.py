@@ -10,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 import polars as pl
 
+from analysis.passes.removal_causes import Why
 from analysis.queries import removed, replayed
 from analysis.queries.by_vm import overview
 from analysis.queries.recorded import stuck_vcpus
@@ -17,7 +18,6 @@ from analysis.queries.worst import ranked, stuck_of, subject_of
 from analysis.result_source import Result
 from analysis.sources import HIDDEN, Recording
 from analysis.units import Unit, format_value, span
-from replay.decode.removal_causes import Why
 from replay.result import SPENT
 from replay.simulate.operations import Cause
 from replay.timing.diagnosis import Diagnosis, plainly, summed_up

@@ -9,10 +9,10 @@ from typing import Any, Final
 
 import polars as pl
 
+from analysis.passes.removal_causes import Why
 from analysis.queries.registry import query
 from analysis.removal_counts import RemovalQuestion
 from analysis.sources import Recording
-from replay.decode.removal_causes import Why
 from traces import kernels
 from traces.errors import Problem
 from traces.vm_names import VmNames

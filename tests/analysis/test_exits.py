@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from analysis.formats import renderer
 from analysis.latencies import bucket_of, ns_of
+from analysis.passes import lasting
 from analysis.queries import exit_times as queries
 from analysis.reporting import Wanted, reported
 from analysis.sources import Recording
-from replay.decode import lasting
 from tests.replay.plain import plain
 from tests.traces.making import event, stream
 from traces.compact import compact
@@ -101,7 +101,7 @@ _ROW = st.tuples(st.sampled_from([20, 21, 25]), st.integers(-1, 2), st.integers(
 
 @given(st.lists(st.lists(_ROW, max_size=20), max_size=4), st.booleans(), st.booleans())
 def test_compiled_and_plain_are_equal(batches: list[list[Any]], itself: bool, failing: bool) -> None:
-    made = [module.Lasting(21, 20, itself) for module in (lasting, plain("replay.decode.lasting"))]
+    made = [module.Lasting(21, 20, itself) for module in (lasting, plain("analysis.passes.lasting"))]
     now = 0
     for batch in batches:
         kind, vcpu, code, ret, step = (np.array([row[at] for row in batch], np.int64) for at in range(5))
@@ -133,7 +133,7 @@ def test_each_duration_is_counted_in_its_bucket(codes: int) -> None:
 
 
 def test_a_vm_whose_durations_are_alike_takes_little_memory() -> None:
-    made = plain("replay.decode.lasting").Lasting(21, 20)
+    made = plain("analysis.passes.lasting").Lasting(21, 20)
     count = 1000
     kind = np.tile(np.array([21, 20], np.uint8), count)
     code = np.repeat(np.arange(count, dtype=np.uint64) % 8, 2)

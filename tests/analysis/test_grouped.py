@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from analysis import grouped, rows
 from analysis.grouped import Grouped, UnservedPages, UsedRoots, Windowed
+from analysis.passes import groups
 from analysis.queries import exit_times, mapped_pages, recorded
 from analysis.sources import Recording
-from replay.decode import groups
 from tests.analysis.sources import CORPUS
 from tests.replay.plain import plain
 
@@ -121,7 +121,7 @@ def assert_same(answer: pl.DataFrame, wanted: pl.DataFrame) -> None:
     assert sorted(found.rows(), key=str) == sorted(wanted.rows(), key=str)
 
 
-@pytest.mark.parametrize("made", [groups.Groups, plain("replay.decode.groups").Groups], ids=["compiled", "plain"])
+@pytest.mark.parametrize("made", [groups.Groups, plain("analysis.passes.groups").Groups], ids=["compiled", "plain"])
 @pytest.mark.parametrize(("asked", "oracle"), ASKED, ids=[asked.name for asked, _ in ASKED])
 @given(found=ROWS, cuts=st.lists(st.integers(0, 40)))
 def test_any_rows_in_any_parts(

@@ -12,13 +12,13 @@ import polars as pl
 import pytest
 
 from analysis import removal_counts, rows
+from analysis.passes.last_mappings import roots_of
+from analysis.passes.removal_causes import causes_of
+from analysis.passes.removal_totals import FIELDS
 from analysis.queries.removed import refaults, removals
 from analysis.sources import Recording
 from replay import plan
 from replay.decode.capabilities import Capabilities
-from replay.decode.last_mappings import roots_of
-from replay.decode.removal_causes import causes_of
-from replay.decode.removal_totals import FIELDS
 from replay.run import replay
 from tests.corpus import CORPUS
 from tests.replay.plain import plain
@@ -90,7 +90,7 @@ def test_they_are_as_many_as_a_replay_counts(name: str) -> None:
 def test_compiled_it_does_what_it_does_as_plain_python(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = CORPUS / f"{name}.parquet"
     compiled = Recording.open(path).ask(question(path))[0]
-    module = plain("replay.decode.removals", *BENEATH)
+    module = plain("analysis.passes.removals", *BENEATH)
     assert not module.COMPILED
     monkeypatch.setattr(removal_counts, "Removals", module.Removals)
     assert Recording.open(path).ask(question(path))[0].equals(compiled)
@@ -212,7 +212,7 @@ def test_under_the_shadow_mmu_it_is_not_said() -> None:
 def test_more_threads_than_are_told_apart_are_counted_together() -> None:
     path = CORPUS / "steady-6.1.parquet"
     capabilities = Capabilities(Trace.open(path))
-    module = plain("replay.decode.removals", *BENEATH)
+    module = plain("analysis.passes.removals", *BENEATH)
     made = module.Removals(capabilities.kernel, causes_of(capabilities.kernel), roots_of(4, []), [], [], True)
     count = 1000
     columns = {name: np.zeros(count, dtype) for name, dtype in (
@@ -229,7 +229,7 @@ def test_more_threads_than_are_told_apart_are_counted_together() -> None:
 
 def test_a_vm_to_which_little_is_done_takes_little_memory() -> None:
     capabilities = Capabilities(Trace.open(CORPUS / "steady-6.1.parquet"))
-    module = plain("replay.decode.removals", *BENEATH)
+    module = plain("analysis.passes.removals", *BENEATH)
     causes = causes_of(capabilities.kernel)
     made = module.Removals(capabilities.kernel, causes, roots_of(4, []), [], [], True)
     assert made.totals.count == 4

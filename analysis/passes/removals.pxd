@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 cimport cython
 
-from replay.decode.acting_threads cimport ActingThreads
-from replay.decode.last_mappings cimport LastMappings
-from replay.decode.removal_totals cimport RemovalTotals
+from analysis.passes.acting_threads cimport ActingThreads
+from analysis.passes.last_mappings cimport LastMappings
+from analysis.passes.removal_totals cimport RemovalTotals
 
 
 @cython.final

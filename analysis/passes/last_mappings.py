@@ -16,8 +16,8 @@ from typing import Any
 import cython
 import numpy as np
 
-from replay.decode.removal_causes import Why
-from replay.decode.removal_totals import FIELDS, RemovalTotals, plain
+from analysis.passes.removal_causes import Why
+from analysis.passes.removal_totals import FIELDS, RemovalTotals, plain
 
 _MAPPED = cython.declare(cython.Py_ssize_t, FIELDS.index("mapped"))
 _FIXES = cython.declare(cython.Py_ssize_t, FIELDS.index("fixes"))

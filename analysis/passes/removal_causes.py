@@ -45,8 +45,8 @@ class Why(IntEnum):
     OTHER = 27
 
 
-# What a thread does in an ioctl, by the number bits of its command; variants of an ioctl differ in the other bits. Those
-# for memslots (MEMSLOT) begin nothing: each memslot that changes has a row of its own.
+# What a thread does in an ioctl, by the number bits of its command; variants of an ioctl differ in the other bits.
+# Those for memslots (MEMSLOT) begin nothing: each memslot that changes has a row of its own.
 IOCTLS = np.full(256, Why.IOCTL, np.uint8)
 IOCTLS[0x42] = Why.GET_DIRTY_LOG
 IOCTLS[0xC0] = Why.CLEAR_DIRTY_LOG

@@ -16,8 +16,8 @@ from typing import Any
 import cython
 import numpy as np
 
-from replay.decode.removal_causes import Why
-from replay.decode.removal_totals import RemovalTotals, plain
+from analysis.passes.removal_causes import Why
+from analysis.passes.removal_totals import RemovalTotals, plain
 
 _IS_NX = cython.declare(cython.int, int(Why.NX_RECOVERY))
 _IS_VM_END = cython.declare(cython.int, int(Why.VM_END))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 cimport cython
 
-from replay.decode.removal_totals cimport RemovalTotals
+from analysis.passes.removal_totals cimport RemovalTotals
 
 
 @cython.final

@@ -27,10 +27,10 @@ from typing import Any
 import cython
 import numpy as np
 
-from replay.decode.acting_threads import ActingThreads
-from replay.decode.last_mappings import LastMappings
-from replay.decode.removal_causes import IOCTLS, Why
-from replay.decode.removal_totals import FIELDS, RemovalTotals, plain
+from analysis.passes.acting_threads import ActingThreads
+from analysis.passes.last_mappings import LastMappings
+from analysis.passes.removal_causes import IOCTLS, Why
+from analysis.passes.removal_totals import FIELDS, RemovalTotals, plain
 from traces.kernels import triggers
 from traces.kernels.spte import LARGE, WRITABLE
 from traces.schema import BY_NAME

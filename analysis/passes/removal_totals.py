@@ -13,7 +13,7 @@ from typing import Any
 import cython
 import numpy as np
 
-from replay.decode.removal_causes import Why
+from analysis.passes.removal_causes import Why
 
 # What is counted for each cause and thread. `mapped`: faults that mapped a page whose last mapping was lost for this
 # cause; `fixes`: permission faults on a page that was protected for it; `low` and `high`: the range of gfns.
