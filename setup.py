@@ -37,7 +37,7 @@ COMPILED = (
     "replay/simulate/compiled/timer.py",
     "replay/simulate/compiled/trees.py",
     "replay/simulate/compiled/turns.py",
-    "replay/simulate/compiled/vcpu_time.py",
+    "replay/simulate/compiled/vcpu_programs.py",
     "replay/simulate/compiled/vm_operations.py",
     "replay/simulate/compiled/vm_pools.py",
     "replay/timing/measuring/lock_waits.py",

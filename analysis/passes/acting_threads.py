@@ -129,7 +129,7 @@ class ActingThreads:
     @cython.nogil
     @cython.exceptval(check=False)
     def _goes_on(self, t: cython.Py_ssize_t, at: cython.Py_ssize_t, time: cython.longlong) -> cython.void:
-        """The thread goes on with an operation that is counted in this row already."""
+        """The thread is still at an operation that is counted in this row already."""
         self._since[t] = self._done[t] = time
         self.did[t] = True
         self.at[t] = at

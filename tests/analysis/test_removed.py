@@ -29,7 +29,7 @@ from traces.errors import Problem
 from traces.reader import Trace
 from traces.schema import BY_NAME
 
-BENEATH = tuple(f"replay.decode.{name}" for name in ("removal_totals", "acting_threads", "last_mappings"))
+BENEATH = tuple(f"analysis.passes.{name}" for name in ("removal_totals", "acting_threads", "last_mappings"))
 NX_TID = 77
 # What each scenario's pages were mapped again for, and permissions repaired for.
 SCENARIOS = {

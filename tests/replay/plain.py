@@ -35,7 +35,7 @@ COMPILED = (
     "replay.simulate.compiled.timer",
     "replay.simulate.compiled.trees",
     "replay.simulate.compiled.turns",
-    "replay.simulate.compiled.vcpu_time",
+    "replay.simulate.compiled.vcpu_programs",
     "replay.simulate.compiled.vm_operations",
     "replay.simulate.compiled.vm_pools",
     "replay.timing.measuring.lock_waits",

@@ -30,7 +30,7 @@ from tests.thinned import thinned
 from traces.errors import Problem
 from traces.kernels.policies import ASYNC, POLICIES, PRESERVE, PolicyParameters
 
-BENEATH = tuple(f"replay.simulate.compiled.{name}" for name in ("timed_queues", "turns", "vcpu_time"))
+BENEATH = tuple(f"replay.simulate.compiled.{name}" for name in ("timed_queues", "turns", "vcpu_programs"))
 PLAIN_TIMER: Any = plain("replay.simulate.compiled.timer", *BENEATH)
 PLAIN_TURNS: Any = plain(BENEATH[1], *BENEATH[:1])
 PLAIN_TIME: Any = plain(BENEATH[2], *BENEATH[:2])

@@ -3,7 +3,7 @@
 """The operations that wait for their time: one pool of them, in the order of the stream, and queues through the pool.
 
 Each vCPU has a queue for its program and one for what the wall clock brings it, and the VM has one. The classes of the
-clock extend one another, in the way that an operation goes: TimedQueues, Turns, VcpuTime, Timer.
+clock extend one another, in the way that an operation goes: TimedQueues, Turns, VcpuPrograms, Timer.
 """
 
 from __future__ import annotations

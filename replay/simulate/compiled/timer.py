@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import cython
 
-from replay.simulate.compiled.vcpu_time import VcpuTime
+from replay.simulate.compiled.vcpu_programs import VcpuPrograms
 
 NONE = cython.declare(cython.longlong, -1)  # stands for no operation
 LAST = cython.declare(cython.longlong, -2)  # the value of simulate.timed_operations; test_clock compares them
@@ -17,7 +17,7 @@ LAST = cython.declare(cython.longlong, -2)  # the value of simulate.timed_operat
 
 @cython.final
 @cython.cclass
-class Timer(VcpuTime):
+class Timer(VcpuPrograms):
     """The virtual time of a Core. `timed_engine.TimedEngine` sets it up and reads its results."""
 
     def run(

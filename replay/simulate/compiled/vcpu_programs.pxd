@@ -3,7 +3,7 @@ from replay.simulate.compiled.structures cimport Pace, Sample, Todo, Vcpu, Word,
 from replay.simulate.compiled.turns cimport Turns
 
 
-cdef class VcpuTime(Turns):
+cdef class VcpuPrograms(Turns):
     cdef Sample *sample
     cdef public long long sample_room
     cdef public long long samples

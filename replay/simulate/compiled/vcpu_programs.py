@@ -36,7 +36,7 @@ ON_IDLE = cython.declare(cython.longlong, 7)
 
 
 @cython.cclass
-class VcpuTime(Turns):
+class VcpuPrograms(Turns):
     """What operations cost, what each vCPU's time went to, and until when mmu_lock and the zap worker are taken."""
 
     sample: cython.pointer[Sample]
