@@ -32,9 +32,8 @@ OWN_POLICY: Final = "own_policy_mismatch"  # VMs whose replay under the recorded
 WHOLE: Final = ("fidelity", "lost", "gaps", "missing", "broken", OWN_POLICY)
 _TIMES: Final = ("wall", "time", "stalls", "stall_share", "refill_share")  # and all names that end in _ns
 _MAX_JSON: Final = 64 << 20
-_MOST_RESPONSES: Final = (
-    1 << 50
-)  # no recording has more, so one response that differs makes the share at least 2**-50 less than 1
+# No recording has more responses: one that differs makes the share at least 2**-50 less than 1.
+_MOST_RESPONSES: Final = 1 << 50
 
 
 @dataclass(frozen=True)
