@@ -189,6 +189,20 @@ _AT_RENAME = """
 import os, signal, sys
 sys.addaudithook(lambda event, _: os.kill(os.getpid(), signal.SIGINT) if event == 'os.rename' else None)
 """
+# ... and at the n-th call or return after a file was created that gets its name later: nobody may have its path yet.
+_AT_CREATION = """
+import os, signal, sys
+count = None
+def hook(frame, event, called):
+    global count
+    if count is not None:
+        count += 1
+        if count == {at}:
+            os.kill(os.getpid(), signal.SIGINT)
+    elif event == 'c_return' and called is os.open and frame.f_code.co_name == 'create_beside':
+        count = 0
+sys.setprofile(hook)
+"""
 COMMAND = Path(__file__).parents[1] / "scripts" / "kvmtrace"
 
 
@@ -241,6 +255,14 @@ def test_interrupted_while_modules_load(verb: Verb, files: Files, tmp_path: Path
         assert done.stderr == b"kvmtrace: interrupted\n", (at, done.stderr)
         assert [path.name for path in tmp_path.iterdir()] in ([], ["out"])
     assert hit > 5
+
+
+@verbs([verb for verb in WRITERS if verb.name in ("synth", "replay")], quick=("synth",))
+def test_interrupted_while_a_file_is_created(verb: Verb, files: Files, tmp_path: Path) -> None:
+    for at in range(1, 25):
+        done = kvmtrace(verb.words(files, tmp_path / "out"), _AT_CREATION.format(at=at))
+        assert (done.returncode, done.stderr) == (INTERRUPTED, b"kvmtrace: interrupted\n"), at
+        assert not list(tmp_path.iterdir()), at
 
 
 @verbs(WRITERS, quick=("synth",))

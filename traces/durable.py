@@ -6,13 +6,14 @@ Every write, fsync and rename of a trace goes through these functions, which is 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from traces import interrupts
 
 
 def write_all(fd: int, data: bytes | bytearray | memoryview) -> None:
@@ -23,11 +24,20 @@ def write_all(fd: int, data: bytes | bytearray | memoryview) -> None:
 
 
 def create_beside(path: Path) -> tuple[Path, int]:
-    """Create a file with an unused name next to `path`, to be renamed to it; return its path and descriptor."""
+    """Create a file with an unused name next to `path`, to be renamed to it; return its path and descriptor.
+
+    ^C may come before the caller has either: what is not renamed then is removed when the command ends.
+    """
     while True:
         temporary = path.with_name(f".kvmtrace-{secrets.token_hex(4)}.tmp")  # short: `path` may be as long as names get
-        with contextlib.suppress(FileExistsError):
+        name = os.fspath(temporary)
+        interrupts.unfinished.add(name)
+        try:
             return temporary, os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            interrupts.unfinished.discard(name)  # another's, or none
+            if not isinstance(error, FileExistsError):
+                raise
 
 
 def sync(fd: int) -> None:
@@ -47,7 +57,14 @@ def sync_directory(directory: Path) -> None:
 def replace(temporary: Path, final: Path) -> None:
     """Give a synced temporary file its final name, durably; a reader finds the old file or the whole new one."""
     temporary.replace(final)
+    interrupts.unfinished.discard(os.fspath(temporary))
     sync_directory(final.parent)
+
+
+def remove(temporary: Path) -> None:
+    """Remove a temporary file that is not to have a name; harmless if it has got one."""
+    temporary.unlink(missing_ok=True)
+    interrupts.unfinished.discard(os.fspath(temporary))
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> int:
@@ -68,5 +85,5 @@ def write_file(path: Path, data: bytes) -> None:
             os.close(fd)
         replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        remove(temporary)
         raise

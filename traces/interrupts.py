@@ -11,12 +11,14 @@ exception and lose it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 from types import FrameType
 from typing import Final, NoReturn
 
+unfinished: Final[set[str]] = set()  # paths of files that have not got their names: ^C removes what nobody else did
 _RETRY: Final = 0.005  # seconds, while nothing can be raised
 CODE: Final = 128 + signal.SIGINT  # what shells say of a process that SIGINT ended
 _LINE: Final = b"kvmtrace: interrupted\n"
@@ -48,7 +50,10 @@ def stop_if_interrupted() -> None:
 
 
 def end() -> NoReturn:
-    """Print that the command was interrupted, and end; threads are not waited for."""
+    """Remove unfinished files, print that the command was interrupted, and end; threads are not waited for."""
+    for path in tuple(unfinished):
+        with contextlib.suppress(OSError):
+            os.unlink(path)  # noqa: PTH108 (pathlib takes a while)
     try:
         os.write(2, _LINE)
     finally:

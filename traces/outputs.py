@@ -136,7 +136,7 @@ class Output:
             os.close(self._fd)
             self._fd = -1
             if self._final is not None:
-                self.written.unlink(missing_ok=True)
+                durable.remove(self.written)
 
 
 class _Place:
