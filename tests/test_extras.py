@@ -109,7 +109,7 @@ def test_a_verb_without_its_package_says_how_to_get_it(verb: str, package: str, 
 
 @pytest.mark.parametrize(
     "words",
-    thinned(2, ["lab list", "--version", "record --help", "report --help", "kernels 6.1", "--help", "fleet --help"]),
+    thinned(7, ["lab list", "--version", "record --help", "report --help", "kernels 6.1", "--help", "fleet --help"]),
 )
 def test_what_needs_no_extra_works_without_any(words: str, tmp_path: Path) -> None:
     done = without(sorted(EXTRAS), *words.split(), cwd=tmp_path)
@@ -117,6 +117,7 @@ def test_what_needs_no_extra_works_without_any(words: str, tmp_path: Path) -> No
     assert done.stdout
 
 
+@pytest.mark.slow
 def test_doctor_works_without_any_extra(tmp_path: Path) -> None:
     done = without(sorted(EXTRAS), "doctor", cwd=tmp_path)
     assert done.returncode in (0, 3), done.stderr
@@ -124,6 +125,7 @@ def test_doctor_works_without_any_extra(tmp_path: Path) -> None:
     assert "bpf" in done.stdout.lower()
 
 
+@pytest.mark.slow
 def test_a_flight_without_arrow_says_how_to_get_it(tmp_path: Path) -> None:
     for options in (["--flight", "5s", "-o", "."], ["--upload", "s3://none"]):
         done = without(["pyarrow"], "record", *options, cwd=tmp_path)

@@ -77,7 +77,7 @@ def test_merging_by_parts_is_the_same(folder: ResultFolder, monkeypatch: pytest.
     check(folder)
 
 
-@pytest.mark.parametrize("at", thinned(3, range(0, 15, 2)))
+@pytest.mark.parametrize("at", thinned(8, range(0, 15, 2)))
 def test_a_merge_that_is_killed_at_any_step(folder: ResultFolder, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "MERGE_TASKS", 10)
     monkeypatch.setattr(results, "DELETES", 4)

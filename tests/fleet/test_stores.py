@@ -148,7 +148,14 @@ def test_a_store_that_fails_some_times(what: str, times: int, s3: int, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("what", "said"), [("503", "503"), ("reset", "cannot be reached"), ("cut", "broke off"), ("stall", "timed out")]
+    ("what", "said"),
+    [
+        ("503", "503"),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (("reset", "cannot be reached"), ("cut", "broke off"), ("stall", "timed out"))
+        ),
+    ],
 )
 def test_a_store_that_goes_on_failing_is_one_line(
     what: str, said: str, s3: int, monkeypatch: pytest.MonkeyPatch

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from replay import plan
 from replay.decode.capabilities import Capabilities
 from replay.run import Outcome, replay
@@ -17,6 +19,7 @@ def outcomes(path: Path, *policies: str) -> dict[tuple[str, str], Outcome]:
     return {(outcome.target.name, outcome.run.bound): outcome for outcome in replayed.outcomes}
 
 
+@pytest.mark.slow
 def test_about_fifteen_roots_against_about_a_hundred_thousand(tmp_path: Path) -> None:
     """Resets on every exit but page faults: as published, 15 root creations with the patch, 100,000 without."""
     path = tmp_path / "published.parquet"

@@ -193,7 +193,7 @@ def _everything(name: str, size: int) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    "name", thinned(5, [*NAMES, "dirty-log-huge-7.x", "notifier-5.10", "roots-6.1-shadow", "two-vms-7.x"])
+    "name", thinned(12, [*NAMES, "dirty-log-huge-7.x", "notifier-5.10", "roots-6.1-shadow", "two-vms-7.x"])
 )
 def test_compiled_loops_do_what_they_do_as_plain_python(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = _everything(name, 1000)
