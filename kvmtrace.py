@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 # First: what ^C does while all else is loaded.
-from traces import interrupts  # noqa: F401
+from traces.command_line import interrupts  # noqa: F401
 
 # isort: split
 import sys
@@ -21,14 +21,14 @@ from tracer.cli import app as probes
 from tracer.flight.cli import app as flight
 from tracer.lab.cli import app as lab
 from tracer.top.cli import app as top
-from traces import ending
-from traces.documents import print_json
+from traces.command_line import ending
+from traces.command_line.documents import print_json
+from traces.command_line.extras import how_to_get, need
+from traces.command_line.help_text import examples
+from traces.command_line.messages import tell
+from traces.command_line.sizes import size_of
 from traces.errors import ENVIRONMENT, VERDICT_FAILED, Problem
-from traces.extras import how_to_get, need
-from traces.help_text import examples
-from traces.messages import tell
 from traces.options import Force, Json, Recording
-from traces.sizes import size_of
 from traces.text import count, events_lost
 
 app = typer.Typer(
@@ -77,7 +77,7 @@ def _options(
 
 
 def _kinds(events: str) -> tuple[str, frozenset[str]]:
-    from tracer.probes import PRESETS, preset_kinds
+    from tracer.probing.probes import PRESETS, preset_kinds
     from traces.schema import BY_NAME, OWN_KINDS
 
     if events in PRESETS:
@@ -305,7 +305,7 @@ def recover(
     as_json: Json = False,
 ) -> None:
     """Make a trace from what a killed recorder left; repeat it as often as you like."""
-    from traces.compact import compact
+    from traces.recording.compact import compact
 
     summary = compact(directory, out or directory.with_suffix(".parquet"))
     if as_json:
@@ -354,10 +354,10 @@ def import_(
     as_json: Json = False,
 ) -> None:
     """Make a trace of what trace-cmd or perf recorded, or of what they and ftrace printed, and say what is missing."""
-    from traces.arrow_records import spare_allocations
     from traces.imports.importing import import_file
     from traces.imports.told import ToldOfText, slots
     from traces.imports.told import vm_of as named
+    from traces.recording.arrow_records import spare_allocations
 
     if out is None:
         out = Path("imported.parquet") if str(file) == "-" else Path(file.name.split(".")[0] + ".parquet")

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 import typer
 
 from traces import outputs
+from traces.command_line.help_text import examples
 from traces.errors import VERDICT_FAILED, Problem
-from traces.help_text import examples
 from traces.options import Force, OptionGroup, RecordedPolicy, TextFile, part_of, taking
 from traces.text import printable
 
 if TYPE_CHECKING:
-    from analysis.guest_files import GuestFile
-    from analysis.symbols import Naming
+    from analysis.reading.guest_files import GuestFile
+    from analysis.reading.symbols import Naming
     from traces.selection import Selection
 
     PairedSelection: TypeAlias = tuple[Selection, ...]
@@ -29,7 +29,7 @@ _SOURCES = "Traces, or results of `kvmtrace replay -o`."
 
 
 def _naming(symbols: Path | None, kaslr_offset: str) -> Naming:
-    from analysis.symbols import Naming
+    from analysis.reading.symbols import Naming
 
     try:
         offset = int(kaslr_offset, 16 if kaslr_offset.startswith("0x") else 10) if kaslr_offset else None
@@ -66,7 +66,7 @@ _NAMING = OptionGroup(
 
 
 def _guest(guest: str, guest_offset: str) -> GuestFile | None:
-    from analysis.guest_files import guest_file
+    from analysis.reading.guest_files import guest_file
 
     return guest_file(guest, guest_offset)
 
@@ -192,10 +192,11 @@ def report(
     # a tenth of the CPU time and 20 MiB. polars reads this when it is imported, which nothing has done yet.
     os.environ.setdefault("POLARS_MAX_THREADS", "1")
 
-    from analysis import figures, gates
+    from analysis import gates
     from analysis.formats import drawn, kind, renderer
+    from analysis.report_model import figures
     from analysis.reporting import Wanted, exit_code, reported
-    from traces.progress import Progress
+    from traces.command_line.progress import Progress
 
     render = renderer(format_)
     inputs = [*files, *map(Path, policy or ()), *([baseline] if baseline else [])]
@@ -269,7 +270,7 @@ def diff(
 
     from analysis.diff import compare, opened
     from analysis.formats import kind, renderer
-    from traces.progress import Progress
+    from traces.command_line.progress import Progress
 
     policies = list(policy or [""])
     if len(policies) > 2:

@@ -16,16 +16,16 @@ from typing import Final
 import numpy as np
 import polars as pl
 
-from analysis.assemble import ROWS
 from analysis.machines import changed, unlike
-from analysis.matched import MatchedVms, VmsOfSide
 from analysis.queries import recorded, replayed
-from analysis.report import Report
-from analysis.report_table import Column, ReportTable
+from analysis.reading.matched import MatchedVms, VmsOfSide
+from analysis.reading.result_source import Result
+from analysis.reading.sources import Recording, open_source
+from analysis.report_model.assemble import ROWS
+from analysis.report_model.report import Report
+from analysis.report_model.report_table import Column, ReportTable
+from analysis.report_model.units import Unit, span
 from analysis.reporting import recording_of, replayed_under
-from analysis.result_source import Result
-from analysis.sources import Recording, open_source
-from analysis.units import Unit, span
 from replay.decode.capabilities import Capabilities
 from replay.result import SPENT
 from traces.errors import Problem

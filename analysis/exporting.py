@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from analysis.guest_files import GuestFile, use_guest
 from analysis.queries.registry import named, queries
+from analysis.reading.guest_files import GuestFile, use_guest
+from analysis.reading.result_source import Result
+from analysis.reading.sources import Recording, open_source
+from analysis.reading.symbols import NO_NAMING, Naming
 from analysis.reporting import use_symbols
-from analysis.result_source import Result
-from analysis.sources import Recording, open_source
-from analysis.symbols import NO_NAMING, Naming
+from traces.command_line.progress import Progress
+from traces.command_line.screen import Page
 from traces.errors import Problem
 from traces.outputs import FTRACE_TEXT, PERF_TEXT, TRACE_DAT, FileKind, Output
-from traces.progress import Progress
-from traces.screen import Page
 from traces.selection import ALL, Selection
 from traces.text import printable, some
 

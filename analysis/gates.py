@@ -15,9 +15,9 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Final
 
-from analysis.figures import OWN_POLICY, WHOLE, Ends, Figures, Number, is_time
-from analysis.report import Check, Status
-from analysis.units import Unit, span
+from analysis.report_model.figures import OWN_POLICY, WHOLE, Ends, Figures, Number, is_time
+from analysis.report_model.report import Check, Status
+from analysis.report_model.units import Unit, span
 from traces.errors import Problem
 from traces.text import printable
 

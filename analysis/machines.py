@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from analysis.sources import Recording
-from analysis.trust import left_out
+from analysis.reading.sources import Recording
+from analysis.report_model.trust import left_out
 from traces.untrusted import object_at
 
 _PARAMETERS_SHOWN: Final = 4

@@ -11,19 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from analysis.assemble import asked, assemble
-from analysis.figures import Figures
 from analysis.gates import Gate, check
-from analysis.guest_files import GuestFile, use_guest
 from analysis.queries.exit_times import halts
 from analysis.queries.registry import Query
-from analysis.report import Check, Report
-from analysis.result_source import Result
-from analysis.rip_runs import RipQuestion
-from analysis.rows import give_memory_back
-from analysis.sources import Recording, open_source
-from analysis.symbols import NO_NAMING, Naming, load
-from analysis.validation import Validated, validated
+from analysis.reading.guest_files import GuestFile, use_guest
+from analysis.reading.result_source import Result
+from analysis.reading.rip_runs import RipQuestion
+from analysis.reading.rows import give_memory_back
+from analysis.reading.sources import Recording, open_source
+from analysis.reading.symbols import NO_NAMING, Naming, load
+from analysis.report_model.assemble import asked, assemble
+from analysis.report_model.figures import Figures
+from analysis.report_model.report import Check, Report
+from analysis.report_model.validation import Validated, validated
 from traces.errors import BAD_INPUT, Problem
 from traces.outputs import Unwritable
 from traces.selection import ALL, Selection
@@ -154,7 +154,7 @@ def replayed_under(
     the `queries` that are to be made of the recording. `parts`: the recorded time is wanted in parts, which take some
     50 KiB for each vCPU.
     """
-    from analysis.recorded_time import PARTS, of_replay
+    from analysis.reading.recorded_time import PARTS, of_replay
     from replay.decode.capabilities import Capabilities
     from replay.plan import make
     from replay.run import replay_into

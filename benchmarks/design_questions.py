@@ -18,7 +18,7 @@ from replay.decode.capabilities import Capabilities
 from replay.whatif import questions, range_zaps
 from replay.whatif.answers import Answer, Asked, parse
 from replay.whatif.workload import Workload
-from traces.durations import duration
+from traces.command_line.durations import duration
 from traces.kernels.changes import CHANGES, FIRST
 from traces.kernels.fold import since
 from traces.reader import Trace

@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from benchmarks.recorders import CPUS, KINDS, RING_BYTES
-from tracer.bpf import Probes
-from tracer.compiled import import_bcc
+from tracer.probing.bpf import Probes
+from tracer.probing.compiled import import_bcc
 from tracer.recorder import IDLE_SECONDS
 from tracer.ring import Rings, ring_count
 from tracer.writer import prefer_this_thread

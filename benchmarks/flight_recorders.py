@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks.recorders import NAMES, RING_BYTES, Kept, Recorder, perf_read, trace_cmd_read
-from tracer import tracefs
-from tracer.probes import PROBES, preset_kinds
+from tracer.probing import tracefs
+from tracer.probing.probes import PROBES, preset_kinds
 
 PRESETS: Final = ("all", "mmu", "time", "roots")
 

@@ -36,10 +36,10 @@ import pyarrow.parquet as pq
 from tests import streams
 from traces import encoding
 from traces.columns import SCHEMA
-from traces.compact import compact
 from traces.reader import Trace
+from traces.recording.compact import compact
+from traces.recording.segment_writer import SegmentWriter
 from traces.schema import BY_NAME
-from traces.segment_writer import SegmentWriter
 
 ROUNDS = 5
 BATCH = 1 << 16

@@ -37,9 +37,9 @@ from tracer.lab import prebuilt
 from tracer.lab.fetch import fetch
 from tracer.lab.lab_cpus import lab_cpu
 from tracer.lab.session import boot, compiled_probes, several
-from traces.compact import compact
 from traces.errors import Problem
 from traces.reader import Trace
+from traces.recording.compact import compact
 
 RESULTS: Final = Path(__file__).parents[1] / "traces" / "timing" / "held_out.json"
 OLD, NEW, POLICY = "6.1-async", "6.1", "preserve"

@@ -37,7 +37,7 @@ from benchmarks.drain import WAYS, Drained
 from benchmarks.drain import run as drain
 from benchmarks.measure import Run, measure_undisturbed, storm
 from benchmarks.recorders import KINDS, RING_BYTES, recorders
-from tracer import host
+from tracer.probing import host
 from traces.errors import ENVIRONMENT, VERDICT_FAILED, Problem
 
 BYTES_PER_LOOP = 200_000  # on disk, at most: perf stores some 1,590 events of 90 bytes each for a loop

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from tracer import vmm
-from tracer.bpf import Probes
-from tracer.libbpf import program_info
+from tracer.probing.bpf import Probes
+from tracer.probing.libbpf import program_info
 from traces.errors import Problem
 
 PROGRAMS = ("sched_switched", "sched_woken")

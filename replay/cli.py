@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from traces.documents import print_json
+from traces.command_line.documents import print_json
+from traces.command_line.help_text import examples
 from traces.errors import VERDICT_FAILED, Problem
-from traces.help_text import examples
 from traces.options import Force, Json, RecordedPolicy, Recording, part_of, taking
 from traces.outputs import RESULT, check
 

@@ -13,8 +13,8 @@ from replay.plan import Target
 from replay.result import OF_VCPU
 from replay.run import Replayed, document, left_open
 from traces import source_notes
-from traces.layout import TextColumn
-from traces.screen import VMS_SHOWN, Page
+from traces.command_line.layout import TextColumn
+from traces.command_line.screen import VMS_SHOWN, Page
 from traces.vm_names import VmNames
 
 # Counts, their column titles, and their levels: on a narrow screen the columns of the highest level are left out first.

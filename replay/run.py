@@ -34,8 +34,8 @@ from replay.spread import spreads
 from replay.timing import time_rows
 from replay.timing.measuring.measure import Measurement, SpanTimes
 from replay.timing.timed_run import PolicyClock, Settings, VmTime, vm_time
+from traces.command_line.progress import Progress
 from traces.kernels.triggers import Trigger
-from traces.progress import Progress
 
 _FLIPS: Final = (Trigger.CR0_WP, Trigger.CR0_SILENT, Trigger.EFER)  # they change role bits that kernels up to 5.18 have
 PROMISED: Final = 6  # the most roots that a VM can have under `preserve`, according to that policy's commit message

@@ -12,7 +12,7 @@ from typing import Any, Final
 import typer
 
 import kvmtrace
-from traces.help_text import examples_of
+from traces.command_line.help_text import examples_of
 
 VERSION: Final[str] = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["version"]
 _EXIT_CODES = {

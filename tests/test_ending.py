@@ -21,8 +21,8 @@ import pytest
 
 from tests.verbs import RECORDERS, TALKERS, WRITERS, Files, Verb, contents, environment, kvmtrace
 from traces import outputs
+from traces.command_line.interrupts import CODE as INTERRUPTED
 from traces.errors import BAD_INPUT
-from traces.interrupts import CODE as INTERRUPTED
 from traces.synth import Parameters, synthesize
 
 pytestmark = pytest.mark.slow
@@ -177,10 +177,10 @@ def hook(event, arguments):
             count += 1
             if count == {at}:
                 os.kill(os.getpid(), signal.SIGINT)
-        elif arguments[0] == 'traces.interrupts':
+        elif arguments[0] == 'traces.command_line.interrupts':
             pass
-        elif 'traces.interrupts' in sys.modules and signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-            count = 0
+        elif signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            count = 0 if 'traces.command_line.interrupts' in sys.modules else None
 sys.addaudithook(hook)
 sys.argv[0] = 'kvmtrace'
 """
@@ -284,7 +284,7 @@ def test_interrupted_with_many_vms_at_work(tmp_path: Path) -> None:
     for rows in (1, 100_000, 300_000):
         stop = f"""
 import os, signal
-from traces.progress import Progress
+from traces.command_line.progress import Progress
 at = Progress.at
 def stopped(self, done):
     if done >= {rows}:
@@ -303,7 +303,7 @@ def test_an_interrupt_in_a_weak_references_callback_is_not_lost(tmp_path: Path) 
     synthesize(trace, Parameters(events=10_000))
     stop = """
 import os, signal, weakref
-from traces.progress import Progress
+from traces.command_line.progress import Progress
 class Key:
     pass
 class Data(dict):

@@ -19,10 +19,10 @@ from packaging.utils import canonicalize_name
 from tests.documents import REPOSITORY
 from tests.thinned import thinned
 from tests.traces.making import numbered
-from traces.compact import compact
-from traces.extras import EXTRAS, missing
-from traces.recording_summary import of_segments
-from traces.segment_writer import SegmentWriter
+from traces.command_line.extras import EXTRAS, missing
+from traces.recording.compact import compact
+from traces.recording.recording_summary import of_segments
+from traces.recording.segment_writer import SegmentWriter
 
 PROJECT: Final[dict[str, Any]] = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 OURS: Final = {"analysis", "kvmtrace", "replay", "traces", "tracer"}

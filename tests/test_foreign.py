@@ -24,7 +24,7 @@ from tests.verbs import TALKERS, WRITERS, Files, Verb, invoke, kvmtrace
 from tests.waiting import PATIENCE
 from traces.errors import BAD_INPUT, Problem
 from traces.reader import Trace
-from traces.segment_writer import MANIFEST, segment_name
+from traces.recording.segment_writer import MANIFEST, segment_name
 
 TRACE_PIPE = """\
            CPU 0/KVM-4711    [003] d..1.  1234.567890: kvm_exit: vcpu 0 reason EPT_VIOLATION rip 0xfff0 info1 0x184

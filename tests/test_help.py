@@ -21,7 +21,7 @@ import kvmtrace
 from scripts import man
 from tests.test_cli import kvmtrace as run
 from tests.verbs import RECORDERS, TALKERS, WRITERS
-from traces.help_text import examples, examples_of
+from traces.command_line.help_text import examples, examples_of
 
 ROOT: Any = typer.main.get_command(kvmtrace.app)
 COLUMNS = 80

@@ -11,7 +11,7 @@ import pytest
 
 from tests.corpus import CORPUS
 from tests.verbs import TALKERS, Files, Verb, invoke
-from traces import screen
+from traces.command_line import screen
 
 pytestmark = pytest.mark.slow
 

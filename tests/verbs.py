@@ -27,7 +27,8 @@ from tests.lab.synthetic import TREE, bzimage
 from tests.traces.making import numbered, write
 from tracer.lab.lab_kernels import KERNELS
 from tracer.lab.matrix import PROVENANCE, provenance
-from traces import ending, outputs
+from traces import outputs
+from traces.command_line import ending
 
 TRACE = CORPUS / "huge-6.1.parquet"
 

@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
+from traces.command_line.help_text import examples
 from traces.errors import ENVIRONMENT, Problem
-from traces.help_text import examples
 from traces.options import Modules
 
 app = typer.Typer(
@@ -50,8 +50,8 @@ def build(
     Bring the file into /var/cache/kvmtrace/probes of the other machine, owned by root. Another machine's kernel is
     booted under emulation to learn its layout.
     """
-    from tracer import kept
-    from tracer.compiled import bcc_version, compile_text
+    from tracer.probing import kept
+    from tracer.probing.compiled import bcc_version, compile_text
 
     if kernel and not kernel.endswith(".json"):
         from tracer.lab.fetch import choose
@@ -82,8 +82,8 @@ def _of_this_kernel() -> dict[str, str]:
     """Return for this kernel {"kernel": its release, "key": the name of its kept file, "text": the C source}."""
     import platform
 
-    from tracer import attachments, kept, tracefs
-    from tracer.btf import kernel_btf
+    from tracer.probing import attachments, kept, tracefs
+    from tracer.probing.btf import kernel_btf
 
     if tracefs.tracefs() is None:
         raise Problem(f"tracefs is not mounted or not readable: {tracefs.MOUNT_COMMAND}", ENVIRONMENT)

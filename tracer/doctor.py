@@ -15,20 +15,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from tracer import attachments, host, kept, tracefs
-from tracer.attachments import Attachment
-from tracer.bpf import Probes
-from tracer.btf import kernel_btf
-from tracer.compiled import INSTALL_BCC, Compiled, import_bcc
-from tracer.headers import find_headers
 from tracer.lab import qemu
 from tracer.lab.bochs import emulator
 from tracer.lab.lab_cpus import qemu_version
-from tracer.probes import preset_kinds
+from tracer.probing import attachments, host, kept, tracefs
+from tracer.probing.attachments import Attachment
+from tracer.probing.bpf import Probes
+from tracer.probing.btf import kernel_btf
+from tracer.probing.compiled import INSTALL_BCC, Compiled, import_bcc
+from tracer.probing.headers import find_headers
+from tracer.probing.probes import preset_kinds
+from traces.command_line.layout import GAP
+from traces.command_line.screen import Page
 from traces.errors import ENVIRONMENT, Problem
-from traces.layout import GAP
 from traces.schema import KINDS
-from traces.screen import Page
 
 OK, WARN, FAIL, UNSEEN = "ok", "note", "FAIL", "unseen"
 _STATE: Final = 8  # columns of a check's state, or of a number

@@ -22,23 +22,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tracer import host
-from tracer.bpf import Probes, loss_table
-from tracer.btf import kernel_btf
 from tracer.owner_names import OwnerNames
+from tracer.probing import host
+from tracer.probing.bpf import Probes, loss_table
+from tracer.probing.btf import kernel_btf
 from tracer.recording_options import Options, check
 from tracer.ring import Rings, default_ring_bytes, ring_count
 from tracer.writer import SegmentThread, Sink, prefer_this_thread
-from traces import interrupts, outputs
+from traces import outputs
+from traces.command_line import interrupts
+from traces.command_line.extras import have
+from traces.command_line.progress import Progress
 from traces.errors import Problem
-from traces.extras import have
-from traces.progress import Progress
 from traces.record import RECORD
-from traces.recording_summary import of_segments
+from traces.recording.recording_summary import of_segments
 from traces.schema import BY_NAME
 
 if TYPE_CHECKING:
-    from traces.recording_summary import Summary
+    from traces.recording.recording_summary import Summary
 
 IDLE_SECONDS = 0.02  # between drains: long enough for full batches, short against a ring (32 MiB: 0.1 s at 4 M/s)
 FLUSH_SECONDS = 1.0
@@ -356,8 +357,8 @@ def take(*several: Options) -> Iterator[Taken]:
 
 
 def _compacted(taken: Taken) -> Summary:
-    from traces.arrow_records import spare_allocations  # not before the probes are attached: it loads Arrow
-    from traces.compact import compact
+    from traces.recording.arrow_records import spare_allocations  # not before the probes are attached: it loads Arrow
+    from traces.recording.compact import compact
 
     spare_allocations()
     options = taken.options

@@ -14,7 +14,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from tracer.probes import preset_kinds
+from tracer.probing.probes import preset_kinds
 from tracer.recorder import record, take
 from tracer.recording_options import Options
 from traces.errors import VERDICT_FAILED, Problem

@@ -22,9 +22,9 @@ import numpy as np
 
 from tracer.order import Order
 from tracer.ring import Records
-from traces.record_buffer import BATCH_ROWS
+from traces.recording.record_buffer import BATCH_ROWS
+from traces.recording.segment_writer import SegmentWriter
 from traces.schema import BY_NAME
-from traces.segment_writer import SegmentWriter
 
 QUEUE_BYTES = 1 << 30
 QUEUE_SHARE = 4  # never more than this part of the memory that is free as the recording begins

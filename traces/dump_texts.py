@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from traces.durations import duration
+from traces.command_line.durations import duration
 from traces.metadata import Metadata
 from traces.untrusted import count_at, object_at, text_at
 from traces.wall_clock import wall_text

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from traces import interrupts
+from traces.command_line import interrupts
 
 
 def write_all(fd: int, data: bytes | bytearray | memoryview) -> None:

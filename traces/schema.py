@@ -3,7 +3,7 @@
 
 This table is the single place that binds the BPF programs (which fill the record's four words), the segments (which
 store the record as it is) and the Parquet trace (which stores named columns). Adding a kind is one line here and one
-probe in `tracer/probes.py`. The written contract is SPEC.md next to this file.
+probe in `tracer/probing/probes.py`. The written contract is SPEC.md next to this file.
 
 Units: `time` is CLOCK_BOOTTIME in ns, addresses are bytes, `gfn` and `table` are page frame numbers, SPTEs are raw
 words.

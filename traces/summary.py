@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from traces import source_notes
+from traces.command_line.layout import TextColumn
+from traces.command_line.screen import VMS_SHOWN, Page
 from traces.dump_texts import dump_texts
-from traces.layout import TextColumn
 from traces.metadata import Metadata
 from traces.reader import Trace
-from traces.screen import VMS_SHOWN, Page
 from traces.untrusted import object_at
 from traces.wall_clock import wall_text
 

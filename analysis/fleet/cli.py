@@ -12,8 +12,8 @@ from typing import Annotated
 import typer
 
 from traces import outputs
+from traces.command_line.help_text import examples
 from traces.errors import VERDICT_FAILED, Problem
-from traces.help_text import examples
 from traces.options import Force, TextFile
 
 app = typer.Typer()
@@ -65,7 +65,7 @@ def report(
     from analysis.fleet.outcome import outcome
     from analysis.formats import renderer
     from replay.fleet.results import open_results
-    from traces.progress import Progress
+    from traces.command_line.progress import Progress
 
     if format_ not in _FORMATS:
         raise Problem(f"--format {format_}: give {', '.join(_FORMATS)}")
@@ -112,7 +112,7 @@ def diff(
     from analysis.fleet.judged import COLUMNS, dimensions
     from analysis.formats import renderer
     from replay.fleet.results import open_results
-    from traces.progress import Progress
+    from traces.command_line.progress import Progress
 
     if format_ not in ("text", "md", "json"):
         raise Problem(f"--format {format_}: give text, md or json")

@@ -12,10 +12,10 @@ import polars as pl
 from analysis.fleet.fleet_tables import AS_RECORDED, groups, stalls
 from analysis.fleet.outcome import FleetOutcome
 from analysis.fleet.sums import SECOND, STEPS_NS
-from analysis.marks import COLOURS, axis, colour
-from analysis.picture import Picture
-from analysis.report_table import Column
-from analysis.units import Unit
+from analysis.report_model.marks import COLOURS, axis, colour
+from analysis.report_model.picture import Picture
+from analysis.report_model.report_table import Column
+from analysis.report_model.units import Unit
 
 _BARS: Final = 30  # groups in one picture
 _OF_SHARE: Final = (Column("what", "what", Unit.TEXT), Column("share", "s of 1,000", Unit.RATIO))

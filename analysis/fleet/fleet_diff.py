@@ -18,9 +18,9 @@ from analysis.fleet.fleet_tables import ROWS, TITLES
 from analysis.fleet.judged import judged
 from analysis.fleet.outcome import FleetOutcome, Summing
 from analysis.fleet.outliers import rate
-from analysis.report import Report
-from analysis.report_table import Column, ReportTable
-from analysis.units import NONE, Unit, span
+from analysis.report_model.report import Report
+from analysis.report_model.report_table import Column, ReportTable
+from analysis.report_model.units import NONE, Unit, span
 from traces.text import count, printable
 
 _TASK: Final = ("trace", "vm")

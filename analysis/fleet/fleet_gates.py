@@ -7,11 +7,11 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from analysis.figures import OWN_POLICY, Ends, Figures
 from analysis.fleet.outcome import FleetOutcome
 from analysis.fleet.outliers import outliers
 from analysis.gates import Gate, check, parse_whole
-from analysis.report import Check
+from analysis.report_model.figures import OWN_POLICY, Ends, Figures
+from analysis.report_model.report import Check
 
 # Figures of the whole fleet, which analysis/REPORT.md explains.
 FIGURES: Final = ("soft_hang", "failed", OWN_POLICY, "undecided", "lost", "out_of_line", "vms", "hosts")

@@ -13,10 +13,10 @@ from analysis.fleet.judged import AGREEMENTS
 from analysis.fleet.outcome import FleetOutcome
 from analysis.fleet.outliers import RULE, outliers
 from analysis.gates import Gate
-from analysis.report import Report
-from analysis.units import Unit, span
+from analysis.report_model.report import Report
+from analysis.report_model.units import Unit, span
 from replay.timing.stalls import Rule
-from traces.durations import duration
+from traces.command_line.durations import duration
 from traces.text import count, printable
 
 

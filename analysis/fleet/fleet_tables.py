@@ -12,8 +12,8 @@ from analysis.fleet.judged import AGREES
 from analysis.fleet.outcome import FleetOutcome
 from analysis.fleet.outliers import outliers, rate
 from analysis.fleet.sums import SECOND, STEPS_NS
-from analysis.report_table import Column, ReportTable
-from analysis.units import Unit
+from analysis.report_model.report_table import Column, ReportTable
+from analysis.report_model.units import Unit
 from traces.text import printable
 
 ROWS: Final = 20  # rows of each table, in formats with room for them

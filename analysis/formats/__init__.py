@@ -9,7 +9,7 @@ from typing import Final
 
 from analysis.queries.drawn import PICTURED
 from analysis.queries.registry import Query
-from analysis.sources import Recording
+from analysis.reading.sources import Recording
 from traces import outputs
 from traces.errors import Problem
 

@@ -23,12 +23,12 @@ from typing import Any, Final
 import jinja2
 from markupsafe import Markup
 
-from analysis.charts import drawn_vms, pictures
-from analysis.picture import Picture
 from analysis.queries.registry import named
-from analysis.report import Check, Report
-from analysis.report_table import ReportTable
-from analysis.sources import Recording
+from analysis.reading.sources import Recording
+from analysis.report_model.charts import drawn_vms, pictures
+from analysis.report_model.picture import Picture
+from analysis.report_model.report import Check, Report
+from analysis.report_model.report_table import ReportTable
 from traces.text import printable
 from traces.vm_names import VmNames
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from analysis.report import SCHEMA, Report
+from analysis.report_model.report import SCHEMA, Report
 
 
 def render(*reports: Report) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Final
 from xml.etree import ElementTree as Xml
 
-from analysis.report import Report, Status
+from analysis.report_model.report import Report, Status
 
 _TAGS: Final = {Status.FAILED: "failure", Status.UNDECIDED: "failure", Status.SKIPPED: "skipped"}
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Final
 
 from analysis.formats.text_table import fitted
-from analysis.report import Report
-from traces.layout import wrapped
+from analysis.report_model.report import Report
+from traces.command_line.layout import wrapped
 
 WIDTH: Final = 72
 ROWS: Final = 4

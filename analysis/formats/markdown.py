@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator
 from typing import Final
 
-from analysis.report import Report
-from analysis.report_table import ReportTable
+from analysis.report_model.report import Report
+from analysis.report_model.report_table import ReportTable
 
 LIMIT: Final = (1 << 20) - 1  # bytes
 _ROWS: Final = (20, 5, 1, 0)

@@ -6,10 +6,10 @@ from __future__ import annotations
 from typing import Final
 
 from analysis.formats.text_table import aligned, fitted
-from analysis.report import Report
-from analysis.report_table import ReportTable
-from traces import screen
-from traces.layout import wrapped
+from analysis.report_model.report import Report
+from analysis.report_model.report_table import ReportTable
+from traces.command_line import screen
+from traces.command_line.layout import wrapped
 
 HEIGHT: Final = 60
 _NAMES: Final = 11

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from analysis.report_table import Column, ReportTable
-from traces import layout
-from traces.layout import TextColumn
+from analysis.report_model.report_table import Column, ReportTable
+from traces.command_line import layout
+from traces.command_line.layout import TextColumn
 
 
 def aligned(table: ReportTable, columns: Sequence[Column], rows: int) -> list[str]:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from analysis.perfetto import predicted, recording
 from analysis.perfetto.packets import PacketWriter
-from analysis.result_source import Result
-from analysis.sources import Recording
+from analysis.reading.result_source import Result
+from analysis.reading.sources import Recording
 from replay.timing.stalls import Rule
 from traces.outputs import TIMELINE, Output
 from traces.vm_names import VmNames

@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 
 from analysis.perfetto.packets import PacketWriter
-from analysis.result_source import Result
+from analysis.reading.result_source import Result
 from traces.errors import Problem
 from traces.text import printable
 

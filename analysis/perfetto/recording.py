@@ -17,16 +17,16 @@ import polars as pl
 from numpy.typing import NDArray
 
 from analysis.perfetto.packets import Ints, PacketWriter
-from analysis.recorded_time import COLUMNS, RecordedTime, Spans, recorded_times, spans_of
-from analysis.sources import GuestOfVm
+from analysis.reading.recorded_time import COLUMNS, RecordedTime, Spans, recorded_times, spans_of
+from analysis.reading.sources import GuestOfVm
 from replay.decode.batch import Batch
 from replay.decode.spans.timeline import Timeline
 from replay.decode.spans.vcpu_states import VcpuState
 from replay.decode.vm_inputs import dense_numbers, vcpu_ids
 from replay.timing.stalls import Rule
 from traces import kernels
+from traces.command_line.progress import Progress
 from traces.kernels import roles
-from traces.progress import Progress
 from traces.reader import Trace
 from traces.schema import BY_NAME
 from traces.text import printable

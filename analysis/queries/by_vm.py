@@ -7,13 +7,13 @@ from typing import Final
 
 import polars as pl
 
-from analysis.grouped import UsedRoots
 from analysis.queries import replayed
 from analysis.queries.recorded import WINDOW_NS, fixed_of, in_windows
 from analysis.queries.registry import query
 from analysis.queries.worst import ranked, stuck_of, subject_of
-from analysis.result_source import Result
-from analysis.sources import Recording
+from analysis.reading.grouped import UsedRoots
+from analysis.reading.result_source import Result
+from analysis.reading.sources import Recording
 from traces.vm_names import VmNames
 
 _FACTS: Final = {

@@ -9,14 +9,14 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from analysis.grouped import UsedRoots
 from analysis.queries.recorded import lives
 from analysis.queries.registry import query
 from analysis.queries.replayed import progress
-from analysis.recorded_time import PARTS
-from analysis.result_source import Result
-from analysis.rows import KIND, DecodedRows
-from analysis.sources import Recording
+from analysis.reading.grouped import UsedRoots
+from analysis.reading.recorded_time import PARTS
+from analysis.reading.result_source import Result
+from analysis.reading.rows import KIND, DecodedRows
+from analysis.reading.sources import Recording
 from replay.decode.spans.vcpu_states import VcpuState
 from replay.timing.stalls import Rule
 from traces.errors import Problem

@@ -8,11 +8,11 @@ from typing import Final
 
 import polars as pl
 
-from analysis.grouped import KEY, OTHER, KindsBy, kind_names
-from analysis.latencies import Latencies, summed
 from analysis.queries.registry import query
-from analysis.rows import KIND, Tally
-from analysis.sources import Recording
+from analysis.reading.grouped import KEY, OTHER, KindsBy, kind_names
+from analysis.reading.latencies import Latencies, summed
+from analysis.reading.rows import KIND, Tally
+from analysis.reading.sources import Recording
 from traces.kernels.exit_names import exit_name
 from traces.kernels.vendors import Vendor, vendor_of
 from traces.kvm_names import ioctl_name, user_exit_name

@@ -8,7 +8,7 @@ from typing import Final
 import polars as pl
 
 from analysis.queries.registry import query
-from analysis.sources import Recording
+from analysis.reading.sources import Recording
 from traces.errors import Problem
 
 _KINDS: Final = ("kvm_entry", "kvm_exit", "kvm_page_fault", "kvm_mmu_get_page")

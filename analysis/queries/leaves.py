@@ -9,8 +9,8 @@ from typing import Final
 import polars as pl
 
 from analysis.queries.registry import query
-from analysis.rows import Question, Tally
-from analysis.sources import Recording
+from analysis.reading.rows import Question, Tally
+from analysis.reading.sources import Recording
 from traces.errors import Problem
 from traces.kernels.vendors import OFF, VMX, vendor_of
 from traces.untrusted import object_at, text_at

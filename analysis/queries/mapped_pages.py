@@ -11,10 +11,10 @@ from typing import Final
 
 import polars as pl
 
-from analysis.grouped import KEY, OTHER, KindsBy, UnservedPages
 from analysis.queries.registry import query
-from analysis.rows import KIND, Question, Tally
-from analysis.sources import Recording
+from analysis.reading.grouped import KEY, OTHER, KindsBy, UnservedPages
+from analysis.reading.rows import KIND, Question, Tally
+from analysis.reading.sources import Recording
 from replay.timing.diagnosis import READ_ONLY
 from traces import kernels
 from traces.errors import Problem

@@ -11,11 +11,11 @@ from typing import Any, Final
 
 import polars as pl
 
-from analysis.grouped import UsedRoots, Windowed
 from analysis.queries.registry import query
-from analysis.rip_runs import RipQuestion, by_vm
-from analysis.sources import Recording
-from analysis.unseen import lost_windows
+from analysis.reading.grouped import UsedRoots, Windowed
+from analysis.reading.rip_runs import RipQuestion, by_vm
+from analysis.reading.sources import Recording
+from analysis.reading.unseen import lost_windows
 from replay.timing.diagnosis import Diagnosis, diagnosed, diagnoses
 from replay.timing.stuck_rip import CERTAIN
 from traces import kernels

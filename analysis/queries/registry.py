@@ -14,9 +14,9 @@ from typing import Any, Final, Generic, TypeVar
 
 import polars as pl
 
-from analysis.result_source import Result
-from analysis.rows import Question
-from analysis.sources import HIDDEN, Recording
+from analysis.reading.result_source import Result
+from analysis.reading.rows import Question
+from analysis.reading.sources import HIDDEN, Recording
 from traces.errors import Problem
 from traces.text import printable
 

@@ -11,8 +11,8 @@ import polars as pl
 
 from analysis.passes.removal_causes import Why
 from analysis.queries.registry import query
-from analysis.removal_counts import RemovalQuestion
-from analysis.sources import Recording
+from analysis.reading.removal_counts import RemovalQuestion
+from analysis.reading.sources import Recording
 from traces import kernels
 from traces.errors import Problem
 from traces.vm_names import VmNames

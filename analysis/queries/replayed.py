@@ -13,7 +13,7 @@ from typing import Final
 import polars as pl
 
 from analysis.queries.registry import query
-from analysis.result_source import Result
+from analysis.reading.result_source import Result
 from replay.result import OF_VCPU, OF_VM, SPENT
 from replay.timing.soft_hangs import OF_ROOTS
 

@@ -12,7 +12,7 @@ from collections.abc import Collection
 import polars as pl
 
 from analysis.queries import replayed
-from analysis.result_source import Result
+from analysis.reading.result_source import Result
 
 
 def subject_of(result: Result) -> str:

@@ -12,8 +12,8 @@ from replay.explore import catalogue, schedule
 from replay.explore.ready_model import ReadyModel
 from replay.explore.scenario import Scenario, ScenarioRun
 from replay.explore.schedule import Schedule
+from traces.command_line.screen import Page
 from traces.errors import Problem
-from traces.screen import Page
 from traces.text import count
 
 _MAX_JSON: Final = 64 << 20

@@ -11,9 +11,9 @@ from typing import Any, Final
 from replay.explore.memory import FREED, Broken
 from replay.explore.ready_model import ReadyModel, after, moved
 from replay.explore.search import NO_LIVELOCK, Found, explore_from
-from traces import screen
+from traces.command_line import screen
+from traces.command_line.layout import GAP, wrapped
 from traces.errors import Problem
-from traces.layout import GAP, wrapped
 
 WIDEST: Final = 120
 _NUMBER: Final = 5  # screen columns for a step's number

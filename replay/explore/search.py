@@ -25,8 +25,8 @@ from replay.explore.actors import Place, StepOutcome
 from replay.explore.memory import Broken
 from replay.explore.model import Model
 from replay.explore.ready_model import ReadyModel, Values, after, lasso, moved
+from traces.command_line.progress import Progress
 from traces.errors import Problem
-from traces.progress import Progress
 
 LIMIT: Final = 3_000_000
 NO_LIVELOCK: Final = "no livelock"

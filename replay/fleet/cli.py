@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from traces.documents import print_json
+from traces.command_line.documents import print_json
+from traces.command_line.help_text import examples
 from traces.errors import VERDICT_FAILED, Problem
-from traces.help_text import examples
 from traces.options import Force, Json
 
 app = typer.Typer()
@@ -133,7 +133,7 @@ def replay(
     from replay import plan
     from replay.fleet import engines, fleet_catalogue, fleet_run, fleet_task, fleet_text
     from replay.fleet.results import ResultFolder
-    from traces.sizes import size_of
+    from traces.command_line.sizes import size_of
     from traces.stores.location import is_remote, location
 
     plan.check(policy or [])

@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from typing import Any, Final, Protocol
 
 from replay.fleet.worker_processes import WorkerDied, WorkerProcesses
+from traces.command_line.extras import how_to_get
 from traces.errors import ENVIRONMENT, Problem
-from traces.extras import how_to_get
 from traces.text import printable
 
 LOCAL: Final = "local"

@@ -22,10 +22,10 @@ import pyarrow.parquet as pq
 from replay.fleet.fleet_schema import CATALOGUE, FORMAT, KEY
 from traces import outputs
 from traces.columns import SCHEMA
+from traces.command_line.progress import Progress
 from traces.errors import ENVIRONMENT, Problem
 from traces.metadata import Metadata
 from traces.outputs import Output
-from traces.progress import Progress
 from traces.reader import Trace
 from traces.stores.location import Location, is_remote, location
 from traces.stores.object_store import Objects, StoredObject, StoreProblem

@@ -25,9 +25,9 @@ from replay.fleet.fleet_catalogue import Catalogue
 from replay.fleet.fleet_task import FleetTask, PolicyText, made_by, perform
 from replay.fleet.results import ResultFolder, task_of
 from replay.fleet.worker_processes import OUT_OF_TIME
-from traces.durations import duration
+from traces.command_line.durations import duration
+from traces.command_line.progress import Progress
 from traces.errors import Problem
-from traces.progress import Progress
 from traces.text import printable
 
 ATTEMPTS: Final = 2  # how often a task whose worker died is tried alone

@@ -28,7 +28,7 @@ from replay.fleet.results import ResultFolder
 from replay.fleet.time_limit import limited
 from replay.plan import Plan
 from replay.timing.timed_run import Settings
-from traces import progress
+from traces.command_line import progress
 from traces.errors import Problem
 from traces.reader import Trace
 from traces.stores.location import location

@@ -10,7 +10,7 @@ import polars as pl
 
 from replay.fleet.fleet_catalogue import Catalogue, Indexed
 from replay.fleet.fleet_run import FleetRun
-from traces.screen import Page
+from traces.command_line.screen import Page
 from traces.text import count, some
 
 SHOWN: Final = 10  # the most broken objects, or reasons of failed tasks, that are shown

@@ -25,7 +25,7 @@ from replay.decode.exits import (
 from replay.decode.same_rip import RipRuns
 from replay.timing.measuring.shown_of_vm import PAGE_SHIFT, ShownOfVm
 from replay.timing.stuck_rip import CERTAIN, RipEnd, RipRun, last_exits, longest_runs
-from traces.durations import duration
+from traces.command_line.durations import duration
 from traces.kernels.kernel import Kernel
 from traces.reader import Trace
 from traces.vm_names import VmNames

@@ -13,9 +13,9 @@ from replay.timing.soft_hangs import causes
 from replay.timing.stalls import watchdogs
 from replay.timing.time_rows import named
 from replay.timing.timed_run import PolicyTime, Settings, VcpuTime, VmTime
-from traces.durations import duration
-from traces.layout import TextColumn
-from traces.screen import VMS_SHOWN, Page
+from traces.command_line.durations import duration
+from traces.command_line.layout import TextColumn
+from traces.command_line.screen import VMS_SHOWN, Page
 from traces.text import count, vms_text
 from traces.vm_names import VmNames
 

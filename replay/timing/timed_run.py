@@ -25,7 +25,7 @@ from replay.timing.soft_hangs import SoftHang, soft_hangs
 from replay.timing.stalls import Rule
 from replay.timing.stuck_rip import CERTAIN
 from replay.timing.timed_engine import TimedEngine
-from traces.durations import duration
+from traces.command_line.durations import duration
 
 # Relative standard deviation of the time between two runs of the same work, dated 2026-11: measured in the lab with
 # scenarios that no policy changes, and assumed for bare-metal hosts.

@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any, Final
 
 from replay.validate import expect, shadow_driver
-from replay.validate.direct_shadow import ShadowSteps
-from replay.validate.kernel_steps import KernelSteps
 from replay.validate.misbooked import notifiers_of_others
 from replay.validate.row_tuples import RowTuple, rows_of
+from replay.validate.steps.direct_shadow import ShadowSteps
+from replay.validate.steps.kernel_steps import KernelSteps
 from replay.validate.tdp_driver import ConformanceCheck
 from replay.validate.threads import RESPONSES, Divergence, MatchTally
 from traces import kernels
+from traces.command_line.progress import Progress
 from traces.errors import Problem
 from traces.kernels import Kernel
 from traces.kernels.policies import POLICIES, PolicyParameters
 from traces.kernels.vendors import OFF
 from traces.metadata import Metadata
-from traces.progress import Progress
 from traces.reader import Trace
 from traces.text import count
 from traces.untrusted import count_at, object_at

@@ -9,8 +9,8 @@ from typing import Final
 from replay.simulate.model_state import CURRENT
 from replay.validate.expect import Activity
 from replay.validate.row_tuples import RowTuple
-from replay.validate.shadow_model import Pages
-from replay.validate.shadow_state import PAE, Leaf, ShadowPage
+from replay.validate.steps.shadow_model import Pages
+from replay.validate.steps.shadow_state import PAE, Leaf, ShadowPage
 from replay.validate.threads import Thread, VmCheck
 from traces.kernels import Kernel
 from traces.kernels.vendors import OFF, VENDORS

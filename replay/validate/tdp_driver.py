@@ -7,10 +7,10 @@ from typing import Final
 
 from replay.simulate.model_state import CURRENT, Vcpu
 from replay.validate.expect import Activity
-from replay.validate.kernel_steps import KernelSteps
 from replay.validate.nested_paging import NestedPaging
 from replay.validate.row_tuples import RowTuple
-from replay.validate.slot_lookup import Memslot
+from replay.validate.steps.kernel_steps import KernelSteps
+from replay.validate.steps.slot_lookup import Memslot
 from replay.validate.threads import Thread, VmCheck
 from traces.kernels.triggers import CR0_WP, EFER_MSR, EFER_NX
 

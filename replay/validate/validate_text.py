@@ -8,8 +8,8 @@ from typing import Any, Final
 from replay.validate.compare import ConformanceReport, VmReport
 from replay.validate.row_tuples import RowTuple
 from replay.validate.threads import Divergence, MatchTally
-from traces.layout import TextColumn
-from traces.screen import VMS_SHOWN, Page
+from traces.command_line.layout import TextColumn
+from traces.command_line.screen import VMS_SHOWN, Page
 from traces.text import count
 
 _TALLIES: Final = ("matched", "mismatched", "missing", "share")

@@ -18,7 +18,7 @@ from replay.timing.costs import LockCosts
 from replay.whatif.answers import VCPUS, Answer, Asked, spread
 from replay.whatif.locks import Lock, skipped
 from replay.whatif.workload import FaultProgram, Workload
-from traces.durations import duration
+from traces.command_line.durations import duration
 from traces.text import count
 
 _AGER: Final = -1

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from traces.durations import duration
+from traces.command_line.durations import duration
 from traces.errors import Problem
 
 VCPUS: Final = (1, 2, 4, 8, 16, 32, 64)

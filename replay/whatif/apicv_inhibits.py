@@ -12,7 +12,7 @@ from typing import Any
 
 from replay.whatif.answers import Answer, Asked
 from replay.whatif.workload import Workload
-from traces.durations import duration
+from traces.command_line.durations import duration
 from traces.text import count
 
 

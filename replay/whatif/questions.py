@@ -10,11 +10,11 @@ from replay.decode.capabilities import Capabilities
 from replay.whatif import aging, apicv_inhibits, each_vm, range_zaps, table_accounting
 from replay.whatif.answers import VARIANTS, Answer, Asked, parse
 from replay.whatif.workload import FAULTS, Workload, workload
-from traces.durations import duration
+from traces.command_line.durations import duration
+from traces.command_line.layout import TextColumn
+from traces.command_line.progress import Progress
+from traces.command_line.screen import VMS_SHOWN, Page
 from traces.kernels import Kernel
-from traces.layout import TextColumn
-from traces.progress import Progress
-from traces.screen import VMS_SHOWN, Page
 from traces.text import vms_text
 
 _ANSWER: Final[Mapping[str, Callable[[Workload, Asked, str], Answer]]] = {

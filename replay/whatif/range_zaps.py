@@ -21,7 +21,7 @@ from replay.whatif.aging import FACTORS, limit
 from replay.whatif.answers import VCPUS, Answer, Asked, spread
 from replay.whatif.locks import Lock, skipped
 from replay.whatif.workload import Workload
-from traces.durations import duration
+from traces.command_line.durations import duration
 from traces.text import count
 
 _ZAPPER: Final = -1

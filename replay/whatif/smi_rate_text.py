@@ -8,9 +8,9 @@ from typing import Any
 
 from replay.whatif import each_vm
 from replay.whatif.smi_rate import Sweep, Swept
-from traces.durations import duration
-from traces.layout import TextColumn
-from traces.screen import VMS_SHOWN, Page
+from traces.command_line.durations import duration
+from traces.command_line.layout import TextColumn
+from traces.command_line.screen import VMS_SHOWN, Page
 
 
 def to_dict(found: dict[int, list[Swept]], unanswered: dict[int, str], sweep: Sweep) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from replay.whatif.aging import FACTORS
 from replay.whatif.answers import VCPUS, Answer, Asked, spread
 from replay.whatif.locks import Lock
 from replay.whatif.workload import Workload
-from traces.durations import duration
+from traces.command_line.durations import duration
 from traces.text import count
 
 

@@ -24,8 +24,8 @@ import pyarrow.parquet as pq
 from analysis.formats import FORMATS, renderer
 from analysis.perfetto import export
 from analysis.queries.registry import queries
+from analysis.reading.sources import open_source
 from analysis.reporting import Wanted, reported
-from analysis.sources import open_source
 from replay.result import KEY
 from tests.traces import hostile as traces_hostile
 from tests.traces.forged import KINDS, forged

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from analysis.reading.result_source import Result
+from analysis.reading.sources import Recording
 from analysis.reporting import replayed_under
-from analysis.result_source import Result
-from analysis.sources import Recording
 
 ROOT = Path(__file__).parents[2]
 CORPUS = ROOT / "traces" / "corpus"

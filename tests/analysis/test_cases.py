@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import kvmtrace
 from analysis.queries import exit_times, leaves, mapped_pages, recorded, removed
-from analysis.sources import Recording
+from analysis.reading.sources import Recording
 from tests.corpus import CORPUS
 from tests.replay.test_apart import INTEL, TimedGuest
 from traces.errors import Problem

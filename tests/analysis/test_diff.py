@@ -10,10 +10,10 @@ import polars as pl
 import pytest
 
 from analysis import diff, machines
-from analysis.matched import MatchedVms, VmsOfSide
 from analysis.queries import replayed
-from analysis.sources import Recording
-from analysis.trust import trust
+from analysis.reading.matched import MatchedVms, VmsOfSide
+from analysis.reading.sources import Recording
+from analysis.report_model.trust import trust
 from replay.result import SPENT
 from tests.analysis.sources import CORPUS, OLD_STORM, STORM, TIMING, result_of
 from tests.replay.recording import Guest, manifest

@@ -12,10 +12,10 @@ import pytest
 
 from analysis.queries import drawn, recorded, replayed
 from analysis.queries.registry import queries
-from analysis.recorded_time import COLUMNS, recorded_times, spans_of
-from analysis.report import Report
+from analysis.reading.recorded_time import COLUMNS, recorded_times, spans_of
+from analysis.reading.sources import Recording
+from analysis.report_model.report import Report
 from analysis.reporting import Wanted, reported
-from analysis.sources import Recording
 from replay.decode.batch import Batch
 from replay.decode.spans.timeline import Timeline
 from replay.decode.spans.vcpu_states import VcpuState

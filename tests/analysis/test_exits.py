@@ -15,18 +15,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from analysis.formats import renderer
-from analysis.latencies import bucket_of, ns_of
 from analysis.passes import lasting
 from analysis.queries import exit_times as queries
+from analysis.reading.latencies import bucket_of, ns_of
+from analysis.reading.sources import Recording
 from analysis.reporting import Wanted, reported
-from analysis.sources import Recording
 from tests.replay.plain import plain
 from tests.traces.making import event, stream
-from traces.compact import compact
 from traces.kernels.exit_names import exit_name
 from traces.kernels.vendors import SVM, VMX
 from traces.kvm_names import ioctl_name, user_exit_name
-from traces.segment_writer import SegmentWriter
+from traces.recording.compact import compact
+from traces.recording.segment_writer import SegmentWriter
 
 RECORDINGS = Path(__file__).parents[1] / "recordings"
 CORPUS = Path(__file__).parents[2] / "traces" / "corpus"

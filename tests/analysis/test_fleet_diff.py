@@ -14,7 +14,7 @@ from hypothesis import given
 from analysis.fleet.fleet_diff import FleetSide, compare, side
 from analysis.fleet.judged import COLUMNS
 from analysis.formats import renderer
-from analysis.report import Report
+from analysis.report_model.report import Report
 from benchmarks.fleet_rows import Fleet, parts, write
 from tests.analysis.test_fleet_report import Row, batches, tasks
 from tests.verbs import invoke

@@ -22,7 +22,7 @@ from analysis.fleet.judged import COLUMNS, dimensions
 from analysis.fleet.outcome import FleetOutcome, outcome
 from analysis.fleet.outliers import LEAST, outliers
 from analysis.formats import renderer
-from analysis.report import Status
+from analysis.report_model.report import Status
 from benchmarks.fleet_rows import Fleet, parts, write
 from replay.fleet.fleet_schema import RESULTS
 from tests.golden import fleets

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from analysis.formats import FORMATS, renderer
 from analysis.formats.markdown import LIMIT
-from analysis.report import Check, Report, Status
-from analysis.report_table import Column, ReportTable
-from analysis.units import Unit, format_value, span
+from analysis.report_model.report import Check, Report, Status
+from analysis.report_model.report_table import Column, ReportTable
+from analysis.report_model.units import Unit, format_value, span
 from tests.golden import reports as golden
 
 pytestmark = pytest.mark.xdist_group("formats")  # the reports are made once

@@ -16,11 +16,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis.figures import WHOLE, Figures, figures_of, load_baseline
 from analysis.gates import Gate, check, decided, parse
-from analysis.report import Check, Status
-from analysis.sources import Recording
-from analysis.validation import Validated
+from analysis.reading.sources import Recording
+from analysis.report_model.figures import WHOLE, Figures, figures_of, load_baseline
+from analysis.report_model.report import Check, Status
+from analysis.report_model.validation import Validated
 from tests.analysis.sources import CORPUS, OLD_STORM, STORM, result_of
 from traces.errors import Problem
 

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis import grouped, rows
-from analysis.grouped import Grouped, UnservedPages, UsedRoots, Windowed
 from analysis.passes import groups
 from analysis.queries import exit_times, mapped_pages, recorded
-from analysis.sources import Recording
+from analysis.reading import grouped, rows
+from analysis.reading.grouped import Grouped, UnservedPages, UsedRoots, Windowed
+from analysis.reading.sources import Recording
 from tests.analysis.sources import CORPUS
 from tests.replay.plain import plain
 

@@ -16,13 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from analysis.charts import pictures
 from analysis.formats import drawn as drawn_by
 from analysis.formats.html import _library, render
-from analysis.picture import Picture
-from analysis.report import Check, Report, Status
+from analysis.reading.sources import open_source
+from analysis.report_model.charts import pictures
+from analysis.report_model.picture import Picture
+from analysis.report_model.report import Check, Report, Status
 from analysis.reporting import Wanted, reported
-from analysis.sources import open_source
 from replay.result import KEY
 from tests.analysis.browser import Browser
 from tests.analysis.test_formats import from_json

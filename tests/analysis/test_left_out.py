@@ -12,9 +12,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from analysis.figures import figures_of
-from analysis.result_source import Result
-from analysis.sources import Recording
+from analysis.reading.result_source import Result
+from analysis.reading.sources import Recording
+from analysis.report_model.figures import figures_of
 from tests.analysis.sources import OLD_STORM, STORM
 from tests.tracer.test_record_live import run
 from tests.traces.hostile import parts, with_metadata

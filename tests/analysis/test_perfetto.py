@@ -23,9 +23,9 @@ from perfetto.protos.perfetto.trace import perfetto_trace_pb2 as pb
 
 from analysis.perfetto import export
 from analysis.perfetto.packets import PacketWriter
-from analysis.recorded_time import recorded_times
-from analysis.result_source import Result
-from analysis.sources import open_source
+from analysis.reading.recorded_time import recorded_times
+from analysis.reading.result_source import Result
+from analysis.reading.sources import open_source
 from replay.decode.capabilities import Capabilities
 from replay.decode.spans.vcpu_states import VcpuState
 from replay.decode.vm_inputs import VmInputs, vcpu_ids
@@ -33,9 +33,9 @@ from replay.result import KEY
 from replay.timing.measuring.measure import SpanTimes
 from tests.thinned import thinned
 from tests.verbs import printed
+from traces.command_line.progress import Progress
 from traces.errors import Problem
 from traces.outputs import TIMELINE, Output
-from traces.progress import Progress
 from traces.reader import Trace
 from traces.synth import Parameters, synthesize
 

@@ -13,8 +13,8 @@ import pytest
 
 from analysis.queries import mapped_pages, recorded, replayed
 from analysis.queries.registry import named, queries
-from analysis.result_source import Result
-from analysis.sources import GuestOfVm, Recording
+from analysis.reading.result_source import Result
+from analysis.reading.sources import GuestOfVm, Recording
 from replay import bounds, plan, run
 from replay.decode.capabilities import Capabilities
 from tests.analysis.sources import CORPUS, OLD_STORM, ROOT, STORM, TIMING, result_of

@@ -11,12 +11,12 @@ import numpy as np
 import polars as pl
 import pytest
 
-from analysis import removal_counts, rows
 from analysis.passes.last_mappings import roots_of
 from analysis.passes.removal_causes import causes_of
 from analysis.passes.removal_totals import FIELDS
 from analysis.queries.removed import refaults, removals
-from analysis.sources import Recording
+from analysis.reading import removal_counts, rows
+from analysis.reading.sources import Recording
 from replay import plan
 from replay.decode.capabilities import Capabilities
 from replay.run import replay

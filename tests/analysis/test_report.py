@@ -21,8 +21,8 @@ from typer.testing import CliRunner, Result
 import kvmtrace
 from analysis.formats import renderer
 from analysis.queries.registry import queries
+from analysis.reading.sources import Recording
 from analysis.reporting import Wanted, reported
-from analysis.sources import Recording
 from replay import plan
 from replay.decode.capabilities import Capabilities
 from replay.result import KEY, SPENT
@@ -32,7 +32,7 @@ from replay.timing.timed_run import Settings
 from tests.analysis.sources import CORPUS, OLD_STORM, ROOT, STORM, TIMING, result_of
 from tests.replay.recording import Guest, manifest
 from tests.traces.making import stream, trace
-from traces.durations import duration
+from traces.command_line.durations import duration
 from traces.errors import Problem
 from traces.reader import Trace
 from traces.summary import info

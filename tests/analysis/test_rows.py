@@ -19,14 +19,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
-from analysis import rows
-from analysis.assemble import asked
 from analysis.formats import drawn as drawn_by
 from analysis.formats import renderer
 from analysis.queries import drawn, recorded
+from analysis.reading import rows
+from analysis.reading.rows import DecodedRows, Tallies, Tally
+from analysis.reading.sources import Recording
+from analysis.report_model.assemble import asked
 from analysis.reporting import Wanted, reported
-from analysis.rows import DecodedRows, Tallies, Tally
-from analysis.sources import Recording
 from tests.analysis.sources import CORPUS
 from traces.errors import Problem
 from traces.kernels import policy_rows

@@ -18,10 +18,10 @@ import kvmtrace
 from analysis.queries import exit_times as exits
 from analysis.queries import mapped_pages, recorded
 from analysis.queries.by_vm import overview
+from analysis.reading.result_source import Result as Replayed
+from analysis.reading.sources import Recording
+from analysis.reading.unseen import lost_windows
 from analysis.reporting import Wanted, reported
-from analysis.result_source import Result as Replayed
-from analysis.sources import Recording
-from analysis.unseen import lost_windows
 from tests.analysis.sources import CORPUS, result_of
 from tests.replay.test_apart import MS, TimedGuest
 from traces.errors import Problem

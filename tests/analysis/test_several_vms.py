@@ -14,12 +14,12 @@ import kvmtrace
 from analysis.formats import renderer
 from analysis.queries.by_vm import overview
 from analysis.queries.worst import ranked
-from analysis.report import Check, Report, Status
+from analysis.reading.sources import Recording
+from analysis.report_model.report import Check, Report, Status
 from analysis.reporting import Wanted, reported
-from analysis.sources import Recording
 from tests.traces.making import event, stream
-from traces.compact import compact
-from traces.segment_writer import SegmentWriter
+from traces.recording.compact import compact
+from traces.recording.segment_writer import SegmentWriter
 
 FIELD = Path(__file__).parents[1] / "recordings" / "field-6.1.parquet"
 

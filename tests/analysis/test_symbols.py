@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import kvmtrace
-from analysis.symbols import Symbols, load
+from analysis.reading.symbols import Symbols, load
 from tests.traces.making import event, stream, trace
 from traces.errors import Problem
 

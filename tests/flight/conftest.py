@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tracer.flight.dumps import Dumps
-from traces.compact import compact
+from traces.recording.compact import compact
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from tracer.flight.keeper import SECOND, Bounds, FlightThread
 from tracer.flight.state import Checkpoint
 from tracer.flight.trigger_texts import FlightTriggers
 from tracer.order import HOLD_NANOSECONDS
-from tracer.program import COUNTERS
+from tracer.probing.program import COUNTERS
 from tracer.upload.uploads import Uploads
 from traces.record import RECORD
 from traces.schema import BY_NAME

@@ -14,19 +14,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis.sources import Recording
-from analysis.trust import loss
-from analysis.unseen import lost_windows
+from analysis.reading.sources import Recording
+from analysis.reading.unseen import lost_windows
+from analysis.report_model.trust import loss
 from replay.validate.compare import _cut
 from tests.flight.rows import KVM, Flight, Rows, entries, row
 from tests.flight.test_flight_live import flying
 from tests.flight.test_keeper import MS, ask, times
 from tests.tracer.test_record_live import run
-from tracer.bpf import kind_mask
 from tracer.flight.governor import Governor, levels
 from tracer.flight.keeper import SECOND
 from tracer.flight.verb import _share
-from tracer.probes import PRESETS, preset_kinds
+from tracer.probing.bpf import kind_mask
+from tracer.probing.probes import PRESETS, preset_kinds
 from traces.errors import Problem
 from traces.reader import Trace
 

@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis.trust import made_on
+from analysis.report_model.trust import made_on
 from tests.flight.rows import KVM, Flight, entries, root, row, vm
 from tracer.flight.keeper import SECOND, Request
 from tracer.flight.quotas import Quota
 from traces.dump_texts import dump_texts
 from traces.errors import Problem
 from traces.reader import Trace
+from traces.recording.segments import SegmentReader
 from traces.schema import BY_NAME
-from traces.segments import SegmentReader
 from traces.summary import render
 
 pytestmark = pytest.mark.slow

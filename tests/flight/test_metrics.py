@@ -15,7 +15,7 @@ from tests.flight.rows import KVM, Rows, row
 from tests.test_help import ROOT
 from tests.waiting import PATIENCE
 from tracer.flight.metrics import BUCKETS, FAMILIES, MOST_VMS, OTHERS, FlightMetrics, RecorderFacts, Sample
-from tracer.probes import preset_kinds
+from tracer.probing.probes import preset_kinds
 from traces.errors import Problem
 from traces.schema import BY_NAME
 

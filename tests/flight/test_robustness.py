@@ -28,7 +28,7 @@ from tracer.flight.keeper import SECOND, Request
 from tracer.flight.quotas import AUTOMATIC, MANUAL
 from traces.errors import Problem
 from traces.reader import Trace
-from traces.segments import SegmentReader
+from traces.recording.segments import SegmentReader
 
 pytestmark = pytest.mark.slow
 

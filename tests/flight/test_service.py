@@ -42,7 +42,7 @@ def test_its_command_line_is_understood() -> None:
     context = ROOT.commands["record"].make_context("it", words[3:])
     assert Path(context.params["out"]) == Path("/var/lib") / service()["StateDirectory"]
     from tracer.flight.trigger_texts import FlightTriggers
-    from tracer.probes import preset_kinds
+    from tracer.probing.probes import preset_kinds
 
     FlightTriggers(context.params["trigger"], preset_kinds(context.params["events"]))
 

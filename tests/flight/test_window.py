@@ -8,7 +8,7 @@ import pytest
 
 from tests.flight.rows import CPUS, checkpoint, entries, vm
 from tracer.flight.window import Epoch, FlightWindow, stored
-from tracer.program import KIND_SLOTS
+from tracer.probing.program import KIND_SLOTS
 from traces.record import RECORD
 
 NOTHING = np.zeros((CPUS, KIND_SLOTS), np.int64)

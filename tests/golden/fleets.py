@@ -11,7 +11,7 @@ from analysis.fleet.fleet_report import fleet_report
 from analysis.fleet.judged import COLUMNS
 from analysis.fleet.outcome import FleetOutcome, outcome
 from analysis.formats import renderer
-from analysis.report import Report
+from analysis.report_model.report import Report
 from benchmarks.fleet_rows import Fleet, parts
 
 HERE: Final = Path(__file__).parent

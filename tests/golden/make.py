@@ -16,10 +16,10 @@ import numpy as np
 
 from tests import streams
 from tests.traces.making import KVM_A, KVM_B, event, stream
-from traces.compact import compact
 from traces.reader import Trace
+from traces.recording.compact import compact
+from traces.recording.segment_writer import SegmentWriter
 from traces.schema import FORMAT_MAJOR, FORMAT_MINOR, KINDS
-from traces.segment_writer import SegmentWriter
 
 HERE = Path(__file__).parent
 

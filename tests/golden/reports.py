@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Final
 from unittest.mock import patch
 
-from analysis import trust
 from analysis.diff import compare, opened
 from analysis.formats import FORMATS, renderer
 from analysis.gates import parse
-from analysis.report import Report
+from analysis.report_model import trust
+from analysis.report_model.report import Report
 from analysis.reporting import Wanted, reported
 
 HERE: Final = Path(__file__).parent

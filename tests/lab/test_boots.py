@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from tracer import vmm
 from tracer.lab import lab_kernels, modules, qemu, session
 from tracer.lab.cli import app
-from traces.compact import compact
+from traces.recording.compact import compact
 
 pytestmark = pytest.mark.lab
 

@@ -13,7 +13,7 @@ from benchmarks import flight_overhead, flight_recorders
 from benchmarks.flight_recorders import SCENARIOS, flight
 from benchmarks.measure import Run
 from benchmarks.recorders import Kept
-from tracer import tracefs
+from tracer.probing import tracefs
 
 
 def pair(bare: float, recorded: float, **facts: Any) -> list[dict[str, Any]]:

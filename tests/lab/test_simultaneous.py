@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the probes record is what trace-cmd and perf record at the same time, whichever way they are attached.
 
-Those two take the classic tracepoints; ours take the raw arguments where they can (tracer/probes.py).
+Those two take the classic tracepoints; ours take the raw arguments where they can (tracer/probing/probes.py).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from analysis.queries.recorded import stuck_vcpus
-from analysis.sources import Recording
+from analysis.reading.sources import Recording
 from replay.timing.diagnosis import Diagnosis
 from tests.replay.recording import TID
 from tests.replay.test_apart import AMD, INTEL, MS, TimedGuest

@@ -18,8 +18,8 @@ import pytest
 
 from analysis.queries.drawn import soft_hangs
 from analysis.queries.recorded import stuck
-from analysis.recorded_time import of_replay
-from analysis.sources import Recording
+from analysis.reading.recorded_time import of_replay
+from analysis.reading.sources import Recording
 from replay import plan
 from replay.decode.capabilities import Capabilities
 from replay.run import replay

@@ -17,8 +17,8 @@ from replay.decode.capabilities import Capabilities
 from replay.validate.compare import validate
 from replay.validate.row_tuples import RowTuple, rows_of
 from replay.validate.shadow_driver import COMPARED, Paged, is_paged
-from replay.validate.shadow_model import Pages
-from replay.validate.shadow_state import CREATED, UNSYNC
+from replay.validate.steps.shadow_model import Pages
+from replay.validate.steps.shadow_state import CREATED, UNSYNC
 from replay.validate.validate_text import render
 from tests.corpus import CORPUS, PAGED, each
 from tests.profiles import examples

@@ -21,10 +21,10 @@ from tests.conftest import NO_TMUX
 from tests.corpus import CORPUS
 from tests.flight.rows import KVM, Rows
 from tests.waiting import PATIENCE, until
-from traces.compact import compact
 from traces.record import RECORD
+from traces.recording.compact import compact
+from traces.recording.segment_writer import SegmentWriter
 from traces.schema import BY_NAME
-from traces.segment_writer import SegmentWriter
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("tmux") is None, reason=NO_TMUX)]
 pytest.importorskip("textual")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tracer.btf import BTF_DIRECTORY, Btf, kernel_btf
-from tracer.offsets import kernel_layout
+from tracer.probing.btf import BTF_DIRECTORY, Btf, kernel_btf
+from tracer.probing.offsets import kernel_layout
 from traces.errors import Problem
 
 needs_btf = pytest.mark.skipif(not (BTF_DIRECTORY / "vmlinux").exists(), reason="this kernel has no BTF")

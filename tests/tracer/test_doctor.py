@@ -84,7 +84,7 @@ def test_with_bcc_missing(tmp_path: Path) -> None:
 
 
 def test_with_headers_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tracer import headers
+    from tracer.probing import headers
     from traces.errors import Problem
 
     monkeypatch.delenv(headers.VARIABLE, raising=False)
@@ -96,7 +96,7 @@ def test_with_headers_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_debians_two_header_trees_are_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tracer import headers
+    from tracer.probing import headers
 
     for tree, file in (("amd64", "generated/x.h"), ("common", "linux/kconfig.h")):
         path = tmp_path / f"linux-headers-6.1.0-9-{tree}" / "include" / file

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tracer import host
+from tracer.probing import host
 
 
 def test_counters_are_read_without_holding_a_vm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import NOT_ROOT
-from tracer import compiled, kept
-from tracer.compiled import MAPS, Compiled
+from tracer.probing import compiled, kept
+from tracer.probing.compiled import MAPS, Compiled
 from traces.errors import Problem
 
 EXIT = b"\xb7" + bytes(7) + b"\x95" + bytes(7)  # r0 = 0; exit

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tracer import libbpf
-from tracer.libbpf import BpfMap
+from tracer.probing import libbpf
+from tracer.probing.libbpf import BpfMap
 
 # As C lays it out: a hole behind `flag`, and one at the end.
 VALUE = np.dtype(

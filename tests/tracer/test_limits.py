@@ -10,15 +10,16 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from tracer import host, recorder
-from tracer.bpf import loss_table
-from tracer.program import COUNTERS
+from tracer import recorder
+from tracer.probing import host
+from tracer.probing.bpf import loss_table
+from tracer.probing.program import COUNTERS
 from tracer.recorder import SUSPEND, Recorder
 from tracer.writer import SegmentThread
-from traces.compact import compact
 from traces.reader import Trace
 from traces.record import RECORD
-from traces.record_buffer import BATCH_ROWS
+from traces.recording.compact import compact
+from traces.recording.record_buffer import BATCH_ROWS
 from traces.schema import BY_NAME
 
 ENTRY, GAP = BY_NAME["kvm_entry"].code, BY_NAME["gap"].code

@@ -11,9 +11,9 @@ import pytest
 
 from tests.traces.making import KVM_A, event, stream
 from tracer import owner_names
-from traces.compact import compact
 from traces.reader import Trace
-from traces.segment_writer import SegmentWriter
+from traces.recording.compact import compact
+from traces.recording.segment_writer import SegmentWriter
 from traces.vm_names import VmNames
 
 

@@ -10,13 +10,13 @@ from typing import cast
 
 import pytest
 
-from tracer import attachments
-from tracer.btf import Btf
-from tracer.offsets import _NEEDED, Layout
-from tracer.points import FUTURE, OLDEST, Hook
-from tracer.probes import HOOKS, IOCTL_KINDS, PRESETS, PROBES, SCHED_KINDS, preset_kinds
-from tracer.program import Chosen, program
-from tracer.tracefs import Field
+from tracer.probing import attachments
+from tracer.probing.btf import Btf
+from tracer.probing.offsets import _NEEDED, Layout
+from tracer.probing.points import FUTURE, OLDEST, Hook
+from tracer.probing.probes import HOOKS, IOCTL_KINDS, PRESETS, PROBES, SCHED_KINDS, preset_kinds
+from tracer.probing.program import Chosen, program
+from tracer.probing.tracefs import Field
 from traces.kernels import at
 from traces.schema import BY_NAME, KINDS, OWN_KINDS, RECORD_FIELDS, RECORD_SIZE
 
@@ -140,7 +140,7 @@ def test_every_notifier_that_begins_ends() -> None:
 
 
 def test_a_layout_that_is_not_known_is_refused_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tracer.offsets.BTF_DIRECTORY", tmp_path)
+    monkeypatch.setattr("tracer.probing.offsets.BTF_DIRECTORY", tmp_path)
     whole = dict.fromkeys(_NEEDED, 8)
     assert Layout(whole, {}, "BTF of vmlinux and kvm").unknown() == ""
     without = {name: at for name, at in whole.items() if not name.startswith("SP_")}

@@ -9,13 +9,13 @@ from typing import cast
 
 import pytest
 
-from tracer import attachments, host, tracefs
-from tracer.btf import Btf
-from tracer.offsets import FAULT_MEMBERS, Layout
-from tracer.points import EXIT_IN_MEMORY, PHYSICAL, RIP_IN_MEMORY, Version
-from tracer.probes import PROBES
-from tracer.program import Chosen, program
-from tracer.tracefs import Field
+from tracer.probing import attachments, host, tracefs
+from tracer.probing.btf import Btf
+from tracer.probing.offsets import FAULT_MEMBERS, Layout
+from tracer.probing.points import EXIT_IN_MEMORY, PHYSICAL, RIP_IN_MEMORY, Version
+from tracer.probing.probes import PROBES
+from tracer.probing.program import Chosen, program
+from tracer.probing.tracefs import Field
 
 U64, U32 = "long long unsigned int", "unsigned int"
 # Arguments as the BTF of the lab's kernels has them, and of 5.15 as in its source; there is none of 5.10's module.

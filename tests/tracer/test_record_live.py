@@ -20,10 +20,10 @@ import pytest
 
 from tests.own_vm import noted, own_vms
 from tests.waiting import PATIENCE, until
-from tracer import bpf
-from tracer.attachments import Choices
-from tracer.compiled import import_bcc, quiet
-from tracer.headers import headers
+from tracer.probing import bpf
+from tracer.probing.attachments import Choices
+from tracer.probing.compiled import import_bcc, quiet
+from tracer.probing.headers import headers
 from traces.errors import Problem
 from traces.reader import Trace
 

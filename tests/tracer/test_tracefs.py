@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 
-from tracer.tracefs import Field, parse_format, tracefs
+from tracer.probing.tracefs import Field, parse_format, tracefs
 
 PAGE_FAULT = """name: kvm_page_fault
 ID: 1234

@@ -34,14 +34,14 @@ from replay.result import KEY as RESULT_KEY
 from tests.traces import thrift
 from tests.traces.hostile import CPU_SECONDS, MEMORY, flipped, odd_metadata, sealed, with_metadata
 from tests.traces.thrift import LIST, STRUCT, Struct
-from traces import sealed_stream
-from traces.arrow_records import RECORD_SCHEMA, to_batch
-from traces.compact import compact
 from traces.errors import BAD_INPUT, Problem
 from traces.metadata import KEY
 from traces.reader import Trace
 from traces.record import RECORD, columns_of
-from traces.segment_writer import MANIFEST, segment_name
+from traces.recording import sealed_stream
+from traces.recording.arrow_records import RECORD_SCHEMA, to_batch
+from traces.recording.compact import compact
+from traces.recording.segment_writer import MANIFEST, segment_name
 
 NUMBERS = (0, 1, -1, 2, 7, 127, 255, 1 << 15, (1 << 16) + 3, (1 << 31) - 1, -(1 << 31), 1 << 32, 1 << 40, (1 << 63) - 1)
 _CODECS = {1: pa.Codec("snappy"), 6: pa.Codec("zstd"), 7: pa.Codec("lz4_raw")}  # as parquet.thrift numbers them

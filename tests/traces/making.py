@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from tests import streams
-from traces.compact import compact
 from traces.record import RECORD
-from traces.recording_summary import Summary
+from traces.recording.compact import compact
+from traces.recording.recording_summary import Summary
+from traces.recording.segment_writer import SegmentWriter
+from traces.recording.segments import SegmentReader
 from traces.schema import BY_NAME
-from traces.segment_writer import SegmentWriter
-from traces.segments import SegmentReader
 
 KVM_A, KVM_B = 0xFFFF888100000000, 0xFFFF888100010000
 

@@ -24,15 +24,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.waiting import PATIENCE, until
-from traces import durable, segment_writer
-from traces.compact import compact
+from traces import durable
 from traces.errors import Problem
 from traces.reader import Trace
 from traces.record import RECORD
-from traces.recording_summary import Summary
+from traces.recording import segment_writer
+from traces.recording.compact import compact
+from traces.recording.recording_summary import Summary
+from traces.recording.segment_writer import MANIFEST, SegmentWriter, segment_name
+from traces.recording.segments import SegmentReader
 from traces.schema import BY_NAME
-from traces.segment_writer import MANIFEST, SegmentWriter, segment_name
-from traces.segments import SegmentReader
 
 pytestmark = pytest.mark.slow
 

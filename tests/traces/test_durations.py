@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from traces.durations import duration
+from traces.command_line.durations import duration
 
 
 @pytest.mark.parametrize(

@@ -21,11 +21,11 @@ import pytest
 
 from tests.traces.hostile import odd_metadata, with_metadata
 from tests.traces.making import event, numbered, stream, trace, write
-from traces.compact import compact
 from traces.errors import Problem
 from traces.reader import UNKNOWN_CODE, Trace, kind_codes
-from traces.segment_writer import MANIFEST, segment_name
-from traces.segments import SegmentReader
+from traces.recording.compact import compact
+from traces.recording.segment_writer import MANIFEST, segment_name
+from traces.recording.segments import SegmentReader
 from traces.summary import render
 
 ROOT = Path(__file__).parents[2]

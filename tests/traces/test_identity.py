@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tests.traces.making import KVM_A, KVM_B, event, stream, trace
-from traces import record_buffer
 from traces.reader import Trace
+from traces.recording import record_buffer
 
 A = {"kvm": KVM_A, "tgid": 100, "tid": 101, "vcpu": 0}
 B = {"kvm": KVM_B, "tgid": 200, "tid": 201, "vcpu": 0}

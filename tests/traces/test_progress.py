@@ -9,13 +9,13 @@ import sys
 
 import pytest
 
-from traces import progress
-from traces.progress import Progress
+from traces.command_line import progress
+from traces.command_line.progress import Progress
 
 # A job that goes on when it is told to, and answers on standard output while its line is shown.
 CHILD = """
 import sys
-from traces import progress
+from traces.command_line import progress
 progress.DELAY = float(sys.argv[1])
 with progress.Progress("replaying \\x1b[31m[red]", 8) as outer:
     outer.at(4)

@@ -15,13 +15,13 @@ from tests import streams
 from tests.profiles import examples
 from tests.traces.making import KVM_A, KVM_B, event, stream, trace
 from tests.traces.reference import row
-from traces import compact as compaction
-from traces import record_buffer
-from traces.compact import compact
 from traces.reader import Trace, kind_codes
 from traces.record import RECORD
+from traces.recording import compact as compaction
+from traces.recording import record_buffer
+from traces.recording.compact import compact
+from traces.recording.segment_writer import SegmentWriter
 from traces.schema import COLUMN_TYPES, KINDS
-from traces.segment_writer import SegmentWriter
 
 _WORD = st.one_of(st.integers(0, 20), st.integers(0, (1 << 64) - 1))
 _FIELDS = {

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from traces.arrow_records import RECORD_SCHEMA, to_batch
 from traces.record import RECORD, columns_of
-from traces.sealed_stream import END, BatchEncoder, seal_crc
+from traces.recording.arrow_records import RECORD_SCHEMA, to_batch
+from traces.recording.sealed_stream import END, BatchEncoder, seal_crc
 
 
 @pytest.fixture(params=["lz4", "pyarrow"])

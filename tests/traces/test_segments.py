@@ -16,13 +16,14 @@ import pyarrow as pa
 import pytest
 
 from tests.traces.making import numbered, numbers_read, write
-from traces import durable, segment_writer
-from traces.compact import compact
+from traces import durable
 from traces.errors import Problem
 from traces.reader import Trace
-from traces.record_buffer import BATCH_ROWS
-from traces.segment_writer import MANIFEST, SegmentWriter
-from traces.segments import RECORD_SCHEMA, SegmentReader
+from traces.recording import segment_writer
+from traces.recording.compact import compact
+from traces.recording.record_buffer import BATCH_ROWS
+from traces.recording.segment_writer import MANIFEST, SegmentWriter
+from traces.recording.segments import RECORD_SCHEMA, SegmentReader
 
 
 def test_rows_come_back_in_order_over_several_segments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,13 +12,13 @@ import pytest
 
 import traces
 from tests.traces.making import event, stream, trace
-from traces.bookkeeping import MAX_ENTRIES, MAX_GAPS
 from traces.encoding import MAGIC
 from traces.frame import MAX_ROW_GROUP_ROWS
 from traces.kernels import Kernel
-from traces.memslots import MAX_SLOTS
 from traces.metadata import MAX_BYTES
 from traces.reader import UNKNOWN_CODE, Trace
+from traces.recording.bookkeeping import MAX_ENTRIES, MAX_GAPS
+from traces.recording.memslots import MAX_SLOTS
 from traces.schema import BY_CODE, COLUMN_TYPES, FORMAT_MAJOR, FORMAT_MINOR, KINDS, NULLABLE, UNKNOWN
 
 SPEC = (Path(traces.__path__[0]) / "SPEC.md").read_text()

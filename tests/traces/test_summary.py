@@ -9,10 +9,10 @@ import pytest
 from tests import streams
 from tests.golden.make import HERE
 from tests.traces.making import event, stream, trace
-from traces.compact import compact
+from traces.command_line.screen import WIDTH
 from traces.errors import Problem
-from traces.screen import WIDTH
-from traces.segment_writer import SegmentWriter
+from traces.recording.compact import compact
+from traces.recording.segment_writer import SegmentWriter
 from traces.summary import info, render
 
 GOLDEN = HERE / "trace-1.0.parquet"

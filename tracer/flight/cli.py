@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from traces.documents import print_json
-from traces.help_text import examples
+from traces.command_line.documents import print_json
+from traces.command_line.help_text import examples
 from traces.options import Json
 
 app = typer.Typer()

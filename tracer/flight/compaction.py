@@ -25,7 +25,7 @@ def main(parent: int, directory: Path, out: Path) -> int:
     ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     if os.getppid() != parent:
         return ENVIRONMENT
-    from traces.compact import compact
+    from traces.recording.compact import compact
 
     try:
         compact(directory, out)

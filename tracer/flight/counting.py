@@ -10,8 +10,8 @@ from typing import Final
 import numpy as np
 
 from tracer.flight.alarms import Alarm, Ongoing, Rows
-from traces.durations import duration
-from traces.identity import CREATED, GET_PAGE
+from traces.command_line.durations import duration
+from traces.recording.identity import CREATED, GET_PAGE
 from traces.schema import BY_NAME
 
 _PARTS: Final = 8  # parts of the time over which rows are counted

@@ -18,9 +18,9 @@ from typing import Any, Final
 
 from tracer.flight.window import Epoch, FlightWindow
 from tracer.upload.uploads import Uploads
+from traces.command_line.messages import say
 from traces.errors import ENVIRONMENT, Problem
-from traces.messages import say
-from traces.segment_writer import SegmentWriter
+from traces.recording.segment_writer import SegmentWriter
 
 SEGMENTS: Final = ".kvmt"
 TRACE: Final = ".parquet"

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from tracer.flight.metrics import BUCKETS, FAMILIES, Sample
+from traces.command_line.extras import need
 from traces.errors import ENVIRONMENT, Problem
-from traces.extras import need
 
 need("prometheus_client", "--metrics")
 import prometheus_client  # noqa: E402

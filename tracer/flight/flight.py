@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 
-from tracer.bpf import Probes
 from tracer.flight.control import Control
 from tracer.flight.dumps import TRACE
 from tracer.flight.flight_recorder import FlightOptions, FlightRecorder
@@ -24,14 +23,15 @@ from tracer.flight.keeper import FlightThread
 from tracer.flight.notify import Watchdog, notify
 from tracer.flight.quotas import AUTOMATIC, MANUAL, Account, Made
 from tracer.flight.trigger_texts import FlightTriggers
+from tracer.probing.bpf import Probes
 from tracer.recorder import Stop
 from tracer.recording_options import check
 from tracer.ring import default_ring_bytes, ring_count
 from tracer.upload.uploads import UploadOutcome, Uploads
-from traces import interrupts
+from traces.command_line import interrupts
+from traces.command_line.messages import say
+from traces.command_line.progress import Progress
 from traces.errors import ENVIRONMENT, Problem
-from traces.messages import say
-from traces.progress import Progress
 
 _TICK_SECONDS = 0.05
 _MOST_EARLIER = 1000  # dumps of earlier runs that are taken into account

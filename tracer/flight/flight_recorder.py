@@ -14,8 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from tracer import host
-from tracer.bpf import Probes, kind_mask
 from tracer.flight.governor import LOWEST, GovernorThread, Level, LevelChange, levels
 from tracer.flight.keeper import Bounds, FlightThread, Request
 from tracer.flight.metrics import FlightMetrics, RecorderFacts, Sample
@@ -24,15 +22,17 @@ from tracer.flight.state import Checkpoint, Checkpoints
 from tracer.flight.trigger_texts import FlightTriggers
 from tracer.flight.vcpu_time import idle_codes, thread_time
 from tracer.owner_names import OwnerNames
+from tracer.probing import host
+from tracer.probing.bpf import Probes, kind_mask
 from tracer.recorder import Recorder, Stop
 from tracer.recording_options import Options
 from tracer.upload.uploads import Uploads
 from tracer.writer import OrderedThread
-from traces.durations import duration
+from traces.command_line.durations import duration
+from traces.command_line.messages import say
 from traces.errors import ENVIRONMENT, Problem
-from traces.identity import LEFT_OUT
-from traces.messages import say
 from traces.record import RECORD
+from traces.recording.identity import LEFT_OUT
 from traces.schema import BY_CODE
 
 _TICK_SECONDS = 0.05

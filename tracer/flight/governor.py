@@ -16,8 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from tracer import libbpf
-from tracer.probes import IOCTL_KINDS, PRESETS, preset_kinds
+from tracer.probing import libbpf
+from tracer.probing.probes import IOCTL_KINDS, PRESETS, preset_kinds
 from tracer.writer import prefer_this_thread
 
 LOWEST: Final = "counters"

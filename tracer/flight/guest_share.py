@@ -17,7 +17,7 @@ import numpy as np
 
 from tracer.flight.alarms import Alarm, Ongoing, Rows
 from tracer.flight.vcpu_time import ENTRY, GUEST, IDLE, OUT, ThreadTime, by_vcpu, off_cpu, states, thread_time
-from traces.durations import duration
+from traces.command_line.durations import duration
 
 _PARTS: Final = 8  # intervals in the time asked for
 _RESTART: Final = 4  # after so many times that time without a row, earlier rows no longer count

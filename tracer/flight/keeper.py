@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from tracer.bpf import loss_table
 from tracer.flight.alarms import Alarm
 from tracer.flight.dumps import Dump, Dumps
 from tracer.flight.metrics import FlightMetrics
@@ -27,14 +26,15 @@ from tracer.flight.quotas import AUTOMATIC, MANUAL, Account, Made
 from tracer.flight.state import TRIES, Checkpoint, telling
 from tracer.flight.trigger_texts import FlightTriggers
 from tracer.flight.window import Epoch, FlightWindow, stored
-from tracer.program import COUNTERS, KIND_SLOTS
+from tracer.probing.bpf import loss_table
+from tracer.probing.program import COUNTERS, KIND_SLOTS
 from tracer.recorder import open_gaps
 from tracer.upload.uploads import Uploads
 from tracer.writer import OrderedThread
+from traces.command_line.messages import say
 from traces.errors import ENVIRONMENT, Problem
-from traces.identity import LEFT_OUT
-from traces.messages import say
 from traces.record import RECORD
+from traces.recording.identity import LEFT_OUT
 from traces.schema import KINDS
 
 SECOND = 10**9

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from tracer.writer import prefer_this_thread
-from traces.identity import CREATED, GET_PAGE, TABLE_FREE, VM_CREATE, VM_DESTROY
-from traces.memslots import MEMSLOT
+from traces.recording.identity import CREATED, GET_PAGE, TABLE_FREE, VM_CREATE, VM_DESTROY
+from traces.recording.memslots import MEMSLOT
 
 TRIES = 5  # snapshots while VMs come and go; then the last is taken as it is, and marked
 _REST = 20  # times the CPU time of a snapshot, at least, until the next one

@@ -11,12 +11,12 @@ from typing import Final
 
 import numpy as np
 
-from tracer import host
 from tracer.flight import counting
 from tracer.flight.alarms import Alarm, Detector, Rows
 from tracer.flight.guest_share import GuestShare
 from tracer.flight.vcpu_time import KINDS as SHARE_KINDS
 from tracer.flight.vcpu_time import idle_codes
+from tracer.probing import host
 from traces.errors import Problem
 from traces.wall_clock import span_ns
 

@@ -15,7 +15,7 @@ from tracer.flight.flight import FlightOutcome, fly
 from tracer.flight.flight_recorder import FlightOptions
 from tracer.flight.keeper import Bounds
 from tracer.recording_options import Options
-from traces.documents import print_json
+from traces.command_line.documents import print_json
 from traces.errors import VERDICT_FAILED, Problem
 from traces.wall_clock import span_ns
 

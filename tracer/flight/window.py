@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tracer.flight.state import Checkpoint
-from tracer.program import KIND_SLOTS
+from tracer.probing.program import KIND_SLOTS
 from traces.record import Columns, columns_of
-from traces.record_buffer import RecordBuffer
+from traces.recording.record_buffer import RecordBuffer
+from traces.recording.sealed_stream import BatchEncoder
 from traces.schema import BY_NAME, OWN_KINDS
-from traces.sealed_stream import BatchEncoder
 
 Rows = np.ndarray[Any, Any]
 _OWN = [BY_NAME[name].code for name in OWN_KINDS]

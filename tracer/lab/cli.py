@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from traces.documents import print_json
+from traces.command_line.documents import print_json
+from traces.command_line.help_text import examples
 from traces.errors import BAD_INPUT, ENVIRONMENT, Problem
-from traces.help_text import examples
 from traces.options import Json, Modules
 from traces.outputs import RECORDING, check
 
@@ -53,8 +53,8 @@ def list_(as_json: Json = False) -> None:
     from tracer.lab.lab_cpus import CPUS
     from tracer.lab.lab_kernels import TABLE_DATE, cached, known
     from tracer.lab.modules import Directory
+    from traces.command_line.screen import Page
     from traces.kernels.policies import MEANINGS
-    from traces.screen import Page
 
     kernels: list[dict[str, Any]] = []
     for kernel in map(known, cached()):
@@ -293,7 +293,7 @@ def _compact(output: Path) -> None:
     """Make the trace of a recording from a guest that has neither the time nor the libraries to do that."""
     import shutil
 
-    from traces.compact import compact
+    from traces.recording.compact import compact
 
     if (recording := output.with_suffix(".kvmt")).is_dir():
         summary = compact(recording, output)

@@ -27,9 +27,9 @@ def _record(directory: Path) -> None:
     import numpy as np
 
     from tracer import several  # noqa: F401 - what a guest runs
-    from tracer.libbpf import libbpf
-    from tracer.offsets import Layout
-    from tracer.program import program
+    from tracer.probing.libbpf import libbpf
+    from tracer.probing.offsets import Layout
+    from tracer.probing.program import program
     from tracer.writer import SegmentThread
     from traces.record import RECORD
     from traces.schema import BY_NAME

@@ -21,7 +21,7 @@ from tracer.lab.builds import built
 from tracer.lab.fetch import Say, fetch
 from tracer.lab.lab_kernels import Bootable
 from tracer.lab.session import DEFAULT_MEMORY, DEFAULT_TIMEOUT, JOBS, SHARE, GuestFailed, boot
-from traces.compact import compact
+from traces.recording.compact import compact
 
 # The exit status of KVM's selftests where the host cannot do what they test (KSFT_SKIP).
 SKIPPED: Final = 4

@@ -24,10 +24,10 @@ from tracer.lab.lab_cpus import AMD
 from tracer.lab.lab_kernels import KERNELS, LabKernel, missing
 from tracer.lab.session import DEFAULT_TIMEOUT, DEFAULT_TIMEOUT_INTEL, boot, compiled_probes, several
 from traces import durable
-from traces.compact import compact
+from traces.command_line.layout import TextColumn
+from traces.command_line.screen import Page
 from traces.errors import BAD_INPUT, ENVIRONMENT, Problem
-from traces.layout import TextColumn
-from traces.screen import Page
+from traces.recording.compact import compact
 
 
 @dataclass(frozen=True)

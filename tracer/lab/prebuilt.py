@@ -15,9 +15,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from tracer.kept import SUFFIX
 from tracer.lab.lab_kernels import Bootable, cache
 from tracer.lab.modules import Directory
+from tracer.probing.kept import SUFFIX
 
 GUEST: Final = "/var/cache/kvmtrace/lab-probes"  # where init.c puts them, and KVMTRACE_PROBES of a guest
 ROOT: Final = Path(__file__).resolve().parents[2]
@@ -49,7 +49,7 @@ def keep(kernel: Bootable, files: Iterable[Path]) -> None:
 
 def _made_from(kernel: Bootable) -> str:
     """Return a name for all that a kernel's probes depend on: its image and KVM, our own source, and bcc."""
-    from tracer.compiled import bcc_version
+    from tracer.probing.compiled import bcc_version
 
     digest = hashlib.sha256(bcc_version().encode())
     for path in (kernel.image, *sorted(path for part in _SOURCES for path in ROOT.glob(part))):

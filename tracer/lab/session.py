@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Final
 
 from tracer import vmm
-from tracer.kept import SUFFIX
 from tracer.lab import closure, prebuilt
 from tracer.lab.bochs import BochsMachine, emulator
 from tracer.lab.bochs import run as run_bochs
@@ -25,6 +24,7 @@ from tracer.lab.lab_cpus import AMD, CPUS, LabCpu, lab_cpu, qemu_version
 from tracer.lab.lab_kernels import Bootable
 from tracer.lab.modules import Directory, load_order
 from tracer.lab.qemu import Ending, LabMachine, run
+from tracer.probing.kept import SUFFIX
 from traces.errors import BAD_INPUT, ENVIRONMENT, Problem
 from traces.kernels.vendors import OFF
 

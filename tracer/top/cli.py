@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from traces.documents import print_json
+from traces.command_line.documents import print_json
+from traces.command_line.extras import how_to_get
+from traces.command_line.help_text import examples
 from traces.errors import ENVIRONMENT, Problem
-from traces.extras import how_to_get
-from traces.help_text import examples
 from traces.options import Json
 from traces.text import events_lost
 
@@ -52,7 +52,7 @@ def top(
 
 def _once(trace: Path | None, as_json: bool) -> None:
     from tracer.top.top_table import text
-    from traces import screen
+    from traces.command_line import screen
 
     if trace is not None:
         from tracer.top.playback import seconds

@@ -9,15 +9,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tracer import host
-from tracer.bpf import Probes
 from tracer.flight.vcpu_time import Rows, idle_codes, thread_time
 from tracer.order import HOLD_NANOSECONDS
+from tracer.probing import host
+from tracer.probing.bpf import Probes
 from tracer.recorder import Recorder, Stop
 from tracer.recording_options import Options, check
 from tracer.ring import Rings, ring_count
 from tracer.top.meter import KINDS, Meters, VcpuSecond
-from traces.progress import Progress
+from traces.command_line.progress import Progress
 
 SECOND = 10**9
 _RING = 1 << 23  # bytes of each CPU's ring: 95,000 events; the last 50 ms always stay in it

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracer.flight.vcpu_time import ENTRY, EXIT, GUEST, IDLE, OUT, SCHED, UNINTERRUPTIBLE, USER
-from traces.identity import CREATED, GET_PAGE
 from traces.record import RECORD
+from traces.recording.identity import CREATED, GET_PAGE
 from traces.schema import BY_NAME
 
 COMPILED: bool = cython.compiled

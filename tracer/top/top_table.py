@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from tracer.top.meter import VcpuSecond
-from traces.durations import duration
+from traces.command_line.durations import duration
 from traces.text import printable
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Final
 
 from tracer.upload.uploads import UploadOutcome, Uploads
-from traces.messages import say
-from traces.progress import Progress
+from traces.command_line.messages import say
+from traces.command_line.progress import Progress
 
 SPOOL: Final = "kvmtrace-upload"  # next to the recording
 

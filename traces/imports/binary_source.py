@@ -9,6 +9,7 @@ from typing import Final
 import numpy as np
 
 from traces.columns import kind_name
+from traces.command_line.progress import Progress
 from traces.errors import Problem
 from traces.imports.event_fields import SYSTEMS, RawFields
 from traces.imports.findings import Findings
@@ -20,7 +21,6 @@ from traces.imports.source_bytes import Damaged, SourceBytes
 from traces.imports.thread_vms import TextThread, threads_of
 from traces.imports.time_order import Rows
 from traces.imports.trace_dat import TraceDat
-from traces.progress import Progress
 from traces.record import Columns
 
 TRACE_DAT: Final = "trace.dat"

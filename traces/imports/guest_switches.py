@@ -15,12 +15,12 @@ from typing import Final
 import numpy as np
 import polars as pl
 
+from traces.command_line.progress import Progress
 from traces.errors import Problem
 from traces.imports.importing import read
 from traces.imports.opening import Opened
 from traces.imports.other_events import OTHER
 from traces.imports.row_spool import RowSpool
-from traces.progress import Progress
 from traces.text import count
 
 # As ftrace and perf print it, and a raw record's fields; as trace-cmd's plugin does.

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from traces import kernels
 from traces.columns import kind_name
-from traces.compact import _Compaction
+from traces.command_line.progress import Progress
 from traces.encoding import TraceFile
 from traces.errors import Problem
 from traces.imports.findings import Findings
@@ -37,11 +37,11 @@ from traces.kernels.policies import SHADOW
 from traces.kernels.vendors import SVM, VMX
 from traces.lives import dense
 from traces.outputs import IMPORTED, check
-from traces.progress import Progress
 from traces.record import Columns
-from traces.recording_summary import Summary
+from traces.recording.compact import _Compaction
+from traces.recording.recording_summary import Summary
+from traces.recording.segments import Segment, SegmentReader
 from traces.schema import BY_NAME, KINDS
-from traces.segments import Segment, SegmentReader
 from traces.text import count
 
 _GAP: Final = BY_NAME["gap"].code

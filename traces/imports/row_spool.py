@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from traces.arrow_records import RECORD_SCHEMA, to_batch, to_columns
 from traces.background import Background, read_ahead
 from traces.imports.form_program import ROLE_FIELDS, TEXT_ROLE
 from traces.imports.other_events import OTHER, OtherTexts
 from traces.record import Columns
+from traces.recording.arrow_records import RECORD_SCHEMA, to_batch, to_columns
 from traces.schema import BY_NAME, RECORD_FIELDS
 
 _GET_PAGE: Final = BY_NAME["kvm_mmu_get_page"].code

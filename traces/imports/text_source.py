@@ -9,6 +9,7 @@ from typing import Final
 import numpy as np
 
 from traces.background import read_ahead
+from traces.command_line.progress import Progress
 from traces.imports.findings import Findings
 from traces.imports.form_program import program
 from traces.imports.opening import STANDARD_INPUT, Opened
@@ -16,7 +17,6 @@ from traces.imports.other_events import OTHER
 from traces.imports.row_spool import RowSpool
 from traces.imports.scan import Scanner
 from traces.imports.thread_vms import threads_of
-from traces.progress import Progress
 
 _MOST_LEFT: Final = 1 << 20  # bytes: no line is so long
 # The kernel, as the headings of a latency tracer's text and of `perf script --header` name it.

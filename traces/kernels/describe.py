@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
-from traces import screen
+from traces.command_line import screen
 from traces.kernels import stored
 from traces.kernels.changes import CHANGES, Change
 from traces.kernels.fold import at, changes_between, newer_than_known

@@ -74,7 +74,7 @@ class Kernel:
     set_spte_when_spurious: bool  # kvm_mmu_set_spte fires for a fault that found its leaf already there
     page_struct: tuple[
         tuple[str, int], ...
-    ]  # offsets in struct kvm_mmu_page where BTF cannot tell (see tracer.offsets)
+    ]  # offsets in struct kvm_mmu_page where BTF cannot tell (see tracer.probing.offsets)
 
     # Locks and accounting
     loads_share: bool  # loads and unloads take mmu_lock for read

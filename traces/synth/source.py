@@ -11,14 +11,14 @@ from typing import Any, Final
 import numpy as np
 
 from traces.columns import kind_name
-from traces.compact import _Compaction
+from traces.command_line.progress import Progress
 from traces.encoding import TraceFile
 from traces.kernels import at
 from traces.outputs import SYNTHETIC
-from traces.progress import Progress
 from traces.record import Columns
-from traces.recording_summary import Summary
-from traces.segments import Segment, SegmentReader
+from traces.recording.compact import _Compaction
+from traces.recording.recording_summary import Summary
+from traces.recording.segments import Segment, SegmentReader
 from traces.synth.parameters import Parameters
 from traces.synth.row_columns import join, take
 from traces.synth.vm import SynthVm
