@@ -24,7 +24,7 @@ IN_MEMORY = $(shell [ "$$(df --output=avail /dev/shm 2>/dev/null | tail -n 1)" -
 # In about a minute of two CPUs: lint, types, and the tests that need nothing of the machine and not much time. The
 # tests of a file run in one worker, so that what they share is made once, and polars has as many threads as the worker.
 quick: lint
-	$(IN_MEMORY) POLARS_MAX_THREADS=1 $(PYTHON) -m pytest -q -n auto --dist loadfile --hypothesis-profile quick \
+	$(IN_MEMORY) POLARS_MAX_THREADS=1 $(PYTHON) -m pytest -q -n auto --dist worksteal --hypothesis-profile quick \
 	    -o tmp_path_retention_policy=failed -m "not (lab or live or kvm or browser or corpus or slow or nightly)"
 
 # All tests but the lab's, with recordings of this machine's own KVM where it has one (root): one worker more than there

@@ -120,6 +120,7 @@ def test_what_is_no_trace_is_named(name: str, tmp_path: Path) -> None:
     assert expected in str(caught.value)
 
 
+@pytest.mark.slow
 def test_what_perf_writes_here_is_known(tmp_path: Path) -> None:
     if not shutil.which("perf"):
         pytest.skip("no perf here")

@@ -269,6 +269,7 @@ def test_vms_are_named_and_one_that_never_ran_hides_no_other(tmp_path: Path) -> 
     assert remark.startswith("VM 1 (fieldvm 98), VM 10 (fieldvm 113), VM 11 (fieldvm 113), and 13 more: soft-hangs are")
 
 
+@pytest.mark.slow
 def test_stalls_and_shares_of_a_result(result: Path, tmp_path: Path) -> None:
     found = exported(result, tmp_path / "out.pftrace")
     rows = pl.read_parquet(result).with_columns(pl.col("row", "policy", "bound", "cause").cast(pl.String))

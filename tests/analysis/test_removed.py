@@ -85,7 +85,7 @@ def test_they_are_as_many_as_a_replay_counts(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", thinned(2, ["smi-storm-6.1-async", "dirty-log-huge-6.1", "notifier-5.10", "mmio-7.x", "two-vms-6.1"])
+    "name", thinned(3, ["smi-storm-6.1-async", "dirty-log-huge-6.1", "notifier-5.10", "mmio-7.x", "two-vms-6.1"])
 )
 def test_compiled_it_does_what_it_does_as_plain_python(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = CORPUS / f"{name}.parquet"

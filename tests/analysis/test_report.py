@@ -78,6 +78,7 @@ def rewritten(path: Path, to: Path, metadata: dict[str, Any]) -> Path:
     return to
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path",
     [STORM, OLD_STORM, TIMING / "smi-grow-loops-20-6.1.parquet", CORPUS / "wp-toggle-5.10.parquet"],

@@ -65,6 +65,7 @@ def test_rows_are_what_the_traces_say(folder: Path) -> None:
     assert set(rows.filter(pl.col("trace") == "host=h-7/churn.parquet")["host"]) == {"h-7"}
 
 
+@pytest.mark.slow
 def test_what_was_not_changed_is_not_read_again(folder: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "catalogue.parquet")
     first = fleet_catalogue.index(location(str(folder)))
@@ -80,6 +81,7 @@ def test_what_was_not_changed_is_not_read_again(folder: Path, tmp_path: Path) ->
     assert elsewhere.kept == 0
 
 
+@pytest.mark.slow
 def test_one_request_for_each_footer_and_none_the_second_time(
     folder: Path, s3: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -97,6 +97,7 @@ def left_out(at: int, since: int, kinds: frozenset[str], level: int = 1) -> Rows
     return row("left_out", at, w0=since, w1=kind_mask(kinds), w2=level)
 
 
+@pytest.mark.slow
 def test_a_dump_says_what_was_left_out_and_when(tmp_path: Path) -> None:
     flight = Flight(tmp_path)
     flight.give(entries(SECOND, 100, MS), 2 * SECOND)

@@ -189,6 +189,7 @@ def test_the_documentation_has_every_metric() -> None:
         assert f"`{family.name}" in text, family.name
 
 
+@pytest.mark.slow
 def test_they_are_read_over_http_and_from_a_file(tmp_path: Path) -> None:
     served = exporter.Exporter(exporter.place("127.0.0.1:29417"), samples)
     try:

@@ -12,6 +12,7 @@ from operator import itemgetter
 from pathlib import Path
 
 import polars as pl
+import pytest
 
 from tests.flight.test_triggers import MS, in_batches
 from tracer.flight.guest_share import GuestShare
@@ -62,6 +63,7 @@ def first_hang(rows: Rows) -> int:
     raise AssertionError("it never hangs")
 
 
+@pytest.mark.slow
 def test_a_vcpu_that_loops_on_a_fault_triggers_within_twice_its_time() -> None:
     rows = recorded("lost-idt-livelock-7.x.parquet")
     exits = rows[rows["kind"] == EXIT]

@@ -40,6 +40,7 @@ def test_whole_epochs_go_by_time() -> None:
     assert begins[1] > 11.5 * SECOND - 5 * SECOND, "and no epoch that is not needed for them"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dump_waits", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_bound_in_bytes_holds_a_thousand_times_over(dump_waits: bool) -> None:
     kept = window(seconds=1e6, memory=16 << 20)

@@ -99,6 +99,7 @@ def agrees(kernel: Kernel, name: str, value: Any) -> bool:
     return bool(said == value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", each(ALL))
 def test_a_recording_shows_what_the_description_says(path: Path) -> None:
     kernel = described(path)

@@ -273,6 +273,7 @@ def test_each_write_fsync_and_rename_may_fail_while_recording(tmp_path: Path, mo
         )
 
 
+@pytest.mark.slow
 def test_each_write_fsync_and_rename_may_fail_while_compacting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = write(tmp_path / "a.kvmt", numbered(500))
     out = tmp_path / "a.parquet"

@@ -100,6 +100,7 @@ def test_what_is_no_trace(tmp_path: Path) -> None:
         info(tmp_path / "a")
 
 
+@pytest.mark.slow
 def test_storms_keep_below_six_bytes_an_event(tmp_path: Path) -> None:
     for name, records in (
         ("smi", streams.smi_storm(12_000)),

@@ -367,6 +367,7 @@ def storms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Rows]:
     return {policy: rows(make(directory / policy, policy=policy, **order)) for policy, _ in SHAPES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("policy", "suffix"), SHAPES)
 def test_kinds_fill_the_columns_that_recordings_fill(policy: str, suffix: str, tmp_path: Path) -> None:
     order = {"policy": policy, "smi_rate": 1_000.0, "memslot_rate": 300.0, "duration": 0.0105, "zap_rows": True}
