@@ -21,7 +21,7 @@ from tracer.probing.kept import SUFFIX
 
 GUEST: Final = "/var/cache/kvmtrace/lab-probes"  # where init.c puts them, and KVMTRACE_PROBES of a guest
 ROOT: Final = Path(__file__).resolve().parents[2]
-_SOURCES: Final = ("tracer/*.py", "tracer/ebpf/*.c", "traces/schema.py", "traces/kernels/*.py")
+_SOURCES: Final = ("tracer/*.py", "tracer/probing/*.py", "tracer/ebpf/*.c", "traces/schema.py", "traces/kernels/*.py")
 _MOST: Final = 32  # kernels whose probes are kept, a quarter of a megabyte each; the oldest are removed
 
 
