@@ -128,6 +128,7 @@ def written(path: Path, **more: object) -> Recording:
     return Recording.open(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "said"),
     [

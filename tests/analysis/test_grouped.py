@@ -121,6 +121,7 @@ def assert_same(answer: pl.DataFrame, wanted: pl.DataFrame) -> None:
     assert sorted(found.rows(), key=str) == sorted(wanted.rows(), key=str)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("made", [groups.Groups, plain("analysis.passes.groups").Groups], ids=["compiled", "plain"])
 @pytest.mark.parametrize(("asked", "oracle"), ASKED, ids=[asked.name for asked, _ in ASKED])
 @given(found=ROWS, cuts=st.lists(st.integers(0, 40)))

@@ -140,6 +140,7 @@ def test_a_footer_beyond_the_first_read_takes_a_second(folder: Path, monkeypatch
     assert sorted(asked) == sorted(2 * [str(path.relative_to(folder)) for path in folder.rglob("*.parquet")])
 
 
+@pytest.mark.slow
 def test_a_place_that_does_not_answer_is_no_empty_catalogue(
     folder: Path, s3: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,6 +183,7 @@ def test_hostile_objects_cost_their_own_rows_only(folder: Path, tmp_path: Path) 
     assert not set(broken) & set(sound)
 
 
+@pytest.mark.slow
 def test_what_is_no_catalogue_is_refused_and_not_written_over(tmp_path: Path, folder: Path) -> None:
     for path in (SOME[0], tmp_path / "none.parquet", Path(__file__)):
         with pytest.raises(Problem):

@@ -96,6 +96,7 @@ def test_blocks_may_be_cut_anywhere(stream: TimedStream, sizes: list[int]) -> No
     assert times(by_reference(stream, sizes)) == times(by_reference(stream))
 
 
+@pytest.mark.slow
 @given(stream=timed_streams())
 @examples(100)
 def test_every_ns_is_spent_on_something(stream: TimedStream) -> None:

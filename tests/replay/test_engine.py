@@ -151,6 +151,7 @@ def storm(parameters: PolicyParameters, seed: int = 0, count: int = 6000) -> Str
     return Stream(parameters, [Word(1), Word(2, as_id=1)], 2, block_of(rows), Ranges([(4096, 1 << 20)]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", thinned(2, POLICIES))
 @pytest.mark.parametrize("assume_refault", [False, True])
 def test_named_policies_on_a_longer_stream(name: str, assume_refault: bool) -> None:

@@ -85,6 +85,7 @@ def test_the_corpus_has_every_kernel() -> None:
     assert len(REPLAYED) >= 177
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "policy"), [
     ("smi-storm-6.1", "async"), ("smi-storm-6.1", "sync"), ("smi-storm-6.1", "shadow"),
     ("smi-storm-6.1-async", "preserve"), ("smi-storm-6.1-async", "sync"), ("smi-storm-5.10", "preserve"),

@@ -38,6 +38,7 @@ def by_policy(path: Path, sweep: Sweep, change: SmiChange | None = None) -> dict
     return {each.policy: each for each in found}
 
 
+@pytest.mark.slow
 def test_old_policies_tip_where_the_arithmetic_says(firmware: Path) -> None:
     found = by_policy(firmware, Sweep(1, 10_000))
     for policy in ("sync", "async"):
@@ -98,6 +99,7 @@ def test_the_command_sweeps(firmware: Path) -> None:
     assert preserve[0] < 1.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", [("--smi-rate", "100"), ("--tdp-pages", "list,counter")])
 def test_what_rests_on_a_replay_that_the_rows_contradict_says_so(asked: tuple[str, str]) -> None:
     storm = str(CORPUS / "smi-storm-6.1.parquet")

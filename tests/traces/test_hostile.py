@@ -215,6 +215,7 @@ def test_strange_files_in_a_recording_are_named_and_do_not_hang(tmp_path: Path, 
     assert Trace.open(tmp_path / "a.parquet").metadata.events == (20 if name == MANIFEST else 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "odd",
     [

@@ -89,6 +89,7 @@ def test_truncation_at_every_byte_leaves_a_prefix(tmp_path: Path) -> None:
         assert reader.segments[0].why, "a cut must be noticed"
 
 
+@pytest.mark.slow
 def test_a_damaged_batch_is_never_taken_for_data(tmp_path: Path) -> None:
     directory = tmp_path / "a.kvmt"
     writer = SegmentWriter(directory, {})

@@ -310,6 +310,7 @@ def watched(trace: Trace) -> set[str]:
     return {str(probe["kind"]) for probe in trace.metadata.probes if probe["how"] != "none"}
 
 
+@pytest.mark.slow
 def test_metadata_says_that_nobody_recorded_it(tmp_path: Path) -> None:
     trace = make(tmp_path / "plain.parquet", seed=9, **FULL, duration=0.01)
     raw = trace.metadata.raw
