@@ -299,7 +299,8 @@ static void search(vm *m, slots *s)
         for (int i = 1; i < 4; i++)
             if (good && s->slot[i] == good) {
                 s->slot[0] = good;
-                s->slot[i] = NULL;
+                for (; i < 3; i++) s->slot[i] = s->slot[i + 1]; /* close the gap that the root leaves */
+                s->slot[3] = NULL;
                 return;
             }
         return;

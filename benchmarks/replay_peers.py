@@ -69,7 +69,8 @@ def run_timed(stream: Stream, parameters: PolicyParameters, seed: int = 1) -> fl
         lead, cost = (rng.integers(500, 5000, len(block)) for _ in range(2))
         was = rng.integers(0, 2, len(block)).astype(np.uint8)
         queue = (block.op >> VCPU_SHIFT).astype(np.int32)
-        timed = Timed(block, queue, lead, lead // 2, cost, was, np.full(len(block), MORE))
+        idle = np.zeros_like(lead)
+        timed = Timed(block, queue, lead, lead // 2, idle, cost, was, np.full(len(block), MORE))
         began = time.thread_time()
         made.feed(timed, stream.ranges, at)
         taken += time.thread_time() - began
