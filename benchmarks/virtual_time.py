@@ -35,7 +35,7 @@ def bare(kernel: str, mmu: str) -> list[int]:
     """Run all scenarios without a recorder in one boot, and return the guest's time for each in ns."""
     program = str(vmm.binary())
     script = "\n".join(f"{program} {scenario} --loops {LOOPS} || exit 1; echo" for scenario in SCENARIOS)
-    done = boot(fetch(kernel), ["sh", "-c", script], parameters=MMUS[mmu])
+    done = boot(fetch(kernel), ["sh", "-c", script], cpu=MMUS[mmu].cpu, parameters=MMUS[mmu].parameters)
     if done.code or done.signalled:
         raise Problem(f"a scenario without a recorder failed on {kernel}")
     return [int(json.loads(line)["wall_ns"]) for line in done.stdout.splitlines() if line.strip()]
