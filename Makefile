@@ -21,8 +21,9 @@ PYTEST := $(PYTHON) -m pytest --dist loadgroup -n
 # as soon as their test has passed.
 IN_MEMORY = $(shell [ "$$(df --output=avail /dev/shm 2>/dev/null | tail -n 1)" -gt 1000000 ] 2>/dev/null && echo TMPDIR=/dev/shm)
 
-# In about a minute of two CPUs: lint, types, and the tests that need nothing of the machine and not much time. The
-# tests of a file run in one worker, so that what they share is made once, and polars has as many threads as the worker.
+# In about a minute of two CPUs: lint, types, and the tests that need nothing of the machine and not much time. A worker
+# begins with files that stand together, so that what their tests share is made once, and takes from another when it has
+# none left; polars has as many threads as the worker.
 quick: lint
 	$(IN_MEMORY) POLARS_MAX_THREADS=1 $(PYTHON) -m pytest -q -n auto --dist worksteal --hypothesis-profile quick \
 	    -o tmp_path_retention_policy=failed -m "not (lab or live or kvm or browser or corpus or slow or nightly)"

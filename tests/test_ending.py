@@ -169,7 +169,7 @@ def test_a_name_that_is_not_utf_8_is_one_line(verb: Verb, files: Files, tmp_path
 # Sends SIGINT to itself at the n-th import after kvmtrace's own first one, so that no clock decides where it hits.
 _AT_IMPORT = """
 import os, signal, sys
-count = None
+count, module = None, 'traces.command_line.interrupts'
 def hook(event, arguments):
     global count
     if event == 'import':
@@ -177,10 +177,10 @@ def hook(event, arguments):
             count += 1
             if count == {at}:
                 os.kill(os.getpid(), signal.SIGINT)
-        elif arguments[0] == 'traces.command_line.interrupts':
+        elif arguments[0] == module:
             pass
-        elif signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-            count = 0 if 'traces.command_line.interrupts' in sys.modules else None
+        elif module in sys.modules and signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            count = 0
 sys.addaudithook(hook)
 sys.argv[0] = 'kvmtrace'
 """
